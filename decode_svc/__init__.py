@@ -1,0 +1,1 @@
+"""Decode workers: wait for leases, batch continuously, stream tokens."""

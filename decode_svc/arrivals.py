@@ -1,0 +1,53 @@
+"""Brings together the two halves of a decode: the router's call and the lease that prefill moves here.
+
+Either may come first. A lease whose call does not come within the grace (its router died, or cancelled in between)
+is handed to ``orphaned``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from muxmesh.types import Lease
+
+ORPHAN_GRACE_S = 0.3
+
+
+class Arrivals:
+    """Owns leases that wait for their call, and calls that wait for their lease. Invariant: never both for one id."""
+
+    def __init__(self, orphaned: Callable[[Lease], None]) -> None:
+        self._orphaned = orphaned
+        self._calls: dict[int, asyncio.Future[Lease]] = {}
+        self._parked: dict[int, tuple[Lease, asyncio.TimerHandle]] = {}
+
+    def lease_arrived(self, lease: Lease) -> None:
+        """Gives the lease to its call, or parks it for the grace."""
+        lease_id = lease.ref.lease_id
+        call = self._calls.pop(lease_id, None)
+        if call is not None and not call.done():
+            call.set_result(lease)
+            return
+        timer = asyncio.get_running_loop().call_later(ORPHAN_GRACE_S, self._expire, lease_id)
+        self._parked[lease_id] = (lease, timer)
+
+    async def wait_for(self, lease_id: int) -> Lease:
+        """The lease, as soon as it is here."""
+        if lease_id in self._parked:
+            lease, timer = self._parked.pop(lease_id)
+            timer.cancel()
+            return lease
+        call = self._calls[lease_id] = asyncio.get_running_loop().create_future()
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if call.done() and not call.cancelled():  # it arrived in the very moment of the cancel
+                self._orphaned(call.result())
+            raise
+        finally:
+            self._calls.pop(lease_id, None)
+
+    def _expire(self, lease_id: int) -> None:
+        lease, _ = self._parked.pop(lease_id)
+        self._orphaned(lease)

@@ -1,0 +1,79 @@
+"""The decode phase of a request: lease arrives → tokens streamed → lease released."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from decode_svc.arrivals import Arrivals
+from kvstore.client.worker import Services, WorkerParts
+from muxmesh.engine.api import EngineJob, Failed, Finished, Tokens, Until
+from muxmesh.errors import EngineFailed, MeshError
+from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc
+from muxmesh.rpc import convert
+from muxmesh.types import Lease
+
+_log = logging.getLogger(__name__)
+
+
+class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
+    """Serves one model's answers after the first token."""
+
+    def __init__(self, parts: WorkerParts) -> None:
+        self._engine = parts.engine
+        self._leases = parts.leases
+        self._arrivals = Arrivals(self._release)
+
+    async def watch(self) -> None:
+        """Takes in leases for as long as the unit lives."""
+        try:
+            async for lease in self._leases.watch():
+                self._arrivals.lease_arrived(lease)
+        except MeshError as error:  # the attach socket decides whether this worker lives on
+            _log.warning("no more leases from the unit: %s", error)
+
+    async def Decode(
+        self, request: decode_pb2.DecodeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[decode_pb2.DecodeResponse]:
+        """See the proto. Whatever ends this call, the lease is released."""
+        lease = await self._arrivals.wait_for(request.lease_id)
+        try:
+            job = EngineJob(
+                job_id=lease.ref.lease_id,
+                request=convert.request_from_wire(request.request),
+                until=Until.FINISH,
+                block_ids=lease.block_ids,
+                num_computed_tokens=lease.num_computed_tokens,
+                sampled_token_ids=lease.sampled_token_ids,
+                handoff=lease.handoff,
+            )
+            async for event in self._engine.submit(job):
+                if isinstance(event, Tokens):
+                    yield decode_pb2.DecodeResponse(start_index=event.start_index, token_ids=event.token_ids)
+                elif isinstance(event, Finished):
+                    yield decode_pb2.DecodeResponse(finish=convert.finish_to_wire(event.finish))
+                elif isinstance(event, Failed):
+                    raise EngineFailed(event.reason)
+        finally:
+            self._release(lease)
+
+    def _release(self, lease: Lease) -> None:
+        self._leases.release_after(functools.partial(self._engine.cancel, lease.ref.lease_id), lease.ref)
+
+
+@asynccontextmanager
+async def open_services(parts: WorkerParts) -> AsyncIterator[Services]:
+    """The services of a decode worker, and the watch on its leases."""
+    service = DecodeService(parts)
+    watch = asyncio.create_task(service.watch(), name="lease watch")
+    register = functools.partial(decode_pb2_grpc.add_DecodeServiceServicer_to_server, service)
+    try:
+        yield {decode_pb2.DESCRIPTOR.services_by_name["DecodeService"]: register}
+    finally:
+        watch.cancel()

@@ -1,0 +1,1 @@
+"""One unit's memory and admission: the pool, leases, credits and the grant to compute."""

@@ -1,0 +1,52 @@
+"""Puts a kvstore process together and runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+
+from kvstore.attach import AttachServer
+from kvstore.memory import UnitMemory
+from kvstore.service import KvStoreService
+from kvstore.unit import ModelShare, Unit
+from muxmesh.clock import SystemClock
+from muxmesh.config.runtime import MeshRuntime
+from muxmesh.config.schema import UnitConfig
+from muxmesh.errors import ConfigError
+from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
+from muxmesh.models.prepare import model_spec
+from muxmesh.registry import Registry
+from muxmesh.rpc.server import MeshServer
+
+
+def build_unit(runtime: MeshRuntime, config: UnitConfig) -> Unit:
+    """The unit's brain for its configuration. Raises ConfigError if a slab is too small for a model."""
+    shares = {}
+    for model in config.models:
+        shape = model_spec(runtime.prepared[model.name].folder).kv_shape(model.block_size, model.dtype)
+        if shape.token_block_bytes > config.slab:
+            raise ConfigError(
+                f"unit {config.name}: slab is {config.slab} bytes, a token block of {model.name} needs "
+                f"{shape.token_block_bytes}; use a larger slab or a smaller block_size"
+            )
+        shares[model.name] = ModelShare(shape, model.max_num_seqs)
+    return Unit(config.kv_pool, config.slab, shares)
+
+
+async def serve(runtime: MeshRuntime, unit_name: str, stop: asyncio.Event) -> None:
+    """Serves one unit until ``stop`` is set."""
+    config = runtime.unit(unit_name)
+    unit, memory = build_unit(runtime, config), UnitMemory(config.kv_pool)
+    service = KvStoreService(config, unit, memory, SystemClock())
+    attach = service.attach = AttachServer(runtime.attach_path(unit_name), unit, memory, service.changed)
+    register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
+    server = MeshServer({kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register})
+    address = runtime.kvstore_address(unit_name)
+    await server.start([address])
+    attach.start()
+    asyncio.get_running_loop().add_reader(memory.doorbell_fd, memory.on_doorbell)
+    await server.set_serving()
+    async with Registry(runtime.redis_url, SystemClock()).registered(f"kvstore/{unit_name}", address):
+        await stop.wait()
+    attach.close()
+    await server.stop(grace_s=0.5)

@@ -1,0 +1,137 @@
+"""The attach socket: how a worker gets the unit's memory, and how kvstore knows that it lives.
+
+One SOCK_SEQPACKET connection for the life of a worker; messages are JSON. The kernel names the peer (SO_PEERCRED),
+and a pidfd tells when the process has certainly exited: only then are its leases and its slot taken back, since no
+software can stop a store that has already begun. A worker that closed its socket and lives on is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvstore.memory import UnitMemory
+from kvstore.unit import Unit, WorkerRecord
+from muxmesh.config.runtime import Role
+from muxmesh.errors import MeshError
+
+_log = logging.getLogger(__name__)
+_MAX_MESSAGE_BYTES = 4096
+_LINGER_S = 5.0
+
+
+@dataclass(slots=True)
+class _Attached:
+    connection: socket.socket
+    pidfd: int
+    worker: WorkerRecord
+    slot: int
+    kill_timer: asyncio.TimerHandle | None = None
+
+
+class AttachServer:
+    """Listens for workers. ``changed`` is called whenever one is ready or gone."""
+
+    def __init__(self, path: Path, unit: Unit, memory: UnitMemory, changed: Callable[[], None]) -> None:
+        self._path = path
+        self._unit = unit
+        self._memory = memory
+        self._changed = changed
+        self._attached: dict[str, _Attached] = {}
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+
+    def start(self) -> None:
+        """Binds and listens."""
+        self._path.unlink(missing_ok=True)
+        self._listener.bind(str(self._path))
+        self._listener.listen()
+        asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
+
+    def close(self) -> None:
+        """Closes every connection: workers take that as the end of the unit."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._listener.fileno())
+        self._listener.close()
+        for attached in self._attached.values():
+            loop.remove_reader(attached.pidfd)
+            loop.remove_reader(attached.connection.fileno())
+            attached.connection.close()
+
+    def slot_of(self, worker: str) -> int:
+        """The worker's slot in the grant page."""
+        return self._attached[worker].slot
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        connection.setblocking(False)
+        asyncio.get_running_loop().add_reader(connection.fileno(), self._hello, connection)
+
+    def _hello(self, connection: socket.socket) -> None:
+        """First message of a worker: {role, model, address}."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(connection.fileno())
+        pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        try:
+            hello = json.loads(connection.recv(_MAX_MESSAGE_BYTES))
+            if uid != os.getuid():
+                raise ValueError(f"uid {uid} is not the mesh's")
+            slot, bell = self._memory.take_slot()
+            worker = self._unit.attach(Role(hello["role"]), hello["model"], hello["address"], pid)
+            pidfd = os.pidfd_open(pid)
+        except (OSError, ValueError, KeyError, MeshError) as error:
+            _log.warning("process %d may not attach: %s", pid, error)
+            connection.close()
+            return
+        attached = _Attached(connection, pidfd, worker, slot)
+        self._attached[worker.name] = attached
+        reply = {"worker": worker.name, "slot": slot, "slab_bytes": self._unit.slab_bytes}
+        fds = [self._memory.pool_fd, self._memory.page_fd, self._memory.doorbell_fd, bell]
+        socket.send_fds(connection, [json.dumps(reply).encode()], fds)
+        loop.add_reader(connection.fileno(), self._message, attached)
+        loop.add_reader(pidfd, self._exited, attached)
+        _log.info("%s attached (pid %d)", worker.name, pid)
+
+    def _message(self, attached: _Attached) -> None:
+        try:
+            message = attached.connection.recv(_MAX_MESSAGE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            message = b""
+        if message:
+            attached.worker.ready = bool(json.loads(message).get("ready"))
+        else:  # it let go of the unit: it has to exit, and soon
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(attached.connection.fileno())
+            attached.worker.ready = False
+            attached.kill_timer = loop.call_later(_LINGER_S, self._kill, attached)
+        self._changed()
+
+    def _kill(self, attached: _Attached) -> None:
+        _log.warning("%s left the unit and lives on: killed", attached.worker.name)
+        signal.pidfd_send_signal(attached.pidfd, signal.SIGKILL)
+
+    def _exited(self, attached: _Attached) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(attached.pidfd)
+        loop.remove_reader(attached.connection.fileno())
+        if attached.kill_timer is not None:
+            attached.kill_timer.cancel()
+        os.close(attached.pidfd)
+        attached.connection.close()
+        del self._attached[attached.worker.name]
+        num_leases = self._unit.worker_exited(attached.worker.name)
+        self._memory.give_back_slot(attached.slot)
+        _log.info("%s exited; %d leases taken back", attached.worker.name, num_leases)
+        self._changed()

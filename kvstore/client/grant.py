@@ -1,0 +1,69 @@
+"""The grant as a worker takes it: words and bells of the unit's grant page."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from kvstore.client.attachment import Attachment
+from kvstore.grant import Word
+from muxmesh.clock import Clock
+from muxmesh.engine.step import Step, StepOutcome
+
+
+class SharedGrant:
+    """`muxmesh.engine.api.Grant` over shared memory, and the worker's counters beside it."""
+
+    def __init__(self, attachment: Attachment, clock: Clock) -> None:
+        self._page = attachment.page
+        self._slot = attachment.slot
+        self._doorbell_fd = attachment.doorbell_fd
+        self._bell_fd = attachment.bell_fd
+        self._clock = clock
+        self._held_since_s = 0.0
+        self._granted = asyncio.Event()
+        asyncio.get_running_loop().add_reader(self._bell_fd, self._on_bell)
+
+    async def acquire(self) -> None:
+        """See `Grant`."""
+        if not self._page.read(self._slot, Word.GRANTED):
+            self._granted.clear()
+            self._page.write(self._slot, Word.DEMAND, 1)
+            os.eventfd_write(self._doorbell_fd, 1)
+            while not self._page.read(self._slot, Word.GRANTED):
+                await self._granted.wait()
+                self._granted.clear()
+            self._page.write(self._slot, Word.DEMAND, 0)
+        self._held_since_s = self._clock.monotonic_s()
+
+    def release(self) -> None:
+        """See `Grant`."""
+        self._count_busy()
+        if self._page.wanted:
+            self._give_back()
+
+    def drop(self) -> None:
+        """See `Grant`."""
+        if self._page.read(self._slot, Word.GRANTED):
+            self._give_back()
+
+    def count_step(self, step: Step, outcome: StepOutcome) -> None:
+        """Adds a step to this worker's counters."""
+        self._page.add(self._slot, Word.NUM_STEPS, 1)
+        self._page.add(self._slot, Word.NUM_COMPUTED_TOKENS, step.num_tokens)
+        self._page.add(self._slot, Word.KV_BYTES_WRITTEN, outcome.kv_bytes_written)
+
+    def _give_back(self) -> None:
+        self._page.write(self._slot, Word.GRANTED, 0)
+        os.eventfd_write(self._doorbell_fd, 1)
+
+    def _count_busy(self) -> None:
+        held_s = self._clock.monotonic_s() - self._held_since_s
+        self._page.add(self._slot, Word.BUSY_NS, int(held_s * 1e9))
+
+    def _on_bell(self) -> None:
+        try:
+            os.eventfd_read(self._bell_fd)
+        except BlockingIOError:
+            return
+        self._granted.set()

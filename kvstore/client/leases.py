@@ -1,0 +1,111 @@
+"""Leases as a worker handles them: acquire, move, release, and never forget one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
+
+import grpc
+
+from muxmesh.errors import LeaseLost, MeshError
+from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
+from muxmesh.rpc import convert
+from muxmesh.rpc.status import from_rpc_error
+from muxmesh.types import Lease, LeaseRef
+
+_log = logging.getLogger(__name__)
+
+
+class LeaseClient:
+    """Calls of one worker to its unit. Errors are the mesh's own (LeaseLost, WorkerLost, Unavailable).
+
+    A caller may be cancelled at any moment; a lease that arrives for a cancelled caller is released in the
+    background. `close` waits for what is in the background.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, worker: str) -> None:
+        self._stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
+        self._worker = worker
+        self._background: set[asyncio.Task[Any]] = set()
+
+    async def acquire(self, ref: LeaseRef) -> Lease:
+        """The credit ``ref`` becomes this worker's lease. Raises LeaseLost."""
+        request = kvstore_pb2.AcquireLeaseRequest(lease=convert.ref_to_wire(ref), owner=self._worker)
+        call = self._spawn(_answer(self._stub.AcquireLease(request)))
+        try:
+            response = await asyncio.shield(call)
+        except asyncio.CancelledError:
+            call.add_done_callback(self._release_unwanted)
+            raise
+        return convert.lease_from_wire(response.lease)
+
+    async def move(
+        self, ref: LeaseRef, to: str, num_computed_tokens: int, sampled: tuple[int, ...], handoff: bytes
+    ) -> None:
+        """The hand-off to worker ``to``. Raises LeaseLost; WorkerLost if ``to`` is gone."""
+        request = kvstore_pb2.MoveLeaseRequest(
+            lease=convert.ref_to_wire(ref),
+            owner=self._worker,
+            to_worker=to,
+            num_computed_tokens=num_computed_tokens,
+            sampled_token_ids=sampled,
+            handoff=handoff,
+        )
+        await _answer(self._stub.MoveLease(request))
+
+    def release_after(self, quiesce: Callable[[], Awaitable[None]], ref: LeaseRef) -> None:
+        """In the background: waits until nothing touches the blocks any more, then releases the lease.
+
+        A lease that is not ours any more is fine.
+        """
+
+        async def release() -> None:
+            await quiesce()
+            try:
+                await self._release(ref)
+            except LeaseLost:
+                pass
+            except MeshError as error:  # the unit is going: it takes its leases with it
+                _log.warning("lease %d could not be released: %s", ref.lease_id, error)
+
+        self._spawn(release())
+
+    async def watch(self) -> AsyncIterator[Lease]:
+        """Leases that arrive at this worker, for as long as the unit lives."""
+        call = self._stub.WatchLeases(kvstore_pb2.WatchLeasesRequest(owner=self._worker))
+        try:
+            async for response in call:
+                yield convert.lease_from_wire(response.arrived)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def close(self) -> None:
+        """Waits for what is in the background."""
+        await asyncio.gather(*self._background, return_exceptions=True)
+
+    async def _release(self, ref: LeaseRef) -> None:
+        request = kvstore_pb2.ReleaseLeaseRequest(lease=convert.ref_to_wire(ref), owner=self._worker)
+        await _answer(self._stub.ReleaseLease(request))
+
+    def _release_unwanted(self, call: asyncio.Task[Any]) -> None:
+        if not call.cancelled() and call.exception() is None:
+            self.release_after(_at_once, convert.ref_from_wire(call.result().lease.ref))
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+
+async def _at_once() -> None:
+    """Nothing has touched the blocks yet."""
+
+
+async def _answer(call: Awaitable[Any]) -> Any:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error

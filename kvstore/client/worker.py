@@ -1,0 +1,99 @@
+"""The shell of a worker process: attach, build the engine, serve, until stopped or the unit is lost."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf.descriptor import ServiceDescriptor
+
+from kvstore.client.attachment import attach
+from kvstore.client.grant import SharedGrant
+from kvstore.client.leases import LeaseClient
+from muxmesh.clock import SystemClock
+from muxmesh.config.runtime import MeshRuntime, Role
+from muxmesh.engine.api import Engine
+from muxmesh.engine.build import build_engine, num_threads
+from muxmesh.engine.kv_view import KvView
+from muxmesh.lifecycle import die_with_parent, run_service
+from muxmesh.models.prepare import model_spec
+from muxmesh.registry import Registry
+from muxmesh.rpc.channels import internal_channel
+from muxmesh.rpc.server import MeshServer, Register
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """What a phase's service works with."""
+
+    engine: Engine
+    leases: LeaseClient
+
+
+Services = Mapping[ServiceDescriptor, Register]
+OpenServices = Callable[[WorkerParts], AbstractAsyncContextManager[Services]]
+"""Opens the phase's own services around a worker's parts."""
+
+
+def worker_main(role: Role, description: str, open_services: OpenServices) -> None:
+    """The body of a worker's ``__main__``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--runtime", type=Path, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    arguments = parser.parse_args()
+    die_with_parent(arguments.parent)
+    runtime = MeshRuntime.read(arguments.runtime)
+    _set_up_threads(runtime, arguments.model)
+    run_service(functools.partial(host_worker, runtime, role, arguments.model, open_services))
+
+
+async def host_worker(
+    runtime: MeshRuntime, role: Role, model: str, open_services: OpenServices, stop: asyncio.Event
+) -> None:
+    """Serves one phase of one model until ``stop`` is set. Returns early if the unit is lost."""
+    unit, config = runtime.model(model)
+    address = runtime.worker_address(role, model)
+    attachment = await attach(runtime.attach_path(unit.name), role, model, address)
+    attachment.on_unit_lost(lambda: (_log.warning("the unit is lost"), stop.set()))
+    prepared = runtime.prepared[model]
+    shape = model_spec(prepared.folder).kv_shape(config.block_size, config.dtype)
+    grant = SharedGrant(attachment, SystemClock())
+    view = KvView(attachment.pool, shape, attachment.slab_bytes)
+    engine = build_engine(config, prepared, view, grant, grant.count_step)
+    await engine.start()
+    async with internal_channel(runtime.kvstore_address(unit.name)) as channel:
+        leases = LeaseClient(channel, attachment.worker)
+        async with open_services(WorkerParts(engine, leases)) as services:
+            server = MeshServer(services)
+            await server.start([address])
+            await server.set_serving()
+            attachment.set_ready()
+            async with Registry(runtime.redis_url, SystemClock()).registered(f"{role.value}/{model}", address):
+                await stop.wait()
+            await server.stop(grace_s=0.5)
+        await engine.stop()
+        await leases.close()
+
+
+def _set_up_threads(runtime: MeshRuntime, model: str) -> None:
+    """What OpenMP and numba read once, when they are loaded. Waiting threads sleep: an idle worker never spins."""
+    _, config = runtime.model(model)
+    os.environ.update(
+        OMP_NUM_THREADS=str(num_threads(config)),
+        OMP_WAIT_POLICY="PASSIVE",
+        NUMBA_NUM_THREADS=str(num_threads(config)),
+        NUMBA_THREADING_LAYER="omp",
+        NUMBA_CACHE_DIR=str(runtime.cache_dir / "numba"),
+    )
+
+

@@ -1,0 +1,220 @@
+"""The gRPC edge of a unit: translates, calls the brain, sends what it decided."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from kvstore.admission import WaitingKey
+from kvstore.attach import AttachServer
+from kvstore.grant import Word
+from kvstore.memory import UnitMemory
+from kvstore.unit import CreditGiven, Unit, WorkerRecord
+from muxmesh.clock import Clock
+from muxmesh.config.schema import UnitConfig
+from muxmesh.errors import InvalidRequest, WorkerLost
+from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
+from muxmesh.rpc import convert
+from muxmesh.types import Lease, OrderKey
+from muxmesh.v1 import mesh_pb2
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
+    """Serves routers (admission) and workers (leases) of one unit."""
+
+    def __init__(self, config: UnitConfig, unit: Unit, memory: UnitMemory, clock: Clock) -> None:
+        self._config = config
+        self._unit = unit
+        self._memory = memory
+        self._clock = clock
+        self.attach: AttachServer | None = None
+        self._routers: dict[str, asyncio.Queue[kvstore_pb2.AdmitResponse]] = {}
+        self._watchers: dict[str, asyncio.Queue[Lease]] = {}
+        self._num_streams = 0
+        self._expiry: asyncio.TimerHandle | None = None
+
+    def changed(self) -> None:
+        """Room or demand changed: gives the credits that are possible now."""
+        for given in self._unit.give_credits(self._clock.monotonic_s()):
+            self._routers[given.router].put_nowait(_credit(given))
+        self._watch_expiry()
+
+    async def Admit(
+        self, request_iterator: AsyncIterator[kvstore_pb2.AdmitRequest], context: Context
+    ) -> AsyncIterator[kvstore_pb2.AdmitResponse]:
+        """See the proto. One stream of one router."""
+        self._num_streams += 1
+        hello = await anext(request_iterator)
+        router = f"{hello.hello.router}#{self._num_streams}"
+        queue = self._routers[router] = asyncio.Queue()
+        reader = asyncio.create_task(self._read_router(router, queue, request_iterator))
+        try:
+            while True:
+                response = asyncio.create_task(queue.get())
+                await asyncio.wait({response, reader}, return_when=asyncio.FIRST_COMPLETED)
+                if not response.done():
+                    response.cancel()
+                    return
+                yield response.result()
+        finally:
+            reader.cancel()
+            del self._routers[router]
+            self._unit.router_gone(router)
+            self.changed()
+
+    async def _read_router(
+        self,
+        router: str,
+        queue: asyncio.Queue[kvstore_pb2.AdmitResponse],
+        requests: AsyncIterator[kvstore_pb2.AdmitRequest],
+    ) -> None:
+        async for request in requests:
+            kind = request.WhichOneof("message")
+            if kind == "offer":
+                self._offer(router, queue, request.offer)
+            elif kind == "withdraw":
+                self._unit.admission.withdraw(router, request.withdraw)
+            elif kind == "return_credit":
+                self._return_credit(router, request.return_credit)
+            self.changed()
+
+    def _offer(
+        self, router: str, queue: asyncio.Queue[kvstore_pb2.AdmitResponse], key: kvstore_pb2.RequestKey
+    ) -> None:
+        order = OrderKey(key.priority, key.arrived_at_unix_s)
+        try:
+            self._unit.offer(WaitingKey(router, key.key_id, key.model, order, key.num_tokens))
+        except InvalidRequest as error:
+            refused = kvstore_pb2.KeyRefused(key_id=key.key_id, reason=str(error))
+            queue.put_nowait(kvstore_pb2.AdmitResponse(refused=refused))
+
+    def _return_credit(self, router: str, wire: Any) -> None:
+        ref = convert.ref_from_wire(wire)
+        if any(lease.ref == ref for lease in self._unit.leases.of_owner(router)):
+            self._unit.leases.release(ref, router)
+
+    async def AcquireLease(
+        self, request: kvstore_pb2.AcquireLeaseRequest, context: Context
+    ) -> kvstore_pb2.AcquireLeaseResponse:
+        """See the proto."""
+        lease = self._unit.acquire(convert.ref_from_wire(request.lease), request.owner)
+        return kvstore_pb2.AcquireLeaseResponse(lease=convert.lease_to_wire(lease))
+
+    async def MoveLease(self, request: kvstore_pb2.MoveLeaseRequest, context: Context) -> kvstore_pb2.MoveLeaseResponse:
+        """See the proto."""
+        lease = self._unit.move(
+            convert.ref_from_wire(request.lease),
+            request.owner,
+            request.to_worker,
+            request.num_computed_tokens,
+            tuple(request.sampled_token_ids),
+            request.handoff,
+        )
+        if request.to_worker in self._watchers:
+            self._watchers[request.to_worker].put_nowait(lease)
+        return kvstore_pb2.MoveLeaseResponse(lease=convert.ref_to_wire(lease.ref))
+
+    async def ReleaseLease(
+        self, request: kvstore_pb2.ReleaseLeaseRequest, context: Context
+    ) -> kvstore_pb2.ReleaseLeaseResponse:
+        """See the proto."""
+        self._unit.leases.release(convert.ref_from_wire(request.lease), request.owner)
+        self.changed()
+        return kvstore_pb2.ReleaseLeaseResponse()
+
+    async def WatchLeases(
+        self, request: kvstore_pb2.WatchLeasesRequest, context: Context
+    ) -> AsyncIterator[kvstore_pb2.WatchLeasesResponse]:
+        """See the proto. Begins with the leases that the worker has already."""
+        if request.owner not in self._unit.workers:
+            raise WorkerLost(f"worker {request.owner} is not attached")
+        queue = self._watchers[request.owner] = asyncio.Queue()
+        for lease in self._unit.leases.of_owner(request.owner):
+            queue.put_nowait(lease)
+        await context.send_initial_metadata(())
+        try:
+            while True:
+                yield kvstore_pb2.WatchLeasesResponse(arrived=convert.lease_to_wire(await queue.get()))
+        finally:
+            del self._watchers[request.owner]
+
+    async def GetUnitStatus(
+        self, request: kvstore_pb2.GetUnitStatusRequest, context: Context
+    ) -> kvstore_pb2.GetUnitStatusResponse:
+        """See the proto. Proves the pool's integrity on the way."""
+        self._unit.check_integrity()
+        unit, leases = self._unit, self._unit.leases
+        pool = mesh_pb2.PoolStatus(
+            pool_bytes=unit.pool.num_slabs * unit.slab_bytes,
+            slab_bytes=unit.slab_bytes,
+            num_slabs=unit.pool.num_slabs,
+            num_free_slabs=unit.pool.num_free_slabs,
+            leased_bytes=unit.leased_bytes(),
+            num_handoffs=leases.num_handoffs,
+        )
+        models = [
+            mesh_pb2.UnitModelStatus(
+                model=name,
+                num_leased_token_blocks=leases.num_blocks(name),
+                num_free_token_blocks=unit.pool.num_free_blocks(name),
+                num_leases=leases.count(name, credits=False),
+                num_credits=leases.count(name, credits=True),
+                num_keys_waiting=unit.admission.count(name),
+                max_num_seqs=share.max_num_seqs,
+            )
+            for name, share in unit.models.items()
+        ]
+        counts = leases.count_by_owner()
+        status = mesh_pb2.UnitStatus(
+            unit=self._config.name,
+            device=self._config.device,
+            connected=True,
+            pool=pool,
+            models=models,
+            workers=[self._worker_status(worker, counts[worker.name]) for worker in unit.workers.values()],
+        )
+        return kvstore_pb2.GetUnitStatusResponse(unit=status)
+
+    def _worker_status(self, worker: WorkerRecord, num_leases: int) -> mesh_pb2.WorkerStatus:
+        assert self.attach is not None
+        page, slot = self._memory.page, self.attach.slot_of(worker.name)
+        return mesh_pb2.WorkerStatus(
+            name=worker.name,
+            role=worker.role.value,
+            model=worker.model,
+            pid=worker.pid,
+            ready=worker.ready,
+            num_leases=num_leases,
+            num_steps=page.read(slot, Word.NUM_STEPS),
+            num_computed_tokens=page.read(slot, Word.NUM_COMPUTED_TOKENS),
+            kv_bytes_written=page.read(slot, Word.KV_BYTES_WRITTEN),
+            busy_s=page.read(slot, Word.BUSY_NS) / 1e9,
+        )
+
+    def _watch_expiry(self) -> None:
+        """One timer, only while credits are out: an idle unit wakes up for nothing."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        expires_at_s = self._unit.leases.next_expiry_s()
+        if expires_at_s is not None:
+            wait_s = max(0.0, expires_at_s - self._clock.monotonic_s())
+            self._expiry = asyncio.get_running_loop().call_later(wait_s, self.changed)
+
+
+def _credit(given: CreditGiven) -> kvstore_pb2.AdmitResponse:
+    def worker(record: WorkerRecord) -> kvstore_pb2.WorkerRef:
+        return kvstore_pb2.WorkerRef(name=record.name, address=record.address)
+
+    credit = kvstore_pb2.Credit(
+        key_id=given.key_id,
+        lease=convert.ref_to_wire(given.lease.ref),
+        prefill=worker(given.prefill),
+        decode=worker(given.decode),
+    )
+    return kvstore_pb2.AdmitResponse(credit=credit)

@@ -1,0 +1,97 @@
+"""Slabs lent on demand to models, each cut into one model's token blocks. Pure: it counts, it touches no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class _Holding:
+    """The slabs of one model. ``free_places`` holds every slab of it: slab → free places, perhaps none."""
+
+    blocks_per_slab: int
+    free_places: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def num_free(self) -> int:
+        return sum(len(places) for places in self.free_places.values())
+
+
+class SlabPool:
+    """Owns which token block belongs to whom.
+
+    Invariant: each slab is free or held by one model; a held slab has at least one block in use. The id of a
+    token block is ``slab * blocks_per_slab + place``, so ids mean something only together with their model.
+    """
+
+    def __init__(self, num_slabs: int, blocks_per_slab: Mapping[str, int]) -> None:
+        """``blocks_per_slab``: model → token blocks of it in one slab, at least 1 each."""
+        too_small = [model for model, blocks in blocks_per_slab.items() if blocks < 1]
+        if too_small or num_slabs < 1:
+            raise ValueError(f"a slab must hold a token block of every model; too small for: {too_small}")
+        self.num_slabs = num_slabs
+        self._free_slabs = list(range(num_slabs - 1, -1, -1))
+        self._holdings = {model: _Holding(blocks) for model, blocks in blocks_per_slab.items()}
+
+    @property
+    def num_free_slabs(self) -> int:
+        """Slabs that no model holds."""
+        return len(self._free_slabs)
+
+    def num_free_blocks(self, model: str) -> int:
+        """Token blocks that ``model`` could get now, free slabs included."""
+        holding = self._holdings[model]
+        return holding.num_free + self.num_free_slabs * holding.blocks_per_slab
+
+    def capacity_blocks(self, model: str) -> int:
+        """Token blocks that ``model`` could get in an empty pool."""
+        return self.num_slabs * self._holdings[model].blocks_per_slab
+
+    def allocate(self, model: str, num_blocks: int) -> tuple[int, ...] | None:
+        """Ids of ``num_blocks`` token blocks, or None if there is no room: all or nothing.
+
+        The fullest slabs are used first, so that the others drain and can go to another model.
+        """
+        if num_blocks > self.num_free_blocks(model):
+            return None
+        holding, ids = self._holdings[model], []
+        for slab in sorted(holding.free_places, key=lambda slab: len(holding.free_places[slab])):
+            places = holding.free_places[slab]
+            while places and len(ids) < num_blocks:
+                ids.append(slab * holding.blocks_per_slab + places.pop())
+        while len(ids) < num_blocks:
+            slab = self._free_slabs.pop()
+            places = holding.free_places[slab] = list(range(holding.blocks_per_slab - 1, -1, -1))
+            while places and len(ids) < num_blocks:
+                ids.append(slab * holding.blocks_per_slab + places.pop())
+        return tuple(ids)
+
+    def free(self, model: str, block_ids: Iterable[int]) -> None:
+        """Takes token blocks back. Raises ValueError for a block that is not in use."""
+        holding = self._holdings[model]
+        for block_id in block_ids:
+            slab, place = divmod(block_id, holding.blocks_per_slab)
+            places = holding.free_places.get(slab)
+            if places is None or place in places:
+                raise ValueError(f"token block {block_id} of {model} is not in use")
+            places.append(place)
+            if len(places) == holding.blocks_per_slab:
+                del holding.free_places[slab]
+                self._free_slabs.append(slab)
+
+    def check_integrity(self, in_use: Mapping[str, Iterable[int]]) -> None:
+        """Proves the invariant against the blocks that are known to be in use; raises AssertionError."""
+        seen = list(self._free_slabs)
+        for model, holding in self._holdings.items():
+            seen += holding.free_places
+            used = set()
+            for slab, places in holding.free_places.items():
+                assert len(places) < holding.blocks_per_slab, f"slab {slab} of {model} is empty but held"
+                assert len(set(places)) == len(places), f"slab {slab} of {model} has a place twice"
+                first = slab * holding.blocks_per_slab
+                used |= {first + place for place in range(holding.blocks_per_slab)} - {first + p for p in places}
+            known = list(in_use.get(model, ()))
+            assert len(set(known)) == len(known), f"a token block of {model} is in use twice"
+            assert used == set(known), f"{model}: in use {sorted(used)}, known {sorted(known)}"
+        assert sorted(seen) == list(range(self.num_slabs)), "a slab is lost or held twice"

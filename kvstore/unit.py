@@ -1,0 +1,155 @@
+"""The brain of a unit: pool, leases, admission and the workers that are attached. Pure; time is an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvstore.admission import Admission, WaitingKey
+from kvstore.leases import LeaseTable
+from kvstore.slab_pool import SlabPool
+from muxmesh.config.runtime import Role
+from muxmesh.errors import InvalidRequest, WorkerLost
+from muxmesh.models.spec import KvShape
+from muxmesh.types import Lease, LeaseRef, blocks_for
+
+CREDIT_TTL_S = 30.0
+"""A credit that no worker acquired for so long is taken back."""
+
+
+@dataclass(slots=True)
+class WorkerRecord:
+    """An attached worker. ``name`` carries its incarnation, so a restarted worker is another one."""
+
+    name: str
+    role: Role
+    model: str
+    address: str
+    pid: int
+    ready: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShare:
+    """What a unit needs to know of one model."""
+
+    shape: KvShape
+    max_num_seqs: int
+
+
+@dataclass(frozen=True, slots=True)
+class CreditGiven:
+    """A credit for a router, with the workers that are to serve it."""
+
+    router: str
+    key_id: int
+    lease: Lease
+    prefill: WorkerRecord
+    decode: WorkerRecord
+
+
+class Unit:
+    """Owns the unit's state. Whoever changes it calls `give_credits` afterwards and sends what that returns."""
+
+    def __init__(self, pool_bytes: int, slab_bytes: int, models: Mapping[str, ModelShare]) -> None:
+        """Raises ValueError if a slab does not hold one token block of each model."""
+        blocks = {name: slab_bytes // share.shape.token_block_bytes for name, share in models.items()}
+        self.models = models
+        self.slab_bytes = slab_bytes
+        self.pool = SlabPool(pool_bytes // slab_bytes, blocks)
+        self.leases = LeaseTable(self.pool)
+        self.admission = Admission()
+        self.workers: dict[str, WorkerRecord] = {}
+        self._incarnations = 0
+
+    def attach(self, role: Role, model: str, address: str, pid: int) -> WorkerRecord:
+        """A worker process came. Raises InvalidRequest for a model that is not of this unit."""
+        if model not in self.models:
+            raise InvalidRequest("model", f"{model!r} is not of this unit; it has: {', '.join(sorted(self.models))}")
+        self._incarnations += 1
+        worker = WorkerRecord(f"{role.value}-{model}#{self._incarnations}", role, model, address, pid)
+        self.workers[worker.name] = worker
+        return worker
+
+    def worker_exited(self, name: str) -> int:
+        """A worker's process is certainly gone: its leases end. Returns how many."""
+        self.workers.pop(name, None)
+        return self.leases.drop_owner(name)
+
+    def router_gone(self, router: str) -> None:
+        """A router's stream broke: its keys and unused credits end. Workers end their own leases."""
+        self.admission.drop_router(router)
+        self.leases.drop_owner(router)
+
+    def offer(self, key: WaitingKey) -> None:
+        """A router shows a key. Raises InvalidRequest if this unit can never serve it."""
+        if key.model not in self.models:
+            raise InvalidRequest("model", f"{key.model!r} is not of this unit")
+        needed, capacity = self._blocks(key), self.pool.capacity_blocks(key.model)
+        if needed > capacity:
+            block_size = self.models[key.model].shape.block_size
+            raise InvalidRequest(
+                "stopping.max_new_tokens",
+                f"prompt and longest answer are {key.num_tokens} tokens; the KV pool holds {capacity * block_size}",
+            )
+        self.admission.offer(key)
+
+    def give_credits(self, now_s: float) -> list[CreditGiven]:
+        """Drops expired credits, then gives credits while there is room."""
+        self.leases.drop_expired(now_s)
+        given: list[CreditGiven] = []
+        taken = {model: self._num_taken(model) for model in self.models}
+
+        def has_slot(model: str) -> bool:
+            ready = all(self.ready_worker(role, model) for role in Role)
+            return ready and taken[model] < self.models[model].max_num_seqs
+
+        def try_credit(key: WaitingKey) -> bool:
+            lease = self.leases.grant_credit(key.model, self._blocks(key), key.router, now_s + CREDIT_TTL_S)
+            if lease is None:
+                return False
+            taken[key.model] += 1
+            prefill, decode = (self.ready_worker(role, key.model) for role in (Role.PREFILL, Role.DECODE))
+            assert prefill and decode
+            given.append(CreditGiven(key.router, key.key_id, lease, prefill, decode))
+            return True
+
+        self.admission.admit(has_slot, try_credit)
+        return given
+
+    def acquire(self, ref: LeaseRef, worker: str) -> Lease:
+        """The prefill worker takes the credit. Raises LeaseLost, WorkerLost."""
+        self._attached(worker)
+        return self.leases.acquire(ref, worker)
+
+    def move(
+        self, ref: LeaseRef, owner: str, to: str, num_computed_tokens: int, sampled: tuple[int, ...], handoff: bytes
+    ) -> Lease:
+        """The hand-off. Raises LeaseLost; WorkerLost if ``to`` is gone, and then ``owner`` still has the lease."""
+        self._attached(to)
+        return self.leases.move(ref, owner, to, num_computed_tokens, sampled, handoff)
+
+    def ready_worker(self, role: Role, model: str) -> WorkerRecord | None:
+        """The youngest worker of a role that serves ``model`` now."""
+        ready = [w for w in self.workers.values() if w.role is role and w.model == model and w.ready]
+        return ready[-1] if ready else None
+
+    def leased_bytes(self) -> int:
+        """Bytes of the token blocks in use."""
+        return sum(self.leases.num_blocks(name) * share.shape.token_block_bytes for name, share in self.models.items())
+
+    def check_integrity(self) -> None:
+        """Proves that every token block is in one place; raises AssertionError."""
+        self.leases.check_integrity()
+
+    def _num_taken(self, model: str) -> int:
+        return self.leases.count(model, credits=True) + self.leases.count(model, credits=False)
+
+    def _blocks(self, key: WaitingKey) -> int:
+        return blocks_for(key.num_tokens, self.models[key.model].shape.block_size)
+
+    def _attached(self, worker: str) -> None:
+        if worker not in self.workers:
+            raise WorkerLost(f"worker {worker} is not attached")
+
+

@@ -1,0 +1,68 @@
+"""Reads mesh.yaml whole and reports every error with its field and line before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from muxmesh.config.schema import MeshConfig
+from muxmesh.errors import ConfigError
+
+Location = tuple[str | int, ...]
+
+
+def load_mesh_config(path: Path) -> MeshConfig:
+    """The configuration in ``path``; raises ConfigError with one line for each thing that is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    return parse_mesh_config(text, str(path))
+
+
+def parse_mesh_config(text: str, origin: str) -> MeshConfig:
+    """Like `load_mesh_config`, from text; ``origin`` stands before each error."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        raise ConfigError(f"{origin}:{line}: not YAML: {error.problem}") from error
+    lines: dict[Location, int] = {}
+    problems = list(_walk(root, (), lines)) if root is not None else []
+    if data is not None and not isinstance(data, dict):
+        raise ConfigError(f"{origin}:1: must be a mapping with fields like `listen` and `units`")
+    try:
+        config = MeshConfig.model_validate(data or {})
+    except ValidationError as error:
+        problems += [(tuple(item["loc"]), item["msg"]) for item in error.errors()]
+    if problems:
+        raise ConfigError("\n".join(_describe(origin, location, problem, lines) for location, problem in problems))
+    return config
+
+
+def _walk(node: yaml.Node, location: Location, lines: dict[Location, int]) -> Iterator[tuple[Location, str]]:
+    """Notes the line of every field; yields keys that stand twice in one mapping."""
+    lines.setdefault(location, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            inner = (*location, key_node.value)
+            if inner in lines:
+                yield inner, f"stands twice, first in line {lines[inner]}"
+            lines[inner] = key_node.start_mark.line + 1
+            yield from _walk(value_node, inner, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _walk(item, (*location, index), lines)
+
+
+def _describe(origin: str, location: Location, problem: str, lines: dict[Location, int]) -> str:
+    known = location
+    while known and known not in lines:
+        known = known[:-1]
+    problem = problem.removeprefix("Value error, ")
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    return f"{origin}:{lines.get(known, 1)}: {field + ': ' if field else ''}{problem}"

@@ -1,0 +1,127 @@
+"""The mesh as an operator describes it. Frozen, read once; each default stands here and nowhere else.
+
+Knows nothing of files, processes or models on disk.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, StringConstraints, model_validator
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_LISTEN = "127.0.0.1:50051"
+MIB = 1024 * 1024
+
+
+class Section(BaseModel):
+    """Base of every part of the configuration: unknown fields are errors, values are not converted silently."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SimProfile(Section):
+    """Step times of the sim engine: ``base_s + per_token_s * tokens in the step``."""
+
+    base_s: float = Field(default=0.0, ge=0)
+    """Seconds of an empty step."""
+    per_token_s: float = Field(default=0.0, ge=0)
+    """Seconds for each token computed in the step."""
+    output_tokens: int = Field(default=0, ge=0)
+    """Answers end by themselves after so many tokens; 0: only at max_new_tokens."""
+
+
+class ModelConfig(Section):
+    """One model, served by one prefill and one decode worker of its unit."""
+
+    name: Name
+    """What clients write into GenerateRequest.model."""
+    source: str | None = None
+    """A catalog name (`muxmesh model list`) or a folder in Hugging Face style. Unset: the catalog name `name`."""
+    engine: Literal["torch", "sim"] = "torch"
+    """`torch` computes; `sim` gives deterministic tokens at the speed of `sim`, for tests and load."""
+    dtype: Literal["float32"] = "float32"
+    """Of weights, activations and KV."""
+    block_size: Literal[8, 16, 32] = 16
+    """Tokens in a KV block."""
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Prompt and answer together, in tokens. Unset: the model's own context length."""
+    default_max_new_tokens: int = Field(default=512, ge=1)
+    """Longest answer, in tokens, for a request that does not say; it is cut to what the context still holds.
+    KV for prompt and longest answer is reserved before a request starts."""
+    max_num_seqs: int = Field(default=16, ge=1, le=1024)
+    """Requests in prefill and decode at the same time."""
+    prefill_token_budget: int = Field(default=256, ge=1)
+    """Prompt tokens computed in one step: a longer prompt is computed in chunks."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of each worker. Unset: every core that the process may use; only one worker of a unit computes
+    at a time."""
+    sim: SimProfile = SimProfile()
+    """For `engine: sim`."""
+
+    @model_validator(mode="after")
+    def _sim_profile_needs_sim(self) -> Self:
+        if self.engine != "sim" and "sim" in self.model_fields_set:
+            raise ValueError("sim: has no effect with engine `torch`; write `engine: sim` or remove it")
+        return self
+
+
+class UnitConfig(Section):
+    """The models placed on one device, sharing its memory."""
+
+    name: Name = "unit0"
+    """Unique in the mesh."""
+    device: Literal["cpu"] = "cpu"
+    """Where the unit computes."""
+    kv_pool: ByteSize = Field(default=ByteSize(1024 * MIB), ge=MIB)
+    """Memory for the KV cache of all models, like `2GiB`."""
+    slab: ByteSize = Field(default=ByteSize(16 * MIB), ge=4096)
+    """The piece of the pool that is lent to one model at a time."""
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    """At least one."""
+
+    @model_validator(mode="after")
+    def _pool_holds_slabs(self) -> Self:
+        if self.slab > self.kv_pool:
+            raise ValueError(f"slab: {self.slab} bytes do not fit into kv_pool ({self.kv_pool} bytes)")
+        return self
+
+
+class RouterConfig(Section):
+    """Limits at the door."""
+
+    max_waiting_requests: int = Field(default=4096, ge=1)
+    """More waiting requests than this are refused with RESOURCE_EXHAUSTED."""
+    max_prompt_bytes: ByteSize = Field(default=ByteSize(1 * MIB), ge=1)
+    """Longest prompt text, before tokenizing."""
+    max_restarts: int = Field(default=5, ge=0)
+    """How often one request is computed again after its worker was lost without giving a token."""
+
+
+class MeshConfig(Section):
+    """A whole mesh: `mesh.yaml`."""
+
+    listen: str = Field(default=DEFAULT_LISTEN, pattern=r"^.+:\d{1,5}$")
+    """HOST:PORT of the public API."""
+    redis_url: str | None = Field(default=None, pattern=r"^(redis|rediss|unix)://")
+    """A Redis of your own. Unset: the mesh starts one on a private socket."""
+    router: RouterConfig = RouterConfig()
+    """Limits at the door."""
+    units: tuple[UnitConfig, ...] = (UnitConfig(models=(ModelConfig(name=DEFAULT_MODEL),)),)
+    """One for each device."""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        units = [unit.name for unit in self.units]
+        models = [model.name for unit in self.units for model in unit.models]
+        for what, names in (("unit", units), ("model", models)):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{what} names must be unique in the mesh; twice: {', '.join(twice)}")
+        return self
+
+    def models(self) -> dict[str, tuple[UnitConfig, ModelConfig]]:
+        """Model name → its unit and itself."""
+        return {model.name: (unit, model) for unit in self.units for model in unit.models}

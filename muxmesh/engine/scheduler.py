@@ -1,0 +1,181 @@
+"""Which jobs run in the next step. Pure: no clock, no I/O, no tensor.
+
+There is no prefill phase and no decode phase here, only jobs with tokens that are not computed yet
+(`num_computed_tokens`, as in vLLM's scheduler): a prompt is a long run of them, a decode step is one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from muxmesh.engine.api import EngineJob, Event, Failed, Finished, Preempted, PrefillDone, Tokens, Until
+from muxmesh.engine.step import Chunk, Draw, Step, StepOutcome
+from muxmesh.types import OrderKey, blocks_for
+
+
+@dataclass(slots=True)
+class _Running:
+    """A job and how far it is. Invariant: num_computed_tokens < len(token_ids) while it is known here."""
+
+    job: EngineJob
+    order: OrderKey
+    token_ids: list[int]
+    num_computed_tokens: int
+    paused: bool = False
+    pause_wished: bool = False
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.job.request.prompt_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """Owns the jobs of one engine. ``next_step()`` → run → ``apply()``; events wait in ``drain()``.
+
+    Jobs that need one token go first, all of them up to ``max_num_seqs``; what is left of ``token_budget`` is
+    filled with chunks of longer runs. Both in the order of `OrderKey`. At most one step is in flight.
+    """
+
+    max_num_seqs: int
+    token_budget: int
+    block_size: int
+    num_steps: int = 0
+    num_computed_tokens: int = 0
+    _jobs: dict[int, _Running] = field(default_factory=dict)
+    _in_flight: Step | None = None
+    _events: list[tuple[int, Event]] = field(default_factory=list)
+
+    def add(self, job: EngineJob) -> None:
+        """Takes a job. Raises ValueError if its id is known already or its blocks do not hold its tokens."""
+        if job.job_id in self._jobs:
+            raise ValueError(f"job {job.job_id} is known already")
+        request = job.request
+        tokens = [*request.prompt_token_ids, *request.resume_token_ids, *job.sampled_token_ids]
+        if not 0 <= job.num_computed_tokens < len(tokens):
+            raise ValueError(f"job {job.job_id}: {job.num_computed_tokens} of {len(tokens)} tokens are computed")
+        needed = blocks_for(len(request.prompt_token_ids) + request.stopping.max_new_tokens, self.block_size)
+        if job.block_ids and len(job.block_ids) < needed:
+            raise ValueError(f"job {job.job_id}: {len(job.block_ids)} token blocks, needs {needed}")
+        self._jobs[job.job_id] = _Running(job, request.order, tokens, job.num_computed_tokens)
+
+    def cancel(self, job_id: int) -> bool:
+        """Forgets the job; True if the step in flight still touches its KV."""
+        self._jobs.pop(job_id, None)
+        return self._is_in_flight(job_id)
+
+    def preempt(self, job_id: int) -> None:
+        """Pauses the job, after the step in flight if it is in it. Keeps its KV."""
+        running = self._jobs.get(job_id)
+        if running is None or running.paused:
+            return
+        if self._is_in_flight(job_id):
+            running.pause_wished = True
+        else:
+            self._pause(running)
+
+    def resume(self, job_id: int) -> None:
+        """Lets a paused job go on."""
+        if running := self._jobs.get(job_id):
+            running.paused = running.pause_wished = False
+
+    def reprioritise(self, job_id: int, order: OrderKey) -> None:
+        """Gives the job another place in the order, from the next step on."""
+        if running := self._jobs.get(job_id):
+            running.order = order
+
+    def has_work(self) -> bool:
+        """True if `next_step` would give a step."""
+        return any(not running.paused for running in self._jobs.values())
+
+    @property
+    def num_jobs(self) -> int:
+        """Jobs known, paused ones too."""
+        return len(self._jobs)
+
+    def next_step(self) -> Step | None:
+        """The next step, or None if there is nothing to compute."""
+        assert self._in_flight is None, "the step in flight is applied first"
+        ready = sorted(
+            (running for running in self._jobs.values() if not running.paused),
+            key=lambda running: (running.num_uncomputed_tokens > 1, running.order),
+        )
+        chunks, budget = [], self.token_budget
+        for running in ready[: self.max_num_seqs]:
+            count = min(running.num_uncomputed_tokens, budget)
+            if count == 0:
+                break
+            chunks.append(self._chunk(running, count))
+            budget -= count
+        self._in_flight = Step(tuple(chunks)) if chunks else None
+        return self._in_flight
+
+    def apply(self, outcome: StepOutcome) -> None:
+        """Takes in what the step in flight gave."""
+        step, self._in_flight = self._in_flight, None
+        assert step is not None, "a step is in flight"
+        self.num_steps += 1
+        self.num_computed_tokens += step.num_tokens
+        for chunk in step.chunks:
+            running = self._jobs.get(chunk.job_id)
+            if running is None:  # cancelled meanwhile
+                continue
+            running.num_computed_tokens += len(chunk.token_ids)
+            if chunk.draw is not None:
+                self._take_token(running, outcome.drawn[chunk.job_id])
+            if running.pause_wished and chunk.job_id in self._jobs:
+                self._pause(running)
+
+    def fail(self, reason: str) -> None:
+        """The step in flight raised: its jobs are lost."""
+        step, self._in_flight = self._in_flight, None
+        assert step is not None, "a step is in flight"
+        for chunk in step.chunks:
+            if self._jobs.pop(chunk.job_id, None):
+                self._events.append((chunk.job_id, Failed(reason)))
+
+    def fail_all(self, reason: str) -> None:
+        """The engine ends: every job is lost."""
+        self._in_flight = None
+        self._events += [(job_id, Failed(reason)) for job_id in self._jobs]
+        self._jobs.clear()
+
+    def drain(self) -> list[tuple[int, Event]]:
+        """Events since the last call, oldest first, with their job ids."""
+        events, self._events = self._events, []
+        return events
+
+    def _is_in_flight(self, job_id: int) -> bool:
+        return self._in_flight is not None and any(chunk.job_id == job_id for chunk in self._in_flight.chunks)
+
+    def _pause(self, running: _Running) -> None:
+        running.paused, running.pause_wished = True, False
+        self._events.append((running.job.job_id, Preempted(kv_kept=True)))
+
+    @staticmethod
+    def _chunk(running: _Running, count: int) -> Chunk:
+        start, job = running.num_computed_tokens, running.job
+        draw = None
+        if count == running.num_uncomputed_tokens:
+            index = running.num_output_tokens
+            draw = Draw(job.request.sampling, index, job.request.stopping.banned_at(index))
+        tokens = tuple(running.token_ids[start : start + count])
+        return Chunk(job.job_id, start, tokens, job.block_ids, draw)
+
+    def _take_token(self, running: _Running, token_id: int) -> None:
+        job = running.job
+        self._events.append((job.job_id, Tokens(running.num_output_tokens, (token_id,))))
+        running.token_ids.append(token_id)
+        finish = job.request.stopping.finish_after(token_id, running.num_output_tokens)
+        if finish is not None:
+            self._end(job, Finished(finish))
+        elif job.until is Until.FIRST_TOKEN:
+            self._end(job, PrefillDone(running.num_computed_tokens))
+
+    def _end(self, job: EngineJob, event: Event) -> None:
+        del self._jobs[job.job_id]
+        self._events.append((job.job_id, event))

@@ -1,0 +1,54 @@
+"""The sim runner: deterministic tokens at the speed of a profile. Touches no KV and needs no weights."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+
+from muxmesh.config.schema import SimProfile
+from muxmesh.engine.step import Chunk, Step, StepOutcome
+
+
+def step_time_s(profile: SimProfile, step: Step) -> float:
+    """How long the step takes by the profile, in seconds. Used by the runner and by virtual time alike."""
+    return profile.base_s + profile.per_token_s * step.num_tokens
+
+
+class SimRunner:
+    """A `Runner`: each token is a hash of the one before it, its place and the seed, so that a resumed job goes on alike."""
+
+    def __init__(
+        self,
+        profile: SimProfile,
+        token_ids: Sequence[int],
+        eos_token_id: int,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._profile = profile
+        self._token_ids = token_ids
+        self._eos_token_id = eos_token_id
+        self._sleep = sleep
+
+    def load(self) -> None:
+        """See `Runner`."""
+
+    def run(self, step: Step) -> StepOutcome:
+        """See `Runner`."""
+        duration_s = step_time_s(self._profile, step)
+        if duration_s > 0:
+            self._sleep(duration_s)
+        return StepOutcome({chunk.job_id: self._draw(chunk) for chunk in step.chunks if chunk.draw})
+
+    def _draw(self, chunk: Chunk) -> int:
+        assert chunk.draw is not None
+        index, sampling = chunk.draw.output_index, chunk.draw.sampling
+        ends = 0 < self._profile.output_tokens <= index + 1
+        if ends and self._eos_token_id not in chunk.draw.banned:
+            return self._eos_token_id
+        seed = 0 if sampling.greedy else sampling.seed
+        digest = zlib.crc32(f"{chunk.token_ids[-1]}:{index}:{seed}".encode())
+        allowed = self._token_ids
+        if chunk.draw.banned:
+            allowed = [token for token in self._token_ids if token not in chunk.draw.banned]
+        return allowed[digest % len(allowed)]

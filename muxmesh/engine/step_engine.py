@@ -1,0 +1,146 @@
+"""The engine of our own: the pure scheduler, a runner in a thread, and the loop between them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from muxmesh.engine.api import (
+    EngineInfo,
+    EngineJob,
+    EngineStats,
+    Event,
+    Failed,
+    Finished,
+    Grant,
+    PrefillDone,
+)
+from muxmesh.engine.scheduler import Scheduler
+from muxmesh.engine.step import Runner, Step, StepOutcome
+from muxmesh.types import OrderKey
+
+_log = logging.getLogger(__name__)
+
+StepObserver = Callable[[Step, StepOutcome], None]
+
+
+class StepEngine:
+    """An `Engine` of scheduler and runner. All methods are called on one event loop; the runner has one thread."""
+
+    info = EngineInfo(kv_residence="pool", resumes_exactly=True)
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        grant: Grant,
+        observe: StepObserver = lambda step, outcome: None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._grant = grant
+        self._observe = observe
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._queues: dict[int, asyncio.Queue[Event]] = {}
+        self._wake = asyncio.Event()
+        self._step_done = asyncio.Event()
+        self._loop_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """See `Engine`."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.load)
+        self._loop_task = asyncio.create_task(self._loop(), name="engine loop")
+
+    async def stop(self) -> None:
+        """See `Engine`. Waits for the step in flight."""
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+            await asyncio.gather(self._loop_task, return_exceptions=True)
+        self._thread.shutdown(wait=True)
+        self._scheduler.fail_all("the engine was stopped")
+        self._deliver()
+        self._finish_step()
+
+    def submit(self, job: EngineJob) -> AsyncIterator[Event]:
+        """See `Engine`. Raises ValueError for a job that contradicts itself."""
+        self._scheduler.add(job)
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._queues[job.job_id] = queue
+        self._wake.set()
+        return self._events(queue)
+
+    async def cancel(self, job_id: int) -> None:
+        """See `Engine`."""
+        self._queues.pop(job_id, None)
+        if self._scheduler.cancel(job_id):
+            await self._step_done.wait()
+
+    def preempt(self, job_id: int) -> None:
+        """See `Engine`."""
+        self._scheduler.preempt(job_id)
+        self._deliver()
+
+    def resume(self, job_id: int) -> None:
+        """See `Engine`."""
+        self._scheduler.resume(job_id)
+        self._wake.set()
+
+    def reprioritise(self, job_id: int, order: OrderKey) -> None:
+        """See `Engine`."""
+        self._scheduler.reprioritise(job_id, order)
+
+    def stats(self) -> EngineStats:
+        """See `Engine`."""
+        scheduler = self._scheduler
+        return EngineStats(scheduler.num_steps, scheduler.num_computed_tokens, scheduler.num_jobs)
+
+    @staticmethod
+    async def _events(queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
+        while True:
+            event = await queue.get()
+            yield event
+            if isinstance(event, PrefillDone | Finished | Failed):
+                return
+
+    async def _loop(self) -> None:
+        while True:
+            if not self._scheduler.has_work():
+                self._grant.drop()
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            await self._grant.acquire()
+            await self._one_step()
+            self._grant.release()
+
+    async def _one_step(self) -> None:
+        step = self._scheduler.next_step()
+        if step is None:  # everything was cancelled while the grant was waited for
+            return
+        self._step_done.clear()
+        try:
+            outcome = await asyncio.shield(
+                asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, step)
+            )
+        except Exception as error:  # the engine loop: whatever a runner raises costs the step, not the process
+            _log.exception("a step with %d jobs failed", len(step.chunks))
+            self._scheduler.fail(f"{type(error).__name__}: {error}")
+        else:
+            self._scheduler.apply(outcome)
+            self._observe(step, outcome)
+        self._finish_step()
+        self._deliver()
+
+    def _finish_step(self) -> None:
+        self._step_done.set()
+
+    def _deliver(self) -> None:
+        for job_id, event in self._scheduler.drain():
+            queue = self._queues.get(job_id)
+            if queue is None:
+                continue
+            queue.put_nowait(event)
+            if isinstance(event, PrefillDone | Finished | Failed):
+                del self._queues[job_id]

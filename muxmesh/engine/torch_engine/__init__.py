@@ -1,0 +1,1 @@
+"""The torch engine: Llama-family models, computed exactly, with KV read in place from the pool."""

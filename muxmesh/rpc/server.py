@@ -1,0 +1,149 @@
+"""A gRPC server as every service of the mesh has it: health, reflection, error table, keepalive."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from muxmesh.errors import InternalError, MeshError
+from muxmesh.rpc.status import to_status
+from muxmesh.rpc.wire import parse
+
+_log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.so_reuseport", 0),
+)
+
+Register = Callable[[grpc.aio.Server], None]
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class MeshServer:
+    """A server with its health. Starts as NOT_SERVING; `set_serving` says when it is ready."""
+
+    def __init__(self, services: Mapping[ServiceDescriptor, Register]) -> None:
+        """``services``: descriptor → what adds the servicer to a server."""
+        self._server = grpc.aio.server(options=_OPTIONS, interceptors=[_Boundary(services)])
+        self._names = ["", *(descriptor.full_name for descriptor in services)]
+        self._health = health.aio.HealthServicer()
+        for register in services.values():
+            register(self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection([*self._names[1:], health_name, reflection.SERVICE_NAME], self._server)
+
+    async def start(self, addresses: Iterable[str]) -> None:
+        """Listens on every address (HOST:PORT or unix:PATH). Raises MeshError if one is taken."""
+        for address in addresses:
+            try:
+                bound = self._server.add_insecure_port(address)
+            except RuntimeError as error:
+                raise InternalError(f"cannot listen on {address}: {error}") from error
+            if bound == 0:
+                raise InternalError(f"cannot listen on {address}")
+        await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.start()
+
+    async def set_serving(self, serving: bool = True) -> None:
+        """Tells everyone who asks for health."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._set(status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no new call, waits up to ``grace_s`` for those that run, then cancels them."""
+        await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.stop(grace_s)
+
+    async def _set(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+        for name in self._names:
+            await self._health.set(name, status)
+
+
+class _Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc] # untyped base
+    """Parses requests of our own services and turns errors into status. The only `except Exception` of the RPC side."""
+
+    def __init__(self, services: Iterable[ServiceDescriptor]) -> None:
+        self._inputs: dict[str, type[Message]] = {
+            f"/{service.full_name}/{method.name}": GetMessageClass(method.input_type)
+            for service in services
+            for method in service.methods
+        }
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(details)
+        kind = self._inputs.get(details.method)
+        if handler is None or kind is None:
+            return handler
+        serializer = handler.response_serializer
+        if handler.unary_unary:
+            return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, kind), None, serializer)
+        if handler.unary_stream:
+            return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, kind), None, serializer)
+        if handler.stream_stream:
+            return grpc.stream_stream_rpc_method_handler(_bidi(handler.stream_stream, kind), None, serializer)
+        raise NotImplementedError("the mesh has no client-streaming call")
+
+
+def _unary(inner: Callable[[Any, Context], Awaitable[Message]], kind: type[Message]) -> Any:
+    async def call(raw: bytes, context: Context) -> Message:
+        try:
+            return await inner(parse(kind, raw), context)
+        except Exception as error:
+            await _abort(context, error)
+
+    return call
+
+
+def _stream(inner: Callable[[Any, Context], AsyncGenerator[Message]], kind: type[Message]) -> Any:
+    async def call(raw: bytes, context: Context) -> AsyncIterator[Message]:
+        try:
+            async with aclosing(inner(parse(kind, raw), context)) as responses:
+                async for response in responses:
+                    yield response
+        except Exception as error:
+            await _abort(context, error)
+
+    return call
+
+
+def _bidi(inner: Callable[[AsyncIterator[Any], Context], AsyncGenerator[Message]], kind: type[Message]) -> Any:
+    async def parsed(raws: AsyncIterator[bytes]) -> AsyncIterator[Message]:
+        async for raw in raws:
+            yield parse(kind, raw)
+
+    async def call(raws: AsyncIterator[bytes], context: Context) -> AsyncIterator[Message]:
+        try:
+            async with aclosing(inner(parsed(raws), context)) as responses:
+                async for response in responses:
+                    yield response
+        except Exception as error:
+            await _abort(context, error)
+
+    return call
+
+
+async def _abort(context: Context, error: Exception) -> Any:
+    if not isinstance(error, MeshError):
+        _log.exception("a call failed", exc_info=error)
+        error = InternalError(f"{type(error).__name__}: {error}")
+    status = to_status(error)
+    await context.abort(status.code, status.details, status.trailing_metadata)

@@ -1,0 +1,128 @@
+"""Values that cross boundaries inside the mesh. Knows no wire format, no engine and no I/O."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class FinishReason(enum.Enum):
+    """Why an engine ended a job."""
+
+    LENGTH = "length"
+    STOP_TOKEN = "stop_token"  # noqa: S105 - not a secret
+    EOS = "eos"
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of a job. ``token_id`` is the token that ended it, None for LENGTH."""
+
+    reason: FinishReason
+    token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. ``temperature`` 0 is greedy, ``top_k`` 0 and ``top_p`` 1 are off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        """True if the likeliest token is taken and no number is drawn."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """When an answer ends, in tokens. Stop strings are the router's business."""
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()
+
+    def finish_after(self, token_id: int, num_output_tokens: int) -> Finish | None:
+        """The end that ``token_id`` brings as the ``num_output_tokens``-th output token, or None."""
+        if num_output_tokens >= self.min_new_tokens:
+            if token_id in self.eos_token_ids:
+                return Finish(FinishReason.EOS, token_id)
+            if token_id in self.stop_token_ids:
+                return Finish(FinishReason.STOP_TOKEN, token_id)
+        if num_output_tokens >= self.max_new_tokens:
+            return Finish(FinishReason.LENGTH)
+        return None
+
+    def banned_at(self, output_index: int) -> frozenset[int]:
+        """Token ids that may not be drawn at this place of the answer, so that ``min_new_tokens`` holds."""
+        if output_index + 1 >= self.min_new_tokens:
+            return frozenset()
+        return self.eos_token_ids | self.stop_token_ids
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class OrderKey:
+    """Order between requests: lower is sooner, in every part of the mesh."""
+
+    priority: int
+    arrived_at_s: float
+    tie: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LengthPrediction:
+    """A guess of the output length, in tokens."""
+
+    p50_tokens: float
+    p90_tokens: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """A request as the workers know it: tokens, no text.
+
+    ``resume_token_ids`` are output tokens that the client already has. They are computed again after a
+    worker was lost, and never sampled again.
+    """
+
+    request_id: str
+    model: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling
+    stopping: Stopping
+    order: OrderKey
+    resume_token_ids: tuple[int, ...] = ()
+    prediction: LengthPrediction | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRef:
+    """Names a lease at one epoch. Each move to another owner raises the epoch."""
+
+    lease_id: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right of one owner to a request's token blocks, and how far its KV is computed.
+
+    ``sampled_token_ids`` are output tokens that are sampled but whose KV is not computed. ``handoff`` is
+    opaque: what an engine that owns its KV needs to find it.
+    """
+
+    ref: LeaseRef
+    model: str
+    block_ids: tuple[int, ...]
+    num_computed_tokens: int = 0
+    sampled_token_ids: tuple[int, ...] = ()
+    handoff: bytes = b""
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Token blocks that hold ``num_tokens`` tokens."""
+    return -(-num_tokens // block_size)

@@ -1,0 +1,1 @@
+"""Prefill workers: compute prompts, sample the first token, hand the lease over."""

@@ -1,0 +1,1 @@
+"""The door of the mesh: validates, tokenizes, waits for credits, dispatches both phases, gives text back."""

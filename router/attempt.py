@@ -1,0 +1,114 @@
+"""One attempt to serve a request: both calls at once, their tokens in one stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import grpc
+
+from muxmesh.engine.api import Finished, Tokens
+from muxmesh.errors import InternalError
+from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from muxmesh.rpc import convert
+from muxmesh.rpc.channels import internal_channel
+from muxmesh.rpc.status import from_rpc_error
+from muxmesh.types import EngineRequest
+from router.credits import Credit
+
+
+class Workers:
+    """Channels to workers, by address; opened once."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def prefill(self, address: str) -> prefill_pb2_grpc.PrefillServiceAsyncStub:
+        """The prefill worker at ``address``."""
+        return prefill_pb2_grpc.PrefillServiceStub(self._channel(address))
+
+    def decode(self, address: str) -> decode_pb2_grpc.DecodeServiceAsyncStub:
+        """The decode worker at ``address``."""
+        return decode_pb2_grpc.DecodeServiceStub(self._channel(address))
+
+    async def close(self) -> None:
+        """Closes every channel."""
+        for channel in self._channels.values():
+            await channel.close()
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = internal_channel(address)
+        return self._channels[address]
+
+
+async def run_attempt(
+    workers: Workers, request: EngineRequest, credit: Credit
+) -> AsyncGenerator[Tokens | Finished, None]:
+    """Tokens from place ``len(request.resume_token_ids)`` on, then Finished.
+
+    Raises whatever ended the attempt (WorkerLost, Unavailable, LeaseLost, EngineFailed, ...). Closing it cancels both
+    calls, and with them the work.
+    """
+    wire = convert.request_to_wire(request)
+    decode = workers.decode(credit.decode_address).Decode(
+        decode_pb2.DecodeRequest(request=wire, lease_id=credit.lease.lease_id)
+    )
+    prefill = workers.prefill(credit.prefill_address).Prefill(
+        prefill_pb2.PrefillRequest(
+            request=wire, lease=convert.ref_to_wire(credit.lease), decode_worker=credit.decode_worker
+        )
+    )
+    prefilled = asyncio.create_task(_answer(prefill))
+    first = asyncio.create_task(_read(decode))
+    try:
+        await asyncio.wait({prefilled, first}, return_when=asyncio.FIRST_COMPLETED)
+        if first.done():
+            first.result()  # a decode worker that is lost need not be computed for
+        response = await prefilled
+        place = len(request.resume_token_ids)
+        yield Tokens(place, (response.token_id,))
+        place += 1
+        if response.HasField("finish"):
+            yield Finished(convert.finish_from_wire(response.finish))
+            return
+        message = await first
+        while not message.HasField("finish"):
+            if message.start_index != place:
+                raise InternalError(f"decode sent token {message.start_index}, expected {place}")
+            place += len(message.token_ids)
+            yield Tokens(message.start_index, tuple(message.token_ids))
+            message = await _read(decode)
+        yield Finished(convert.finish_from_wire(message.finish))
+    finally:
+        for call in (prefill, decode):
+            call.cancel()
+        for task in (prefilled, first):
+            task.add_done_callback(_look_at)
+
+
+async def _answer(call: grpc.aio.UnaryUnaryCall[Any, prefill_pb2.PrefillResponse]) -> prefill_pb2.PrefillResponse:
+    return await _translated(call)
+
+
+async def _read(call: grpc.aio.UnaryStreamCall[Any, decode_pb2.DecodeResponse]) -> decode_pb2.DecodeResponse:
+    message = await _translated(call.read())
+    if message is grpc.aio.EOF:
+        raise InternalError("decode ended its stream without a finish")
+    return message
+
+
+async def _translated(awaitable: Any) -> Any:
+    try:
+        return await awaitable
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """An error of a call that nobody waits for any more is no news."""
+    if not task.cancelled():
+        task.exception()
+
+

@@ -1,0 +1,142 @@
+"""The router's end of admission: shows keys to one unit, hands its credits to the requests that wait for them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+
+from muxmesh.errors import InvalidRequest
+from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
+from muxmesh.rpc import convert
+from muxmesh.types import LeaseRef, OrderKey
+from router.queue import Waiting, WaitingRequests
+
+_log = logging.getLogger(__name__)
+_RECONNECT_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """The right to send one request to these two workers; its KV and its decode slot are reserved."""
+
+    lease: LeaseRef
+    prefill_worker: str
+    prefill_address: str
+    decode_worker: str
+    decode_address: str
+
+
+class UnitCredits:
+    """Owns the admission stream to one unit. Reconnects for ever; waiting requests do not notice a restart."""
+
+    def __init__(self, router: str, channel: grpc.aio.Channel) -> None:
+        self._router = router
+        self._stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
+        self._queue = WaitingRequests()
+        self._futures: dict[int, asyncio.Future[Credit]] = {}
+        self._outbox: asyncio.Queue[kvstore_pb2.AdmitRequest] = asyncio.Queue()
+        self._last_key_id = 0
+        self.connected = asyncio.Event()
+
+    def num_waiting(self, model: str) -> int:
+        """Requests for ``model`` that wait for a credit."""
+        return self._queue.count(model)
+
+    async def wait_for_credit(self, model: str, order: OrderKey, num_tokens: int) -> Credit:
+        """Waits until the unit has room. ``num_tokens``: prompt and longest answer, which are reserved.
+
+        Raises InvalidRequest if the unit could not hold it even if it were empty. The order is by priority, then
+        arrival, whatever else waits in this router or in others.
+        """
+        self._last_key_id += 1
+        key_id = self._last_key_id
+        future = self._futures[key_id] = asyncio.get_running_loop().create_future()
+        self._queue.add(Waiting(key_id, model, order, num_tokens))
+        self._show_next()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self.give_back(future.result())
+            raise
+        finally:
+            del self._futures[key_id]
+            if self._queue.remove(key_id):
+                self._outbox.put_nowait(kvstore_pb2.AdmitRequest(withdraw=key_id))
+                self._show_next()
+
+    def give_back(self, credit: Credit) -> None:
+        """A credit that is not used (any more). Without effect once a worker has the lease."""
+        self._outbox.put_nowait(kvstore_pb2.AdmitRequest(return_credit=convert.ref_to_wire(credit.lease)))
+
+    async def run(self) -> None:
+        """Keeps the stream up until cancelled."""
+        while True:
+            try:
+                await self._one_stream()
+            except grpc.aio.AioRpcError as error:
+                if self.connected.is_set():
+                    _log.warning("the unit is away: %s", error.details())
+            self.connected.clear()
+            await asyncio.sleep(_RECONNECT_S)
+
+    async def _one_stream(self) -> None:
+        self._outbox = asyncio.Queue()  # what was meant for the old stream died with it
+        self._queue.hide_all()
+        call = self._stub.Admit(self._requests(self._outbox), wait_for_ready=True)
+        try:
+            await call.initial_metadata()
+            self.connected.set()
+            self._show_next()
+            async for response in call:
+                self._take(response)
+        finally:
+            call.cancel()
+
+    async def _requests(
+        self, outbox: asyncio.Queue[kvstore_pb2.AdmitRequest]
+    ) -> AsyncIterator[kvstore_pb2.AdmitRequest]:
+        yield kvstore_pb2.AdmitRequest(hello=kvstore_pb2.RouterHello(router=self._router))
+        while True:
+            yield await outbox.get()
+
+    def _show_next(self) -> None:
+        if not self.connected.is_set():
+            return
+        for waiting in self._queue.show_next():
+            offer = kvstore_pb2.RequestKey(
+                key_id=waiting.key_id,
+                model=waiting.model,
+                priority=waiting.order.priority,
+                arrived_at_unix_s=waiting.order.arrived_at_s,
+                num_tokens=waiting.num_tokens,
+            )
+            self._outbox.put_nowait(kvstore_pb2.AdmitRequest(offer=offer))
+
+    def _take(self, response: kvstore_pb2.AdmitResponse) -> None:
+        if response.WhichOneof("message") == "refused":
+            future = self._futures.get(response.refused.key_id)
+            self._queue.remove(response.refused.key_id)
+            if future is not None and not future.done():
+                field, _, problem = response.refused.reason.partition(": ")
+                future.set_exception(InvalidRequest(field, problem))
+        else:
+            wire = response.credit
+            credit = Credit(
+                convert.ref_from_wire(wire.lease),
+                wire.prefill.name,
+                wire.prefill.address,
+                wire.decode.name,
+                wire.decode.address,
+            )
+            future = self._futures.get(wire.key_id)
+            self._queue.remove(wire.key_id)
+            if future is None or future.done():  # it was withdrawn while the credit was on its way
+                self.give_back(credit)
+            else:
+                future.set_result(credit)
+        self._show_next()

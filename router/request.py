@@ -1,0 +1,87 @@
+"""Serves one request across as many attempts as it takes: a lost worker costs time, never a token."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from muxmesh.clock import Clock
+from muxmesh.engine.api import Finished, Tokens
+from muxmesh.errors import EngineFailed, InternalError, LeaseLost, MeshError, RequestAborted, Unavailable
+from muxmesh.types import EngineRequest
+from router.attempt import Workers, run_attempt
+from router.credits import UnitCredits
+
+_log = logging.getLogger(__name__)
+
+# What ends an attempt but not the request: the worker, its unit or its engine was lost, and another try may do.
+_ATTEMPT_ERRORS = (Unavailable, LeaseLost, RequestAborted, EngineFailed, InternalError)
+_FIRST_WAIT_S = 0.05
+_LONGEST_WAIT_S = 2.0
+
+
+@dataclass(slots=True)
+class Progress:
+    """What the driver tells about one request while it runs."""
+
+    credited_at_s: float | None = None
+    num_restarts: int = 0
+
+
+class RequestDriver:
+    """Drives the requests of one unit."""
+
+    def __init__(self, credits: UnitCredits, workers: Workers, clock: Clock, max_restarts: int) -> None:
+        """``max_restarts``: attempts in a row that may fail without giving a token."""
+        self._credits = credits
+        self._workers = workers
+        self._clock = clock
+        self._max_restarts = max_restarts
+
+    async def run(self, request: EngineRequest, progress: Progress) -> AsyncGenerator[Tokens | Finished, None]:
+        """Every token of the answer once, in order, then Finished. Closing it aborts the request everywhere.
+
+        Raises InvalidRequest if the unit can never hold it, and the last attempt's error after ``max_restarts``.
+        """
+        sent: list[int] = []
+        fruitless = 0
+        while True:
+            sent_before = len(sent)
+            try:
+                attempt = self._attempt(replace(request, resume_token_ids=tuple(sent)), progress)
+                async with aclosing(attempt) as events:
+                    async for event in events:
+                        if isinstance(event, Tokens):
+                            sent.extend(event.token_ids)
+                        yield event
+                        if isinstance(event, Finished):
+                            return
+            except _ATTEMPT_ERRORS as error:
+                fruitless = fruitless + 1 if len(sent) == sent_before else 0
+                if fruitless > self._max_restarts:
+                    raise _final(error) from error
+                progress.num_restarts += 1
+                _log.warning("%s: computed again after %d tokens: %s", request.request_id, len(sent), error)
+            await asyncio.sleep(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**fruitless))
+
+    async def _attempt(
+        self, request: EngineRequest, progress: Progress
+    ) -> AsyncGenerator[Tokens | Finished, None]:
+        num_tokens = len(request.prompt_token_ids) + request.stopping.max_new_tokens
+        credit = await self._credits.wait_for_credit(request.model, request.order, num_tokens)
+        if progress.credited_at_s is None:
+            progress.credited_at_s = self._clock.monotonic_s()
+        try:
+            async with aclosing(run_attempt(self._workers, request, credit)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._credits.give_back(credit)
+
+
+def _final(error: MeshError) -> MeshError:
+    """What the client is told after the last attempt."""
+    return error if isinstance(error, Unavailable) else InternalError(f"the request failed repeatedly: {error}")

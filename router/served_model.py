@@ -1,0 +1,36 @@
+"""What the router knows of a model: limits, tokenizer, template. No weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from muxmesh.config.runtime import MeshRuntime
+from muxmesh.config.schema import ModelConfig
+from muxmesh.models.prepare import model_spec
+from muxmesh.models.spec import ModelSpec
+from muxmesh.models.tokenizer import TextModel, load_text_model
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model that this router serves."""
+
+    name: str
+    unit: str
+    config: ModelConfig
+    spec: ModelSpec
+    text: TextModel
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and answer together, in tokens."""
+        return self.config.max_model_len or self.spec.context_len
+
+
+def load_models(runtime: MeshRuntime) -> dict[str, ServedModel]:
+    """Every model of the mesh. Raises ModelUnsupported if a folder has no usable tokenizer."""
+    models = {}
+    for name, (unit, config) in runtime.config.models().items():
+        folder = runtime.prepared[name].folder
+        models[name] = ServedModel(name, unit.name, config, model_spec(folder), load_text_model(folder))
+    return models

@@ -1,0 +1,195 @@
+"""From the wire's GenerateRequest to a request that can be served. Pure; every refusal names the field.
+
+Two halves, since the prompt's length is known only after tokenizing: `check` and `complete`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from muxmesh.errors import InvalidRequest, ModelNotFound
+from muxmesh.types import EngineRequest, OrderKey, Sampling, Stopping
+from muxmesh.v1 import inference_pb2
+from router.served_model import ServedModel
+
+ROLES = ("system", "user", "assistant")
+MAX_TEMPERATURE = 100.0
+_PROMPTS = ("text", "token_ids", "chat")
+# Field → the values that mean the same as leaving it out.
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "sampling.num_sequences": (0, 1),
+    "sampling.min_p": (0.0,),
+    "decoding.presence_penalty": (0.0,),
+    "decoding.frequency_penalty": (0.0,),
+    "decoding.repetition_penalty": (0.0, 1.0),
+    "decoding.logit_bias": (),
+    "decoding.allowed_token_ids": (),
+    "response.prompt_logprobs": (),
+    "response.output_logprobs": (),
+    "session_id": (),
+    "expected_output_tokens": (),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRequest:
+    """A request whose fields are right, as far as they can be judged without the prompt's tokens."""
+
+    wire: inference_pb2.GenerateRequest
+    model: ServedModel
+    sampling: Sampling
+
+
+def check(
+    wire: inference_pb2.GenerateRequest, models: Mapping[str, ServedModel], max_prompt_bytes: int, drawn_seed: int
+) -> CheckedRequest:
+    """Raises InvalidRequest or ModelNotFound. ``drawn_seed`` is used if the client gives none."""
+    for path in _unknown_fields(wire, ""):
+        raise InvalidRequest(path, "is a field that this mesh does not know")
+    model = models.get(wire.model)
+    if model is None:
+        raise ModelNotFound(f"model: {wire.model!r} is not served; served: {', '.join(sorted(models))}")
+    _check_prompt(wire, model, max_prompt_bytes)
+    for path, neutral in _UNSUPPORTED.items():
+        _refuse_unsupported(wire, path, neutral)
+    _check_stopping(wire.stopping, model)
+    if wire.HasField("truncate_prompt_tokens") and wire.truncate_prompt_tokens == 0:
+        raise InvalidRequest("truncate_prompt_tokens", "is 0; at least 1 token must stay")
+    return CheckedRequest(wire, model, _sampling(wire, drawn_seed))
+
+
+def complete(
+    checked: CheckedRequest, request_id: str, prompt_token_ids: list[int], arrived_at_unix_s: float
+) -> EngineRequest:
+    """Adds the tokens. Raises InvalidRequest if they do not fit into the model's context."""
+    wire, model = checked.wire, checked.model
+    field = next(name for name in _PROMPTS if wire.HasField(name))  # type: ignore[arg-type] # one of three literals
+    if wire.HasField("truncate_prompt_tokens"):
+        prompt_token_ids = prompt_token_ids[-wire.truncate_prompt_tokens :]
+    if not prompt_token_ids:
+        raise InvalidRequest(field, "has no tokens")
+    room = model.max_model_len - len(prompt_token_ids)
+    if room < 1:
+        raise InvalidRequest(
+            field,
+            f"is {len(prompt_token_ids)} tokens; the context holds {model.max_model_len} with at least 1 for the answer",
+        )
+    stopping = wire.stopping
+    max_new_tokens = min(model.config.default_max_new_tokens, room)
+    if stopping.HasField("max_new_tokens"):
+        max_new_tokens = stopping.max_new_tokens
+        if max_new_tokens > room:
+            raise InvalidRequest(
+                "stopping.max_new_tokens",
+                f"is {max_new_tokens}; the context holds {model.max_model_len} tokens and the prompt is "
+                f"{len(prompt_token_ids)}, so at most {room}",
+            )
+    if stopping.min_new_tokens > max_new_tokens:
+        raise InvalidRequest(
+            "stopping.min_new_tokens", f"is {stopping.min_new_tokens}, more than max_new_tokens ({max_new_tokens})"
+        )
+    return EngineRequest(
+        request_id=request_id,
+        model=model.name,
+        prompt_token_ids=tuple(prompt_token_ids),
+        sampling=checked.sampling,
+        stopping=Stopping(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=stopping.min_new_tokens,
+            stop_token_ids=frozenset(stopping.stop_token_ids),
+            eos_token_ids=frozenset() if stopping.ignore_eos else model.spec.eos_token_ids,
+        ),
+        order=OrderKey(wire.priority, arrived_at_unix_s),
+    )
+
+
+def _check_prompt(wire: inference_pb2.GenerateRequest, model: ServedModel, max_prompt_bytes: int) -> None:
+    given = [name for name in _PROMPTS if wire.HasField(name)]  # type: ignore[arg-type] # three literals
+    if len(given) != 1:
+        found = f"{' and '.join(given)} are set" if given else "none is set"
+        raise InvalidRequest(given[0] if given else "text", f"exactly one of {', '.join(_PROMPTS)} is needed; {found}")
+    if wire.HasField("text"):
+        if not wire.text:
+            raise InvalidRequest("text", "is empty")
+        _check_size("text", len(wire.text.encode()), max_prompt_bytes)
+    elif wire.HasField("chat"):
+        _check_chat(wire.chat, model, max_prompt_bytes)
+    else:
+        _check_token_ids("token_ids.ids", wire.token_ids.ids, model)
+        if not wire.token_ids.ids:
+            raise InvalidRequest("token_ids.ids", "is empty")
+
+
+def _check_chat(chat: inference_pb2.ChatPrompt, model: ServedModel, max_prompt_bytes: int) -> None:
+    if not model.text.has_chat_template:
+        raise InvalidRequest("chat", f"{model.name} has no chat template; send `text` or `token_ids`")
+    if not chat.messages:
+        raise InvalidRequest("chat.messages", "is empty")
+    for index, message in enumerate(chat.messages):
+        if message.role not in ROLES:
+            raise InvalidRequest(f"chat.messages[{index}].role", f"is {message.role!r}; one of {', '.join(ROLES)}")
+    if not any(message.content for message in chat.messages):
+        raise InvalidRequest("chat.messages", "have no content")
+    _check_size("chat.messages", sum(len(message.content.encode()) for message in chat.messages), max_prompt_bytes)
+
+
+def _check_size(field: str, num_bytes: int, limit: int) -> None:
+    if num_bytes > limit:
+        raise InvalidRequest(field, f"is {num_bytes} bytes; at most {limit}")
+
+
+def _check_token_ids(field: str, token_ids: object, model: ServedModel) -> None:
+    assert hasattr(token_ids, "__iter__")
+    for index, token_id in enumerate(token_ids):
+        if token_id >= model.spec.vocab_size:
+            raise InvalidRequest(
+                f"{field}[{index}]", f"token id {token_id} is unknown; {model.name} has {model.spec.vocab_size} tokens"
+            )
+
+
+def _check_stopping(stopping: inference_pb2.StoppingOptions, model: ServedModel) -> None:
+    if stopping.HasField("max_new_tokens") and stopping.max_new_tokens == 0:
+        raise InvalidRequest("stopping.max_new_tokens", "is 0; at least 1")
+    _check_token_ids("stopping.stop_token_ids", stopping.stop_token_ids, model)
+    for index, text in enumerate(stopping.stop_strings):
+        if not text:
+            raise InvalidRequest(f"stopping.stop_strings[{index}]", "is empty")
+
+
+def _sampling(wire: inference_pb2.GenerateRequest, drawn_seed: int) -> Sampling:
+    temperature = wire.temperature if wire.HasField("temperature") else 1.0
+    if not (math.isfinite(temperature) and 0.0 <= temperature <= MAX_TEMPERATURE):
+        raise InvalidRequest("temperature", f"is {temperature}; between 0 (greedy) and {MAX_TEMPERATURE:g}")
+    top_p = wire.sampling.top_p if wire.sampling.HasField("top_p") else 1.0
+    if not 0.0 < top_p <= 1.0:  # NaN too
+        raise InvalidRequest("sampling.top_p", f"is {top_p}; more than 0 and at most 1")
+    seed = wire.sampling.seed if wire.sampling.HasField("seed") else drawn_seed
+    return Sampling(temperature, wire.sampling.top_k, top_p, seed)
+
+
+def _refuse_unsupported(wire: Message, path: str, neutral: tuple[object, ...]) -> None:
+    message, *names = path.split(".")[::-1]
+    holder: Message = wire
+    for name in reversed(names):
+        holder = getattr(holder, name)
+    value = getattr(holder, message)
+    field = holder.DESCRIPTOR.fields_by_name[message]
+    present = holder.HasField(message) if field.has_presence else bool(value)
+    if present and value not in neutral:
+        raise InvalidRequest(path, "is not supported by this mesh yet; leave it out")
+
+
+def _unknown_fields(message: Message, path: str) -> Iterator[str]:
+    for unknown in UnknownFieldSet(message):
+        yield f"{path}(number {unknown.field_number})"
+    for field, value in message.ListFields():
+        if field.type != FieldDescriptor.TYPE_MESSAGE or field.message_type.GetOptions().map_entry:
+            continue
+        for inner in value if field.is_repeated else (value,):
+            yield from _unknown_fields(inner, f"{path}{field.name}.")
