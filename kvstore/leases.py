@@ -127,9 +127,7 @@ class LeaseTable:
         old = record.lease
         ref = LeaseRef(old.ref.lease_id, old.ref.epoch + 1)
         record.owner = owner
-        record.lease = Lease(
-            ref, old.model, old.block_ids, old.num_computed_tokens, old.sampled_token_ids, old.handoff
-        )
+        record.lease = Lease(ref, old.model, old.block_ids, old.num_computed_tokens, old.sampled_token_ids, old.handoff)
         return record.lease
 
     def _end(self, lease_id: int) -> None:

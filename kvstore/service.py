@@ -49,6 +49,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     ) -> AsyncIterator[kvstore_pb2.AdmitResponse]:
         """See the proto. One stream of one router."""
         self._num_streams += 1
+        await context.send_initial_metadata(())  # tells the router that the unit is there
         hello = await anext(request_iterator)
         router = f"{hello.hello.router}#{self._num_streams}"
         queue = self._routers[router] = asyncio.Queue()
@@ -83,9 +84,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
                 self._return_credit(router, request.return_credit)
             self.changed()
 
-    def _offer(
-        self, router: str, queue: asyncio.Queue[kvstore_pb2.AdmitResponse], key: kvstore_pb2.RequestKey
-    ) -> None:
+    def _offer(self, router: str, queue: asyncio.Queue[kvstore_pb2.AdmitResponse], key: kvstore_pb2.RequestKey) -> None:
         order = OrderKey(key.priority, key.arrived_at_unix_s)
         try:
             self._unit.offer(WaitingKey(router, key.key_id, key.model, order, key.num_tokens))

@@ -151,5 +151,3 @@ class Unit:
     def _attached(self, worker: str) -> None:
         if worker not in self.workers:
             raise WorkerLost(f"worker {worker} is not attached")
-
-

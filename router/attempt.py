@@ -110,5 +110,3 @@ def _look_at(task: asyncio.Task[Any]) -> None:
     """An error of a call that nobody waits for any more is no news."""
     if not task.cancelled():
         task.exception()
-
-

@@ -65,11 +65,12 @@ class RequestDriver:
                     raise _final(error) from error
                 progress.num_restarts += 1
                 _log.warning("%s: computed again after %d tokens: %s", request.request_id, len(sent), error)
+            if sent and (finish := request.stopping.finish_after(sent[-1], len(sent))):
+                yield Finished(finish)  # only the news of the end was lost
+                return
             await asyncio.sleep(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**fruitless))
 
-    async def _attempt(
-        self, request: EngineRequest, progress: Progress
-    ) -> AsyncGenerator[Tokens | Finished, None]:
+    async def _attempt(self, request: EngineRequest, progress: Progress) -> AsyncGenerator[Tokens | Finished, None]:
         num_tokens = len(request.prompt_token_ids) + request.stopping.max_new_tokens
         credit = await self._credits.wait_for_credit(request.model, request.order, num_tokens)
         if progress.credited_at_s is None:

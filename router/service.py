@@ -182,9 +182,7 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
     def __init__(self, state: RouterState) -> None:
         self._state = state
 
-    async def ListModels(
-        self, request: mesh_pb2.ListModelsRequest, context: Context
-    ) -> mesh_pb2.ListModelsResponse:
+    async def ListModels(self, request: mesh_pb2.ListModelsRequest, context: Context) -> mesh_pb2.ListModelsResponse:
         """See the proto."""
         return mesh_pb2.ListModelsResponse(models=[_model_info(model) for model in self._state.models.values()])
 
@@ -286,9 +284,7 @@ def _stopped_by_string(answer: Answer, stop: str) -> inference_pb2.FinishInfo:
     )
 
 
-def _finish_info(
-    answer: Answer, event: Finished, delta: Delta, request: EngineRequest
-) -> inference_pb2.FinishInfo:
+def _finish_info(answer: Answer, event: Finished, delta: Delta, request: EngineRequest) -> inference_pb2.FinishInfo:
     if delta.stopped_by is not None:
         return _stopped_by_string(answer, delta.stopped_by)
     finish: Finish = event.finish

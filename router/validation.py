@@ -6,7 +6,7 @@ Two halves, since the prompt's length is known only after tokenizing: `check` an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -144,8 +144,7 @@ def _check_size(field: str, num_bytes: int, limit: int) -> None:
         raise InvalidRequest(field, f"is {num_bytes} bytes; at most {limit}")
 
 
-def _check_token_ids(field: str, token_ids: object, model: ServedModel) -> None:
-    assert hasattr(token_ids, "__iter__")
+def _check_token_ids(field: str, token_ids: Sequence[int], model: ServedModel) -> None:
     for index, token_id in enumerate(token_ids):
         if token_id >= model.spec.vocab_size:
             raise InvalidRequest(

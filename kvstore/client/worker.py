@@ -95,5 +95,3 @@ def _set_up_threads(runtime: MeshRuntime, model: str) -> None:
         NUMBA_THREADING_LAYER="omp",
         NUMBA_CACHE_DIR=str(runtime.cache_dir / "numba"),
     )
-
-

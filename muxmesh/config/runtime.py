@@ -62,7 +62,7 @@ class MeshRuntime(BaseModel):
         return models[name]
 
     def kvstore_address(self, unit: str) -> str:
-        """gRPC address of a unit's kvstore."""
+        """GRPC address of a unit's kvstore."""
         return f"unix:{self.run_dir / f'kv-{unit}.sock'}"
 
     def attach_path(self, unit: str) -> Path:
@@ -70,7 +70,7 @@ class MeshRuntime(BaseModel):
         return self.run_dir / f"kv-{unit}.attach"
 
     def worker_address(self, role: Role, model: str) -> str:
-        """gRPC address of one worker."""
+        """GRPC address of one worker."""
         return f"unix:{self.run_dir / f'{role.value}-{model}.sock'}"
 
     def router_internal_address(self) -> str:
@@ -89,7 +89,7 @@ class MeshRuntime(BaseModel):
 
     def write(self, path: Path) -> None:
         """Writes it for the services to read."""
-        path.write_text(self.model_dump_json())
+        path.write_text(self.model_dump_json(exclude_unset=True))
 
     @staticmethod
     def read(path: Path) -> MeshRuntime:

@@ -79,7 +79,9 @@ class _Weights:
         if name not in self._owner:
             raise ModelUnsupported(f"{self._folder}: weight {name} is missing")
         if self._owner[name].get_slice(name).get_dtype() == "BF16":
-            raise ModelUnsupported(f"{self._folder}: weight {name} is bfloat16; convert the model to float16 or float32")
+            raise ModelUnsupported(
+                f"{self._folder}: weight {name} is bfloat16; convert the model to float16 or float32"
+            )
         tensor = self._owner[name].get_tensor(name)
         if tensor.shape != shape:
             raise ModelUnsupported(f"{self._folder}: weight {name} has shape {tensor.shape}, config.json says {shape}")

@@ -25,7 +25,9 @@ def prepare_model(model: ModelConfig, base_dir: Path, cache_dir: Path, progress:
             raise ConfigError(f"max_model_len is {model.max_model_len}, its context holds {spec.context_len} tokens")
         if model.engine == "sim" or folder is None:
             return PreparedModel(folder=folder, image=None)
-        image = ensure_image(folder, spec, model.dtype, cache_dir, lambda done, total: progress("preparing", done, total))
+        image = ensure_image(
+            folder, spec, model.dtype, cache_dir, lambda done, total: progress("preparing", done, total)
+        )
         return PreparedModel(folder=folder, image=image)
     except ConfigError as error:
         raise type(error)(f"model {model.name}: {error}") from error

@@ -94,4 +94,6 @@ def _sha256(file: IO[bytes]) -> str:
 
 def _check(what: str, found: str, expected: str) -> None:
     if found != expected:
-        raise ConfigError(f"{what}: sha256 is {found}, expected {expected}; the download is damaged or not the same file")
+        raise ConfigError(
+            f"{what}: sha256 is {found}, expected {expected}; the download is damaged or not the same file"
+        )

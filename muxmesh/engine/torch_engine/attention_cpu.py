@@ -59,7 +59,9 @@ def lay_out(step: Step, view: KvView) -> StepLayout:
         row_blocks=row_blocks,
         tables=tables,
         tiles=_tiles(starts.tolist(), lengths),
-        last_rows=np.array([end - 1 for end, chunk in zip(ends, step.chunks, strict=True) if chunk.draw], dtype=np.int64),
+        last_rows=np.array(
+            [end - 1 for end, chunk in zip(ends, step.chunks, strict=True) if chunk.draw], dtype=np.int64
+        ),
     )
 
 

@@ -57,7 +57,7 @@ class Llama:
 
 
 def rope_tables(spec: ModelSpec, num_positions: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of each position and frequency, f32 [num_positions, head_dim / 2] (RoFormer, Su et al., 2021)."""
+    """Cos and sin of each position and frequency, f32 [num_positions, head_dim / 2] (RoFormer, Su et al., 2021)."""
     exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), 1.0 / spec.rope_theta**exponents)
     return angles.cos().numpy(), angles.sin().numpy()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numba
@@ -19,6 +23,16 @@ from muxmesh.models.spec import ModelSpec
 from muxmesh.types import Sampling
 
 
+@contextlib.contextmanager
+def _compile_lock() -> Iterator[None]:
+    """Two workers that start with an empty cache compile once: the second waits, then reads what the first wrote."""
+    folder = Path(numba.config.CACHE_DIR or tempfile.gettempdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "muxmesh-compile.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class CpuAttention:
     """`Attention` on a CPU: the numba kernels over one model's view of the pool."""
 
@@ -32,9 +46,7 @@ class CpuAttention:
     def __call__(self, qkv: Tensor, layer: int, layout: StepLayout) -> Tensor:
         """See `Attention`."""
         pool, shape, rows = self._view.pool, self._view.shape, qkv.numpy()
-        self._kernels.rotate_and_store(
-            pool, rows, self._cos, self._sin, layout.positions, layout.row_blocks, layer
-        )
+        self._kernels.rotate_and_store(pool, rows, self._cos, self._sin, layout.positions, layout.row_blocks, layer)
         self.kv_bytes_written += 2 * len(rows) * shape.num_kv_heads * shape.head_dim * pool.itemsize
         out = np.empty((len(rows), self._out_columns), dtype=np.float32)
         self._kernels.attend(pool, rows, out, layout.positions, layout.tables, layout.tiles, layer)
@@ -52,12 +64,13 @@ class TorchRunner:
         self._num_threads = num_threads
 
     def load(self) -> None:
-        """See `Runner`. Compiles the kernels, or loads them from numba's cache."""
+        """See `Runner`. Compiles the kernels (about 15 s, once on a machine), or loads them from numba's cache."""
         torch.set_num_threads(self._num_threads)
         numba.set_num_threads(min(self._num_threads, numba.config.NUMBA_NUM_THREADS))
         self._model = Llama(self._spec, map_image(self._image))
         self._attention = CpuAttention(self._spec, self._view, self._max_model_len)
-        self._warm_up()
+        with _compile_lock():
+            self._warm_up()
 
     def run(self, step: Step) -> StepOutcome:
         """See `Runner`."""

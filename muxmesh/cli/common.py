@@ -1,0 +1,67 @@
+"""What the commands share: where things are on this machine, progress bars, output."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+_BAR_WIDTH = 32
+
+
+def cache_dir() -> Path:
+    """MUXMESH_CACHE_DIR, else the user's cache directory."""
+    if chosen := os.environ.get("MUXMESH_CACHE_DIR"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "muxmesh"
+
+
+def default_state_dir() -> Path:
+    """MUXMESH_STATE_DIR, else the user's state directory."""
+    if chosen := os.environ.get("MUXMESH_STATE_DIR"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "muxmesh"
+
+
+def print_json(content: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(content, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None), flush=True)
+
+
+def message_dict(message: Message) -> dict[str, Any]:
+    """A message as JSON content: field names as in the proto, every field present."""
+    content: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return content
+
+
+class ProgressBar:
+    """Progress on stderr: a bar on a terminal, a line for each quarter elsewhere."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._shown: tuple[str, int] | None = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Shows that ``done`` of ``total`` is done."""
+        terminal = sys.stderr.isatty()
+        steps = 100 if terminal else 4
+        part = (what, done * steps // max(total, 1))
+        if part == self._shown:
+            return
+        self._shown = part
+        amount = f"{done / 1e6:.1f}/{total / 1e6:.1f} MB" if total > 1_000_000 else f"{done}/{total}"
+        if terminal:
+            filled = _BAR_WIDTH * done // max(total, 1)
+            bar = "#" * filled + "-" * (_BAR_WIDTH - filled)
+            print(f"\r{self._label}: {what} [{bar}] {amount}\x1b[K", end="", file=sys.stderr, flush=True)
+            if done >= total:
+                print(file=sys.stderr)
+        else:
+            print(f"{self._label}: {what} {amount}", file=sys.stderr, flush=True)

@@ -1,0 +1,135 @@
+"""`muxmesh`: the command line. Each command lives in a module of its own and is imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+# Read when grpc is loaded: the supervisor starts processes while it watches health, and none of them uses its gRPC.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+
+from muxmesh import __version__
+from muxmesh.client.aio import DEFAULT_ADDRESS
+from muxmesh.errors import MeshError
+
+_SERVE_HINT = "this command needs the serving side: pip install 'muxmesh[serve]'"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, 1 for an error of the mesh, 2 for wrong arguments, 130 for Ctrl-C."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        command = importlib.import_module(f"muxmesh.cli.{parsed.module}")
+        code: int = command.run(parsed)
+    except ModuleNotFoundError as error:
+        print(f"muxmesh: {error}; {_SERVE_HINT}", file=sys.stderr)
+        return 1
+    except MeshError as error:
+        print(f"muxmesh: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="muxmesh", description="Serves several LLMs from the same few devices.")
+    parser.add_argument("--version", action="version", version=f"muxmesh {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_up(commands)
+    _add_status(commands)
+    _add_generate(commands)
+    _add_chat(commands)
+    _add_model(commands)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, module: str, text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(module=module)
+    return parser
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        default=os.environ.get("MUXMESH_ADDRESS", DEFAULT_ADDRESS),
+        metavar="HOST:PORT",
+        help="of the mesh (default: MUXMESH_ADDRESS, else %(default)s)",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    up = _command(commands, "up", "up", "Start a mesh on this machine and serve until Ctrl-C.")
+    up.add_argument("-c", "--config", type=Path, metavar="mesh.yaml", help="default: one small model on the CPU")
+    up.add_argument("--listen", metavar="HOST:PORT", help="of the public API; port 0 takes a free one")
+    up.add_argument("--state-dir", type=Path, metavar="DIR", help="logs, sockets; one mesh for each")
+    up.add_argument(
+        "--hello",
+        nargs="?",
+        const="Why is the sky blue? Answer in one sentence.",
+        metavar="PROMPT",
+        help="when ready, send one chat prompt and show its answer",
+    )
+    up.add_argument("--quiet", action="store_true", help="no log lines of the services on the terminal")
+
+
+def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    status = _command(commands, "status", "status", "Show models, workers, memory and processes of a mesh.")
+    _add_address(status)
+    _add_json(status)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="M", help="may be left out if the mesh serves only one")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--seed", type=int, metavar="S", help="repeats an answer; default: drawn by the mesh")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument("--priority", type=int, default=0, metavar="P", help="lower is sooner (default 0)")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="deadline of the whole answer")
+
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate = _command(commands, "generate", "generate", "Send one prompt and stream its answer.")
+    _add_address(generate)
+    _add_sampling(generate)
+    _add_json(generate)
+    generate.add_argument("--chat", action="store_true", help="apply the model's chat template to the prompt")
+    generate.add_argument("prompt", metavar="PROMPT", help="`-` reads it from standard input")
+
+
+def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    chat = _command(commands, "chat", "chat", "Talk to a model; an empty line or Ctrl-D ends.")
+    _add_address(chat)
+    _add_sampling(chat)
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+
+
+def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    model = commands.add_parser("model", help="List and download models.").add_subparsers(required=True)
+    listing = _command(model, "list", "model", "List the models that can be had by name.")
+    listing.set_defaults(action="list")
+    _add_json(listing)
+    pull = _command(model, "pull", "model", "Download and prepare a model; does nothing if it is there.")
+    pull.set_defaults(action="pull")
+    pull.add_argument("name", metavar="NAME")
+    _add_json(pull)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

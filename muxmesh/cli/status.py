@@ -1,0 +1,89 @@
+"""`muxmesh status`: the mesh at a glance."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Iterable, Sequence
+
+from muxmesh.cli.common import message_dict, print_json
+from muxmesh.client.aio import MeshClient
+from muxmesh.v1 import mesh_pb2
+
+_MIB = 1024 * 1024
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """See `muxmesh status --help`."""
+    status = asyncio.run(_fetch(arguments.address))
+    if arguments.json:
+        print_json(message_dict(status))
+    else:
+        _print(status)
+    return 0
+
+
+async def _fetch(address: str) -> mesh_pb2.GetStatusResponse:
+    async with MeshClient(address) as client:
+        return await client.status()
+
+
+def _print(status: mesh_pb2.GetStatusResponse) -> None:
+    print(f"muxmesh {status.version}, Redis {'connected' if status.redis_connected else 'NOT CONNECTED'}\n")
+    _table(
+        ("MODEL", "WAITING", "RUNNING", "FINISHED", "ABORTED", "RESTARTS", "PROMPT TOKENS", "OUTPUT TOKENS"),
+        (
+            (
+                model.model,
+                model.num_requests_waiting,
+                model.num_requests_running,
+                model.num_requests_finished,
+                model.num_requests_aborted,
+                model.num_restarts,
+                model.prompt_tokens,
+                model.output_tokens,
+            )
+            for model in status.models
+        ),
+    )
+    for unit in status.units:
+        _print_unit(unit)
+    print()
+    _table(
+        ("PROCESS", "PID", "RESTARTS", "ADDRESS"),
+        ((process.name, process.pid, process.num_restarts, process.address) for process in status.processes),
+    )
+
+
+def _print_unit(unit: mesh_pb2.UnitStatus) -> None:
+    if not unit.connected:
+        print(f"\nunit {unit.unit}: NOT CONNECTED")
+        return
+    pool = unit.pool
+    print(
+        f"\nunit {unit.unit} on {unit.device}: KV pool {pool.pool_bytes / _MIB:.0f} MiB, leased "
+        f"{pool.leased_bytes / _MIB:.1f} MiB, {pool.num_free_slabs} of {pool.num_slabs} slabs free, "
+        f"{pool.num_handoffs} hand-offs\n"
+    )
+    _table(
+        ("WORKER", "PID", "READY", "LEASES", "STEPS", "TOKENS", "BUSY S"),
+        (
+            (
+                worker.name,
+                worker.pid,
+                "yes" if worker.ready else "no",
+                worker.num_leases,
+                worker.num_steps,
+                worker.num_computed_tokens,
+                f"{worker.busy_s:.1f}",
+            )
+            for worker in unit.workers
+        ),
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    lines = [header, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

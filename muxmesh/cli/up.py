@@ -1,0 +1,105 @@
+"""`muxmesh up`: prepare the models, start the mesh, serve until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import uvloop
+
+from muxmesh.cli.common import ProgressBar, cache_dir, default_state_dir
+from muxmesh.cli.generate import stream_answer
+from muxmesh.client.aio import MeshClient, Message
+from muxmesh.clock import SystemClock
+from muxmesh.config.load import load_mesh_config
+from muxmesh.config.runtime import MeshRuntime
+from muxmesh.config.schema import MeshConfig
+from muxmesh.errors import MeshError
+from muxmesh.lifecycle import LOG_FORMAT
+from muxmesh.models.prepare import prepare_model
+from muxmesh.supervisor.mesh import Mesh, ShowLine, free_listen_address, make_runtime, state_lock
+
+_HELLO_TOKENS = 64
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """See `muxmesh up --help`."""
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
+    started_at_s = SystemClock().monotonic_s()
+    config = load_mesh_config(arguments.config) if arguments.config else MeshConfig()
+    if arguments.listen:
+        config = MeshConfig.model_validate({**config.model_dump(exclude_unset=True), "listen": arguments.listen})
+    config = config.model_copy(update={"listen": free_listen_address(config.listen)})
+    state_dir = (arguments.state_dir or default_state_dir()).expanduser().resolve()
+    with state_lock(state_dir):
+        base_dir = arguments.config.resolve().parent if arguments.config else Path.cwd()
+        prepared = {
+            name: prepare_model(model, base_dir, cache_dir(), ProgressBar(name))
+            for name, (_, model) in config.models().items()
+        }
+        runtime = make_runtime(config, prepared, state_dir, cache_dir())
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            show_line = _show(arguments.quiet)
+            return runner.run(_serve(runtime, state_dir, show_line, arguments.hello, started_at_s))
+
+
+async def _serve(
+    runtime: MeshRuntime, state_dir: Path, show_line: ShowLine, hello: str | None, started_at_s: float
+) -> int:
+    mesh = Mesh(runtime, state_dir, show_line)
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stopped = asyncio.create_task(stop.wait())
+    work = asyncio.create_task(_start(mesh, hello, started_at_s))
+    try:
+        await asyncio.wait({stopped, work}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            await work  # raises what kept the mesh from starting
+            await stopped
+    finally:
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        print("stopping", file=sys.stderr, flush=True)
+        await mesh.stop()
+    return 0
+
+
+async def _start(mesh: Mesh, hello: str | None, started_at_s: float) -> None:
+    await mesh.start()
+    listen = mesh.runtime.config.listen
+    print(f"muxmesh ready on {listen}", flush=True)
+    print(f"started in {SystemClock().monotonic_s() - started_at_s:.1f} s", file=sys.stderr, flush=True)
+    if hello is not None:
+        try:
+            await _say_hello(listen, next(iter(mesh.runtime.config.models())), hello)
+        except MeshError as error:  # the mesh serves on
+            print(f"muxmesh: {error}", file=sys.stderr, flush=True)
+
+
+async def _say_hello(listen: str, model: str, prompt: str) -> None:
+    print(f"\n> {prompt}\n", flush=True)
+    async with MeshClient(listen) as client:
+        messages = [Message("user", prompt)]
+        await stream_answer(client, messages, model=model, temperature=0.0, max_new_tokens=_HELLO_TOKENS)
+    print(
+        f"""
+Call it:
+  muxmesh generate --address {listen} --chat "Name three colours."
+  muxmesh chat --address {listen}
+  python -c 'from muxmesh.client import SyncMeshClient as C; print(C("{listen}").generate("Hello", max_new_tokens=8).text)'
+or make stubs in any language from protos/muxmesh/v1. Ctrl-C stops the mesh.""",
+        flush=True,
+    )
+
+
+def _show(quiet: bool) -> ShowLine:
+    def show(name: str, line: str) -> None:
+        if not quiet and name != "redis":  # its chatter is in the log file
+            print(f"{name} | {line}", file=sys.stderr, flush=True)
+
+    return show

@@ -1,0 +1,6 @@
+"""The client: `MeshClient` (async) and `SyncMeshClient`. Needs only grpcio and protobuf."""
+
+from muxmesh.client.aio import Completion, Delta, Finish, MeshClient, Message, Timings
+from muxmesh.client.sync import SyncMeshClient
+
+__all__ = ["Completion", "Delta", "Finish", "MeshClient", "Message", "SyncMeshClient", "Timings"]

@@ -1,0 +1,254 @@
+"""The async client. Errors are those of `muxmesh.errors`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import grpc
+
+from muxmesh.errors import InvalidRequest
+from muxmesh.rpc.status import from_rpc_error
+from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_OPTIONS = (
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.lb_policy_name", "round_robin"),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. ``role``: system, user or assistant."""
+
+    role: str
+    content: str
+
+
+Prompt = str | Sequence[int] | Sequence[Message]
+"""Plain text, token ids, or a conversation for the model's chat template."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of an answer. ``stopped_by``: the token id or stop string that ended it; None for length."""
+
+    reason: Literal["length", "stop", "aborted"]
+    num_output_tokens: int
+    stopped_by: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Measured at the router, in seconds from arrival. ``num_restarts``: attempts after a worker was lost."""
+
+    queue_s: float
+    ttft_s: float
+    e2e_s: float
+    num_restarts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new. The prompt's facts come in the first, ``finish`` and ``timings`` in the last."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    num_tokens: int
+    num_prompt_tokens: int | None = None
+    seed: int | None = None
+    finish: Finish | None = None
+    timings: Timings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer. ``seed`` repeats it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    seed: int
+    finish: Finish
+    timings: Timings
+
+
+class MeshClient:
+    """A connection to a mesh, for use on one event loop.
+
+    >>> async with MeshClient("127.0.0.1:50051") as client:
+    ...     answer = await client.generate([Message("user", "Why is the sky blue?")], temperature=0)
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+        """``address``: HOST:PORT, or any gRPC target such as ``ipv4:10.0.0.1:50051,10.0.0.2:50051``."""
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._inference: inference_pb2_grpc.InferenceAsyncStub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._mesh: mesh_pb2_grpc.MeshAsyncStub = mesh_pb2_grpc.MeshStub(self._channel)
+        self._only_model: str | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection; running streams end with RequestAborted."""
+        await self._channel.close()
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        *,
+        model: str | None = None,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
+        temperature: float | None = None,
+        top_k: int = 0,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop_strings: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        include_stop_strings: bool = False,
+        ignore_eos: bool = False,
+        truncate_prompt_tokens: int | None = None,
+        skip_special_tokens: bool = True,
+        priority: int = 0,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[Delta, None]:
+        """The answer as it is made. Closing the generator aborts the request.
+
+        ``model`` may be left out if the mesh serves only one. ``priority``: lower is sooner. ``timeout_s`` is the
+        deadline of the whole answer. Raises InvalidRequest, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable.
+        """
+        request = inference_pb2.GenerateRequest(
+            request_id=request_id,
+            model=model or await self._default_model(timeout_s),
+            temperature=temperature,
+            sampling=inference_pb2.SamplingOptions(top_k=top_k, top_p=top_p, seed=seed),
+            stopping=inference_pb2.StoppingOptions(
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+                stop_token_ids=stop_token_ids,
+                stop_strings=stop_strings,
+                include_stop_strings=include_stop_strings,
+                ignore_eos=ignore_eos,
+            ),
+            response=inference_pb2.ResponseOptions(output_token_ids=True, skip_special_tokens=skip_special_tokens),
+            truncate_prompt_tokens=truncate_prompt_tokens,
+            priority=priority,
+        )
+        _set_prompt(request, prompt)
+        async with aclosing(self.stream_request(request, timeout_s)) as responses:
+            async for response in responses:
+                yield _delta(response)
+
+    async def generate(self, prompt: Prompt, **options: Any) -> Completion:
+        """The whole answer. Takes the options of `stream` and raises what it raises."""
+        deltas = [delta async for delta in self.stream(prompt, **options)]
+        first, last = deltas[0], deltas[-1]
+        assert first.num_prompt_tokens is not None and first.seed is not None
+        assert last.finish is not None and last.timings is not None
+        return Completion(
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+            num_prompt_tokens=first.num_prompt_tokens,
+            seed=first.seed,
+            finish=last.finish,
+            timings=last.timings,
+        )
+
+    async def stream_request(
+        self, request: inference_pb2.GenerateRequest, timeout_s: float | None = None
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        """GenerateStream with a request message of your own."""
+        call = self._inference.GenerateStream(request, timeout=timeout_s)
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+        finally:
+            call.cancel()
+
+    async def list_models(self, timeout_s: float | None = None) -> list[mesh_pb2.ModelInfo]:
+        """What the mesh serves."""
+        response = await self._ask(self._mesh.ListModels(mesh_pb2.ListModelsRequest(), timeout=timeout_s))
+        return list(response.models)
+
+    async def status(self, timeout_s: float | None = 5.0) -> mesh_pb2.GetStatusResponse:
+        """How the mesh is."""
+        response: mesh_pb2.GetStatusResponse = await self._ask(
+            self._mesh.GetStatus(mesh_pb2.GetStatusRequest(), timeout=timeout_s)
+        )
+        return response
+
+    async def _default_model(self, timeout_s: float | None) -> str:
+        if self._only_model is None:
+            names = [model.name for model in await self.list_models(timeout_s)]
+            if len(names) != 1:
+                raise InvalidRequest("model", f"the mesh serves several; choose one of {', '.join(names)}")
+            self._only_model = names[0]
+        return self._only_model
+
+    @staticmethod
+    async def _ask(call: Any) -> Any:
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+
+
+def _set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif all(isinstance(part, Message) for part in prompt) and len(prompt):
+        turns = [inference_pb2.ChatMessage(role=m.role, content=m.content) for m in prompt if isinstance(m, Message)]
+        request.chat.messages.extend(turns)
+    else:
+        try:
+            request.token_ids.ids.extend(part for part in prompt if isinstance(part, int))
+        except ValueError as error:
+            raise InvalidRequest("token_ids.ids", str(error)) from error
+        if len(request.token_ids.ids) != len(prompt):
+            raise InvalidRequest("prompt", "is neither text, token ids nor a list of Message")
+        request.token_ids.SetInParent()
+
+
+def _delta(response: inference_pb2.GenerateResponse) -> Delta:
+    has_info, outputs, finish, timings = response.HasField("prompt_info"), response.outputs, None, None
+    if outputs.HasField("finish_info"):
+        finish = _finish(outputs.finish_info)
+        wire = response.timings
+        timings = Timings(wire.queue_s, wire.ttft_s, wire.e2e_s, wire.num_restarts)
+    return Delta(
+        text=outputs.text,
+        token_ids=tuple(outputs.token_ids),
+        num_tokens=outputs.num_tokens,
+        num_prompt_tokens=response.prompt_info.num_prompt_tokens if has_info else None,
+        seed=response.prompt_info.seed if has_info else None,
+        finish=finish,
+        timings=timings,
+    )
+
+
+def _finish(wire: inference_pb2.FinishInfo) -> Finish:
+    kind = wire.WhichOneof("stop_reason")
+    stopped_by = getattr(wire, kind) if kind else None
+    reasons: dict[int, Literal["length", "stop", "aborted"]] = {1: "length", 2: "stop", 3: "aborted"}
+    return Finish(reasons[wire.finish_reason], wire.num_output_tokens, stopped_by)
+
+
+__all__ = ["Completion", "Delta", "Finish", "MeshClient", "Message", "Prompt", "Timings"]

@@ -1,0 +1,17 @@
+"""`python -m muxmesh.supervisor.guard PARENT_PID COMMAND...`: a program that is not ours, made to die with its parent."""
+
+import os
+import sys
+
+from muxmesh.lifecycle import die_with_parent
+
+
+def main() -> None:
+    """Ties this process to its parent, then becomes the command."""
+    parent_pid, *command = sys.argv[1:]
+    die_with_parent(int(parent_pid))
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main()

