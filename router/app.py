@@ -35,10 +35,10 @@ async def serve(runtime: MeshRuntime, stop: asyncio.Event) -> None:
         units = {}
         for unit in config.units:
             channel = await stack.enter_async_context(internal_channel(runtime.kvstore_address(unit.name)))
-            credits = UnitCredits(f"router-{os.getpid()}", channel)
-            driver = RequestDriver(credits, workers, clock, config.router.max_restarts)
-            units[unit.name] = UnitLink(credits, driver, kvstore_pb2_grpc.KvStoreServiceStub(channel))
-            stack.callback(asyncio.create_task(credits.run(), name=f"credits of {unit.name}").cancel)
+            unit_credits = UnitCredits(f"router-{os.getpid()}", channel)
+            driver = RequestDriver(unit_credits, workers, clock, config.router.max_restarts)
+            units[unit.name] = UnitLink(unit_credits, driver, kvstore_pb2_grpc.KvStoreServiceStub(channel))
+            stack.callback(asyncio.create_task(unit_credits.run(), name=f"credits of {unit.name}").cancel)
         tokenizing = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="tokenize"))
         registry = Registry(runtime.redis_url, clock)
         stack.push_async_callback(registry.close)

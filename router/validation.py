@@ -78,7 +78,7 @@ def complete(
     if room < 1:
         raise InvalidRequest(
             field,
-            f"is {len(prompt_token_ids)} tokens; the context holds {model.max_model_len} with at least 1 for the answer",
+            f"is {len(prompt_token_ids)} tokens; the context holds {model.max_model_len}, at least 1 for the answer",
         )
     stopping = wire.stopping
     max_new_tokens = min(model.config.default_max_new_tokens, room)

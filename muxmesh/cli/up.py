@@ -91,7 +91,7 @@ async def _say_hello(listen: str, model: str, prompt: str) -> None:
 Call it:
   muxmesh generate --address {listen} --chat "Name three colours."
   muxmesh chat --address {listen}
-  python -c 'from muxmesh.client import SyncMeshClient as C; print(C("{listen}").generate("Hello", max_new_tokens=8).text)'
+  python -c 'from muxmesh.client import SyncMeshClient as C; print(C("{listen}").generate("Hello").text)'
 or make stubs in any language from protos/muxmesh/v1. Ctrl-C stops the mesh.""",
         flush=True,
     )

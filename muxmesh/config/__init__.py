@@ -1,1 +1,1 @@
-"""Configuration: what an operator writes (`schema`), how it is read (`load`), where a running mesh lives (`runtime`)."""
+"""Configuration: what an operator writes (`schema`), how it is read (`load`), where a mesh lives (`runtime`)."""

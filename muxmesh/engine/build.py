@@ -36,7 +36,7 @@ def _runner(config: ModelConfig, prepared: PreparedModel, spec: ModelSpec, view:
         # Letters and the space in the built-in byte tokenizer; past the special tokens in any other.
         token_ids = range(35, 93) if prepared.folder is None else range(min(256, spec.vocab_size - 1), spec.vocab_size)
         return SimRunner(config.sim, token_ids, min(spec.eos_token_ids, default=0))
-    from muxmesh.engine.torch_engine.runner import TorchRunner
+    from muxmesh.engine.torch_engine.runner import TorchRunner  # noqa: PLC0415 - only this engine needs torch
 
     assert prepared.image is not None, "a torch model is prepared with its image"
     max_model_len = config.max_model_len or spec.context_len

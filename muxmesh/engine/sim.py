@@ -16,7 +16,7 @@ def step_time_s(profile: SimProfile, step: Step) -> float:
 
 
 class SimRunner:
-    """A `Runner`: each token is a hash of the one before it, its place and the seed, so that a resumed job goes on alike."""
+    """A `Runner`. Each token is a hash of the one before it, its place and the seed, so a resumed job goes on alike."""
 
     def __init__(
         self,

@@ -44,7 +44,8 @@ def import_gguf(gguf: Path, folder: Path, progress: Callable[[int, int], None]) 
     architecture, pre = fields.get("general.architecture"), fields.get("tokenizer.ggml.pre")
     if architecture != "llama" or fields.get("tokenizer.ggml.model") != "gpt2" or pre != "smollm":
         raise ModelUnsupported(
-            f"{gguf.name}: architecture {architecture} with tokenizer {pre} is not supported; supported: llama with smollm"
+            f"{gguf.name}: architecture {architecture} with tokenizer {pre} is not supported; "
+            "supported: llama with smollm"
         )
     folder.mkdir(parents=True)
     tied = all(tensor.name != "output.weight" for tensor in reader.tensors)

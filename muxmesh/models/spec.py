@@ -64,7 +64,7 @@ class ModelSpec:
 
 SIM_SPEC = ModelSpec(
     architecture="sim",
-    vocab_size=512,
+    vocab_size=259,
     hidden_size=64,
     num_layers=2,
     num_heads=2,

@@ -1,4 +1,4 @@
-"""`python -m muxmesh.supervisor.guard PARENT_PID COMMAND...`: a program that is not ours, made to die with its parent."""
+"""`python -m muxmesh.supervisor.guard PARENT_PID COMMAND...`: makes a program that is not ours die with its parent."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ def main() -> None:
     """Ties this process to its parent, then becomes the command."""
     parent_pid, *command = sys.argv[1:]
     die_with_parent(int(parent_pid))
-    os.execvp(command[0], command)
+    os.execvp(command[0], command)  # noqa: S606 - a fixed command of the supervisor
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ _REMEMBERED_LINES = 20
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """What to run. ``wait_ready`` returns when it serves; it is asked again after each restart of the whole mesh only."""
+    """What to run. ``wait_ready`` returns when it serves for the first time."""
 
     name: str
     command: tuple[str, ...]

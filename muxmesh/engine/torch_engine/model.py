@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - as everybody writes it
 from torch import Tensor
 
 from muxmesh.engine.torch_engine.attention_cpu import StepLayout
@@ -21,7 +21,7 @@ class Attention(Protocol):
     """Attention over the pool for one layer of one step."""
 
     def __call__(self, qkv: Tensor, layer: int, layout: StepLayout) -> Tensor:
-        """Rotates, stores K and V, attends. ``qkv`` [rows, (heads + 2 kv_heads) * head_dim] → [rows, heads * head_dim]."""
+        """Rotates, stores K and V, attends. [rows, (heads + 2 kv_heads) * head_dim] → [rows, heads * head_dim]."""
 
 
 class Llama:

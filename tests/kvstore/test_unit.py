@@ -1,0 +1,230 @@
+"""The unit's brain, example by example and under random operations."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from kvstore.admission import WaitingKey
+from kvstore.unit import CREDIT_TTL_S, CreditGiven, ModelShare, Unit
+from muxmesh.config.runtime import Role
+from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
+from muxmesh.models.spec import KvShape
+from muxmesh.types import Lease, LeaseRef, OrderKey
+
+SHAPES = {
+    "a": KvShape(num_layers=2, num_kv_heads=1, head_dim=16, block_size=8, dtype_bytes=4),
+    "b": KvShape(num_layers=3, num_kv_heads=2, head_dim=32, block_size=16, dtype_bytes=4),
+    "c": KvShape(num_layers=1, num_kv_heads=4, head_dim=64, block_size=16, dtype_bytes=4),
+}
+SLAB_BYTES = 64 * 1024
+
+
+def make_unit(num_slabs: int = 4, max_num_seqs: int = 3) -> Unit:
+    return Unit(num_slabs * SLAB_BYTES, SLAB_BYTES, {name: ModelShare(shape, max_num_seqs) for name, shape in SHAPES.items()})
+
+
+def ready_workers(unit: Unit, model: str) -> tuple[str, str]:
+    names = []
+    for role in (Role.PREFILL, Role.DECODE):
+        worker = unit.attach(role, model, f"unix:{role}", 1)
+        worker.ready = True
+        names.append(worker.name)
+    return names[0], names[1]
+
+
+def key(key_id: int, model: str = "a", num_tokens: int = 8, priority: int = 0, arrived: float = 0.0) -> WaitingKey:
+    return WaitingKey("router", key_id, model, OrderKey(priority, arrived), num_tokens)
+
+
+def test_no_credit_before_both_workers_are_ready() -> None:
+    unit = make_unit()
+    unit.offer(key(1))
+    unit.attach(Role.PREFILL, "a", "x", 1).ready = True
+    assert unit.give_credits(0.0) == []
+    unit.attach(Role.DECODE, "a", "x", 2).ready = True
+    assert [given.key_id for given in unit.give_credits(0.0)] == [1]
+
+
+def test_credits_go_by_priority_then_arrival() -> None:
+    unit = make_unit(max_num_seqs=2)
+    ready_workers(unit, "a")
+    for key_id, priority, arrived in ((1, 0, 5.0), (2, 0, 3.0), (3, -1, 9.0), (4, 1, 0.0)):
+        unit.offer(key(key_id, priority=priority, arrived=arrived))
+    assert [given.key_id for given in unit.give_credits(0.0)] == [3, 2]
+
+
+def test_a_large_request_is_not_overtaken_by_small_ones() -> None:
+    unit = make_unit(num_slabs=1)
+    ready_workers(unit, "a")
+    capacity = unit.pool.capacity_blocks("a") * 8
+    unit.offer(key(1, num_tokens=8, arrived=0.0))
+    (small,) = unit.give_credits(0.0)
+    unit.offer(key(2, num_tokens=capacity, arrived=1.0))
+    unit.offer(key(3, num_tokens=8, arrived=2.0))
+    assert unit.give_credits(0.0) == []
+    unit.leases.release(small.lease.ref, "router")
+    assert [given.key_id for given in unit.give_credits(0.0)] == [2]
+
+
+def test_a_model_without_slots_does_not_hold_up_another() -> None:
+    unit = make_unit(max_num_seqs=1)
+    ready_workers(unit, "a")
+    ready_workers(unit, "b")
+    for key_id, model in ((1, "a"), (2, "a"), (3, "b")):
+        unit.offer(key(key_id, model, num_tokens=16, arrived=key_id))
+    assert [given.key_id for given in unit.give_credits(0.0)] == [1, 3]
+
+
+def test_a_request_that_never_fits_is_refused_by_field() -> None:
+    unit = make_unit(num_slabs=1)
+    with pytest.raises(InvalidRequest, match=r"stopping\.max_new_tokens: .* the KV pool holds"):
+        unit.offer(key(1, num_tokens=10**6))
+
+
+def test_an_unused_credit_expires() -> None:
+    unit = make_unit()
+    ready_workers(unit, "a")
+    unit.offer(key(1))
+    (given,) = unit.give_credits(0.0)
+    assert unit.leases.next_expiry_s() == CREDIT_TTL_S
+    unit.give_credits(CREDIT_TTL_S)
+    assert len(unit.leases) == 0
+    with pytest.raises(LeaseLost, match="does not exist"):
+        unit.acquire(given.lease.ref, given.prefill.name)
+
+
+def test_the_hand_off_keeps_blocks_and_raises_the_epoch() -> None:
+    unit = make_unit()
+    prefill, decode = ready_workers(unit, "a")
+    unit.offer(key(1, num_tokens=30))
+    (given,) = unit.give_credits(0.0)
+    held = unit.acquire(given.lease.ref, prefill)
+    moved = unit.move(held.ref, prefill, decode, 22, (7,), b"opaque")
+    assert moved.block_ids == held.block_ids == given.lease.block_ids
+    assert moved.ref.epoch == held.ref.epoch + 1 == given.lease.ref.epoch + 2
+    assert (moved.num_computed_tokens, moved.sampled_token_ids, moved.handoff) == (22, (7,), b"opaque")
+    with pytest.raises(LeaseLost, match="epoch"):
+        unit.leases.release(held.ref, prefill)
+    unit.leases.release(moved.ref, decode)
+    assert len(unit.leases) == 0
+
+
+def test_a_hand_off_to_a_lost_worker_leaves_the_lease_where_it_is() -> None:
+    unit = make_unit()
+    prefill, decode = ready_workers(unit, "a")
+    unit.offer(key(1))
+    held = unit.acquire(unit.give_credits(0.0)[0].lease.ref, prefill)
+    unit.worker_exited(decode)
+    with pytest.raises(WorkerLost, match="not attached"):
+        unit.move(held.ref, prefill, decode, 8, (1,), b"")
+    unit.leases.release(held.ref, prefill)
+
+
+def test_a_router_that_is_gone_loses_its_keys_and_credits_only() -> None:
+    unit = make_unit(max_num_seqs=2)
+    prefill, _ = ready_workers(unit, "a")
+    for key_id in (1, 2, 3):
+        unit.offer(key(key_id))
+    first, _ = unit.give_credits(0.0)
+    unit.acquire(first.lease.ref, prefill)
+    unit.router_gone("router")
+    assert unit.admission.count("a") == 0
+    assert unit.leases.count_by_owner() == {prefill: 1}
+
+
+class UnitMachine(RuleBasedStateMachine):
+    """Random life of a unit: offers, withdrawals, credits, hand-offs, releases, deaths, late calls, expiries."""
+
+    credits_out = Bundle("credits_out")
+    held = Bundle("held")
+    late = Bundle("late")
+
+    @initialize()
+    def start(self) -> None:
+        self.unit = make_unit(num_slabs=3, max_num_seqs=4)
+        self.now_s = 0.0
+        self.last_key = 0
+        self.workers = {model: ready_workers(self.unit, model) for model in SHAPES}
+
+    @rule(model=st.sampled_from(sorted(SHAPES)), num_tokens=st.integers(1, 96), priority=st.integers(-1, 1))
+    def offer(self, model: str, num_tokens: int, priority: int) -> None:
+        self.last_key += 1
+        self.unit.offer(key(self.last_key, model, num_tokens, priority, self.now_s))
+
+    @rule(back=st.integers(0, 5))
+    def withdraw(self, back: int) -> None:
+        self.unit.admission.withdraw("router", self.last_key - back)
+
+    @rule(target=credits_out, seconds=st.sampled_from([0.0, 1.0, CREDIT_TTL_S]))
+    def give_credits(self, seconds: float) -> object:
+        self.now_s += seconds
+        return multiple(*self.unit.give_credits(self.now_s))
+
+    @rule(target=held, given=consumes(credits_out))
+    def acquire(self, given: CreditGiven) -> object:
+        prefill = self.workers[given.lease.model][0]
+        try:
+            lease = self.unit.acquire(given.lease.ref, prefill)
+        except LeaseLost:
+            return multiple()
+        assert lease.block_ids == given.lease.block_ids
+        return (lease, prefill)
+
+    @rule(target=held, lease_of=consumes(held))
+    def move(self, lease_of: tuple[Lease, str]) -> object:
+        lease, owner = lease_of
+        decode = self.workers[lease.model][1]
+        try:
+            return (self.unit.move(lease.ref, owner, decode, 1, (1,), b""), decode)
+        except LeaseLost:
+            return multiple()
+
+    @rule(target=late, lease_of=consumes(held))
+    def release(self, lease_of: tuple[Lease, str]) -> object:
+        lease, owner = lease_of
+        try:
+            self.unit.leases.release(lease.ref, owner)
+        except LeaseLost:
+            return multiple()
+        return lease_of
+
+    @rule(lease_of=late)
+    def a_late_call_is_refused(self, lease_of: tuple[Lease, str]) -> None:
+        lease, owner = lease_of
+        with pytest.raises(LeaseLost):
+            self.unit.leases.release(lease.ref, owner)
+        with pytest.raises(LeaseLost):
+            self.unit.acquire(LeaseRef(lease.ref.lease_id, lease.ref.epoch), self.workers[lease.model][0])
+
+    @rule(model=st.sampled_from(sorted(SHAPES)), which=st.integers(0, 1))
+    def a_worker_dies_and_comes_back(self, model: str, which: int) -> None:
+        names = list(self.workers[model])
+        self.unit.worker_exited(names[which])
+        worker = self.unit.attach((Role.PREFILL, Role.DECODE)[which], model, "x", 1)
+        worker.ready = True
+        names[which] = worker.name
+        self.workers[model] = (names[0], names[1])
+
+    @rule()
+    def the_router_dies(self) -> None:
+        self.unit.router_gone("router")
+
+    @invariant()
+    def every_block_is_in_one_place(self) -> None:
+        if hasattr(self, "unit"):
+            self.unit.check_integrity()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "unit"):
+            return
+        self.unit.router_gone("router")
+        for names in self.workers.values():
+            for name in names:
+                self.unit.worker_exited(name)
+        assert self.unit.pool.num_free_slabs == self.unit.pool.num_slabs
+        self.unit.check_integrity()
+
+
+UnitMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+TestUnitUnderRandomOperations = UnitMachine.TestCase

@@ -1,0 +1,492 @@
+"""A mesh of real processes with the sim engine: the API, bad input, cancels, faults. One mesh for the module."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from muxmesh.client import Message, SyncMeshClient
+from muxmesh.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded
+from muxmesh.rpc.status import _rich_status
+from muxmesh.v1 import inference_pb2, inference_pb2_grpc
+from tests.support.mesh import SIM_MODEL, RunningMesh, collect, running_mesh
+
+pytestmark = [pytest.mark.mesh, pytest.mark.asyncio(loop_scope="module")]
+SLOW = {"name": "slow", "engine": "sim", "sim": {"base_s": 0.02}, "max_num_seqs": 4}
+UNIT = {"kv_pool": "4MiB", "slab": "64KiB", "models": [SIM_MODEL, SLOW]}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RunningMesh]:
+    async with running_mesh(
+        tmp_path_factory.mktemp("mesh"), units=[UNIT], router={"max_prompt_bytes": "64KiB", "max_waiting_requests": 40}
+    ) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def raw(mesh: RunningMesh) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(mesh.address) as channel:
+        yield channel
+
+
+async def test_a_stream_gives_every_token_once(mesh: RunningMesh) -> None:
+    text, tokens, finish = await collect(mesh.client.stream("Hello", model="sim", max_new_tokens=50, temperature=0))
+    assert len(tokens) == finish.num_output_tokens == 50
+    assert finish.reason == "length"
+    assert len(text) == 50
+    await mesh.until_free()
+
+
+async def test_unary_and_stream_agree(mesh: RunningMesh) -> None:
+    options: dict[str, Any] = {"model": "sim", "max_new_tokens": 20, "seed": 7}
+    text, tokens, _ = await collect(mesh.client.stream("Hello", **options))
+    async with grpc.aio.insecure_channel(mesh.address) as channel:
+        whole = await inference_pb2_grpc.InferenceStub(channel).Generate(
+            inference_pb2.GenerateRequest(
+                model="sim",
+                text="Hello",
+                sampling=inference_pb2.SamplingOptions(seed=7),
+                stopping=inference_pb2.StoppingOptions(max_new_tokens=20),
+                response=inference_pb2.ResponseOptions(output_token_ids=True, prompt_token_ids=True),
+            )
+        )
+    assert (whole.outputs.text, list(whole.outputs.token_ids), whole.outputs.num_tokens) == (text, tokens, 20)
+    assert whole.prompt_info.num_prompt_tokens == len(whole.prompt_info.token_ids) == 5
+    assert whole.prompt_info.seed == 7
+    assert whole.timings.e2e_s >= whole.timings.ttft_s >= whole.timings.queue_s >= 0
+
+
+async def test_the_drawn_seed_repeats_an_answer(mesh: RunningMesh) -> None:
+    first = await mesh.client.generate("Hello", model="sim", max_new_tokens=20)
+    again = await mesh.client.generate("Hello", model="sim", max_new_tokens=20, seed=first.seed)
+    other = await mesh.client.generate("Hello", model="sim", max_new_tokens=20)
+    assert first.token_ids == again.token_ids != other.token_ids
+
+
+async def test_token_ids_chat_and_text_are_three_kinds_of_prompt(mesh: RunningMesh) -> None:
+    by_text = await mesh.client.generate("user: hi\nassistant: ", model="sim", max_new_tokens=5, temperature=0)
+    by_chat = await mesh.client.generate([Message("user", "hi")], model="sim", max_new_tokens=5, temperature=0)
+    assert by_text.token_ids == by_chat.token_ids
+    assert (await mesh.client.generate([40, 41], model="sim", max_new_tokens=5)).num_prompt_tokens == 2
+
+
+async def test_a_stop_string_across_tokens_ends_the_answer(mesh: RunningMesh) -> None:
+    options: dict[str, Any] = {"model": "sim", "max_new_tokens": 40, "temperature": 0}
+    text, _, _ = await collect(mesh.client.stream("Hello", **options))
+    stop = text[10:13]
+    cut, tokens, finish = await collect(mesh.client.stream("Hello", stop_strings=[stop], **options))
+    assert cut == text[: text.index(stop)]
+    assert (finish.reason, finish.stopped_by) == ("stop", stop)
+    assert len(tokens) == finish.num_output_tokens == text.index(stop) + 3
+    kept, _, _ = await collect(
+        mesh.client.stream("Hello", stop_strings=[stop], include_stop_strings=True, **options)
+    )
+    assert kept == cut + stop
+    await mesh.until_free()
+
+
+async def test_a_stop_token_ends_the_answer(mesh: RunningMesh) -> None:
+    options: dict[str, Any] = {"model": "sim", "max_new_tokens": 40, "temperature": 0}
+    _, tokens, _ = await collect(mesh.client.stream("Hello", **options))
+    stop = tokens[8]
+    first = tokens.index(stop)
+    _, cut, finish = await collect(mesh.client.stream("Hello", stop_token_ids=[stop], **options))
+    assert (cut, finish.reason, finish.stopped_by) == (tokens[: first + 1], "stop", stop)
+    _, longer, finish = await collect(
+        mesh.client.stream("Hello", stop_token_ids=[stop], min_new_tokens=first + 2, **options)
+    )
+    assert finish.num_output_tokens >= first + 2
+    assert stop not in longer[: first + 1]
+
+
+async def test_the_prompt_is_truncated_from_the_left(mesh: RunningMesh) -> None:
+    whole = await mesh.client.generate([50, 51, 52], model="sim", max_new_tokens=4, temperature=0)
+    cut = await mesh.client.generate(
+        [40, 41, 50, 51, 52], model="sim", max_new_tokens=4, temperature=0, truncate_prompt_tokens=3
+    )
+    assert cut.num_prompt_tokens == 3
+    assert cut.token_ids == whole.token_ids
+
+
+async def test_the_sync_client_gives_the_same(mesh: RunningMesh) -> None:
+    expected = await mesh.client.generate("Hello", model="sim", max_new_tokens=9, temperature=0)
+
+    def script() -> tuple[str, str, int]:
+        with SyncMeshClient(mesh.address) as client:
+            answer = client.generate("Hello", model="sim", max_new_tokens=9, temperature=0)
+            deltas = list(client.stream("Hello", model="sim", max_new_tokens=9, temperature=0))
+            for delta in client.stream("Hello", model="slow", max_new_tokens=500):
+                assert delta.num_tokens == 1
+                break
+            return answer.text, "".join(delta.text for delta in deltas), len(client.list_models())
+
+    assert await asyncio.to_thread(script) == (expected.text, expected.text, 2)
+    await mesh.until_free()
+
+
+BAD: dict[str, tuple[dict[str, Any], str, str]] = {
+    "empty prompt": ({"text": ""}, "text", "is empty"),
+    "no tokens": ({"token_ids": {"ids": []}}, "token_ids.ids", "is empty"),
+    "no prompt": ({}, "text", "none is set"),
+    "both prompt kinds": ({"text": "a", "token_ids": {"ids": [40]}}, "text", "text and token_ids are set"),
+    "unknown prompt token": ({"token_ids": {"ids": [40, 259]}}, "token_ids.ids[1]", "token id 259 is unknown"),
+    "prompt longer than the context": (
+        {"token_ids": {"ids": [40] * 8192}},
+        "token_ids",
+        "the context holds 8192",
+    ),
+    "prompt of too many bytes": ({"text": "x" * 70_000}, "text", "is 70000 bytes; at most 65536"),
+    "no messages": ({"chat": {}}, "chat.messages", "is empty"),
+    "unknown role": (
+        {"chat": {"messages": [{"role": "robot", "content": "x"}]}},
+        "chat.messages[0].role",
+        "'robot'; one of system, user, assistant",
+    ),
+    "no content": ({"chat": {"messages": [{"role": "user"}]}}, "chat.messages", "no content"),
+    "max_new_tokens 0": ({"text": "a", "stopping": {"max_new_tokens": 0}}, "stopping.max_new_tokens", "at least 1"),
+    "max_new_tokens over the limit": (
+        {"text": "a", "stopping": {"max_new_tokens": 8192}},
+        "stopping.max_new_tokens",
+        "so at most 8191",
+    ),
+    "min_new_tokens over max_new_tokens": (
+        {"text": "a", "stopping": {"max_new_tokens": 2, "min_new_tokens": 3}},
+        "stopping.min_new_tokens",
+        "more than max_new_tokens",
+    ),
+    "temperature below 0": ({"text": "a", "temperature": -0.1}, "temperature", "between 0 (greedy) and 100"),
+    "temperature NaN": ({"text": "a", "temperature": float("nan")}, "temperature", "is nan"),
+    "temperature infinite": ({"text": "a", "temperature": float("inf")}, "temperature", "is inf"),
+    "top_p 0": ({"text": "a", "sampling": {"top_p": 0.0}}, "sampling.top_p", "more than 0 and at most 1"),
+    "top_p over 1": ({"text": "a", "sampling": {"top_p": 1.5}}, "sampling.top_p", "is 1.5"),
+    "top_p NaN": ({"text": "a", "sampling": {"top_p": float("nan")}}, "sampling.top_p", "is nan"),
+    "unknown stop token": (
+        {"text": "a", "stopping": {"stop_token_ids": [3, 900]}},
+        "stopping.stop_token_ids[1]",
+        "token id 900 is unknown",
+    ),
+    "empty stop string": (
+        {"text": "a", "stopping": {"stop_strings": ["x", ""]}},
+        "stopping.stop_strings[1]",
+        "is empty",
+    ),
+    "truncate to nothing": ({"text": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1"),
+    "several sequences": ({"text": "a", "sampling": {"num_sequences": 2}}, "sampling.num_sequences", "not supported"),
+    "min_p": ({"text": "a", "sampling": {"min_p": 0.1}}, "sampling.min_p", "not supported"),
+    "presence penalty": (
+        {"text": "a", "decoding": {"presence_penalty": 0.5}},
+        "decoding.presence_penalty",
+        "not supported",
+    ),
+    "logit bias": ({"text": "a", "decoding": {"logit_bias": {5: 1.0}}}, "decoding.logit_bias", "not supported"),
+    "allowed tokens": (
+        {"text": "a", "decoding": {"allowed_token_ids": {"ids": [5]}}},
+        "decoding.allowed_token_ids",
+        "not supported",
+    ),
+    "log-probabilities": ({"text": "a", "response": {"output_logprobs": 0}}, "response.output_logprobs", "supported"),
+    "session": ({"text": "a", "session_id": "s"}, "session_id", "not supported"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_bad_input_is_refused_by_the_name_of_its_field(mesh: RunningMesh, name: str) -> None:
+    fields, field, problem = BAD[name]
+    request = inference_pb2.GenerateRequest(model="sim", **fields)
+    with pytest.raises(InvalidRequest) as caught:
+        _ = [part async for part in mesh.client.stream_request(request)]
+    assert caught.value.field == field
+    assert problem in caught.value.problem
+
+
+async def test_an_unknown_model_is_not_found(mesh: RunningMesh) -> None:
+    with pytest.raises(ModelNotFound, match=r"model: 'gpt' is not served; served: sim, slow"):
+        await mesh.client.generate("a", model="gpt")
+
+
+async def test_neutral_values_of_unsupported_fields_are_fine(mesh: RunningMesh) -> None:
+    request = inference_pb2.GenerateRequest(
+        model="sim",
+        text="a",
+        sampling=inference_pb2.SamplingOptions(num_sequences=1, min_p=0.0),
+        decoding=inference_pb2.DecodingOptions(repetition_penalty=1.0),
+        stopping=inference_pb2.StoppingOptions(max_new_tokens=1),
+        kv=inference_pb2.KvOptions(bypass_prefix_cache=True, cache_salt="tenant"),
+    )
+    assert [part async for part in mesh.client.stream_request(request)]
+
+
+RAW = {
+    "text that is no UTF-8": (b"\x12\x03sim" + b"\x1a\x02\xff\xfe", "text", "not valid UTF-8"),
+    "a role that is no UTF-8": (
+        b"\x12\x03sim" + b"\xa2\x06\x05" + b"\x0a\x03" + b"\x0a\x01\xff",
+        "chat.messages.role",
+        "not valid UTF-8",
+    ),
+    "a field of another version": (b"\x12\x03sim" + b"\x1a\x01a" + b"\xf8\x3f\x01", "(number 1023)", "does not know"),
+    "garbage": (b"\xff\xff\xff\xff", "GenerateRequest", "no message"),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+async def test_bad_bytes_are_refused_by_the_name_of_their_field(
+    raw: grpc.aio.Channel, name: str, method: str
+) -> None:
+    message, field, problem = RAW[name]
+    path = f"/muxmesh.v1.Inference/{method}"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        if method == "Generate":
+            await raw.unary_unary(path)(message)
+        else:
+            _ = [part async for part in raw.unary_stream(path)(message)]
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    status = _rich_status(caught.value)
+    assert status is not None
+    bad = error_details_pb2.BadRequest()
+    assert any(detail.Unpack(bad) for detail in status.details)
+    assert bad.field_violations[0].field == field
+    assert problem in bad.field_violations[0].description
+
+
+async def test_a_prompt_of_ten_megabytes_is_refused(mesh: RunningMesh) -> None:
+    with pytest.raises(InvalidRequest, match="text: is 10000000 bytes"):
+        await mesh.client.generate("x" * 10_000_000, model="sim")
+
+
+async def test_request_id_is_echoed(raw: grpc.aio.Channel) -> None:
+    stub = inference_pb2_grpc.InferenceStub(raw)
+    request = inference_pb2.GenerateRequest(model="sim", text="a")
+    request.stopping.max_new_tokens = 1
+    call = stub.GenerateStream(request, metadata=(("x-request-id", "abc"),))
+    assert dict(await call.initial_metadata())["x-request-id"] == "abc"
+    assert [part async for part in call]
+
+
+async def test_health_and_reflection_on_every_service(mesh: RunningMesh, raw: grpc.aio.Channel) -> None:
+    runtime = mesh.mesh.runtime
+    services = {
+        mesh.address: ["muxmesh.v1.Inference", "muxmesh.v1.Mesh"],
+        runtime.kvstore_address("unit0"): ["muxmesh.internal.v1.KvStoreService"],
+        f"unix:{runtime.run_dir}/prefill-sim.sock": ["muxmesh.internal.v1.PrefillService"],
+        f"unix:{runtime.run_dir}/decode-sim.sock": ["muxmesh.internal.v1.DecodeService"],
+    }
+    for address, names in services.items():
+        async with grpc.aio.insecure_channel(address) as channel:
+            for name in ("", *names):
+                health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name))
+                assert health.status == health_pb2.HealthCheckResponse.SERVING
+            call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+                iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+            )
+            (listed,) = [response async for response in call]
+            assert set(names) <= {service.name for service in listed.list_services_response.service}
+
+
+async def test_status_shows_models_workers_and_processes(mesh: RunningMesh) -> None:
+    await mesh.client.generate("Hello", model="sim", max_new_tokens=3)
+
+    async def all_registered() -> bool:
+        return len((await mesh.client.status()).processes) == 6
+
+    await mesh.until(all_registered)
+    status = await mesh.client.status()
+    assert status.redis_connected
+    assert {process.name for process in status.processes} == {
+        "router", "kvstore/unit0", "prefill/sim", "decode/sim", "prefill/slow", "decode/slow",
+    }  # fmt: skip
+    assert all(worker.ready for worker in status.units[0].workers)
+    assert {worker.pid for worker in status.units[0].workers} <= {process.pid for process in status.processes}
+
+
+async def test_model_info_is_complete(mesh: RunningMesh) -> None:
+    info = {model.name: model for model in await mesh.client.list_models()}["sim"]
+    assert (info.engine, info.unit, info.max_model_len, info.vocab_size) == ("sim", "unit0", 8192, 259)
+    assert info.has_chat_template
+    assert list(info.eos_token_ids) == [0]
+
+
+async def test_a_full_pool_makes_requests_wait_and_fails_none(mesh: RunningMesh) -> None:
+    """Each of twenty requests reserves a third of the pool; a stop string ends it long before that."""
+    capacity_tokens = (await mesh.unit()).models[0].num_free_token_blocks * 16
+    options: dict[str, Any] = {"max_new_tokens": capacity_tokens // 3 - 16, "stop_strings": ["a", "b", "c"]}
+    requests = [
+        asyncio.create_task(mesh.client.generate("Hello", model="sim", seed=seed, **options)) for seed in range(20)
+    ]
+
+    async def pool_is_full() -> bool:
+        (model, _) = (await mesh.unit()).models
+        return model.num_keys_waiting > 0 and model.num_leases + model.num_credits == 3
+
+    await mesh.until(pool_is_full)
+    answers = await asyncio.gather(*requests)
+    assert {answer.finish.reason for answer in answers} == {"stop"}
+    await mesh.until_free()
+
+
+async def test_lower_priority_numbers_go_first(mesh: RunningMesh) -> None:
+    finished: list[int] = []
+
+    async def ask(priority: int) -> None:
+        await mesh.client.generate("Hello", model="slow", max_new_tokens=10, priority=priority)
+        finished.append(priority)
+
+    blockers = [asyncio.create_task(ask(-9)) for _ in range(4)]
+
+    async def all_slots_taken() -> bool:
+        return {m.model: m.num_leases + m.num_credits for m in (await mesh.unit()).models}["slow"] == 4
+
+    await mesh.until(all_slots_taken)
+    late = [asyncio.create_task(ask(priority)) for priority in (5, 5, 5, 5, 1, 1, 1, 1)]
+    await asyncio.gather(*blockers, *late)
+    assert finished[4:] == [1] * 4 + [5] * 4
+
+
+async def test_too_many_waiting_requests_are_refused_with_a_hint(mesh: RunningMesh) -> None:
+    async def ask() -> bool:
+        try:
+            await mesh.client.generate("Hello", model="slow", max_new_tokens=60, timeout_s=30)
+        except Overloaded as error:
+            assert error.retry_after_s > 0
+            return False
+        return True
+
+    tasks = [asyncio.create_task(ask()) for _ in range(60)]
+
+    async def some_refused() -> bool:
+        return any(task.done() for task in tasks)
+
+    await mesh.until(some_refused)
+    for task in tasks:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert results.count(False) >= 10
+    await mesh.until_free()
+
+
+async def test_a_cancelled_request_leaves_nothing_leased(mesh: RunningMesh) -> None:
+    stream = mesh.client.stream("Hello", model="slow", max_new_tokens=5000)
+    await anext(stream)
+    assert await mesh.num_leases() == 1
+    await stream.aclose()
+    await mesh.until_free(timeout_s=1.0)
+
+
+async def test_a_passed_deadline_leaves_nothing_leased(mesh: RunningMesh) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await mesh.client.generate("Hello", model="slow", max_new_tokens=5000, timeout_s=0.3)
+    await mesh.until_free(timeout_s=1.0)
+
+
+async def test_a_killed_client_leaves_nothing_leased(mesh: RunningMesh) -> None:
+    client = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "muxmesh", "generate", "--address", mesh.address, "--model", "slow",
+        "--max-new-tokens", "5000", "Hello", stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert client.stdout is not None
+    assert await client.stdout.read(1)
+    client.kill()
+    await client.wait()
+    await mesh.until_free(timeout_s=1.0)
+
+
+async def test_a_thousand_random_cancels_leave_nothing_leased(mesh: RunningMesh) -> None:
+    import random
+
+    rng = random.Random(17)
+
+    async def one() -> None:
+        task = asyncio.create_task(
+            mesh.client.generate("Hello there", model="sim", max_new_tokens=rng.randint(1, 400), timeout_s=20)
+        )
+        await asyncio.sleep(rng.choice([0.0, rng.random() * 0.02, rng.random() * 0.2]))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    for _ in range(40):
+        await asyncio.gather(*(one() for _ in range(25)))
+    await mesh.until_free(timeout_s=1.0)
+    status = await mesh.client.status()
+    assert all(model.num_requests_running == 0 for model in status.models)
+    assert not any(worker.num_leases for worker in status.units[0].workers)
+
+
+@pytest.mark.parametrize("victim", ["decode/slow", "prefill/slow", "kvstore/unit0"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_a_killed_process_costs_time_and_no_token(
+    mesh: RunningMesh, victim: str, temperature: float
+) -> None:
+    options: dict[str, Any] = {"model": "slow", "max_new_tokens": 60, "temperature": temperature, "seed": 3}
+    expected = await collect(mesh.client.stream("Hello", **options))
+    streams = [mesh.client.stream("Hello", **options) for _ in range(6)]  # four run, two wait
+    running = [asyncio.create_task(collect(stream)) for stream in streams]
+
+    async def some_tokens() -> bool:
+        return {w.name.split("#")[0]: w.num_leases for w in (await mesh.unit()).workers}.get("decode-slow") == 4
+
+    await mesh.until(some_tokens)
+    restarts = mesh.process(victim).num_restarts
+    os.kill(mesh.pid(victim), signal.SIGKILL)
+    assert await asyncio.gather(*running) == [expected] * 6
+    assert mesh.process(victim).num_restarts == restarts + 1
+    await mesh.until_free()
+
+
+async def test_a_killed_router_is_restarted_and_leaves_nothing_leased(mesh: RunningMesh) -> None:
+    stream = mesh.client.stream("Hello", model="slow", max_new_tokens=5000)
+    await anext(stream)
+    os.kill(mesh.pid("router"), signal.SIGKILL)
+    with pytest.raises(Exception, match=r".*"):
+        _ = [delta async for delta in stream]
+
+    async def serves_again() -> bool:
+        try:
+            await mesh.client.generate("Hello", model="sim", max_new_tokens=2, timeout_s=2)
+        except Exception:
+            return False
+        return True
+
+    await mesh.until(serves_again)
+    await mesh.until_free(timeout_s=1.0)
+
+
+async def test_the_mesh_serves_on_while_redis_is_away(mesh: RunningMesh) -> None:
+    os.kill(mesh.pid("redis"), signal.SIGKILL)
+    answers = await asyncio.gather(
+        *(mesh.client.generate("Hello", model="sim", max_new_tokens=20) for _ in range(20))
+    )
+    assert all(answer.finish.num_output_tokens == 20 for answer in answers)
+
+    async def registered_again() -> bool:
+        status = await mesh.client.status()
+        return status.redis_connected and len(status.processes) == 6
+
+    await mesh.until(registered_again)
+
+
+async def test_the_command_line_speaks_json(mesh: RunningMesh) -> None:
+    async def call(*arguments: str) -> Any:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "muxmesh", *arguments, stdout=asyncio.subprocess.PIPE
+        )
+        out, _ = await process.communicate()
+        assert process.returncode == 0
+        return json.loads(out)
+
+    where = ("--address", mesh.address, "--json")
+    answer = await call("generate", *where, "--model", "sim", "--max-new-tokens", "4", "--chat", "Hi")
+    assert (answer["num_output_tokens"], answer["finish_reason"]) == (4, "length")
+    status = await call("status", *where)
+    assert status["units"][0]["connected"] is True
+    assert [model["name"] for model in await call("model", "list", "--json")] == ["smollm2-135m-instruct"]

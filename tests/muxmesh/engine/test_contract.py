@@ -1,0 +1,197 @@
+"""What every engine promises, on each engine."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muxmesh.config.schema import SimProfile
+from muxmesh.engine.api import (
+    Engine,
+    EngineJob,
+    Event,
+    Failed,
+    Finished,
+    FreeGrant,
+    Preempted,
+    PrefillDone,
+    Tokens,
+    Until,
+)
+from muxmesh.engine.scheduler import Scheduler
+from muxmesh.engine.sim import SimRunner
+from muxmesh.engine.step import Runner, Step, StepOutcome
+from muxmesh.engine.step_engine import StepEngine
+from muxmesh.types import EngineRequest, FinishReason, OrderKey, Sampling, Stopping
+from tests.support.tiny import TinyShape, tiny_runner, write_tiny_model
+
+BLOCKS = {1: (0, 1, 2, 3), 2: (4, 5, 6, 7), 3: (8, 9, 10, 11)}
+
+
+@pytest.fixture(scope="module")
+def torch_runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), TinyShape())
+    return tiny_runner(folder, tmp_path_factory.mktemp("cache"))[0]
+
+
+@pytest.fixture(params=["sim", "torch"])
+async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
+    runner = SimRunner(SimProfile(), range(35, 93), 0)
+    if request.param == "torch":
+        runner = request.getfixturevalue("torch_runner")
+    step_engine = StepEngine(Scheduler(8, 32, 16), runner, FreeGrant())
+    await step_engine.start()
+    yield step_engine
+    await step_engine.stop()
+
+
+def job(
+    job_id: int = 1,
+    until: Until = Until.FINISH,
+    max_new_tokens: int = 12,
+    temperature: float = 0.9,
+    resume: tuple[int, ...] = (),
+    **more: Any,
+) -> EngineJob:
+    request = EngineRequest(
+        request_id=f"r{job_id}",
+        model="m",
+        prompt_token_ids=tuple(range(40, 60)),
+        sampling=Sampling(temperature, seed=42),
+        stopping=Stopping(max_new_tokens),
+        order=OrderKey(0, float(job_id)),
+        resume_token_ids=resume,
+    )
+    return EngineJob(job_id, request, until, BLOCKS[job_id], **more)
+
+
+async def collect(events: AsyncIterator[Event]) -> tuple[tuple[int, ...], list[Event]]:
+    tokens: dict[int, int] = {}
+    others: list[Event] = []
+    async with asyncio.timeout(60):
+        async for event in events:
+            if isinstance(event, Tokens):
+                for offset, token in enumerate(event.token_ids):
+                    assert event.start_index + offset not in tokens, "a token came twice"
+                    tokens[event.start_index + offset] = token
+            else:
+                others.append(event)
+    first = min(tokens, default=0)
+    assert sorted(tokens) == list(range(first, first + len(tokens))), "a token is missing"
+    return tuple(tokens[index] for index in sorted(tokens)), others
+
+
+async def test_a_job_gives_all_its_tokens_and_a_finish(engine: Engine) -> None:
+    tokens, others = await collect(engine.submit(job()))
+    assert len(tokens) == 12
+    assert [type(event) for event in others] == [Finished]
+    assert isinstance(others[0], Finished) and others[0].finish.reason is FinishReason.LENGTH
+
+
+async def test_the_same_job_gives_the_same_tokens(engine: Engine) -> None:
+    assert (await collect(engine.submit(job())))[0] == (await collect(engine.submit(job())))[0]
+
+
+async def test_prefill_then_decode_gives_the_tokens_of_one_engine(engine: Engine) -> None:
+    whole, _ = await collect(engine.submit(job()))
+    first, (done,) = await collect(engine.submit(job(until=Until.FIRST_TOKEN)))
+    assert isinstance(done, PrefillDone) and done.num_computed_tokens == 20
+    rest, _ = await collect(
+        engine.submit(job(num_computed_tokens=done.num_computed_tokens, sampled_token_ids=first, handoff=done.handoff))
+    )
+    assert first + rest == whole
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+async def test_a_resumed_job_goes_on_as_the_undisturbed_one(engine: Engine, temperature: float) -> None:
+    whole, _ = await collect(engine.submit(job(temperature=temperature)))
+    rest, _ = await collect(engine.submit(job(2, temperature=temperature, resume=whole[:5])))
+    assert engine.info.resumes_exactly
+    assert whole[:5] + rest == whole
+
+
+async def test_jobs_side_by_side_do_not_disturb_each_other(engine: Engine) -> None:
+    alone = [(await collect(engine.submit(job(number))))[0] for number in (1, 2, 3)]
+    together = await asyncio.gather(*(collect(engine.submit(job(number))) for number in (1, 2, 3)))
+    assert [tokens for tokens, _ in together] == alone
+
+
+async def test_a_cancelled_job_is_no_more(engine: Engine) -> None:
+    events = engine.submit(job(max_new_tokens=40))
+    assert isinstance(await anext(events), Tokens)
+    await engine.cancel(1)
+    await engine.cancel(1)
+    assert engine.stats().num_jobs == 0
+    tokens, _ = await collect(engine.submit(job()))
+    assert len(tokens) == 12
+
+
+async def test_a_preempted_job_waits_and_goes_on(engine: Engine) -> None:
+    whole, _ = await collect(engine.submit(job(max_new_tokens=30)))
+    events = engine.submit(job(max_new_tokens=30))
+    got: list[int] = []
+    async with asyncio.timeout(60):
+        async for event in events:
+            if isinstance(event, Tokens):
+                got.extend(event.token_ids)
+                if len(got) == 3:
+                    engine.preempt(1)
+            elif isinstance(event, Preempted):
+                assert event.kv_kept
+                engine.reprioritise(1, OrderKey(-1, 0.0))
+                engine.resume(1)
+    assert tuple(got) == whole
+
+
+async def test_counters_grow(engine: Engine) -> None:
+    before = engine.stats()
+    await collect(engine.submit(job()))
+    after = engine.stats()
+    assert after.num_computed_tokens - before.num_computed_tokens == 20 + 11
+    assert after.num_steps - before.num_steps == 12
+
+
+async def test_stopping_ends_every_job(torch_runner: Runner) -> None:
+    step_engine = StepEngine(Scheduler(8, 32, 16), torch_runner, FreeGrant())
+    await step_engine.start()
+    events = step_engine.submit(job(max_new_tokens=40))
+    await anext(events)
+    stopping = asyncio.create_task(step_engine.stop())
+    _, others = await collect(events)
+    await stopping
+    assert [type(event) for event in others] == [Failed]
+
+
+class FlakyRunner:
+    """Raises in the steps that hold a job of ``bad``."""
+
+    def __init__(self, bad: set[int], inner: Runner) -> None:
+        self._bad = bad
+        self._inner = inner
+
+    def load(self) -> None:
+        self._inner.load()
+
+    def run(self, step: Step) -> StepOutcome:
+        if any(chunk.job_id in self._bad for chunk in step.chunks):
+            raise ArithmeticError("nan in layer 3")
+        return self._inner.run(step)
+
+
+async def test_a_runner_that_raises_costs_the_step_and_not_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    make: Callable[[], Runner] = lambda: SimRunner(SimProfile(), range(35, 93), 0)  # noqa: E731
+    step_engine = StepEngine(Scheduler(8, 32, 16), FlakyRunner({1}, make()), FreeGrant())
+    await step_engine.start()
+    _, others = await collect(step_engine.submit(job(1)))
+    assert others == [Failed("ArithmeticError: nan in layer 3")]
+    tokens, _ = await collect(step_engine.submit(job(2)))
+    assert len(tokens) == 12
+    assert "nan in layer 3" in caplog.text
+    await step_engine.stop()
+
+
+def test_no_kv_is_touched_by_the_sim_engine(tmp_path: Path) -> None:
+    outcome = SimRunner(SimProfile(), range(35, 93), 0).run(Step(()))
+    assert outcome.kv_bytes_written == 0

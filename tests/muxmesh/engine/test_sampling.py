@@ -1,0 +1,78 @@
+"""Sampling against transformers' own logits processors."""
+
+import numpy as np
+import pytest
+import torch
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from muxmesh.engine.sampling import candidates, draw_token, uniform
+from muxmesh.engine.step import Draw
+from muxmesh.types import Sampling
+
+
+def random_logits(seed: int, size: int = 3000) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 3, size).astype(np.float32)
+
+
+def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        warpers.append(TopPLogitsWarper(top_p))
+    scores = warpers(torch.zeros((1, 1), dtype=torch.long), torch.from_numpy(logits.astype(np.float64))[None])
+    probabilities: np.ndarray = torch.softmax(scores, -1)[0].numpy()
+    return probabilities
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [0, 1, 40, 5000])
+@pytest.mark.parametrize("top_p", [0.05, 0.9, 0.9999, 1.0])
+def test_probabilities_are_those_of_transformers(temperature: float, top_k: int, top_p: float) -> None:
+    logits = random_logits(int(temperature * 100) + top_k)
+    token_ids, weights = candidates(logits, Sampling(temperature, top_k, top_p))
+    ours = np.zeros(len(logits))
+    ours[token_ids] = weights / weights.sum()
+    assert np.abs(ours - reference(logits, temperature, top_k, top_p)).max() < 1e-9
+
+
+def test_top_k_keeps_ties() -> None:
+    token_ids, _ = candidates(np.array([1.0, 2.0, 2.0, 0.0], dtype=np.float32), Sampling(1.0, top_k=1))
+    assert token_ids.tolist() == [1, 2]
+
+
+def test_a_tiny_top_p_keeps_the_likeliest_token() -> None:
+    token_ids, _ = candidates(random_logits(1), Sampling(1.0, top_p=1e-6))
+    assert token_ids.tolist() == [int(np.argmax(random_logits(1)))]
+
+
+def test_greedy_takes_the_likeliest_and_the_first_of_equals() -> None:
+    assert draw_token(np.array([1.0, 3.0, 3.0], dtype=np.float32), Draw(Sampling(temperature=0.0), 0)) == 1
+
+
+def test_a_banned_token_is_never_drawn() -> None:
+    greedy = Draw(Sampling(temperature=0.0), 0, frozenset({1}))
+    assert draw_token(np.array([1.0, 3.0, 2.0], dtype=np.float32), greedy) == 2
+    for index in range(50):
+        draw = Draw(Sampling(5.0, seed=3), index, frozenset({0, 2}))
+        assert draw_token(np.array([9.0, 0.0, 9.0], dtype=np.float32), draw) == 1
+
+
+def test_a_draw_depends_on_seed_and_place_alone() -> None:
+    logits = random_logits(5)
+    draw = Draw(Sampling(1.0, seed=11), 4)
+    assert draw_token(logits.copy(), draw) == draw_token(logits.copy(), draw)
+    assert len({uniform(seed, index) for seed in range(20) for index in range(20)}) == 400
+    assert uniform(2**64 - 1, 0) == uniform(-1, 0)
+
+
+def test_drawn_tokens_follow_their_probabilities() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.2], dtype=np.float32))
+    drawn = [draw_token(logits.copy(), Draw(Sampling(1.0, seed=1), index)) for index in range(4000)]
+    shares = np.bincount(drawn, minlength=3) / 4000
+    assert np.abs(shares - [0.5, 0.3, 0.2]).max() < 0.03

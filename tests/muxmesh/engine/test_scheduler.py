@@ -1,0 +1,174 @@
+import pytest
+
+from muxmesh.engine.api import EngineJob, Failed, Finished, Preempted, PrefillDone, Tokens, Until
+from muxmesh.engine.scheduler import Scheduler
+from muxmesh.engine.step import Step, StepOutcome
+from muxmesh.types import EngineRequest, Finish, FinishReason, OrderKey, Sampling, Stopping
+
+
+def job(
+    job_id: int,
+    prompt: int = 4,
+    until: Until = Until.FINISH,
+    priority: int = 0,
+    stopping: Stopping | None = None,
+    computed: int = 0,
+    sampled: tuple[int, ...] = (),
+    resume: tuple[int, ...] = (),
+) -> EngineJob:
+    request = EngineRequest(
+        request_id=str(job_id),
+        model="m",
+        prompt_token_ids=tuple(range(100, 100 + prompt)),
+        sampling=Sampling(seed=5),
+        stopping=stopping or Stopping(max_new_tokens=3, eos_token_ids=frozenset({0}), stop_token_ids=frozenset({9})),
+        order=OrderKey(priority, float(job_id)),
+        resume_token_ids=resume,
+    )
+    return EngineJob(job_id, request, until, num_computed_tokens=computed, sampled_token_ids=sampled)
+
+
+def scheduler(max_num_seqs: int = 8, token_budget: int = 10) -> Scheduler:
+    return Scheduler(max_num_seqs, token_budget, block_size=16)
+
+
+def shape(step: Step | None) -> list[tuple[int, int, int, bool]]:
+    assert step is not None
+    return [(chunk.job_id, chunk.start, len(chunk.token_ids), chunk.draw is not None) for chunk in step.chunks]
+
+
+def run(jobs: Scheduler, *tokens: int) -> Step:
+    step = jobs.next_step()
+    assert step is not None
+    drawing = [chunk.job_id for chunk in step.chunks if chunk.draw]
+    jobs.apply(StepOutcome(dict(zip(drawing, tokens, strict=True))))
+    return step
+
+
+def test_a_long_prompt_is_computed_in_chunks_of_the_budget() -> None:
+    jobs = scheduler(token_budget=10)
+    jobs.add(job(1, prompt=25))
+    assert shape(run(jobs)) == [(1, 0, 10, False)]
+    assert shape(run(jobs)) == [(1, 10, 10, False)]
+    assert shape(run(jobs, 7)) == [(1, 20, 5, True)]
+    assert jobs.drain() == [(1, Tokens(0, (7,)))]
+    assert shape(run(jobs, 8)) == [(1, 25, 1, True)]
+
+
+def test_decodes_go_before_prompts_and_prompts_fill_the_rest() -> None:
+    jobs = scheduler(token_budget=6)
+    jobs.add(job(1, prompt=20))
+    jobs.add(job(2, prompt=4, computed=4, sampled=(7,)))
+    assert shape(jobs.next_step()) == [(2, 4, 1, True), (1, 0, 5, False)]
+
+
+def test_order_is_priority_then_arrival() -> None:
+    jobs = scheduler(max_num_seqs=2, token_budget=100)
+    for job_id, priority in ((1, 0), (2, 0), (3, -1)):
+        jobs.add(job(job_id, priority=priority))
+    assert [chunk[0] for chunk in shape(jobs.next_step())] == [3, 1]
+
+
+def test_reprioritise_takes_effect_with_the_next_step() -> None:
+    jobs = scheduler(max_num_seqs=1)
+    jobs.add(job(1))
+    jobs.add(job(2))
+    jobs.reprioritise(2, OrderKey(-5, 0.0))
+    assert [chunk[0] for chunk in shape(jobs.next_step())] == [2]
+
+
+@pytest.mark.parametrize(
+    ("token", "finish"),
+    [(0, Finish(FinishReason.EOS, 0)), (9, Finish(FinishReason.STOP_TOKEN, 9)), (50, Finish(FinishReason.LENGTH))],
+)
+def test_each_way_to_finish(token: int, finish: Finish) -> None:
+    jobs = scheduler()
+    jobs.add(job(1, computed=4, sampled=(7,), resume=(6,)))
+    run(jobs, token)
+    assert jobs.drain() == [(1, Tokens(2, (token,))), (1, Finished(finish))]
+    assert not jobs.has_work()
+
+
+def test_stop_tokens_are_banned_until_the_least_length() -> None:
+    jobs = scheduler()
+    stopping = Stopping(3, min_new_tokens=2, eos_token_ids=frozenset({0}), stop_token_ids=frozenset({9}))
+    jobs.add(job(1, stopping=stopping))
+    draws = [run(jobs, token).chunks[0].draw for token in (7, 8)]
+    assert [draw.banned for draw in draws if draw] == [frozenset({0, 9}), frozenset()]
+
+
+def test_a_prefill_job_ends_with_its_first_token() -> None:
+    jobs = scheduler()
+    jobs.add(job(1, until=Until.FIRST_TOKEN))
+    run(jobs, 7)
+    assert jobs.drain() == [(1, Tokens(0, (7,))), (1, PrefillDone(4))]
+
+
+def test_a_prefill_job_whose_first_token_ends_the_answer_is_finished() -> None:
+    jobs = scheduler()
+    jobs.add(job(1, until=Until.FIRST_TOKEN))
+    run(jobs, 0)
+    assert jobs.drain() == [(1, Tokens(0, (0,))), (1, Finished(Finish(FinishReason.EOS, 0)))]
+
+
+def test_a_resumed_job_draws_at_the_place_where_it_was() -> None:
+    jobs = scheduler(token_budget=100)
+    jobs.add(job(1, resume=(6, 7)))
+    step = run(jobs, 8)
+    assert shape(step) == [(1, 0, 6, True)]
+    assert step.chunks[0].draw is not None and step.chunks[0].draw.output_index == 2
+    assert jobs.drain()[0] == (1, Tokens(2, (8,)))
+
+
+def test_a_cancelled_job_is_forgotten_though_its_step_is_in_flight() -> None:
+    jobs = scheduler()
+    jobs.add(job(1))
+    jobs.add(job(2))
+    step = jobs.next_step()
+    assert jobs.cancel(1) is True
+    assert step is not None
+    jobs.apply(StepOutcome({1: 7, 2: 8}))
+    assert jobs.drain() == [(2, Tokens(0, (8,)))]
+    assert jobs.cancel(2) is False
+    assert jobs.next_step() is None
+
+
+def test_a_paused_job_keeps_its_place_and_goes_on() -> None:
+    jobs = scheduler()
+    jobs.add(job(1))
+    run(jobs, 7)
+    jobs.preempt(1)
+    jobs.preempt(1)
+    assert jobs.drain()[1:] == [(1, Preempted(kv_kept=True))]
+    assert not jobs.has_work()
+    jobs.resume(1)
+    assert shape(jobs.next_step()) == [(1, 4, 1, True)]
+
+
+def test_a_job_in_flight_is_paused_after_its_step() -> None:
+    jobs = scheduler()
+    jobs.add(job(1))
+    jobs.next_step()
+    jobs.preempt(1)
+    assert jobs.drain() == []
+    jobs.apply(StepOutcome({1: 7}))
+    assert jobs.drain() == [(1, Tokens(0, (7,))), (1, Preempted(kv_kept=True))]
+
+
+def test_a_failed_step_fails_its_jobs_only() -> None:
+    jobs = scheduler(max_num_seqs=1)
+    jobs.add(job(1))
+    jobs.add(job(2))
+    jobs.next_step()
+    jobs.fail("boom")
+    assert jobs.drain() == [(1, Failed("boom"))]
+    assert [chunk[0] for chunk in shape(jobs.next_step())] == [2]
+
+
+def test_a_job_that_contradicts_itself_is_refused() -> None:
+    jobs = scheduler()
+    jobs.add(job(1))
+    with pytest.raises(ValueError, match="known already"):
+        jobs.add(job(1))
+    with pytest.raises(ValueError, match="4 of 4 tokens"):
+        jobs.add(job(2, computed=4))

@@ -1,0 +1,118 @@
+"""Logits within 1e-4 of transformers: whole prompts, chunked prompts, ragged batched decode."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from muxmesh.engine.step import Chunk, Draw, Step
+from muxmesh.engine.torch_engine.attention_cpu import lay_out
+from muxmesh.engine.torch_engine.runner import TorchRunner
+from muxmesh.types import Sampling
+from tests.support.tiny import TinyShape, reference, tiny_runner, write_tiny_model
+
+TOLERANCE = 1e-4
+SHAPES = {
+    "gqa": TinyShape(),
+    "mha": TinyShape(num_heads=3, num_kv_heads=3, head_dim=16, seed=1),
+    "one kv head": TinyShape(num_heads=6, num_kv_heads=1, head_dim=32, num_layers=3, seed=2),
+    "untied, wide heads": TinyShape(num_heads=2, num_kv_heads=1, head_dim=64, tied=False, seed=3),
+    "odd head size": TinyShape(num_heads=2, num_kv_heads=2, head_dim=24, hidden_size=40, seed=4),
+}
+GREEDY = Draw(Sampling(temperature=0.0), 0)
+
+
+class Case:
+    def __init__(self, folder: Path, cache: Path, block_size: int = 16) -> None:
+        self.model = reference(folder)
+        self.runner, self.spec = tiny_runner(folder, cache, block_size)
+        self.rng = np.random.default_rng(7)
+
+    def prompt(self, length: int) -> tuple[int, ...]:
+        return tuple(int(token) for token in self.rng.integers(3, 259, length))
+
+    def expected(self, token_ids: tuple[int, ...]) -> np.ndarray:
+        with torch.inference_mode():
+            logits: np.ndarray = self.model(torch.tensor([token_ids])).logits[0, -1].numpy()
+        return logits
+
+    def logits(self, *chunks: Chunk) -> np.ndarray:
+        return logits_of(self.runner, Step(chunks))
+
+
+def logits_of(runner: TorchRunner, step: Step) -> np.ndarray:
+    return runner._model.logits(lay_out(step, runner._view), runner._attention)
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda name: name.replace(" ", "-"))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), SHAPES[request.param])
+    return Case(folder, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63])
+def test_a_whole_prompt(case: Case, length: int) -> None:
+    prompt = case.prompt(length)
+    (logits,) = case.logits(Chunk(1, 0, prompt, (9, 2, 30, 11), GREEDY))
+    assert np.abs(logits - case.expected(prompt)).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 23])
+def test_a_prompt_in_chunks(case: Case, size: int) -> None:
+    prompt = case.prompt(50)
+    for start in range(0, 50, size):
+        part = prompt[start : start + size]
+        last = start + len(part) == 50
+        logits = case.logits(Chunk(1, start, part, (3, 17, 8, 1), GREEDY if last else None))
+    assert np.abs(logits[0] - case.expected(prompt)).max() < TOLERANCE
+
+
+def test_a_ragged_batch_of_decodes_and_a_prompt(case: Case) -> None:
+    prompts = [case.prompt(length) for length in (3, 16, 33)]
+    tables = [(4, 5, 6), (31, 0, 2), (20, 10, 12)]
+    for job, (prompt, table) in enumerate(zip(prompts, tables, strict=True)):
+        case.logits(Chunk(job, 0, prompt, table, None))
+    late = case.prompt(9)
+    sequences = list(prompts)
+    for turn in range(4):
+        tokens = case.prompt(3)
+        chunks = [
+            Chunk(job, len(sequences[job]), (tokens[job],), tables[job], GREEDY) for job in range(len(prompts))
+        ]
+        sequences = [(*sequence, token) for sequence, token in zip(sequences, tokens, strict=True)]
+        expected = [case.expected(sequence) for sequence in sequences]
+        if turn == 2:
+            chunks.insert(1, Chunk(9, 0, late, (25,), GREEDY))
+            expected.insert(1, case.expected(late))
+        assert np.abs(case.logits(*chunks) - np.stack(expected)).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("block_size", [8, 32])
+def test_other_block_sizes(tmp_path: Path, block_size: int) -> None:
+    case = Case(write_tiny_model(tmp_path / "model", SHAPES["gqa"]), tmp_path, block_size)
+    prompt = case.prompt(45)
+    case.logits(Chunk(1, 0, prompt[:30], (5, 3, 8, 1, 6, 7), None))
+    logits = case.logits(Chunk(1, 30, prompt[30:], (5, 3, 8, 1, 6, 7), GREEDY))
+    assert np.abs(logits[0] - case.expected(prompt)).max() < TOLERANCE
+
+
+def test_every_kv_byte_that_is_written_is_counted(case: Case) -> None:
+    outcome = case.runner.run(Step((Chunk(1, 0, case.prompt(20), (0, 1), GREEDY),)))
+    assert outcome.kv_bytes_written == 20 * case.spec.kv_shape(16, "float32").kv_bytes_per_token
+
+
+def test_greedy_tokens_are_those_of_transformers(case: Case) -> None:
+    prompt = case.prompt(12)
+    generated: Any = case.model.generate(
+        torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    tokens, sequence = [], list(prompt)
+    position, part = 0, prompt
+    for _ in range(24):
+        token = case.runner.run(Step((Chunk(1, position, tuple(part), (7, 3, 9), GREEDY),))).drawn[1]
+        position, part = len(sequence), (token,)
+        sequence.append(token)
+        tokens.append(token)
+    assert tokens == generated[0, 12:].tolist()

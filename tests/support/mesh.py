@@ -1,0 +1,98 @@
+"""A whole mesh of real processes for one test, and ways to look into it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from muxmesh.client.aio import Delta, Finish, MeshClient
+from muxmesh.config.schema import MeshConfig
+from muxmesh.models.prepare import prepare_model
+from muxmesh.supervisor.mesh import Mesh, free_listen_address, make_runtime
+from muxmesh.supervisor.process import SupervisedProcess
+from muxmesh.v1 import mesh_pb2
+
+SIM_MODEL = {"name": "sim", "engine": "sim", "sim": {"base_s": 0.002}, "max_num_seqs": 8}
+
+
+class RunningMesh:
+    """A mesh that serves, with a client to it."""
+
+    def __init__(self, mesh: Mesh, client: MeshClient) -> None:
+        self.mesh = mesh
+        self.client = client
+        self.address = mesh.runtime.config.listen
+
+    def process(self, name: str) -> SupervisedProcess:
+        return next(process for process in self.mesh.processes if process.spec.name == name)
+
+    def pid(self, name: str) -> int:
+        pid = self.process(name).pid
+        assert pid is not None
+        return pid
+
+    async def unit(self) -> mesh_pb2.UnitStatus:
+        return (await self.client.status()).units[0]
+
+    async def num_leases(self) -> int:
+        return sum(model.num_leases + model.num_credits for model in (await self.unit()).models)
+
+    async def until(self, what: Callable[[], Awaitable[Any]], timeout_s: float = 30.0) -> None:
+        """Waits until ``what()`` is true; each look is a call to the mesh."""
+        async with asyncio.timeout(timeout_s):
+            while not await what():
+                await asyncio.sleep(0.02)
+
+    async def until_free(self, timeout_s: float = 5.0) -> None:
+        """Waits until nothing is leased, waiting or running any more."""
+
+        async def free() -> bool:
+            status = await self.client.status()
+            unit = status.units[0]
+            idle = all(model.num_leases + model.num_credits + model.num_keys_waiting == 0 for model in unit.models)
+            return idle and unit.pool.leased_bytes == 0 and unit.pool.num_free_slabs == unit.pool.num_slabs
+
+        await self.until(free, timeout_s)
+
+
+@asynccontextmanager
+async def running_mesh(state_dir: Path, **config: Any) -> AsyncIterator[RunningMesh]:
+    """Starts a mesh with this configuration; afterwards checks that no process is left."""
+    parsed = MeshConfig.model_validate({"listen": "127.0.0.1:0", **config})
+    parsed = parsed.model_copy(update={"listen": free_listen_address(parsed.listen)})
+    cache_dir = Path(os.environ["MUXMESH_CACHE_DIR"])
+    prepared = {
+        name: prepare_model(model, state_dir, cache_dir, lambda what, done, total: None)
+        for name, (_, model) in parsed.models().items()
+    }
+    lines: list[str] = []
+    runtime = make_runtime(parsed, prepared, state_dir, cache_dir)
+    mesh = Mesh(runtime, state_dir, lambda name, line: lines.append(f"{name} | {line}"))
+    pids: set[int] = set()
+    try:
+        await mesh.start()
+        async with MeshClient(parsed.listen) as client:
+            yield RunningMesh(mesh, client)
+    except BaseException:
+        print("\n".join(lines[-60:]))
+        raise
+    finally:
+        pids |= {process.pid for process in mesh.processes if process.pid is not None}
+        await mesh.stop()
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()], "a process is left behind"
+    assert not runtime.run_dir.exists()
+
+
+async def collect(deltas: AsyncIterator[Delta]) -> tuple[str, list[int], Finish]:
+    """Text, tokens and finish of a stream."""
+    text, tokens, finish = "", [], None
+    async for delta in deltas:
+        text += delta.text
+        tokens += delta.token_ids
+        finish = delta.finish or finish
+    assert finish is not None
+    return text, tokens, finish

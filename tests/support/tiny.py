@@ -1,0 +1,77 @@
+"""Tiny seeded random models in Hugging Face style folders: transformers writes them, and is the reference."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from muxmesh.engine.kv_view import KvView
+from muxmesh.engine.torch_engine.runner import TorchRunner
+from muxmesh.models.image import ensure_image
+from muxmesh.models.spec import ModelSpec, read_model_spec
+from muxmesh.models.tokenizer import byte_tokenizer
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class TinyShape:
+    """What differs between the tiny models."""
+
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 16
+    hidden_size: int = 48
+    tied: bool = True
+    seed: int = 0
+
+
+def write_tiny_model(folder: Path, shape: TinyShape) -> Path:
+    """A Llama with the byte tokenizer; wide initial weights, so that tokens differ."""
+    torch.manual_seed(shape.seed)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=shape.hidden_size,
+        intermediate_size=96,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=512,
+        tie_word_embeddings=shape.tied,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE, "eos_token": "<|eos|>"}))
+    return folder
+
+
+def reference(folder: Path) -> Any:
+    """The model in transformers, f32, eager attention."""
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def tiny_runner(folder: Path, cache: Path, block_size: int = 16, num_slabs: int = 8) -> tuple[TorchRunner, ModelSpec]:
+    """A loaded torch runner over a pool of its own, four token blocks to a slab."""
+    spec = read_model_spec(folder)
+    image = ensure_image(folder, spec, "float32", cache, lambda done, total: None)
+    shape = spec.kv_shape(block_size, "float32")
+    slab_bytes = 4 * shape.token_block_bytes + 64  # not a multiple: the rest of a slab is left
+    # Filled with NaN: a kernel that reads what was not written shows at once.
+    pool = np.full(num_slabs * slab_bytes // 4, np.nan, dtype=np.float32)
+    runner = TorchRunner(spec, image, KvView(pool, shape, slab_bytes), spec.context_len, num_threads=2)
+    runner.load()
+    return runner, spec
