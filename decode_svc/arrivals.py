@@ -38,7 +38,8 @@ class Arrivals:
             lease, timer = self._parked.pop(lease_id)
             timer.cancel()
             return lease
-        call = self._calls[lease_id] = asyncio.get_running_loop().create_future()
+        call: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        self._calls[lease_id] = call
         try:
             return await call
         except asyncio.CancelledError:

@@ -55,7 +55,8 @@ class SlabPool:
         """
         if num_blocks > self.num_free_blocks(model):
             return None
-        holding, ids = self._holdings[model], []
+        holding = self._holdings[model]
+        ids: list[int] = []
         for slab in sorted(holding.free_places, key=lambda slab: len(holding.free_places[slab])):
             places = holding.free_places[slab]
             while places and len(ids) < num_blocks:

@@ -96,7 +96,7 @@ class Registry:
             await asyncio.sleep(HEARTBEAT_S)
 
 
-def _parse(text: str) -> ProcessRecord | None:
+def _parse(text: str | bytes) -> ProcessRecord | None:
     try:
         return ProcessRecord(**json.loads(text))
     except (ValueError, TypeError):  # written by another version

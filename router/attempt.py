@@ -89,13 +89,15 @@ async def run_attempt(
 
 
 async def _answer(call: grpc.aio.UnaryUnaryCall[Any, prefill_pb2.PrefillResponse]) -> prefill_pb2.PrefillResponse:
-    return await _translated(call)
+    response: prefill_pb2.PrefillResponse = await _translated(call)
+    return response
 
 
 async def _read(call: grpc.aio.UnaryStreamCall[Any, decode_pb2.DecodeResponse]) -> decode_pb2.DecodeResponse:
     message = await _translated(call.read())
     if message is grpc.aio.EOF:
         raise InternalError("decode ended its stream without a finish")
+    assert isinstance(message, decode_pb2.DecodeResponse)
     return message
 
 

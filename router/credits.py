@@ -54,7 +54,8 @@ class UnitCredits:
         """
         self._last_key_id += 1
         key_id = self._last_key_id
-        future = self._futures[key_id] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Credit] = asyncio.get_running_loop().create_future()
+        self._futures[key_id] = future
         self._queue.add(Waiting(key_id, model, order, num_tokens))
         self._show_next()
         try:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
@@ -185,10 +185,11 @@ def _refuse_unsupported(wire: Message, path: str, neutral: tuple[object, ...]) -
 
 
 def _unknown_fields(message: Message, path: str) -> Iterator[str]:
-    for unknown in UnknownFieldSet(message):
+    unknown_fields: Any = UnknownFieldSet(message)
+    for unknown in unknown_fields:
         yield f"{path}(number {unknown.field_number})"
     for field, value in message.ListFields():
-        if field.type != FieldDescriptor.TYPE_MESSAGE or field.message_type.GetOptions().map_entry:
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
             continue
         for inner in value if field.is_repeated else (value,):
             yield from _unknown_fields(inner, f"{path}{field.name}.")

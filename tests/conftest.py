@@ -5,14 +5,11 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 # Read when numba is loaded. Kernels compiled by one run are kept for the next.
 os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", "build", "test-cache", "numba"))
 
-from collections.abc import Iterator
-
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_directories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _own_directories(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing of the user's cache or state is read or written."""
     os.environ["MUXMESH_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["MUXMESH_STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
-    yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import mmap
 import os
 import socket
@@ -15,6 +16,8 @@ import numpy as np
 from kvstore.grant import GrantPage
 from muxmesh.config.runtime import Role
 from muxmesh.errors import Unavailable
+
+_log = logging.getLogger(__name__)
 
 _RETRY_S = 0.1
 _NUM_RETRIES = 300
@@ -52,6 +55,7 @@ class Attachment:
             except OSError:
                 pass
             loop.remove_reader(self._connection.fileno())
+            _log.warning("the unit is lost")
             lost()
 
         loop.add_reader(self._connection.fileno(), readable)

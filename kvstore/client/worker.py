@@ -64,7 +64,7 @@ async def host_worker(
     unit, config = runtime.model(model)
     address = runtime.worker_address(role, model)
     attachment = await attach(runtime.attach_path(unit.name), role, model, address)
-    attachment.on_unit_lost(lambda: (_log.warning("the unit is lost"), stop.set()))
+    attachment.on_unit_lost(stop.set)
     prepared = runtime.prepared[model]
     shape = model_spec(prepared.folder).kv_shape(config.block_size, config.dtype)
     grant = SharedGrant(attachment, SystemClock())

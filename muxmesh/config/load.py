@@ -38,10 +38,22 @@ def parse_mesh_config(text: str, origin: str) -> MeshConfig:
     try:
         config = MeshConfig.model_validate(data or {})
     except ValidationError as error:
-        problems += [(tuple(item["loc"]), item["msg"]) for item in error.errors()]
+        problems += _problems(error)
     if problems:
-        raise ConfigError("\n".join(_describe(origin, location, problem, lines) for location, problem in problems))
+        described = sorted(_describe(location, problem, lines) for location, problem in problems)
+        raise ConfigError("\n".join(f"{origin}:{line}: {problem}" for line, problem in described))
     return config
+
+
+def _problems(error: ValidationError) -> list[tuple[Location, str]]:
+    """A list all of whose items are wrong is also called too short; that says nothing new."""
+    found = [(tuple(item["loc"]), item["type"], item["msg"]) for item in error.errors()]
+    return [
+        (location, message)
+        for location, kind, message in found
+        if kind != "too_short"
+        or not any(len(other) > len(location) and other[: len(location)] == location for other, _, _ in found)
+    ]
 
 
 def _walk(node: yaml.Node, location: Location, lines: dict[Location, int]) -> Iterator[tuple[Location, str]]:
@@ -59,10 +71,11 @@ def _walk(node: yaml.Node, location: Location, lines: dict[Location, int]) -> It
             yield from _walk(item, (*location, index), lines)
 
 
-def _describe(origin: str, location: Location, problem: str, lines: dict[Location, int]) -> str:
+def _describe(location: Location, problem: str, lines: dict[Location, int]) -> tuple[int, str]:
+    """Line of the nearest field that stands in the file, and the problem with its field before it."""
     known = location
     while known and known not in lines:
         known = known[:-1]
-    problem = problem.removeprefix("Value error, ")
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    return f"{origin}:{lines.get(known, 1)}: {field + ': ' if field else ''}{problem}"
+    problem = problem.removeprefix("Value error, ")
+    return lines.get(known, 1), f"{field}: {problem}" if field else problem

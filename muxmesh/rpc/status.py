@@ -6,6 +6,7 @@ RetryInfo when to try again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -31,8 +32,8 @@ STATUS_CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
     errors.InternalError: grpc.StatusCode.INTERNAL,
 }
 
-_BY_NAME = {error.__name__: error for error in STATUS_CODES}
-_BY_CODE = {
+_BY_NAME: dict[str, Callable[..., errors.MeshError]] = {error.__name__: error for error in STATUS_CODES}
+_BY_CODE: dict[grpc.StatusCode, Callable[[str], errors.MeshError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InternalError,
     grpc.StatusCode.NOT_FOUND: errors.ModelNotFound,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,

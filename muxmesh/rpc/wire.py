@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
@@ -20,7 +20,7 @@ def parse(kind: type[M], raw: bytes) -> M:
     try:
         return kind.FromString(raw)
     except DecodeError as error:
-        field = next(_bad_strings(kind.DESCRIPTOR, memoryview(raw)), None)
+        field = next(_bad_strings(cast(Descriptor, kind.DESCRIPTOR), memoryview(raw)), None)
         if field is not None:
             raise InvalidRequest(field, "is not valid UTF-8") from error
         raise InvalidRequest(kind.DESCRIPTOR.name, f"is no message of this type: {error}") from error
@@ -38,6 +38,7 @@ def _bad_strings(descriptor: Descriptor, raw: memoryview) -> Iterator[str]:
             except UnicodeDecodeError:
                 yield field.name
         elif field.type == FieldDescriptor.TYPE_MESSAGE:
+            assert field.message_type is not None
             yield from (f"{field.name}.{inner}" for inner in _bad_strings(field.message_type, value))
 
 

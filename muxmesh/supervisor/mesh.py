@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -33,7 +33,7 @@ ShowLine = Callable[[str, str], None]
 
 
 @contextlib.contextmanager
-def state_lock(state_dir: Path) -> AsyncIterator[None]:  # type: ignore[misc] # a generator, as contextmanager wants
+def state_lock(state_dir: Path) -> Iterator[None]:
     """One mesh for each state directory. Raises ConfigError if another one runs."""
     state_dir.mkdir(parents=True, exist_ok=True)
     with (state_dir / "mesh.lock").open("a+") as lock:

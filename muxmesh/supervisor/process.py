@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import Any
 
 from muxmesh.clock import Clock
 from muxmesh.errors import Unavailable
@@ -72,9 +73,10 @@ class SupervisedProcess:
     async def wait_ready(self, timeout_s: float) -> None:
         """Waits until it serves. Raises Unavailable, with its last words, if it keeps dying or takes too long."""
         ready = asyncio.ensure_future(self.spec.wait_ready())
+        ended: set[asyncio.Future[Any]] = {ready, self._gave_up}
         try:
             async with asyncio.timeout(timeout_s):
-                await asyncio.wait({ready, self._gave_up}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():
                 raise Unavailable(self._epitaph(self._gave_up.result()))
             await ready

@@ -5,11 +5,16 @@ import pytest
 from decode_svc.arrivals import Arrivals
 from muxmesh.types import Lease, LeaseRef
 
+
+def no_orphan(lease: Lease) -> None:
+    pytest.fail(f"{lease} is no orphan")
+
+
 LEASE = Lease(LeaseRef(1, 3), "m", (0, 1))
 
 
 async def test_a_call_waits_for_its_lease() -> None:
-    arrivals = Arrivals(pytest.fail)
+    arrivals = Arrivals(no_orphan)
     call = asyncio.create_task(arrivals.wait_for(1))
     await asyncio.sleep(0)
     arrivals.lease_arrived(LEASE)
@@ -17,7 +22,7 @@ async def test_a_call_waits_for_its_lease() -> None:
 
 
 async def test_a_lease_waits_for_its_call() -> None:
-    arrivals = Arrivals(pytest.fail)
+    arrivals = Arrivals(no_orphan)
     arrivals.lease_arrived(LEASE)
     assert await arrivals.wait_for(1) == LEASE
 

@@ -1,4 +1,5 @@
 import pytest
+
 from kvstore.slab_pool import SlabPool
 
 

@@ -21,7 +21,9 @@ SLAB_BYTES = 64 * 1024
 
 
 def make_unit(num_slabs: int = 4, max_num_seqs: int = 3) -> Unit:
-    return Unit(num_slabs * SLAB_BYTES, SLAB_BYTES, {name: ModelShare(shape, max_num_seqs) for name, shape in SHAPES.items()})
+    return Unit(
+        num_slabs * SLAB_BYTES, SLAB_BYTES, {name: ModelShare(shape, max_num_seqs) for name, shape in SHAPES.items()}
+    )
 
 
 def ready_workers(unit: Unit, model: str) -> tuple[str, str]:

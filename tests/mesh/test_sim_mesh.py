@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -16,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from muxmesh.client import Message, SyncMeshClient
-from muxmesh.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded
+from muxmesh.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded, Unavailable
 from muxmesh.rpc.status import _rich_status
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.mesh import SIM_MODEL, RunningMesh, collect, running_mesh
@@ -89,9 +90,7 @@ async def test_a_stop_string_across_tokens_ends_the_answer(mesh: RunningMesh) ->
     assert cut == text[: text.index(stop)]
     assert (finish.reason, finish.stopped_by) == ("stop", stop)
     assert len(tokens) == finish.num_output_tokens == text.index(stop) + 3
-    kept, _, _ = await collect(
-        mesh.client.stream("Hello", stop_strings=[stop], include_stop_strings=True, **options)
-    )
+    kept, _, _ = await collect(mesh.client.stream("Hello", stop_strings=[stop], include_stop_strings=True, **options))
     assert kept == cut + stop
     await mesh.until_free()
 
@@ -241,16 +240,16 @@ RAW = {
 
 @pytest.mark.parametrize("name", RAW)
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
-async def test_bad_bytes_are_refused_by_the_name_of_their_field(
-    raw: grpc.aio.Channel, name: str, method: str
-) -> None:
+async def test_bad_bytes_are_refused_by_the_name_of_their_field(raw: grpc.aio.Channel, name: str, method: str) -> None:
     message, field, problem = RAW[name]
     path = f"/muxmesh.v1.Inference/{method}"
+    unary: Any = raw.unary_unary(path)
+    stream: Any = raw.unary_stream(path)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         if method == "Generate":
-            await raw.unary_unary(path)(message)
+            await unary(message)
         else:
-            _ = [part async for part in raw.unary_stream(path)(message)]
+            _ = [part async for part in stream(message)]
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     status = _rich_status(caught.value)
     assert status is not None
@@ -358,8 +357,7 @@ async def test_too_many_waiting_requests_are_refused_with_a_hint(mesh: RunningMe
         try:
             await mesh.client.generate("Hello", model="slow", max_new_tokens=60, timeout_s=30)
         except Overloaded as error:
-            assert error.retry_after_s > 0
-            return False
+            return error.retry_after_s <= 0
         return True
 
     tasks = [asyncio.create_task(ask()) for _ in range(60)]
@@ -402,8 +400,6 @@ async def test_a_killed_client_leaves_nothing_leased(mesh: RunningMesh) -> None:
 
 
 async def test_a_thousand_random_cancels_leave_nothing_leased(mesh: RunningMesh) -> None:
-    import random
-
     rng = random.Random(17)
 
     async def one() -> None:
@@ -424,9 +420,7 @@ async def test_a_thousand_random_cancels_leave_nothing_leased(mesh: RunningMesh)
 
 @pytest.mark.parametrize("victim", ["decode/slow", "prefill/slow", "kvstore/unit0"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-async def test_a_killed_process_costs_time_and_no_token(
-    mesh: RunningMesh, victim: str, temperature: float
-) -> None:
+async def test_a_killed_process_costs_time_and_no_token(mesh: RunningMesh, victim: str, temperature: float) -> None:
     options: dict[str, Any] = {"model": "slow", "max_new_tokens": 60, "temperature": temperature, "seed": 3}
     expected = await collect(mesh.client.stream("Hello", **options))
     streams = [mesh.client.stream("Hello", **options) for _ in range(6)]  # four run, two wait
@@ -447,13 +441,13 @@ async def test_a_killed_router_is_restarted_and_leaves_nothing_leased(mesh: Runn
     stream = mesh.client.stream("Hello", model="slow", max_new_tokens=5000)
     await anext(stream)
     os.kill(mesh.pid("router"), signal.SIGKILL)
-    with pytest.raises(Exception, match=r".*"):
+    with pytest.raises(Unavailable):
         _ = [delta async for delta in stream]
 
     async def serves_again() -> bool:
         try:
             await mesh.client.generate("Hello", model="sim", max_new_tokens=2, timeout_s=2)
-        except Exception:
+        except (Unavailable, DeadlineExceeded):
             return False
         return True
 
@@ -463,9 +457,7 @@ async def test_a_killed_router_is_restarted_and_leaves_nothing_leased(mesh: Runn
 
 async def test_the_mesh_serves_on_while_redis_is_away(mesh: RunningMesh) -> None:
     os.kill(mesh.pid("redis"), signal.SIGKILL)
-    answers = await asyncio.gather(
-        *(mesh.client.generate("Hello", model="sim", max_new_tokens=20) for _ in range(20))
-    )
+    answers = await asyncio.gather(*(mesh.client.generate("Hello", model="sim", max_new_tokens=20) for _ in range(20)))
     assert all(answer.finish.num_output_tokens == 20 for answer in answers)
 
     async def registered_again() -> bool:

@@ -89,7 +89,8 @@ async def running_mesh(state_dir: Path, **config: Any) -> AsyncIterator[RunningM
 
 async def collect(deltas: AsyncIterator[Delta]) -> tuple[str, list[int], Finish]:
     """Text, tokens and finish of a stream."""
-    text, tokens, finish = "", [], None
+    text, finish = "", None
+    tokens: list[int] = []
     async for delta in deltas:
         text += delta.text
         tokens += delta.token_ids

@@ -53,7 +53,8 @@ def write_tiny_model(folder: Path, shape: TinyShape) -> Path:
         bos_token_id=1,
         eos_token_id=0,
     )
-    LlamaForCausalLM(config).float().save_pretrained(folder)
+    model: Any = LlamaForCausalLM(config)
+    model.float().save_pretrained(folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE, "eos_token": "<|eos|>"}))
     return folder
@@ -61,7 +62,8 @@ def write_tiny_model(folder: Path, shape: TinyShape) -> Path:
 
 def reference(folder: Path) -> Any:
     """The model in transformers, f32, eager attention."""
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
 
 
 def tiny_runner(folder: Path, cache: Path, block_size: int = 16, num_slabs: int = 8) -> tuple[TorchRunner, ModelSpec]:

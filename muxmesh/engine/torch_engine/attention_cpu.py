@@ -96,7 +96,7 @@ _LN_2 = np.float32(0.6931471805599453)
 _LEAST_EXPONENT = np.float32(-126.0)
 
 
-@numba.njit(**_JIT)  # type: ignore[untyped-decorator]
+@numba.njit(**_JIT)
 def _exp_inplace(x, exponents, count):  # type: ignore[no-untyped-def]
     """x[i] = exp(x[i]) for x[i] <= 0, to 2e-7 relative; in loops that become vector instructions.
 

@@ -7,10 +7,12 @@ import fcntl
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
 import torch
+from numba import config as numba_config_module
 from torch import Tensor
 
 from muxmesh.engine.kv_view import KvView
@@ -22,11 +24,13 @@ from muxmesh.models.image import map_image
 from muxmesh.models.spec import ModelSpec
 from muxmesh.types import Sampling
 
+numba_config: Any = numba_config_module  # its settings are attributes made at import
+
 
 @contextlib.contextmanager
 def _compile_lock() -> Iterator[None]:
     """Two workers that start with an empty cache compile once: the second waits, then reads what the first wrote."""
-    folder = Path(numba.config.CACHE_DIR or tempfile.gettempdir())
+    folder = Path(numba_config.CACHE_DIR or tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "muxmesh-compile.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -66,7 +70,7 @@ class TorchRunner:
     def load(self) -> None:
         """See `Runner`. Compiles the kernels (about 15 s, once on a machine), or loads them from numba's cache."""
         torch.set_num_threads(self._num_threads)
-        numba.set_num_threads(min(self._num_threads, numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(self._num_threads, numba_config.NUMBA_NUM_THREADS))
         self._model = Llama(self._spec, map_image(self._image))
         self._attention = CpuAttention(self._spec, self._view, self._max_model_len)
         with _compile_lock():

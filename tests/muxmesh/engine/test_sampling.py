@@ -1,5 +1,7 @@
 """Sampling against transformers' own logits processors."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) 
         warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1.0:
         warpers.append(TopPLogitsWarper(top_p))
-    scores = warpers(torch.zeros((1, 1), dtype=torch.long), torch.from_numpy(logits.astype(np.float64))[None])
+    scores: Any = warpers(torch.LongTensor([[0]]), torch.DoubleTensor(logits.astype(np.float64))[None])
     probabilities: np.ndarray = torch.softmax(scores, -1)[0].numpy()
     return probabilities
 

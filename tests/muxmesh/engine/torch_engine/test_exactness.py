@@ -78,9 +78,7 @@ def test_a_ragged_batch_of_decodes_and_a_prompt(case: Case) -> None:
     sequences = list(prompts)
     for turn in range(4):
         tokens = case.prompt(3)
-        chunks = [
-            Chunk(job, len(sequences[job]), (tokens[job],), tables[job], GREEDY) for job in range(len(prompts))
-        ]
+        chunks = [Chunk(job, len(sequences[job]), (tokens[job],), tables[job], GREEDY) for job in range(len(prompts))]
         sequences = [(*sequence, token) for sequence, token in zip(sequences, tokens, strict=True)]
         expected = [case.expected(sequence) for sequence in sequences]
         if turn == 2:

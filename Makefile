@@ -1,0 +1,67 @@
+# Everything a developer or CI runs. `make help` lists it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# torch is installed first and pinned: whatever asks for it later finds it there. On Linux the default package index
+# has a build with CUDA; point PIP_EXTRA_INDEX_URL at PyTorch's CPU index for a smaller one.
+TORCH ?= torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24.1'
+
+$(VENV)/.serve: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --progress-bar on '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[serve]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.serve
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+venv: $(VENV)/.serve ## Set up .venv with everything that serving needs
+
+dev: $(VENV)/.dev ## Set up .venv for development too
+
+run: $(VENV)/.serve ## Get the default model, start a mesh, ask it something, serve until Ctrl-C
+	@$(BIN)/muxmesh up --hello
+
+test: $(VENV)/.dev ## Run all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-long: $(VENV)/.dev ## Run the property tests with many more examples
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/kvstore tests/router $(PYTEST_ARGS)
+
+check: $(VENV)/.dev ## Lint, types, import rules, protos, generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd protos && ../$(BIN)/buf lint
+	$(BIN)/python scripts/gen_protos.py --check
+
+fix: $(VENV)/.dev ## Format, and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: $(VENV)/.dev ## Generate the code of protos/
+	$(BIN)/python scripts/gen_protos.py
+
+bench-exact: $(VENV)/.dev ## 50 chat prompts x 32 tokens through the mesh, against transformers
+	$(BIN)/python -m benchmarks.exact
+
+bench-start: $(VENV)/.dev ## Start-up time, memory of the weights, idle CPU
+	$(BIN)/python -m benchmarks.start
+
+bench-abort: $(VENV)/.dev ## Cancels, deadlines, killed clients and workers on the real model
+	$(BIN)/python -m benchmarks.abort
+
+clean: ## Remove what was built
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,0 +1,98 @@
+"""`muxmesh up` as a user starts it: a process, timed, and looked into from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from muxmesh.client import MeshClient
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class UpProcess:
+    """A running `muxmesh up` and a client to it. Times are of `time.monotonic`."""
+
+    process: asyncio.subprocess.Process
+    client: MeshClient
+    address: str
+    started_at_s: float
+    ready_at_s: float
+
+    def pids(self) -> dict[int, str]:
+        """Every process of the mesh, the supervisor included → its command line."""
+        found, children = {}, _children()
+        todo = [self.process.pid]
+        while todo:
+            pid = todo.pop()
+            found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            todo += children.get(pid, [])
+        return found
+
+    def pid_of(self, what: str) -> int:
+        """The process whose command line holds ``what``."""
+        return next(pid for pid, command in self.pids().items() if what in command)
+
+
+@asynccontextmanager
+async def up(*arguments: str) -> AsyncIterator[UpProcess]:
+    """Starts a mesh on a free port with a state directory of its own; stops it by SIGINT."""
+    with tempfile.TemporaryDirectory(prefix="mm-") as state_dir:
+        started_at_s = time.monotonic()
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "muxmesh", "up", "--quiet", "--listen", "127.0.0.1:0", "--state-dir", state_dir,
+            *arguments, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            async for line in process.stdout:
+                if line.startswith(b"muxmesh ready on "):
+                    break
+            address = line.split()[-1].decode()
+            async with MeshClient(address) as client:
+                yield UpProcess(process, client, address, started_at_s, time.monotonic())
+        finally:
+            process.send_signal(signal.SIGINT)
+            await process.wait()
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds that a process has used, all threads, user and system."""
+    parts = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(parts[11]) + int(parts[12])) / _TICKS_PER_S
+
+
+def mapped_bytes(pid: int, what: str) -> tuple[int, int]:
+    """(resident, proportional) bytes of the mappings of one process whose name holds ``what``."""
+    rss = pss = 0
+    inside = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        head = line.split(" ", 1)[0]
+        if "-" in head and not head.endswith(":"):
+            inside = what in line
+        elif inside and head == "Rss:":
+            rss += int(line.split()[1]) * 1024
+        elif inside and head == "Pss:":
+            pss += int(line.split()[1]) * 1024
+    return rss, pss
+
+
+def _children() -> dict[int, list[int]]:
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue
+            children.setdefault(parent, []).append(int(path.name))
+    return children

@@ -1,0 +1,118 @@
+"""A mesh with two tiny random Llama models of different shape: exact tokens, no copied KV, one pool."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import torch
+
+from muxmesh.models.tokenizer import load_text_model
+from tests.support.mesh import RunningMesh, collect, running_mesh
+from tests.support.tiny import TinyShape, reference, write_tiny_model
+
+pytestmark = [pytest.mark.mesh, pytest.mark.asyncio(loop_scope="module")]
+
+SHAPES = {"gqa": TinyShape(), "mha": TinyShape(num_heads=3, num_kv_heads=3, head_dim=16, seed=1)}
+PROMPTS = ["Hello", "The quick brown fox jumps over the lazy dog. " * 4, "x", "äöü 你好 🎉", "1 + 1 = "]
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: write_tiny_model(tmp_path_factory.mktemp(name), shape) for name, shape in SHAPES.items()}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def mesh(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RunningMesh]:
+    models = [
+        {"name": name, "source": str(folder), "prefill_token_budget": 48, "threads": 2}
+        for name, folder in folders.items()
+    ]
+    unit = {"kv_pool": "8MiB", "slab": "256KiB", "models": models}
+    async with running_mesh(tmp_path_factory.mktemp("mesh"), units=[unit]) as running:
+        yield running
+
+
+def expected_tokens(folder: Path, prompt: str) -> list[int]:
+    prompt_ids = load_text_model(folder).encode(prompt, True)
+    generated: Any = reference(folder).generate(
+        torch.tensor([prompt_ids]), max_new_tokens=TOKENS, do_sample=False, pad_token_id=2
+    )
+    return [int(token) for token in generated[0, len(prompt_ids) :]]
+
+
+async def test_greedy_answers_of_both_models_side_by_side_are_those_of_transformers(
+    mesh: RunningMesh, folders: dict[str, Path]
+) -> None:
+    asked = [(name, prompt) for name in folders for prompt in PROMPTS]
+    answers = await asyncio.gather(
+        *(mesh.client.generate(prompt, model=name, max_new_tokens=TOKENS, temperature=0) for name, prompt in asked)
+    )
+    for (name, prompt), answer in zip(asked, answers, strict=True):
+        assert list(answer.token_ids) == expected_tokens(folders[name], prompt), (name, prompt)
+    await mesh.until_free()
+
+
+async def test_a_hand_off_copies_no_kv_byte(mesh: RunningMesh) -> None:
+    """Each worker counts every KV byte that it writes. If nothing is copied, that is what its tokens need."""
+    per_token = {model.name: model.kv_bytes_per_token for model in await mesh.client.list_models()}
+    before = {worker.name: worker for worker in (await mesh.unit()).workers}
+    handoffs = (await mesh.unit()).pool.num_handoffs
+    await mesh.client.generate("A prompt of some length. " * 6, model="gqa", max_new_tokens=10, ignore_eos=True)
+    unit = await mesh.unit()
+    assert unit.pool.num_handoffs == handoffs + 1
+    written = {}
+    for worker in unit.workers:
+        tokens = worker.num_computed_tokens - before[worker.name].num_computed_tokens
+        num_bytes = worker.kv_bytes_written - before[worker.name].kv_bytes_written
+        assert num_bytes - tokens * per_token[worker.model] == 0, "KV was copied"
+        written[f"{worker.role}-{worker.model}"] = tokens
+    assert written == {"prefill-gqa": 150, "decode-gqa": 9, "prefill-mha": 0, "decode-mha": 0}
+
+
+async def test_both_phases_map_the_same_memory(mesh: RunningMesh) -> None:
+    """The pool of each worker is the very same memfd (device and inode), and so is the weight image."""
+
+    def mapped(pid: int, what: str) -> set[tuple[str, str]]:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        return {(line.split()[3], line.split()[4]) for line in lines if what in line}
+
+    pids = [mesh.pid(f"{role}/gqa") for role in ("prefill", "decode")]
+    for what in ("memfd:muxmesh-kv-pool", "float32-fused"):
+        first, second = (mapped(pid, what) for pid in pids)
+        assert first == second
+        assert len(first) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+async def test_a_killed_decode_worker_changes_no_token(mesh: RunningMesh, temperature: float) -> None:
+    options: dict[str, Any] = {
+        "model": "mha", "max_new_tokens": 200, "temperature": temperature, "seed": 11, "ignore_eos": True,
+    }  # fmt: skip
+    expected = await collect(mesh.client.stream("Once upon a time", **options))
+    stream = mesh.client.stream("Once upon a time", **options)
+    running = asyncio.create_task(collect(stream))
+
+    async def decoding() -> bool:
+        return {worker.role: worker.num_leases for worker in (await mesh.unit()).workers if worker.model == "mha"}[
+            "decode"
+        ] == 1
+
+    await mesh.until(decoding)
+    os.kill(mesh.pid("decode/mha"), signal.SIGKILL)
+    assert await running == expected
+    await mesh.until_free()
+
+
+async def test_stopped_output_is_whole_characters(mesh: RunningMesh) -> None:
+    """A random model gives random bytes: what comes in pieces is what comes whole, without half a character."""
+    text, tokens, _ = await collect(
+        mesh.client.stream("你好", model="gqa", max_new_tokens=120, temperature=5.0, seed=1, ignore_eos=True)
+    )
+    whole = load_text_model(Path(str(mesh.mesh.runtime.prepared["gqa"].folder))).decode(tokens, True)
+    assert text == whole
