@@ -1,1 +1,1 @@
-"""Benchmarks: each prints its table and writes build/bench/NAME.json. Run by `make bench-NAME`; no test depends on them."""
+"""Benchmarks: each prints its table and writes build/bench/NAME.json. No test depends on them."""

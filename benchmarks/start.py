@@ -45,7 +45,11 @@ def weights(mesh: UpProcess) -> dict[str, Any]:
 
 
 def _short(command: str) -> str:
-    return command.rsplit(" -m ", maxsplit=1)[-1].split(maxsplit=1)[0] if " -m " in command else command.split(maxsplit=1)[0].rsplit("/", maxsplit=1)[-1]
+    return (
+        command.rsplit(" -m ", maxsplit=1)[-1].split(maxsplit=1)[0]
+        if " -m " in command
+        else command.split(maxsplit=1)[0].rsplit("/", maxsplit=1)[-1]
+    )
 
 
 async def main() -> int:

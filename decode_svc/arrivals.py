@@ -1,17 +1,20 @@
 """Brings together the two halves of a decode: the router's call and the lease that prefill moves here.
 
 Either may come first. A lease whose call does not come within the grace (its router died, or cancelled in between)
-is handed to ``orphaned``.
+is handed to ``orphaned``; a call that comes after that is told that its lease is lost.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 
+from muxmesh.errors import WorkerLost
 from muxmesh.types import Lease
 
 ORPHAN_GRACE_S = 0.3
+_REMEMBERED_ORPHANS = 4096
 
 
 class Arrivals:
@@ -21,6 +24,7 @@ class Arrivals:
         self._orphaned = orphaned
         self._calls: dict[int, asyncio.Future[Lease]] = {}
         self._parked: dict[int, tuple[Lease, asyncio.TimerHandle]] = {}
+        self._orphans: deque[int] = deque(maxlen=_REMEMBERED_ORPHANS)
 
     def lease_arrived(self, lease: Lease) -> None:
         """Gives the lease to its call, or parks it for the grace."""
@@ -33,7 +37,9 @@ class Arrivals:
         self._parked[lease_id] = (lease, timer)
 
     async def wait_for(self, lease_id: int) -> Lease:
-        """The lease, as soon as it is here."""
+        """The lease, as soon as it is here. Raises WorkerLost if it was here and given up."""
+        if lease_id in self._orphans:
+            raise WorkerLost(f"lease {lease_id} was given up: its call came too late")
         if lease_id in self._parked:
             lease, timer = self._parked.pop(lease_id)
             timer.cancel()
@@ -51,4 +57,5 @@ class Arrivals:
 
     def _expire(self, lease_id: int) -> None:
         lease, _ = self._parked.pop(lease_id)
+        self._orphans.append(lease_id)
         self._orphaned(lease)

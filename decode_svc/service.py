@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,8 +18,6 @@ from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.types import Lease
 
-_log = logging.getLogger(__name__)
-
 
 class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     """Serves one model's answers after the first token."""
@@ -28,15 +25,18 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     def __init__(self, parts: WorkerParts) -> None:
         self._engine = parts.engine
         self._leases = parts.leases
+        self._give_up = parts.give_up
         self._arrivals = Arrivals(self._release)
 
     async def watch(self) -> None:
-        """Takes in leases for as long as the unit lives."""
+        """Takes in leases for as long as the unit lives. Without them this worker is of no use, so it ends too."""
+        reason = "the stream ended"
         try:
             async for lease in self._leases.watch():
                 self._arrivals.lease_arrived(lease)
-        except MeshError as error:  # the attach socket decides whether this worker lives on
-            _log.warning("no more leases from the unit: %s", error)
+        except MeshError as error:
+            reason = str(error)
+        self._give_up(f"no more leases from the unit: {reason}")
 
     async def Decode(
         self, request: decode_pb2.DecodeRequest, context: grpc.aio.ServicerContext[Any, Any]

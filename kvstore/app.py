@@ -12,32 +12,29 @@ from kvstore.unit import ModelShare, Unit
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.config.schema import UnitConfig
-from muxmesh.errors import ConfigError
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
+from muxmesh.lifecycle import Stop
 from muxmesh.models.prepare import model_spec
 from muxmesh.registry import Registry
 from muxmesh.rpc.server import MeshServer
 
 
-def build_unit(runtime: MeshRuntime, config: UnitConfig) -> Unit:
-    """The unit's brain for its configuration. Raises ConfigError if a slab is too small for a model."""
+def build_unit(runtime: MeshRuntime, config: UnitConfig, last_id: int) -> Unit:
+    """The unit's brain for its configuration."""
     shares = {}
     for model in config.models:
         shape = model_spec(runtime.prepared[model.name].folder).kv_shape(model.block_size, model.dtype)
-        if shape.token_block_bytes > config.slab:
-            raise ConfigError(
-                f"unit {config.name}: slab is {config.slab} bytes, a token block of {model.name} needs "
-                f"{shape.token_block_bytes}; use a larger slab or a smaller block_size"
-            )
         shares[model.name] = ModelShare(shape, model.max_num_seqs)
-    return Unit(config.kv_pool, config.slab, shares)
+    return Unit(config.kv_pool, config.slab, shares, last_id)
 
 
-async def serve(runtime: MeshRuntime, unit_name: str, stop: asyncio.Event) -> None:
+async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
     """Serves one unit until ``stop`` is set."""
     config = runtime.unit(unit_name)
-    unit, memory = build_unit(runtime, config), UnitMemory(config.kv_pool)
-    service = KvStoreService(config, unit, memory, SystemClock())
+    clock = SystemClock()
+    unit = build_unit(runtime, config, last_id=int(clock.unix_s() * 1000) << 16)
+    memory = UnitMemory(config.kv_pool)
+    service = KvStoreService(config, unit, memory, clock)
     attach = service.attach = AttachServer(runtime.attach_path(unit_name), unit, memory, service.changed)
     register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
     server = MeshServer({kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register})
@@ -46,7 +43,7 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: asyncio.Event) -> No
     attach.start()
     asyncio.get_running_loop().add_reader(memory.doorbell_fd, memory.on_doorbell)
     await server.set_serving()
-    async with Registry(runtime.redis_url, SystemClock()).registered(f"kvstore/{unit_name}", address):
+    async with Registry(runtime.redis_url, clock).registered(f"kvstore/{unit_name}", address):
         await stop.wait()
     attach.close()
     await server.stop(grace_s=0.5)

@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,26 +79,30 @@ class AttachServer:
         asyncio.get_running_loop().add_reader(connection.fileno(), self._hello, connection)
 
     def _hello(self, connection: socket.socket) -> None:
-        """First message of a worker: {role, model, address}."""
+        """First message of a worker: {role, model, address}. Whatever fails, nothing of it stays."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(connection.fileno())
         pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        try:
-            hello = json.loads(connection.recv(_MAX_MESSAGE_BYTES))
-            if uid != os.getuid():
-                raise ValueError(f"uid {uid} is not the mesh's")
-            slot, bell = self._memory.take_slot()
-            worker = self._unit.attach(Role(hello["role"]), hello["model"], hello["address"], pid)
-            pidfd = os.pidfd_open(pid)
-        except (OSError, ValueError, KeyError, MeshError) as error:
-            _log.warning("process %d may not attach: %s", pid, error)
-            connection.close()
-            return
-        attached = _Attached(connection, pidfd, worker, slot)
-        self._attached[worker.name] = attached
-        reply = {"worker": worker.name, "slot": slot, "slab_bytes": self._unit.slab_bytes}
-        fds = [self._memory.pool_fd, self._memory.page_fd, self._memory.doorbell_fd, bell]
-        socket.send_fds(connection, [json.dumps(reply).encode()], fds)
+        with ExitStack() as undo:
+            undo.callback(connection.close)
+            try:
+                if uid != os.getuid():
+                    raise ValueError(f"uid {uid} is not the mesh's")
+                hello = json.loads(connection.recv(_MAX_MESSAGE_BYTES))
+                pidfd = os.pidfd_open(pid)
+                undo.callback(os.close, pidfd)
+                worker = self._unit.attach(Role(hello["role"]), hello["model"], hello["address"], pid)
+                undo.callback(self._unit.worker_exited, worker.name)
+                slot, bell = self._memory.take_slot()
+                undo.callback(self._memory.give_back_slot, slot)
+                reply = {"worker": worker.name, "slot": slot, "slab_bytes": self._unit.slab_bytes}
+                fds = [self._memory.pool_fd, self._memory.page_fd, self._memory.doorbell_fd, bell]
+                socket.send_fds(connection, [json.dumps(reply).encode()], fds)
+            except (OSError, ValueError, KeyError, TypeError, MeshError) as error:
+                _log.warning("process %d may not attach: %s", pid, error)
+                return
+            undo.pop_all()
+        attached = self._attached[worker.name] = _Attached(connection, pidfd, worker, slot)
         loop.add_reader(connection.fileno(), self._message, attached)
         loop.add_reader(pidfd, self._exited, attached)
         _log.info("%s attached (pid %d)", worker.name, pid)

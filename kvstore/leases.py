@@ -32,10 +32,11 @@ class LeaseTable:
     Invariant: each token block in use belongs to exactly one lease.
     """
 
-    def __init__(self, pool: SlabPool) -> None:
+    def __init__(self, pool: SlabPool, last_id: int = 0) -> None:
+        """``last_id``: ids go on from here, so that those of an earlier life of the unit never come again."""
         self._pool = pool
         self._records: dict[int, LeaseRecord] = {}
-        self._last_id = 0
+        self._last_id = last_id
         self.num_handoffs = 0
 
     def __len__(self) -> int:

@@ -47,8 +47,9 @@ class UnitMemory:
 
     def arbitrate(self) -> None:
         """Grants the device to the next worker in turn if it is free; tells its holder if somebody waits."""
-        demanding = {slot for slot in self._bells if self.page.read(slot, Word.DEMAND)}
-        if not any(self.page.read(slot, Word.GRANTED) for slot in self._bells):
+        holding = {slot for slot in self._bells if self.page.read(slot, Word.GRANTED)}
+        demanding = {slot for slot in self._bells if self.page.read(slot, Word.DEMAND)} - holding
+        if not holding:
             chosen = next_slot(demanding, self._last_granted)
             if chosen is not None:
                 demanding.discard(chosen)

@@ -33,7 +33,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         self._memory = memory
         self._clock = clock
         self.attach: AttachServer | None = None
-        self._routers: dict[str, asyncio.Queue[kvstore_pb2.AdmitResponse]] = {}
+        self._routers: dict[str, asyncio.Queue[kvstore_pb2.AdmitResponse | None]] = {}
         self._watchers: dict[str, asyncio.Queue[Lease]] = {}
         self._num_streams = 0
         self._expiry: asyncio.TimerHandle | None = None
@@ -49,19 +49,16 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     ) -> AsyncIterator[kvstore_pb2.AdmitResponse]:
         """See the proto. One stream of one router."""
         self._num_streams += 1
+        number = self._num_streams
         await context.send_initial_metadata(())  # tells the router that the unit is there
         hello = await anext(request_iterator)
-        router = f"{hello.hello.router}#{self._num_streams}"
+        router = f"{hello.hello.router}#{number}"
         queue = self._routers[router] = asyncio.Queue()
         reader = asyncio.create_task(self._read_router(router, queue, request_iterator))
+        reader.add_done_callback(lambda _: queue.put_nowait(None))
         try:
-            while True:
-                response = asyncio.create_task(queue.get())
-                await asyncio.wait({response, reader}, return_when=asyncio.FIRST_COMPLETED)
-                if not response.done():
-                    response.cancel()
-                    return
-                yield response.result()
+            while (response := await queue.get()) is not None:
+                yield response
         finally:
             reader.cancel()
             del self._routers[router]
@@ -71,7 +68,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def _read_router(
         self,
         router: str,
-        queue: asyncio.Queue[kvstore_pb2.AdmitResponse],
+        queue: asyncio.Queue[kvstore_pb2.AdmitResponse | None],
         requests: AsyncIterator[kvstore_pb2.AdmitRequest],
     ) -> None:
         async for request in requests:
@@ -84,7 +81,9 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
                 self._return_credit(router, request.return_credit)
             self.changed()
 
-    def _offer(self, router: str, queue: asyncio.Queue[kvstore_pb2.AdmitResponse], key: kvstore_pb2.RequestKey) -> None:
+    def _offer(
+        self, router: str, queue: asyncio.Queue[kvstore_pb2.AdmitResponse | None], key: kvstore_pb2.RequestKey
+    ) -> None:
         order = OrderKey(key.priority, key.arrived_at_unix_s)
         try:
             self._unit.offer(WaitingKey(router, key.key_id, key.model, order, key.num_tokens))

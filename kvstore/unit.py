@@ -51,16 +51,19 @@ class CreditGiven:
 class Unit:
     """Owns the unit's state. Whoever changes it calls `give_credits` afterwards and sends what that returns."""
 
-    def __init__(self, pool_bytes: int, slab_bytes: int, models: Mapping[str, ModelShare]) -> None:
-        """Raises ValueError if a slab does not hold one token block of each model."""
+    def __init__(self, pool_bytes: int, slab_bytes: int, models: Mapping[str, ModelShare], last_id: int = 0) -> None:
+        """Raises ValueError if a slab does not hold one token block of each model.
+
+        ``last_id``: lease ids and incarnations go on from here; a restarted unit takes a higher one.
+        """
         blocks = {name: slab_bytes // share.shape.token_block_bytes for name, share in models.items()}
         self.models = models
         self.slab_bytes = slab_bytes
         self.pool = SlabPool(pool_bytes // slab_bytes, blocks)
-        self.leases = LeaseTable(self.pool)
+        self.leases = LeaseTable(self.pool, last_id)
         self.admission = Admission()
         self.workers: dict[str, WorkerRecord] = {}
-        self._incarnations = 0
+        self._incarnations = last_id
 
     def attach(self, role: Role, model: str, address: str, pid: int) -> WorkerRecord:
         """A worker process came. Raises InvalidRequest for a model that is not of this unit."""

@@ -8,7 +8,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import uvloop
 
@@ -26,16 +27,46 @@ def die_with_parent(parent_pid: int, death_signal: signal.Signals = signal.SIGTE
         sys.exit(0)
 
 
-def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+class Stop:
+    """The wish that a service ends. A service that is still starting when it comes is cancelled where it stands."""
+
+    def __init__(self) -> None:
+        self._wished = asyncio.Event()
+        self._serving = False
+        self._starting: asyncio.Task[None] | None = None
+
+    def set(self) -> None:
+        """Wishes the end."""
+        self._wished.set()
+        if self._starting is not None and not self._serving:
+            self._starting.cancel()
+
+    async def wait(self) -> None:
+        """Called by the service once it serves: waits for the wish."""
+        self._serving = True
+        await self._wished.wait()
+
+    async def run(self, main: Callable[[Stop], Coroutine[Any, Any, None]]) -> bool:
+        """Runs ``main(self)``; False if it was cancelled while starting."""
+        self._starting = asyncio.create_task(main(self), name="service")
+        await asyncio.wait({self._starting})
+        if self._starting.cancelled():
+            return False
+        self._starting.result()
+        return True
+
+
+def run_service(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
     """Runs ``main(stop)`` on uvloop; SIGTERM and SIGINT set ``stop``. The body of every ``__main__``."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
 
-    async def supervised() -> None:
-        stop = asyncio.Event()
+    async def supervised() -> bool:
+        stop = Stop()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        await main(stop)
+        return await stop.run(main)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(supervised())
+        if not runner.run(supervised()):
+            os._exit(0)  # a thread may be loading a model or compiling: nothing of it is worth waiting for

@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.internal.v1 import kvstore_pb2_grpc
+from muxmesh.lifecycle import Stop
 from muxmesh.registry import Registry
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.server import MeshServer
@@ -25,7 +26,7 @@ from router.service import InferenceService, MeshService, RouterState, UnitLink
 _STOP_GRACE_S = 2.0
 
 
-async def serve(runtime: MeshRuntime, stop: asyncio.Event) -> None:
+async def serve(runtime: MeshRuntime, stop: Stop) -> None:
     """Serves the public API until ``stop`` is set."""
     clock, config = SystemClock(), runtime.config
     models = load_models(runtime)
@@ -62,5 +63,6 @@ def _server(state: RouterState) -> MeshServer:
             mesh_pb2.DESCRIPTOR.services_by_name["Mesh"]: functools.partial(
                 mesh_pb2_grpc.add_MeshServicer_to_server, mesh
             ),
-        }
+        },
+        public=True,
     )

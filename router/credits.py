@@ -17,6 +17,7 @@ from router.queue import Waiting, WaitingRequests
 
 _log = logging.getLogger(__name__)
 _RECONNECT_S = 0.1
+_Outbox = asyncio.Queue[kvstore_pb2.AdmitRequest | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class UnitCredits:
         self._stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
         self._queue = WaitingRequests()
         self._futures: dict[int, asyncio.Future[Credit]] = {}
-        self._outbox: asyncio.Queue[kvstore_pb2.AdmitRequest] = asyncio.Queue()
+        self._outbox: _Outbox = asyncio.Queue()
         self._last_key_id = 0
         self.connected = asyncio.Event()
 
@@ -86,9 +87,9 @@ class UnitCredits:
             await asyncio.sleep(_RECONNECT_S)
 
     async def _one_stream(self) -> None:
-        self._outbox = asyncio.Queue()  # what was meant for the old stream died with it
+        outbox = self._outbox = asyncio.Queue()  # what was meant for the old stream died with it
         self._queue.hide_all()
-        call = self._stub.Admit(self._requests(self._outbox), wait_for_ready=True)
+        call = self._stub.Admit(self._requests(outbox), wait_for_ready=True)
         try:
             await call.initial_metadata()
             self.connected.set()
@@ -97,13 +98,12 @@ class UnitCredits:
                 self._take(response)
         finally:
             call.cancel()
+            outbox.put_nowait(None)
 
-    async def _requests(
-        self, outbox: asyncio.Queue[kvstore_pb2.AdmitRequest]
-    ) -> AsyncIterator[kvstore_pb2.AdmitRequest]:
+    async def _requests(self, outbox: _Outbox) -> AsyncIterator[kvstore_pb2.AdmitRequest]:
         yield kvstore_pb2.AdmitRequest(hello=kvstore_pb2.RouterHello(router=self._router))
-        while True:
-            yield await outbox.get()
+        while (request := await outbox.get()) is not None:
+            yield request
 
     def _show_next(self) -> None:
         if not self.connected.is_set():

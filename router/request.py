@@ -35,7 +35,7 @@ class RequestDriver:
     """Drives the requests of one unit."""
 
     def __init__(self, credits: UnitCredits, workers: Workers, clock: Clock, max_restarts: int) -> None:
-        """``max_restarts``: attempts in a row that may fail without giving a token."""
+        """``max_restarts``: attempts in a row that may fail without getting past their first token."""
         self._credits = credits
         self._workers = workers
         self._clock = clock
@@ -60,7 +60,8 @@ class RequestDriver:
                         if isinstance(event, Finished):
                             return
             except _ATTEMPT_ERRORS as error:
-                fruitless = fruitless + 1 if len(sent) == sent_before else 0
+                # Prefill gives one token in every attempt; only more than that is progress.
+                fruitless = fruitless + 1 if len(sent) <= sent_before + 1 else 0
                 if fruitless > self._max_restarts:
                     raise _final(error) from error
                 progress.num_restarts += 1

@@ -28,7 +28,7 @@ from router.credits import UnitCredits
 from router.request import Progress, RequestDriver
 from router.served_model import ServedModel
 from router.stop_strings import StopStrings
-from router.validation import CheckedRequest, check, complete
+from router.validation import CheckedRequest, check, check_request_id, complete
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _STATUS_TIMEOUT_S = 2.0
@@ -242,7 +242,9 @@ def _request_id(request: inference_pb2.GenerateRequest, context: Context) -> str
         return request.request_id
     for key, value in context.invocation_metadata() or ():
         if key == "x-request-id":
-            return value if isinstance(value, str) else value.decode(errors="replace")
+            request_id = value if isinstance(value, str) else value.decode(errors="replace")
+            check_request_id(request_id)
+            return request_id
     return ""
 
 

@@ -26,14 +26,12 @@ class StopStrings:
         self._held = ""
 
     def feed(self, text: str, may_stop: bool = True) -> Passed:
-        """Takes more text. ``may_stop`` False: too early for the answer to end, so nothing is looked for."""
+        """Takes more text. ``may_stop`` False: too early for the answer to end, so a whole stop string passes."""
         if not self._stops:
             return Passed(text)
         text = self._held + text
         self._held = ""
-        if not may_stop:
-            return Passed(text)
-        found = [(text.find(stop), -len(stop), stop) for stop in self._stops if stop in text]
+        found = [(text.find(stop), -len(stop), stop) for stop in self._stops if may_stop and stop in text]
         if found:
             at, _, stop = min(found)
             return Passed(text[: at + len(stop) if self._include else at], stop)

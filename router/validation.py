@@ -18,6 +18,11 @@ from muxmesh.types import EngineRequest, OrderKey, Sampling, Stopping
 from muxmesh.v1 import inference_pb2
 from router.served_model import ServedModel
 
+MAX_REQUEST_ID = 128
+MAX_MESSAGES = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_STOP_STRINGS = 64
+MAX_STOP_STRING = 1024
 ROLES = ("system", "user", "assistant")
 MAX_TEMPERATURE = 100.0
 _PROMPTS = ("text", "token_ids", "chat")
@@ -55,13 +60,23 @@ def check(
     model = models.get(wire.model)
     if model is None:
         raise ModelNotFound(f"model: {wire.model!r} is not served; served: {', '.join(sorted(models))}")
+    check_request_id(wire.request_id)
+    if wire.HasField("truncate_prompt_tokens") and not 0 < wire.truncate_prompt_tokens < model.max_model_len:
+        raise InvalidRequest(
+            "truncate_prompt_tokens",
+            f"is {wire.truncate_prompt_tokens}; at least 1, and less than the context ({model.max_model_len} tokens)",
+        )
     _check_prompt(wire, model, max_prompt_bytes)
     for path, neutral in _UNSUPPORTED.items():
         _refuse_unsupported(wire, path, neutral)
     _check_stopping(wire.stopping, model)
-    if wire.HasField("truncate_prompt_tokens") and wire.truncate_prompt_tokens == 0:
-        raise InvalidRequest("truncate_prompt_tokens", "is 0; at least 1 token must stay")
     return CheckedRequest(wire, model, _sampling(wire, drawn_seed))
+
+
+def check_request_id(request_id: str) -> None:
+    """Raises InvalidRequest unless it can stand in a header and in a log line."""
+    if len(request_id) > MAX_REQUEST_ID or not all(" " <= character <= "~" for character in request_id):
+        raise InvalidRequest("request_id", f"must be at most {MAX_REQUEST_ID} printable ASCII characters")
 
 
 def complete(
@@ -121,9 +136,7 @@ def _check_prompt(wire: inference_pb2.GenerateRequest, model: ServedModel, max_p
     elif wire.HasField("chat"):
         _check_chat(wire.chat, model, max_prompt_bytes)
     else:
-        _check_token_ids("token_ids.ids", wire.token_ids.ids, model)
-        if not wire.token_ids.ids:
-            raise InvalidRequest("token_ids.ids", "is empty")
+        _check_prompt_ids(wire, model)
 
 
 def _check_chat(chat: inference_pb2.ChatPrompt, model: ServedModel, max_prompt_bytes: int) -> None:
@@ -131,6 +144,7 @@ def _check_chat(chat: inference_pb2.ChatPrompt, model: ServedModel, max_prompt_b
         raise InvalidRequest("chat", f"{model.name} has no chat template; send `text` or `token_ids`")
     if not chat.messages:
         raise InvalidRequest("chat.messages", "is empty")
+    _check_count("chat.messages", len(chat.messages), MAX_MESSAGES)
     for index, message in enumerate(chat.messages):
         if message.role not in ROLES:
             raise InvalidRequest(f"chat.messages[{index}].role", f"is {message.role!r}; one of {', '.join(ROLES)}")
@@ -144,8 +158,29 @@ def _check_size(field: str, num_bytes: int, limit: int) -> None:
         raise InvalidRequest(field, f"is {num_bytes} bytes; at most {limit}")
 
 
-def _check_token_ids(field: str, token_ids: Sequence[int], model: ServedModel) -> None:
-    for index, token_id in enumerate(token_ids):
+def _check_count(field: str, count: int, limit: int) -> None:
+    if count > limit:
+        raise InvalidRequest(field, f"has {count} entries; at most {limit}")
+
+
+def _check_prompt_ids(wire: inference_pb2.GenerateRequest, model: ServedModel) -> None:
+    """Looks at no more ids than the context holds, however many came."""
+    token_ids = wire.token_ids.ids
+    if not token_ids:
+        raise InvalidRequest("token_ids.ids", "is empty")
+    first = 0
+    if wire.HasField("truncate_prompt_tokens"):
+        first = max(0, len(token_ids) - wire.truncate_prompt_tokens)
+    if len(token_ids) - first >= model.max_model_len:
+        raise InvalidRequest(
+            "token_ids.ids",
+            f"is {len(token_ids)} tokens; the context holds {model.max_model_len}, at least 1 for the answer",
+        )
+    _check_token_ids("token_ids.ids", token_ids[first:], model, first)
+
+
+def _check_token_ids(field: str, token_ids: Sequence[int], model: ServedModel, first: int = 0) -> None:
+    for index, token_id in enumerate(token_ids, first):
         if token_id >= model.spec.vocab_size:
             raise InvalidRequest(
                 f"{field}[{index}]", f"token id {token_id} is unknown; {model.name} has {model.spec.vocab_size} tokens"
@@ -155,10 +190,16 @@ def _check_token_ids(field: str, token_ids: Sequence[int], model: ServedModel) -
 def _check_stopping(stopping: inference_pb2.StoppingOptions, model: ServedModel) -> None:
     if stopping.HasField("max_new_tokens") and stopping.max_new_tokens == 0:
         raise InvalidRequest("stopping.max_new_tokens", "is 0; at least 1")
+    _check_count("stopping.stop_token_ids", len(stopping.stop_token_ids), MAX_STOP_TOKEN_IDS)
     _check_token_ids("stopping.stop_token_ids", stopping.stop_token_ids, model)
+    _check_count("stopping.stop_strings", len(stopping.stop_strings), MAX_STOP_STRINGS)
     for index, text in enumerate(stopping.stop_strings):
         if not text:
             raise InvalidRequest(f"stopping.stop_strings[{index}]", "is empty")
+        if len(text) > MAX_STOP_STRING:
+            raise InvalidRequest(
+                f"stopping.stop_strings[{index}]", f"is {len(text)} characters; at most {MAX_STOP_STRING}"
+            )
 
 
 def _sampling(wire: inference_pb2.GenerateRequest, drawn_seed: int) -> Sampling:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import logging
 import mmap
 import os
 import socket
@@ -16,8 +16,6 @@ import numpy as np
 from kvstore.grant import GrantPage
 from muxmesh.config.runtime import Role
 from muxmesh.errors import Unavailable
-
-_log = logging.getLogger(__name__)
 
 _RETRY_S = 0.1
 _NUM_RETRIES = 300
@@ -38,9 +36,10 @@ class Attachment:
         self.slab_bytes = int(str(reply["slab_bytes"]))
         self._connection = connection
 
-    def set_ready(self) -> None:
-        """Tells the unit that this worker serves."""
-        self._connection.send(json.dumps({"ready": True}).encode())
+    def set_ready(self, ready: bool) -> None:
+        """Tells the unit whether this worker takes requests. A unit that is gone need not know."""
+        with contextlib.suppress(OSError):
+            self._connection.send(json.dumps({"ready": ready}).encode())
 
     def on_unit_lost(self, lost: Callable[[], None]) -> None:
         """Calls ``lost`` once when kvstore is gone: what is mapped then belongs to nobody."""
@@ -55,7 +54,6 @@ class Attachment:
             except OSError:
                 pass
             loop.remove_reader(self._connection.fileno())
-            _log.warning("the unit is lost")
             lost()
 
         loop.add_reader(self._connection.fileno(), readable)

@@ -22,7 +22,7 @@ from muxmesh.config.runtime import MeshRuntime, Role
 from muxmesh.engine.api import Engine
 from muxmesh.engine.build import build_engine, num_threads
 from muxmesh.engine.kv_view import KvView
-from muxmesh.lifecycle import die_with_parent, run_service
+from muxmesh.lifecycle import Stop, die_with_parent, run_service
 from muxmesh.models.prepare import model_spec
 from muxmesh.registry import Registry
 from muxmesh.rpc.channels import internal_channel
@@ -37,6 +37,8 @@ class WorkerParts:
 
     engine: Engine
     leases: LeaseClient
+    give_up: Callable[[str], None]
+    """Ends the process, which cannot be of use any more; the supervisor starts another."""
 
 
 Services = Mapping[ServiceDescriptor, Register]
@@ -57,32 +59,42 @@ def worker_main(role: Role, description: str, open_services: OpenServices) -> No
     run_service(functools.partial(host_worker, runtime, role, arguments.model, open_services))
 
 
-async def host_worker(
-    runtime: MeshRuntime, role: Role, model: str, open_services: OpenServices, stop: asyncio.Event
-) -> None:
-    """Serves one phase of one model until ``stop`` is set. Returns early if the unit is lost."""
+async def host_worker(runtime: MeshRuntime, role: Role, model: str, open_services: OpenServices, stop: Stop) -> None:
+    """Serves one phase of one model until ``stop`` is set; the loss of the unit or of the engine sets it too."""
+
+    def give_up(reason: str) -> None:
+        _log.error("giving up: %s", reason)
+        stop.set()
+
     unit, config = runtime.model(model)
     address = runtime.worker_address(role, model)
     attachment = await attach(runtime.attach_path(unit.name), role, model, address)
-    attachment.on_unit_lost(stop.set)
+    attachment.on_unit_lost(lambda: give_up("the unit is lost"))
     prepared = runtime.prepared[model]
     shape = model_spec(prepared.folder).kv_shape(config.block_size, config.dtype)
     grant = SharedGrant(attachment, SystemClock())
     view = KvView(attachment.pool, shape, attachment.slab_bytes)
     engine = build_engine(config, prepared, view, grant, grant.count_step)
     await engine.start()
+    death = asyncio.create_task(_watch(engine, give_up), name="engine watch")
     async with internal_channel(runtime.kvstore_address(unit.name)) as channel:
         leases = LeaseClient(channel, attachment.worker)
-        async with open_services(WorkerParts(engine, leases)) as services:
+        async with open_services(WorkerParts(engine, leases, give_up)) as services:
             server = MeshServer(services)
             await server.start([address])
             await server.set_serving()
-            attachment.set_ready()
+            attachment.set_ready(True)
             async with Registry(runtime.redis_url, SystemClock()).registered(f"{role.value}/{model}", address):
                 await stop.wait()
+                attachment.set_ready(False)  # no more credits for us
             await server.stop(grace_s=0.5)
+        death.cancel()
         await engine.stop()
         await leases.close()
+
+
+async def _watch(engine: Engine, give_up: Callable[[str], None]) -> None:
+    give_up(f"the engine is dead: {await engine.wait_dead()}")
 
 
 def _set_up_threads(runtime: MeshRuntime, model: str) -> None:

@@ -11,17 +11,19 @@ from muxmesh.client.aio import MeshClient, Message
 
 def run(arguments: argparse.Namespace) -> int:
     """See `muxmesh chat --help`."""
-    return asyncio.run(_chat(arguments))
-
-
-async def _chat(arguments: argparse.Namespace) -> int:
     messages = [Message("system", arguments.system)] if arguments.system else []
-    async with MeshClient(arguments.address) as client:
-        while line := await asyncio.to_thread(_ask):
+    with asyncio.Runner() as runner:
+        client = runner.run(_connect(arguments.address))
+        while line := _ask():  # between runs of the loop, so that Ctrl-C ends it at once
             messages.append(Message("user", line))
-            answer = await stream_answer(client, messages, **sampling_options(arguments))
+            answer = runner.run(stream_answer(client, messages, **sampling_options(arguments)))
             messages.append(Message("assistant", answer))
+        runner.run(client.close())
     return 0
+
+
+async def _connect(address: str) -> MeshClient:
+    return MeshClient(address)
 
 
 def _ask() -> str:

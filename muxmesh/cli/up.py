@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import signal
 import sys
@@ -15,7 +16,7 @@ from muxmesh.cli.common import ProgressBar, cache_dir, default_state_dir
 from muxmesh.cli.generate import stream_answer
 from muxmesh.client.aio import MeshClient, Message
 from muxmesh.clock import SystemClock
-from muxmesh.config.load import load_mesh_config
+from muxmesh.config.load import load_mesh_config, with_listen
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import MeshError
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     started_at_s = SystemClock().monotonic_s()
     config = load_mesh_config(arguments.config) if arguments.config else MeshConfig()
     if arguments.listen:
-        config = MeshConfig.model_validate({**config.model_dump(exclude_unset=True), "listen": arguments.listen})
+        config = with_listen(config, arguments.listen)
     config = config.model_copy(update={"listen": free_listen_address(config.listen)})
     state_dir = (arguments.state_dir or default_state_dir()).expanduser().resolve()
     with state_lock(state_dir):
@@ -64,7 +65,8 @@ async def _serve(
     finally:
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
-        print("stopping", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may be reading any more
+            print("stopping", file=sys.stderr, flush=True)
         await mesh.stop()
     return 0
 
@@ -100,6 +102,7 @@ or make stubs in any language from protos/muxmesh/v1. Ctrl-C stops the mesh.""",
 def _show(quiet: bool) -> ShowLine:
     def show(name: str, line: str) -> None:
         if not quiet and name != "redis":  # its chatter is in the log file
-            print(f"{name} | {line}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"{name} | {line}", file=sys.stderr, flush=True)
 
     return show

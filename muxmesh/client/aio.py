@@ -133,24 +133,28 @@ class MeshClient:
         ``model`` may be left out if the mesh serves only one. ``priority``: lower is sooner. ``timeout_s`` is the
         deadline of the whole answer. Raises InvalidRequest, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable.
         """
-        request = inference_pb2.GenerateRequest(
-            request_id=request_id,
-            model=model or await self._default_model(timeout_s),
-            temperature=temperature,
-            sampling=inference_pb2.SamplingOptions(top_k=top_k, top_p=top_p, seed=seed),
-            stopping=inference_pb2.StoppingOptions(
-                max_new_tokens=max_new_tokens,
-                min_new_tokens=min_new_tokens,
-                stop_token_ids=stop_token_ids,
-                stop_strings=stop_strings,
-                include_stop_strings=include_stop_strings,
-                ignore_eos=ignore_eos,
-            ),
-            response=inference_pb2.ResponseOptions(output_token_ids=True, skip_special_tokens=skip_special_tokens),
-            truncate_prompt_tokens=truncate_prompt_tokens,
-            priority=priority,
-        )
-        _set_prompt(request, prompt)
+        model = model or await self._default_model(timeout_s)
+        try:
+            request = inference_pb2.GenerateRequest(
+                request_id=request_id,
+                model=model,
+                temperature=temperature,
+                sampling=inference_pb2.SamplingOptions(top_k=top_k, top_p=top_p, seed=seed),
+                stopping=inference_pb2.StoppingOptions(
+                    max_new_tokens=max_new_tokens,
+                    min_new_tokens=min_new_tokens,
+                    stop_token_ids=stop_token_ids,
+                    stop_strings=stop_strings,
+                    include_stop_strings=include_stop_strings,
+                    ignore_eos=ignore_eos,
+                ),
+                response=inference_pb2.ResponseOptions(output_token_ids=True, skip_special_tokens=skip_special_tokens),
+                truncate_prompt_tokens=truncate_prompt_tokens,
+                priority=priority,
+            )
+            _set_prompt(request, prompt)
+        except (TypeError, ValueError) as error:  # a number or a text that the wire cannot carry
+            raise InvalidRequest("request", str(error)) from error
         async with aclosing(self.stream_request(request, timeout_s)) as responses:
             async for response in responses:
                 yield _delta(response)
@@ -218,10 +222,7 @@ def _set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
         turns = [inference_pb2.ChatMessage(role=m.role, content=m.content) for m in prompt if isinstance(m, Message)]
         request.chat.messages.extend(turns)
     else:
-        try:
-            request.token_ids.ids.extend(part for part in prompt if isinstance(part, int))
-        except ValueError as error:
-            raise InvalidRequest("token_ids.ids", str(error)) from error
+        request.token_ids.ids.extend(part for part in prompt if isinstance(part, int))
         if len(request.token_ids.ids) != len(prompt):
             raise InvalidRequest("prompt", "is neither text, token ids nor a list of Message")
         request.token_ids.SetInParent()

@@ -31,6 +31,8 @@ def parse_mesh_config(text: str, origin: str) -> MeshConfig:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise ConfigError(f"{origin}:{line}: not YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:  # a control character, a date that is none
+        raise ConfigError(f"{origin}: not YAML: {error}") from error
     lines: dict[Location, int] = {}
     problems = list(_walk(root, (), lines)) if root is not None else []
     if data is not None and not isinstance(data, dict):
@@ -54,6 +56,14 @@ def _problems(error: ValidationError) -> list[tuple[Location, str]]:
         if kind != "too_short"
         or not any(len(other) > len(location) and other[: len(location)] == location for other, _, _ in found)
     ]
+
+
+def with_listen(config: MeshConfig, listen: str) -> MeshConfig:
+    """The configuration with another address of the public API. Raises ConfigError if it is none."""
+    try:
+        return MeshConfig.model_validate({**config.model_dump(exclude_unset=True), "listen": listen})
+    except ValidationError as error:
+        raise ConfigError(f"listen: {listen!r} is no address; HOST:PORT is needed") from error
 
 
 def _walk(node: yaml.Node, location: Location, lines: dict[Location, int]) -> Iterator[tuple[Location, str]]:

@@ -97,7 +97,7 @@ class RouterConfig(Section):
     max_prompt_bytes: ByteSize = Field(default=ByteSize(1 * MIB), ge=1)
     """Longest prompt text, before tokenizing."""
     max_restarts: int = Field(default=5, ge=0)
-    """How often one request is computed again after its worker was lost without giving a token."""
+    """How often in a row one request is computed again when no attempt gets past its first token."""
 
 
 class MeshConfig(Section):

@@ -128,6 +128,9 @@ class Engine(Protocol):
     def reprioritise(self, job_id: int, order: OrderKey) -> None:
         """Gives the job another place in the order."""
 
+    async def wait_dead(self) -> str:
+        """Returns when the engine cannot go on, and says why; its jobs have ended with Failed."""
+
     def stats(self) -> EngineStats:
         """Counters since the start."""
 

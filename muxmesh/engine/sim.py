@@ -51,4 +51,5 @@ class SimRunner:
         allowed = self._token_ids
         if chunk.draw.banned:
             allowed = [token for token in self._token_ids if token not in chunk.draw.banned]
+            allowed = allowed or [token for token in range(256) if token not in chunk.draw.banned]
         return allowed[digest % len(allowed)]

@@ -47,6 +47,7 @@ class StepEngine:
         self._wake = asyncio.Event()
         self._step_done = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
+        self._death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def start(self) -> None:
         """See `Engine`."""
@@ -61,7 +62,7 @@ class StepEngine:
         self._thread.shutdown(wait=True)
         self._scheduler.fail_all("the engine was stopped")
         self._deliver()
-        self._finish_step()
+        self._step_done.set()
 
     def submit(self, job: EngineJob) -> AsyncIterator[Event]:
         """See `Engine`. Raises ValueError for a job that contradicts itself."""
@@ -104,7 +105,22 @@ class StepEngine:
             if isinstance(event, PrefillDone | Finished | Failed):
                 return
 
+    async def wait_dead(self) -> str:
+        """See `Engine`."""
+        return await asyncio.shield(self._death)
+
     async def _loop(self) -> None:
+        try:
+            await self._run_steps()
+        except Exception as error:  # the engine loop: a bug of ours here must not leave jobs waiting for ever
+            _log.exception("the engine loop failed")
+            self._scheduler.fail_all(f"the engine is dead: {error}")
+            self._deliver()
+            self._step_done.set()
+            self._grant.drop()
+            self._death.set_result(f"{type(error).__name__}: {error}")
+
+    async def _run_steps(self) -> None:
         while True:
             if not self._scheduler.has_work():
                 self._grant.drop()
@@ -130,11 +146,8 @@ class StepEngine:
         else:
             self._scheduler.apply(outcome)
             self._observe(step, outcome)
-        self._finish_step()
-        self._deliver()
-
-    def _finish_step(self) -> None:
         self._step_done.set()
+        self._deliver()
 
     def _deliver(self) -> None:
         for job_id, event in self._scheduler.drain():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from muxmesh.config.runtime import PreparedModel
-from muxmesh.config.schema import ModelConfig
+from muxmesh.config.schema import ModelConfig, UnitConfig
 from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CATALOG
 from muxmesh.models.image import ensure_image
@@ -31,6 +32,18 @@ def prepare_model(model: ModelConfig, base_dir: Path, cache_dir: Path, progress:
         return PreparedModel(folder=folder, image=image)
     except ConfigError as error:
         raise type(error)(f"model {model.name}: {error}") from error
+
+
+def check_slabs(units: Iterable[UnitConfig], prepared: Mapping[str, PreparedModel]) -> None:
+    """Raises ConfigError if a slab does not hold one token block of a model of its unit."""
+    for unit in units:
+        for model in unit.models:
+            shape = model_spec(prepared[model.name].folder).kv_shape(model.block_size, model.dtype)
+            if shape.token_block_bytes > unit.slab:
+                raise ConfigError(
+                    f"unit {unit.name}: slab is {unit.slab} bytes, a token block of {model.name} needs "
+                    f"{shape.token_block_bytes}; use a larger slab or a smaller block_size"
+                )
 
 
 def model_spec(folder: Path | None) -> ModelSpec:

@@ -29,6 +29,13 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
 )
 
+# A client whose host vanished is noticed within half a minute, and its requests are aborted.
+_PUBLIC_OPTIONS = (
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
 Register = Callable[[grpc.aio.Server], None]
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -36,9 +43,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class MeshServer:
     """A server with its health. Starts as NOT_SERVING; `set_serving` says when it is ready."""
 
-    def __init__(self, services: Mapping[ServiceDescriptor, Register]) -> None:
-        """``services``: descriptor → what adds the servicer to a server."""
-        self._server = grpc.aio.server(options=_OPTIONS, interceptors=[_Boundary(services)])
+    def __init__(self, services: Mapping[ServiceDescriptor, Register], *, public: bool = False) -> None:
+        """``services``: descriptor → what adds the servicer to a server. ``public``: clients may be far away."""
+        options = _OPTIONS + _PUBLIC_OPTIONS if public else _OPTIONS
+        self._server = grpc.aio.server(options=options, interceptors=[_Boundary(services)])
         self._names = ["", *(descriptor.full_name for descriptor in services)]
         self._health = health.aio.HealthServicer()
         for register in services.values():

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime, PreparedModel, Role
 from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import ConfigError
+from muxmesh.models.prepare import check_slabs
 from muxmesh.registry import Registry
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.supervisor.process import ProcessSpec, SupervisedProcess
@@ -69,17 +71,24 @@ def free_listen_address(listen: str) -> str:
 def make_runtime(
     config: MeshConfig, prepared: dict[str, PreparedModel], state_dir: Path, cache_dir: Path
 ) -> MeshRuntime:
-    """Decides where the sockets are: under ``state_dir``, or in a short temporary folder if that path is too long."""
+    """Decides where the sockets are: under ``state_dir``, or in a short temporary folder if that path is too long.
+
+    Each supervisor has a folder of its own: processes of one that was killed may still be removing their sockets.
+    Raises ConfigError if a unit cannot hold one of its models.
+    """
+    check_slabs(config.units, prepared)
 
     def runtime_in(run_dir: Path) -> MeshRuntime:
         redis_url = config.redis_url or f"unix://{run_dir / 'redis.sock'}"
         return MeshRuntime(config=config, run_dir=run_dir, cache_dir=cache_dir, redis_url=redis_url, prepared=prepared)
 
-    runtime = runtime_in(state_dir / "run")
+    for left_behind in state_dir.glob("run-*"):
+        shutil.rmtree(left_behind, ignore_errors=True)
+    runtime = runtime_in(state_dir / f"run-{os.getpid()}")
     try:
         runtime.check_socket_paths()
     except ConfigError:
-        runtime = runtime_in(Path(tempfile.gettempdir()) / f"muxmesh-{os.getuid()}-{os.getpid()}")
+        runtime = runtime_in(Path(tempfile.mkdtemp(prefix="muxmesh-")))
         runtime.check_socket_paths()
     return runtime
 
@@ -135,9 +144,7 @@ class Mesh:
                 part = [process for process in door_first if (process.spec.name == "router") is name_is_router]
                 await asyncio.gather(*(process.stop(_STOP_GRACE_S) for process in part))
         await self._registry.close()
-        for path in self.runtime.run_dir.iterdir():
-            path.unlink(missing_ok=True)
-        self.runtime.run_dir.rmdir()
+        shutil.rmtree(self.runtime.run_dir, ignore_errors=True)
 
     def _redis(self, state_dir: Path) -> ProcessSpec:
         socket_path = Path(self.runtime.redis_url.removeprefix("unix://"))

@@ -25,6 +25,7 @@ HEALTHY_AFTER_S = 30.0
 _MAX_EARLY_DEATHS = 3
 _LOG_BYTES = 10 * 1024 * 1024
 _REMEMBERED_LINES = 20
+_LAST_WORDS_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,22 @@ class SupervisedProcess:
         backoff_s, deaths = FIRST_BACKOFF_S, 0
         while True:
             started_at_s = self._clock.monotonic_s()
+            how = await self._one_life()
+            deaths += 1
+            if not self._was_ready and deaths >= _MAX_EARLY_DEATHS:
+                self._gave_up.set_result(f"ended {deaths} times before it was ready, last {how}")
+                return
+            if self._clock.monotonic_s() - started_at_s >= HEALTHY_AFTER_S:
+                backoff_s = FIRST_BACKOFF_S
+            _log.warning("%s ended %s; restarting in %.1f s", self.spec.name, how, backoff_s)
+            self.num_restarts += 1
+            await self._on_restart(self.spec.name)
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(backoff_s * 2, LONGEST_BACKOFF_S)
+
+    async def _one_life(self) -> str:
+        """Runs the process to its end; says how it ended."""
+        try:
             self._process = await asyncio.create_subprocess_exec(
                 *self.spec.command,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -119,19 +136,15 @@ class SupervisedProcess:
                 stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C in the terminal is the supervisor's to handle
             )
-            await self._collect_output(self._process)
+        except OSError as error:  # no memory, no process table entry: that may pass
+            return f"before it started: {error}"
+        output = asyncio.create_task(self._collect_output(self._process))
+        try:
             code = await self._process.wait()
-            deaths += 1
-            if not self._was_ready and deaths >= _MAX_EARLY_DEATHS:
-                self._gave_up.set_result(f"ended {deaths} times before it was ready, last with code {code}")
-                return
-            if self._clock.monotonic_s() - started_at_s >= HEALTHY_AFTER_S:
-                backoff_s = FIRST_BACKOFF_S
-            _log.warning("%s ended with code %d; restarting in %.1f s", self.spec.name, code, backoff_s)
-            self.num_restarts += 1
-            await self._on_restart(self.spec.name)
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(backoff_s * 2, LONGEST_BACKOFF_S)
+            await asyncio.wait({output}, timeout=_LAST_WORDS_S)
+        finally:
+            output.cancel()
+        return f"with code {code}"
 
     async def _collect_output(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
@@ -144,7 +157,7 @@ class SupervisedProcess:
                 return
             line = raw.decode(errors="replace").rstrip()
             self._last_lines.append(line)
-            self._file.emit(logging.LogRecord(self.spec.name, logging.INFO, "", 0, line, None, None))
+            self._file.handle(logging.LogRecord(self.spec.name, logging.INFO, "", 0, line, None, None))
             self._show_line(self.spec.name, line)
 
     def _epitaph(self, what: str) -> str:

@@ -368,6 +368,8 @@ Global___ResponseOptions: _TypeAlias = ResponseOptions  # noqa: Y015
 
 @_typing.final
 class KvOptions(_message.Message):
+    """There is no prefix cache yet, so both hold by themselves."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int

@@ -3,6 +3,7 @@ import asyncio
 import pytest
 
 from decode_svc.arrivals import Arrivals
+from muxmesh.errors import WorkerLost
 from muxmesh.types import Lease, LeaseRef
 
 
@@ -32,6 +33,16 @@ async def test_a_lease_without_a_call_is_an_orphan() -> None:
     Arrivals(orphans.put_nowait).lease_arrived(LEASE)
     async with asyncio.timeout(5):
         assert await orphans.get() == LEASE
+
+
+async def test_a_call_after_its_lease_was_given_up_is_told_so() -> None:
+    given_up = asyncio.Event()
+    arrivals = Arrivals(lambda lease: given_up.set())
+    arrivals.lease_arrived(LEASE)
+    async with asyncio.timeout(5):
+        await given_up.wait()
+    with pytest.raises(WorkerLost, match="came too late"):
+        await arrivals.wait_for(1)
 
 
 async def test_a_lease_after_a_cancelled_call_is_an_orphan() -> None:

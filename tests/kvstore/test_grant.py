@@ -76,6 +76,14 @@ async def test_two_workers_take_turns_and_never_hold_together(memory: UnitMemory
     assert longest_run <= 2
 
 
+async def test_a_holder_is_not_asked_to_give_way_to_itself(memory: UnitMemory) -> None:
+    grant, attachment = grant_for(memory)
+    await grant.acquire()
+    memory.page.write(attachment.slot, Word.DEMAND, 1)
+    memory.arbitrate()
+    assert not memory.page.wanted
+
+
 async def test_an_idle_holder_gives_the_grant_back(memory: UnitMemory) -> None:
     first, _ = grant_for(memory)
     second, _ = grant_for(memory)

@@ -142,9 +142,10 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown prompt token": ({"token_ids": {"ids": [40, 259]}}, "token_ids.ids[1]", "token id 259 is unknown"),
     "prompt longer than the context": (
         {"token_ids": {"ids": [40] * 8192}},
-        "token_ids",
+        "token_ids.ids",
         "the context holds 8192",
     ),
+    "text longer than the context": ({"text": "x" * 8192}, "text", "is 8192 tokens; the context holds 8192"),
     "prompt of too many bytes": ({"text": "x" * 70_000}, "text", "is 70000 bytes; at most 65536"),
     "no messages": ({"chat": {}}, "chat.messages", "is empty"),
     "unknown role": (
@@ -179,6 +180,27 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         {"text": "a", "stopping": {"stop_strings": ["x", ""]}},
         "stopping.stop_strings[1]",
         "is empty",
+    ),
+    "too many stop strings": (
+        {"text": "a", "stopping": {"stop_strings": ["x"] * 65}},
+        "stopping.stop_strings",
+        "has 65 entries; at most 64",
+    ),
+    "a stop string too long": (
+        {"text": "a", "stopping": {"stop_strings": ["x" * 1025]}},
+        "stopping.stop_strings[0]",
+        "at most 1024",
+    ),
+    "too many stop tokens": (
+        {"text": "a", "stopping": {"stop_token_ids": [5] * 129}},
+        "stopping.stop_token_ids",
+        "at most 128",
+    ),
+    "a request id that is no header": ({"text": "a", "request_id": "é\n"}, "request_id", "printable ASCII"),
+    "truncate to more than the context": (
+        {"text": "a", "truncate_prompt_tokens": 9000},
+        "truncate_prompt_tokens",
+        "less than the context",
     ),
     "truncate to nothing": ({"text": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1"),
     "several sequences": ({"text": "a", "sampling": {"num_sequences": 2}}, "sampling.num_sequences", "not supported"),

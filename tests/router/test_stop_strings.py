@@ -48,6 +48,12 @@ def test_a_stop_string_across_three_pieces_is_found() -> None:
     assert run(["Hello\n", "Use", "r:", " hi"], ["\nUser:"], False) == ("Hello", "\nUser:")
 
 
+def test_a_stop_string_that_begins_before_it_may_stop_and_ends_after_is_found() -> None:
+    matcher = StopStrings(["END"], False)
+    assert matcher.feed("xE", may_stop=False).text == "x"
+    assert matcher.feed("ND more").stopped_by == "END"
+
+
 def test_nothing_stops_before_it_may() -> None:
     matcher = StopStrings(["b"], False)
     assert matcher.feed("abc", may_stop=False).text == "abc"

@@ -192,6 +192,21 @@ async def test_a_runner_that_raises_costs_the_step_and_not_the_engine(caplog: py
     await step_engine.stop()
 
 
+async def test_a_bug_in_the_loop_ends_every_job_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def observe(step: Step, outcome: StepOutcome) -> None:
+        raise KeyError("a bug")
+
+    step_engine = StepEngine(Scheduler(8, 32, 16), SimRunner(SimProfile(), range(35, 93), 0), FreeGrant(), observe)
+    await step_engine.start()
+    _, others = await collect(step_engine.submit(job(1)))
+    assert [type(event) for event in others] == [Failed]
+    async with asyncio.timeout(5):
+        assert "a bug" in await step_engine.wait_dead()
+        await step_engine.cancel(1)
+    assert "the engine loop failed" in caplog.text
+    await step_engine.stop()
+
+
 def test_no_kv_is_touched_by_the_sim_engine(tmp_path: Path) -> None:
     outcome = SimRunner(SimProfile(), range(35, 93), 0).run(Step(()))
     assert outcome.kv_bytes_written == 0
