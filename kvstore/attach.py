@@ -65,6 +65,9 @@ class AttachServer:
             loop.remove_reader(attached.pidfd)
             loop.remove_reader(attached.connection.fileno())
             attached.connection.close()
+            os.close(attached.pidfd)
+            if attached.kill_timer is not None:
+                attached.kill_timer.cancel()
 
     def slot_of(self, worker: str) -> int:
         """The worker's slot in the grant page."""

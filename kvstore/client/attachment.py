@@ -9,6 +9,7 @@ import mmap
 import os
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from muxmesh.errors import Unavailable
 
 _RETRY_S = 0.1
 _NUM_RETRIES = 300
+_ANSWER_TIMEOUT_S = 5.0
+_NUM_FDS = 4
 _MAX_MESSAGE_BYTES = 4096
 
 
@@ -41,6 +44,10 @@ class Attachment:
         with contextlib.suppress(OSError):
             self._connection.send(json.dumps({"ready": ready}).encode())
 
+    def close(self) -> None:
+        """Lets go of the unit. The process has to end soon: the unit waits for that."""
+        self._connection.close()
+
     def on_unit_lost(self, lost: Callable[[], None]) -> None:
         """Calls ``lost`` once when kvstore is gone: what is mapped then belongs to nobody."""
         loop = asyncio.get_running_loop()
@@ -61,19 +68,28 @@ class Attachment:
 
 async def attach(path: Path, role: Role, model: str, address: str) -> Attachment:
     """Attaches to the unit that listens on ``path``, waiting up to 30 s for it. Raises Unavailable."""
+    hello = json.dumps({"role": role.value, "model": model, "address": address}).encode()
     for _ in range(_NUM_RETRIES):
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            connection.settimeout(5.0)
-            connection.connect(str(path))
-            connection.send(json.dumps({"role": role.value, "model": model, "address": address}).encode())
-            message, fds, _, _ = socket.recv_fds(connection, _MAX_MESSAGE_BYTES, 4)
+            connection, reply, fds = await asyncio.to_thread(_say_hello, path, hello)
         except OSError:
-            connection.close()
             await asyncio.sleep(_RETRY_S)
             continue
-        if len(fds) != 4:
+        if not reply:
+            connection.close()
             raise Unavailable(f"the unit at {path} refused {role.value} of {model}; see its log")
-        connection.setblocking(False)
-        return Attachment(connection, json.loads(message), fds)
+        return Attachment(connection, json.loads(reply), fds)
     raise Unavailable(f"no unit listens on {path}")
+
+
+def _say_hello(path: Path, hello: bytes) -> tuple[socket.socket, bytes, list[int]]:
+    """Blocks until the unit answers; an empty answer is a refusal. Raises OSError."""
+    with ExitStack() as undo:
+        connection = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        connection.settimeout(_ANSWER_TIMEOUT_S)
+        connection.connect(str(path))
+        connection.send(hello)
+        reply, fds, _, _ = socket.recv_fds(connection, _MAX_MESSAGE_BYTES, _NUM_FDS)
+        connection.setblocking(False)
+        undo.pop_all()
+        return connection, reply, fds

@@ -30,6 +30,7 @@ from muxmesh.supervisor.redis_server import redis_command, wait_for_redis
 READY_TIMEOUT_S = 180.0
 """Long enough to compile kernels on a slow machine."""
 _STOP_GRACE_S = 5.0
+_LAST_PORT = 65535
 
 ShowLine = Callable[[str, str], None]
 
@@ -57,6 +58,8 @@ def free_listen_address(listen: str) -> str:
     """``listen`` with port 0 replaced by a free port. Raises ConfigError if the address cannot be listened on."""
     host, _, port = listen.rpartition(":")
     try:
+        if int(port) > _LAST_PORT:
+            raise ValueError(f"the last port is {_LAST_PORT}")
         family, kind, protocol, _, address = socket.getaddrinfo(
             host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]

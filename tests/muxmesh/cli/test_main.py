@@ -1,0 +1,151 @@
+"""The command line: arguments, exit codes, messages."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from muxmesh import __version__
+from muxmesh.cli.common import ProgressBar
+from muxmesh.cli.main import main
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"muxmesh {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nothing"], ["generate"], ["generate", "--temperature", "warm", "x"], ["model"]]
+)
+def test_wrong_arguments_end_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: muxmesh" in capsys.readouterr().err
+
+
+def test_an_unreachable_mesh_is_an_error_with_its_address(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--address", "127.0.0.1:1", "--timeout", "5", "hi"]) == 1
+    assert "127.0.0.1:1" in capsys.readouterr().err
+    assert main(["status", "--address", "127.0.0.1:1", "--json"]) == 1
+
+
+@pytest.mark.parametrize("option", [["--max-new-tokens", "-1"], ["--seed", "-1"], ["--top-k", "99999999999"]])
+def test_a_number_that_cannot_be_sent_is_an_error(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--address", "127.0.0.1:1", "--model", "m", *option, "hi"]) == 1
+    assert "muxmesh: request: " in capsys.readouterr().err
+
+
+def test_models_are_listed_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", "list", "--json"]) == 0
+    (model,) = json.loads(capsys.readouterr().out)
+    assert model["name"] == "smollm2-135m-instruct"
+    assert model["present"] is False
+
+
+def test_pulling_an_unknown_model_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", "pull", "gpt"]) == 1
+    assert "there are: smollm2-135m-instruct" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("listen: 5", "mesh.yaml:1: listen: "),
+        ("units:\n  - models:\n    - {name: a, source: ./nowhere}", "model a: source './nowhere' is neither a folder"),
+        (
+            "units:\n  - models: [{name: a, engine: sim, max_model_len: 99999}]",
+            "model a: max_model_len is 99999, its context holds 8192 tokens",
+        ),
+        ("units:\n  - {slab: 4096, models: [{name: a, engine: sim, block_size: 32}]}", "slab is 4096 bytes"),
+    ],
+)
+def test_a_wrong_configuration_is_told_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, expected: str
+) -> None:
+    (tmp_path / "mesh.yaml").write_text(config)
+    assert main(["up", "-c", str(tmp_path / "mesh.yaml"), "--listen", "127.0.0.1:0"]) == 1
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert "ready" not in captured.out
+
+
+@pytest.mark.parametrize("listen", ["somewhere", ":50051", "127.0.0.1:x"])
+def test_a_listen_address_that_is_none_is_told(listen: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "--listen", listen]) == 1
+    assert "HOST:PORT is needed" in capsys.readouterr().err
+
+
+def test_progress_off_a_terminal_is_a_line_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = ProgressBar("model")
+    for done in range(101):
+        bar("converting", done, 100)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5
+    assert lines[-1] == "model: converting 100/100"
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("when", ["while it starts", "when it serves"])
+async def test_up_serves_until_ctrl_c_and_leaves_no_process(tmp_path: Path, when: str) -> None:
+    (tmp_path / "mesh.yaml").write_text("units:\n  - models: [{name: load, engine: sim}]")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "muxmesh", "up", "-c", str(tmp_path / "mesh.yaml"), "--listen", "127.0.0.1:0",
+        "--state-dir", str(tmp_path / "state"), "--hello", stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    if when == "when it serves":
+        said = await process.stdout.readuntil(b"Ctrl-C stops the mesh.")
+        assert said.startswith(b"muxmesh ready on 127.0.0.1:")
+    else:
+        await process.stderr.readuntil(b"attached")
+    started = _processes_of(str(tmp_path))
+    assert len(started) >= 4
+    process.send_signal(signal.SIGINT)
+    _, errors = await process.communicate()
+    assert process.returncode == 0, errors.decode()
+    assert _processes_of(str(tmp_path)) == set()
+    assert list((tmp_path / "state").glob("run-*")) == []
+
+
+@pytest.mark.mesh
+async def test_a_killed_supervisor_takes_its_processes_along(tmp_path: Path) -> None:
+    (tmp_path / "mesh.yaml").write_text("units:\n  - models: [{name: load, engine: sim}]")
+    command = [sys.executable, "-m", "muxmesh", "up", "-c", str(tmp_path / "mesh.yaml"), "--listen", "127.0.0.1:0"]
+    process = await asyncio.create_subprocess_exec(
+        *command, "--state-dir", str(tmp_path / "state"), stdout=asyncio.subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    await process.stdout.readuntil(b"ready on")
+    pidfds = [os.pidfd_open(pid) for pid in _processes_of(str(tmp_path)) - {process.pid}]
+    assert len(pidfds) >= 4
+    process.kill()
+    await process.wait()
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(20):
+        for pidfd in pidfds:
+            ended = asyncio.Event()
+            loop.add_reader(pidfd, ended.set)
+            await ended.wait()
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+
+
+def _processes_of(mark: str) -> set[int]:
+    """Processes whose command line names this test's directory."""
+    found = set()
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                if mark in (path / "cmdline").read_text():
+                    found.add(int(path.name))
+            except OSError:
+                continue
+    return found
