@@ -12,6 +12,9 @@ from muxmesh.engine.api import EngineJob, Event, Failed, Finished, Preempted, Pr
 from muxmesh.engine.step import Chunk, Draw, Step, StepOutcome
 from muxmesh.types import OrderKey, blocks_for
 
+_TOKENS_PER_COST = 1024
+"""Attention over so many earlier tokens costs about as much as everything else that is computed for a token."""
+
 
 @dataclass(slots=True)
 class _Running:
@@ -38,7 +41,9 @@ class Scheduler:
     """Owns the jobs of one engine. ``next_step()`` → run → ``apply()``; events wait in ``drain()``.
 
     Jobs that need one token go first, all of them up to ``max_num_seqs``; what is left of ``token_budget`` is
-    filled with chunks of longer runs. Both in the order of `OrderKey`. At most one step is in flight.
+    filled with chunks of longer runs. Both in the order of `OrderKey`. A token of a chunk costs more the further it
+    looks back, so that a step takes about as long at the end of a long prompt as at its start. At most one step is
+    in flight.
     """
 
     max_num_seqs: int
@@ -104,13 +109,15 @@ class Scheduler:
             (running for running in self._jobs.values() if not running.paused),
             key=lambda running: (running.num_uncomputed_tokens > 1, running.order),
         )
-        chunks, budget = [], self.token_budget
+        chunks: list[Chunk] = []
+        budget = self.token_budget
         for running in ready[: self.max_num_seqs]:
-            count = min(running.num_uncomputed_tokens, budget)
+            cost = 1 + running.num_computed_tokens // _TOKENS_PER_COST if running.num_uncomputed_tokens > 1 else 1
+            count = min(running.num_uncomputed_tokens, max(budget // cost, 0 if chunks else 1))
             if count == 0:
                 break
             chunks.append(self._chunk(running, count))
-            budget -= count
+            budget -= count * cost
         self._in_flight = Step(tuple(chunks)) if chunks else None
         return self._in_flight
 

@@ -55,6 +55,15 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_budget() -> None:
     assert shape(run(jobs, 8)) == [(1, 25, 1, True)]
 
 
+def test_chunks_are_smaller_deep_in_a_long_prompt_and_never_empty() -> None:
+    jobs = scheduler(token_budget=12)
+    jobs.add(job(1, prompt=60_000, computed=2 * 1024))
+    assert shape(run(jobs)) == [(1, 2048, 4, False)]
+    jobs.cancel(1)
+    jobs.add(job(2, prompt=60_000, computed=50_000))
+    assert shape(run(jobs)) == [(2, 50_000, 1, False)]
+
+
 def test_decodes_go_before_prompts_and_prompts_fill_the_rest() -> None:
     jobs = scheduler(token_budget=6)
     jobs.add(job(1, prompt=20))
