@@ -18,6 +18,7 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24.1'
 
 $(VENV)/.serve: $(BIN)/python pyproject.toml
+	@echo 'Setting up $(VENV), one or two minutes ...'
 	$(BIN)/python -m pip install --progress-bar on '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --editable '.[serve]'
 	@touch $@

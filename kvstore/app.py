@@ -8,7 +8,7 @@ import functools
 from kvstore.attach import AttachServer
 from kvstore.memory import UnitMemory
 from kvstore.service import KvStoreService
-from kvstore.unit import ModelShare, Unit
+from kvstore.unit import ModelShare, Unit, first_id
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.config.schema import UnitConfig
@@ -32,7 +32,7 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
     """Serves one unit until ``stop`` is set."""
     config = runtime.unit(unit_name)
     clock = SystemClock()
-    unit = build_unit(runtime, config, last_id=int(clock.unix_s() * 1000) << 16)
+    unit = build_unit(runtime, config, last_id=first_id(clock.unix_s()))
     memory = UnitMemory(config.kv_pool)
     service = KvStoreService(config, unit, memory, clock)
     attach = service.attach = AttachServer(runtime.attach_path(unit_name), unit, memory, service.changed)

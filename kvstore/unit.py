@@ -13,6 +13,7 @@ from muxmesh.errors import InvalidRequest, WorkerLost
 from muxmesh.models.spec import KvShape
 from muxmesh.types import Lease, LeaseRef, blocks_for
 
+_ID_BITS = 16
 CREDIT_TTL_S = 30.0
 """A credit that no worker acquired for so long is taken back."""
 
@@ -48,13 +49,18 @@ class CreditGiven:
     decode: WorkerRecord
 
 
+def first_id(unix_s: float) -> int:
+    """A ``last_id`` for a unit that starts now: above all that an earlier life of it gave out."""
+    return int(unix_s * 1000) << _ID_BITS
+
+
 class Unit:
     """Owns the unit's state. Whoever changes it calls `give_credits` afterwards and sends what that returns."""
 
     def __init__(self, pool_bytes: int, slab_bytes: int, models: Mapping[str, ModelShare], last_id: int = 0) -> None:
         """Raises ValueError if a slab does not hold one token block of each model.
 
-        ``last_id``: lease ids and incarnations go on from here; a restarted unit takes a higher one.
+        ``last_id``: lease ids go on from here, and incarnations from its upper bits; see `first_id`.
         """
         blocks = {name: slab_bytes // share.shape.token_block_bytes for name, share in models.items()}
         self.models = models
@@ -63,14 +69,14 @@ class Unit:
         self.leases = LeaseTable(self.pool, last_id)
         self.admission = Admission()
         self.workers: dict[str, WorkerRecord] = {}
-        self._incarnations = last_id
+        self._incarnations = last_id >> _ID_BITS
 
     def attach(self, role: Role, model: str, address: str, pid: int) -> WorkerRecord:
         """A worker process came. Raises InvalidRequest for a model that is not of this unit."""
         if model not in self.models:
             raise InvalidRequest("model", f"{model!r} is not of this unit; it has: {', '.join(sorted(self.models))}")
         self._incarnations += 1
-        worker = WorkerRecord(f"{role.value}-{model}#{self._incarnations}", role, model, address, pid)
+        worker = WorkerRecord(f"{role.value}-{model}#{self._incarnations:x}", role, model, address, pid)
         self.workers[worker.name] = worker
         return worker
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -12,8 +12,7 @@ from muxmesh.clock import Clock
 from muxmesh.engine.api import Finished, Tokens
 from muxmesh.errors import EngineFailed, InternalError, LeaseLost, MeshError, RequestAborted, Unavailable
 from muxmesh.types import EngineRequest
-from router.attempt import Workers, run_attempt
-from router.credits import UnitCredits
+from router.credits import Credit, UnitCredits
 
 _log = logging.getLogger(__name__)
 
@@ -21,6 +20,10 @@ _log = logging.getLogger(__name__)
 _ATTEMPT_ERRORS = (Unavailable, LeaseLost, RequestAborted, EngineFailed, InternalError)
 _FIRST_WAIT_S = 0.05
 _LONGEST_WAIT_S = 2.0
+
+
+Attempt = Callable[[EngineRequest, Credit], AsyncGenerator[Tokens | Finished, None]]
+"""One attempt, see `router.attempt.run_attempt`."""
 
 
 @dataclass(slots=True)
@@ -34,10 +37,18 @@ class Progress:
 class RequestDriver:
     """Drives the requests of one unit."""
 
-    def __init__(self, credits: UnitCredits, workers: Workers, clock: Clock, max_restarts: int) -> None:
+    def __init__(
+        self,
+        credits: UnitCredits,
+        attempt: Attempt,
+        clock: Clock,
+        max_restarts: int,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         """``max_restarts``: attempts in a row that may fail without getting past their first token."""
         self._credits = credits
-        self._workers = workers
+        self._run_attempt = attempt
+        self._sleep = sleep
         self._clock = clock
         self._max_restarts = max_restarts
 
@@ -69,7 +80,7 @@ class RequestDriver:
             if sent and (finish := request.stopping.finish_after(sent[-1], len(sent))):
                 yield Finished(finish)  # only the news of the end was lost
                 return
-            await asyncio.sleep(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**fruitless))
+            await self._sleep(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**fruitless))
 
     async def _attempt(self, request: EngineRequest, progress: Progress) -> AsyncGenerator[Tokens | Finished, None]:
         num_tokens = len(request.prompt_token_ids) + request.stopping.max_new_tokens
@@ -77,7 +88,7 @@ class RequestDriver:
         if progress.credited_at_s is None:
             progress.credited_at_s = self._clock.monotonic_s()
         try:
-            async with aclosing(run_attempt(self._workers, request, credit)) as events:
+            async with aclosing(self._run_attempt(request, credit)) as events:
                 async for event in events:
                     yield event
         finally:

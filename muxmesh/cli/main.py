@@ -79,7 +79,7 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     up.add_argument(
         "--hello",
         nargs="?",
-        const="Why is the sky blue? Answer in one sentence.",
+        const="What is the capital of France, and what is it known for?",
         metavar="PROMPT",
         help="when ready, send one chat prompt and show its answer",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from muxmesh.models.image import map_image
 from muxmesh.models.spec import ModelSpec
 from muxmesh.types import Sampling
 
+_log = logging.getLogger(__name__)
 numba_config: Any = numba_config_module  # its settings are attributes made at import
 
 
@@ -34,6 +36,8 @@ def _compile_lock() -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "muxmesh-compile.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if not any(folder.rglob("attention_cpu.*.nbi")):
+            _log.info("compiling the attention kernels for this machine, once: about half a minute")
         yield
 
 
