@@ -39,7 +39,8 @@ async def mesh_tokens() -> tuple[list[list[int]], float]:
 def reference_tokens(folder: Path) -> list[list[int]]:
     """What transformers generates, one prompt at a time."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval()
     answers = []
     for prompt in PROMPTS:
         text = tokenizer.apply_chat_template(

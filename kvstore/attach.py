@@ -19,13 +19,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvstore.attach_protocol import MAX_MESSAGE_BYTES
 from kvstore.memory import UnitMemory
 from kvstore.unit import Unit, WorkerRecord
 from muxmesh.config.runtime import Role
 from muxmesh.errors import MeshError
 
 _log = logging.getLogger(__name__)
-_MAX_MESSAGE_BYTES = 4096
 _LINGER_S = 5.0
 
 
@@ -91,7 +91,7 @@ class AttachServer:
             try:
                 if uid != os.getuid():
                     raise ValueError(f"uid {uid} is not the mesh's")
-                hello = json.loads(connection.recv(_MAX_MESSAGE_BYTES))
+                hello = json.loads(connection.recv(MAX_MESSAGE_BYTES))
                 pidfd = os.pidfd_open(pid)
                 undo.callback(os.close, pidfd)
                 worker = self._unit.attach(Role(hello["role"]), hello["model"], hello["address"], pid)
@@ -112,7 +112,7 @@ class AttachServer:
 
     def _message(self, attached: _Attached) -> None:
         try:
-            message = attached.connection.recv(_MAX_MESSAGE_BYTES)
+            message = attached.connection.recv(MAX_MESSAGE_BYTES)
         except BlockingIOError:
             return
         except OSError:

@@ -6,7 +6,7 @@ MeshError
 ├── Overloaded            try again later
 ├── DeadlineExceeded      the caller's deadline passed
 ├── RequestAborted        the request was cancelled
-├── Unavailable           a service cannot be reached; nothing was sent yet
+├── Unavailable           a service cannot be reached
 │   └── WorkerLost        a worker died, or lost what it knew of the request
 ├── LeaseLost             the lease is not (or no longer) the caller's
 ├── EngineFailed          a step of the engine raised
@@ -53,7 +53,7 @@ class RequestAborted(MeshError):
 
 
 class Unavailable(MeshError):
-    """A service cannot be reached. Safe to retry: nothing was sent yet."""
+    """A service cannot be reached. Safe to retry as long as no token came."""
 
 
 class WorkerLost(Unavailable):

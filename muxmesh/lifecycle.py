@@ -17,12 +17,12 @@ _PR_SET_PDEATHSIG = 1
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 
-def die_with_parent(parent_pid: int, death_signal: signal.Signals = signal.SIGTERM) -> None:
-    """Asks the kernel to signal this process when its parent dies; exits at once if it already has.
+def die_with_parent(parent_pid: int) -> None:
+    """Asks the kernel to send SIGTERM to this process when its parent dies; exits at once if it already has.
 
     Survives an exec. Linux only, like the rest of the serving side.
     """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
     if os.getppid() != parent_pid:
         sys.exit(0)
 

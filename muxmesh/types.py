@@ -5,6 +5,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+"""Of the public API, where nothing else is said."""
+
 
 class FinishReason(enum.Enum):
     """Why an engine ended a job."""
@@ -70,7 +73,6 @@ class OrderKey:
 
     priority: int
     arrived_at_s: float
-    tie: int = 0
 
 
 @dataclass(frozen=True, slots=True)

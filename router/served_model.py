@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.config.schema import ModelConfig
+from muxmesh.errors import ModelNotFound
 from muxmesh.models.prepare import model_spec
 from muxmesh.models.spec import ModelSpec
 from muxmesh.models.tokenizer import TextModel, load_text_model
@@ -25,6 +27,13 @@ class ServedModel:
     def max_model_len(self) -> int:
         """Prompt and answer together, in tokens."""
         return self.config.max_model_len or self.spec.context_len
+
+
+def find_model(models: Mapping[str, ServedModel], name: str) -> ServedModel:
+    """The model called ``name``. Raises ModelNotFound."""
+    if name not in models:
+        raise ModelNotFound(f"model: {name!r} is not served; served: {', '.join(sorted(models))}")
+    return models[name]
 
 
 def load_models(runtime: MeshRuntime) -> dict[str, ServedModel]:

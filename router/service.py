@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping
@@ -18,15 +17,16 @@ from muxmesh import __version__
 from muxmesh.clock import Clock
 from muxmesh.config.schema import RouterConfig
 from muxmesh.engine.api import Finished, Tokens
-from muxmesh.errors import ModelNotFound, Overloaded
+from muxmesh.errors import Overloaded
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.registry import Registry
+from muxmesh.rpc.status import from_rpc_error
 from muxmesh.types import EngineRequest, Finish, FinishReason
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 from router.answer import Answer, Delta
 from router.credits import UnitCredits
 from router.request import Progress, RequestDriver
-from router.served_model import ServedModel
+from router.served_model import ServedModel, find_model
 from router.stop_strings import StopStrings
 from router.validation import CheckedRequest, check, check_request_id, complete
 
@@ -84,7 +84,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         request_id = _request_id(request, context) or f"{state.rng.getrandbits(64):016x}"
         await context.send_initial_metadata((("x-request-id", request_id),))
         self._refuse_overload()
-        engine_request = complete(checked, request_id, await self._tokenize(checked), state.clock.unix_s())
+        token_ids = await self._tokenize(checked)
+        self._refuse_overload()  # a burst may have passed the first look together
+        engine_request = complete(checked, request_id, token_ids, state.clock.unix_s())
         async with aclosing(self._serve(checked, engine_request, arrived_at_s)) as responses:
             async for response in responses:
                 yield response
@@ -190,11 +192,7 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
         self, request: mesh_pb2.GetModelInfoRequest, context: Context
     ) -> mesh_pb2.GetModelInfoResponse:
         """See the proto."""
-        model = self._state.models.get(request.model)
-        if model is None:
-            served = ", ".join(sorted(self._state.models))
-            raise ModelNotFound(f"model: {request.model!r} is not served; served: {served}")
-        return mesh_pb2.GetModelInfoResponse(model=_model_info(model))
+        return mesh_pb2.GetModelInfoResponse(model=_model_info(find_model(self._state.models, request.model)))
 
     async def GetStatus(self, request: mesh_pb2.GetStatusRequest, context: Context) -> mesh_pb2.GetStatusResponse:
         """See the proto. A part that does not answer is shown as not connected."""
@@ -231,9 +229,12 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
         )
 
     async def _unit_status(self, name: str) -> mesh_pb2.UnitStatus:
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            request = kvstore_pb2.GetUnitStatusRequest()
+        request = kvstore_pb2.GetUnitStatusRequest()
+        try:
             return (await self._state.units[name].kvstore.GetUnitStatus(request, timeout=_STATUS_TIMEOUT_S)).unit
+        except grpc.aio.AioRpcError as error:
+            if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise from_rpc_error(error) from error  # its integrity is broken: that must be seen
         return mesh_pb2.UnitStatus(unit=name, connected=False)
 
 
@@ -250,15 +251,18 @@ def _request_id(request: inference_pb2.GenerateRequest, context: Context) -> str
 
 def _open_answer(checked: CheckedRequest, request: EngineRequest) -> Answer:
     response, stopping = checked.wire.response, checked.wire.stopping
-    wants_text = response.output_text if response.HasField("output_text") else True
     skip_special = response.skip_special_tokens if response.HasField("skip_special_tokens") else True
-    needs_text = wants_text or stopping.stop_strings
+    needs_text = _wants_text(response) or stopping.stop_strings
     return Answer(
         request.stopping,
         checked.model.text.detokenizer(skip_special) if needs_text else None,
         StopStrings(stopping.stop_strings, stopping.include_stop_strings),
         stopping.include_stop_strings,
     )
+
+
+def _wants_text(response: inference_pb2.ResponseOptions) -> bool:
+    return response.output_text if response.HasField("output_text") else True
 
 
 def _prompt_info(checked: CheckedRequest, request: EngineRequest) -> inference_pb2.PromptInfo:
@@ -272,9 +276,8 @@ def _prompt_info(checked: CheckedRequest, request: EngineRequest) -> inference_p
 
 def _output(checked: CheckedRequest, delta: Delta) -> inference_pb2.SequenceOutput:
     response = checked.wire.response
-    wants_text = response.output_text if response.HasField("output_text") else True
     return inference_pb2.SequenceOutput(
-        text=delta.text if wants_text else "",
+        text=delta.text if _wants_text(response) else "",
         num_tokens=len(delta.token_ids),
         token_ids=delta.token_ids if response.output_token_ids else (),
     )

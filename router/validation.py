@@ -13,10 +13,10 @@ from typing import Any
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from muxmesh.errors import InvalidRequest, ModelNotFound
+from muxmesh.errors import InvalidRequest
 from muxmesh.types import EngineRequest, OrderKey, Sampling, Stopping
 from muxmesh.v1 import inference_pb2
-from router.served_model import ServedModel
+from router.served_model import ServedModel, find_model
 
 MAX_REQUEST_ID = 128
 MAX_MESSAGES = 1024
@@ -25,6 +25,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_STRING = 1024
 ROLES = ("system", "user", "assistant")
 MAX_TEMPERATURE = 100.0
+_DEFAULTS = Sampling()
 _PROMPTS = ("text", "token_ids", "chat")
 # Field → the values that mean the same as leaving it out.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -57,9 +58,7 @@ def check(
     """Raises InvalidRequest or ModelNotFound. ``drawn_seed`` is used if the client gives none."""
     for path in _unknown_fields(wire, ""):
         raise InvalidRequest(path, "is a field that this mesh does not know")
-    model = models.get(wire.model)
-    if model is None:
-        raise ModelNotFound(f"model: {wire.model!r} is not served; served: {', '.join(sorted(models))}")
+    model = find_model(models, wire.model)
     check_request_id(wire.request_id)
     if wire.HasField("truncate_prompt_tokens") and not 0 < wire.truncate_prompt_tokens < model.max_model_len:
         raise InvalidRequest(
@@ -140,8 +139,6 @@ def _check_prompt(wire: inference_pb2.GenerateRequest, model: ServedModel, max_p
 
 
 def _check_chat(chat: inference_pb2.ChatPrompt, model: ServedModel, max_prompt_bytes: int) -> None:
-    if not model.text.has_chat_template:
-        raise InvalidRequest("chat", f"{model.name} has no chat template; send `text` or `token_ids`")
     if not chat.messages:
         raise InvalidRequest("chat.messages", "is empty")
     _check_count("chat.messages", len(chat.messages), MAX_MESSAGES)
@@ -203,10 +200,10 @@ def _check_stopping(stopping: inference_pb2.StoppingOptions, model: ServedModel)
 
 
 def _sampling(wire: inference_pb2.GenerateRequest, drawn_seed: int) -> Sampling:
-    temperature = wire.temperature if wire.HasField("temperature") else 1.0
+    temperature = wire.temperature if wire.HasField("temperature") else _DEFAULTS.temperature
     if not (math.isfinite(temperature) and 0.0 <= temperature <= MAX_TEMPERATURE):
         raise InvalidRequest("temperature", f"is {temperature}; between 0 (greedy) and {MAX_TEMPERATURE:g}")
-    top_p = wire.sampling.top_p if wire.sampling.HasField("top_p") else 1.0
+    top_p = wire.sampling.top_p if wire.sampling.HasField("top_p") else _DEFAULTS.top_p
     if not 0.0 < top_p <= 1.0:  # NaN too
         raise InvalidRequest("sampling.top_p", f"is {top_p}; more than 0 and at most 1")
     seed = wire.sampling.seed if wire.sampling.HasField("seed") else drawn_seed

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvstore.attach_protocol import MAX_MESSAGE_BYTES, NUM_FDS
 from kvstore.grant import GrantPage
 from muxmesh.config.runtime import Role
 from muxmesh.errors import Unavailable
@@ -21,8 +22,6 @@ from muxmesh.errors import Unavailable
 _RETRY_S = 0.1
 _NUM_RETRIES = 300
 _ANSWER_TIMEOUT_S = 5.0
-_NUM_FDS = 4
-_MAX_MESSAGE_BYTES = 4096
 
 
 class Attachment:
@@ -54,7 +53,7 @@ class Attachment:
 
         def readable() -> None:
             try:
-                if self._connection.recv(_MAX_MESSAGE_BYTES):
+                if self._connection.recv(MAX_MESSAGE_BYTES):
                     return
             except BlockingIOError:
                 return
@@ -89,7 +88,7 @@ def _say_hello(path: Path, hello: bytes) -> tuple[socket.socket, bytes, list[int
         connection.settimeout(_ANSWER_TIMEOUT_S)
         connection.connect(str(path))
         connection.send(hello)
-        reply, fds, _, _ = socket.recv_fds(connection, _MAX_MESSAGE_BYTES, _NUM_FDS)
+        reply, fds, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, NUM_FDS)
         connection.setblocking(False)
         undo.pop_all()
         return connection, reply, fds

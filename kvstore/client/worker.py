@@ -104,6 +104,6 @@ def _set_up_threads(runtime: MeshRuntime, model: str) -> None:
         OMP_NUM_THREADS=str(num_threads(config)),
         OMP_WAIT_POLICY="PASSIVE",
         NUMBA_NUM_THREADS=str(num_threads(config)),
-        NUMBA_THREADING_LAYER="omp",
+        NUMBA_THREADING_LAYER_PRIORITY="omp workqueue tbb",  # without the system's libgomp it is the second
         NUMBA_CACHE_DIR=str(runtime.cache_dir / "numba"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -12,10 +13,10 @@ from pathlib import Path
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 from muxmesh import __version__
-from muxmesh.client.aio import DEFAULT_ADDRESS
-from muxmesh.errors import MeshError
+from muxmesh.errors import InvalidRequest, MeshError
+from muxmesh.types import DEFAULT_ADDRESS
 
-_SERVE_HINT = "this command needs the serving side: pip install 'muxmesh[serve]'"
+_SERVE_HINT = "this command needs the serving side: install muxmesh with its extra `serve`"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"muxmesh: {error}; {_SERVE_HINT}", file=sys.stderr)
         return 1
     except MeshError as error:
-        print(f"muxmesh: {error}", file=sys.stderr)
+        if getattr(parsed, "json", False):
+            field = error.field if isinstance(error, InvalidRequest) else None
+            print(json.dumps({"error": type(error).__name__, "field": field, "message": str(error)}), flush=True)
+        else:
+            print(f"muxmesh: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -68,14 +73,25 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON for programs; an error too, as {error, field, message}"
+    )
 
 
 def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     up = _command(commands, "up", "up", "Start a mesh on this machine and serve until Ctrl-C.")
     up.add_argument("-c", "--config", type=Path, metavar="mesh.yaml", help="default: one small model on the CPU")
-    up.add_argument("--listen", metavar="HOST:PORT", help="of the public API; port 0 takes a free one")
-    up.add_argument("--state-dir", type=Path, metavar="DIR", help="logs, sockets; one mesh for each")
+    up.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        help=f"of the public API (default: the config, else {DEFAULT_ADDRESS}); port 0 takes a free one",
+    )
+    up.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="logs and sockets; one mesh for each (default: MUXMESH_STATE_DIR, else ~/.local/state/muxmesh)",
+    )
     up.add_argument(
         "--hello",
         nargs="?",
@@ -94,10 +110,10 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="M", help="may be left out if the mesh serves only one")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: as the mesh is configured")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
-    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--top-p", type=float, metavar="P", help="in (0, 1]; 1 is off (default)")
     parser.add_argument("--seed", type=int, metavar="S", help="repeats an answer; default: drawn by the mesh")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
     parser.add_argument("--priority", type=int, default=0, metavar="P", help="lower is sooner (default 0)")
@@ -127,7 +143,7 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_json(listing)
     pull = _command(model, "pull", "model", "Download and prepare a model; does nothing if it is there.")
     pull.set_defaults(action="pull")
-    pull.add_argument("name", metavar="NAME")
+    pull.add_argument("name", metavar="NAME", help="as `muxmesh model list` shows it")
     _add_json(pull)
 
 

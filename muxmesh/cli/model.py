@@ -6,8 +6,7 @@ import argparse
 
 from muxmesh.cli.common import ProgressBar, cache_dir, print_json
 from muxmesh.config.schema import ModelConfig
-from muxmesh.errors import ConfigError
-from muxmesh.models.catalog import CATALOG
+from muxmesh.models.catalog import CATALOG, find_catalog_model
 from muxmesh.models.prepare import prepare_model
 from muxmesh.models.pull import model_folder
 
@@ -38,9 +37,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _pull(arguments: argparse.Namespace) -> int:
-    if arguments.name not in CATALOG:
-        raise ConfigError(f"no model called {arguments.name!r} in the catalog; there are: {', '.join(sorted(CATALOG))}")
-    model = ModelConfig(name=arguments.name)
+    model = ModelConfig(name=find_catalog_model(arguments.name).name)
     prepared = prepare_model(model, cache_dir(), cache_dir(), ProgressBar(arguments.name))
     if arguments.json:
         print_json({"name": arguments.name, "folder": str(prepared.folder), "image": str(prepared.image)})

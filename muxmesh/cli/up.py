@@ -6,6 +6,8 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -16,12 +18,11 @@ from muxmesh.cli.common import ProgressBar, cache_dir, default_state_dir
 from muxmesh.cli.generate import stream_answer
 from muxmesh.client.aio import MeshClient, Message
 from muxmesh.clock import SystemClock
-from muxmesh.config.load import load_mesh_config, with_listen
+from muxmesh.config.load import default_config, load_mesh_config, with_listen
 from muxmesh.config.runtime import MeshRuntime
-from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import MeshError
 from muxmesh.lifecycle import LOG_FORMAT
-from muxmesh.models.prepare import prepare_model
+from muxmesh.models.prepare import model_problems, prepare_model
 from muxmesh.supervisor.mesh import Mesh, ShowLine, free_listen_address, make_runtime, state_lock
 
 _HELLO_TOKENS = 64
@@ -31,17 +32,19 @@ def run(arguments: argparse.Namespace) -> int:
     """See `muxmesh up --help`."""
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
     started_at_s = SystemClock().monotonic_s()
-    config = load_mesh_config(arguments.config) if arguments.config else MeshConfig()
+    loaded = load_mesh_config(arguments.config) if arguments.config else default_config()
     if arguments.listen:
-        config = with_listen(config, arguments.listen)
-    config = config.model_copy(update={"listen": free_listen_address(config.listen)})
+        loaded = with_listen(loaded, arguments.listen)
+    config = loaded.config.model_copy(update={"listen": free_listen_address(loaded.config.listen)})
     state_dir = (arguments.state_dir or default_state_dir()).expanduser().resolve()
     with state_lock(state_dir):
         base_dir = arguments.config.resolve().parent if arguments.config else Path.cwd()
+        loaded.refuse(model_problems(config, base_dir, cache_dir()))
         prepared = {
             name: prepare_model(model, base_dir, cache_dir(), ProgressBar(name))
             for name, (_, model) in config.models().items()
         }
+        loaded.refuse(model_problems(config, base_dir, cache_dir()))  # those that were downloaded just now
         runtime = make_runtime(config, prepared, state_dir, cache_dir())
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             show_line = _show(arguments.quiet)
@@ -51,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 async def _serve(
     runtime: MeshRuntime, state_dir: Path, show_line: ShowLine, hello: str | None, started_at_s: float
 ) -> int:
-    mesh = Mesh(runtime, state_dir, show_line)
+    mesh = Mesh(runtime, state_dir, show_line, SystemClock())
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -81,6 +84,7 @@ async def _start(mesh: Mesh, hello: str | None, started_at_s: float) -> None:
             await _say_hello(listen, next(iter(mesh.runtime.config.models())), hello)
         except MeshError as error:  # the mesh serves on
             print(f"muxmesh: {error}", file=sys.stderr, flush=True)
+        _print_how_to_call(listen)
 
 
 async def _say_hello(listen: str, model: str, prompt: str) -> None:
@@ -88,12 +92,19 @@ async def _say_hello(listen: str, model: str, prompt: str) -> None:
     async with MeshClient(listen) as client:
         messages = [Message("user", prompt)]
         await stream_answer(client, messages, model=model, temperature=0.0, max_new_tokens=_HELLO_TOKENS)
+
+
+def _print_how_to_call(listen: str) -> None:
+    """With paths that work when typed, whether the environment is activated or not."""
+    on_path = Path(shutil.which("python") or "").parent == Path(sys.executable).parent
+    programs = "" if on_path else f"{os.path.relpath(Path(sys.executable).parent)}/"
+    script = f'SyncMeshClient("{listen}").generate("Hello", max_new_tokens=16, temperature=0).text'
     print(
         f"""
 Call it:
-  muxmesh generate --address {listen} --chat "Name three colours."
-  muxmesh chat --address {listen}
-  python -c 'from muxmesh.client import SyncMeshClient as C; print(C("{listen}").generate("Hello").text)'
+  {programs}muxmesh generate --address {listen} --chat "Name three colours."
+  {programs}muxmesh chat --address {listen}
+  {programs}python -c 'from muxmesh.client import SyncMeshClient; print({script})'
 or make stubs in any language from protos/muxmesh/v1. Ctrl-C stops the mesh.""",
         flush=True,
     )

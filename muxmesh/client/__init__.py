@@ -1,4 +1,4 @@
-"""The client: `MeshClient` (async) and `SyncMeshClient`. Needs only grpcio and protobuf."""
+"""The client: `MeshClient` (async) and `SyncMeshClient`. Needs neither torch nor Redis."""
 
 from muxmesh.client.aio import Completion, Delta, Finish, MeshClient, Message, Timings
 from muxmesh.client.sync import SyncMeshClient

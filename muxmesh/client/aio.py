@@ -10,15 +10,15 @@ from typing import Any, Literal, Self
 
 import grpc
 
-from muxmesh.errors import InvalidRequest
+from muxmesh.errors import InternalError, InvalidRequest
+from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
 from muxmesh.rpc.status import from_rpc_error
+from muxmesh.types import DEFAULT_ADDRESS
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _OPTIONS = (
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.lb_policy_name", "round_robin"),
     ("grpc.use_local_subchannel_pool", 1),
@@ -162,7 +162,8 @@ class MeshClient:
     async def generate(self, prompt: Prompt, **options: Any) -> Completion:
         """The whole answer. Takes the options of `stream` and raises what it raises."""
         deltas = [delta async for delta in self.stream(prompt, **options)]
-        first, last = deltas[0], deltas[-1]
+        if not deltas or (first := deltas[0]).num_prompt_tokens is None or (last := deltas[-1]).finish is None:
+            raise InternalError("the mesh ended the stream without a finish")
         assert first.num_prompt_tokens is not None and first.seed is not None
         assert last.finish is not None and last.timings is not None
         return Completion(

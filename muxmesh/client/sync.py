@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from muxmesh.client.aio import DEFAULT_ADDRESS, Completion, Delta, MeshClient, Prompt
+from muxmesh.client.aio import Completion, Delta, MeshClient, Prompt
+from muxmesh.types import DEFAULT_ADDRESS
 from muxmesh.v1 import mesh_pb2
 
 T = TypeVar("T")

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from pydantic import ValidationError
 
-from muxmesh.config.schema import MeshConfig
+from muxmesh.config.schema import Location, MeshConfig, contradictions
 from muxmesh.errors import ConfigError
 
-Location = tuple[str | int, ...]
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """A configuration, and where its fields stand."""
+
+    config: MeshConfig
+    origin: str
+    lines: Mapping[Location, int]
+
+    def refuse(self, problems: Iterable[tuple[Location, str]]) -> None:
+        """Raises ConfigError with one line for each problem, in the order of the file; does nothing without any."""
+        described = sorted(_describe(location, problem, self.lines) for location, problem in problems)
+        if described:
+            raise ConfigError("\n".join(f"{self.origin}:{line}: {problem}" for line, problem in described))
 
 
-def load_mesh_config(path: Path) -> MeshConfig:
+def default_config() -> LoadedConfig:
+    """The mesh of someone who wrote no configuration."""
+    return LoadedConfig(MeshConfig(), "(default configuration)", {})
+
+
+def load_mesh_config(path: Path) -> LoadedConfig:
     """The configuration in ``path``; raises ConfigError with one line for each thing that is wrong."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -23,7 +42,7 @@ def load_mesh_config(path: Path) -> MeshConfig:
     return parse_mesh_config(text, str(path))
 
 
-def parse_mesh_config(text: str, origin: str) -> MeshConfig:
+def parse_mesh_config(text: str, origin: str) -> LoadedConfig:
     """Like `load_mesh_config`, from text; ``origin`` stands before each error."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -37,14 +56,15 @@ def parse_mesh_config(text: str, origin: str) -> MeshConfig:
     problems = list(_walk(root, (), lines)) if root is not None else []
     if data is not None and not isinstance(data, dict):
         raise ConfigError(f"{origin}:1: must be a mapping with fields like `listen` and `units`")
+    config = MeshConfig()
     try:
         config = MeshConfig.model_validate(data or {})
+        problems += contradictions(config)
     except ValidationError as error:
         problems += _problems(error)
-    if problems:
-        described = sorted(_describe(location, problem, lines) for location, problem in problems)
-        raise ConfigError("\n".join(f"{origin}:{line}: {problem}" for line, problem in described))
-    return config
+    loaded = LoadedConfig(config, origin, lines)
+    loaded.refuse(problems)
+    return loaded
 
 
 def _problems(error: ValidationError) -> list[tuple[Location, str]]:
@@ -58,12 +78,13 @@ def _problems(error: ValidationError) -> list[tuple[Location, str]]:
     ]
 
 
-def with_listen(config: MeshConfig, listen: str) -> MeshConfig:
+def with_listen(loaded: LoadedConfig, listen: str) -> LoadedConfig:
     """The configuration with another address of the public API. Raises ConfigError if it is none."""
     try:
-        return MeshConfig.model_validate({**config.model_dump(exclude_unset=True), "listen": listen})
+        config = MeshConfig.model_validate({**loaded.config.model_dump(exclude_unset=True), "listen": listen})
     except ValidationError as error:
         raise ConfigError(f"listen: {listen!r} is no address; HOST:PORT is needed") from error
+    return LoadedConfig(config, loaded.origin, loaded.lines)
 
 
 def _walk(node: yaml.Node, location: Location, lines: dict[Location, int]) -> Iterator[tuple[Location, str]]:
@@ -81,11 +102,10 @@ def _walk(node: yaml.Node, location: Location, lines: dict[Location, int]) -> It
             yield from _walk(item, (*location, index), lines)
 
 
-def _describe(location: Location, problem: str, lines: dict[Location, int]) -> tuple[int, str]:
+def _describe(location: Location, problem: str, lines: Mapping[Location, int]) -> tuple[int, str]:
     """Line of the nearest field that stands in the file, and the problem with its field before it."""
     known = location
     while known and known not in lines:
         known = known[:-1]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    problem = problem.removeprefix("Value error, ")
     return lines.get(known, 1), f"{field}: {problem}" if field else problem

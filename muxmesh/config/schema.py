@@ -5,19 +5,25 @@ Knows nothing of files, processes or models on disk.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, StringConstraints
+
+from muxmesh.types import DEFAULT_ADDRESS
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-DEFAULT_LISTEN = "127.0.0.1:50051"
 MIB = 1024 * 1024
+LAST_PORT = 65535
+
+Location = tuple[str | int, ...]
+"""Path of a field: names and list indices."""
 
 
 class Section(BaseModel):
-    """Base of every part of the configuration: unknown fields are errors, values are not converted silently."""
+    """Base of every part of the configuration: unknown fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -62,12 +68,6 @@ class ModelConfig(Section):
     sim: SimProfile = SimProfile()
     """For `engine: sim`."""
 
-    @model_validator(mode="after")
-    def _sim_profile_needs_sim(self) -> Self:
-        if self.engine != "sim" and "sim" in self.model_fields_set:
-            raise ValueError("sim: has no effect with engine `torch`; write `engine: sim` or remove it")
-        return self
-
 
 class UnitConfig(Section):
     """The models placed on one device, sharing its memory."""
@@ -82,12 +82,6 @@ class UnitConfig(Section):
     """The piece of the pool that is lent to one model at a time."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     """At least one."""
-
-    @model_validator(mode="after")
-    def _pool_holds_slabs(self) -> Self:
-        if self.slab > self.kv_pool:
-            raise ValueError(f"slab: {self.slab} bytes do not fit into kv_pool ({self.kv_pool} bytes)")
-        return self
 
 
 class RouterConfig(Section):
@@ -104,7 +98,7 @@ class RouterConfig(Section):
 class MeshConfig(Section):
     """A whole mesh: `mesh.yaml`."""
 
-    listen: str = Field(default=DEFAULT_LISTEN, pattern=r"^.+:\d{1,5}$")
+    listen: str = Field(default=DEFAULT_ADDRESS, pattern=r"^.+:\d{1,5}$")
     """HOST:PORT of the public API."""
     redis_url: str | None = Field(default=None, pattern=r"^(redis|rediss|unix)://")
     """A Redis of your own. Unset: the mesh starts one on a private socket."""
@@ -113,16 +107,35 @@ class MeshConfig(Section):
     units: tuple[UnitConfig, ...] = (UnitConfig(models=(ModelConfig(name=DEFAULT_MODEL),)),)
     """One for each device."""
 
-    @model_validator(mode="after")
-    def _names_are_unique(self) -> Self:
-        units = [unit.name for unit in self.units]
-        models = [model.name for unit in self.units for model in unit.models]
-        for what, names in (("unit", units), ("model", models)):
-            twice = sorted({name for name in names if names.count(name) > 1})
-            if twice:
-                raise ValueError(f"{what} names must be unique in the mesh; twice: {', '.join(twice)}")
-        return self
-
     def models(self) -> dict[str, tuple[UnitConfig, ModelConfig]]:
         """Model name → its unit and itself."""
         return {model.name: (unit, model) for unit in self.units for model in unit.models}
+
+
+def contradictions(config: MeshConfig) -> Iterator[tuple[Location, str]]:
+    """Fields that are right by themselves and wrong together, each with what would be right."""
+    if int(config.listen.rpartition(":")[2]) > LAST_PORT:
+        yield ("listen",), f"the last port is {LAST_PORT}"
+    units: set[str] = set()
+    models: set[str] = set()
+    devices: dict[str, str] = {}
+    for unit_index, unit in enumerate(config.units):
+        place: Location = ("units", unit_index)
+        if unit.name in units:
+            yield (*place, "name"), f"{unit.name!r} is the name of another unit"
+        if unit.device in devices:
+            yield (
+                (*place, "device"),
+                f"{unit.device!r} is the device of unit {devices[unit.device]}; put all models there",
+            )
+        if unit.slab > unit.kv_pool:
+            yield (*place, "slab"), f"{unit.slab} bytes do not fit into kv_pool ({unit.kv_pool} bytes)"
+        units.add(unit.name)
+        devices.setdefault(unit.device, unit.name)
+        for model_index, model in enumerate(unit.models):
+            model_place: Location = (*place, "models", model_index)
+            if model.name in models:
+                yield (*model_place, "name"), f"{model.name!r} is the name of another model"
+            if model.engine != "sim" and "sim" in model.model_fields_set:
+                yield (*model_place, "sim"), "has no effect with this engine; write `engine: sim`"
+            models.add(model.name)

@@ -11,7 +11,7 @@ from muxmesh.engine.step import Chunk, Step, StepOutcome
 
 
 def step_time_s(profile: SimProfile, step: Step) -> float:
-    """How long the step takes by the profile, in seconds. Used by the runner and by virtual time alike."""
+    """How long the step takes by the profile, in seconds."""
     return profile.base_s + profile.per_token_s * step.num_tokens
 
 

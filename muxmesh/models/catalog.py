@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from muxmesh.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class CatalogModel:
@@ -36,3 +38,10 @@ CATALOG = {
         ),
     )
 }
+
+
+def find_catalog_model(name: str) -> CatalogModel:
+    """The model called ``name``. Raises ConfigError with those that there are."""
+    if name not in CATALOG:
+        raise ConfigError(f"no model called {name!r} in the catalog; there are: {', '.join(sorted(CATALOG))}")
+    return CATALOG[name]

@@ -2,48 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from muxmesh.config.runtime import PreparedModel
-from muxmesh.config.schema import ModelConfig, UnitConfig
+from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
 from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CATALOG
 from muxmesh.models.image import ensure_image
-from muxmesh.models.pull import Progress, ensure_model
+from muxmesh.models.pull import Progress, ensure_model, model_folder
 from muxmesh.models.spec import SIM_SPEC, ModelSpec, read_model_spec
+from muxmesh.models.tokenizer import load_text_model
+
+
+def model_problems(config: MeshConfig, base_dir: Path, cache_dir: Path) -> Iterator[tuple[Location, str]]:
+    """What is wrong with the models, by field. Downloads and writes nothing.
+
+    Relative folders start at ``base_dir``. A catalog model that is not downloaded yet is taken to be right: ask again
+    once it is there.
+    """
+    for unit_index, unit in enumerate(config.units):
+        for model_index, model in enumerate(unit.models):
+            for field, problem in _problems_of(model, unit, base_dir, cache_dir):
+                yield ("units", unit_index, "models", model_index, field), problem
 
 
 def prepare_model(model: ModelConfig, base_dir: Path, cache_dir: Path, progress: Progress) -> PreparedModel:
-    """Downloads, converts and prepares what ``model`` needs; relative folders start at ``base_dir``.
-
-    Raises ConfigError (or its child ModelUnsupported) naming the model.
-    """
+    """Downloads, converts and prepares what ``model`` needs. Raises ConfigError naming the model."""
     try:
-        folder = _folder(model, base_dir, cache_dir, progress)
-        spec = model_spec(folder)
-        if model.max_model_len is not None and model.max_model_len > spec.context_len:
-            raise ConfigError(f"max_model_len is {model.max_model_len}, its context holds {spec.context_len} tokens")
+        source = _catalog_name(model)
+        folder = ensure_model(CATALOG[source], cache_dir, progress) if source else _local_folder(model, base_dir)
         if model.engine == "sim" or folder is None:
             return PreparedModel(folder=folder, image=None)
         image = ensure_image(
-            folder, spec, model.dtype, cache_dir, lambda done, total: progress("preparing", done, total)
+            folder, model_spec(folder), model.dtype, cache_dir, lambda done, total: progress("preparing", done, total)
         )
         return PreparedModel(folder=folder, image=image)
     except ConfigError as error:
         raise type(error)(f"model {model.name}: {error}") from error
-
-
-def check_slabs(units: Iterable[UnitConfig], prepared: Mapping[str, PreparedModel]) -> None:
-    """Raises ConfigError if a slab does not hold one token block of a model of its unit."""
-    for unit in units:
-        for model in unit.models:
-            shape = model_spec(prepared[model.name].folder).kv_shape(model.block_size, model.dtype)
-            if shape.token_block_bytes > unit.slab:
-                raise ConfigError(
-                    f"unit {unit.name}: slab is {unit.slab} bytes, a token block of {model.name} needs "
-                    f"{shape.token_block_bytes}; use a larger slab or a smaller block_size"
-                )
 
 
 def model_spec(folder: Path | None) -> ModelSpec:
@@ -51,13 +47,41 @@ def model_spec(folder: Path | None) -> ModelSpec:
     return SIM_SPEC if folder is None else read_model_spec(folder)
 
 
-def _folder(model: ModelConfig, base_dir: Path, cache_dir: Path, progress: Progress) -> Path | None:
-    source = model.source or model.name
-    if source in CATALOG and (model.source is not None or model.engine != "sim"):
-        return ensure_model(source, cache_dir, progress)
-    folder = (base_dir / Path(source).expanduser()).resolve()
-    if folder.is_dir():
-        return folder
+def _problems_of(model: ModelConfig, unit: UnitConfig, base_dir: Path, cache_dir: Path) -> Iterator[tuple[str, str]]:
+    """(field, problem) of one model."""
+    try:
+        source = _catalog_name(model)
+        folder = model_folder(CATALOG[source], cache_dir) if source else _local_folder(model, base_dir)
+        if source and folder is not None and not folder.is_dir():
+            return
+        spec = model_spec(folder)
+        load_text_model(folder)
+    except ConfigError as error:
+        yield "source", str(error)
+        return
+    if model.max_model_len is not None and model.max_model_len > spec.context_len:
+        yield "max_model_len", f"is {model.max_model_len}; the model's context holds {spec.context_len} tokens"
+    needed = spec.kv_shape(model.block_size, model.dtype).token_block_bytes
+    if needed > unit.slab:
+        yield (
+            "block_size",
+            f"a token block of {model.block_size} tokens is {needed} bytes, a slab of the unit {unit.slab}; "
+            "use a larger slab or a smaller block_size",
+        )
+
+
+def _catalog_name(model: ModelConfig) -> str | None:
+    """The catalog model that is meant; a sim model means one only if it says so."""
+    source = model.source if model.engine == "sim" else model.source or model.name
+    return source if source in CATALOG else None
+
+
+def _local_folder(model: ModelConfig, base_dir: Path) -> Path | None:
+    """The folder that is meant; None for a sim model without a source. Raises ConfigError."""
     if model.engine == "sim" and model.source is None:
         return None
-    raise ConfigError(f"source {source!r} is neither a folder nor in the catalog ({', '.join(sorted(CATALOG))})")
+    source = model.source or model.name
+    folder = (base_dir / Path(source).expanduser()).resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"{source!r} is neither a folder nor in the catalog ({', '.join(sorted(CATALOG))})")
+    return folder

@@ -18,7 +18,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from muxmesh.errors import ConfigError
-from muxmesh.models.catalog import CATALOG, CatalogModel
+from muxmesh.models.catalog import CatalogModel
 from muxmesh.models.gguf_import import import_gguf
 
 Progress = Callable[[str, int, int], None]
@@ -29,14 +29,11 @@ _CHUNK_BYTES = 1 << 20
 _REMEMBERED_LINES = 12
 
 
-def ensure_model(name: str, cache_dir: Path, progress: Progress) -> Path:
-    """Folder of the catalog model ``name``, downloaded and converted if it is not there yet.
+def ensure_model(model: CatalogModel, cache_dir: Path, progress: Progress) -> Path:
+    """Folder of the catalog model, downloaded and converted if it is not there yet.
 
-    Raises ConfigError for an unknown name, a failed download or a wrong checksum.
+    Raises ConfigError for a failed download or a wrong checksum.
     """
-    model = CATALOG.get(name)
-    if model is None:
-        raise ConfigError(f"no model called {name!r} in the catalog; there are: {', '.join(sorted(CATALOG))}")
     folder = model_folder(model, cache_dir)
     if folder.is_dir():
         return folder

@@ -35,11 +35,6 @@ class TextModel:
         """True if `render_chat` works."""
         return self._template is not None
 
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that the tokenizer knows."""
-        return self._tokenizer.get_vocab_size()
-
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of ``text``. Releases the GIL while it works."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from muxmesh.rpc.server import MAX_MESSAGE_BYTES
+from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

@@ -15,12 +15,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from muxmesh.errors import InternalError, MeshError
+from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
 from muxmesh.rpc.status import to_status
 from muxmesh.rpc.wire import parse
 
 _log = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -67,10 +67,9 @@ class MeshServer:
         await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
 
-    async def set_serving(self, serving: bool = True) -> None:
-        """Tells everyone who asks for health."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        await self._set(status)
+    async def set_serving(self) -> None:
+        """Tells everyone who asks for health that this service is ready."""
+        await self._set(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace_s: float) -> None:
         """Takes no new call, waits up to ``grace_s`` for those that run, then cancels them."""

@@ -34,7 +34,6 @@ STATUS_CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
 
 _BY_NAME: dict[str, Callable[..., errors.MeshError]] = {error.__name__: error for error in STATUS_CODES}
 _BY_CODE: dict[grpc.StatusCode, Callable[[str], errors.MeshError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: errors.InternalError,
     grpc.StatusCode.NOT_FOUND: errors.ModelNotFound,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import functools
+import logging
 import os
 import shutil
 import socket
@@ -17,20 +18,19 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from muxmesh.clock import SystemClock
+from muxmesh.clock import Clock
 from muxmesh.config.runtime import MeshRuntime, PreparedModel, Role
-from muxmesh.config.schema import MeshConfig
+from muxmesh.config.schema import LAST_PORT, MeshConfig
 from muxmesh.errors import ConfigError
-from muxmesh.models.prepare import check_slabs
 from muxmesh.registry import Registry
 from muxmesh.rpc.channels import internal_channel
-from muxmesh.supervisor.process import ProcessSpec, SupervisedProcess
+from muxmesh.supervisor.process import ProcessSpec, SupervisedProcess, log_file
 from muxmesh.supervisor.redis_server import redis_command, wait_for_redis
 
 READY_TIMEOUT_S = 180.0
 """Long enough to compile kernels on a slow machine."""
 _STOP_GRACE_S = 5.0
-_LAST_PORT = 65535
+_DOOR = "router"
 
 ShowLine = Callable[[str, str], None]
 
@@ -58,8 +58,8 @@ def free_listen_address(listen: str) -> str:
     """``listen`` with port 0 replaced by a free port. Raises ConfigError if the address cannot be listened on."""
     host, _, port = listen.rpartition(":")
     try:
-        if int(port) > _LAST_PORT:
-            raise ValueError(f"the last port is {_LAST_PORT}")
+        if int(port) > LAST_PORT:
+            raise ValueError(f"the last port is {LAST_PORT}")
         family, kind, protocol, _, address = socket.getaddrinfo(
             host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
@@ -77,9 +77,7 @@ def make_runtime(
     """Decides where the sockets are: under ``state_dir``, or in a short temporary folder if that path is too long.
 
     Each supervisor has a folder of its own: processes of one that was killed may still be removing their sockets.
-    Raises ConfigError if a unit cannot hold one of its models.
     """
-    check_slabs(config.units, prepared)
 
     def runtime_in(run_dir: Path) -> MeshRuntime:
         redis_url = config.redis_url or f"unix://{run_dir / 'redis.sock'}"
@@ -99,12 +97,14 @@ def make_runtime(
 class Mesh:
     """Owns all processes. Invariant: after `stop`, none of them is left."""
 
-    def __init__(self, runtime: MeshRuntime, state_dir: Path, show_line: ShowLine) -> None:
+    def __init__(self, runtime: MeshRuntime, state_dir: Path, show_line: ShowLine, clock: Clock) -> None:
         self.runtime = runtime
-        self._clock = SystemClock()
+        self._clock = clock
         self._registry = Registry(runtime.redis_url, self._clock)
         self._logs = state_dir / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
+        self._log_file = log_file(self._logs / "supervisor.log")
+        logging.getLogger("supervisor").addHandler(self._log_file)
         runtime.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         runtime.run_dir.chmod(0o700)
         self._runtime_file = runtime.run_dir / "runtime.json"
@@ -142,11 +142,12 @@ class Mesh:
     async def stop(self) -> None:
         """Stops everything: the door first, Redis last."""
         for stage in reversed(self._stages):
-            door_first = sorted(stage, key=lambda process: process.spec.name != "router")
-            for name_is_router in (True, False):
-                part = [process for process in door_first if (process.spec.name == "router") is name_is_router]
+            for is_door in (True, False):
+                part = [process for process in stage if (process.spec.name == _DOOR) is is_door]
                 await asyncio.gather(*(process.stop(_STOP_GRACE_S) for process in part))
         await self._registry.close()
+        logging.getLogger("supervisor").removeHandler(self._log_file)
+        self._log_file.close()
         shutil.rmtree(self.runtime.run_dir, ignore_errors=True)
 
     def _redis(self, state_dir: Path) -> ProcessSpec:
@@ -166,7 +167,7 @@ class Mesh:
         return self._service(f"{role.value}/{model}", f"{role.value}_svc", ("--model", model), address)
 
     def _router(self) -> ProcessSpec:
-        return self._service("router", "router", (), self.runtime.router_internal_address())
+        return self._service(_DOOR, "router", (), self.runtime.router_internal_address())
 
     def _service(self, name: str, module: str, arguments: tuple[str, ...], address: str) -> ProcessSpec:
         command = (sys.executable, "-m", module, "--runtime", str(self._runtime_file), "--parent", str(os.getpid()))

@@ -37,6 +37,13 @@ class ProcessSpec:
     wait_ready: Callable[[], Awaitable[None]]
 
 
+def log_file(path: Path) -> RotatingFileHandler:
+    """A log file that keeps the last 10 to 20 MB, with the time before each line."""
+    handler = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    return handler
+
+
 class SupervisedProcess:
     """Owns one process. Invariant: at most one is alive at a time, and none after `stop`."""
 
@@ -58,9 +65,7 @@ class SupervisedProcess:
         self._was_ready = False
         self._gave_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._last_lines: deque[str] = deque(maxlen=_REMEMBERED_LINES)
-        self._file = RotatingFileHandler(
-            logs / f"{spec.name.replace('/', '-')}.log", maxBytes=_LOG_BYTES, backupCount=1
-        )
+        self._file = log_file(logs / f"{spec.name.replace('/', '-')}.log")
 
     @property
     def pid(self) -> int | None:

@@ -5,7 +5,7 @@ The public inference API. Message names, field names and field numbers mirror vL
 `vllm.Inference` service, so that its users feel at home; fields of our own start at 100.
 
 A field that the serving mesh does not support is refused by name (INVALID_ARGUMENT), never ignored.
-Every error carries google.rpc.Status details (BadRequest, ErrorInfo, RetryInfo) in its trailers.
+Every error of the mesh's own carries google.rpc.Status details (BadRequest, ErrorInfo, RetryInfo) in its trailers.
 """
 
 from collections import abc as _abc
@@ -44,7 +44,7 @@ class GenerateRequest(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Echoed in the logs. Also taken from the metadata key `x-request-id`; made up when absent."""
+    """Echoed in the initial metadata as `x-request-id`, and taken from there when this is empty; made up when both are."""
     model: _builtins.str
     """A name from Mesh.ListModels."""
     text: _builtins.str

@@ -5,7 +5,7 @@ The public inference API. Message names, field names and field numbers mirror vL
 `vllm.Inference` service, so that its users feel at home; fields of our own start at 100.
 
 A field that the serving mesh does not support is refused by name (INVALID_ARGUMENT), never ignored.
-Every error carries google.rpc.Status details (BadRequest, ErrorInfo, RetryInfo) in its trailers.
+Every error of the mesh's own carries google.rpc.Status details (BadRequest, ErrorInfo, RetryInfo) in its trailers.
 """
 
 from collections import abc as _abc

@@ -228,5 +228,5 @@ class UnitMachine(RuleBasedStateMachine):
         self.unit.check_integrity()
 
 
-UnitMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+UnitMachine.TestCase.settings = settings(stateful_step_count=60)
 TestUnitUnderRandomOperations = UnitMachine.TestCase

@@ -34,6 +34,18 @@ def test_pieces_give_what_the_whole_text_gives(pieces: list[str], stops: list[st
 
 
 @given(PIECES, STOPS)
+def test_no_more_is_held_back_than_what_begins_a_stop_string(pieces: list[str], stops: list[str]) -> None:
+    matcher, sent, whole = StopStrings(stops, False), "", ""
+    for piece in pieces:
+        whole += piece
+        if any(stop in whole for stop in stops):
+            return
+        sent += matcher.feed(piece).text
+        ends = [whole[at:] for at in range(len(whole)) if any(stop.startswith(whole[at:]) for stop in stops)]
+        assert sent + max(ends, key=len, default="") == whole
+
+
+@given(PIECES, STOPS)
 def test_nothing_is_sent_that_a_stop_string_would_cut(pieces: list[str], stops: list[str]) -> None:
     matcher, sent = StopStrings(stops, False), ""
     for piece in pieces:

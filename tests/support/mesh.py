@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from muxmesh.client.aio import Delta, Finish, MeshClient
+from muxmesh.clock import SystemClock
 from muxmesh.config.schema import MeshConfig
 from muxmesh.models.prepare import prepare_model
 from muxmesh.supervisor.mesh import Mesh, free_listen_address, make_runtime
@@ -39,7 +40,9 @@ class RunningMesh:
         return (await self.client.status()).units[0]
 
     async def num_leases(self) -> int:
-        return sum(model.num_leases + model.num_credits for model in (await self.unit()).models)
+        unit = await self.unit()
+        assert unit.connected
+        return sum(model.num_leases + model.num_credits for model in unit.models)
 
     async def until(self, what: Callable[[], Awaitable[Any]], timeout_s: float = 30.0) -> None:
         """Waits until ``what()`` is true; each look is a call to the mesh."""
@@ -54,7 +57,12 @@ class RunningMesh:
             status = await self.client.status()
             unit = status.units[0]
             idle = all(model.num_leases + model.num_credits + model.num_keys_waiting == 0 for model in unit.models)
-            return idle and unit.pool.leased_bytes == 0 and unit.pool.num_free_slabs == unit.pool.num_slabs
+            return (
+                unit.connected
+                and idle
+                and unit.pool.leased_bytes == 0
+                and unit.pool.num_free_slabs == unit.pool.num_slabs
+            )
 
         await self.until(free, timeout_s)
 
@@ -71,7 +79,7 @@ async def running_mesh(state_dir: Path, **config: Any) -> AsyncIterator[RunningM
     }
     lines: list[str] = []
     runtime = make_runtime(parsed, prepared, state_dir, cache_dir)
-    mesh = Mesh(runtime, state_dir, lambda name, line: lines.append(f"{name} | {line}"))
+    mesh = Mesh(runtime, state_dir, lambda name, line: lines.append(f"{name} | {line}"), SystemClock())
     pids: set[int] = set()
     try:
         await mesh.start()

@@ -1,7 +1,4 @@
-"""A Llama forward pass over the prepared image. Matrix products by torch; attention behind one small seam.
-
-What is CPU-only stands in `attention_cpu`; this file would run on any device that has such a pair of kernels.
-"""
+"""A Llama forward pass over the prepared image, on a CPU. Matrix products by torch; attention behind a small seam."""
 
 from __future__ import annotations
 

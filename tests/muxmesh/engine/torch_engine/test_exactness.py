@@ -96,9 +96,16 @@ def test_other_block_sizes(tmp_path: Path, block_size: int) -> None:
     assert np.abs(logits[0] - case.expected(prompt)).max() < TOLERANCE
 
 
-def test_every_kv_byte_that_is_written_is_counted(case: Case) -> None:
-    outcome = case.runner.run(Step((Chunk(1, 0, case.prompt(20), (0, 1), GREEDY),)))
-    assert outcome.kv_bytes_written == 20 * case.spec.kv_shape(16, "float32").kv_bytes_per_token
+def test_every_kv_byte_that_is_written_is_counted_and_lies_in_its_blocks(tmp_path: Path) -> None:
+    case = Case(write_tiny_model(tmp_path / "model", SHAPES["gqa"]), tmp_path)
+    view = case.runner._view
+    assert np.isnan(view.pool).all()
+    outcome = case.runner.run(Step((Chunk(1, 0, case.prompt(20), (9, 2), GREEDY),)))
+    written = np.flatnonzero(~np.isnan(view.pool))
+    assert outcome.kv_bytes_written == written.size * 4 == 20 * view.shape.kv_bytes_per_token
+    block = view.shape.token_block_bytes // 4
+    allowed = np.concatenate([np.arange(start, start + block) for start in view.block_offsets((9, 2))])
+    assert np.isin(written, allowed).all()
 
 
 def test_greedy_tokens_are_those_of_transformers(case: Case) -> None:
