@@ -3,7 +3,8 @@ import os
 # Read when grpc is loaded: meshes are started from this process, which watches their health over gRPC.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 # Read when numba is loaded. Kernels compiled by one run are kept for the next.
-os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", "build", "test-cache", "numba"))
+_KERNELS = os.path.realpath(os.path.join(os.path.dirname(__file__), "..", "build", "test-cache", "numba"))
+os.environ.setdefault("NUMBA_CACHE_DIR", _KERNELS)
 
 import pytest
 from hypothesis import settings
@@ -15,6 +16,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_directories(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Nothing of the user's cache or state is read or written."""
-    os.environ["MUXMESH_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    """Nothing of the user's cache or state is read or written; workers find the kernels that earlier runs compiled."""
+    cache = tmp_path_factory.mktemp("cache")
+    os.makedirs(_KERNELS, exist_ok=True)
+    (cache / "numba").symlink_to(_KERNELS)
+    os.environ["MUXMESH_CACHE_DIR"] = str(cache)
     os.environ["MUXMESH_STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
