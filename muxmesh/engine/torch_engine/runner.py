@@ -37,7 +37,7 @@ def _compile_lock() -> Iterator[None]:
     with (folder / "muxmesh-compile.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not any(folder.rglob("attention_cpu.*.nbi")):
-            _log.info("compiling the attention kernels for this machine, once: about half a minute")
+            _log.info("compiling the attention kernels for this machine, once; this takes a while")
         yield
 
 
@@ -72,7 +72,7 @@ class TorchRunner:
         self._num_threads = num_threads
 
     def load(self) -> None:
-        """See `Runner`. Compiles the kernels (about 15 s, once on a machine), or loads them from numba's cache."""
+        """See `Runner`. Compiles the kernels, once on a machine, or loads them from numba's cache."""
         torch.set_num_threads(self._num_threads)
         numba.set_num_threads(min(self._num_threads, numba_config.NUMBA_NUM_THREADS))
         self._model = Llama(self._spec, map_image(self._image))
