@@ -61,7 +61,8 @@ class ModelConfig(Section):
     """Requests in prefill and decode at the same time."""
     prefill_token_budget: int = Field(default=128, ge=1)
     """Prompt tokens computed in one step: a longer prompt is computed in chunks, smaller ones deep in a long prompt.
-    A step is what other workers wait for and what a cancelled request still finishes. At least `max_num_seqs` is used."""
+    A step is what other workers wait for and what a cancelled request still finishes. `max_num_seqs` is used if that
+    is more."""
     threads: int | None = Field(default=None, ge=1)
     """Threads of each worker. Unset: every core that the process may use; only one worker of a unit computes
     at a time."""
