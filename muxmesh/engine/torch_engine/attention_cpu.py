@@ -97,6 +97,107 @@ _LEAST_EXPONENT = np.float32(-126.0)
 _MASKED = np.float32(-1e30)
 
 
+# Scores and weighted values of one KV block for one query or two. Four rows of K or V at a time, and two queries: every
+# loaded vector is used more than once, and the sums stay in registers. weights [queries, block_size], q and acc
+# [queries, head_dim], k and v [block_size, head_dim]. They are globals, since numba's cache never finds a kernel again
+# that refers to compiled functions of its own closure.
+
+
+@numba.njit(**_JIT)
+def _score_pair(weights, q, query, k):  # type: ignore[no-untyped-def]
+    block_size, head_dim = k.shape
+    other = query + 1
+    for t in range(0, block_size, 4):
+        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0.0)
+        for i in range(head_dim):
+            a, b = q[query, i], q[other, i]
+            k0, k1, k2, k3 = k[t, i], k[t + 1, i], k[t + 2, i], k[t + 3, i]
+            a0, a1, a2, a3 = a0 + a * k0, a1 + a * k1, a2 + a * k2, a3 + a * k3
+            b0, b1, b2, b3 = b0 + b * k0, b1 + b * k1, b2 + b * k2, b3 + b * k3
+        weights[query, t], weights[query, t + 1], weights[query, t + 2], weights[query, t + 3] = a0, a1, a2, a3
+        weights[other, t], weights[other, t + 1], weights[other, t + 2], weights[other, t + 3] = b0, b1, b2, b3
+
+
+@numba.njit(**_JIT)
+def _score_one(weights, q, query, k):  # type: ignore[no-untyped-def]
+    block_size, head_dim = k.shape
+    for t in range(0, block_size, 4):
+        a0 = a1 = a2 = a3 = np.float32(0.0)
+        for i in range(head_dim):
+            a = q[query, i]
+            a0, a1, a2, a3 = a0 + a * k[t, i], a1 + a * k[t + 1, i], a2 + a * k[t + 2, i], a3 + a * k[t + 3, i]
+        weights[query, t], weights[query, t + 1], weights[query, t + 2], weights[query, t + 3] = a0, a1, a2, a3
+
+
+@numba.njit(**_JIT)
+def _add_pair(acc, query, weights, v):  # type: ignore[no-untyped-def]
+    block_size, head_dim = v.shape
+    other = query + 1
+    for t in range(0, block_size, 4):
+        a0, a1, a2, a3 = weights[query, t], weights[query, t + 1], weights[query, t + 2], weights[query, t + 3]
+        b0, b1, b2, b3 = weights[other, t], weights[other, t + 1], weights[other, t + 2], weights[other, t + 3]
+        for i in range(head_dim):
+            v0, v1, v2, v3 = v[t, i], v[t + 1, i], v[t + 2, i], v[t + 3, i]
+            acc[query, i] += (a0 * v0 + a1 * v1) + (a2 * v2 + a3 * v3)
+            acc[other, i] += (b0 * v0 + b1 * v1) + (b2 * v2 + b3 * v3)
+
+
+@numba.njit(**_JIT)
+def _add_one(acc, query, weights, v):  # type: ignore[no-untyped-def]
+    block_size, head_dim = v.shape
+    for t in range(0, block_size, 4):
+        a0, a1, a2, a3 = weights[query, t], weights[query, t + 1], weights[query, t + 2], weights[query, t + 3]
+        for i in range(head_dim):
+            acc[query, i] += (a0 * v[t, i] + a1 * v[t + 1, i]) + (a2 * v[t + 2, i] + a3 * v[t + 3, i])
+
+
+@numba.njit(**_JIT)
+def _add_visible(acc, query, weights, v, visible):  # type: ignore[no-untyped-def]
+    head_dim = v.shape[1]
+    for t in range(visible):
+        for i in range(head_dim):
+            acc[query, i] += weights[query, t] * v[t, i]
+
+
+@numba.njit(**_JIT)
+def _softmax(weights, queries, top, total, acc, exponents):  # type: ignore[no-untyped-def]
+    """One step of the online softmax for the scores of one block, in place; in loops that become vector code.
+
+    exp(x) = 2**y, y = x * log2(e) = n + r with n the nearest integer; 2**r is a Taylor polynomial on
+    |r * ln 2| <= 0.35 (2e-7 relative), and n is added to the exponent bits.
+    """
+    block_size, head_dim = weights.shape[1], acc.shape[1]
+    bits = weights.view(np.int32)
+    for query in range(queries):
+        block_top = top[query]
+        for t in range(block_size):
+            block_top = max(block_top, weights[query, t])
+        if block_top > top[query]:
+            shrink = np.float32(np.exp(top[query] - block_top))
+            total[query] *= shrink
+            for i in range(head_dim):
+                acc[query, i] *= shrink
+            top[query] = block_top
+        for t in range(block_size):
+            y = max((weights[query, t] - block_top) * _LOG2_E, _LEAST_EXPONENT)
+            n = np.int32(y - np.float32(0.5))
+            exponents[t] = n << 23
+            z = (y - np.float32(n)) * _LN_2
+            p = np.float32(1 / 720)
+            p = p * z + np.float32(1 / 120)
+            p = p * z + np.float32(1 / 24)
+            p = p * z + np.float32(1 / 6)
+            p = p * z + np.float32(0.5)
+            p = p * z + np.float32(1.0)
+            weights[query, t] = p * z + np.float32(1.0)
+        block_total = np.float32(0.0)
+        for t in range(block_size):
+            bits[query, t] += exponents[t]
+        for t in range(block_size):
+            block_total += weights[query, t]
+        total[query] += block_total
+
+
 @functools.cache
 def kernels_for(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> Kernels:
     """The kernels of one shape; compiled at the first call of each, cached on disk by numba."""
@@ -105,8 +206,6 @@ def kernels_for(num_heads: int, num_kv_heads: int, head_dim: int, block_size: in
     v_part = block_size * head_dim
     kv_block = 2 * v_part
     scale = np.float32(1.0 / np.sqrt(head_dim))
-    softmax = _softmax_kernel(head_dim, block_size)
-    score_pair, score_one, add_pair, add_one, add_visible = _block_kernels(head_dim, block_size)
 
     def rotate_and_store(pool, qkv, cos, sin, positions, row_blocks, layer):  # type: ignore[no-untyped-def]
         for row in numba.prange(qkv.shape[0]):
@@ -144,127 +243,28 @@ def kernels_for(num_heads: int, num_kv_heads: int, head_dim: int, block_size: in
                 k = pool[at : at + v_part].reshape((block_size, head_dim))
                 v = pool[at + v_part : at + kv_block].reshape((block_size, head_dim))
                 for query in range(0, queries - 1, 2):
-                    score_pair(weights, q, query, k)
+                    _score_pair(weights, q, query, k)
                 if queries % 2:
-                    score_one(weights, q, queries - 1, k)
+                    _score_one(weights, q, queries - 1, k)
                 whole = positions[first_row] >= (block + 1) * block_size - 1
                 if not whole:
                     for query in range(queries):
                         visible = positions[first_row + query // group] - block * block_size + 1
                         for t in range(max(visible, 0), block_size):
                             weights[query, t] = _MASKED
-                softmax(weights, queries, top, total, acc, exponents)
+                _softmax(weights, queries, top, total, acc, exponents)
                 if whole:
                     for query in range(0, queries - 1, 2):
-                        add_pair(acc, query, weights, v)
+                        _add_pair(acc, query, weights, v)
                     if queries % 2:
-                        add_one(acc, queries - 1, weights, v)
+                        _add_one(acc, queries - 1, weights, v)
                 else:  # what lies past the last visible row is anything, perhaps NaN: it is not touched
                     for query in range(queries):
                         visible = positions[first_row + query // group] - block * block_size + 1
-                        add_visible(acc, query, weights, v, min(max(visible, 0), block_size))
+                        _add_visible(acc, query, weights, v, min(max(visible, 0), block_size))
             for query in range(queries):
                 o_at = (kv_head * group + query % group) * head_dim
                 out[first_row + query // group, o_at : o_at + head_dim] = acc[query] / total[query]
 
     compiled = numba.njit(parallel=True, **_JIT)
     return Kernels(compiled(rotate_and_store), compiled(attend))
-
-
-def _block_kernels(head_dim: int, block_size: int) -> tuple[Callable[..., None], ...]:
-    """Scores and weighted values of one KV block for one query or two.
-
-    Four rows of K or V at a time, and two queries: every loaded vector is used more than once, and the sums stay in
-    registers. weights [queries, block_size], q and acc [queries, head_dim], k and v [block_size, head_dim].
-    """
-    compiled = numba.njit(**_JIT)
-
-    @compiled
-    def score_pair(weights, q, query, k):  # type: ignore[no-untyped-def]
-        other = query + 1
-        for t in range(0, block_size, 4):
-            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0.0)
-            for i in range(head_dim):
-                a, b = q[query, i], q[other, i]
-                k0, k1, k2, k3 = k[t, i], k[t + 1, i], k[t + 2, i], k[t + 3, i]
-                a0, a1, a2, a3 = a0 + a * k0, a1 + a * k1, a2 + a * k2, a3 + a * k3
-                b0, b1, b2, b3 = b0 + b * k0, b1 + b * k1, b2 + b * k2, b3 + b * k3
-            weights[query, t], weights[query, t + 1], weights[query, t + 2], weights[query, t + 3] = a0, a1, a2, a3
-            weights[other, t], weights[other, t + 1], weights[other, t + 2], weights[other, t + 3] = b0, b1, b2, b3
-
-    @compiled
-    def score_one(weights, q, query, k):  # type: ignore[no-untyped-def]
-        for t in range(0, block_size, 4):
-            a0 = a1 = a2 = a3 = np.float32(0.0)
-            for i in range(head_dim):
-                a = q[query, i]
-                a0, a1, a2, a3 = a0 + a * k[t, i], a1 + a * k[t + 1, i], a2 + a * k[t + 2, i], a3 + a * k[t + 3, i]
-            weights[query, t], weights[query, t + 1], weights[query, t + 2], weights[query, t + 3] = a0, a1, a2, a3
-
-    @compiled
-    def add_pair(acc, query, weights, v):  # type: ignore[no-untyped-def]
-        other = query + 1
-        for t in range(0, block_size, 4):
-            a0, a1, a2, a3 = weights[query, t], weights[query, t + 1], weights[query, t + 2], weights[query, t + 3]
-            b0, b1, b2, b3 = weights[other, t], weights[other, t + 1], weights[other, t + 2], weights[other, t + 3]
-            for i in range(head_dim):
-                v0, v1, v2, v3 = v[t, i], v[t + 1, i], v[t + 2, i], v[t + 3, i]
-                acc[query, i] += (a0 * v0 + a1 * v1) + (a2 * v2 + a3 * v3)
-                acc[other, i] += (b0 * v0 + b1 * v1) + (b2 * v2 + b3 * v3)
-
-    @compiled
-    def add_one(acc, query, weights, v):  # type: ignore[no-untyped-def]
-        for t in range(0, block_size, 4):
-            a0, a1, a2, a3 = weights[query, t], weights[query, t + 1], weights[query, t + 2], weights[query, t + 3]
-            for i in range(head_dim):
-                acc[query, i] += (a0 * v[t, i] + a1 * v[t + 1, i]) + (a2 * v[t + 2, i] + a3 * v[t + 3, i])
-
-    @compiled
-    def add_visible(acc, query, weights, v, visible):  # type: ignore[no-untyped-def]
-        for t in range(visible):
-            for i in range(head_dim):
-                acc[query, i] += weights[query, t] * v[t, i]
-
-    return score_pair, score_one, add_pair, add_one, add_visible
-
-
-def _softmax_kernel(head_dim: int, block_size: int) -> Callable[..., None]:
-    """One step of the online softmax for the scores of one block, in place; in loops that become vector code.
-
-    exp(x) = 2**y, y = x * log2(e) = n + r with n the nearest integer; 2**r is a Taylor polynomial on
-    |r * ln 2| <= 0.35 (2e-7 relative), and n is added to the exponent bits.
-    """
-
-    @numba.njit(**_JIT)
-    def softmax(weights, queries, top, total, acc, exponents):  # type: ignore[no-untyped-def]
-        bits = weights.view(np.int32)
-        for query in range(queries):
-            block_top = top[query]
-            for t in range(block_size):
-                block_top = max(block_top, weights[query, t])
-            if block_top > top[query]:
-                shrink = np.float32(np.exp(top[query] - block_top))
-                total[query] *= shrink
-                for i in range(head_dim):
-                    acc[query, i] *= shrink
-                top[query] = block_top
-            for t in range(block_size):
-                y = max((weights[query, t] - block_top) * _LOG2_E, _LEAST_EXPONENT)
-                n = np.int32(y - np.float32(0.5))
-                exponents[t] = n << 23
-                z = (y - np.float32(n)) * _LN_2
-                p = np.float32(1 / 720)
-                p = p * z + np.float32(1 / 120)
-                p = p * z + np.float32(1 / 24)
-                p = p * z + np.float32(1 / 6)
-                p = p * z + np.float32(0.5)
-                p = p * z + np.float32(1.0)
-                weights[query, t] = p * z + np.float32(1.0)
-            block_total = np.float32(0.0)
-            for t in range(block_size):
-                bits[query, t] += exponents[t]
-            for t in range(block_size):
-                block_total += weights[query, t]
-            total[query] += block_total
-
-    return softmax  # type: ignore[no-any-return] # numba is untyped
