@@ -12,8 +12,8 @@ from benchmarks.mesh_process import UpProcess, anonymous_bytes, cpu_s, mapped_by
 from benchmarks.report import Report
 from muxmesh.client import Message
 
-NUM_STARTS = 5
-IDLE_S = 60.0
+NUM_STARTS = 3
+IDLE_S = 40.0
 _IMAGE, _POOL = "float32-fused", "memfd:muxmesh-kv-pool"
 
 
