@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import ctypes
 import logging
@@ -9,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -25,6 +27,18 @@ def die_with_parent(parent_pid: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
     if os.getppid() != parent_pid:
         sys.exit(0)
+
+
+def service_arguments(description: str | None, *own: str) -> argparse.Namespace:
+    """What the supervisor tells a service: ``runtime``, ``parent`` and its ``own``. Ties the process to its parent."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--runtime", type=Path, required=True)
+    for name in own:
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    arguments = parser.parse_args()
+    die_with_parent(arguments.parent)
+    return arguments
 
 
 class Stop:

@@ -1,21 +1,15 @@
 """`python -m router --runtime FILE --parent PID`: started by the supervisor."""
 
-import argparse
 import functools
-from pathlib import Path
 
 from muxmesh.config.runtime import MeshRuntime
-from muxmesh.lifecycle import die_with_parent, run_service
+from muxmesh.lifecycle import run_service, service_arguments
 from router.app import serve
 
 
 def main() -> None:
     """Reads the arguments and serves."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runtime", type=Path, required=True)
-    parser.add_argument("--parent", type=int, required=True)
-    arguments = parser.parse_args()
-    die_with_parent(arguments.parent)
+    arguments = service_arguments(__doc__)
     run_service(functools.partial(serve, MeshRuntime.read(arguments.runtime)))
 
 

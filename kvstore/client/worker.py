@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import functools
 import logging
@@ -10,7 +9,6 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
 from google.protobuf.descriptor import ServiceDescriptor
 
@@ -22,7 +20,7 @@ from muxmesh.config.runtime import MeshRuntime, Role
 from muxmesh.engine.api import Engine
 from muxmesh.engine.build import build_engine, num_threads
 from muxmesh.engine.kv_view import KvView
-from muxmesh.lifecycle import Stop, die_with_parent, run_service
+from muxmesh.lifecycle import Stop, run_service, service_arguments
 from muxmesh.models.prepare import model_spec
 from muxmesh.registry import Registry
 from muxmesh.rpc.channels import internal_channel
@@ -48,12 +46,7 @@ OpenServices = Callable[[WorkerParts], AbstractAsyncContextManager[Services]]
 
 def worker_main(role: Role, description: str, open_services: OpenServices) -> None:
     """The body of a worker's ``__main__``."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--runtime", type=Path, required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--parent", type=int, required=True)
-    arguments = parser.parse_args()
-    die_with_parent(arguments.parent)
+    arguments = service_arguments(description, "model")
     runtime = MeshRuntime.read(arguments.runtime)
     _set_up_threads(runtime, arguments.model)
     run_service(functools.partial(host_worker, runtime, role, arguments.model, open_services))
