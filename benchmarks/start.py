@@ -14,7 +14,7 @@ from muxmesh.client import Message
 
 NUM_STARTS = 3
 IDLE_S = 40.0
-_IMAGE, _POOL = "float32-fused", "memfd:muxmesh-kv-pool"
+_IMAGE, _POOL = "-panels-v", "memfd:muxmesh-kv-pool"
 
 
 async def first_token_s(mesh: UpProcess) -> float:

@@ -55,7 +55,11 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             )
             async for event in self._engine.submit(job):
                 if isinstance(event, Tokens):
-                    yield decode_pb2.DecodeResponse(start_index=event.start_index, token_ids=event.token_ids)
+                    yield decode_pb2.DecodeResponse(
+                        start_index=event.start_index,
+                        token_ids=event.token_ids,
+                        logprobs=convert.logprobs_to_wire(event.logprobs) if event.logprobs else None,
+                    )
                 elif isinstance(event, Finished):
                     yield decode_pb2.DecodeResponse(finish=convert.finish_to_wire(event.finish))
                 elif isinstance(event, Failed):

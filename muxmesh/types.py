@@ -27,17 +27,55 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. ``temperature`` 0 is greedy, ``top_k`` 0 and ``top_p`` 1 are off."""
+    """How tokens are drawn. The defaults of everything but the temperature are off.
+
+    ``temperature`` 0 is greedy. Presence and frequency penalties look at the answer, the repetition penalty at prompt
+    and answer. ``allowed_token_ids`` None: all. ``logprobs`` and ``prompt_logprobs`` None: not wanted; n: with the n
+    likeliest candidates.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def greedy(self) -> bool:
         """True if the likeliest token is taken and no number is drawn."""
         return self.temperature == 0.0
+
+    @property
+    def looks_back(self) -> bool:
+        """True if a draw depends on the tokens before it by more than the logits."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token at one place, its log-probability, and its rank there (1 is the likeliest)."""
+
+    token_id: int
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one place: of the token that is there, and of the likeliest, best first.
+
+    They are the model's own: before penalties, bias, temperature and filters.
+    """
+
+    chosen: Candidate
+    top: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

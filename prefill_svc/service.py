@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from kvstore.client.worker import Services, WorkerParts
-from muxmesh.engine.api import EngineJob, Failed, Finished, PrefillDone, Tokens, Until
+from muxmesh.engine.api import EngineJob, Failed, Finished, PrefillDone, PromptScored, Tokens, Until
 from muxmesh.errors import EngineFailed, InternalError
 from muxmesh.internal.v1 import prefill_pb2, prefill_pb2_grpc
 from muxmesh.rpc import convert
@@ -36,6 +36,10 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             async for event in self._engine.submit(job):
                 if isinstance(event, Tokens):
                     (response.token_id,) = event.token_ids
+                    if event.logprobs:
+                        response.logprobs.CopyFrom(convert.logprobs_to_wire(event.logprobs))
+                elif isinstance(event, PromptScored):
+                    response.prompt_logprobs.MergeFrom(convert.logprobs_to_wire(event.logprobs))
                 elif isinstance(event, Finished):
                     response.finish.CopyFrom(convert.finish_to_wire(event.finish))
                     return response

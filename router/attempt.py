@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from muxmesh.engine.api import Finished, Tokens
+from muxmesh.engine.api import Finished, PromptScored, Tokens
 from muxmesh.errors import InternalError
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from muxmesh.rpc import convert
@@ -16,6 +16,9 @@ from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.status import from_rpc_error
 from muxmesh.types import EngineRequest
 from router.credits import Credit
+
+AnswerEvent = PromptScored | Tokens | Finished
+"""What an attempt tells of an answer: the prompt's log-probabilities come first, Finished last."""
 
 
 class Workers:
@@ -43,9 +46,7 @@ class Workers:
         return self._channels[address]
 
 
-async def run_attempt(
-    workers: Workers, request: EngineRequest, credit: Credit
-) -> AsyncGenerator[Tokens | Finished, None]:
+async def run_attempt(workers: Workers, request: EngineRequest, credit: Credit) -> AsyncGenerator[AnswerEvent, None]:
     """Tokens from place ``len(request.resume_token_ids)`` on, then Finished.
 
     Raises whatever ended the attempt (WorkerLost, Unavailable, LeaseLost, EngineFailed, ...). Closing it cancels both
@@ -68,7 +69,9 @@ async def run_attempt(
             first.result()  # a decode worker that is lost need not be computed for
         response = await prefilled
         place = len(request.resume_token_ids)
-        yield Tokens(place, (response.token_id,))
+        if response.HasField("prompt_logprobs"):
+            yield PromptScored(convert.logprobs_from_wire(response.prompt_logprobs))
+        yield Tokens(place, (response.token_id,), convert.logprobs_from_wire(response.logprobs))
         place += 1
         if response.HasField("finish"):
             yield Finished(convert.finish_from_wire(response.finish))
@@ -78,7 +81,8 @@ async def run_attempt(
             if message.start_index != place:
                 raise InternalError(f"decode sent token {message.start_index}, expected {place}")
             place += len(message.token_ids)
-            yield Tokens(message.start_index, tuple(message.token_ids))
+            logprobs = convert.logprobs_from_wire(message.logprobs)
+            yield Tokens(message.start_index, tuple(message.token_ids), logprobs)
             message = await _read(decode)
         yield Finished(convert.finish_from_wire(message.finish))
     finally:

@@ -12,6 +12,7 @@ from muxmesh.clock import Clock
 from muxmesh.engine.api import Finished, Tokens
 from muxmesh.errors import EngineFailed, InternalError, LeaseLost, MeshError, RequestAborted, Unavailable
 from muxmesh.types import EngineRequest
+from router.attempt import AnswerEvent
 from router.credits import Credit, UnitCredits
 
 _log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ _FIRST_WAIT_S = 0.05
 _LONGEST_WAIT_S = 2.0
 
 
-Attempt = Callable[[EngineRequest, Credit], AsyncGenerator[Tokens | Finished, None]]
+Attempt = Callable[[EngineRequest, Credit], AsyncGenerator[AnswerEvent, None]]
 """One attempt, see `router.attempt.run_attempt`."""
 
 
@@ -52,7 +53,7 @@ class RequestDriver:
         self._clock = clock
         self._max_restarts = max_restarts
 
-    async def run(self, request: EngineRequest, progress: Progress) -> AsyncGenerator[Tokens | Finished, None]:
+    async def run(self, request: EngineRequest, progress: Progress) -> AsyncGenerator[AnswerEvent, None]:
         """Every token of the answer once, in order, then Finished. Closing it aborts the request everywhere.
 
         Raises InvalidRequest if the unit can never hold it, and the last attempt's error after ``max_restarts``.
@@ -62,7 +63,7 @@ class RequestDriver:
         while True:
             sent_before = len(sent)
             try:
-                attempt = self._attempt(replace(request, resume_token_ids=tuple(sent)), progress)
+                attempt = self._attempt(_resumed(request, sent), progress)
                 async with aclosing(attempt) as events:
                     async for event in events:
                         if isinstance(event, Tokens):
@@ -82,7 +83,7 @@ class RequestDriver:
                 return
             await self._sleep(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**fruitless))
 
-    async def _attempt(self, request: EngineRequest, progress: Progress) -> AsyncGenerator[Tokens | Finished, None]:
+    async def _attempt(self, request: EngineRequest, progress: Progress) -> AsyncGenerator[AnswerEvent, None]:
         num_tokens = len(request.prompt_token_ids) + request.stopping.max_new_tokens
         credit = await self._credits.wait_for_credit(request.model, request.order, num_tokens)
         if progress.credited_at_s is None:
@@ -93,6 +94,14 @@ class RequestDriver:
                     yield event
         finally:
             self._credits.give_back(credit)
+
+
+def _resumed(request: EngineRequest, sent: list[int]) -> EngineRequest:
+    """The request as it goes on after the tokens that the client has; with them it has what the prompt gave."""
+    if not sent:
+        return request
+    sampling = replace(request.sampling, prompt_logprobs=None)
+    return replace(request, resume_token_ids=tuple(sent), sampling=sampling)
 
 
 def _final(error: MeshError) -> MeshError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ import grpc
 from muxmesh import __version__
 from muxmesh.clock import Clock
 from muxmesh.config.schema import RouterConfig
-from muxmesh.engine.api import Finished, Tokens
+from muxmesh.engine.api import Finished, PromptScored, Tokens
 from muxmesh.errors import Overloaded
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.registry import Registry
 from muxmesh.rpc.status import from_rpc_error
-from muxmesh.types import EngineRequest, Finish, FinishReason
+from muxmesh.types import Candidate, EngineRequest, Finish, FinishReason, TokenLogprobs
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 from router.answer import Answer, Delta
 from router.credits import UnitCredits
@@ -113,18 +113,23 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         counters.num_running += 1
         counters.prompt_tokens += len(request.prompt_token_ids)
         prompt_info: inference_pb2.PromptInfo | None = _prompt_info(checked, request)
+        prompt_logprobs: list[inference_pb2.TokenLogprobs] = []
         first_token_at_s = arrived_at_s
         finished = False
         try:
             async with aclosing(state.units[model.unit].driver.run(request, progress)) as events:
                 async for event in events:
+                    if isinstance(event, PromptScored):
+                        prompt_logprobs = [_logprobs(place) for place in event.logprobs]
+                        continue
                     if isinstance(event, Tokens):
                         delta = answer.take(event.token_ids)
                         counters.output_tokens += len(delta.token_ids)
                         if prompt_info is not None:
                             first_token_at_s = state.clock.monotonic_s()
+                            prompt_info.token_logprobs.extend(prompt_logprobs)
                         response = inference_pb2.GenerateResponse(
-                            prompt_info=prompt_info, outputs=_output(checked, delta)
+                            prompt_info=prompt_info, outputs=_output(checked, delta, event.logprobs)
                         )
                         prompt_info = None
                         if delta.stopped_by is None:
@@ -274,13 +279,23 @@ def _prompt_info(checked: CheckedRequest, request: EngineRequest) -> inference_p
     )
 
 
-def _output(checked: CheckedRequest, delta: Delta) -> inference_pb2.SequenceOutput:
+def _output(
+    checked: CheckedRequest, delta: Delta, logprobs: Sequence[TokenLogprobs] = ()
+) -> inference_pb2.SequenceOutput:
     response = checked.wire.response
     return inference_pb2.SequenceOutput(
         text=delta.text if _wants_text(response) else "",
         num_tokens=len(delta.token_ids),
         token_ids=delta.token_ids if response.output_token_ids else (),
+        token_logprobs=[_logprobs(place) for place in logprobs[: len(delta.token_ids)]],
     )
+
+
+def _logprobs(place: TokenLogprobs) -> inference_pb2.TokenLogprobs:
+    def entry(candidate: Candidate) -> inference_pb2.TokenLogprob:
+        return inference_pb2.TokenLogprob(token_id=candidate.token_id, logprob=candidate.logprob, rank=candidate.rank)
+
+    return inference_pb2.TokenLogprobs(chosen=entry(place.chosen), top=[entry(candidate) for candidate in place.top])
 
 
 def _stopped_by_string(answer: Answer, stop: str) -> inference_pb2.FinishInfo:

@@ -5,10 +5,9 @@ Two halves, since the prompt's length is known only after tokenizing: `check` an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -25,19 +24,16 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_STRING = 1024
 ROLES = ("system", "user", "assistant")
 MAX_TEMPERATURE = 100.0
+MAX_PENALTY = 2.0
+MAX_REPETITION_PENALTY = 100.0
+MAX_BIAS = 100.0
+MAX_LOGIT_BIAS = 1024
+MAX_LOGPROBS = 20
 _DEFAULTS = Sampling()
 _PROMPTS = ("text", "token_ids", "chat")
 # Field → the values that mean the same as leaving it out.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "sampling.num_sequences": (0, 1),
-    "sampling.min_p": (0.0,),
-    "decoding.presence_penalty": (0.0,),
-    "decoding.frequency_penalty": (0.0,),
-    "decoding.repetition_penalty": (0.0, 1.0),
-    "decoding.logit_bias": (),
-    "decoding.allowed_token_ids": (),
-    "response.prompt_logprobs": (),
-    "response.output_logprobs": (),
     "session_id": (),
     "expected_output_tokens": (),
 }
@@ -69,7 +65,7 @@ def check(
     for path, neutral in _UNSUPPORTED.items():
         _refuse_unsupported(wire, path, neutral)
     _check_stopping(wire.stopping, model)
-    return CheckedRequest(wire, model, _sampling(wire, drawn_seed))
+    return CheckedRequest(wire, model, _sampling(wire, model, drawn_seed))
 
 
 def check_request_id(request_id: str) -> None:
@@ -199,15 +195,78 @@ def _check_stopping(stopping: inference_pb2.StoppingOptions, model: ServedModel)
             )
 
 
-def _sampling(wire: inference_pb2.GenerateRequest, drawn_seed: int) -> Sampling:
+def _sampling(wire: inference_pb2.GenerateRequest, model: ServedModel, drawn_seed: int) -> Sampling:
+    options, decoding, response = wire.sampling, wire.decoding, wire.response
     temperature = wire.temperature if wire.HasField("temperature") else _DEFAULTS.temperature
-    if not (math.isfinite(temperature) and 0.0 <= temperature <= MAX_TEMPERATURE):
-        raise InvalidRequest("temperature", f"is {temperature}; between 0 (greedy) and {MAX_TEMPERATURE:g}")
-    top_p = wire.sampling.top_p if wire.sampling.HasField("top_p") else _DEFAULTS.top_p
+    top_p = options.top_p if options.HasField("top_p") else _DEFAULTS.top_p
+    repetition_penalty = decoding.repetition_penalty or _DEFAULTS.repetition_penalty  # proto3: 0 is unset
+    _check_range("temperature", temperature, 0.0, MAX_TEMPERATURE, "0 is greedy")
     if not 0.0 < top_p <= 1.0:  # NaN too
         raise InvalidRequest("sampling.top_p", f"is {top_p}; more than 0 and at most 1")
-    seed = wire.sampling.seed if wire.sampling.HasField("seed") else drawn_seed
-    return Sampling(temperature, wire.sampling.top_k, top_p, seed)
+    _check_range("sampling.min_p", options.min_p, 0.0, 1.0)
+    _check_range("decoding.presence_penalty", decoding.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _check_range("decoding.frequency_penalty", decoding.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    if not 0.0 < repetition_penalty <= MAX_REPETITION_PENALTY:
+        raise InvalidRequest(
+            "decoding.repetition_penalty",
+            f"is {repetition_penalty}; more than 0 and at most {MAX_REPETITION_PENALTY:g}",
+        )
+    return Sampling(
+        temperature=temperature,
+        top_k=options.top_k,
+        top_p=top_p,
+        min_p=options.min_p,
+        seed=options.seed if options.HasField("seed") else drawn_seed,
+        presence_penalty=decoding.presence_penalty,
+        frequency_penalty=decoding.frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        logit_bias=_logit_bias(decoding, model),
+        allowed_token_ids=_allowed_token_ids(wire, model),
+        logprobs=_num_logprobs(response, "output_logprobs", model),
+        prompt_logprobs=_num_logprobs(response, "prompt_logprobs", model),
+    )
+
+
+def _check_range(field: str, value: float, least: float, most: float, hint: str = "") -> None:
+    if not least <= value <= most:  # NaN too
+        raise InvalidRequest(field, f"is {value}; between {least:g} and {most:g}" + (f", {hint}" if hint else ""))
+
+
+def _logit_bias(decoding: inference_pb2.DecodingOptions, model: ServedModel) -> tuple[tuple[int, float], ...]:
+    _check_count("decoding.logit_bias", len(decoding.logit_bias), MAX_LOGIT_BIAS)
+    _check_token_ids("decoding.logit_bias", sorted(decoding.logit_bias), model)
+    for token_id, bias in decoding.logit_bias.items():
+        _check_range(f"decoding.logit_bias[{token_id}]", bias, -MAX_BIAS, MAX_BIAS)
+    return tuple(sorted(decoding.logit_bias.items()))
+
+
+def _allowed_token_ids(wire: inference_pb2.GenerateRequest, model: ServedModel) -> tuple[int, ...] | None:
+    field, stopping = "decoding.allowed_token_ids.ids", wire.stopping
+    if not wire.decoding.HasField("allowed_token_ids"):
+        return None
+    allowed = sorted(set(wire.decoding.allowed_token_ids.ids))
+    if not allowed:
+        raise InvalidRequest(field, "is empty; leave allowed_token_ids out to allow all")
+    _check_token_ids(field, allowed, model)
+    ending = set(stopping.stop_token_ids) | (set() if stopping.ignore_eos else model.spec.eos_token_ids)
+    if stopping.min_new_tokens > 1 and ending.issuperset(allowed):
+        raise InvalidRequest(
+            field, f"holds only tokens that end the answer, and min_new_tokens is {stopping.min_new_tokens}"
+        )
+    return tuple(allowed)
+
+
+def _num_logprobs(
+    response: inference_pb2.ResponseOptions, name: Literal["output_logprobs", "prompt_logprobs"], model: ServedModel
+) -> int | None:
+    if not response.HasField(name):
+        return None
+    count: int = getattr(response, name)
+    if model.config.engine == "sim":
+        raise InvalidRequest(f"response.{name}", "the sim engine has no probabilities; leave it out")
+    if count > MAX_LOGPROBS:
+        raise InvalidRequest(f"response.{name}", f"is {count}; at most {MAX_LOGPROBS} candidates")
+    return count
 
 
 def _refuse_unsupported(wire: Message, path: str, neutral: tuple[object, ...]) -> None:

@@ -1,10 +1,14 @@
 import os
+from pathlib import Path
+
+from muxmesh.engine.kernel_cache import kernel_cache_dir
 
 # Read when grpc is loaded: meshes are started from this process, which watches their health over gRPC.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 # Read when numba is loaded. Kernels compiled by one run are kept for the next.
-_KERNELS = os.path.realpath(os.path.join(os.path.dirname(__file__), "..", "build", "test-cache", "numba"))
-os.environ.setdefault("NUMBA_CACHE_DIR", _KERNELS)
+_CACHE = Path(__file__).resolve().parent.parent / "build" / "test-cache"
+_KERNELS = _CACHE / "numba"
+os.environ.setdefault("NUMBA_CACHE_DIR", str(kernel_cache_dir(_CACHE)))
 
 import pytest
 from hypothesis import settings

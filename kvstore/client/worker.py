@@ -19,6 +19,7 @@ from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime, Role
 from muxmesh.engine.api import Engine
 from muxmesh.engine.build import build_engine, num_threads
+from muxmesh.engine.kernel_cache import kernel_cache_dir
 from muxmesh.engine.kv_view import KvView
 from muxmesh.lifecycle import Stop, run_service, service_arguments
 from muxmesh.models.prepare import model_spec
@@ -91,12 +92,10 @@ async def _watch(engine: Engine, give_up: Callable[[str], None]) -> None:
 
 
 def _set_up_threads(runtime: MeshRuntime, model: str) -> None:
-    """What OpenMP and numba read once, when they are loaded. Waiting threads sleep: an idle worker never spins."""
+    """What libraries read once, when they are loaded. Waiting threads sleep: an idle worker never spins."""
     _, config = runtime.model(model)
     os.environ.update(
         OMP_NUM_THREADS=str(num_threads(config)),
         OMP_WAIT_POLICY="PASSIVE",
-        NUMBA_NUM_THREADS=str(num_threads(config)),
-        NUMBA_THREADING_LAYER_PRIORITY="omp workqueue tbb",  # without the system's libgomp it is the second
-        NUMBA_CACHE_DIR=str(runtime.cache_dir / "numba"),
+        NUMBA_CACHE_DIR=str(kernel_cache_dir(runtime.cache_dir)),
     )

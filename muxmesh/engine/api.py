@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from muxmesh.types import EngineRequest, Finish, OrderKey
+from muxmesh.types import EngineRequest, Finish, OrderKey, TokenLogprobs
 
 
 class Until(enum.Enum):
@@ -40,10 +40,21 @@ class EngineJob:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """New output tokens; ``start_index`` is the place of the first in the answer."""
+    """New output tokens; ``start_index`` is the place of the first in the answer.
+
+    ``logprobs`` has one entry for each token if the request wants them, else none.
+    """
 
     start_index: int
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """Log-probabilities of the next prompt tokens, in order; the first of all belong to the second prompt token."""
+
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +86,7 @@ class Failed:
     reason: str
 
 
-Event = Tokens | PrefillDone | Finished | Preempted | Failed
+Event = Tokens | PromptScored | PrefillDone | Finished | Preempted | Failed
 
 
 @dataclass(frozen=True, slots=True)

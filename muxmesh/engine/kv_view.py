@@ -16,7 +16,7 @@ class KvView:
 
     A slab of ``slab_bytes`` holds ``blocks_per_slab`` token blocks, so the id of a token block alone gives its
     place: ``(id // blocks_per_slab) * slab + (id % blocks_per_slab) * token block``. Inside a token block,
-    KV block ``layer * num_kv_heads + head`` holds [K, V], each [block_size, head_dim].
+    KV block ``layer * num_kv_heads + head`` holds K as [head_dim, block_size], then V as [block_size, head_dim].
     """
 
     pool: np.ndarray

@@ -1,60 +1,109 @@
 """Draws one token from logits. A draw depends only on the logits, the parameters, the seed and the place.
 
-Filters in the order of transformers and vLLM: temperature, top-k, top-p.
+The order is that of transformers and vLLM: bias and allowed tokens, penalties, temperature, top-k, top-p, min-p.
+Log-probabilities are taken before all of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from muxmesh.engine.step import Draw
-from muxmesh.types import Sampling
+from muxmesh.engine.step import Draw, Drawn
+from muxmesh.types import Candidate, Sampling, TokenLogprobs
 
-_NUCLEUS_CANDIDATES = 1024
+_FEW_CANDIDATES = 1024
 
 
-def draw_token(logits: np.ndarray, draw: Draw) -> int:
-    """The token drawn from ``logits`` (f32, [vocab_size]); changes ``logits`` where tokens are banned."""
-    if draw.banned:
-        logits[list(draw.banned)] = -np.inf
-    if draw.sampling.greedy:
+def draw_token(logits: np.ndarray, draw: Draw) -> Drawn:
+    """The token drawn from ``logits`` (f32, [vocab_size]), which are left as they are."""
+    sampling = draw.sampling
+    token_id = _draw(adjusted(logits, draw), draw)
+    wanted = sampling.logprobs
+    return Drawn(token_id, None if wanted is None else token_logprobs(logits, token_id, wanted))
+
+
+def _draw(logits: np.ndarray, draw: Draw) -> int:
+    sampling = draw.sampling
+    if sampling.greedy:
         return int(np.argmax(logits))
-    token_ids, probabilities = candidates(logits, draw.sampling)
-    cumulative = np.cumsum(probabilities)
-    place = uniform(draw.sampling.seed, draw.output_index) * cumulative[-1]
-    return int(token_ids[min(int(np.searchsorted(cumulative, place, side="right")), len(token_ids) - 1)])
+    token_ids, weights = candidates(logits, sampling)
+    cumulative = np.cumsum(weights, dtype=np.float64)
+    place = uniform(sampling.seed, draw.sequence, draw.output_index) * cumulative[-1]
+    chosen = min(int(np.searchsorted(cumulative, place, side="right")), len(cumulative) - 1)
+    return chosen if token_ids is None else int(token_ids[chosen])
 
 
-def uniform(seed: int, output_index: int) -> float:
-    """A number in [0, 1) that depends on (seed, output_index) alone: Philox, a counter-based generator."""
-    bits = np.random.Philox(key=seed & (2**64 - 1), counter=output_index)
+def uniform(seed: int, sequence: int, output_index: int) -> float:
+    """A number in [0, 1) that depends on the arguments alone: Philox, a counter-based generator.
+
+    (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3".)
+    """
+    bits = np.random.Philox(key=(seed & (2**64 - 1)) | sequence << 64, counter=output_index)
     return float(np.random.Generator(bits).random())
 
 
-def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids that may be drawn, and their probabilities up to a common factor (f64, same length).
+def adjusted(logits: np.ndarray, draw: Draw) -> np.ndarray:
+    """The logits after bias, allowed and banned tokens, and penalties; ``logits`` itself if nothing changes them."""
+    sampling = draw.sampling
+    if not (draw.banned or sampling.logit_bias or sampling.allowed_token_ids is not None or sampling.looks_back):
+        return logits
+    changed = logits.copy()
+    for token_id, bias in sampling.logit_bias:
+        changed[token_id] += np.float32(bias)
+    if draw.banned:
+        changed[list(draw.banned)] = -np.inf
+    if sampling.allowed_token_ids is not None:
+        allowed = np.full(len(changed), -np.inf, dtype=np.float32)
+        kept = list(sampling.allowed_token_ids)
+        allowed[kept] = changed[kept]
+        changed = allowed
+    if sampling.looks_back:
+        _penalize(changed, draw)
+    return changed
 
-    Top-k keeps ties with the k-th; top-p keeps the smallest set of likeliest tokens that reaches ``top_p``.
+
+def _penalize(logits: np.ndarray, draw: Draw) -> None:
+    """Repetition as in CTRL (Keskar et al., 2019): over prompt and answer; the other two over the answer."""
+    sampling = draw.sampling
+    if sampling.repetition_penalty != 1.0:
+        seen = np.unique(np.array([*draw.prompt_token_ids, *draw.output_token_ids], dtype=np.int64))
+        there = logits[seen]
+        factor = np.float32(sampling.repetition_penalty)
+        logits[seen] = np.where(there > 0, there / factor, there * factor)
+    if draw.output_token_ids:
+        said, counts = np.unique(np.array(draw.output_token_ids, dtype=np.int64), return_counts=True)
+        logits[said] -= np.float32(sampling.frequency_penalty) * counts.astype(np.float32)
+        logits[said] -= np.float32(sampling.presence_penalty)
+
+
+def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
+    """Token ids that may be drawn (None: all), and their probabilities up to a common factor, of the same length.
+
+    Top-k keeps ties with the k-th; top-p keeps the smallest set of likeliest tokens that reaches ``top_p``; min-p
+    keeps what has at least ``min_p`` of the likeliest one's probability.
     """
-    scaled = logits.astype(np.float64) / sampling.temperature
-    token_ids = np.arange(len(scaled))
-    if 0 < sampling.top_k < len(scaled):
-        threshold = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
-        token_ids = np.flatnonzero(scaled >= threshold)
-        scaled = scaled[token_ids]
-    weights = np.exp(scaled - scaled.max())
-    if sampling.top_p >= 1.0:
-        return token_ids, weights
-    kept = _nucleus(weights, sampling.top_p)
-    return token_ids[kept], weights[kept]
+    token_ids = None
+    if 0 < sampling.top_k < len(logits):
+        threshold = np.partition(logits, -sampling.top_k)[-sampling.top_k]
+        token_ids = np.flatnonzero(logits >= threshold)
+        logits = logits[token_ids]
+    weights = np.exp((logits - logits.max()) * np.float32(1.0 / sampling.temperature))
+    for keep, share, off in ((_nucleus, sampling.top_p, 1.0), (_likely, sampling.min_p, 0.0)):
+        if share != off:
+            kept = keep(weights, share)
+            token_ids = kept if token_ids is None else token_ids[kept]
+            weights = weights[kept]
+    return token_ids, weights
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     """Indices of the smallest set of largest weights that reaches ``top_p`` of the sum, in descending order."""
-    wanted = top_p * weights.sum()
-    if len(weights) > _NUCLEUS_CANDIDATES:  # sorting a few is far cheaper than sorting a vocabulary
-        few = np.argpartition(weights, -_NUCLEUS_CANDIDATES)[-_NUCLEUS_CANDIDATES:]
-        if weights[few].sum() >= wanted:
+    wanted = top_p * float(weights.sum(dtype=np.float64))
+    if len(weights) > _FEW_CANDIDATES:  # sorting a few is far cheaper than sorting a vocabulary
+        few = np.argpartition(weights, -_FEW_CANDIDATES)[-_FEW_CANDIDATES:]
+        if weights[few].sum(dtype=np.float64) >= wanted:
             nucleus: np.ndarray = few[_head(weights[few], wanted)]
             return nucleus
     return _head(weights, wanted)
@@ -62,5 +111,33 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
 
 def _head(weights: np.ndarray, wanted: float) -> np.ndarray:
     order = np.argsort(-weights, kind="stable")
-    needed = int(np.searchsorted(np.cumsum(weights[order]), wanted, side="left")) + 1
+    needed = int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), wanted, side="left")) + 1
     return order[:needed]
+
+
+def _likely(weights: np.ndarray, min_p: float) -> np.ndarray:
+    """Indices of the weights that reach ``min_p`` of the largest."""
+    return np.flatnonzero(weights >= np.float32(min_p) * weights.max())
+
+
+def token_logprobs(logits: np.ndarray, token_id: int, num_candidates: int) -> TokenLogprobs:
+    """Log-probabilities of ``token_id`` and of the ``num_candidates`` likeliest tokens under ``logits``."""
+    top = float(logits.max())
+    log_sum = top + float(np.log(np.exp(logits.astype(np.float64) - top).sum()))
+    rank = int((logits > logits[token_id]).sum()) + 1
+    return TokenLogprobs(
+        Candidate(token_id, float(logits[token_id]) - log_sum, rank),
+        tuple(
+            Candidate(int(likely), float(logits[likely]) - log_sum, place + 1)
+            for place, likely in enumerate(_likeliest(logits, num_candidates))
+        ),
+    )
+
+
+def _likeliest(logits: np.ndarray, count: int) -> Sequence[int]:
+    if count == 0:
+        return ()
+    count = min(count, len(logits))
+    few = np.sort(np.argpartition(-logits, count - 1)[:count])
+    ordered: Sequence[int] = few[np.argsort(-logits[few], kind="stable")].tolist()
+    return ordered

@@ -8,8 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from muxmesh.engine.api import EngineJob, Event, Failed, Finished, Preempted, PrefillDone, Tokens, Until
-from muxmesh.engine.step import Chunk, Draw, Step, StepOutcome
+from muxmesh.engine.api import (
+    EngineJob,
+    Event,
+    Failed,
+    Finished,
+    Preempted,
+    PrefillDone,
+    PromptScored,
+    Tokens,
+    Until,
+)
+from muxmesh.engine.step import Chunk, Draw, Drawn, Score, Step, StepOutcome
 from muxmesh.types import OrderKey, blocks_for
 
 _TOKENS_PER_COST = 1024
@@ -132,8 +142,11 @@ class Scheduler:
             if running is None:  # cancelled meanwhile
                 continue
             running.num_computed_tokens += len(chunk.token_ids)
-            if chunk.draw is not None:
-                self._take_token(running, outcome.drawn[chunk.job_id])
+            if chunk.score is not None:
+                self._events.append((chunk.job_id, PromptScored(outcome.scored[chunk.job_id])))
+            if chunk.draws:
+                (drawn,) = outcome.drawn[chunk.job_id]
+                self._take_token(running, drawn)
             if running.pause_wished and chunk.job_id in self._jobs:
                 self._pause(running)
 
@@ -166,18 +179,18 @@ class Scheduler:
     @staticmethod
     def _chunk(running: _Running, count: int) -> Chunk:
         start, job = running.num_computed_tokens, running.job
-        draw = None
+        draws: tuple[Draw, ...] = ()
         if count == running.num_uncomputed_tokens:
-            index = running.num_output_tokens
-            draw = Draw(job.request.sampling, index, job.request.stopping.banned_at(index))
+            draws = (_draw(running),)
         tokens = tuple(running.token_ids[start : start + count])
-        return Chunk(job.job_id, start, tokens, job.block_ids, draw)
+        return Chunk(job.job_id, start, tokens, job.block_ids, draws, _score(job, start, count))
 
-    def _take_token(self, running: _Running, token_id: int) -> None:
+    def _take_token(self, running: _Running, drawn: Drawn) -> None:
         job = running.job
-        self._events.append((job.job_id, Tokens(running.num_output_tokens, (token_id,))))
-        running.token_ids.append(token_id)
-        finish = job.request.stopping.finish_after(token_id, running.num_output_tokens)
+        logprobs = () if drawn.logprobs is None else (drawn.logprobs,)
+        self._events.append((job.job_id, Tokens(running.num_output_tokens, (drawn.token_id,), logprobs)))
+        running.token_ids.append(drawn.token_id)
+        finish = job.request.stopping.finish_after(drawn.token_id, running.num_output_tokens)
         if finish is not None:
             self._end(job, Finished(finish))
         elif job.until is Until.FIRST_TOKEN:
@@ -186,3 +199,21 @@ class Scheduler:
     def _end(self, job: EngineJob, event: Event) -> None:
         del self._jobs[job.job_id]
         self._events.append((job.job_id, event))
+
+
+def _draw(running: _Running) -> Draw:
+    request, index = running.job.request, running.num_output_tokens
+    banned = request.stopping.banned_at(index)
+    if not request.sampling.looks_back:
+        return Draw(request.sampling, index, banned)
+    prompt = request.prompt_token_ids
+    return Draw(request.sampling, index, banned, 0, prompt, tuple(running.token_ids[len(prompt) :]))
+
+
+def _score(job: EngineJob, start: int, count: int) -> Score | None:
+    """What a chunk of a prompt whose log-probabilities are wanted has to score."""
+    wanted, prompt = job.request.sampling.prompt_logprobs, job.request.prompt_token_ids
+    following = prompt[start + 1 : start + count + 1]
+    if wanted is None or job.until is not Until.FIRST_TOKEN or not following:
+        return None
+    return Score(following, wanted)

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Sequence
 
 from muxmesh.config.schema import SimProfile
-from muxmesh.engine.step import Chunk, Step, StepOutcome
+from muxmesh.engine.step import Chunk, Draw, Drawn, Step, StepOutcome
 
 
 def step_time_s(profile: SimProfile, step: Step) -> float:
@@ -38,18 +38,26 @@ class SimRunner:
         duration_s = step_time_s(self._profile, step)
         if duration_s > 0:
             self._sleep(duration_s)
-        return StepOutcome({chunk.job_id: self._draw(chunk) for chunk in step.chunks if chunk.draw})
+        return StepOutcome(
+            {
+                chunk.job_id: tuple(self._draw(chunk, draw) for draw in chunk.draws)
+                for chunk in step.chunks
+                if chunk.draws
+            }
+        )
 
-    def _draw(self, chunk: Chunk) -> int:
-        assert chunk.draw is not None
-        index, sampling = chunk.draw.output_index, chunk.draw.sampling
+    def _draw(self, chunk: Chunk, draw: Draw) -> Drawn:
+        return Drawn(self._token(chunk, draw))
+
+    def _token(self, chunk: Chunk, draw: Draw) -> int:
+        index, sampling = draw.output_index, draw.sampling
         ends = 0 < self._profile.output_tokens <= index + 1
-        if ends and self._eos_token_id not in chunk.draw.banned:
+        if ends and self._eos_token_id not in draw.banned:
             return self._eos_token_id
         seed = 0 if sampling.greedy else sampling.seed
         digest = zlib.crc32(f"{chunk.token_ids[-1]}:{index}:{seed}".encode())
-        allowed = self._token_ids
-        if chunk.draw.banned:
-            allowed = [token for token in self._token_ids if token not in chunk.draw.banned]
-            allowed = allowed or [token for token in range(256) if token not in chunk.draw.banned]
+        allowed: Sequence[int] = sampling.allowed_token_ids or self._token_ids
+        if draw.banned:
+            allowed = [token for token in allowed if token not in draw.banned]
+            allowed = allowed or [token for token in range(256) if token not in draw.banned]
         return allowed[digest % len(allowed)]

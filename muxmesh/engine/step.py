@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from muxmesh.types import Sampling
+from muxmesh.types import Sampling, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Draw the token after the chunk. ``output_index`` is its place in the answer; ``banned`` may not be drawn."""
+    """Draw a token after the chunk. ``output_index`` is its place in the answer; ``banned`` may not be drawn.
+
+    ``sequence`` tells apart the answers of one request. The prompt and the answer so far are given only if the
+    sampling looks back at them.
+    """
 
     sampling: Sampling
     output_index: int
     banned: frozenset[int] = frozenset()
+    sequence: int = 0
+    prompt_token_ids: Sequence[int] = ()
+    output_token_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Wanted log-probabilities of prompt tokens: ``next_token_ids[i]`` follows token i of the chunk."""
+
+    next_token_ids: tuple[int, ...]
+    num_candidates: int
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Compute ``token_ids`` at positions [start, start + len) of one job, whose KV lies in ``block_ids``.
 
-    ``draw`` is None for a part of a prompt that is not the last one.
+    ``draws`` is empty for a part of a prompt that is not the last one; it has several for a request of several
+    answers, drawn from the same logits.
     """
 
     job_id: int
     start: int
     token_ids: tuple[int, ...]
     block_ids: tuple[int, ...]
-    draw: Draw | None
+    draws: tuple[Draw, ...] = ()
+    score: Score | None = None
+
+    @property
+    def num_logit_rows(self) -> int:
+        """How many of the last tokens need logits."""
+        return len(self.token_ids) if self.score else min(1, len(self.draws))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +67,19 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """The drawn token of each chunk with a ``draw``, by job id; ``kv_bytes_written`` into the pool."""
+class Drawn:
+    """A drawn token, and its log-probability if that is wanted."""
 
-    drawn: Mapping[int, int]
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """By job id: what each `Draw` and each `Score` of its chunk gave. ``kv_bytes_written`` into the pool."""
+
+    drawn: Mapping[int, tuple[Drawn, ...]]
+    scored: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     kv_bytes_written: int = 0
 
 

@@ -1,7 +1,8 @@
-"""The prepared weight image: one safetensors file of fused f32 matrices that every worker maps.
+"""The prepared weight image: one file of f32 tensors that every worker maps.
 
-Written once per (model files, dtype, packing); the pages are the page cache's, so any number of workers
-share one copy. Reads and writes with numpy alone.
+Written once per (model files, packing); the pages are the page cache's, so any number of workers share one copy. Two
+packings exist, each a file of its own, made when something first needs it: `panels` for the CPU kernels, `rows` for
+plain torch. A file is 8 bytes of header length, the header as JSON, then tensors on cache lines.
 """
 
 from __future__ import annotations
@@ -11,29 +12,32 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from muxmesh.errors import ModelUnsupported
+from muxmesh.models.packing import pack_gated, pack_panels, padded
 from muxmesh.models.spec import ModelSpec
+from muxmesh.models.weights import FolderWeights, weight_files
 
-PACKING = "fused-v1"
-"""Named in the file, so that a new layout is a new file."""
+Packing = Literal["panels", "rows"]
+_VERSION = 2
+"""In the file's name: a change of the layout is a new file."""
+_ALIGNMENT_BYTES = 64
+_HEADER_BYTES_PER_TENSOR = 128
 
 
 def ensure_image(
-    folder: Path, spec: ModelSpec, dtype: str, cache_dir: Path, progress: Callable[[int, int], None]
+    folder: Path, spec: ModelSpec, packing: Packing, cache_dir: Path, progress: Callable[[int, int], None]
 ) -> Path:
     """The image of the model in ``folder``, prepared if it is not there yet.
 
     ``progress`` gets (layers done, layers). Raises ModelUnsupported if a weight is missing or has another shape.
     """
-    path = cache_dir / "images" / f"{folder.name}-{_fingerprint(folder)}-{dtype}-{PACKING}.safetensors"
+    path = cache_dir / "images" / f"{folder.name}-{_fingerprint(folder)}-{packing}-v{_VERSION}.f32"
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,82 +45,106 @@ def ensure_image(
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.is_file():
             partial = path.with_suffix(".partial")
-            save_file(dict(_fused(_Weights(folder), spec, progress)), partial)
+            with partial.open("wb") as file:
+                _write(file, spec, _tensors(FolderWeights(folder), spec, packing, progress))
             os.replace(partial, path)
     return path
 
 
-def map_image(path: Path) -> dict[str, np.ndarray]:
-    """Tensor name → f32 array over the mapped file.
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A mapped image: ``flat`` is everything (f32), ``parts`` maps a tensor's name to (offset, length) in it."""
 
-    The mapping is private and writable, as array libraries ask for; nothing writes, so no page is ever copied.
-    """
+    flat: np.ndarray
+    parts: Mapping[str, tuple[int, int]]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def get(self, name: str) -> np.ndarray:
+        """One tensor, in its shape. Raises KeyError."""
+        at, length = self.parts[name]
+        return self.flat[at : at + length].reshape(self.shapes[name])
+
+
+def map_image(path: Path) -> Image:
+    """Maps an image. The mapping is private and writable, as torch asks for; nothing writes, so no page is copied."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     header_bytes = int.from_bytes(mapped[:8], "little")
     header = json.loads(mapped[8 : 8 + header_bytes])
-    whole = np.frombuffer(mapped, dtype=np.uint8)[8 + header_bytes :]
-    return {
-        name: whole[slice(*entry["data_offsets"])].view(np.float32).reshape(entry["shape"])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    return Image(
+        flat=np.frombuffer(mapped, dtype=np.float32),
+        parts={name: (entry["at"], int(np.prod(entry["shape"]))) for name, entry in header.items()},
+        shapes={name: tuple(entry["shape"]) for name, entry in header.items()},
+    )
 
 
-class _Weights:
-    """The source tensors of a folder, whichever file they are in, read as f32."""
-
-    def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-        missing = sorted(name for name in names if not (folder / name).is_file())
-        if missing:
-            raise ModelUnsupported(f"{folder}: weights are missing: {', '.join(missing)}")
-        self._folder = folder
-        self._files: list[Any] = [safe_open(folder / name, framework="numpy") for name in sorted(names)]
-        self._owner = {key: file for file in self._files for key in file.keys()}  # noqa: SIM118 - not a dict
-
-    def read(self, name: str, *shape: int) -> np.ndarray:
-        if name not in self._owner:
-            raise ModelUnsupported(f"{self._folder}: weight {name} is missing")
-        if self._owner[name].get_slice(name).get_dtype() == "BF16":
-            raise ModelUnsupported(
-                f"{self._folder}: weight {name} is bfloat16; convert the model to float16 or float32"
-            )
-        tensor = self._owner[name].get_tensor(name)
-        if tensor.shape != shape:
-            raise ModelUnsupported(f"{self._folder}: weight {name} has shape {tensor.shape}, config.json says {shape}")
-        return np.asarray(tensor, dtype=np.float32)
+def image_bytes(spec: ModelSpec) -> int:
+    """Size of an image's tensors, padding apart."""
+    return 4 * spec.num_parameters
 
 
-def _fused(
-    weights: _Weights, spec: ModelSpec, progress: Callable[[int, int], None]
+def _write(file: BinaryIO, spec: ModelSpec, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+    room = padded(8 + _HEADER_BYTES_PER_TENSOR * (9 * spec.num_layers + 3), 4096)
+    file.seek(room)
+    header: dict[str, Any] = {}
+    for name, array in tensors:
+        file.seek(padded(file.tell(), _ALIGNMENT_BYTES))
+        header[name] = {"at": file.tell() // 4, "shape": array.shape}
+        file.write(np.ascontiguousarray(array, dtype=np.float32).data)
+    file.truncate(padded(file.tell(), _ALIGNMENT_BYTES))
+    text = json.dumps(header).encode()
+    assert len(text) + 8 <= room, "the header fits into its room"
+    file.seek(0)
+    file.write(len(text).to_bytes(8, "little") + text)
+
+
+def _tensors(
+    weights: FolderWeights, spec: ModelSpec, packing: Packing, progress: Callable[[int, int], None]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields every tensor of the image: Q, K and V in one matrix, gate and up in one."""
+    pack, gated = (pack_panels, pack_gated) if packing == "panels" else (_as_it_is, _one_above_the_other)
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    yield "embed", weights.read("model.embed_tokens.weight", spec.vocab_size, hidden)
-    if not spec.tied_embeddings:
-        yield "lm_head", weights.read("lm_head.weight", spec.vocab_size, hidden)
+    qkv_rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
+    embed = weights.read("model.embed_tokens.weight", spec.vocab_size, hidden)
+    if spec.tied_embeddings:
+        yield "lm_head", pack(embed)
+    else:
+        yield "embed", embed
+        yield "lm_head", pack(weights.read("lm_head.weight", spec.vocab_size, hidden))
     yield "norm", weights.read("model.norm.weight", hidden)
     for layer in range(spec.num_layers):
         prefix = f"model.layers.{layer}."
-        qkv = [weights.read(f"{prefix}self_attn.q_proj.weight", q_rows, hidden)]
-        qkv += [weights.read(f"{prefix}self_attn.{part}_proj.weight", kv_rows, hidden) for part in "kv"]
-        gate_up = [weights.read(f"{prefix}mlp.{part}_proj.weight", inner, hidden) for part in ("gate", "up")]
+        attention = f"{prefix}self_attn."
+        qkv = [weights.read(f"{attention}{part}_proj.weight", rows, hidden) for part, rows in qkv_rows.items()]
         yield f"{layer}.input_norm", weights.read(f"{prefix}input_layernorm.weight", hidden)
-        yield f"{layer}.qkv", np.concatenate(qkv)
-        yield f"{layer}.o", weights.read(f"{prefix}self_attn.o_proj.weight", hidden, q_rows)
+        yield f"{layer}.qkv", pack(np.concatenate(qkv))
+        if spec.qkv_bias:
+            bias = [weights.read(f"{attention}{part}_proj.bias", rows) for part, rows in qkv_rows.items()]
+            yield f"{layer}.qkv_bias", np.concatenate(bias)
+        if spec.qk_norm:
+            yield f"{layer}.q_norm", weights.read(f"{attention}q_norm.weight", spec.head_dim)
+            yield f"{layer}.k_norm", weights.read(f"{attention}k_norm.weight", spec.head_dim)
+        yield f"{layer}.o", pack(weights.read(f"{attention}o_proj.weight", hidden, q_rows))
         yield f"{layer}.post_norm", weights.read(f"{prefix}post_attention_layernorm.weight", hidden)
-        yield f"{layer}.gate_up", np.concatenate(gate_up)
-        yield f"{layer}.down", weights.read(f"{prefix}mlp.down_proj.weight", hidden, inner)
+        gate, up = (weights.read(f"{prefix}mlp.{part}_proj.weight", inner, hidden) for part in ("gate", "up"))
+        yield f"{layer}.gate_up", gated(gate, up)
+        yield f"{layer}.down", pack(weights.read(f"{prefix}mlp.down_proj.weight", hidden, inner))
         progress(layer + 1, spec.num_layers)
+
+
+def _as_it_is(matrix: np.ndarray) -> np.ndarray:
+    return matrix
+
+
+def _one_above_the_other(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return np.concatenate([gate, up])
 
 
 def _fingerprint(folder: Path) -> str:
     """Changes when a weight file or the config is replaced; costs no reading of the weights."""
     digest = hashlib.sha256(str(folder.resolve()).encode())
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+    for path in sorted([*weight_files(folder), folder / "config.json"]):
         status = path.stat()
         digest.update(f"{path.name}:{status.st_size}:{status.st_mtime_ns}".encode())
     return digest.hexdigest()[:12]

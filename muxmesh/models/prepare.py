@@ -35,7 +35,7 @@ def prepare_model(model: ModelConfig, base_dir: Path, cache_dir: Path, progress:
         if model.engine == "sim" or folder is None:
             return PreparedModel(folder=folder, image=None)
         image = ensure_image(
-            folder, model_spec(folder), model.dtype, cache_dir, lambda done, total: progress("preparing", done, total)
+            folder, model_spec(folder), "panels", cache_dir, lambda done, total: progress("preparing", done, total)
         )
         return PreparedModel(folder=folder, image=image)
     except ConfigError as error:

@@ -3,14 +3,48 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from muxmesh.errors import ModelUnsupported
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPE_BYTES = {"float32": 4}
+HEAD_DIMS = range(16, 257, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearRope:
+    """Position interpolation (Chen et al., 2023): angles are ``factor`` times smaller."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Rope:
+    """Llama 3.1's: only wave lengths that are long against the original context are stretched."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class YarnRope:
+    """YaRN (Peng et al., 2023). ``attention_factor`` multiplies cos and sin."""
+
+    factor: float
+    original_context_len: int
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float
+    truncate: bool
+
+
+RopeScaling = LinearRope | Llama3Rope | YarnRope
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +90,19 @@ class ModelSpec:
     context_len: int
     tied_embeddings: bool
     eos_token_ids: frozenset[int]
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    """Q, K and V have a bias (Qwen2)."""
+    qk_norm: bool = False
+    """Q and K are normalized head by head before the rotation (Qwen3)."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the model; a tied matrix counts once."""
+        q, kv, hidden = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.hidden_size
+        layer = hidden * (2 * q + 2 * kv) + 3 * hidden * self.intermediate_size + 2 * hidden
+        layer += (q + 2 * kv) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
+        return self.num_layers * layer + self.vocab_size * hidden * (1 if self.tied_embeddings else 2) + hidden
 
     def kv_shape(self, block_size: int, dtype: str) -> KvShape:
         """Shape of this model's KV for a block size and a dtype of `DTYPE_BYTES`."""
@@ -89,10 +136,10 @@ def read_model_spec(folder: Path) -> ModelSpec:
         raise ModelUnsupported(
             f"{folder}: architecture {architecture} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
-    _refuse_variants(folder, config)
     try:
+        _refuse_variants(folder, config)
         num_heads = int(config["num_attention_heads"])
-        return ModelSpec(
+        spec = ModelSpec(
             architecture=architecture,
             vocab_size=int(config["vocab_size"]),
             hidden_size=int(config["hidden_size"]),
@@ -101,14 +148,21 @@ def read_model_spec(folder: Path) -> ModelSpec:
             num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
             head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // num_heads),
             intermediate_size=int(config["intermediate_size"]),
-            rope_theta=_rope_theta(config),
+            rope_theta=float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10_000.0),
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            context_len=int(config["max_position_embeddings"]),
+            context_len=_context_len(config),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             eos_token_ids=_eos_token_ids(folder, config),
+            rope_scaling=_rope_scaling(folder, config),
+            qkv_bias=architecture == "Qwen2ForCausalLM",
+            qk_norm=architecture == "Qwen3ForCausalLM",
         )
     except KeyError as error:
         raise ModelUnsupported(f"{folder}/config.json: field {error.args[0]} is missing") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelUnsupported(f"{folder}/config.json: a field has a wrong type: {error}") from error
+    _check_sizes(folder, spec)
+    return spec
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -122,23 +176,88 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _refuse_variants(folder: Path, config: dict[str, Any]) -> None:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     refused = {
         "attention_bias": bool(config.get("attention_bias")),
         "mlp_bias": bool(config.get("mlp_bias")),
         "quantization_config": bool(config.get("quantization_config")),
         "hidden_act other than silu": config.get("hidden_act", "silu") != "silu",
-        "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
-        "partial_rotary_factor": float(config.get("partial_rotary_factor") or 1.0) != 1.0,
+        "partial_rotary_factor": float(_rope(config).get("partial_rotary_factor") or 1.0) != 1.0
+        or float(config.get("partial_rotary_factor") or 1.0) != 1.0,
     }
     found = [name for name, present in refused.items() if present]
     if found:
         raise ModelUnsupported(f"{folder}/config.json: not supported: {', '.join(found)}")
 
 
-def _rope_theta(config: dict[str, Any]) -> float:
-    rope = config.get("rope_parameters") or {}
-    return float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+def _check_sizes(folder: Path, spec: ModelSpec) -> None:
+    if spec.head_dim not in HEAD_DIMS:
+        raise ModelUnsupported(
+            f"{folder}/config.json: head_dim is {spec.head_dim}; supported: even numbers from "
+            f"{HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
+        )
+    if spec.num_heads % spec.num_kv_heads:
+        raise ModelUnsupported(
+            f"{folder}/config.json: num_attention_heads ({spec.num_heads}) is no multiple of num_key_value_heads "
+            f"({spec.num_kv_heads})"
+        )
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The rope fields; newer configs have them all in ``rope_parameters``."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _rope_scaling(folder: Path, config: dict[str, Any]) -> RopeScaling | None:
+    rope = _rope(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    original = int(
+        rope.get("original_max_position_embeddings")
+        or config.get("original_max_position_embeddings")
+        or config["max_position_embeddings"]
+    )
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return LinearRope(float(rope["factor"]))
+    if kind == "llama3":
+        return Llama3Rope(
+            float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), original
+        )
+    if kind == "yarn":
+        factor = float(rope.get("factor") or int(config["max_position_embeddings"]) / original)
+        return YarnRope(
+            factor=factor,
+            original_context_len=original,
+            beta_fast=float(rope.get("beta_fast") or 32),
+            beta_slow=float(rope.get("beta_slow") or 1),
+            attention_factor=_yarn_attention_factor(factor, rope),
+            truncate=bool(rope.get("truncate", True)),
+        )
+    raise ModelUnsupported(
+        f"{folder}/config.json: rope type {kind} is not supported; supported: default, linear, llama3, yarn"
+    )
+
+
+def _yarn_attention_factor(factor: float, rope: dict[str, Any]) -> float:
+    """YaRN, section 3.4: 0.1 ln(s) + 1; two ``mscale`` fields give the ratio of two of them."""
+
+    def scaled(by: float) -> float:
+        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return scaled(float(rope["mscale"])) / scaled(float(rope["mscale_all_dim"]))
+    return scaled(1.0)
+
+
+def _context_len(config: dict[str, Any]) -> int:
+    """Positions that are computed exactly: inside a sliding window, windowed attention is full attention."""
+    length = int(config["max_position_embeddings"])
+    window = config.get("sliding_window")
+    if window and config.get("use_sliding_window", True):
+        return min(length, int(window))
+    return length
 
 
 def _eos_token_ids(folder: Path, config: dict[str, Any]) -> frozenset[int]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 from muxmesh.internal.v1 import kvstore_pb2, request_pb2
 from muxmesh.types import (
+    Candidate,
     EngineRequest,
     Finish,
     FinishReason,
@@ -13,6 +17,7 @@ from muxmesh.types import (
     OrderKey,
     Sampling,
     Stopping,
+    TokenLogprobs,
 )
 
 _FINISH = {
@@ -31,9 +36,7 @@ def request_to_wire(request: EngineRequest) -> request_pb2.EngineRequest:
         model=request.model,
         prompt_token_ids=request.prompt_token_ids,
         resume_token_ids=request.resume_token_ids,
-        sampling=request_pb2.Sampling(
-            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed
-        ),
+        sampling=_sampling_to_wire(sampling),
         stopping=request_pb2.Stopping(
             max_new_tokens=stopping.max_new_tokens,
             min_new_tokens=stopping.min_new_tokens,
@@ -59,7 +62,7 @@ def request_from_wire(wire: request_pb2.EngineRequest) -> EngineRequest:
         request_id=wire.request_id,
         model=wire.model,
         prompt_token_ids=tuple(wire.prompt_token_ids),
-        sampling=Sampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed),
+        sampling=_sampling_from_wire(sampling),
         stopping=Stopping(
             stopping.max_new_tokens,
             stopping.min_new_tokens,
@@ -70,6 +73,59 @@ def request_from_wire(wire: request_pb2.EngineRequest) -> EngineRequest:
         resume_token_ids=tuple(wire.resume_token_ids),
         prediction=prediction,
     )
+
+
+def _sampling_to_wire(sampling: Sampling) -> request_pb2.Sampling:
+    allowed = sampling.allowed_token_ids
+    return request_pb2.Sampling(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        allowed=None if allowed is None else request_pb2.AllowedTokens(token_ids=allowed),
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
+    )
+
+
+def _sampling_from_wire(wire: request_pb2.Sampling) -> Sampling:
+    return Sampling(
+        temperature=wire.temperature,
+        top_k=wire.top_k,
+        top_p=wire.top_p,
+        min_p=wire.min_p,
+        seed=wire.seed,
+        presence_penalty=wire.presence_penalty,
+        frequency_penalty=wire.frequency_penalty,
+        repetition_penalty=wire.repetition_penalty,
+        logit_bias=tuple(sorted(wire.logit_bias.items())),
+        allowed_token_ids=tuple(wire.allowed.token_ids) if wire.HasField("allowed") else None,
+        logprobs=wire.logprobs if wire.HasField("logprobs") else None,
+        prompt_logprobs=wire.prompt_logprobs if wire.HasField("prompt_logprobs") else None,
+    )
+
+
+def logprobs_to_wire(places: Sequence[TokenLogprobs]) -> request_pb2.Logprobs:
+    """See `logprobs_from_wire`."""
+    everything = [candidate for place in places for candidate in (place.chosen, *place.top)]
+    return request_pb2.Logprobs(
+        counts=[1 + len(place.top) for place in places],
+        token_ids=[candidate.token_id for candidate in everything],
+        logprobs=[candidate.logprob for candidate in everything],
+        ranks=[candidate.rank for candidate in everything],
+    )
+
+
+def logprobs_from_wire(wire: request_pb2.Logprobs) -> tuple[TokenLogprobs, ...]:
+    """The log-probabilities that `logprobs_to_wire` sent."""
+    flat = (Candidate(*entry) for entry in zip(wire.token_ids, wire.logprobs, wire.ranks, strict=True))
+    places = (tuple(itertools.islice(flat, count)) for count in wire.counts)
+    return tuple(TokenLogprobs(chosen, tuple(top)) for chosen, *top in places)
 
 
 def finish_to_wire(finish: Finish) -> request_pb2.Finish:

@@ -194,6 +194,7 @@ class SamplingOptions(_message.Message):
     top_p: _builtins.float
     """In (0, 1]. Unset is 1."""
     min_p: _builtins.float
+    """In [0, 1]: drops tokens that are less likely than this share of the likeliest. Unset is 0."""
     seed: _builtins.int
     """Every drawn token depends only on the logits, this seed and its position. Unset: the mesh draws one."""
     def __init__(
@@ -251,12 +252,18 @@ class DecodingOptions(_message.Message):
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     ALLOWED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     presence_penalty: _builtins.float
+    """In [-2, 2], over the tokens of the answer so far."""
     frequency_penalty: _builtins.float
     repetition_penalty: _builtins.float
+    """Over prompt and answer; more than 0, 1 and unset are off."""
     @_builtins.property
-    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]: ...
+    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """Added to the logit of a token; in [-100, 100]."""
+
     @_builtins.property
-    def allowed_token_ids(self) -> Global___TokenIds: ...
+    def allowed_token_ids(self) -> Global___TokenIds:
+        """No other token is drawn. Unset: all are allowed."""
+
     def __init__(
         self,
         *,
@@ -327,10 +334,12 @@ class ResponseOptions(_message.Message):
     prompt_token_ids: _builtins.bool
     """Returns the prompt's token ids in prompt_info."""
     prompt_logprobs: _builtins.int
+    """Log-probabilities of the prompt's tokens, each with so many of the likeliest candidates (0..20)."""
     output_text: _builtins.bool
     """Unset is true."""
     output_token_ids: _builtins.bool
     output_logprobs: _builtins.int
+    """Log-probabilities of the answer's tokens, each with so many of the likeliest candidates (0..20)."""
     skip_special_tokens: _builtins.bool
     """Unset is true."""
     def __init__(
@@ -437,6 +446,7 @@ class PromptInfo(_message.Message):
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     PREDICTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKEN_LOGPROBS_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
     num_cached_tokens: _builtins.int
     """Prompt tokens whose KV was found in the prefix cache."""
@@ -446,6 +456,10 @@ class PromptInfo(_message.Message):
     """The mesh's own guess of the answer's length in tokens; unset when it made none."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def token_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """Of the second prompt token and those after it, if response.prompt_logprobs is set."""
+
     def __init__(
         self,
         *,
@@ -454,16 +468,67 @@ class PromptInfo(_message.Message):
         num_cached_tokens: _builtins.int = ...,
         seed: _builtins.int = ...,
         predicted_output_tokens: _builtins.int | None = ...,
+        token_logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_predicted_output_tokens", b"_predicted_output_tokens", "predicted_output_tokens", b"predicted_output_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_output_tokens", b"_predicted_output_tokens", "num_cached_tokens", b"num_cached_tokens", "num_prompt_tokens", b"num_prompt_tokens", "predicted_output_tokens", b"predicted_output_tokens", "seed", b"seed", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_output_tokens", b"_predicted_output_tokens", "num_cached_tokens", b"num_cached_tokens", "num_prompt_tokens", b"num_prompt_tokens", "predicted_output_tokens", b"predicted_output_tokens", "seed", b"seed", "token_ids", b"token_ids", "token_logprobs", b"token_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__predicted_output_tokens: _TypeAlias = _typing.Literal["predicted_output_tokens"]  # noqa: Y015
     _WhichOneofArgType__predicted_output_tokens: _TypeAlias = _typing.Literal["_predicted_output_tokens", b"_predicted_output_tokens"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_output_tokens) -> _WhichOneofReturnType__predicted_output_tokens | None: ...
 
 Global___PromptInfo: _TypeAlias = PromptInfo  # noqa: Y015
+
+@_typing.final
+class TokenLogprobs(_message.Message):
+    """The model's own log-probabilities at one place: before penalties, bias, temperature and filters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chosen(self) -> Global___TokenLogprob: ...
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The likeliest tokens, best first."""
+
+    def __init__(
+        self,
+        *,
+        chosen: Global___TokenLogprob | None = ...,
+        top: _abc.Iterable[Global___TokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___TokenLogprobs: _TypeAlias = TokenLogprobs  # noqa: Y015
+
+@_typing.final
+class TokenLogprob(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    logprob: _builtins.float
+    rank: _builtins.int
+    """1 is the likeliest."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float = ...,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "rank", b"rank", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
 
 @_typing.final
 class SequenceOutput(_message.Message):
@@ -474,6 +539,7 @@ class SequenceOutput(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FINISH_INFO_FIELD_NUMBER: _builtins.int
+    TOKEN_LOGPROBS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     text: _builtins.str
     """Never half a character. Text that may yet become a stop string is held back."""
@@ -485,6 +551,10 @@ class SequenceOutput(_message.Message):
     def finish_info(self) -> Global___FinishInfo:
         """In the last message only."""
 
+    @_builtins.property
+    def token_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """One for each token of this message, if response.output_logprobs is set."""
+
     def __init__(
         self,
         *,
@@ -493,10 +563,11 @@ class SequenceOutput(_message.Message):
         num_tokens: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         finish_info: Global___FinishInfo | None = ...,
+        token_logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_finish_info", b"_finish_info", "finish_info", b"finish_info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish_info", b"_finish_info", "finish_info", b"finish_info", "index", b"index", "num_tokens", b"num_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish_info", b"_finish_info", "finish_info", b"finish_info", "index", b"index", "num_tokens", b"num_tokens", "text", b"text", "token_ids", b"token_ids", "token_logprobs", b"token_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__finish_info: _TypeAlias = _typing.Literal["finish_info"]  # noqa: Y015
     _WhichOneofArgType__finish_info: _TypeAlias = _typing.Literal["_finish_info", b"_finish_info"]  # noqa: Y015

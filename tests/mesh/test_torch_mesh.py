@@ -106,7 +106,7 @@ async def test_both_phases_map_the_same_memory(mesh: RunningMesh) -> None:
         return {(line.split()[3], line.split()[4]) for line in lines if what in line}
 
     pids = [mesh.pid(f"{role}/gqa") for role in ("prefill", "decode")]
-    for what in ("memfd:muxmesh-kv-pool", "float32-fused"):
+    for what in ("memfd:muxmesh-kv-pool", "-panels-v"):
         first, second = (mapped(pid, what) for pid in pids)
         assert first == second
         assert len(first) == 1

@@ -12,6 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from muxmesh.engine.kv_view import KvView
+from muxmesh.engine.torch_engine.cpu.forward import CpuForward
+from muxmesh.engine.torch_engine.cpu.team import Team
 from muxmesh.engine.torch_engine.runner import TorchRunner
 from muxmesh.models.image import ensure_image
 from muxmesh.models.spec import ModelSpec, read_model_spec
@@ -69,11 +71,13 @@ def reference(folder: Path) -> Any:
 def tiny_runner(folder: Path, cache: Path, block_size: int = 16, num_slabs: int = 8) -> tuple[TorchRunner, ModelSpec]:
     """A loaded torch runner over a pool of its own, four token blocks to a slab."""
     spec = read_model_spec(folder)
-    image = ensure_image(folder, spec, "float32", cache, lambda done, total: None)
+    image = ensure_image(folder, spec, "panels", cache, lambda done, total: None)
     shape = spec.kv_shape(block_size, "float32")
     slab_bytes = 4 * shape.token_block_bytes + 64  # not a multiple: the rest of a slab is left
     # Filled with NaN: a kernel that reads what was not written shows at once.
     pool = np.full(num_slabs * slab_bytes // 4, np.nan, dtype=np.float32)
-    runner = TorchRunner(spec, image, KvView(pool, shape, slab_bytes), spec.context_len, num_threads=2)
+    team = Team(2)
+    view = KvView(pool, shape, slab_bytes)
+    runner = TorchRunner(view, lambda view: CpuForward(spec, image, view, spec.context_len, team))
     runner.load()
     return runner, spec

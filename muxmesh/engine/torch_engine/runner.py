@@ -1,107 +1,65 @@
-"""The torch runner: maps the weight image, computes steps over the pool, draws tokens."""
+"""The torch runner: maps the weight image, computes steps over the pool, draws tokens. Knows no device."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import logging
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import numba
 import numpy as np
-import torch
-from numba import config as numba_config_module
-from torch import Tensor
 
+from muxmesh.engine.kernel_cache import compile_lock
 from muxmesh.engine.kv_view import KvView
-from muxmesh.engine.sampling import draw_token
-from muxmesh.engine.step import Chunk, Draw, Step, StepOutcome
-from muxmesh.engine.torch_engine.attention_cpu import StepLayout, kernels_for, lay_out
-from muxmesh.engine.torch_engine.model import Llama, rope_tables
-from muxmesh.models.image import map_image
-from muxmesh.models.spec import ModelSpec
-from muxmesh.types import Sampling
-
-_log = logging.getLogger(__name__)
-numba_config: Any = numba_config_module  # its settings are attributes made at import
+from muxmesh.engine.sampling import draw_token, token_logprobs
+from muxmesh.engine.step import Chunk, Draw, Drawn, Step, StepOutcome
+from muxmesh.engine.torch_engine.layout import StepLayout, lay_out
+from muxmesh.types import Sampling, TokenLogprobs
 
 
-@contextlib.contextmanager
-def _compile_lock() -> Iterator[None]:
-    """Two workers that start with an empty cache compile once: the second waits, then reads what the first wrote."""
-    folder = Path(numba_config.CACHE_DIR or tempfile.gettempdir())
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "muxmesh-compile.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not any(folder.rglob("attention_cpu.*.nbi")):
-            _log.info("compiling the attention kernels for this machine, once; this takes a while")
-        yield
+class Forward(Protocol):
+    """The device seam: everything between tokens and logits. It writes the KV of a step's rows into the pool."""
+
+    def logits(self, layout: StepLayout) -> np.ndarray:
+        """Computes the rows of a step; f32 [len(logit_rows), vocab_size], the caller's to change."""
 
 
-class CpuAttention:
-    """`Attention` on a CPU: the numba kernels over one model's view of the pool."""
-
-    def __init__(self, spec: ModelSpec, view: KvView, num_positions: int) -> None:
-        self._view = view
-        self._out_columns = spec.num_heads * spec.head_dim
-        self._kernels = kernels_for(spec.num_heads, spec.num_kv_heads, spec.head_dim, view.shape.block_size)
-        self._cos, self._sin = rope_tables(spec, num_positions)
-        self.kv_bytes_written = 0
-
-    def __call__(self, qkv: Tensor, layer: int, layout: StepLayout) -> Tensor:
-        """See `Attention`."""
-        pool, shape, rows = self._view.pool, self._view.shape, qkv.numpy()
-        self._kernels.rotate_and_store(pool, rows, self._cos, self._sin, layout.positions, layout.row_blocks, layer)
-        self.kv_bytes_written += 2 * len(rows) * shape.num_kv_heads * shape.head_dim * pool.itemsize
-        out = np.empty((len(rows), self._out_columns), dtype=np.float32)
-        self._kernels.attend(pool, rows, out, layout.positions, layout.tables, layout.tiles, layer)
-        return torch.from_numpy(out)
+OpenForward = Callable[[KvView], Forward]
+"""Makes a forward pass over a pool. Raises ModelUnsupported."""
 
 
 class TorchRunner:
-    """A `Runner` that computes a Llama model in f32 on a CPU."""
+    """A `Runner` over any `Forward`."""
 
-    def __init__(self, spec: ModelSpec, image: Path, view: KvView, max_model_len: int, num_threads: int) -> None:
-        self._spec = spec
-        self._image = image
+    def __init__(self, view: KvView, open_forward: OpenForward) -> None:
         self._view = view
-        self._max_model_len = max_model_len
-        self._num_threads = num_threads
+        self._open_forward = open_forward
 
     def load(self) -> None:
-        """See `Runner`. Compiles the kernels, once on a machine, or loads them from numba's cache."""
-        torch.set_num_threads(self._num_threads)
-        numba.set_num_threads(min(self._num_threads, numba_config.NUMBA_NUM_THREADS))
-        self._model = Llama(self._spec, map_image(self._image))
-        self._attention = CpuAttention(self._spec, self._view, self._max_model_len)
-        with _compile_lock():
-            self._warm_up()
+        """See `Runner`. One step over a scratch pool of a single block, so that no request pays for the first use."""
+        shape = self._view.shape
+        scratch = KvView(np.zeros(shape.token_block_bytes // 4, dtype=np.float32), shape, shape.token_block_bytes)
+        warm_up = Chunk(0, 0, (0, 0), (0,), (Draw(Sampling(temperature=0.0), 0),))
+        folder = Path(os.environ.get("NUMBA_CACHE_DIR") or tempfile.gettempdir())
+        with compile_lock(folder):
+            self._open_forward(scratch).logits(lay_out(Step((warm_up,)), scratch))
+        self._forward = self._open_forward(self._view)
 
     def run(self, step: Step) -> StepOutcome:
         """See `Runner`."""
-        written_before = self._attention.kv_bytes_written
-        layout = lay_out(step, self._view)
-        logits = self._model.logits(layout, self._attention)
-        drawing = [chunk for chunk in step.chunks if chunk.draw]
-        drawn = {chunk.job_id: self._draw(logits[row], chunk) for row, chunk in enumerate(drawing)}
-        return StepOutcome(drawn, self._attention.kv_bytes_written - written_before)
-
-    @staticmethod
-    def _draw(logits: np.ndarray, chunk: Chunk) -> int:
-        assert chunk.draw is not None
-        return draw_token(logits, chunk.draw)
-
-    def _warm_up(self) -> None:
-        """One step over a scratch pool of a single block, so that no request pays for compilation."""
-        scratch = KvView(
-            np.zeros(self._view.shape.token_block_bytes // 4, dtype=np.float32),
-            self._view.shape,
-            self._view.shape.token_block_bytes,
-        )
-        attention = CpuAttention(self._spec, scratch, scratch.shape.block_size)
-        chunk = Chunk(0, 0, (0, 0), (0,), Draw(Sampling(temperature=0.0), 0))
-        layout = lay_out(Step((chunk,)), scratch)
-        self._model.logits(layout, attention)
+        logits = self._forward.logits(lay_out(step, self._view))
+        drawn: dict[int, tuple[Drawn, ...]] = {}
+        scored: dict[int, tuple[TokenLogprobs, ...]] = {}
+        row = 0
+        for chunk in step.chunks:
+            rows = logits[row : row + chunk.num_logit_rows]
+            row += chunk.num_logit_rows
+            if chunk.score:
+                followed = zip(rows, chunk.score.next_token_ids, strict=False)  # nothing follows the last of all
+                scored[chunk.job_id] = tuple(
+                    token_logprobs(line, token, chunk.score.num_candidates) for line, token in followed
+                )
+            if chunk.draws:
+                drawn[chunk.job_id] = tuple(draw_token(rows[-1], draw) for draw in chunk.draws)
+        return StepOutcome(drawn, scored, step.num_tokens * self._view.shape.kv_bytes_per_token)

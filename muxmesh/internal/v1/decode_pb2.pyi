@@ -48,6 +48,7 @@ class DecodeResponse(_message.Message):
     START_INDEX_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     start_index: _builtins.int
     """Place of token_ids[0] in the answer."""
     @_builtins.property
@@ -56,19 +57,29 @@ class DecodeResponse(_message.Message):
     def finish(self) -> _request_pb2.Finish:
         """In the last message only."""
 
+    @_builtins.property
+    def logprobs(self) -> _request_pb2.Logprobs:
+        """One place for each token, if they are wanted."""
+
     def __init__(
         self,
         *,
         start_index: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         finish: _request_pb2.Finish | None = ...,
+        logprobs: _request_pb2.Logprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "finish", b"finish"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "_logprobs", b"_logprobs", "finish", b"finish", "logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "finish", b"finish", "start_index", b"start_index", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "_logprobs", b"_logprobs", "finish", b"finish", "logprobs", b"logprobs", "start_index", b"start_index", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__finish: _TypeAlias = _typing.Literal["finish"]  # noqa: Y015
     _WhichOneofArgType__finish: _TypeAlias = _typing.Literal["_finish", b"_finish"]  # noqa: Y015
+    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
+    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__finish) -> _WhichOneofReturnType__finish | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
 
 Global___DecodeResponse: _TypeAlias = DecodeResponse  # noqa: Y015

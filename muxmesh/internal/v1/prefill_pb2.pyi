@@ -52,11 +52,19 @@ class PrefillResponse(_message.Message):
     TOKEN_ID_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     num_cached_tokens: _builtins.int
     @_builtins.property
     def finish(self) -> _request_pb2.Finish:
         """Set when this token ends the answer: the lease is released and there is no decode."""
+
+    @_builtins.property
+    def logprobs(self) -> _request_pb2.Logprobs: ...
+    @_builtins.property
+    def prompt_logprobs(self) -> _request_pb2.Logprobs:
+        """Of the second prompt token and those after it."""
 
     def __init__(
         self,
@@ -64,13 +72,24 @@ class PrefillResponse(_message.Message):
         token_id: _builtins.int = ...,
         finish: _request_pb2.Finish | None = ...,
         num_cached_tokens: _builtins.int = ...,
+        logprobs: _request_pb2.Logprobs | None = ...,
+        prompt_logprobs: _request_pb2.Logprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "finish", b"finish"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "finish", b"finish", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "finish", b"finish", "num_cached_tokens", b"num_cached_tokens", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "finish", b"finish", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "prompt_logprobs", b"prompt_logprobs", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__finish: _TypeAlias = _typing.Literal["finish"]  # noqa: Y015
     _WhichOneofArgType__finish: _TypeAlias = _typing.Literal["_finish", b"_finish"]  # noqa: Y015
+    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
+    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__finish) -> _WhichOneofReturnType__finish | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
 
 Global___PrefillResponse: _TypeAlias = PrefillResponse  # noqa: Y015

@@ -3,6 +3,7 @@ from hypothesis import strategies as st
 
 from muxmesh.rpc import convert
 from muxmesh.types import (
+    Candidate,
     EngineRequest,
     Finish,
     FinishReason,
@@ -12,18 +13,35 @@ from muxmesh.types import (
     OrderKey,
     Sampling,
     Stopping,
+    TokenLogprobs,
 )
 
 TOKEN = st.integers(0, 2**32 - 1)
 FLOAT = st.floats(0, 100, width=32)
 IDS = st.lists(TOKEN, max_size=6).map(tuple)
 SET = st.frozensets(TOKEN, max_size=4)
+SAMPLING = st.builds(
+    Sampling,
+    FLOAT,
+    TOKEN,
+    FLOAT,
+    FLOAT,
+    st.integers(0, 2**64 - 1),
+    FLOAT,
+    FLOAT,
+    FLOAT,
+    st.dictionaries(TOKEN, FLOAT, max_size=4).map(lambda bias: tuple(sorted(bias.items()))),
+    st.none() | IDS,
+    st.none() | TOKEN,
+    st.none() | TOKEN,
+)
+CANDIDATES = st.builds(Candidate, TOKEN, FLOAT, TOKEN)
 REQUESTS = st.builds(
     EngineRequest,
     request_id=st.text(max_size=9),
     model=st.text(max_size=9),
     prompt_token_ids=IDS,
-    sampling=st.builds(Sampling, FLOAT, TOKEN, FLOAT, st.integers(0, 2**64 - 1)),
+    sampling=SAMPLING,
     stopping=st.builds(Stopping, TOKEN, TOKEN, SET, SET),
     order=st.builds(OrderKey, st.integers(-(2**31), 2**31 - 1), st.floats(0, 1e10)),
     resume_token_ids=IDS,
@@ -37,6 +55,11 @@ LEASES = st.builds(
 @given(REQUESTS)
 def test_a_request_comes_back_as_it_was(request: EngineRequest) -> None:
     assert convert.request_from_wire(convert.request_to_wire(request)) == request
+
+
+@given(st.lists(st.builds(TokenLogprobs, CANDIDATES, st.lists(CANDIDATES, max_size=3).map(tuple)), max_size=4))
+def test_log_probabilities_come_back_as_they_were(places: list[TokenLogprobs]) -> None:
+    assert convert.logprobs_from_wire(convert.logprobs_to_wire(places)) == tuple(places)
 
 
 @given(LEASES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from muxmesh.engine.step import Chunk, Draw, Step
-from muxmesh.engine.torch_engine.attention_cpu import lay_out
+from muxmesh.engine.torch_engine.layout import lay_out
 from muxmesh.engine.torch_engine.runner import TorchRunner
 from muxmesh.types import Sampling
 from tests.support.tiny import TinyShape, reference, tiny_runner, write_tiny_model
@@ -43,7 +43,7 @@ class Case:
 
 
 def logits_of(runner: TorchRunner, step: Step) -> np.ndarray:
-    return runner._model.logits(lay_out(step, runner._view), runner._attention)
+    return runner._forward.logits(lay_out(step, runner._view))
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda name: name.replace(" ", "-"))
@@ -55,7 +55,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63])
 def test_a_whole_prompt(case: Case, length: int) -> None:
     prompt = case.prompt(length)
-    (logits,) = case.logits(Chunk(1, 0, prompt, (9, 2, 30, 11), GREEDY))
+    (logits,) = case.logits(Chunk(1, 0, prompt, (9, 2, 30, 11), (GREEDY,)))
     assert np.abs(logits - case.expected(prompt)).max() < TOLERANCE
 
 
@@ -65,7 +65,7 @@ def test_a_prompt_in_chunks(case: Case, size: int) -> None:
     for start in range(0, 50, size):
         part = prompt[start : start + size]
         last = start + len(part) == 50
-        logits = case.logits(Chunk(1, start, part, (3, 17, 8, 1), GREEDY if last else None))
+        logits = case.logits(Chunk(1, start, part, (3, 17, 8, 1), (GREEDY,) if last else ()))
     assert np.abs(logits[0] - case.expected(prompt)).max() < TOLERANCE
 
 
@@ -73,16 +73,18 @@ def test_a_ragged_batch_of_decodes_and_a_prompt(case: Case) -> None:
     prompts = [case.prompt(length) for length in (3, 16, 33)]
     tables = [(4, 5, 6), (31, 0, 2), (20, 10, 12)]
     for job, (prompt, table) in enumerate(zip(prompts, tables, strict=True)):
-        case.logits(Chunk(job, 0, prompt, table, None))
+        case.logits(Chunk(job, 0, prompt, table))
     late = case.prompt(9)
     sequences = list(prompts)
     for turn in range(4):
         tokens = case.prompt(3)
-        chunks = [Chunk(job, len(sequences[job]), (tokens[job],), tables[job], GREEDY) for job in range(len(prompts))]
+        chunks = [
+            Chunk(job, len(sequences[job]), (tokens[job],), tables[job], (GREEDY,)) for job in range(len(prompts))
+        ]
         sequences = [(*sequence, token) for sequence, token in zip(sequences, tokens, strict=True)]
         expected = [case.expected(sequence) for sequence in sequences]
         if turn == 2:
-            chunks.insert(1, Chunk(9, 0, late, (25,), GREEDY))
+            chunks.insert(1, Chunk(9, 0, late, (25,), (GREEDY,)))
             expected.insert(1, case.expected(late))
         assert np.abs(case.logits(*chunks) - np.stack(expected)).max() < TOLERANCE
 
@@ -91,8 +93,8 @@ def test_a_ragged_batch_of_decodes_and_a_prompt(case: Case) -> None:
 def test_other_block_sizes(tmp_path: Path, block_size: int) -> None:
     case = Case(write_tiny_model(tmp_path / "model", SHAPES["gqa"]), tmp_path, block_size)
     prompt = case.prompt(45)
-    case.logits(Chunk(1, 0, prompt[:30], (5, 3, 8, 1, 6, 7), None))
-    logits = case.logits(Chunk(1, 30, prompt[30:], (5, 3, 8, 1, 6, 7), GREEDY))
+    case.logits(Chunk(1, 0, prompt[:30], (5, 3, 8, 1, 6, 7)))
+    logits = case.logits(Chunk(1, 30, prompt[30:], (5, 3, 8, 1, 6, 7), (GREEDY,)))
     assert np.abs(logits[0] - case.expected(prompt)).max() < TOLERANCE
 
 
@@ -100,7 +102,7 @@ def test_every_kv_byte_that_is_written_is_counted_and_lies_in_its_blocks(tmp_pat
     case = Case(write_tiny_model(tmp_path / "model", SHAPES["gqa"]), tmp_path)
     view = case.runner._view
     assert np.isnan(view.pool).all()
-    outcome = case.runner.run(Step((Chunk(1, 0, case.prompt(20), (9, 2), GREEDY),)))
+    outcome = case.runner.run(Step((Chunk(1, 0, case.prompt(20), (9, 2), (GREEDY,)),)))
     written = np.flatnonzero(~np.isnan(view.pool))
     assert outcome.kv_bytes_written == written.size * 4 == 20 * view.shape.kv_bytes_per_token
     block = view.shape.token_block_bytes // 4
@@ -116,7 +118,7 @@ def test_greedy_tokens_are_those_of_transformers(case: Case) -> None:
     tokens, sequence = [], list(prompt)
     position, part = 0, prompt
     for _ in range(24):
-        token = case.runner.run(Step((Chunk(1, position, tuple(part), (7, 3, 9), GREEDY),))).drawn[1]
+        token = case.runner.run(Step((Chunk(1, position, tuple(part), (7, 3, 9), (GREEDY,)),))).drawn[1][0].token_id
         position, part = len(sequence), (token,)
         sequence.append(token)
         tokens.append(token)

@@ -1,0 +1,255 @@
+"""Causal attention that reads the KV pool in place: no KV is ever gathered or copied.
+
+FlashAttention's online softmax (Dao et al., 2022, Alg. 1) over spans of tokens, and Flash-Decoding's split of long
+sequences into ranges that are merged at the end. Spans and splits start at fixed positions, and every sum runs in the
+order of positions, so a row's result does not depend on what else is in the step. Inside a KV block, K lies
+transposed ([head_dim, block_size]), so that scores of neighbouring tokens fill a vector; V lies [block_size, head_dim].
+"""
+
+# mypy: disable-error-code="call-arg, misc, no-untyped-call"
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from muxmesh.engine.torch_engine.cpu.team import JIT, claim, claim_next, wait
+from muxmesh.engine.torch_engine.cpu.vector import LANES, TILE_ROWS, multiply_tile, span_exp, span_max
+
+SPAN = 64
+"""Tokens between two steps of the online softmax; a multiple of every block size."""
+SPLIT = 512
+"""Tokens that one task walks over; a multiple of `SPAN`."""
+QUERIES_PER_TILE = 24
+"""Queries that share each read of a KV block, about."""
+
+_VALUE_VECTORS = 4
+_VALUE_COLUMNS = LANES * _VALUE_VECTORS
+_VALUE_ROWS = TILE_ROWS // 2
+_NARROW = min(8, LANES)
+_KV_PREFETCH_BYTES = 4096
+_MASKED = np.float32(-1e30)
+
+
+@numba.njit(**JIT)
+def _score_blocks(q, num_queries, head_dim, k, to_next, block_size, scores):  # type: ignore[no-untyped-def]
+    """Scores of every query with the first `LANES` tokens at ``k``, and with those ``to_next`` elements further on."""
+    query = 0
+    while query < num_queries:
+        a, b = q + 4 * query * head_dim, scores + 4 * query * SPAN
+        left = num_queries - query
+        if TILE_ROWS == 8 and left >= 8:
+            multiply_tile(8, 2, LANES, 0, _KV_PREFETCH_BYTES, a, head_dim, k, block_size, to_next, head_dim, b, SPAN)
+            query += 8
+        elif left >= 4:
+            multiply_tile(4, 2, LANES, 0, _KV_PREFETCH_BYTES, a, head_dim, k, block_size, to_next, head_dim, b, SPAN)
+            query += 4
+        elif left >= 2:
+            multiply_tile(2, 2, LANES, 0, _KV_PREFETCH_BYTES, a, head_dim, k, block_size, to_next, head_dim, b, SPAN)
+            query += 2
+        else:
+            multiply_tile(1, 2, LANES, 0, _KV_PREFETCH_BYTES, a, head_dim, k, block_size, to_next, head_dim, b, SPAN)
+            query += 1
+
+
+@numba.njit(**JIT)
+def _score_span(pool, table, at_head, first_block, last_block, block_size, q, scores):  # type: ignore[no-untyped-def]
+    """Scores of every query with the tokens of the blocks [first_block, last_block) of a span."""
+    num_queries, head_dim = q.shape
+    at_q, at_scores = q.ctypes.data, scores.ctypes.data
+    if block_size == LANES:  # two blocks at a time; the second of the last pair may be the first again
+        for block in range(first_block, last_block, 2):
+            other = table[min(block + 1, last_block - 1)] - table[block]
+            k = pool + 4 * (table[block] + at_head)
+            out = at_scores + 4 * (block - first_block) * block_size
+            _score_blocks(at_q, num_queries, head_dim, k, other, block_size, out)
+    elif block_size % (2 * LANES) == 0:
+        for block in range(first_block, last_block):
+            for token in range(0, block_size, 2 * LANES):
+                k = pool + 4 * (table[block] + at_head + token)
+                out = at_scores + 4 * ((block - first_block) * block_size + token)
+                _score_blocks(at_q, num_queries, head_dim, k, LANES, block_size, out)
+    else:
+        for block in range(first_block, last_block):
+            for token in range(0, block_size, _NARROW):
+                k = pool + 4 * (table[block] + at_head + token)
+                out = at_scores + 4 * ((block - first_block) * block_size + token)
+                for query in range(num_queries):
+                    a, b = at_q + 4 * query * head_dim, out + 4 * query * SPAN
+                    multiply_tile(1, 1, _NARROW, 0, 0, a, head_dim, k, block_size, 0, head_dim, b, SPAN)
+
+
+@numba.njit(**JIT)
+def _add_values(weights, num_queries, num_tokens, v, head_dim, sums, sums_stride):  # type: ignore[no-untyped-def]
+    """Adds the weighted values of the first ``num_tokens`` tokens of one KV block."""
+    column = 0
+    while column + _VALUE_COLUMNS <= head_dim:
+        query = 0
+        while query < num_queries:
+            a, b, w = weights + 4 * query * SPAN, sums + 4 * (query * sums_stride + column), v + 4 * column
+            left = num_queries - query
+            if left >= _VALUE_ROWS:
+                multiply_tile(
+                    _VALUE_ROWS, _VALUE_VECTORS, LANES, 1, 0, a, SPAN, w, head_dim, LANES, num_tokens, b, sums_stride
+                )
+                query += _VALUE_ROWS
+            elif left >= 2:
+                multiply_tile(2, _VALUE_VECTORS, LANES, 1, 0, a, SPAN, w, head_dim, LANES, num_tokens, b, sums_stride)
+                query += 2
+            else:
+                multiply_tile(1, _VALUE_VECTORS, LANES, 1, 0, a, SPAN, w, head_dim, LANES, num_tokens, b, sums_stride)
+                query += 1
+        column += _VALUE_COLUMNS
+    while column + LANES <= head_dim:
+        query = 0
+        while query < num_queries:
+            a, b, w = weights + 4 * query * SPAN, sums + 4 * (query * sums_stride + column), v + 4 * column
+            if num_queries - query >= 4:
+                multiply_tile(4, 1, LANES, 1, 0, a, SPAN, w, head_dim, 0, num_tokens, b, sums_stride)
+                query += 4
+            else:
+                multiply_tile(1, 1, LANES, 1, 0, a, SPAN, w, head_dim, 0, num_tokens, b, sums_stride)
+                query += 1
+        column += LANES
+    while column < head_dim:
+        for query in range(num_queries):
+            a, b, w = weights + 4 * query * SPAN, sums + 4 * (query * sums_stride + column), v + 4 * column
+            multiply_tile(1, 1, 1, 1, 0, a, SPAN, w, head_dim, 0, num_tokens, b, sums_stride)
+        column += 1
+
+
+@numba.njit(**JIT)
+def _soften(row, visible, top, total, sums):  # type: ignore[no-untyped-def]
+    """One step of the online softmax for one query's scores of a span, in place; returns the new top and total."""
+    if visible <= 0:
+        row[:] = np.float32(0.0)
+        return top, total
+    for t in range(visible, SPAN):
+        row[t] = _MASKED
+    new_top = max(top, span_max(SPAN, row.ctypes.data))
+    if new_top > top:
+        shrink = np.float32(np.exp(top - new_top))
+        total *= shrink
+        for i in range(sums.shape[0]):
+            sums[i] *= shrink
+    added = span_exp(SPAN, row.ctypes.data, new_top)
+    if visible < SPAN:
+        added = np.float32(0.0)
+        for t in range(SPAN):
+            if t >= visible:
+                row[t] = np.float32(0.0)
+            added += row[t]
+    return new_top, total + added
+
+
+@numba.njit(**JIT)
+def _attend_range(pool, table, at_head, block_size, positions, group, first, last, q, sums, tops, totals, scores):  # type: ignore[no-untyped-def]
+    """Walks over tokens [first, last) of one sequence and KV head for all queries of a tile."""
+    num_queries, head_dim = q.shape
+    half = block_size * head_dim * 4
+    for start in range(first, last, SPAN):
+        end = min(start + SPAN, last)
+        first_block, last_block = start // block_size, (end - 1) // block_size + 1
+        _score_span(pool, table, at_head, first_block, last_block, block_size, q, scores)
+        for query in range(num_queries):
+            visible = min(positions[query // group] + 1 - start, end - start)
+            tops[query], totals[query] = _soften(scores[query], visible, tops[query], totals[query], sums[query])
+        for block in range(first_block, last_block):
+            v = pool + 4 * (table[block] + at_head) + half
+            weights = scores.ctypes.data + 4 * (block * block_size - start)
+            # What lies past the tile's last row is anything, perhaps NaN: it is not read.
+            tokens = min(block_size, end - block * block_size)
+            _add_values(weights, num_queries, tokens, v, head_dim, sums.ctypes.data, head_dim)
+
+
+@numba.njit(**JIT)
+def attend(counters, phase, shape, pool, layer, qkv, positions, tables, tiles, tasks, partials, out):  # type: ignore[no-untyped-def]
+    """Attention of every row; a tile of one split writes ``out``, the others `partials` for `merge`.
+
+    tiles [tiles, 5]: first row, rows, sequence, first task, splits. tasks [tasks, 2]: tile, split.
+    partials [tasks * num_kv_heads, queries, head_dim + 2]: sums, top, total.
+    """
+    heads, kv_heads, head_dim, block_size = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size
+    group = heads // kv_heads
+    kv_block = 2 * block_size * head_dim
+    scale = np.float32(1.0 / np.sqrt(head_dim))
+    num_tasks = tasks.shape[0] * kv_heads
+    most = partials.shape[1]
+    all_q = np.empty((most, head_dim), dtype=np.float32)
+    all_sums = np.empty((most, head_dim), dtype=np.float32)
+    all_scores = np.zeros((most, SPAN), dtype=np.float32)
+    tops, totals = np.empty(most, dtype=np.float32), np.empty(most, dtype=np.float32)
+    claimed = claim(counters, phase)
+    while claimed < num_tasks:
+        task, kv_head = claimed // kv_heads, claimed % kv_heads
+        tile, split = tasks[task, 0], tasks[task, 1]
+        first_row, num_rows, sequence = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2]
+        num_queries = num_rows * group
+        q, sums, scores = all_q[:num_queries], all_sums[:num_queries], all_scores[:num_queries]
+        for query in range(num_queries):
+            row, at = first_row + query // group, (kv_head * group + query % group) * head_dim
+            for i in range(head_dim):
+                q[query, i] = qkv[row, at + i] * scale
+                sums[query, i] = np.float32(0.0)
+            tops[query], totals[query] = _MASKED, np.float32(0.0)
+        rows = positions[first_row : first_row + num_rows]
+        last = min(rows[num_rows - 1] + 1, (split + 1) * SPLIT)
+        at_head = (layer * kv_heads + kv_head) * kv_block
+        _attend_range(
+            pool,
+            tables[sequence],
+            at_head,
+            block_size,
+            rows,
+            group,
+            split * SPLIT,
+            last,
+            q,
+            sums,
+            tops,
+            totals,
+            scores,
+        )
+        if tiles[tile, 4] == 1:
+            for query in range(num_queries):
+                row, at = first_row + query // group, (kv_head * group + query % group) * head_dim
+                inverse = np.float32(1.0) / totals[query]
+                for i in range(head_dim):
+                    out[row, at + i] = sums[query, i] * inverse
+        else:
+            for query in range(num_queries):
+                partials[claimed, query, :head_dim] = sums[query]
+                partials[claimed, query, head_dim] = tops[query]
+                partials[claimed, query, head_dim + 1] = totals[query]
+        claimed = claim_next(counters, phase)
+    wait(counters, phase, num_tasks)
+
+
+@numba.njit(**JIT)
+def merge(counters, phase, shape, tiles, partials, out):  # type: ignore[no-untyped-def]
+    """Joins the splits of each tile that has more than one, in the order of positions."""
+    kv_heads, head_dim = shape.num_kv_heads, shape.head_dim
+    group = shape.num_heads // kv_heads
+    sums = np.empty(head_dim, dtype=np.float32)
+    tile = claim(counters, phase)
+    while tile < tiles.shape[0]:
+        first_row, num_rows, first_task, splits = tiles[tile, 0], tiles[tile, 1], tiles[tile, 3], tiles[tile, 4]
+        for query in range(num_rows * group * (splits > 1)):
+            for kv_head in range(kv_heads):
+                top, total = _MASKED, np.float32(0.0)
+                sums[:] = np.float32(0.0)
+                for split in range(splits):
+                    part = partials[(first_task + split) * kv_heads + kv_head, query]
+                    if part[head_dim + 1] == np.float32(0.0):  # nothing of this range is visible to this row
+                        continue
+                    new_top = max(top, part[head_dim])
+                    old, new = np.float32(np.exp(top - new_top)), np.float32(np.exp(part[head_dim] - new_top))
+                    for i in range(head_dim):
+                        sums[i] = sums[i] * old + part[i] * new
+                    total = total * old + part[head_dim + 1] * new
+                    top = new_top
+                at = (kv_head * group + query % group) * head_dim
+                inverse = np.float32(1.0) / total
+                for i in range(head_dim):
+                    out[first_row + query // group, at + i] = sums[i] * inverse
+        tile = claim_next(counters, phase)
+    wait(counters, phase, tiles.shape[0])

@@ -1,0 +1,312 @@
+"""What numba cannot say by itself: a register tile of a matrix product, and the atomics of a team. Emits LLVM IR.
+
+Addresses are bytes, as int64; strides and depths are in f32 elements. Nothing here knows of models or layouts.
+"""
+
+# mypy: disable-error-code="call-arg, misc, no-untyped-call"
+from __future__ import annotations
+
+import functools
+import platform
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_FLOAT = ir.FloatType()
+_INT32 = ir.IntType(32)
+_INT64 = ir.IntType(64)
+_BYTES = ir.IntType(8).as_pointer()
+_UNROLL = 4
+_LOG2_E = 1.4426950408889634
+_LN_2 = 0.6931471805599453
+
+
+def _vector_unit() -> tuple[int, int]:
+    """f32 lanes of a register, and rows of a tile that leave no accumulator outside the registers."""
+    try:
+        features = llvmlite.binding.get_host_cpu_features()
+    except RuntimeError:
+        features = {}
+    if features.get("avx512f"):
+        return 16, 8
+    if features.get("avx2"):
+        return 8, 4
+    return 4, 8 if platform.machine() in ("aarch64", "arm64") else 4
+
+
+LANES, TILE_ROWS = _vector_unit()
+TILE_VECTORS = 3
+"""Of weights in one tile: 8 x 3 accumulators of 32 registers, 4 x 3 of 16."""
+
+
+def _const(value: int) -> Any:
+    return ir.Constant(_INT64, value)
+
+
+def _splat(builder: Any, scalar: Any, vector: Any) -> Any:
+    """A vector with ``scalar`` in every lane."""
+    undefined = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(_INT32, 0))
+    return builder.shuffle_vector(
+        first, undefined, ir.Constant(ir.VectorType(_INT32, vector.count), [0] * vector.count)
+    )
+
+
+class _Tile:
+    """Emits one tile: ``rows * vectors`` accumulators in registers over a loop along the depth."""
+
+    def __init__(self, builder: Any, rows: int, vectors: int, lanes: int, prefetch: int) -> None:
+        self.b, self.rows, self.vectors, self.prefetch = builder, rows, vectors, prefetch
+        self.vector = ir.VectorType(_FLOAT, lanes)
+        fma = ir.FunctionType(self.vector, [self.vector] * 3)
+        self.fma = cgutils.get_or_insert_function(builder.module, fma, f"llvm.fma.v{lanes}f32")
+        hint = ir.FunctionType(ir.VoidType(), [_BYTES, _INT32, _INT32, _INT32])
+        self.hint = cgutils.get_or_insert_function(builder.module, hint, "llvm.prefetch.p0")
+
+    def load(self, pointer: Any) -> Any:
+        value = self.b.load(self.b.bitcast(pointer, self.vector.as_pointer()))
+        value.align = 4
+        return value
+
+    def store(self, value: Any, pointer: Any) -> None:
+        self.b.store(value, self.b.bitcast(pointer, self.vector.as_pointer())).align = 4
+
+    def splat(self, scalar: Any) -> Any:
+        return _splat(self.b, scalar, self.vector)
+
+    def at(self, pointer: Any, *offsets: Any) -> Any:
+        for offset in offsets:
+            pointer = self.b.gep(pointer, [offset])
+        return pointer
+
+    def step(self, sums: list[Any], x_rows: list[Any], w: Any, w_strides: tuple[Any, Any], k: Any) -> list[Any]:
+        """The sums after depth ``k``: each is one fused multiply-add longer, whatever the tile's size."""
+        k_stride, v_stride = w_strides
+        w_k = self.at(w, self.b.mul(k, k_stride))
+        w_vectors = [self.at(w_k, self.b.mul(_const(v), v_stride)) for v in range(self.vectors)]
+        loaded = [self.load(pointer) for pointer in w_vectors]
+        if self.prefetch:
+            for pointer in w_vectors:
+                ahead = self.b.bitcast(self.at(pointer, _const(self.prefetch // 4)), _BYTES)
+                self.b.call(self.hint, [ahead, *(ir.Constant(_INT32, value) for value in (0, 3, 1))])
+        x_vectors = [self.splat(self.b.load(self.at(row, k))) for row in x_rows]
+        pairs = [(x, weight) for x in x_vectors for weight in loaded]
+        return [self.b.call(self.fma, [x, weight, old]) for (x, weight), old in zip(pairs, sums, strict=True)]
+
+    def loop(self, sums: list[Any], start: Any, end: Any, unroll: int, body: Any) -> tuple[list[Any], Any]:
+        """``for k in range(start, end, unroll)``; returns the sums after it and where it ended."""
+        b, before = self.b, self.b.block
+        inside, after = b.append_basic_block("depth"), b.append_basic_block("depth.end")
+        b.cbranch(b.icmp_signed("<", start, end), inside, after)
+        b.position_at_end(inside)
+        k = b.phi(_INT64)
+        k.add_incoming(start, before)
+        carried = [b.phi(self.vector) for _ in sums]
+        current = list(carried)
+        for unrolled in range(unroll):
+            current = body(current, b.add(k, _const(unrolled)))
+        following = b.add(k, _const(unroll))
+        k.add_incoming(following, inside)
+        for phi, first, last in zip(carried, sums, current, strict=True):
+            phi.add_incoming(first, before)
+            phi.add_incoming(last, inside)
+        b.cbranch(b.icmp_signed("<", following, end), inside, after)
+        b.position_at_end(after)
+        results = []
+        for was, became in zip([start, *sums], [following, *current], strict=True):
+            phi = b.phi(was.type)
+            phi.add_incoming(was, before)
+            phi.add_incoming(became, inside)
+            results.append(phi)
+        return results[1:], results[0]
+
+
+@intrinsic(prefer_literal=True)
+def multiply_tile(  # type: ignore[no-untyped-def]
+    typingctx, rows, vectors, lanes, adds, prefetch, x, x_stride, w, k_stride, v_stride, depth, out, out_stride
+):
+    """``out[r, v * lanes + l] (+)= sum over k of x[r, k] * w[k, v, l]``, one multiply-add after the other.
+
+    The first five arguments are literals: the tile's rows, vectors of ``lanes`` f32, whether it adds to ``out``, and
+    bytes to prefetch ahead. w[k, v] lies at ``w + 4 * (k * k_stride + v * v_stride)``. Each sum runs along k in order,
+    in one accumulator, so a row's result has the same bits in a tile of any size.
+    """
+    literals = [argument.literal_value for argument in (rows, vectors, lanes, adds, prefetch)]
+    signature = types.void(rows, vectors, lanes, adds, prefetch, *[types.int64] * 8)
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        num_rows, num_vectors, num_lanes, accumulates, ahead = literals
+        tile = _Tile(builder, num_rows, num_vectors, num_lanes, ahead)
+        x, x_stride, w, k_stride, v_stride, depth, out, out_stride = arguments[5:]
+        x, w, out = (builder.inttoptr(address, _FLOAT.as_pointer()) for address in (x, w, out))
+        x_rows = [tile.at(x, builder.mul(x_stride, _const(row))) for row in range(num_rows)]
+        places = [
+            tile.at(out, builder.mul(out_stride, _const(row)), _const(vector * num_lanes))
+            for row in range(num_rows)
+            for vector in range(num_vectors)
+        ]
+        zero = ir.Constant(tile.vector, [0.0] * num_lanes)
+        sums = [tile.load(place) if accumulates else zero for place in places]
+
+        def body(sums, k):  # type: ignore[no-untyped-def]
+            return tile.step(sums, x_rows, w, (k_stride, v_stride), k)
+
+        whole = builder.and_(depth, _const(-_UNROLL))
+        sums, done = tile.loop(sums, _const(0), whole, _UNROLL, body)
+        sums, _ = tile.loop(sums, done, depth, 1, body)
+        for value, place in zip(sums, places, strict=True):
+            tile.store(value, place)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+class _Span:
+    """Emits vector code over ``count`` f32 at one address, in vectors of ``lanes``."""
+
+    def __init__(self, builder: Any, address: Any, count: int, lanes: int = LANES) -> None:
+        self.b, self.lanes = builder, lanes
+        self.vector = ir.VectorType(_FLOAT, lanes)
+        base = builder.inttoptr(address, _FLOAT.as_pointer())
+        pointers = [builder.gep(base, [_const(at)]) for at in range(0, count, lanes)]
+        self.places = [builder.bitcast(pointer, self.vector.as_pointer()) for pointer in pointers]
+
+    def load(self) -> list[Any]:
+        values = [self.b.load(place) for place in self.places]
+        for value in values:
+            value.align = 4
+        return values
+
+    def store(self, values: list[Any]) -> None:
+        for value, place in zip(values, self.places, strict=True):
+            self.b.store(value, place).align = 4
+
+    def const(self, value: float) -> Any:
+        return ir.Constant(self.vector, [ir.Constant(_FLOAT, value)] * self.lanes)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        function = ir.FunctionType(self.vector, [argument.type for argument in arguments])
+        name = f"llvm.{name}.v{self.lanes}f32"
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, function, name), arguments)
+
+    def reduce(self, name: str, value: Any, *start: Any) -> Any:
+        function = ir.FunctionType(_FLOAT, [*(first.type for first in start), self.vector])
+        name = f"llvm.vector.reduce.{name}.v{self.lanes}f32"
+        callee = cgutils.get_or_insert_function(self.b.module, function, name)
+        return self.b.call(callee, [*start, value], fastmath=("nnan", "nsz", "reassoc"))
+
+    def larger(self, a: Any, b: Any) -> Any:
+        return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
+
+    def smaller(self, a: Any, b: Any) -> Any:
+        return self.b.select(self.b.fcmp_ordered("<", a, b), a, b)
+
+    def exp(self, x: Any) -> Any:
+        """e**x = 2**y with y = x * log2(e) = n + r, n the nearest integer, |y| held to 126.
+
+        2**r is a Taylor polynomial on |r * ln 2| <= 0.35 (2e-7 relative), and n is added to the exponent bits.
+        """
+        b, integers = self.b, ir.VectorType(_INT32, self.lanes)
+        y = self.larger(b.fmul(x, self.const(_LOG2_E)), self.const(-126.0))
+        y = self.smaller(y, self.const(126.0))
+        n = self.call("rint", y)
+        z = b.fmul(b.fsub(y, n), self.const(_LN_2))
+        power = self.const(1 / 720)
+        for coefficient in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+            power = self.call("fma", power, z, self.const(coefficient))
+        shift = b.shl(b.fptosi(n, integers), ir.Constant(integers, [23] * self.lanes))
+        return b.bitcast(b.add(b.bitcast(power, integers), shift), self.vector)
+
+
+@intrinsic(prefer_literal=True)
+def span_max(typingctx, count, address):  # type: ignore[no-untyped-def]
+    """The largest of ``count`` f32, a literal multiple of `LANES`."""
+    length = count.literal_value
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        span = _Span(builder, arguments[1], length)
+        return span.reduce("fmax", functools.reduce(span.larger, span.load()))
+
+    return types.float32(count, types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def span_exp(typingctx, count, address, top):  # type: ignore[no-untyped-def]
+    """``exp(x - top)`` of ``count`` f32 in place, for x <= top; returns their sum."""
+    length = count.literal_value
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        span = _Span(builder, arguments[1], length)
+        top = _splat(builder, arguments[2], span.vector)
+        results = [span.exp(builder.fsub(value, top)) for value in span.load()]
+        span.store(results)
+        return span.reduce("fadd", functools.reduce(builder.fadd, results), ir.Constant(_FLOAT, -0.0))
+
+    return types.float32(count, types.int64, types.float32), codegen
+
+
+@intrinsic(prefer_literal=True)
+def span_silu(typingctx, count, gate, up, out):  # type: ignore[no-untyped-def]
+    """``out = gate / (1 + exp(-gate)) * up`` over ``count`` f32, a literal multiple of 8."""
+    length = count.literal_value
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        gate, up, out = (_Span(builder, address, length, lanes=8) for address in arguments[1:])
+        results = []
+        for x, factor in zip(gate.load(), up.load(), strict=True):
+            below = builder.fadd(gate.exp(builder.fsub(gate.const(-0.0), x)), gate.const(1.0))
+            results.append(builder.fmul(builder.fdiv(x, below), factor))
+        out.store(results)
+        return context.get_dummy_value()
+
+    return types.void(count, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def fetch_add(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """Adds to the int64 at ``address`` and returns what was there; orders memory like a lock."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer = builder.inttoptr(arguments[0], _INT64.as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[1], "acq_rel")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_acquire(typingctx, address):  # type: ignore[no-untyped-def]
+    """The int64 at ``address``; what was written before its last `fetch_add` is seen after it."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.load_atomic(builder.inttoptr(arguments[0], _INT64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def pause(typingctx):  # type: ignore[no-untyped-def]
+    """Tells the core that this thread only waits."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        if platform.machine() in ("x86_64", "AMD64"):
+            function = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, function, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def yield_cpu(typingctx):  # type: ignore[no-untyped-def]
+    """``sched_yield()``."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        function = ir.FunctionType(_INT32, [])
+        builder.call(cgutils.get_or_insert_function(builder.module, function, "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen

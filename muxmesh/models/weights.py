@@ -1,0 +1,83 @@
+"""The weights of a Hugging Face style folder: safetensors, in one file or in shards, read as f32. Knows no model."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from muxmesh.errors import ModelUnsupported
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights. Raises ModelUnsupported if one is missing, or there are only other formats."""
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelUnsupported(f"{index}: no weight_map in it; it is damaged or no index") from error
+    else:
+        names = [_SINGLE]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        hint = f"; {others[0]} is not read, convert it to safetensors" if others else ""
+        raise ModelUnsupported(f"{folder}: weights are missing: {', '.join(missing)}{hint}")
+    return [folder / name for name in names]
+
+
+class FolderWeights:
+    """The tensors of a folder by name, whichever file they are in."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._where: dict[str, tuple[Path, dict[str, Any], memoryview]] = {}
+        for path in weight_files(folder):
+            header, data = _map(path)
+            self._where |= {name: (path, entry, data) for name, entry in header.items() if name != "__metadata__"}
+
+    def dtypes(self) -> list[str]:
+        """The dtypes that occur, as safetensors calls them."""
+        return sorted({str(entry["dtype"]) for _, entry, _ in self._where.values()})
+
+    def read(self, name: str, *shape: int) -> np.ndarray:
+        """One tensor as f32. Raises ModelUnsupported if it is missing, of another shape or of a dtype not read."""
+        if name not in self._where:
+            raise ModelUnsupported(f"{self._folder}: weight {name} is missing")
+        path, entry, data = self._where[name]
+        if entry["dtype"] not in _DTYPES:
+            raise ModelUnsupported(
+                f"{path}: weight {name} is {entry['dtype']}; supported: {', '.join(_DTYPES)}. Convert it to one of them"
+            )
+        if tuple(entry["shape"]) != shape:
+            raise ModelUnsupported(
+                f"{self._folder}: weight {name} has shape {tuple(entry['shape'])}, config.json says {shape}"
+            )
+        first, last = entry["data_offsets"]
+        if last > len(data) or last - first != int(np.prod(shape)) * _DTYPES[entry["dtype"]].itemsize:
+            raise ModelUnsupported(f"{path}: weight {name} is cut off; the file is damaged")
+        values = np.frombuffer(data[first:last], dtype=_DTYPES[entry["dtype"]])
+        if entry["dtype"] == "BF16":  # the upper half of an f32
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        result: np.ndarray = values.astype(np.float32, copy=False).reshape(shape)
+        return result
+
+
+def _map(path: Path) -> tuple[dict[str, Any], memoryview]:
+    """Header and data of a safetensors file (https://huggingface.co/docs/safetensors: length, JSON, bytes)."""
+    try:
+        with path.open("rb") as file:
+            whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        header_bytes = int.from_bytes(whole[:8], "little")
+        header: dict[str, Any] = json.loads(bytes(whole[8 : 8 + header_bytes]))
+    except ValueError as error:
+        raise ModelUnsupported(f"{path}: no safetensors file, or a damaged one") from error
+    return header, whole[8 + header_bytes :]
