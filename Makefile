@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort
+.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort bench-engine
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,9 @@ bench-start: $(VENV)/.dev ## Start-up time, memory of the weights, idle CPU
 
 bench-abort: $(VENV)/.dev ## Cancels, deadlines, killed clients and workers on the real model
 	$(BIN)/python -m benchmarks.abort
+
+bench-engine: $(VENV)/.dev ## The engine alone, beside vLLM's if VLLM_PYTHON names an interpreter that has it
+	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m benchmarks.engine
 
 clean: ## Remove what was built
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

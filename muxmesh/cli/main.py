@@ -137,7 +137,7 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    model = commands.add_parser("model", help="List and download models.").add_subparsers(required=True)
+    model = commands.add_parser("model", help="List, download and inspect models.").add_subparsers(required=True)
     listing = _command(model, "list", "model", "List the models that can be had by name.")
     listing.set_defaults(action="list")
     _add_json(listing)
@@ -145,6 +145,10 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     pull.set_defaults(action="pull")
     pull.add_argument("name", metavar="NAME", help="as `muxmesh model list` shows it")
     _add_json(pull)
+    inspect = _command(model, "inspect", "model", "Show what would be loaded from a folder, or why it would not be.")
+    inspect.set_defaults(action="inspect")
+    inspect.add_argument("path", metavar="PATH", help="a folder in Hugging Face style, or a catalog name that is here")
+    _add_json(inspect)
 
 
 if __name__ == "__main__":

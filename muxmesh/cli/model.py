@@ -1,19 +1,27 @@
-"""`muxmesh model list|pull`."""
+"""`muxmesh model list|pull|inspect`."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
 
 from muxmesh.cli.common import ProgressBar, cache_dir, print_json
 from muxmesh.config.schema import ModelConfig
+from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CATALOG, find_catalog_model
 from muxmesh.models.prepare import prepare_model
 from muxmesh.models.pull import model_folder
+from muxmesh.models.spec import ModelSpec, read_model_spec
+from muxmesh.models.tokenizer import load_text_model
+from muxmesh.models.weights import FolderWeights, weight_files
 
 
 def run(arguments: argparse.Namespace) -> int:
     """See `muxmesh model --help`."""
-    return _list(arguments) if arguments.action == "list" else _pull(arguments)
+    actions = {"list": _list, "pull": _pull, "inspect": _inspect}
+    return actions[arguments.action](arguments)
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -44,3 +52,62 @@ def _pull(arguments: argparse.Namespace) -> int:
     else:
         print(f"{arguments.name} is in {prepared.folder}")
     return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    folder = Path(arguments.path).expanduser()
+    if not folder.is_dir() and arguments.path in CATALOG:
+        folder = model_folder(CATALOG[arguments.path], cache_dir())
+    if not folder.is_dir():
+        raise ConfigError(f"{arguments.path!r} is no folder; download a catalog model with `muxmesh model pull` first")
+    facts = _facts(folder, read_model_spec(folder))
+    if arguments.json:
+        print_json(facts)
+    else:
+        width = max(map(len, facts))
+        for name, value in facts.items():
+            print(f"{name.replace('_', ' ').ljust(width)}  {_shown(value)}")
+    return 0
+
+
+def _facts(folder: Path, spec: ModelSpec) -> dict[str, Any]:
+    """What an engine would load, by name. Raises ModelUnsupported."""
+    kv = spec.kv_shape(ModelConfig(name="m").block_size, "float32")
+    rope = spec.rope_scaling
+    return {
+        "folder": str(folder),
+        "architecture": spec.architecture,
+        "parameters": spec.num_parameters,
+        "layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "heads": spec.num_heads,
+        "kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.vocab_size,
+        "context_len": spec.context_len,
+        "tied_embeddings": spec.tied_embeddings,
+        "qkv_bias": spec.qkv_bias,
+        "qk_norm": spec.qk_norm,
+        "rope_theta": spec.rope_theta,
+        "rope_scaling": None if rope is None else {"type": type(rope).__name__, **dataclasses.asdict(rope)},
+        "eos_token_ids": sorted(spec.eos_token_ids),
+        "chat_template": load_text_model(folder).has_chat_template,
+        "weight_files": [path.name for path in weight_files(folder)],
+        "weight_dtypes": FolderWeights(folder).dtypes(),
+        "loaded_as": "float32",
+        "image_bytes": 4 * spec.num_parameters,
+        "kv_bytes_per_token": kv.kv_bytes_per_token,
+    }
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {part}" for name, part in value.items())
+    return str(value)

@@ -78,11 +78,6 @@ def map_image(path: Path) -> Image:
     )
 
 
-def image_bytes(spec: ModelSpec) -> int:
-    """Size of an image's tensors, padding apart."""
-    return 4 * spec.num_parameters
-
-
 def _write(file: BinaryIO, spec: ModelSpec, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
     room = padded(8 + _HEADER_BYTES_PER_TENSOR * (9 * spec.num_layers + 3), 4096)
     file.seek(room)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import transformers
 
 from muxmesh.engine.kv_view import KvView
 from muxmesh.engine.torch_engine.cpu.forward import CpuForward
@@ -36,12 +36,17 @@ class TinyShape:
     hidden_size: int = 48
     tied: bool = True
     seed: int = 0
+    max_position_embeddings: int = 512
+    architecture: str = "Llama"
+    rope: dict[str, Any] | None = None
+    dtype: str = "float32"
 
 
 def write_tiny_model(folder: Path, shape: TinyShape) -> Path:
-    """A Llama with the byte tokenizer; wide initial weights, so that tokens differ."""
+    """A model with the byte tokenizer; wide random weights, biases and norms, so that tokens differ."""
     torch.manual_seed(shape.seed)
-    config = LlamaConfig(
+    more: dict[str, Any] = {"rope_parameters": {"rope_theta": 10_000.0, **shape.rope}} if shape.rope else {}
+    config = getattr(transformers, f"{shape.architecture}Config")(
         vocab_size=259,
         hidden_size=shape.hidden_size,
         intermediate_size=96,
@@ -49,14 +54,18 @@ def write_tiny_model(folder: Path, shape: TinyShape) -> Path:
         num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        max_position_embeddings=512,
+        max_position_embeddings=shape.max_position_embeddings,
         tie_word_embeddings=shape.tied,
         initializer_range=0.2,
         bos_token_id=1,
         eos_token_id=0,
+        **more,
     )
-    model: Any = LlamaForCausalLM(config)
-    model.float().save_pretrained(folder)
+    model: Any = getattr(transformers, f"{shape.architecture}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            parameter.data = torch.randn_like(parameter) * 0.3 + name.endswith("weight")
+    model.to(getattr(torch, shape.dtype)).save_pretrained(folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE, "eos_token": "<|eos|>"}))
     return folder
@@ -64,7 +73,9 @@ def write_tiny_model(folder: Path, shape: TinyShape) -> Path:
 
 def reference(folder: Path) -> Any:
     """The model in transformers, f32, eager attention."""
-    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     return model.eval()
 
 

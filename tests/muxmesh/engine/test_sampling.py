@@ -7,12 +7,14 @@ import pytest
 import torch
 from transformers.generation.logits_process import (
     LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from muxmesh.engine.sampling import candidates, draw_token, uniform
+from muxmesh.engine.sampling import adjusted, candidates, draw_token, uniform
 from muxmesh.engine.step import Draw
 from muxmesh.types import Sampling
 
@@ -78,3 +80,55 @@ def test_drawn_tokens_follow_their_probabilities() -> None:
     drawn = [draw_token(logits.copy(), Draw(Sampling(1.0, seed=1), index)).token_id for index in range(4000)]
     shares = np.bincount(drawn, minlength=3) / 4000
     assert np.abs(shares - [0.5, 0.3, 0.2]).max() < 0.03
+
+
+PROMPT, ANSWER = (5, 9, 9, 40), (7, 9, 7, 7)
+
+
+def test_min_p_is_that_of_transformers() -> None:
+    logits = random_logits(8)
+    scores: Any = MinPLogitsWarper(0.05)(torch.LongTensor([[0]]), torch.tensor(logits / 0.8)[None])
+    expected = torch.softmax(scores, -1)[0].numpy()
+    token_ids, weights = candidates(logits, Sampling(0.8, min_p=0.05))
+    ours = np.zeros(len(logits))
+    ours[token_ids] = weights / weights.sum()
+    assert np.abs(ours - expected).max() < 1e-6
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    logits = random_logits(9)
+    expected: Any = RepetitionPenaltyLogitsProcessor(1.3)(
+        torch.LongTensor([[*PROMPT, *ANSWER]]), torch.tensor(logits)[None].clone()
+    )
+    draw = Draw(Sampling(repetition_penalty=1.3), 4, prompt_token_ids=PROMPT, output_token_ids=ANSWER)
+    assert np.abs(adjusted(logits, draw) - expected[0].numpy()).max() < 1e-6
+
+
+def test_presence_and_frequency_count_the_answer_alone() -> None:
+    logits = random_logits(10)
+    sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25)
+    changed = adjusted(logits, Draw(sampling, 4, prompt_token_ids=PROMPT, output_token_ids=ANSWER)) - logits
+    expected = np.zeros(len(logits))
+    expected[7], expected[9] = -0.5 - 0.25 * 3, -0.5 - 0.25
+    assert np.abs(changed - expected).max() < 1e-5
+
+
+def test_bias_and_allowed_tokens() -> None:
+    logits = np.array([1.0, 3.0, 2.0, 0.0], dtype=np.float32)
+    assert draw_token(logits, Draw(Sampling(0.0, logit_bias=((3, 5.0),)), 0)).token_id == 3
+    assert draw_token(logits, Draw(Sampling(0.0, allowed_token_ids=(0, 2)), 0)).token_id == 2
+    assert logits.tolist() == [1.0, 3.0, 2.0, 0.0]
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    logits = random_logits(11)
+    expected = torch.log_softmax(torch.tensor(logits, dtype=torch.float64), -1).numpy()
+    order = np.argsort(-expected, kind="stable")
+    sampling = Sampling(0.0, logprobs=3, logit_bias=((17, 100.0),), repetition_penalty=1.5)
+    drawn = draw_token(logits, Draw(sampling, 1, prompt_token_ids=PROMPT, output_token_ids=ANSWER))
+    assert drawn.token_id == 17 and drawn.logprobs is not None
+    assert abs(drawn.logprobs.chosen.logprob - expected[17]) < 1e-6
+    assert drawn.logprobs.chosen.rank == order.tolist().index(17) + 1
+    assert [top.token_id for top in drawn.logprobs.top] == order[:3].tolist()
+    assert [top.rank for top in drawn.logprobs.top] == [1, 2, 3]
+    assert np.abs(np.array([top.logprob for top in drawn.logprobs.top]) - expected[order[:3]]).max() < 1e-6

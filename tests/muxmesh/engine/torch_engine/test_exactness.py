@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from muxmesh.engine.step import Chunk, Draw, Step
+from muxmesh.engine.torch_engine.cpu.attention import SPLIT
 from muxmesh.engine.torch_engine.layout import lay_out
 from muxmesh.engine.torch_engine.runner import TorchRunner
 from muxmesh.types import Sampling
@@ -19,15 +20,38 @@ SHAPES = {
     "mha": TinyShape(num_heads=3, num_kv_heads=3, head_dim=16, seed=1),
     "one kv head": TinyShape(num_heads=6, num_kv_heads=1, head_dim=32, num_layers=3, seed=2),
     "untied, wide heads": TinyShape(num_heads=2, num_kv_heads=1, head_dim=64, tied=False, seed=3),
-    "odd head size": TinyShape(num_heads=2, num_kv_heads=2, head_dim=24, hidden_size=40, seed=4),
+    "odd head size": TinyShape(num_heads=2, num_kv_heads=2, head_dim=26, hidden_size=40, seed=4),
+    "head size 80": TinyShape(num_heads=4, num_kv_heads=2, head_dim=80, seed=5),
+    "head size 256": TinyShape(num_heads=2, num_kv_heads=1, head_dim=256, seed=6),
+    "mistral": TinyShape(architecture="Mistral", seed=7),
+    "qwen2": TinyShape(architecture="Qwen2", head_dim=16, hidden_size=64, seed=8),
+    "qwen3": TinyShape(architecture="Qwen3", tied=False, seed=9),
+    "rope linear": TinyShape(rope={"rope_type": "linear", "factor": 4.0}, seed=10),
+    "rope llama3": TinyShape(
+        head_dim=64,
+        rope={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        seed=11,
+    ),
+    "rope yarn": TinyShape(
+        head_dim=64, rope={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, seed=12
+    ),
+    "half precision": TinyShape(dtype="float16", seed=13),
+    "bfloat16": TinyShape(dtype="bfloat16", tied=False, seed=14),
 }
 GREEDY = Draw(Sampling(temperature=0.0), 0)
+FILLER = Chunk(99, 0, (7,), (126,))
 
 
 class Case:
-    def __init__(self, folder: Path, cache: Path, block_size: int = 16) -> None:
+    def __init__(self, folder: Path, cache: Path, block_size: int = 16, num_slabs: int = 8) -> None:
         self.model = reference(folder)
-        self.runner, self.spec = tiny_runner(folder, cache, block_size)
+        self.runner, self.spec = tiny_runner(folder, cache, block_size, num_slabs)
         self.rng = np.random.default_rng(7)
 
     def prompt(self, length: int) -> tuple[int, ...]:
@@ -123,3 +147,33 @@ def test_greedy_tokens_are_those_of_transformers(case: Case) -> None:
         sequence.append(token)
         tokens.append(token)
     assert tokens == generated[0, 12:].tolist()
+
+
+def test_a_sequence_longer_than_one_split(tmp_path: Path) -> None:
+    """From `SPLIT` tokens on, ranges of a sequence are tasks of their own, merged at the end."""
+    case = Case(write_tiny_model(tmp_path / "model", TinyShape(max_position_embeddings=1300)), tmp_path, num_slabs=24)
+    prompt, table = case.prompt(1201), tuple(range(76))
+    assert len(prompt) > 2 * SPLIT
+    for start in range(0, 1200, 300):
+        case.logits(Chunk(1, start, prompt[start : start + 300], table))
+    logits = case.logits(Chunk(1, 1200, prompt[1200:], table, (GREEDY,)))
+    assert np.abs(logits[0] - case.expected(prompt)).max() < TOLERANCE
+
+
+def test_a_row_has_the_same_bits_in_every_batch(tmp_path: Path) -> None:
+    """200 random batches: prompts cut into chunks of random sizes beside random decodes, against each one alone."""
+    case = Case(write_tiny_model(tmp_path / "model", TinyShape(num_heads=6, num_kv_heads=2)), tmp_path, num_slabs=40)
+    rng = np.random.default_rng(5)
+    prompts = [case.prompt(int(length)) for length in rng.integers(2, 90, 20)]
+    tables = [tuple(range(6 * number, 6 * number + 6)) for number in range(21)]
+    alone = []
+    for prompt in prompts:
+        case.logits(Chunk(1, 0, prompt[:-1], tables[20]))
+        alone.append(case.logits(Chunk(1, len(prompt) - 1, prompt[-1:], tables[20], (GREEDY,)))[0].copy())
+    for _ in range(200):
+        chosen = [int(number) for number in rng.choice(20, int(rng.integers(1, 17)), replace=False)]
+        start = {number: int(rng.integers(0, len(prompts[number]))) for number in chosen}
+        case.logits(*(Chunk(n, 0, prompts[n][: start[n]], tables[n]) for n in chosen if start[n]), FILLER)
+        rows = case.logits(*(Chunk(n, start[n], prompts[n][start[n] :], tables[n], (GREEDY,)) for n in chosen))
+        for number, row in zip(chosen, rows, strict=True):
+            assert np.array_equal(row, alone[number])

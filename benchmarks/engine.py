@@ -1,0 +1,172 @@
+"""Our engine beside vLLM's on the same prompts, A B A B, SmolLM2 in f32: prefill, decode, share of the machine.
+
+Needs an interpreter with vLLM: ``make bench-engine VLLM_PYTHON=path``; without one only our own figures are printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.report import Report
+from muxmesh.cli.common import cache_dir
+from muxmesh.config.schema import DEFAULT_MODEL
+from muxmesh.engine.kernel_cache import kernel_cache_dir
+from muxmesh.models.catalog import CATALOG
+from muxmesh.models.image import ensure_image
+from muxmesh.models.pull import ensure_model
+from muxmesh.models.spec import ModelSpec, read_model_spec
+
+THREADS = 2
+BATCH_CAP = 16
+ROUNDS = 3
+STEPS = 24
+HERE = Path(__file__).parent
+CASES = [(batch, context) for batch in (1, 16) for context in (32, 512)]
+
+
+class Engine:
+    """A child process that answers one request at a time; it sleeps meanwhile."""
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str]) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": str(THREADS), **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._answer()
+
+    def ask(self, **request: Any) -> Any:
+        """Its answer to one request."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """Ends it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended with exit code {self._process.wait()}")
+        return json.loads(line)
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of a sum over 1 GiB by `THREADS` threads, the best of 3."""
+    values = torch.ones(1 << 28)
+    return max(values.nbytes / _seconds(values.sum) for _ in range(3))
+
+
+def gemm_flops() -> float:
+    """FLOP per second of a large f32 product by `THREADS` threads, the best of 3."""
+    a = torch.ones(2048, 2048)
+    return max(2 * 2048**3 / _seconds(lambda: a @ a) for _ in range(3))
+
+
+def _seconds(work: Any) -> float:
+    import time  # noqa: PLC0415
+
+    started_at_s = time.perf_counter()
+    work()
+    return time.perf_counter() - started_at_s
+
+
+def measure(engine: Engine, rng: np.random.Generator) -> dict[str, float]:
+    """Tokens per second of each case."""
+
+    def prompts(batch: int, length: int) -> list[list[int]]:
+        return [rng.integers(100, 40_000, length).tolist() for _ in range(batch)]
+
+    speed = {"prefill 4x512": 4 * 512 / engine.ask(prefill=prompts(4, 512))}
+    for batch, context in CASES:
+        seconds = engine.ask(decode=prompts(batch, context), steps=STEPS)
+        speed[f"decode {batch} at {context}"] = batch / statistics.median(seconds)
+    return speed
+
+
+def main() -> int:
+    """Measures, prints, writes; exit code 1 if a bar is missed."""
+    torch.set_num_threads(THREADS)
+    folder = ensure_model(CATALOG[DEFAULT_MODEL], cache_dir(), lambda what, done, total: None)
+    spec = read_model_spec(folder)
+    image = ensure_image(folder, spec, "panels", cache_dir(), lambda done, total: None)
+    vllm = os.environ.get("VLLM_PYTHON")
+    runs: dict[str, list[dict[str, float]]] = {}
+    ceilings: list[tuple[float, float]] = []
+    with ExitStack() as stack:
+        engines = []
+        ours = [sys.executable, "-m", "benchmarks.engine_ours", str(folder), str(image), str(BATCH_CAP), str(THREADS)]
+        engines.append(Engine("muxmesh", ours, {"NUMBA_CACHE_DIR": str(kernel_cache_dir(cache_dir()))}))
+        stack.callback(engines[0].close)
+        for mode in ("eager", "compiled") if vllm else ():
+            command = [str(vllm), str(HERE / "engine_vllm.py"), str(folder), mode, str(BATCH_CAP)]
+            print(f"starting vLLM ({mode}) ...", flush=True)
+            engines.append(Engine(f"vllm {mode}", command, _VLLM))
+            stack.callback(engines[-1].close)
+        for engine in engines:
+            engine.ask(prefill=[[7] * 64])
+        rng = np.random.default_rng(0)
+        for _ in range(ROUNDS):
+            ceilings.append((read_bandwidth(), gemm_flops()))
+            for engine in engines:
+                runs.setdefault(engine.name, []).append(measure(engine, rng))
+                print(engine.name, {case: round(speed, 1) for case, speed in runs[engine.name][-1].items()}, flush=True)
+    report = _report(spec, runs, ceilings)
+    return 0 if report.write() else 1
+
+
+_VLLM = {
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def _report(spec: ModelSpec, runs: dict[str, list[dict[str, float]]], ceilings: list[tuple[float, float]]) -> Report:
+    report = Report("engine")
+    median = {
+        name: {case: statistics.median(run[case] for run in rounds) for case in rounds[0]}
+        for name, rounds in runs.items()
+    }
+    bandwidth, flops = (max(values) for values in zip(*ceilings, strict=True))
+    report.figures = {"runs": runs, "median_tokens_per_s": median, "read_bytes_per_s": bandwidth, "gemm_flops": flops}
+    mine = median["muxmesh"]
+    weight_bytes, inner = 4 * spec.num_parameters, spec.num_parameters - spec.vocab_size * spec.hidden_size
+    report.bar("share of read bandwidth, decode 1 at 32", mine["decode 1 at 32"] * weight_bytes / bandwidth, "-", True)
+    for case in ("decode 16 at 32", "prefill 4x512"):
+        parameters = inner if case.startswith("prefill") else spec.num_parameters
+        report.bar(f"share of GEMM speed, {case}", mine[case] * 2 * parameters / flops, "-", True)
+    for other in [name for name in median if name != "muxmesh"]:
+        for case, speed in mine.items():
+            ratio = speed / median[other][case]
+            if case.startswith("prefill"):
+                least = 0.95 if other.endswith("compiled") else 0.0
+            else:
+                least = 1.4 if case.startswith("decode 1 ") else 1.3
+            report.bar(f"{case}, against {other}", ratio, f"at least {least}", ratio >= least)
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())
