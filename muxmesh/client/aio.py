@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
@@ -117,6 +117,12 @@ class MeshClient:
         temperature: float | None = None,
         top_k: int = 0,
         top_p: float | None = None,
+        min_p: float | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        repetition_penalty: float = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
+        allowed_token_ids: Sequence[int] | None = None,
         seed: int | None = None,
         stop_strings: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
@@ -139,7 +145,16 @@ class MeshClient:
                 request_id=request_id,
                 model=model,
                 temperature=temperature,
-                sampling=inference_pb2.SamplingOptions(top_k=top_k, top_p=top_p, seed=seed),
+                sampling=inference_pb2.SamplingOptions(top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
+                decoding=inference_pb2.DecodingOptions(
+                    presence_penalty=presence_penalty,
+                    frequency_penalty=frequency_penalty,
+                    repetition_penalty=repetition_penalty,
+                    logit_bias=logit_bias,
+                    allowed_token_ids=None
+                    if allowed_token_ids is None
+                    else inference_pb2.TokenIds(ids=allowed_token_ids),
+                ),
                 stopping=inference_pb2.StoppingOptions(
                     max_new_tokens=max_new_tokens,
                     min_new_tokens=min_new_tokens,

@@ -13,6 +13,7 @@ import pytest_asyncio
 import torch
 
 from muxmesh.models.tokenizer import load_text_model
+from muxmesh.v1 import inference_pb2
 from tests.support.mesh import RunningMesh, collect, running_mesh
 from tests.support.tiny import TinyShape, reference, write_tiny_model
 
@@ -138,3 +139,40 @@ async def test_stopped_output_is_whole_characters(mesh: RunningMesh) -> None:
     )
     whole = load_text_model(Path(str(mesh.mesh.runtime.prepared["gqa"].folder))).decode(tokens, True)
     assert text == whole
+
+
+async def test_log_probabilities_of_prompt_and_answer_are_those_of_transformers(
+    mesh: RunningMesh, folders: dict[str, Path]
+) -> None:
+    request = inference_pb2.GenerateRequest(
+        model="gqa",
+        text=PROMPTS[1],  # longer than one step of prefill
+        temperature=0.0,
+        stopping=inference_pb2.StoppingOptions(max_new_tokens=6, ignore_eos=True),
+        response=inference_pb2.ResponseOptions(
+            prompt_token_ids=True, output_token_ids=True, output_logprobs=2, prompt_logprobs=0
+        ),
+    )
+    responses = [response async for response in mesh.client.stream_request(request)]
+    info = responses[0].prompt_info
+    answer = [token for response in responses for token in response.outputs.token_ids]
+    places = [place for response in responses for place in response.outputs.token_logprobs]
+    sequence = [*info.token_ids, *answer]
+    with torch.inference_mode():
+        logits = reference(folders["gqa"])(torch.tensor([sequence])).logits[0].double()
+    expected = torch.log_softmax(logits, -1).numpy()
+    for place, (row, token) in enumerate(zip(expected, sequence[1:], strict=False)):
+        given = [*info.token_logprobs, *places][place]
+        assert given.chosen.token_id == token
+        assert abs(given.chosen.logprob - row[token]) < 1e-4
+    assert len(info.token_logprobs) == len(info.token_ids) - 1 and len(places) == len(answer) == 6
+    assert [len(place.top) for place in places] == [2] * 6
+    assert [place.top[0].token_id for place in places] == answer
+
+
+async def test_only_allowed_tokens_come_and_a_bias_decides(mesh: RunningMesh) -> None:
+    options: dict[str, Any] = {"model": "mha", "max_new_tokens": 8, "seed": 3, "allowed_token_ids": [40, 41, 42]}
+    allowed = await mesh.client.generate("Once", **options)
+    assert set(allowed.token_ids) <= {40, 41, 42}
+    biased = await mesh.client.generate("Once", **options, logit_bias={41: 100.0}, min_p=0.5)
+    assert set(biased.token_ids) == {41}
