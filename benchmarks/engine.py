@@ -28,10 +28,13 @@ from muxmesh.models.spec import ModelSpec, read_model_spec
 
 THREADS = 2
 BATCH_CAP = 16
-ROUNDS = 3
+ROUNDS = 5
 STEPS = 24
 HERE = Path(__file__).parent
-CASES = [(batch, context) for batch in (1, 16) for context in (32, 512)]
+PREFILL = "prefill 4x512"
+CASES = {f"decode {batch} at {context}": (batch, context) for batch in (1, 16) for context in (32, 512)}
+Runs = dict[str, dict[str, list[float]]]
+"""Case → engine → tokens per second in each round."""
 
 
 class Engine:
@@ -90,17 +93,17 @@ def _seconds(work: Any) -> float:
     return time.perf_counter() - started_at_s
 
 
-def measure(engine: Engine, rng: np.random.Generator) -> dict[str, float]:
-    """Tokens per second of each case."""
+def measure(engine: Engine, case: str, rng: np.random.Generator) -> float:
+    """Tokens per second."""
 
     def prompts(batch: int, length: int) -> list[list[int]]:
         return [rng.integers(100, 40_000, length).tolist() for _ in range(batch)]
 
-    speed = {"prefill 4x512": 4 * 512 / engine.ask(prefill=prompts(4, 512))}
-    for batch, context in CASES:
-        seconds = engine.ask(decode=prompts(batch, context), steps=STEPS)
-        speed[f"decode {batch} at {context}"] = batch / statistics.median(seconds)
-    return speed
+    if case == PREFILL:
+        seconds: float = engine.ask(prefill=prompts(4, 512))
+        return 4 * 512 / seconds
+    batch, context = CASES[case]
+    return batch / statistics.median(engine.ask(decode=prompts(batch, context), steps=STEPS))
 
 
 def main() -> int:
@@ -110,7 +113,7 @@ def main() -> int:
     spec = read_model_spec(folder)
     image = ensure_image(folder, spec, "panels", cache_dir(), lambda done, total: None)
     vllm = os.environ.get("VLLM_PYTHON")
-    runs: dict[str, list[dict[str, float]]] = {}
+    runs: Runs = {case: {} for case in (PREFILL, *CASES)}
     ceilings: list[tuple[float, float]] = []
     with ExitStack() as stack:
         engines = []
@@ -125,11 +128,12 @@ def main() -> int:
         for engine in engines:
             engine.ask(prefill=[[7] * 64])
         rng = np.random.default_rng(0)
-        for _ in range(ROUNDS):
+        for round_ in range(ROUNDS):
             ceilings.append((read_bandwidth(), gemm_flops()))
-            for engine in engines:
-                runs.setdefault(engine.name, []).append(measure(engine, rng))
-                print(engine.name, {case: round(speed, 1) for case, speed in runs[engine.name][-1].items()}, flush=True)
+            for case, speeds in runs.items():  # close together: the machine's own speed changes within a minute
+                for engine in engines[:: 1 if round_ % 2 == 0 else -1]:
+                    speeds.setdefault(engine.name, []).append(measure(engine, case, rng))
+                print(case, {name: round(values[-1], 1) for name, values in speeds.items()}, flush=True)
     report = _report(spec, runs, ceilings)
     return 0 if report.write() else 1
 
@@ -143,24 +147,20 @@ _VLLM = {
 }
 
 
-def _report(spec: ModelSpec, runs: dict[str, list[dict[str, float]]], ceilings: list[tuple[float, float]]) -> Report:
+def _report(spec: ModelSpec, runs: Runs, ceilings: list[tuple[float, float]]) -> Report:
     report = Report("engine")
-    median = {
-        name: {case: statistics.median(run[case] for run in rounds) for case in rounds[0]}
-        for name, rounds in runs.items()
-    }
-    bandwidth, flops = (max(values) for values in zip(*ceilings, strict=True))
-    report.figures = {"runs": runs, "median_tokens_per_s": median, "read_bytes_per_s": bandwidth, "gemm_flops": flops}
-    mine = median["muxmesh"]
+    bandwidth, flops = (statistics.median(values) for values in zip(*ceilings, strict=True))
+    report.figures = {"tokens_per_s": runs, "read_bytes_per_s": bandwidth, "gemm_flops": flops}
+    mine = {case: statistics.median(speeds["muxmesh"]) for case, speeds in runs.items()}
     weight_bytes, inner = 4 * spec.num_parameters, spec.num_parameters - spec.vocab_size * spec.hidden_size
     report.bar("share of read bandwidth, decode 1 at 32", mine["decode 1 at 32"] * weight_bytes / bandwidth, "-", True)
-    for case in ("decode 16 at 32", "prefill 4x512"):
-        parameters = inner if case.startswith("prefill") else spec.num_parameters
+    for case in ("decode 16 at 32", PREFILL):
+        parameters = inner if case == PREFILL else spec.num_parameters
         report.bar(f"share of GEMM speed, {case}", mine[case] * 2 * parameters / flops, "-", True)
-    for other in [name for name in median if name != "muxmesh"]:
-        for case, speed in mine.items():
-            ratio = speed / median[other][case]
-            if case.startswith("prefill"):
+    for case, speeds in runs.items():
+        for other in [name for name in speeds if name != "muxmesh"]:
+            ratio = statistics.median(a / b for a, b in zip(speeds["muxmesh"], speeds[other], strict=True))
+            if case == PREFILL:
                 least = 0.95 if other.endswith("compiled") else 0.0
             else:
                 least = 1.4 if case.startswith("decode 1 ") else 1.3

@@ -145,9 +145,11 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     pull.set_defaults(action="pull")
     pull.add_argument("name", metavar="NAME", help="as `muxmesh model list` shows it")
     _add_json(pull)
-    inspect = _command(model, "inspect", "model", "Show what would be loaded from a folder, or why it would not be.")
+    inspect = _command(model, "inspect", "model", "Show what would be loaded, or why it would not be.")
     inspect.set_defaults(action="inspect")
-    inspect.add_argument("path", metavar="PATH", help="a folder in Hugging Face style, or a catalog name that is here")
+    inspect.add_argument(
+        "path", metavar="PATH", help="a folder in Hugging Face style, a GGUF file, or a catalog name that is here"
+    )
     _add_json(inspect)
 
 

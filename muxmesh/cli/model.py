@@ -11,6 +11,7 @@ from muxmesh.cli.common import ProgressBar, cache_dir, print_json
 from muxmesh.config.schema import ModelConfig
 from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CATALOG, find_catalog_model
+from muxmesh.models.gguf_import import read_gguf
 from muxmesh.models.prepare import prepare_model
 from muxmesh.models.pull import model_folder
 from muxmesh.models.spec import ModelSpec, read_model_spec
@@ -55,12 +56,18 @@ def _pull(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    folder = Path(arguments.path).expanduser()
-    if not folder.is_dir() and arguments.path in CATALOG:
-        folder = model_folder(CATALOG[arguments.path], cache_dir())
-    if not folder.is_dir():
-        raise ConfigError(f"{arguments.path!r} is no folder; download a catalog model with `muxmesh model pull` first")
-    facts = _facts(folder, read_model_spec(folder))
+    path = Path(arguments.path).expanduser()
+    if not path.exists() and arguments.path in CATALOG:
+        path = model_folder(CATALOG[arguments.path], cache_dir())
+    if path.is_dir():
+        facts = _folder_facts(path)
+    elif path.is_file() and path.suffix == ".gguf":
+        facts = _gguf_facts(path)
+    else:
+        raise ConfigError(
+            f"{arguments.path!r} is neither a folder nor a .gguf file; "
+            "a catalog model is downloaded with `muxmesh model pull`"
+        )
     if arguments.json:
         print_json(facts)
     else:
@@ -70,12 +77,33 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _facts(folder: Path, spec: ModelSpec) -> dict[str, Any]:
-    """What an engine would load, by name. Raises ModelUnsupported."""
+def _folder_facts(folder: Path) -> dict[str, Any]:
+    """What an engine would load from a folder, by name. Raises ModelUnsupported."""
+    return {
+        "folder": str(folder),
+        **_spec_facts(read_model_spec(folder)),
+        "chat_template": load_text_model(folder).has_chat_template,
+        "weight_files": [path.name for path in weight_files(folder)],
+        "weight_dtypes": FolderWeights(folder).dtypes(),
+    }
+
+
+def _gguf_facts(path: Path) -> dict[str, Any]:
+    """The same of a GGUF file, which is converted into a folder before it is loaded."""
+    model = read_gguf(path)
+    return {
+        "file": str(path),
+        **_spec_facts(model.spec),
+        "chat_template": "tokenizer.chat_template" in model.fields,
+        "weight_files": [path.name],
+        "weight_dtypes": model.tensor_types,
+    }
+
+
+def _spec_facts(spec: ModelSpec) -> dict[str, Any]:
     kv = spec.kv_shape(ModelConfig(name="m").block_size, "float32")
     rope = spec.rope_scaling
     return {
-        "folder": str(folder),
         "architecture": spec.architecture,
         "parameters": spec.num_parameters,
         "layers": spec.num_layers,
@@ -92,9 +120,6 @@ def _facts(folder: Path, spec: ModelSpec) -> dict[str, Any]:
         "rope_theta": spec.rope_theta,
         "rope_scaling": None if rope is None else {"type": type(rope).__name__, **dataclasses.asdict(rope)},
         "eos_token_ids": sorted(spec.eos_token_ids),
-        "chat_template": load_text_model(folder).has_chat_template,
-        "weight_files": [path.name for path in weight_files(folder)],
-        "weight_dtypes": FolderWeights(folder).dtypes(),
         "loaded_as": "float32",
         "image_bytes": 4 * spec.num_parameters,
         "kv_bytes_per_token": kv.kv_bytes_per_token,

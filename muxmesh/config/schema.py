@@ -45,7 +45,8 @@ class ModelConfig(Section):
     name: Name
     """What clients write into GenerateRequest.model."""
     source: str | None = None
-    """A catalog name (`muxmesh model list`) or a folder in Hugging Face style. Unset: the catalog name `name`."""
+    """A catalog name (`muxmesh model list`), a folder in Hugging Face style or a GGUF file. Unset: the catalog name
+    `name`."""
     engine: Literal["torch", "sim"] = "torch"
     """`torch` computes; `sim` gives deterministic tokens at the speed of `sim`, for tests and load."""
     dtype: Literal["float32"] = "float32"

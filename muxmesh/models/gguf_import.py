@@ -1,27 +1,35 @@
-"""Turns a GGUF file of the Llama family into a Hugging Face style folder: f16 weights, config, tokenizer.
+"""Turns a GGUF file of the Llama family into a Hugging Face style folder: weights, config, tokenizer.
 
-The folder loads in transformers as LlamaForCausalLM, which is the reference for exactness.
+The folder loads in transformers, which is the reference for exactness. Quantized weights become f16, which is far
+finer than they are; f32 and bf16 become f32.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, dequantize
-from safetensors.numpy import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
 
 from muxmesh.errors import ModelUnsupported
+from muxmesh.models.gguf_tokenizer import build_tokenizer, check_tokenizer, eos_token_ids
+from muxmesh.models.spec import ModelSpec, spec_of
+from muxmesh.models.weights import write_safetensors
+
+CONVERSION = 2
+"""In the names of folders: whoever changes what is written here makes them anew."""
 
 _LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -29,36 +37,92 @@ _LAYER_TENSORS = {
     "ffn_down": "mlp.down_proj",
 }
 _GLOBAL_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_CONTROL_TOKEN = 3
-# How GPT-2 splits text before merging.
-_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_ROPE_FACTORS = "rope_freqs.weight"
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_KEPT_IN_F32 = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)
+_LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
+"""Of every Llama 3.1 and 3.2; a file holds only the factors that come of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufModel:
+    """A GGUF file whose header was read and found to be supported. ``config`` is that of the folder to come."""
+
+    path: Path
+    fields: dict[str, Any]
+    tensors: list[Any]
+    config: dict[str, Any]
+    spec: ModelSpec
+
+    @property
+    def tensor_types(self) -> list[str]:
+        """The types of the tensors, as GGUF calls them."""
+        return sorted({tensor.tensor_type.name for tensor in self.tensors})
+
+
+def read_gguf(path: Path) -> GgufModel:
+    """Reads the header; the weights stay where they are. Raises ModelUnsupported naming what does not fit."""
+    try:
+        reader = GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, IndexError, OSError) as error:
+        raise ModelUnsupported(f"{path}: no GGUF file, or a damaged one: {error}") from error
+    architecture = fields.get("general.architecture")
+    if architecture not in _ARCHITECTURES:
+        raise ModelUnsupported(
+            f"{path.name}: architecture {architecture} is not supported; supported: {', '.join(_ARCHITECTURES)}"
+        )
+    if fields.get("split.count", 0) > 1:
+        raise ModelUnsupported(f"{path.name}: is one of {fields['split.count']} parts; merge them into one file first")
+    check_tokenizer(fields, path.name)
+    for tensor in reader.tensors:
+        _check_tensor(path, tensor)
+    try:
+        config = _config(path, fields, reader.tensors)
+    except KeyError as error:
+        raise ModelUnsupported(f"{path.name}: field {error.args[0]} is missing") from error
+    spec = spec_of(path, config, {"eos_token_id": eos_token_ids(fields)})
+    return GgufModel(path, fields, list(reader.tensors), config, spec)
 
 
 def import_gguf(gguf: Path, folder: Path, progress: Callable[[int, int], None]) -> None:
-    """Writes ``folder`` from ``gguf``. ``progress`` gets (tensors done, tensors).
-
-    Raises ModelUnsupported if it is not a Llama with a GPT-2 style tokenizer of the smollm kind.
-    """
-    reader = GGUFReader(gguf)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    architecture, pre = fields.get("general.architecture"), fields.get("tokenizer.ggml.pre")
-    if architecture != "llama" or fields.get("tokenizer.ggml.model") != "gpt2" or pre != "smollm":
-        raise ModelUnsupported(
-            f"{gguf.name}: architecture {architecture} with tokenizer {pre} is not supported; "
-            "supported: llama with smollm"
-        )
+    """Writes ``folder`` from ``gguf``. ``progress`` gets (tensors done, tensors). Raises ModelUnsupported."""
+    model = read_gguf(gguf)
     folder.mkdir(parents=True)
-    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
-    _write_json(folder / "config.json", _config(fields, tied))
-    eos = fields["tokenizer.ggml.eos_token_id"]
-    _write_json(folder / "generation_config.json", {"eos_token_id": eos, "pad_token_id": eos})
-    _write_tokenizer(folder, fields)
-    weights = {}
-    for done, tensor in enumerate(reader.tensors):
-        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float16)
-        weights[_hf_name(tensor.name)] = _unpermuted(tensor.name, values, fields)
-        progress(done + 1, len(reader.tensors))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "config.json", model.config)
+    eos = eos_token_ids(model.fields)
+    _write_json(folder / "generation_config.json", {"eos_token_id": eos if len(eos) > 1 else eos[0]} if eos else {})
+    _write_tokenizer(folder, model.fields)
+    kept = [tensor for tensor in model.tensors if tensor.name != _ROPE_FACTORS]
+    shapes = {
+        _hf_name(tensor.name): (_dtype(tensor), tuple(int(size) for size in reversed(tensor.shape))) for tensor in kept
+    }
+
+    def values() -> Iterator[np.ndarray]:
+        for done, tensor in enumerate(kept):
+            weights = dequantize(tensor.data, tensor.tensor_type).astype(_dtype(tensor))
+            yield _unpermuted(tensor.name, weights, model.config)
+            progress(done + 1, len(kept))
+
+    write_safetensors(folder / "model.safetensors", shapes, values())
+
+
+def _dtype(tensor: Any) -> np.dtype[Any]:
+    return np.dtype(np.float32 if tensor.tensor_type in _KEPT_IN_F32 else np.float16)
+
+
+def _check_tensor(path: Path, tensor: Any) -> None:
+    """Raises ModelUnsupported for a tensor that has no place in the model or cannot be read."""
+    parts = tensor.name.split(".")
+    known = parts[0] == "blk" and parts[2] in _LAYER_TENSORS
+    if not known and parts[0] not in _GLOBAL_TENSORS and tensor.name != _ROPE_FACTORS:
+        raise ModelUnsupported(f"{path.name}: tensor {tensor.name} belongs to no supported model")
+    try:
+        dequantize(tensor.data[:1], tensor.tensor_type)
+    except NotImplementedError as error:
+        raise ModelUnsupported(
+            f"{path.name}: tensor {tensor.name} is {tensor.tensor_type.name}, which is not read"
+        ) from error
 
 
 def _hf_name(name: str) -> str:
@@ -68,66 +132,107 @@ def _hf_name(name: str) -> str:
     return f"{_GLOBAL_TENSORS[parts[0]]}.{parts[1]}"
 
 
-def _unpermuted(name: str, values: np.ndarray, fields: dict[str, Any]) -> np.ndarray:
-    """llama.cpp keeps the rows of Q and K as rotated pairs side by side; the half-rotation form wants halves."""
-    if ".attn_q." in name:
-        heads = fields["llama.attention.head_count"]
-    elif ".attn_k." in name:
-        heads = fields["llama.attention.head_count_kv"]
-    else:
+def _unpermuted(name: str, values: np.ndarray, config: dict[str, Any]) -> np.ndarray:
+    """llama.cpp keeps the rows of a Llama's Q and K as rotated pairs side by side; the half-rotation form wants halves.
+
+    It leaves the other architectures as they are.
+    """
+    if config["model_type"] != "llama" or not (".attn_q." in name or ".attn_k." in name):
         return values
-    rows, columns = values.shape
-    paired = values.reshape(heads, rows // heads // 2, 2, columns)
-    return np.ascontiguousarray(paired.swapaxes(1, 2).reshape(rows, columns))
+    heads = config["num_attention_heads"] if ".attn_q." in name else config["num_key_value_heads"]
+    rows, *columns = values.shape
+    paired = values.reshape(heads, rows // heads // 2, 2, *columns)
+    return np.ascontiguousarray(paired.swapaxes(1, 2).reshape(values.shape))
 
 
-def _config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
-    heads = fields["llama.attention.head_count"]
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+def _config(path: Path, fields: dict[str, Any], tensors: list[Any]) -> dict[str, Any]:
+    name = fields["general.architecture"]
+
+    def field(key: str) -> Any:
+        return fields[f"{name}.{key}"]
+
+    heads, hidden = field("attention.head_count"), field("embedding_length")
+    head_dim = fields.get(f"{name}.attention.key_length", hidden // heads)
+    config: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[name]],
+        "model_type": name,
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
-        "hidden_size": fields["llama.embedding_length"],
-        "intermediate_size": fields["llama.feed_forward_length"],
-        "num_hidden_layers": fields["llama.block_count"],
+        "hidden_size": hidden,
+        "intermediate_size": field("feed_forward_length"),
+        "num_hidden_layers": field("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": fields["llama.attention.head_count_kv"],
-        "head_dim": fields.get("llama.rope.dimension_count", fields["llama.embedding_length"] // heads),
+        "num_key_value_heads": fields.get(f"{name}.attention.head_count_kv", heads),
+        "head_dim": head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": fields["llama.context_length"],
-        "rms_norm_eps": round(float(fields["llama.attention.layer_norm_rms_epsilon"]), 10),
-        "rope_theta": float(fields["llama.rope.freq_base"]),
-        "tie_word_embeddings": tied,
-        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
+        "max_position_embeddings": field("context_length"),
+        "rms_norm_eps": round(float(field("attention.layer_norm_rms_epsilon")), 10),
+        "rope_theta": float(fields.get(f"{name}.rope.freq_base", 10_000.0)),
+        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in tensors),
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
         "torch_dtype": "float16",
+    }
+    _refuse_variants(path, fields, name, head_dim)
+    scaling = _rope_scaling(path, fields, name) or _llama3_scaling(path, tensors, config)
+    if scaling:
+        config["rope_scaling"] = scaling
+    if name != "qwen2" and any(tensor.name.endswith("attn_q.bias") for tensor in tensors):
+        config["attention_bias"] = True
+    return config
+
+
+def _refuse_variants(path: Path, fields: dict[str, Any], name: str, head_dim: int) -> None:
+    if fields.get(f"{name}.rope.dimension_count", head_dim) != head_dim:
+        raise ModelUnsupported(f"{path.name}: rotates only {fields[f'{name}.rope.dimension_count']} of {head_dim}")
+    if fields.get(f"{name}.expert_count", 0) > 0:
+        raise ModelUnsupported(f"{path.name}: is a mixture of experts, which is not supported")
+
+
+def _rope_scaling(path: Path, fields: dict[str, Any], name: str) -> dict[str, Any] | None:
+    kind = fields.get(f"{name}.rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    if kind not in {"linear", "yarn"}:
+        raise ModelUnsupported(f"{path.name}: rope scaling {kind} is not supported; supported: none, linear, yarn")
+    scaling = {"rope_type": kind, "factor": float(fields[f"{name}.rope.scaling.factor"])}
+    original = fields.get(f"{name}.rope.scaling.original_context_length")
+    if original:
+        scaling["original_max_position_embeddings"] = int(original)
+    return scaling
+
+
+def _llama3_scaling(path: Path, tensors: list[Any], config: dict[str, Any]) -> dict[str, Any] | None:
+    """What a file with rope factors must have been made from: the factors are computed again and compared."""
+    stored = next((tensor for tensor in tensors if tensor.name == _ROPE_FACTORS), None)
+    if stored is None:
+        return None
+    factors = np.asarray(stored.data, dtype=np.float64).reshape(-1)
+    pairs = config["head_dim"] // 2
+    waves = 2 * np.pi * config["rope_theta"] ** (np.arange(pairs) / pairs)
+    factor = float(factors.max())
+    smooth = np.clip((_LLAMA3_CONTEXT / waves - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW), 0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
+        raise ModelUnsupported(f"{path.name}: {_ROPE_FACTORS} are not those of Llama 3; not supported")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": _LLAMA3_LOW,
+        "high_freq_factor": _LLAMA3_HIGH,
+        "original_max_position_embeddings": _LLAMA3_CONTEXT,
     }
 
 
 def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.Split(Regex(_GPT2_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = fields["tokenizer.ggml.token_type"]
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    build_tokenizer(fields).save(str(folder / "tokenizer.json"))
+    named = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     _write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "chat_template": fields.get("tokenizer.chat_template"),
-            "bos_token": tokens[fields["tokenizer.ggml.bos_token_id"]],
-            "eos_token": tokens[fields["tokenizer.ggml.eos_token_id"]],
-            "model_max_length": fields["llama.context_length"],
+            **{f"{name}_token": tokens[token_id] for name, token_id in named.items() if token_id is not None},
         },
     )
 

@@ -9,8 +9,9 @@ from muxmesh.config.runtime import PreparedModel
 from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
 from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CATALOG
+from muxmesh.models.gguf_import import read_gguf
 from muxmesh.models.image import ensure_image
-from muxmesh.models.pull import Progress, ensure_model, model_folder
+from muxmesh.models.pull import Progress, ensure_imported, ensure_model, model_folder
 from muxmesh.models.spec import SIM_SPEC, ModelSpec, read_model_spec
 from muxmesh.models.tokenizer import load_text_model
 
@@ -31,7 +32,12 @@ def prepare_model(model: ModelConfig, base_dir: Path, cache_dir: Path, progress:
     """Downloads, converts and prepares what ``model`` needs. Raises ConfigError naming the model."""
     try:
         source = _catalog_name(model)
-        folder = ensure_model(CATALOG[source], cache_dir, progress) if source else _local_folder(model, base_dir)
+        if source:
+            folder: Path | None = ensure_model(CATALOG[source], cache_dir, progress)
+        else:
+            folder = _local_source(model, base_dir)
+            if folder is not None and folder.is_file():
+                folder = ensure_imported(folder, cache_dir, progress)
         if model.engine == "sim" or folder is None:
             return PreparedModel(folder=folder, image=None)
         image = ensure_image(
@@ -51,11 +57,14 @@ def _problems_of(model: ModelConfig, unit: UnitConfig, base_dir: Path, cache_dir
     """(field, problem) of one model."""
     try:
         source = _catalog_name(model)
-        folder = model_folder(CATALOG[source], cache_dir) if source else _local_folder(model, base_dir)
-        if source and folder is not None and not folder.is_dir():
+        path = model_folder(CATALOG[source], cache_dir) if source else _local_source(model, base_dir)
+        if source and path is not None and not path.is_dir():
             return
-        spec = model_spec(folder)
-        load_text_model(folder)
+        if path is not None and path.is_file():
+            spec = read_gguf(path).spec
+        else:
+            spec = model_spec(path)
+            load_text_model(path)
     except ConfigError as error:
         yield "source", str(error)
         return
@@ -76,12 +85,14 @@ def _catalog_name(model: ModelConfig) -> str | None:
     return source if source in CATALOG else None
 
 
-def _local_folder(model: ModelConfig, base_dir: Path) -> Path | None:
-    """The folder that is meant; None for a sim model without a source. Raises ConfigError."""
+def _local_source(model: ModelConfig, base_dir: Path) -> Path | None:
+    """The folder or GGUF file that is meant; None for a sim model without a source. Raises ConfigError."""
     if model.engine == "sim" and model.source is None:
         return None
     source = model.source or model.name
-    folder = (base_dir / Path(source).expanduser()).resolve()
-    if not folder.is_dir():
-        raise ConfigError(f"{source!r} is neither a folder nor in the catalog ({', '.join(sorted(CATALOG))})")
-    return folder
+    path = (base_dir / Path(source).expanduser()).resolve()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    raise ConfigError(
+        f"{source!r} is neither a folder, nor a .gguf file, nor in the catalog ({', '.join(sorted(CATALOG))})"
+    )

@@ -1,4 +1,4 @@
-"""Gets a catalog model once: download by pip, checksum, conversion into a Hugging Face style folder.
+"""Gets a model once: download of a catalog model by pip, checksum, conversion into a Hugging Face style folder.
 
 Knows pip and zip files, no weights. Safe against being killed: a folder appears whole or not at all.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CatalogModel
-from muxmesh.models.gguf_import import import_gguf
+from muxmesh.models.gguf_import import CONVERSION, import_gguf
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, done, total)."""
@@ -34,25 +34,40 @@ def ensure_model(model: CatalogModel, cache_dir: Path, progress: Progress) -> Pa
 
     Raises ConfigError for a failed download or a wrong checksum.
     """
-    folder = model_folder(model, cache_dir)
+
+    def fetch(scratch: Path) -> Path:
+        return _extract(model, _download(model, scratch, progress), scratch)
+
+    return _converted(model_folder(model, cache_dir), fetch, progress)
+
+
+def ensure_imported(gguf: Path, cache_dir: Path, progress: Progress) -> Path:
+    """Folder of a GGUF file, converted if it is not there yet. Raises ModelUnsupported."""
+    status = gguf.stat()
+    mark = hashlib.sha256(f"{gguf.resolve()}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = cache_dir / "models" / f"{gguf.stem}-{mark}-v{CONVERSION}"
+    return _converted(folder, lambda scratch: gguf, progress)
+
+
+def model_folder(model: CatalogModel, cache_dir: Path) -> Path:
+    """Where the model is kept: another file of the same name is another folder."""
+    return cache_dir / "models" / f"{model.name}-{model.member_sha256[:12]}-v{CONVERSION}"
+
+
+def _converted(folder: Path, fetch: Callable[[Path], Path], progress: Progress) -> Path:
+    """``folder``, made from the GGUF file that ``fetch(scratch folder)`` gives if it is not there yet."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pull-") as scratch:
-        gguf = _extract(model, _download(model, Path(scratch), progress), Path(scratch))
         fresh = Path(scratch) / "folder"
-        import_gguf(gguf, fresh, lambda done, total: progress("converting", done, total))
+        import_gguf(fetch(Path(scratch)), fresh, lambda done, total: progress("converting", done, total))
         try:
             fresh.rename(folder)
         except OSError:
             if not folder.is_dir():  # not merely another process that was faster
                 raise
     return folder
-
-
-def model_folder(model: CatalogModel, cache_dir: Path) -> Path:
-    """Where the model is kept: another file of the same name is another folder."""
-    return cache_dir / "models" / f"{model.name}-{model.member_sha256[:12]}"
 
 
 def _download(model: CatalogModel, into: Path, progress: Progress) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,13 +132,18 @@ def read_model_spec(folder: Path) -> ModelSpec:
     config = _read_json(folder / "config.json")
     if config is None:
         raise ModelUnsupported(f"{folder}: has no config.json; a model folder in Hugging Face style is needed")
+    return spec_of(folder / "config.json", config, _read_json(folder / "generation_config.json") or {})
+
+
+def spec_of(origin: Path, config: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelSpec:
+    """The spec that two configs in Hugging Face's terms describe. Raises ModelUnsupported naming ``origin``."""
     architecture = (config.get("architectures") or ["(none)"])[0]
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise ModelUnsupported(
-            f"{folder}: architecture {architecture} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"{origin}: architecture {architecture} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
     try:
-        _refuse_variants(folder, config)
+        _refuse_variants(origin, config)
         num_heads = int(config["num_attention_heads"])
         spec = ModelSpec(
             architecture=architecture,
@@ -152,16 +158,16 @@ def read_model_spec(folder: Path) -> ModelSpec:
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             context_len=_context_len(config),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            eos_token_ids=_eos_token_ids(folder, config),
-            rope_scaling=_rope_scaling(folder, config),
+            eos_token_ids=_eos_token_ids(config, generation),
+            rope_scaling=_rope_scaling(origin, config),
             qkv_bias=architecture == "Qwen2ForCausalLM",
             qk_norm=architecture == "Qwen3ForCausalLM",
         )
     except KeyError as error:
-        raise ModelUnsupported(f"{folder}/config.json: field {error.args[0]} is missing") from error
+        raise ModelUnsupported(f"{origin}: field {error.args[0]} is missing") from error
     except (TypeError, ValueError, AttributeError) as error:
-        raise ModelUnsupported(f"{folder}/config.json: a field has a wrong type: {error}") from error
-    _check_sizes(folder, spec)
+        raise ModelUnsupported(f"{origin}: a field has a wrong type: {error}") from error
+    _check_sizes(origin, spec)
     return spec
 
 
@@ -175,7 +181,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _refuse_variants(folder: Path, config: dict[str, Any]) -> None:
+def _refuse_variants(origin: Path, config: Mapping[str, Any]) -> None:
     refused = {
         "attention_bias": bool(config.get("attention_bias")),
         "mlp_bias": bool(config.get("mlp_bias")),
@@ -186,28 +192,27 @@ def _refuse_variants(folder: Path, config: dict[str, Any]) -> None:
     }
     found = [name for name, present in refused.items() if present]
     if found:
-        raise ModelUnsupported(f"{folder}/config.json: not supported: {', '.join(found)}")
+        raise ModelUnsupported(f"{origin}: not supported: {', '.join(found)}")
 
 
-def _check_sizes(folder: Path, spec: ModelSpec) -> None:
+def _check_sizes(origin: Path, spec: ModelSpec) -> None:
     if spec.head_dim not in HEAD_DIMS:
         raise ModelUnsupported(
-            f"{folder}/config.json: head_dim is {spec.head_dim}; supported: even numbers from "
-            f"{HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
+            f"{origin}: head_dim is {spec.head_dim}; supported: even numbers from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
         )
     if spec.num_heads % spec.num_kv_heads:
         raise ModelUnsupported(
-            f"{folder}/config.json: num_attention_heads ({spec.num_heads}) is no multiple of num_key_value_heads "
+            f"{origin}: num_attention_heads ({spec.num_heads}) is no multiple of num_key_value_heads "
             f"({spec.num_kv_heads})"
         )
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rope fields; newer configs have them all in ``rope_parameters``."""
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
-def _rope_scaling(folder: Path, config: dict[str, Any]) -> RopeScaling | None:
+def _rope_scaling(origin: Path, config: Mapping[str, Any]) -> RopeScaling | None:
     rope = _rope(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
     original = int(
@@ -233,9 +238,7 @@ def _rope_scaling(folder: Path, config: dict[str, Any]) -> RopeScaling | None:
             attention_factor=_yarn_attention_factor(factor, rope),
             truncate=bool(rope.get("truncate", True)),
         )
-    raise ModelUnsupported(
-        f"{folder}/config.json: rope type {kind} is not supported; supported: default, linear, llama3, yarn"
-    )
+    raise ModelUnsupported(f"{origin}: rope type {kind} is not supported; supported: default, linear, llama3, yarn")
 
 
 def _yarn_attention_factor(factor: float, rope: dict[str, Any]) -> float:
@@ -251,7 +254,7 @@ def _yarn_attention_factor(factor: float, rope: dict[str, Any]) -> float:
     return scaled(1.0)
 
 
-def _context_len(config: dict[str, Any]) -> int:
+def _context_len(config: Mapping[str, Any]) -> int:
     """Positions that are computed exactly: inside a sliding window, windowed attention is full attention."""
     length = int(config["max_position_embeddings"])
     window = config.get("sliding_window")
@@ -260,8 +263,7 @@ def _context_len(config: dict[str, Any]) -> int:
     return length
 
 
-def _eos_token_ids(folder: Path, config: dict[str, Any]) -> frozenset[int]:
-    generation = _read_json(folder / "generation_config.json") or {}
+def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> frozenset[int]:
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     if eos is None:
         return frozenset()

@@ -1,9 +1,10 @@
-"""The weights of a Hugging Face style folder: safetensors, in one file or in shards, read as f32. Knows no model."""
+"""Weights in a Hugging Face style folder: safetensors, in one file or in shards, read as f32. Knows no model."""
 
 from __future__ import annotations
 
 import json
 import mmap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,26 @@ class FolderWeights:
             values = (values.astype(np.uint32) << 16).view(np.float32)
         result: np.ndarray = values.astype(np.float32, copy=False).reshape(shape)
         return result
+
+
+def write_safetensors(
+    path: Path, shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], values: Iterable[np.ndarray]
+) -> None:
+    """Writes tensors one after the other, so that only one is in memory. ``values`` in the order of ``shapes``."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (dtype, shape) in shapes.items():
+        size = int(np.prod(shape)) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": (at, at + size)}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (dtype, shape), array in zip(shapes.values(), values, strict=True):
+            assert array.dtype == dtype and array.shape == shape, "a tensor is not what was announced"
+            file.write(np.ascontiguousarray(array).data)
 
 
 def _map(path: Path) -> tuple[dict[str, Any], memoryview]:

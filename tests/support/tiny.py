@@ -42,6 +42,37 @@ class TinyShape:
     dtype: str = "float32"
 
 
+SHAPES = {
+    "gqa": TinyShape(),
+    "mha": TinyShape(num_heads=3, num_kv_heads=3, head_dim=16, seed=1),
+    "one kv head": TinyShape(num_heads=6, num_kv_heads=1, head_dim=32, num_layers=3, seed=2),
+    "untied, wide heads": TinyShape(num_heads=2, num_kv_heads=1, head_dim=64, tied=False, seed=3),
+    "odd head size": TinyShape(num_heads=2, num_kv_heads=2, head_dim=26, hidden_size=40, seed=4),
+    "head size 80": TinyShape(num_heads=4, num_kv_heads=2, head_dim=80, seed=5),
+    "head size 256": TinyShape(num_heads=2, num_kv_heads=1, head_dim=256, seed=6),
+    "mistral": TinyShape(architecture="Mistral", seed=7),
+    "qwen2": TinyShape(architecture="Qwen2", head_dim=16, hidden_size=64, seed=8),
+    "qwen3": TinyShape(architecture="Qwen3", tied=False, seed=9),
+    "rope linear": TinyShape(rope={"rope_type": "linear", "factor": 4.0}, seed=10),
+    "rope llama3": TinyShape(
+        head_dim=64,
+        rope={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        seed=11,
+    ),
+    "rope yarn": TinyShape(
+        head_dim=64, rope={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, seed=12
+    ),
+    "half precision": TinyShape(dtype="float16", seed=13),
+    "bfloat16": TinyShape(dtype="bfloat16", tied=False, seed=14),
+}
+
+
 def write_tiny_model(folder: Path, shape: TinyShape) -> Path:
     """A model with the byte tokenizer; wide random weights, biases and norms, so that tokens differ."""
     torch.manual_seed(shape.seed)
@@ -79,16 +110,19 @@ def reference(folder: Path) -> Any:
     return model.eval()
 
 
-def tiny_runner(folder: Path, cache: Path, block_size: int = 16, num_slabs: int = 8) -> tuple[TorchRunner, ModelSpec]:
-    """A loaded torch runner over a pool of its own, four token blocks to a slab."""
-    spec = read_model_spec(folder)
-    image = ensure_image(folder, spec, "panels", cache, lambda done, total: None)
+def tiny_view(spec: ModelSpec, block_size: int = 16, num_slabs: int = 8) -> KvView:
+    """A pool of its own, four token blocks to a slab, filled with NaN: reading what was not written shows at once."""
     shape = spec.kv_shape(block_size, "float32")
     slab_bytes = 4 * shape.token_block_bytes + 64  # not a multiple: the rest of a slab is left
-    # Filled with NaN: a kernel that reads what was not written shows at once.
-    pool = np.full(num_slabs * slab_bytes // 4, np.nan, dtype=np.float32)
+    return KvView(np.full(num_slabs * slab_bytes // 4, np.nan, dtype=np.float32), shape, slab_bytes)
+
+
+def tiny_runner(folder: Path, cache: Path, block_size: int = 16, num_slabs: int = 8) -> tuple[TorchRunner, ModelSpec]:
+    """A loaded torch runner over a pool of its own."""
+    spec = read_model_spec(folder)
+    image = ensure_image(folder, spec, "panels", cache, lambda done, total: None)
     team = Team(2)
-    view = KvView(pool, shape, slab_bytes)
+    view = tiny_view(spec, block_size, num_slabs)
     runner = TorchRunner(view, lambda view: CpuForward(spec, image, view, spec.context_len, team))
     runner.load()
     return runner, spec

@@ -5,91 +5,13 @@ import json
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import gguf
-import numpy as np
 import pytest
-import torch
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from muxmesh.errors import ConfigError, ModelUnsupported
+from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CatalogModel, find_catalog_model
-from muxmesh.models.gguf_import import import_gguf
 from muxmesh.models.pull import ensure_model
-from muxmesh.models.tokenizer import load_text_model
-
-HEADS, KV_HEADS, DIM = 4, 2, 16
-
-
-def write_gguf(path: Path, architecture: str = "llama") -> Any:
-    """A tiny Llama as llama.cpp would store it: rows of Q and K permuted."""
-    torch.manual_seed(3)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "he", "ll"]
-    config = LlamaConfig(
-        vocab_size=len(tokens), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, head_dim=DIM, max_position_embeddings=128, tie_word_embeddings=True,
-        initializer_range=0.2, bos_token_id=1, eos_token_id=2, rms_norm_eps=1e-5,
-    )  # fmt: skip
-    model: Any = LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.half().float()
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(2)
-    writer.add_context_length(128)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(DIM)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["h e", "l l"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
-    names = gguf.TensorNameMap(gguf.MODEL_ARCH.LLAMA, 2)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue
-        values = tensor.numpy()
-        for part, heads in (("q_proj", HEADS), ("k_proj", KV_HEADS)):
-            if part in name:
-                values = values.reshape(heads, 2, DIM // 2, -1).swapaxes(1, 2).reshape(values.shape)
-        stored = names.get_name(name, try_suffixes=(".weight",))
-        assert stored is not None
-        writer.add_tensor(stored, np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return model.eval()
-
-
-def test_an_imported_gguf_computes_in_transformers_what_its_origin_does(tmp_path: Path) -> None:
-    origin = write_gguf(tmp_path / "tiny.gguf")
-    import_gguf(tmp_path / "tiny.gguf", tmp_path / "folder", lambda done, total: None)
-    imported = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float32)
-    token_ids = torch.arange(3, 40)[None]
-    with torch.inference_mode():
-        difference = (imported(token_ids).logits - origin(token_ids).logits).abs().max()
-    assert difference < 1e-4
-    ours, theirs = load_text_model(tmp_path / "folder"), AutoTokenizer.from_pretrained(tmp_path / "folder")
-    for text in ("hello 2024", "<|im_start|>hell<|im_end|>", "  é\n"):
-        assert ours.encode(text, True) == theirs(text).input_ids
-        assert ours.decode(ours.encode(text, True), False) == text
-
-
-def test_a_gguf_of_another_family_is_named(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "tiny.gguf", architecture="mamba")
-    with pytest.raises(ModelUnsupported, match="architecture mamba"):
-        import_gguf(tmp_path / "tiny.gguf", tmp_path / "folder", lambda done, total: None)
+from tests.support.gguf_files import write_gguf
 
 
 @pytest.fixture

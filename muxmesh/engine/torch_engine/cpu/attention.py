@@ -15,7 +15,7 @@ import numpy as np
 from muxmesh.engine.torch_engine.cpu.team import JIT, claim, claim_next, wait
 from muxmesh.engine.torch_engine.cpu.vector import LANES, TILE_ROWS, multiply_tile, span_exp, span_max
 
-SPAN = 64
+SPAN = 128
 """Tokens between two steps of the online softmax; a multiple of every block size."""
 SPLIT = 512
 """Tokens that one task walks over; a multiple of `SPAN`."""
@@ -123,22 +123,13 @@ def _soften(row, visible, top, total, sums):  # type: ignore[no-untyped-def]
     if visible <= 0:
         row[:] = np.float32(0.0)
         return top, total
-    for t in range(visible, SPAN):
-        row[t] = _MASKED
-    new_top = max(top, span_max(SPAN, row.ctypes.data))
+    new_top = max(top, span_max(SPAN, row.ctypes.data, visible))
     if new_top > top:
         shrink = np.float32(np.exp(top - new_top))
         total *= shrink
         for i in range(sums.shape[0]):
             sums[i] *= shrink
-    added = span_exp(SPAN, row.ctypes.data, new_top)
-    if visible < SPAN:
-        added = np.float32(0.0)
-        for t in range(SPAN):
-            if t >= visible:
-                row[t] = np.float32(0.0)
-            added += row[t]
-    return new_top, total + added
+    return new_top, total + span_exp(SPAN, row.ctypes.data, visible, new_top)
 
 
 @numba.njit(**JIT)

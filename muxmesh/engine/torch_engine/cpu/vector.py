@@ -93,9 +93,12 @@ class _Tile:
             for pointer in w_vectors:
                 ahead = self.b.bitcast(self.at(pointer, _const(self.prefetch // 4)), _BYTES)
                 self.b.call(self.hint, [ahead, *(ir.Constant(_INT32, value) for value in (0, 3, 1))])
-        x_vectors = [self.splat(self.b.load(self.at(row, k))) for row in x_rows]
-        pairs = [(x, weight) for x in x_vectors for weight in loaded]
-        return [self.b.call(self.fma, [x, weight, old]) for (x, weight), old in zip(pairs, sums, strict=True)]
+        results = []
+        for row in x_rows:  # one row after the other: with all of x in registers, sums would be spilled
+            x = self.splat(self.b.load(self.at(row, k)))
+            for weight in loaded:
+                results.append(self.b.call(self.fma, [x, weight, sums[len(results)]]))
+        return results
 
     def loop(self, sums: list[Any], start: Any, end: Any, unroll: int, body: Any) -> tuple[list[Any], Any]:
         """``for k in range(start, end, unroll)``; returns the sums after it and where it ended."""
@@ -199,6 +202,16 @@ class _Span:
         callee = cgutils.get_or_insert_function(self.b.module, function, name)
         return self.b.call(callee, [*start, value], fastmath=("nnan", "nsz", "reassoc"))
 
+    def first(self, count: Any, values: list[Any], otherwise: Any) -> list[Any]:
+        """The first ``count`` elements of ``values``; ``otherwise`` in place of those after them."""
+        lanes = ir.VectorType(_INT32, self.lanes)
+        limit = _splat(self.b, self.b.trunc(count, _INT32), lanes)
+        chosen = []
+        for at, value in zip(range(0, len(values) * self.lanes, self.lanes), values, strict=True):
+            places = ir.Constant(lanes, list(range(at, at + self.lanes)))
+            chosen.append(self.b.select(self.b.icmp_signed("<", places, limit), value, otherwise))
+        return chosen
+
     def larger(self, a: Any, b: Any) -> Any:
         return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
 
@@ -223,30 +236,35 @@ class _Span:
 
 
 @intrinsic(prefer_literal=True)
-def span_max(typingctx, count, address):  # type: ignore[no-untyped-def]
-    """The largest of ``count`` f32, a literal multiple of `LANES`."""
+def span_max(typingctx, count, address, visible):  # type: ignore[no-untyped-def]
+    """The largest of the first ``visible`` of ``count`` f32, a literal multiple of `LANES`; at least -1e30."""
     length = count.literal_value
 
     def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         span = _Span(builder, arguments[1], length)
-        return span.reduce("fmax", functools.reduce(span.larger, span.load()))
+        values = span.first(arguments[2], span.load(), span.const(-1e30))
+        return span.reduce("fmax", functools.reduce(span.larger, values))
 
-    return types.float32(count, types.int64), codegen
+    return types.float32(count, types.int64, types.int64), codegen
 
 
 @intrinsic(prefer_literal=True)
-def span_exp(typingctx, count, address, top):  # type: ignore[no-untyped-def]
-    """``exp(x - top)`` of ``count`` f32 in place, for x <= top; returns their sum."""
+def span_exp(typingctx, count, address, visible, top):  # type: ignore[no-untyped-def]
+    """``exp(x - top)`` of the first ``visible`` of ``count`` f32 in place, for x <= top, and 0 of the others.
+
+    Returns their sum.
+    """
     length = count.literal_value
 
     def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         span = _Span(builder, arguments[1], length)
-        top = _splat(builder, arguments[2], span.vector)
+        top = _splat(builder, arguments[3], span.vector)
         results = [span.exp(builder.fsub(value, top)) for value in span.load()]
+        results = span.first(arguments[2], results, span.const(0.0))
         span.store(results)
         return span.reduce("fadd", functools.reduce(builder.fadd, results), ir.Constant(_FLOAT, -0.0))
 
-    return types.float32(count, types.int64, types.float32), codegen
+    return types.float32(count, types.int64, types.int64, types.float32), codegen
 
 
 @intrinsic(prefer_literal=True)

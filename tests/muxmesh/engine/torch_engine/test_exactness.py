@@ -12,38 +12,9 @@ from muxmesh.engine.torch_engine.cpu.attention import SPLIT
 from muxmesh.engine.torch_engine.layout import lay_out
 from muxmesh.engine.torch_engine.runner import TorchRunner
 from muxmesh.types import Sampling
-from tests.support.tiny import TinyShape, reference, tiny_runner, write_tiny_model
+from tests.support.tiny import SHAPES, TinyShape, reference, tiny_runner, write_tiny_model
 
 TOLERANCE = 1e-4
-SHAPES = {
-    "gqa": TinyShape(),
-    "mha": TinyShape(num_heads=3, num_kv_heads=3, head_dim=16, seed=1),
-    "one kv head": TinyShape(num_heads=6, num_kv_heads=1, head_dim=32, num_layers=3, seed=2),
-    "untied, wide heads": TinyShape(num_heads=2, num_kv_heads=1, head_dim=64, tied=False, seed=3),
-    "odd head size": TinyShape(num_heads=2, num_kv_heads=2, head_dim=26, hidden_size=40, seed=4),
-    "head size 80": TinyShape(num_heads=4, num_kv_heads=2, head_dim=80, seed=5),
-    "head size 256": TinyShape(num_heads=2, num_kv_heads=1, head_dim=256, seed=6),
-    "mistral": TinyShape(architecture="Mistral", seed=7),
-    "qwen2": TinyShape(architecture="Qwen2", head_dim=16, hidden_size=64, seed=8),
-    "qwen3": TinyShape(architecture="Qwen3", tied=False, seed=9),
-    "rope linear": TinyShape(rope={"rope_type": "linear", "factor": 4.0}, seed=10),
-    "rope llama3": TinyShape(
-        head_dim=64,
-        rope={
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-        seed=11,
-    ),
-    "rope yarn": TinyShape(
-        head_dim=64, rope={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, seed=12
-    ),
-    "half precision": TinyShape(dtype="float16", seed=13),
-    "bfloat16": TinyShape(dtype="bfloat16", tied=False, seed=14),
-}
 GREEDY = Draw(Sampling(temperature=0.0), 0)
 FILLER = Chunk(99, 0, (7,), (126,))
 
