@@ -103,7 +103,8 @@ def measure(engine: Engine, case: str, rng: np.random.Generator) -> float:
         seconds: float = engine.ask(prefill=prompts(4, 512))
         return 4 * 512 / seconds
     batch, context = CASES[case]
-    return batch / statistics.median(engine.ask(decode=prompts(batch, context), steps=STEPS))
+    steps: list[float] = engine.ask(decode=prompts(batch, context), steps=STEPS)
+    return batch / statistics.median(steps)
 
 
 def main() -> int:

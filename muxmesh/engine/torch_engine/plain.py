@@ -102,7 +102,7 @@ class PlainForward:
         spec, head_dim = self._spec, self._spec.head_dim
         heads, kv_heads = spec.num_heads, spec.num_kv_heads
         qkv = functional.linear(x, layer.qkv, layer.qkv_bias).view(len(x), heads + 2 * kv_heads, head_dim)
-        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._normalized(q, layer.q_norm), self._normalized(k, layer.k_norm)
         q, k = _rotated(q, rows), _rotated(k, rows)
@@ -133,7 +133,8 @@ class PlainForward:
 
     def _normalized(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm over the last dimension."""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._spec.rms_norm_eps) * weight
+        normed: Tensor = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._spec.rms_norm_eps) * weight
+        return normed
 
     def _rows(self, layout: StepLayout) -> _Rows:
         head_dim, block_size = self._spec.head_dim, self._block_size

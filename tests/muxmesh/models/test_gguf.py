@@ -1,5 +1,6 @@
 """GGUF files: every architecture, quantization and tokenizer that is read computes what its origin does."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,12 @@ def test_each_kind_splits_text_in_its_own_way(tmp_path: Path, pre: str, pieces: 
 def test_the_beginning_of_sequence_is_added_where_the_model_wants_it(tmp_path: Path) -> None:
     for pre, flag, expected in (("llama-bpe", None, True), ("qwen2", None, False), ("qwen2", True, True)):
         path = tmp_path / f"{pre}-{flag}.gguf"
-        write_gguf(path, TinyGguf(pre=pre, more=lambda w, flag=flag: flag is None or w.add_add_bos_token(flag)))
+
+        def more(writer: Any, flag: bool | None = flag) -> None:
+            if flag is not None:
+                writer.add_add_bos_token(flag)
+
+        write_gguf(path, TinyGguf(pre=pre, more=more))
         tokenizer = build_tokenizer(read_gguf(path).fields)
         assert (tokenizer.encode("he").ids[0] == 1) is expected
         assert tokenizer.encode("he", add_special_tokens=False).ids[0] != 1
@@ -116,14 +122,12 @@ def sentencepiece_fields() -> dict[str, Any]:
 
 
 def sentencepiece_by_hand(fields: dict[str, Any], text: str) -> list[int]:
-    """SentencePiece BPE as it is defined: join the neighbours whose joint piece has the highest score, leftmost first."""
+    """SentencePiece BPE: join the neighbours whose joint piece has the highest score, leftmost first."""
     tokens, scores = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"]
     ids = {token: token_id for token_id, token in enumerate(tokens)}
     pieces = list("▁" + text.replace(" ", "▁"))
     while True:
-        joins = [
-            (scores[ids[a + b]], -at) for at, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False)) if a + b in ids
-        ]
+        joins = [(scores[ids[a + b]], -at) for at, (a, b) in enumerate(itertools.pairwise(pieces)) if a + b in ids]
         if not joins:
             break
         at = -max(joins)[1]

@@ -93,7 +93,7 @@ class _Tile:
             for pointer in w_vectors:
                 ahead = self.b.bitcast(self.at(pointer, _const(self.prefetch // 4)), _BYTES)
                 self.b.call(self.hint, [ahead, *(ir.Constant(_INT32, value) for value in (0, 3, 1))])
-        results = []
+        results: list[Any] = []
         for row in x_rows:  # one row after the other: with all of x in registers, sums would be spilled
             x = self.splat(self.b.load(self.at(row, k)))
             for weight in loaded:
