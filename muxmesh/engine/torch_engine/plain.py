@@ -129,7 +129,8 @@ class PlainForward:
         scores = (by_head @ k).view(kv_heads, group, len(q), length) * head_dim**-0.5
         weights = scores.masked_fill(~sequence.mask, -torch.inf).softmax(-1)
         mixed = weights.view(kv_heads, -1, length) @ v
-        return mixed.view(kv_heads, group, len(q), head_dim).permute(2, 0, 1, 3).reshape(q.shape)
+        by_row: Tensor = mixed.view(kv_heads, group, len(q), head_dim).permute(2, 0, 1, 3).reshape(q.shape)
+        return by_row
 
     def _normalized(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm over the last dimension."""

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 from muxmesh.engine.torch_engine.cpu.team import JIT, claim, claim_next, wait
-from muxmesh.engine.torch_engine.cpu.vector import LANES, TILE_ROWS, multiply_tile, span_exp, span_max
+from muxmesh.engine.torch_engine.cpu.vector import LANES, multiply_scattered, multiply_tile, span_exp, span_max
 
 SPAN = 128
 """Tokens between two steps of the online softmax; a multiple of every block size."""
@@ -22,33 +22,39 @@ SPLIT = 512
 QUERIES_PER_TILE = 24
 """Queries that share each read of a KV block, about."""
 
-_VALUE_VECTORS = 4
-_VALUE_COLUMNS = LANES * _VALUE_VECTORS
-_VALUE_ROWS = TILE_ROWS // 2
+_VALUE_COLUMNS = 4 * LANES
+_ROWS = 4 if LANES == 16 else 2
+"""Most rows of a tile with four vectors: 16 accumulators of 32 registers, 8 of 16; more would be spilled."""
 _NARROW = min(8, LANES)
-_KV_PREFETCH_BYTES = 4096
 _MASKED = np.float32(-1e30)
 
 
 @numba.njit(**JIT)
-def _score_blocks(q, num_queries, head_dim, k, to_next, block_size, scores):  # type: ignore[no-untyped-def]
-    """Scores of every query with the first `LANES` tokens at ``k``, and with those ``to_next`` elements further on."""
-    query = 0
+def _score_vectors(q, num_queries, head_dim, k0, k1, k2, k3, block_size, scores):  # type: ignore[no-untyped-def]
+    """Scores of every query with four vectors of `LANES` tokens, wherever they lie; fetches their values."""
+    query, to_values = 0, block_size * head_dim
     while query < num_queries:
         a, b = q + 4 * query * head_dim, scores + 4 * query * SPAN
         left = num_queries - query
-        if TILE_ROWS == 8 and left >= 8:
-            multiply_tile(8, 2, LANES, 0, _KV_PREFETCH_BYTES, a, head_dim, k, block_size, to_next, head_dim, b, SPAN)
-            query += 8
-        elif left >= 4:
-            multiply_tile(4, 2, LANES, 0, _KV_PREFETCH_BYTES, a, head_dim, k, block_size, to_next, head_dim, b, SPAN)
+        if _ROWS == 4 and left >= 4:
+            multiply_scattered(4, LANES, to_values, a, head_dim, k0, k1, k2, k3, block_size, head_dim, b, SPAN)
             query += 4
+        elif _ROWS == 4 and left >= 3:
+            multiply_scattered(3, LANES, to_values, a, head_dim, k0, k1, k2, k3, block_size, head_dim, b, SPAN)
+            query += 3
         elif left >= 2:
-            multiply_tile(2, 2, LANES, 0, _KV_PREFETCH_BYTES, a, head_dim, k, block_size, to_next, head_dim, b, SPAN)
+            multiply_scattered(2, LANES, to_values, a, head_dim, k0, k1, k2, k3, block_size, head_dim, b, SPAN)
             query += 2
         else:
-            multiply_tile(1, 2, LANES, 0, _KV_PREFETCH_BYTES, a, head_dim, k, block_size, to_next, head_dim, b, SPAN)
+            multiply_scattered(1, LANES, to_values, a, head_dim, k0, k1, k2, k3, block_size, head_dim, b, SPAN)
             query += 1
+
+
+@numba.njit(**JIT)
+def _at_token(pool, table, at_head, last_block, block_size, token):  # type: ignore[no-untyped-def]
+    """Address of the K of a token that begins a vector; past the last block, of that block's again."""
+    block = min(token // block_size, last_block - 1)
+    return pool + 4 * (table[block] + at_head + token % block_size)
 
 
 @numba.njit(**JIT)
@@ -56,47 +62,46 @@ def _score_span(pool, table, at_head, first_block, last_block, block_size, q, sc
     """Scores of every query with the tokens of the blocks [first_block, last_block) of a span."""
     num_queries, head_dim = q.shape
     at_q, at_scores = q.ctypes.data, scores.ctypes.data
-    if block_size == LANES:  # two blocks at a time; the second of the last pair may be the first again
-        for block in range(first_block, last_block, 2):
-            other = table[min(block + 1, last_block - 1)] - table[block]
-            k = pool + 4 * (table[block] + at_head)
-            out = at_scores + 4 * (block - first_block) * block_size
-            _score_blocks(at_q, num_queries, head_dim, k, other, block_size, out)
-    elif block_size % (2 * LANES) == 0:
-        for block in range(first_block, last_block):
-            for token in range(0, block_size, 2 * LANES):
-                k = pool + 4 * (table[block] + at_head + token)
-                out = at_scores + 4 * ((block - first_block) * block_size + token)
-                _score_blocks(at_q, num_queries, head_dim, k, LANES, block_size, out)
+    start, end = first_block * block_size, last_block * block_size
+    if block_size % LANES == 0:
+        for token in range(start, end, 4 * LANES):
+            k0 = _at_token(pool, table, at_head, last_block, block_size, token)
+            k1 = _at_token(pool, table, at_head, last_block, block_size, token + LANES)
+            k2 = _at_token(pool, table, at_head, last_block, block_size, token + 2 * LANES)
+            k3 = _at_token(pool, table, at_head, last_block, block_size, token + 3 * LANES)
+            out = at_scores + 4 * (token - start)
+            _score_vectors(at_q, num_queries, head_dim, k0, k1, k2, k3, block_size, out)
     else:
-        for block in range(first_block, last_block):
-            for token in range(0, block_size, _NARROW):
-                k = pool + 4 * (table[block] + at_head + token)
-                out = at_scores + 4 * ((block - first_block) * block_size + token)
-                for query in range(num_queries):
-                    a, b = at_q + 4 * query * head_dim, out + 4 * query * SPAN
-                    multiply_tile(1, 1, _NARROW, 0, 0, a, head_dim, k, block_size, 0, head_dim, b, SPAN)
+        for token in range(start, end, 4 * _NARROW):
+            k0 = _at_token(pool, table, at_head, last_block, block_size, token)
+            k1 = _at_token(pool, table, at_head, last_block, block_size, token + _NARROW)
+            k2 = _at_token(pool, table, at_head, last_block, block_size, token + 2 * _NARROW)
+            k3 = _at_token(pool, table, at_head, last_block, block_size, token + 3 * _NARROW)
+            for query in range(num_queries):
+                a, b = at_q + 4 * query * head_dim, at_scores + 4 * (query * SPAN + token - start)
+                multiply_scattered(1, _NARROW, 0, a, head_dim, k0, k1, k2, k3, block_size, head_dim, b, SPAN)
 
 
 @numba.njit(**JIT)
-def _add_values(weights, num_queries, num_tokens, v, head_dim, sums, sums_stride):  # type: ignore[no-untyped-def]
-    """Adds the weighted values of the first ``num_tokens`` tokens of one KV block."""
+def _add_values(weights, num_queries, num_tokens, v, to_next, head_dim, sums, sums_stride):  # type: ignore[no-untyped-def]
+    """Adds the weighted values of ``num_tokens`` tokens of one KV block; fetches what lies ``to_next`` ahead."""
     column = 0
     while column + _VALUE_COLUMNS <= head_dim:
         query = 0
         while query < num_queries:
             a, b, w = weights + 4 * query * SPAN, sums + 4 * (query * sums_stride + column), v + 4 * column
             left = num_queries - query
-            if left >= _VALUE_ROWS:
-                multiply_tile(
-                    _VALUE_ROWS, _VALUE_VECTORS, LANES, 1, 0, a, SPAN, w, head_dim, LANES, num_tokens, b, sums_stride
-                )
-                query += _VALUE_ROWS
+            if _ROWS == 4 and left >= 4:
+                multiply_tile(4, 4, LANES, 1, to_next, a, SPAN, w, head_dim, LANES, num_tokens, b, sums_stride)
+                query += 4
+            elif _ROWS == 4 and left >= 3:
+                multiply_tile(3, 4, LANES, 1, to_next, a, SPAN, w, head_dim, LANES, num_tokens, b, sums_stride)
+                query += 3
             elif left >= 2:
-                multiply_tile(2, _VALUE_VECTORS, LANES, 1, 0, a, SPAN, w, head_dim, LANES, num_tokens, b, sums_stride)
+                multiply_tile(2, 4, LANES, 1, to_next, a, SPAN, w, head_dim, LANES, num_tokens, b, sums_stride)
                 query += 2
             else:
-                multiply_tile(1, _VALUE_VECTORS, LANES, 1, 0, a, SPAN, w, head_dim, LANES, num_tokens, b, sums_stride)
+                multiply_tile(1, 4, LANES, 1, to_next, a, SPAN, w, head_dim, LANES, num_tokens, b, sums_stride)
                 query += 1
         column += _VALUE_COLUMNS
     while column + LANES <= head_dim:
@@ -137,6 +142,7 @@ def _attend_range(pool, table, at_head, block_size, positions, group, first, las
     """Walks over tokens [first, last) of one sequence and KV head for all queries of a tile."""
     num_queries, head_dim = q.shape
     half = block_size * head_dim * 4
+    final_block = (last - 1) // block_size
     for start in range(first, last, SPAN):
         end = min(start + SPAN, last)
         first_block, last_block = start // block_size, (end - 1) // block_size + 1
@@ -149,7 +155,10 @@ def _attend_range(pool, table, at_head, block_size, positions, group, first, las
             weights = scores.ctypes.data + 4 * (block * block_size - start)
             # What lies past the tile's last row is anything, perhaps NaN: it is not read.
             tokens = min(block_size, end - block * block_size)
-            _add_values(weights, num_queries, tokens, v, head_dim, sums.ctypes.data, head_dim)
+            # The K of the block one span later lies anywhere in the pool, so no hardware would fetch it in time.
+            following = block + SPAN // block_size
+            to_next = table[following] + at_head - (v - pool) // 4 if following <= final_block else 0
+            _add_values(weights, num_queries, tokens, v, to_next, head_dim, sums.ctypes.data, head_dim)
 
 
 @numba.njit(**JIT)

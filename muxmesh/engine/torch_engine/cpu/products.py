@@ -17,7 +17,8 @@ from muxmesh.models.packing import PANEL
 ROW_BLOCK = 96
 """Rows of activations that stay in the cache while a panel passes."""
 _SUB_PANEL = LANES * TILE_VECTORS
-_PREFETCH_BYTES = 1024
+_PREFETCH = 256
+"""Elements ahead."""
 _HALF = PANEL // 2
 
 assert PANEL % _SUB_PANEL == 0
@@ -32,24 +33,16 @@ def multiply_panel(x, x_stride, panel, depth, out, out_stride, num_rows):  # typ
             a, b = x + 4 * row * x_stride, out + 4 * (row * out_stride + column)
             left = num_rows - row
             if TILE_ROWS == 8 and left >= 8:
-                multiply_tile(
-                    8, TILE_VECTORS, LANES, 0, _PREFETCH_BYTES, a, x_stride, w, PANEL, LANES, depth, b, out_stride
-                )
+                multiply_tile(8, TILE_VECTORS, LANES, 0, _PREFETCH, a, x_stride, w, PANEL, LANES, depth, b, out_stride)
                 row += 8
             elif left >= 4:
-                multiply_tile(
-                    4, TILE_VECTORS, LANES, 0, _PREFETCH_BYTES, a, x_stride, w, PANEL, LANES, depth, b, out_stride
-                )
+                multiply_tile(4, TILE_VECTORS, LANES, 0, _PREFETCH, a, x_stride, w, PANEL, LANES, depth, b, out_stride)
                 row += 4
             elif left >= 2:
-                multiply_tile(
-                    2, TILE_VECTORS, LANES, 0, _PREFETCH_BYTES, a, x_stride, w, PANEL, LANES, depth, b, out_stride
-                )
+                multiply_tile(2, TILE_VECTORS, LANES, 0, _PREFETCH, a, x_stride, w, PANEL, LANES, depth, b, out_stride)
                 row += 2
             else:
-                multiply_tile(
-                    1, TILE_VECTORS, LANES, 0, _PREFETCH_BYTES, a, x_stride, w, PANEL, LANES, depth, b, out_stride
-                )
+                multiply_tile(1, TILE_VECTORS, LANES, 0, _PREFETCH, a, x_stride, w, PANEL, LANES, depth, b, out_stride)
                 row += 1
 
 

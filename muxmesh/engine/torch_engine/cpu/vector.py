@@ -59,7 +59,8 @@ def _splat(builder: Any, scalar: Any, vector: Any) -> Any:
 class _Tile:
     """Emits one tile: ``rows * vectors`` accumulators in registers over a loop along the depth."""
 
-    def __init__(self, builder: Any, rows: int, vectors: int, lanes: int, prefetch: int) -> None:
+    def __init__(self, builder: Any, rows: int, vectors: int, lanes: int, prefetch: Any) -> None:
+        """``prefetch``: elements ahead of each vector of weights, or None."""
         self.b, self.rows, self.vectors, self.prefetch = builder, rows, vectors, prefetch
         self.vector = ir.VectorType(_FLOAT, lanes)
         fma = ir.FunctionType(self.vector, [self.vector] * 3)
@@ -83,15 +84,12 @@ class _Tile:
             pointer = self.b.gep(pointer, [offset])
         return pointer
 
-    def step(self, sums: list[Any], x_rows: list[Any], w: Any, w_strides: tuple[Any, Any], k: Any) -> list[Any]:
+    def step(self, sums: list[Any], x_rows: list[Any], w_vectors: list[Any], k: Any) -> list[Any]:
         """The sums after depth ``k``: each is one fused multiply-add longer, whatever the tile's size."""
-        k_stride, v_stride = w_strides
-        w_k = self.at(w, self.b.mul(k, k_stride))
-        w_vectors = [self.at(w_k, self.b.mul(_const(v), v_stride)) for v in range(self.vectors)]
         loaded = [self.load(pointer) for pointer in w_vectors]
-        if self.prefetch:
+        if self.prefetch is not None:
             for pointer in w_vectors:
-                ahead = self.b.bitcast(self.at(pointer, _const(self.prefetch // 4)), _BYTES)
+                ahead = self.b.bitcast(self.at(pointer, self.prefetch), _BYTES)
                 self.b.call(self.hint, [ahead, *(ir.Constant(_INT32, value) for value in (0, 3, 1))])
         results: list[Any] = []
         for row in x_rows:  # one row after the other: with all of x in registers, sums would be spilled
@@ -127,6 +125,35 @@ class _Tile:
             results.append(phi)
         return results[1:], results[0]
 
+    def emit(self, x: Any, x_stride: Any, vectors_at: Any, depth: Any, out: Any, out_stride: Any, adds: bool) -> None:
+        """The whole tile; ``vectors_at(k)`` gives the addresses of the weights at depth ``k``."""
+        b = self.b
+        x, out = (b.inttoptr(address, _FLOAT.as_pointer()) for address in (x, out))
+        x_rows = [self.at(x, b.mul(x_stride, _const(row))) for row in range(self.rows)]
+        places = [
+            self.at(out, b.mul(out_stride, _const(row)), _const(vector * self.vector.count))
+            for row in range(self.rows)
+            for vector in range(self.vectors)
+        ]
+        zero = ir.Constant(self.vector, [0.0] * self.vector.count)
+        sums = [self.load(place) if adds else zero for place in places]
+
+        def body(sums: list[Any], k: Any) -> list[Any]:
+            return self.step(sums, x_rows, vectors_at(k), k)
+
+        whole = b.and_(depth, _const(-_UNROLL))
+        sums, done = self.loop(sums, _const(0), whole, _UNROLL, body)
+        sums, _ = self.loop(sums, done, depth, 1, body)
+        for value, place in zip(sums, places, strict=True):
+            self.store(value, place)
+
+
+def _ahead(prefetch: Any, value: Any) -> Any:
+    """The prefetch distance of a tile: None, a constant or a value at run time."""
+    if isinstance(prefetch, types.IntegerLiteral):
+        return _const(prefetch.literal_value) if prefetch.literal_value else None
+    return value
+
 
 @intrinsic(prefer_literal=True)
 def multiply_tile(  # type: ignore[no-untyped-def]
@@ -134,35 +161,50 @@ def multiply_tile(  # type: ignore[no-untyped-def]
 ):
     """``out[r, v * lanes + l] (+)= sum over k of x[r, k] * w[k, v, l]``, one multiply-add after the other.
 
-    The first five arguments are literals: the tile's rows, vectors of ``lanes`` f32, whether it adds to ``out``, and
-    bytes to prefetch ahead. w[k, v] lies at ``w + 4 * (k * k_stride + v * v_stride)``. Each sum runs along k in order,
-    in one accumulator, so a row's result has the same bits in a tile of any size.
+    The first four arguments are literals: the tile's rows, vectors of ``lanes`` f32, and whether it adds to ``out``.
+    ``prefetch``: how many elements ahead of each vector to fetch; the literal 0 for none. w[k, v] lies at
+    ``w + 4 * (k * k_stride + v * v_stride)``. Each sum runs along k in order, in one accumulator, so a row's result
+    has the same bits in a tile of any size.
     """
-    literals = [argument.literal_value for argument in (rows, vectors, lanes, adds, prefetch)]
+    literals = [argument.literal_value for argument in (rows, vectors, lanes, adds)]
     signature = types.void(rows, vectors, lanes, adds, prefetch, *[types.int64] * 8)
 
     def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        num_rows, num_vectors, num_lanes, accumulates, ahead = literals
-        tile = _Tile(builder, num_rows, num_vectors, num_lanes, ahead)
+        num_rows, num_vectors, num_lanes, accumulates = literals
+        tile = _Tile(builder, num_rows, num_vectors, num_lanes, _ahead(prefetch, arguments[4]))
         x, x_stride, w, k_stride, v_stride, depth, out, out_stride = arguments[5:]
-        x, w, out = (builder.inttoptr(address, _FLOAT.as_pointer()) for address in (x, w, out))
-        x_rows = [tile.at(x, builder.mul(x_stride, _const(row))) for row in range(num_rows)]
-        places = [
-            tile.at(out, builder.mul(out_stride, _const(row)), _const(vector * num_lanes))
-            for row in range(num_rows)
-            for vector in range(num_vectors)
-        ]
-        zero = ir.Constant(tile.vector, [0.0] * num_lanes)
-        sums = [tile.load(place) if accumulates else zero for place in places]
+        w = builder.inttoptr(w, _FLOAT.as_pointer())
 
-        def body(sums, k):  # type: ignore[no-untyped-def]
-            return tile.step(sums, x_rows, w, (k_stride, v_stride), k)
+        def vectors_at(k):  # type: ignore[no-untyped-def]
+            w_k = tile.at(w, builder.mul(k, k_stride))
+            return [tile.at(w_k, builder.mul(_const(v), v_stride)) for v in range(num_vectors)]
 
-        whole = builder.and_(depth, _const(-_UNROLL))
-        sums, done = tile.loop(sums, _const(0), whole, _UNROLL, body)
-        sums, _ = tile.loop(sums, done, depth, 1, body)
-        for value, place in zip(sums, places, strict=True):
-            tile.store(value, place)
+        tile.emit(x, x_stride, vectors_at, depth, out, out_stride, bool(accumulates))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def multiply_scattered(  # type: ignore[no-untyped-def]
+    typingctx, rows, lanes, prefetch, x, x_stride, w0, w1, w2, w3, k_stride, depth, out, out_stride
+):
+    """As `multiply_tile`, for four vectors of weights that lie anywhere: w[k, v] at ``wv + 4 * k * k_stride``.
+
+    The first two arguments are literals.
+    """
+    num_rows, num_lanes = rows.literal_value, lanes.literal_value
+    signature = types.void(rows, lanes, prefetch, *[types.int64] * 10)
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        tile = _Tile(builder, num_rows, 4, num_lanes, _ahead(prefetch, arguments[2]))
+        x, x_stride, *bases, k_stride, depth, out, out_stride = arguments[3:]
+        vectors = [builder.inttoptr(base, _FLOAT.as_pointer()) for base in bases]
+
+        def vectors_at(k):  # type: ignore[no-untyped-def]
+            return [tile.at(vector, builder.mul(k, k_stride)) for vector in vectors]
+
+        tile.emit(x, x_stride, vectors_at, depth, out, out_stride, False)
         return context.get_dummy_value()
 
     return signature, codegen
