@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from kvstore.client.worker import Services, WorkerParts
 from muxmesh.engine.api import EngineJob, Failed, Finished, Tokens, Until
 from muxmesh.errors import EngineFailed, MeshError
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc
+from muxmesh.prefix import computed_hashes
 from muxmesh.rpc import convert
 from muxmesh.types import Lease
 
@@ -25,8 +26,9 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     def __init__(self, parts: WorkerParts) -> None:
         self._engine = parts.engine
         self._leases = parts.leases
+        self._block_size = parts.block_size
         self._give_up = parts.give_up
-        self._arrivals = Arrivals(self._release)
+        self._arrivals = Arrivals(self._release_unused)
 
     async def watch(self) -> None:
         """Takes in leases for as long as the unit lives. Without them this worker is of no use, so it ends too."""
@@ -43,10 +45,12 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     ) -> AsyncIterator[decode_pb2.DecodeResponse]:
         """See the proto. Whatever ends this call, the lease is released."""
         lease = await self._arrivals.wait_for(request.lease_id)
+        asked = convert.request_from_wire(request.request)
+        sampled = list(lease.sampled_token_ids)
         try:
             job = EngineJob(
                 job_id=lease.ref.lease_id,
-                request=convert.request_from_wire(request.request),
+                request=asked,
                 until=Until.FINISH,
                 block_ids=lease.block_ids,
                 num_computed_tokens=lease.num_computed_tokens,
@@ -55,6 +59,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             )
             async for event in self._engine.submit(job):
                 if isinstance(event, Tokens):
+                    sampled += event.token_ids
                     yield decode_pb2.DecodeResponse(
                         start_index=event.start_index,
                         token_ids=event.token_ids,
@@ -65,10 +70,14 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 elif isinstance(event, Failed):
                     raise EngineFailed(event.reason)
         finally:
-            self._release(lease)
+            computed = computed_hashes(asked, sampled[:-1], self._block_size)  # the last token's KV is not there yet
+            self._leases.release_after(self._quiesce(lease), lease.ref, computed)
 
-    def _release(self, lease: Lease) -> None:
-        self._leases.release_after(functools.partial(self._engine.cancel, lease.ref.lease_id), lease.ref)
+    def _release_unused(self, lease: Lease) -> None:
+        self._leases.release_after(self._quiesce(lease), lease.ref)
+
+    def _quiesce(self, lease: Lease) -> Callable[[], Awaitable[None]]:
+        return functools.partial(self._engine.cancel, lease.ref.lease_id)
 
 
 @asynccontextmanager

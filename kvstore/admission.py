@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from muxmesh.types import OrderKey
+from muxmesh.types import KvDemand, OrderKey
 
 
 @dataclass(frozen=True, slots=True)
 class WaitingKey:
-    """What a unit knows of a waiting request: ``num_tokens`` is prompt and longest answer."""
+    """What a unit knows of a waiting request."""
 
     router: str
     key_id: int
     model: str
     order: OrderKey
-    num_tokens: int
+    demand: KvDemand
 
 
 class Admission:

@@ -9,32 +9,38 @@ another owner, is refused with LeaseLost.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvstore.slab_pool import SlabPool
+from kvstore.blocks import BlockTable
 from muxmesh.errors import LeaseLost
-from muxmesh.types import Lease, LeaseRef
+from muxmesh.types import KvDemand, Lease, LeaseRef, blocks_for
 
 
 @dataclass(slots=True)
 class LeaseRecord:
-    """One lease. ``expires_at_s`` is set while it is a credit."""
+    """One lease. ``expires_at_s`` is set while it is a credit.
+
+    ``block_hashes`` name the prefixes that its first blocks hold, or will hold once they are computed.
+    """
 
     lease: Lease
     owner: str
+    block_hashes: Sequence[bytes]
+    block_size: int
     expires_at_s: float | None = None
 
 
 class LeaseTable:
     """Owns all leases of a unit and, through them, every token block in use.
 
-    Invariant: each token block in use belongs to exactly one lease.
+    Invariant: each token block in use belongs to at least one lease; those of several hold a common prefix, which
+    nobody writes any more.
     """
 
-    def __init__(self, pool: SlabPool, last_id: int = 0) -> None:
+    def __init__(self, blocks: BlockTable, last_id: int = 0) -> None:
         """``last_id``: ids go on from here, so that those of an earlier life of the unit never come again."""
-        self._pool = pool
+        self._blocks = blocks
         self._records: dict[int, LeaseRecord] = {}
         self._last_id = last_id
         self.num_handoffs = 0
@@ -42,14 +48,17 @@ class LeaseTable:
     def __len__(self) -> int:
         return len(self._records)
 
-    def grant_credit(self, model: str, num_blocks: int, router: str, expires_at_s: float) -> Lease | None:
-        """A new lease owned by ``router``, or None if the pool has no room."""
-        block_ids = self._pool.allocate(model, num_blocks)
-        if block_ids is None:
+    def grant_credit(
+        self, model: str, block_size: int, demand: KvDemand, router: str, expires_at_s: float
+    ) -> Lease | None:
+        """A new lease owned by ``router``, or None if the pool has no room. What is cached of it is computed."""
+        needed = blocks_for(demand.num_tokens, block_size)
+        taken = self._blocks.take(model, needed, demand.block_hashes, demand.max_cached_tokens // block_size)
+        if taken is None:
             return None
         self._last_id += 1
-        lease = Lease(LeaseRef(self._last_id, 1), model, block_ids)
-        self._records[self._last_id] = LeaseRecord(lease, router, expires_at_s)
+        lease = Lease(LeaseRef(self._last_id, 1), model, taken.block_ids, taken.num_cached * block_size)
+        self._records[self._last_id] = LeaseRecord(lease, router, demand.block_hashes, block_size, expires_at_s)
         return lease
 
     def acquire(self, ref: LeaseRef, worker: str) -> Lease:
@@ -63,16 +72,17 @@ class LeaseTable:
     def move(
         self, ref: LeaseRef, owner: str, to: str, num_computed_tokens: int, sampled: tuple[int, ...], handoff: bytes
     ) -> Lease:
-        """The hand-off: ``to`` owns the same blocks from now on. Raises LeaseLost."""
+        """The hand-off: ``to`` owns the same blocks from now on, and others may use what is full. Raises LeaseLost."""
         record = self._owned(ref, owner)
         lease = record.lease
+        self._publish(record, record.block_hashes[: num_computed_tokens // record.block_size])
         record.lease = Lease(lease.ref, lease.model, lease.block_ids, num_computed_tokens, sampled, handoff)
         self.num_handoffs += 1
         return self._hand_to(record, to)
 
-    def release(self, ref: LeaseRef, owner: str) -> None:
-        """Ends the lease and frees its blocks. Raises LeaseLost."""
-        self._owned(ref, owner)
+    def release(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
+        """Ends the lease; its blocks are free, or cached under the hashes of ``computed``. Raises LeaseLost."""
+        self._publish(self._owned(ref, owner), computed)
         self._end(ref.lease_id)
 
     def drop_owner(self, owner: str) -> int:
@@ -99,16 +109,12 @@ class LeaseTable:
         """Credits, or leases of workers, of one model."""
         return sum(r.lease.model == model and (r.expires_at_s is not None) is credits for r in self._records.values())
 
-    def num_blocks(self, model: str) -> int:
-        """Token blocks of ``model`` in use."""
-        return sum(len(r.lease.block_ids) for r in self._records.values() if r.lease.model == model)
-
     def check_integrity(self) -> None:
         """Proves the invariant; raises AssertionError."""
-        in_use: dict[str, list[int]] = {}
+        held: dict[str, Counter[int]] = {}
         for record in self._records.values():
-            in_use.setdefault(record.lease.model, []).extend(record.lease.block_ids)
-        self._pool.check_integrity(in_use)
+            held.setdefault(record.lease.model, Counter()).update(record.lease.block_ids)
+        self._blocks.check_integrity(held)
 
     def _at(self, ref: LeaseRef) -> LeaseRecord:
         record = self._records.get(ref.lease_id)
@@ -124,6 +130,9 @@ class LeaseTable:
             raise LeaseLost(f"lease {ref.lease_id} belongs to {record.owner}, not {owner}")
         return record
 
+    def _publish(self, record: LeaseRecord, hashes: Sequence[bytes]) -> None:
+        self._blocks.publish(record.lease.model, record.lease.block_ids, hashes)
+
     def _hand_to(self, record: LeaseRecord, owner: str) -> Lease:
         old = record.lease
         ref = LeaseRef(old.ref.lease_id, old.ref.epoch + 1)
@@ -133,7 +142,7 @@ class LeaseTable:
 
     def _end(self, lease_id: int) -> None:
         lease = self._records.pop(lease_id).lease
-        self._pool.free(lease.model, lease.block_ids)
+        self._blocks.give_back(lease.model, lease.block_ids)
 
     def _end_all(self, chosen: Callable[[LeaseRecord], bool]) -> int:
         ending = [lease_id for lease_id, record in self._records.items() if chosen(record)]

@@ -13,12 +13,13 @@ from kvstore.attach import AttachServer
 from kvstore.grant import Word
 from kvstore.memory import UnitMemory
 from kvstore.unit import CreditGiven, Unit, WorkerRecord
+from muxmesh import prefix
 from muxmesh.clock import Clock
 from muxmesh.config.schema import UnitConfig
 from muxmesh.errors import InvalidRequest, WorkerLost
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
-from muxmesh.types import Lease, OrderKey
+from muxmesh.types import KvDemand, Lease, OrderKey
 from muxmesh.v1 import mesh_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -85,8 +86,9 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, router: str, queue: asyncio.Queue[kvstore_pb2.AdmitResponse | None], key: kvstore_pb2.RequestKey
     ) -> None:
         order = OrderKey(key.priority, key.arrived_at_unix_s)
+        demand = KvDemand(key.num_tokens, prefix.split(key.block_hashes), key.max_cached_tokens)
         try:
-            self._unit.offer(WaitingKey(router, key.key_id, key.model, order, key.num_tokens))
+            self._unit.offer(WaitingKey(router, key.key_id, key.model, order, demand))
         except InvalidRequest as error:
             refused = kvstore_pb2.KeyRefused(key_id=key.key_id, reason=str(error))
             queue.put_nowait(kvstore_pb2.AdmitResponse(refused=refused))
@@ -121,7 +123,8 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, request: kvstore_pb2.ReleaseLeaseRequest, context: Context
     ) -> kvstore_pb2.ReleaseLeaseResponse:
         """See the proto."""
-        self._unit.leases.release(convert.ref_from_wire(request.lease), request.owner)
+        computed = prefix.split(request.block_hashes)
+        self._unit.leases.release(convert.ref_from_wire(request.lease), request.owner, computed)
         self.changed()
         return kvstore_pb2.ReleaseLeaseResponse()
 
@@ -153,20 +156,10 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
             num_slabs=unit.pool.num_slabs,
             num_free_slabs=unit.pool.num_free_slabs,
             leased_bytes=unit.leased_bytes(),
+            cached_bytes=unit.cached_bytes(),
             num_handoffs=leases.num_handoffs,
         )
-        models = [
-            mesh_pb2.UnitModelStatus(
-                model=name,
-                num_leased_token_blocks=leases.num_blocks(name),
-                num_free_token_blocks=unit.pool.num_free_blocks(name),
-                num_leases=leases.count(name, credits=False),
-                num_credits=leases.count(name, credits=True),
-                num_keys_waiting=unit.admission.count(name),
-                max_num_seqs=share.max_num_seqs,
-            )
-            for name, share in unit.models.items()
-        ]
+        models = [self._model_status(name) for name in unit.models]
         counts = leases.count_by_owner()
         status = mesh_pb2.UnitStatus(
             unit=self._config.name,
@@ -177,6 +170,22 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
             workers=[self._worker_status(worker, counts[worker.name]) for worker in unit.workers.values()],
         )
         return kvstore_pb2.GetUnitStatusResponse(unit=status)
+
+    def _model_status(self, model: str) -> mesh_pb2.UnitModelStatus:
+        unit, share = self._unit, self._unit.models[model]
+        queried, hit = unit.blocks.queried_and_hit(model)
+        return mesh_pb2.UnitModelStatus(
+            model=model,
+            num_leased_token_blocks=unit.blocks.num_in_use(model),
+            num_free_token_blocks=unit.blocks.num_available(model),
+            num_cached_token_blocks=unit.blocks.num_cached(model),
+            num_prefix_tokens_queried=queried * share.shape.block_size,
+            num_prefix_tokens_hit=hit * share.shape.block_size,
+            num_leases=unit.leases.count(model, credits=False),
+            num_credits=unit.leases.count(model, credits=True),
+            num_keys_waiting=unit.admission.count(model),
+            max_num_seqs=share.max_num_seqs,
+        )
 
     def _worker_status(self, worker: WorkerRecord, num_leases: int) -> mesh_pb2.WorkerStatus:
         assert self.attach is not None

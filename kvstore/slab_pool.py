@@ -39,6 +39,24 @@ class SlabPool:
         """Slabs that no model holds."""
         return len(self._free_slabs)
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that share the pool."""
+        return tuple(self._holdings)
+
+    def blocks_per_slab(self, model: str) -> int:
+        """Token blocks of ``model`` in one slab."""
+        return self._holdings[model].blocks_per_slab
+
+    def slab_of(self, model: str, block_id: int) -> int:
+        """The slab that a token block lies in."""
+        return block_id // self._holdings[model].blocks_per_slab
+
+    def num_used_in(self, model: str, slab: int) -> int:
+        """Token blocks in use in a slab that ``model`` holds."""
+        holding = self._holdings[model]
+        return holding.blocks_per_slab - len(holding.free_places[slab])
+
     def num_free_blocks(self, model: str) -> int:
         """Token blocks that ``model`` could get now, free slabs included."""
         holding = self._holdings[model]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvstore.admission import Admission, WaitingKey
+from kvstore.blocks import BlockTable
 from kvstore.leases import LeaseTable
 from kvstore.slab_pool import SlabPool
 from muxmesh.config.runtime import Role
@@ -66,7 +67,8 @@ class Unit:
         self.models = models
         self.slab_bytes = slab_bytes
         self.pool = SlabPool(pool_bytes // slab_bytes, blocks)
-        self.leases = LeaseTable(self.pool, last_id)
+        self.blocks = BlockTable(self.pool)
+        self.leases = LeaseTable(self.blocks, last_id)
         self.admission = Admission()
         self.workers: dict[str, WorkerRecord] = {}
         self._incarnations = last_id >> _ID_BITS
@@ -94,12 +96,12 @@ class Unit:
         """A router shows a key. Raises InvalidRequest if this unit can never serve it."""
         if key.model not in self.models:
             raise InvalidRequest("model", f"{key.model!r} is not of this unit")
-        needed, capacity = self._blocks(key), self.pool.capacity_blocks(key.model)
-        if needed > capacity:
-            block_size = self.models[key.model].shape.block_size
+        block_size, capacity = self.models[key.model].shape.block_size, self.pool.capacity_blocks(key.model)
+        num_tokens = key.demand.num_tokens
+        if blocks_for(num_tokens, block_size) > capacity:
             raise InvalidRequest(
                 "stopping.max_new_tokens",
-                f"prompt and longest answer are {key.num_tokens} tokens; the KV pool holds {capacity * block_size}",
+                f"prompt and longest answer are {num_tokens} tokens; the KV pool holds {capacity * block_size}",
             )
         self.admission.offer(key)
 
@@ -114,7 +116,8 @@ class Unit:
             return ready and taken[model] < self.models[model].max_num_seqs
 
         def try_credit(key: WaitingKey) -> bool:
-            lease = self.leases.grant_credit(key.model, self._blocks(key), key.router, now_s + CREDIT_TTL_S)
+            block_size, expires_at_s = self.models[key.model].shape.block_size, now_s + CREDIT_TTL_S
+            lease = self.leases.grant_credit(key.model, block_size, key.demand, key.router, expires_at_s)
             if lease is None:
                 return False
             taken[key.model] += 1
@@ -144,8 +147,12 @@ class Unit:
         return ready[-1] if ready else None
 
     def leased_bytes(self) -> int:
-        """Bytes of the token blocks in use."""
-        return sum(self.leases.num_blocks(name) * share.shape.token_block_bytes for name, share in self.models.items())
+        """Bytes of the token blocks in use; one that several leases share counts once."""
+        return sum(self.blocks.num_in_use(name) * share.shape.token_block_bytes for name, share in self.models.items())
+
+    def cached_bytes(self) -> int:
+        """Bytes of the token blocks that nobody has and that hold a prefix."""
+        return sum(self.blocks.num_cached(name) * share.shape.token_block_bytes for name, share in self.models.items())
 
     def check_integrity(self) -> None:
         """Proves that every token block is in one place; raises AssertionError."""
@@ -153,9 +160,6 @@ class Unit:
 
     def _num_taken(self, model: str) -> int:
         return self.leases.count(model, credits=True) + self.leases.count(model, credits=False)
-
-    def _blocks(self, key: WaitingKey) -> int:
-        return blocks_for(key.num_tokens, self.models[key.model].shape.block_size)
 
     def _attached(self, worker: str) -> None:
         if worker not in self.workers:

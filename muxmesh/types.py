@@ -126,7 +126,8 @@ class EngineRequest:
     """A request as the workers know it: tokens, no text.
 
     ``resume_token_ids`` are output tokens that the client already has. They are computed again after a
-    worker was lost, and never sampled again.
+    worker was lost, and never sampled again. ``sequence`` tells apart the answers to one prompt. Requests share
+    cached prefixes only under the same ``cache_salt``.
     """
 
     request_id: str
@@ -137,6 +138,22 @@ class EngineRequest:
     order: OrderKey
     resume_token_ids: tuple[int, ...] = ()
     prediction: LengthPrediction | None = None
+    sequence: int = 0
+    cache_salt: str = ""
+    bypass_prefix_cache: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KvDemand:
+    """What a request needs of the pool: room for ``num_tokens``, prompt and longest answer.
+
+    ``block_hashes`` name the full blocks of what is known of the sequence; up to ``max_cached_tokens`` of it may be
+    taken from the prefix cache.
+    """
+
+    num_tokens: int
+    block_hashes: tuple[bytes, ...] = ()
+    max_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from kvstore.client.worker import Services, WorkerParts
 from muxmesh.engine.api import EngineJob, Failed, Finished, PrefillDone, PromptScored, Tokens, Until
 from muxmesh.errors import EngineFailed, InternalError
 from muxmesh.internal.v1 import prefill_pb2, prefill_pb2_grpc
+from muxmesh.prefix import computed_hashes
 from muxmesh.rpc import convert
 
 
@@ -22,6 +23,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
     def __init__(self, parts: WorkerParts) -> None:
         self._engine = parts.engine
         self._leases = parts.leases
+        self._block_size = parts.block_size
 
     async def Prefill(
         self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -30,9 +32,11 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         lease = await self._leases.acquire(convert.ref_from_wire(request.lease))
         job_id = lease.ref.lease_id
         moved = False
+        computed: tuple[bytes, ...] = ()
         try:
-            job = EngineJob(job_id, convert.request_from_wire(request.request), Until.FIRST_TOKEN, lease.block_ids)
-            response = prefill_pb2.PrefillResponse()
+            asked = convert.request_from_wire(request.request)
+            job = EngineJob(job_id, asked, Until.FIRST_TOKEN, lease.block_ids, lease.num_computed_tokens)
+            response = prefill_pb2.PrefillResponse(num_cached_tokens=lease.num_computed_tokens)
             async for event in self._engine.submit(job):
                 if isinstance(event, Tokens):
                     (response.token_id,) = event.token_ids
@@ -42,6 +46,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
                     response.prompt_logprobs.MergeFrom(convert.logprobs_to_wire(event.logprobs))
                 elif isinstance(event, Finished):
                     response.finish.CopyFrom(convert.finish_to_wire(event.finish))
+                    computed = computed_hashes(asked, (), self._block_size)
                     return response
                 elif isinstance(event, PrefillDone):
                     sampled = (response.token_id,)
@@ -55,7 +60,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             raise InternalError("the engine's events ended without a last one")
         finally:
             if not moved:
-                self._leases.release_after(functools.partial(self._engine.cancel, job_id), lease.ref)
+                self._leases.release_after(functools.partial(self._engine.cancel, job_id), lease.ref, computed)
 
 
 @asynccontextmanager

@@ -19,9 +19,11 @@ from muxmesh.rpc.server import MeshServer
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 from router.attempt import Workers, run_attempt
 from router.credits import UnitCredits
+from router.inference import InferenceService
+from router.mesh import MeshService
 from router.request import RequestDriver
 from router.served_model import load_models
-from router.service import InferenceService, MeshService, RouterState, UnitLink
+from router.state import RouterState, UnitLink
 
 _STOP_GRACE_S = 2.0
 
@@ -37,9 +39,9 @@ async def serve(runtime: MeshRuntime, stop: Stop) -> None:
         for unit in config.units:
             channel = await stack.enter_async_context(internal_channel(runtime.kvstore_address(unit.name)))
             unit_credits = UnitCredits(f"router-{os.getpid()}", channel)
-            driver = RequestDriver(
-                unit_credits, functools.partial(run_attempt, workers), clock, config.router.max_restarts
-            )
+            block_sizes = {model.name: model.block_size for model in unit.models}
+            attempt = functools.partial(run_attempt, workers)
+            driver = RequestDriver(unit_credits, attempt, block_sizes, clock, config.router.max_restarts)
             units[unit.name] = UnitLink(unit_credits, driver, kvstore_pb2_grpc.KvStoreServiceStub(channel))
             stack.callback(asyncio.create_task(unit_credits.run(), name=f"credits of {unit.name}").cancel)
         tokenizing = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="tokenize"))

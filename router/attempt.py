@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
-from muxmesh.engine.api import Finished, PromptScored, Tokens
+from muxmesh.engine.api import Finished, Tokens
 from muxmesh.errors import InternalError
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.status import from_rpc_error
-from muxmesh.types import EngineRequest
+from muxmesh.types import EngineRequest, TokenLogprobs
 from router.credits import Credit
 
-AnswerEvent = PromptScored | Tokens | Finished
-"""What an attempt tells of an answer: the prompt's log-probabilities come first, Finished last."""
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """The prompt is computed. ``num_cached_tokens`` of it were in the prefix cache; log-probabilities if wanted."""
+
+    num_cached_tokens: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+AnswerEvent = Prefilled | Tokens | Finished
+"""What an attempt tells of an answer: Prefilled first, Finished last."""
 
 
 class Workers:
@@ -69,8 +79,7 @@ async def run_attempt(workers: Workers, request: EngineRequest, credit: Credit) 
             first.result()  # a decode worker that is lost need not be computed for
         response = await prefilled
         place = len(request.resume_token_ids)
-        if response.HasField("prompt_logprobs"):
-            yield PromptScored(convert.logprobs_from_wire(response.prompt_logprobs))
+        yield Prefilled(response.num_cached_tokens, convert.logprobs_from_wire(response.prompt_logprobs))
         yield Tokens(place, (response.token_id,), convert.logprobs_from_wire(response.logprobs))
         place += 1
         if response.HasField("finish"):

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import grpc
 
+from muxmesh import prefix
 from muxmesh.errors import InvalidRequest
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
-from muxmesh.types import LeaseRef, OrderKey
+from muxmesh.types import KvDemand, LeaseRef, OrderKey
 from router.queue import Waiting, WaitingRequests
 
 _log = logging.getLogger(__name__)
@@ -47,8 +48,8 @@ class UnitCredits:
         """Requests for ``model`` that wait for a credit."""
         return self._queue.count(model)
 
-    async def wait_for_credit(self, model: str, order: OrderKey, num_tokens: int) -> Credit:
-        """Waits until the unit has room. ``num_tokens``: prompt and longest answer, which are reserved.
+    async def wait_for_credit(self, model: str, order: OrderKey, demand: KvDemand) -> Credit:
+        """Waits until the unit has room for all that the request may need, which is then reserved.
 
         Raises InvalidRequest if the unit could not hold it even if it were empty. The order is by priority, then
         arrival, whatever else waits in this router or in others.
@@ -57,7 +58,7 @@ class UnitCredits:
         key_id = self._last_key_id
         future: asyncio.Future[Credit] = asyncio.get_running_loop().create_future()
         self._futures[key_id] = future
-        self._queue.add(Waiting(key_id, model, order, num_tokens))
+        self._queue.add(Waiting(key_id, model, order, demand))
         self._show_next()
         try:
             return await future
@@ -114,7 +115,9 @@ class UnitCredits:
                 model=waiting.model,
                 priority=waiting.order.priority,
                 arrived_at_unix_s=waiting.order.arrived_at_s,
-                num_tokens=waiting.num_tokens,
+                num_tokens=waiting.demand.num_tokens,
+                block_hashes=prefix.joined(waiting.demand.block_hashes),
+                max_cached_tokens=waiting.demand.max_cached_tokens,
             )
             self._outbox.put_nowait(kvstore_pb2.AdmitRequest(offer=offer))
 

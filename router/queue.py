@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
-from muxmesh.types import OrderKey
+from muxmesh.types import KvDemand, OrderKey
 
 SHOWN_PER_MODEL = 64
 """A unit needs to see only as many keys as it could give credits for at once."""
@@ -18,7 +18,7 @@ class Waiting:
     key_id: int
     model: str
     order: OrderKey
-    num_tokens: int
+    demand: KvDemand
 
 
 class WaitingRequests:

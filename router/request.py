@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from muxmesh.clock import Clock
 from muxmesh.engine.api import Finished, Tokens
 from muxmesh.errors import EngineFailed, InternalError, LeaseLost, MeshError, RequestAborted, Unavailable
+from muxmesh.prefix import kv_demand
 from muxmesh.types import EngineRequest
 from router.attempt import AnswerEvent
 from router.credits import Credit, UnitCredits
@@ -42,13 +43,18 @@ class RequestDriver:
         self,
         credits: UnitCredits,
         attempt: Attempt,
+        block_sizes: Mapping[str, int],
         clock: Clock,
         max_restarts: int,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """``max_restarts``: attempts in a row that may fail without getting past their first token."""
+        """``block_sizes``: of each model, in tokens.
+
+        ``max_restarts``: attempts in a row that may fail without getting past their first token.
+        """
         self._credits = credits
         self._run_attempt = attempt
+        self._block_sizes = block_sizes
         self._sleep = sleep
         self._clock = clock
         self._max_restarts = max_restarts
@@ -84,8 +90,8 @@ class RequestDriver:
             await self._sleep(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**fruitless))
 
     async def _attempt(self, request: EngineRequest, progress: Progress) -> AsyncGenerator[AnswerEvent, None]:
-        num_tokens = len(request.prompt_token_ids) + request.stopping.max_new_tokens
-        credit = await self._credits.wait_for_credit(request.model, request.order, num_tokens)
+        demand = kv_demand(request, self._block_sizes[request.model])
+        credit = await self._credits.wait_for_credit(request.model, request.order, demand)
         if progress.credited_at_s is None:
             progress.credited_at_s = self._clock.monotonic_s()
         try:

@@ -29,11 +29,12 @@ MAX_REPETITION_PENALTY = 100.0
 MAX_BIAS = 100.0
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
+MAX_SEQUENCES = 64
+MAX_CACHE_SALT = 256
 _DEFAULTS = Sampling()
 _PROMPTS = ("text", "token_ids", "chat")
 # Field → the values that mean the same as leaving it out.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "sampling.num_sequences": (0, 1),
     "session_id": (),
     "expected_output_tokens": (),
 }
@@ -46,6 +47,7 @@ class CheckedRequest:
     wire: inference_pb2.GenerateRequest
     model: ServedModel
     sampling: Sampling
+    num_sequences: int
 
 
 def check(
@@ -65,7 +67,11 @@ def check(
     for path, neutral in _UNSUPPORTED.items():
         _refuse_unsupported(wire, path, neutral)
     _check_stopping(wire.stopping, model)
-    return CheckedRequest(wire, model, _sampling(wire, model, drawn_seed))
+    if wire.sampling.num_sequences > MAX_SEQUENCES:
+        raise InvalidRequest("sampling.num_sequences", f"is {wire.sampling.num_sequences}; at most {MAX_SEQUENCES}")
+    if len(wire.kv.cache_salt) > MAX_CACHE_SALT:
+        raise InvalidRequest("kv.cache_salt", f"is {len(wire.kv.cache_salt)} characters; at most {MAX_CACHE_SALT}")
+    return CheckedRequest(wire, model, _sampling(wire, model, drawn_seed), max(1, wire.sampling.num_sequences))
 
 
 def check_request_id(request_id: str) -> None:
@@ -116,6 +122,8 @@ def complete(
             eos_token_ids=frozenset() if stopping.ignore_eos else model.spec.eos_token_ids,
         ),
         order=OrderKey(wire.priority, arrived_at_unix_s),
+        cache_salt=wire.kv.cache_salt,
+        bypass_prefix_cache=wire.kv.bypass_prefix_cache,
     )
 
 

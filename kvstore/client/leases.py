@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import grpc
 
+from muxmesh import prefix
 from muxmesh.errors import LeaseLost, MeshError
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
@@ -55,16 +56,19 @@ class LeaseClient:
         )
         await _answer(self._stub.MoveLease(request))
 
-    def release_after(self, quiesce: Callable[[], Awaitable[None]], ref: LeaseRef) -> None:
+    def release_after(
+        self, quiesce: Callable[[], Awaitable[None]], ref: LeaseRef, computed: Sequence[bytes] = ()
+    ) -> None:
         """In the background: waits until nothing touches the blocks any more, then releases the lease.
 
-        A lease that is not ours any more is fine.
+        ``computed``: hashes of its first blocks, whose KV others may use from now on. A lease that is not ours any
+        more is fine.
         """
 
         async def release() -> None:
             await quiesce()
             try:
-                await self._release(ref)
+                await self._release(ref, computed)
             except LeaseLost:
                 pass
             except MeshError as error:  # the unit is going: it takes its leases with it
@@ -85,8 +89,10 @@ class LeaseClient:
         """Waits for what is in the background."""
         await asyncio.gather(*self._background, return_exceptions=True)
 
-    async def _release(self, ref: LeaseRef) -> None:
-        request = kvstore_pb2.ReleaseLeaseRequest(lease=convert.ref_to_wire(ref), owner=self._worker)
+    async def _release(self, ref: LeaseRef, computed: Sequence[bytes]) -> None:
+        request = kvstore_pb2.ReleaseLeaseRequest(
+            lease=convert.ref_to_wire(ref), owner=self._worker, block_hashes=prefix.joined(computed)
+        )
         await _answer(self._stub.ReleaseLease(request))
 
     def _release_unwanted(self, call: asyncio.Task[Any]) -> None:

@@ -36,6 +36,7 @@ class WorkerParts:
 
     engine: Engine
     leases: LeaseClient
+    block_size: int
     give_up: Callable[[str], None]
     """Ends the process, which cannot be of use any more; the supervisor starts another."""
 
@@ -73,7 +74,7 @@ async def host_worker(runtime: MeshRuntime, role: Role, model: str, open_service
     death = asyncio.create_task(_watch(engine, give_up), name="engine watch")
     async with internal_channel(runtime.kvstore_address(unit.name)) as channel:
         leases = LeaseClient(channel, attachment.worker)
-        async with open_services(WorkerParts(engine, leases, give_up)) as services:
+        async with open_services(WorkerParts(engine, leases, config.block_size, give_up)) as services:
             server = MeshServer(services)
             await server.start([address])
             await server.set_serving()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import sys
 from typing import Any
 
 from muxmesh.cli.common import print_json
-from muxmesh.client.aio import Completion, Delta, MeshClient, Message, Prompt
+from muxmesh.client.aio import Completion, Delta, MeshClient, Message, Prompt, PromptFacts
+from muxmesh.errors import InvalidRequest
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -24,8 +26,15 @@ def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "temperature": arguments.temperature,
         "top_k": arguments.top_k,
         "top_p": arguments.top_p,
+        "min_p": arguments.min_p,
+        "presence_penalty": arguments.presence_penalty,
+        "frequency_penalty": arguments.frequency_penalty,
+        "repetition_penalty": arguments.repetition_penalty,
+        "logit_bias": dict(arguments.logit_bias),
+        "allowed_token_ids": arguments.allowed_token_ids,
         "seed": arguments.seed,
         "stop_strings": arguments.stop,
+        "cache_salt": arguments.cache_salt,
         "priority": arguments.priority,
         "timeout_s": arguments.timeout,
     }
@@ -35,15 +44,16 @@ async def stream_answer(client: MeshClient, prompt: Prompt, **options: Any) -> s
     """Streams one answer to stdout, its speed to stderr; returns the text."""
     parts: list[str] = []
     last: Delta | None = None
-    num_prompt_tokens = 0
+    facts: PromptFacts | None = None
     async for last in client.stream(prompt, **options):
-        num_prompt_tokens = last.num_prompt_tokens or num_prompt_tokens
+        facts = facts or last.prompt
         parts.append(last.text)
         print(last.text, end="", flush=True)
     print(flush=True)
-    if last is not None and last.finish and last.timings:
+    if last is not None and facts and last.finish and last.timings:
         timings, num_tokens = last.timings, last.finish.num_output_tokens
-        line = f"[{num_prompt_tokens} prompt tokens, {num_tokens} output tokens, TTFT {timings.ttft_s * 1e3:.0f} ms"
+        line = f"[{facts.num_tokens} prompt tokens ({facts.num_cached_tokens} cached), {num_tokens} output tokens"
+        line += f", TTFT {timings.ttft_s * 1e3:.0f} ms"
         decode_s = timings.e2e_s - timings.ttft_s
         if num_tokens > 1 and decode_s > 0:
             line += f", {(num_tokens - 1) / decode_s:.1f} tokens/s"
@@ -54,26 +64,41 @@ async def stream_answer(client: MeshClient, prompt: Prompt, **options: Any) -> s
 async def _generate(arguments: argparse.Namespace) -> int:
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     prompt: Prompt = [Message("user", text)] if arguments.chat else text
+    if not arguments.json and (arguments.logprobs is not None or arguments.prompt_logprobs is not None):
+        raise InvalidRequest("logprobs", "log-probabilities are shown with --json only")
+    several = {"num_sequences": arguments.num_sequences}
+    scored = {"logprobs": arguments.logprobs, "prompt_logprobs": arguments.prompt_logprobs}
     async with MeshClient(arguments.address) as client:
         if arguments.json:
-            print_json(_content(await client.generate(prompt, **sampling_options(arguments))))
+            answers = await client.generate_many(prompt, **sampling_options(arguments), **several, **scored)
+            content = [_content(answer) for answer in answers]
+            print_json(content[0] if arguments.num_sequences <= 1 else content)
+        elif arguments.num_sequences > 1:
+            answers = await client.generate_many(prompt, **sampling_options(arguments), **several)
+            for number, answer in enumerate(answers, 1):
+                print(f"[{number}] {answer.text}")
         else:
             await stream_answer(client, prompt, **sampling_options(arguments))
     return 0
 
 
 def _content(completion: Completion) -> dict[str, Any]:
-    finish, timings = completion.finish, completion.timings
-    return {
+    finish, timings, prompt = completion.finish, completion.timings, completion.prompt
+    content: dict[str, Any] = {
         "text": completion.text,
         "token_ids": list(completion.token_ids),
-        "num_prompt_tokens": completion.num_prompt_tokens,
+        "num_prompt_tokens": prompt.num_tokens,
+        "num_cached_tokens": prompt.num_cached_tokens,
         "num_output_tokens": finish.num_output_tokens,
         "finish_reason": finish.reason,
         "stopped_by": finish.stopped_by,
-        "seed": completion.seed,
+        "seed": prompt.seed,
         "queue_s": timings.queue_s,
         "ttft_s": timings.ttft_s,
         "e2e_s": timings.e2e_s,
         "num_restarts": timings.num_restarts,
     }
+    for name, places in (("logprobs", completion.logprobs), ("prompt_logprobs", prompt.logprobs)):
+        if places:
+            content[name] = [dataclasses.asdict(place) for place in places]
+    return content

@@ -108,14 +108,33 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     _add_json(status)
 
 
+def _bias(text: str) -> tuple[int, float]:
+    token_id, _, bias = text.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=BIAS, such as 42=-100") from None
+
+
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="M", help="may be left out if the mesh serves only one")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: as the mesh is configured")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
     parser.add_argument("--top-p", type=float, metavar="P", help="in (0, 1]; 1 is off (default)")
+    parser.add_argument("--min-p", type=float, metavar="P", help="in [0, 1]; 0 is off (default)")
+    parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="in [-2, 2]; 0 is off")
+    parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="in [-2, 2]; 0 is off")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 is off")
+    parser.add_argument(
+        "--logit-bias", type=_bias, action="append", default=[], metavar="ID=BIAS", help="may be given several times"
+    )
+    parser.add_argument("--allowed-token-ids", type=int, nargs="+", metavar="ID", help="no other token is drawn")
     parser.add_argument("--seed", type=int, metavar="S", help="repeats an answer; default: drawn by the mesh")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument(
+        "--cache-salt", default="", metavar="TEXT", help="share cached prefixes only with requests of the same salt"
+    )
     parser.add_argument("--priority", type=int, default=0, metavar="P", help="lower is sooner (default 0)")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="deadline of the whole answer")
 
@@ -125,6 +144,11 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     _add_address(generate)
     _add_sampling(generate)
     _add_json(generate)
+    generate.add_argument(
+        "-n", "--num-sequences", type=int, default=1, metavar="N", help="so many answers; not greedy ones differ"
+    )
+    generate.add_argument("--logprobs", type=int, metavar="K", help="with K candidates each; shown with --json")
+    generate.add_argument("--prompt-logprobs", type=int, metavar="K", help="the same for the prompt's tokens")
     generate.add_argument("--chat", action="store_true", help="apply the model's chat template to the prompt")
     generate.add_argument("prompt", metavar="PROMPT", help="`-` reads it from standard input")
 

@@ -1,6 +1,27 @@
 """The client: `MeshClient` (async) and `SyncMeshClient`. Needs neither torch nor Redis."""
 
-from muxmesh.client.aio import Completion, Delta, Finish, MeshClient, Message, Timings
+from muxmesh.client.aio import (
+    Candidate,
+    Completion,
+    Delta,
+    Finish,
+    MeshClient,
+    Message,
+    PromptFacts,
+    Timings,
+    TokenLogprobs,
+)
 from muxmesh.client.sync import SyncMeshClient
 
-__all__ = ["Completion", "Delta", "Finish", "MeshClient", "Message", "SyncMeshClient", "Timings"]
+__all__ = [
+    "Candidate",
+    "Completion",
+    "Delta",
+    "Finish",
+    "MeshClient",
+    "Message",
+    "PromptFacts",
+    "SyncMeshClient",
+    "Timings",
+    "TokenLogprobs",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,7 +13,7 @@ import grpc
 from muxmesh.errors import InternalError, InvalidRequest
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
 from muxmesh.rpc.status import from_rpc_error
-from muxmesh.types import DEFAULT_ADDRESS
+from muxmesh.types import DEFAULT_ADDRESS, Candidate, TokenLogprobs
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 
 _OPTIONS = (
@@ -57,28 +57,45 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
-    """What is new. The prompt's facts come in the first, ``finish`` and ``timings`` in the last."""
+class PromptFacts:
+    """What the mesh knows of a prompt. ``seed`` repeats the answer; ``num_cached_tokens`` were in the prefix cache.
 
+    ``logprobs`` belong to its second token and those after it, if they were asked for.
+    """
+
+    num_tokens: int
+    num_cached_tokens: int
+    seed: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new of answer ``index``. ``prompt`` comes in the first delta of all, ``finish`` in an answer's last.
+
+    ``timings`` come in the last of all. ``logprobs`` has an entry for each token if they were asked for.
+    """
+
+    index: int
     text: str
     token_ids: tuple[int, ...]
     num_tokens: int
-    num_prompt_tokens: int | None = None
-    seed: int | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt: PromptFacts | None = None
     finish: Finish | None = None
     timings: Timings | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer. ``seed`` repeats it."""
+    """A whole answer."""
 
     text: str
     token_ids: tuple[int, ...]
-    num_prompt_tokens: int
-    seed: int
+    prompt: PromptFacts
     finish: Finish
     timings: Timings
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class MeshClient:
@@ -124,20 +141,29 @@ class MeshClient:
         logit_bias: Mapping[int, float] | None = None,
         allowed_token_ids: Sequence[int] | None = None,
         seed: int | None = None,
+        num_sequences: int = 1,
         stop_strings: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         include_stop_strings: bool = False,
         ignore_eos: bool = False,
         truncate_prompt_tokens: int | None = None,
         skip_special_tokens: bool = True,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        cache_salt: str = "",
+        bypass_prefix_cache: bool = False,
         priority: int = 0,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """The answer as it is made. Closing the generator aborts the request.
 
-        ``model`` may be left out if the mesh serves only one. ``priority``: lower is sooner. ``timeout_s`` is the
-        deadline of the whole answer. Raises InvalidRequest, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable.
+        ``model`` may be left out if the mesh serves only one. ``num_sequences``: so many answers to the prompt, which
+        is computed once; each delta says by ``index`` to which it belongs. ``logprobs`` and ``prompt_logprobs``: with
+        so many of the likeliest candidates. Requests share cached prefixes only under the same ``cache_salt``.
+        ``priority``: lower is sooner. ``timeout_s`` is the deadline of the whole answer.
+
+        Raises InvalidRequest, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable.
         """
         model = model or await self._default_model(timeout_s)
         try:
@@ -145,7 +171,9 @@ class MeshClient:
                 request_id=request_id,
                 model=model,
                 temperature=temperature,
-                sampling=inference_pb2.SamplingOptions(top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
+                sampling=inference_pb2.SamplingOptions(
+                    num_sequences=num_sequences, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+                ),
                 decoding=inference_pb2.DecodingOptions(
                     presence_penalty=presence_penalty,
                     frequency_penalty=frequency_penalty,
@@ -163,7 +191,13 @@ class MeshClient:
                     include_stop_strings=include_stop_strings,
                     ignore_eos=ignore_eos,
                 ),
-                response=inference_pb2.ResponseOptions(output_token_ids=True, skip_special_tokens=skip_special_tokens),
+                response=inference_pb2.ResponseOptions(
+                    output_token_ids=True,
+                    skip_special_tokens=skip_special_tokens,
+                    output_logprobs=logprobs,
+                    prompt_logprobs=prompt_logprobs,
+                ),
+                kv=inference_pb2.KvOptions(cache_salt=cache_salt, bypass_prefix_cache=bypass_prefix_cache),
                 truncate_prompt_tokens=truncate_prompt_tokens,
                 priority=priority,
             )
@@ -176,19 +210,19 @@ class MeshClient:
 
     async def generate(self, prompt: Prompt, **options: Any) -> Completion:
         """The whole answer. Takes the options of `stream` and raises what it raises."""
+        if options.get("num_sequences", 1) > 1:
+            raise InvalidRequest("num_sequences", "generate gives one answer; generate_many gives several")
+        (completion,) = await self.generate_many(prompt, **options)
+        return completion
+
+    async def generate_many(self, prompt: Prompt, **options: Any) -> tuple[Completion, ...]:
+        """Every answer of `stream` with ``num_sequences``, whole, in order of index."""
         deltas = [delta async for delta in self.stream(prompt, **options)]
-        if not deltas or (first := deltas[0]).num_prompt_tokens is None or (last := deltas[-1]).finish is None:
+        facts, timings = (deltas[0].prompt, deltas[-1].timings) if deltas else (None, None)
+        if facts is None or timings is None:
             raise InternalError("the mesh ended the stream without a finish")
-        assert first.num_prompt_tokens is not None and first.seed is not None
-        assert last.finish is not None and last.timings is not None
-        return Completion(
-            text="".join(delta.text for delta in deltas),
-            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
-            num_prompt_tokens=first.num_prompt_tokens,
-            seed=first.seed,
-            finish=last.finish,
-            timings=last.timings,
-        )
+        answers = [[delta for delta in deltas if delta.index == index] for index in sorted({d.index for d in deltas})]
+        return tuple(_completion(answer, facts, timings) for answer in answers)
 
     async def stream_request(
         self, request: inference_pb2.GenerateRequest, timeout_s: float | None = None
@@ -244,21 +278,44 @@ def _set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
         request.token_ids.SetInParent()
 
 
+def _completion(deltas: Sequence[Delta], prompt: PromptFacts, timings: Timings) -> Completion:
+    finish = deltas[-1].finish
+    if finish is None:
+        raise InternalError("the mesh ended the stream without a finish")
+    return Completion(
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        prompt=prompt,
+        finish=finish,
+        timings=timings,
+        logprobs=tuple(place for delta in deltas for place in delta.logprobs),
+    )
+
+
 def _delta(response: inference_pb2.GenerateResponse) -> Delta:
-    has_info, outputs, finish, timings = response.HasField("prompt_info"), response.outputs, None, None
-    if outputs.HasField("finish_info"):
-        finish = _finish(outputs.finish_info)
-        wire = response.timings
+    outputs, wire, prompt, timings = response.outputs, response.timings, None, None
+    if response.HasField("prompt_info"):
+        info = response.prompt_info
+        prompt = PromptFacts(info.num_prompt_tokens, info.num_cached_tokens, info.seed, _logprobs(info.token_logprobs))
+    if response.HasField("timings"):
         timings = Timings(wire.queue_s, wire.ttft_s, wire.e2e_s, wire.num_restarts)
     return Delta(
+        index=outputs.index,
         text=outputs.text,
         token_ids=tuple(outputs.token_ids),
         num_tokens=outputs.num_tokens,
-        num_prompt_tokens=response.prompt_info.num_prompt_tokens if has_info else None,
-        seed=response.prompt_info.seed if has_info else None,
-        finish=finish,
+        logprobs=_logprobs(outputs.token_logprobs),
+        prompt=prompt,
+        finish=_finish(outputs.finish_info) if outputs.HasField("finish_info") else None,
         timings=timings,
     )
+
+
+def _logprobs(places: Iterable[inference_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    def candidate(wire: inference_pb2.TokenLogprob) -> Candidate:
+        return Candidate(wire.token_id, wire.logprob, wire.rank)
+
+    return tuple(TokenLogprobs(candidate(place.chosen), tuple(map(candidate, place.top))) for place in places)
 
 
 def _finish(wire: inference_pb2.FinishInfo) -> Finish:
@@ -268,4 +325,15 @@ def _finish(wire: inference_pb2.FinishInfo) -> Finish:
     return Finish(reasons[wire.finish_reason], wire.num_output_tokens, stopped_by)
 
 
-__all__ = ["Completion", "Delta", "Finish", "MeshClient", "Message", "Prompt", "Timings"]
+__all__ = [
+    "Candidate",
+    "Completion",
+    "Delta",
+    "Finish",
+    "MeshClient",
+    "Message",
+    "Prompt",
+    "PromptFacts",
+    "Timings",
+    "TokenLogprobs",
+]

@@ -48,6 +48,10 @@ class SyncMeshClient:
         """See `MeshClient.generate`."""
         return self._wait(self._client.generate(prompt, **options))
 
+    def generate_many(self, prompt: Prompt, **options: Any) -> tuple[Completion, ...]:
+        """See `MeshClient.generate_many`."""
+        return self._wait(self._client.generate_many(prompt, **options))
+
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[Delta]:
         """See `MeshClient.stream`. Leaving the loop early aborts the request."""
         deltas = self._client.stream(prompt, **options)

@@ -205,9 +205,9 @@ def _draw(running: _Running) -> Draw:
     request, index = running.job.request, running.num_output_tokens
     banned = request.stopping.banned_at(index)
     if not request.sampling.looks_back:
-        return Draw(request.sampling, index, banned)
+        return Draw(request.sampling, index, banned, request.sequence)
     prompt = request.prompt_token_ids
-    return Draw(request.sampling, index, banned, 0, prompt, tuple(running.token_ids[len(prompt) :]))
+    return Draw(request.sampling, index, banned, request.sequence, prompt, tuple(running.token_ids[len(prompt) :]))
 
 
 def _score(job: EngineJob, start: int, count: int) -> Score | None:

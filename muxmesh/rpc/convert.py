@@ -45,6 +45,9 @@ def request_to_wire(request: EngineRequest) -> request_pb2.EngineRequest:
         ),
         priority=request.order.priority,
         arrived_at_unix_s=request.order.arrived_at_s,
+        sequence=request.sequence,
+        cache_salt=request.cache_salt,
+        bypass_prefix_cache=request.bypass_prefix_cache,
     )
     if prediction is not None:
         wire.prediction.p50_tokens = prediction.p50_tokens
@@ -72,6 +75,9 @@ def request_from_wire(wire: request_pb2.EngineRequest) -> EngineRequest:
         order=OrderKey(wire.priority, wire.arrived_at_unix_s),
         resume_token_ids=tuple(wire.resume_token_ids),
         prediction=prediction,
+        sequence=wire.sequence,
+        cache_salt=wire.cache_salt,
+        bypass_prefix_cache=wire.bypass_prefix_cache,
     )
 
 

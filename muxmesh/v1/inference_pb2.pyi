@@ -188,7 +188,7 @@ class SamplingOptions(_message.Message):
     MIN_P_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     num_sequences: _builtins.int
-    """0 and 1 are one answer."""
+    """Answers to the same prompt, which is computed once; 0 is 1. At most 64."""
     top_k: _builtins.int
     """0 is no limit."""
     top_p: _builtins.float
@@ -377,8 +377,6 @@ Global___ResponseOptions: _TypeAlias = ResponseOptions  # noqa: Y015
 
 @_typing.final
 class KvOptions(_message.Message):
-    """There is no prefix cache yet, so both hold by themselves."""
-
     DESCRIPTOR: _descriptor.Descriptor
 
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
@@ -405,6 +403,7 @@ class GenerateResponse(_message.Message):
     PROMPT_INFO_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    ALL_OUTPUTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prompt_info(self) -> Global___PromptInfo:
         """In the first message only."""
@@ -415,16 +414,21 @@ class GenerateResponse(_message.Message):
     def timings(self) -> Global___RequestTimings:
         """In the last message only."""
 
+    @_builtins.property
+    def all_outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceOutput]:
+        """Generate with num_sequences above 1: every answer, in order of index; `outputs` is the first of them."""
+
     def __init__(
         self,
         *,
         prompt_info: Global___PromptInfo | None = ...,
         outputs: Global___SequenceOutput | None = ...,
         timings: Global___RequestTimings | None = ...,
+        all_outputs: _abc.Iterable[Global___SequenceOutput] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_info", b"_prompt_info", "_timings", b"_timings", "outputs", b"outputs", "prompt_info", b"prompt_info", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_info", b"_prompt_info", "_timings", b"_timings", "outputs", b"outputs", "prompt_info", b"prompt_info", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_info", b"_prompt_info", "_timings", b"_timings", "all_outputs", b"all_outputs", "outputs", b"outputs", "prompt_info", b"prompt_info", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prompt_info: _TypeAlias = _typing.Literal["prompt_info"]  # noqa: Y015
     _WhichOneofArgType__prompt_info: _TypeAlias = _typing.Literal["_prompt_info", b"_prompt_info"]  # noqa: Y015
@@ -549,7 +553,7 @@ class SequenceOutput(_message.Message):
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def finish_info(self) -> Global___FinishInfo:
-        """In the last message only."""
+        """In the last message of this answer only."""
 
     @_builtins.property
     def token_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:

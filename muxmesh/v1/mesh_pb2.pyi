@@ -256,12 +256,16 @@ class PoolStatus(_message.Message):
     NUM_FREE_SLABS_FIELD_NUMBER: _builtins.int
     LEASED_BYTES_FIELD_NUMBER: _builtins.int
     NUM_HANDOFFS_FIELD_NUMBER: _builtins.int
+    CACHED_BYTES_FIELD_NUMBER: _builtins.int
     pool_bytes: _builtins.int
     slab_bytes: _builtins.int
     num_slabs: _builtins.int
     num_free_slabs: _builtins.int
     leased_bytes: _builtins.int
+    """Blocks that several requests share count once."""
     num_handoffs: _builtins.int
+    cached_bytes: _builtins.int
+    """Of finished requests, kept for prompts that begin alike. They give way when room is needed."""
     def __init__(
         self,
         *,
@@ -271,8 +275,9 @@ class PoolStatus(_message.Message):
         num_free_slabs: _builtins.int = ...,
         leased_bytes: _builtins.int = ...,
         num_handoffs: _builtins.int = ...,
+        cached_bytes: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leased_bytes", b"leased_bytes", "num_free_slabs", b"num_free_slabs", "num_handoffs", b"num_handoffs", "num_slabs", b"num_slabs", "pool_bytes", b"pool_bytes", "slab_bytes", b"slab_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_bytes", b"cached_bytes", "leased_bytes", b"leased_bytes", "num_free_slabs", b"num_free_slabs", "num_handoffs", b"num_handoffs", "num_slabs", b"num_slabs", "pool_bytes", b"pool_bytes", "slab_bytes", b"slab_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___PoolStatus: _TypeAlias = PoolStatus  # noqa: Y015
@@ -288,6 +293,9 @@ class UnitModelStatus(_message.Message):
     NUM_CREDITS_FIELD_NUMBER: _builtins.int
     NUM_KEYS_WAITING_FIELD_NUMBER: _builtins.int
     MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKEN_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_PREFIX_TOKENS_QUERIED_FIELD_NUMBER: _builtins.int
+    NUM_PREFIX_TOKENS_HIT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     num_leased_token_blocks: _builtins.int
     num_free_token_blocks: _builtins.int
@@ -295,6 +303,11 @@ class UnitModelStatus(_message.Message):
     num_credits: _builtins.int
     num_keys_waiting: _builtins.int
     max_num_seqs: _builtins.int
+    num_cached_token_blocks: _builtins.int
+    """num_free_token_blocks counts them too."""
+    num_prefix_tokens_queried: _builtins.int
+    """Since the unit started: prompt tokens looked for in the prefix cache, in whole blocks, and found."""
+    num_prefix_tokens_hit: _builtins.int
     def __init__(
         self,
         *,
@@ -305,8 +318,11 @@ class UnitModelStatus(_message.Message):
         num_credits: _builtins.int = ...,
         num_keys_waiting: _builtins.int = ...,
         max_num_seqs: _builtins.int = ...,
+        num_cached_token_blocks: _builtins.int = ...,
+        num_prefix_tokens_queried: _builtins.int = ...,
+        num_prefix_tokens_hit: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_num_seqs", b"max_num_seqs", "model", b"model", "num_credits", b"num_credits", "num_free_token_blocks", b"num_free_token_blocks", "num_keys_waiting", b"num_keys_waiting", "num_leased_token_blocks", b"num_leased_token_blocks", "num_leases", b"num_leases"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_num_seqs", b"max_num_seqs", "model", b"model", "num_cached_token_blocks", b"num_cached_token_blocks", "num_credits", b"num_credits", "num_free_token_blocks", b"num_free_token_blocks", "num_keys_waiting", b"num_keys_waiting", "num_leased_token_blocks", b"num_leased_token_blocks", "num_leases", b"num_leases", "num_prefix_tokens_hit", b"num_prefix_tokens_hit", "num_prefix_tokens_queried", b"num_prefix_tokens_queried"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___UnitModelStatus: _TypeAlias = UnitModelStatus  # noqa: Y015

@@ -19,7 +19,7 @@ from kvstore.unit import ModelShare, Unit
 from muxmesh.config.runtime import Role
 from muxmesh.errors import Unavailable
 from muxmesh.models.spec import KvShape
-from muxmesh.types import OrderKey
+from muxmesh.types import KvDemand, OrderKey
 
 SLAB_BYTES = 64 * 1024
 SHAPE = KvShape(num_layers=2, num_kv_heads=1, head_dim=16, block_size=8, dtype_bytes=4)
@@ -84,7 +84,7 @@ async def test_a_worker_writes_into_the_units_own_memory(server: Server) -> None
 async def test_a_killed_workers_leases_and_slot_come_back(server: Server) -> None:
     with worker_process(server, "prefill") as prefill, worker_process(server, "decode") as decode:
         await server.until_ready(2)
-        server.unit.offer(WaitingKey("r", 1, "m", OrderKey(0, 0.0), 30))
+        server.unit.offer(WaitingKey("r", 1, "m", OrderKey(0, 0.0), KvDemand(30)))
         (given,) = server.unit.give_credits(0.0)
         server.unit.acquire(given.lease.ref, given.prefill.name)
         prefill.kill()

@@ -10,7 +10,8 @@ from kvstore.unit import CREDIT_TTL_S, CreditGiven, ModelShare, Unit
 from muxmesh.config.runtime import Role
 from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
 from muxmesh.models.spec import KvShape
-from muxmesh.types import Lease, LeaseRef, OrderKey
+from muxmesh.prefix import block_hashes
+from muxmesh.types import KvDemand, Lease, LeaseRef, OrderKey
 
 SHAPES = {
     "a": KvShape(num_layers=2, num_kv_heads=1, head_dim=16, block_size=8, dtype_bytes=4),
@@ -35,8 +36,10 @@ def ready_workers(unit: Unit, model: str) -> tuple[str, str]:
     return names[0], names[1]
 
 
-def key(key_id: int, model: str = "a", num_tokens: int = 8, priority: int = 0, arrived: float = 0.0) -> WaitingKey:
-    return WaitingKey("router", key_id, model, OrderKey(priority, arrived), num_tokens)
+def key(key_id: int, model: str = "a", num_tokens: int = 8, priority: int = 0, arrived: float = 0.0,
+    hashes: tuple[bytes, ...] = (), max_cached: int = 0,
+) -> WaitingKey:  # fmt: skip
+    return WaitingKey("router", key_id, model, OrderKey(priority, arrived), KvDemand(num_tokens, hashes, max_cached))
 
 
 def test_no_credit_before_both_workers_are_ready() -> None:
@@ -135,6 +138,25 @@ def test_a_router_that_is_gone_loses_its_keys_and_credits_only() -> None:
     assert unit.leases.count_by_owner() == {prefill: 1}
 
 
+def test_a_computed_prefix_is_found_by_the_next_request() -> None:
+    unit = make_unit()
+    prefill, decode = ready_workers(unit, "a")
+    hashes = block_hashes(range(30), 8, "")
+    unit.offer(key(1, num_tokens=40, hashes=hashes, max_cached=29))
+    held = unit.acquire(unit.give_credits(0.0)[0].lease.ref, prefill)
+    assert held.num_computed_tokens == 0
+    unit.offer(key(2, num_tokens=40, hashes=hashes, max_cached=29))
+    (early,) = unit.give_credits(0.0)
+    assert early.lease.num_computed_tokens == 0, "nothing is computed yet"
+    unit.move(held.ref, prefill, decode, 30, (5,), b"")
+    unit.offer(key(3, num_tokens=40, hashes=hashes, max_cached=29))
+    (late,) = unit.give_credits(0.0)
+    assert late.lease.num_computed_tokens == 24
+    assert late.lease.block_ids[:3] == held.block_ids[:3]
+    assert not set(late.lease.block_ids[3:]) & {*held.block_ids, *early.lease.block_ids}
+    assert unit.blocks.num_in_use("a") == 5 + 5 + 2
+
+
 class UnitMachine(RuleBasedStateMachine):
     """Random life of a unit: offers, withdrawals, credits, hand-offs, releases, deaths, late calls, expiries."""
 
@@ -149,10 +171,20 @@ class UnitMachine(RuleBasedStateMachine):
         self.last_key = 0
         self.workers = {model: ready_workers(self.unit, model) for model in SHAPES}
 
-    @rule(model=st.sampled_from(sorted(SHAPES)), num_tokens=st.integers(1, 96), priority=st.integers(-1, 1))
-    def offer(self, model: str, num_tokens: int, priority: int) -> None:
+    @rule(
+        model=st.sampled_from(sorted(SHAPES)),
+        num_tokens=st.integers(1, 96),
+        priority=st.integers(-1, 1),
+        topic=st.integers(0, 2),
+        known=st.integers(0, 96),
+    )
+    def offer(self, model: str, num_tokens: int, priority: int, topic: int, known: int) -> None:
+        """Requests of one topic begin alike; ``known`` of its tokens are the prompt."""
         self.last_key += 1
-        self.unit.offer(key(self.last_key, model, num_tokens, priority, self.now_s))
+        known = min(known, num_tokens)
+        hashes = block_hashes([topic] * known, SHAPES[model].block_size, "")
+        demand = (hashes, max(0, known - 1))
+        self.unit.offer(key(self.last_key, model, num_tokens, priority, self.now_s, *demand))
 
     @rule(back=st.integers(0, 5))
     def withdraw(self, back: int) -> None:
@@ -171,6 +203,7 @@ class UnitMachine(RuleBasedStateMachine):
         except LeaseLost:
             return multiple()
         assert lease.block_ids == given.lease.block_ids
+        assert lease.num_computed_tokens <= 95
         return (lease, prefill)
 
     @rule(target=held, lease_of=consumes(held))
@@ -178,15 +211,18 @@ class UnitMachine(RuleBasedStateMachine):
         lease, owner = lease_of
         decode = self.workers[lease.model][1]
         try:
-            return (self.unit.move(lease.ref, owner, decode, 1, (1,), b""), decode)
+            computed = max(lease.num_computed_tokens, len(lease.block_ids) * SHAPES[lease.model].block_size // 2)
+            return (self.unit.move(lease.ref, owner, decode, computed, (1,), b""), decode)
         except LeaseLost:
             return multiple()
 
-    @rule(target=late, lease_of=consumes(held))
-    def release(self, lease_of: tuple[Lease, str]) -> object:
+    @rule(target=late, lease_of=consumes(held), topic=st.integers(0, 2), published=st.booleans())
+    def release(self, lease_of: tuple[Lease, str], topic: int, published: bool) -> object:
         lease, owner = lease_of
+        block_size = SHAPES[lease.model].block_size
+        computed = block_hashes([topic] * len(lease.block_ids) * block_size, block_size, "") if published else ()
         try:
-            self.unit.leases.release(lease.ref, owner)
+            self.unit.leases.release(lease.ref, owner, computed)
         except LeaseLost:
             return multiple()
         return lease_of
@@ -224,8 +260,10 @@ class UnitMachine(RuleBasedStateMachine):
         for names in self.workers.values():
             for name in names:
                 self.unit.worker_exited(name)
-        assert self.unit.pool.num_free_slabs == self.unit.pool.num_slabs
         self.unit.check_integrity()
+        for model in SHAPES:
+            assert self.unit.blocks.num_in_use(model) == 0
+            assert self.unit.blocks.num_available(model) == self.unit.pool.capacity_blocks(model)
 
 
 UnitMachine.TestCase.settings = settings(stateful_step_count=60)

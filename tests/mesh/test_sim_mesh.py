@@ -68,9 +68,39 @@ async def test_unary_and_stream_agree(mesh: RunningMesh) -> None:
     assert whole.timings.e2e_s >= whole.timings.ttft_s >= whole.timings.queue_s >= 0
 
 
+async def test_several_answers_to_one_prompt(mesh: RunningMesh, raw: grpc.aio.Channel) -> None:
+    options: dict[str, Any] = {"model": "sim", "max_new_tokens": 5, "temperature": 1.0, "seed": 4}
+    answers = await mesh.client.generate_many("Hello", num_sequences=3, **options)
+    assert len(answers) == 3
+    assert all(answer.finish.num_output_tokens == len(answer.token_ids) == 5 for answer in answers)
+    assert answers[0].token_ids == (await mesh.client.generate("Hello", **options)).token_ids
+    with pytest.raises(InvalidRequest, match="generate_many"):
+        await mesh.client.generate("Hello", num_sequences=2, **options)
+    unary = await inference_pb2_grpc.InferenceStub(raw).Generate(
+        inference_pb2.GenerateRequest(
+            model="sim",
+            text="Hello",
+            temperature=1.0,
+            sampling=inference_pb2.SamplingOptions(seed=4, num_sequences=3),
+            stopping=inference_pb2.StoppingOptions(max_new_tokens=5),
+            response=inference_pb2.ResponseOptions(output_token_ids=True),
+        )
+    )
+    assert [tuple(output.token_ids) for output in unary.all_outputs] == [answer.token_ids for answer in answers]
+    assert [output.index for output in unary.all_outputs] == [0, 1, 2]
+    assert unary.outputs == unary.all_outputs[0]
+    await mesh.until_free()
+
+
+async def test_more_answers_than_slots_come_one_after_the_other(mesh: RunningMesh) -> None:
+    answers = await mesh.client.generate_many("a", model="sim", max_new_tokens=3, num_sequences=40)
+    assert [answer.finish.num_output_tokens for answer in answers] == [3] * 40
+    await mesh.until_free()
+
+
 async def test_the_drawn_seed_repeats_an_answer(mesh: RunningMesh) -> None:
     first = await mesh.client.generate("Hello", model="sim", max_new_tokens=20)
-    again = await mesh.client.generate("Hello", model="sim", max_new_tokens=20, seed=first.seed)
+    again = await mesh.client.generate("Hello", model="sim", max_new_tokens=20, seed=first.prompt.seed)
     other = await mesh.client.generate("Hello", model="sim", max_new_tokens=20)
     assert first.token_ids == again.token_ids != other.token_ids
 
@@ -92,7 +122,8 @@ async def test_token_ids_chat_and_text_are_three_kinds_of_prompt(mesh: RunningMe
     chat = inference_pb2.ChatPrompt(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
     assert await prompt_ids(mesh, chat=chat) == rendered
     assert await prompt_ids(mesh, token_ids=inference_pb2.TokenIds(ids=rendered)) == rendered
-    assert (await mesh.client.generate([Message("user", "hi")], model="sim", max_new_tokens=1)).num_prompt_tokens == 20
+    answer = await mesh.client.generate([Message("user", "hi")], model="sim", max_new_tokens=1)
+    assert answer.prompt.num_tokens == 20
 
 
 async def test_a_stop_string_across_tokens_ends_the_answer(mesh: RunningMesh) -> None:
@@ -212,7 +243,8 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "less than the context",
     ),
     "truncate to nothing": ({"text": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1"),
-    "several sequences": ({"text": "a", "sampling": {"num_sequences": 2}}, "sampling.num_sequences", "not supported"),
+    "too many sequences": ({"text": "a", "sampling": {"num_sequences": 65}}, "sampling.num_sequences", "at most 64"),
+    "a salt like a novel": ({"text": "a", "kv": {"cache_salt": "x" * 257}}, "kv.cache_salt", "at most 256"),
     "min_p": ({"text": "a", "sampling": {"min_p": 1.1}}, "sampling.min_p", "between 0 and 1"),
     "min_p nan": ({"text": "a", "sampling": {"min_p": float("nan")}}, "sampling.min_p", "between 0 and 1"),
     "presence penalty": (

@@ -77,7 +77,7 @@ async def test_a_hand_off_copies_no_kv_byte(mesh: RunningMesh) -> None:
     before = pool_of(mesh)
     stream = mesh.client.stream("Another prompt of some length. " * 6, model="gqa", max_new_tokens=300, ignore_eos=True)
     first = await anext(stream)
-    assert first.num_prompt_tokens == 186
+    assert first.prompt is not None and first.prompt.num_tokens == 186
     between = pool_of(mesh)
     tokens = [delta async for delta in stream]
     after = pool_of(mesh)
@@ -176,3 +176,65 @@ async def test_only_allowed_tokens_come_and_a_bias_decides(mesh: RunningMesh) ->
     assert set(allowed.token_ids) <= {40, 41, 42}
     biased = await mesh.client.generate("Once", **options, logit_bias={41: 100.0}, min_p=0.5)
     assert set(biased.token_ids) == {41}
+
+
+async def prefilled_tokens(mesh: RunningMesh, model: str) -> int:
+    (worker,) = (w for w in (await mesh.unit()).workers if w.model == model and w.role == "prefill")
+    return worker.num_computed_tokens
+
+
+async def test_a_prompt_of_several_answers_is_computed_once(mesh: RunningMesh) -> None:
+    prompt = "One prompt, and several answers to it. " * 4
+    options: dict[str, Any] = {"model": "gqa", "max_new_tokens": 12, "temperature": 1.0, "seed": 9}
+    before = await prefilled_tokens(mesh, "gqa")
+    answers = await mesh.client.generate_many(prompt, num_sequences=4, **options)
+    num_tokens = answers[0].prompt.num_tokens
+    after_the_last_full_block = num_tokens - (num_tokens - 1) // 16 * 16
+    assert await prefilled_tokens(mesh, "gqa") - before == num_tokens + 3 * after_the_last_full_block
+    assert len({answer.token_ids for answer in answers}) == 4
+    anew = await mesh.client.generate_many(prompt, num_sequences=4, **options, bypass_prefix_cache=True)
+    assert [answer.token_ids for answer in anew] == [answer.token_ids for answer in answers]
+    await mesh.until_free()
+
+
+async def test_several_answers_survive_a_killed_decode_worker(mesh: RunningMesh) -> None:
+    options: dict[str, Any] = {
+        "model": "mha", "max_new_tokens": 100, "temperature": 0.9, "seed": 5, "ignore_eos": True, "num_sequences": 3,
+    }  # fmt: skip
+    expected = await mesh.client.generate_many("Three answers", **options)
+    tokens: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    killed = False
+    async for delta in mesh.client.stream("Three answers", **options):
+        tokens[delta.index] += delta.token_ids
+        if not killed and all(len(answer) > 3 for answer in tokens.values()):
+            killed = True
+            os.kill(mesh.pid("decode/mha"), signal.SIGKILL)
+    assert killed
+    assert [tuple(answer) for answer in tokens.values()] == [answer.token_ids for answer in expected]
+    await mesh.until_free()
+
+
+async def test_a_conversation_goes_on_from_the_cache(mesh: RunningMesh) -> None:
+    """The second turn finds prompt and answer of the first; only under the same salt, and unless it bypasses."""
+    first = [int(token) for token in np.random.default_rng(1).integers(3, 259, 50)]
+    options: dict[str, Any] = {"model": "gqa", "max_new_tokens": 40, "temperature": 0.0, "ignore_eos": True}
+    answer = await mesh.client.generate(first, **options)
+    assert answer.prompt.num_cached_tokens == 0
+    await mesh.until_free()
+    second = [*first, *answer.token_ids, *first[:10]]
+    cached = await mesh.client.generate(second, **options)
+    anew = await mesh.client.generate(second, **options, bypass_prefix_cache=True)
+    salted = await mesh.client.generate(second, **options, cache_salt="another tenant")
+    assert cached.prompt.num_cached_tokens == 80, "the full blocks of 50 + 39 tokens"
+    assert (anew.prompt.num_cached_tokens, salted.prompt.num_cached_tokens) == (0, 0)
+    assert anew.token_ids == salted.token_ids == cached.token_ids
+    assert (await mesh.unit()).pool.cached_bytes > 0
+
+
+async def test_a_cached_prompt_is_scored_whole(mesh: RunningMesh) -> None:
+    prompt = [int(token) for token in np.random.default_rng(2).integers(3, 259, 40)]
+    options: dict[str, Any] = {"model": "gqa", "max_new_tokens": 1, "temperature": 0.0}
+    await mesh.client.generate(prompt, **options)
+    scored = await mesh.client.generate(prompt, **options, prompt_logprobs=0, logprobs=2)
+    assert [place.chosen.token_id for place in scored.prompt.logprobs] == prompt[1:]
+    assert len(scored.logprobs) == 1 and len(scored.logprobs[0].top) == 2

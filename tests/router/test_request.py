@@ -8,7 +8,7 @@ import pytest
 from muxmesh.clock import ManualClock
 from muxmesh.engine.api import Finished, Tokens
 from muxmesh.errors import EngineFailed, InternalError, InvalidRequest, LeaseLost, MeshError, WorkerLost
-from muxmesh.types import EngineRequest, Finish, FinishReason, LeaseRef, OrderKey, Sampling, Stopping
+from muxmesh.types import EngineRequest, Finish, FinishReason, KvDemand, LeaseRef, OrderKey, Sampling, Stopping
 from router.credits import Credit
 from router.request import Progress, RequestDriver
 
@@ -23,8 +23,8 @@ class Credits:
     def __init__(self) -> None:
         self.out = 0
 
-    async def wait_for_credit(self, model: str, order: OrderKey, num_tokens: int) -> Credit:
-        assert num_tokens == 8
+    async def wait_for_credit(self, model: str, order: OrderKey, demand: KvDemand) -> Credit:
+        assert demand.num_tokens == 8
         self.out += 1
         return Credit(LeaseRef(self.out, 1), "p", "", "d", "")
 
@@ -51,7 +51,7 @@ async def run(script: Script, max_restarts: int = 2) -> tuple[list[Any], Progres
         assert 0 < seconds <= 2.0
 
     progress, unit_credits = Progress(), Credits()
-    driver = RequestDriver(unit_credits, attempt, ManualClock(5.0), max_restarts, no_wait)  # type: ignore[arg-type]
+    driver = RequestDriver(unit_credits, attempt, {"m": 16}, ManualClock(5.0), max_restarts, no_wait)  # type: ignore[arg-type]
     events = [event async for event in driver.run(REQUEST, progress)]
     assert unit_credits.out == 0, "a credit was not given back"
     assert progress.credited_at_s == 5.0

@@ -57,12 +57,7 @@ class RunningMesh:
             status = await self.client.status()
             unit = status.units[0]
             idle = all(model.num_leases + model.num_credits + model.num_keys_waiting == 0 for model in unit.models)
-            return (
-                unit.connected
-                and idle
-                and unit.pool.leased_bytes == 0
-                and unit.pool.num_free_slabs == unit.pool.num_slabs
-            )
+            return unit.connected and idle and unit.pool.leased_bytes == 0
 
         await self.until(free, timeout_s)
 

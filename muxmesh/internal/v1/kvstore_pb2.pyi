@@ -87,6 +87,8 @@ class RequestKey(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     ARRIVED_AT_UNIX_S_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    MAX_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     key_id: _builtins.int
     """Chosen by the router, unique within the stream."""
     model: _builtins.str
@@ -94,6 +96,10 @@ class RequestKey(_message.Message):
     arrived_at_unix_s: _builtins.float
     num_tokens: _builtins.int
     """Prompt and the longest possible answer: what is reserved."""
+    block_hashes: _builtins.bytes
+    """16 bytes for each full block of the prompt and of what is resumed, see muxmesh/prefix.py."""
+    max_cached_tokens: _builtins.int
+    """How many of the first tokens may come from the prefix cache."""
     def __init__(
         self,
         *,
@@ -102,8 +108,10 @@ class RequestKey(_message.Message):
         priority: _builtins.int = ...,
         arrived_at_unix_s: _builtins.float = ...,
         num_tokens: _builtins.int = ...,
+        block_hashes: _builtins.bytes = ...,
+        max_cached_tokens: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at_unix_s", b"arrived_at_unix_s", "key_id", b"key_id", "model", b"model", "num_tokens", b"num_tokens", "priority", b"priority"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at_unix_s", b"arrived_at_unix_s", "block_hashes", b"block_hashes", "key_id", b"key_id", "max_cached_tokens", b"max_cached_tokens", "model", b"model", "num_tokens", b"num_tokens", "priority", b"priority"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___RequestKey: _TypeAlias = RequestKey  # noqa: Y015
@@ -345,7 +353,10 @@ class ReleaseLeaseRequest(_message.Message):
 
     LEASE_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
+    block_hashes: _builtins.bytes
+    """Of the blocks that are full and computed: they stay as cache for others."""
     @_builtins.property
     def lease(self) -> _request_pb2.LeaseRef: ...
     def __init__(
@@ -353,10 +364,11 @@ class ReleaseLeaseRequest(_message.Message):
         *,
         lease: _request_pb2.LeaseRef | None = ...,
         owner: _builtins.str = ...,
+        block_hashes: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "owner", b"owner"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "lease", b"lease", "owner", b"owner"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ReleaseLeaseRequest: _TypeAlias = ReleaseLeaseRequest  # noqa: Y015

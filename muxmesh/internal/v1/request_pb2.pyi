@@ -51,11 +51,18 @@ class EngineRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     ARRIVED_AT_UNIX_S_FIELD_NUMBER: _builtins.int
     PREDICTION_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     priority: _builtins.int
     """Lower is sooner."""
     arrived_at_unix_s: _builtins.float
+    sequence: _builtins.int
+    """Tells apart the answers to one prompt."""
+    cache_salt: _builtins.str
+    bypass_prefix_cache: _builtins.bool
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -80,10 +87,13 @@ class EngineRequest(_message.Message):
         priority: _builtins.int = ...,
         arrived_at_unix_s: _builtins.float = ...,
         prediction: Global___LengthPrediction | None = ...,
+        sequence: _builtins.int = ...,
+        cache_salt: _builtins.str = ...,
+        bypass_prefix_cache: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "prediction", b"prediction", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "arrived_at_unix_s", b"arrived_at_unix_s", "model", b"model", "prediction", b"prediction", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "arrived_at_unix_s", b"arrived_at_unix_s", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "model", b"model", "prediction", b"prediction", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "sequence", b"sequence", "stopping", b"stopping"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prediction: _TypeAlias = _typing.Literal["prediction"]  # noqa: Y015
     _WhichOneofArgType__prediction: _TypeAlias = _typing.Literal["_prediction", b"_prediction"]  # noqa: Y015

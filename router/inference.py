@@ -1,0 +1,207 @@
+"""The Inference service: one request, one or several answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grpc
+
+from muxmesh.engine.api import Tokens
+from muxmesh.errors import Overloaded
+from muxmesh.types import EngineRequest
+from muxmesh.v1 import inference_pb2, inference_pb2_grpc
+from router.attempt import Prefilled
+from router.request import Progress
+from router.responses import finish_info_of, open_answer, output_of, prompt_info_of, stopped_by_string
+from router.state import RouterState
+from router.validation import CheckedRequest, check, check_request_id, complete
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(slots=True)
+class _Part:
+    """What is new of one answer. ``prefilled`` in its first part."""
+
+    output: inference_pb2.SequenceOutput
+    prefilled: Prefilled | None = None
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """Generate and GenerateStream."""
+
+    def __init__(self, state: RouterState) -> None:
+        self._state = state
+
+    async def GenerateStream(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        """See the proto."""
+        state, arrived_at_s = self._state, self._state.clock.monotonic_s()
+        checked = check(request, state.models, state.config.max_prompt_bytes, state.rng.getrandbits(63))
+        request_id = _request_id(request, context) or f"{state.rng.getrandbits(64):016x}"
+        await context.send_initial_metadata((("x-request-id", request_id),))
+        self._refuse_overload()
+        token_ids = await self._tokenize(checked)
+        self._refuse_overload()  # a burst may have passed the first look together
+        engine_request = complete(checked, request_id, token_ids, state.clock.unix_s())
+        async with aclosing(self._serve(checked, engine_request, arrived_at_s)) as responses:
+            async for response in responses:
+                yield response
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> inference_pb2.GenerateResponse:
+        """See the proto."""
+        whole = inference_pb2.GenerateResponse()
+        outputs: dict[int, inference_pb2.SequenceOutput] = {}
+        async with aclosing(self.GenerateStream(request, context)) as responses:
+            async for part in responses:
+                output = outputs.setdefault(part.outputs.index, inference_pb2.SequenceOutput())
+                text, num_tokens = output.text + part.outputs.text, output.num_tokens + part.outputs.num_tokens
+                output.MergeFrom(part.outputs)
+                output.text, output.num_tokens = text, num_tokens
+                part.ClearField("outputs")
+                whole.MergeFrom(part)
+        whole.outputs.CopyFrom(outputs[0])
+        if len(outputs) > 1:
+            whole.all_outputs.extend(outputs[index] for index in sorted(outputs))
+        return whole
+
+    async def _serve(
+        self, checked: CheckedRequest, request: EngineRequest, arrived_at_s: float
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        """Every answer's parts; prompt_info in the first message, timings in the last."""
+        state = self._state
+        counters = state.counters[checked.model.name]
+        progress = [Progress() for _ in range(checked.num_sequences)]
+        counters.num_running += 1
+        counters.prompt_tokens += len(request.prompt_token_ids)
+        first_token_at_s: float | None = None
+        unfinished = checked.num_sequences
+        try:
+            async with aclosing(self._answers(checked, request, progress)) as parts:
+                async for part in parts:
+                    response = inference_pb2.GenerateResponse(outputs=part.output)
+                    counters.output_tokens += part.output.num_tokens
+                    if first_token_at_s is None:
+                        first_token_at_s = state.clock.monotonic_s()
+                        response.prompt_info.CopyFrom(prompt_info_of(checked, request, part.prefilled))
+                    unfinished -= part.output.HasField("finish_info")
+                    if unfinished == 0:
+                        response.timings.CopyFrom(self._timings(progress, arrived_at_s, first_token_at_s))
+                    yield response
+        finally:
+            counters.num_running -= 1
+            counters.num_finished += unfinished == 0
+            counters.num_aborted += unfinished > 0
+            counters.num_restarts += sum(one.num_restarts for one in progress)
+
+    async def _answers(
+        self, checked: CheckedRequest, request: EngineRequest, progress: list[Progress]
+    ) -> AsyncGenerator[_Part, None]:
+        """The parts of all answers as they come. The others begin when the first one's prompt is computed."""
+        if len(progress) == 1:
+            async with aclosing(self._answer(checked, request, progress[0])) as parts:
+                async for part in parts:
+                    yield part
+            return
+        arrived: asyncio.Queue[_Part | asyncio.Task[None]] = asyncio.Queue()
+        prompt_is_cached = asyncio.Event()
+
+        async def pump(index: int) -> None:
+            if index > 0:
+                await prompt_is_cached.wait()
+            sequence = replace(request, sequence=index)
+            async with aclosing(self._answer(checked, sequence, progress[index])) as parts:
+                async for part in parts:
+                    arrived.put_nowait(part)
+                    prompt_is_cached.set()
+
+        pumps = [asyncio.create_task(pump(index)) for index in range(len(progress))]
+        try:
+            for task in pumps:
+                task.add_done_callback(arrived.put_nowait)
+            running = len(pumps)
+            while running:
+                item = await arrived.get()
+                if isinstance(item, _Part):
+                    yield item
+                else:
+                    item.result()
+                    running -= 1
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def _answer(
+        self, checked: CheckedRequest, request: EngineRequest, progress: Progress
+    ) -> AsyncGenerator[_Part, None]:
+        """The parts of one answer; the last has finish_info."""
+        answer = open_answer(checked, request)
+        prefilled: Prefilled | None = None
+        driver = self._state.units[checked.model.unit].driver
+        async with aclosing(driver.run(request, progress)) as events:
+            async for event in events:
+                if isinstance(event, Prefilled):
+                    prefilled = event
+                    continue
+                if isinstance(event, Tokens):
+                    delta = answer.take(event.token_ids)
+                    output = output_of(checked, request, delta, event.logprobs)
+                    if delta.stopped_by is not None:
+                        output.finish_info.CopyFrom(stopped_by_string(answer, delta.stopped_by))
+                else:
+                    delta = answer.finish()
+                    output = output_of(checked, request, delta)
+                    output.finish_info.CopyFrom(finish_info_of(answer, event, delta))
+                yield _Part(output, prefilled)
+                if output.HasField("finish_info"):
+                    return
+
+    async def _tokenize(self, checked: CheckedRequest) -> list[int]:
+        """Off the event loop: a long prompt takes milliseconds, and the tokenizer releases the GIL."""
+        wire, text = checked.wire, checked.model.text
+        if wire.HasField("token_ids"):
+            return list(wire.token_ids.ids)
+        loop = asyncio.get_running_loop()
+        if wire.HasField("text"):
+            return await loop.run_in_executor(self._state.tokenizing, text.encode, wire.text, True)
+        messages = [{"role": message.role, "content": message.content} for message in wire.chat.messages]
+        return await loop.run_in_executor(
+            self._state.tokenizing, lambda: text.encode(text.render_chat(messages), False)
+        )
+
+    def _refuse_overload(self) -> None:
+        waiting = sum(
+            self._state.units[model.unit].credits.num_waiting(model.name) for model in self._state.models.values()
+        )
+        limit = self._state.config.max_waiting_requests
+        if waiting >= limit:
+            raise Overloaded(f"{waiting} requests are waiting, at most {limit}")
+
+    def _timings(
+        self, progress: list[Progress], arrived_at_s: float, first_token_at_s: float
+    ) -> inference_pb2.RequestTimings:
+        return inference_pb2.RequestTimings(
+            queue_s=(progress[0].credited_at_s or arrived_at_s) - arrived_at_s,
+            ttft_s=first_token_at_s - arrived_at_s,
+            e2e_s=self._state.clock.monotonic_s() - arrived_at_s,
+            num_restarts=sum(one.num_restarts for one in progress),
+        )
+
+
+def _request_id(request: inference_pb2.GenerateRequest, context: Context) -> str:
+    if request.request_id:
+        return request.request_id
+    for key, value in context.invocation_metadata() or ():
+        if key == "x-request-id":
+            request_id = value if isinstance(value, str) else value.decode(errors="replace")
+            check_request_id(request_id)
+            return request_id
+    return ""
