@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort bench-engine bench-attention gpu-check
+.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool gpu-check
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -70,8 +70,12 @@ bench-engine: $(VENV)/.dev ## The engine alone, beside vLLM's if VLLM_PYTHON nam
 bench-attention: $(VENV)/.dev ## The attention kernel alone, beside the read bandwidth
 	$(BIN)/python -m benchmarks.attention
 
-gpu-check: $(VENV)/.dev ## What needs a GPU; skipped tests are named
-	$(BIN)/python -m pytest -q -rs tests/muxmesh/engine/torch_engine/test_plain.py
+bench-kvpool: $(VENV)/.dev ## The KV pool: speed, use, hand-off, prefix hits, metadata
+	$(BIN)/python -m benchmarks.kvpool
+
+gpu-check: $(VENV)/.dev ## The tests that need a GPU
+	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no GPU here")'
+	$(BIN)/python -m pytest -q -k cuda tests/muxmesh/engine/torch_engine/test_plain.py
 
 clean: ## Remove what was built
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

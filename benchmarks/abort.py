@@ -18,7 +18,7 @@ from benchmarks.report import Report
 from muxmesh.client import Message
 from muxmesh.errors import DeadlineExceeded, Unavailable
 
-LONG: dict[str, Any] = {"max_new_tokens": 1000, "ignore_eos": True, "temperature": 0.7}
+LONG: dict[str, Any] = {"max_new_tokens": 1000, "ignore_eos": True, "temperature": 0.7, "bypass_prefix_cache": True}
 LONG_PROMPT = "Tell me everything you know about the sea. " * 60
 NUM_RANDOM = 1000
 ROUNDS = 5

@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,6 @@ def gemm_flops() -> float:
 
 
 def _seconds(work: Any) -> float:
-    import time  # noqa: PLC0415
-
     started_at_s = time.perf_counter()
     work()
     return time.perf_counter() - started_at_s

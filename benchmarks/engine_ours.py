@@ -12,7 +12,7 @@ from benchmarks.engine_vllm import serve
 from muxmesh.engine.api import EngineJob, Until
 from muxmesh.engine.kv_view import KvView
 from muxmesh.engine.scheduler import Scheduler
-from muxmesh.engine.torch_engine.cpu.forward import CpuForward
+from muxmesh.engine.torch_engine.cpu.forward import open_cpu_forward
 from muxmesh.engine.torch_engine.cpu.team import Team
 from muxmesh.engine.torch_engine.runner import TorchRunner
 from muxmesh.models.spec import read_model_spec
@@ -32,7 +32,7 @@ class OurEngine:
         spec, team = read_model_spec(folder), Team(num_threads)
         shape = spec.kv_shape(_BLOCK_SIZE, "float32")
         view = KvView(np.zeros(_POOL_BYTES // 4, dtype=np.float32), shape, _SLAB_BYTES)
-        self._runner = TorchRunner(view, lambda pool: CpuForward(spec, image, pool, 2048, team))
+        self._runner = TorchRunner(view, lambda pool: open_cpu_forward(spec, image, pool, 2048, team))
         self._runner.load()
         self._scheduler = Scheduler(max_num_seqs, _TOKEN_BUDGET, _BLOCK_SIZE)
         self._count = 0
@@ -54,7 +54,7 @@ class OurEngine:
         outcome = self._runner.run(step)
         self._scheduler.apply(outcome)
         self._scheduler.drain()
-        return sum(len(drawn) for drawn in outcome.drawn.values())
+        return len(outcome.drawn)
 
     def prefill(self, prompts: list[list[int]]) -> float:
         """Seconds until each prompt has its first token."""

@@ -44,8 +44,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self, request: decode_pb2.DecodeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[decode_pb2.DecodeResponse]:
         """See the proto. Whatever ends this call, the lease is released."""
-        lease = await self._arrivals.wait_for(request.lease_id)
         asked = convert.request_from_wire(request.request)
+        lease = await self._arrivals.wait_for(request.lease_id)
         sampled = list(lease.sampled_token_ids)
         try:
             job = EngineJob(
@@ -70,7 +70,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 elif isinstance(event, Failed):
                     raise EngineFailed(event.reason)
         finally:
-            computed = computed_hashes(asked, sampled[:-1], self._block_size)  # the last token's KV is not there yet
+            # The last token's KV is not there yet.
+            computed = functools.partial(computed_hashes, asked, sampled[:-1], self._block_size)
             self._leases.release_after(self._quiesce(lease), lease.ref, computed)
 
     def _release_unused(self, lease: Lease) -> None:

@@ -45,16 +45,39 @@ class Admission:
         """Keys that wait for ``model``."""
         return sum(key.model == model for key in self._waiting.values())
 
-    def admit(self, has_slot: Callable[[str], bool], try_credit: Callable[[WaitingKey], bool]) -> None:
+    def admit(
+        self,
+        has_slot: Callable[[str], bool],
+        is_within_quota: Callable[[WaitingKey], bool],
+        try_credit: Callable[[WaitingKey, bool], bool],
+    ) -> None:
         """Gives credits in order for as long as there is room.
 
-        ``has_slot(model)``: its workers can take one more. ``try_credit(key)``: reserves the blocks and sends the
-        credit, or says that there is no room. A model without a slot is passed over; a key without room ends the
-        round, so that a small request never overtakes a large one for ever.
+        ``has_slot(model)``: its workers can take one more. ``is_within_quota(key)``: with it, its model would use no
+        more than its quota. ``try_credit(key, lend)``: reserves the blocks and sends the credit, or says that there is
+        no room; with ``lend``, past the model's quota.
+
+        First come the keys within their model's quota. Only if none of them lacks room, what is left is lent to the
+        others, so that loans come back to those who can claim them. No key is overtaken for ever by smaller ones:
+        within a quota, one without room holds up its own model; past it, the whole round.
         """
-        for key in sorted(self._waiting.values(), key=lambda key: (key.order, key.router, key.key_id)):
-            if not has_slot(key.model):
+        keys = sorted(self._waiting.values(), key=lambda key: (key.order, key.router, key.key_id))
+        passed: set[str] = set()
+        claims_wait = False
+        for key in keys:
+            if key.model in passed or not has_slot(key.model):
                 continue
-            if not try_credit(key):
-                return
-            del self._waiting[key.router, key.key_id]
+            if not is_within_quota(key):
+                passed.add(key.model)
+            elif try_credit(key, False):
+                del self._waiting[key.router, key.key_id]
+            else:
+                passed.add(key.model)
+                claims_wait = True
+        if claims_wait:
+            return
+        for key in keys:
+            if (key.router, key.key_id) in self._waiting and has_slot(key.model):
+                if not try_credit(key, True):
+                    return
+                del self._waiting[key.router, key.key_id]

@@ -24,7 +24,7 @@ def build_unit(runtime: MeshRuntime, config: UnitConfig, last_id: int) -> Unit:
     shares = {}
     for model in config.models:
         shape = model_spec(runtime.prepared[model.name].folder).kv_shape(model.block_size, model.dtype)
-        shares[model.name] = ModelShare(shape, model.max_num_seqs)
+        shares[model.name] = ModelShare(shape, model.max_num_seqs, config.guaranteed_slabs(model))
     return Unit(config.kv_pool, config.slab, shares, last_id)
 
 

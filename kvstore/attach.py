@@ -2,7 +2,8 @@
 
 One SOCK_SEQPACKET connection for the life of a worker; messages are JSON. The kernel names the peer (SO_PEERCRED),
 and a pidfd tells when the process has certainly exited: only then are its leases and its slot taken back, since no
-software can stop a store that has already begun. A worker that closed its socket and lives on is killed.
+software can stop a store that has already begun. A worker that closed its socket and lives on is killed, and so is a
+ready one whose heartbeat stops: its leases expire, and may hold up others for no longer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvstore.attach_protocol import MAX_MESSAGE_BYTES
+from kvstore.attach_protocol import BEAT_EVERY_S, MAX_MESSAGE_BYTES, SILENT_LOOKS
+from kvstore.grant import Word
 from kvstore.memory import UnitMemory
 from kvstore.unit import Unit, WorkerRecord
 from muxmesh.config.runtime import Role
@@ -36,17 +38,28 @@ class _Attached:
     worker: WorkerRecord
     slot: int
     kill_timer: asyncio.TimerHandle | None = None
+    last_beat: int = -1
+    num_silent_looks: int = 0
 
 
 class AttachServer:
     """Listens for workers. ``changed`` is called whenever one is ready or gone."""
 
-    def __init__(self, path: Path, unit: Unit, memory: UnitMemory, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        unit: Unit,
+        memory: UnitMemory,
+        changed: Callable[[], None],
+        look_every_s: float = BEAT_EVERY_S,
+    ) -> None:
         self._path = path
         self._unit = unit
         self._memory = memory
         self._changed = changed
         self._attached: dict[str, _Attached] = {}
+        self._look_every_s = look_every_s
+        self._look_timer: asyncio.TimerHandle | None = None
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
 
     def start(self) -> None:
@@ -55,12 +68,15 @@ class AttachServer:
         self._listener.bind(str(self._path))
         self._listener.listen()
         asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
+        self._look()
 
     def close(self) -> None:
         """Closes every connection: workers take that as the end of the unit."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._listener.fileno())
         self._listener.close()
+        if self._look_timer is not None:
+            self._look_timer.cancel()
         for attached in self._attached.values():
             loop.remove_reader(attached.pidfd)
             loop.remove_reader(attached.connection.fileno())
@@ -123,11 +139,26 @@ class AttachServer:
             loop = asyncio.get_running_loop()
             loop.remove_reader(attached.connection.fileno())
             attached.worker.ready = False
-            attached.kill_timer = loop.call_later(_LINGER_S, self._kill, attached)
+            attached.kill_timer = loop.call_later(_LINGER_S, self._kill, attached, "left the unit and lives on")
         self._changed()
 
-    def _kill(self, attached: _Attached) -> None:
-        _log.warning("%s left the unit and lives on: killed", attached.worker.name)
+    def _look(self) -> None:
+        """Kills ready workers that have been silent for too long. Looks are counted, not seconds: a machine that
+        slept has not made anyone silent.
+        """
+        for attached in self._attached.values():
+            beat = self._memory.page.read(attached.slot, Word.HEARTBEATS)
+            if beat != attached.last_beat or not attached.worker.ready:
+                attached.last_beat, attached.num_silent_looks = beat, 0
+                continue
+            attached.num_silent_looks += 1
+            if attached.num_silent_looks == SILENT_LOOKS:
+                self._kill(attached, f"gave no sign of life for {SILENT_LOOKS * self._look_every_s:g} s")
+        self._look_timer = asyncio.get_running_loop().call_later(self._look_every_s, self._look)
+
+    @staticmethod
+    def _kill(attached: _Attached, reason: str) -> None:
+        _log.warning("%s %s: killed", attached.worker.name, reason)
         signal.pidfd_send_signal(attached.pidfd, signal.SIGKILL)
 
     def _exited(self, attached: _Attached) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.slab_pool import SlabPool
+from muxmesh.types import blocks_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +26,13 @@ class Taken:
 class _ModelBlocks:
     """The blocks of one model that are in use or cached.
 
-    ``references`` has every block in use; ``idle`` every cached one, least recently used first; ``by_hash`` and
-    ``hash_of`` are each other's inverse, over blocks of both kinds.
+    ``references`` has every block in use; ``idle`` every cached one → its last use, least recently used first;
+    ``by_hash`` and ``hash_of`` are each other's inverse, over blocks of both kinds. ``idle_in_slab`` counts cached
+    blocks, and ``last_use_of_slab`` is the latest use of one, for slabs that have any. Uses are counted, not timed.
     """
 
     references: Counter[int] = field(default_factory=Counter)
-    idle: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    idle: OrderedDict[int, int] = field(default_factory=OrderedDict)
     by_hash: dict[bytes, int] = field(default_factory=dict)
     hash_of: dict[int, bytes] = field(default_factory=dict)
     idle_in_slab: Counter[int] = field(default_factory=Counter)
@@ -50,11 +52,18 @@ class BlockTable:
         self._models = {model: _ModelBlocks() for model in pool.models}
         self._clock = 0
 
-    def take(self, model: str, num_blocks: int, hashes: Sequence[bytes] = (), max_cached: int = 0) -> Taken | None:
+    def take(
+        self,
+        model: str,
+        num_blocks: int,
+        hashes: Sequence[bytes] = (),
+        max_cached: int = 0,
+        max_new_slabs: int | None = None,
+    ) -> Taken | None:
         """``num_blocks`` blocks, referenced, or None if there is no room: all or nothing.
 
         The first ones are those cached or in use under the first ``max_cached`` of ``hashes``, as far as they are
-        known without a gap.
+        known without a gap. At most ``max_new_slabs`` slabs are added to those that the model uses.
         """
         blocks = self._models[model]
         found: list[int] = []
@@ -64,7 +73,7 @@ class BlockTable:
             found.append(blocks.by_hash[wanted])
         for block_id in found:
             self._reference(model, block_id)
-        fresh = self._allocate(model, num_blocks - len(found))
+        fresh = self._allocate(model, num_blocks - len(found), max_new_slabs)
         if fresh is None:
             self.give_back(model, found)
             return None
@@ -96,7 +105,7 @@ class BlockTable:
             del blocks.references[block_id]
             if block_id in blocks.hash_of:
                 slab = self._pool.slab_of(model, block_id)
-                blocks.idle[block_id] = None
+                blocks.idle[block_id] = self._clock
                 blocks.idle_in_slab[slab] += 1
                 blocks.last_use_of_slab[slab] = self._clock
             else:
@@ -112,9 +121,16 @@ class BlockTable:
 
     def num_available(self, model: str) -> int:
         """Blocks that could be had now, caches giving way."""
-        reclaimable = sum(len(self._idle_slabs(other)) for other in self._models if other != model)
-        own = self._pool.num_free_blocks(model) + self.num_cached(model)
-        return own + reclaimable * self._pool.blocks_per_slab(model)
+        return self._room_in_used_slabs(model) + self._num_unused_slabs() * self._pool.blocks_per_slab(model)
+
+    def num_used_slabs(self, model: str) -> int:
+        """Slabs in which the model has a block in use: nobody else can have them now."""
+        return self._pool.num_slabs_of(model) - len(self._idle_slabs(model))
+
+    def num_slabs_with(self, model: str, num_blocks: int) -> int:
+        """Slabs that the model would use with ``num_blocks`` more in use."""
+        missing = max(0, num_blocks - self._room_in_used_slabs(model))
+        return self.num_used_slabs(model) + blocks_for(missing, self._pool.blocks_per_slab(model))
 
     def queried_and_hit(self, model: str) -> tuple[int, int]:
         """Blocks that `take` looked for in the cache since the start, and those that were there."""
@@ -130,7 +146,8 @@ class BlockTable:
             assert blocks.hash_of.keys() <= known, f"{model}: a free block has a hash"
             assert blocks.idle.keys() <= blocks.hash_of.keys(), f"{model}: a cached block has no hash"
             counted = Counter(self._pool.slab_of(model, block_id) for block_id in blocks.idle)
-            assert counted == +blocks.idle_in_slab, f"{model}: cached blocks are counted wrongly"
+            assert counted == blocks.idle_in_slab, f"{model}: cached blocks are counted wrongly"
+            assert blocks.last_use_of_slab.keys() == counted.keys(), f"{model}: a slab's last use is stale"
         self._pool.check_integrity(
             {model: [*blocks.references, *blocks.idle] for model, blocks in self._models.items()}
         )
@@ -138,47 +155,65 @@ class BlockTable:
     def _reference(self, model: str, block_id: int) -> None:
         blocks = self._models[model]
         if block_id in blocks.idle:
-            del blocks.idle[block_id]
-            blocks.idle_in_slab[self._pool.slab_of(model, block_id)] -= 1
+            self._no_longer_idle(model, block_id)
         blocks.references[block_id] += 1
 
-    def _allocate(self, model: str, num_blocks: int) -> tuple[int, ...] | None:
+    def _no_longer_idle(self, model: str, block_id: int) -> None:
+        blocks, slab = self._models[model], self._pool.slab_of(model, block_id)
+        del blocks.idle[block_id]
+        blocks.idle_in_slab[slab] -= 1
+        if not blocks.idle_in_slab[slab]:
+            del blocks.idle_in_slab[slab]
+            del blocks.last_use_of_slab[slab]
+
+    def _allocate(self, model: str, num_blocks: int, max_new_slabs: int | None) -> tuple[int, ...] | None:
         """Blocks of the pool, of the model's own cache, and of slabs in which others have nothing but cache."""
-        if num_blocks > self._pool.num_free_blocks(model):
-            if num_blocks > self.num_available(model):
-                return None
-            self._make_room(model, num_blocks)
+        most = self._pool.num_slabs if max_new_slabs is None else max_new_slabs
+        attainable = min(most, self._num_unused_slabs()) * self._pool.blocks_per_slab(model)
+        if num_blocks > self._room_in_used_slabs(model) + attainable:
+            return None
+        self._make_room(model, num_blocks, most)
         return self._pool.allocate(model, num_blocks)
 
-    def _make_room(self, model: str, num_blocks: int) -> None:
+    def _room_in_used_slabs(self, model: str) -> int:
+        return self.num_used_slabs(model) * self._pool.blocks_per_slab(model) - self.num_in_use(model)
+
+    def _num_unused_slabs(self) -> int:
+        """Free slabs, and those in which there is nothing but cache."""
+        return self._pool.num_free_slabs + sum(len(self._idle_slabs(model)) for model in self._models)
+
+    def _has_room(self, model: str, num_blocks: int, max_new_slabs: int) -> bool:
+        slabs = min(max_new_slabs, self._pool.num_free_slabs)
+        return num_blocks <= self._pool.num_free_in_slabs_of(model) + slabs * self._pool.blocks_per_slab(model)
+
+    def _make_room(self, model: str, num_blocks: int, max_new_slabs: int) -> None:
+        """Lets caches give way until there is room, least recently used first: blocks of the model's own, and slabs in
+        which other models have nothing but cache.
+        """
         idle = self._models[model].idle
-        while idle and self._pool.num_free_blocks(model) < num_blocks:
-            self._forget(model, next(iter(idle)))
-        slabs = sorted(
+        foreign = sorted(
             (self._models[other].last_use_of_slab[slab], other, slab)
             for other in self._models
             if other != model
             for slab in self._idle_slabs(other)
-        )
-        for _, other, slab in slabs:
-            if self._pool.num_free_blocks(model) >= num_blocks:
-                return
+        )[::-1]
+        while not self._has_room(model, num_blocks, max_new_slabs):
+            useful = foreign and self._pool.num_free_slabs < max_new_slabs
+            if idle and not (useful and foreign[-1][0] < next(iter(idle.values()))):
+                self._forget(model, next(iter(idle)))
+                continue
+            _, other, slab = foreign.pop()
             for block_id in [known for known in self._models[other].idle if self._pool.slab_of(other, known) == slab]:
                 self._forget(other, block_id)
 
     def _idle_slabs(self, model: str) -> list[int]:
         """Slabs of the model in which nothing is in use."""
         counts = self._models[model].idle_in_slab
-        return [slab for slab, count in counts.items() if count and count == self._pool.num_used_in(model, slab)]
+        return [slab for slab, count in counts.items() if count == self._pool.num_used_in(model, slab)]
 
     def _forget(self, model: str, block_id: int) -> None:
         """A cached block becomes free."""
         blocks = self._models[model]
-        del blocks.idle[block_id]
+        self._no_longer_idle(model, block_id)
         del blocks.by_hash[blocks.hash_of.pop(block_id)]
-        slab = self._pool.slab_of(model, block_id)
-        blocks.idle_in_slab[slab] -= 1
-        if not blocks.idle_in_slab[slab]:
-            del blocks.idle_in_slab[slab]
-            del blocks.last_use_of_slab[slab]
         self._pool.free(model, (block_id,))

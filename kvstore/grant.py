@@ -27,6 +27,7 @@ class Word(IntEnum):
     NUM_COMPUTED_TOKENS = 3
     KV_BYTES_WRITTEN = 4
     BUSY_NS = 5
+    HEARTBEATS = 6
 
 
 class GrantPage:

@@ -49,11 +49,17 @@ class LeaseTable:
         return len(self._records)
 
     def grant_credit(
-        self, model: str, block_size: int, demand: KvDemand, router: str, expires_at_s: float
+        self,
+        model: str,
+        block_size: int,
+        demand: KvDemand,
+        router: str,
+        expires_at_s: float,
+        max_new_slabs: int | None = None,
     ) -> Lease | None:
         """A new lease owned by ``router``, or None if the pool has no room. What is cached of it is computed."""
-        needed = blocks_for(demand.num_tokens, block_size)
-        taken = self._blocks.take(model, needed, demand.block_hashes, demand.max_cached_tokens // block_size)
+        needed, max_cached = blocks_for(demand.num_tokens, block_size), demand.max_cached_tokens // block_size
+        taken = self._blocks.take(model, needed, demand.block_hashes, max_cached, max_new_slabs)
         if taken is None:
             return None
         self._last_id += 1

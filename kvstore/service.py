@@ -181,6 +181,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
             num_cached_token_blocks=unit.blocks.num_cached(model),
             num_prefix_tokens_queried=queried * share.shape.block_size,
             num_prefix_tokens_hit=hit * share.shape.block_size,
+            quota_bytes=unit.quotas[model] * unit.slab_bytes,
             num_leases=unit.leases.count(model, credits=False),
             num_credits=unit.leases.count(model, credits=True),
             num_keys_waiting=unit.admission.count(model),

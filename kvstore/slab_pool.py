@@ -52,6 +52,14 @@ class SlabPool:
         """The slab that a token block lies in."""
         return block_id // self._holdings[model].blocks_per_slab
 
+    def num_slabs_of(self, model: str) -> int:
+        """Slabs that ``model`` holds."""
+        return len(self._holdings[model].free_places)
+
+    def num_free_in_slabs_of(self, model: str) -> int:
+        """Token blocks that ``model`` could get without another slab."""
+        return self._holdings[model].num_free
+
     def num_used_in(self, model: str, slab: int) -> int:
         """Token blocks in use in a slab that ``model`` holds."""
         holding = self._holdings[model]

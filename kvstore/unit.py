@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kvstore.admission import Admission, WaitingKey
 from kvstore.blocks import BlockTable
 from kvstore.leases import LeaseTable
+from kvstore.quotas import ADAPT_EVERY_S, Use, adapted, initial_quotas
 from kvstore.slab_pool import SlabPool
 from muxmesh.config.runtime import Role
 from muxmesh.errors import InvalidRequest, WorkerLost
@@ -37,6 +38,7 @@ class ModelShare:
 
     shape: KvShape
     max_num_seqs: int
+    guaranteed_slabs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,10 @@ class Unit:
         self.blocks = BlockTable(self.pool)
         self.leases = LeaseTable(self.blocks, last_id)
         self.admission = Admission()
+        self.quotas = initial_quotas(self.pool.num_slabs, self._guaranteed())
+        self._slab_seconds = dict.fromkeys(models, 0.0)
+        self._counted_until_s: float | None = None
+        self._adapted_at_s: float | None = None
         self.workers: dict[str, WorkerRecord] = {}
         self._incarnations = last_id >> _ID_BITS
 
@@ -106,8 +112,10 @@ class Unit:
         self.admission.offer(key)
 
     def give_credits(self, now_s: float) -> list[CreditGiven]:
-        """Drops expired credits, then gives credits while there is room."""
+        """Drops expired credits, adapts the quotas when it is time, then gives credits while there is room."""
+        self._count_use(now_s)
         self.leases.drop_expired(now_s)
+        self._adapt(now_s)
         given: list[CreditGiven] = []
         taken = {model: self._num_taken(model) for model in self.models}
 
@@ -115,9 +123,14 @@ class Unit:
             ready = all(self.ready_worker(role, model) for role in Role)
             return ready and taken[model] < self.models[model].max_num_seqs
 
-        def try_credit(key: WaitingKey) -> bool:
+        def is_within_quota(key: WaitingKey) -> bool:
+            needed = blocks_for(key.demand.num_tokens, self.models[key.model].shape.block_size)
+            return self.blocks.num_slabs_with(key.model, needed) <= self.quotas[key.model]
+
+        def try_credit(key: WaitingKey, lend: bool) -> bool:
             block_size, expires_at_s = self.models[key.model].shape.block_size, now_s + CREDIT_TTL_S
-            lease = self.leases.grant_credit(key.model, block_size, key.demand, key.router, expires_at_s)
+            most = None if lend else self.quotas[key.model] - self.blocks.num_used_slabs(key.model)
+            lease = self.leases.grant_credit(key.model, block_size, key.demand, key.router, expires_at_s, most)
             if lease is None:
                 return False
             taken[key.model] += 1
@@ -126,7 +139,7 @@ class Unit:
             given.append(CreditGiven(key.router, key.key_id, lease, prefill, decode))
             return True
 
-        self.admission.admit(has_slot, try_credit)
+        self.admission.admit(has_slot, is_within_quota, try_credit)
         return given
 
     def acquire(self, ref: LeaseRef, worker: str) -> Lease:
@@ -157,6 +170,27 @@ class Unit:
     def check_integrity(self) -> None:
         """Proves that every token block is in one place; raises AssertionError."""
         self.leases.check_integrity()
+
+    def _guaranteed(self) -> dict[str, int]:
+        return {model: share.guaranteed_slabs for model, share in self.models.items()}
+
+    def _count_use(self, now_s: float) -> None:
+        """Adds up slabs x seconds since the last call; nothing changes in between."""
+        if self._counted_until_s is not None:
+            for model in self.models:
+                self._slab_seconds[model] += (now_s - self._counted_until_s) * self.blocks.num_used_slabs(model)
+        self._counted_until_s = now_s
+
+    def _adapt(self, now_s: float) -> None:
+        if self._adapted_at_s is None:
+            self._adapted_at_s = now_s
+        elapsed_s = now_s - self._adapted_at_s
+        if elapsed_s < ADAPT_EVERY_S:
+            return
+        use = {model: Use(self._slab_seconds[model] / elapsed_s, self.admission.count(model)) for model in self.models}
+        self.quotas = adapted(self.quotas, self._guaranteed(), use)
+        self._slab_seconds = dict.fromkeys(self.models, 0.0)
+        self._adapted_at_s = now_s
 
     def _num_taken(self, model: str) -> int:
         return self.leases.count(model, credits=True) + self.leases.count(model, credits=False)

@@ -17,11 +17,11 @@ HASH_BYTES = 16
 
 def block_hashes(token_ids: Sequence[int], block_size: int, salt: str) -> tuple[bytes, ...]:
     """One hash for each block that ``token_ids`` fill, in order. Requests share KV only under the same ``salt``."""
-    before = blake2b(salt.encode(), digest_size=HASH_BYTES).digest()
+    before = blake2b(salt.encode(), digest_size=HASH_BYTES, person=b"salt").digest()
     hashes = []
     for end in range(block_size, len(token_ids) + 1, block_size):
         tokens = array("I", token_ids[end - block_size : end]).tobytes()
-        before = blake2b(before + tokens, digest_size=HASH_BYTES).digest()
+        before = blake2b(before + tokens, digest_size=HASH_BYTES, person=b"block").digest()
         hashes.append(before)
     return tuple(hashes)
 

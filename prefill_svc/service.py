@@ -31,8 +31,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         """See the proto. Whatever ends this call, the lease is moved or released."""
         lease = await self._leases.acquire(convert.ref_from_wire(request.lease))
         job_id = lease.ref.lease_id
-        moved = False
-        computed: tuple[bytes, ...] = ()
+        done = False
         try:
             asked = convert.request_from_wire(request.request)
             job = EngineJob(job_id, asked, Until.FIRST_TOKEN, lease.block_ids, lease.num_computed_tokens)
@@ -46,21 +45,23 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
                     response.prompt_logprobs.MergeFrom(convert.logprobs_to_wire(event.logprobs))
                 elif isinstance(event, Finished):
                     response.finish.CopyFrom(convert.finish_to_wire(event.finish))
-                    computed = computed_hashes(asked, (), self._block_size)
+                    # Before the answer: the router may send others with the same prompt at once.
+                    await self._leases.release(lease.ref, computed_hashes(asked, (), self._block_size))
+                    done = True
                     return response
                 elif isinstance(event, PrefillDone):
                     sampled = (response.token_id,)
                     await self._leases.move(
                         lease.ref, request.decode_worker, event.num_computed_tokens, sampled, event.handoff
                     )
-                    moved = True
+                    done = True
                     return response
                 elif isinstance(event, Failed):
                     raise EngineFailed(event.reason)
             raise InternalError("the engine's events ended without a last one")
         finally:
-            if not moved:
-                self._leases.release_after(functools.partial(self._engine.cancel, job_id), lease.ref, computed)
+            if not done:
+                self._leases.release_after(functools.partial(self._engine.cancel, job_id), lease.ref)
 
 
 @asynccontextmanager

@@ -45,9 +45,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         checked = check(request, state.models, state.config.max_prompt_bytes, state.rng.getrandbits(63))
         request_id = _request_id(request, context) or f"{state.rng.getrandbits(64):016x}"
         await context.send_initial_metadata((("x-request-id", request_id),))
-        self._refuse_overload()
+        self._refuse_overload(checked.num_sequences)
         token_ids = await self._tokenize(checked)
-        self._refuse_overload()  # a burst may have passed the first look together
+        self._refuse_overload(checked.num_sequences)  # a burst may have passed the first look together
         engine_request = complete(checked, request_id, token_ids, state.clock.unix_s())
         async with aclosing(self._serve(checked, engine_request, arrived_at_s)) as responses:
             async for response in responses:
@@ -79,7 +79,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         state = self._state
         counters = state.counters[checked.model.name]
         progress = [Progress() for _ in range(checked.num_sequences)]
-        counters.num_running += 1
+        counters.num_running += checked.num_sequences
         counters.prompt_tokens += len(request.prompt_token_ids)
         first_token_at_s: float | None = None
         unfinished = checked.num_sequences
@@ -91,12 +91,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     if first_token_at_s is None:
                         first_token_at_s = state.clock.monotonic_s()
                         response.prompt_info.CopyFrom(prompt_info_of(checked, request, part.prefilled))
-                    unfinished -= part.output.HasField("finish_info")
+                    if part.output.HasField("finish_info"):
+                        unfinished -= 1
+                        counters.num_running -= 1
                     if unfinished == 0:
                         response.timings.CopyFrom(self._timings(progress, arrived_at_s, first_token_at_s))
                     yield response
         finally:
-            counters.num_running -= 1
+            counters.num_running -= unfinished
             counters.num_finished += unfinished == 0
             counters.num_aborted += unfinished > 0
             counters.num_restarts += sum(one.num_restarts for one in progress)
@@ -110,13 +112,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 async for part in parts:
                     yield part
             return
+        counters = self._state.counters[checked.model.name]
         arrived: asyncio.Queue[_Part | asyncio.Task[None]] = asyncio.Queue()
         prompt_is_cached = asyncio.Event()
 
         async def pump(index: int) -> None:
             if index > 0:
-                await prompt_is_cached.wait()
-            sequence = replace(request, sequence=index)
+                counters.num_held_back += 1
+                try:
+                    await prompt_is_cached.wait()
+                finally:
+                    counters.num_held_back -= 1
+            sequence = request if index == 0 else _sibling(request, index)
             async with aclosing(self._answer(checked, sequence, progress[index])) as parts:
                 async for part in parts:
                     arrived.put_nowait(part)
@@ -177,13 +184,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             self._state.tokenizing, lambda: text.encode(text.render_chat(messages), False)
         )
 
-    def _refuse_overload(self) -> None:
+    def _refuse_overload(self, num_answers: int) -> None:
+        state = self._state
         waiting = sum(
-            self._state.units[model.unit].credits.num_waiting(model.name) for model in self._state.models.values()
+            state.units[model.unit].credits.num_waiting(model.name) + state.counters[model.name].num_held_back
+            for model in state.models.values()
         )
-        limit = self._state.config.max_waiting_requests
-        if waiting >= limit:
-            raise Overloaded(f"{waiting} requests are waiting, at most {limit}")
+        limit = state.config.max_waiting_requests
+        if waiting + num_answers > limit:
+            raise Overloaded(f"{waiting} requests are waiting, at most {limit}; each answer counts")
 
     def _timings(
         self, progress: list[Progress], arrived_at_s: float, first_token_at_s: float
@@ -194,6 +203,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             e2e_s=self._state.clock.monotonic_s() - arrived_at_s,
             num_restarts=sum(one.num_restarts for one in progress),
         )
+
+
+def _sibling(request: EngineRequest, index: int) -> EngineRequest:
+    """Another answer to the same prompt, which the first answer's request has scored and left in the cache."""
+    sampling = replace(request.sampling, prompt_logprobs=None)
+    return replace(request, sequence=index, sampling=sampling, bypass_prefix_cache=False)
 
 
 def _request_id(request: inference_pb2.GenerateRequest, context: Context) -> str:

@@ -55,7 +55,7 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
 
     def _router_status(self, model: ServedModel) -> mesh_pb2.RouterModelStatus:
         counters = self._state.counters[model.name]
-        num_waiting = self._state.units[model.unit].credits.num_waiting(model.name)
+        num_waiting = self._state.units[model.unit].credits.num_waiting(model.name) + counters.num_held_back
         return mesh_pb2.RouterModelStatus(
             model=model.name,
             num_requests_waiting=num_waiting,

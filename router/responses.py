@@ -20,7 +20,7 @@ def open_answer(checked: CheckedRequest, request: EngineRequest) -> Answer:
     needs_text = _wants_text(response) or stopping.stop_strings
     return Answer(
         request.stopping,
-        checked.model.text.detokenizer(skip_special) if needs_text else None,
+        checked.model.text.detokenizer(skip_special, request.prompt_token_ids) if needs_text else None,
         StopStrings(stopping.stop_strings, stopping.include_stop_strings),
         stopping.include_stop_strings,
     )

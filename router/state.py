@@ -19,9 +19,12 @@ from router.served_model import ServedModel
 
 @dataclass(slots=True)
 class ModelCounters:
-    """Of one model since the router started."""
+    """Of one model since the router started. An answer is running from its arrival on, held back until its request's
+    first answer has the prompt computed.
+    """
 
     num_running: int = 0
+    num_held_back: int = 0
     num_finished: int = 0
     num_aborted: int = 0
     num_restarts: int = 0

@@ -24,6 +24,8 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_STRING = 1024
 ROLES = ("system", "user", "assistant")
 MAX_TEMPERATURE = 100.0
+LEAST_TEMPERATURE = 1e-5
+"""Less is greedy: logits divided by it would overflow."""
 MAX_PENALTY = 2.0
 MAX_REPETITION_PENALTY = 100.0
 MAX_BIAS = 100.0
@@ -33,11 +35,7 @@ MAX_SEQUENCES = 64
 MAX_CACHE_SALT = 256
 _DEFAULTS = Sampling()
 _PROMPTS = ("text", "token_ids", "chat")
-# Field → the values that mean the same as leaving it out.
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "session_id": (),
-    "expected_output_tokens": (),
-}
+_UNSUPPORTED: tuple[Literal["session_id", "expected_output_tokens"], ...] = ("session_id", "expected_output_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +62,9 @@ def check(
             f"is {wire.truncate_prompt_tokens}; at least 1, and less than the context ({model.max_model_len} tokens)",
         )
     _check_prompt(wire, model, max_prompt_bytes)
-    for path, neutral in _UNSUPPORTED.items():
-        _refuse_unsupported(wire, path, neutral)
+    for name in _UNSUPPORTED:
+        if wire.HasField(name):
+            raise InvalidRequest(name, "is not supported by this mesh yet; leave it out")
     _check_stopping(wire.stopping, model)
     if wire.sampling.num_sequences > MAX_SEQUENCES:
         raise InvalidRequest("sampling.num_sequences", f"is {wire.sampling.num_sequences}; at most {MAX_SEQUENCES}")
@@ -209,6 +208,8 @@ def _sampling(wire: inference_pb2.GenerateRequest, model: ServedModel, drawn_see
     top_p = options.top_p if options.HasField("top_p") else _DEFAULTS.top_p
     repetition_penalty = decoding.repetition_penalty or _DEFAULTS.repetition_penalty  # proto3: 0 is unset
     _check_range("temperature", temperature, 0.0, MAX_TEMPERATURE, "0 is greedy")
+    if temperature < LEAST_TEMPERATURE:
+        temperature = 0.0
     if not 0.0 < top_p <= 1.0:  # NaN too
         raise InvalidRequest("sampling.top_p", f"is {top_p}; more than 0 and at most 1")
     _check_range("sampling.min_p", options.min_p, 0.0, 1.0)
@@ -242,8 +243,11 @@ def _check_range(field: str, value: float, least: float, most: float, hint: str 
 
 def _logit_bias(decoding: inference_pb2.DecodingOptions, model: ServedModel) -> tuple[tuple[int, float], ...]:
     _check_count("decoding.logit_bias", len(decoding.logit_bias), MAX_LOGIT_BIAS)
-    _check_token_ids("decoding.logit_bias", sorted(decoding.logit_bias), model)
-    for token_id, bias in decoding.logit_bias.items():
+    for token_id, bias in sorted(decoding.logit_bias.items()):
+        if token_id >= model.spec.vocab_size:
+            raise InvalidRequest(
+                f"decoding.logit_bias[{token_id}]", f"is unknown; {model.name} has {model.spec.vocab_size} tokens"
+            )
         _check_range(f"decoding.logit_bias[{token_id}]", bias, -MAX_BIAS, MAX_BIAS)
     return tuple(sorted(decoding.logit_bias.items()))
 
@@ -275,18 +279,6 @@ def _num_logprobs(
     if count > MAX_LOGPROBS:
         raise InvalidRequest(f"response.{name}", f"is {count}; at most {MAX_LOGPROBS} candidates")
     return count
-
-
-def _refuse_unsupported(wire: Message, path: str, neutral: tuple[object, ...]) -> None:
-    message, *names = path.split(".")[::-1]
-    holder: Message = wire
-    for name in reversed(names):
-        holder = getattr(holder, name)
-    value = getattr(holder, message)
-    field = holder.DESCRIPTOR.fields_by_name[message]
-    present = holder.HasField(message) if field.has_presence else bool(value)
-    if present and value not in neutral:
-        raise InvalidRequest(path, "is not supported by this mesh yet; leave it out")
 
 
 def _unknown_fields(message: Message, path: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from kvstore.attach_protocol import MAX_MESSAGE_BYTES, NUM_FDS
-from kvstore.grant import GrantPage
+from kvstore.grant import GrantPage, Word
 from muxmesh.config.runtime import Role
 from muxmesh.errors import Unavailable
 
@@ -37,6 +37,10 @@ class Attachment:
         self.slot = int(str(reply["slot"]))
         self.slab_bytes = int(str(reply["slab_bytes"]))
         self._connection = connection
+
+    def beat(self) -> None:
+        """Tells the unit that this worker's event loop turns. To be called every `BEAT_EVERY_S`."""
+        self.page.add(self.slot, Word.HEARTBEATS, 1)
 
     def set_ready(self, ready: bool) -> None:
         """Tells the unit whether this worker takes requests. A unit that is gone need not know."""

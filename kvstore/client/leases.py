@@ -57,18 +57,18 @@ class LeaseClient:
         await _answer(self._stub.MoveLease(request))
 
     def release_after(
-        self, quiesce: Callable[[], Awaitable[None]], ref: LeaseRef, computed: Sequence[bytes] = ()
+        self, quiesce: Callable[[], Awaitable[None]], ref: LeaseRef, computed: Callable[[], Sequence[bytes]] = tuple
     ) -> None:
         """In the background: waits until nothing touches the blocks any more, then releases the lease.
 
-        ``computed``: hashes of its first blocks, whose KV others may use from now on. A lease that is not ours any
+        ``computed()``: hashes of its first blocks, whose KV others may use from now on. A lease that is not ours any
         more is fine.
         """
 
         async def release() -> None:
             await quiesce()
             try:
-                await self._release(ref, computed)
+                await self.release(ref, computed())
             except LeaseLost:
                 pass
             except MeshError as error:  # the unit is going: it takes its leases with it
@@ -89,7 +89,8 @@ class LeaseClient:
         """Waits for what is in the background."""
         await asyncio.gather(*self._background, return_exceptions=True)
 
-    async def _release(self, ref: LeaseRef, computed: Sequence[bytes]) -> None:
+    async def release(self, ref: LeaseRef, computed: Sequence[bytes]) -> None:
+        """Ends the lease of a job that has ended. See `release_after`. Raises LeaseLost."""
         request = kvstore_pb2.ReleaseLeaseRequest(
             lease=convert.ref_to_wire(ref), owner=self._worker, block_hashes=prefix.joined(computed)
         )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from google.protobuf.descriptor import ServiceDescriptor
 
-from kvstore.client.attachment import attach
+from kvstore.attach_protocol import BEAT_EVERY_S
+from kvstore.client.attachment import Attachment, attach
 from kvstore.client.grant import SharedGrant
 from kvstore.client.leases import LeaseClient
 from muxmesh.clock import SystemClock
@@ -71,7 +72,10 @@ async def host_worker(runtime: MeshRuntime, role: Role, model: str, open_service
     view = KvView(attachment.pool, shape, attachment.slab_bytes)
     engine = build_engine(config, prepared, view, grant, grant.count_step)
     await engine.start()
-    death = asyncio.create_task(_watch(engine, give_up), name="engine watch")
+    background = [
+        asyncio.create_task(_watch(engine, give_up), name="engine watch"),
+        asyncio.create_task(_beat(attachment), name="heartbeat"),
+    ]
     async with internal_channel(runtime.kvstore_address(unit.name)) as channel:
         leases = LeaseClient(channel, attachment.worker)
         async with open_services(WorkerParts(engine, leases, config.block_size, give_up)) as services:
@@ -83,9 +87,16 @@ async def host_worker(runtime: MeshRuntime, role: Role, model: str, open_service
                 await stop.wait()
                 attachment.set_ready(False)  # no more credits for us
             await server.stop(grace_s=0.5)
-        death.cancel()
+        for task in background:
+            task.cancel()
         await engine.stop()
         await leases.close()
+
+
+async def _beat(attachment: Attachment) -> None:
+    while True:
+        attachment.beat()
+        await asyncio.sleep(BEAT_EVERY_S)
 
 
 async def _watch(engine: Engine, give_up: Callable[[str], None]) -> None:

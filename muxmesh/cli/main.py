@@ -129,7 +129,14 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--logit-bias", type=_bias, action="append", default=[], metavar="ID=BIAS", help="may be given several times"
     )
-    parser.add_argument("--allowed-token-ids", type=int, nargs="+", metavar="ID", help="no other token is drawn")
+    parser.add_argument(
+        "--allowed-token-id",
+        type=int,
+        action="append",
+        metavar="ID",
+        dest="allowed_token_ids",
+        help="no other token is drawn; may be given several times",
+    )
     parser.add_argument("--seed", type=int, metavar="S", help="repeats an answer; default: drawn by the mesh")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
     parser.add_argument(

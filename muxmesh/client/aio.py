@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, Literal, Self
 
 import grpc
 
-from muxmesh.errors import InternalError, InvalidRequest
+from muxmesh.errors import InternalError, InvalidRequest, ModelNotFound
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
 from muxmesh.rpc.status import from_rpc_error
 from muxmesh.types import DEFAULT_ADDRESS, Candidate, TokenLogprobs
@@ -165,7 +166,13 @@ class MeshClient:
 
         Raises InvalidRequest, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable.
         """
+        clock = asyncio.get_running_loop()
+        asked_at_s = clock.time()
+        if isinstance(prompt, bytes | bytearray):
+            raise InvalidRequest("prompt", "is bytes; text, token ids or a list of Message is needed")
         model = model or await self._default_model(timeout_s)
+        if timeout_s is not None:
+            timeout_s = max(0.0, timeout_s - (clock.time() - asked_at_s))
         try:
             request = inference_pb2.GenerateRequest(
                 request_id=request_id,
@@ -204,9 +211,13 @@ class MeshClient:
             _set_prompt(request, prompt)
         except (TypeError, ValueError) as error:  # a number or a text that the wire cannot carry
             raise InvalidRequest("request", str(error)) from error
-        async with aclosing(self.stream_request(request, timeout_s)) as responses:
-            async for response in responses:
-                yield _delta(response)
+        try:
+            async with aclosing(self.stream_request(request, timeout_s)) as responses:
+                async for response in responses:
+                    yield _delta(response)
+        except ModelNotFound:
+            self._only_model = None  # another mesh may be there now
+            raise
 
     async def generate(self, prompt: Prompt, **options: Any) -> Completion:
         """The whole answer. Takes the options of `stream` and raises what it raises."""
@@ -252,7 +263,9 @@ class MeshClient:
     async def _default_model(self, timeout_s: float | None) -> str:
         if self._only_model is None:
             names = [model.name for model in await self.list_models(timeout_s)]
-            if len(names) != 1:
+            if not names:
+                raise InvalidRequest("model", "the mesh serves none")
+            if len(names) > 1:
                 raise InvalidRequest("model", f"the mesh serves several; choose one of {', '.join(names)}")
             self._only_model = names[0]
         return self._only_model

@@ -60,6 +60,10 @@ class ModelConfig(Section):
     KV for prompt and longest answer is reserved before a request starts."""
     max_num_seqs: int = Field(default=16, ge=1, le=1024)
     """Requests in prefill and decode at the same time."""
+    kv_guaranteed: ByteSize = Field(default=ByteSize(0), ge=0)
+    """Memory of the unit's pool that this model can count on, like `512MiB`, in whole slabs. What it does not use is
+    lent to others and comes back as their requests end. The rest of the pool is shared out equally at first, then by
+    use."""
     prefill_token_budget: int = Field(default=128, ge=1)
     """Prompt tokens computed in one step: a longer prompt is computed in chunks, smaller ones deep in a long prompt.
     A step is what other workers wait for and what a cancelled request still finishes. `max_num_seqs` is used if that
@@ -84,6 +88,10 @@ class UnitConfig(Section):
     """The piece of the pool that is lent to one model at a time."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     """At least one."""
+
+    def guaranteed_slabs(self, model: ModelConfig) -> int:
+        """`ModelConfig.kv_guaranteed` in slabs."""
+        return -(-model.kv_guaranteed // self.slab)
 
 
 class RouterConfig(Section):
@@ -132,6 +140,12 @@ def contradictions(config: MeshConfig) -> Iterator[tuple[Location, str]]:
             )
         if unit.slab > unit.kv_pool:
             yield (*place, "slab"), f"{unit.slab} bytes do not fit into kv_pool ({unit.kv_pool} bytes)"
+        guaranteed, slabs = sum(map(unit.guaranteed_slabs, unit.models)), unit.kv_pool // unit.slab
+        if guaranteed > slabs:
+            yield (
+                (*place, "kv_pool"),
+                f"has {slabs} slabs; the models' kv_guaranteed are {guaranteed} slabs of {unit.slab} bytes",
+            )
         units.add(unit.name)
         devices.setdefault(unit.device, unit.name)
         for model_index, model in enumerate(unit.models):

@@ -36,10 +36,10 @@ def _runner(config: ModelConfig, prepared: PreparedModel, spec: ModelSpec, view:
         # Letters and the space in the built-in byte tokenizer; past the special tokens in any other.
         token_ids = range(35, 93) if prepared.folder is None else range(min(256, spec.vocab_size - 1), spec.vocab_size)
         return SimRunner(config.sim, token_ids, min(spec.eos_token_ids, default=0))
-    from muxmesh.engine.torch_engine.cpu.forward import CpuForward  # noqa: PLC0415 - only this engine needs numba
+    from muxmesh.engine.torch_engine.cpu.forward import open_cpu_forward  # noqa: PLC0415 - only this engine needs numba
     from muxmesh.engine.torch_engine.cpu.team import Team  # noqa: PLC0415
     from muxmesh.engine.torch_engine.runner import TorchRunner  # noqa: PLC0415
 
     assert prepared.image is not None, "a torch model is prepared with its image"
     image, positions, team = prepared.image, config.max_model_len or spec.context_len, Team(num_threads(config))
-    return TorchRunner(view, lambda pool: CpuForward(spec, image, pool, positions, team))
+    return TorchRunner(view, lambda pool: open_cpu_forward(spec, image, pool, positions, team))

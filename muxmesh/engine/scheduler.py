@@ -144,9 +144,8 @@ class Scheduler:
             running.num_computed_tokens += len(chunk.token_ids)
             if chunk.score is not None:
                 self._events.append((chunk.job_id, PromptScored(outcome.scored[chunk.job_id])))
-            if chunk.draws:
-                (drawn,) = outcome.drawn[chunk.job_id]
-                self._take_token(running, drawn)
+            if chunk.draw is not None:
+                self._take_token(running, outcome.drawn[chunk.job_id])
             if running.pause_wished and chunk.job_id in self._jobs:
                 self._pause(running)
 
@@ -179,11 +178,9 @@ class Scheduler:
     @staticmethod
     def _chunk(running: _Running, count: int) -> Chunk:
         start, job = running.num_computed_tokens, running.job
-        draws: tuple[Draw, ...] = ()
-        if count == running.num_uncomputed_tokens:
-            draws = (_draw(running),)
+        draw = _draw(running) if count == running.num_uncomputed_tokens else None
         tokens = tuple(running.token_ids[start : start + count])
-        return Chunk(job.job_id, start, tokens, job.block_ids, draws, _score(job, start, count))
+        return Chunk(job.job_id, start, tokens, job.block_ids, draw, _score(job, start, count))
 
     def _take_token(self, running: _Running, drawn: Drawn) -> None:
         job = running.job

@@ -39,15 +39,8 @@ class SimRunner:
         if duration_s > 0:
             self._sleep(duration_s)
         return StepOutcome(
-            {
-                chunk.job_id: tuple(self._draw(chunk, draw) for draw in chunk.draws)
-                for chunk in step.chunks
-                if chunk.draws
-            }
+            {chunk.job_id: Drawn(self._token(chunk, chunk.draw)) for chunk in step.chunks if chunk.draw is not None}
         )
-
-    def _draw(self, chunk: Chunk, draw: Draw) -> Drawn:
-        return Drawn(self._token(chunk, draw))
 
     def _token(self, chunk: Chunk, draw: Draw) -> int:
         index, sampling = draw.output_index, draw.sampling

@@ -37,21 +37,20 @@ class Score:
 class Chunk:
     """Compute ``token_ids`` at positions [start, start + len) of one job, whose KV lies in ``block_ids``.
 
-    ``draws`` is empty for a part of a prompt that is not the last one; it has several for a request of several
-    answers, drawn from the same logits.
+    ``draw`` is None for a part of a prompt that is not the last one.
     """
 
     job_id: int
     start: int
     token_ids: tuple[int, ...]
     block_ids: tuple[int, ...]
-    draws: tuple[Draw, ...] = ()
+    draw: Draw | None = None
     score: Score | None = None
 
     @property
     def num_logit_rows(self) -> int:
         """How many of the last tokens need logits."""
-        return len(self.token_ids) if self.score else min(1, len(self.draws))
+        return len(self.token_ids) if self.score else int(self.draw is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +75,9 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """By job id: what each `Draw` and each `Score` of its chunk gave. ``kv_bytes_written`` into the pool."""
+    """By job id: what the `Draw` and the `Score` of its chunk gave. ``kv_bytes_written`` into the pool."""
 
-    drawn: Mapping[int, tuple[Drawn, ...]]
+    drawn: Mapping[int, Drawn]
     scored: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     kv_bytes_written: int = 0
 

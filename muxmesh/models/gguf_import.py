@@ -20,7 +20,7 @@ from muxmesh.models.gguf_tokenizer import build_tokenizer, check_tokenizer, eos_
 from muxmesh.models.spec import ModelSpec, spec_of
 from muxmesh.models.weights import write_safetensors
 
-CONVERSION = 2
+CONVERSION = 3
 """In the names of folders: whoever changes what is written here makes them anew."""
 
 _LAYER_TENSORS = {
@@ -40,6 +40,9 @@ _GLOBAL_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.nor
 _ROPE_FACTORS = "rope_freqs.weight"
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _KEPT_IN_F32 = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)
+_ROPE_DEFAULTS = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": -1.0, "yarn_log_multiplier": 0.0}
+"""Of rope scaling, what has no counterpart here and is refused unless it says nothing."""
+_LAYER_NAME_PARTS = 4
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
 """Of every Llama 3.1 and 3.2; a file holds only the factors that come of them."""
 
@@ -65,7 +68,7 @@ def read_gguf(path: Path) -> GgufModel:
     try:
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, OSError) as error:
+    except (ValueError, IndexError, KeyError, OSError) as error:
         raise ModelUnsupported(f"{path}: no GGUF file, or a damaged one: {error}") from error
     architecture = fields.get("general.architecture")
     if architecture not in _ARCHITECTURES:
@@ -76,12 +79,15 @@ def read_gguf(path: Path) -> GgufModel:
         raise ModelUnsupported(f"{path.name}: is one of {fields['split.count']} parts; merge them into one file first")
     check_tokenizer(fields, path.name)
     for tensor in reader.tensors:
-        _check_tensor(path, tensor)
+        _check_tensor(path, tensor, architecture)
     try:
         config = _config(path, fields, reader.tensors)
+        spec = spec_of(path, config, {"eos_token_id": eos_token_ids(fields)})
+        build_tokenizer(fields)
     except KeyError as error:
         raise ModelUnsupported(f"{path.name}: field {error.args[0]} is missing") from error
-    spec = spec_of(path, config, {"eos_token_id": eos_token_ids(fields)})
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise ModelUnsupported(f"{path.name}: a field contradicts another, or has a wrong type: {error}") from error
     return GgufModel(path, fields, list(reader.tensors), config, spec)
 
 
@@ -111,18 +117,27 @@ def _dtype(tensor: Any) -> np.dtype[Any]:
     return np.dtype(np.float32 if tensor.tensor_type in _KEPT_IN_F32 else np.float16)
 
 
-def _check_tensor(path: Path, tensor: Any) -> None:
+def _check_tensor(path: Path, tensor: Any, architecture: str) -> None:
     """Raises ModelUnsupported for a tensor that has no place in the model or cannot be read."""
-    parts = tensor.name.split(".")
-    known = parts[0] == "blk" and parts[2] in _LAYER_TENSORS
-    if not known and parts[0] not in _GLOBAL_TENSORS and tensor.name != _ROPE_FACTORS:
-        raise ModelUnsupported(f"{path.name}: tensor {tensor.name} belongs to no supported model")
+    if not _is_known(tensor.name.split("."), architecture):
+        raise ModelUnsupported(f"{path.name}: tensor {tensor.name} belongs to no supported {architecture} model")
     try:
         dequantize(tensor.data[:1], tensor.tensor_type)
     except NotImplementedError as error:
         raise ModelUnsupported(
             f"{path.name}: tensor {tensor.name} is {tensor.tensor_type.name}, which is not read"
         ) from error
+
+
+def _is_known(parts: list[str], architecture: str) -> bool:
+    if parts[0] != "blk" or len(parts) != _LAYER_NAME_PARTS:
+        return ".".join(parts) == _ROPE_FACTORS or (parts[0] in _GLOBAL_TENSORS and parts[1:] == ["weight"])
+    _, _, name, kind = parts
+    if kind == "bias":
+        return architecture == "qwen2" and name in {"attn_q", "attn_k", "attn_v"}
+    if name in {"attn_q_norm", "attn_k_norm"} and architecture != "qwen3":
+        return False
+    return kind == "weight" and name in _LAYER_TENSORS
 
 
 def _hf_name(name: str) -> str:
@@ -152,7 +167,7 @@ def _config(path: Path, fields: dict[str, Any], tensors: list[Any]) -> dict[str,
         return fields[f"{name}.{key}"]
 
     heads, hidden = field("attention.head_count"), field("embedding_length")
-    head_dim = fields.get(f"{name}.attention.key_length", hidden // heads)
+    head_dim = fields.get(f"{name}.attention.key_length") or hidden // heads
     config: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[name]],
         "model_type": name,
@@ -173,11 +188,11 @@ def _config(path: Path, fields: dict[str, Any], tensors: list[Any]) -> dict[str,
         "torch_dtype": "float16",
     }
     _refuse_variants(path, fields, name, head_dim)
-    scaling = _rope_scaling(path, fields, name) or _llama3_scaling(path, tensors, config)
-    if scaling:
+    scaling, llama3 = _rope_scaling(path, fields, name), _llama3_scaling(path, tensors, config)
+    if scaling and llama3:
+        raise ModelUnsupported(f"{path.name}: has rope scaling {scaling['rope_type']} and {_ROPE_FACTORS}")
+    if scaling := scaling or llama3:
         config["rope_scaling"] = scaling
-    if name != "qwen2" and any(tensor.name.endswith("attn_q.bias") for tensor in tensors):
-        config["attention_bias"] = True
     return config
 
 
@@ -189,15 +204,24 @@ def _refuse_variants(path: Path, fields: dict[str, Any], name: str, head_dim: in
 
 
 def _rope_scaling(path: Path, fields: dict[str, Any], name: str) -> dict[str, Any] | None:
-    kind = fields.get(f"{name}.rope.scaling.type", "none")
+    prefix = f"{name}.rope.scaling."
+    changed = [key for key, default in _ROPE_DEFAULTS.items() if fields.get(prefix + key, default) != default]
+    if changed:
+        raise ModelUnsupported(f"{path.name}: {prefix}{changed[0]} is {fields[prefix + changed[0]]}, not supported")
+    old = float(fields.get(f"{name}.rope.scale_linear", 1.0))  # of files before scaling had a type
+    kind = fields.get(f"{prefix}type", "none" if old == 1.0 else "linear")
     if kind == "none":
         return None
     if kind not in {"linear", "yarn"}:
         raise ModelUnsupported(f"{path.name}: rope scaling {kind} is not supported; supported: none, linear, yarn")
-    scaling = {"rope_type": kind, "factor": float(fields[f"{name}.rope.scaling.factor"])}
-    original = fields.get(f"{name}.rope.scaling.original_context_length")
-    if original:
-        scaling["original_max_position_embeddings"] = int(original)
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": float(fields.get(f"{prefix}factor", old))}
+    for key, ours in (
+        ("original_context_length", "original_max_position_embeddings"),
+        ("yarn_beta_fast", "beta_fast"),
+        ("yarn_beta_slow", "beta_slow"),
+    ):
+        if prefix + key in fields:
+            scaling[ours] = fields[prefix + key]
     return scaling
 
 

@@ -16,7 +16,7 @@ from muxmesh.errors import ModelUnsupported
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 _SPACE = "▁"
-_END_OF_TURN = ("<|eot_id|>", "<|im_end|>")
+_ENDINGS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>")
 """Control tokens that end an answer, whatever the file calls its end of sequence."""
 
 # How each kind splits text before merging: facts of the models' own tokenizer files.
@@ -40,7 +40,6 @@ class _Split:
 
 _LLAMA3 = _Split(_MODERN_SPLIT % r"\p{N}{1,3}", whole_words_first=True, starts_with_bos=True)
 _SPLITS = {
-    "default": _Split(_GPT2_SPLIT),
     "gpt-2": _Split(_GPT2_SPLIT),
     "smollm": _Split(_GPT2_SPLIT, single_digits=True),
     "llama-bpe": _LLAMA3,
@@ -52,7 +51,7 @@ _SPLITS = {
 
 def check_tokenizer(fields: Mapping[str, Any], origin: str) -> None:
     """Raises ModelUnsupported, naming ``origin``, if `build_tokenizer` does not know the kind."""
-    kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
+    kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind == "llama" or (kind == "gpt2" and pre in _SPLITS):
         return
     known = ", ".join(["llama", *(f"gpt2/{name}" for name in _SPLITS)])
@@ -66,7 +65,7 @@ def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
     if fields["tokenizer.ggml.model"] == "llama":
         tokenizer, starts_with_bos = _sentencepiece(fields, tokens, kinds), True
     else:
-        split = _SPLITS[fields.get("tokenizer.ggml.pre", "default")]
+        split = _SPLITS[fields["tokenizer.ggml.pre"]]
         tokenizer, starts_with_bos = _byte_level(fields, tokens, split), split.starts_with_bos
     named = list(zip(tokens, kinds, strict=True))
     tokenizer.add_special_tokens(
@@ -87,13 +86,16 @@ def eos_token_ids(fields: Mapping[str, Any]) -> list[int]:
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     kinds = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     found = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    found += [token_id for token_id, text in enumerate(tokens) if kinds[token_id] == _CONTROL and text in _END_OF_TURN]
+    found += [token_id for token_id, text in enumerate(tokens) if kinds[token_id] == _CONTROL and text in _ENDINGS]
     return list(dict.fromkeys(int(token_id) for token_id in found if token_id is not None))
 
 
 def _byte_level(fields: Mapping[str, Any], tokens: Sequence[str], split: _Split) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    for merge in merges:
+        if not {*merge, "".join(merge)} <= vocabulary.keys():
+            raise ValueError(f"merge {' '.join(merge)!r} is not of tokens of the vocabulary")
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.whole_words_first))
     if split.nfc:
         tokenizer.normalizer = normalizers.NFC()

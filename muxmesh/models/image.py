@@ -126,6 +126,8 @@ def _tensors(
         yield f"{layer}.gate_up", gated(gate, up)
         yield f"{layer}.down", pack(weights.read(f"{prefix}mlp.down_proj.weight", hidden, inner))
         progress(layer + 1, spec.num_layers)
+    # Frequencies are computed, and files of tied models may hold the output matrix as well.
+    weights.refuse_unread(lambda name: name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight")
 
 
 def _as_it_is(matrix: np.ndarray) -> np.ndarray:

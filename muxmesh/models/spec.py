@@ -165,7 +165,7 @@ def spec_of(origin: Path, config: Mapping[str, Any], generation: Mapping[str, An
         )
     except KeyError as error:
         raise ModelUnsupported(f"{origin}: field {error.args[0]} is missing") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise ModelUnsupported(f"{origin}: a field has a wrong type: {error}") from error
     _check_sizes(origin, spec)
     return spec

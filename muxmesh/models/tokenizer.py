@@ -14,6 +14,7 @@ from tokenizers.decoders import DecodeStream
 
 from muxmesh.errors import InvalidRequest, ModelUnsupported
 
+_CONTEXT_TOKENS = 6
 _SIM_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -55,19 +56,26 @@ class TextModel:
         except jinja2.TemplateError as error:
             raise InvalidRequest("chat.messages", f"the model's chat template refuses them: {error}") from error
 
-    def detokenizer(self, skip_special_tokens: bool) -> Detokenizer:
-        """A fresh incremental detokenizer."""
-        return Detokenizer(self._tokenizer, skip_special_tokens)
+    def detokenizer(self, skip_special_tokens: bool, prompt_token_ids: Sequence[int] = ()) -> Detokenizer:
+        """A fresh incremental detokenizer for what follows ``prompt_token_ids``."""
+        return Detokenizer(self._tokenizer, skip_special_tokens, prompt_token_ids)
 
 
 class Detokenizer:
-    """Turns tokens into text as they come, never emitting half a UTF-8 character."""
+    """Turns tokens into text as they come, never emitting half a UTF-8 character.
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    It begins with the end of the prompt, of which it gives out nothing: decoders drop the space that text begins
+    with, and an answer does not begin a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._pending: list[int] = []
+        for token_id in prompt_token_ids[-_CONTEXT_TOKENS:]:
+            self.feed(token_id)
+        self._pending.clear()
 
     def feed(self, token_id: int) -> str:
         """Text that ``token_id`` completes; empty while a character is open."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class FolderWeights:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._where: dict[str, tuple[Path, dict[str, Any], memoryview]] = {}
+        self._read: set[str] = set()
         for path in weight_files(folder):
             header, data = _map(path)
             self._where |= {name: (path, entry, data) for name, entry in header.items() if name != "__metadata__"}
@@ -49,10 +50,19 @@ class FolderWeights:
         """The dtypes that occur, as safetensors calls them."""
         return sorted({str(entry["dtype"]) for _, entry, _ in self._where.values()})
 
+    def refuse_unread(self, may_be_left: Callable[[str], bool]) -> None:
+        """Raises ModelUnsupported if there are weights that nobody read: they would have changed the result."""
+        unread = sorted(name for name in self._where.keys() - self._read if not may_be_left(name))
+        if unread:
+            raise ModelUnsupported(
+                f"{self._folder}: {len(unread)} weights belong to no supported model: {unread[0]}, ..."
+            )
+
     def read(self, name: str, *shape: int) -> np.ndarray:
         """One tensor as f32. Raises ModelUnsupported if it is missing, of another shape or of a dtype not read."""
         if name not in self._where:
             raise ModelUnsupported(f"{self._folder}: weight {name} is missing")
+        self._read.add(name)
         path, entry, data = self._where[name]
         if entry["dtype"] not in _DTYPES:
             raise ModelUnsupported(
@@ -99,6 +109,13 @@ def _map(path: Path) -> tuple[dict[str, Any], memoryview]:
             whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         header_bytes = int.from_bytes(whole[:8], "little")
         header: dict[str, Any] = json.loads(bytes(whole[8 : 8 + header_bytes]))
-    except ValueError as error:
+        complete = all(
+            {"dtype", "shape", "data_offsets"} <= entry.keys()
+            for name, entry in header.items()
+            if name != "__metadata__"
+        )
+        if not complete:
+            raise ValueError("an entry of its header lacks dtype, shape or data_offsets")
+    except (ValueError, AttributeError) as error:
         raise ModelUnsupported(f"{path}: no safetensors file, or a damaged one") from error
     return header, whole[8 + header_bytes :]

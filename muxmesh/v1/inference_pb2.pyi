@@ -52,7 +52,7 @@ class GenerateRequest(_message.Message):
     a parser keeps only the last member of a oneof, and a request that sets two must be refused.
     """
     temperature: _builtins.float
-    """0 is greedy. Unset is 1.0. At most 100."""
+    """0 is greedy, and so is less than 1e-5. Unset is 1.0. At most 100."""
     truncate_prompt_tokens: _builtins.int
     """Keeps only the last N tokens of the prompt. Unset keeps all; 0 is refused."""
     priority: _builtins.int

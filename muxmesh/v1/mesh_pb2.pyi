@@ -172,7 +172,7 @@ Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
 
 @_typing.final
 class RouterModelStatus(_message.Message):
-    """One model as this router sees it."""
+    """One model as this router sees it. Of a request with several answers each one counts while it waits or runs."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -296,6 +296,7 @@ class UnitModelStatus(_message.Message):
     NUM_CACHED_TOKEN_BLOCKS_FIELD_NUMBER: _builtins.int
     NUM_PREFIX_TOKENS_QUERIED_FIELD_NUMBER: _builtins.int
     NUM_PREFIX_TOKENS_HIT_FIELD_NUMBER: _builtins.int
+    QUOTA_BYTES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     num_leased_token_blocks: _builtins.int
     num_free_token_blocks: _builtins.int
@@ -308,6 +309,8 @@ class UnitModelStatus(_message.Message):
     num_prefix_tokens_queried: _builtins.int
     """Since the unit started: prompt tokens looked for in the prefix cache, in whole blocks, and found."""
     num_prefix_tokens_hit: _builtins.int
+    quota_bytes: _builtins.int
+    """What the model can claim of the pool now; it may use more while others use less."""
     def __init__(
         self,
         *,
@@ -321,8 +324,9 @@ class UnitModelStatus(_message.Message):
         num_cached_token_blocks: _builtins.int = ...,
         num_prefix_tokens_queried: _builtins.int = ...,
         num_prefix_tokens_hit: _builtins.int = ...,
+        quota_bytes: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_num_seqs", b"max_num_seqs", "model", b"model", "num_cached_token_blocks", b"num_cached_token_blocks", "num_credits", b"num_credits", "num_free_token_blocks", b"num_free_token_blocks", "num_keys_waiting", b"num_keys_waiting", "num_leased_token_blocks", b"num_leased_token_blocks", "num_leases", b"num_leases", "num_prefix_tokens_hit", b"num_prefix_tokens_hit", "num_prefix_tokens_queried", b"num_prefix_tokens_queried"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_num_seqs", b"max_num_seqs", "model", b"model", "num_cached_token_blocks", b"num_cached_token_blocks", "num_credits", b"num_credits", "num_free_token_blocks", b"num_free_token_blocks", "num_keys_waiting", b"num_keys_waiting", "num_leased_token_blocks", b"num_leased_token_blocks", "num_leases", b"num_leases", "num_prefix_tokens_hit", b"num_prefix_tokens_hit", "num_prefix_tokens_queried", b"num_prefix_tokens_queried", "quota_bytes", b"quota_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___UnitModelStatus: _TypeAlias = UnitModelStatus  # noqa: Y015

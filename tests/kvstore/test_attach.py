@@ -1,6 +1,7 @@
 """The attach socket, with real processes at the other end."""
 
 import asyncio
+import signal
 import socket
 import subprocess
 import sys
@@ -32,7 +33,9 @@ attachment = asyncio.run(attach(Path(sys.argv[1]), Role(sys.argv[2]), "m", "unix
 attachment.pool[5] = 42.0
 attachment.set_ready(True)
 print("attached", flush=True)
-time.sleep(600)
+while True:
+    attachment.beat()
+    time.sleep(0.01)
 """
 
 
@@ -42,7 +45,7 @@ class Server:
         self.unit = Unit(4 * SLAB_BYTES, SLAB_BYTES, {"m": ModelShare(SHAPE, 4)})
         self.memory = UnitMemory(4 * SLAB_BYTES)
         self.changes = asyncio.Event()
-        self.attach = AttachServer(path, self.unit, self.memory, self.changes.set)
+        self.attach = AttachServer(path, self.unit, self.memory, self.changes.set, look_every_s=0.05)
         self.attach.start()
 
     async def until(self, what: Callable[[], bool]) -> None:
@@ -95,6 +98,19 @@ async def test_a_killed_workers_leases_and_slot_come_back(server: Server) -> Non
             server.attach.slot_of(given.prefill.name)
         decode.kill()
         await server.until_attached(0)
+
+
+async def test_a_silent_workers_leases_expire_with_it(server: Server) -> None:
+    with worker_process(server, "prefill") as prefill, worker_process(server, "decode"):
+        await server.until_ready(2)
+        server.unit.offer(WaitingKey("r", 1, "m", OrderKey(0, 0.0), KvDemand(30)))
+        (given,) = server.unit.give_credits(0.0)
+        server.unit.acquire(given.lease.ref, given.prefill.name)
+        prefill.send_signal(signal.SIGSTOP)
+        await server.until_attached(1)
+        assert prefill.wait() == -signal.SIGKILL
+        assert len(server.unit.leases) == 0
+        assert [worker.role for worker in server.unit.workers.values()] == [Role.DECODE]
 
 
 async def test_a_worker_that_lets_go_of_the_unit_serves_no_more(server: Server) -> None:

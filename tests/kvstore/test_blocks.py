@@ -76,6 +76,30 @@ def test_another_models_idle_slab_gives_way_and_a_slab_in_use_does_not() -> None
     assert table.num_cached("a") == 3
 
 
+def test_a_stale_cache_of_another_model_goes_before_a_fresh_one_of_ones_own() -> None:
+    table = make_table(3)
+    stale, fresh = taken(table, "b", 2), taken(table, "a", 4)
+    table.publish("b", stale, names(2, 1))
+    table.publish("a", fresh, names(4, 2))
+    table.give_back("b", stale)
+    table.give_back("a", fresh)
+    taken(table, "a", 6)
+    assert (table.num_cached("b"), table.num_cached("a")) == (0, 4)
+    taken(table, "a", 4)
+    assert table.num_cached("a") == 2
+
+
+def test_no_more_slabs_than_allowed_are_added() -> None:
+    table = make_table(3)
+    first = taken(table, "a", 4)
+    table.publish("a", first, names(3))
+    table.give_back("a", first[1:])
+    assert table.take("a", 4, max_new_slabs=0) is None
+    assert table.take("a", 3, max_new_slabs=0) is not None
+    assert (table.num_used_slabs("a"), table.num_cached("a")) == (1, 0)
+    assert table.num_slabs_with("a", 1) == 2
+
+
 def test_a_shared_block_is_free_when_its_last_holder_lets_go() -> None:
     table = make_table()
     first = taken(table, "a", 3)

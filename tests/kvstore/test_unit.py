@@ -157,6 +157,42 @@ def test_a_computed_prefix_is_found_by_the_next_request() -> None:
     assert unit.blocks.num_in_use("a") == 5 + 5 + 2
 
 
+def test_a_model_within_its_quota_goes_before_one_above_it() -> None:
+    unit = make_unit(num_slabs=4, max_num_seqs=100)
+    del unit.quotas["c"]
+    unit.quotas |= {"a": 2, "b": 2, "c": 0}
+    for model in SHAPES:
+        ready_workers(unit, model)
+    slab_of_a, slab_of_b = (unit.pool.blocks_per_slab(model) * SHAPES[model].block_size for model in "ab")
+    for key_id in range(1, 5):
+        unit.offer(key(key_id, "a", slab_of_a, arrived=key_id))
+    loans = unit.give_credits(0.0)
+    assert [given.key_id for given in loans] == [1, 2, 3, 4], "nobody else wants the other half: it is lent"
+    unit.offer(key(5, "a", slab_of_a, priority=-1, arrived=5))
+    unit.offer(key(6, "b", 2 * slab_of_b, arrived=6))
+    for returned in loans[:2]:
+        unit.leases.release(returned.lease.ref, "router")
+        given = unit.give_credits(1.0)
+        assert [given.key_id for given in given] == ([] if returned is loans[0] else [6])
+    unit.leases.release(loans[2].lease.ref, "router")
+    assert [given.key_id for given in unit.give_credits(2.0)] == [5]
+
+
+def test_quotas_follow_the_load() -> None:
+    unit = make_unit(num_slabs=12, max_num_seqs=100)
+    assert unit.quotas == {"a": 4, "b": 4, "c": 4}
+    prefill, _ = ready_workers(unit, "a")
+    slab_of_a = unit.pool.blocks_per_slab("a") * SHAPES["a"].block_size
+    for key_id in range(1, 14):
+        unit.offer(key(key_id, "a", slab_of_a))
+    for seconds in range(0, 60, 2):
+        for given in unit.give_credits(float(seconds)):
+            unit.acquire(given.lease.ref, prefill)
+        assert sum(unit.quotas.values()) == 12
+    assert unit.quotas["a"] > 8
+    assert min(unit.quotas.values()) >= 0
+
+
 class UnitMachine(RuleBasedStateMachine):
     """Random life of a unit: offers, withdrawals, credits, hand-offs, releases, deaths, late calls, expiries."""
 
@@ -169,7 +205,11 @@ class UnitMachine(RuleBasedStateMachine):
         self.unit = make_unit(num_slabs=3, max_num_seqs=4)
         self.now_s = 0.0
         self.last_key = 0
+        self.just_admitted = False
         self.workers = {model: ready_workers(self.unit, model) for model in SHAPES}
+        self.wanted: dict[int, tuple[bytes, ...]] = {}
+        self.prefix_of: dict[int, tuple[bytes, ...]] = {}
+        self.holds: dict[tuple[str, int], bytes | None] = {}
 
     @rule(
         model=st.sampled_from(sorted(SHAPES)),
@@ -180,23 +220,51 @@ class UnitMachine(RuleBasedStateMachine):
     )
     def offer(self, model: str, num_tokens: int, priority: int, topic: int, known: int) -> None:
         """Requests of one topic begin alike; ``known`` of its tokens are the prompt."""
+        self.just_admitted = False
         self.last_key += 1
         known = min(known, num_tokens)
         hashes = block_hashes([topic] * known, SHAPES[model].block_size, "")
+        self.wanted[self.last_key] = hashes
         demand = (hashes, max(0, known - 1))
         self.unit.offer(key(self.last_key, model, num_tokens, priority, self.now_s, *demand))
 
     @rule(back=st.integers(0, 5))
     def withdraw(self, back: int) -> None:
+        self.just_admitted = False
         self.unit.admission.withdraw("router", self.last_key - back)
 
     @rule(target=credits_out, seconds=st.sampled_from([0.0, 1.0, CREDIT_TTL_S]))
     def give_credits(self, seconds: float) -> object:
         self.now_s += seconds
-        return multiple(*self.unit.give_credits(self.now_s))
+        self.just_admitted = True
+        given = self.unit.give_credits(self.now_s)
+        for credit in given:
+            self.look_at(credit)
+        return multiple(*given)
+
+    def look_at(self, given: CreditGiven) -> None:
+        """What is said to be cached holds what was asked for; what is not, nobody else has."""
+        lease, hashes = given.lease, self.wanted[given.key_id]
+        shared = lease.num_computed_tokens // SHAPES[lease.model].block_size
+        self.prefix_of[lease.ref.lease_id] = hashes
+        assert [self.holds[lease.model, block] for block in lease.block_ids[:shared]] == list(hashes[:shared])
+        others = [r.lease for r in self.unit.leases._records.values() if r.lease.ref.lease_id != lease.ref.lease_id]
+        taken = {block for other in others if other.model == lease.model for block in other.block_ids}
+        for block in lease.block_ids[shared:]:
+            assert block not in taken
+            self.holds[lease.model, block] = None
+
+    def computed(self, lease: Lease, num_blocks: int) -> tuple[bytes, ...]:
+        """A worker has computed so many blocks of the lease: they hold its prompt now."""
+        hashes = self.prefix_of[lease.ref.lease_id][:num_blocks]
+        for block, name in zip(lease.block_ids, hashes, strict=False):
+            assert self.holds[lease.model, block] in {None, name}, "a block that others may read was overwritten"
+            self.holds[lease.model, block] = name
+        return hashes
 
     @rule(target=held, given=consumes(credits_out))
     def acquire(self, given: CreditGiven) -> object:
+        self.just_admitted = False
         prefill = self.workers[given.lease.model][0]
         try:
             lease = self.unit.acquire(given.lease.ref, prefill)
@@ -208,23 +276,26 @@ class UnitMachine(RuleBasedStateMachine):
 
     @rule(target=held, lease_of=consumes(held))
     def move(self, lease_of: tuple[Lease, str]) -> object:
+        self.just_admitted = False
         lease, owner = lease_of
         decode = self.workers[lease.model][1]
         try:
             computed = max(lease.num_computed_tokens, len(lease.block_ids) * SHAPES[lease.model].block_size // 2)
-            return (self.unit.move(lease.ref, owner, decode, computed, (1,), b""), decode)
+            moved = self.unit.move(lease.ref, owner, decode, computed, (1,), b"")
+            self.computed(lease, computed // SHAPES[lease.model].block_size)
+            return (moved, decode)
         except LeaseLost:
             return multiple()
 
-    @rule(target=late, lease_of=consumes(held), topic=st.integers(0, 2), published=st.booleans())
-    def release(self, lease_of: tuple[Lease, str], topic: int, published: bool) -> object:
+    @rule(target=late, lease_of=consumes(held), published=st.integers(0, 12))
+    def release(self, lease_of: tuple[Lease, str], published: int) -> object:
+        self.just_admitted = False
         lease, owner = lease_of
-        block_size = SHAPES[lease.model].block_size
-        computed = block_hashes([topic] * len(lease.block_ids) * block_size, block_size, "") if published else ()
         try:
-            self.unit.leases.release(lease.ref, owner, computed)
+            self.unit.leases.release(lease.ref, owner, self.prefix_of[lease.ref.lease_id][:published])
         except LeaseLost:
             return multiple()
+        self.computed(lease, published)
         return lease_of
 
     @rule(lease_of=late)
@@ -237,6 +308,7 @@ class UnitMachine(RuleBasedStateMachine):
 
     @rule(model=st.sampled_from(sorted(SHAPES)), which=st.integers(0, 1))
     def a_worker_dies_and_comes_back(self, model: str, which: int) -> None:
+        self.just_admitted = False
         names = list(self.workers[model])
         self.unit.worker_exited(names[which])
         worker = self.unit.attach((Role.PREFILL, Role.DECODE)[which], model, "x", 1)
@@ -246,12 +318,31 @@ class UnitMachine(RuleBasedStateMachine):
 
     @rule()
     def the_router_dies(self) -> None:
+        self.just_admitted = False
         self.unit.router_gone("router")
 
     @invariant()
     def every_block_is_in_one_place(self) -> None:
         if hasattr(self, "unit"):
             self.unit.check_integrity()
+            assert sum(self.unit.quotas.values()) == self.unit.pool.num_slabs
+
+    @invariant()
+    def whoever_can_claim_room_has_it_or_waits_for_a_loan(self) -> None:
+        """After a round of credits: a key within its quota waits only while another model is above its own."""
+        if not hasattr(self, "unit") or not self.just_admitted:
+            return
+        unit = self.unit
+        above = [m for m in SHAPES if unit.blocks.num_used_slabs(m) > unit.quotas[m]]
+        for waiting in unit.admission._waiting.values():
+            shape = SHAPES[waiting.model]
+            has_slot = unit._num_taken(waiting.model) < unit.models[waiting.model].max_num_seqs
+            first = min(
+                (k for k in unit.admission._waiting.values() if k.model == waiting.model), key=lambda k: k.order
+            )
+            needed = -(-first.demand.num_tokens // shape.block_size)
+            if has_slot and unit.blocks.num_slabs_with(first.model, needed) <= unit.quotas[first.model]:
+                assert above, f"{first} waits, though nobody is above its quota"
 
     def teardown(self) -> None:
         if not hasattr(self, "unit"):

@@ -36,7 +36,8 @@ class TinyGguf:
     hidden: int = 64
     inner: int = 96
     tied: bool = True
-    pre: str = "smollm"
+    pre: str | None = "smollm"
+    merges: tuple[str, ...] = ("h e", "l l")
     called: str | None = None
     """The architecture that the file claims, if it is another."""
     more: Callable[[Any], None] = field(default=lambda writer: None)
@@ -109,10 +110,11 @@ def _write_fields(writer: Any, tiny: TinyGguf) -> None:
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(tiny.head_dim)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(tiny.pre)
+    if tiny.pre is not None:
+        writer.add_tokenizer_pre(tiny.pre)
     writer.add_token_list(TOKENS)
     writer.add_token_types([3] * len(CONTROL) + [1] * (len(TOKENS) - len(CONTROL)))
-    writer.add_token_merges(["h e", "l l"])
+    writer.add_token_merges(tiny.merges)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template(TEMPLATE)

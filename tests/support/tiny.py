@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from muxmesh.engine.kv_view import KvView
-from muxmesh.engine.torch_engine.cpu.forward import CpuForward
+from muxmesh.engine.torch_engine.cpu.forward import open_cpu_forward
 from muxmesh.engine.torch_engine.cpu.team import Team
 from muxmesh.engine.torch_engine.runner import TorchRunner
 from muxmesh.models.image import ensure_image
@@ -123,6 +123,6 @@ def tiny_runner(folder: Path, cache: Path, block_size: int = 16, num_slabs: int 
     image = ensure_image(folder, spec, "panels", cache, lambda done, total: None)
     team = Team(2)
     view = tiny_view(spec, block_size, num_slabs)
-    runner = TorchRunner(view, lambda view: CpuForward(spec, image, view, spec.context_len, team))
+    runner = TorchRunner(view, lambda view: open_cpu_forward(spec, image, view, spec.context_len, team))
     runner.load()
     return runner, spec

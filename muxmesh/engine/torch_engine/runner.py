@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from muxmesh.engine.kernel_cache import compile_lock
 from muxmesh.engine.kv_view import KvView
 from muxmesh.engine.sampling import draw_token, token_logprobs
-from muxmesh.engine.step import Chunk, Draw, Drawn, Step, StepOutcome
+from muxmesh.engine.step import Drawn, Step, StepOutcome
 from muxmesh.engine.torch_engine.layout import StepLayout, lay_out
-from muxmesh.types import Sampling, TokenLogprobs
+from muxmesh.types import TokenLogprobs
 
 
 class Forward(Protocol):
@@ -26,7 +22,7 @@ class Forward(Protocol):
 
 
 OpenForward = Callable[[KvView], Forward]
-"""Makes a forward pass over a pool. Raises ModelUnsupported."""
+"""Makes a forward pass over a pool, compiled and warm. Raises ModelUnsupported."""
 
 
 class TorchRunner:
@@ -37,19 +33,13 @@ class TorchRunner:
         self._open_forward = open_forward
 
     def load(self) -> None:
-        """See `Runner`. One step over a scratch pool of a single block, so that no request pays for the first use."""
-        shape = self._view.shape
-        scratch = KvView(np.zeros(shape.token_block_bytes // 4, dtype=np.float32), shape, shape.token_block_bytes)
-        warm_up = Chunk(0, 0, (0, 0), (0,), (Draw(Sampling(temperature=0.0), 0),))
-        folder = Path(os.environ.get("NUMBA_CACHE_DIR") or tempfile.gettempdir())
-        with compile_lock(folder):
-            self._open_forward(scratch).logits(lay_out(Step((warm_up,)), scratch))
+        """See `Runner`."""
         self._forward = self._open_forward(self._view)
 
     def run(self, step: Step) -> StepOutcome:
         """See `Runner`."""
         logits = self._forward.logits(lay_out(step, self._view))
-        drawn: dict[int, tuple[Drawn, ...]] = {}
+        drawn: dict[int, Drawn] = {}
         scored: dict[int, tuple[TokenLogprobs, ...]] = {}
         row = 0
         for chunk in step.chunks:
@@ -60,6 +50,6 @@ class TorchRunner:
                 scored[chunk.job_id] = tuple(
                     token_logprobs(line, token, chunk.score.num_candidates) for line, token in followed
                 )
-            if chunk.draws:
-                drawn[chunk.job_id] = tuple(draw_token(rows[-1], draw) for draw in chunk.draws)
+            if chunk.draw is not None:
+                drawn[chunk.job_id] = draw_token(rows[-1], chunk.draw)
         return StepOutcome(drawn, scored, step.num_tokens * self._view.shape.kv_bytes_per_token)

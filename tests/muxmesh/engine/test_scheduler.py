@@ -34,14 +34,14 @@ def scheduler(max_num_seqs: int = 8, token_budget: int = 10) -> Scheduler:
 
 def shape(step: Step | None) -> list[tuple[int, int, int, bool]]:
     assert step is not None
-    return [(chunk.job_id, chunk.start, len(chunk.token_ids), bool(chunk.draws)) for chunk in step.chunks]
+    return [(chunk.job_id, chunk.start, len(chunk.token_ids), chunk.draw is not None) for chunk in step.chunks]
 
 
 def run(jobs: Scheduler, *tokens: int) -> Step:
     step = jobs.next_step()
     assert step is not None
-    drawing = [chunk.job_id for chunk in step.chunks if chunk.draws]
-    jobs.apply(StepOutcome({job_id: (Drawn(token),) for job_id, token in zip(drawing, tokens, strict=True)}))
+    drawing = [chunk.job_id for chunk in step.chunks if chunk.draw]
+    jobs.apply(StepOutcome({job_id: Drawn(token) for job_id, token in zip(drawing, tokens, strict=True)}))
     return step
 
 
@@ -102,8 +102,8 @@ def test_stop_tokens_are_banned_until_the_least_length() -> None:
     jobs = scheduler()
     stopping = Stopping(3, min_new_tokens=2, eos_token_ids=frozenset({0}), stop_token_ids=frozenset({9}))
     jobs.add(job(1, stopping=stopping))
-    draws = [run(jobs, token).chunks[0].draws[0] for token in (7, 8)]
-    assert [draw.banned for draw in draws] == [frozenset({0, 9}), frozenset()]
+    draws = [run(jobs, token).chunks[0].draw for token in (7, 8)]
+    assert [draw.banned for draw in draws if draw] == [frozenset({0, 9}), frozenset()]
 
 
 def test_a_prefill_job_ends_with_its_first_token() -> None:
@@ -125,7 +125,9 @@ def test_a_resumed_job_draws_at_the_place_where_it_was() -> None:
     jobs.add(job(1, resume=(6, 7)))
     step = run(jobs, 8)
     assert shape(step) == [(1, 0, 6, True)]
-    assert step.chunks[0].draws[0].output_index == 2
+    draw = step.chunks[0].draw
+    assert draw is not None
+    assert draw.output_index == 2
     assert jobs.drain()[0] == (1, Tokens(2, (8,)))
 
 
@@ -136,7 +138,7 @@ def test_a_cancelled_job_is_forgotten_though_its_step_is_in_flight() -> None:
     step = jobs.next_step()
     assert jobs.cancel(1) is True
     assert step is not None
-    jobs.apply(StepOutcome({1: (Drawn(7),), 2: (Drawn(8),)}))
+    jobs.apply(StepOutcome({1: Drawn(7), 2: Drawn(8)}))
     assert jobs.drain() == [(2, Tokens(0, (8,)))]
     assert jobs.cancel(2) is False
     assert jobs.next_step() is None
@@ -160,7 +162,7 @@ def test_a_job_in_flight_is_paused_after_its_step() -> None:
     jobs.next_step()
     jobs.preempt(1)
     assert jobs.drain() == []
-    jobs.apply(StepOutcome({1: (Drawn(7),)}))
+    jobs.apply(StepOutcome({1: Drawn(7)}))
     assert jobs.drain() == [(1, Tokens(0, (7,))), (1, Preempted(kv_kept=True))]
 
 

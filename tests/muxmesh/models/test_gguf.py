@@ -17,7 +17,7 @@ from muxmesh.errors import ConfigError, ModelUnsupported
 from muxmesh.models.gguf_import import import_gguf, read_gguf
 from muxmesh.models.gguf_tokenizer import build_tokenizer
 from muxmesh.models.prepare import prepare_model
-from muxmesh.models.spec import Llama3Rope, YarnRope, read_model_spec
+from muxmesh.models.spec import LinearRope, Llama3Rope, YarnRope, read_model_spec
 from muxmesh.models.tokenizer import load_text_model
 from tests.support.gguf_files import TinyGguf, write_gguf
 
@@ -150,6 +150,21 @@ def test_a_sentencepiece_tokenizer_joins_by_score() -> None:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
+def test_the_answer_to_a_sentencepiece_prompt_keeps_its_first_space(tmp_path: Path) -> None:
+    build_tokenizer(sentencepiece_fields()).save(str(tmp_path / "tokenizer.json"))
+    model = load_text_model(tmp_path)
+    prompt, whole = model.encode("the", True), model.encode("the thing", True)
+    assert whole[: len(prompt)] == prompt
+    detokenizer = model.detokenizer(True, prompt)
+    assert "".join(detokenizer.feed(token) for token in whole[len(prompt) :]) + detokenizer.flush() == " thing"
+
+
+def test_without_a_space_before_the_text() -> None:
+    tokenizer = build_tokenizer({**sentencepiece_fields(), "tokenizer.ggml.add_space_prefix": False})
+    assert tokenizer.decode(tokenizer.encode("the thing", add_special_tokens=False).ids) == "the thing"
+    assert tokenizer.encode("in", add_special_tokens=False).tokens == ["in"]
+
+
 def test_rope_scaling(tmp_path: Path) -> None:
     def yarn(writer: Any) -> None:
         writer.add_rope_scaling_type(RopeScalingType.YARN)
@@ -159,6 +174,17 @@ def test_rope_scaling(tmp_path: Path) -> None:
     write_gguf(tmp_path / "yarn.gguf", TinyGguf(more=yarn))
     rope = read_gguf(tmp_path / "yarn.gguf").spec.rope_scaling
     assert isinstance(rope, YarnRope) and (rope.factor, rope.original_context_len) == (4.0, 32)
+
+
+@pytest.mark.parametrize("key", ["llama.rope.scaling.factor", "llama.rope.scale_linear"])
+def test_linear_rope_scaling_of_new_and_old_files(tmp_path: Path, key: str) -> None:
+    def linear(writer: Any) -> None:
+        if key.endswith("factor"):
+            writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_float32(key, 4.0)
+
+    write_gguf(tmp_path / "linear.gguf", TinyGguf(more=linear))
+    assert read_gguf(tmp_path / "linear.gguf").spec.rope_scaling == LinearRope(4.0)
 
 
 def llama3_factors(factor: float) -> np.ndarray:
@@ -189,8 +215,15 @@ def test_the_rope_factors_of_llama_3_are_recognized(tmp_path: Path) -> None:
     ("tiny", "named"),
     [
         (TinyGguf(called="mamba"), "architecture mamba is not supported; supported: llama, qwen2, qwen3"),
-        (TinyGguf(pre="tekken"), "tokenizer gpt2/tekken is not supported; supported: llama, gpt2/default"),
+        (TinyGguf(pre="tekken"), "tokenizer gpt2/tekken is not supported; supported: llama, gpt2/gpt-2"),
+        (TinyGguf(pre=None), "tokenizer gpt2/None is not supported"),
+        (TinyGguf(merges=("h x",)), "a field contradicts another"),
         (TinyGguf(more=lambda writer: writer.add_uint16("split.count", 3)), "one of 3 parts"),
+        (TinyGguf(more=lambda writer: writer.add_rope_scaling_attn_factors(2.0)), "attn_factor is 2.0, not supported"),
+        (
+            TinyGguf(more=lambda writer: writer.add_tensor("blk.0.ffn_up.bias", np.ones(96, dtype=np.float32))),
+            "tensor blk.0.ffn_up.bias belongs to no supported llama model",
+        ),
         (TinyGguf(more=lambda writer: writer.add_expert_count(8)), "mixture of experts"),
         (TinyGguf(more=lambda writer: writer.add_rope_scaling_type(RopeScalingType.LONGROPE)), "rope scaling longrope"),
         (
@@ -199,7 +232,7 @@ def test_the_rope_factors_of_llama_3_are_recognized(tmp_path: Path) -> None:
         ),
         (
             TinyGguf(more=lambda writer: writer.add_tensor("blk.0.ffn_gate_exps.weight", np.ones(8, dtype=np.float32))),
-            "tensor blk.0.ffn_gate_exps.weight belongs to no supported model",
+            "tensor blk.0.ffn_gate_exps.weight belongs to no supported llama model",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -3,6 +3,7 @@
 # mypy: disable-error-code="call-arg, misc, no-untyped-call"
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import NamedTuple
@@ -10,17 +11,20 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
+from muxmesh.engine.kernel_cache import compile_lock
 from muxmesh.engine.kv_view import KvView
+from muxmesh.engine.step import Chunk, Draw, Step
 from muxmesh.engine.torch_engine.cpu import attention
 from muxmesh.engine.torch_engine.cpu.attention import attend, merge
 from muxmesh.engine.torch_engine.cpu.products import multiply, multiply_add, multiply_gated
 from muxmesh.engine.torch_engine.cpu.rows import embed, normalize, rotate_and_store
 from muxmesh.engine.torch_engine.cpu.team import JIT, Team, new_counters
-from muxmesh.engine.torch_engine.layout import StepLayout
+from muxmesh.engine.torch_engine.layout import StepLayout, lay_out
 from muxmesh.engine.torch_engine.rope import rope_tables
 from muxmesh.models.image import map_image
 from muxmesh.models.packing import PANEL, PARTS, padded
 from muxmesh.models.spec import ModelSpec
+from muxmesh.types import Sampling
 
 _PHASES_PER_LAYER = 9
 _SPARE_COLUMNS = 16
@@ -226,6 +230,20 @@ class CpuForward:
             last=np.empty((wanted, spec.hidden_size + _SPARE_COLUMNS), dtype=np.float32),
             logits=np.empty((wanted, padded(spec.vocab_size, PANEL)), dtype=np.float32),
         )
+
+
+def open_cpu_forward(spec: ModelSpec, image: Path, view: KvView, num_positions: int, team: Team) -> CpuForward:
+    """The forward pass over ``view``, with its kernels compiled, or read from numba's cache.
+
+    One step over a scratch pool of a single block does that, so that no request pays for it.
+    """
+    shape = view.shape
+    scratch = KvView(np.zeros(shape.token_block_bytes // 4, dtype=np.float32), shape, shape.token_block_bytes)
+    step = Step((Chunk(0, 0, (0, 0), (0,), Draw(Sampling(temperature=0.0), 0)),))
+    cache: str = numba.config.CACHE_DIR  # type: ignore[attr-defined] # set from the environment
+    with compile_lock(Path(cache)) if cache else contextlib.nullcontext():
+        CpuForward(spec, image, scratch, num_positions, team).logits(lay_out(step, scratch))
+    return CpuForward(spec, image, view, num_positions, team)
 
 
 def _weights(spec: ModelSpec, image: Path, num_positions: int) -> Weights:

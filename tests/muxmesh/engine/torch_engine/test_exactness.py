@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from muxmesh.engine.step import Chunk, Draw, Step
-from muxmesh.engine.torch_engine.cpu.attention import SPLIT
+from muxmesh.engine.torch_engine.cpu.attention import SPAN, SPLIT
 from muxmesh.engine.torch_engine.layout import lay_out
 from muxmesh.engine.torch_engine.runner import TorchRunner
 from muxmesh.types import Sampling
@@ -16,7 +16,6 @@ from tests.support.tiny import SHAPES, TinyShape, reference, tiny_runner, write_
 
 TOLERANCE = 1e-4
 GREEDY = Draw(Sampling(temperature=0.0), 0)
-FILLER = Chunk(99, 0, (7,), (126,))
 
 
 class Case:
@@ -50,7 +49,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63])
 def test_a_whole_prompt(case: Case, length: int) -> None:
     prompt = case.prompt(length)
-    (logits,) = case.logits(Chunk(1, 0, prompt, (9, 2, 30, 11), (GREEDY,)))
+    (logits,) = case.logits(Chunk(1, 0, prompt, (9, 2, 30, 11), GREEDY))
     assert np.abs(logits - case.expected(prompt)).max() < TOLERANCE
 
 
@@ -60,7 +59,7 @@ def test_a_prompt_in_chunks(case: Case, size: int) -> None:
     for start in range(0, 50, size):
         part = prompt[start : start + size]
         last = start + len(part) == 50
-        logits = case.logits(Chunk(1, start, part, (3, 17, 8, 1), (GREEDY,) if last else ()))
+        logits = case.logits(Chunk(1, start, part, (3, 17, 8, 1), GREEDY if last else None))
     assert np.abs(logits[0] - case.expected(prompt)).max() < TOLERANCE
 
 
@@ -73,13 +72,11 @@ def test_a_ragged_batch_of_decodes_and_a_prompt(case: Case) -> None:
     sequences = list(prompts)
     for turn in range(4):
         tokens = case.prompt(3)
-        chunks = [
-            Chunk(job, len(sequences[job]), (tokens[job],), tables[job], (GREEDY,)) for job in range(len(prompts))
-        ]
+        chunks = [Chunk(job, len(sequences[job]), (tokens[job],), tables[job], GREEDY) for job in range(len(prompts))]
         sequences = [(*sequence, token) for sequence, token in zip(sequences, tokens, strict=True)]
         expected = [case.expected(sequence) for sequence in sequences]
         if turn == 2:
-            chunks.insert(1, Chunk(9, 0, late, (25,), (GREEDY,)))
+            chunks.insert(1, Chunk(9, 0, late, (25,), GREEDY))
             expected.insert(1, case.expected(late))
         assert np.abs(case.logits(*chunks) - np.stack(expected)).max() < TOLERANCE
 
@@ -89,7 +86,7 @@ def test_other_block_sizes(tmp_path: Path, block_size: int) -> None:
     case = Case(write_tiny_model(tmp_path / "model", SHAPES["gqa"]), tmp_path, block_size)
     prompt = case.prompt(45)
     case.logits(Chunk(1, 0, prompt[:30], (5, 3, 8, 1, 6, 7)))
-    logits = case.logits(Chunk(1, 30, prompt[30:], (5, 3, 8, 1, 6, 7), (GREEDY,)))
+    logits = case.logits(Chunk(1, 30, prompt[30:], (5, 3, 8, 1, 6, 7), GREEDY))
     assert np.abs(logits[0] - case.expected(prompt)).max() < TOLERANCE
 
 
@@ -97,7 +94,7 @@ def test_every_kv_byte_that_is_written_is_counted_and_lies_in_its_blocks(tmp_pat
     case = Case(write_tiny_model(tmp_path / "model", SHAPES["gqa"]), tmp_path)
     view = case.runner._view
     assert np.isnan(view.pool).all()
-    outcome = case.runner.run(Step((Chunk(1, 0, case.prompt(20), (9, 2), (GREEDY,)),)))
+    outcome = case.runner.run(Step((Chunk(1, 0, case.prompt(20), (9, 2), GREEDY),)))
     written = np.flatnonzero(~np.isnan(view.pool))
     assert outcome.kv_bytes_written == written.size * 4 == 20 * view.shape.kv_bytes_per_token
     block = view.shape.token_block_bytes // 4
@@ -113,7 +110,7 @@ def test_greedy_tokens_are_those_of_transformers(case: Case) -> None:
     tokens, sequence = [], list(prompt)
     position, part = 0, prompt
     for _ in range(24):
-        token = case.runner.run(Step((Chunk(1, position, tuple(part), (7, 3, 9), (GREEDY,)),))).drawn[1][0].token_id
+        token = case.runner.run(Step((Chunk(1, position, tuple(part), (7, 3, 9), GREEDY),))).drawn[1].token_id
         position, part = len(sequence), (token,)
         sequence.append(token)
         tokens.append(token)
@@ -127,24 +124,34 @@ def test_a_sequence_longer_than_one_split(tmp_path: Path) -> None:
     assert len(prompt) > 2 * SPLIT
     for start in range(0, 1200, 300):
         case.logits(Chunk(1, start, prompt[start : start + 300], table))
-    logits = case.logits(Chunk(1, 1200, prompt[1200:], table, (GREEDY,)))
+    logits = case.logits(Chunk(1, 1200, prompt[1200:], table, GREEDY))
     assert np.abs(logits[0] - case.expected(prompt)).max() < TOLERANCE
 
 
 def test_a_row_has_the_same_bits_in_every_batch(tmp_path: Path) -> None:
-    """200 random batches: prompts cut into chunks of random sizes beside random decodes, against each one alone."""
-    case = Case(write_tiny_model(tmp_path / "model", TinyShape(num_heads=6, num_kv_heads=2)), tmp_path, num_slabs=40)
+    """200 random batches: prompts cut into chunks of random sizes beside random decodes, against each one alone.
+
+    Some are about as long as a span, and as a split, of the attention kernel.
+    """
+    shape = TinyShape(num_heads=6, num_kv_heads=2, max_position_embeddings=600)
+    case = Case(write_tiny_model(tmp_path / "model", shape), tmp_path, num_slabs=180)
     rng = np.random.default_rng(5)
-    prompts = [case.prompt(int(length)) for length in rng.integers(2, 90, 20)]
-    tables = [tuple(range(6 * number, 6 * number + 6)) for number in range(21)]
+    lengths = [
+        *rng.integers(2, 90, 14),
+        *rng.integers(SPAN - 8, SPAN + 12, 3),
+        *rng.integers(SPLIT - 12, SPLIT + 18, 3),
+    ]
+    prompts = [case.prompt(int(length)) for length in lengths]
+    tables = [tuple(range(34 * number, 34 * number + 34)) for number in range(21)]
     alone = []
     for prompt in prompts:
         case.logits(Chunk(1, 0, prompt[:-1], tables[20]))
-        alone.append(case.logits(Chunk(1, len(prompt) - 1, prompt[-1:], tables[20], (GREEDY,)))[0].copy())
+        alone.append(case.logits(Chunk(1, len(prompt) - 1, prompt[-1:], tables[20], GREEDY))[0].copy())
+    filler = Chunk(99, 0, (7,), (tables[20][-1],))
     for _ in range(200):
         chosen = [int(number) for number in rng.choice(20, int(rng.integers(1, 17)), replace=False)]
         start = {number: int(rng.integers(0, len(prompts[number]))) for number in chosen}
-        case.logits(*(Chunk(n, 0, prompts[n][: start[n]], tables[n]) for n in chosen if start[n]), FILLER)
-        rows = case.logits(*(Chunk(n, start[n], prompts[n][start[n] :], tables[n], (GREEDY,)) for n in chosen))
+        case.logits(*(Chunk(n, 0, prompts[n][: start[n]], tables[n]) for n in chosen if start[n]), filler)
+        rows = case.logits(*(Chunk(n, start[n], prompts[n][start[n] :], tables[n], GREEDY) for n in chosen))
         for number, row in zip(chosen, rows, strict=True):
             assert np.array_equal(row, alone[number])

@@ -17,7 +17,7 @@ from muxmesh.types import Sampling
 from tests.support.tiny import SHAPES, reference, tiny_view, write_tiny_model
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-GREEDY = (Draw(Sampling(temperature=0.0), 0),)
+GREEDY = Draw(Sampling(temperature=0.0), 0)
 
 
 class Case:
