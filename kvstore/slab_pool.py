@@ -8,14 +8,52 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class _Holding:
-    """The slabs of one model. ``free_places`` holds every slab of it: slab → free places, perhaps none."""
+    """The slabs of one model. ``free_places`` holds every slab of it: slab → free places, perhaps none.
+
+    ``by_room`` has the same slabs by how many free places they have, so that the fullest are found at once.
+    """
 
     blocks_per_slab: int
     free_places: dict[int, list[int]] = field(default_factory=dict)
+    by_room: dict[int, dict[int, None]] = field(default_factory=dict)
+    num_free: int = 0
 
-    @property
-    def num_free(self) -> int:
-        return sum(len(places) for places in self.free_places.values())
+    def add(self, slab: int) -> None:
+        """A slab came, all of it free."""
+        self.free_places[slab] = list(range(self.blocks_per_slab - 1, -1, -1))
+        self.by_room.setdefault(self.blocks_per_slab, {})[slab] = None
+        self.num_free += self.blocks_per_slab
+
+    def remove(self, slab: int) -> None:
+        """A slab goes, all of it free."""
+        del self.free_places[slab]
+        del self.by_room[self.blocks_per_slab][slab]
+        self.num_free -= self.blocks_per_slab
+
+    def take(self, num_blocks: int) -> list[int]:
+        """As many free blocks as there are, at most ``num_blocks``, of the fullest slabs first."""
+        ids: list[int] = []
+        for room in sorted(room for room, slabs in self.by_room.items() if room and slabs):
+            for slab in list(self.by_room[room]):
+                if len(ids) == num_blocks:
+                    return ids
+                places = self.free_places[slab]
+                taken = min(num_blocks - len(ids), room)
+                ids += [slab * self.blocks_per_slab + places.pop() for _ in range(taken)]
+                self._moved(slab, room)
+                self.num_free -= taken
+        return ids
+
+    def give(self, slab: int, place: int) -> None:
+        """A block of one of the slabs is free again."""
+        places = self.free_places[slab]
+        places.append(place)
+        self._moved(slab, len(places) - 1)
+        self.num_free += 1
+
+    def _moved(self, slab: int, room_before: int) -> None:
+        del self.by_room[room_before][slab]
+        self.by_room.setdefault(len(self.free_places[slab]), {})[slab] = None
 
 
 class SlabPool:
@@ -82,16 +120,10 @@ class SlabPool:
         if num_blocks > self.num_free_blocks(model):
             return None
         holding = self._holdings[model]
-        ids: list[int] = []
-        for slab in sorted(holding.free_places, key=lambda slab: len(holding.free_places[slab])):
-            places = holding.free_places[slab]
-            while places and len(ids) < num_blocks:
-                ids.append(slab * holding.blocks_per_slab + places.pop())
+        ids = holding.take(num_blocks)
         while len(ids) < num_blocks:
-            slab = self._free_slabs.pop()
-            places = holding.free_places[slab] = list(range(holding.blocks_per_slab - 1, -1, -1))
-            while places and len(ids) < num_blocks:
-                ids.append(slab * holding.blocks_per_slab + places.pop())
+            holding.add(self._free_slabs.pop())
+            ids += holding.take(num_blocks - len(ids))
         return tuple(ids)
 
     def free(self, model: str, block_ids: Iterable[int]) -> None:
@@ -102,9 +134,9 @@ class SlabPool:
             places = holding.free_places.get(slab)
             if places is None or place in places:
                 raise ValueError(f"token block {block_id} of {model} is not in use")
-            places.append(place)
+            holding.give(slab, place)
             if len(places) == holding.blocks_per_slab:
-                del holding.free_places[slab]
+                holding.remove(slab)
                 self._free_slabs.append(slab)
 
     def check_integrity(self, in_use: Mapping[str, Iterable[int]]) -> None:
@@ -112,6 +144,9 @@ class SlabPool:
         seen = list(self._free_slabs)
         for model, holding in self._holdings.items():
             seen += holding.free_places
+            rooms = {slab: room for room, slabs in holding.by_room.items() for slab in slabs}
+            assert rooms == {slab: len(free) for slab, free in holding.free_places.items()}, f"{model}: rooms differ"
+            assert holding.num_free == sum(rooms.values()), f"{model}: free blocks are counted wrongly"
             used = set()
             for slab, places in holding.free_places.items():
                 assert len(places) < holding.blocks_per_slab, f"slab {slab} of {model} is empty but held"
