@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None)
-settings.register_profile("long", deadline=None, max_examples=5000)
+settings.register_profile("long", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -62,9 +62,25 @@ def _print_unit(unit: mesh_pb2.UnitStatus) -> None:
     pool = unit.pool
     print(
         f"\nunit {unit.unit} on {unit.device}: KV pool {pool.pool_bytes / _MIB:.0f} MiB, leased "
-        f"{pool.leased_bytes / _MIB:.1f} MiB, {pool.num_free_slabs} of {pool.num_slabs} slabs free, "
-        f"{pool.num_handoffs} hand-offs\n"
+        f"{pool.leased_bytes / _MIB:.1f} MiB, cached {pool.cached_bytes / _MIB:.1f} MiB, {pool.num_free_slabs} of "
+        f"{pool.num_slabs} slabs free, {pool.num_handoffs} hand-offs\n"
     )
+    _table(
+        ("MODEL", "QUOTA MIB", "TOKEN BLOCKS LEASED", "CACHED", "FREE", "PREFIX HITS", "WAITING"),
+        (
+            (
+                model.model,
+                f"{model.quota_bytes / _MIB:.0f}",
+                model.num_leased_token_blocks,
+                model.num_cached_token_blocks,
+                model.num_free_token_blocks,
+                _percent(model.num_prefix_tokens_hit, model.num_prefix_tokens_queried),
+                model.num_keys_waiting,
+            )
+            for model in unit.models
+        ),
+    )
+    print()
     _table(
         ("WORKER", "PID", "READY", "LEASES", "STEPS", "TOKENS", "BUSY S"),
         (
@@ -80,6 +96,10 @@ def _print_unit(unit: mesh_pb2.UnitStatus) -> None:
             for worker in unit.workers
         ),
     )
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "-"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

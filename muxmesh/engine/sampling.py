@@ -13,7 +13,9 @@ import numpy as np
 from muxmesh.engine.step import Draw, Drawn
 from muxmesh.types import Candidate, Sampling, TokenLogprobs
 
-_FEW_CANDIDATES = 1024
+_STRETCH = 256
+_LIKELY_SHARE = np.float32(1e-4)
+"""Of the likeliest token's weight: few tokens of a vocabulary have so much, and nearly always they are enough."""
 
 
 def draw_token(logits: np.ndarray, draw: Draw) -> Drawn:
@@ -29,10 +31,19 @@ def _draw(logits: np.ndarray, draw: Draw) -> int:
     if sampling.greedy:
         return int(np.argmax(logits))
     token_ids, weights = candidates(logits, sampling)
-    cumulative = np.cumsum(weights, dtype=np.float64)
-    place = uniform(sampling.seed, draw.sequence, draw.output_index) * cumulative[-1]
-    chosen = min(int(np.searchsorted(cumulative, place, side="right")), len(cumulative) - 1)
+    chosen = _chosen(weights, uniform(sampling.seed, draw.sequence, draw.output_index))
     return chosen if token_ids is None else int(token_ids[chosen])
+
+
+def _chosen(weights: np.ndarray, share: float) -> int:
+    """Index at which the running sum of ``weights`` passes ``share`` of the whole: first the stretch, then in it."""
+    ends = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _STRETCH)), dtype=np.float64)
+    place = share * ends[-1]
+    stretch = min(int(np.searchsorted(ends, place, side="right")), len(ends) - 1)
+    first = stretch * _STRETCH
+    within = np.cumsum(weights[first : first + _STRETCH], dtype=np.float64)
+    before = ends[stretch - 1] if stretch else 0.0
+    return first + min(int(np.searchsorted(within, place - before, side="right")), len(within) - 1)
 
 
 def uniform(seed: int, sequence: int, output_index: int) -> float:
@@ -86,8 +97,7 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray | Non
     """
     token_ids = None
     if 0 < sampling.top_k < len(logits):
-        threshold = np.partition(logits, -sampling.top_k)[-sampling.top_k]
-        token_ids = np.flatnonzero(logits >= threshold)
+        token_ids = np.flatnonzero(logits >= _kth_largest(logits, sampling.top_k))
         logits = logits[token_ids]
     weights = np.exp((logits - logits.max()) * np.float32(1.0 / sampling.temperature))
     for keep, share, off in ((_nucleus, sampling.top_p, 1.0), (_likely, sampling.min_p, 0.0)):
@@ -98,21 +108,26 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray | Non
     return token_ids, weights
 
 
+def _kth_largest(logits: np.ndarray, k: int) -> np.float32:
+    few = logits[logits >= logits.max() + np.log(_LIKELY_SHARE)]
+    chosen: np.float32 = np.partition(few if len(few) >= k else logits, -k)[-k]
+    return chosen
+
+
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices of the smallest set of largest weights that reaches ``top_p`` of the sum, in descending order."""
+    """Indices of the smallest set of largest weights that reaches ``top_p`` of the sum; the first of equals."""
     wanted = top_p * float(weights.sum(dtype=np.float64))
-    if len(weights) > _FEW_CANDIDATES:  # sorting a few is far cheaper than sorting a vocabulary
-        few = np.argpartition(weights, -_FEW_CANDIDATES)[-_FEW_CANDIDATES:]
-        if weights[few].sum(dtype=np.float64) >= wanted:
-            nucleus: np.ndarray = few[_head(weights[few], wanted)]
-            return nucleus
-    return _head(weights, wanted)
-
-
-def _head(weights: np.ndarray, wanted: float) -> np.ndarray:
-    order = np.argsort(-weights, kind="stable")
-    needed = int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), wanted, side="left")) + 1
-    return order[:needed]
+    likely = np.flatnonzero(weights >= _LIKELY_SHARE * weights.max())
+    if weights[likely].sum(dtype=np.float64) < wanted:
+        likely = np.arange(len(weights))
+    few = weights[likely]
+    descending = np.sort(few)[::-1]
+    reached = np.searchsorted(np.cumsum(descending, dtype=np.float64), wanted, side="left")
+    needed = min(int(reached) + 1, len(few))
+    least = descending[needed - 1]
+    above, equal = np.flatnonzero(few > least), np.flatnonzero(few == least)
+    nucleus: np.ndarray = likely[np.sort(np.concatenate([above, equal[: needed - len(above)]]))]
+    return nucleus
 
 
 def _likely(weights: np.ndarray, min_p: float) -> np.ndarray:

@@ -357,5 +357,5 @@ class UnitMachine(RuleBasedStateMachine):
             assert self.unit.blocks.num_available(model) == self.unit.pool.capacity_blocks(model)
 
 
-UnitMachine.TestCase.settings = settings(stateful_step_count=60)
+UnitMachine.TestCase.settings = settings(stateful_step_count=200)
 TestUnitUnderRandomOperations = UnitMachine.TestCase
