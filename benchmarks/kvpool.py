@@ -113,7 +113,7 @@ def metadata_share() -> float:
     pool_bytes = 4096 * MIB
     gc.collect()
     tracemalloc.start()
-    unit = Unit(pool_bytes, 16 * MIB, {"a": ModelShare(SMALL, 10_000)})
+    unit = Unit(pool_bytes, 16 * MIB, {"a": ModelShare(SMALL, 10_000, 8192)})
     for role in Role:
         unit.attach(role, "a", "x", 1).ready = True
     for key_id in range(10_000):

@@ -15,7 +15,7 @@ from kvstore.client.worker import Services, WorkerParts
 from muxmesh.engine.api import EngineJob, Failed, Finished, Tokens, Until
 from muxmesh.errors import EngineFailed, MeshError
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc
-from muxmesh.prefix import computed_hashes
+from muxmesh.prefix import chain_of
 from muxmesh.rpc import convert
 from muxmesh.types import Lease
 
@@ -27,6 +27,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self._engine = parts.engine
         self._leases = parts.leases
         self._block_size = parts.block_size
+        self._progress = parts.progress
         self._give_up = parts.give_up
         self._arrivals = Arrivals(self._release_unused)
 
@@ -46,7 +47,11 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         """See the proto. Whatever ends this call, the lease is released."""
         asked = convert.request_from_wire(request.request)
         lease = await self._arrivals.wait_for(request.lease_id)
-        sampled = list(lease.sampled_token_ids)
+        lease_id = lease.ref.lease_id
+        chain = chain_of(asked, self._block_size)
+        num_committed = 0
+        last = lease.sampled_token_ids  # sampled, and not computed yet
+        self._progress.begin(lease_id)
         try:
             job = EngineJob(
                 job_id=lease.ref.lease_id,
@@ -59,7 +64,11 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             )
             async for event in self._engine.submit(job):
                 if isinstance(event, Tokens):
-                    sampled += event.token_ids
+                    chain.extend((*last, *event.token_ids[:-1]))
+                    last = event.token_ids[-1:]
+                    if len(chain.hashes) > num_committed:
+                        self._progress.commit(lease_id, num_committed, chain.hashes[num_committed:])
+                        num_committed = len(chain.hashes)
                     yield decode_pb2.DecodeResponse(
                         start_index=event.start_index,
                         token_ids=event.token_ids,
@@ -70,9 +79,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 elif isinstance(event, Failed):
                     raise EngineFailed(event.reason)
         finally:
-            # The last token's KV is not there yet.
-            computed = functools.partial(computed_hashes, asked, sampled[:-1], self._block_size)
-            self._leases.release_after(self._quiesce(lease), lease.ref, computed)
+            self._progress.end(lease_id)
+            self._leases.release_after(self._quiesce(lease), lease.ref, chain.hashes)
 
     def _release_unused(self, lease: Lease) -> None:
         self._leases.release_after(self._quiesce(lease), lease.ref)

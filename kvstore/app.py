@@ -23,8 +23,13 @@ def build_unit(runtime: MeshRuntime, config: UnitConfig, last_id: int) -> Unit:
     """The unit's brain for its configuration."""
     shares = {}
     for model in config.models:
-        shape = model_spec(runtime.prepared[model.name].folder).kv_shape(model.block_size, model.dtype)
-        shares[model.name] = ModelShare(shape, model.max_num_seqs, config.guaranteed_slabs(model))
+        spec = model_spec(runtime.prepared[model.name].folder)
+        shares[model.name] = ModelShare(
+            shape=spec.kv_shape(model.block_size, model.dtype),
+            max_num_seqs=model.max_num_seqs,
+            max_model_len=model.max_model_len or spec.context_len,
+            guaranteed_slabs=config.guaranteed_slabs(model),
+        )
     return Unit(config.kv_pool, config.slab, shares, last_id)
 
 

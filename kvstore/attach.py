@@ -23,6 +23,7 @@ from pathlib import Path
 from kvstore.attach_protocol import BEAT_EVERY_S, MAX_MESSAGE_BYTES, SILENT_LOOKS
 from kvstore.grant import Word
 from kvstore.memory import UnitMemory
+from kvstore.progress import ProgressPage, new_progress_fd
 from kvstore.unit import Unit, WorkerRecord
 from muxmesh.config.runtime import Role
 from muxmesh.errors import MeshError
@@ -37,6 +38,7 @@ class _Attached:
     pidfd: int
     worker: WorkerRecord
     slot: int
+    progress: ProgressPage
     kill_timer: asyncio.TimerHandle | None = None
     last_beat: int = -1
     num_silent_looks: int = 0
@@ -114,14 +116,21 @@ class AttachServer:
                 undo.callback(self._unit.worker_exited, worker.name)
                 slot, bell = self._memory.take_slot()
                 undo.callback(self._memory.give_back_slot, slot)
-                reply = {"worker": worker.name, "slot": slot, "slab_bytes": self._unit.slab_bytes}
-                fds = [self._memory.pool_fd, self._memory.page_fd, self._memory.doorbell_fd, bell]
-                socket.send_fds(connection, [json.dumps(reply).encode()], fds)
+                share = self._unit.models[worker.model]
+                size = (share.max_num_seqs, share.max_model_len // share.shape.block_size)
+                progress_fd = new_progress_fd(*size)
+                try:
+                    progress = ProgressPage(progress_fd, *size)
+                    reply = {"worker": worker.name, "slot": slot, "slab_bytes": self._unit.slab_bytes, "progress": size}
+                    fds = [self._memory.pool_fd, self._memory.page_fd, self._memory.doorbell_fd, bell, progress_fd]
+                    socket.send_fds(connection, [json.dumps(reply).encode()], fds)
+                finally:
+                    os.close(progress_fd)
             except (OSError, ValueError, KeyError, TypeError, MeshError) as error:
                 _log.warning("process %d may not attach: %s", pid, error)
                 return
             undo.pop_all()
-        attached = self._attached[worker.name] = _Attached(connection, pidfd, worker, slot)
+        attached = self._attached[worker.name] = _Attached(connection, pidfd, worker, slot, progress)
         loop.add_reader(connection.fileno(), self._message, attached)
         loop.add_reader(pidfd, self._exited, attached)
         _log.info("%s attached (pid %d)", worker.name, pid)
@@ -170,7 +179,8 @@ class AttachServer:
         os.close(attached.pidfd)
         attached.connection.close()
         del self._attached[attached.worker.name]
-        num_leases = self._unit.worker_exited(attached.worker.name)
+        num_leases = self._unit.worker_exited(attached.worker.name, attached.progress.read())
+        attached.progress.close()
         self._memory.give_back_slot(attached.slot)
         _log.info("%s exited; %d leases taken back", attached.worker.name, num_leases)
         self._changed()

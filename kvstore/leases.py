@@ -9,7 +9,7 @@ another owner, is refused with LeaseLost.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvstore.blocks import BlockTable
@@ -91,8 +91,15 @@ class LeaseTable:
         self._publish(self._owned(ref, owner), computed)
         self._end(ref.lease_id)
 
-    def drop_owner(self, owner: str) -> int:
-        """Ends every lease of an owner that is certainly gone; returns how many."""
+    def drop_owner(self, owner: str, computed: Mapping[int, Sequence[bytes]] | None = None) -> int:
+        """Ends every lease of an owner that is certainly gone; returns how many.
+
+        ``computed``: lease id → hashes of the blocks that it had computed, which stay as cache.
+        """
+        for lease_id, hashes in (computed or {}).items():
+            record = self._records.get(lease_id)
+            if record is not None and record.owner == owner:
+                self._publish(record, hashes)
         return self._end_all(lambda record: record.owner == owner)
 
     def drop_expired(self, now_s: float) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvstore.admission import Admission, WaitingKey
@@ -38,6 +38,7 @@ class ModelShare:
 
     shape: KvShape
     max_num_seqs: int
+    max_model_len: int
     guaranteed_slabs: int = 0
 
 
@@ -88,10 +89,13 @@ class Unit:
         self.workers[worker.name] = worker
         return worker
 
-    def worker_exited(self, name: str) -> int:
-        """A worker's process is certainly gone: its leases end. Returns how many."""
+    def worker_exited(self, name: str, computed: Mapping[int, Sequence[bytes]] | None = None) -> int:
+        """A worker's process is certainly gone: its leases end, and what it had computed stays as cache.
+
+        Returns how many. ``computed``: see `ProgressPage.read`.
+        """
         self.workers.pop(name, None)
-        return self.leases.drop_owner(name)
+        return self.leases.drop_owner(name, computed)
 
     def router_gone(self, router: str) -> None:
         """A router's stream broke: its keys and unused credits end. Workers end their own leases."""

@@ -15,15 +15,30 @@ from muxmesh.types import EngineRequest, KvDemand
 HASH_BYTES = 16
 
 
+class PrefixChain:
+    """The hashes of a sequence that grows. Requests share KV only under the same ``salt``."""
+
+    def __init__(self, block_size: int, salt: str) -> None:
+        self.hashes: list[bytes] = []
+        self._block_size = block_size
+        self._last = blake2b(salt.encode(), digest_size=HASH_BYTES, person=b"salt").digest()
+        self._rest: list[int] = []
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """More tokens; each block that is full now gets its hash."""
+        tokens, size = [*self._rest, *token_ids], self._block_size
+        for end in range(size, len(tokens) + 1, size):
+            block = array("I", tokens[end - size : end]).tobytes()
+            self._last = blake2b(self._last + block, digest_size=HASH_BYTES, person=b"block").digest()
+            self.hashes.append(self._last)
+        self._rest = tokens[len(tokens) // size * size :]
+
+
 def block_hashes(token_ids: Sequence[int], block_size: int, salt: str) -> tuple[bytes, ...]:
-    """One hash for each block that ``token_ids`` fill, in order. Requests share KV only under the same ``salt``."""
-    before = blake2b(salt.encode(), digest_size=HASH_BYTES, person=b"salt").digest()
-    hashes = []
-    for end in range(block_size, len(token_ids) + 1, block_size):
-        tokens = array("I", token_ids[end - block_size : end]).tobytes()
-        before = blake2b(before + tokens, digest_size=HASH_BYTES, person=b"block").digest()
-        hashes.append(before)
-    return tuple(hashes)
+    """One hash for each block that ``token_ids`` fill, in order; see `PrefixChain`."""
+    chain = PrefixChain(block_size, salt)
+    chain.extend(token_ids)
+    return tuple(chain.hashes)
 
 
 def kv_demand(request: EngineRequest, block_size: int) -> KvDemand:
@@ -37,10 +52,11 @@ def kv_demand(request: EngineRequest, block_size: int) -> KvDemand:
     )
 
 
-def computed_hashes(request: EngineRequest, token_ids: Sequence[int], block_size: int) -> tuple[bytes, ...]:
-    """Of the full blocks of a sequence: the request's tokens, then ``token_ids``."""
-    tokens = (*request.prompt_token_ids, *request.resume_token_ids, *token_ids)
-    return block_hashes(tokens, block_size, request.cache_salt)
+def chain_of(request: EngineRequest, block_size: int) -> PrefixChain:
+    """The chain of a request's tokens, prompt and what is resumed."""
+    chain = PrefixChain(block_size, request.cache_salt)
+    chain.extend((*request.prompt_token_ids, *request.resume_token_ids))
+    return chain
 
 
 def joined(hashes: Sequence[bytes]) -> bytes:

@@ -13,7 +13,7 @@ from kvstore.client.worker import Services, WorkerParts
 from muxmesh.engine.api import EngineJob, Failed, Finished, PrefillDone, PromptScored, Tokens, Until
 from muxmesh.errors import EngineFailed, InternalError
 from muxmesh.internal.v1 import prefill_pb2, prefill_pb2_grpc
-from muxmesh.prefix import computed_hashes
+from muxmesh.prefix import chain_of
 from muxmesh.rpc import convert
 
 
@@ -46,7 +46,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
                 elif isinstance(event, Finished):
                     response.finish.CopyFrom(convert.finish_to_wire(event.finish))
                     # Before the answer: the router may send others with the same prompt at once.
-                    await self._leases.release(lease.ref, computed_hashes(asked, (), self._block_size))
+                    await self._leases.release(lease.ref, chain_of(asked, self._block_size).hashes)
                     done = True
                     return response
                 elif isinstance(event, PrefillDone):

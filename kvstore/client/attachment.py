@@ -11,11 +11,13 @@ import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kvstore.attach_protocol import MAX_MESSAGE_BYTES, NUM_FDS
 from kvstore.grant import GrantPage, Word
+from kvstore.progress import ProgressPage
 from muxmesh.config.runtime import Role
 from muxmesh.errors import Unavailable
 
@@ -25,17 +27,21 @@ _ANSWER_TIMEOUT_S = 5.0
 
 
 class Attachment:
-    """What the unit gave this worker. ``pool`` is the unit's memory itself, as f32; ``worker`` is our name there."""
+    """What the unit gave this worker. ``pool`` is the unit's memory itself, as f32; ``worker`` is our name there.
 
-    def __init__(self, connection: socket.socket, reply: dict[str, object], fds: list[int]) -> None:
-        pool_fd, page_fd, self.doorbell_fd, self.bell_fd = fds
+    ``progress`` is where the unit looks for what we had computed, should we die.
+    """
+
+    def __init__(self, connection: socket.socket, reply: dict[str, Any], fds: list[int]) -> None:
+        pool_fd, page_fd, self.doorbell_fd, self.bell_fd, progress_fd = fds
         self.pool = np.frombuffer(mmap.mmap(pool_fd, 0), dtype=np.float32)
         self.page = GrantPage(page_fd)
-        os.close(pool_fd)
-        os.close(page_fd)
+        self.progress = ProgressPage(progress_fd, *reply["progress"])
+        for mapped in (pool_fd, page_fd, progress_fd):
+            os.close(mapped)
         self.worker = str(reply["worker"])
-        self.slot = int(str(reply["slot"]))
-        self.slab_bytes = int(str(reply["slab_bytes"]))
+        self.slot = int(reply["slot"])
+        self.slab_bytes = int(reply["slab_bytes"])
         self._connection = connection
 
     def beat(self) -> None:

@@ -57,18 +57,18 @@ class LeaseClient:
         await _answer(self._stub.MoveLease(request))
 
     def release_after(
-        self, quiesce: Callable[[], Awaitable[None]], ref: LeaseRef, computed: Callable[[], Sequence[bytes]] = tuple
+        self, quiesce: Callable[[], Awaitable[None]], ref: LeaseRef, computed: Sequence[bytes] = ()
     ) -> None:
         """In the background: waits until nothing touches the blocks any more, then releases the lease.
 
-        ``computed()``: hashes of its first blocks, whose KV others may use from now on. A lease that is not ours any
+        ``computed``: hashes of its first blocks, whose KV others may use from now on. A lease that is not ours any
         more is fine.
         """
 
         async def release() -> None:
             await quiesce()
             try:
-                await self.release(ref, computed())
+                await self.release(ref, computed)
             except LeaseLost:
                 pass
             except MeshError as error:  # the unit is going: it takes its leases with it

@@ -16,6 +16,7 @@ from kvstore.attach_protocol import BEAT_EVERY_S
 from kvstore.client.attachment import Attachment, attach
 from kvstore.client.grant import SharedGrant
 from kvstore.client.leases import LeaseClient
+from kvstore.progress import ProgressPage
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime, Role
 from muxmesh.engine.api import Engine
@@ -37,6 +38,7 @@ class WorkerParts:
 
     engine: Engine
     leases: LeaseClient
+    progress: ProgressPage
     block_size: int
     give_up: Callable[[str], None]
     """Ends the process, which cannot be of use any more; the supervisor starts another."""
@@ -78,7 +80,9 @@ async def host_worker(runtime: MeshRuntime, role: Role, model: str, open_service
     ]
     async with internal_channel(runtime.kvstore_address(unit.name)) as channel:
         leases = LeaseClient(channel, attachment.worker)
-        async with open_services(WorkerParts(engine, leases, config.block_size, give_up)) as services:
+        async with open_services(
+            WorkerParts(engine, leases, attachment.progress, config.block_size, give_up)
+        ) as services:
             server = MeshServer(services)
             await server.start([address])
             await server.set_serving()

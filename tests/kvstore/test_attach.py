@@ -42,7 +42,7 @@ while True:
 class Server:
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.unit = Unit(4 * SLAB_BYTES, SLAB_BYTES, {"m": ModelShare(SHAPE, 4)})
+        self.unit = Unit(4 * SLAB_BYTES, SLAB_BYTES, {"m": ModelShare(SHAPE, 4, 512)})
         self.memory = UnitMemory(4 * SLAB_BYTES)
         self.changes = asyncio.Event()
         self.attach = AttachServer(path, self.unit, self.memory, self.changes.set, look_every_s=0.05)

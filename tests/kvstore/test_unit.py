@@ -23,7 +23,9 @@ SLAB_BYTES = 64 * 1024
 
 def make_unit(num_slabs: int = 4, max_num_seqs: int = 3) -> Unit:
     return Unit(
-        num_slabs * SLAB_BYTES, SLAB_BYTES, {name: ModelShare(shape, max_num_seqs) for name, shape in SHAPES.items()}
+        num_slabs * SLAB_BYTES,
+        SLAB_BYTES,
+        {name: ModelShare(shape, max_num_seqs, 512) for name, shape in SHAPES.items()},
     )
 
 
@@ -191,6 +193,24 @@ def test_quotas_follow_the_load() -> None:
         assert sum(unit.quotas.values()) == 12
     assert unit.quotas["a"] > 8
     assert min(unit.quotas.values()) >= 0
+
+
+def test_what_a_killed_worker_had_computed_is_found_again() -> None:
+    unit = make_unit()
+    prefill, decode = ready_workers(unit, "a")
+    whole = block_hashes(range(60), 8, "")
+    unit.offer(key(1, num_tokens=70, hashes=whole[:2], max_cached=16))
+    held = unit.acquire(unit.give_credits(0.0)[0].lease.ref, prefill)
+    moved = unit.move(held.ref, prefill, decode, 17, (5,), b"")
+    computed = {moved.ref.lease_id: whole[:6], 12345: whole}
+    assert unit.worker_exited(prefill, computed) == 0, "only its own leases are looked at"
+    assert unit.worker_exited(decode, computed) == 1
+    unit.check_integrity()
+    ready_workers(unit, "a")
+    unit.offer(key(2, num_tokens=70, hashes=whole, max_cached=59))
+    (again,) = unit.give_credits(1.0)
+    assert again.lease.num_computed_tokens == 48
+    assert again.lease.block_ids[:6] == moved.block_ids[:6]
 
 
 class UnitMachine(RuleBasedStateMachine):

@@ -238,3 +238,22 @@ async def test_a_cached_prompt_is_scored_whole(mesh: RunningMesh) -> None:
     scored = await mesh.client.generate(prompt, **options, prompt_logprobs=0, logprobs=2)
     assert [place.chosen.token_id for place in scored.prompt.logprobs] == prompt[1:]
     assert len(scored.logprobs) == 1 and len(scored.logprobs[0].top) == 2
+
+
+async def test_a_killed_decode_worker_leaves_its_kv_to_who_goes_on(mesh: RunningMesh) -> None:
+    """Only what is past the last full block is computed again: neither prompt nor answer."""
+    prompt = [int(token) for token in np.random.default_rng(8).integers(3, 259, 150)]
+    before = await prefilled_tokens(mesh, "mha")
+    tokens: list[int] = []
+    async for delta in mesh.client.stream(prompt, model="mha", max_new_tokens=300, temperature=0, ignore_eos=True):
+        tokens += delta.token_ids
+        if len(tokens) == 150:
+            os.kill(mesh.pid("decode/mha"), signal.SIGKILL)
+    assert delta.timings is not None and delta.timings.num_restarts >= 1
+    computed_again = await prefilled_tokens(mesh, "mha") - before - len(prompt)
+    assert 0 < computed_again <= 3 * 16, "prompt and answer were found in the cache"
+    anew = await mesh.client.generate(
+        prompt, model="mha", max_new_tokens=300, temperature=0, ignore_eos=True, bypass_prefix_cache=True
+    )
+    assert tuple(tokens) == anew.token_ids
+    await mesh.until_free()

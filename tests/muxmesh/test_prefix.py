@@ -2,7 +2,7 @@
 
 import pytest
 
-from muxmesh.prefix import block_hashes, computed_hashes, joined, kv_demand, split
+from muxmesh.prefix import block_hashes, chain_of, joined, kv_demand, split
 from muxmesh.types import EngineRequest, OrderKey, Sampling, Stopping
 
 
@@ -35,8 +35,10 @@ def test_nothing_is_taken_from_the_cache_where_every_token_is_to_be_computed() -
 
 
 def test_a_worker_publishes_prompt_resumed_and_new_tokens_under_the_requests_salt() -> None:
-    asked = request(20, resume_token_ids=(20, 21), cache_salt="tenant")
-    assert computed_hashes(asked, range(22, 40), 16) == block_hashes(range(40), 16, "tenant")
+    chain = chain_of(request(20, resume_token_ids=(20, 21), cache_salt="tenant"), 16)
+    for token_ids in ((22,), (), range(23, 36), range(36, 40)):
+        chain.extend(token_ids)
+    assert tuple(chain.hashes) == block_hashes(range(40), 16, "tenant")
 
 
 def test_hashes_travel() -> None:
