@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 
 from decode_svc.arrivals import Arrivals
+from decode_svc.growth import Growth
 from kvstore.client.worker import Services, WorkerParts
 from muxmesh.engine.api import EngineJob, Failed, Finished, Tokens, Until
 from muxmesh.errors import EngineFailed, MeshError
@@ -52,6 +53,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         num_committed = 0
         last = lease.sampled_token_ids  # sampled, and not computed yet
         self._progress.begin(lease_id)
+        growth = Growth(self._engine, self._leases, lease, asked, self._block_size)
         try:
             job = EngineJob(
                 job_id=lease.ref.lease_id,
@@ -66,6 +68,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 if isinstance(event, Tokens):
                     chain.extend((*last, *event.token_ids[:-1]))
                     last = event.token_ids[-1:]
+                    growth.watch(event.start_index + len(event.token_ids))
                     if len(chain.hashes) > num_committed:
                         self._progress.commit(lease_id, num_committed, chain.hashes[num_committed:])
                         num_committed = len(chain.hashes)
@@ -77,16 +80,18 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 elif isinstance(event, Finished):
                     yield decode_pb2.DecodeResponse(finish=convert.finish_to_wire(event.finish))
                 elif isinstance(event, Failed):
-                    raise EngineFailed(event.reason)
+                    raise growth.failure or EngineFailed(event.reason)
         finally:
             self._progress.end(lease_id)
-            self._leases.release_after(self._quiesce(lease), lease.ref, chain.hashes)
+            self._leases.release_after(functools.partial(self._quiesce, lease_id, growth), lease.ref, chain.hashes)
 
     def _release_unused(self, lease: Lease) -> None:
-        self._leases.release_after(self._quiesce(lease), lease.ref)
+        self._leases.release_after(functools.partial(self._engine.cancel, lease.ref.lease_id), lease.ref)
 
-    def _quiesce(self, lease: Lease) -> Callable[[], Awaitable[None]]:
-        return functools.partial(self._engine.cancel, lease.ref.lease_id)
+    async def _quiesce(self, job_id: int, growth: Growth) -> None:
+        """Returns when nothing touches the lease's blocks, and no more will come."""
+        await growth.stop()
+        await self._engine.cancel(job_id)
 
 
 @asynccontextmanager

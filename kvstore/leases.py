@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvstore.blocks import BlockTable
 from muxmesh.errors import LeaseLost
@@ -85,6 +85,15 @@ class LeaseTable:
         record.lease = Lease(lease.ref, lease.model, lease.block_ids, num_computed_tokens, sampled, handoff)
         self.num_handoffs += 1
         return self._hand_to(record, to)
+
+    def grow(self, ref: LeaseRef, owner: str, num_blocks: int) -> tuple[int, ...] | None:
+        """Adds token blocks to a lease; None if there is no room. Raises LeaseLost."""
+        record = self._owned(ref, owner)
+        taken = self._blocks.take(record.lease.model, num_blocks)
+        if taken is None:
+            return None
+        record.lease = replace(record.lease, block_ids=record.lease.block_ids + taken.block_ids)
+        return taken.block_ids
 
     def release(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
         """Ends the lease; its blocks are free, or cached under the hashes of ``computed``. Raises LeaseLost."""

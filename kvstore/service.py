@@ -16,7 +16,7 @@ from kvstore.unit import CreditGiven, Unit, WorkerRecord
 from muxmesh import prefix
 from muxmesh.clock import Clock
 from muxmesh.config.schema import UnitConfig
-from muxmesh.errors import InvalidRequest, WorkerLost
+from muxmesh.errors import InvalidRequest, Overloaded, WorkerLost
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.types import KvDemand, Lease, OrderKey
@@ -86,7 +86,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, router: str, queue: asyncio.Queue[kvstore_pb2.AdmitResponse | None], key: kvstore_pb2.RequestKey
     ) -> None:
         order = OrderKey(key.priority, key.arrived_at_unix_s)
-        demand = KvDemand(key.num_tokens, prefix.split(key.block_hashes), key.max_cached_tokens)
+        demand = KvDemand(key.num_tokens, key.most_tokens, prefix.split(key.block_hashes), key.max_cached_tokens)
         try:
             self._unit.offer(WaitingKey(router, key.key_id, key.model, order, demand))
         except InvalidRequest as error:
@@ -127,6 +127,13 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         self._unit.leases.release(convert.ref_from_wire(request.lease), request.owner, computed)
         self.changed()
         return kvstore_pb2.ReleaseLeaseResponse()
+
+    async def GrowLease(self, request: kvstore_pb2.GrowLeaseRequest, context: Context) -> kvstore_pb2.GrowLeaseResponse:
+        """See the proto."""
+        block_ids = self._unit.leases.grow(convert.ref_from_wire(request.lease), request.owner, request.num_blocks)
+        if block_ids is None:
+            raise Overloaded(f"the KV pool has no room for {request.num_blocks} more token blocks")
+        return kvstore_pb2.GrowLeaseResponse(block_ids=block_ids)
 
     async def WatchLeases(
         self, request: kvstore_pb2.WatchLeasesRequest, context: Context

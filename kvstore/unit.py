@@ -107,11 +107,11 @@ class Unit:
         if key.model not in self.models:
             raise InvalidRequest("model", f"{key.model!r} is not of this unit")
         block_size, capacity = self.models[key.model].shape.block_size, self.pool.capacity_blocks(key.model)
-        num_tokens = key.demand.num_tokens
-        if blocks_for(num_tokens, block_size) > capacity:
+        most_tokens = key.demand.most_tokens
+        if blocks_for(most_tokens, block_size) > capacity:
             raise InvalidRequest(
                 "stopping.max_new_tokens",
-                f"prompt and longest answer are {num_tokens} tokens; the KV pool holds {capacity * block_size}",
+                f"prompt and longest answer are {most_tokens} tokens; the KV pool holds {capacity * block_size}",
             )
         self.admission.offer(key)
 

@@ -145,13 +145,14 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class KvDemand:
-    """What a request needs of the pool: room for ``num_tokens``, prompt and longest answer.
+    """What a request needs of the pool: room for ``num_tokens`` at first, for ``most_tokens`` with the longest answer.
 
     ``block_hashes`` name the full blocks of what is known of the sequence; up to ``max_cached_tokens`` of it may be
     taken from the prefix cache.
     """
 
     num_tokens: int
+    most_tokens: int
     block_hashes: tuple[bytes, ...] = ()
     max_cached_tokens: int = 0
 

@@ -39,9 +39,9 @@ async def serve(runtime: MeshRuntime, stop: Stop) -> None:
         for unit in config.units:
             channel = await stack.enter_async_context(internal_channel(runtime.kvstore_address(unit.name)))
             unit_credits = UnitCredits(f"router-{os.getpid()}", channel)
-            block_sizes = {model.name: model.block_size for model in unit.models}
+            served = {model.name: model for model in unit.models}
             attempt = functools.partial(run_attempt, workers)
-            driver = RequestDriver(unit_credits, attempt, block_sizes, clock, config.router.max_restarts)
+            driver = RequestDriver(unit_credits, attempt, served, clock, config.router.max_restarts)
             units[unit.name] = UnitLink(unit_credits, driver, kvstore_pb2_grpc.KvStoreServiceStub(channel))
             stack.callback(asyncio.create_task(unit_credits.run(), name=f"credits of {unit.name}").cancel)
         tokenizing = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="tokenize"))

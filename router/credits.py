@@ -49,7 +49,7 @@ class UnitCredits:
         return self._queue.count(model)
 
     async def wait_for_credit(self, model: str, order: OrderKey, demand: KvDemand) -> Credit:
-        """Waits until the unit has room for all that the request may need, which is then reserved.
+        """Waits until the unit has room for what the request needs at first, which is then reserved.
 
         Raises InvalidRequest if the unit could not hold it even if it were empty. The order is by priority, then
         arrival, whatever else waits in this router or in others.
@@ -116,6 +116,7 @@ class UnitCredits:
                 priority=waiting.order.priority,
                 arrived_at_unix_s=waiting.order.arrived_at_s,
                 num_tokens=waiting.demand.num_tokens,
+                most_tokens=waiting.demand.most_tokens,
                 block_hashes=prefix.joined(waiting.demand.block_hashes),
                 max_cached_tokens=waiting.demand.max_cached_tokens,
             )

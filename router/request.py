@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from muxmesh.clock import Clock
+from muxmesh.config.schema import ModelConfig
 from muxmesh.engine.api import Finished, Tokens
 from muxmesh.errors import EngineFailed, InternalError, LeaseLost, MeshError, RequestAborted, Unavailable
 from muxmesh.prefix import kv_demand
@@ -43,18 +44,15 @@ class RequestDriver:
         self,
         credits: UnitCredits,
         attempt: Attempt,
-        block_sizes: Mapping[str, int],
+        models: Mapping[str, ModelConfig],
         clock: Clock,
         max_restarts: int,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """``block_sizes``: of each model, in tokens.
-
-        ``max_restarts``: attempts in a row that may fail without getting past their first token.
-        """
+        """``max_restarts``: attempts in a row that may fail without getting past their first token."""
         self._credits = credits
         self._run_attempt = attempt
-        self._block_sizes = block_sizes
+        self._models = models
         self._sleep = sleep
         self._clock = clock
         self._max_restarts = max_restarts
@@ -90,7 +88,8 @@ class RequestDriver:
             await self._sleep(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**fruitless))
 
     async def _attempt(self, request: EngineRequest, progress: Progress) -> AsyncGenerator[AnswerEvent, None]:
-        demand = kv_demand(request, self._block_sizes[request.model])
+        config = self._models[request.model]
+        demand = kv_demand(request, config.block_size, config.kv_answer_tokens)
         credit = await self._credits.wait_for_credit(request.model, request.order, demand)
         if progress.credited_at_s is None:
             progress.credited_at_s = self._clock.monotonic_s()

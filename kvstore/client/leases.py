@@ -56,6 +56,13 @@ class LeaseClient:
         )
         await _answer(self._stub.MoveLease(request))
 
+    async def grow(self, ref: LeaseRef, num_blocks: int) -> tuple[int, ...]:
+        """More token blocks for a lease of ours. Raises Overloaded if the pool has no room, LeaseLost."""
+        request = kvstore_pb2.GrowLeaseRequest(
+            lease=convert.ref_to_wire(ref), owner=self._worker, num_blocks=num_blocks
+        )
+        return tuple((await _answer(self._stub.GrowLease(request))).block_ids)
+
     def release_after(
         self, quiesce: Callable[[], Awaitable[None]], ref: LeaseRef, computed: Sequence[bytes] = ()
     ) -> None:

@@ -49,7 +49,9 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Measured at the router, in seconds from arrival. ``num_restarts``: attempts after a worker was lost."""
+    """Measured at the router, in seconds from arrival. ``num_restarts``: further attempts, after a worker
+    was lost or the KV pool was full.
+    """
 
     queue_s: float
     ttft_s: float

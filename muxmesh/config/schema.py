@@ -56,10 +56,12 @@ class ModelConfig(Section):
     max_model_len: int | None = Field(default=None, ge=2)
     """Prompt and answer together, in tokens. Unset: the model's own context length."""
     default_max_new_tokens: int = Field(default=512, ge=1)
-    """Longest answer, in tokens, for a request that does not say; it is cut to what the context still holds.
-    KV for prompt and longest answer is reserved before a request starts."""
+    """Longest answer, in tokens, for a request that does not say; it is cut to what the context still holds."""
     max_num_seqs: int = Field(default=16, ge=1, le=1024)
     """Requests in prefill and decode at the same time."""
+    kv_answer_tokens: int = Field(default=128, ge=1)
+    """Room for so much of the answer is reserved before a request starts. More is taken while the answer grows; if the
+    pool has no more, the request gives back what it has and goes on, from the prefix cache, when there is room."""
     kv_guaranteed: ByteSize = Field(default=ByteSize(0), ge=0)
     """Memory of the unit's pool that this model can count on, like `512MiB`, in whole slabs. What it does not use is
     lent to others and comes back as their requests end. The rest of the pool is shared out equally at first, then by

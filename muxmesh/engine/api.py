@@ -26,7 +26,7 @@ class EngineJob:
 
     ``num_computed_tokens`` tokens already have their KV (in ``block_ids``, or in what ``handoff`` names).
     ``sampled_token_ids`` follow the request's ``resume_token_ids``: sampled elsewhere, not computed yet.
-    ``block_ids`` hold prompt and longest answer; they are empty if the engine owns its KV.
+    ``block_ids`` hold every token that is known and perhaps more; they are empty if the engine owns its KV.
     """
 
     job_id: int
@@ -135,6 +135,12 @@ class Engine(Protocol):
 
     def resume(self, job_id: int) -> None:
         """Lets a pre-empted job go on."""
+
+    def extend(self, job_id: int, block_ids: tuple[int, ...]) -> None:
+        """More token blocks, after those that the job has. A job whose blocks are full waits for them."""
+
+    def abandon(self, job_id: int, reason: str) -> None:
+        """Ends the job with Failed(reason); `cancel` tells when its KV is no longer touched."""
 
     def reprioritise(self, job_id: int, order: OrderKey) -> None:
         """Gives the job another place in the order."""

@@ -34,6 +34,7 @@ class _Running:
     order: OrderKey
     token_ids: list[int]
     num_computed_tokens: int
+    block_ids: tuple[int, ...]
     paused: bool = False
     pause_wished: bool = False
 
@@ -73,10 +74,10 @@ class Scheduler:
         tokens = [*request.prompt_token_ids, *request.resume_token_ids, *job.sampled_token_ids]
         if not 0 <= job.num_computed_tokens < len(tokens):
             raise ValueError(f"job {job.job_id}: {job.num_computed_tokens} of {len(tokens)} tokens are computed")
-        needed = blocks_for(len(request.prompt_token_ids) + request.stopping.max_new_tokens, self.block_size)
+        needed = blocks_for(len(tokens), self.block_size)
         if job.block_ids and len(job.block_ids) < needed:
             raise ValueError(f"job {job.job_id}: {len(job.block_ids)} token blocks, needs {needed}")
-        self._jobs[job.job_id] = _Running(job, request.order, tokens, job.num_computed_tokens)
+        self._jobs[job.job_id] = _Running(job, request.order, tokens, job.num_computed_tokens, job.block_ids)
 
     def cancel(self, job_id: int) -> bool:
         """Forgets the job; True if the step in flight still touches its KV."""
@@ -98,6 +99,16 @@ class Scheduler:
         if running := self._jobs.get(job_id):
             running.paused = running.pause_wished = False
 
+    def extend(self, job_id: int, block_ids: tuple[int, ...]) -> None:
+        """More token blocks for the job, after those that it has."""
+        if running := self._jobs.get(job_id):
+            running.block_ids += block_ids
+
+    def abandon(self, job_id: int, reason: str) -> None:
+        """Ends the job with Failed, though the step in flight may still touch its KV."""
+        if job_id in self._jobs:
+            self._end(self._jobs[job_id].job, Failed(reason))
+
     def reprioritise(self, job_id: int, order: OrderKey) -> None:
         """Gives the job another place in the order, from the next step on."""
         if running := self._jobs.get(job_id):
@@ -105,7 +116,7 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """True if `next_step` would give a step."""
-        return any(not running.paused for running in self._jobs.values())
+        return any(self._is_ready(running) for running in self._jobs.values())
 
     @property
     def num_jobs(self) -> int:
@@ -116,7 +127,7 @@ class Scheduler:
         """The next step, or None if there is nothing to compute."""
         assert self._in_flight is None, "the step in flight is applied first"
         ready = sorted(
-            (running for running in self._jobs.values() if not running.paused),
+            (running for running in self._jobs.values() if self._is_ready(running)),
             key=lambda running: (running.num_uncomputed_tokens > 1, running.order),
         )
         chunks: list[Chunk] = []
@@ -168,6 +179,11 @@ class Scheduler:
         events, self._events = self._events, []
         return events
 
+    def _is_ready(self, running: _Running) -> bool:
+        """Neither paused nor waiting for token blocks."""
+        has_room = not running.block_ids or len(running.token_ids) <= len(running.block_ids) * self.block_size
+        return has_room and not running.paused
+
     def _is_in_flight(self, job_id: int) -> bool:
         return self._in_flight is not None and any(chunk.job_id == job_id for chunk in self._in_flight.chunks)
 
@@ -180,7 +196,7 @@ class Scheduler:
         start, job = running.num_computed_tokens, running.job
         draw = _draw(running) if count == running.num_uncomputed_tokens else None
         tokens = tuple(running.token_ids[start : start + count])
-        return Chunk(job.job_id, start, tokens, job.block_ids, draw, _score(job, start, count))
+        return Chunk(job.job_id, start, tokens, running.block_ids, draw, _score(job, start, count))
 
     def _take_token(self, running: _Running, drawn: Drawn) -> None:
         job = running.job

@@ -88,6 +88,16 @@ class StepEngine:
         self._scheduler.resume(job_id)
         self._wake.set()
 
+    def extend(self, job_id: int, block_ids: tuple[int, ...]) -> None:
+        """See `Engine`."""
+        self._scheduler.extend(job_id, block_ids)
+        self._wake.set()
+
+    def abandon(self, job_id: int, reason: str) -> None:
+        """See `Engine`."""
+        self._scheduler.abandon(job_id, reason)
+        self._deliver()
+
     def reprioritise(self, job_id: int, order: OrderKey) -> None:
         """See `Engine`."""
         self._scheduler.reprioritise(job_id, order)

@@ -645,7 +645,7 @@ class RequestTimings(_message.Message):
     e2e_s: _builtins.float
     """Seconds from arrival to the end."""
     num_restarts: _builtins.int
-    """How often the request was computed again after a worker was lost."""
+    """Further attempts, after a worker was lost or the KV pool was full."""
     def __init__(
         self,
         *,

@@ -41,7 +41,9 @@ def ready_workers(unit: Unit, model: str) -> tuple[str, str]:
 def key(key_id: int, model: str = "a", num_tokens: int = 8, priority: int = 0, arrived: float = 0.0,
     hashes: tuple[bytes, ...] = (), max_cached: int = 0,
 ) -> WaitingKey:  # fmt: skip
-    return WaitingKey("router", key_id, model, OrderKey(priority, arrived), KvDemand(num_tokens, hashes, max_cached))
+    return WaitingKey(
+        "router", key_id, model, OrderKey(priority, arrived), KvDemand(num_tokens, num_tokens, hashes, max_cached)
+    )
 
 
 def test_no_credit_before_both_workers_are_ready() -> None:
@@ -306,6 +308,17 @@ class UnitMachine(RuleBasedStateMachine):
             return (moved, decode)
         except LeaseLost:
             return multiple()
+
+    @rule(lease_of=held, num_blocks=st.integers(1, 6))
+    def grow(self, lease_of: tuple[Lease, str], num_blocks: int) -> None:
+        self.just_admitted = False
+        lease, owner = lease_of
+        try:
+            block_ids = self.unit.leases.grow(lease.ref, owner, num_blocks)
+        except LeaseLost:
+            return
+        for block in block_ids or ():
+            self.holds[lease.model, block] = None
 
     @rule(target=late, lease_of=consumes(held), published=st.integers(0, 12))
     def release(self, lease_of: tuple[Lease, str], published: int) -> object:

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -394,23 +395,20 @@ async def test_model_info_is_complete(mesh: RunningMesh) -> None:
     assert list(info.eos_token_ids) == [0]
 
 
-async def test_a_full_pool_makes_requests_wait_and_fails_none(mesh: RunningMesh) -> None:
-    """Each of nine requests reserves a third of the pool; a stop string ends it long before that."""
-    capacity_tokens = (await mesh.unit()).models[0].num_free_token_blocks * 16
-    options: dict[str, Any] = {"max_new_tokens": capacity_tokens // 3 - 16, "stop_strings": ["a", "b"]}
-    requests = [
-        asyncio.create_task(mesh.client.generate("Hello", model="slow", seed=seed, **options)) for seed in range(9)
-    ]
-
-    async def pool_is_full() -> bool:
-        unit = await mesh.unit()
-        slow = next(model for model in unit.models if model.model == "slow")
-        return slow.num_keys_waiting > 0 and slow.num_leases + slow.num_credits == 3
-
-    await mesh.until(pool_is_full)
-    answers = await asyncio.gather(*requests)
-    assert {answer.finish.reason for answer in answers} == {"stop"}
-    await mesh.until_free()
+async def test_more_than_the_pool_holds_costs_time_and_no_token(tmp_path: Path) -> None:
+    """Six answers, each of two thirds of the pool: they begin together, and the pool is full before any ends."""
+    model = {"name": "sim", "engine": "sim", "max_num_seqs": 6, "kv_answer_tokens": 64}
+    unit = {"name": "unit0", "kv_pool": "1MiB", "slab": "64KiB", "models": [model]}
+    async with running_mesh(tmp_path, units=[unit]) as small:
+        (info,) = await small.client.list_models()
+        num_tokens = (1 << 20) // info.kv_bytes_per_token * 2 // 3
+        options: dict[str, Any] = {"max_new_tokens": num_tokens, "temperature": 1.0}
+        expected = [await small.client.generate("Hello", seed=seed, **options) for seed in range(6)]
+        assert all(answer.timings.num_restarts == 0 for answer in expected)
+        answers = await asyncio.gather(*(small.client.generate("Hello", seed=seed, **options) for seed in range(6)))
+        assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+        assert sum(answer.timings.num_restarts for answer in answers) > 0
+        await small.until_free()
 
 
 async def test_lower_priority_numbers_go_first(mesh: RunningMesh) -> None:

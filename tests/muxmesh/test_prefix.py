@@ -15,21 +15,21 @@ def request(num_prompt: int, **fields: object) -> EngineRequest:
     ("num_prompt", "blocks", "usable"), [(1, 0, 0), (15, 0, 0), (16, 1, 0), (17, 1, 1), (32, 2, 1)]
 )
 def test_the_last_token_of_a_prompt_is_always_computed(num_prompt: int, blocks: int, usable: int) -> None:
-    demand = kv_demand(request(num_prompt), 16)
-    assert demand.num_tokens == num_prompt + 10
+    demand = kv_demand(request(num_prompt), 16, 4)
+    assert (demand.num_tokens, demand.most_tokens) == (num_prompt + 4, num_prompt + 10)
     assert (len(demand.block_hashes), demand.max_cached_tokens // 16) == (blocks, usable)
 
 
 def test_what_was_answered_before_a_restart_is_looked_for_too() -> None:
-    demand = kv_demand(request(20, resume_token_ids=tuple(range(20, 33))), 16)
-    assert demand.num_tokens == 30
-    assert demand.block_hashes == block_hashes(range(32), 16, "")
-    assert demand.max_cached_tokens == 32
+    demand = kv_demand(request(20, resume_token_ids=tuple(range(20, 28))), 16, 4)
+    assert (demand.num_tokens, demand.most_tokens) == (30, 30)
+    assert demand.block_hashes == block_hashes(range(28), 16, "")
+    assert demand.max_cached_tokens == 27
 
 
 def test_nothing_is_taken_from_the_cache_where_every_token_is_to_be_computed() -> None:
     for anew in (request(40, bypass_prefix_cache=True), request(40, sampling=Sampling(prompt_logprobs=0))):
-        demand = kv_demand(anew, 16)
+        demand = kv_demand(anew, 16, 4)
         assert demand.max_cached_tokens == 0
         assert len(demand.block_hashes) == 2, "others may use what it computes"
 

@@ -6,7 +6,7 @@ from router.queue import Waiting, WaitingRequests
 
 
 def waiting(key_id: int, priority: int = 0, model: str = "m") -> Waiting:
-    return Waiting(key_id, model, OrderKey(priority, float(key_id)), KvDemand(10))
+    return Waiting(key_id, model, OrderKey(priority, float(key_id)), KvDemand(10, 10))
 
 
 def test_only_the_best_are_shown() -> None:

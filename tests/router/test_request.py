@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from muxmesh.clock import ManualClock
+from muxmesh.config.schema import ModelConfig
 from muxmesh.engine.api import Finished, Tokens
 from muxmesh.errors import EngineFailed, InternalError, InvalidRequest, LeaseLost, MeshError, WorkerLost
 from muxmesh.types import EngineRequest, Finish, FinishReason, KvDemand, LeaseRef, OrderKey, Sampling, Stopping
@@ -51,7 +52,7 @@ async def run(script: Script, max_restarts: int = 2) -> tuple[list[Any], Progres
         assert 0 < seconds <= 2.0
 
     progress, unit_credits = Progress(), Credits()
-    driver = RequestDriver(unit_credits, attempt, {"m": 16}, ManualClock(5.0), max_restarts, no_wait)  # type: ignore[arg-type]
+    driver = RequestDriver(unit_credits, attempt, {"m": ModelConfig(name="m")}, ManualClock(5.0), max_restarts, no_wait)  # type: ignore[arg-type]
     events = [event async for event in driver.run(REQUEST, progress)]
     assert unit_credits.out == 0, "a credit was not given back"
     assert progress.credited_at_s == 5.0

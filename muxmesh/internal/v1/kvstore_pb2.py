@@ -26,7 +26,7 @@ from muxmesh.internal.v1 import request_pb2 as muxmesh_dot_internal_dot_v1_dot_r
 from muxmesh.v1 import mesh_pb2 as muxmesh_dot_v1_dot_mesh__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!muxmesh/internal/v1/kvstore.proto\x12\x13muxmesh.internal.v1\x1a!muxmesh/internal/v1/request.proto\x1a\x15muxmesh/v1/mesh.proto\"\xca\x01\n\x0c\x41\x64mitRequest\x12\x31\n\x05hello\x18\x01 \x01(\x0b\x32 .muxmesh.internal.v1.RouterHelloH\x00\x12\x30\n\x05offer\x18\x02 \x01(\x0b\x32\x1f.muxmesh.internal.v1.RequestKeyH\x00\x12\x12\n\x08withdraw\x18\x03 \x01(\x04H\x00\x12\x36\n\rreturn_credit\x18\x04 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRefH\x00\x42\t\n\x07message\"\x1d\n\x0bRouterHello\x12\x0e\n\x06router\x18\x01 \x01(\t\"\x9d\x01\n\nRequestKey\x12\x0e\n\x06key_id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08priority\x18\x03 \x01(\x05\x12\x19\n\x11\x61rrived_at_unix_s\x18\x04 \x01(\x01\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\x06 \x01(\x0c\x12\x19\n\x11max_cached_tokens\x18\x07 \x01(\r\"}\n\rAdmitResponse\x12-\n\x06\x63redit\x18\x01 \x01(\x0b\x32\x1b.muxmesh.internal.v1.CreditH\x00\x12\x32\n\x07refused\x18\x02 \x01(\x0b\x32\x1f.muxmesh.internal.v1.KeyRefusedH\x00\x42\t\n\x07message\"\xa7\x01\n\x06\x43redit\x12\x0e\n\x06key_id\x18\x01 \x01(\x04\x12,\n\x05lease\x18\x02 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRef\x12/\n\x07prefill\x18\x03 \x01(\x0b\x32\x1e.muxmesh.internal.v1.WorkerRef\x12.\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x1e.muxmesh.internal.v1.WorkerRef\"*\n\tWorkerRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\",\n\nKeyRefused\x12\x0e\n\x06key_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"R\n\x13\x41\x63quireLeaseRequest\x12,\n\x05lease\x18\x01 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRef\x12\r\n\x05owner\x18\x02 \x01(\t\"A\n\x14\x41\x63quireLeaseResponse\x12)\n\x05lease\x18\x01 \x01(\x0b\x32\x1a.muxmesh.internal.v1.Lease\"\x9e\x01\n\x05Lease\x12*\n\x03ref\x18\x01 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRef\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x19\n\x11sampled_token_ids\x18\x05 \x03(\r\x12\x0f\n\x07handoff\x18\x06 \x01(\x0c\"\xab\x01\n\x10MoveLeaseRequest\x12,\n\x05lease\x18\x01 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRef\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x11\n\tto_worker\x18\x03 \x01(\t\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x19\n\x11sampled_token_ids\x18\x05 \x03(\r\x12\x0f\n\x07handoff\x18\x06 \x01(\x0c\"A\n\x11MoveLeaseResponse\x12,\n\x05lease\x18\x01 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRef\"h\n\x13ReleaseLeaseRequest\x12,\n\x05lease\x18\x01 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRef\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x03 \x01(\x0c\"\x16\n\x14ReleaseLeaseResponse\"#\n\x12WatchLeasesRequest\x12\r\n\x05owner\x18\x01 \x01(\t\"B\n\x13WatchLeasesResponse\x12+\n\x07\x61rrived\x18\x01 \x01(\x0b\x32\x1a.muxmesh.internal.v1.Lease\"\x16\n\x14GetUnitStatusRequest\"=\n\x15GetUnitStatusResponse\x12$\n\x04unit\x18\x01 \x01(\x0b\x32\x16.muxmesh.v1.UnitStatus2\xd6\x04\n\x0eKvStoreService\x12R\n\x05\x41\x64mit\x12!.muxmesh.internal.v1.AdmitRequest\x1a\".muxmesh.internal.v1.AdmitResponse(\x01\x30\x01\x12\x63\n\x0c\x41\x63quireLease\x12(.muxmesh.internal.v1.AcquireLeaseRequest\x1a).muxmesh.internal.v1.AcquireLeaseResponse\x12Z\n\tMoveLease\x12%.muxmesh.internal.v1.MoveLeaseRequest\x1a&.muxmesh.internal.v1.MoveLeaseResponse\x12\x63\n\x0cReleaseLease\x12(.muxmesh.internal.v1.ReleaseLeaseRequest\x1a).muxmesh.internal.v1.ReleaseLeaseResponse\x12\x62\n\x0bWatchLeases\x12\'.muxmesh.internal.v1.WatchLeasesRequest\x1a(.muxmesh.internal.v1.WatchLeasesResponse0\x01\x12\x66\n\rGetUnitStatus\x12).muxmesh.internal.v1.GetUnitStatusRequest\x1a*.muxmesh.internal.v1.GetUnitStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!muxmesh/internal/v1/kvstore.proto\x12\x13muxmesh.internal.v1\x1a!muxmesh/internal/v1/request.proto\x1a\x15muxmesh/v1/mesh.proto\"\xca\x01\n\x0c\x41\x64mitRequest\x12\x31\n\x05hello\x18\x01 \x01(\x0b\x32 .muxmesh.internal.v1.RouterHelloH\x00\x12\x30\n\x05offer\x18\x02 \x01(\x0b\x32\x1f.muxmesh.internal.v1.RequestKeyH\x00\x12\x12\n\x08withdraw\x18\x03 \x01(\x04H\x00\x12\x36\n\rreturn_credit\x18\x04 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRefH\x00\x42\t\n\x07message\"\x1d\n\x0bRouterHello\x12\x0e\n\x06router\x18\x01 \x01(\t\"\xb2\x01\n\nRequestKey\x12\x0e\n\x06key_id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08priority\x18\x03 \x01(\x05\x12\x19\n\x11\x61rrived_at_unix_s\x18\x04 \x01(\x01\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x13\n\x0bmost_tokens\x18\x08 \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\x06 \x01(\x0c\x12\x19\n\x11max_cached_tokens\x18\x07 \x01(\r\"}\n\rAdmitResponse\x12-\n\x06\x63redit\x18\x01 \x01(\x0b\x32\x1b.muxmesh.internal.v1.CreditH\x00\x12\x32\n\x07refused\x18\x02 \x01(\x0b\x32\x1f.muxmesh.internal.v1.KeyRefusedH\x00\x42\t\n\x07message\"\xa7\x01\n\x06\x43redit\x12\x0e\n\x06key_id\x18\x01 \x01(\x04\x12,\n\x05lease\x18\x02 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRef\x12/\n\x07prefill\x18\x03 \x01(\x0b\x32\x1e.muxmesh.internal.v1.WorkerRef\x12.\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x1e.muxmesh.internal.v1.WorkerRef\"*\n\tWorkerRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\",\n\nKeyRefused\x12\x0e\n\x06key_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"R\n\x13\x41\x63quireLeaseRequest\x12,\n\x05lease\x18\x01 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRef\x12\r\n\x05owner\x18\x02 \x01(\t\"A\n\x14\x41\x63quireLeaseResponse\x12)\n\x05lease\x18\x01 \x01(\x0b\x32\x1a.muxmesh.internal.v1.Lease\"\x9e\x01\n\x05Lease\x12*\n\x03ref\x18\x01 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRef\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x19\n\x11sampled_token_ids\x18\x05 \x03(\r\x12\x0f\n\x07handoff\x18\x06 \x01(\x0c\"\xab\x01\n\x10MoveLeaseRequest\x12,\n\x05lease\x18\x01 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRef\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x11\n\tto_worker\x18\x03 \x01(\t\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x19\n\x11sampled_token_ids\x18\x05 \x03(\r\x12\x0f\n\x07handoff\x18\x06 \x01(\x0c\"A\n\x11MoveLeaseResponse\x12,\n\x05lease\x18\x01 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRef\"h\n\x13ReleaseLeaseRequest\x12,\n\x05lease\x18\x01 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRef\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x03 \x01(\x0c\"\x16\n\x14ReleaseLeaseResponse\"c\n\x10GrowLeaseRequest\x12,\n\x05lease\x18\x01 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRef\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\"&\n\x11GrowLeaseResponse\x12\x11\n\tblock_ids\x18\x01 \x03(\r\"#\n\x12WatchLeasesRequest\x12\r\n\x05owner\x18\x01 \x01(\t\"B\n\x13WatchLeasesResponse\x12+\n\x07\x61rrived\x18\x01 \x01(\x0b\x32\x1a.muxmesh.internal.v1.Lease\"\x16\n\x14GetUnitStatusRequest\"=\n\x15GetUnitStatusResponse\x12$\n\x04unit\x18\x01 \x01(\x0b\x32\x16.muxmesh.v1.UnitStatus2\xb2\x05\n\x0eKvStoreService\x12R\n\x05\x41\x64mit\x12!.muxmesh.internal.v1.AdmitRequest\x1a\".muxmesh.internal.v1.AdmitResponse(\x01\x30\x01\x12\x63\n\x0c\x41\x63quireLease\x12(.muxmesh.internal.v1.AcquireLeaseRequest\x1a).muxmesh.internal.v1.AcquireLeaseResponse\x12Z\n\tMoveLease\x12%.muxmesh.internal.v1.MoveLeaseRequest\x1a&.muxmesh.internal.v1.MoveLeaseResponse\x12\x63\n\x0cReleaseLease\x12(.muxmesh.internal.v1.ReleaseLeaseRequest\x1a).muxmesh.internal.v1.ReleaseLeaseResponse\x12Z\n\tGrowLease\x12%.muxmesh.internal.v1.GrowLeaseRequest\x1a&.muxmesh.internal.v1.GrowLeaseResponse\x12\x62\n\x0bWatchLeases\x12\'.muxmesh.internal.v1.WatchLeasesRequest\x1a(.muxmesh.internal.v1.WatchLeasesResponse0\x01\x12\x66\n\rGetUnitStatus\x12).muxmesh.internal.v1.GetUnitStatusRequest\x1a*.muxmesh.internal.v1.GetUnitStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,37 +38,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUTERHELLO']._serialized_start=321
   _globals['_ROUTERHELLO']._serialized_end=350
   _globals['_REQUESTKEY']._serialized_start=353
-  _globals['_REQUESTKEY']._serialized_end=510
-  _globals['_ADMITRESPONSE']._serialized_start=512
-  _globals['_ADMITRESPONSE']._serialized_end=637
-  _globals['_CREDIT']._serialized_start=640
-  _globals['_CREDIT']._serialized_end=807
-  _globals['_WORKERREF']._serialized_start=809
-  _globals['_WORKERREF']._serialized_end=851
-  _globals['_KEYREFUSED']._serialized_start=853
-  _globals['_KEYREFUSED']._serialized_end=897
-  _globals['_ACQUIRELEASEREQUEST']._serialized_start=899
-  _globals['_ACQUIRELEASEREQUEST']._serialized_end=981
-  _globals['_ACQUIRELEASERESPONSE']._serialized_start=983
-  _globals['_ACQUIRELEASERESPONSE']._serialized_end=1048
-  _globals['_LEASE']._serialized_start=1051
-  _globals['_LEASE']._serialized_end=1209
-  _globals['_MOVELEASEREQUEST']._serialized_start=1212
-  _globals['_MOVELEASEREQUEST']._serialized_end=1383
-  _globals['_MOVELEASERESPONSE']._serialized_start=1385
-  _globals['_MOVELEASERESPONSE']._serialized_end=1450
-  _globals['_RELEASELEASEREQUEST']._serialized_start=1452
-  _globals['_RELEASELEASEREQUEST']._serialized_end=1556
-  _globals['_RELEASELEASERESPONSE']._serialized_start=1558
-  _globals['_RELEASELEASERESPONSE']._serialized_end=1580
-  _globals['_WATCHLEASESREQUEST']._serialized_start=1582
-  _globals['_WATCHLEASESREQUEST']._serialized_end=1617
-  _globals['_WATCHLEASESRESPONSE']._serialized_start=1619
-  _globals['_WATCHLEASESRESPONSE']._serialized_end=1685
-  _globals['_GETUNITSTATUSREQUEST']._serialized_start=1687
-  _globals['_GETUNITSTATUSREQUEST']._serialized_end=1709
-  _globals['_GETUNITSTATUSRESPONSE']._serialized_start=1711
-  _globals['_GETUNITSTATUSRESPONSE']._serialized_end=1772
-  _globals['_KVSTORESERVICE']._serialized_start=1775
-  _globals['_KVSTORESERVICE']._serialized_end=2373
+  _globals['_REQUESTKEY']._serialized_end=531
+  _globals['_ADMITRESPONSE']._serialized_start=533
+  _globals['_ADMITRESPONSE']._serialized_end=658
+  _globals['_CREDIT']._serialized_start=661
+  _globals['_CREDIT']._serialized_end=828
+  _globals['_WORKERREF']._serialized_start=830
+  _globals['_WORKERREF']._serialized_end=872
+  _globals['_KEYREFUSED']._serialized_start=874
+  _globals['_KEYREFUSED']._serialized_end=918
+  _globals['_ACQUIRELEASEREQUEST']._serialized_start=920
+  _globals['_ACQUIRELEASEREQUEST']._serialized_end=1002
+  _globals['_ACQUIRELEASERESPONSE']._serialized_start=1004
+  _globals['_ACQUIRELEASERESPONSE']._serialized_end=1069
+  _globals['_LEASE']._serialized_start=1072
+  _globals['_LEASE']._serialized_end=1230
+  _globals['_MOVELEASEREQUEST']._serialized_start=1233
+  _globals['_MOVELEASEREQUEST']._serialized_end=1404
+  _globals['_MOVELEASERESPONSE']._serialized_start=1406
+  _globals['_MOVELEASERESPONSE']._serialized_end=1471
+  _globals['_RELEASELEASEREQUEST']._serialized_start=1473
+  _globals['_RELEASELEASEREQUEST']._serialized_end=1577
+  _globals['_RELEASELEASERESPONSE']._serialized_start=1579
+  _globals['_RELEASELEASERESPONSE']._serialized_end=1601
+  _globals['_GROWLEASEREQUEST']._serialized_start=1603
+  _globals['_GROWLEASEREQUEST']._serialized_end=1702
+  _globals['_GROWLEASERESPONSE']._serialized_start=1704
+  _globals['_GROWLEASERESPONSE']._serialized_end=1742
+  _globals['_WATCHLEASESREQUEST']._serialized_start=1744
+  _globals['_WATCHLEASESREQUEST']._serialized_end=1779
+  _globals['_WATCHLEASESRESPONSE']._serialized_start=1781
+  _globals['_WATCHLEASESRESPONSE']._serialized_end=1847
+  _globals['_GETUNITSTATUSREQUEST']._serialized_start=1849
+  _globals['_GETUNITSTATUSREQUEST']._serialized_end=1871
+  _globals['_GETUNITSTATUSRESPONSE']._serialized_start=1873
+  _globals['_GETUNITSTATUSRESPONSE']._serialized_end=1934
+  _globals['_KVSTORESERVICE']._serialized_start=1937
+  _globals['_KVSTORESERVICE']._serialized_end=2627
 # @@protoc_insertion_point(module_scope)

@@ -87,6 +87,7 @@ class RequestKey(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     ARRIVED_AT_UNIX_S_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    MOST_TOKENS_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     MAX_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     key_id: _builtins.int
@@ -95,7 +96,9 @@ class RequestKey(_message.Message):
     priority: _builtins.int
     arrived_at_unix_s: _builtins.float
     num_tokens: _builtins.int
-    """Prompt and the longest possible answer: what is reserved."""
+    """What is reserved at first: all known tokens and a part of the answer."""
+    most_tokens: _builtins.int
+    """Prompt and the longest possible answer."""
     block_hashes: _builtins.bytes
     """16 bytes for each full block of the prompt and of what is resumed, see muxmesh/prefix.py."""
     max_cached_tokens: _builtins.int
@@ -108,10 +111,11 @@ class RequestKey(_message.Message):
         priority: _builtins.int = ...,
         arrived_at_unix_s: _builtins.float = ...,
         num_tokens: _builtins.int = ...,
+        most_tokens: _builtins.int = ...,
         block_hashes: _builtins.bytes = ...,
         max_cached_tokens: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at_unix_s", b"arrived_at_unix_s", "block_hashes", b"block_hashes", "key_id", b"key_id", "max_cached_tokens", b"max_cached_tokens", "model", b"model", "num_tokens", b"num_tokens", "priority", b"priority"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at_unix_s", b"arrived_at_unix_s", "block_hashes", b"block_hashes", "key_id", b"key_id", "max_cached_tokens", b"max_cached_tokens", "model", b"model", "most_tokens", b"most_tokens", "num_tokens", b"num_tokens", "priority", b"priority"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___RequestKey: _TypeAlias = RequestKey  # noqa: Y015
@@ -382,6 +386,50 @@ class ReleaseLeaseResponse(_message.Message):
     ) -> None: ...
 
 Global___ReleaseLeaseResponse: _TypeAlias = ReleaseLeaseResponse  # noqa: Y015
+
+@_typing.final
+class GrowLeaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    owner: _builtins.str
+    num_blocks: _builtins.int
+    @_builtins.property
+    def lease(self) -> _request_pb2.LeaseRef: ...
+    def __init__(
+        self,
+        *,
+        lease: _request_pb2.LeaseRef | None = ...,
+        owner: _builtins.str = ...,
+        num_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "num_blocks", b"num_blocks", "owner", b"owner"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___GrowLeaseRequest: _TypeAlias = GrowLeaseRequest  # noqa: Y015
+
+@_typing.final
+class GrowLeaseResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The new ones, which follow those that the lease had."""
+
+    def __init__(
+        self,
+        *,
+        block_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___GrowLeaseResponse: _TypeAlias = GrowLeaseResponse  # noqa: Y015
 
 @_typing.final
 class WatchLeasesRequest(_message.Message):

@@ -54,6 +54,11 @@ class KvStoreServiceStub(object):
                 request_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.ReleaseLeaseRequest.SerializeToString,
                 response_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.ReleaseLeaseResponse.FromString,
                 _registered_method=True)
+        self.GrowLease = channel.unary_unary(
+                '/muxmesh.internal.v1.KvStoreService/GrowLease',
+                request_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.GrowLeaseRequest.SerializeToString,
+                response_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.GrowLeaseResponse.FromString,
+                _registered_method=True)
         self.WatchLeases = channel.unary_stream(
                 '/muxmesh.internal.v1.KvStoreService/WatchLeases',
                 request_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.WatchLeasesRequest.SerializeToString,
@@ -97,6 +102,13 @@ class KvStoreServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GrowLease(self, request, context):
+        """More token blocks for a lease, asked for before they are needed. RESOURCE_EXHAUSTED if there are none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchLeases(self, request, context):
         """Leases that arrive at one decode worker.
         """
@@ -132,6 +144,11 @@ def add_KvStoreServiceServicer_to_server(servicer, server):
                     servicer.ReleaseLease,
                     request_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.ReleaseLeaseRequest.FromString,
                     response_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.ReleaseLeaseResponse.SerializeToString,
+            ),
+            'GrowLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.GrowLease,
+                    request_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.GrowLeaseRequest.FromString,
+                    response_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.GrowLeaseResponse.SerializeToString,
             ),
             'WatchLeases': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchLeases,
@@ -252,6 +269,33 @@ class KvStoreService(object):
             '/muxmesh.internal.v1.KvStoreService/ReleaseLease',
             muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.ReleaseLeaseRequest.SerializeToString,
             muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.ReleaseLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GrowLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxmesh.internal.v1.KvStoreService/GrowLease',
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.GrowLeaseRequest.SerializeToString,
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.GrowLeaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,6 +42,8 @@ class KvStoreServiceStub:
     MoveLease: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.MoveLeaseRequest, _kvstore_pb2.MoveLeaseResponse]
     """Prefill to decode: the hand-off. Moves no KV byte."""
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.ReleaseLeaseRequest, _kvstore_pb2.ReleaseLeaseResponse]
+    GrowLease: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.GrowLeaseRequest, _kvstore_pb2.GrowLeaseResponse]
+    """More token blocks for a lease, asked for before they are needed. RESOURCE_EXHAUSTED if there are none."""
     WatchLeases: _grpc.UnaryStreamMultiCallable[_kvstore_pb2.WatchLeasesRequest, _kvstore_pb2.WatchLeasesResponse]
     """Leases that arrive at one decode worker."""
     GetUnitStatus: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.GetUnitStatusRequest, _kvstore_pb2.GetUnitStatusResponse]
@@ -58,6 +60,8 @@ class KvStoreServiceAsyncStub(KvStoreServiceStub):
     MoveLease: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.MoveLeaseRequest, _kvstore_pb2.MoveLeaseResponse]  # type: ignore[assignment]
     """Prefill to decode: the hand-off. Moves no KV byte."""
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.ReleaseLeaseRequest, _kvstore_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
+    GrowLease: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.GrowLeaseRequest, _kvstore_pb2.GrowLeaseResponse]  # type: ignore[assignment]
+    """More token blocks for a lease, asked for before they are needed. RESOURCE_EXHAUSTED if there are none."""
     WatchLeases: _aio.UnaryStreamMultiCallable[_kvstore_pb2.WatchLeasesRequest, _kvstore_pb2.WatchLeasesResponse]  # type: ignore[assignment]
     """Leases that arrive at one decode worker."""
     GetUnitStatus: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.GetUnitStatusRequest, _kvstore_pb2.GetUnitStatusResponse]  # type: ignore[assignment]
@@ -95,6 +99,14 @@ class KvStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kvstore_pb2.ReleaseLeaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kvstore_pb2.ReleaseLeaseResponse, _abc.Awaitable[_kvstore_pb2.ReleaseLeaseResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GrowLease(
+        self,
+        request: _kvstore_pb2.GrowLeaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.GrowLeaseResponse, _abc.Awaitable[_kvstore_pb2.GrowLeaseResponse]]:
+        """More token blocks for a lease, asked for before they are needed. RESOURCE_EXHAUSTED if there are none."""
 
     @_abc_1.abstractmethod
     def WatchLeases(

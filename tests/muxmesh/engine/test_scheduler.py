@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from muxmesh.engine.api import EngineJob, Failed, Finished, Preempted, PrefillDone, Tokens, Until
@@ -183,3 +185,28 @@ def test_a_job_that_contradicts_itself_is_refused() -> None:
         jobs.add(job(1))
     with pytest.raises(ValueError, match="4 of 4 tokens"):
         jobs.add(job(2, computed=4))
+
+
+def test_a_job_whose_blocks_are_full_waits_for_more() -> None:
+    jobs = scheduler(token_budget=100)
+    full = job(1, prompt=15, stopping=Stopping(max_new_tokens=40))
+    jobs.add(replace(full, block_ids=(3,)))
+    jobs.add(job(2, stopping=Stopping(max_new_tokens=40)))
+    assert [chunk.job_id for chunk in run(jobs, 7, 8).chunks] == [1, 2]
+    assert [chunk.job_id for chunk in run(jobs, 7, 8).chunks] == [1, 2], "the sixteenth token's KV fits"
+    assert [chunk.job_id for chunk in run(jobs, 8).chunks] == [2]
+    jobs.cancel(2)
+    assert not jobs.has_work()
+    jobs.extend(1, (9,))
+    assert run(jobs, 7).chunks[0].block_ids == (3, 9)
+
+
+def test_an_abandoned_job_fails_though_its_step_is_in_flight() -> None:
+    jobs = scheduler()
+    jobs.add(job(1))
+    assert jobs.next_step() is not None
+    jobs.abandon(1, "no room")
+    assert jobs.drain() == [(1, Failed("no room"))]
+    assert jobs.cancel(1), "its KV is still written"
+    jobs.apply(StepOutcome({1: Drawn(7)}))
+    assert jobs.drain() == []
