@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool gpu-check
+.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool bench-faults gpu-check
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -72,6 +72,9 @@ bench-attention: $(VENV)/.dev ## The attention kernel alone, beside the read ban
 
 bench-kvpool: $(VENV)/.dev ## The KV pool: speed, use, hand-off, prefix hits, metadata
 	$(BIN)/python -m benchmarks.kvpool
+
+bench-faults: $(VENV)/.dev ## Workers killed at random moments under load
+	$(BIN)/python -m benchmarks.faults
 
 gpu-check: $(VENV)/.dev ## The tests that need a GPU
 	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no GPU here")'
