@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 from muxmesh import __version__
-from muxmesh.errors import InvalidRequest, MeshError
+from muxmesh.errors import InvalidRequest, MeshError, Unavailable
 from muxmesh.types import DEFAULT_ADDRESS
 
 _SERVE_HINT = "this command needs the serving side: install muxmesh with its extra `serve`"
@@ -33,14 +33,25 @@ def main(arguments: list[str] | None = None) -> int:
             field = error.field if isinstance(error, InvalidRequest) else None
             print(json.dumps({"error": type(error).__name__, "field": field, "message": str(error)}), flush=True)
         else:
-            print(f"muxmesh: {error}", file=sys.stderr)
+            print(f"muxmesh: {_told(error, parsed)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a folder that cannot be made, a file that cannot be read
+        print(f"muxmesh: {error}", file=sys.stderr)
+        return 1
     return code
+
+
+def _told(error: MeshError, parsed: argparse.Namespace) -> str:
+    """The error, with what to do about it where gRPC's own words do not say."""
+    address = getattr(parsed, "address", None)
+    if isinstance(error, Unavailable) and address is not None:
+        return f"no mesh answers at {address}; start one with `muxmesh up`, or give its --address ({error})"
+    return str(error)
 
 
 def _parser() -> argparse.ArgumentParser:

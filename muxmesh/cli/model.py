@@ -63,11 +63,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
         facts = _folder_facts(path)
     elif path.is_file() and path.suffix == ".gguf":
         facts = _gguf_facts(path)
+    elif not path.exists():
+        raise ConfigError(f"{arguments.path!r} does not exist; a catalog model is downloaded with `muxmesh model pull`")
     else:
-        raise ConfigError(
-            f"{arguments.path!r} is neither a folder nor a .gguf file; "
-            "a catalog model is downloaded with `muxmesh model pull`"
-        )
+        raise ConfigError(f"{arguments.path!r} is neither a folder nor a .gguf file")
     if arguments.json:
         print_json(facts)
     else:

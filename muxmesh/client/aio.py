@@ -26,6 +26,9 @@ _OPTIONS = (
 )
 
 
+_UINT32 = range(1 << 32)
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation. ``role``: system, user or assistant."""
@@ -145,7 +148,7 @@ class MeshClient:
         allowed_token_ids: Sequence[int] | None = None,
         seed: int | None = None,
         num_sequences: int = 1,
-        stop_strings: Sequence[str] = (),
+        stop_strings: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         include_stop_strings: bool = False,
         ignore_eos: bool = False,
@@ -172,6 +175,21 @@ class MeshClient:
         asked_at_s = clock.time()
         if isinstance(prompt, bytes | bytearray):
             raise InvalidRequest("prompt", "is bytes; text, token ids or a list of Message is needed")
+        _check_numbers(
+            _UINT32,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            top_k=top_k,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            truncate_prompt_tokens=truncate_prompt_tokens,
+        )
+        _check_numbers(range(1, 1 << 32), num_sequences=num_sequences)
+        _check_numbers(range(1 << 64), seed=seed)
+        _check_numbers(range(-(1 << 31), 1 << 31), priority=priority)
+        for name, ids in (("allowed_token_ids", allowed_token_ids or ()), ("stop_token_ids", stop_token_ids)):
+            for token_id in ids:
+                _check_numbers(_UINT32, **{name: token_id})
         model = model or await self._default_model(timeout_s)
         if timeout_s is not None:
             timeout_s = max(0.0, timeout_s - (clock.time() - asked_at_s))
@@ -196,7 +214,7 @@ class MeshClient:
                     max_new_tokens=max_new_tokens,
                     min_new_tokens=min_new_tokens,
                     stop_token_ids=stop_token_ids,
-                    stop_strings=stop_strings,
+                    stop_strings=(stop_strings,) if isinstance(stop_strings, str) else stop_strings,
                     include_stop_strings=include_stop_strings,
                     ignore_eos=ignore_eos,
                 ),
@@ -223,7 +241,7 @@ class MeshClient:
 
     async def generate(self, prompt: Prompt, **options: Any) -> Completion:
         """The whole answer. Takes the options of `stream` and raises what it raises."""
-        if options.get("num_sequences", 1) > 1:
+        if options.get("num_sequences", 1) != 1:
             raise InvalidRequest("num_sequences", "generate gives one answer; generate_many gives several")
         (completion,) = await self.generate_many(prompt, **options)
         return completion
@@ -278,6 +296,12 @@ class MeshClient:
             return await call
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
+
+
+def _check_numbers(allowed: range, **numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and (not isinstance(number, int) or number not in allowed):
+            raise InvalidRequest(name, f"is {number!r}; a whole number from {allowed[0]} to {allowed[-1]}")
 
 
 def _set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:

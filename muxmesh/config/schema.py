@@ -116,7 +116,9 @@ class MeshConfig(Section):
     """A Redis of your own. Unset: the mesh starts one on a private socket."""
     router: RouterConfig = RouterConfig()
     """Limits at the door."""
-    units: tuple[UnitConfig, ...] = (UnitConfig(models=(ModelConfig(name=DEFAULT_MODEL),)),)
+    units: tuple[UnitConfig, ...] = Field(
+        default=(UnitConfig(models=(ModelConfig(name=DEFAULT_MODEL),)),), min_length=1
+    )
     """One for each device."""
 
     def models(self) -> dict[str, tuple[UnitConfig, ModelConfig]]:

@@ -107,6 +107,10 @@ def import_gguf(gguf: Path, folder: Path, progress: Callable[[int, int], None]) 
     def values() -> Iterator[np.ndarray]:
         for done, tensor in enumerate(kept):
             weights = dequantize(tensor.data, tensor.tensor_type).astype(_dtype(tensor))
+            if not np.isfinite(weights).all():
+                raise ModelUnsupported(
+                    f"{gguf.name}: tensor {tensor.name} has values that are no numbers; the file is damaged"
+                )
             yield _unpermuted(tensor.name, weights, model.config)
             progress(done + 1, len(kept))
 

@@ -93,6 +93,9 @@ def _local_source(model: ModelConfig, base_dir: Path) -> Path | None:
     path = (base_dir / Path(source).expanduser()).resolve()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
+    if path.is_file() or path.suffix == ".gguf":
+        problem = "is no .gguf file" if path.is_file() else "does not exist"
+        raise ConfigError(f"{source!r} {problem}; a folder in Hugging Face style or a .gguf file is needed")
     raise ConfigError(
         f"{source!r} is neither a folder, nor a .gguf file, nor in the catalog ({', '.join(sorted(CATALOG))})"
     )

@@ -79,6 +79,8 @@ class FolderWeights:
         if entry["dtype"] == "BF16":  # the upper half of an f32
             values = (values.astype(np.uint32) << 16).view(np.float32)
         result: np.ndarray = values.astype(np.float32, copy=False).reshape(shape)
+        if not np.isfinite(result).all():
+            raise ModelUnsupported(f"{path}: weight {name} has values that are no numbers; the file is damaged")
         return result
 
 

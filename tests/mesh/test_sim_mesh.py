@@ -93,6 +93,25 @@ async def test_several_answers_to_one_prompt(mesh: RunningMesh, raw: grpc.aio.Ch
     await mesh.until_free()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_new_tokens", -5), ("top_k", -1), ("seed", -1), ("priority", 1 << 40), ("num_sequences", 0),
+     ("logprobs", 1.5), ("stop_token_ids", [-1]), ("allowed_token_ids", [1 << 33])],
+)  # fmt: skip
+async def test_the_client_names_the_number_that_does_not_fit(mesh: RunningMesh, name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{name}: is .*a whole number from") as caught:
+        await mesh.client.generate_many("a", model="sim", **{name: value})
+    assert caught.value.field == name
+
+
+async def test_one_stop_string_need_not_be_in_a_list(mesh: RunningMesh) -> None:
+    whole = await mesh.client.generate("Hello", model="sim", max_new_tokens=30, temperature=0)
+    stop = whole.text[10:12]
+    answer = await mesh.client.generate("Hello", model="sim", max_new_tokens=30, temperature=0, stop_strings=stop)
+    assert answer.finish.stopped_by == stop
+    assert answer.text == whole.text[: whole.text.index(stop)]
+
+
 async def test_more_answers_than_slots_come_one_after_the_other(mesh: RunningMesh) -> None:
     answers = await mesh.client.generate_many("a", model="sim", max_new_tokens=3, num_sequences=40)
     assert [answer.finish.num_output_tokens for answer in answers] == [3] * 40

@@ -20,6 +20,6 @@ def test_what_would_be_loaded_is_shown(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_path_that_is_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model", "inspect", str(tmp_path / "none")]) == 1
-    assert "neither a folder nor a .gguf file" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     assert main(["model", "inspect", str(tmp_path)]) == 1
     assert "has no config.json" in capsys.readouterr().err

@@ -261,5 +261,16 @@ def test_a_file_is_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["model", "inspect", str(tmp_path / "tiny.gguf")]) == 0
     shown = capsys.readouterr().out
     assert "LlamaForCausalLM" in shown and "Q8_0" in shown
-    with pytest.raises(ConfigError, match=r"neither a folder, nor a \.gguf file, nor in the catalog"):
+    with pytest.raises(ConfigError, match=r"'other\.gguf' does not exist"):
         prepare_model(ModelConfig(name="m", source="other.gguf"), tmp_path, tmp_path / "cache", ignore)
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, TinyGguf(quantization=Type.F16))
+    tensor = next(tensor for tensor in read_gguf(path).tensors if tensor.name == "blk.1.ffn_up.weight")
+    content = bytearray(path.read_bytes())
+    content[tensor.data_offset : tensor.data_offset + 64] = b"\xff" * 64
+    path.write_bytes(content)
+    with pytest.raises(ModelUnsupported, match=r"blk\.1\.ffn_up\.weight has values that are no numbers"):
+        import_gguf(path, tmp_path / "folder", ignore)
