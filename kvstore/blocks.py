@@ -172,7 +172,8 @@ class BlockTable:
         attainable = min(most, self._num_unused_slabs()) * self._pool.blocks_per_slab(model)
         if num_blocks > self._room_in_used_slabs(model) + attainable:
             return None
-        self._make_room(model, num_blocks, most)
+        if not self._has_room(model, num_blocks, most):
+            self._make_room(model, num_blocks, most)
         return self._pool.allocate(model, num_blocks)
 
     def _room_in_used_slabs(self, model: str) -> int:

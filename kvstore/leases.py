@@ -80,9 +80,10 @@ class LeaseTable:
     ) -> Lease:
         """The hand-off: ``to`` owns the same blocks from now on, and others may use what is full. Raises LeaseLost."""
         record = self._owned(ref, owner)
-        lease = record.lease
         self._publish(record, record.block_hashes[: num_computed_tokens // record.block_size])
-        record.lease = Lease(lease.ref, lease.model, lease.block_ids, num_computed_tokens, sampled, handoff)
+        record.lease = replace(
+            record.lease, num_computed_tokens=num_computed_tokens, sampled_token_ids=sampled, handoff=handoff
+        )
         self.num_handoffs += 1
         return self._hand_to(record, to)
 
@@ -156,10 +157,9 @@ class LeaseTable:
         self._blocks.publish(record.lease.model, record.lease.block_ids, hashes)
 
     def _hand_to(self, record: LeaseRecord, owner: str) -> Lease:
-        old = record.lease
-        ref = LeaseRef(old.ref.lease_id, old.ref.epoch + 1)
+        ref = record.lease.ref
         record.owner = owner
-        record.lease = Lease(ref, old.model, old.block_ids, old.num_computed_tokens, old.sampled_token_ids, old.handoff)
+        record.lease = replace(record.lease, ref=replace(ref, epoch=ref.epoch + 1))
         return record.lease
 
     def _end(self, lease_id: int) -> None:

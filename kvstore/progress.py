@@ -23,7 +23,7 @@ class ProgressPage:
     def __init__(self, fd: int, num_slots: int, max_blocks: int) -> None:
         """``max_blocks``: full token blocks of the longest sequence."""
         self._num_slots, self._max_blocks = num_slots, max_blocks
-        self._slot_bytes = 8 * _HEADER_WORDS + HASH_BYTES * max_blocks
+        self._slot_bytes = page_bytes(1, max_blocks)
         self._map = mmap.mmap(fd, page_bytes(num_slots, max_blocks))
         self._words = memoryview(self._map).cast("Q")
         self._slots: dict[int, int] = {}

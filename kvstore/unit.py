@@ -179,7 +179,7 @@ class Unit:
         return {model: share.guaranteed_slabs for model, share in self.models.items()}
 
     def _count_use(self, now_s: float) -> None:
-        """Adds up slabs x seconds since the last call; nothing changes in between."""
+        """Adds up slabs x seconds since the last call, as if what is in use now had been in use since then."""
         if self._counted_until_s is not None:
             for model in self.models:
                 self._slab_seconds[model] += (now_s - self._counted_until_s) * self.blocks.num_used_slabs(model)
