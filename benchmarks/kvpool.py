@@ -119,7 +119,7 @@ def metadata_share() -> float:
     for key_id in range(10_000):
         hashes = block_hashes([key_id] * 512, SMALL.block_size, "")
         unit.offer(WaitingKey("r", key_id, "a", OrderKey(0, 0.0), KvDemand(512, 512, hashes, 511)))
-        if not (given := unit.give_credits(0.0)):
+        if not (given := unit.give_room(0.0).credits):
             break
         names = {worker.role: worker.name for worker in unit.workers.values()}
         lease = unit.acquire(given[0].lease.ref, names[Role.PREFILL])

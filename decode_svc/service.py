@@ -11,12 +11,11 @@ from typing import Any
 import grpc
 
 from decode_svc.arrivals import Arrivals
-from decode_svc.growth import Growth
+from decode_svc.leased_kv import LeasedKv
 from kvstore.client.worker import Services, WorkerParts
-from muxmesh.engine.api import EngineJob, Failed, Finished, Tokens, Until
+from muxmesh.engine.api import EngineJob, Failed, Finished, Preempted, Tokens, Until
 from muxmesh.errors import EngineFailed, MeshError
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc
-from muxmesh.prefix import chain_of
 from muxmesh.rpc import convert
 from muxmesh.types import Lease
 
@@ -25,10 +24,9 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     """Serves one model's answers after the first token."""
 
     def __init__(self, parts: WorkerParts) -> None:
+        self._parts = parts
         self._engine = parts.engine
         self._leases = parts.leases
-        self._block_size = parts.block_size
-        self._progress = parts.progress
         self._give_up = parts.give_up
         self._arrivals = Arrivals(self._release_unused)
 
@@ -36,8 +34,11 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         """Takes in leases for as long as the unit lives. Without them this worker is of no use, so it ends too."""
         reason = "the stream ended"
         try:
-            async for lease in self._leases.watch():
-                self._arrivals.lease_arrived(lease)
+            async for news in self._leases.watch():
+                if isinstance(news, Lease):
+                    self._arrivals.lease_arrived(news)
+                else:
+                    self._engine.preempt(news)
         except MeshError as error:
             reason = str(error)
         self._give_up(f"no more leases from the unit: {reason}")
@@ -48,12 +49,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         """See the proto. Whatever ends this call, the lease is released."""
         asked = convert.request_from_wire(request.request)
         lease = await self._arrivals.wait_for(request.lease_id)
-        lease_id = lease.ref.lease_id
-        chain = chain_of(asked, self._block_size)
-        num_committed = 0
-        last = lease.sampled_token_ids  # sampled, and not computed yet
-        self._progress.begin(lease_id)
-        growth = Growth(self._engine, self._leases, lease, asked, self._block_size)
+        kv = LeasedKv(self._parts, lease, asked)
         try:
             job = EngineJob(
                 job_id=lease.ref.lease_id,
@@ -66,12 +62,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             )
             async for event in self._engine.submit(job):
                 if isinstance(event, Tokens):
-                    chain.extend((*last, *event.token_ids[:-1]))
-                    last = event.token_ids[-1:]
-                    growth.watch(event.start_index + len(event.token_ids))
-                    if len(chain.hashes) > num_committed:
-                        self._progress.commit(lease_id, num_committed, chain.hashes[num_committed:])
-                        num_committed = len(chain.hashes)
+                    kv.take(event)
                     yield decode_pb2.DecodeResponse(
                         start_index=event.start_index,
                         token_ids=event.token_ids,
@@ -79,19 +70,15 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                     )
                 elif isinstance(event, Finished):
                     yield decode_pb2.DecodeResponse(finish=convert.finish_to_wire(event.finish))
+                elif isinstance(event, Preempted):
+                    await kv.give_way()
                 elif isinstance(event, Failed):
-                    raise growth.failure or EngineFailed(event.reason)
+                    raise kv.failure or EngineFailed(event.reason)
         finally:
-            self._progress.end(lease_id)
-            self._leases.release_after(functools.partial(self._quiesce, lease_id, growth), lease.ref, chain.hashes)
+            kv.end()
 
     def _release_unused(self, lease: Lease) -> None:
         self._leases.release_after(functools.partial(self._engine.cancel, lease.ref.lease_id), lease.ref)
-
-    async def _quiesce(self, job_id: int, growth: Growth) -> None:
-        """Returns when nothing touches the lease's blocks, and no more will come."""
-        await growth.stop()
-        await self._engine.cancel(job_id)
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Which waiting request gets the next credit. Pure.
+"""Which waiting request gets the next credit, and which swapped lease its blocks. Pure.
 
 Order is decided late: routers show only keys, and a credit goes to the best key of all routers as soon as the unit
 has room for it, so that decode room is reserved before prefill starts.
@@ -9,37 +9,44 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from muxmesh.types import KvDemand, OrderKey
+from muxmesh.types import KvDemand, LeaseRef, OrderKey
 
 
 @dataclass(frozen=True, slots=True)
 class WaitingKey:
-    """What a unit knows of a waiting request."""
+    """What a unit knows of a waiting request, or of a swapped lease that wants token blocks again.
 
-    router: str
+    ``asker`` is the router, or the worker that has the lease ``swapped``; ``key_id`` is its own.
+    """
+
+    asker: str
     key_id: int
     model: str
     order: OrderKey
     demand: KvDemand
+    swapped: LeaseRef | None = None
 
 
 class Admission:
-    """Owns the keys that routers show. Invariant: a key is here once, until it gets a credit or is withdrawn."""
+    """Owns the keys that routers and workers show.
+
+    Invariant: a key is here once, until it gets what it waits for or is withdrawn.
+    """
 
     def __init__(self) -> None:
         self._waiting: dict[tuple[str, int], WaitingKey] = {}
 
     def offer(self, key: WaitingKey) -> None:
         """A request waits. Offering it again replaces what was known."""
-        self._waiting[key.router, key.key_id] = key
+        self._waiting[key.asker, key.key_id] = key
 
-    def withdraw(self, router: str, key_id: int) -> None:
+    def withdraw(self, asker: str, key_id: int) -> None:
         """A request waits no longer; one that got its credit meanwhile is fine."""
-        self._waiting.pop((router, key_id), None)
+        self._waiting.pop((asker, key_id), None)
 
-    def drop_router(self, router: str) -> None:
-        """A router is gone, and its requests with it."""
-        self._waiting = {place: key for place, key in self._waiting.items() if key.router != router}
+    def drop_asker(self, asker: str) -> None:
+        """A router or a worker is gone, and its keys with it."""
+        self._waiting = {place: key for place, key in self._waiting.items() if key.asker != asker}
 
     def count(self, model: str) -> int:
         """Keys that wait for ``model``."""
@@ -50,7 +57,7 @@ class Admission:
         has_slot: Callable[[str], bool],
         is_within_quota: Callable[[WaitingKey], bool],
         try_credit: Callable[[WaitingKey, bool], bool],
-    ) -> None:
+    ) -> bool:
         """Gives credits in order for as long as there is room.
 
         ``has_slot(model)``: its workers can take one more. ``is_within_quota(key)``: with it, its model would use no
@@ -60,8 +67,10 @@ class Admission:
         First come the keys within their model's quota. Only if none of them lacks room, what is left is lent to the
         others, so that loans come back to those who can claim them. No key is overtaken for ever by smaller ones:
         within a quota, one without room holds up its own model; past it, the whole round.
+
+        Returns True if a key within its model's quota waits for room: what is lent has to come back.
         """
-        keys = sorted(self._waiting.values(), key=lambda key: (key.order, key.router, key.key_id))
+        keys = sorted(self._waiting.values(), key=lambda key: (key.order, key.asker, key.key_id))
         passed: set[str] = set()
         claims_wait = False
         for key in keys:
@@ -70,14 +79,15 @@ class Admission:
             if not is_within_quota(key):
                 passed.add(key.model)
             elif try_credit(key, False):
-                del self._waiting[key.router, key.key_id]
+                del self._waiting[key.asker, key.key_id]
             else:
                 passed.add(key.model)
                 claims_wait = True
         if claims_wait:
-            return
+            return True
         for key in keys:
-            if (key.router, key.key_id) in self._waiting and has_slot(key.model):
+            if (key.asker, key.key_id) in self._waiting and has_slot(key.model):
                 if not try_credit(key, True):
-                    return
-                del self._waiting[key.router, key.key_id]
+                    break
+                del self._waiting[key.asker, key.key_id]
+        return False

@@ -30,7 +30,7 @@ def build_unit(runtime: MeshRuntime, config: UnitConfig, last_id: int) -> Unit:
             max_model_len=model.max_model_len or spec.context_len,
             guaranteed_slabs=config.guaranteed_slabs(model),
         )
-    return Unit(config.kv_pool, config.slab, shares, last_id)
+    return Unit(config.kv_pool, config.slab, shares, last_id, config.kv_swap)
 
 
 async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
@@ -38,7 +38,7 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
     config = runtime.unit(unit_name)
     clock = SystemClock()
     unit = build_unit(runtime, config, last_id=first_id(clock.unix_s()))
-    memory = UnitMemory(config.kv_pool)
+    memory = UnitMemory(config.kv_pool, config.kv_swap)
     service = KvStoreService(config, unit, memory, clock)
     attach = service.attach = AttachServer(runtime.attach_path(unit_name), unit, memory, service.changed)
     register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)

@@ -122,7 +122,8 @@ class AttachServer:
                 try:
                     progress = ProgressPage(progress_fd, *size)
                     reply = {"worker": worker.name, "slot": slot, "slab_bytes": self._unit.slab_bytes, "progress": size}
-                    fds = [self._memory.pool_fd, self._memory.page_fd, self._memory.doorbell_fd, bell, progress_fd]
+                    memory = self._memory
+                    fds = [memory.pool_fd, memory.swap_fd, memory.page_fd, memory.doorbell_fd, bell, progress_fd]
                     socket.send_fds(connection, [json.dumps(reply).encode()], fds)
                 finally:
                     os.close(progress_fd)

@@ -12,7 +12,7 @@ import mmap
 from enum import IntEnum
 
 MAX_WORKERS = 128
-_WORDS_PER_SLOT = 8
+_WORDS_PER_SLOT = 16
 _HEADER_WORDS = 8
 PAGE_BYTES = 8 * (_HEADER_WORDS + MAX_WORKERS * _WORDS_PER_SLOT)
 _WANTED = 0
@@ -28,6 +28,9 @@ class Word(IntEnum):
     KV_BYTES_WRITTEN = 4
     BUSY_NS = 5
     HEARTBEATS = 6
+    SWAP_OUT_BYTES = 7
+    SWAP_IN_BYTES = 8
+    SWAP_NS = 9
 
 
 class GrantPage:

@@ -4,46 +4,62 @@ A lease is born as a **credit**, owned by the router that may use it; the prefil
 decode worker, and that one releases it. So "credit", "lease" and "allocation" are one record with one owner at a
 time, and nothing can fall between them. Each change of owner raises the epoch; a call with another epoch, or by
 another owner, is refused with LeaseLost.
+
+A lease may be **swapped**: its owner copied the KV to pages of host memory and gave the token blocks back. Between
+`swap_out` and `swapped_out`, and between `swap_in` and `swapped_in`, it has both, and its owner copies.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kvstore.blocks import BlockTable
+from kvstore.blocks import BlockTable, Taken
+from kvstore.swap import SwapSpace
 from muxmesh.errors import LeaseLost
-from muxmesh.types import KvDemand, Lease, LeaseRef, blocks_for
+from muxmesh.types import KvDemand, Lease, LeaseRef, OrderKey, blocks_for
 
 
 @dataclass(slots=True)
 class LeaseRecord:
     """One lease. ``expires_at_s`` is set while it is a credit.
 
-    ``block_hashes`` name the prefixes that its first blocks hold, or will hold once they are computed.
+    ``block_hashes`` name the prefixes that its first blocks hold, or will hold once they are computed. ``order`` is
+    its request's. ``swap_pages`` hold a copy of its KV, or will. ``gives_way``: its owner was asked to.
     """
 
     lease: Lease
     owner: str
     block_hashes: Sequence[bytes]
     block_size: int
+    order: OrderKey
     expires_at_s: float | None = None
+    swap_pages: tuple[int, ...] = ()
+    gives_way: bool = False
+
+    @property
+    def is_swapped(self) -> bool:
+        """Its KV is nowhere but in swap pages."""
+        return bool(self.swap_pages) and not self.lease.block_ids
 
 
 class LeaseTable:
-    """Owns all leases of a unit and, through them, every token block in use.
+    """Owns all leases of a unit and, through them, every token block and swap page in use.
 
     Invariant: each token block in use belongs to at least one lease; those of several hold a common prefix, which
-    nobody writes any more.
+    nobody writes any more. Each swap page in use belongs to one lease.
     """
 
-    def __init__(self, blocks: BlockTable, last_id: int = 0) -> None:
+    def __init__(self, blocks: BlockTable, swap: SwapSpace, last_id: int = 0) -> None:
         """``last_id``: ids go on from here, so that those of an earlier life of the unit never come again."""
         self._blocks = blocks
+        self._swap = swap
         self._records: dict[int, LeaseRecord] = {}
         self._last_id = last_id
         self.num_handoffs = 0
+        self.num_expired = 0
+        self.num_orphaned = 0
 
     def __len__(self) -> int:
         return len(self._records)
@@ -53,6 +69,7 @@ class LeaseTable:
         model: str,
         block_size: int,
         demand: KvDemand,
+        order: OrderKey,
         router: str,
         expires_at_s: float,
         max_new_slabs: int | None = None,
@@ -64,7 +81,7 @@ class LeaseTable:
             return None
         self._last_id += 1
         lease = Lease(LeaseRef(self._last_id, 1), model, taken.block_ids, taken.num_cached * block_size)
-        self._records[self._last_id] = LeaseRecord(lease, router, demand.block_hashes, block_size, expires_at_s)
+        self._records[self._last_id] = LeaseRecord(lease, router, demand.block_hashes, block_size, order, expires_at_s)
         return lease
 
     def acquire(self, ref: LeaseRef, worker: str) -> Lease:
@@ -96,6 +113,49 @@ class LeaseTable:
         record.lease = replace(record.lease, block_ids=record.lease.block_ids + taken.block_ids)
         return taken.block_ids
 
+    def swap_out(self, ref: LeaseRef, owner: str, num_bytes: int) -> tuple[int, ...] | None:
+        """Pages for a copy of the lease's KV; None if there is no room. Raises LeaseLost."""
+        record = self._owned(ref, owner)
+        if record.swap_pages:
+            raise LeaseLost(f"lease {ref.lease_id} has swap pages already")
+        pages = self._swap.take(num_bytes)
+        record.swap_pages = pages or ()
+        return pages
+
+    def swapped_out(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
+        """The copy is made: the token blocks are free, or cached under the hashes of ``computed``. Raises LeaseLost."""
+        record = self._owned(ref, owner)
+        if not record.swap_pages:
+            raise LeaseLost(f"lease {ref.lease_id} has no swap pages to live in")
+        self._publish(record, computed)
+        self._blocks.give_back(record.lease.model, record.lease.block_ids)
+        record.lease = replace(record.lease, block_ids=())
+        record.gives_way = False
+
+    def swap_in(
+        self, ref: LeaseRef, block_size: int, demand: KvDemand, max_new_slabs: int | None = None
+    ) -> Taken | None:
+        """Token blocks for a swapped lease, of which the cached ones need no copy; None if there is no room.
+
+        Raises LeaseLost.
+        """
+        record = self._at(ref)
+        if not record.is_swapped:
+            raise LeaseLost(f"lease {ref.lease_id} is not swapped")
+        needed, max_cached = blocks_for(demand.num_tokens, block_size), demand.max_cached_tokens // block_size
+        taken = self._blocks.take(record.lease.model, needed, demand.block_hashes, max_cached, max_new_slabs)
+        if taken is not None:
+            record.lease = replace(record.lease, block_ids=taken.block_ids)
+        return taken
+
+    def swapped_in(self, ref: LeaseRef, owner: str) -> None:
+        """The KV is copied back: the pages are free. Raises LeaseLost."""
+        record = self._owned(ref, owner)
+        if record.is_swapped:
+            raise LeaseLost(f"lease {ref.lease_id} has no token blocks to live in")
+        self._swap.give_back(record.swap_pages)
+        record.swap_pages = ()
+
     def release(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
         """Ends the lease; its blocks are free, or cached under the hashes of ``computed``. Raises LeaseLost."""
         self._publish(self._owned(ref, owner), computed)
@@ -110,11 +170,15 @@ class LeaseTable:
             record = self._records.get(lease_id)
             if record is not None and record.owner == owner:
                 self._publish(record, hashes)
-        return self._end_all(lambda record: record.owner == owner)
+        num_ended = self._end_all(lambda record: record.owner == owner)
+        self.num_orphaned += num_ended
+        return num_ended
 
     def drop_expired(self, now_s: float) -> int:
         """Ends credits that were not used in time; returns how many."""
-        return self._end_all(lambda record: record.expires_at_s is not None and record.expires_at_s <= now_s)
+        num_ended = self._end_all(lambda record: record.expires_at_s is not None and record.expires_at_s <= now_s)
+        self.num_expired += num_ended
+        return num_ended
 
     def next_expiry_s(self) -> float | None:
         """When the next credit expires, or None."""
@@ -132,12 +196,39 @@ class LeaseTable:
         """Credits, or leases of workers, of one model."""
         return sum(r.lease.model == model and (r.expires_at_s is not None) is credits for r in self._records.values())
 
+    def count_swapped(self, model: str) -> int:
+        """Leases of one model that have no token blocks now."""
+        return sum(r.lease.model == model and r.is_swapped for r in self._records.values())
+
+    def ask_to_give_way(self, owners: Collection[str], models: Collection[str]) -> tuple[str, int] | None:
+        """Chooses the last in order of the leases that ``owners`` have of ``models``: owner and id, or None.
+
+        It is the same one again until it has given its token blocks back.
+        """
+        asked = next((r for r in self._records.values() if r.gives_way), None)
+        if asked is not None:
+            return asked.owner, asked.lease.ref.lease_id
+        possible = [r for r in self._records.values() if r.owner in owners and r.lease.model in models]
+        last = max((r for r in possible if r.lease.block_ids and not r.swap_pages), key=lambda r: r.order, default=None)
+        if last is None:
+            return None
+        last.gives_way = True
+        return last.owner, last.lease.ref.lease_id
+
+    def swapped_model(self, ref: LeaseRef, owner: str) -> str:
+        """The model of a swapped lease. Raises LeaseLost if it is not there, not its owner's, or not swapped."""
+        record = self._owned(ref, owner)
+        if not record.is_swapped:
+            raise LeaseLost(f"lease {ref.lease_id} is not swapped")
+        return record.lease.model
+
     def check_integrity(self) -> None:
         """Proves the invariant; raises AssertionError."""
         held: dict[str, Counter[int]] = {}
         for record in self._records.values():
             held.setdefault(record.lease.model, Counter()).update(record.lease.block_ids)
         self._blocks.check_integrity(held)
+        self._swap.check_integrity(page for record in self._records.values() for page in record.swap_pages)
 
     def _at(self, ref: LeaseRef) -> LeaseRecord:
         record = self._records.get(ref.lease_id)
@@ -163,8 +254,9 @@ class LeaseTable:
         return record.lease
 
     def _end(self, lease_id: int) -> None:
-        lease = self._records.pop(lease_id).lease
-        self._blocks.give_back(lease.model, lease.block_ids)
+        record = self._records.pop(lease_id)
+        self._blocks.give_back(record.lease.model, record.lease.block_ids)
+        self._swap.give_back(record.swap_pages)
 
     def _end_all(self, chosen: Callable[[LeaseRecord], bool]) -> int:
         ending = [lease_id for lease_id, record in self._records.items() if chosen(record)]

@@ -1,4 +1,4 @@
-"""The unit's shared memory: the pool and the grant page, two memfds that live as long as somebody maps them."""
+"""The unit's shared memory: pool, swap region and grant page, memfds that live as long as somebody maps them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from muxmesh.errors import Overloaded
 class UnitMemory:
     """Owns the memfds and the slots of the grant page."""
 
-    def __init__(self, pool_bytes: int) -> None:
+    def __init__(self, pool_bytes: int, swap_bytes: int = 0) -> None:
         self.pool_fd = os.memfd_create("muxmesh-kv-pool", os.MFD_CLOEXEC)
         os.ftruncate(self.pool_fd, pool_bytes)
+        self.swap_fd = os.memfd_create("muxmesh-kv-swap", os.MFD_CLOEXEC)
+        os.ftruncate(self.swap_fd, swap_bytes)
         self.page_fd = os.memfd_create("muxmesh-grants", os.MFD_CLOEXEC)
         os.ftruncate(self.page_fd, PAGE_BYTES)
         self.doorbell_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

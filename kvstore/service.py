@@ -12,7 +12,8 @@ from kvstore.admission import WaitingKey
 from kvstore.attach import AttachServer
 from kvstore.grant import Word
 from kvstore.memory import UnitMemory
-from kvstore.unit import CreditGiven, Unit, WorkerRecord
+from kvstore.swap import PAGE_BYTES
+from kvstore.unit import CreditGiven, SwapInGiven, Unit, WorkerRecord
 from muxmesh import prefix
 from muxmesh.clock import Clock
 from muxmesh.config.schema import UnitConfig
@@ -35,14 +36,22 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         self._clock = clock
         self.attach: AttachServer | None = None
         self._routers: dict[str, asyncio.Queue[kvstore_pb2.AdmitResponse | None]] = {}
-        self._watchers: dict[str, asyncio.Queue[Lease]] = {}
+        self._watchers: dict[str, asyncio.Queue[Lease | int]] = {}
+        self._swap_ins: dict[int, asyncio.Future[SwapInGiven]] = {}
         self._num_streams = 0
         self._expiry: asyncio.TimerHandle | None = None
 
     def changed(self) -> None:
         """Room or demand changed: gives the credits that are possible now."""
-        for given in self._unit.give_credits(self._clock.monotonic_s()):
-            self._routers[given.router].put_nowait(_credit(given))
+        given = self._unit.give_room(self._clock.monotonic_s())
+        for credit in given.credits:
+            self._routers[credit.router].put_nowait(_credit(credit))
+        for swap_in in given.swap_ins:
+            if not (waiting := self._swap_ins[swap_in.lease_id]).done():
+                waiting.set_result(swap_in)
+        for asked in given.give_way:
+            if asked.worker in self._watchers:
+                self._watchers[asked.worker].put_nowait(asked.lease_id)
         self._watch_expiry()
 
     async def Admit(
@@ -96,7 +105,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     def _return_credit(self, router: str, wire: Any) -> None:
         ref = convert.ref_from_wire(wire)
         if any(lease.ref == ref for lease in self._unit.leases.of_owner(router)):
-            self._unit.leases.release(ref, router)
+            self._unit.release(ref, router)
 
     async def AcquireLease(
         self, request: kvstore_pb2.AcquireLeaseRequest, context: Context
@@ -124,7 +133,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     ) -> kvstore_pb2.ReleaseLeaseResponse:
         """See the proto."""
         computed = prefix.split(request.block_hashes)
-        self._unit.leases.release(convert.ref_from_wire(request.lease), request.owner, computed)
+        self._unit.release(convert.ref_from_wire(request.lease), request.owner, computed)
         self.changed()
         return kvstore_pb2.ReleaseLeaseResponse()
 
@@ -134,6 +143,45 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         if block_ids is None:
             raise Overloaded(f"the KV pool has no room for {request.num_blocks} more token blocks")
         return kvstore_pb2.GrowLeaseResponse(block_ids=block_ids)
+
+    async def SwapOut(self, request: kvstore_pb2.SwapOutRequest, context: Context) -> kvstore_pb2.SwapOutResponse:
+        """See the proto."""
+        pages = self._unit.leases.swap_out(convert.ref_from_wire(request.lease), request.owner, request.num_bytes)
+        if pages is None:
+            raise Overloaded(f"the swap region has no room for {request.num_bytes} bytes")
+        return kvstore_pb2.SwapOutResponse(pages=pages)
+
+    async def FinishSwapOut(
+        self, request: kvstore_pb2.FinishSwapOutRequest, context: Context
+    ) -> kvstore_pb2.FinishSwapOutResponse:
+        """See the proto."""
+        computed = prefix.split(request.block_hashes)
+        self._unit.leases.swapped_out(convert.ref_from_wire(request.lease), request.owner, computed)
+        self.changed()
+        return kvstore_pb2.FinishSwapOutResponse()
+
+    async def SwapIn(self, request: kvstore_pb2.SwapInRequest, context: Context) -> kvstore_pb2.SwapInResponse:
+        """See the proto. A caller that is gone waits no longer; what it was given meanwhile ends with its lease."""
+        ref, num_tokens = convert.ref_from_wire(request.lease), request.num_tokens
+        demand = KvDemand(num_tokens, num_tokens, prefix.split(request.block_hashes), request.max_cached_tokens)
+        waiting = self._swap_ins[ref.lease_id] = asyncio.get_running_loop().create_future()
+        try:
+            order = OrderKey(request.priority, request.arrived_at_unix_s)
+            self._unit.ask_swap_in(ref, request.owner, demand, order)
+            self.changed()
+            given = await waiting
+        finally:
+            self._unit.admission.withdraw(request.owner, ref.lease_id)
+            if self._swap_ins.get(ref.lease_id) is waiting:
+                del self._swap_ins[ref.lease_id]
+        return kvstore_pb2.SwapInResponse(block_ids=given.block_ids, num_cached_blocks=given.num_cached)
+
+    async def FinishSwapIn(
+        self, request: kvstore_pb2.FinishSwapInRequest, context: Context
+    ) -> kvstore_pb2.FinishSwapInResponse:
+        """See the proto."""
+        self._unit.leases.swapped_in(convert.ref_from_wire(request.lease), request.owner)
+        return kvstore_pb2.FinishSwapInResponse()
 
     async def WatchLeases(
         self, request: kvstore_pb2.WatchLeasesRequest, context: Context
@@ -147,7 +195,11 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         await context.send_initial_metadata(())
         try:
             while True:
-                yield kvstore_pb2.WatchLeasesResponse(arrived=convert.lease_to_wire(await queue.get()))
+                news = await queue.get()
+                if isinstance(news, Lease):
+                    yield kvstore_pb2.WatchLeasesResponse(arrived=convert.lease_to_wire(news))
+                else:
+                    yield kvstore_pb2.WatchLeasesResponse(give_way=news)
         finally:
             del self._watchers[request.owner]
 
@@ -165,6 +217,12 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
             leased_bytes=unit.leased_bytes(),
             cached_bytes=unit.cached_bytes(),
             num_handoffs=leases.num_handoffs,
+            fragmented_bytes=unit.fragmented_bytes(),
+            swap_bytes=unit.swap.num_pages * PAGE_BYTES,
+            swap_used_bytes=(unit.swap.num_pages - unit.swap.num_free_pages) * PAGE_BYTES,
+            num_swapped_leases=sum(map(leases.count_swapped, unit.models)),
+            num_leases_expired=leases.num_expired,
+            num_leases_orphaned=leases.num_orphaned,
         )
         models = [self._model_status(name) for name in unit.models]
         counts = leases.count_by_owner()
@@ -209,16 +267,19 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
             num_computed_tokens=page.read(slot, Word.NUM_COMPUTED_TOKENS),
             kv_bytes_written=page.read(slot, Word.KV_BYTES_WRITTEN),
             busy_s=page.read(slot, Word.BUSY_NS) / 1e9,
+            swap_out_bytes=page.read(slot, Word.SWAP_OUT_BYTES),
+            swap_in_bytes=page.read(slot, Word.SWAP_IN_BYTES),
+            swap_s=page.read(slot, Word.SWAP_NS) / 1e9,
         )
 
     def _watch_expiry(self) -> None:
-        """One timer, only while credits are out: an idle unit wakes up for nothing."""
+        """One timer, only while credits are out or claims wait: an idle unit wakes up for nothing."""
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
-        expires_at_s = self._unit.leases.next_expiry_s()
-        if expires_at_s is not None:
-            wait_s = max(0.0, expires_at_s - self._clock.monotonic_s())
+        change_at_s = self._unit.next_change_s()
+        if change_at_s is not None:
+            wait_s = max(0.0, change_at_s - self._clock.monotonic_s())
             self._expiry = asyncio.get_running_loop().call_later(wait_s, self.changed)
 
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvstore.admission import Admission, WaitingKey
 from kvstore.blocks import BlockTable
 from kvstore.leases import LeaseTable
 from kvstore.quotas import ADAPT_EVERY_S, Use, adapted, initial_quotas
 from kvstore.slab_pool import SlabPool
+from kvstore.swap import SwapSpace
 from muxmesh.config.runtime import Role
 from muxmesh.errors import InvalidRequest, WorkerLost
 from muxmesh.models.spec import KvShape
-from muxmesh.types import Lease, LeaseRef, blocks_for
+from muxmesh.types import KvDemand, Lease, LeaseRef, OrderKey, blocks_for
 
 _ID_BITS = 16
 CREDIT_TTL_S = 30.0
 """A credit that no worker acquired for so long is taken back."""
+RECLAIM_AFTER_S = 1.0
+"""A key within its model's quota that waits for so long makes answers of models past theirs give way, ..."""
+RECLAIM_EVERY_S = 0.1
+"""... one by one, at least so far apart."""
 
 
 @dataclass(slots=True)
@@ -53,15 +58,49 @@ class CreditGiven:
     decode: WorkerRecord
 
 
+@dataclass(frozen=True, slots=True)
+class SwapInGiven:
+    """Token blocks for a swapped lease of ``worker``; the first ``num_cached`` hold its beginning already."""
+
+    worker: str
+    lease_id: int
+    block_ids: tuple[int, ...]
+    num_cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class GiveWay:
+    """``worker`` is to give back the token blocks of a lease: to swap them, or to let the request begin anew."""
+
+    worker: str
+    lease_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoomGiven:
+    """What `Unit.give_room` decided: whoever is named here has to be told."""
+
+    credits: list[CreditGiven] = field(default_factory=list)
+    swap_ins: list[SwapInGiven] = field(default_factory=list)
+    give_way: list[GiveWay] = field(default_factory=list)
+
+
 def first_id(unix_s: float) -> int:
     """A ``last_id`` for a unit that starts now: above all that an earlier life of it gave out."""
     return int(unix_s * 1000) << _ID_BITS
 
 
 class Unit:
-    """Owns the unit's state. Whoever changes it calls `give_credits` afterwards and sends what that returns."""
+    """Owns the unit's state. Whoever changes it calls `give_room` afterwards and sends what that returns."""
 
-    def __init__(self, pool_bytes: int, slab_bytes: int, models: Mapping[str, ModelShare], last_id: int = 0) -> None:
+    def __init__(
+        self,
+        pool_bytes: int,
+        slab_bytes: int,
+        models: Mapping[str, ModelShare],
+        last_id: int = 0,
+        swap_bytes: int = 0,
+    ) -> None:
         """Raises ValueError if a slab does not hold one token block of each model.
 
         ``last_id``: lease ids go on from here, and incarnations from its upper bits; see `first_id`.
@@ -71,11 +110,13 @@ class Unit:
         self.slab_bytes = slab_bytes
         self.pool = SlabPool(pool_bytes // slab_bytes, blocks)
         self.blocks = BlockTable(self.pool)
-        self.leases = LeaseTable(self.blocks, last_id)
+        self.swap = SwapSpace(swap_bytes)
+        self.leases = LeaseTable(self.blocks, self.swap, last_id)
         self.admission = Admission()
         self.quotas = initial_quotas(self.pool.num_slabs, self._guaranteed())
         self._slab_seconds = dict.fromkeys(models, 0.0)
         self._counted_until_s: float | None = None
+        self._reclaim_at_s: float | None = None
         self._adapted_at_s: float | None = None
         self.workers: dict[str, WorkerRecord] = {}
         self._incarnations = last_id >> _ID_BITS
@@ -95,11 +136,12 @@ class Unit:
         Returns how many. ``computed``: see `ProgressPage.read`.
         """
         self.workers.pop(name, None)
+        self.admission.drop_asker(name)
         return self.leases.drop_owner(name, computed)
 
     def router_gone(self, router: str) -> None:
         """A router's stream broke: its keys and unused credits end. Workers end their own leases."""
-        self.admission.drop_router(router)
+        self.admission.drop_asker(router)
         self.leases.drop_owner(router)
 
     def offer(self, key: WaitingKey) -> None:
@@ -115,12 +157,19 @@ class Unit:
             )
         self.admission.offer(key)
 
-    def give_credits(self, now_s: float) -> list[CreditGiven]:
-        """Drops expired credits, adapts the quotas when it is time, then gives credits while there is room."""
+    def ask_swap_in(self, ref: LeaseRef, owner: str, demand: KvDemand, order: OrderKey) -> None:
+        """A worker wants token blocks for a swapped lease; they come with `give_room`. Raises LeaseLost."""
+        model = self.leases.swapped_model(ref, owner)
+        self.admission.offer(WaitingKey(owner, ref.lease_id, model, order, demand, ref))
+
+    def give_room(self, now_s: float) -> RoomGiven:
+        """Drops expired credits, adapts the quotas when it is time, then gives out room while there is some: in order,
+        to new requests as credits, and to swapped leases as token blocks.
+        """
         self._count_use(now_s)
         self.leases.drop_expired(now_s)
         self._adapt(now_s)
-        given: list[CreditGiven] = []
+        given = RoomGiven()
         taken = {model: self._num_taken(model) for model in self.models}
 
         def has_slot(model: str) -> bool:
@@ -132,19 +181,60 @@ class Unit:
             return self.blocks.num_slabs_with(key.model, needed) <= self.quotas[key.model]
 
         def try_credit(key: WaitingKey, lend: bool) -> bool:
-            block_size, expires_at_s = self.models[key.model].shape.block_size, now_s + CREDIT_TTL_S
             most = None if lend else self.quotas[key.model] - self.blocks.num_used_slabs(key.model)
-            lease = self.leases.grant_credit(key.model, block_size, key.demand, key.router, expires_at_s, most)
-            if lease is None:
-                return False
-            taken[key.model] += 1
-            prefill, decode = (self.ready_worker(role, key.model) for role in (Role.PREFILL, Role.DECODE))
-            assert prefill and decode
-            given.append(CreditGiven(key.router, key.key_id, lease, prefill, decode))
-            return True
+            if key.swapped:
+                swap_in = self._swap_in(key, key.swapped, most)
+                given.swap_ins.extend([swap_in] if swap_in else [])
+                fits = swap_in is not None
+            else:
+                credit = self._credit(key, most, now_s + CREDIT_TTL_S)
+                given.credits.extend([credit] if credit else [])
+                fits = credit is not None
+            taken[key.model] += fits
+            return fits
 
-        self.admission.admit(has_slot, is_within_quota, try_credit)
+        claims_wait = self.admission.admit(has_slot, is_within_quota, try_credit)
+        self._reclaim(claims_wait, now_s, given.give_way)
         return given
+
+    def next_change_s(self) -> float | None:
+        """When `give_room` has something to do though nothing happens, or None."""
+        times = (self.leases.next_expiry_s(), self._reclaim_at_s)
+        return min((time for time in times if time is not None), default=None)
+
+    def _reclaim(self, claims_wait: bool, now_s: float, give_way: list[GiveWay]) -> None:
+        """What is lent comes back as requests end; if that takes too long, the last in order gives way."""
+        if not claims_wait:
+            self._reclaim_at_s = None
+        elif self._reclaim_at_s is None:
+            self._reclaim_at_s = now_s + RECLAIM_AFTER_S
+        elif now_s >= self._reclaim_at_s:
+            self._reclaim_at_s = now_s + RECLAIM_EVERY_S
+            decoding = {worker.name for worker in self.workers.values() if worker.role is Role.DECODE}
+            past = [model for model in self.models if self.blocks.num_used_slabs(model) > self.quotas[model]]
+            chosen = self.leases.ask_to_give_way(decoding, past)
+            give_way.extend([GiveWay(*chosen)] if chosen else [])
+
+    def _credit(self, key: WaitingKey, max_new_slabs: int | None, expires_at_s: float) -> CreditGiven | None:
+        block_size = self.models[key.model].shape.block_size
+        lease = self.leases.grant_credit(
+            key.model, block_size, key.demand, key.order, key.asker, expires_at_s, max_new_slabs
+        )
+        if lease is None:
+            return None
+        prefill, decode = (self.ready_worker(role, key.model) for role in (Role.PREFILL, Role.DECODE))
+        assert prefill and decode
+        return CreditGiven(key.asker, key.key_id, lease, prefill, decode)
+
+    def _swap_in(self, key: WaitingKey, ref: LeaseRef, max_new_slabs: int | None) -> SwapInGiven | None:
+        block_size = self.models[key.model].shape.block_size
+        taken = self.leases.swap_in(ref, block_size, key.demand, max_new_slabs)
+        return None if taken is None else SwapInGiven(key.asker, key.key_id, taken.block_ids, taken.num_cached)
+
+    def release(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
+        """Ends a lease, whether it has token blocks or waits for them. Raises LeaseLost."""
+        self.leases.release(ref, owner, computed)
+        self.admission.withdraw(owner, ref.lease_id)
 
     def acquire(self, ref: LeaseRef, worker: str) -> Lease:
         """The prefill worker takes the credit. Raises LeaseLost, WorkerLost."""
@@ -170,6 +260,11 @@ class Unit:
     def cached_bytes(self) -> int:
         """Bytes of the token blocks that nobody has and that hold a prefix."""
         return sum(self.blocks.num_cached(name) * share.shape.token_block_bytes for name, share in self.models.items())
+
+    def fragmented_bytes(self) -> int:
+        """Bytes of lent slabs that are no token block in use or cached: what only their own models could take."""
+        lent = (self.pool.num_slabs - self.pool.num_free_slabs) * self.slab_bytes
+        return lent - self.leased_bytes() - self.cached_bytes()
 
     def check_integrity(self) -> None:
         """Proves that every token block is in one place; raises AssertionError."""
@@ -197,7 +292,9 @@ class Unit:
         self._adapted_at_s = now_s
 
     def _num_taken(self, model: str) -> int:
-        return self.leases.count(model, credits=True) + self.leases.count(model, credits=False)
+        """Decode slots: a swapped lease has none, and needs one to come back."""
+        has_any = self.leases.count(model, credits=True) + self.leases.count(model, credits=False)
+        return has_any - self.leases.count_swapped(model)
 
     def _attached(self, worker: str) -> None:
         if worker not in self.workers:

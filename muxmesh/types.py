@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Literal
+
+KvFormat = Literal["raw", "int8"]
+"""How KV is kept outside the pool: as it is, or quantized."""
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 """Of the public API, where nothing else is said."""
@@ -127,7 +131,7 @@ class EngineRequest:
 
     ``resume_token_ids`` are output tokens that the client already has. They are computed again after a
     worker was lost, and never sampled again. ``sequence`` tells apart the answers to one prompt. Requests share
-    cached prefixes only under the same ``cache_salt``.
+    cached prefixes only under the same ``cache_salt``. ``kv_swap_format`` None: the model's own.
     """
 
     request_id: str
@@ -141,6 +145,7 @@ class EngineRequest:
     sequence: int = 0
     cache_salt: str = ""
     bypass_prefix_cache: bool = False
+    kv_swap_format: KvFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from muxmesh.errors import InvalidRequest
-from muxmesh.types import EngineRequest, OrderKey, Sampling, Stopping
+from muxmesh.types import EngineRequest, KvFormat, OrderKey, Sampling, Stopping
 from muxmesh.v1 import inference_pb2
 from router.served_model import ServedModel, find_model
 
@@ -33,6 +33,11 @@ MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_SEQUENCES = 64
 MAX_CACHE_SALT = 256
+_SWAP_FORMATS: dict[int, KvFormat | None] = {
+    inference_pb2.KV_SWAP_FORMAT_UNSPECIFIED: None,
+    inference_pb2.KV_SWAP_FORMAT_RAW: "raw",
+    inference_pb2.KV_SWAP_FORMAT_INT8: "int8",
+}
 _DEFAULTS = Sampling()
 _PROMPTS = ("text", "token_ids", "chat")
 _UNSUPPORTED: tuple[Literal["session_id", "expected_output_tokens"], ...] = ("session_id", "expected_output_tokens")
@@ -70,6 +75,9 @@ def check(
         raise InvalidRequest("sampling.num_sequences", f"is {wire.sampling.num_sequences}; at most {MAX_SEQUENCES}")
     if len(wire.kv.cache_salt) > MAX_CACHE_SALT:
         raise InvalidRequest("kv.cache_salt", f"is {len(wire.kv.cache_salt)} characters; at most {MAX_CACHE_SALT}")
+    if wire.kv.swap_format not in _SWAP_FORMATS:
+        known = ", ".join(inference_pb2.KvSwapFormat.keys())
+        raise InvalidRequest("kv.swap_format", f"is {wire.kv.swap_format}; one of: {known}")
     return CheckedRequest(wire, model, _sampling(wire, model, drawn_seed), max(1, wire.sampling.num_sequences))
 
 
@@ -123,6 +131,7 @@ def complete(
         order=OrderKey(wire.priority, arrived_at_unix_s),
         cache_salt=wire.kv.cache_salt,
         bypass_prefix_cache=wire.kv.bypass_prefix_cache,
+        kv_swap_format=_SWAP_FORMATS[wire.kv.swap_format],
     )
 
 

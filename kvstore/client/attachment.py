@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from kvstore.attach_protocol import MAX_MESSAGE_BYTES, NUM_FDS
+from kvstore.client.swap import SwapRegion
 from kvstore.grant import GrantPage, Word
 from kvstore.progress import ProgressPage
 from muxmesh.config.runtime import Role
@@ -27,17 +28,19 @@ _ANSWER_TIMEOUT_S = 5.0
 
 
 class Attachment:
-    """What the unit gave this worker. ``pool`` is the unit's memory itself, as f32; ``worker`` is our name there.
+    """What the unit gave this worker. ``pool`` is the unit's memory itself, as f32; ``worker`` is our name there;
+    ``swap`` is None if the unit has no host memory to swap to.
 
     ``progress`` is where the unit looks for what we had computed, should we die.
     """
 
     def __init__(self, connection: socket.socket, reply: dict[str, Any], fds: list[int]) -> None:
-        pool_fd, page_fd, self.doorbell_fd, self.bell_fd, progress_fd = fds
+        pool_fd, swap_fd, page_fd, self.doorbell_fd, self.bell_fd, progress_fd = fds
         self.pool = np.frombuffer(mmap.mmap(pool_fd, 0), dtype=np.float32)
+        self.swap = SwapRegion(swap_fd) if os.fstat(swap_fd).st_size else None
         self.page = GrantPage(page_fd)
         self.progress = ProgressPage(progress_fd, *reply["progress"])
-        for mapped in (pool_fd, page_fd, progress_fd):
+        for mapped in (pool_fd, swap_fd, page_fd, progress_fd):
             os.close(mapped)
         self.worker = str(reply["worker"])
         self.slot = int(reply["slot"])

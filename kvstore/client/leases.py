@@ -14,7 +14,7 @@ from muxmesh.errors import LeaseLost, MeshError
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.rpc.status import from_rpc_error
-from muxmesh.types import Lease, LeaseRef
+from muxmesh.types import KvDemand, Lease, LeaseRef, OrderKey
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +63,37 @@ class LeaseClient:
         )
         return tuple((await _answer(self._stub.GrowLease(request))).block_ids)
 
+    async def swap_out(self, ref: LeaseRef, num_bytes: int) -> tuple[int, ...]:
+        """Pages of the swap region for a copy of the lease's KV. Raises Overloaded if there is no room, LeaseLost."""
+        request = kvstore_pb2.SwapOutRequest(lease=convert.ref_to_wire(ref), owner=self._worker, num_bytes=num_bytes)
+        return tuple((await _answer(self._stub.SwapOut(request))).pages)
+
+    async def swapped_out(self, ref: LeaseRef, computed: Sequence[bytes]) -> None:
+        """The copy is made; the lease's token blocks are not ours any more. ``computed``: see `release_after`."""
+        request = kvstore_pb2.FinishSwapOutRequest(
+            lease=convert.ref_to_wire(ref), owner=self._worker, block_hashes=prefix.joined(computed)
+        )
+        await _answer(self._stub.FinishSwapOut(request))
+
+    async def swap_in(self, ref: LeaseRef, order: OrderKey, demand: KvDemand) -> tuple[tuple[int, ...], int]:
+        """Waits for token blocks for a swapped lease; how many of the first need no copy. Raises LeaseLost."""
+        request = kvstore_pb2.SwapInRequest(
+            lease=convert.ref_to_wire(ref),
+            owner=self._worker,
+            priority=order.priority,
+            arrived_at_unix_s=order.arrived_at_s,
+            num_tokens=demand.num_tokens,
+            block_hashes=prefix.joined(demand.block_hashes),
+            max_cached_tokens=demand.max_cached_tokens,
+        )
+        response = await _answer(self._stub.SwapIn(request))
+        return tuple(response.block_ids), response.num_cached_blocks
+
+    async def swapped_in(self, ref: LeaseRef) -> None:
+        """The KV is copied back; the pages are not ours any more. Raises LeaseLost."""
+        request = kvstore_pb2.FinishSwapInRequest(lease=convert.ref_to_wire(ref), owner=self._worker)
+        await _answer(self._stub.FinishSwapIn(request))
+
     def release_after(
         self, quiesce: Callable[[], Awaitable[None]], ref: LeaseRef, computed: Sequence[bytes] = ()
     ) -> None:
@@ -83,12 +114,13 @@ class LeaseClient:
 
         self._spawn(release())
 
-    async def watch(self) -> AsyncIterator[Lease]:
-        """Leases that arrive at this worker, for as long as the unit lives."""
+    async def watch(self) -> AsyncIterator[Lease | int]:
+        """Leases that arrive at this worker, and ids of those that are to give way, for as long as the unit lives."""
         call = self._stub.WatchLeases(kvstore_pb2.WatchLeasesRequest(owner=self._worker))
         try:
             async for response in call:
-                yield convert.lease_from_wire(response.arrived)
+                arrived = response.WhichOneof("news") == "arrived"
+                yield convert.lease_from_wire(response.arrived) if arrived else response.give_way
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
 

@@ -16,6 +16,7 @@ from kvstore.attach_protocol import BEAT_EVERY_S
 from kvstore.client.attachment import Attachment, attach
 from kvstore.client.grant import SharedGrant
 from kvstore.client.leases import LeaseClient
+from kvstore.client.swapper import Swapper
 from kvstore.progress import ProgressPage
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime, Role
@@ -28,6 +29,7 @@ from muxmesh.models.prepare import model_spec
 from muxmesh.registry import Registry
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.server import MeshServer, Register
+from muxmesh.types import KvFormat
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +42,9 @@ class WorkerParts:
     leases: LeaseClient
     progress: ProgressPage
     block_size: int
+    kv_swap_format: KvFormat
+    swapper: Swapper | None
+    """None: the unit has no memory to swap to."""
     give_up: Callable[[str], None]
     """Ends the process, which cannot be of use any more; the supervisor starts another."""
 
@@ -80,9 +85,11 @@ async def host_worker(runtime: MeshRuntime, role: Role, model: str, open_service
     ]
     async with internal_channel(runtime.kvstore_address(unit.name)) as channel:
         leases = LeaseClient(channel, attachment.worker)
-        async with open_services(
-            WorkerParts(engine, leases, attachment.progress, config.block_size, give_up)
-        ) as services:
+        swapper = Swapper(attachment, attachment.swap, view, leases, SystemClock()) if attachment.swap else None
+        parts = WorkerParts(
+            engine, leases, attachment.progress, config.block_size, config.kv_swap_format, swapper, give_up
+        )
+        async with open_services(parts) as services:
             server = MeshServer(services)
             await server.start([address])
             await server.set_serving()
@@ -95,6 +102,8 @@ async def host_worker(runtime: MeshRuntime, role: Role, model: str, open_service
             task.cancel()
         await engine.stop()
         await leases.close()
+        if swapper:
+            swapper.close()
 
 
 async def _beat(attachment: Attachment) -> None:

@@ -63,8 +63,18 @@ def _print_unit(unit: mesh_pb2.UnitStatus) -> None:
     print(
         f"\nunit {unit.unit} on {unit.device}: KV pool {pool.pool_bytes / _MIB:.0f} MiB, leased "
         f"{pool.leased_bytes / _MIB:.1f} MiB, cached {pool.cached_bytes / _MIB:.1f} MiB, {pool.num_free_slabs} of "
-        f"{pool.num_slabs} slabs free, {pool.num_handoffs} hand-offs\n"
+        f"{pool.num_slabs} slabs free, {pool.fragmented_bytes / _MIB:.1f} MiB fragmented, {pool.num_handoffs} hand-offs"
     )
+    if pool.swap_bytes:
+        copied = sum(worker.swap_out_bytes + worker.swap_in_bytes for worker in unit.workers)
+        seconds = sum(worker.swap_s for worker in unit.workers)
+        print(
+            f"swap {pool.swap_used_bytes / _MIB:.1f} of {pool.swap_bytes / _MIB:.0f} MiB, {pool.num_swapped_leases} "
+            f"answers swapped, {copied / _MIB:.1f} MiB copied in {seconds:.2f} s"
+        )
+    if pool.num_leases_expired or pool.num_leases_orphaned:
+        print(f"leases: {pool.num_leases_expired} expired, {pool.num_leases_orphaned} orphaned")
+    print()
     _table(
         ("MODEL", "QUOTA MIB", "TOKEN BLOCKS LEASED", "CACHED", "FREE", "PREFIX HITS", "WAITING"),
         (

@@ -14,7 +14,7 @@ import grpc
 from muxmesh.errors import InternalError, InvalidRequest, ModelNotFound
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
 from muxmesh.rpc.status import from_rpc_error
-from muxmesh.types import DEFAULT_ADDRESS, Candidate, TokenLogprobs
+from muxmesh.types import DEFAULT_ADDRESS, Candidate, KvFormat, TokenLogprobs
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 
 _OPTIONS = (
@@ -158,6 +158,7 @@ class MeshClient:
         prompt_logprobs: int | None = None,
         cache_salt: str = "",
         bypass_prefix_cache: bool = False,
+        kv_swap_format: KvFormat | None = None,
         priority: int = 0,
         request_id: str = "",
         timeout_s: float | None = None,
@@ -167,6 +168,7 @@ class MeshClient:
         ``model`` may be left out if the mesh serves only one. ``num_sequences``: so many answers to the prompt, which
         is computed once; each delta says by ``index`` to which it belongs. ``logprobs`` and ``prompt_logprobs``: with
         so many of the likeliest candidates. Requests share cached prefixes only under the same ``cache_salt``.
+        ``kv_swap_format``: how the KV is kept if the answer has to give way to others; None: as configured.
         ``priority``: lower is sooner. ``timeout_s`` is the deadline of the whole answer.
 
         Raises InvalidRequest, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable.
@@ -224,7 +226,11 @@ class MeshClient:
                     output_logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
                 ),
-                kv=inference_pb2.KvOptions(cache_salt=cache_salt, bypass_prefix_cache=bypass_prefix_cache),
+                kv=inference_pb2.KvOptions(
+                    cache_salt=cache_salt,
+                    bypass_prefix_cache=bypass_prefix_cache,
+                    swap_format=_swap_format(kv_swap_format),
+                ),
                 truncate_prompt_tokens=truncate_prompt_tokens,
                 priority=priority,
             )
@@ -302,6 +308,17 @@ def _check_numbers(allowed: range, **numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and (not isinstance(number, int) or number not in allowed):
             raise InvalidRequest(name, f"is {number!r}; a whole number from {allowed[0]} to {allowed[-1]}")
+
+
+def _swap_format(kv_format: KvFormat | None) -> inference_pb2.KvSwapFormat.ValueType:
+    known: dict[KvFormat | None, inference_pb2.KvSwapFormat.ValueType] = {
+        None: inference_pb2.KV_SWAP_FORMAT_UNSPECIFIED,
+        "raw": inference_pb2.KV_SWAP_FORMAT_RAW,
+        "int8": inference_pb2.KV_SWAP_FORMAT_INT8,
+    }
+    if kv_format not in known:
+        raise InvalidRequest("kv_swap_format", f"is {kv_format!r}; raw or int8")
+    return known[kv_format]
 
 
 def _set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, StringConstraints
 
-from muxmesh.types import DEFAULT_ADDRESS
+from muxmesh.types import DEFAULT_ADDRESS, KvFormat
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
@@ -66,6 +66,9 @@ class ModelConfig(Section):
     """Memory of the unit's pool that this model can count on, like `512MiB`, in whole slabs. What it does not use is
     lent to others and comes back as their requests end. The rest of the pool is shared out equally at first, then by
     use."""
+    kv_swap_format: KvFormat = "raw"
+    """What is written to `kv_swap`: `raw` is exact. `int8` takes a quarter of the room and changes an answer that was
+    swapped a little; what came back from it is never shared through the prefix cache."""
     prefill_token_budget: int = Field(default=128, ge=1)
     """Prompt tokens computed in one step: a longer prompt is computed in chunks, smaller ones deep in a long prompt.
     A step is what other workers wait for and what a cancelled request still finishes. `max_num_seqs` is used if that
@@ -86,6 +89,9 @@ class UnitConfig(Section):
     """Where the unit computes."""
     kv_pool: ByteSize = Field(default=ByteSize(1024 * MIB), ge=MIB)
     """Memory for the KV cache of all models, like `2GiB`."""
+    kv_swap: ByteSize = Field(default=ByteSize(0), ge=0)
+    """Host memory for the KV of answers that give way when `kv_pool` is full, and come back when there is room. 0:
+    their KV is dropped and computed again. On a CPU a larger `kv_pool` is better, unless `kv_swap_format` is int8."""
     slab: ByteSize = Field(default=ByteSize(16 * MIB), ge=4096)
     """The piece of the pool that is lent to one model at a time."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)

@@ -133,8 +133,8 @@ class Engine(Protocol):
     def preempt(self, job_id: int) -> None:
         """Wishes the job off the device; Preempted says when, unless it ends first."""
 
-    def resume(self, job_id: int) -> None:
-        """Lets a pre-empted job go on."""
+    def resume(self, job_id: int, block_ids: tuple[int, ...] | None = None) -> None:
+        """Lets a pre-empted job go on; with ``block_ids``, in these blocks, which hold its KV now."""
 
     def extend(self, job_id: int, block_ids: tuple[int, ...]) -> None:
         """More token blocks, after those that the job has. A job whose blocks are full waits for them."""

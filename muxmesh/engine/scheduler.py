@@ -94,10 +94,13 @@ class Scheduler:
         else:
             self._pause(running)
 
-    def resume(self, job_id: int) -> None:
-        """Lets a paused job go on."""
+    def resume(self, job_id: int, block_ids: tuple[int, ...] | None = None) -> None:
+        """Lets a paused job go on; with ``block_ids``, in these blocks instead of those that it had."""
         if running := self._jobs.get(job_id):
             running.paused = running.pause_wished = False
+            if block_ids is not None:
+                assert not self._is_in_flight(job_id), "a job in flight does not move"
+                running.block_ids = block_ids
 
     def extend(self, job_id: int, block_ids: tuple[int, ...]) -> None:
         """More token blocks for the job, after those that it has."""

@@ -83,9 +83,9 @@ class StepEngine:
         self._scheduler.preempt(job_id)
         self._deliver()
 
-    def resume(self, job_id: int) -> None:
+    def resume(self, job_id: int, block_ids: tuple[int, ...] | None = None) -> None:
         """See `Engine`."""
-        self._scheduler.resume(job_id)
+        self._scheduler.resume(job_id, block_ids)
         self._wake.set()
 
     def extend(self, job_id: int, block_ids: tuple[int, ...]) -> None:

@@ -11,6 +11,7 @@ from muxmesh.types import (
     EngineRequest,
     Finish,
     FinishReason,
+    KvFormat,
     Lease,
     LeaseRef,
     LengthPrediction,
@@ -26,6 +27,9 @@ _FINISH = {
     FinishReason.EOS: request_pb2.FINISH_REASON_EOS,
 }
 _FINISH_BACK = {number: reason for reason, number in _FINISH.items()}
+
+
+_KV_FORMATS: dict[str, KvFormat] = {"raw": "raw", "int8": "int8"}
 
 
 def request_to_wire(request: EngineRequest) -> request_pb2.EngineRequest:
@@ -48,6 +52,7 @@ def request_to_wire(request: EngineRequest) -> request_pb2.EngineRequest:
         sequence=request.sequence,
         cache_salt=request.cache_salt,
         bypass_prefix_cache=request.bypass_prefix_cache,
+        kv_swap_format=request.kv_swap_format or "",
     )
     if prediction is not None:
         wire.prediction.p50_tokens = prediction.p50_tokens
@@ -78,6 +83,7 @@ def request_from_wire(wire: request_pb2.EngineRequest) -> EngineRequest:
         sequence=wire.sequence,
         cache_salt=wire.cache_salt,
         bypass_prefix_cache=wire.bypass_prefix_cache,
+        kv_swap_format=_KV_FORMATS.get(wire.kv_swap_format),
     )
 
 

@@ -24,6 +24,27 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _KvSwapFormat:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KvSwapFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KvSwapFormat.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KV_SWAP_FORMAT_UNSPECIFIED: _KvSwapFormat.ValueType  # 0
+    KV_SWAP_FORMAT_RAW: _KvSwapFormat.ValueType  # 1
+    """As it is: the answer does not change."""
+    KV_SWAP_FORMAT_INT8: _KvSwapFormat.ValueType  # 2
+    """A quarter of the room; an answer that was swapped differs a little."""
+
+class KvSwapFormat(_KvSwapFormat, metaclass=_KvSwapFormatEnumTypeWrapper): ...
+
+KV_SWAP_FORMAT_UNSPECIFIED: KvSwapFormat.ValueType  # 0
+KV_SWAP_FORMAT_RAW: KvSwapFormat.ValueType  # 1
+"""As it is: the answer does not change."""
+KV_SWAP_FORMAT_INT8: KvSwapFormat.ValueType  # 2
+"""A quarter of the room; an answer that was swapped differs a little."""
+Global___KvSwapFormat: _TypeAlias = KvSwapFormat  # noqa: Y015
+
 @_typing.final
 class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -381,17 +402,21 @@ class KvOptions(_message.Message):
 
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    SWAP_FORMAT_FIELD_NUMBER: _builtins.int
     bypass_prefix_cache: _builtins.bool
     """Computes every prompt token anew."""
     cache_salt: _builtins.str
     """Requests share cached prefixes only with requests of the same salt."""
+    swap_format: Global___KvSwapFormat.ValueType
+    """How the KV of this answer is kept if it has to give way to others. Unset: as the model is configured."""
     def __init__(
         self,
         *,
         bypass_prefix_cache: _builtins.bool = ...,
         cache_salt: _builtins.str = ...,
+        swap_format: Global___KvSwapFormat.ValueType = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "swap_format", b"swap_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___KvOptions: _TypeAlias = KvOptions  # noqa: Y015

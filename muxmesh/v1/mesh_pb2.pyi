@@ -257,6 +257,12 @@ class PoolStatus(_message.Message):
     LEASED_BYTES_FIELD_NUMBER: _builtins.int
     NUM_HANDOFFS_FIELD_NUMBER: _builtins.int
     CACHED_BYTES_FIELD_NUMBER: _builtins.int
+    FRAGMENTED_BYTES_FIELD_NUMBER: _builtins.int
+    SWAP_BYTES_FIELD_NUMBER: _builtins.int
+    SWAP_USED_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_SWAPPED_LEASES_FIELD_NUMBER: _builtins.int
+    NUM_LEASES_EXPIRED_FIELD_NUMBER: _builtins.int
+    NUM_LEASES_ORPHANED_FIELD_NUMBER: _builtins.int
     pool_bytes: _builtins.int
     slab_bytes: _builtins.int
     num_slabs: _builtins.int
@@ -266,6 +272,15 @@ class PoolStatus(_message.Message):
     num_handoffs: _builtins.int
     cached_bytes: _builtins.int
     """Of finished requests, kept for prompts that begin alike. They give way when room is needed."""
+    fragmented_bytes: _builtins.int
+    """Of lent slabs, neither leased nor cached: only the models that have those slabs can take it."""
+    swap_bytes: _builtins.int
+    """Host memory for the KV of answers that gave way, and how much of it they take."""
+    swap_used_bytes: _builtins.int
+    num_swapped_leases: _builtins.int
+    num_leases_expired: _builtins.int
+    """Since the unit started: credits that were not used in time, and leases whose owner died."""
+    num_leases_orphaned: _builtins.int
     def __init__(
         self,
         *,
@@ -276,8 +291,14 @@ class PoolStatus(_message.Message):
         leased_bytes: _builtins.int = ...,
         num_handoffs: _builtins.int = ...,
         cached_bytes: _builtins.int = ...,
+        fragmented_bytes: _builtins.int = ...,
+        swap_bytes: _builtins.int = ...,
+        swap_used_bytes: _builtins.int = ...,
+        num_swapped_leases: _builtins.int = ...,
+        num_leases_expired: _builtins.int = ...,
+        num_leases_orphaned: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_bytes", b"cached_bytes", "leased_bytes", b"leased_bytes", "num_free_slabs", b"num_free_slabs", "num_handoffs", b"num_handoffs", "num_slabs", b"num_slabs", "pool_bytes", b"pool_bytes", "slab_bytes", b"slab_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_bytes", b"cached_bytes", "fragmented_bytes", b"fragmented_bytes", "leased_bytes", b"leased_bytes", "num_free_slabs", b"num_free_slabs", "num_handoffs", b"num_handoffs", "num_leases_expired", b"num_leases_expired", "num_leases_orphaned", b"num_leases_orphaned", "num_slabs", b"num_slabs", "num_swapped_leases", b"num_swapped_leases", "pool_bytes", b"pool_bytes", "slab_bytes", b"slab_bytes", "swap_bytes", b"swap_bytes", "swap_used_bytes", b"swap_used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___PoolStatus: _TypeAlias = PoolStatus  # noqa: Y015
@@ -345,6 +366,9 @@ class WorkerStatus(_message.Message):
     NUM_COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     KV_BYTES_WRITTEN_FIELD_NUMBER: _builtins.int
     BUSY_S_FIELD_NUMBER: _builtins.int
+    SWAP_OUT_BYTES_FIELD_NUMBER: _builtins.int
+    SWAP_IN_BYTES_FIELD_NUMBER: _builtins.int
+    SWAP_S_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     role: _builtins.str
     model: _builtins.str
@@ -359,6 +383,10 @@ class WorkerStatus(_message.Message):
     kv_bytes_written: _builtins.int
     busy_s: _builtins.float
     """Seconds for which the worker held the grant to compute."""
+    swap_out_bytes: _builtins.int
+    """Copied to host memory and back, and the seconds that took."""
+    swap_in_bytes: _builtins.int
+    swap_s: _builtins.float
     def __init__(
         self,
         *,
@@ -372,8 +400,11 @@ class WorkerStatus(_message.Message):
         num_computed_tokens: _builtins.int = ...,
         kv_bytes_written: _builtins.int = ...,
         busy_s: _builtins.float = ...,
+        swap_out_bytes: _builtins.int = ...,
+        swap_in_bytes: _builtins.int = ...,
+        swap_s: _builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "kv_bytes_written", b"kv_bytes_written", "model", b"model", "name", b"name", "num_computed_tokens", b"num_computed_tokens", "num_leases", b"num_leases", "num_steps", b"num_steps", "pid", b"pid", "ready", b"ready", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "kv_bytes_written", b"kv_bytes_written", "model", b"model", "name", b"name", "num_computed_tokens", b"num_computed_tokens", "num_leases", b"num_leases", "num_steps", b"num_steps", "pid", b"pid", "ready", b"ready", "role", b"role", "swap_in_bytes", b"swap_in_bytes", "swap_out_bytes", b"swap_out_bytes", "swap_s", b"swap_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015

@@ -88,7 +88,7 @@ async def test_a_killed_workers_leases_and_slot_come_back(server: Server) -> Non
     with worker_process(server, "prefill") as prefill, worker_process(server, "decode") as decode:
         await server.until_ready(2)
         server.unit.offer(WaitingKey("r", 1, "m", OrderKey(0, 0.0), KvDemand(30, 30)))
-        (given,) = server.unit.give_credits(0.0)
+        (given,) = server.unit.give_room(0.0).credits
         server.unit.acquire(given.lease.ref, given.prefill.name)
         prefill.kill()
         await server.until_attached(1)
@@ -104,7 +104,7 @@ async def test_a_silent_workers_leases_expire_with_it(server: Server) -> None:
     with worker_process(server, "prefill") as prefill, worker_process(server, "decode"):
         await server.until_ready(2)
         server.unit.offer(WaitingKey("r", 1, "m", OrderKey(0, 0.0), KvDemand(30, 30)))
-        (given,) = server.unit.give_credits(0.0)
+        (given,) = server.unit.give_room(0.0).credits
         server.unit.acquire(given.lease.ref, given.prefill.name)
         prefill.send_signal(signal.SIGSTOP)
         await server.until_attached(1)

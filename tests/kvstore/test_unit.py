@@ -1,12 +1,24 @@
 """The unit's brain, example by example and under random operations."""
 
+import contextlib
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from kvstore.admission import WaitingKey
-from kvstore.unit import CREDIT_TTL_S, CreditGiven, ModelShare, Unit
+from kvstore.swap import PAGE_BYTES
+from kvstore.unit import (
+    CREDIT_TTL_S,
+    RECLAIM_AFTER_S,
+    RECLAIM_EVERY_S,
+    CreditGiven,
+    GiveWay,
+    ModelShare,
+    RoomGiven,
+    Unit,
+)
 from muxmesh.config.runtime import Role
 from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
 from muxmesh.models.spec import KvShape
@@ -21,11 +33,12 @@ SHAPES = {
 SLAB_BYTES = 64 * 1024
 
 
-def make_unit(num_slabs: int = 4, max_num_seqs: int = 3) -> Unit:
+def make_unit(num_slabs: int = 4, max_num_seqs: int = 3, swap_bytes: int = 0) -> Unit:
     return Unit(
         num_slabs * SLAB_BYTES,
         SLAB_BYTES,
         {name: ModelShare(shape, max_num_seqs, 512) for name, shape in SHAPES.items()},
+        swap_bytes=swap_bytes,
     )
 
 
@@ -50,9 +63,9 @@ def test_no_credit_before_both_workers_are_ready() -> None:
     unit = make_unit()
     unit.offer(key(1))
     unit.attach(Role.PREFILL, "a", "x", 1).ready = True
-    assert unit.give_credits(0.0) == []
+    assert unit.give_room(0.0).credits == []
     unit.attach(Role.DECODE, "a", "x", 2).ready = True
-    assert [given.key_id for given in unit.give_credits(0.0)] == [1]
+    assert [given.key_id for given in unit.give_room(0.0).credits] == [1]
 
 
 def test_credits_go_by_priority_then_arrival() -> None:
@@ -60,7 +73,7 @@ def test_credits_go_by_priority_then_arrival() -> None:
     ready_workers(unit, "a")
     for key_id, priority, arrived in ((1, 0, 5.0), (2, 0, 3.0), (3, -1, 9.0), (4, 1, 0.0)):
         unit.offer(key(key_id, priority=priority, arrived=arrived))
-    assert [given.key_id for given in unit.give_credits(0.0)] == [3, 2]
+    assert [given.key_id for given in unit.give_room(0.0).credits] == [3, 2]
 
 
 def test_a_large_request_is_not_overtaken_by_small_ones() -> None:
@@ -68,12 +81,12 @@ def test_a_large_request_is_not_overtaken_by_small_ones() -> None:
     ready_workers(unit, "a")
     capacity = unit.pool.capacity_blocks("a") * 8
     unit.offer(key(1, num_tokens=8, arrived=0.0))
-    (small,) = unit.give_credits(0.0)
+    (small,) = unit.give_room(0.0).credits
     unit.offer(key(2, num_tokens=capacity, arrived=1.0))
     unit.offer(key(3, num_tokens=8, arrived=2.0))
-    assert unit.give_credits(0.0) == []
+    assert unit.give_room(0.0).credits == []
     unit.leases.release(small.lease.ref, "router")
-    assert [given.key_id for given in unit.give_credits(0.0)] == [2]
+    assert [given.key_id for given in unit.give_room(0.0).credits] == [2]
 
 
 def test_a_model_without_slots_does_not_hold_up_another() -> None:
@@ -82,7 +95,7 @@ def test_a_model_without_slots_does_not_hold_up_another() -> None:
     ready_workers(unit, "b")
     for key_id, model in ((1, "a"), (2, "a"), (3, "b")):
         unit.offer(key(key_id, model, num_tokens=16, arrived=key_id))
-    assert [given.key_id for given in unit.give_credits(0.0)] == [1, 3]
+    assert [given.key_id for given in unit.give_room(0.0).credits] == [1, 3]
 
 
 def test_a_request_that_never_fits_is_refused_by_field() -> None:
@@ -95,9 +108,9 @@ def test_an_unused_credit_expires() -> None:
     unit = make_unit()
     ready_workers(unit, "a")
     unit.offer(key(1))
-    (given,) = unit.give_credits(0.0)
+    (given,) = unit.give_room(0.0).credits
     assert unit.leases.next_expiry_s() == CREDIT_TTL_S
-    unit.give_credits(CREDIT_TTL_S)
+    unit.give_room(CREDIT_TTL_S)
     assert len(unit.leases) == 0
     with pytest.raises(LeaseLost, match="does not exist"):
         unit.acquire(given.lease.ref, given.prefill.name)
@@ -107,7 +120,7 @@ def test_the_hand_off_keeps_blocks_and_raises_the_epoch() -> None:
     unit = make_unit()
     prefill, decode = ready_workers(unit, "a")
     unit.offer(key(1, num_tokens=30))
-    (given,) = unit.give_credits(0.0)
+    (given,) = unit.give_room(0.0).credits
     held = unit.acquire(given.lease.ref, prefill)
     moved = unit.move(held.ref, prefill, decode, 22, (7,), b"opaque")
     assert moved.block_ids == held.block_ids == given.lease.block_ids
@@ -123,7 +136,7 @@ def test_a_hand_off_to_a_lost_worker_leaves_the_lease_where_it_is() -> None:
     unit = make_unit()
     prefill, decode = ready_workers(unit, "a")
     unit.offer(key(1))
-    held = unit.acquire(unit.give_credits(0.0)[0].lease.ref, prefill)
+    held = unit.acquire(unit.give_room(0.0).credits[0].lease.ref, prefill)
     unit.worker_exited(decode)
     with pytest.raises(WorkerLost, match="not attached"):
         unit.move(held.ref, prefill, decode, 8, (1,), b"")
@@ -135,7 +148,7 @@ def test_a_router_that_is_gone_loses_its_keys_and_credits_only() -> None:
     prefill, _ = ready_workers(unit, "a")
     for key_id in (1, 2, 3):
         unit.offer(key(key_id))
-    first, _ = unit.give_credits(0.0)
+    first, _ = unit.give_room(0.0).credits
     unit.acquire(first.lease.ref, prefill)
     unit.router_gone("router")
     assert unit.admission.count("a") == 0
@@ -147,14 +160,14 @@ def test_a_computed_prefix_is_found_by_the_next_request() -> None:
     prefill, decode = ready_workers(unit, "a")
     hashes = block_hashes(range(30), 8, "")
     unit.offer(key(1, num_tokens=40, hashes=hashes, max_cached=29))
-    held = unit.acquire(unit.give_credits(0.0)[0].lease.ref, prefill)
+    held = unit.acquire(unit.give_room(0.0).credits[0].lease.ref, prefill)
     assert held.num_computed_tokens == 0
     unit.offer(key(2, num_tokens=40, hashes=hashes, max_cached=29))
-    (early,) = unit.give_credits(0.0)
+    (early,) = unit.give_room(0.0).credits
     assert early.lease.num_computed_tokens == 0, "nothing is computed yet"
     unit.move(held.ref, prefill, decode, 30, (5,), b"")
     unit.offer(key(3, num_tokens=40, hashes=hashes, max_cached=29))
-    (late,) = unit.give_credits(0.0)
+    (late,) = unit.give_room(0.0).credits
     assert late.lease.num_computed_tokens == 24
     assert late.lease.block_ids[:3] == held.block_ids[:3]
     assert not set(late.lease.block_ids[3:]) & {*held.block_ids, *early.lease.block_ids}
@@ -170,16 +183,16 @@ def test_a_model_within_its_quota_goes_before_one_above_it() -> None:
     slab_of_a, slab_of_b = (unit.pool.blocks_per_slab(model) * SHAPES[model].block_size for model in "ab")
     for key_id in range(1, 5):
         unit.offer(key(key_id, "a", slab_of_a, arrived=key_id))
-    loans = unit.give_credits(0.0)
+    loans = unit.give_room(0.0).credits
     assert [given.key_id for given in loans] == [1, 2, 3, 4], "nobody else wants the other half: it is lent"
     unit.offer(key(5, "a", slab_of_a, priority=-1, arrived=5))
     unit.offer(key(6, "b", 2 * slab_of_b, arrived=6))
     for returned in loans[:2]:
         unit.leases.release(returned.lease.ref, "router")
-        given = unit.give_credits(1.0)
+        given = unit.give_room(1.0).credits
         assert [given.key_id for given in given] == ([] if returned is loans[0] else [6])
     unit.leases.release(loans[2].lease.ref, "router")
-    assert [given.key_id for given in unit.give_credits(2.0)] == [5]
+    assert [given.key_id for given in unit.give_room(2.0).credits] == [5]
 
 
 def test_quotas_follow_the_load() -> None:
@@ -190,7 +203,7 @@ def test_quotas_follow_the_load() -> None:
     for key_id in range(1, 14):
         unit.offer(key(key_id, "a", slab_of_a))
     for seconds in range(0, 60, 2):
-        for given in unit.give_credits(float(seconds)):
+        for given in unit.give_room(float(seconds)).credits:
             unit.acquire(given.lease.ref, prefill)
         assert sum(unit.quotas.values()) == 12
     assert unit.quotas["a"] > 8
@@ -202,7 +215,7 @@ def test_what_a_killed_worker_had_computed_is_found_again() -> None:
     prefill, decode = ready_workers(unit, "a")
     whole = block_hashes(range(60), 8, "")
     unit.offer(key(1, num_tokens=70, hashes=whole[:2], max_cached=16))
-    held = unit.acquire(unit.give_credits(0.0)[0].lease.ref, prefill)
+    held = unit.acquire(unit.give_room(0.0).credits[0].lease.ref, prefill)
     moved = unit.move(held.ref, prefill, decode, 17, (5,), b"")
     computed = {moved.ref.lease_id: whole[:6], 12345: whole}
     assert unit.worker_exited(prefill, computed) == 0, "only its own leases are looked at"
@@ -210,9 +223,112 @@ def test_what_a_killed_worker_had_computed_is_found_again() -> None:
     unit.check_integrity()
     ready_workers(unit, "a")
     unit.offer(key(2, num_tokens=70, hashes=whole, max_cached=59))
-    (again,) = unit.give_credits(1.0)
+    (again,) = unit.give_room(1.0).credits
     assert again.lease.num_computed_tokens == 48
     assert again.lease.block_ids[:6] == moved.block_ids[:6]
+
+
+def decoding(unit: Unit, key_id: int, num_tokens: int, model: str = "a", arrived: float = 0.0) -> tuple[Lease, str]:
+    """A lease that its decode worker has, and the worker."""
+    prefill, decode = (unit.ready_worker(role, model) for role in Role)
+    assert prefill and decode
+    unit.offer(key(key_id, model, num_tokens=num_tokens, arrived=arrived))
+    (given,) = unit.give_room(0.0).credits
+    held = unit.acquire(given.lease.ref, prefill.name)
+    return unit.move(held.ref, prefill.name, decode.name, num_tokens - 1, (1,), b""), decode.name
+
+
+def test_a_swapped_lease_has_pages_instead_of_token_blocks_and_comes_back_in_order() -> None:
+    unit = make_unit(num_slabs=1, swap_bytes=4 * PAGE_BYTES)
+    ready_workers(unit, "a")
+    capacity = unit.pool.capacity_blocks("a") * 8
+    lease, worker = decoding(unit, 1, capacity)
+    assert unit.leases.swap_out(lease.ref, worker, 5 * PAGE_BYTES) is None
+    assert unit.leases.swap_out(lease.ref, worker, 3 * PAGE_BYTES) == (0, 1, 2)
+    unit.check_integrity()
+    unit.leases.swapped_out(lease.ref, worker)
+    assert (unit.blocks.num_in_use("a"), unit.swap.num_free_pages) == (0, 1)
+    unit.offer(key(2, num_tokens=8, arrived=9.0))
+    unit.ask_swap_in(lease.ref, worker, KvDemand(capacity, capacity), OrderKey(0, 0.0))
+    given = unit.give_room(1.0)
+    assert ([swap.lease_id for swap in given.swap_ins], given.credits) == ([lease.ref.lease_id], [])
+    assert len(given.swap_ins[0].block_ids) * 8 == capacity
+    unit.check_integrity()
+    unit.leases.swapped_in(lease.ref, worker)
+    assert unit.swap.num_free_pages == 4
+    unit.release(lease.ref, worker)
+    assert len(unit.give_room(2.0).credits) == 1
+
+
+def test_what_is_still_cached_need_not_be_copied_back() -> None:
+    unit = make_unit(swap_bytes=4 * PAGE_BYTES)
+    ready_workers(unit, "a")
+    lease, worker = decoding(unit, 1, 40)
+    hashes = block_hashes(range(39), 8, "")
+    unit.leases.swap_out(lease.ref, worker, PAGE_BYTES)
+    unit.leases.swapped_out(lease.ref, worker, hashes)
+    unit.ask_swap_in(lease.ref, worker, KvDemand(48, 64, hashes, 39), OrderKey(0, 0.0))
+    (swap_in,) = unit.give_room(1.0).swap_ins
+    assert (swap_in.block_ids[:4], swap_in.num_cached, len(swap_in.block_ids)) == (lease.block_ids[:4], 4, 6)
+
+
+@pytest.mark.parametrize("when", ["copied out", "swapped", "waiting", "copied in"])
+def test_a_swapped_lease_that_ends_leaves_nothing(when: str) -> None:
+    unit = make_unit(swap_bytes=4 * PAGE_BYTES)
+    ready_workers(unit, "a")
+    lease, worker = decoding(unit, 1, 40)
+    unit.leases.swap_out(lease.ref, worker, PAGE_BYTES)
+    if when != "copied out":
+        unit.leases.swapped_out(lease.ref, worker)
+    if when in {"waiting", "copied in"}:
+        unit.ask_swap_in(lease.ref, worker, KvDemand(48, 64), OrderKey(0, 0.0))
+    if when == "copied in":
+        assert unit.give_room(1.0).swap_ins
+    unit.release(lease.ref, worker)
+    unit.check_integrity()
+    assert unit.give_room(2.0).swap_ins == []
+    assert (unit.blocks.num_in_use("a"), unit.swap.num_free_pages, len(unit.leases)) == (0, 4, 0)
+    for late in (unit.leases.swapped_out, unit.leases.swapped_in):
+        with pytest.raises(LeaseLost):
+            late(lease.ref, worker)
+
+
+def test_a_dead_workers_swapped_leases_wait_no_longer() -> None:
+    unit = make_unit(swap_bytes=4 * PAGE_BYTES)
+    ready_workers(unit, "a")
+    lease, worker = decoding(unit, 1, 40)
+    unit.leases.swap_out(lease.ref, worker, PAGE_BYTES)
+    unit.leases.swapped_out(lease.ref, worker)
+    unit.ask_swap_in(lease.ref, worker, KvDemand(48, 64), OrderKey(0, 0.0))
+    assert unit.worker_exited(worker) == 1
+    assert unit.give_room(1.0) == RoomGiven()
+    assert unit.swap.num_free_pages == 4
+
+
+def test_a_loan_that_does_not_end_gives_way_to_a_claim_the_last_in_order_first() -> None:
+    unit = make_unit(num_slabs=4, max_num_seqs=10, swap_bytes=4 * PAGE_BYTES)
+    unit.quotas |= {"a": 2, "b": 2, "c": 0}
+    for model in "ab":
+        ready_workers(unit, model)
+    slab = {model: unit.pool.blocks_per_slab(model) * SHAPES[model].block_size for model in "ab"}
+    loans = [decoding(unit, key_id, slab["a"], arrived=key_id) for key_id in (1, 2, 3, 4)]
+    unit.offer(key(9, "b", num_tokens=2 * slab["b"], arrived=9.0))
+    assert unit.give_room(5.0) == RoomGiven()
+    assert unit.next_change_s() == 5.0 + RECLAIM_AFTER_S
+    now_s = 5.0 + RECLAIM_AFTER_S
+    for lease, worker in (loans[3], loans[2]):
+        asked = [GiveWay(worker, lease.ref.lease_id)]
+        assert unit.give_room(now_s).give_way == asked
+        assert unit.give_room(now_s).give_way == [], "not at once again"
+        now_s += RECLAIM_EVERY_S
+        assert unit.give_room(now_s).give_way == asked, "the same until it has"
+        unit.leases.swap_out(lease.ref, worker, PAGE_BYTES)
+        unit.leases.swapped_out(lease.ref, worker)
+        unit.ask_swap_in(lease.ref, worker, KvDemand(slab["a"], slab["a"]), OrderKey(0, 0.0))
+        now_s += RECLAIM_EVERY_S
+    given = unit.give_room(now_s)
+    assert ([credit.key_id for credit in given.credits], given.swap_ins, given.give_way) == ([9], [], [])
+    assert unit.next_change_s() == now_s + CREDIT_TTL_S
 
 
 class UnitMachine(RuleBasedStateMachine):
@@ -224,7 +340,7 @@ class UnitMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.unit = make_unit(num_slabs=3, max_num_seqs=4)
+        self.unit = make_unit(num_slabs=3, max_num_seqs=4, swap_bytes=6 * PAGE_BYTES)
         self.now_s = 0.0
         self.last_key = 0
         self.just_admitted = False
@@ -259,16 +375,26 @@ class UnitMachine(RuleBasedStateMachine):
     def give_credits(self, seconds: float) -> object:
         self.now_s += seconds
         self.just_admitted = True
-        given = self.unit.give_credits(self.now_s)
-        for credit in given:
-            self.look_at(credit)
-        return multiple(*given)
+        given = self.unit.give_room(self.now_s)
+        for credit in given.credits:
+            self.prefix_of[credit.lease.ref.lease_id] = self.wanted[credit.key_id]
+            self.look_at(credit.lease, credit.lease.num_computed_tokens // SHAPES[credit.lease.model].block_size)
+        for swap_in in given.swap_ins:
+            lease = self.lease_now(swap_in.lease_id)
+            assert lease is not None
+            assert lease.block_ids == swap_in.block_ids
+            self.look_at(lease, swap_in.num_cached)
+        decoding = {names[1] for names in self.workers.values()}
+        assert all(asked.worker in decoding for asked in given.give_way)
+        return multiple(*given.credits)
 
-    def look_at(self, given: CreditGiven) -> None:
+    def lease_now(self, lease_id: int) -> Lease | None:
+        record = self.unit.leases._records.get(lease_id)
+        return record.lease if record else None
+
+    def look_at(self, lease: Lease, shared: int) -> None:
         """What is said to be cached holds what was asked for; what is not, nobody else has."""
-        lease, hashes = given.lease, self.wanted[given.key_id]
-        shared = lease.num_computed_tokens // SHAPES[lease.model].block_size
-        self.prefix_of[lease.ref.lease_id] = hashes
+        hashes = self.prefix_of[lease.ref.lease_id]
         assert [self.holds[lease.model, block] for block in lease.block_ids[:shared]] == list(hashes[:shared])
         others = [r.lease for r in self.unit.leases._records.values() if r.lease.ref.lease_id != lease.ref.lease_id]
         taken = {block for other in others if other.model == lease.model for block in other.block_ids}
@@ -304,10 +430,43 @@ class UnitMachine(RuleBasedStateMachine):
         try:
             computed = max(lease.num_computed_tokens, len(lease.block_ids) * SHAPES[lease.model].block_size // 2)
             moved = self.unit.move(lease.ref, owner, decode, computed, (1,), b"")
-            self.computed(lease, computed // SHAPES[lease.model].block_size)
+            self.computed(moved, computed // SHAPES[lease.model].block_size)
             return (moved, decode)
         except LeaseLost:
             return multiple()
+
+    @rule(lease_of=held, num_bytes=st.sampled_from([1, PAGE_BYTES, 4 * PAGE_BYTES]))
+    def swap_out(self, lease_of: tuple[Lease, str], num_bytes: int) -> None:
+        self.just_admitted = False
+        with contextlib.suppress(LeaseLost):
+            pages = self.unit.leases.swap_out(lease_of[0].ref, lease_of[1], num_bytes)
+            assert pages is None or len(pages) == -(-num_bytes // PAGE_BYTES)
+
+    @rule(lease_of=held, published=st.integers(0, 12))
+    def swapped_out(self, lease_of: tuple[Lease, str], published: int) -> None:
+        self.just_admitted = False
+        lease, owner = lease_of
+        before = self.lease_now(lease.ref.lease_id)
+        with contextlib.suppress(LeaseLost):
+            hashes = self.prefix_of[lease.ref.lease_id][:published]
+            self.unit.leases.swapped_out(lease.ref, owner, hashes)
+            assert before is not None
+            self.computed(before, published)
+
+    @rule(lease_of=held, num_tokens=st.sampled_from([1, 30, 64, 96]))
+    def ask_swap_in(self, lease_of: tuple[Lease, str], num_tokens: int) -> None:
+        self.just_admitted = False
+        lease, owner = lease_of
+        hashes = self.prefix_of[lease.ref.lease_id]
+        demand = KvDemand(num_tokens, 512, hashes, min(num_tokens, len(hashes) * SHAPES[lease.model].block_size))
+        with contextlib.suppress(LeaseLost):
+            self.unit.ask_swap_in(lease.ref, owner, demand, OrderKey(0, self.now_s))
+
+    @rule(lease_of=held)
+    def swapped_in(self, lease_of: tuple[Lease, str]) -> None:
+        self.just_admitted = False
+        with contextlib.suppress(LeaseLost):
+            self.unit.leases.swapped_in(lease_of[0].ref, lease_of[1])
 
     @rule(lease_of=held, num_blocks=st.integers(1, 6))
     def grow(self, lease_of: tuple[Lease, str], num_blocks: int) -> None:
@@ -324,11 +483,13 @@ class UnitMachine(RuleBasedStateMachine):
     def release(self, lease_of: tuple[Lease, str], published: int) -> object:
         self.just_admitted = False
         lease, owner = lease_of
+        before = self.lease_now(lease.ref.lease_id)
         try:
-            self.unit.leases.release(lease.ref, owner, self.prefix_of[lease.ref.lease_id][:published])
+            self.unit.release(lease.ref, owner, self.prefix_of[lease.ref.lease_id][:published])
         except LeaseLost:
             return multiple()
-        self.computed(lease, published)
+        assert before is not None
+        self.computed(before, published)
         return lease_of
 
     @rule(lease_of=late)
@@ -388,6 +549,7 @@ class UnitMachine(RuleBasedStateMachine):
         for model in SHAPES:
             assert self.unit.blocks.num_in_use(model) == 0
             assert self.unit.blocks.num_available(model) == self.unit.pool.capacity_blocks(model)
+        assert self.unit.swap.num_free_pages == self.unit.swap.num_pages
 
 
 UnitMachine.TestCase.settings = settings(stateful_step_count=250)

@@ -432,6 +432,179 @@ class GrowLeaseResponse(_message.Message):
 Global___GrowLeaseResponse: _TypeAlias = GrowLeaseResponse  # noqa: Y015
 
 @_typing.final
+class SwapOutRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    owner: _builtins.str
+    num_bytes: _builtins.int
+    @_builtins.property
+    def lease(self) -> _request_pb2.LeaseRef: ...
+    def __init__(
+        self,
+        *,
+        lease: _request_pb2.LeaseRef | None = ...,
+        owner: _builtins.str = ...,
+        num_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "num_bytes", b"num_bytes", "owner", b"owner"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SwapOutRequest: _TypeAlias = SwapOutRequest  # noqa: Y015
+
+@_typing.final
+class SwapOutResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of the swap region, in the order in which they are filled."""
+
+    def __init__(
+        self,
+        *,
+        pages: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SwapOutResponse: _TypeAlias = SwapOutResponse  # noqa: Y015
+
+@_typing.final
+class FinishSwapOutRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    owner: _builtins.str
+    block_hashes: _builtins.bytes
+    """As in ReleaseLeaseRequest."""
+    @_builtins.property
+    def lease(self) -> _request_pb2.LeaseRef: ...
+    def __init__(
+        self,
+        *,
+        lease: _request_pb2.LeaseRef | None = ...,
+        owner: _builtins.str = ...,
+        block_hashes: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "lease", b"lease", "owner", b"owner"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___FinishSwapOutRequest: _TypeAlias = FinishSwapOutRequest  # noqa: Y015
+
+@_typing.final
+class FinishSwapOutResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___FinishSwapOutResponse: _TypeAlias = FinishSwapOutResponse  # noqa: Y015
+
+@_typing.final
+class SwapInRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    ARRIVED_AT_UNIX_S_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    MAX_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    owner: _builtins.str
+    priority: _builtins.int
+    """As in RequestKey."""
+    arrived_at_unix_s: _builtins.float
+    num_tokens: _builtins.int
+    block_hashes: _builtins.bytes
+    max_cached_tokens: _builtins.int
+    @_builtins.property
+    def lease(self) -> _request_pb2.LeaseRef: ...
+    def __init__(
+        self,
+        *,
+        lease: _request_pb2.LeaseRef | None = ...,
+        owner: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        arrived_at_unix_s: _builtins.float = ...,
+        num_tokens: _builtins.int = ...,
+        block_hashes: _builtins.bytes = ...,
+        max_cached_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at_unix_s", b"arrived_at_unix_s", "block_hashes", b"block_hashes", "lease", b"lease", "max_cached_tokens", b"max_cached_tokens", "num_tokens", b"num_tokens", "owner", b"owner", "priority", b"priority"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SwapInRequest: _TypeAlias = SwapInRequest  # noqa: Y015
+
+@_typing.final
+class SwapInResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    num_cached_blocks: _builtins.int
+    """The first so many are found in the prefix cache and need no copy."""
+    @_builtins.property
+    def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Instead of those that the lease had."""
+
+    def __init__(
+        self,
+        *,
+        block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        num_cached_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "num_cached_blocks", b"num_cached_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SwapInResponse: _TypeAlias = SwapInResponse  # noqa: Y015
+
+@_typing.final
+class FinishSwapInRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    owner: _builtins.str
+    @_builtins.property
+    def lease(self) -> _request_pb2.LeaseRef: ...
+    def __init__(
+        self,
+        *,
+        lease: _request_pb2.LeaseRef | None = ...,
+        owner: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "owner", b"owner"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___FinishSwapInRequest: _TypeAlias = FinishSwapInRequest  # noqa: Y015
+
+@_typing.final
+class FinishSwapInResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___FinishSwapInResponse: _TypeAlias = FinishSwapInResponse  # noqa: Y015
+
+@_typing.final
 class WatchLeasesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -452,17 +625,24 @@ class WatchLeasesResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ARRIVED_FIELD_NUMBER: _builtins.int
+    GIVE_WAY_FIELD_NUMBER: _builtins.int
+    give_way: _builtins.int
+    """Id of a lease whose token blocks others can claim: it is to be swapped out, or released."""
     @_builtins.property
     def arrived(self) -> Global___Lease: ...
     def __init__(
         self,
         *,
         arrived: Global___Lease | None = ...,
+        give_way: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "give_way", b"give_way", "news", b"news"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "give_way", b"give_way", "news", b"news"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_news: _TypeAlias = _typing.Literal["arrived", "give_way"]  # noqa: Y015
+    _WhichOneofArgType_news: _TypeAlias = _typing.Literal["news", b"news"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_news) -> _WhichOneofReturnType_news | None: ...
 
 Global___WatchLeasesResponse: _TypeAlias = WatchLeasesResponse  # noqa: Y015
 

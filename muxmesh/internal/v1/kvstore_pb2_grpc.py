@@ -59,6 +59,26 @@ class KvStoreServiceStub(object):
                 request_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.GrowLeaseRequest.SerializeToString,
                 response_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.GrowLeaseResponse.FromString,
                 _registered_method=True)
+        self.SwapOut = channel.unary_unary(
+                '/muxmesh.internal.v1.KvStoreService/SwapOut',
+                request_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SwapOutRequest.SerializeToString,
+                response_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SwapOutResponse.FromString,
+                _registered_method=True)
+        self.FinishSwapOut = channel.unary_unary(
+                '/muxmesh.internal.v1.KvStoreService/FinishSwapOut',
+                request_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.FinishSwapOutRequest.SerializeToString,
+                response_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.FinishSwapOutResponse.FromString,
+                _registered_method=True)
+        self.SwapIn = channel.unary_unary(
+                '/muxmesh.internal.v1.KvStoreService/SwapIn',
+                request_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SwapInRequest.SerializeToString,
+                response_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SwapInResponse.FromString,
+                _registered_method=True)
+        self.FinishSwapIn = channel.unary_unary(
+                '/muxmesh.internal.v1.KvStoreService/FinishSwapIn',
+                request_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.FinishSwapInRequest.SerializeToString,
+                response_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.FinishSwapInResponse.FromString,
+                _registered_method=True)
         self.WatchLeases = channel.unary_stream(
                 '/muxmesh.internal.v1.KvStoreService/WatchLeases',
                 request_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.WatchLeasesRequest.SerializeToString,
@@ -109,8 +129,36 @@ class KvStoreServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SwapOut(self, request, context):
+        """Room in host memory for a copy of a lease's KV. RESOURCE_EXHAUSTED if there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FinishSwapOut(self, request, context):
+        """The copy is made: the lease's token blocks may be others'.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SwapIn(self, request, context):
+        """Token blocks for a swapped lease. Answered when it is the lease's turn, in the order of credits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FinishSwapIn(self, request, context):
+        """The KV is back in the pool: the copy's room may be others'.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchLeases(self, request, context):
-        """Leases that arrive at one decode worker.
+        """Leases that arrive at one decode worker, and those that it is to give back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,6 +197,26 @@ def add_KvStoreServiceServicer_to_server(servicer, server):
                     servicer.GrowLease,
                     request_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.GrowLeaseRequest.FromString,
                     response_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.GrowLeaseResponse.SerializeToString,
+            ),
+            'SwapOut': grpc.unary_unary_rpc_method_handler(
+                    servicer.SwapOut,
+                    request_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SwapOutRequest.FromString,
+                    response_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SwapOutResponse.SerializeToString,
+            ),
+            'FinishSwapOut': grpc.unary_unary_rpc_method_handler(
+                    servicer.FinishSwapOut,
+                    request_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.FinishSwapOutRequest.FromString,
+                    response_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.FinishSwapOutResponse.SerializeToString,
+            ),
+            'SwapIn': grpc.unary_unary_rpc_method_handler(
+                    servicer.SwapIn,
+                    request_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SwapInRequest.FromString,
+                    response_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SwapInResponse.SerializeToString,
+            ),
+            'FinishSwapIn': grpc.unary_unary_rpc_method_handler(
+                    servicer.FinishSwapIn,
+                    request_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.FinishSwapInRequest.FromString,
+                    response_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.FinishSwapInResponse.SerializeToString,
             ),
             'WatchLeases': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchLeases,
@@ -296,6 +364,114 @@ class KvStoreService(object):
             '/muxmesh.internal.v1.KvStoreService/GrowLease',
             muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.GrowLeaseRequest.SerializeToString,
             muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.GrowLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SwapOut(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxmesh.internal.v1.KvStoreService/SwapOut',
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SwapOutRequest.SerializeToString,
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SwapOutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FinishSwapOut(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxmesh.internal.v1.KvStoreService/FinishSwapOut',
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.FinishSwapOutRequest.SerializeToString,
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.FinishSwapOutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SwapIn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxmesh.internal.v1.KvStoreService/SwapIn',
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SwapInRequest.SerializeToString,
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SwapInResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FinishSwapIn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxmesh.internal.v1.KvStoreService/FinishSwapIn',
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.FinishSwapInRequest.SerializeToString,
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.FinishSwapInResponse.FromString,
             options,
             channel_credentials,
             insecure,

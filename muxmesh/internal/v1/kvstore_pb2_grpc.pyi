@@ -44,8 +44,16 @@ class KvStoreServiceStub:
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.ReleaseLeaseRequest, _kvstore_pb2.ReleaseLeaseResponse]
     GrowLease: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.GrowLeaseRequest, _kvstore_pb2.GrowLeaseResponse]
     """More token blocks for a lease, asked for before they are needed. RESOURCE_EXHAUSTED if there are none."""
+    SwapOut: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.SwapOutRequest, _kvstore_pb2.SwapOutResponse]
+    """Room in host memory for a copy of a lease's KV. RESOURCE_EXHAUSTED if there is none."""
+    FinishSwapOut: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.FinishSwapOutRequest, _kvstore_pb2.FinishSwapOutResponse]
+    """The copy is made: the lease's token blocks may be others'."""
+    SwapIn: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.SwapInRequest, _kvstore_pb2.SwapInResponse]
+    """Token blocks for a swapped lease. Answered when it is the lease's turn, in the order of credits."""
+    FinishSwapIn: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.FinishSwapInRequest, _kvstore_pb2.FinishSwapInResponse]
+    """The KV is back in the pool: the copy's room may be others'."""
     WatchLeases: _grpc.UnaryStreamMultiCallable[_kvstore_pb2.WatchLeasesRequest, _kvstore_pb2.WatchLeasesResponse]
-    """Leases that arrive at one decode worker."""
+    """Leases that arrive at one decode worker, and those that it is to give back."""
     GetUnitStatus: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.GetUnitStatusRequest, _kvstore_pb2.GetUnitStatusResponse]
 
 @_typing.type_check_only
@@ -62,8 +70,16 @@ class KvStoreServiceAsyncStub(KvStoreServiceStub):
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.ReleaseLeaseRequest, _kvstore_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
     GrowLease: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.GrowLeaseRequest, _kvstore_pb2.GrowLeaseResponse]  # type: ignore[assignment]
     """More token blocks for a lease, asked for before they are needed. RESOURCE_EXHAUSTED if there are none."""
+    SwapOut: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.SwapOutRequest, _kvstore_pb2.SwapOutResponse]  # type: ignore[assignment]
+    """Room in host memory for a copy of a lease's KV. RESOURCE_EXHAUSTED if there is none."""
+    FinishSwapOut: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.FinishSwapOutRequest, _kvstore_pb2.FinishSwapOutResponse]  # type: ignore[assignment]
+    """The copy is made: the lease's token blocks may be others'."""
+    SwapIn: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.SwapInRequest, _kvstore_pb2.SwapInResponse]  # type: ignore[assignment]
+    """Token blocks for a swapped lease. Answered when it is the lease's turn, in the order of credits."""
+    FinishSwapIn: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.FinishSwapInRequest, _kvstore_pb2.FinishSwapInResponse]  # type: ignore[assignment]
+    """The KV is back in the pool: the copy's room may be others'."""
     WatchLeases: _aio.UnaryStreamMultiCallable[_kvstore_pb2.WatchLeasesRequest, _kvstore_pb2.WatchLeasesResponse]  # type: ignore[assignment]
-    """Leases that arrive at one decode worker."""
+    """Leases that arrive at one decode worker, and those that it is to give back."""
     GetUnitStatus: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.GetUnitStatusRequest, _kvstore_pb2.GetUnitStatusResponse]  # type: ignore[assignment]
 
 class KvStoreServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -109,12 +125,44 @@ class KvStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         """More token blocks for a lease, asked for before they are needed. RESOURCE_EXHAUSTED if there are none."""
 
     @_abc_1.abstractmethod
+    def SwapOut(
+        self,
+        request: _kvstore_pb2.SwapOutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.SwapOutResponse, _abc.Awaitable[_kvstore_pb2.SwapOutResponse]]:
+        """Room in host memory for a copy of a lease's KV. RESOURCE_EXHAUSTED if there is none."""
+
+    @_abc_1.abstractmethod
+    def FinishSwapOut(
+        self,
+        request: _kvstore_pb2.FinishSwapOutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.FinishSwapOutResponse, _abc.Awaitable[_kvstore_pb2.FinishSwapOutResponse]]:
+        """The copy is made: the lease's token blocks may be others'."""
+
+    @_abc_1.abstractmethod
+    def SwapIn(
+        self,
+        request: _kvstore_pb2.SwapInRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.SwapInResponse, _abc.Awaitable[_kvstore_pb2.SwapInResponse]]:
+        """Token blocks for a swapped lease. Answered when it is the lease's turn, in the order of credits."""
+
+    @_abc_1.abstractmethod
+    def FinishSwapIn(
+        self,
+        request: _kvstore_pb2.FinishSwapInRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.FinishSwapInResponse, _abc.Awaitable[_kvstore_pb2.FinishSwapInResponse]]:
+        """The KV is back in the pool: the copy's room may be others'."""
+
+    @_abc_1.abstractmethod
     def WatchLeases(
         self,
         request: _kvstore_pb2.WatchLeasesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kvstore_pb2.WatchLeasesResponse], _abc.AsyncIterator[_kvstore_pb2.WatchLeasesResponse]]:
-        """Leases that arrive at one decode worker."""
+        """Leases that arrive at one decode worker, and those that it is to give back."""
 
     @_abc_1.abstractmethod
     def GetUnitStatus(

@@ -54,6 +54,7 @@ class EngineRequest(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
+    KV_SWAP_FORMAT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     priority: _builtins.int
@@ -63,6 +64,8 @@ class EngineRequest(_message.Message):
     """Tells apart the answers to one prompt."""
     cache_salt: _builtins.str
     bypass_prefix_cache: _builtins.bool
+    kv_swap_format: _builtins.str
+    """"raw" or "int8"; empty: the model's own."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -90,10 +93,11 @@ class EngineRequest(_message.Message):
         sequence: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
         bypass_prefix_cache: _builtins.bool = ...,
+        kv_swap_format: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "prediction", b"prediction", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "arrived_at_unix_s", b"arrived_at_unix_s", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "model", b"model", "prediction", b"prediction", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "sequence", b"sequence", "stopping", b"stopping"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "arrived_at_unix_s", b"arrived_at_unix_s", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "kv_swap_format", b"kv_swap_format", "model", b"model", "prediction", b"prediction", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "sequence", b"sequence", "stopping", b"stopping"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prediction: _TypeAlias = _typing.Literal["prediction"]  # noqa: Y015
     _WhichOneofArgType__prediction: _TypeAlias = _typing.Literal["_prediction", b"_prediction"]  # noqa: Y015
