@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool bench-faults gpu-check
+.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool bench-faults bench-swap gpu-check
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ bench-abort: $(VENV)/.dev ## Cancels, deadlines, killed clients and workers on t
 
 bench-engine: $(VENV)/.dev ## The engine alone, beside vLLM's if VLLM_PYTHON names an interpreter that has it
 	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m benchmarks.engine
+
+bench-swap: $(VENV)/.dev ## The swap tier: size, speed, quality over DATA, a jsonl of {prompt, output} such as GSM8K
+	$(BIN)/python -m benchmarks.swap $(DATA)
 
 bench-attention: $(VENV)/.dev ## The attention kernel alone, beside the read bandwidth
 	$(BIN)/python -m benchmarks.attention
