@@ -96,7 +96,7 @@ class LeaseTable:
         self, ref: LeaseRef, owner: str, to: str, num_computed_tokens: int, sampled: tuple[int, ...], handoff: bytes
     ) -> Lease:
         """The hand-off: ``to`` owns the same blocks from now on, and others may use what is full. Raises LeaseLost."""
-        record = self._owned(ref, owner)
+        record = self._resident(ref, owner)
         self._publish(record, record.block_hashes[: num_computed_tokens // record.block_size])
         record.lease = replace(
             record.lease, num_computed_tokens=num_computed_tokens, sampled_token_ids=sampled, handoff=handoff
@@ -106,7 +106,7 @@ class LeaseTable:
 
     def grow(self, ref: LeaseRef, owner: str, num_blocks: int) -> tuple[int, ...] | None:
         """Adds token blocks to a lease; None if there is no room. Raises LeaseLost."""
-        record = self._owned(ref, owner)
+        record = self._resident(ref, owner)
         taken = self._blocks.take(record.lease.model, num_blocks)
         if taken is None:
             return None
@@ -115,9 +115,7 @@ class LeaseTable:
 
     def swap_out(self, ref: LeaseRef, owner: str, num_bytes: int) -> tuple[int, ...] | None:
         """Pages for a copy of the lease's KV; None if there is no room. Raises LeaseLost."""
-        record = self._owned(ref, owner)
-        if record.swap_pages:
-            raise LeaseLost(f"lease {ref.lease_id} has swap pages already")
+        record = self._resident(ref, owner)
         pages = self._swap.take(num_bytes)
         record.swap_pages = pages or ()
         return pages
@@ -242,6 +240,12 @@ class LeaseTable:
         record = self._at(ref)
         if record.owner != owner:
             raise LeaseLost(f"lease {ref.lease_id} belongs to {record.owner}, not {owner}")
+        return record
+
+    def _resident(self, ref: LeaseRef, owner: str) -> LeaseRecord:
+        record = self._owned(ref, owner)
+        if record.swap_pages:
+            raise LeaseLost(f"lease {ref.lease_id} is swapped, or on its way")
         return record
 
     def _publish(self, record: LeaseRecord, hashes: Sequence[bytes]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 from muxmesh import __version__
+from muxmesh.cli import loadtest_options
 from muxmesh.errors import InvalidRequest, MeshError, Unavailable
 from muxmesh.types import DEFAULT_ADDRESS
 
@@ -63,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_chat(commands)
     _add_model(commands)
+    load = _command(commands, "loadtest", "loadtest", loadtest_options.DESCRIPTION)
+    _add_address(load)
+    _add_json(load)
+    _add_json(loadtest_options.add_to(load))
     return parser
 
 

@@ -43,9 +43,14 @@ _BY_CODE: dict[grpc.StatusCode, Callable[[str], errors.MeshError]] = {
 }
 
 
+def status_code(error: errors.MeshError) -> grpc.StatusCode:
+    """The code of an error of the mesh."""
+    return next((STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES), grpc.StatusCode.INTERNAL)
+
+
 def to_status(error: errors.MeshError) -> Any:
     """A ``grpc.Status``: code, details and trailing metadata for `ServicerContext.abort`."""
-    code = next((STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES), grpc.StatusCode.INTERNAL)
+    code = status_code(error)
     details: list[Any] = [error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN)]
     if isinstance(error, errors.InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.problem)

@@ -1,0 +1,142 @@
+"""The driver: sends each request when it is due, whatever became of those before (open loop), and records what comes.
+
+With ``max_concurrency`` a request may wait for another to end; its latency still counts from when it was due, so a slow
+server cannot hide behind a driver that waits for it (coordinated omission).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import cast
+
+from loadtest.record import OK, Record
+from loadtest.target import Ended, Piece, Target, TargetError
+from loadtest.workload import PlannedRequest
+from muxmesh.clock import Clock
+
+UNREACHABLE_IN_A_ROW = 20
+"""So many requests in a row that found nobody end the run: the server is gone."""
+_LOOK_EVERY_S = 0.05
+"""The driver measures how late its own event loop is."""
+
+
+@dataclass
+class Run:
+    """What a run gives. ``partial``: why it ended before its time, or empty. ``duration_s``: until the last answer."""
+
+    records: list[Record]
+    duration_s: float = 0.0
+    partial: str = ""
+    cpu_s: float = 0.0
+    loop_lags_s: list[float] = field(default_factory=list)
+
+
+class Driver:
+    """Drives one run. ``on_change`` is called after every change of a record, for a live view."""
+
+    def __init__(
+        self,
+        target: Target,
+        requests: Sequence[PlannedRequest],
+        clock: Clock,
+        max_concurrency: int | None = None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._target = target
+        self._requests = requests
+        self._clock = clock
+        self._slots = asyncio.Semaphore(max_concurrency) if max_concurrency else None
+        self._on_change = on_change
+        self._stopped = asyncio.Event()
+        self._unreachable_in_a_row = 0
+        self.run_so_far = Run([Record(one.index, one.at_s, one.model, one.tenant, one.priority) for one in requests])
+
+    def stop(self, reason: str) -> None:
+        """Ends the run: nothing more is sent, what runs is cancelled, and the run is partial."""
+        if not self._stopped.is_set():
+            self.run_so_far.partial = reason
+            self._stopped.set()
+
+    def now_s(self) -> float:
+        """Seconds since the start of the run."""
+        return self._clock.monotonic_s() - self._started_s
+
+    async def run(self) -> Run:
+        """Sends everything and waits for the answers."""
+        self._started_s = self._clock.monotonic_s()
+        cpu_before_s = _cpu_s()
+        looking = asyncio.create_task(self._look(), name="loop lag")
+        sending = asyncio.create_task(self._send_all(), name="load")
+        stopping = asyncio.create_task(self._stopped.wait(), name="stop")
+        try:
+            await asyncio.wait((sending, stopping), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (sending, stopping, looking):
+                task.cancel()
+            await asyncio.gather(sending, stopping, looking, return_exceptions=True)
+        if sending.done() and not sending.cancelled() and (error := sending.exception()) is not None:
+            raise error
+        run = self.run_so_far
+        run.duration_s = max((r.ended_s for r in run.records if r.ended_s is not None), default=self.now_s())
+        run.cpu_s = _cpu_s() - cpu_before_s
+        return run
+
+    async def _send_all(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for request, record in zip(self._requests, self.run_so_far.records, strict=True):
+                delay_s = request.at_s - self.now_s()
+                if delay_s > 0:
+                    await asyncio.sleep(delay_s)
+                if self._slots is not None:
+                    await self._slots.acquire()
+                group.create_task(self._one(request, record))
+
+    async def _one(self, request: PlannedRequest, record: Record) -> None:
+        record.sent_s = self.now_s()
+        self._on_change()
+        try:
+            # An async generator, though the protocol need not say so: closing it aborts the request.
+            answer = cast(AsyncGenerator[Piece | Ended, None], self._target.ask(request))
+            async with aclosing(answer) as events:
+                async for event in events:
+                    if isinstance(event, Piece):
+                        record.pieces.append((self.now_s(), event.num_tokens))
+                        self._on_change()
+                    else:
+                        self._end(record, event)
+        except TargetError as error:
+            record.status, record.error = error.status, str(error)
+            record.ended_s = self.now_s()
+            self._count_unreachable(error)
+        finally:
+            self._on_change()
+            if self._slots is not None:
+                self._slots.release()
+
+    def _end(self, record: Record, ended: Ended) -> None:
+        record.ended_s = self.now_s()
+        record.num_input, record.num_cached = ended.num_input, ended.num_cached
+        record.num_output, record.finish = ended.num_output, ended.finish
+        record.status = OK
+        self._unreachable_in_a_row = 0
+
+    def _count_unreachable(self, error: TargetError) -> None:
+        self._unreachable_in_a_row = self._unreachable_in_a_row + 1 if error.is_unreachable else 0
+        if self._unreachable_in_a_row >= UNREACHABLE_IN_A_ROW:
+            self.stop(f"the server is gone: {self._unreachable_in_a_row} requests in a row found nobody ({error})")
+
+    async def _look(self) -> None:
+        while True:
+            due_s = self.now_s() + _LOOK_EVERY_S
+            await asyncio.sleep(_LOOK_EVERY_S)
+            self.run_so_far.loop_lags_s.append(max(0.0, self.now_s() - due_s))
+
+
+def _cpu_s() -> float:
+    """CPU seconds of this process, all threads."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime

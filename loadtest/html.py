@@ -1,0 +1,177 @@
+"""A report, or several beside each other, as one HTML page that needs nothing but a browser. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from loadtest.svg import Line, plot
+from loadtest.table import COLUMNS, format_value
+
+_POINTS = 200
+_WORDS = {
+    "ttft": ("Time to first token", "How long a user waits before anything appears."),
+    "tpot": ("Time per output token", "How fast the answer is written after its first token."),
+    "e2el": ("End-to-end latency", "How long a user waits for the whole answer."),
+}
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#1f2937;background:#fff}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(26rem,1fr));gap:1rem}
+figure{margin:0;border:1px solid #e5e7eb;border-radius:6px;padding:.5rem}figcaption{color:#4b5563;font-size:.87rem}
+svg{width:100%;height:auto;font:12px system-ui,sans-serif;fill:#374151}svg .title{font-size:14px;font-weight:600}
+svg .grid{stroke:#e5e7eb;stroke-width:1}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #e5e7eb}
+th:first-child,td:first-child{text-align:left}
+.warn{background:#fef3c7;padding:.6rem 1rem;border-radius:6px}code{background:#f3f4f6;padding:0 .25rem}
+"""
+
+
+def page(documents: Sequence[Mapping[str, Any]]) -> str:
+    """The page for reports and sweeps. Each run of a sweep counts as a report of its own."""
+    reports = [report for document in documents for report in document.get("reports", [document])]
+    title = " and ".join(dict.fromkeys(str(document["name"]) for document in documents))
+    parts = [
+        "<!doctype html><html lang=en><head><meta charset=utf-8>",
+        '<link rel="icon" href="data:,">',
+        f"<title>Load test: {escape(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>Load test: {escape(title)}</h1>",
+        "<p>Requests were sent to a server of language models at the times that a workload says, whether or not "
+        "earlier ones were answered. Every latency counts from the moment when the request was due, so waiting is "
+        "never left out.</p>",
+        *map(_head, reports if len(reports) <= 1 else documents),
+        "<h2>Figures</h2>",
+        _table(reports),
+    ]
+    sweeps = [document for document in documents if "reports" in document]
+    if sweeps:
+        parts += ["<h2>Latency against load</h2><div class=plots>", *_sweep_plots(sweeps), "</div>"]
+    parts += ["<h2>How latency is distributed</h2><div class=plots>", *_distributions(reports), "</div>"]
+    if any("slo" in report for report in reports):
+        parts += ["<h2>Within a multiple of the unloaded latency</h2><div class=plots>", _slo_plot(reports), "</div>"]
+    parts += ["<h2>Over time</h2><div class=plots>", *_time_plots(reports), "</div>"]
+    for report in reports:
+        parts += _groups(report)
+    return "".join(parts) + "</body></html>\n"
+
+
+def _head(document: Mapping[str, Any]) -> str:
+    name, target, date, workload = (escape(str(document[key])) for key in ("name", "target", "date", "workload"))
+    lines = [f"<p><b>{name}</b>: {target}, {date}<br>workload <code>{workload}</code></p>"]
+    if document.get("partial"):
+        lines.append(f"<p class=warn>Partial: {escape(str(document['partial']))}</p>")
+    if document.get("driver_bottleneck"):
+        lines.append(f"<p class=warn>Not to be trusted: {escape(str(document['driver_bottleneck']))}</p>")
+    if document.get("errors"):
+        rows = (
+            f"<tr><td>{escape(status)}<td>{entry['count']}<td>{escape('; '.join(entry['messages']))}"
+            for status, entry in document["errors"].items()
+        )
+        lines.append(f"<table><tr><th>status<th>requests<th>messages{''.join(rows)}</table>")
+    if "highest_rate_within_slo" in document:
+        slo, rate = document["slo_wanted"], document["highest_rate_within_slo"]
+        lines.append(
+            f"<p>Highest rate at which {slo['attainment']:.0%} of the requests stay within {slo['scale']} times their "
+            f"unloaded latency: <b>{'none of those tried' if rate is None else f'{rate:g} requests/s'}</b>.</p>"
+        )
+    return "".join(lines)
+
+
+def _label(report: Mapping[str, Any]) -> str:
+    rate = report.get("rate")
+    return f"{report['name']} at {rate:g}/s" if rate is not None else str(report["name"])
+
+
+def _table(reports: Sequence[Mapping[str, Any]]) -> str:
+    head = "".join(f"<th>{escape(_label(report))}" for report in reports)
+    rows = []
+    for text, key in COLUMNS:
+        values = [report.get(key) for report in reports]
+        if any(value is not None for value in values):
+            rows.append(f"<tr><td>{escape(text)}" + "".join(f"<td>{format_value(value)}" for value in values))
+    return f"<table><tr><th>{head}{''.join(rows)}</table>"
+
+
+def _figure(svg: str, words: str) -> str:
+    return f"<figure>{svg}<figcaption>{escape(words)}</figcaption></figure>"
+
+
+def _distributions(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    shares = np.linspace(0, 1, _POINTS)
+    figures = []
+    for name, (title, words) in _WORDS.items():
+        lines = []
+        for report in reports:
+            values = [value for value in report["requests"][f"{name}_ms"] if value is not None]
+            if values:
+                lines.append(Line(_label(report), np.quantile(values, shares).tolist(), (100 * shares).tolist()))
+        svg = plot(title, "ms (logarithmic)", "% of requests at most", lines, log_x=True)
+        figures.append(_figure(svg, f"{words} Further left is better; the height says for how many."))
+    return figures
+
+
+def _time_plots(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    wanted = (
+        ("output_tokens_per_s", "Throughput", "output tokens / s", "Tokens that arrived in each second."),
+        (
+            "waiting",
+            "Waiting for the first token",
+            "requests",
+            "A line that keeps rising is a server that is overloaded.",
+        ),
+        ("running", "Being answered", "requests", "Requests between their first token and their last."),
+    )
+    figures = []
+    for key, title, label, words in wanted:
+        lines = [
+            Line(_label(report), list(range(1, len(report["series"][key]) + 1)), report["series"][key])
+            for report in reports
+        ]
+        figures.append(_figure(plot(title, "seconds", label, lines), words))
+    return figures
+
+
+def _slo_plot(reports: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        Line(
+            _label(report),
+            [float(scale) for scale in report["slo"]["attainment"]],
+            [100 * part for part in report["slo"]["attainment"].values()],
+            marks=True,
+        )
+        for report in reports
+        if "slo" in report
+    ]
+    svg = plot("SLO attainment", "times the latency on an idle server", "% of requests within", lines)
+    return _figure(svg, "How many requests took at most so many times what they would have taken alone.")
+
+
+def _sweep_plots(sweeps: Sequence[Mapping[str, Any]]) -> list[str]:
+    wanted = (
+        ("mean_normalized_latency_s_per_token", "Normalized latency", "s / output token"),
+        ("median_ttft_ms", "Median time to first token", "ms"),
+        ("p99_ttft_ms", "99th percentile of the time to first token", "ms"),
+        ("median_tpot_ms", "Median time per output token", "ms"),
+        ("output_throughput", "Throughput", "output tokens / s"),
+    )
+    figures = []
+    for key, title, label in wanted:
+        lines = []
+        for sweep in sweeps:
+            points = [(r["rate"], r[key]) for r in sweep["reports"] if r.get(key) is not None]
+            lines.append(Line(str(sweep["name"]), [x for x, _ in points], [y for _, y in points], marks=True))
+        figures.append(_figure(plot(title, "requests / s", label, lines), "Each point is a run at one rate."))
+    return figures
+
+
+def _groups(report: Mapping[str, Any]) -> list[str]:
+    parts = []
+    for name in ("model", "tenant", "priority"):
+        if groups := report.get(f"by_{name}"):
+            named = [{**figures, "name": group} for group, figures in groups.items()]
+            parts += [f"<h2>{escape(_label(report))}, by {name}</h2>", _table(named)]
+    return parts

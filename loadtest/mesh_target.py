@@ -1,0 +1,68 @@
+"""A mesh under load, through its public gRPC API."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from loadtest.target import Ended, Piece, ServedModel, TargetError
+from loadtest.workload import PlannedRequest
+from muxmesh.client import MeshClient, Message
+from muxmesh.client.aio import Prompt
+from muxmesh.errors import InternalError, MeshError, Unavailable
+from muxmesh.rpc.status import status_code
+
+_CONNECT_TIMEOUT_S = 10.0
+
+
+class MeshTarget:
+    """See `Target`. Tenants are told apart by their cache salt: they share no cached prefix."""
+
+    def __init__(self, address: str, temperature: float | None, timeout_s: float | None) -> None:
+        self.name = f"mesh at {address}"
+        self._address = address
+        self._client = MeshClient(address)
+        self._temperature = temperature
+        self._timeout_s = timeout_s
+
+    async def models(self) -> list[ServedModel]:
+        """See `Target`."""
+        try:
+            infos = await self._client.list_models(timeout_s=_CONNECT_TIMEOUT_S)
+        except MeshError as error:
+            raise Unavailable(f"no mesh answers at {self._address}: {error}") from error
+        # The first ids and the last are special tokens in most vocabularies.
+        return [ServedModel(one.name, range(one.vocab_size // 8, one.vocab_size * 3 // 4)) for one in infos]
+
+    async def ask(self, request: PlannedRequest) -> AsyncIterator[Piece | Ended]:
+        """See `Target`."""
+        prompt: Prompt = [Message("user", str(request.prompt))] if request.is_chat else request.prompt
+        num_input = num_cached = 0
+        try:
+            async for delta in self._client.stream(
+                prompt,
+                model=request.model,
+                max_new_tokens=request.max_new_tokens,
+                min_new_tokens=request.max_new_tokens if request.is_forced else 0,
+                ignore_eos=request.is_forced,
+                temperature=self._temperature,
+                seed=request.seed,
+                priority=request.priority,
+                cache_salt=request.tenant or "",
+                timeout_s=self._timeout_s,
+            ):
+                if delta.prompt is not None:
+                    num_input, num_cached = delta.prompt.num_tokens, delta.prompt.num_cached_tokens
+                if delta.token_ids:
+                    yield Piece(len(delta.token_ids))
+                if delta.finish is not None:
+                    yield Ended(num_input, delta.finish.num_output_tokens, delta.finish.reason, num_cached)
+                    return
+        except MeshError as error:
+            raise TargetError(
+                status_code(error).name, str(error), is_unreachable=isinstance(error, Unavailable)
+            ) from error
+        raise TargetError("INTERNAL", str(InternalError("the stream ended without a finish")))
+
+    async def close(self) -> None:
+        """See `Target`."""
+        await self._client.close()

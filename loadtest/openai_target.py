@@ -1,0 +1,107 @@
+"""An OpenAI-compatible server under load: `/v1/completions`, or `/v1/chat/completions` for chat prompts, streamed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+
+from loadtest.target import Ended, Piece, ServedModel, TargetError
+from loadtest.workload import PlannedRequest
+from muxmesh.errors import Unavailable
+
+_CONNECT_TIMEOUT_S = 10.0
+_READ_BUFFER = 1 << 20
+_DATA = b"data:"
+
+
+class OpenAiTarget:
+    """See `Target`. ``vocabulary``: token ids for random prompts, as the server does not say how many it knows."""
+
+    def __init__(self, url: str, vocabulary: range, temperature: float | None, timeout_s: float | None) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self.name = f"OpenAI API at {self._url}"
+        self._vocabulary = vocabulary
+        self._temperature = temperature
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=_CONNECT_TIMEOUT_S)
+        self._session = aiohttp.ClientSession(
+            timeout=timeout, connector=aiohttp.TCPConnector(limit=0), read_bufsize=_READ_BUFFER
+        )
+        self._default_model: str | None = None
+
+    async def models(self) -> list[ServedModel]:
+        """See `Target`."""
+        try:
+            async with self._session.get(f"{self._url}/v1/models") as response:
+                response.raise_for_status()
+                content = await response.json()
+            names = [str(one["id"]) for one in content["data"]]
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Unavailable(f"no OpenAI-compatible server answers at {self._url}: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise Unavailable(f"{self._url}/v1/models gives no list of models: {error!r}") from error
+        if not names:
+            raise Unavailable(f"{self._url} serves no model")
+        self._default_model = names[0]
+        return [ServedModel(name, self._vocabulary) for name in names]
+
+    async def ask(self, request: PlannedRequest) -> AsyncIterator[Piece | Ended]:
+        """See `Target`. A chunk with text counts as one token until the server says how many there were."""
+        path, body = self._body(request)
+        ended: Ended | None = None
+        finish = ""
+        try:
+            async with self._session.post(f"{self._url}{path}", json=body) as response:
+                if response.status != 200:
+                    raise TargetError(f"HTTP {response.status}", (await response.text())[:500])
+                async for line in response.content:
+                    if not line.startswith(_DATA):
+                        continue
+                    event = line[len(_DATA) :].strip()
+                    if event == b"[DONE]":
+                        break
+                    chunk = json.loads(event)
+                    if "error" in chunk:
+                        raise TargetError("STREAM ERROR", json.dumps(chunk["error"])[:500])
+                    for choice in chunk.get("choices", ()):
+                        finish = choice.get("finish_reason") or finish
+                        if choice.get("text") or choice.get("delta", {}).get("content"):
+                            yield Piece(1)
+                    if usage := chunk.get("usage"):
+                        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+                        ended = Ended(usage["prompt_tokens"], usage["completion_tokens"], finish, cached)
+        except aiohttp.ClientConnectorError as error:
+            raise TargetError("UNREACHABLE", str(error), is_unreachable=True) from error
+        except TimeoutError as error:
+            raise TargetError("TIMEOUT", "the deadline passed") from error
+        except (aiohttp.ClientError, ValueError, KeyError) as error:
+            raise TargetError("CONNECTION LOST", str(error) or type(error).__name__, is_unreachable=True) from error
+        if ended is None or not finish:
+            raise TargetError("CUT OFF", "the stream ended without a finish and its usage", is_unreachable=True)
+        yield Ended(ended.num_input, ended.num_output, finish, ended.num_cached)
+
+    async def close(self) -> None:
+        """See `Target`."""
+        await self._session.close()
+
+    def _body(self, request: PlannedRequest) -> tuple[str, dict[str, Any]]:
+        body: dict[str, Any] = {
+            "model": request.model or self._default_model,
+            "max_tokens": request.max_new_tokens,
+            "seed": request.seed,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self._temperature is not None:
+            body["temperature"] = self._temperature
+        if request.tenant is not None:
+            body["user"] = request.tenant
+        if request.priority:
+            body["priority"] = request.priority  # vLLM's extension
+        if request.is_forced:
+            body |= {"ignore_eos": True, "min_tokens": request.max_new_tokens}  # vLLM's extensions
+        if request.is_chat:
+            return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": request.prompt}]}
+        return "/v1/completions", body | {"prompt": request.prompt}

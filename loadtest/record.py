@@ -1,0 +1,64 @@
+"""What became of each request, as the driver saw it. All times are seconds from the start of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+OK = "OK"
+INTERRUPTED = "INTERRUPTED"
+"""The run was ended while the request ran, or before it was sent."""
+
+
+@dataclass(slots=True)
+class Record:
+    """One request. Latencies count from ``scheduled_s``, when it should have been sent, whenever it was.
+
+    ``pieces``: (time, tokens) of each message that brought tokens. ``status``: OK, the server's word, or INTERRUPTED.
+    """
+
+    index: int
+    scheduled_s: float
+    model: str | None = None
+    tenant: str | None = None
+    priority: int = 0
+    sent_s: float | None = None
+    ended_s: float | None = None
+    pieces: list[tuple[float, int]] = field(default_factory=list)
+    num_input: int = 0
+    num_cached: int = 0
+    num_output: int = 0
+    finish: str | None = None
+    status: str = INTERRUPTED
+    error: str = ""
+
+    @property
+    def is_ok(self) -> bool:
+        """It has its whole answer."""
+        return self.status == OK
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to the first token; of an answer without tokens, to its end."""
+        assert self.ended_s is not None
+        return (self.pieces[0][0] if self.pieces else self.ended_s) - self.scheduled_s
+
+    @property
+    def e2el_s(self) -> float:
+        """Time to the end of the answer."""
+        assert self.ended_s is not None
+        return self.ended_s - self.scheduled_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time of a token after the first; None for answers of one token."""
+        return (self.e2el_s - self.ttft_s) / (self.num_output - 1) if self.num_output > 1 else None
+
+    @property
+    def itls_s(self) -> list[float]:
+        """Gaps between messages that brought tokens."""
+        return [later - sooner for (sooner, _), (later, _) in zip(self.pieces, self.pieces[1:], strict=False)]
+
+    @property
+    def normalized_s(self) -> float:
+        """Seconds of the whole request for each token of its answer (as in Orca, OSDI'22)."""
+        return self.e2el_s / max(1, self.num_output)

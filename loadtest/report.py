@@ -1,0 +1,231 @@
+"""From records to figures, named as `vllm bench serve` names them. Pure; a report is JSON content."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from loadtest.drive import Run
+from loadtest.record import INTERRUPTED, Record
+from loadtest.slo import Unloaded, attainment
+
+FORMAT = 1
+METRICS = ("ttft", "tpot", "itl", "e2el")
+PERCENTILES = (50, 90, 95, 99)
+MAX_DRIVER_CPU = 0.9
+"""Of one core, which is all that an event loop has."""
+MAX_LAG_S = 0.01
+MAX_LAG_OF_TTFT = 0.1
+_ERRORS_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """The most that a good request may take, in ms; None: any time."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+    e2el: float | None = None
+
+    def is_met(self, record: Record) -> bool:
+        """The request succeeded and was fast enough."""
+        tpot_s = record.tpot_s
+        return record.is_ok and all(
+            most is None or value_s is None or value_s * 1000 <= most
+            for most, value_s in ((self.ttft, record.ttft_s), (self.tpot, tpot_s), (self.e2el, record.e2el_s))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What was measured, for the head of a report."""
+
+    name: str
+    target: str
+    models: Sequence[str]
+    workload: str
+    date: str
+    max_concurrency: int | None = None
+    rate: float | None = None
+
+
+def build_report(
+    about: About, run: Run, goodput: Goodput | None = None, unloaded: Unloaded | None = None
+) -> dict[str, Any]:
+    """The whole report of a run."""
+    records = run.records
+    done = [record for record in records if record.is_ok]
+    report: dict[str, Any] = {
+        "muxmesh_loadtest": FORMAT,
+        **asdict(about),
+        "models": list(about.models),
+        "partial": run.partial or None,
+        **figures(records, run.duration_s, goodput),
+        "errors": _errors(records),
+        "finish_reasons": dict(Counter(record.finish for record in done)),
+        "driver": _driver(run),
+        "series": _series(records, run.duration_s),
+        "requests": _requests(records),
+    }
+    for name, key in _GROUPS.items():
+        groups = sorted({key(record) for record in records})
+        if len(groups) > 1:
+            report[f"by_{name}"] = {
+                group: figures([record for record in records if key(record) == group], run.duration_s, goodput)
+                for group in groups
+            }
+    if goodput is not None:
+        report["goodput_slo_ms"] = {name: most for name, most in asdict(goodput).items() if most is not None}
+    if unloaded is not None:
+        counted = [record for record in records if record.status != INTERRUPTED]
+        report["slo"] = {"unloaded": asdict(unloaded), "attainment": attainment(counted, unloaded)}
+    return report
+
+
+_GROUPS: Mapping[str, Callable[[Record], str]] = {
+    "model": lambda record: record.model or "(default)",
+    "tenant": lambda record: record.tenant or "(none)",
+    "priority": lambda record: str(record.priority),
+}
+
+
+def figures(records: Sequence[Record], duration_s: float, goodput: Goodput | None = None) -> dict[str, Any]:
+    """The columns of `vllm bench serve`, and the normalized latency. Throughputs are over ``duration_s``."""
+    done = [record for record in records if record.is_ok]
+    num_input, num_output = sum(r.num_input for r in done), sum(r.num_output for r in done)
+    per_s = 1 / duration_s if duration_s > 0 else 0.0
+    found: dict[str, Any] = {
+        "duration": duration_s,
+        "completed": len(done),
+        "failed": sum(not r.is_ok and r.status != INTERRUPTED for r in records),
+        "interrupted": sum(r.status == INTERRUPTED for r in records),
+        "total_input_tokens": num_input,
+        "total_cached_tokens": sum(r.num_cached for r in done),
+        "total_output_tokens": num_output,
+        "request_throughput": len(done) * per_s,
+        "request_goodput": None if goodput is None else sum(map(goodput.is_met, records)) * per_s,
+        "output_throughput": num_output * per_s,
+        "total_token_throughput": (num_input + num_output) * per_s,
+        "max_output_tokens_per_s": max(_tokens_per_s(done, duration_s), default=0.0),
+        "max_concurrent_requests": _most_at_once(records),
+    }
+    values_s = {
+        "ttft": [r.ttft_s for r in done],
+        "tpot": [r.tpot_s for r in done if r.tpot_s is not None],
+        "itl": [gap for r in done for gap in r.itls_s],
+        "e2el": [r.e2el_s for r in done],
+    }
+    for name in METRICS:
+        found |= _statistics(name, values_s[name])
+    normalized = [r.normalized_s for r in done]
+    found["mean_normalized_latency_s_per_token"] = float(np.mean(normalized)) if normalized else None
+    found["p99_normalized_latency_s_per_token"] = float(np.percentile(normalized, 99)) if normalized else None
+    return found
+
+
+def bottleneck(report: Mapping[str, Any]) -> str | None:
+    """Why the figures tell of the driver and not of the server, or None."""
+    driver, ttft_ms = report["driver"], report["median_ttft_ms"]
+    if driver["cpu_share"] > MAX_DRIVER_CPU:
+        return f"the driver used {driver['cpu_share']:.0%} of a core, more than {MAX_DRIVER_CPU:.0%}"
+    most_ms = 1000 * max(MAX_LAG_S, MAX_LAG_OF_TTFT * (ttft_ms or 0) / 1000)
+    if driver["p99_lag_ms"] > most_ms:
+        return f"the driver was {driver['p99_lag_ms']:.1f} ms late (p99), more than {most_ms:.1f} ms"
+    return None
+
+
+def _statistics(name: str, values_s: Sequence[float]) -> dict[str, float | None]:
+    keys = [f"{kind}_{name}_ms" for kind in ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))]
+    if not values_s:
+        return dict.fromkeys(keys)
+    values = np.asarray(values_s) * 1000
+    found = (np.mean(values), np.median(values), np.std(values), *np.percentile(values, PERCENTILES))
+    return {key: float(value) for key, value in zip(keys, found, strict=True)}
+
+
+def _errors(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Status → how many, and some of the messages."""
+    failed = [record for record in records if not record.is_ok]
+    found: dict[str, dict[str, Any]] = {}
+    for status, count in Counter(record.status for record in failed).most_common():
+        messages = dict.fromkeys(r.error for r in failed if r.status == status and r.error)
+        found[status] = {"count": count, "messages": list(messages)[:_ERRORS_SHOWN]}
+    return found
+
+
+def _driver(run: Run) -> dict[str, float]:
+    lags_ms = np.asarray(run.loop_lags_s or [0.0]) * 1000
+    share = run.cpu_s / run.duration_s if run.duration_s > 0 else 0.0
+    return {
+        "cpu_s": run.cpu_s,
+        "cpu_share": share,
+        "p99_lag_ms": float(np.percentile(lags_ms, 99)),
+        "max_lag_ms": float(lags_ms.max()),
+    }
+
+
+def _tokens_per_s(records: Sequence[Record], duration_s: float) -> list[float]:
+    buckets = [0.0] * (math.floor(duration_s) + 1)
+    for record in records:
+        told = sum(count for _, count in record.pieces) or 1
+        for at_s, count in record.pieces:  # what a server does not count piece by piece is spread over its pieces
+            buckets[min(math.floor(at_s), len(buckets) - 1)] += count * record.num_output / told
+    return buckets
+
+
+def _changes(records: Sequence[Record]) -> list[tuple[float, int, int]]:
+    """(time, change of waiting, change of running), in order: a request waits until its first token."""
+    changes: list[tuple[float, int, int]] = []
+    for record in records:
+        if record.sent_s is None:
+            continue
+        ended_s = math.inf if record.ended_s is None else record.ended_s
+        first_s = min(record.pieces[0][0] if record.pieces else ended_s, ended_s)
+        changes += [(record.scheduled_s, 1, 0), (first_s, -1, 1), (ended_s, 0, -1)]
+    return sorted(changes)
+
+
+def _most_at_once(records: Sequence[Record]) -> int:
+    level = most = 0
+    for _, waiting, running in _changes(records):
+        level += waiting + running
+        most = max(most, level)
+    return most
+
+
+def _series(records: Sequence[Record], duration_s: float) -> dict[str, list[float]]:
+    """Second by second: tokens, and requests that wait or run at its end."""
+    seconds = math.floor(duration_s) + 1
+    waiting, running = [0] * seconds, [0] * seconds
+    levels, at = [0, 0], 0
+    for time_s, more_waiting, more_running in [*_changes(records), (math.inf, 0, 0)]:
+        while at < seconds and at + 1 < time_s:
+            waiting[at], running[at] = levels
+            at += 1
+        levels = [levels[0] + more_waiting, levels[1] + more_running]
+    tokens = _tokens_per_s([record for record in records if record.pieces], duration_s)
+    return {"output_tokens_per_s": tokens, "waiting": list(map(float, waiting)), "running": list(map(float, running))}
+
+
+def _requests(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """A column for each fact about a request, in ms where it is a time."""
+
+    def ms(value_s: float | None) -> float | None:
+        return None if value_s is None else round(value_s * 1000, 3)
+
+    return {
+        "scheduled_ms": [ms(r.scheduled_s) for r in records],
+        "sent_ms": [ms(r.sent_s) for r in records],
+        "ttft_ms": [ms(r.ttft_s) if r.is_ok else None for r in records],
+        "tpot_ms": [ms(r.tpot_s) if r.is_ok else None for r in records],
+        "e2el_ms": [ms(r.e2el_s) if r.is_ok else None for r in records],
+        "num_input": [r.num_input for r in records],
+        "num_output": [r.num_output for r in records],
+        "model": [r.model for r in records],
+        "status": [r.status for r in records],
+    }

@@ -1,0 +1,102 @@
+"""One load test from beginning to end: look at the server, calibrate, drive, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loadtest.drive import Driver
+from loadtest.record import Record
+from loadtest.report import About, Goodput, build_report
+from loadtest.slo import Unloaded, fit_unloaded
+from loadtest.spec import Spec
+from loadtest.sweep import build_sweep
+from loadtest.target import Target
+from loadtest.workload import PlannedRequest, plan
+from muxmesh.errors import ConfigError, Unavailable
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a test is run and judged. ``calibrate``: so many requests are sent one by one before, to learn what they take
+    on an idle server; 0: none, and no SLO. ``unloaded``: known from an earlier test, so that servers are judged alike.
+    """
+
+    name: str
+    date: str
+    max_concurrency: int | None = None
+    goodput: Goodput | None = None
+    calibrate: int = 5
+    unloaded: Unloaded | None = None
+
+
+class Session:
+    """Tests one server. ``on_start`` gets each `Driver` before it runs, to show or to stop it."""
+
+    def __init__(
+        self,
+        target: Target,
+        options: Options,
+        clock: Clock,
+        on_start: Callable[[str, Driver], None] = lambda what, driver: None,
+    ) -> None:
+        self._target = target
+        self._options = options
+        self._clock = clock
+        self._on_start = on_start
+        self._unloaded = options.unloaded
+
+    async def run(self, spec: Spec) -> dict[str, Any]:
+        """The report of one run. Raises Unavailable, ConfigError."""
+        requests = await self._plan(spec)
+        if self._unloaded is None and self._options.calibrate:
+            self._unloaded = await self._calibrate(requests)
+        driver = Driver(self._target, requests, self._clock, self._options.max_concurrency)
+        self._on_start("running" if spec.rate is None else f"rate {spec.rate:g}", driver)
+        run = await driver.run()
+        options = self._options
+        about = About(
+            options.name, self._target.name, sorted({r.model or self._default for r in requests}), spec.text,
+            options.date, options.max_concurrency, spec.rate,
+        )  # fmt: skip
+        return build_report(about, run, options.goodput, self._unloaded)
+
+    async def sweep(self, spec: Spec, rates: Sequence[float], scale: int, wanted: float) -> dict[str, Any]:
+        """The reports at several rates, and the highest rate within the SLO. Ends early if a run is partial."""
+        if spec.trace is not None:
+            raise ConfigError("--sweep: sets the rate; a trace has its own (time_scale=X changes it)")
+        if self._unloaded is None and not self._options.calibrate:
+            raise ConfigError("--sweep: needs the unloaded latency: --calibrate of at least 1, or --unloaded")
+        reports = []
+        for rate in sorted(rates):
+            reports.append(await self.run(replace(spec, rate=rate)))
+            if reports[-1]["partial"]:
+                break
+        return build_sweep(reports, scale, wanted)
+
+    async def _plan(self, spec: Spec) -> list[PlannedRequest]:
+        served = {model.name: model for model in await self._target.models()}
+        self._default = next(iter(served))
+        if not spec.models and len(served) > 1:
+            raise ConfigError(f"workload: which model? models=... of: {', '.join(served)}")
+        unknown = [name for name, _ in spec.models if name not in served]
+        if unknown:
+            raise ConfigError(f"workload: models={unknown[0]}: not served there; these are: {', '.join(served)}")
+        wanted = [served[name] for name, _ in spec.models] or [served[self._default]]
+        smallest = min((model.vocabulary for model in wanted), key=lambda vocabulary: vocabulary.stop)
+        return plan(spec, smallest)
+
+    async def _calibrate(self, requests: Sequence[PlannedRequest]) -> Unloaded:
+        step = max(1, len(requests) // self._options.calibrate)
+        records: list[Record] = []
+        for request in requests[::step][: self._options.calibrate]:
+            driver = Driver(self._target, [replace(request, at_s=0.0)], self._clock)
+            self._on_start("calibrating", driver)
+            run = await driver.run()
+            if run.partial:
+                raise Unavailable(f"calibration: {run.partial}")
+            records += run.records
+        if not any(record.is_ok for record in records):
+            raise ConfigError(f"calibration: not one request succeeded: {records[0].status}: {records[0].error}")
+        return fit_unloaded(records)

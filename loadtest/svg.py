@@ -1,0 +1,130 @@
+"""Line plots as SVG text: no script, no font and no file from elsewhere. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 560, 320
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 14, 34, 48
+_COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
+_DASHES = ("", "6 3", "2 3")
+_NUM_TICKS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One curve. ``marks``: its points are shown."""
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    marks: bool = False
+
+
+def plot(title: str, x_label: str, y_label: str, lines: Sequence[Line], log_x: bool = False) -> str:
+    """The plot as an ``<svg>`` element. Points that are not finite, or not above 0 on a log axis, are left out."""
+    cleaned = [_clean(line, log_x) for line in lines]
+    cleaned = [line for line in cleaned if line.xs]
+    body = [
+        f'<text x="{WIDTH / 2}" y="18" class="title" text-anchor="middle">{escape(title)}</text>',
+        f'<text x="{(WIDTH + _LEFT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>',
+        f'<text transform="translate(14 {(HEIGHT - _BOTTOM + _TOP) / 2}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y_label)}</text>",
+    ]
+    if cleaned:
+        body += _curves(cleaned, log_x)
+    else:
+        body.append(f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">nothing was measured</text>')
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">'
+        + "".join(body)
+        + "</svg>"
+    )
+
+
+def _clean(line: Line, log_x: bool) -> Line:
+    points = [
+        (x, y)
+        for x, y in zip(line.xs, line.ys, strict=True)
+        if math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x)
+    ]
+    return Line(line.name, [x for x, _ in points], [y for _, y in points], line.marks)
+
+
+def _curves(lines: Sequence[Line], log_x: bool) -> list[str]:
+    x_ticks = _log_ticks(lines) if log_x else _ticks([x for line in lines for x in line.xs], from_zero=False)
+    y_ticks = _ticks([y for line in lines for y in line.ys], from_zero=True)
+    place_x = _scale(x_ticks[0], x_ticks[-1], _LEFT, WIDTH - _RIGHT, log_x)
+    place_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP, False)
+    parts = []
+    for tick in x_ticks:
+        x = place_x(tick)
+        parts.append(f'<line x1="{x:.1f}" y1="{_TOP}" x2="{x:.1f}" y2="{HEIGHT - _BOTTOM}" class="grid"/>')
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_short(tick)}</text>')
+    for tick in y_ticks:
+        y = place_y(tick)
+        parts.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{WIDTH - _RIGHT}" y2="{y:.1f}" class="grid"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
+    for number, line in enumerate(lines):
+        colour, dash = _COLOURS[number % len(_COLOURS)], _DASHES[number // len(_COLOURS) % len(_DASHES)]
+        points = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in zip(line.xs, line.ys, strict=True))
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dash}">'
+            f"<title>{escape(line.name)}</title></polyline>"
+        )
+        if line.marks:
+            parts += [
+                f'<circle cx="{place_x(x):.1f}" cy="{place_y(y):.1f}" r="3.2" fill="{colour}">'
+                f"<title>{escape(line.name)}: {_short(x)}, {_short(y)}</title></circle>"
+                for x, y in zip(line.xs, line.ys, strict=True)
+            ]
+        if len(lines) > 1:
+            y = _TOP + 12 + 15 * number
+            parts.append(f'<rect x="{_LEFT + 8}" y="{y - 8}" width="12" height="4" fill="{colour}"/>')
+            parts.append(f'<text x="{_LEFT + 26}" y="{y - 2}">{escape(line.name)}</text>')
+    return parts
+
+
+def _scale(low: float, high: float, at_low: float, at_high: float, log: bool) -> Callable[[float], float]:
+    def place(value: float) -> float:
+        part = math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
+        return at_low + part * (at_high - at_low)
+
+    return place
+
+
+def _ticks(values: Sequence[float], from_zero: bool) -> list[float]:
+    """Round numbers around all values, at least two."""
+    low = min(values) if not from_zero else min(0.0, *values)
+    high = max(values)
+    span = high - low or abs(high) or 1.0
+    raw = span / _NUM_TICKS
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw)
+    first = math.floor(low / step + 1e-9)
+    last = max(first + 1, math.ceil(high / step - 1e-9))
+    return [index * step for index in range(first, last + 1)]
+
+
+def _log_ticks(lines: Sequence[Line]) -> list[float]:
+    """1, 2, 5 times powers of ten around all values, at least two."""
+    low, high = (pick(x for line in lines for x in line.xs) for pick in (min, max))
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    marks = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    first = max(index for index, mark in enumerate(marks) if mark <= low * (1 + 1e-9))
+    last = max(first + 1, min(index for index, mark in enumerate(marks) if mark >= high * (1 - 1e-9)))
+    chosen = marks[first : last + 1]
+    return (
+        chosen
+        if len(chosen) <= 2 * _NUM_TICKS
+        else [m for m in chosen if f"{m:e}"[0] == "1" or m in (chosen[0], chosen[-1])]
+    )
+
+
+def _short(value: float) -> str:
+    if value and (abs(value) >= 100_000 or abs(value) < 0.001):
+        return f"{value:.0e}"
+    return f"{value:.4g}"

@@ -1,0 +1,96 @@
+"""Reports as text: the table of one run, and several side by side with ratios. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+COLUMNS = (
+    ("Successful requests", "completed"),
+    ("Failed requests", "failed"),
+    ("Interrupted requests", "interrupted"),
+    ("Benchmark duration (s)", "duration"),
+    ("Total input tokens", "total_input_tokens"),
+    ("Total generated tokens", "total_output_tokens"),
+    ("Request throughput (req/s)", "request_throughput"),
+    ("Request goodput (req/s)", "request_goodput"),
+    ("Output token throughput (tok/s)", "output_throughput"),
+    ("Peak output token throughput (tok/s)", "max_output_tokens_per_s"),
+    ("Peak concurrent requests", "max_concurrent_requests"),
+    ("Total token throughput (tok/s)", "total_token_throughput"),
+    *(
+        (f"{word} {metric.upper()} (ms)", f"{key}_{metric}_ms")
+        for metric in ("ttft", "tpot", "itl", "e2el")
+        for word, key in (("Mean", "mean"), ("Median", "median"), ("P90", "p90"), ("P99", "p99"))
+    ),
+    ("Mean normalized latency (s/token)", "mean_normalized_latency_s_per_token"),
+    ("P99 normalized latency (s/token)", "p99_normalized_latency_s_per_token"),
+)
+"""Words of `vllm bench serve`, and the key in a report."""
+_WIDTH = 40
+
+
+def format_value(value: float | None) -> str:
+    """A figure for people; - if there is none."""
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
+
+
+def rows_of(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Words and figures of one report."""
+    for text, key in COLUMNS:
+        if report.get(key) is not None:
+            yield text, format_value(report[key])
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The table of one run."""
+    lines = [f" {report['name']}: {report['target']} ".center(_WIDTH + 12, "=")]
+    if report["partial"]:
+        lines.append(f"PARTIAL: {report['partial']}")
+    lines += [f"{text + ':':<{_WIDTH}} {value}" for text, value in rows_of(report)]
+    if slo := report.get("slo"):
+        parts = (f"{scale}x {part:.0%}" for scale, part in slo["attainment"].items() if int(scale) in {1, 2, 4, 8, 16})
+        lines.append(f"{'Within a multiple of unloaded latency:':<{_WIDTH}} {', '.join(parts)}")
+    driver = report["driver"]
+    used = f"{driver['cpu_share']:.1%} of a core, {driver['p99_lag_ms']:.1f} ms late (p99)"
+    lines.append(f"{'The driver itself:':<{_WIDTH}} {used}")
+    for status, entry in report["errors"].items():
+        lines.append(f"{entry['count']} x {status}: {entry['messages'][0] if entry['messages'] else ''}")
+    for name in ("model", "tenant", "priority"):
+        for group, figures in report.get(f"by_{name}", {}).items():
+            lines.append(
+                f"{name} {group}: {figures['completed']} done, {figures['failed']} failed, "
+                f"TTFT {format_value(figures['median_ttft_ms'])} / {format_value(figures['p99_ttft_ms'])} ms, "
+                f"E2EL {format_value(figures['median_e2el_ms'])} / {format_value(figures['p99_e2el_ms'])} ms "
+                "(median / p99)"
+            )
+    return "\n".join(lines)
+
+
+def compare(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Reports side by side; a ratio is the report's figure over the first one's."""
+    header = ["", *(str(report["name"]) + _at(report) for report in reports)]
+    rows = [header]
+    for text, key in COLUMNS:
+        values = [report.get(key) for report in reports]
+        if all(value is None for value in values):
+            continue
+        cells = [format_value(values[0])]
+        for value in values[1:]:
+            ratio = f" ({value / values[0]:.2f}x)" if value is not None and values[0] else ""
+            cells.append(format_value(value) + ratio)
+        rows.append([text, *cells])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def _at(report: Mapping[str, Any]) -> str:
+    return f" at {report['rate']:g}/s" if report.get("rate") is not None else ""

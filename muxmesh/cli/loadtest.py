@@ -1,0 +1,220 @@
+"""`muxmesh loadtest`: load on a mesh or an OpenAI-compatible server, and what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loadtest import table
+from loadtest.drive import Driver
+from loadtest.html import page
+from loadtest.mesh_target import MeshTarget
+from loadtest.record import INTERRUPTED
+from loadtest.report import Goodput, bottleneck
+from loadtest.session import Options, Session
+from loadtest.slo import Unloaded
+from loadtest.spec import parse_spec
+from loadtest.target import Target
+from muxmesh.cli.common import print_json
+from muxmesh.clock import SystemClock
+from muxmesh.errors import ConfigError
+
+_SHOW_EVERY_S = 1.0
+_OPENAI_VOCABULARY = 32_000
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """See `muxmesh loadtest --help`."""
+    if arguments.action == "compare":
+        return _compare(arguments)
+    if arguments.workload is None:
+        raise ConfigError("loadtest: needs --workload SPEC; `muxmesh loadtest --help` says what it can be")
+    for path in filter(None, (arguments.output, arguments.html)):
+        if not path.parent.is_dir():
+            raise ConfigError(f"{path}: the folder {path.parent} does not exist")
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        document = runner.run(_test(arguments))
+    return _finish(document, arguments)
+
+
+def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Reports and sweeps from files. Raises ConfigError for anything else."""
+    documents = []
+    for path in paths:
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+        if not isinstance(content, dict) or not {"muxmesh_loadtest", "muxmesh_loadtest_sweep"} & content.keys():
+            raise ConfigError(f"{path}: is no report of `muxmesh loadtest`")
+        documents.append(content)
+    return documents
+
+
+async def _test(arguments: argparse.Namespace) -> dict[str, Any]:
+    spec = parse_spec(arguments.workload)
+    target = _target(arguments)
+    options = Options(
+        name=arguments.name or target.name,
+        date=datetime.fromtimestamp(SystemClock().unix_s(), UTC).isoformat(timespec="seconds"),
+        max_concurrency=arguments.max_concurrency,
+        goodput=_goodput(arguments.goodput),
+        calibrate=arguments.calibrate,
+        unloaded=_unloaded(arguments.unloaded),
+    )
+    view = _View(quiet=arguments.quiet)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, view.interrupt)
+    try:
+        session = Session(target, options, SystemClock(), view.watch)
+        if arguments.sweep:
+            return await session.sweep(spec, arguments.sweep, arguments.slo_scale, arguments.slo_attainment)
+        return await session.run(spec)
+    finally:
+        view.end()
+        await target.close()
+
+
+def _target(arguments: argparse.Namespace) -> Target:
+    if arguments.openai is None:
+        return MeshTarget(arguments.address, arguments.temperature, arguments.timeout)
+    from loadtest.openai_target import OpenAiTarget  # noqa: PLC0415 - only this needs an HTTP client
+
+    if not arguments.openai.startswith(("http://", "https://")):
+        raise ConfigError(f"--openai {arguments.openai}: is no URL, such as http://127.0.0.1:8000")
+    size = arguments.vocabulary or _OPENAI_VOCABULARY
+    return OpenAiTarget(arguments.openai, range(size // 8, size * 3 // 4), arguments.temperature, arguments.timeout)
+
+
+def _goodput(pairs: Sequence[str]) -> Goodput | None:
+    limits: dict[str, float] = {}
+    for pair in pairs:
+        name, _, value = pair.partition(":")
+        try:
+            limits[name] = float(value)
+        except ValueError:
+            limits[name] = -1
+        if name not in ("ttft", "tpot", "e2el") or not limits[name] > 0:
+            raise ConfigError(f"--goodput {pair}: ttft:MS, tpot:MS or e2el:MS")
+    return Goodput(**limits) if limits else None
+
+
+def _unloaded(path: Path | None) -> Unloaded | None:
+    if path is None:
+        return None
+    (document,) = read_documents([path])
+    report = document.get("reports", [document])[0]
+    if "slo" not in report:
+        raise ConfigError(f"{path}: says nothing of the unloaded latency; it was made with --calibrate 0")
+    return Unloaded(**report["slo"]["unloaded"])
+
+
+def _finish(document: dict[str, Any], arguments: argparse.Namespace) -> int:
+    reports = document.get("reports", [document])
+    reasons = [reason for report in reports if (reason := bottleneck(report))]
+    if reasons:
+        document["driver_bottleneck"] = reasons[0]
+        if not arguments.allow_slow_driver:
+            print(
+                f"muxmesh: no report: {reasons[0]}, so the figures would tell of the driver. Send less, use a larger "
+                "machine, or take them as they are with --allow-slow-driver",
+                file=sys.stderr,
+            )
+            return 1
+    if arguments.output:
+        arguments.output.write_text(json.dumps(document) + "\n")
+    if arguments.html:
+        arguments.html.write_text(page([document]))
+    if arguments.json:
+        print_json(document)
+    else:
+        print("\n\n".join(map(table.render, reports)))
+        if "highest_rate_within_slo" in document:
+            print(f"\nHighest rate within the SLO: {document['highest_rate_within_slo']}")
+        if reasons:
+            print(f"NOT TO BE TRUSTED: {reasons[0]}")
+    if document["partial"] == _INTERRUPTED:
+        return 130
+    return 1 if document["partial"] else 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    documents = read_documents(arguments.files)
+    reports = [report for document in documents for report in document.get("reports", [document])]
+    if arguments.html:
+        arguments.html.write_text(page(documents))
+    if arguments.json:
+        print_json({"reports": [_without_requests(report) for report in reports]})
+    else:
+        print(table.compare(reports))
+    return 0
+
+
+def _without_requests(report: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in report.items() if key not in ("requests", "series")}
+
+
+_INTERRUPTED = "interrupted by the user"
+
+
+class _View:
+    """Progress on stderr: a line that changes on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._is_terminal = sys.stderr.isatty()
+        self._driver: Driver | None = None
+        self._what = ""
+        self._num_ticks = 0
+        self._timer = asyncio.get_running_loop().call_later(_SHOW_EVERY_S, self._tick)
+
+    def watch(self, what: str, driver: Driver) -> None:
+        """Shows this one from now on."""
+        self._what, self._driver = what, driver
+
+    def interrupt(self) -> None:
+        """Ends the run that is shown."""
+        if self._driver is not None:
+            self._driver.stop(_INTERRUPTED)
+
+    def end(self) -> None:
+        """Shows nothing more."""
+        self._timer.cancel()
+        if self._is_terminal and not self._quiet:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def _tick(self) -> None:
+        self._num_ticks += 1
+        if self._driver is not None and not self._quiet and (self._is_terminal or self._num_ticks % 10 == 0):
+            end = "" if self._is_terminal else "\n"
+            start = "\r\x1b[K" if self._is_terminal else ""
+            print(f"{start}{self._what}: {_line(self._driver)}", end=end, file=sys.stderr, flush=True)
+        self._timer = asyncio.get_running_loop().call_later(_SHOW_EVERY_S, self._tick)
+
+
+def _line(driver: Driver) -> str:
+    records = driver.run_so_far.records
+    sent = [record for record in records if record.sent_s is not None]
+    done = [record for record in sent if record.is_ok]
+    failed = sum(record.status not in (INTERRUPTED, "OK") for record in sent)
+    ttft = f", median TTFT {np.median([record.ttft_s for record in done]) * 1000:.0f} ms" if done else ""
+    return (
+        f"{driver.now_s():.0f} s, {len(sent)} of {len(records)} sent, {len(sent) - len(done) - failed} under way, "
+        f"{len(done)} done, {failed} failed{ttft}"
+    )
+
+
+def _loop_factory() -> Any:
+    try:
+        import uvloop  # noqa: PLC0415 - faster, where it is there
+    except ModuleNotFoundError:
+        return None
+    return uvloop.new_event_loop
