@@ -6,32 +6,33 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from muxmesh.errors import ConfigError
 
 
-def open_text(path: Path) -> TextIO:
-    """Opens a text file; one whose name ends in .gz is unpacked. Raises ConfigError."""
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file; one whose name ends in .gz is unpacked. Raises ConfigError."""
+    number = 0
     try:
-        return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):  # noqa: B007 - the handler says how far it came
+                yield line
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: No such file") from error
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read after line {number}: {error}") from error
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of each line that is not empty. Raises ConfigError for what is no JSON object."""
-    with open_text(path) as lines:
-        number = 0
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
         try:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                item = json.loads(line)
-                if not isinstance(item, dict):
-                    raise ConfigError(f"{path}: line {number}: is {type(item).__name__}, not a JSON object")
-                yield number, item
+            item = json.loads(line)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}: line {number}: no JSON: {error.msg}") from error
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: after line {number}: cannot be read: {error}") from error
+        if not isinstance(item, dict):
+            raise ConfigError(f"{path}: line {number}: is {type(item).__name__}, not a JSON object")
+        yield number, item

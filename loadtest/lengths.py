@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from loadtest.files import open_text
+from loadtest.files import read_lines
 from muxmesh.errors import ConfigError
 
 Draw = Callable[[random.Random], tuple[int, int]]
@@ -69,17 +69,14 @@ def _whole(number: float) -> int:
 
 
 def _from_file(path: Path) -> Draw:
-    with open_text(path) as lines:
-        reader = csv.DictReader(lines)
-        missing = {"n_in", "n_out"} - set(reader.fieldnames or ())
-        if missing:
-            raise ConfigError(
-                f"{path}: needs columns n_in and n_out; has {', '.join(reader.fieldnames or ()) or 'none'}"
-            )
-        try:
-            pairs = [(_whole(float(row["n_in"])), _whole(float(row["n_out"]))) for row in reader]
-        except (TypeError, ValueError):
-            raise ConfigError(f"{path}: line {reader.line_num}: n_in and n_out are to be numbers") from None
+    reader = csv.DictReader(read_lines(path))
+    columns = reader.fieldnames or ()
+    if not {"n_in", "n_out"} <= set(columns):
+        raise ConfigError(f"{path}: needs columns n_in and n_out; has {', '.join(columns) or 'none'}")
+    try:
+        pairs = [(_whole(float(row["n_in"])), _whole(float(row["n_out"]))) for row in reader]
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{path}: line {reader.line_num}: n_in and n_out are to be numbers") from None
     if not pairs:
         raise ConfigError(f"{path}: has no rows")
     return lambda rng: pairs[rng.randrange(len(pairs))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from loadtest.spec import Spec
 from loadtest.sweep import build_sweep
 from loadtest.target import Target
 from loadtest.workload import PlannedRequest, plan
+from muxmesh.clock import Clock
 from muxmesh.errors import ConfigError, Unavailable
 
 
@@ -70,7 +72,8 @@ class Session:
             raise ConfigError("--sweep: needs the unloaded latency: --calibrate of at least 1, or --unloaded")
         reports = []
         for rate in sorted(rates):
-            reports.append(await self.run(replace(spec, rate=rate)))
+            text = re.sub(r"\brate=\S+", f"rate={rate:g}", spec.text)
+            reports.append(await self.run(replace(spec, rate=rate, text=text)))
             if reports[-1]["partial"]:
                 break
         return build_sweep(reports, scale, wanted)

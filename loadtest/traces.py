@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from loadtest.files import open_text, read_jsonl
+from loadtest.files import read_jsonl, read_lines
 from muxmesh.errors import ConfigError
 
 MOONCAKE_BLOCK = 512
@@ -47,22 +47,21 @@ def read_trace(path: Path) -> list[Arrival]:
 
 
 def _azure(path: Path) -> Iterator[Arrival]:
-    with open_text(path) as lines:
-        reader = csv.DictReader(lines)
-        wanted = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-        if missing := [name for name in wanted if name not in (reader.fieldnames or ())]:
-            raise ConfigError(f"{path}: has no column {', '.join(missing)}; a trace is {HELP}")
-        for row in reader:
-            place = f"{path}: line {reader.line_num}"
-            try:
-                at = datetime.fromisoformat(row["TIMESTAMP"][:26]).replace(tzinfo=UTC)
-            except (TypeError, ValueError):
-                raise ConfigError(f"{place}: TIMESTAMP {row['TIMESTAMP']!r} is no date and time") from None
-            yield Arrival(
-                at.timestamp(),
-                _count(row, "ContextTokens", place, least=1),
-                _count(row, "GeneratedTokens", place, least=0) or 1,
-            )
+    reader = csv.DictReader(read_lines(path))
+    wanted = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+    if missing := [name for name in wanted if name not in (reader.fieldnames or ())]:
+        raise ConfigError(f"{path}: has no column {', '.join(missing)}; a trace is {HELP}")
+    for row in reader:
+        place = f"{path}: line {reader.line_num}"
+        try:
+            at = datetime.fromisoformat(row["TIMESTAMP"][:26]).replace(tzinfo=UTC)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{place}: TIMESTAMP {row['TIMESTAMP']!r} is no date and time") from None
+        yield Arrival(
+            at.timestamp(),
+            _count(row, "ContextTokens", place, least=1),
+            _count(row, "GeneratedTokens", place, least=0) or 1,
+        )
 
 
 def _jsonl(path: Path) -> Iterator[Arrival]:

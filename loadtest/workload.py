@@ -40,12 +40,16 @@ class PlannedRequest:
 
 @dataclass(frozen=True, slots=True)
 class _Body:
-    """What a request says: a text, or a number of tokens. ``num_output``: how long its answer is meant to be."""
+    """What a request says: a text, or a number of tokens, the first of which are named by hash ids, each for so many.
+
+    ``num_output``: how long its answer is meant to be.
+    """
 
     text: str | None
     num_input: int
     num_output: int | None
     hash_ids: tuple[int, ...] = ()
+    hash_tokens: int = MOONCAKE_BLOCK
     model: str | None = None
 
 
@@ -140,7 +144,14 @@ def _trace(spec: Spec, path: Path) -> Iterator[tuple[float, _Body]]:
 def _scaled(spec: Spec, arrival: Arrival) -> _Body:
     num_input = max(1, round(arrival.num_input * spec.input_scale))
     num_output = max(1, round(arrival.num_output * spec.output_scale))
-    return _Body(None, min(num_input, spec.max_input or num_input), num_output, arrival.hash_ids, arrival.model)
+    return _Body(
+        text=None,
+        num_input=min(num_input, spec.max_input or num_input),
+        num_output=num_output,
+        hash_ids=arrival.hash_ids,
+        hash_tokens=max(1, round(MOONCAKE_BLOCK * spec.input_scale)),
+        model=arrival.model,
+    )
 
 
 def _most_tokens(spec: Spec, body: _Body, is_forced: bool) -> int:
@@ -159,12 +170,9 @@ class _TokenSource:
         self._vocabulary = vocabulary
 
     def prompt(self, index: int, body: _Body) -> tuple[int, ...]:
-        if not body.hash_ids:
-            return self._tokens(f"prompt {index}", body.num_input)
-        size = -(-body.num_input // len(body.hash_ids))  # MOONCAKE_BLOCK, or less if lengths are scaled
-        blocks = (self._tokens(f"block {one}", min(size, MOONCAKE_BLOCK)) for one in body.hash_ids)
-        tokens = tuple(itertools.chain.from_iterable(blocks))
-        return tokens[: body.num_input] + self._tokens(f"rest {index}", max(0, body.num_input - len(tokens)))
+        blocks = (self._tokens(f"block {one}", body.hash_tokens) for one in body.hash_ids)
+        tokens = tuple(itertools.islice(itertools.chain.from_iterable(blocks), body.num_input))
+        return tokens + self._tokens(f"prompt {index}", body.num_input - len(tokens))
 
     def _tokens(self, name: str, count: int) -> tuple[int, ...]:
         return tuple(random.Random(f"{self._seed}/{name}").choices(self._vocabulary, k=count))

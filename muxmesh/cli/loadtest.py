@@ -61,7 +61,8 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 async def _test(arguments: argparse.Namespace) -> dict[str, Any]:
-    spec = parse_spec(arguments.workload)
+    has_rate = any(word.startswith("rate=") for word in arguments.workload.split())
+    spec = parse_spec(arguments.workload + ("" if has_rate or not arguments.sweep else f" rate={arguments.sweep[0]:g}"))
     target = _target(arguments)
     options = Options(
         name=arguments.name or target.name,
