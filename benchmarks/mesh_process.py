@@ -30,13 +30,10 @@ class UpProcess:
 
     def pids(self) -> dict[int, str]:
         """Every process of the mesh, the supervisor included → its command line."""
-        found, children = {}, _children()
-        todo = [self.process.pid]
-        while todo:
-            pid = todo.pop()
-            found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            todo += children.get(pid, [])
-        return found
+        return {
+            pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            for pid in (self.process.pid, *children_of(self.process.pid))
+        }
 
     def pid_of(self, what: str) -> int:
         """The process whose command line holds ``what``."""
@@ -84,6 +81,16 @@ def mapped_bytes(pid: int, what: str) -> tuple[int, int]:
         elif inside and head == "Pss:":
             pss += int(line.split()[1]) * 1024
     return rss, pss
+
+
+def children_of(root: int) -> list[int]:
+    """Processes that came from ``root``, and from those, and so on."""
+    children, found = _children(), []
+    todo = list(children.get(root, []))
+    while todo:
+        found.append(todo.pop())
+        todo += children.get(found[-1], [])
+    return found
 
 
 def _children() -> dict[int, list[int]]:
