@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool bench-faults bench-swap gpu-check
+.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool bench-faults bench-swap bench-router bench-vs-vllm gpu-check
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,6 +69,12 @@ bench-engine: $(VENV)/.dev ## The engine alone, beside vLLM's if VLLM_PYTHON nam
 
 bench-swap: $(VENV)/.dev ## The swap tier: size, speed, quality over DATA, a jsonl of {prompt, output} such as GSM8K
 	$(BIN)/python -m benchmarks.swap $(DATA)
+
+bench-router: $(VENV)/.dev ## The control plane alone: time in the router, CPU for each relayed message
+	$(BIN)/python -m benchmarks.router
+
+bench-vs-vllm: $(VENV)/.dev ## Beside vLLM's server (VLLM_PYTHON), the same load; DATA: jsonl files of prompts; PD=--pd for its pair too
+	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m benchmarks.vs_vllm $(DATA) $(PD)
 
 bench-attention: $(VENV)/.dev ## The attention kernel alone, beside the read bandwidth
 	$(BIN)/python -m benchmarks.attention

@@ -121,6 +121,7 @@ class Driver:
         record.ended_s = self.now_s()
         record.num_input, record.num_cached = ended.num_input, ended.num_cached
         record.num_output, record.finish = ended.num_output, ended.finish
+        record.router_s = ended.router_s
         record.status = OK
         self._unreachable_in_a_row = 0
 

@@ -55,7 +55,9 @@ class MeshTarget:
                 if delta.token_ids:
                     yield Piece(len(delta.token_ids))
                 if delta.finish is not None:
-                    yield Ended(num_input, delta.finish.num_output_tokens, delta.finish.reason, num_cached)
+                    finish, timings = delta.finish, delta.timings
+                    router_s = timings.router_s if timings else None
+                    yield Ended(num_input, finish.num_output_tokens, finish.reason, num_cached, router_s)
                     return
         except MeshError as error:
             raise TargetError(

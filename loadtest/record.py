@@ -28,6 +28,7 @@ class Record:
     num_cached: int = 0
     num_output: int = 0
     finish: str | None = None
+    router_s: float | None = None
     status: str = INTERRUPTED
     error: str = ""
 

@@ -122,6 +122,8 @@ def figures(records: Sequence[Record], duration_s: float, goodput: Goodput | Non
     }
     for name in METRICS:
         found |= _statistics(name, values_s[name])
+    if router_s := [r.router_s for r in done if r.router_s is not None]:
+        found |= _statistics("router", router_s)
     normalized = [r.normalized_s for r in done]
     found["mean_normalized_latency_s_per_token"] = float(np.mean(normalized)) if normalized else None
     found["p99_normalized_latency_s_per_token"] = float(np.percentile(normalized, 99)) if normalized else None

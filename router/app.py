@@ -40,7 +40,7 @@ async def serve(runtime: MeshRuntime, stop: Stop) -> None:
             channel = await stack.enter_async_context(internal_channel(runtime.kvstore_address(unit.name)))
             unit_credits = UnitCredits(f"router-{os.getpid()}", channel)
             served = {model.name: model for model in unit.models}
-            attempt = functools.partial(run_attempt, workers)
+            attempt = functools.partial(run_attempt, workers, clock)
             driver = RequestDriver(unit_credits, attempt, served, clock, config.router.max_restarts)
             units[unit.name] = UnitLink(unit_credits, driver, kvstore_pb2_grpc.KvStoreServiceStub(channel))
             stack.callback(asyncio.create_task(unit_credits.run(), name=f"credits of {unit.name}").cancel)

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from muxmesh.clock import Clock
 from muxmesh.engine.api import Finished, Tokens
 from muxmesh.errors import InternalError
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
@@ -21,10 +22,14 @@ from router.credits import Credit
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """The prompt is computed. ``num_cached_tokens`` of it were in the prefix cache; log-probabilities if wanted."""
+    """The prompt is computed. ``num_cached_tokens`` of it were in the prefix cache; log-probabilities if wanted.
+
+    ``waited_s``: from the calls to the workers to their answer.
+    """
 
     num_cached_tokens: int
     logprobs: tuple[TokenLogprobs, ...] = ()
+    waited_s: float = 0.0
 
 
 AnswerEvent = Prefilled | Tokens | Finished
@@ -56,7 +61,9 @@ class Workers:
         return self._channels[address]
 
 
-async def run_attempt(workers: Workers, request: EngineRequest, credit: Credit) -> AsyncGenerator[AnswerEvent, None]:
+async def run_attempt(
+    workers: Workers, clock: Clock, request: EngineRequest, credit: Credit
+) -> AsyncGenerator[AnswerEvent, None]:
     """Tokens from place ``len(request.resume_token_ids)`` on, then Finished.
 
     Raises whatever ended the attempt (WorkerLost, Unavailable, LeaseLost, EngineFailed, ...). Closing it cancels both
@@ -73,13 +80,15 @@ async def run_attempt(workers: Workers, request: EngineRequest, credit: Credit) 
     )
     prefilled = asyncio.create_task(_answer(prefill))
     first = asyncio.create_task(_read(decode))
+    called_at_s = clock.monotonic_s()
     try:
         await asyncio.wait({prefilled, first}, return_when=asyncio.FIRST_COMPLETED)
         if first.done():
             first.result()  # a decode worker that is lost need not be computed for
         response = await prefilled
+        waited_s = clock.monotonic_s() - called_at_s
         place = len(request.resume_token_ids)
-        yield Prefilled(response.num_cached_tokens, convert.logprobs_from_wire(response.prompt_logprobs))
+        yield Prefilled(response.num_cached_tokens, convert.logprobs_from_wire(response.prompt_logprobs), waited_s)
         yield Tokens(place, (response.token_id,), convert.logprobs_from_wire(response.logprobs))
         place += 1
         if response.HasField("finish"):

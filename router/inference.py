@@ -202,6 +202,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             ttft_s=first_token_at_s - arrived_at_s,
             e2e_s=self._state.clock.monotonic_s() - arrived_at_s,
             num_restarts=sum(one.num_restarts for one in progress),
+            router_s=max(0.0, first_token_at_s - arrived_at_s - progress[0].waited_s),
         )
 
 

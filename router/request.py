@@ -14,7 +14,7 @@ from muxmesh.engine.api import Finished, Tokens
 from muxmesh.errors import EngineFailed, InternalError, LeaseLost, MeshError, RequestAborted, Unavailable
 from muxmesh.prefix import kv_demand
 from muxmesh.types import EngineRequest
-from router.attempt import AnswerEvent
+from router.attempt import AnswerEvent, Prefilled
 from router.credits import Credit, UnitCredits
 
 _log = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ class Progress:
 
     credited_at_s: float | None = None
     num_restarts: int = 0
+    waited_s: float = 0.0
+    """For credits and for prefill, until the first token: what the router did not take itself."""
 
 
 class RequestDriver:
@@ -90,12 +92,18 @@ class RequestDriver:
     async def _attempt(self, request: EngineRequest, progress: Progress) -> AsyncGenerator[AnswerEvent, None]:
         config = self._models[request.model]
         demand = kv_demand(request, config.block_size, config.kv_answer_tokens)
+        asked_at_s = self._clock.monotonic_s()
         credit = await self._credits.wait_for_credit(request.model, request.order, demand)
+        credited_at_s = self._clock.monotonic_s()
         if progress.credited_at_s is None:
-            progress.credited_at_s = self._clock.monotonic_s()
+            progress.credited_at_s = credited_at_s
+        if not request.resume_token_ids:
+            progress.waited_s += credited_at_s - asked_at_s
         try:
             async with aclosing(self._run_attempt(request, credit)) as events:
                 async for event in events:
+                    if isinstance(event, Prefilled) and not request.resume_token_ids:
+                        progress.waited_s += event.waited_s
                     yield event
         finally:
             self._credits.give_back(credit)

@@ -53,13 +53,14 @@ class Finish:
 @dataclass(frozen=True, slots=True)
 class Timings:
     """Measured at the router, in seconds from arrival. ``num_restarts``: further attempts, after a worker
-    was lost or the KV pool was full.
+    was lost or the KV pool was full. ``router_s``: the part of ``ttft_s`` that the router itself took.
     """
 
     queue_s: float
     ttft_s: float
     e2e_s: float
     num_restarts: int
+    router_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,7 +355,7 @@ def _delta(response: inference_pb2.GenerateResponse) -> Delta:
         info = response.prompt_info
         prompt = PromptFacts(info.num_prompt_tokens, info.num_cached_tokens, info.seed, _logprobs(info.token_logprobs))
     if response.HasField("timings"):
-        timings = Timings(wire.queue_s, wire.ttft_s, wire.e2e_s, wire.num_restarts)
+        timings = Timings(wire.queue_s, wire.ttft_s, wire.e2e_s, wire.num_restarts, wire.router_s)
     return Delta(
         index=outputs.index,
         text=outputs.text,

@@ -663,6 +663,7 @@ class RequestTimings(_message.Message):
     TTFT_S_FIELD_NUMBER: _builtins.int
     E2E_S_FIELD_NUMBER: _builtins.int
     NUM_RESTARTS_FIELD_NUMBER: _builtins.int
+    ROUTER_S_FIELD_NUMBER: _builtins.int
     queue_s: _builtins.float
     """Seconds from arrival at the router to the credit for the first attempt."""
     ttft_s: _builtins.float
@@ -671,6 +672,8 @@ class RequestTimings(_message.Message):
     """Seconds from arrival to the end."""
     num_restarts: _builtins.int
     """Further attempts, after a worker was lost or the KV pool was full."""
+    router_s: _builtins.float
+    """The part of ttft_s that the router itself took: without waiting for room in the unit and for prefill."""
     def __init__(
         self,
         *,
@@ -678,8 +681,9 @@ class RequestTimings(_message.Message):
         ttft_s: _builtins.float = ...,
         e2e_s: _builtins.float = ...,
         num_restarts: _builtins.int = ...,
+        router_s: _builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["e2e_s", b"e2e_s", "num_restarts", b"num_restarts", "queue_s", b"queue_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["e2e_s", b"e2e_s", "num_restarts", b"num_restarts", "queue_s", b"queue_s", "router_s", b"router_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___RequestTimings: _TypeAlias = RequestTimings  # noqa: Y015

@@ -60,6 +60,7 @@ async def test_a_report_of_everything(mesh: RunningMesh, tmp_path: Path) -> None
     assert report["request_goodput"] == report["request_throughput"]
     assert report["driver"]["cpu_s"] > 0
     assert report["slo"]["attainment"]["16"] > 0
+    assert 0 < report["median_router_ms"] < report["median_ttft_ms"]
     assert report["max_output_tokens_per_s"] > 0
     assert 3 * 120 <= report["total_output_tokens"] <= 12 * 120, "forced lengths are kept, though b would end at 6"
     assert "<svg" in html.read_text()
