@@ -6,7 +6,7 @@ from decode_svc.growth import GROWTH_TOKENS, Growth
 from kvstore.client.swapper import Swapper
 from kvstore.client.worker import WorkerParts
 from muxmesh.engine.api import Tokens
-from muxmesh.errors import MeshError, Overloaded, RequestAborted
+from muxmesh.errors import GaveWay, MeshError, Overloaded
 from muxmesh.prefix import chain_of
 from muxmesh.types import EngineRequest, KvDemand, Lease
 
@@ -60,7 +60,7 @@ class LeasedKv:
             await self._swap_out(self._swapper)
             await self._swap_in(self._swapper)
         except Overloaded:
-            self._fail(RequestAborted("out of KV memory; the request goes on when there is room"))
+            self._fail(GaveWay("out of KV memory; the request goes on when there is room"))
         except MeshError as error:
             self._fail(error)
 

@@ -54,15 +54,15 @@ class Admission:
 
     def admit(
         self,
-        has_slot: Callable[[str], bool],
+        has_slot: Callable[[WaitingKey], bool],
         is_within_quota: Callable[[WaitingKey], bool],
         try_credit: Callable[[WaitingKey, bool], bool],
     ) -> bool:
         """Gives credits in order for as long as there is room.
 
-        ``has_slot(model)``: its workers can take one more. ``is_within_quota(key)``: with it, its model would use no
-        more than its quota. ``try_credit(key, lend)``: reserves the blocks and sends the credit, or says that there is
-        no room; with ``lend``, past the model's quota.
+        ``has_slot(key)``: its model's workers can take one more. ``is_within_quota(key)``: with it, its model would
+        use no more than its quota. ``try_credit(key, lend)``: reserves the blocks and sends the credit, or says that
+        there is no room; with ``lend``, past the model's quota.
 
         First come the keys within their model's quota. Only if none of them lacks room, what is left is lent to the
         others, so that loans come back to those who can claim them. No key is overtaken for ever by smaller ones:
@@ -74,7 +74,7 @@ class Admission:
         passed: set[str] = set()
         claims_wait = False
         for key in keys:
-            if key.model in passed or not has_slot(key.model):
+            if key.model in passed or not has_slot(key):
                 continue
             if not is_within_quota(key):
                 passed.add(key.model)
@@ -86,7 +86,7 @@ class Admission:
         if claims_wait:
             return True
         for key in keys:
-            if (key.asker, key.key_id) in self._waiting and has_slot(key.model):
+            if (key.asker, key.key_id) in self._waiting and has_slot(key):
                 if not try_credit(key, True):
                     break
                 del self._waiting[key.asker, key.key_id]

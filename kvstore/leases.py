@@ -20,13 +20,16 @@ from kvstore.swap import SwapSpace
 from muxmesh.errors import LeaseLost
 from muxmesh.types import KvDemand, Lease, LeaseRef, OrderKey, blocks_for
 
+MOST_ASKS = 20
+"""After so many, another lease is asked to give way."""
+
 
 @dataclass(slots=True)
 class LeaseRecord:
     """One lease. ``expires_at_s`` is set while it is a credit.
 
     ``block_hashes`` name the prefixes that its first blocks hold, or will hold once they are computed. ``order`` is
-    its request's. ``swap_pages`` hold a copy of its KV, or will. ``gives_way``: its owner was asked to.
+    its request's. ``swap_pages`` hold a copy of its KV, or will. ``times_asked``: to give way.
     """
 
     lease: Lease
@@ -36,7 +39,7 @@ class LeaseRecord:
     order: OrderKey
     expires_at_s: float | None = None
     swap_pages: tuple[int, ...] = ()
-    gives_way: bool = False
+    times_asked: int = 0
 
     @property
     def is_swapped(self) -> bool:
@@ -104,10 +107,12 @@ class LeaseTable:
         self.num_handoffs += 1
         return self._hand_to(record, to)
 
-    def grow(self, ref: LeaseRef, owner: str, num_blocks: int) -> tuple[int, ...] | None:
+    def grow(
+        self, ref: LeaseRef, owner: str, num_blocks: int, max_new_slabs: int | None = None
+    ) -> tuple[int, ...] | None:
         """Adds token blocks to a lease; None if there is no room. Raises LeaseLost."""
         record = self._resident(ref, owner)
-        taken = self._blocks.take(record.lease.model, num_blocks)
+        taken = self._blocks.take(record.lease.model, num_blocks, max_new_slabs=max_new_slabs)
         if taken is None:
             return None
         record.lease = replace(record.lease, block_ids=record.lease.block_ids + taken.block_ids)
@@ -128,7 +133,7 @@ class LeaseTable:
         self._publish(record, computed)
         self._blocks.give_back(record.lease.model, record.lease.block_ids)
         record.lease = replace(record.lease, block_ids=())
-        record.gives_way = False
+        record.times_asked = 0
 
     def swap_in(
         self, ref: LeaseRef, block_size: int, demand: KvDemand, max_new_slabs: int | None = None
@@ -201,17 +206,25 @@ class LeaseTable:
     def ask_to_give_way(self, owners: Collection[str], models: Collection[str]) -> tuple[str, int] | None:
         """Chooses the last in order of the leases that ``owners`` have of ``models``: owner and id, or None.
 
-        It is the same one again until it has given its token blocks back.
+        It is the same one again until it has given its token blocks back, or was asked `MOST_ASKS` times: its worker
+        may be held up by a client that does not read.
         """
-        asked = next((r for r in self._records.values() if r.gives_way), None)
-        if asked is not None:
-            return asked.owner, asked.lease.ref.lease_id
-        possible = [r for r in self._records.values() if r.owner in owners and r.lease.model in models]
-        last = max((r for r in possible if r.lease.block_ids and not r.swap_pages), key=lambda r: r.order, default=None)
-        if last is None:
+        possible = [
+            record
+            for record in self._records.values()
+            if record.owner in owners and record.lease.model in models and record.times_asked < MOST_ASKS
+        ]
+        asked = next((record for record in possible if record.times_asked), None)
+        free = (record for record in possible if record.lease.block_ids and not record.swap_pages)
+        chosen = asked or max(free, key=lambda record: record.order, default=None)
+        if chosen is None:
             return None
-        last.gives_way = True
-        return last.owner, last.lease.ref.lease_id
+        chosen.times_asked += 1
+        return chosen.owner, chosen.lease.ref.lease_id
+
+    def model_of(self, ref: LeaseRef, owner: str) -> str:
+        """The model of a lease. Raises LeaseLost if it is not there or not its owner's."""
+        return self._owned(ref, owner).lease.model
 
     def swapped_model(self, ref: LeaseRef, owner: str) -> str:
         """The model of a swapped lease. Raises LeaseLost if it is not there, not its owner's, or not swapped."""

@@ -139,7 +139,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
 
     async def GrowLease(self, request: kvstore_pb2.GrowLeaseRequest, context: Context) -> kvstore_pb2.GrowLeaseResponse:
         """See the proto."""
-        block_ids = self._unit.leases.grow(convert.ref_from_wire(request.lease), request.owner, request.num_blocks)
+        block_ids = self._unit.grow(convert.ref_from_wire(request.lease), request.owner, request.num_blocks)
         if block_ids is None:
             raise Overloaded(f"the KV pool has no room for {request.num_blocks} more token blocks")
         return kvstore_pb2.GrowLeaseResponse(block_ids=block_ids)
@@ -157,7 +157,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         """See the proto."""
         computed = prefix.split(request.block_hashes)
         self._unit.leases.swapped_out(convert.ref_from_wire(request.lease), request.owner, computed)
-        self.changed()
+        # The room is given out with SwapIn, which comes next: then this lease's own key is among those that want it.
         return kvstore_pb2.FinishSwapOutResponse()
 
     async def SwapIn(self, request: kvstore_pb2.SwapInRequest, context: Context) -> kvstore_pb2.SwapInResponse:

@@ -172,9 +172,9 @@ class Unit:
         given = RoomGiven()
         taken = {model: self._num_taken(model) for model in self.models}
 
-        def has_slot(model: str) -> bool:
-            ready = all(self.ready_worker(role, model) for role in Role)
-            return ready and taken[model] < self.models[model].max_num_seqs
+        def has_slot(key: WaitingKey) -> bool:
+            ready = key.swapped is not None or all(self.ready_worker(role, key.model) for role in Role)
+            return ready and taken[key.model] < self.models[key.model].max_num_seqs
 
         def is_within_quota(key: WaitingKey) -> bool:
             needed = blocks_for(key.demand.num_tokens, self.models[key.model].shape.block_size)
@@ -230,6 +230,15 @@ class Unit:
         block_size = self.models[key.model].shape.block_size
         taken = self.leases.swap_in(ref, block_size, key.demand, max_new_slabs)
         return None if taken is None else SwapInGiven(key.asker, key.key_id, taken.block_ids, taken.num_cached)
+
+    def grow(self, ref: LeaseRef, owner: str, num_blocks: int) -> tuple[int, ...] | None:
+        """More token blocks for a lease; None if there is no room. Raises LeaseLost.
+
+        While a key within its quota waits, what others give back is not lent anew.
+        """
+        model = self.leases.model_of(ref, owner)
+        spare = max(0, self.quotas[model] - self.blocks.num_used_slabs(model))
+        return self.leases.grow(ref, owner, num_blocks, None if self._reclaim_at_s is None else spare)
 
     def release(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
         """Ends a lease, whether it has token blocks or waits for them. Raises LeaseLost."""

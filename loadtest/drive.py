@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import resource
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import cast
 
-from loadtest.record import OK, Record
+from loadtest.record import OK, Record, Run
 from loadtest.target import Ended, Piece, Target, TargetError
 from loadtest.workload import PlannedRequest
 from muxmesh.clock import Clock
@@ -24,19 +23,8 @@ _LOOK_EVERY_S = 0.05
 """The driver measures how late its own event loop is."""
 
 
-@dataclass
-class Run:
-    """What a run gives. ``partial``: why it ended before its time, or empty. ``duration_s``: until the last answer."""
-
-    records: list[Record]
-    duration_s: float = 0.0
-    partial: str = ""
-    cpu_s: float = 0.0
-    loop_lags_s: list[float] = field(default_factory=list)
-
-
 class Driver:
-    """Drives one run. ``on_change`` is called after every change of a record, for a live view."""
+    """Drives one run."""
 
     def __init__(
         self,
@@ -44,15 +32,14 @@ class Driver:
         requests: Sequence[PlannedRequest],
         clock: Clock,
         max_concurrency: int | None = None,
-        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._target = target
         self._requests = requests
         self._clock = clock
         self._slots = asyncio.Semaphore(max_concurrency) if max_concurrency else None
-        self._on_change = on_change
         self._stopped = asyncio.Event()
         self._unreachable_in_a_row = 0
+        self.num_sent = self.num_done = self.num_failed = 0
         self.run_so_far = Run([Record(one.index, one.at_s, one.model, one.tenant, one.priority) for one in requests])
 
     def stop(self, reason: str) -> None:
@@ -81,7 +68,8 @@ class Driver:
         if sending.done() and not sending.cancelled() and (error := sending.exception()) is not None:
             raise error
         run = self.run_so_far
-        run.duration_s = max((r.ended_s for r in run.records if r.ended_s is not None), default=self.now_s())
+        last_s = max((record.ended_s for record in run.records if record.ended_s is not None), default=0.0)
+        run.duration_s = self.now_s() if run.partial else last_s
         run.cpu_s = _cpu_s() - cpu_before_s
         return run
 
@@ -97,7 +85,7 @@ class Driver:
 
     async def _one(self, request: PlannedRequest, record: Record) -> None:
         record.sent_s = self.now_s()
-        self._on_change()
+        self.num_sent += 1
         try:
             # An async generator, though the protocol need not say so: closing it aborts the request.
             answer = cast(AsyncGenerator[Piece | Ended, None], self._target.ask(request))
@@ -105,15 +93,14 @@ class Driver:
                 async for event in events:
                     if isinstance(event, Piece):
                         record.pieces.append((self.now_s(), event.num_tokens))
-                        self._on_change()
                     else:
                         self._end(record, event)
         except TargetError as error:
             record.status, record.error = error.status, str(error)
             record.ended_s = self.now_s()
+            self.num_failed += 1
             self._count_unreachable(error)
         finally:
-            self._on_change()
             if self._slots is not None:
                 self._slots.release()
 
@@ -123,6 +110,7 @@ class Driver:
         record.num_output, record.finish = ended.num_output, ended.finish
         record.router_s = ended.router_s
         record.status = OK
+        self.num_done += 1
         self._unreachable_in_a_row = 0
 
     def _count_unreachable(self, error: TargetError) -> None:

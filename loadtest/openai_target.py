@@ -34,7 +34,8 @@ class OpenAiTarget:
     async def models(self) -> list[ServedModel]:
         """See `Target`."""
         try:
-            async with self._session.get(f"{self._url}/v1/models") as response:
+            timeout = aiohttp.ClientTimeout(total=_CONNECT_TIMEOUT_S)
+            async with self._session.get(f"{self._url}/v1/models", timeout=timeout) as response:
                 response.raise_for_status()
                 content = await response.json()
             names = [str(one["id"]) for one in content["data"]]
@@ -48,7 +49,7 @@ class OpenAiTarget:
         return [ServedModel(name, self._vocabulary) for name in names]
 
     async def ask(self, request: PlannedRequest) -> AsyncIterator[Piece | Ended]:
-        """See `Target`. A chunk with text counts as one token until the server says how many there were."""
+        """See `Target`. A chunk counts as one token, though its text may be empty, until the server says how many."""
         path, body = self._body(request)
         ended: Ended | None = None
         finish = ""
@@ -67,19 +68,21 @@ class OpenAiTarget:
                         raise TargetError("STREAM ERROR", json.dumps(chunk["error"])[:500])
                     for choice in chunk.get("choices", ()):
                         finish = choice.get("finish_reason") or finish
-                        if choice.get("text") or choice.get("delta", {}).get("content"):
+                        if not _is_opening(choice):
                             yield Piece(1)
                     if usage := chunk.get("usage"):
-                        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-                        ended = Ended(usage["prompt_tokens"], usage["completion_tokens"], finish, cached)
+                        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+                        ended = Ended(int(usage["prompt_tokens"]), int(usage["completion_tokens"]), finish, cached)
         except aiohttp.ClientConnectorError as error:
             raise TargetError("UNREACHABLE", str(error), is_unreachable=True) from error
         except TimeoutError as error:
             raise TargetError("TIMEOUT", "the deadline passed") from error
-        except (aiohttp.ClientError, ValueError, KeyError) as error:
+        except aiohttp.ClientError as error:
             raise TargetError("CONNECTION LOST", str(error) or type(error).__name__, is_unreachable=True) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TargetError("BAD ANSWER", f"no chunk of a completion: {error!r}") from error
         if ended is None or not finish:
-            raise TargetError("CUT OFF", "the stream ended without a finish and its usage", is_unreachable=True)
+            raise TargetError("CUT OFF", "the stream ended without a finish and its usage")
         yield Ended(ended.num_input, ended.num_output, finish, ended.num_cached)
 
     async def close(self) -> None:
@@ -97,7 +100,7 @@ class OpenAiTarget:
         if self._temperature is not None:
             body["temperature"] = self._temperature
         if request.tenant is not None:
-            body["user"] = request.tenant
+            body |= {"user": request.tenant, "cache_salt": request.tenant}  # the second is vLLM's extension
         if request.priority:
             body["priority"] = request.priority  # vLLM's extension
         if request.is_forced:
@@ -105,3 +108,9 @@ class OpenAiTarget:
         if request.is_chat:
             return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": request.prompt}]}
         return "/v1/completions", body | {"prompt": request.prompt}
+
+
+def _is_opening(choice: dict[str, Any]) -> bool:
+    """The first chunk of a chat says who speaks, and nothing yet."""
+    delta = choice.get("delta")
+    return delta is not None and "role" in delta and not delta.get("content")

@@ -25,7 +25,8 @@ class Record:
     ended_s: float | None = None
     pieces: list[tuple[float, int]] = field(default_factory=list)
     num_input: int = 0
-    num_cached: int = 0
+    num_cached: int | None = None
+    """None: the server did not say."""
     num_output: int = 0
     finish: str | None = None
     router_s: float | None = None
@@ -63,3 +64,14 @@ class Record:
     def normalized_s(self) -> float:
         """Seconds of the whole request for each token of its answer (as in Orca, OSDI'22)."""
         return self.e2el_s / max(1, self.num_output)
+
+
+@dataclass
+class Run:
+    """What a run gives. ``partial``: why it ended before its time, or empty. ``duration_s``: until the last answer."""
+
+    records: list[Record]
+    duration_s: float = 0.0
+    partial: str = ""
+    cpu_s: float = 0.0
+    loop_lags_s: list[float] = field(default_factory=list)

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from loadtest.drive import Run
-from loadtest.record import INTERRUPTED, Record
+from loadtest.record import INTERRUPTED, Record, Run
 from loadtest.slo import Unloaded, attainment
 
 FORMAT = 1
@@ -26,18 +25,18 @@ _ERRORS_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Goodput:
-    """The most that a good request may take, in ms; None: any time."""
+    """The most that a good request may take; None: any time."""
 
-    ttft: float | None = None
-    tpot: float | None = None
-    e2el: float | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    e2el_ms: float | None = None
 
     def is_met(self, record: Record) -> bool:
         """The request succeeded and was fast enough."""
         tpot_s = record.tpot_s
         return record.is_ok and all(
             most is None or value_s is None or value_s * 1000 <= most
-            for most, value_s in ((self.ttft, record.ttft_s), (self.tpot, tpot_s), (self.e2el, record.e2el_s))
+            for most, value_s in ((self.ttft_ms, record.ttft_s), (self.tpot_ms, tpot_s), (self.e2el_ms, record.e2el_s))
         )
 
 
@@ -80,7 +79,7 @@ def build_report(
                 for group in groups
             }
     if goodput is not None:
-        report["goodput_slo_ms"] = {name: most for name, most in asdict(goodput).items() if most is not None}
+        report["goodput_slo"] = {name: most for name, most in asdict(goodput).items() if most is not None}
     if unloaded is not None:
         counted = [record for record in records if record.status != INTERRUPTED]
         report["slo"] = {"unloaded": asdict(unloaded), "attainment": attainment(counted, unloaded)}
@@ -105,7 +104,9 @@ def figures(records: Sequence[Record], duration_s: float, goodput: Goodput | Non
         "failed": sum(not r.is_ok and r.status != INTERRUPTED for r in records),
         "interrupted": sum(r.status == INTERRUPTED for r in records),
         "total_input_tokens": num_input,
-        "total_cached_tokens": sum(r.num_cached for r in done),
+        "total_cached_tokens": None
+        if any(r.num_cached is None for r in done)
+        else sum(r.num_cached or 0 for r in done),
         "total_output_tokens": num_output,
         "request_throughput": len(done) * per_s,
         "request_goodput": None if goodput is None else sum(map(goodput.is_met, records)) * per_s,
@@ -193,9 +194,13 @@ def _changes(records: Sequence[Record]) -> list[tuple[float, int, int]]:
 
 
 def _most_at_once(records: Sequence[Record]) -> int:
+    """Requests that were sent and not ended."""
+    sent = [record for record in records if record.sent_s is not None]
+    ends = [math.inf if record.ended_s is None else record.ended_s for record in sent]
+    changes = [(record.sent_s or 0.0, 1) for record in sent] + [(end, -1) for end in ends]
     level = most = 0
-    for _, waiting, running in _changes(records):
-        level += waiting + running
+    for _, change in sorted(changes):
+        level += change
         most = max(most, level)
     return most
 

@@ -18,6 +18,9 @@ from loadtest.workload import PlannedRequest, plan
 from muxmesh.clock import Clock
 from muxmesh.errors import ConfigError, Unavailable
 
+_OTHER_SEED = 1 << 20
+"""What calibration sends is not sent again: it would be cached."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -53,7 +56,8 @@ class Session:
         """The report of one run. Raises Unavailable, ConfigError."""
         requests = await self._plan(spec)
         if self._unloaded is None and self._options.calibrate:
-            self._unloaded = await self._calibrate(requests)
+            others = plan(replace(spec, seed=spec.seed + _OTHER_SEED), self._vocabulary)
+            self._unloaded = await self._calibrate(others)
         driver = Driver(self._target, requests, self._clock, self._options.max_concurrency)
         self._on_start("running" if spec.rate is None else f"rate {spec.rate:g}", driver)
         run = await driver.run()
@@ -71,9 +75,13 @@ class Session:
         if self._unloaded is None and not self._options.calibrate:
             raise ConfigError("--sweep: needs the unloaded latency: --calibrate of at least 1, or --unloaded")
         reports = []
-        for rate in sorted(rates):
-            text = re.sub(r"\brate=\S+", f"rate={rate:g}", spec.text)
-            reports.append(await self.run(replace(spec, rate=rate, text=text)))
+        for turn, rate in enumerate(sorted(rates)):
+            # Another seed for each: prompts that were sent before are in the server's prefix cache.
+            seed = spec.seed + turn
+            text = re.sub(r"\b(rate|seed)=\S+ ?", "", spec.text)
+            reports.append(
+                await self.run(replace(spec, rate=rate, seed=seed, text=f"rate={rate:g} {text.strip()} seed={seed}"))
+            )
             if reports[-1]["partial"]:
                 break
         return build_sweep(reports, scale, wanted)
@@ -88,6 +96,7 @@ class Session:
             raise ConfigError(f"workload: models={unknown[0]}: not served there; these are: {', '.join(served)}")
         wanted = [served[name] for name, _ in spec.models] or [served[self._default]]
         smallest = min((model.vocabulary for model in wanted), key=lambda vocabulary: vocabulary.stop)
+        self._vocabulary = smallest
         return plan(spec, smallest)
 
     async def _calibrate(self, requests: Sequence[PlannedRequest]) -> Unloaded:

@@ -55,5 +55,5 @@ def attainment(records: Sequence[Record], unloaded: Unloaded) -> dict[int, float
     """Scale → part of all requests, failed ones too, that took at most ``scale`` times what they take alone."""
     if not records:
         return dict.fromkeys(SCALES, 0.0)
-    factors = [r.e2el_s / unloaded.e2el_s(r.num_input, r.num_output) for r in records if r.is_ok]
-    return {scale: sum(factor <= scale for factor in factors) / len(records) for scale in SCALES}
+    pairs = [(r.e2el_s, unloaded.e2el_s(r.num_input, r.num_output)) for r in records if r.is_ok]
+    return {scale: sum(taken_s <= scale * alone_s for taken_s, alone_s in pairs) / len(records) for scale in SCALES}

@@ -93,6 +93,14 @@ def _check(spec: Spec) -> None:
     for name in ("time_scale", "input_scale", "output_scale"):
         if spec.trace is None and getattr(spec, name) != 1.0:
             raise ConfigError(f"workload: {name} scales a trace; there is none")
+    if spec.burstiness != 1.0 and (spec.rate is None or spec.rate == math.inf):
+        raise ConfigError("workload: burstiness is of arrivals at a rate=R that is finite")
+    if spec.prompts is not None and (spec.max_input is not None or spec.input_scale != 1.0):
+        raise ConfigError("workload: max_input and input_scale are of random prompts; texts have lengths of their own")
+    if spec.trace is not None and spec.prompts is not None and spec.output_scale != 1.0 and spec.output != "forced":
+        raise ConfigError("workload: output_scale scales a trace's answers; with prompts it needs output=forced")
+    if spec.alpha is not None and len({share for _, share in spec.models}) > 1:
+        raise ConfigError("workload: models=a:3,b has weights already; leave them or alpha out")
     if spec.lengths is not None and spec.prompts is not None:
         raise ConfigError("workload: lengths=... or prompts=FILE, not both: texts have lengths of their own")
     if spec.alpha is not None and not spec.models:

@@ -11,6 +11,7 @@ COLUMNS = (
     ("Interrupted requests", "interrupted"),
     ("Benchmark duration (s)", "duration"),
     ("Total input tokens", "total_input_tokens"),
+    ("Total cached input tokens", "total_cached_tokens"),
     ("Total generated tokens", "total_output_tokens"),
     ("Request throughput (req/s)", "request_throughput"),
     ("Request goodput (req/s)", "request_goodput"),
@@ -91,7 +92,15 @@ def compare(reports: Sequence[Mapping[str, Any]]) -> str:
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
-    )
+    ) + _warning(reports)
+
+
+def _warning(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Ratios of different loads say little."""
+    workloads = dict.fromkeys(str(report["workload"]) for report in reports)
+    if len(workloads) == 1:
+        return ""
+    return "\n\nNot the same workload:\n" + "\n".join(f"  {workload}" for workload in workloads)
 
 
 def _at(report: Mapping[str, Any]) -> str:

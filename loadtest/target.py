@@ -19,17 +19,22 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The answer is whole. Counts as the server says them. ``router_s``: what a mesh's router took of the TTFT."""
+    """The answer is whole. Counts as the server says them; ``num_cached`` None if it does not.
+
+    ``router_s``: what a mesh's router took of the time to the first token.
+    """
 
     num_input: int
     num_output: int
     finish: str
-    num_cached: int = 0
+    num_cached: int | None = None
     router_s: float | None = None
 
 
 class TargetError(MeshError):
-    """A request failed. ``status``: the server's own word for it. ``is_unreachable``: nobody answered at all."""
+    """A request failed. ``status``: the server's own word for it. ``is_unreachable``: nobody answered, or not to the
+    end.
+    """
 
     def __init__(self, status: str, message: str, *, is_unreachable: bool = False) -> None:
         super().__init__(message)

@@ -6,6 +6,7 @@ MeshError
 ├── Overloaded            try again later
 ├── DeadlineExceeded      the caller's deadline passed
 ├── RequestAborted        the request was cancelled
+│   └── GaveWay           its KV memory went to others; it goes on when there is room
 ├── Unavailable           a service cannot be reached
 │   └── WorkerLost        a worker died, or lost what it knew of the request
 ├── LeaseLost             the lease is not (or no longer) the caller's
@@ -50,6 +51,10 @@ class DeadlineExceeded(MeshError):
 
 class RequestAborted(MeshError):
     """The request was cancelled."""
+
+
+class GaveWay(RequestAborted):
+    """The request's KV memory went to others, and there was none to swap to. It goes on when there is room."""
 
 
 class Unavailable(MeshError):

@@ -78,8 +78,9 @@ async def run_attempt(
             request=wire, lease=convert.ref_to_wire(credit.lease), decode_worker=credit.decode_worker
         )
     )
+    messages = aiter(decode)
     prefilled = asyncio.create_task(_answer(prefill))
-    first = asyncio.create_task(_read(decode))
+    first = asyncio.create_task(anext(messages, None))
     called_at_s = clock.monotonic_s()
     try:
         await asyncio.wait({prefilled, first}, return_when=asyncio.FIRST_COMPLETED)
@@ -95,14 +96,19 @@ async def run_attempt(
             yield Finished(convert.finish_from_wire(response.finish))
             return
         message = await first
-        while not message.HasField("finish"):
+        while message is not None:
+            if message.HasField("finish"):
+                yield Finished(convert.finish_from_wire(message.finish))
+                return
             if message.start_index != place:
                 raise InternalError(f"decode sent token {message.start_index}, expected {place}")
             place += len(message.token_ids)
-            logprobs = convert.logprobs_from_wire(message.logprobs)
+            logprobs = convert.logprobs_from_wire(message.logprobs) if message.HasField("logprobs") else ()
             yield Tokens(message.start_index, tuple(message.token_ids), logprobs)
-            message = await _read(decode)
-        yield Finished(convert.finish_from_wire(message.finish))
+            message = await anext(messages, None)
+        raise InternalError("decode ended its stream without a finish")
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error
     finally:
         for call in (prefill, decode):
             call.cancel()
@@ -111,23 +117,7 @@ async def run_attempt(
 
 
 async def _answer(call: grpc.aio.UnaryUnaryCall[Any, prefill_pb2.PrefillResponse]) -> prefill_pb2.PrefillResponse:
-    response: prefill_pb2.PrefillResponse = await _translated(call)
-    return response
-
-
-async def _read(call: grpc.aio.UnaryStreamCall[Any, decode_pb2.DecodeResponse]) -> decode_pb2.DecodeResponse:
-    message = await _translated(call.read())
-    if message is grpc.aio.EOF:
-        raise InternalError("decode ended its stream without a finish")
-    assert isinstance(message, decode_pb2.DecodeResponse)
-    return message
-
-
-async def _translated(awaitable: Any) -> Any:
-    try:
-        return await awaitable
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error) from error
+    return await call
 
 
 def _look_at(task: asyncio.Task[Any]) -> None:

@@ -103,15 +103,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             counters.num_aborted += unfinished > 0
             counters.num_restarts += sum(one.num_restarts for one in progress)
 
-    async def _answers(
+    def _answers(
         self, checked: CheckedRequest, request: EngineRequest, progress: list[Progress]
     ) -> AsyncGenerator[_Part, None]:
-        """The parts of all answers as they come. The others begin when the first one's prompt is computed."""
+        """The parts of all answers as they come."""
         if len(progress) == 1:
-            async with aclosing(self._answer(checked, request, progress[0])) as parts:
-                async for part in parts:
-                    yield part
-            return
+            return self._answer(checked, request, progress[0])
+        return self._several_answers(checked, request, progress)
+
+    async def _several_answers(
+        self, checked: CheckedRequest, request: EngineRequest, progress: list[Progress]
+    ) -> AsyncGenerator[_Part, None]:
+        """The others begin when the first one's prompt is computed."""
         counters = self._state.counters[checked.model.name]
         arrived: asyncio.Queue[_Part | asyncio.Task[None]] = asyncio.Queue()
         prompt_is_cached = asyncio.Event()

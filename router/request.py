@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from muxmesh.clock import Clock
 from muxmesh.config.schema import ModelConfig
 from muxmesh.engine.api import Finished, Tokens
-from muxmesh.errors import EngineFailed, InternalError, LeaseLost, MeshError, RequestAborted, Unavailable
+from muxmesh.errors import EngineFailed, GaveWay, InternalError, LeaseLost, MeshError, RequestAborted, Unavailable
 from muxmesh.prefix import kv_demand
 from muxmesh.types import EngineRequest
 from router.attempt import AnswerEvent, Prefilled
@@ -68,28 +68,34 @@ class RequestDriver:
         fruitless = 0
         while True:
             sent_before = len(sent)
+            resumed, credit = _resumed(request, sent), None
             try:
-                attempt = self._attempt(_resumed(request, sent), progress)
-                async with aclosing(attempt) as events:
+                credit = await self._credit(resumed, progress)
+                async with aclosing(self._run_attempt(resumed, credit)) as events:
                     async for event in events:
                         if isinstance(event, Tokens):
                             sent.extend(event.token_ids)
+                        elif isinstance(event, Prefilled) and not sent:
+                            progress.waited_s += event.waited_s
                         yield event
                         if isinstance(event, Finished):
                             return
             except _ATTEMPT_ERRORS as error:
-                # Prefill gives one token in every attempt; only more than that is progress.
-                fruitless = fruitless + 1 if len(sent) <= sent_before + 1 else 0
+                # Prefill gives one token in every attempt; only more than that is progress. To wait is no failure.
+                fruitless = fruitless + 1 if len(sent) <= sent_before + 1 and not isinstance(error, GaveWay) else 0
                 if fruitless > self._max_restarts:
                     raise _final(error) from error
                 progress.num_restarts += 1
                 _log.warning("%s: computed again after %d tokens: %s", request.request_id, len(sent), error)
+            finally:
+                if credit is not None:
+                    self._credits.give_back(credit)
             if sent and (finish := request.stopping.finish_after(sent[-1], len(sent))):
                 yield Finished(finish)  # only the news of the end was lost
                 return
             await self._sleep(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**fruitless))
 
-    async def _attempt(self, request: EngineRequest, progress: Progress) -> AsyncGenerator[AnswerEvent, None]:
+    async def _credit(self, request: EngineRequest, progress: Progress) -> Credit:
         config = self._models[request.model]
         demand = kv_demand(request, config.block_size, config.kv_answer_tokens)
         asked_at_s = self._clock.monotonic_s()
@@ -99,14 +105,7 @@ class RequestDriver:
             progress.credited_at_s = credited_at_s
         if not request.resume_token_ids:
             progress.waited_s += credited_at_s - asked_at_s
-        try:
-            async with aclosing(self._run_attempt(request, credit)) as events:
-                async for event in events:
-                    if isinstance(event, Prefilled) and not request.resume_token_ids:
-                        progress.waited_s += event.waited_s
-                    yield event
-        finally:
-            self._credits.give_back(credit)
+        return credit
 
 
 def _resumed(request: EngineRequest, sent: list[int]) -> EngineRequest:

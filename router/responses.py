@@ -50,13 +50,15 @@ def output_of(
 ) -> inference_pb2.SequenceOutput:
     """What is new of one answer, as far as the client wants it."""
     response = checked.wire.response
-    return inference_pb2.SequenceOutput(
+    output = inference_pb2.SequenceOutput(
         index=request.sequence,
         text=delta.text if _wants_text(response) else "",
         num_tokens=len(delta.token_ids),
-        token_ids=delta.token_ids if response.output_token_ids else (),
-        token_logprobs=[logprobs_of(place) for place in logprobs[: len(delta.token_ids)]],
+        token_ids=delta.token_ids if response.output_token_ids else None,
     )
+    if logprobs:
+        output.token_logprobs.extend(logprobs_of(place) for place in logprobs[: len(delta.token_ids)])
+    return output
 
 
 def logprobs_of(place: TokenLogprobs) -> inference_pb2.TokenLogprobs:

@@ -57,7 +57,9 @@ class Swapper:
         pages, kv_format = self._copies[ref.lease_id]
         source = self._region.copy(pages)
         await self._copy(ref, lambda: decode(self._view, block_ids, num_tokens, kv_format, source, num_cached))
-        self._page.add(self._slot, Word.SWAP_IN_BYTES, encoded_bytes(self._view.shape, num_tokens, kv_format))
+        skipped = num_cached * self._view.shape.token_block_bytes if kv_format == "raw" else 0
+        num_bytes = encoded_bytes(self._view.shape, num_tokens, kv_format) - skipped
+        self._page.add(self._slot, Word.SWAP_IN_BYTES, num_bytes)
         await self._leases.swapped_in(ref)
         del self._copies[ref.lease_id]
 

@@ -12,13 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loadtest import table
 from loadtest.drive import Driver
 from loadtest.html import page
 from loadtest.mesh_target import MeshTarget
-from loadtest.record import INTERRUPTED
 from loadtest.report import Goodput, bottleneck
 from loadtest.session import Options, Session
 from loadtest.slo import Unloaded
@@ -30,6 +27,7 @@ from muxmesh.errors import ConfigError
 
 _SHOW_EVERY_S = 1.0
 _OPENAI_VOCABULARY = 32_000
+_CALIBRATE, _SLO_SCALE, _SLO_ATTAINMENT = 5, 5, 0.9
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,12 +36,29 @@ def run(arguments: argparse.Namespace) -> int:
         return _compare(arguments)
     if arguments.workload is None:
         raise ConfigError("loadtest: needs --workload SPEC; `muxmesh loadtest --help` says what it can be")
+    _check_pairs(arguments)
     for path in filter(None, (arguments.output, arguments.html)):
         if not path.parent.is_dir():
             raise ConfigError(f"{path}: the folder {path.parent} does not exist")
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        document = runner.run(_test(arguments))
+        try:
+            document = runner.run(_test(arguments))
+        except asyncio.CancelledError:
+            return 130
     return _finish(document, arguments)
+
+
+def _check_pairs(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for options that would have no effect."""
+    for name, given, needs, there in (
+        ("--slo-scale", arguments.slo_scale, "--sweep", arguments.sweep),
+        ("--slo-attainment", arguments.slo_attainment, "--sweep", arguments.sweep),
+        ("--vocabulary", arguments.vocabulary, "--openai", arguments.openai),
+    ):
+        if given is not None and not there:
+            raise ConfigError(f"{name}: has no effect without {needs}")
+    if arguments.calibrate is not None and arguments.unloaded is not None:
+        raise ConfigError("--calibrate: has no effect with --unloaded, which says what would be learnt")
 
 
 def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -61,23 +76,27 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 async def _test(arguments: argparse.Namespace) -> dict[str, Any]:
-    has_rate = any(word.startswith("rate=") for word in arguments.workload.split())
-    spec = parse_spec(arguments.workload + ("" if has_rate or not arguments.sweep else f" rate={arguments.sweep[0]:g}"))
+    words = arguments.workload.split()
+    needs_rate = arguments.sweep and not any(word.startswith(("rate=", "trace=")) for word in words)
+    spec = parse_spec(arguments.workload + (f" rate={arguments.sweep[0]:g}" if needs_rate else ""))
     target = _target(arguments)
     options = Options(
         name=arguments.name or target.name,
         date=datetime.fromtimestamp(SystemClock().unix_s(), UTC).isoformat(timespec="seconds"),
         max_concurrency=arguments.max_concurrency,
         goodput=_goodput(arguments.goodput),
-        calibrate=arguments.calibrate,
+        calibrate=_CALIBRATE if arguments.calibrate is None else arguments.calibrate,
         unloaded=_unloaded(arguments.unloaded),
     )
-    view = _View(quiet=arguments.quiet)
+    whole = asyncio.current_task()
+    assert whole is not None
+    view = _View(whole, quiet=arguments.quiet)
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, view.interrupt)
     try:
         session = Session(target, options, SystemClock(), view.watch)
         if arguments.sweep:
-            return await session.sweep(spec, arguments.sweep, arguments.slo_scale, arguments.slo_attainment)
+            scale, part = arguments.slo_scale or _SLO_SCALE, arguments.slo_attainment or _SLO_ATTAINMENT
+            return await session.sweep(spec, arguments.sweep, scale, part)
         return await session.run(spec)
     finally:
         view.end()
@@ -105,7 +124,7 @@ def _goodput(pairs: Sequence[str]) -> Goodput | None:
             limits[name] = -1
         if name not in ("ttft", "tpot", "e2el") or not limits[name] > 0:
             raise ConfigError(f"--goodput {pair}: ttft:MS, tpot:MS or e2el:MS")
-    return Goodput(**limits) if limits else None
+    return Goodput(**{f"{name}_ms": most for name, most in limits.items()}) if limits else None
 
 
 def _unloaded(path: Path | None) -> Unloaded | None:
@@ -123,15 +142,15 @@ def _finish(document: dict[str, Any], arguments: argparse.Namespace) -> int:
     reasons = [reason for report in reports if (reason := bottleneck(report))]
     if reasons:
         document["driver_bottleneck"] = reasons[0]
-        if not arguments.allow_slow_driver:
-            print(
-                f"muxmesh: no report: {reasons[0]}, so the figures would tell of the driver. Send less, use a larger "
-                "machine, or take them as they are with --allow-slow-driver",
-                file=sys.stderr,
-            )
-            return 1
     if arguments.output:
         arguments.output.write_text(json.dumps(document) + "\n")
+    if reasons and not arguments.allow_slow_driver:
+        print(
+            f"muxmesh: no report: {reasons[0]}, so the figures would tell of the driver. Send less, use a larger "
+            "machine, or take them as they are with --allow-slow-driver",
+            file=sys.stderr,
+        )
+        return 1
     if arguments.html:
         arguments.html.write_text(page([document]))
     if arguments.json:
@@ -169,7 +188,8 @@ _INTERRUPTED = "interrupted by the user"
 class _View:
     """Progress on stderr: a line that changes on a terminal, a line every few seconds elsewhere."""
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, whole: asyncio.Task[Any], quiet: bool) -> None:
+        self._whole = whole
         self._quiet = quiet
         self._is_terminal = sys.stderr.isatty()
         self._driver: Driver | None = None
@@ -182,9 +202,11 @@ class _View:
         self._what, self._driver = what, driver
 
     def interrupt(self) -> None:
-        """Ends the run that is shown."""
-        if self._driver is not None:
+        """Ends the run that is shown; before the first one, the whole test."""
+        if self._driver is not None and self._what != "calibrating":
             self._driver.stop(_INTERRUPTED)
+        else:
+            self._whole.cancel()
 
     def end(self) -> None:
         """Shows nothing more."""
@@ -202,14 +224,10 @@ class _View:
 
 
 def _line(driver: Driver) -> str:
-    records = driver.run_so_far.records
-    sent = [record for record in records if record.sent_s is not None]
-    done = [record for record in sent if record.is_ok]
-    failed = sum(record.status not in (INTERRUPTED, "OK") for record in sent)
-    ttft = f", median TTFT {np.median([record.ttft_s for record in done]) * 1000:.0f} ms" if done else ""
+    sent, done, failed = driver.num_sent, driver.num_done, driver.num_failed
     return (
-        f"{driver.now_s():.0f} s, {len(sent)} of {len(records)} sent, {len(sent) - len(done) - failed} under way, "
-        f"{len(done)} done, {failed} failed{ttft}"
+        f"{driver.now_s():.0f} s, {sent} of {len(driver.run_so_far.records)} sent, {sent - done - failed} under way, "
+        f"{done} done, {failed} failed"
     )
 
 

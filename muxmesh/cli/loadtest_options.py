@@ -68,18 +68,13 @@ def add_to(load: argparse.ArgumentParser) -> argparse.ArgumentParser:
     load.add_argument(
         "--calibrate",
         type=_number_from(0, 1000),
-        default=5,
         metavar="N",
         help="requests sent one by one before, to learn their unloaded latency (default 5; 0: no SLO)",
     )
     load.add_argument("--unloaded", type=Path, metavar="JSON", help="take that latency from this report instead")
     load.add_argument("--sweep", type=_rates, metavar="R1,R2", help="the workload at these rates instead of its own")
-    load.add_argument(
-        "--slo-scale", type=_number_from(1, 16), default=5, metavar="X", help="of a sweep's SLO (default 5)"
-    )
-    load.add_argument(
-        "--slo-attainment", type=_share, default=0.9, metavar="P", help="part of the requests within it (default 0.9)"
-    )
+    load.add_argument("--slo-scale", type=_number_from(1, 16), metavar="X", help="of a sweep's SLO (default 5)")
+    load.add_argument("--slo-attainment", type=_share, metavar="P", help="part of the requests within it (default 0.9)")
     load.add_argument("--name", metavar="NAME", help="of this system in reports (default: what it is)")
     load.add_argument("--output", type=Path, metavar="FILE", help="write the whole report as JSON")
     load.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page for people")

@@ -61,11 +61,12 @@ class ModelConfig(Section):
     """Requests in prefill and decode at the same time."""
     kv_answer_tokens: int = Field(default=128, ge=1)
     """Room for so much of the answer is reserved before a request starts. More is taken while the answer grows; if the
-    pool has no more, the request gives back what it has and goes on, from the prefix cache, when there is room."""
+    pool has no more, the answer gives way: its KV goes to `kv_swap`, or is given back, and it goes on when there is
+    room."""
     kv_guaranteed: ByteSize = Field(default=ByteSize(0), ge=0)
     """Memory of the unit's pool that this model can count on, like `512MiB`, in whole slabs. What it does not use is
-    lent to others and comes back as their requests end. The rest of the pool is shared out equally at first, then by
-    use."""
+    lent to others and comes back as their requests end, after a second by making them give way. The rest of the pool
+    is shared out equally at first, then by use."""
     kv_swap_format: KvFormat = "raw"
     """What is written to `kv_swap`: `raw` is exact. `int8` takes a quarter of the room and changes an answer that was
     swapped a little; what came back from it is never shared through the prefix cache."""

@@ -24,6 +24,7 @@ STATUS_CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.RequestAborted: grpc.StatusCode.CANCELLED,
+    errors.GaveWay: grpc.StatusCode.CANCELLED,
     errors.WorkerLost: grpc.StatusCode.UNAVAILABLE,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.LeaseLost: grpc.StatusCode.FAILED_PRECONDITION,

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loadtest.drive import UNREACHABLE_IN_A_ROW, Driver, Run
-from loadtest.record import INTERRUPTED
+from loadtest.drive import UNREACHABLE_IN_A_ROW, Driver
+from loadtest.record import INTERRUPTED, Run
 from loadtest.report import METRICS, PERCENTILES, About, Goodput, bottleneck, build_report
 from loadtest.session import Options, Session
 from loadtest.slo import fit_unloaded
@@ -124,6 +124,18 @@ def test_a_stall_of_a_second_shows() -> None:
     assert stalled["median_ttft_ms"] == pytest.approx(calm["median_ttft_ms"], rel=0.03)
 
 
+def test_a_server_that_hangs_is_not_judged_by_the_time_before() -> None:
+    async def work() -> Run:
+        requests = plan(parse_spec("rate=20 lengths=D(5,5) duration=200"), range(10, 100))
+        driver = Driver(StubTarget(stall_at_s=5.0, stall_s=1e6), requests, VirtualClock())
+        asyncio.get_running_loop().call_later(60.0, driver.stop, "enough")
+        return await driver.run()
+
+    report = build_report(ABOUT, run_virtually(work()))
+    assert report["duration"] == pytest.approx(60.0)
+    assert report["request_throughput"] == report["completed"] / report["duration"] < 2
+
+
 def test_a_bound_on_concurrency_hides_no_waiting() -> None:
     """One at a time at twice its capacity: what a driver that waits would leave out is most of the latency."""
     line = "rate=10 burstiness=inf lengths=D(5,1) requests=200"
@@ -153,7 +165,7 @@ def test_errors_are_counted_by_status_and_fail_nothing_else() -> None:
     def failure(request: PlannedRequest) -> TargetError | None:
         return TargetError("RESOURCE_EXHAUSTED", "full") if request.index % 4 == 0 else None
 
-    report = build_report(ABOUT, drive(StubTarget(failure=failure)), Goodput(ttft=1e9))
+    report = build_report(ABOUT, drive(StubTarget(failure=failure)), Goodput(ttft_ms=1e9))
     assert report["errors"] == {"RESOURCE_EXHAUSTED": {"count": 500, "messages": ["full"]}}
     assert (report["completed"], report["failed"], report["partial"]) == (1500, 500, None)
     assert report["request_goodput"] == report["request_throughput"]
@@ -191,7 +203,7 @@ def test_a_run_that_is_stopped_keeps_what_it_has() -> None:
 def test_goodput_counts_requests_that_meet_every_limit() -> None:
     target = StubTarget()
     run = drive(target)
-    limits = Goodput(ttft=150, tpot=60, e2el=1500)
+    limits = Goodput(ttft_ms=150, tpot_ms=60, e2el_ms=1500)
     good = [
         r for r in run.records
         if r.ttft_s <= 0.15 and r.e2el_s <= 1.5 and (r.tpot_s is None or r.tpot_s <= 0.06)
@@ -199,7 +211,7 @@ def test_goodput_counts_requests_that_meet_every_limit() -> None:
     assert 100 < len(good) < 1900
     report = build_report(ABOUT, run, limits)
     assert report["request_goodput"] == pytest.approx(len(good) / run.duration_s)
-    assert report["goodput_slo_ms"] == {"ttft": 150, "tpot": 60, "e2el": 1500}
+    assert report["goodput_slo"] == {"ttft_ms": 150, "tpot_ms": 60, "e2el_ms": 1500}
 
 
 class LinearTarget(StubTarget):
@@ -259,7 +271,7 @@ def test_a_sweep_finds_the_highest_rate_within_the_slo() -> None:
     assert parts == sorted(parts, reverse=True)
     best = max(rate for rate, part in zip([0.5, 4.0, 8.0, 16.0], parts, strict=True) if part >= 0.9)
     assert sweep["highest_rate_within_slo"] == best < 16
-    assert sweep["reports"][1]["workload"] == "rate=4 lengths=D(100,20) requests=200"
+    assert sweep["reports"][1]["workload"] == "rate=4 lengths=D(100,20) requests=200 seed=1"
 
 
 def test_a_calibration_without_one_success_is_an_error() -> None:

@@ -11,9 +11,8 @@ from xml.etree import ElementTree
 import pytest
 
 from loadtest import table
-from loadtest.drive import Run
 from loadtest.html import page
-from loadtest.record import Record
+from loadtest.record import Record, Run
 from loadtest.report import About, Goodput, build_report
 from loadtest.slo import Unloaded
 from loadtest.svg import Line, plot
@@ -36,7 +35,7 @@ def report(name: str = NAME, rate: float | None = 2.0, num_failed: int = 3, fact
         records.append(record)
     run = Run(records, 31.0, partial="interrupted <i>by</i> the user" if num_failed else "", loop_lags_s=[0.001])
     about = About(name, "a stub", ["a", "b"], "rate=2 lengths=D(1,1)", "2026-01-01", rate=rate)
-    return build_report(about, run, Goodput(ttft=200.0), Unloaded(0.1, 0.001, 0.03))
+    return build_report(about, run, Goodput(ttft_ms=200.0), Unloaded(0.1, 0.001, 0.03))
 
 
 def reports() -> dict[str, list[dict[str, Any]]]:

@@ -81,7 +81,8 @@ async def test_a_completion_with_its_usage(stub: tuple[StubServer, OpenAiTarget]
     assert path == "/v1/completions"
     assert body == {
         "model": "first", "prompt": [5, 6, 7], "max_tokens": 3, "min_tokens": 3, "ignore_eos": True, "seed": 42,
-        "temperature": 0.5, "user": "t", "priority": 2, "stream": True, "stream_options": {"include_usage": True},
+        "temperature": 0.5, "user": "t", "cache_salt": "t", "priority": 2, "stream": True,
+        "stream_options": {"include_usage": True},
     }  # fmt: skip
 
 
@@ -113,7 +114,10 @@ async def test_a_refusal_keeps_its_status_and_words(stub: tuple[StubServer, Open
         ([chunk("a")], True, "CONNECTION LOST"),
         ([chunk("a")], False, "CUT OFF"),
         ([chunk("a", "stop"), "[DONE]"], False, "CUT OFF"),
-        ([chunk("a"), "{no json"], False, "CONNECTION LOST"),
+        ([chunk("a"), "{no json"], False, "BAD ANSWER"),
+        (["[1]"], False, "BAD ANSWER"),
+        ([json.dumps({"choices": [5]})], False, "BAD ANSWER"),
+        ([chunk("a", "stop"), json.dumps({"choices": [], "usage": {"prompt_tokens": None}})], False, "BAD ANSWER"),
         ([chunk("a"), json.dumps({"error": {"message": "out of memory"}})], False, "STREAM ERROR"),
     ],
 )

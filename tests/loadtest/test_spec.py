@@ -12,11 +12,11 @@ GOOD = "rate=4 lengths=D(10,5) requests=3"
 
 def test_a_line_with_everything() -> None:
     spec = parse_spec(
-        "rate=2.5 burstiness=0.25 lengths=N(480,240)/(300,150) requests=50 duration=60 models=a:3,b alpha=1.2 "
+        "rate=2.5 burstiness=0.25 lengths=N(480,240)/(300,150) requests=50 duration=60 models=a:3,b "
         "tenants=x,y:3 priorities=0:9,-1 output=forced cap=64 seed=7"
     )
     assert (spec.rate, spec.burstiness, spec.requests, spec.duration, spec.seed) == (2.5, 0.25, 50, 60.0, 7)
-    assert (spec.models, spec.alpha) == ((("a", 0.75), ("b", 0.25)), 1.2)
+    assert spec.models == (("a", 0.75), ("b", 0.25))
     assert (spec.tenants, spec.priorities) == ((("x", 0.25), ("y", 0.75)), (("0", 0.9), ("-1", 0.1)))
     assert (spec.output, spec.cap) == ("forced", 64)
 
@@ -54,6 +54,10 @@ def test_all_at_once() -> None:
         (f"{GOOD} chat=yes", "chat=yes needs prompts"),
         (f"{GOOD} time_scale=2", "time_scale scales a trace; there is none"),
         ("trace=a.csv rate=2", "leave out rate and lengths"),
+        ("trace=a.csv burstiness=2", "burstiness is of arrivals at a rate"),
+        ("rate=1 prompts=a.jsonl requests=1 max_input=5", "max_input and input_scale are of random prompts"),
+        ("trace=a.csv prompts=a.jsonl output_scale=2", "it needs output=forced"),
+        (f"{GOOD} models=a:3,b alpha=1", "has weights already"),
         ("rate=1 'lengths=D(1,1)", "No closing quotation"),
     ],
 )

@@ -78,7 +78,7 @@ async def test_natural_answers_from_prompts_and_a_table(mesh: RunningMesh, tmp_p
     words = dict(part.rsplit(":", 1) for part in out.splitlines() if ":" in part and "=" not in part)
     assert words["Successful requests"].strip() == "10"
     assert words["Total generated tokens"].strip() == "60", "b ends after 6 tokens"
-    assert words["Peak concurrent requests"].strip() == "10", "all are due at once, whoever waits"
+    assert words["Peak concurrent requests"].strip() == "2"
 
 
 async def test_a_sweep_and_a_comparison(mesh: RunningMesh, tmp_path: Path) -> None:
@@ -160,7 +160,9 @@ def bad_arguments(folder: Path) -> dict[str, tuple[list[str], str]]:
         "no url": ([*line, "--openai", "localhost:80"], "is no URL, such as"),
         "no report": (["compare", str(folder / "other.json")], "is no report of"),
         "no file": (["compare", str(folder / "none.json")], "No such file"),
-        "sweep of a trace": (["--workload", f"trace={folder / 'trace.jsonl'}", "--sweep", "1,2"], "leave out rate"),
+        "trace": (["--workload", f"trace={folder / 'trace.jsonl'}", "--sweep", "1,2"], "a trace has its own"),
+        "slo of nothing": ([*line, "--slo-scale", "3"], "--slo-scale: has no effect without --sweep"),
+        "vocabulary of a mesh": ([*line, "--vocabulary", "300"], "--vocabulary: has no effect without --openai"),
     }  # fmt: skip
 
 
@@ -205,7 +207,7 @@ async def test_figures_of_a_slow_driver_are_refused(mesh: RunningMesh, tmp_path:
     assert process.returncode == 1
     assert out == b""
     assert b"no report: the driver was" in err
-    assert not output.exists()
+    assert "ms late" in json.loads(output.read_text())["driver_bottleneck"], "what was measured is kept, and marked"
 
 
 async def test_the_help_explains_the_workload() -> None:
