@@ -21,12 +21,18 @@ NUM_TOKENS = 400
 
 
 class Source(decode_pb2_grpc.DecodeServiceServicer):
-    """Streams as a decode worker does, without computing."""
+    """Streams as a decode worker does for one request at a time, without computing."""
 
-    async def Decode(self, request: decode_pb2.DecodeRequest, context: Any) -> AsyncIterator[decode_pb2.DecodeResponse]:
+    async def Decode(self, request: decode_pb2.DecodeRequest, context: Any) -> decode_pb2.DecodeResponse:
+        """Not measured."""
+        raise NotImplementedError
+
+    async def WatchTokens(
+        self, request: decode_pb2.WatchTokensRequest, context: Any
+    ) -> AsyncIterator[decode_pb2.WatchTokensResponse]:
         """One token a message."""
         for index in range(NUM_TOKENS):
-            yield decode_pb2.DecodeResponse(start_index=index, token_ids=[index])
+            yield decode_pb2.WatchTokensResponse(answers=[decode_pb2.NewTokens(start_index=index, token_ids=[index])])
 
 
 class Relay(inference_pb2_grpc.InferenceServicer):
@@ -43,8 +49,9 @@ class Relay(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Relays each message."""
-        async for message in self._source.Decode(decode_pb2.DecodeRequest()):
-            output = inference_pb2.SequenceOutput(text="word", num_tokens=1, token_ids=message.token_ids)
+        async for message in self._source.WatchTokens(decode_pb2.WatchTokensRequest()):
+            (new,) = message.answers
+            output = inference_pb2.SequenceOutput(text="word", num_tokens=1, token_ids=new.token_ids)
             yield inference_pb2.GenerateResponse(outputs=output)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from loadtest.workload import PlannedRequest
-from muxmesh.errors import MeshError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ class Ended:
     router_s: float | None = None
 
 
-class TargetError(MeshError):
+class TargetError(Exception):
     """A request failed. ``status``: the server's own word for it. ``is_unreachable``: nobody answered, or not to the
     end.
     """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.status import from_rpc_error
 from muxmesh.types import EngineRequest, TokenLogprobs
 from router.credits import Credit
+from router.tokens import Mailbox, TokenStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +40,12 @@ AnswerEvent = Prefilled | Tokens | Finished
 
 
 class Workers:
-    """Channels to workers, by address; opened once."""
+    """Channels to workers and streams of their tokens, by address; opened once."""
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._streams: dict[str, TokenStream] = {}
+        self._num_streams = 0
 
     def prefill(self, address: str) -> prefill_pb2_grpc.PrefillServiceAsyncStub:
         """The prefill worker at ``address``."""
@@ -50,8 +55,20 @@ class Workers:
         """The decode worker at ``address``."""
         return decode_pb2_grpc.DecodeServiceStub(self._channel(address))
 
+    async def tokens(self, address: str) -> TokenStream:
+        """The stream of tokens of the decode worker at ``address``. Raises WorkerLost, Unavailable."""
+        stream = self._streams.get(address)
+        if stream is None or not stream.is_open:
+            self._num_streams += 1
+            watcher = f"router-{os.getpid()}-{self._num_streams}"
+            stream = self._streams[address] = TokenStream(self.decode(address), watcher)
+        await stream.opened()
+        return stream
+
     async def close(self) -> None:
         """Closes every channel."""
+        for stream in self._streams.values():
+            stream.close()
         for channel in self._channels.values():
             await channel.close()
 
@@ -69,23 +86,28 @@ async def run_attempt(
     Raises whatever ended the attempt (WorkerLost, Unavailable, LeaseLost, EngineFailed, ...). Closing it cancels both
     calls, and with them the work.
     """
-    wire = convert.request_to_wire(request)
-    decode = workers.decode(credit.decode_address).Decode(
-        decode_pb2.DecodeRequest(request=wire, lease_id=credit.lease.lease_id)
-    )
-    prefill = workers.prefill(credit.prefill_address).Prefill(
-        prefill_pb2.PrefillRequest(
-            request=wire, lease=convert.ref_to_wire(credit.lease), decode_worker=credit.decode_worker
-        )
-    )
-    messages = aiter(decode)
-    prefilled = asyncio.create_task(_answer(prefill))
-    first = asyncio.create_task(anext(messages, None))
     called_at_s = clock.monotonic_s()
-    try:
-        await asyncio.wait({prefilled, first}, return_when=asyncio.FIRST_COMPLETED)
-        if first.done():
-            first.result()  # a decode worker that is lost need not be computed for
+    stream = await workers.tokens(credit.decode_address)
+    wire, lease_id = convert.request_to_wire(request), credit.lease.lease_id
+    with stream.answer(lease_id) as mailbox, ExitStack() as calls:
+        decode = workers.decode(credit.decode_address).Decode(
+            decode_pb2.DecodeRequest(request=wire, lease_id=lease_id, watcher=stream.watcher)
+        )
+        calls.callback(decode.cancel)
+        prefill = workers.prefill(credit.prefill_address).Prefill(
+            prefill_pb2.PrefillRequest(
+                request=wire, lease=convert.ref_to_wire(credit.lease), decode_worker=credit.decode_worker
+            )
+        )
+        calls.callback(prefill.cancel)
+        ending = asyncio.create_task(_pass_on(decode, mailbox))
+        prefilled = asyncio.create_task(_answer(prefill))
+        for task in (ending, prefilled):
+            calls.callback(task.add_done_callback, _look_at)
+        either: set[asyncio.Future[Any]] = {prefilled, mailbox.lost}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if mailbox.lost.done():
+            raise mailbox.lost.result()  # a decode worker that is lost need not be computed for
         response = await prefilled
         waited_s = clock.monotonic_s() - called_at_s
         place = len(request.resume_token_ids)
@@ -95,29 +117,33 @@ async def run_attempt(
         if response.HasField("finish"):
             yield Finished(convert.finish_from_wire(response.finish))
             return
-        message = await first
-        while message is not None:
-            if message.HasField("finish"):
-                yield Finished(convert.finish_from_wire(message.finish))
-                return
-            if message.start_index != place:
-                raise InternalError(f"decode sent token {message.start_index}, expected {place}")
-            place += len(message.token_ids)
-            logprobs = convert.logprobs_from_wire(message.logprobs) if message.HasField("logprobs") else ()
-            yield Tokens(message.start_index, tuple(message.token_ids), logprobs)
-            message = await anext(messages, None)
-        raise InternalError("decode ended its stream without a finish")
+        ended: decode_pb2.DecodeResponse | None = None
+        while ended is None or place < ended.num_output_tokens:
+            news = await mailbox.get()
+            if isinstance(news, decode_pb2.DecodeResponse):
+                ended = news
+                continue
+            if news.start_index != place:
+                raise InternalError(f"decode sent token {news.start_index}, expected {place}")
+            place += len(news.token_ids)
+            logprobs = convert.logprobs_from_wire(news.logprobs) if news.HasField("logprobs") else ()
+            yield Tokens(news.start_index, tuple(news.token_ids), logprobs)
+        yield Finished(convert.finish_from_wire(ended.finish))
+
+
+async def _pass_on(decode: grpc.aio.UnaryUnaryCall[Any, decode_pb2.DecodeResponse], mailbox: Mailbox) -> None:
+    """How the Decode call ended belongs to the answer, too."""
+    try:
+        mailbox.put(await decode)
     except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error) from error
-    finally:
-        for call in (prefill, decode):
-            call.cancel()
-        for task in (prefilled, first):
-            task.add_done_callback(_look_at)
+        mailbox.put(from_rpc_error(error))
 
 
 async def _answer(call: grpc.aio.UnaryUnaryCall[Any, prefill_pb2.PrefillResponse]) -> prefill_pb2.PrefillResponse:
-    return await call
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error
 
 
 def _look_at(task: asyncio.Task[Any]) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from muxmesh.internal.v1 import request_pb2 as muxmesh_dot_internal_dot_v1_dot_request__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n muxmesh/internal/v1/decode.proto\x12\x13muxmesh.internal.v1\x1a!muxmesh/internal/v1/request.proto\"V\n\rDecodeRequest\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".muxmesh.internal.v1.EngineRequest\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\"\xb8\x01\n\x0e\x44\x65\x63odeResponse\x12\x13\n\x0bstart_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x30\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x1b.muxmesh.internal.v1.FinishH\x00\x88\x01\x01\x12\x34\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LogprobsH\x01\x88\x01\x01\x42\t\n\x07_finishB\x0b\n\t_logprobs2d\n\rDecodeService\x12S\n\x06\x44\x65\x63ode\x12\".muxmesh.internal.v1.DecodeRequest\x1a#.muxmesh.internal.v1.DecodeResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n muxmesh/internal/v1/decode.proto\x12\x13muxmesh.internal.v1\x1a!muxmesh/internal/v1/request.proto\"g\n\rDecodeRequest\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".muxmesh.internal.v1.EngineRequest\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x0f\n\x07watcher\x18\x03 \x01(\t\"X\n\x0e\x44\x65\x63odeResponse\x12+\n\x06\x66inish\x18\x01 \x01(\x0b\x32\x1b.muxmesh.internal.v1.Finish\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\"%\n\x12WatchTokensRequest\x12\x0f\n\x07watcher\x18\x01 \x01(\t\"F\n\x13WatchTokensResponse\x12/\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x1e.muxmesh.internal.v1.NewTokens\"\x88\x01\n\tNewTokens\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x13\n\x0bstart_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x34\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LogprobsH\x00\x88\x01\x01\x42\x0b\n\t_logprobs2\xc6\x01\n\rDecodeService\x12Q\n\x06\x44\x65\x63ode\x12\".muxmesh.internal.v1.DecodeRequest\x1a#.muxmesh.internal.v1.DecodeResponse\x12\x62\n\x0bWatchTokens\x12\'.muxmesh.internal.v1.WatchTokensRequest\x1a(.muxmesh.internal.v1.WatchTokensResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,9 +33,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'muxmesh.internal.v1.decode_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DECODEREQUEST']._serialized_start=92
-  _globals['_DECODEREQUEST']._serialized_end=178
-  _globals['_DECODERESPONSE']._serialized_start=181
-  _globals['_DECODERESPONSE']._serialized_end=365
-  _globals['_DECODESERVICE']._serialized_start=367
-  _globals['_DECODESERVICE']._serialized_end=467
+  _globals['_DECODEREQUEST']._serialized_end=195
+  _globals['_DECODERESPONSE']._serialized_start=197
+  _globals['_DECODERESPONSE']._serialized_end=285
+  _globals['_WATCHTOKENSREQUEST']._serialized_start=287
+  _globals['_WATCHTOKENSREQUEST']._serialized_end=324
+  _globals['_WATCHTOKENSRESPONSE']._serialized_start=326
+  _globals['_WATCHTOKENSRESPONSE']._serialized_end=396
+  _globals['_NEWTOKENS']._serialized_start=399
+  _globals['_NEWTOKENS']._serialized_end=535
+  _globals['_DECODESERVICE']._serialized_start=538
+  _globals['_DECODESERVICE']._serialized_end=736
 # @@protoc_insertion_point(module_scope)

@@ -25,7 +25,10 @@ class DecodeRequest(_message.Message):
 
     REQUEST_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
+    WATCHER_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.int
+    watcher: _builtins.str
+    """Of a WatchTokens call that has begun."""
     @_builtins.property
     def request(self) -> _request_pb2.EngineRequest: ...
     def __init__(
@@ -33,10 +36,11 @@ class DecodeRequest(_message.Message):
         *,
         request: _request_pb2.EngineRequest | None = ...,
         lease_id: _builtins.int = ...,
+        watcher: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "request", b"request", "watcher", b"watcher"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___DecodeRequest: _TypeAlias = DecodeRequest  # noqa: Y015
@@ -45,18 +49,72 @@ Global___DecodeRequest: _TypeAlias = DecodeRequest  # noqa: Y015
 class DecodeResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    FINISH_FIELD_NUMBER: _builtins.int
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    num_output_tokens: _builtins.int
+    """Of the whole answer: so many have come over WatchTokens, or will."""
+    @_builtins.property
+    def finish(self) -> _request_pb2.Finish: ...
+    def __init__(
+        self,
+        *,
+        finish: _request_pb2.Finish | None = ...,
+        num_output_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "num_output_tokens", b"num_output_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___DecodeResponse: _TypeAlias = DecodeResponse  # noqa: Y015
+
+@_typing.final
+class WatchTokensRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WATCHER_FIELD_NUMBER: _builtins.int
+    watcher: _builtins.str
+    """Chosen by the caller, never twice."""
+    def __init__(
+        self,
+        *,
+        watcher: _builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["watcher", b"watcher"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___WatchTokensRequest: _TypeAlias = WatchTokensRequest  # noqa: Y015
+
+@_typing.final
+class WatchTokensResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewTokens]: ...
+    def __init__(
+        self,
+        *,
+        answers: _abc.Iterable[Global___NewTokens] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___WatchTokensResponse: _TypeAlias = WatchTokensResponse  # noqa: Y015
+
+@_typing.final
+class NewTokens(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
     START_INDEX_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    FINISH_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.int
     start_index: _builtins.int
     """Place of token_ids[0] in the answer."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def finish(self) -> _request_pb2.Finish:
-        """In the last message only."""
-
     @_builtins.property
     def logprobs(self) -> _request_pb2.Logprobs:
         """One place for each token, if they are wanted."""
@@ -64,22 +122,17 @@ class DecodeResponse(_message.Message):
     def __init__(
         self,
         *,
+        lease_id: _builtins.int = ...,
         start_index: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        finish: _request_pb2.Finish | None = ...,
         logprobs: _request_pb2.Logprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "_logprobs", b"_logprobs", "finish", b"finish", "logprobs", b"logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "_logprobs", b"_logprobs", "finish", b"finish", "logprobs", b"logprobs", "start_index", b"start_index", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "lease_id", b"lease_id", "logprobs", b"logprobs", "start_index", b"start_index", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__finish: _TypeAlias = _typing.Literal["finish"]  # noqa: Y015
-    _WhichOneofArgType__finish: _TypeAlias = _typing.Literal["_finish", b"_finish"]  # noqa: Y015
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__finish) -> _WhichOneofReturnType__finish | None: ...
-    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
 
-Global___DecodeResponse: _TypeAlias = DecodeResponse  # noqa: Y015
+Global___NewTokens: _TypeAlias = NewTokens  # noqa: Y015

@@ -34,10 +34,15 @@ class DecodeServiceStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Decode = channel.unary_stream(
+        self.Decode = channel.unary_unary(
                 '/muxmesh.internal.v1.DecodeService/Decode',
                 request_serializer=muxmesh_dot_internal_dot_v1_dot_decode__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=muxmesh_dot_internal_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
+                _registered_method=True)
+        self.WatchTokens = channel.unary_stream(
+                '/muxmesh.internal.v1.DecodeService/WatchTokens',
+                request_serializer=muxmesh_dot_internal_dot_v1_dot_decode__pb2.WatchTokensRequest.SerializeToString,
+                response_deserializer=muxmesh_dot_internal_dot_v1_dot_decode__pb2.WatchTokensResponse.FromString,
                 _registered_method=True)
 
 
@@ -45,7 +50,15 @@ class DecodeServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Decode(self, request, context):
-        """Waits for the lease, then streams the tokens after the first. Cancelling it releases the lease.
+        """Waits for the lease and decodes until the answer ends. Its tokens go to `watcher`. Cancelling it releases the lease.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchTokens(self, request, context):
+        """The tokens of all Decode calls of one watcher, those of a step in one message: to send and to take in a message costs
+        more than the tokens in it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -54,10 +67,15 @@ class DecodeServiceServicer(object):
 
 def add_DecodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Decode': grpc.unary_stream_rpc_method_handler(
+            'Decode': grpc.unary_unary_rpc_method_handler(
                     servicer.Decode,
                     request_deserializer=muxmesh_dot_internal_dot_v1_dot_decode__pb2.DecodeRequest.FromString,
                     response_serializer=muxmesh_dot_internal_dot_v1_dot_decode__pb2.DecodeResponse.SerializeToString,
+            ),
+            'WatchTokens': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchTokens,
+                    request_deserializer=muxmesh_dot_internal_dot_v1_dot_decode__pb2.WatchTokensRequest.FromString,
+                    response_serializer=muxmesh_dot_internal_dot_v1_dot_decode__pb2.WatchTokensResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -81,12 +99,39 @@ class DecodeService(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
+        return grpc.experimental.unary_unary(
             request,
             target,
             '/muxmesh.internal.v1.DecodeService/Decode',
             muxmesh_dot_internal_dot_v1_dot_decode__pb2.DecodeRequest.SerializeToString,
             muxmesh_dot_internal_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/muxmesh.internal.v1.DecodeService/WatchTokens',
+            muxmesh_dot_internal_dot_v1_dot_decode__pb2.WatchTokensRequest.SerializeToString,
+            muxmesh_dot_internal_dot_v1_dot_decode__pb2.WatchTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,

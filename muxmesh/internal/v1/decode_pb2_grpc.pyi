@@ -31,14 +31,22 @@ class DecodeServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DecodeServiceAsyncStub: ...
-    Decode: _grpc.UnaryStreamMultiCallable[_decode_pb2.DecodeRequest, _decode_pb2.DecodeResponse]
-    """Waits for the lease, then streams the tokens after the first. Cancelling it releases the lease."""
+    Decode: _grpc.UnaryUnaryMultiCallable[_decode_pb2.DecodeRequest, _decode_pb2.DecodeResponse]
+    """Waits for the lease and decodes until the answer ends. Its tokens go to `watcher`. Cancelling it releases the lease."""
+    WatchTokens: _grpc.UnaryStreamMultiCallable[_decode_pb2.WatchTokensRequest, _decode_pb2.WatchTokensResponse]
+    """The tokens of all Decode calls of one watcher, those of a step in one message: to send and to take in a message costs
+    more than the tokens in it.
+    """
 
 @_typing.type_check_only
 class DecodeServiceAsyncStub(DecodeServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
-    Decode: _aio.UnaryStreamMultiCallable[_decode_pb2.DecodeRequest, _decode_pb2.DecodeResponse]  # type: ignore[assignment]
-    """Waits for the lease, then streams the tokens after the first. Cancelling it releases the lease."""
+    Decode: _aio.UnaryUnaryMultiCallable[_decode_pb2.DecodeRequest, _decode_pb2.DecodeResponse]  # type: ignore[assignment]
+    """Waits for the lease and decodes until the answer ends. Its tokens go to `watcher`. Cancelling it releases the lease."""
+    WatchTokens: _aio.UnaryStreamMultiCallable[_decode_pb2.WatchTokensRequest, _decode_pb2.WatchTokensResponse]  # type: ignore[assignment]
+    """The tokens of all Decode calls of one watcher, those of a step in one message: to send and to take in a message costs
+    more than the tokens in it.
+    """
 
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -46,7 +54,17 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _decode_pb2.DecodeRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_decode_pb2.DecodeResponse], _abc.AsyncIterator[_decode_pb2.DecodeResponse]]:
-        """Waits for the lease, then streams the tokens after the first. Cancelling it releases the lease."""
+    ) -> _typing.Union[_decode_pb2.DecodeResponse, _abc.Awaitable[_decode_pb2.DecodeResponse]]:
+        """Waits for the lease and decodes until the answer ends. Its tokens go to `watcher`. Cancelling it releases the lease."""
+
+    @_abc_1.abstractmethod
+    def WatchTokens(
+        self,
+        request: _decode_pb2.WatchTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_decode_pb2.WatchTokensResponse], _abc.AsyncIterator[_decode_pb2.WatchTokensResponse]]:
+        """The tokens of all Decode calls of one watcher, those of a step in one message: to send and to take in a message costs
+        more than the tokens in it.
+        """
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
