@@ -16,7 +16,7 @@ from muxmesh.types import EngineRequest
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc
 from router.attempt import Prefilled
 from router.request import Progress
-from router.responses import finish_info_of, open_answer, output_of, prompt_info_of, stopped_by_string
+from router.responses import finish_info_of, open_answer, prompt_info_of, response_of, stopped_by_string
 from router.state import RouterState
 from router.validation import CheckedRequest, check, check_request_id, complete
 
@@ -25,9 +25,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 @dataclass(slots=True)
 class _Part:
-    """What is new of one answer. ``prefilled`` in its first part."""
+    """What is new of one answer, in a message of its own. ``prefilled``: of its prompt."""
 
-    output: inference_pb2.SequenceOutput
+    response: inference_pb2.GenerateResponse
+    num_tokens: int
+    is_last: bool
     prefilled: Prefilled | None = None
 
 
@@ -86,12 +88,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         try:
             async with aclosing(self._answers(checked, request, progress)) as parts:
                 async for part in parts:
-                    response = inference_pb2.GenerateResponse(outputs=part.output)
-                    counters.output_tokens += part.output.num_tokens
+                    response = part.response
+                    counters.output_tokens += part.num_tokens
                     if first_token_at_s is None:
                         first_token_at_s = state.clock.monotonic_s()
                         response.prompt_info.CopyFrom(prompt_info_of(checked, request, part.prefilled))
-                    if part.output.HasField("finish_info"):
+                    if part.is_last:
                         unfinished -= 1
                         counters.num_running -= 1
                     if unfinished == 0:
@@ -163,15 +165,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     continue
                 if isinstance(event, Tokens):
                     delta = answer.take(event.token_ids)
-                    output = output_of(checked, request, delta, event.logprobs)
+                    response = response_of(checked, request, delta, event.logprobs)
+                    is_last = delta.stopped_by is not None
                     if delta.stopped_by is not None:
-                        output.finish_info.CopyFrom(stopped_by_string(answer, delta.stopped_by))
+                        response.outputs.finish_info.CopyFrom(stopped_by_string(answer, delta.stopped_by))
                 else:
                     delta = answer.finish()
-                    output = output_of(checked, request, delta)
-                    output.finish_info.CopyFrom(finish_info_of(answer, event, delta))
-                yield _Part(output, prefilled)
-                if output.HasField("finish_info"):
+                    response, is_last = response_of(checked, request, delta), True
+                    response.outputs.finish_info.CopyFrom(finish_info_of(answer, event, delta))
+                yield _Part(response, len(delta.token_ids), is_last, prefilled)
+                if is_last:
                     return
 
     async def _tokenize(self, checked: CheckedRequest) -> list[int]:

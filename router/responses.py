@@ -17,17 +17,13 @@ def open_answer(checked: CheckedRequest, request: EngineRequest) -> Answer:
     """Where the tokens of one answer become text."""
     response, stopping = checked.wire.response, checked.wire.stopping
     skip_special = response.skip_special_tokens if response.HasField("skip_special_tokens") else True
-    needs_text = _wants_text(response) or stopping.stop_strings
+    needs_text = checked.wants_text or stopping.stop_strings
     return Answer(
         request.stopping,
         checked.model.text.detokenizer(skip_special, request.prompt_token_ids) if needs_text else None,
         StopStrings(stopping.stop_strings, stopping.include_stop_strings),
         stopping.include_stop_strings,
     )
-
-
-def _wants_text(response: inference_pb2.ResponseOptions) -> bool:
-    return response.output_text if response.HasField("output_text") else True
 
 
 def prompt_info_of(
@@ -45,20 +41,20 @@ def prompt_info_of(
     )
 
 
-def output_of(
+def response_of(
     checked: CheckedRequest, request: EngineRequest, delta: Delta, logprobs: Sequence[TokenLogprobs] = ()
-) -> inference_pb2.SequenceOutput:
-    """What is new of one answer, as far as the client wants it."""
-    response = checked.wire.response
-    output = inference_pb2.SequenceOutput(
-        index=request.sequence,
-        text=delta.text if _wants_text(response) else "",
-        num_tokens=len(delta.token_ids),
-        token_ids=delta.token_ids if response.output_token_ids else None,
-    )
+) -> inference_pb2.GenerateResponse:
+    """A message with what is new of one answer, as far as the client wants it."""
+    response = inference_pb2.GenerateResponse()
+    output = response.outputs
+    output.index, output.num_tokens = request.sequence, len(delta.token_ids)
+    if checked.wants_text:
+        output.text = delta.text
+    if checked.wants_token_ids:
+        output.token_ids.extend(delta.token_ids)
     if logprobs:
         output.token_logprobs.extend(logprobs_of(place) for place in logprobs[: len(delta.token_ids)])
-    return output
+    return response
 
 
 def logprobs_of(place: TokenLogprobs) -> inference_pb2.TokenLogprobs:

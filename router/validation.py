@@ -51,6 +51,8 @@ class CheckedRequest:
     model: ServedModel
     sampling: Sampling
     num_sequences: int
+    wants_text: bool
+    wants_token_ids: bool
 
 
 def check(
@@ -78,7 +80,14 @@ def check(
     if wire.kv.swap_format not in _SWAP_FORMATS:
         known = ", ".join(inference_pb2.KvSwapFormat.keys())
         raise InvalidRequest("kv.swap_format", f"is {wire.kv.swap_format}; one of: {known}")
-    return CheckedRequest(wire, model, _sampling(wire, model, drawn_seed), max(1, wire.sampling.num_sequences))
+    return CheckedRequest(
+        wire=wire,
+        model=model,
+        sampling=_sampling(wire, model, drawn_seed),
+        num_sequences=max(1, wire.sampling.num_sequences),
+        wants_text=wire.response.output_text if wire.response.HasField("output_text") else True,
+        wants_token_ids=wire.response.output_token_ids,
+    )
 
 
 def check_request_id(request_id: str) -> None:
