@@ -22,6 +22,8 @@ class ServedModel:
     config: ModelConfig
     spec: ModelSpec
     text: TextModel
+    capacity_tokens: int
+    """What the whole KV pool of its unit holds."""
 
     @property
     def max_model_len(self) -> int:
@@ -41,5 +43,7 @@ def load_models(runtime: MeshRuntime) -> dict[str, ServedModel]:
     models = {}
     for name, (unit, config) in runtime.config.models().items():
         folder = runtime.prepared[name].folder
-        models[name] = ServedModel(name, unit.name, config, model_spec(folder), load_text_model(folder))
+        spec = model_spec(folder)
+        capacity = unit.capacity_tokens(config, spec.kv_shape(config.block_size, config.dtype).token_block_bytes)
+        models[name] = ServedModel(name, unit.name, config, spec, load_text_model(folder), capacity)
     return models

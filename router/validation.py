@@ -113,7 +113,8 @@ def complete(
             f"is {len(prompt_token_ids)} tokens; the context holds {model.max_model_len}, at least 1 for the answer",
         )
     stopping = wire.stopping
-    max_new_tokens = min(model.config.default_max_new_tokens, room)
+    fits = max(1, model.capacity_tokens - len(prompt_token_ids))
+    max_new_tokens = min(model.config.default_max_new_tokens, room, fits)
     if stopping.HasField("max_new_tokens"):
         max_new_tokens = stopping.max_new_tokens
         if max_new_tokens > room:

@@ -56,7 +56,7 @@ class ModelConfig(Section):
     max_model_len: int | None = Field(default=None, ge=2)
     """Prompt and answer together, in tokens. Unset: the model's own context length."""
     default_max_new_tokens: int = Field(default=512, ge=1)
-    """Longest answer, in tokens, for a request that does not say; it is cut to what the context still holds."""
+    """Longest answer, in tokens, for a request that does not say; it is cut to what context and pool hold."""
     max_num_seqs: int = Field(default=16, ge=1, le=1024)
     """Requests in prefill and decode at the same time."""
     kv_answer_tokens: int = Field(default=128, ge=1)
@@ -97,6 +97,10 @@ class UnitConfig(Section):
     """The piece of the pool that is lent to one model at a time."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     """At least one."""
+
+    def capacity_tokens(self, model: ModelConfig, token_block_bytes: int) -> int:
+        """Tokens of one request that the whole pool holds."""
+        return self.kv_pool // self.slab * (self.slab // token_block_bytes) * model.block_size
 
     def guaranteed_slabs(self, model: ModelConfig) -> int:
         """`ModelConfig.kv_guaranteed` in slabs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +18,16 @@ from muxmesh.models.tokenizer import load_text_model
 
 
 def model_problems(config: MeshConfig, base_dir: Path, cache_dir: Path) -> Iterator[tuple[Location, str]]:
-    """What is wrong with the models, by field. Downloads and writes nothing.
+    """What is wrong with the models, and with their memory on this machine, by field. Downloads and writes nothing.
 
     Relative folders start at ``base_dir``. A catalog model that is not downloaded yet is taken to be right: ask again
     once it is there.
     """
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for unit_index, unit in enumerate(config.units):
+        if unit.kv_pool + unit.kv_swap > memory_bytes:
+            problem = f"with kv_swap it is {unit.kv_pool + unit.kv_swap} bytes; this machine has {memory_bytes}"
+            yield ("units", unit_index, "kv_pool"), problem
         for model_index, model in enumerate(unit.models):
             for field, problem in _problems_of(model, unit, base_dir, cache_dir):
                 yield ("units", unit_index, "models", model_index, field), problem
@@ -71,6 +76,9 @@ def _problems_of(model: ModelConfig, unit: UnitConfig, base_dir: Path, cache_dir
     if model.max_model_len is not None and model.max_model_len > spec.context_len:
         yield "max_model_len", f"is {model.max_model_len}; the model's context holds {spec.context_len} tokens"
     needed = spec.kv_shape(model.block_size, model.dtype).token_block_bytes
+    capacity = unit.capacity_tokens(model, needed)
+    if model.max_model_len is not None and model.max_model_len > capacity > 0:
+        yield "max_model_len", f"is {model.max_model_len}; the unit's kv_pool holds {capacity} tokens of this model"
     if needed > unit.slab:
         yield (
             "block_size",

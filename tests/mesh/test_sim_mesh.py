@@ -416,7 +416,9 @@ async def test_model_info_is_complete(mesh: RunningMesh) -> None:
 
 async def test_more_than_the_pool_holds_costs_time_and_no_token(tmp_path: Path) -> None:
     """Six answers, each of two thirds of the pool: they begin together, and the pool is full before any ends."""
-    model = {"name": "sim", "engine": "sim", "max_num_seqs": 6, "kv_answer_tokens": 64}
+    model = {
+        "name": "sim", "engine": "sim", "max_num_seqs": 6, "kv_answer_tokens": 64, "default_max_new_tokens": 10**6,
+    }  # fmt: skip
     unit = {"name": "unit0", "kv_pool": "1MiB", "slab": "64KiB", "models": [model]}
     async with running_mesh(tmp_path, units=[unit]) as small:
         (info,) = await small.client.list_models()
@@ -428,6 +430,10 @@ async def test_more_than_the_pool_holds_costs_time_and_no_token(tmp_path: Path) 
         assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
         assert sum(answer.timings.num_restarts for answer in answers) > 0
         await small.until_free()
+        (status,) = (await small.unit()).models
+        longest = await small.client.generate("Hello", temperature=0, bypass_prefix_cache=True)
+        holds = (status.num_free_token_blocks) * 16
+        assert longest.prompt.num_tokens + len(longest.token_ids) == holds, "the default is what fits"
 
 
 async def test_lower_priority_numbers_go_first(mesh: RunningMesh) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from muxmesh.client.aio import Completion
+from muxmesh.models.tokenizer import load_text_model
 from tests.support.mesh import RunningMesh, running_mesh
 from tests.support.tiny import TinyShape, write_tiny_model
 
@@ -83,9 +84,25 @@ async def test_int8_is_asked_for_by_model_or_request_and_stays_out_of_the_prefix
         answers = await together(mesh, **options)
         assert num_restarts(answers) == 0
         assert [len(answer.token_ids) for answer in answers] == [len(answer.token_ids) for answer in expected]
-        swapped = (await mesh.unit()).pool
-        assert tokens(await alone(mesh, **options | {"bypass_prefix_cache": False})) == tokens(expected), swapped
+        (decode,) = (worker for worker in (await mesh.unit()).workers if worker.role == "decode")
+        block_bytes = 16 * (await mesh.client.list_models())[0].kv_bytes_per_token
+        assert decode.swap_out_bytes > 0
+        assert decode.swap_out_bytes % block_bytes, "raw copies are whole token blocks"
+        encode = load_text_model(folder).encode
+        for seed, answer in enumerate(answers):  # were anything of int8 cached, the numbers would differ a little
+            prompt = [*encode(f"The story number {seed}", True), *answer.token_ids]
+            cached, anew = [
+                await mesh.client.generate(
+                    prompt, max_new_tokens=1, temperature=0, logprobs=5, bypass_prefix_cache=anew
+                )
+                for anew in (False, True)
+            ]
+            assert cached.logprobs == anew.logprobs
+        before = decode.swap_out_bytes
         assert tokens(await together(mesh, **options, kv_swap_format="raw")) == tokens(expected)
+        (decode,) = (worker for worker in (await mesh.unit()).workers if worker.role == "decode")
+        assert decode.swap_out_bytes > before
+        assert (decode.swap_out_bytes - before) % block_bytes == 0
         await mesh.until_free()
 
 

@@ -68,6 +68,14 @@ def test_pulling_an_unknown_model_names_those_there_are(capsys: pytest.CaptureFi
             "mesh.yaml:2: units[0].models[0].max_model_len: is 99999; the model's context holds 8192 tokens",
         ),
         (
+            "units:\n  - {kv_pool: 1MiB, slab: 64KiB, models: [{name: a, engine: sim, max_model_len: 8000}]}",
+            "mesh.yaml:2: units[0].models[0].max_model_len: is 8000; the unit's kv_pool holds 2048 tokens",
+        ),
+        (
+            "units:\n  - {kv_pool: 1MiB, slab: 64KiB, kv_swap: 900TiB, models: [{name: a, engine: sim}]}",
+            "mesh.yaml:2: units[0].kv_pool: with kv_swap it is 989",
+        ),
+        (
             "units:\n  - {slab: 4096, models: [{name: a, engine: sim, block_size: 32}]}",
             "mesh.yaml:2: units[0].models[0].block_size: a token block of 32 tokens is 16384 bytes, a slab of the",
         ),

@@ -2,9 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from muxmesh.config.schema import SimProfile
@@ -24,6 +26,7 @@ from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.sim import SimRunner
 from muxmesh.engine.step import Runner, Step, StepOutcome
 from muxmesh.engine.step_engine import StepEngine
+from muxmesh.engine.torch_engine.runner import TorchRunner
 from muxmesh.types import EngineRequest, FinishReason, OrderKey, Sampling, Stopping
 from tests.support.tiny import TinyShape, tiny_runner, write_tiny_model
 
@@ -143,6 +146,56 @@ async def test_a_preempted_job_waits_and_goes_on(engine: Engine) -> None:
                 engine.reprioritise(1, OrderKey(-1, 0.0))
                 engine.resume(1)
     assert tuple(got) == whole
+
+
+def move_kv(engine: Engine, old: tuple[int, ...], new: tuple[int, ...]) -> None:
+    """What a swap out and in does: the KV lies in other blocks, and in the old ones is what would be noticed."""
+    runner = engine._runner  # type: ignore[attr-defined]
+    if isinstance(runner, TorchRunner):
+        view, size = runner._view, runner._view.shape.token_block_bytes // 4
+        for source, target in zip(view.block_offsets(old), view.block_offsets(new), strict=True):
+            view.pool[target : target + size] = view.pool[source : source + size]
+            view.pool[source : source + size] = np.nan
+
+
+async def test_a_preempted_job_goes_on_in_other_blocks(engine: Engine) -> None:
+    whole, _ = await collect(engine.submit(job(max_new_tokens=30)))
+    got: list[int] = []
+    async with asyncio.timeout(60):
+        async for event in engine.submit(job(max_new_tokens=30)):
+            if isinstance(event, Tokens):
+                got.extend(event.token_ids)
+                if len(got) == 3:
+                    engine.preempt(1)
+            elif isinstance(event, Preempted):
+                move_kv(engine, BLOCKS[1], BLOCKS[3])
+                engine.resume(1, BLOCKS[3])
+    assert tuple(got) == whole
+
+
+async def test_a_job_whose_blocks_are_full_waits_for_more(engine: Engine) -> None:
+    whole, _ = await collect(engine.submit(job(max_new_tokens=30)))
+    narrow = replace(job(max_new_tokens=30), block_ids=BLOCKS[1][:2])
+    got: list[int] = []
+    async with asyncio.timeout(60):
+        async for event in engine.submit(narrow):
+            if isinstance(event, Tokens):
+                got.extend(event.token_ids)
+                if len(got) == 2 * 16 - 20 + 1:  # the last one drawn has no place for its own KV
+                    before = engine.stats().num_steps
+                    await asyncio.sleep(0)
+                    assert engine.stats().num_steps == before
+                    engine.extend(1, BLOCKS[1][2:])
+    assert tuple(got) == whole
+
+
+async def test_an_abandoned_job_ends_with_the_reason(engine: Engine) -> None:
+    events = engine.submit(job(max_new_tokens=40))
+    assert isinstance(await anext(events), Tokens)
+    engine.abandon(1, "no more memory")
+    _, others = await collect(events)
+    assert others == [Failed("no more memory")]
+    await engine.cancel(1)
 
 
 async def test_counters_grow(engine: Engine) -> None:
