@@ -6,6 +6,7 @@ import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 
 from kvstore.admission import WaitingKey
@@ -22,12 +23,13 @@ from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import Role
 from muxmesh.config.schema import ModelConfig, UnitConfig
 from muxmesh.engine.kv_view import KvView
+from muxmesh.errors import LeaseLost
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.models.spec import KvShape
 from muxmesh.prefix import block_hashes
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.server import MeshServer
-from muxmesh.types import KvDemand, Lease, OrderKey
+from muxmesh.types import KvDemand, Lease, LeaseRef, OrderKey
 
 SHAPE = KvShape(num_layers=2, num_kv_heads=1, head_dim=16, block_size=8, dtype_bytes=4)
 SLAB_BYTES = 8 * SHAPE.token_block_bytes
@@ -160,9 +162,11 @@ async def test_a_lease_is_not_released_while_it_is_copied(parts: Parts) -> None:
         await asyncio.gather(copying, return_exceptions=True)
         parts.leases.release_after(functools.partial(parts.swapper.quiesce, lease.ref.lease_id), lease.ref)
         for _ in range(20):  # a release that did not wait would have come long before the last of these calls
-            await parts.leases._stub.GetUnitStatus(kvstore_pb2.GetUnitStatusRequest())
-        assert parts.unit.blocks.num_in_use("m") == 4, "the blocks were given away under a copy"
+            with pytest.raises(LeaseLost):
+                await parts.leases.swap_out(LeaseRef(0, 1), 1)
+        num_in_use = parts.unit.blocks.num_in_use("m")
         gate.set()
+        assert num_in_use == 4, "the blocks were given away under a copy"
         await parts.leases.close()
         assert parts.unit.blocks.num_in_use("m") == 0
         assert parts.unit.swap.num_free_pages == parts.unit.swap.num_pages
