@@ -673,7 +673,9 @@ class RequestTimings(_message.Message):
     num_restarts: _builtins.int
     """Further attempts, after a worker was lost or the KV pool was full."""
     router_s: _builtins.float
-    """The part of ttft_s that the router itself took: without waiting for room in the unit and for prefill."""
+    """The part of ttft_s that the router itself took: without waiting for room in the unit and for prefill. While its event
+    loop is busy with others when such a wait is over, the wait goes on.
+    """
     def __init__(
         self,
         *,
