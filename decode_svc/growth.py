@@ -33,7 +33,7 @@ class Growth:
         self._ref = lease.ref
         self._block_size = parts.block_size
         self._num_prompt_tokens = len(request.prompt_token_ids)
-        self._most_blocks = blocks_for(self._num_prompt_tokens + request.stopping.max_new_tokens, parts.block_size)
+        self._most_blocks = blocks_for(request.most_tokens, parts.block_size)
         self._on_full, self._on_error = on_full, on_error
         self._call: asyncio.Task[None] | None = None
         self._ask_below = AHEAD_TOKENS

@@ -99,10 +99,9 @@ class LeasedKv:
 
     async def _swap_in(self, swapper: Swapper) -> None:
         num_known = self._num_computed_tokens + len(self._pending)
-        most = len(self._request.prompt_token_ids) + self._request.stopping.max_new_tokens
         demand = KvDemand(
-            num_tokens=min(most, num_known + GROWTH_TOKENS),
-            most_tokens=most,
+            num_tokens=min(self._request.most_tokens, num_known + GROWTH_TOKENS),
+            most_tokens=self._request.most_tokens,
             block_hashes=tuple(self._chain.hashes) if self._is_exact else (),
             max_cached_tokens=0 if self._request.bypass_prefix_cache else self._num_computed_tokens,
         )

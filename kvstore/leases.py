@@ -78,8 +78,7 @@ class LeaseTable:
         max_new_slabs: int | None = None,
     ) -> Lease | None:
         """A new lease owned by ``router``, or None if the pool has no room. What is cached of it is computed."""
-        needed, max_cached = blocks_for(demand.num_tokens, block_size), demand.max_cached_tokens // block_size
-        taken = self._blocks.take(model, needed, demand.block_hashes, max_cached, max_new_slabs)
+        taken = self._take(model, block_size, demand, max_new_slabs)
         if taken is None:
             return None
         self._last_id += 1
@@ -135,9 +134,7 @@ class LeaseTable:
         record.lease = replace(record.lease, block_ids=())
         record.times_asked = 0
 
-    def swap_in(
-        self, ref: LeaseRef, block_size: int, demand: KvDemand, max_new_slabs: int | None = None
-    ) -> Taken | None:
+    def swap_in(self, ref: LeaseRef, demand: KvDemand, max_new_slabs: int | None = None) -> Taken | None:
         """Token blocks for a swapped lease, of which the cached ones need no copy; None if there is no room.
 
         Raises LeaseLost.
@@ -145,8 +142,7 @@ class LeaseTable:
         record = self._at(ref)
         if not record.is_swapped:
             raise LeaseLost(f"lease {ref.lease_id} is not swapped")
-        needed, max_cached = blocks_for(demand.num_tokens, block_size), demand.max_cached_tokens // block_size
-        taken = self._blocks.take(record.lease.model, needed, demand.block_hashes, max_cached, max_new_slabs)
+        taken = self._take(record.lease.model, record.block_size, demand, max_new_slabs)
         if taken is not None:
             record.lease = replace(record.lease, block_ids=taken.block_ids)
         return taken
@@ -240,6 +236,10 @@ class LeaseTable:
             held.setdefault(record.lease.model, Counter()).update(record.lease.block_ids)
         self._blocks.check_integrity(held)
         self._swap.check_integrity(page for record in self._records.values() for page in record.swap_pages)
+
+    def _take(self, model: str, block_size: int, demand: KvDemand, max_new_slabs: int | None) -> Taken | None:
+        needed, max_cached = blocks_for(demand.num_tokens, block_size), demand.max_cached_tokens // block_size
+        return self._blocks.take(model, needed, demand.block_hashes, max_cached, max_new_slabs)
 
     def _at(self, ref: LeaseRef) -> LeaseRecord:
         record = self._records.get(ref.lease_id)

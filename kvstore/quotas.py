@@ -2,9 +2,8 @@
 
 A quota is a claim, not a wall: what its model does not use is lent to the others, and comes back as their requests
 end, since a model that is above its quota gets nothing while one below waits (`kvstore.admission`); if that takes
-long, its requests give way (`kvstore.unit`). The adaptation is
-that of MuxServe (Duan et al., 2024, section 3.3): every few seconds models that use little of their quota give some
-of it to those that use theirs up and have requests waiting.
+long, its requests give way (`kvstore.unit`). The adaptation is that of MuxServe (Duan et al., 2024, section 3.3): every
+few seconds models that use little of their quota give some of it to those that use theirs up and have requests waiting.
 """
 
 from __future__ import annotations

@@ -227,8 +227,7 @@ class Unit:
         return CreditGiven(key.asker, key.key_id, lease, prefill, decode)
 
     def _swap_in(self, key: WaitingKey, ref: LeaseRef, max_new_slabs: int | None) -> SwapInGiven | None:
-        block_size = self.models[key.model].shape.block_size
-        taken = self.leases.swap_in(ref, block_size, key.demand, max_new_slabs)
+        taken = self.leases.swap_in(ref, key.demand, max_new_slabs)
         return None if taken is None else SwapInGiven(key.asker, key.key_id, taken.block_ids, taken.num_cached)
 
     def grow(self, ref: LeaseRef, owner: str, num_blocks: int) -> tuple[int, ...] | None:

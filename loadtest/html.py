@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from loadtest.svg import Line, plot
-from loadtest.table import COLUMNS, format_value
+from loadtest.table import COLUMNS, format_value, label
 
 _POINTS = 200
 _WORDS = {
@@ -81,13 +81,8 @@ def _head(document: Mapping[str, Any]) -> str:
     return "".join(lines)
 
 
-def _label(report: Mapping[str, Any]) -> str:
-    rate = report.get("rate")
-    return f"{report['name']} at {rate:g}/s" if rate is not None else str(report["name"])
-
-
 def _table(reports: Sequence[Mapping[str, Any]]) -> str:
-    head = "".join(f"<th>{escape(_label(report))}" for report in reports)
+    head = "".join(f"<th>{escape(label(report))}" for report in reports)
     rows = []
     for text, key in COLUMNS:
         values = [report.get(key) for report in reports]
@@ -108,7 +103,7 @@ def _distributions(reports: Sequence[Mapping[str, Any]]) -> list[str]:
         for report in reports:
             values = [value for value in report["requests"][f"{name}_ms"] if value is not None]
             if values:
-                lines.append(Line(_label(report), np.quantile(values, shares).tolist(), (100 * shares).tolist()))
+                lines.append(Line(label(report), np.quantile(values, shares).tolist(), (100 * shares).tolist()))
         svg = plot(title, "ms (logarithmic)", "% of requests at most", lines, log_x=True)
         figures.append(_figure(svg, f"{words} Further left is better; the height says for how many."))
     return figures
@@ -126,19 +121,19 @@ def _time_plots(reports: Sequence[Mapping[str, Any]]) -> list[str]:
         ("running", "Being answered", "requests", "Requests between their first token and their last."),
     )
     figures = []
-    for key, title, label, words in wanted:
+    for key, title, y_label, words in wanted:
         lines = [
-            Line(_label(report), list(range(1, len(report["series"][key]) + 1)), report["series"][key])
+            Line(label(report), list(range(1, len(report["series"][key]) + 1)), report["series"][key])
             for report in reports
         ]
-        figures.append(_figure(plot(title, "seconds", label, lines), words))
+        figures.append(_figure(plot(title, "seconds", y_label, lines), words))
     return figures
 
 
 def _slo_plot(reports: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         Line(
-            _label(report),
+            label(report),
             [float(scale) for scale in report["slo"]["attainment"]],
             [100 * part for part in report["slo"]["attainment"].values()],
             marks=True,
@@ -159,12 +154,12 @@ def _sweep_plots(sweeps: Sequence[Mapping[str, Any]]) -> list[str]:
         ("output_throughput", "Throughput", "output tokens / s"),
     )
     figures = []
-    for key, title, label in wanted:
+    for key, title, y_label in wanted:
         lines = []
         for sweep in sweeps:
             points = [(r["rate"], r[key]) for r in sweep["reports"] if r.get(key) is not None]
             lines.append(Line(str(sweep["name"]), [x for x, _ in points], [y for _, y in points], marks=True))
-        figures.append(_figure(plot(title, "requests / s", label, lines), "Each point is a run at one rate."))
+        figures.append(_figure(plot(title, "requests / s", y_label, lines), "Each point is a run at one rate."))
     return figures
 
 
@@ -173,5 +168,5 @@ def _groups(report: Mapping[str, Any]) -> list[str]:
     for name in ("model", "tenant", "priority"):
         if groups := report.get(f"by_{name}"):
             named = [{**figures, "name": group} for group, figures in groups.items()]
-            parts += [f"<h2>{escape(_label(report))}, by {name}</h2>", _table(named)]
+            parts += [f"<h2>{escape(label(report))}, by {name}</h2>", _table(named)]
     return parts

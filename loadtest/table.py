@@ -40,6 +40,12 @@ def format_value(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
 
 
+def label(report: Mapping[str, Any]) -> str:
+    """Its name, and the rate if it has one."""
+    rate = report.get("rate")
+    return f"{report['name']} at {rate:g}/s" if rate is not None else str(report["name"])
+
+
 def rows_of(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Words and figures of one report."""
     for text, key in COLUMNS:
@@ -74,7 +80,7 @@ def render(report: Mapping[str, Any]) -> str:
 
 def compare(reports: Sequence[Mapping[str, Any]]) -> str:
     """Reports side by side; a ratio is the report's figure over the first one's."""
-    header = ["", *(str(report["name"]) + _at(report) for report in reports)]
+    header = ["", *map(label, reports)]
     rows = [header]
     for text, key in COLUMNS:
         values = [report.get(key) for report in reports]
@@ -101,7 +107,3 @@ def _warning(reports: Sequence[Mapping[str, Any]]) -> str:
     if len(workloads) == 1:
         return ""
     return "\n\nNot the same workload:\n" + "\n".join(f"  {workload}" for workload in workloads)
-
-
-def _at(report: Mapping[str, Any]) -> str:
-    return f" at {report['rate']:g}/s" if report.get("rate") is not None else ""

@@ -45,10 +45,9 @@ def kv_demand(request: EngineRequest, block_size: int, answer_tokens: int) -> Kv
     """What the request needs of the pool, and what it could find there; ``answer_tokens`` more are taken at first."""
     tokens = (*request.prompt_token_ids, *request.resume_token_ids)
     anew = request.bypass_prefix_cache or request.sampling.prompt_logprobs is not None
-    most = len(request.prompt_token_ids) + request.stopping.max_new_tokens
     return KvDemand(
-        num_tokens=min(most, len(tokens) + answer_tokens),
-        most_tokens=most,
+        num_tokens=min(request.most_tokens, len(tokens) + answer_tokens),
+        most_tokens=request.most_tokens,
         block_hashes=block_hashes(tokens, block_size, request.cache_salt),
         max_cached_tokens=0 if anew else len(tokens) - 1,  # the last one is computed, to draw from it
     )

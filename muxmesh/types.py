@@ -147,6 +147,11 @@ class EngineRequest:
     bypass_prefix_cache: bool = False
     kv_swap_format: KvFormat | None = None
 
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and the longest possible answer."""
+        return len(self.prompt_token_ids) + self.stopping.max_new_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class KvDemand:
