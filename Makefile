@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool bench-faults bench-swap bench-router bench-vs-vllm gpu-check
+.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool bench-faults bench-swap bench-router bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-simulator own-answers gpu-check
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -84,6 +84,21 @@ bench-kvpool: $(VENV)/.dev ## The KV pool: speed, use, hand-off, prefix hits, me
 
 bench-faults: $(VENV)/.dev ## Workers killed at random moments under load
 	$(BIN)/python -m benchmarks.faults
+
+bench-predictor: $(VENV)/.dev ## The length predictor over DATA, a folder of public answers; OWN: a jsonl from own-answers
+	$(BIN)/python -m benchmarks.predictor $(DATA) $(if $(OWN),--own $(OWN))
+
+own-answers: $(VENV)/.dev ## The served model's own answer lengths to the prompts of DATA (jsonl files), into OWN
+	$(BIN)/python -m benchmarks.own_answers $(OWN) $(DATA)
+
+bench-policies: $(VENV)/.dev ## Orders against each other in virtual time, over DATA, a folder of public answers
+	$(BIN)/python -m benchmarks.policies $(DATA)
+
+bench-fidelity: $(VENV)/.dev ## The simulator beside a real mesh of sim engines
+	$(BIN)/python -m benchmarks.fidelity
+
+bench-simulator: $(VENV)/.dev ## A million simulated requests on one core
+	$(BIN)/python -m benchmarks.million
 
 gpu-check: $(VENV)/.dev ## The tests that need a GPU
 	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no GPU here")'

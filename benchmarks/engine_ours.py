@@ -16,7 +16,7 @@ from muxmesh.engine.torch_engine.cpu.forward import open_cpu_forward
 from muxmesh.engine.torch_engine.cpu.team import Team
 from muxmesh.engine.torch_engine.runner import TorchRunner
 from muxmesh.models.spec import read_model_spec
-from muxmesh.types import EngineRequest, OrderKey, Sampling, Stopping, blocks_for
+from muxmesh.types import EngineRequest, Sampling, Standing, Stopping, blocks_for
 
 _BLOCK_SIZE = 16
 _SLAB_BYTES = 16 << 20
@@ -43,7 +43,7 @@ class OurEngine:
             needed = blocks_for(len(prompt) + max_new_tokens, _BLOCK_SIZE)
             request = EngineRequest(
                 str(self._count), "m", tuple(prompt), Sampling(temperature=0.0), Stopping(max_new_tokens),
-                OrderKey(0, float(self._count)),
+                Standing(0, float(self._count)),
             )  # fmt: skip
             blocks = tuple(range(place * needed, (place + 1) * needed))
             self._scheduler.add(EngineJob(self._count, request, Until.FINISH, blocks))

@@ -22,7 +22,7 @@ from muxmesh.client import Message
 from muxmesh.config.runtime import Role
 from muxmesh.models.spec import KvShape
 from muxmesh.prefix import block_hashes
-from muxmesh.types import KvDemand, OrderKey
+from muxmesh.types import KvDemand, Standing
 
 MIB = 1 << 20
 SMALL = KvShape(num_layers=30, num_kv_heads=3, head_dim=64, block_size=16, dtype_bytes=4)
@@ -118,7 +118,7 @@ def metadata_share() -> float:
         unit.attach(role, "a", "x", 1).ready = True
     for key_id in range(10_000):
         hashes = block_hashes([key_id] * 512, SMALL.block_size, "")
-        unit.offer(WaitingKey("r", key_id, "a", OrderKey(0, 0.0), KvDemand(512, 512, hashes, 511)))
+        unit.offer(WaitingKey("r", key_id, "a", Standing(0, 0.0), KvDemand(512, 512, hashes, 511)))
         if not (given := unit.give_room(0.0).credits):
             break
         names = {worker.role: worker.name for worker in unit.workers.values()}

@@ -202,7 +202,11 @@ async def _pair(stack: AsyncExitStack, python: str, folder: Path) -> System:
     transfer = json.dumps({"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"})
     roots = []
     for place, role in enumerate(("prefill", "decode")):
-        env = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(5600 + 10 * place)}
+        # Two servers that spin while they wait take the cores from each other: 4.6 tokens/s instead of 18.
+        env = {
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(5600 + 10 * place),
+            "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0",
+        }  # fmt: skip
         roots.append(
             stack.enter_context(
                 vllm_server(

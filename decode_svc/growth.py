@@ -5,14 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from decode_svc.room import AHEAD_TOKENS, GROWTH_TOKENS
 from kvstore.client.worker import WorkerParts
 from muxmesh.errors import MeshError, Overloaded
 from muxmesh.types import EngineRequest, Lease, blocks_for
-
-AHEAD_TOKENS = 64
-"""More is asked for when the blocks have room for fewer tokens than this."""
-GROWTH_TOKENS = 128
-"""How much is asked for at a time; if the pool has not so much, half of it, and so on down to one block."""
 
 
 class Growth:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from decode_svc.growth import GROWTH_TOKENS, Growth
+from decode_svc.growth import Growth
+from decode_svc.room import GROWTH_TOKENS
 from kvstore.client.swapper import Swapper
 from kvstore.client.worker import WorkerParts
 from muxmesh.engine.api import Tokens
@@ -105,7 +106,9 @@ class LeasedKv:
             block_hashes=tuple(self._chain.hashes) if self._is_exact else (),
             max_cached_tokens=0 if self._request.bypass_prefix_cache else self._num_computed_tokens,
         )
-        block_ids, num_cached = await self._leases.swap_in(self._ref, self._request.order, demand)
+        num_output_tokens = num_known - len(self._request.prompt_token_ids)
+        standing = self._request.standing.after(num_output_tokens, self._request.prediction)
+        block_ids, num_cached = await self._leases.swap_in(self._ref, standing, demand)
         await swapper.copy_in(self._ref, block_ids, self._num_computed_tokens, num_cached)
         self._is_exact = self._is_exact and self._kv_format == "raw"
         self._in_pool = True

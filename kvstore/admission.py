@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from muxmesh.types import KvDemand, LeaseRef, OrderKey
+from muxmesh.order import FCFS, Order
+from muxmesh.types import KvDemand, LeaseRef, Standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class WaitingKey:
     asker: str
     key_id: int
     model: str
-    order: OrderKey
+    standing: Standing
     demand: KvDemand
     swapped: LeaseRef | None = None
 
@@ -33,7 +34,8 @@ class Admission:
     Invariant: a key is here once, until it gets what it waits for or is withdrawn.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, order: Order = FCFS) -> None:
+        self._order = order
         self._waiting: dict[tuple[str, int], WaitingKey] = {}
 
     def offer(self, key: WaitingKey) -> None:
@@ -52,8 +54,14 @@ class Admission:
         """Keys that wait for ``model``."""
         return sum(key.model == model for key in self._waiting.values())
 
+    def num_overtaken(self, winner: WaitingKey) -> int:
+        """Keys for the same model that came before ``winner``, which is not among them (any more), and wait on."""
+        came_at_s = winner.standing.arrived_at_s
+        return sum(k.model == winner.model and k.standing.arrived_at_s < came_at_s for k in self._waiting.values())
+
     def admit(
         self,
+        unix_s: float,
         has_slot: Callable[[WaitingKey], bool],
         is_within_quota: Callable[[WaitingKey], bool],
         try_credit: Callable[[WaitingKey, bool], bool],
@@ -70,7 +78,10 @@ class Admission:
 
         Returns True if a key within its model's quota waits for room: what is lent has to come back.
         """
-        keys = sorted(self._waiting.values(), key=lambda key: (key.order, key.asker, key.key_id))
+        keys = sorted(
+            filter(has_slot, self._waiting.values()),
+            key=lambda key: (self._order.key(key.standing, unix_s), key.asker, key.key_id),
+        )
         passed: set[str] = set()
         claims_wait = False
         for key in keys:

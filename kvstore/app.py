@@ -30,7 +30,7 @@ def build_unit(runtime: MeshRuntime, config: UnitConfig, last_id: int) -> Unit:
             max_model_len=model.max_model_len or spec.context_len,
             guaranteed_slabs=config.guaranteed_slabs(model),
         )
-    return Unit(config.kv_pool, config.slab, shares, last_id, config.kv_swap)
+    return Unit(config.kv_pool, config.slab, shares, last_id, config.kv_swap, runtime.config.order.order())
 
 
 async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:

@@ -26,6 +26,7 @@ from kvstore.memory import UnitMemory
 from kvstore.progress import ProgressPage, new_progress_fd
 from kvstore.unit import Unit, WorkerRecord
 from muxmesh.config.runtime import Role
+from muxmesh.cost import StepCost
 from muxmesh.errors import MeshError
 
 _log = logging.getLogger(__name__)
@@ -86,6 +87,12 @@ class AttachServer:
             os.close(attached.pidfd)
             if attached.kill_timer is not None:
                 attached.kill_timer.cancel()
+
+    def cost_of(self, worker: str) -> StepCost | None:
+        """What the steps of a worker take; None before its first, or if it is not attached here."""
+        attached = self._attached.get(worker)
+        cost = self._memory.page.read_cost(attached.slot) if attached else None
+        return cost if cost is not None and cost.step_s(1, 1) > 0 else None
 
     def slot_of(self, worker: str) -> int:
         """The worker's slot in the grant page."""

@@ -119,6 +119,11 @@ class BlockTable:
         """Blocks that nobody has and that hold a prefix."""
         return len(self._models[model].idle)
 
+    def count_cached(self, model: str, hashes: Sequence[bytes]) -> int:
+        """How many of the first blocks `take` would find now."""
+        known = self._models[model].by_hash
+        return next((place for place, wanted in enumerate(hashes) if wanted not in known), len(hashes))
+
     def num_available(self, model: str) -> int:
         """Blocks that could be had now, caches giving way."""
         return self._room_in_used_slabs(model) + self._num_unused_slabs() * self._pool.blocks_per_slab(model)

@@ -9,17 +9,21 @@ the wake-ups: one doorbell to kvstore, one bell to each worker. A worker that co
 from __future__ import annotations
 
 import mmap
+from dataclasses import astuple
 from enum import IntEnum
+
+from muxmesh.cost import StepCost
 
 MAX_WORKERS = 128
 _WORDS_PER_SLOT = 16
 _HEADER_WORDS = 8
 PAGE_BYTES = 8 * (_HEADER_WORDS + MAX_WORKERS * _WORDS_PER_SLOT)
 _WANTED = 0
+_COST_WORDS = 5
 
 
 class Word(IntEnum):
-    """The words of a slot."""
+    """The words of a slot. From ``FIRST_COST`` on there are floats, the fields of a `StepCost`."""
 
     DEMAND = 0
     GRANTED = 1
@@ -31,6 +35,7 @@ class Word(IntEnum):
     SWAP_OUT_BYTES = 7
     SWAP_IN_BYTES = 8
     SWAP_NS = 9
+    FIRST_COST = 10
 
 
 class GrantPage:
@@ -39,6 +44,7 @@ class GrantPage:
     def __init__(self, fd: int) -> None:
         self._map = mmap.mmap(fd, PAGE_BYTES)
         self._words = memoryview(self._map).cast("q")
+        self._floats = memoryview(self._map).cast("d")
 
     def read(self, slot: int, word: Word) -> int:
         """A word of a slot."""
@@ -54,8 +60,19 @@ class GrantPage:
 
     def clear(self, slot: int) -> None:
         """Zeroes a slot for its next worker."""
-        for word in Word:
-            self.write(slot, word, 0)
+        for word in range(_WORDS_PER_SLOT):
+            self._words[_HEADER_WORDS + slot * _WORDS_PER_SLOT + word] = 0
+
+    def read_cost(self, slot: int) -> StepCost:
+        """What a worker's steps take; all 0 before its first."""
+        first = _HEADER_WORDS + slot * _WORDS_PER_SLOT + Word.FIRST_COST
+        return StepCost(*self._floats[first : first + _COST_WORDS])
+
+    def write_cost(self, slot: int, cost: StepCost) -> None:
+        """What this worker's steps take. A reader may see a part of it before the rest."""
+        first = _HEADER_WORDS + slot * _WORDS_PER_SLOT + Word.FIRST_COST
+        for place, value in enumerate(astuple(cost)):
+            self._floats[first + place] = value
 
     @property
     def wanted(self) -> bool:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from kvstore.blocks import BlockTable, Taken
 from kvstore.swap import SwapSpace
 from muxmesh.errors import LeaseLost
-from muxmesh.types import KvDemand, Lease, LeaseRef, OrderKey, blocks_for
+from muxmesh.order import Key
+from muxmesh.types import KvDemand, Lease, LeaseRef, Standing, blocks_for
 
 MOST_ASKS = 20
 """After so many, another lease is asked to give way."""
@@ -28,15 +29,15 @@ MOST_ASKS = 20
 class LeaseRecord:
     """One lease. ``expires_at_s`` is set while it is a credit.
 
-    ``block_hashes`` name the prefixes that its first blocks hold, or will hold once they are computed. ``order`` is
-    its request's. ``swap_pages`` hold a copy of its KV, or will. ``times_asked``: to give way.
+    ``block_hashes`` name the prefixes that its first blocks hold, or will hold once they are computed. ``standing``
+    is its request's. ``swap_pages`` hold a copy of its KV, or will. ``times_asked``: to give way.
     """
 
     lease: Lease
     owner: str
     block_hashes: Sequence[bytes]
     block_size: int
-    order: OrderKey
+    standing: Standing
     expires_at_s: float | None = None
     swap_pages: tuple[int, ...] = ()
     times_asked: int = 0
@@ -72,7 +73,7 @@ class LeaseTable:
         model: str,
         block_size: int,
         demand: KvDemand,
-        order: OrderKey,
+        standing: Standing,
         router: str,
         expires_at_s: float,
         max_new_slabs: int | None = None,
@@ -83,7 +84,9 @@ class LeaseTable:
             return None
         self._last_id += 1
         lease = Lease(LeaseRef(self._last_id, 1), model, taken.block_ids, taken.num_cached * block_size)
-        self._records[self._last_id] = LeaseRecord(lease, router, demand.block_hashes, block_size, order, expires_at_s)
+        self._records[self._last_id] = LeaseRecord(
+            lease, router, demand.block_hashes, block_size, standing, expires_at_s
+        )
         return lease
 
     def acquire(self, ref: LeaseRef, worker: str) -> Lease:
@@ -199,7 +202,9 @@ class LeaseTable:
         """Leases of one model that have no token blocks now."""
         return sum(r.lease.model == model and r.is_swapped for r in self._records.values())
 
-    def ask_to_give_way(self, owners: Collection[str], models: Collection[str]) -> tuple[str, int] | None:
+    def ask_to_give_way(
+        self, owners: Collection[str], models: Collection[str], key: Callable[[Standing], Key]
+    ) -> tuple[str, int] | None:
         """Chooses the last in order of the leases that ``owners`` have of ``models``: owner and id, or None.
 
         It is the same one again until it has given its token blocks back, or was asked `MOST_ASKS` times: its worker
@@ -212,7 +217,7 @@ class LeaseTable:
         ]
         asked = next((record for record in possible if record.times_asked), None)
         free = (record for record in possible if record.lease.block_ids and not record.swap_pages)
-        chosen = asked or max(free, key=lambda record: record.order, default=None)
+        chosen = asked or max(free, key=lambda record: key(record.standing), default=None)
         if chosen is None:
             return None
         chosen.times_asked += 1

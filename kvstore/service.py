@@ -16,11 +16,13 @@ from kvstore.swap import PAGE_BYTES
 from kvstore.unit import CreditGiven, SwapInGiven, Unit, WorkerRecord
 from muxmesh import prefix
 from muxmesh.clock import Clock
+from muxmesh.config.runtime import Role
 from muxmesh.config.schema import UnitConfig
+from muxmesh.cost import COSTS_EVERY_S
 from muxmesh.errors import InvalidRequest, Overloaded, WorkerLost
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
-from muxmesh.types import KvDemand, Lease, OrderKey
+from muxmesh.types import Lease
 from muxmesh.v1 import mesh_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -39,11 +41,13 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         self._watchers: dict[str, asyncio.Queue[Lease | int]] = {}
         self._swap_ins: dict[int, asyncio.Future[SwapInGiven]] = {}
         self._num_streams = 0
+        self._costs_due_s = 0.0
         self._expiry: asyncio.TimerHandle | None = None
 
     def changed(self) -> None:
         """Room or demand changed: gives the credits that are possible now."""
-        given = self._unit.give_room(self._clock.monotonic_s())
+        now_s = self._clock.monotonic_s()
+        given = self._unit.give_room(now_s, self._clock.unix_s())
         for credit in given.credits:
             self._routers[credit.router].put_nowait(_credit(credit))
         for swap_in in given.swap_ins:
@@ -53,6 +57,10 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
             if asked.worker in self._watchers:
                 self._watchers[asked.worker].put_nowait(asked.lease_id)
         self._watch_expiry()
+        if now_s >= self._costs_due_s:
+            self._costs_due_s = now_s + COSTS_EVERY_S
+            for queue in self._routers.values():
+                queue.put_nowait(kvstore_pb2.AdmitResponse(costs=self._costs()))
 
     async def Admit(
         self, request_iterator: AsyncIterator[kvstore_pb2.AdmitRequest], context: Context
@@ -64,6 +72,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         hello = await anext(request_iterator)
         router = f"{hello.hello.router}#{number}"
         queue = self._routers[router] = asyncio.Queue()
+        queue.put_nowait(kvstore_pb2.AdmitResponse(costs=self._costs()))
         reader = asyncio.create_task(self._read_router(router, queue, request_iterator))
         reader.add_done_callback(lambda _: queue.put_nowait(None))
         try:
@@ -91,13 +100,23 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
                 self._return_credit(router, request.return_credit)
             self.changed()
 
+    def _costs(self) -> kvstore_pb2.UnitCosts:
+        """What the steps of the workers that serve now take."""
+        costs = kvstore_pb2.UnitCosts()
+        for model in self._unit.models:
+            prefill, decode = (self._unit.ready_worker(role, model) for role in (Role.PREFILL, Role.DECODE))
+            read = [self.attach.cost_of(worker.name) for worker in (prefill, decode) if worker and self.attach]
+            measured = [convert.cost_to_wire(cost) for cost in read if cost is not None]
+            if len(measured) == len(Role):
+                costs.models.append(kvstore_pb2.ModelCost(model=model, prefill=measured[0], decode=measured[1]))
+        return costs
+
     def _offer(
         self, router: str, queue: asyncio.Queue[kvstore_pb2.AdmitResponse | None], key: kvstore_pb2.RequestKey
     ) -> None:
-        order = OrderKey(key.priority, key.arrived_at_unix_s)
-        demand = KvDemand(key.num_tokens, key.most_tokens, prefix.split(key.block_hashes), key.max_cached_tokens)
+        standing, demand = convert.standing_from_wire(key.standing), convert.demand_from_wire(key.demand)
         try:
-            self._unit.offer(WaitingKey(router, key.key_id, key.model, order, demand))
+            self._unit.offer(WaitingKey(router, key.key_id, key.model, standing, demand))
         except InvalidRequest as error:
             refused = kvstore_pb2.KeyRefused(key_id=key.key_id, reason=str(error))
             queue.put_nowait(kvstore_pb2.AdmitResponse(refused=refused))
@@ -162,12 +181,11 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
 
     async def SwapIn(self, request: kvstore_pb2.SwapInRequest, context: Context) -> kvstore_pb2.SwapInResponse:
         """See the proto. A caller that is gone waits no longer; what it was given meanwhile ends with its lease."""
-        ref, num_tokens = convert.ref_from_wire(request.lease), request.num_tokens
-        demand = KvDemand(num_tokens, num_tokens, prefix.split(request.block_hashes), request.max_cached_tokens)
+        ref = convert.ref_from_wire(request.lease)
+        standing, demand = convert.standing_from_wire(request.standing), convert.demand_from_wire(request.demand)
         waiting = self._swap_ins[ref.lease_id] = asyncio.get_running_loop().create_future()
         try:
-            order = OrderKey(request.priority, request.arrived_at_unix_s)
-            self._unit.ask_swap_in(ref, request.owner, demand, order)
+            self._unit.ask_swap_in(ref, request.owner, demand, standing)
             self.changed()
             given = await waiting
         finally:
@@ -292,5 +310,7 @@ def _credit(given: CreditGiven) -> kvstore_pb2.AdmitResponse:
         lease=convert.ref_to_wire(given.lease.ref),
         prefill=worker(given.prefill),
         decode=worker(given.decode),
+        decision=given.decision,
+        num_overtaken=given.num_overtaken,
     )
     return kvstore_pb2.AdmitResponse(credit=credit)

@@ -14,13 +14,13 @@ class _Holding:
     """
 
     blocks_per_slab: int
-    free_places: dict[int, list[int]] = field(default_factory=dict)
+    free_places: dict[int, dict[int, None]] = field(default_factory=dict)
     by_room: dict[int, dict[int, None]] = field(default_factory=dict)
     num_free: int = 0
 
     def add(self, slab: int) -> None:
         """A slab came, all of it free."""
-        self.free_places[slab] = list(range(self.blocks_per_slab - 1, -1, -1))
+        self.free_places[slab] = dict.fromkeys(range(self.blocks_per_slab - 1, -1, -1))
         self.by_room.setdefault(self.blocks_per_slab, {})[slab] = None
         self.num_free += self.blocks_per_slab
 
@@ -33,13 +33,13 @@ class _Holding:
     def take(self, num_blocks: int) -> list[int]:
         """As many free blocks as there are, at most ``num_blocks``, of the fullest slabs first."""
         ids: list[int] = []
-        for room in sorted(room for room, slabs in self.by_room.items() if room and slabs):
+        for room in sorted(room for room in self.by_room if room):
             for slab in list(self.by_room[room]):
                 if len(ids) == num_blocks:
                     return ids
                 places = self.free_places[slab]
                 taken = min(num_blocks - len(ids), room)
-                ids += [slab * self.blocks_per_slab + places.pop() for _ in range(taken)]
+                ids += [slab * self.blocks_per_slab + places.popitem()[0] for _ in range(taken)]
                 self._moved(slab, room)
                 self.num_free -= taken
         return ids
@@ -47,12 +47,15 @@ class _Holding:
     def give(self, slab: int, place: int) -> None:
         """A block of one of the slabs is free again."""
         places = self.free_places[slab]
-        places.append(place)
+        places[place] = None
         self._moved(slab, len(places) - 1)
         self.num_free += 1
 
     def _moved(self, slab: int, room_before: int) -> None:
-        del self.by_room[room_before][slab]
+        alike = self.by_room[room_before]
+        del alike[slab]
+        if not alike:
+            del self.by_room[room_before]
         self.by_room.setdefault(len(self.free_places[slab]), {})[slab] = None
 
 

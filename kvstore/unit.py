@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvstore.admission import Admission, WaitingKey
 from kvstore.blocks import BlockTable
@@ -14,7 +14,8 @@ from kvstore.swap import SwapSpace
 from muxmesh.config.runtime import Role
 from muxmesh.errors import InvalidRequest, WorkerLost
 from muxmesh.models.spec import KvShape
-from muxmesh.types import KvDemand, Lease, LeaseRef, OrderKey, blocks_for
+from muxmesh.order import FCFS, Order
+from muxmesh.types import KvDemand, Lease, LeaseRef, Standing, blocks_for
 
 _ID_BITS = 16
 CREDIT_TTL_S = 30.0
@@ -56,6 +57,8 @@ class CreditGiven:
     lease: Lease
     prefill: WorkerRecord
     decode: WorkerRecord
+    decision: int
+    num_overtaken: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class Unit:
         models: Mapping[str, ModelShare],
         last_id: int = 0,
         swap_bytes: int = 0,
+        order: Order = FCFS,
     ) -> None:
         """Raises ValueError if a slab does not hold one token block of each model.
 
@@ -112,7 +116,9 @@ class Unit:
         self.blocks = BlockTable(self.pool)
         self.swap = SwapSpace(swap_bytes)
         self.leases = LeaseTable(self.blocks, self.swap, last_id)
-        self.admission = Admission()
+        self.order = order
+        self.num_decisions = 0
+        self.admission = Admission(order)
         self.quotas = initial_quotas(self.pool.num_slabs, self._guaranteed())
         self._slab_seconds = dict.fromkeys(models, 0.0)
         self._counted_until_s: float | None = None
@@ -145,7 +151,10 @@ class Unit:
         self.leases.drop_owner(router)
 
     def offer(self, key: WaitingKey) -> None:
-        """A router shows a key. Raises InvalidRequest if this unit can never serve it."""
+        """A router shows a key. Raises InvalidRequest if this unit can never serve it.
+
+        What the prefix cache has of its prompt now is no work.
+        """
         if key.model not in self.models:
             raise InvalidRequest("model", f"{key.model!r} is not of this unit")
         block_size, capacity = self.models[key.model].shape.block_size, self.pool.capacity_blocks(key.model)
@@ -155,26 +164,28 @@ class Unit:
                 "stopping.max_new_tokens",
                 f"prompt and longest answer are {most_tokens} tokens; the KV pool holds {capacity * block_size}",
             )
-        self.admission.offer(key)
+        self.admission.offer(self._with_what_is_cached(key))
 
-    def ask_swap_in(self, ref: LeaseRef, owner: str, demand: KvDemand, order: OrderKey) -> None:
+    def ask_swap_in(self, ref: LeaseRef, owner: str, demand: KvDemand, standing: Standing) -> None:
         """A worker wants token blocks for a swapped lease; they come with `give_room`. Raises LeaseLost."""
         model = self.leases.swapped_model(ref, owner)
-        self.admission.offer(WaitingKey(owner, ref.lease_id, model, order, demand, ref))
+        self.admission.offer(WaitingKey(owner, ref.lease_id, model, standing, demand, ref))
 
-    def give_room(self, now_s: float) -> RoomGiven:
+    def give_room(self, now_s: float, unix_s: float = 0.0) -> RoomGiven:
         """Drops expired credits, adapts the quotas when it is time, then gives out room while there is some: in order,
-        to new requests as credits, and to swapped leases as token blocks.
+        to new requests as credits, and to swapped leases as token blocks. ``unix_s`` is the same moment as ``now_s``,
+        on the clock of the arrivals.
         """
         self._count_use(now_s)
         self.leases.drop_expired(now_s)
         self._adapt(now_s)
         given = RoomGiven()
         taken = {model: self._num_taken(model) for model in self.models}
+        ready = {model for model in self.models if all(self.ready_worker(role, model) for role in Role)}
 
         def has_slot(key: WaitingKey) -> bool:
-            ready = key.swapped is not None or all(self.ready_worker(role, key.model) for role in Role)
-            return ready and taken[key.model] < self.models[key.model].max_num_seqs
+            can_begin = key.swapped is not None or key.model in ready
+            return can_begin and taken[key.model] < self.models[key.model].max_num_seqs
 
         def is_within_quota(key: WaitingKey) -> bool:
             needed = blocks_for(key.demand.num_tokens, self.models[key.model].shape.block_size)
@@ -193,8 +204,8 @@ class Unit:
             taken[key.model] += fits
             return fits
 
-        claims_wait = self.admission.admit(has_slot, is_within_quota, try_credit)
-        self._reclaim(claims_wait, now_s, given.give_way)
+        claims_wait = self.admission.admit(unix_s, has_slot, is_within_quota, try_credit)
+        self._reclaim(claims_wait, now_s, unix_s, given.give_way)
         return given
 
     def next_change_s(self) -> float | None:
@@ -202,7 +213,7 @@ class Unit:
         times = (self.leases.next_expiry_s(), self._reclaim_at_s)
         return min((time for time in times if time is not None), default=None)
 
-    def _reclaim(self, claims_wait: bool, now_s: float, give_way: list[GiveWay]) -> None:
+    def _reclaim(self, claims_wait: bool, now_s: float, unix_s: float, give_way: list[GiveWay]) -> None:
         """What is lent comes back as requests end; if that takes too long, the last in order gives way."""
         if not claims_wait:
             self._reclaim_at_s = None
@@ -212,19 +223,27 @@ class Unit:
             self._reclaim_at_s = now_s + RECLAIM_EVERY_S
             decoding = {worker.name for worker in self.workers.values() if worker.role is Role.DECODE}
             past = [model for model in self.models if self.blocks.num_used_slabs(model) > self.quotas[model]]
-            chosen = self.leases.ask_to_give_way(decoding, past)
+            chosen = self.leases.ask_to_give_way(decoding, past, lambda one: self.order.key(one, unix_s))
             give_way.extend([GiveWay(*chosen)] if chosen else [])
+
+    def _with_what_is_cached(self, key: WaitingKey) -> WaitingKey:
+        demand, shape = key.demand, self.models[key.model].shape
+        num_cached = self.blocks.count_cached(key.model, demand.block_hashes) * shape.block_size
+        share = min(num_cached, demand.max_cached_tokens) / (demand.max_cached_tokens + 1)
+        return replace(key, standing=key.standing.prefilled(share)) if share else key
 
     def _credit(self, key: WaitingKey, max_new_slabs: int | None, expires_at_s: float) -> CreditGiven | None:
         block_size = self.models[key.model].shape.block_size
         lease = self.leases.grant_credit(
-            key.model, block_size, key.demand, key.order, key.asker, expires_at_s, max_new_slabs
+            key.model, block_size, key.demand, key.standing, key.asker, expires_at_s, max_new_slabs
         )
         if lease is None:
             return None
         prefill, decode = (self.ready_worker(role, key.model) for role in (Role.PREFILL, Role.DECODE))
         assert prefill and decode
-        return CreditGiven(key.asker, key.key_id, lease, prefill, decode)
+        self.num_decisions += 1
+        overtaken = self.admission.num_overtaken(key)
+        return CreditGiven(key.asker, key.key_id, lease, prefill, decode, self.num_decisions, overtaken)
 
     def _swap_in(self, key: WaitingKey, ref: LeaseRef, max_new_slabs: int | None) -> SwapInGiven | None:
         taken = self.leases.swap_in(ref, key.demand, max_new_slabs)

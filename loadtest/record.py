@@ -74,4 +74,6 @@ class Run:
     duration_s: float = 0.0
     partial: str = ""
     cpu_s: float = 0.0
+    token_times: bool = True
+    """False: pieces tell when an answer began and ended, and not each token."""
     loop_lags_s: list[float] = field(default_factory=list)

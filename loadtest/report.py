@@ -64,7 +64,7 @@ def build_report(
         **asdict(about),
         "models": list(about.models),
         "partial": run.partial or None,
-        **figures(records, run.duration_s, goodput),
+        **figures(records, run.duration_s, goodput, run.token_times),
         "errors": _errors(records),
         "finish_reasons": dict(Counter(record.finish for record in done)),
         "driver": _driver(run),
@@ -75,7 +75,9 @@ def build_report(
         groups = sorted({key(record) for record in records})
         if len(groups) > 1:
             report[f"by_{name}"] = {
-                group: figures([record for record in records if key(record) == group], run.duration_s, goodput)
+                group: figures(
+                    [record for record in records if key(record) == group], run.duration_s, goodput, run.token_times
+                )
                 for group in groups
             }
     if goodput is not None:
@@ -93,8 +95,13 @@ _GROUPS: Mapping[str, Callable[[Record], str]] = {
 }
 
 
-def figures(records: Sequence[Record], duration_s: float, goodput: Goodput | None = None) -> dict[str, Any]:
-    """The columns of `vllm bench serve`, and the normalized latency. Throughputs are over ``duration_s``."""
+def figures(
+    records: Sequence[Record], duration_s: float, goodput: Goodput | None = None, token_times: bool = True
+) -> dict[str, Any]:
+    """The columns of `vllm bench serve`, and the normalized latency. Throughputs are over ``duration_s``.
+
+    Without ``token_times`` nothing is known of the gaps between tokens.
+    """
     done = [record for record in records if record.is_ok]
     num_input, num_output = sum(r.num_input for r in done), sum(r.num_output for r in done)
     per_s = 1 / duration_s if duration_s > 0 else 0.0
@@ -118,7 +125,7 @@ def figures(records: Sequence[Record], duration_s: float, goodput: Goodput | Non
     values_s = {
         "ttft": [r.ttft_s for r in done],
         "tpot": [r.tpot_s for r in done if r.tpot_s is not None],
-        "itl": [gap for r in done for gap in r.itls_s],
+        "itl": [gap for r in done for gap in r.itls_s] if token_times else [],
         "e2el": [r.e2el_s for r in done],
     }
     for name in METRICS:

@@ -39,10 +39,10 @@ class PlannedRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class _Body:
+class Body:
     """What a request says: a text, or a number of tokens, the first of which are named by hash ids, each for so many.
 
-    ``num_output``: how long its answer is meant to be.
+    ``num_output``: how long its answer is meant to be. ``num_input`` of a text is 0 if nobody said it.
     """
 
     text: str | None
@@ -53,24 +53,57 @@ class _Body:
     model: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """One request without its random tokens: all that a simulation needs. See `PlannedRequest`."""
+
+    index: int
+    at_s: float
+    body: Body
+    max_new_tokens: int
+    is_forced: bool
+    seed: int
+    model: str | None
+    tenant: str | None
+    priority: int
+
+
 def plan(spec: Spec, vocabulary: range) -> list[PlannedRequest]:
     """All requests in order of time. ``vocabulary``: the token ids of which random prompts are made.
 
     Raises ConfigError.
     """
-    who, seeds = random.Random(f"{spec.seed}/who"), random.Random(f"{spec.seed}/seeds")
     tokens = _TokenSource(spec.seed, vocabulary)
+    return [
+        PlannedRequest(
+            index=one.index,
+            at_s=one.at_s,
+            prompt=tokens.prompt(one.index, one.body) if one.body.text is None else one.body.text,
+            is_chat=spec.chat,
+            max_new_tokens=one.max_new_tokens,
+            is_forced=one.is_forced,
+            seed=one.seed,
+            model=one.model,
+            tenant=one.tenant,
+            priority=one.priority,
+        )
+        for one in sketch(spec)
+    ]
+
+
+def sketch(spec: Spec) -> list[Sketch]:
+    """All requests in order of time, without tokens. Raises ConfigError."""
+    who, seeds = random.Random(f"{spec.seed}/who"), random.Random(f"{spec.seed}/seeds")
     timed = list(itertools.islice(_trace(spec, Path(spec.trace)) if spec.trace else _synthetic(spec), spec.requests))
     if not timed:
         raise ConfigError(f"workload: no request arrives within duration={spec.duration}")
     model_of = _model_chooser(spec, [body.model for _, body in timed], who)
     is_forced = (spec.output or ("natural" if spec.prompts else "forced")) == "forced"
     return [
-        PlannedRequest(
+        Sketch(
             index=index,
             at_s=at_s,
-            prompt=tokens.prompt(index, body) if body.text is None else body.text,
-            is_chat=spec.chat,
+            body=body,
             max_new_tokens=_most_tokens(spec, body, is_forced),
             is_forced=is_forced,
             seed=seeds.getrandbits(32),
@@ -95,7 +128,7 @@ def arrival_times(spec: Spec) -> Iterator[float]:
             at_s += rng.gammavariate(spec.burstiness, 1 / (spec.rate * spec.burstiness))
 
 
-def _synthetic(spec: Spec) -> Iterator[tuple[float, _Body]]:
+def _synthetic(spec: Spec) -> Iterator[tuple[float, Body]]:
     times: Iterator[float] = arrival_times(spec)
     if spec.duration is not None:
         within_s = spec.duration
@@ -110,10 +143,10 @@ def _synthetic(spec: Spec) -> Iterator[tuple[float, _Body]]:
     draw = parse_lengths(spec.lengths)
     for at_s in times:
         num_input, num_output = draw(rng)
-        yield at_s, _Body(None, min(num_input, spec.max_input or num_input), num_output)
+        yield at_s, Body(None, min(num_input, spec.max_input or num_input), num_output)
 
 
-def _texts(path: Path) -> list[_Body]:
+def _texts(path: Path) -> list[Body]:
     bodies = []
     for number, item in read_jsonl(path):
         prompt, num_output = item.get("prompt"), item.get("output_tokens", item.get("n_out"))
@@ -121,14 +154,17 @@ def _texts(path: Path) -> list[_Body]:
             raise ConfigError(f'{path}: line {number}: needs "prompt", a text')
         if num_output is not None and (not isinstance(num_output, int) or num_output < 1):
             raise ConfigError(f"{path}: line {number}: output_tokens is {num_output!r}; a whole number of at least 1")
-        bodies.append(_Body(prompt, 0, num_output))
+        num_input = item.get("input_tokens", item.get("n_in", 0))
+        if not isinstance(num_input, int) or num_input < 0:
+            raise ConfigError(f"{path}: line {number}: input_tokens is {num_input!r}; a whole number")
+        bodies.append(Body(prompt, num_input, num_output))
     if not bodies:
         raise ConfigError(f"{path}: has no prompts")
     return bodies
 
 
-def _trace(spec: Spec, path: Path) -> Iterator[tuple[float, _Body]]:
-    texts: Iterator[_Body] | None = None
+def _trace(spec: Spec, path: Path) -> Iterator[tuple[float, Body]]:
+    texts: Iterator[Body] | None = None
     if spec.prompts is not None:
         bodies = _texts(Path(spec.prompts))
         random.Random(f"{spec.seed}/bodies").shuffle(bodies)
@@ -141,10 +177,10 @@ def _trace(spec: Spec, path: Path) -> Iterator[tuple[float, _Body]]:
         yield at_s, body if texts is None else replace(body, text=next(texts).text)
 
 
-def _scaled(spec: Spec, arrival: Arrival) -> _Body:
+def _scaled(spec: Spec, arrival: Arrival) -> Body:
     num_input = max(1, round(arrival.num_input * spec.input_scale))
     num_output = max(1, round(arrival.num_output * spec.output_scale))
-    return _Body(
+    return Body(
         text=None,
         num_input=min(num_input, spec.max_input or num_input),
         num_output=num_output,
@@ -154,7 +190,7 @@ def _scaled(spec: Spec, arrival: Arrival) -> _Body:
     )
 
 
-def _most_tokens(spec: Spec, body: _Body, is_forced: bool) -> int:
+def _most_tokens(spec: Spec, body: Body, is_forced: bool) -> int:
     if not is_forced:
         return spec.cap or DEFAULT_CAP
     if body.num_output is None:
@@ -169,7 +205,7 @@ class _TokenSource:
         self._seed = seed
         self._vocabulary = vocabulary
 
-    def prompt(self, index: int, body: _Body) -> tuple[int, ...]:
+    def prompt(self, index: int, body: Body) -> tuple[int, ...]:
         blocks = (self._tokens(f"block {one}", body.hash_tokens) for one in body.hash_ids)
         tokens = tuple(itertools.islice(itertools.chain.from_iterable(blocks), body.num_input))
         return tokens + self._tokens(f"prompt {index}", body.num_input - len(tokens))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Literal
 
 KvFormat = Literal["raw", "int8"]
 """How KV is kept outside the pool: as it is, or quantized."""
+
+_NORMAL = NormalDist()
+_Z90 = _NORMAL.inv_cdf(0.9)
+_LAST_PLACE = 6.0
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 """Of the public API, where nothing else is said."""
@@ -109,20 +115,63 @@ class Stopping:
         return self.eos_token_ids | self.stop_token_ids
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class OrderKey:
-    """Order between requests: lower is sooner, in every part of the mesh."""
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What an order knows of a request. ``arrived_at_s`` is unix time.
+
+    Work is predicted, in seconds of its own prefill and decode steps: ``prefill_s`` and ``decode_s`` that are left,
+    ``served_s`` that it has had. Nothing predicted is 0 everywhere: the same work for all.
+    """
 
     priority: int
     arrived_at_s: float
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    served_s: float = 0.0
+
+    @property
+    def left_s(self) -> float:
+        """Work left."""
+        return self.prefill_s + self.decode_s
+
+    def prefilled(self, share: float) -> Standing:
+        """With ``share`` of its prompt, in [0, 1], found computed already."""
+        return self if share == 0 else replace(self, prefill_s=self.prefill_s * (1 - share))
+
+    def after(self, num_output_tokens: int, prediction: LengthPrediction | None) -> Standing:
+        """With so many tokens of the answer out: less is left, or more if it has outlived its prediction."""
+        if prediction is None or num_output_tokens < 1:
+            return self
+        per_token_s = self.decode_s / prediction.remaining_tokens(0)
+        left_s = per_token_s * prediction.remaining_tokens(num_output_tokens)
+        served_s = self.served_s + self.prefill_s + per_token_s * num_output_tokens
+        return replace(self, prefill_s=0.0, decode_s=left_s, served_s=served_s)
 
 
 @dataclass(frozen=True, slots=True)
 class LengthPrediction:
-    """A guess of the output length, in tokens."""
+    """A guess of the output length, in tokens: half are no longer than ``p50_tokens``, nine in ten than ``p90_tokens``.
+
+    The whole distribution is taken to be log-normal, which those two determine: lengths are heavy-tailed.
+    """
 
     p50_tokens: float
     p90_tokens: float
+
+    def remaining_tokens(self, num_output_tokens: int) -> float:
+        """The median of what is left of an answer that has ``num_output_tokens`` already: at least 1.
+
+        An answer that outlives its prediction is expected to go on the longer the more uncertain the prediction was.
+        """
+        if num_output_tokens < 1:
+            return max(1.0, self.p50_tokens)
+        spread = math.log(max(self.p90_tokens / self.p50_tokens, 1.0 + 1e-6)) / _Z90
+        place = math.log(num_output_tokens / self.p50_tokens) / spread
+        if place > _LAST_PLACE:  # the normal distribution's own tail, where its values underflow
+            return max(1.0, num_output_tokens * math.expm1(spread * math.log(2) / place))
+        beyond = 1 - _NORMAL.cdf(place)
+        median = self.p50_tokens * math.exp(spread * -_NORMAL.inv_cdf(beyond / 2))
+        return max(1.0, median - num_output_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +188,7 @@ class EngineRequest:
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
     stopping: Stopping
-    order: OrderKey
+    standing: Standing
     resume_token_ids: tuple[int, ...] = ()
     prediction: LengthPrediction | None = None
     sequence: int = 0

@@ -1,6 +1,9 @@
 """`python -m router --runtime FILE --parent PID`: started by the supervisor."""
 
 import functools
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a fit is background work: not on every core
 
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.lifecycle import run_service, service_arguments

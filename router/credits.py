@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import grpc
 
-from muxmesh import prefix
+from muxmesh.clock import Clock
+from muxmesh.cost import ModelCosts
 from muxmesh.errors import InvalidRequest
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
+from muxmesh.order import Order
 from muxmesh.rpc import convert
-from muxmesh.types import KvDemand, LeaseRef, OrderKey
+from muxmesh.types import KvDemand, LeaseRef, Standing
 from router.queue import Waiting, WaitingRequests
 
 _log = logging.getLogger(__name__)
@@ -30,15 +32,20 @@ class Credit:
     prefill_address: str
     decode_worker: str
     decode_address: str
+    decision: int = 0
+    num_overtaken: int = 0
 
 
 class UnitCredits:
     """Owns the admission stream to one unit. Reconnects for ever; waiting requests do not notice a restart."""
 
-    def __init__(self, router: str, channel: grpc.aio.Channel) -> None:
+    def __init__(self, router: str, channel: grpc.aio.Channel, clock: Clock, order: Order) -> None:
+        self._clock = clock
         self._router = router
         self._stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
-        self._queue = WaitingRequests()
+        self._queue = WaitingRequests(order)
+        self.costs: dict[str, ModelCosts] = {}
+        """What the unit's steps take, by model, as it said last."""
         self._futures: dict[int, asyncio.Future[Credit]] = {}
         self._outbox: _Outbox = asyncio.Queue()
         self._last_key_id = 0
@@ -48,17 +55,17 @@ class UnitCredits:
         """Requests for ``model`` that wait for a credit."""
         return self._queue.count(model)
 
-    async def wait_for_credit(self, model: str, order: OrderKey, demand: KvDemand) -> Credit:
+    async def wait_for_credit(self, model: str, standing: Standing, demand: KvDemand) -> Credit:
         """Waits until the unit has room for what the request needs at first, which is then reserved.
 
-        Raises InvalidRequest if the unit could not hold it even if it were empty. The order is by priority, then
-        arrival, whatever else waits in this router or in others.
+        Raises InvalidRequest if the unit could not hold it even if it were empty. It is
+        given in the mesh's order, whatever else waits in this router or in others.
         """
         self._last_key_id += 1
         key_id = self._last_key_id
         future: asyncio.Future[Credit] = asyncio.get_running_loop().create_future()
         self._futures[key_id] = future
-        self._queue.add(Waiting(key_id, model, order, demand))
+        self._queue.add(Waiting(key_id, model, standing, demand))
         self._show_next()
         try:
             return await future
@@ -109,21 +116,23 @@ class UnitCredits:
     def _show_next(self) -> None:
         if not self.connected.is_set():
             return
-        for waiting in self._queue.show_next():
+        for waiting in self._queue.show_next(self._clock.unix_s()):
             offer = kvstore_pb2.RequestKey(
                 key_id=waiting.key_id,
                 model=waiting.model,
-                priority=waiting.order.priority,
-                arrived_at_unix_s=waiting.order.arrived_at_s,
-                num_tokens=waiting.demand.num_tokens,
-                most_tokens=waiting.demand.most_tokens,
-                block_hashes=prefix.joined(waiting.demand.block_hashes),
-                max_cached_tokens=waiting.demand.max_cached_tokens,
+                standing=convert.standing_to_wire(waiting.standing),
+                demand=convert.demand_to_wire(waiting.demand),
             )
             self._outbox.put_nowait(kvstore_pb2.AdmitRequest(offer=offer))
 
     def _take(self, response: kvstore_pb2.AdmitResponse) -> None:
-        if response.WhichOneof("message") == "refused":
+        kind = response.WhichOneof("message")
+        if kind == "costs":
+            for cost in response.costs.models:
+                both = ModelCosts(convert.cost_from_wire(cost.prefill), convert.cost_from_wire(cost.decode))
+                self.costs[cost.model] = both
+            return
+        if kind == "refused":
             future = self._futures.get(response.refused.key_id)
             self._queue.remove(response.refused.key_id)
             if future is not None and not future.done():
@@ -137,6 +146,8 @@ class UnitCredits:
                 wire.prefill.address,
                 wire.decode.name,
                 wire.decode.address,
+                wire.decision,
+                wire.num_overtaken,
             )
             future = self._futures.get(wire.key_id)
             self._queue.remove(wire.key_id)

@@ -12,15 +12,18 @@ import grpc
 
 from muxmesh.engine.api import Tokens
 from muxmesh.errors import Overloaded
-from muxmesh.types import EngineRequest
+from muxmesh.types import EngineRequest, LengthPrediction
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc
 from router.attempt import Prefilled
+from router.forecast import Forecast
 from router.request import Progress
-from router.responses import finish_info_of, open_answer, prompt_info_of, response_of, stopped_by_string
+from router.responses import finish_info_of, open_answer, prompt_info_of, response_of, scheduling_of, stopped_by_string
 from router.state import RouterState
 from router.validation import CheckedRequest, check, check_request_id, complete
+from router.work import fixed_length, with_forecast
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_READ_TOKENS = 1000
 
 
 @dataclass(slots=True)
@@ -48,10 +51,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         request_id = _request_id(request, context) or f"{state.rng.getrandbits(64):016x}"
         await context.send_initial_metadata((("x-request-id", request_id),))
         self._refuse_overload(checked.num_sequences)
+        arrived_at_unix_s = state.clock.unix_s()
         token_ids = await self._tokenize(checked)
         self._refuse_overload(checked.num_sequences)  # a burst may have passed the first look together
-        engine_request = complete(checked, request_id, token_ids, state.clock.unix_s())
-        async with aclosing(self._serve(checked, engine_request, arrived_at_s)) as responses:
+        engine_request = complete(checked, request_id, token_ids, arrived_at_unix_s)
+        forecast = await self._forecast(checked, engine_request)
+        engine_request = self._with_forecast(checked, engine_request, forecast)
+        async with aclosing(self._serve(checked, engine_request, forecast, arrived_at_s)) as responses:
             async for response in responses:
                 yield response
 
@@ -75,7 +81,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return whole
 
     async def _serve(
-        self, checked: CheckedRequest, request: EngineRequest, arrived_at_s: float
+        self, checked: CheckedRequest, request: EngineRequest, forecast: Forecast, arrived_at_s: float
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """Every answer's parts; prompt_info in the first message, timings in the last."""
         state = self._state
@@ -86,13 +92,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         first_token_at_s: float | None = None
         unfinished = checked.num_sequences
         try:
-            async with aclosing(self._answers(checked, request, progress)) as parts:
+            async with aclosing(self._answers(checked, request, forecast, progress)) as parts:
                 async for part in parts:
                     response = part.response
                     counters.output_tokens += part.num_tokens
                     if first_token_at_s is None:
                         first_token_at_s = state.clock.monotonic_s()
-                        response.prompt_info.CopyFrom(prompt_info_of(checked, request, part.prefilled))
+                        response.prompt_info.CopyFrom(prompt_info_of(checked, request, forecast, part.prefilled))
+                        if checked.wire.response.scheduling:
+                            response.scheduling.CopyFrom(self._scheduling(request, forecast, progress[0], arrived_at_s))
                     if part.is_last:
                         unfinished -= 1
                         counters.num_running -= 1
@@ -106,15 +114,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             counters.num_restarts += sum(one.num_restarts for one in progress)
 
     def _answers(
-        self, checked: CheckedRequest, request: EngineRequest, progress: list[Progress]
+        self, checked: CheckedRequest, request: EngineRequest, forecast: Forecast, progress: list[Progress]
     ) -> AsyncGenerator[_Part, None]:
         """The parts of all answers as they come."""
         if len(progress) == 1:
-            return self._answer(checked, request, progress[0])
-        return self._several_answers(checked, request, progress)
+            return self._answer(checked, request, forecast, progress[0])
+        return self._several_answers(checked, request, forecast, progress)
 
     async def _several_answers(
-        self, checked: CheckedRequest, request: EngineRequest, progress: list[Progress]
+        self, checked: CheckedRequest, request: EngineRequest, forecast: Forecast, progress: list[Progress]
     ) -> AsyncGenerator[_Part, None]:
         """The others begin when the first one's prompt is computed."""
         counters = self._state.counters[checked.model.name]
@@ -129,7 +137,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 finally:
                     counters.num_held_back -= 1
             sequence = request if index == 0 else _sibling(request, index)
-            async with aclosing(self._answer(checked, sequence, progress[index])) as parts:
+            async with aclosing(self._answer(checked, sequence, forecast, progress[index])) as parts:
                 async for part in parts:
                     arrived.put_nowait(part)
                     prompt_is_cached.set()
@@ -152,9 +160,24 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await asyncio.gather(*pumps, return_exceptions=True)
 
     async def _answer(
+        self, checked: CheckedRequest, request: EngineRequest, forecast: Forecast, progress: Progress
+    ) -> AsyncGenerator[_Part, None]:
+        """The parts of one answer; the last has finish_info. How long it got teaches the predictor."""
+        num_tokens, censored = 0, True
+        try:
+            async with aclosing(self._parts(checked, request, progress)) as parts:
+                async for part in parts:
+                    num_tokens += part.num_tokens
+                    if part.is_last:
+                        ended = part.response.outputs.finish_info.finish_reason
+                        censored = ended == inference_pb2.FinishInfo.LENGTH
+                    yield part
+        finally:
+            self._state.forecaster.observe(forecast, num_tokens, censored)
+
+    async def _parts(
         self, checked: CheckedRequest, request: EngineRequest, progress: Progress
     ) -> AsyncGenerator[_Part, None]:
-        """The parts of one answer; the last has finish_info."""
         answer = open_answer(checked, request)
         prefilled: Prefilled | None = None
         driver = self._state.units[checked.model.unit].driver
@@ -189,6 +212,35 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return await loop.run_in_executor(
             self._state.tokenizing, lambda: text.encode(text.render_chat(messages), False)
         )
+
+    async def _forecast(self, checked: CheckedRequest, request: EngineRequest) -> Forecast:
+        wire = checked.wire
+        if (fixed := fixed_length(request.stopping, bool(wire.stopping.stop_strings))) is not None:
+            return Forecast(LengthPrediction(fixed, fixed), "fixed")
+        text = await self._text_of(checked, request)
+        hint = wire.expected_output_tokens if wire.HasField("expected_output_tokens") else None
+        return await self._state.forecaster.predict(text, request.model, request.cache_salt, hint)
+
+    async def _text_of(self, checked: CheckedRequest, request: EngineRequest) -> str:
+        """What the predictor reads: the prompt, and of a conversation what people said last."""
+        wire = checked.wire
+        if wire.HasField("text"):
+            return wire.text
+        if wire.HasField("chat"):
+            return next((m.content for m in reversed(wire.chat.messages) if m.role == "user"), "")
+        ids = request.prompt_token_ids[-_READ_TOKENS:]
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._state.tokenizing, checked.model.text.decode, ids, True)
+
+    def _with_forecast(self, checked: CheckedRequest, request: EngineRequest, forecast: Forecast) -> EngineRequest:
+        costs = self._state.units[checked.model.unit].credits.costs.get(request.model)
+        return with_forecast(request, forecast.prediction, costs, checked.model.config.prefill_token_budget)
+
+    def _scheduling(
+        self, request: EngineRequest, forecast: Forecast, progress: Progress, arrived_at_s: float
+    ) -> inference_pb2.SchedulingInfo:
+        waited_s = (progress.credited_at_s or arrived_at_s) - arrived_at_s
+        return scheduling_of(request, forecast, self._state.order, progress.credit, waited_s)
 
     def _refuse_overload(self, num_answers: int) -> None:
         state = self._state

@@ -65,6 +65,8 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
             num_restarts=counters.num_restarts,
             prompt_tokens=counters.prompt_tokens,
             output_tokens=counters.output_tokens,
+            prediction_tau=self._state.forecaster.tau(model.name),
+            predictions_used=self._state.forecaster.is_ranking(model.name),
         )
 
     async def _unit_status(self, name: str) -> mesh_pb2.UnitStatus:

@@ -34,6 +34,8 @@ class Progress:
     """What the driver tells about one request while it runs."""
 
     credited_at_s: float | None = None
+    credit: Credit | None = None
+    """The first one."""
     num_restarts: int = 0
     waited_s: float = 0.0
     """For credits and for prefill, until the first token: what the router did not take itself."""
@@ -99,10 +101,11 @@ class RequestDriver:
         config = self._models[request.model]
         demand = kv_demand(request, config.block_size, config.kv_answer_tokens)
         asked_at_s = self._clock.monotonic_s()
-        credit = await self._credits.wait_for_credit(request.model, request.order, demand)
+        credit = await self._credits.wait_for_credit(request.model, request.standing, demand)
         credited_at_s = self._clock.monotonic_s()
         if progress.credited_at_s is None:
             progress.credited_at_s = credited_at_s
+            progress.credit = credit
         if not request.resume_token_ids:
             progress.waited_s += credited_at_s - asked_at_s
         return credit
@@ -113,7 +116,8 @@ def _resumed(request: EngineRequest, sent: list[int]) -> EngineRequest:
     if not sent:
         return request
     sampling = replace(request.sampling, prompt_logprobs=None)
-    return replace(request, resume_token_ids=tuple(sent), sampling=sampling)
+    standing = request.standing.after(len(sent), request.prediction)
+    return replace(request, resume_token_ids=tuple(sent), sampling=sampling, standing=standing)
 
 
 def _final(error: MeshError) -> MeshError:

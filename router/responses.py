@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from muxmesh.engine.api import Finished
+from muxmesh.order import Order
 from muxmesh.types import Candidate, EngineRequest, Finish, FinishReason, TokenLogprobs
 from muxmesh.v1 import inference_pb2
 from router.answer import Answer, Delta
 from router.attempt import Prefilled
+from router.credits import Credit
+from router.forecast import Forecast
 from router.stop_strings import StopStrings
 from router.validation import CheckedRequest
 
@@ -27,17 +30,38 @@ def open_answer(checked: CheckedRequest, request: EngineRequest) -> Answer:
 
 
 def prompt_info_of(
-    checked: CheckedRequest, request: EngineRequest, prefilled: Prefilled | None
+    checked: CheckedRequest, request: EngineRequest, forecast: Forecast, prefilled: Prefilled | None
 ) -> inference_pb2.PromptInfo:
     """What the first message of a response tells of the prompt."""
     wanted = checked.wire.response.prompt_token_ids
     prefilled = prefilled or Prefilled(0)
+    prediction = request.prediction if forecast.judged else None
     return inference_pb2.PromptInfo(
+        predicted_output_tokens=max(1, round(prediction.p50_tokens)) if prediction else None,
         num_prompt_tokens=len(request.prompt_token_ids),
         token_ids=request.prompt_token_ids if wanted else (),
         seed=request.sampling.seed,
         num_cached_tokens=prefilled.num_cached_tokens,
         token_logprobs=[logprobs_of(place) for place in prefilled.logprobs],
+    )
+
+
+def scheduling_of(
+    request: EngineRequest, forecast: Forecast, order: Order, credit: Credit | None, waited_s: float
+) -> inference_pb2.SchedulingInfo:
+    """Why a request was served when it was."""
+    standing, prediction = request.standing, request.prediction or forecast.prediction
+    return inference_pb2.SchedulingInfo(
+        policy=order.policy,
+        reason=order.reason(standing, standing.arrived_at_s + waited_s),
+        p50_output_tokens=prediction.p50_tokens,
+        p90_output_tokens=prediction.p90_tokens,
+        source=forecast.source,
+        prefill_s=standing.prefill_s,
+        decode_s=standing.decode_s,
+        waited_s=waited_s,
+        decision=credit.decision if credit else 0,
+        num_overtaken=credit.num_overtaken if credit else 0,
     )
 
 

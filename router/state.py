@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from muxmesh.clock import Clock
 from muxmesh.config.schema import RouterConfig
 from muxmesh.internal.v1 import kvstore_pb2_grpc
+from muxmesh.order import Order
 from muxmesh.registry import Registry
 from router.credits import UnitCredits
+from router.forecast import Forecaster
 from router.request import RequestDriver
 from router.served_model import ServedModel
 
@@ -52,4 +54,6 @@ class RouterState:
     rng: random.Random
     tokenizing: ThreadPoolExecutor
     registry: Registry
+    order: Order
+    forecaster: Forecaster
     counters: defaultdict[str, ModelCounters] = field(default_factory=lambda: defaultdict(ModelCounters))

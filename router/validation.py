@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from muxmesh.errors import InvalidRequest
-from muxmesh.types import EngineRequest, KvFormat, OrderKey, Sampling, Stopping
+from muxmesh.types import EngineRequest, KvFormat, Sampling, Standing, Stopping
 from muxmesh.v1 import inference_pb2
 from router.served_model import ServedModel, find_model
 
@@ -40,7 +40,7 @@ _SWAP_FORMATS: dict[int, KvFormat | None] = {
 }
 _DEFAULTS = Sampling()
 _PROMPTS = ("text", "token_ids", "chat")
-_UNSUPPORTED: tuple[Literal["session_id", "expected_output_tokens"], ...] = ("session_id", "expected_output_tokens")
+_UNSUPPORTED: tuple[Literal["session_id"], ...] = ("session_id",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,8 @@ def check(
     for name in _UNSUPPORTED:
         if wire.HasField(name):
             raise InvalidRequest(name, "is not supported by this mesh yet; leave it out")
+    if wire.HasField("expected_output_tokens") and wire.expected_output_tokens < 1:
+        raise InvalidRequest("expected_output_tokens", "is 0; at least 1, or unset")
     _check_stopping(wire.stopping, model)
     if wire.sampling.num_sequences > MAX_SEQUENCES:
         raise InvalidRequest("sampling.num_sequences", f"is {wire.sampling.num_sequences}; at most {MAX_SEQUENCES}")
@@ -138,7 +140,7 @@ def complete(
             stop_token_ids=frozenset(stopping.stop_token_ids),
             eos_token_ids=frozenset() if stopping.ignore_eos else model.spec.eos_token_ids,
         ),
-        order=OrderKey(wire.priority, arrived_at_unix_s),
+        standing=Standing(wire.priority, arrived_at_unix_s),
         cache_salt=wire.kv.cache_salt,
         bypass_prefix_cache=wire.kv.bypass_prefix_cache,
         kv_swap_format=_SWAP_FORMATS[wire.kv.swap_format],

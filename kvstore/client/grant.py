@@ -8,6 +8,7 @@ import os
 from kvstore.client.attachment import Attachment
 from kvstore.grant import Word
 from muxmesh.clock import Clock
+from muxmesh.cost import CostFit, StepCost
 from muxmesh.engine.step import Step, StepOutcome
 
 
@@ -21,6 +22,8 @@ class SharedGrant:
         self._bell_fd = attachment.bell_fd
         self._clock = clock
         self._held_since_s = 0.0
+        self._fit = CostFit()
+        self._cost: StepCost | None = None
         self._granted = asyncio.Event()
         asyncio.get_running_loop().add_reader(self._bell_fd, self._on_bell)
 
@@ -47,8 +50,12 @@ class SharedGrant:
         if self._page.read(self._slot, Word.GRANTED):
             self._give_back()
 
-    def count_step(self, step: Step, outcome: StepOutcome) -> None:
-        """Adds a step to this worker's counters."""
+    def count_step(self, step: Step, outcome: StepOutcome, seconds: float) -> None:
+        """Adds a step, which took ``seconds``, to this worker's counters and to what its steps cost."""
+        self._fit.observe(step.shape, seconds)
+        if (cost := self._fit.cost) is not None and cost is not self._cost:
+            self._cost = cost
+            self._page.write_cost(self._slot, cost)
         self._page.add(self._slot, Word.NUM_STEPS, 1)
         self._page.add(self._slot, Word.NUM_COMPUTED_TOKENS, step.num_tokens)
         self._page.add(self._slot, Word.KV_BYTES_WRITTEN, outcome.kv_bytes_written)

@@ -14,7 +14,7 @@ from muxmesh.errors import LeaseLost, MeshError
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.rpc.status import from_rpc_error
-from muxmesh.types import KvDemand, Lease, LeaseRef, OrderKey
+from muxmesh.types import KvDemand, Lease, LeaseRef, Standing
 
 _log = logging.getLogger(__name__)
 
@@ -75,16 +75,13 @@ class LeaseClient:
         )
         await _answer(self._stub.FinishSwapOut(request))
 
-    async def swap_in(self, ref: LeaseRef, order: OrderKey, demand: KvDemand) -> tuple[tuple[int, ...], int]:
+    async def swap_in(self, ref: LeaseRef, standing: Standing, demand: KvDemand) -> tuple[tuple[int, ...], int]:
         """Waits for token blocks for a swapped lease; how many of the first need no copy. Raises LeaseLost."""
         request = kvstore_pb2.SwapInRequest(
             lease=convert.ref_to_wire(ref),
             owner=self._worker,
-            priority=order.priority,
-            arrived_at_unix_s=order.arrived_at_s,
-            num_tokens=demand.num_tokens,
-            block_hashes=prefix.joined(demand.block_hashes),
-            max_cached_tokens=demand.max_cached_tokens,
+            standing=convert.standing_to_wire(standing),
+            demand=convert.demand_to_wire(demand),
         )
         response = await _answer(self._stub.SwapIn(request))
         return tuple(response.block_ids), response.num_cached_blocks

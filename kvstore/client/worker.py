@@ -77,7 +77,7 @@ async def host_worker(runtime: MeshRuntime, role: Role, model: str, open_service
     shape = model_spec(prepared.folder).kv_shape(config.block_size, config.dtype)
     grant = SharedGrant(attachment, SystemClock())
     view = KvView(attachment.pool, shape, attachment.slab_bytes)
-    engine = build_engine(config, prepared, view, grant, grant.count_step)
+    engine = build_engine(config, prepared, view, grant, runtime.config.order.order(), grant.count_step)
     await engine.start()
     background = [
         asyncio.create_task(_watch(engine, give_up), name="engine watch"),

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import get_args
 
 # Read when grpc is loaded: the supervisor starts processes while it watches health, and none of them uses its gRPC.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
@@ -15,6 +16,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 from muxmesh import __version__
 from muxmesh.cli import loadtest_options
 from muxmesh.errors import InvalidRequest, MeshError, Unavailable
+from muxmesh.order import Policy
 from muxmesh.types import DEFAULT_ADDRESS
 
 _SERVE_HINT = "this command needs the serving side: install muxmesh with its extra `serve`"
@@ -68,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_address(load)
     _add_json(load)
     _add_json(loadtest_options.add_to(load))
+    _add_simulate(commands)
+    _add_predictor(commands)
     return parser
 
 
@@ -181,6 +185,39 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     _add_address(chat)
     _add_sampling(chat)
     chat.add_argument("--system", metavar="TEXT", help="the system message")
+
+
+def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    simulate = _command(
+        commands, "simulate", "simulate", "Run a workload on a mesh in virtual time: its policies, no computing."
+    )
+    simulate.add_argument("-c", "--config", type=Path, metavar="mesh.yaml", required=True, help="models: engine: sim")
+    simulate.add_argument(
+        "--workload", required=True, metavar="SPEC", help="as for `muxmesh loadtest`, whose --help explains it"
+    )
+    simulate.add_argument("--policy", choices=get_args(Policy), help="default: as configured")
+    simulate.add_argument(
+        "--tau", type=float, metavar="T",
+        help="answers that end by themselves are predicted with errors, so that they rank with Kendall's tau T in "
+        "[0, 1]; default: by the mesh's own predictor, from the prompts' texts, else 0.5",
+    )  # fmt: skip
+    simulate.add_argument("--trace", type=Path, metavar="FILE", help="write each decision as a line of JSON")
+    simulate.add_argument("--name", metavar="NAME", help="of this run, in reports")
+    simulate.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the report as JSON")
+    simulate.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots")
+    _add_json(simulate)
+
+
+def _add_predictor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    actions = commands.add_parser("predictor", help="Judge the predictor of answer lengths.")
+    evaluate = _command(
+        actions.add_subparsers(required=True), "eval", "predictor",
+        "Replay a file of answers: each length is predicted before it is learned.",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "file", type=Path, metavar="FILE", help='.jsonl or .jsonl.gz with "prompt", "model", "n_out" and perhaps "task"'
+    )
+    _add_json(evaluate)
 
 
 def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

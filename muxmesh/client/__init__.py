@@ -8,6 +8,7 @@ from muxmesh.client.aio import (
     MeshClient,
     Message,
     PromptFacts,
+    Scheduling,
     Timings,
     TokenLogprobs,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "MeshClient",
     "Message",
     "PromptFacts",
+    "Scheduling",
     "SyncMeshClient",
     "Timings",
     "TokenLogprobs",

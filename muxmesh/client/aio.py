@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -64,16 +64,39 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class Scheduling:
+    """Why a request was served when it was. Lengths in tokens, times in seconds; see SchedulingInfo in the proto.
+
+    ``source``: where the expected length comes from. ``decision`` counts what the unit let in; ``num_overtaken``
+    requests for the same model had come before and waited on.
+    """
+
+    policy: str
+    reason: str
+    p50_output_tokens: float
+    p90_output_tokens: float
+    source: str
+    prefill_s: float
+    decode_s: float
+    waited_s: float
+    decision: int
+    num_overtaken: int
+
+
+@dataclass(frozen=True, slots=True)
 class PromptFacts:
     """What the mesh knows of a prompt. ``seed`` repeats the answer; ``num_cached_tokens`` were in the prefix cache.
 
-    ``logprobs`` belong to its second token and those after it, if they were asked for.
+    ``logprobs`` belong to its second token and those after it, and ``scheduling`` tells of the order, if they were
+    asked for. ``predicted_output_tokens`` is None if the mesh made no guess.
     """
 
     num_tokens: int
     num_cached_tokens: int
     seed: int
     logprobs: tuple[TokenLogprobs, ...] = ()
+    predicted_output_tokens: int | None = None
+    scheduling: Scheduling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +184,8 @@ class MeshClient:
         bypass_prefix_cache: bool = False,
         kv_swap_format: KvFormat | None = None,
         priority: int = 0,
+        expected_output_tokens: int | None = None,
+        explain_scheduling: bool = False,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Delta, None]:
@@ -170,7 +195,9 @@ class MeshClient:
         is computed once; each delta says by ``index`` to which it belongs. ``logprobs`` and ``prompt_logprobs``: with
         so many of the likeliest candidates. Requests share cached prefixes only under the same ``cache_salt``.
         ``kv_swap_format``: how the KV is kept if the answer has to give way to others; None: as configured.
-        ``priority``: lower is sooner. ``timeout_s`` is the deadline of the whole answer.
+        ``priority``: lower is sooner. ``expected_output_tokens``: your own estimate, which counts as far as earlier
+        ones under the same ``cache_salt`` were right. ``explain_scheduling`` fills ``prompt.scheduling``.
+        ``timeout_s`` is the deadline of the whole answer.
 
         Raises InvalidRequest, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable.
         """
@@ -187,7 +214,7 @@ class MeshClient:
             prompt_logprobs=prompt_logprobs,
             truncate_prompt_tokens=truncate_prompt_tokens,
         )
-        _check_numbers(range(1, 1 << 32), num_sequences=num_sequences)
+        _check_numbers(range(1, 1 << 32), num_sequences=num_sequences, expected_output_tokens=expected_output_tokens)
         _check_numbers(range(1 << 64), seed=seed)
         _check_numbers(range(-(1 << 31), 1 << 31), priority=priority)
         for name, ids in (("allowed_token_ids", allowed_token_ids or ()), ("stop_token_ids", stop_token_ids)):
@@ -226,6 +253,7 @@ class MeshClient:
                     skip_special_tokens=skip_special_tokens,
                     output_logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
+                    scheduling=explain_scheduling,
                 ),
                 kv=inference_pb2.KvOptions(
                     cache_salt=cache_salt,
@@ -234,6 +262,7 @@ class MeshClient:
                 ),
                 truncate_prompt_tokens=truncate_prompt_tokens,
                 priority=priority,
+                expected_output_tokens=expected_output_tokens,
             )
             _set_prompt(request, prompt)
         except (TypeError, ValueError) as error:  # a number or a text that the wire cannot carry
@@ -352,8 +381,7 @@ def _completion(deltas: Sequence[Delta], prompt: PromptFacts, timings: Timings) 
 def _delta(response: inference_pb2.GenerateResponse) -> Delta:
     outputs, wire, prompt, timings = response.outputs, response.timings, None, None
     if response.HasField("prompt_info"):
-        info = response.prompt_info
-        prompt = PromptFacts(info.num_prompt_tokens, info.num_cached_tokens, info.seed, _logprobs(info.token_logprobs))
+        prompt = _prompt_facts(response)
     if response.HasField("timings"):
         timings = Timings(wire.queue_s, wire.ttft_s, wire.e2e_s, wire.num_restarts, wire.router_s)
     return Delta(
@@ -365,6 +393,21 @@ def _delta(response: inference_pb2.GenerateResponse) -> Delta:
         prompt=prompt,
         finish=_finish(outputs.finish_info) if outputs.HasField("finish_info") else None,
         timings=timings,
+    )
+
+
+def _prompt_facts(response: inference_pb2.GenerateResponse) -> PromptFacts:
+    info, wire = response.prompt_info, response.scheduling
+    scheduling = None
+    if response.HasField("scheduling"):
+        scheduling = Scheduling(**{field.name: getattr(wire, field.name) for field in fields(Scheduling)})
+    return PromptFacts(
+        num_tokens=info.num_prompt_tokens,
+        num_cached_tokens=info.num_cached_tokens,
+        seed=info.seed,
+        logprobs=_logprobs(info.token_logprobs),
+        predicted_output_tokens=info.predicted_output_tokens if info.HasField("predicted_output_tokens") else None,
+        scheduling=scheduling,
     )
 
 
@@ -391,6 +434,7 @@ __all__ = [
     "Message",
     "Prompt",
     "PromptFacts",
+    "Scheduling",
     "Timings",
     "TokenLogprobs",
 ]

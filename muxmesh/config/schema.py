@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, StringConstraints
 
+from muxmesh.order import Order, Policy
 from muxmesh.types import DEFAULT_ADDRESS, KvFormat
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
@@ -29,12 +30,16 @@ class Section(BaseModel):
 
 
 class SimProfile(Section):
-    """Step times of the sim engine: ``base_s + per_token_s * tokens in the step``."""
+    """Step times of the sim engine: ``base_s + per_token_s * tokens in the step + per_context_s * earlier tokens that
+    they look back at, summed``.
+    """
 
     base_s: float = Field(default=0.0, ge=0)
     """Seconds of an empty step."""
     per_token_s: float = Field(default=0.0, ge=0)
     """Seconds for each token computed in the step."""
+    per_context_s: float = Field(default=0.0, ge=0)
+    """Seconds for each earlier token that a token in the step looks back at."""
     output_tokens: int = Field(default=0, ge=0)
     """Answers end by themselves after so many tokens; 0: only at max_new_tokens."""
 
@@ -116,6 +121,26 @@ class RouterConfig(Section):
     """Longest prompt text, before tokenizing."""
     max_restarts: int = Field(default=5, ge=0)
     """How often in a row one request is computed again when no attempt gets past its first token."""
+    predictor_budget_s: float = Field(default=0.05, gt=0)
+    """A prediction of the answer's length that takes longer is done without."""
+
+
+class OrderConfig(Section):
+    """Who goes first among requests of one priority, everywhere in the mesh."""
+
+    policy: Policy = "srtf-aged"
+    """`fcfs`: by arrival. `sjf`, `srtf`: least predicted work first, whole or left. `srtf-aged`: the same, but whoever
+    waits gets older. `hrrn`: by the ratio of waiting and work. `mlfq`: by what was used, without predictions."""
+    aging: float = Field(default=0.03, gt=0, le=1000)
+    """For `srtf-aged`: seconds of predicted work that one second of waiting outweighs."""
+    longest_lead_s: float = Field(default=90.0, ge=0)
+    """For `srtf-aged`: no request is overtaken by one of its priority that came more seconds later than this."""
+    mlfq_quantum_s: float = Field(default=0.5, gt=0)
+    """For `mlfq`: seconds of work at the first level; each level has twice that of the one before."""
+
+    def order(self) -> Order:
+        """The function itself."""
+        return Order(self.policy, self.aging, self.longest_lead_s, self.mlfq_quantum_s)
 
 
 class MeshConfig(Section):
@@ -127,6 +152,8 @@ class MeshConfig(Section):
     """A Redis of your own. Unset: the mesh starts one on a private socket."""
     router: RouterConfig = RouterConfig()
     """Limits at the door."""
+    order: OrderConfig = OrderConfig()
+    """Who goes first."""
     units: tuple[UnitConfig, ...] = Field(
         default=(UnitConfig(models=(ModelConfig(name=DEFAULT_MODEL),)),), min_length=1
     )

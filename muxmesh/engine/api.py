@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from muxmesh.types import EngineRequest, Finish, OrderKey, TokenLogprobs
+from muxmesh.types import EngineRequest, Finish, Standing, TokenLogprobs
 
 
 class Until(enum.Enum):
@@ -142,7 +142,7 @@ class Engine(Protocol):
     def abandon(self, job_id: int, reason: str) -> None:
         """Ends the job with Failed(reason); `cancel` tells when its KV is no longer touched."""
 
-    def reprioritise(self, job_id: int, order: OrderKey) -> None:
+    def reprioritise(self, job_id: int, standing: Standing) -> None:
         """Gives the job another place in the order."""
 
     async def wait_dead(self) -> str:

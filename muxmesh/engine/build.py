@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import PreparedModel
 from muxmesh.config.schema import ModelConfig
 from muxmesh.engine.api import Engine, Grant
@@ -14,16 +15,18 @@ from muxmesh.engine.step import Runner
 from muxmesh.engine.step_engine import StepEngine, StepObserver
 from muxmesh.models.prepare import model_spec
 from muxmesh.models.spec import ModelSpec
+from muxmesh.order import Order
 
 
 def build_engine(
-    config: ModelConfig, prepared: PreparedModel, view: KvView, grant: Grant, observe: StepObserver
+    config: ModelConfig, prepared: PreparedModel, view: KvView, grant: Grant, order: Order, observe: StepObserver
 ) -> Engine:
     """The engine of one worker, not started yet."""
     spec = model_spec(prepared.folder)
     runner = _runner(config, prepared, spec, view)
     budget = max(config.prefill_token_budget, config.max_num_seqs)
-    return StepEngine(Scheduler(config.max_num_seqs, budget, config.block_size), runner, grant, observe)
+    scheduler = Scheduler(config.max_num_seqs, budget, config.block_size, order)
+    return StepEngine(scheduler, runner, grant, SystemClock(), observe)
 
 
 def num_threads(config: ModelConfig) -> int:

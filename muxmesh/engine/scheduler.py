@@ -6,6 +6,7 @@ There is no prefill phase and no decode phase here, only jobs with tokens that a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from muxmesh.engine.api import (
@@ -20,10 +21,27 @@ from muxmesh.engine.api import (
     Until,
 )
 from muxmesh.engine.step import Chunk, Draw, Drawn, Score, Step, StepOutcome
-from muxmesh.types import OrderKey, blocks_for
+from muxmesh.order import FCFS, Order
+from muxmesh.types import Standing, blocks_for
 
 _TOKENS_PER_COST = 1024
 """Attention over so many earlier tokens costs about as much as everything else that is computed for a token."""
+
+
+def share_out(jobs: Sequence[tuple[int, int]], token_budget: int) -> list[int]:
+    """How many tokens of the first jobs are computed in one step; of those that are left out, none.
+
+    ``jobs``: (computed, not computed) of each, in the order in which they are served.
+    """
+    counts: list[int] = []
+    for computed, uncomputed in jobs:
+        cost = 1 + computed // _TOKENS_PER_COST if uncomputed > 1 else 1
+        count = min(uncomputed, max(token_budget // cost, 0 if counts else 1))
+        if count == 0:
+            break
+        counts.append(count)
+        token_budget -= count * cost
+    return counts
 
 
 @dataclass(slots=True)
@@ -31,7 +49,7 @@ class _Running:
     """A job and how far it is. Invariant: num_computed_tokens < len(token_ids) while it is known here."""
 
     job: EngineJob
-    order: OrderKey
+    standing: Standing
     token_ids: list[int]
     num_computed_tokens: int
     block_ids: tuple[int, ...]
@@ -52,7 +70,7 @@ class Scheduler:
     """Owns the jobs of one engine. ``next_step()`` → run → ``apply()``; events wait in ``drain()``.
 
     Jobs that need one token go first, all of them up to ``max_num_seqs``; what is left of ``token_budget`` is
-    filled with chunks of longer runs. Both in the order of `OrderKey`. A token of a chunk costs more the further it
+    filled with chunks of longer runs. Both as ``order`` has it. A token of a chunk costs more the further it
     looks back, so that a step takes about as long at the end of a long prompt as at its start. At most one step is
     in flight.
     """
@@ -60,6 +78,7 @@ class Scheduler:
     max_num_seqs: int
     token_budget: int
     block_size: int
+    order: Order = FCFS
     num_steps: int = 0
     num_computed_tokens: int = 0
     _jobs: dict[int, _Running] = field(default_factory=dict)
@@ -77,7 +96,7 @@ class Scheduler:
         needed = blocks_for(len(tokens), self.block_size)
         if job.block_ids and len(job.block_ids) < needed:
             raise ValueError(f"job {job.job_id}: {len(job.block_ids)} token blocks, needs {needed}")
-        self._jobs[job.job_id] = _Running(job, request.order, tokens, job.num_computed_tokens, job.block_ids)
+        self._jobs[job.job_id] = _Running(job, request.standing, tokens, job.num_computed_tokens, job.block_ids)
 
     def cancel(self, job_id: int) -> bool:
         """Forgets the job; True if the step in flight still touches its KV."""
@@ -112,10 +131,10 @@ class Scheduler:
         if job_id in self._jobs:
             self._end(self._jobs[job_id].job, Failed(reason))
 
-    def reprioritise(self, job_id: int, order: OrderKey) -> None:
+    def reprioritise(self, job_id: int, standing: Standing) -> None:
         """Gives the job another place in the order, from the next step on."""
         if running := self._jobs.get(job_id):
-            running.order = order
+            running.standing = standing
 
     def has_work(self) -> bool:
         """True if `next_step` would give a step."""
@@ -126,22 +145,16 @@ class Scheduler:
         """Jobs known, paused ones too."""
         return len(self._jobs)
 
-    def next_step(self) -> Step | None:
-        """The next step, or None if there is nothing to compute."""
+    def next_step(self, now_s: float = 0.0) -> Step | None:
+        """The next step, or None if there is nothing to compute. ``now_s``: unix time."""
         assert self._in_flight is None, "the step in flight is applied first"
         ready = sorted(
             (running for running in self._jobs.values() if self._is_ready(running)),
-            key=lambda running: (running.num_uncomputed_tokens > 1, running.order),
+            key=lambda running: (running.num_uncomputed_tokens > 1, self.order.key(running.standing, now_s)),
         )
-        chunks: list[Chunk] = []
-        budget = self.token_budget
-        for running in ready[: self.max_num_seqs]:
-            cost = 1 + running.num_computed_tokens // _TOKENS_PER_COST if running.num_uncomputed_tokens > 1 else 1
-            count = min(running.num_uncomputed_tokens, max(budget // cost, 0 if chunks else 1))
-            if count == 0:
-                break
-            chunks.append(self._chunk(running, count))
-            budget -= count * cost
+        ready = ready[: self.max_num_seqs]
+        counts = share_out([(one.num_computed_tokens, one.num_uncomputed_tokens) for one in ready], self.token_budget)
+        chunks = [self._chunk(running, count) for running, count in zip(ready, counts, strict=False)]
         self._in_flight = Step(tuple(chunks)) if chunks else None
         return self._in_flight
 

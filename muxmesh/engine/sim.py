@@ -7,12 +7,18 @@ import zlib
 from collections.abc import Callable, Sequence
 
 from muxmesh.config.schema import SimProfile
+from muxmesh.cost import StepCost
 from muxmesh.engine.step import Chunk, Draw, Drawn, Step, StepOutcome
 
 
 def step_time_s(profile: SimProfile, step: Step) -> float:
     """How long the step takes by the profile, in seconds."""
-    return profile.base_s + profile.per_token_s * step.num_tokens
+    return step_cost(profile).step_s(step.shape.num_tokens, step.shape.num_context)
+
+
+def step_cost(profile: SimProfile) -> StepCost:
+    """The profile as what steps cost."""
+    return StepCost(profile.base_s, profile.per_token_s, profile.per_context_s)
 
 
 class SimRunner:

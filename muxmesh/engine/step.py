@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from muxmesh.cost import StepShape, context_of
 from muxmesh.types import Sampling, TokenLogprobs
 
 
@@ -63,6 +64,12 @@ class Step:
     def num_tokens(self) -> int:
         """Tokens computed in this step."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    @property
+    def shape(self) -> StepShape:
+        """What its time depends on."""
+        context = sum(context_of(chunk.start, len(chunk.token_ids)) for chunk in self.chunks)
+        return StepShape(self.num_tokens, context, len(self.chunks))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from muxmesh.clock import Clock
 from muxmesh.engine.api import (
     EngineInfo,
     EngineJob,
@@ -19,11 +20,12 @@ from muxmesh.engine.api import (
 )
 from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.step import Runner, Step, StepOutcome
-from muxmesh.types import OrderKey
+from muxmesh.types import Standing
 
 _log = logging.getLogger(__name__)
 
-StepObserver = Callable[[Step, StepOutcome], None]
+StepObserver = Callable[[Step, StepOutcome, float], None]
+"""Called after each step, with the seconds that it took."""
 
 
 class StepEngine:
@@ -36,11 +38,13 @@ class StepEngine:
         scheduler: Scheduler,
         runner: Runner,
         grant: Grant,
-        observe: StepObserver = lambda step, outcome: None,
+        clock: Clock,
+        observe: StepObserver = lambda step, outcome, seconds: None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._grant = grant
+        self._clock = clock
         self._observe = observe
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._queues: dict[int, asyncio.Queue[Event]] = {}
@@ -98,9 +102,9 @@ class StepEngine:
         self._scheduler.abandon(job_id, reason)
         self._deliver()
 
-    def reprioritise(self, job_id: int, order: OrderKey) -> None:
+    def reprioritise(self, job_id: int, standing: Standing) -> None:
         """See `Engine`."""
-        self._scheduler.reprioritise(job_id, order)
+        self._scheduler.reprioritise(job_id, standing)
 
     def stats(self) -> EngineStats:
         """See `Engine`."""
@@ -142,10 +146,11 @@ class StepEngine:
             self._grant.release()
 
     async def _one_step(self) -> None:
-        step = self._scheduler.next_step()
+        step = self._scheduler.next_step(self._clock.unix_s())
         if step is None:  # everything was cancelled while the grant was waited for
             return
         self._step_done.clear()
+        started_at_s = self._clock.monotonic_s()
         try:
             outcome = await asyncio.shield(
                 asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, step)
@@ -155,7 +160,7 @@ class StepEngine:
             self._scheduler.fail(f"{type(error).__name__}: {error}")
         else:
             self._scheduler.apply(outcome)
-            self._observe(step, outcome)
+            self._observe(step, outcome, self._clock.monotonic_s() - started_at_s)
         self._step_done.set()
         self._deliver()
 

@@ -58,6 +58,15 @@ def model_spec(folder: Path | None) -> ModelSpec:
     return SIM_SPEC if folder is None else read_model_spec(folder)
 
 
+def spec_here(model: ModelConfig, base_dir: Path, cache_dir: Path) -> ModelSpec:
+    """The spec of a model without preparing it. Raises ConfigError if its files are not on this machine."""
+    source = _catalog_name(model)
+    path = model_folder(CATALOG[source], cache_dir) if source else _local_source(model, base_dir)
+    if path is not None and not path.exists():
+        raise ConfigError(f"{model.name}: is not on this machine; `muxmesh model pull {source}` downloads it")
+    return read_gguf(path).spec if path is not None and path.is_file() else model_spec(path)
+
+
 def _problems_of(model: ModelConfig, unit: UnitConfig, base_dir: Path, cache_dir: Path) -> Iterator[tuple[str, str]]:
     """(field, problem) of one model."""
     try:

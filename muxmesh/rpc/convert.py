@@ -5,18 +5,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from muxmesh import prefix
+from muxmesh.cost import StepCost
 from muxmesh.internal.v1 import kvstore_pb2, request_pb2
 from muxmesh.types import (
     Candidate,
     EngineRequest,
     Finish,
     FinishReason,
+    KvDemand,
     KvFormat,
     Lease,
     LeaseRef,
     LengthPrediction,
-    OrderKey,
     Sampling,
+    Standing,
     Stopping,
     TokenLogprobs,
 )
@@ -47,8 +50,7 @@ def request_to_wire(request: EngineRequest) -> request_pb2.EngineRequest:
             stop_token_ids=sorted(stopping.stop_token_ids),
             eos_token_ids=sorted(stopping.eos_token_ids),
         ),
-        priority=request.order.priority,
-        arrived_at_unix_s=request.order.arrived_at_s,
+        standing=standing_to_wire(request.standing),
         sequence=request.sequence,
         cache_salt=request.cache_salt,
         bypass_prefix_cache=request.bypass_prefix_cache,
@@ -77,7 +79,7 @@ def request_from_wire(wire: request_pb2.EngineRequest) -> EngineRequest:
             frozenset(stopping.stop_token_ids),
             frozenset(stopping.eos_token_ids),
         ),
-        order=OrderKey(wire.priority, wire.arrived_at_unix_s),
+        standing=standing_from_wire(wire.standing),
         resume_token_ids=tuple(wire.resume_token_ids),
         prediction=prediction,
         sequence=wire.sequence,
@@ -85,6 +87,53 @@ def request_from_wire(wire: request_pb2.EngineRequest) -> EngineRequest:
         bypass_prefix_cache=wire.bypass_prefix_cache,
         kv_swap_format=_KV_FORMATS.get(wire.kv_swap_format),
     )
+
+
+def standing_to_wire(standing: Standing) -> request_pb2.Standing:
+    """See `standing_from_wire`."""
+    return request_pb2.Standing(
+        priority=standing.priority,
+        arrived_at_unix_s=standing.arrived_at_s,
+        prefill_s=standing.prefill_s,
+        decode_s=standing.decode_s,
+        served_s=standing.served_s,
+    )
+
+
+def standing_from_wire(wire: request_pb2.Standing) -> Standing:
+    """The standing that `standing_to_wire` sent."""
+    return Standing(wire.priority, wire.arrived_at_unix_s, wire.prefill_s, wire.decode_s, wire.served_s)
+
+
+def demand_to_wire(demand: KvDemand) -> kvstore_pb2.KvDemand:
+    """See `demand_from_wire`."""
+    return kvstore_pb2.KvDemand(
+        num_tokens=demand.num_tokens,
+        most_tokens=demand.most_tokens,
+        block_hashes=prefix.joined(demand.block_hashes),
+        max_cached_tokens=demand.max_cached_tokens,
+    )
+
+
+def demand_from_wire(wire: kvstore_pb2.KvDemand) -> KvDemand:
+    """The demand that `demand_to_wire` sent."""
+    return KvDemand(wire.num_tokens, wire.most_tokens, prefix.split(wire.block_hashes), wire.max_cached_tokens)
+
+
+def cost_to_wire(cost: StepCost) -> kvstore_pb2.StepCost:
+    """See `cost_from_wire`."""
+    return kvstore_pb2.StepCost(
+        base_s=cost.base_s,
+        per_token_s=cost.per_token_s,
+        per_context_s=cost.per_context_s,
+        mean_seqs=cost.mean_seqs,
+        mean_context=cost.mean_context,
+    )
+
+
+def cost_from_wire(wire: kvstore_pb2.StepCost) -> StepCost:
+    """The cost that `cost_to_wire` sent."""
+    return StepCost(wire.base_s, wire.per_token_s, wire.per_context_s, wire.mean_seqs, wire.mean_context)
 
 
 def _sampling_to_wire(sampling: Sampling) -> request_pb2.Sampling:

@@ -77,10 +77,12 @@ class GenerateRequest(_message.Message):
     truncate_prompt_tokens: _builtins.int
     """Keeps only the last N tokens of the prompt. Unset keeps all; 0 is refused."""
     priority: _builtins.int
-    """LOWER IS SOONER. Unset is 0. Requests of one priority are served in order of arrival."""
+    """LOWER IS SOONER. Unset is 0. Requests of one priority are served in the order that the mesh is configured for."""
     session_id: _builtins.str
     expected_output_tokens: _builtins.int
-    """The client's own estimate of the answer's length in tokens."""
+    """The client's own estimate of the answer's length in tokens, at least 1. It counts as far as the tenant's estimates
+    have turned out right before: a wrong one gains nothing.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -352,6 +354,7 @@ class ResponseOptions(_message.Message):
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     OUTPUT_LOGPROBS_FIELD_NUMBER: _builtins.int
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    SCHEDULING_FIELD_NUMBER: _builtins.int
     prompt_token_ids: _builtins.bool
     """Returns the prompt's token ids in prompt_info."""
     prompt_logprobs: _builtins.int
@@ -363,6 +366,8 @@ class ResponseOptions(_message.Message):
     """Log-probabilities of the answer's tokens, each with so many of the likeliest candidates (0..20)."""
     skip_special_tokens: _builtins.bool
     """Unset is true."""
+    scheduling: _builtins.bool
+    """Tells in `scheduling` why the request was served when it was."""
     def __init__(
         self,
         *,
@@ -372,10 +377,11 @@ class ResponseOptions(_message.Message):
         output_token_ids: _builtins.bool = ...,
         output_logprobs: _builtins.int | None = ...,
         skip_special_tokens: _builtins.bool | None = ...,
+        scheduling: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_output_logprobs", b"_output_logprobs", "_output_text", b"_output_text", "_prompt_logprobs", b"_prompt_logprobs", "_skip_special_tokens", b"_skip_special_tokens", "output_logprobs", b"output_logprobs", "output_text", b"output_text", "prompt_logprobs", b"prompt_logprobs", "skip_special_tokens", b"skip_special_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_output_logprobs", b"_output_logprobs", "_output_text", b"_output_text", "_prompt_logprobs", b"_prompt_logprobs", "_skip_special_tokens", b"_skip_special_tokens", "output_logprobs", b"output_logprobs", "output_text", b"output_text", "output_token_ids", b"output_token_ids", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "skip_special_tokens", b"skip_special_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_output_logprobs", b"_output_logprobs", "_output_text", b"_output_text", "_prompt_logprobs", b"_prompt_logprobs", "_skip_special_tokens", b"_skip_special_tokens", "output_logprobs", b"output_logprobs", "output_text", b"output_text", "output_token_ids", b"output_token_ids", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "scheduling", b"scheduling", "skip_special_tokens", b"skip_special_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__output_logprobs: _TypeAlias = _typing.Literal["output_logprobs"]  # noqa: Y015
     _WhichOneofArgType__output_logprobs: _TypeAlias = _typing.Literal["_output_logprobs", b"_output_logprobs"]  # noqa: Y015
@@ -429,6 +435,7 @@ class GenerateResponse(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     ALL_OUTPUTS_FIELD_NUMBER: _builtins.int
+    SCHEDULING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prompt_info(self) -> Global___PromptInfo:
         """In the first message only."""
@@ -443,6 +450,10 @@ class GenerateResponse(_message.Message):
     def all_outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceOutput]:
         """Generate with num_sequences above 1: every answer, in order of index; `outputs` is the first of them."""
 
+    @_builtins.property
+    def scheduling(self) -> Global___SchedulingInfo:
+        """In the first message, if response.scheduling is set: why the request was served when it was."""
+
     def __init__(
         self,
         *,
@@ -450,21 +461,81 @@ class GenerateResponse(_message.Message):
         outputs: Global___SequenceOutput | None = ...,
         timings: Global___RequestTimings | None = ...,
         all_outputs: _abc.Iterable[Global___SequenceOutput] | None = ...,
+        scheduling: Global___SchedulingInfo | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_info", b"_prompt_info", "_timings", b"_timings", "outputs", b"outputs", "prompt_info", b"prompt_info", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_info", b"_prompt_info", "_scheduling", b"_scheduling", "_timings", b"_timings", "outputs", b"outputs", "prompt_info", b"prompt_info", "scheduling", b"scheduling", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_info", b"_prompt_info", "_timings", b"_timings", "all_outputs", b"all_outputs", "outputs", b"outputs", "prompt_info", b"prompt_info", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_info", b"_prompt_info", "_scheduling", b"_scheduling", "_timings", b"_timings", "all_outputs", b"all_outputs", "outputs", b"outputs", "prompt_info", b"prompt_info", "scheduling", b"scheduling", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prompt_info: _TypeAlias = _typing.Literal["prompt_info"]  # noqa: Y015
     _WhichOneofArgType__prompt_info: _TypeAlias = _typing.Literal["_prompt_info", b"_prompt_info"]  # noqa: Y015
+    _WhichOneofReturnType__scheduling: _TypeAlias = _typing.Literal["scheduling"]  # noqa: Y015
+    _WhichOneofArgType__scheduling: _TypeAlias = _typing.Literal["_scheduling", b"_scheduling"]  # noqa: Y015
     _WhichOneofReturnType__timings: _TypeAlias = _typing.Literal["timings"]  # noqa: Y015
     _WhichOneofArgType__timings: _TypeAlias = _typing.Literal["_timings", b"_timings"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_info) -> _WhichOneofReturnType__prompt_info | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scheduling) -> _WhichOneofReturnType__scheduling | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__timings) -> _WhichOneofReturnType__timings | None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class SchedulingInfo(_message.Message):
+    """How the mesh decided when to serve a request; with several answers, the first of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    P50_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    P90_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    DECODE_S_FIELD_NUMBER: _builtins.int
+    WAITED_S_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    NUM_OVERTAKEN_FIELD_NUMBER: _builtins.int
+    policy: _builtins.str
+    """The order in use: fcfs, sjf, srtf, srtf-aged, hrrn or mlfq."""
+    reason: _builtins.str
+    """For people."""
+    p50_output_tokens: _builtins.float
+    """The expected answer, in tokens: half are no longer than the one, nine in ten than the other."""
+    p90_output_tokens: _builtins.float
+    source: _builtins.str
+    """Where that comes from: retrieved (prompts like this one), regressed, typical (of the model), cold (nothing is known
+    yet), hint (the client's), fixed (the request says it), floor (guesses do not rank), failed, or late (no guess in time).
+    """
+    prefill_s: _builtins.float
+    """Predicted work, in seconds of the request's own steps."""
+    decode_s: _builtins.float
+    waited_s: _builtins.float
+    """Seconds from arrival to the credit."""
+    decision: _builtins.int
+    """Counts what the unit admitted, from 1."""
+    num_overtaken: _builtins.int
+    """Requests for the same model that came before and waited on."""
+    def __init__(
+        self,
+        *,
+        policy: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        p50_output_tokens: _builtins.float = ...,
+        p90_output_tokens: _builtins.float = ...,
+        source: _builtins.str = ...,
+        prefill_s: _builtins.float = ...,
+        decode_s: _builtins.float = ...,
+        waited_s: _builtins.float = ...,
+        decision: _builtins.int = ...,
+        num_overtaken: _builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "decode_s", b"decode_s", "num_overtaken", b"num_overtaken", "p50_output_tokens", b"p50_output_tokens", "p90_output_tokens", b"p90_output_tokens", "policy", b"policy", "prefill_s", b"prefill_s", "reason", b"reason", "source", b"source", "waited_s", b"waited_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SchedulingInfo: _TypeAlias = SchedulingInfo  # noqa: Y015
 
 @_typing.final
 class PromptInfo(_message.Message):

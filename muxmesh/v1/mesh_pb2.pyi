@@ -184,6 +184,8 @@ class RouterModelStatus(_message.Message):
     NUM_RESTARTS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREDICTION_TAU_FIELD_NUMBER: _builtins.int
+    PREDICTIONS_USED_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     num_requests_waiting: _builtins.int
     num_requests_running: _builtins.int
@@ -192,6 +194,10 @@ class RouterModelStatus(_message.Message):
     num_restarts: _builtins.int
     prompt_tokens: _builtins.int
     output_tokens: _builtins.int
+    prediction_tau: _builtins.float
+    """How well predicted output lengths rank the answers: Kendall's tau over the last 256; unset with fewer than 100."""
+    predictions_used: _builtins.bool
+    """False: predictions rank too badly to be used, and every answer counts as equally long."""
     def __init__(
         self,
         *,
@@ -203,9 +209,16 @@ class RouterModelStatus(_message.Message):
         num_restarts: _builtins.int = ...,
         prompt_tokens: _builtins.int = ...,
         output_tokens: _builtins.int = ...,
+        prediction_tau: _builtins.float | None = ...,
+        predictions_used: _builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "num_requests_aborted", b"num_requests_aborted", "num_requests_finished", b"num_requests_finished", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_restarts", b"num_restarts", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prediction_tau", b"_prediction_tau", "prediction_tau", b"prediction_tau"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prediction_tau", b"_prediction_tau", "model", b"model", "num_requests_aborted", b"num_requests_aborted", "num_requests_finished", b"num_requests_finished", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_restarts", b"num_restarts", "output_tokens", b"output_tokens", "prediction_tau", b"prediction_tau", "predictions_used", b"predictions_used", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__prediction_tau: _TypeAlias = _typing.Literal["prediction_tau"]  # noqa: Y015
+    _WhichOneofArgType__prediction_tau: _TypeAlias = _typing.Literal["_prediction_tau", b"_prediction_tau"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prediction_tau) -> _WhichOneofReturnType__prediction_tau | None: ...
 
 Global___RouterModelStatus: _TypeAlias = RouterModelStatus  # noqa: Y015
 

@@ -23,7 +23,7 @@ from muxmesh.config.runtime import Role
 from muxmesh.engine.kv_view import KvView
 from muxmesh.errors import Unavailable
 from muxmesh.models.spec import KvShape
-from muxmesh.types import KvDemand, OrderKey
+from muxmesh.types import KvDemand, Standing
 
 SLAB_BYTES = 64 * 1024
 SHAPE = KvShape(num_layers=2, num_kv_heads=1, head_dim=16, block_size=8, dtype_bytes=4)
@@ -122,7 +122,7 @@ async def test_a_worker_writes_into_the_units_own_memory(server: Server) -> None
 async def test_a_killed_workers_leases_and_slot_come_back(server: Server) -> None:
     with worker_process(server, "prefill") as prefill, worker_process(server, "decode") as decode:
         await server.until_ready(2)
-        server.unit.offer(WaitingKey("r", 1, "m", OrderKey(0, 0.0), KvDemand(30, 30)))
+        server.unit.offer(WaitingKey("r", 1, "m", Standing(0, 0.0), KvDemand(30, 30)))
         (given,) = server.unit.give_room(0.0).credits
         server.unit.acquire(given.lease.ref, given.prefill.name)
         prefill.kill()
@@ -138,7 +138,7 @@ async def test_a_killed_workers_leases_and_slot_come_back(server: Server) -> Non
 async def test_a_silent_workers_leases_expire_with_it(server: Server) -> None:
     with worker_process(server, "prefill") as prefill, worker_process(server, "decode"):
         await server.until_ready(2)
-        server.unit.offer(WaitingKey("r", 1, "m", OrderKey(0, 0.0), KvDemand(30, 30)))
+        server.unit.offer(WaitingKey("r", 1, "m", Standing(0, 0.0), KvDemand(30, 30)))
         (given,) = server.unit.give_room(0.0).credits
         server.unit.acquire(given.lease.ref, given.prefill.name)
         prefill.send_signal(signal.SIGSTOP)
@@ -160,7 +160,7 @@ async def test_a_lost_worker_never_writes_into_blocks_that_are_anothers(server: 
         for turn in range(1, 6):
             writer = writers.enter_context(worker_process(server, "prefill", WRITER, str(size)))
             await server.until_ready(2)
-            server.unit.offer(WaitingKey("r", turn, "m", OrderKey(0, 0.0), KvDemand(capacity, capacity)))
+            server.unit.offer(WaitingKey("r", turn, "m", Standing(0, 0.0), KvDemand(capacity, capacity)))
             (given,) = server.unit.give_room(0.0).credits
             lease = server.unit.acquire(given.lease.ref, given.prefill.name)
             places = [int(offset) for offset in view.block_offsets(lease.block_ids)]
@@ -174,7 +174,7 @@ async def test_a_lost_worker_never_writes_into_blocks_that_are_anothers(server: 
                 assert all((view.pool[place : place + size] == turn).all() for place in places)
                 await asyncio.sleep(rng.uniform(0.0, 0.005))
             writer.send_signal(signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
-            server.unit.offer(WaitingKey("r", -turn, "m", OrderKey(0, 0.0), KvDemand(8, 8)))
+            server.unit.offer(WaitingKey("r", -turn, "m", Standing(0, 0.0), KvDemand(8, 8)))
             while given.prefill.name in server.unit.workers:
                 assert server.unit.give_room(0.0).credits == [], "its blocks were given away while it could still write"
                 if fault == "stopped for a moment":

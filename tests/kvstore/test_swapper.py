@@ -29,12 +29,12 @@ from muxmesh.models.spec import KvShape
 from muxmesh.prefix import block_hashes
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.server import MeshServer
-from muxmesh.types import KvDemand, Lease, LeaseRef, OrderKey
+from muxmesh.types import KvDemand, Lease, LeaseRef, Standing
 
 SHAPE = KvShape(num_layers=2, num_kv_heads=1, head_dim=16, block_size=8, dtype_bytes=4)
 SLAB_BYTES = 8 * SHAPE.token_block_bytes
 SWAP_BYTES = 16 * PAGE_BYTES
-ORDER = OrderKey(0, 0.0)
+ORDER = Standing(0, 0.0)
 
 
 class Parts:
@@ -51,7 +51,7 @@ class Parts:
         """A lease that ``worker`` has; each of its blocks holds its own number."""
         self.num_leases += 1
         key_id = self.num_leases
-        self.unit.offer(WaitingKey("r", key_id, "m", OrderKey(0, float(key_id)), KvDemand(num_tokens, num_tokens)))
+        self.unit.offer(WaitingKey("r", key_id, "m", Standing(0, float(key_id)), KvDemand(num_tokens, num_tokens)))
         (given,) = self.unit.give_room(0.0).credits
         held = self.unit.acquire(given.lease.ref, given.prefill.name)
         lease = self.unit.move(held.ref, given.prefill.name, worker, num_tokens, (), b"")
@@ -176,7 +176,7 @@ async def test_a_younger_request_does_not_get_the_room_of_who_gave_way(parts: Pa
     """The room of a swapped answer is given out only when the answer itself asks again, in order."""
     lease = parts.lease(decode_worker(parts), parts.capacity)
     demand = KvDemand(parts.capacity, parts.capacity)
-    parts.unit.offer(WaitingKey("r", 99, "m", OrderKey(0, 9.0), demand))
+    parts.unit.offer(WaitingKey("r", 99, "m", Standing(0, 9.0), demand))
     await parts.swapper.copy_out(lease.ref, lease.block_ids, parts.capacity, "raw", ())
     block_ids, num_cached = await parts.leases.swap_in(lease.ref, ORDER, demand)
     assert len(block_ids) * SHAPE.block_size == parts.capacity

@@ -22,8 +22,9 @@ from kvstore.unit import (
 from muxmesh.config.runtime import Role
 from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
 from muxmesh.models.spec import KvShape
+from muxmesh.order import FCFS
 from muxmesh.prefix import block_hashes
-from muxmesh.types import KvDemand, Lease, LeaseRef, OrderKey
+from muxmesh.types import KvDemand, Lease, LeaseRef, Standing
 
 SHAPES = {
     "a": KvShape(num_layers=2, num_kv_heads=1, head_dim=16, block_size=8, dtype_bytes=4),
@@ -55,7 +56,7 @@ def key(key_id: int, model: str = "a", num_tokens: int = 8, priority: int = 0, a
     hashes: tuple[bytes, ...] = (), max_cached: int = 0,
 ) -> WaitingKey:  # fmt: skip
     return WaitingKey(
-        "router", key_id, model, OrderKey(priority, arrived), KvDemand(num_tokens, num_tokens, hashes, max_cached)
+        "router", key_id, model, Standing(priority, arrived), KvDemand(num_tokens, num_tokens, hashes, max_cached)
     )
 
 
@@ -249,7 +250,7 @@ def test_a_swapped_lease_has_pages_instead_of_token_blocks_and_comes_back_in_ord
     unit.leases.swapped_out(lease.ref, worker)
     assert (unit.blocks.num_in_use("a"), unit.swap.num_free_pages) == (0, 1)
     unit.offer(key(2, num_tokens=8, arrived=9.0))
-    unit.ask_swap_in(lease.ref, worker, KvDemand(capacity, capacity), OrderKey(0, 0.0))
+    unit.ask_swap_in(lease.ref, worker, KvDemand(capacity, capacity), Standing(0, 0.0))
     given = unit.give_room(1.0)
     assert ([swap.lease_id for swap in given.swap_ins], given.credits) == ([lease.ref.lease_id], [])
     assert len(given.swap_ins[0].block_ids) * 8 == capacity
@@ -267,7 +268,7 @@ def test_what_is_still_cached_need_not_be_copied_back() -> None:
     hashes = block_hashes(range(39), 8, "")
     unit.leases.swap_out(lease.ref, worker, PAGE_BYTES)
     unit.leases.swapped_out(lease.ref, worker, hashes)
-    unit.ask_swap_in(lease.ref, worker, KvDemand(48, 64, hashes, 39), OrderKey(0, 0.0))
+    unit.ask_swap_in(lease.ref, worker, KvDemand(48, 64, hashes, 39), Standing(0, 0.0))
     (swap_in,) = unit.give_room(1.0).swap_ins
     assert (swap_in.block_ids[:4], swap_in.num_cached, len(swap_in.block_ids)) == (lease.block_ids[:4], 4, 6)
 
@@ -281,7 +282,7 @@ def test_a_swapped_lease_that_ends_leaves_nothing(when: str) -> None:
     if when != "copied out":
         unit.leases.swapped_out(lease.ref, worker)
     if when in {"waiting", "copied in"}:
-        unit.ask_swap_in(lease.ref, worker, KvDemand(48, 64), OrderKey(0, 0.0))
+        unit.ask_swap_in(lease.ref, worker, KvDemand(48, 64), Standing(0, 0.0))
     if when == "copied in":
         assert unit.give_room(1.0).swap_ins
     unit.release(lease.ref, worker)
@@ -299,7 +300,7 @@ def test_a_dead_workers_swapped_leases_wait_no_longer() -> None:
     lease, worker = decoding(unit, 1, 40)
     unit.leases.swap_out(lease.ref, worker, PAGE_BYTES)
     unit.leases.swapped_out(lease.ref, worker)
-    unit.ask_swap_in(lease.ref, worker, KvDemand(48, 64), OrderKey(0, 0.0))
+    unit.ask_swap_in(lease.ref, worker, KvDemand(48, 64), Standing(0, 0.0))
     assert unit.worker_exited(worker) == 1
     assert unit.give_room(1.0) == RoomGiven()
     assert unit.swap.num_free_pages == 4
@@ -324,7 +325,7 @@ def test_a_loan_that_does_not_end_gives_way_to_a_claim_the_last_in_order_first()
         assert unit.give_room(now_s).give_way == asked, "the same until it has"
         unit.leases.swap_out(lease.ref, worker, PAGE_BYTES)
         unit.leases.swapped_out(lease.ref, worker)
-        unit.ask_swap_in(lease.ref, worker, KvDemand(slab["a"], slab["a"]), OrderKey(0, 0.0))
+        unit.ask_swap_in(lease.ref, worker, KvDemand(slab["a"], slab["a"]), Standing(0, 0.0))
         now_s += RECLAIM_EVERY_S
     given = unit.give_room(now_s)
     assert ([credit.key_id for credit in given.credits], given.swap_ins, given.give_way) == ([9], [], [])
@@ -460,7 +461,7 @@ class UnitMachine(RuleBasedStateMachine):
         hashes = self.prefix_of[lease.ref.lease_id]
         demand = KvDemand(num_tokens, 512, hashes, min(num_tokens, len(hashes) * SHAPES[lease.model].block_size))
         with contextlib.suppress(LeaseLost):
-            self.unit.ask_swap_in(lease.ref, owner, demand, OrderKey(0, self.now_s))
+            self.unit.ask_swap_in(lease.ref, owner, demand, Standing(0, self.now_s))
 
     @rule(lease_of=held)
     def swapped_in(self, lease_of: tuple[Lease, str]) -> None:
@@ -532,7 +533,8 @@ class UnitMachine(RuleBasedStateMachine):
             shape = SHAPES[waiting.model]
             has_slot = unit._num_taken(waiting.model) < unit.models[waiting.model].max_num_seqs
             first = min(
-                (k for k in unit.admission._waiting.values() if k.model == waiting.model), key=lambda k: k.order
+                (k for k in unit.admission._waiting.values() if k.model == waiting.model),
+                key=lambda k: FCFS.key(k.standing, 0.0),
             )
             needed = -(-first.demand.num_tokens // shape.block_size)
             if has_slot and unit.blocks.num_slabs_with(first.model, needed) <= unit.quotas[first.model]:

@@ -3,12 +3,12 @@
 import pytest
 
 from muxmesh.prefix import block_hashes, chain_of, joined, kv_demand, split
-from muxmesh.types import EngineRequest, OrderKey, Sampling, Stopping
+from muxmesh.types import EngineRequest, Sampling, Standing, Stopping
 
 
 def request(num_prompt: int, **fields: object) -> EngineRequest:
     prompt = tuple(range(num_prompt))
-    return EngineRequest("r", "m", prompt, fields.pop("sampling", Sampling()), Stopping(10), OrderKey(0, 0.0), **fields)  # type: ignore[arg-type]
+    return EngineRequest("r", "m", prompt, fields.pop("sampling", Sampling()), Stopping(10), Standing(0, 0.0), **fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -1,46 +1,47 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muxmesh.types import KvDemand, OrderKey
+from muxmesh.order import FCFS
+from muxmesh.types import KvDemand, Standing
 from router.queue import Waiting, WaitingRequests
 
 
 def waiting(key_id: int, priority: int = 0, model: str = "m") -> Waiting:
-    return Waiting(key_id, model, OrderKey(priority, float(key_id)), KvDemand(10, 10))
+    return Waiting(key_id, model, Standing(priority, float(key_id)), KvDemand(10, 10))
 
 
 def test_only_the_best_are_shown() -> None:
     queue = WaitingRequests(shown_per_model=2)
     for key_id in (1, 2, 3):
         queue.add(waiting(key_id))
-    assert [shown.key_id for shown in queue.show_next()] == [1, 2]
-    assert queue.show_next() == []
+    assert [shown.key_id for shown in queue.show_next(0.0)] == [1, 2]
+    assert queue.show_next(0.0) == []
 
 
 def test_a_better_request_is_shown_though_the_window_is_full() -> None:
     queue = WaitingRequests(shown_per_model=1)
     queue.add(waiting(1))
-    queue.show_next()
+    queue.show_next(0.0)
     queue.add(waiting(2, priority=-1))
-    assert [shown.key_id for shown in queue.show_next()] == [2]
+    assert [shown.key_id for shown in queue.show_next(0.0)] == [2]
 
 
 def test_the_next_one_is_shown_when_one_leaves() -> None:
     queue = WaitingRequests(shown_per_model=1)
     queue.add(waiting(1))
     queue.add(waiting(2))
-    queue.show_next()
+    queue.show_next(0.0)
     assert queue.remove(1) is True
-    assert [shown.key_id for shown in queue.show_next()] == [2]
+    assert [shown.key_id for shown in queue.show_next(0.0)] == [2]
     assert queue.remove(7) is False
 
 
 def test_everything_is_shown_again_to_a_unit_that_was_restarted() -> None:
     queue = WaitingRequests()
     queue.add(waiting(1))
-    queue.show_next()
+    queue.show_next(0.0)
     queue.hide_all()
-    assert [shown.key_id for shown in queue.show_next()] == [1]
+    assert [shown.key_id for shown in queue.show_next(0.0)] == [1]
 
 
 @given(st.lists(st.tuples(st.integers(-2, 2), st.sampled_from("ab"), st.booleans()), max_size=40))
@@ -49,15 +50,17 @@ def test_what_is_shown_is_never_worse_than_what_is_not(requests: list[tuple[int,
     for key_id, (priority, model, leave) in enumerate(requests):
         entry = alive[key_id] = waiting(key_id, priority, model)
         queue.add(entry)
-        shown |= {fresh.key_id for fresh in queue.show_next()}
+        shown |= {fresh.key_id for fresh in queue.show_next(0.0)}
         if leave:
             gone = min(alive)
             queue.remove(gone)
             shown.discard(gone)
             del alive[gone]
-            shown |= {fresh.key_id for fresh in queue.show_next()}
+            shown |= {fresh.key_id for fresh in queue.show_next(0.0)}
     for model in "ab":
-        best = sorted((entry.order, key_id) for key_id, entry in alive.items() if entry.model == model)[:3]
+        best = sorted(
+            (FCFS.key(entry.standing, 0.0), key_id) for key_id, entry in alive.items() if entry.model == model
+        )[:3]
         assert {key_id for _, key_id in best} <= shown
         assert queue.count(model) == sum(entry.model == model for entry in alive.values())
     assert len(queue) == len(alive)

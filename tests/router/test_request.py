@@ -9,11 +9,11 @@ from muxmesh.clock import ManualClock
 from muxmesh.config.schema import ModelConfig
 from muxmesh.engine.api import Finished, Tokens
 from muxmesh.errors import EngineFailed, InternalError, InvalidRequest, LeaseLost, MeshError, WorkerLost
-from muxmesh.types import EngineRequest, Finish, FinishReason, KvDemand, LeaseRef, OrderKey, Sampling, Stopping
+from muxmesh.types import EngineRequest, Finish, FinishReason, KvDemand, LeaseRef, Sampling, Standing, Stopping
 from router.credits import Credit
 from router.request import Progress, RequestDriver
 
-REQUEST = EngineRequest("r", "m", (40, 41), Sampling(), Stopping(6), OrderKey(0, 0.0))
+REQUEST = EngineRequest("r", "m", (40, 41), Sampling(), Stopping(6), Standing(0, 0.0))
 END = Finished(Finish(FinishReason.LENGTH))
 Script = list[list[int | MeshError | Finished]]
 
@@ -24,7 +24,7 @@ class Credits:
     def __init__(self) -> None:
         self.out = 0
 
-    async def wait_for_credit(self, model: str, order: OrderKey, demand: KvDemand) -> Credit:
+    async def wait_for_credit(self, model: str, standing: Standing, demand: KvDemand) -> Credit:
         assert demand.num_tokens == 8
         self.out += 1
         return Credit(LeaseRef(self.out, 1), "p", "", "d", "")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from muxmesh.client.aio import Delta, Finish, MeshClient
 from muxmesh.clock import SystemClock
 from muxmesh.config.schema import MeshConfig
+from muxmesh.errors import MeshError
 from muxmesh.models.prepare import prepare_model
 from muxmesh.supervisor.mesh import Mesh, free_listen_address, make_runtime
 from muxmesh.supervisor.process import SupervisedProcess
@@ -35,6 +38,21 @@ class RunningMesh:
         pid = self.process(name).pid
         assert pid is not None
         return pid
+
+    async def restart(self, name: str) -> None:
+        """Ends a process in order, and waits until another serves in its place."""
+        before = self.pid(name)
+        self.process(name).signal(signal.SIGTERM)
+        async with asyncio.timeout(30):
+            while self.process(name).pid in (None, before) or not await self._serves():
+                await asyncio.sleep(0.05)
+
+    async def _serves(self) -> bool:
+        try:
+            await self.client.list_models(timeout_s=1.0)
+        except MeshError:
+            return False
+        return True
 
     async def unit(self) -> mesh_pb2.UnitStatus:
         return (await self.client.status()).units[0]
@@ -63,8 +81,13 @@ class RunningMesh:
 
 
 @asynccontextmanager
-async def running_mesh(state_dir: Path, **config: Any) -> AsyncIterator[RunningMesh]:
-    """Starts a mesh with this configuration; afterwards checks that no process is left."""
+async def running_mesh(
+    state_dir: Path, modules: Mapping[str, str] | None = None, **config: Any
+) -> AsyncIterator[RunningMesh]:
+    """Starts a mesh with this configuration; afterwards checks that no process is left.
+
+    ``modules``: what runs instead of a process's own module.
+    """
     parsed = MeshConfig.model_validate({"listen": "127.0.0.1:0", **config})
     parsed = parsed.model_copy(update={"listen": free_listen_address(parsed.listen)})
     cache_dir = Path(os.environ["MUXMESH_CACHE_DIR"])
@@ -75,6 +98,10 @@ async def running_mesh(state_dir: Path, **config: Any) -> AsyncIterator[RunningM
     lines: list[str] = []
     runtime = make_runtime(parsed, prepared, state_dir, cache_dir)
     mesh = Mesh(runtime, state_dir, lambda name, line: lines.append(f"{name} | {line}"), SystemClock())
+    for process in mesh.processes:
+        if (module := (modules or {}).get(process.spec.name)) is not None:
+            interpreter, dash_m, _, *arguments = process.spec.command
+            process.spec = replace(process.spec, command=(interpreter, dash_m, module, *arguments))
     pids: set[int] = set()
     try:
         await mesh.start()

@@ -84,17 +84,38 @@ class RequestKey(_message.Message):
 
     KEY_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
-    PRIORITY_FIELD_NUMBER: _builtins.int
-    ARRIVED_AT_UNIX_S_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
+    DEMAND_FIELD_NUMBER: _builtins.int
+    key_id: _builtins.int
+    """Chosen by the router, unique within the stream."""
+    model: _builtins.str
+    @_builtins.property
+    def standing(self) -> _request_pb2.Standing: ...
+    @_builtins.property
+    def demand(self) -> Global___KvDemand: ...
+    def __init__(
+        self,
+        *,
+        key_id: _builtins.int = ...,
+        model: _builtins.str = ...,
+        standing: _request_pb2.Standing | None = ...,
+        demand: Global___KvDemand | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["demand", b"demand", "standing", b"standing"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand", b"demand", "key_id", b"key_id", "model", b"model", "standing", b"standing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___RequestKey: _TypeAlias = RequestKey  # noqa: Y015
+
+@_typing.final
+class KvDemand(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     MOST_TOKENS_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     MAX_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
-    key_id: _builtins.int
-    """Chosen by the router, unique within the stream."""
-    model: _builtins.str
-    priority: _builtins.int
-    arrived_at_unix_s: _builtins.float
     num_tokens: _builtins.int
     """What is reserved at first: all known tokens and a part of the answer."""
     most_tokens: _builtins.int
@@ -106,19 +127,15 @@ class RequestKey(_message.Message):
     def __init__(
         self,
         *,
-        key_id: _builtins.int = ...,
-        model: _builtins.str = ...,
-        priority: _builtins.int = ...,
-        arrived_at_unix_s: _builtins.float = ...,
         num_tokens: _builtins.int = ...,
         most_tokens: _builtins.int = ...,
         block_hashes: _builtins.bytes = ...,
         max_cached_tokens: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at_unix_s", b"arrived_at_unix_s", "block_hashes", b"block_hashes", "key_id", b"key_id", "max_cached_tokens", b"max_cached_tokens", "model", b"model", "most_tokens", b"most_tokens", "num_tokens", b"num_tokens", "priority", b"priority"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "max_cached_tokens", b"max_cached_tokens", "most_tokens", b"most_tokens", "num_tokens", b"num_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
-Global___RequestKey: _TypeAlias = RequestKey  # noqa: Y015
+Global___KvDemand: _TypeAlias = KvDemand  # noqa: Y015
 
 @_typing.final
 class AdmitResponse(_message.Message):
@@ -126,27 +143,106 @@ class AdmitResponse(_message.Message):
 
     CREDIT_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    COSTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def credit(self) -> Global___Credit: ...
     @_builtins.property
     def refused(self) -> Global___KeyRefused:
         """The key can never be served by this unit."""
 
+    @_builtins.property
+    def costs(self) -> Global___UnitCosts:
+        """What steps take now; sent when it has changed."""
+
     def __init__(
         self,
         *,
         credit: Global___Credit | None = ...,
         refused: Global___KeyRefused | None = ...,
+        costs: Global___UnitCosts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "message", b"message", "refused", b"refused"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "credit", b"credit", "message", b"message", "refused", b"refused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "message", b"message", "refused", b"refused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "credit", b"credit", "message", b"message", "refused", b"refused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["credit", "refused"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["credit", "refused", "costs"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___AdmitResponse: _TypeAlias = AdmitResponse  # noqa: Y015
+
+@_typing.final
+class UnitCosts(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelCost]: ...
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___ModelCost] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___UnitCosts: _TypeAlias = UnitCosts  # noqa: Y015
+
+@_typing.final
+class ModelCost(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    @_builtins.property
+    def prefill(self) -> Global___StepCost: ...
+    @_builtins.property
+    def decode(self) -> Global___StepCost: ...
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        prefill: Global___StepCost | None = ...,
+        decode: Global___StepCost | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "model", b"model", "prefill", b"prefill"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ModelCost: _TypeAlias = ModelCost  # noqa: Y015
+
+@_typing.final
+class StepCost(_message.Message):
+    """Seconds of a step, see muxmesh/cost.py."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_S_FIELD_NUMBER: _builtins.int
+    PER_TOKEN_S_FIELD_NUMBER: _builtins.int
+    PER_CONTEXT_S_FIELD_NUMBER: _builtins.int
+    MEAN_SEQS_FIELD_NUMBER: _builtins.int
+    MEAN_CONTEXT_FIELD_NUMBER: _builtins.int
+    base_s: _builtins.float
+    per_token_s: _builtins.float
+    per_context_s: _builtins.float
+    mean_seqs: _builtins.float
+    mean_context: _builtins.float
+    def __init__(
+        self,
+        *,
+        base_s: _builtins.float = ...,
+        per_token_s: _builtins.float = ...,
+        per_context_s: _builtins.float = ...,
+        mean_seqs: _builtins.float = ...,
+        mean_context: _builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_s", b"base_s", "mean_context", b"mean_context", "mean_seqs", b"mean_seqs", "per_context_s", b"per_context_s", "per_token_s", b"per_token_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___StepCost: _TypeAlias = StepCost  # noqa: Y015
 
 @_typing.final
 class Credit(_message.Message):
@@ -156,7 +252,13 @@ class Credit(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     PREFILL_FIELD_NUMBER: _builtins.int
     DECODE_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    NUM_OVERTAKEN_FIELD_NUMBER: _builtins.int
     key_id: _builtins.int
+    decision: _builtins.int
+    """Counts the credits of this unit, from 1: the order of its decisions."""
+    num_overtaken: _builtins.int
+    """Keys for the same model that came before this one and wait on."""
     @_builtins.property
     def lease(self) -> _request_pb2.LeaseRef: ...
     @_builtins.property
@@ -170,10 +272,12 @@ class Credit(_message.Message):
         lease: _request_pb2.LeaseRef | None = ...,
         prefill: Global___WorkerRef | None = ...,
         decode: Global___WorkerRef | None = ...,
+        decision: _builtins.int = ...,
+        num_overtaken: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "lease", b"lease", "prefill", b"prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "key_id", b"key_id", "lease", b"lease", "prefill", b"prefill"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "decode", b"decode", "key_id", b"key_id", "lease", b"lease", "num_overtaken", b"num_overtaken", "prefill", b"prefill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Credit: _TypeAlias = Credit  # noqa: Y015
@@ -517,34 +621,26 @@ class SwapInRequest(_message.Message):
 
     LEASE_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
-    PRIORITY_FIELD_NUMBER: _builtins.int
-    ARRIVED_AT_UNIX_S_FIELD_NUMBER: _builtins.int
-    NUM_TOKENS_FIELD_NUMBER: _builtins.int
-    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
-    MAX_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
+    DEMAND_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
-    priority: _builtins.int
-    """As in RequestKey."""
-    arrived_at_unix_s: _builtins.float
-    num_tokens: _builtins.int
-    block_hashes: _builtins.bytes
-    max_cached_tokens: _builtins.int
     @_builtins.property
     def lease(self) -> _request_pb2.LeaseRef: ...
+    @_builtins.property
+    def standing(self) -> _request_pb2.Standing: ...
+    @_builtins.property
+    def demand(self) -> Global___KvDemand: ...
     def __init__(
         self,
         *,
         lease: _request_pb2.LeaseRef | None = ...,
         owner: _builtins.str = ...,
-        priority: _builtins.int = ...,
-        arrived_at_unix_s: _builtins.float = ...,
-        num_tokens: _builtins.int = ...,
-        block_hashes: _builtins.bytes = ...,
-        max_cached_tokens: _builtins.int = ...,
+        standing: _request_pb2.Standing | None = ...,
+        demand: Global___KvDemand | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["demand", b"demand", "lease", b"lease", "standing", b"standing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at_unix_s", b"arrived_at_unix_s", "block_hashes", b"block_hashes", "lease", b"lease", "max_cached_tokens", b"max_cached_tokens", "num_tokens", b"num_tokens", "owner", b"owner", "priority", b"priority"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand", b"demand", "lease", b"lease", "owner", b"owner", "standing", b"standing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SwapInRequest: _TypeAlias = SwapInRequest  # noqa: Y015

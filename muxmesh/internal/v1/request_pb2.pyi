@@ -48,8 +48,7 @@ class EngineRequest(_message.Message):
     RESUME_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
-    PRIORITY_FIELD_NUMBER: _builtins.int
-    ARRIVED_AT_UNIX_S_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
     PREDICTION_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
@@ -57,9 +56,6 @@ class EngineRequest(_message.Message):
     KV_SWAP_FORMAT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
-    priority: _builtins.int
-    """Lower is sooner."""
-    arrived_at_unix_s: _builtins.float
     sequence: _builtins.int
     """Tells apart the answers to one prompt."""
     cache_salt: _builtins.str
@@ -77,6 +73,8 @@ class EngineRequest(_message.Message):
     @_builtins.property
     def stopping(self) -> Global___Stopping: ...
     @_builtins.property
+    def standing(self) -> Global___Standing: ...
+    @_builtins.property
     def prediction(self) -> Global___LengthPrediction: ...
     def __init__(
         self,
@@ -87,23 +85,54 @@ class EngineRequest(_message.Message):
         resume_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: Global___Sampling | None = ...,
         stopping: Global___Stopping | None = ...,
-        priority: _builtins.int = ...,
-        arrived_at_unix_s: _builtins.float = ...,
+        standing: Global___Standing | None = ...,
         prediction: Global___LengthPrediction | None = ...,
         sequence: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
         bypass_prefix_cache: _builtins.bool = ...,
         kv_swap_format: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "prediction", b"prediction", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "prediction", b"prediction", "sampling", b"sampling", "standing", b"standing", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "arrived_at_unix_s", b"arrived_at_unix_s", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "kv_swap_format", b"kv_swap_format", "model", b"model", "prediction", b"prediction", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "sequence", b"sequence", "stopping", b"stopping"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "kv_swap_format", b"kv_swap_format", "model", b"model", "prediction", b"prediction", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "sequence", b"sequence", "standing", b"standing", "stopping", b"stopping"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prediction: _TypeAlias = _typing.Literal["prediction"]  # noqa: Y015
     _WhichOneofArgType__prediction: _TypeAlias = _typing.Literal["_prediction", b"_prediction"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prediction) -> _WhichOneofReturnType__prediction | None: ...
 
 Global___EngineRequest: _TypeAlias = EngineRequest  # noqa: Y015
+
+@_typing.final
+class Standing(_message.Message):
+    """What decides when it is its turn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    ARRIVED_AT_UNIX_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    DECODE_S_FIELD_NUMBER: _builtins.int
+    SERVED_S_FIELD_NUMBER: _builtins.int
+    priority: _builtins.int
+    """Lower is sooner."""
+    arrived_at_unix_s: _builtins.float
+    prefill_s: _builtins.float
+    """Predicted work, in seconds of its own steps: left of the prompt, left of the answer, and done."""
+    decode_s: _builtins.float
+    served_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        priority: _builtins.int = ...,
+        arrived_at_unix_s: _builtins.float = ...,
+        prefill_s: _builtins.float = ...,
+        decode_s: _builtins.float = ...,
+        served_s: _builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at_unix_s", b"arrived_at_unix_s", "decode_s", b"decode_s", "prefill_s", b"prefill_s", "priority", b"priority", "served_s", b"served_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Standing: _TypeAlias = Standing  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from muxmesh.clock import SystemClock
 from muxmesh.config.schema import SimProfile
 from muxmesh.engine.api import (
     Engine,
@@ -27,7 +28,7 @@ from muxmesh.engine.sim import SimRunner
 from muxmesh.engine.step import Runner, Step, StepOutcome
 from muxmesh.engine.step_engine import StepEngine
 from muxmesh.engine.torch_engine.runner import TorchRunner
-from muxmesh.types import EngineRequest, FinishReason, OrderKey, Sampling, Stopping
+from muxmesh.types import EngineRequest, FinishReason, Sampling, Standing, Stopping
 from tests.support.tiny import TinyShape, tiny_runner, write_tiny_model
 
 BLOCKS = {1: (0, 1, 2, 3), 2: (4, 5, 6, 7), 3: (8, 9, 10, 11)}
@@ -44,7 +45,7 @@ async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     runner = SimRunner(SimProfile(), range(35, 93), 0)
     if request.param == "torch":
         runner = request.getfixturevalue("torch_runner")
-    step_engine = StepEngine(Scheduler(8, 32, 16), runner, FreeGrant())
+    step_engine = StepEngine(Scheduler(8, 32, 16), runner, FreeGrant(), SystemClock())
     await step_engine.start()
     yield step_engine
     await step_engine.stop()
@@ -64,7 +65,7 @@ def job(
         prompt_token_ids=tuple(range(40, 60)),
         sampling=Sampling(temperature, seed=42),
         stopping=Stopping(max_new_tokens),
-        order=OrderKey(0, float(job_id)),
+        standing=Standing(0, float(job_id)),
         resume_token_ids=resume,
     )
     return EngineJob(job_id, request, until, BLOCKS[job_id], **more)
@@ -143,7 +144,7 @@ async def test_a_preempted_job_waits_and_goes_on(engine: Engine) -> None:
                     engine.preempt(1)
             elif isinstance(event, Preempted):
                 assert event.kv_kept
-                engine.reprioritise(1, OrderKey(-1, 0.0))
+                engine.reprioritise(1, Standing(-1, 0.0))
                 engine.resume(1)
     assert tuple(got) == whole
 
@@ -207,7 +208,7 @@ async def test_counters_grow(engine: Engine) -> None:
 
 
 async def test_stopping_ends_every_job(torch_runner: Runner) -> None:
-    step_engine = StepEngine(Scheduler(8, 32, 16), torch_runner, FreeGrant())
+    step_engine = StepEngine(Scheduler(8, 32, 16), torch_runner, FreeGrant(), SystemClock())
     await step_engine.start()
     events = step_engine.submit(job(max_new_tokens=40))
     await anext(events)
@@ -235,7 +236,7 @@ class FlakyRunner:
 
 async def test_a_runner_that_raises_costs_the_step_and_not_the_engine(caplog: pytest.LogCaptureFixture) -> None:
     make: Callable[[], Runner] = lambda: SimRunner(SimProfile(), range(35, 93), 0)  # noqa: E731
-    step_engine = StepEngine(Scheduler(8, 32, 16), FlakyRunner({1}, make()), FreeGrant())
+    step_engine = StepEngine(Scheduler(8, 32, 16), FlakyRunner({1}, make()), FreeGrant(), SystemClock())
     await step_engine.start()
     _, others = await collect(step_engine.submit(job(1)))
     assert others == [Failed("ArithmeticError: nan in layer 3")]
@@ -246,10 +247,12 @@ async def test_a_runner_that_raises_costs_the_step_and_not_the_engine(caplog: py
 
 
 async def test_a_bug_in_the_loop_ends_every_job_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    def observe(step: Step, outcome: StepOutcome) -> None:
+    def observe(step: Step, outcome: StepOutcome, seconds: float) -> None:
         raise KeyError("a bug")
 
-    step_engine = StepEngine(Scheduler(8, 32, 16), SimRunner(SimProfile(), range(35, 93), 0), FreeGrant(), observe)
+    step_engine = StepEngine(
+        Scheduler(8, 32, 16), SimRunner(SimProfile(), range(35, 93), 0), FreeGrant(), SystemClock(), observe
+    )
     await step_engine.start()
     _, others = await collect(step_engine.submit(job(1)))
     assert [type(event) for event in others] == [Failed]

@@ -5,7 +5,7 @@ import pytest
 from muxmesh.engine.api import EngineJob, Failed, Finished, Preempted, PrefillDone, Tokens, Until
 from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.step import Drawn, Step, StepOutcome
-from muxmesh.types import EngineRequest, Finish, FinishReason, OrderKey, Sampling, Stopping
+from muxmesh.types import EngineRequest, Finish, FinishReason, Sampling, Standing, Stopping
 
 
 def job(
@@ -24,7 +24,7 @@ def job(
         prompt_token_ids=tuple(range(100, 100 + prompt)),
         sampling=Sampling(seed=5),
         stopping=stopping or Stopping(max_new_tokens=3, eos_token_ids=frozenset({0}), stop_token_ids=frozenset({9})),
-        order=OrderKey(priority, float(job_id)),
+        standing=Standing(priority, float(job_id)),
         resume_token_ids=resume,
     )
     return EngineJob(job_id, request, until, num_computed_tokens=computed, sampled_token_ids=sampled)
@@ -84,7 +84,7 @@ def test_reprioritise_takes_effect_with_the_next_step() -> None:
     jobs = scheduler(max_num_seqs=1)
     jobs.add(job(1))
     jobs.add(job(2))
-    jobs.reprioritise(2, OrderKey(-5, 0.0))
+    jobs.reprioritise(2, Standing(-5, 0.0))
     assert [chunk[0] for chunk in shape(jobs.next_step())] == [2]
 
 

@@ -10,8 +10,8 @@ from muxmesh.types import (
     Lease,
     LeaseRef,
     LengthPrediction,
-    OrderKey,
     Sampling,
+    Standing,
     Stopping,
     TokenLogprobs,
 )
@@ -43,7 +43,7 @@ REQUESTS = st.builds(
     prompt_token_ids=IDS,
     sampling=SAMPLING,
     stopping=st.builds(Stopping, TOKEN, TOKEN, SET, SET),
-    order=st.builds(OrderKey, st.integers(-(2**31), 2**31 - 1), st.floats(0, 1e10)),
+    standing=st.builds(Standing, st.integers(-(2**31), 2**31 - 1), st.floats(0, 1e10)),
     resume_token_ids=IDS,
     prediction=st.none() | st.builds(LengthPrediction, FLOAT, FLOAT),
 )

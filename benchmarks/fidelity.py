@@ -1,0 +1,84 @@
+"""The simulator beside the real mesh of sim engines: the same workload, arrivals, lengths and orders.
+
+`python -m benchmarks.fidelity`: mean latencies and the order of first tokens, for each policy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import sys
+from typing import Any
+
+import numpy as np
+import uvloop
+
+from benchmarks.mesh_process import up
+from benchmarks.report import OUT, Report
+from loadtest.drive import Driver
+from loadtest.mesh_target import MeshTarget
+from loadtest.record import Record
+from loadtest.spec import parse_spec
+from loadtest.workload import plan, sketch
+from muxmesh.clock import SystemClock
+from muxmesh.config.schema import MeshConfig
+from muxmesh.models.spec import SIM_SPEC
+from muxmesh.predictor.quality import kendall_tau
+from simulator.forecasts import Known
+from simulator.run import simulate
+
+WORKLOAD = "rate=5.6 lengths=U(20,200)/(5,120) requests=200 seed=3"
+POLICIES = ("fcfs", "srtf-aged", "hrrn")
+
+
+def config(policy: str) -> dict[str, Any]:
+    """One model with 8 slots and steps of 20 ms and a little for each token."""
+    model = {"name": "m", "engine": "sim", "max_num_seqs": 8, "sim": {"base_s": 0.02, "per_token_s": 0.00005}}
+    return {"order": {"policy": policy}, "units": [{"kv_pool": "64MiB", "models": [model]}]}
+
+
+async def real(policy: str) -> list[Record]:
+    """The workload on a mesh of processes."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    path = OUT / "fidelity_mesh.yaml"
+    path.write_text(json.dumps(config(policy)))
+    async with up("-c", str(path)) as mesh:
+        target = MeshTarget(mesh.address, 0.0, None)
+        try:
+            (model,) = await target.models()
+            requests = plan(parse_spec(WORKLOAD), model.vocabulary)
+            return (await Driver(target, requests, SystemClock()).run()).records
+        finally:
+            await target.close()
+
+
+def simulated(policy: str) -> list[Record]:
+    """The workload in virtual time."""
+    parsed = MeshConfig.model_validate(config(policy))
+    return simulate(parsed, {"m": SIM_SPEC}, sketch(parse_spec(WORKLOAD)), Known()).run.records
+
+
+def main() -> int:
+    """Both, and the bars."""
+    bench = Report("fidelity")
+    for policy in POLICIES:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            measured = runner.run(real(policy))
+        virtual = simulated(policy)
+        assert all(record.is_ok for record in (*measured, *virtual))
+        e2el, ttft = (
+            tuple(statistics.fmean(getattr(one, name) for one in records) for records in (virtual, measured))
+            for name in ("e2el_s", "ttft_s")
+        )
+        bench.figures[policy] = {"e2el_s": e2el, "ttft_s": ttft}
+        error = e2el[0] / e2el[1] - 1
+        bench.bar(f"{policy}: mean E2EL, simulated / real - 1", error, "within 5 %", abs(error) <= 0.05)
+        bench.bar(f"{policy}: mean TTFT, simulated / real - 1", ttft[0] / ttft[1] - 1, "printed", True)
+        firsts = [np.array([one.pieces[0][0] for one in records]) for records in (virtual, measured)]
+        bench.bar(f"{policy}: order of first tokens, tau", kendall_tau(*firsts), "printed", True)
+    return 0 if bench.write() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""`muxmesh predictor eval`: how well the predictor would have guessed the answers of a file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from loadtest.files import read_jsonl
+from muxmesh.cli.common import print_json
+from muxmesh.clock import SystemClock
+from muxmesh.errors import ConfigError
+from muxmesh.predictor.evaluate import Item, replay, report
+
+_COLUMNS = ("num", "tau", "mae", "mae_median", "p90_coverage", "hit_rate")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """See `muxmesh predictor eval --help`."""
+    items = list(read_items(arguments.file))
+    if not items:
+        raise ConfigError(f"{arguments.file}: has no answers")
+    found = report(replay(items, SystemClock()))
+    if arguments.json:
+        print_json(found)
+    else:
+        print("\n".join(_lines(found)))
+    return 0
+
+
+def read_items(path: Path) -> Iterator[Item]:
+    """The answers of a file, in its order. Raises ConfigError that names file, line and what is wrong."""
+    for number, line in read_jsonl(path):
+        place = f"{path}: line {number}"
+        prompt, model, length = line.get("prompt"), line.get("model", "(one)"), line.get("n_out")
+        if not isinstance(prompt, str) or not isinstance(model, str):
+            raise ConfigError(f'{place}: needs "prompt", a text, and "model", a name if there is one')
+        if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+            raise ConfigError(f"{place}: n_out is {length!r}; a whole number of tokens")
+        yield Item(prompt, model, max(1, length), str(line.get("task", "")))
+
+
+def _lines(found: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{found['num_answers']} answers; figures are of the last {found['num_evaluated']}"
+    yield f"{'':24} {'answers':>8} {'tau':>6} {'MAE':>8} {'of median':>9} {'in p90':>7} {'hits':>6}"
+    yield _line("all", found["pooled"])
+    for kind in ("models", "tasks"):
+        for name, figures in found[kind].items():
+            yield _line(f"{kind[:-1]} {name}", figures)
+    windows = found["p90_windows"]
+    if windows["num"]:
+        yield (
+            f"p90 coverage in {windows['num']} windows of 500: {windows['lowest']:.3f} to {windows['highest']:.3f}, "
+            f"{windows['within_band']:.0%} within 0.86 to 0.94"
+        )
+    times = found["predict_ms"]
+    yield f"One prediction: {times['p50']:.2f} ms (p50), {times['p99']:.2f} ms (p99)"
+
+
+def _line(name: str, figures: Mapping[str, float]) -> str:
+    num, tau, mae, median, coverage, hits = (figures[column] for column in _COLUMNS)
+    return f"{name[:24]:24} {num:8.0f} {tau:6.3f} {mae:8.1f} {median:9.1f} {coverage:7.3f} {hits:6.2f}"

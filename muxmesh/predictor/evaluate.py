@@ -1,0 +1,123 @@
+"""How good is the predictor on a file of answers? Prequential: every answer is predicted before it is learned from.
+
+Answers to one prompt that follow each other, one for each model, are all predicted before any of them is learned, so
+that no prompt is known when it is asked about, unless it comes again later.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from muxmesh.clock import Clock
+from muxmesh.predictor.guard import Guard, Judged
+from muxmesh.predictor.predictor import LengthPredictor
+from muxmesh.predictor.quality import Floats, kendall_tau
+
+COVERAGE_WINDOW = 500
+COVERAGE_BAND = (0.86, 0.94)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One answer. ``task`` is only for the report."""
+
+    prompt: str
+    model: str
+    num_tokens: int
+    task: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One answer, what was predicted, and the seconds that took."""
+
+    item: Item
+    judged: Judged
+    seconds: float
+
+
+def replay(items: Iterable[Item], clock: Clock, predictor: LengthPredictor | None = None) -> list[Outcome]:
+    """Predicts and learns, in the order given; refits happen in between, at once."""
+    predictor = predictor or LengthPredictor()
+    guard = Guard(predictor)
+    outcomes: list[Outcome] = []
+    for _, group in itertools.groupby(items, key=lambda item: item.prompt):
+        fresh = [_predicted(guard, item, clock) for item in group]
+        for outcome in fresh:
+            guard.observe(outcome.judged, outcome.item.num_tokens, False)
+        outcomes += fresh
+        if refit := predictor.refit():
+            predictor.publish(refit.run())
+    return outcomes
+
+
+def _predicted(guard: Guard, item: Item, clock: Clock) -> Outcome:
+    started_at_s = clock.monotonic_s()
+    judged = guard.predict(item.prompt, item.model)
+    return Outcome(item, judged, clock.monotonic_s() - started_at_s)
+
+
+def report(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Figures of a replay, over its last half, when something was known; coverage windows over all but the first."""
+    late = outcomes[len(outcomes) // 2 :]
+    constant = float(np.median([one.item.num_tokens for one in late])) if late else 0.0
+    return {
+        "num_answers": len(outcomes),
+        "num_evaluated": len(late),
+        "pooled": _figures(late, constant),
+        "models": _by(late, lambda one: one.item.model, constant),
+        "tasks": _by([one for one in late if one.item.task], lambda one: one.item.task, constant),
+        "p90_windows": _coverage_windows(outcomes),
+        "predict_ms": {
+            f"p{share}": 1000 * float(np.percentile([one.seconds for one in outcomes], share)) for share in (50, 99)
+        },
+    }
+
+
+def _by(outcomes: Sequence[Outcome], key: Callable[[Outcome], str], constant: float) -> dict[str, dict[str, float]]:
+    groups = itertools.groupby(sorted(outcomes, key=key), key=key)
+    return {name: _figures(list(group), constant) for name, group in groups}
+
+
+def _figures(outcomes: Sequence[Outcome], constant: float) -> dict[str, float]:
+    """``mae_median``: of always saying the median of these answers, and ``mae_constant``: that of all answers, neither
+    of which anybody knows beforehand.
+    """
+    if not outcomes:
+        return {}
+    actual = np.array([one.item.num_tokens for one in outcomes], float)
+    guessed = np.array([one.judged.prediction.p50_tokens for one in outcomes])
+    upper = np.array([one.judged.prediction.p90_tokens for one in outcomes])
+    return {
+        "num": len(outcomes),
+        "tau": tau(guessed, actual),
+        "mae": float(np.abs(guessed - actual).mean()),
+        "mae_median": float(np.abs(np.median(actual) - actual).mean()),
+        "mae_constant": float(np.abs(constant - actual).mean()),
+        "p90_coverage": float((actual <= upper).mean()),
+        "hit_rate": sum(one.judged.source == "retrieved" for one in outcomes) / len(outcomes),
+        "log_error": float(np.abs(np.log(guessed) - np.log(np.maximum(1, actual))).mean()),
+    }
+
+
+def tau(guessed: Floats, actual: Floats, most: int = 4000) -> float:
+    """Kendall's tau, over an even selection of at most ``most`` pairs of values."""
+    step = math.ceil(len(actual) / most)
+    return kendall_tau(guessed[::step], actual[::step])
+
+
+def _coverage_windows(outcomes: Sequence[Outcome]) -> Mapping[str, float]:
+    covered = [one.item.num_tokens <= one.judged.prediction.p90_tokens for one in outcomes]
+    starts = range(COVERAGE_WINDOW, len(covered) - COVERAGE_WINDOW + 1, COVERAGE_WINDOW)
+    shares = [sum(covered[start : start + COVERAGE_WINDOW]) / COVERAGE_WINDOW for start in starts]
+    if not shares:
+        return {"num": 0}
+    low, high = COVERAGE_BAND
+    within = sum(low <= share <= high for share in shares) / len(shares)
+    return {"num": len(shares), "within_band": within, "lowest": min(shares), "highest": max(shares)}

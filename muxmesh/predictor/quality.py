@@ -1,0 +1,16 @@
+"""How well predictions rank. Pure."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating]
+
+
+def kendall_tau(left: Floats, right: Floats) -> float:
+    """Kendall's tau-b of two sequences of one length; 0 if either is constant. O(n²) time and memory."""
+    a = np.sign(np.subtract.outer(np.asarray(left, np.float64), np.asarray(left, np.float64)))
+    b = np.sign(np.subtract.outer(np.asarray(right, np.float64), np.asarray(right, np.float64)))
+    untied = float(np.abs(a).sum()) * float(np.abs(b).sum())
+    return float((a * b).sum()) / untied**0.5 if untied else 0.0

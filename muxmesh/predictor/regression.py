@@ -1,0 +1,90 @@
+"""From features to a standardised log length: kernel ridge regression, which is the mean of a Gaussian process.
+
+Two Gaussian kernels, one twice as wide as the other, over the scaled lexical features and the word vector beside each
+other (Rasmussen and Williams 2006, chapter 2). On a few thousand prompts it ranks better than boosted trees on the
+same features, from fewer of them, and its inverse gives what each prompt would have got without itself (chapter
+5.4.2): honest residuals, and a fair comparison with the fit before it. Everything here is in units of standardised log
+length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from muxmesh.predictor.features import Reading, Vector
+
+Matrix = npt.NDArray[np.float32]
+
+_LEXICAL_SCALE = 7.0
+_WORDS_SCALE = 0.85
+_GAMMA = 0.3
+_PROMPT_NOISE = 0.1
+"""Variance between prompts that read alike; stays however often one is answered."""
+_ANSWER_NOISE = 0.1
+"""Variance between answers to one prompt."""
+_LEAST_SPREAD = 0.2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fit:
+    """A published regression. ``rows`` float32 [n, d], ``weights`` float32 [n, 2]: of the mean and of the spread."""
+
+    mean: Vector
+    scale: Vector
+    rows: Matrix
+    squares: Vector
+    weights: Matrix
+    mean_spread: float
+
+    def predict(self, reading: Reading) -> tuple[float, float]:
+        """Mean and spread (mean absolute error) of the standardised log length."""
+        row = _joined(reading.lexical[None], reading.words[None], self.mean, self.scale)
+        both = (_kernel(row, self.rows, self.squares) @ self.weights)[0]
+        return float(both[0]), max(_LEAST_SPREAD, self.mean_spread + float(both[1]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Examples:
+    """What a fit learns from: float32 [n, features], [n, WORD_DIM], [n]; answers behind each target, int [n]."""
+
+    lexical: Matrix
+    words: Matrix
+    targets: Vector
+    num_answers: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+def fit(examples: Examples, num_held_out: int) -> tuple[Fit, Vector]:
+    """A fit, and what it would say of its last ``num_held_out`` examples had it not seen them. O(n³)."""
+    mean = examples.lexical.mean(0)
+    scale = examples.lexical.std(0) + np.float32(1e-3)
+    rows = _joined(examples.lexical, examples.words, mean, scale)
+    squares = np.square(rows).sum(1)
+    noise = _PROMPT_NOISE + _ANSWER_NOISE / np.maximum(1, examples.num_answers)
+    inverse = np.linalg.inv(_kernel(rows, rows, squares) + np.diag(noise.astype(np.float32)))
+    alpha = inverse @ examples.targets
+    errors = np.abs(alpha / np.maximum(np.diag(inverse), 1e-6))
+    mean_spread = float(errors.mean())
+    weights = np.stack([alpha, inverse @ (errors - np.float32(mean_spread))], axis=1).astype(np.float32)
+    held_out = examples.targets[:0]
+    if num_held_out:
+        block = inverse[-num_held_out:, -num_held_out:]
+        held_out = examples.targets[-num_held_out:] - np.linalg.solve(block, alpha[-num_held_out:])
+    return Fit(mean, scale, rows, squares, weights, mean_spread), held_out
+
+
+def _joined(lexical: Matrix, words: Matrix, mean: Vector, scale: Vector) -> Matrix:
+    standard = np.clip((lexical - mean) / scale, -4, 4) / np.float32(_LEXICAL_SCALE)
+    return np.concatenate([standard, words * np.float32(_WORDS_SCALE)], axis=1)
+
+
+def _kernel(left: Matrix, right: Matrix, right_squares: Vector) -> Matrix:
+    distance = np.square(left).sum(1)[:, None] + right_squares[None] - 2 * (left @ right.T)
+    wide: Matrix = np.exp(-_GAMMA * np.maximum(distance, 0))
+    kernel: Matrix = (wide + np.square(np.square(wide))) / np.float32(2)
+    return kernel

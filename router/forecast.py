@@ -1,0 +1,117 @@
+"""How long each answer will be, and so how much work its request is: asked in time, or not at all.
+
+The predictor runs in a thread of its own. A guess that is not there within the budget is done without: the request is
+taken for a typical one, and nobody is asked again until the late guess has come. Nothing here refuses or loses a
+request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from muxmesh.predictor.guard import Guard, Judged
+from muxmesh.predictor.predictor import Fitted, Predictor
+from muxmesh.types import LengthPrediction
+
+_Result = TypeVar("_Result")
+
+_log = logging.getLogger(__name__)
+
+_LATE = LengthPrediction(128.0, 512.0)
+_MOST_LESSONS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What is expected of one request. ``judged`` is None where nobody was asked or nothing came in time."""
+
+    prediction: LengthPrediction
+    source: str
+    judged: Judged | None = None
+
+
+class Forecaster:
+    """Owns the thread that predicts and learns, and the one that fits. Called on one event loop."""
+
+    def __init__(self, predictor: Predictor, guard: Guard, budget_s: float) -> None:
+        self._predictor = predictor
+        self._guard = guard
+        self._budget_s = budget_s
+        self._asking = ThreadPoolExecutor(1, thread_name_prefix="predict")
+        self._fitting = ThreadPoolExecutor(1, thread_name_prefix="fit")
+        self._late: Future[Judged] | None = None
+        self._num_lessons = 0
+        self.num_late = 0
+
+    async def predict(self, text: str, model: str, tenant: str, hint_tokens: int | None) -> Forecast:
+        """A forecast within the budget."""
+        if self._late is not None and not self._late.done():
+            self.num_late += 1
+            return Forecast(_LATE, "late")
+        self._late = None
+        asked = self._asking.submit(self._guard.predict, text, model, tenant, hint_tokens)
+        done, _ = await asyncio.wait([asyncio.wrap_future(asked)], timeout=self._budget_s)
+        if not done:
+            if self.num_late == 0:
+                _log.warning("no prediction within %.0f ms; doing without until it comes", 1000 * self._budget_s)
+            self.num_late += 1
+            self._late = asked
+            return Forecast(_LATE, "late")
+        judged = asked.result()
+        return Forecast(judged.prediction, judged.source, judged)
+
+    def observe(self, forecast: Forecast, num_tokens: int, censored: bool) -> None:
+        """An answer ended after so many tokens; ``censored``: it was cut off and would have been longer."""
+        if forecast.judged is None or num_tokens < 1 or self._num_lessons >= _MOST_LESSONS:
+            return
+        self._num_lessons += 1
+        self._asking.submit(self._learn, forecast.judged, num_tokens, censored)
+
+    def tau(self, model: str) -> float | None:
+        """See `Guard.tau`."""
+        return self._guard.tau(model)
+
+    def is_ranking(self, model: str) -> bool:
+        """See `Guard.is_ranking`."""
+        return self._guard.is_ranking(model)
+
+    @property
+    def num_failures(self) -> int:
+        """Guesses and lessons that raised or were no numbers."""
+        return self._guard.num_failures
+
+    async def call(self, function: Callable[[], _Result]) -> _Result:
+        """Runs something between guesses: what looks at the predictor's state, or replaces it."""
+        return await asyncio.wrap_future(self._asking.submit(function))
+
+    def close(self) -> None:
+        """Ends the threads; a guess that hangs is left behind."""
+        self._fitting.shutdown(wait=False, cancel_futures=True)
+        self._asking.shutdown(wait=False, cancel_futures=True)
+
+    def _learn(self, judged: Judged, num_tokens: int, censored: bool) -> None:
+        self._num_lessons -= 1
+        self._guard.observe(judged, num_tokens, censored)
+        try:
+            refit = self._predictor.refit()
+        except Exception:  # fail-open, as in the guard
+            _log.exception("no fit")
+            return
+        if refit is not None:
+            self._fitting.submit(refit.run).add_done_callback(self._fitted)
+
+    def _fitted(self, done: Future[Fitted]) -> None:
+        if done.cancelled():
+            return
+        if (error := done.exception()) is not None:
+            _log.error("a fit failed: %s", error)
+        self._asking.submit(self._publish, None if error else done.result())
+
+    def _publish(self, fitted: Fitted | None) -> None:
+        if not self._predictor.publish(fitted) and fitted is not None:
+            _log.info("a fit was not published: tau %.3f, now %.3f", fitted.tau, fitted.published_tau)

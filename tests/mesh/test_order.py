@@ -1,0 +1,123 @@
+"""Who goes first, on a real mesh of sim engines and in the simulator."""
+
+import asyncio
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.workload import Body, Sketch
+from muxmesh.config.schema import MeshConfig
+from muxmesh.models.spec import SIM_SPEC
+from simulator.forecasts import Known
+from simulator.run import simulate
+from tests.support.bad_router import BAD
+from tests.support.mesh import RunningMesh, running_mesh
+
+pytestmark = [pytest.mark.mesh, pytest.mark.asyncio]
+
+STEP_S = 0.02
+BLOCKER_TOKENS = 150
+LENGTHS = (60, 12, 45, 3, 30, 90, 20, 75, 6)
+"""Of those that wait while the first one runs, in order of arrival. Far enough apart for any machine."""
+ORDERS: dict[str, list[int]] = {
+    "fcfs": list(range(len(LENGTHS))),
+    "srtf": sorted(range(len(LENGTHS)), key=LENGTHS.__getitem__),
+    "srtf-aged": sorted(range(len(LENGTHS)), key=LENGTHS.__getitem__),
+}
+
+
+def config(policy: str) -> dict[str, Any]:
+    model = {"name": "sim", "engine": "sim", "sim": {"base_s": STEP_S}, "max_num_seqs": 1}
+    return {"order": {"policy": policy}, "units": [{"kv_pool": "16MiB", "models": [model]}]}
+
+
+async def ask(mesh: RunningMesh, num_tokens: int, **options: Any) -> Any:
+    completion = await mesh.client.generate(
+        "a prompt", max_new_tokens=num_tokens, ignore_eos=True, explain_scheduling=True, **options
+    )
+    return completion.prompt.scheduling
+
+
+async def decisions_of_mesh(mesh: RunningMesh) -> list[int]:
+    """The waiting requests by their decision numbers."""
+    await ask(mesh, 20)  # the router learns what steps take
+    blocker = asyncio.create_task(ask(mesh, BLOCKER_TOKENS))
+
+    async def is_running() -> bool:
+        return await mesh.num_leases() == 1
+
+    await mesh.until(is_running)
+    waiting = []
+    for count in LENGTHS:
+        waiting.append(asyncio.create_task(ask(mesh, count)))
+        await asyncio.sleep(0.01)  # one after the other: arrivals differ
+    answered = await asyncio.gather(blocker, *waiting)
+    assert all(one.source == "fixed" for one in answered)
+    numbers = [one.decision for one in answered[1:]]
+    return sorted(range(len(LENGTHS)), key=numbers.__getitem__)
+
+
+def decisions_of_simulator(policy: str) -> list[int]:
+    def sketch(index: int, at_s: float, count: int) -> Sketch:
+        return Sketch(index, at_s, Body(None, 8, count), count, True, 0, None, None, 0)
+
+    sketches = [sketch(0, 0.0, 20), sketch(1, 2.0, BLOCKER_TOKENS)]
+    sketches += [sketch(2 + place, 2.3 + 0.02 * place, count) for place, count in enumerate(LENGTHS)]
+    decided: list[int] = []
+    parsed = MeshConfig.model_validate(config(policy))
+    simulate(parsed, {"sim": SIM_SPEC}, sketches, Known(), on_decision=lambda one: decided.append(one.index - 2))
+    return decided[2:]
+
+
+@pytest.mark.parametrize("policy", ORDERS)
+async def test_the_simulator_decides_as_the_mesh_does(tmp_path: Path, policy: str) -> None:
+    simulated = decisions_of_simulator(policy)
+    assert simulated == ORDERS[policy]
+    async with running_mesh(tmp_path, **config(policy)) as mesh:
+        assert await decisions_of_mesh(mesh) == simulated
+
+
+async def test_a_response_tells_why_on_request(tmp_path: Path) -> None:
+    async with running_mesh(tmp_path, **config("hrrn")) as mesh:
+        told = await ask(mesh, 30)
+        assert (told.policy, told.source, told.p50_output_tokens) == ("hrrn", "fixed", 30)
+        assert told.reason.startswith("hrrn, priority 0: ") and told.decision == 1 and told.num_overtaken == 0
+        silent = await mesh.client.generate("a prompt", max_new_tokens=3)
+        assert silent.prompt.scheduling is None and (silent.prompt.predicted_output_tokens or 0) <= 3
+
+
+@pytest.mark.parametrize("kind", BAD)
+async def test_a_bad_predictor_costs_no_request(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAD_PREDICTOR", kind)
+    model = {"name": "sim", "engine": "sim", "sim": {"base_s": 0.001, "output_tokens": 5}, "max_num_seqs": 4}
+    options = {"router": "tests.support.bad_router"}
+    async with running_mesh(tmp_path, modules=options, units=[{"kv_pool": "16MiB", "models": [model]}]) as mesh:
+        completions = await asyncio.gather(*(mesh.client.generate(f"prompt {n}", max_new_tokens=40) for n in range(30)))
+        assert {one.finish.num_output_tokens for one in completions} == {5}
+        told = (await mesh.client.generate("x", max_new_tokens=40, explain_scheduling=True)).prompt.scheduling
+        assert told is not None
+        sources = {"hang": "late", "crash": "failed", "nan": "failed"}
+        assert told.source == sources.get(kind, "regressed")
+
+
+async def test_a_restarted_router_knows_what_it_knew(tmp_path: Path) -> None:
+    model = {"name": "sim", "engine": "sim", "sim": {"base_s": 0.001, "output_tokens": 7}, "max_num_seqs": 8}
+    async with running_mesh(tmp_path, units=[{"kv_pool": "16MiB", "models": [model]}]) as mesh:
+        for _ in range(3):
+            await asyncio.gather(*(mesh.client.generate(f"say {n}", max_new_tokens=50) for n in range(16)))
+
+        async def source() -> str:
+            completion = await mesh.client.generate("say 3", max_new_tokens=50, explain_scheduling=True)
+            assert completion.prompt.scheduling is not None
+            return completion.prompt.scheduling.source
+
+        assert await source() == "retrieved"
+        await mesh.restart("router")
+        assert await source() == "retrieved"
+
+
+async def test_a_hint_is_accepted_and_an_order_is_configured() -> None:
+    parsed = MeshConfig.model_validate({"order": {"policy": "mlfq", "mlfq_quantum_s": 2}})
+    assert dataclasses.asdict(parsed.order.order())["quantum_s"] == 2

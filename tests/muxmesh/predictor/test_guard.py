@@ -1,0 +1,147 @@
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+
+from muxmesh.predictor.features import Reader
+from muxmesh.predictor.guard import Guard
+from muxmesh.predictor.predictor import Fitted, Guess, Refit
+
+READING = Reader().read("x")
+
+
+class Says:
+    """A predictor whose guess is a function of the prompt, which is a number here."""
+
+    def __init__(self, guess: Callable[[float], float]) -> None:
+        self.guess = guess
+        self.num_learned = 0
+
+    def predict(self, text: str, model: str) -> Guess:
+        tokens = self.guess(float(text))
+        return Guess(tokens, tokens * 2, "regressed", READING, 0, 1.0, 1.6)
+
+    def observe(self, guess: Guess, model: str, num_tokens: int, censored: bool) -> None:
+        self.num_learned += 1
+
+    def refit(self) -> Refit | None:
+        return None
+
+    def publish(self, fitted: Fitted | None) -> bool:
+        return True
+
+
+def crash(truth: float) -> float:
+    raise RuntimeError("no guess today")
+
+
+def run(
+    guard: Guard, count: int, seed: int = 0, tenant: str = "", hint: Callable[[int], int] | None = None
+) -> list[str]:
+    """Sends requests whose prompts tell their own lengths; where each prediction came from."""
+    rng, sources = random.Random(seed), []
+    for _ in range(count):
+        truth = max(1, round(math.exp(rng.gauss(4, 1))))
+        judged = guard.predict(str(truth), "m", tenant, hint(truth) if hint else None)
+        assert math.isfinite(judged.prediction.p50_tokens)
+        assert 0 < judged.prediction.p50_tokens <= judged.prediction.p90_tokens
+        guard.observe(judged, truth, False)
+        sources.append(judged.source)
+    return sources
+
+
+RNG = random.Random(5)
+USELESS: dict[str, Callable[[float], float]] = {
+    "one": lambda truth: 1.0,
+    "huge": lambda truth: 1e300,
+    "random": lambda truth: RNG.lognormvariate(4, 1),
+    "reversed": lambda truth: 1e6 / truth,
+}
+
+
+@pytest.mark.parametrize("kind", USELESS)
+def test_guesses_that_do_not_rank_are_not_used(kind: str) -> None:
+    guard = Guard(Says(USELESS[kind]))
+    sources = run(guard, 600)
+    assert set(sources[-100:]) == {"floor"} and not guard.is_ranking("m")
+    constants = {guard.predict(str(truth), "m").prediction.p50_tokens for truth in (1, 50, 4000)}
+    assert len(constants) == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, -5.0])
+def test_a_guess_that_is_no_length_is_replaced_by_the_typical_one(bad: float) -> None:
+    guard = Guard(Says(lambda truth: bad))
+    assert set(run(guard, 100)) == {"failed"}
+    assert guard.num_failures == 100
+    assert guard.predict("7", "m").prediction.p50_tokens == pytest.approx(math.exp(4), rel=0.3)
+
+
+def test_a_predictor_that_crashes_costs_nothing_but_its_guess() -> None:
+    assert set(run(Guard(Says(crash)), 50)) == {"failed"}
+
+
+def test_a_predictor_that_ranks_again_is_used_again() -> None:
+    predictor = Says(USELESS["one"])
+    guard = Guard(predictor)
+    run(guard, 200)
+    predictor.guess = lambda truth: truth
+    assert run(guard, 400)[-1] == "regressed" and predictor.num_learned == 600
+
+
+def test_a_good_predictor_stays_in_use() -> None:
+    rng = random.Random(8)
+    guard = Guard(Says(lambda truth: truth * rng.lognormvariate(0, 1)))
+    assert set(run(guard, 1000)) == {"regressed"}
+    assert (guard.tau("m") or 0) > 0.3
+
+
+def poor() -> Guard:
+    rng = random.Random(8)
+    return Guard(Says(lambda truth: truth**0.5 * 8 * rng.lognormvariate(0, 1)))
+
+
+def test_hints_that_prove_right_are_believed() -> None:
+    guard = poor()
+    run(guard, 30, tenant="honest", hint=lambda truth: truth)
+    judged = guard.predict("9", "m", "honest", 900)
+    assert judged.source == "hint"
+    assert judged.prediction.p50_tokens == pytest.approx(900, rel=0.25)
+
+
+def test_a_tenant_that_lies_gains_nothing() -> None:
+    guard = poor()
+    run(guard, 30, tenant="liar", hint=lambda truth: 1)
+    with_hint, without = guard.predict("90", "m", "liar", 1), guard.predict("90", "m")
+    assert with_hint.source == "regressed"
+    assert with_hint.prediction.p50_tokens / without.prediction.p50_tokens > 0.02  # the guess itself is drawn
+    sources = run(guard, 200, tenant="liar", hint=lambda truth: 1)
+    assert "hint" not in sources
+
+
+def test_a_tenant_that_begins_to_lie_loses_what_it_had_earned() -> None:
+    guard = poor()
+    run(guard, 30, tenant="t", hint=lambda truth: truth)
+    sources = run(guard, 60, tenant="t", hint=lambda truth: 1)
+    assert sources[0] == "hint" and sources.index("regressed") <= 10
+    assert "hint" not in sources[10:]
+
+
+def test_the_first_hints_of_a_stranger_are_not_believed() -> None:
+    sources = run(poor(), 4, tenant="stranger", hint=lambda truth: 1)
+    assert "hint" not in sources
+
+
+def test_censored_answers_judge_nobody() -> None:
+    guard = Guard(Says(USELESS["one"]))
+    for _ in range(300):
+        guard.observe(guard.predict("50", "m"), 50, True)
+    assert guard.is_ranking("m") and guard.tau("m") is None
+
+
+def test_each_model_is_judged_by_itself() -> None:
+    guard = Guard(Says(lambda truth: truth))
+    run(guard, 200)
+    for truth in range(1, 200):
+        guard.observe(guard.predict(str(10_000 - truth), "other"), truth, False)
+    assert guard.is_ranking("m") and not guard.is_ranking("other")
