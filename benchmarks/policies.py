@@ -219,24 +219,24 @@ def _alise(bench: Report, folder: Path) -> None:
     rng = random.Random(3)
     for name, file, aim in (("ShareGPT", "sharegpt_lengths.csv.gz", 2.1), ("Alpaca", "alpaca_lengths.csv.gz", 1.8)):
         draw = _pairs(folder / file)
-        answers = [Answer(*draw(rng)) for _ in range(4000)]
+        answers = [Answer(*draw(rng)) for _ in range(2000)]
         best = capacity(answers)
-        rates = [
-            best * part for part in (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)
-        ]
+        rates = [best * part for part in (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)]
         curves: dict[str, list[float]] = {}
         lengths = [one.num_output for one in answers]
         arrivals = [sketches(answers, rate, 1.0, 1) for rate in rates]
-        for tau in (None, 0.3, 0.6, 1.0):
-            policy: Policy = "fcfs" if tau is None else "srtf-aged"
-            outcomes = [run(arriving, Noisy(tau or 0.0, lengths, 1), policy) for arriving in arrivals]
-            curves["fcfs" if tau is None else f"tau {tau}"] = [one.normalized_s for one in outcomes]
+        orders: tuple[Policy, ...] = ("srtf-aged", "srtf")
+        cases: list[tuple[str, Policy, float]] = [("fcfs", "fcfs", 0.0)]
+        cases += [(f"{policy}, tau {tau}", policy, tau) for policy in orders for tau in (0.3, 0.6, 1.0)]
+        for label, policy, tau in cases:
+            outcomes = [run(arriving, Noisy(tau, lengths, 1), policy) for arriving in arrivals]
+            curves[label] = [one.normalized_s for one in outcomes]
         bench.figures[f"alise {name}"] = {"rates": rates, "capacity": best, "normalized_s": curves}
-        for level in (0.1, 0.2, 0.5):
+        for level in (0.1, 0.2, 0.5, 1.0):
             reached = {label: _rate_at(rates, curve, level) for label, curve in curves.items()}
             for label in list(reached)[1:]:
                 ratio = reached[label] / reached["fcfs"]
-                told = f"aim {aim}" if level == 0.2 else "printed"
+                told = f"aim {aim}" if level == 0.5 else "printed"
                 bench.bar(f"{name}, {label}: rate at {level} s/token, ours / fcfs", ratio, told, True)
 
 

@@ -13,19 +13,20 @@ import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from string import ascii_lowercase, ascii_uppercase, digits
+from string import ascii_uppercase, digits
 
 import numpy as np
 import numpy.typing as npt
 
 Vector = npt.NDArray[np.float32]
 
-WORD_DIM = 256
+WORD_DIM = 192
 READ_CHARS = 2000
 """Of a longer prompt, half of this is read at its beginning and half at its end, where instructions are."""
 
-_TOKEN = re.compile(r"[a-z]+|[0-9]+|[^\sa-z0-9]")
-_LETTERS, _CAPITALS, _DIGITS = frozenset(ascii_lowercase), ascii_uppercase, frozenset(digits)
+_WORD, _OTHER = re.compile(r"[a-z]+"), re.compile(r"[0-9]+|[^\sa-z0-9]")
+_TOKEN = re.compile(rf"{_WORD.pattern}|{_OTHER.pattern}")
+_CAPITALS, _DIGITS = ascii_uppercase.encode(), frozenset(digits)
 _QUOTED = re.compile("[\"'\u201c\u2018]([^\"'\u201c\u201d\u2018\u2019\n]{3,400})[\"'\u201d\u2019]")
 _STEM_CHARS = 6
 _ROWS = 8192
@@ -84,6 +85,7 @@ _NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 
 _TOKENS_OF = {"word": 1.4, "sentence": 25, "paragraph": 110, "page": 500, "line": 12, "name": 6, "tweet": 40,
               "item": 20, "example": 30, "idea": 30, "tip": 30, "step": 30, "way": 30, "reason": 35, "fact": 25,
               "question": 20, "point": 25}  # fmt: skip
+_UNITS = frozenset(_TOKENS_OF) | {f"{unit}s" for unit in _TOKENS_OF}
 _UNIT_WITHIN = 3
 _MOST_AMOUNT = 20_000.0
 
@@ -126,16 +128,14 @@ class Reader:
 
     def __init__(self) -> None:
         raw = np.random.PCG64(_SEED).random_raw(_ROWS * WORD_DIM // 64)  # raw bits never change between versions
-        self._signs = np.unpackbits(raw.view(np.uint8)).reshape(_ROWS, WORD_DIM).astype(np.float32) * 2 - 1
+        self._signs = np.unpackbits(raw.view(np.uint8)).reshape(_ROWS, WORD_DIM).astype(np.int8) * 2 - 1
 
     def read(self, text: str) -> Reading:
         """Both vectors of a prompt, from its `excerpt`; only the length is the whole text's."""
-        excerpt_ = excerpt(text)
-        capitals = sum(map(excerpt_.count, _CAPITALS))
-        tokens = _TOKEN.findall(excerpt_.lower())
-        words = [token for token in tokens if token[0] in _LETTERS]
-        others = [token for token in tokens if token[0] not in _LETTERS]
-        return Reading(_lexical(text, excerpt_, capitals, tokens, words, others), self._words(words, others))
+        part = excerpt(text)
+        lowered = part.lower()
+        words, others = _WORD.findall(lowered), _OTHER.findall(lowered)
+        return Reading(_lexical(text, part, words, others), self._words(words, others))
 
     def _words(self, words: list[str], others: list[str]) -> Vector:
         stems = Counter([word[:_STEM_CHARS] for word in words if word not in _STOP_WORDS])
@@ -144,7 +144,7 @@ class Reader:
             return np.zeros(WORD_DIM, np.float32)
         rows = [zlib.crc32(stem.encode("utf-8", "replace")) % _ROWS for stem in stems]
         weights = 1 + np.log(np.fromiter(stems.values(), np.float32, len(stems)))
-        vector: Vector = weights @ self._signs[rows]
+        vector: Vector = weights @ self._signs[rows].astype(np.float32)
         return vector / np.float32(max(float(np.linalg.norm(vector)), 1e-6))
 
 
@@ -156,14 +156,16 @@ def excerpt(text: str) -> str:
     return f"{text[:half]}\n{text[-half:]}"
 
 
-def _lexical(text: str, read: str, capitals: int, tokens: list[str], words: list[str], others: list[str]) -> Vector:
+def _lexical(text: str, read: str, words: list[str], others: list[str]) -> Vector:
     signs = Counter(others)
     numbers = [token for token in others if token[0].isdigit()]
     length = max(1, len(read))
     found = [_CUE_OF[word] for word in words if word in _CUE_OF]
     cues, first = Counter(found), found[0] if found else -1
     asking, _, payload = read.strip().partition("\n")  # what is to be done, and what it is to be done with
-    ascii_chars = len(read.encode("ascii", "ignore"))
+    plain = read.encode("ascii", "ignore")
+    capitals = len(plain) - len(plain.translate(None, _CAPITALS))
+    asks_for_amount = not _UNITS.isdisjoint(words)
     values = [
         math.log1p(len(text)),
         math.log1p(read.count("\n")),
@@ -172,7 +174,7 @@ def _lexical(text: str, read: str, capitals: int, tokens: list[str], words: list
         math.log1p(len(numbers)),
         sum(map(len, numbers)) / length,
         capitals / length,
-        1 - ascii_chars / length,
+        1 - len(plain) / length,
         math.log1p(signs["."] + signs["!"]),
         min(3, signs["?"]),
         min(3, signs[":"]),
@@ -183,7 +185,7 @@ def _lexical(text: str, read: str, capitals: int, tokens: list[str], words: list
         math.log1p(len(payload.split())),
         math.log1p(sum(len(part.split()) for part in _QUOTED.findall(read))),
         math.log1p(len(asking.split())),
-        math.log1p(_amount_tokens(tokens)),
+        math.log1p(_amount_tokens(_TOKEN.findall(read.lower())) if asks_for_amount else 0.0),
         first,
         *(math.log1p(cues[place]) for place in range(len(CUES))),
     ]

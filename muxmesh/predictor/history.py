@@ -17,6 +17,7 @@ _SIMILAR = 0.9
 _SKETCH_DIM, _MAYBE_SIMILAR = 64, 0.8
 """Only what is alike in its first dimensions is looked at in all of them: most memory is never read."""
 _MOST_ANSWERS = 32
+_MOST_NEIGHBOURS = 16
 _PRIOR_ANSWERS = 4
 _RATE = 1 / 500
 
@@ -101,12 +102,20 @@ class History:
         """Answers to prompts that read like this one; None if there is none. In standardised log length."""
         if not self._answers:
             return None
+        maybe = np.flatnonzero(self._sketches[: len(self)] @ _sketch(reading.words) >= _MAYBE_SIMILAR)
+        if len(maybe) == 0:
+            return None
+        nearness = (self._words[maybe] @ reading.words - _SIMILAR) / (1 - _SIMILAR)
+        nearest = np.argsort(-nearness)[:_MOST_NEIGHBOURS]
+        scales: dict[str, tuple[float, float]] = {}
         weight = total = 0.0
-        for row in np.flatnonzero(self._sketches[: len(self)] @ _sketch(reading.words) >= _MAYBE_SIMILAR).tolist():
-            near = max(0.0, (float(self._words[row] @ reading.words) - _SIMILAR) / (1 - _SIMILAR)) ** 2
-            lengths = self._answers[row].lengths
-            weight += near * len(lengths)
-            total += near * sum(self._standard(*answer) for answer in lengths)
+        for row, near in zip(maybe[nearest].tolist(), nearness[nearest].tolist(), strict=True):
+            if near <= 0:
+                break
+            for model, length in self._answers[row].lengths:
+                mean, deviation = scales.get(model) or scales.setdefault(model, self.scale(model))
+                weight += near**2
+                total += near**2 * (length - mean) / deviation
         return Neighbours(weight, total / weight) if weight > 0 else None
 
     def examples(self, most: int) -> Examples:
@@ -156,10 +165,6 @@ class History:
         self._next = keep % self.capacity
         self._scales, self._everyone = scales, _scale(known["everyone"])
         self.num_observed = int(known["num"])
-
-    def _standard(self, model: str, log_length: float) -> float:
-        mean, deviation = self.scale(model)
-        return (log_length - mean) / deviation
 
     def _fresh_row(self, prompt_hash: int) -> int:
         if len(self) < self.capacity:
