@@ -1,0 +1,111 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from muxmesh.cli.main import main
+
+MESH = """
+units:
+  - kv_pool: 64MiB
+    models:
+      - {name: a, engine: sim, max_num_seqs: 4, sim: {base_s: 0.02}}
+"""
+LOAD = "rate=5 lengths=U(5,50)/(5,60) requests=60 seed=1"
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Path:
+    path = tmp_path / "mesh.yaml"
+    path.write_text(MESH)
+    return path
+
+
+def simulate(*arguments: str | Path) -> int:
+    return main(["simulate", *map(str, arguments)])
+
+
+def test_the_report_is_that_of_a_load_test(mesh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate("-c", mesh, "--workload", LOAD, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["completed"] == 60 and report["failed"] == 0
+    assert report["median_ttft_ms"] > 0 and report["median_itl_ms"] is None
+    assert report["simulation"]["policy"] == "srtf-aged" and report["simulation"]["num_events"] > 60
+
+
+def test_the_table_the_page_and_the_trace_are_written(
+    mesh: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    html, trace, output = tmp_path / "a.html", tmp_path / "a.jsonl", tmp_path / "a.json"
+    assert (
+        simulate("-c", mesh, "--workload", LOAD, "--policy", "hrrn", "--html", html, "--trace", trace, "-o", output)
+        == 0
+    )
+    printed = capsys.readouterr()
+    assert "Successful requests:" in printed.out and "order hrrn" in printed.err
+    decisions = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert [one["number"] for one in decisions] == list(range(1, 61))
+    assert all(one["reason"].startswith("hrrn, priority 0: ") for one in decisions)
+    assert "<svg" in html.read_text() and json.loads(output.read_text())["completed"] == 60
+
+
+def test_predictions_make_a_difference_only_where_lengths_are_not_known(
+    mesh: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latencies = []
+    for tau in ("0", "1"):
+        load = "rate=9 lengths=E(20)/(60) output=natural requests=400 seed=2"
+        assert simulate("-c", mesh, "--workload", load, "--tau", tau, "--json") == 0
+        latencies.append(json.loads(capsys.readouterr().out)["mean_normalized_latency_s_per_token"])
+    assert latencies[1] < 0.8 * latencies[0]
+
+
+def test_texts_are_predicted_by_the_mesh_s_own_predictor(
+    mesh: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = random.Random(1)
+    kinds = (("Name the colour of {}.", 4), ("Write a detailed essay about {}.", 80))
+    lines = []
+    for number in range(300):
+        prompt, length = rng.choice(kinds)
+        lines.append(json.dumps({"prompt": prompt.format(f"thing {number}"), "n_out": length + rng.randint(0, 3)}))
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(lines))
+    load = f"rate=6 prompts={path} requests=600"
+    means = []
+    for tau in ((), ("--tau", "0"), ("--tau", "1")):
+        assert simulate("-c", mesh, "--workload", load, *tau, "--json") == 0
+        means.append(json.loads(capsys.readouterr().out)["mean_normalized_latency_s_per_token"])
+    own, useless, perfect = means
+    assert own < (useless + perfect) / 2
+
+
+BAD = {
+    "an engine without times": (
+        MESH.replace("engine: sim, ", "").replace(", sim: {base_s: 0.02}", ""),
+        LOAD,
+        "engine: sim",
+    ),
+    "steps of no time": (MESH.replace("{base_s: 0.02}", "{base_s: 0}"), LOAD, "no time at all"),
+    "a model that is not there": (MESH, f"{LOAD} models=b", "not served"),
+    "a workload without end": (MESH, "rate=1 lengths=D(1,1)", "never end"),
+    "a negative rate": (MESH, "rate=-1 lengths=D(1,1) requests=1", "rate"),
+    "two models and no choice": (f"{MESH}      - {{name: b, engine: sim, sim: {{base_s: 1}}}}\n", LOAD, "which model"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_told_in_words(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, load, told = BAD[name]
+    path = tmp_path / "mesh.yaml"
+    path.write_text(text)
+    assert simulate("-c", path, "--workload", load) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_tau_without_effect_is_refused(mesh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate("-c", mesh, "--workload", LOAD, "--tau", "0.5") == 1
+    assert "no effect" in capsys.readouterr().err
+    assert simulate("-c", mesh, "--workload", f"{LOAD} output=natural", "--tau", "1.5") == 1
+    assert "from 0 (useless) to 1" in capsys.readouterr().err
