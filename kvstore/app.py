@@ -39,7 +39,7 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
     clock = SystemClock()
     unit = build_unit(runtime, config, last_id=first_id(clock.unix_s()))
     memory = UnitMemory(config.kv_pool, config.kv_swap)
-    service = KvStoreService(config, unit, memory, clock)
+    service = KvStoreService(config, unit, memory, clock, runtime.config.order.trace)
     attach = service.attach = AttachServer(runtime.attach_path(unit_name), unit, memory, service.changed)
     register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
     server = MeshServer({kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register})

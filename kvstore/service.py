@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -25,17 +26,21 @@ from muxmesh.rpc import convert
 from muxmesh.types import Lease
 from muxmesh.v1 import mesh_pb2
 
+_log = logging.getLogger(__name__)
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     """Serves routers (admission) and workers (leases) of one unit."""
 
-    def __init__(self, config: UnitConfig, unit: Unit, memory: UnitMemory, clock: Clock) -> None:
+    def __init__(self, config: UnitConfig, unit: Unit, memory: UnitMemory, clock: Clock, traces: bool = False) -> None:
+        """``traces``: logs each decision with its reason."""
         self._config = config
         self._unit = unit
         self._memory = memory
         self._clock = clock
+        self._traces = traces
         self.attach: AttachServer | None = None
         self._routers: dict[str, asyncio.Queue[kvstore_pb2.AdmitResponse | None]] = {}
         self._watchers: dict[str, asyncio.Queue[Lease | int]] = {}
@@ -50,6 +55,8 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         given = self._unit.give_room(now_s, self._clock.unix_s())
         for credit in given.credits:
             self._routers[credit.router].put_nowait(_credit(credit))
+            if self._traces:
+                self._trace(credit)
         for swap_in in given.swap_ins:
             if not (waiting := self._swap_ins[swap_in.lease_id]).done():
                 waiting.set_result(swap_in)
@@ -61,6 +68,13 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
             self._costs_due_s = now_s + COSTS_EVERY_S
             for queue in self._routers.values():
                 queue.put_nowait(kvstore_pb2.AdmitResponse(costs=self._costs()))
+
+    def _trace(self, given: CreditGiven) -> None:
+        _log.info(
+            "decision %d: request %d of %s for %s overtakes %d: %s",
+            given.decision, given.key_id, given.router, given.lease.model, given.num_overtaken,
+            self._unit.order.reason(given.standing, self._clock.unix_s()),
+        )  # fmt: skip
 
     async def Admit(
         self, request_iterator: AsyncIterator[kvstore_pb2.AdmitRequest], context: Context

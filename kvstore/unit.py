@@ -59,6 +59,7 @@ class CreditGiven:
     decode: WorkerRecord
     decision: int
     num_overtaken: int
+    standing: Standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +244,7 @@ class Unit:
         assert prefill and decode
         self.num_decisions += 1
         overtaken = self.admission.num_overtaken(key)
-        return CreditGiven(key.asker, key.key_id, lease, prefill, decode, self.num_decisions, overtaken)
+        return CreditGiven(key.asker, key.key_id, lease, prefill, decode, self.num_decisions, overtaken, key.standing)
 
     def _swap_in(self, key: WaitingKey, ref: LeaseRef, max_new_slabs: int | None) -> SwapInGiven | None:
         taken = self.leases.swap_in(ref, key.demand, max_new_slabs)

@@ -138,6 +138,9 @@ class OrderConfig(Section):
     mlfq_quantum_s: float = Field(default=0.5, gt=0)
     """For `mlfq`: seconds of work at the first level; each level has twice that of the one before."""
 
+    trace: bool = False
+    """A line in the kvstore's log for each request that is let in: which, whom it overtook, and why."""
+
     def order(self) -> Order:
         """The function itself."""
         return Order(self.policy, self.aging, self.longest_lead_s, self.mlfq_quantum_s)

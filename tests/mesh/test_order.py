@@ -79,13 +79,21 @@ async def test_the_simulator_decides_as_the_mesh_does(tmp_path: Path, policy: st
         assert await decisions_of_mesh(mesh) == simulated
 
 
-async def test_a_response_tells_why_on_request(tmp_path: Path) -> None:
-    async with running_mesh(tmp_path, **config("hrrn")) as mesh:
+async def test_a_response_tells_why_on_request_and_so_does_the_log(tmp_path: Path) -> None:
+    traced = config("hrrn")
+    traced["order"]["trace"] = True
+    async with running_mesh(tmp_path, **traced) as mesh:
         told = await ask(mesh, 30)
         assert (told.policy, told.source, told.p50_output_tokens) == ("hrrn", "fixed", 30)
         assert told.reason.startswith("hrrn, priority 0: ") and told.decision == 1 and told.num_overtaken == 0
         silent = await mesh.client.generate("a prompt", max_new_tokens=3)
         assert silent.prompt.scheduling is None and (silent.prompt.predicted_output_tokens or 0) <= 3
+
+        async def traced_twice() -> bool:
+            log = (tmp_path / "logs" / "kvstore-unit0.log").read_text()
+            return "decision 1: " in log and "decision 2: " in log and log.count("overtakes 0: hrrn, priority 0: ") == 2
+
+        await mesh.until(traced_twice)
 
 
 @pytest.mark.parametrize("kind", BAD)
