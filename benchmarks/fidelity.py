@@ -27,6 +27,7 @@ from muxmesh.models.spec import SIM_SPEC
 from muxmesh.predictor.quality import kendall_tau
 from simulator.forecasts import Known
 from simulator.run import simulate
+from simulator.timeline import MEASURED
 
 WORKLOAD = "rate=5.6 lengths=U(20,200)/(5,120) requests=200 seed=3"
 POLICIES = ("fcfs", "srtf-aged", "hrrn")
@@ -56,7 +57,7 @@ async def real(policy: str) -> list[Record]:
 def simulated(policy: str) -> list[Record]:
     """The workload in virtual time."""
     parsed = MeshConfig.model_validate(config(policy))
-    return simulate(parsed, {"m": SIM_SPEC}, sketch(parse_spec(WORKLOAD)), Known()).run.records
+    return simulate(parsed, {"m": SIM_SPEC}, sketch(parse_spec(WORKLOAD)), Known(), delays=MEASURED).run.records
 
 
 def main() -> int:

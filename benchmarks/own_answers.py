@@ -1,7 +1,8 @@
 """The served model's own answers, as labels for the predictor: `python -m benchmarks.own_answers OUT.jsonl JSONL ...`.
 
 Starts the default mesh, sends the prompts of the files as chats, at temperature 0.7 with a seed for each, and writes
-{prompt, model, n_out, task} line by line. What is in OUT already is not asked again.
+{prompt, model, n_out, censored, task, seed} line by line; censored: the answer was cut off at the cap. What is in OUT
+already is not asked again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from zlib import crc32
 
 import uvloop
 
@@ -44,27 +46,26 @@ async def collect(out: Path, files: list[Path], each: int, cap: int, seed: int) 
         with out.open("a") as written:
             slots = asyncio.Semaphore(_AT_ONCE)
 
-            async def ask(number: int, task: str, prompt: str) -> None:
+            async def ask(task: str, prompt: str) -> None:
+                own_seed = seed + crc32(prompt.encode())
                 async with slots:
-                    count = await _length(mesh.client, prompt, cap, seed + number)
-                written.write(
-                    json.dumps({"prompt": prompt, "model": DEFAULT_MODEL, "n_out": count, "task": task}) + "\n"
-                )
+                    count, ended = await _length(mesh.client, prompt, cap, own_seed)
+                line = {"prompt": prompt, "model": DEFAULT_MODEL, "n_out": count, "censored": not ended, "task": task}
+                written.write(json.dumps(line | {"seed": own_seed}) + "\n")
                 written.flush()
 
             async with asyncio.TaskGroup() as group:
-                for number, (task, prompt) in enumerate(prompts):
-                    group.create_task(ask(number, task, prompt))
+                for task, prompt in prompts:
+                    group.create_task(ask(task, prompt))
     return 0
 
 
-async def _length(client: MeshClient, prompt: str, cap: int, seed: int) -> int:
-    count = 0
-    async for part in client.stream(
+async def _length(client: MeshClient, prompt: str, cap: int, seed: int) -> tuple[int, bool]:
+    """Tokens of the answer, and whether it ended by itself."""
+    answer = await client.generate(
         [Message("user", prompt)], model=DEFAULT_MODEL, max_new_tokens=cap, temperature=_TEMPERATURE, seed=seed
-    ):
-        count += part.num_tokens
-    return count
+    )
+    return answer.finish.num_output_tokens, answer.finish.reason == "stop"
 
 
 def main() -> int:

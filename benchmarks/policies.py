@@ -71,7 +71,7 @@ class Recorded(Forecasts):
         """See `Forecasts`."""
         return next(self._coming), "recorded", None
 
-    def observe(self, memory: object, num_output: int) -> None:
+    def observe(self, memory: object, num_output: int, censored: bool) -> None:
         """See `Forecasts`."""
 
 

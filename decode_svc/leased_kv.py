@@ -107,7 +107,8 @@ class LeasedKv:
             max_cached_tokens=0 if self._request.bypass_prefix_cache else self._num_computed_tokens,
         )
         num_output_tokens = num_known - len(self._request.prompt_token_ids)
-        standing = self._request.standing.after(num_output_tokens, self._request.prediction)
+        since = len(self._request.resume_token_ids)
+        standing = self._request.standing.after(num_output_tokens, self._request.prediction, since)
         block_ids, num_cached = await self._leases.swap_in(self._ref, standing, demand)
         await swapper.copy_in(self._ref, block_ids, self._num_computed_tokens, num_cached)
         self._is_exact = self._is_exact and self._kv_format == "raw"

@@ -55,9 +55,10 @@ class Admission:
         return sum(key.model == model for key in self._waiting.values())
 
     def num_overtaken(self, winner: WaitingKey) -> int:
-        """Keys for the same model that came before ``winner``, which is not among them (any more), and wait on."""
-        came_at_s = winner.standing.arrived_at_s
-        return sum(k.model == winner.model and k.standing.arrived_at_s < came_at_s for k in self._waiting.values())
+        """Keys of the same model and priority that came before ``winner`` and wait on."""
+        alike = (k for k in self._waiting.values() if k.model == winner.model)
+        won = winner.standing
+        return sum(k.standing.priority == won.priority and k.standing.arrived_at_s < won.arrived_at_s for k in alike)
 
     def admit(
         self,

@@ -326,5 +326,6 @@ def _credit(given: CreditGiven) -> kvstore_pb2.AdmitResponse:
         decode=worker(given.decode),
         decision=given.decision,
         num_overtaken=given.num_overtaken,
+        standing=convert.standing_to_wire(given.standing),
     )
     return kvstore_pb2.AdmitResponse(credit=credit)

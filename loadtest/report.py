@@ -119,7 +119,7 @@ def figures(
         "request_goodput": None if goodput is None else sum(map(goodput.is_met, records)) * per_s,
         "output_throughput": num_output * per_s,
         "total_token_throughput": (num_input + num_output) * per_s,
-        "max_output_tokens_per_s": max(_tokens_per_s(done, duration_s), default=0.0),
+        "max_output_tokens_per_s": max(_tokens_per_s(done, duration_s), default=0.0) if token_times else None,
         "max_concurrent_requests": _most_at_once(records),
     }
     values_s = {

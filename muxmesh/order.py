@@ -3,23 +3,26 @@
 Between priorities there is nothing to decide: lower goes first. Within one, a policy gives each request a score, lower
 is sooner, and equal scores go by arrival:
 
-==========  =========================================================================================================
-fcfs        arrival sjf         predicted work of the whole request (shortest job first) srtf        predicted work
-that is left (shortest remaining time first) srtf-aged   arrival, minus a lead for little work left: whoever waits
-grows older until nobody new overtakes it hrrn        highest response ratio next: 1 + wait / work left. With equal
-work this is arrival exactly mlfq        skip-join multi-level feedback queue (FastServe, Wu et al. 2023): levels of
-doubling quanta; a request begins
-            at the level whose quantum holds its prefill and sinks as it uses quanta up; by arrival within a level
-==========  =========================================================================================================
+- ``fcfs``: arrival.
+- ``sjf``: predicted work of the whole request (shortest job first).
+- ``srtf``: predicted work that is left (shortest remaining time first).
+- ``srtf-aged``: arrival, later by a handicap for the work that is left: whoever waits grows older until nobody new
+  overtakes it.
+- ``hrrn``: highest response ratio next, 1 + wait / work left. With equal work this is arrival exactly.
+- ``mlfq``: skip-join multi-level feedback queue (FastServe, Wu et al. 2023): levels of doubling quanta. A request
+  begins at the level whose quantum holds its prefill, and is lower by the quanta it has used when it waits again.
 
-``srtf-aged`` is SRTF with aging, ``work_left - aging * wait`` (ALISE, Zhao et al. 2024, ages its queues too), but work
-counts only up to ``aging * longest_lead_s``. So nobody is overtaken by a request that arrives more than
-``longest_lead_s`` after it, however long it is predicted to be: a bound on starvation in seconds, and what little is
+``srtf-aged`` is SRTF with aging, ``work_left - aging * wait`` (ALISE, Zhao et al. 2024, ages its queues too), but the
+handicap ends at ``longest_lead`` times the typical work of a request, and at ``longest_lead_s``. So nobody is overtaken
+by a request that arrives later than that, however long it is predicted to be: a bound on starvation, and what little is
 gained by telling very long from long answers is not paid for by the longest.
+
+A standing is judged where requests wait. Who has begun is not reordered.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,9 +43,10 @@ class Order:
     """A policy with its settings. See the head of this file."""
 
     policy: Policy
-    aging: float
-    longest_lead_s: float
-    quantum_s: float
+    aging: float = 0.03
+    longest_lead: float = 60.0
+    longest_lead_s: float = math.inf
+    quantum_s: float = 0.5
 
     @property
     def moves(self) -> bool:
@@ -84,7 +88,8 @@ class Order:
 
     def _handicap_s(self, one: Standing) -> float:
         """How much later others may come and still go before it."""
-        return min(one.left_s / self.aging, self.longest_lead_s)
+        typical_s = one.typical_s * self.longest_lead if one.typical_s > 0 else math.inf
+        return min(one.left_s / self.aging, typical_s, self.longest_lead_s)
 
     def _level(self, one: Standing) -> int:
         """The quantum of level k is ``quantum_s * 2**k``; what it has used of each is behind it."""
@@ -95,5 +100,5 @@ class Order:
         return level
 
 
-FCFS = Order("fcfs", aging=1.0, longest_lead_s=0.0, quantum_s=1.0)
+FCFS = Order("fcfs")
 """By priority, then arrival: what everything that is given no order goes by."""

@@ -120,7 +120,8 @@ class Standing:
     """What an order knows of a request. ``arrived_at_s`` is unix time.
 
     Work is predicted, in seconds of its own prefill and decode steps: ``prefill_s`` and ``decode_s`` that are left,
-    ``served_s`` that it has had. Nothing predicted is 0 everywhere: the same work for all.
+    ``served_s`` that it has had, ``typical_s`` of all requests on average when it came. Nothing predicted is 0
+    everywhere: the same work for all.
     """
 
     priority: int
@@ -128,6 +129,7 @@ class Standing:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     served_s: float = 0.0
+    typical_s: float = 0.0
 
     @property
     def left_s(self) -> float:
@@ -138,14 +140,18 @@ class Standing:
         """With ``share`` of its prompt, in [0, 1], found computed already."""
         return self if share == 0 else replace(self, prefill_s=self.prefill_s * (1 - share))
 
-    def after(self, num_output_tokens: int, prediction: LengthPrediction | None) -> Standing:
-        """With so many tokens of the answer out: less is left, or more if it has outlived its prediction."""
-        if prediction is None or num_output_tokens < 1:
+    def after(
+        self, num_output_tokens: int, prediction: LengthPrediction | None, since: int = 0, prefill_again: bool = False
+    ) -> Standing:
+        """With so many tokens of the answer out, where this standing had ``since`` of them: less is left, or more if
+        the answer has outlived its prediction. ``prefill_again``: the prompt is to be computed once more.
+        """
+        if prediction is None or num_output_tokens <= since:
             return self
-        per_token_s = self.decode_s / prediction.remaining_tokens(0)
-        left_s = per_token_s * prediction.remaining_tokens(num_output_tokens)
-        served_s = self.served_s + self.prefill_s + per_token_s * num_output_tokens
-        return replace(self, prefill_s=0.0, decode_s=left_s, served_s=served_s)
+        left_s = self.decode_s * prediction.remaining_tokens(num_output_tokens) / prediction.remaining_tokens(since)
+        per_token_s = self.decode_s / prediction.remaining_tokens(since)
+        served_s = self.served_s + self.prefill_s + per_token_s * (num_output_tokens - since)
+        return replace(self, prefill_s=self.prefill_s if prefill_again else 0.0, decode_s=left_s, served_s=served_s)
 
 
 @dataclass(frozen=True, slots=True)

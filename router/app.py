@@ -13,8 +13,6 @@ from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.internal.v1 import kvstore_pb2_grpc
 from muxmesh.lifecycle import Stop
-from muxmesh.predictor.guard import Guard
-from muxmesh.predictor.predictor import LengthPredictor
 from muxmesh.registry import Registry
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.server import MeshServer
@@ -26,7 +24,7 @@ from router.inference import InferenceService
 from router.mesh import MeshService
 from router.request import RequestDriver
 from router.served_model import load_models
-from router.snapshots import kept
+from router.snapshots import kept, known_before
 from router.state import RouterState, UnitLink
 
 _STOP_GRACE_S = 2.0
@@ -52,8 +50,7 @@ async def serve(runtime: MeshRuntime, stop: Stop) -> None:
         tokenizing = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="tokenize"))
         registry = Registry(runtime.redis_url, clock)
         stack.push_async_callback(registry.close)
-        predictor = LengthPredictor()
-        guard = Guard(predictor)
+        predictor, guard = await known_before(runtime.redis_url)
         forecaster = Forecaster(predictor, guard, config.router.predictor_budget_s)
         stack.callback(forecaster.close)
         await stack.enter_async_context(kept(runtime.redis_url, forecaster, predictor, guard))

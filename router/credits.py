@@ -34,6 +34,8 @@ class Credit:
     decode_address: str
     decision: int = 0
     num_overtaken: int = 0
+    standing: Standing | None = None
+    """What the unit decided by."""
 
 
 class UnitCredits:
@@ -148,6 +150,7 @@ class UnitCredits:
                 wire.decode.address,
                 wire.decision,
                 wire.num_overtaken,
+                convert.standing_from_wire(wire.standing),
             )
             future = self._futures.get(wire.key_id)
             self._queue.remove(wire.key_id)

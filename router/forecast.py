@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
 from muxmesh.predictor.guard import Guard, Judged
 from muxmesh.predictor.predictor import Fitted, Predictor
 from muxmesh.types import LengthPrediction
+from router.one_thread import OneThread
 
 _Result = TypeVar("_Result")
 
@@ -42,8 +43,8 @@ class Forecaster:
         self._predictor = predictor
         self._guard = guard
         self._budget_s = budget_s
-        self._asking = ThreadPoolExecutor(1, thread_name_prefix="predict")
-        self._fitting = ThreadPoolExecutor(1, thread_name_prefix="fit")
+        self._asking = OneThread("predict")
+        self._fitting = OneThread("fit")
         self._late: Future[Judged] | None = None
         self._num_lessons = 0
         self.num_late = 0
@@ -54,7 +55,7 @@ class Forecaster:
             self.num_late += 1
             return Forecast(_LATE, "late")
         self._late = None
-        asked = self._asking.submit(self._guard.predict, text, model, tenant, hint_tokens)
+        asked = self._asking.submit(lambda: self._guard.predict(text, model, tenant, hint_tokens))
         done, _ = await asyncio.wait([asyncio.wrap_future(asked)], timeout=self._budget_s)
         if not done:
             if self.num_late == 0:
@@ -67,10 +68,12 @@ class Forecaster:
 
     def observe(self, forecast: Forecast, num_tokens: int, censored: bool) -> None:
         """An answer ended after so many tokens; ``censored``: it was cut off and would have been longer."""
-        if forecast.judged is None or num_tokens < 1 or self._num_lessons >= _MOST_LESSONS:
+        judged = forecast.judged
+        if judged is None or num_tokens < 1 or self._num_lessons >= _MOST_LESSONS:
             return
         self._num_lessons += 1
-        self._asking.submit(self._learn, forecast.judged, num_tokens, censored)
+        lesson = asyncio.wrap_future(self._asking.submit(lambda: self._learn(judged, num_tokens, censored)))
+        lesson.add_done_callback(self._learned)
 
     def tau(self, model: str) -> float | None:
         """See `Guard.tau`."""
@@ -91,11 +94,15 @@ class Forecaster:
 
     def close(self) -> None:
         """Ends the threads; a guess that hangs is left behind."""
-        self._fitting.shutdown(wait=False, cancel_futures=True)
-        self._asking.shutdown(wait=False, cancel_futures=True)
+        self._fitting.close()
+        self._asking.close()
+
+    def _learned(self, lesson: asyncio.Future[None]) -> None:
+        self._num_lessons -= 1
+        if not lesson.cancelled() and (error := lesson.exception()) is not None:
+            _log.error("a lesson failed: %s", error)
 
     def _learn(self, judged: Judged, num_tokens: int, censored: bool) -> None:
-        self._num_lessons -= 1
         self._guard.observe(judged, num_tokens, censored)
         try:
             refit = self._predictor.refit()
@@ -110,7 +117,8 @@ class Forecaster:
             return
         if (error := done.exception()) is not None:
             _log.error("a fit failed: %s", error)
-        self._asking.submit(self._publish, None if error else done.result())
+        fitted = None if error else done.result()
+        self._asking.submit(lambda: self._publish(fitted))
 
     def _publish(self, fitted: Fitted | None) -> None:
         if not self._predictor.publish(fitted) and fitted is not None:

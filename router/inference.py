@@ -233,8 +233,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return await loop.run_in_executor(self._state.tokenizing, checked.model.text.decode, ids, True)
 
     def _with_forecast(self, checked: CheckedRequest, request: EngineRequest, forecast: Forecast) -> EngineRequest:
-        costs = self._state.units[checked.model.unit].credits.costs.get(request.model)
-        return with_forecast(request, forecast.prediction, costs, checked.model.config.prefill_token_budget)
+        unit, chunk = self._state.units[checked.model.unit], checked.model.config.prefill_token_budget
+        costs = unit.credits.costs.get(request.model)
+        return with_forecast(request, forecast.prediction, forecast.source, costs, chunk, unit.typical)
 
     def _scheduling(
         self, request: EngineRequest, forecast: Forecast, progress: Progress, arrived_at_s: float

@@ -116,7 +116,7 @@ def _resumed(request: EngineRequest, sent: list[int]) -> EngineRequest:
     if not sent:
         return request
     sampling = replace(request.sampling, prompt_logprobs=None)
-    standing = request.standing.after(len(sent), request.prediction)
+    standing = request.standing.after(len(sent), request.prediction, prefill_again=True)
     return replace(request, resume_token_ids=tuple(sent), sampling=sampling, standing=standing)
 
 

@@ -50,7 +50,8 @@ def scheduling_of(
     request: EngineRequest, forecast: Forecast, order: Order, credit: Credit | None, waited_s: float
 ) -> inference_pb2.SchedulingInfo:
     """Why a request was served when it was."""
-    standing, prediction = request.standing, request.prediction or forecast.prediction
+    standing = (credit and credit.standing) or request.standing
+    prediction = request.prediction or forecast.prediction
     return inference_pb2.SchedulingInfo(
         policy=order.policy,
         reason=order.reason(standing, standing.arrived_at_s + waited_s),

@@ -23,12 +23,27 @@ _KEY = "muxmesh:{predictor}:snapshot"
 SAVE_EVERY_S = 60.0
 
 
+async def known_before(url: str) -> tuple[LengthPredictor, Guard]:
+    """A predictor that goes on from the last snapshot, if there is one."""
+    async with _connected(url) as client:
+        try:
+            found = await client.get(_KEY)
+            if isinstance(found, bytes):
+                predictor, guard = await asyncio.to_thread(snapshot.read, found)
+                _log.info("the predictor goes on from %d answers", predictor.history.num_observed)
+                return predictor, guard
+        except (RedisError, OSError) as error:
+            _log.warning("no predictor snapshot, Redis is away: %s", error)
+        except ConfigError as error:
+            _log.warning("the predictor begins anew: %s", error)
+    predictor = LengthPredictor()
+    return predictor, Guard(predictor)
+
+
 @contextlib.asynccontextmanager
 async def kept(url: str, forecaster: Forecaster, predictor: LengthPredictor, guard: Guard) -> AsyncIterator[None]:
-    """Goes on from the last snapshot, and keeps one while the block runs and at its end."""
-    client = redis.asyncio.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0)
-    try:
-        await _restore(client, forecaster, predictor, guard)
+    """Keeps a snapshot while the block runs and at its end."""
+    async with _connected(url) as client:
         saving = asyncio.create_task(_save_repeatedly(client, forecaster, predictor, guard), name="predictor snapshots")
         try:
             yield
@@ -38,23 +53,16 @@ async def kept(url: str, forecaster: Forecaster, predictor: LengthPredictor, gua
             with contextlib.suppress(RedisError, OSError, TimeoutError):
                 async with asyncio.timeout(2.0):  # a predictor that hangs does not hold up the end
                     await _save(client, forecaster, predictor, guard)
+
+
+@contextlib.asynccontextmanager
+async def _connected(url: str) -> AsyncIterator[redis.asyncio.Redis]:
+    client = redis.asyncio.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0)
+    try:
+        yield client
     finally:
         with contextlib.suppress(RedisError, OSError):
             await client.aclose()
-
-
-async def _restore(
-    client: redis.asyncio.Redis, forecaster: Forecaster, predictor: LengthPredictor, guard: Guard
-) -> None:
-    try:
-        found = await client.get(_KEY)
-        if isinstance(found, bytes):
-            await forecaster.call(functools.partial(snapshot.restore, found, predictor, guard))
-            _log.info("the predictor goes on from %d answers", predictor.history.num_observed)
-    except (RedisError, OSError) as error:
-        _log.warning("no predictor snapshot, Redis is away: %s", error)
-    except ConfigError as error:
-        _log.warning("the predictor begins anew: %s", error)
 
 
 async def _save_repeatedly(
@@ -70,6 +78,7 @@ async def _save_repeatedly(
 
 
 async def _save(client: redis.asyncio.Redis, forecaster: Forecaster, predictor: LengthPredictor, guard: Guard) -> None:
-    """The snapshot is made in the predictor's thread, between guesses."""
+    """The copy is made in the predictor's thread, between guesses, and written in another."""
     if predictor.history.num_observed:
-        await client.set(_KEY, await forecaster.call(functools.partial(snapshot.save, predictor, guard)))
+        taken = await forecaster.call(functools.partial(snapshot.take, predictor, guard))
+        await client.set(_KEY, await asyncio.to_thread(snapshot.write, taken))

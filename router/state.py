@@ -17,6 +17,7 @@ from router.credits import UnitCredits
 from router.forecast import Forecaster
 from router.request import RequestDriver
 from router.served_model import ServedModel
+from router.work import TypicalWork
 
 
 @dataclass(slots=True)
@@ -41,6 +42,7 @@ class UnitLink:
     credits: UnitCredits
     driver: RequestDriver
     kvstore: kvstore_pb2_grpc.KvStoreServiceAsyncStub
+    typical: TypicalWork = field(default_factory=TypicalWork)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from muxmesh.cost import CostFit, StepCost, StepShape, context_of
 from muxmesh.engine.scheduler import share_out
 from muxmesh.order import Order
 from muxmesh.types import Standing
-from simulator.timeline import Timeline
+from simulator.timeline import NO_DELAYS, Delays, Timeline
 
 _LEARN_EVERY = 16
 """Stretches of steps of which one is shown to the cost fit: a live worker shows each step, which changes little."""
@@ -110,7 +110,7 @@ class DecodeJob:
     """An answer after its first token. ``left``: tokens to come.
 
     ``next_halt`` says after how many more tokens something has to be asked for, or None; then ``halt`` is called, and
-    may take the job out.
+    may take the job out. ``joined_at``: the worker's step before its first, -1 until then.
     """
 
     num_context: int
@@ -118,7 +118,7 @@ class DecodeJob:
     done: Callable[[], None]
     next_halt: Callable[[], int | None]
     halt: Callable[[], None]
-    joined_at: int = 0
+    joined_at: int = -1
     is_out: bool = False
 
 
@@ -149,6 +149,10 @@ class DecodeWorker:
         """Asks the job anew when it has to halt."""
         if (after := job.next_halt()) is not None:
             self._push(self._num_steps + max(1, after), False, job)
+
+    def halt_next(self, job: DecodeJob) -> None:
+        """The job halts at the end of the step that is under way, or of the next one."""
+        self._push(self._num_steps + 1, False, job)
 
     def take_out(self, job: DecodeJob) -> None:
         """The job leaves, unfinished."""
@@ -209,8 +213,10 @@ class DecodeWorker:
 class Device:
     """Owns the turn. ``wake`` it after each change of the workers' work: a stretch of steps is then cut short."""
 
-    def __init__(self, timeline: Timeline, workers: Sequence[Worker]) -> None:
+    def __init__(self, timeline: Timeline, workers: Sequence[Worker], delays: Delays = NO_DELAYS) -> None:
         self._timeline = timeline
+        self._delays = delays
+        self._turn_s = 0.0
         self._workers = workers
         self._last_slot = -1
         self._running: int | None = None
@@ -233,6 +239,7 @@ class Device:
         if chosen is None:
             return
         worker = self._workers[chosen]
+        self._turn_s = self._delays.turn_s if chosen != self._last_slot else 0.0
         self._last_slot = chosen
         worker.begin(self._timeline.now_s)
         self._began_at_s = self._timeline.now_s
@@ -242,8 +249,11 @@ class Device:
         self._num_steps = num_steps
         self._version += 1
         version = self._version
-        ends_at_s = self._began_at_s + worker.seconds(num_steps)
+        ends_at_s = self._began_at_s + self._seconds(worker, num_steps)
         self._timeline.at(ends_at_s, lambda: self._end(worker, version))
+
+    def _seconds(self, worker: Worker, num_steps: int) -> float:
+        return self._turn_s + num_steps * self._delays.step_s + worker.seconds(num_steps)
 
     def _cut(self, worker: Worker) -> None:
         """The stretch ends with the step that is under way now."""
@@ -251,7 +261,7 @@ class Device:
         first, last = 1, self._num_steps
         while first < last:
             middle = (first + last) // 2
-            if worker.seconds(middle) >= passed_s - 1e-12:
+            if self._seconds(worker, middle) >= passed_s - 1e-12:
                 last = middle
             else:
                 first = middle + 1

@@ -32,8 +32,8 @@ class Forecasts(Protocol):
     def ask(self, asked: Asked) -> tuple[LengthPrediction, str, object]:
         """A prediction, where it comes from, and what `observe` wants back."""
 
-    def observe(self, memory: object, num_output: int) -> None:
-        """An answer ended."""
+    def observe(self, memory: object, num_output: int, censored: bool) -> None:
+        """An answer ended; ``censored``: at the longest that was allowed."""
 
 
 class Known:
@@ -43,7 +43,7 @@ class Known:
         """See `Forecasts`."""
         return LengthPrediction(asked.num_output, asked.num_output), "fixed", None
 
-    def observe(self, memory: object, num_output: int) -> None:
+    def observe(self, memory: object, num_output: int, censored: bool) -> None:
         """See `Forecasts`."""
 
 
@@ -73,7 +73,7 @@ class Noisy:
         p50_tokens, p90_tokens = math.exp(middle), math.exp(middle + 1.2816 * self._deviation * left)
         return LengthPrediction(p50_tokens, p90_tokens), "noisy", None
 
-    def observe(self, memory: object, num_output: int) -> None:
+    def observe(self, memory: object, num_output: int, censored: bool) -> None:
         """See `Forecasts`."""
 
 
@@ -91,10 +91,10 @@ class Learned:
         judged = self.guard.predict(asked.text or "", asked.model, asked.tenant, asked.hint_tokens)
         return judged.prediction, judged.source, judged
 
-    def observe(self, memory: object, num_output: int) -> None:
+    def observe(self, memory: object, num_output: int, censored: bool) -> None:
         """See `Forecasts`."""
         if not isinstance(memory, Judged):
             return
-        self.guard.observe(memory, num_output, False)
+        self.guard.observe(memory, num_output, censored)
         if refit := self._predictor.refit():
             self._predictor.publish(refit.run())

@@ -15,9 +15,9 @@ from muxmesh.errors import ConfigError
 from muxmesh.models.spec import ModelSpec
 from muxmesh.order import Policy
 from muxmesh.types import LengthPrediction, Standing, Stopping
-from router.work import with_work, within
+from router.work import EQUAL_FOR_ALL, with_work, within
 from simulator.forecasts import Asked, Forecasts
-from simulator.timeline import Timeline
+from simulator.timeline import NO_DELAYS, Delays, Timeline
 from simulator.unit import Decision, Request, SimulatedUnit
 
 _BYTES_PER_TOKEN = 4
@@ -54,12 +54,15 @@ def simulate(
     forecasts: Forecasts,
     policy: Policy | None = None,
     on_decision: Callable[[Decision], None] | None = None,
+    delays: Delays = NO_DELAYS,
 ) -> Simulated:
-    """Lets all requests arrive and end. ``policy`` None: as configured. Raises ConfigError for a model it has not."""
+    """Lets all requests arrive and end. ``policy`` None: as configured. ``delays``: what processes add to
+    the engines' times. Raises ConfigError for a model it has not.
+    """
     order = config.order.order()
     order = order if policy is None else replace(order, policy=policy)
     timeline = Timeline()
-    units = {unit.name: SimulatedUnit(timeline, unit, specs, order, on_decision) for unit in config.units}
+    units = {unit.name: SimulatedUnit(timeline, unit, specs, order, on_decision, delays) for unit in config.units}
     router = _Router(timeline, config, units, specs, forecasts)
     records = [Record(one.index, one.at_s, one.model, one.tenant, one.priority) for one in sketches]
     router.arrivals(sketches, records)
@@ -117,19 +120,26 @@ class _Router:
         room = (model.max_model_len or self._specs[name].context_len) - num_prompt
         waiting = sum(each.num_waiting for each in self._units.values())
         if room < 1 or one.max_new_tokens > room:
-            self._refuse(record, "INVALID_ARGUMENT", f"prompt and longest answer are past the context by {-room}")
+            self._refuse(
+                record,
+                "INVALID_ARGUMENT",
+                f"prompt and longest answer are {one.max_new_tokens - room} tokens past the context",
+            )
             return
         if waiting >= self._most_waiting:
             self._refuse(record, "RESOURCE_EXHAUSTED", f"{waiting} requests are waiting")
             return
         asked = Asked(one.body.text, name, one.tenant or "", num_output, one.is_forced)
-        prediction, _, memory = self._forecasts.ask(asked)
-        prediction = within(prediction, Stopping(one.max_new_tokens))
-        standing = Standing(one.priority, self._timeline.now_s)
-        standing = with_work(standing, prediction, num_prompt, unit.costs(name), model.prefill_token_budget)
+        said, source, memory = self._forecasts.ask(asked)
+        prediction, guessed = within(said, Stopping(one.max_new_tokens)), source not in EQUAL_FOR_ALL
+        standing = with_work(
+            Standing(one.priority, self._timeline.now_s), prediction if guessed else said, num_prompt,
+            unit.costs(name), model.prefill_token_budget, unit.typical, guessed,
+        )  # fmt: skip
 
         def ended(request: Request) -> None:
-            self._forecasts.observe(memory, num_output)
+            if request.record.is_ok:
+                self._forecasts.observe(memory, num_output, num_output >= one.max_new_tokens)
 
         unit.wait(
             Request(

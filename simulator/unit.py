@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from decode_svc.room import AHEAD_TOKENS, GROWTH_TOKENS
 from kvstore.admission import WaitingKey
@@ -18,8 +19,9 @@ from muxmesh.models.spec import ModelSpec
 from muxmesh.order import Order
 from muxmesh.types import KvDemand, Lease, LengthPrediction, Standing, blocks_for
 from router.queue import Waiting, WaitingRequests
+from router.work import TypicalWork
 from simulator.device import DecodeJob, DecodeWorker, Device, PrefillJob, PrefillWorker, Worker
-from simulator.timeline import Timeline
+from simulator.timeline import NO_DELAYS, Delays, Timeline
 
 _ROUTER = "router"
 
@@ -39,6 +41,7 @@ class Request:
     on_end: Callable[[Request], None]
     hashes: tuple[bytes, ...] = ()
     num_sent: int = 0
+    num_known_to_standing: int = 0
     key_id: int = 0
 
 
@@ -71,6 +74,7 @@ class _Decoding:
     request: Request
     lease: Lease
     num_blocks: int
+    must_go: bool = False
     job: DecodeJob = field(init=False)
 
 
@@ -84,6 +88,7 @@ class SimulatedUnit:
         specs: Mapping[str, ModelSpec],
         order: Order,
         on_decision: Callable[[Decision], None] | None = None,
+        delays: Delays = NO_DELAYS,
     ) -> None:
         shares = {}
         for model in config.models:
@@ -105,11 +110,13 @@ class SimulatedUnit:
         workers: list[Worker] = []
         for served in self._served.values():  # slots in the order in which the supervisor starts workers
             workers += [served.prefill, served.decode]
-        self._device = Device(timeline, workers)
+        self._delays = delays
+        self._device = Device(timeline, workers, delays)
         self._last_key_id = 0
         self._costs_due_s = 0.0
         self._timer_s: float | None = None
         self.num_requeued = 0
+        self.typical = TypicalWork()
 
     @property
     def num_waiting(self) -> int:
@@ -150,9 +157,12 @@ class SimulatedUnit:
         num_tokens = min(most, num_known + self._served[request.model].config.kv_answer_tokens)
         return KvDemand(num_tokens, most, request.hashes, num_known - 1 if request.hashes else 0)
 
-    def _show(self) -> None:
+    def _show(self) -> bool:
+        """Shows the unit what it has not seen and should; True if there was anything."""
+        anything = False
         for waiting in self._queue.show_next(self._timeline.now_s):
             key = WaitingKey(_ROUTER, waiting.key_id, waiting.model, waiting.standing, waiting.demand)
+            anything = True
             try:
                 self.unit.offer(key)
             except InvalidRequest as error:
@@ -160,6 +170,7 @@ class SimulatedUnit:
                 request = self._waiting.pop(waiting.key_id)
                 request.record.status, request.record.error = "INVALID_ARGUMENT", str(error)
                 self._end(request)
+        return anything
 
     def _changed(self) -> None:
         """As in kvstore's service: room or demand changed, so room is given out, and costs are told now and then."""
@@ -168,8 +179,10 @@ class SimulatedUnit:
         for credit in given.credits:
             self._start(credit)
         for asked in given.give_way:
-            if (decoding := self._decoding.get(asked.lease_id)) is not None:
-                self._give_way(decoding)
+            if (decoding := self._decoding.get(asked.lease_id)) is not None and decoding.job.joined_at >= 0:
+                decoding.must_go = True
+                self._served[decoding.request.model].decode.halt_next(decoding.job)
+                self._device.wake()
         if now_s >= self._costs_due_s:
             self._costs_due_s = now_s + COSTS_EVERY_S
             for served in self._served.values():
@@ -179,15 +192,15 @@ class SimulatedUnit:
         if due_s is not None and due_s != self._timer_s:
             self._timer_s = due_s
             self._timeline.at(due_s, self._changed)
-        if given.credits:
-            self._show()
+        if given.credits and self._show():
+            self._changed()
 
     def _start(self, credit: CreditGiven) -> None:
         request = self._waiting.pop(credit.key_id)
         self._queue.remove(credit.key_id)
         served = self._served[request.model]
         if self._on_decision is not None:
-            now_s, reason = self._timeline.now_s, self._order.reason(request.standing, self._timeline.now_s)
+            now_s, reason = self._timeline.now_s, self._order.reason(credit.standing, self._timeline.now_s)
             self._on_decision(
                 Decision(now_s, credit.decision, request.index, request.model, credit.num_overtaken, reason)
             )
@@ -195,12 +208,10 @@ class SimulatedUnit:
         num_uncomputed = request.num_prompt + request.num_sent - lease.num_computed_tokens
         if request.num_sent == 0:
             request.record.num_cached = lease.num_computed_tokens
-        served.prefill.add(
-            PrefillJob(
-                request.standing, lease.num_computed_tokens, num_uncomputed, lambda: self._prefilled(request, lease)
-            )
+        job = PrefillJob(
+            request.standing, lease.num_computed_tokens, num_uncomputed, lambda: self._prefilled(request, lease)
         )
-        self._device.wake()
+        self._after(self._delays.admit_s, lambda: self._add(served.prefill, job))
 
     def _prefilled(self, request: Request, lease: Lease) -> None:
         """The prompt is computed and one more token of the answer drawn."""
@@ -209,8 +220,7 @@ class SimulatedUnit:
             request.record.pieces.append((self._timeline.now_s, 1))
         request.num_sent += 1
         if request.num_sent >= request.num_output:
-            self.unit.release(lease.ref, served.prefill_name, request.hashes)
-            self._finish(request)
+            self._finish(request, lease, served.prefill_name)
             return
         num_known = request.num_prompt + request.num_sent
         lease = self.unit.move(lease.ref, served.prefill_name, served.decode_name, num_known - 1, (0,), b"")
@@ -223,8 +233,17 @@ class SimulatedUnit:
             halt=lambda: self._grow(decoding),
         )
         self._decoding[lease.ref.lease_id] = decoding
-        served.decode.add(decoding.job)
+        self._after(self._delays.hand_off_s, lambda: self._add(served.decode, decoding.job))
+
+    def _add(self, worker: PrefillWorker | DecodeWorker, job: Any) -> None:
+        worker.add(job)
         self._device.wake()
+
+    def _after(self, delay_s: float, happen: Callable[[], None]) -> None:
+        if delay_s > 0:
+            self._timeline.at(self._timeline.now_s + delay_s, happen)
+        else:
+            happen()
 
     def _tokens_until_asking(self, decoding: _Decoding) -> int | None:
         """Tokens until the blocks have room for fewer than `AHEAD_TOKENS`; None: they hold the longest answer."""
@@ -242,6 +261,9 @@ class SimulatedUnit:
     def _grow(self, decoding: _Decoding) -> None:
         """More blocks, half as many if there are none, and so on; without any and without room it gives way."""
         request, served = decoding.request, self._served[decoding.request.model]
+        if decoding.must_go:
+            self._give_way(decoding)
+            return
         block_size = served.config.block_size
         most = blocks_for(request.num_prompt + request.most_new_tokens, block_size)
         wanted = min(blocks_for(GROWTH_TOKENS, block_size), most - decoding.num_blocks)
@@ -259,31 +281,34 @@ class SimulatedUnit:
     def _give_way(self, decoding: _Decoding) -> None:
         """Without swap: its KV is dropped, and the request waits again, with all its tokens, at its place."""
         request, served = decoding.request, self._served[decoding.request.model]
-        if decoding.job in served.decode.fresh:
-            return  # it has not begun; it is asked again
+        sent_before = request.num_known_to_standing
         request.num_sent += served.decode.progress(decoding.job)
         served.decode.take_out(decoding.job)
         del self._decoding[decoding.lease.ref.lease_id]
         self.unit.release(decoding.lease.ref, served.decode_name, request.hashes)
         self.num_requeued += 1
-        standing = request.standing.after(request.num_sent, request.prediction)
+        standing = request.standing.after(request.num_sent, request.prediction, sent_before, prefill_again=True)
         self._device.wake()
-        self.wait(replace(request, standing=standing))
+        self.wait(replace(request, standing=standing, num_known_to_standing=request.num_sent))
 
     def _decoded(self, decoding: _Decoding) -> None:
         request = decoding.request
         request.num_sent = request.num_output
         del self._decoding[decoding.lease.ref.lease_id]
-        self.unit.release(decoding.lease.ref, self._served[request.model].decode_name, request.hashes)
-        self._finish(request)
+        self._finish(request, decoding.lease, self._served[request.model].decode_name)
 
-    def _finish(self, request: Request) -> None:
+    def _finish(self, request: Request, lease: Lease, owner: str) -> None:
+        """The client has its last token; a little later the slot is free."""
         record = request.record
         record.status, record.num_output, record.num_input = OK, request.num_output, request.num_prompt
         record.finish = "LENGTH" if request.num_output >= request.most_new_tokens else "EOS"
         if request.num_output > 1:
             record.pieces.append((self._timeline.now_s, request.num_output - 1))
         self._end(request)
+        self._after(self._delays.end_s, lambda: self._release(request, lease, owner))
+
+    def _release(self, request: Request, lease: Lease, owner: str) -> None:
+        self.unit.release(lease.ref, owner, request.hashes)
         self._changed()
 
     def _end(self, request: Request) -> None:

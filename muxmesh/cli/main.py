@@ -215,7 +215,10 @@ def _add_predictor(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "Replay a file of answers: each length is predicted before it is learned.",
     )  # fmt: skip
     evaluate.add_argument(
-        "file", type=Path, metavar="FILE", help='.jsonl or .jsonl.gz with "prompt", "model", "n_out" and perhaps "task"'
+        "file",
+        type=Path,
+        metavar="FILE",
+        help='.jsonl (.gz) with "prompt", "model", "n_out", perhaps "task", and "censored": true if it was cut off',
     )
     _add_json(evaluate)
 

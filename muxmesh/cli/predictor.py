@@ -16,6 +16,7 @@ from muxmesh.clock import SystemClock
 from muxmesh.errors import ConfigError
 from muxmesh.predictor.evaluate import Item, replay, report
 
+_MOST_TOKENS = 10_000_000
 _COLUMNS = ("num", "tau", "mae", "mae_median", "p90_coverage", "hit_rate")
 
 
@@ -41,7 +42,9 @@ def read_items(path: Path) -> Iterator[Item]:
             raise ConfigError(f'{place}: needs "prompt", a text, and "model", a name if there is one')
         if isinstance(length, bool) or not isinstance(length, int) or length < 0:
             raise ConfigError(f"{place}: n_out is {length!r}; a whole number of tokens")
-        yield Item(prompt, model, max(1, length), str(line.get("task", "")))
+        if length > _MOST_TOKENS:
+            raise ConfigError(f"{place}: n_out is {length}; at most {_MOST_TOKENS} tokens")
+        yield Item(prompt, model, max(1, length), str(line.get("task", "")), line.get("censored") is True)
 
 
 def _lines(found: Mapping[str, Any]) -> Iterator[str]:

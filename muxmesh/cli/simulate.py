@@ -24,6 +24,7 @@ from muxmesh.models.prepare import model_problems, spec_here
 from muxmesh.predictor.predictor import LengthPredictor
 from simulator.forecasts import Forecasts, Known, Learned, Noisy
 from simulator.run import Simulated, requests_of, simulate, true_length
+from simulator.timeline import MEASURED
 from simulator.unit import Decision
 
 _DEFAULT_TAU = 0.5
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             def on_decision(decision: Decision) -> None:
                 out.write(json.dumps(asdict(decision)) + "\n")
 
-        simulated = simulate(config, specs, sketches, forecasts, arguments.policy, on_decision)
+        simulated = simulate(config, specs, sketches, forecasts, arguments.policy, on_decision, MEASURED)
     took_s = clock.monotonic_s() - began_at_s
     policy = arguments.policy or config.order.policy
     return _finish(arguments, spec, simulated, policy, took_s, sorted(specs))
@@ -108,4 +109,4 @@ def _finish(
         virtual_s = simulated.run.duration_s
         print(f"\nSimulated {virtual_s:.0f} s in {took_s:.1f} s, order {policy}; no gaps between tokens are known",
               file=sys.stderr)  # fmt: skip
-    return 0
+    return 0 if report["completed"] else 1

@@ -5,6 +5,7 @@ Knows nothing of files, processes or models on disk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -133,8 +134,12 @@ class OrderConfig(Section):
     waits gets older. `hrrn`: by the ratio of waiting and work. `mlfq`: by what was used, without predictions."""
     aging: float = Field(default=0.03, gt=0, le=1000)
     """For `srtf-aged`: seconds of predicted work that one second of waiting outweighs."""
-    longest_lead_s: float = Field(default=90.0, ge=0)
-    """For `srtf-aged`: no request is overtaken by one of its priority that came more seconds later than this."""
+    longest_lead: float = Field(default=60.0, ge=0)
+    """For `srtf-aged`: no request is overtaken by one of its priority that came later than so many times the work of
+    a typical request."""
+    longest_lead_s: float | None = Field(default=None, ge=0)
+    """For `srtf-aged`: the same in seconds; the smaller one counts. Far less than `longest_lead` comes to makes the
+    order that of arrival."""
     mlfq_quantum_s: float = Field(default=0.5, gt=0)
     """For `mlfq`: seconds of work at the first level; each level has twice that of the one before."""
 
@@ -143,7 +148,8 @@ class OrderConfig(Section):
 
     def order(self) -> Order:
         """The function itself."""
-        return Order(self.policy, self.aging, self.longest_lead_s, self.mlfq_quantum_s)
+        longest_s = math.inf if self.longest_lead_s is None else self.longest_lead_s
+        return Order(self.policy, self.aging, self.longest_lead, longest_s, self.mlfq_quantum_s)
 
 
 class MeshConfig(Section):

@@ -25,12 +25,13 @@ COVERAGE_BAND = (0.86, 0.94)
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One answer. ``task`` is only for the report."""
+    """One answer. ``task`` is only for the report. ``censored``: cut off there, so it teaches and is not judged."""
 
     prompt: str
     model: str
     num_tokens: int
     task: str = ""
+    censored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def replay(items: Iterable[Item], clock: Clock, predictor: LengthPredictor | Non
     for _, group in itertools.groupby(items, key=lambda item: item.prompt):
         fresh = [_predicted(guard, item, clock) for item in group]
         for outcome in fresh:
-            guard.observe(outcome.judged, outcome.item.num_tokens, False)
+            guard.observe(outcome.judged, outcome.item.num_tokens, outcome.item.censored)
         outcomes += fresh
         if refit := predictor.refit():
             predictor.publish(refit.run())
@@ -65,15 +66,18 @@ def _predicted(guard: Guard, item: Item, clock: Clock) -> Outcome:
 
 def report(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Figures of a replay, over its last half, when something was known; coverage windows over all but the first."""
-    late = outcomes[len(outcomes) // 2 :]
+    num_answers = len(outcomes)
+    late = [one for one in outcomes[num_answers // 2 :] if not one.item.censored]
+    whole = [one for one in outcomes if not one.item.censored]
     constant = float(np.median([one.item.num_tokens for one in late])) if late else 0.0
     return {
-        "num_answers": len(outcomes),
+        "num_answers": num_answers,
+        "num_censored": num_answers - len(whole),
         "num_evaluated": len(late),
         "pooled": _figures(late, constant),
         "models": _by(late, lambda one: one.item.model, constant),
         "tasks": _by([one for one in late if one.item.task], lambda one: one.item.task, constant),
-        "p90_windows": _coverage_windows(outcomes),
+        "p90_windows": _coverage_windows(whole),
         "predict_ms": {
             f"p{share}": 1000 * float(np.percentile([one.seconds for one in outcomes], share)) for share in (50, 99)
         },

@@ -2,8 +2,8 @@
 earned.
 
 A predictor may fail, hang (its caller's business), lie or be of no use; then every answer of a model is expected to be
-as long as its typical one, and the order goes by waiting alone: `hrrn` and `srtf-aged` with equal work are arrival.
-The guess is made and watched all the same, so that a predictor that ranks again is used again.
+as long as its typical one and, with the same work for all (`router.work`), the order is that of arrival. The guess is
+made and watched all the same, so that a predictor that ranks again is used again.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class Judged:
 
 @dataclass(slots=True)
 class _Rank:
-    """How well the guesses for one model have ranked. ``constant_tokens`` stands while they do not."""
+    """How well the guesses for one model have ranked. ``constant_tokens`` stands while they do not, and
+    ``failed_tokens`` while there are none: one length for all, or those that came when it was shorter would go first.
+    """
 
     guessed: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     turned_out: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
@@ -61,6 +63,7 @@ class _Rank:
     since_judged: int = 0
     tau: float = 1.0
     constant_tokens: float | None = None
+    failed_tokens: float | None = None
 
     def typical_tokens(self) -> float:
         return math.exp(self.scale.mean) if self.scale.count else _COLD_TOKENS
@@ -106,10 +109,10 @@ class Guard:
         """What the predictor says, if that can be used at all."""
         try:
             guess = self._predictor.predict(text, model)
+            usable = all(math.isfinite(value) and value > 0 for value in (guess.p50_tokens, guess.p90_tokens))
         except Exception:  # fail-open: a predictor must not cost a request
             self._count_failure("predicting")
             return None
-        usable = all(math.isfinite(value) and value > 0 for value in (guess.p50_tokens, guess.p90_tokens))
         self.num_failures += not usable
         return guess if usable else None
 
@@ -117,11 +120,13 @@ class Guard:
         """What to make of a guess; None: there is none."""
         rank = self._ranks.setdefault(model, _Rank())
         if guess is None:
-            middle, upper, source = rank.constant_tokens or rank.typical_tokens(), 0.0, "failed"
+            rank.failed_tokens = rank.failed_tokens or rank.typical_tokens()
+            middle, upper, source = rank.failed_tokens, 0.0, "failed"
         elif rank.constant_tokens is not None:
             middle, upper, source = rank.constant_tokens, 0.0, "floor"
         else:
             middle, upper, source = min(guess.p50_tokens, _LONGEST_TOKENS), guess.p90_tokens, guess.source
+            rank.failed_tokens = None
         weight = self._hint_weight(tenant, rank) if hint_tokens else 0.0
         if weight and hint_tokens:
             narrower = (hint_tokens / middle) ** weight
@@ -139,12 +144,12 @@ class Guard:
                 self._predictor.observe(judged.guess, judged.model, num_tokens, censored)
             except Exception:  # fail-open
                 self._count_failure("learning")
+        if judged.hint_tokens and (not censored or length > math.log(judged.hint_tokens)):
+            self._trust_of(judged.tenant).add(math.log(judged.hint_tokens) - length)
         if censored:
             return
         rank = self._ranks.setdefault(judged.model, _Rank())
         rank.scale.add(length)
-        if judged.hint_tokens:
-            self._trust_of(judged.tenant).add(math.log(judged.hint_tokens) - length)
         if judged.guess is not None and judged.guess.source not in ("cold", "typical"):
             self._rank(rank, math.log(min(judged.guess.p50_tokens, _LONGEST_TOKENS)), length)
 

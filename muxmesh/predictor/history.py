@@ -76,6 +76,8 @@ class History:
         self._everyone = Scale()
         self._scales: dict[str, Scale] = {}
         self.num_observed = 0
+        self.num_rows = 0
+        """Prompts that ever got a row."""
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -165,6 +167,7 @@ class History:
         self._next = keep % self.capacity
         self._scales, self._everyone = scales, _scale(known["everyone"])
         self.num_observed = int(known["num"])
+        self.num_rows = keep
 
     def _fresh_row(self, prompt_hash: int) -> int:
         if len(self) < self.capacity:
@@ -176,6 +179,7 @@ class History:
             self._answers[row] = _Answers(prompt_hash)
         self._next = (row + 1) % self.capacity
         self._row_of[prompt_hash] = row
+        self.num_rows += 1
         return row
 
 

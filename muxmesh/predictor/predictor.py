@@ -72,28 +72,33 @@ class Fitted:
     """The outcome of a `Refit`."""
 
     fit: Fit
+    num_rows: int
     tau: float
     published_tau: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Refit:
-    """A fit to be made, of values nobody changes. ``num_new`` examples came after the published fit."""
+    """A fit to be made, of values nobody changes. The last ``num_new`` prompts came after the published fit."""
 
     examples: Examples
+    num_rows: int
     num_new: int
     published: Fit | None
 
     def run(self) -> Fitted:
-        """Fits, and compares with the published fit on the examples that are new to both."""
-        held_out = min(self.num_new, len(self.examples) // 2)
+        """Fits, and compares with the published fit on the later half of what is new: neither has seen it.
+
+        Without that half the fit has what the published one had, and the earlier half besides.
+        """
+        held_out = min(-(-self.num_new // 2), len(self.examples) // 2)
         fitted, expected = fit(self.examples, held_out)
         if self.published is None or held_out == 0:
-            return Fitted(fitted, 1.0, 0.0)
+            return Fitted(fitted, self.num_rows, 1.0, 0.0)
         examples, targets = self.examples, self.examples.targets[-held_out:]
         readings = zip(examples.lexical[-held_out:], examples.words[-held_out:], strict=True)
         before = np.array([self.published.predict(Reading(*one))[0] for one in readings])
-        return Fitted(fitted, kendall_tau(expected, targets), kendall_tau(before, targets))
+        return Fitted(fitted, self.num_rows, kendall_tau(expected, targets), kendall_tau(before, targets))
 
 
 class LengthPredictor:
@@ -108,6 +113,7 @@ class LengthPredictor:
         self._middles: dict[str, ConformalBound] = {}
         self._fit: Fit | None = None
         self._fitted_at = 0
+        self._published_rows = 0
         self._refitting = False
         self.num_published = 0
         self.num_rejected = 0
@@ -167,7 +173,8 @@ class LengthPredictor:
             return None
         self._refitting = True
         self._fitted_at = self.history.num_observed
-        return Refit(self.history.examples(self._fit_rows), num_new, self._fit)
+        num_new_rows = self.history.num_rows - self._published_rows
+        return Refit(self.history.examples(self._fit_rows), self.history.num_rows, num_new_rows, self._fit)
 
     def publish(self, fitted: Fitted | None) -> bool:
         """See `Predictor`."""
@@ -176,6 +183,7 @@ class LengthPredictor:
             self.num_rejected += 1
             return False
         self._fit = fitted.fit
+        self._published_rows = fitted.num_rows
         self.num_published += 1
         return True
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,30 +14,42 @@ from muxmesh.errors import ConfigError
 from muxmesh.predictor.features import NAMES, WORD_DIM
 from muxmesh.predictor.guard import Guard
 from muxmesh.predictor.predictor import LengthPredictor
+from muxmesh.predictor.regression import Matrix
 
 _FORMAT = f"1/{len(NAMES)}/{WORD_DIM}"
 """Raised with every change that makes older snapshots mean something else."""
 
 
-def save(predictor: LengthPredictor, guard: Guard) -> bytes:
-    """A snapshot, about 700 bytes for each prompt that is remembered."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """Copies of what a predictor and its guard know."""
+
+    words: Matrix
+    lexical: Matrix
+    state: dict[str, Any]
+
+
+def take(predictor: LengthPredictor, guard: Guard) -> Snapshot:
+    """A copy, quickly made: between two guesses."""
     words, lexical, known = predictor.history.dump()
-    state = {
-        "format": _FORMAT,
-        "history": known,
-        "scores": predictor.scores(),
-        "guard": guard.dump(),
-    }
+    state = {"format": _FORMAT, "history": known, "scores": predictor.scores(), "guard": guard.dump()}
+    return Snapshot(words, lexical, state)
+
+
+def write(snapshot: Snapshot) -> bytes:
+    """The snapshot as bytes, about 700 for each prompt that is remembered."""
     out = io.BytesIO()
-    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    np.savez(out, words=words.astype(np.float16), lexical=lexical, state=text)
+    text = np.frombuffer(json.dumps(snapshot.state).encode(), np.uint8)
+    np.savez(out, words=snapshot.words.astype(np.float16), lexical=snapshot.lexical, state=text)
     return out.getvalue()
 
 
-def restore(snapshot: bytes, predictor: LengthPredictor, guard: Guard) -> None:
-    """Puts what was saved into a predictor that knows nothing. Raises ConfigError if this version cannot read it."""
+def read(written: bytes) -> tuple[LengthPredictor, Guard]:
+    """A predictor that knows what was written, and its guard. Raises ConfigError if this version cannot read it."""
+    predictor = LengthPredictor()
+    guard = Guard(predictor)
     try:
-        with np.load(io.BytesIO(snapshot), allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(written), allow_pickle=False) as arrays:
             words, lexical = arrays["words"].astype(np.float32), arrays["lexical"].astype(np.float32)
             state = json.loads(arrays["state"].tobytes())
         if state["format"] != _FORMAT:
@@ -43,7 +57,8 @@ def restore(snapshot: bytes, predictor: LengthPredictor, guard: Guard) -> None:
         predictor.history.load(words, lexical, state["history"])
         predictor.restore_scores({model: [float(one) for one in known] for model, known in state["scores"].items()})
         guard.load(state["guard"])
+        if refit := predictor.refit():
+            predictor.publish(refit.run())
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ConfigError(f"the snapshot is damaged: {error}") from error
-    if refit := predictor.refit():
-        predictor.publish(refit.run())
+    return predictor, guard

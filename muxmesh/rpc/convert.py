@@ -97,12 +97,13 @@ def standing_to_wire(standing: Standing) -> request_pb2.Standing:
         prefill_s=standing.prefill_s,
         decode_s=standing.decode_s,
         served_s=standing.served_s,
+        typical_s=standing.typical_s,
     )
 
 
 def standing_from_wire(wire: request_pb2.Standing) -> Standing:
     """The standing that `standing_to_wire` sent."""
-    return Standing(wire.priority, wire.arrived_at_unix_s, wire.prefill_s, wire.decode_s, wire.served_s)
+    return Standing(wire.priority, wire.arrived_at_unix_s, wire.prefill_s, wire.decode_s, wire.served_s, wire.typical_s)
 
 
 def demand_to_wire(demand: KvDemand) -> kvstore_pb2.KvDemand:

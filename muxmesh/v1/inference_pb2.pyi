@@ -81,7 +81,7 @@ class GenerateRequest(_message.Message):
     session_id: _builtins.str
     expected_output_tokens: _builtins.int
     """The client's own estimate of the answer's length in tokens, at least 1. It counts as far as the tenant's estimates
-    have turned out right before: a wrong one gains nothing.
+    have turned out right before. Tenants are told apart by kv.cache_salt; those without one are one tenant.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
@@ -517,7 +517,7 @@ class SchedulingInfo(_message.Message):
     decision: _builtins.int
     """Counts what the unit admitted, from 1."""
     num_overtaken: _builtins.int
-    """Requests for the same model that came before and waited on."""
+    """Requests of the same model and priority that came before and waited on, of those that the unit was shown."""
     def __init__(
         self,
         *,

@@ -1,7 +1,6 @@
 """Who goes first, on a real mesh of sim engines and in the simulator."""
 
 import asyncio
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,7 @@ async def test_a_response_tells_why_on_request_and_so_does_the_log(tmp_path: Pat
         assert (told.policy, told.source, told.p50_output_tokens) == ("hrrn", "fixed", 30)
         assert told.reason.startswith("hrrn, priority 0: ") and told.decision == 1 and told.num_overtaken == 0
         silent = await mesh.client.generate("a prompt", max_new_tokens=3)
-        assert silent.prompt.scheduling is None and (silent.prompt.predicted_output_tokens or 0) <= 3
+        assert silent.prompt.scheduling is None and silent.prompt.predicted_output_tokens is not None
 
         async def traced_twice() -> bool:
             log = (tmp_path / "logs" / "kvstore-unit0.log").read_text()
@@ -102,12 +101,14 @@ async def test_a_bad_predictor_costs_no_request(tmp_path: Path, kind: str, monke
     model = {"name": "sim", "engine": "sim", "sim": {"base_s": 0.001, "output_tokens": 5}, "max_num_seqs": 4}
     options = {"router": "tests.support.bad_router"}
     async with running_mesh(tmp_path, modules=options, units=[{"kv_pool": "16MiB", "models": [model]}]) as mesh:
-        completions = await asyncio.gather(*(mesh.client.generate(f"prompt {n}", max_new_tokens=40) for n in range(30)))
+        completions = await asyncio.gather(
+            *(mesh.client.generate(f"prompt {n}", max_new_tokens=40) for n in range(160))
+        )
         assert {one.finish.num_output_tokens for one in completions} == {5}
         told = (await mesh.client.generate("x", max_new_tokens=40, explain_scheduling=True)).prompt.scheduling
         assert told is not None
         sources = {"hang": "late", "crash": "failed", "nan": "failed"}
-        assert told.source == sources.get(kind, "regressed")
+        assert told.source == sources.get(kind, "floor")
 
 
 async def test_a_restarted_router_knows_what_it_knew(tmp_path: Path) -> None:
@@ -126,6 +127,16 @@ async def test_a_restarted_router_knows_what_it_knew(tmp_path: Path) -> None:
         assert await source() == "retrieved"
 
 
-async def test_a_hint_is_accepted_and_an_order_is_configured() -> None:
-    parsed = MeshConfig.model_validate({"order": {"policy": "mlfq", "mlfq_quantum_s": 2}})
-    assert dataclasses.asdict(parsed.order.order())["quantum_s"] == 2
+async def test_hints_that_prove_right_are_used(tmp_path: Path) -> None:
+    model = {"name": "sim", "engine": "sim", "sim": {"base_s": 0.001, "output_tokens": 7}, "max_num_seqs": 8}
+    async with running_mesh(tmp_path, units=[{"kv_pool": "16MiB", "models": [model]}]) as mesh:
+
+        async def source(hint: int) -> str:
+            completion = await mesh.client.generate(
+                "a prompt", max_new_tokens=50, expected_output_tokens=hint, explain_scheduling=True
+            )
+            assert completion.prompt.scheduling is not None
+            return completion.prompt.scheduling.source
+
+        sources = [await source(7) for _ in range(8)]
+        assert sources[0] != "hint" and sources[-1] == "hint"

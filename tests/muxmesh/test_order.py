@@ -14,7 +14,7 @@ NOW_S = 1000.0
 
 
 def order(policy: Policy, aging: float = 0.1, longest_lead_s: float = 50.0, quantum_s: float = 1.0) -> Order:
-    return Order(policy, aging, longest_lead_s, quantum_s)
+    return Order(policy, aging, longest_lead_s=longest_lead_s, quantum_s=quantum_s)
 
 
 def sooner(of: Order, *standings: Standing, now_s: float = NOW_S) -> list[int]:
@@ -70,6 +70,14 @@ def test_nobody_is_overtaken_by_who_came_much_later(
     assert sooner(aged, first, second) == [0, 1]
 
 
+def test_the_longest_lead_grows_with_the_typical_work() -> None:
+    def handicap_s(typical_s: float) -> float:
+        return Order("srtf-aged", 0.1, longest_lead=20).key(Standing(0, 0.0, 0.0, 1e6, 0.0, typical_s), NOW_S)[1]
+
+    assert [handicap_s(typical_s) for typical_s in (0.5, 5.0)] == [10, 100]
+    assert handicap_s(0.0) == 1e7  # nothing is known of others
+
+
 def test_the_aged_order_does_not_change_while_nothing_happens() -> None:
     rng = random.Random(1)
     standings = [Standing(0, rng.uniform(0, 100), rng.random(), rng.expovariate(0.2)) for _ in range(50)]
@@ -104,6 +112,14 @@ def test_tokens_that_are_out_are_work_done() -> None:
     later = Standing(0, 0.0, 2.0, 10.0).after(40, prediction)
     assert later.prefill_s == 0 and later.decode_s == pytest.approx(6.0) and later.served_s == pytest.approx(6.0)
     assert Standing(0, 0.0, 2.0, 10.0).after(40, None).left_s == 12
+
+
+def test_work_is_the_same_whether_it_is_counted_in_one_go_or_in_two() -> None:
+    first, prediction = Standing(0, 0.0, 2.0, 10.0), LengthPrediction(100, 300)
+    twice = first.after(50, prediction).after(60, prediction, since=50)
+    once = first.after(60, prediction)
+    assert twice.decode_s == pytest.approx(once.decode_s) and twice.prefill_s == 0
+    assert first.after(60, prediction, prefill_again=True).prefill_s == 2.0
 
 
 @given(st.floats(1, 1e4), st.floats(1.01, 50), st.integers(0, 100_000))

@@ -1,9 +1,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muxmesh.order import FCFS
+from muxmesh.order import FCFS, Order
 from muxmesh.types import KvDemand, Standing
-from router.queue import Waiting, WaitingRequests
+from router.queue import SORT_EVERY_S, Waiting, WaitingRequests
 
 
 def waiting(key_id: int, priority: int = 0, model: str = "m") -> Waiting:
@@ -64,3 +64,23 @@ def test_what_is_shown_is_never_worse_than_what_is_not(requests: list[tuple[int,
         assert {key_id for _, key_id in best} <= shown
         assert queue.count(model) == sum(entry.model == model for entry in alive.values())
     assert len(queue) == len(alive)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 10), st.floats(0, 0.5), st.booleans()), max_size=40))
+def test_an_order_that_moves_with_time_is_followed(requests: list[tuple[float, float, bool]]) -> None:
+    order = Order("hrrn")
+    queue, alive, now_s = WaitingRequests(order, shown_per_model=3), dict[int, Waiting](), 0.0
+    shown: set[int] = set()
+    for key_id, (work_s, later_s, leave) in enumerate(requests):
+        now_s += later_s
+        entry = alive[key_id] = Waiting(key_id, "m", Standing(0, now_s, 0.0, work_s), KvDemand(10, 10))
+        queue.add(entry)
+        if leave:
+            gone = min(alive)
+            queue.remove(gone)
+            shown.discard(gone)
+            del alive[gone]
+    now_s += 2 * SORT_EVERY_S
+    shown |= {fresh.key_id for fresh in queue.show_next(now_s)}
+    best = sorted((order.key(entry.standing, now_s), key_id) for key_id, entry in alive.items())[:3]
+    assert {key_id for _, key_id in best} <= shown and len(queue) == len(alive)

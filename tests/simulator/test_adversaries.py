@@ -51,7 +51,7 @@ class Constant:
         """See `Forecasts`."""
         return LengthPrediction(60, 120), "constant", None
 
-    def observe(self, memory: object, num_output: int) -> None:
+    def observe(self, memory: object, num_output: int, censored: bool) -> None:
         """See `Forecasts`."""
 
 

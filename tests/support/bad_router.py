@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 import router.__main__
-import router.app
+import router.snapshots
 from muxmesh.predictor.predictor import Guess, LengthPredictor
 
 
@@ -43,5 +43,5 @@ class BadPredictor(LengthPredictor):
 
 
 if __name__ == "__main__":
-    router.app.LengthPredictor = BadPredictor  # type: ignore[attr-defined]
+    router.snapshots.LengthPredictor = BadPredictor  # type: ignore[attr-defined]
     router.__main__.main()

@@ -152,7 +152,7 @@ class AdmitResponse(_message.Message):
 
     @_builtins.property
     def costs(self) -> Global___UnitCosts:
-        """What steps take now; sent when it has changed."""
+        """What steps take now; sent with what happens, at most once a second."""
 
     def __init__(
         self,
@@ -254,17 +254,22 @@ class Credit(_message.Message):
     DECODE_FIELD_NUMBER: _builtins.int
     DECISION_FIELD_NUMBER: _builtins.int
     NUM_OVERTAKEN_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
     key_id: _builtins.int
     decision: _builtins.int
     """Counts the credits of this unit, from 1: the order of its decisions."""
     num_overtaken: _builtins.int
-    """Keys for the same model that came before this one and wait on."""
+    """Shown keys of the same model and priority that came before this one and wait on."""
     @_builtins.property
     def lease(self) -> _request_pb2.LeaseRef: ...
     @_builtins.property
     def prefill(self) -> Global___WorkerRef: ...
     @_builtins.property
     def decode(self) -> Global___WorkerRef: ...
+    @_builtins.property
+    def standing(self) -> _request_pb2.Standing:
+        """What was decided by: less work than the router said if the prefix cache has a part of the prompt."""
+
     def __init__(
         self,
         *,
@@ -274,10 +279,11 @@ class Credit(_message.Message):
         decode: Global___WorkerRef | None = ...,
         decision: _builtins.int = ...,
         num_overtaken: _builtins.int = ...,
+        standing: _request_pb2.Standing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "lease", b"lease", "prefill", b"prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "lease", b"lease", "prefill", b"prefill", "standing", b"standing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "decode", b"decode", "key_id", b"key_id", "lease", b"lease", "num_overtaken", b"num_overtaken", "prefill", b"prefill"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "decode", b"decode", "key_id", b"key_id", "lease", b"lease", "num_overtaken", b"num_overtaken", "prefill", b"prefill", "standing", b"standing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Credit: _TypeAlias = Credit  # noqa: Y015

@@ -113,6 +113,7 @@ class Standing(_message.Message):
     PREFILL_S_FIELD_NUMBER: _builtins.int
     DECODE_S_FIELD_NUMBER: _builtins.int
     SERVED_S_FIELD_NUMBER: _builtins.int
+    TYPICAL_S_FIELD_NUMBER: _builtins.int
     priority: _builtins.int
     """Lower is sooner."""
     arrived_at_unix_s: _builtins.float
@@ -120,6 +121,8 @@ class Standing(_message.Message):
     """Predicted work, in seconds of its own steps: left of the prompt, left of the answer, and done."""
     decode_s: _builtins.float
     served_s: _builtins.float
+    typical_s: _builtins.float
+    """Of a request on average."""
     def __init__(
         self,
         *,
@@ -128,8 +131,9 @@ class Standing(_message.Message):
         prefill_s: _builtins.float = ...,
         decode_s: _builtins.float = ...,
         served_s: _builtins.float = ...,
+        typical_s: _builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at_unix_s", b"arrived_at_unix_s", "decode_s", b"decode_s", "prefill_s", b"prefill_s", "priority", b"priority", "served_s", b"served_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at_unix_s", b"arrived_at_unix_s", "decode_s", b"decode_s", "prefill_s", b"prefill_s", "priority", b"priority", "served_s", b"served_s", "typical_s", b"typical_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Standing: _TypeAlias = Standing  # noqa: Y015

@@ -71,10 +71,30 @@ def test_guesses_that_do_not_rank_are_not_used(kind: str) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, -5.0])
 def test_a_guess_that_is_no_length_is_replaced_by_the_typical_one(bad: float) -> None:
-    guard = Guard(Says(lambda truth: bad))
+    predictor = Says(lambda truth: truth)
+    guard = Guard(predictor)
+    run(guard, 100)
+    predictor.guess = lambda truth: bad
     assert set(run(guard, 100)) == {"failed"}
     assert guard.num_failures == 100
     assert guard.predict("7", "m").prediction.p50_tokens == pytest.approx(math.exp(4), rel=0.3)
+
+
+@pytest.mark.parametrize("nonsense", [None, "many", 7])
+def test_a_guess_that_is_no_guess_at_all_is_replaced_too(nonsense: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = Says(lambda truth: truth)
+    monkeypatch.setattr(predictor, "predict", lambda text, model: nonsense)
+    assert set(run(Guard(predictor), 10)) == {"failed"}
+
+
+def test_while_guesses_fail_all_lengths_are_the_same() -> None:
+    guard = Guard(Says(crash))
+    lengths = set()
+    for truth in range(1, 300):
+        judged = guard.predict("x", "m")
+        lengths.add(judged.prediction.p50_tokens)
+        guard.observe(judged, truth, False)
+    assert len(lengths) == 1
 
 
 def test_a_predictor_that_crashes_costs_nothing_but_its_guess() -> None:
@@ -125,6 +145,22 @@ def test_a_tenant_that_begins_to_lie_loses_what_it_had_earned() -> None:
     sources = run(guard, 60, tenant="t", hint=lambda truth: 1)
     assert sources[0] == "hint" and sources.index("regressed") <= 10
     assert "hint" not in sources[10:]
+
+
+def test_a_lie_shows_even_in_an_answer_that_was_cut_off() -> None:
+    guard = poor()
+    run(guard, 30, tenant="t", hint=lambda truth: truth)
+    for _ in range(10):
+        guard.observe(guard.predict("800", "m", "t", 1), 800, True)
+    assert guard.predict("800", "m", "t", 1).source == "regressed"
+
+
+def test_a_hint_that_was_longer_than_a_cut_off_answer_may_have_been_right() -> None:
+    guard = poor()
+    run(guard, 30, tenant="t", hint=lambda truth: truth)
+    for _ in range(10):
+        guard.observe(guard.predict("800", "m", "t", 900), 100, True)
+    assert guard.predict("800", "m", "t", 900).source == "hint"
 
 
 def test_the_first_hints_of_a_stranger_are_not_believed() -> None:

@@ -85,6 +85,7 @@ def test_a_censored_answer_counts_as_longer_than_it_got() -> None:
 
 def test_a_fit_that_ranks_worse_is_not_published() -> None:
     predictor = taught()
+    rejected = predictor.num_rejected
     published, before = predictor.num_published, predictor.predict("Write a detailed essay about apple 3.", "m")
     refit = None
     for prompt, length in answers(200, seed=7):
@@ -92,8 +93,8 @@ def test_a_fit_that_ranks_worse_is_not_published() -> None:
         refit = refit or predictor.refit()
     assert refit is not None
     fitted = refit.run()
-    assert not predictor.publish(Fitted(fitted.fit, tau=0.1, published_tau=0.5))
-    assert predictor.num_published == published and predictor.num_rejected == 1
+    assert not predictor.publish(Fitted(fitted.fit, fitted.num_rows, tau=0.1, published_tau=0.5))
+    assert predictor.num_published == published and predictor.num_rejected == rejected + 1
     assert before.source == predictor.predict("Write a detailed essay about apple 3.", "m").source
 
 
@@ -107,6 +108,18 @@ def test_a_fit_is_compared_on_examples_that_neither_has_seen() -> None:
         refit = predictor.refit()
     fitted = refit.run()
     assert abs(fitted.tau) < 0.45 and abs(fitted.published_tau) < 0.45
+
+
+def test_the_comparison_is_fair_where_many_models_answer_each_prompt() -> None:
+    predictor = LengthPredictor()
+    rng = random.Random(2)
+    for prompt, length in answers(300, seed=3):
+        guesses = [(model, predictor.predict(prompt, model)) for model in "abcdefgh"]
+        for model, guess in guesses:
+            predictor.observe(guess, model, max(1, round(length * rng.lognormvariate(0, 0.2))), False)
+        if refit := predictor.refit():
+            predictor.publish(refit.run())
+    assert predictor.num_published > 2 * predictor.num_rejected
 
 
 def test_held_out_predictions_are_those_of_a_fit_without_them() -> None:
@@ -165,10 +178,7 @@ def test_a_restored_predictor_says_what_the_saved_one_said() -> None:
     guard = Guard(predictor)
     for prompt, length in answers(100, seed=11):
         guard.observe(guard.predict(prompt, "m", "tenant", 50), length, False)
-    saved = snapshot.save(predictor, guard)
-    other = LengthPredictor()
-    other_guard = Guard(other)
-    snapshot.restore(saved, other, other_guard)
+    other, other_guard = snapshot.read(snapshot.write(snapshot.take(predictor, guard)))
     assert other.history.num_observed == predictor.history.num_observed
     assert other_guard.dump() == guard.dump()
     if refit := predictor.refit():  # restoring fits anew
@@ -181,7 +191,7 @@ def test_a_restored_predictor_says_what_the_saved_one_said() -> None:
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "text", "other version", "rows", "numbers"])
 def test_a_damaged_snapshot_is_refused_with_words(damage: str) -> None:
-    saved = snapshot.save(taught(50), Guard(LengthPredictor()))
+    saved = snapshot.write(snapshot.take(taught(50), Guard(LengthPredictor())))
     damaged = {
         "empty": b"",
         "cut": saved[: len(saved) // 2],
@@ -190,9 +200,8 @@ def test_a_damaged_snapshot_is_refused_with_words(damage: str) -> None:
         "rows": saved.replace(b'"num": 50', b'"nun": 50'),
         "numbers": saved.replace(b'"everyone": [50', b'"everyone": [{}'),
     }[damage]
-    predictor = LengthPredictor()
     with pytest.raises(ConfigError, match="snapshot"):
-        snapshot.restore(damaged, predictor, Guard(predictor))
+        snapshot.read(damaged)
 
 
 def test_history_rejects_rows_of_another_shape() -> None:
