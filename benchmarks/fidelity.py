@@ -29,18 +29,20 @@ from simulator.forecasts import Known
 from simulator.run import simulate
 from simulator.timeline import MEASURED
 
-WORKLOAD = "rate=5.6 lengths=U(20,200)/(5,120) requests=200 seed=3"
+WORKLOAD = "rate=5.6 lengths=U(20,200)/(5,120) requests=200 seed=5"
+IDLE = "rate=0.6 burstiness=inf lengths=D(20,60) requests=12 seed=4"
 POLICIES = ("fcfs", "srtf-aged", "hrrn")
+STEP_S, PER_TOKEN_S = 0.02, 0.00005
 
 
 def config(policy: str) -> dict[str, Any]:
     """One model with 8 slots and steps of 20 ms and a little for each token."""
-    model = {"name": "m", "engine": "sim", "max_num_seqs": 8, "sim": {"base_s": 0.02, "per_token_s": 0.00005}}
+    model = {"name": "m", "engine": "sim", "max_num_seqs": 8, "sim": {"base_s": STEP_S, "per_token_s": PER_TOKEN_S}}
     return {"order": {"policy": policy}, "units": [{"kv_pool": "64MiB", "models": [model]}]}
 
 
-async def real(policy: str) -> list[Record]:
-    """The workload on a mesh of processes."""
+async def real(policy: str, workload: str = WORKLOAD) -> list[Record]:
+    """A workload on a mesh of processes."""
     OUT.mkdir(parents=True, exist_ok=True)
     path = OUT / "fidelity_mesh.yaml"
     path.write_text(json.dumps(config(policy)))
@@ -48,7 +50,7 @@ async def real(policy: str) -> list[Record]:
         target = MeshTarget(mesh.address, 0.0, None)
         try:
             (model,) = await target.models()
-            requests = plan(parse_spec(WORKLOAD), model.vocabulary)
+            requests = plan(parse_spec(workload), model.vocabulary)
             return (await Driver(target, requests, SystemClock()).run()).records
         finally:
             await target.close()
@@ -61,8 +63,15 @@ def simulated(policy: str) -> list[Record]:
 
 
 def main() -> int:
-    """Both, and the bars."""
+    """What processes add on this machine, then both, and the bars."""
     bench = Report("fidelity")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        idle = runner.run(real("fcfs", IDLE))
+    step_s = statistics.median(one.tpot_s or 0.0 for one in idle) - STEP_S - PER_TOKEN_S
+    first_s = statistics.median(one.ttft_s for one in idle) - STEP_S - 20 * PER_TOKEN_S
+    bench.figures["idle"] = {"step_s": step_s, "ttft_s": first_s}
+    bench.bar("processes add to a step, ms", step_s * 1000, f"printed; assumed {MEASURED.step_s * 1000:g}", True)
+    bench.bar("processes add to the first token, ms", first_s * 1000, "printed", True)
     for policy in POLICIES:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             measured = runner.run(real(policy))

@@ -53,10 +53,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._refuse_overload(checked.num_sequences)
         arrived_at_unix_s = state.clock.unix_s()
         token_ids = await self._tokenize(checked)
-        self._refuse_overload(checked.num_sequences)  # a burst may have passed the first look together
         engine_request = complete(checked, request_id, token_ids, arrived_at_unix_s)
         forecast = await self._forecast(checked, engine_request)
         engine_request = self._with_forecast(checked, engine_request, forecast)
+        self._refuse_overload(checked.num_sequences)  # a burst may have passed the first look together
         async with aclosing(self._serve(checked, engine_request, forecast, arrived_at_s)) as responses:
             async for response in responses:
                 yield response

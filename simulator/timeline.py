@@ -24,7 +24,7 @@ class Delays:
 
 
 NO_DELAYS = Delays()
-MEASURED = Delays(step_s=0.0008, turn_s=0.0004, admit_s=0.003, hand_off_s=0.0015, end_s=0.0015)
+MEASURED = Delays(step_s=0.0011, turn_s=0.001, admit_s=0.005, hand_off_s=0.003, end_s=0.003)
 """On two cores of a small virtual machine, `make bench-fidelity`; a larger one takes less."""
 
 
