@@ -14,8 +14,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
+from muxmesh.clock import Clock
 from muxmesh.predictor.guard import Guard, Judged
-from muxmesh.predictor.predictor import Fitted, Predictor
+from muxmesh.predictor.predictor import Fitted, Predictor, Refit
 from muxmesh.types import LengthPrediction
 from router.one_thread import OneThread
 
@@ -25,6 +26,8 @@ _log = logging.getLogger(__name__)
 
 _LATE = LengthPrediction(128.0, 512.0)
 _MOST_LESSONS = 1000
+FIT_SHARE = 0.02
+"""Of one core, for fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,9 @@ class Forecast:
 class Forecaster:
     """Owns the thread that predicts and learns, and the one that fits. Called on one event loop."""
 
-    def __init__(self, predictor: Predictor, guard: Guard, budget_s: float) -> None:
+    def __init__(self, predictor: Predictor, guard: Guard, budget_s: float, clock: Clock) -> None:
+        self._clock = clock
+        self._next_fit_s = 0.0
         self._predictor = predictor
         self._guard = guard
         self._budget_s = budget_s
@@ -104,13 +109,24 @@ class Forecaster:
 
     def _learn(self, judged: Judged, num_tokens: int, censored: bool) -> None:
         self._guard.observe(judged, num_tokens, censored)
+        if self._clock.monotonic_s() < self._next_fit_s:
+            return
         try:
             refit = self._predictor.refit()
         except Exception:  # fail-open, as in the guard
             _log.exception("no fit")
             return
         if refit is not None:
-            self._fitting.submit(refit.run).add_done_callback(self._fitted)
+            self._fitting.submit(lambda: self._timed(refit)).add_done_callback(self._fitted)
+
+    def _timed(self, refit: Refit) -> Fitted:
+        """Fits, and sees to it that the next fit is so far off that all take a small share of a core."""
+        began_at_s = self._clock.monotonic_s()
+        try:
+            return refit.run()
+        finally:
+            ended_at_s = self._clock.monotonic_s()
+            self._next_fit_s = ended_at_s + (ended_at_s - began_at_s) / FIT_SHARE
 
     def _fitted(self, done: Future[Fitted]) -> None:
         if done.cancelled():

@@ -3,6 +3,7 @@ import threading
 
 import pytest
 
+from muxmesh.clock import SystemClock
 from muxmesh.predictor.guard import Guard
 from muxmesh.predictor.predictor import Guess, LengthPredictor, Refit
 from muxmesh.types import LengthPrediction, Standing, Stopping
@@ -24,7 +25,7 @@ class Stuck(LengthPredictor):
 
 
 def forecaster(predictor: LengthPredictor, budget_s: float = 5.0) -> Forecaster:
-    return Forecaster(predictor, Guard(predictor), budget_s)
+    return Forecaster(predictor, Guard(predictor), budget_s, SystemClock())
 
 
 async def test_a_guess_comes_and_what_is_learned_shows() -> None:
