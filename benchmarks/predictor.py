@@ -26,7 +26,7 @@ from muxmesh.cli.predictor import read_items
 from muxmesh.clock import SystemClock
 from muxmesh.predictor.evaluate import Item, Outcome, replay, report, tau
 from muxmesh.predictor.guard import Guard
-from muxmesh.predictor.predictor import LengthPredictor
+from muxmesh.predictor.predictor import LengthPredictor, fit_now
 
 SEEDS = (0, 1, 2)
 _KNOWN_MODELS = 4
@@ -105,8 +105,7 @@ def _known_prompts(bench: Report, folder: Path) -> None:
                 if place >= len(groups) // 2:
                     asked.append((item, judged.prediction.p50_tokens))
                 guard.observe(judged, item.num_tokens, False)
-            if refit := predictor.refit():
-                predictor.publish(refit.run())
+            fit_now(predictor)
         by_model = [
             [(item.num_tokens, guess) for item, guess in asked if item.model == model] for model in ALPACA_MODELS
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from decode_svc.room import AHEAD_TOKENS, GROWTH_TOKENS
+from decode_svc.room import AHEAD_TOKENS, ask_again_below, blocks_to_ask
 from kvstore.client.worker import WorkerParts
 from muxmesh.errors import MeshError, Overloaded
 from muxmesh.types import EngineRequest, Lease, blocks_for
@@ -57,7 +57,7 @@ class Growth:
         return len(self.block_ids) * self._block_size - self._num_tokens
 
     async def _grow(self) -> None:
-        wanted = min(blocks_for(GROWTH_TOKENS, self._block_size), self._most_blocks - len(self.block_ids))
+        wanted = blocks_to_ask(len(self.block_ids), self._most_blocks, self._block_size)
         try:
             block_ids = await self._as_many_as_there_are(wanted)
         except MeshError as error:
@@ -69,7 +69,7 @@ class Growth:
             self._ask_below = AHEAD_TOKENS
             self._engine.extend(self._ref.lease_id, block_ids)
         elif self._room > 0:
-            self._ask_below = -(-self._room // 2)  # somebody may end meanwhile
+            self._ask_below = ask_again_below(self._room)
         else:
             self._on_full()
 

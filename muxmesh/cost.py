@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from muxmesh.running import RunningMean
+
 COSTS_EVERY_S = 1.0
 """How often routers are told what steps take."""
 
@@ -92,8 +94,7 @@ class CostFit:
         self._products = [[0.0] * 3 for _ in range(3)]
         self._targets = [0.0] * 3
         self._deviation = _TYPICAL_DEVIATION
-        self._mean_seqs = 1.0
-        self._mean_context = 0.0
+        self._seqs, self._context = RunningMean(1 - _FORGET), RunningMean(1 - _FORGET)
         self.cost: StepCost | None = None
         """What fits best, solved anew every few steps; None before the first."""
         self.num_steps = 0
@@ -109,12 +110,11 @@ class CostFit:
             self._targets[i] = self._targets[i] * _FORGET + weight * left * seconds
             for j, right in enumerate(row):
                 self._products[i][j] = self._products[i][j] * _FORGET + weight * left * right
-        rate = max(1 - _FORGET, 1 / self.num_steps)
-        self._mean_seqs += rate * (shape.num_seqs - self._mean_seqs)
-        self._mean_context += rate * (shape.num_context / shape.num_tokens - self._mean_context)
+        self._seqs.add(shape.num_seqs)
+        self._context.add(shape.num_context / shape.num_tokens)
         if self.num_steps <= _FEW or self.num_steps % _SOLVE_EVERY == 0:
             base, token, context = _non_negative(self._products, self._targets)
-            self.cost = StepCost(base, token, context, self._mean_seqs, self._mean_context)
+            self.cost = StepCost(base, token, context, self._seqs.mean, self._context.mean)
 
     def _trust(self, shape: StepShape, seconds: float) -> float:
         """1 for a step that is as expected, less for one that is far off: one stall of the machine tells nothing."""

@@ -33,7 +33,6 @@ Policy = Literal["fcfs", "sjf", "srtf", "srtf-aged", "hrrn", "mlfq"]
 _LEAST_WORK_S = 1e-6
 _MLFQ_LEVELS = 16
 
-
 Key = tuple[int, float, float]
 """Priority, score, arrival. Lower is sooner."""
 
@@ -43,10 +42,10 @@ class Order:
     """A policy with its settings. See the head of this file."""
 
     policy: Policy
-    aging: float = 0.03
-    longest_lead: float = 60.0
-    longest_lead_s: float = math.inf
-    quantum_s: float = 0.5
+    aging: float
+    longest_lead: float
+    longest_lead_s: float
+    quantum_s: float
 
     @property
     def moves(self) -> bool:
@@ -100,5 +99,5 @@ class Order:
         return level
 
 
-FCFS = Order("fcfs")
+FCFS = Order("fcfs", aging=1.0, longest_lead=0.0, longest_lead_s=0.0, quantum_s=1.0)
 """By priority, then arrival: what everything that is given no order goes by."""

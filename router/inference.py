@@ -20,7 +20,7 @@ from router.request import Progress
 from router.responses import finish_info_of, open_answer, prompt_info_of, response_of, scheduling_of, stopped_by_string
 from router.state import RouterState
 from router.validation import CheckedRequest, check, check_request_id, complete
-from router.work import fixed_length, with_forecast
+from router.work import expected_work, fixed_length
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _READ_TOKENS = 1000
@@ -163,42 +163,35 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, checked: CheckedRequest, request: EngineRequest, forecast: Forecast, progress: Progress
     ) -> AsyncGenerator[_Part, None]:
         """The parts of one answer; the last has finish_info. How long it got teaches the predictor."""
-        num_tokens, censored = 0, True
-        try:
-            async with aclosing(self._parts(checked, request, progress)) as parts:
-                async for part in parts:
-                    num_tokens += part.num_tokens
-                    if part.is_last:
-                        ended = part.response.outputs.finish_info.finish_reason
-                        censored = ended == inference_pb2.FinishInfo.LENGTH
-                    yield part
-        finally:
-            self._state.forecaster.observe(forecast, num_tokens, censored)
-
-    async def _parts(
-        self, checked: CheckedRequest, request: EngineRequest, progress: Progress
-    ) -> AsyncGenerator[_Part, None]:
         answer = open_answer(checked, request)
         prefilled: Prefilled | None = None
         driver = self._state.units[checked.model.unit].driver
-        async with aclosing(driver.run(request, progress)) as events:
-            async for event in events:
-                if isinstance(event, Prefilled):
-                    prefilled = event
-                    continue
-                if isinstance(event, Tokens):
-                    delta = answer.take(event.token_ids)
-                    response = response_of(checked, request, delta, event.logprobs)
-                    is_last = delta.stopped_by is not None
-                    if delta.stopped_by is not None:
-                        response.outputs.finish_info.CopyFrom(stopped_by_string(answer, delta.stopped_by))
-                else:
-                    delta = answer.finish()
-                    response, is_last = response_of(checked, request, delta), True
-                    response.outputs.finish_info.CopyFrom(finish_info_of(answer, event, delta))
-                yield _Part(response, len(delta.token_ids), is_last, prefilled)
-                if is_last:
-                    return
+        num_tokens, censored = 0, True
+        try:
+            async with aclosing(driver.run(request, progress)) as events:
+                async for event in events:
+                    if isinstance(event, Prefilled):
+                        prefilled = event
+                        continue
+                    if isinstance(event, Tokens):
+                        delta = answer.take(event.token_ids)
+                        response = response_of(checked, request, delta, event.logprobs)
+                        is_last = delta.stopped_by is not None
+                        if delta.stopped_by is not None:
+                            response.outputs.finish_info.CopyFrom(stopped_by_string(answer, delta.stopped_by))
+                    else:
+                        delta = answer.finish()
+                        response, is_last = response_of(checked, request, delta), True
+                        response.outputs.finish_info.CopyFrom(finish_info_of(answer, event, delta))
+                    num_tokens += len(delta.token_ids)
+                    if is_last:
+                        ended = response.outputs.finish_info.finish_reason
+                        censored = ended == inference_pb2.FinishInfo.LENGTH
+                    yield _Part(response, len(delta.token_ids), is_last, prefilled)
+                    if is_last:
+                        return
+        finally:
+            self._state.forecaster.observe(forecast, num_tokens, censored)
 
     async def _tokenize(self, checked: CheckedRequest) -> list[int]:
         """Off the event loop: a long prompt takes milliseconds, and the tokenizer releases the GIL."""
@@ -235,12 +228,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     def _with_forecast(self, checked: CheckedRequest, request: EngineRequest, forecast: Forecast) -> EngineRequest:
         unit, chunk = self._state.units[checked.model.unit], checked.model.config.prefill_token_budget
         costs = unit.credits.costs.get(request.model)
-        return with_forecast(request, forecast.prediction, forecast.source, costs, chunk, unit.typical)
+        prediction, standing = expected_work(
+            request.standing, forecast.prediction, forecast.source, request.stopping, len(request.prompt_token_ids),
+            costs, chunk, unit.typical,
+        )  # fmt: skip
+        return replace(request, prediction=prediction, standing=standing)
 
     def _scheduling(
         self, request: EngineRequest, forecast: Forecast, progress: Progress, arrived_at_s: float
     ) -> inference_pb2.SchedulingInfo:
-        waited_s = (progress.credited_at_s or arrived_at_s) - arrived_at_s
+        waited_s = progress.queued_s(arrived_at_s)
         return scheduling_of(request, forecast, self._state.order, progress.credit, waited_s)
 
     def _refuse_overload(self, num_answers: int) -> None:
@@ -257,7 +254,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, progress: list[Progress], arrived_at_s: float, first_token_at_s: float
     ) -> inference_pb2.RequestTimings:
         return inference_pb2.RequestTimings(
-            queue_s=(progress[0].credited_at_s or arrived_at_s) - arrived_at_s,
+            queue_s=progress[0].queued_s(arrived_at_s),
             ttft_s=first_token_at_s - arrived_at_s,
             e2e_s=self._state.clock.monotonic_s() - arrived_at_s,
             num_restarts=sum(one.num_restarts for one in progress),

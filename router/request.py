@@ -40,6 +40,10 @@ class Progress:
     waited_s: float = 0.0
     """For credits and for prefill, until the first token: what the router did not take itself."""
 
+    def queued_s(self, arrived_at_s: float) -> float:
+        """Seconds from the arrival to the first credit; 0 if there was none."""
+        return (self.credited_at_s or arrived_at_s) - arrived_at_s
+
 
 class RequestDriver:
     """Drives the requests of one unit."""

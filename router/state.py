@@ -13,11 +13,12 @@ from muxmesh.config.schema import RouterConfig
 from muxmesh.internal.v1 import kvstore_pb2_grpc
 from muxmesh.order import Order
 from muxmesh.registry import Registry
+from muxmesh.running import RunningMean
 from router.credits import UnitCredits
 from router.forecast import Forecaster
 from router.request import RequestDriver
 from router.served_model import ServedModel
-from router.work import TypicalWork
+from router.work import typical_work
 
 
 @dataclass(slots=True)
@@ -42,7 +43,7 @@ class UnitLink:
     credits: UnitCredits
     driver: RequestDriver
     kvstore: kvstore_pb2_grpc.KvStoreServiceAsyncStub
-    typical: TypicalWork = field(default_factory=TypicalWork)
+    typical: RunningMean = field(default_factory=typical_work)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from muxmesh.cost import UNMEASURED, ModelCosts
-from muxmesh.types import EngineRequest, LengthPrediction, Standing, Stopping
+from muxmesh.running import RunningMean
+from muxmesh.types import LengthPrediction, Standing, Stopping
 
-_RATE = 1 / 500
 EQUAL_FOR_ALL = frozenset({"floor", "failed", "late"})
 """Sources of predictions that tell nothing of a request."""
 
@@ -28,17 +28,9 @@ def within(prediction: LengthPrediction, stopping: Stopping) -> LengthPrediction
     )  # fmt: skip
 
 
-class TypicalWork:
-    """The work of a request on one unit, on average over the last few hundred, in seconds."""
-
-    def __init__(self) -> None:
-        self.mean_s = 0.0
-        self._count = 0
-
-    def add(self, work_s: float) -> None:
-        """A request came."""
-        self._count += 1
-        self.mean_s += max(1 / self._count, _RATE) * (work_s - self.mean_s)
+def typical_work() -> RunningMean:
+    """The work of a request on one unit, in seconds: the last few hundred count."""
+    return RunningMean(least_rate=1 / 500)
 
 
 def with_work(
@@ -47,7 +39,7 @@ def with_work(
     num_prompt_tokens: int,
     costs: ModelCosts | None,
     chunk: int,
-    typical: TypicalWork,
+    typical: RunningMean,
     guessed: bool = True,
 ) -> Standing:
     """The standing with the work that is expected; ``chunk``: prompt tokens in a step.
@@ -61,20 +53,23 @@ def with_work(
     prefill_s = costs.prefill.prefill_s(num_prompt_tokens, chunk=chunk) if guessed else 0.0
     decode_s = costs.decode.decode_s(max(0.0, prediction.p50_tokens - 1), context)
     typical.add(prefill_s + decode_s)
-    return replace(standing, prefill_s=prefill_s, decode_s=decode_s, typical_s=typical.mean_s)
+    return replace(standing, prefill_s=prefill_s, decode_s=decode_s, typical_s=typical.mean)
 
 
-def with_forecast(
-    request: EngineRequest,
-    prediction: LengthPrediction,
+def expected_work(
+    standing: Standing,
+    said: LengthPrediction,
     source: str,
+    stopping: Stopping,
+    num_prompt_tokens: int,
     costs: ModelCosts | None,
     chunk: int,
-    typical: TypicalWork,
-) -> EngineRequest:
-    """The request with its prediction, and the work that comes to. ``source``: see `Forecast`."""
-    limited = within(prediction, request.stopping)
-    guessed = source not in EQUAL_FOR_ALL
-    counted, num_prompt_tokens = limited if guessed else prediction, len(request.prompt_token_ids)
-    standing = with_work(request.standing, counted, num_prompt_tokens, costs, chunk, typical, guessed)
-    return replace(request, prediction=limited, standing=standing)
+    typical: RunningMean,
+) -> tuple[LengthPrediction, Standing]:
+    """What is expected of a request within its own limits, and its standing with the work that comes to.
+
+    ``source``: see `Forecast`; where it tells nothing of the request, its limits are no work less either.
+    """
+    limited, guessed = within(said, stopping), source not in EQUAL_FOR_ALL
+    counted = limited if guessed else said
+    return limited, with_work(standing, counted, num_prompt_tokens, costs, chunk, typical, guessed)

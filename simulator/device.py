@@ -49,8 +49,8 @@ class PrefillJob:
     """A prompt that is computed; ``done`` is called with its first token."""
 
     standing: Standing
-    num_computed: int
-    num_uncomputed: int
+    num_computed_tokens: int
+    num_uncomputed_tokens: int
     done: Callable[[], None]
 
 
@@ -81,13 +81,9 @@ class PrefillWorker:
 
     def begin(self, now_s: float) -> None:
         """See `Worker`."""
-        ready = sorted(
-            self._jobs, key=lambda job: (job.num_uncomputed > 1, self._order.key(job.standing, now_s))
-        )[: self._max_num_seqs]  # fmt: skip
-        counts = share_out([(job.num_computed, job.num_uncomputed) for job in ready], self._token_budget)
-        self._planned = list(zip(ready, counts, strict=False))
-        context = sum(context_of(job.num_computed, count) for job, count in self._planned)
-        self._shape = StepShape(sum(counts), context, len(counts))
+        self._planned = share_out(self._jobs, self._order, now_s, self._max_num_seqs, self._token_budget)
+        context = sum(context_of(job.num_computed_tokens, count) for job, count in self._planned)
+        self._shape = StepShape(sum(count for _, count in self._planned), context, len(self._planned))
 
     def seconds(self, num_steps: int) -> float:
         """See `Worker`."""
@@ -97,10 +93,10 @@ class PrefillWorker:
         """See `Worker`."""
         self.fit.observe(self._shape, self.seconds(1))
         for job, count in self._planned:
-            job.num_computed += count
-            job.num_uncomputed -= count
-        finished = [job for job, _ in self._planned if job.num_uncomputed == 0]
-        self._jobs = [job for job in self._jobs if job.num_uncomputed]
+            job.num_computed_tokens += count
+            job.num_uncomputed_tokens -= count
+        finished = [job for job, _ in self._planned if job.num_uncomputed_tokens == 0]
+        self._jobs = [job for job in self._jobs if job.num_uncomputed_tokens]
         for job in finished:
             job.done()
 
@@ -132,14 +128,14 @@ class DecodeWorker:
         self._num_stretches = 0
         self._jobs = 0
         self._context = 0
-        self.fresh: list[DecodeJob] = []
+        self._fresh: list[DecodeJob] = []
         """Answers that are not in a step yet."""
         self._stops: list[tuple[int, int, bool, DecodeJob]] = []
         self._last = 0
 
     def add(self, job: DecodeJob) -> None:
         """Another answer; it is in the next step that is planned."""
-        self.fresh.append(job)
+        self._fresh.append(job)
 
     def progress(self, job: DecodeJob) -> int:
         """Tokens that the job has got here."""
@@ -162,7 +158,7 @@ class DecodeWorker:
 
     def has_work(self) -> bool:
         """See `Worker`."""
-        return bool(self._jobs or self.fresh)
+        return bool(self._jobs or self._fresh)
 
     def most_steps(self) -> int:
         """See `Worker`."""
@@ -171,13 +167,13 @@ class DecodeWorker:
 
     def begin(self, now_s: float) -> None:
         """See `Worker`."""
-        for job in self.fresh:
+        for job in self._fresh:
             job.joined_at = self._num_steps
             self._jobs += 1
             self._context += job.num_context
             self._push(self._num_steps + job.left, True, job)
             self.watch(job)
-        self.fresh.clear()
+        self._fresh.clear()
 
     def seconds(self, num_steps: int) -> float:
         """See `Worker`. Each step looks back at one token more of each answer."""

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from muxmesh.errors import ConfigError
 from muxmesh.predictor.guard import Guard, Judged
-from muxmesh.predictor.predictor import Predictor
+from muxmesh.predictor.predictor import Predictor, fit_now
 from muxmesh.types import LengthPrediction
 
 
@@ -22,7 +22,6 @@ class Asked:
     model: str
     tenant: str
     num_output: int
-    is_forced: bool
     hint_tokens: int | None = None
 
 
@@ -86,8 +85,6 @@ class Learned:
 
     def ask(self, asked: Asked) -> tuple[LengthPrediction, str, object]:
         """See `Forecasts`."""
-        if asked.is_forced:
-            return LengthPrediction(asked.num_output, asked.num_output), "fixed", None
         judged = self.guard.predict(asked.text or "", asked.model, asked.tenant, asked.hint_tokens)
         return judged.prediction, judged.source, judged
 
@@ -96,5 +93,4 @@ class Learned:
         if not isinstance(memory, Judged):
             return
         self.guard.observe(memory, num_output, censored)
-        if refit := self._predictor.refit():
-            self._predictor.publish(refit.run())
+        fit_now(self._predictor)

@@ -15,7 +15,7 @@ from muxmesh.errors import ConfigError
 from muxmesh.models.spec import ModelSpec
 from muxmesh.order import Policy
 from muxmesh.types import LengthPrediction, Standing, Stopping
-from router.work import EQUAL_FOR_ALL, with_work, within
+from router.work import expected_work
 from simulator.forecasts import Asked, Forecasts
 from simulator.timeline import NO_DELAYS, Delays, Timeline
 from simulator.unit import Decision, Request, SimulatedUnit
@@ -129,12 +129,10 @@ class _Router:
         if waiting >= self._most_waiting:
             self._refuse(record, "RESOURCE_EXHAUSTED", f"{waiting} requests are waiting")
             return
-        asked = Asked(one.body.text, name, one.tenant or "", num_output, one.is_forced)
-        said, source, memory = self._forecasts.ask(asked)
-        prediction, guessed = within(said, Stopping(one.max_new_tokens)), source not in EQUAL_FOR_ALL
-        standing = with_work(
-            Standing(one.priority, self._timeline.now_s), prediction if guessed else said, num_prompt,
-            unit.costs(name), model.prefill_token_budget, unit.typical, guessed,
+        said, source, memory = self._forecasts.ask(Asked(one.body.text, name, one.tenant or "", num_output))
+        prediction, standing = expected_work(
+            Standing(one.priority, self._timeline.now_s), said, source, Stopping(one.max_new_tokens), num_prompt,
+            unit.costs(name), model.prefill_token_budget, unit.typical,
         )  # fmt: skip
 
         def ended(request: Request) -> None:

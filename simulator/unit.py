@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from decode_svc.room import AHEAD_TOKENS, GROWTH_TOKENS
+from decode_svc.room import AHEAD_TOKENS, ask_again_below, blocks_to_ask
 from kvstore.admission import WaitingKey
 from kvstore.unit import CreditGiven, ModelShare, Unit
 from loadtest.record import OK, Record
@@ -19,7 +19,7 @@ from muxmesh.models.spec import ModelSpec
 from muxmesh.order import Order
 from muxmesh.types import KvDemand, Lease, LengthPrediction, Standing, blocks_for
 from router.queue import Waiting, WaitingRequests
-from router.work import TypicalWork
+from router.work import typical_work
 from simulator.device import DecodeJob, DecodeWorker, Device, PrefillJob, PrefillWorker, Worker
 from simulator.timeline import NO_DELAYS, Delays, Timeline
 
@@ -116,7 +116,7 @@ class SimulatedUnit:
         self._costs_due_s = 0.0
         self._timer_s: float | None = None
         self.num_requeued = 0
-        self.typical = TypicalWork()
+        self.typical = typical_work()
 
     @property
     def num_waiting(self) -> int:
@@ -251,7 +251,7 @@ class SimulatedUnit:
         if decoding.num_blocks >= blocks_for(request.num_prompt + request.most_new_tokens, block_size):
             return None
         room = self._room(decoding)
-        return room - AHEAD_TOKENS + 1 if room >= AHEAD_TOKENS else -(-room // 2)
+        return room - AHEAD_TOKENS + 1 if room >= AHEAD_TOKENS else ask_again_below(room)
 
     def _room(self, decoding: _Decoding) -> int:
         request, served = decoding.request, self._served[decoding.request.model]
@@ -266,7 +266,7 @@ class SimulatedUnit:
             return
         block_size = served.config.block_size
         most = blocks_for(request.num_prompt + request.most_new_tokens, block_size)
-        wanted = min(blocks_for(GROWTH_TOKENS, block_size), most - decoding.num_blocks)
+        wanted = blocks_to_ask(decoding.num_blocks, most, block_size)
         while wanted:
             blocks = self.unit.grow(decoding.lease.ref, served.decode_name, wanted)
             if blocks is not None:

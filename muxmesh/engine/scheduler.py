@@ -6,8 +6,9 @@ There is no prefill phase and no decode phase here, only jobs with tokens that a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 from muxmesh.engine.api import (
     EngineJob,
@@ -28,20 +29,40 @@ _TOKENS_PER_COST = 1024
 """Attention over so many earlier tokens costs about as much as everything else that is computed for a token."""
 
 
-def share_out(jobs: Sequence[tuple[int, int]], token_budget: int) -> list[int]:
-    """How many tokens of the first jobs are computed in one step; of those that are left out, none.
+class Waits(Protocol):
+    """What a step is planned by, of one job."""
 
-    ``jobs``: (computed, not computed) of each, in the order in which they are served.
-    """
-    counts: list[int] = []
-    for computed, uncomputed in jobs:
-        cost = 1 + computed // _TOKENS_PER_COST if uncomputed > 1 else 1
-        count = min(uncomputed, max(token_budget // cost, 0 if counts else 1))
+    @property
+    def standing(self) -> Standing:
+        """Its request's."""
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens whose KV is there."""
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens to compute, at least 1."""
+
+
+_Job = TypeVar("_Job", bound=Waits)
+
+
+def share_out(
+    jobs: Iterable[_Job], order: Order, now_s: float, max_num_seqs: int, token_budget: int
+) -> list[tuple[_Job, int]]:
+    """Who is in the next step, with how many tokens. See `Scheduler`; ``now_s`` is unix time."""
+    ready = sorted(jobs, key=lambda job: (job.num_uncomputed_tokens > 1, order.key(job.standing, now_s)))
+    shares: list[tuple[_Job, int]] = []
+    for job in ready[:max_num_seqs]:
+        uncomputed = job.num_uncomputed_tokens
+        cost = 1 + job.num_computed_tokens // _TOKENS_PER_COST if uncomputed > 1 else 1
+        count = min(uncomputed, max(token_budget // cost, 0 if shares else 1))
         if count == 0:
             break
-        counts.append(count)
+        shares.append((job, count))
         token_budget -= count * cost
-    return counts
+    return shares
 
 
 @dataclass(slots=True)
@@ -148,13 +169,9 @@ class Scheduler:
     def next_step(self, now_s: float = 0.0) -> Step | None:
         """The next step, or None if there is nothing to compute. ``now_s``: unix time."""
         assert self._in_flight is None, "the step in flight is applied first"
-        ready = sorted(
-            (running for running in self._jobs.values() if self._is_ready(running)),
-            key=lambda running: (running.num_uncomputed_tokens > 1, self.order.key(running.standing, now_s)),
-        )
-        ready = ready[: self.max_num_seqs]
-        counts = share_out([(one.num_computed_tokens, one.num_uncomputed_tokens) for one in ready], self.token_budget)
-        chunks = [self._chunk(running, count) for running, count in zip(ready, counts, strict=False)]
+        ready = filter(self._is_ready, self._jobs.values())
+        shares = share_out(ready, self.order, now_s, self.max_num_seqs, self.token_budget)
+        chunks = [self._chunk(running, count) for running, count in shares]
         self._in_flight = Step(tuple(chunks)) if chunks else None
         return self._in_flight
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from muxmesh.clock import Clock
 from muxmesh.predictor.guard import Guard, Judged
-from muxmesh.predictor.predictor import LengthPredictor
+from muxmesh.predictor.predictor import LengthPredictor, fit_now
 from muxmesh.predictor.quality import Floats, kendall_tau
 
 COVERAGE_WINDOW = 500
@@ -53,8 +53,7 @@ def replay(items: Iterable[Item], clock: Clock, predictor: LengthPredictor | Non
         for outcome in fresh:
             guard.observe(outcome.judged, outcome.item.num_tokens, outcome.item.censored)
         outcomes += fresh
-        if refit := predictor.refit():
-            predictor.publish(refit.run())
+        fit_now(predictor)
     return outcomes
 
 

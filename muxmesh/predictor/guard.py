@@ -20,6 +20,7 @@ import numpy as np
 from muxmesh.predictor.history import Scale
 from muxmesh.predictor.predictor import Guess, Predictor
 from muxmesh.predictor.quality import kendall_tau
+from muxmesh.running import RunningMean
 from muxmesh.types import LengthPrediction
 
 _log = logging.getLogger(__name__)
@@ -69,18 +70,6 @@ class _Rank:
         return math.exp(self.scale.mean) if self.scale.count else _COLD_TOKENS
 
 
-@dataclass(slots=True)
-class _Trust:
-    """Of one tenant's hints: running mean squared error of their logarithm, and how many have ended."""
-
-    variance: float = 0.0
-    count: int = 0
-
-    def add(self, error: float) -> None:
-        self.count += 1
-        self.variance += max(1 / self.count, _RATE) * (error**2 - self.variance)
-
-
 class Guard:
     """Stands before a predictor. Called from one thread."""
 
@@ -88,7 +77,8 @@ class Guard:
         self._predictor = predictor
         self._floor_tau = floor_tau
         self._ranks: dict[str, _Rank] = {}
-        self._trust: OrderedDict[str, _Trust] = OrderedDict()
+        self._trust: OrderedDict[str, RunningMean] = OrderedDict()
+        """Of each tenant's hints: mean squared error of their logarithm."""
         self.num_failures = 0
 
     def tau(self, model: str) -> float | None:
@@ -145,7 +135,7 @@ class Guard:
             except Exception:  # fail-open
                 self._count_failure("learning")
         if judged.hint_tokens and (not censored or length > math.log(judged.hint_tokens)):
-            self._trust_of(judged.tenant).add(math.log(judged.hint_tokens) - length)
+            self._trust_of(judged.tenant).add((math.log(judged.hint_tokens) - length) ** 2)
         if censored:
             return
         rank = self._ranks.setdefault(judged.model, _Rank())
@@ -166,7 +156,7 @@ class Guard:
             }
             for model, rank in self._ranks.items()
         }
-        return {"ranks": ranks, "trust": {tenant: astuple(trust) for tenant, trust in self._trust.items()}}
+        return {"ranks": ranks, "trust": {tenant: (trust.mean, trust.count) for tenant, trust in self._trust.items()}}
 
     def load(self, known: Mapping[str, Any]) -> None:
         """Goes on from what `dump` gave. Raises ValueError, KeyError or TypeError if it is something else."""
@@ -176,7 +166,7 @@ class Guard:
             rank.guessed.extend(map(float, values["guessed"]))
             rank.turned_out.extend(map(float, values["turned_out"]))
             rank.tau, rank.constant_tokens = float(values["tau"]), values["constant_tokens"]
-        self._trust = OrderedDict((tenant, _Trust(*values)) for tenant, values in known["trust"].items())
+        self._trust = OrderedDict((tenant, RunningMean(_RATE, *values)) for tenant, values in known["trust"].items())
         self._ranks = ranks
 
     def _rank(self, rank: _Rank, guessed: float, length: float) -> None:
@@ -201,10 +191,10 @@ class Guard:
         if trust is None or trust.count < _UNPROVED:
             return 0.0
         own = rank.variance if rank.constant_tokens is None else _TYPICAL_VARIANCE
-        return own / (own + trust.variance) if trust.variance < 2 * own else 0.0
+        return own / (own + trust.mean) if trust.mean < 2 * own else 0.0
 
-    def _trust_of(self, tenant: str) -> _Trust:
-        trust = self._trust.setdefault(tenant, _Trust())
+    def _trust_of(self, tenant: str) -> RunningMean:
+        trust = self._trust.setdefault(tenant, RunningMean(_RATE))
         self._trust.move_to_end(tenant)
         if len(self._trust) > _MOST_TENANTS:
             self._trust.popitem(last=False)

@@ -122,8 +122,7 @@ class History:
 
     def examples(self, most: int) -> Examples:
         """The latest rows, oldest first."""
-        first = self._next if len(self) == self.capacity else 0
-        rows = [(first + place) % len(self) for place in range(len(self))][-most:]
+        rows = self._oldest_first()[-most:]
         known = [self._answers[row].lengths for row in rows]
         scales = {model: self.scale(model) for model in self._scales}
         targets = [
@@ -139,8 +138,7 @@ class History:
 
     def dump(self) -> tuple[Matrix, Matrix, dict[str, Any]]:
         """Word vectors and lexical features, oldest first, and the rest as JSON can say it."""
-        first = self._next if len(self) == self.capacity else 0
-        rows = [(first + place) % len(self) for place in range(len(self))]
+        rows = self._oldest_first()
         answers = [[self._answers[row].prompt_hash, self._answers[row].lengths] for row in rows]
         scales = {model: astuple(scale) for model, scale in self._scales.items()}
         known = {"answers": answers, "scales": scales, "everyone": astuple(self._everyone), "num": self.num_observed}
@@ -168,6 +166,10 @@ class History:
         self._scales, self._everyone = scales, _scale(known["everyone"])
         self.num_observed = int(known["num"])
         self.num_rows = keep
+
+    def _oldest_first(self) -> list[int]:
+        first = self._next if len(self) == self.capacity else 0
+        return [*range(first, len(self)), *range(first)]
 
     def _fresh_row(self, prompt_hash: int) -> int:
         if len(self) < self.capacity:

@@ -188,6 +188,12 @@ class LengthPredictor:
         return True
 
 
+def fit_now(predictor: Predictor) -> None:
+    """Makes a fit that is due, and waits for it."""
+    if refit := predictor.refit():
+        predictor.publish(refit.run())
+
+
 def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "replace"), digest_size=8).digest())
 

@@ -13,7 +13,7 @@ import numpy as np
 from muxmesh.errors import ConfigError
 from muxmesh.predictor.features import NAMES, WORD_DIM
 from muxmesh.predictor.guard import Guard
-from muxmesh.predictor.predictor import LengthPredictor
+from muxmesh.predictor.predictor import LengthPredictor, fit_now
 from muxmesh.predictor.regression import Matrix
 
 _FORMAT = f"1/{len(NAMES)}/{WORD_DIM}"
@@ -57,8 +57,7 @@ def read(written: bytes) -> tuple[LengthPredictor, Guard]:
         predictor.history.load(words, lexical, state["history"])
         predictor.restore_scores({model: [float(one) for one in known] for model, known in state["scores"].items()})
         guard.load(state["guard"])
-        if refit := predictor.refit():
-            predictor.publish(refit.run())
+        fit_now(predictor)
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ConfigError(f"the snapshot is damaged: {error}") from error
     return predictor, guard

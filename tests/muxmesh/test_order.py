@@ -14,7 +14,7 @@ NOW_S = 1000.0
 
 
 def order(policy: Policy, aging: float = 0.1, longest_lead_s: float = 50.0, quantum_s: float = 1.0) -> Order:
-    return Order(policy, aging, longest_lead_s=longest_lead_s, quantum_s=quantum_s)
+    return Order(policy, aging, 1e9, longest_lead_s, quantum_s)
 
 
 def sooner(of: Order, *standings: Standing, now_s: float = NOW_S) -> list[int]:
@@ -72,7 +72,8 @@ def test_nobody_is_overtaken_by_who_came_much_later(
 
 def test_the_longest_lead_grows_with_the_typical_work() -> None:
     def handicap_s(typical_s: float) -> float:
-        return Order("srtf-aged", 0.1, longest_lead=20).key(Standing(0, 0.0, 0.0, 1e6, 0.0, typical_s), NOW_S)[1]
+        aged = Order("srtf-aged", 0.1, 20.0, math.inf, 1.0)
+        return aged.key(Standing(0, 0.0, 0.0, 1e6, 0.0, typical_s), NOW_S)[1]
 
     assert [handicap_s(typical_s) for typical_s in (0.5, 5.0)] == [10, 100]
     assert handicap_s(0.0) == 1e7  # nothing is known of others

@@ -8,7 +8,7 @@ from muxmesh.predictor.guard import Guard
 from muxmesh.predictor.predictor import Guess, LengthPredictor, Refit
 from muxmesh.types import LengthPrediction, Standing, Stopping
 from router.forecast import Forecaster
-from router.work import TypicalWork, fixed_length, with_work, within
+from router.work import fixed_length, typical_work, with_work, within
 
 
 class Stuck(LengthPredictor):
@@ -113,6 +113,6 @@ def test_a_prediction_stays_within_the_request_s_own_limits() -> None:
 
 def test_more_tokens_are_more_work() -> None:
     def work(p50: float, prompt: int) -> float:
-        return with_work(Standing(0, 0.0), LengthPrediction(p50, 2 * p50), prompt, None, 128, TypicalWork()).left_s
+        return with_work(Standing(0, 0.0), LengthPrediction(p50, 2 * p50), prompt, None, 128, typical_work()).left_s
 
     assert work(10, 10) < work(100, 10) < work(100, 1000)

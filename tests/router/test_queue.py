@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muxmesh.order import FCFS, Order
+from muxmesh.order import FCFS
 from muxmesh.types import KvDemand, Standing
 from router.queue import SORT_EVERY_S, Waiting, WaitingRequests
 
@@ -68,7 +70,7 @@ def test_what_is_shown_is_never_worse_than_what_is_not(requests: list[tuple[int,
 
 @given(st.lists(st.tuples(st.floats(0.01, 10), st.floats(0, 0.5), st.booleans()), max_size=40))
 def test_an_order_that_moves_with_time_is_followed(requests: list[tuple[float, float, bool]]) -> None:
-    order = Order("hrrn")
+    order = replace(FCFS, policy="hrrn")
     queue, alive, now_s = WaitingRequests(order, shown_per_model=3), dict[int, Waiting](), 0.0
     shown: set[int] = set()
     for key_id, (work_s, later_s, leave) in enumerate(requests):

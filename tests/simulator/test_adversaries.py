@@ -114,7 +114,7 @@ class Hinting(Learned):
     def ask(self, asked: Asked) -> tuple[LengthPrediction, str, object]:
         """See `Forecasts`."""
         hint = self._hint(asked.num_output) if asked.tenant == "b" else None
-        hinted = Asked(asked.text, asked.model, asked.tenant, asked.num_output, asked.is_forced, hint)
+        hinted = Asked(asked.text, asked.model, asked.tenant, asked.num_output, hint)
         return super().ask(hinted)
 
 

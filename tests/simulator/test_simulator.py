@@ -177,7 +177,7 @@ def test_injected_errors_rank_as_they_are_told_to(tau: float) -> None:
     rng = random.Random(1)
     lengths = [max(1, round(rng.lognormvariate(5, 1))) for _ in range(1500)]
     noisy = Noisy(tau, lengths, seed=2)
-    said = [noisy.ask(Asked(None, "m", "", length, False))[0].p50_tokens for length in lengths]
+    said = [noisy.ask(Asked(None, "m", "", length))[0].p50_tokens for length in lengths]
     assert kendall_tau(np.array(said), np.array(lengths, float)) == pytest.approx(tau, abs=0.04)
 
 
