@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool bench-faults bench-swap bench-router bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-simulator own-answers gpu-check
+.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool bench-faults bench-swap bench-router bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator own-answers gpu-check
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -96,6 +96,9 @@ bench-policies: $(VENV)/.dev ## Orders against each other in virtual time, over 
 
 bench-fidelity: $(VENV)/.dev ## The simulator beside a real mesh of sim engines
 	$(BIN)/python -m benchmarks.fidelity
+
+bench-adversaries: $(VENV)/.dev ## Predictors of no use in a router of a real mesh, beside HRRN
+	$(BIN)/python -m benchmarks.adversaries
 
 bench-simulator: $(VENV)/.dev ## A million simulated requests on one core
 	$(BIN)/python -m benchmarks.million

@@ -43,6 +43,9 @@ class SimProfile(Section):
     """Seconds for each earlier token that a token in the step looks back at."""
     output_tokens: int = Field(default=0, ge=0)
     """Answers end by themselves after so many tokens; 0: only at max_new_tokens."""
+    output_lengths: Literal["equal", "geometric"] = "equal"
+    """`geometric`: each token is the last with a chance of one in `output_tokens`, drawn from the text so far and the
+    seed; nobody can tell in advance how long an answer gets."""
 
 
 class ModelConfig(Section):

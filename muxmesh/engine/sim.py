@@ -50,13 +50,18 @@ class SimRunner:
 
     def _token(self, chunk: Chunk, draw: Draw) -> int:
         index, sampling = draw.output_index, draw.sampling
-        ends = 0 < self._profile.output_tokens <= index + 1
-        if ends and self._eos_token_id not in draw.banned:
-            return self._eos_token_id
         seed = 0 if sampling.greedy else sampling.seed
         digest = zlib.crc32(f"{chunk.token_ids[-1]}:{index}:{seed}".encode())
+        if self._ends(index, digest) and self._eos_token_id not in draw.banned:
+            return self._eos_token_id
         allowed: Sequence[int] = sampling.allowed_token_ids or self._token_ids
         if draw.banned:
             allowed = [token for token in allowed if token not in draw.banned]
             allowed = allowed or [token for token in range(256) if token not in draw.banned]
         return allowed[digest % len(allowed)]
+
+    def _ends(self, index: int, digest: int) -> bool:
+        mean = self._profile.output_tokens
+        if self._profile.output_lengths == "geometric":
+            return mean > 0 and (digest >> 8) % mean == 0  # the lower bits choose the token
+        return 0 < mean <= index + 1
