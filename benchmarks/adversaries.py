@@ -21,13 +21,18 @@ from loadtest.mesh_target import MeshTarget
 from loadtest.record import Record
 from loadtest.spec import parse_spec
 from loadtest.workload import plan
+from muxmesh.cli.common import cache_dir
 from muxmesh.clock import SystemClock
 from muxmesh.order import Policy
 from tests.support.bad_router import BAD
 from tests.support.mesh import running_mesh
 
-UNTIL_TRIPPED = "rate=inf lengths=U(20,60)/D(20,240) output=natural requests=160 seed=1"
-WORKLOAD = "rate=6 lengths=U(20,60)/D(20,240) output=natural requests=150 seed=2"
+UNTIL_TRIPPED = "rate=8 lengths=U(20,60)/(20,240) output=natural cap=240 requests=200 seed=1"
+WORKLOAD = "rate=6 lengths=U(20,60)/(20,240) output=natural cap=240 requests=150 seed=2"
+SOURCES = {"nan": "failed", "hang": "late", "crash": "failed"}
+"""Of the forecasts of predictors that say nothing; the others are found not to rank."""
+TEMPERATURE = 1.0
+"""Each answer has a seed, and so a length, of its own."""
 NUM_RUNS = 3
 
 
@@ -35,17 +40,21 @@ async def _run(kind: str, policy: Policy) -> list[Record]:
     profile = {"base_s": 0.02, "per_token_s": 0.0001, "output_tokens": 40, "output_lengths": "geometric"}
     model = {"name": "m", "engine": "sim", "max_num_seqs": 8, "sim": profile}
     config = {"order": {"policy": policy}, "units": [{"kv_pool": "64MiB", "models": [model]}]}
-    os.environ["BAD_PREDICTOR"] = kind
+    os.environ["BAD_PREDICTOR"] = kind  # read in the router's process
+    os.environ["MUXMESH_CACHE_DIR"] = str(cache_dir())
     records: list[Record] = []
     with tempfile.TemporaryDirectory(prefix="mm-") as state_dir:
         async with running_mesh(Path(state_dir), modules={"router": "tests.support.bad_router"}, **config) as mesh:
-            target = MeshTarget(mesh.address, 0.0, None)
+            target = MeshTarget(mesh.address, TEMPERATURE, None)
             try:
                 (served,) = await target.models()
                 for workload in (UNTIL_TRIPPED, WORKLOAD):
                     requests = plan(parse_spec(workload), served.vocabulary)
                     records = (await Driver(target, requests, SystemClock()).run()).records
                     assert all(record.is_ok for record in records), "nobody is refused or lost"
+                    asked = await mesh.client.generate("x", max_new_tokens=2, explain_scheduling=True)
+                    assert asked.prompt.scheduling is not None
+                    assert asked.prompt.scheduling.source == SOURCES.get(kind, "floor"), "it is not used"
             finally:
                 await target.close()
     return records

@@ -79,7 +79,7 @@ def simulated(policy: str, delays: Delays) -> list[Record]:
 
 def measured_delays() -> Delays:
     """What processes add to a step of a full batch now; the rest as it was measured once."""
-    tpots_s = [one.tpot_s or 0.0 for _ in range(NUM_RUNS) for one in real("fcfs", TOGETHER)]
+    tpots_s = [one.tpot_s for _ in range(NUM_RUNS) for one in real("fcfs", TOGETHER) if one.tpot_s is not None]
     return replace(MEASURED, step_s=statistics.median(tpots_s) - STEP_S - SLOTS * PER_TOKEN_S)
 
 

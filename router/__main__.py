@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a fit is background work: not on every core
 
@@ -9,10 +10,14 @@ from muxmesh.config.runtime import MeshRuntime
 from muxmesh.lifecycle import run_service, service_arguments
 from router.app import serve
 
+_SWITCH_S = 0.0005
+"""The event loop and the threads that predict and tokenize wait so long for each other, not Python's 5 ms."""
+
 
 def main() -> None:
     """Reads the arguments and serves."""
     arguments = service_arguments(__doc__)
+    sys.setswitchinterval(_SWITCH_S)
     run_service(functools.partial(serve, MeshRuntime.read(arguments.runtime)))
 
 

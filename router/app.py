@@ -51,7 +51,7 @@ async def serve(runtime: MeshRuntime, stop: Stop) -> None:
         registry = Registry(runtime.redis_url, clock)
         stack.push_async_callback(registry.close)
         predictor, guard = await known_before(runtime.redis_url)
-        forecaster = Forecaster(predictor, guard, config.router.predictor_budget_s, clock)
+        forecaster = Forecaster(guard, config.router.predictor_budget_s, clock)
         stack.callback(forecaster.close)
         await stack.enter_async_context(kept(runtime.redis_url, forecaster, predictor, guard))
         state = RouterState(

@@ -1,8 +1,8 @@
 """How long each answer will be, and so how much work its request is: asked in time, or not at all.
 
 The predictor runs in a thread of its own. A guess that is not there within the budget is done without: the request is
-taken for a typical one, and nobody is asked again until the late guess has come. Nothing here refuses or loses a
-request.
+taken for a typical one of its model, and nobody is asked again until the late guess has come. Nothing here refuses or
+loses a request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from muxmesh.clock import Clock
 from muxmesh.predictor.guard import Guard, Judged
-from muxmesh.predictor.predictor import Fitted, Predictor, Refit
+from muxmesh.predictor.predictor import Fitted, Refit
 from muxmesh.types import LengthPrediction
 from router.one_thread import OneThread
 
@@ -24,7 +24,6 @@ _Result = TypeVar("_Result")
 
 _log = logging.getLogger(__name__)
 
-_LATE = LengthPrediction(128.0, 512.0)
 _MOST_LESSONS = 1000
 FIT_SHARE = 0.02
 """Of one core, for fits."""
@@ -42,10 +41,9 @@ class Forecast:
 class Forecaster:
     """Owns the thread that predicts and learns, and the one that fits. Called on one event loop."""
 
-    def __init__(self, predictor: Predictor, guard: Guard, budget_s: float, clock: Clock) -> None:
+    def __init__(self, guard: Guard, budget_s: float, clock: Clock) -> None:
         self._clock = clock
         self._next_fit_s = 0.0
-        self._predictor = predictor
         self._guard = guard
         self._budget_s = budget_s
         self._asking = OneThread("predict")
@@ -57,19 +55,23 @@ class Forecaster:
     async def predict(self, text: str, model: str, tenant: str, hint_tokens: int | None) -> Forecast:
         """A forecast within the budget."""
         if self._late is not None and not self._late.done():
-            self.num_late += 1
-            return Forecast(_LATE, "late")
+            return self._without(model)
         self._late = None
         asked = self._asking.submit(lambda: self._guard.predict(text, model, tenant, hint_tokens))
         done, _ = await asyncio.wait([asyncio.wrap_future(asked)], timeout=self._budget_s)
         if not done:
             if self.num_late == 0:
                 _log.warning("no prediction within %.0f ms; doing without until it comes", 1000 * self._budget_s)
-            self.num_late += 1
             self._late = asked
-            return Forecast(_LATE, "late")
+            return self._without(model)
+        if asked.cancelled():  # the mesh is ending
+            return self._without(model)
         judged = asked.result()
         return Forecast(judged.prediction, judged.source, judged)
+
+    def _without(self, model: str) -> Forecast:
+        self.num_late += 1
+        return Forecast(self._guard.typical(model), "late")
 
     def observe(self, forecast: Forecast, num_tokens: int, censored: bool) -> None:
         """An answer ended after so many tokens; ``censored``: it was cut off and would have been longer."""
@@ -111,12 +113,7 @@ class Forecaster:
         self._guard.observe(judged, num_tokens, censored)
         if self._clock.monotonic_s() < self._next_fit_s:
             return
-        try:
-            refit = self._predictor.refit()
-        except Exception:  # fail-open, as in the guard
-            _log.exception("no fit")
-            return
-        if refit is not None:
+        if (refit := self._guard.refit()) is not None:
             self._fitting.submit(lambda: self._timed(refit)).add_done_callback(self._fitted)
 
     def _timed(self, refit: Refit) -> Fitted:
@@ -137,5 +134,5 @@ class Forecaster:
         self._asking.submit(lambda: self._publish(fitted))
 
     def _publish(self, fitted: Fitted | None) -> None:
-        if not self._predictor.publish(fitted) and fitted is not None:
+        if not self._guard.publish(fitted) and fitted is not None:
             _log.info("a fit was not published: tau %.3f, now %.3f", fitted.tau, fitted.published_tau)

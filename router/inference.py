@@ -20,7 +20,7 @@ from router.request import Progress
 from router.responses import finish_info_of, open_answer, prompt_info_of, response_of, scheduling_of, stopped_by_string
 from router.state import RouterState
 from router.validation import CheckedRequest, check, check_request_id, complete
-from router.work import expected_work, fixed_length
+from router.work import Outlook, Served, fixed_length
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _READ_TOKENS = 1000
@@ -55,8 +55,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         token_ids = await self._tokenize(checked)
         engine_request = complete(checked, request_id, token_ids, arrived_at_unix_s)
         forecast = await self._forecast(checked, engine_request)
-        engine_request = self._with_forecast(checked, engine_request, forecast)
         self._refuse_overload(checked.num_sequences)  # a burst may have passed the first look together
+        engine_request = self._with_forecast(checked, engine_request, forecast)
         async with aclosing(self._serve(checked, engine_request, forecast, arrived_at_s)) as responses:
             async for response in responses:
                 yield response
@@ -226,13 +226,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return await loop.run_in_executor(self._state.tokenizing, checked.model.text.decode, ids, True)
 
     def _with_forecast(self, checked: CheckedRequest, request: EngineRequest, forecast: Forecast) -> EngineRequest:
-        unit, chunk = self._state.units[checked.model.unit], checked.model.config.prefill_token_budget
-        costs = unit.credits.costs.get(request.model)
-        prediction, standing = expected_work(
-            request.standing, forecast.prediction, forecast.source, request.stopping, len(request.prompt_token_ids),
-            costs, chunk, unit.typical,
-        )  # fmt: skip
-        return replace(request, prediction=prediction, standing=standing)
+        unit, name = self._state.units[checked.model.unit], request.model
+        served = Served(name, unit.credits.costs.get(name), checked.model.config.prefill_token_budget)
+        outlook = Outlook(forecast.prediction, forecast.source, request.stopping)
+        standing = unit.work.expect(
+            request.standing, outlook, len(request.prompt_token_ids), served, unit.credits.num_waiting(name)
+        )
+        return replace(request, prediction=outlook.prediction, standing=standing)
 
     def _scheduling(
         self, request: EngineRequest, forecast: Forecast, progress: Progress, arrived_at_s: float

@@ -68,7 +68,7 @@ class WaitingRequests:
 
     def show_next(self, unix_s: float) -> list[Waiting]:
         """Requests that the unit should see now and has not seen; they count as shown from here on."""
-        if self._order.moves and unix_s >= self._sorted_at_s + SORT_EVERY_S:
+        if self._order.moves and abs(unix_s - self._sorted_at_s) >= SORT_EVERY_S:  # the clock may jump
             self._sorted_at_s = unix_s
             for model, ordered in self._ordered.items():
                 self._ordered[model] = sorted(self._entry(self._waiting[key_id]) for _, key_id in ordered)

@@ -13,12 +13,11 @@ from muxmesh.config.schema import RouterConfig
 from muxmesh.internal.v1 import kvstore_pb2_grpc
 from muxmesh.order import Order
 from muxmesh.registry import Registry
-from muxmesh.running import RunningMean
 from router.credits import UnitCredits
 from router.forecast import Forecaster
 from router.request import RequestDriver
 from router.served_model import ServedModel
-from router.work import typical_work
+from router.work import UnitWork
 
 
 @dataclass(slots=True)
@@ -43,7 +42,7 @@ class UnitLink:
     credits: UnitCredits
     driver: RequestDriver
     kvstore: kvstore_pb2_grpc.KvStoreServiceAsyncStub
-    typical: RunningMean = field(default_factory=typical_work)
+    work: UnitWork = field(default_factory=UnitWork)
 
 
 @dataclass(frozen=True, slots=True)

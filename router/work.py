@@ -1,8 +1,8 @@
-"""From an expected length to work in seconds: what the mesh's order goes by. Pure."""
+"""From an expected length to work in seconds: what the mesh's order goes by."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from muxmesh.cost import UNMEASURED, ModelCosts
 from muxmesh.running import RunningMean
@@ -20,56 +20,70 @@ def fixed_length(stopping: Stopping, has_stop_strings: bool) -> int | None:
     return None
 
 
-def within(prediction: LengthPrediction, stopping: Stopping) -> LengthPrediction:
-    """The prediction, as far as the request's own limits leave it."""
-    least, most = max(1, stopping.min_new_tokens), stopping.max_new_tokens
-    return LengthPrediction(
-        min(max(prediction.p50_tokens, least), most), min(max(prediction.p90_tokens, least), most)
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model as its unit serves it: what steps cost, None before that is known, and prompt tokens in a step."""
+
+    model: str
+    costs: ModelCosts | None
+    chunk: int
 
 
-def typical_work() -> RunningMean:
-    """The work of a request on one unit, in seconds: the last few hundred count."""
-    return RunningMean(least_rate=1 / 500)
-
-
-def with_work(
-    standing: Standing,
-    prediction: LengthPrediction,
-    num_prompt_tokens: int,
-    costs: ModelCosts | None,
-    chunk: int,
-    typical: RunningMean,
-    guessed: bool = True,
-) -> Standing:
-    """The standing with the work that is expected; ``chunk``: prompt tokens in a step.
-
-    The median orders. To minimise the sum of latencies for each token of an answer, go by E[n] / E[1/n] (Smith, 1956),
-    which for a log-normal length is its median, squared. A penalty for long tails made that and the mean worse.
-    Where nothing is guessed, the prompt counts for nothing either: then all work is the same.
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What is known of an answer before it begins: what was said of its length, by whom (see `Forecast`), and its
+    request's own limits.
     """
-    costs = costs or UNMEASURED
-    context = num_prompt_tokens if guessed else 0
-    prefill_s = costs.prefill.prefill_s(num_prompt_tokens, chunk=chunk) if guessed else 0.0
-    decode_s = costs.decode.decode_s(max(0.0, prediction.p50_tokens - 1), context)
-    typical.add(prefill_s + decode_s)
-    return replace(standing, prefill_s=prefill_s, decode_s=decode_s, typical_s=typical.mean)
+
+    said: LengthPrediction
+    source: str
+    stopping: Stopping
+
+    @property
+    def prediction(self) -> LengthPrediction:
+        """What was said, as far as the limits leave it."""
+        least, most = max(1, self.stopping.min_new_tokens), self.stopping.max_new_tokens
+        return LengthPrediction(
+            min(max(self.said.p50_tokens, least), most), min(max(self.said.p90_tokens, least), most)
+        )  # fmt: skip
 
 
-def expected_work(
-    standing: Standing,
-    said: LengthPrediction,
-    source: str,
-    stopping: Stopping,
-    num_prompt_tokens: int,
-    costs: ModelCosts | None,
-    chunk: int,
-    typical: RunningMean,
-) -> tuple[LengthPrediction, Standing]:
-    """What is expected of a request within its own limits, and its standing with the work that comes to.
+class UnitWork:
+    """Owns what the requests of one unit are taken to be, in seconds of work, where nothing better is known of them.
 
-    ``source``: see `Forecast`; where it tells nothing of the request, its limits are no work less either.
+    Requests of which nothing is guessed are equally much work, whatever their prompts and limits are and steps cost
+    at the moment: between them the order is that of arrival. Invariant: while requests of a model wait, that does not
+    change.
     """
-    limited, guessed = within(said, stopping), source not in EQUAL_FOR_ALL
-    counted = limited if guessed else said
-    return limited, with_work(standing, counted, num_prompt_tokens, costs, chunk, typical, guessed)
+
+    def __init__(self) -> None:
+        self._typical = RunningMean(least_rate=1 / 500)
+        self._equal_s: dict[str, float] = {}
+
+    def expect(
+        self, standing: Standing, outlook: Outlook, num_prompt_tokens: int, served: Served, num_waiting: int
+    ) -> Standing:
+        """The standing of a request with its work. ``num_waiting``: requests of its model that wait.
+
+        The median orders. To minimise the sum of latencies for each token of an answer, go by E[n] / E[1/n] (Smith,
+        1956), which for a log-normal length is its median, squared. A penalty for long tails made that and the mean
+        worse.
+        """
+        costs = served.costs or UNMEASURED
+        if outlook.source in EQUAL_FOR_ALL:
+            prefill_s, decode_s = 0.0, self._equal(outlook.said, served, num_waiting)
+        else:
+            prefill_s = costs.prefill.prefill_s(num_prompt_tokens, chunk=served.chunk)
+            decode_s = costs.decode.decode_s(max(0.0, outlook.prediction.p50_tokens - 1), num_prompt_tokens)
+        self._typical.add(prefill_s + decode_s)
+        return replace(standing, prefill_s=prefill_s, decode_s=decode_s, typical_s=self._typical.mean)
+
+    def _equal(self, said: LengthPrediction, served: Served, num_waiting: int) -> float:
+        known_s = self._equal_s.get(served.model) if num_waiting else None
+        if known_s is not None:
+            return known_s
+        costs = served.costs or UNMEASURED
+        work_s = costs.decode.decode_s(max(0.0, said.p50_tokens - 1), 0)
+        if served.costs is not None:
+            self._equal_s[served.model] = work_s
+        return work_s

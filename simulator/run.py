@@ -15,7 +15,7 @@ from muxmesh.errors import ConfigError
 from muxmesh.models.spec import ModelSpec
 from muxmesh.order import Policy
 from muxmesh.types import LengthPrediction, Standing, Stopping
-from router.work import expected_work
+from router.work import Outlook, Served
 from simulator.forecasts import Asked, Forecasts
 from simulator.timeline import NO_DELAYS, Delays, Timeline
 from simulator.unit import Decision, Request, SimulatedUnit
@@ -130,9 +130,10 @@ class _Router:
             self._refuse(record, "RESOURCE_EXHAUSTED", f"{waiting} requests are waiting")
             return
         said, source, memory = self._forecasts.ask(Asked(one.body.text, name, one.tenant or "", num_output))
-        prediction, standing = expected_work(
-            Standing(one.priority, self._timeline.now_s), said, source, Stopping(one.max_new_tokens), num_prompt,
-            unit.costs(name), model.prefill_token_budget, unit.typical,
+        outlook = Outlook(said, source, Stopping(one.max_new_tokens))
+        standing = unit.work.expect(
+            Standing(one.priority, self._timeline.now_s), outlook, num_prompt,
+            Served(name, unit.costs(name), model.prefill_token_budget), unit.num_waiting_for(name),
         )  # fmt: skip
 
         def ended(request: Request) -> None:
@@ -146,8 +147,8 @@ class _Router:
                 num_prompt=num_prompt,
                 num_output=num_output,
                 most_new_tokens=one.max_new_tokens,
-                standing=standing,
-                prediction=prediction,
+                arrived=standing,
+                prediction=outlook.prediction,
                 record=record,
                 on_end=ended,
                 hashes=_hashes(one.body, num_prompt, model),

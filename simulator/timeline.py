@@ -25,7 +25,8 @@ class Delays:
 
 NO_DELAYS = Delays()
 MEASURED = Delays(step_s=0.0011, turn_s=0.001, admit_s=0.005, hand_off_s=0.003, end_s=0.003)
-"""On two cores of a small virtual machine, `make bench-fidelity`; a larger one takes less."""
+"""On two cores of a small virtual machine: ``step_s`` as in `make bench-fidelity`, which measures it anew, the others
+fitted to a run of their own. A larger machine takes less."""
 
 
 class Timeline:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from decode_svc.room import AHEAD_TOKENS, ask_again_below, blocks_to_ask
@@ -19,7 +19,7 @@ from muxmesh.models.spec import ModelSpec
 from muxmesh.order import Order
 from muxmesh.types import KvDemand, Lease, LengthPrediction, Standing, blocks_for
 from router.queue import Waiting, WaitingRequests
-from router.work import typical_work
+from router.work import UnitWork
 from simulator.device import DecodeJob, DecodeWorker, Device, PrefillJob, PrefillWorker, Worker
 from simulator.timeline import NO_DELAYS, Delays, Timeline
 
@@ -28,21 +28,27 @@ _ROUTER = "router"
 
 @dataclass(slots=True)
 class Request:
-    """One request on its way. ``num_output``: how long its answer will have been. ``on_end`` is called once."""
+    """One request on its way. ``num_output``: how long its answer will have been. ``arrived`` is its standing before
+    any of it was computed. ``on_end`` is called once.
+    """
 
     index: int
     model: str
     num_prompt: int
     num_output: int
     most_new_tokens: int
-    standing: Standing
+    arrived: Standing
     prediction: LengthPrediction
     record: Record
     on_end: Callable[[Request], None]
     hashes: tuple[bytes, ...] = ()
     num_sent: int = 0
-    num_known_to_standing: int = 0
     key_id: int = 0
+
+    @property
+    def standing(self) -> Standing:
+        """Of the request as it waits: what it has had of its answer is behind it, its prompt is not."""
+        return self.arrived.after(self.num_sent, self.prediction, prefill_again=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +122,16 @@ class SimulatedUnit:
         self._costs_due_s = 0.0
         self._timer_s: float | None = None
         self.num_requeued = 0
-        self.typical = typical_work()
+        self.work = UnitWork()
 
     @property
     def num_waiting(self) -> int:
         """Requests that have no credit."""
         return len(self._queue)
+
+    def num_waiting_for(self, model: str) -> int:
+        """Requests of one model that have no credit."""
+        return self._queue.count(model)
 
     @property
     def busy_s(self) -> float:
@@ -281,15 +291,13 @@ class SimulatedUnit:
     def _give_way(self, decoding: _Decoding) -> None:
         """Without swap: its KV is dropped, and the request waits again, with all its tokens, at its place."""
         request, served = decoding.request, self._served[decoding.request.model]
-        sent_before = request.num_known_to_standing
         request.num_sent += served.decode.progress(decoding.job)
         served.decode.take_out(decoding.job)
         del self._decoding[decoding.lease.ref.lease_id]
         self.unit.release(decoding.lease.ref, served.decode_name, request.hashes)
         self.num_requeued += 1
-        standing = request.standing.after(request.num_sent, request.prediction, sent_before, prefill_again=True)
         self._device.wake()
-        self.wait(replace(request, standing=standing, num_known_to_standing=request.num_sent))
+        self.wait(request)
 
     def _decoded(self, decoding: _Decoding) -> None:
         request = decoding.request

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, StringConstraints, model_validator
 
 from muxmesh.order import Order, Policy
 from muxmesh.types import DEFAULT_ADDRESS, KvFormat
@@ -44,8 +44,14 @@ class SimProfile(Section):
     output_tokens: int = Field(default=0, ge=0)
     """Answers end by themselves after so many tokens; 0: only at max_new_tokens."""
     output_lengths: Literal["equal", "geometric"] = "equal"
-    """`geometric`: each token is the last with a chance of one in `output_tokens`, drawn from the text so far and the
-    seed; nobody can tell in advance how long an answer gets."""
+    """`geometric`: each token is the last with a chance of one in `output_tokens`, drawn from the token before it, its
+    place and the seed; with a seed of its own, nobody can tell in advance how long an answer gets."""
+
+    @model_validator(mode="after")
+    def _lengths_have_a_mean(self) -> Self:
+        if self.output_lengths == "geometric" and self.output_tokens == 0:
+            raise ValueError("output_lengths: geometric needs output_tokens, the mean length")
+        return self
 
 
 class ModelConfig(Section):

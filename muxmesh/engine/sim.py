@@ -22,7 +22,10 @@ def step_cost(profile: SimProfile) -> StepCost:
 
 
 class SimRunner:
-    """A `Runner`. Each token is a hash of the one before it, its place and the seed, so a resumed job goes on alike."""
+    """A `Runner`. Each token, and where an answer ends, is a hash of the token before it, its place and the seed, so a
+    resumed job goes on alike. Greedy answers have no seed: after the same token at the same place
+    they go on alike.
+    """
 
     def __init__(
         self,
@@ -63,5 +66,5 @@ class SimRunner:
     def _ends(self, index: int, digest: int) -> bool:
         mean = self._profile.output_tokens
         if self._profile.output_lengths == "geometric":
-            return mean > 0 and (digest >> 8) % mean == 0  # the lower bits choose the token
+            return digest // len(self._token_ids) % mean == 0  # not what chooses the token
         return 0 < mean <= index + 1

@@ -10,16 +10,18 @@ import math
 from collections import deque
 from collections.abc import Iterable
 
+FIRST_BOUND = 1.6
+"""About where nine in ten errors are, as long as nothing is known of them."""
 _WINDOW = 512
 _STEP = 0.005
-_LOWEST, _HIGHEST = 0.5, 0.995
+_MOST_DRIFT, _HIGHEST = 0.4, 0.995
 _SOLVE_EVERY = 8
 
 
 class ConformalBound:
     """Owns the last scores: errors in units of their predicted spread, signed, too short is positive."""
 
-    def __init__(self, level: float = 0.9, first_bound: float = 1.6) -> None:
+    def __init__(self, level: float = 0.9, first_bound: float = FIRST_BOUND) -> None:
         """``first_bound`` is used until there are enough scores."""
         self.bound = first_bound
         self._level = self._target = level
@@ -29,7 +31,8 @@ class ConformalBound:
     def observe(self, score: float, bound: float) -> None:
         """A score, and the bound that was given out for it."""
         missed = score > bound
-        self._level = min(_HIGHEST, max(_LOWEST, self._level + _STEP * (missed - (1 - self._target))))
+        level = self._level + _STEP * (missed - (1 - self._target))
+        self._level = min(_HIGHEST, self._target + _MOST_DRIFT, max(self._target - _MOST_DRIFT, level))
         self._scores.append(score)
         self._since_solved += 1
         if self._since_solved >= _SOLVE_EVERY:

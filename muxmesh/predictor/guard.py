@@ -11,14 +11,15 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from muxmesh.predictor.conformal import FIRST_BOUND
 from muxmesh.predictor.history import Scale
-from muxmesh.predictor.predictor import Guess, Predictor
+from muxmesh.predictor.predictor import COLD_TOKENS, Fitted, Guess, Predictor, Refit
 from muxmesh.predictor.quality import kendall_tau
 from muxmesh.running import RunningMean
 from muxmesh.types import LengthPrediction
@@ -30,13 +31,13 @@ _BACK_TAU = 0.15
 _WINDOW = 256
 _FEWEST = 100
 _JUDGE_EVERY = 16
-_COLD_TOKENS = 128.0
 _TYPICAL_VARIANCE = 0.7
 _LONGEST_TOKENS = 1e6
 _MOST_TENANTS = 10_000
 _UNPROVED = 4
 _RATE = 0.03
-_UPPER_TIMES = 1.6
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,11 +68,11 @@ class _Rank:
     failed_tokens: float | None = None
 
     def typical_tokens(self) -> float:
-        return math.exp(self.scale.mean) if self.scale.count else _COLD_TOKENS
+        return math.exp(self.scale.mean) if self.scale.count else COLD_TOKENS
 
 
 class Guard:
-    """Stands before a predictor. Called from one thread."""
+    """Stands before a predictor, and calls it alone. Called from one thread, but for `typical`."""
 
     def __init__(self, predictor: Predictor, floor_tau: float = FLOOR_TAU) -> None:
         self._predictor = predictor
@@ -91,20 +92,27 @@ class Guard:
         rank = self._ranks.get(model)
         return rank is None or rank.constant_tokens is None
 
+    def typical(self, model: str) -> LengthPrediction:
+        """What to expect of an answer of which nothing is guessed. From any thread."""
+        rank = self._ranks.get(model)
+        if rank is None:
+            return _about(COLD_TOKENS)
+        return _about(rank.constant_tokens or rank.failed_tokens or rank.typical_tokens())
+
     def predict(self, text: str, model: str, tenant: str = "", hint_tokens: int | None = None) -> Judged:
         """Never raises."""
         return self.judge(self.guess(text, model), model, tenant, hint_tokens)
 
     def guess(self, text: str, model: str) -> Guess | None:
         """What the predictor says, if that can be used at all."""
-        try:
+
+        def usable() -> Guess | None:
             guess = self._predictor.predict(text, model)
-            usable = all(math.isfinite(value) and value > 0 for value in (guess.p50_tokens, guess.p90_tokens))
-        except Exception:  # fail-open: a predictor must not cost a request
-            self._count_failure("predicting")
-            return None
-        self.num_failures += not usable
-        return guess if usable else None
+            is_length = all(math.isfinite(value) and value > 0 for value in (guess.p50_tokens, guess.p90_tokens))
+            self.num_failures += not is_length
+            return guess if is_length else None
+
+        return self._tried("predicting", usable, None)
 
     def judge(self, guess: Guess | None, model: str, tenant: str = "", hint_tokens: int | None = None) -> Judged:
         """What to make of a guess; None: there is none."""
@@ -122,18 +130,15 @@ class Guard:
             narrower = (hint_tokens / middle) ** weight
             middle, upper, source = middle * narrower, upper * narrower, "hint"
         if upper == 0.0:
-            upper = middle * math.exp(_UPPER_TIMES * math.sqrt(_TYPICAL_VARIANCE))
+            return Judged(_about(middle), source, model, tenant, guess, hint_tokens)
         prediction = LengthPrediction(middle, max(middle, min(upper, _LONGEST_TOKENS)))
         return Judged(prediction, source, model, tenant, guess, hint_tokens)
 
     def observe(self, judged: Judged, num_tokens: int, censored: bool) -> None:
         """How an answer turned out. ``censored``: it was cut off there and would have been longer. Never raises."""
         length = math.log(max(1, num_tokens))
-        if judged.guess is not None:
-            try:
-                self._predictor.observe(judged.guess, judged.model, num_tokens, censored)
-            except Exception:  # fail-open
-                self._count_failure("learning")
+        if (guess := judged.guess) is not None:
+            self._tried("learning", lambda: self._predictor.observe(guess, judged.model, num_tokens, censored), None)
         if judged.hint_tokens and (not censored or length > math.log(judged.hint_tokens)):
             self._trust_of(judged.tenant).add((math.log(judged.hint_tokens) - length) ** 2)
         if censored:
@@ -142,6 +147,14 @@ class Guard:
         rank.scale.add(length)
         if judged.guess is not None and judged.guess.source not in ("cold", "typical"):
             self._rank(rank, math.log(min(judged.guess.p50_tokens, _LONGEST_TOKENS)), length)
+
+    def refit(self) -> Refit | None:
+        """See `Predictor`. Never raises."""
+        return self._tried("seeing what to fit", self._predictor.refit, None)
+
+    def publish(self, fitted: Fitted | None) -> bool:
+        """See `Predictor`. Never raises."""
+        return self._tried("taking a fit", lambda: self._predictor.publish(fitted), False)
 
     def dump(self) -> dict[str, Any]:
         """What is known of guesses and hints, as JSON can say it."""
@@ -162,12 +175,15 @@ class Guard:
         """Goes on from what `dump` gave. Raises ValueError, KeyError or TypeError if it is something else."""
         ranks = {}
         for model, values in known["ranks"].items():
-            rank = ranks[model] = _Rank(scale=Scale(*values["scale"]), variance=float(values["variance"]))
-            rank.guessed.extend(map(float, values["guessed"]))
-            rank.turned_out.extend(map(float, values["turned_out"]))
-            rank.tau, rank.constant_tokens = float(values["tau"]), values["constant_tokens"]
-        self._trust = OrderedDict((tenant, RunningMean(_RATE, *values)) for tenant, values in known["trust"].items())
-        self._ranks = ranks
+            rank = ranks[model] = _Rank(scale=Scale.of(values["scale"]), variance=_number(values["variance"]))
+            rank.guessed.extend(map(_number, values["guessed"]))
+            rank.turned_out.extend(map(_number, values["turned_out"]))
+            rank.tau = _number(values["tau"])
+            rank.constant_tokens = None if values["constant_tokens"] is None else _number(values["constant_tokens"])
+        trust = {
+            tenant: RunningMean(_RATE, _number(mean), int(count)) for tenant, (mean, count) in known["trust"].items()
+        }
+        self._ranks, self._trust = ranks, OrderedDict(trust)
 
     def _rank(self, rank: _Rank, guessed: float, length: float) -> None:
         rank.guessed.append(guessed)
@@ -200,7 +216,22 @@ class Guard:
             self._trust.popitem(last=False)
         return trust
 
-    def _count_failure(self, doing: str) -> None:
-        self.num_failures += 1
-        if self.num_failures & (self.num_failures - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...: a log is no place for all
-            _log.exception("the length predictor failed while %s (failure %d)", doing, self.num_failures)
+    def _tried(self, doing: str, function: Callable[[], _Result], otherwise: _Result) -> _Result:
+        try:
+            return function()
+        except Exception:  # fail-open: a predictor must not cost a request
+            self.num_failures += 1
+            if self.num_failures & (self.num_failures - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
+                _log.exception("the length predictor failed while %s (failure %d)", doing, self.num_failures)
+            return otherwise
+
+
+def _about(middle_tokens: float) -> LengthPrediction:
+    upper_tokens = middle_tokens * math.exp(FIRST_BOUND * math.sqrt(_TYPICAL_VARIANCE))
+    return LengthPrediction(middle_tokens, max(middle_tokens, min(upper_tokens, _LONGEST_TOKENS)))
+
+
+def _number(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no number")
+    return float(value)

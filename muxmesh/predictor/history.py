@@ -30,6 +30,17 @@ class Scale:
     mean: float = 0.0
     variance: float = 0.0
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Scale:
+        """From its fields, as a snapshot has them. Raises ValueError or TypeError if they are something else."""
+        count, mean, variance = values
+        if (
+            not (count >= 0 and math.isfinite(count) and math.isfinite(mean) and math.isfinite(variance))
+            or variance < 0
+        ):
+            raise ValueError("a scale is no number")
+        return cls(int(count), float(mean), float(variance))
+
     def add(self, value: float) -> None:
         """Takes in a log length."""
         self.count += 1
@@ -146,7 +157,7 @@ class History:
 
     def load(self, words: Matrix, lexical: Matrix, known: Mapping[str, Any]) -> None:
         """Takes the place of what `dump` gave. Raises ValueError, KeyError or TypeError if it is something else."""
-        scales = {model: _scale(values) for model, values in known["scales"].items()}
+        scales = {model: Scale.of(values) for model, values in known["scales"].items()}
         answers = [
             _Answers(int(prompt_hash), [(model, float(length)) for model, length in lengths])
             for prompt_hash, lengths in known["answers"]
@@ -163,7 +174,7 @@ class History:
             self._sketches[row] = _sketch(words[row])
         self._row_of = {one.prompt_hash: row for row, one in enumerate(answers)}
         self._next = keep % self.capacity
-        self._scales, self._everyone = scales, _scale(known["everyone"])
+        self._scales, self._everyone = scales, Scale.of(known["everyone"])
         self.num_observed = int(known["num"])
         self.num_rows = keep
 
@@ -189,13 +200,6 @@ def _sketch(words: Vector) -> Vector:
     """The first dimensions, of length 1 (or 0)."""
     part = words[:_SKETCH_DIM]
     return part / np.float32(max(float(np.linalg.norm(part)), 1e-6))
-
-
-def _scale(values: Sequence[float]) -> Scale:
-    count, mean, variance = values
-    if not (math.isfinite(mean) and math.isfinite(variance) and variance >= 0):
-        raise ValueError("a scale is no number")
-    return Scale(int(count), float(mean), float(variance))
 
 
 def _all_known(answers: Sequence[_Answers], scales: Mapping[str, Scale]) -> bool:

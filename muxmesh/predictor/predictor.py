@@ -30,7 +30,11 @@ _PRIOR_VARIANCE = 0.4
 _ANSWER_VARIANCE = 0.4
 _TIE = 0.02
 _DEVIATION_OF_MEAN_ERROR = math.sqrt(math.pi / 2)
-_COLD_TOKENS, _COLD_SPREAD = 128.0, 1.0
+COLD_TOKENS = 128.0
+"""What an answer is expected to be where nothing is known."""
+_COLD_SPREAD = 1.0
+_TELLS_NOTHING = -1.0
+"""In spreads: five in six answers get longer than this, so that one was cut off there is no news."""
 _MOST_TOKENS = 1e6
 _UNIT = NormalDist()
 
@@ -123,8 +127,8 @@ class LengthPredictor:
         reading, prompt_hash = self._reader.read(text), _hash(text)
         if self.history.num_observed == 0:
             bound = self.conformal.bound
-            p90_tokens = _COLD_TOKENS * math.exp(bound * _COLD_SPREAD)
-            return Guess(_COLD_TOKENS, p90_tokens, "cold", reading, prompt_hash, _COLD_SPREAD, bound)
+            p90_tokens = COLD_TOKENS * math.exp(bound * _COLD_SPREAD)
+            return Guess(COLD_TOKENS, p90_tokens, "cold", reading, prompt_hash, _COLD_SPREAD, bound)
         place, spread, source = 0.0, 1.0, "typical"
         if self._fit is not None:
             (place, spread), source = self._fit.predict(reading), "regressed"
@@ -140,14 +144,19 @@ class LengthPredictor:
         return Guess(p50_tokens, p90_tokens, source, reading, prompt_hash, log_spread, bound, middle.bound)
 
     def observe(self, guess: Guess, model: str, num_tokens: int, censored: bool) -> None:
-        """See `Predictor`. A censored length counts as what it would have been on average, given the guess."""
+        """See `Predictor`. A censored length counts as what it would have been on average, given the guess; one that
+        is cut off early tells nothing, and would teach the guess itself.
+        """
         log_length = math.log(max(1, num_tokens))
         expected = math.log(guess.p50_tokens)
         score = (log_length - expected) / guess.log_spread
         if not censored or score > guess.bound:
             self.conformal.observe(score, guess.bound)
+        if not censored or score > 0:
             self._middle(model).observe(score + guess.middle, guess.middle)
         if censored:
+            if score < _TELLS_NOTHING:
+                return
             deviation = _DEVIATION_OF_MEAN_ERROR * guess.log_spread
             log_length = expected + deviation * _mean_above((log_length - expected) / deviation)
         self.history.add(guess.prompt_hash, guess.reading, model, log_length)

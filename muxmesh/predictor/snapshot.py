@@ -58,6 +58,15 @@ def read(written: bytes) -> tuple[LengthPredictor, Guard]:
         predictor.restore_scores({model: [float(one) for one in known] for model, known in state["scores"].items()})
         guard.load(state["guard"])
         fit_now(predictor)
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        KeyError,
+        OSError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+    ) as error:
         raise ConfigError(f"the snapshot is damaged: {error}") from error
     return predictor, guard

@@ -1,14 +1,10 @@
 import asyncio
 import threading
 
-import pytest
-
 from muxmesh.clock import SystemClock
 from muxmesh.predictor.guard import Guard
 from muxmesh.predictor.predictor import Guess, LengthPredictor, Refit
-from muxmesh.types import LengthPrediction, Standing, Stopping
 from router.forecast import Forecaster
-from router.work import fixed_length, typical_work, with_work, within
 
 
 class Stuck(LengthPredictor):
@@ -25,7 +21,7 @@ class Stuck(LengthPredictor):
 
 
 def forecaster(predictor: LengthPredictor, budget_s: float = 5.0) -> Forecaster:
-    return Forecaster(predictor, Guard(predictor), budget_s, SystemClock())
+    return Forecaster(Guard(predictor), budget_s, SystemClock())
 
 
 async def test_a_guess_comes_and_what_is_learned_shows() -> None:
@@ -51,13 +47,26 @@ async def test_a_guess_that_hangs_is_done_without_and_nobody_else_waits_for_it()
     of.close()
 
 
-async def test_late_forecasts_are_equal_so_that_the_order_is_arrival() -> None:
+async def test_a_late_answer_is_taken_for_a_typical_one_of_its_model() -> None:
     predictor = Stuck()
-    of = forecaster(predictor, budget_s=0.05)
-    answered = [await of.predict(text, "m", "", None) for text in ("a", "write a long essay")]
-    assert answered[0].prediction == answered[1].prediction
+    predictor.let_go.set()
+    guard = Guard(predictor)
+    for number in range(20):
+        guard.observe(guard.predict(f"prompt {number}", "long", "", None), 1000, False)
+    predictor.let_go.clear()
+    of = Forecaster(guard, 0.05, SystemClock())
+    answered = [await of.predict(text, model, "", None) for text, model in (("a", "m"), ("b", "long"), ("c", "long"))]
+    assert [one.source for one in answered] == ["late"] * 3
+    assert answered[0].prediction.p50_tokens == 128
+    assert answered[1].prediction == answered[2].prediction and round(answered[1].prediction.p50_tokens) == 1000
     predictor.let_go.set()
     of.close()
+
+
+async def test_a_request_at_the_end_of_the_mesh_gets_a_forecast_too() -> None:
+    of = forecaster(LengthPredictor())
+    of.close()
+    assert (await of.predict("a", "m", "", None)).source == "late"
 
 
 async def test_fits_are_made_beside_and_published() -> None:
@@ -88,31 +97,3 @@ async def test_a_predictor_that_cannot_fit_goes_on_predicting() -> None:
         of.observe(await of.predict("Hello", "m", "", None), 10, False)
     assert (await of.predict("Hello", "m", "", None)).source == "retrieved"
     of.close()
-
-
-@pytest.mark.parametrize(
-    ("stopping", "stop_strings", "fixed"),
-    [
-        (Stopping(50, eos_token_ids=frozenset({2})), False, None),
-        (Stopping(50), False, 50),
-        (Stopping(50), True, None),
-        (Stopping(50, min_new_tokens=50, eos_token_ids=frozenset({2})), False, 50),
-        (Stopping(50, stop_token_ids=frozenset({7})), False, None),
-    ],
-)
-def test_a_request_that_fixes_its_length_needs_no_guess(
-    stopping: Stopping, stop_strings: bool, fixed: int | None
-) -> None:
-    assert fixed_length(stopping, stop_strings) == fixed
-
-
-def test_a_prediction_stays_within_the_request_s_own_limits() -> None:
-    assert within(LengthPrediction(100, 900), Stopping(300)) == LengthPrediction(100, 300)
-    assert within(LengthPrediction(5, 9), Stopping(300, min_new_tokens=50)) == LengthPrediction(50, 50)
-
-
-def test_more_tokens_are_more_work() -> None:
-    def work(p50: float, prompt: int) -> float:
-        return with_work(Standing(0, 0.0), LengthPrediction(p50, 2 * p50), prompt, None, 128, typical_work()).left_s
-
-    assert work(10, 10) < work(100, 10) < work(100, 1000)

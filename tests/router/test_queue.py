@@ -28,6 +28,15 @@ def test_a_better_request_is_shown_though_the_window_is_full() -> None:
     assert [shown.key_id for shown in queue.show_next(0.0)] == [2]
 
 
+def test_a_clock_that_was_put_back_stops_no_order_that_moves() -> None:
+    queue = WaitingRequests(replace(FCFS, policy="hrrn"), shown_per_model=1)
+    queue.show_next(10_000.0)
+    long, short = (Standing(0, at_s, decode_s=work_s) for at_s, work_s in ((100.0, 50.0), (101.0, 1.0)))
+    queue.add(Waiting(1, "m", long, KvDemand(10, 10)))
+    queue.add(Waiting(2, "m", short, KvDemand(10, 10)))
+    assert [shown.key_id for shown in queue.show_next(101.0)] == [1]  # as of ten thousand the other would be first
+
+
 def test_the_next_one_is_shown_when_one_leaves() -> None:
     queue = WaitingRequests(shown_per_model=1)
     queue.add(waiting(1))

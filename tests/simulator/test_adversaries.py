@@ -66,7 +66,7 @@ def sketches(seed: int = 0, rate: float = 11.0) -> list[Sketch]:
 
 
 def run(forecasts: Forecasts, policy: Policy) -> Sequence[Record]:
-    model = {"name": "m", "engine": "sim", "max_num_seqs": 16, "sim": {"base_s": 0.02}}
+    model = {"name": "m", "engine": "sim", "max_num_seqs": 16, "sim": {"base_s": 0.012, "per_token_s": 0.0005}}
     config = MeshConfig.model_validate({"units": [{"kv_pool": "256MiB", "models": [model]}]})
     records = simulate(config, {"m": SIM_SPEC}, sketches(), forecasts, policy).run.records
     assert all(record.is_ok for record in records), "nobody is refused or lost"

@@ -131,6 +131,22 @@ def test_a_full_pool_makes_answers_give_way_and_loses_nothing() -> None:
     assert simulated.num_requeued > 0
 
 
+def test_a_loan_comes_back_to_the_model_that_it_was_guaranteed_to() -> None:
+    """One model fills the pool; the other comes, and answers of the first give way after a while."""
+    models = [
+        {"name": name, "engine": "sim", "max_num_seqs": 64, "kv_answer_tokens": 3000, "sim": {"base_s": STEP_S},
+         "max_model_len": 4096, **more}
+        for name, more in (("lent", {}), ("owner", {"kv_guaranteed": "1MiB"}))
+    ]  # fmt: skip
+    config = MeshConfig.model_validate({"units": [{"kv_pool": "2MiB", "slab": "1MiB", "models": models}]})
+    sketches = [sketch(index, 0.0, 16, 3000, model="lent") for index in range(64)]
+    sketches.append(sketch(64, 5.0, 16, 200, model="owner"))
+    simulated = simulate(config, dict.fromkeys(("lent", "owner"), SIM_SPEC), sketches, Known())
+    assert all(record.is_ok for record in simulated.run.records)
+    owner = simulated.run.records[64]
+    assert 1.0 < owner.ttft_s < 3.0 and simulated.num_requeued > 0
+
+
 def test_what_can_never_fit_is_refused_and_the_rest_is_served() -> None:
     records = run([sketch(0, 0.0, num_input=5000), sketch(1, 0.0)]).run.records
     assert [record.status for record in records] == ["INVALID_ARGUMENT", "OK"]
