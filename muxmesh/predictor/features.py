@@ -24,8 +24,8 @@ WORD_DIM = 192
 READ_CHARS = 2000
 """Of a longer prompt, half of this is read at its beginning and half at its end, where instructions are."""
 
-_WORD, _OTHER = re.compile(r"[a-z]+"), re.compile(r"[0-9]+|[^\sa-z0-9]")
-_TOKEN = re.compile(rf"{_WORD.pattern}|{_OTHER.pattern}")
+_TOKEN = re.compile(r"[a-z]+|[0-9]+|[^\sa-z0-9]")
+_BEFORE_WORDS, _AFTER_WORDS = "a", "{"
 _CAPITALS, _DIGITS = ascii_uppercase.encode(), frozenset(digits)
 _QUOTED = re.compile("[\"'\u201c\u2018]([^\"'\u201c\u201d\u2018\u2019\n]{3,400})[\"'\u201d\u2019]")
 _STEM_CHARS = 6
@@ -133,9 +133,10 @@ class Reader:
     def read(self, text: str) -> Reading:
         """Both vectors of a prompt, from its `excerpt`; only the length is the whole text's."""
         part = excerpt(text)
-        lowered = part.lower()
-        words, others = _WORD.findall(lowered), _OTHER.findall(lowered)
-        return Reading(_lexical(text, part, words, others), self._words(words, others))
+        tokens = _TOKEN.findall(part.lower())
+        words = [token for token in tokens if _BEFORE_WORDS <= token < _AFTER_WORDS]
+        others = [token for token in tokens if not _BEFORE_WORDS <= token < _AFTER_WORDS]
+        return Reading(_lexical(text, part, tokens, words, others), self._words(words, others))
 
     def _words(self, words: list[str], others: list[str]) -> Vector:
         stems = Counter([word[:_STEM_CHARS] for word in words if word not in _STOP_WORDS])
@@ -156,7 +157,7 @@ def excerpt(text: str) -> str:
     return f"{text[:half]}\n{text[-half:]}"
 
 
-def _lexical(text: str, read: str, words: list[str], others: list[str]) -> Vector:
+def _lexical(text: str, read: str, tokens: list[str], words: list[str], others: list[str]) -> Vector:
     signs = Counter(others)
     numbers = [token for token in others if token[0].isdigit()]
     length = max(1, len(read))
@@ -165,7 +166,6 @@ def _lexical(text: str, read: str, words: list[str], others: list[str]) -> Vecto
     asking, _, payload = read.strip().partition("\n")  # what is to be done, and what it is to be done with
     plain = read.encode("ascii", "ignore")
     capitals = len(plain) - len(plain.translate(None, _CAPITALS))
-    asks_for_amount = not _UNITS.isdisjoint(words)
     values = [
         math.log1p(len(text)),
         math.log1p(read.count("\n")),
@@ -185,7 +185,7 @@ def _lexical(text: str, read: str, words: list[str], others: list[str]) -> Vecto
         math.log1p(len(payload.split())),
         math.log1p(sum(len(part.split()) for part in _QUOTED.findall(read))),
         math.log1p(len(asking.split())),
-        math.log1p(_amount_tokens(_TOKEN.findall(read.lower())) if asks_for_amount else 0.0),
+        math.log1p(0.0 if _UNITS.isdisjoint(words) else _amount_tokens(tokens)),
         first,
         *(math.log1p(cues[place]) for place in range(len(CUES))),
     ]
@@ -195,10 +195,10 @@ def _lexical(text: str, read: str, words: list[str], others: list[str]) -> Vecto
 def _amount_tokens(tokens: list[str]) -> float:
     """What "in 100 words", "three short paragraphs" or "5 tips" come to; 0 if nothing like that is asked for."""
     most = 0.0
-    for place in [place for place, token in enumerate(tokens) if token in _NUMBERS or token[0] in _DIGITS]:
-        token = tokens[place]
-        count = float(token[:6]) if token[0] in _DIGITS else float(_NUMBERS[token])
-        within = _UNIT_WITHIN if count != 1 else 2  # "a short paragraph", but not "a list of names"
-        for unit in tokens[place + 1 : place + 1 + within]:
-            most = max(most, count * _TOKENS_OF.get(unit.rstrip("s"), 0))
+    for place in [place for place, token in enumerate(tokens) if token in _UNITS]:
+        each = _TOKENS_OF[tokens[place].rstrip("s")]
+        for back, token in enumerate(reversed(tokens[max(0, place - _UNIT_WITHIN) : place]), start=1):
+            count = float(token[:6]) if token[0] in _DIGITS else float(_NUMBERS.get(token, 0))
+            if count != 1 or back < _UNIT_WITHIN:  # "a short paragraph", but not "a list of names"
+                most = max(most, count * each)
     return min(most, _MOST_AMOUNT)
