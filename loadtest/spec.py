@@ -21,7 +21,7 @@ lengths=DIST        D(2000,200), N(480,240)/(300,150), U(10,20)/(5,9), E(480)/(3
 prompts=FILE        texts from a .jsonl with "prompt" (and "output_tokens" or "n_out", if answers are forced)
 chat=yes|no         prompts are turns of a user and go through the model's chat template (default no)
 output=natural|forced  until the model ends, or exactly as long as planned (default: natural with prompts, else forced)
-cap=N               longest answer, in tokens
+cap=N               longest answer, in tokens (default: 1024, if answers are not forced)
 requests=N          at most so many; duration=S: none arrives later than that
 models=a,b:3,c      which models, with weights; alpha=A: weights rank**-A instead. With a trace that names models,
                     the most used one there is the first here, and so on

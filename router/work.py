@@ -8,8 +8,8 @@ from muxmesh.cost import UNMEASURED, ModelCosts
 from muxmesh.running import RunningMean
 from muxmesh.types import LengthPrediction, Standing, Stopping
 
-EQUAL_FOR_ALL = frozenset({"floor", "failed", "late"})
-"""Sources of predictions that tell nothing of a request."""
+EQUAL_FOR_ALL = frozenset({"floor", "failed", "late", "cold", "typical"})
+"""Sources of predictions that tell nothing of a request: what is typical changes fast while little is known."""
 
 
 def fixed_length(stopping: Stopping, has_stop_strings: bool) -> int | None:

@@ -10,7 +10,11 @@ from typing import Any
 
 from muxmesh.cli.common import print_json
 from muxmesh.client.aio import Completion, Delta, MeshClient, Message, Prompt, PromptFacts
-from muxmesh.errors import InvalidRequest
+from muxmesh.errors import InvalidRequest, MeshError, Unavailable
+
+
+class AnswerCutOff(MeshError):
+    """What is shown is not the whole answer."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,11 +49,18 @@ async def stream_answer(client: MeshClient, prompt: Prompt, **options: Any) -> s
     parts: list[str] = []
     last: Delta | None = None
     facts: PromptFacts | None = None
-    async for last in client.stream(prompt, **options):
-        facts = facts or last.prompt
-        parts.append(last.text)
-        print(last.text, end="", flush=True)
-    print(flush=True)
+    try:
+        async for last in client.stream(prompt, **options):
+            facts = facts or last.prompt
+            parts.append(last.text)
+            print(last.text, end="", flush=True)
+    except Unavailable as error:
+        if facts is None:
+            raise
+        raise AnswerCutOff(f"the router was lost in the middle of the answer; ask again ({error})") from error
+    finally:
+        if facts is not None:
+            print(flush=True)
     if last is not None and facts and last.finish and last.timings:
         timings, num_tokens = last.timings, last.finish.num_output_tokens
         line = f"[{facts.num_tokens} prompt tokens ({facts.num_cached_tokens} cached), {num_tokens} output tokens"

@@ -19,7 +19,8 @@ from muxmesh.errors import InvalidRequest, MeshError, Unavailable
 from muxmesh.order import Policy
 from muxmesh.types import DEFAULT_ADDRESS
 
-_SERVE_HINT = "this command needs the serving side: install muxmesh with its extra `serve`"
+_EXTRAS = {"aiohttp": "loadtest"}
+"""Which extra of this package has a module; the others are of the serving side."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         command = importlib.import_module(f"muxmesh.cli.{parsed.module}")
         code: int = command.run(parsed)
     except ModuleNotFoundError as error:
-        print(f"muxmesh: {error}; {_SERVE_HINT}", file=sys.stderr)
+        extra = _EXTRAS.get(error.name or "", "serve")
+        print(f"muxmesh: {error}; this needs muxmesh installed with its extra `{extra}`", file=sys.stderr)
         return 1
     except MeshError as error:
         if getattr(parsed, "json", False):
@@ -52,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _told(error: MeshError, parsed: argparse.Namespace) -> str:
     """The error, with what to do about it where gRPC's own words do not say."""
     address = getattr(parsed, "address", None)
-    if isinstance(error, Unavailable) and address is not None:
+    is_other_server = getattr(parsed, "openai", None) is not None
+    if isinstance(error, Unavailable) and address is not None and not is_other_server:
         return f"no mesh answers at {address}; start one with `muxmesh up`, or give its --address ({error})"
     return str(error)
 

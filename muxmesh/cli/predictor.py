@@ -40,11 +40,21 @@ def read_items(path: Path) -> Iterator[Item]:
         prompt, model, length = line.get("prompt"), line.get("model", "(one)"), line.get("n_out")
         if not isinstance(prompt, str) or not isinstance(model, str):
             raise ConfigError(f'{place}: needs "prompt", a text, and "model", a name if there is one')
+        if not _is_text(prompt + model):
+            raise ConfigError(f"{place}: has half of a surrogate pair, which is no text")
         if isinstance(length, bool) or not isinstance(length, int) or length < 0:
             raise ConfigError(f"{place}: n_out is {length!r}; a whole number of tokens")
         if length > _MOST_TOKENS:
             raise ConfigError(f"{place}: n_out is {length}; at most {_MOST_TOKENS} tokens")
         yield Item(prompt, model, max(1, length), str(line.get("task", "")), line.get("censored") is True)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _lines(found: Mapping[str, Any]) -> Iterator[str]:

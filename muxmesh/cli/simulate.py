@@ -28,6 +28,7 @@ from simulator.timeline import MEASURED
 from simulator.unit import Decision
 
 _DEFAULT_TAU = 0.5
+_LONGEST_S = 1e7
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     specs = {name: spec_here(model, base_dir, cache_dir()) for name, (_, model) in config.models().items()}
     spec = parse_spec(arguments.workload)
     sketches = requests_of(spec)
+    _refuse_too_long(sketches[-1].at_s)
     forecasts = _forecasts(spec, sketches, arguments.tau)
     clock = SystemClock()
     began_at_s = clock.monotonic_s()
@@ -54,9 +56,17 @@ def run(arguments: argparse.Namespace) -> int:
                 out.write(json.dumps(asdict(decision)) + "\n")
 
         simulated = simulate(config, specs, sketches, forecasts, arguments.policy, on_decision, MEASURED)
+    _refuse_too_long(simulated.run.duration_s)
     took_s = clock.monotonic_s() - began_at_s
     policy = arguments.policy or config.order.policy
     return _finish(arguments, spec, simulated, policy, took_s, sorted(specs))
+
+
+def _refuse_too_long(virtual_s: float) -> None:
+    if virtual_s > _LONGEST_S:
+        raise ConfigError(
+            f"workload: takes {virtual_s:.3g} virtual seconds; a report is by the second, of at most {_LONGEST_S:.0g}"
+        )
 
 
 def _without_times(config: MeshConfig) -> Iterator[tuple[Location, str]]:
@@ -68,8 +78,8 @@ def _without_times(config: MeshConfig) -> Iterator[tuple[Location, str]]:
                     (*place, "engine"),
                     "has no step times to simulate with; write `engine: sim` and its times in `sim`",
                 )
-            elif model.sim.base_s == model.sim.per_token_s == 0:
-                yield (*place, "sim"), "takes no time at all; give base_s or per_token_s, in seconds"
+            elif model.sim.base_s == model.sim.per_token_s == model.sim.per_context_s == 0:
+                yield (*place, "sim"), "takes no time at all; give base_s, per_token_s or per_context_s, in seconds"
 
 
 def _forecasts(spec: Spec, sketches: Sequence[Sketch], tau: float | None) -> Forecasts:

@@ -35,11 +35,11 @@ class SimProfile(Section):
     they look back at, summed``.
     """
 
-    base_s: float = Field(default=0.0, ge=0)
+    base_s: float = Field(default=0.0, ge=0, le=3600)
     """Seconds of an empty step."""
-    per_token_s: float = Field(default=0.0, ge=0)
+    per_token_s: float = Field(default=0.0, ge=0, le=3600)
     """Seconds for each token computed in the step."""
-    per_context_s: float = Field(default=0.0, ge=0)
+    per_context_s: float = Field(default=0.0, ge=0, le=3600)
     """Seconds for each earlier token that a token in the step looks back at."""
     output_tokens: int = Field(default=0, ge=0)
     """Answers end by themselves after so many tokens; 0: only at max_new_tokens."""
@@ -140,20 +140,22 @@ class OrderConfig(Section):
 
     policy: Policy = "srtf-aged"
     """`fcfs`: by arrival. `sjf`, `srtf`: least predicted work first, whole or left. `srtf-aged`: the same, but whoever
-    waits gets older. `hrrn`: by the ratio of waiting and work. `mlfq`: by what was used, without predictions."""
+    waits gets older. `hrrn`: by the ratio of waiting and work. `mlfq`: by what was used, without predictions.
+    Nobody who has begun is pre-empted: between requests that wait for the first time `srtf` is `sjf`, and `mlfq` is
+    `fcfs` but for long prompts."""
     aging: float = Field(default=0.03, gt=0, le=1000)
     """For `srtf-aged`: seconds of predicted work that one second of waiting outweighs."""
-    longest_lead: float = Field(default=60.0, ge=0)
+    longest_lead: float = Field(default=60.0, ge=0, allow_inf_nan=False)
     """For `srtf-aged`: no request is overtaken by one of its priority that came later than so many times the work of
     a typical request."""
-    longest_lead_s: float | None = Field(default=None, ge=0)
+    longest_lead_s: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """For `srtf-aged`: the same in seconds; the smaller one counts. Far less than `longest_lead` comes to makes the
     order that of arrival."""
-    mlfq_quantum_s: float = Field(default=0.5, gt=0)
+    mlfq_quantum_s: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     """For `mlfq`: seconds of work at the first level; each level has twice that of the one before."""
 
     trace: bool = False
-    """A line in the kvstore's log for each request that is let in: which, whom it overtook, and why."""
+    """A line in the kvstore's log for each request that is let in: which, how many it overtook, and why."""
 
     def order(self) -> Order:
         """The function itself."""

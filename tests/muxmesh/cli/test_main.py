@@ -6,13 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import ModuleType
+from typing import cast
 
 import pytest
 
 from muxmesh import __version__
 from muxmesh.cli.common import ProgressBar
+from muxmesh.cli.generate import AnswerCutOff, stream_answer
 from muxmesh.cli.main import main
+from muxmesh.client.aio import Delta, MeshClient, Prompt, PromptFacts
+from muxmesh.errors import Unavailable
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,6 +41,50 @@ def test_an_unreachable_mesh_is_an_error_with_its_address(capsys: pytest.Capture
     assert "muxmesh: no mesh answers at 127.0.0.1:1; start one with `muxmesh up`" in capsys.readouterr().err
     assert main(["status", "--address", "127.0.0.1:1", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["error"] == "Unavailable"
+
+
+def test_another_server_that_is_not_there_is_not_taken_for_the_mesh(capsys: pytest.CaptureFixture[str]) -> None:
+    load = ["--workload", "rate=2 lengths=D(5,5) requests=2"]
+    assert main(["loadtest", "--openai", "http://127.0.0.1:1", *load]) == 1
+    told = capsys.readouterr().err
+    assert "http://127.0.0.1:1" in told and "muxmesh up" not in told
+
+
+@pytest.mark.parametrize(("module", "extra"), [("aiohttp", "loadtest"), ("torch", "serve")])
+def test_a_missing_package_is_told_with_the_extra_that_has_it(
+    module: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def is_missing(name: str) -> ModuleType:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr("muxmesh.cli.main.importlib.import_module", is_missing)
+    assert main(["status"]) == 1
+    assert f"its extra `{extra}`" in capsys.readouterr().err
+
+
+class LostRouter:
+    """A client whose router is lost after some parts of the answer."""
+
+    def __init__(self, *parts: str) -> None:
+        self._parts = parts
+
+    async def stream(self, prompt: Prompt, **options: object) -> AsyncIterator[Delta]:
+        """See `MeshClient`."""
+        for index, text in enumerate(self._parts):
+            facts = PromptFacts(1, 0, 7) if index == 0 else None
+            yield Delta(0, text, (1,), 1, prompt=facts)
+        raise Unavailable("Stream removed")
+
+
+async def test_a_router_that_is_lost_in_the_middle_leaves_a_line_and_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(AnswerCutOff, match="in the middle of the answer; ask again"):
+        await stream_answer(cast(MeshClient, LostRouter("Once upon ", "a time")), "x")
+    assert capsys.readouterr().out == "Once upon a time\n"
+    with pytest.raises(Unavailable):
+        await stream_answer(cast(MeshClient, LostRouter()), "x")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("option", [["--max-new-tokens", "-1"], ["--seed", "-1"], ["--top-k", "99999999999"]])

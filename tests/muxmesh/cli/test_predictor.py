@@ -46,6 +46,8 @@ def test_the_table_names_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFix
         ('{"prompt": "a", "n_out": true}', "n_out"),
         ('{"prompt": "a"}', "n_out"),
         ("not json", "line 1"),
+        (r'{"prompt": "\ud800", "n_out": 3}', "line 1: has half of a surrogate pair"),
+        (r'{"prompt": "a", "model": "\ud800", "n_out": 3}', "line 1: has half of a surrogate pair"),
         ("", "no answers"),
     ],
 )

@@ -91,6 +91,13 @@ BAD = {
     "a model that is not there": (MESH, f"{LOAD} models=b", "not served"),
     "a workload without end": (MESH, "rate=1 lengths=D(1,1)", "never end"),
     "a negative rate": (MESH, "rate=-1 lengths=D(1,1) requests=1", "rate"),
+    "endless steps": (MESH.replace("{base_s: 0.02}", "{base_s: .inf}"), LOAD, "sim.base_s"),
+    "a thousand years of arrivals": (MESH, "rate=1e-10 lengths=D(1,1) requests=3", "virtual seconds"),
+    "a year of steps": (
+        MESH.replace("{base_s: 0.02}", "{base_s: 3600}"),
+        "rate=1 lengths=D(1,3000) requests=2",
+        "virtual seconds",
+    ),
     "two models and no choice": (f"{MESH}      - {{name: b, engine: sim, sim: {{base_s: 1}}}}\n", LOAD, "which model"),
 }
 
