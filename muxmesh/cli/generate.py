@@ -10,11 +10,7 @@ from typing import Any
 
 from muxmesh.cli.common import print_json
 from muxmesh.client.aio import Completion, Delta, MeshClient, Message, Prompt, PromptFacts
-from muxmesh.errors import InvalidRequest, MeshError, Unavailable
-
-
-class AnswerCutOff(MeshError):
-    """What is shown is not the whole answer."""
+from muxmesh.errors import InvalidRequest, RequestAborted, Unavailable
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,7 +53,7 @@ async def stream_answer(client: MeshClient, prompt: Prompt, **options: Any) -> s
     except Unavailable as error:
         if facts is None:
             raise
-        raise AnswerCutOff(f"the router was lost in the middle of the answer; ask again ({error})") from error
+        raise RequestAborted(f"the router was lost in the middle of the answer; ask again ({error})") from error
     finally:
         if facts is not None:
             print(flush=True)

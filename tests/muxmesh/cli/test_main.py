@@ -15,10 +15,10 @@ import pytest
 
 from muxmesh import __version__
 from muxmesh.cli.common import ProgressBar
-from muxmesh.cli.generate import AnswerCutOff, stream_answer
+from muxmesh.cli.generate import stream_answer
 from muxmesh.cli.main import main
 from muxmesh.client.aio import Delta, MeshClient, Prompt, PromptFacts
-from muxmesh.errors import Unavailable
+from muxmesh.errors import RequestAborted, Unavailable
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +79,7 @@ class LostRouter:
 async def test_a_router_that_is_lost_in_the_middle_leaves_a_line_and_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(AnswerCutOff, match="in the middle of the answer; ask again"):
+    with pytest.raises(RequestAborted, match="in the middle of the answer; ask again"):
         await stream_answer(cast(MeshClient, LostRouter("Once upon ", "a time")), "x")
     assert capsys.readouterr().out == "Once upon a time\n"
     with pytest.raises(Unavailable):
