@@ -146,7 +146,7 @@ class Reader:
         rows = [zlib.crc32(stem.encode("utf-8", "replace")) % _ROWS for stem in stems]
         weights = 1 + np.log(np.fromiter(stems.values(), np.float32, len(stems)))
         vector: Vector = weights @ self._signs[rows].astype(np.float32)
-        return vector / np.float32(max(float(np.linalg.norm(vector)), 1e-6))
+        return vector / np.float32(max(math.sqrt(vector @ vector), 1e-6))
 
 
 def excerpt(text: str) -> str:

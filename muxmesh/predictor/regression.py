@@ -41,9 +41,9 @@ class Fit:
 
     def predict(self, reading: Reading) -> tuple[float, float]:
         """Mean and spread (mean absolute error) of the standardised log length."""
-        row = _joined(reading.lexical[None], reading.words[None], self.mean, self.scale)
-        both = (_kernel(row, self.rows, self.squares) @ self.weights)[0]
-        return float(both[0]), max(_LEAST_SPREAD, self.mean_spread + float(both[1]))
+        row = _joined(reading.lexical, reading.words, self.mean, self.scale)
+        mean, more_spread = (_kernel(self.rows @ row, self.squares, row @ row) @ self.weights).tolist()
+        return mean, max(_LEAST_SPREAD, self.mean_spread + more_spread)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +66,7 @@ def fit(examples: Examples, num_held_out: int) -> tuple[Fit, Vector]:
     rows = _joined(examples.lexical, examples.words, mean, scale)
     squares = np.square(rows).sum(1)
     noise = _PROMPT_NOISE + _ANSWER_NOISE / np.maximum(1, examples.num_answers)
-    inverse = np.linalg.inv(_kernel(rows, rows, squares) + np.diag(noise.astype(np.float32)))
+    inverse = np.linalg.inv(_kernel(rows @ rows.T, squares, squares[:, None]) + np.diag(noise.astype(np.float32)))
     alpha = inverse @ examples.targets
     errors = np.abs(alpha / np.maximum(np.diag(inverse), 1e-6))
     mean_spread = float(errors.mean())
@@ -80,11 +80,20 @@ def fit(examples: Examples, num_held_out: int) -> tuple[Fit, Vector]:
 
 def _joined(lexical: Matrix, words: Matrix, mean: Vector, scale: Vector) -> Matrix:
     standard = np.clip((lexical - mean) / scale, -4, 4) / np.float32(_LEXICAL_SCALE)
-    return np.concatenate([standard, words * np.float32(_WORDS_SCALE)], axis=1)
+    return np.concatenate([standard, words * np.float32(_WORDS_SCALE)], axis=-1)
 
 
-def _kernel(left: Matrix, right: Matrix, right_squares: Vector) -> Matrix:
-    distance = np.square(left).sum(1)[:, None] + right_squares[None] - 2 * (left @ right.T)
-    wide: Matrix = np.exp(-_GAMMA * np.maximum(distance, 0))
-    kernel: Matrix = (wide + np.square(np.square(wide))) / np.float32(2)
-    return kernel
+def _kernel(products: Matrix, left_squares: Matrix, right_squares: Matrix) -> Matrix:
+    """Takes the place of the inner products: this is most of a prediction, so nothing is written twice."""
+    distance = products
+    distance *= -2
+    distance += left_squares
+    distance += right_squares
+    np.maximum(distance, 0, out=distance)
+    distance *= -_GAMMA
+    wide = np.exp(distance, out=distance)
+    narrow = np.square(wide)
+    np.square(narrow, out=narrow)
+    wide += narrow
+    wide /= 2
+    return wide
