@@ -61,7 +61,7 @@ class Outcome:
     normalized_s: float
 
 
-class Recorded(Forecasts):
+class Recorded:
     """Predictions that were made before, in order of arrival."""
 
     def __init__(self, predictions: Sequence[LengthPrediction]) -> None:

@@ -71,14 +71,14 @@ class UnitWork:
         """
         costs = served.costs or UNMEASURED
         if outlook.source in EQUAL_FOR_ALL:
-            prefill_s, decode_s = 0.0, self._equal(outlook.said, served, num_waiting)
+            prefill_s, decode_s = 0.0, self._equal_work_s(outlook.said, served, num_waiting)
         else:
             prefill_s = costs.prefill.prefill_s(num_prompt_tokens, chunk=served.chunk)
             decode_s = costs.decode.decode_s(max(0.0, outlook.prediction.p50_tokens - 1), num_prompt_tokens)
         self._typical.add(prefill_s + decode_s)
         return replace(standing, prefill_s=prefill_s, decode_s=decode_s, typical_s=self._typical.mean)
 
-    def _equal(self, said: LengthPrediction, served: Served, num_waiting: int) -> float:
+    def _equal_work_s(self, said: LengthPrediction, served: Served, num_waiting: int) -> float:
         known_s = self._equal_s.get(served.model) if num_waiting else None
         if known_s is not None:
             return known_s

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from muxmesh.errors import ConfigError
 from muxmesh.predictor.guard import Guard, Judged
-from muxmesh.predictor.predictor import Predictor, fit_now
+from muxmesh.predictor.predictor import fit_now
 from muxmesh.types import LengthPrediction
 
 
@@ -77,20 +77,19 @@ class Noisy:
 
 
 class Learned:
-    """The mesh's own predictor behind its guard, learning from each answer when it ends."""
+    """A predictor behind its guard, as in the mesh, learning from each answer when it ends."""
 
-    def __init__(self, predictor: Predictor, guard: Guard | None = None) -> None:
-        self._predictor = predictor
-        self.guard = guard or Guard(predictor)
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
 
     def ask(self, asked: Asked) -> tuple[LengthPrediction, str, object]:
         """See `Forecasts`."""
-        judged = self.guard.predict(asked.text or "", asked.model, asked.tenant, asked.hint_tokens)
+        judged = self._guard.predict(asked.text or "", asked.model, asked.tenant, asked.hint_tokens)
         return judged.prediction, judged.source, judged
 
     def observe(self, memory: object, num_output: int, censored: bool) -> None:
         """See `Forecasts`."""
         if not isinstance(memory, Judged):
             return
-        self.guard.observe(memory, num_output, censored)
-        fit_now(self._predictor)
+        self._guard.observe(memory, num_output, censored)
+        fit_now(self._guard)

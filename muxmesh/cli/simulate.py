@@ -21,6 +21,7 @@ from muxmesh.config.load import load_mesh_config
 from muxmesh.config.schema import Location, MeshConfig
 from muxmesh.errors import ConfigError
 from muxmesh.models.prepare import model_problems, spec_here
+from muxmesh.predictor.guard import Guard
 from muxmesh.predictor.predictor import LengthPredictor
 from simulator.forecasts import Forecasts, Known, Learned, Noisy
 from simulator.run import Simulated, requests_of, simulate, true_length
@@ -90,7 +91,7 @@ def _forecasts(spec: Spec, sketches: Sequence[Sketch], tau: float | None) -> For
             )
         return Known()
     if spec.prompts is not None and tau is None:
-        return Learned(LengthPredictor())
+        return Learned(Guard(LengthPredictor()))
     return Noisy(_DEFAULT_TAU if tau is None else tau, [true_length(one) for one in sketches], spec.seed)
 
 

@@ -29,7 +29,7 @@ _TOKENS_PER_COST = 1024
 """Attention over so many earlier tokens costs about as much as everything else that is computed for a token."""
 
 
-class Waits(Protocol):
+class Uncomputed(Protocol):
     """What a step is planned by, of one job."""
 
     @property
@@ -45,7 +45,7 @@ class Waits(Protocol):
         """Tokens to compute, at least 1."""
 
 
-_Job = TypeVar("_Job", bound=Waits)
+_Job = TypeVar("_Job", bound=Uncomputed)
 
 
 def share_out(

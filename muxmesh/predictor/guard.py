@@ -149,11 +149,11 @@ class Guard:
             self._rank(rank, math.log(min(judged.guess.p50_tokens, _LONGEST_TOKENS)), length)
 
     def refit(self) -> Refit | None:
-        """See `Predictor`. Never raises."""
+        """See `Learner`. Never raises."""
         return self._tried("seeing what to fit", self._predictor.refit, None)
 
     def publish(self, fitted: Fitted | None) -> bool:
-        """See `Predictor`. Never raises."""
+        """See `Learner`. Never raises."""
         return self._tried("taking a fit", lambda: self._predictor.publish(fitted), False)
 
     def dump(self) -> dict[str, Any]:

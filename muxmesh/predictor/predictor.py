@@ -55,7 +55,17 @@ class Guess:
     """What was added to the mean, in spreads, to get to the median."""
 
 
-class Predictor(Protocol):
+class Learner(Protocol):
+    """Whatever learns by fits. `fit_now` does both halves of that at once."""
+
+    def refit(self) -> Refit | None:
+        """Work that is due, for any thread, if there is any."""
+
+    def publish(self, fitted: Fitted | None) -> bool:
+        """Takes the outcome of that work, None if it failed; False if what is there now ranks better."""
+
+
+class Predictor(Learner, Protocol):
     """Whatever guesses lengths. May raise, and say nonsense: `Guard` stands before it."""
 
     def predict(self, text: str, model: str) -> Guess:
@@ -63,12 +73,6 @@ class Predictor(Protocol):
 
     def observe(self, guess: Guess, model: str, num_tokens: int, censored: bool) -> None:
         """How a guess turned out. ``censored``: the answer was cut off there, it would have been longer."""
-
-    def refit(self) -> Refit | None:
-        """Work that is due, for any thread, if there is any."""
-
-    def publish(self, fitted: Fitted | None) -> bool:
-        """Takes the outcome of that work, None if it failed; False if what is there now ranks better."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,7 +179,7 @@ class LengthPredictor:
         return self._middles.setdefault(model, ConformalBound(level=0.5, first_bound=0.0))
 
     def refit(self) -> Refit | None:
-        """See `Predictor`."""
+        """See `Learner`."""
         num_new = self.history.num_observed - self._fitted_at
         due = _FIRST_FIT if self._fit is None else max(_REFIT_EVERY, self._fitted_at * _REFIT_SHARE)
         if self._refitting or num_new < min(due, self._fit_rows / 8):
@@ -186,7 +190,7 @@ class LengthPredictor:
         return Refit(self.history.examples(self._fit_rows), self.history.num_rows, num_new_rows, self._fit)
 
     def publish(self, fitted: Fitted | None) -> bool:
-        """See `Predictor`."""
+        """See `Learner`."""
         self._refitting = False
         if fitted is None or fitted.tau < fitted.published_tau - _TIE:
             self.num_rejected += 1
@@ -197,10 +201,10 @@ class LengthPredictor:
         return True
 
 
-def fit_now(predictor: Predictor) -> None:
+def fit_now(learner: Learner) -> None:
     """Makes a fit that is due, and waits for it."""
-    if refit := predictor.refit():
-        predictor.publish(refit.run())
+    if refit := learner.refit():
+        learner.publish(refit.run())
 
 
 def _hash(text: str) -> int:

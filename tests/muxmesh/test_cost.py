@@ -8,7 +8,7 @@ from muxmesh.engine.step import Chunk, Step
 TRUE = StepCost(0.012, 0.0004, 2e-7)
 
 
-def learned(seconds_of: object = None, num_steps: int = 400, noise: float = 0.05, seed: int = 0) -> CostFit:
+def learned(num_steps: int = 400, noise: float = 0.05, seed: int = 0) -> CostFit:
     rng, fit = random.Random(seed), CostFit()
     for _ in range(num_steps):
         shape = StepShape(rng.randint(1, 128), rng.randint(0, 60_000), rng.randint(1, 16))

@@ -13,6 +13,7 @@ from muxmesh.config.schema import MeshConfig
 from muxmesh.models.spec import SIM_SPEC
 from muxmesh.order import Policy
 from muxmesh.predictor.features import Reader
+from muxmesh.predictor.guard import Guard
 from muxmesh.predictor.predictor import Fitted, Guess, Refit
 from muxmesh.types import LengthPrediction
 from simulator.forecasts import Asked, Forecasts, Learned
@@ -94,21 +95,25 @@ USELESS: dict[str, Callable[[int], float]] = {
 @pytest.mark.parametrize("kind", USELESS)
 def test_behind_the_floor_a_useless_predictor_is_as_good_as_hrrn(kind: str) -> None:
     reference = late_mean_s(run(Constant(), "hrrn"))
-    assert late_mean_s(run(Learned(Says(USELESS[kind])), "srtf-aged")) == pytest.approx(reference, rel=0.05)
+    assert late_mean_s(run(Learned(Guard(Says(USELESS[kind]))), "srtf-aged")) == pytest.approx(reference, rel=0.05)
 
 
 def test_a_good_predictor_is_better_than_hrrn() -> None:
     """So that the comparison above can tell the difference."""
     reference = late_mean_s(run(Constant(), "hrrn"))
-    assert late_mean_s(run(Learned(Says(float)), "srtf-aged")) < 0.8 * reference
+    assert late_mean_s(run(Learned(Guard(Says(float))), "srtf-aged")) < 0.8 * reference
+
+
+def imprecise() -> Guard:
+    rng = random.Random(5)
+    return Guard(Says(lambda length: length**0.7 * 4 * rng.lognormvariate(0, 0.7)))
 
 
 class Hinting(Learned):
     """Tenant b sends hints."""
 
     def __init__(self, hint: Callable[[int], int]) -> None:
-        rng = random.Random(5)
-        super().__init__(Says(lambda length: length**0.7 * 4 * rng.lognormvariate(0, 0.7)))
+        super().__init__(imprecise())
         self._hint = hint
 
     def ask(self, asked: Asked) -> tuple[LengthPrediction, str, object]:
@@ -125,7 +130,7 @@ def share_of_b(records: Sequence[Record]) -> float:
 
 
 def test_a_tenant_that_lies_gains_nothing_over_time() -> None:
-    without = share_of_b(run(Learned(Hinting(lambda length: length)._predictor), "srtf-aged"))
+    without = share_of_b(run(Learned(imprecise()), "srtf-aged"))
     assert share_of_b(run(Hinting(lambda length: 1), "srtf-aged")) == pytest.approx(without, rel=0.03)
 
 

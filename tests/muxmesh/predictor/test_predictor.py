@@ -11,7 +11,7 @@ from muxmesh.predictor import snapshot
 from muxmesh.predictor.conformal import ConformalBound
 from muxmesh.predictor.guard import Guard
 from muxmesh.predictor.history import History, Scale
-from muxmesh.predictor.predictor import Fitted, LengthPredictor
+from muxmesh.predictor.predictor import Fitted, LengthPredictor, fit_now
 from muxmesh.predictor.quality import kendall_tau
 from muxmesh.predictor.regression import Examples, fit
 
@@ -35,8 +35,7 @@ def taught(count: int = 300, model: str = "m", predictor: LengthPredictor | None
     predictor = predictor or LengthPredictor()
     for prompt, length in answers(count):
         predictor.observe(predictor.predict(prompt, model), model, length, False)
-        if refit := predictor.refit():
-            predictor.publish(refit.run())
+        fit_now(predictor)
     return predictor
 
 
@@ -119,8 +118,7 @@ def test_the_comparison_is_fair_where_many_models_answer_each_prompt() -> None:
         guesses = [(model, predictor.predict(prompt, model)) for model in "abcdefgh"]
         for model, guess in guesses:
             predictor.observe(guess, model, max(1, round(length * rng.lognormvariate(0, 0.2))), False)
-        if refit := predictor.refit():
-            predictor.publish(refit.run())
+        fit_now(predictor)
     assert predictor.num_published > 2 * predictor.num_rejected
 
 
@@ -183,8 +181,7 @@ def test_a_restored_predictor_says_what_the_saved_one_said() -> None:
     other, other_guard = snapshot.read(snapshot.write(snapshot.take(predictor, guard)))
     assert other.history.num_observed == predictor.history.num_observed
     assert other_guard.dump() == guard.dump()
-    if refit := predictor.refit():  # restoring fits anew
-        predictor.publish(refit.run())
+    fit_now(predictor)  # as restoring does
     for prompt, _ in answers(20, seed=12):
         mine, theirs = predictor.predict(prompt, "m"), other.predict(prompt, "m")
         assert theirs.source == mine.source
