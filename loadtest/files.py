@@ -10,12 +10,16 @@ from typing import Any
 
 from muxmesh.errors import ConfigError
 
+_GZIP = b"\x1f\x8b"
+
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file; one whose name ends in .gz is unpacked. Raises ConfigError."""
+    """The lines of a text file; a gzipped one is unpacked, whatever its name is. Raises ConfigError."""
     number = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        with path.open("rb") as raw:
+            is_gzipped = raw.read(len(_GZIP)) == _GZIP
+        with gzip.open(path, "rt", encoding="utf-8") if is_gzipped else path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):  # noqa: B007 - the handler says how far it came
                 yield line
     except FileNotFoundError as error:

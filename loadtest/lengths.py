@@ -38,6 +38,8 @@ def parse_lengths(text: str) -> Draw:
         return lambda rng: (_whole(prompt[0]), _whole(prompt[1]))
     if answer is None or len(prompt) != wanted or len(answer) != wanted:
         raise ConfigError(f"lengths={text}: {kind} takes {wanted} number(s) for prompt and for answer; {HELP}")
+    if kind == "U" and not (prompt[0] <= prompt[1] and answer[0] <= answer[1]):
+        raise ConfigError(f"lengths={text}: U takes the smaller number first, like U(10,20)/(5,9)")
     draw_one = {"N": _normal, "U": _uniform, "E": _exponential}[kind]
     return lambda rng: (_whole(draw_one(rng, prompt)), _whole(draw_one(rng, answer)))
 

@@ -51,6 +51,7 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
                 for record, num_restarts in processes or ()
             ],
             redis_connected=processes is not None,
+            order_policy=self._state.order.policy,
         )
 
     def _router_status(self, model: ServedModel) -> mesh_pb2.RouterModelStatus:

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from muxmesh.cli.common import print_json
-from muxmesh.client.aio import Completion, Delta, MeshClient, Message, Prompt, PromptFacts
+from muxmesh.client.aio import Completion, Delta, MeshClient, Message, Prompt, PromptFacts, Scheduling
 from muxmesh.errors import InvalidRequest, RequestAborted, Unavailable
 
 
@@ -65,7 +65,18 @@ async def stream_answer(client: MeshClient, prompt: Prompt, **options: Any) -> s
         if num_tokens > 1 and decode_s > 0:
             line += f", {(num_tokens - 1) / decode_s:.1f} tokens/s"
         print(f"{line}, finish: {last.finish.reason}]", file=sys.stderr, flush=True)
+        if facts.scheduling is not None:
+            print(_explained(facts.scheduling), file=sys.stderr, flush=True)
     return "".join(parts)
+
+
+def _explained(one: Scheduling) -> str:
+    return (
+        f"[expected {one.p50_output_tokens:.0f} output tokens ({one.source}), {one.p90_output_tokens:.0f} at most in "
+        f"nine of ten; work: prefill {one.prefill_s:.3g} s, decode {one.decode_s:.3g} s\n"
+        f"waited {one.waited_s:.3g} s, let in as number {one.decision}, before {one.num_overtaken} that had come "
+        f"earlier. {one.reason}]"
+    )
 
 
 async def _generate(arguments: argparse.Namespace) -> int:
@@ -73,7 +84,13 @@ async def _generate(arguments: argparse.Namespace) -> int:
     prompt: Prompt = [Message("user", text)] if arguments.chat else text
     if not arguments.json and (arguments.logprobs is not None or arguments.prompt_logprobs is not None):
         raise InvalidRequest("logprobs", "log-probabilities are shown with --json only")
-    several = {"num_sequences": arguments.num_sequences}
+    if arguments.explain and arguments.num_sequences > 1 and not arguments.json:
+        raise InvalidRequest("explain", "several answers are explained with --json only")
+    several = {
+        "num_sequences": arguments.num_sequences,
+        "expected_output_tokens": arguments.expected_output_tokens,
+        "explain_scheduling": arguments.explain,
+    }
     scored = {"logprobs": arguments.logprobs, "prompt_logprobs": arguments.prompt_logprobs}
     async with MeshClient(arguments.address) as client:
         if arguments.json:
@@ -85,7 +102,7 @@ async def _generate(arguments: argparse.Namespace) -> int:
             for number, answer in enumerate(answers, 1):
                 print(f"[{number}] {answer.text}")
         else:
-            await stream_answer(client, prompt, **sampling_options(arguments))
+            await stream_answer(client, prompt, **sampling_options(arguments), **several)
     return 0
 
 
@@ -105,6 +122,8 @@ def _content(completion: Completion) -> dict[str, Any]:
         "e2e_s": timings.e2e_s,
         "num_restarts": timings.num_restarts,
     }
+    if prompt.scheduling is not None:
+        content["scheduling"] = dataclasses.asdict(prompt.scheduling)
     for name, places in (("logprobs", completion.logprobs), ("prompt_logprobs", prompt.logprobs)):
         if places:
             content[name] = [dataclasses.asdict(place) for place in places]

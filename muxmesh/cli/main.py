@@ -179,6 +179,13 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     generate.add_argument("--logprobs", type=int, metavar="K", help="with K candidates each; shown with --json")
     generate.add_argument("--prompt-logprobs", type=int, metavar="K", help="the same for the prompt's tokens")
+    generate.add_argument(
+        "--expected-output-tokens", type=int, metavar="N",
+        help="your estimate of the answer's length; counts as far as earlier ones with this --cache-salt were right",
+    )  # fmt: skip
+    generate.add_argument(
+        "--explain", action="store_true", help="tell when the request was served and why; with --json as `scheduling`"
+    )
     generate.add_argument("--chat", action="store_true", help="apply the model's chat template to the prompt")
     generate.add_argument("prompt", metavar="PROMPT", help="`-` reads it from standard input")
 
@@ -221,7 +228,7 @@ def _add_predictor(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "file",
         type=Path,
         metavar="FILE",
-        help='.jsonl (.gz) with "prompt", "model", "n_out", perhaps "task", and "censored": true if it was cut off',
+        help='.jsonl, perhaps gzipped: "prompt", "model", "n_out", "task", and "censored": true if it was cut off',
     )
     _add_json(evaluate)
 

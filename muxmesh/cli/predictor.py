@@ -17,6 +17,10 @@ from muxmesh.errors import ConfigError
 from muxmesh.predictor.evaluate import Item, replay, report
 
 _MOST_TOKENS = 10_000_000
+_LEGEND = """\
+tau: how well predictions rank the answers (Kendall's; 1 perfect, 0 not at all). MAE: mean error in tokens, beside that
+of always saying the median. In p90: share of answers no longer than the predicted upper bound, 0.9 if it is right.
+Hits: share that was predicted from answers to prompts like it."""
 _COLUMNS = ("num", "tau", "mae", "mae_median", "p90_coverage", "hit_rate")
 
 
@@ -46,7 +50,12 @@ def read_items(path: Path) -> Iterator[Item]:
             raise ConfigError(f"{place}: n_out is {length!r}; a whole number of tokens")
         if length > _MOST_TOKENS:
             raise ConfigError(f"{place}: n_out is {length}; at most {_MOST_TOKENS} tokens")
-        yield Item(prompt, model, max(1, length), str(line.get("task", "")), line.get("censored") is True)
+        task, censored = line.get("task", ""), line.get("censored", False)
+        if not isinstance(task, str) or not _is_text(task):
+            raise ConfigError(f"{place}: task is {task!r}; a name")
+        if not isinstance(censored, bool):
+            raise ConfigError(f"{place}: censored is {censored!r}; true if the answer was cut off, or false")
+        yield Item(prompt, model, max(1, length), task, censored)
 
 
 def _is_text(text: str) -> bool:
@@ -59,11 +68,16 @@ def _is_text(text: str) -> bool:
 
 def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"{found['num_answers']} answers; figures are of the last {found['num_evaluated']}"
+    if found["num_censored"]:
+        yield f"{found['num_censored']} were cut off: the predictor learns from them, they are not in the figures"
+    if not found["num_evaluated"]:
+        return
     yield f"{'':24} {'answers':>8} {'tau':>6} {'MAE':>8} {'of median':>9} {'in p90':>7} {'hits':>6}"
     yield _line("all", found["pooled"])
     for kind in ("models", "tasks"):
         for name, figures in found[kind].items():
             yield _line(f"{kind[:-1]} {name}", figures)
+    yield _LEGEND
     windows = found["p90_windows"]
     if windows["num"]:
         yield (

@@ -29,9 +29,20 @@ async def _fetch(address: str) -> mesh_pb2.GetStatusResponse:
 
 
 def _print(status: mesh_pb2.GetStatusResponse) -> None:
-    print(f"muxmesh {status.version}, Redis {'connected' if status.redis_connected else 'NOT CONNECTED'}\n")
+    redis = "connected" if status.redis_connected else "NOT CONNECTED"
+    print(f"muxmesh {status.version}, Redis {redis}, order {status.order_policy}\n")
     _table(
-        ("MODEL", "WAITING", "RUNNING", "FINISHED", "ABORTED", "RESTARTS", "PROMPT TOKENS", "OUTPUT TOKENS"),
+        (
+            "MODEL",
+            "WAITING",
+            "RUNNING",
+            "FINISHED",
+            "ABORTED",
+            "RESTARTS",
+            "PROMPT TOKENS",
+            "OUTPUT TOKENS",
+            "PREDICTED TAU",
+        ),
         (
             (
                 model.model,
@@ -42,6 +53,7 @@ def _print(status: mesh_pb2.GetStatusResponse) -> None:
                 model.num_restarts,
                 model.prompt_tokens,
                 model.output_tokens,
+                _tau(model),
             )
             for model in status.models
         ),
@@ -106,6 +118,12 @@ def _print_unit(unit: mesh_pb2.UnitStatus) -> None:
             for worker in unit.workers
         ),
     )
+
+
+def _tau(model: mesh_pb2.RouterModelStatus) -> str:
+    if not model.HasField("prediction_tau"):
+        return "-"
+    return f"{model.prediction_tau:.2f}" + ("" if model.predictions_used else ", not used")
 
 
 def _percent(part: int, whole: int) -> str:

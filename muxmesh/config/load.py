@@ -69,7 +69,7 @@ def parse_mesh_config(text: str, origin: str) -> LoadedConfig:
 
 def _problems(error: ValidationError) -> list[tuple[Location, str]]:
     """A list all of whose items are wrong is also called too short; that says nothing new."""
-    found = [(tuple(item["loc"]), item["type"], item["msg"]) for item in error.errors()]
+    found = [(tuple(item["loc"]), item["type"], item["msg"].removeprefix("Value error, ")) for item in error.errors()]
     return [
         (location, message)
         for location, kind, message in found

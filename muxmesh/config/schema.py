@@ -7,9 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from muxmesh.order import Order, Policy
 from muxmesh.types import DEFAULT_ADDRESS, KvFormat
@@ -28,6 +37,15 @@ class Section(BaseModel):
     """Base of every part of the configuration: unknown fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: object, field: ValidationInfo) -> object:
+        """YAML's `yes` and `on` would count as 1."""
+        kind = cls.model_fields[field.field_name or ""].annotation
+        if isinstance(value, bool) and any(one in (int, float, ByteSize) for one in (kind, *get_args(kind))):
+            raise ValueError(f"is {str(value).lower()}; a number is needed")
+        return value
 
 
 class SimProfile(Section):
@@ -153,7 +171,6 @@ class OrderConfig(Section):
     order that of arrival."""
     mlfq_quantum_s: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     """For `mlfq`: seconds of work at the first level; each level has twice that of the one before."""
-
     trace: bool = False
     """A line in the kvstore's log for each request that is let in: which, how many it overtook, and why."""
 
@@ -161,6 +178,15 @@ class OrderConfig(Section):
         """The function itself."""
         longest_s = math.inf if self.longest_lead_s is None else self.longest_lead_s
         return Order(self.policy, self.aging, self.longest_lead, longest_s, self.mlfq_quantum_s)
+
+
+_ORDER_FIELDS: dict[str, Policy] = {
+    "aging": "srtf-aged",
+    "longest_lead": "srtf-aged",
+    "longest_lead_s": "srtf-aged",
+    "mlfq_quantum_s": "mlfq",
+}
+"""Settings of one policy alone."""
 
 
 class MeshConfig(Section):
@@ -188,6 +214,9 @@ def contradictions(config: MeshConfig) -> Iterator[tuple[Location, str]]:
     """Fields that are right by themselves and wrong together, each with what would be right."""
     if int(config.listen.rpartition(":")[2]) > LAST_PORT:
         yield ("listen",), f"the last port is {LAST_PORT}"
+    for field, policy in _ORDER_FIELDS.items():
+        if field in config.order.model_fields_set and config.order.policy != policy:
+            yield ("order", field), f"has no effect with policy: {config.order.policy}; it is for {policy}"
     units: set[str] = set()
     models: set[str] = set()
     devices: dict[str, str] = {}

@@ -147,9 +147,12 @@ class GetStatusResponse(_message.Message):
     UNITS_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
     REDIS_CONNECTED_FIELD_NUMBER: _builtins.int
+    ORDER_POLICY_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     redis_connected: _builtins.bool
     """False: the registry is out of reach, and `processes` is empty."""
+    order_policy: _builtins.str
+    """The order in use: fcfs, sjf, srtf, srtf-aged, hrrn or mlfq."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterModelStatus]: ...
     @_builtins.property
@@ -164,8 +167,9 @@ class GetStatusResponse(_message.Message):
         units: _abc.Iterable[Global___UnitStatus] | None = ...,
         processes: _abc.Iterable[Global___ProcessStatus] | None = ...,
         redis_connected: _builtins.bool = ...,
+        order_policy: _builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "processes", b"processes", "redis_connected", b"redis_connected", "units", b"units", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "order_policy", b"order_policy", "processes", b"processes", "redis_connected", b"redis_connected", "units", b"units", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015

@@ -65,15 +65,28 @@ def test_lengths_have_their_means(lengths: str, mean_input: float, mean_output: 
     assert min(len(r.prompt) for r in requests) >= 1
 
 
-def test_lengths_from_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "lengths.csv.gz"
+@pytest.mark.parametrize("name", ["lengths.csv.gz", "lengths.csv"])
+def test_lengths_from_a_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
     path.write_bytes(gzip.compress(b"n_in,n_out\n5,6\n7,8\n"))
     requests = planned(f"rate=1 lengths={path} requests=50")
     assert {(len(r.prompt), r.max_new_tokens) for r in requests} == {(5, 6), (7, 8)}
 
 
 @pytest.mark.parametrize(
-    "lengths", ["D(1)", "N(1,2)", "N(1)/(2)", "D(1,2)/(3,4)", "X(1,2)", "N(a,b)/(c,d)", "D(-1,2)", "nofile.csv"]
+    "lengths",
+    [
+        "D(1)",
+        "N(1,2)",
+        "N(1)/(2)",
+        "D(1,2)/(3,4)",
+        "X(1,2)",
+        "N(a,b)/(c,d)",
+        "U(20,10)/(5,9)",
+        "U(10,20)/(9,5)",
+        "D(-1,2)",
+        "nofile.csv",
+    ],
 )
 def test_lengths_that_make_no_sense(lengths: str) -> None:
     with pytest.raises(ConfigError, match="lengths="):

@@ -613,8 +613,10 @@ async def test_the_command_line_speaks_json(mesh: RunningMesh) -> None:
         return json.loads(out)
 
     where = ("--address", mesh.address, "--json")
-    answer = await call("generate", *where, "--model", "sim", "--max-new-tokens", "4", "--chat", "Hi")
+    told = ("--explain", "--expected-output-tokens", "3")
+    answer = await call("generate", *where, "--model", "sim", "--max-new-tokens", "4", *told, "--chat", "Hi")
     assert (answer["num_output_tokens"], answer["finish_reason"]) == (4, "length")
+    assert answer["scheduling"]["policy"] == "srtf-aged" and answer["scheduling"]["decision"] > 0
     status = await call("status", *where)
-    assert status["units"][0]["connected"] is True
+    assert status["units"][0]["connected"] is True and status["order_policy"] == "srtf-aged"
     assert [model["name"] for model in await call("model", "list", "--json")] == ["smollm2-135m-instruct"]

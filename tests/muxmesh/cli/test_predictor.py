@@ -45,6 +45,8 @@ def test_the_table_names_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFix
         ('{"prompt": "a", "n_out": "many"}', "n_out"),
         ('{"prompt": "a", "n_out": true}', "n_out"),
         ('{"prompt": "a"}', "n_out"),
+        ('{"prompt": "a", "n_out": 3, "censored": 1}', "line 1: censored is 1; true"),
+        ('{"prompt": "a", "n_out": 3, "task": 7}', "line 1: task is 7; a name"),
         ("not json", "line 1"),
         (r'{"prompt": "\ud800", "n_out": 3}', "line 1: has half of a surrogate pair"),
         (r'{"prompt": "a", "model": "\ud800", "n_out": 3}', "line 1: has half of a surrogate pair"),
@@ -61,3 +63,13 @@ def test_a_bad_file_is_told_in_words(tmp_path: Path, line: str, told: str, capsy
 def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predictor", "eval", str(tmp_path / "nothing.jsonl")]) == 1
     assert "nothing.jsonl" in capsys.readouterr().err
+
+
+def test_answers_that_were_cut_off_are_counted_beside_the_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join('{"prompt": "a", "n_out": 3, "censored": true}' for _ in range(4)))
+    assert main(["predictor", "eval", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "4 answers; figures are of the last 0" in told and "4 were cut off" in told

@@ -86,6 +86,14 @@ units:
         ("units:\n  - models:\n    - {name: a, sim: {}}", "mesh.yaml:3: units[0].models[0].sim: has no effect"),
         ("units:\n  - kv_pool: 1MiB\n    slab: 2MiB\n    models: [{name: a}]", "mesh.yaml:3: units[0].slab: "),
         ("units: 7", "mesh.yaml:1: units: "),
+        ("order: {aging: true}", "mesh.yaml:1: order.aging: is true; a number is needed"),
+        ("units:\n  - kv_pool: no", "mesh.yaml:2: units[0].kv_pool: is false; a number is needed"),
+        ("order: {longest_lead_s: yes}", "mesh.yaml:1: order.longest_lead_s: is true; a number is needed"),
+        (
+            "order:\n  policy: fcfs\n  aging: 1",
+            "mesh.yaml:3: order.aging: has no effect with policy: fcfs; it is for s",
+        ),
+        ("order: {mlfq_quantum_s: 1}", "mesh.yaml:1: order.mlfq_quantum_s: has no effect with policy: srtf-aged; it"),
     ],
 )
 def test_what_is_wrong_is_named(text: str, expected: str) -> None:
