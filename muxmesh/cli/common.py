@@ -11,6 +11,8 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
+from muxmesh.errors import ConfigError
+
 _BAR_WIDTH = 32
 
 
@@ -65,3 +67,12 @@ class ProgressBar:
                 print(file=sys.stderr)
         else:
             print(f"{self._label}: {what} {amount}", file=sys.stderr, flush=True)
+
+
+def refuse_unwritable(*paths: Path | None) -> None:
+    """Raises ConfigError for a file that could not be written when the work is done; None is no file."""
+    for path in filter(None, paths):
+        if not path.parent.is_dir():
+            raise ConfigError(f"{path}: the folder {path.parent} does not exist")
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a folder; the name of a file is needed")

@@ -21,7 +21,7 @@ from loadtest.session import Options, Session
 from loadtest.slo import Unloaded
 from loadtest.spec import parse_spec
 from loadtest.target import Target
-from muxmesh.cli.common import print_json
+from muxmesh.cli.common import print_json, refuse_unwritable
 from muxmesh.clock import SystemClock
 from muxmesh.errors import ConfigError
 
@@ -37,9 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.workload is None:
         raise ConfigError("loadtest: needs --workload SPEC; `muxmesh loadtest --help` says what it can be")
     _check_pairs(arguments)
-    for path in filter(None, (arguments.output, arguments.html)):
-        if not path.parent.is_dir():
-            raise ConfigError(f"{path}: the folder {path.parent} does not exist")
+    refuse_unwritable(arguments.output, arguments.html)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         try:
             document = runner.run(_test(arguments))

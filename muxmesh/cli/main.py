@@ -199,7 +199,10 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     simulate = _command(
-        commands, "simulate", "simulate", "Run a workload on a mesh in virtual time: its policies, no computing."
+        commands,
+        "simulate",
+        "simulate",
+        "Run a workload in virtual time: the policies, no computing. Answers get as long as the workload says.",
     )
     simulate.add_argument("-c", "--config", type=Path, metavar="mesh.yaml", required=True, help="models: engine: sim")
     simulate.add_argument(

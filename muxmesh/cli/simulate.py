@@ -15,7 +15,7 @@ from loadtest.html import page
 from loadtest.report import About, build_report
 from loadtest.spec import Spec, parse_spec
 from loadtest.workload import Sketch
-from muxmesh.cli.common import cache_dir, print_json
+from muxmesh.cli.common import cache_dir, print_json, refuse_unwritable
 from muxmesh.clock import SystemClock
 from muxmesh.config.load import load_mesh_config
 from muxmesh.config.schema import Location, MeshConfig
@@ -34,9 +34,7 @@ _LONGEST_S = 1e7
 
 def run(arguments: argparse.Namespace) -> int:
     """See `muxmesh simulate --help`."""
-    for path in filter(None, (arguments.output, arguments.html, arguments.trace)):
-        if not path.parent.is_dir():
-            raise ConfigError(f"{path}: the folder {path.parent} does not exist")
+    refuse_unwritable(arguments.output, arguments.html, arguments.trace)
     loaded, base_dir = load_mesh_config(arguments.config), arguments.config.resolve().parent
     config = loaded.config
     loaded.refuse(_without_times(config))

@@ -43,7 +43,7 @@ def test_the_table_the_page_and_the_trace_are_written(
         == 0
     )
     printed = capsys.readouterr()
-    assert "Successful requests:" in printed.out and "order hrrn" in printed.err
+    assert "Successful requests:" in printed.out and "driver" not in printed.out and "order hrrn" in printed.err
     decisions = [json.loads(line) for line in trace.read_text().splitlines()]
     assert [one["number"] for one in decisions] == list(range(1, 61))
     assert all(one["reason"].startswith("hrrn, priority 0: ") for one in decisions)
@@ -116,3 +116,12 @@ def test_tau_without_effect_is_refused(mesh: Path, capsys: pytest.CaptureFixture
     assert "no effect" in capsys.readouterr().err
     assert simulate("-c", mesh, "--workload", f"{LOAD} output=natural", "--tau", "1.5") == 1
     assert "from 0 (useless) to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--output", "--html", "--trace"])
+def test_what_could_not_be_written_is_told_before_anything_is_simulated(
+    option: str, mesh: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place, told in ((tmp_path, "is a folder"), (tmp_path / "no" / "a", f"the folder {tmp_path / 'no'} does not")):
+        assert simulate("-c", mesh, "--workload", LOAD, option, place) == 1
+        assert told in capsys.readouterr().err
