@@ -2,7 +2,8 @@
 
 `python -m benchmarks.fidelity`: mean latencies and the order of first tokens, for each policy. What processes add to a
 step differs from machine to machine and from minute to minute, and near saturation a hundredth of a step is a tenth of
-the latency. So it is measured in the same run, on another workload, and the load is one that a mesh is run at.
+the latency. So each mesh gets another workload first, on which that is measured, and the load is one that a mesh is run
+at.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ POLICIES = ("fcfs", "srtf-aged", "hrrn")
 SLOTS = 8
 STEP_S, PER_TOKEN_S = 0.05, 0.0001
 NUM_RUNS = 3
+_AFTER_S = 60.0
+"""Virtual seconds from one workload to the next; more than the first one takes."""
 
 
 def config(policy: str) -> dict[str, Any]:
@@ -46,8 +49,7 @@ def config(policy: str) -> dict[str, Any]:
     return {"order": {"policy": policy}, "units": [{"kv_pool": "64MiB", "models": [model]}]}
 
 
-async def _real(policy: str, workload: str) -> list[Record]:
-    """A workload on a mesh of processes."""
+async def _real(policy: str) -> tuple[list[Record], list[Record]]:
     OUT.mkdir(parents=True, exist_ok=True)
     path = OUT / "fidelity_mesh.yaml"
     path.write_text(json.dumps(config(policy)))
@@ -55,57 +57,61 @@ async def _real(policy: str, workload: str) -> list[Record]:
         target = MeshTarget(mesh.address, 0.0, None)
         try:
             (model,) = await target.models()
-            requests = plan(parse_spec(workload), model.vocabulary)
-            return (await Driver(target, requests, SystemClock()).run()).records
+            ran = [
+                (await Driver(target, plan(parse_spec(text), model.vocabulary), SystemClock()).run()).records
+                for text in (TOGETHER, WORKLOAD)
+            ]
+            return ran[0], ran[1]
         finally:
             await target.close()
 
 
-def real(policy: str, workload: str = WORKLOAD) -> list[Record]:
-    """A workload on a mesh of processes of its own."""
+def real(policy: str) -> tuple[list[Record], list[Record]]:
+    """Both workloads, one after the other, on a mesh of processes of its own."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        records = runner.run(_real(policy, workload))
-    assert all(record.is_ok for record in records)
-    return records
+        first, second = runner.run(_real(policy))
+    assert all(record.is_ok for record in (*first, *second))
+    return first, second
 
 
 def simulated(policy: str, delays: Delays) -> list[Record]:
-    """The workload in virtual time."""
+    """The second workload in virtual time, after the first."""
+    first, second = sketch(parse_spec(TOGETHER)), sketch(parse_spec(WORKLOAD))
+    both = first + [replace(one, index=one.index + len(first), at_s=one.at_s + _AFTER_S) for one in second]
     parsed = MeshConfig.model_validate(config(policy))
-    records = simulate(parsed, {"m": SIM_SPEC}, sketch(parse_spec(WORKLOAD)), Known(), delays=delays).run.records
+    records = simulate(parsed, {"m": SIM_SPEC}, both, Known(), delays=delays).run.records
     assert all(record.is_ok for record in records)
-    return records
+    return records[len(first) :]
 
 
-def measured_delays() -> Delays:
-    """What processes add to a step of a full batch now; the rest as it was measured once."""
-    tpots_s = [one.tpot_s for _ in range(NUM_RUNS) for one in real("fcfs", TOGETHER) if one.tpot_s is not None]
+def delays_of(records: list[Record]) -> Delays:
+    """What processes added to a step of a full batch; the rest as it was measured once."""
+    tpots_s = [one.tpot_s for one in records if one.tpot_s is not None]
     return replace(MEASURED, step_s=statistics.median(tpots_s) - STEP_S - SLOTS * PER_TOKEN_S)
 
 
 def main() -> int:
-    """What processes add on this machine, then both, and the bars."""
+    """Both, several times by turns, since the machine's minutes differ; the bars are of medians."""
     bench = Report("fidelity")
-    delays = measured_delays()
-    bench.figures["step_s"] = delays.step_s
-    bench.bar("processes add to a step, ms", delays.step_s * 1000, "printed", True)
-    runs: dict[str, list[list[Record]]] = {policy: [] for policy in POLICIES}
-    for _ in range(NUM_RUNS):  # by turns: the machine's minutes differ
+    errors: dict[str, dict[str, list[float]]] = {policy: {"e2el_s": [], "ttft_s": [], "tau": []} for policy in POLICIES}
+    steps_s: list[float] = []
+    for _ in range(NUM_RUNS):
         for policy in POLICIES:
-            runs[policy].append(real(policy))
-    for policy, measured in runs.items():
-        virtual = simulated(policy, delays)
-        errors: dict[str, list[float]] = {}
-        for name in ("e2el_s", "ttft_s"):
-            said_s = _mean(virtual, name)
-            errors[name] = [said_s / _mean(records, name) - 1 for records in measured]
-        bench.figures[policy] = {"e2el_s": _mean(virtual, "e2el_s"), **errors}
-        error = statistics.median(errors["e2el_s"])
+            together, measured = real(policy)
+            delays = delays_of(together)
+            virtual = simulated(policy, delays)
+            steps_s.append(delays.step_s)
+            for name in ("e2el_s", "ttft_s"):
+                errors[policy][name].append(_mean(virtual, name) / _mean(measured, name) - 1)
+            firsts = [np.array([one.pieces[0][0] for one in records]) for records in (virtual, measured)]
+            errors[policy]["tau"].append(kendall_tau(*firsts))
+    bench.figures.update(step_s=steps_s, errors=errors)
+    bench.bar("processes add to a step, ms", statistics.median(steps_s) * 1000, "printed", True)
+    for policy, of in errors.items():
+        error = statistics.median(of["e2el_s"])
         bench.bar(f"{policy}: mean E2EL, simulated / real - 1", error, "within 5 %", abs(error) <= 0.05)
-        bench.bar(f"{policy}: mean TTFT, simulated / real - 1", statistics.median(errors["ttft_s"]), "printed", True)
-        firsts = [np.array([one.pieces[0][0] for one in records]) for records in (virtual, *measured)]
-        taus = [kendall_tau(firsts[0], one) for one in firsts[1:]]
-        bench.bar(f"{policy}: order of first tokens, tau", statistics.median(taus), "printed", True)
+        bench.bar(f"{policy}: mean TTFT, simulated / real - 1", statistics.median(of["ttft_s"]), "printed", True)
+        bench.bar(f"{policy}: order of first tokens, tau", statistics.median(of["tau"]), "printed", True)
     return 0 if bench.write() else 1
 
 

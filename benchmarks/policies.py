@@ -75,14 +75,12 @@ class Recorded:
         """See `Forecasts`."""
 
 
-def config(aging: float | None = None, longest_lead_s: float | None = None) -> MeshConfig:
+def config() -> MeshConfig:
     """One model with 16 slots, memory for all of them, steps of 20 ms whatever is in them."""
     model = {"name": "m", "engine": "sim", "max_num_seqs": SLOTS, "sim": {"base_s": STEP_S}, "prefill_token_budget":
     2048,
              "max_model_len": 8192}  # fmt: skip
-    order = {k: v for k, v in (("aging", aging), ("longest_lead_s", longest_lead_s)) if v is not None}
     return MeshConfig.model_validate({
-        "order": order,
         "router": {"max_waiting_requests": 10**9},
         "units": [{"kv_pool": "8GiB", "models": [model]}],
     })  # fmt: skip
@@ -100,11 +98,11 @@ def sketches(answers: Sequence[Answer], rate: float, cv: float, seed: int) -> li
 
 
 def run(
-    answers: Sequence[Sketch], forecasts: Forecasts, policy: Policy, of: MeshConfig | None = None,
+    answers: Sequence[Sketch], forecasts: Forecasts, policy: Policy,
     on_decision: Callable[[Decision], None] | None = None,
 ) -> Outcome:  # fmt: skip
     """One simulation."""
-    simulated = simulate(of or config(), {"m": SIM_SPEC}, answers, forecasts, policy, on_decision)
+    simulated = simulate(config(), {"m": SIM_SPEC}, answers, forecasts, policy, on_decision)
     records = simulated.run.records
     assert all(record.is_ok for record in records), "every request is served"
     latencies = np.array([record.e2el_s for record in records])

@@ -15,7 +15,11 @@ from typing import Any
 
 import uvloop
 
+_log = logging.getLogger(__name__)
+
 _PR_SET_PDEATHSIG = 1
+_SLOW_END_S = 3.0
+"""Less than what the supervisor waits before it kills."""
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 
@@ -50,7 +54,9 @@ class Stop:
         self._starting: asyncio.Task[None] | None = None
 
     def set(self) -> None:
-        """Wishes the end."""
+        """Wishes the end. If that takes long, the log tells what is waited for."""
+        if not self._wished.is_set():
+            asyncio.get_running_loop().call_later(_SLOW_END_S, _log_what_is_waited_for)
         self._wished.set()
         if self._starting is not None and not self._serving:
             self._starting.cancel()
@@ -68,6 +74,16 @@ class Stop:
             return False
         self._starting.result()
         return True
+
+
+def _log_what_is_waited_for() -> None:
+    for task in asyncio.all_tasks():
+        places: list[str] = []
+        waiting: object = task.get_coro()
+        while (frame := getattr(waiting, "cr_frame", None)) is not None:
+            places.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+            waiting = getattr(waiting, "cr_await", None)
+        _log.warning("still ending after %g s: %s waits at %s", _SLOW_END_S, task.get_name(), " > ".join(places))
 
 
 def run_service(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:

@@ -11,6 +11,8 @@ from muxmesh.types import LengthPrediction, Standing, Stopping
 EQUAL_FOR_ALL = frozenset({"floor", "failed", "late", "cold", "typical"})
 """Sources of predictions that tell nothing of a request: what is typical changes fast while little is known."""
 
+_TYPICAL_STEP = 1.25
+
 
 def fixed_length(stopping: Stopping, has_stop_strings: bool) -> int | None:
     """The answer's length if the request itself fixes it, in tokens."""
@@ -48,6 +50,14 @@ class Outlook:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class _Equal:
+    """The work of each request of a model of which nothing is guessed, and what was typical then: both order."""
+
+    work_s: float
+    typical_s: float
+
+
 class UnitWork:
     """Owns what the requests of one unit are taken to be, in seconds of work, where nothing better is known of them.
 
@@ -57,8 +67,9 @@ class UnitWork:
     """
 
     def __init__(self) -> None:
-        self._typical = RunningMean(least_rate=1 / 500)
-        self._equal_s: dict[str, float] = {}
+        self._mean = RunningMean(least_rate=1 / 500)
+        self._typical_s = 0.0
+        self._equal: dict[str, _Equal] = {}
 
     def expect(
         self, standing: Standing, outlook: Outlook, num_prompt_tokens: int, served: Served, num_waiting: int
@@ -69,21 +80,30 @@ class UnitWork:
         1956), which for a log-normal length is its median, squared. A penalty for long tails made that and the mean
         worse.
         """
-        costs = served.costs or UNMEASURED
         if outlook.source in EQUAL_FOR_ALL:
-            prefill_s, decode_s = 0.0, self._equal_work_s(outlook.said, served, num_waiting)
-        else:
-            prefill_s = costs.prefill.prefill_s(num_prompt_tokens, chunk=served.chunk)
-            decode_s = costs.decode.decode_s(max(0.0, outlook.prediction.p50_tokens - 1), num_prompt_tokens)
-        self._typical.add(prefill_s + decode_s)
-        return replace(standing, prefill_s=prefill_s, decode_s=decode_s, typical_s=self._typical.mean)
-
-    def _equal_work_s(self, said: LengthPrediction, served: Served, num_waiting: int) -> float:
-        known_s = self._equal_s.get(served.model) if num_waiting else None
-        if known_s is not None:
-            return known_s
+            return self._equally(standing, outlook.said, served, num_waiting)
         costs = served.costs or UNMEASURED
-        work_s = costs.decode.decode_s(max(0.0, said.p50_tokens - 1), 0)
-        if served.costs is not None:
-            self._equal_s[served.model] = work_s
-        return work_s
+        prefill_s = costs.prefill.prefill_s(num_prompt_tokens, chunk=served.chunk)
+        decode_s = costs.decode.decode_s(max(0.0, outlook.prediction.p50_tokens - 1), num_prompt_tokens)
+        typical_s = self._typical(prefill_s + decode_s)
+        return replace(standing, prefill_s=prefill_s, decode_s=decode_s, typical_s=typical_s)
+
+    def _equally(self, standing: Standing, said: LengthPrediction, served: Served, num_waiting: int) -> Standing:
+        kept = self._equal.get(served.model) if num_waiting else None
+        if kept is not None:
+            self._typical(kept.work_s)
+        else:
+            work_s = (served.costs or UNMEASURED).decode.decode_s(max(0.0, said.p50_tokens - 1), 0)
+            kept = _Equal(work_s, self._typical(work_s))
+            if served.costs is not None:
+                self._equal[served.model] = kept
+        return replace(standing, prefill_s=0.0, decode_s=kept.work_s, typical_s=kept.typical_s)
+
+    def _typical(self, work_s: float) -> float:
+        """What is typical, one more request seen. The lead of every request is so many times it: while it moved with
+        each of them, so did their order.
+        """
+        self._mean.add(work_s)
+        if not self._typical_s / _TYPICAL_STEP <= self._mean.mean <= self._typical_s * _TYPICAL_STEP:
+            self._typical_s = self._mean.mean
+        return self._typical_s

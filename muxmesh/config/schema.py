@@ -161,11 +161,9 @@ class OrderConfig(Section):
     waits gets older. `hrrn`: by the ratio of waiting and work. `mlfq`: by what was used, without predictions.
     Nobody who has begun is pre-empted: between requests that wait for the first time `srtf` is `sjf`, and `mlfq` is
     `fcfs` but for long prompts."""
-    aging: float = Field(default=0.03, gt=0, le=1000)
-    """For `srtf-aged`: seconds of predicted work that one second of waiting outweighs."""
-    longest_lead: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+    longest_lead: float = Field(default=100.0, ge=0, allow_inf_nan=False)
     """For `srtf-aged`: no request is overtaken by one of its priority that came later than so many times the work of
-    a typical request."""
+    a typical request. More is nearer to `srtf`, 0 is `fcfs`."""
     longest_lead_s: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """For `srtf-aged`: the same in seconds; the smaller one counts. Far less than `longest_lead` comes to makes the
     order that of arrival."""
@@ -177,11 +175,10 @@ class OrderConfig(Section):
     def order(self) -> Order:
         """The function itself."""
         longest_s = math.inf if self.longest_lead_s is None else self.longest_lead_s
-        return Order(self.policy, self.aging, self.longest_lead, longest_s, self.mlfq_quantum_s)
+        return Order(self.policy, self.longest_lead, longest_s, self.mlfq_quantum_s)
 
 
 _ORDER_FIELDS: dict[str, Policy] = {
-    "aging": "srtf-aged",
     "longest_lead": "srtf-aged",
     "longest_lead_s": "srtf-aged",
     "mlfq_quantum_s": "mlfq",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from muxmesh import lifecycle
 from muxmesh.lifecycle import Stop
 
 
@@ -36,6 +37,31 @@ async def test_a_service_that_is_still_starting_is_cancelled() -> None:
     await asyncio.sleep(0)
     stop.set()
     assert await running is False
+
+
+async def test_a_service_that_does_not_end_tells_what_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lifecycle, "_SLOW_END_S", 0.0)
+    stop, told = Stop(), asyncio.Event()
+
+    async def never() -> None:
+        await told.wait()
+
+    async def serve(stop: Stop) -> None:
+        await stop.wait()
+        await never()
+
+    running = asyncio.create_task(stop.run(serve))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    stop.set()
+    while "still ending" not in caplog.text:
+        await asyncio.sleep(0.001)
+    told.set()
+    assert await running is True
+    (line,) = (record.message for record in caplog.records if "service waits at" in record.message)
+    assert line.count("test_lifecycle.py:") == 2
 
 
 async def test_an_error_of_the_service_is_raised() -> None:

@@ -13,16 +13,16 @@ from muxmesh.types import LengthPrediction, Standing
 NOW_S = 1000.0
 
 
-def order(policy: Policy, aging: float = 0.1, longest_lead_s: float = 50.0, quantum_s: float = 1.0) -> Order:
-    return Order(policy, aging, 1e9, longest_lead_s, quantum_s)
+def order(policy: Policy, longest_lead: float = 1e9, longest_lead_s: float = 50.0) -> Order:
+    return Order(policy, longest_lead, longest_lead_s, quantum_s=1.0)
 
 
 def sooner(of: Order, *standings: Standing, now_s: float = NOW_S) -> list[int]:
     return sorted(range(len(standings)), key=lambda place: of.key(standings[place], now_s))
 
 
-OLD_LONG = Standing(0, 990.0, prefill_s=1.0, decode_s=30.0)
-NEW_SHORT = Standing(0, 999.0, prefill_s=0.5, decode_s=1.0)
+OLD_LONG = Standing(0, 990.0, prefill_s=1.0, decode_s=30.0, typical_s=10.0)
+NEW_SHORT = Standing(0, 999.0, prefill_s=0.5, decode_s=1.0, typical_s=10.0)
 
 
 @pytest.mark.parametrize("policy", get_args(Policy))
@@ -54,29 +54,47 @@ def test_sjf_looks_at_all_work_and_srtf_at_what_is_left() -> None:
 
 
 def test_whoever_waits_grows_older_until_nobody_new_overtakes_it() -> None:
-    aged = order("srtf-aged", aging=0.1, longest_lead_s=1e9)  # 29.5 s more work is 295 s of waiting
-    later = Standing(0, OLD_LONG.arrived_at_s + 290, NEW_SHORT.prefill_s, NEW_SHORT.decode_s)
-    much_later = Standing(0, OLD_LONG.arrived_at_s + 300, NEW_SHORT.prefill_s, NEW_SHORT.decode_s)
-    assert sooner(aged, OLD_LONG, later) == [1, 0]
-    assert sooner(aged, OLD_LONG, much_later) == [0, 1]
+    aged = order("srtf-aged", longest_lead=20.0, longest_lead_s=1e9)
+    long = Standing(0, 0.0, 1.0, 30.0, typical_s=10.0)
+    later, much_later = (Standing(0, at_s, 0.0, 0.5, typical_s=10.0) for at_s in (199.0, 201.0))
+    assert sooner(aged, long, later) == [1, 0]
+    assert sooner(aged, long, much_later) == [0, 1]
 
 
-@given(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 1e5), st.floats(0, 1e3), st.floats(1e-3, 10))
+WORKS_S = st.floats(0, 1e6)
+
+
+@given(WORKS_S, WORKS_S, WORKS_S, WORKS_S, st.floats(0, 1e5), st.floats(0, 1e3), st.floats(0, 1e4))
 def test_nobody_is_overtaken_by_who_came_much_later(
-    work_s: float, other_s: float, arrived_at_s: float, later_s: float, aging: float
+    work_s: float, typical_s: float, other_s: float, now_typical_s: float, at_s: float, later_s: float, lead: float
 ) -> None:
-    aged = order("srtf-aged", aging, longest_lead_s=50.0)
-    first, second = Standing(0, arrived_at_s, 0.0, work_s), Standing(0, arrived_at_s + 50.001 + later_s, 0.0, other_s)
+    aged = order("srtf-aged", lead, longest_lead_s=50.0)
+    first = Standing(0, at_s, 0.0, work_s, 0.0, typical_s)
+    second = Standing(0, at_s + 50.001 + later_s, 0.0, other_s, 0.0, now_typical_s)
     assert sooner(aged, first, second) == [0, 1]
 
 
-def test_the_longest_lead_grows_with_the_typical_work() -> None:
-    def handicap_s(typical_s: float) -> float:
-        aged = Order("srtf-aged", 0.1, 20.0, math.inf, 1.0)
-        return aged.key(Standing(0, 0.0, 0.0, 1e6, 0.0, typical_s), NOW_S)[1]
+def test_the_handicap_is_of_ratios_and_has_its_limits_at_little_and_at_much_work() -> None:
+    aged = order("srtf-aged", longest_lead=100.0, longest_lead_s=math.inf)
 
-    assert [handicap_s(typical_s) for typical_s in (0.5, 5.0)] == [10, 100]
-    assert handicap_s(0.0) == 1e7  # nothing is known of others
+    def handicap_s(work_s: float, typical_s: float) -> float:
+        return aged.handicap_s(Standing(0, 0.0, work_s / 2, work_s / 2, 0.0, typical_s))
+
+    parts = [handicap_s(work_s, 2.0) / 200 for work_s in (0.0, 0.01, 0.2, math.sqrt(0.2 * 3.0), 3.0, 1e6)]
+    assert parts == pytest.approx([0, 0, 0, 0.5, 1, 1])
+    assert handicap_s(30.0, 20.0) == 10 * handicap_s(3.0, 2.0)  # the same on a machine that is ten times slower
+    assert handicap_s(7.0, 0.0) == handicap_s(7.0, 7.0) > handicap_s(0.0, 0.0) == 0  # nothing is known of others
+
+
+@given(st.floats(1e-3, 1e6), st.floats(1, 100), st.floats(1e-3, 1e6))
+def test_more_work_is_never_sooner(work_s: float, times: float, typical_s: float) -> None:
+    less, more = (Standing(0, 0.0, 0.0, each_s, 0.0, typical_s) for each_s in (work_s, work_s * times))
+    aged = order("srtf-aged", 100.0, math.inf)
+    assert aged.handicap_s(less) <= aged.handicap_s(more)
+
+
+def test_without_a_lead_it_is_order_of_arrival() -> None:
+    assert sooner(order("srtf-aged", longest_lead=0.0), NEW_SHORT, OLD_LONG) == [1, 0]
 
 
 def test_the_aged_order_does_not_change_while_nothing_happens() -> None:

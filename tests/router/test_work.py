@@ -50,7 +50,7 @@ def test_more_tokens_are_more_work() -> None:
 @pytest.mark.parametrize("source", sorted(EQUAL_FOR_ALL))
 def test_of_requests_of_which_nothing_is_guessed_who_came_first_goes_first(source: str, policy: Policy) -> None:
     """Whatever their prompts and limits are, and steps cost when they come."""
-    order, work = Order(policy, 0.03, 60.0, 1e9, 0.5), UnitWork()
+    order, work = Order(policy, 60.0, 1e9, 0.5), UnitWork()
     for earlier in (4.0, 900.0):  # guessed ones: what is typical moves
         work.expect(Standing(0, 0.0), outlook(earlier), 100, served(0.05), 0)
     standings = [
@@ -82,3 +82,16 @@ def test_a_cost_that_is_not_measured_yet_is_not_kept() -> None:
     assert work.expect(Standing(0, 0.0), outlook(100, "floor"), 10, unmeasured, 0).left_s > 0
     measured_s = work.expect(Standing(0, 0.0), outlook(100, "floor"), 10, served(0.5), 1).left_s
     assert measured_s == UnitWork().expect(Standing(0, 0.0), outlook(100, "floor"), 10, served(0.5), 0).left_s
+
+
+def test_what_is_typical_moves_in_steps_and_keeps_up() -> None:
+    work = UnitWork()
+
+    def typical_s(tokens: float) -> float:
+        return work.expect(Standing(0, 0.0), outlook(tokens), 0, served(0.05), 0).typical_s
+
+    first_s = typical_s(100)
+    assert typical_s(130) == typical_s(80) == first_s
+    for _ in range(2000):
+        later_s = typical_s(500)
+    assert later_s == pytest.approx(5 * first_s, rel=0.25)
