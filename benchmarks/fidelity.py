@@ -2,8 +2,8 @@
 
 `python -m benchmarks.fidelity`: mean latencies and the order of first tokens, for each policy. What processes add to a
 step differs from machine to machine and from minute to minute, and near saturation a hundredth of a step is a tenth of
-the latency. So each mesh gets another workload first, on which that is measured, and the load is one that a mesh is run
-at.
+the latency. So each mesh gets another workload before and after, on which that is measured, and the load is one that a
+mesh is run at.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from simulator.run import simulate
 from simulator.timeline import MEASURED, Delays
 
 WORKLOAD = "rate=1.7 burstiness=0.25 lengths=U(20,200)/(5,120) requests=100 seed=5"
-TOGETHER = "rate=inf lengths=D(20,60) requests=8 seed=4"
+TOGETHER = "rate=inf lengths=D(20,100) requests=8 seed=4"
 POLICIES = ("fcfs", "srtf-aged", "hrrn")
 SLOTS = 8
 STEP_S, PER_TOKEN_S = 0.05, 0.0001
@@ -49,7 +49,7 @@ def config(policy: str) -> dict[str, Any]:
     return {"order": {"policy": policy}, "units": [{"kv_pool": "64MiB", "models": [model]}]}
 
 
-async def _real(policy: str) -> tuple[list[Record], list[Record]]:
+async def _real(policy: str) -> list[list[Record]]:
     OUT.mkdir(parents=True, exist_ok=True)
     path = OUT / "fidelity_mesh.yaml"
     path.write_text(json.dumps(config(policy)))
@@ -57,61 +57,63 @@ async def _real(policy: str) -> tuple[list[Record], list[Record]]:
         target = MeshTarget(mesh.address, 0.0, None)
         try:
             (model,) = await target.models()
-            ran = [
+            return [
                 (await Driver(target, plan(parse_spec(text), model.vocabulary), SystemClock()).run()).records
-                for text in (TOGETHER, WORKLOAD)
+                for text in (TOGETHER, WORKLOAD, TOGETHER)
             ]
-            return ran[0], ran[1]
         finally:
             await target.close()
 
 
-def real(policy: str) -> tuple[list[Record], list[Record]]:
-    """Both workloads, one after the other, on a mesh of processes of its own."""
+def real(policy: str) -> tuple[list[Record], Delays]:
+    """The workload on a mesh of processes of its own, and what these added to a step of a full batch around it."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        first, second = runner.run(_real(policy))
-    assert all(record.is_ok for record in (*first, *second))
-    return first, second
+        before, measured, after = runner.run(_real(policy))
+    assert all(record.is_ok for record in (*before, *measured, *after))
+    step_s = statistics.fmean((_step_s(before), _step_s(after)))
+    return measured, replace(MEASURED, step_s=step_s - STEP_S - SLOTS * PER_TOKEN_S)
+
+
+def _step_s(records: list[Record]) -> float:
+    """Mean time of a step once the batch is full and warm."""
+    warm = [one.pieces[len(one.pieces) // 5 :] for one in records]
+    return statistics.median(
+        (pieces[-1][0] - pieces[0][0]) / sum(count for _, count in pieces[1:]) for pieces in warm
+    )  # fmt: skip
 
 
 def simulated(policy: str, delays: Delays) -> list[Record]:
-    """The second workload in virtual time, after the first."""
-    first, second = sketch(parse_spec(TOGETHER)), sketch(parse_spec(WORKLOAD))
-    both = first + [replace(one, index=one.index + len(first), at_s=one.at_s + _AFTER_S) for one in second]
+    """The workload in virtual time, after the one before it."""
+    before, measured = sketch(parse_spec(TOGETHER)), sketch(parse_spec(WORKLOAD))
+    both = before + [replace(one, index=one.index + len(before), at_s=one.at_s + _AFTER_S) for one in measured]
     parsed = MeshConfig.model_validate(config(policy))
     records = simulate(parsed, {"m": SIM_SPEC}, both, Known(), delays=delays).run.records
     assert all(record.is_ok for record in records)
-    return records[len(first) :]
-
-
-def delays_of(records: list[Record]) -> Delays:
-    """What processes added to a step of a full batch; the rest as it was measured once."""
-    tpots_s = [one.tpot_s for one in records if one.tpot_s is not None]
-    return replace(MEASURED, step_s=statistics.median(tpots_s) - STEP_S - SLOTS * PER_TOKEN_S)
+    assert all(record.ended_s is not None and record.ended_s < _AFTER_S for record in records[: len(before)])
+    return records[len(before) :]
 
 
 def main() -> int:
     """Both, several times by turns, since the machine's minutes differ; the bars are of medians."""
     bench = Report("fidelity")
-    errors: dict[str, dict[str, list[float]]] = {policy: {"e2el_s": [], "ttft_s": [], "tau": []} for policy in POLICIES}
+    found: dict[str, dict[str, list[float]]] = {policy: {"e2el_s": [], "ttft_s": [], "tau": []} for policy in POLICIES}
     steps_s: list[float] = []
     for _ in range(NUM_RUNS):
         for policy in POLICIES:
-            together, measured = real(policy)
-            delays = delays_of(together)
+            measured, delays = real(policy)
             virtual = simulated(policy, delays)
             steps_s.append(delays.step_s)
             for name in ("e2el_s", "ttft_s"):
-                errors[policy][name].append(_mean(virtual, name) / _mean(measured, name) - 1)
+                found[policy][name].append(_mean(virtual, name) / _mean(measured, name) - 1)
             firsts = [np.array([one.pieces[0][0] for one in records]) for records in (virtual, measured)]
-            errors[policy]["tau"].append(kendall_tau(*firsts))
-    bench.figures.update(step_s=steps_s, errors=errors)
+            found[policy]["tau"].append(kendall_tau(*firsts))
+    bench.figures.update(step_s=steps_s, found=found)
     bench.bar("processes add to a step, ms", statistics.median(steps_s) * 1000, "printed", True)
-    for policy, of in errors.items():
-        error = statistics.median(of["e2el_s"])
+    for policy, runs in found.items():
+        error = statistics.median(runs["e2el_s"])
         bench.bar(f"{policy}: mean E2EL, simulated / real - 1", error, "within 5 %", abs(error) <= 0.05)
-        bench.bar(f"{policy}: mean TTFT, simulated / real - 1", statistics.median(of["ttft_s"]), "printed", True)
-        bench.bar(f"{policy}: order of first tokens, tau", statistics.median(of["tau"]), "printed", True)
+        bench.bar(f"{policy}: mean TTFT, simulated / real - 1", statistics.median(runs["ttft_s"]), "printed", True)
+        bench.bar(f"{policy}: order of first tokens, tau", statistics.median(runs["tau"]), "printed", True)
     return 0 if bench.write() else 1
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,15 @@ def read_lines(path: Path) -> Iterator[str]:
     """The lines of a text file; a gzipped one is unpacked, whatever its name is. Raises ConfigError."""
     number = 0
     try:
-        with path.open("rb") as raw:
-            is_gzipped = raw.read(len(_GZIP)) == _GZIP
-        with gzip.open(path, "rt", encoding="utf-8") if is_gzipped else path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):  # noqa: B007 - the handler says how far it came
-                yield line
+        with path.open("rb") as raw:  # once: it may be a pipe
+            is_gzipped = raw.peek(len(_GZIP))[: len(_GZIP)] == _GZIP
+            unpacked = gzip.GzipFile(fileobj=raw) if is_gzipped else raw
+            with io.TextIOWrapper(unpacked, encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):  # noqa: B007 - the handler says how far it came
+                    yield line
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: No such file") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ConfigError(f"{path}: cannot be read after line {number}: {error}") from error
 
 

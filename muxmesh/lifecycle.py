@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import uvloop
 _log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
-_SLOW_END_S = 3.0
+SLOW_END_S = 3.0
 """Less than what the supervisor waits before it kills."""
+_MOST_PLACES = 20
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 
@@ -48,7 +50,9 @@ def service_arguments(description: str | None, *own: str) -> argparse.Namespace:
 class Stop:
     """The wish that a service ends. A service that is still starting when it comes is cancelled where it stands."""
 
-    def __init__(self) -> None:
+    def __init__(self, slow_end_s: float = SLOW_END_S) -> None:
+        """``slow_end_s``: an end that takes longer is told of in the log."""
+        self._slow_end_s = slow_end_s
         self._wished = asyncio.Event()
         self._serving = False
         self._starting: asyncio.Task[None] | None = None
@@ -56,7 +60,7 @@ class Stop:
     def set(self) -> None:
         """Wishes the end. If that takes long, the log tells what is waited for."""
         if not self._wished.is_set():
-            asyncio.get_running_loop().call_later(_SLOW_END_S, _log_what_is_waited_for)
+            asyncio.get_running_loop().call_later(self._slow_end_s, _log_what_is_waited_for)
         self._wished.set()
         if self._starting is not None and not self._serving:
             self._starting.cancel()
@@ -77,13 +81,19 @@ class Stop:
 
 
 def _log_what_is_waited_for() -> None:
-    for task in asyncio.all_tasks():
-        places: list[str] = []
-        waiting: object = task.get_coro()
-        while (frame := getattr(waiting, "cr_frame", None)) is not None:
-            places.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
-            waiting = getattr(waiting, "cr_await", None)
-        _log.warning("still ending after %g s: %s waits at %s", _SLOW_END_S, task.get_name(), " > ".join(places))
+    places = Counter(map(_place_of, asyncio.all_tasks()))
+    told = "\n".join(f"  {count} x {place}" for place, count in places.most_common(_MOST_PLACES))
+    _log.warning("this takes long to end; its tasks wait at\n%s", told)
+
+
+def _place_of(task: asyncio.Task[Any]) -> str:
+    """Files and lines, from the task's own function to what it waits for."""
+    lines: list[str] = []
+    waiting: object = task.get_coro()
+    while (frame := getattr(waiting, "cr_frame", None)) is not None:
+        lines.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+        waiting = getattr(waiting, "cr_await", None)
+    return " > ".join(lines)
 
 
 def run_service(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:

@@ -120,8 +120,8 @@ class Standing:
     """What an order knows of a request. ``arrived_at_s`` is unix time.
 
     Work is predicted, in seconds of its own prefill and decode steps: ``prefill_s`` and ``decode_s`` that are left,
-    ``served_s`` that it has had, ``typical_s`` of all requests on average when it came. Nothing predicted is 0
-    everywhere: the same work for all.
+    ``served_s`` that it has had. ``typical_s`` is that of a typical request about when it came (`router.work`). Nothing
+    predicted is 0 everywhere: the same work for all.
     """
 
     priority: int

@@ -62,8 +62,8 @@ class UnitWork:
     """Owns what the requests of one unit are taken to be, in seconds of work, where nothing better is known of them.
 
     Requests of which nothing is guessed are equally much work, whatever their prompts and limits are and steps cost
-    at the moment: between them the order is that of arrival. Invariant: while requests of a model wait, that does not
-    change.
+    at the moment: between them the order is that of arrival. Invariant: while requests of a model wait, neither that
+    work nor what is typical beside it changes for them.
     """
 
     def __init__(self) -> None:
@@ -85,23 +85,23 @@ class UnitWork:
         costs = served.costs or UNMEASURED
         prefill_s = costs.prefill.prefill_s(num_prompt_tokens, chunk=served.chunk)
         decode_s = costs.decode.decode_s(max(0.0, outlook.prediction.p50_tokens - 1), num_prompt_tokens)
-        typical_s = self._typical(prefill_s + decode_s)
+        typical_s = self._take_in(prefill_s + decode_s)
         return replace(standing, prefill_s=prefill_s, decode_s=decode_s, typical_s=typical_s)
 
     def _equally(self, standing: Standing, said: LengthPrediction, served: Served, num_waiting: int) -> Standing:
         kept = self._equal.get(served.model) if num_waiting else None
         if kept is not None:
-            self._typical(kept.work_s)
+            self._take_in(kept.work_s)
         else:
             work_s = (served.costs or UNMEASURED).decode.decode_s(max(0.0, said.p50_tokens - 1), 0)
-            kept = _Equal(work_s, self._typical(work_s))
+            kept = _Equal(work_s, self._take_in(work_s))
             if served.costs is not None:
                 self._equal[served.model] = kept
         return replace(standing, prefill_s=0.0, decode_s=kept.work_s, typical_s=kept.typical_s)
 
-    def _typical(self, work_s: float) -> float:
-        """What is typical, one more request seen. The lead of every request is so many times it: while it moved with
-        each of them, so did their order.
+    def _take_in(self, work_s: float) -> float:
+        """Sees one more request; returns what is typical. The handicap of a request is so many times that, so it moves
+        in steps, seldom: only those from before a step and from after it are measured by two measures.
         """
         self._mean.add(work_s)
         if not self._typical_s / _TYPICAL_STEP <= self._mean.mean <= self._typical_s * _TYPICAL_STEP:

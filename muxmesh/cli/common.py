@@ -76,3 +76,5 @@ def refuse_unwritable(*paths: Path | None) -> None:
             raise ConfigError(f"{path}: the folder {path.parent} does not exist")
         if path.is_dir():
             raise ConfigError(f"{path}: is a folder; the name of a file is needed")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError(f"{path}: may not be written")

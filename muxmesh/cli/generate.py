@@ -86,7 +86,7 @@ async def _generate(arguments: argparse.Namespace) -> int:
         raise InvalidRequest("logprobs", "log-probabilities are shown with --json only")
     if arguments.explain and arguments.num_sequences > 1 and not arguments.json:
         raise InvalidRequest("explain", "several answers are explained with --json only")
-    several = {
+    request = {
         "num_sequences": arguments.num_sequences,
         "expected_output_tokens": arguments.expected_output_tokens,
         "explain_scheduling": arguments.explain,
@@ -94,15 +94,15 @@ async def _generate(arguments: argparse.Namespace) -> int:
     scored = {"logprobs": arguments.logprobs, "prompt_logprobs": arguments.prompt_logprobs}
     async with MeshClient(arguments.address) as client:
         if arguments.json:
-            answers = await client.generate_many(prompt, **sampling_options(arguments), **several, **scored)
+            answers = await client.generate_many(prompt, **sampling_options(arguments), **request, **scored)
             content = [_content(answer) for answer in answers]
             print_json(content[0] if arguments.num_sequences <= 1 else content)
         elif arguments.num_sequences > 1:
-            answers = await client.generate_many(prompt, **sampling_options(arguments), **several)
+            answers = await client.generate_many(prompt, **sampling_options(arguments), **request)
             for number, answer in enumerate(answers, 1):
                 print(f"[{number}] {answer.text}")
         else:
-            await stream_answer(client, prompt, **sampling_options(arguments), **several)
+            await stream_answer(client, prompt, **sampling_options(arguments), **request)
     return 0
 
 

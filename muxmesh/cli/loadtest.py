@@ -165,6 +165,7 @@ def _finish(document: dict[str, Any], arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    refuse_unwritable(arguments.html)
     documents = read_documents(arguments.files)
     reports = [report for document in documents for report in document.get("reports", [document])]
     if arguments.html:

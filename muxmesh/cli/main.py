@@ -231,7 +231,7 @@ def _add_predictor(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "file",
         type=Path,
         metavar="FILE",
-        help='.jsonl, perhaps gzipped: "prompt", "model", "n_out", "task", and "censored": true if it was cut off',
+        help='.jsonl, perhaps gzipped: "prompt", "n_out"; perhaps "model", "task", "censored": true if it was cut off',
     )
     _add_json(evaluate)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -50,12 +51,12 @@ def read_items(path: Path) -> Iterator[Item]:
             raise ConfigError(f"{place}: n_out is {length!r}; a whole number of tokens")
         if length > _MOST_TOKENS:
             raise ConfigError(f"{place}: n_out is {length}; at most {_MOST_TOKENS} tokens")
-        task, censored = line.get("task", ""), line.get("censored", False)
-        if not isinstance(task, str) or not _is_text(task):
-            raise ConfigError(f"{place}: task is {task!r}; a name")
-        if not isinstance(censored, bool):
-            raise ConfigError(f"{place}: censored is {censored!r}; true if the answer was cut off, or false")
-        yield Item(prompt, model, max(1, length), task, censored)
+        task, censored = line.get("task"), line.get("censored")
+        if not (task is None or (isinstance(task, str) and _is_text(task))):
+            raise ConfigError(f"{place}: task is {json.dumps(task)}; a name")
+        if not (censored is None or isinstance(censored, bool)):
+            raise ConfigError(f"{place}: censored is {json.dumps(censored)}; true if the answer was cut off, or false")
+        yield Item(prompt, model, max(1, length), task or "", censored or False)
 
 
 def _is_text(text: str) -> bool:

@@ -18,7 +18,7 @@ from loadtest.workload import Sketch
 from muxmesh.cli.common import cache_dir, print_json, refuse_unwritable
 from muxmesh.clock import SystemClock
 from muxmesh.config.load import load_mesh_config
-from muxmesh.config.schema import Location, MeshConfig
+from muxmesh.config.schema import Location, MeshConfig, order_without_effect
 from muxmesh.errors import ConfigError
 from muxmesh.models.prepare import model_problems, spec_here
 from muxmesh.predictor.guard import Guard
@@ -37,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_unwritable(arguments.output, arguments.html, arguments.trace)
     loaded, base_dir = load_mesh_config(arguments.config), arguments.config.resolve().parent
     config = loaded.config
+    if arguments.policy is None:  # else the file's order is for other runs
+        loaded.refuse(order_without_effect(config))
     loaded.refuse(_without_times(config))
     loaded.refuse(model_problems(config, base_dir, cache_dir()))
     specs = {name: spec_here(model, base_dir, cache_dir()) for name, (_, model) in config.models().items()}

@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(message_dict(status))
     else:
-        _print(status)
+        show(status)
     return 0
 
 
@@ -28,7 +28,8 @@ async def _fetch(address: str) -> mesh_pb2.GetStatusResponse:
         return await client.status()
 
 
-def _print(status: mesh_pb2.GetStatusResponse) -> None:
+def show(status: mesh_pb2.GetStatusResponse) -> None:
+    """Prints it for people."""
     redis = "connected" if status.redis_connected else "NOT CONNECTED"
     print(f"muxmesh {status.version}, Redis {redis}, order {status.order_policy}\n")
     _table(

@@ -20,6 +20,7 @@ from muxmesh.client.aio import MeshClient, Message
 from muxmesh.clock import SystemClock
 from muxmesh.config.load import default_config, load_mesh_config, with_listen
 from muxmesh.config.runtime import MeshRuntime
+from muxmesh.config.schema import order_without_effect
 from muxmesh.errors import MeshError
 from muxmesh.lifecycle import LOG_FORMAT
 from muxmesh.models.prepare import model_problems, prepare_model
@@ -33,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
     started_at_s = SystemClock().monotonic_s()
     loaded = load_mesh_config(arguments.config) if arguments.config else default_config()
+    loaded.refuse(order_without_effect(loaded.config))
     if arguments.listen:
         loaded = with_listen(loaded, arguments.listen)
     config = loaded.config.model_copy(update={"listen": free_listen_address(loaded.config.listen)})

@@ -149,7 +149,7 @@ class RouterConfig(Section):
     """Longest prompt text, before tokenizing."""
     max_restarts: int = Field(default=5, ge=0)
     """How often in a row one request is computed again when no attempt gets past its first token."""
-    predictor_budget_s: float = Field(default=0.05, gt=0)
+    predictor_budget_s: float = Field(default=0.05, gt=0, le=60)
     """A prediction of the answer's length that takes longer is done without."""
 
 
@@ -161,10 +161,10 @@ class OrderConfig(Section):
     waits gets older. `hrrn`: by the ratio of waiting and work. `mlfq`: by what was used, without predictions.
     Nobody who has begun is pre-empted: between requests that wait for the first time `srtf` is `sjf`, and `mlfq` is
     `fcfs` but for long prompts."""
-    longest_lead: float = Field(default=100.0, ge=0, allow_inf_nan=False)
+    longest_lead: float = Field(default=100.0, ge=0, le=1e6)
     """For `srtf-aged`: no request is overtaken by one of its priority that came later than so many times the work of
-    a typical request. More is nearer to `srtf`, 0 is `fcfs`."""
-    longest_lead_s: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    a typical request. 0 is `fcfs`."""
+    longest_lead_s: float | None = Field(default=None, ge=0, le=1e9)
     """For `srtf-aged`: the same in seconds; the smaller one counts. Far less than `longest_lead` comes to makes the
     order that of arrival."""
     mlfq_quantum_s: float = Field(default=0.5, gt=0, allow_inf_nan=False)
@@ -207,13 +207,17 @@ class MeshConfig(Section):
         return {model.name: (unit, model) for unit in self.units for model in unit.models}
 
 
+def order_without_effect(config: MeshConfig) -> Iterator[tuple[Location, str]]:
+    """Settings of another policy than the one in use."""
+    for field, policy in _ORDER_FIELDS.items():
+        if field in config.order.model_fields_set and config.order.policy != policy:
+            yield ("order", field), f"has no effect with policy: {config.order.policy}; it is for {policy}"
+
+
 def contradictions(config: MeshConfig) -> Iterator[tuple[Location, str]]:
     """Fields that are right by themselves and wrong together, each with what would be right."""
     if int(config.listen.rpartition(":")[2]) > LAST_PORT:
         yield ("listen",), f"the last port is {LAST_PORT}"
-    for field, policy in _ORDER_FIELDS.items():
-        if field in config.order.model_fields_set and config.order.policy != policy:
-            yield ("order", field), f"has no effect with policy: {config.order.policy}; it is for {policy}"
     units: set[str] = set()
     models: set[str] = set()
     devices: dict[str, str] = {}

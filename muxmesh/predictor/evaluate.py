@@ -53,7 +53,7 @@ def replay(items: Iterable[Item], clock: Clock, predictor: LengthPredictor | Non
         for outcome in fresh:
             guard.observe(outcome.judged, outcome.item.num_tokens, outcome.item.censored)
         outcomes += fresh
-        fit_now(predictor)
+        fit_now(guard)
     return outcomes
 
 

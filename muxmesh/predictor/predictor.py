@@ -202,7 +202,7 @@ class LengthPredictor:
 
 
 def fit_now(learner: Learner) -> None:
-    """Makes a fit that is due, and waits for it."""
+    """Makes a fit that is due, and waits for it. Raises what the fit raises."""
     if refit := learner.refit():
         learner.publish(refit.run())
 

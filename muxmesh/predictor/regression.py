@@ -66,7 +66,7 @@ def fit(examples: Examples, num_held_out: int) -> tuple[Fit, Vector]:
     rows = _joined(examples.lexical, examples.words, mean, scale)
     squares = np.square(rows).sum(1)
     noise = _PROMPT_NOISE + _ANSWER_NOISE / np.maximum(1, examples.num_answers)
-    inverse = np.linalg.inv(_kernel(rows @ rows.T, squares, squares[:, None]) + np.diag(noise.astype(np.float32)))
+    inverse = np.linalg.inv(_kernel(rows @ rows.T, squares[:, None], squares) + np.diag(noise.astype(np.float32)))
     alpha = inverse @ examples.targets
     errors = np.abs(alpha / np.maximum(np.diag(inverse), 1e-6))
     mean_spread = float(errors.mean())
@@ -84,7 +84,7 @@ def _joined(lexical: Matrix, words: Matrix, mean: Vector, scale: Vector) -> Matr
 
 
 def _kernel(products: Matrix, left_squares: Matrix, right_squares: Matrix) -> Matrix:
-    """Takes the place of the inner products: this is most of a prediction, so nothing is written twice."""
+    """Overwrites the inner products: this is most of a prediction, and new arrays are what it would take longest."""
     distance = products
     distance *= -2
     distance += left_squares

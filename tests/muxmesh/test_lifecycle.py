@@ -1,4 +1,5 @@
 import asyncio
+import logging
 import os
 import select
 import signal
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from muxmesh import lifecycle
 from muxmesh.lifecycle import Stop
 
 
@@ -39,29 +39,33 @@ async def test_a_service_that_is_still_starting_is_cancelled() -> None:
     assert await running is False
 
 
-async def test_a_service_that_does_not_end_tells_what_it_waits_for(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(lifecycle, "_SLOW_END_S", 0.0)
-    stop, told = Stop(), asyncio.Event()
+async def test_a_service_that_does_not_end_tells_what_it_waits_for() -> None:
+    stop, told, lines = Stop(slow_end_s=0.0), asyncio.Event(), []
 
-    async def never() -> None:
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.extend(record.getMessage().splitlines())
+            told.set()
+
+    async def inner() -> None:
         await told.wait()
 
     async def serve(stop: Stop) -> None:
         await stop.wait()
-        await never()
+        await inner()
 
-    running = asyncio.create_task(stop.run(serve))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    stop.set()
-    while "still ending" not in caplog.text:
-        await asyncio.sleep(0.001)
-    told.set()
-    assert await running is True
-    (line,) = (record.message for record in caplog.records if "service waits at" in record.message)
-    assert line.count("test_lifecycle.py:") == 2
+    listener = Listener()
+    logging.getLogger("muxmesh.lifecycle").addHandler(listener)
+    try:
+        running = asyncio.create_task(stop.run(serve))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        stop.set()
+        async with asyncio.timeout(30):
+            assert await running is True
+    finally:
+        logging.getLogger("muxmesh.lifecycle").removeHandler(listener)
+    assert any(line.count("test_lifecycle.py:") == 2 for line in lines)
 
 
 async def test_an_error_of_the_service_is_raised() -> None:

@@ -93,6 +93,15 @@ def test_more_work_is_never_sooner(work_s: float, times: float, typical_s: float
     assert aged.handicap_s(less) <= aged.handicap_s(more)
 
 
+@given(st.floats(0, 1e3), st.floats(1e-2, 1e2), st.floats(1, 1.25))
+def test_a_step_of_what_is_typical_moves_a_request_by_little(work_s: float, typical_s: float, step: float) -> None:
+    aged = order("srtf-aged", 100.0, math.inf)
+    before, after = (
+        aged.handicap_s(Standing(0, 0.0, 0.0, work_s, 0.0, each_s)) for each_s in (typical_s, typical_s * step)
+    )
+    assert abs(after - before) <= 0.25 * 100 * typical_s + 1e-9
+
+
 def test_without_a_lead_it_is_order_of_arrival() -> None:
     assert sooner(order("srtf-aged", longest_lead=0.0), NEW_SHORT, OLD_LONG) == [1, 0]
 

@@ -17,8 +17,10 @@ from muxmesh import __version__
 from muxmesh.cli.common import ProgressBar
 from muxmesh.cli.generate import stream_answer
 from muxmesh.cli.main import main
-from muxmesh.client.aio import Delta, MeshClient, Prompt, PromptFacts
+from muxmesh.cli.status import show
+from muxmesh.client.aio import Delta, Finish, MeshClient, Prompt, PromptFacts, Scheduling, Timings
 from muxmesh.errors import RequestAborted, Unavailable
+from muxmesh.v1 import mesh_pb2
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,6 +87,47 @@ async def test_a_router_that_is_lost_in_the_middle_leaves_a_line_and_says_so(
     with pytest.raises(Unavailable):
         await stream_answer(cast(MeshClient, LostRouter()), "x")
     assert capsys.readouterr().out == ""
+
+
+class Explaining:
+    """A client whose mesh tells why."""
+
+    async def stream(self, prompt: Prompt, **options: object) -> AsyncIterator[Delta]:
+        """See `MeshClient`."""
+        told = Scheduling("srtf", "srtf, priority 0: 2 s of work left", 40.0, 90.0, "hint", 0.5, 1.5, 0.25, 7, 3)
+        facts = PromptFacts(1, 0, 7, scheduling=told)
+        yield Delta(0, "Paris", (1,), 1, prompt=facts, finish=Finish("stop", 1), timings=Timings(0.25, 0.3, 0.3, 0))
+
+
+async def test_an_explanation_is_told_beside_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert await stream_answer(cast(MeshClient, Explaining()), "x") == "Paris"
+    printed = capsys.readouterr()
+    assert printed.out == "Paris\n"
+    for part in (
+        "expected 40 output tokens (hint), 90 at most",
+        "waited 0.25 s",
+        "number 7, before 3 that",
+        "srtf, pri",
+    ):
+        assert part in printed.err
+
+
+def test_several_answers_are_explained_in_json_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--address", "127.0.0.1:1", "--explain", "-n", "2", "hi"]) == 1
+    assert "explain: several answers are explained with --json only" in capsys.readouterr().err
+
+
+def test_status_tells_of_the_order_and_how_well_lengths_are_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    models = [
+        mesh_pb2.RouterModelStatus(model="new", predictions_used=True),
+        mesh_pb2.RouterModelStatus(model="good", predictions_used=True, prediction_tau=0.612),
+        mesh_pb2.RouterModelStatus(model="bad", predictions_used=False, prediction_tau=-0.02),
+    ]
+    show(mesh_pb2.GetStatusResponse(version="1", models=models, redis_connected=True, order_policy="hrrn"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "muxmesh 1, Redis connected, order hrrn"
+    shown = {line.split()[0]: line.split(maxsplit=8)[-1] for line in lines[3:6]}
+    assert shown == {"new": "-", "good": "0.61", "bad": "-0.02, not used"}
 
 
 @pytest.mark.parametrize("option", [["--max-new-tokens", "-1"], ["--seed", "-1"], ["--top-k", "99999999999"]])

@@ -4,7 +4,7 @@ import pytest
 
 from muxmesh.config.load import load_mesh_config, parse_mesh_config
 from muxmesh.config.runtime import MAX_SOCKET_PATH, MeshRuntime, PreparedModel
-from muxmesh.config.schema import DEFAULT_MODEL, MeshConfig
+from muxmesh.config.schema import DEFAULT_MODEL, MeshConfig, order_without_effect
 from muxmesh.errors import ConfigError
 
 GOOD = """
@@ -89,15 +89,30 @@ units:
         ("order: {longest_lead: true}", "mesh.yaml:1: order.longest_lead: is true; a number is needed"),
         ("units:\n  - kv_pool: no", "mesh.yaml:2: units[0].kv_pool: is false; a number is needed"),
         ("order: {longest_lead_s: yes}", "mesh.yaml:1: order.longest_lead_s: is true; a number is needed"),
-        (
-            "order:\n  policy: fcfs\n  longest_lead: 1",
-            "mesh.yaml:3: order.longest_lead: has no effect with policy: fcfs; it is for s",
-        ),
-        ("order: {mlfq_quantum_s: 1}", "mesh.yaml:1: order.mlfq_quantum_s: has no effect with policy: srtf-aged; it"),
     ],
 )
 def test_what_is_wrong_is_named(text: str, expected: str) -> None:
     assert any(line.startswith(expected) for line in problems(text)), problems(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "order:\n  policy: fcfs\n  longest_lead: 1",
+            "mesh.yaml:3: order.longest_lead: has no effect with policy: fcfs; it is for srtf-aged",
+        ),
+        (
+            "order: {mlfq_quantum_s: 1}",
+            "mesh.yaml:1: order.mlfq_quantum_s: has no effect with policy: srtf-aged; it is for mlfq",
+        ),
+    ],
+)
+def test_a_setting_of_another_order_is_refused(text: str, expected: str) -> None:
+    loaded = parse_mesh_config(text, "mesh.yaml")
+    with pytest.raises(ConfigError) as caught:
+        loaded.refuse(order_without_effect(loaded.config))
+    assert str(caught.value) == expected
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

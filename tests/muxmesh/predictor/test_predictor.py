@@ -9,6 +9,7 @@ import pytest
 from muxmesh.errors import ConfigError
 from muxmesh.predictor import snapshot
 from muxmesh.predictor.conformal import ConformalBound
+from muxmesh.predictor.features import Reader
 from muxmesh.predictor.guard import Guard
 from muxmesh.predictor.history import History, Scale
 from muxmesh.predictor.predictor import Fitted, LengthPredictor, fit_now
@@ -82,6 +83,49 @@ def test_a_censored_answer_counts_as_longer_than_it_got() -> None:
             predictor.observe(predictor.predict(prompt, "m"), "m", 64, censored)
         lengths.append(predictor.predict("Recite chapter 99 of the saga", "m").p50_tokens)
     assert lengths[1] > lengths[0]
+
+
+def test_neighbours_are_those_that_looking_at_every_prompt_would_find() -> None:
+    reader, history, rng = Reader(), History(), random.Random(4)
+    words = [
+        "tell",
+        "joke",
+        "poem",
+        "write",
+        "name",
+        "city",
+        "list",
+        "dogs",
+        "cook",
+        "rice",
+        "sing",
+        "song",
+        "book",
+        "tea",
+        "fly",
+        "kite",
+        "draw",
+        "map",
+    ]
+    texts = [" ".join(rng.choices(words[: rng.randint(2, 18)], k=rng.randint(1, 7))) for _ in range(600)]
+    known = {text: reader.read(text) for text in texts[:500]}
+    for place, (text, reading) in enumerate(known.items()):
+        history.add(place, reading, "m", math.log(1 + len(text)))
+    mean, deviation = history.scale("m")
+    num_found = 0
+    for text in texts:
+        asked = reader.read(text)
+        near = {other: (float(reading.words @ asked.words) - 0.9) / 0.1 for other, reading in known.items()}
+        nearest = [other for other in near if near[other] > 1e-4]
+        found = history.neighbours(asked)
+        assert (found is None) is (not nearest)
+        if found is not None and len(nearest) <= 16:  # of more it takes the nearest, and some are equally near
+            weight = sum(near[other] ** 2 for other in nearest)
+            lengths = sum(near[other] ** 2 * (math.log(1 + len(other)) - mean) / deviation for other in nearest)
+            assert found.num_answers == pytest.approx(weight, rel=1e-3)
+            assert found.mean == pytest.approx(lengths / weight, abs=1e-3)
+            num_found += 1
+    assert num_found > 100
 
 
 def test_a_fit_that_ranks_worse_is_not_published() -> None:
