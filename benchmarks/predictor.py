@@ -41,9 +41,9 @@ def main() -> int:
     arguments = parser.parse_args()
     bench = Report("predictor")
     _alpaca(bench, arguments.folder)
-    outcomes = _mixed(bench, arguments.folder, arguments.each)
+    streams = _mixed(bench, arguments.folder, arguments.each)
     _known_prompts(bench, arguments.folder)
-    _latency(bench, outcomes)
+    _latency(bench, streams)
     if arguments.own:
         _own(bench, arguments.own)
     return 0 if bench.write() else 1
@@ -61,12 +61,12 @@ def _alpaca(bench: Report, folder: Path) -> None:
     bench.bar("AlpacaEval, worst MAE / that of the model's median", max(better), "below 1", max(better) < 1)
 
 
-def _mixed(bench: Report, folder: Path, each: int) -> list[Outcome]:
+def _mixed(bench: Report, folder: Path, each: int) -> list[list[Outcome]]:
     taus, within, errors, tasks = [], [], [], []
-    outcomes: list[Outcome] = []
+    streams: list[list[Outcome]] = []
     for seed in SEEDS:
-        outcomes = replay(stream_items(folder, each, seed), SystemClock())
-        found = report(outcomes)
+        streams.append(replay(stream_items(folder, each, seed), SystemClock()))
+        found = report(streams[-1])
         bench.figures[f"mixed seed {seed}"] = found
         taus.append(found["pooled"]["tau"])
         errors.append(found["pooled"]["mae"] / found["pooled"]["mae_median"])
@@ -84,7 +84,7 @@ def _mixed(bench: Report, folder: Path, each: int) -> list[Outcome]:
     bench.bar("mixed stream, worst task's MAE / that of the stream's median", max(tasks), "below 1", max(tasks) < 1)
     share = statistics.fmean(within)
     bench.bar("p90 coverage, share of windows within 0.86 to 0.94", share, "at least 0.95", share >= 0.95)
-    return outcomes
+    return streams
 
 
 def _known_prompts(bench: Report, folder: Path) -> None:
@@ -116,11 +116,14 @@ def _known_prompts(bench: Report, folder: Path) -> None:
     bench.bar("prompt answered by 4 other models, tau", value, "at least 0.55", value >= 0.55)
 
 
-def _latency(bench: Report, outcomes: Sequence[Outcome]) -> None:
-    late = [one.seconds * 1000 for one in outcomes[len(outcomes) // 2 :]]
-    p50, p99 = (float(np.percentile(late, share)) for share in (50, 99))
+def _latency(bench: Report, streams: Sequence[Sequence[Outcome]]) -> None:
+    """Of each stream's last half, when the memory is full; the bar is of the median: the machine's minutes differ."""
+    late = [[one.seconds * 1000 for one in outcomes[len(outcomes) // 2 :]] for outcomes in streams]
+    p50, p99 = ([float(np.percentile(times, share)) for times in late] for share in (50, 99))
     bench.figures["predict_ms"] = {"p50": p50, "p99": p99}
-    bench.bar("one prediction, p99 ms (full memory)", p99, "below 1 on an idle core", p99 < 1)
+    bench.bar("one prediction, p50 ms (full memory)", statistics.median(p50), "printed", True)
+    value = statistics.median(p99)
+    bench.bar("one prediction, p99 ms (full memory)", value, "below 1 on an idle core", value < 1)
 
 
 def _own(bench: Report, path: Path) -> None:
