@@ -94,8 +94,7 @@ def _known_prompts(bench: Report, folder: Path) -> None:
         rng = random.Random(seed)
         groups = [list(group) for _, group in itertools.groupby(alpaca_items(folder, seed), key=lambda one: one.prompt)]
         asked: list[tuple[Item, float]] = []
-        predictor = LengthPredictor()
-        guard = Guard(predictor)
+        guard = Guard(LengthPredictor())
         for place, group in enumerate(groups):
             rng.shuffle(group)
             for item in group[:_KNOWN_MODELS]:
@@ -105,7 +104,7 @@ def _known_prompts(bench: Report, folder: Path) -> None:
                 if place >= len(groups) // 2:
                     asked.append((item, judged.prediction.p50_tokens))
                 guard.observe(judged, item.num_tokens, False)
-            fit_now(predictor)
+            fit_now(guard)
         by_model = [
             [(item.num_tokens, guess) for item, guess in asked if item.model == model] for model in ALPACA_MODELS
         ]

@@ -19,7 +19,7 @@ import uvloop
 _log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
-SLOW_END_S = 3.0
+_SLOW_END_S = 3.0
 """Less than what the supervisor waits before it kills."""
 _MOST_PLACES = 20
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
@@ -50,7 +50,7 @@ def service_arguments(description: str | None, *own: str) -> argparse.Namespace:
 class Stop:
     """The wish that a service ends. A service that is still starting when it comes is cancelled where it stands."""
 
-    def __init__(self, slow_end_s: float = SLOW_END_S) -> None:
+    def __init__(self, slow_end_s: float = _SLOW_END_S) -> None:
         """``slow_end_s``: an end that takes longer is told of in the log."""
         self._slow_end_s = slow_end_s
         self._wished = asyncio.Event()

@@ -2,6 +2,7 @@ import functools
 import math
 import operator
 import random
+import string
 
 import numpy as np
 import pytest
@@ -87,26 +88,7 @@ def test_a_censored_answer_counts_as_longer_than_it_got() -> None:
 
 def test_neighbours_are_those_that_looking_at_every_prompt_would_find() -> None:
     reader, history, rng = Reader(), History(), random.Random(4)
-    words = [
-        "tell",
-        "joke",
-        "poem",
-        "write",
-        "name",
-        "city",
-        "list",
-        "dogs",
-        "cook",
-        "rice",
-        "sing",
-        "song",
-        "book",
-        "tea",
-        "fly",
-        "kite",
-        "draw",
-        "map",
-    ]
+    words = ["".join(rng.choices(string.ascii_lowercase, k=4)) for _ in range(18)]
     texts = [" ".join(rng.choices(words[: rng.randint(2, 18)], k=rng.randint(1, 7))) for _ in range(600)]
     known = {text: reader.read(text) for text in texts[:500]}
     for place, (text, reading) in enumerate(known.items()):
