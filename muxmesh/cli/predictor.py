@@ -20,8 +20,8 @@ from muxmesh.predictor.evaluate import Item, replay, report
 _MOST_TOKENS = 10_000_000
 _LEGEND = """\
 tau: how well predictions rank the answers (Kendall's; 1 perfect, 0 not at all). MAE: mean error in tokens, beside that
-of always saying the median. In p90: share of answers no longer than the predicted upper bound, 0.9 if it is right.
-Hits: share that was predicted from answers to prompts like it."""
+of always saying the median. In p90: share of answers no longer than the predicted upper bound, 0.9 if it is right;
+those that were cut off beyond it count as longer. Hits: share that was predicted from answers to prompts like it."""
 _COLUMNS = ("num", "tau", "mae", "mae_median", "p90_coverage", "hit_rate")
 
 

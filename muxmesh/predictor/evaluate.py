@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,13 @@ class Outcome:
     judged: Judged
     seconds: float
 
+    @property
+    def is_covered(self) -> bool | None:
+        """Was p90 long enough? None if nobody knows: the answer was cut off before that."""
+        if self.item.num_tokens > self.judged.prediction.p90_tokens:
+            return False
+        return None if self.item.censored else True
+
 
 def replay(items: Iterable[Item], clock: Clock, predictor: LengthPredictor | None = None) -> list[Outcome]:
     """Predicts and learns, in the order given; refits happen in between, at once."""
@@ -64,19 +72,23 @@ def _predicted(guard: Guard, item: Item, clock: Clock) -> Outcome:
 
 
 def report(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Figures of a replay, over its last half, when something was known; coverage windows over all but the first."""
+    """Figures of a replay, over its last half, when something was known; coverage windows over all but the first.
+
+    They are of answers that ended; but one that was cut off beyond its p90 counts for the coverage, since those that
+    ended are the shorter ones.
+    """
     num_answers = len(outcomes)
-    late = [one for one in outcomes[num_answers // 2 :] if not one.item.censored]
-    whole = [one for one in outcomes if not one.item.censored]
-    constant = float(np.median([one.item.num_tokens for one in late])) if late else 0.0
+    late = outcomes[num_answers // 2 :]
+    ended = [one.item.num_tokens for one in late if not one.item.censored]
+    constant = float(np.median(ended)) if ended else 0.0
     return {
         "num_answers": num_answers,
-        "num_censored": num_answers - len(whole),
-        "num_evaluated": len(late),
+        "num_censored": sum(one.item.censored for one in outcomes),
+        "num_evaluated": len(ended),
         "pooled": _figures(late, constant),
         "models": _by(late, lambda one: one.item.model, constant),
         "tasks": _by([one for one in late if one.item.task], lambda one: one.item.task, constant),
-        "p90_windows": _coverage_windows(whole),
+        "p90_windows": _coverage_windows(outcomes),
         "predict_ms": {
             f"p{share}": 1000 * float(np.percentile([one.seconds for one in outcomes], share)) for share in (50, 99)
         },
@@ -85,26 +97,26 @@ def report(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def _by(outcomes: Sequence[Outcome], key: Callable[[Outcome], str], constant: float) -> dict[str, dict[str, float]]:
     groups = itertools.groupby(sorted(outcomes, key=key), key=key)
-    return {name: _figures(list(group), constant) for name, group in groups}
+    return {name: found for name, group in groups if (found := _figures(list(group), constant))}
 
 
 def _figures(outcomes: Sequence[Outcome], constant: float) -> dict[str, float]:
     """``mae_median``: of always saying the median of these answers, and ``mae_constant``: that of all answers, neither
     of which anybody knows beforehand.
     """
-    if not outcomes:
+    ended = [one for one in outcomes if not one.item.censored]
+    if not ended:
         return {}
-    actual = np.array([one.item.num_tokens for one in outcomes], float)
-    guessed = np.array([one.judged.prediction.p50_tokens for one in outcomes])
-    upper = np.array([one.judged.prediction.p90_tokens for one in outcomes])
+    actual = np.array([one.item.num_tokens for one in ended], float)
+    guessed = np.array([one.judged.prediction.p50_tokens for one in ended])
     return {
-        "num": len(outcomes),
+        "num": len(ended),
         "tau": tau(guessed, actual),
         "mae": float(np.abs(guessed - actual).mean()),
         "mae_median": float(np.abs(np.median(actual) - actual).mean()),
         "mae_constant": float(np.abs(constant - actual).mean()),
-        "p90_coverage": float((actual <= upper).mean()),
-        "hit_rate": sum(one.judged.source == "retrieved" for one in outcomes) / len(outcomes),
+        "p90_coverage": statistics.fmean(_covered(outcomes)),
+        "hit_rate": statistics.fmean(one.judged.source == "retrieved" for one in ended),
         "log_error": float(np.abs(np.log(guessed) - np.log(np.maximum(1, actual))).mean()),
     }
 
@@ -115,8 +127,12 @@ def tau(guessed: Floats, actual: Floats, most: int = 4000) -> float:
     return kendall_tau(guessed[::step], actual[::step])
 
 
+def _covered(outcomes: Sequence[Outcome]) -> list[bool]:
+    return [one.is_covered for one in outcomes if one.is_covered is not None]
+
+
 def _coverage_windows(outcomes: Sequence[Outcome]) -> Mapping[str, float]:
-    covered = [one.item.num_tokens <= one.judged.prediction.p90_tokens for one in outcomes]
+    covered = _covered(outcomes)
     starts = range(COVERAGE_WINDOW, len(covered) - COVERAGE_WINDOW + 1, COVERAGE_WINDOW)
     shares = [sum(covered[start : start + COVERAGE_WINDOW]) / COVERAGE_WINDOW for start in starts]
     if not shares:

@@ -158,11 +158,10 @@ def excerpt(text: str) -> str:
 
 
 def _lexical(text: str, read: str, tokens: list[str], words: list[str], others: list[str]) -> Vector:
-    signs = Counter(others)
     numbers = [token for token in others if token[0].isdigit()]
     length = max(1, len(read))
     found = [_CUE_OF[word] for word in words if word in _CUE_OF]
-    cues, first = Counter(found), found[0] if found else -1
+    first = found[0] if found else -1
     asking, _, payload = read.strip().partition("\n")  # what is to be done, and what it is to be done with
     plain = read.encode("ascii", "ignore")
     capitals = len(plain) - len(plain.translate(None, _CAPITALS))
@@ -175,19 +174,19 @@ def _lexical(text: str, read: str, tokens: list[str], words: list[str], others: 
         sum(map(len, numbers)) / length,
         capitals / length,
         1 - len(plain) / length,
-        math.log1p(signs["."] + signs["!"]),
-        min(3, signs["?"]),
-        min(3, signs[":"]),
-        min(4, signs['"'] + signs["'"]),
-        math.log1p(signs[","]),
-        math.log1p(sum(signs[one] for one in "(){}[]<>=;`")),
+        math.log1p(read.count(".") + read.count("!")),
+        min(3, read.count("?")),
+        min(3, read.count(":")),
+        min(4, read.count('"') + read.count("'")),
+        math.log1p(read.count(",")),
+        math.log1p(sum(map(read.count, "(){}[]<>=;`"))),
         float(read.rstrip().endswith("?")),
         math.log1p(len(payload.split())),
         math.log1p(sum(len(part.split()) for part in _QUOTED.findall(read))),
         math.log1p(len(asking.split())),
         math.log1p(0.0 if _UNITS.isdisjoint(words) else _amount_tokens(tokens)),
         first,
-        *(math.log1p(cues[place]) for place in range(len(CUES))),
+        *(math.log1p(found.count(place)) for place in range(len(CUES))),
     ]
     return np.array(values, np.float32)
 

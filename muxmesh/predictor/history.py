@@ -120,7 +120,7 @@ class History:
         if not self._answers:
             return None
         sides = self._sides_of(reading.words)
-        apart = np.bitwise_count(self._sides[:, : len(self)] ^ sides[:, None]).sum(0, np.uint16)
+        apart = np.bitwise_count(self._sides[:, : len(self)] ^ sides[:, None]).sum(0, np.uint8)
         maybe = np.flatnonzero(apart <= _MOST_APART)
         if len(maybe) == 0:
             return None

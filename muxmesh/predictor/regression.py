@@ -5,6 +5,10 @@ other (Rasmussen and Williams 2006, chapter 2). On a few thousand prompts it ran
 same features, from fewer of them, and its inverse gives what each prompt would have got without itself (chapter
 5.4.2): honest residuals, and a fair comparison with the fit before it. Everything here is in units of standardised log
 length.
+
+Inner products are those of the directions in which the prompts differ most (principal components), because reading the
+rows is most of a prediction. What a prompt has beside those is like nothing else: it makes every other prompt farther,
+and the kernel stays one.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ Matrix = npt.NDArray[np.float32]
 _LEXICAL_SCALE = 7.0
 _WORDS_SCALE = 0.85
 _GAMMA = 0.3
+_MOST_DIRECTIONS = 128
+"""Of 215. All of them rank better by 0.002 in Kendall's tau, and take three times as long to read."""
 _PROMPT_NOISE = 0.1
 """Variance between prompts that read alike; stays however often one is answered."""
 _ANSWER_NOISE = 0.1
@@ -30,10 +36,13 @@ _LEAST_SPREAD = 0.2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fit:
-    """A published regression. ``rows`` float32 [n, d], ``weights`` float32 [n, 2]: of the mean and of the spread."""
+    """A published regression. ``directions`` [d, k], ``rows`` [n, k] along them, ``squares`` [n] of the whole rows,
+    ``weights`` [n, 2] of the mean and of the spread: all float32.
+    """
 
     mean: Vector
     scale: Vector
+    directions: Matrix
     rows: Matrix
     squares: Vector
     weights: Matrix
@@ -42,7 +51,8 @@ class Fit:
     def predict(self, reading: Reading) -> tuple[float, float]:
         """Mean and spread (mean absolute error) of the standardised log length."""
         row = _joined(reading.lexical, reading.words, self.mean, self.scale)
-        mean, more_spread = (_kernel(self.rows @ row, self.squares, row @ row) @ self.weights).tolist()
+        kernel = _kernel(self.rows @ (row @ self.directions), self.squares, row @ row)
+        mean, more_spread = (kernel @ self.weights).tolist()
         return mean, max(_LEAST_SPREAD, self.mean_spread + more_spread)
 
 
@@ -63,10 +73,13 @@ def fit(examples: Examples, num_held_out: int) -> tuple[Fit, Vector]:
     """A fit, and what it would say of its last ``num_held_out`` examples had it not seen them. O(n³)."""
     mean = examples.lexical.mean(0)
     scale = examples.lexical.std(0) + np.float32(1e-3)
-    rows = _joined(examples.lexical, examples.words, mean, scale)
-    squares = np.square(rows).sum(1)
-    noise = _PROMPT_NOISE + _ANSWER_NOISE / np.maximum(1, examples.num_answers)
-    inverse = np.linalg.inv(_kernel(rows @ rows.T, squares[:, None], squares) + np.diag(noise.astype(np.float32)))
+    whole = _joined(examples.lexical, examples.words, mean, scale)
+    squares = np.square(whole).sum(1)
+    directions = np.linalg.eigh(whole.T @ whole).eigenvectors[:, -_MOST_DIRECTIONS:]
+    rows = whole @ directions
+    kernel = _kernel(rows @ rows.T, squares[:, None], squares)
+    np.fill_diagonal(kernel, 1 + _PROMPT_NOISE + _ANSWER_NOISE / np.maximum(1, examples.num_answers))
+    inverse = np.linalg.inv(kernel)
     alpha = inverse @ examples.targets
     errors = np.abs(alpha / np.maximum(np.diag(inverse), 1e-6))
     mean_spread = float(errors.mean())
@@ -75,11 +88,11 @@ def fit(examples: Examples, num_held_out: int) -> tuple[Fit, Vector]:
     if num_held_out:
         block = inverse[-num_held_out:, -num_held_out:]
         held_out = examples.targets[-num_held_out:] - np.linalg.solve(block, alpha[-num_held_out:])
-    return Fit(mean, scale, rows, squares, weights, mean_spread), held_out
+    return Fit(mean, scale, directions, rows, squares, weights, mean_spread), held_out
 
 
 def _joined(lexical: Matrix, words: Matrix, mean: Vector, scale: Vector) -> Matrix:
-    standard = np.clip((lexical - mean) / scale, -4, 4) / np.float32(_LEXICAL_SCALE)
+    standard = np.minimum(np.maximum((lexical - mean) / scale, -4), 4) / np.float32(_LEXICAL_SCALE)
     return np.concatenate([standard, words * np.float32(_WORDS_SCALE)], axis=-1)
 
 
