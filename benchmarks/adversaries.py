@@ -2,8 +2,9 @@
 
 The lengths of the answers cannot be told in advance. First come enough requests for the floor to trip; the mean latency
 of those after them is set beside HRRN's, where every answer is expected to be equally long. Both meshes get the same
-requests at the same time, so that a slow minute of the machine is one for both. Medians. The order of answers that
-cannot be told apart moves their mean latency little: the 99th percentile, which it does move, is printed beside it.
+requests at the same time, so that a slow minute of the machine is one for both; processor time that a predictor wastes
+is not seen. Medians. The order of answers that cannot be told apart moves their mean latency little, so the 99th
+percentile is looked at too.
 """
 
 from __future__ import annotations
@@ -81,10 +82,10 @@ async def _compare(kind: str) -> tuple[Latency, Latency]:
     os.environ["MUXMESH_CACHE_DIR"] = str(cache_dir())
     async with _mesh("one", "hrrn") as reference, _mesh(kind, "srtf-aged") as mesh:
         for workload in (UNTIL_TRIPPED, WORKLOAD):
-            found = await asyncio.gather(
-                _drive(reference, workload, "floor"), _drive(mesh, workload, SOURCES.get(kind, "floor"))
-            )
-    return found
+            async with asyncio.TaskGroup() as both:
+                hrrn = both.create_task(_drive(reference, workload, "floor"))
+                bad = both.create_task(_drive(mesh, workload, SOURCES.get(kind, "floor")))
+    return hrrn.result(), bad.result()
 
 
 def main() -> int:
@@ -97,7 +98,9 @@ def main() -> int:
                 hrrn, bad = runner.run(_compare(kind))
             found.append((hrrn, bad))
             print(f"{kind}: mean {bad.mean_s:.3f} s, hrrn's {hrrn.mean_s:.3f} s", flush=True)
-    bench.figures = dict(runs)
+    bench.figures = {
+        kind: [{"hrrn": hrrn._asdict(), "bad": bad._asdict()} for hrrn, bad in found] for kind, found in runs.items()
+    }
     reference = [hrrn.mean_s for found in runs.values() for hrrn, _ in found]
     bench.bar("hrrn: mean latency, s", statistics.median(reference), "printed", True)
     spread = (max(reference) - min(reference)) / statistics.median(reference)
@@ -106,7 +109,7 @@ def main() -> int:
         ratio = statistics.median(bad.mean_s / hrrn.mean_s for hrrn, bad in found)
         bench.bar(f"{kind}: mean latency / hrrn's", ratio, "within 5 %", abs(ratio - 1) <= 0.05)
         ratio = statistics.median(bad.p99_s / hrrn.p99_s for hrrn, bad in found)
-        bench.bar(f"{kind}: p99 latency / hrrn's", ratio, "printed", True)
+        bench.bar(f"{kind}: p99 latency / hrrn's", ratio, "within 5 %", abs(ratio - 1) <= 0.05)
     return 0 if bench.write() else 1
 
 

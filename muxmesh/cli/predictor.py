@@ -21,7 +21,7 @@ _MOST_TOKENS = 10_000_000
 _LEGEND = """\
 tau: how well predictions rank the answers (Kendall's; 1 perfect, 0 not at all). MAE: mean error in tokens, beside that
 of always saying the median. In p90: share of answers no longer than the predicted upper bound, 0.9 if it is right;
-those that were cut off beyond it count as longer. Hits: share that was predicted from answers to prompts like it."""
+of those that were cut off it is estimated (Kaplan-Meier). Hits: share predicted from answers to prompts like it."""
 _COLUMNS = ("num", "tau", "mae", "mae_median", "p90_coverage", "hit_rate")
 
 
@@ -70,7 +70,7 @@ def _is_text(text: str) -> bool:
 def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"{found['num_answers']} answers; figures are of the last {found['num_evaluated']}"
     if found["num_censored"]:
-        yield f"{found['num_censored']} were cut off: the predictor learns from them, they are not in the figures"
+        yield f"{found['num_censored']} were cut off: the predictor learns from them, and only `in p90` counts them"
     if not found["num_evaluated"]:
         return
     yield f"{'':24} {'answers':>8} {'tau':>6} {'MAE':>8} {'of median':>9} {'in p90':>7} {'hits':>6}"

@@ -26,7 +26,7 @@ COVERAGE_BAND = (0.86, 0.94)
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One answer. ``task`` is only for the report. ``censored``: cut off there, so it teaches and is not judged."""
+    """One answer. ``task`` is only for the report. ``censored``: cut off there, so it is longer."""
 
     prompt: str
     model: str
@@ -42,13 +42,6 @@ class Outcome:
     item: Item
     judged: Judged
     seconds: float
-
-    @property
-    def is_covered(self) -> bool | None:
-        """Was p90 long enough? None if nobody knows: the answer was cut off before that."""
-        if self.item.num_tokens > self.judged.prediction.p90_tokens:
-            return False
-        return None if self.item.censored else True
 
 
 def replay(items: Iterable[Item], clock: Clock, predictor: LengthPredictor | None = None) -> list[Outcome]:
@@ -74,8 +67,7 @@ def _predicted(guard: Guard, item: Item, clock: Clock) -> Outcome:
 def report(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Figures of a replay, over its last half, when something was known; coverage windows over all but the first.
 
-    They are of answers that ended; but one that was cut off beyond its p90 counts for the coverage, since those that
-    ended are the shorter ones.
+    They are of answers that ended, but for the coverage: those that were cut off would have been the longer ones.
     """
     num_answers = len(outcomes)
     late = outcomes[num_answers // 2 :]
@@ -115,7 +107,7 @@ def _figures(outcomes: Sequence[Outcome], constant: float) -> dict[str, float]:
         "mae": float(np.abs(guessed - actual).mean()),
         "mae_median": float(np.abs(np.median(actual) - actual).mean()),
         "mae_constant": float(np.abs(constant - actual).mean()),
-        "p90_coverage": statistics.fmean(_covered(outcomes)),
+        "p90_coverage": _coverage(outcomes),
         "hit_rate": statistics.fmean(one.judged.source == "retrieved" for one in ended),
         "log_error": float(np.abs(np.log(guessed) - np.log(np.maximum(1, actual))).mean()),
     }
@@ -127,14 +119,20 @@ def tau(guessed: Floats, actual: Floats, most: int = 4000) -> float:
     return kendall_tau(guessed[::step], actual[::step])
 
 
-def _covered(outcomes: Sequence[Outcome]) -> list[bool]:
-    return [one.is_covered for one in outcomes if one.is_covered is not None]
+def _coverage(outcomes: Sequence[Outcome]) -> float:
+    """Share of answers no longer than their p90. Of one that was cut off it is not known; it is taken to be like those
+    that got as far beside their p90 (the product-limit estimate, Kaplan and Meier 1958).
+    """
+    used = np.array([one.item.num_tokens / one.judged.prediction.p90_tokens for one in outcomes])
+    cut = np.array([one.item.censored for one in outcomes])
+    order = np.lexsort((cut, used))
+    goes_on = 1 - ~cut[order] / np.arange(len(outcomes), 0, -1)
+    return round(1 - float(np.prod(goes_on[used[order] <= 1])), 9)  # whole answers: exactly their share
 
 
 def _coverage_windows(outcomes: Sequence[Outcome]) -> Mapping[str, float]:
-    covered = _covered(outcomes)
-    starts = range(COVERAGE_WINDOW, len(covered) - COVERAGE_WINDOW + 1, COVERAGE_WINDOW)
-    shares = [sum(covered[start : start + COVERAGE_WINDOW]) / COVERAGE_WINDOW for start in starts]
+    starts = range(COVERAGE_WINDOW, len(outcomes) - COVERAGE_WINDOW + 1, COVERAGE_WINDOW)
+    shares = [_coverage(outcomes[start : start + COVERAGE_WINDOW]) for start in starts]
     if not shares:
         return {"num": 0}
     low, high = COVERAGE_BAND

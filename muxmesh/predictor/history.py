@@ -18,7 +18,7 @@ _SIMILAR = 0.9
 _NUM_PLANES, _MOST_APART = 128, 34
 """Only prompts whose word vectors lie on the same side of nearly all of some random planes are looked at closer, so
 most memory is never read. Of the planes, the angle between two vectors over π parts them (Charikar 2002): 18 of 128 at
-a cosine of 0.9, with a standard deviation of 4."""
+a cosine of 0.9, with a standard deviation of 4. Fewer than 256: they are counted in a byte."""
 _MOST_ANSWERS = 32
 _MOST_NEIGHBOURS = 16
 _PRIOR_ANSWERS = 4

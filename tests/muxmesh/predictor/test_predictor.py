@@ -10,7 +10,7 @@ import pytest
 from muxmesh.errors import ConfigError
 from muxmesh.predictor import snapshot
 from muxmesh.predictor.conformal import ConformalBound
-from muxmesh.predictor.features import Reader
+from muxmesh.predictor.features import Reader, Reading
 from muxmesh.predictor.guard import Guard
 from muxmesh.predictor.history import History, Scale
 from muxmesh.predictor.predictor import Fitted, LengthPredictor, fit_now
@@ -158,6 +158,27 @@ def test_held_out_predictions_are_those_of_a_fit_without_them() -> None:
     changed[-10:] += 5  # what they were is not looked at
     _, again = fit(Examples(lexical, words, changed, counts), 10)
     assert np.allclose(expected, again, atol=1e-3)
+
+
+def test_a_fit_is_the_regression_along_its_directions_written_out() -> None:
+    rng = np.random.default_rng(1)
+    lexical, words = rng.normal(2, 3, (301, 30)).astype(np.float32), rng.normal(0, 0.1, (301, 150)).astype(np.float32)
+    targets, counts = rng.normal(size=300).astype(np.float32), rng.integers(1, 5, 300).astype(np.int32)
+    fitted, held_out = fit(Examples(lexical[:300], words[:300], targets, counts), 20)
+    assert fitted.directions.shape == (180, 128)
+    standard = (lexical - lexical[:300].mean(0)) / (lexical[:300].std(0) + 1e-3)
+    whole = np.concatenate([np.clip(standard, -4, 4) / 7, words * 0.85], axis=1).astype(np.float64)
+    along = whole @ fitted.directions
+    squares = np.square(whole).sum(1)
+    distance = np.maximum(squares[:, None] + squares - 2 * along @ along.T, 0)
+    kernel = (np.exp(-0.3 * distance) + np.exp(-1.2 * distance)) / 2
+    known = kernel[:300, :300].copy()
+    np.fill_diagonal(known, 1.0)
+    assert np.linalg.eigvalsh(known)[0] >= 0
+    known += np.diag(0.1 + 0.1 / counts)
+    assert held_out == pytest.approx(known[280:, :280] @ np.linalg.solve(known[:280, :280], targets[:280]), abs=1e-4)
+    expected = kernel[300, :300] @ np.linalg.solve(known, targets)
+    assert fitted.predict(Reading(lexical[300], words[300]))[0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_history_keeps_the_latest_prompts_and_one_row_for_each() -> None:
