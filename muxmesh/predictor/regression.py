@@ -99,7 +99,7 @@ def _joined(lexical: Matrix, words: Matrix, mean: Vector, scale: Vector) -> Matr
 
 
 def _kernel(products: Matrix, left_squares: Matrix, right_squares: Matrix) -> Matrix:
-    """Overwrites the inner products: this is most of a prediction, and new arrays are what it would take longest."""
+    """Overwrites the inner products: new arrays are what it would take longest."""
     distance = products
     distance *= -2
     distance += left_squares
