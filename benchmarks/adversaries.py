@@ -29,7 +29,7 @@ from loadtest.spec import parse_spec
 from loadtest.workload import plan
 from muxmesh.cli.common import cache_dir
 from muxmesh.clock import SystemClock
-from muxmesh.order import Policy
+from muxmesh.scheduling_policy import PolicyName
 from tests.support.bad_router import BAD
 from tests.support.mesh import RunningMesh, running_mesh
 
@@ -50,7 +50,7 @@ class Latency(NamedTuple):
 
 
 @asynccontextmanager
-async def _mesh(kind: str, policy: Policy) -> AsyncIterator[RunningMesh]:
+async def _mesh(kind: str, policy: PolicyName) -> AsyncIterator[RunningMesh]:
     profile = {"base_s": 0.02, "per_token_s": 0.0001, "output_tokens": 40, "output_lengths": "geometric"}
     model = {"name": "m", "engine": "sim", "max_num_seqs": 8, "sim": profile}
     config = {"order": {"policy": policy}, "units": [{"kv_pool": "64MiB", "models": [model]}]}

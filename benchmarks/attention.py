@@ -18,16 +18,16 @@ from benchmarks.engine import THREADS, read_bandwidth
 from benchmarks.report import Report
 from muxmesh.cli.common import cache_dir
 from muxmesh.config.schema import DEFAULT_MODEL
-from muxmesh.engine.kv_view import KvView
-from muxmesh.engine.step import Chunk, Draw, Step
-from muxmesh.engine.torch_engine.cpu.attention import attend, merge
-from muxmesh.engine.torch_engine.cpu.forward import CpuForward
-from muxmesh.engine.torch_engine.cpu.team import JIT, Team
-from muxmesh.engine.torch_engine.layout import lay_out
+from muxmesh.device.kv_view import KvView
+from muxmesh.engine.native.cpu.attention import attend, merge
+from muxmesh.engine.native.cpu.forward import CpuForward
+from muxmesh.engine.native.cpu.thread_team import JIT, Team
+from muxmesh.engine.native.step_layout import lay_out
+from muxmesh.engine.step import Chunk, SampleSpec, Step
 from muxmesh.models.catalog import CATALOG
-from muxmesh.models.image import ensure_image
-from muxmesh.models.pull import ensure_model
-from muxmesh.models.spec import ModelSpec, read_model_spec
+from muxmesh.models.model_download import ensure_model
+from muxmesh.models.model_spec import ModelSpec, read_model_spec
+from muxmesh.models.weight_image import ensure_image
 from muxmesh.types import Sampling
 
 CONTEXTS = (128, 512, 1024, 2048, 4096)
@@ -77,7 +77,7 @@ class Attention:
         """One decode step's attention over all layers, for ``batch`` sequences of ``context`` tokens."""
         blocks = context // BLOCK_SIZE
         order = np.random.default_rng(1).permutation(batch * blocks)  # a pool that has been in use
-        greedy = Draw(Sampling(temperature=0.0), 0)
+        greedy = SampleSpec(Sampling(temperature=0.0), 0)
         chunks = [
             Chunk(job, context - 1, (7,), tuple(order[job * blocks : (job + 1) * blocks].tolist()), greedy)
             for job in range(batch)

@@ -21,11 +21,11 @@ import torch
 from benchmarks.report import Report
 from muxmesh.cli.common import cache_dir
 from muxmesh.config.schema import DEFAULT_MODEL
-from muxmesh.engine.kernel_cache import kernel_cache_dir
+from muxmesh.engine.native.kernel_cache import kernel_cache_dir
 from muxmesh.models.catalog import CATALOG
-from muxmesh.models.image import ensure_image
-from muxmesh.models.pull import ensure_model
-from muxmesh.models.spec import ModelSpec, read_model_spec
+from muxmesh.models.model_download import ensure_model
+from muxmesh.models.model_spec import ModelSpec, read_model_spec
+from muxmesh.models.weight_image import ensure_image
 
 THREADS = 2
 BATCH_CAP = 16

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.engine_vllm import serve
-from muxmesh.engine.api import EngineJob, Until
-from muxmesh.engine.kv_view import KvView
+from muxmesh.device.kv_view import KvView
+from muxmesh.engine.api import EngineJob
+from muxmesh.engine.native.cpu.forward import open_cpu_forward
+from muxmesh.engine.native.cpu.thread_team import Team
+from muxmesh.engine.native.logits_runner import LogitsRunner
 from muxmesh.engine.scheduler import Scheduler
-from muxmesh.engine.torch_engine.cpu.forward import open_cpu_forward
-from muxmesh.engine.torch_engine.cpu.team import Team
-from muxmesh.engine.torch_engine.runner import TorchRunner
-from muxmesh.models.spec import read_model_spec
-from muxmesh.types import EngineRequest, Sampling, Standing, Stopping, blocks_for
+from muxmesh.engine.sequence import SequenceRecord
+from muxmesh.models.model_spec import read_model_spec
+from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping, blocks_for
 
 _BLOCK_SIZE = 16
 _SLAB_BYTES = 16 << 20
@@ -32,29 +33,29 @@ class OurEngine:
         spec, team = read_model_spec(folder), Team(num_threads)
         shape = spec.kv_shape(_BLOCK_SIZE, "float32")
         view = KvView(np.zeros(_POOL_BYTES // 4, dtype=np.float32), shape, _SLAB_BYTES)
-        self._runner = TorchRunner(view, lambda pool: open_cpu_forward(spec, image, pool, 2048, team))
+        self._runner = LogitsRunner(view, lambda pool: open_cpu_forward(spec, image, pool, 2048, team))
         self._runner.load()
-        self._scheduler = Scheduler(max_num_seqs, _TOKEN_BUDGET, _BLOCK_SIZE)
+        self._scheduler = Scheduler(max_num_seqs, _TOKEN_BUDGET)
         self._count = 0
 
     def _add(self, prompts: list[list[int]], max_new_tokens: int) -> None:
-        for place, prompt in enumerate(prompts):
+        for index, prompt in enumerate(prompts):
             self._count += 1
             needed = blocks_for(len(prompt) + max_new_tokens, _BLOCK_SIZE)
             request = EngineRequest(
                 str(self._count), "m", tuple(prompt), Sampling(temperature=0.0), Stopping(max_new_tokens),
-                Standing(0, float(self._count)),
+                SchedulingState(0, float(self._count)),
             )  # fmt: skip
-            blocks = tuple(range(place * needed, (place + 1) * needed))
-            self._scheduler.add(EngineJob(self._count, request, Until.FINISH, blocks))
+            blocks = tuple(range(index * needed, (index + 1) * needed))
+            self._scheduler.add(EngineJob(self._count, SequenceRecord(request, _BLOCK_SIZE, b"", blocks)))
 
     def _step(self) -> int:
-        step = self._scheduler.next_step()
+        step = self._scheduler.next_step(0.0)
         assert step is not None
         outcome = self._runner.run(step)
         self._scheduler.apply(outcome)
-        self._scheduler.drain()
-        return len(outcome.drawn)
+        self._scheduler.drain_events()
+        return len(outcome.sampled)
 
     def prefill(self, prompts: list[list[int]]) -> float:
         """Seconds until each prompt has its first token."""

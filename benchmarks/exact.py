@@ -18,7 +18,7 @@ from muxmesh.cli.common import cache_dir
 from muxmesh.client import Message
 from muxmesh.config.schema import DEFAULT_MODEL
 from muxmesh.models.catalog import CATALOG
-from muxmesh.models.pull import model_folder
+from muxmesh.models.model_download import model_folder
 
 NUM_TOKENS = 32
 

@@ -27,8 +27,8 @@ from loadtest.spec import parse_spec
 from loadtest.workload import plan, sketch
 from muxmesh.clock import SystemClock
 from muxmesh.config.schema import MeshConfig
-from muxmesh.models.spec import SIM_SPEC
-from muxmesh.predictor.quality import kendall_tau
+from muxmesh.models.model_spec import SIM_SPEC
+from muxmesh.predictor.rank_correlation import kendall_tau
 from simulator.forecasts import Known
 from simulator.run import simulate
 from simulator.timeline import MEASURED, Delays

@@ -14,15 +14,13 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.mesh_process import UpProcess, up
 from benchmarks.report import Report
-from kvstore.admission import WaitingKey
-from kvstore.blocks import BlockTable
+from kvstore.block_table import BlockTable
 from kvstore.slab_pool import SlabPool
-from kvstore.unit import ModelShare, Unit
+from kvstore.unit import Unit, UnitModel
+from muxmesh.block_hashes import block_hashes
 from muxmesh.client import Message
-from muxmesh.config.runtime import Role
-from muxmesh.models.spec import KvShape
-from muxmesh.prefix import block_hashes
-from muxmesh.types import KvDemand, Standing
+from muxmesh.models.model_spec import KvShape
+from muxmesh.types import KvDemand, QueuedRequest, Role, SchedulingState
 
 MIB = 1 << 20
 SMALL = KvShape(num_layers=30, num_kv_heads=3, head_dim=64, block_size=16, dtype_bytes=4)
@@ -33,11 +31,18 @@ NUM_OPERATIONS = 1_000_000
 SYSTEM_TOKENS = 1000
 
 
+def _table(num_slabs: int, blocks_per_slab: dict[str, int]) -> BlockTable:
+    table = BlockTable(SlabPool(num_slabs))
+    for model, count in blocks_per_slab.items():
+        table.add_model(model, count)
+    return table
+
+
 def allocation_speed() -> tuple[float, float]:
     """(token blocks taken per second, p99 seconds of a `take`) at 90 % full, over NUM_OPERATIONS random operations."""
     rng = random.Random(1)
     per_slab = 16 * MIB // SMALL.token_block_bytes
-    table = BlockTable(SlabPool(40_000 // per_slab, {"a": per_slab}))
+    table = _table(40_000 // per_slab, {"a": per_slab})
     capacity = 40_000 // per_slab * per_slab
     held: list[tuple[int, ...]] = []
     in_use, seconds, num_taken = 0, [], 0
@@ -45,7 +50,7 @@ def allocation_speed() -> tuple[float, float]:
         if in_use < 0.9 * capacity:
             wanted = rng.randint(1, 64)
             started_at_s = time.perf_counter()
-            taken = table.take("a", wanted)
+            taken = table.allocate("a", wanted)
             elapsed_s = time.perf_counter() - started_at_s
             assert taken is not None
             held.append(taken.block_ids)
@@ -57,7 +62,7 @@ def allocation_speed() -> tuple[float, float]:
             at = rng.randrange(len(held))
             held[at], held[-1] = held[-1], held[at]
             in_use -= len(held[-1])
-            table.give_back("a", held.pop())
+            table.free("a", held.pop())
     return num_taken / sum(seconds), statistics.quantiles(seconds, n=100)[98]
 
 
@@ -92,15 +97,15 @@ def _use_at_refusal(arrivals: list[tuple[str, int, int]], divide: object) -> flo
     per_slab = {model: slab // shape.token_block_bytes for model, shape in shapes.items()}
     parts = divide(num_slabs)  # type: ignore[operator]
     if len(parts) == 1:
-        table = BlockTable(SlabPool(num_slabs, per_slab))
+        table = _table(num_slabs, per_slab)
         tables = dict.fromkeys(shapes, table)
     else:
-        tables = {m: BlockTable(SlabPool(n, {m: per_slab[m]})) for m, n in zip(shapes, parts, strict=True)}
+        tables = {m: _table(n, {m: per_slab[m]}) for m, n in zip(shapes, parts, strict=True)}
     ends: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
     for now, (model, num_blocks, lasts) in enumerate(arrivals):
         for ended, block_ids in ends.pop(now, []):
-            tables[ended].give_back(ended, block_ids)
-        taken = tables[model].take(model, num_blocks)
+            tables[ended].free(ended, block_ids)
+        taken = tables[model].allocate(model, num_blocks)
         if taken is None:
             break
         ends.setdefault(now + 1 + lasts, []).append((model, taken.block_ids))
@@ -113,17 +118,17 @@ def metadata_share() -> float:
     pool_bytes = 4096 * MIB
     gc.collect()
     tracemalloc.start()
-    unit = Unit(pool_bytes, 16 * MIB, {"a": ModelShare(SMALL, 10_000, 8192)})
+    unit = Unit(pool_bytes, 16 * MIB, {"a": UnitModel(SMALL, 10_000, 8192)})
     for role in Role:
         unit.attach(role, "a", "x", 1).ready = True
-    for key_id in range(10_000):
-        hashes = block_hashes([key_id] * 512, SMALL.block_size, "")
-        unit.offer(WaitingKey("r", key_id, "a", Standing(0, 0.0), KvDemand(512, 512, hashes, 511)))
-        if not (given := unit.give_room(0.0).credits):
+    for entry_id in range(10_000):
+        hashes = block_hashes([entry_id] * 512, SMALL.block_size, b"root")
+        unit.offer("r", QueuedRequest(entry_id, "a", SchedulingState(0, 0.0), KvDemand(512, 512, hashes, 511)))
+        if not (given := unit.schedule(0.0, 0.0).credits):
             break
         names = {worker.role: worker.name for worker in unit.workers.values()}
         lease = unit.acquire(given[0].lease.ref, names[Role.PREFILL])
-        unit.move(lease.ref, names[Role.PREFILL], names[Role.DECODE], 512, (1,), b"")
+        unit.move(lease.ref, names[Role.PREFILL], names[Role.DECODE], 512, (1,))
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return size / unit.leased_bytes()

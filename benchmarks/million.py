@@ -10,7 +10,7 @@ from benchmarks.report import Report
 from loadtest.spec import parse_spec
 from muxmesh.clock import SystemClock
 from muxmesh.config.schema import MeshConfig
-from muxmesh.models.spec import SIM_SPEC
+from muxmesh.models.model_spec import SIM_SPEC
 from simulator.forecasts import Noisy
 from simulator.run import requests_of, simulate, true_length
 

@@ -28,17 +28,17 @@ from loadtest.lengths import parse_lengths
 from loadtest.workload import Body, Sketch
 from muxmesh.clock import SystemClock
 from muxmesh.config.schema import MeshConfig
-from muxmesh.models.spec import SIM_SPEC
-from muxmesh.order import Policy
+from muxmesh.models.model_spec import SIM_SPEC
 from muxmesh.predictor.evaluate import replay
+from muxmesh.scheduling_policy import PolicyName
 from muxmesh.types import LengthPrediction
 from simulator.forecasts import Asked, Forecasts, Noisy
 from simulator.run import simulate
-from simulator.unit import Decision
+from simulator.simulated_unit import Decision
 
 SLOTS, STEP_S = 16, 0.02
 LOADS = ((0.7, 1.0), (0.9, 3.0), (1.1, 1.0))
-POLICIES: tuple[Policy, ...] = ("fcfs", "sjf", "srtf", "srtf-aged", "hrrn", "mlfq")
+POLICIES: tuple[PolicyName, ...] = ("fcfs", "sjf", "srtf", "srtf-aged", "hrrn", "mlfq")
 SEEDS = (0, 1, 2)
 REQUESTS = 10_000
 _BYTES_PER_TOKEN = 4
@@ -98,7 +98,7 @@ def sketches(answers: Sequence[Answer], rate: float, cv: float, seed: int) -> li
 
 
 def run(
-    answers: Sequence[Sketch], forecasts: Forecasts, policy: Policy,
+    answers: Sequence[Sketch], forecasts: Forecasts, policy: PolicyName,
     on_decision: Callable[[Decision], None] | None = None,
 ) -> Outcome:  # fmt: skip
     """One simulation."""
@@ -198,7 +198,7 @@ def _constant_is_fcfs(bench: Report, stream: tuple[list[Answer], list[LengthPred
     answers = [Answer(64, one.num_output) for one in stream[0]]
     arriving = sketches(answers, 0.9 * capacity(answers), 3.0, 0)
     orders: list[list[int]] = []
-    both: tuple[Policy, ...] = ("fcfs", "hrrn")
+    both: tuple[PolicyName, ...] = ("fcfs", "hrrn")
     for policy in both:
         decided: list[int] = []
         same = Recorded([LengthPrediction(100, 200)] * len(answers))
@@ -223,8 +223,8 @@ def _alise(bench: Report, folder: Path) -> None:
         curves: dict[str, list[float]] = {}
         lengths = [one.num_output for one in answers]
         arrivals = [sketches(answers, rate, 1.0, 1) for rate in rates]
-        orders: tuple[Policy, ...] = ("srtf-aged", "srtf")
-        cases: list[tuple[str, Policy, float]] = [("fcfs", "fcfs", 0.0)]
+        orders: tuple[PolicyName, ...] = ("srtf-aged", "srtf")
+        cases: list[tuple[str, PolicyName, float]] = [("fcfs", "fcfs", 0.0)]
         cases += [(f"{policy}, tau {tau}", policy, tau) for policy in orders for tau in (0.3, 0.6, 1.0)]
         for label, policy, tau in cases:
             outcomes = [run(arriving, Noisy(tau, lengths, 1), policy) for arriving in arrivals]

@@ -1,7 +1,7 @@
 """The length predictor on public answers, prequential, and on the served model's own.
 
 `python -m benchmarks.predictor FOLDER [--own FILE.jsonl]`: FOLDER has the public files; FILE has answers that
-`benchmarks.own_answers` made.
+`benchmarks.own_outputs` made.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from benchmarks.lengths_data import ALPACA_MODELS, alpaca_items, stream_items
 from benchmarks.report import Report
 from muxmesh.cli.predictor import read_items
 from muxmesh.clock import SystemClock
+from muxmesh.predictor.checked_predictor import CheckedPredictor
 from muxmesh.predictor.evaluate import Item, Outcome, replay, report, tau
-from muxmesh.predictor.guard import Guard
-from muxmesh.predictor.predictor import LengthPredictor, fit_now
+from muxmesh.predictor.length_predictor import LengthPredictor, fit_now
 
 SEEDS = (0, 1, 2)
 _KNOWN_MODELS = 4
@@ -94,7 +94,7 @@ def _known_prompts(bench: Report, folder: Path) -> None:
         rng = random.Random(seed)
         groups = [list(group) for _, group in itertools.groupby(alpaca_items(folder, seed), key=lambda one: one.prompt)]
         asked: list[tuple[Item, float]] = []
-        guard = Guard(LengthPredictor())
+        guard = CheckedPredictor(LengthPredictor())
         for place, group in enumerate(groups):
             rng.shuffle(group)
             for item in group[:_KNOWN_MODELS]:

@@ -32,7 +32,7 @@ class Source(decode_pb2_grpc.DecodeServiceServicer):
     ) -> AsyncIterator[decode_pb2.WatchTokensResponse]:
         """One token a message."""
         for index in range(NUM_TOKENS):
-            yield decode_pb2.WatchTokensResponse(answers=[decode_pb2.NewTokens(start_index=index, token_ids=[index])])
+            yield decode_pb2.WatchTokensResponse(sequences=[decode_pb2.NewTokens(start_index=index, token_ids=[index])])
 
 
 class Relay(inference_pb2_grpc.InferenceServicer):
@@ -50,7 +50,7 @@ class Relay(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Relays each message."""
         async for message in self._source.WatchTokens(decode_pb2.WatchTokensRequest()):
-            (new,) = message.answers
+            (new,) = message.sequences
             output = inference_pb2.SequenceOutput(text="word", num_tokens=1, token_ids=new.token_ids)
             yield inference_pb2.GenerateResponse(outputs=output)
 

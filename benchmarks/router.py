@@ -30,7 +30,7 @@ from loadtest.report import bottleneck
 from loadtest.session import Options, Session
 from loadtest.spec import parse_spec
 from muxmesh.clock import SystemClock
-from muxmesh.supervisor.mesh import free_listen_address
+from muxmesh.supervisor.mesh_supervisor import free_listen_address
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc
 
 RATE = 100

@@ -24,21 +24,21 @@ import numpy as np
 
 from benchmarks.mesh_process import up
 from benchmarks.report import Report
-from kvstore.client.swap import SwapCopy
-from kvstore.swap import PAGE_BYTES, SwapSpace
+from kvstore.swap_space import SwapSpace
 from muxmesh.cli.common import cache_dir
 from muxmesh.client import Message
 from muxmesh.config.schema import DEFAULT_MODEL, ModelConfig
-from muxmesh.engine.kv_codec import decode, encode, encoded_bytes
-from muxmesh.engine.kv_view import KvView
-from muxmesh.engine.step import Chunk, Score, Step
-from muxmesh.engine.torch_engine.cpu.forward import open_cpu_forward
-from muxmesh.engine.torch_engine.cpu.team import Team
-from muxmesh.engine.torch_engine.runner import TorchRunner
-from muxmesh.models.prepare import prepare_model
-from muxmesh.models.spec import read_model_spec
+from muxmesh.device.kv_codec import decode, encode, encoded_bytes
+from muxmesh.device.kv_view import KvView
+from muxmesh.device.swap_region import SwapCopy
+from muxmesh.engine.native.cpu.forward import open_cpu_forward
+from muxmesh.engine.native.cpu.thread_team import Team
+from muxmesh.engine.native.logits_runner import LogitsRunner
+from muxmesh.engine.step import Chunk, PromptScoring, Step
+from muxmesh.models.model_spec import read_model_spec
+from muxmesh.models.prepared_model import prepare_model
 from muxmesh.models.tokenizer import load_text_model
-from muxmesh.types import KvFormat, blocks_for
+from muxmesh.types import SWAP_PAGE_BYTES, KvFormat, blocks_for
 
 NUM_ANSWERS = 100
 MOST_NLL_CHANGE = 0.005
@@ -58,7 +58,7 @@ class Scorer:
         spec = read_model_spec(folder)
         self.shape = spec.kv_shape(16, "float32")
         self._view = KvView(np.zeros(512 * _MIB // 4, dtype=np.float32), self.shape, _SLAB_BYTES)
-        self._runner = TorchRunner(self._view, lambda pool: open_cpu_forward(spec, image, pool, _MAX_TOKENS, Team(2)))
+        self._runner = LogitsRunner(self._view, lambda pool: open_cpu_forward(spec, image, pool, _MAX_TOKENS, Team(2)))
         self._runner.load()
         self._rng = random.Random(1)
         self._region = np.zeros(_SWAP_BYTES, dtype=np.uint8)
@@ -87,11 +87,11 @@ class Scorer:
     ) -> None:
         for first in range(0, len(tokens), _STEP_TOKENS):
             part = tuple(tokens[first : first + _STEP_TOKENS])
-            score = Score(tuple(following[first : first + len(part)]), 0) if following else None
+            score = PromptScoring(tuple(following[first : first + len(part)]), 0) if following else None
             started_s = time.perf_counter()
             outcome = self._runner.run(Step((Chunk(1, start + first, part, tuple(blocks), None, score),)))
             if score:
-                scored += [-entry.chosen.logprob for entry in outcome.scored[1]]
+                scored += [-entry.chosen.logprob for entry in outcome.prompt_logprobs[1]]
             elif len(part) == _STEP_TOKENS:
                 self.computed_s_per_token.append((time.perf_counter() - started_s) / len(part))
 
@@ -99,7 +99,7 @@ class Scorer:
         """Out to pages in disorder, in to other blocks; the old ones are filled with what would be noticed."""
         num_bytes = encoded_bytes(self.shape, num_computed, kv_format)
         space = SwapSpace(_SWAP_BYTES)
-        pages = self._rng.sample(range(space.num_pages), blocks_for(num_bytes, PAGE_BYTES))
+        pages = self._rng.sample(range(space.num_pages), blocks_for(num_bytes, SWAP_PAGE_BYTES))
         started_s = time.perf_counter()
         encode(self._view, blocks, num_computed, kv_format, SwapCopy(self._region, pages))
         self._count(kv_format, "out", num_computed, started_s)

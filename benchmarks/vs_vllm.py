@@ -44,7 +44,7 @@ from muxmesh.cli.common import cache_dir
 from muxmesh.clock import SystemClock
 from muxmesh.config.schema import DEFAULT_MODEL
 from muxmesh.models.catalog import CATALOG
-from muxmesh.models.pull import ensure_model
+from muxmesh.models.model_download import ensure_model
 
 CAP = 128
 TEMPERATURE = 0.7

@@ -1,8 +1,8 @@
-"""`python -m decode_svc --runtime FILE --model NAME --parent PID`: started by the supervisor."""
+"""`python -m decode_svc --runtime FILE --unit NAME --model NAME --parent PID`: started by the supervisor."""
 
 from decode_svc.service import open_services
-from kvstore.client.worker import worker_main
-from muxmesh.config.runtime import Role
+from muxmesh.types import Role
+from worker.worker_process import worker_main
 
 if __name__ == "__main__":
     worker_main(Role.DECODE, __doc__, open_services)

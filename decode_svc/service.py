@@ -10,101 +10,99 @@ from typing import Any
 
 import grpc
 
-from decode_svc.arrivals import Arrivals
-from decode_svc.leased_kv import LeasedKv
-from decode_svc.watchers import Watchers
-from kvstore.client.worker import Services, WorkerParts
-from muxmesh.engine.api import EngineJob, Failed, Finished, Preempted, Tokens, Until
+from decode_svc.lease_arrivals import LeaseArrivals
+from decode_svc.token_outbox import TokenOutboxes
+from muxmesh.engine.api import EngineJob, Failed, Finished, Preempted, Tokens
+from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.errors import EngineFailed, InternalError, MeshError
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.types import Lease
+from worker.sequence_kv import SequenceKv
+from worker.worker_process import Services, WorkerContext
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
-    """Serves one model's answers after the first token."""
+    """Serves one model's outputs after the first tokens."""
 
-    def __init__(self, parts: WorkerParts) -> None:
-        self._parts = parts
-        self._engine = parts.engine
-        self._leases = parts.leases
-        self._give_up = parts.give_up
-        self._arrivals = Arrivals(self._release_unused)
-        self._watchers = Watchers()
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+        self._engine = context.engine
+        self._leases = context.leases
+        self._arrivals = LeaseArrivals(self._release_unused)
+        self._outboxes = TokenOutboxes()
 
-    async def watch(self) -> None:
-        """Takes in leases for as long as the unit lives. Without them this worker is of no use, so it ends too."""
+    async def watch_leases(self) -> None:
+        """Receives leases for as long as the unit lives. Without them this worker is useless, so it ends too."""
         reason = "the stream ended"
         try:
-            async for news in self._leases.watch():
-                if isinstance(news, Lease):
-                    self._arrivals.lease_arrived(news)
+            async for event in self._leases.watch():
+                if isinstance(event, Lease):
+                    self._arrivals.lease_arrived(event)
                 else:
-                    self._engine.preempt(news)
+                    self._engine.preempt(event.lease_id)
         except MeshError as error:
             reason = str(error)
-        self._give_up(f"no more leases from the unit: {reason}")
+        self._context.give_up(f"no more leases from the unit: {reason}")
 
     async def WatchTokens(
         self, request: decode_pb2.WatchTokensRequest, context: Context
     ) -> AsyncIterator[decode_pb2.WatchTokensResponse]:
         """See the proto."""
-        with self._watchers.watching(request.watcher) as outbox:
-            await context.send_initial_metadata(())  # tells the router that Decode may be called
+        with self._outboxes.watching(request.watcher) as outbox:
+            await context.send_initial_metadata(())  # the router learns that Decode may be called
             while True:
-                yield decode_pb2.WatchTokensResponse(answers=await outbox.take())
+                yield decode_pb2.WatchTokensResponse(sequences=await outbox.take())
 
     async def Decode(self, request: decode_pb2.DecodeRequest, context: Context) -> decode_pb2.DecodeResponse:
-        """See the proto. Whatever ends this call, the lease is released."""
-        asked = convert.request_from_wire(request.request)
-        outbox = self._watchers.outbox(request.watcher)
+        """See the proto. However this call ends, the lease is released."""
+        engine_request = convert.request_from_wire(request.request)
+        outbox = self._outboxes.outbox(request.watcher)
         lease = await self._arrivals.wait_for(request.lease_id)
-        kv = LeasedKv(self._parts, lease, asked)
-        num_output_tokens = 0
+        kv = self._sequence_kv(lease, self._context.sequence(engine_request, lease))
         try:
-            job = EngineJob(
-                job_id=lease.ref.lease_id,
-                request=asked,
-                until=Until.FINISH,
-                block_ids=lease.block_ids,
-                num_computed_tokens=lease.num_computed_tokens,
-                sampled_token_ids=lease.sampled_token_ids,
-                handoff=lease.handoff,
-            )
-            async for event in self._engine.submit(job):
+            async for event in self._engine.submit(EngineJob(request.lease_id, kv.sequence)):
                 if isinstance(event, Tokens):
-                    kv.take(event)
-                    outbox.put(
-                        decode_pb2.NewTokens(
-                            lease_id=request.lease_id,
-                            start_index=event.start_index,
-                            token_ids=event.token_ids,
-                            logprobs=convert.logprobs_to_wire(event.logprobs) if event.logprobs else None,
-                        )
-                    )
-                    num_output_tokens = event.start_index + len(event.token_ids)
+                    kv.on_tokens()
+                    outbox.put(_new_tokens(request.lease_id, event))
                 elif isinstance(event, Finished):
                     finish = convert.finish_to_wire(event.finish)
-                    return decode_pb2.DecodeResponse(finish=finish, num_output_tokens=num_output_tokens)
+                    return decode_pb2.DecodeResponse(finish=finish, num_output_tokens=kv.sequence.num_output_tokens)
                 elif isinstance(event, Preempted):
-                    await kv.give_way()
+                    await kv.on_preempted()
                 elif isinstance(event, Failed):
-                    raise kv.failure or EngineFailed(event.reason)
+                    raise EngineFailed(event.reason)
             raise InternalError("the engine's events ended without a last one")
         finally:
             kv.end()
+
+    def _sequence_kv(self, lease: Lease, sequence: SequenceRecord) -> SequenceKv:
+        context = self._context
+        kv_format = sequence.request.kv_swap_format or context.config.kv_swap_format
+        return SequenceKv(
+            lease.ref, sequence, context.engine, context.leases, context.progress, context.swapper, kv_format
+        )
 
     def _release_unused(self, lease: Lease) -> None:
         self._leases.release_after(functools.partial(self._engine.cancel, lease.ref.lease_id), lease.ref)
 
 
+def _new_tokens(lease_id: int, event: Tokens) -> decode_pb2.NewTokens:
+    return decode_pb2.NewTokens(
+        lease_id=lease_id,
+        start_index=event.start_index,
+        token_ids=event.token_ids,
+        logprobs=convert.logprobs_to_wire(event.logprobs) if event.logprobs else None,
+    )
+
+
 @asynccontextmanager
-async def open_services(parts: WorkerParts) -> AsyncIterator[Services]:
+async def open_services(context: WorkerContext) -> AsyncIterator[Services]:
     """The services of a decode worker, and the watch on its leases."""
-    service = DecodeService(parts)
-    watch = asyncio.create_task(service.watch(), name="lease watch")
+    service = DecodeService(context)
+    watch = asyncio.create_task(service.watch_leases(), name="lease watch")
     register = functools.partial(decode_pb2_grpc.add_DecodeServiceServicer_to_server, service)
     try:
         yield {decode_pb2.DESCRIPTOR.services_by_name["DecodeService"]: register}

@@ -1,7 +1,7 @@
-"""Which waiting request gets the next credit, and which swapped lease its blocks. Pure.
+"""Which queued request gets the next credit, and which swapped lease its token blocks. Pure.
 
-Order is decided late: routers show only keys, and a credit goes to the best key of all routers as soon as the unit
-has room for it, so that decode room is reserved before prefill starts.
+Order is decided late: routers show a unit only their best queued requests, and a credit is issued to the best one of
+all routers as soon as the unit has free capacity for it, so that decode capacity is reserved before prefill starts.
 """
 
 from __future__ import annotations
@@ -9,97 +9,106 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from muxmesh.order import FCFS, Order
-from muxmesh.types import KvDemand, LeaseRef, Standing
+from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
+from muxmesh.types import LeaseRef, QueuedRequest
 
 
 @dataclass(frozen=True, slots=True)
-class WaitingKey:
-    """What a unit knows of a waiting request, or of a swapped lease that wants token blocks again.
+class AdmissionEntry:
+    """A queued request, or a swapped lease whose worker needs token blocks for it again.
 
-    ``asker`` is the router, or the worker that has the lease ``swapped``; ``key_id`` is its own.
+    ``source`` is the router of the request, or the worker of the lease ``swapped``.
     """
 
-    asker: str
-    key_id: int
-    model: str
-    standing: Standing
-    demand: KvDemand
+    source: str
+    request: QueuedRequest
     swapped: LeaseRef | None = None
+
+    @property
+    def model(self) -> str:
+        """The model of the request."""
+        return self.request.model
 
 
 class Admission:
-    """Owns the keys that routers and workers show.
+    """Owns the entries that routers and workers show.
 
-    Invariant: a key is here once, until it gets what it waits for or is withdrawn.
+    Invariant: an entry is here once, until it is admitted or withdrawn.
     """
 
-    def __init__(self, order: Order = FCFS) -> None:
-        self._order = order
-        self._waiting: dict[tuple[str, int], WaitingKey] = {}
+    def __init__(self, policy: SchedulingPolicy = FCFS) -> None:
+        self._policy = policy
+        self._entries: dict[tuple[str, int], AdmissionEntry] = {}
 
-    def offer(self, key: WaitingKey) -> None:
-        """A request waits. Offering it again replaces what was known."""
-        self._waiting[key.asker, key.key_id] = key
+    def offer(self, entry: AdmissionEntry) -> None:
+        """Adds an entry, or replaces the one with its source and id."""
+        self._entries[entry.source, entry.request.entry_id] = entry
 
-    def withdraw(self, asker: str, key_id: int) -> None:
-        """A request waits no longer; one that got its credit meanwhile is fine."""
-        self._waiting.pop((asker, key_id), None)
+    def withdraw(self, source: str, entry_id: int) -> None:
+        """Removes an entry if it is there."""
+        self._entries.pop((source, entry_id), None)
 
-    def drop_asker(self, asker: str) -> None:
-        """A router or a worker is gone, and its keys with it."""
-        self._waiting = {place: key for place, key in self._waiting.items() if key.asker != asker}
+    def drop_source(self, source: str) -> None:
+        """Removes all entries of a router or a worker that is gone."""
+        self._entries = {key: entry for key, entry in self._entries.items() if entry.source != source}
+
+    def take_requests(self, model: str) -> list[AdmissionEntry]:
+        """Removes and returns the queued requests for ``model``; swapped leases stay."""
+        taken = [entry for entry in self._entries.values() if entry.model == model and entry.swapped is None]
+        for entry in taken:
+            self.withdraw(entry.source, entry.request.entry_id)
+        return taken
 
     def count(self, model: str) -> int:
-        """Keys that wait for ``model``."""
-        return sum(key.model == model for key in self._waiting.values())
+        """Entries for ``model``."""
+        return sum(entry.model == model for entry in self._entries.values())
 
-    def num_overtaken(self, winner: WaitingKey) -> int:
-        """Keys of the same model and priority that came before ``winner`` and wait on."""
-        alike = (k for k in self._waiting.values() if k.model == winner.model)
-        won = winner.standing
-        return sum(k.standing.priority == won.priority and k.standing.arrived_at_s < won.arrived_at_s for k in alike)
+    def num_overtaken(self, admitted: AdmissionEntry) -> int:
+        """Entries of the same model and priority that arrived before ``admitted`` and still wait."""
+        first = admitted.request.scheduling
+        waiting = (e.request.scheduling for e in self._entries.values() if e.model == admitted.model)
+        return sum(state.priority == first.priority and state.arrived_at_s < first.arrived_at_s for state in waiting)
 
     def admit(
         self,
         unix_s: float,
-        has_slot: Callable[[WaitingKey], bool],
-        is_within_quota: Callable[[WaitingKey], bool],
-        try_credit: Callable[[WaitingKey, bool], bool],
+        has_slot: Callable[[AdmissionEntry], bool],
+        is_within_quota: Callable[[AdmissionEntry], bool],
+        try_admit: Callable[[AdmissionEntry, bool], bool],
     ) -> bool:
-        """Gives credits in order for as long as there is room.
+        """Admits entries in order for as long as there is free capacity.
 
-        ``has_slot(key)``: its model's workers can take one more. ``is_within_quota(key)``: with it, its model would
-        use no more than its quota. ``try_credit(key, lend)``: reserves the blocks and sends the credit, or says that
-        there is no room; with ``lend``, past the model's quota.
+        ``has_slot(entry)``: its model's workers can take one more sequence. ``is_within_quota(entry)``: with it, its
+        model would use no more than its quota. ``try_admit(entry, lend)``: reserves the blocks, or returns False if
+        the pool is full; with ``lend``, past the model's quota.
 
-        First come the keys within their model's quota. Only if none of them lacks room, what is left is lent to the
-        others, so that loans come back to those who can claim them. No key is overtaken for ever by smaller ones:
-        within a quota, one without room holds up its own model; past it, the whole round.
+        Entries within their model's quota go first. Only if none of them lacks memory, what is left is lent to the
+        others, so that loans return to the models that can claim them. No entry is overtaken for ever by smaller ones:
+        within a quota, one that lacks memory blocks its own model; past it, all.
 
-        Returns True if a key within its model's quota waits for room: what is lent has to come back.
+        Returns True if an entry within its model's quota waits for memory: loans have to return.
         """
-        keys = sorted(
-            filter(has_slot, self._waiting.values()),
-            key=lambda key: (self._order.key(key.standing, unix_s), key.asker, key.key_id),
+        entries = sorted(
+            filter(has_slot, self._entries.values()),
+            key=lambda e: (self._policy.sort_key(e.request.scheduling, unix_s), e.source, e.request.entry_id),
         )
-        passed: set[str] = set()
+        blocked: set[str] = set()
         claims_wait = False
-        for key in keys:
-            if key.model in passed or not has_slot(key):
+        for entry in entries:
+            if entry.model in blocked or not has_slot(entry):
                 continue
-            if not is_within_quota(key):
-                passed.add(key.model)
-            elif try_credit(key, False):
-                del self._waiting[key.asker, key.key_id]
+            if not is_within_quota(entry):
+                blocked.add(entry.model)
+            elif try_admit(entry, False):
+                self.withdraw(entry.source, entry.request.entry_id)
             else:
-                passed.add(key.model)
+                blocked.add(entry.model)
                 claims_wait = True
         if claims_wait:
             return True
-        for key in keys:
-            if (key.asker, key.key_id) in self._waiting and has_slot(key):
-                if not try_credit(key, True):
+        for entry in entries:
+            if (entry.source, entry.request.entry_id) in self._entries and has_slot(entry):
+                if not try_admit(entry, True):
                     break
-                del self._waiting[key.asker, key.key_id]
+                self.withdraw(entry.source, entry.request.entry_id)
         return False

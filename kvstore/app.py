@@ -1,54 +1,48 @@
-"""Puts a kvstore process together and runs it."""
+"""Assembles a kvstore process and runs it."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 
-from kvstore.attach import AttachServer
-from kvstore.memory import UnitMemory
+from kvstore.attach_server import AttachServer
+from kvstore.device_memory import HostMemory, new_memfd
+from kvstore.grant_table import GrantTable
 from kvstore.service import KvStoreService
-from kvstore.unit import ModelShare, Unit, first_id
+from kvstore.unit import Unit, UnitModel, first_id
 from muxmesh.clock import SystemClock
-from muxmesh.config.runtime import MeshRuntime
-from muxmesh.config.schema import UnitConfig
+from muxmesh.config.runtime import MeshRuntime, ProcessKey
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.lifecycle import Stop
-from muxmesh.models.prepare import model_spec
-from muxmesh.registry import Registry
+from muxmesh.models.prepared_model import model_spec
+from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.server import MeshServer
-
-
-def build_unit(runtime: MeshRuntime, config: UnitConfig, last_id: int) -> Unit:
-    """The unit's brain for its configuration."""
-    shares = {}
-    for model in config.models:
-        spec = model_spec(runtime.prepared[model.name].folder)
-        shares[model.name] = ModelShare(
-            shape=spec.kv_shape(model.block_size, model.dtype),
-            max_num_seqs=model.max_num_seqs,
-            max_model_len=model.max_model_len or spec.context_len,
-            guaranteed_slabs=config.guaranteed_slabs(model),
-        )
-    return Unit(config.kv_pool, config.slab, shares, last_id, config.kv_swap, runtime.config.order.order())
 
 
 async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
     """Serves one unit until ``stop`` is set."""
-    config = runtime.unit(unit_name)
-    clock = SystemClock()
-    unit = build_unit(runtime, config, last_id=first_id(clock.unix_s()))
-    memory = UnitMemory(config.kv_pool, config.kv_swap)
-    service = KvStoreService(config, unit, memory, clock, runtime.config.order.trace)
-    attach = service.attach = AttachServer(runtime.attach_path(unit_name), unit, memory, service.changed)
+    config, clock = runtime.unit(unit_name), SystemClock()
+    models = {
+        model.name: UnitModel.of(config, model, model_spec(runtime.prepared[model.name].folder))
+        for model in config.models
+    }
+    policy = runtime.config.order.scheduling_policy()
+    unit = Unit(config.kv_pool, config.slab, models, first_id(clock.unix_s()), config.kv_swap, policy)
+    memory, grants = HostMemory(config.kv_pool), GrantTable()
+    swap_fd = new_memfd("muxmesh-kv-swap", config.kv_swap) if config.kv_swap else None
+    service = KvStoreService(config, unit, grants, clock, runtime.config.order.trace)
+    attach = service.attach = AttachServer(
+        runtime.attach_path(unit_name), unit, memory, swap_fd, grants, service.changed
+    )
     register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
     server = MeshServer({kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register})
-    address = runtime.kvstore_address(unit_name)
-    await server.start([address])
+    endpoint = runtime.endpoints()[ProcessKey("kvstore", unit_name)]
+    await server.start([endpoint.address])
     attach.start()
-    asyncio.get_running_loop().add_reader(memory.doorbell_fd, memory.on_doorbell)
+    asyncio.get_running_loop().add_reader(grants.doorbell_fd, grants.on_doorbell)
     await server.set_serving()
-    async with Registry(runtime.redis_url, clock).registered(f"kvstore/{unit_name}", address):
+    registry = ProcessRegistry(runtime.redis_url, runtime.config.mesh_id, clock)
+    async with registry.registered(endpoint.name, endpoint.address):
         await stop.wait()
     attach.close()
     await server.stop(grace_s=0.5)

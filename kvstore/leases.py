@@ -1,12 +1,23 @@
-"""Leases: who owns a request's token blocks. Pure.
+"""Leases: who owns a request's token blocks, and in which state they are. Pure.
 
-A lease is born as a **credit**, owned by the router that may use it; the prefill worker acquires it, moves it to the
-decode worker, and that one releases it. So "credit", "lease" and "allocation" are one record with one owner at a
-time, and nothing can fall between them. Each change of owner raises the epoch; a call with another epoch, or by
-another owner, is refused with LeaseLost.
+A lease is created as a credit, owned by the router that may use it. The prefill worker acquires it, moves it to the
+decode worker, and that one releases it. Credit, lease and allocation are one record with one owner at a time, so
+nothing is lost between them. Each change of owner raises the epoch; a call with another epoch, by another owner or in
+a state without the transition is refused with LeaseLost.
 
-A lease may be **swapped**: its owner copied the KV to pages of host memory and gave the token blocks back. Between
-`swap_out` and `swapped_out`, and between `swap_in` and `swapped_in`, it has both, and its owner copies.
+    operation        from                        to             holds then
+    issue_credit     -                           credit         blocks, until it expires
+    acquire          credit                      resident       blocks
+    move             resident                    resident       blocks, of another owner
+    grow             resident                    resident       more blocks
+    pause            resident                    paused         blocks, but no place in the batch
+    resume           paused                      resident       blocks
+    begin_swap_out   resident, paused            swapping_out   blocks and swap pages
+    finish_swap_out  swapping_out                swapped        swap pages
+    begin_swap_in    swapped                     swapping_in    blocks and swap pages
+    finish_swap_in   swapping_in                 resident       blocks
+    release, or the  any                         -              nothing
+    owner is gone
 """
 
 from __future__ import annotations
@@ -14,49 +25,88 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
-from kvstore.blocks import BlockTable, Taken
-from kvstore.swap import SwapSpace
+from kvstore.block_table import AllocatedBlocks, BlockTable
+from kvstore.swap_space import SwapSpace
 from muxmesh.errors import LeaseLost
-from muxmesh.order import Key
-from muxmesh.types import KvDemand, Lease, LeaseRef, Standing, blocks_for
+from muxmesh.scheduling_policy import SortKey
+from muxmesh.types import KvDemand, Lease, LeaseRef, SchedulingState, blocks_for
 
-MOST_ASKS = 20
-"""After so many, another lease is asked to give way."""
+MAX_PREEMPTION_REQUESTS = 20
+"""After this many for one lease, another one is chosen."""
+
+
+class LeaseState(StrEnum):
+    """See the table at the head of this file."""
+
+    CREDIT = "credit"
+    RESIDENT = "resident"
+    PAUSED = "paused"
+    SWAPPING_OUT = "swapping_out"
+    SWAPPED = "swapped"
+    SWAPPING_IN = "swapping_in"
+
+
+TRANSITIONS: Mapping[str, Mapping[LeaseState, LeaseState]] = {
+    "acquire": {LeaseState.CREDIT: LeaseState.RESIDENT},
+    "move": {LeaseState.RESIDENT: LeaseState.RESIDENT},
+    "grow": {LeaseState.RESIDENT: LeaseState.RESIDENT},
+    "pause": {LeaseState.RESIDENT: LeaseState.PAUSED},
+    "resume": {LeaseState.PAUSED: LeaseState.RESIDENT},
+    "begin_swap_out": {
+        LeaseState.RESIDENT: LeaseState.SWAPPING_OUT,
+        LeaseState.PAUSED: LeaseState.SWAPPING_OUT,
+    },
+    "finish_swap_out": {LeaseState.SWAPPING_OUT: LeaseState.SWAPPED},
+    "begin_swap_in": {LeaseState.SWAPPED: LeaseState.SWAPPING_IN},
+    "finish_swap_in": {LeaseState.SWAPPING_IN: LeaseState.RESIDENT},
+}
+"""Operation → state before → state after."""
+
+BATCHED = frozenset({LeaseState.CREDIT, LeaseState.RESIDENT, LeaseState.SWAPPING_OUT, LeaseState.SWAPPING_IN})
+"""States of a lease that takes a place in its decode worker's batch, now or soon."""
+_HAS_VALID_BLOCKS = frozenset({LeaseState.RESIDENT, LeaseState.PAUSED, LeaseState.SWAPPING_OUT})
+"""States in which the computed KV is in the lease's token blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The workers that serve a request, by name."""
+
+    prefill: str
+    decode: str
 
 
 @dataclass(slots=True)
 class LeaseRecord:
-    """One lease. ``expires_at_s`` is set while it is a credit.
+    """One lease. ``expires_at_s`` counts while it is a credit.
 
-    ``block_hashes`` name the prefixes that its first blocks hold, or will hold once they are computed. ``standing``
-    is its request's. ``swap_pages`` hold a copy of its KV, or will. ``times_asked``: to give way.
+    ``block_hashes`` name the prefixes that its first blocks hold, or will hold once they are computed. ``swap_pages``
+    hold a copy of its KV, or will.
     """
 
     lease: Lease
+    state: LeaseState
     owner: str
+    assignment: Assignment
     block_hashes: Sequence[bytes]
     block_size: int
-    standing: Standing
-    expires_at_s: float | None = None
+    scheduling: SchedulingState
+    expires_at_s: float
     swap_pages: tuple[int, ...] = ()
-    times_asked: int = 0
-
-    @property
-    def is_swapped(self) -> bool:
-        """Its KV is nowhere but in swap pages."""
-        return bool(self.swap_pages) and not self.lease.block_ids
+    num_preemption_requests: int = 0
 
 
 class LeaseTable:
     """Owns all leases of a unit and, through them, every token block and swap page in use.
 
     Invariant: each token block in use belongs to at least one lease; those of several hold a common prefix, which
-    nobody writes any more. Each swap page in use belongs to one lease.
+    is never written again. Each swap page in use belongs to one lease. What a lease holds is what its state says.
     """
 
     def __init__(self, blocks: BlockTable, swap: SwapSpace, last_id: int = 0) -> None:
-        """``last_id``: ids go on from here, so that those of an earlier life of the unit never come again."""
+        """``last_id``: ids continue from here, so that those of an earlier life of the unit never come again."""
         self._blocks = blocks
         self._swap = swap
         self._records: dict[int, LeaseRecord] = {}
@@ -68,109 +118,124 @@ class LeaseTable:
     def __len__(self) -> int:
         return len(self._records)
 
-    def grant_credit(
+    def issue_credit(
         self,
         model: str,
         block_size: int,
         demand: KvDemand,
-        standing: Standing,
+        scheduling: SchedulingState,
         router: str,
+        assignment: Assignment,
         expires_at_s: float,
         max_new_slabs: int | None = None,
     ) -> Lease | None:
-        """A new lease owned by ``router``, or None if the pool has no room. What is cached of it is computed."""
-        taken = self._take(model, block_size, demand, max_new_slabs)
-        if taken is None:
+        """A new lease owned by ``router``, or None if the pool is full. Its cached tokens count as computed."""
+        allocated = self._allocate(model, block_size, demand, max_new_slabs)
+        if allocated is None:
             return None
         self._last_id += 1
-        lease = Lease(LeaseRef(self._last_id, 1), model, taken.block_ids, taken.num_cached * block_size)
+        lease = Lease(LeaseRef(self._last_id, 1), model, allocated.block_ids, allocated.num_cached * block_size)
         self._records[self._last_id] = LeaseRecord(
-            lease, router, demand.block_hashes, block_size, standing, expires_at_s
+            lease, LeaseState.CREDIT, router, assignment, demand.block_hashes, block_size, scheduling, expires_at_s
         )
         return lease
 
     def acquire(self, ref: LeaseRef, worker: str) -> Lease:
-        """A credit becomes the lease of ``worker``. Raises LeaseLost if it is not a credit (any more)."""
+        """A credit becomes the lease of ``worker``. Raises LeaseLost."""
         record = self._at(ref)
-        if record.expires_at_s is None:
-            raise LeaseLost(f"lease {ref.lease_id} is no credit: {record.owner} has it")
-        record.expires_at_s = None
-        return self._hand_to(record, worker)
+        record.state = self._after("acquire", record)
+        return self._change_owner(record, worker)
 
-    def move(
-        self, ref: LeaseRef, owner: str, to: str, num_computed_tokens: int, sampled: tuple[int, ...], handoff: bytes
-    ) -> Lease:
-        """The hand-off: ``to`` owns the same blocks from now on, and others may use what is full. Raises LeaseLost."""
-        record = self._resident(ref, owner)
+    def move(self, ref: LeaseRef, owner: str, to: str, num_computed_tokens: int, sampled: tuple[int, ...]) -> Lease:
+        """The hand-off: ``to`` owns the same blocks, and other requests may use the full ones. Raises LeaseLost."""
+        record = self._owned(ref, owner)
+        record.state = self._after("move", record)
         self._publish(record, record.block_hashes[: num_computed_tokens // record.block_size])
-        record.lease = replace(
-            record.lease, num_computed_tokens=num_computed_tokens, sampled_token_ids=sampled, handoff=handoff
-        )
+        record.lease = replace(record.lease, num_computed_tokens=num_computed_tokens, sampled_token_ids=sampled)
+        record.assignment = replace(record.assignment, decode=to)
         self.num_handoffs += 1
-        return self._hand_to(record, to)
+        return self._change_owner(record, to)
 
     def grow(
         self, ref: LeaseRef, owner: str, num_blocks: int, max_new_slabs: int | None = None
     ) -> tuple[int, ...] | None:
-        """Adds token blocks to a lease; None if there is no room. Raises LeaseLost."""
-        record = self._resident(ref, owner)
-        taken = self._blocks.take(record.lease.model, num_blocks, max_new_slabs=max_new_slabs)
-        if taken is None:
+        """Adds token blocks to a lease; None if the pool is full. Raises LeaseLost."""
+        record = self._owned(ref, owner)
+        self._after("grow", record)
+        allocated = self._blocks.allocate(record.lease.model, num_blocks, max_new_slabs=max_new_slabs)
+        if allocated is None:
             return None
-        record.lease = replace(record.lease, block_ids=record.lease.block_ids + taken.block_ids)
-        return taken.block_ids
+        record.lease = replace(record.lease, block_ids=record.lease.block_ids + allocated.block_ids)
+        return allocated.block_ids
 
-    def swap_out(self, ref: LeaseRef, owner: str, num_bytes: int) -> tuple[int, ...] | None:
-        """Pages for a copy of the lease's KV; None if there is no room. Raises LeaseLost."""
-        record = self._resident(ref, owner)
-        pages = self._swap.take(num_bytes)
-        record.swap_pages = pages or ()
+    def pause(self, ref: LeaseRef, owner: str) -> None:
+        """The sequence leaves the batch and keeps its blocks. Raises LeaseLost."""
+        record = self._owned(ref, owner)
+        record.state = self._after("pause", record)
+
+    def resume(self, ref: LeaseRef, owner: str) -> None:
+        """A paused sequence takes a place in the batch again. Raises LeaseLost."""
+        record = self._owned(ref, owner)
+        record.state = self._after("resume", record)
+
+    def begin_swap_out(self, ref: LeaseRef, owner: str, num_bytes: int) -> tuple[int, ...] | None:
+        """Pages for a copy of the lease's KV; None if the swap region is full. Raises LeaseLost."""
+        record = self._owned(ref, owner)
+        state = self._after("begin_swap_out", record)
+        pages = self._swap.allocate(num_bytes)
+        if pages is not None:
+            record.state, record.swap_pages = state, pages
         return pages
 
-    def swapped_out(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
-        """The copy is made: the token blocks are free, or cached under the hashes of ``computed``. Raises LeaseLost."""
-        record = self._owned(ref, owner)
-        if not record.swap_pages:
-            raise LeaseLost(f"lease {ref.lease_id} has no swap pages to live in")
-        self._publish(record, computed)
-        self._blocks.give_back(record.lease.model, record.lease.block_ids)
-        record.lease = replace(record.lease, block_ids=())
-        record.times_asked = 0
+    def finish_swap_out(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
+        """The copy is complete: frees the token blocks, or caches those whose hash is in ``computed``.
 
-    def swap_in(self, ref: LeaseRef, demand: KvDemand, max_new_slabs: int | None = None) -> Taken | None:
-        """Token blocks for a swapped lease, of which the cached ones need no copy; None if there is no room.
+        Raises LeaseLost.
+        """
+        record = self._owned(ref, owner)
+        state = self._after("finish_swap_out", record)
+        self._publish(record, computed)
+        self._blocks.free(record.lease.model, record.lease.block_ids)
+        record.lease = replace(record.lease, block_ids=())
+        record.state, record.num_preemption_requests = state, 0
+
+    def begin_swap_in(
+        self, ref: LeaseRef, demand: KvDemand, max_new_slabs: int | None = None
+    ) -> AllocatedBlocks | None:
+        """Token blocks for a swapped lease, of which the cached ones need no copy; None if the pool is full.
 
         Raises LeaseLost.
         """
         record = self._at(ref)
-        if not record.is_swapped:
-            raise LeaseLost(f"lease {ref.lease_id} is not swapped")
-        taken = self._take(record.lease.model, record.block_size, demand, max_new_slabs)
-        if taken is not None:
-            record.lease = replace(record.lease, block_ids=taken.block_ids)
-        return taken
+        state = self._after("begin_swap_in", record)
+        allocated = self._allocate(record.lease.model, record.block_size, demand, max_new_slabs)
+        if allocated is not None:
+            record.lease = replace(record.lease, block_ids=allocated.block_ids)
+            record.state = state
+        return allocated
 
-    def swapped_in(self, ref: LeaseRef, owner: str) -> None:
-        """The KV is copied back: the pages are free. Raises LeaseLost."""
+    def finish_swap_in(self, ref: LeaseRef, owner: str) -> None:
+        """The KV is copied back: frees the pages. Raises LeaseLost."""
         record = self._owned(ref, owner)
-        if record.is_swapped:
-            raise LeaseLost(f"lease {ref.lease_id} has no token blocks to live in")
-        self._swap.give_back(record.swap_pages)
+        record.state = self._after("finish_swap_in", record)
+        self._swap.free(record.swap_pages)
         record.swap_pages = ()
 
     def release(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
-        """Ends the lease; its blocks are free, or cached under the hashes of ``computed``. Raises LeaseLost."""
-        self._publish(self._owned(ref, owner), computed)
+        """Ends the lease; frees its blocks, or caches them under the hashes ``computed``. Raises LeaseLost."""
+        record = self._owned(ref, owner)
+        if record.state in _HAS_VALID_BLOCKS:
+            self._publish(record, computed)
         self._end(ref.lease_id)
 
     def drop_owner(self, owner: str, computed: Mapping[int, Sequence[bytes]] | None = None) -> int:
-        """Ends every lease of an owner that is certainly gone; returns how many.
+        """Ends every lease of an owner that has certainly exited; returns how many.
 
-        ``computed``: lease id → hashes of the blocks that it had computed, which stay as cache.
+        ``computed``: lease id → hashes of the blocks that it had computed, which stay cached.
         """
         for lease_id, hashes in (computed or {}).items():
             record = self._records.get(lease_id)
-            if record is not None and record.owner == owner:
+            if record is not None and record.owner == owner and record.state in _HAS_VALID_BLOCKS:
                 self._publish(record, hashes)
         num_ended = self._end_all(lambda record: record.owner == owner)
         self.num_orphaned += num_ended
@@ -178,73 +243,83 @@ class LeaseTable:
 
     def drop_expired(self, now_s: float) -> int:
         """Ends credits that were not used in time; returns how many."""
-        num_ended = self._end_all(lambda record: record.expires_at_s is not None and record.expires_at_s <= now_s)
+        num_ended = self._end_all(lambda record: _is_credit(record) and record.expires_at_s <= now_s)
         self.num_expired += num_ended
         return num_ended
 
     def next_expiry_s(self) -> float | None:
         """When the next credit expires, or None."""
-        return min((r.expires_at_s for r in self._records.values() if r.expires_at_s is not None), default=None)
+        return min((r.expires_at_s for r in self._records.values() if _is_credit(r)), default=None)
 
     def of_owner(self, owner: str) -> list[Lease]:
-        """The leases that ``owner`` has."""
+        """The leases of ``owner``."""
         return [record.lease for record in self._records.values() if record.owner == owner]
+
+    def state_of(self, ref: LeaseRef, owner: str) -> LeaseState:
+        """The state of a lease. Raises LeaseLost."""
+        return self._owned(ref, owner).state
+
+    def model_of(self, ref: LeaseRef, owner: str) -> str:
+        """The model of a lease. Raises LeaseLost."""
+        return self._owned(ref, owner).lease.model
 
     def count_by_owner(self) -> Counter[str]:
         """Owner → its leases."""
         return Counter(record.owner for record in self._records.values())
 
-    def count(self, model: str, *, credits: bool) -> int:
-        """Credits, or leases of workers, of one model."""
-        return sum(r.lease.model == model and (r.expires_at_s is not None) is credits for r in self._records.values())
+    def count_states(self, model: str) -> Counter[LeaseState]:
+        """State → leases of one model."""
+        return Counter(record.state for record in self._records.values() if record.lease.model == model)
 
-    def count_swapped(self, model: str) -> int:
-        """Leases of one model that have no token blocks now."""
-        return sum(r.lease.model == model and r.is_swapped for r in self._records.values())
+    def count_assigned(self) -> tuple[Counter[str], Counter[str]]:
+        """Worker → leases assigned to it that take a place in a batch; and those whose KV is in the pool."""
+        batched, resident = Counter[str](), Counter[str]()
+        for record in self._records.values():
+            for worker in (record.assignment.prefill, record.assignment.decode):
+                batched[worker] += record.state in BATCHED
+                resident[worker] += record.state is not LeaseState.SWAPPED
+        return batched, resident
 
-    def ask_to_give_way(
-        self, owners: Collection[str], models: Collection[str], key: Callable[[Standing], Key]
+    def choose_victim(
+        self, owners: Collection[str], models: Collection[str], sort_key: Callable[[SchedulingState], SortKey]
     ) -> tuple[str, int] | None:
-        """Chooses the last in order of the leases that ``owners`` have of ``models``: owner and id, or None.
+        """The last in order of the resident leases of ``owners`` and ``models``: owner and id, or None.
 
-        It is the same one again until it has given its token blocks back, or was asked `MOST_ASKS` times: its worker
-        may be held up by a client that does not read.
+        The same one is chosen again until its token blocks are free, at most `MAX_PREEMPTION_REQUESTS` times: its
+        worker may be held up by a client that does not read.
         """
-        possible = [
+        candidates = [
             record
             for record in self._records.values()
-            if record.owner in owners and record.lease.model in models and record.times_asked < MOST_ASKS
+            if record.owner in owners
+            and record.lease.model in models
+            and record.num_preemption_requests < MAX_PREEMPTION_REQUESTS
         ]
-        asked = next((record for record in possible if record.times_asked), None)
-        free = (record for record in possible if record.lease.block_ids and not record.swap_pages)
-        chosen = asked or max(free, key=lambda record: key(record.standing), default=None)
-        if chosen is None:
+        requested = next((record for record in candidates if record.num_preemption_requests), None)
+        resident = (record for record in candidates if record.state is LeaseState.RESIDENT)
+        victim = requested or max(resident, key=lambda record: sort_key(record.scheduling), default=None)
+        if victim is None:
             return None
-        chosen.times_asked += 1
-        return chosen.owner, chosen.lease.ref.lease_id
-
-    def model_of(self, ref: LeaseRef, owner: str) -> str:
-        """The model of a lease. Raises LeaseLost if it is not there or not its owner's."""
-        return self._owned(ref, owner).lease.model
-
-    def swapped_model(self, ref: LeaseRef, owner: str) -> str:
-        """The model of a swapped lease. Raises LeaseLost if it is not there, not its owner's, or not swapped."""
-        record = self._owned(ref, owner)
-        if not record.is_swapped:
-            raise LeaseLost(f"lease {ref.lease_id} is not swapped")
-        return record.lease.model
+        victim.num_preemption_requests += 1
+        return victim.owner, victim.lease.ref.lease_id
 
     def check_integrity(self) -> None:
         """Proves the invariant; raises AssertionError."""
         held: dict[str, Counter[int]] = {}
         for record in self._records.values():
+            lease_id, state = record.lease.ref.lease_id, record.state
+            assert bool(record.lease.block_ids) is (state is not LeaseState.SWAPPED), f"lease {lease_id} is {state}"
+            swaps = state in (LeaseState.SWAPPING_OUT, LeaseState.SWAPPED, LeaseState.SWAPPING_IN)
+            assert bool(record.swap_pages) is swaps, f"lease {lease_id} is {state}"
             held.setdefault(record.lease.model, Counter()).update(record.lease.block_ids)
         self._blocks.check_integrity(held)
         self._swap.check_integrity(page for record in self._records.values() for page in record.swap_pages)
 
-    def _take(self, model: str, block_size: int, demand: KvDemand, max_new_slabs: int | None) -> Taken | None:
+    def _allocate(
+        self, model: str, block_size: int, demand: KvDemand, max_new_slabs: int | None
+    ) -> AllocatedBlocks | None:
         needed, max_cached = blocks_for(demand.num_tokens, block_size), demand.max_cached_tokens // block_size
-        return self._blocks.take(model, needed, demand.block_hashes, max_cached, max_new_slabs)
+        return self._blocks.allocate(model, needed, demand.block_hashes, max_cached, max_new_slabs)
 
     def _at(self, ref: LeaseRef) -> LeaseRecord:
         record = self._records.get(ref.lease_id)
@@ -260,16 +335,20 @@ class LeaseTable:
             raise LeaseLost(f"lease {ref.lease_id} belongs to {record.owner}, not {owner}")
         return record
 
-    def _resident(self, ref: LeaseRef, owner: str) -> LeaseRecord:
-        record = self._owned(ref, owner)
-        if record.swap_pages:
-            raise LeaseLost(f"lease {ref.lease_id} is swapped, or on its way")
-        return record
+    @staticmethod
+    def _after(operation: str, record: LeaseRecord) -> LeaseState:
+        """The state after an operation. Raises LeaseLost if the lease's state does not allow it."""
+        allowed = TRANSITIONS[operation]
+        if record.state not in allowed:
+            needed = " or ".join(allowed)
+            raise LeaseLost(f"lease {record.lease.ref.lease_id} is {record.state}; {operation} needs {needed}")
+        return allowed[record.state]
 
     def _publish(self, record: LeaseRecord, hashes: Sequence[bytes]) -> None:
-        self._blocks.publish(record.lease.model, record.lease.block_ids, hashes)
+        self._blocks.insert_prefix(record.lease.model, record.lease.block_ids, hashes)
 
-    def _hand_to(self, record: LeaseRecord, owner: str) -> Lease:
+    @staticmethod
+    def _change_owner(record: LeaseRecord, owner: str) -> Lease:
         ref = record.lease.ref
         record.owner = owner
         record.lease = replace(record.lease, ref=replace(ref, epoch=ref.epoch + 1))
@@ -277,11 +356,15 @@ class LeaseTable:
 
     def _end(self, lease_id: int) -> None:
         record = self._records.pop(lease_id)
-        self._blocks.give_back(record.lease.model, record.lease.block_ids)
-        self._swap.give_back(record.swap_pages)
+        self._blocks.free(record.lease.model, record.lease.block_ids)
+        self._swap.free(record.swap_pages)
 
-    def _end_all(self, chosen: Callable[[LeaseRecord], bool]) -> int:
-        ending = [lease_id for lease_id, record in self._records.items() if chosen(record)]
+    def _end_all(self, is_ending: Callable[[LeaseRecord], bool]) -> int:
+        ending = [lease_id for lease_id, record in self._records.items() if is_ending(record)]
         for lease_id in ending:
             self._end(lease_id)
         return len(ending)
+
+
+def _is_credit(record: LeaseRecord) -> bool:
+    return record.state is LeaseState.CREDIT

@@ -1,4 +1,4 @@
-"""The gRPC edge of a unit: translates, calls the brain, sends what it decided."""
+"""The gRPC edge of a unit: translates, calls the unit's state, sends what it decided."""
 
 from __future__ import annotations
 
@@ -9,71 +9,75 @@ from typing import Any
 
 import grpc
 
-from kvstore.admission import WaitingKey
-from kvstore.attach import AttachServer
-from kvstore.grant import Word
-from kvstore.memory import UnitMemory
-from kvstore.swap import PAGE_BYTES
-from kvstore.unit import CreditGiven, SwapInGiven, Unit, WorkerRecord
-from muxmesh import prefix
+from kvstore.attach_server import AttachServer
+from kvstore.grant_page import Word
+from kvstore.grant_table import GrantTable
+from kvstore.leases import LeaseState
+from kvstore.unit import IssuedCredit, IssuedSwapIn, Unit, WorkerRecord
+from muxmesh.block_hashes import split_hashes
 from muxmesh.clock import Clock
-from muxmesh.config.runtime import Role
 from muxmesh.config.schema import UnitConfig
-from muxmesh.cost import COSTS_EVERY_S
 from muxmesh.errors import InvalidRequest, Overloaded, WorkerLost
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
-from muxmesh.types import Lease
+from muxmesh.types import SWAP_PAGE_BYTES, Lease, Role
 from muxmesh.v1 import mesh_pb2
 
 _log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_Responses = asyncio.Queue[kvstore_pb2.AdmitResponse | None]
 
 
 class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     """Serves routers (admission) and workers (leases) of one unit."""
 
-    def __init__(self, config: UnitConfig, unit: Unit, memory: UnitMemory, clock: Clock, traces: bool = False) -> None:
-        """``traces``: logs each decision with its reason."""
+    def __init__(
+        self, config: UnitConfig, unit: Unit, grants: GrantTable, clock: Clock, trace_decisions: bool = False
+    ) -> None:
+        """``trace_decisions``: logs each decision with its reason."""
         self._config = config
         self._unit = unit
-        self._memory = memory
+        self._grants = grants
         self._clock = clock
-        self._traces = traces
+        self._trace_decisions = trace_decisions
         self.attach: AttachServer | None = None
-        self._routers: dict[str, asyncio.Queue[kvstore_pb2.AdmitResponse | None]] = {}
+        self._routers: dict[str, _Responses] = {}
         self._watchers: dict[str, asyncio.Queue[Lease | int]] = {}
-        self._swap_ins: dict[int, asyncio.Future[SwapInGiven]] = {}
+        self._swap_ins: dict[int, asyncio.Future[IssuedSwapIn]] = {}
         self._num_streams = 0
-        self._costs_due_s = 0.0
-        self._expiry: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def changed(self) -> None:
-        """Room or demand changed: gives the credits that are possible now."""
+        """Capacity or demand changed: schedules, and sends what was decided."""
         now_s = self._clock.monotonic_s()
-        given = self._unit.give_room(now_s, self._clock.unix_s())
-        for credit in given.credits:
+        decisions = self._unit.schedule(now_s, self._clock.unix_s())
+        for credit in decisions.credits:
             self._routers[credit.router].put_nowait(_credit(credit))
-            if self._traces:
-                self._trace(credit)
-        for swap_in in given.swap_ins:
+            if self._trace_decisions:
+                self._log_decision(credit)
+        for swap_in in decisions.swap_ins:
             if not (waiting := self._swap_ins[swap_in.lease_id]).done():
                 waiting.set_result(swap_in)
-        for asked in given.give_way:
-            if asked.worker in self._watchers:
-                self._watchers[asked.worker].put_nowait(asked.lease_id)
-        self._watch_expiry()
-        if now_s >= self._costs_due_s:
-            self._costs_due_s = now_s + COSTS_EVERY_S
+        for preemption in decisions.preemptions:
+            if preemption.worker in self._watchers:
+                self._watchers[preemption.worker].put_nowait(preemption.lease_id)
+        self._set_timer()
+        if self._unit.costs_are_due(now_s):
             for queue in self._routers.values():
                 queue.put_nowait(kvstore_pb2.AdmitResponse(costs=self._costs()))
 
-    def _trace(self, given: CreditGiven) -> None:
+    def remove_model(self, model: str) -> None:
+        """Stops admitting requests for a model: those that wait are refused, those that run continue."""
+        for entry in self._unit.remove_model(model):
+            self._refuse(self._routers[entry.source], entry.request.entry_id, "model", f"{model!r} is no longer served")
+        self.changed()
+
+    def _log_decision(self, credit: IssuedCredit) -> None:
         _log.info(
             "decision %d: request %d of %s for %s overtakes %d: %s",
-            given.decision, given.key_id, given.router, given.lease.model, given.num_overtaken,
-            self._unit.order.reason(given.standing, self._clock.unix_s()),
+            credit.decision, credit.entry_id, credit.router, credit.lease.model, credit.num_overtaken,
+            self._unit.policy.reason(credit.scheduling, self._clock.unix_s()),
         )  # fmt: skip
 
     async def Admit(
@@ -82,10 +86,11 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         """See the proto. One stream of one router."""
         self._num_streams += 1
         number = self._num_streams
-        await context.send_initial_metadata(())  # tells the router that the unit is there
+        await context.send_initial_metadata(())  # the router learns that the unit serves
         hello = await anext(request_iterator)
         router = f"{hello.hello.router}#{number}"
-        queue = self._routers[router] = asyncio.Queue()
+        queue: _Responses = asyncio.Queue()
+        self._routers[router] = queue
         queue.put_nowait(kvstore_pb2.AdmitResponse(costs=self._costs()))
         reader = asyncio.create_task(self._read_router(router, queue, request_iterator))
         reader.add_done_callback(lambda _: queue.put_nowait(None))
@@ -99,41 +104,36 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
             self.changed()
 
     async def _read_router(
-        self,
-        router: str,
-        queue: asyncio.Queue[kvstore_pb2.AdmitResponse | None],
-        requests: AsyncIterator[kvstore_pb2.AdmitRequest],
+        self, router: str, queue: _Responses, requests: AsyncIterator[kvstore_pb2.AdmitRequest]
     ) -> None:
         async for request in requests:
             kind = request.WhichOneof("message")
             if kind == "offer":
-                self._offer(router, queue, request.offer)
+                try:
+                    self._unit.offer(router, convert.queued_from_wire(request.offer))
+                except InvalidRequest as error:
+                    self._refuse(queue, request.offer.entry_id, error.field, error.problem)
             elif kind == "withdraw":
                 self._unit.admission.withdraw(router, request.withdraw)
             elif kind == "return_credit":
                 self._return_credit(router, request.return_credit)
             self.changed()
 
+    @staticmethod
+    def _refuse(queue: _Responses, entry_id: int, field: str, problem: str) -> None:
+        refused = kvstore_pb2.RequestRefused(entry_id=entry_id, field=field, problem=problem)
+        queue.put_nowait(kvstore_pb2.AdmitResponse(refused=refused))
+
     def _costs(self) -> kvstore_pb2.UnitCosts:
-        """What the steps of the workers that serve now take."""
+        """Step costs of the workers that serve now."""
         costs = kvstore_pb2.UnitCosts()
         for model in self._unit.models:
-            prefill, decode = (self._unit.ready_worker(role, model) for role in (Role.PREFILL, Role.DECODE))
-            read = [self.attach.cost_of(worker.name) for worker in (prefill, decode) if worker and self.attach]
+            workers = [self._unit.ready_workers(role, model) for role in (Role.PREFILL, Role.DECODE)]
+            read = [self.attach.cost_of(ready[0].name) for ready in workers if ready and self.attach]
             measured = [convert.cost_to_wire(cost) for cost in read if cost is not None]
             if len(measured) == len(Role):
                 costs.models.append(kvstore_pb2.ModelCost(model=model, prefill=measured[0], decode=measured[1]))
         return costs
-
-    def _offer(
-        self, router: str, queue: asyncio.Queue[kvstore_pb2.AdmitResponse | None], key: kvstore_pb2.RequestKey
-    ) -> None:
-        standing, demand = convert.standing_from_wire(key.standing), convert.demand_from_wire(key.demand)
-        try:
-            self._unit.offer(WaitingKey(router, key.key_id, key.model, standing, demand))
-        except InvalidRequest as error:
-            refused = kvstore_pb2.KeyRefused(key_id=key.key_id, reason=str(error))
-            queue.put_nowait(kvstore_pb2.AdmitResponse(refused=refused))
 
     def _return_credit(self, router: str, wire: Any) -> None:
         ref = convert.ref_from_wire(wire)
@@ -155,7 +155,6 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
             request.to_worker,
             request.num_computed_tokens,
             tuple(request.sampled_token_ids),
-            request.handoff,
         )
         if request.to_worker in self._watchers:
             self._watchers[request.to_worker].put_nowait(lease)
@@ -165,7 +164,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, request: kvstore_pb2.ReleaseLeaseRequest, context: Context
     ) -> kvstore_pb2.ReleaseLeaseResponse:
         """See the proto."""
-        computed = prefix.split(request.block_hashes)
+        computed = split_hashes(request.block_hashes)
         self._unit.release(convert.ref_from_wire(request.lease), request.owner, computed)
         self.changed()
         return kvstore_pb2.ReleaseLeaseResponse()
@@ -174,45 +173,45 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         """See the proto."""
         block_ids = self._unit.grow(convert.ref_from_wire(request.lease), request.owner, request.num_blocks)
         if block_ids is None:
-            raise Overloaded(f"the KV pool has no room for {request.num_blocks} more token blocks")
+            raise Overloaded(f"the KV pool has no {request.num_blocks} free token blocks")
         return kvstore_pb2.GrowLeaseResponse(block_ids=block_ids)
 
     async def SwapOut(self, request: kvstore_pb2.SwapOutRequest, context: Context) -> kvstore_pb2.SwapOutResponse:
         """See the proto."""
-        pages = self._unit.leases.swap_out(convert.ref_from_wire(request.lease), request.owner, request.num_bytes)
+        pages = self._unit.leases.begin_swap_out(convert.ref_from_wire(request.lease), request.owner, request.num_bytes)
         if pages is None:
-            raise Overloaded(f"the swap region has no room for {request.num_bytes} bytes")
+            raise Overloaded(f"the swap region has no {request.num_bytes} free bytes")
         return kvstore_pb2.SwapOutResponse(pages=pages)
 
     async def FinishSwapOut(
         self, request: kvstore_pb2.FinishSwapOutRequest, context: Context
     ) -> kvstore_pb2.FinishSwapOutResponse:
         """See the proto."""
-        computed = prefix.split(request.block_hashes)
-        self._unit.leases.swapped_out(convert.ref_from_wire(request.lease), request.owner, computed)
-        # The room is given out with SwapIn, which comes next: then this lease's own key is among those that want it.
+        computed = split_hashes(request.block_hashes)
+        self._unit.leases.finish_swap_out(convert.ref_from_wire(request.lease), request.owner, computed)
+        # The memory is given out with SwapIn, which comes next: then this lease is among those that wait for it.
         return kvstore_pb2.FinishSwapOutResponse()
 
     async def SwapIn(self, request: kvstore_pb2.SwapInRequest, context: Context) -> kvstore_pb2.SwapInResponse:
-        """See the proto. A caller that is gone waits no longer; what it was given meanwhile ends with its lease."""
+        """See the proto. If the caller is gone, it waits no longer; blocks issued meanwhile end with its lease."""
         ref = convert.ref_from_wire(request.lease)
-        standing, demand = convert.standing_from_wire(request.standing), convert.demand_from_wire(request.demand)
+        scheduling, demand = convert.scheduling_from_wire(request.scheduling), convert.demand_from_wire(request.demand)
         waiting = self._swap_ins[ref.lease_id] = asyncio.get_running_loop().create_future()
         try:
-            self._unit.ask_swap_in(ref, request.owner, demand, standing)
+            self._unit.request_swap_in(ref, request.owner, demand, scheduling)
             self.changed()
-            given = await waiting
+            issued = await waiting
         finally:
             self._unit.admission.withdraw(request.owner, ref.lease_id)
             if self._swap_ins.get(ref.lease_id) is waiting:
                 del self._swap_ins[ref.lease_id]
-        return kvstore_pb2.SwapInResponse(block_ids=given.block_ids, num_cached_blocks=given.num_cached)
+        return kvstore_pb2.SwapInResponse(block_ids=issued.block_ids, num_cached_blocks=issued.num_cached)
 
     async def FinishSwapIn(
         self, request: kvstore_pb2.FinishSwapInRequest, context: Context
     ) -> kvstore_pb2.FinishSwapInResponse:
         """See the proto."""
-        self._unit.leases.swapped_in(convert.ref_from_wire(request.lease), request.owner)
+        self._unit.leases.finish_swap_in(convert.ref_from_wire(request.lease), request.owner)
         return kvstore_pb2.FinishSwapInResponse()
 
     async def WatchLeases(
@@ -227,18 +226,18 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         await context.send_initial_metadata(())
         try:
             while True:
-                news = await queue.get()
-                if isinstance(news, Lease):
-                    yield kvstore_pb2.WatchLeasesResponse(arrived=convert.lease_to_wire(news))
+                event = await queue.get()
+                if isinstance(event, Lease):
+                    yield kvstore_pb2.WatchLeasesResponse(arrived=convert.lease_to_wire(event))
                 else:
-                    yield kvstore_pb2.WatchLeasesResponse(give_way=news)
+                    yield kvstore_pb2.WatchLeasesResponse(preempt=event)
         finally:
             del self._watchers[request.owner]
 
     async def GetUnitStatus(
         self, request: kvstore_pb2.GetUnitStatusRequest, context: Context
     ) -> kvstore_pb2.GetUnitStatusResponse:
-        """See the proto. Proves the pool's integrity on the way."""
+        """See the proto. Proves the pool's integrity first."""
         self._unit.check_integrity()
         unit, leases = self._unit, self._unit.leases
         pool = mesh_pb2.PoolStatus(
@@ -250,9 +249,9 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
             cached_bytes=unit.cached_bytes(),
             num_handoffs=leases.num_handoffs,
             fragmented_bytes=unit.fragmented_bytes(),
-            swap_bytes=unit.swap.num_pages * PAGE_BYTES,
-            swap_used_bytes=(unit.swap.num_pages - unit.swap.num_free_pages) * PAGE_BYTES,
-            num_swapped_leases=sum(map(leases.count_swapped, unit.models)),
+            swap_bytes=unit.swap.num_pages * SWAP_PAGE_BYTES,
+            swap_used_bytes=(unit.swap.num_pages - unit.swap.num_free_pages) * SWAP_PAGE_BYTES,
+            num_swapped_leases=sum(leases.count_states(model)[LeaseState.SWAPPED] for model in unit.models),
             num_leases_expired=leases.num_expired,
             num_leases_orphaned=leases.num_orphaned,
         )
@@ -269,25 +268,26 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         return kvstore_pb2.GetUnitStatusResponse(unit=status)
 
     def _model_status(self, model: str) -> mesh_pb2.UnitModelStatus:
-        unit, share = self._unit, self._unit.models[model]
+        unit, limits = self._unit, self._unit.models[model]
+        states = unit.leases.count_states(model)
         queried, hit = unit.blocks.queried_and_hit(model)
         return mesh_pb2.UnitModelStatus(
             model=model,
             num_leased_token_blocks=unit.blocks.num_in_use(model),
             num_free_token_blocks=unit.blocks.num_available(model),
             num_cached_token_blocks=unit.blocks.num_cached(model),
-            num_prefix_tokens_queried=queried * share.shape.block_size,
-            num_prefix_tokens_hit=hit * share.shape.block_size,
+            num_prefix_tokens_queried=queried * limits.shape.block_size,
+            num_prefix_tokens_hit=hit * limits.shape.block_size,
             quota_bytes=unit.quotas[model] * unit.slab_bytes,
-            num_leases=unit.leases.count(model, credits=False),
-            num_credits=unit.leases.count(model, credits=True),
+            num_leases=states.total() - states[LeaseState.CREDIT],
+            num_credits=states[LeaseState.CREDIT],
             num_keys_waiting=unit.admission.count(model),
-            max_num_seqs=share.max_num_seqs,
+            max_num_seqs=limits.max_num_seqs,
         )
 
     def _worker_status(self, worker: WorkerRecord, num_leases: int) -> mesh_pb2.WorkerStatus:
         assert self.attach is not None
-        page, slot = self._memory.page, self.attach.slot_of(worker.name)
+        page, slot = self._grants.page, self.attach.slot_of(worker.name)
         return mesh_pb2.WorkerStatus(
             name=worker.name,
             role=worker.role.value,
@@ -304,28 +304,28 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
             swap_s=page.read(slot, Word.SWAP_NS) / 1e9,
         )
 
-    def _watch_expiry(self) -> None:
-        """One timer, only while credits are out or claims wait: an idle unit wakes up for nothing."""
-        if self._expiry is not None:
-            self._expiry.cancel()
-            self._expiry = None
+    def _set_timer(self) -> None:
+        """One timer, only while credits are out or claims wait: an idle unit never wakes up."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         change_at_s = self._unit.next_change_s()
         if change_at_s is not None:
             wait_s = max(0.0, change_at_s - self._clock.monotonic_s())
-            self._expiry = asyncio.get_running_loop().call_later(wait_s, self.changed)
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self.changed)
 
 
-def _credit(given: CreditGiven) -> kvstore_pb2.AdmitResponse:
+def _credit(issued: IssuedCredit) -> kvstore_pb2.AdmitResponse:
     def worker(record: WorkerRecord) -> kvstore_pb2.WorkerRef:
         return kvstore_pb2.WorkerRef(name=record.name, address=record.address)
 
     credit = kvstore_pb2.Credit(
-        key_id=given.key_id,
-        lease=convert.ref_to_wire(given.lease.ref),
-        prefill=worker(given.prefill),
-        decode=worker(given.decode),
-        decision=given.decision,
-        num_overtaken=given.num_overtaken,
-        standing=convert.standing_to_wire(given.standing),
+        entry_id=issued.entry_id,
+        lease=convert.ref_to_wire(issued.lease.ref),
+        prefill=worker(issued.prefill),
+        decode=worker(issued.decode),
+        decision=issued.decision,
+        num_overtaken=issued.num_overtaken,
+        scheduling=convert.scheduling_to_wire(issued.scheduling),
     )
     return kvstore_pb2.AdmitResponse(credit=credit)

@@ -1,34 +1,35 @@
-"""The brain of a unit: pool, leases, admission and the workers that are attached. Pure; time is an argument."""
+"""The state of a unit: pool, leases, admission and attached workers. Pure; time is an argument."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from kvstore.admission import Admission, WaitingKey
-from kvstore.blocks import BlockTable
-from kvstore.leases import LeaseTable
+from kvstore.admission import Admission, AdmissionEntry
+from kvstore.block_table import BlockTable
+from kvstore.leases import Assignment, LeaseState, LeaseTable
 from kvstore.quotas import ADAPT_EVERY_S, Use, adapted, initial_quotas
 from kvstore.slab_pool import SlabPool
-from kvstore.swap import SwapSpace
-from muxmesh.config.runtime import Role
-from muxmesh.errors import InvalidRequest, WorkerLost
-from muxmesh.models.spec import KvShape
-from muxmesh.order import FCFS, Order
-from muxmesh.types import KvDemand, Lease, LeaseRef, Standing, blocks_for
+from kvstore.swap_space import SwapSpace
+from muxmesh.config.schema import ModelConfig, UnitConfig
+from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
+from muxmesh.models.model_spec import KvShape, ModelSpec
+from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
+from muxmesh.step_cost import COSTS_EVERY_S
+from muxmesh.types import KvDemand, Lease, LeaseRef, QueuedRequest, Role, SchedulingState, blocks_for
 
 _ID_BITS = 16
 CREDIT_TTL_S = 30.0
-"""A credit that no worker acquired for so long is taken back."""
+"""A credit that no worker acquires for this long expires."""
 RECLAIM_AFTER_S = 1.0
-"""A key within its model's quota that waits for so long makes answers of models past theirs give way, ..."""
+"""If an entry within its model's quota waits for this long, sequences of models past theirs are pre-empted, ..."""
 RECLAIM_EVERY_S = 0.1
-"""... one by one, at least so far apart."""
+"""... one by one, at least this far apart."""
 
 
 @dataclass(slots=True)
 class WorkerRecord:
-    """An attached worker. ``name`` carries its incarnation, so a restarted worker is another one."""
+    """An attached worker. ``name`` includes its incarnation, so a restarted worker has another one."""
 
     name: str
     role: Role
@@ -39,32 +40,47 @@ class WorkerRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelShare:
-    """What a unit needs to know of one model."""
+class UnitModel:
+    """What a unit needs to know of one model.
+
+    ``max_num_seqs`` limits the batch of each worker, ``max_resident_seqs`` the sequences of each decode worker whose
+    KV is in the pool, paused ones included; None: the same.
+    """
 
     shape: KvShape
     max_num_seqs: int
     max_model_len: int
     guaranteed_slabs: int = 0
+    max_resident_seqs: int | None = None
+
+    @staticmethod
+    def of(unit: UnitConfig, model: ModelConfig, spec: ModelSpec) -> UnitModel:
+        """A configured model."""
+        return UnitModel(
+            shape=spec.kv_shape(model.block_size, model.dtype),
+            max_num_seqs=model.max_num_seqs,
+            max_model_len=model.max_model_len or spec.context_len,
+            guaranteed_slabs=unit.guaranteed_slabs(model),
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class CreditGiven:
+class IssuedCredit:
     """A credit for a router, with the workers that are to serve it."""
 
     router: str
-    key_id: int
+    entry_id: int
     lease: Lease
     prefill: WorkerRecord
     decode: WorkerRecord
     decision: int
     num_overtaken: int
-    standing: Standing
+    scheduling: SchedulingState
 
 
 @dataclass(frozen=True, slots=True)
-class SwapInGiven:
-    """Token blocks for a swapped lease of ``worker``; the first ``num_cached`` hold its beginning already."""
+class IssuedSwapIn:
+    """Token blocks for a swapped lease of ``worker``; the first ``num_cached`` hold its prefix already."""
 
     worker: str
     lease_id: int
@@ -73,187 +89,221 @@ class SwapInGiven:
 
 
 @dataclass(frozen=True, slots=True)
-class GiveWay:
-    """``worker`` is to give back the token blocks of a lease: to swap them, or to let the request begin anew."""
+class PreemptionRequest:
+    """``worker`` is to free the token blocks of a lease: by swapping them, or by ending the lease."""
 
     worker: str
     lease_id: int
 
 
 @dataclass(frozen=True, slots=True)
-class RoomGiven:
-    """What `Unit.give_room` decided: whoever is named here has to be told."""
+class AdmissionDecisions:
+    """What `Unit.schedule` decided: to be sent to the routers and workers that are named."""
 
-    credits: list[CreditGiven] = field(default_factory=list)
-    swap_ins: list[SwapInGiven] = field(default_factory=list)
-    give_way: list[GiveWay] = field(default_factory=list)
+    credits: list[IssuedCredit] = field(default_factory=list)
+    swap_ins: list[IssuedSwapIn] = field(default_factory=list)
+    preemptions: list[PreemptionRequest] = field(default_factory=list)
 
 
 def first_id(unix_s: float) -> int:
-    """A ``last_id`` for a unit that starts now: above all that an earlier life of it gave out."""
+    """A ``last_id`` for a unit that starts now: above all ids of an earlier life of it."""
     return int(unix_s * 1000) << _ID_BITS
 
 
 class Unit:
-    """Owns the unit's state. Whoever changes it calls `give_room` afterwards and sends what that returns."""
+    """Owns the unit's state. After each change, the caller calls `schedule` and sends what it returns.
+
+    Invariant: each model of ``models`` shares the pool and has a quota, and every lease is of one of them.
+    """
 
     def __init__(
         self,
         pool_bytes: int,
         slab_bytes: int,
-        models: Mapping[str, ModelShare],
+        models: Mapping[str, UnitModel],
         last_id: int = 0,
         swap_bytes: int = 0,
-        order: Order = FCFS,
+        policy: SchedulingPolicy = FCFS,
     ) -> None:
         """Raises ValueError if a slab does not hold one token block of each model.
 
-        ``last_id``: lease ids go on from here, and incarnations from its upper bits; see `first_id`.
+        ``last_id``: lease ids continue from here, and incarnations from its upper bits; see `first_id`.
         """
-        blocks = {name: slab_bytes // share.shape.token_block_bytes for name, share in models.items()}
-        self.models = models
+        self.models: dict[str, UnitModel] = {}
         self.slab_bytes = slab_bytes
-        self.pool = SlabPool(pool_bytes // slab_bytes, blocks)
+        self.pool = SlabPool(pool_bytes // slab_bytes)
         self.blocks = BlockTable(self.pool)
         self.swap = SwapSpace(swap_bytes)
         self.leases = LeaseTable(self.blocks, self.swap, last_id)
-        self.order = order
+        self.policy = policy
         self.num_decisions = 0
-        self.admission = Admission(order)
-        self.quotas = initial_quotas(self.pool.num_slabs, self._guaranteed())
-        self._slab_seconds = dict.fromkeys(models, 0.0)
+        self.admission = Admission(policy)
+        self.quotas: dict[str, int] = {}
+        self.workers: dict[str, WorkerRecord] = {}
+        self._leaving: set[str] = set()
+        self._slab_seconds: dict[str, float] = {}
         self._counted_until_s: float | None = None
         self._reclaim_at_s: float | None = None
         self._adapted_at_s: float | None = None
-        self.workers: dict[str, WorkerRecord] = {}
+        self._costs_due_s = 0.0
         self._incarnations = last_id >> _ID_BITS
+        for name, model in models.items():
+            self.add_model(name, model)
+
+    def add_model(self, name: str, model: UnitModel) -> None:
+        """Adds a model. Quotas start anew.
+
+        Raises ValueError if a slab does not hold one of its token blocks, the pool does not hold what is guaranteed, or
+        the name is taken.
+        """
+        if name in self.models:
+            raise ValueError(f"the unit has a model {name!r} already" + " that leaves it" * (name in self._leaving))
+        guaranteed = sum(self._guaranteed().values()) + model.guaranteed_slabs
+        if guaranteed > self.pool.num_slabs:
+            raise ValueError(f"{guaranteed} slabs would be guaranteed; the pool has {self.pool.num_slabs}")
+        self.blocks.add_model(name, self.slab_bytes // model.shape.token_block_bytes)
+        self.models[name] = model
+        self._reset_quotas()
+
+    def remove_model(self, name: str) -> list[AdmissionEntry]:
+        """Stops admitting requests for a model. Its sequences continue; when the last one has ended, it is gone.
+
+        Returns the queued requests for it, which have to be refused.
+        """
+        self._leaving.add(name)
+        refused = self.admission.take_requests(name)
+        self._remove_left_models()
+        return refused
 
     def attach(self, role: Role, model: str, address: str, pid: int) -> WorkerRecord:
-        """A worker process came. Raises InvalidRequest for a model that is not of this unit."""
-        if model not in self.models:
-            raise InvalidRequest("model", f"{model!r} is not of this unit; it has: {', '.join(sorted(self.models))}")
+        """Adds a worker. Raises InvalidRequest for a model that the unit does not serve."""
+        if model not in self._served():
+            served = ", ".join(sorted(self._served()))
+            raise InvalidRequest("model", f"{model!r} is not served by this unit; it serves: {served}")
         self._incarnations += 1
         worker = WorkerRecord(f"{role.value}-{model}#{self._incarnations:x}", role, model, address, pid)
         self.workers[worker.name] = worker
         return worker
 
     def worker_exited(self, name: str, computed: Mapping[int, Sequence[bytes]] | None = None) -> int:
-        """A worker's process is certainly gone: its leases end, and what it had computed stays as cache.
+        """A worker's processes have certainly exited: its leases end, and what it had computed stays cached.
 
         Returns how many. ``computed``: see `ProgressPage.read`.
         """
         self.workers.pop(name, None)
-        self.admission.drop_asker(name)
+        self.admission.drop_source(name)
         return self.leases.drop_owner(name, computed)
 
     def router_gone(self, router: str) -> None:
-        """A router's stream broke: its keys and unused credits end. Workers end their own leases."""
-        self.admission.drop_asker(router)
+        """A router's stream broke: its queued requests and unused credits end. Workers end their own leases."""
+        self.admission.drop_source(router)
         self.leases.drop_owner(router)
 
-    def offer(self, key: WaitingKey) -> None:
-        """A router shows a key. Raises InvalidRequest if this unit can never serve it.
+    def offer(self, router: str, request: QueuedRequest) -> None:
+        """A router shows a queued request. Raises InvalidRequest if this unit can never serve it.
 
-        What the prefix cache has of its prompt now is no work.
+        The part of its prompt that the prefix cache has now counts as done.
         """
-        if key.model not in self.models:
-            raise InvalidRequest("model", f"{key.model!r} is not of this unit")
-        block_size, capacity = self.models[key.model].shape.block_size, self.pool.capacity_blocks(key.model)
-        most_tokens = key.demand.most_tokens
-        if blocks_for(most_tokens, block_size) > capacity:
+        if request.model not in self._served():
+            raise InvalidRequest("model", f"{request.model!r} is not served by this unit")
+        block_size = self.models[request.model].shape.block_size
+        capacity, max_tokens = self.pool.capacity_blocks(request.model), request.demand.max_tokens
+        if blocks_for(max_tokens, block_size) > capacity:
             raise InvalidRequest(
                 "stopping.max_new_tokens",
-                f"prompt and longest answer are {most_tokens} tokens; the KV pool holds {capacity * block_size}",
+                f"prompt and longest output are {max_tokens} tokens; the KV pool holds {capacity * block_size}",
             )
-        self.admission.offer(self._with_what_is_cached(key))
+        self.admission.offer(AdmissionEntry(router, self._with_cached_share(request)))
 
-    def ask_swap_in(self, ref: LeaseRef, owner: str, demand: KvDemand, standing: Standing) -> None:
-        """A worker wants token blocks for a swapped lease; they come with `give_room`. Raises LeaseLost."""
-        model = self.leases.swapped_model(ref, owner)
-        self.admission.offer(WaitingKey(owner, ref.lease_id, model, standing, demand, ref))
+    def request_swap_in(self, ref: LeaseRef, owner: str, demand: KvDemand, scheduling: SchedulingState) -> None:
+        """A worker needs token blocks for a swapped lease; `schedule` issues them. Raises LeaseLost."""
+        state, model = self.leases.state_of(ref, owner), self.leases.model_of(ref, owner)
+        if state is not LeaseState.SWAPPED:
+            raise LeaseLost(f"lease {ref.lease_id} is {state}, not swapped")
+        self.admission.offer(AdmissionEntry(owner, QueuedRequest(ref.lease_id, model, scheduling, demand), ref))
 
-    def give_room(self, now_s: float, unix_s: float = 0.0) -> RoomGiven:
-        """Drops expired credits, adapts the quotas when it is time, then gives out room while there is some: in order,
-        to new requests as credits, and to swapped leases as token blocks. ``unix_s`` is the same moment as ``now_s``,
-        on the clock of the arrivals.
+    def schedule(self, now_s: float, unix_s: float) -> AdmissionDecisions:
+        """Drops expired credits, adapts the quotas when it is time, then gives out free capacity in order: to queued
+        requests as credits, and to swapped leases as token blocks. ``unix_s`` is the same moment as ``now_s``, on the
+        clock of the arrivals.
         """
         self._count_use(now_s)
         self.leases.drop_expired(now_s)
-        self._adapt(now_s)
-        given = RoomGiven()
-        taken = {model: self._num_taken(model) for model in self.models}
-        ready = {model for model in self.models if all(self.ready_worker(role, model) for role in Role)}
+        self._remove_left_models()
+        self._adapt_quotas(now_s)
+        decisions = AdmissionDecisions()
+        batched, resident = self.leases.count_assigned()
+        ready = {model: [self.ready_workers(role, model) for role in Role] for model in self.models}
 
-        def has_slot(key: WaitingKey) -> bool:
-            can_begin = key.swapped is not None or key.model in ready
-            return can_begin and taken[key.model] < self.models[key.model].max_num_seqs
+        def takes_one_more(decode: str, model: str) -> bool:
+            limits = self.models[model]
+            max_resident = limits.max_num_seqs if limits.max_resident_seqs is None else limits.max_resident_seqs
+            return batched[decode] < limits.max_num_seqs and resident[decode] < max_resident
 
-        def is_within_quota(key: WaitingKey) -> bool:
-            needed = blocks_for(key.demand.num_tokens, self.models[key.model].shape.block_size)
-            return self.blocks.num_slabs_with(key.model, needed) <= self.quotas[key.model]
+        def has_slot(entry: AdmissionEntry) -> bool:
+            if entry.swapped is not None:
+                return takes_one_more(entry.source, entry.model)
+            prefills, decodes = ready[entry.model]
+            return bool(prefills) and any(takes_one_more(worker.name, entry.model) for worker in decodes)
 
-        def try_credit(key: WaitingKey, lend: bool) -> bool:
-            most = None if lend else self.quotas[key.model] - self.blocks.num_used_slabs(key.model)
-            if key.swapped:
-                swap_in = self._swap_in(key, key.swapped, most)
-                given.swap_ins.extend([swap_in] if swap_in else [])
-                fits = swap_in is not None
+        def least_loaded(workers: Sequence[WorkerRecord]) -> WorkerRecord:
+            """The youngest of equals."""
+            return min(workers, key=lambda worker: batched[worker.name])
+
+        def is_within_quota(entry: AdmissionEntry) -> bool:
+            needed = blocks_for(entry.request.demand.num_tokens, self.models[entry.model].shape.block_size)
+            return self.blocks.num_slabs_with(entry.model, needed) <= self.quotas[entry.model]
+
+        def try_admit(entry: AdmissionEntry, lend: bool) -> bool:
+            max_new_slabs = None if lend else self.quotas[entry.model] - self.blocks.num_used_slabs(entry.model)
+            if entry.swapped is not None:
+                workers: tuple[str, ...] = (entry.source,)
+                swap_in = self._begin_swap_in(entry, entry.swapped, max_new_slabs)
+                decisions.swap_ins.extend([swap_in] if swap_in else [])
+                is_admitted = swap_in is not None
             else:
-                credit = self._credit(key, most, now_s + CREDIT_TTL_S)
-                given.credits.extend([credit] if credit else [])
-                fits = credit is not None
-            taken[key.model] += fits
-            return fits
+                prefills, decodes = ready[entry.model]
+                prefill = least_loaded(prefills)
+                decode = least_loaded([one for one in decodes if takes_one_more(one.name, entry.model)])
+                workers = (prefill.name, decode.name)
+                credit = self._issue_credit(entry, prefill, decode, max_new_slabs, now_s + CREDIT_TTL_S)
+                decisions.credits.extend([credit] if credit else [])
+                is_admitted = credit is not None
+            for worker in workers if is_admitted else ():
+                batched[worker] += 1
+                resident[worker] += 1
+            return is_admitted
 
-        claims_wait = self.admission.admit(unix_s, has_slot, is_within_quota, try_credit)
-        self._reclaim(claims_wait, now_s, unix_s, given.give_way)
-        return given
+        claims_wait = self.admission.admit(unix_s, has_slot, is_within_quota, try_admit)
+        self._reclaim_loans(claims_wait, now_s, unix_s, decisions.preemptions)
+        return decisions
 
     def next_change_s(self) -> float | None:
-        """When `give_room` has something to do though nothing happens, or None."""
+        """When `schedule` has to be called though nothing happens, or None."""
         times = (self.leases.next_expiry_s(), self._reclaim_at_s)
         return min((time for time in times if time is not None), default=None)
 
-    def _reclaim(self, claims_wait: bool, now_s: float, unix_s: float, give_way: list[GiveWay]) -> None:
-        """What is lent comes back as requests end; if that takes too long, the last in order gives way."""
-        if not claims_wait:
-            self._reclaim_at_s = None
-        elif self._reclaim_at_s is None:
-            self._reclaim_at_s = now_s + RECLAIM_AFTER_S
-        elif now_s >= self._reclaim_at_s:
-            self._reclaim_at_s = now_s + RECLAIM_EVERY_S
-            decoding = {worker.name for worker in self.workers.values() if worker.role is Role.DECODE}
-            past = [model for model in self.models if self.blocks.num_used_slabs(model) > self.quotas[model]]
-            chosen = self.leases.ask_to_give_way(decoding, past, lambda one: self.order.key(one, unix_s))
-            give_way.extend([GiveWay(*chosen)] if chosen else [])
+    def costs_are_due(self, now_s: float) -> bool:
+        """True at most once every `COSTS_EVERY_S`: step costs are to be sent to routers."""
+        if now_s < self._costs_due_s:
+            return False
+        self._costs_due_s = now_s + COSTS_EVERY_S
+        return True
 
-    def _with_what_is_cached(self, key: WaitingKey) -> WaitingKey:
-        demand, shape = key.demand, self.models[key.model].shape
-        num_cached = self.blocks.count_cached(key.model, demand.block_hashes) * shape.block_size
-        share = min(num_cached, demand.max_cached_tokens) / (demand.max_cached_tokens + 1)
-        return replace(key, standing=key.standing.prefilled(share)) if share else key
+    def acquire(self, ref: LeaseRef, worker: str) -> Lease:
+        """The prefill worker acquires a credit. Raises LeaseLost, WorkerLost."""
+        self._check_attached(worker)
+        return self.leases.acquire(ref, worker)
 
-    def _credit(self, key: WaitingKey, max_new_slabs: int | None, expires_at_s: float) -> CreditGiven | None:
-        block_size = self.models[key.model].shape.block_size
-        lease = self.leases.grant_credit(
-            key.model, block_size, key.demand, key.standing, key.asker, expires_at_s, max_new_slabs
-        )
-        if lease is None:
-            return None
-        prefill, decode = (self.ready_worker(role, key.model) for role in (Role.PREFILL, Role.DECODE))
-        assert prefill and decode
-        self.num_decisions += 1
-        overtaken = self.admission.num_overtaken(key)
-        return CreditGiven(key.asker, key.key_id, lease, prefill, decode, self.num_decisions, overtaken, key.standing)
-
-    def _swap_in(self, key: WaitingKey, ref: LeaseRef, max_new_slabs: int | None) -> SwapInGiven | None:
-        taken = self.leases.swap_in(ref, key.demand, max_new_slabs)
-        return None if taken is None else SwapInGiven(key.asker, key.key_id, taken.block_ids, taken.num_cached)
+    def move(self, ref: LeaseRef, owner: str, to: str, num_computed_tokens: int, sampled: tuple[int, ...]) -> Lease:
+        """The hand-off. Raises LeaseLost; WorkerLost if ``to`` is gone, and then ``owner`` still has the lease."""
+        self._check_attached(to)
+        return self.leases.move(ref, owner, to, num_computed_tokens, sampled)
 
     def grow(self, ref: LeaseRef, owner: str, num_blocks: int) -> tuple[int, ...] | None:
-        """More token blocks for a lease; None if there is no room. Raises LeaseLost.
+        """More token blocks for a lease; None if the pool is full. Raises LeaseLost.
 
-        While a key within its quota waits, what others give back is not lent anew.
+        While an entry within its quota waits, freed memory is not lent again.
         """
         model = self.leases.model_of(ref, owner)
         spare = max(0, self.quotas[model] - self.blocks.num_used_slabs(model))
@@ -264,42 +314,106 @@ class Unit:
         self.leases.release(ref, owner, computed)
         self.admission.withdraw(owner, ref.lease_id)
 
-    def acquire(self, ref: LeaseRef, worker: str) -> Lease:
-        """The prefill worker takes the credit. Raises LeaseLost, WorkerLost."""
-        self._attached(worker)
-        return self.leases.acquire(ref, worker)
-
-    def move(
-        self, ref: LeaseRef, owner: str, to: str, num_computed_tokens: int, sampled: tuple[int, ...], handoff: bytes
-    ) -> Lease:
-        """The hand-off. Raises LeaseLost; WorkerLost if ``to`` is gone, and then ``owner`` still has the lease."""
-        self._attached(to)
-        return self.leases.move(ref, owner, to, num_computed_tokens, sampled, handoff)
-
-    def ready_worker(self, role: Role, model: str) -> WorkerRecord | None:
-        """The youngest worker of a role that serves ``model`` now."""
-        ready = [w for w in self.workers.values() if w.role is role and w.model == model and w.ready]
-        return ready[-1] if ready else None
+    def ready_workers(self, role: Role, model: str) -> list[WorkerRecord]:
+        """The workers of a role that serve ``model`` now, the youngest first."""
+        return [w for w in reversed(self.workers.values()) if w.role is role and w.model == model and w.ready]
 
     def leased_bytes(self) -> int:
         """Bytes of the token blocks in use; one that several leases share counts once."""
-        return sum(self.blocks.num_in_use(name) * share.shape.token_block_bytes for name, share in self.models.items())
+        return sum(self.blocks.num_in_use(name) * model.shape.token_block_bytes for name, model in self.models.items())
 
     def cached_bytes(self) -> int:
-        """Bytes of the token blocks that nobody has and that hold a prefix."""
-        return sum(self.blocks.num_cached(name) * share.shape.token_block_bytes for name, share in self.models.items())
+        """Bytes of the cached token blocks."""
+        return sum(self.blocks.num_cached(name) * model.shape.token_block_bytes for name, model in self.models.items())
 
     def fragmented_bytes(self) -> int:
-        """Bytes of lent slabs that are no token block in use or cached: what only their own models could take."""
+        """Bytes of lent slabs that are in no token block in use or cached: only their own models can allocate them."""
         lent = (self.pool.num_slabs - self.pool.num_free_slabs) * self.slab_bytes
         return lent - self.leased_bytes() - self.cached_bytes()
 
     def check_integrity(self) -> None:
         """Proves that every token block is in one place; raises AssertionError."""
         self.leases.check_integrity()
+        assert self.models.keys() == self.quotas.keys() >= self._leaving, "a model has no quota"
+        assert not self.models or sum(self.quotas.values()) == self.pool.num_slabs, "quotas are not the whole pool"
+
+    def _served(self) -> set[str]:
+        return self.models.keys() - self._leaving
+
+    def _remove_left_models(self) -> None:
+        for name in [name for name in self._leaving if not self.leases.count_states(name)]:
+            self._leaving.discard(name)
+            self.blocks.remove_model(name)
+            del self.models[name]
+            self._reset_quotas()
+
+    def _with_cached_share(self, request: QueuedRequest) -> QueuedRequest:
+        demand, shape = request.demand, self.models[request.model].shape
+        num_cached = self.blocks.count_cached(request.model, demand.block_hashes) * shape.block_size
+        share = min(num_cached, demand.max_cached_tokens) / (demand.max_cached_tokens + 1)
+        return replace(request, scheduling=request.scheduling.with_cached_share(share)) if share else request
+
+    def _issue_credit(
+        self,
+        entry: AdmissionEntry,
+        prefill: WorkerRecord,
+        decode: WorkerRecord,
+        max_new_slabs: int | None,
+        expires_at_s: float,
+    ) -> IssuedCredit | None:
+        request = entry.request
+        lease = self.leases.issue_credit(
+            request.model,
+            self.models[request.model].shape.block_size,
+            request.demand,
+            request.scheduling,
+            entry.source,
+            Assignment(prefill.name, decode.name),
+            expires_at_s,
+            max_new_slabs,
+        )
+        if lease is None:
+            return None
+        self.num_decisions += 1
+        return IssuedCredit(
+            entry.source,
+            request.entry_id,
+            lease,
+            prefill,
+            decode,
+            self.num_decisions,
+            self.admission.num_overtaken(entry),
+            request.scheduling,
+        )
+
+    def _begin_swap_in(self, entry: AdmissionEntry, ref: LeaseRef, max_new_slabs: int | None) -> IssuedSwapIn | None:
+        allocated = self.leases.begin_swap_in(ref, entry.request.demand, max_new_slabs)
+        if allocated is None:
+            return None
+        return IssuedSwapIn(entry.source, ref.lease_id, allocated.block_ids, allocated.num_cached)
+
+    def _reclaim_loans(
+        self, claims_wait: bool, now_s: float, unix_s: float, preemptions: list[PreemptionRequest]
+    ) -> None:
+        """Loans return as requests end; if that takes too long, the last sequence in order is pre-empted."""
+        if not claims_wait:
+            self._reclaim_at_s = None
+        elif self._reclaim_at_s is None:
+            self._reclaim_at_s = now_s + RECLAIM_AFTER_S
+        elif now_s >= self._reclaim_at_s:
+            self._reclaim_at_s = now_s + RECLAIM_EVERY_S
+            decoding = {worker.name for worker in self.workers.values() if worker.role is Role.DECODE}
+            past_quota = [model for model in self.models if self.blocks.num_used_slabs(model) > self.quotas[model]]
+            victim = self.leases.choose_victim(decoding, past_quota, lambda one: self.policy.sort_key(one, unix_s))
+            preemptions.extend([PreemptionRequest(*victim)] if victim else [])
 
     def _guaranteed(self) -> dict[str, int]:
-        return {model: share.guaranteed_slabs for model, share in self.models.items()}
+        return {name: model.guaranteed_slabs for name, model in self.models.items()}
+
+    def _reset_quotas(self) -> None:
+        self.quotas = initial_quotas(self.pool.num_slabs, self._guaranteed())
+        self._slab_seconds = dict.fromkeys(self.models, 0.0)
+        self._adapted_at_s = self._counted_until_s = None
 
     def _count_use(self, now_s: float) -> None:
         """Adds up slabs x seconds since the last call, as if what is in use now had been in use since then."""
@@ -308,7 +422,7 @@ class Unit:
                 self._slab_seconds[model] += (now_s - self._counted_until_s) * self.blocks.num_used_slabs(model)
         self._counted_until_s = now_s
 
-    def _adapt(self, now_s: float) -> None:
+    def _adapt_quotas(self, now_s: float) -> None:
         if self._adapted_at_s is None:
             self._adapted_at_s = now_s
         elapsed_s = now_s - self._adapted_at_s
@@ -319,11 +433,6 @@ class Unit:
         self._slab_seconds = dict.fromkeys(self.models, 0.0)
         self._adapted_at_s = now_s
 
-    def _num_taken(self, model: str) -> int:
-        """Decode slots: a swapped lease has none, and needs one to come back."""
-        has_any = self.leases.count(model, credits=True) + self.leases.count(model, credits=False)
-        return has_any - self.leases.count_swapped(model)
-
-    def _attached(self, worker: str) -> None:
+    def _check_attached(self, worker: str) -> None:
         if worker not in self.workers:
             raise WorkerLost(f"worker {worker} is not attached")

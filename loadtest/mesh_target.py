@@ -9,7 +9,7 @@ from loadtest.workload import PlannedRequest
 from muxmesh.client import MeshClient, Message
 from muxmesh.client.aio import Prompt
 from muxmesh.errors import InternalError, MeshError, Unavailable
-from muxmesh.rpc.status import status_code
+from muxmesh.rpc.status_codes import status_code
 
 _CONNECT_TIMEOUT_S = 10.0
 

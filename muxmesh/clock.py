@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Where a part gets its time from."""
+    """A source of time."""
 
     def monotonic_s(self) -> float:
         """Seconds that never go back; comparable within one machine."""

@@ -1,4 +1,4 @@
-"""Errors, named by meaning. `muxmesh.rpc.status` maps them to gRPC status codes and back.
+"""Errors, named by meaning. `muxmesh.rpc.status_codes` maps them to gRPC status codes and back.
 
 MeshError
 ├── InvalidRequest        the request can never succeed as it is; names the field
@@ -6,7 +6,7 @@ MeshError
 ├── Overloaded            try again later
 ├── DeadlineExceeded      the caller's deadline passed
 ├── RequestAborted        the request was cancelled
-│   └── GaveWay           its KV memory went to others; it goes on when there is room
+│   └── RequestPreempted  its KV memory was reclaimed; it resumes when memory is free
 ├── Unavailable           a service cannot be reached
 │   └── WorkerLost        a worker died, or lost what it knew of the request
 ├── LeaseLost             the lease is not (or no longer) the caller's
@@ -14,7 +14,7 @@ MeshError
 ├── Unauthenticated       no or bad credentials
 ├── InternalError         a bug in the mesh
 └── ConfigError           mesh.yaml or a command line argument is wrong
-    └── ModelUnsupported  a model folder that no engine can load; says what it found
+    └── ModelUnsupported  a model folder that no engine can load; names what it found
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ModelNotFound(MeshError):
 
 
 class Overloaded(MeshError):
-    """No room now. ``retry_after_s`` is when to try again."""
+    """No capacity now. ``retry_after_s`` is when to try again."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
@@ -53,12 +53,12 @@ class RequestAborted(MeshError):
     """The request was cancelled."""
 
 
-class GaveWay(RequestAborted):
-    """The request's KV memory went to others, and there was none to swap to. It goes on when there is room."""
+class RequestPreempted(RequestAborted):
+    """The request's KV memory was reclaimed and could not be swapped. It resumes when memory is free."""
 
 
 class Unavailable(MeshError):
-    """A service cannot be reached. Safe to retry as long as no token came."""
+    """A service cannot be reached. Safe to retry as long as no token was received."""
 
 
 class WorkerLost(Unavailable):
@@ -66,7 +66,7 @@ class WorkerLost(Unavailable):
 
 
 class LeaseLost(MeshError):
-    """The lease does not exist, has another owner, or is at another epoch."""
+    """The lease does not exist, has another owner, is at another epoch, or is in a state that forbids the call."""
 
 
 class EngineFailed(MeshError):
@@ -82,7 +82,7 @@ class InternalError(MeshError):
 
 
 class ConfigError(MeshError):
-    """A configuration or an argument is wrong; the message says where and what would be right."""
+    """A configuration or an argument is wrong; the message names the place and what would be right."""
 
 
 class ModelUnsupported(ConfigError):

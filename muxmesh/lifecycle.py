@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _SLOW_END_S = 3.0
-"""Less than what the supervisor waits before it kills."""
-_MOST_PLACES = 20
+"""Less than the grace that the supervisor gives before SIGKILL."""
+_MAX_PLACES = 20
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 
@@ -36,7 +36,7 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def service_arguments(description: str | None, *own: str) -> argparse.Namespace:
-    """What the supervisor tells a service: ``runtime``, ``parent`` and its ``own``. Ties the process to its parent."""
+    """Parses a service's command line: ``runtime``, ``parent`` and its ``own``. Ties the process to its parent."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--runtime", type=Path, required=True)
     for name in own:
@@ -48,27 +48,27 @@ def service_arguments(description: str | None, *own: str) -> argparse.Namespace:
 
 
 class Stop:
-    """The wish that a service ends. A service that is still starting when it comes is cancelled where it stands."""
+    """A request that a service stops. A service that is still starting is cancelled."""
 
     def __init__(self, slow_end_s: float = _SLOW_END_S) -> None:
-        """``slow_end_s``: an end that takes longer is told of in the log."""
+        """``slow_end_s``: a shutdown that takes longer logs what it waits for."""
         self._slow_end_s = slow_end_s
-        self._wished = asyncio.Event()
+        self._requested = asyncio.Event()
         self._serving = False
         self._starting: asyncio.Task[None] | None = None
 
     def set(self) -> None:
-        """Wishes the end. If that takes long, the log tells what is waited for."""
-        if not self._wished.is_set():
-            asyncio.get_running_loop().call_later(self._slow_end_s, _log_what_is_waited_for)
-        self._wished.set()
+        """Requests the stop. If it takes long, the log says what the service waits for."""
+        if not self._requested.is_set():
+            asyncio.get_running_loop().call_later(self._slow_end_s, _log_pending_tasks)
+        self._requested.set()
         if self._starting is not None and not self._serving:
             self._starting.cancel()
 
     async def wait(self) -> None:
-        """Called by the service once it serves: waits for the wish."""
+        """Called by the service once it serves: waits for the request to stop."""
         self._serving = True
-        await self._wished.wait()
+        await self._requested.wait()
 
     async def run(self, main: Callable[[Stop], Coroutine[Any, Any, None]]) -> bool:
         """Runs ``main(self)``; False if it was cancelled while starting."""
@@ -80,14 +80,14 @@ class Stop:
         return True
 
 
-def _log_what_is_waited_for() -> None:
+def _log_pending_tasks() -> None:
     places = Counter(map(_place_of, asyncio.all_tasks()))
-    told = "\n".join(f"  {count} x {place}" for place, count in places.most_common(_MOST_PLACES))
-    _log.warning("this takes long to end; its tasks wait at\n%s", told)
+    listed = "\n".join(f"  {count} x {place}" for place, count in places.most_common(_MAX_PLACES))
+    _log.warning("shutdown takes long; its tasks wait at\n%s", listed)
 
 
 def _place_of(task: asyncio.Task[Any]) -> str:
-    """Files and lines, from the task's own function to what it waits for."""
+    """Files and lines, from the task's own function to the innermost await."""
     lines: list[str] = []
     waiting: object = task.get_coro()
     while (frame := getattr(waiting, "cr_frame", None)) is not None:
@@ -109,4 +109,4 @@ def run_service(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         if not runner.run(supervised()):
-            os._exit(0)  # a thread may be loading a model or compiling: nothing of it is worth waiting for
+            os._exit(0)  # a thread may be loading a model or compiling: its result is not needed

@@ -5,22 +5,33 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from statistics import NormalDist
 from typing import Literal
 
 KvFormat = Literal["raw", "int8"]
-"""How KV is kept outside the pool: as it is, or quantized."""
+"""How KV is kept outside the pool: bit by bit, or quantized."""
+
+SWAP_PAGE_BYTES = 16 * 1024
+"""The swap region is allocated in pages of this size."""
 
 _NORMAL = NormalDist()
 _Z90 = _NORMAL.inv_cdf(0.9)
-_LAST_PLACE = 6.0
+_MAX_QUANTILE = 6.0
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-"""Of the public API, where nothing else is said."""
+"""Of the public API, where no other is configured."""
+
+
+class Role(StrEnum):
+    """The two phases of a request, each with its own workers."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
 
 
 class FinishReason(enum.Enum):
-    """Why an engine ended a job."""
+    """Why an engine finished a sequence."""
 
     LENGTH = "length"
     STOP_TOKEN = "stop_token"  # noqa: S105 - not a secret
@@ -29,7 +40,7 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of a job. ``token_id`` is the token that ended it, None for LENGTH."""
+    """The end of a sequence. ``token_id`` is the token that ended it, None for LENGTH."""
 
     reason: FinishReason
     token_id: int | None = None
@@ -37,11 +48,11 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. The defaults of everything but the temperature are off.
+    """How tokens are sampled. By default everything but the temperature is off.
 
-    ``temperature`` 0 is greedy. Presence and frequency penalties look at the answer, the repetition penalty at prompt
-    and answer. ``allowed_token_ids`` None: all. ``logprobs`` and ``prompt_logprobs`` None: not wanted; n: with the n
-    likeliest candidates.
+    ``temperature`` 0 is greedy. Presence and frequency penalties apply to output tokens, the repetition penalty to
+    prompt and output. ``allowed_token_ids`` None allows all. ``logprobs`` and ``prompt_logprobs`` None: not
+    requested; n: with the n most likely candidates.
     """
 
     temperature: float = 1.0
@@ -59,18 +70,18 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """True if the likeliest token is taken and no number is drawn."""
+        """True if the most likely token is taken and no random number is used."""
         return self.temperature == 0.0
 
     @property
-    def looks_back(self) -> bool:
-        """True if a draw depends on the tokens before it by more than the logits."""
+    def has_penalties(self) -> bool:
+        """True if a sampled token depends on the tokens before it by more than the logits."""
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A token at one place, its log-probability, and its rank there (1 is the likeliest)."""
+    """A token at one position, its log-probability, and its rank there (1 is the most likely)."""
 
     token_id: int
     logprob: float
@@ -79,7 +90,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one place: of the token that is there, and of the likeliest, best first.
+    """Log-probabilities at one position: of the token that is there, and of the most likely ones, best first.
 
     They are the model's own: before penalties, bias, temperature and filters.
     """
@@ -90,7 +101,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Stopping:
-    """When an answer ends, in tokens. Stop strings are the router's business."""
+    """When a sequence finishes, in tokens. The router handles stop strings."""
 
     max_new_tokens: int
     min_new_tokens: int = 0
@@ -98,7 +109,7 @@ class Stopping:
     eos_token_ids: frozenset[int] = frozenset()
 
     def finish_after(self, token_id: int, num_output_tokens: int) -> Finish | None:
-        """The end that ``token_id`` brings as the ``num_output_tokens``-th output token, or None."""
+        """The finish caused by ``token_id`` as the ``num_output_tokens``-th output token, or None."""
         if num_output_tokens >= self.min_new_tokens:
             if token_id in self.eos_token_ids:
                 return Finish(FinishReason.EOS, token_id)
@@ -109,19 +120,45 @@ class Stopping:
         return None
 
     def banned_at(self, output_index: int) -> frozenset[int]:
-        """Token ids that may not be drawn at this place of the answer, so that ``min_new_tokens`` holds."""
+        """Token ids that may not be sampled at this output index, so that ``min_new_tokens`` holds."""
         if output_index + 1 >= self.min_new_tokens:
             return frozenset()
         return self.eos_token_ids | self.stop_token_ids
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """What an order knows of a request. ``arrived_at_s`` is unix time.
+class LengthPrediction:
+    """Predicted output length in tokens: the median and the 0.9 quantile.
 
-    Work is predicted, in seconds of its own prefill and decode steps: ``prefill_s`` and ``decode_s`` that are left,
-    ``served_s`` that it has had. ``typical_s`` is that of a typical request about when it came (`router.work`). Nothing
-    predicted is 0 everywhere: the same work for all.
+    The distribution is taken to be log-normal, which the two determine: lengths are heavy-tailed.
+    """
+
+    p50_tokens: float
+    p90_tokens: float
+
+    def remaining_tokens(self, num_output_tokens: int) -> float:
+        """Median of the tokens left to a sequence that has ``num_output_tokens`` of output; at least 1.
+
+        A sequence that is longer than predicted is expected to go on the longer the more uncertain the prediction was.
+        """
+        if num_output_tokens < 1:
+            return max(1.0, self.p50_tokens)
+        spread = math.log(max(self.p90_tokens / self.p50_tokens, 1.0 + 1e-6)) / _Z90
+        quantile = math.log(num_output_tokens / self.p50_tokens) / spread
+        if quantile > _MAX_QUANTILE:  # the normal distribution's own tail, where its values underflow
+            return max(1.0, num_output_tokens * math.expm1(spread * math.log(2) / quantile))
+        beyond = 1 - _NORMAL.cdf(quantile)
+        median = self.p50_tokens * math.exp(spread * -_NORMAL.inv_cdf(beyond / 2))
+        return max(1.0, median - num_output_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulingState:
+    """What a scheduling policy knows of a request. ``arrived_at_s`` is unix time.
+
+    Work is predicted, in seconds of the request's own prefill and decode steps: ``prefill_s`` and ``decode_s`` remain,
+    ``served_s`` is done. ``mean_work_s`` is the mean work of requests when this one arrived (`router.expected_work`).
+    Without a prediction all of them are 0: the same work for every request.
     """
 
     priority: int
@@ -129,64 +166,40 @@ class Standing:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     served_s: float = 0.0
-    typical_s: float = 0.0
+    mean_work_s: float = 0.0
 
     @property
-    def left_s(self) -> float:
-        """Work left."""
+    def remaining_s(self) -> float:
+        """Remaining work."""
         return self.prefill_s + self.decode_s
 
-    def prefilled(self, share: float) -> Standing:
-        """With ``share`` of its prompt, in [0, 1], found computed already."""
+    def with_cached_share(self, share: float) -> SchedulingState:
+        """The state if ``share`` of the prompt, in [0, 1], is already computed."""
         return self if share == 0 else replace(self, prefill_s=self.prefill_s * (1 - share))
 
-    def after(
+    def after_output(
         self, num_output_tokens: int, prediction: LengthPrediction | None, since: int = 0, prefill_again: bool = False
-    ) -> Standing:
-        """With so many tokens of the answer out, where this standing had ``since`` of them: less is left, or more if
-        the answer has outlived its prediction. ``prefill_again``: the prompt is to be computed once more.
+    ) -> SchedulingState:
+        """The state after ``num_output_tokens`` of output, where this state is the one after ``since`` of them.
+
+        Less work remains, or more if the output is longer than predicted. ``prefill_again``: the prompt has to be
+        computed once more.
         """
         if prediction is None or num_output_tokens <= since:
             return self
-        left_s = self.decode_s * prediction.remaining_tokens(num_output_tokens) / prediction.remaining_tokens(since)
         per_token_s = self.decode_s / prediction.remaining_tokens(since)
+        decode_s = per_token_s * prediction.remaining_tokens(num_output_tokens)
         served_s = self.served_s + self.prefill_s + per_token_s * (num_output_tokens - since)
-        return replace(self, prefill_s=self.prefill_s if prefill_again else 0.0, decode_s=left_s, served_s=served_s)
-
-
-@dataclass(frozen=True, slots=True)
-class LengthPrediction:
-    """A guess of the output length, in tokens: half are no longer than ``p50_tokens``, nine in ten than ``p90_tokens``.
-
-    The whole distribution is taken to be log-normal, which those two determine: lengths are heavy-tailed.
-    """
-
-    p50_tokens: float
-    p90_tokens: float
-
-    def remaining_tokens(self, num_output_tokens: int) -> float:
-        """The median of what is left of an answer that has ``num_output_tokens`` already: at least 1.
-
-        An answer that outlives its prediction is expected to go on the longer the more uncertain the prediction was.
-        """
-        if num_output_tokens < 1:
-            return max(1.0, self.p50_tokens)
-        spread = math.log(max(self.p90_tokens / self.p50_tokens, 1.0 + 1e-6)) / _Z90
-        place = math.log(num_output_tokens / self.p50_tokens) / spread
-        if place > _LAST_PLACE:  # the normal distribution's own tail, where its values underflow
-            return max(1.0, num_output_tokens * math.expm1(spread * math.log(2) / place))
-        beyond = 1 - _NORMAL.cdf(place)
-        median = self.p50_tokens * math.exp(spread * -_NORMAL.inv_cdf(beyond / 2))
-        return max(1.0, median - num_output_tokens)
+        return replace(self, prefill_s=self.prefill_s if prefill_again else 0.0, decode_s=decode_s, served_s=served_s)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """A request as the workers know it: tokens, no text.
 
-    ``resume_token_ids`` are output tokens that the client already has. They are computed again after a
-    worker was lost, and never sampled again. ``sequence`` tells apart the answers to one prompt. Requests share
-    cached prefixes only under the same ``cache_salt``. ``kv_swap_format`` None: the model's own.
+    ``resume_token_ids`` are output tokens that the client already has; after a worker was lost their KV is computed
+    again, and they are never sampled again. ``sequence_index`` numbers the output sequences of one prompt. Requests
+    share cached prefixes only within one ``tenant`` and ``cache_salt``. ``kv_swap_format`` None: the model's own.
     """
 
     request_id: str
@@ -194,37 +207,52 @@ class EngineRequest:
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
     stopping: Stopping
-    standing: Standing
+    scheduling: SchedulingState
     resume_token_ids: tuple[int, ...] = ()
     prediction: LengthPrediction | None = None
-    sequence: int = 0
+    sequence_index: int = 0
+    tenant: str = ""
     cache_salt: str = ""
     bypass_prefix_cache: bool = False
     kv_swap_format: KvFormat | None = None
 
     @property
-    def most_tokens(self) -> int:
-        """Prompt and the longest possible answer."""
+    def max_tokens(self) -> int:
+        """Tokens of the prompt and the longest possible output."""
         return len(self.prompt_token_ids) + self.stopping.max_new_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class KvDemand:
-    """What a request needs of the pool: room for ``num_tokens`` at first, for ``most_tokens`` with the longest answer.
+    """What a request needs of the KV pool: blocks for ``num_tokens`` at first, for ``max_tokens`` at most.
 
-    ``block_hashes`` name the full blocks of what is known of the sequence; up to ``max_cached_tokens`` of it may be
-    taken from the prefix cache.
+    ``block_hashes`` name the full blocks of the known tokens; up to ``max_cached_tokens`` of them may be taken from
+    the prefix cache.
     """
 
     num_tokens: int
-    most_tokens: int
+    max_tokens: int
     block_hashes: tuple[bytes, ...] = ()
     max_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
+class QueuedRequest:
+    """What a unit sees of a request that waits in a router: enough to order it and to reserve for it.
+
+    ``entry_id`` is chosen by the router and unique within its admission stream.
+    """
+
+    entry_id: int
+    model: str
+    scheduling: SchedulingState
+    demand: KvDemand
+    tenant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseRef:
-    """Names a lease at one epoch. Each move to another owner raises the epoch."""
+    """Names a lease at one epoch. Each change of owner raises the epoch."""
 
     lease_id: int
     epoch: int
@@ -234,8 +262,7 @@ class LeaseRef:
 class Lease:
     """The right of one owner to a request's token blocks, and how far its KV is computed.
 
-    ``sampled_token_ids`` are output tokens that are sampled but whose KV is not computed. ``handoff`` is
-    opaque: what an engine that owns its KV needs to find it.
+    ``sampled_token_ids`` are the output tokens sampled since the lease was issued; the KV of the last is not computed.
     """
 
     ref: LeaseRef
@@ -243,7 +270,6 @@ class Lease:
     block_ids: tuple[int, ...]
     num_computed_tokens: int = 0
     sampled_token_ids: tuple[int, ...] = ()
-    handoff: bytes = b""
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:

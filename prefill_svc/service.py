@@ -9,63 +9,70 @@ from typing import Any
 
 import grpc
 
-from kvstore.client.worker import Services, WorkerParts
-from muxmesh.engine.api import EngineJob, Failed, Finished, PrefillDone, PromptScored, Tokens, Until
+from muxmesh.engine.api import EngineJob, Failed, Finished, JobDone, PromptLogprobs, Tokens
+from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.errors import EngineFailed, InternalError
 from muxmesh.internal.v1 import prefill_pb2, prefill_pb2_grpc
-from muxmesh.prefix import chain_of
 from muxmesh.rpc import convert
+from muxmesh.types import LeaseRef
+from worker.worker_process import Services, WorkerContext
+
+TOKENS_BEFORE_HAND_OFF = 1
+"""Output tokens that prefill samples. More of them would keep the device from prompts."""
 
 
 class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
     """Serves one model's prompts."""
 
-    def __init__(self, parts: WorkerParts) -> None:
-        self._engine = parts.engine
-        self._leases = parts.leases
-        self._block_size = parts.block_size
+    def __init__(self, context: WorkerContext, num_tokens: int = TOKENS_BEFORE_HAND_OFF) -> None:
+        """``num_tokens``: output tokens of each request that are sampled here."""
+        self._context = context
+        self._engine = context.engine
+        self._leases = context.leases
+        self._num_tokens = num_tokens
 
     async def Prefill(
         self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> prefill_pb2.PrefillResponse:
-        """See the proto. Whatever ends this call, the lease is moved or released."""
+        """See the proto. However this call ends, the lease is moved or released."""
+        engine_request = convert.request_from_wire(request.request)
         lease = await self._leases.acquire(convert.ref_from_wire(request.lease))
-        job_id = lease.ref.lease_id
-        done = False
+        job_id, is_done = lease.ref.lease_id, False
         try:
-            asked = convert.request_from_wire(request.request)
-            job = EngineJob(job_id, asked, Until.FIRST_TOKEN, lease.block_ids, lease.num_computed_tokens)
+            sequence = self._context.sequence(engine_request, lease)
             response = prefill_pb2.PrefillResponse(num_cached_tokens=lease.num_computed_tokens)
-            async for event in self._engine.submit(job):
+            async for event in self._engine.submit(EngineJob(job_id, sequence, self._num_tokens)):
                 if isinstance(event, Tokens):
-                    (response.token_id,) = event.token_ids
+                    response.token_ids.extend(event.token_ids)
                     if event.logprobs:
-                        response.logprobs.CopyFrom(convert.logprobs_to_wire(event.logprobs))
-                elif isinstance(event, PromptScored):
+                        response.logprobs.MergeFrom(convert.logprobs_to_wire(event.logprobs))
+                elif isinstance(event, PromptLogprobs):
                     response.prompt_logprobs.MergeFrom(convert.logprobs_to_wire(event.logprobs))
                 elif isinstance(event, Finished):
                     response.finish.CopyFrom(convert.finish_to_wire(event.finish))
-                    # Before the answer: the router may send others with the same prompt at once.
-                    await self._leases.release(lease.ref, chain_of(asked, self._block_size).hashes)
-                    done = True
+                    # Before the response: the router may send others with the same prompt at once.
+                    await self._release(lease.ref, sequence)
+                    is_done = True
                     return response
-                elif isinstance(event, PrefillDone):
-                    sampled = (response.token_id,)
+                elif isinstance(event, JobDone):
                     await self._leases.move(
-                        lease.ref, request.decode_worker, event.num_computed_tokens, sampled, event.handoff
+                        lease.ref, request.decode_worker, sequence.num_computed_tokens, tuple(response.token_ids)
                     )
-                    done = True
+                    is_done = True
                     return response
                 elif isinstance(event, Failed):
                     raise EngineFailed(event.reason)
             raise InternalError("the engine's events ended without a last one")
         finally:
-            if not done:
+            if not is_done:
                 self._leases.release_after(functools.partial(self._engine.cancel, job_id), lease.ref)
+
+    async def _release(self, ref: LeaseRef, sequence: SequenceRecord) -> None:
+        await self._leases.release(ref, sequence.block_hashes(0, sequence.num_shareable_blocks))
 
 
 @asynccontextmanager
-async def open_services(parts: WorkerParts) -> AsyncIterator[Services]:
+async def open_services(context: WorkerContext) -> AsyncIterator[Services]:
     """The services of a prefill worker."""
-    register = functools.partial(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, PrefillService(parts))
+    register = functools.partial(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, PrefillService(context))
     yield {prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"]: register}

@@ -1,1 +1,1 @@
-"""The door of the mesh: validates, tokenizes, waits for credits, dispatches both phases, gives text back."""
+"""The router: validates, tokenizes, waits for credits, dispatches both phases, returns text."""

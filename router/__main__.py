@@ -4,14 +4,14 @@ import functools
 import os
 import sys
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a fit is background work: not on every core
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a fit is background work: it gets one core
 
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.lifecycle import run_service, service_arguments
 from router.app import serve
 
 _SWITCH_S = 0.0005
-"""The event loop and the threads that predict and tokenize wait so long for each other, not Python's 5 ms."""
+"""How long the event loop and the threads that predict and tokenize wait for each other; Python's default is 5 ms."""
 
 
 def main() -> None:

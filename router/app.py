@@ -1,73 +1,89 @@
-"""Puts a router process together and runs it."""
+"""Assembles a router process and runs it."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
 from muxmesh.clock import SystemClock
-from muxmesh.config.runtime import MeshRuntime
+from muxmesh.config.runtime import MeshRuntime, ProcessKey
+from muxmesh.endpoint_resolver import EndpointResolver
 from muxmesh.internal.v1 import kvstore_pb2_grpc
 from muxmesh.lifecycle import Stop
-from muxmesh.registry import Registry
+from muxmesh.models.prepared_model import kv_identity
+from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.server import MeshServer
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
-from router.attempt import Workers, run_attempt
-from router.credits import UnitCredits
-from router.forecast import Forecaster
-from router.inference import InferenceService
-from router.mesh import MeshService
-from router.request import RequestDriver
-from router.served_model import load_models
-from router.snapshots import kept, known_before
-from router.state import RouterState, UnitLink
+from router.admission_client import UnitAdmission
+from router.api.inference_service import InferenceService
+from router.api.mesh_service import MeshService
+from router.attempt import WorkerChannels, run_attempt
+from router.length_forecast import LengthForecaster
+from router.pipeline import GenerationPipeline
+from router.predictor_snapshots import PredictorSnapshots
+from router.sequence_driver import SequenceDriver
+from router.served_models import load_models
+from router.units import PlacedModel, UnitLink, Units
 
 _STOP_GRACE_S = 2.0
 
 
 async def serve(runtime: MeshRuntime, stop: Stop) -> None:
     """Serves the public API until ``stop`` is set."""
-    clock, config = SystemClock(), runtime.config
-    order = config.order.order()
-    models = load_models(runtime)
+    clock, config, rng = SystemClock(), runtime.config, random.SystemRandom()
+    policy, models = config.order.scheduling_policy(), load_models(runtime)
+    name = f"router-{rng.getrandbits(32):08x}"
     async with AsyncExitStack() as stack:
-        workers = Workers()
-        stack.push_async_callback(workers.close)
-        units = {}
-        for unit in config.units:
-            channel = await stack.enter_async_context(internal_channel(runtime.kvstore_address(unit.name)))
-            unit_credits = UnitCredits(f"router-{os.getpid()}", channel, clock, order)
-            served = {model.name: model for model in unit.models}
-            attempt = functools.partial(run_attempt, workers, clock)
-            driver = RequestDriver(unit_credits, attempt, served, clock, config.router.max_restarts)
-            units[unit.name] = UnitLink(unit_credits, driver, kvstore_pb2_grpc.KvStoreServiceStub(channel))
-            stack.callback(asyncio.create_task(unit_credits.run(), name=f"credits of {unit.name}").cancel)
-        tokenizing = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="tokenize"))
-        registry = Registry(runtime.redis_url, clock)
+        registry = ProcessRegistry(runtime.redis_url, config.mesh_id, clock)
         stack.push_async_callback(registry.close)
-        predictor, guard = await known_before(runtime.redis_url)
-        forecaster = Forecaster(guard, config.router.predictor_budget_s, clock)
-        stack.callback(forecaster.close)
-        await stack.enter_async_context(kept(runtime.redis_url, forecaster, predictor, guard))
-        state = RouterState(
-            config.router, models, units, clock, random.SystemRandom(), tokenizing, registry, order, forecaster
+        workers = WorkerChannels(name)
+        stack.push_async_callback(workers.close)
+        units = await _open_units(runtime, name, registry, stack)
+        driver = SequenceDriver(
+            units.choose, functools.partial(run_attempt, workers, clock), clock, config.router.max_restarts
         )
-        server = _server(state)
-        await server.start([config.listen, runtime.router_internal_address()])
-        await asyncio.gather(*(unit.credits.connected.wait() for unit in units.values()))
+        snapshots = PredictorSnapshots(runtime.redis_url, config.mesh_id)
+        predictor, checked = await snapshots.load()
+        forecaster = LengthForecaster(checked, config.router.predictor_budget_s, clock)
+        stack.callback(forecaster.close)
+        await stack.enter_async_context(snapshots.saved(forecaster, predictor, checked))
+        tokenizing = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="tokenize"))
+        pipeline = GenerationPipeline(models, units, driver, forecaster, policy, config.router, clock, rng, tokenizing)
+        server = _server(
+            InferenceService(pipeline, clock, rng),
+            MeshService(models, units, pipeline, forecaster, registry, policy),
+        )
+        endpoint = runtime.endpoints()[ProcessKey("router")]
+        await server.start([config.listen, endpoint.address])
+        await asyncio.gather(*(unit.admission.connected.wait() for unit in units))
         await server.set_serving()
-        async with Registry(runtime.redis_url, clock).registered("router", config.listen):
+        own_registry = ProcessRegistry(runtime.redis_url, config.mesh_id, clock)
+        async with own_registry.registered(endpoint.name, config.listen):
             await stop.wait()
         await server.stop(_STOP_GRACE_S)
 
 
-def _server(state: RouterState) -> MeshServer:
-    inference, mesh = InferenceService(state), MeshService(state)
+async def _open_units(runtime: MeshRuntime, router: str, registry: ProcessRegistry, stack: AsyncExitStack) -> Units:
+    """A link to each unit, which ``stack`` closes."""
+    policy, resolver = runtime.config.order.scheduling_policy(), EndpointResolver(runtime, registry)
+    links = []
+    for unit in runtime.config.units:
+        address = await resolver.address(ProcessKey("kvstore", unit.name))
+        channel = await stack.enter_async_context(internal_channel(address))
+        admission = UnitAdmission(router, channel, SystemClock(), policy)
+        placed = {
+            model.name: PlacedModel(model, kv_identity(model, runtime.prepared[model.name])) for model in unit.models
+        }
+        links.append(UnitLink(unit.name, admission, kvstore_pb2_grpc.KvStoreServiceStub(channel), placed))
+        stack.callback(asyncio.create_task(admission.run(), name=f"admission to {unit.name}").cancel)
+    return Units(links)
+
+
+def _server(inference: InferenceService, mesh: MeshService) -> MeshServer:
     return MeshServer(
         {
             inference_pb2.DESCRIPTOR.services_by_name["Inference"]: functools.partial(

@@ -1,9 +1,8 @@
-"""One attempt to serve a request: both calls at once, their tokens in one stream."""
+"""One attempt to compute a sequence: both workers are called at once, and their tokens become one stream."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,17 +16,17 @@ from muxmesh.errors import InternalError
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
-from muxmesh.rpc.status import from_rpc_error
+from muxmesh.rpc.status_codes import from_rpc_error
 from muxmesh.types import EngineRequest, TokenLogprobs
-from router.credits import Credit
-from router.tokens import Mailbox, TokenStream
+from router.admission_client import Credit
+from router.token_stream import TokenMailbox, TokenStream
 
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """The prompt is computed. ``num_cached_tokens`` of it were in the prefix cache; log-probabilities if wanted.
+    """The prompt is computed. ``num_cached_tokens`` of it were in the prefix cache; log-probabilities if requested.
 
-    ``waited_s``: from the calls to the workers to their answer.
+    ``waited_s``: from the calls to the workers to the response of prefill.
     """
 
     num_cached_tokens: int
@@ -35,14 +34,16 @@ class Prefilled:
     waited_s: float = 0.0
 
 
-AnswerEvent = Prefilled | Tokens | Finished
-"""What an attempt tells of an answer: Prefilled first, Finished last."""
+AttemptEvent = Prefilled | Tokens | Finished
+"""Prefilled first, Finished last."""
 
 
-class Workers:
-    """Channels to workers and streams of their tokens, by address; opened once."""
+class WorkerChannels:
+    """Channels to workers and streams of their tokens, by address; each is opened once."""
 
-    def __init__(self) -> None:
+    def __init__(self, router: str) -> None:
+        """``router``: unique name of this router."""
+        self._router = router
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._streams: dict[str, TokenStream] = {}
         self._num_streams = 0
@@ -56,11 +57,11 @@ class Workers:
         return decode_pb2_grpc.DecodeServiceStub(self._channel(address))
 
     async def tokens(self, address: str) -> TokenStream:
-        """The stream of tokens of the decode worker at ``address``. Raises WorkerLost, Unavailable."""
+        """The token stream of the decode worker at ``address``. Raises WorkerLost, Unavailable."""
         stream = self._streams.get(address)
         if stream is None or not stream.is_open:
             self._num_streams += 1
-            watcher = f"router-{os.getpid()}-{self._num_streams}"
+            watcher = f"{self._router}-{self._num_streams}"
             stream = self._streams[address] = TokenStream(self.decode(address), watcher)
         await stream.opened()
         return stream
@@ -79,9 +80,9 @@ class Workers:
 
 
 async def run_attempt(
-    workers: Workers, clock: Clock, request: EngineRequest, credit: Credit
-) -> AsyncGenerator[AnswerEvent, None]:
-    """Tokens from place ``len(request.resume_token_ids)`` on, then Finished.
+    workers: WorkerChannels, clock: Clock, request: EngineRequest, credit: Credit
+) -> AsyncGenerator[AttemptEvent, None]:
+    """Tokens from output index ``len(request.resume_token_ids)`` on, then Finished.
 
     Raises whatever ended the attempt (WorkerLost, Unavailable, LeaseLost, EngineFailed, ...). Closing it cancels both
     calls, and with them the work.
@@ -89,7 +90,7 @@ async def run_attempt(
     called_at_s = clock.monotonic_s()
     stream = await workers.tokens(credit.decode_address)
     wire, lease_id = convert.request_to_wire(request), credit.lease.lease_id
-    with stream.answer(lease_id) as mailbox, ExitStack() as calls:
+    with stream.mailbox(lease_id) as mailbox, ExitStack() as calls:
         decode = workers.decode(credit.decode_address).Decode(
             decode_pb2.DecodeRequest(request=wire, lease_id=lease_id, watcher=stream.watcher)
         )
@@ -100,53 +101,53 @@ async def run_attempt(
             )
         )
         calls.callback(prefill.cancel)
-        ending = asyncio.create_task(_pass_on(decode, mailbox))
-        prefilled = asyncio.create_task(_answer(prefill))
-        for task in (ending, prefilled):
-            calls.callback(task.add_done_callback, _look_at)
+        decoded = asyncio.create_task(_forward_end(decode, mailbox))
+        prefilled = asyncio.create_task(_result(prefill))
+        for task in (decoded, prefilled):
+            calls.callback(task.add_done_callback, _retrieve_exception)
         either: set[asyncio.Future[Any]] = {prefilled, mailbox.lost}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if mailbox.lost.done():
-            raise mailbox.lost.result()  # a decode worker that is lost need not be computed for
+            raise mailbox.lost.result()  # without the decode worker, the prompt need not be computed
         response = await prefilled
         waited_s = clock.monotonic_s() - called_at_s
-        place = len(request.resume_token_ids)
+        index = len(request.resume_token_ids)
         yield Prefilled(response.num_cached_tokens, convert.logprobs_from_wire(response.prompt_logprobs), waited_s)
-        yield Tokens(place, (response.token_id,), convert.logprobs_from_wire(response.logprobs))
-        place += 1
+        yield Tokens(index, tuple(response.token_ids), convert.logprobs_from_wire(response.logprobs))
+        index += len(response.token_ids)
         if response.HasField("finish"):
             yield Finished(convert.finish_from_wire(response.finish))
             return
-        ended: decode_pb2.DecodeResponse | None = None
-        while ended is None or place < ended.num_output_tokens:
-            news = await mailbox.get()
-            if isinstance(news, decode_pb2.DecodeResponse):
-                ended = news
+        end: decode_pb2.DecodeResponse | None = None
+        while end is None or index < end.num_output_tokens:
+            message = await mailbox.get()
+            if isinstance(message, decode_pb2.DecodeResponse):
+                end = message
                 continue
-            if news.start_index != place:
-                raise InternalError(f"decode sent token {news.start_index}, expected {place}")
-            place += len(news.token_ids)
-            logprobs = convert.logprobs_from_wire(news.logprobs) if news.HasField("logprobs") else ()
-            yield Tokens(news.start_index, tuple(news.token_ids), logprobs)
-        yield Finished(convert.finish_from_wire(ended.finish))
+            if message.start_index != index:
+                raise InternalError(f"decode sent token {message.start_index}, expected {index}")
+            index += len(message.token_ids)
+            logprobs = convert.logprobs_from_wire(message.logprobs) if message.HasField("logprobs") else ()
+            yield Tokens(message.start_index, tuple(message.token_ids), logprobs)
+        yield Finished(convert.finish_from_wire(end.finish))
 
 
-async def _pass_on(decode: grpc.aio.UnaryUnaryCall[Any, decode_pb2.DecodeResponse], mailbox: Mailbox) -> None:
-    """How the Decode call ended belongs to the answer, too."""
+async def _forward_end(decode: grpc.aio.UnaryUnaryCall[Any, decode_pb2.DecodeResponse], mailbox: TokenMailbox) -> None:
+    """The end of the Decode call is delivered with the tokens."""
     try:
         mailbox.put(await decode)
     except grpc.aio.AioRpcError as error:
         mailbox.put(from_rpc_error(error))
 
 
-async def _answer(call: grpc.aio.UnaryUnaryCall[Any, prefill_pb2.PrefillResponse]) -> prefill_pb2.PrefillResponse:
+async def _result(call: grpc.aio.UnaryUnaryCall[Any, prefill_pb2.PrefillResponse]) -> prefill_pb2.PrefillResponse:
     try:
         return await call
     except grpc.aio.AioRpcError as error:
         raise from_rpc_error(error) from error
 
 
-def _look_at(task: asyncio.Task[Any]) -> None:
-    """An error of a call that nobody waits for any more is no news."""
+def _retrieve_exception(task: asyncio.Task[Any]) -> None:
+    """An error of a call whose result is no longer needed is not logged."""
     if not task.cancelled():
         task.exception()

@@ -1,4 +1,4 @@
-"""Finds stop strings in text that comes in pieces. Pure."""
+"""Finds stop strings in text that arrives in pieces. Pure."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """Text that may be sent. ``stopped_by``: the stop string that ended the answer; nothing comes after it."""
+    """Text that may be sent. ``stopped_by``: the stop string that ended the output; nothing follows."""
 
     text: str
     stopped_by: str | None = None
 
 
 class StopStrings:
-    """Holds back the end of the text for as long as it may become a stop string.
+    """Holds back the end of the text while it may become a stop string.
 
-    Invariant: what is held back is the longest end of the text so far that begins a stop string.
+    Invariant: the held-back text is the longest suffix of the text so far that is a prefix of a stop string.
     """
 
     def __init__(self, stop_strings: Sequence[str], include: bool) -> None:
@@ -26,7 +26,7 @@ class StopStrings:
         self._held = ""
 
     def feed(self, text: str, may_stop: bool = True) -> Passed:
-        """Takes more text. ``may_stop`` False: too early for the answer to end, so a whole stop string passes."""
+        """Appends text. ``may_stop`` False: too early for the output to end, so a complete stop string passes."""
         if not self._stops:
             return Passed(text)
         text = self._held + text
@@ -35,16 +35,17 @@ class StopStrings:
         if found:
             at, _, stop = min(found)
             return Passed(text[: at + len(stop) if self._include else at], stop)
-        keep = self._open_end(text)
+        keep = self._open_suffix(text)
         self._held = text[len(text) - keep :]
         return Passed(text[: len(text) - keep])
 
     def flush(self) -> str:
-        """The answer ended otherwise: what was held back."""
+        """The output ended otherwise: returns the held-back text."""
         held, self._held = self._held, ""
         return held
 
-    def _open_end(self, text: str) -> int:
+    def _open_suffix(self, text: str) -> int:
+        """Length of the suffix to hold back."""
         longest = max(len(stop) for stop in self._stops) - 1
         for length in range(min(longest, len(text)), 0, -1):
             end = text[-length:]

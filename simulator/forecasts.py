@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from muxmesh.errors import ConfigError
-from muxmesh.predictor.guard import Guard, Judged
-from muxmesh.predictor.predictor import fit_now
+from muxmesh.predictor.checked_predictor import CheckedPrediction, CheckedPredictor
+from muxmesh.predictor.length_predictor import fit_now
 from muxmesh.types import LengthPrediction
 
 
@@ -79,7 +79,7 @@ class Noisy:
 class Learned:
     """A predictor behind its guard, as in the mesh, learning from each answer when it ends."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: CheckedPredictor) -> None:
         self._guard = guard
 
     def ask(self, asked: Asked) -> tuple[LengthPrediction, str, object]:
@@ -89,7 +89,7 @@ class Learned:
 
     def observe(self, memory: object, num_output: int, censored: bool) -> None:
         """See `Forecasts`."""
-        if not isinstance(memory, Judged):
+        if not isinstance(memory, CheckedPrediction):
             return
         self._guard.observe(memory, num_output, censored)
         fit_now(self._guard)

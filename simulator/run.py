@@ -11,17 +11,20 @@ from loadtest.record import Record, Run
 from loadtest.spec import Spec
 from loadtest.workload import Body, Sketch, sketch
 from muxmesh.config.schema import MeshConfig, ModelConfig
-from muxmesh.errors import ConfigError
-from muxmesh.models.spec import ModelSpec
-from muxmesh.order import Policy
-from muxmesh.types import LengthPrediction, Standing, Stopping
-from router.work import Outlook, Served
+from muxmesh.errors import ConfigError, InvalidRequest, Overloaded
+from muxmesh.models.model_spec import ModelSpec
+from muxmesh.rpc.status_codes import status_code
+from muxmesh.scheduling_policy import PolicyName
+from muxmesh.types import SchedulingState
+from router.expected_work import ExpectedOutput
+from router.generation import StoppingOptions
+from router.request_validation import check_overload, resolve_stopping
+from router.served_models import ModelLimits
 from simulator.forecasts import Asked, Forecasts
+from simulator.simulated_unit import Decision, SimulatedRequest, SimulatedUnit
 from simulator.timeline import NO_DELAYS, Delays, Timeline
-from simulator.unit import Decision, Request, SimulatedUnit
 
 _BYTES_PER_TOKEN = 4
-_NOTHING = LengthPrediction(1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +55,15 @@ def simulate(
     specs: Mapping[str, ModelSpec],
     sketches: Sequence[Sketch],
     forecasts: Forecasts,
-    policy: Policy | None = None,
+    policy: PolicyName | None = None,
     on_decision: Callable[[Decision], None] | None = None,
     delays: Delays = NO_DELAYS,
 ) -> Simulated:
     """Lets all requests arrive and end. ``policy`` None: as configured. ``delays``: what processes add to
     the engines' times. Raises ConfigError for a model it has not.
     """
-    order = config.order.order()
-    order = order if policy is None else replace(order, policy=policy)
+    order = config.order.scheduling_policy()
+    order = order if policy is None else replace(order, name=policy)
     timeline = Timeline()
     units = {unit.name: SimulatedUnit(timeline, unit, specs, order, on_decision, delays) for unit in config.units}
     router = _Router(timeline, config, units, specs, forecasts)
@@ -86,77 +89,80 @@ class _Router:
     ) -> None:
         self._timeline = timeline
         self._units = units
-        self._specs = specs
         self._forecasts = forecasts
-        self._most_waiting = config.router.max_waiting_requests
-        self._models = config.models()
-        self._default = next(iter(self._models))
+        self._max_waiting = config.router.max_waiting_requests
+        self._placements = {
+            name: [(unit, model) for unit, model in config.placements() if model.name == name]
+            for name in config.models()
+        }
+        self._limits = {
+            name: ModelLimits.of(model, specs[name], self._placements[name]) for name, model in config.models().items()
+        }
+        self._default = next(iter(self._placements))
 
     def arrivals(self, sketches: Sequence[Sketch], records: Sequence[Record]) -> None:
         """Requests arrive one after the other; only the next arrival is on the timeline."""
+        served = ", ".join(self._placements)
         for one in sketches:
-            if one.model is None and len(self._models) > 1:
-                raise ConfigError(f"workload: which model? models=... of: {', '.join(self._models)}")
-            if one.model is not None and one.model not in self._models:
-                raise ConfigError(f"workload: models={one.model}: not served; these are: {', '.join(self._models)}")
+            if one.model is None and len(self._placements) > 1:
+                raise ConfigError(f"workload: which model? models=... of: {served}")
+            if one.model is not None and one.model not in self._placements:
+                raise ConfigError(f"workload: models={one.model}: not served; these are: {served}")
         coming = iter(zip(sketches, records, strict=True))
 
-        def next_one() -> None:
+        def schedule_next() -> None:
             if (arriving := next(coming, None)) is not None:
                 self._timeline.at(arriving[0].at_s, lambda: arrive(*arriving))
 
         def arrive(one: Sketch, record: Record) -> None:
-            next_one()
+            schedule_next()
             self._arrive(one, record)
 
-        next_one()
+        schedule_next()
 
     def _arrive(self, one: Sketch, record: Record) -> None:
         record.sent_s = self._timeline.now_s
         name = one.model or self._default
-        unit_config, model = self._models[name]
-        unit = self._units[unit_config.name]
         num_prompt, num_output = _num_prompt(one.body), true_length(one)
-        room = (model.max_model_len or self._specs[name].context_len) - num_prompt
-        waiting = sum(each.num_waiting for each in self._units.values())
-        if room < 1 or one.max_new_tokens > room:
-            self._refuse(
-                record,
-                "INVALID_ARGUMENT",
-                f"prompt and longest answer are {one.max_new_tokens - room} tokens past the context",
-            )
+        num_waiting = sum(unit.num_waiting for unit in self._units.values())
+        try:
+            stopping = resolve_stopping(StoppingOptions(one.max_new_tokens), self._limits[name], num_prompt)
+            check_overload(num_waiting, 1, self._max_waiting)
+        except (InvalidRequest, Overloaded) as error:
+            record.status, record.error = status_code(error).name, str(error)
+            record.ended_s = self._timeline.now_s
             return
-        if waiting >= self._most_waiting:
-            self._refuse(record, "RESOURCE_EXHAUSTED", f"{waiting} requests are waiting")
-            return
-        said, source, memory = self._forecasts.ask(Asked(one.body.text, name, one.tenant or "", num_output))
-        outlook = Outlook(said, source, Stopping(one.max_new_tokens))
-        standing = unit.work.expect(
-            Standing(one.priority, self._timeline.now_s), outlook, num_prompt,
-            Served(name, unit.costs(name), model.prefill_token_budget), unit.num_waiting_for(name),
-        )  # fmt: skip
+        unit, model = self._choose_unit(name)
+        prediction, source, memory = self._forecasts.ask(Asked(one.body.text, name, one.tenant or "", num_output))
+        expected = ExpectedOutput(prediction, source, stopping)
+        scheduling = SchedulingState(one.priority, self._timeline.now_s)
+        scheduling = unit.expected_work.expect(
+            scheduling, expected, num_prompt, unit.service(name), unit.num_queued(name)
+        )
 
-        def ended(request: Request) -> None:
+        def ended(request: SimulatedRequest) -> None:
             if request.record.is_ok:
                 self._forecasts.observe(memory, num_output, num_output >= one.max_new_tokens)
 
         unit.wait(
-            Request(
+            SimulatedRequest(
                 index=one.index,
                 model=name,
                 num_prompt=num_prompt,
                 num_output=num_output,
-                most_new_tokens=one.max_new_tokens,
-                arrived=standing,
-                prediction=outlook.prediction,
+                max_new_tokens=one.max_new_tokens,
+                arrived=scheduling,
+                prediction=expected.prediction,
                 record=record,
                 on_end=ended,
                 hashes=_hashes(one.body, num_prompt, model),
             )
         )
 
-    def _refuse(self, record: Record, status: str, why: str) -> None:
-        record.status, record.error, record.ended_s = status, why, self._timeline.now_s
+    def _choose_unit(self, model: str) -> tuple[SimulatedUnit, ModelConfig]:
+        """As `router.units.Units.choose`: the unit with the fewest queued requests for the model."""
+        placed = ((self._units[unit.name], config) for unit, config in self._placements[model])
+        return min(placed, key=lambda one: one[0].num_queued(model))
 
 
 def _num_prompt(body: Body) -> int:

@@ -1,4 +1,4 @@
-"""Virtual time: events in order of when they happen."""
+"""Virtual time: events in the order of their times."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 class Delays:
     """What a mesh of processes adds to the engines' own times, in seconds.
 
-    ``step_s``: to each step, between it and the next. ``turn_s``: besides, when the device goes to another worker.
-    ``admit_s``: from a request's arrival to its key in the unit, and from its credit to the prefill worker, together.
+    ``step_s``: to each step, between it and the next. ``turn_s``: in addition, when another worker is granted the
+    device. ``admit_s``: from a request's arrival to the unit, and from its credit to the prefill worker, together.
     ``hand_off_s``: from the first token to the decode worker. ``end_s``: from the last token to the free slot.
     """
 
@@ -30,7 +30,7 @@ fitted to a run of their own. A larger machine takes less."""
 
 
 class Timeline:
-    """Owns the events to come. Those of one moment happen in the order in which they were scheduled."""
+    """Owns the events to come. Events at one time happen in the order in which they were scheduled."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -38,14 +38,21 @@ class Timeline:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._last = 0
 
-    def at(self, when_s: float, happen: Callable[[], None]) -> None:
-        """Something happens then; never before now."""
+    def at(self, when_s: float, event: Callable[[], None]) -> None:
+        """Schedules an event; never before now."""
         self._last += 1
-        heapq.heappush(self._events, (max(when_s, self.now_s), self._last, happen))
+        heapq.heappush(self._events, (max(when_s, self.now_s), self._last, event))
+
+    def after(self, delay_s: float, event: Callable[[], None]) -> None:
+        """Schedules an event after a delay; without one, it happens at once."""
+        if delay_s > 0:
+            self.at(self.now_s + delay_s, event)
+        else:
+            event()
 
     def run(self) -> None:
-        """Lets everything happen that is scheduled, and what follows from it."""
+        """Runs all scheduled events, and those that they schedule."""
         while self._events:
-            self.now_s, _, happen = heapq.heappop(self._events)
+            self.now_s, _, event = heapq.heappop(self._events)
             self.num_events += 1
-            happen()
+            event()

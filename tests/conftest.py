@@ -1,7 +1,7 @@
 import os
 from pathlib import Path
 
-from muxmesh.engine.kernel_cache import kernel_cache_dir
+from muxmesh.engine.native.kernel_cache import kernel_cache_dir
 
 # Read when grpc is loaded: meshes are started from this process, which watches their health over gRPC.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"

@@ -16,7 +16,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 from muxmesh import __version__
 from muxmesh.cli import loadtest_options
 from muxmesh.errors import InvalidRequest, MeshError, Unavailable
-from muxmesh.order import Policy
+from muxmesh.scheduling_policy import PolicyName
 from muxmesh.types import DEFAULT_ADDRESS
 
 _EXTRAS = {"aiohttp": "loadtest"}
@@ -208,7 +208,7 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     simulate.add_argument(
         "--workload", required=True, metavar="SPEC", help="as for `muxmesh loadtest`, whose --help explains it"
     )
-    simulate.add_argument("--policy", choices=get_args(Policy), help="default: as configured")
+    simulate.add_argument("--policy", choices=get_args(PolicyName), help="default: as configured")
     simulate.add_argument(
         "--tau", type=float, metavar="T",
         help="answers that end by themselves are predicted with errors, so that they rank with Kendall's tau T in "

@@ -12,11 +12,11 @@ from muxmesh.config.schema import ModelConfig
 from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CATALOG, find_catalog_model
 from muxmesh.models.gguf_import import read_gguf
-from muxmesh.models.prepare import prepare_model
-from muxmesh.models.pull import model_folder
-from muxmesh.models.spec import ModelSpec, read_model_spec
+from muxmesh.models.model_download import model_folder
+from muxmesh.models.model_spec import ModelSpec, read_model_spec
+from muxmesh.models.prepared_model import prepare_model
+from muxmesh.models.safetensors_folder import FolderWeights, weight_files
 from muxmesh.models.tokenizer import load_text_model
-from muxmesh.models.weights import FolderWeights, weight_files
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -20,13 +20,13 @@ from muxmesh.clock import SystemClock
 from muxmesh.config.load import load_mesh_config
 from muxmesh.config.schema import Location, MeshConfig, order_without_effect
 from muxmesh.errors import ConfigError
-from muxmesh.models.prepare import model_problems, spec_here
-from muxmesh.predictor.guard import Guard
-from muxmesh.predictor.predictor import LengthPredictor
+from muxmesh.models.prepared_model import model_problems, spec_here
+from muxmesh.predictor.checked_predictor import CheckedPredictor
+from muxmesh.predictor.length_predictor import LengthPredictor
 from simulator.forecasts import Forecasts, Known, Learned, Noisy
 from simulator.run import Simulated, requests_of, simulate, true_length
+from simulator.simulated_unit import Decision
 from simulator.timeline import MEASURED
-from simulator.unit import Decision
 
 _DEFAULT_TAU = 0.5
 _LONGEST_S = 1e7
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         loaded.refuse(order_without_effect(config))
     loaded.refuse(_without_times(config))
     loaded.refuse(model_problems(config, base_dir, cache_dir()))
-    specs = {name: spec_here(model, base_dir, cache_dir()) for name, (_, model) in config.models().items()}
+    specs = {name: spec_here(model, base_dir, cache_dir()) for name, model in config.models().items()}
     spec = parse_spec(arguments.workload)
     sketches = requests_of(spec)
     _refuse_too_long(sketches[-1].at_s)
@@ -91,7 +91,7 @@ def _forecasts(spec: Spec, sketches: Sequence[Sketch], tau: float | None) -> For
             )
         return Known()
     if spec.prompts is not None and tau is None:
-        return Learned(Guard(LengthPredictor()))
+        return Learned(CheckedPredictor(LengthPredictor()))
     return Noisy(_DEFAULT_TAU if tau is None else tau, [true_length(one) for one in sketches], spec.seed)
 
 

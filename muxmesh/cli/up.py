@@ -23,8 +23,8 @@ from muxmesh.config.runtime import MeshRuntime
 from muxmesh.config.schema import order_without_effect
 from muxmesh.errors import MeshError
 from muxmesh.lifecycle import LOG_FORMAT
-from muxmesh.models.prepare import model_problems, prepare_model
-from muxmesh.supervisor.mesh import Mesh, ShowLine, free_listen_address, make_runtime, state_lock
+from muxmesh.models.prepared_model import model_problems, prepare_model
+from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, ShowLine, free_listen_address, make_runtime, state_lock
 
 _HELLO_TOKENS = 64
 
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         loaded.refuse(model_problems(config, base_dir, cache_dir()))
         prepared = {
             name: prepare_model(model, base_dir, cache_dir(), ProgressBar(name))
-            for name, (_, model) in config.models().items()
+            for name, model in config.models().items()
         }
         loaded.refuse(model_problems(config, base_dir, cache_dir()))  # those that were downloaded just now
         runtime = make_runtime(config, prepared, state_dir, cache_dir())
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 async def _serve(
     runtime: MeshRuntime, state_dir: Path, show_line: ShowLine, hello: str | None, started_at_s: float
 ) -> int:
-    mesh = Mesh(runtime, state_dir, show_line, SystemClock())
+    mesh = MeshSupervisor(runtime, state_dir, show_line, SystemClock())
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -76,7 +76,7 @@ async def _serve(
     return 0
 
 
-async def _start(mesh: Mesh, hello: str | None, started_at_s: float) -> None:
+async def _start(mesh: MeshSupervisor, hello: str | None, started_at_s: float) -> None:
     await mesh.start()
     listen = mesh.runtime.config.listen
     print(f"muxmesh ready on {listen}", flush=True)

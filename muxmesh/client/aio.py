@@ -13,7 +13,7 @@ import grpc
 
 from muxmesh.errors import InternalError, InvalidRequest, ModelNotFound
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
-from muxmesh.rpc.status import from_rpc_error
+from muxmesh.rpc.status_codes import from_rpc_error
 from muxmesh.types import DEFAULT_ADDRESS, Candidate, KvFormat, TokenLogprobs
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 

@@ -1,1 +1,1 @@
-"""Engines: the seam (`api`), our step engine with its pure scheduler, and what runs a step (torch, sim)."""
+"""Engines: the seam (`api`), the step engine with its pure scheduler, and the runners of its steps (native, sim)."""

@@ -1,4 +1,4 @@
-"""From a model's configuration to its engine. The one place that chooses; imports torch only for the torch engine."""
+"""From a model's configuration to its engine. The one place that chooses; imports numba only for the native engine."""
 
 from __future__ import annotations
 
@@ -7,42 +7,47 @@ import os
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import PreparedModel
 from muxmesh.config.schema import ModelConfig
+from muxmesh.device.device_pool import DevicePool, HostPool
 from muxmesh.engine.api import Engine, Grant
-from muxmesh.engine.kv_view import KvView
 from muxmesh.engine.scheduler import Scheduler
-from muxmesh.engine.sim import SimRunner
+from muxmesh.engine.sim_runner import SimRunner
 from muxmesh.engine.step import Runner
 from muxmesh.engine.step_engine import StepEngine, StepObserver
-from muxmesh.models.prepare import model_spec
-from muxmesh.models.spec import ModelSpec
-from muxmesh.order import Order
+from muxmesh.models.model_spec import ModelSpec
+from muxmesh.models.prepared_model import model_spec
+from muxmesh.scheduling_policy import SchedulingPolicy
 
 
 def build_engine(
-    config: ModelConfig, prepared: PreparedModel, view: KvView, grant: Grant, order: Order, observe: StepObserver
+    config: ModelConfig,
+    prepared: PreparedModel,
+    pool: DevicePool,
+    grant: Grant,
+    policy: SchedulingPolicy,
+    observe: StepObserver,
 ) -> Engine:
     """The engine of one worker, not started yet."""
-    spec = model_spec(prepared.folder)
-    runner = _runner(config, prepared, spec, view)
-    budget = max(config.prefill_token_budget, config.max_num_seqs)
-    scheduler = Scheduler(config.max_num_seqs, budget, config.block_size, order)
+    runner = _runner(config, prepared, model_spec(prepared.folder), pool)
+    scheduler = Scheduler(config.max_num_seqs, config.step_token_budget, policy)
     return StepEngine(scheduler, runner, grant, SystemClock(), observe)
 
 
 def num_threads(config: ModelConfig) -> int:
-    """Threads of each worker of the model."""
+    """Threads of each worker of the model: at most one for each core that the process may use, unless configured."""
     return config.threads or len(os.sched_getaffinity(0))
 
 
-def _runner(config: ModelConfig, prepared: PreparedModel, spec: ModelSpec, view: KvView) -> Runner:
+def _runner(config: ModelConfig, prepared: PreparedModel, spec: ModelSpec, pool: DevicePool) -> Runner:
     if config.engine == "sim":
         # Letters and the space in the built-in byte tokenizer; past the special tokens in any other.
         token_ids = range(35, 93) if prepared.folder is None else range(min(256, spec.vocab_size - 1), spec.vocab_size)
         return SimRunner(config.sim, token_ids, min(spec.eos_token_ids, default=0))
-    from muxmesh.engine.torch_engine.cpu.forward import open_cpu_forward  # noqa: PLC0415 - only this engine needs numba
-    from muxmesh.engine.torch_engine.cpu.team import Team  # noqa: PLC0415
-    from muxmesh.engine.torch_engine.runner import TorchRunner  # noqa: PLC0415
+    from muxmesh.engine.native.cpu.forward import open_cpu_forward  # noqa: PLC0415 - only this engine needs numba
+    from muxmesh.engine.native.cpu.thread_team import Team  # noqa: PLC0415
+    from muxmesh.engine.native.logits_runner import LogitsRunner  # noqa: PLC0415
 
-    assert prepared.image is not None, "a torch model is prepared with its image"
+    assert prepared.image is not None, "a native model is prepared with its image"
+    assert isinstance(pool, HostPool), "the CPU engine computes in host memory"
     image, positions, team = prepared.image, config.max_model_len or spec.context_len, Team(num_threads(config))
-    return TorchRunner(view, lambda pool: open_cpu_forward(spec, image, pool, positions, team))
+    view = pool.view(spec.kv_shape(config.block_size, config.dtype))
+    return LogitsRunner(view, lambda pool_view: open_cpu_forward(spec, image, pool_view, positions, team))

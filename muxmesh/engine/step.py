@@ -1,4 +1,4 @@
-"""One step of an engine as plain values: what the scheduler plans, a runner computes, the scheduler applies."""
+"""One step of an engine as plain values: the scheduler plans it, a runner computes it, the scheduler applies it."""
 
 from __future__ import annotations
 
@@ -6,29 +6,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from muxmesh.cost import StepShape, context_of
+import numpy as np
+
+from muxmesh.step_cost import StepShape, context_of
 from muxmesh.types import Sampling, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """Draw a token after the chunk. ``output_index`` is its place in the answer; ``banned`` may not be drawn.
+class SampleSpec:
+    """How to sample a token after a chunk. ``output_index`` is its index in the output; ``banned`` is never sampled.
 
-    ``sequence`` tells apart the answers of one request. The prompt and the answer so far are given only if the
-    sampling looks back at them.
+    ``sequence_index`` numbers the output sequences of one request. ``token_bitmask`` allows tokens (uint32, bit i of
+    word w is token ``32 * w + i``), None all; at least one allowed token is not banned. Prompt and output so far are
+    given only if the sampling has penalties.
     """
 
     sampling: Sampling
     output_index: int
     banned: frozenset[int] = frozenset()
-    sequence: int = 0
+    sequence_index: int = 0
     prompt_token_ids: Sequence[int] = ()
     output_token_ids: Sequence[int] = ()
+    token_bitmask: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """Wanted log-probabilities of prompt tokens: ``next_token_ids[i]`` follows token i of the chunk."""
+class PromptScoring:
+    """Requested log-probabilities of prompt tokens: ``next_token_ids[i]`` follows token i of the chunk."""
 
     next_token_ids: tuple[int, ...]
     num_candidates: int
@@ -36,27 +40,27 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Compute ``token_ids`` at positions [start, start + len) of one job, whose KV lies in ``block_ids``.
+    """Compute ``token_ids`` at positions [start, start + len) of one job, whose KV is in ``block_ids``.
 
-    ``draw`` is None for a part of a prompt that is not the last one.
+    ``sample`` is None for a part of a prompt that is not the last one.
     """
 
     job_id: int
     start: int
     token_ids: tuple[int, ...]
     block_ids: tuple[int, ...]
-    draw: Draw | None = None
-    score: Score | None = None
+    sample: SampleSpec | None = None
+    scoring: PromptScoring | None = None
 
     @property
     def num_logit_rows(self) -> int:
         """How many of the last tokens need logits."""
-        return len(self.token_ids) if self.score else int(self.draw is not None)
+        return len(self.token_ids) if self.scoring else int(self.sample is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What is computed together, in one pass over the weights."""
+    """Chunks that are computed together, in one pass over the weights."""
 
     chunks: tuple[Chunk, ...]
 
@@ -73,8 +77,8 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """A drawn token, and its log-probability if that is wanted."""
+class SampledToken:
+    """A sampled token, and its log-probabilities if they are requested."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
@@ -82,15 +86,18 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """By job id: what the `Draw` and the `Score` of its chunk gave. ``kv_bytes_written`` into the pool."""
+    """By job id: the tokens that the `SampleSpec` of its chunk gave, and the log-probabilities of its `PromptScoring`.
 
-    drawn: Mapping[int, Drawn]
-    scored: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    ``kv_bytes_written``: into the pool.
+    """
+
+    sampled: Mapping[int, SampledToken]
+    prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     kv_bytes_written: int = 0
 
 
 class Runner(Protocol):
-    """Computes steps. Called from one thread only; blocks while it computes."""
+    """Computes steps, up to the sampled tokens: a device may sample by itself. Called from one thread; blocks."""
 
     def load(self) -> None:
         """Loads and warms up. Raises ModelUnsupported."""

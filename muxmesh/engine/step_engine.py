@@ -1,4 +1,4 @@
-"""The engine of our own: the pure scheduler, a runner in a thread, and the loop between them."""
+"""The engine for models that we compute ourselves: the pure scheduler, a runner in a thread, and the loop over both."""
 
 from __future__ import annotations
 
@@ -8,30 +8,18 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from muxmesh.clock import Clock
-from muxmesh.engine.api import (
-    EngineInfo,
-    EngineJob,
-    EngineStats,
-    Event,
-    Failed,
-    Finished,
-    Grant,
-    PrefillDone,
-)
+from muxmesh.engine.api import EngineJob, Event, Failed, Finished, Grant, JobDone
 from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.step import Runner, Step, StepOutcome
-from muxmesh.types import Standing
 
 _log = logging.getLogger(__name__)
 
 StepObserver = Callable[[Step, StepOutcome, float], None]
-"""Called after each step, with the seconds that it took."""
+"""Called after each step, with its duration in seconds."""
 
 
 class StepEngine:
     """An `Engine` of scheduler and runner. All methods are called on one event loop; the runner has one thread."""
-
-    info = EngineInfo(kv_residence="pool", resumes_exactly=True)
 
     def __init__(
         self,
@@ -69,7 +57,7 @@ class StepEngine:
         self._step_done.set()
 
     def submit(self, job: EngineJob) -> AsyncIterator[Event]:
-        """See `Engine`. Raises ValueError for a job that contradicts itself."""
+        """See `Engine`. Raises ValueError if the job's id is known."""
         self._scheduler.add(job)
         queue: asyncio.Queue[Event] = asyncio.Queue()
         self._queues[job.job_id] = queue
@@ -87,41 +75,26 @@ class StepEngine:
         self._scheduler.preempt(job_id)
         self._deliver()
 
-    def resume(self, job_id: int, block_ids: tuple[int, ...] | None = None) -> None:
+    def resume(self, job_id: int) -> None:
         """See `Engine`."""
-        self._scheduler.resume(job_id, block_ids)
+        self._scheduler.resume(job_id)
         self._wake.set()
 
-    def extend(self, job_id: int, block_ids: tuple[int, ...]) -> None:
-        """See `Engine`."""
-        self._scheduler.extend(job_id, block_ids)
+    def sequence_changed(self, job_id: int) -> None:
+        """See `Engine`. The scheduler reads the record for each step, so only an idle loop has to be woken."""
         self._wake.set()
 
-    def abandon(self, job_id: int, reason: str) -> None:
+    async def wait_dead(self) -> str:
         """See `Engine`."""
-        self._scheduler.abandon(job_id, reason)
-        self._deliver()
-
-    def reprioritise(self, job_id: int, standing: Standing) -> None:
-        """See `Engine`."""
-        self._scheduler.reprioritise(job_id, standing)
-
-    def stats(self) -> EngineStats:
-        """See `Engine`."""
-        scheduler = self._scheduler
-        return EngineStats(scheduler.num_steps, scheduler.num_computed_tokens, scheduler.num_jobs)
+        return await asyncio.shield(self._death)
 
     @staticmethod
     async def _events(queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
         while True:
             event = await queue.get()
             yield event
-            if isinstance(event, PrefillDone | Finished | Failed):
+            if isinstance(event, JobDone | Finished | Failed):
                 return
-
-    async def wait_dead(self) -> str:
-        """See `Engine`."""
-        return await asyncio.shield(self._death)
 
     async def _loop(self) -> None:
         try:
@@ -142,12 +115,12 @@ class StepEngine:
                 await self._wake.wait()
                 continue
             await self._grant.acquire()
-            await self._one_step()
+            await self._run_step()
             self._grant.release()
 
-    async def _one_step(self) -> None:
+    async def _run_step(self) -> None:
         step = self._scheduler.next_step(self._clock.unix_s())
-        if step is None:  # everything was cancelled while the grant was waited for
+        if step is None:  # everything was cancelled while the loop waited for the grant
             return
         self._step_done.clear()
         started_at_s = self._clock.monotonic_s()
@@ -165,10 +138,10 @@ class StepEngine:
         self._deliver()
 
     def _deliver(self) -> None:
-        for job_id, event in self._scheduler.drain():
+        for job_id, event in self._scheduler.drain_events():
             queue = self._queues.get(job_id)
             if queue is None:
                 continue
             queue.put_nowait(event)
-            if isinstance(event, PrefillDone | Finished | Failed):
+            if isinstance(event, JobDone | Finished | Failed):
                 del self._queues[job_id]

@@ -17,8 +17,8 @@ from gguf import GGMLQuantizationType, GGUFReader, dequantize
 
 from muxmesh.errors import ModelUnsupported
 from muxmesh.models.gguf_tokenizer import build_tokenizer, check_tokenizer, eos_token_ids
-from muxmesh.models.spec import ModelSpec, spec_of
-from muxmesh.models.weights import write_safetensors
+from muxmesh.models.model_spec import ModelSpec, spec_of
+from muxmesh.models.safetensors_folder import write_safetensors
 
 CONVERSION = 3
 """In the names of folders: whoever changes what is written here makes them anew."""

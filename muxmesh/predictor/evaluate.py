@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from muxmesh.clock import Clock
-from muxmesh.predictor.guard import Guard, Judged
-from muxmesh.predictor.predictor import LengthPredictor, fit_now
-from muxmesh.predictor.quality import Floats, kendall_tau
+from muxmesh.predictor.checked_predictor import CheckedPrediction, CheckedPredictor
+from muxmesh.predictor.length_predictor import LengthPredictor, fit_now
+from muxmesh.predictor.rank_correlation import Floats, kendall_tau
 
 COVERAGE_WINDOW = 500
 COVERAGE_BAND = (0.86, 0.94)
@@ -40,14 +40,14 @@ class Outcome:
     """One answer, what was predicted, and the seconds that took."""
 
     item: Item
-    judged: Judged
+    judged: CheckedPrediction
     seconds: float
 
 
 def replay(items: Iterable[Item], clock: Clock, predictor: LengthPredictor | None = None) -> list[Outcome]:
     """Predicts and learns, in the order given; refits happen in between, at once."""
     predictor = predictor or LengthPredictor()
-    guard = Guard(predictor)
+    guard = CheckedPredictor(predictor)
     outcomes: list[Outcome] = []
     for _, group in itertools.groupby(items, key=lambda item: item.prompt):
         fresh = [_predicted(guard, item, clock) for item in group]
@@ -58,7 +58,7 @@ def replay(items: Iterable[Item], clock: Clock, predictor: LengthPredictor | Non
     return outcomes
 
 
-def _predicted(guard: Guard, item: Item, clock: Clock) -> Outcome:
+def _predicted(guard: CheckedPredictor, item: Item, clock: Clock) -> Outcome:
     started_at_s = clock.monotonic_s()
     judged = guard.predict(item.prompt, item.model)
     return Outcome(item, judged, clock.monotonic_s() - started_at_s)

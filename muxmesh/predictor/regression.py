@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from muxmesh.predictor.features import Reading, Vector
+from muxmesh.predictor.prompt_features import Reading, Vector
 
 Matrix = npt.NDArray[np.float32]
 

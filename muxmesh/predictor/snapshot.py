@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from muxmesh.errors import ConfigError
-from muxmesh.predictor.features import NAMES, WORD_DIM
-from muxmesh.predictor.guard import Guard
-from muxmesh.predictor.predictor import LengthPredictor, fit_now
+from muxmesh.predictor.checked_predictor import CheckedPredictor
+from muxmesh.predictor.length_predictor import LengthPredictor, fit_now
+from muxmesh.predictor.prompt_features import NAMES, WORD_DIM
 from muxmesh.predictor.regression import Matrix
 
 _FORMAT = f"1/{len(NAMES)}/{WORD_DIM}"
@@ -29,7 +29,7 @@ class Snapshot:
     state: dict[str, Any]
 
 
-def take(predictor: LengthPredictor, guard: Guard) -> Snapshot:
+def take(predictor: LengthPredictor, guard: CheckedPredictor) -> Snapshot:
     """A copy, quickly made: between two guesses."""
     words, lexical, known = predictor.history.dump()
     state = {"format": _FORMAT, "history": known, "scores": predictor.scores(), "guard": guard.dump()}
@@ -44,10 +44,10 @@ def write(snapshot: Snapshot) -> bytes:
     return out.getvalue()
 
 
-def read(written: bytes) -> tuple[LengthPredictor, Guard]:
+def read(written: bytes) -> tuple[LengthPredictor, CheckedPredictor]:
     """A predictor that knows what was written, and its guard. Raises ConfigError if this version cannot read it."""
     predictor = LengthPredictor()
-    guard = Guard(predictor)
+    guard = CheckedPredictor(predictor)
     try:
         with np.load(io.BytesIO(written), allow_pickle=False) as arrays:
             words, lexical = arrays["words"].astype(np.float32), arrays["lexical"].astype(np.float32)

@@ -1,13 +1,13 @@
-"""Between the wire's messages and the mesh's own values."""
+"""Between internal protobuf messages and the mesh's own values."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 
-from muxmesh import prefix
-from muxmesh.cost import StepCost
+from muxmesh.block_hashes import join_hashes, split_hashes
 from muxmesh.internal.v1 import kvstore_pb2, request_pb2
+from muxmesh.step_cost import StepCost
 from muxmesh.types import (
     Candidate,
     EngineRequest,
@@ -18,8 +18,9 @@ from muxmesh.types import (
     Lease,
     LeaseRef,
     LengthPrediction,
+    QueuedRequest,
     Sampling,
-    Standing,
+    SchedulingState,
     Stopping,
     TokenLogprobs,
 )
@@ -50,8 +51,9 @@ def request_to_wire(request: EngineRequest) -> request_pb2.EngineRequest:
             stop_token_ids=sorted(stopping.stop_token_ids),
             eos_token_ids=sorted(stopping.eos_token_ids),
         ),
-        standing=standing_to_wire(request.standing),
-        sequence=request.sequence,
+        scheduling=scheduling_to_wire(request.scheduling),
+        sequence_index=request.sequence_index,
+        tenant=request.tenant,
         cache_salt=request.cache_salt,
         bypass_prefix_cache=request.bypass_prefix_cache,
         kv_swap_format=request.kv_swap_format or "",
@@ -79,46 +81,66 @@ def request_from_wire(wire: request_pb2.EngineRequest) -> EngineRequest:
             frozenset(stopping.stop_token_ids),
             frozenset(stopping.eos_token_ids),
         ),
-        standing=standing_from_wire(wire.standing),
+        scheduling=scheduling_from_wire(wire.scheduling),
         resume_token_ids=tuple(wire.resume_token_ids),
         prediction=prediction,
-        sequence=wire.sequence,
+        sequence_index=wire.sequence_index,
+        tenant=wire.tenant,
         cache_salt=wire.cache_salt,
         bypass_prefix_cache=wire.bypass_prefix_cache,
         kv_swap_format=_KV_FORMATS.get(wire.kv_swap_format),
     )
 
 
-def standing_to_wire(standing: Standing) -> request_pb2.Standing:
-    """See `standing_from_wire`."""
-    return request_pb2.Standing(
-        priority=standing.priority,
-        arrived_at_unix_s=standing.arrived_at_s,
-        prefill_s=standing.prefill_s,
-        decode_s=standing.decode_s,
-        served_s=standing.served_s,
-        typical_s=standing.typical_s,
+def scheduling_to_wire(scheduling: SchedulingState) -> request_pb2.SchedulingState:
+    """See `scheduling_from_wire`."""
+    return request_pb2.SchedulingState(
+        priority=scheduling.priority,
+        arrived_at_unix_s=scheduling.arrived_at_s,
+        prefill_s=scheduling.prefill_s,
+        decode_s=scheduling.decode_s,
+        served_s=scheduling.served_s,
+        mean_work_s=scheduling.mean_work_s,
     )
 
 
-def standing_from_wire(wire: request_pb2.Standing) -> Standing:
-    """The standing that `standing_to_wire` sent."""
-    return Standing(wire.priority, wire.arrived_at_unix_s, wire.prefill_s, wire.decode_s, wire.served_s, wire.typical_s)
+def scheduling_from_wire(wire: request_pb2.SchedulingState) -> SchedulingState:
+    """The scheduling that `scheduling_to_wire` sent."""
+    return SchedulingState(
+        wire.priority, wire.arrived_at_unix_s, wire.prefill_s, wire.decode_s, wire.served_s, wire.mean_work_s
+    )
 
 
 def demand_to_wire(demand: KvDemand) -> kvstore_pb2.KvDemand:
     """See `demand_from_wire`."""
     return kvstore_pb2.KvDemand(
         num_tokens=demand.num_tokens,
-        most_tokens=demand.most_tokens,
-        block_hashes=prefix.joined(demand.block_hashes),
+        max_tokens=demand.max_tokens,
+        block_hashes=join_hashes(demand.block_hashes),
         max_cached_tokens=demand.max_cached_tokens,
     )
 
 
 def demand_from_wire(wire: kvstore_pb2.KvDemand) -> KvDemand:
     """The demand that `demand_to_wire` sent."""
-    return KvDemand(wire.num_tokens, wire.most_tokens, prefix.split(wire.block_hashes), wire.max_cached_tokens)
+    return KvDemand(wire.num_tokens, wire.max_tokens, split_hashes(wire.block_hashes), wire.max_cached_tokens)
+
+
+def queued_to_wire(request: QueuedRequest) -> kvstore_pb2.QueuedRequest:
+    """See `queued_from_wire`."""
+    return kvstore_pb2.QueuedRequest(
+        entry_id=request.entry_id,
+        model=request.model,
+        scheduling=scheduling_to_wire(request.scheduling),
+        demand=demand_to_wire(request.demand),
+        tenant=request.tenant,
+    )
+
+
+def queued_from_wire(wire: kvstore_pb2.QueuedRequest) -> QueuedRequest:
+    """The queued request that `queued_to_wire` sent."""
+    scheduling, demand = scheduling_from_wire(wire.scheduling), demand_from_wire(wire.demand)
+    return QueuedRequest(wire.entry_id, wire.model, scheduling, demand, wire.tenant)
 
 
 def cost_to_wire(cost: StepCost) -> kvstore_pb2.StepCost:
@@ -172,22 +194,22 @@ def _sampling_from_wire(wire: request_pb2.Sampling) -> Sampling:
     )
 
 
-def logprobs_to_wire(places: Sequence[TokenLogprobs]) -> request_pb2.Logprobs:
+def logprobs_to_wire(positions: Sequence[TokenLogprobs]) -> request_pb2.Logprobs:
     """See `logprobs_from_wire`."""
-    everything = [candidate for place in places for candidate in (place.chosen, *place.top)]
+    flat = [candidate for position in positions for candidate in (position.chosen, *position.top)]
     return request_pb2.Logprobs(
-        counts=[1 + len(place.top) for place in places],
-        token_ids=[candidate.token_id for candidate in everything],
-        logprobs=[candidate.logprob for candidate in everything],
-        ranks=[candidate.rank for candidate in everything],
+        counts=[1 + len(position.top) for position in positions],
+        token_ids=[candidate.token_id for candidate in flat],
+        logprobs=[candidate.logprob for candidate in flat],
+        ranks=[candidate.rank for candidate in flat],
     )
 
 
 def logprobs_from_wire(wire: request_pb2.Logprobs) -> tuple[TokenLogprobs, ...]:
     """The log-probabilities that `logprobs_to_wire` sent."""
     flat = (Candidate(*entry) for entry in zip(wire.token_ids, wire.logprobs, wire.ranks, strict=True))
-    places = (tuple(itertools.islice(flat, count)) for count in wire.counts)
-    return tuple(TokenLogprobs(chosen, tuple(top)) for chosen, *top in places)
+    positions = (tuple(itertools.islice(flat, count)) for count in wire.counts)
+    return tuple(TokenLogprobs(chosen, tuple(top)) for chosen, *top in positions)
 
 
 def finish_to_wire(finish: Finish) -> request_pb2.Finish:
@@ -196,7 +218,7 @@ def finish_to_wire(finish: Finish) -> request_pb2.Finish:
 
 
 def finish_from_wire(wire: request_pb2.Finish) -> Finish:
-    """The end that `finish_to_wire` sent."""
+    """The finish that `finish_to_wire` sent."""
     reason = _FINISH_BACK[wire.reason]
     return Finish(reason, None if reason is FinishReason.LENGTH else wire.token_id)
 
@@ -219,7 +241,6 @@ def lease_to_wire(lease: Lease) -> kvstore_pb2.Lease:
         block_ids=lease.block_ids,
         num_computed_tokens=lease.num_computed_tokens,
         sampled_token_ids=lease.sampled_token_ids,
-        handoff=lease.handoff,
     )
 
 
@@ -231,5 +252,4 @@ def lease_from_wire(wire: kvstore_pb2.Lease) -> Lease:
         block_ids=tuple(wire.block_ids),
         num_computed_tokens=wire.num_computed_tokens,
         sampled_token_ids=tuple(wire.sampled_token_ids),
-        handoff=wire.handoff,
     )

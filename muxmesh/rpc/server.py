@@ -16,8 +16,8 @@ from grpc_reflection.v1alpha import reflection
 
 from muxmesh.errors import InternalError, MeshError
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
-from muxmesh.rpc.status import to_status
-from muxmesh.rpc.wire import parse
+from muxmesh.rpc.message_parser import parse
+from muxmesh.rpc.status_codes import to_status
 
 _log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ def redis_command(socket_path: Path, state_dir: Path) -> tuple[str, ...]:
         "loglevel": "warning",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    guard = (sys.executable, "-m", "muxmesh.supervisor.guard", str(os.getpid()))
+    guard = (sys.executable, "-m", "muxmesh.supervisor.exec_with_parent", str(os.getpid()))
     return (*guard, _binary(), *arguments)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from loadtest.workload import Body, Sketch
 from muxmesh.config.schema import MeshConfig
-from muxmesh.models.spec import SIM_SPEC
+from muxmesh.models.model_spec import SIM_SPEC
 from simulator.forecasts import Known
 from simulator.run import simulate
 from tests.support.bad_router import BAD

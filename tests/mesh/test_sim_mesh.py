@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from muxmesh.client import Message, SyncMeshClient
 from muxmesh.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded, Unavailable
-from muxmesh.rpc.status import _rich_status
+from muxmesh.rpc.status_codes import _rich_status
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.mesh import SIM_MODEL, RunningMesh, collect, running_mesh
 
@@ -375,7 +375,7 @@ async def test_health_and_reflection_on_every_service(mesh: RunningMesh, raw: gr
     runtime = mesh.mesh.runtime
     services = {
         mesh.address: ["muxmesh.v1.Inference", "muxmesh.v1.Mesh"],
-        runtime.kvstore_address("unit0"): ["muxmesh.internal.v1.KvStoreService"],
+        f"unix:{runtime.run_dir}/kvstore-unit0.sock": ["muxmesh.internal.v1.KvStoreService"],
         f"unix:{runtime.run_dir}/prefill-sim.sock": ["muxmesh.internal.v1.PrefillService"],
         f"unix:{runtime.run_dir}/decode-sim.sock": ["muxmesh.internal.v1.DecodeService"],
     }

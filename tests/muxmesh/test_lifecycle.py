@@ -83,7 +83,7 @@ def test_a_guarded_program_dies_with_its_parent(tmp_path: Path) -> None:
             sys.executable,
             "-c",
             "import os, subprocess, sys, time\n"
-            "child = subprocess.Popen([sys.executable, '-m', 'muxmesh.supervisor.guard', str(os.getpid()),"
+            "child = subprocess.Popen([sys.executable, '-m', 'muxmesh.supervisor.exec_with_parent', str(os.getpid()),"
             " sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(600)'], stdout=subprocess.PIPE)\n"
             "child.stdout.readline()\n"
             "print(child.pid, flush=True)\n"

@@ -10,11 +10,11 @@ import pytest
 from loadtest.record import Record
 from loadtest.workload import Body, Sketch
 from muxmesh.config.schema import MeshConfig
-from muxmesh.models.spec import SIM_SPEC
-from muxmesh.order import Policy
-from muxmesh.predictor.features import Reader
-from muxmesh.predictor.guard import Guard
-from muxmesh.predictor.predictor import Fitted, Guess, Refit
+from muxmesh.models.model_spec import SIM_SPEC
+from muxmesh.predictor.checked_predictor import CheckedPredictor
+from muxmesh.predictor.length_predictor import Fitted, Guess, Refit
+from muxmesh.predictor.prompt_features import Reader
+from muxmesh.scheduling_policy import PolicyName
 from muxmesh.types import LengthPrediction
 from simulator.forecasts import Asked, Forecasts, Learned
 from simulator.run import simulate
@@ -66,7 +66,7 @@ def sketches(seed: int = 0, rate: float = 11.0) -> list[Sketch]:
     return found
 
 
-def run(forecasts: Forecasts, policy: Policy) -> Sequence[Record]:
+def run(forecasts: Forecasts, policy: PolicyName) -> Sequence[Record]:
     model = {"name": "m", "engine": "sim", "max_num_seqs": 16, "sim": {"base_s": 0.012, "per_token_s": 0.0005}}
     config = MeshConfig.model_validate({"units": [{"kv_pool": "256MiB", "models": [model]}]})
     records = simulate(config, {"m": SIM_SPEC}, sketches(), forecasts, policy).run.records
@@ -95,18 +95,20 @@ USELESS: dict[str, Callable[[int], float]] = {
 @pytest.mark.parametrize("kind", USELESS)
 def test_behind_the_floor_a_useless_predictor_is_as_good_as_hrrn(kind: str) -> None:
     reference = late_mean_s(run(Constant(), "hrrn"))
-    assert late_mean_s(run(Learned(Guard(Says(USELESS[kind]))), "srtf-aged")) == pytest.approx(reference, rel=0.05)
+    assert late_mean_s(run(Learned(CheckedPredictor(Says(USELESS[kind]))), "srtf-aged")) == pytest.approx(
+        reference, rel=0.05
+    )
 
 
 def test_a_good_predictor_is_better_than_hrrn() -> None:
     """So that the comparison above can tell the difference."""
     reference = late_mean_s(run(Constant(), "hrrn"))
-    assert late_mean_s(run(Learned(Guard(Says(float))), "srtf-aged")) < 0.8 * reference
+    assert late_mean_s(run(Learned(CheckedPredictor(Says(float))), "srtf-aged")) < 0.8 * reference
 
 
-def imprecise() -> Guard:
+def imprecise() -> CheckedPredictor:
     rng = random.Random(5)
-    return Guard(Says(lambda length: length**0.7 * 4 * rng.lognormvariate(0, 0.7)))
+    return CheckedPredictor(Says(lambda length: length**0.7 * 4 * rng.lognormvariate(0, 0.7)))
 
 
 class Hinting(Learned):

@@ -9,17 +9,17 @@ import pytest
 from loadtest.spec import parse_spec
 from loadtest.workload import Body, Sketch
 from muxmesh.config.schema import MeshConfig
-from muxmesh.cost import StepCost
 from muxmesh.errors import ConfigError
-from muxmesh.models.spec import SIM_SPEC
-from muxmesh.order import FCFS, Policy
-from muxmesh.predictor.quality import kendall_tau
-from muxmesh.types import LengthPrediction, Standing
-from simulator.device import DecodeJob, DecodeWorker, Device, PrefillJob, PrefillWorker
+from muxmesh.models.model_spec import SIM_SPEC
+from muxmesh.predictor.rank_correlation import kendall_tau
+from muxmesh.scheduling_policy import FCFS, PolicyName
+from muxmesh.step_cost import StepCost
+from muxmesh.types import LengthPrediction, SchedulingState
 from simulator.forecasts import Asked, Forecasts, Known, Noisy
 from simulator.run import Simulated, requests_of, simulate, true_length
+from simulator.simulated_device import DecodeJob, DecodeWorker, Device, PrefillJob, PrefillWorker
+from simulator.simulated_unit import Decision
 from simulator.timeline import Timeline
-from simulator.unit import Decision
 
 STEP_S = 0.01
 COST = StepCost(STEP_S, 0.0, 0.0)
@@ -73,8 +73,8 @@ def test_a_growing_context_adds_up() -> None:
     assert record.e2el_s - record.ttft_s == pytest.approx(decode_s)
 
 
-@pytest.mark.parametrize("policy", get_args(Policy))
-def test_every_request_is_served_once_whatever_the_order(policy: Policy) -> None:
+@pytest.mark.parametrize("policy", get_args(PolicyName))
+def test_every_request_is_served_once_whatever_the_order(policy: PolicyName) -> None:
     sketches = random_sketches(300, rate=40)
     simulated = run(sketches, policy=policy)
     assert all(record.is_ok for record in simulated.run.records)
@@ -109,7 +109,7 @@ def test_hrrn_with_equal_work_decides_exactly_as_fcfs() -> None:
     warm_up = [sketch(0, 0.0, num_output=100), sketch(1, 2.0)]  # from here on the router knows what steps take
     burst = [sketch(i, 3 + 0.01 * i, 20, rng.randint(1, 99), max_new_tokens=200) for i in range(2, 200)]
     orders: list[list[int]] = []
-    both: tuple[Policy, ...] = ("fcfs", "hrrn")
+    both: tuple[PolicyName, ...] = ("fcfs", "hrrn")
     for policy in both:
         decided: list[Decision] = []
         run([*warm_up, *burst], forecasts=Same(), policy=policy, on_decision=decided.append)
@@ -243,7 +243,7 @@ def test_stretches_of_steps_take_what_single_steps_take() -> None:
 def test_a_prefill_step_is_shared_out_as_the_engine_does() -> None:
     worker, done = PrefillWorker(COST, FCFS, token_budget=100, max_num_seqs=8), list[str]()
     for name, count in (("a", 60), ("b", 60), ("c", 10)):
-        worker.add(PrefillJob(Standing(0, ord(name)), 0, count, lambda name=name: done.append(name)))  # type: ignore[misc]
+        worker.add(PrefillJob(SchedulingState(0, ord(name)), 0, count, lambda name=name: done.append(name)))  # type: ignore[misc]
     worker.begin(0.0)
     worker.end(1)
     assert done == ["a"]

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 import router.__main__
-import router.snapshots
-from muxmesh.predictor.predictor import Guess, LengthPredictor
+import router.predictor_snapshots
+from muxmesh.predictor.length_predictor import Guess, LengthPredictor
 
 
 def _hang(guess: Guess) -> float:
@@ -43,5 +43,5 @@ class BadPredictor(LengthPredictor):
 
 
 if __name__ == "__main__":
-    router.snapshots.LengthPredictor = BadPredictor  # type: ignore[attr-defined]
+    router.predictor_snapshots.LengthPredictor = BadPredictor  # type: ignore[attr-defined]
     router.__main__.main()

@@ -15,9 +15,9 @@ from muxmesh.client.aio import Delta, Finish, MeshClient
 from muxmesh.clock import SystemClock
 from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import MeshError
-from muxmesh.models.prepare import prepare_model
-from muxmesh.supervisor.mesh import Mesh, free_listen_address, make_runtime
-from muxmesh.supervisor.process import SupervisedProcess
+from muxmesh.models.prepared_model import prepare_model
+from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, free_listen_address, make_runtime
+from muxmesh.supervisor.supervised_process import SupervisedProcess
 from muxmesh.v1 import mesh_pb2
 
 SIM_MODEL = {"name": "sim", "engine": "sim", "sim": {"base_s": 0.002}, "max_num_seqs": 8}
@@ -26,7 +26,7 @@ SIM_MODEL = {"name": "sim", "engine": "sim", "sim": {"base_s": 0.002}, "max_num_
 class RunningMesh:
     """A mesh that serves, with a client to it."""
 
-    def __init__(self, mesh: Mesh, client: MeshClient) -> None:
+    def __init__(self, mesh: MeshSupervisor, client: MeshClient) -> None:
         self.mesh = mesh
         self.client = client
         self.address = mesh.runtime.config.listen
@@ -93,11 +93,11 @@ async def running_mesh(
     cache_dir = Path(os.environ["MUXMESH_CACHE_DIR"])
     prepared = {
         name: prepare_model(model, state_dir, cache_dir, lambda what, done, total: None)
-        for name, (_, model) in parsed.models().items()
+        for name, model in parsed.models().items()
     }
     lines: list[str] = []
     runtime = make_runtime(parsed, prepared, state_dir, cache_dir)
-    mesh = Mesh(runtime, state_dir, lambda name, line: lines.append(f"{name} | {line}"), SystemClock())
+    mesh = MeshSupervisor(runtime, state_dir, lambda name, line: lines.append(f"{name} | {line}"), SystemClock())
     for process in mesh.processes:
         if (module := (modules or {}).get(process.spec.name)) is not None:
             interpreter, dash_m, _, *arguments = process.spec.command

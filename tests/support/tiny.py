@@ -11,13 +11,13 @@ import numpy as np
 import torch
 import transformers
 
-from muxmesh.engine.kv_view import KvView
-from muxmesh.engine.torch_engine.cpu.forward import open_cpu_forward
-from muxmesh.engine.torch_engine.cpu.team import Team
-from muxmesh.engine.torch_engine.runner import TorchRunner
-from muxmesh.models.image import ensure_image
-from muxmesh.models.spec import ModelSpec, read_model_spec
+from muxmesh.device.kv_view import KvView
+from muxmesh.engine.native.cpu.forward import open_cpu_forward
+from muxmesh.engine.native.cpu.thread_team import Team
+from muxmesh.engine.native.logits_runner import LogitsRunner
+from muxmesh.models.model_spec import ModelSpec, read_model_spec
 from muxmesh.models.tokenizer import byte_tokenizer
+from muxmesh.models.weight_image import ensure_image
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
@@ -117,12 +117,12 @@ def tiny_view(spec: ModelSpec, block_size: int = 16, num_slabs: int = 8) -> KvVi
     return KvView(np.full(num_slabs * slab_bytes // 4, np.nan, dtype=np.float32), shape, slab_bytes)
 
 
-def tiny_runner(folder: Path, cache: Path, block_size: int = 16, num_slabs: int = 8) -> tuple[TorchRunner, ModelSpec]:
+def tiny_runner(folder: Path, cache: Path, block_size: int = 16, num_slabs: int = 8) -> tuple[LogitsRunner, ModelSpec]:
     """A loaded torch runner over a pool of its own."""
     spec = read_model_spec(folder)
     image = ensure_image(folder, spec, "panels", cache, lambda done, total: None)
     team = Team(2)
     view = tiny_view(spec, block_size, num_slabs)
-    runner = TorchRunner(view, lambda view: open_cpu_forward(spec, image, view, spec.context_len, team))
+    runner = LogitsRunner(view, lambda view: open_cpu_forward(spec, image, view, spec.context_len, team))
     runner.load()
     return runner, spec

@@ -52,7 +52,7 @@ class DecodeResponse(_message.Message):
     FINISH_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     num_output_tokens: _builtins.int
-    """Of the whole answer: so many have come over WatchTokens, or will."""
+    """Of the whole output: all of them have been sent over WatchTokens, or will be."""
     @_builtins.property
     def finish(self) -> _request_pb2.Finish: ...
     def __init__(
@@ -89,15 +89,15 @@ Global___WatchTokensRequest: _TypeAlias = WatchTokensRequest  # noqa: Y015
 class WatchTokensResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    ANSWERS_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewTokens]: ...
+    def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewTokens]: ...
     def __init__(
         self,
         *,
-        answers: _abc.Iterable[Global___NewTokens] | None = ...,
+        sequences: _abc.Iterable[Global___NewTokens] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequences", b"sequences"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___WatchTokensResponse: _TypeAlias = WatchTokensResponse  # noqa: Y015
@@ -112,12 +112,12 @@ class NewTokens(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.int
     start_index: _builtins.int
-    """Place of token_ids[0] in the answer."""
+    """Output index of token_ids[0]."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def logprobs(self) -> _request_pb2.Logprobs:
-        """One place for each token, if they are wanted."""
+        """One entry for each token, if they are requested."""
 
     def __init__(
         self,

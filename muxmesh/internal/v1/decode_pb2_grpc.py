@@ -50,14 +50,15 @@ class DecodeServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Decode(self, request, context):
-        """Waits for the lease and decodes until the answer ends. Its tokens go to `watcher`. Cancelling it releases the lease.
+        """Waits for the lease and decodes until the sequence finishes. Its tokens go to `watcher`. Cancelling it releases the
+        lease.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchTokens(self, request, context):
-        """The tokens of all Decode calls of one watcher, those of a step in one message: to send and to take in a message costs
+        """The tokens of all Decode calls of one watcher, those of a step in one message: sending and receiving a message costs
         more than the tokens in it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -95,8 +95,8 @@ class KvStoreServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Admit(self, request_iterator, context):
-        """The router shows the keys of its best waiting requests; kvstore answers with credits. The stream
-        is the router's life: when it breaks, its credits and keys are dropped.
+        """The router shows its best queued requests; kvstore answers with credits. When the stream breaks, the
+        router's queued requests and unused credits are dropped.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,21 +123,21 @@ class KvStoreServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GrowLease(self, request, context):
-        """More token blocks for a lease, asked for before they are needed. RESOURCE_EXHAUSTED if there are none.
+        """More token blocks for a lease, requested before they are needed. RESOURCE_EXHAUSTED if the pool is full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SwapOut(self, request, context):
-        """Room in host memory for a copy of a lease's KV. RESOURCE_EXHAUSTED if there is none.
+        """Swap pages for a copy of a lease's KV. RESOURCE_EXHAUSTED if the swap region is full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FinishSwapOut(self, request, context):
-        """The copy is made: the lease's token blocks may be others'.
+        """The copy is complete: the lease's token blocks are freed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -151,14 +151,14 @@ class KvStoreServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def FinishSwapIn(self, request, context):
-        """The KV is back in the pool: the copy's room may be others'.
+        """The KV is back in the pool: the swap pages are freed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchLeases(self, request, context):
-        """Leases that arrive at one decode worker, and those that it is to give back.
+        """Leases that arrive at one decode worker, and those that it has to pre-empt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

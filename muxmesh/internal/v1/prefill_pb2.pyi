@@ -3,8 +3,10 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from muxmesh.internal.v1 import request_pb2 as _request_pb2
 import builtins as _builtins
 import sys
@@ -49,19 +51,24 @@ Global___PrefillRequest: _TypeAlias = PrefillRequest  # noqa: Y015
 class PrefillResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
-    token_id: _builtins.int
     num_cached_tokens: _builtins.int
     @_builtins.property
-    def finish(self) -> _request_pb2.Finish:
-        """Set when this token ends the answer: the lease is released and there is no decode."""
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The first output tokens; at least one."""
 
     @_builtins.property
-    def logprobs(self) -> _request_pb2.Logprobs: ...
+    def finish(self) -> _request_pb2.Finish:
+        """Set when the last of these tokens finishes the sequence: the lease is released and there is no decode."""
+
+    @_builtins.property
+    def logprobs(self) -> _request_pb2.Logprobs:
+        """One entry for each token, if they are requested."""
+
     @_builtins.property
     def prompt_logprobs(self) -> _request_pb2.Logprobs:
         """Of the second prompt token and those after it."""
@@ -69,7 +76,7 @@ class PrefillResponse(_message.Message):
     def __init__(
         self,
         *,
-        token_id: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
         finish: _request_pb2.Finish | None = ...,
         num_cached_tokens: _builtins.int = ...,
         logprobs: _request_pb2.Logprobs | None = ...,
@@ -77,7 +84,7 @@ class PrefillResponse(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "finish", b"finish", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "finish", b"finish", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "prompt_logprobs", b"prompt_logprobs", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "finish", b"finish", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "prompt_logprobs", b"prompt_logprobs", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__finish: _TypeAlias = _typing.Literal["finish"]  # noqa: Y015
     _WhichOneofArgType__finish: _TypeAlias = _typing.Literal["_finish", b"_finish"]  # noqa: Y015

@@ -30,7 +30,7 @@ def problems(text: str) -> list[str]:
 
 def test_a_good_file_is_read() -> None:
     config = parse_mesh_config(GOOD, "mesh.yaml").config
-    unit, model = config.models()["chat"]
+    unit, model = config.units[0], config.models()["chat"]
     assert (config.listen, unit.kv_pool, model.max_num_seqs) == ("0.0.0.0:6000", 2 * 1024**3, 4)
 
 
@@ -79,7 +79,7 @@ units:
         ),
         (
             "units:\n  - {name: u, models: [{name: a}]}\n  - {name: v, models: [{name: b}]}",
-            "mesh.yaml:3: units[1].device: 'cpu' is the device of unit u",
+            "mesh.yaml:3: units[1].cores: is needed: there are 2 units on 'cpu'",
         ),
         ("listen: 127.0.0.1:70000", "mesh.yaml:1: listen: the last port is 65535"),
         ("units:\n  - models:\n    - {name: a, engine: vllm}", "mesh.yaml:3: units[0].models[0].engine: "),
@@ -126,7 +126,7 @@ def test_the_runtime_file_comes_back_as_it_was(tmp_path: Path) -> None:
         run_dir=tmp_path,
         cache_dir=tmp_path,
         redis_url="unix:///x",
-        prepared={"chat": PreparedModel(folder=tmp_path, image=None)},
+        prepared={"chat": PreparedModel(folder=tmp_path, image=None, weights_fingerprint="w")},
     )
     runtime.write(tmp_path / "runtime.json")
     assert MeshRuntime.read(tmp_path / "runtime.json") == runtime

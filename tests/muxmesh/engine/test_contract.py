@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,57 +17,62 @@ from muxmesh.engine.api import (
     Failed,
     Finished,
     FreeGrant,
+    JobDone,
     Preempted,
-    PrefillDone,
     Tokens,
-    Until,
 )
+from muxmesh.engine.native.logits_runner import LogitsRunner
 from muxmesh.engine.scheduler import Scheduler
-from muxmesh.engine.sim import SimRunner
+from muxmesh.engine.sequence import SequenceRecord
+from muxmesh.engine.sim_runner import SimRunner
 from muxmesh.engine.step import Runner, Step, StepOutcome
 from muxmesh.engine.step_engine import StepEngine
-from muxmesh.engine.torch_engine.runner import TorchRunner
-from muxmesh.types import EngineRequest, FinishReason, Sampling, Standing, Stopping
+from muxmesh.types import EngineRequest, FinishReason, Sampling, SchedulingState, Stopping
 from tests.support.tiny import TinyShape, tiny_runner, write_tiny_model
 
 BLOCKS = {1: (0, 1, 2, 3), 2: (4, 5, 6, 7), 3: (8, 9, 10, 11)}
 
 
 @pytest.fixture(scope="module")
-def torch_runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+def native_runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), TinyShape())
     return tiny_runner(folder, tmp_path_factory.mktemp("cache"))[0]
 
 
-@pytest.fixture(params=["sim", "torch"])
+@pytest.fixture(params=["sim", "native"])
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     runner = SimRunner(SimProfile(), range(35, 93), 0)
-    if request.param == "torch":
-        runner = request.getfixturevalue("torch_runner")
-    step_engine = StepEngine(Scheduler(8, 32, 16), runner, FreeGrant(), SystemClock())
+    if request.param == "native":
+        runner = request.getfixturevalue("native_runner")
+    step_engine = StepEngine(Scheduler(8, 32), runner, FreeGrant(), SystemClock())
     await step_engine.start()
     yield step_engine
     await step_engine.stop()
 
 
-def job(
+def record(
     job_id: int = 1,
-    until: Until = Until.FINISH,
     max_new_tokens: int = 12,
     temperature: float = 0.9,
     resume: tuple[int, ...] = (),
-    **more: Any,
-) -> EngineJob:
+    blocks: tuple[int, ...] | None = None,
+    computed: int = 0,
+    sampled: tuple[int, ...] = (),
+) -> SequenceRecord:
     request = EngineRequest(
         request_id=f"r{job_id}",
         model="m",
         prompt_token_ids=tuple(range(40, 60)),
         sampling=Sampling(temperature, seed=42),
         stopping=Stopping(max_new_tokens),
-        standing=Standing(0, float(job_id)),
+        scheduling=SchedulingState(0, float(job_id)),
         resume_token_ids=resume,
     )
-    return EngineJob(job_id, request, until, BLOCKS[job_id], **more)
+    return SequenceRecord(request, 16, b"root", BLOCKS[job_id] if blocks is None else blocks, computed, sampled)
+
+
+def job(job_id: int = 1, limit: int | None = None, **more: Any) -> EngineJob:
+    return EngineJob(job_id, record(job_id, **more), limit)
 
 
 async def collect(events: AsyncIterator[Event]) -> tuple[tuple[int, ...], list[Event]]:
@@ -98,13 +102,14 @@ async def test_the_same_job_gives_the_same_tokens(engine: Engine) -> None:
     assert (await collect(engine.submit(job())))[0] == (await collect(engine.submit(job())))[0]
 
 
-async def test_prefill_then_decode_gives_the_tokens_of_one_engine(engine: Engine) -> None:
+@pytest.mark.parametrize("num_first", [1, 3])
+async def test_prefill_then_decode_gives_the_tokens_of_one_engine(engine: Engine, num_first: int) -> None:
     whole, _ = await collect(engine.submit(job()))
-    first, (done,) = await collect(engine.submit(job(until=Until.FIRST_TOKEN)))
-    assert isinstance(done, PrefillDone) and done.num_computed_tokens == 20
-    rest, _ = await collect(
-        engine.submit(job(num_computed_tokens=done.num_computed_tokens, sampled_token_ids=first, handoff=done.handoff))
-    )
+    prefill = job(limit=num_first)
+    first, others = await collect(engine.submit(prefill))
+    assert others == [JobDone()]
+    assert len(first) == num_first and prefill.sequence.num_computed_tokens == 20 + num_first - 1
+    rest, _ = await collect(engine.submit(job(computed=prefill.sequence.num_computed_tokens, sampled=first)))
     assert first + rest == whole
 
 
@@ -112,7 +117,6 @@ async def test_prefill_then_decode_gives_the_tokens_of_one_engine(engine: Engine
 async def test_a_resumed_job_goes_on_as_the_undisturbed_one(engine: Engine, temperature: float) -> None:
     whole, _ = await collect(engine.submit(job(temperature=temperature)))
     rest, _ = await collect(engine.submit(job(2, temperature=temperature, resume=whole[:5])))
-    assert engine.info.resumes_exactly
     assert whole[:5] + rest == whole
 
 
@@ -127,32 +131,54 @@ async def test_a_cancelled_job_is_no_more(engine: Engine) -> None:
     assert isinstance(await anext(events), Tokens)
     await engine.cancel(1)
     await engine.cancel(1)
-    assert engine.stats().num_jobs == 0
     tokens, _ = await collect(engine.submit(job()))
     assert len(tokens) == 12
 
 
 async def test_a_preempted_job_waits_and_goes_on(engine: Engine) -> None:
     whole, _ = await collect(engine.submit(job(max_new_tokens=30)))
-    events = engine.submit(job(max_new_tokens=30))
+    waiting = job(max_new_tokens=30)
     got: list[int] = []
     async with asyncio.timeout(60):
-        async for event in events:
+        async for event in engine.submit(waiting):
             if isinstance(event, Tokens):
                 got.extend(event.token_ids)
                 if len(got) == 3:
                     engine.preempt(1)
             elif isinstance(event, Preempted):
-                assert event.kv_kept
-                engine.reprioritise(1, Standing(-1, 0.0))
+                waiting.sequence.scheduling = SchedulingState(-1, 0.0)
+                engine.sequence_changed(1)
                 engine.resume(1)
     assert tuple(got) == whole
+
+
+async def test_the_record_is_ahead_of_the_events_and_complete_at_the_end(engine: Engine) -> None:
+    running = job()
+    seen = 0
+    async for event in engine.submit(running):
+        if isinstance(event, Tokens):
+            seen += len(event.token_ids)
+            assert running.sequence.num_output_tokens >= seen
+    assert running.sequence.num_output_tokens == 12
+    assert running.sequence.num_computed_tokens == 20 + 11, "the last token sampled is not computed"
+    assert running.sequence.finish is not None
+
+
+async def test_no_token_outside_the_bitmask_is_sampled(engine: Engine) -> None:
+    allowed = {40, 63, 64, 90}
+    bitmask = np.zeros(9, dtype=np.uint32)
+    for token in allowed:
+        bitmask[token // 32] |= np.uint32(1 << token % 32)
+    running = job()
+    running.sequence.token_bitmask = bitmask
+    tokens, _ = await collect(engine.submit(running))
+    assert set(tokens) <= allowed and len(set(tokens)) > 1
 
 
 def move_kv(engine: Engine, old: tuple[int, ...], new: tuple[int, ...]) -> None:
     """What a swap out and in does: the KV lies in other blocks, and in the old ones is what would be noticed."""
     runner = engine._runner  # type: ignore[attr-defined]
-    if isinstance(runner, TorchRunner):
+    if isinstance(runner, LogitsRunner):
         view, size = runner._view, runner._view.shape.token_block_bytes // 4
         for source, target in zip(view.block_offsets(old), view.block_offsets(new), strict=True):
             view.pool[target : target + size] = view.pool[source : source + size]
@@ -161,54 +187,41 @@ def move_kv(engine: Engine, old: tuple[int, ...], new: tuple[int, ...]) -> None:
 
 async def test_a_preempted_job_goes_on_in_other_blocks(engine: Engine) -> None:
     whole, _ = await collect(engine.submit(job(max_new_tokens=30)))
+    moved = job(max_new_tokens=30)
     got: list[int] = []
     async with asyncio.timeout(60):
-        async for event in engine.submit(job(max_new_tokens=30)):
+        async for event in engine.submit(moved):
             if isinstance(event, Tokens):
                 got.extend(event.token_ids)
                 if len(got) == 3:
                     engine.preempt(1)
             elif isinstance(event, Preempted):
                 move_kv(engine, BLOCKS[1], BLOCKS[3])
-                engine.resume(1, BLOCKS[3])
+                moved.sequence.swap_out()
+                moved.sequence.swap_in(BLOCKS[3], is_exact=True)
+                engine.resume(1)
     assert tuple(got) == whole
 
 
 async def test_a_job_whose_blocks_are_full_waits_for_more(engine: Engine) -> None:
     whole, _ = await collect(engine.submit(job(max_new_tokens=30)))
-    narrow = replace(job(max_new_tokens=30), block_ids=BLOCKS[1][:2])
+    narrow = job(max_new_tokens=30, blocks=BLOCKS[1][:2])
     got: list[int] = []
     async with asyncio.timeout(60):
         async for event in engine.submit(narrow):
             if isinstance(event, Tokens):
                 got.extend(event.token_ids)
-                if len(got) == 2 * 16 - 20 + 1:  # the last one drawn has no place for its own KV
-                    before = engine.stats().num_steps
-                    await asyncio.sleep(0)
-                    assert engine.stats().num_steps == before
-                    engine.extend(1, BLOCKS[1][2:])
+                if len(got) == 2 * 16 - 20 + 1:  # there is no slot for the KV of the last one
+                    for _ in range(5):
+                        await asyncio.sleep(0)
+                    assert narrow.sequence.num_output_tokens == len(got)
+                    narrow.sequence.add_blocks(BLOCKS[1][2:])
+                    engine.sequence_changed(1)
     assert tuple(got) == whole
 
 
-async def test_an_abandoned_job_ends_with_the_reason(engine: Engine) -> None:
-    events = engine.submit(job(max_new_tokens=40))
-    assert isinstance(await anext(events), Tokens)
-    engine.abandon(1, "no more memory")
-    _, others = await collect(events)
-    assert others == [Failed("no more memory")]
-    await engine.cancel(1)
-
-
-async def test_counters_grow(engine: Engine) -> None:
-    before = engine.stats()
-    await collect(engine.submit(job()))
-    after = engine.stats()
-    assert after.num_computed_tokens - before.num_computed_tokens == 20 + 11
-    assert after.num_steps - before.num_steps == 12
-
-
-async def test_stopping_ends_every_job(torch_runner: Runner) -> None:
-    step_engine = StepEngine(Scheduler(8, 32, 16), torch_runner, FreeGrant(), SystemClock())
+async def test_stopping_ends_every_job(native_runner: Runner) -> None:
+    step_engine = StepEngine(Scheduler(8, 32), native_runner, FreeGrant(), SystemClock())
     await step_engine.start()
     events = step_engine.submit(job(max_new_tokens=40))
     await anext(events)
@@ -236,7 +249,7 @@ class FlakyRunner:
 
 async def test_a_runner_that_raises_costs_the_step_and_not_the_engine(caplog: pytest.LogCaptureFixture) -> None:
     make: Callable[[], Runner] = lambda: SimRunner(SimProfile(), range(35, 93), 0)  # noqa: E731
-    step_engine = StepEngine(Scheduler(8, 32, 16), FlakyRunner({1}, make()), FreeGrant(), SystemClock())
+    step_engine = StepEngine(Scheduler(8, 32), FlakyRunner({1}, make()), FreeGrant(), SystemClock())
     await step_engine.start()
     _, others = await collect(step_engine.submit(job(1)))
     assert others == [Failed("ArithmeticError: nan in layer 3")]
@@ -251,7 +264,7 @@ async def test_a_bug_in_the_loop_ends_every_job_and_is_told(caplog: pytest.LogCa
         raise KeyError("a bug")
 
     step_engine = StepEngine(
-        Scheduler(8, 32, 16), SimRunner(SimProfile(), range(35, 93), 0), FreeGrant(), SystemClock(), observe
+        Scheduler(8, 32), SimRunner(SimProfile(), range(35, 93), 0), FreeGrant(), SystemClock(), observe
     )
     await step_engine.start()
     _, others = await collect(step_engine.submit(job(1)))

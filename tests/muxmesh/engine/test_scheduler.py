@@ -1,49 +1,51 @@
-from dataclasses import replace
-
+import numpy as np
 import pytest
 
-from muxmesh.engine.api import EngineJob, Failed, Finished, Preempted, PrefillDone, Tokens, Until
+from muxmesh.engine.api import EngineJob, Failed, Finished, JobDone, Preempted, Tokens
 from muxmesh.engine.scheduler import Scheduler
-from muxmesh.engine.step import Drawn, Step, StepOutcome
-from muxmesh.types import EngineRequest, Finish, FinishReason, Sampling, Standing, Stopping
+from muxmesh.engine.sequence import SequenceRecord
+from muxmesh.engine.step import PromptScoring, SampledToken, Step, StepOutcome
+from muxmesh.types import EngineRequest, Finish, FinishReason, Sampling, SchedulingState, Stopping
 
 
 def job(
     job_id: int,
     prompt: int = 4,
-    until: Until = Until.FINISH,
+    limit: int | None = None,
     priority: int = 0,
     stopping: Stopping | None = None,
     computed: int = 0,
     sampled: tuple[int, ...] = (),
     resume: tuple[int, ...] = (),
+    blocks: tuple[int, ...] = tuple(range(5000)),
+    sampling: Sampling | None = None,
 ) -> EngineJob:
     request = EngineRequest(
         request_id=str(job_id),
         model="m",
         prompt_token_ids=tuple(range(100, 100 + prompt)),
-        sampling=Sampling(seed=5),
+        sampling=sampling or Sampling(seed=5),
         stopping=stopping or Stopping(max_new_tokens=3, eos_token_ids=frozenset({0}), stop_token_ids=frozenset({9})),
-        standing=Standing(priority, float(job_id)),
+        scheduling=SchedulingState(priority, float(job_id)),
         resume_token_ids=resume,
     )
-    return EngineJob(job_id, request, until, num_computed_tokens=computed, sampled_token_ids=sampled)
+    return EngineJob(job_id, SequenceRecord(request, 16, b"root", blocks, computed, sampled), limit)
 
 
 def scheduler(max_num_seqs: int = 8, token_budget: int = 10) -> Scheduler:
-    return Scheduler(max_num_seqs, token_budget, block_size=16)
+    return Scheduler(max_num_seqs, token_budget)
 
 
 def shape(step: Step | None) -> list[tuple[int, int, int, bool]]:
     assert step is not None
-    return [(chunk.job_id, chunk.start, len(chunk.token_ids), chunk.draw is not None) for chunk in step.chunks]
+    return [(chunk.job_id, chunk.start, len(chunk.token_ids), chunk.sample is not None) for chunk in step.chunks]
 
 
 def run(jobs: Scheduler, *tokens: int) -> Step:
-    step = jobs.next_step()
+    step = jobs.next_step(0.0)
     assert step is not None
-    drawing = [chunk.job_id for chunk in step.chunks if chunk.draw]
-    jobs.apply(StepOutcome({job_id: Drawn(token) for job_id, token in zip(drawing, tokens, strict=True)}))
+    sampling = [chunk.job_id for chunk in step.chunks if chunk.sample]
+    jobs.apply(StepOutcome({job_id: SampledToken(token) for job_id, token in zip(sampling, tokens, strict=True)}))
     return step
 
 
@@ -53,7 +55,7 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_budget() -> None:
     assert shape(run(jobs)) == [(1, 0, 10, False)]
     assert shape(run(jobs)) == [(1, 10, 10, False)]
     assert shape(run(jobs, 7)) == [(1, 20, 5, True)]
-    assert jobs.drain() == [(1, Tokens(0, (7,)))]
+    assert jobs.drain_events() == [(1, Tokens(0, (7,)))]
     assert shape(run(jobs, 8)) == [(1, 25, 1, True)]
 
 
@@ -70,22 +72,23 @@ def test_decodes_go_before_prompts_and_prompts_fill_the_rest() -> None:
     jobs = scheduler(token_budget=6)
     jobs.add(job(1, prompt=20))
     jobs.add(job(2, prompt=4, computed=4, sampled=(7,)))
-    assert shape(jobs.next_step()) == [(2, 4, 1, True), (1, 0, 5, False)]
+    assert shape(jobs.next_step(0.0)) == [(2, 4, 1, True), (1, 0, 5, False)]
 
 
 def test_order_is_priority_then_arrival() -> None:
     jobs = scheduler(max_num_seqs=2, token_budget=100)
     for job_id, priority in ((1, 0), (2, 0), (3, -1)):
         jobs.add(job(job_id, priority=priority))
-    assert [chunk[0] for chunk in shape(jobs.next_step())] == [3, 1]
+    assert [chunk[0] for chunk in shape(jobs.next_step(0.0))] == [3, 1]
 
 
-def test_reprioritise_takes_effect_with_the_next_step() -> None:
+def test_another_scheduling_state_takes_effect_with_the_next_step() -> None:
     jobs = scheduler(max_num_seqs=1)
+    late = job(2)
     jobs.add(job(1))
-    jobs.add(job(2))
-    jobs.reprioritise(2, Standing(-5, 0.0))
-    assert [chunk[0] for chunk in shape(jobs.next_step())] == [2]
+    jobs.add(late)
+    late.sequence.scheduling = SchedulingState(-5, 0.0)
+    assert [chunk[0] for chunk in shape(jobs.next_step(0.0))] == [2]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,7 @@ def test_each_way_to_finish(token: int, finish: Finish) -> None:
     jobs = scheduler()
     jobs.add(job(1, computed=4, sampled=(7,), resume=(6,)))
     run(jobs, token)
-    assert jobs.drain() == [(1, Tokens(2, (token,))), (1, Finished(finish))]
+    assert jobs.drain_events() == [(1, Tokens(2, (token,))), (1, Finished(finish))]
     assert not jobs.has_work()
 
 
@@ -104,46 +107,46 @@ def test_stop_tokens_are_banned_until_the_least_length() -> None:
     jobs = scheduler()
     stopping = Stopping(3, min_new_tokens=2, eos_token_ids=frozenset({0}), stop_token_ids=frozenset({9}))
     jobs.add(job(1, stopping=stopping))
-    draws = [run(jobs, token).chunks[0].draw for token in (7, 8)]
-    assert [draw.banned for draw in draws if draw] == [frozenset({0, 9}), frozenset()]
+    specs = [run(jobs, token).chunks[0].sample for token in (7, 8)]
+    assert [spec.banned for spec in specs if spec] == [frozenset({0, 9}), frozenset()]
 
 
 def test_a_prefill_job_ends_with_its_first_token() -> None:
     jobs = scheduler()
-    jobs.add(job(1, until=Until.FIRST_TOKEN))
+    jobs.add(job(1, limit=1))
     run(jobs, 7)
-    assert jobs.drain() == [(1, Tokens(0, (7,))), (1, PrefillDone(4))]
+    assert jobs.drain_events() == [(1, Tokens(0, (7,))), (1, JobDone())]
 
 
 def test_a_prefill_job_whose_first_token_ends_the_answer_is_finished() -> None:
     jobs = scheduler()
-    jobs.add(job(1, until=Until.FIRST_TOKEN))
+    jobs.add(job(1, limit=1))
     run(jobs, 0)
-    assert jobs.drain() == [(1, Tokens(0, (0,))), (1, Finished(Finish(FinishReason.EOS, 0)))]
+    assert jobs.drain_events() == [(1, Tokens(0, (0,))), (1, Finished(Finish(FinishReason.EOS, 0)))]
 
 
-def test_a_resumed_job_draws_at_the_place_where_it_was() -> None:
+def test_a_resumed_job_samples_at_the_output_index_where_it_was() -> None:
     jobs = scheduler(token_budget=100)
     jobs.add(job(1, resume=(6, 7)))
     step = run(jobs, 8)
     assert shape(step) == [(1, 0, 6, True)]
-    draw = step.chunks[0].draw
-    assert draw is not None
-    assert draw.output_index == 2
-    assert jobs.drain()[0] == (1, Tokens(2, (8,)))
+    sample = step.chunks[0].sample
+    assert sample is not None
+    assert sample.output_index == 2
+    assert jobs.drain_events()[0] == (1, Tokens(2, (8,)))
 
 
 def test_a_cancelled_job_is_forgotten_though_its_step_is_in_flight() -> None:
     jobs = scheduler()
     jobs.add(job(1))
     jobs.add(job(2))
-    step = jobs.next_step()
+    step = jobs.next_step(0.0)
     assert jobs.cancel(1) is True
     assert step is not None
-    jobs.apply(StepOutcome({1: Drawn(7), 2: Drawn(8)}))
-    assert jobs.drain() == [(2, Tokens(0, (8,)))]
+    jobs.apply(StepOutcome({1: SampledToken(7), 2: SampledToken(8)}))
+    assert jobs.drain_events() == [(2, Tokens(0, (8,)))]
     assert jobs.cancel(2) is False
-    assert jobs.next_step() is None
+    assert jobs.next_step(0.0) is None
 
 
 def test_a_paused_job_keeps_its_place_and_goes_on() -> None:
@@ -152,61 +155,98 @@ def test_a_paused_job_keeps_its_place_and_goes_on() -> None:
     run(jobs, 7)
     jobs.preempt(1)
     jobs.preempt(1)
-    assert jobs.drain()[1:] == [(1, Preempted(kv_kept=True))]
+    assert jobs.drain_events()[1:] == [(1, Preempted())]
     assert not jobs.has_work()
     jobs.resume(1)
-    assert shape(jobs.next_step()) == [(1, 4, 1, True)]
+    assert shape(jobs.next_step(0.0)) == [(1, 4, 1, True)]
 
 
 def test_a_job_in_flight_is_paused_after_its_step() -> None:
     jobs = scheduler()
     jobs.add(job(1))
-    jobs.next_step()
+    jobs.next_step(0.0)
     jobs.preempt(1)
-    assert jobs.drain() == []
-    jobs.apply(StepOutcome({1: Drawn(7)}))
-    assert jobs.drain() == [(1, Tokens(0, (7,))), (1, Preempted(kv_kept=True))]
+    assert jobs.drain_events() == []
+    jobs.apply(StepOutcome({1: SampledToken(7)}))
+    assert jobs.drain_events() == [(1, Tokens(0, (7,))), (1, Preempted())]
 
 
 def test_a_failed_step_fails_its_jobs_only() -> None:
     jobs = scheduler(max_num_seqs=1)
     jobs.add(job(1))
     jobs.add(job(2))
-    jobs.next_step()
+    jobs.next_step(0.0)
     jobs.fail("boom")
-    assert jobs.drain() == [(1, Failed("boom"))]
-    assert [chunk[0] for chunk in shape(jobs.next_step())] == [2]
+    assert jobs.drain_events() == [(1, Failed("boom"))]
+    assert [chunk[0] for chunk in shape(jobs.next_step(0.0))] == [2]
 
 
-def test_a_job_that_contradicts_itself_is_refused() -> None:
+def test_a_job_that_is_known_is_refused() -> None:
     jobs = scheduler()
     jobs.add(job(1))
     with pytest.raises(ValueError, match="known already"):
         jobs.add(job(1))
-    with pytest.raises(ValueError, match="4 of 4 tokens"):
-        jobs.add(job(2, computed=4))
 
 
 def test_a_job_whose_blocks_are_full_waits_for_more() -> None:
     jobs = scheduler(token_budget=100)
-    full = job(1, prompt=15, stopping=Stopping(max_new_tokens=40))
-    jobs.add(replace(full, block_ids=(3,)))
+    full = job(1, prompt=15, stopping=Stopping(max_new_tokens=40), blocks=(3,))
+    jobs.add(full)
     jobs.add(job(2, stopping=Stopping(max_new_tokens=40)))
     assert [chunk.job_id for chunk in run(jobs, 7, 8).chunks] == [1, 2]
     assert [chunk.job_id for chunk in run(jobs, 7, 8).chunks] == [1, 2], "the sixteenth token's KV fits"
     assert [chunk.job_id for chunk in run(jobs, 8).chunks] == [2]
     jobs.cancel(2)
     assert not jobs.has_work()
-    jobs.extend(1, (9,))
+    full.sequence.add_blocks((9,))
     assert run(jobs, 7).chunks[0].block_ids == (3, 9)
 
 
-def test_an_abandoned_job_fails_though_its_step_is_in_flight() -> None:
+def test_prefill_may_sample_more_than_one_token() -> None:
     jobs = scheduler()
-    jobs.add(job(1))
-    assert jobs.next_step() is not None
-    jobs.abandon(1, "no room")
-    assert jobs.drain() == [(1, Failed("no room"))]
-    assert jobs.cancel(1), "its KV is still written"
-    jobs.apply(StepOutcome({1: Drawn(7)}))
-    assert jobs.drain() == []
+    prefill = job(1, limit=2)
+    jobs.add(prefill)
+    run(jobs, 7)
+    assert jobs.has_work()
+    run(jobs, 8)
+    assert jobs.drain_events() == [(1, Tokens(0, (7,))), (1, Tokens(1, (8,))), (1, JobDone())]
+    assert (prefill.sequence.num_computed_tokens, prefill.sequence.output_token_ids) == (5, (7, 8))
+
+
+def test_the_limit_of_a_job_does_not_count_what_was_resumed() -> None:
+    jobs = scheduler()
+    jobs.add(job(1, limit=1, resume=(6,)))
+    run(jobs, 7)
+    assert jobs.drain_events() == [(1, Tokens(1, (7,))), (1, JobDone())]
+
+
+def test_prompt_log_probabilities_are_of_the_tokens_that_follow() -> None:
+    jobs = scheduler(token_budget=3)
+    jobs.add(job(1, prompt=5, sampling=Sampling(prompt_logprobs=2)))
+    first, second = jobs.next_step(0.0), None
+    assert first is not None and first.chunks[0].scoring == PromptScoring((101, 102, 103), 2)
+    jobs.apply(StepOutcome({}, {1: ()}))
+    second = jobs.next_step(0.0)
+    assert second is not None and second.chunks[0].scoring == PromptScoring((104,), 2), "nothing follows the last"
+    assert second.chunks[0].num_logit_rows == 2
+
+
+def test_only_penalties_need_the_tokens_before() -> None:
+    jobs = scheduler()
+    jobs.add(job(1, resume=(6,), sampling=Sampling(repetition_penalty=1.2)))
+    jobs.add(job(2, resume=(6,)))
+    step = jobs.next_step(0.0)
+    assert step is not None
+    specs = {chunk.job_id: chunk.sample for chunk in step.chunks}
+    assert specs[1] is not None and specs[2] is not None
+    assert (specs[1].prompt_token_ids, specs[1].output_token_ids) == ((100, 101, 102, 103), (6,))
+    assert (specs[2].prompt_token_ids, specs[2].output_token_ids) == ((), ())
+
+
+def test_a_token_bitmask_goes_to_the_sampler() -> None:
+    jobs, masked = scheduler(), job(1)
+    masked.sequence.token_bitmask = np.array([5], dtype=np.uint32)
+    jobs.add(masked)
+    step = jobs.next_step(0.0)
+    assert step is not None and step.chunks[0].sample is not None
+    assert step.chunks[0].sample.token_bitmask is masked.sequence.token_bitmask

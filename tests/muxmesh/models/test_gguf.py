@@ -16,8 +16,8 @@ from muxmesh.config.schema import ModelConfig
 from muxmesh.errors import ConfigError, ModelUnsupported
 from muxmesh.models.gguf_import import import_gguf, read_gguf
 from muxmesh.models.gguf_tokenizer import build_tokenizer
-from muxmesh.models.prepare import prepare_model
-from muxmesh.models.spec import LinearRope, Llama3Rope, YarnRope, read_model_spec
+from muxmesh.models.model_spec import LinearRope, Llama3Rope, YarnRope, read_model_spec
+from muxmesh.models.prepared_model import prepare_model
 from muxmesh.models.tokenizer import load_text_model
 from tests.support.gguf_files import TinyGguf, write_gguf
 

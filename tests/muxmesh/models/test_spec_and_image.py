@@ -7,8 +7,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from muxmesh.errors import ModelUnsupported
-from muxmesh.models.image import ensure_image, map_image
-from muxmesh.models.spec import read_model_spec
+from muxmesh.models.model_spec import read_model_spec
+from muxmesh.models.weight_image import ensure_image, map_image
 from tests.support.tiny import TinyShape, write_tiny_model
 
 

@@ -1,12 +1,12 @@
 import pytest
 
+from muxmesh.predictor.checked_predictor import CheckedPrediction
 from muxmesh.predictor.evaluate import Item, Outcome, report
-from muxmesh.predictor.guard import Judged
 from muxmesh.types import LengthPrediction
 
 
 def outcome(num_tokens: int, censored: bool = False, model: str = "m") -> Outcome:
-    judged = Judged(LengthPrediction(50.0, 100.0), "regressed", model, "", None, None)
+    judged = CheckedPrediction(LengthPrediction(50.0, 100.0), "regressed", model, "", None, None)
     return Outcome(Item("a", model, num_tokens, censored=censored), judged, 0.001)
 
 

@@ -12,8 +12,8 @@ from kvstore.service import KvStoreService
 from muxmesh.internal.v1 import decode_pb2, kvstore_pb2, prefill_pb2
 from muxmesh.v1 import inference_pb2, mesh_pb2
 from prefill_svc.service import PrefillService
-from router.inference import InferenceService
-from router.mesh import MeshService
+from router.api.inference_service import InferenceService
+from router.api.mesh_service import MeshService
 
 ROOT = Path(__file__).resolve().parents[3]
 SERVED = {

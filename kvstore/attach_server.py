@@ -1,0 +1,239 @@
+"""The attach socket: how workers get the unit's memory, and how kvstore knows that they live.
+
+One SOCK_SEQPACKET connection for the life of a process; messages are JSON (`attach_protocol`). The kernel names the
+peer (SO_PEERCRED), and the unit's fence reports when the process has certainly exited. An attachment is one worker,
+which owns leases, and every process that writes into the pool for it: its leases and its slot are reclaimed only when
+all of them have exited, since no software stops a store that has begun. A worker that closes its connection and lives
+on is killed, and so is a ready one whose heartbeat stops: its leases must not hold up others for longer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvstore.attach_protocol import BEAT_EVERY_S, MAX_MESSAGE_BYTES, MAX_SILENT_CHECKS, pool_description
+from kvstore.device_memory import DeviceMemory
+from kvstore.fence import Fence, HostFence
+from kvstore.grant_page import Word
+from kvstore.grant_table import GrantTable
+from kvstore.progress_page import ProgressPage, new_progress_fd
+from kvstore.unit import Unit, WorkerRecord
+from muxmesh.errors import MeshError
+from muxmesh.step_cost import StepCost
+from muxmesh.types import Role
+
+_log = logging.getLogger(__name__)
+_LINGER_S = 5.0
+
+
+@dataclass(slots=True)
+class _Attachment:
+    """A worker and the processes that write for it: watch fd → connection of each that has not exited."""
+
+    worker: WorkerRecord
+    slot: int
+    progress: ProgressPage
+    processes: dict[int, socket.socket] = field(default_factory=dict)
+    kill_timer: asyncio.TimerHandle | None = None
+    has_owner: bool = True
+    last_beat: int = -1
+    num_silent_checks: int = 0
+
+
+class AttachServer:
+    """Owns the attachments. ``changed`` is called whenever a worker is ready or gone."""
+
+    def __init__(
+        self,
+        path: Path,
+        unit: Unit,
+        memory: DeviceMemory,
+        swap_fd: int | None,
+        grants: GrantTable,
+        changed: Callable[[], None],
+        fence: Fence | None = None,
+        check_every_s: float = BEAT_EVERY_S,
+    ) -> None:
+        self._path = path
+        self._unit = unit
+        self._memory = memory
+        self._swap_fd = swap_fd
+        self._grants = grants
+        self._changed = changed
+        self._fence = fence or HostFence()
+        self._attachments: dict[str, _Attachment] = {}
+        self._check_every_s = check_every_s
+        self._check_timer: asyncio.TimerHandle | None = None
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+
+    def start(self) -> None:
+        """Binds and listens."""
+        self._path.unlink(missing_ok=True)
+        self._listener.bind(str(self._path))
+        self._listener.listen()
+        asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
+        self._check_heartbeats()
+
+    def close(self) -> None:
+        """Closes every connection: workers take that as the end of the unit."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._listener.fileno())
+        self._listener.close()
+        if self._check_timer is not None:
+            self._check_timer.cancel()
+        for attachment in self._attachments.values():
+            for watch_fd in list(attachment.processes):
+                self._forget_process(attachment, watch_fd)
+            if attachment.kill_timer is not None:
+                attachment.kill_timer.cancel()
+
+    def cost_of(self, worker: str) -> StepCost | None:
+        """Step cost of a worker; None before its first step, or if it is not attached."""
+        attachment = self._attachments.get(worker)
+        return self._grants.page.read_cost(attachment.slot) if attachment else None
+
+    def slot_of(self, worker: str) -> int:
+        """The worker's slot in the grant page."""
+        return self._attachments[worker].slot
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        connection.setblocking(False)
+        asyncio.get_running_loop().add_reader(connection.fileno(), self._on_hello, connection)
+
+    def _on_hello(self, connection: socket.socket) -> None:
+        """First message of a process. If anything fails, everything is undone."""
+        asyncio.get_running_loop().remove_reader(connection.fileno())
+        pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        with ExitStack() as undo:
+            undo.callback(connection.close)
+            try:
+                if uid != os.getuid():
+                    raise ValueError(f"uid {uid} is not the mesh's")
+                hello = json.loads(connection.recv(MAX_MESSAGE_BYTES))
+                watch_fd = self._fence.watch(pid)
+                undo.callback(os.close, watch_fd)
+                if "writer_for" in hello:
+                    attachment = self._add_writer(connection, hello)
+                else:
+                    attachment = self._add_worker(connection, hello, pid, undo)
+            except (OSError, ValueError, KeyError, TypeError, MeshError) as error:
+                _log.warning("process %d may not attach: %s", pid, error)
+                return
+            undo.pop_all()
+        self._add_process(attachment, watch_fd, connection)
+        _log.info("%s attached (pid %d)", attachment.worker.name, pid)
+
+    def _add_worker(self, connection: socket.socket, hello: dict[str, Any], pid: int, undo: ExitStack) -> _Attachment:
+        worker = self._unit.attach(Role(hello["role"]), hello["model"], hello["address"], pid)
+        undo.callback(self._unit.worker_exited, worker.name)
+        slot, bell_fd = self._grants.allocate_slot(worker.role, worker.model)
+        undo.callback(self._grants.free_slot, slot)
+        model = self._unit.models[worker.model]
+        size = (model.max_resident_seqs or model.max_num_seqs, model.max_model_len // model.shape.block_size)
+        progress_fd = new_progress_fd(*size)
+        try:
+            progress = ProgressPage(progress_fd, *size)
+            reply = {"worker": worker.name, "slot": slot, "progress": size}
+            self._send(connection, reply, (self._grants.page_fd, self._grants.doorbell_fd, bell_fd, progress_fd))
+        finally:
+            os.close(progress_fd)
+        attachment = self._attachments[worker.name] = _Attachment(worker, slot, progress)
+        return attachment
+
+    def _add_writer(self, connection: socket.socket, hello: dict[str, Any]) -> _Attachment:
+        attachment = self._attachments.get(hello["writer_for"])
+        if attachment is None or not attachment.has_owner:
+            raise ValueError(f"no worker {hello['writer_for']!r} is attached")
+        self._send(connection, {"worker": attachment.worker.name}, ())
+        return attachment
+
+    def _send(self, connection: socket.socket, reply: dict[str, Any], fds: tuple[int, ...]) -> None:
+        """``reply`` and a description of the pool, with the pool's file descriptors before ``fds``."""
+        pool = pool_description(self._memory, self._unit.slab_bytes, self._swap_fd is not None)
+        pool_fds = [segment.fd for shard in self._memory.shards for segment in shard.segments]
+        swap_fds = [] if self._swap_fd is None else [self._swap_fd]
+        socket.send_fds(connection, [json.dumps({**reply, "pool": pool}).encode()], [*pool_fds, *swap_fds, *fds])
+
+    def _add_process(self, attachment: _Attachment, watch_fd: int, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        is_owner = not attachment.processes
+        attachment.processes[watch_fd] = connection
+        loop.add_reader(watch_fd, self._on_exit, attachment, watch_fd, is_owner)
+        if is_owner:
+            loop.add_reader(connection.fileno(), self._on_message, attachment, connection)
+
+    def _on_message(self, attachment: _Attachment, connection: socket.socket) -> None:
+        try:
+            message = connection.recv(MAX_MESSAGE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            message = b""
+        if message:
+            attachment.worker.ready = bool(json.loads(message).get("ready"))
+        else:  # it detached: it has to exit, and soon
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(connection.fileno())
+            attachment.worker.ready = False
+            attachment.kill_timer = loop.call_later(_LINGER_S, self._kill, attachment, "detached and lives on")
+        self._changed()
+
+    def _check_heartbeats(self) -> None:
+        """Kills ready workers that have been silent for too long. Counts checks, not seconds: a machine that was
+        suspended has not made any worker silent.
+        """
+        for attachment in list(self._attachments.values()):
+            beat = self._grants.page.read(attachment.slot, Word.HEARTBEATS)
+            if beat != attachment.last_beat or not attachment.worker.ready:
+                attachment.last_beat, attachment.num_silent_checks = beat, 0
+                continue
+            attachment.num_silent_checks += 1
+            if attachment.num_silent_checks == MAX_SILENT_CHECKS:
+                self._kill(attachment, f"sent no heartbeat for {MAX_SILENT_CHECKS * self._check_every_s:g} s")
+        self._check_timer = asyncio.get_running_loop().call_later(self._check_every_s, self._check_heartbeats)
+
+    def _kill(self, attachment: _Attachment, reason: str) -> None:
+        _log.warning("%s %s: killed", attachment.worker.name, reason)
+        for watch_fd in attachment.processes:
+            self._fence.kill(watch_fd)
+
+    def _on_exit(self, attachment: _Attachment, watch_fd: int, is_owner: bool) -> None:
+        """One process has exited; with the last one, everything of the attachment is reclaimed."""
+        self._forget_process(attachment, watch_fd)
+        if is_owner:
+            attachment.has_owner = attachment.worker.ready = False
+            if attachment.kill_timer is not None:
+                attachment.kill_timer.cancel()
+            for other in attachment.processes:
+                self._fence.kill(other)
+        if attachment.processes:
+            return
+        del self._attachments[attachment.worker.name]
+        num_leases = self._unit.worker_exited(attachment.worker.name, attachment.progress.read())
+        attachment.progress.close()
+        self._grants.free_slot(attachment.slot)
+        _log.info("%s exited; %d leases reclaimed", attachment.worker.name, num_leases)
+        self._changed()
+
+    @staticmethod
+    def _forget_process(attachment: _Attachment, watch_fd: int) -> None:
+        loop = asyncio.get_running_loop()
+        connection = attachment.processes.pop(watch_fd)
+        loop.remove_reader(watch_fd)
+        loop.remove_reader(connection.fileno())
+        os.close(watch_fd)
+        connection.close()

@@ -1,1 +1,0 @@
-"""The workers' side of a unit: shared memory, leases, the grant, and the shell that hosts an engine."""

@@ -1,0 +1,90 @@
+"""Slots of the grant page and the grants that are out: reads demands, applies the arbiter, rings bells."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+from kvstore.arbiter import STEPS_PER_GRANT, ArbiterPolicy, Demand, decide, one_at_a_time
+from kvstore.grant_page import MAX_WORKERS, PAGE_BYTES, GrantPage, Word
+from muxmesh.errors import Overloaded
+from muxmesh.types import Role
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    bell_fd: int
+    role: Role
+    model: str
+    share: float
+
+
+class GrantTable:
+    """Owns the grant page. Invariant: a worker computes only while its slot is granted."""
+
+    def __init__(self, policy: ArbiterPolicy = one_at_a_time) -> None:
+        self.page_fd = os.memfd_create("muxmesh-grants", os.MFD_CLOEXEC)
+        os.ftruncate(self.page_fd, PAGE_BYTES)
+        self.doorbell_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.page = GrantPage(self.page_fd)
+        self._policy = policy
+        self._slots: dict[int, _Slot] = {}
+        self._last_granted = -1
+
+    def allocate_slot(self, role: Role, model: str, share: float = 1.0) -> tuple[int, int]:
+        """A free slot and the bell of its worker. Raises Overloaded if there are MAX_WORKERS already."""
+        number = next((number for number in range(MAX_WORKERS) if number not in self._slots), None)
+        if number is None:
+            raise Overloaded(f"a unit has at most {MAX_WORKERS} workers")
+        self.page.clear(number)
+        bell_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._slots[number] = _Slot(bell_fd, role, model, share)
+        return number, bell_fd
+
+    def free_slot(self, number: int) -> None:
+        """The slot's worker has certainly exited: a grant that it had is free."""
+        os.close(self._slots.pop(number).bell_fd)
+        self.page.clear(number)
+        self.arbitrate()
+
+    def on_doorbell(self) -> None:
+        """A worker changed its words."""
+        try:
+            os.eventfd_read(self.doorbell_fd)
+        except BlockingIOError:
+            return
+        self.arbitrate()
+
+    def arbitrate(self) -> None:
+        """Applies the policy: grants and recalls."""
+        page = self.page
+        computing = {number for number in self._slots if page.read(number, Word.GRANTED_STEPS)}
+        demands = [
+            self._demand(number, slot)
+            for number, slot in self._slots.items()
+            if number not in computing and page.read(number, Word.DEMAND)
+        ]
+        granted, kept = decide(self._policy, demands, computing, self._last_granted)
+        for number in computing | granted:
+            page.write(number, Word.RECALLED, int(number not in kept))
+        for number in sorted(granted):
+            self._last_granted = number
+            page.write(number, Word.GRANTED_STEPS, STEPS_PER_GRANT)
+            os.eventfd_write(self._slots[number].bell_fd, 1)
+
+    def close(self) -> None:
+        """Closes the page, the doorbell and all bells."""
+        for fd in (self.page_fd, self.doorbell_fd, *(slot.bell_fd for slot in self._slots.values())):
+            os.close(fd)
+
+    def _demand(self, number: int, slot: _Slot) -> Demand:
+        slack_us = self.page.read(number, Word.SLACK_US)
+        return Demand(
+            number,
+            slot.role,
+            slot.model,
+            slot.share,
+            self.page.read(number, Word.PRIORITY),
+            slack_us / 1e6 if slack_us else math.inf,
+        )

@@ -1,0 +1,82 @@
+"""How far a worker's sequences are computed, in memory that outlives it.
+
+Each attached worker has a memfd of slots, one for each lease that it works on: the lease's id, a count, and the hashes
+of this many full token blocks whose KV is in the pool. The worker writes hashes first and the count after them; kvstore
+reads only once the worker has certainly exited, and publishes what it finds. So the requests of a killed worker find
+what it had computed in the prefix cache when they are retried.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+from kvstore.device_memory import new_memfd
+from muxmesh.block_hashes import HASH_BYTES
+
+_HEADER_WORDS = 2
+
+
+class ProgressPage:
+    """The slots, over a mapping that one worker and kvstore share. An aligned 8-byte store is atomic."""
+
+    def __init__(self, fd: int, num_slots: int, max_blocks: int) -> None:
+        """``max_blocks``: full token blocks of the longest sequence."""
+        self._num_slots, self._max_blocks = num_slots, max_blocks
+        self._slot_bytes = page_bytes(1, max_blocks)
+        self._map = mmap.mmap(fd, page_bytes(num_slots, max_blocks))
+        self._words = memoryview(self._map).cast("Q")
+        self._slots: dict[int, int] = {}
+
+    def begin(self, lease_id: int) -> None:
+        """Starts the progress of a lease. Without a free slot it is not kept, which only costs time after a fault."""
+        free = next((slot for slot in range(self._num_slots) if slot not in self._slots.values()), None)
+        if free is not None:
+            self._slots[lease_id] = free
+            word = free * self._slot_bytes // 8
+            self._words[word + 1] = 0
+            self._words[word] = lease_id
+
+    def commit(self, lease_id: int, first_block: int, hashes: Sequence[bytes]) -> None:
+        """The blocks from ``first_block`` on are computed too, and have these hashes."""
+        slot = self._slots.get(lease_id)
+        if slot is None:
+            return
+        at = slot * self._slot_bytes
+        start = at + 8 * _HEADER_WORDS + HASH_BYTES * first_block
+        data = b"".join(hashes[: self._max_blocks - first_block])
+        self._map[start : start + len(data)] = data
+        self._words[at // 8 + 1] = first_block + len(data) // HASH_BYTES
+
+    def end(self, lease_id: int) -> None:
+        """The lease's blocks are about to be freed."""
+        slot = self._slots.pop(lease_id, None)
+        if slot is not None:
+            self._words[slot * self._slot_bytes // 8] = 0
+
+    def read(self) -> dict[int, tuple[bytes, ...]]:
+        """Lease id → hashes of its computed blocks, of every lease that was begun and not ended."""
+        found = {}
+        for slot in range(self._num_slots):
+            at = slot * self._slot_bytes
+            lease_id, count = self._words[at // 8], self._words[at // 8 + 1]
+            if lease_id:
+                first = at + 8 * _HEADER_WORDS
+                starts = range(first, first + HASH_BYTES * min(count, self._max_blocks), HASH_BYTES)
+                found[lease_id] = tuple(self._map[start : start + HASH_BYTES] for start in starts)
+        return found
+
+    def close(self) -> None:
+        """Unmaps the page."""
+        self._words.release()
+        self._map.close()
+
+
+def page_bytes(num_slots: int, max_blocks: int) -> int:
+    """Size of a page."""
+    return num_slots * (8 * _HEADER_WORDS + HASH_BYTES * max_blocks)
+
+
+def new_progress_fd(num_slots: int, max_blocks: int) -> int:
+    """A new memfd for a worker; the caller closes it."""
+    return new_memfd("muxmesh-progress", page_bytes(num_slots, max_blocks))

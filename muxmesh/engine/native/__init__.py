@@ -1,0 +1,1 @@
+"""The native engine: Llama-family models, computed exactly, with KV read in place from the pool."""

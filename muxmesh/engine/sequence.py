@@ -1,0 +1,143 @@
+"""The record of one sequence in a worker: its tokens, how many of them are computed, and its token blocks. Pure.
+
+    token_ids     [ prompt | resumed | sampled here ........... ]
+    KV computed   [ 0 ............ num_computed_tokens )
+    token blocks  [ 0 .................................... len(block_ids) * block_size )
+
+An engine schedules from the record, the worker allocates, swaps and publishes blocks by it, and nobody else keeps any
+of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from muxmesh.block_hashes import BlockHashChain
+from muxmesh.types import EngineRequest, Finish, blocks_for
+
+
+class SequenceRecord:
+    """Owns the state of one sequence while a worker has its lease.
+
+    The engine that runs it calls `advance` and `append`; the worker that has the lease changes its blocks. Both run on
+    one event loop.
+
+    Invariant: ``0 <= num_computed_tokens <= num_tokens``, and every computed token is in ``block_ids`` unless the
+    sequence is swapped out, when it has none.
+    """
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        block_size: int,
+        kv_root: bytes,
+        block_ids: tuple[int, ...],
+        num_computed_tokens: int = 0,
+        sampled_token_ids: Sequence[int] = (),
+    ) -> None:
+        """``sampled_token_ids`` follow the resumed ones; ``kv_root``: see `KvIdentity.root`.
+
+        Raises ValueError if nothing is left to compute, or the blocks do not hold the known tokens.
+        """
+        self.request = request
+        self.scheduling = request.scheduling
+        """May be replaced at any time; an engine looks at it for each step."""
+        self.block_size = block_size
+        self.block_ids = block_ids
+        self.finish: Finish | None = None
+        self.token_bitmask: np.ndarray | None = None
+        """Tokens that may be sampled next: uint32, bit i of word w is token ``32 * w + i``; None allows all."""
+        self._token_ids = [*request.prompt_token_ids, *request.resume_token_ids, *sampled_token_ids]
+        self._num_computed_tokens = num_computed_tokens
+        self._chain = BlockHashChain(block_size, kv_root)
+        self._num_hashed_tokens = 0
+        self._is_exact = True
+        if not 0 <= num_computed_tokens < len(self._token_ids):
+            raise ValueError(f"{num_computed_tokens} of {len(self._token_ids)} tokens are computed")
+        if self.num_free_slots < 0:
+            needed = blocks_for(len(self._token_ids), block_size)
+            raise ValueError(f"{len(block_ids)} token blocks, needs {needed}")
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: prompt and output."""
+        return len(self._token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens, resumed ones included."""
+        return len(self._token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens whose KV is computed."""
+        return self._num_computed_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Known tokens whose KV is not computed."""
+        return len(self._token_ids) - self._num_computed_tokens
+
+    @property
+    def num_free_slots(self) -> int:
+        """Tokens that the blocks hold beyond the known ones; negative if the last known token has no slot."""
+        return len(self.block_ids) * self.block_size - len(self._token_ids)
+
+    @property
+    def max_blocks(self) -> int:
+        """Token blocks of the longest possible sequence."""
+        return blocks_for(self.request.max_tokens, self.block_size)
+
+    def tokens(self, start: int, end: int) -> tuple[int, ...]:
+        """Token ids at positions [start, end)."""
+        return tuple(self._token_ids[start:end])
+
+    @property
+    def output_token_ids(self) -> tuple[int, ...]:
+        """All output tokens."""
+        return self.tokens(len(self.request.prompt_token_ids), len(self._token_ids))
+
+    def advance(self, num_tokens: int) -> None:
+        """The KV of the next ``num_tokens`` tokens is computed."""
+        assert num_tokens <= self.num_uncomputed_tokens, "only known tokens are computed"
+        self._num_computed_tokens += num_tokens
+
+    def append(self, token_id: int) -> Finish | None:
+        """Appends a sampled token. The finish that it causes, if any, is decided here and nowhere else."""
+        assert self.finish is None, "a finished sequence does not grow"
+        self._token_ids.append(token_id)
+        self.finish = self.request.stopping.finish_after(token_id, self.num_output_tokens)
+        return self.finish
+
+    def add_blocks(self, block_ids: tuple[int, ...]) -> None:
+        """Appends token blocks."""
+        self.block_ids += block_ids
+
+    def swap_out(self) -> None:
+        """The KV is copied elsewhere, and the token blocks are given back."""
+        self.block_ids = ()
+
+    def swap_in(self, block_ids: tuple[int, ...], is_exact: bool) -> None:
+        """The KV is in these token blocks; ``is_exact`` False: it went through a lossy copy, and is never shared."""
+        assert not self.block_ids, "only a sequence that is swapped out comes back"
+        self.block_ids = block_ids
+        self._is_exact = self._is_exact and is_exact
+
+    @property
+    def num_hashable_blocks(self) -> int:
+        """Full blocks of computed tokens, whether or not they are in the pool now; 0 if their KV is inexact."""
+        return self._num_computed_tokens // self.block_size if self._is_exact else 0
+
+    @property
+    def num_shareable_blocks(self) -> int:
+        """Full blocks of computed tokens in the pool, which other sequences may use."""
+        return self.num_hashable_blocks if self.block_ids else 0
+
+    def block_hashes(self, first_block: int, end_block: int) -> tuple[bytes, ...]:
+        """Hashes of the blocks [first_block, end_block), of those that `num_hashable_blocks` counts."""
+        assert end_block <= self.num_hashable_blocks, "only full blocks of computed tokens have a hash"
+        self._chain.extend(self._token_ids[self._num_hashed_tokens : self._num_computed_tokens])
+        self._num_hashed_tokens = self._num_computed_tokens
+        return tuple(self._chain.hashes[first_block:end_block])

@@ -1,1 +1,0 @@
-"""The torch engine: Llama-family models, computed exactly, with KV read in place from the pool."""

@@ -1,0 +1,135 @@
+"""From a model's configuration to what is on disk: folder, weight image, and the identity of its KV."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from muxmesh.block_hashes import KvIdentity
+from muxmesh.config.runtime import PreparedModel
+from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
+from muxmesh.errors import ConfigError
+from muxmesh.models.catalog import CATALOG
+from muxmesh.models.gguf_import import read_gguf
+from muxmesh.models.model_download import Progress, ensure_imported, ensure_model, model_folder
+from muxmesh.models.model_spec import SIM_SPEC, ModelSpec, read_model_spec
+from muxmesh.models.tokenizer import load_text_model
+from muxmesh.models.weight_image import ensure_image, map_image
+
+
+def model_problems(config: MeshConfig, base_dir: Path, cache_dir: Path) -> Iterator[tuple[Location, str]]:
+    """What is wrong with the models, and with their memory and cores on this machine, by field. Writes nothing.
+
+    Relative folders start at ``base_dir``. A catalog model that is not downloaded yet is taken to be right: check again
+    once it is.
+    """
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = os.sched_getaffinity(0)
+    for unit_index, unit in enumerate(config.units):
+        missing = sorted(set(unit.cores or ()) - cores)
+        if missing:
+            yield ("units", unit_index, "cores"), f"core {missing[0]} is not available; these are: {sorted(cores)}"
+        if unit.kv_pool + unit.kv_swap > memory_bytes:
+            problem = f"with kv_swap it is {unit.kv_pool + unit.kv_swap} bytes; this machine has {memory_bytes}"
+            yield ("units", unit_index, "kv_pool"), problem
+        for model_index, model in enumerate(unit.models):
+            for field, problem in _problems_of(model, unit, base_dir, cache_dir):
+                yield ("units", unit_index, "models", model_index, field), problem
+
+
+def prepare_model(model: ModelConfig, base_dir: Path, cache_dir: Path, progress: Progress) -> PreparedModel:
+    """Downloads, converts and prepares what ``model`` needs. Raises ConfigError naming the model."""
+    try:
+        source = _catalog_name(model)
+        if source:
+            folder: Path | None = ensure_model(CATALOG[source], cache_dir, progress)
+        else:
+            folder = _local_source(model, base_dir)
+            if folder is not None and folder.is_file():
+                folder = ensure_imported(folder, cache_dir, progress)
+        if model.engine == "sim" or folder is None:
+            return PreparedModel(folder=folder, image=None, weights_fingerprint=f"sim:{model.sim.model_dump_json()}")
+        image = ensure_image(
+            folder, model_spec(folder), "panels", cache_dir, lambda done, total: progress("preparing", done, total)
+        )
+        return PreparedModel(folder=folder, image=image, weights_fingerprint=map_image(image).fingerprint)
+    except ConfigError as error:
+        raise type(error)(f"model {model.name}: {error}") from error
+
+
+def model_spec(folder: Path | None) -> ModelSpec:
+    """The spec of a prepared model; that of a sim model without a folder is built in."""
+    return SIM_SPEC if folder is None else read_model_spec(folder)
+
+
+def kv_identity(model: ModelConfig, prepared: PreparedModel) -> KvIdentity:
+    """What the KV of a prepared model depends on."""
+    spec = model_spec(prepared.folder)
+    return KvIdentity(
+        weights=prepared.weights_fingerprint,
+        weight_dtype=model.dtype,
+        kv_dtype=model.dtype,
+        layout=f"{model.engine}: {spec.kv_shape(model.block_size, model.dtype)}",
+        rope=f"{spec.rope_theta} {spec.rope_scaling}",
+    )
+
+
+def spec_here(model: ModelConfig, base_dir: Path, cache_dir: Path) -> ModelSpec:
+    """The spec of a model without preparing it. Raises ConfigError if its files are not on this machine."""
+    source = _catalog_name(model)
+    path = model_folder(CATALOG[source], cache_dir) if source else _local_source(model, base_dir)
+    if path is not None and not path.exists():
+        raise ConfigError(f"{model.name}: is not on this machine; `muxmesh model pull {source}` downloads it")
+    return read_gguf(path).spec if path is not None and path.is_file() else model_spec(path)
+
+
+def _problems_of(model: ModelConfig, unit: UnitConfig, base_dir: Path, cache_dir: Path) -> Iterator[tuple[str, str]]:
+    """(field, problem) of one model."""
+    try:
+        source = _catalog_name(model)
+        path = model_folder(CATALOG[source], cache_dir) if source else _local_source(model, base_dir)
+        if source and path is not None and not path.is_dir():
+            return
+        if path is not None and path.is_file():
+            spec = read_gguf(path).spec
+        else:
+            spec = model_spec(path)
+            load_text_model(path)
+    except ConfigError as error:
+        yield "source", str(error)
+        return
+    if model.max_model_len is not None and model.max_model_len > spec.context_len:
+        yield "max_model_len", f"is {model.max_model_len}; the model's context holds {spec.context_len} tokens"
+    needed = spec.kv_shape(model.block_size, model.dtype).token_block_bytes
+    capacity = unit.capacity_tokens(model, needed)
+    if model.max_model_len is not None and model.max_model_len > capacity > 0:
+        yield "max_model_len", f"is {model.max_model_len}; the unit's kv_pool holds {capacity} tokens of this model"
+    if needed > unit.slab:
+        yield (
+            "block_size",
+            f"a token block of {model.block_size} tokens is {needed} bytes, a slab of the unit {unit.slab}; "
+            "use a larger slab or a smaller block_size",
+        )
+
+
+def _catalog_name(model: ModelConfig) -> str | None:
+    """The catalog model to use; for a sim model only if `source` names one."""
+    source = model.source if model.engine == "sim" else model.source or model.name
+    return source if source in CATALOG else None
+
+
+def _local_source(model: ModelConfig, base_dir: Path) -> Path | None:
+    """The folder or GGUF file to use; None for a sim model without a source. Raises ConfigError."""
+    if model.engine == "sim" and model.source is None:
+        return None
+    source = model.source or model.name
+    path = (base_dir / Path(source).expanduser()).resolve()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file() or path.suffix == ".gguf":
+        problem = "is no .gguf file" if path.is_file() else "does not exist"
+        raise ConfigError(f"{source!r} {problem}; a folder in Hugging Face style or a .gguf file is needed")
+    raise ConfigError(
+        f"{source!r} is neither a folder, nor a .gguf file, nor in the catalog ({', '.join(sorted(CATALOG))})"
+    )

@@ -1,0 +1,157 @@
+"""The prepared weight image: one file of f32 tensors that every worker maps.
+
+Written once per (model files, packing); its pages are in the page cache, so any number of workers share one copy. Two
+packings exist, each a file of its own, written when it is first needed: `panels` for the CPU kernels, `rows` for the
+torch reference. A file is 8 bytes of header length, the header as JSON, then tensors aligned to cache lines. The header
+holds a fingerprint of all values, by which KV computed with other weights is told apart.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from muxmesh.models.matrix_packing import pack_gated, pack_panels, padded
+from muxmesh.models.model_spec import ModelSpec
+from muxmesh.models.safetensors_folder import FolderWeights, weight_files
+
+Packing = Literal["panels", "rows"]
+_VERSION = 3
+"""In the file's name: another layout is another file."""
+_ALIGNMENT_BYTES = 64
+_HEADER_BYTES_PER_TENSOR = 128
+_FINGERPRINT = "fingerprint"
+_FINGERPRINT_BYTES = 16
+
+
+def ensure_image(
+    folder: Path, spec: ModelSpec, packing: Packing, cache_dir: Path, progress: Callable[[int, int], None]
+) -> Path:
+    """The image of the model in ``folder``, written if it does not exist.
+
+    ``progress`` gets (layers done, layers). Raises ModelUnsupported if a weight is missing or has another shape.
+    """
+    path = cache_dir / "images" / f"{folder.name}-{_file_stamp(folder)}-{packing}-v{_VERSION}.f32"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.is_file():
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                _write(file, spec, _tensors(FolderWeights(folder), spec, packing, progress))
+            os.replace(partial, path)
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A mapped image: ``flat`` is everything (f32), ``parts`` maps a tensor's name to (offset, length) in it."""
+
+    flat: np.ndarray
+    parts: Mapping[str, tuple[int, int]]
+    shapes: Mapping[str, tuple[int, ...]]
+    fingerprint: str
+
+    def get(self, name: str) -> np.ndarray:
+        """One tensor, in its shape. Raises KeyError."""
+        at, length = self.parts[name]
+        return self.flat[at : at + length].reshape(self.shapes[name])
+
+
+def map_image(path: Path) -> Image:
+    """Maps an image. The mapping is private and writable, as torch asks for; nothing writes, so no page is copied."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    header_bytes = int.from_bytes(mapped[:8], "little")
+    header = json.loads(mapped[8 : 8 + header_bytes])
+    fingerprint = header.pop(_FINGERPRINT)
+    return Image(
+        flat=np.frombuffer(mapped, dtype=np.float32),
+        parts={name: (entry["at"], int(np.prod(entry["shape"]))) for name, entry in header.items()},
+        shapes={name: tuple(entry["shape"]) for name, entry in header.items()},
+        fingerprint=fingerprint,
+    )
+
+
+def _write(file: BinaryIO, spec: ModelSpec, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+    header_bytes = padded(8 + _HEADER_BYTES_PER_TENSOR * (9 * spec.num_layers + 4), 4096)
+    file.seek(header_bytes)
+    header: dict[str, Any] = {}
+    digest = hashlib.blake2b(digest_size=_FINGERPRINT_BYTES)
+    for name, array in tensors:
+        file.seek(padded(file.tell(), _ALIGNMENT_BYTES))
+        header[name] = {"at": file.tell() // 4, "shape": array.shape}
+        data = np.ascontiguousarray(array, dtype=np.float32).data
+        digest.update(f"{name}:{array.shape}:".encode())
+        digest.update(data)
+        file.write(data)
+    file.truncate(padded(file.tell(), _ALIGNMENT_BYTES))
+    text = json.dumps({**header, _FINGERPRINT: digest.hexdigest()}).encode()
+    assert len(text) + 8 <= header_bytes, "the header fits into the space reserved for it"
+    file.seek(0)
+    file.write(len(text).to_bytes(8, "little") + text)
+
+
+def _tensors(
+    weights: FolderWeights, spec: ModelSpec, packing: Packing, progress: Callable[[int, int], None]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields every tensor of the image: Q, K and V in one matrix, gate and up in one."""
+    pack, gated = (pack_panels, pack_gated) if packing == "panels" else (_unpacked, _stacked)
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    qkv_rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
+    embed = weights.read("model.embed_tokens.weight", spec.vocab_size, hidden)
+    if spec.tied_embeddings:
+        yield "lm_head", pack(embed)
+    else:
+        yield "embed", embed
+        yield "lm_head", pack(weights.read("lm_head.weight", spec.vocab_size, hidden))
+    yield "norm", weights.read("model.norm.weight", hidden)
+    for layer in range(spec.num_layers):
+        prefix = f"model.layers.{layer}."
+        attention = f"{prefix}self_attn."
+        qkv = [weights.read(f"{attention}{part}_proj.weight", rows, hidden) for part, rows in qkv_rows.items()]
+        yield f"{layer}.input_norm", weights.read(f"{prefix}input_layernorm.weight", hidden)
+        yield f"{layer}.qkv", pack(np.concatenate(qkv))
+        if spec.qkv_bias:
+            bias = [weights.read(f"{attention}{part}_proj.bias", rows) for part, rows in qkv_rows.items()]
+            yield f"{layer}.qkv_bias", np.concatenate(bias)
+        if spec.qk_norm:
+            yield f"{layer}.q_norm", weights.read(f"{attention}q_norm.weight", spec.head_dim)
+            yield f"{layer}.k_norm", weights.read(f"{attention}k_norm.weight", spec.head_dim)
+        yield f"{layer}.o", pack(weights.read(f"{attention}o_proj.weight", hidden, q_rows))
+        yield f"{layer}.post_norm", weights.read(f"{prefix}post_attention_layernorm.weight", hidden)
+        gate, up = (weights.read(f"{prefix}mlp.{part}_proj.weight", inner, hidden) for part in ("gate", "up"))
+        yield f"{layer}.gate_up", gated(gate, up)
+        yield f"{layer}.down", pack(weights.read(f"{prefix}mlp.down_proj.weight", hidden, inner))
+        progress(layer + 1, spec.num_layers)
+    # Frequencies are computed, and files of tied models may hold the output matrix as well.
+    weights.refuse_unread(lambda name: name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight")
+
+
+def _unpacked(matrix: np.ndarray) -> np.ndarray:
+    return matrix
+
+
+def _stacked(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return np.concatenate([gate, up])
+
+
+def _file_stamp(folder: Path) -> str:
+    """Changes when a weight file or the config is replaced; does not read the weights."""
+    digest = hashlib.sha256(str(folder.resolve()).encode())
+    for path in sorted([*weight_files(folder), folder / "config.json"]):
+        status = path.stat()
+        digest.update(f"{path.name}:{status.st_size}:{status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:12]

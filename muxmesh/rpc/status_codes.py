@@ -1,0 +1,96 @@
+"""The one table between the mesh's errors and gRPC status, in both directions.
+
+Details travel as google.rpc.Status in the trailers: ErrorInfo names the error, BadRequest the field,
+RetryInfo when to try again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from muxmesh import errors
+
+DOMAIN = "muxmesh"
+
+STATUS_CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
+    errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.RequestAborted: grpc.StatusCode.CANCELLED,
+    errors.RequestPreempted: grpc.StatusCode.CANCELLED,
+    errors.WorkerLost: grpc.StatusCode.UNAVAILABLE,
+    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.LeaseLost: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.EngineFailed: grpc.StatusCode.INTERNAL,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.InternalError: grpc.StatusCode.INTERNAL,
+}
+
+_BY_NAME: dict[str, Callable[..., errors.MeshError]] = {error.__name__: error for error in STATUS_CODES}
+_BY_CODE: dict[grpc.StatusCode, Callable[[str], errors.MeshError]] = {
+    grpc.StatusCode.NOT_FOUND: errors.ModelNotFound,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: errors.RequestAborted,
+    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
+}
+
+
+def status_code(error: errors.MeshError) -> grpc.StatusCode:
+    """The code of an error of the mesh."""
+    return next((STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES), grpc.StatusCode.INTERNAL)
+
+
+def to_status(error: errors.MeshError) -> Any:
+    """A ``grpc.Status``: code, details and trailing metadata for `ServicerContext.abort`."""
+    code = status_code(error)
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN)]
+    if isinstance(error, errors.InvalidRequest):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.problem)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, errors.Overloaded):
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    packed = [any_pb2.Any() for _ in details]
+    for target, detail in zip(packed, details, strict=True):
+        target.Pack(detail)
+    number, _ = code.value
+    return rpc_status.to_status(status_pb2.Status(code=number, message=str(error), details=packed))
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError) -> errors.MeshError:
+    """The error that `to_status` sent; for a status that is not the mesh's own, the nearest one by its code."""
+    message = error.details() or error.code().name
+    status = _rich_status(error)
+    found = {detail.type_url.rsplit(".", 1)[-1]: detail for detail in status.details} if status else {}
+    info = error_details_pb2.ErrorInfo()
+    if "ErrorInfo" in found and found["ErrorInfo"].Unpack(info) and info.domain == DOMAIN:
+        kind = _BY_NAME.get(info.reason, errors.InternalError)
+        if kind is errors.InvalidRequest:
+            bad = error_details_pb2.BadRequest()
+            found["BadRequest"].Unpack(bad)
+            return errors.InvalidRequest(bad.field_violations[0].field, bad.field_violations[0].description)
+        if kind is errors.Overloaded:
+            retry = error_details_pb2.RetryInfo()
+            found["RetryInfo"].Unpack(retry)
+            return errors.Overloaded(message, retry.retry_delay.ToNanoseconds() / 1e9)
+        return kind(message)
+    return _BY_CODE.get(error.code(), errors.InternalError)(message)
+
+
+def _rich_status(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
+    """google.rpc.Status from the trailers; None if there is none or it contradicts the call's own status."""
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin" and isinstance(value, bytes):
+            status = status_pb2.Status.FromString(value)
+            return status if status.code == error.code().value[0] else None
+    return None

@@ -1,0 +1,163 @@
+"""How long a step takes, fitted to live steps, and how long a request's work takes. Pure.
+
+A step that computes n tokens, which together attend to c earlier tokens, takes ``base + per_token * n + per_context *
+c`` seconds. That holds for a chunk of a prompt, for a decode step and for a mix, with different values for each worker,
+since one worker has one role and one compute share. ``c`` makes a prompt's cost quadratic in its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from muxmesh.running_mean import RunningMean
+
+COSTS_EVERY_S = 1.0
+"""How often a unit sends its step costs to routers."""
+
+_DECAY = 0.998
+"""Each step multiplies the weight of the steps before it by this: about the last 500 count."""
+_OUTLIER = 2.0
+"""A step counts less from this many mean deviations on (Huber's rule)."""
+_INITIAL_DEVIATION = 0.1
+"""Relative, before the first steps."""
+_WARMUP_STEPS = 8
+_SOLVE_EVERY = 16
+_RIDGE = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a step's time depends on. ``num_context``: earlier tokens that its tokens attend to, summed."""
+
+    num_tokens: int
+    num_context: int
+    num_seqs: int
+
+
+def context_of(start: int, num_tokens: int) -> int:
+    """Earlier tokens that ``num_tokens`` tokens from position ``start`` on attend to, summed."""
+    return num_tokens * start + num_tokens * (num_tokens - 1) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Seconds of a step, and the means of the worker's recent steps: sequences, and context of each."""
+
+    base_s: float
+    per_token_s: float
+    per_context_s: float
+    mean_seqs: float = 1.0
+    mean_context: float = 0.0
+
+    def step_s(self, num_tokens: float, num_context: float) -> float:
+        """Seconds of one step."""
+        return self.base_s + self.per_token_s * num_tokens + self.per_context_s * num_context
+
+    def prefill_s(self, num_tokens: int, start: int = 0, chunk: int = 128) -> float:
+        """Seconds to compute ``num_tokens`` tokens of a prompt after ``start`` that are cached, ``chunk`` in a step."""
+        steps = -(-num_tokens // chunk)
+        return steps * self.base_s + self.step_s(num_tokens, context_of(start, num_tokens)) - self.base_s
+
+    def decode_s(self, num_tokens: float, context: int) -> float:
+        """Seconds of ``num_tokens`` decode steps, the first with ``context`` tokens, batched with the other sequences.
+
+        Over r steps the sequence's own context adds up to r * context + r * (r - 1) / 2.
+        """
+        others = max(0.0, self.mean_seqs - 1)
+        step_s = self.step_s(1 + others, others * self.mean_context)
+        own = num_tokens * context + num_tokens * max(0.0, num_tokens - 1) / 2
+        return num_tokens * step_s + self.per_context_s * own
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCosts:
+    """Step costs of one model on one unit."""
+
+    prefill: StepCost
+    decode: StepCost
+
+
+UNMEASURED = ModelCosts(StepCost(0.02, 0.0005, 0.0), StepCost(0.02, 0.0005, 0.0))
+"""Before the first steps. Requests are only compared, so a factor common to all of them does no harm."""
+
+
+class CostFit:
+    """Owns the running fit of one worker: least squares with exponential decay and Huber weights (Huber, 1964).
+
+    Errors count relative to a step's time. No coefficient is negative: of all subsets of the three, the fit takes the
+    best one with positive values, which is exact.
+    """
+
+    def __init__(self) -> None:
+        self._products = [[0.0] * 3 for _ in range(3)]
+        self._targets = [0.0] * 3
+        self._deviation = _INITIAL_DEVIATION
+        self._seqs, self._context = RunningMean(1 - _DECAY), RunningMean(1 - _DECAY)
+        self.cost: StepCost | None = None
+        """The best fit, solved every few steps; None before the first step."""
+        self.num_steps = 0
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        """Adds a step of this shape. A time that is not positive and finite is ignored."""
+        if not 0 < seconds < float("inf") or shape.num_tokens < 1:
+            return
+        self.num_steps += 1
+        weight = self._weight(shape, seconds) / seconds**2
+        row = (1.0, float(shape.num_tokens), float(shape.num_context))
+        for i, left in enumerate(row):
+            self._targets[i] = self._targets[i] * _DECAY + weight * left * seconds
+            for j, right in enumerate(row):
+                self._products[i][j] = self._products[i][j] * _DECAY + weight * left * right
+        self._seqs.add(shape.num_seqs)
+        self._context.add(shape.num_context / shape.num_tokens)
+        if self.num_steps <= _WARMUP_STEPS or self.num_steps % _SOLVE_EVERY == 0:
+            base, token, context = _non_negative(self._products, self._targets)
+            self.cost = StepCost(base, token, context, self._seqs.mean, self._context.mean)
+
+    def _weight(self, shape: StepShape, seconds: float) -> float:
+        """1 for a step that is as expected, less for an outlier: a stall of the machine says nothing about steps."""
+        if self.cost is None or self.num_steps <= _WARMUP_STEPS:
+            return 1.0
+        error = abs(self.cost.step_s(shape.num_tokens, shape.num_context) / seconds - 1)
+        weight = min(1.0, _OUTLIER * self._deviation / error) if error else 1.0
+        self._deviation += 0.02 * (min(error, 4 * self._deviation) - self._deviation) + 1e-6
+        return weight
+
+
+def _non_negative(products: Sequence[Sequence[float]], targets: Sequence[float]) -> tuple[float, float, float]:
+    """The least squares solution of three non-negative unknowns, from the normal equations."""
+    best, best_loss = (0.0, 0.0, 0.0), float("inf")
+    for size in (3, 2, 1):
+        for chosen in combinations(range(3), size):
+            solution = _solve([[products[i][j] for j in chosen] for i in chosen], [targets[i] for i in chosen])
+            if solution is None or min(solution) < 0:
+                continue
+            full = [0.0] * 3
+            for index, value in zip(chosen, solution, strict=True):
+                full[index] = value
+            quadratic = sum(full[i] * products[i][j] * full[j] for i in range(3) for j in range(3))
+            loss = quadratic - 2 * sum(one * target for one, target in zip(full, targets, strict=True))
+            if loss < best_loss:
+                best, best_loss = (full[0], full[1], full[2]), loss
+    return best
+
+
+def _solve(matrix: list[list[float]], right: list[float]) -> list[float] | None:
+    """Gauss-Jordan with scaled rows, for at most three unknowns; None if the data does not determine them."""
+    size = len(right)
+    scale = [matrix[i][i] ** 0.5 for i in range(size)]
+    if min(scale) <= 0:
+        return None
+    rows = [[matrix[i][j] / (scale[i] * scale[j]) for j in range(size)] + [right[i] / scale[i]] for i in range(size)]
+    for i in range(size):
+        pivot = max(range(i, size), key=lambda row: abs(rows[row][i]))
+        if abs(rows[pivot][i]) < _RIDGE:
+            return None
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        rows[i] = [value / rows[i][i] for value in rows[i]]
+        for other in range(size):
+            if other != i:
+                rows[other] = [a - rows[other][i] * b for a, b in zip(rows[other], rows[i], strict=True)]
+    return [rows[i][size] / scale[i] for i in range(size)]

@@ -1,0 +1,167 @@
+"""The router's end of admission: shows one unit the best queued requests, and passes its credits to them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+
+from muxmesh.clock import Clock
+from muxmesh.errors import InvalidRequest, ModelNotFound
+from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
+from muxmesh.rpc import convert
+from muxmesh.scheduling_policy import SchedulingPolicy
+from muxmesh.step_cost import ModelCosts
+from muxmesh.types import KvDemand, LeaseRef, QueuedRequest, SchedulingState
+from router.request_queue import RequestQueue
+
+_log = logging.getLogger(__name__)
+_RECONNECT_S = 0.1
+_Outbox = asyncio.Queue[kvstore_pb2.AdmitRequest | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """The right to send one request to these two workers; its KV and its decode slot are reserved.
+
+    ``scheduling`` is the state by which the unit ordered it: cached tokens of the prompt count as done.
+    """
+
+    lease: LeaseRef
+    prefill_worker: str
+    prefill_address: str
+    decode_worker: str
+    decode_address: str
+    decision: int
+    num_overtaken: int
+    scheduling: SchedulingState
+
+
+class UnitAdmission:
+    """Owns the admission stream to one unit. Reconnects for ever; queued requests do not notice a restart."""
+
+    def __init__(self, router: str, channel: grpc.aio.Channel, clock: Clock, policy: SchedulingPolicy) -> None:
+        """``router``: unique name of this router."""
+        self._clock = clock
+        self._router = router
+        self._stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
+        self._queue = RequestQueue(policy)
+        self.costs: dict[str, ModelCosts] = {}
+        """Step costs by model, as the unit reported them last."""
+        self._futures: dict[int, asyncio.Future[Credit]] = {}
+        self._outbox: _Outbox = asyncio.Queue()
+        self._last_entry_id = 0
+        self.connected = asyncio.Event()
+
+    def num_queued(self, model: str) -> int:
+        """Requests for ``model`` that wait for a credit."""
+        return self._queue.count(model)
+
+    async def wait_for_credit(self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand) -> Credit:
+        """Waits until the unit has capacity for what the request needs at first, which is then reserved.
+
+        Credits are issued in the mesh's order, over all routers. Raises InvalidRequest if the unit could not hold the
+        request even if it were empty, ModelNotFound if it does not serve the model (any more).
+        """
+        self._last_entry_id += 1
+        entry_id = self._last_entry_id
+        future: asyncio.Future[Credit] = asyncio.get_running_loop().create_future()
+        self._futures[entry_id] = future
+        self._queue.add(QueuedRequest(entry_id, model, scheduling, demand, tenant))
+        self._show_next()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self.give_back(future.result())
+            raise
+        finally:
+            del self._futures[entry_id]
+            if self._queue.remove(entry_id):
+                self._outbox.put_nowait(kvstore_pb2.AdmitRequest(withdraw=entry_id))
+                self._show_next()
+
+    def give_back(self, credit: Credit) -> None:
+        """Returns a credit that is not used (any more). Without effect once a worker has the lease."""
+        self._outbox.put_nowait(kvstore_pb2.AdmitRequest(return_credit=convert.ref_to_wire(credit.lease)))
+
+    async def run(self) -> None:
+        """Keeps the stream open until cancelled."""
+        while True:
+            try:
+                await self._run_stream()
+            except grpc.aio.AioRpcError as error:
+                if self.connected.is_set():
+                    _log.warning("the unit is unreachable: %s", error.details())
+            self.connected.clear()
+            await asyncio.sleep(_RECONNECT_S)
+
+    async def _run_stream(self) -> None:
+        outbox = self._outbox = asyncio.Queue()  # messages for the old stream are lost with it
+        self._queue.hide_all()
+        call = self._stub.Admit(self._messages(outbox), wait_for_ready=True)
+        try:
+            await call.initial_metadata()
+            self.connected.set()
+            self._show_next()
+            async for response in call:
+                self._on_response(response)
+        finally:
+            call.cancel()
+            outbox.put_nowait(None)
+
+    async def _messages(self, outbox: _Outbox) -> AsyncIterator[kvstore_pb2.AdmitRequest]:
+        yield kvstore_pb2.AdmitRequest(hello=kvstore_pb2.RouterHello(router=self._router))
+        while (message := await outbox.get()) is not None:
+            yield message
+
+    def _show_next(self) -> None:
+        if not self.connected.is_set():
+            return
+        for request in self._queue.show_next(self._clock.unix_s()):
+            self._outbox.put_nowait(kvstore_pb2.AdmitRequest(offer=convert.queued_to_wire(request)))
+
+    def _on_response(self, response: kvstore_pb2.AdmitResponse) -> None:
+        kind = response.WhichOneof("message")
+        if kind == "costs":
+            self._on_costs(response.costs)
+        elif kind == "refused":
+            self._on_refused(response.refused)
+            self._show_next()
+        elif kind == "credit":
+            self._on_credit(response.credit)
+            self._show_next()
+
+    def _on_costs(self, costs: kvstore_pb2.UnitCosts) -> None:
+        for cost in costs.models:
+            both = ModelCosts(convert.cost_from_wire(cost.prefill), convert.cost_from_wire(cost.decode))
+            self.costs[cost.model] = both
+
+    def _on_refused(self, refused: kvstore_pb2.RequestRefused) -> None:
+        future = self._futures.get(refused.entry_id)
+        self._queue.remove(refused.entry_id)
+        if future is not None and not future.done():
+            not_served = refused.field == "model"
+            error = ModelNotFound(f"model: {refused.problem}") if not_served else None
+            future.set_exception(error or InvalidRequest(refused.field, refused.problem))
+
+    def _on_credit(self, wire: kvstore_pb2.Credit) -> None:
+        credit = Credit(
+            convert.ref_from_wire(wire.lease),
+            wire.prefill.name,
+            wire.prefill.address,
+            wire.decode.name,
+            wire.decode.address,
+            wire.decision,
+            wire.num_overtaken,
+            convert.scheduling_from_wire(wire.scheduling),
+        )
+        future = self._futures.get(wire.entry_id)
+        self._queue.remove(wire.entry_id)
+        if future is None or future.done():  # withdrawn while the credit was on its way
+            self.give_back(credit)
+        else:
+            future.set_result(credit)

@@ -1,0 +1,217 @@
+"""Between the messages of muxmesh.v1.Inference and the router's own values. Pure.
+
+A field that the mesh does not know or support is refused by its name, never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from muxmesh.errors import InvalidRequest
+from muxmesh.types import Candidate, KvFormat, Sampling, TokenLogprobs
+from muxmesh.v1 import inference_pb2
+from router.generation import (
+    ChatMessage,
+    ChatPrompt,
+    FinishKind,
+    GenerationRequest,
+    OutputDelta,
+    OutputFinish,
+    OutputOptions,
+    Prompt,
+    PromptReport,
+    StoppingOptions,
+    TextPrompt,
+    TokensPrompt,
+)
+from router.request_validation import MAX_MESSAGES, check_count
+
+_SWAP_FORMATS: dict[int, KvFormat | None] = {
+    inference_pb2.KV_SWAP_FORMAT_UNSPECIFIED: None,
+    inference_pb2.KV_SWAP_FORMAT_RAW: "raw",
+    inference_pb2.KV_SWAP_FORMAT_INT8: "int8",
+}
+_DEFAULTS = Sampling()
+_PROMPTS = ("text", "token_ids", "chat")
+_UNSUPPORTED: tuple[Literal["session_id"], ...] = ("session_id",)
+_FINISH_REASONS = {
+    FinishKind.LENGTH: inference_pb2.FinishInfo.LENGTH,
+    FinishKind.EOS: inference_pb2.FinishInfo.STOP,
+    FinishKind.STOP_TOKEN: inference_pb2.FinishInfo.STOP,
+    FinishKind.STOP_STRING: inference_pb2.FinishInfo.STOP,
+}
+
+
+def request_from_message(message: inference_pb2.GenerateRequest) -> GenerationRequest:
+    """The request in ``message``. Raises InvalidRequest for what cannot be expressed as one."""
+    for path in _unknown_fields(message, ""):
+        raise InvalidRequest(path, "is a field that this mesh does not know")
+    prompt = _prompt(message)
+    for name in _UNSUPPORTED:
+        if message.HasField(name):
+            raise InvalidRequest(name, "is not supported by this mesh yet; leave it out")
+    if message.kv.swap_format not in _SWAP_FORMATS:
+        known = ", ".join(inference_pb2.KvSwapFormat.keys())
+        raise InvalidRequest("kv.swap_format", f"is {message.kv.swap_format}; one of: {known}")
+    has_hint, truncates = message.HasField("expected_output_tokens"), message.HasField("truncate_prompt_tokens")
+    return GenerationRequest(
+        model=message.model,
+        prompt=prompt,
+        request_id=message.request_id,
+        sampling=_sampling(message),
+        seed=message.sampling.seed if message.sampling.HasField("seed") else None,
+        num_sequences=max(1, message.sampling.num_sequences),
+        stopping=_stopping(message.stopping),
+        output=_output(message.response),
+        truncate_prompt_tokens=message.truncate_prompt_tokens if truncates else None,
+        priority=message.priority,
+        expected_output_tokens=message.expected_output_tokens if has_hint else None,
+        tenant=message.kv.cache_salt,  # until there are API keys
+        cache_salt=message.kv.cache_salt,
+        bypass_prefix_cache=message.kv.bypass_prefix_cache,
+        kv_swap_format=_SWAP_FORMATS[message.kv.swap_format],
+    )
+
+
+def message_of(delta: OutputDelta, options: OutputOptions) -> inference_pb2.GenerateResponse:
+    """A message with what is new, as far as the client wants it."""
+    message = inference_pb2.GenerateResponse()
+    output, new = message.outputs, delta.new
+    output.index, output.num_tokens = delta.index, len(new.token_ids)
+    if options.text:
+        output.text = new.text
+    if options.token_ids:
+        output.token_ids.extend(new.token_ids)
+    output.token_logprobs.extend(_logprobs(position) for position in new.logprobs)
+    if new.finish is not None:
+        output.finish_info.CopyFrom(_finish_info(new.finish))
+    if delta.prompt is not None:
+        message.prompt_info.CopyFrom(_prompt_info(delta.prompt, options))
+    if delta.scheduling is not None:
+        report = delta.scheduling
+        message.scheduling.CopyFrom(
+            inference_pb2.SchedulingInfo(
+                policy=report.policy,
+                reason=report.reason,
+                p50_output_tokens=report.p50_output_tokens,
+                p90_output_tokens=report.p90_output_tokens,
+                source=report.source,
+                prefill_s=report.prefill_s,
+                decode_s=report.decode_s,
+                waited_s=report.waited_s,
+                decision=report.decision,
+                num_overtaken=report.num_overtaken,
+            )
+        )
+    if delta.timings is not None:
+        timings = delta.timings
+        message.timings.CopyFrom(
+            inference_pb2.RequestTimings(
+                queue_s=timings.queue_s,
+                ttft_s=timings.ttft_s,
+                e2e_s=timings.e2e_s,
+                num_restarts=timings.num_restarts,
+                router_s=timings.router_s,
+            )
+        )
+    return message
+
+
+def _prompt(message: inference_pb2.GenerateRequest) -> Prompt:
+    given = [name for name in _PROMPTS if message.HasField(name)]  # type: ignore[arg-type] # three literals
+    if len(given) != 1:
+        found = f"{' and '.join(given)} are set" if given else "none is set"
+        raise InvalidRequest(given[0] if given else "text", f"exactly one of {', '.join(_PROMPTS)} is needed; {found}")
+    if message.HasField("text"):
+        return TextPrompt(message.text)
+    if message.HasField("token_ids"):
+        return TokensPrompt(message.token_ids.ids)
+    check_count("chat.messages", len(message.chat.messages), MAX_MESSAGES)
+    return ChatPrompt(tuple(ChatMessage(one.role, one.content) for one in message.chat.messages))
+
+
+def _sampling(message: inference_pb2.GenerateRequest) -> Sampling:
+    options, decoding, response = message.sampling, message.decoding, message.response
+    allows = decoding.HasField("allowed_token_ids")
+    return Sampling(
+        temperature=message.temperature if message.HasField("temperature") else _DEFAULTS.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p if options.HasField("top_p") else _DEFAULTS.top_p,
+        min_p=options.min_p,
+        presence_penalty=decoding.presence_penalty,
+        frequency_penalty=decoding.frequency_penalty,
+        repetition_penalty=decoding.repetition_penalty or _DEFAULTS.repetition_penalty,  # proto3: 0 is unset
+        logit_bias=tuple(decoding.logit_bias.items()),
+        allowed_token_ids=tuple(decoding.allowed_token_ids.ids) if allows else None,
+        logprobs=response.output_logprobs if response.HasField("output_logprobs") else None,
+        prompt_logprobs=response.prompt_logprobs if response.HasField("prompt_logprobs") else None,
+    )
+
+
+def _stopping(options: inference_pb2.StoppingOptions) -> StoppingOptions:
+    return StoppingOptions(
+        max_new_tokens=options.max_new_tokens if options.HasField("max_new_tokens") else None,
+        min_new_tokens=options.min_new_tokens,
+        stop_token_ids=options.stop_token_ids,
+        stop_strings=options.stop_strings,
+        include_stop_strings=options.include_stop_strings,
+        ignore_eos=options.ignore_eos,
+    )
+
+
+def _output(options: inference_pb2.ResponseOptions) -> OutputOptions:
+    return OutputOptions(
+        text=options.output_text if options.HasField("output_text") else True,
+        token_ids=options.output_token_ids,
+        prompt_token_ids=options.prompt_token_ids,
+        skip_special_tokens=options.skip_special_tokens if options.HasField("skip_special_tokens") else True,
+        scheduling=options.scheduling,
+    )
+
+
+def _prompt_info(report: PromptReport, options: OutputOptions) -> inference_pb2.PromptInfo:
+    return inference_pb2.PromptInfo(
+        num_prompt_tokens=len(report.token_ids),
+        token_ids=report.token_ids if options.prompt_token_ids else (),
+        num_cached_tokens=report.num_cached_tokens,
+        seed=report.seed,
+        predicted_output_tokens=report.predicted_output_tokens,
+        token_logprobs=[_logprobs(position) for position in report.logprobs],
+    )
+
+
+def _logprobs(position: TokenLogprobs) -> inference_pb2.TokenLogprobs:
+    def entry(candidate: Candidate) -> inference_pb2.TokenLogprob:
+        return inference_pb2.TokenLogprob(token_id=candidate.token_id, logprob=candidate.logprob, rank=candidate.rank)
+
+    top = [entry(candidate) for candidate in position.top]
+    return inference_pb2.TokenLogprobs(chosen=entry(position.chosen), top=top)
+
+
+def _finish_info(finish: OutputFinish) -> inference_pb2.FinishInfo:
+    info = inference_pb2.FinishInfo(
+        num_output_tokens=finish.num_output_tokens, finish_reason=_FINISH_REASONS[finish.kind]
+    )
+    if finish.stop_string is not None:
+        info.stop_string = finish.stop_string
+    elif finish.token_id is not None:
+        if finish.kind is FinishKind.EOS:
+            info.eos_token_id = finish.token_id
+        else:
+            info.stop_token_id = finish.token_id
+    return info
+
+
+def _unknown_fields(message: Message, path: str) -> Iterator[str]:
+    unknown_fields: Any = UnknownFieldSet(message)
+    for unknown in unknown_fields:
+        yield f"{path}(number {unknown.field_number})"
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        for inner in value if field.is_repeated else (value,):
+            yield from _unknown_fields(inner, f"{path}{field.name}.")

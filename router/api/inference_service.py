@@ -1,0 +1,71 @@
+"""The Inference service: messages to the pipeline and back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+import grpc
+
+from muxmesh.clock import Clock
+from muxmesh.v1 import inference_pb2, inference_pb2_grpc
+from router.api.generate_messages import message_of, request_from_message
+from router.pipeline import GenerationPipeline
+from router.request_validation import check_request_id
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """Generate and GenerateStream."""
+
+    def __init__(self, pipeline: GenerationPipeline, clock: Clock, rng: random.Random) -> None:
+        self._pipeline = pipeline
+        self._clock = clock
+        self._rng = rng
+
+    async def GenerateStream(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        """See the proto."""
+        arrived_at_s = self._clock.monotonic_s()
+        generation = request_from_message(request)
+        self._pipeline.validate(generation)
+        request_id = request.request_id or _request_id(context) or f"{self._rng.getrandbits(64):016x}"
+        generation = replace(generation, request_id=request_id)
+        await context.send_initial_metadata((("x-request-id", request_id),))
+        async with aclosing(self._pipeline.run(generation, arrived_at_s)) as deltas:
+            async for delta in deltas:
+                yield message_of(delta, generation.output)
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> inference_pb2.GenerateResponse:
+        """See the proto."""
+        whole = inference_pb2.GenerateResponse()
+        outputs: dict[int, inference_pb2.SequenceOutput] = {}
+        async with aclosing(self.GenerateStream(request, context)) as parts:
+            async for part in parts:
+                output = outputs.setdefault(part.outputs.index, inference_pb2.SequenceOutput())
+                text, num_tokens = output.text + part.outputs.text, output.num_tokens + part.outputs.num_tokens
+                output.MergeFrom(part.outputs)
+                output.text, output.num_tokens = text, num_tokens
+                part.ClearField("outputs")
+                whole.MergeFrom(part)
+        whole.outputs.CopyFrom(outputs[0])
+        if len(outputs) > 1:
+            whole.all_outputs.extend(outputs[index] for index in sorted(outputs))
+        return whole
+
+
+def _request_id(context: Context) -> str:
+    """The request's id in its metadata, if there is one. Raises InvalidRequest."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "x-request-id":
+            request_id = value if isinstance(value, str) else value.decode(errors="replace")
+            check_request_id(request_id)
+            return request_id
+    return ""

@@ -1,0 +1,115 @@
+"""The Mesh service: which models are served, and the state of the mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from muxmesh import __version__
+from muxmesh.internal.v1 import kvstore_pb2
+from muxmesh.process_registry import ProcessRegistry
+from muxmesh.rpc.status_codes import from_rpc_error
+from muxmesh.scheduling_policy import SchedulingPolicy
+from muxmesh.v1 import mesh_pb2, mesh_pb2_grpc
+from router.length_forecast import LengthForecaster
+from router.pipeline import GenerationPipeline
+from router.served_models import ServedModel, ServedModels
+from router.units import UnitLink, Units
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_STATUS_TIMEOUT_S = 2.0
+
+
+class MeshService(mesh_pb2_grpc.MeshServicer):
+    """ListModels, GetModelInfo, GetStatus."""
+
+    def __init__(
+        self,
+        models: ServedModels,
+        units: Units,
+        pipeline: GenerationPipeline,
+        forecaster: LengthForecaster,
+        registry: ProcessRegistry,
+        policy: SchedulingPolicy,
+    ) -> None:
+        self._models = models
+        self._units = units
+        self._pipeline = pipeline
+        self._forecaster = forecaster
+        self._registry = registry
+        self._policy = policy
+
+    async def ListModels(self, request: mesh_pb2.ListModelsRequest, context: Context) -> mesh_pb2.ListModelsResponse:
+        """See the proto."""
+        return mesh_pb2.ListModelsResponse(models=[_model_info(model) for model in self._models])
+
+    async def GetModelInfo(
+        self, request: mesh_pb2.GetModelInfoRequest, context: Context
+    ) -> mesh_pb2.GetModelInfoResponse:
+        """See the proto."""
+        return mesh_pb2.GetModelInfoResponse(model=_model_info(self._models.find(request.model)))
+
+    async def GetStatus(self, request: mesh_pb2.GetStatusRequest, context: Context) -> mesh_pb2.GetStatusResponse:
+        """See the proto. A unit that does not answer is reported as not connected."""
+        processes = await self._registry.processes()
+        return mesh_pb2.GetStatusResponse(
+            version=__version__,
+            models=[self._router_status(model) for model in self._models],
+            units=[await _unit_status(link) for link in self._units],
+            processes=[
+                mesh_pb2.ProcessStatus(
+                    name=record.name,
+                    pid=record.pid,
+                    address=record.address,
+                    started_at_unix_s=record.started_at_unix_s,
+                    num_restarts=num_restarts,
+                )
+                for record, num_restarts in processes or ()
+            ],
+            redis_connected=processes is not None,
+            order_policy=self._policy.name,
+        )
+
+    def _router_status(self, model: ServedModel) -> mesh_pb2.RouterModelStatus:
+        counters = self._pipeline.counters[model.name]
+        num_waiting = self._pipeline.num_waiting(model.name)
+        return mesh_pb2.RouterModelStatus(
+            model=model.name,
+            num_requests_waiting=num_waiting,
+            num_requests_running=counters.num_running - num_waiting,
+            num_requests_finished=counters.num_finished,
+            num_requests_aborted=counters.num_aborted,
+            num_restarts=counters.num_restarts,
+            prompt_tokens=counters.prompt_tokens,
+            output_tokens=counters.output_tokens,
+            prediction_tau=self._forecaster.tau(model.name),
+            predictions_used=self._forecaster.is_ranking(model.name),
+        )
+
+
+async def _unit_status(link: UnitLink) -> mesh_pb2.UnitStatus:
+    request = kvstore_pb2.GetUnitStatusRequest()
+    try:
+        return (await link.kvstore.GetUnitStatus(request, timeout=_STATUS_TIMEOUT_S)).unit
+    except grpc.aio.AioRpcError as error:
+        if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            raise from_rpc_error(error) from error  # its integrity is broken: that must be seen
+    return mesh_pb2.UnitStatus(unit=link.name, connected=False)
+
+
+def _model_info(model: ServedModel) -> mesh_pb2.ModelInfo:
+    config, spec = model.config, model.spec
+    return mesh_pb2.ModelInfo(
+        name=model.name,
+        architecture=spec.architecture,
+        engine=config.engine,
+        unit=",".join(model.units),
+        max_model_len=model.limits.max_model_len,
+        default_max_new_tokens=config.default_max_new_tokens,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=sorted(spec.eos_token_ids),
+        has_chat_template=model.text.has_chat_template,
+        kv_bytes_per_token=spec.kv_shape(config.block_size, config.dtype).kv_bytes_per_token,
+        dtype=config.dtype,
+    )

@@ -1,0 +1,300 @@
+"""The path of a request through the router: a `GenerationRequest` in, `OutputDelta`s out. Knows no wire format.
+
+validate → tokenize → resolve → predict the length → for each sequence: attempts (`sequence_driver`) → deltas
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import defaultdict
+from collections.abc import AsyncGenerator
+from concurrent.futures import Executor
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from muxmesh.clock import Clock
+from muxmesh.config.schema import RouterConfig
+from muxmesh.scheduling_policy import SchedulingPolicy
+from muxmesh.types import EngineRequest, LengthPrediction
+from router.attempt import Prefilled
+from router.expected_work import ExpectedOutput, ModelService, fixed_length
+from router.generation import (
+    ChatPrompt,
+    FinishKind,
+    GenerationRequest,
+    ModelCounters,
+    OutputDelta,
+    PromptReport,
+    SchedulingReport,
+    TextPrompt,
+    TimingsReport,
+    TokensPrompt,
+)
+from router.length_forecast import LengthForecast, LengthForecaster
+from router.request_validation import check_overload, resolve, validate
+from router.sequence_driver import Progress, SequenceDriver
+from router.sequence_output import SequenceOutput
+from router.served_models import ServedModel, ServedModels
+from router.stop_strings import StopStrings
+from router.units import Units
+
+_MAX_PREDICTOR_TOKENS = 1000
+
+
+@dataclass(slots=True)
+class _Generation:
+    """A request on its way. ``progress`` has one entry for each sequence."""
+
+    request: GenerationRequest
+    model: ServedModel
+    engine_request: EngineRequest
+    forecast: LengthForecast
+    arrived_at_s: float
+    progress: list[Progress] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.progress = [Progress() for _ in range(self.request.num_sequences)]
+
+
+class GenerationPipeline:
+    """Serves requests. Owns the counters of its models."""
+
+    def __init__(
+        self,
+        models: ServedModels,
+        units: Units,
+        driver: SequenceDriver,
+        forecaster: LengthForecaster,
+        policy: SchedulingPolicy,
+        config: RouterConfig,
+        clock: Clock,
+        rng: random.Random,
+        tokenizing: Executor,
+    ) -> None:
+        """``tokenizing``: runs tokenizers off the event loop."""
+        self.counters: defaultdict[str, ModelCounters] = defaultdict(ModelCounters)
+        self._models = models
+        self._units = units
+        self._driver = driver
+        self._forecaster = forecaster
+        self._policy = policy
+        self._config = config
+        self._clock = clock
+        self._rng = rng
+        self._tokenizing = tokenizing
+
+    def validate(self, request: GenerationRequest) -> None:
+        """Raises InvalidRequest or ModelNotFound."""
+        validate(request, self._models.find(request.model), self._config.max_prompt_bytes)
+
+    async def run(self, request: GenerationRequest, arrived_at_s: float) -> AsyncGenerator[OutputDelta, None]:
+        """The deltas of all sequences of a validated request. Closing it aborts the request everywhere.
+
+        ``arrived_at_s``: monotonic time. Raises Overloaded, InvalidRequest, and what ended the last attempt.
+        """
+        model = self._models.find(request.model)
+        self._refuse_overload(request.num_sequences)
+        arrived_at_unix_s = self._clock.unix_s()
+        token_ids = await self._tokenize(request, model)
+        engine_request = resolve(request, model, token_ids, self._rng.getrandbits(63), arrived_at_unix_s)
+        forecast = await self._predict_length(request, model, engine_request)
+        self._refuse_overload(request.num_sequences)  # others may have arrived since the first check
+        engine_request = self._with_expected_work(model, engine_request, forecast)
+        generation = _Generation(request, model, engine_request, forecast, arrived_at_s)
+        async with aclosing(self._serve(generation)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    def num_waiting(self, model: str) -> int:
+        """Sequences of ``model`` that wait for a credit, or for the first sequence of their request."""
+        return self._units.num_queued(model) + self.counters[model].num_held_back
+
+    async def _serve(self, generation: _Generation) -> AsyncGenerator[OutputDelta, None]:
+        """Every sequence's deltas; reports with the first of all, timings with the last."""
+        counters, progress = self.counters[generation.model.name], generation.progress
+        num_unfinished = len(progress)
+        counters.num_running += num_unfinished
+        counters.prompt_tokens += len(generation.engine_request.prompt_token_ids)
+        first_token_at_s: float | None = None
+        try:
+            async with aclosing(self._sequences(generation)) as deltas:
+                async for delta in deltas:
+                    counters.output_tokens += len(delta.new.token_ids)
+                    if first_token_at_s is None:
+                        first_token_at_s = self._clock.monotonic_s()
+                        delta = self._with_reports(delta, generation)  # noqa: PLW2901 - the first of all
+                    if delta.new.finish is not None:
+                        num_unfinished -= 1
+                        counters.num_running -= 1
+                    if num_unfinished == 0:
+                        delta = replace(delta, timings=self._timings(generation, first_token_at_s))  # noqa: PLW2901
+                    yield delta
+        finally:
+            counters.num_running -= num_unfinished
+            counters.num_finished += num_unfinished == 0
+            counters.num_aborted += num_unfinished > 0
+            counters.num_restarts += sum(one.num_restarts for one in progress)
+
+    def _sequences(self, generation: _Generation) -> AsyncGenerator[OutputDelta, None]:
+        """The deltas of all sequences as they arrive."""
+        if len(generation.progress) == 1:
+            return self._sequence(generation, 0)
+        return self._several_sequences(generation)
+
+    async def _several_sequences(self, generation: _Generation) -> AsyncGenerator[OutputDelta, None]:
+        """The others start when the first one's prompt is computed, and find it in the prefix cache."""
+        counters = self.counters[generation.model.name]
+        arrived: asyncio.Queue[OutputDelta | asyncio.Task[None]] = asyncio.Queue()
+        prompt_is_cached = asyncio.Event()
+
+        async def pump(index: int) -> None:
+            if index > 0:
+                counters.num_held_back += 1
+                try:
+                    await prompt_is_cached.wait()
+                finally:
+                    counters.num_held_back -= 1
+            async with aclosing(self._sequence(generation, index)) as deltas:
+                async for delta in deltas:
+                    arrived.put_nowait(delta)
+                    prompt_is_cached.set()
+
+        pumps = [asyncio.create_task(pump(index)) for index in range(len(generation.progress))]
+        try:
+            for task in pumps:
+                task.add_done_callback(arrived.put_nowait)
+            num_running = len(pumps)
+            while num_running:
+                item = await arrived.get()
+                if isinstance(item, OutputDelta):
+                    yield item
+                else:
+                    item.result()
+                    num_running -= 1
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def _sequence(self, generation: _Generation, index: int) -> AsyncGenerator[OutputDelta, None]:
+        """The deltas of one sequence. The predictor learns its length."""
+        request = generation.engine_request if index == 0 else _sibling(generation.engine_request, index)
+        output = _open_output(generation.request, generation.model, request)
+        try:
+            async with aclosing(self._driver.run(request, output, generation.progress[index])) as deltas:
+                async for delta in deltas:
+                    yield OutputDelta(index, delta)
+        finally:
+            is_censored = output.finish is None or output.finish.kind is FinishKind.LENGTH
+            self._forecaster.observe(generation.forecast, len(output.token_ids), is_censored)
+
+    async def _tokenize(self, request: GenerationRequest, model: ServedModel) -> list[int]:
+        """Off the event loop: a long prompt takes milliseconds, and the tokenizer releases the GIL."""
+        prompt, loop = request.prompt, asyncio.get_running_loop()
+        if isinstance(prompt, TokensPrompt):
+            return list(prompt.token_ids)
+        if isinstance(prompt, TextPrompt):
+            return await loop.run_in_executor(self._tokenizing, model.text.encode, prompt.text, True)
+        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
+        return await loop.run_in_executor(
+            self._tokenizing, lambda: model.text.encode(model.text.render_chat(messages), False)
+        )
+
+    async def _predict_length(
+        self, request: GenerationRequest, model: ServedModel, engine_request: EngineRequest
+    ) -> LengthForecast:
+        fixed = fixed_length(engine_request.stopping, bool(request.stopping.stop_strings))
+        if fixed is not None:
+            return LengthForecast(LengthPrediction(fixed, fixed), "fixed")
+        text = await self._predictor_text(request, model, engine_request)
+        hint_tokens = request.expected_output_tokens
+        return await self._forecaster.predict(text, model.name, engine_request.tenant, hint_tokens)
+
+    async def _predictor_text(
+        self, request: GenerationRequest, model: ServedModel, engine_request: EngineRequest
+    ) -> str:
+        """What the predictor reads: the prompt, and of a conversation the last message of the user."""
+        prompt = request.prompt
+        if isinstance(prompt, TextPrompt):
+            return prompt.text
+        if isinstance(prompt, ChatPrompt):
+            return next((m.content for m in reversed(prompt.messages) if m.role == "user"), "")
+        token_ids = engine_request.prompt_token_ids[-_MAX_PREDICTOR_TOKENS:]
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._tokenizing, model.text.decode, token_ids, True)
+
+    def _with_expected_work(
+        self, model: ServedModel, request: EngineRequest, forecast: LengthForecast
+    ) -> EngineRequest:
+        unit, name = self._units.choose(model.name), model.name
+        service = ModelService(name, unit.admission.costs.get(name), unit.models[name].config.step_token_budget)
+        expected = ExpectedOutput(forecast.prediction, forecast.source, request.stopping)
+        scheduling = unit.expected_work.expect(
+            request.scheduling, expected, len(request.prompt_token_ids), service, unit.admission.num_queued(name)
+        )
+        return replace(request, prediction=expected.prediction, scheduling=scheduling)
+
+    def _refuse_overload(self, num_sequences: int) -> None:
+        num_waiting = sum(self.num_waiting(model.name) for model in self._models)
+        check_overload(num_waiting, num_sequences, self._config.max_waiting_requests)
+
+    def _with_reports(self, delta: OutputDelta, generation: _Generation) -> OutputDelta:
+        request, forecast = generation.engine_request, generation.forecast
+        prefilled = generation.progress[delta.index].prefilled or Prefilled(0)
+        prediction = request.prediction if forecast.checked else None
+        report = PromptReport(
+            request.prompt_token_ids,
+            prefilled.num_cached_tokens,
+            request.sampling.seed,
+            max(1, round(prediction.p50_tokens)) if prediction else None,
+            prefilled.logprobs,
+        )
+        scheduling = self._scheduling_report(generation) if generation.request.output.scheduling else None
+        return replace(delta, prompt=report, scheduling=scheduling)
+
+    def _scheduling_report(self, generation: _Generation) -> SchedulingReport:
+        request, credit = generation.engine_request, generation.progress[0].credit
+        waited_s = generation.progress[0].queued_s(generation.arrived_at_s)
+        scheduling = credit.scheduling if credit else request.scheduling
+        prediction = request.prediction or generation.forecast.prediction
+        return SchedulingReport(
+            policy=self._policy.name,
+            reason=self._policy.reason(scheduling, scheduling.arrived_at_s + waited_s),
+            p50_output_tokens=prediction.p50_tokens,
+            p90_output_tokens=prediction.p90_tokens,
+            source=generation.forecast.source,
+            prefill_s=scheduling.prefill_s,
+            decode_s=scheduling.decode_s,
+            waited_s=waited_s,
+            decision=credit.decision if credit else 0,
+            num_overtaken=credit.num_overtaken if credit else 0,
+        )
+
+    def _timings(self, generation: _Generation, first_token_at_s: float) -> TimingsReport:
+        first, arrived_at_s = generation.progress[0], generation.arrived_at_s
+        return TimingsReport(
+            queue_s=first.queued_s(arrived_at_s),
+            ttft_s=first_token_at_s - arrived_at_s,
+            e2e_s=self._clock.monotonic_s() - arrived_at_s,
+            num_restarts=sum(one.num_restarts for one in generation.progress),
+            router_s=max(0.0, first_token_at_s - arrived_at_s - first.waited_s),
+        )
+
+
+def _sibling(request: EngineRequest, index: int) -> EngineRequest:
+    """Another sequence of the same prompt, which the first one has scored and left in the prefix cache."""
+    sampling = replace(request.sampling, prompt_logprobs=None)
+    return replace(request, sequence_index=index, sampling=sampling, bypass_prefix_cache=False)
+
+
+def _open_output(request: GenerationRequest, model: ServedModel, engine_request: EngineRequest) -> SequenceOutput:
+    stopping, output = request.stopping, request.output
+    needs_text = output.text or stopping.stop_strings
+    prompt_ids = engine_request.prompt_token_ids
+    return SequenceOutput(
+        engine_request.stopping,
+        model.text.detokenizer(output.skip_special_tokens, prompt_ids) if needs_text else None,
+        StopStrings(stopping.stop_strings, stopping.include_stop_strings),
+        stopping.include_stop_strings,
+    )

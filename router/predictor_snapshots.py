@@ -1,0 +1,95 @@
+"""The predictor's snapshot in Redis: read at the start, written regularly. Redis may be unreachable at any time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from muxmesh.errors import ConfigError
+from muxmesh.predictor import snapshot
+from muxmesh.predictor.checked_predictor import CheckedPredictor
+from muxmesh.predictor.length_predictor import LengthPredictor
+from muxmesh.process_registry import redis_key
+from router.length_forecast import LengthForecaster
+
+_log = logging.getLogger(__name__)
+
+SAVE_EVERY_S = 60.0
+
+
+class PredictorSnapshots:
+    """The snapshot of one mesh in its Redis."""
+
+    def __init__(self, url: str, mesh_id: str) -> None:
+        self._url = url
+        self._key = redis_key(mesh_id, "predictor")
+
+    async def load(self) -> tuple[LengthPredictor, CheckedPredictor]:
+        """A predictor that continues from the last snapshot, if there is one."""
+        async with self._connected() as client:
+            try:
+                found = await client.get(self._key)
+                if isinstance(found, bytes):
+                    predictor, checked = await asyncio.to_thread(snapshot.read, found)
+                    _log.info("the predictor continues from %d outputs", predictor.history.num_observed)
+                    return predictor, checked
+            except (RedisError, OSError) as error:
+                _log.warning("no predictor snapshot, Redis is unreachable: %s", error)
+            except ConfigError as error:
+                _log.warning("the predictor starts anew: %s", error)
+        predictor = LengthPredictor()
+        return predictor, CheckedPredictor(predictor)
+
+    @contextlib.asynccontextmanager
+    async def saved(
+        self, forecaster: LengthForecaster, predictor: LengthPredictor, checked: CheckedPredictor
+    ) -> AsyncIterator[None]:
+        """Saves a snapshot regularly while the block runs, and at its end."""
+        async with self._connected() as client:
+            save = functools.partial(self._save, client, forecaster, predictor, checked)
+            saving = asyncio.create_task(self._save_repeatedly(save, predictor), name="predictor snapshots")
+            try:
+                yield
+            finally:
+                saving.cancel()
+                await asyncio.gather(saving, return_exceptions=True)
+                with contextlib.suppress(RedisError, OSError, TimeoutError):
+                    async with asyncio.timeout(2.0):  # a predictor that hangs does not delay the end
+                        await save()
+
+    @contextlib.asynccontextmanager
+    async def _connected(self) -> AsyncIterator[redis.asyncio.Redis]:
+        client = redis.asyncio.Redis.from_url(self._url, socket_timeout=2.0, socket_connect_timeout=2.0)
+        try:
+            yield client
+        finally:
+            with contextlib.suppress(RedisError, OSError):
+                await client.aclose()
+
+    @staticmethod
+    async def _save_repeatedly(save: Callable[[], Awaitable[None]], predictor: LengthPredictor) -> None:
+        num_saved = predictor.history.num_observed
+        while True:
+            await asyncio.sleep(SAVE_EVERY_S)
+            if predictor.history.num_observed != num_saved:
+                num_saved = predictor.history.num_observed
+                with contextlib.suppress(RedisError, OSError):
+                    await save()
+
+    async def _save(
+        self,
+        client: redis.asyncio.Redis,
+        forecaster: LengthForecaster,
+        predictor: LengthPredictor,
+        checked: CheckedPredictor,
+    ) -> None:
+        """The copy is taken in the predictor's thread, between predictions, and serialized in another."""
+        if predictor.history.num_observed:
+            taken = await forecaster.call(functools.partial(snapshot.take, predictor, checked))
+            await client.set(self._key, await asyncio.to_thread(snapshot.write, taken))

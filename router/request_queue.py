@@ -1,0 +1,72 @@
+"""The router's queued requests, and which of them a unit is shown. Pure."""
+
+from __future__ import annotations
+
+import bisect
+
+from muxmesh.scheduling_policy import FCFS, SchedulingPolicy, SortKey
+from muxmesh.types import QueuedRequest
+
+SHOWN_PER_MODEL = 64
+"""A unit needs to see only as many requests as it can issue credits for at once."""
+SORT_EVERY_S = 0.1
+"""Maximum age of the order under a policy that changes with time."""
+
+
+class RequestQueue:
+    """Owns the requests that wait for a credit of one unit.
+
+    Invariant: of each model, the best as of the last sorting are shown. Under a policy that does not change with time
+    they are no worse than any that is not shown.
+    """
+
+    def __init__(self, policy: SchedulingPolicy = FCFS, shown_per_model: int = SHOWN_PER_MODEL) -> None:
+        self._policy = policy
+        self._limit = shown_per_model
+        self._requests: dict[int, QueuedRequest] = {}
+        self._ordered: dict[str, list[tuple[SortKey, int]]] = {}
+        self._shown: set[int] = set()
+        self._sorted_at_s = 0.0
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def add(self, request: QueuedRequest) -> None:
+        """Adds a request."""
+        self._requests[request.entry_id] = request
+        bisect.insort(self._ordered.setdefault(request.model, []), self._sort_entry(request))
+
+    def remove(self, entry_id: int) -> bool:
+        """Removes a request; True if the unit was shown it."""
+        request = self._requests.pop(entry_id, None)
+        if request is None:
+            return False
+        ordered = self._ordered[request.model]
+        del ordered[bisect.bisect_left(ordered, self._sort_entry(request))]
+        if not ordered:
+            del self._ordered[request.model]
+        shown = entry_id in self._shown
+        self._shown.discard(entry_id)
+        return shown
+
+    def hide_all(self) -> None:
+        """The unit was restarted, and has not seen any request."""
+        self._shown.clear()
+
+    def count(self, model: str) -> int:
+        """Queued requests for ``model``."""
+        return len(self._ordered.get(model, ()))
+
+    def show_next(self, unix_s: float) -> list[QueuedRequest]:
+        """Requests that the unit should see and has not seen; from here on they count as shown."""
+        if self._policy.changes_with_time and abs(unix_s - self._sorted_at_s) >= SORT_EVERY_S:  # the clock may jump
+            self._sorted_at_s = unix_s
+            for model, ordered in self._ordered.items():
+                self._ordered[model] = sorted(self._sort_entry(self._requests[entry_id]) for _, entry_id in ordered)
+        best = (entry_id for ordered in self._ordered.values() for _, entry_id in ordered[: self._limit])
+        fresh = [self._requests[entry_id] for entry_id in best if entry_id not in self._shown]
+        self._shown.update(request.entry_id for request in fresh)
+        return fresh
+
+    def _sort_entry(self, request: QueuedRequest) -> tuple[SortKey, int]:
+        return self._policy.sort_key(request.scheduling, self._sorted_at_s), request.entry_id

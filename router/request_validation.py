@@ -1,0 +1,260 @@
+"""Checks a `GenerationRequest` and resolves it to what workers compute. Pure; every refusal names the field.
+
+Two halves, since the prompt's length is known only after tokenizing: `validate` and `resolve`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from muxmesh.errors import InvalidRequest, Overloaded
+from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping
+from router.generation import ChatPrompt, GenerationRequest, StoppingOptions, TextPrompt, TokensPrompt
+from router.served_models import ModelLimits, ServedModel
+
+MAX_REQUEST_ID = 128
+MAX_MESSAGES = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_STOP_STRINGS = 64
+MAX_STOP_STRING = 1024
+ROLES = ("system", "user", "assistant")
+MAX_TEMPERATURE = 100.0
+MIN_TEMPERATURE = 1e-5
+"""A lower temperature is greedy: logits divided by it would overflow."""
+MAX_PENALTY = 2.0
+MAX_REPETITION_PENALTY = 100.0
+MAX_BIAS = 100.0
+MAX_LOGIT_BIAS = 1024
+MAX_LOGPROBS = 20
+MAX_SEQUENCES = 64
+MAX_CACHE_SALT = 256
+_PROMPT_FIELDS = {TextPrompt: "text", TokensPrompt: "token_ids.ids", ChatPrompt: "chat"}
+
+
+def validate(request: GenerationRequest, model: ServedModel, max_prompt_bytes: int) -> None:
+    """Raises InvalidRequest for a field that is wrong, as far as that can be told without the prompt's tokens."""
+    check_request_id(request.request_id)
+    truncate = request.truncate_prompt_tokens
+    if truncate is not None and not 0 < truncate < model.limits.max_model_len:
+        raise InvalidRequest(
+            "truncate_prompt_tokens",
+            f"is {truncate}; at least 1, and less than the context ({model.limits.max_model_len} tokens)",
+        )
+    _check_prompt(request, model, max_prompt_bytes)
+    if request.expected_output_tokens is not None and request.expected_output_tokens < 1:
+        raise InvalidRequest("expected_output_tokens", "is 0; at least 1, or unset")
+    _check_stopping(request.stopping, model)
+    if not 1 <= request.num_sequences <= MAX_SEQUENCES:
+        raise InvalidRequest("sampling.num_sequences", f"is {request.num_sequences}; at most {MAX_SEQUENCES}")
+    if len(request.cache_salt) > MAX_CACHE_SALT:
+        raise InvalidRequest("kv.cache_salt", f"is {len(request.cache_salt)} characters; at most {MAX_CACHE_SALT}")
+    _check_sampling(request, model)
+
+
+def check_request_id(request_id: str) -> None:
+    """Raises InvalidRequest unless it can be in a header and in a log line."""
+    if len(request_id) > MAX_REQUEST_ID or not all(" " <= character <= "~" for character in request_id):
+        raise InvalidRequest("request_id", f"must be at most {MAX_REQUEST_ID} printable ASCII characters")
+
+
+def resolve(
+    request: GenerationRequest, model: ServedModel, token_ids: Sequence[int], seed: int, arrived_at_unix_s: float
+) -> EngineRequest:
+    """The request with its prompt's tokens and all defaults. Raises InvalidRequest if it exceeds the model's context.
+
+    ``seed`` is used if the client gives none.
+    """
+    field = _PROMPT_FIELDS[type(request.prompt)].removesuffix(".ids")
+    if request.truncate_prompt_tokens is not None:
+        token_ids = token_ids[-request.truncate_prompt_tokens :]
+    if not token_ids:
+        raise InvalidRequest(field, "has no tokens")
+    if len(token_ids) >= model.limits.max_model_len:
+        raise InvalidRequest(
+            field,
+            f"is {len(token_ids)} tokens; the context holds {model.limits.max_model_len}, at least 1 for the output",
+        )
+    return EngineRequest(
+        request_id=request.request_id,
+        model=model.name,
+        prompt_token_ids=tuple(token_ids),
+        sampling=_resolved_sampling(request, seed),
+        stopping=resolve_stopping(request.stopping, model.limits, len(token_ids)),
+        scheduling=SchedulingState(request.priority, arrived_at_unix_s),
+        tenant=request.tenant,
+        cache_salt=request.cache_salt,
+        bypass_prefix_cache=request.bypass_prefix_cache,
+        kv_swap_format=request.kv_swap_format,
+    )
+
+
+def _resolved_sampling(request: GenerationRequest, seed: int) -> Sampling:
+    sampling, allowed = request.sampling, request.sampling.allowed_token_ids
+    return replace(
+        sampling,
+        temperature=0.0 if sampling.temperature < MIN_TEMPERATURE else sampling.temperature,
+        seed=seed if request.seed is None else request.seed,
+        logit_bias=tuple(sorted(sampling.logit_bias)),
+        allowed_token_ids=None if allowed is None else tuple(sorted(set(allowed))),
+    )
+
+
+def resolve_stopping(options: StoppingOptions, limits: ModelLimits, num_prompt_tokens: int) -> Stopping:
+    """When the output of a prompt that the context holds ends. Raises InvalidRequest if it would exceed the context."""
+    context_left = limits.max_model_len - num_prompt_tokens
+    max_new_tokens = options.max_new_tokens
+    if max_new_tokens is None:
+        pool_left = max(1, limits.capacity_tokens - num_prompt_tokens)
+        max_new_tokens = min(limits.default_max_new_tokens, context_left, pool_left)
+    elif max_new_tokens > context_left:
+        raise InvalidRequest(
+            "stopping.max_new_tokens",
+            f"is {max_new_tokens}; the context holds {limits.max_model_len} tokens and the prompt is "
+            f"{num_prompt_tokens}, so at most {context_left}",
+        )
+    if options.min_new_tokens > max_new_tokens:
+        raise InvalidRequest(
+            "stopping.min_new_tokens", f"is {options.min_new_tokens}, more than max_new_tokens ({max_new_tokens})"
+        )
+    return Stopping(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=options.min_new_tokens,
+        stop_token_ids=frozenset(options.stop_token_ids),
+        eos_token_ids=frozenset() if options.ignore_eos else limits.eos_token_ids,
+    )
+
+
+def check_overload(num_waiting: int, num_sequences: int, limit: int) -> None:
+    """Raises Overloaded if more than ``limit`` sequences would wait."""
+    if num_waiting + num_sequences > limit:
+        raise Overloaded(f"{num_waiting} requests are waiting, at most {limit}; each sequence counts")
+
+
+def _check_prompt(request: GenerationRequest, model: ServedModel, max_prompt_bytes: int) -> None:
+    prompt = request.prompt
+    if isinstance(prompt, TextPrompt):
+        if not prompt.text:
+            raise InvalidRequest("text", "is empty")
+        _check_size("text", len(prompt.text.encode()), max_prompt_bytes)
+    elif isinstance(prompt, ChatPrompt):
+        _check_chat(prompt, max_prompt_bytes)
+    else:
+        _check_prompt_ids(prompt.token_ids, request.truncate_prompt_tokens, model)
+
+
+def _check_chat(chat: ChatPrompt, max_prompt_bytes: int) -> None:
+    if not chat.messages:
+        raise InvalidRequest("chat.messages", "is empty")
+    check_count("chat.messages", len(chat.messages), MAX_MESSAGES)
+    for index, message in enumerate(chat.messages):
+        if message.role not in ROLES:
+            raise InvalidRequest(f"chat.messages[{index}].role", f"is {message.role!r}; one of {', '.join(ROLES)}")
+    if not any(message.content for message in chat.messages):
+        raise InvalidRequest("chat.messages", "have no content")
+    _check_size("chat.messages", sum(len(message.content.encode()) for message in chat.messages), max_prompt_bytes)
+
+
+def _check_size(field: str, num_bytes: int, limit: int) -> None:
+    if num_bytes > limit:
+        raise InvalidRequest(field, f"is {num_bytes} bytes; at most {limit}")
+
+
+def check_count(field: str, count: int, limit: int) -> None:
+    """Raises InvalidRequest for too many entries. A door may check before it converts them."""
+    if count > limit:
+        raise InvalidRequest(field, f"has {count} entries; at most {limit}")
+
+
+def _check_prompt_ids(token_ids: Sequence[int], truncate: int | None, model: ServedModel) -> None:
+    """Looks at no more ids than the context holds, however many there are."""
+    if not token_ids:
+        raise InvalidRequest("token_ids.ids", "is empty")
+    first = 0 if truncate is None else max(0, len(token_ids) - truncate)
+    if len(token_ids) - first >= model.limits.max_model_len:
+        raise InvalidRequest(
+            "token_ids.ids",
+            f"is {len(token_ids)} tokens; the context holds {model.limits.max_model_len}, at least 1 for the output",
+        )
+    _check_token_ids("token_ids.ids", token_ids[first:], model, first)
+
+
+def _check_token_ids(field: str, token_ids: Sequence[int], model: ServedModel, first: int = 0) -> None:
+    for index, token_id in enumerate(token_ids, first):
+        if not 0 <= token_id < model.spec.vocab_size:
+            raise InvalidRequest(
+                f"{field}[{index}]", f"token id {token_id} is unknown; {model.name} has {model.spec.vocab_size} tokens"
+            )
+
+
+def _check_stopping(options: StoppingOptions, model: ServedModel) -> None:
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise InvalidRequest("stopping.max_new_tokens", f"is {options.max_new_tokens}; at least 1")
+    check_count("stopping.stop_token_ids", len(options.stop_token_ids), MAX_STOP_TOKEN_IDS)
+    _check_token_ids("stopping.stop_token_ids", options.stop_token_ids, model)
+    check_count("stopping.stop_strings", len(options.stop_strings), MAX_STOP_STRINGS)
+    for index, text in enumerate(options.stop_strings):
+        if not text:
+            raise InvalidRequest(f"stopping.stop_strings[{index}]", "is empty")
+        if len(text) > MAX_STOP_STRING:
+            raise InvalidRequest(
+                f"stopping.stop_strings[{index}]", f"is {len(text)} characters; at most {MAX_STOP_STRING}"
+            )
+
+
+def _check_sampling(request: GenerationRequest, model: ServedModel) -> None:
+    sampling = request.sampling
+    _check_range("temperature", sampling.temperature, 0.0, MAX_TEMPERATURE, "0 is greedy")
+    if not 0.0 < sampling.top_p <= 1.0:  # NaN too
+        raise InvalidRequest("sampling.top_p", f"is {sampling.top_p}; more than 0 and at most 1")
+    _check_range("sampling.min_p", sampling.min_p, 0.0, 1.0)
+    _check_range("decoding.presence_penalty", sampling.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _check_range("decoding.frequency_penalty", sampling.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    if not 0.0 < sampling.repetition_penalty <= MAX_REPETITION_PENALTY:
+        raise InvalidRequest(
+            "decoding.repetition_penalty",
+            f"is {sampling.repetition_penalty}; more than 0 and at most {MAX_REPETITION_PENALTY:g}",
+        )
+    _check_logit_bias(sampling, model)
+    _check_allowed_token_ids(request, model)
+    _check_logprobs("output_logprobs", sampling.logprobs, model)
+    _check_logprobs("prompt_logprobs", sampling.prompt_logprobs, model)
+
+
+def _check_range(field: str, value: float, least: float, most: float, hint: str = "") -> None:
+    if math.isnan(value) or not least <= value <= most:
+        raise InvalidRequest(field, f"is {value}; between {least:g} and {most:g}" + (f", {hint}" if hint else ""))
+
+
+def _check_logit_bias(sampling: Sampling, model: ServedModel) -> None:
+    check_count("decoding.logit_bias", len(sampling.logit_bias), MAX_LOGIT_BIAS)
+    for token_id, bias in sorted(sampling.logit_bias):
+        if not 0 <= token_id < model.spec.vocab_size:
+            raise InvalidRequest(
+                f"decoding.logit_bias[{token_id}]", f"is unknown; {model.name} has {model.spec.vocab_size} tokens"
+            )
+        _check_range(f"decoding.logit_bias[{token_id}]", bias, -MAX_BIAS, MAX_BIAS)
+
+
+def _check_allowed_token_ids(request: GenerationRequest, model: ServedModel) -> None:
+    field, stopping, allowed = "decoding.allowed_token_ids.ids", request.stopping, request.sampling.allowed_token_ids
+    if allowed is None:
+        return
+    if not allowed:
+        raise InvalidRequest(field, "is empty; leave allowed_token_ids out to allow all")
+    _check_token_ids(field, sorted(set(allowed)), model)
+    ending = set(stopping.stop_token_ids) | (set() if stopping.ignore_eos else model.spec.eos_token_ids)
+    if stopping.min_new_tokens > 1 and ending.issuperset(allowed):
+        raise InvalidRequest(
+            field, f"has only tokens that end the output, and min_new_tokens is {stopping.min_new_tokens}"
+        )
+
+
+def _check_logprobs(name: str, count: int | None, model: ServedModel) -> None:
+    if count is None:
+        return
+    if model.config.engine == "sim":
+        raise InvalidRequest(f"response.{name}", "the sim engine has no probabilities; leave it out")
+    if count > MAX_LOGPROBS:
+        raise InvalidRequest(f"response.{name}", f"is {count}; at most {MAX_LOGPROBS} candidates")

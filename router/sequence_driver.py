@@ -1,0 +1,152 @@
+"""Computes one output sequence over as many attempts as needed: a lost worker costs time, never a token."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from muxmesh.clock import Clock
+from muxmesh.engine.api import Finished, Tokens
+from muxmesh.errors import (
+    EngineFailed,
+    InternalError,
+    LeaseLost,
+    MeshError,
+    RequestAborted,
+    RequestPreempted,
+    Unavailable,
+)
+from muxmesh.types import EngineRequest
+from router.admission_client import Credit
+from router.attempt import AttemptEvent, Prefilled
+from router.generation import SequenceDelta
+from router.sequence_output import SequenceOutput
+from router.units import UnitLink
+
+_log = logging.getLogger(__name__)
+
+# Errors that end an attempt but not the request: the worker, its unit or its engine was lost, and a retry may succeed.
+_ATTEMPT_ERRORS = (Unavailable, LeaseLost, RequestAborted, EngineFailed, InternalError)
+_FIRST_WAIT_S = 0.05
+_MAX_WAIT_S = 2.0
+
+
+Attempt = Callable[[EngineRequest, Credit], AsyncGenerator[AttemptEvent, None]]
+"""One attempt, see `router.attempt.run_attempt`."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """What the driver reports of one sequence while it runs. ``credit`` is the first one."""
+
+    credited_at_s: float | None = None
+    credit: Credit | None = None
+    prefilled: Prefilled | None = None
+    num_restarts: int = 0
+    waited_s: float = 0.0
+    """For credits and for prefill, until the first token: what is not the router's own time."""
+
+    def queued_s(self, arrived_at_s: float) -> float:
+        """Seconds from the arrival to the first credit; 0 if there was none."""
+        return (self.credited_at_s or arrived_at_s) - arrived_at_s
+
+
+class SequenceDriver:
+    """Drives sequences through attempts."""
+
+    def __init__(
+        self,
+        choose_unit: Callable[[str], UnitLink],
+        attempt: Attempt,
+        clock: Clock,
+        max_restarts: int,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """``choose_unit``: the unit for the next attempt of a model. ``max_restarts``: attempts in a row that may fail
+        without getting past their first token.
+        """
+        self._choose_unit = choose_unit
+        self._run_attempt = attempt
+        self._clock = clock
+        self._max_restarts = max_restarts
+        self._sleep = sleep
+
+    async def run(
+        self, request: EngineRequest, output: SequenceOutput, progress: Progress
+    ) -> AsyncGenerator[SequenceDelta, None]:
+        """Every token once, in order; the last delta has the finish. Closing it aborts the request everywhere.
+
+        Raises InvalidRequest if the unit can never hold it, and the last attempt's error after ``max_restarts``.
+        """
+        num_failures = 0
+        while output.finish is None:
+            num_before = len(output.token_ids)
+            try:
+                async with aclosing(self._attempt(_resumed(request, output), progress)) as events:
+                    async for event in events:
+                        if isinstance(event, Prefilled):
+                            progress.prefilled = event
+                            progress.waited_s += 0.0 if output.token_ids else event.waited_s
+                        elif isinstance(event, Tokens):
+                            yield output.append(event.token_ids, event.logprobs)
+                        else:
+                            yield output.complete(event.finish)
+                        if output.finish is not None:
+                            return
+            except _ATTEMPT_ERRORS as error:
+                # Each attempt yields the tokens of prefill; only more than one is progress. To wait is no failure.
+                is_fruitless = len(output.token_ids) <= num_before + 1 and not isinstance(error, RequestPreempted)
+                num_failures = num_failures + 1 if is_fruitless else 0
+                if num_failures > self._max_restarts:
+                    raise _final(error) from error
+                progress.num_restarts += 1
+                _log.warning("%s: retried after %d tokens: %s", request.request_id, len(output.token_ids), error)
+            if (finish := output.token_finish) is not None:
+                yield output.complete(finish)  # only the report of the finish was lost
+                return
+            await self._sleep(min(_MAX_WAIT_S, _FIRST_WAIT_S * 2**num_failures))
+
+    async def _attempt(self, request: EngineRequest, progress: Progress) -> AsyncGenerator[AttemptEvent, None]:
+        """One attempt on the unit that is the best for it now."""
+        unit = self._choose_unit(request.model)
+        credit = await self._wait_for_credit(unit, request, progress)
+        try:
+            # The workers order the request by the state that the unit ordered it by.
+            scheduled = replace(request, scheduling=credit.scheduling)
+            async with aclosing(self._run_attempt(scheduled, credit)) as events:
+                async for event in events:
+                    yield event
+                    if isinstance(event, Finished):
+                        return
+        finally:
+            unit.admission.give_back(credit)
+
+    async def _wait_for_credit(self, unit: UnitLink, request: EngineRequest, progress: Progress) -> Credit:
+        asked_at_s = self._clock.monotonic_s()
+        demand = unit.kv_demand(request)
+        credit = await unit.admission.wait_for_credit(request.model, request.tenant, request.scheduling, demand)
+        credited_at_s = self._clock.monotonic_s()
+        if progress.credited_at_s is None:
+            progress.credited_at_s = credited_at_s
+            progress.credit = credit
+        if not request.resume_token_ids:
+            progress.waited_s += credited_at_s - asked_at_s
+        return credit
+
+
+def _resumed(request: EngineRequest, output: SequenceOutput) -> EngineRequest:
+    """The request as it continues after the tokens, and the log-probabilities of the prompt, that the client has."""
+    if not output.token_ids:
+        return request
+    sampling = replace(request.sampling, prompt_logprobs=None)
+    num_tokens = len(output.token_ids)
+    scheduling = request.scheduling.after_output(num_tokens, request.prediction, prefill_again=True)
+    return replace(request, resume_token_ids=tuple(output.token_ids), sampling=sampling, scheduling=scheduling)
+
+
+def _final(error: MeshError) -> MeshError:
+    """The client's error after the last attempt."""
+    return error if isinstance(error, Unavailable) else InternalError(f"the request failed repeatedly: {error}")

@@ -1,0 +1,62 @@
+"""The units of the mesh as a router reaches them, and which of them serves the next attempt of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from muxmesh.block_hashes import KvIdentity, kv_demand
+from muxmesh.config.schema import ModelConfig
+from muxmesh.errors import ModelNotFound
+from muxmesh.internal.v1 import kvstore_pb2_grpc
+from muxmesh.types import EngineRequest, KvDemand
+from router.admission_client import UnitAdmission
+from router.expected_work import ExpectedWork
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedModel:
+    """A model as one unit serves it."""
+
+    config: ModelConfig
+    identity: KvIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class UnitLink:
+    """One unit, and the models that it serves."""
+
+    name: str
+    admission: UnitAdmission
+    kvstore: kvstore_pb2_grpc.KvStoreServiceAsyncStub
+    models: dict[str, PlacedModel]
+    expected_work: ExpectedWork = field(default_factory=ExpectedWork)
+
+    def kv_demand(self, request: EngineRequest) -> KvDemand:
+        """What a request needs of this unit's pool."""
+        placed = self.models[request.model]
+        return kv_demand(request, placed.identity, placed.config.block_size, placed.config.kv_answer_tokens)
+
+
+class Units:
+    """Owns the links to all units."""
+
+    def __init__(self, links: Iterable[UnitLink]) -> None:
+        self._links: Mapping[str, UnitLink] = {link.name: link for link in links}
+
+    def __iter__(self) -> Iterator[UnitLink]:
+        return iter(self._links.values())
+
+    def choose(self, model: str) -> UnitLink:
+        """The unit for the next attempt of a request: connected, and with the fewest queued requests for ``model``.
+
+        Raises ModelNotFound if no unit serves the model.
+        """
+        serving = [link for link in self._links.values() if model in link.models]
+        if not serving:
+            raise ModelNotFound(f"model: {model!r} is not served by any unit")
+        return min(serving, key=lambda link: (not link.admission.connected.is_set(), link.admission.num_queued(model)))
+
+    def num_queued(self, model: str) -> int:
+        """Requests for ``model`` that wait for a credit of any unit."""
+        return sum(link.admission.num_queued(model) for link in self._links.values())

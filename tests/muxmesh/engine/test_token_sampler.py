@@ -1,0 +1,162 @@
+"""Sampling against transformers' own logits processors."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from muxmesh.engine.step import SampleSpec
+from muxmesh.engine.token_sampler import adjusted, candidates, sample_token, uniform
+from muxmesh.types import Sampling
+
+
+def random_logits(seed: int, size: int = 3000) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 3, size).astype(np.float32)
+
+
+def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        warpers.append(TopPLogitsWarper(top_p))
+    scores: Any = warpers(torch.LongTensor([[0]]), torch.DoubleTensor(logits.astype(np.float64))[None])
+    probabilities: np.ndarray = torch.softmax(scores, -1)[0].numpy()
+    return probabilities
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [0, 1, 40, 5000])
+@pytest.mark.parametrize("top_p", [0.05, 0.9, 0.9999, 1.0])
+def test_probabilities_are_those_of_transformers(temperature: float, top_k: int, top_p: float) -> None:
+    logits = random_logits(int(temperature * 100) + top_k)
+    token_ids, weights = candidates(logits, Sampling(temperature, top_k, top_p))
+    ours = np.zeros(len(logits))
+    ours[slice(None) if token_ids is None else token_ids] = weights / weights.sum(dtype=np.float64)
+    assert np.abs(ours - reference(logits, temperature, top_k, top_p)).max() < 1e-6
+
+
+def test_top_k_keeps_ties() -> None:
+    token_ids, _ = candidates(np.array([1.0, 2.0, 2.0, 0.0], dtype=np.float32), Sampling(1.0, top_k=1))
+    assert token_ids is not None and token_ids.tolist() == [1, 2]
+
+
+def test_a_tiny_top_p_keeps_the_likeliest_token() -> None:
+    token_ids, _ = candidates(random_logits(1), Sampling(1.0, top_p=1e-6))
+    assert token_ids is not None and token_ids.tolist() == [int(np.argmax(random_logits(1)))]
+
+
+def test_greedy_takes_the_likeliest_and_the_first_of_equals() -> None:
+    assert (
+        sample_token(np.array([1.0, 3.0, 3.0], dtype=np.float32), SampleSpec(Sampling(temperature=0.0), 0)).token_id
+        == 1
+    )
+
+
+def test_a_banned_token_is_never_sampled() -> None:
+    greedy = SampleSpec(Sampling(temperature=0.0), 0, frozenset({1}))
+    assert sample_token(np.array([1.0, 3.0, 2.0], dtype=np.float32), greedy).token_id == 2
+    for index in range(50):
+        spec = SampleSpec(Sampling(5.0, seed=3), index, frozenset({0, 2}))
+        assert sample_token(np.array([9.0, 0.0, 9.0], dtype=np.float32), spec).token_id == 1
+
+
+def test_a_sample_depends_on_seed_and_index_alone() -> None:
+    logits = random_logits(5)
+    spec = SampleSpec(Sampling(1.0, seed=11), 4)
+    assert sample_token(logits.copy(), spec) == sample_token(logits.copy(), spec)
+    assert len({uniform(seed, 0, index) for seed in range(20) for index in range(20)}) == 400
+    assert uniform(2**64 - 1, 0, 0) == uniform(-1, 0, 0) != uniform(-1, 1, 0)
+
+
+def test_sampled_tokens_follow_their_probabilities() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.2], dtype=np.float32))
+    sampled = [sample_token(logits.copy(), SampleSpec(Sampling(1.0, seed=1), index)).token_id for index in range(4000)]
+    shares = np.bincount(sampled, minlength=3) / 4000
+    assert np.abs(shares - [0.5, 0.3, 0.2]).max() < 0.03
+
+
+PROMPT, OUTPUT = (5, 9, 9, 40), (7, 9, 7, 7)
+
+
+def test_min_p_is_that_of_transformers() -> None:
+    logits = random_logits(8)
+    scores: Any = MinPLogitsWarper(0.05)(torch.LongTensor([[0]]), torch.tensor(logits / 0.8)[None])
+    expected = torch.softmax(scores, -1)[0].numpy()
+    token_ids, weights = candidates(logits, Sampling(0.8, min_p=0.05))
+    ours = np.zeros(len(logits))
+    ours[token_ids] = weights / weights.sum()
+    assert np.abs(ours - expected).max() < 1e-6
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    logits = random_logits(9)
+    expected: Any = RepetitionPenaltyLogitsProcessor(1.3)(
+        torch.LongTensor([[*PROMPT, *OUTPUT]]), torch.tensor(logits)[None].clone()
+    )
+    spec = SampleSpec(Sampling(repetition_penalty=1.3), 4, prompt_token_ids=PROMPT, output_token_ids=OUTPUT)
+    assert np.abs(adjusted(logits, spec) - expected[0].numpy()).max() < 1e-6
+
+
+def test_presence_and_frequency_count_the_output_alone() -> None:
+    logits = random_logits(10)
+    sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25)
+    changed = adjusted(logits, SampleSpec(sampling, 4, prompt_token_ids=PROMPT, output_token_ids=OUTPUT)) - logits
+    expected = np.zeros(len(logits))
+    expected[7], expected[9] = -0.5 - 0.25 * 3, -0.5 - 0.25
+    assert np.abs(changed - expected).max() < 1e-5
+
+
+def test_bias_and_allowed_tokens() -> None:
+    logits = np.array([1.0, 3.0, 2.0, 0.0], dtype=np.float32)
+    assert sample_token(logits, SampleSpec(Sampling(0.0, logit_bias=((3, 5.0),)), 0)).token_id == 3
+    assert sample_token(logits, SampleSpec(Sampling(0.0, allowed_token_ids=(0, 2)), 0)).token_id == 2
+    assert logits.tolist() == [1.0, 3.0, 2.0, 0.0]
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    logits = random_logits(11)
+    expected = torch.log_softmax(torch.tensor(logits, dtype=torch.float64), -1).numpy()
+    order = np.argsort(-expected, kind="stable")
+    sampling = Sampling(0.0, logprobs=3, logit_bias=((17, 100.0),), repetition_penalty=1.5)
+    sampled = sample_token(logits, SampleSpec(sampling, 1, prompt_token_ids=PROMPT, output_token_ids=OUTPUT))
+    assert sampled.token_id == 17 and sampled.logprobs is not None
+    assert abs(sampled.logprobs.chosen.logprob - expected[17]) < 1e-6
+    assert sampled.logprobs.chosen.rank == order.tolist().index(17) + 1
+    assert [top.token_id for top in sampled.logprobs.top] == order[:3].tolist()
+    assert [top.rank for top in sampled.logprobs.top] == [1, 2, 3]
+    assert np.abs(np.array([top.logprob for top in sampled.logprobs.top]) - expected[order[:3]]).max() < 1e-6
+
+
+def bitmask(allowed: set[int], size: int) -> np.ndarray:
+    words = np.zeros(-(-size // 32), dtype=np.uint32)
+    for token in allowed:
+        words[token // 32] |= np.uint32(1 << token % 32)
+    return words
+
+
+@pytest.mark.parametrize("size", [31, 32, 33, 3000])
+def test_only_tokens_of_the_bitmask_are_left(size: int) -> None:
+    logits = random_logits(12, size)
+    allowed = {0, 7, size - 1}
+    changed = adjusted(logits, SampleSpec(Sampling(), 0, token_bitmask=bitmask(allowed, size)))
+    assert set(np.flatnonzero(np.isfinite(changed)).tolist()) == allowed
+    assert np.array_equal(changed[sorted(allowed)], logits[sorted(allowed)])
+
+
+def test_bitmask_bans_and_allowed_ids_hold_together() -> None:
+    logits = random_logits(13, 64)
+    spec = SampleSpec(
+        Sampling(0.0, allowed_token_ids=(1, 2, 3)), 0, frozenset({2}), token_bitmask=bitmask({2, 3, 40}, 64)
+    )
+    assert sample_token(logits, spec).token_id == 3
+    assert np.isfinite(logits).all(), "the logits are left as they are"

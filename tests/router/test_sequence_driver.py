@@ -1,0 +1,193 @@
+"""The driver across attempts, with attempts that end as the test says."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from muxmesh.clock import ManualClock
+from muxmesh.engine.api import Finished, Tokens
+from muxmesh.errors import (
+    EngineFailed,
+    InternalError,
+    InvalidRequest,
+    LeaseLost,
+    MeshError,
+    ModelNotFound,
+    RequestPreempted,
+    WorkerLost,
+)
+from muxmesh.types import (
+    EngineRequest,
+    Finish,
+    FinishReason,
+    KvDemand,
+    LeaseRef,
+    LengthPrediction,
+    Sampling,
+    SchedulingState,
+    Stopping,
+)
+from router.admission_client import Credit
+from router.attempt import AttemptEvent, Prefilled
+from router.generation import FinishKind, OutputFinish, SequenceDelta
+from router.sequence_driver import Progress, SequenceDriver
+from router.sequence_output import SequenceOutput
+
+REQUEST = EngineRequest("r", "m", (40, 41), Sampling(prompt_logprobs=0), Stopping(6), SchedulingState(0, 0.0, 2.0, 6.0),
+                        prediction=LengthPrediction(6, 6))  # fmt: skip
+END = Finished(Finish(FinishReason.LENGTH))
+DISCOUNTED = SchedulingState(0, 0.0, 0.5, 6.0)
+Script = list[list[int | MeshError | Finished | Prefilled]]
+
+
+@dataclass
+class FakeUnit:
+    """Gives a credit to everyone, and counts."""
+
+    num_out: int = 0
+    asked: list[tuple[str, str, SchedulingState, KvDemand]] = field(default_factory=list)
+
+    @property
+    def admission(self) -> FakeUnit:
+        return self
+
+    def kv_demand(self, request: EngineRequest) -> KvDemand:
+        return KvDemand(len(request.resume_token_ids), request.max_tokens)
+
+    async def wait_for_credit(self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand) -> Credit:
+        self.asked.append((model, tenant, scheduling, demand))
+        self.num_out += 1
+        return Credit(LeaseRef(self.num_out, 1), "p", "", "d", "", 1, 0, DISCOUNTED)
+
+    def give_back(self, credit: Credit) -> None:
+        self.num_out -= 1
+
+
+@dataclass
+class Outcome:
+    deltas: list[SequenceDelta]
+    output: SequenceOutput
+    progress: Progress
+    unit: FakeUnit
+    requests: list[EngineRequest]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for delta in self.deltas for token in delta.token_ids]
+
+
+async def run(script: Script, max_restarts: int = 2) -> Outcome:
+    """What the driver gives when its attempts do what each line of ``script`` says."""
+    attempts, requests, unit = iter(script), list[EngineRequest](), FakeUnit()
+
+    async def attempt(request: EngineRequest, credit: Credit) -> AsyncGenerator[AttemptEvent, None]:
+        requests.append(request)
+        index = len(request.resume_token_ids)
+        for act in next(attempts):
+            if isinstance(act, int):
+                yield Tokens(index, (act,))
+                index += 1
+            elif isinstance(act, MeshError):
+                raise act
+            else:
+                yield act
+
+    async def no_wait(seconds: float) -> None:
+        assert 0 < seconds <= 2.0
+
+    progress, output = Progress(), SequenceOutput(REQUEST.stopping)
+    choose: Any = lambda model: unit  # noqa: E731
+    driver = SequenceDriver(choose, attempt, ManualClock(5.0), max_restarts, no_wait)
+    try:
+        deltas = [delta async for delta in driver.run(REQUEST, output, progress)]
+    finally:
+        assert unit.num_out == 0, "a credit was not given back"
+    assert progress.credited_at_s == 5.0
+    return Outcome(deltas, output, progress, unit, requests)
+
+
+async def test_a_lost_worker_is_made_good_with_every_token_once() -> None:
+    outcome = await run([[7, 8, WorkerLost("gone")], [LeaseLost("late")], [9, 10, 11, 12, END]])
+    assert outcome.tokens == outcome.output.token_ids == [7, 8, 9, 10, 11, 12]
+    assert outcome.deltas[-1].finish == OutputFinish(FinishKind.LENGTH, 6)
+    assert outcome.progress.num_restarts == 2
+
+
+async def test_an_attempt_continues_after_the_tokens_that_the_client_has() -> None:
+    outcome = await run([[7, 8, WorkerLost("gone")], [9, 10, 11, 12, END]])
+    first, second = outcome.requests
+    assert (first.resume_token_ids, second.resume_token_ids) == ((), (7, 8))
+    assert (first.sampling.prompt_logprobs, second.sampling.prompt_logprobs) == (0, None), "the client has them"
+    (_, _, before, _), (_, _, after, demand) = outcome.unit.asked
+    assert (before.decode_s, after.decode_s, after.prefill_s) == (6.0, 4.0, 2.0), "less remains, the prompt all of it"
+    assert demand == KvDemand(2, 8)
+
+
+async def test_workers_order_a_request_by_what_the_unit_ordered_it_by() -> None:
+    outcome = await run([[7, 8, 9, 10, 11, 12, END]])
+    assert outcome.requests[0].scheduling == DISCOUNTED
+    assert outcome.progress.credit is not None and outcome.progress.credit.scheduling == DISCOUNTED
+
+
+async def test_an_output_that_was_complete_is_not_computed_again() -> None:
+    outcome = await run([[1, 2, 3, 4, 5, 6, WorkerLost("gone")]])
+    assert outcome.deltas[-1].finish == OutputFinish(FinishKind.LENGTH, 6)
+    assert len(outcome.tokens) == 6
+
+
+async def test_attempts_that_get_nowhere_are_given_up() -> None:
+    with pytest.raises(WorkerLost, match="third"):
+        await run([[WorkerLost("first")], [WorkerLost("second")], [WorkerLost("third")]])
+
+
+async def test_a_request_that_fails_after_its_first_token_each_time_is_given_up() -> None:
+    with pytest.raises(InternalError, match="failed repeatedly: nan"):
+        await run([[7, EngineFailed("nan")], [8, EngineFailed("nan")], [9, EngineFailed("nan")]])
+
+
+async def test_progress_starts_the_count_anew() -> None:
+    script: Script = [[WorkerLost("")], [WorkerLost("")], [1, 2, WorkerLost("")], [WorkerLost("")], [3, 4, 5, 6, END]]
+    assert (await run(script)).progress.num_restarts == 4
+
+
+async def test_to_be_preempted_is_no_failure() -> None:
+    preempted: Script = [[RequestPreempted("pool full")] for _ in range(5)]
+    script: Script = [*preempted, [1, 2, 3, 4, 5, 6, END]]
+    assert (await run(script, max_restarts=0)).progress.num_restarts == 5
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("stopping.max_new_tokens", "too many"), ModelNotFound("gone")])
+async def test_what_can_never_succeed_is_not_tried_again(error: MeshError) -> None:
+    with pytest.raises(type(error)):
+        await run([[error]])
+
+
+async def test_only_waiting_before_the_first_token_counts_as_waited() -> None:
+    outcome = await run(
+        [[Prefilled(3, waited_s=1.5), 7, 8, WorkerLost("gone")], [Prefilled(9, waited_s=4.0), 9, 10, 11, 12, END]]
+    )
+    assert outcome.progress.waited_s == 1.5
+    assert outcome.progress.prefilled == Prefilled(9, waited_s=4.0)
+
+
+async def test_nothing_is_computed_for_a_sequence_that_is_closed() -> None:
+    unit = FakeUnit()
+    closed: list[str] = []
+
+    async def attempt(request: EngineRequest, credit: Credit) -> AsyncGenerator[AttemptEvent, None]:
+        try:
+            yield Tokens(0, (1,))
+            yield Tokens(1, (2,))
+        finally:
+            closed.append("attempt")
+
+    choose: Any = lambda model: unit  # noqa: E731
+    driver = SequenceDriver(choose, attempt, ManualClock(), 0)
+    deltas = driver.run(REQUEST, SequenceOutput(REQUEST.stopping), Progress())
+    await anext(deltas)
+    await deltas.aclose()
+    assert closed == ["attempt"] and unit.num_out == 0

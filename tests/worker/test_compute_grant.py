@@ -1,0 +1,145 @@
+"""The grant protocol: kvstore's grant table and real worker grants, on one event loop."""
+
+import asyncio
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from kvstore.grant_page import GrantPage, Word
+from kvstore.grant_table import GrantTable
+from muxmesh.clock import ManualClock
+from muxmesh.engine.step import Chunk, Step, StepOutcome
+from muxmesh.types import Role
+from worker.compute_grant import ComputeGrant
+
+
+class SharedWords:
+    """What ComputeGrant needs of an attachment, over the same memory."""
+
+    def __init__(self, table: GrantTable) -> None:
+        self.slot, self.bell_fd = table.allocate_slot(Role.DECODE, "m")
+        self.page = GrantPage(table.page_fd)
+        self.doorbell_fd = table.doorbell_fd
+
+
+@pytest.fixture
+async def table() -> GrantTable:
+    grants = GrantTable()
+    asyncio.get_running_loop().add_reader(grants.doorbell_fd, grants.on_doorbell)
+    return grants
+
+
+def grant_for(table: GrantTable, clock: ManualClock | None = None) -> tuple[ComputeGrant, SharedWords]:
+    attachment = SharedWords(table)
+    return ComputeGrant(attachment, clock or ManualClock()), attachment  # type: ignore[arg-type]
+
+
+async def test_a_worker_alone_keeps_the_grant_without_ringing(table: GrantTable) -> None:
+    grant, _ = grant_for(table)
+    await grant.acquire()
+    asyncio.get_running_loop().remove_reader(table.doorbell_fd)
+    for _ in range(5):
+        grant.release()
+        await grant.acquire()
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(table.doorbell_fd)
+
+
+async def test_two_workers_take_turns_and_never_hold_together(table: GrantTable) -> None:
+    order: list[str] = []
+    holding: set[str] = set()
+
+    async def work(name: str, grant: ComputeGrant) -> None:
+        for _ in range(20):
+            await grant.acquire()
+            holding.add(name)
+            assert holding == {name}
+            order.append(name)
+            await asyncio.sleep(0)
+            holding.discard(name)
+            grant.release()
+        grant.drop()
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        for name in ("prefill", "decode", "other"):
+            tasks.create_task(work(name, grant_for(table)[0]))
+    assert order.count("prefill") == order.count("decode") == 20
+    longest_run = max(len(run) for run in _runs(order[10:40]))
+    assert longest_run <= 2
+
+
+async def test_a_recalled_grant_is_returned_after_the_steps_that_it_covers(table: GrantTable) -> None:
+    grant, attachment = grant_for(table)
+    await grant.acquire()
+    table.page.write(attachment.slot, Word.GRANTED_STEPS, 3)
+    table.page.write(attachment.slot, Word.RECALLED, 1)
+    left = []
+    for _ in range(3):
+        grant.release()
+        left.append(table.page.read(attachment.slot, Word.GRANTED_STEPS))
+    assert left == [3, 3, 0]
+
+
+async def test_an_idle_holder_gives_the_grant_back(table: GrantTable) -> None:
+    first, _ = grant_for(table)
+    second, _ = grant_for(table)
+    await first.acquire()
+    waiting = asyncio.create_task(second.acquire())
+    await asyncio.sleep(0)
+    first.release()
+    first.drop()
+    async with asyncio.timeout(5):
+        await waiting
+
+
+async def test_the_grant_of_a_dead_worker_goes_on(table: GrantTable) -> None:
+    first, attachment = grant_for(table)
+    second, _ = grant_for(table)
+    await first.acquire()
+    waiting = asyncio.create_task(second.acquire())
+    await asyncio.sleep(0)
+    table.free_slot(attachment.slot)
+    async with asyncio.timeout(5):
+        await waiting
+
+
+async def test_dropping_a_grant_that_is_not_held_rings_nobody(table: GrantTable) -> None:
+    grant, _ = grant_for(table)
+    asyncio.get_running_loop().remove_reader(table.doorbell_fd)
+    grant.drop()
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(table.doorbell_fd)
+
+
+async def test_busy_time_is_that_between_acquire_and_release(table: GrantTable) -> None:
+    clock = ManualClock()
+    grant, attachment = grant_for(table, clock)
+    for seconds in (0.25, 0.5):
+        await grant.acquire()
+        clock.advance(seconds)
+        grant.release()
+        clock.advance(100)
+    assert table.page.read(attachment.slot, Word.BUSY_NS) == 750_000_000
+
+
+async def test_steps_are_counted_and_their_cost_is_shown(table: GrantTable) -> None:
+    grant, attachment = grant_for(table)
+    for num_tokens in (1, 2, 4, 8):
+        step = Step((Chunk(1, 0, tuple(range(num_tokens)), (0,)),))
+        grant.count_step(step, StepOutcome({}, kv_bytes_written=10 * num_tokens), 0.01 + 0.002 * num_tokens)
+    read = [table.page.read(attachment.slot, word) for word in (
+        Word.NUM_STEPS, Word.NUM_COMPUTED_TOKENS, Word.KV_BYTES_WRITTEN)]  # fmt: skip
+    assert read == [4, 15, 150]
+    cost = table.page.read_cost(attachment.slot)
+    assert cost is not None and cost.step_s(4, 6) == pytest.approx(0.018, rel=0.05)
+
+
+def _runs(names: list[str]) -> Iterator[list[str]]:
+    run: list[str] = []
+    for name in names:
+        if run and run[-1] != name:
+            yield run
+            run = []
+        run.append(name)
+    yield run

@@ -1,0 +1,136 @@
+"""A worker's attachment to its unit: the mapped pool, the grant page, and the socket whose end ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from kvstore.attach_protocol import MAX_FDS, MAX_MESSAGE_BYTES, num_pool_fds
+from kvstore.device_memory import HOST
+from kvstore.grant_page import GrantPage, Word
+from kvstore.progress_page import ProgressPage
+from muxmesh.device.device_pool import DevicePool, HostPool
+from muxmesh.errors import Unavailable
+from muxmesh.types import Role
+
+_RETRY_S = 0.1
+_NUM_RETRIES = 300
+_REPLY_TIMEOUT_S = 5.0
+
+
+class Attachment:
+    """What the unit gave this worker. ``pool`` is the unit's memory itself, ``worker`` our name there.
+
+    ``progress`` is where the unit looks for what this worker had computed if it dies.
+    """
+
+    def __init__(self, connection: socket.socket, reply: Mapping[str, Any], fds: Sequence[int]) -> None:
+        num_pool = num_pool_fds(reply["pool"])
+        self.pool = map_pool(reply["pool"], fds[:num_pool])
+        page_fd, self.doorbell_fd, self.bell_fd, progress_fd = fds[num_pool:]
+        self.page = GrantPage(page_fd)
+        self.progress = ProgressPage(progress_fd, *reply["progress"])
+        for fd in (page_fd, progress_fd):
+            os.close(fd)
+        self.worker = str(reply["worker"])
+        self.slot = int(reply["slot"])
+        self._connection = connection
+
+    def beat(self) -> None:
+        """Shows the unit that this worker's event loop runs. To be called every `BEAT_EVERY_S`."""
+        self.page.add(self.slot, Word.HEARTBEATS, 1)
+
+    def set_ready(self, ready: bool) -> None:
+        """Reports whether this worker takes requests. A unit that is gone need not know."""
+        with contextlib.suppress(OSError):
+            self._connection.send(json.dumps({"ready": ready}).encode())
+
+    def close(self) -> None:
+        """Detaches from the unit. The process has to end soon: the unit waits for that."""
+        self._connection.close()
+
+    def on_unit_lost(self, lost: Callable[[], None]) -> None:
+        """Calls ``lost`` once when kvstore is gone: the mapped memory is nobody's then."""
+        loop = asyncio.get_running_loop()
+
+        def readable() -> None:
+            try:
+                if self._connection.recv(MAX_MESSAGE_BYTES):
+                    return
+            except BlockingIOError:
+                return
+            except OSError:
+                pass
+            loop.remove_reader(self._connection.fileno())
+            lost()
+
+        loop.add_reader(self._connection.fileno(), readable)
+
+
+def map_pool(description: Mapping[str, Any], fds: Sequence[int]) -> DevicePool:
+    """Maps the pool of a unit by its description (`kvstore.attach_protocol`); closes ``fds``.
+
+    Raises Unavailable for a kind of memory that this worker cannot map.
+    """
+    try:
+        if description["device"] != HOST or len(description["shards"]) != 1 or len(description["shards"][0]) != 1:
+            raise Unavailable(f"this worker cannot map a pool of {description['device']} memory: {description}")
+        pool_fd, *swap_fds = fds
+        return HostPool.map(pool_fd, description["slab_bytes"], swap_fds[0] if swap_fds else None)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+async def attach(path: Path, role: Role, model: str, address: str) -> Attachment:
+    """Attaches to the unit that listens on ``path``, waiting up to 30 s for it. Raises Unavailable."""
+    hello = {"role": role.value, "model": model, "address": address}
+    connection, reply, fds = await _connect(path, hello, f"{role.value} of {model}")
+    return Attachment(connection, reply, fds)
+
+
+async def attach_writer(path: Path, worker: str) -> tuple[socket.socket, DevicePool]:
+    """Attaches a further process that writes into the pool for ``worker``. Raises Unavailable.
+
+    The leases of the worker end only after this process has exited too; it is killed if the worker exits. It has to
+    keep the returned connection.
+    """
+    connection, reply, fds = await _connect(path, {"writer_for": worker}, f"a writer for {worker}")
+    return connection, map_pool(reply["pool"], fds)
+
+
+async def _connect(
+    path: Path, hello: Mapping[str, str], description: str
+) -> tuple[socket.socket, dict[str, Any], list[int]]:
+    message = json.dumps(hello).encode()
+    for _ in range(_NUM_RETRIES):
+        try:
+            connection, reply, fds = await asyncio.to_thread(_exchange_hello, path, message)
+        except OSError:
+            await asyncio.sleep(_RETRY_S)
+            continue
+        if not reply:
+            connection.close()
+            raise Unavailable(f"the unit at {path} refused {description}; see its log")
+        return connection, json.loads(reply), fds
+    raise Unavailable(f"no unit listens on {path}")
+
+
+def _exchange_hello(path: Path, hello: bytes) -> tuple[socket.socket, bytes, list[int]]:
+    """Blocks until the unit answers; an empty answer is a refusal. Raises OSError."""
+    with ExitStack() as undo:
+        connection = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        connection.settimeout(_REPLY_TIMEOUT_S)
+        connection.connect(str(path))
+        connection.send(hello)
+        reply, fds, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, MAX_FDS)
+        connection.setblocking(False)
+        undo.pop_all()
+        return connection, reply, fds

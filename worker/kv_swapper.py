@@ -1,0 +1,70 @@
+"""Copies KV between the pool and the swap region for one worker: one copy at a time, beside its compute."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from kvstore.grant_page import Word
+from muxmesh.clock import Clock
+from muxmesh.device.device_pool import KvCopy
+from muxmesh.device.kv_codec import encoded_bytes
+from muxmesh.models.model_spec import KvShape
+from muxmesh.types import KvFormat, LeaseRef
+from worker.attachment import Attachment
+from worker.lease_client import LeaseClient
+
+
+class KvSwapper:
+    """Owns the copies in progress, and knows of each swapped lease where its copy is. kvstore decides what moves.
+
+    A caller may be cancelled at any moment: the memory of a copy may be reused only after `quiesce`.
+    """
+
+    def __init__(self, attachment: Attachment, shape: KvShape, leases: LeaseClient, clock: Clock) -> None:
+        self._pool = attachment.pool
+        self._page, self._slot = attachment.page, attachment.slot
+        self._shape = shape
+        self._leases = leases
+        self._clock = clock
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv swap")
+        self._copies: dict[int, KvCopy] = {}
+        self._in_progress: dict[int, asyncio.Future[int]] = {}
+
+    async def copy_out(self, ref: LeaseRef, block_ids: Sequence[int], num_tokens: int, kv_format: KvFormat) -> None:
+        """Copies a lease's KV to the swap region. Raises Overloaded if that is full, LeaseLost."""
+        pages = await self._leases.begin_swap_out(ref, encoded_bytes(self._shape, num_tokens, kv_format))
+        copy = KvCopy(num_tokens, kv_format, pages)
+        num_bytes = await self._run(ref, lambda: self._pool.copy_out(self._shape, block_ids, copy))
+        self._page.add(self._slot, Word.SWAP_OUT_BYTES, num_bytes)
+        self._copies[ref.lease_id] = copy
+
+    async def copy_in(self, ref: LeaseRef, block_ids: Sequence[int], num_cached_blocks: int) -> None:
+        """Copies a swapped lease's KV to token blocks, of which the first ``num_cached_blocks`` have theirs already."""
+        copy = self._copies[ref.lease_id]
+        num_bytes = await self._run(ref, lambda: self._pool.copy_in(self._shape, block_ids, copy, num_cached_blocks))
+        self._page.add(self._slot, Word.SWAP_IN_BYTES, num_bytes)
+        del self._copies[ref.lease_id]
+
+    async def quiesce(self, lease_id: int) -> None:
+        """Returns when nothing of the lease is copied any more; its copy is forgotten."""
+        if copying := self._in_progress.get(lease_id):
+            await asyncio.wait([copying])
+        self._copies.pop(lease_id, None)
+
+    def close(self) -> None:
+        """Waits for the copy in progress."""
+        self._thread.shutdown()
+
+    async def _run(self, ref: LeaseRef, copy: Callable[[], int]) -> int:
+        copying = asyncio.get_running_loop().run_in_executor(self._thread, self._timed, copy)
+        self._in_progress[ref.lease_id] = copying
+        copying.add_done_callback(lambda _: self._in_progress.pop(ref.lease_id))
+        return await asyncio.shield(copying)
+
+    def _timed(self, copy: Callable[[], int]) -> int:
+        started_at_s = self._clock.monotonic_s()
+        num_bytes = copy()
+        self._page.add(self._slot, Word.SWAP_NS, int((self._clock.monotonic_s() - started_at_s) * 1e9))
+        return num_bytes

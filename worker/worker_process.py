@@ -1,0 +1,144 @@
+"""The process of a worker: attaches, builds the engine, serves, until it is stopped or the unit is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+
+from google.protobuf.descriptor import ServiceDescriptor
+
+from kvstore.attach_protocol import BEAT_EVERY_S
+from kvstore.progress_page import ProgressPage
+from muxmesh.block_hashes import KvIdentity
+from muxmesh.clock import SystemClock
+from muxmesh.config.runtime import MeshRuntime, ProcessKey
+from muxmesh.config.schema import ModelConfig
+from muxmesh.engine.api import Engine
+from muxmesh.engine.build import build_engine, num_threads
+from muxmesh.engine.native.kernel_cache import kernel_cache_dir
+from muxmesh.engine.sequence import SequenceRecord
+from muxmesh.lifecycle import Stop, run_service, service_arguments
+from muxmesh.models.prepared_model import kv_identity, model_spec
+from muxmesh.process_registry import ProcessRegistry
+from muxmesh.rpc.channels import internal_channel
+from muxmesh.rpc.server import MeshServer, Register
+from muxmesh.types import EngineRequest, Lease, Role
+from worker.attachment import Attachment, attach
+from worker.compute_grant import ComputeGrant
+from worker.kv_swapper import KvSwapper
+from worker.lease_client import LeaseClient
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerContext:
+    """What the services of one phase work with."""
+
+    engine: Engine
+    leases: LeaseClient
+    progress: ProgressPage
+    config: ModelConfig
+    identity: KvIdentity
+    swapper: KvSwapper | None
+    """None: the unit has no memory to swap to."""
+    give_up: Callable[[str], None]
+    """Ends the process, which has become useless; the supervisor starts another."""
+
+    def sequence(self, request: EngineRequest, lease: Lease) -> SequenceRecord:
+        """The record of a sequence whose lease this worker has."""
+        return SequenceRecord(
+            request,
+            self.config.block_size,
+            self.identity.root(request.tenant, request.cache_salt),
+            lease.block_ids,
+            lease.num_computed_tokens,
+            lease.sampled_token_ids,
+        )
+
+
+Services = Mapping[ServiceDescriptor, Register]
+OpenServices = Callable[[WorkerContext], AbstractAsyncContextManager[Services]]
+"""Opens the services of one phase."""
+
+
+def worker_main(role: Role, description: str, open_services: OpenServices) -> None:
+    """The body of a worker's ``__main__``."""
+    arguments = service_arguments(description, "unit", "model")
+    runtime = MeshRuntime.read(arguments.runtime)
+    key = ProcessKey(role, arguments.unit, arguments.model)
+    _set_up_threads(runtime, key)
+    run_service(functools.partial(host_worker, runtime, key, open_services))
+
+
+async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: OpenServices, stop: Stop) -> None:
+    """Serves one phase of one model until ``stop`` is set, or the unit or the engine is lost."""
+
+    def give_up(reason: str) -> None:
+        _log.error("giving up: %s", reason)
+        stop.set()
+
+    _, config = runtime.model(key.unit, key.model)
+    endpoints, clock = runtime.endpoints(), SystemClock()
+    endpoint = endpoints[key]
+    attachment = await attach(runtime.attach_path(key.unit), Role(key.role), key.model, endpoint.address)
+    attachment.on_unit_lost(lambda: give_up("the unit is lost"))
+    prepared = runtime.prepared[key.model]
+    shape = model_spec(prepared.folder).kv_shape(config.block_size, config.dtype)
+    grant = ComputeGrant(attachment, clock)
+    policy = runtime.config.order.scheduling_policy()
+    engine = build_engine(config, prepared, attachment.pool, grant, policy, grant.count_step)
+    await engine.start()
+    background = [
+        asyncio.create_task(_watch_engine(engine, give_up), name="engine watch"),
+        asyncio.create_task(_send_heartbeats(attachment), name="heartbeat"),
+    ]
+    async with internal_channel(endpoints[ProcessKey("kvstore", key.unit)].address) as channel:
+        leases = LeaseClient(channel, attachment.worker)
+        swapper = KvSwapper(attachment, shape, leases, clock) if attachment.pool.has_swap else None
+        context = WorkerContext(
+            engine, leases, attachment.progress, config, kv_identity(config, prepared), swapper, give_up
+        )
+        async with open_services(context) as services:
+            server = MeshServer(services)
+            await server.start([endpoint.address])
+            await server.set_serving()
+            attachment.set_ready(True)
+            registry = ProcessRegistry(runtime.redis_url, runtime.config.mesh_id, clock)
+            async with registry.registered(endpoint.name, endpoint.address):
+                await stop.wait()
+                attachment.set_ready(False)  # no more credits for this worker
+            await server.stop(grace_s=0.5)
+        for task in background:
+            task.cancel()
+        await engine.stop()
+        await leases.close()
+        if swapper:
+            swapper.close()
+
+
+async def _send_heartbeats(attachment: Attachment) -> None:
+    while True:
+        attachment.beat()
+        await asyncio.sleep(BEAT_EVERY_S)
+
+
+async def _watch_engine(engine: Engine, give_up: Callable[[str], None]) -> None:
+    give_up(f"the engine is dead: {await engine.wait_dead()}")
+
+
+def _set_up_threads(runtime: MeshRuntime, key: ProcessKey) -> None:
+    """Cores, and what libraries read once when they are loaded. Waiting threads sleep: an idle worker never spins."""
+    unit, config = runtime.model(key.unit, key.model)
+    if unit.cores is not None:
+        os.sched_setaffinity(0, unit.cores)
+    os.environ.update(
+        OMP_NUM_THREADS=str(num_threads(config)),
+        OMP_WAIT_POLICY="PASSIVE",
+        NUMBA_CACHE_DIR=str(kernel_cache_dir(runtime.cache_dir)),
+    )
