@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool bench-faults bench-swap bench-router bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator own-outputs gpu-check
+.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool bench-faults bench-swap bench-router bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-check
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -103,6 +103,9 @@ bench-adversaries: $(VENV)/.dev ## Useless and hostile predictors in a real mesh
 
 bench-simulator: $(VENV)/.dev ## A million simulated requests on one core
 	$(BIN)/python -m benchmarks.million
+
+bench-before-after: $(VENV)/.dev ## Benchmark BENCH (router, kvpool, ...) in the checkout BEFORE and in this one, by turns
+	$(BIN)/python -m benchmarks.before_after $(BENCH) $(BEFORE) $(ROUNDS)
 
 gpu-check: $(VENV)/.dev ## The tests that need a GPU
 	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no GPU here")'

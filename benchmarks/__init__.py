@@ -1,1 +1,1 @@
-"""Benchmarks: each prints its table and writes build/bench/NAME.json. No test depends on them."""
+"""Benchmarks. Each prints a table and writes build/bench/NAME.json. No test depends on them."""

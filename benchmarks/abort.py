@@ -1,4 +1,4 @@
-"""What an aborted request leaves behind, on the real model: seconds until nothing is leased on either worker."""
+"""How soon an aborted request has released its memory, on the real model: seconds until the unit holds no lease."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ GIVE_UP_S = 20.0
 
 
 async def num_leased(mesh: UpProcess) -> int:
-    """Leases, credits and waiting keys of the unit."""
+    """Leases, credits and queued requests of the unit."""
     (unit,) = (await mesh.client.status()).units
     if not unit.connected:
-        raise Unavailable("the unit does not answer")
+        raise Unavailable("the router is not connected to the unit")
     return sum(model.num_leases + model.num_credits + model.num_keys_waiting for model in unit.models)
 
 
 async def seconds_until_free(mesh: UpProcess) -> float:
-    """How long it takes from now until nothing is leased; infinite if it does not within GIVE_UP_S."""
+    """Seconds from now until nothing is leased; infinite if that takes more than GIVE_UP_S."""
     started_at_s = time.monotonic()
     while await num_leased(mesh):
         if time.monotonic() - started_at_s > GIVE_UP_S:
@@ -44,7 +44,7 @@ async def seconds_until_free(mesh: UpProcess) -> float:
 
 
 async def cancel_in_decode(mesh: UpProcess) -> float:
-    """The client cancels after some tokens."""
+    """The client cancels during decode, after some tokens."""
     stream = mesh.client.stream("Once upon a time", **LONG)
     for _ in range(5):
         await anext(stream)
@@ -53,7 +53,7 @@ async def cancel_in_decode(mesh: UpProcess) -> float:
 
 
 async def cancel_in_prefill(mesh: UpProcess) -> float:
-    """The client cancels while the prompt is computed."""
+    """The client cancels during prefill."""
     task = asyncio.create_task(mesh.client.generate(LONG_PROMPT, **LONG))
     while not await num_leased(mesh):
         await asyncio.sleep(0.002)
@@ -64,7 +64,7 @@ async def cancel_in_prefill(mesh: UpProcess) -> float:
 
 
 async def deadline(mesh: UpProcess) -> float:
-    """The deadline passes in decode."""
+    """The deadline passes during decode."""
     try:
         await mesh.client.generate("Once upon a time", timeout_s=0.8, **LONG)
     except DeadlineExceeded:
@@ -73,7 +73,7 @@ async def deadline(mesh: UpProcess) -> float:
 
 
 async def killed_client(mesh: UpProcess) -> float:
-    """The client's process is killed in decode."""
+    """The client's process is killed during decode."""
     client = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "muxmesh", "generate", "--address", mesh.address, "--max-new-tokens", "1000",
         "Once upon a time", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
@@ -86,7 +86,7 @@ async def killed_client(mesh: UpProcess) -> float:
 
 
 async def random_cancels(mesh: UpProcess) -> int:
-    """Cancels NUM_RANDOM requests at random moments, 20 at a time; returns what is leased a second later."""
+    """Cancels NUM_RANDOM requests at random times, 20 at a time; returns the number of leases a second later."""
     rng = random.Random(7)
 
     async def one() -> None:
@@ -103,7 +103,10 @@ async def random_cancels(mesh: UpProcess) -> int:
 
 
 async def killed_decode_worker(mesh: UpProcess, temperature: float) -> tuple[bool, float]:
-    """Is the text the same with `kill -9` of the decode worker in the middle; how long the client waited for more."""
+    """Kills the decode worker with SIGKILL during the output.
+
+    Returns whether the text is that of an undisturbed run, and the longest gap between messages in seconds.
+    """
     options: dict[str, Any] = {"temperature": temperature, "seed": 5, "max_new_tokens": 80, "ignore_eos": True}
     prompt = [Message("user", "Tell me a story about a fox.")]
     expected = await mesh.client.generate(prompt, **options)
@@ -122,7 +125,7 @@ async def killed_decode_worker(mesh: UpProcess, temperature: float) -> tuple[boo
 
 
 async def killed_router(mesh: UpProcess) -> float:
-    """Seconds from `kill -9` of the router to an answer from its successor, with nothing leased."""
+    """Seconds from SIGKILL to the router until its successor reports that nothing is leased."""
     stream = mesh.client.stream("Once upon a time", **LONG)
     await anext(stream)
     started_at_s = time.monotonic()

@@ -1,10 +1,10 @@
-"""Predictors that are of no use, in a router of a real mesh of sim engines: `python -m benchmarks.adversaries`.
+"""Useless predictors in the router of a real mesh of sim engines: `python -m benchmarks.adversaries`.
 
-The lengths of the answers cannot be told in advance. First come enough requests for the floor to trip; the mean latency
-of those after them is set beside HRRN's, where every answer is expected to be equally long. Both meshes get the same
-requests at the same time, so that a slow minute of the machine is one for both; processor time that a predictor wastes
-is not seen. Medians. The order of answers that cannot be told apart moves their mean latency little, so the 99th
-percentile is looked at too.
+Output lengths are random and cannot be predicted. After enough requests the router does not use the predictor. The
+latency of the requests after those is compared with HRRN's under equal forecasts for all outputs. Both meshes get the
+same requests at the same time, so changes of the machine's speed affect both; processor time that a predictor wastes is
+not measured. The order of requests with equal forecasts changes their mean latency little, so the 99th percentile is
+compared too. All figures are medians over the runs.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from tests.support.mesh import RunningMesh, running_mesh
 UNTIL_TRIPPED = "rate=8 lengths=U(20,60)/(20,240) output=natural cap=240 requests=200 seed=1"
 WORKLOAD = "rate=6 lengths=U(20,60)/(20,240) output=natural cap=240 requests=150 seed=2"
 SOURCES = {"nan": "failed", "hang": "late", "crash": "failed"}
-"""Of the forecasts of predictors that say nothing; the others are found not to rank."""
+"""Source of the forecasts if the predictor returns no length. The predictions of the others do not rank: `floor`."""
 TEMPERATURE = 1.0
-"""Each answer has a seed, and so a length, of its own."""
+"""Above 0, so that each output has its own seed and its own length."""
 NUM_RUNS = 3
 
 
 class Latency(NamedTuple):
-    """Of the answers of one run."""
+    """Latency of the requests of one run."""
 
     mean_s: float
     p99_s: float
@@ -61,7 +61,7 @@ async def _mesh(kind: str, policy: PolicyName) -> AsyncIterator[RunningMesh]:
 
 
 async def _drive(mesh: RunningMesh, workload: str, source: str) -> Latency:
-    """Latency of the workload's requests; after them predictions come from ``source``."""
+    """Latency of the workload's requests. Checks that forecasts come from ``source`` afterwards."""
     target = MeshTarget(mesh.address, TEMPERATURE, None)
     try:
         (served,) = await target.models()
@@ -69,16 +69,16 @@ async def _drive(mesh: RunningMesh, workload: str, source: str) -> Latency:
         records = (await Driver(target, requests, SystemClock()).run()).records
     finally:
         await target.close()
-    assert all(record.is_ok for record in records), "nobody is refused or lost"
+    assert all(record.is_ok for record in records), "a request is refused or lost"
     asked = await mesh.client.generate("x", max_new_tokens=2, explain_scheduling=True)
     assert asked.prompt.scheduling is not None
-    assert asked.prompt.scheduling.source == source, "it is not used"
+    assert asked.prompt.scheduling.source == source, "the predictor is used"
     latencies = [record.e2el_s for record in records]
     return Latency(statistics.fmean(latencies), float(np.percentile(latencies, 99)))
 
 
 async def _compare(kind: str) -> tuple[Latency, Latency]:
-    """Latency after the floor has tripped: HRRN's, and with that predictor."""
+    """Latency of HRRN and with the predictor, after its predictions were found not to rank."""
     os.environ["MUXMESH_CACHE_DIR"] = str(cache_dir())
     async with _mesh("one", "hrrn") as reference, _mesh(kind, "srtf-aged") as mesh:
         for workload in (UNTIL_TRIPPED, WORKLOAD):

@@ -1,4 +1,4 @@
-"""The attention kernel alone: KV bytes read per second beside the machine's read bandwidth, and no copy of the KV."""
+"""The attention kernel alone: KV bytes read per second over the machine's read bandwidth, and memory growth."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _all_layers(shape, pool, batch, buffers, splits):  # type: ignore[no-untyped
 
 
 class Attention:
-    """The kernel as the engine calls it, over a pool that holds the KV of the largest case."""
+    """The kernel as the engine calls it, over a pool with the KV of the largest case."""
 
     def __init__(self, spec: ModelSpec, image: Path) -> None:
         self.shape = spec.kv_shape(BLOCK_SIZE, "float32")
@@ -76,7 +76,9 @@ class Attention:
     def prepare(self, batch: int, context: int) -> Callable[[], None]:
         """One decode step's attention over all layers, for ``batch`` sequences of ``context`` tokens."""
         blocks = context // BLOCK_SIZE
-        order = np.random.default_rng(1).permutation(batch * blocks)  # a pool that has been in use
+        order = np.random.default_rng(1).permutation(
+            batch * blocks
+        )  # the blocks of a sequence are scattered, as in a used pool
         greedy = SampleSpec(Sampling(temperature=0.0), 0)
         chunks = [
             Chunk(job, context - 1, (7,), tuple(order[job * blocks : (job + 1) * blocks].tolist()), greedy)
@@ -102,7 +104,7 @@ def main() -> int:
     spec = read_model_spec(folder)
     attention = Attention(spec, ensure_image(folder, spec, "panels", cache_dir(), lambda done, total: None))
     cases = {(batch, context): attention.prepare(batch, context) for batch in BATCHES for context in CONTEXTS}
-    cases[1, min(CONTEXTS)]()  # compiles; what it leaves behind is small beside any other case
+    cases[1, min(CONTEXTS)]()  # compiles; its memory is small compared to any other case
     large = torch.ones(1 << 27)
     peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     shares: dict[tuple[int, int], list[float]] = {case: [] for case in cases}

@@ -1,6 +1,6 @@
-"""Our engine beside vLLM's on the same prompts, A B A B, SmolLM2 in f32: prefill, decode, share of the machine.
+"""Our engine and vLLM's on the same prompts, in alternation, SmolLM2 in f32: prefill, decode, share of the machine.
 
-Needs an interpreter with vLLM: ``make bench-engine VLLM_PYTHON=path``; without one only our own figures are printed.
+``make bench-engine VLLM_PYTHON=path`` names an interpreter with vLLM. Without one, only our own figures are printed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Runs = dict[str, dict[str, list[float]]]
 
 
 class Engine:
-    """A child process that answers one request at a time; it sleeps meanwhile."""
+    """A child process that serves one request at a time and sleeps in between."""
 
     def __init__(self, name: str, command: list[str], environment: dict[str, str]) -> None:
         self.name = name
@@ -51,22 +51,22 @@ class Engine:
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        self._answer()
+        self._read_response()
 
     def ask(self, **request: Any) -> Any:
-        """Its answer to one request."""
+        """Sends one request and waits for the response."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        return self._read_response()
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
 
-    def _answer(self) -> Any:
+    def _read_response(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -75,12 +75,12 @@ class Engine:
 
 
 def read_bandwidth(values: torch.Tensor) -> float:
-    """Bytes per second of a sum over ``values``, far larger than any cache, by `THREADS` threads, the best of 3."""
+    """Bytes per second of a sum over ``values``, which are larger than any cache, by `THREADS` threads; best of 3."""
     return max(values.nbytes / _seconds(values.sum) for _ in range(3))
 
 
 def gemm_flops() -> float:
-    """FLOP per second of a large f32 product by `THREADS` threads, the best of 3."""
+    """FLOP per second of a large f32 matrix product by `THREADS` threads; best of 3."""
     a = torch.ones(2048, 2048)
     return max(2 * 2048**3 / _seconds(lambda: a @ a) for _ in range(3))
 
@@ -130,7 +130,7 @@ def main() -> int:
         large = torch.ones(1 << 28)
         for round_ in range(ROUNDS):
             ceilings.append((read_bandwidth(large), gemm_flops()))
-            for case, speeds in runs.items():  # close together: the machine's own speed changes within a minute
+            for case, speeds in runs.items():  # in short intervals: the machine's speed changes within a minute
                 for engine in engines[:: 1 if round_ % 2 == 0 else -1]:
                     speeds.setdefault(engine.name, []).append(measure(engine, case, rng))
                 print(case, {name: round(values[-1], 1) for name, values in speeds.items()}, flush=True)

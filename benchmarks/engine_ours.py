@@ -1,4 +1,4 @@
-"""Our engine in a process of its own, driven step by step like `benchmarks.engine_vllm`: scheduler and runner alone."""
+"""Our engine in a process of its own, driven step by step like `benchmarks.engine_vllm`: scheduler and runner only."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _BLOCK_SIZE = 16
 _SLAB_BYTES = 16 << 20
 _POOL_BYTES = 1 << 30
 _TOKEN_BUDGET = 512
-"""Activations of more rows fall out of the caches; fewer read the weights too often."""
+"""Activations of more rows exceed the caches; fewer rows read the weights more often."""
 
 
 class OurEngine:
-    """The scheduler's plan, the runner's step, the scheduler's apply: what a worker does between two messages."""
+    """The loop of a worker without its messages: schedule, run, apply."""
 
     def __init__(self, folder: Path, image: Path, max_num_seqs: int, num_threads: int) -> None:
         spec, team = read_model_spec(folder), Team(num_threads)

@@ -1,6 +1,6 @@
 """One vLLM engine in a process of its own, driven step by step over stdin and stdout. Runs in vLLM's environment.
 
-Started by `benchmarks.engine`; speaks one JSON object a line, see `serve`. Knows nothing of MuxMesh.
+Started by `benchmarks.engine`. The protocol is one JSON object a line, see `serve`. Imports nothing of MuxMesh.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class VllmEngine:
-    """vLLM's own engine core, in process, without its server: the least that stands between us and its kernels."""
+    """vLLM's engine core in process, without its server."""
 
     def __init__(self, folder: str, compiled: bool, max_num_seqs: int) -> None:
         from vllm import EngineArgs, LLMEngine  # type: ignore[import-not-found]  # noqa: PLC0415
@@ -66,18 +66,18 @@ class VllmEngine:
 
 
 def serve(make: Any) -> None:
-    """Answers {"prefill": prompts} and {"decode": prompts, "steps": n} until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w")  # the engine's own prints must not mix with the answers
+    """Serves {"prefill": prompts} and {"decode": prompts, "steps": n} until stdin ends."""
+    responses = os.fdopen(os.dup(1), "w")  # the engine prints to stdout too: that goes to stderr
     os.dup2(2, 1)
     engine = make()
-    print(json.dumps({"ready": True}), file=answers, flush=True)
+    print(json.dumps({"ready": True}), file=responses, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         if "prefill" in request:
-            answer: Any = engine.prefill(request["prefill"])
+            response: Any = engine.prefill(request["prefill"])
         else:
-            answer = engine.decode(request["decode"], request["steps"])
-        print(json.dumps(answer), file=answers, flush=True)
+            response = engine.decode(request["decode"], request["steps"])
+        print(json.dumps(response), file=responses, flush=True)
 
 
 if __name__ == "__main__":

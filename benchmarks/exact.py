@@ -1,4 +1,4 @@
-"""Greedy tokens through the running mesh against transformers: the default model, f32, 50 chat prompts x 32 tokens."""
+"""Greedy tokens of a mesh against those of transformers: the default model, f32, 50 chat prompts x 32 tokens."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ NUM_TOKENS = 32
 
 
 async def mesh_tokens() -> tuple[list[list[int]], float]:
-    """Token ids of each answer, all prompts sent at once; and the seconds that it took."""
+    """Token ids of each output, with all prompts sent at once, and the seconds that it took."""
     async with up() as mesh:
         started_at_s = time.monotonic()
-        answers = await asyncio.gather(
+        completions = await asyncio.gather(
             *(
                 mesh.client.generate([Message("user", prompt)], temperature=0, max_new_tokens=NUM_TOKENS)
                 for prompt in PROMPTS
             )
         )
-        return [list(answer.token_ids) for answer in answers], time.monotonic() - started_at_s
+        return [list(one.token_ids) for one in completions], time.monotonic() - started_at_s
 
 
 def reference_tokens(folder: Path) -> list[list[int]]:
-    """What transformers generates, one prompt at a time."""
+    """Token ids of each output of transformers, one prompt at a time."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.eval()
-    answers = []
+    outputs = []
     for prompt in PROMPTS:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
         prompt_ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
         out = model.generate(prompt_ids, max_new_tokens=NUM_TOKENS, do_sample=False)
-        answers.append([int(token) for token in out[0, prompt_ids.shape[1] :]])
-    return answers
+        outputs.append([int(token) for token in out[0, prompt_ids.shape[1] :]])
+    return outputs
 
 
 def main() -> int:
-    """Compares; exit code 1 if one token differs."""
+    """Compares; exit code 1 if any token differs."""
     ours, seconds = asyncio.run(mesh_tokens())
     reference = reference_tokens(model_folder(CATALOG[DEFAULT_MODEL], cache_dir()))
     same = [mine == other for mine, other in zip(ours, reference, strict=True)]

@@ -1,4 +1,4 @@
-"""Workers killed at random moments under load, on the real model: nothing lost, nothing changed, memory back."""
+"""Workers killed at random times under load, on the real model: lost or changed tokens, and memory not freed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ NEW_TOKENS = 80
 GIVE_UP_S = 30.0
 
 
-async def answers(mesh: UpProcess) -> list[Completion]:
-    """Sampled answers to different prompts, all at once."""
+async def outputs(mesh: UpProcess) -> list[Completion]:
+    """Sampled outputs of different prompts, all at once."""
     return await asyncio.gather(
         *(
             mesh.client.generate(
@@ -38,7 +38,7 @@ async def answers(mesh: UpProcess) -> list[Completion]:
 
 
 async def seconds_until_back(mesh: UpProcess, pid: int) -> float:
-    """Until the unit knows the process no more: its leases are ended and their blocks free or cached."""
+    """Seconds until the unit has removed the process: its leases have ended, their blocks are free or cached."""
     started_at_s = time.monotonic()
     while time.monotonic() - started_at_s < GIVE_UP_S:
         (unit,) = (await mesh.client.status()).units
@@ -51,8 +51,8 @@ async def seconds_until_back(mesh: UpProcess, pid: int) -> float:
 async def one_round(
     mesh: UpProcess, rng: random.Random, role: str, number: signal.Signals
 ) -> tuple[list[Completion], float]:
-    """A signal to one worker at a random moment of the load."""
-    running = asyncio.create_task(answers(mesh))
+    """Sends a signal to one worker at a random time of the load."""
+    running = asyncio.create_task(outputs(mesh))
     await asyncio.sleep(rng.uniform(0.1, 4.0))
     pid = mesh.pid_of(f"-m {role}_svc")
     os.kill(pid, number)
@@ -64,24 +64,27 @@ async def main() -> int:
     """Measures; exit code 1 if a bar is missed."""
     report, rng = Report("faults"), random.Random(5)
     back_s: dict[str, list[float]] = {}
-    num_same = num_answers = num_restarts = 0
+    num_same = num_outputs = num_restarts = 0
     slower: list[float] = []
     async with up() as mesh:
-        await answers(mesh)
-        expected = await answers(mesh)
+        await outputs(mesh)
+        expected = await outputs(mesh)
         faults = [(role, signal.SIGKILL) for role in ("decode", "prefill")] * (ROUNDS // 2)
         for role, number in [*faults, ("decode", signal.SIGSTOP)]:
             got, seconds = await one_round(mesh, rng, role, number)
             back_s.setdefault(number.name, []).append(seconds)
             num_same += sum(a.token_ids == b.token_ids for a, b in zip(got, expected, strict=True))
-            num_answers += len(got)
-            num_restarts += sum(answer.timings.num_restarts for answer in got)
+            num_outputs += len(got)
+            num_restarts += sum(one.timings.num_restarts for one in got)
             slower.append(max(a.timings.e2e_s for a in got) - max(a.timings.e2e_s for a in expected))
-            print(f"{number.name} to {role}: blocks back after {seconds:.2f} s, {slower[-1]:.1f} s longer", flush=True)
-        (unit,) = (await mesh.client.status()).units  # proves the pool's integrity on the way
+            print(
+                f"{number.name} to {role}: blocks freed after {seconds:.2f} s, load {slower[-1]:.1f} s longer",
+                flush=True,
+            )
+        (unit,) = (await mesh.client.status()).units  # the unit checks the integrity of the pool for it
     report.figures = {"back_s": back_s, "seconds_longer": slower, "num_restarts": num_restarts}
     report.bar(
-        "answers with the tokens of the undisturbed run", num_same, f"all {num_answers}", num_same == num_answers
+        "answers with the tokens of the undisturbed run", num_same, f"all {num_outputs}", num_same == num_outputs
     )
     worst = max(back_s["SIGKILL"])
     report.bar("blocks back after kill -9, worst s", worst, "at most 5", worst <= 5)

@@ -1,9 +1,9 @@
-"""The simulator beside the real mesh of sim engines: the same workload, arrivals, lengths and orders.
+"""The simulator against a real mesh of sim engines, on the same arrivals, lengths and policies.
 
-`python -m benchmarks.fidelity`: mean latencies and the order of first tokens, for each policy. What processes add to a
-step differs from machine to machine and from minute to minute, and near saturation a hundredth of a step is a tenth of
-the latency. So each mesh gets another workload before and after, on which that is measured, and the load is one that a
-mesh is run at.
+`python -m benchmarks.fidelity` compares mean latencies and the order of first tokens, for each policy. The time that
+processes add to a step differs between machines and changes within minutes, and near saturation 1 % of a step is 10 %
+of the latency. So it is measured on each mesh, with another workload before and after the compared one, and the load is
+below saturation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from muxmesh.clock import SystemClock
 from muxmesh.config.schema import MeshConfig
 from muxmesh.models.model_spec import SIM_SPEC
 from muxmesh.predictor.rank_correlation import kendall_tau
-from simulator.forecasts import Known
+from simulator.forecasts import TrueLengths
 from simulator.run import simulate
 from simulator.timeline import MEASURED, Delays
 
@@ -40,11 +40,11 @@ SLOTS = 8
 STEP_S, PER_TOKEN_S = 0.05, 0.0001
 NUM_RUNS = 3
 _AFTER_S = 60.0
-"""Virtual seconds from one workload to the next; more than the first one takes."""
+"""Virtual seconds from the start of one workload to the next; more than the first one takes."""
 
 
 def config(policy: str) -> dict[str, Any]:
-    """One model with a few slots and steps of 50 ms and a little for each token."""
+    """One model with a few slots, and steps of 50 ms plus 0.1 ms for each token."""
     model = {"name": "m", "engine": "sim", "max_num_seqs": SLOTS, "sim": {"base_s": STEP_S, "per_token_s": PER_TOKEN_S}}
     return {"order": {"policy": policy}, "units": [{"kv_pool": "64MiB", "models": [model]}]}
 
@@ -66,7 +66,7 @@ async def _real(policy: str) -> list[list[Record]]:
 
 
 def real(policy: str) -> tuple[list[Record], Delays]:
-    """The workload on a mesh of processes of its own, and what these added to a step of a full batch around it."""
+    """The workload on a real mesh, and the time that its processes added to a step of a full batch around it."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         before, measured, after = runner.run(_real(policy))
     assert all(record.is_ok for record in (*before, *measured, *after))
@@ -75,7 +75,7 @@ def real(policy: str) -> tuple[list[Record], Delays]:
 
 
 def _step_s(records: list[Record]) -> float:
-    """Mean time of a step once the batch is full and warm."""
+    """Time of a step once the batch is full and warm: the median over the sequences."""
     warm = [one.pieces[len(one.pieces) // 5 :] for one in records]
     return statistics.median(
         (pieces[-1][0] - pieces[0][0]) / sum(count for _, count in pieces[1:]) for pieces in warm
@@ -83,18 +83,18 @@ def _step_s(records: list[Record]) -> float:
 
 
 def simulated(policy: str, delays: Delays) -> list[Record]:
-    """The workload in virtual time, after the one before it."""
+    """The workload in virtual time, after the workload that precedes it on the real mesh."""
     before, measured = sketch(parse_spec(TOGETHER)), sketch(parse_spec(WORKLOAD))
     both = before + [replace(one, index=one.index + len(before), at_s=one.at_s + _AFTER_S) for one in measured]
     parsed = MeshConfig.model_validate(config(policy))
-    records = simulate(parsed, {"m": SIM_SPEC}, both, Known(), delays=delays).run.records
+    records = simulate(parsed, {"m": SIM_SPEC}, both, TrueLengths(), delays=delays).run.records
     assert all(record.is_ok for record in records)
     assert all(record.ended_s is not None and record.ended_s < _AFTER_S for record in records[: len(before)])
     return records[len(before) :]
 
 
 def main() -> int:
-    """Both, several times by turns, since the machine's minutes differ; the bars are of medians."""
+    """Runs both in alternation, since the machine's speed changes; the bars are on medians."""
     bench = Report("fidelity")
     found: dict[str, dict[str, list[float]]] = {policy: {"e2el_s": [], "ttft_s": [], "tau": []} for policy in POLICIES}
     steps_s: list[float] = []

@@ -1,4 +1,4 @@
-"""The unit's memory: speed of its brain, how full it gets, what a hand-off and a prefix hit cost, what it weighs."""
+"""The KV pool: speed of allocation, utilisation, time of a hand-off and of a prefix hit, size of the metadata."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def _table(num_slabs: int, blocks_per_slab: dict[str, int]) -> BlockTable:
 
 
 def allocation_speed() -> tuple[float, float]:
-    """(token blocks taken per second, p99 seconds of a `take`) at 90 % full, over NUM_OPERATIONS random operations."""
+    """Token blocks allocated per second and p99 of an allocation in seconds, in a pool that is 90 % full.
+
+    Over the second half of NUM_OPERATIONS random operations.
+    """
     rng = random.Random(1)
     per_slab = 16 * MIB // SMALL.token_block_bytes
     table = _table(40_000 // per_slab, {"a": per_slab})
@@ -67,9 +70,9 @@ def allocation_speed() -> tuple[float, float]:
 
 
 def use_at_first_refusal() -> tuple[list[float], list[float]]:
-    """Shares of the pool in use when a request is first refused: two models in one pool, and in two fixed halves.
+    """Shares of the pool in use at the first refusal, for two models in one pool and in two fixed halves.
 
-    One of the two is ten times as popular as the other; which one is drawn for each of 50 runs.
+    One of the models, chosen at random in each of 50 runs, gets ten times as many requests as the other.
     """
     shared, split = [], []
     for seed in range(50):
@@ -81,7 +84,7 @@ def use_at_first_refusal() -> tuple[list[float], list[float]]:
 
 
 def _arrivals(rng: random.Random) -> list[tuple[str, int, int]]:
-    """(model, token blocks, how many arrivals later it ends); the load only grows."""
+    """Model, token blocks and lifetime in arrivals of each request. They last so long that the load only grows."""
     popular = rng.choice("ab")
     other = "b" if popular == "a" else "a"
     arrivals = []
@@ -114,7 +117,7 @@ def _use_at_refusal(arrivals: list[tuple[str, int, int]], divide: object) -> flo
 
 
 def metadata_share() -> float:
-    """Bytes of Python objects that a full unit keeps, over the KV bytes that they stand for."""
+    """Bytes of the Python objects of a full unit over the KV bytes that they describe."""
     pool_bytes = 4096 * MIB
     gc.collect()
     tracemalloc.start()
@@ -135,7 +138,7 @@ def metadata_share() -> float:
 
 
 async def handoff_s() -> list[float]:
-    """Gaps between the first and the second token on an idle mesh whose steps take no time: hand-off and first step."""
+    """Seconds from the first to the second token on an idle mesh whose steps take no time: hand-off and one step."""
     with TemporaryDirectory() as folder:
         config = Path(folder) / "mesh.yaml"
         config.write_text("units:\n  - models:\n      - {name: sim, engine: sim}\n")
@@ -152,24 +155,24 @@ async def handoff_s() -> list[float]:
 
 
 async def prefix_ttft_s(mesh: UpProcess) -> tuple[list[float], list[float], int]:
-    """TTFT of misses and of hits on a system prompt of SYSTEM_TOKENS tokens, and the cached tokens of a hit."""
+    """Seconds of TTFT of misses and of hits on a prefix of SYSTEM_TOKENS tokens, and the cached tokens of a hit."""
     misses: list[float] = []
     hits: list[float] = []
     num_cached = 0
     for number in range(7):
-        # A system prompt of its own in each round; then the same with another question.
+        # Each round has its own system prompt: a miss, then a hit with another question.
         system = f"You are number {number}. " + "Answer in the language of the question and be brief. " * 90
         for times, question in ((misses, "What is the capital of France?"), (hits, "And what is the one of Spain?")):
             prompt = [Message("system", system), Message("user", question)]
-            answer = await mesh.client.generate(prompt, max_new_tokens=1, temperature=0)
-            times.append(answer.timings.ttft_s)
-            num_cached = answer.prompt.num_cached_tokens
-            assert answer.prompt.num_tokens >= SYSTEM_TOKENS
+            completion = await mesh.client.generate(prompt, max_new_tokens=1, temperature=0)
+            times.append(completion.timings.ttft_s)
+            num_cached = completion.prompt.num_cached_tokens
+            assert completion.prompt.num_tokens >= SYSTEM_TOKENS
     return misses, hits, num_cached
 
 
 async def copied_bytes(mesh: UpProcess) -> int:
-    """KV bytes that the workers wrote beyond those of the tokens that they computed."""
+    """KV bytes that the workers wrote minus those of the tokens that they computed."""
     await mesh.client.generate("Once upon a time", max_new_tokens=32, temperature=0)
     models = {model.name: model.kv_bytes_per_token for model in await mesh.client.list_models()}
     (unit,) = (await mesh.client.status()).units

@@ -1,4 +1,4 @@
-"""Answer lengths from public files, as the predictor and policy benchmarks want them."""
+"""Output lengths from public files, for the benchmarks of the predictor and of the policies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SERVED = "served"
 
 
 def alpaca_items(folder: Path, seed: int | None = None) -> list[Item]:
-    """AlpacaEval: each prompt with the lengths of up to 8 models one after the other; shuffled if there is a seed."""
+    """AlpacaEval: for each prompt, the outputs of up to 8 models. The prompts are shuffled if there is a seed."""
     rows = [row for _, row in read_jsonl(folder / "alpaca_eval_dev.jsonl.gz")]
     if seed is not None:
         random.Random(seed).shuffle(rows)
@@ -30,7 +30,7 @@ def alpaca_items(folder: Path, seed: int | None = None) -> list[Item]:
 
 
 def stream_items(folder: Path, each: int, seed: int) -> list[Item]:
-    """Four tasks in one stream, at most ``each`` prompts of one, as if one model had answered all of them."""
+    """Prompts of four tasks, at most ``each`` of one, in random order, as outputs of a single model."""
     rng = random.Random(seed)
     items = []
     for task in TASKS:

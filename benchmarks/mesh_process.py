@@ -1,4 +1,4 @@
-"""`muxmesh up` as a user starts it: a process, timed, and looked into from outside."""
+"""Starts `muxmesh up` as a process, as a user does, and measures its processes through /proc."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 @dataclass
 class UpProcess:
-    """A running `muxmesh up` and a client to it. Times are of `time.monotonic`."""
+    """A running `muxmesh up` with a client. Times are those of `time.monotonic`."""
 
     process: asyncio.subprocess.Process
     client: MeshClient
@@ -29,20 +29,20 @@ class UpProcess:
     ready_at_s: float
 
     def pids(self) -> dict[int, str]:
-        """Every process of the mesh, the supervisor included → its command line."""
+        """Process id → command line of every process of the mesh, including the supervisor."""
         return {
             pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
             for pid in (self.process.pid, *children_of(self.process.pid))
         }
 
     def pid_of(self, what: str) -> int:
-        """The process whose command line holds ``what``."""
+        """The id of a process whose command line contains ``what``."""
         return next(pid for pid, command in self.pids().items() if what in command)
 
 
 @asynccontextmanager
 async def up(*arguments: str) -> AsyncIterator[UpProcess]:
-    """Starts a mesh on a free port with a state directory of its own; stops it by SIGINT."""
+    """Runs a mesh on a free port with its own state directory; stops it with SIGINT."""
     with tempfile.TemporaryDirectory(prefix="mm-") as state_dir:
         started_at_s = time.monotonic()
         process = await asyncio.create_subprocess_exec(
@@ -63,13 +63,13 @@ async def up(*arguments: str) -> AsyncIterator[UpProcess]:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds that a process has used, all threads, user and system."""
+    """CPU seconds of a process: user and system, all threads."""
     parts = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(parts[11]) + int(parts[12])) / _TICKS_PER_S
 
 
 def mapped_bytes(pid: int, what: str) -> tuple[int, int]:
-    """(resident, proportional) bytes of the mappings of one process whose name holds ``what``."""
+    """Resident and proportional bytes of the mappings of a process whose name contains ``what``."""
     rss = pss = 0
     inside = False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
@@ -84,7 +84,7 @@ def mapped_bytes(pid: int, what: str) -> tuple[int, int]:
 
 
 def children_of(root: int) -> list[int]:
-    """Processes that came from ``root``, and from those, and so on."""
+    """All descendants of the process ``root``."""
     children, found = _children(), []
     todo = list(children.get(root, []))
     while todo:
@@ -106,8 +106,8 @@ def _children() -> dict[int, list[int]]:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Memory of one process that is its own alone, whatever it holds."""
+    """Anonymous memory of a process, by proportional set size."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss_Anon:"):
             return int(line.split()[1]) * 1024
-    raise LookupError("the kernel does not say Pss_Anon")
+    raise LookupError("smaps_rollup of this kernel has no Pss_Anon")

@@ -1,8 +1,8 @@
-"""The served model's own answers, as labels for the predictor: `python -m benchmarks.own_outputs OUT.jsonl JSONL ...`.
+"""Output lengths of the served model, for the predictor: `python -m benchmarks.own_outputs OUT.jsonl JSONL ...`.
 
-Starts the default mesh, sends the prompts of the files as chats, at temperature 0.7 with a seed for each, and writes
-{prompt, model, n_out, censored, task, seed} line by line; censored: the answer was cut off at the cap. What is in OUT
-already is not asked again.
+Starts the default mesh, sends the prompts of the files as chats at temperature 0.7, each with its own seed, and appends
+{prompt, model, n_out, censored, task, seed} to OUT, one object a line. censored: the output was cut off at the cap.
+Prompts that OUT has already are skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TEMPERATURE = 0.7
 
 
 async def collect(out: Path, files: list[Path], each: int, cap: int, seed: int) -> int:
-    """Asks for what is missing."""
+    """Generates the missing outputs."""
     rng = random.Random(seed)
     asked = {(line["task"], line["prompt"]) for _, line in read_jsonl(out)} if out.exists() else set()
     prompts = []
@@ -61,20 +61,20 @@ async def collect(out: Path, files: list[Path], each: int, cap: int, seed: int) 
 
 
 async def _length(client: MeshClient, prompt: str, cap: int, seed: int) -> tuple[int, bool]:
-    """Tokens of the answer, and whether it ended by itself."""
-    answer = await client.generate(
+    """Tokens of the output, and whether it stopped before the cap."""
+    completion = await client.generate(
         [Message("user", prompt)], model=DEFAULT_MODEL, max_new_tokens=cap, temperature=_TEMPERATURE, seed=seed
     )
-    return answer.finish.num_output_tokens, answer.finish.reason == "stop"
+    return completion.finish.num_output_tokens, completion.finish.reason == "stop"
 
 
 def main() -> int:
-    """Parses and runs."""
+    """Parses the arguments and runs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--each", type=int, default=500, help="prompts of a file")
-    parser.add_argument("--cap", type=int, default=384)
+    parser.add_argument("--each", type=int, default=500, help="prompts taken from each file")
+    parser.add_argument("--cap", type=int, default=384, help="longest output in tokens")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -1,7 +1,7 @@
-"""Orders against each other in virtual time: `python -m benchmarks.policies FOLDER` with the public files in FOLDER.
+"""Compares the scheduling policies in virtual time: `python -m benchmarks.policies FOLDER`, with the public files.
 
-One model with 16 slots. The lengths are real answers' (four tasks in one stream), and the predictions are what the
-mesh's own predictor said of each before it learned from it. The runs of one load share arrivals, lengths and
+One model with 16 slots. Lengths are those of real outputs (four tasks in one stream). Predictions are those of the
+mesh's own predictor, each made before it learned the output. The runs of one load share arrivals, lengths and
 predictions.
 """
 
@@ -32,7 +32,7 @@ from muxmesh.models.model_spec import SIM_SPEC
 from muxmesh.predictor.evaluate import replay
 from muxmesh.scheduling_policy import PolicyName
 from muxmesh.types import LengthPrediction
-from simulator.forecasts import Asked, Forecasts, Noisy
+from simulator.forecasts import ForecastInput, Forecasts, NoisyLengths
 from simulator.run import simulate
 from simulator.simulated_unit import Decision
 
@@ -45,8 +45,8 @@ _BYTES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One request of a workload that has no times yet."""
+class Lengths:
+    """Prompt and output tokens of one request."""
 
     num_input: int
     num_output: int
@@ -54,7 +54,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Latencies of a run: mean and p99 in seconds, mean normalized in seconds per token."""
+    """Latencies of a run: mean and p99 in seconds, mean normalized latency in seconds per output token."""
 
     mean_s: float
     p99_s: float
@@ -62,21 +62,20 @@ class Outcome:
 
 
 class Recorded:
-    """Predictions that were made before, in order of arrival."""
+    """Forecasts that are predictions made before, in order of arrival."""
 
     def __init__(self, predictions: Sequence[LengthPrediction]) -> None:
-        self._coming = iter(predictions)
+        self._predictions = iter(predictions)
 
-    def ask(self, asked: Asked) -> tuple[LengthPrediction, str, object]:
-        """See `Forecasts`."""
-        return next(self._coming), "recorded", None
+    def forecast(self, request: ForecastInput) -> tuple[LengthPrediction, str, object]:
+        return next(self._predictions), "recorded", None
 
-    def observe(self, memory: object, num_output: int, censored: bool) -> None:
-        """See `Forecasts`."""
+    def observe(self, forecast: object, num_output: int, censored: bool) -> None:
+        """Learns nothing."""
 
 
 def config() -> MeshConfig:
-    """One model with 16 slots, memory for all of them, steps of 20 ms whatever is in them."""
+    """One model with 16 slots, memory for all of them, and steps of 20 ms whatever their batch is."""
     model = {"name": "m", "engine": "sim", "max_num_seqs": SLOTS, "sim": {"base_s": STEP_S}, "prefill_token_budget":
     2048,
              "max_model_len": 8192}  # fmt: skip
@@ -86,11 +85,11 @@ def config() -> MeshConfig:
     })  # fmt: skip
 
 
-def sketches(answers: Sequence[Answer], rate: float, cv: float, seed: int) -> list[Sketch]:
-    """The answers, arriving as a gamma process; all at once if the rate is infinite."""
+def sketches(requests: Sequence[Lengths], rate: float, cv: float, seed: int) -> list[Sketch]:
+    """Requests of these lengths that arrive as a gamma process; all at once if the rate is infinite."""
     rng = random.Random(f"{seed}/{cv}")
     at_s, found = 0.0, []
-    for index, one in enumerate(answers):
+    for index, one in enumerate(requests):
         body = Body(None, one.num_input, one.num_output)
         found.append(Sketch(index, at_s, body, max(one.num_output, 4096), False, 0, None, None, 0))
         at_s += rng.gammavariate(1 / cv**2, cv**2 / rate) if rate < float("inf") else 0.0
@@ -98,11 +97,11 @@ def sketches(answers: Sequence[Answer], rate: float, cv: float, seed: int) -> li
 
 
 def run(
-    answers: Sequence[Sketch], forecasts: Forecasts, policy: PolicyName,
+    requests: Sequence[Sketch], forecasts: Forecasts, policy: PolicyName,
     on_decision: Callable[[Decision], None] | None = None,
 ) -> Outcome:  # fmt: skip
-    """One simulation."""
-    simulated = simulate(config(), {"m": SIM_SPEC}, answers, forecasts, policy, on_decision)
+    """Latencies of one simulation."""
+    simulated = simulate(config(), {"m": SIM_SPEC}, requests, forecasts, policy, on_decision)
     records = simulated.run.records
     assert all(record.is_ok for record in records), "every request is served"
     latencies = np.array([record.e2el_s for record in records])
@@ -110,9 +109,9 @@ def run(
     return Outcome(float(latencies.mean()), float(np.percentile(latencies, 99)), normalized)
 
 
-def capacity(answers: Sequence[Answer]) -> float:
-    """Requests a second when there is always one waiting."""
-    waiting = sketches(answers, float("inf"), 1.0, 0)
+def capacity(requests: Sequence[Lengths]) -> float:
+    """Requests per second while the queue is never empty."""
+    waiting = sketches(requests, float("inf"), 1.0, 0)
     simulated = simulate(config(), {"m": SIM_SPEC}, waiting, Recorded([LengthPrediction(1, 1)] * len(waiting)), "fcfs")
     ends = sorted(record.ended_s or 0.0 for record in simulated.run.records)
     first, last = len(ends) // 10, len(ends) * 9 // 10
@@ -124,19 +123,19 @@ def mean_of(outcomes: Sequence[Outcome]) -> Outcome:
     return Outcome(*(float(np.mean([getattr(one, name) for one in outcomes])) for name in Outcome.__annotations__))
 
 
-def real_stream(folder: Path, each: int, seed: int) -> tuple[list[Answer], list[LengthPrediction]]:
-    """Answers and what was predicted of each before it was known, drawn from the later half of the stream."""
+def real_stream(folder: Path, each: int, seed: int) -> tuple[list[Lengths], list[LengthPrediction]]:
+    """Lengths and predictions of requests, sampled from the later half of the stream."""
     outcomes = replay(stream_items(folder, each, seed), SystemClock())
-    drawn = random.Random(seed).choices(outcomes[len(outcomes) // 2 :], k=REQUESTS)
-    answers = [Answer(max(1, len(one.item.prompt) // _BYTES_PER_TOKEN), one.item.num_tokens) for one in drawn]
-    return answers, [one.judged.prediction for one in drawn]
+    sampled = random.Random(seed).choices(outcomes[len(outcomes) // 2 :], k=REQUESTS)
+    requests = [Lengths(max(1, len(one.item.prompt) // _BYTES_PER_TOKEN), one.item.num_tokens) for one in sampled]
+    return requests, [one.checked.prediction for one in sampled]
 
 
 def main() -> int:
-    """Tables, controls, ALISE's setting."""
+    """Tables, controls and the setting of ALISE."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--each", type=int, default=1100, help="prompts of a task")
+    parser.add_argument("--each", type=int, default=1100, help="prompts taken from each task")
     arguments = parser.parse_args()
     bench = Report("policies")
     streams = [real_stream(arguments.folder, arguments.each, seed) for seed in SEEDS]
@@ -148,21 +147,24 @@ def main() -> int:
 
 
 def _one_load(
-    bench: Report, streams: Sequence[tuple[list[Answer], list[LengthPrediction]]], load: float, cv: float
+    bench: Report, streams: Sequence[tuple[list[Lengths], list[LengthPrediction]]], load: float, cv: float
 ) -> None:
     table: dict[str, Outcome] = {}
-    arrivals = [sketches(answers, load * capacity(answers), cv, seed) for seed, (answers, _) in enumerate(streams)]
+    arrivals = [sketches(requests, load * capacity(requests), cv, seed) for seed, (requests, _) in enumerate(streams)]
     for policy in POLICIES:
-        runs = [run(arriving, Recorded(said), policy) for arriving, (_, said) in zip(arrivals, streams, strict=True)]
+        runs = [
+            run(arriving, Recorded(predictions), policy)
+            for arriving, (_, predictions) in zip(arrivals, streams, strict=True)
+        ]
         table[policy] = mean_of(runs)
     shuffled = []
-    for seed, (arriving, (_, said)) in enumerate(zip(arrivals, streams, strict=True)):
-        mixed = random.Random(seed).sample(said, len(said))
+    for seed, (arriving, (_, predictions)) in enumerate(zip(arrivals, streams, strict=True)):
+        mixed = random.Random(seed).sample(predictions, len(predictions))
         shuffled.append(run(arriving, Recorded(mixed), "srtf-aged"))
     table["srtf-aged, shuffled"] = mean_of(shuffled)
     perfect = []
-    for arriving, (answers, _) in zip(arrivals, streams, strict=True):
-        truth = [LengthPrediction(one.num_output, one.num_output) for one in answers]
+    for arriving, (requests, _) in zip(arrivals, streams, strict=True):
+        truth = [LengthPrediction(one.num_output, one.num_output) for one in requests]
         perfect.append(run(arriving, Recorded(truth), "srtf-aged"))
     table["srtf-aged, perfect"] = mean_of(perfect)
     fcfs = table["fcfs"]
@@ -193,15 +195,15 @@ def _bars(bench: Report, load: float, table: Mapping[str, Outcome]) -> None:
     bench.bar(f"{load}: shuffled predictions, mean / fcfs", change, "within 5 %", abs(change - 1) <= 0.05)
 
 
-def _constant_is_fcfs(bench: Report, stream: tuple[list[Answer], list[LengthPrediction]]) -> None:
-    """HRRN, when all work is the same, is order of arrival. Prompts are equally long here."""
-    answers = [Answer(64, one.num_output) for one in stream[0]]
-    arriving = sketches(answers, 0.9 * capacity(answers), 3.0, 0)
+def _constant_is_fcfs(bench: Report, stream: tuple[list[Lengths], list[LengthPrediction]]) -> None:
+    """HRRN with equal work for all requests is order of arrival. The prompts are equally long."""
+    requests = [Lengths(64, one.num_output) for one in stream[0]]
+    arriving = sketches(requests, 0.9 * capacity(requests), 3.0, 0)
     orders: list[list[int]] = []
     both: tuple[PolicyName, ...] = ("fcfs", "hrrn")
     for policy in both:
         decided: list[int] = []
-        same = Recorded([LengthPrediction(100, 200)] * len(answers))
+        same = Recorded([LengthPrediction(100, 200)] * len(requests))
         run(arriving, same, policy, on_decision=_into(decided))
         orders.append(decided)
     different = sum(a != b for a, b in zip(*orders, strict=True))
@@ -213,34 +215,34 @@ def _into(decided: list[int]) -> Callable[[Decision], None]:
 
 
 def _alise(bench: Report, folder: Path) -> None:
-    """The rate at which the mean normalized latency reaches what fcfs has, with injected errors of prediction."""
+    """Request rates at which the mean normalized latency reaches given levels, with injected prediction errors."""
     rng = random.Random(3)
     for name, file, aim in (("ShareGPT", "sharegpt_lengths.csv.gz", 2.1), ("Alpaca", "alpaca_lengths.csv.gz", 1.8)):
-        draw = _pairs(folder / file)
-        answers = [Answer(*draw(rng)) for _ in range(2000)]
-        best = capacity(answers)
+        sample = _pairs(folder / file)
+        requests = [Lengths(*sample(rng)) for _ in range(2000)]
+        best = capacity(requests)
         rates = [best * part for part in (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)]
         curves: dict[str, list[float]] = {}
-        lengths = [one.num_output for one in answers]
-        arrivals = [sketches(answers, rate, 1.0, 1) for rate in rates]
+        lengths = [one.num_output for one in requests]
+        arrivals = [sketches(requests, rate, 1.0, 1) for rate in rates]
         orders: tuple[PolicyName, ...] = ("srtf-aged", "srtf")
         cases: list[tuple[str, PolicyName, float]] = [("fcfs", "fcfs", 0.0)]
         cases += [(f"{policy}, tau {tau}", policy, tau) for policy in orders for tau in (0.3, 0.6, 1.0)]
         for label, policy, tau in cases:
-            outcomes = [run(arriving, Noisy(tau, lengths, 1), policy) for arriving in arrivals]
+            outcomes = [run(arriving, NoisyLengths(tau, lengths, 1), policy) for arriving in arrivals]
             curves[label] = [one.normalized_s for one in outcomes]
         bench.figures[f"alise {name}"] = {"rates": rates, "capacity": best, "normalized_s": curves}
         for level in (0.1, 0.2, 0.5, 1.0):
             reached = {label: _rate_at(rates, curve, level) for label, curve in curves.items()}
             for label in list(reached)[1:]:
                 ratio = reached[label] / reached["fcfs"]
-                told = f"aim {aim}" if level == 0.5 else "printed"
-                bench.bar(f"{name}, {label}: rate at {level} s/token, ours / fcfs", ratio, told, True)
+                target = f"aim {aim}" if level == 0.5 else "printed"
+                bench.bar(f"{name}, {label}: rate at {level} s/token, ours / fcfs", ratio, target, True)
 
 
 def _rate_at(rates: Sequence[float], latencies: Sequence[float], level: float) -> float:
-    """The highest rate whose latency is at most ``level``, between two of them by straight lines."""
-    above = next((place for place, one in enumerate(latencies) if one > level), None)
+    """The highest rate whose latency is at most ``level``, with linear interpolation between the rates."""
+    above = next((index for index, one in enumerate(latencies) if one > level), None)
     if above is None:
         return rates[-1]
     if above == 0:
@@ -250,7 +252,9 @@ def _rate_at(rates: Sequence[float], latencies: Sequence[float], level: float) -
 
 
 def _pairs(path: Path) -> Callable[[random.Random], tuple[int, int]]:
-    """ShareGPT has both lengths; Alpaca's answers are Vicuna's at temperature 0.7, and its prompts are short."""
+    """Samples (prompt, output) tokens. ShareGPT has both. Of Alpaca only Vicuna's outputs at temperature 0.7 are known;
+    its prompts are short, and taken to be 20 tokens.
+    """
     if "alpaca" not in path.name:
         return parse_lengths(str(path))
     rows = [max(1, int(row["L_t0.7"])) for row in csv.DictReader(read_lines(path))]

@@ -1,7 +1,7 @@
-"""The length predictor on public answers, prequential, and on the served model's own.
+"""The length predictor on the outputs of public files and on those of the served model; each output is predicted first.
 
-`python -m benchmarks.predictor FOLDER [--own FILE.jsonl]`: FOLDER has the public files; FILE has answers that
-`benchmarks.own_outputs` made.
+`python -m benchmarks.predictor FOLDER [--own FILE.jsonl]`: FOLDER has the public files, FILE is written by
+`benchmarks.own_outputs`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _KNOWN_MODELS = 4
 
 
 def main() -> int:
-    """Every part, and the bars."""
+    """Measures; exit code 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--own", type=Path)
-    parser.add_argument("--each", type=int, default=1100, help="prompts of a task in the mixed stream")
+    parser.add_argument("--own", type=Path, help="outputs of the served model")
+    parser.add_argument("--each", type=int, default=1100, help="prompts taken from each task for the mixed stream")
     arguments = parser.parse_args()
     bench = Report("predictor")
     _alpaca(bench, arguments.folder)
@@ -76,7 +76,7 @@ def _mixed(bench: Report, folder: Path, each: int) -> list[list[Outcome]]:
             of_all, of_own = one["mae"] / one["mae_constant"], one["mae"] / one["mae_median"]
             print(
                 f"mixed, seed {seed}, {name}: tau {one['tau']:.3f}, "
-                f"MAE {of_all:.2f} of the stream's median's, {of_own:.2f} of its own"
+                f"MAE over that of the stream's median {of_all:.2f}, over that of its own {of_own:.2f}"
             )
     value = statistics.median(taus)
     bench.bar("mixed stream, tau", value, "at least 0.50, aim 0.62", value >= 0.50)
@@ -88,35 +88,37 @@ def _mixed(bench: Report, folder: Path, each: int) -> list[list[Outcome]]:
 
 
 def _known_prompts(bench: Report, folder: Path) -> None:
-    """Half of the prompts are learned from with every model; of the others four models have answered before."""
+    """Prompts whose outputs by four other models are known. The first half of the prompts only trains the predictor."""
     taus = []
     for seed in SEEDS:
         rng = random.Random(seed)
         groups = [list(group) for _, group in itertools.groupby(alpaca_items(folder, seed), key=lambda one: one.prompt)]
-        asked: list[tuple[Item, float]] = []
-        guard = CheckedPredictor(LengthPredictor())
-        for place, group in enumerate(groups):
+        predicted: list[tuple[Item, float]] = []
+        predictor = CheckedPredictor(LengthPredictor())
+        for index, group in enumerate(groups):
             rng.shuffle(group)
             for item in group[:_KNOWN_MODELS]:
-                guard.observe(guard.predict(item.prompt, item.model), item.num_tokens, False)
-            later = [(item, guard.predict(item.prompt, item.model)) for item in group[_KNOWN_MODELS:]]
-            for item, judged in later:
-                if place >= len(groups) // 2:
-                    asked.append((item, judged.prediction.p50_tokens))
-                guard.observe(judged, item.num_tokens, False)
-            fit_now(guard)
+                predictor.observe(predictor.predict(item.prompt, item.model), item.num_tokens, False)
+            later = [(item, predictor.predict(item.prompt, item.model)) for item in group[_KNOWN_MODELS:]]
+            for item, checked in later:
+                if index >= len(groups) // 2:
+                    predicted.append((item, checked.prediction.p50_tokens))
+                predictor.observe(checked, item.num_tokens, False)
+            fit_now(predictor)
         by_model = [
-            [(item.num_tokens, guess) for item, guess in asked if item.model == model] for model in ALPACA_MODELS
+            [(item.num_tokens, median) for item, median in predicted if item.model == model] for model in ALPACA_MODELS
         ]
         taus.append(
-            statistics.fmean(tau(np.array(g), np.array(n)) for n, g in (zip(*one, strict=True) for one in by_model))
+            statistics.fmean(tau(np.array(p), np.array(n)) for n, p in (zip(*one, strict=True) for one in by_model))
         )
     value = statistics.median(taus)
     bench.bar("prompt answered by 4 other models, tau", value, "at least 0.55", value >= 0.55)
 
 
 def _latency(bench: Report, streams: Sequence[Sequence[Outcome]]) -> None:
-    """Of each stream's last half, when the memory is full; the bar is of the median: the machine's minutes differ."""
+    """Over the last half of each stream, when the history is full. The bar is on the median, since the machine's speed
+    changes.
+    """
     late = [[one.seconds * 1000 for one in outcomes[len(outcomes) // 2 :]] for outcomes in streams]
     p50, p99 = ([float(np.percentile(times, share)) for times in late] for share in (50, 99))
     bench.figures["predict_ms"] = {"p50": p50, "p99": p99}
@@ -129,7 +131,7 @@ def _own(bench: Report, path: Path) -> None:
     found = report(replay(list(read_items(path)), SystemClock()))
     bench.figures["own"] = found
     pooled = found["pooled"]
-    bench.bar("the served model's own answers, tau", pooled["tau"], f"printed, {found['num_answers']} answers", True)
+    bench.bar("the served model's own answers, tau", pooled["tau"], f"printed, {found['num_answers']} outputs", True)
     ratio = pooled["mae"] / pooled["mae_median"]
     bench.bar("the same, MAE / that of the median", ratio, "below 1", ratio < 1)
     bench.bar("the same, p90 coverage", pooled["p90_coverage"], "0.86 to 0.94", 0.86 <= pooled["p90_coverage"] <= 0.94)

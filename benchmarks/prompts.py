@@ -1,4 +1,4 @@
-"""Fifty chat prompts of our own: short and long, plain and odd, in several languages."""
+"""Fifty chat prompts: short and long, ordinary and unusual, in several languages."""
 
 PROMPTS = (
     "What is the capital of France?",

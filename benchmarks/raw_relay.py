@@ -1,7 +1,8 @@
-"""What a Python process pays for relaying a message with grpc.aio and nothing else: the floor under the router.
+"""A relay of messages with grpc.aio and nothing else. Its CPU time is a lower bound for the router's.
 
-Three processes: a source that streams one token a message, a relay that makes the public response of it, and (in
-`benchmarks.router`) a sink. `ROLE ADDRESS SOURCE`: as in a mesh, the source has a Unix socket and the relay a port.
+Three processes: a source that streams one token a message, a relay that converts each into the public response, and a
+sink (`benchmarks.router`). Arguments: ROLE ADDRESS SOURCE. As in a mesh, the source has a Unix socket and the relay a
+port.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ NUM_TOKENS = 400
 
 
 class Source(decode_pb2_grpc.DecodeServiceServicer):
-    """Streams as a decode worker does for one request at a time, without computing."""
+    """Streams as a decode worker does for a single request, without computing."""
 
     async def Decode(self, request: decode_pb2.DecodeRequest, context: Any) -> decode_pb2.DecodeResponse:
         """Not measured."""
@@ -36,7 +37,7 @@ class Source(decode_pb2_grpc.DecodeServiceServicer):
 
 
 class Relay(inference_pb2_grpc.InferenceServicer):
-    """The router without a router in it."""
+    """Serves the public RPC without any logic of the router."""
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> inference_pb2.GenerateResponse:
         """Not measured."""

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a table for people, JSON with bars for programs."""
+"""The result of a benchmark: a table for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ OUT = Path(__file__).resolve().parent.parent / "build" / "bench"
 
 @dataclass
 class Report:
-    """Raw figures, and a bar for each figure that was asked for. A missed bar is written as missed."""
+    """Raw figures, and bars: figures with a target. A missed bar is written as missed."""
 
     name: str
     figures: dict[str, Any] = field(default_factory=dict)
     bars: list[dict[str, Any]] = field(default_factory=list)
 
     def bar(self, name: str, value: float, target: str, ok: bool) -> None:
-        """Adds one bar; ``target`` says in words what was asked for."""
+        """Adds one bar. ``target`` describes the required value."""
         self.bars.append({"name": name, "value": value, "target": target, "ok": ok})
 
     def write(self) -> bool:

@@ -1,8 +1,9 @@
-"""The control plane alone: a mesh whose sim engine takes no time, so what is left is the mesh's own.
+"""The control plane alone: a mesh whose sim engine takes no time.
 
-(a) 100 requests a second: the time inside the router until the first token. (b) 64 long answers at a time, one token a
-message: CPU of the router's process for each message that it relays, and beside it, in turns, that of a relay with
-nothing in it; 16 at a time too, where fewer messages share a wake-up. The driver runs here, on the same cores.
+(a) 100 requests a second: the time inside the router until the first token. (b) 64 long outputs at a time, one token a
+message: CPU time of the router's process for each relayed message, in alternation with that of a relay without any
+logic (`benchmarks.raw_relay`). The same for 16 outputs at a time, where fewer messages share a wake-up. The client runs
+in this process, on the same cores.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ ROUNDS = 5
 
 
 async def run(mesh: UpProcess, line: str, max_concurrency: int | None = None) -> dict[str, Any]:
-    """The report of one run."""
+    """The report of one load test."""
     target = MeshTarget(mesh.address, None, None)
     options = Options("muxmesh", "", max_concurrency=max_concurrency, calibrate=0)
     try:
@@ -53,7 +54,7 @@ async def run(mesh: UpProcess, line: str, max_concurrency: int | None = None) ->
 
 
 async def router_cpu_us(mesh: UpProcess, concurrency: int) -> float:
-    """CPU of the router for each message of long answers."""
+    """CPU microseconds of the router for each message of long outputs."""
     router = mesh.pid_of("-m router")
     before_s = cpu_s(router)
     report = await run(mesh, LONG, concurrency)
@@ -64,7 +65,7 @@ async def router_cpu_us(mesh: UpProcess, concurrency: int) -> float:
 
 @asynccontextmanager
 async def raw_relay(folder: Path) -> AsyncIterator[tuple[int, str]]:
-    """(pid, address) of a relay with nothing in it."""
+    """Runs a source and a relay; yields process id and address of the relay."""
     addresses = [f"unix:{folder}/source.sock", free_listen_address("127.0.0.1:0")]
     processes = [
         subprocess.Popen([sys.executable, "-m", "benchmarks.raw_relay", role, address, addresses[0]])
@@ -81,7 +82,7 @@ async def raw_relay(folder: Path) -> AsyncIterator[tuple[int, str]]:
 
 
 async def relay_cpu_us(pid: int, address: str, concurrency: int) -> float:
-    """The same of the raw relay."""
+    """CPU microseconds of the raw relay for each message."""
 
     async def one(stub: inference_pb2_grpc.InferenceAsyncStub) -> int:
         return len([None async for _ in stub.GenerateStream(inference_pb2.GenerateRequest())])
@@ -97,7 +98,7 @@ async def relay_cpu_us(pid: int, address: str, concurrency: int) -> float:
 
 
 async def bench() -> int:
-    """Both halves; exit code 1 if a bar is missed."""
+    """Measures; exit code 1 if a bar is missed."""
     OUT.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         path = Path(folder, "mesh.yaml")

@@ -1,4 +1,4 @@
-"""Start-up with a warm cache, one copy of the weights, an idle mesh's CPU."""
+"""Start-up time with a warm cache, memory of the weights, and CPU of an idle mesh."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def first_token_s(mesh: UpProcess) -> float:
 
 
 async def idle_percent(mesh: UpProcess) -> dict[str, float]:
-    """CPU of each process over IDLE_S, as percent of one core."""
+    """CPU of each process over IDLE_S, in percent of one core."""
     pids = mesh.pids()
     before = {pid: cpu_s(pid) for pid in pids}
     await asyncio.sleep(IDLE_S)
@@ -33,7 +33,7 @@ async def idle_percent(mesh: UpProcess) -> dict[str, float]:
 
 
 def weights(mesh: UpProcess) -> dict[str, dict[str, Any]]:
-    """Resident and proportional bytes of weight image and pool in each worker."""
+    """Resident and proportional bytes of the weight image and of the pool in each worker, and its anonymous bytes."""
     found: dict[str, dict[str, Any]] = {}
     for role in ("prefill_svc", "decode_svc"):
         pid = mesh.pid_of(f"-m {role}")

@@ -1,9 +1,9 @@
-"""The swap tier: size, speed, and what a sequence that was swapped out and in once answers differently.
+"""The swap tier: size, speed, and the effect of one swap on the likelihood of an output.
 
-`python -m benchmarks.swap JSONL`: lines of {"prompt", "output"}, such as GSM8K's. The model that `make run` serves
-scores each output after its prompt (negative log-likelihood, nats per token), three times: undisturbed, and with all KV
-so far swapped out and in, raw and int8, after the prompt and in the middle of the output. Then a mesh whose pool is too
-small answers the same requests with and without host memory to swap to.
+`python -m benchmarks.swap JSONL`: lines of {"prompt", "output"}, such as GSM8K's. The default model scores each output
+after its prompt (negative log-likelihood, nats per token): undisturbed, and with all KV so far swapped out and in, raw
+and int8, after the prompt and in the middle of the output. Then a mesh whose pool is too small serves the same requests
+with and without a swap tier.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from muxmesh.models.prepared_model import prepare_model
 from muxmesh.models.tokenizer import load_text_model
 from muxmesh.types import SWAP_PAGE_BYTES, KvFormat, blocks_for
 
-NUM_ANSWERS = 100
+NUM_OUTPUTS = 100
 MOST_NLL_CHANGE = 0.005
 LEAST_RATIO = 3.7
 FORMATS: tuple[KvFormat, ...] = ("raw", "int8")
@@ -52,7 +52,7 @@ _STEP_TOKENS = 128
 
 
 class Scorer:
-    """The engine's own runner over a pool, and a swap region beside it."""
+    """The engine's runner over a pool, and a swap region."""
 
     def __init__(self, folder: Path, image: Path) -> None:
         spec = read_model_spec(folder)
@@ -65,17 +65,17 @@ class Scorer:
         self.copied: dict[tuple[KvFormat, str], list[float]] = {}
         self.computed_s_per_token: list[float] = []
 
-    def nll(self, prompt: list[int], answer: list[int], swap_after: int | None, kv_format: KvFormat) -> list[float]:
-        """Nats of each token of ``answer``; all KV is swapped when ``swap_after`` of its tokens are scored."""
-        known = [*prompt, *answer]
+    def nll(self, prompt: list[int], output: list[int], swap_after: int | None, kv_format: KvFormat) -> list[float]:
+        """Nats of each token of ``output``. All KV is swapped after ``swap_after`` of its tokens; None: never."""
+        known = [*prompt, *output]
         blocks = self._some_blocks(len(known))
         turn = len(prompt) - 1 + (swap_after or 0)
         self._compute(known[: len(prompt) - 1], 0, blocks, [])
         scored: list[float] = []
-        self._compute(known[len(prompt) - 1 : turn], len(prompt) - 1, blocks, scored, answer[: swap_after or 0])
+        self._compute(known[len(prompt) - 1 : turn], len(prompt) - 1, blocks, scored, output[: swap_after or 0])
         if swap_after is not None:
             blocks = self._swapped(blocks, turn, len(known), kv_format)
-        self._compute(known[turn:-1], turn, blocks, scored, answer[swap_after or 0 :])
+        self._compute(known[turn:-1], turn, blocks, scored, output[swap_after or 0 :])
         return scored
 
     def _some_blocks(self, num_tokens: int) -> list[int]:
@@ -96,7 +96,7 @@ class Scorer:
                 self.computed_s_per_token.append((time.perf_counter() - started_s) / len(part))
 
     def _swapped(self, blocks: list[int], num_computed: int, num_tokens: int, kv_format: KvFormat) -> list[int]:
-        """Out to pages in disorder, in to other blocks; the old ones are filled with what would be noticed."""
+        """Swaps out to scattered pages and in to other blocks, which it returns. The old blocks are filled with NaN."""
         num_bytes = encoded_bytes(self.shape, num_computed, kv_format)
         space = SwapSpace(_SWAP_BYTES)
         pages = self._rng.sample(range(space.num_pages), blocks_for(num_bytes, SWAP_PAGE_BYTES))
@@ -125,7 +125,7 @@ def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def quality(report: Report, data: Path) -> None:
-    """The change of the NLL, the sizes and the speeds."""
+    """Measures the change of the NLL, the sizes and the speeds."""
     with TemporaryDirectory() as state_dir:
         prepared = prepare_model(
             ModelConfig(name=DEFAULT_MODEL), Path(state_dir), cache_dir(), lambda what, done, total: None
@@ -136,17 +136,17 @@ def quality(report: Report, data: Path) -> None:
     totals: dict[str, list[float]] = {}
     raw_bytes = int8_bytes = 0
     differing = 0
-    for _, (prompt, output) in zip(range(NUM_ANSWERS), read_pairs(data), strict=False):
+    for _, (prompt, output) in zip(range(NUM_OUTPUTS), read_pairs(data), strict=False):
         asked = text_model.encode(text_model.render_chat([{"role": "user", "content": prompt}]), False)
-        answer = text_model.encode(output, False)
-        undisturbed = scorer.nll(asked, answer, None, "raw")
+        scored = text_model.encode(output, False)
+        undisturbed = scorer.nll(asked, scored, None, "raw")
         totals.setdefault("undisturbed", []).append(statistics.fmean(undisturbed))
-        for where, swap_after in (("after the prompt", 0), ("in the middle", len(answer) // 2)):
-            differing += scorer.nll(asked, answer, swap_after, "raw") != undisturbed
-            changed = scorer.nll(asked, answer, swap_after, "int8")
+        for where, swap_after in (("after the prompt", 0), ("in the middle", len(scored) // 2)):
+            differing += scorer.nll(asked, scored, swap_after, "raw") != undisturbed
+            changed = scorer.nll(asked, scored, swap_after, "int8")
             totals.setdefault(f"int8 {where}", []).append(statistics.fmean(changed))
-        raw_bytes += encoded_bytes(scorer.shape, len(asked) + len(answer), "raw")
-        int8_bytes += encoded_bytes(scorer.shape, len(asked) + len(answer), "int8")
+        raw_bytes += encoded_bytes(scorer.shape, len(asked) + len(scored), "raw")
+        int8_bytes += encoded_bytes(scorer.shape, len(asked) + len(scored), "int8")
     means = {name: statistics.fmean(values) for name, values in totals.items()}
     per_token = {" ".join(key): statistics.median(values) for key, values in scorer.copied.items()}
     recomputed = statistics.median(scorer.computed_s_per_token)
@@ -173,7 +173,7 @@ def quality(report: Report, data: Path) -> None:
 
 
 async def pressure(swap: str, kv_format: KvFormat) -> dict[str, Any]:
-    """Eight long answers in a pool for three of them."""
+    """Eight long outputs in a pool with memory for three of them."""
     config = {
         "units": [{
             "kv_pool": "80MiB", "slab": "8MiB", "kv_swap": swap,
@@ -185,7 +185,7 @@ async def pressure(swap: str, kv_format: KvFormat) -> dict[str, Any]:
         path.write_text(json.dumps(config))
         async with up("-c", str(path)) as mesh:
             started_s = time.monotonic()
-            answers = await asyncio.gather(
+            completions = await asyncio.gather(
                 *(
                     mesh.client.generate(
                         [Message("user", f"Tell a long story about the number {seed}.")],
@@ -198,15 +198,15 @@ async def pressure(swap: str, kv_format: KvFormat) -> dict[str, Any]:
             workers = (await mesh.client.status()).units[0].workers
             return {
                 "s": seconds,
-                "num_restarts": sum(answer.timings.num_restarts for answer in answers),
+                "num_restarts": sum(one.timings.num_restarts for one in completions),
                 "swapped_mib": sum(worker.swap_out_bytes for worker in workers) / _MIB,
                 "swap_s": sum(worker.swap_s for worker in workers),
-                "tokens": [list(answer.token_ids) for answer in answers],
+                "tokens": [list(one.token_ids) for one in completions],
             }
 
 
 def main(data: Path) -> int:
-    """Runs both halves; exit code 1 if a bar is missed."""
+    """Measures; exit code 1 if a bar is missed."""
     report = Report("swap")
     quality(report, data)
     runs = {"none": asyncio.run(pressure("0", "raw"))}

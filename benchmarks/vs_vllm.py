@@ -1,9 +1,9 @@
-"""Our mesh beside vLLM's server, under the same load: same weights, cores, KV memory and batch cap.
+"""Our mesh and vLLM's server under the same load, with the same weights, cores, KV memory and batch cap.
 
-`VLLM_PYTHON` names an interpreter that has vLLM. `python -m benchmarks.vs_vllm JSONL ...`: prompts, as chats; answers
-end by themselves or at 128 tokens. Both systems stay up, one of them stopped (SIGSTOP), so that runs which are compared
-are minutes apart on a machine whose own speed changes. With ``--pd`` a third one is there: vLLM's own pair of a prefill
-and a decode server over NIXL, with half of the KV memory each, behind `benchmarks.vllm_pd_proxy`.
+`VLLM_PYTHON` names an interpreter that has vLLM. `python -m benchmarks.vs_vllm JSONL ...` sends the prompts as chats;
+outputs stop by themselves or at 128 tokens. Both systems stay up and one of them is stopped (SIGSTOP), so that compared
+runs are only minutes apart: the machine's speed changes. With ``--pd`` there is a third system: vLLM's pair of a
+prefill and a decode server over NIXL, each with half of the KV memory, behind `benchmarks.vllm_pd_proxy`.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ _WARM_UP = 4
 
 @dataclass
 class System:
-    """A server that runs, and is stopped while another is measured."""
+    """A running server, which is stopped while another one is measured."""
 
     name: str
     target: Target
     roots: Sequence[int]
 
     def freeze(self, stop: bool) -> None:
-        """Stops every process of it, or lets them go on."""
+        """Stops all processes of the system, or continues them."""
         for root in self.roots:
             for pid in (root, *children_of(root)):
                 os.kill(pid, signal.SIGSTOP if stop else signal.SIGCONT)
@@ -75,7 +75,7 @@ class System:
 def vllm_server(
     python: str, folder: Path, port: int, kv_gib: float, log: Path, *more: str, **env: str
 ) -> Iterator[int]:
-    """VLLM's OpenAI server on loopback; its pid, once it serves."""
+    """Runs the OpenAI server of vLLM on loopback; yields its process id once it serves."""
     command = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "m",
         "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(BATCH_CAP),
@@ -113,7 +113,7 @@ def _serves(port: int) -> bool:
 
 @asynccontextmanager
 async def our_mesh() -> AsyncIterator[System]:
-    """A mesh with one model, as `make run` starts it, with the same limits."""
+    """A mesh with the default model and the limits of the vLLM server."""
     config = {
         "units": [{
             "kv_pool": f"{KV_GIB}GiB",
@@ -134,7 +134,7 @@ async def our_mesh() -> AsyncIterator[System]:
 async def measure(
     system: System, others: Sequence[System], spec: Spec, unloaded: Unloaded | None, calibrate: int = 0
 ) -> dict[str, Any]:
-    """One run with every other system stopped."""
+    """The report of one run, during which all other systems are stopped."""
     for other in others:
         other.freeze(True)
     try:
@@ -145,23 +145,23 @@ async def measure(
         for other in others:
             other.freeze(False)
     if (reason := bottleneck(report)) is not None:
-        print(f"careful: {reason}")
+        print(f"warning: {reason}")
     shown = {key: round(report[key] or 0, 2) for key in ("output_throughput", "median_ttft_ms", "median_tpot_ms")}
     print(f"{spec.text.split(' prompts')[0]} {system.name}: {shown}, {report['failed']} failed", flush=True)
     return report
 
 
 async def bench(prompts: Path, with_pair: bool, minutes: float) -> int:
-    """Capacity of vLLM, then both systems at parts of it; JSON, HTML and a table."""
+    """Measures the capacity of vLLM, then all systems at fractions of it."""
     python = os.environ.get("VLLM_PYTHON")
     if not python:
-        raise SystemExit("VLLM_PYTHON is to name an interpreter that has vLLM")
+        raise SystemExit("VLLM_PYTHON has to name an interpreter that has vLLM")
     folder = ensure_model(CATALOG[DEFAULT_MODEL], cache_dir(), lambda what, done, total: None)
     base = f"prompts={prompts} chat=yes cap={CAP}"
     async with AsyncExitStack() as stack:
         systems = [await stack.enter_async_context(our_mesh())]
         systems[0].freeze(True)
-        print("starting vLLM, two minutes ...", flush=True)
+        print("starting vLLM, which takes two minutes ...", flush=True)
         pid = stack.enter_context(vllm_server(python, folder, 8123, KV_GIB, OUT / "vllm.log"))
         systems.append(await _openai(stack, "vllm", 8123, [pid]))
         if with_pair:
@@ -198,19 +198,19 @@ async def _openai(stack: AsyncExitStack, name: str, port: int, roots: Sequence[i
 
 
 async def _pair(stack: AsyncExitStack, python: str, folder: Path) -> System:
-    """VLLM's prefill and decode servers over NIXL, and the proxy between them."""
+    """Runs vLLM's prefill and decode servers over NIXL, and the proxy in front of them."""
     transfer = json.dumps({"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"})
     roots = []
-    for place, role in enumerate(("prefill", "decode")):
-        # Two servers that spin while they wait take the cores from each other: 4.6 tokens/s instead of 18.
+    for index, role in enumerate(("prefill", "decode")):
+        # Waiting threads must not spin: each server would take the cores from the other (4.6 tokens/s instead of 18).
         env = {
-            "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(5600 + 10 * place),
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(5600 + 10 * index),
             "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0",
         }  # fmt: skip
         roots.append(
             stack.enter_context(
                 vllm_server(
-                    python, folder, 8124 + place, KV_GIB / 2, OUT / f"vllm_{role}.log",
+                    python, folder, 8124 + index, KV_GIB / 2, OUT / f"vllm_{role}.log",
                     "--kv-transfer-config", transfer, **env,
                 )
             )
@@ -239,10 +239,10 @@ def _finish(at_once: Mapping[str, dict[str, Any]], runs: Mapping[str, Sequence[d
         for text, key in (("requests/s", "request_throughput"), ("tokens/s", "output_throughput")):
             ratio = at_once["muxmesh"][key] / at_once[name][key]
             report.bar(f"{text}, 64 at once, ours / {name}", ratio, "above 1", ratio > 1)
-        for place, load in enumerate(LOADS):
-            mine, other = ours[place], runs[name][place]
+        for index, load in enumerate(LOADS):
+            mine, other = ours[index], runs[name][index]
             print(f"\n{load} of vLLM's capacity\n{compare([other, mine])}")
-            # Below capacity both answer what is sent: what is left is the length of the last answers.
+            # Below capacity both serve all requests, and the ratio depends on the length of the last outputs.
             ratio = mine["request_throughput"] / other["request_throughput"]
             report.bar(
                 f"requests/s at {load}, ours / {name}",
@@ -262,21 +262,21 @@ def _finish(at_once: Mapping[str, dict[str, Any]], runs: Mapping[str, Sequence[d
                 "p99_e2el_ms",
             )
             log_parts.append(f"{name} {load}: " + ", ".join(f"{key} {mine[key] / other[key]:.2f}" for key in keys))
-    answers = {
+    mean_tokens = {
         name: statistics.fmean(r["total_output_tokens"] / r["completed"] for r in of) for name, of in runs.items()
     }
-    report.figures["mean_answer_tokens"] = answers
+    report.figures["mean_answer_tokens"] = mean_tokens
     print("\nFor docs/log.md, ours / theirs: " + "; ".join(log_parts))
-    print(f"Answers are drawn, so they differ: mean tokens {answers}. Page: {OUT / 'vs_vllm.html'}")
+    print(f"Outputs are sampled, so their lengths differ: mean tokens {mean_tokens}. Page: {OUT / 'vs_vllm.html'}")
     return 0 if report.write() else 1
 
 
 def main() -> int:
-    """Parses, mixes the prompts, runs."""
+    """Parses the arguments, merges the prompt files, runs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prompts", nargs="+", type=Path)
-    parser.add_argument("--pd", action="store_true", help="vLLM's own prefill/decode pair too")
-    parser.add_argument("--minutes", type=float, default=1.5, help="of each run")
+    parser.add_argument("--pd", action="store_true", help="also measure vLLM's own prefill/decode pair")
+    parser.add_argument("--minutes", type=float, default=1.5, help="duration of each run")
     arguments = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     mixed = OUT / "vs_vllm_prompts.jsonl"

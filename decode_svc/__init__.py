@@ -1,1 +1,1 @@
-"""Decode workers: wait for leases, batch continuously, stream tokens."""
+"""Decode workers: they take over leases from prefill, batch continuously, and stream tokens to routers."""

@@ -1,4 +1,4 @@
-"""The decode phase of a request: lease arrives → tokens to its watcher → lease released."""
+"""The decode phase of a request: its lease arrives, its tokens go to the router's watcher, its lease is released."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
-    """Serves one model's outputs after the first tokens."""
+    """Serves DecodeService for one model: everything after the tokens that prefill samples."""
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
@@ -35,7 +35,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self._outboxes = TokenOutboxes()
 
     async def watch_leases(self) -> None:
-        """Receives leases for as long as the unit lives. Without them this worker is useless, so it ends too."""
+        """Receives leases and pre-emptions for as long as the unit serves; then gives up, as no lease can arrive."""
         reason = "the stream ended"
         try:
             async for event in self._leases.watch():
@@ -50,18 +50,21 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     async def WatchTokens(
         self, request: decode_pb2.WatchTokensRequest, context: Context
     ) -> AsyncIterator[decode_pb2.WatchTokensResponse]:
-        """See the proto."""
         with self._outboxes.watching(request.watcher) as outbox:
-            await context.send_initial_metadata(())  # the router learns that Decode may be called
+            await context.send_initial_metadata(())  # from now on the router may call Decode
             while True:
                 yield decode_pb2.WatchTokensResponse(sequences=await outbox.take())
 
     async def Decode(self, request: decode_pb2.DecodeRequest, context: Context) -> decode_pb2.DecodeResponse:
-        """See the proto. However this call ends, the lease is released."""
+        """Decodes one sequence. However the call ends, the lease is released."""
         engine_request = convert.request_from_wire(request.request)
         outbox = self._outboxes.outbox(request.watcher)
         lease = await self._arrivals.wait_for(request.lease_id)
-        kv = self._sequence_kv(lease, self._context.sequence(engine_request, lease))
+        try:
+            kv = self._sequence_kv(lease, self._context.sequence(engine_request, lease))
+        except ValueError:
+            self._release_unused(lease)
+            raise
         try:
             async for event in self._engine.submit(EngineJob(request.lease_id, kv.sequence)):
                 if isinstance(event, Tokens):
@@ -74,7 +77,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                     await kv.on_preempted()
                 elif isinstance(event, Failed):
                     raise EngineFailed(event.reason)
-            raise InternalError("the engine's events ended without a last one")
+            raise InternalError(f"job {request.lease_id}: the engine sent no final event")
         finally:
             kv.end()
 
@@ -100,7 +103,7 @@ def _new_tokens(lease_id: int, event: Tokens) -> decode_pb2.NewTokens:
 
 @asynccontextmanager
 async def open_services(context: WorkerContext) -> AsyncIterator[Services]:
-    """The services of a decode worker, and the watch on its leases."""
+    """Opens the services of a decode worker, and watches its leases until the context ends."""
     service = DecodeService(context)
     watch = asyncio.create_task(service.watch_leases(), name="lease watch")
     register = functools.partial(decode_pb2_grpc.add_DecodeServiceServicer_to_server, service)

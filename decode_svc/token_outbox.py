@@ -1,4 +1,4 @@
-"""Tokens on their way to routers: those of one step for all sequences of a router leave in one message."""
+"""Tokens that wait to be sent to routers. Those of one step, for all sequences of one router, go into one message."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from muxmesh.internal.v1 import decode_pb2
 
 
 class TokenOutbox:
-    """Owns the tokens that one watcher has not been sent yet. Bounded by the outputs of its sequences."""
+    """Owns the tokens that are not sent yet to one watcher, a router's WatchTokens call.
+
+    It has no bound of its own: the outputs of the watcher's sequences bound it.
+    """
 
     def __init__(self) -> None:
         self._pending: list[decode_pb2.NewTokens] = []
@@ -23,7 +26,7 @@ class TokenOutbox:
         self._not_empty.set()
 
     async def take(self) -> list[decode_pb2.NewTokens]:
-        """All pending tokens, once there are any."""
+        """Waits until there are pending tokens, and removes and returns all of them, oldest first."""
         await self._not_empty.wait()
         self._not_empty.clear()
         taken, self._pending = self._pending, []
@@ -31,14 +34,14 @@ class TokenOutbox:
 
 
 class TokenOutboxes:
-    """Owns the outboxes of connected watchers."""
+    """Owns the outboxes of the connected watchers, by watcher id."""
 
     def __init__(self) -> None:
         self._outboxes: dict[str, TokenOutbox] = {}
 
     @contextmanager
     def watching(self, watcher: str) -> Iterator[TokenOutbox]:
-        """The watcher is connected until the context ends."""
+        """Keeps the watcher connected, with a new outbox, until the context ends."""
         self._outboxes[watcher] = TokenOutbox()
         try:
             yield self._outboxes[watcher]
@@ -46,7 +49,7 @@ class TokenOutboxes:
             del self._outboxes[watcher]
 
     def outbox(self, watcher: str) -> TokenOutbox:
-        """The outbox of a watcher. Raises Unavailable if it is not connected."""
+        """Returns the outbox of a watcher. Raises Unavailable if it is not connected."""
         if watcher not in self._outboxes:
             raise Unavailable(f"no watcher {watcher!r} is connected")
         return self._outboxes[watcher]

@@ -1,1 +1,1 @@
-"""One unit's memory and admission: the pool, leases, credits and the grant to compute."""
+"""The memory and the admission of one unit: KV pool, leases, credits and grants to compute."""

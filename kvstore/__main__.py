@@ -8,7 +8,7 @@ from muxmesh.lifecycle import run_service, service_arguments
 
 
 def main() -> None:
-    """Reads the arguments and serves."""
+    """Serves the unit that the command line names, until SIGTERM or SIGINT."""
     arguments = service_arguments(__doc__, "unit")
     run_service(functools.partial(serve, MeshRuntime.read(arguments.runtime), arguments.unit))
 

@@ -1,4 +1,4 @@
-"""Assembles a kvstore process and runs it."""
+"""The kvstore process of one unit: builds its parts from the configuration and connects them. Decides nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from muxmesh.rpc.server import MeshServer
 
 
 async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
-    """Serves one unit until ``stop`` is set."""
+    """Serves one unit until ``stop`` is set.
+
+    Raises ConfigError if there is no such unit; ValueError if a slab is too small for a token block of a model.
+    """
     config, clock = runtime.unit(unit_name), SystemClock()
     models = {
         model.name: UnitModel.of(config, model, model_spec(runtime.prepared[model.name].folder))

@@ -1,9 +1,14 @@
-"""Which workers may compute on the device now. Pure; `grant_table` applies it, and so does the simulator's device.
+"""Which workers may compute on the device. Pure: `grant_table` applies the decisions, and so does the simulator.
 
-A policy is a function of the workers that want to compute and those that do: it returns the set of slots that may
-compute from now on. A slot in it that does not compute yet is granted a number of steps. A slot that computes and is
-not in it has its grant recalled: it returns it after the steps that the grant covers, and only then is the device
-free for others.
+Each attached worker has a slot. A policy is a function of the slots that demand to compute and those that compute. It
+returns the slots that may compute from here on:
+
+    slot                          in the result                    not in the result
+    demands, does not compute     granted STEPS_PER_GRANT steps    waits
+    computes                      keeps its grant                  its grant is recalled
+
+A worker returns a recalled grant when it has computed the steps of the grant. The device is free for other workers only
+after that.
 """
 
 from __future__ import annotations
@@ -16,15 +21,15 @@ from typing import Protocol
 from muxmesh.types import Role
 
 STEPS_PER_GRANT = 1
-"""After so many steps a worker returns its grant if it is recalled."""
+"""A worker checks for a recall after this many steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """A worker that wants to compute.
+    """A worker that has something to compute.
 
-    ``share``: of the device, in (0, 1], fixed for the worker. ``priority``: the best class of its sequences, lower is
-    sooner. ``slack_s``: how long it can wait until the first of them misses its latency target.
+    ``share``: its fixed part of the device, in (0, 1]. ``priority``: the best class of its sequences, lower is sooner.
+    ``slack_s``: seconds until the first of its sequences misses its latency target; infinite without a target.
     """
 
     slot: int
@@ -36,14 +41,18 @@ class Demand:
 
 
 class ArbiterPolicy(Protocol):
-    """Decides who computes."""
+    """Decides which slots compute."""
 
     def __call__(self, demands: Collection[Demand], computing: Set[int], last_granted: int) -> frozenset[int]:
-        """The slots that may compute now. ``demands`` are of slots that do not; ``last_granted``: -1 at first."""
+        """Returns the slots that may compute from here on.
+
+        ``demands`` are of slots outside ``computing``. ``last_granted``: the slot of the latest grant, -1 before the
+        first one.
+        """
 
 
 def one_at_a_time(demands: Collection[Demand], computing: Set[int], last_granted: int) -> frozenset[int]:
-    """The whole device to one worker, round-robin: who computes goes on only while no other worker wants to."""
+    """Grants the whole device to one worker at a time, round-robin. It keeps the grant while no other demands it."""
     if not demands:
         return frozenset(computing)
     if computing:
@@ -54,7 +63,11 @@ def one_at_a_time(demands: Collection[Demand], computing: Set[int], last_granted
 def decide(
     policy: ArbiterPolicy, demands: Collection[Demand], computing: Set[int], last_granted: int
 ) -> tuple[frozenset[int], frozenset[int]]:
-    """The slots to grant now; and of those that compute then, the ones that may go on past their grant."""
+    """Returns the slots to grant, and of all slots that compute then, those whose grant is not recalled.
+
+    The policy runs twice: the second time with the new grants in effect, so that a grant is recalled from its start if
+    other workers wait already.
+    """
     granted = policy(demands, computing, last_granted) - computing
     waiting = [demand for demand in demands if demand.slot not in granted]
     kept = policy(waiting, computing | granted, max(granted, default=last_granted))

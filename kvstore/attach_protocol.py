@@ -1,9 +1,17 @@
-"""What both ends of the attach socket have to know: limits, and how the pool is described.
+"""The messages of the attach socket, its limits, and the description of the pool. No socket: see `attach_server`.
 
-A worker's first message names it: ``{"role", "model", "address"}``. A further process that writes into the pool for a
-worker, such as an engine core of its own, sends ``{"writer_for": NAME}`` instead. The answer describes the pool
-(`pool_description`) and comes with file descriptors: the segments of the pool, then the swap region if there is one;
-a worker gets four more: grant page, doorbell, its bell, its progress page.
+Messages are JSON. The first one comes from the process that attaches, and kvstore replies with file descriptors:
+
+    first message                    reply                                        file descriptors
+    {"role", "model", "address"}     {"worker", "slot", "progress", "pool"}       pool, swap, worker
+    {"writer_for": WORKER}           {"worker", "pool"}                           pool, swap
+
+    pool      the segments of the pool, in the order of `pool_description`
+    swap      the swap region, if the unit has one
+    worker    grant page, doorbell, the worker's bell, its progress page
+
+``writer_for`` is for a further process that writes into the pool for an attached worker, such as an engine core. A
+closed connection instead of a reply is a refusal. Afterwards a worker sends ``{"ready": bool}`` whenever that changes.
 """
 
 from __future__ import annotations
@@ -15,15 +23,19 @@ from kvstore.device_memory import DeviceMemory
 
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_FDS = 250
-"""The kernel passes at most 253 in one message."""
-NUM_WORKER_FDS = 4
+"""The kernel passes at most 253 file descriptors in one message."""
 BEAT_EVERY_S = 0.5
+"""Interval of a worker's heartbeats, and of kvstore's checks of them."""
 MAX_SILENT_CHECKS = 20
-"""Checks of an unchanged heartbeat after which its worker is killed: 10 s."""
+"""A ready worker is killed after this many checks in a row without a heartbeat: 10 s."""
 
 
 def pool_description(memory: DeviceMemory, slab_bytes: int, has_swap: bool) -> dict[str, Any]:
-    """The pool as JSON; its segments are sent as file descriptors in the same order."""
+    """The pool as a JSON object. Its segments are sent as file descriptors in the same order.
+
+    ``shards`` lists for each shard the [size in bytes, device UUID] of its segments. ``swap``: whether a swap region
+    follows.
+    """
     return {
         "device": memory.kind,
         "slab_bytes": slab_bytes,
@@ -33,5 +45,5 @@ def pool_description(memory: DeviceMemory, slab_bytes: int, has_swap: bool) -> d
 
 
 def num_pool_fds(description: Mapping[str, Any]) -> int:
-    """File descriptors that belong to a pool description."""
+    """Number of file descriptors that belong to a pool description: the segments, and the swap region if any."""
     return sum(len(shard) for shard in description["shards"]) + bool(description["swap"])

@@ -1,10 +1,12 @@
-"""The attach socket: how workers get the unit's memory, and how kvstore knows that they live.
+"""The attach socket: passes the unit's memory to worker processes, and observes whether they live.
 
-One SOCK_SEQPACKET connection for the life of a process; messages are JSON (`attach_protocol`). The kernel names the
-peer (SO_PEERCRED), and the unit's fence reports when the process has certainly exited. An attachment is one worker,
-which owns leases, and every process that writes into the pool for it: its leases and its slot are reclaimed only when
-all of them have exited, since no software stops a store that has begun. A worker that closes its connection and lives
-on is killed, and so is a ready one whose heartbeat stops: its leases must not hold up others for longer.
+Each process keeps one SOCK_SEQPACKET connection for its whole life (messages: `attach_protocol`). The kernel identifies
+the peer (SO_PEERCRED), and the unit's fence reports its exit.
+
+An attachment is one worker, which owns leases, together with every process that writes into the pool for it. Its leases
+and its slot are reclaimed only when all of these processes have exited, since no software stops a store that has begun.
+kvstore kills a worker that closes its connection and does not exit, and a ready worker whose heartbeats stop: otherwise
+their leases would block other requests.
 """
 
 from __future__ import annotations
@@ -34,24 +36,29 @@ from muxmesh.types import Role
 
 _log = logging.getLogger(__name__)
 _LINGER_S = 5.0
+"""A worker that has closed its connection is killed if it has not exited after this."""
 
 
 @dataclass(slots=True)
 class _Attachment:
-    """A worker and the processes that write for it: watch fd → connection of each that has not exited."""
+    """A worker and the processes that write for it.
+
+    ``processes`` maps the watch fd of each process that has not exited to its connection; the worker's own process is
+    the first. ``is_owner_alive``: the worker's own process has not exited.
+    """
 
     worker: WorkerRecord
     slot: int
     progress: ProgressPage
     processes: dict[int, socket.socket] = field(default_factory=dict)
     kill_timer: asyncio.TimerHandle | None = None
-    has_owner: bool = True
+    is_owner_alive: bool = True
     last_beat: int = -1
     num_silent_checks: int = 0
 
 
 class AttachServer:
-    """Owns the attachments. ``changed`` is called whenever a worker is ready or gone."""
+    """Owns the attachments. Calls ``changed`` when a worker becomes ready or not ready, and when it is gone."""
 
     def __init__(
         self,
@@ -77,7 +84,7 @@ class AttachServer:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
 
     def start(self) -> None:
-        """Binds and listens."""
+        """Binds the socket, listens, and starts to check heartbeats. Needs a running event loop."""
         self._path.unlink(missing_ok=True)
         self._listener.bind(str(self._path))
         self._listener.listen()
@@ -85,7 +92,7 @@ class AttachServer:
         self._check_heartbeats()
 
     def close(self) -> None:
-        """Closes every connection: workers take that as the end of the unit."""
+        """Stops listening and closes every connection: workers take that as the end of the unit."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._listener.fileno())
         self._listener.close()
@@ -93,17 +100,17 @@ class AttachServer:
             self._check_timer.cancel()
         for attachment in self._attachments.values():
             for watch_fd in list(attachment.processes):
-                self._forget_process(attachment, watch_fd)
+                self._remove_process(attachment, watch_fd)
             if attachment.kill_timer is not None:
                 attachment.kill_timer.cancel()
 
     def cost_of(self, worker: str) -> StepCost | None:
-        """Step cost of a worker; None before its first step, or if it is not attached."""
+        """Measured step cost of a worker; None before its first step, or if it is not attached."""
         attachment = self._attachments.get(worker)
         return self._grants.page.read_cost(attachment.slot) if attachment else None
 
     def slot_of(self, worker: str) -> int:
-        """The worker's slot in the grant page."""
+        """The worker's slot in the grant page. Raises KeyError if it is not attached."""
         return self._attachments[worker].slot
 
     def _accept(self) -> None:
@@ -115,14 +122,14 @@ class AttachServer:
         asyncio.get_running_loop().add_reader(connection.fileno(), self._on_hello, connection)
 
     def _on_hello(self, connection: socket.socket) -> None:
-        """First message of a process. If anything fails, everything is undone."""
+        """Attaches the process that sent its first message. If any step fails, the earlier ones are undone."""
         asyncio.get_running_loop().remove_reader(connection.fileno())
         pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         with ExitStack() as undo:
             undo.callback(connection.close)
             try:
                 if uid != os.getuid():
-                    raise ValueError(f"uid {uid} is not the mesh's")
+                    raise ValueError(f"it runs as uid {uid}, the mesh as uid {os.getuid()}")
                 hello = json.loads(connection.recv(MAX_MESSAGE_BYTES))
                 watch_fd = self._fence.watch(pid)
                 undo.callback(os.close, watch_fd)
@@ -131,7 +138,7 @@ class AttachServer:
                 else:
                     attachment = self._add_worker(connection, hello, pid, undo)
             except (OSError, ValueError, KeyError, TypeError, MeshError) as error:
-                _log.warning("process %d may not attach: %s", pid, error)
+                _log.warning("refused to attach process %d: %s", pid, error)
                 return
             undo.pop_all()
         self._add_process(attachment, watch_fd, connection)
@@ -156,13 +163,13 @@ class AttachServer:
 
     def _add_writer(self, connection: socket.socket, hello: dict[str, Any]) -> _Attachment:
         attachment = self._attachments.get(hello["writer_for"])
-        if attachment is None or not attachment.has_owner:
+        if attachment is None or not attachment.is_owner_alive:
             raise ValueError(f"no worker {hello['writer_for']!r} is attached")
         self._send(connection, {"worker": attachment.worker.name}, ())
         return attachment
 
     def _send(self, connection: socket.socket, reply: dict[str, Any], fds: tuple[int, ...]) -> None:
-        """``reply`` and a description of the pool, with the pool's file descriptors before ``fds``."""
+        """Sends ``reply`` with a description of the pool, and the pool's file descriptors followed by ``fds``."""
         pool = pool_description(self._memory, self._unit.slab_bytes, self._swap_fd is not None)
         pool_fds = [segment.fd for shard in self._memory.shards for segment in shard.segments]
         swap_fds = [] if self._swap_fd is None else [self._swap_fd]
@@ -183,18 +190,23 @@ class AttachServer:
             return
         except OSError:
             message = b""
-        if message:
-            attachment.worker.ready = bool(json.loads(message).get("ready"))
-        else:  # it detached: it has to exit, and soon
+        if not message:  # the worker detached
             loop = asyncio.get_running_loop()
             loop.remove_reader(connection.fileno())
             attachment.worker.ready = False
-            attachment.kill_timer = loop.call_later(_LINGER_S, self._kill, attachment, "detached and lives on")
+            attachment.kill_timer = loop.call_later(_LINGER_S, self._kill, attachment, "detached and did not exit")
+        else:
+            try:
+                attachment.worker.ready = bool(json.loads(message)["ready"])
+            except (ValueError, KeyError, TypeError) as error:
+                _log.warning("%s sent a message that is not understood: %r", attachment.worker.name, error)
+                return
         self._changed()
 
     def _check_heartbeats(self) -> None:
-        """Kills ready workers that have been silent for too long. Counts checks, not seconds: a machine that was
-        suspended has not made any worker silent.
+        """Kills ready workers without a heartbeat in `MAX_SILENT_CHECKS` checks.
+
+        Checks are counted, not seconds, so that no worker is killed because the machine was suspended.
         """
         for attachment in list(self._attachments.values()):
             beat = self._grants.page.read(attachment.slot, Word.HEARTBEATS)
@@ -212,10 +224,10 @@ class AttachServer:
             self._fence.kill(watch_fd)
 
     def _on_exit(self, attachment: _Attachment, watch_fd: int, is_owner: bool) -> None:
-        """One process has exited; with the last one, everything of the attachment is reclaimed."""
-        self._forget_process(attachment, watch_fd)
+        """Kills the other processes if the worker's own has exited; reclaims the attachment after the last one."""
+        self._remove_process(attachment, watch_fd)
         if is_owner:
-            attachment.has_owner = attachment.worker.ready = False
+            attachment.is_owner_alive = attachment.worker.ready = False
             if attachment.kill_timer is not None:
                 attachment.kill_timer.cancel()
             for other in attachment.processes:
@@ -230,7 +242,7 @@ class AttachServer:
         self._changed()
 
     @staticmethod
-    def _forget_process(attachment: _Attachment, watch_fd: int) -> None:
+    def _remove_process(attachment: _Attachment, watch_fd: int) -> None:
         loop = asyncio.get_running_loop()
         connection = attachment.processes.pop(watch_fd)
         loop.remove_reader(watch_fd)

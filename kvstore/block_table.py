@@ -1,8 +1,12 @@
-"""Which token blocks are in use, by how many leases, and which are cached prefixes. Pure.
+"""Which token blocks are in use, by how many leases, and which are in the prefix cache. Pure.
 
-A block is free (in the pool), in use (referenced by at least one lease) or cached: not referenced, but holding a
-published prefix. Cached blocks are evicted when their memory is needed, least recently used first, so the cache never
-refuses anyone memory.
+    block     references    has a hash           memory
+    free      0             no                   free in the `SlabPool`
+    in use    at least 1    once published       allocated
+    cached    0             yes                  allocated; evicted when it is needed
+
+Cached blocks are evicted least recently used first. They count as available, so the cache never makes an allocation
+fail. This module knows blocks by id and prefixes by hash; it knows neither leases nor tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from muxmesh.types import blocks_for
 
 @dataclass(frozen=True, slots=True)
 class AllocatedBlocks:
-    """Token blocks of a sequence, in order; the first ``num_cached`` hold its prefix already."""
+    """Token blocks of a sequence, in order. The first ``num_cached`` already hold the KV of its prefix."""
 
     block_ids: tuple[int, ...]
     num_cached: int
@@ -27,9 +31,10 @@ class AllocatedBlocks:
 class _ModelBlocks:
     """The blocks of one model that are in use or cached.
 
-    ``references`` has every block in use; ``cached`` every cached one → its last use, least recently used first;
-    ``by_hash`` and ``hash_of`` are each other's inverse, over blocks of both kinds. ``cached_in_slab`` counts cached
-    blocks, and ``last_use_of_slab`` is the latest use of one, for slabs that have any. Uses are counted, not timed.
+    ``references``: block in use → number of leases that hold it. ``cached``: cached block → its last use, least
+    recently used first. ``by_hash`` and ``hash_of``: each other's inverse, over published blocks in use and cached
+    blocks. ``cached_in_slab``: slab → number of its cached blocks; ``last_use_of_slab``: slab → their latest use; both
+    have no entry for a slab without cached blocks. A use is a value of `BlockTable`'s counter, not a time.
     """
 
     references: Counter[int] = field(default_factory=Counter)
@@ -45,21 +50,22 @@ class _ModelBlocks:
 class BlockTable:
     """Owns the token blocks of a unit through its pool.
 
-    Invariant: each block that the pool counts as in use is referenced or cached, and no block is both.
+    Invariant: each allocated block of the pool is in use or cached, and no block is both. A slab of a model is called
+    used if a block in it is in use.
     """
 
     def __init__(self, pool: SlabPool) -> None:
         self._pool = pool
         self._models: dict[str, _ModelBlocks] = {}
-        self._clock = 0
+        self._use_counter = 0
 
     def add_model(self, model: str, blocks_per_slab: int) -> None:
-        """A model shares the pool from now on. Raises ValueError if a slab does not hold one of its token blocks."""
+        """Adds a model without blocks. Raises ValueError if a slab does not hold one of its token blocks."""
         self._pool.add_model(model, blocks_per_slab)
         self._models[model] = _ModelBlocks()
 
     def remove_model(self, model: str) -> None:
-        """Evicts the cache of a model that has no block in use; it shares the pool no longer."""
+        """Removes a model that has no block in use, and evicts its cache."""
         blocks = self._models[model]
         assert not blocks.references, f"{model} has blocks in use"
         for block_id in list(blocks.cached):
@@ -75,10 +81,12 @@ class BlockTable:
         max_cached: int = 0,
         max_new_slabs: int | None = None,
     ) -> AllocatedBlocks | None:
-        """``num_blocks`` blocks, referenced, or None if there are not as many: all or nothing.
+        """Returns ``num_blocks`` blocks, each with one more reference.
 
-        The first ones are the longest known prefix of the first ``max_cached`` of ``hashes``, cached or in use. At
-        most ``max_new_slabs`` slabs are added to those that the model uses.
+        The first ones hold the longest published prefix of ``hashes[:max_cached]``; the others are private. Returns
+        None, and evicts nothing, if too few blocks are available or if the model would need more than
+        ``max_new_slabs`` slabs beyond those that it uses. The allocation may spread over more slabs than it needs, if
+        the model has slabs with cached blocks only.
         """
         blocks = self._models[model]
         prefix = self._match_prefix(model, hashes[: min(max_cached, num_blocks)])
@@ -94,9 +102,10 @@ class BlockTable:
         return AllocatedBlocks((*prefix, *fresh), len(prefix))
 
     def insert_prefix(self, model: str, block_ids: Sequence[int], hashes: Sequence[bytes]) -> None:
-        """Publishes computed blocks, all referenced, under their hashes: other sequences may use them.
+        """Publishes blocks in use, whose KV is computed, under their hashes: later allocations may share them.
 
-        A hash that is known already keeps its block, and the second copy stays private.
+        A hash that is already published keeps its block, and the second copy stays private. ``block_ids`` and
+        ``hashes`` may differ in length: the rest of the longer one is ignored.
         """
         blocks = self._models[model]
         for block_id, block_hash in zip(block_ids, hashes, strict=False):
@@ -106,9 +115,12 @@ class BlockTable:
                 blocks.hash_of[block_id] = block_hash
 
     def free(self, model: str, block_ids: Sequence[int]) -> None:
-        """Removes one reference from each block. Published ones stay cached; ends of sequences are evicted first."""
+        """Removes one reference from each block. A published block without references becomes cached.
+
+        ``block_ids`` are in the order of the sequence; its last blocks are evicted first.
+        """
         blocks = self._models[model]
-        self._clock += 1
+        self._use_counter += 1
         for block_id in reversed(block_ids):
             blocks.references[block_id] -= 1
             if blocks.references[block_id] > 0:
@@ -116,45 +128,44 @@ class BlockTable:
             del blocks.references[block_id]
             if block_id in blocks.hash_of:
                 slab = self._pool.slab_of(model, block_id)
-                blocks.cached[block_id] = self._clock
+                blocks.cached[block_id] = self._use_counter
                 blocks.cached_in_slab[slab] += 1
-                blocks.last_use_of_slab[slab] = self._clock
+                blocks.last_use_of_slab[slab] = self._use_counter
             else:
                 self._pool.free(model, (block_id,))
 
     def num_in_use(self, model: str) -> int:
-        """Referenced blocks."""
+        """Blocks with at least one reference; a shared block counts once."""
         return len(self._models[model].references)
 
     def num_cached(self, model: str) -> int:
-        """Cached blocks."""
         return len(self._models[model].cached)
 
     def count_cached(self, model: str, hashes: Sequence[bytes]) -> int:
-        """How many of the first blocks `allocate` would find now."""
+        """Blocks that `allocate` would find in the prefix cache, whether in use or cached."""
         return len(self._match_prefix(model, hashes))
 
     def num_available(self, model: str) -> int:
-        """Blocks that can be allocated now, by evicting caches."""
+        """Blocks that can be allocated, cached blocks of all models included."""
         return self._num_free_in_used_slabs(model) + self._num_unused_slabs() * self._pool.blocks_per_slab(model)
 
     def num_used_slabs(self, model: str) -> int:
-        """Slabs in which the model has a block in use: no other model can have them now."""
+        """Slabs in which the model has a block in use. Other models cannot get them; the other slabs they can."""
         return self._pool.num_slabs_of(model) - len(self._unused_slabs_of(model))
 
     def num_slabs_with(self, model: str, num_blocks: int) -> int:
-        """Slabs that the model would use with ``num_blocks`` more blocks in use."""
+        """Slabs that the model needs if ``num_blocks`` more blocks are in use. It may use more: see `allocate`."""
         missing = max(0, num_blocks - self._num_free_in_used_slabs(model))
         return self.num_used_slabs(model) + blocks_for(missing, self._pool.blocks_per_slab(model))
 
     def queried_and_hit(self, model: str) -> tuple[int, int]:
-        """Blocks that `allocate` looked for in the cache since the start, and those that it found."""
+        """Blocks that successful allocations looked up in the prefix cache, and those that they found there."""
         return self._models[model].num_queried_blocks, self._models[model].num_hit_blocks
 
     def check_integrity(self, held: Mapping[str, Counter[int]]) -> None:
-        """Proves the invariant against what is held, model → block → references; raises AssertionError."""
+        """Proves the invariant. ``held``: model → block → leases that hold it. Raises AssertionError."""
         for model, blocks in self._models.items():
-            assert blocks.references == held.get(model, Counter()), f"{model}: references are not what is held"
+            assert blocks.references == held.get(model, Counter()), f"{model}: references differ from the leases"
             assert not blocks.references.keys() & blocks.cached.keys(), f"{model}: a block is in use and cached"
             assert {name: block for block, name in blocks.hash_of.items()} == blocks.by_hash, f"{model}: hashes differ"
             known = blocks.references.keys() | blocks.cached.keys()
@@ -169,7 +180,7 @@ class BlockTable:
         )
 
     def _match_prefix(self, model: str, hashes: Sequence[bytes]) -> list[int]:
-        """Blocks of the longest known prefix of ``hashes``."""
+        """Blocks of the longest published prefix of ``hashes``."""
         by_hash = self._models[model].by_hash
         prefix: list[int] = []
         for block_hash in hashes:
@@ -193,7 +204,7 @@ class BlockTable:
             del blocks.last_use_of_slab[slab]
 
     def _allocate_fresh(self, model: str, num_blocks: int, max_new_slabs: int | None) -> tuple[int, ...] | None:
-        """Blocks of the pool, of the model's own cache, and of slabs in which other models have nothing but cache."""
+        """Allocates private blocks, and evicts if too few are free: see `_evict_until_fits`."""
         limit = self._pool.num_slabs if max_new_slabs is None else max_new_slabs
         attainable = min(limit, self._num_unused_slabs()) * self._pool.blocks_per_slab(model)
         if num_blocks > self._num_free_in_used_slabs(model) + attainable:
@@ -206,7 +217,7 @@ class BlockTable:
         return self.num_used_slabs(model) * self._pool.blocks_per_slab(model) - self.num_in_use(model)
 
     def _num_unused_slabs(self) -> int:
-        """Free slabs, and those that hold nothing but cache."""
+        """Free slabs, and slabs that hold cached blocks only."""
         return self._pool.num_free_slabs + sum(len(self._unused_slabs_of(model)) for model in self._models)
 
     def _fits(self, model: str, num_blocks: int, max_new_slabs: int) -> bool:
@@ -214,8 +225,10 @@ class BlockTable:
         return num_blocks <= self._pool.num_free_in_slabs_of(model) + slabs * self._pool.blocks_per_slab(model)
 
     def _evict_until_fits(self, model: str, num_blocks: int, max_new_slabs: int) -> None:
-        """Evicts, least recently used first: blocks of the model itself, and whole slabs in which other models have
-        nothing but cache.
+        """Evicts until ``num_blocks`` blocks are free for ``model``, least recently used first.
+
+        Candidates are the model's own cached blocks, one by one, and slabs in which another model has cached blocks
+        only, as a whole.
         """
         own = self._models[model].cached
         foreign = sorted(
@@ -225,21 +238,21 @@ class BlockTable:
             for slab in self._unused_slabs_of(other)
         )[::-1]
         while not self._fits(model, num_blocks, max_new_slabs):
-            useful = foreign and self._pool.num_free_slabs < max_new_slabs
-            if own and not (useful and foreign[-1][0] < next(iter(own.values()))):
+            can_add_slab = foreign and self._pool.num_free_slabs < max_new_slabs
+            if own and not (can_add_slab and foreign[-1][0] < next(iter(own.values()))):
                 self._evict(model, next(iter(own)))
                 continue
             _, other, slab = foreign.pop()
-            for block_id in [known for known in self._models[other].cached if self._pool.slab_of(other, known) == slab]:
+            in_slab = [block for block in self._models[other].cached if self._pool.slab_of(other, block) == slab]
+            for block_id in in_slab:
                 self._evict(other, block_id)
 
     def _unused_slabs_of(self, model: str) -> list[int]:
-        """Slabs of the model in which no block is in use."""
+        """Slabs of the model that hold cached blocks only."""
         counts = self._models[model].cached_in_slab
         return [slab for slab, count in counts.items() if count == self._pool.num_used_in(model, slab)]
 
     def _evict(self, model: str, block_id: int) -> None:
-        """Frees a cached block."""
         blocks = self._models[model]
         self._remove_from_cache(model, block_id)
         del blocks.by_hash[blocks.hash_of.pop(block_id)]

@@ -1,7 +1,7 @@
-"""The device memory of a unit: what the KV pool consists of, in a form that can be sent to workers.
+"""The device memory of a unit: allocates the KV pool and exports it as file descriptors.
 
-`DeviceMemory` is the seam between kvstore and the kind of device. kvstore only allocates and exports; it never reads
-or writes KV.
+`DeviceMemory` is the seam between kvstore and the kind of device. kvstore never maps the pool, reads KV or writes KV.
+What the bytes mean is known to the workers only.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 HOST = "host"
-"""Kind of memory of a CPU unit."""
+"""`DeviceMemory.kind` of a CPU unit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A part of a shard that is mapped as one range. ``device_uuid`` names the physical device, "" the host."""
+    """A part of a shard that is mapped as one range. ``device_uuid``: the physical device, "" for host memory."""
 
     fd: int
     size_bytes: int
@@ -26,54 +26,52 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The pool on one device rank: its segments, one after the other. A tensor-parallel unit has one for each rank."""
+    """The pool on one device rank: its segments, in address order. A tensor-parallel unit has one shard per rank."""
 
     segments: tuple[Segment, ...]
 
     @property
     def size_bytes(self) -> int:
-        """Of all segments."""
         return sum(segment.size_bytes for segment in self.segments)
 
 
 class DeviceMemory(Protocol):
-    """The pool of a unit, allocated once and exported to every worker. It lives until the last mapping is gone."""
+    """The pool of a unit, allocated once and exported to every worker. The memory lives as long as a mapping of it."""
 
     @property
     def kind(self) -> str:
-        """What workers have to know to map it."""
+        """How workers map the segments: `HOST` means mmap."""
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """One for each device rank, all of the same size."""
+        """One shard for each device rank, all of the same size."""
 
     def close(self) -> None:
         """Closes the file descriptors; workers keep their mappings."""
 
 
 class HostMemory:
-    """`DeviceMemory` of a CPU: memfds."""
+    """`DeviceMemory` of a CPU: one shard of memfds, filled with zeros."""
 
     kind = HOST
 
     def __init__(self, num_bytes: int, segment_bytes: int | None = None) -> None:
-        """``segment_bytes``: size of each segment, a whole number of slabs; None: one segment."""
+        """``segment_bytes``: size of each segment but the last, a whole number of slabs; None: one segment."""
         sizes = _split(num_bytes, segment_bytes or num_bytes)
         self.shards = (Shard(tuple(Segment(new_memfd("muxmesh-kv-pool", size), size) for size in sizes)),)
 
     def close(self) -> None:
-        """See `DeviceMemory`."""
         for shard in self.shards:
             for segment in shard.segments:
                 os.close(segment.fd)
 
 
 def new_memfd(name: str, num_bytes: int) -> int:
-    """Anonymous shared memory, filled with zeros."""
+    """Returns a file descriptor of new shared memory, filled with zeros. The caller closes it."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC)
     os.ftruncate(fd, num_bytes)
     return fd
 
 
 def _split(num_bytes: int, part_bytes: int) -> Iterable[int]:
-    return [min(part_bytes, num_bytes - at) for at in range(0, num_bytes, part_bytes)]
+    return [min(part_bytes, num_bytes - start) for start in range(0, num_bytes, part_bytes)]

@@ -1,8 +1,8 @@
-"""How kvstore makes certain that a process stores nothing more into the pool.
+"""How kvstore makes certain that a process writes nothing more into the pool.
 
 No software stops a store that has begun, so memory is reclaimed only after the process has exited. `Fence` is the seam
-between kvstore and the kind of device: a client of a GPU under MPS has to be terminated by the MPS daemon before it is
-killed, a process on a CPU is killed.
+between kvstore and the kind of device, since ending a process differs: on a CPU it is killed; on a GPU under MPS the
+MPS daemon has to terminate the client before it is killed.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ class Fence(Protocol):
     """Watches and ends the processes that write into one kind of device memory."""
 
     def watch(self, pid: int) -> int:
-        """A file descriptor, to be closed by the caller, that is readable once the process has exited and can store
-        nothing more. Raises OSError if there is no such process.
+        """Returns a file descriptor that becomes readable when the process has exited and can write nothing more.
+
+        The caller closes it. Raises OSError if there is no such process.
         """
 
     def kill(self, watch_fd: int) -> None:
-        """Ends the process; its exit is reported by ``watch_fd``."""
+        """Ends the process, if it has not exited. Does not wait: ``watch_fd`` reports the exit."""
 
 
 class HostFence:
     """`Fence` of host memory: SIGKILL and pidfds."""
 
     def watch(self, pid: int) -> int:
-        """See `Fence`."""
         return os.pidfd_open(pid)
 
     def kill(self, watch_fd: int) -> None:
-        """See `Fence`."""
-        with contextlib.suppress(ProcessLookupError):  # it has just exited
+        with contextlib.suppress(ProcessLookupError):  # it has exited
             signal.pidfd_send_signal(watch_fd, signal.SIGKILL)

@@ -1,9 +1,14 @@
 """Demands, grants and counters as words in shared memory, and which side writes them. No policy: see `arbiter`.
 
-Each attached worker has a slot of 64-bit words. ``GRANTED_STEPS`` is set by kvstore and cleared by the worker (or by
-kvstore, once the worker's processes have certainly exited), ``RECALLED`` is written by kvstore alone, everything else
-in a slot by its worker alone. Two eventfds carry the wake-ups: one doorbell to kvstore, one bell to each worker. A
-worker that computes alone rings nobody.
+Each attached worker has a slot of 64-bit words:
+
+    word              set by     cleared by
+    GRANTED_STEPS     kvstore    the worker; kvstore after the exit of its processes
+    RECALLED          kvstore    kvstore
+    all others        the worker
+
+Eventfds carry the wake-ups: the doorbell wakes kvstore, and each worker has a bell. A worker that keeps its grant makes
+no system call for it.
 """
 
 from __future__ import annotations
@@ -21,19 +26,20 @@ _COST_WORDS = 5
 
 
 class Word(IntEnum):
-    """The words of a slot. From ``FIRST_COST`` on there are floats, the fields of a `StepCost`."""
+    """Indices of the words of a slot. From ``FIRST_COST`` on the words are floats: the fields of a `StepCost`."""
 
     DEMAND = 0
     """1: the worker has something to compute."""
     GRANTED_STEPS = 1
-    """Steps that the worker may compute before it looks at ``RECALLED``; 0: it may not compute."""
+    """Steps that the worker may compute before it reads ``RECALLED``; 0: it may not compute."""
     RECALLED = 2
-    """1: the worker returns its grant after these steps. 0: it goes on."""
+    """1: the worker returns its grant after these steps. 0: it keeps the grant."""
     PRIORITY = 3
     """Best priority class of the sequences to compute."""
     SLACK_US = 4
-    """Microseconds until the first of them misses its latency target; 0: no target."""
+    """Microseconds until the first of these sequences misses its latency target; 0: no target."""
     NUM_STEPS = 8
+    """This and the following words are counters since the worker attached."""
     NUM_COMPUTED_TOKENS = 9
     KV_BYTES_WRITTEN = 10
     BUSY_NS = 11
@@ -53,15 +59,13 @@ class GrantPage:
         self._floats = memoryview(self._map).cast("d")
 
     def read(self, slot: int, word: Word) -> int:
-        """A word of a slot."""
         return self._words[slot * _WORDS_PER_SLOT + word]
 
     def write(self, slot: int, word: Word, value: int) -> None:
-        """Sets a word of a slot."""
         self._words[slot * _WORDS_PER_SLOT + word] = value
 
     def add(self, slot: int, word: Word, value: int) -> None:
-        """Adds to a counter; only its one writer may."""
+        """Adds to a word. Not atomic: only for the one process that writes the word."""
         self._words[slot * _WORDS_PER_SLOT + word] += value
 
     def clear(self, slot: int) -> None:
@@ -70,13 +74,13 @@ class GrantPage:
             self._words[slot * _WORDS_PER_SLOT + word] = 0
 
     def read_cost(self, slot: int) -> StepCost | None:
-        """Step cost of a worker; None before its first step."""
+        """Step cost that the slot's worker wrote; None before its first step."""
         first = slot * _WORDS_PER_SLOT + Word.FIRST_COST
         cost = StepCost(*self._floats[first : first + _COST_WORDS])
         return cost if cost.step_s(1, 1) > 0 else None
 
     def write_cost(self, slot: int, cost: StepCost) -> None:
-        """Step cost of this worker. A reader may see a part of it before the rest."""
+        """Writes the worker's step cost. Not atomic: a reader may see a part of the new values."""
         first = slot * _WORDS_PER_SLOT + Word.FIRST_COST
         for index, value in enumerate(astuple(cost)):
             self._floats[first + index] = value

@@ -1,4 +1,4 @@
-"""Slots of the grant page and the grants that are out: reads demands, applies the arbiter, rings bells."""
+"""The slots of the grant page: reads demands, applies the arbiter's decisions and wakes workers. No policy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ class _Slot:
 
 
 class GrantTable:
-    """Owns the grant page. Invariant: a worker computes only while its slot is granted."""
+    """Owns the grant page, the doorbell and the bells.
+
+    Invariant: a slot without a worker is all zeros; only slots that the policy returned have granted steps.
+    """
 
     def __init__(self, policy: ArbiterPolicy = one_at_a_time) -> None:
         self.page_fd = os.memfd_create("muxmesh-grants", os.MFD_CLOEXEC)
@@ -33,7 +36,7 @@ class GrantTable:
         self._last_granted = -1
 
     def allocate_slot(self, role: Role, model: str, share: float = 1.0) -> tuple[int, int]:
-        """A free slot and the bell of its worker. Raises Overloaded if there are MAX_WORKERS already."""
+        """Returns a free slot, all zeros, and its bell. Raises Overloaded if there are `MAX_WORKERS` workers."""
         number = next((number for number in range(MAX_WORKERS) if number not in self._slots), None)
         if number is None:
             raise Overloaded(f"a unit has at most {MAX_WORKERS} workers")
@@ -43,13 +46,13 @@ class GrantTable:
         return number, bell_fd
 
     def free_slot(self, number: int) -> None:
-        """The slot's worker has certainly exited: a grant that it had is free."""
+        """Frees a slot and its grant. The worker's processes must have exited."""
         os.close(self._slots.pop(number).bell_fd)
         self.page.clear(number)
         self.arbitrate()
 
     def on_doorbell(self) -> None:
-        """A worker changed its words."""
+        """Arbitrates if a worker rang the doorbell. Does not block."""
         try:
             os.eventfd_read(self.doorbell_fd)
         except BlockingIOError:
@@ -57,7 +60,7 @@ class GrantTable:
         self.arbitrate()
 
     def arbitrate(self) -> None:
-        """Applies the policy: grants and recalls."""
+        """Reads the demands, applies the policy, writes grants and recalls, and rings the bells of new grants."""
         page = self.page
         computing = {number for number in self._slots if page.read(number, Word.GRANTED_STEPS)}
         demands = [
@@ -74,7 +77,7 @@ class GrantTable:
             os.eventfd_write(self._slots[number].bell_fd, 1)
 
     def close(self) -> None:
-        """Closes the page, the doorbell and all bells."""
+        """Closes the file descriptors of the page, the doorbell and all bells."""
         for fd in (self.page_fd, self.doorbell_fd, *(slot.bell_fd for slot in self._slots.values())):
             os.close(fd)
 

@@ -1,23 +1,25 @@
 """Leases: who owns a request's token blocks, and in which state they are. Pure.
 
-A lease is created as a credit, owned by the router that may use it. The prefill worker acquires it, moves it to the
-decode worker, and that one releases it. Credit, lease and allocation are one record with one owner at a time, so
-nothing is lost between them. Each change of owner raises the epoch; a call with another epoch, by another owner or in
-a state without the transition is refused with LeaseLost.
+A lease is created as a credit, owned by the router that may use it. The prefill worker acquires it and moves it to the
+decode worker, which releases it. Credit, lease and allocation are one record with one owner at a time, so no block is
+lost between them. Each change of owner raises the epoch. A call with another epoch, by another owner or in a state
+without the transition raises LeaseLost and changes nothing.
 
-    operation        from                        to             holds then
-    issue_credit     -                           credit         blocks, until it expires
-    acquire          credit                      resident       blocks
-    move             resident                    resident       blocks, of another owner
-    grow             resident                    resident       more blocks
-    pause            resident                    paused         blocks, but no place in the batch
-    resume           paused                      resident       blocks
-    begin_swap_out   resident, paused            swapping_out   blocks and swap pages
-    finish_swap_out  swapping_out                swapped        swap pages
-    begin_swap_in    swapped                     swapping_in    blocks and swap pages
-    finish_swap_in   swapping_in                 resident       blocks
-    release, or the  any                         -              nothing
-    owner is gone
+    operation        from                to              the lease then holds
+    issue_credit     -                   credit          blocks, until it expires
+    acquire          credit              resident        blocks, with a new owner
+    move             resident            resident        blocks, with a new owner
+    grow             resident            resident        more blocks
+    pause            resident            paused          blocks, but no slot of the batch
+    resume           paused              resident        blocks
+    begin_swap_out   resident, paused    swapping_out    blocks and swap pages
+    finish_swap_out  swapping_out        swapped         swap pages
+    begin_swap_in    swapped             swapping_in     blocks and swap pages
+    finish_swap_in   swapping_in         resident        blocks
+    release          any                 -               nothing
+
+`LeaseTable.drop_owner` and `LeaseTable.drop_expired` end leases as release does. This module does not know when to
+pre-empt or to swap, nor which processes live: its callers decide that.
 """
 
 from __future__ import annotations
@@ -34,11 +36,11 @@ from muxmesh.scheduling_policy import SortKey
 from muxmesh.types import KvDemand, Lease, LeaseRef, SchedulingState, blocks_for
 
 MAX_PREEMPTION_REQUESTS = 20
-"""After this many for one lease, another one is chosen."""
+"""A lease is chosen as victim at most this often, until its token blocks are freed."""
 
 
 class LeaseState(StrEnum):
-    """See the table at the head of this file."""
+    """The states of a lease; see the table at the head of this module."""
 
     CREDIT = "credit"
     RESIDENT = "resident"
@@ -65,14 +67,14 @@ TRANSITIONS: Mapping[str, Mapping[LeaseState, LeaseState]] = {
 """Operation → state before → state after."""
 
 BATCHED = frozenset({LeaseState.CREDIT, LeaseState.RESIDENT, LeaseState.SWAPPING_OUT, LeaseState.SWAPPING_IN})
-"""States of a lease that takes a place in its decode worker's batch, now or soon."""
+"""States in which a lease takes a slot of its workers' batches, at once or soon."""
 _HAS_VALID_BLOCKS = frozenset({LeaseState.RESIDENT, LeaseState.PAUSED, LeaseState.SWAPPING_OUT})
-"""States in which the computed KV is in the lease's token blocks."""
+"""States in which the lease's token blocks hold its computed KV."""
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """The workers that serve a request, by name."""
+    """Names of the workers that serve a request."""
 
     prefill: str
     decode: str
@@ -80,10 +82,10 @@ class Assignment:
 
 @dataclass(slots=True)
 class LeaseRecord:
-    """One lease. ``expires_at_s`` counts while it is a credit.
+    """One lease and what it holds.
 
-    ``block_hashes`` name the prefixes that its first blocks hold, or will hold once they are computed. ``swap_pages``
-    hold a copy of its KV, or will.
+    ``block_hashes``: hashes of its first blocks, valid once these are computed. ``expires_at_s`` applies to a credit
+    only. ``swap_pages``: pages for the copy of its KV, filled or not.
     """
 
     lease: Lease
@@ -101,12 +103,13 @@ class LeaseRecord:
 class LeaseTable:
     """Owns all leases of a unit and, through them, every token block and swap page in use.
 
-    Invariant: each token block in use belongs to at least one lease; those of several hold a common prefix, which
-    is never written again. Each swap page in use belongs to one lease. What a lease holds is what its state says.
+    Invariant: each token block in use belongs to at least one lease. A block of several leases holds their common
+    prefix and is never written again. Each swap page in use belongs to one lease. A lease holds what the table at the
+    head of this module lists for its state.
     """
 
     def __init__(self, blocks: BlockTable, swap: SwapSpace, last_id: int = 0) -> None:
-        """``last_id``: ids continue from here, so that those of an earlier life of the unit never come again."""
+        """``last_id``: ids continue from here, so that a restarted unit never issues the id of an earlier lease."""
         self._blocks = blocks
         self._swap = swap
         self._records: dict[int, LeaseRecord] = {}
@@ -129,7 +132,10 @@ class LeaseTable:
         expires_at_s: float,
         max_new_slabs: int | None = None,
     ) -> Lease | None:
-        """A new lease owned by ``router``, or None if the pool is full. Its cached tokens count as computed."""
+        """Returns a new credit, owned by ``router``, or None if the pool is full.
+
+        Tokens that are in the prefix cache count as computed. ``max_new_slabs``: see `BlockTable.allocate`.
+        """
         allocated = self._allocate(model, block_size, demand, max_new_slabs)
         if allocated is None:
             return None
@@ -141,13 +147,16 @@ class LeaseTable:
         return lease
 
     def acquire(self, ref: LeaseRef, worker: str) -> Lease:
-        """A credit becomes the lease of ``worker``. Raises LeaseLost."""
+        """Makes a credit the lease of ``worker``. Raises LeaseLost."""
         record = self._at(ref)
         record.state = self._after("acquire", record)
         return self._change_owner(record, worker)
 
     def move(self, ref: LeaseRef, owner: str, to: str, num_computed_tokens: int, sampled: tuple[int, ...]) -> Lease:
-        """The hand-off: ``to`` owns the same blocks, and other requests may use the full ones. Raises LeaseLost."""
+        """The hand-off: makes ``to`` the owner of the same blocks. Raises LeaseLost.
+
+        Publishes the blocks that ``num_computed_tokens`` fill: other requests may share them.
+        """
         record = self._owned(ref, owner)
         record.state = self._after("move", record)
         self._publish(record, record.block_hashes[: num_computed_tokens // record.block_size])
@@ -159,7 +168,7 @@ class LeaseTable:
     def grow(
         self, ref: LeaseRef, owner: str, num_blocks: int, max_new_slabs: int | None = None
     ) -> tuple[int, ...] | None:
-        """Adds token blocks to a lease; None if the pool is full. Raises LeaseLost."""
+        """Adds token blocks to a lease and returns them; None if the pool is full. Raises LeaseLost."""
         record = self._owned(ref, owner)
         self._after("grow", record)
         allocated = self._blocks.allocate(record.lease.model, num_blocks, max_new_slabs=max_new_slabs)
@@ -169,17 +178,17 @@ class LeaseTable:
         return allocated.block_ids
 
     def pause(self, ref: LeaseRef, owner: str) -> None:
-        """The sequence leaves the batch and keeps its blocks. Raises LeaseLost."""
+        """Takes the sequence out of the batch; it keeps its blocks. Raises LeaseLost."""
         record = self._owned(ref, owner)
         record.state = self._after("pause", record)
 
     def resume(self, ref: LeaseRef, owner: str) -> None:
-        """A paused sequence takes a place in the batch again. Raises LeaseLost."""
+        """Returns a paused sequence to the batch. Raises LeaseLost."""
         record = self._owned(ref, owner)
         record.state = self._after("resume", record)
 
     def begin_swap_out(self, ref: LeaseRef, owner: str, num_bytes: int) -> tuple[int, ...] | None:
-        """Pages for a copy of the lease's KV; None if the swap region is full. Raises LeaseLost."""
+        """Returns swap pages for a copy of the lease's KV; None if the swap region is full. Raises LeaseLost."""
         record = self._owned(ref, owner)
         state = self._after("begin_swap_out", record)
         pages = self._swap.allocate(num_bytes)
@@ -202,9 +211,9 @@ class LeaseTable:
     def begin_swap_in(
         self, ref: LeaseRef, demand: KvDemand, max_new_slabs: int | None = None
     ) -> AllocatedBlocks | None:
-        """Token blocks for a swapped lease, of which the cached ones need no copy; None if the pool is full.
+        """Returns token blocks for a swapped lease; None if the pool is full. Raises LeaseLost.
 
-        Raises LeaseLost.
+        The KV of the cached ones need not be copied back.
         """
         record = self._at(ref)
         state = self._after("begin_swap_in", record)
@@ -215,23 +224,26 @@ class LeaseTable:
         return allocated
 
     def finish_swap_in(self, ref: LeaseRef, owner: str) -> None:
-        """The KV is copied back: frees the pages. Raises LeaseLost."""
+        """The KV is in the token blocks again: frees the swap pages. Raises LeaseLost."""
         record = self._owned(ref, owner)
         record.state = self._after("finish_swap_in", record)
         self._swap.free(record.swap_pages)
         record.swap_pages = ()
 
     def release(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
-        """Ends the lease; frees its blocks, or caches them under the hashes ``computed``. Raises LeaseLost."""
+        """Ends the lease and frees what it holds. Raises LeaseLost.
+
+        ``computed``: hashes of its first blocks whose KV is computed; these blocks stay in the prefix cache.
+        """
         record = self._owned(ref, owner)
         if record.state in _HAS_VALID_BLOCKS:
             self._publish(record, computed)
         self._end(ref.lease_id)
 
     def drop_owner(self, owner: str, computed: Mapping[int, Sequence[bytes]] | None = None) -> int:
-        """Ends every lease of an owner that has certainly exited; returns how many.
+        """Ends every lease of an owner whose processes have exited; returns their number.
 
-        ``computed``: lease id → hashes of the blocks that it had computed, which stay cached.
+        ``computed``: lease id → as in `release`. Leases of other owners in it are ignored.
         """
         for lease_id, hashes in (computed or {}).items():
             record = self._records.get(lease_id)
@@ -242,37 +254,38 @@ class LeaseTable:
         return num_ended
 
     def drop_expired(self, now_s: float) -> int:
-        """Ends credits that were not used in time; returns how many."""
+        """Ends the credits that have expired; returns their number."""
         num_ended = self._end_all(lambda record: _is_credit(record) and record.expires_at_s <= now_s)
         self.num_expired += num_ended
         return num_ended
 
     def next_expiry_s(self) -> float | None:
-        """When the next credit expires, or None."""
+        """When the next credit expires; None without credits."""
         return min((r.expires_at_s for r in self._records.values() if _is_credit(r)), default=None)
 
     def of_owner(self, owner: str) -> list[Lease]:
-        """The leases of ``owner``."""
         return [record.lease for record in self._records.values() if record.owner == owner]
 
     def state_of(self, ref: LeaseRef, owner: str) -> LeaseState:
-        """The state of a lease. Raises LeaseLost."""
+        """The state of a lease of ``owner``. Raises LeaseLost."""
         return self._owned(ref, owner).state
 
     def model_of(self, ref: LeaseRef, owner: str) -> str:
-        """The model of a lease. Raises LeaseLost."""
+        """The model of a lease of ``owner``. Raises LeaseLost."""
         return self._owned(ref, owner).lease.model
 
     def count_by_owner(self) -> Counter[str]:
-        """Owner → its leases."""
+        """Owner → number of its leases."""
         return Counter(record.owner for record in self._records.values())
 
     def count_states(self, model: str) -> Counter[LeaseState]:
-        """State → leases of one model."""
+        """State → number of leases of ``model``."""
         return Counter(record.state for record in self._records.values() if record.lease.model == model)
 
     def count_assigned(self) -> tuple[Counter[str], Counter[str]]:
-        """Worker → leases assigned to it that take a place in a batch; and those whose KV is in the pool."""
+        """Two counts of the leases assigned to each worker: those that take a slot of its batch (`BATCHED`), and those
+        that hold token blocks.
+        """
         batched, resident = Counter[str](), Counter[str]()
         for record in self._records.values():
             for worker in (record.assignment.prefill, record.assignment.decode):
@@ -283,10 +296,10 @@ class LeaseTable:
     def choose_victim(
         self, owners: Collection[str], models: Collection[str], sort_key: Callable[[SchedulingState], SortKey]
     ) -> tuple[str, int] | None:
-        """The last in order of the resident leases of ``owners`` and ``models``: owner and id, or None.
+        """Chooses a lease to pre-empt, among those of ``owners`` and ``models``: its owner and id, or None.
 
-        The same one is chosen again until its token blocks are free, at most `MAX_PREEMPTION_REQUESTS` times: its
-        worker may be held up by a client that does not read.
+        That is the last resident one in order. It is chosen again until its token blocks are freed, but at most
+        `MAX_PREEMPTION_REQUESTS` times, since its worker may wait for a client that does not read its stream.
         """
         candidates = [
             record
@@ -304,13 +317,14 @@ class LeaseTable:
         return victim.owner, victim.lease.ref.lease_id
 
     def check_integrity(self) -> None:
-        """Proves the invariant; raises AssertionError."""
+        """Proves the invariant. Raises AssertionError."""
         held: dict[str, Counter[int]] = {}
         for record in self._records.values():
             lease_id, state = record.lease.ref.lease_id, record.state
-            assert bool(record.lease.block_ids) is (state is not LeaseState.SWAPPED), f"lease {lease_id} is {state}"
-            swaps = state in (LeaseState.SWAPPING_OUT, LeaseState.SWAPPED, LeaseState.SWAPPING_IN)
-            assert bool(record.swap_pages) is swaps, f"lease {lease_id} is {state}"
+            has_blocks = state is not LeaseState.SWAPPED
+            has_pages = state in (LeaseState.SWAPPING_OUT, LeaseState.SWAPPED, LeaseState.SWAPPING_IN)
+            assert bool(record.lease.block_ids) is has_blocks, f"lease {lease_id} is {state}: wrong token blocks"
+            assert bool(record.swap_pages) is has_pages, f"lease {lease_id} is {state}: wrong swap pages"
             held.setdefault(record.lease.model, Counter()).update(record.lease.block_ids)
         self._blocks.check_integrity(held)
         self._swap.check_integrity(page for record in self._records.values() for page in record.swap_pages)
@@ -324,7 +338,7 @@ class LeaseTable:
     def _at(self, ref: LeaseRef) -> LeaseRecord:
         record = self._records.get(ref.lease_id)
         if record is None:
-            raise LeaseLost(f"lease {ref.lease_id} does not exist (any more)")
+            raise LeaseLost(f"lease {ref.lease_id} does not exist or has ended")
         if record.lease.ref.epoch != ref.epoch:
             raise LeaseLost(f"lease {ref.lease_id} is at epoch {record.lease.ref.epoch}, not {ref.epoch}")
         return record

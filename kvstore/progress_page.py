@@ -1,9 +1,13 @@
-"""How far a worker's sequences are computed, in memory that outlives it.
+"""How far a worker's sequences are computed, in shared memory that outlives the worker.
 
-Each attached worker has a memfd of slots, one for each lease that it works on: the lease's id, a count, and the hashes
-of this many full token blocks whose KV is in the pool. The worker writes hashes first and the count after them; kvstore
-reads only once the worker has certainly exited, and publishes what it finds. So the requests of a killed worker find
-what it had computed in the prefix cache when they are retried.
+Each attached worker has a memfd with a slot for each lease that it works on:
+
+    8 bytes                lease id; 0: the slot is free
+    8 bytes                number of hashes
+    max_blocks * 16        hashes of the first full token blocks of the lease, whose KV is in the pool
+
+The worker writes the hashes before their number. kvstore reads the page only after the worker's processes have exited,
+and publishes these blocks. So a request that is retried after a worker was killed finds its KV in the prefix cache.
 """
 
 from __future__ import annotations
@@ -18,10 +22,13 @@ _HEADER_WORDS = 2
 
 
 class ProgressPage:
-    """The slots, over a mapping that one worker and kvstore share. An aligned 8-byte store is atomic."""
+    """The slots, over a mapping that one worker and kvstore share. An aligned 8-byte store is atomic.
+
+    The worker calls `begin`, `commit` and `end`; kvstore calls `read`.
+    """
 
     def __init__(self, fd: int, num_slots: int, max_blocks: int) -> None:
-        """``max_blocks``: full token blocks of the longest sequence."""
+        """``max_blocks``: full token blocks of the longest sequence. The caller may close ``fd`` afterwards."""
         self._num_slots, self._max_blocks = num_slots, max_blocks
         self._slot_bytes = page_bytes(1, max_blocks)
         self._map = mmap.mmap(fd, page_bytes(num_slots, max_blocks))
@@ -29,7 +36,10 @@ class ProgressPage:
         self._slots: dict[int, int] = {}
 
     def begin(self, lease_id: int) -> None:
-        """Starts the progress of a lease. Without a free slot it is not kept, which only costs time after a fault."""
+        """Takes a slot for a lease.
+
+        Without a free slot its progress is not recorded: after a fault its KV is computed again.
+        """
         free = next((slot for slot in range(self._num_slots) if slot not in self._slots.values()), None)
         if free is not None:
             self._slots[lease_id] = free
@@ -38,7 +48,10 @@ class ProgressPage:
             self._words[word] = lease_id
 
     def commit(self, lease_id: int, first_block: int, hashes: Sequence[bytes]) -> None:
-        """The blocks from ``first_block`` on are computed too, and have these hashes."""
+        """Records that the blocks from ``first_block`` on are computed; earlier ones were committed before.
+
+        Hashes past ``max_blocks`` are dropped. A lease without a slot is ignored.
+        """
         slot = self._slots.get(lease_id)
         if slot is None:
             return
@@ -49,13 +62,13 @@ class ProgressPage:
         self._words[at // 8 + 1] = first_block + len(data) // HASH_BYTES
 
     def end(self, lease_id: int) -> None:
-        """The lease's blocks are about to be freed."""
+        """Frees the slot of a lease. To be called before the lease's blocks are freed."""
         slot = self._slots.pop(lease_id, None)
         if slot is not None:
             self._words[slot * self._slot_bytes // 8] = 0
 
     def read(self) -> dict[int, tuple[bytes, ...]]:
-        """Lease id → hashes of its computed blocks, of every lease that was begun and not ended."""
+        """Lease id → hashes of its computed blocks, for every lease that has a slot."""
         found = {}
         for slot in range(self._num_slots):
             at = slot * self._slot_bytes
@@ -67,16 +80,15 @@ class ProgressPage:
         return found
 
     def close(self) -> None:
-        """Unmaps the page."""
         self._words.release()
         self._map.close()
 
 
 def page_bytes(num_slots: int, max_blocks: int) -> int:
-    """Size of a page."""
+    """Size of a page in bytes."""
     return num_slots * (8 * _HEADER_WORDS + HASH_BYTES * max_blocks)
 
 
 def new_progress_fd(num_slots: int, max_blocks: int) -> int:
-    """A new memfd for a worker; the caller closes it."""
+    """Returns a new memfd for a page. The caller closes it."""
     return new_memfd("muxmesh-progress", page_bytes(num_slots, max_blocks))

@@ -1,10 +1,11 @@
 """How much of the pool each model can claim. Pure; in slabs, the unit in which models exchange memory.
 
-A quota is a claim, not a limit: what its model does not use is lent to the others, and returns as their requests end,
-since a model above its quota gets nothing while one below waits (`kvstore.admission`); if that takes long, its
-sequences are pre-empted (`kvstore.unit`). The adaptation is that of MuxServe (Duan et al., 2024, section 3.3): every
-few seconds, models that use little of their quota give some of it to models that use all of theirs and have requests
-waiting.
+A quota is a claim, not a limit. Slabs that a model does not use are lent to the others. They return as requests end,
+since a model above its quota gets no memory while an entry of a model below its own waits (`kvstore.admission`). If
+that takes long, sequences of the models above their quota are pre-empted (`kvstore.unit`).
+
+The adaptation is that of MuxServe (Duan et al., 2024, section 3.3): every few seconds, models that use little of their
+quota lose slabs to models that use all of theirs and have entries waiting.
 """
 
 from __future__ import annotations
@@ -14,29 +15,30 @@ from dataclasses import dataclass
 
 ADAPT_EVERY_S = 8.0
 _FULL = 0.9
-"""Fraction of its quota from which on a model could use more."""
+"""A model that uses this fraction of its quota or more can gain slabs; one that uses less can lose slabs."""
 _HEADROOM = 0.95
+"""A model can lose the part of its quota between its use and this fraction, but at least one slab."""
 _MAX_GAIN = 0.1
-"""Fraction of its quota that a model gains in one adaptation, at most."""
+"""A model gains at most this fraction of its quota in one adaptation, but at least one slab."""
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """One model since the last adaptation: mean slabs in use, and requests that wait for it now."""
+    """One model: its mean slabs in use since the last adaptation, and its waiting entries at present."""
 
     mean_slabs: float
     num_waiting: int
 
 
 def initial_quotas(num_slabs: int, guaranteed: Mapping[str, int]) -> dict[str, int]:
-    """What is guaranteed, and an equal part of the rest. The sum is ``num_slabs``."""
+    """Each model's guaranteed slabs and an equal part of the rest. The sum is ``num_slabs``."""
     quotas = dict(guaranteed)
     _distribute(quotas, dict.fromkeys(guaranteed, num_slabs), num_slabs - sum(guaranteed.values()))
     return quotas
 
 
 def adapted(quotas: Mapping[str, int], guaranteed: Mapping[str, int], use: Mapping[str, Use]) -> dict[str, int]:
-    """The quotas after one adaptation. Their sum stays; no model gets less than it is guaranteed."""
+    """The quotas after one adaptation. Their sum stays the same; no quota falls below the guaranteed slabs."""
     filled = {model: use[model].mean_slabs / quota if quota else 1.0 for model, quota in quotas.items()}
     wanted = {
         model: max(1, int(quota * _MAX_GAIN))
@@ -48,15 +50,18 @@ def adapted(quotas: Mapping[str, int], guaranteed: Mapping[str, int], use: Mappi
         for model, quota in quotas.items()
         if filled[model] < _FULL
     }
-    given = min(sum(spare.values()), sum(wanted.values()))
+    num_moved = min(sum(spare.values()), sum(wanted.values()))
     changed = dict(quotas)
-    _distribute(changed, spare, -given)
-    _distribute(changed, wanted, given)
+    _distribute(changed, spare, -num_moved)
+    _distribute(changed, wanted, num_moved)
     return changed
 
 
 def _distribute(quotas: dict[str, int], weights: Mapping[str, int], amount: int) -> None:
-    """Adds ``amount`` in proportion to ``weights``; the sum is exact, and no part exceeds its weight."""
+    """Adds ``amount`` to ``quotas`` in proportion to ``weights``.
+
+    The parts add up to ``amount`` exactly. No part exceeds its weight if ``amount`` does not exceed their sum.
+    """
     left, weight_left = amount, sum(weights.values())
     for model, weight in sorted(weights.items()):
         part = round(left * weight / weight_left) if weight_left else 0

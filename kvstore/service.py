@@ -1,4 +1,8 @@
-"""The gRPC edge of a unit: translates, calls the unit's state, sends what it decided."""
+"""The gRPC edge of a unit: translates calls, applies them to the `Unit`, and sends its decisions.
+
+It decides nothing: every change of state is a method of `Unit`. After a change it calls `KvStoreService.changed`, which
+schedules and puts the decisions into the queues of the routers' and workers' streams.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +34,16 @@ _Responses = asyncio.Queue[kvstore_pb2.AdmitResponse | None]
 
 
 class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
-    """Serves routers (admission) and workers (leases) of one unit."""
+    """Serves the routers (admission) and the workers (leases) of one unit.
+
+    Invariant: each router in ``_routers`` has an open Admit stream, each worker in ``_watchers`` an open WatchLeases
+    stream, and each future in ``_swap_ins`` belongs to an open SwapIn call of the lease.
+    """
 
     def __init__(
         self, config: UnitConfig, unit: Unit, grants: GrantTable, clock: Clock, trace_decisions: bool = False
     ) -> None:
-        """``trace_decisions``: logs each decision with its reason."""
+        """``trace_decisions``: logs each credit with the reason for its position in the order."""
         self._config = config
         self._unit = unit
         self._grants = grants
@@ -49,15 +57,15 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         self._timer: asyncio.TimerHandle | None = None
 
     def changed(self) -> None:
-        """Capacity or demand changed: schedules, and sends what was decided."""
+        """Schedules, sends the decisions, and sets the timer for the next change. Called after each change."""
         now_s = self._clock.monotonic_s()
         decisions = self._unit.schedule(now_s, self._clock.unix_s())
         for credit in decisions.credits:
-            self._routers[credit.router].put_nowait(_credit(credit))
+            self._routers[credit.router].put_nowait(_credit_to_wire(credit))
             if self._trace_decisions:
                 self._log_decision(credit)
         for swap_in in decisions.swap_ins:
-            if not (waiting := self._swap_ins[swap_in.lease_id]).done():
+            if not (waiting := self._swap_ins[swap_in.lease_id]).done():  # its call may be cancelled
                 waiting.set_result(swap_in)
         for preemption in decisions.preemptions:
             if preemption.worker in self._watchers:
@@ -68,7 +76,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
                 queue.put_nowait(kvstore_pb2.AdmitResponse(costs=self._costs()))
 
     def remove_model(self, model: str) -> None:
-        """Stops admitting requests for a model: those that wait are refused, those that run continue."""
+        """Stops admitting requests of a model: refuses its queued requests, and lets its leases continue."""
         for entry in self._unit.remove_model(model):
             self._refuse(self._routers[entry.source], entry.request.entry_id, "model", f"{model!r} is no longer served")
         self.changed()
@@ -83,12 +91,17 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def Admit(
         self, request_iterator: AsyncIterator[kvstore_pb2.AdmitRequest], context: Context
     ) -> AsyncIterator[kvstore_pb2.AdmitResponse]:
-        """See the proto. One stream of one router."""
+        """See the proto. Raises InvalidRequest if the first message is not a hello.
+
+        Each stream is a router of its own to the unit, so a router that reconnects starts without entries.
+        """
         self._num_streams += 1
         number = self._num_streams
-        await context.send_initial_metadata(())  # the router learns that the unit serves
-        hello = await anext(request_iterator)
-        router = f"{hello.hello.router}#{number}"
+        await context.send_initial_metadata(())  # tells the router that the unit serves
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("message") != "hello":
+            raise InvalidRequest("hello", "has to be the first message of the stream")
+        router = f"{first.hello.router}#{number}"
         queue: _Responses = asyncio.Queue()
         self._routers[router] = queue
         queue.put_nowait(kvstore_pb2.AdmitResponse(costs=self._costs()))
@@ -97,6 +110,8 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         try:
             while (response := await queue.get()) is not None:
                 yield response
+            if not reader.cancelled():
+                reader.result()  # raises what made it end, such as a message that cannot be parsed
         finally:
             reader.cancel()
             del self._routers[router]
@@ -125,7 +140,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         queue.put_nowait(kvstore_pb2.AdmitResponse(refused=refused))
 
     def _costs(self) -> kvstore_pb2.UnitCosts:
-        """Step costs of the workers that serve now."""
+        """Step costs of the models whose prefill and decode workers have measured theirs."""
         costs = kvstore_pb2.UnitCosts()
         for model in self._unit.models:
             workers = [self._unit.ready_workers(role, model) for role in (Role.PREFILL, Role.DECODE)]
@@ -136,6 +151,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         return costs
 
     def _return_credit(self, router: str, wire: Any) -> None:
+        """Releases a credit that the router still owns; a worker may have acquired it, or it may have expired."""
         ref = convert.ref_from_wire(wire)
         if any(lease.ref == ref for lease in self._unit.leases.of_owner(router)):
             self._unit.release(ref, router)
@@ -143,12 +159,10 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def AcquireLease(
         self, request: kvstore_pb2.AcquireLeaseRequest, context: Context
     ) -> kvstore_pb2.AcquireLeaseResponse:
-        """See the proto."""
         lease = self._unit.acquire(convert.ref_from_wire(request.lease), request.owner)
         return kvstore_pb2.AcquireLeaseResponse(lease=convert.lease_to_wire(lease))
 
     async def MoveLease(self, request: kvstore_pb2.MoveLeaseRequest, context: Context) -> kvstore_pb2.MoveLeaseResponse:
-        """See the proto."""
         lease = self._unit.move(
             convert.ref_from_wire(request.lease),
             request.owner,
@@ -163,68 +177,69 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def ReleaseLease(
         self, request: kvstore_pb2.ReleaseLeaseRequest, context: Context
     ) -> kvstore_pb2.ReleaseLeaseResponse:
-        """See the proto."""
         computed = split_hashes(request.block_hashes)
         self._unit.release(convert.ref_from_wire(request.lease), request.owner, computed)
         self.changed()
         return kvstore_pb2.ReleaseLeaseResponse()
 
     async def GrowLease(self, request: kvstore_pb2.GrowLeaseRequest, context: Context) -> kvstore_pb2.GrowLeaseResponse:
-        """See the proto."""
         block_ids = self._unit.grow(convert.ref_from_wire(request.lease), request.owner, request.num_blocks)
         if block_ids is None:
-            raise Overloaded(f"the KV pool has no {request.num_blocks} free token blocks")
+            raise Overloaded(f"the KV pool has fewer than {request.num_blocks} free token blocks")
         return kvstore_pb2.GrowLeaseResponse(block_ids=block_ids)
 
     async def SwapOut(self, request: kvstore_pb2.SwapOutRequest, context: Context) -> kvstore_pb2.SwapOutResponse:
-        """See the proto."""
         pages = self._unit.leases.begin_swap_out(convert.ref_from_wire(request.lease), request.owner, request.num_bytes)
         if pages is None:
-            raise Overloaded(f"the swap region has no {request.num_bytes} free bytes")
+            raise Overloaded(f"the swap region has fewer than {request.num_bytes} free bytes")
         return kvstore_pb2.SwapOutResponse(pages=pages)
 
     async def FinishSwapOut(
         self, request: kvstore_pb2.FinishSwapOutRequest, context: Context
     ) -> kvstore_pb2.FinishSwapOutResponse:
-        """See the proto."""
         computed = split_hashes(request.block_hashes)
         self._unit.leases.finish_swap_out(convert.ref_from_wire(request.lease), request.owner, computed)
-        # The memory is given out with SwapIn, which comes next: then this lease is among those that wait for it.
+        # No call of `changed`: SwapIn follows, and the freed memory is allocated when this lease waits for it too.
         return kvstore_pb2.FinishSwapOutResponse()
 
     async def SwapIn(self, request: kvstore_pb2.SwapInRequest, context: Context) -> kvstore_pb2.SwapInResponse:
-        """See the proto. If the caller is gone, it waits no longer; blocks issued meanwhile end with its lease."""
+        """See the proto. A cancelled call leaves the order; blocks issued meanwhile stay with the lease.
+
+        A later call for the same lease replaces an earlier one, which then waits until it is cancelled.
+        """
         ref = convert.ref_from_wire(request.lease)
         scheduling, demand = convert.scheduling_from_wire(request.scheduling), convert.demand_from_wire(request.demand)
+        self._unit.request_swap_in(ref, request.owner, demand, scheduling)
         waiting = self._swap_ins[ref.lease_id] = asyncio.get_running_loop().create_future()
         try:
-            self._unit.request_swap_in(ref, request.owner, demand, scheduling)
             self.changed()
             issued = await waiting
         finally:
-            self._unit.admission.withdraw(request.owner, ref.lease_id)
             if self._swap_ins.get(ref.lease_id) is waiting:
                 del self._swap_ins[ref.lease_id]
+                self._unit.admission.withdraw(request.owner, ref.lease_id)
         return kvstore_pb2.SwapInResponse(block_ids=issued.block_ids, num_cached_blocks=issued.num_cached)
 
     async def FinishSwapIn(
         self, request: kvstore_pb2.FinishSwapInRequest, context: Context
     ) -> kvstore_pb2.FinishSwapInResponse:
-        """See the proto."""
         self._unit.leases.finish_swap_in(convert.ref_from_wire(request.lease), request.owner)
         return kvstore_pb2.FinishSwapInResponse()
 
     async def WatchLeases(
         self, request: kvstore_pb2.WatchLeasesRequest, context: Context
     ) -> AsyncIterator[kvstore_pb2.WatchLeasesResponse]:
-        """See the proto. Begins with the leases that the worker has already."""
+        """See the proto. Begins with the leases that the worker has. Raises WorkerLost if it is not attached.
+
+        A later stream of the same worker replaces an earlier one.
+        """
         if request.owner not in self._unit.workers:
             raise WorkerLost(f"worker {request.owner} is not attached")
         queue = self._watchers[request.owner] = asyncio.Queue()
         for lease in self._unit.leases.of_owner(request.owner):
             queue.put_nowait(lease)
-        await context.send_initial_metadata(())
         try:
+            await context.send_initial_metadata(())
             while True:
                 event = await queue.get()
                 if isinstance(event, Lease):
@@ -232,12 +247,13 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
                 else:
                     yield kvstore_pb2.WatchLeasesResponse(preempt=event)
         finally:
-            del self._watchers[request.owner]
+            if self._watchers.get(request.owner) is queue:
+                del self._watchers[request.owner]
 
     async def GetUnitStatus(
         self, request: kvstore_pb2.GetUnitStatusRequest, context: Context
     ) -> kvstore_pb2.GetUnitStatusResponse:
-        """See the proto. Proves the pool's integrity first."""
+        """See the proto. First checks the integrity of the unit's state."""
         self._unit.check_integrity()
         unit, leases = self._unit, self._unit.leases
         pool = mesh_pb2.PoolStatus(
@@ -305,7 +321,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         )
 
     def _set_timer(self) -> None:
-        """One timer, only while credits are out or claims wait: an idle unit never wakes up."""
+        """Sets the one timer to the unit's next change. An idle unit has none, so it never wakes up."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -315,15 +331,15 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
             self._timer = asyncio.get_running_loop().call_later(wait_s, self.changed)
 
 
-def _credit(issued: IssuedCredit) -> kvstore_pb2.AdmitResponse:
-    def worker(record: WorkerRecord) -> kvstore_pb2.WorkerRef:
-        return kvstore_pb2.WorkerRef(name=record.name, address=record.address)
+def _credit_to_wire(issued: IssuedCredit) -> kvstore_pb2.AdmitResponse:
+    def worker_ref(worker: WorkerRecord) -> kvstore_pb2.WorkerRef:
+        return kvstore_pb2.WorkerRef(name=worker.name, address=worker.address)
 
     credit = kvstore_pb2.Credit(
         entry_id=issued.entry_id,
         lease=convert.ref_to_wire(issued.lease.ref),
-        prefill=worker(issued.prefill),
-        decode=worker(issued.decode),
+        prefill=worker_ref(issued.prefill),
+        decode=worker_ref(issued.decode),
         decision=issued.decision,
         num_overtaken=issued.num_overtaken,
         scheduling=convert.scheduling_to_wire(issued.scheduling),

@@ -1,4 +1,7 @@
-"""Slabs lent on demand to models, each divided into one model's token blocks. Pure: it counts, it touches no memory."""
+"""Slabs lent on demand to models, each divided into one model's token blocks. Pure: it counts and accesses no memory.
+
+A block is allocated or free here. Whether an allocated block is in use or cached is known to `block_table`.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class _Holding:
-    """The slabs of one model. ``free_indices``: slab → indices of its free blocks, perhaps none.
+    """The slabs of one model. ``free_indices``: slab → indices of its free blocks, empty for a full slab.
 
-    ``by_num_free`` has the same slabs by their number of free blocks, so that the fullest are found at once.
+    ``by_num_free``: number of free blocks → slabs with this number, to find the fullest slabs without a search. Dicts
+    with None values serve as ordered sets.
     """
 
     blocks_per_slab: int
@@ -19,19 +23,19 @@ class _Holding:
     num_free: int = 0
 
     def add(self, slab: int) -> None:
-        """Adds a slab, all of it free."""
+        """Adds a slab whose blocks are all free."""
         self.free_indices[slab] = dict.fromkeys(range(self.blocks_per_slab - 1, -1, -1))
         self.by_num_free.setdefault(self.blocks_per_slab, {})[slab] = None
         self.num_free += self.blocks_per_slab
 
     def remove(self, slab: int) -> None:
-        """Removes a slab, all of it free."""
+        """Removes a slab whose blocks are all free."""
         del self.free_indices[slab]
         del self.by_num_free[self.blocks_per_slab][slab]
         self.num_free -= self.blocks_per_slab
 
     def allocate(self, num_blocks: int) -> list[int]:
-        """As many free blocks as there are, at most ``num_blocks``, of the fullest slabs first."""
+        """Returns up to ``num_blocks`` free blocks, those of the fullest slabs first."""
         ids: list[int] = []
         for num_free in sorted(count for count in self.by_num_free if count):
             for slab in list(self.by_num_free[num_free]):
@@ -45,16 +49,15 @@ class _Holding:
         return ids
 
     def free(self, slab: int, index: int) -> None:
-        """Frees a block of one of the slabs."""
         indices = self.free_indices[slab]
         indices[index] = None
         self._recount(slab, len(indices) - 1)
         self.num_free += 1
 
     def _recount(self, slab: int, num_free_before: int) -> None:
-        alike = self.by_num_free[num_free_before]
-        del alike[slab]
-        if not alike:
+        slabs = self.by_num_free[num_free_before]
+        del slabs[slab]
+        if not slabs:
             del self.by_num_free[num_free_before]
         self.by_num_free.setdefault(len(self.free_indices[slab]), {})[slab] = None
 
@@ -62,8 +65,8 @@ class _Holding:
 class SlabPool:
     """Owns which token block belongs to which model.
 
-    Invariant: each slab is free or held by one model; a held slab has at least one block in use. The id of a
-    token block is ``slab * blocks_per_slab + index``, so ids mean something only together with their model.
+    Invariant: each slab is free or held by one model, and a held slab has at least one allocated block. The id of a
+    token block is ``slab * blocks_per_slab + index``, so an id has a meaning only together with its model.
     """
 
     def __init__(self, num_slabs: int) -> None:
@@ -72,15 +75,15 @@ class SlabPool:
         self._holdings: dict[str, _Holding] = {}
 
     def add_model(self, model: str, blocks_per_slab: int) -> None:
-        """A model shares the pool from now on. Raises ValueError if a slab does not hold one of its token blocks."""
+        """Adds a model without blocks. Raises ValueError if a slab does not hold one of its token blocks."""
         if blocks_per_slab < 1:
             raise ValueError(f"a slab is too small for a token block of {model}")
-        assert model not in self._holdings, f"{model} shares the pool already"
+        assert model not in self._holdings, f"{model} is already added"
         self._holdings[model] = _Holding(blocks_per_slab)
 
     def remove_model(self, model: str) -> None:
-        """A model that has no block in use shares the pool no longer."""
-        assert not self._holdings[model].free_indices, f"{model} has blocks in use"
+        """Removes a model that has no allocated block."""
+        assert not self._holdings[model].free_indices, f"{model} has allocated blocks"
         del self._holdings[model]
 
     @property
@@ -105,12 +108,12 @@ class SlabPool:
         return self._holdings[model].num_free
 
     def num_used_in(self, model: str, slab: int) -> int:
-        """Token blocks in use in a slab that ``model`` holds."""
+        """Allocated token blocks in a slab that ``model`` holds."""
         holding = self._holdings[model]
         return holding.blocks_per_slab - len(holding.free_indices[slab])
 
     def num_free_blocks(self, model: str) -> int:
-        """Token blocks that ``model`` can allocate now, those of free slabs included."""
+        """Token blocks that ``model`` can allocate, those of free slabs included."""
         holding = self._holdings[model]
         return holding.num_free + self.num_free_slabs * holding.blocks_per_slab
 
@@ -119,9 +122,9 @@ class SlabPool:
         return self.num_slabs * self._holdings[model].blocks_per_slab
 
     def allocate(self, model: str, num_blocks: int) -> tuple[int, ...] | None:
-        """Ids of ``num_blocks`` token blocks, or None if there are not as many: all or nothing.
+        """Returns the ids of ``num_blocks`` token blocks, or None if fewer are free.
 
-        The fullest slabs are used first, so that the others drain and become free for other models.
+        Allocates from the fullest slabs first, so that the others drain and become free for other models.
         """
         if num_blocks > self.num_free_blocks(model):
             return None
@@ -133,20 +136,20 @@ class SlabPool:
         return tuple(ids)
 
     def free(self, model: str, block_ids: Iterable[int]) -> None:
-        """Frees token blocks. Raises ValueError for a block that is not in use."""
+        """Frees token blocks; a slab without allocated blocks becomes free. Raises ValueError for a free block."""
         holding = self._holdings[model]
         for block_id in block_ids:
             slab, index = divmod(block_id, holding.blocks_per_slab)
             indices = holding.free_indices.get(slab)
             if indices is None or index in indices:
-                raise ValueError(f"token block {block_id} of {model} is not in use")
+                raise ValueError(f"token block {block_id} of {model} is not allocated")
             holding.free(slab, index)
             if len(indices) == holding.blocks_per_slab:
                 holding.remove(slab)
                 self._free_slabs.append(slab)
 
-    def check_integrity(self, in_use: Mapping[str, Iterable[int]]) -> None:
-        """Proves the invariant against the blocks that are known to be in use; raises AssertionError."""
+    def check_integrity(self, allocated: Mapping[str, Iterable[int]]) -> None:
+        """Proves the invariant. ``allocated``: model → the blocks that its callers hold. Raises AssertionError."""
         seen = list(self._free_slabs)
         for model, holding in self._holdings.items():
             seen += holding.free_indices
@@ -158,8 +161,8 @@ class SlabPool:
                 assert len(indices) < holding.blocks_per_slab, f"slab {slab} of {model} is empty but held"
                 first = slab * holding.blocks_per_slab
                 used |= {first + index for index in range(holding.blocks_per_slab) if index not in indices}
-            known = list(in_use.get(model, ()))
-            assert len(set(known)) == len(known), f"a token block of {model} is in use twice"
-            assert used == set(known), f"{model}: in use {sorted(used)}, known {sorted(known)}"
-        assert in_use.keys() <= self._holdings.keys(), "blocks of an unknown model are in use"
+            held = list(allocated.get(model, ()))
+            assert len(set(held)) == len(held), f"a token block of {model} is held twice"
+            assert used == set(held), f"{model}: allocated {sorted(used)}, held {sorted(held)}"
+        assert allocated.keys() <= self._holdings.keys(), "blocks of an unknown model are held"
         assert sorted(seen) == list(range(self.num_slabs)), "a slab is lost or held twice"

@@ -1,4 +1,8 @@
-"""The state of a unit: pool, leases, admission and attached workers. Pure; time is an argument."""
+"""The state of a unit: pool, leases, admission and attached workers. Pure; time is an argument.
+
+It combines the parts: which worker serves a request, when a model gets more than its quota, when a sequence is
+pre-empted. It knows neither sockets nor gRPC nor shared memory: `service` and `attach_server` call it.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +23,18 @@ from muxmesh.step_cost import COSTS_EVERY_S
 from muxmesh.types import KvDemand, Lease, LeaseRef, QueuedRequest, Role, SchedulingState, blocks_for
 
 _ID_BITS = 16
+"""Lease ids start at a multiple of 2**16: see `first_id`."""
 CREDIT_TTL_S = 30.0
-"""A credit that no worker acquires for this long expires."""
+"""A credit expires if no worker acquires it within this time."""
 RECLAIM_AFTER_S = 1.0
-"""If an entry within its model's quota waits for this long, sequences of models past theirs are pre-empted, ..."""
+"""Once an entry within its model's quota has waited for memory this long, loans are reclaimed by pre-emption."""
 RECLAIM_EVERY_S = 0.1
-"""... one by one, at least this far apart."""
+"""Minimum time between two pre-emption requests."""
 
 
 @dataclass(slots=True)
 class WorkerRecord:
-    """An attached worker. ``name`` includes its incarnation, so a restarted worker has another one."""
+    """An attached worker. ``name`` includes its incarnation, so a restarted worker has another name."""
 
     name: str
     role: Role
@@ -41,10 +46,10 @@ class WorkerRecord:
 
 @dataclass(frozen=True, slots=True)
 class UnitModel:
-    """What a unit needs to know of one model.
+    """The shape and the limits of one model on a unit.
 
-    ``max_num_seqs`` limits the batch of each worker, ``max_resident_seqs`` the sequences of each decode worker whose
-    KV is in the pool, paused ones included; None: the same.
+    ``max_num_seqs``: sequences in the batch of each worker. ``max_resident_seqs``: sequences of each worker with token
+    blocks, paused ones included; None: as ``max_num_seqs``. ``guaranteed_slabs``: lower bound of the model's quota.
     """
 
     shape: KvShape
@@ -55,7 +60,7 @@ class UnitModel:
 
     @staticmethod
     def of(unit: UnitConfig, model: ModelConfig, spec: ModelSpec) -> UnitModel:
-        """A configured model."""
+        """The limits that the configuration sets for ``model``."""
         return UnitModel(
             shape=spec.kv_shape(model.block_size, model.dtype),
             max_num_seqs=model.max_num_seqs,
@@ -66,7 +71,10 @@ class UnitModel:
 
 @dataclass(frozen=True, slots=True)
 class IssuedCredit:
-    """A credit for a router, with the workers that are to serve it."""
+    """A credit for ``router``, and the workers that will serve the request.
+
+    ``decision`` counts the credits of the unit from 1. ``num_overtaken``: see `Admission.num_overtaken`.
+    """
 
     router: str
     entry_id: int
@@ -80,7 +88,7 @@ class IssuedCredit:
 
 @dataclass(frozen=True, slots=True)
 class IssuedSwapIn:
-    """Token blocks for a swapped lease of ``worker``; the first ``num_cached`` hold its prefix already."""
+    """Token blocks for a swapped lease of ``worker``. The first ``num_cached`` already hold the KV of its prefix."""
 
     worker: str
     lease_id: int
@@ -90,7 +98,7 @@ class IssuedSwapIn:
 
 @dataclass(frozen=True, slots=True)
 class PreemptionRequest:
-    """``worker`` is to free the token blocks of a lease: by swapping them, or by ending the lease."""
+    """A request that ``worker`` frees the token blocks of a lease, by swapping them out or by releasing the lease."""
 
     worker: str
     lease_id: int
@@ -98,7 +106,7 @@ class PreemptionRequest:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionDecisions:
-    """What `Unit.schedule` decided: to be sent to the routers and workers that are named."""
+    """What `Unit.schedule` decided. The caller sends each part to the router or worker that it names."""
 
     credits: list[IssuedCredit] = field(default_factory=list)
     swap_ins: list[IssuedSwapIn] = field(default_factory=list)
@@ -106,14 +114,18 @@ class AdmissionDecisions:
 
 
 def first_id(unix_s: float) -> int:
-    """A ``last_id`` for a unit that starts now: above all ids of an earlier life of it."""
+    """A ``last_id`` for a unit that starts at ``unix_s``: above all ids that it issued before a restart.
+
+    It holds as long as the unit issued fewer than 2**16 ids per millisecond.
+    """
     return int(unix_s * 1000) << _ID_BITS
 
 
 class Unit:
     """Owns the unit's state. After each change, the caller calls `schedule` and sends what it returns.
 
-    Invariant: each model of ``models`` shares the pool and has a quota, and every lease is of one of them.
+    Invariant: each model of ``models`` has a quota; the quotas add up to the pool; each lease belongs to one of the
+    models. A model that is being removed stays in ``models`` until its last lease has ended.
     """
 
     def __init__(
@@ -125,9 +137,10 @@ class Unit:
         swap_bytes: int = 0,
         policy: SchedulingPolicy = FCFS,
     ) -> None:
-        """Raises ValueError if a slab does not hold one token block of each model.
+        """Raises ValueError as `add_model` does.
 
-        ``last_id``: lease ids continue from here, and incarnations from its upper bits; see `first_id`.
+        ``last_id``: lease ids continue from here, and incarnations of workers from its upper bits; see `first_id`.
+        ``swap_bytes``: size of the swap region; 0: nothing can be swapped.
         """
         self.models: dict[str, UnitModel] = {}
         self.slab_bytes = slab_bytes
@@ -140,7 +153,7 @@ class Unit:
         self.admission = Admission(policy)
         self.quotas: dict[str, int] = {}
         self.workers: dict[str, WorkerRecord] = {}
-        self._leaving: set[str] = set()
+        self._removing: set[str] = set()
         self._slab_seconds: dict[str, float] = {}
         self._counted_until_s: float | None = None
         self._reclaim_at_s: float | None = None
@@ -151,13 +164,13 @@ class Unit:
             self.add_model(name, model)
 
     def add_model(self, name: str, model: UnitModel) -> None:
-        """Adds a model. Quotas start anew.
+        """Adds a model and resets all quotas to their initial values.
 
-        Raises ValueError if a slab does not hold one of its token blocks, the pool does not hold what is guaranteed, or
-        the name is taken.
+        Raises ValueError if the name is taken, the guaranteed slabs of all models exceed the pool, or a slab does not
+        hold one token block of the model.
         """
         if name in self.models:
-            raise ValueError(f"the unit has a model {name!r} already" + " that leaves it" * (name in self._leaving))
+            raise ValueError(f"model {name!r} " + ("is still being removed" if name in self._removing else "exists"))
         guaranteed = sum(self._guaranteed().values()) + model.guaranteed_slabs
         if guaranteed > self.pool.num_slabs:
             raise ValueError(f"{guaranteed} slabs would be guaranteed; the pool has {self.pool.num_slabs}")
@@ -166,17 +179,17 @@ class Unit:
         self._reset_quotas()
 
     def remove_model(self, name: str) -> list[AdmissionEntry]:
-        """Stops admitting requests for a model. Its sequences continue; when the last one has ended, it is gone.
+        """Stops admitting requests of a model. Its leases continue; after the last one has ended, the model is removed.
 
-        Returns the queued requests for it, which have to be refused.
+        Returns its queued requests, which the caller has to refuse.
         """
-        self._leaving.add(name)
+        self._removing.add(name)
         refused = self.admission.take_requests(name)
-        self._remove_left_models()
+        self._remove_drained_models()
         return refused
 
     def attach(self, role: Role, model: str, address: str, pid: int) -> WorkerRecord:
-        """Adds a worker. Raises InvalidRequest for a model that the unit does not serve."""
+        """Adds a worker that is not ready. Raises InvalidRequest for a model that the unit does not serve."""
         if model not in self._served():
             served = ", ".join(sorted(self._served()))
             raise InvalidRequest("model", f"{model!r} is not served by this unit; it serves: {served}")
@@ -186,23 +199,23 @@ class Unit:
         return worker
 
     def worker_exited(self, name: str, computed: Mapping[int, Sequence[bytes]] | None = None) -> int:
-        """A worker's processes have certainly exited: its leases end, and what it had computed stays cached.
+        """Removes a worker whose processes have exited, and ends its leases; returns their number.
 
-        Returns how many. ``computed``: see `ProgressPage.read`.
+        ``computed``: lease id → hashes of the blocks that it had computed, which stay in the prefix cache.
         """
         self.workers.pop(name, None)
         self.admission.drop_source(name)
         return self.leases.drop_owner(name, computed)
 
     def router_gone(self, router: str) -> None:
-        """A router's stream broke: its queued requests and unused credits end. Workers end their own leases."""
+        """Drops the queued requests and the unused credits of a router. Leases that workers acquired continue."""
         self.admission.drop_source(router)
         self.leases.drop_owner(router)
 
     def offer(self, router: str, request: QueuedRequest) -> None:
-        """A router shows a queued request. Raises InvalidRequest if this unit can never serve it.
+        """Adds a queued request of a router. Raises InvalidRequest if this unit can never serve it.
 
-        The part of its prompt that the prefix cache has now counts as done.
+        The part of its prompt that is in the prefix cache counts as work that is done.
         """
         if request.model not in self._served():
             raise InvalidRequest("model", f"{request.model!r} is not served by this unit")
@@ -216,38 +229,39 @@ class Unit:
         self.admission.offer(AdmissionEntry(router, self._with_cached_share(request)))
 
     def request_swap_in(self, ref: LeaseRef, owner: str, demand: KvDemand, scheduling: SchedulingState) -> None:
-        """A worker needs token blocks for a swapped lease; `schedule` issues them. Raises LeaseLost."""
+        """Adds a swapped lease that needs token blocks again; `schedule` issues them. Raises LeaseLost."""
         state, model = self.leases.state_of(ref, owner), self.leases.model_of(ref, owner)
         if state is not LeaseState.SWAPPED:
             raise LeaseLost(f"lease {ref.lease_id} is {state}, not swapped")
         self.admission.offer(AdmissionEntry(owner, QueuedRequest(ref.lease_id, model, scheduling, demand), ref))
 
     def schedule(self, now_s: float, unix_s: float) -> AdmissionDecisions:
-        """Drops expired credits, adapts the quotas when it is time, then gives out free capacity in order: to queued
-        requests as credits, and to swapped leases as token blocks. ``unix_s`` is the same moment as ``now_s``, on the
-        clock of the arrivals.
+        """Allocates free capacity in scheduling order: credits to queued requests, token blocks to swapped leases.
+
+        First drops expired credits and adapts the quotas if that is due; at the end reclaims loans. ``now_s`` is
+        monotonic time; ``unix_s`` is the same moment on the clock of the requests' arrivals.
         """
         self._count_use(now_s)
         self.leases.drop_expired(now_s)
-        self._remove_left_models()
+        self._remove_drained_models()
         self._adapt_quotas(now_s)
         decisions = AdmissionDecisions()
         batched, resident = self.leases.count_assigned()
         ready = {model: [self.ready_workers(role, model) for role in Role] for model in self.models}
 
-        def takes_one_more(decode: str, model: str) -> bool:
+        def has_free_slot(decode: str, model: str) -> bool:
             limits = self.models[model]
             max_resident = limits.max_num_seqs if limits.max_resident_seqs is None else limits.max_resident_seqs
             return batched[decode] < limits.max_num_seqs and resident[decode] < max_resident
 
         def has_slot(entry: AdmissionEntry) -> bool:
             if entry.swapped is not None:
-                return takes_one_more(entry.source, entry.model)
+                return has_free_slot(entry.source, entry.model)
             prefills, decodes = ready[entry.model]
-            return bool(prefills) and any(takes_one_more(worker.name, entry.model) for worker in decodes)
+            return bool(prefills) and any(has_free_slot(worker.name, entry.model) for worker in decodes)
 
         def least_loaded(workers: Sequence[WorkerRecord]) -> WorkerRecord:
-            """The youngest of equals."""
+            """The first of equally loaded workers, which is the youngest."""
             return min(workers, key=lambda worker: batched[worker.name])
 
         def is_within_quota(entry: AdmissionEntry) -> bool:
@@ -264,7 +278,7 @@ class Unit:
             else:
                 prefills, decodes = ready[entry.model]
                 prefill = least_loaded(prefills)
-                decode = least_loaded([one for one in decodes if takes_one_more(one.name, entry.model)])
+                decode = least_loaded([worker for worker in decodes if has_free_slot(worker.name, entry.model)])
                 workers = (prefill.name, decode.name)
                 credit = self._issue_credit(entry, prefill, decode, max_new_slabs, now_s + CREDIT_TTL_S)
                 decisions.credits.extend([credit] if credit else [])
@@ -274,75 +288,74 @@ class Unit:
                 resident[worker] += 1
             return is_admitted
 
-        claims_wait = self.admission.admit(unix_s, has_slot, is_within_quota, try_admit)
-        self._reclaim_loans(claims_wait, now_s, unix_s, decisions.preemptions)
+        lacks_memory = self.admission.admit(unix_s, has_slot, is_within_quota, try_admit)
+        self._reclaim_loans(lacks_memory, now_s, unix_s, decisions.preemptions)
         return decisions
 
     def next_change_s(self) -> float | None:
-        """When `schedule` has to be called though nothing happens, or None."""
+        """Monotonic time at which `schedule` has to be called even if nothing changes; None: at no time."""
         times = (self.leases.next_expiry_s(), self._reclaim_at_s)
         return min((time for time in times if time is not None), default=None)
 
     def costs_are_due(self, now_s: float) -> bool:
-        """True at most once every `COSTS_EVERY_S`: step costs are to be sent to routers."""
+        """Whether the caller has to send step costs to routers: true at most once every `COSTS_EVERY_S`."""
         if now_s < self._costs_due_s:
             return False
         self._costs_due_s = now_s + COSTS_EVERY_S
         return True
 
     def acquire(self, ref: LeaseRef, worker: str) -> Lease:
-        """The prefill worker acquires a credit. Raises LeaseLost, WorkerLost."""
+        """Makes a credit the lease of a prefill worker. Raises LeaseLost; WorkerLost if it is not attached."""
         self._check_attached(worker)
         return self.leases.acquire(ref, worker)
 
     def move(self, ref: LeaseRef, owner: str, to: str, num_computed_tokens: int, sampled: tuple[int, ...]) -> Lease:
-        """The hand-off. Raises LeaseLost; WorkerLost if ``to`` is gone, and then ``owner`` still has the lease."""
+        """The hand-off. Raises LeaseLost; WorkerLost if ``to`` is not attached: then ``owner`` keeps the lease."""
         self._check_attached(to)
         return self.leases.move(ref, owner, to, num_computed_tokens, sampled)
 
     def grow(self, ref: LeaseRef, owner: str, num_blocks: int) -> tuple[int, ...] | None:
-        """More token blocks for a lease; None if the pool is full. Raises LeaseLost.
+        """Adds token blocks to a lease and returns them; None if the pool is full. Raises LeaseLost.
 
-        While an entry within its quota waits, freed memory is not lent again.
+        While an entry within its model's quota waits for memory, leases do not grow past the quota of their own model.
         """
         model = self.leases.model_of(ref, owner)
         spare = max(0, self.quotas[model] - self.blocks.num_used_slabs(model))
         return self.leases.grow(ref, owner, num_blocks, None if self._reclaim_at_s is None else spare)
 
     def release(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
-        """Ends a lease, whether it has token blocks or waits for them. Raises LeaseLost."""
+        """Ends a lease in any state. Raises LeaseLost. ``computed``: see `LeaseTable.release`."""
         self.leases.release(ref, owner, computed)
         self.admission.withdraw(owner, ref.lease_id)
 
     def ready_workers(self, role: Role, model: str) -> list[WorkerRecord]:
-        """The workers of a role that serve ``model`` now, the youngest first."""
+        """The ready workers of a role and model, the youngest first."""
         return [w for w in reversed(self.workers.values()) if w.role is role and w.model == model and w.ready]
 
     def leased_bytes(self) -> int:
-        """Bytes of the token blocks in use; one that several leases share counts once."""
+        """Bytes of the token blocks in use; a block that several leases share counts once."""
         return sum(self.blocks.num_in_use(name) * model.shape.token_block_bytes for name, model in self.models.items())
 
     def cached_bytes(self) -> int:
-        """Bytes of the cached token blocks."""
         return sum(self.blocks.num_cached(name) * model.shape.token_block_bytes for name, model in self.models.items())
 
     def fragmented_bytes(self) -> int:
-        """Bytes of lent slabs that are in no token block in use or cached: only their own models can allocate them."""
+        """Bytes of held slabs outside token blocks in use or cached. Only the slabs' own models can allocate them."""
         lent = (self.pool.num_slabs - self.pool.num_free_slabs) * self.slab_bytes
         return lent - self.leased_bytes() - self.cached_bytes()
 
     def check_integrity(self) -> None:
-        """Proves that every token block is in one place; raises AssertionError."""
+        """Proves the invariants of the unit and of its parts. Raises AssertionError."""
         self.leases.check_integrity()
-        assert self.models.keys() == self.quotas.keys() >= self._leaving, "a model has no quota"
-        assert not self.models or sum(self.quotas.values()) == self.pool.num_slabs, "quotas are not the whole pool"
+        assert self.models.keys() == self.quotas.keys() >= self._removing, "models and quotas differ"
+        assert not self.models or sum(self.quotas.values()) == self.pool.num_slabs, "quotas do not add up to the pool"
 
     def _served(self) -> set[str]:
-        return self.models.keys() - self._leaving
+        return self.models.keys() - self._removing
 
-    def _remove_left_models(self) -> None:
-        for name in [name for name in self._leaving if not self.leases.count_states(name)]:
-            self._leaving.discard(name)
+    def _remove_drained_models(self) -> None:
+        for name in [name for name in self._removing if not self.leases.count_states(name)]:
+            self._removing.discard(name)
             self.blocks.remove_model(name)
             del self.models[name]
             self._reset_quotas()
@@ -393,10 +406,10 @@ class Unit:
         return IssuedSwapIn(entry.source, ref.lease_id, allocated.block_ids, allocated.num_cached)
 
     def _reclaim_loans(
-        self, claims_wait: bool, now_s: float, unix_s: float, preemptions: list[PreemptionRequest]
+        self, lacks_memory: bool, now_s: float, unix_s: float, preemptions: list[PreemptionRequest]
     ) -> None:
-        """Loans return as requests end; if that takes too long, the last sequence in order is pre-empted."""
-        if not claims_wait:
+        """Waits for loans to return as requests end; after `RECLAIM_AFTER_S`, pre-empts the last sequence in order."""
+        if not lacks_memory:
             self._reclaim_at_s = None
         elif self._reclaim_at_s is None:
             self._reclaim_at_s = now_s + RECLAIM_AFTER_S
@@ -404,7 +417,7 @@ class Unit:
             self._reclaim_at_s = now_s + RECLAIM_EVERY_S
             decoding = {worker.name for worker in self.workers.values() if worker.role is Role.DECODE}
             past_quota = [model for model in self.models if self.blocks.num_used_slabs(model) > self.quotas[model]]
-            victim = self.leases.choose_victim(decoding, past_quota, lambda one: self.policy.sort_key(one, unix_s))
+            victim = self.leases.choose_victim(decoding, past_quota, lambda state: self.policy.sort_key(state, unix_s))
             preemptions.extend([PreemptionRequest(*victim)] if victim else [])
 
     def _guaranteed(self) -> dict[str, int]:
@@ -416,7 +429,7 @@ class Unit:
         self._adapted_at_s = self._counted_until_s = None
 
     def _count_use(self, now_s: float) -> None:
-        """Adds up slabs x seconds since the last call, as if what is in use now had been in use since then."""
+        """Adds slabs in use x seconds since the last call. The present use counts for the whole time since then."""
         if self._counted_until_s is not None:
             for model in self.models:
                 self._slab_seconds[model] += (now_s - self._counted_until_s) * self.blocks.num_used_slabs(model)

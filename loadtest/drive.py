@@ -1,7 +1,7 @@
-"""The driver: sends each request when it is due, whatever became of those before (open loop), and records what comes.
+"""The driver: sends each request when it is due, independent of earlier requests (open loop), and records the outcome.
 
-With ``max_concurrency`` a request may wait for another to end; its latency still counts from when it was due, so a slow
-server cannot hide behind a driver that waits for it (coordinated omission).
+With ``max_concurrency`` a request may wait for another one to end. Its latency still counts from the time when it was
+due, so the wait is measured (no coordinated omission). The driver knows neither the wire protocol nor the metrics.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from contextlib import aclosing
 from typing import cast
 
 from loadtest.record import OK, Record, Run
-from loadtest.target import Ended, Piece, Target, TargetError
+from loadtest.target import Piece, StreamEnd, Target, TargetError
 from loadtest.workload import PlannedRequest
 from muxmesh.clock import Clock
 
-UNREACHABLE_IN_A_ROW = 20
-"""So many requests in a row that found nobody end the run: the server is gone."""
-_LOOK_EVERY_S = 0.05
-"""The driver measures how late its own event loop is."""
+MAX_UNREACHABLE_IN_A_ROW = 20
+"""The run stops after this many consecutive requests that could not reach the server."""
+_LAG_INTERVAL_S = 0.05
+"""Interval at which the driver measures how late its own event loop is."""
 
 
 class Driver:
-    """Drives one run."""
+    """Drives one run.
+
+    The counters ``num_sent``, ``num_done`` and ``num_failed``, and ``run_so_far``, may be read while it runs.
+    """
 
     def __init__(
         self,
@@ -43,7 +46,10 @@ class Driver:
         self.run_so_far = Run([Record(one.index, one.at_s, one.model, one.tenant, one.priority) for one in requests])
 
     def stop(self, reason: str) -> None:
-        """Ends the run: nothing more is sent, what runs is cancelled, and the run is partial."""
+        """Stops the run: no further request is sent, running requests are cancelled, ``Run.partial`` is ``reason``.
+
+        Only the first call has an effect.
+        """
         if not self._stopped.is_set():
             self.run_so_far.partial = reason
             self._stopped.set()
@@ -53,18 +59,18 @@ class Driver:
         return self._clock.monotonic_s() - self._started_s
 
     async def run(self) -> Run:
-        """Sends everything and waits for the answers."""
+        """Sends all requests and returns when every output has ended, or the run was stopped."""
         self._started_s = self._clock.monotonic_s()
         cpu_before_s = _cpu_s()
-        looking = asyncio.create_task(self._look(), name="loop lag")
+        measuring = asyncio.create_task(self._measure_loop_lag(), name="loop lag")
         sending = asyncio.create_task(self._send_all(), name="load")
         stopping = asyncio.create_task(self._stopped.wait(), name="stop")
         try:
             await asyncio.wait((sending, stopping), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (sending, stopping, looking):
+            for task in (sending, stopping, measuring):
                 task.cancel()
-            await asyncio.gather(sending, stopping, looking, return_exceptions=True)
+            await asyncio.gather(sending, stopping, measuring, return_exceptions=True)
         if sending.done() and not sending.cancelled() and (error := sending.exception()) is not None:
             raise error
         run = self.run_so_far
@@ -81,15 +87,15 @@ class Driver:
                     await asyncio.sleep(delay_s)
                 if self._slots is not None:
                     await self._slots.acquire()
-                group.create_task(self._one(request, record))
+                group.create_task(self._drive_one(request, record))
 
-    async def _one(self, request: PlannedRequest, record: Record) -> None:
+    async def _drive_one(self, request: PlannedRequest, record: Record) -> None:
         record.sent_s = self.now_s()
         self.num_sent += 1
         try:
-            # An async generator, though the protocol need not say so: closing it aborts the request.
-            answer = cast(AsyncGenerator[Piece | Ended, None], self._target.ask(request))
-            async with aclosing(answer) as events:
+            # Every target returns an async generator. Closing it aborts the request.
+            stream = cast(AsyncGenerator[Piece | StreamEnd, None], self._target.stream(request))
+            async with aclosing(stream) as events:
                 async for event in events:
                     if isinstance(event, Piece):
                         record.pieces.append((self.now_s(), event.num_tokens))
@@ -104,24 +110,26 @@ class Driver:
             if self._slots is not None:
                 self._slots.release()
 
-    def _end(self, record: Record, ended: Ended) -> None:
+    def _end(self, record: Record, end: StreamEnd) -> None:
         record.ended_s = self.now_s()
-        record.num_input, record.num_cached = ended.num_input, ended.num_cached
-        record.num_output, record.finish = ended.num_output, ended.finish
-        record.router_s = ended.router_s
+        record.num_input, record.num_cached = end.num_input, end.num_cached
+        record.num_output, record.finish = end.num_output, end.finish
+        record.router_s = end.router_s
         record.status = OK
         self.num_done += 1
         self._unreachable_in_a_row = 0
 
     def _count_unreachable(self, error: TargetError) -> None:
         self._unreachable_in_a_row = self._unreachable_in_a_row + 1 if error.is_unreachable else 0
-        if self._unreachable_in_a_row >= UNREACHABLE_IN_A_ROW:
-            self.stop(f"the server is gone: {self._unreachable_in_a_row} requests in a row found nobody ({error})")
+        if self._unreachable_in_a_row >= MAX_UNREACHABLE_IN_A_ROW:
+            self.stop(
+                f"the server is gone: {self._unreachable_in_a_row} requests in a row could not reach it ({error})"
+            )
 
-    async def _look(self) -> None:
+    async def _measure_loop_lag(self) -> None:
         while True:
-            due_s = self.now_s() + _LOOK_EVERY_S
-            await asyncio.sleep(_LOOK_EVERY_S)
+            due_s = self.now_s() + _LAG_INTERVAL_S
+            await asyncio.sleep(_LAG_INTERVAL_S)
             self.run_so_far.loop_lags_s.append(max(0.0, self.now_s() - due_s))
 
 

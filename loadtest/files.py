@@ -1,4 +1,4 @@
-"""Text files as users have them: plain or gzipped, with errors that name the place."""
+"""Plain or gzipped text files. Errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _GZIP = b"\x1f\x8b"
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file; a gzipped one is unpacked, whatever its name is. Raises ConfigError."""
+    """Yields the lines of a text file. Gzip is detected by content, not by name. Raises ConfigError."""
     number = 0
     try:
-        with path.open("rb") as raw:  # once: it may be a pipe
+        with path.open("rb") as raw:  # opened once, as a pipe can be read only once
             is_gzipped = raw.peek(len(_GZIP))[: len(_GZIP)] == _GZIP
             unpacked = gzip.GzipFile(fileobj=raw) if is_gzipped else raw
             with io.TextIOWrapper(unpacked, encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):  # noqa: B007 - the handler says how far it came
+                for number, line in enumerate(lines, 1):  # noqa: B007 - the error names the last line read
                     yield line
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: No such file") from error
@@ -32,14 +32,14 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each line that is not empty. Raises ConfigError for what is no JSON object."""
+    """Yields (line number, object) for each line that is not blank. Raises ConfigError if one is not a JSON object."""
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
             item = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}: line {number}: no JSON: {error.msg}") from error
+            raise ConfigError(f"{path}: line {number}: not JSON: {error.msg}") from error
         if not isinstance(item, dict):
             raise ConfigError(f"{path}: line {number}: is {type(item).__name__}, not a JSON object")
         yield number, item

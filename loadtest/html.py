@@ -1,4 +1,4 @@
-"""A report, or several beside each other, as one HTML page that needs nothing but a browser. Pure."""
+"""One or several reports as a self-contained HTML page, without scripts or external files. Pure."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from loadtest.svg import Line, plot
 from loadtest.table import COLUMNS, format_value, label
 
 _POINTS = 200
-_WORDS = {
+_DISTRIBUTIONS = {
     "ttft": ("Time to first token", "How long a user waits before anything appears."),
-    "tpot": ("Time per output token", "How fast the answer is written after its first token."),
-    "e2el": ("End-to-end latency", "How long a user waits for the whole answer."),
+    "tpot": ("Time per output token", "How fast the output is generated after its first token."),
+    "e2el": ("End-to-end latency", "How long a user waits for the whole output."),
 }
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#1f2937;background:#fff}
@@ -32,7 +32,7 @@ th:first-child,td:first-child{text-align:left}
 
 
 def page(documents: Sequence[Mapping[str, Any]]) -> str:
-    """The page for reports and sweeps. Each run of a sweep counts as a report of its own."""
+    """Returns the page for reports and sweeps. Each run of a sweep is a report of its own."""
     reports = [report for document in documents for report in document.get("reports", [document])]
     title = " and ".join(dict.fromkeys(str(document["name"]) for document in documents))
     parts = [
@@ -40,10 +40,9 @@ def page(documents: Sequence[Mapping[str, Any]]) -> str:
         '<link rel="icon" href="data:,">',
         f"<title>Load test: {escape(title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>Load test: {escape(title)}</h1>",
-        "<p>Requests were sent to a server of language models at the times that a workload says, whether or not "
-        "earlier ones were answered. Every latency counts from the moment when the request was due, so waiting is "
-        "never left out.</p>",
-        *map(_head, reports if len(reports) <= 1 else documents),
+        "<p>Requests were sent at the times of the workload, whether or not earlier ones had ended. Every latency "
+        "counts from the time when the request was due, so it includes all waiting.</p>",
+        *map(_head, documents),
         "<h2>Figures</h2>",
         _table(reports),
     ]
@@ -65,20 +64,23 @@ def _head(document: Mapping[str, Any]) -> str:
     if document.get("partial"):
         lines.append(f"<p class=warn>Partial: {escape(str(document['partial']))}</p>")
     if document.get("driver_bottleneck"):
-        lines.append(f"<p class=warn>Not to be trusted: {escape(str(document['driver_bottleneck']))}</p>")
-    if document.get("errors"):
-        rows = (
-            f"<tr><td>{escape(status)}<td>{entry['count']}<td>{escape('; '.join(entry['messages']))}"
-            for status, entry in document["errors"].items()
-        )
-        lines.append(f"<table><tr><th>status<th>requests<th>messages{''.join(rows)}</table>")
+        lines.append(f"<p class=warn>Not reliable: {escape(str(document['driver_bottleneck']))}</p>")
+    lines += [_error_table(report) for report in document.get("reports", [document]) if report["errors"]]
     if "highest_rate_within_slo" in document:
         slo, rate = document["slo_wanted"], document["highest_rate_within_slo"]
         lines.append(
             f"<p>Highest rate at which {slo['attainment']:.0%} of the requests stay within {slo['scale']} times their "
-            f"unloaded latency: <b>{'none of those tried' if rate is None else f'{rate:g} requests/s'}</b>.</p>"
+            f"unloaded latency: <b>{'none of these rates' if rate is None else f'{rate:g} requests/s'}</b>.</p>"
         )
     return "".join(lines)
+
+
+def _error_table(report: Mapping[str, Any]) -> str:
+    rows = (
+        f"<tr><td>{escape(status)}<td>{entry['count']}<td>{escape('; '.join(entry['messages']))}"
+        for status, entry in report["errors"].items()
+    )
+    return f"<table><tr><th>{escape(label(report))}<th>requests<th>messages{''.join(rows)}</table>"
 
 
 def _table(reports: Sequence[Mapping[str, Any]]) -> str:
@@ -91,42 +93,42 @@ def _table(reports: Sequence[Mapping[str, Any]]) -> str:
     return f"<table><tr><th>{head}{''.join(rows)}</table>"
 
 
-def _figure(svg: str, words: str) -> str:
-    return f"<figure>{svg}<figcaption>{escape(words)}</figcaption></figure>"
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _distributions(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     shares = np.linspace(0, 1, _POINTS)
     figures = []
-    for name, (title, words) in _WORDS.items():
+    for name, (title, caption) in _DISTRIBUTIONS.items():
         lines = []
         for report in reports:
             values = [value for value in report["requests"][f"{name}_ms"] if value is not None]
             if values:
                 lines.append(Line(label(report), np.quantile(values, shares).tolist(), (100 * shares).tolist()))
         svg = plot(title, "ms (logarithmic)", "% of requests at most", lines, log_x=True)
-        figures.append(_figure(svg, f"{words} Further left is better; the height says for how many."))
+        figures.append(_figure(svg, f"{caption} Further left is better; the height is the share of the requests."))
     return figures
 
 
 def _time_plots(reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    wanted = (
+    plots = (
         ("output_tokens_per_s", "Throughput", "output tokens / s", "Tokens that arrived in each second."),
         (
             "waiting",
             "Waiting for the first token",
             "requests",
-            "A line that keeps rising is a server that is overloaded.",
+            "A line that keeps rising means that the server is overloaded.",
         ),
-        ("running", "Being answered", "requests", "Requests between their first token and their last."),
+        ("running", "Running", "requests", "Requests between their first token and their last."),
     )
     figures = []
-    for key, title, y_label, words in wanted:
+    for key, title, y_label, caption in plots:
         lines = [
             Line(label(report), list(range(1, len(report["series"][key]) + 1)), report["series"][key])
             for report in reports
         ]
-        figures.append(_figure(plot(title, "seconds", y_label, lines), words))
+        figures.append(_figure(plot(title, "seconds", y_label, lines), caption))
     return figures
 
 
@@ -135,18 +137,20 @@ def _slo_plot(reports: Sequence[Mapping[str, Any]]) -> str:
         Line(
             label(report),
             [float(scale) for scale in report["slo"]["attainment"]],
-            [100 * part for part in report["slo"]["attainment"].values()],
+            [100 * share for share in report["slo"]["attainment"].values()],
             marks=True,
         )
         for report in reports
         if "slo" in report
     ]
-    svg = plot("SLO attainment", "times the latency on an idle server", "% of requests within", lines)
-    return _figure(svg, "How many requests took at most so many times what they would have taken alone.")
+    svg = plot("SLO attainment", "multiple of the unloaded latency", "% of requests within", lines)
+    return _figure(
+        svg, "The share of the requests whose latency is at most this multiple of the latency on an idle server."
+    )
 
 
 def _sweep_plots(sweeps: Sequence[Mapping[str, Any]]) -> list[str]:
-    wanted = (
+    plots = (
         ("mean_normalized_latency_s_per_token", "Normalized latency", "s / output token"),
         ("median_ttft_ms", "Median time to first token", "ms"),
         ("p99_ttft_ms", "99th percentile of the time to first token", "ms"),
@@ -154,7 +158,7 @@ def _sweep_plots(sweeps: Sequence[Mapping[str, Any]]) -> list[str]:
         ("output_throughput", "Throughput", "output tokens / s"),
     )
     figures = []
-    for key, title, y_label in wanted:
+    for key, title, y_label in plots:
         lines = []
         for sweep in sweeps:
             points = [(r["rate"], r[key]) for r in sweep["reports"] if r.get(key) is not None]

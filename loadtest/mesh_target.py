@@ -1,10 +1,10 @@
-"""A mesh under load, through its public gRPC API."""
+"""The target for a mesh, over its public gRPC API."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from loadtest.target import Ended, Piece, ServedModel, TargetError
+from loadtest.target import Piece, ServedModel, StreamEnd, TargetError
 from loadtest.workload import PlannedRequest
 from muxmesh.client import MeshClient, Message
 from muxmesh.client.aio import Prompt
@@ -15,7 +15,7 @@ _CONNECT_TIMEOUT_S = 10.0
 
 
 class MeshTarget:
-    """See `Target`. Tenants are told apart by their cache salt: they share no cached prefix."""
+    """See `Target`. A request's tenant is its cache salt, so tenants share no cached prefix."""
 
     def __init__(self, address: str, temperature: float | None, timeout_s: float | None) -> None:
         self.name = f"mesh at {address}"
@@ -25,16 +25,14 @@ class MeshTarget:
         self._timeout_s = timeout_s
 
     async def models(self) -> list[ServedModel]:
-        """See `Target`."""
         try:
             infos = await self._client.list_models(timeout_s=_CONNECT_TIMEOUT_S)
         except MeshError as error:
             raise Unavailable(f"no mesh answers at {self._address}: {error}") from error
-        # The first ids and the last are special tokens in most vocabularies.
-        return [ServedModel(one.name, range(one.vocab_size // 8, one.vocab_size * 3 // 4)) for one in infos]
+        # Special tokens are among the first and the last ids of most vocabularies.
+        return [ServedModel(info.name, range(info.vocab_size // 8, info.vocab_size * 3 // 4)) for info in infos]
 
-    async def ask(self, request: PlannedRequest) -> AsyncIterator[Piece | Ended]:
-        """See `Target`."""
+    async def stream(self, request: PlannedRequest) -> AsyncIterator[Piece | StreamEnd]:
         prompt: Prompt = [Message("user", str(request.prompt))] if request.is_chat else request.prompt
         num_input = num_cached = 0
         try:
@@ -57,14 +55,13 @@ class MeshTarget:
                 if delta.finish is not None:
                     finish, timings = delta.finish, delta.timings
                     router_s = timings.router_s if timings else None
-                    yield Ended(num_input, finish.num_output_tokens, finish.reason, num_cached, router_s)
+                    yield StreamEnd(num_input, finish.num_output_tokens, finish.reason, num_cached, router_s)
                     return
         except MeshError as error:
             raise TargetError(
                 status_code(error).name, str(error), is_unreachable=isinstance(error, Unavailable)
             ) from error
-        raise TargetError("INTERNAL", str(InternalError("the stream ended without a finish")))
+        raise TargetError("INTERNAL", str(InternalError("the stream ended without a finish reason")))
 
     async def close(self) -> None:
-        """See `Target`."""
         await self._client.close()

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server under load: `/v1/completions`, or `/v1/chat/completions` for chat prompts, streamed."""
+"""The target for an OpenAI-compatible server: streamed `/v1/completions`, for chats `/v1/chat/completions`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 
-from loadtest.target import Ended, Piece, ServedModel, TargetError
+from loadtest.target import Piece, ServedModel, StreamEnd, TargetError
 from loadtest.workload import PlannedRequest
 from muxmesh.errors import Unavailable
 
@@ -18,7 +18,7 @@ _DATA = b"data:"
 
 
 class OpenAiTarget:
-    """See `Target`. ``vocabulary``: token ids for random prompts, as the server does not say how many it knows."""
+    """See `Target`. ``vocabulary``: the token ids for random prompts; the OpenAI API reports no vocabulary size."""
 
     def __init__(self, url: str, vocabulary: range, temperature: float | None, timeout_s: float | None) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
@@ -32,26 +32,25 @@ class OpenAiTarget:
         self._default_model: str | None = None
 
     async def models(self) -> list[ServedModel]:
-        """See `Target`."""
         try:
             timeout = aiohttp.ClientTimeout(total=_CONNECT_TIMEOUT_S)
             async with self._session.get(f"{self._url}/v1/models", timeout=timeout) as response:
                 response.raise_for_status()
                 content = await response.json()
-            names = [str(one["id"]) for one in content["data"]]
+            names = [str(model["id"]) for model in content["data"]]
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Unavailable(f"no OpenAI-compatible server answers at {self._url}: {error}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise Unavailable(f"{self._url}/v1/models gives no list of models: {error!r}") from error
+            raise Unavailable(f"{self._url}/v1/models returns no list of models: {error!r}") from error
         if not names:
             raise Unavailable(f"{self._url} serves no model")
         self._default_model = names[0]
         return [ServedModel(name, self._vocabulary) for name in names]
 
-    async def ask(self, request: PlannedRequest) -> AsyncIterator[Piece | Ended]:
-        """See `Target`. A chunk counts as one token, though its text may be empty, until the server says how many."""
+    async def stream(self, request: PlannedRequest) -> AsyncIterator[Piece | StreamEnd]:
+        """See `Target`. Each chunk counts as one token, even without text; the final usage has the exact count."""
         path, body = self._body(request)
-        ended: Ended | None = None
+        end: StreamEnd | None = None
         finish = ""
         try:
             async with self._session.post(f"{self._url}{path}", json=body) as response:
@@ -72,7 +71,7 @@ class OpenAiTarget:
                             yield Piece(1)
                     if usage := chunk.get("usage"):
                         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-                        ended = Ended(int(usage["prompt_tokens"]), int(usage["completion_tokens"]), finish, cached)
+                        end = StreamEnd(int(usage["prompt_tokens"]), int(usage["completion_tokens"]), finish, cached)
         except aiohttp.ClientConnectorError as error:
             raise TargetError("UNREACHABLE", str(error), is_unreachable=True) from error
         except TimeoutError as error:
@@ -80,13 +79,12 @@ class OpenAiTarget:
         except aiohttp.ClientError as error:
             raise TargetError("CONNECTION LOST", str(error) or type(error).__name__, is_unreachable=True) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TargetError("BAD ANSWER", f"no chunk of a completion: {error!r}") from error
-        if ended is None or not finish:
-            raise TargetError("CUT OFF", "the stream ended without a finish and its usage")
-        yield Ended(ended.num_input, ended.num_output, finish, ended.num_cached)
+            raise TargetError("BAD RESPONSE", f"not a chunk of a completion: {error!r}") from error
+        if end is None or not finish:
+            raise TargetError("CUT OFF", "the stream ended without a finish reason or without usage")
+        yield StreamEnd(end.num_input, end.num_output, finish, end.num_cached)
 
     async def close(self) -> None:
-        """See `Target`."""
         await self._session.close()
 
     def _body(self, request: PlannedRequest) -> tuple[str, dict[str, Any]]:
@@ -100,7 +98,7 @@ class OpenAiTarget:
         if self._temperature is not None:
             body["temperature"] = self._temperature
         if request.tenant is not None:
-            body |= {"user": request.tenant, "cache_salt": request.tenant}  # the second is vLLM's extension
+            body |= {"user": request.tenant, "cache_salt": request.tenant}  # cache_salt is vLLM's extension
         if request.priority:
             body["priority"] = request.priority  # vLLM's extension
         if request.is_forced:
@@ -111,6 +109,6 @@ class OpenAiTarget:
 
 
 def _is_opening(choice: dict[str, Any]) -> bool:
-    """The first chunk of a chat says who speaks, and nothing yet."""
+    """The first chunk of a chat carries the role and no token."""
     delta = choice.get("delta")
     return delta is not None and "role" in delta and not delta.get("content")

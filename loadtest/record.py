@@ -1,4 +1,4 @@
-"""What became of each request, as the driver saw it. All times are seconds from the start of the run."""
+"""The outcome of each request as the driver measured it. All times are seconds from the start of the run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 
 OK = "OK"
 INTERRUPTED = "INTERRUPTED"
-"""The run was ended while the request ran, or before it was sent."""
+"""Status of a request that was running, or not yet sent, when the run was stopped."""
 
 
 @dataclass(slots=True)
 class Record:
-    """One request. Latencies count from ``scheduled_s``, when it should have been sent, whenever it was.
+    """One request. Latencies count from ``scheduled_s``, when the request was due, and not from ``sent_s``.
 
-    ``pieces``: (time, tokens) of each message that brought tokens. ``status``: OK, the server's word, or INTERRUPTED.
+    ``pieces``: (time, tokens) of each message that carried tokens. ``status``: OK, INTERRUPTED or the server's own
+    status. The latency properties need ``ended_s``.
     """
 
     index: int
@@ -26,7 +27,7 @@ class Record:
     pieces: list[tuple[float, int]] = field(default_factory=list)
     num_input: int = 0
     num_cached: int | None = None
-    """None: the server did not say."""
+    """None: the server does not report it."""
     num_output: int = 0
     finish: str | None = None
     router_s: float | None = None
@@ -35,45 +36,47 @@ class Record:
 
     @property
     def is_ok(self) -> bool:
-        """It has its whole answer."""
         return self.status == OK
 
     @property
     def ttft_s(self) -> float:
-        """Time to the first token; of an answer without tokens, to its end."""
+        """Time to the first token, or to the end of an output without tokens."""
         assert self.ended_s is not None
         return (self.pieces[0][0] if self.pieces else self.ended_s) - self.scheduled_s
 
     @property
     def e2el_s(self) -> float:
-        """Time to the end of the answer."""
         assert self.ended_s is not None
         return self.ended_s - self.scheduled_s
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time of a token after the first; None for answers of one token."""
+        """Mean time per output token after the first; None for outputs of at most one token."""
         return (self.e2el_s - self.ttft_s) / (self.num_output - 1) if self.num_output > 1 else None
 
     @property
     def itls_s(self) -> list[float]:
-        """Gaps between messages that brought tokens."""
+        """Gaps between messages that carried tokens."""
         return [later - sooner for (sooner, _), (later, _) in zip(self.pieces, self.pieces[1:], strict=False)]
 
     @property
     def normalized_s(self) -> float:
-        """Seconds of the whole request for each token of its answer (as in Orca, OSDI'22)."""
+        """End-to-end latency per output token (normalized latency of Orca, OSDI'22)."""
         return self.e2el_s / max(1, self.num_output)
 
 
 @dataclass
 class Run:
-    """What a run gives. ``partial``: why it ended before its time, or empty. ``duration_s``: until the last answer."""
+    """The records of a run.
+
+    ``duration_s``: until the last output ended, or until the run was stopped. ``partial``: why the run was stopped;
+    empty if it was not. ``cpu_s``: CPU time of the driver. ``loop_lags_s``: how late the driver's event loop was.
+    """
 
     records: list[Record]
     duration_s: float = 0.0
     partial: str = ""
     cpu_s: float = 0.0
     token_times: bool = True
-    """False: pieces tell when an answer began and ended, and not each token."""
+    """False: ``pieces`` give the start and the end of an output, and not the time of each token."""
     loop_lags_s: list[float] = field(default_factory=list)

@@ -1,4 +1,7 @@
-"""From records to figures, named as `vllm bench serve` names them. Pure; a report is JSON content."""
+"""Computes the report of a run from its records, with the metric names of `vllm bench serve`. Pure.
+
+A report is JSON content. A metric that was not measured is None.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +20,36 @@ FORMAT = 1
 METRICS = ("ttft", "tpot", "itl", "e2el")
 PERCENTILES = (50, 90, 95, 99)
 MAX_DRIVER_CPU = 0.9
-"""Of one core, which is all that an event loop has."""
+"""Share of one core; the driver's event loop cannot use more than one."""
 MAX_LAG_S = 0.01
 MAX_LAG_OF_TTFT = 0.1
+"""Share of the median TTFT; a lag below this or below `MAX_LAG_S` is accepted."""
 _ERRORS_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Goodput:
-    """The most that a good request may take; None: any time."""
+    """The latency limits of a good request, in ms. None: no limit."""
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     e2el_ms: float | None = None
 
     def is_met(self, record: Record) -> bool:
-        """The request succeeded and was fast enough."""
         tpot_s = record.tpot_s
         return record.is_ok and all(
-            most is None or value_s is None or value_s * 1000 <= most
-            for most, value_s in ((self.ttft_ms, record.ttft_s), (self.tpot_ms, tpot_s), (self.e2el_ms, record.e2el_s))
+            limit_ms is None or value_s is None or value_s * 1000 <= limit_ms
+            for limit_ms, value_s in (
+                (self.ttft_ms, record.ttft_s),
+                (self.tpot_ms, tpot_s),
+                (self.e2el_ms, record.e2el_s),
+            )
         )
 
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What was measured, for the head of a report."""
+    """What was measured, for the head of a report. ``rate``: requests per second; None for a trace."""
 
     name: str
     target: str
@@ -56,13 +63,18 @@ class About:
 def build_report(
     about: About, run: Run, goodput: Goodput | None = None, unloaded: Unloaded | None = None
 ) -> dict[str, Any]:
-    """The whole report of a run."""
+    """Returns the report of a run.
+
+    With ``goodput`` it has the rate of good requests, with ``unloaded`` the SLO attainment. A run with several models,
+    tenants or priorities has the figures of each.
+    """
     records = run.records
     done = [record for record in records if record.is_ok]
     report: dict[str, Any] = {
         "muxmesh_loadtest": FORMAT,
         **asdict(about),
         "models": list(about.models),
+        "rate": None if about.rate == math.inf else about.rate,  # JSON has no infinity
         "partial": run.partial or None,
         **figures(records, run.duration_s, goodput, run.token_times),
         "errors": _errors(records),
@@ -81,7 +93,7 @@ def build_report(
                 for group in groups
             }
     if goodput is not None:
-        report["goodput_slo"] = {name: most for name, most in asdict(goodput).items() if most is not None}
+        report["goodput_slo"] = {name: limit for name, limit in asdict(goodput).items() if limit is not None}
     if unloaded is not None:
         counted = [record for record in records if record.status != INTERRUPTED]
         report["slo"] = {"unloaded": asdict(unloaded), "attainment": attainment(counted, unloaded)}
@@ -98,14 +110,14 @@ _GROUPS: Mapping[str, Callable[[Record], str]] = {
 def figures(
     records: Sequence[Record], duration_s: float, goodput: Goodput | None = None, token_times: bool = True
 ) -> dict[str, Any]:
-    """The columns of `vllm bench serve`, and the normalized latency. Throughputs are over ``duration_s``.
+    """Returns the columns of `vllm bench serve` and the normalized latency. Throughputs are over ``duration_s``.
 
-    Without ``token_times`` nothing is known of the gaps between tokens.
+    Without ``token_times`` there is no inter-token latency and no peak throughput.
     """
     done = [record for record in records if record.is_ok]
     num_input, num_output = sum(r.num_input for r in done), sum(r.num_output for r in done)
     per_s = 1 / duration_s if duration_s > 0 else 0.0
-    found: dict[str, Any] = {
+    columns: dict[str, Any] = {
         "duration": duration_s,
         "completed": len(done),
         "failed": sum(not r.is_ok and r.status != INTERRUPTED for r in records),
@@ -120,7 +132,7 @@ def figures(
         "output_throughput": num_output * per_s,
         "total_token_throughput": (num_input + num_output) * per_s,
         "max_output_tokens_per_s": max(_tokens_per_s(done, duration_s), default=0.0) if token_times else None,
-        "max_concurrent_requests": _most_at_once(records),
+        "max_concurrent_requests": _peak_concurrency(records),
     }
     values_s = {
         "ttft": [r.ttft_s for r in done],
@@ -129,23 +141,23 @@ def figures(
         "e2el": [r.e2el_s for r in done],
     }
     for name in METRICS:
-        found |= _statistics(name, values_s[name])
+        columns |= _statistics(name, values_s[name])
     if router_s := [r.router_s for r in done if r.router_s is not None]:
-        found |= _statistics("router", router_s)
+        columns |= _statistics("router", router_s)
     normalized = [r.normalized_s for r in done]
-    found["mean_normalized_latency_s_per_token"] = float(np.mean(normalized)) if normalized else None
-    found["p99_normalized_latency_s_per_token"] = float(np.percentile(normalized, 99)) if normalized else None
-    return found
+    columns["mean_normalized_latency_s_per_token"] = float(np.mean(normalized)) if normalized else None
+    columns["p99_normalized_latency_s_per_token"] = float(np.percentile(normalized, 99)) if normalized else None
+    return columns
 
 
 def bottleneck(report: Mapping[str, Any]) -> str | None:
-    """Why the figures tell of the driver and not of the server, or None."""
+    """Returns why the figures measure the driver and not the server, or None."""
     driver, ttft_ms = report["driver"], report["median_ttft_ms"]
     if driver["cpu_share"] > MAX_DRIVER_CPU:
         return f"the driver used {driver['cpu_share']:.0%} of a core, more than {MAX_DRIVER_CPU:.0%}"
-    most_ms = 1000 * max(MAX_LAG_S, MAX_LAG_OF_TTFT * (ttft_ms or 0) / 1000)
-    if driver["p99_lag_ms"] > most_ms:
-        return f"the driver was {driver['p99_lag_ms']:.1f} ms late (p99), more than {most_ms:.1f} ms"
+    max_lag_ms = 1000 * max(MAX_LAG_S, MAX_LAG_OF_TTFT * (ttft_ms or 0) / 1000)
+    if driver["p99_lag_ms"] > max_lag_ms:
+        return f"the driver was {driver['p99_lag_ms']:.1f} ms late (p99), more than {max_lag_ms:.1f} ms"
     return None
 
 
@@ -154,18 +166,18 @@ def _statistics(name: str, values_s: Sequence[float]) -> dict[str, float | None]
     if not values_s:
         return dict.fromkeys(keys)
     values = np.asarray(values_s) * 1000
-    found = (np.mean(values), np.median(values), np.std(values), *np.percentile(values, PERCENTILES))
-    return {key: float(value) for key, value in zip(keys, found, strict=True)}
+    statistics = (np.mean(values), np.median(values), np.std(values), *np.percentile(values, PERCENTILES))
+    return {key: float(value) for key, value in zip(keys, statistics, strict=True)}
 
 
 def _errors(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Status → how many, and some of the messages."""
+    """Status → number of requests and the first distinct messages, the most frequent status first."""
     failed = [record for record in records if not record.is_ok]
-    found: dict[str, dict[str, Any]] = {}
+    errors: dict[str, dict[str, Any]] = {}
     for status, count in Counter(record.status for record in failed).most_common():
         messages = dict.fromkeys(r.error for r in failed if r.status == status and r.error)
-        found[status] = {"count": count, "messages": list(messages)[:_ERRORS_SHOWN]}
-    return found
+        errors[status] = {"count": count, "messages": list(messages)[:_ERRORS_SHOWN]}
+    return errors
 
 
 def _driver(run: Run) -> dict[str, float]:
@@ -180,16 +192,19 @@ def _driver(run: Run) -> dict[str, float]:
 
 
 def _tokens_per_s(records: Sequence[Record], duration_s: float) -> list[float]:
+    """Tokens that arrived in each second."""
     buckets = [0.0] * (math.floor(duration_s) + 1)
     for record in records:
-        told = sum(count for _, count in record.pieces) or 1
-        for at_s, count in record.pieces:  # what a server does not count piece by piece is spread over its pieces
-            buckets[min(math.floor(at_s), len(buckets) - 1)] += count * record.num_output / told
+        # The counts of the pieces may be estimates; the total is known for requests that succeeded.
+        num_in_pieces = sum(count for _, count in record.pieces) or 1
+        scale = record.num_output / num_in_pieces if record.is_ok else 1.0
+        for at_s, count in record.pieces:
+            buckets[min(math.floor(at_s), len(buckets) - 1)] += count * scale
     return buckets
 
 
-def _changes(records: Sequence[Record]) -> list[tuple[float, int, int]]:
-    """(time, change of waiting, change of running), in order: a request waits until its first token."""
+def _level_changes(records: Sequence[Record]) -> list[tuple[float, int, int]]:
+    """(time, change of waiting, change of running), in order of time. A request waits until its first token."""
     changes: list[tuple[float, int, int]] = []
     for record in records:
         if record.sent_s is None:
@@ -200,34 +215,34 @@ def _changes(records: Sequence[Record]) -> list[tuple[float, int, int]]:
     return sorted(changes)
 
 
-def _most_at_once(records: Sequence[Record]) -> int:
-    """Requests that were sent and not ended."""
+def _peak_concurrency(records: Sequence[Record]) -> int:
+    """The highest number of requests that were sent and had not ended."""
     sent = [record for record in records if record.sent_s is not None]
     ends = [math.inf if record.ended_s is None else record.ended_s for record in sent]
     changes = [(record.sent_s or 0.0, 1) for record in sent] + [(end, -1) for end in ends]
-    level = most = 0
+    level = peak = 0
     for _, change in sorted(changes):
         level += change
-        most = max(most, level)
-    return most
+        peak = max(peak, level)
+    return peak
 
 
 def _series(records: Sequence[Record], duration_s: float) -> dict[str, list[float]]:
-    """Second by second: tokens, and requests that wait or run at its end."""
+    """For each second: the tokens that arrived, and the requests that wait or run at its end."""
     seconds = math.floor(duration_s) + 1
     waiting, running = [0] * seconds, [0] * seconds
-    levels, at = [0, 0], 0
-    for time_s, more_waiting, more_running in [*_changes(records), (math.inf, 0, 0)]:
-        while at < seconds and at + 1 < time_s:
-            waiting[at], running[at] = levels
-            at += 1
+    levels, second = [0, 0], 0
+    for time_s, more_waiting, more_running in [*_level_changes(records), (math.inf, 0, 0)]:
+        while second < seconds and second + 1 < time_s:
+            waiting[second], running[second] = levels
+            second += 1
         levels = [levels[0] + more_waiting, levels[1] + more_running]
-    tokens = _tokens_per_s([record for record in records if record.pieces], duration_s)
+    tokens = _tokens_per_s(records, duration_s)
     return {"output_tokens_per_s": tokens, "waiting": list(map(float, waiting)), "running": list(map(float, running))}
 
 
 def _requests(records: Sequence[Record]) -> dict[str, list[Any]]:
-    """A column for each fact about a request, in ms where it is a time."""
+    """One column per property of a request; times are in ms."""
 
     def ms(value_s: float | None) -> float | None:
         return None if value_s is None else round(value_s * 1000, 3)

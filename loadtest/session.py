@@ -1,4 +1,7 @@
-"""One load test from beginning to end: look at the server, calibrate, drive, report."""
+"""One load test of one server: list its models, calibrate, drive, report.
+
+It knows the order of these steps. It knows neither the wire protocol nor how metrics are computed.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,17 @@ from loadtest.workload import PlannedRequest, plan
 from muxmesh.clock import Clock
 from muxmesh.errors import ConfigError, Unavailable
 
-_OTHER_SEED = 1 << 20
-"""What calibration sends is not sent again: it would be cached."""
+_CALIBRATION_SEED_OFFSET = 1 << 20
+"""Calibration has a seed of its own, so that its random prompts are not in the prefix cache when the run starts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a test is run and judged. ``calibrate``: so many requests are sent one by one before, to learn what they take
-    on an idle server; 0: none, and no SLO. ``unloaded``: known from an earlier test, so that servers are judged alike.
+    """How a test runs and what its report has.
+
+    ``name`` and ``date``: for the report. ``max_concurrency``: None is unbounded. ``calibrate``: number of requests
+    that are sent one at a time before the run, to fit the latency of the idle server; 0: no calibration and no SLO
+    attainment. ``unloaded``: that latency from an earlier test, so that several servers have the same SLO.
     """
 
     name: str
@@ -37,14 +43,17 @@ class Options:
 
 
 class Session:
-    """Tests one server. ``on_start`` gets each `Driver` before it runs, to show or to stop it."""
+    """Tests one server. ``on_start`` receives a description and each `Driver` before it runs.
+
+    The unloaded latency is fitted once, by the first run.
+    """
 
     def __init__(
         self,
         target: Target,
         options: Options,
         clock: Clock,
-        on_start: Callable[[str, Driver], None] = lambda what, driver: None,
+        on_start: Callable[[str, Driver], None] = lambda description, driver: None,
     ) -> None:
         self._target = target
         self._options = options
@@ -53,11 +62,11 @@ class Session:
         self._unloaded = options.unloaded
 
     async def run(self, spec: Spec) -> dict[str, Any]:
-        """The report of one run. Raises Unavailable, ConfigError."""
+        """Runs the workload and returns its report. Raises Unavailable, ConfigError."""
         requests = await self._plan(spec)
         if self._unloaded is None and self._options.calibrate:
-            others = plan(replace(spec, seed=spec.seed + _OTHER_SEED), self._vocabulary)
-            self._unloaded = await self._calibrate(others)
+            calibration = plan(replace(spec, seed=spec.seed + _CALIBRATION_SEED_OFFSET), self._vocabulary)
+            self._unloaded = await self._calibrate(calibration)
         driver = Driver(self._target, requests, self._clock, self._options.max_concurrency)
         self._on_start("running" if spec.rate is None else f"rate {spec.rate:g}", driver)
         run = await driver.run()
@@ -68,34 +77,39 @@ class Session:
         )  # fmt: skip
         return build_report(about, run, options.goodput, self._unloaded)
 
-    async def sweep(self, spec: Spec, rates: Sequence[float], scale: int, wanted: float) -> dict[str, Any]:
-        """The reports at several rates, and the highest rate within the SLO. Ends early if a run is partial."""
+    async def sweep(self, spec: Spec, rates: Sequence[float], scale: int, attainment: float) -> dict[str, Any]:
+        """Runs the workload at each rate in ascending order; returns the sweep. Stops after a partial run.
+
+        ``scale`` and ``attainment``: see `build_sweep`. Raises Unavailable, ConfigError.
+        """
         if spec.trace is not None:
-            raise ConfigError("--sweep: sets the rate; a trace has its own (time_scale=X changes it)")
+            raise ConfigError("--sweep: needs a workload with a rate; a trace has its own (time_scale=X changes it)")
         if self._unloaded is None and not self._options.calibrate:
             raise ConfigError("--sweep: needs the unloaded latency: --calibrate of at least 1, or --unloaded")
         reports = []
-        for turn, rate in enumerate(sorted(rates)):
-            # Another seed for each: prompts that were sent before are in the server's prefix cache.
-            seed = spec.seed + turn
+        for run_index, rate in enumerate(sorted(rates)):
+            # Each run has its own seed: the prompts of earlier runs are in the server's prefix cache.
+            seed = spec.seed + run_index
             text = re.sub(r"\b(rate|seed)=\S+ ?", "", spec.text)
             reports.append(
                 await self.run(replace(spec, rate=rate, seed=seed, text=f"rate={rate:g} {text.strip()} seed={seed}"))
             )
             if reports[-1]["partial"]:
                 break
-        return build_sweep(reports, scale, wanted)
+        return build_sweep(reports, scale, attainment)
 
     async def _plan(self, spec: Spec) -> list[PlannedRequest]:
         served = {model.name: model for model in await self._target.models()}
         self._default = next(iter(served))
         if not spec.models and len(served) > 1:
-            raise ConfigError(f"workload: which model? models=... of: {', '.join(served)}")
+            raise ConfigError(
+                f"workload: several models are served; models=... has to name one or more of: {', '.join(served)}"
+            )
         unknown = [name for name, _ in spec.models if name not in served]
         if unknown:
-            raise ConfigError(f"workload: models={unknown[0]}: not served there; these are: {', '.join(served)}")
-        wanted = [served[name] for name, _ in spec.models] or [served[self._default]]
-        smallest = min((model.vocabulary for model in wanted), key=lambda vocabulary: vocabulary.stop)
+            raise ConfigError(f"workload: models={unknown[0]}: not served; served models: {', '.join(served)}")
+        used = [served[name] for name, _ in spec.models] or [served[self._default]]
+        smallest = min((model.vocabulary for model in used), key=lambda vocabulary: vocabulary.stop)
         self._vocabulary = smallest
         return plan(spec, smallest)
 
@@ -110,5 +124,5 @@ class Session:
                 raise Unavailable(f"calibration: {run.partial}")
             records += run.records
         if not any(record.is_ok for record in records):
-            raise ConfigError(f"calibration: not one request succeeded: {records[0].status}: {records[0].error}")
+            raise ConfigError(f"calibration: no request succeeded: {records[0].status}: {records[0].error}")
         return fit_unloaded(records)

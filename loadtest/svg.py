@@ -1,4 +1,4 @@
-"""Line plots as SVG text: no script, no font and no file from elsewhere. Pure."""
+"""Line plots as SVG text, without scripts, fonts or external files. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NUM_TICKS = 5
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One curve. ``marks``: its points are shown."""
+    """One curve. ``marks``: draws a circle at each point."""
 
     name: str
     xs: Sequence[float]
@@ -25,7 +25,7 @@ class Line:
 
 
 def plot(title: str, x_label: str, y_label: str, lines: Sequence[Line], log_x: bool = False) -> str:
-    """The plot as an ``<svg>`` element. Points that are not finite, or not above 0 on a log axis, are left out."""
+    """Returns the plot as an ``<svg>`` element. It omits points that are not finite, or not above 0 on a log axis."""
     cleaned = [_clean(line, log_x) for line in lines]
     cleaned = [line for line in cleaned if line.xs]
     body = [
@@ -37,7 +37,7 @@ def plot(title: str, x_label: str, y_label: str, lines: Sequence[Line], log_x: b
     if cleaned:
         body += _curves(cleaned, log_x)
     else:
-        body.append(f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">nothing was measured</text>')
+        body.append(f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">no data</text>')
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">'
         + "".join(body)
@@ -57,27 +57,27 @@ def _clean(line: Line, log_x: bool) -> Line:
 def _curves(lines: Sequence[Line], log_x: bool) -> list[str]:
     x_ticks = _log_ticks(lines) if log_x else _ticks([x for line in lines for x in line.xs], from_zero=False)
     y_ticks = _ticks([y for line in lines for y in line.ys], from_zero=True)
-    place_x = _scale(x_ticks[0], x_ticks[-1], _LEFT, WIDTH - _RIGHT, log_x)
-    place_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP, False)
+    pixel_x = _scale(x_ticks[0], x_ticks[-1], _LEFT, WIDTH - _RIGHT, log_x)
+    pixel_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP, False)
     parts = []
     for tick in x_ticks:
-        x = place_x(tick)
+        x = pixel_x(tick)
         parts.append(f'<line x1="{x:.1f}" y1="{_TOP}" x2="{x:.1f}" y2="{HEIGHT - _BOTTOM}" class="grid"/>')
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_short(tick)}</text>')
     for tick in y_ticks:
-        y = place_y(tick)
+        y = pixel_y(tick)
         parts.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{WIDTH - _RIGHT}" y2="{y:.1f}" class="grid"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
     for number, line in enumerate(lines):
         colour, dash = _COLOURS[number % len(_COLOURS)], _DASHES[number // len(_COLOURS) % len(_DASHES)]
-        points = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in zip(line.xs, line.ys, strict=True))
+        points = " ".join(f"{pixel_x(x):.1f},{pixel_y(y):.1f}" for x, y in zip(line.xs, line.ys, strict=True))
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dash}">'
             f"<title>{escape(line.name)}</title></polyline>"
         )
         if line.marks:
             parts += [
-                f'<circle cx="{place_x(x):.1f}" cy="{place_y(y):.1f}" r="3.2" fill="{colour}">'
+                f'<circle cx="{pixel_x(x):.1f}" cy="{pixel_y(y):.1f}" r="3.2" fill="{colour}">'
                 f"<title>{escape(line.name)}: {_short(x)}, {_short(y)}</title></circle>"
                 for x, y in zip(line.xs, line.ys, strict=True)
             ]
@@ -89,15 +89,15 @@ def _curves(lines: Sequence[Line], log_x: bool) -> list[str]:
 
 
 def _scale(low: float, high: float, at_low: float, at_high: float, log: bool) -> Callable[[float], float]:
-    def place(value: float) -> float:
-        part = math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
-        return at_low + part * (at_high - at_low)
+    def to_pixel(value: float) -> float:
+        fraction = math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
+        return at_low + fraction * (at_high - at_low)
 
-    return place
+    return to_pixel
 
 
 def _ticks(values: Sequence[float], from_zero: bool) -> list[float]:
-    """Round numbers around all values, at least two."""
+    """Round numbers that enclose all values, at least two."""
     low = min(values) if not from_zero else min(0.0, *values)
     high = max(values)
     span = high - low or abs(high) or 1.0
@@ -110,7 +110,7 @@ def _ticks(values: Sequence[float], from_zero: bool) -> list[float]:
 
 
 def _log_ticks(lines: Sequence[Line]) -> list[float]:
-    """1, 2, 5 times powers of ten around all values, at least two."""
+    """1, 2 and 5 times powers of ten that enclose all values, at least two. A wide range has powers of ten only."""
     low, high = (pick(x for line in lines for x in line.xs) for pick in (min, max))
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
     marks = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
@@ -125,6 +125,4 @@ def _log_ticks(lines: Sequence[Line]) -> list[float]:
 
 
 def _short(value: float) -> str:
-    if value and (abs(value) >= 100_000 or abs(value) < 0.001):
-        return f"{value:.0e}"
     return f"{value:.4g}"

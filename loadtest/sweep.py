@@ -8,14 +8,17 @@ from typing import Any
 FORMAT = 1
 
 
-def build_sweep(reports: Sequence[Mapping[str, Any]], scale: int, wanted: float) -> dict[str, Any]:
-    """A sweep of reports, each at its ``rate``: SLO met if ``wanted`` of the requests stay within ``scale`` times the
-    unloaded latency. Only the rates below the first that fails count: what a server does once, it has to do again.
+def build_sweep(reports: Sequence[Mapping[str, Any]], scale: int, attainment: float) -> dict[str, Any]:
+    """Joins reports of the same workload, each at its ``rate``.
+
+    A rate meets the SLO if at least ``attainment`` of the requests stay within ``scale`` times the unloaded latency.
+    The highest rate is the last one before the first that misses, so a later rate that meets the SLO by chance is
+    ignored.
     """
     first = reports[0]
     highest = None
     for report in sorted(reports, key=lambda one: float(one["rate"])):
-        if report["partial"] or report["slo"]["attainment"][scale] < wanted:
+        if report["partial"] or report["slo"]["attainment"][scale] < attainment:
             break
         highest = report["rate"]
     return {
@@ -25,7 +28,7 @@ def build_sweep(reports: Sequence[Mapping[str, Any]], scale: int, wanted: float)
         "workload": first["workload"],
         "date": first["date"],
         "partial": next((report["partial"] for report in reports if report["partial"]), None),
-        "slo_wanted": {"scale": scale, "attainment": wanted},
+        "slo_wanted": {"scale": scale, "attainment": attainment},
         "highest_rate_within_slo": highest,
         "reports": list(reports),
     }

@@ -1,4 +1,4 @@
-"""Reports as text: the table of one run, and several side by side with ratios. Pure."""
+"""Reports as text: the table of one run, and several runs side by side with ratios. Pure."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ COLUMNS = (
     ("Mean normalized latency (s/token)", "mean_normalized_latency_s_per_token"),
     ("P99 normalized latency (s/token)", "p99_normalized_latency_s_per_token"),
 )
-"""Words of `vllm bench serve`, and the key in a report."""
+"""(label as in `vllm bench serve`, key in a report)."""
 _WIDTH = 40
 
 
 def format_value(value: float | None) -> str:
-    """A figure for people; - if there is none."""
+    """Formats a figure with two decimals, or four below 1; None is -."""
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
 
 
 def label(report: Mapping[str, Any]) -> str:
-    """Its name, and the rate if it has one."""
+    """The name of a report, with its rate if it has one."""
     rate = report.get("rate")
     return f"{report['name']} at {rate:g}/s" if rate is not None else str(report["name"])
 
 
 def rows_of(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Words and figures of one report."""
+    """Yields (label, formatted figure) for each column that the report has."""
     for text, key in COLUMNS:
         if report.get(key) is not None:
             yield text, format_value(report[key])
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """The table of one run."""
+    """Returns the table of one run."""
     lines = [f" {report['name']}: {report['target']} ".center(_WIDTH + 12, "=")]
     if report["partial"]:
         lines.append(f"PARTIAL: {report['partial']}")
@@ -62,10 +62,10 @@ def render(report: Mapping[str, Any]) -> str:
     if slo := report.get("slo"):
         parts = (f"{scale}x {part:.0%}" for scale, part in slo["attainment"].items() if int(scale) in {1, 2, 4, 8, 16})
         lines.append(f"{'Within a multiple of unloaded latency:':<{_WIDTH}} {', '.join(parts)}")
-    if "simulation" not in report:  # in virtual time nobody drives
+    if "simulation" not in report:  # a simulation has no driver
         driver = report["driver"]
-        used = f"{driver['cpu_share']:.1%} of a core, {driver['p99_lag_ms']:.1f} ms late (p99)"
-        lines.append(f"{'The driver itself:':<{_WIDTH}} {used}")
+        usage = f"{driver['cpu_share']:.1%} of a core, {driver['p99_lag_ms']:.1f} ms late (p99)"
+        lines.append(f"{'The driver itself:':<{_WIDTH}} {usage}")
     for status, entry in report["errors"].items():
         lines.append(f"{entry['count']} x {status}: {entry['messages'][0] if entry['messages'] else ''}")
     for name in ("model", "tenant", "priority"):
@@ -80,7 +80,7 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def compare(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Reports side by side; a ratio is the report's figure over the first one's."""
+    """Returns the table of several reports, with the ratio of each figure to that of the first report."""
     header = ["", *map(label, reports)]
     rows = [header]
     for text, key in COLUMNS:
@@ -95,15 +95,15 @@ def compare(reports: Sequence[Mapping[str, Any]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     return "\n".join(
         "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ) + _warning(reports)
 
 
 def _warning(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Ratios of different loads say little."""
+    """Names the workloads if they differ, as ratios of different loads are not meaningful."""
     workloads = dict.fromkeys(str(report["workload"]) for report in reports)
     if len(workloads) == 1:
         return ""

@@ -1,4 +1,4 @@
-"""What the driver needs of a server. Two kinds exist: a mesh (`mesh_target`) and an OpenAI-compatible one."""
+"""The interface between the driver and a server: a mesh (`mesh_target`) or an OpenAI-compatible one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from loadtest.workload import PlannedRequest
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens came; how many is not known of every server until the end."""
+    """Tokens arrived. A server that reports no counts before the end has ``num_tokens`` 1 per message."""
 
     num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """The answer is whole. Counts as the server says them; ``num_cached`` None if it does not.
+class StreamEnd:
+    """The output is complete. Token counts are the server's own; ``num_cached`` is None if it reports none.
 
-    ``router_s``: what a mesh's router took of the time to the first token.
+    ``router_s``: the part of TTFT that a mesh's router took.
     """
 
     num_input: int
@@ -31,8 +31,9 @@ class Ended:
 
 
 class TargetError(Exception):
-    """A request failed. ``status``: the server's own word for it. ``is_unreachable``: nobody answered, or not to the
-    end.
+    """A request failed.
+
+    ``status``: the server's own status. ``is_unreachable``: no connection, or the connection was lost.
     """
 
     def __init__(self, status: str, message: str, *, is_unreachable: bool = False) -> None:
@@ -43,7 +44,7 @@ class TargetError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model as the server tells of it. ``vocabulary``: token ids for random prompts."""
+    """A model that a server lists. ``vocabulary``: the token ids for random prompts."""
 
     name: str
     vocabulary: range
@@ -57,10 +58,10 @@ class Target(Protocol):
         """Kind and address, for reports."""
 
     async def models(self) -> list[ServedModel]:
-        """What is served. Raises Unavailable with words for a person if nobody answers."""
+        """Lists the served models. Raises Unavailable, with a message for users, if the server does not respond."""
 
-    def ask(self, request: PlannedRequest) -> AsyncIterator[Piece | Ended]:
-        """Sends the request; pieces as they come, then the end. Raises TargetError."""
+    def stream(self, request: PlannedRequest) -> AsyncIterator[Piece | StreamEnd]:
+        """Sends the request. Yields pieces as they arrive, then one StreamEnd. Raises TargetError."""
 
     async def close(self) -> None:
-        """Lets go of connections."""
+        """Closes all connections."""

@@ -1,4 +1,7 @@
-"""Recorded arrivals: Azure's CSV, Mooncake's JSONL with shared prefixes, and plain JSONL with a model column."""
+"""Recorded arrivals: Azure's CSV, Mooncake's JSONL with shared prefixes, and plain JSONL with a model column.
+
+It knows the formats. It knows neither prompts nor the models that a server serves.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,23 @@ from loadtest.files import read_jsonl, read_lines
 from muxmesh.errors import ConfigError
 
 MOONCAKE_BLOCK = 512
-"""Tokens that one hash id of a Mooncake trace stands for."""
+"""Prompt tokens per hash id of a Mooncake trace."""
 _NAMES = {
     "t": "t", "timestamp": "timestamp", "model": "model", "client": "model",
     "n_in": "n_in", "input_length": "n_in", "n_out": "n_out", "output_length": "n_out",
 }  # fmt: skip
 HELP = (
     "a CSV with columns TIMESTAMP,ContextTokens,GeneratedTokens (Azure), or a JSONL with t (s) or timestamp (ms), "
-    "n_in or input_length, n_out or output_length, and perhaps model or client, hash_ids (Mooncake)"
+    "n_in or input_length, n_out or output_length, and optionally model or client, hash_ids (Mooncake)"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request of a trace; ``at_s`` counts from the first. ``hash_ids`` name its prefix in blocks."""
+    """One request of a trace. ``at_s`` counts from the first arrival.
+
+    ``hash_ids``: one per `MOONCAKE_BLOCK` prompt tokens; requests share a prefix as far as their hash ids agree.
+    """
 
     at_s: float
     num_input: int
@@ -37,7 +43,7 @@ class Arrival:
 
 
 def read_trace(path: Path) -> list[Arrival]:
-    """The arrivals in order of time, the first at 0. Raises ConfigError that names file, line and what is wrong."""
+    """Returns the arrivals in order of time, the first at 0. Raises ConfigError, which names file and line."""
     is_csv = ".csv" in path.suffixes
     arrivals = sorted(_azure(path) if is_csv else _jsonl(path), key=lambda arrival: arrival.at_s)
     if not arrivals:
@@ -48,56 +54,56 @@ def read_trace(path: Path) -> list[Arrival]:
 
 def _azure(path: Path) -> Iterator[Arrival]:
     reader = csv.DictReader(read_lines(path))
-    wanted = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-    if missing := [name for name in wanted if name not in (reader.fieldnames or ())]:
+    columns = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+    if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
         raise ConfigError(f"{path}: has no column {', '.join(missing)}; a trace is {HELP}")
     for row in reader:
-        place = f"{path}: line {reader.line_num}"
+        location = f"{path}: line {reader.line_num}"
         try:
-            at = datetime.fromisoformat(row["TIMESTAMP"][:26]).replace(tzinfo=UTC)
+            at = datetime.fromisoformat(row["TIMESTAMP"]).replace(tzinfo=UTC)
         except (TypeError, ValueError):
-            raise ConfigError(f"{place}: TIMESTAMP {row['TIMESTAMP']!r} is no date and time") from None
+            raise ConfigError(f"{location}: TIMESTAMP {row['TIMESTAMP']!r} is not a date and time") from None
         yield Arrival(
             at.timestamp(),
-            _count(row, "ContextTokens", place, least=1),
-            _count(row, "GeneratedTokens", place, least=0) or 1,
+            _count(row, "ContextTokens", location, least=1),
+            _count(row, "GeneratedTokens", location, least=0) or 1,
         )
 
 
 def _jsonl(path: Path) -> Iterator[Arrival]:
     for number, raw in read_jsonl(path):
-        place = f"{path}: line {number}"
+        location = f"{path}: line {number}"
         item = {_NAMES.get(name, name): value for name, value in raw.items()}
         if "t" not in item and "timestamp" not in item:
-            raise ConfigError(f"{place}: has neither t nor timestamp; a trace is {HELP}")
-        at_s = _number(item, "t", place) if "t" in item else _number(item, "timestamp", place) / 1000
+            raise ConfigError(f"{location}: has neither t nor timestamp; a trace is {HELP}")
+        at_s = _number(item, "t", location) if "t" in item else _number(item, "timestamp", location) / 1000
         hash_ids = item.get("hash_ids", [])
         if not isinstance(hash_ids, list) or not all(isinstance(one, int) for one in hash_ids):
-            raise ConfigError(f"{place}: hash_ids is no list of whole numbers")
+            raise ConfigError(f"{location}: hash_ids is not a list of whole numbers")
         model = item.get("model")
         yield Arrival(
             at_s,
-            _count(item, "n_in", place, least=1),
-            _count(item, "n_out", place, least=0) or 1,
+            _count(item, "n_in", location, least=1),
+            _count(item, "n_out", location, least=0) or 1,
             None if model is None else str(model),
             tuple(hash_ids),
         )
 
 
-def _number(item: Mapping[str, Any], name: str, place: str) -> float:
+def _number(item: Mapping[str, Any], name: str, location: str) -> float:
     try:
         value = float(item[name])
     except KeyError:
-        raise ConfigError(f"{place}: has no {name}; a trace is {HELP}") from None
-    except (TypeError, ValueError):
-        raise ConfigError(f"{place}: {name} is {item[name]!r}, no number") from None
+        raise ConfigError(f"{location}: has no {name}; a trace is {HELP}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{location}: {name} is {item[name]!r}, not a number") from None
     if not math.isfinite(value) or value < 0:
-        raise ConfigError(f"{place}: {name} is {value:g}; at least 0")
+        raise ConfigError(f"{location}: {name} is {value:g}; it must be finite and at least 0")
     return value
 
 
-def _count(item: Mapping[str, Any], name: str, place: str, least: int) -> int:
-    value = _number(item, name, place)
+def _count(item: Mapping[str, Any], name: str, location: str, least: int) -> int:
+    value = _number(item, name, location)
     if value < least:
-        raise ConfigError(f"{place}: {name} is {value:g}; at least {least}")
+        raise ConfigError(f"{location}: {name} is {value:g}; it must be at least {least}")
     return int(value)

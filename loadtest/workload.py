@@ -1,4 +1,8 @@
-"""From a `Spec` to the requests themselves: who asks what, when, of which model. Everything is drawn from one seed."""
+"""Expands a `Spec` into requests: time, prompt, length, model, tenant, priority. One seed determines all of them.
+
+Arrival times, lengths, seeds and names (model, tenant, priority) have random streams of their own: changing one of them
+leaves the others as they are.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,15 @@ from loadtest.traces import MOONCAKE_BLOCK, Arrival, read_trace
 from muxmesh.errors import ConfigError
 
 DEFAULT_CAP = 1024
-"""Longest answer where nothing else is said, in tokens."""
+"""Maximum output tokens of a natural output without ``cap``."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """One request, before it is sent. ``prompt``: text, or token ids. ``is_forced``: the answer has exactly
-    ``max_new_tokens`` tokens; else at most. ``model`` and ``tenant`` None: not said.
+    """One request to send at ``at_s``, in seconds from the start.
+
+    ``prompt``: text or token ids. ``is_forced``: the output has exactly ``max_new_tokens`` tokens, else at most.
+    ``model`` and ``tenant`` are None where the workload names none.
     """
 
     index: int
@@ -40,9 +46,10 @@ class PlannedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What a request says: a text, or a number of tokens, the first of which are named by hash ids, each for so many.
+    """The content of a request: a text, or ``num_input`` random tokens.
 
-    ``num_output``: how long its answer is meant to be. ``num_input`` of a text is 0 if nobody said it.
+    ``hash_ids``: one per ``hash_tokens`` prompt tokens from the start; equal ids stand for equal tokens.
+    ``num_input`` of a text is 0 if its length in tokens is unknown. ``num_output``: the planned output tokens.
     """
 
     text: str | None
@@ -55,7 +62,7 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
-    """One request without its random tokens: all that a simulation needs. See `PlannedRequest`."""
+    """One request without its random tokens, which a simulation does not need. See `PlannedRequest`."""
 
     index: int
     at_s: float
@@ -69,54 +76,56 @@ class Sketch:
 
 
 def plan(spec: Spec, vocabulary: range) -> list[PlannedRequest]:
-    """All requests in order of time. ``vocabulary``: the token ids of which random prompts are made.
+    """Returns all requests in order of time. Raises ConfigError.
 
-    Raises ConfigError.
+    ``vocabulary``: the token ids that random prompts are sampled from.
     """
     tokens = _TokenSource(spec.seed, vocabulary)
     return [
         PlannedRequest(
-            index=one.index,
-            at_s=one.at_s,
-            prompt=tokens.prompt(one.index, one.body) if one.body.text is None else one.body.text,
+            index=item.index,
+            at_s=item.at_s,
+            prompt=tokens.prompt(item.index, item.body) if item.body.text is None else item.body.text,
             is_chat=spec.chat,
-            max_new_tokens=one.max_new_tokens,
-            is_forced=one.is_forced,
-            seed=one.seed,
-            model=one.model,
-            tenant=one.tenant,
-            priority=one.priority,
+            max_new_tokens=item.max_new_tokens,
+            is_forced=item.is_forced,
+            seed=item.seed,
+            model=item.model,
+            tenant=item.tenant,
+            priority=item.priority,
         )
-        for one in sketch(spec)
+        for item in sketch(spec)
     ]
 
 
 def sketch(spec: Spec) -> list[Sketch]:
-    """All requests in order of time, without tokens. Raises ConfigError."""
-    who, seeds = random.Random(f"{spec.seed}/who"), random.Random(f"{spec.seed}/seeds")
-    timed = list(itertools.islice(_trace(spec, Path(spec.trace)) if spec.trace else _synthetic(spec), spec.requests))
-    if not timed:
-        raise ConfigError(f"workload: no request arrives within duration={spec.duration}")
-    model_of = _model_chooser(spec, [body.model for _, body in timed], who)
+    """Returns all requests in order of time, without tokens. Raises ConfigError."""
+    shares_rng, seeds_rng = random.Random(f"{spec.seed}/who"), random.Random(f"{spec.seed}/seeds")
+    arrivals = _from_trace(spec, Path(spec.trace)) if spec.trace else _synthetic(spec)
+    timed = list(itertools.islice(arrivals, spec.requests))
+    model_of = _model_chooser(spec, [body.model for _, body in timed], shares_rng)
     is_forced = (spec.output or ("natural" if spec.prompts else "forced")) == "forced"
     return [
         Sketch(
             index=index,
             at_s=at_s,
             body=body,
-            max_new_tokens=_most_tokens(spec, body, is_forced),
+            max_new_tokens=_max_new_tokens(spec, body, is_forced),
             is_forced=is_forced,
-            seed=seeds.getrandbits(32),
+            seed=seeds_rng.getrandbits(32),
             model=model_of(body.model),
-            tenant=_chosen(spec.tenants, who),
-            priority=int(_chosen(spec.priorities, who) or 0),
+            tenant=_sample_name(spec.tenants, shares_rng),
+            priority=int(_sample_name(spec.priorities, shares_rng) or 0),
         )
         for index, (at_s, body) in enumerate(timed)
     ]
 
 
 def arrival_times(spec: Spec) -> Iterator[float]:
-    """Seconds from the start, for ever: a gamma process, as in `vllm bench serve` (burstiness is its shape)."""
+    """Yields arrival times without end, in seconds, the first at 0.
+
+    A gamma process with ``burstiness`` as its shape, as in `vllm bench serve`.
+    """
     assert spec.rate is not None
     rng = random.Random(f"{spec.seed}/arrivals")
     at_s = 0.0
@@ -131,42 +140,44 @@ def arrival_times(spec: Spec) -> Iterator[float]:
 def _synthetic(spec: Spec) -> Iterator[tuple[float, Body]]:
     times: Iterator[float] = arrival_times(spec)
     if spec.duration is not None:
-        within_s = spec.duration
-        times = itertools.takewhile(lambda at_s: at_s <= within_s, times)
+        duration_s = spec.duration
+        times = itertools.takewhile(lambda at_s: at_s <= duration_s, times)
     rng = random.Random(f"{spec.seed}/bodies")
     if spec.prompts is not None:
-        texts = _texts(Path(spec.prompts))
+        texts = _read_prompts(Path(spec.prompts))
         rng.shuffle(texts)
         yield from zip(times, itertools.cycle(texts), strict=False)
         return
     assert spec.lengths is not None
-    draw = parse_lengths(spec.lengths)
+    sample_lengths = parse_lengths(spec.lengths)
     for at_s in times:
-        num_input, num_output = draw(rng)
+        num_input, num_output = sample_lengths(rng)
         yield at_s, Body(None, min(num_input, spec.max_input or num_input), num_output)
 
 
-def _texts(path: Path) -> list[Body]:
+def _read_prompts(path: Path) -> list[Body]:
     bodies = []
     for number, item in read_jsonl(path):
         prompt, num_output = item.get("prompt"), item.get("output_tokens", item.get("n_out"))
         if not isinstance(prompt, str) or not prompt:
-            raise ConfigError(f'{path}: line {number}: needs "prompt", a text')
+            raise ConfigError(f'{path}: line {number}: needs "prompt", a non-empty text')
         if num_output is not None and (not isinstance(num_output, int) or num_output < 1):
-            raise ConfigError(f"{path}: line {number}: output_tokens is {num_output!r}; a whole number of at least 1")
+            raise ConfigError(
+                f"{path}: line {number}: output_tokens is {num_output!r}; it must be a whole number of at least 1"
+            )
         num_input = item.get("input_tokens", item.get("n_in", 0))
         if not isinstance(num_input, int) or num_input < 0:
-            raise ConfigError(f"{path}: line {number}: input_tokens is {num_input!r}; a whole number")
+            raise ConfigError(f"{path}: line {number}: input_tokens is {num_input!r}; it must be a whole number")
         bodies.append(Body(prompt, num_input, num_output))
     if not bodies:
         raise ConfigError(f"{path}: has no prompts")
     return bodies
 
 
-def _trace(spec: Spec, path: Path) -> Iterator[tuple[float, Body]]:
+def _from_trace(spec: Spec, path: Path) -> Iterator[tuple[float, Body]]:
     texts: Iterator[Body] | None = None
     if spec.prompts is not None:
-        bodies = _texts(Path(spec.prompts))
+        bodies = _read_prompts(Path(spec.prompts))
         random.Random(f"{spec.seed}/bodies").shuffle(bodies)
         texts = itertools.cycle(bodies)
     for arrival in read_trace(path):
@@ -190,7 +201,7 @@ def _scaled(spec: Spec, arrival: Arrival) -> Body:
     )
 
 
-def _most_tokens(spec: Spec, body: Body, is_forced: bool) -> int:
+def _max_new_tokens(spec: Spec, body: Body, is_forced: bool) -> int:
     if not is_forced:
         return spec.cap or DEFAULT_CAP
     if body.num_output is None:
@@ -199,14 +210,14 @@ def _most_tokens(spec: Spec, body: Body, is_forced: bool) -> int:
 
 
 class _TokenSource:
-    """Random prompts. Those of a trace with hash ids begin alike where their ids do."""
+    """Random prompts. Prompts with hash ids share a prefix as far as their ids agree."""
 
     def __init__(self, seed: int, vocabulary: range) -> None:
         self._seed = seed
         self._vocabulary = vocabulary
 
     def prompt(self, index: int, body: Body) -> tuple[int, ...]:
-        blocks = (self._tokens(f"block {one}", body.hash_tokens) for one in body.hash_ids)
+        blocks = (self._tokens(f"block {hash_id}", body.hash_tokens) for hash_id in body.hash_ids)
         tokens = tuple(itertools.islice(itertools.chain.from_iterable(blocks), body.num_input))
         return tokens + self._tokens(f"prompt {index}", body.num_input - len(tokens))
 
@@ -215,19 +226,23 @@ class _TokenSource:
 
 
 def _model_chooser(spec: Spec, named: Sequence[str | None], rng: random.Random) -> Callable[[str | None], str | None]:
-    """Which model a request goes to: by weight, by rank, or by the place of the trace's own name in its popularity."""
+    """Returns the function from a trace's model name to the served model.
+
+    The n-th most used name of the trace becomes the n-th model of the spec, round-robin. Without a name the model is
+    sampled by weight, or by rank if ``alpha`` is given.
+    """
     if not spec.models:
         return lambda name: None
     shares = spec.models
     if spec.alpha is not None:
         weights = [rank**-spec.alpha for rank in range(1, len(shares) + 1)]
         shares = tuple((name, weight / sum(weights)) for (name, _), weight in zip(shares, weights, strict=True))
-    by_use = [name for name, _ in Counter(name for name in named if name is not None).most_common()]
-    of_trace = {name: shares[place % len(shares)][0] for place, name in enumerate(by_use)}
-    return lambda name: of_trace[name] if name is not None else _chosen(shares, rng)
+    by_popularity = [name for name, _ in Counter(name for name in named if name is not None).most_common()]
+    of_trace = {name: shares[rank % len(shares)][0] for rank, name in enumerate(by_popularity)}
+    return lambda name: of_trace[name] if name is not None else _sample_name(shares, rng)
 
 
-def _chosen(shares: Shares, rng: random.Random) -> str | None:
+def _sample_name(shares: Shares, rng: random.Random) -> str | None:
     if not shares:
         return None
     names, weights = zip(*shares, strict=True)

@@ -1,10 +1,10 @@
-"""Hashes of token blocks: two blocks with the same hash hold the same KV. Pure.
+"""Hash chains over token blocks: blocks with equal hashes hold equal KV. Pure.
 
-The hash of a full block covers every token up to its end and the chain's root, as in vLLM's automatic prefix caching.
-The root covers everything else that decides the values in the block: the weights, the dtypes of weights and KV, the
-layout of a block and the rotary embedding (`KvIdentity`), and the tenant and its salt. So a model that was loaded again
-with other weights, re-quantized, or is served by another engine never finds blocks of the one before it. The hash is a
-cryptographic one, since a collision would give one tenant another tenant's KV.
+The hash of a full block covers the root of the chain and all tokens up to the end of the block, as in vLLM's automatic
+prefix caching. The root covers everything else that determines the KV: the model identity (weights, dtypes of weights
+and KV, block layout, rotary embedding), the tenant and the cache salt. A model with other weights, another quantization
+or another engine therefore never matches blocks of an earlier one. The hash is cryptographic, because a collision would
+expose the KV of one tenant to another.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ HASH_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class KvIdentity:
-    """What the KV of a model depends on beside the tokens.
+    """The model identity: everything but the tokens that the KV of a model depends on.
 
-    ``weights`` is a fingerprint of their values, ``layout`` names how a token block is laid out, ``rope`` the rotary
-    embedding with its parameters.
+    ``weights`` is a fingerprint of the weights, ``layout`` describes the layout of a token block, and ``rope`` the
+    rotary embedding with its parameters.
     """
 
     weights: str
@@ -34,7 +34,7 @@ class KvIdentity:
     rope: str
 
     def root(self, tenant: str = "", cache_salt: str = "") -> bytes:
-        """Root of the hash chains of one tenant's sequences: they share KV only under equal roots."""
+        """Root of the hash chains of one tenant and salt. Sequences share KV only if their roots are equal."""
         digest = blake2b(digest_size=HASH_BYTES, person=b"root")
         for part in (*astuple(self), tenant, cache_salt):
             data = part.encode()
@@ -43,7 +43,7 @@ class KvIdentity:
 
 
 class BlockHashChain:
-    """The hashes of the full blocks of a sequence that grows."""
+    """Owns the hashes of the full blocks of one growing sequence, and the tokens of its partial last block."""
 
     def __init__(self, block_size: int, root: bytes) -> None:
         self.hashes: list[bytes] = []
@@ -52,7 +52,7 @@ class BlockHashChain:
         self._rest: list[int] = []
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Appends tokens; hashes each block that is full now."""
+        """Appends tokens to the sequence and a hash for each block that they complete."""
         tokens, size = [*self._rest, *token_ids], self._block_size
         for end in range(size, len(tokens) + 1, size):
             block = array("I", tokens[end - size : end]).tobytes()
@@ -62,16 +62,16 @@ class BlockHashChain:
 
 
 def block_hashes(token_ids: Sequence[int], block_size: int, root: bytes) -> tuple[bytes, ...]:
-    """One hash for each block that ``token_ids`` fill, in order; see `BlockHashChain`."""
+    """The hashes of the full blocks of ``token_ids``, in order. A partial last block has no hash."""
     chain = BlockHashChain(block_size, root)
     chain.extend(token_ids)
     return tuple(chain.hashes)
 
 
 def kv_demand(request: EngineRequest, identity: KvIdentity, block_size: int, output_tokens: int) -> KvDemand:
-    """What ``request`` needs of the KV pool and may find in its prefix cache.
+    """The KV demand of ``request``, which has blocks for ``output_tokens`` of output reserved at admission.
 
-    ``output_tokens``: tokens of the output for which blocks are reserved at first.
+    The prefix cache is not used if the request bypasses it or needs log-probabilities of its prompt.
     """
     tokens = (*request.prompt_token_ids, *request.resume_token_ids)
     compute_all = request.bypass_prefix_cache or request.sampling.prompt_logprobs is not None
@@ -82,7 +82,7 @@ def kv_demand(request: EngineRequest, identity: KvIdentity, block_size: int, out
 def demand_for(
     num_known_tokens: int, max_tokens: int, output_tokens: int, hashes: tuple[bytes, ...], use_cache: bool = True
 ) -> KvDemand:
-    """The demand of a request with so many known tokens. The last one is always computed, to sample from it."""
+    """The KV demand of a request with ``num_known_tokens``. The last one is always computed, to sample from it."""
     return KvDemand(
         num_tokens=min(max_tokens, num_known_tokens + output_tokens),
         max_tokens=max_tokens,
@@ -92,10 +92,10 @@ def demand_for(
 
 
 def join_hashes(hashes: Sequence[bytes]) -> bytes:
-    """Hashes as they travel: one after the other."""
+    """Concatenates hashes for the wire."""
     return b"".join(hashes)
 
 
 def split_hashes(hashes: bytes) -> tuple[bytes, ...]:
-    """The hashes that `join_hashes` put together."""
-    return tuple(hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES))
+    """Splits what `join_hashes` concatenated."""
+    return tuple(hashes[start : start + HASH_BYTES] for start in range(0, len(hashes), HASH_BYTES))

@@ -1,4 +1,4 @@
-"""Time as an argument. Nothing else in the mesh reads a clock."""
+"""Clocks that are passed as arguments. No other module reads the system time, so tests and simulations control it."""
 
 from __future__ import annotations
 
@@ -7,41 +7,37 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """A source of time."""
+    """A source of monotonic and of unix time."""
 
     def monotonic_s(self) -> float:
-        """Seconds that never go back; comparable within one machine."""
+        """Seconds since an arbitrary start; never decreases. Comparable between the processes of one machine."""
 
     def unix_s(self) -> float:
-        """Seconds since 1970; comparable between machines, may jump."""
+        """Seconds since 1970-01-01 UTC. Comparable between machines; jumps when the system clock is set."""
 
 
 class SystemClock:
-    """The machine's own clocks."""
+    """The clocks of the operating system."""
 
     def monotonic_s(self) -> float:
-        """See `Clock`."""
-        return time.monotonic()  # noqa: TID251 - the one place
+        return time.monotonic()  # noqa: TID251 - the only caller
 
     def unix_s(self) -> float:
-        """See `Clock`."""
-        return time.time()  # noqa: TID251 - the one place
+        return time.time()  # noqa: TID251 - the only caller
 
 
 class ManualClock:
-    """Stands still until it is moved: for tests and simulation."""
+    """A clock that changes only through `advance`. For tests and simulations."""
 
     def __init__(self, start_s: float = 0.0) -> None:
         self._now_s = start_s
 
     def advance(self, seconds: float) -> None:
-        """Moves both clocks forward."""
+        """Moves monotonic and unix time forward."""
         self._now_s += seconds
 
     def monotonic_s(self) -> float:
-        """See `Clock`."""
         return self._now_s
 
     def unix_s(self) -> float:
-        """See `Clock`."""
         return self._now_s

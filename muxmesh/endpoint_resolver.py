@@ -1,4 +1,4 @@
-"""Addresses of the mesh's processes: from the runtime file and, for a process that it does not name, the registry."""
+"""Resolves processes of the mesh to addresses: from the runtime file, else from the process registry."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from muxmesh.process_registry import ProcessRegistry
 
 
 class EndpointResolver:
-    """Resolves (unit, role, model, replica) to an address."""
+    """Resolves a `ProcessKey` to an address. The runtime file takes precedence over the registry."""
 
     def __init__(self, runtime: MeshRuntime, registry: ProcessRegistry) -> None:
         self._endpoints = runtime.endpoints()
         self._registry = registry
 
     async def address(self, key: ProcessKey) -> str:
-        """Address of the process. Raises Unavailable if neither the runtime file nor the registry has it."""
+        """Address of the process. Raises Unavailable if neither the runtime file nor the registry contains it."""
         if key in self._endpoints:
             return self._endpoints[key].address
         address = await self._registry.address_of(key.name)

@@ -1,31 +1,31 @@
-"""Errors, named by meaning. `muxmesh.rpc.status_codes` maps them to gRPC status codes and back.
+"""The errors of the mesh, named by meaning. `muxmesh.rpc.status_codes` maps them to gRPC status codes and back.
 
 MeshError
-├── InvalidRequest        the request can never succeed as it is; names the field
-├── ModelNotFound         no such model in this mesh
-├── Overloaded            try again later
+├── InvalidRequest        the request is invalid and a retry fails too; names the field
+├── ModelNotFound         the mesh serves no model of this name
+├── Overloaded            no free capacity; a later retry may succeed
 ├── DeadlineExceeded      the caller's deadline passed
 ├── RequestAborted        the request was cancelled
-│   └── RequestPreempted  its KV memory was reclaimed; it resumes when memory is free
+│   └── RequestPreempted  its KV memory was reclaimed; the request resumes when memory is free
 ├── Unavailable           a service cannot be reached
-│   └── WorkerLost        a worker died, or lost what it knew of the request
-├── LeaseLost             the lease is not (or no longer) the caller's
-├── EngineFailed          a step of the engine raised
-├── Unauthenticated       no or bad credentials
+│   └── WorkerLost        a worker died, or restarted without the request
+├── LeaseLost             the caller does not hold the lease
+├── EngineFailed          a step of the engine raised an exception
+├── Unauthenticated       the credentials are missing or invalid
 ├── InternalError         a bug in the mesh
-└── ConfigError           mesh.yaml or a command line argument is wrong
-    └── ModelUnsupported  a model folder that no engine can load; names what it found
+└── ConfigError           mesh.yaml or a command line argument is invalid
+    └── ModelUnsupported  no engine can load the model; names the unsupported part
 """
 
 from __future__ import annotations
 
 
 class MeshError(Exception):
-    """Base of every error that the mesh raises on purpose."""
+    """Base of all errors that the mesh raises deliberately."""
 
 
 class InvalidRequest(MeshError):
-    """The request can never succeed as it is. ``field`` is its path in the proto message."""
+    """The request is invalid. ``field`` is the path of the invalid field in the proto message."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
@@ -34,11 +34,11 @@ class InvalidRequest(MeshError):
 
 
 class ModelNotFound(MeshError):
-    """No model of this name is served."""
+    """The mesh serves no model of this name."""
 
 
 class Overloaded(MeshError):
-    """No capacity now. ``retry_after_s`` is when to try again."""
+    """There is no free capacity. The caller should wait ``retry_after_s`` seconds before a retry."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
@@ -54,27 +54,27 @@ class RequestAborted(MeshError):
 
 
 class RequestPreempted(RequestAborted):
-    """The request's KV memory was reclaimed and could not be swapped. It resumes when memory is free."""
+    """The request's KV memory was reclaimed without being swapped out. The request resumes when memory is free."""
 
 
 class Unavailable(MeshError):
-    """A service cannot be reached. Safe to retry as long as no token was received."""
+    """A service cannot be reached. A retry is safe if no token was received."""
 
 
 class WorkerLost(Unavailable):
-    """A worker died, or was restarted and no longer knows the request."""
+    """A worker died, or restarted and has no record of the request."""
 
 
 class LeaseLost(MeshError):
-    """The lease does not exist, has another owner, is at another epoch, or is in a state that forbids the call."""
+    """The lease does not exist, has another owner or epoch, or is in a state that forbids the call."""
 
 
 class EngineFailed(MeshError):
-    """A step of the engine raised; the engine itself lives on."""
+    """A step of the engine raised an exception. The engine continues with other sequences."""
 
 
 class Unauthenticated(MeshError):
-    """No credentials, or bad ones."""
+    """The credentials are missing or invalid."""
 
 
 class InternalError(MeshError):
@@ -82,8 +82,8 @@ class InternalError(MeshError):
 
 
 class ConfigError(MeshError):
-    """A configuration or an argument is wrong; the message names the place and what would be right."""
+    """A configuration or a command line argument is invalid. The message names the field and the valid values."""
 
 
 class ModelUnsupported(ConfigError):
-    """A model folder that no engine can load; the message names what is not supported."""
+    """No engine can load the model. The message names the unsupported part."""

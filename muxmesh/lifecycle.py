@@ -1,4 +1,7 @@
-"""How a process of the mesh starts, runs and ends. Knows signals and the event loop, no service."""
+"""Start, run and shutdown of a service process: command line, signals, event loop, death with the parent.
+
+Knows no service: each ``__main__`` passes its own coroutine.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,16 @@ import uvloop
 _log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
-_SLOW_END_S = 3.0
-"""Less than the grace that the supervisor gives before SIGKILL."""
-_MAX_PLACES = 20
+_SLOW_SHUTDOWN_S = 3.0
+"""Shorter than the grace period of the supervisor, which ends with SIGKILL."""
+_MAX_LOGGED_STACKS = 20
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Asks the kernel to send SIGTERM to this process when its parent dies; exits at once if it already has.
+    """Makes the kernel send SIGTERM to this process when its parent dies; exits at once if the parent is dead already.
 
-    Survives an exec. Linux only, like the rest of the serving side.
+    The setting survives an exec. It is specific to Linux, like the rest of the serving side.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
     if os.getppid() != parent_pid:
@@ -36,7 +39,10 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def service_arguments(description: str | None, *own: str) -> argparse.Namespace:
-    """Parses a service's command line: ``runtime``, ``parent`` and its ``own``. Ties the process to its parent."""
+    """Parses ``--runtime``, ``--parent`` and the service's ``own`` options from the command line. All are required.
+
+    Also calls `die_with_parent`.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--runtime", type=Path, required=True)
     for name in own:
@@ -48,30 +54,33 @@ def service_arguments(description: str | None, *own: str) -> argparse.Namespace:
 
 
 class Stop:
-    """A request that a service stops. A service that is still starting is cancelled."""
+    """The request to stop a service.
 
-    def __init__(self, slow_end_s: float = _SLOW_END_S) -> None:
-        """``slow_end_s``: a shutdown that takes longer logs what it waits for."""
-        self._slow_end_s = slow_end_s
+    A service that is still starting is cancelled. A service that called `wait` shuts down by itself.
+    """
+
+    def __init__(self, slow_shutdown_s: float = _SLOW_SHUTDOWN_S) -> None:
+        """A shutdown that takes longer than ``slow_shutdown_s`` logs the stacks of all pending tasks."""
+        self._slow_shutdown_s = slow_shutdown_s
         self._requested = asyncio.Event()
         self._serving = False
         self._starting: asyncio.Task[None] | None = None
 
     def set(self) -> None:
-        """Requests the stop. If it takes long, the log says what the service waits for."""
+        """Requests the stop. Further calls have no effect."""
         if not self._requested.is_set():
-            asyncio.get_running_loop().call_later(self._slow_end_s, _log_pending_tasks)
+            asyncio.get_running_loop().call_later(self._slow_shutdown_s, _log_pending_tasks)
         self._requested.set()
         if self._starting is not None and not self._serving:
             self._starting.cancel()
 
     async def wait(self) -> None:
-        """Called by the service once it serves: waits for the request to stop."""
+        """Marks the service as started and waits until `set` is called."""
         self._serving = True
         await self._requested.wait()
 
     async def run(self, main: Callable[[Stop], Coroutine[Any, Any, None]]) -> bool:
-        """Runs ``main(self)``; False if it was cancelled while starting."""
+        """Runs ``main(self)`` and raises its exceptions. Returns False if it was cancelled while starting."""
         self._starting = asyncio.create_task(main(self), name="service")
         await asyncio.wait({self._starting})
         if self._starting.cancelled():
@@ -81,23 +90,23 @@ class Stop:
 
 
 def _log_pending_tasks() -> None:
-    places = Counter(map(_place_of, asyncio.all_tasks()))
-    listed = "\n".join(f"  {count} x {place}" for place, count in places.most_common(_MAX_PLACES))
-    _log.warning("shutdown takes long; its tasks wait at\n%s", listed)
+    stacks = Counter(map(_await_stack, asyncio.all_tasks()))
+    listed = "\n".join(f"  {count} x {stack}" for stack, count in stacks.most_common(_MAX_LOGGED_STACKS))
+    _log.warning("shutdown is slow; pending tasks:\n%s", listed)
 
 
-def _place_of(task: asyncio.Task[Any]) -> str:
-    """Files and lines, from the task's own function to the innermost await."""
+def _await_stack(task: asyncio.Task[Any]) -> str:
+    """File and line of each await, from the task's coroutine to the innermost one."""
     lines: list[str] = []
-    waiting: object = task.get_coro()
-    while (frame := getattr(waiting, "cr_frame", None)) is not None:
+    awaited: object = task.get_coro()
+    while (frame := getattr(awaited, "cr_frame", None)) is not None:
         lines.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
-        waiting = getattr(waiting, "cr_await", None)
+        awaited = getattr(awaited, "cr_await", None)
     return " > ".join(lines)
 
 
 def run_service(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
-    """Runs ``main(stop)`` on uvloop; SIGTERM and SIGINT set ``stop``. The body of every ``__main__``."""
+    """Configures logging and runs ``main(stop)`` on uvloop until it returns. SIGTERM and SIGINT set ``stop``."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
 
     async def supervised() -> bool:
@@ -109,4 +118,4 @@ def run_service(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         if not runner.run(supervised()):
-            os._exit(0)  # a thread may be loading a model or compiling: its result is not needed
+            os._exit(0)  # does not wait for threads that load a model or compile kernels

@@ -1,6 +1,6 @@
-"""The process registry in Redis: which processes run where, kept alive by heartbeats. Never on a request's path.
+"""The process registry in Redis: name, pid and address of each process of a mesh, kept alive by heartbeats.
 
-Redis may be unreachable at any time: heartbeats keep trying, and nothing else notices.
+It is not on the path of a request. Redis may be unreachable at any time: heartbeats are retried, and readers get None.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from muxmesh.clock import Clock
 _log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
+"""Interval between heartbeats of a process."""
 LIFETIME_S = 15.0
+"""Age of the last heartbeat up to which a process counts as alive."""
 
 
 def redis_key(mesh_id: str, name: str) -> str:
-    """The Redis key ``name`` of one mesh. Several meshes may share a Redis; all keys of one are in one hash slot."""
+    """The Redis key ``name`` of one mesh. The hash tag puts all keys of a mesh into one slot of a Redis Cluster."""
     return f"muxmesh:{{{mesh_id}}}:{name}"
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessRecord:
-    """One process of the mesh, as it described itself."""
+    """The last heartbeat of one process."""
 
     name: str
     pid: int
@@ -41,7 +43,7 @@ class ProcessRecord:
 
 
 class ProcessRegistry:
-    """A connection to the registry of one mesh. Methods that only read never raise: without Redis they return None."""
+    """A connection to the registry of one mesh. Without Redis, writes have no effect and reads return None."""
 
     def __init__(self, url: str, mesh_id: str, clock: Clock) -> None:
         self._redis = redis.asyncio.Redis.from_url(
@@ -53,7 +55,7 @@ class ProcessRegistry:
 
     @contextlib.asynccontextmanager
     async def registered(self, name: str, address: str) -> AsyncIterator[None]:
-        """Keeps this process registered while the block runs; closes the connection at its end."""
+        """Sends heartbeats of this process while the block runs, then removes it and closes the connection."""
         started_at_s = self._clock.unix_s()
         heartbeats = asyncio.create_task(self._send_heartbeats(name, address, started_at_s), name="registry heartbeat")
         try:
@@ -67,12 +69,12 @@ class ProcessRegistry:
             await self.close()
 
     async def count_restart(self, name: str) -> None:
-        """Counts a restart of a process by the supervisor."""
+        """Increments the number of restarts of a process."""
         with contextlib.suppress(RedisError, OSError):
             await self._redis.hincrby(self._restarts, name, 1)
 
     async def processes(self) -> list[tuple[ProcessRecord, int]] | None:
-        """Processes with a recent heartbeat, each with its number of restarts; None if Redis does not answer."""
+        """Live processes, sorted by name, each with its number of restarts. None if Redis is unreachable."""
         try:
             records = await self._redis.hgetall(self._processes)
             restarts = await self._redis.hgetall(self._restarts)
@@ -83,12 +85,11 @@ class ProcessRegistry:
         return [(record, int(restarts.get(record.name, 0))) for record in sorted(alive, key=lambda r: r.name)]
 
     async def address_of(self, name: str) -> str | None:
-        """Address of a process with a recent heartbeat; None if there is none, or Redis does not answer."""
+        """Address of a live process. None if no live process has this name, or if Redis is unreachable."""
         found = await self.processes()
         return next((record.address for record, _ in found or () if record.name == name), None)
 
     async def close(self) -> None:
-        """Closes the connection."""
         with contextlib.suppress(RedisError, OSError):
             await self._redis.aclose()
 
@@ -101,7 +102,7 @@ class ProcessRegistry:
                 connected = True
             except (RedisError, OSError) as error:
                 if connected:
-                    _log.warning("Redis is unreachable: %s; trying again every %.0f s", error, HEARTBEAT_S)
+                    _log.warning("Redis is unreachable: %s; heartbeats are retried every %.0f s", error, HEARTBEAT_S)
                 connected = False
             await asyncio.sleep(HEARTBEAT_S)
 
@@ -109,5 +110,5 @@ class ProcessRegistry:
 def _parse(text: str | bytes) -> ProcessRecord | None:
     try:
         return ProcessRecord(**json.loads(text))
-    except (ValueError, TypeError):  # written by another version
+    except (ValueError, TypeError):  # written by another version of the mesh
         return None

@@ -1,4 +1,4 @@
-"""Means of streams of values. Pure."""
+"""A mean over a stream of values that adapts to recent ones. Pure."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class RunningMean:
-    """The mean of all values at first, and of about the last ``1 / min_rate`` values later on."""
+    """The mean of all values up to ``1 / min_rate`` of them, and an exponential moving average from then on.
+
+    The moving average covers about the last ``1 / min_rate`` values. ``min_rate`` 0 is the mean of all values.
+    """
 
     min_rate: float
     mean: float = 0.0
     count: int = 0
 
     def add(self, value: float) -> None:
-        """Adds a value."""
         self.count += 1
         self.mean += max(1 / self.count, self.min_rate) * (value - self.mean)

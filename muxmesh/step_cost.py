@@ -1,8 +1,9 @@
-"""How long a step takes, fitted to live steps, and how long a request's work takes. Pure.
+"""A linear model of step times, fitted to measured steps, and the time that a request takes by it. Pure.
 
-A step that computes n tokens, which together attend to c earlier tokens, takes ``base + per_token * n + per_context *
-c`` seconds. That holds for a chunk of a prompt, for a decode step and for a mix, with different values for each worker,
-since one worker has one role and one compute share. ``c`` makes a prompt's cost quadratic in its length.
+A step that computes n tokens, which together attend to c earlier tokens, takes
+``base_s + per_token_s * n + per_context_s * c``. The model covers prefill chunks, decode steps and mixed steps. The
+coefficients differ between workers, because each worker has its own role and compute share. c makes the cost of a
+prompt quadratic in its length.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from itertools import combinations
 from muxmesh.running_mean import RunningMean
 
 COSTS_EVERY_S = 1.0
-"""How often a unit sends its step costs to routers."""
+"""Interval at which a unit sends its step costs to the routers."""
 
 _DECAY = 0.998
-"""Each step multiplies the weight of the steps before it by this: about the last 500 count."""
+"""Factor on the weight of all earlier steps at each step. About the last 500 steps determine the fit."""
 _OUTLIER = 2.0
-"""A step counts less from this many mean deviations on (Huber's rule)."""
+"""Relative errors above this multiple of the mean deviation are down-weighted, by Huber's rule."""
 _INITIAL_DEVIATION = 0.1
-"""Relative, before the first steps."""
+"""Initial value of the mean relative deviation."""
 _WARMUP_STEPS = 8
 _SOLVE_EVERY = 16
 _RIDGE = 1e-9
@@ -29,7 +30,7 @@ _RIDGE = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """What a step's time depends on. ``num_context``: earlier tokens that its tokens attend to, summed."""
+    """The size of a step. ``num_context`` is the number of earlier tokens that its tokens attend to, summed."""
 
     num_tokens: int
     num_context: int
@@ -37,13 +38,13 @@ class StepShape:
 
 
 def context_of(start: int, num_tokens: int) -> int:
-    """Earlier tokens that ``num_tokens`` tokens from position ``start`` on attend to, summed."""
+    """The number of earlier tokens that the tokens ``[start, start + num_tokens)`` attend to, summed."""
     return num_tokens * start + num_tokens * (num_tokens - 1) // 2
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Seconds of a step, and the means of the worker's recent steps: sequences, and context of each."""
+    """The coefficients of one worker, and the mean number of sequences and context per token of its recent steps."""
 
     base_s: float
     per_token_s: float
@@ -52,18 +53,18 @@ class StepCost:
     mean_context: float = 0.0
 
     def step_s(self, num_tokens: float, num_context: float) -> float:
-        """Seconds of one step."""
         return self.base_s + self.per_token_s * num_tokens + self.per_context_s * num_context
 
     def prefill_s(self, num_tokens: int, start: int = 0, chunk: int = 128) -> float:
-        """Seconds to compute ``num_tokens`` tokens of a prompt after ``start`` that are cached, ``chunk`` in a step."""
+        """Seconds to compute the prompt tokens ``[start, start + num_tokens)`` in steps of ``chunk`` tokens."""
         steps = -(-num_tokens // chunk)
         return steps * self.base_s + self.step_s(num_tokens, context_of(start, num_tokens)) - self.base_s
 
     def decode_s(self, num_tokens: float, context: int) -> float:
-        """Seconds of ``num_tokens`` decode steps, the first with ``context`` tokens, batched with the other sequences.
+        """Seconds of ``num_tokens`` decode steps of a sequence, the first with ``context`` tokens of context.
 
-        Over r steps the sequence's own context adds up to r * context + r * (r - 1) / 2.
+        Each step also computes one token for each of the other ``mean_seqs - 1`` sequences. Over r steps the sequence's
+        own context adds up to r * context + r * (r - 1) / 2.
         """
         others = max(0.0, self.mean_seqs - 1)
         step_s = self.step_s(1 + others, others * self.mean_context)
@@ -73,21 +74,21 @@ class StepCost:
 
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
-    """Step costs of one model on one unit."""
+    """Step costs of the prefill and the decode worker of one model on one unit."""
 
     prefill: StepCost
     decode: StepCost
 
 
 UNMEASURED = ModelCosts(StepCost(0.02, 0.0005, 0.0), StepCost(0.02, 0.0005, 0.0))
-"""Before the first steps. Requests are only compared, so a factor common to all of them does no harm."""
+"""Costs before the first measured step. Requests are only compared, so a common factor has no effect."""
 
 
 class CostFit:
-    """Owns the running fit of one worker: least squares with exponential decay and Huber weights (Huber, 1964).
+    """Owns the fit of one worker: least squares with exponential decay and Huber weights (Huber, 1964).
 
-    Errors count relative to a step's time. No coefficient is negative: of all subsets of the three, the fit takes the
-    best one with positive values, which is exact.
+    Errors are relative to the time of a step. Coefficients are non-negative: the fit solves each subset of the three
+    and chooses the best non-negative solution, which is exact.
     """
 
     def __init__(self) -> None:
@@ -96,11 +97,11 @@ class CostFit:
         self._deviation = _INITIAL_DEVIATION
         self._seqs, self._context = RunningMean(1 - _DECAY), RunningMean(1 - _DECAY)
         self.cost: StepCost | None = None
-        """The best fit, solved every few steps; None before the first step."""
+        """The current fit, updated every few steps. None before the first step."""
         self.num_steps = 0
 
     def observe(self, shape: StepShape, seconds: float) -> None:
-        """Adds a step of this shape. A time that is not positive and finite is ignored."""
+        """Adds a measured step. Ignores times that are not positive and finite, and steps without tokens."""
         if not 0 < seconds < float("inf") or shape.num_tokens < 1:
             return
         self.num_steps += 1
@@ -117,7 +118,7 @@ class CostFit:
             self.cost = StepCost(base, token, context, self._seqs.mean, self._context.mean)
 
     def _weight(self, shape: StepShape, seconds: float) -> float:
-        """1 for a step that is as expected, less for an outlier: a stall of the machine says nothing about steps."""
+        """Huber weight of a step: 1 near the fit, less for an outlier such as a stall of the machine."""
         if self.cost is None or self.num_steps <= _WARMUP_STEPS:
             return 1.0
         error = abs(self.cost.step_s(shape.num_tokens, shape.num_context) / seconds - 1)
@@ -127,7 +128,7 @@ class CostFit:
 
 
 def _non_negative(products: Sequence[Sequence[float]], targets: Sequence[float]) -> tuple[float, float, float]:
-    """The least squares solution of three non-negative unknowns, from the normal equations."""
+    """Solves the normal equations of least squares for three non-negative unknowns."""
     best, best_loss = (0.0, 0.0, 0.0), float("inf")
     for size in (3, 2, 1):
         for chosen in combinations(range(3), size):
@@ -138,14 +139,14 @@ def _non_negative(products: Sequence[Sequence[float]], targets: Sequence[float])
             for index, value in zip(chosen, solution, strict=True):
                 full[index] = value
             quadratic = sum(full[i] * products[i][j] * full[j] for i in range(3) for j in range(3))
-            loss = quadratic - 2 * sum(one * target for one, target in zip(full, targets, strict=True))
+            loss = quadratic - 2 * sum(value * target for value, target in zip(full, targets, strict=True))
             if loss < best_loss:
                 best, best_loss = (full[0], full[1], full[2]), loss
     return best
 
 
 def _solve(matrix: list[list[float]], right: list[float]) -> list[float] | None:
-    """Gauss-Jordan with scaled rows, for at most three unknowns; None if the data does not determine them."""
+    """Solves a linear system by Gauss-Jordan elimination with scaled rows. None if the matrix is singular."""
     size = len(right)
     scale = [matrix[i][i] ** 0.5 for i in range(size)]
     if min(scale) <= 0:

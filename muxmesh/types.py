@@ -1,4 +1,4 @@
-"""Values that cross boundaries inside the mesh. Knows no wire format, no engine and no I/O."""
+"""Frozen values that the processes of the mesh exchange. Knows no wire format, no engine and no I/O."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from statistics import NormalDist
 from typing import Literal
 
 KvFormat = Literal["raw", "int8"]
-"""How KV is kept outside the pool: bit by bit, or quantized."""
+"""Format of swapped KV: the exact bits, or quantized to 8 bits."""
 
 SWAP_PAGE_BYTES = 16 * 1024
-"""The swap region is allocated in pages of this size."""
+"""Allocation granularity of the swap region."""
 
 _NORMAL = NormalDist()
 _Z90 = _NORMAL.inv_cdf(0.9)
 _MAX_QUANTILE = 6.0
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-"""Of the public API, where no other is configured."""
+"""HOST:PORT of the public API unless another is configured."""
 
 
 class Role(StrEnum):
-    """The two phases of a request, each with its own workers."""
+    """The two phases of a request. Each has its own workers."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -40,7 +40,7 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of a sequence. ``token_id`` is the token that ended it, None for LENGTH."""
+    """Why and with which token a sequence finished. ``token_id`` is None for LENGTH."""
 
     reason: FinishReason
     token_id: int | None = None
@@ -48,11 +48,12 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are sampled. By default everything but the temperature is off.
+    """Sampling parameters of one sequence. The defaults sample from the unmodified distribution.
 
-    ``temperature`` 0 is greedy. Presence and frequency penalties apply to output tokens, the repetition penalty to
-    prompt and output. ``allowed_token_ids`` None allows all. ``logprobs`` and ``prompt_logprobs`` None: not
-    requested; n: with the n most likely candidates.
+    ``temperature`` 0 is greedy. ``top_k`` 0 keeps all tokens. Presence and frequency penalties apply to output tokens,
+    the repetition penalty to prompt and output. ``logit_bias`` holds (token id, bias) pairs. ``allowed_token_ids`` None
+    allows all tokens. ``logprobs`` and ``prompt_logprobs`` are the number of most likely candidates to return at each
+    position; None returns no log-probabilities.
     """
 
     temperature: float = 1.0
@@ -70,18 +71,18 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """True if the most likely token is taken and no random number is used."""
+        """True if the most likely token is chosen without a random number."""
         return self.temperature == 0.0
 
     @property
     def has_penalties(self) -> bool:
-        """True if a sampled token depends on the tokens before it by more than the logits."""
+        """True if earlier tokens change the logits through a penalty."""
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A token at one position, its log-probability, and its rank there (1 is the most likely)."""
+    """A token at one position with its log-probability and rank; rank 1 is the most likely token."""
 
     token_id: int
     logprob: float
@@ -90,9 +91,9 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one position: of the token that is there, and of the most likely ones, best first.
+    """Log-probabilities at one position: of the chosen token, and of the most likely tokens in descending order.
 
-    They are the model's own: before penalties, bias, temperature and filters.
+    They are those of the model, before penalties, bias, temperature and filters.
     """
 
     chosen: Candidate
@@ -101,7 +102,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Stopping:
-    """When a sequence finishes, in tokens. The router handles stop strings."""
+    """Conditions on tokens that finish a sequence. The router handles stop strings."""
 
     max_new_tokens: int
     min_new_tokens: int = 0
@@ -130,35 +131,36 @@ class Stopping:
 class LengthPrediction:
     """Predicted output length in tokens: the median and the 0.9 quantile.
 
-    The distribution is taken to be log-normal, which the two determine: lengths are heavy-tailed.
+    The two determine a log-normal distribution, since output lengths are heavy-tailed.
     """
 
     p50_tokens: float
     p90_tokens: float
 
     def remaining_tokens(self, num_output_tokens: int) -> float:
-        """Median of the tokens left to a sequence that has ``num_output_tokens`` of output; at least 1.
+        """Median of the remaining output of a sequence that has ``num_output_tokens`` so far, in tokens; at least 1.
 
-        A sequence that is longer than predicted is expected to go on the longer the more uncertain the prediction was.
+        It is the median of the distribution's tail. Past the predicted length, it grows with the spread of the
+        distribution.
         """
         if num_output_tokens < 1:
             return max(1.0, self.p50_tokens)
         spread = math.log(max(self.p90_tokens / self.p50_tokens, 1.0 + 1e-6)) / _Z90
         quantile = math.log(num_output_tokens / self.p50_tokens) / spread
-        if quantile > _MAX_QUANTILE:  # the normal distribution's own tail, where its values underflow
+        if quantile > _MAX_QUANTILE:  # asymptotic tail of the normal distribution, where 1 - cdf underflows
             return max(1.0, num_output_tokens * math.expm1(spread * math.log(2) / quantile))
-        beyond = 1 - _NORMAL.cdf(quantile)
-        median = self.p50_tokens * math.exp(spread * -_NORMAL.inv_cdf(beyond / 2))
+        tail = 1 - _NORMAL.cdf(quantile)
+        median = self.p50_tokens * math.exp(spread * -_NORMAL.inv_cdf(tail / 2))
         return max(1.0, median - num_output_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulingState:
-    """What a scheduling policy knows of a request. ``arrived_at_s`` is unix time.
+    """The input of a scheduling policy for one request. ``arrived_at_s`` is unix time.
 
-    Work is predicted, in seconds of the request's own prefill and decode steps: ``prefill_s`` and ``decode_s`` remain,
-    ``served_s`` is done. ``mean_work_s`` is the mean work of requests when this one arrived (`router.expected_work`).
-    Without a prediction all of them are 0: the same work for every request.
+    Work is predicted, in seconds of the request's own prefill and decode steps. ``prefill_s`` and ``decode_s`` are the
+    remaining work, ``served_s`` the work already done. ``mean_work_s`` is the mean work of a request at the time of
+    arrival (`router.expected_work`). Without a prediction all four are 0, so that all requests have equal work.
     """
 
     priority: int
@@ -170,20 +172,19 @@ class SchedulingState:
 
     @property
     def remaining_s(self) -> float:
-        """Remaining work."""
         return self.prefill_s + self.decode_s
 
     def with_cached_share(self, share: float) -> SchedulingState:
-        """The state if ``share`` of the prompt, in [0, 1], is already computed."""
+        """The state if the prefix cache holds ``share`` of the prompt, in [0, 1]."""
         return self if share == 0 else replace(self, prefill_s=self.prefill_s * (1 - share))
 
     def after_output(
         self, num_output_tokens: int, prediction: LengthPrediction | None, since: int = 0, prefill_again: bool = False
     ) -> SchedulingState:
-        """The state after ``num_output_tokens`` of output, where this state is the one after ``since`` of them.
+        """The state after ``num_output_tokens`` of output; this state is the one after ``since`` of them.
 
-        Less work remains, or more if the output is longer than predicted. ``prefill_again``: the prompt has to be
-        computed once more.
+        The remaining work decreases, or increases if the output is longer than predicted. ``prefill_again``: the KV of
+        the prompt was freed, so its prefill remains.
         """
         if prediction is None or num_output_tokens <= since:
             return self
@@ -195,11 +196,11 @@ class SchedulingState:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """A request as the workers know it: tokens, no text.
+    """One sequence for the workers: tokens, no text.
 
-    ``resume_token_ids`` are output tokens that the client already has; after a worker was lost their KV is computed
-    again, and they are never sampled again. ``sequence_index`` numbers the output sequences of one prompt. Requests
-    share cached prefixes only within one ``tenant`` and ``cache_salt``. ``kv_swap_format`` None: the model's own.
+    ``resume_token_ids`` are output tokens that the client received from an earlier attempt. Their KV is computed again,
+    but they are not sampled again. ``sequence_index`` numbers the output sequences of one prompt. Requests share cached
+    prefixes only within one ``tenant`` and ``cache_salt``. ``kv_swap_format`` None is the model's default.
     """
 
     request_id: str
@@ -218,16 +219,16 @@ class EngineRequest:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the prompt and the longest possible output."""
+        """Length of the prompt and the longest possible output."""
         return len(self.prompt_token_ids) + self.stopping.max_new_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class KvDemand:
-    """What a request needs of the KV pool: blocks for ``num_tokens`` at first, for ``max_tokens`` at most.
+    """Token blocks that a request needs: for ``num_tokens`` at admission, and for ``max_tokens`` at most.
 
-    ``block_hashes`` name the full blocks of the known tokens; up to ``max_cached_tokens`` of them may be taken from
-    the prefix cache.
+    ``block_hashes`` are those of the full blocks of the known tokens. The prefix cache may provide at most
+    ``max_cached_tokens`` of these tokens.
     """
 
     num_tokens: int
@@ -238,7 +239,7 @@ class KvDemand:
 
 @dataclass(frozen=True, slots=True)
 class QueuedRequest:
-    """What a unit sees of a request that waits in a router: enough to order it and to reserve for it.
+    """A request in a router's queue, as a unit sees it: its order and its KV demand, without the prompt.
 
     ``entry_id`` is chosen by the router and unique within its admission stream.
     """
@@ -252,7 +253,7 @@ class QueuedRequest:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRef:
-    """Names a lease at one epoch. Each change of owner raises the epoch."""
+    """Identifies a lease at one epoch. Each change of owner increments the epoch."""
 
     lease_id: int
     epoch: int
@@ -260,9 +261,10 @@ class LeaseRef:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right of one owner to a request's token blocks, and how far its KV is computed.
+    """The right of one owner to the token blocks of a sequence, with the number of tokens whose KV is computed.
 
-    ``sampled_token_ids`` are the output tokens sampled since the lease was issued; the KV of the last is not computed.
+    ``sampled_token_ids`` are the output tokens sampled since the lease was issued. The KV of the last one is not
+    computed.
     """
 
     ref: LeaseRef
@@ -273,5 +275,5 @@ class Lease:
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:
-    """Token blocks that hold ``num_tokens`` tokens."""
+    """Number of token blocks that ``num_tokens`` tokens occupy."""
     return -(-num_tokens // block_size)

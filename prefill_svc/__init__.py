@@ -1,1 +1,1 @@
-"""Prefill workers: compute prompts, sample the first token, hand the lease over."""
+"""Prefill workers: they compute prompts, sample the first token, and hand the lease off to a decode worker."""

@@ -1,4 +1,4 @@
-"""The prefill phase of a request: credit → lease → prompt computed → lease moved to the decode worker."""
+"""The prefill phase of a request: its credit becomes a lease, its prompt is computed, its lease is handed off."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from muxmesh.types import LeaseRef
 from worker.worker_process import Services, WorkerContext
 
 TOKENS_BEFORE_HAND_OFF = 1
-"""Output tokens that prefill samples. More of them would keep the device from prompts."""
+"""Output tokens of each request that prefill samples. More of them would take device time from other prompts."""
 
 
 class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
-    """Serves one model's prompts."""
+    """Serves PrefillService for one model."""
 
     def __init__(self, context: WorkerContext, num_tokens: int = TOKENS_BEFORE_HAND_OFF) -> None:
-        """``num_tokens``: output tokens of each request that are sampled here."""
+        """``num_tokens``: output tokens of each request that are sampled before the hand-off."""
         self._context = context
         self._engine = context.engine
         self._leases = context.leases
@@ -34,7 +34,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
     async def Prefill(
         self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> prefill_pb2.PrefillResponse:
-        """See the proto. However this call ends, the lease is moved or released."""
+        """Computes one prompt. However the call ends, the lease is handed off or released."""
         engine_request = convert.request_from_wire(request.request)
         lease = await self._leases.acquire(convert.ref_from_wire(request.lease))
         job_id, is_done = lease.ref.lease_id, False
@@ -50,7 +50,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
                     response.prompt_logprobs.MergeFrom(convert.logprobs_to_wire(event.logprobs))
                 elif isinstance(event, Finished):
                     response.finish.CopyFrom(convert.finish_to_wire(event.finish))
-                    # Before the response: the router may send others with the same prompt at once.
+                    # Before the response: the router's next request may have the same prompt, and finds it cached.
                     await self._release(lease.ref, sequence)
                     is_done = True
                     return response
@@ -62,7 +62,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
                     return response
                 elif isinstance(event, Failed):
                     raise EngineFailed(event.reason)
-            raise InternalError("the engine's events ended without a last one")
+            raise InternalError(f"job {job_id}: the engine sent no final event")
         finally:
             if not is_done:
                 self._leases.release_after(functools.partial(self._engine.cancel, job_id), lease.ref)
@@ -73,6 +73,6 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
 
 @asynccontextmanager
 async def open_services(context: WorkerContext) -> AsyncIterator[Services]:
-    """The services of a prefill worker."""
+    """Opens the services of a prefill worker."""
     register = functools.partial(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, PrefillService(context))
     yield {prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"]: register}

@@ -1,1 +1,1 @@
-"""The router: validates, tokenizes, waits for credits, dispatches both phases, returns text."""
+"""The router: validates and tokenizes requests, waits for credits, calls the workers and streams their output."""

@@ -1,4 +1,7 @@
-"""The router's end of admission: shows one unit the best queued requests, and passes its credits to them."""
+"""The router's side of admission: shows one unit the best queued requests and assigns its credits to them.
+
+Does not choose the unit (`router.units`) and does not call workers (`router.attempt`).
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,11 @@ _Outbox = asyncio.Queue[kvstore_pb2.AdmitRequest | None]
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """The right to send one request to these two workers; its KV and its decode slot are reserved.
+    """The right to send one request to these two workers. The unit has reserved its KV blocks and its decode slot.
 
-    ``scheduling`` is the state by which the unit ordered it: cached tokens of the prompt count as done.
+    ``decision`` counts the credits of the unit from 1. ``num_overtaken``: queued requests of the same model and
+    priority that arrived before this one and still wait. ``scheduling`` is the state by which the unit ordered the
+    request: cached prompt tokens are not part of its work.
     """
 
     lease: LeaseRef
@@ -41,30 +46,33 @@ class Credit:
 
 
 class UnitAdmission:
-    """Owns the admission stream to one unit. Reconnects for ever; queued requests do not notice a restart."""
+    """Owns the Admit stream to one unit, and the requests that wait for its credits.
+
+    Reconnects until cancelled. Queued requests keep waiting while the unit restarts, and are shown to it again.
+    """
 
     def __init__(self, router: str, channel: grpc.aio.Channel, clock: Clock, policy: SchedulingPolicy) -> None:
-        """``router``: unique name of this router."""
+        """``router``: name of this router, unique in the mesh."""
         self._clock = clock
         self._router = router
         self._stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
         self._queue = RequestQueue(policy)
         self.costs: dict[str, ModelCosts] = {}
-        """Step costs by model, as the unit reported them last."""
+        """Step costs by model, as last reported by the unit."""
         self._futures: dict[int, asyncio.Future[Credit]] = {}
         self._outbox: _Outbox = asyncio.Queue()
         self._last_entry_id = 0
         self.connected = asyncio.Event()
 
     def num_queued(self, model: str) -> int:
-        """Requests for ``model`` that wait for a credit."""
+        """Requests for ``model`` that wait for a credit of this unit."""
         return self._queue.count(model)
 
     async def wait_for_credit(self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand) -> Credit:
-        """Waits until the unit has capacity for what the request needs at first, which is then reserved.
+        """Waits until the unit has reserved the request's initial demand. Cancelling the wait withdraws the request.
 
-        Credits are issued in the mesh's order, over all routers. Raises InvalidRequest if the unit could not hold the
-        request even if it were empty, ModelNotFound if it does not serve the model (any more).
+        The unit issues credits in the mesh's order, over all routers. Raises InvalidRequest if even an empty unit could
+        not hold the request, ModelNotFound if the unit does not serve the model.
         """
         self._last_entry_id += 1
         entry_id = self._last_entry_id
@@ -76,7 +84,7 @@ class UnitAdmission:
             return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:
-                self.give_back(future.result())
+                self.return_credit(future.result())
             raise
         finally:
             del self._futures[entry_id]
@@ -84,23 +92,23 @@ class UnitAdmission:
                 self._outbox.put_nowait(kvstore_pb2.AdmitRequest(withdraw=entry_id))
                 self._show_next()
 
-    def give_back(self, credit: Credit) -> None:
-        """Returns a credit that is not used (any more). Without effect once a worker has the lease."""
+    def return_credit(self, credit: Credit) -> None:
+        """Returns an unused credit to the unit. Has no effect once a worker has acquired the lease."""
         self._outbox.put_nowait(kvstore_pb2.AdmitRequest(return_credit=convert.ref_to_wire(credit.lease)))
 
     async def run(self) -> None:
-        """Keeps the stream open until cancelled."""
+        """Opens the stream, and opens it again whenever it breaks, until cancelled."""
         while True:
             try:
                 await self._run_stream()
             except grpc.aio.AioRpcError as error:
                 if self.connected.is_set():
-                    _log.warning("the unit is unreachable: %s", error.details())
+                    _log.warning("the admission stream broke, the unit is unreachable: %s", error.details())
             self.connected.clear()
             await asyncio.sleep(_RECONNECT_S)
 
     async def _run_stream(self) -> None:
-        outbox = self._outbox = asyncio.Queue()  # messages for the old stream are lost with it
+        outbox = self._outbox = asyncio.Queue()  # with a stream, the unit drops its requests and credits
         self._queue.hide_all()
         call = self._stub.Admit(self._messages(outbox), wait_for_ready=True)
         try:
@@ -161,7 +169,7 @@ class UnitAdmission:
         )
         future = self._futures.get(wire.entry_id)
         self._queue.remove(wire.entry_id)
-        if future is None or future.done():  # withdrawn while the credit was on its way
-            self.give_back(credit)
+        if future is None or future.done():  # the request was withdrawn while its credit was in flight
+            self.return_credit(credit)
         else:
             future.set_result(credit)

@@ -1,4 +1,4 @@
-"""Assembles a router process and runs it."""
+"""Builds the router's objects, connects them to the units and serves the public API. Contains no policy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _STOP_GRACE_S = 2.0
 
 
 async def serve(runtime: MeshRuntime, stop: Stop) -> None:
-    """Serves the public API until ``stop`` is set."""
+    """Serves the public API until ``stop`` is set. Its health is SERVING once every unit is connected."""
     clock, config, rng = SystemClock(), runtime.config, random.SystemRandom()
     policy, models = config.order.scheduling_policy(), load_models(runtime)
     name = f"router-{rng.getrandbits(32):08x}"
@@ -59,16 +59,16 @@ async def serve(runtime: MeshRuntime, stop: Stop) -> None:
         )
         endpoint = runtime.endpoints()[ProcessKey("router")]
         await server.start([config.listen, endpoint.address])
+        stack.push_async_callback(server.stop, _STOP_GRACE_S)
         await asyncio.gather(*(unit.admission.connected.wait() for unit in units))
         await server.set_serving()
         own_registry = ProcessRegistry(runtime.redis_url, config.mesh_id, clock)
         async with own_registry.registered(endpoint.name, config.listen):
             await stop.wait()
-        await server.stop(_STOP_GRACE_S)
 
 
 async def _open_units(runtime: MeshRuntime, router: str, registry: ProcessRegistry, stack: AsyncExitStack) -> Units:
-    """A link to each unit, which ``stack`` closes."""
+    """Opens a link to each unit. ``stack`` closes them."""
     policy, resolver = runtime.config.order.scheduling_policy(), EndpointResolver(runtime, registry)
     links = []
     for unit in runtime.config.units:

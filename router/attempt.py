@@ -1,4 +1,7 @@
-"""One attempt to compute a sequence: both workers are called at once, and their tokens become one stream."""
+"""One attempt to compute a sequence: calls both workers at once and merges their tokens into one stream.
+
+Does not retry (`router.sequence_driver`) and knows no text.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,10 @@ from router.token_stream import TokenMailbox, TokenStream
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """The prompt is computed. ``num_cached_tokens`` of it were in the prefix cache; log-probabilities if requested.
+    """The prompt is computed; ``num_cached_tokens`` of it were in the prefix cache.
 
-    ``waited_s``: from the calls to the workers to the response of prefill.
+    ``logprobs``: of the second prompt token and those after it, if requested. ``waited_s``: seconds from calling
+    the workers to the response of prefill.
     """
 
     num_cached_tokens: int
@@ -39,25 +43,23 @@ AttemptEvent = Prefilled | Tokens | Finished
 
 
 class WorkerChannels:
-    """Channels to workers and streams of their tokens, by address; each is opened once."""
+    """Owns a channel for each worker address and a token stream for each decode worker, opened on first use."""
 
     def __init__(self, router: str) -> None:
-        """``router``: unique name of this router."""
+        """``router``: name of this router, unique in the mesh."""
         self._router = router
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._streams: dict[str, TokenStream] = {}
         self._num_streams = 0
 
     def prefill(self, address: str) -> prefill_pb2_grpc.PrefillServiceAsyncStub:
-        """The prefill worker at ``address``."""
         return prefill_pb2_grpc.PrefillServiceStub(self._channel(address))
 
     def decode(self, address: str) -> decode_pb2_grpc.DecodeServiceAsyncStub:
-        """The decode worker at ``address``."""
         return decode_pb2_grpc.DecodeServiceStub(self._channel(address))
 
     async def tokens(self, address: str) -> TokenStream:
-        """The token stream of the decode worker at ``address``. Raises WorkerLost, Unavailable."""
+        """Returns an open token stream of the decode worker at ``address``. Raises WorkerLost or Unavailable."""
         stream = self._streams.get(address)
         if stream is None or not stream.is_open:
             self._num_streams += 1
@@ -67,7 +69,7 @@ class WorkerChannels:
         return stream
 
     async def close(self) -> None:
-        """Closes every channel."""
+        """Closes every stream and every channel."""
         for stream in self._streams.values():
             stream.close()
         for channel in self._channels.values():
@@ -82,10 +84,10 @@ class WorkerChannels:
 async def run_attempt(
     workers: WorkerChannels, clock: Clock, request: EngineRequest, credit: Credit
 ) -> AsyncGenerator[AttemptEvent, None]:
-    """Tokens from output index ``len(request.resume_token_ids)`` on, then Finished.
+    """Yields Prefilled, then the tokens from output index ``len(request.resume_token_ids)`` on, then Finished.
 
-    Raises whatever ended the attempt (WorkerLost, Unavailable, LeaseLost, EngineFailed, ...). Closing it cancels both
-    calls, and with them the work.
+    Raises the error that ended the attempt (WorkerLost, Unavailable, LeaseLost, EngineFailed, ...). Closing the
+    generator cancels both calls, and the workers drop the sequence.
     """
     called_at_s = clock.monotonic_s()
     stream = await workers.tokens(credit.decode_address)
@@ -125,7 +127,7 @@ async def run_attempt(
                 end = message
                 continue
             if message.start_index != index:
-                raise InternalError(f"decode sent token {message.start_index}, expected {index}")
+                raise InternalError(f"decode sent the token at index {message.start_index}, expected {index}")
             index += len(message.token_ids)
             logprobs = convert.logprobs_from_wire(message.logprobs) if message.HasField("logprobs") else ()
             yield Tokens(message.start_index, tuple(message.token_ids), logprobs)
@@ -133,7 +135,7 @@ async def run_attempt(
 
 
 async def _forward_end(decode: grpc.aio.UnaryUnaryCall[Any, decode_pb2.DecodeResponse], mailbox: TokenMailbox) -> None:
-    """The end of the Decode call is delivered with the tokens."""
+    """Delivers the response or the error of Decode to the mailbox. The response may overtake the last tokens."""
     try:
         mailbox.put(await decode)
     except grpc.aio.AioRpcError as error:
@@ -148,6 +150,6 @@ async def _result(call: grpc.aio.UnaryUnaryCall[Any, prefill_pb2.PrefillResponse
 
 
 def _retrieve_exception(task: asyncio.Task[Any]) -> None:
-    """An error of a call whose result is no longer needed is not logged."""
+    """Keeps asyncio from logging the error of a call whose result is not needed."""
     if not task.cancelled():
         task.exception()

@@ -1,7 +1,8 @@
-"""A thread that runs functions one after the other and, unlike an executor's, does not delay the end of the process."""
+"""A daemon thread that runs functions in order. Unlike an executor's threads, it does not delay the process's exit."""
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -12,7 +13,7 @@ _Result = TypeVar("_Result")
 
 
 class DaemonThread:
-    """Owns a daemon thread: a function that hangs is left behind at the end of the process."""
+    """Owns a daemon thread. A function that hangs is abandoned when the process exits."""
 
     def __init__(self, name: str) -> None:
         self._functions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -20,10 +21,12 @@ class DaemonThread:
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, function: Callable[[], _Result]) -> Future[_Result]:
-        """Runs ``function`` after all submitted before it; after `close` the future is cancelled at once."""
+        """Runs ``function`` after all functions submitted before it. After `close` the future is cancelled at once."""
         future: Future[_Result] = Future()
 
         def run() -> None:
+            if self._closed:
+                future.cancel()
             if not future.set_running_or_notify_cancel():
                 return
             try:
@@ -40,8 +43,11 @@ class DaemonThread:
         return future
 
     def close(self) -> None:
-        """Starts no further function."""
+        """Cancels the functions that have not started, and ends the thread after the one that runs. Does not wait."""
         self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._functions.get_nowait()()
         self._functions.put(lambda: None)
 
     def _run(self) -> None:

@@ -1,4 +1,4 @@
-"""From a predicted output length to work in seconds, by which requests are ordered. Pure."""
+"""Expected work of requests in seconds, by which they are ordered, from predicted output lengths. Pure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from muxmesh.step_cost import UNMEASURED, ModelCosts
 from muxmesh.types import LengthPrediction, SchedulingState, Stopping
 
 UNPREDICTED = frozenset({"floor", "failed", "late", "cold", "typical"})
-"""Sources of predictions that say nothing of the single request: they change fast while little is known."""
+"""Sources whose prediction is the same for every request of a model. It changes fast while few outputs are observed."""
 
 _MEAN_STEP = 1.25
+"""The mean work in use is replaced once the running mean is this factor above or below it."""
 
 
 def fixed_length(stopping: Stopping, has_stop_strings: bool) -> int | None:
-    """The output length in tokens if the request itself fixes it."""
+    """The output length in tokens if the request itself fixes it, else None."""
     never_stops = not (stopping.eos_token_ids or stopping.stop_token_ids or has_stop_strings)
     if never_stops or (stopping.min_new_tokens == stopping.max_new_tokens and not has_stop_strings):
         return stopping.max_new_tokens
@@ -24,7 +25,7 @@ def fixed_length(stopping: Stopping, has_stop_strings: bool) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class ModelService:
-    """How a unit serves a model: step costs, None before the first step, and prompt tokens in a step."""
+    """How a unit serves a model. ``costs`` is None before its first step; ``step_token_budget``: tokens in a step."""
 
     model: str
     costs: ModelCosts | None
@@ -33,7 +34,7 @@ class ModelService:
 
 @dataclass(frozen=True, slots=True)
 class ExpectedOutput:
-    """What is expected of an output before it begins: a prediction, its source (see `LengthForecast`), and the
+    """The expected length of an output that has not begun: a prediction, its source (see `LengthForecast`) and the
     request's own limits.
     """
 
@@ -43,7 +44,7 @@ class ExpectedOutput:
 
     @property
     def prediction(self) -> LengthPrediction:
-        """The prediction within the limits."""
+        """The prediction, clipped to the limits."""
         least, most = max(1, self.stopping.min_new_tokens), self.stopping.max_new_tokens
         return LengthPrediction(
             min(max(self.unlimited.p50_tokens, least), most), min(max(self.unlimited.p90_tokens, least), most)
@@ -52,18 +53,18 @@ class ExpectedOutput:
 
 @dataclass(frozen=True, slots=True)
 class _EqualWork:
-    """The work of each unpredicted request of a model, and the mean work at that time: both decide the order."""
+    """The work that all unpredicted requests of a model share, and the mean work beside it. Both affect the order."""
 
     work_s: float
     mean_work_s: float
 
 
 class ExpectedWork:
-    """Owns what is expected of the requests of one unit, in seconds of work.
+    """Owns the running mean of the work of one unit's requests, and the work of its unpredicted requests.
 
-    Unpredicted requests have equal work, whatever their prompts and limits are and steps cost at the moment, so their
-    order is that of arrival. Invariant: while requests of a model are queued, neither that work nor the mean beside it
-    changes for them.
+    All unpredicted requests of a model have equal work, whatever their prompts, their limits and the current step costs
+    are, so they are ordered by arrival. Invariant: neither that work nor the mean beside it changes while requests of
+    the model are queued.
     """
 
     def __init__(self) -> None:
@@ -79,11 +80,11 @@ class ExpectedWork:
         service: ModelService,
         num_queued: int,
     ) -> SchedulingState:
-        """The scheduling state of a request with its work. ``num_queued``: requests of its model that wait.
+        """``scheduling`` with the request's expected work. ``num_queued``: queued requests of its model.
 
-        The median orders. To minimise the sum of normalized latencies, requests are ordered by E[n] / E[1/n] (Smith,
-        1956), which for a log-normal length is its median, squared. A penalty for long tails made that and the mean
-        worse.
+        The work is that of the median length: the sum of normalized latencies is minimal in the order of E[n] / E[1/n]
+        (Smith, 1956), which for a log-normal length n is the square of its median. A penalty for long tails made both
+        normalized and mean latency worse.
         """
         if output.source in UNPREDICTED:
             return self._equal_work(scheduling, output.unlimited, service, num_queued)
@@ -107,8 +108,10 @@ class ExpectedWork:
         return replace(scheduling, prefill_s=0.0, decode_s=kept.work_s, mean_work_s=kept.mean_work_s)
 
     def _add(self, work_s: float) -> float:
-        """Adds one request; returns the mean work. A request's handicap is proportional to it, so it changes in steps,
-        seldom: only requests before and after a step are measured by different means.
+        """Adds the work of one request to the running mean; returns the mean work in use.
+
+        A request's handicap is proportional to the mean work, so two requests compare fairly only under the same mean.
+        The mean in use therefore changes seldom, and in steps.
         """
         self._mean.add(work_s)
         if not self._mean_work_s / _MEAN_STEP <= self._mean.mean <= self._mean_work_s * _MEAN_STEP:

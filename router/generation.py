@@ -1,7 +1,7 @@
-"""A request for output as the router knows it, and what the router gives back. Pure values; no wire format.
+"""A generation request and the deltas of its output, as values. Knows no wire format.
 
-A door (`router.api`) turns its messages into a `GenerationRequest` and each `OutputDelta` into a message. Errors name a
-field by its path in `muxmesh.v1.GenerateRequest`, the mesh's own vocabulary; a door with other names translates them.
+An API (`router.api`) converts its messages to a `GenerationRequest`, and each `OutputDelta` to a message. Errors name a
+field by its path in `muxmesh.v1.GenerateRequest`; an API with other field names translates them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from muxmesh.types import KvFormat, Sampling, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
-    """Text, taken as it is."""
+    """Text that is tokenized without a chat template."""
 
     text: str
 
@@ -37,7 +37,7 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A conversation, rendered by the model's own template."""
+    """A conversation, rendered by the model's own chat template."""
 
     messages: tuple[ChatMessage, ...]
 
@@ -47,7 +47,7 @@ Prompt = TextPrompt | TokensPrompt | ChatPrompt
 
 @dataclass(frozen=True, slots=True)
 class StoppingOptions:
-    """When output ends. ``max_new_tokens`` None: the model's default, limited to what the context holds."""
+    """When an output ends. ``max_new_tokens`` None: the model's default, limited by the context and the KV pool."""
 
     max_new_tokens: int | None = None
     min_new_tokens: int = 0
@@ -59,7 +59,7 @@ class StoppingOptions:
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """What the client wants to receive."""
+    """Which parts of the output the client receives."""
 
     text: bool = True
     token_ids: bool = False
@@ -70,7 +70,7 @@ class OutputOptions:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What a client asks for. ``sampling.seed`` is replaced by ``seed``, or by a random one if that is None."""
+    """What a client requests. ``sampling.seed`` is ignored: ``seed`` replaces it, or a random seed if that is None."""
 
     model: str
     prompt: Prompt
@@ -90,7 +90,7 @@ class GenerationRequest:
 
 
 class FinishKind(Enum):
-    """Why output ended."""
+    """Why an output ended."""
 
     LENGTH = "length"
     EOS = "eos"
@@ -110,7 +110,7 @@ class OutputFinish:
 
 @dataclass(frozen=True, slots=True)
 class SequenceDelta:
-    """What is new of one output sequence."""
+    """New tokens and text of one output sequence. ``logprobs`` has one entry for each token, if requested."""
 
     token_ids: tuple[int, ...]
     text: str
@@ -120,7 +120,7 @@ class SequenceDelta:
 
 @dataclass(frozen=True, slots=True)
 class PromptReport:
-    """What is known of the prompt with the first delta."""
+    """The prompt as it was computed. ``predicted_output_tokens`` is None if the length predictor was not used."""
 
     token_ids: tuple[int, ...]
     num_cached_tokens: int
@@ -131,7 +131,7 @@ class PromptReport:
 
 @dataclass(frozen=True, slots=True)
 class SchedulingReport:
-    """Why a request was served when it was."""
+    """Why a request was served when it was. `muxmesh.v1.SchedulingInfo` defines the fields."""
 
     policy: str
     reason: str
@@ -147,7 +147,7 @@ class SchedulingReport:
 
 @dataclass(frozen=True, slots=True)
 class TimingsReport:
-    """Times of a request in seconds, see `muxmesh.v1.RequestTimings`."""
+    """Times of a request in seconds. `muxmesh.v1.RequestTimings` defines them."""
 
     queue_s: float
     ttft_s: float
@@ -158,7 +158,7 @@ class TimingsReport:
 
 @dataclass(frozen=True, slots=True)
 class OutputDelta:
-    """What is new of sequence ``index``; with the first delta of a request reports, with the last its timings."""
+    """New output of sequence ``index``. The first delta of a request has the reports, the last one has the timings."""
 
     index: int
     new: SequenceDelta
@@ -169,8 +169,11 @@ class OutputDelta:
 
 @dataclass(slots=True)
 class ModelCounters:
-    """Of one model since the router started. A sequence is running from its arrival on, and held back until the first
-    sequence of its request has its prompt computed.
+    """Counters of one model since the router started.
+
+    ``num_running`` counts sequences from their arrival to their end. ``num_held_back`` counts those among them that
+    wait until the first sequence of their request has computed the prompt. ``num_finished`` and ``num_aborted`` count
+    requests.
     """
 
     num_running: int = 0

@@ -1,8 +1,7 @@
-"""How long each output will be: predicted within a time budget, or not used.
+"""Forecasts of output lengths within a time budget. Never delays a request beyond the budget and never refuses one.
 
-The predictor runs in a thread of its own. A prediction that is not there within the budget is not used: the request is
-expected to be as long as the mean of its model, and the predictor is not asked again until the late prediction has
-come. Nothing here refuses or loses a request.
+The predictor runs in a thread of its own. If it exceeds the budget, the forecast is the mean length of the model, and
+the predictor is not called again until it has returned. Fits run in a second thread.
 """
 
 from __future__ import annotations
@@ -26,12 +25,15 @@ _log = logging.getLogger(__name__)
 
 _MAX_PENDING_OBSERVATIONS = 1000
 FIT_FRACTION = 0.02
-"""Of one core, for fits."""
+"""The fraction of one core that fits may use."""
 
 
 @dataclass(frozen=True, slots=True)
 class LengthForecast:
-    """What is expected of one request. ``checked`` is None where the predictor was not asked or was late."""
+    """The forecast of one output. ``source``: as in `CheckedPrediction`, or ``fixed`` or ``late``.
+
+    ``checked`` is None if the predictor was not called or was late: it does not learn from that output.
+    """
 
     prediction: LengthPrediction
     source: str
@@ -39,7 +41,7 @@ class LengthForecast:
 
 
 class LengthForecaster:
-    """Owns the thread that predicts and learns, and the one that fits. Called on one event loop."""
+    """Owns the thread that predicts and observes, and the thread that fits. Called on one event loop."""
 
     def __init__(self, predictor: CheckedPredictor, budget_s: float, clock: Clock) -> None:
         self._clock = clock
@@ -53,7 +55,7 @@ class LengthForecaster:
         self.num_late = 0
 
     async def predict(self, text: str, model: str, tenant: str, hint_tokens: int | None) -> LengthForecast:
-        """A forecast within the budget. ``hint_tokens``: the client's own expectation."""
+        """Returns a forecast within the budget. ``hint_tokens``: the client's own estimate of the output length."""
         if self._late is not None and not self._late.done():
             return self._default(model)
         self._late = None
@@ -61,7 +63,10 @@ class LengthForecaster:
         done, _ = await asyncio.wait([asyncio.wrap_future(future)], timeout=self._budget_s)
         if not done:
             if self.num_late == 0:
-                _log.warning("no prediction within %.0f ms; not used until it comes", 1000 * self._budget_s)
+                _log.warning(
+                    "the length predictor took more than %.0f ms; it is not called again until it has returned",
+                    1000 * self._budget_s,
+                )
             self._late = future
             return self._default(model)
         if future.cancelled():  # the router is stopping
@@ -71,10 +76,10 @@ class LengthForecaster:
 
     def _default(self, model: str) -> LengthForecast:
         self.num_late += 1
-        return LengthForecast(self._predictor.typical(model), "late")
+        return LengthForecast(self._predictor.mean_prediction(model), "late")
 
     def observe(self, forecast: LengthForecast, num_tokens: int, censored: bool) -> None:
-        """Learns that an output ended after this many tokens; ``censored``: it was cut off and would be longer."""
+        """Reports an output's length to the predictor. Does not block. ``censored``: the output was cut off there."""
         checked = forecast.checked
         if checked is None or num_tokens < 1 or self._num_pending >= _MAX_PENDING_OBSERVATIONS:
             return
@@ -90,24 +95,19 @@ class LengthForecaster:
         """See `CheckedPredictor.is_ranking`."""
         return self._predictor.is_ranking(model)
 
-    @property
-    def num_failures(self) -> int:
-        """Predictions and observations that raised or were not numbers."""
-        return self._predictor.num_failures
-
     async def call(self, function: Callable[[], _Result]) -> _Result:
-        """Runs a function between predictions: one that reads the predictor's state, or replaces it."""
+        """Runs ``function`` in the predictor's thread, between predictions: it may read or replace its state."""
         return await asyncio.wrap_future(self._predicting.submit(function))
 
     def close(self) -> None:
-        """Ends the threads; a prediction that hangs is left behind."""
+        """Ends both threads without waiting; a call of the predictor that hangs is abandoned."""
         self._fitting.close()
         self._predicting.close()
 
     def _on_observed(self, observation: asyncio.Future[None]) -> None:
         self._num_pending -= 1
         if not observation.cancelled() and (error := observation.exception()) is not None:
-            _log.error("an observation failed: %s", error)
+            _log.error("the length predictor failed to observe an output: %s", error)
 
     def _observe(self, checked: CheckedPrediction, num_tokens: int, censored: bool) -> None:
         self._predictor.observe(checked, num_tokens, censored)
@@ -117,7 +117,7 @@ class LengthForecaster:
             self._fitting.submit(lambda: self._timed(refit)).add_done_callback(self._on_fitted)
 
     def _timed(self, refit: Refit) -> Fitted:
-        """Fits, and schedules the next fit so far off that all fits take a small fraction of a core."""
+        """Fits, and postpones the next fit so that fits use at most `FIT_FRACTION` of a core."""
         began_at_s = self._clock.monotonic_s()
         try:
             return refit.run()
@@ -129,10 +129,14 @@ class LengthForecaster:
         if done.cancelled():
             return
         if (error := done.exception()) is not None:
-            _log.error("a fit failed: %s", error)
+            _log.error("a fit of the length predictor failed: %s", error)
         fitted = None if error else done.result()
         self._predicting.submit(lambda: self._publish(fitted))
 
     def _publish(self, fitted: Fitted | None) -> None:
         if not self._predictor.publish(fitted) and fitted is not None:
-            _log.info("a fit was not published: tau %.3f, now %.3f", fitted.tau, fitted.published_tau)
+            _log.info(
+                "a fit of the length predictor was rejected: tau %.3f, published fit %.3f",
+                fitted.tau,
+                fitted.published_tau,
+            )

@@ -1,4 +1,6 @@
-"""The path of a request through the router: a `GenerationRequest` in, `OutputDelta`s out. Knows no wire format.
+"""The path of a request through the router: a `GenerationRequest` in, `OutputDelta`s out.
+
+Knows no wire format, no workers and no addresses.
 
 validate → tokenize → resolve → predict the length → for each sequence: attempts (`sequence_driver`) → deltas
 """
@@ -44,7 +46,7 @@ _MAX_PREDICTOR_TOKENS = 1000
 
 @dataclass(slots=True)
 class _Generation:
-    """A request on its way. ``progress`` has one entry for each sequence."""
+    """A request in progress. ``progress`` has one entry for each sequence."""
 
     request: GenerationRequest
     model: ServedModel
@@ -58,7 +60,7 @@ class _Generation:
 
 
 class GenerationPipeline:
-    """Serves requests. Owns the counters of its models."""
+    """Serves requests. Owns the counters of each model. Called on one event loop."""
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class GenerationPipeline:
         rng: random.Random,
         tokenizing: Executor,
     ) -> None:
-        """``tokenizing``: runs tokenizers off the event loop."""
+        """``rng`` samples seeds; ``tokenizing`` runs tokenizers off the event loop."""
         self.counters: defaultdict[str, ModelCounters] = defaultdict(ModelCounters)
         self._models = models
         self._units = units
@@ -85,13 +87,13 @@ class GenerationPipeline:
         self._tokenizing = tokenizing
 
     def validate(self, request: GenerationRequest) -> None:
-        """Raises InvalidRequest or ModelNotFound."""
+        """Raises InvalidRequest or ModelNotFound for a request that can never be served."""
         validate(request, self._models.find(request.model), self._config.max_prompt_bytes)
 
     async def run(self, request: GenerationRequest, arrived_at_s: float) -> AsyncGenerator[OutputDelta, None]:
-        """The deltas of all sequences of a validated request. Closing it aborts the request everywhere.
+        """Yields the deltas of all sequences of a validated request. Closing the generator aborts the request.
 
-        ``arrived_at_s``: monotonic time. Raises Overloaded, InvalidRequest, and what ended the last attempt.
+        ``arrived_at_s``: monotonic time. Raises Overloaded, InvalidRequest, or the error of a sequence's last attempt.
         """
         model = self._models.find(request.model)
         self._refuse_overload(request.num_sequences)
@@ -107,11 +109,11 @@ class GenerationPipeline:
                 yield delta
 
     def num_waiting(self, model: str) -> int:
-        """Sequences of ``model`` that wait for a credit, or for the first sequence of their request."""
+        """Sequences of ``model`` that wait for a credit or for the first sequence of their request."""
         return self._units.num_queued(model) + self.counters[model].num_held_back
 
     async def _serve(self, generation: _Generation) -> AsyncGenerator[OutputDelta, None]:
-        """Every sequence's deltas; reports with the first of all, timings with the last."""
+        """The deltas of all sequences: the first one with the reports, the last one with the timings."""
         counters, progress = self.counters[generation.model.name], generation.progress
         num_unfinished = len(progress)
         counters.num_running += num_unfinished
@@ -123,7 +125,7 @@ class GenerationPipeline:
                     counters.output_tokens += len(delta.new.token_ids)
                     if first_token_at_s is None:
                         first_token_at_s = self._clock.monotonic_s()
-                        delta = self._with_reports(delta, generation)  # noqa: PLW2901 - the first of all
+                        delta = self._with_reports(delta, generation)  # noqa: PLW2901
                     if delta.new.finish is not None:
                         num_unfinished -= 1
                         counters.num_running -= 1
@@ -137,13 +139,13 @@ class GenerationPipeline:
             counters.num_restarts += sum(one.num_restarts for one in progress)
 
     def _sequences(self, generation: _Generation) -> AsyncGenerator[OutputDelta, None]:
-        """The deltas of all sequences as they arrive."""
+        """The deltas of all sequences, in the order of their arrival."""
         if len(generation.progress) == 1:
             return self._sequence(generation, 0)
         return self._several_sequences(generation)
 
     async def _several_sequences(self, generation: _Generation) -> AsyncGenerator[OutputDelta, None]:
-        """The others start when the first one's prompt is computed, and find it in the prefix cache."""
+        """The first sequence computes the prompt; then the others start, and find the prompt in the prefix cache."""
         counters = self.counters[generation.model.name]
         arrived: asyncio.Queue[OutputDelta | asyncio.Task[None]] = asyncio.Queue()
         prompt_is_cached = asyncio.Event()
@@ -178,7 +180,7 @@ class GenerationPipeline:
             await asyncio.gather(*pumps, return_exceptions=True)
 
     async def _sequence(self, generation: _Generation, index: int) -> AsyncGenerator[OutputDelta, None]:
-        """The deltas of one sequence. The predictor learns its length."""
+        """The deltas of one sequence. Its length is reported to the predictor, even if the sequence is aborted."""
         request = generation.engine_request if index == 0 else _sibling(generation.engine_request, index)
         output = _open_output(generation.request, generation.model, request)
         try:
@@ -190,7 +192,7 @@ class GenerationPipeline:
             self._forecaster.observe(generation.forecast, len(output.token_ids), is_censored)
 
     async def _tokenize(self, request: GenerationRequest, model: ServedModel) -> list[int]:
-        """Off the event loop: a long prompt takes milliseconds, and the tokenizer releases the GIL."""
+        """Tokenizes in a thread: a long prompt takes milliseconds, and the tokenizer releases the GIL."""
         prompt, loop = request.prompt, asyncio.get_running_loop()
         if isinstance(prompt, TokensPrompt):
             return list(prompt.token_ids)
@@ -214,7 +216,7 @@ class GenerationPipeline:
     async def _predictor_text(
         self, request: GenerationRequest, model: ServedModel, engine_request: EngineRequest
     ) -> str:
-        """What the predictor reads: the prompt, and of a conversation the last message of the user."""
+        """The text that the predictor reads: the prompt, or the last user message of a conversation."""
         prompt = request.prompt
         if isinstance(prompt, TextPrompt):
             return prompt.text
@@ -283,7 +285,7 @@ class GenerationPipeline:
 
 
 def _sibling(request: EngineRequest, index: int) -> EngineRequest:
-    """Another sequence of the same prompt, which the first one has scored and left in the prefix cache."""
+    """A further sequence of the prompt: it uses the cached prompt and does not score it again."""
     sampling = replace(request.sampling, prompt_logprobs=None)
     return replace(request, sequence_index=index, sampling=sampling, bypass_prefix_cache=False)
 

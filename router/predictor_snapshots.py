@@ -1,4 +1,7 @@
-"""The predictor's snapshot in Redis: read at the start, written regularly. Redis may be unreachable at any time."""
+"""The length predictor's snapshot in Redis, read at the start and written every minute.
+
+An unreachable Redis is logged and never stops the router.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +24,30 @@ from router.length_forecast import LengthForecaster
 _log = logging.getLogger(__name__)
 
 SAVE_EVERY_S = 60.0
+_LAST_SAVE_S = 2.0
+"""Maximum time of the last save: a predictor that hangs does not delay the shutdown."""
 
 
 class PredictorSnapshots:
-    """The snapshot of one mesh in its Redis."""
+    """The snapshot of one mesh's predictor, under one Redis key."""
 
     def __init__(self, url: str, mesh_id: str) -> None:
         self._url = url
         self._key = redis_key(mesh_id, "predictor")
 
     async def load(self) -> tuple[LengthPredictor, CheckedPredictor]:
-        """A predictor that continues from the last snapshot, if there is one."""
+        """Returns the predictor of the last snapshot, or an empty one if there is none that this version can read."""
         async with self._connected() as client:
             try:
                 found = await client.get(self._key)
                 if isinstance(found, bytes):
                     predictor, checked = await asyncio.to_thread(snapshot.read, found)
-                    _log.info("the predictor continues from %d outputs", predictor.history.num_observed)
+                    _log.info("the length predictor continues from %d outputs", predictor.history.num_observed)
                     return predictor, checked
             except (RedisError, OSError) as error:
-                _log.warning("no predictor snapshot, Redis is unreachable: %s", error)
+                _log.warning("the length predictor starts empty, Redis is unreachable: %s", error)
             except ConfigError as error:
-                _log.warning("the predictor starts anew: %s", error)
+                _log.warning("the length predictor starts empty: %s", error)
         predictor = LengthPredictor()
         return predictor, CheckedPredictor(predictor)
 
@@ -50,7 +55,7 @@ class PredictorSnapshots:
     async def saved(
         self, forecaster: LengthForecaster, predictor: LengthPredictor, checked: CheckedPredictor
     ) -> AsyncIterator[None]:
-        """Saves a snapshot regularly while the block runs, and at its end."""
+        """Saves a snapshot every `SAVE_EVERY_S` while the block runs, if it has changed, and one at its end."""
         async with self._connected() as client:
             save = functools.partial(self._save, client, forecaster, predictor, checked)
             saving = asyncio.create_task(self._save_repeatedly(save, predictor), name="predictor snapshots")
@@ -60,7 +65,7 @@ class PredictorSnapshots:
                 saving.cancel()
                 await asyncio.gather(saving, return_exceptions=True)
                 with contextlib.suppress(RedisError, OSError, TimeoutError):
-                    async with asyncio.timeout(2.0):  # a predictor that hangs does not delay the end
+                    async with asyncio.timeout(_LAST_SAVE_S):
                         await save()
 
     @contextlib.asynccontextmanager
@@ -77,10 +82,11 @@ class PredictorSnapshots:
         num_saved = predictor.history.num_observed
         while True:
             await asyncio.sleep(SAVE_EVERY_S)
-            if predictor.history.num_observed != num_saved:
-                num_saved = predictor.history.num_observed
+            num_observed = predictor.history.num_observed
+            if num_observed != num_saved:
                 with contextlib.suppress(RedisError, OSError):
                     await save()
+                    num_saved = num_observed
 
     async def _save(
         self,
@@ -89,7 +95,7 @@ class PredictorSnapshots:
         predictor: LengthPredictor,
         checked: CheckedPredictor,
     ) -> None:
-        """The copy is taken in the predictor's thread, between predictions, and serialized in another."""
+        """Copies the state in the predictor's thread, between predictions, and serializes it in another thread."""
         if predictor.history.num_observed:
             taken = await forecaster.call(functools.partial(snapshot.take, predictor, checked))
             await client.set(self._key, await asyncio.to_thread(snapshot.write, taken))

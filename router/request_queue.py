@@ -1,4 +1,4 @@
-"""The router's queued requests, and which of them a unit is shown. Pure."""
+"""The queued requests of one unit's admission, and which of them the unit is shown. Pure."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from muxmesh.scheduling_policy import FCFS, SchedulingPolicy, SortKey
 from muxmesh.types import QueuedRequest
 
 SHOWN_PER_MODEL = 64
-"""A unit needs to see only as many requests as it can issue credits for at once."""
+"""Queued requests that a unit sees of a model: at least as many as it can issue credits for at once."""
 SORT_EVERY_S = 0.1
 """Maximum age of the order under a policy that changes with time."""
 
 
 class RequestQueue:
-    """Owns the requests that wait for a credit of one unit.
+    """Owns the requests that wait for a credit of one unit, ordered for each model.
 
-    Invariant: of each model, the best as of the last sorting are shown. Under a policy that does not change with time
-    they are no worse than any that is not shown.
+    Invariant: after `show_next`, the first ``shown_per_model`` requests of each model are shown, in the order of the
+    last sorting. Under a policy that does not change with time, that is the current order.
     """
 
     def __init__(self, policy: SchedulingPolicy = FCFS, shown_per_model: int = SHOWN_PER_MODEL) -> None:
@@ -32,12 +32,11 @@ class RequestQueue:
         return len(self._requests)
 
     def add(self, request: QueuedRequest) -> None:
-        """Adds a request."""
         self._requests[request.entry_id] = request
         bisect.insort(self._ordered.setdefault(request.model, []), self._sort_entry(request))
 
     def remove(self, entry_id: int) -> bool:
-        """Removes a request; True if the unit was shown it."""
+        """Removes a request, if it is queued. Returns True if the unit has been shown it."""
         request = self._requests.pop(entry_id, None)
         if request is None:
             return False
@@ -50,15 +49,15 @@ class RequestQueue:
         return shown
 
     def hide_all(self) -> None:
-        """The unit was restarted, and has not seen any request."""
+        """Marks every request as not shown: the unit was restarted."""
         self._shown.clear()
 
     def count(self, model: str) -> int:
-        """Queued requests for ``model``."""
+        """Number of queued requests for ``model``."""
         return len(self._ordered.get(model, ()))
 
     def show_next(self, unix_s: float) -> list[QueuedRequest]:
-        """Requests that the unit should see and has not seen; from here on they count as shown."""
+        """Returns the best requests that are not shown yet, and marks them as shown."""
         if self._policy.changes_with_time and abs(unix_s - self._sorted_at_s) >= SORT_EVERY_S:  # the clock may jump
             self._sorted_at_s = unix_s
             for model, ordered in self._ordered.items():

@@ -1,6 +1,7 @@
-"""Checks a `GenerationRequest` and resolves it to what workers compute. Pure; every refusal names the field.
+"""Checks a `GenerationRequest` and resolves it to the `EngineRequest` that workers compute. Pure.
 
-Two halves, since the prompt's length is known only after tokenizing: `validate` and `resolve`.
+There are two steps, `validate` and `resolve`, since the prompt's length is known only after tokenizing. Each error
+names the field by its path in `muxmesh.v1.GenerateRequest`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ MAX_STOP_STRING = 1024
 ROLES = ("system", "user", "assistant")
 MAX_TEMPERATURE = 100.0
 MIN_TEMPERATURE = 1e-5
-"""A lower temperature is greedy: logits divided by it would overflow."""
+"""A lower temperature is greedy: logits divided by it could overflow."""
 MAX_PENALTY = 2.0
 MAX_REPETITION_PENALTY = 100.0
 MAX_BIAS = 100.0
@@ -34,7 +35,7 @@ _PROMPT_FIELDS = {TextPrompt: "text", TokensPrompt: "token_ids.ids", ChatPrompt:
 
 
 def validate(request: GenerationRequest, model: ServedModel, max_prompt_bytes: int) -> None:
-    """Raises InvalidRequest for a field that is wrong, as far as that can be told without the prompt's tokens."""
+    """Raises InvalidRequest for the first invalid field. Only `resolve` finds a text too long for the context."""
     check_request_id(request.request_id)
     truncate = request.truncate_prompt_tokens
     if truncate is not None and not 0 < truncate < model.limits.max_model_len:
@@ -44,17 +45,19 @@ def validate(request: GenerationRequest, model: ServedModel, max_prompt_bytes: i
         )
     _check_prompt(request, model, max_prompt_bytes)
     if request.expected_output_tokens is not None and request.expected_output_tokens < 1:
-        raise InvalidRequest("expected_output_tokens", "is 0; at least 1, or unset")
+        raise InvalidRequest("expected_output_tokens", f"is {request.expected_output_tokens}; at least 1, or unset")
     _check_stopping(request.stopping, model)
     if not 1 <= request.num_sequences <= MAX_SEQUENCES:
-        raise InvalidRequest("sampling.num_sequences", f"is {request.num_sequences}; at most {MAX_SEQUENCES}")
+        raise InvalidRequest(
+            "sampling.num_sequences", f"is {request.num_sequences}; at least 1, at most {MAX_SEQUENCES}"
+        )
     if len(request.cache_salt) > MAX_CACHE_SALT:
         raise InvalidRequest("kv.cache_salt", f"is {len(request.cache_salt)} characters; at most {MAX_CACHE_SALT}")
     _check_sampling(request, model)
 
 
 def check_request_id(request_id: str) -> None:
-    """Raises InvalidRequest unless it can be in a header and in a log line."""
+    """Raises InvalidRequest for an id that cannot be sent as a header or logged in a line."""
     if len(request_id) > MAX_REQUEST_ID or not all(" " <= character <= "~" for character in request_id):
         raise InvalidRequest("request_id", f"must be at most {MAX_REQUEST_ID} printable ASCII characters")
 
@@ -62,9 +65,9 @@ def check_request_id(request_id: str) -> None:
 def resolve(
     request: GenerationRequest, model: ServedModel, token_ids: Sequence[int], seed: int, arrived_at_unix_s: float
 ) -> EngineRequest:
-    """The request with its prompt's tokens and all defaults. Raises InvalidRequest if it exceeds the model's context.
+    """Returns the request with its prompt's tokens and all defaults filled in.
 
-    ``seed`` is used if the client gives none.
+    ``seed`` is used if the request has none. Raises InvalidRequest if prompt and output exceed the model's context.
     """
     field = _PROMPT_FIELDS[type(request.prompt)].removesuffix(".ids")
     if request.truncate_prompt_tokens is not None:
@@ -102,7 +105,11 @@ def _resolved_sampling(request: GenerationRequest, seed: int) -> Sampling:
 
 
 def resolve_stopping(options: StoppingOptions, limits: ModelLimits, num_prompt_tokens: int) -> Stopping:
-    """When the output of a prompt that the context holds ends. Raises InvalidRequest if it would exceed the context."""
+    """Returns when the output ends. ``num_prompt_tokens`` is less than the context.
+
+    Raises InvalidRequest if ``max_new_tokens`` exceeds the rest of the context, or ``min_new_tokens`` exceeds
+    ``max_new_tokens``.
+    """
     context_left = limits.max_model_len - num_prompt_tokens
     max_new_tokens = options.max_new_tokens
     if max_new_tokens is None:
@@ -127,9 +134,11 @@ def resolve_stopping(options: StoppingOptions, limits: ModelLimits, num_prompt_t
 
 
 def check_overload(num_waiting: int, num_sequences: int, limit: int) -> None:
-    """Raises Overloaded if more than ``limit`` sequences would wait."""
+    """Raises Overloaded if more than ``limit`` sequences would wait, with ``num_sequences`` further ones."""
     if num_waiting + num_sequences > limit:
-        raise Overloaded(f"{num_waiting} requests are waiting, at most {limit}; each sequence counts")
+        raise Overloaded(
+            f"{num_waiting} sequences are waiting and {num_sequences} would be added; at most {limit} may wait"
+        )
 
 
 def _check_prompt(request: GenerationRequest, model: ServedModel, max_prompt_bytes: int) -> None:
@@ -162,13 +171,13 @@ def _check_size(field: str, num_bytes: int, limit: int) -> None:
 
 
 def check_count(field: str, count: int, limit: int) -> None:
-    """Raises InvalidRequest for too many entries. A door may check before it converts them."""
+    """Raises InvalidRequest for too many entries. An API may call it before it converts them."""
     if count > limit:
         raise InvalidRequest(field, f"has {count} entries; at most {limit}")
 
 
 def _check_prompt_ids(token_ids: Sequence[int], truncate: int | None, model: ServedModel) -> None:
-    """Looks at no more ids than the context holds, however many there are."""
+    """Checks the ids that are left after truncation: fewer than the context holds, however long the prompt is."""
     if not token_ids:
         raise InvalidRequest("token_ids.ids", "is empty")
     first = 0 if truncate is None else max(0, len(token_ids) - truncate)
@@ -232,7 +241,8 @@ def _check_logit_bias(sampling: Sampling, model: ServedModel) -> None:
     for token_id, bias in sorted(sampling.logit_bias):
         if not 0 <= token_id < model.spec.vocab_size:
             raise InvalidRequest(
-                f"decoding.logit_bias[{token_id}]", f"is unknown; {model.name} has {model.spec.vocab_size} tokens"
+                f"decoding.logit_bias[{token_id}]",
+                f"token id {token_id} is unknown; {model.name} has {model.spec.vocab_size} tokens",
             )
         _check_range(f"decoding.logit_bias[{token_id}]", bias, -MAX_BIAS, MAX_BIAS)
 
@@ -243,11 +253,12 @@ def _check_allowed_token_ids(request: GenerationRequest, model: ServedModel) -> 
         return
     if not allowed:
         raise InvalidRequest(field, "is empty; leave allowed_token_ids out to allow all")
-    _check_token_ids(field, sorted(set(allowed)), model)
+    if min(allowed) < 0 or max(allowed) >= model.spec.vocab_size:
+        _check_token_ids(field, allowed, model)
     ending = set(stopping.stop_token_ids) | (set() if stopping.ignore_eos else model.spec.eos_token_ids)
     if stopping.min_new_tokens > 1 and ending.issuperset(allowed):
         raise InvalidRequest(
-            field, f"has only tokens that end the output, and min_new_tokens is {stopping.min_new_tokens}"
+            field, f"allows only tokens that end the output, but min_new_tokens is {stopping.min_new_tokens}"
         )
 
 
@@ -255,6 +266,6 @@ def _check_logprobs(name: str, count: int | None, model: ServedModel) -> None:
     if count is None:
         return
     if model.config.engine == "sim":
-        raise InvalidRequest(f"response.{name}", "the sim engine has no probabilities; leave it out")
+        raise InvalidRequest(f"response.{name}", "the sim engine has no log-probabilities; leave it out")
     if count > MAX_LOGPROBS:
         raise InvalidRequest(f"response.{name}", f"is {count}; at most {MAX_LOGPROBS} candidates")

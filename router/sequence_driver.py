@@ -1,4 +1,7 @@
-"""Computes one output sequence over as many attempts as needed: a lost worker costs time, never a token."""
+"""Computes one output sequence over several attempts: a lost worker costs time, but no token.
+
+Does not call workers (`router.attempt`) and does not build text (`router.sequence_output`).
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,8 @@ from router.units import UnitLink
 
 _log = logging.getLogger(__name__)
 
-# Errors that end an attempt but not the request: the worker, its unit or its engine was lost, and a retry may succeed.
 _ATTEMPT_ERRORS = (Unavailable, LeaseLost, RequestAborted, EngineFailed, InternalError)
+"""Errors that end an attempt but not the request: a worker, its lease or its engine was lost. A retry may succeed."""
 _FIRST_WAIT_S = 0.05
 _MAX_WAIT_S = 2.0
 
@@ -40,22 +43,22 @@ Attempt = Callable[[EngineRequest, Credit], AsyncGenerator[AttemptEvent, None]]
 
 @dataclass(slots=True)
 class Progress:
-    """What the driver reports of one sequence while it runs. ``credit`` is the first one."""
+    """The state of one running sequence. ``credit`` is that of its first attempt, ``prefilled`` that of its last."""
 
     credited_at_s: float | None = None
     credit: Credit | None = None
     prefilled: Prefilled | None = None
     num_restarts: int = 0
     waited_s: float = 0.0
-    """For credits and for prefill, until the first token: what is not the router's own time."""
+    """Seconds that the sequence has waited for credits and for prefill until its first token."""
 
     def queued_s(self, arrived_at_s: float) -> float:
-        """Seconds from the arrival to the first credit; 0 if there was none."""
+        """Seconds from the arrival to the first credit; 0 without a credit."""
         return (self.credited_at_s or arrived_at_s) - arrived_at_s
 
 
 class SequenceDriver:
-    """Drives sequences through attempts."""
+    """Repeats attempts until a sequence finishes."""
 
     def __init__(
         self,
@@ -65,7 +68,7 @@ class SequenceDriver:
         max_restarts: int,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """``choose_unit``: the unit for the next attempt of a model. ``max_restarts``: attempts in a row that may fail
+        """``choose_unit``: model → the unit for its next attempt. ``max_restarts``: how many attempts in a row may fail
         without getting past their first token.
         """
         self._choose_unit = choose_unit
@@ -77,9 +80,10 @@ class SequenceDriver:
     async def run(
         self, request: EngineRequest, output: SequenceOutput, progress: Progress
     ) -> AsyncGenerator[SequenceDelta, None]:
-        """Every token once, in order; the last delta has the finish. Closing it aborts the request everywhere.
+        """Yields every token once, in order; the last delta has the finish. Closing the generator aborts the sequence.
 
-        Raises InvalidRequest if the unit can never hold it, and the last attempt's error after ``max_restarts``.
+        Raises InvalidRequest if the unit can never hold the sequence, and the last attempt's error after
+        ``max_restarts``.
         """
         num_failures = 0
         while output.finish is None:
@@ -97,24 +101,25 @@ class SequenceDriver:
                         if output.finish is not None:
                             return
             except _ATTEMPT_ERRORS as error:
-                # Each attempt yields the tokens of prefill; only more than one is progress. To wait is no failure.
-                is_fruitless = len(output.token_ids) <= num_before + 1 and not isinstance(error, RequestPreempted)
-                num_failures = num_failures + 1 if is_fruitless else 0
-                if num_failures > self._max_restarts:
-                    raise _final(error) from error
-                progress.num_restarts += 1
-                _log.warning("%s: retried after %d tokens: %s", request.request_id, len(output.token_ids), error)
-            if (finish := output.token_finish) is not None:
-                yield output.complete(finish)  # only the report of the finish was lost
+                if output.token_finish is None:
+                    # Each attempt samples a token in prefill: only a second one is progress. Pre-emption is no failure.
+                    is_fruitless = len(output.token_ids) <= num_before + 1 and not isinstance(error, RequestPreempted)
+                    num_failures = num_failures + 1 if is_fruitless else 0
+                    if num_failures > self._max_restarts:
+                        raise _final(error) from error
+                    progress.num_restarts += 1
+                    _log.warning("%s: retried after %d tokens: %s", request.request_id, len(output.token_ids), error)
+            if (finish := output.token_finish) is not None:  # only the report of the finish was lost
+                yield output.complete(finish)
                 return
             await self._sleep(min(_MAX_WAIT_S, _FIRST_WAIT_S * 2**num_failures))
 
     async def _attempt(self, request: EngineRequest, progress: Progress) -> AsyncGenerator[AttemptEvent, None]:
-        """One attempt on the unit that is the best for it now."""
+        """One attempt, on the unit that is chosen now. The credit is returned at its end."""
         unit = self._choose_unit(request.model)
         credit = await self._wait_for_credit(unit, request, progress)
         try:
-            # The workers order the request by the state that the unit ordered it by.
+            # Workers order the request by the same state as the unit.
             scheduled = replace(request, scheduling=credit.scheduling)
             async with aclosing(self._run_attempt(scheduled, credit)) as events:
                 async for event in events:
@@ -122,7 +127,7 @@ class SequenceDriver:
                     if isinstance(event, Finished):
                         return
         finally:
-            unit.admission.give_back(credit)
+            unit.admission.return_credit(credit)
 
     async def _wait_for_credit(self, unit: UnitLink, request: EngineRequest, progress: Progress) -> Credit:
         asked_at_s = self._clock.monotonic_s()
@@ -138,7 +143,7 @@ class SequenceDriver:
 
 
 def _resumed(request: EngineRequest, output: SequenceOutput) -> EngineRequest:
-    """The request as it continues after the tokens, and the log-probabilities of the prompt, that the client has."""
+    """The request without what the client already has: output tokens, and log-probabilities of the prompt."""
     if not output.token_ids:
         return request
     sampling = replace(request.sampling, prompt_logprobs=None)
@@ -148,5 +153,5 @@ def _resumed(request: EngineRequest, output: SequenceOutput) -> EngineRequest:
 
 
 def _final(error: MeshError) -> MeshError:
-    """The client's error after the last attempt."""
+    """The error that the client receives after the last attempt."""
     return error if isinstance(error, Unavailable) else InternalError(f"the request failed repeatedly: {error}")

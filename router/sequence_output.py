@@ -1,4 +1,4 @@
-"""The router's record of one output sequence: tokens, text, stop strings, the finish. No I/O."""
+"""The router's record of one output sequence: tokens, text, stop strings and the finish. Pure."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _KINDS = {
 
 
 class SequenceOutput:
-    """Owns the output of a sequence, across every attempt to compute it.
+    """Owns the output of one sequence over all attempts to compute it.
 
-    Invariant: a token once appended never changes, and nothing follows the finish.
+    Invariant: an appended token never changes, and no token or text follows the finish.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class SequenceOutput:
         stop_strings: StopStrings | None = None,
         include_stop: bool = False,
     ) -> None:
-        """``detokenizer`` None: no text is requested. ``include_stop``: the text includes what ended it."""
+        """``detokenizer`` None: no text and no stop strings. ``include_stop``: the text includes the stop token."""
         self.token_ids: list[int] = []
         self.finish: OutputFinish | None = None
         self._stopping = stopping
@@ -39,32 +39,32 @@ class SequenceOutput:
 
     @property
     def token_finish(self) -> Finish | None:
-        """The finish that the last token causes: of a sequence whose worker was lost before it could report it."""
+        """The finish that the last token causes, or None. A lost worker may not have reported it."""
         return self._stopping.finish_after(self.token_ids[-1], len(self.token_ids)) if self.token_ids else None
 
     def append(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> SequenceDelta:
-        """New tokens, in order. Those after the one that completes a stop string are dropped."""
+        """Appends tokens; returns them with their text. Tokens after the end of a stop string are dropped."""
         start, parts = len(self.token_ids), []
         for token_id in token_ids:
             self.token_ids.append(token_id)
             if self._detokenizer is None:
                 continue
-            passed = self._stop_strings.feed(self._text_of(self._detokenizer, token_id), self._may_stop)
-            parts.append(passed.text)
-            if passed.stopped_by is not None:
-                self._finish_by_string(passed.stopped_by)
+            released = self._stop_strings.feed(self._text_of(self._detokenizer, token_id), self._may_stop)
+            parts.append(released.text)
+            if released.stopped_by is not None:
+                self._finish_by_string(released.stopped_by)
                 break
         new = tuple(self.token_ids[start:])
         return SequenceDelta(new, "".join(parts), tuple(logprobs[: len(new)]), self.finish)
 
     def complete(self, finish: Finish) -> SequenceDelta:
-        """A token or the length ended the sequence: the delta has the text that was held back."""
+        """Records that a token or the length finished the sequence; returns the text that was held back."""
         text = ""
         if self._detokenizer is not None:
-            passed = self._stop_strings.feed(self._detokenizer.flush(), self._may_stop)
-            text = passed.text
-            if passed.stopped_by is not None:
-                self._finish_by_string(passed.stopped_by)
+            released = self._stop_strings.feed(self._detokenizer.flush(), self._may_stop)
+            text = released.text
+            if released.stopped_by is not None:
+                self._finish_by_string(released.stopped_by)
             else:
                 text += self._stop_strings.flush()
         if self.finish is None:
@@ -79,7 +79,7 @@ class SequenceOutput:
         self.finish = OutputFinish(FinishKind.STOP_STRING, len(self.token_ids), stop_string=stop_string)
 
     def _text_of(self, detokenizer: Detokenizer, token_id: int) -> str:
-        """Text of the last token; a token that ends the sequence has none unless it is to be included."""
+        """Text of the last token. A token that ends the sequence has none, unless ``include_stop``."""
         finish = self.token_finish
         if finish is not None and finish.reason is not FinishReason.LENGTH and not self._include_stop:
             return ""

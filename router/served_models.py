@@ -1,4 +1,4 @@
-"""The models that a router serves: limits, tokenizer, template, and the units that they are placed on. No weights."""
+"""The models that a router serves: limits, tokenizer, chat template and units. Reads no weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from muxmesh.models.tokenizer import TextModel, load_text_model
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What limits the requests for a model, in tokens. ``capacity_tokens``: what the KV pool of a unit holds."""
+    """Limits on requests for a model, in tokens. ``capacity_tokens``: what the KV pool of each of its units holds."""
 
     max_model_len: int
     capacity_tokens: int
@@ -24,17 +24,18 @@ class ModelLimits:
 
     @staticmethod
     def of(model: ModelConfig, spec: ModelSpec, units: Sequence[tuple[UnitConfig, ModelConfig]]) -> ModelLimits:
-        """Limits of a model on ``units``, each with the model as it is placed there."""
-        shapes = [placed.block_size for _, placed in units]
-        blocks = [spec.kv_shape(size, model.dtype).token_block_bytes for size in shapes]
-        capacity = min(unit.capacity_tokens(placed, size) for (unit, placed), size in zip(units, blocks, strict=True))
+        """``units``: the units that serve the model, each with the model's configuration there."""
+        capacity = min(
+            unit.capacity_tokens(placed, spec.kv_shape(placed.block_size, placed.dtype).token_block_bytes)
+            for unit, placed in units
+        )
         max_model_len = model.max_model_len or spec.context_len
         return ModelLimits(max_model_len, capacity, model.default_max_new_tokens, spec.eos_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """One model. ``config`` is that of its first unit; what clients see of it is equal in all of them."""
+    """A served model. ``config`` is that of its first unit; the fields that clients see are equal in all units."""
 
     name: str
     units: tuple[str, ...]
@@ -45,7 +46,7 @@ class ServedModel:
 
 
 class ServedModels:
-    """Owns which models are served. Requests that run are not affected by changes."""
+    """Owns the set of served models. A change does not affect running requests."""
 
     def __init__(self) -> None:
         self._models: dict[str, ServedModel] = {}
@@ -54,22 +55,22 @@ class ServedModels:
         return iter(self._models.values())
 
     def add(self, model: ServedModel) -> None:
-        """Serves a model from now on, or with other properties."""
+        """Adds a model, or replaces the one of the same name."""
         self._models[model.name] = model
 
     def remove(self, name: str) -> None:
-        """Serves a model no longer. Raises ModelNotFound."""
+        """Removes a model. Raises ModelNotFound."""
         del self._models[self.find(name).name]
 
     def find(self, name: str) -> ServedModel:
-        """The model called ``name``. Raises ModelNotFound."""
+        """Raises ModelNotFound, which lists the served models."""
         if name not in self._models:
             raise ModelNotFound(f"model: {name!r} is not served; served: {', '.join(sorted(self._models))}")
         return self._models[name]
 
 
 def load_models(runtime: MeshRuntime) -> ServedModels:
-    """Every model of the mesh. Raises ModelUnsupported if a folder has no usable tokenizer."""
+    """Loads the tokenizer and limits of every model of the mesh. Raises ModelUnsupported for an unusable folder."""
     served = ServedModels()
     for name, config in runtime.config.models().items():
         folder = runtime.prepared[name].folder

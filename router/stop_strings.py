@@ -1,4 +1,4 @@
-"""Finds stop strings in text that arrives in pieces. Pure."""
+"""Finds stop strings in text that arrives in pieces. Knows no tokens. Pure."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
-    """Text that may be sent. ``stopped_by``: the stop string that ended the output; nothing follows."""
+class FilteredText:
+    """Text that can be sent. ``stopped_by``: the stop string that ends the output, if one was found."""
 
     text: str
     stopped_by: str | None = None
 
 
 class StopStrings:
-    """Holds back the end of the text while it may become a stop string.
+    """Holds back the end of the text while it may be the beginning of a stop string.
 
-    Invariant: the held-back text is the longest suffix of the text so far that is a prefix of a stop string.
+    Invariant: the held-back text is the longest suffix of the text so far that is a proper prefix of a stop string.
     """
 
     def __init__(self, stop_strings: Sequence[str], include: bool) -> None:
@@ -25,27 +25,30 @@ class StopStrings:
         self._include = include
         self._held = ""
 
-    def feed(self, text: str, may_stop: bool = True) -> Passed:
-        """Appends text. ``may_stop`` False: too early for the output to end, so a complete stop string passes."""
+    def feed(self, text: str, may_stop: bool = True) -> FilteredText:
+        """Appends text. ``may_stop`` False: the output may not end yet, so a complete stop string is plain text.
+
+        The stop string that begins first ends the output; of those that begin together, the longest.
+        """
         if not self._stops:
-            return Passed(text)
+            return FilteredText(text)
         text = self._held + text
         self._held = ""
         found = [(text.find(stop), -len(stop), stop) for stop in self._stops if may_stop and stop in text]
         if found:
             at, _, stop = min(found)
-            return Passed(text[: at + len(stop) if self._include else at], stop)
+            return FilteredText(text[: at + len(stop) if self._include else at], stop)
         keep = self._open_suffix(text)
         self._held = text[len(text) - keep :]
-        return Passed(text[: len(text) - keep])
+        return FilteredText(text[: len(text) - keep])
 
     def flush(self) -> str:
-        """The output ended otherwise: returns the held-back text."""
+        """Returns the held-back text, once the output has ended without a stop string."""
         held, self._held = self._held, ""
         return held
 
     def _open_suffix(self, text: str) -> int:
-        """Length of the suffix to hold back."""
+        """Length of the longest suffix that is a proper prefix of a stop string."""
         longest = max(len(stop) for stop in self._stops) - 1
         for length in range(min(longest, len(text)), 0, -1):
             end = text[-length:]

@@ -1,4 +1,7 @@
-"""The tokens of one decode worker: one stream for all sequences of this router, divided into mailboxes here."""
+"""The tokens of one decode worker: one stream for all sequences of this router, divided into a mailbox for each.
+
+Knows leases only as numbers, and does not check the order of tokens (`router.attempt`).
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc
 from muxmesh.rpc.status_codes import from_rpc_error
 
 Message = decode_pb2.NewTokens | decode_pb2.DecodeResponse | MeshError
-"""Tokens of a sequence, the end of its Decode call, or why no more will come."""
+"""Tokens of a sequence, the response of its Decode call, or the error that ended either call."""
 
 
 class TokenMailbox:
-    """The messages of one sequence, in order. ``lost`` is done as soon as no more tokens will come."""
+    """The messages of one sequence, in order. ``lost`` is done once an error is delivered, even if it is not read."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -27,7 +30,6 @@ class TokenMailbox:
         self._reader: asyncio.Future[None] | None = None
 
     def put(self, message: Message) -> None:
-        """Delivers a message."""
         self._messages.append(message)
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
@@ -35,7 +37,7 @@ class TokenMailbox:
             self.lost.set_result(message)
 
     async def get(self) -> decode_pb2.NewTokens | decode_pb2.DecodeResponse:
-        """The next message, for one reader. Raises the error if there will be none."""
+        """Waits for the next message. For one reader. Raises a delivered error, after the messages before it."""
         while not self._messages:
             self._reader = self._loop.create_future()
             await self._reader
@@ -46,7 +48,7 @@ class TokenMailbox:
 
 
 class TokenStream:
-    """One WatchTokens call. Owns the mailboxes of its sequences; when it ends, each of them gets the error."""
+    """One WatchTokens call. Owns the mailboxes of its sequences; when the call ends, each of them gets the error."""
 
     def __init__(self, worker: decode_pb2_grpc.DecodeServiceAsyncStub, watcher: str) -> None:
         self.watcher = watcher
@@ -56,11 +58,11 @@ class TokenStream:
 
     @property
     def is_open(self) -> bool:
-        """False once it has ended."""
+        """False once the call has ended."""
         return not self._reader.done()
 
     async def opened(self) -> None:
-        """Returns when the worker sends to this stream. Raises WorkerLost, Unavailable."""
+        """Returns once the worker sends to this stream. Raises WorkerLost, Unavailable."""
         try:
             await self._call.initial_metadata()
         except grpc.aio.AioRpcError as error:
@@ -70,7 +72,7 @@ class TokenStream:
 
     @contextmanager
     def mailbox(self, lease_id: int) -> Iterator[TokenMailbox]:
-        """The mailbox of one sequence, until the context ends."""
+        """The mailbox of one sequence while the block runs. Tokens that arrive later are dropped."""
         mailbox = self._mailboxes[lease_id] = TokenMailbox()
         try:
             yield mailbox
@@ -78,7 +80,7 @@ class TokenStream:
             del self._mailboxes[lease_id]
 
     def close(self) -> None:
-        """Ends the call."""
+        """Cancels the call."""
         self._call.cancel()
 
     async def _read(self) -> None:

@@ -1,4 +1,4 @@
-"""The units of the mesh as a router reaches them, and which of them serves the next attempt of a request."""
+"""Links to the units of the mesh, and the choice of the unit for the next attempt of a request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from router.expected_work import ExpectedWork
 
 @dataclass(frozen=True, slots=True)
 class PlacedModel:
-    """A model as one unit serves it."""
+    """The configuration of a model on one unit, and the identity of its KV there."""
 
     config: ModelConfig
     identity: KvIdentity
@@ -24,7 +24,7 @@ class PlacedModel:
 
 @dataclass(frozen=True, slots=True)
 class UnitLink:
-    """One unit, and the models that it serves."""
+    """The connections to one unit, and the models that it serves."""
 
     name: str
     admission: UnitAdmission
@@ -33,7 +33,7 @@ class UnitLink:
     expected_work: ExpectedWork = field(default_factory=ExpectedWork)
 
     def kv_demand(self, request: EngineRequest) -> KvDemand:
-        """What a request needs of this unit's pool."""
+        """What ``request`` needs of this unit's KV pool. Its model has to be served here."""
         placed = self.models[request.model]
         return kv_demand(request, placed.identity, placed.config.block_size, placed.config.kv_answer_tokens)
 
@@ -48,7 +48,7 @@ class Units:
         return iter(self._links.values())
 
     def choose(self, model: str) -> UnitLink:
-        """The unit for the next attempt of a request: connected, and with the fewest queued requests for ``model``.
+        """Returns the unit with the fewest queued requests for ``model``. Connected units come first.
 
         Raises ModelNotFound if no unit serves the model.
         """
@@ -58,5 +58,5 @@ class Units:
         return min(serving, key=lambda link: (not link.admission.connected.is_set(), link.admission.num_queued(model)))
 
     def num_queued(self, model: str) -> int:
-        """Requests for ``model`` that wait for a credit of any unit."""
+        """Requests for ``model`` that wait for a credit, over all units."""
         return sum(link.admission.num_queued(model) for link in self._links.values())

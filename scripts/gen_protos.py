@@ -1,6 +1,6 @@
-"""Generates the Python code of protos/ into muxmesh/; `--check` only compares and exits with 1 on a difference.
+"""Generates the Python code of protos/ into muxmesh/. With `--check` it only compares; exit code 1 on a difference.
 
-Path = proto package = Python package, so nothing is rewritten after generation.
+File path, proto package and Python package are the same, so nothing is rewritten after generation.
 """
 
 import argparse
@@ -16,7 +16,7 @@ SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
 
 
 def generate(out: Path) -> None:
-    """Runs protoc with the Python, gRPC and mypy generators; raises CalledProcessError on a bad proto."""
+    """Runs protoc with the Python, gRPC and mypy generators. Raises CalledProcessError for an invalid proto."""
     files = [str(path.relative_to(PROTOS)) for path in sorted(PROTOS.rglob("*.proto"))]
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTOS}"]
     command += [f"--plugin=protoc-gen-mypy={Path(sys.executable).parent / 'protoc-gen-mypy'}"]
@@ -38,7 +38,7 @@ def generated_files(base: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    """Generates, or checks that what is committed is what would be generated."""
+    """Generates, or checks that the committed files are up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     if not parser.parse_args().check:
@@ -51,7 +51,7 @@ def main() -> int:
         fresh, committed = generated_files(Path(scratch)), generated_files(ROOT)
     stale = sorted(name for name in fresh.keys() | committed.keys() if fresh.get(name) != committed.get(name))
     for name in stale:
-        print(f"{name}: not what protos/ generates; run `make protos`", file=sys.stderr)
+        print(f"{name}: differs from what protos/ generates; run `make protos`", file=sys.stderr)
     return 1 if stale else 0
 
 

@@ -1,1 +1,1 @@
-"""The mesh in virtual time: its own policies, unit and arbiter on engines that only take time."""
+"""The mesh in virtual time: its own policies, unit and arbiter, on engines that compute no tokens."""

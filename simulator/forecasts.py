@@ -1,4 +1,4 @@
-"""Where the simulated router gets its expectations from."""
+"""Where the simulated router gets its length predictions: the true lengths, those with noise, or a real predictor."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from muxmesh.predictor.checked_predictor import CheckedPrediction, CheckedPredic
 from muxmesh.predictor.length_predictor import fit_now
 from muxmesh.types import LengthPrediction
 
+_Z90 = 1.2816
+"""The 0.9 quantile of the standard normal distribution."""
+
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What a forecast is made from; ``num_output`` is the truth, for those who may know it."""
+class ForecastInput:
+    """What a forecast of one output may depend on. ``num_output`` is the true length."""
 
     text: str | None
     model: str
@@ -26,35 +29,35 @@ class Asked:
 
 
 class Forecasts(Protocol):
-    """Tells how long answers will be."""
+    """A source of length predictions."""
 
-    def ask(self, asked: Asked) -> tuple[LengthPrediction, str, object]:
-        """A prediction, where it comes from, and what `observe` wants back."""
+    def forecast(self, request: ForecastInput) -> tuple[LengthPrediction, str, object]:
+        """A prediction, its source (see `router.length_forecast`), and an object to be passed to `observe`."""
 
-    def observe(self, memory: object, num_output: int, censored: bool) -> None:
-        """An answer ended; ``censored``: at the longest that was allowed."""
-
-
-class Known:
-    """The truth: lengths that requests fix themselves, or a perfect predictor."""
-
-    def ask(self, asked: Asked) -> tuple[LengthPrediction, str, object]:
-        """See `Forecasts`."""
-        return LengthPrediction(asked.num_output, asked.num_output), "fixed", None
-
-    def observe(self, memory: object, num_output: int, censored: bool) -> None:
-        """See `Forecasts`."""
+    def observe(self, forecast: object, num_output: int, censored: bool) -> None:
+        """Learns the length of a finished output. ``censored``: it reached the longest allowed length."""
 
 
-class Noisy:
-    """Predictions that rank with a given Kendall tau, and know how uncertain they are.
+class TrueLengths:
+    """Forecasts that are the true lengths: requests fix them, or the predictor is perfect."""
 
-    The truth's place among all log lengths and the predicted place are correlated normal variables (a Gaussian copula),
-    and the prediction is the median of what is left open.
+    def forecast(self, request: ForecastInput) -> tuple[LengthPrediction, str, object]:
+        return LengthPrediction(request.num_output, request.num_output), "fixed", None
+
+    def observe(self, forecast: object, num_output: int, censored: bool) -> None:
+        """Learns nothing."""
+
+
+class NoisyLengths:
+    """Forecasts whose ranks have a given Kendall tau with the true lengths, and whose spread matches their errors.
+
+    The true log length, standardised over all lengths, and an observation of it are correlated normal variables (a
+    Gaussian copula: the correlation is sin(pi tau / 2)). The forecast is the conditional distribution of the length
+    given the observation.
     """
 
     def __init__(self, tau: float, lengths: Sequence[int], seed: int) -> None:
-        """``lengths``: all that will be asked for. Raises ConfigError unless ``tau`` is in [0, 1]."""
+        """``lengths``: all true lengths to be forecast. Raises ConfigError unless ``tau`` is in [0, 1]."""
         if not 0 <= tau <= 1:
             raise ConfigError(f"--tau: is {tau}; a number from 0 (useless) to 1 (perfect)")
         logs = [math.log(max(1, length)) for length in lengths]
@@ -63,33 +66,31 @@ class Noisy:
         self._correlation = math.sin(math.pi * tau / 2)
         self._rng = random.Random(f"{seed}/forecasts")
 
-    def ask(self, asked: Asked) -> tuple[LengthPrediction, str, object]:
-        """See `Forecasts`."""
-        place = (math.log(max(1, asked.num_output)) - self._mean) / self._deviation
-        left = math.sqrt(max(0.0, 1 - self._correlation**2))
-        seen = self._correlation * place + left * self._rng.gauss(0, 1)
-        middle = self._mean + self._deviation * self._correlation * seen
-        p50_tokens, p90_tokens = math.exp(middle), math.exp(middle + 1.2816 * self._deviation * left)
+    def forecast(self, request: ForecastInput) -> tuple[LengthPrediction, str, object]:
+        standard = (math.log(max(1, request.num_output)) - self._mean) / self._deviation
+        noise = math.sqrt(max(0.0, 1 - self._correlation**2))
+        observed = self._correlation * standard + noise * self._rng.gauss(0, 1)
+        log_median = self._mean + self._deviation * self._correlation * observed
+        p50_tokens, p90_tokens = math.exp(log_median), math.exp(log_median + _Z90 * self._deviation * noise)
         return LengthPrediction(p50_tokens, p90_tokens), "noisy", None
 
-    def observe(self, memory: object, num_output: int, censored: bool) -> None:
-        """See `Forecasts`."""
+    def observe(self, forecast: object, num_output: int, censored: bool) -> None:
+        """Learns nothing."""
 
 
-class Learned:
-    """A predictor behind its guard, as in the mesh, learning from each answer when it ends."""
+class LearnedLengths:
+    """Forecasts of a real predictor, which learns each output when it ends and is refitted in place."""
 
-    def __init__(self, guard: CheckedPredictor) -> None:
-        self._guard = guard
+    def __init__(self, predictor: CheckedPredictor) -> None:
+        self._predictor = predictor
 
-    def ask(self, asked: Asked) -> tuple[LengthPrediction, str, object]:
-        """See `Forecasts`."""
-        judged = self._guard.predict(asked.text or "", asked.model, asked.tenant, asked.hint_tokens)
-        return judged.prediction, judged.source, judged
+    def forecast(self, request: ForecastInput) -> tuple[LengthPrediction, str, object]:
+        checked = self._predictor.predict(request.text or "", request.model, request.tenant, request.hint_tokens)
+        return checked.prediction, checked.source, checked
 
-    def observe(self, memory: object, num_output: int, censored: bool) -> None:
-        """See `Forecasts`."""
-        if not isinstance(memory, CheckedPrediction):
+    def observe(self, forecast: object, num_output: int, censored: bool) -> None:
+        """See `Forecasts`. Ignores a forecast of another source."""
+        if not isinstance(forecast, CheckedPrediction):
             return
-        self._guard.observe(memory, num_output, censored)
-        fit_now(self._guard)
+        self._predictor.observe(forecast, num_output, censored)
+        fit_now(self._predictor)

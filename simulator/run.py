@@ -1,4 +1,8 @@
-"""A workload on a mesh in virtual time: the same requests, and the same report, as a load test of the real one."""
+"""Runs a workload on a mesh in virtual time, with the requests and the report of a load test of the real mesh.
+
+Holds the router's part: validation, overload, length forecasts and the choice of a unit. The rest is in
+`simulator.simulated_unit`.
+"""
 
 from __future__ import annotations
 
@@ -20,34 +24,39 @@ from router.expected_work import ExpectedOutput
 from router.generation import StoppingOptions
 from router.request_validation import check_overload, resolve_stopping
 from router.served_models import ModelLimits
-from simulator.forecasts import Asked, Forecasts
+from simulator.forecasts import ForecastInput, Forecasts
 from simulator.simulated_unit import Decision, SimulatedRequest, SimulatedUnit
 from simulator.timeline import NO_DELAYS, Delays, Timeline
 
 _BYTES_PER_TOKEN = 4
+"""Of a text whose tokens were not counted."""
 
 
 @dataclass(frozen=True, slots=True)
-class Simulated:
-    """The outcome. ``num_requeued``: answers that gave way for lack of KV memory and were computed again."""
+class SimulationResult:
+    """The outcome of a simulation."""
 
     run: Run
     num_events: int
     num_requeued: int
+    """Pre-emptions: sequences whose KV was freed and computed again."""
     busy_s: Mapping[str, float]
+    """Unit → seconds in which its device computed."""
 
 
 def requests_of(spec: Spec) -> list[Sketch]:
-    """The workload's requests. Raises ConfigError if an answer's length is nowhere said."""
+    """The workload's requests. Raises ConfigError if the length of an output is unknown."""
     sketches = sketch(spec)
     if any(one.body.num_output is None for one in sketches):
-        raise ConfigError(f"simulate: {spec.prompts}: every line needs output_tokens (or n_out): no model runs here")
+        raise ConfigError(
+            f"simulate: {spec.prompts}: every line needs output_tokens (or n_out), since no model runs in a simulation"
+        )
     return sketches
 
 
-def true_length(one: Sketch) -> int:
-    """How long an answer gets, in tokens."""
-    return max(1, min(one.body.num_output or 1, one.max_new_tokens))
+def true_length(request: Sketch) -> int:
+    """The length of the request's output, in tokens."""
+    return max(1, min(request.body.num_output or 1, request.max_new_tokens))
 
 
 def simulate(
@@ -58,9 +67,11 @@ def simulate(
     policy: PolicyName | None = None,
     on_decision: Callable[[Decision], None] | None = None,
     delays: Delays = NO_DELAYS,
-) -> Simulated:
-    """Lets all requests arrive and end. ``policy`` None: as configured. ``delays``: what processes add to
-    the engines' times. Raises ConfigError for a model it has not.
+) -> SimulationResult:
+    """Simulates from the first arrival to the last end.
+
+    ``specs`` has one entry for each model of ``config``. ``policy`` None: the configured one. ``on_decision`` is called
+    at each admission. Raises ConfigError for a request for a model that ``config`` does not serve.
     """
     order = config.order.scheduling_policy()
     order = order if policy is None else replace(order, name=policy)
@@ -68,16 +79,16 @@ def simulate(
     units = {unit.name: SimulatedUnit(timeline, unit, specs, order, on_decision, delays) for unit in config.units}
     router = _Router(timeline, config, units, specs, forecasts)
     records = [Record(one.index, one.at_s, one.model, one.tenant, one.priority) for one in sketches]
-    router.arrivals(sketches, records)
+    router.schedule_arrivals(sketches, records)
     timeline.run()
     ended_s = max((record.ended_s or 0.0 for record in records), default=0.0)
     requeued = sum(unit.num_requeued for unit in units.values())
     busy_s = {name: unit.busy_s for name, unit in units.items()}
-    return Simulated(Run(records, ended_s, token_times=False), timeline.num_events, requeued, busy_s)
+    return SimulationResult(Run(records, ended_s, token_times=False), timeline.num_events, requeued, busy_s)
 
 
 class _Router:
-    """What a router does before a request waits for a credit, and after it has ended."""
+    """The part of a router before a request is queued and after it has ended."""
 
     def __init__(
         self,
@@ -100,62 +111,64 @@ class _Router:
         }
         self._default = next(iter(self._placements))
 
-    def arrivals(self, sketches: Sequence[Sketch], records: Sequence[Record]) -> None:
-        """Requests arrive one after the other; only the next arrival is on the timeline."""
+    def schedule_arrivals(self, sketches: Sequence[Sketch], records: Sequence[Record]) -> None:
+        """Schedules all arrivals; only the next one is on the timeline. Raises ConfigError, see `simulate`."""
         served = ", ".join(self._placements)
-        for one in sketches:
-            if one.model is None and len(self._placements) > 1:
-                raise ConfigError(f"workload: which model? models=... of: {served}")
-            if one.model is not None and one.model not in self._placements:
-                raise ConfigError(f"workload: models={one.model}: not served; these are: {served}")
-        coming = iter(zip(sketches, records, strict=True))
+        for request in sketches:
+            if request.model is None and len(self._placements) > 1:
+                raise ConfigError(f"workload: models=... has to name one of: {served}")
+            if request.model is not None and request.model not in self._placements:
+                raise ConfigError(f"workload: models={request.model}: not served; these are: {served}")
+        arrivals = iter(zip(sketches, records, strict=True))
 
         def schedule_next() -> None:
-            if (arriving := next(coming, None)) is not None:
-                self._timeline.at(arriving[0].at_s, lambda: arrive(*arriving))
+            if (arrival := next(arrivals, None)) is not None:
+                self._timeline.at(arrival[0].at_s, lambda: arrive(*arrival))
 
-        def arrive(one: Sketch, record: Record) -> None:
+        def arrive(request: Sketch, record: Record) -> None:
             schedule_next()
-            self._arrive(one, record)
+            self._arrive(request, record)
 
         schedule_next()
 
-    def _arrive(self, one: Sketch, record: Record) -> None:
+    def _arrive(self, request: Sketch, record: Record) -> None:
         record.sent_s = self._timeline.now_s
-        name = one.model or self._default
-        num_prompt, num_output = _num_prompt(one.body), true_length(one)
+        name = request.model or self._default
+        num_prompt, num_output = _num_prompt(request.body), true_length(request)
         num_waiting = sum(unit.num_waiting for unit in self._units.values())
         try:
-            stopping = resolve_stopping(StoppingOptions(one.max_new_tokens), self._limits[name], num_prompt)
+            stopping = resolve_stopping(StoppingOptions(request.max_new_tokens), self._limits[name], num_prompt)
             check_overload(num_waiting, 1, self._max_waiting)
         except (InvalidRequest, Overloaded) as error:
             record.status, record.error = status_code(error).name, str(error)
             record.ended_s = self._timeline.now_s
             return
         unit, model = self._choose_unit(name)
-        prediction, source, memory = self._forecasts.ask(Asked(one.body.text, name, one.tenant or "", num_output))
+        prediction, source, forecast = self._forecasts.forecast(
+            ForecastInput(request.body.text, name, request.tenant or "", num_output)
+        )
         expected = ExpectedOutput(prediction, source, stopping)
-        scheduling = SchedulingState(one.priority, self._timeline.now_s)
+        scheduling = SchedulingState(request.priority, self._timeline.now_s)
         scheduling = unit.expected_work.expect(
             scheduling, expected, num_prompt, unit.service(name), unit.num_queued(name)
         )
 
-        def ended(request: SimulatedRequest) -> None:
-            if request.record.is_ok:
-                self._forecasts.observe(memory, num_output, num_output >= one.max_new_tokens)
+        def on_end(ended: SimulatedRequest) -> None:
+            if ended.record.is_ok:
+                self._forecasts.observe(forecast, num_output, num_output >= request.max_new_tokens)
 
-        unit.wait(
+        unit.enqueue(
             SimulatedRequest(
-                index=one.index,
+                index=request.index,
                 model=name,
                 num_prompt=num_prompt,
                 num_output=num_output,
-                max_new_tokens=one.max_new_tokens,
+                max_new_tokens=request.max_new_tokens,
                 arrived=scheduling,
                 prediction=expected.prediction,
                 record=record,
-                on_end=ended,
-                hashes=_hashes(one.body, num_prompt, model),
+                on_end=on_end,
+                hashes=_block_hashes(request.body, num_prompt, model),
             )
         )
 
@@ -166,20 +179,24 @@ class _Router:
 
 
 def _num_prompt(body: Body) -> int:
-    """Tokens of a prompt; of a text that nobody counted, a guess."""
+    """Tokens of a prompt; of a text whose tokens were not counted, an estimate."""
     if body.num_input or body.text is None:
         return max(1, body.num_input)
     return max(1, math.ceil(len(body.text.encode()) / _BYTES_PER_TOKEN))
 
 
-def _hashes(body: Body, num_prompt: int, model: ModelConfig) -> tuple[bytes, ...]:
-    """Names of the prompt's full blocks: equal where prompts begin alike. Random prompts share nothing."""
-    size, full = model.block_size, num_prompt // model.block_size
+def _block_hashes(body: Body, num_prompt: int, model: ModelConfig) -> tuple[bytes, ...]:
+    """Hashes of the prompt's full blocks.
+
+    Two texts share blocks only if they are equal, two traced prompts as far as their hash ids are equal, and random
+    prompts never: those have no hashes.
+    """
+    size, num_full = model.block_size, num_prompt // model.block_size
     if body.text is not None:
-        name = crc32(body.text.encode()).to_bytes(8)
-        return tuple(name + place.to_bytes(8) for place in range(full))
-    covered = min(full, len(body.hash_ids) * body.hash_tokens // size)
+        text_hash = crc32(body.text.encode()).to_bytes(8)
+        return tuple(text_hash + index.to_bytes(8) for index in range(num_full))
+    num_known = min(num_full, len(body.hash_ids) * body.hash_tokens // size)
     return tuple(
-        (body.hash_ids[place * size // body.hash_tokens] % 2**64).to_bytes(8) + place.to_bytes(8)
-        for place in range(covered)
+        (body.hash_ids[index * size // body.hash_tokens] % 2**64).to_bytes(8) + index.to_bytes(8)
+        for index in range(num_known)
     )

@@ -1,9 +1,9 @@
-"""The workers of one unit, and the device on which they compute.
+"""The workers of one unit, and the device on which they compute, in virtual time.
 
-What they compute is decided as in the mesh: by the arbiter (`kvstore.arbiter`) and by the engine's division of a step's
-token budget (`muxmesh.engine.scheduler.divide_token_budget`) in the mesh's order. Only the steps themselves are not
-run, but counted: decode steps in which nothing changes but the number of tokens are taken together, and their time is
-added up in closed form.
+The code of the mesh decides what they compute: the arbiter (`kvstore.arbiter`) and the engine's division of a step's
+token budget (`muxmesh.engine.scheduler.divide_token_budget`). Steps only take time. Consecutive decode steps in which
+nothing changes except the number of tokens are one run of steps, whose time is computed in closed form. This module
+knows no requests, no leases and no KV blocks.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from muxmesh.types import Role, SchedulingState
 from simulator.timeline import NO_DELAYS, Delays, Timeline
 
 _OBSERVE_EVERY = 16
-"""Runs of steps of which the cost fit observes one: a live worker observes each step, which changes little."""
+"""Of this many runs of steps, the cost fit observes one. A real worker observes each step; the fits hardly differ."""
 
 
 class Worker(Protocol):
-    """A prefill or a decode worker."""
+    """A prefill or a decode worker. For each run of steps, the device calls `plan`, `duration_s` and `apply`."""
 
     role: Role
     fit: CostFit
@@ -33,22 +33,22 @@ class Worker(Protocol):
     def has_work(self) -> bool:
         """True if there is something to compute."""
 
-    def max_steps(self) -> int:
-        """Steps until something other than the number of tokens changes."""
-
-    def begin(self, now_s: float) -> None:
+    def plan(self, now_s: float) -> None:
         """Plans the next step."""
 
-    def seconds(self, num_steps: int) -> float:
-        """Duration of the planned step and those after it."""
+    def max_steps(self) -> int:
+        """Steps from the planned one on until something other than the number of tokens changes; at least 1."""
 
-    def end(self, num_steps: int) -> None:
-        """Applies the steps."""
+    def duration_s(self, num_steps: int) -> float:
+        """Seconds of the planned step and those after it, ``num_steps`` in all."""
+
+    def apply(self, num_steps: int) -> None:
+        """Ends the run after ``num_steps`` steps. Calls back the jobs that end or need attention then."""
 
 
 @dataclass(slots=True)
 class PrefillJob:
-    """A prompt to compute; ``done`` is called with its first token."""
+    """A prompt to compute. ``done`` is called when it is computed and its first token sampled."""
 
     scheduling: SchedulingState
     num_computed_tokens: int
@@ -57,7 +57,7 @@ class PrefillJob:
 
 
 class PrefillWorker:
-    """Computes prompts, step by step, as the engine's scheduler divides them."""
+    """Computes prompts in single steps, divided as by the engine's scheduler."""
 
     role = Role.PREFILL
 
@@ -72,30 +72,24 @@ class PrefillWorker:
         self._shape = StepShape(0, 0, 0)
 
     def add(self, job: PrefillJob) -> None:
-        """Adds a prompt."""
         self._jobs.append(job)
 
     def has_work(self) -> bool:
-        """See `Worker`."""
         return bool(self._jobs)
 
     def max_steps(self) -> int:
-        """See `Worker`."""
         return 1
 
-    def begin(self, now_s: float) -> None:
-        """See `Worker`."""
+    def plan(self, now_s: float) -> None:
         self._planned = divide_token_budget(self._jobs, self._policy, now_s, self._max_num_seqs, self._token_budget)
         context = sum(context_of(job.num_computed_tokens, count) for job, count in self._planned)
         self._shape = StepShape(sum(count for _, count in self._planned), context, len(self._planned))
 
-    def seconds(self, num_steps: int) -> float:
-        """See `Worker`."""
+    def duration_s(self, num_steps: int) -> float:
         return self._cost.step_s(self._shape.num_tokens, self._shape.num_context)
 
-    def end(self, num_steps: int) -> None:
-        """See `Worker`."""
-        self.fit.observe(self._shape, self.seconds(1))
+    def apply(self, num_steps: int) -> None:
+        self.fit.observe(self._shape, self.duration_s(1))
         for job, count in self._planned:
             job.num_computed_tokens += count
             job.num_uncomputed_tokens -= count
@@ -107,23 +101,26 @@ class PrefillWorker:
 
 @dataclass(slots=True)
 class DecodeJob:
-    """A sequence after its first token. ``num_left``: tokens to come.
-
-    ``next_check`` returns after how many more tokens the sequence needs attention, or None; then ``check`` is called,
-    and may remove the job. ``joined_at``: the worker's step before the job's first, -1 until then.
-    """
+    """A sequence after its first token, with ``num_context`` computed tokens and ``num_left`` tokens to sample."""
 
     num_context: int
     num_left: int
     done: Callable[[], None]
+    """Called when the last token is sampled."""
     next_check: Callable[[], int | None]
+    """Returns after how many more tokens the sequence needs attention; None: never."""
     check: Callable[[], None]
+    """Called then. May remove the job."""
     joined_at: int = -1
+    """The worker's step before the first one that includes the job; -1 before that step is planned."""
     is_removed: bool = False
 
 
 class DecodeWorker:
-    """Computes one token of every sequence in each step. Invariant: ``_context`` is the sum over its sequences."""
+    """Samples one token of every sequence in each step.
+
+    Invariant: ``_num_jobs`` and ``_context`` are the number and the context of the sequences that are in the steps.
+    """
 
     role = Role.DECODE
 
@@ -135,62 +132,59 @@ class DecodeWorker:
         self._num_jobs = 0
         self._context = 0
         self._added: list[DecodeJob] = []
-        """Sequences that are not in a step yet."""
+        """Sequences that the next plan includes."""
         self._stops: list[tuple[int, int, bool, DecodeJob]] = []
-        self._last = 0
+        """A heap of (step, order of insertion, is the end, job): ends and checks of the jobs."""
+        self._num_stops = 0
 
     def add(self, job: DecodeJob) -> None:
-        """Adds a sequence to the next step that is planned."""
+        """Includes a sequence from the next plan on."""
         self._added.append(job)
 
     def num_tokens(self, job: DecodeJob) -> int:
         """Tokens that the job has sampled here."""
         return self._num_steps - job.joined_at
 
-    def watch(self, job: DecodeJob) -> None:
-        """Schedules the next check of the job."""
+    def schedule_check(self, job: DecodeJob) -> None:
+        """Schedules the job's next check, if it has one."""
         if (after := job.next_check()) is not None:
             self._push(self._num_steps + max(1, after), False, job)
 
-    def check_next(self, job: DecodeJob) -> None:
-        """Checks the job at the end of the step in progress, or of the next one."""
+    def check_soon(self, job: DecodeJob) -> None:
+        """Schedules a check of the job at the end of the current step, or of the next one if none runs."""
         self._push(self._num_steps + 1, False, job)
 
     def remove(self, job: DecodeJob) -> None:
-        """Removes an unfinished job."""
+        """Removes a job that is in the steps. Its ``done`` is not called."""
         job.is_removed = True
         self._num_jobs -= 1
         self._context -= job.num_context + self.num_tokens(job)
 
     def has_work(self) -> bool:
-        """See `Worker`."""
         return bool(self._num_jobs or self._added)
 
     def max_steps(self) -> int:
-        """See `Worker`."""
         self._pop_removed()
         return self._stops[0][0] - self._num_steps
 
-    def begin(self, now_s: float) -> None:
-        """See `Worker`."""
+    def plan(self, now_s: float) -> None:
         for job in self._added:
             job.joined_at = self._num_steps
             self._num_jobs += 1
             self._context += job.num_context
             self._push(self._num_steps + job.num_left, True, job)
-            self.watch(job)
+            self.schedule_check(job)
         self._added.clear()
 
-    def seconds(self, num_steps: int) -> float:
-        """See `Worker`. Each step attends to one token more of each sequence."""
+    def duration_s(self, num_steps: int) -> float:
+        """See `Worker`. Each step attends to one more token of each sequence than the step before."""
         growing = self._cost.per_context_s * self._num_jobs * num_steps * (num_steps - 1) / 2
         return num_steps * self._cost.step_s(self._num_jobs, self._context) + growing
 
-    def end(self, num_steps: int) -> None:
-        """See `Worker`."""
+    def apply(self, num_steps: int) -> None:
         self._num_runs += 1
         if self._num_runs % _OBSERVE_EVERY == 1:
-            self.fit.observe(StepShape(self._num_jobs, self._context, self._num_jobs), self.seconds(1))
+            self.fit.observe(StepShape(self._num_jobs, self._context, self._num_jobs), self.duration_s(1))
         self._num_steps += num_steps
         self._context += num_steps * self._num_jobs
         self._pop_removed()
@@ -204,8 +198,8 @@ class DecodeWorker:
             self._pop_removed()
 
     def _push(self, step: int, is_end: bool, job: DecodeJob) -> None:
-        self._last += 1
-        heapq.heappush(self._stops, (step, self._last, is_end, job))
+        self._num_stops += 1
+        heapq.heappush(self._stops, (step, self._num_stops, is_end, job))
 
     def _pop_removed(self) -> None:
         while self._stops and self._stops[0][3].is_removed:
@@ -213,7 +207,10 @@ class DecodeWorker:
 
 
 class Device:
-    """Owns the grant. `wake` it after each change of the workers' work: a run of steps is then cut short."""
+    """Owns the grant of the device, and its runs of steps.
+
+    `wake` has to be called after each change of the workers' work. The current run then ends with its current step.
+    """
 
     def __init__(
         self,
@@ -222,7 +219,7 @@ class Device:
         delays: Delays = NO_DELAYS,
         policy: ArbiterPolicy = one_at_a_time,
     ) -> None:
-        """``policy``: grants one worker at a time."""
+        """``policy`` has to grant one worker at a time. The index of a worker is its slot."""
         self._timeline = timeline
         self._delays = delays
         self._policy = policy
@@ -230,64 +227,66 @@ class Device:
         self._workers = workers
         self._demands = [Demand(slot, worker.role, "") for slot, worker in enumerate(workers)]
         self._last_slot = -1
-        self._running: int | None = None
-        self._began_at_s = 0.0
+        self._computing: int | None = None
+        """The slot of the worker that computes, or ``_BETWEEN_STEPS``; None: the device is idle."""
+        self._started_at_s = 0.0
         self._num_steps = 0
-        self._version = 0
+        self._end_id = 0
         self.busy_s = 0.0
 
     def wake(self) -> None:
-        """Work was added, or removed."""
-        if self._running is None:
+        """Work was added or removed."""
+        if self._computing is None:
             self._start()
-        elif self._running != _BETWEEN and self._num_steps > 1:
-            self._cut(self._workers[self._running])
+        elif self._computing != _BETWEEN_STEPS and self._num_steps > 1:
+            self._shorten(self._workers[self._computing])
 
     def _start(self) -> None:
         demands = [demand for demand in self._demands if self._workers[demand.slot].has_work()]
         granted, kept = decide(self._policy, demands, frozenset(), self._last_slot)
-        self._running = next(iter(granted), None)
-        if self._running is None:
+        self._computing = next(iter(granted), None)
+        if self._computing is None:
             return
-        worker = self._workers[self._running]
-        self._turn_s = self._delays.turn_s if self._running != self._last_slot else 0.0
-        self._last_slot = self._running
-        worker.begin(self._timeline.now_s)
-        self._began_at_s = self._timeline.now_s
-        self._run(worker, worker.max_steps() if self._running in kept else STEPS_PER_GRANT)
+        worker = self._workers[self._computing]
+        self._turn_s = self._delays.turn_s if self._computing != self._last_slot else 0.0
+        self._last_slot = self._computing
+        worker.plan(self._timeline.now_s)
+        self._started_at_s = self._timeline.now_s
+        self._schedule_end(worker, worker.max_steps() if self._computing in kept else STEPS_PER_GRANT)
 
-    def _run(self, worker: Worker, num_steps: int) -> None:
+    def _schedule_end(self, worker: Worker, num_steps: int) -> None:
+        """The run takes ``num_steps`` steps. An end that was scheduled for it before has no effect."""
         self._num_steps = num_steps
-        self._version += 1
-        version = self._version
-        ends_at_s = self._began_at_s + self._seconds(worker, num_steps)
-        self._timeline.at(ends_at_s, lambda: self._end(worker, version))
+        self._end_id += 1
+        end_id = self._end_id
+        ends_at_s = self._started_at_s + self._duration_s(worker, num_steps)
+        self._timeline.at(ends_at_s, lambda: self._end(worker, end_id))
 
-    def _seconds(self, worker: Worker, num_steps: int) -> float:
-        return self._turn_s + num_steps * self._delays.step_s + worker.seconds(num_steps)
+    def _duration_s(self, worker: Worker, num_steps: int) -> float:
+        return self._turn_s + num_steps * self._delays.step_s + worker.duration_s(num_steps)
 
-    def _cut(self, worker: Worker) -> None:
-        """The run ends with the step that is in progress now."""
-        passed_s = self._timeline.now_s - self._began_at_s
+    def _shorten(self, worker: Worker) -> None:
+        """Ends the run with its current step, which is found by bisection."""
+        passed_s = self._timeline.now_s - self._started_at_s
         first, last = 1, self._num_steps
         while first < last:
             middle = (first + last) // 2
-            if self._seconds(worker, middle) >= passed_s - 1e-12:
+            if self._duration_s(worker, middle) >= passed_s - 1e-12:
                 last = middle
             else:
                 first = middle + 1
         if first < self._num_steps:
-            self._run(worker, first)
+            self._schedule_end(worker, first)
 
-    def _end(self, worker: Worker, version: int) -> None:
-        if version != self._version:
+    def _end(self, worker: Worker, end_id: int) -> None:
+        if end_id != self._end_id:
             return
-        self.busy_s += self._timeline.now_s - self._began_at_s
-        self._running = _BETWEEN
-        worker.end(self._num_steps)
-        self._running = None
+        self.busy_s += self._timeline.now_s - self._started_at_s
+        self._computing = _BETWEEN_STEPS
+        worker.apply(self._num_steps)
+        self._computing = None
         self._start()
 
 
-_BETWEEN = -1
-"""A step has ended and the next is not chosen: waking the device changes nothing then."""
+_BETWEEN_STEPS = -1
+"""A run has ended and the next one is not chosen yet. The choice will see all changes, so `Device.wake` returns."""

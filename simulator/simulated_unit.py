@@ -1,4 +1,8 @@
-"""One unit in virtual time: the mesh's own unit state, queue and block growth, around workers that only take time."""
+"""One unit in virtual time: the mesh's own unit state, router queue and block growth, around simulated workers.
+
+Takes the steps of a request from the queue to the release of its lease. It knows no swap tier and no network: a
+pre-empted sequence is computed again, and `Delays` stand for the messages.
+"""
 
 from __future__ import annotations
 
@@ -26,37 +30,41 @@ _ROUTER = "router"
 
 @dataclass(slots=True)
 class SimulatedRequest:
-    """One request on its way. ``num_output``: the length that its output will have. ``arrived`` is its scheduling state
-    before any of it was computed. ``on_end`` is called once.
-    """
+    """One request with its progress. All numbers are tokens."""
 
     index: int
     model: str
     num_prompt: int
     num_output: int
+    """The length that the output will have."""
     max_new_tokens: int
     arrived: SchedulingState
+    """Before anything was computed."""
     prediction: LengthPrediction
     record: Record
+    """Filled in with times, tokens and status."""
     on_end: Callable[[SimulatedRequest], None]
+    """Called once, when the record is complete."""
     hashes: tuple[bytes, ...] = ()
+    """Block hashes of the prompt; empty: it does not use the prefix cache."""
     num_sent: int = 0
+    """Output tokens sampled so far."""
     entry_id: int = 0
 
     @property
     def max_tokens(self) -> int:
-        """Of the prompt and the longest possible output."""
+        """Tokens of the prompt and the longest possible output."""
         return self.num_prompt + self.max_new_tokens
 
     @property
     def scheduling(self) -> SchedulingState:
-        """While it waits: what it has sent of its output is done, its prompt is not."""
+        """The state while the request is queued: the KV of its prompt has to be computed, again after a pre-emption."""
         return self.arrived.after_output(self.num_sent, self.prediction, prefill_again=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A credit: which request was admitted, and why then."""
+    """An admission: the ``number``-th credit, the request that it was issued to, and the reason of its position."""
 
     at_s: float
     number: int
@@ -68,7 +76,7 @@ class Decision:
 
 @dataclass(slots=True)
 class _ServedModel:
-    """One model of the unit, with the names of its workers."""
+    """One model of the unit, with its workers and their names."""
 
     config: ModelConfig
     prefill: PrefillWorker
@@ -80,6 +88,8 @@ class _ServedModel:
 
 @dataclass(slots=True)
 class _DecodingSequence:
+    """A sequence between its hand-off and its last token. ``num_blocks``: token blocks of its lease."""
+
     request: SimulatedRequest
     lease: Lease
     num_blocks: int
@@ -89,7 +99,7 @@ class _DecodingSequence:
 
 
 class SimulatedUnit:
-    """Owns a `kvstore.unit.Unit`, the queue of a router for it, and the device."""
+    """Owns a `kvstore.unit.Unit`, a router's queue for it, and the device."""
 
     def __init__(
         self,
@@ -110,7 +120,7 @@ class SimulatedUnit:
         self._queue = RequestQueue(policy)
         self._waiting: dict[int, SimulatedRequest] = {}
         self._decoding: dict[int, _DecodingSequence] = {}
-        self._served = {model.name: self._open(model, policy) for model in config.models}
+        self._served = {model.name: self._attach(model, policy) for model in config.models}
         workers: list[Worker] = []
         for served in self._served.values():  # slots in the order in which the supervisor starts workers
             workers += [served.prefill, served.decode]
@@ -134,12 +144,12 @@ class SimulatedUnit:
         return self._device.busy_s
 
     def service(self, model: str) -> ModelService:
-        """How the router knows that the unit serves a model."""
+        """The router's view of a model on this unit, with the step costs that the workers reported last."""
         served = self._served[model]
         return ModelService(model, served.costs, served.config.step_token_budget)
 
-    def wait(self, request: SimulatedRequest) -> None:
-        """Queues a request for a credit."""
+    def enqueue(self, request: SimulatedRequest) -> None:
+        """Queues a request for a credit. A request that the unit can never serve ends at once, with an error."""
         self._last_entry_id += 1
         request.entry_id = self._last_entry_id
         self._waiting[request.entry_id] = request
@@ -149,9 +159,10 @@ class SimulatedUnit:
         )
         self._queue.add(QueuedRequest(request.entry_id, request.model, request.scheduling, demand))
         self._show_next()
-        self._changed()
+        self._schedule()
 
-    def _open(self, model: ModelConfig, policy: SchedulingPolicy) -> _ServedModel:
+    def _attach(self, model: ModelConfig, policy: SchedulingPolicy) -> _ServedModel:
+        """Attaches the workers of a model, which are ready at once."""
         names = []
         for role in Role:
             worker = self.unit.attach(role, model.name, "", 0)
@@ -162,7 +173,7 @@ class SimulatedUnit:
         return _ServedModel(model, prefill, DecodeWorker(cost), names[0], names[1])
 
     def _show_next(self) -> bool:
-        """Shows the unit the requests that it should see; True if there were any."""
+        """Shows the unit the next requests of the queue; True if there were any."""
         shown = self._queue.show_next(self._timeline.now_s)
         for queued in shown:
             try:
@@ -174,17 +185,19 @@ class SimulatedUnit:
                 self._end(request)
         return bool(shown)
 
-    def _changed(self) -> None:
-        """Capacity or demand changed: as in kvstore's service, schedules and carries out what was decided."""
+    def _schedule(self) -> None:
+        """Schedules the unit and carries out its decisions. Called, as by kvstore's service, when capacity or demand
+        changed, or when the unit has to act on time that has passed.
+        """
         now_s = self._timeline.now_s
         decisions = self.unit.schedule(now_s, now_s)
         for credit in decisions.credits:
-            self._start(credit)
+            self._admit(credit)
         for preemption in decisions.preemptions:
             sequence = self._decoding.get(preemption.lease_id)
             if sequence is not None and sequence.job.joined_at >= 0:
                 sequence.is_preempted = True
-                self._served[sequence.request.model].decode.check_next(sequence.job)
+                self._served[sequence.request.model].decode.check_soon(sequence.job)
                 self._device.wake()
         if self.unit.costs_are_due(now_s):
             for served in self._served.values():
@@ -193,11 +206,11 @@ class SimulatedUnit:
         due_s = self.unit.next_change_s()
         if due_s is not None and due_s != self._timer_s:
             self._timer_s = due_s
-            self._timeline.at(due_s, self._changed)
+            self._timeline.at(due_s, self._schedule)
         if decisions.credits and self._show_next():
-            self._changed()
+            self._schedule()
 
-    def _start(self, credit: IssuedCredit) -> None:
+    def _admit(self, credit: IssuedCredit) -> None:
         request = self._waiting.pop(credit.entry_id)
         self._queue.remove(credit.entry_id)
         served = self._served[request.model]
@@ -217,7 +230,7 @@ class SimulatedUnit:
         self._timeline.after(self._delays.admit_s, lambda: self._add_prefill(served, job))
 
     def _on_prefilled(self, request: SimulatedRequest, lease: Lease) -> None:
-        """The prompt is computed and one more token sampled."""
+        """The known tokens are computed and one more is sampled: finishes, or hands off to the decode worker."""
         served = self._served[request.model]
         if request.num_sent == 0:
             request.record.pieces.append((self._timeline.now_s, 1))
@@ -253,7 +266,7 @@ class SimulatedUnit:
         return sequence.num_blocks * served.config.block_size - num_tokens
 
     def _check(self, sequence: _DecodingSequence) -> None:
-        """Grows the lease of a sequence, or pre-empts it."""
+        """Grows the lease of a sequence, or pre-empts it if the unit recalls its blocks or the pool is full."""
         served, growth = self._served[sequence.request.model], sequence.growth
         num_free = self._num_free_slots(sequence)
         num_wanted = growth.blocks_to_request(sequence.num_blocks, num_free)
@@ -271,10 +284,10 @@ class SimulatedUnit:
             if not num_wanted and growth.on_pool_full(num_free):
                 self._preempt(sequence)
                 return
-        served.decode.watch(sequence.job)
+        served.decode.schedule_check(sequence.job)
 
     def _preempt(self, sequence: _DecodingSequence) -> None:
-        """Without swap: the KV is freed, and the request waits again, with all its tokens."""
+        """Frees the KV of a sequence and queues its request again. Its tokens are kept, their KV is computed again."""
         request, served = sequence.request, self._served[sequence.request.model]
         request.num_sent += served.decode.num_tokens(sequence.job)
         served.decode.remove(sequence.job)
@@ -282,7 +295,7 @@ class SimulatedUnit:
         self.unit.release(sequence.lease.ref, served.decode_name, request.hashes)
         self.num_requeued += 1
         self._device.wake()
-        self.wait(request)
+        self.enqueue(request)
 
     def _on_decoded(self, sequence: _DecodingSequence) -> None:
         request = sequence.request
@@ -291,7 +304,7 @@ class SimulatedUnit:
         self._finish(request, sequence.lease, self._served[request.model].decode_name)
 
     def _finish(self, request: SimulatedRequest, lease: Lease, owner: str) -> None:
-        """The client has its last token; a little later the slot is free."""
+        """The client has the last token. The slot is free ``end_s`` later."""
         record = request.record
         record.status, record.num_output, record.num_input = OK, request.num_output, request.num_prompt
         record.finish = "LENGTH" if request.num_output >= request.max_new_tokens else "EOS"
@@ -302,7 +315,7 @@ class SimulatedUnit:
 
     def _release(self, request: SimulatedRequest, lease: Lease, owner: str) -> None:
         self.unit.release(lease.ref, owner, request.hashes)
-        self._changed()
+        self._schedule()
 
     def _end(self, request: SimulatedRequest) -> None:
         request.record.ended_s = self._timeline.now_s

@@ -1,10 +1,13 @@
 import os
 from pathlib import Path
 
-from muxmesh.engine.native.kernel_cache import kernel_cache_dir
-
 # Read when grpc is loaded: meshes are started from this process, which watches their health over gRPC.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
+# Read when numpy is loaded: small products are slower on several threads, and routers fit on one.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from muxmesh.engine.native.kernel_cache import kernel_cache_dir
+
 # Read when numba is loaded. Kernels compiled by one run are kept for the next.
 _CACHE = Path(__file__).resolve().parent.parent / "build" / "test-cache"
 _KERNELS = _CACHE / "numba"

@@ -1,1 +1,1 @@
-"""What prefill and decode workers share: attachment to a unit, leases, sequence KV, the compute grant, the process."""
+"""What prefill and decode workers share: attachment to a unit, leases, sequence KV, compute grant and process."""

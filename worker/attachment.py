@@ -1,4 +1,8 @@
-"""A worker's attachment to its unit: the mapped pool, the grant page, and the socket whose end ends it."""
+"""A worker's attachment to its unit: the mapped pool, the shared pages, and the attach socket.
+
+The socket ties the two processes together: kvstore reclaims the leases of a worker whose socket closes, once the
+worker has exited; a worker whose socket closes has lost its unit. What the pool holds is not known here.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +30,14 @@ _REPLY_TIMEOUT_S = 5.0
 
 
 class Attachment:
-    """What the unit gave this worker. ``pool`` is the unit's memory itself, ``worker`` our name there.
+    """Owns what the unit sent to this worker.
 
-    ``progress`` is where the unit looks for what this worker had computed if it dies.
+    ``pool``: the unit's memory, mapped. ``page``, ``slot``: the grant page and this worker's slot in it. ``progress``:
+    the page in which the unit finds what this worker had computed if it dies. ``worker``: its name in the unit.
     """
 
     def __init__(self, connection: socket.socket, reply: Mapping[str, Any], fds: Sequence[int]) -> None:
+        """``reply`` and ``fds``: see `kvstore.attach_protocol`. Raises Unavailable, see `map_pool`."""
         num_pool = num_pool_fds(reply["pool"])
         self.pool = map_pool(reply["pool"], fds[:num_pool])
         page_fd, self.doorbell_fd, self.bell_fd, progress_fd = fds[num_pool:]
@@ -44,20 +50,21 @@ class Attachment:
         self._connection = connection
 
     def beat(self) -> None:
-        """Shows the unit that this worker's event loop runs. To be called every `BEAT_EVERY_S`."""
+        """Shows the unit that this worker's event loop runs. To be called every `BEAT_EVERY_S` seconds."""
         self.page.add(self.slot, Word.HEARTBEATS, 1)
 
     def set_ready(self, ready: bool) -> None:
-        """Reports whether this worker takes requests. A unit that is gone need not know."""
+        """Reports to the unit whether this worker accepts requests. Does nothing if the unit is gone."""
         with contextlib.suppress(OSError):
             self._connection.send(json.dumps({"ready": ready}).encode())
 
     def close(self) -> None:
-        """Detaches from the unit. The process has to end soon: the unit waits for that."""
+        """Detaches from the unit. The process has to exit soon: a worker that detaches and lives on is killed."""
+        asyncio.get_running_loop().remove_reader(self._connection.fileno())
         self._connection.close()
 
-    def on_unit_lost(self, lost: Callable[[], None]) -> None:
-        """Calls ``lost`` once when kvstore is gone: the mapped memory is nobody's then."""
+    def on_unit_lost(self, callback: Callable[[], None]) -> None:
+        """Calls ``callback`` once when kvstore closes the socket or exits: nothing manages the mapped pool then."""
         loop = asyncio.get_running_loop()
 
         def readable() -> None:
@@ -69,13 +76,13 @@ class Attachment:
             except OSError:
                 pass
             loop.remove_reader(self._connection.fileno())
-            lost()
+            callback()
 
         loop.add_reader(self._connection.fileno(), readable)
 
 
 def map_pool(description: Mapping[str, Any], fds: Sequence[int]) -> DevicePool:
-    """Maps the pool of a unit by its description (`kvstore.attach_protocol`); closes ``fds``.
+    """Maps a unit's pool as its description says (`kvstore.attach_protocol.pool_description`). Closes ``fds``.
 
     Raises Unavailable for a kind of memory that this worker cannot map.
     """
@@ -90,17 +97,20 @@ def map_pool(description: Mapping[str, Any], fds: Sequence[int]) -> DevicePool:
 
 
 async def attach(path: Path, role: Role, model: str, address: str) -> Attachment:
-    """Attaches to the unit that listens on ``path``, waiting up to 30 s for it. Raises Unavailable."""
+    """Attaches to the unit that listens on ``path``; waits up to 30 s until it does.
+
+    Raises Unavailable if no unit listens, or the unit refuses the worker.
+    """
     hello = {"role": role.value, "model": model, "address": address}
     connection, reply, fds = await _connect(path, hello, f"{role.value} of {model}")
     return Attachment(connection, reply, fds)
 
 
 async def attach_writer(path: Path, worker: str) -> tuple[socket.socket, DevicePool]:
-    """Attaches a further process that writes into the pool for ``worker``. Raises Unavailable.
+    """Attaches a further process that writes into the pool for ``worker``, such as an engine core. See `attach`.
 
-    The leases of the worker end only after this process has exited too; it is killed if the worker exits. It has to
-    keep the returned connection.
+    The leases of the worker end only after this process has exited too, and kvstore kills it if the worker exits. The
+    caller keeps the returned connection open.
     """
     connection, reply, fds = await _connect(path, {"writer_for": worker}, f"a writer for {worker}")
     return connection, map_pool(reply["pool"], fds)
@@ -124,7 +134,7 @@ async def _connect(
 
 
 def _exchange_hello(path: Path, hello: bytes) -> tuple[socket.socket, bytes, list[int]]:
-    """Blocks until the unit answers; an empty answer is a refusal. Raises OSError."""
+    """Sends ``hello`` and blocks until the unit replies; an empty reply is a refusal. Raises OSError."""
     with ExitStack() as undo:
         connection = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         connection.settimeout(_REPLY_TIMEOUT_S)

@@ -1,4 +1,7 @@
-"""The grant to compute as a worker takes it: words and bells of the unit's grant page."""
+"""The worker's side of the compute grant: it writes its slot of the grant page, rings the doorbell, awaits its bell.
+
+`kvstore.arbiter` decides which worker computes next; nothing here does.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ from worker.attachment import Attachment
 
 
 class ComputeGrant:
-    """`muxmesh.engine.api.Grant` over shared memory, and the worker's counters beside it."""
+    """`muxmesh.engine.api.Grant` over the unit's grant page. Also owns the worker's counters and step cost there."""
 
     def __init__(self, attachment: Attachment, clock: Clock) -> None:
+        """Needs a running event loop, which all methods are called on."""
         self._page = attachment.page
         self._slot = attachment.slot
         self._doorbell_fd = attachment.doorbell_fd
@@ -23,14 +27,13 @@ class ComputeGrant:
         self._clock = clock
         self._acquired_at_s = 0.0
         self._num_steps = 0
-        """Since the grant was given."""
+        """Steps computed under the present grant."""
         self._fit = CostFit()
         self._cost: StepCost | None = None
         self._granted = asyncio.Event()
         asyncio.get_running_loop().add_reader(self._bell_fd, self._on_bell)
 
     async def acquire(self) -> None:
-        """See `Grant`."""
         if not self._page.read(self._slot, Word.GRANTED_STEPS):
             self._granted.clear()
             self._page.write(self._slot, Word.DEMAND, 1)
@@ -43,7 +46,6 @@ class ComputeGrant:
         self._acquired_at_s = self._clock.monotonic_s()
 
     def release(self) -> None:
-        """See `Grant`."""
         self._page.add(self._slot, Word.BUSY_NS, int((self._clock.monotonic_s() - self._acquired_at_s) * 1e9))
         self._num_steps += 1
         is_used = self._num_steps >= self._page.read(self._slot, Word.GRANTED_STEPS)
@@ -51,12 +53,11 @@ class ComputeGrant:
             self._return()
 
     def drop(self) -> None:
-        """See `Grant`."""
         if self._page.read(self._slot, Word.GRANTED_STEPS):
             self._return()
 
     def count_step(self, step: Step, outcome: StepOutcome, seconds: float) -> None:
-        """Adds a step, which took ``seconds``, to this worker's counters and to its step cost."""
+        """Adds a step that took ``seconds`` to the worker's counters and step cost."""
         self._fit.observe(step.shape, seconds)
         if (cost := self._fit.cost) is not None and cost is not self._cost:
             self._cost = cost

@@ -1,4 +1,7 @@
-"""Copies KV between the pool and the swap region for one worker: one copy at a time, beside its compute."""
+"""Copies KV between the pool and the swap region for one worker: one copy at a time, in a thread beside compute.
+
+kvstore decides which lease is swapped and where its copy is; `DevicePool` does the copying.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ from worker.lease_client import LeaseClient
 
 
 class KvSwapper:
-    """Owns the copies in progress, and knows of each swapped lease where its copy is. kvstore decides what moves.
+    """Owns the copies in progress, and the pages and format of the copy of each swapped lease.
 
-    A caller may be cancelled at any moment: the memory of a copy may be reused only after `quiesce`.
+    A copy continues when its caller is cancelled, so the memory of a lease may be reused only after `quiesce`.
     """
 
     def __init__(self, attachment: Attachment, shape: KvShape, leases: LeaseClient, clock: Clock) -> None:
@@ -33,7 +36,10 @@ class KvSwapper:
         self._in_progress: dict[int, asyncio.Future[int]] = {}
 
     async def copy_out(self, ref: LeaseRef, block_ids: Sequence[int], num_tokens: int, kv_format: KvFormat) -> None:
-        """Copies a lease's KV to the swap region. Raises Overloaded if that is full, LeaseLost."""
+        """Copies the KV of a lease's first ``num_tokens`` tokens to the swap region.
+
+        Raises Overloaded if the region is full, and LeaseLost.
+        """
         pages = await self._leases.begin_swap_out(ref, encoded_bytes(self._shape, num_tokens, kv_format))
         copy = KvCopy(num_tokens, kv_format, pages)
         num_bytes = await self._run(ref, lambda: self._pool.copy_out(self._shape, block_ids, copy))
@@ -41,20 +47,20 @@ class KvSwapper:
         self._copies[ref.lease_id] = copy
 
     async def copy_in(self, ref: LeaseRef, block_ids: Sequence[int], num_cached_blocks: int) -> None:
-        """Copies a swapped lease's KV to token blocks, of which the first ``num_cached_blocks`` have theirs already."""
+        """Copies a swapped lease's KV to token blocks, except to the first ``num_cached_blocks``, which hold it."""
         copy = self._copies[ref.lease_id]
         num_bytes = await self._run(ref, lambda: self._pool.copy_in(self._shape, block_ids, copy, num_cached_blocks))
         self._page.add(self._slot, Word.SWAP_IN_BYTES, num_bytes)
         del self._copies[ref.lease_id]
 
     async def quiesce(self, lease_id: int) -> None:
-        """Returns when nothing of the lease is copied any more; its copy is forgotten."""
+        """Waits until no copy of the lease is in progress, and drops the record of its copy."""
         if copying := self._in_progress.get(lease_id):
             await asyncio.wait([copying])
         self._copies.pop(lease_id, None)
 
     def close(self) -> None:
-        """Waits for the copy in progress."""
+        """Blocks until the copy in progress is done."""
         self._thread.shutdown()
 
     async def _run(self, ref: LeaseRef, copy: Callable[[], int]) -> int:

@@ -1,4 +1,7 @@
-"""Leases as a worker handles them: acquire, move, grow, swap and release, without ever losing one."""
+"""A worker's calls to the lease service of its unit. A lease that a worker gets is always moved on or released.
+
+Knows the wire format of kvstore, no engine and no memory.
+"""
 
 from __future__ import annotations
 
@@ -22,25 +25,27 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PreemptLease:
-    """The unit needs the token blocks of this lease for another model."""
+    """The unit claims the token blocks of this lease for another model."""
 
     lease_id: int
 
 
 class LeaseClient:
-    """Calls of one worker to its unit. Errors are the mesh's own (LeaseLost, WorkerLost, Unavailable).
+    """Calls of one worker to its unit.
 
-    A caller may be cancelled at any moment; a lease that arrives for a cancelled caller is released in the
-    background. `close` waits for the background.
+    Every call raises Unavailable if the unit cannot be reached, and LeaseLost if the lease is not this worker's at
+    this epoch or its state forbids the call. A caller may be cancelled at any moment: a lease that is acquired for a
+    cancelled caller is released in the background.
     """
 
     def __init__(self, channel: grpc.aio.Channel, worker: str) -> None:
+        """``worker``: this worker's name in the unit, see `Attachment`."""
         self._stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
         self._worker = worker
         self._background: set[asyncio.Task[Any]] = set()
 
     async def acquire(self, ref: LeaseRef) -> Lease:
-        """The credit ``ref`` becomes this worker's lease. Raises LeaseLost."""
+        """Turns the credit ``ref`` into a lease of this worker."""
         request = kvstore_pb2.AcquireLeaseRequest(lease=convert.ref_to_wire(ref), owner=self._worker)
         call = self._spawn(_result(self._stub.AcquireLease(request)))
         try:
@@ -51,7 +56,7 @@ class LeaseClient:
         return convert.lease_from_wire(response.lease)
 
     async def move(self, ref: LeaseRef, to: str, num_computed_tokens: int, sampled: tuple[int, ...]) -> None:
-        """The hand-off to worker ``to``. Raises LeaseLost; WorkerLost if ``to`` is gone."""
+        """Hands the lease off to worker ``to``. Raises WorkerLost if ``to`` is gone; then this worker still has it."""
         request = kvstore_pb2.MoveLeaseRequest(
             lease=convert.ref_to_wire(ref),
             owner=self._worker,
@@ -62,19 +67,19 @@ class LeaseClient:
         await _result(self._stub.MoveLease(request))
 
     async def grow(self, ref: LeaseRef, num_blocks: int) -> tuple[int, ...]:
-        """More token blocks for a lease. Raises Overloaded if the pool is full, LeaseLost."""
+        """Returns the ids of ``num_blocks`` more token blocks of the lease. Raises Overloaded if the pool is full."""
         request = kvstore_pb2.GrowLeaseRequest(
             lease=convert.ref_to_wire(ref), owner=self._worker, num_blocks=num_blocks
         )
         return tuple((await _result(self._stub.GrowLease(request))).block_ids)
 
     async def begin_swap_out(self, ref: LeaseRef, num_bytes: int) -> tuple[int, ...]:
-        """Pages of the swap region for a copy of the lease's KV. Raises Overloaded if it is full, LeaseLost."""
+        """Returns the pages of the swap region for a copy of ``num_bytes``. Raises Overloaded if the region is full."""
         request = kvstore_pb2.SwapOutRequest(lease=convert.ref_to_wire(ref), owner=self._worker, num_bytes=num_bytes)
         return tuple((await _result(self._stub.SwapOut(request))).pages)
 
     async def finish_swap_out(self, ref: LeaseRef, computed: Sequence[bytes]) -> None:
-        """The copy is complete: frees the lease's token blocks. ``computed``: see `release_after`."""
+        """Frees the lease's token blocks, whose copy is complete. ``computed``: see `release_after`."""
         request = kvstore_pb2.FinishSwapOutRequest(
             lease=convert.ref_to_wire(ref), owner=self._worker, block_hashes=join_hashes(computed)
         )
@@ -83,7 +88,7 @@ class LeaseClient:
     async def begin_swap_in(
         self, ref: LeaseRef, scheduling: SchedulingState, demand: KvDemand
     ) -> tuple[tuple[int, ...], int]:
-        """Waits for token blocks for a swapped lease; returns how many of the first need no copy. Raises LeaseLost."""
+        """Waits for token blocks for a swapped lease. Returns their ids, and how many of the first need no copy."""
         request = kvstore_pb2.SwapInRequest(
             lease=convert.ref_to_wire(ref),
             owner=self._worker,
@@ -94,17 +99,17 @@ class LeaseClient:
         return tuple(response.block_ids), response.num_cached_blocks
 
     async def finish_swap_in(self, ref: LeaseRef) -> None:
-        """The KV is copied back: frees the swap pages. Raises LeaseLost."""
+        """Frees the swap pages of the lease, whose KV is copied back to the pool."""
         request = kvstore_pb2.FinishSwapInRequest(lease=convert.ref_to_wire(ref), owner=self._worker)
         await _result(self._stub.FinishSwapIn(request))
 
     def release_after(
         self, quiesce: Callable[[], Awaitable[None]], ref: LeaseRef, computed: Sequence[bytes] = ()
     ) -> None:
-        """In the background: waits until nothing accesses the blocks any more, then releases the lease.
+        """Releases the lease in the background, once ``quiesce`` has returned: nothing accesses its memory then.
 
-        ``computed``: hashes of its first blocks, whose KV other requests may use from now on. A lease that is no
-        longer this worker's is ignored.
+        ``computed``: hashes of its first blocks, whose KV other requests may use. Does nothing if the lease is not
+        this worker's; logs other errors.
         """
 
         async def release() -> None:
@@ -113,20 +118,23 @@ class LeaseClient:
                 await self.release(ref, computed)
             except LeaseLost:
                 pass
-            except MeshError as error:  # the unit is going, and its leases with it
+            except MeshError as error:  # a unit that shuts down ends all of its leases
                 _log.warning("lease %d could not be released: %s", ref.lease_id, error)
 
         self._spawn(release())
 
     async def release(self, ref: LeaseRef, computed: Sequence[bytes]) -> None:
-        """Ends the lease of a job that has ended. See `release_after`. Raises LeaseLost."""
+        """Releases the lease. ``computed``: see `release_after`."""
         request = kvstore_pb2.ReleaseLeaseRequest(
             lease=convert.ref_to_wire(ref), owner=self._worker, block_hashes=join_hashes(computed)
         )
         await _result(self._stub.ReleaseLease(request))
 
     async def watch(self) -> AsyncIterator[Lease | PreemptLease]:
-        """Leases that arrive at this worker, and those that it has to pre-empt, for as long as the unit lives."""
+        """Yields leases that arrive at this worker and those that it has to pre-empt, for as long as the unit serves.
+
+        Begins with the leases that this worker has already. Raises Unavailable when the unit ends the stream.
+        """
         call = self._stub.WatchLeases(kvstore_pb2.WatchLeasesRequest(owner=self._worker))
         try:
             async for response in call:
@@ -138,8 +146,9 @@ class LeaseClient:
             raise from_rpc_error(error) from error
 
     async def close(self) -> None:
-        """Waits for the background."""
-        await asyncio.gather(*self._background, return_exceptions=True)
+        """Waits for releases and cancelled calls that are still in the background."""
+        while self._background:  # a cancelled `acquire` that succeeds adds its release
+            await asyncio.gather(*self._background, return_exceptions=True)
 
     def _release_unwanted(self, call: asyncio.Task[Any]) -> None:
         if not call.cancelled() and call.exception() is None:
@@ -153,7 +162,7 @@ class LeaseClient:
 
 
 async def _unused() -> None:
-    """Nothing has accessed the blocks yet."""
+    """Quiesces a lease whose memory was never accessed."""
 
 
 async def _result(call: Awaitable[Any]) -> Any:

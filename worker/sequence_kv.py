@@ -1,6 +1,7 @@
-"""The KV of one sequence in a decode worker: how its lease grows, is swapped out and in, and ends.
+"""The KV of one sequence in a decode worker: its lease grows, is swapped out and in, and ends.
 
-`SequenceRecord` owns the sequence's tokens, blocks and hashes; this owns the calls to kvstore that change its blocks.
+`SequenceRecord` owns the sequence's tokens, blocks and hashes. This module makes the calls to kvstore that change the
+blocks; it decides no order and samples nothing.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from worker.lease_client import LeaseClient
 
 
 class SequenceKv:
-    """Owns the lease of one sequence, whose job has the lease's id.
+    """Owns the lease of one sequence. The sequence's job in the engine has the lease's id.
 
-    Invariant: at most one call that changes the lease's blocks is in progress. The progress page names full blocks
-    that are in the pool, in the lease's blocks, and may be shared.
+    Invariant: at most one call that changes the lease's blocks is in progress, and every block that the progress page
+    names is full, computed exactly, and one of the lease's blocks in the pool.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class SequenceKv:
         swapper: KvSwapper | None,
         kv_format: KvFormat,
     ) -> None:
-        """``swapper`` None: the unit has no memory to swap to. ``kv_format``: of swapped KV."""
+        """``swapper`` is None if the unit has no swap region. ``kv_format``: of swapped KV."""
         self.sequence = sequence
         self._ref = ref
         self._engine = engine
@@ -49,7 +50,7 @@ class SequenceKv:
         progress.begin(ref.lease_id)
 
     def on_tokens(self) -> None:
-        """The sequence has grown: commits full blocks, and requests more blocks before they are needed."""
+        """To be called after new tokens: commits full blocks, and requests more blocks ahead of need."""
         self._commit()
         sequence = self.sequence
         num_blocks = self._growth.blocks_to_request(len(sequence.block_ids), sequence.num_free_slots)
@@ -57,17 +58,17 @@ class SequenceKv:
             self._growing = asyncio.create_task(self._grow(num_blocks), name="lease growth")
 
     async def on_preempted(self) -> None:
-        """The job is paused. Swaps the KV out, waits for token blocks, swaps it in and resumes the job.
+        """To be called when the job is paused: swaps its KV out, waits for token blocks, swaps it in, resumes the job.
 
-        Raises RequestPreempted if the KV cannot be swapped: whoever continues the request computes it again. Raises
-        what a call to kvstore raised.
+        Raises RequestPreempted if the KV cannot be swapped; the request's next attempt computes it again. Raises the
+        MeshError of a call to kvstore that failed, a growth in the background among them.
         """
         await self._wait_for_growth()
         if self._error is not None:
             raise self._error
         try:
             if self._swapper is None:
-                raise Overloaded("the unit has no memory to swap to")
+                raise Overloaded("the unit has no swap region")
             await self._swap_out(self._swapper)
         except Overloaded as error:
             raise RequestPreempted(f"pre-empted, and not swapped: {error}") from error
@@ -75,20 +76,20 @@ class SequenceKv:
         self._engine.resume(self._ref.lease_id)
 
     def end(self) -> None:
-        """Nothing more is computed: releases the lease once nothing accesses its memory."""
+        """To be called once, when nothing more is to be computed: releases the lease in the background."""
         self._progress.end(self._ref.lease_id)
         hashes = self.sequence.block_hashes(0, self.sequence.num_shareable_blocks)
         self._leases.release_after(self._quiesce, self._ref, hashes)
 
     async def _quiesce(self) -> None:
-        """Returns when nothing accesses the lease's memory, and no more of it will come."""
+        """Waits until nothing accesses the lease's memory and no call adds to it."""
         await self._wait_for_growth()
         await self._engine.cancel(self._ref.lease_id)
         if self._swapper is not None:
             await self._swapper.quiesce(self._ref.lease_id)
 
     async def _wait_for_growth(self) -> None:
-        """Blocks that a call in progress brings belong to the lease."""
+        """Waits for the growth in progress: it adds blocks to the lease."""
         if self._growing is not None:
             await asyncio.gather(self._growing, return_exceptions=True)
 
@@ -103,7 +104,7 @@ class SequenceKv:
                     num_blocks = self._growth.smaller_request(num_blocks)
         except MeshError as error:
             self._error = error
-            self._engine.preempt(job_id)  # the job's owner raises the error then
+            self._engine.preempt(job_id)  # `on_preempted` raises the error
             return
         self._growing = None
         if num_blocks:
@@ -113,7 +114,7 @@ class SequenceKv:
             self._engine.preempt(job_id)
 
     def _commit(self) -> None:
-        """Full blocks that are in the pool are found by others if this process dies."""
+        """Names new full blocks in the progress page, so that kvstore publishes them if this process dies."""
         num_blocks, first = self.sequence.num_shareable_blocks, self._num_committed_blocks
         if num_blocks > first:
             self._progress.commit(self._ref.lease_id, first, self.sequence.block_hashes(first, num_blocks))

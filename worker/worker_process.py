@@ -1,4 +1,7 @@
-"""The process of a worker: attaches, builds the engine, serves, until it is stopped or the unit is lost."""
+"""The process of a worker: attaches to its unit, builds the engine, and serves one phase of one model until stopped.
+
+Knows which parts a worker has and in which order they start and end. The services of a phase know what a request is.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """What the services of one phase work with."""
+    """The parts of a worker that the services of its phase use."""
 
     engine: Engine
     leases: LeaseClient
@@ -46,12 +49,12 @@ class WorkerContext:
     config: ModelConfig
     identity: KvIdentity
     swapper: KvSwapper | None
-    """None: the unit has no memory to swap to."""
+    """None if the unit has no swap region."""
     give_up: Callable[[str], None]
-    """Ends the process, which has become useless; the supervisor starts another."""
+    """Logs the reason and stops this process, which cannot continue to serve; the supervisor starts another."""
 
     def sequence(self, request: EngineRequest, lease: Lease) -> SequenceRecord:
-        """The record of a sequence whose lease this worker has."""
+        """Returns the record of a request's sequence, whose ``lease`` this worker has. Raises ValueError, see there."""
         return SequenceRecord(
             request,
             self.config.block_size,
@@ -64,11 +67,11 @@ class WorkerContext:
 
 Services = Mapping[ServiceDescriptor, Register]
 OpenServices = Callable[[WorkerContext], AbstractAsyncContextManager[Services]]
-"""Opens the services of one phase."""
+"""Opens the services of one phase, and closes them at the end of the context."""
 
 
 def worker_main(role: Role, description: str, open_services: OpenServices) -> None:
-    """The body of a worker's ``__main__``."""
+    """Parses the command line and runs a worker: the body of its ``__main__``."""
     arguments = service_arguments(description, "unit", "model")
     runtime = MeshRuntime.read(arguments.runtime)
     key = ProcessKey(role, arguments.unit, arguments.model)
@@ -77,7 +80,7 @@ def worker_main(role: Role, description: str, open_services: OpenServices) -> No
 
 
 async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: OpenServices, stop: Stop) -> None:
-    """Serves one phase of one model until ``stop`` is set, or the unit or the engine is lost."""
+    """Serves one phase of one model until ``stop`` is set. Sets it if the unit is lost or the engine is dead."""
 
     def give_up(reason: str) -> None:
         _log.error("giving up: %s", reason)
@@ -112,7 +115,7 @@ async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: Open
             registry = ProcessRegistry(runtime.redis_url, runtime.config.mesh_id, clock)
             async with registry.registered(endpoint.name, endpoint.address):
                 await stop.wait()
-                attachment.set_ready(False)  # no more credits for this worker
+                attachment.set_ready(False)  # the unit issues no more credits for this worker
             await server.stop(grace_s=0.5)
         for task in background:
             task.cancel()
@@ -120,6 +123,7 @@ async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: Open
         await leases.close()
         if swapper:
             swapper.close()
+    attachment.close()
 
 
 async def _send_heartbeats(attachment: Attachment) -> None:
@@ -133,7 +137,10 @@ async def _watch_engine(engine: Engine, give_up: Callable[[str], None]) -> None:
 
 
 def _set_up_threads(runtime: MeshRuntime, key: ProcessKey) -> None:
-    """Cores, and what libraries read once when they are loaded. Waiting threads sleep: an idle worker never spins."""
+    """Sets this process's cores, and the variables that libraries read when they are loaded.
+
+    PASSIVE makes OpenMP's waiting threads sleep: an idle worker takes no time from the others.
+    """
     unit, config = runtime.model(key.unit, key.model)
     if unit.cores is not None:
         os.sched_setaffinity(0, unit.cores)

@@ -1,4 +1,4 @@
-"""What the commands share: where things are on this machine, progress bars, output."""
+"""What the commands share: directories of this machine, progress bars, JSON output, checks of output files."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ _BAR_WIDTH = 32
 
 
 def cache_dir() -> Path:
-    """MUXMESH_CACHE_DIR, else the user's cache directory."""
+    """Returns MUXMESH_CACHE_DIR if it is set, else `muxmesh` in the user's cache directory."""
     if chosen := os.environ.get("MUXMESH_CACHE_DIR"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "muxmesh"
 
 
 def default_state_dir() -> Path:
-    """MUXMESH_STATE_DIR, else the user's state directory."""
+    """Returns MUXMESH_STATE_DIR if it is set, else `muxmesh` in the user's state directory."""
     if chosen := os.environ.get("MUXMESH_STATE_DIR"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "muxmesh"
 
 
 def print_json(content: Any) -> None:
-    """One JSON document on stdout."""
+    """Prints one JSON document: indented on a terminal, one line elsewhere."""
     print(json.dumps(content, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None), flush=True)
 
 
 def message_dict(message: Message) -> dict[str, Any]:
-    """A message as JSON content: field names as in the proto, every field present."""
+    """Converts a message to JSON content, with the field names of the proto. Fields without presence always appear."""
     content: dict[str, Any] = MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
@@ -44,17 +44,17 @@ def message_dict(message: Message) -> dict[str, Any]:
 
 
 class ProgressBar:
-    """Progress on stderr: a bar on a terminal, a line for each quarter elsewhere."""
+    """Progress on stderr: a bar on a terminal, one line per quarter elsewhere."""
 
     def __init__(self, label: str) -> None:
         self._label = label
         self._shown: tuple[str, int] | None = None
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Shows that ``done`` of ``total`` is done."""
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Shows that ``done`` of ``total`` is done, in bytes if ``total`` is above a million."""
         terminal = sys.stderr.isatty()
         steps = 100 if terminal else 4
-        part = (what, done * steps // max(total, 1))
+        part = (phase, done * steps // max(total, 1))
         if part == self._shown:
             return
         self._shown = part
@@ -62,19 +62,19 @@ class ProgressBar:
         if terminal:
             filled = _BAR_WIDTH * done // max(total, 1)
             bar = "#" * filled + "-" * (_BAR_WIDTH - filled)
-            print(f"\r{self._label}: {what} [{bar}] {amount}\x1b[K", end="", file=sys.stderr, flush=True)
+            print(f"\r{self._label}: {phase} [{bar}] {amount}\x1b[K", end="", file=sys.stderr, flush=True)
             if done >= total:
                 print(file=sys.stderr)
         else:
-            print(f"{self._label}: {what} {amount}", file=sys.stderr, flush=True)
+            print(f"{self._label}: {phase} {amount}", file=sys.stderr, flush=True)
 
 
 def refuse_unwritable(*paths: Path | None) -> None:
-    """Raises ConfigError for a file that could not be written when the work is done; None is no file."""
+    """Raises ConfigError for the first path that cannot be written. It is called before long work; None is skipped."""
     for path in filter(None, paths):
         if not path.parent.is_dir():
             raise ConfigError(f"{path}: the folder {path.parent} does not exist")
         if path.is_dir():
-            raise ConfigError(f"{path}: is a folder; the name of a file is needed")
+            raise ConfigError(f"{path}: is a folder; a file name is needed")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ConfigError(f"{path}: may not be written")
+            raise ConfigError(f"{path}: permission to write is missing")

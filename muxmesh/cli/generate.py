@@ -1,4 +1,4 @@
-"""`muxmesh generate`: one prompt, its answer as it comes, and how fast it came."""
+"""`muxmesh generate`: streams the output of one prompt to stdout and prints its speed to stderr."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from muxmesh.errors import InvalidRequest, RequestAborted, Unavailable
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """See `muxmesh generate --help`."""
+    """Sends the prompt and prints the output; returns the exit code."""
     return asyncio.run(_generate(arguments))
 
 
 def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `MeshClient.stream` that the command line gave."""
+    """Maps the sampling arguments of the command line to options of `MeshClient.stream`."""
     return {
         "model": arguments.model,
         "max_new_tokens": arguments.max_new_tokens,
@@ -40,8 +40,11 @@ def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-async def stream_answer(client: MeshClient, prompt: Prompt, **options: Any) -> str:
-    """Streams one answer to stdout, its speed to stderr; returns the text."""
+async def stream_output(client: MeshClient, prompt: Prompt, **options: Any) -> str:
+    """Streams one output to stdout and prints its speed to stderr; returns the text.
+
+    Raises RequestAborted if the router is lost after the output has begun, and what `MeshClient.stream` raises.
+    """
     parts: list[str] = []
     last: Delta | None = None
     facts: PromptFacts | None = None
@@ -53,7 +56,9 @@ async def stream_answer(client: MeshClient, prompt: Prompt, **options: Any) -> s
     except Unavailable as error:
         if facts is None:
             raise
-        raise RequestAborted(f"the router was lost in the middle of the answer; ask again ({error})") from error
+        raise RequestAborted(
+            f"the router was lost while it streamed the output; send the request again ({error})"
+        ) from error
     finally:
         if facts is not None:
             print(flush=True)
@@ -66,16 +71,16 @@ async def stream_answer(client: MeshClient, prompt: Prompt, **options: Any) -> s
             line += f", {(num_tokens - 1) / decode_s:.1f} tokens/s"
         print(f"{line}, finish: {last.finish.reason}]", file=sys.stderr, flush=True)
         if facts.scheduling is not None:
-            print(_explained(facts.scheduling), file=sys.stderr, flush=True)
+            print(_explanation(facts.scheduling), file=sys.stderr, flush=True)
     return "".join(parts)
 
 
-def _explained(one: Scheduling) -> str:
+def _explanation(info: Scheduling) -> str:
     return (
-        f"[expected {one.p50_output_tokens:.0f} output tokens ({one.source}), {one.p90_output_tokens:.0f} at most in "
-        f"nine of ten; work: prefill {one.prefill_s:.3g} s, decode {one.decode_s:.3g} s\n"
-        f"waited {one.waited_s:.3g} s, let in as number {one.decision}, before {one.num_overtaken} that had come "
-        f"earlier. {one.reason}]"
+        f"[expected output: p50 {info.p50_output_tokens:.0f} tokens, p90 {info.p90_output_tokens:.0f} ({info.source}); "
+        f"work: prefill {info.prefill_s:.3g} s, decode {info.decode_s:.3g} s\n"
+        f"waited {info.waited_s:.3g} s; admission {info.decision}, overtook {info.num_overtaken} earlier requests. "
+        f"{info.reason}]"
     )
 
 
@@ -83,26 +88,26 @@ async def _generate(arguments: argparse.Namespace) -> int:
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     prompt: Prompt = [Message("user", text)] if arguments.chat else text
     if not arguments.json and (arguments.logprobs is not None or arguments.prompt_logprobs is not None):
-        raise InvalidRequest("logprobs", "log-probabilities are shown with --json only")
+        raise InvalidRequest("logprobs", "log-probabilities are printed with --json only")
     if arguments.explain and arguments.num_sequences > 1 and not arguments.json:
-        raise InvalidRequest("explain", "several answers are explained with --json only")
+        raise InvalidRequest("explain", "with several outputs, scheduling is printed with --json only")
     request = {
         "num_sequences": arguments.num_sequences,
         "expected_output_tokens": arguments.expected_output_tokens,
         "explain_scheduling": arguments.explain,
     }
-    scored = {"logprobs": arguments.logprobs, "prompt_logprobs": arguments.prompt_logprobs}
+    logprobs = {"logprobs": arguments.logprobs, "prompt_logprobs": arguments.prompt_logprobs}
     async with MeshClient(arguments.address) as client:
         if arguments.json:
-            answers = await client.generate_many(prompt, **sampling_options(arguments), **request, **scored)
-            content = [_content(answer) for answer in answers]
+            completions = await client.generate_many(prompt, **sampling_options(arguments), **request, **logprobs)
+            content = [_content(completion) for completion in completions]
             print_json(content[0] if arguments.num_sequences <= 1 else content)
         elif arguments.num_sequences > 1:
-            answers = await client.generate_many(prompt, **sampling_options(arguments), **request)
-            for number, answer in enumerate(answers, 1):
-                print(f"[{number}] {answer.text}")
+            completions = await client.generate_many(prompt, **sampling_options(arguments), **request)
+            for number, completion in enumerate(completions, 1):
+                print(f"[{number}] {completion.text}")
         else:
-            await stream_answer(client, prompt, **sampling_options(arguments), **request)
+            await stream_output(client, prompt, **sampling_options(arguments), **request)
     return 0
 
 
@@ -124,7 +129,7 @@ def _content(completion: Completion) -> dict[str, Any]:
     }
     if prompt.scheduling is not None:
         content["scheduling"] = dataclasses.asdict(prompt.scheduling)
-    for name, places in (("logprobs", completion.logprobs), ("prompt_logprobs", prompt.logprobs)):
-        if places:
-            content[name] = [dataclasses.asdict(place) for place in places]
+    for name, positions in (("logprobs", completion.logprobs), ("prompt_logprobs", prompt.logprobs)):
+        if positions:
+            content[name] = [dataclasses.asdict(position) for position in positions]
     return content

@@ -1,4 +1,7 @@
-"""`muxmesh loadtest`: load on a mesh or an OpenAI-compatible server, and what came of it."""
+"""`muxmesh loadtest`: sends load to a mesh or an OpenAI-compatible server and writes the report.
+
+It checks the arguments, shows progress and decides whether a report may be printed. `loadtest` drives and measures.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +34,12 @@ _CALIBRATE, _SLO_SCALE, _SLO_ATTAINMENT = 5, 5, 0.9
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """See `muxmesh loadtest --help`."""
+    """Runs the test or the comparison; returns the exit code, which is 1 for a partial report and 130 after Ctrl-C."""
     if arguments.action == "compare":
         return _compare(arguments)
     if arguments.workload is None:
-        raise ConfigError("loadtest: needs --workload SPEC; `muxmesh loadtest --help` says what it can be")
-    _check_pairs(arguments)
+        raise ConfigError("loadtest: needs --workload SPEC; see `muxmesh loadtest --help`")
+    _refuse_without_effect(arguments)
     refuse_unwritable(arguments.output, arguments.html)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         try:
@@ -46,21 +49,21 @@ def run(arguments: argparse.Namespace) -> int:
     return _finish(document, arguments)
 
 
-def _check_pairs(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError for options that would have no effect."""
-    for name, given, needs, there in (
+def _refuse_without_effect(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for an option that would have no effect."""
+    for name, value, needed, needed_value in (
         ("--slo-scale", arguments.slo_scale, "--sweep", arguments.sweep),
         ("--slo-attainment", arguments.slo_attainment, "--sweep", arguments.sweep),
         ("--vocabulary", arguments.vocabulary, "--openai", arguments.openai),
     ):
-        if given is not None and not there:
-            raise ConfigError(f"{name}: has no effect without {needs}")
+        if value is not None and not needed_value:
+            raise ConfigError(f"{name}: has no effect without {needed}")
     if arguments.calibrate is not None and arguments.unloaded is not None:
-        raise ConfigError("--calibrate: has no effect with --unloaded, which says what would be learnt")
+        raise ConfigError("--calibrate: has no effect with --unloaded, which replaces the measurement")
 
 
 def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Reports and sweeps from files. Raises ConfigError for anything else."""
+    """Reads reports and sweeps from JSON files. Raises ConfigError for any other content."""
     documents = []
     for path in paths:
         try:
@@ -68,7 +71,7 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: {error}") from error
         if not isinstance(content, dict) or not {"muxmesh_loadtest", "muxmesh_loadtest_sweep"} & content.keys():
-            raise ConfigError(f"{path}: is no report of `muxmesh loadtest`")
+            raise ConfigError(f"{path}: is not a report of `muxmesh loadtest`")
         documents.append(content)
     return documents
 
@@ -86,28 +89,28 @@ async def _test(arguments: argparse.Namespace) -> dict[str, Any]:
         calibrate=_CALIBRATE if arguments.calibrate is None else arguments.calibrate,
         unloaded=_unloaded(arguments.unloaded),
     )
-    whole = asyncio.current_task()
-    assert whole is not None
-    view = _View(whole, quiet=arguments.quiet)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, view.interrupt)
+    this_task = asyncio.current_task()
+    assert this_task is not None
+    progress = _Progress(this_task, quiet=arguments.quiet)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, progress.interrupt)
     try:
-        session = Session(target, options, SystemClock(), view.watch)
+        session = Session(target, options, SystemClock(), progress.show)
         if arguments.sweep:
-            scale, part = arguments.slo_scale or _SLO_SCALE, arguments.slo_attainment or _SLO_ATTAINMENT
-            return await session.sweep(spec, arguments.sweep, scale, part)
+            scale, attainment = arguments.slo_scale or _SLO_SCALE, arguments.slo_attainment or _SLO_ATTAINMENT
+            return await session.sweep(spec, arguments.sweep, scale, attainment)
         return await session.run(spec)
     finally:
-        view.end()
+        progress.end()
         await target.close()
 
 
 def _target(arguments: argparse.Namespace) -> Target:
     if arguments.openai is None:
         return MeshTarget(arguments.address, arguments.temperature, arguments.timeout)
-    from loadtest.openai_target import OpenAiTarget  # noqa: PLC0415 - only this needs an HTTP client
+    from loadtest.openai_target import OpenAiTarget  # noqa: PLC0415 - only this target needs an HTTP client
 
     if not arguments.openai.startswith(("http://", "https://")):
-        raise ConfigError(f"--openai {arguments.openai}: is no URL, such as http://127.0.0.1:8000")
+        raise ConfigError(f"--openai {arguments.openai}: is not a URL, such as http://127.0.0.1:8000")
     size = arguments.vocabulary or _OPENAI_VOCABULARY
     return OpenAiTarget(arguments.openai, range(size // 8, size * 3 // 4), arguments.temperature, arguments.timeout)
 
@@ -121,8 +124,8 @@ def _goodput(pairs: Sequence[str]) -> Goodput | None:
         except ValueError:
             limits[name] = -1
         if name not in ("ttft", "tpot", "e2el") or not limits[name] > 0:
-            raise ConfigError(f"--goodput {pair}: ttft:MS, tpot:MS or e2el:MS")
-    return Goodput(**{f"{name}_ms": most for name, most in limits.items()}) if limits else None
+            raise ConfigError(f"--goodput {pair}: must be ttft:MS, tpot:MS or e2el:MS, in milliseconds above 0")
+    return Goodput(**{f"{name}_ms": limit for name, limit in limits.items()}) if limits else None
 
 
 def _unloaded(path: Path | None) -> Unloaded | None:
@@ -131,7 +134,7 @@ def _unloaded(path: Path | None) -> Unloaded | None:
     (document,) = read_documents([path])
     report = document.get("reports", [document])[0]
     if "slo" not in report:
-        raise ConfigError(f"{path}: says nothing of the unloaded latency; it was made with --calibrate 0")
+        raise ConfigError(f"{path}: has no unloaded latency; the report was made with --calibrate 0")
     return Unloaded(**report["slo"]["unloaded"])
 
 
@@ -144,8 +147,8 @@ def _finish(document: dict[str, Any], arguments: argparse.Namespace) -> int:
         arguments.output.write_text(json.dumps(document) + "\n")
     if reasons and not arguments.allow_slow_driver:
         print(
-            f"muxmesh: no report: {reasons[0]}, so the figures would tell of the driver. Send less, use a larger "
-            "machine, or take them as they are with --allow-slow-driver",
+            f"muxmesh: no report: {reasons[0]}, so the figures would measure the driver. Send less load, use a larger "
+            "machine, or accept them with --allow-slow-driver",
             file=sys.stderr,
         )
         return 1
@@ -158,7 +161,7 @@ def _finish(document: dict[str, Any], arguments: argparse.Namespace) -> int:
         if "highest_rate_within_slo" in document:
             print(f"\nHighest rate within the SLO: {document['highest_rate_within_slo']}")
         if reasons:
-            print(f"NOT TO BE TRUSTED: {reasons[0]}")
+            print(f"NOT RELIABLE: {reasons[0]}")
     if document["partial"] == _INTERRUPTED:
         return 130
     return 1 if document["partial"] else 0
@@ -184,31 +187,31 @@ def _without_requests(report: dict[str, Any]) -> dict[str, Any]:
 _INTERRUPTED = "interrupted by the user"
 
 
-class _View:
-    """Progress on stderr: a line that changes on a terminal, a line every few seconds elsewhere."""
+class _Progress:
+    """Progress on stderr: one line that is rewritten on a terminal, one line every ten seconds elsewhere."""
 
-    def __init__(self, whole: asyncio.Task[Any], quiet: bool) -> None:
-        self._whole = whole
+    def __init__(self, test: asyncio.Task[Any], quiet: bool) -> None:
+        self._test = test
         self._quiet = quiet
         self._is_terminal = sys.stderr.isatty()
         self._driver: Driver | None = None
-        self._what = ""
+        self._stage = ""
         self._num_ticks = 0
         self._timer = asyncio.get_running_loop().call_later(_SHOW_EVERY_S, self._tick)
 
-    def watch(self, what: str, driver: Driver) -> None:
-        """Shows this one from now on."""
-        self._what, self._driver = what, driver
+    def show(self, stage: str, driver: Driver) -> None:
+        """Shows this driver until another one is set."""
+        self._stage, self._driver = stage, driver
 
     def interrupt(self) -> None:
-        """Ends the run that is shown; before the first one, the whole test."""
-        if self._driver is not None and self._what != "calibrating":
+        """Stops the run in progress, whose report is then partial. Before the first run it cancels the whole test."""
+        if self._driver is not None and self._stage != "calibrating":
             self._driver.stop(_INTERRUPTED)
         else:
-            self._whole.cancel()
+            self._test.cancel()
 
     def end(self) -> None:
-        """Shows nothing more."""
+        """Clears the line and stops the timer."""
         self._timer.cancel()
         if self._is_terminal and not self._quiet:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
@@ -218,21 +221,21 @@ class _View:
         if self._driver is not None and not self._quiet and (self._is_terminal or self._num_ticks % 10 == 0):
             end = "" if self._is_terminal else "\n"
             start = "\r\x1b[K" if self._is_terminal else ""
-            print(f"{start}{self._what}: {_line(self._driver)}", end=end, file=sys.stderr, flush=True)
+            print(f"{start}{self._stage}: {_line(self._driver)}", end=end, file=sys.stderr, flush=True)
         self._timer = asyncio.get_running_loop().call_later(_SHOW_EVERY_S, self._tick)
 
 
 def _line(driver: Driver) -> str:
     sent, done, failed = driver.num_sent, driver.num_done, driver.num_failed
     return (
-        f"{driver.now_s():.0f} s, {sent} of {len(driver.run_so_far.records)} sent, {sent - done - failed} under way, "
+        f"{driver.now_s():.0f} s, {sent} of {len(driver.run_so_far.records)} sent, {sent - done - failed} in flight, "
         f"{done} done, {failed} failed"
     )
 
 
 def _loop_factory() -> Any:
     try:
-        import uvloop  # noqa: PLC0415 - faster, where it is there
+        import uvloop  # noqa: PLC0415 - optional: it is faster
     except ModuleNotFoundError:
         return None
     return uvloop.new_event_loop

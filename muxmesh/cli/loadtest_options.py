@@ -1,4 +1,4 @@
-"""The options of `muxmesh loadtest`. Light: the parser is built for every command."""
+"""The options of `muxmesh loadtest`. It imports little, because the parser is built for every command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loadtest.spec import HELP as WORKLOAD_HELP
 
-DESCRIPTION = "Send load to a mesh or an OpenAI-compatible server, and report latencies from when requests were due."
+DESCRIPTION = "Send load to a mesh or an OpenAI-compatible server. Latencies count from when a request was due."
 
 
 def _rates(text: str) -> list[float]:
@@ -17,14 +17,14 @@ def _rates(text: str) -> list[float]:
     except ValueError:
         rates = []
     if not rates or not all(0 < rate < float("inf") for rate in rates):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of rates, such as 0.5,1,2")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of rates, such as 0.5,1,2")
     return rates
 
 
 def _number_from(least: int, most: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isdigit() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
         return int(text)
 
     return parse
@@ -36,7 +36,7 @@ def _share(text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
     return share
 
 
@@ -46,47 +46,68 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return seconds
 
 
 def add_to(load: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds the options of `muxmesh loadtest`; returns the parser of its `compare`."""
+    """Adds the options of `muxmesh loadtest` and returns the parser of its subcommand `compare`."""
     load.formatter_class = argparse.RawDescriptionHelpFormatter
     load.epilog = f"a workload is one line of settings:\n{WORKLOAD_HELP}"
     load.set_defaults(action="run")
     load.add_argument("--openai", metavar="URL", help="drive an OpenAI-compatible server instead of a mesh")
-    load.add_argument("--workload", metavar="SPEC", help="who asks what and when; see below")
+    load.add_argument("--workload", metavar="SPEC", help="which requests are sent when; see below")
     load.add_argument(
-        "--max-concurrency", type=_number_from(1, 1 << 20), metavar="N", help="requests at a time; others wait"
+        "--max-concurrency", type=_number_from(1, 1 << 20), metavar="N", help="most requests in flight; others wait"
     )
-    load.add_argument("--temperature", type=float, metavar="T", help="default: the server's own")
+    load.add_argument("--temperature", type=float, metavar="T", help="temperature (default: the server's own)")
     load.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="deadline of each request")
     load.add_argument(
-        "--goodput", nargs="+", default=[], metavar="METRIC:MS", help="what counts as good: ttft:500 tpot:50 e2el:5000"
+        "--goodput",
+        nargs="+",
+        default=[],
+        metavar="METRIC:MS",
+        help="latency limits of a good request, such as ttft:500 tpot:50 e2el:5000",
     )
     load.add_argument(
         "--calibrate",
         type=_number_from(0, 1000),
         metavar="N",
-        help="requests sent one by one before, to learn their unloaded latency (default 5; 0: no SLO)",
+        help="requests sent one by one before the test, to measure the unloaded latency (default 5; 0: no SLO)",
     )
-    load.add_argument("--unloaded", type=Path, metavar="JSON", help="take that latency from this report instead")
-    load.add_argument("--sweep", type=_rates, metavar="R1,R2", help="the workload at these rates instead of its own")
-    load.add_argument("--slo-scale", type=_number_from(1, 16), metavar="X", help="of a sweep's SLO (default 5)")
-    load.add_argument("--slo-attainment", type=_share, metavar="P", help="part of the requests within it (default 0.9)")
-    load.add_argument("--name", metavar="NAME", help="of this system in reports (default: what it is)")
-    load.add_argument("--output", type=Path, metavar="FILE", help="write the whole report as JSON")
-    load.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page for people")
     load.add_argument(
-        "--vocabulary", type=_number_from(32, 1 << 20), metavar="N", help="of an OpenAI server (default 32000)"
+        "--unloaded", type=Path, metavar="JSON", help="read the unloaded latency from this report instead"
+    )
+    load.add_argument(
+        "--sweep", type=_rates, metavar="R1,R2", help="run the workload at these rates instead of its own"
+    )
+    load.add_argument(
+        "--slo-scale",
+        type=_number_from(1, 16),
+        metavar="X",
+        help="SLO of a sweep, as a multiple of the unloaded latency (default 5)",
+    )
+    load.add_argument(
+        "--slo-attainment",
+        type=_share,
+        metavar="P",
+        help="share of requests within the SLO that a sweep requires (default 0.9)",
+    )
+    load.add_argument("--name", metavar="NAME", help="name of the system in reports (default: its kind and address)")
+    load.add_argument("--output", type=Path, metavar="FILE", help="write the whole report as JSON")
+    load.add_argument("--html", type=Path, metavar="FILE", help="write the report as an HTML page")
+    load.add_argument(
+        "--vocabulary",
+        type=_number_from(32, 1 << 20),
+        metavar="N",
+        help="vocabulary size of an OpenAI-compatible server (default 32000)",
     )
     load.add_argument("--allow-slow-driver", action="store_true", help="report even if the driver was the bottleneck")
-    load.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    load.add_argument("--quiet", action="store_true", help="print no progress on stderr")
     compare = load.add_subparsers(metavar="compare").add_parser(
-        "compare", help="put reports side by side", description="Put reports side by side, with ratios to the first."
+        "compare", help="compare reports", description="Print reports side by side, with ratios to the first."
     )
     compare.set_defaults(action="compare", module="loadtest")
     compare.add_argument("files", nargs="+", type=Path, metavar="REPORT.json")
-    compare.add_argument("--html", type=Path, metavar="FILE", help="write a page for people")
+    compare.add_argument("--html", type=Path, metavar="FILE", help="write an HTML page")
     return compare

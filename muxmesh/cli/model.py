@@ -1,4 +1,4 @@
-"""`muxmesh model list|pull|inspect`."""
+"""`muxmesh model list|pull|inspect`: the catalog, and what an engine would load from a folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from muxmesh.models.tokenizer import load_text_model
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """See `muxmesh model --help`."""
+    """Runs the subcommand in ``arguments.action``; returns the exit code. Raises ConfigError, ModelUnsupported."""
     actions = {"list": _list, "pull": _pull, "inspect": _inspect}
     return actions[arguments.action](arguments)
 
@@ -40,8 +40,8 @@ def _list(arguments: argparse.Namespace) -> int:
         print_json(rows)
     else:
         for row in rows:
-            here = "here" if row["present"] else f"{int(str(row['download_bytes'])) / 1e6:.0f} MB"
-            print(f"{row['name']}  [{here}]  {row['description']}; {row['license']}")
+            state = "here" if row["present"] else f"{int(str(row['download_bytes'])) / 1e6:.0f} MB"
+            print(f"{row['name']}  [{state}]  {row['description']}; {row['license']}")
     return 0
 
 
@@ -72,12 +72,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
     else:
         width = max(map(len, facts))
         for name, value in facts.items():
-            print(f"{name.replace('_', ' ').ljust(width)}  {_shown(value)}")
+            print(f"{name.replace('_', ' ').ljust(width)}  {_format(value)}")
     return 0
 
 
 def _folder_facts(folder: Path) -> dict[str, Any]:
-    """What an engine would load from a folder, by name. Raises ModelUnsupported."""
+    """What an engine would load from a folder. Raises ModelUnsupported."""
     return {
         "folder": str(folder),
         **_spec_facts(read_model_spec(folder)),
@@ -88,7 +88,7 @@ def _folder_facts(folder: Path) -> dict[str, Any]:
 
 
 def _gguf_facts(path: Path) -> dict[str, Any]:
-    """The same of a GGUF file, which is converted into a folder before it is loaded."""
+    """What an engine would load from a GGUF file, which is first converted into a folder. Raises ModelUnsupported."""
     model = read_gguf(path)
     return {
         "file": str(path),
@@ -125,7 +125,7 @@ def _spec_facts(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, int):

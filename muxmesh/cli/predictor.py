@@ -1,4 +1,7 @@
-"""`muxmesh predictor eval`: how well the predictor would have guessed the answers of a file."""
+"""`muxmesh predictor eval`: the accuracy of the length predictor on the outputs in a file.
+
+It reads the file and formats the report; `muxmesh.predictor.evaluate` does the replay.
+"""
 
 from __future__ import annotations
 
@@ -17,45 +20,46 @@ from muxmesh.clock import SystemClock
 from muxmesh.errors import ConfigError
 from muxmesh.predictor.evaluate import Item, replay, report
 
-_MOST_TOKENS = 10_000_000
+_MAX_OUTPUT_TOKENS = 10_000_000
 _LEGEND = """\
-tau: how well predictions rank the answers (Kendall's; 1 perfect, 0 not at all). MAE: mean error in tokens, beside that
-of always saying the median. In p90: share of answers no longer than the predicted upper bound, 0.9 if it is right;
-of those that were cut off it is estimated (Kaplan-Meier). Hits: share predicted from answers to prompts like it."""
+tau: rank correlation of predicted and true lengths (Kendall's; 1 is perfect, 0 is none). MAE: mean absolute error in
+tokens. Of median: the MAE of always predicting the median. In p90: share of outputs no longer than the predicted 0.9
+quantile, ideally 0.9; outputs that were cut off enter by the Kaplan-Meier estimate. Hits: share of predictions that are
+retrieved from outputs of similar prompts."""
 _COLUMNS = ("num", "tau", "mae", "mae_median", "p90_coverage", "hit_rate")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """See `muxmesh predictor eval --help`."""
+    """Replays the file and prints the report; returns the exit code."""
     items = list(read_items(arguments.file))
     if not items:
-        raise ConfigError(f"{arguments.file}: has no answers")
-    found = report(replay(items, SystemClock()))
+        raise ConfigError(f"{arguments.file}: has no outputs")
+    evaluation = report(replay(items, SystemClock()))
     if arguments.json:
-        print_json(found)
+        print_json(evaluation)
     else:
-        print("\n".join(_lines(found)))
+        print("\n".join(_lines(evaluation)))
     return 0
 
 
 def read_items(path: Path) -> Iterator[Item]:
-    """The answers of a file, in its order. Raises ConfigError that names file, line and what is wrong."""
+    """Yields the outputs of a file, in its order. Raises ConfigError with the file, the line and the field."""
     for number, line in read_jsonl(path):
-        place = f"{path}: line {number}"
+        where = f"{path}: line {number}"
         prompt, model, length = line.get("prompt"), line.get("model", "(one)"), line.get("n_out")
         if not isinstance(prompt, str) or not isinstance(model, str):
-            raise ConfigError(f'{place}: needs "prompt", a text, and "model", a name if there is one')
+            raise ConfigError(f'{where}: "prompt" must be a string, and "model" too if it is given')
         if not _is_text(prompt + model):
-            raise ConfigError(f"{place}: has half of a surrogate pair, which is no text")
+            raise ConfigError(f"{where}: has half of a surrogate pair, which is not valid text")
         if isinstance(length, bool) or not isinstance(length, int) or length < 0:
-            raise ConfigError(f"{place}: n_out is {length!r}; a whole number of tokens")
-        if length > _MOST_TOKENS:
-            raise ConfigError(f"{place}: n_out is {length}; at most {_MOST_TOKENS} tokens")
+            raise ConfigError(f"{where}: n_out is {length!r}; a whole number of tokens is needed")
+        if length > _MAX_OUTPUT_TOKENS:
+            raise ConfigError(f"{where}: n_out is {length}; at most {_MAX_OUTPUT_TOKENS} tokens")
         task, censored = line.get("task"), line.get("censored")
         if not (task is None or (isinstance(task, str) and _is_text(task))):
-            raise ConfigError(f"{place}: task is {json.dumps(task)}; a name")
+            raise ConfigError(f"{where}: task is {json.dumps(task)}; a string is needed")
         if not (censored is None or isinstance(censored, bool)):
-            raise ConfigError(f"{place}: censored is {json.dumps(censored)}; true if the answer was cut off, or false")
+            raise ConfigError(f"{where}: censored is {json.dumps(censored)}; true if the output was cut off, or false")
         yield Item(prompt, model, max(1, length), task or "", censored or False)
 
 
@@ -67,25 +71,28 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def _lines(found: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{found['num_answers']} answers; figures are of the last {found['num_evaluated']}"
-    if found["num_censored"]:
-        yield f"{found['num_censored']} were cut off: the predictor learns from them, and only `in p90` counts them"
-    if not found["num_evaluated"]:
+def _lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{evaluation['num_answers']} outputs; the figures are of the last {evaluation['num_evaluated']}"
+    if evaluation["num_censored"]:
+        yield (
+            f"{evaluation['num_censored']} outputs were cut off: the predictor learns from them, and only `in p90` "
+            "counts them"
+        )
+    if not evaluation["num_evaluated"]:
         return
-    yield f"{'':24} {'answers':>8} {'tau':>6} {'MAE':>8} {'of median':>9} {'in p90':>7} {'hits':>6}"
-    yield _line("all", found["pooled"])
+    yield f"{'':24} {'outputs':>8} {'tau':>6} {'MAE':>8} {'of median':>9} {'in p90':>7} {'hits':>6}"
+    yield _line("all", evaluation["pooled"])
     for kind in ("models", "tasks"):
-        for name, figures in found[kind].items():
+        for name, figures in evaluation[kind].items():
             yield _line(f"{kind[:-1]} {name}", figures)
     yield _LEGEND
-    windows = found["p90_windows"]
+    windows = evaluation["p90_windows"]
     if windows["num"]:
         yield (
             f"p90 coverage in {windows['num']} windows of 500: {windows['lowest']:.3f} to {windows['highest']:.3f}, "
             f"{windows['within_band']:.0%} within 0.86 to 0.94"
         )
-    times = found["predict_ms"]
+    times = evaluation["predict_ms"]
     yield f"One prediction: {times['p50']:.2f} ms (p50), {times['p99']:.2f} ms (p99)"
 
 

@@ -1,4 +1,4 @@
-"""`muxmesh status`: the mesh at a glance."""
+"""`muxmesh status`: prints the state of a mesh as tables or as JSON. It formats one GetStatusResponse."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MIB = 1024 * 1024
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """See `muxmesh status --help`."""
+    """Fetches the status and prints it; returns the exit code."""
     status = asyncio.run(_fetch(arguments.address))
     if arguments.json:
         print_json(message_dict(status))
@@ -29,7 +29,7 @@ async def _fetch(address: str) -> mesh_pb2.GetStatusResponse:
 
 
 def show(status: mesh_pb2.GetStatusResponse) -> None:
-    """Prints it for people."""
+    """Prints one table each for the models, the workers of each unit, and the processes."""
     redis = "connected" if status.redis_connected else "NOT CONNECTED"
     print(f"muxmesh {status.version}, Redis {redis}, order {status.order_policy}\n")
     _table(
@@ -83,7 +83,7 @@ def _print_unit(unit: mesh_pb2.UnitStatus) -> None:
         seconds = sum(worker.swap_s for worker in unit.workers)
         print(
             f"swap {pool.swap_used_bytes / _MIB:.1f} of {pool.swap_bytes / _MIB:.0f} MiB, {pool.num_swapped_leases} "
-            f"answers swapped, {copied / _MIB:.1f} MiB copied in {seconds:.2f} s"
+            f"leases swapped out, {copied / _MIB:.1f} MiB copied in {seconds:.2f} s"
         )
     if pool.num_leases_expired or pool.num_leases_orphaned:
         print(f"leases: {pool.num_leases_expired} expired, {pool.num_leases_orphaned} orphaned")

@@ -1,4 +1,7 @@
-"""`muxmesh up`: prepare the models, start the mesh, serve until Ctrl-C."""
+"""`muxmesh up`: prepares the models, starts the mesh and serves until Ctrl-C.
+
+It reports every error of the configuration before it downloads or starts anything. `MeshSupervisor` owns the processes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from pathlib import Path
 import uvloop
 
 from muxmesh.cli.common import ProgressBar, cache_dir, default_state_dir
-from muxmesh.cli.generate import stream_answer
+from muxmesh.cli.generate import stream_output
 from muxmesh.client.aio import MeshClient, Message
 from muxmesh.clock import SystemClock
 from muxmesh.config.load import default_config, load_mesh_config, with_listen
@@ -30,7 +33,7 @@ _HELLO_TOKENS = 64
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """See `muxmesh up --help`."""
+    """Serves until SIGINT or SIGTERM; returns the exit code. Raises ConfigError before any process starts."""
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
     started_at_s = SystemClock().monotonic_s()
     loaded = load_mesh_config(arguments.config) if arguments.config else default_config()
@@ -46,10 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
             name: prepare_model(model, base_dir, cache_dir(), ProgressBar(name))
             for name, model in config.models().items()
         }
-        loaded.refuse(model_problems(config, base_dir, cache_dir()))  # those that were downloaded just now
+        loaded.refuse(model_problems(config, base_dir, cache_dir()))  # downloaded models are checked here
         runtime = make_runtime(config, prepared, state_dir, cache_dir())
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            show_line = _show(arguments.quiet)
+            show_line = _line_printer(arguments.quiet)
             return runner.run(_serve(runtime, state_dir, show_line, arguments.hello, started_at_s))
 
 
@@ -61,16 +64,16 @@ async def _serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     stopped = asyncio.create_task(stop.wait())
-    work = asyncio.create_task(_start(mesh, hello, started_at_s))
+    starting = asyncio.create_task(_start(mesh, hello, started_at_s))
     try:
-        await asyncio.wait({stopped, work}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            await work  # raises what kept the mesh from starting
+        await asyncio.wait({stopped, starting}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            await starting  # raises the error of a failed start
             await stopped
     finally:
-        work.cancel()
-        await asyncio.gather(work, return_exceptions=True)
-        with contextlib.suppress(OSError):  # nobody may be reading any more
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        with contextlib.suppress(OSError):  # the reader of stderr may have exited
             print("stopping", file=sys.stderr, flush=True)
         await mesh.stop()
     return 0
@@ -83,21 +86,21 @@ async def _start(mesh: MeshSupervisor, hello: str | None, started_at_s: float) -
     print(f"started in {SystemClock().monotonic_s() - started_at_s:.1f} s", file=sys.stderr, flush=True)
     if hello is not None:
         try:
-            await _say_hello(listen, next(iter(mesh.runtime.config.models())), hello)
-        except MeshError as error:  # the mesh serves on
+            await _send_hello(listen, next(iter(mesh.runtime.config.models())), hello)
+        except MeshError as error:  # a failed greeting does not stop the mesh
             print(f"muxmesh: {error}", file=sys.stderr, flush=True)
         _print_how_to_call(listen)
 
 
-async def _say_hello(listen: str, model: str, prompt: str) -> None:
+async def _send_hello(listen: str, model: str, prompt: str) -> None:
     print(f"\n> {prompt}\n", flush=True)
     async with MeshClient(listen) as client:
         messages = [Message("user", prompt)]
-        await stream_answer(client, messages, model=model, temperature=0.0, max_new_tokens=_HELLO_TOKENS)
+        await stream_output(client, messages, model=model, temperature=0.0, max_new_tokens=_HELLO_TOKENS)
 
 
 def _print_how_to_call(listen: str) -> None:
-    """With paths that work when typed, whether the environment is activated or not."""
+    """Prints example commands. Their paths are right whether or not the virtual environment is activated."""
     on_path = Path(shutil.which("python") or "").parent == Path(sys.executable).parent
     programs = "" if on_path else f"{os.path.relpath(Path(sys.executable).parent)}/"
     script = f'SyncMeshClient("{listen}").generate("Hello", max_new_tokens=16, temperature=0).text'
@@ -107,14 +110,14 @@ Call it:
   {programs}muxmesh generate --address {listen} --chat "Name three colours."
   {programs}muxmesh chat --address {listen}
   {programs}python -c 'from muxmesh.client import SyncMeshClient; print({script})'
-or make stubs in any language from protos/muxmesh/v1. Ctrl-C stops the mesh.""",
+or generate stubs for any language from protos/muxmesh/v1. Ctrl-C stops the mesh.""",
         flush=True,
     )
 
 
-def _show(quiet: bool) -> ShowLine:
+def _line_printer(quiet: bool) -> ShowLine:
     def show(name: str, line: str) -> None:
-        if not quiet and name != "redis":  # its chatter is in the log file
+        if not quiet and name != "redis":  # its lines are in the log file only
             with contextlib.suppress(OSError):
                 print(f"{name} | {line}", file=sys.stderr, flush=True)
 

@@ -1,17 +1,22 @@
-"""The async client. Errors are those of `muxmesh.errors`."""
+"""The async client of the public API, muxmesh.v1.
+
+It knows the wire messages and maps them to plain values; gRPC errors become those of `muxmesh.errors`. It checks only
+what the wire cannot carry: the router validates everything else. It does not retry: a request is sent once.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from contextlib import aclosing
+import math
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import grpc
 
-from muxmesh.errors import InternalError, InvalidRequest, ModelNotFound
+from muxmesh.errors import InternalError, InvalidRequest, ModelNotFound, RequestAborted
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
 from muxmesh.rpc.status_codes import from_rpc_error
 from muxmesh.types import DEFAULT_ADDRESS, Candidate, KvFormat, TokenLogprobs
@@ -31,7 +36,7 @@ _UINT32 = range(1 << 32)
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. ``role``: system, user or assistant."""
+    """One turn of a conversation. ``role`` is system, user or assistant."""
 
     role: str
     content: str
@@ -43,7 +48,10 @@ Prompt = str | Sequence[int] | Sequence[Message]
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of an answer. ``stopped_by``: the token id or stop string that ended it; None for length."""
+    """The end of an output sequence.
+
+    ``stopped_by`` is the token id or the stop string that ended it, and None if ``reason`` is not stop.
+    """
 
     reason: Literal["length", "stop", "aborted"]
     num_output_tokens: int
@@ -52,8 +60,10 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Measured at the router, in seconds from arrival. ``num_restarts``: further attempts, after a worker
-    was lost or the KV pool was full. ``router_s``: the part of ``ttft_s`` that the router itself took.
+    """Measured at the router, in seconds from arrival.
+
+    ``num_restarts`` counts further attempts after a worker was lost or the KV pool was full. ``router_s`` is the part
+    of ``ttft_s`` that the router itself took.
     """
 
     queue_s: float
@@ -65,10 +75,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Scheduling:
-    """Why a request was served when it was. Lengths in tokens, times in seconds; see SchedulingInfo in the proto.
+    """Why a request was served when it was. Times are in seconds; see SchedulingInfo in the proto.
 
-    ``source``: where the expected length comes from. ``decision`` counts what the unit let in; ``num_overtaken``
-    requests for the same model had come before and waited on.
+    ``source`` names the origin of the expected length. ``decision`` numbers the unit's admissions from 1.
+    ``num_overtaken`` requests of the same model and priority had arrived earlier and still waited.
     """
 
     policy: str
@@ -85,10 +95,11 @@ class Scheduling:
 
 @dataclass(frozen=True, slots=True)
 class PromptFacts:
-    """What the mesh knows of a prompt. ``seed`` repeats the answer; ``num_cached_tokens`` were in the prefix cache.
+    """What the mesh reports about a prompt.
 
-    ``logprobs`` belong to its second token and those after it, and ``scheduling`` tells of the order, if they were
-    asked for. ``predicted_output_tokens`` is None if the mesh made no guess.
+    ``seed`` reproduces the output. ``num_cached_tokens`` of the prompt were found in the prefix cache. ``logprobs``
+    belong to the second token and those after it. ``logprobs`` and ``scheduling`` are filled only on request.
+    ``predicted_output_tokens`` is None if the mesh made no prediction.
     """
 
     num_tokens: int
@@ -101,9 +112,10 @@ class PromptFacts:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is new of answer ``index``. ``prompt`` comes in the first delta of all, ``finish`` in an answer's last.
+    """New text and tokens of the output sequence ``index``. ``logprobs`` has one entry per token if requested.
 
-    ``timings`` come in the last of all. ``logprobs`` has an entry for each token if they were asked for.
+    ``prompt`` is set in the first delta of the stream, ``finish`` in the last delta of each sequence, ``timings`` in
+    the last delta of the stream.
     """
 
     index: int
@@ -118,7 +130,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer."""
+    """A complete output sequence."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -129,18 +141,22 @@ class Completion:
 
 
 class MeshClient:
-    """A connection to a mesh, for use on one event loop.
+    """A connection to a mesh, for use on one event loop. It connects with the first call.
 
     >>> async with MeshClient("127.0.0.1:50051") as client:
-    ...     answer = await client.generate([Message("user", "Why is the sky blue?")], temperature=0)
+    ...     completion = await client.generate([Message("user", "Why is the sky blue?")], temperature=0)
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
-        """``address``: HOST:PORT, or any gRPC target such as ``ipv4:10.0.0.1:50051,10.0.0.2:50051``."""
+        """``address``: HOST:PORT, or any gRPC target such as ``ipv4:10.0.0.1:50051,10.0.0.2:50051``.
+
+        Calls are spread over several addresses in turn; an address that cannot be reached gets none.
+        """
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._inference: inference_pb2_grpc.InferenceAsyncStub = inference_pb2_grpc.InferenceStub(self._channel)
         self._mesh: mesh_pb2_grpc.MeshAsyncStub = mesh_pb2_grpc.MeshStub(self._channel)
         self._only_model: str | None = None
+        self._is_closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -151,7 +167,8 @@ class MeshClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection; running streams end with RequestAborted."""
+        """Closes the connection. Calls in progress and later calls raise RequestAborted."""
+        self._is_closed = True
         await self._channel.close()
 
     async def stream(
@@ -189,22 +206,24 @@ class MeshClient:
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        """The answer as it is made. Closing the generator aborts the request.
+        """Streams the output as it is generated. Closing the generator aborts the request.
 
-        ``model`` may be left out if the mesh serves only one. ``num_sequences``: so many answers to the prompt, which
-        is computed once; each delta says by ``index`` to which it belongs. ``logprobs`` and ``prompt_logprobs``: with
-        so many of the likeliest candidates. Requests share cached prefixes only under the same ``cache_salt``.
-        ``kv_swap_format``: how the KV is kept if the answer has to give way to others; None: as configured.
-        ``priority``: lower is sooner. ``expected_output_tokens``: your own estimate, which counts as far as earlier
-        ones under the same ``cache_salt`` were right. ``explain_scheduling`` fills ``prompt.scheduling``.
-        ``timeout_s`` is the deadline of the whole answer.
+        ``model`` may be omitted if the mesh serves only one. ``num_sequences`` outputs are generated for one prompt,
+        which is computed once; ``Delta.index`` names the sequence. ``logprobs`` and ``prompt_logprobs`` are the number
+        of most likely candidates reported per token. Requests share cached prefixes only if their ``cache_salt`` is
+        the same. ``kv_swap_format`` is the format of swapped-out KV; None: as configured. ``priority``: lower is
+        sooner. ``expected_output_tokens`` is the caller's own estimate; its weight depends on how accurate earlier
+        estimates with the same ``cache_salt`` were. ``explain_scheduling`` fills ``prompt.scheduling``. ``timeout_s``
+        is the deadline for the complete output.
 
-        Raises InvalidRequest, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable.
+        Raises InvalidRequest, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable, RequestAborted, InternalError.
         """
-        clock = asyncio.get_running_loop()
-        asked_at_s = clock.time()
+        loop = asyncio.get_running_loop()
+        started_at_s = loop.time()
         if isinstance(prompt, bytes | bytearray):
             raise InvalidRequest("prompt", "is bytes; text, token ids or a list of Message is needed")
+        if timeout_s is not None and not math.isfinite(timeout_s):
+            raise InvalidRequest("timeout_s", f"is {timeout_s}; a finite number of seconds, or None for no deadline")
         _check_numbers(
             _UINT32,
             max_new_tokens=max_new_tokens,
@@ -222,7 +241,7 @@ class MeshClient:
                 _check_numbers(_UINT32, **{name: token_id})
         model = model or await self._default_model(timeout_s)
         if timeout_s is not None:
-            timeout_s = max(0.0, timeout_s - (clock.time() - asked_at_s))
+            timeout_s = max(0.0, timeout_s - (loop.time() - started_at_s))
         try:
             request = inference_pb2.GenerateRequest(
                 request_id=request_id,
@@ -265,73 +284,81 @@ class MeshClient:
                 expected_output_tokens=expected_output_tokens,
             )
             _set_prompt(request, prompt)
-        except (TypeError, ValueError) as error:  # a number or a text that the wire cannot carry
+        except (TypeError, ValueError) as error:  # a value that the wire cannot carry
             raise InvalidRequest("request", str(error)) from error
         try:
             async with aclosing(self.stream_request(request, timeout_s)) as responses:
                 async for response in responses:
                     yield _delta(response)
         except ModelNotFound:
-            self._only_model = None  # another mesh may be there now
+            self._only_model = None  # the mesh at this address may have been replaced
             raise
 
     async def generate(self, prompt: Prompt, **options: Any) -> Completion:
-        """The whole answer. Takes the options of `stream` and raises what it raises."""
+        """Returns the complete output. Takes the options of `stream` and raises the same errors."""
         if options.get("num_sequences", 1) != 1:
-            raise InvalidRequest("num_sequences", "generate gives one answer; generate_many gives several")
+            raise InvalidRequest("num_sequences", "generate returns one output; use generate_many for several")
         (completion,) = await self.generate_many(prompt, **options)
         return completion
 
     async def generate_many(self, prompt: Prompt, **options: Any) -> tuple[Completion, ...]:
-        """Every answer of `stream` with ``num_sequences``, whole, in order of index."""
+        """Returns all ``num_sequences`` complete outputs, in order of their index. See `stream`."""
         deltas = [delta async for delta in self.stream(prompt, **options)]
         facts, timings = (deltas[0].prompt, deltas[-1].timings) if deltas else (None, None)
         if facts is None or timings is None:
             raise InternalError("the mesh ended the stream without a finish")
-        answers = [[delta for delta in deltas if delta.index == index] for index in sorted({d.index for d in deltas})]
-        return tuple(_completion(answer, facts, timings) for answer in answers)
+        sequences: dict[int, list[Delta]] = {}
+        for delta in deltas:
+            sequences.setdefault(delta.index, []).append(delta)
+        return tuple(_completion(sequences[index], facts, timings) for index in sorted(sequences))
 
     async def stream_request(
         self, request: inference_pb2.GenerateRequest, timeout_s: float | None = None
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        """GenerateStream with a request message of your own."""
-        call = self._inference.GenerateStream(request, timeout=timeout_s)
-        try:
-            async for response in call:
-                yield response
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
-        finally:
-            call.cancel()
+        """Calls GenerateStream with a request message that the caller has built; no field is checked."""
+        with self._mesh_errors():
+            call = self._inference.GenerateStream(request, timeout=timeout_s)
+            try:
+                async for response in call:
+                    yield response
+            finally:
+                call.cancel()
 
     async def list_models(self, timeout_s: float | None = None) -> list[mesh_pb2.ModelInfo]:
-        """What the mesh serves."""
-        response = await self._ask(self._mesh.ListModels(mesh_pb2.ListModelsRequest(), timeout=timeout_s))
+        """Returns the models that the mesh serves."""
+        with self._mesh_errors():
+            response = await self._mesh.ListModels(mesh_pb2.ListModelsRequest(), timeout=timeout_s)
         return list(response.models)
 
     async def status(self, timeout_s: float | None = 5.0) -> mesh_pb2.GetStatusResponse:
-        """How the mesh is."""
-        response: mesh_pb2.GetStatusResponse = await self._ask(
-            self._mesh.GetStatus(mesh_pb2.GetStatusRequest(), timeout=timeout_s)
-        )
-        return response
+        """Returns the state of models, units and processes, as the router that is called sees it."""
+        with self._mesh_errors():
+            return await self._mesh.GetStatus(mesh_pb2.GetStatusRequest(), timeout=timeout_s)
 
     async def _default_model(self, timeout_s: float | None) -> str:
         if self._only_model is None:
             names = [model.name for model in await self.list_models(timeout_s)]
             if not names:
-                raise InvalidRequest("model", "the mesh serves none")
+                raise InvalidRequest("model", "the mesh serves no model")
             if len(names) > 1:
                 raise InvalidRequest("model", f"the mesh serves several; choose one of {', '.join(names)}")
             self._only_model = names[0]
         return self._only_model
 
-    @staticmethod
-    async def _ask(call: Any) -> Any:
+    @contextmanager
+    def _mesh_errors(self) -> Iterator[None]:
+        """Maps gRPC errors to those of the mesh."""
+        if self._is_closed:
+            raise RequestAborted("the client is closed")
         try:
-            return await call
+            yield
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._is_closed or (task is not None and task.cancelling()):
+                raise
+            raise RequestAborted("the client was closed") from None  # closing a channel cancels its calls locally
 
 
 def _check_numbers(allowed: range, **numbers: int | None) -> None:
@@ -374,7 +401,7 @@ def _completion(deltas: Sequence[Delta], prompt: PromptFacts, timings: Timings) 
         prompt=prompt,
         finish=finish,
         timings=timings,
-        logprobs=tuple(place for delta in deltas for place in delta.logprobs),
+        logprobs=tuple(position for delta in deltas for position in delta.logprobs),
     )
 
 
@@ -411,17 +438,19 @@ def _prompt_facts(response: inference_pb2.GenerateResponse) -> PromptFacts:
     )
 
 
-def _logprobs(places: Iterable[inference_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+def _logprobs(positions: Iterable[inference_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
     def candidate(wire: inference_pb2.TokenLogprob) -> Candidate:
         return Candidate(wire.token_id, wire.logprob, wire.rank)
 
-    return tuple(TokenLogprobs(candidate(place.chosen), tuple(map(candidate, place.top))) for place in places)
+    return tuple(TokenLogprobs(candidate(one.chosen), tuple(map(candidate, one.top))) for one in positions)
 
 
 def _finish(wire: inference_pb2.FinishInfo) -> Finish:
     kind = wire.WhichOneof("stop_reason")
     stopped_by = getattr(wire, kind) if kind else None
     reasons: dict[int, Literal["length", "stop", "aborted"]] = {1: "length", 2: "stop", 3: "aborted"}
+    if wire.finish_reason not in reasons:
+        raise InternalError(f"the mesh reports the unknown finish_reason {wire.finish_reason}")
     return Finish(reasons[wire.finish_reason], wire.num_output_tokens, stopped_by)
 
 

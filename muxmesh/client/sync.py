@@ -1,14 +1,16 @@
-"""The sync face for scripts: the async client on an event loop in a thread of its own."""
+"""The sync client for scripts. It runs the async client on an event loop in a thread of its own."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from muxmesh.client.aio import Completion, Delta, MeshClient, Prompt
+from muxmesh.errors import RequestAborted
 from muxmesh.types import DEFAULT_ADDRESS
 from muxmesh.v1 import mesh_pb2
 
@@ -16,7 +18,7 @@ T = TypeVar("T")
 
 
 class SyncMeshClient:
-    """`MeshClient` without async. May be shared by threads.
+    """`MeshClient` without async. Several threads may share it.
 
     >>> with SyncMeshClient() as client:
     ...     print(client.generate("Once upon a time", max_new_tokens=20).text)
@@ -25,6 +27,8 @@ class SyncMeshClient:
     def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
         """See `MeshClient`."""
         self._loop = asyncio.new_event_loop()
+        self._lock = threading.RLock()  # reentrant: garbage collection may close a stream while it is held
+        self._is_closed = False  # guarded by the lock; once true, nothing more is submitted to the loop
         self._thread = threading.Thread(target=self._loop.run_forever, name="mesh client", daemon=True)
         self._thread.start()
         self._client = self._wait(self._open(address))
@@ -38,8 +42,15 @@ class SyncMeshClient:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection and ends the thread."""
-        self._wait(self._client.close())
+        """Closes the connection and ends the thread. Calls in progress and later calls raise RequestAborted.
+
+        A second close has no effect.
+        """
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -53,13 +64,14 @@ class SyncMeshClient:
         return self._wait(self._client.generate_many(prompt, **options))
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[Delta]:
-        """See `MeshClient.stream`. Leaving the loop early aborts the request."""
+        """See `MeshClient.stream`. Closing the iterator aborts the request."""
         deltas = self._client.stream(prompt, **options)
         try:
             while (delta := self._wait(_next(deltas))) is not None:
                 yield delta
         finally:
-            self._wait(deltas.aclose())
+            with contextlib.suppress(RequestAborted):  # `close` has ended the stream
+                self._wait(deltas.aclose())
 
     def list_models(self, timeout_s: float | None = None) -> list[mesh_pb2.ModelInfo]:
         """See `MeshClient.list_models`."""
@@ -73,11 +85,21 @@ class SyncMeshClient:
     async def _open(address: str) -> MeshClient:
         return MeshClient(address)
 
+    async def _shut_down(self) -> None:
+        await self._client.close()
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*calls, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
+
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._lock:
+            if self._is_closed:
+                work.close()
+                raise RequestAborted("the client is closed")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
-        except BaseException:  # Ctrl-C too: what runs on the loop must not go on unseen
+        except BaseException:  # after Ctrl-C, too, nothing may run on in the thread
             future.cancel()
             raise
 

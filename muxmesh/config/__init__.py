@@ -1,1 +1,1 @@
-"""Configuration: what an operator writes (`schema`), how it is read (`load`), where a mesh lives (`runtime`)."""
+"""Configuration: the fields of mesh.yaml (`schema`), its parser (`load`) and the addresses of a mesh (`runtime`)."""

@@ -1,4 +1,7 @@
-"""Reads mesh.yaml whole and reports every error with its field and line before anything starts."""
+"""Parses mesh.yaml and reports all errors at once, each with its field and line.
+
+Knows YAML and line numbers. The fields and their limits are in `schema`.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,26 @@ from muxmesh.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
-    """A configuration, and where its fields stand."""
+    """A configuration, the file it was read from, and the line of each field in that file."""
 
     config: MeshConfig
     origin: str
     lines: Mapping[Location, int]
 
     def refuse(self, problems: Iterable[tuple[Location, str]]) -> None:
-        """Raises ConfigError with one line for each problem, in the order of the file; does nothing without any."""
+        """Raises ConfigError with one line for each problem, in the order of the file. Returns if there are none."""
         described = sorted(_describe(location, problem, self.lines) for location, problem in problems)
         if described:
             raise ConfigError("\n".join(f"{self.origin}:{line}: {problem}" for line, problem in described))
 
 
 def default_config() -> LoadedConfig:
-    """The mesh of someone who wrote no configuration."""
+    """The configuration if there is no mesh.yaml."""
     return LoadedConfig(MeshConfig(), "(default configuration)", {})
 
 
 def load_mesh_config(path: Path) -> LoadedConfig:
-    """The configuration in ``path``; raises ConfigError with one line for each thing that is wrong."""
+    """Reads the configuration in ``path``. Raises ConfigError with one line for each problem."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -43,14 +46,14 @@ def load_mesh_config(path: Path) -> LoadedConfig:
 
 
 def parse_mesh_config(text: str, origin: str) -> LoadedConfig:
-    """Like `load_mesh_config`, from text; ``origin`` stands before each error."""
+    """Like `load_mesh_config`, from text. Error messages start with ``origin``."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise ConfigError(f"{origin}:{line}: not YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError) as error:  # a control character, a date that is none
+    except (yaml.YAMLError, ValueError) as error:  # a control character, an invalid date
         raise ConfigError(f"{origin}: not YAML: {error}") from error
     lines: dict[Location, int] = {}
     problems = list(_walk(root, (), lines)) if root is not None else []
@@ -68,7 +71,7 @@ def parse_mesh_config(text: str, origin: str) -> LoadedConfig:
 
 
 def _problems(error: ValidationError) -> list[tuple[Location, str]]:
-    """A list all of whose items are wrong is also called too short; that says nothing new."""
+    """(location, problem) of each error, without the `too_short` that pydantic adds to a list of invalid items."""
     found = [(tuple(item["loc"]), item["type"], item["msg"].removeprefix("Value error, ")) for item in error.errors()]
     return [
         (location, message)
@@ -79,31 +82,37 @@ def _problems(error: ValidationError) -> list[tuple[Location, str]]:
 
 
 def with_listen(loaded: LoadedConfig, listen: str) -> LoadedConfig:
-    """The configuration with another address of the public API. Raises ConfigError if it is none."""
+    """Replaces the address of the public API. Raises ConfigError if ``listen`` is not HOST:PORT."""
     try:
         config = MeshConfig.model_validate({**loaded.config.model_dump(exclude_unset=True), "listen": listen})
     except ValidationError as error:
-        raise ConfigError(f"listen: {listen!r} is no address; HOST:PORT is needed") from error
+        raise ConfigError(f"listen: is {listen!r}; HOST:PORT is needed") from error
     return LoadedConfig(config, loaded.origin, loaded.lines)
 
 
-def _walk(node: yaml.Node, location: Location, lines: dict[Location, int]) -> Iterator[tuple[Location, str]]:
-    """Notes the line of every field; yields keys that stand twice in one mapping."""
+def _walk(
+    node: yaml.Node, location: Location, lines: dict[Location, int], parents: tuple[yaml.Node, ...] = ()
+) -> Iterator[tuple[Location, str]]:
+    """Adds the line of each field to ``lines``. Yields (location, problem) of duplicate and recursive fields."""
     lines.setdefault(location, node.start_mark.line + 1)
+    if node in parents:
+        yield location, "is an alias of a field that contains it"
+        return
+    parents = (*parents, node)
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
             inner = (*location, key_node.value)
             if inner in lines:
-                yield inner, f"stands twice, first in line {lines[inner]}"
+                yield inner, f"is a duplicate of the field in line {lines[inner]}"
             lines[inner] = key_node.start_mark.line + 1
-            yield from _walk(value_node, inner, lines)
+            yield from _walk(value_node, inner, lines, parents)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            yield from _walk(item, (*location, index), lines)
+            yield from _walk(item, (*location, index), lines, parents)
 
 
 def _describe(location: Location, problem: str, lines: Mapping[Location, int]) -> tuple[int, str]:
-    """Line of the nearest field that stands in the file, and the problem with its field before it."""
+    """The line of the field or of its nearest parent in the file, and the message with the path of the field."""
     known = location
     while known and known not in lines:
         known = known[:-1]

@@ -1,4 +1,8 @@
-"""Where one running mesh lives: sockets, prepared models, Redis. Written by the supervisor, read by each service."""
+"""The runtime file of one mesh: configuration, socket paths, prepared models, Redis. The supervisor writes it, services
+read it.
+
+Knows the processes of a mesh and their addresses. Starts nothing and opens no connection.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +18,28 @@ from muxmesh.errors import ConfigError
 from muxmesh.types import Role
 
 MAX_SOCKET_PATH = 107
+"""Bytes that ``sockaddr_un.sun_path`` holds on Linux, without the final zero."""
 
 
 class PreparedModel(BaseModel):
-    """A model that is on disk, ready to be mapped."""
+    """The files of a model, ready to be mapped."""
 
     model_config = ConfigDict(frozen=True)
 
     folder: Path | None
-    """Hugging Face style folder with config and tokenizer; None for a sim model without a source."""
+    """Folder in Hugging Face format with config and tokenizer. None for a sim model without a source."""
     image: Path | None
-    """Weight image that all workers map; None for the sim engine."""
+    """Weight image that all workers map. None for the sim engine."""
     weights_fingerprint: str
-    """Differs between models with different weights; part of the identity of their KV."""
+    """Differs between models with different weights. Part of the identity of their KV."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessKey:
-    """Which process of the mesh: a router, the kvstore of a unit, or a replica of a worker of one of its models."""
+    """Identifies a process of the mesh: a router, the kvstore of a unit, or a replica of a worker.
+
+    Routers have neither unit nor model; a kvstore has no model.
+    """
 
     role: Literal["router", "kvstore"] | Role
     unit: str = ""
@@ -40,78 +48,78 @@ class ProcessKey:
 
     @property
     def name(self) -> str:
-        """Unique name of the process in the mesh."""
+        """Name of the process, unique in the mesh: ``role/unit/model#replica`` without empty parts."""
         parts = [part for part in (str(self.role), self.unit, self.model) if part]
         return "/".join(parts) + (f"#{self.replica}" if self.replica else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A process of the mesh as people see it, and the address of its gRPC services inside the mesh."""
+    """Display name of a process, and the address at which other processes of the mesh call it."""
 
     name: str
     address: str
 
 
 class MeshRuntime(BaseModel):
-    """The configuration together with what the supervisor resolved."""
+    """The configuration, and the paths and prepared models that the supervisor resolved."""
 
     model_config = ConfigDict(frozen=True)
 
     config: MeshConfig
-    """What the operator wrote."""
+    """The content of mesh.yaml."""
     run_dir: Path
-    """Sockets, mode 0700: who may enter is the mesh."""
+    """Folder of all sockets. Its mode is 0700, so only the user who runs the mesh can connect."""
     cache_dir: Path
-    """Models and compiled kernels."""
+    """Folder of downloaded models and compiled kernels."""
     redis_url: str
-    """Where the registry is."""
+    """URL of the Redis with the process registry."""
     prepared: dict[str, PreparedModel]
-    """Model name → what is on disk."""
+    """The files of each model, by model name."""
 
     def unit(self, name: str) -> UnitConfig:
-        """The unit called ``name``; raises ConfigError."""
+        """The unit of this name. Raises ConfigError if there is none."""
         for unit in self.config.units:
             if unit.name == name:
                 return unit
-        raise ConfigError(f"no unit is called {name!r}; there are: {', '.join(u.name for u in self.config.units)}")
+        raise ConfigError(f"no unit has the name {name!r}; units: {', '.join(u.name for u in self.config.units)}")
 
     def model(self, unit: str, name: str) -> tuple[UnitConfig, ModelConfig]:
-        """A unit and its model called ``name``; raises ConfigError."""
+        """The unit ``unit`` and its model ``name``. Raises ConfigError if either does not exist."""
         found = self.unit(unit)
         for model in found.models:
             if model.name == name:
                 return found, model
         served = ", ".join(sorted(model.name for model in found.models))
-        raise ConfigError(f"unit {unit} has no model {name!r}; it has: {served}")
+        raise ConfigError(f"unit {unit} has no model {name!r}; models: {served}")
 
     def endpoints(self) -> dict[ProcessKey, Endpoint]:
-        """Every process of this mesh, in the order in which a unit's workers are numbered; routers last."""
+        """All processes of this mesh in a fixed order: by unit, kvstore before workers; the router last."""
         return {key: Endpoint(self._display_name(key), self._address(key)) for key in self._process_keys()}
 
     def attach_path(self, unit: str) -> Path:
-        """Socket over which a unit's workers get the shared memory."""
+        """Socket over which a kvstore passes the shared memory to the workers of its unit."""
         return self.run_dir / f"kv-{unit}.attach"
 
     def check_socket_paths(self) -> None:
-        """Raises ConfigError if a socket path is longer than the kernel takes, or two processes would share one."""
-        taken: dict[str, str] = {}
+        """Raises ConfigError if a socket path exceeds `MAX_SOCKET_PATH`, or if two processes have the same one."""
+        names: dict[str, str] = {}
         for endpoint in self.endpoints().values():
             path = endpoint.address.removeprefix("unix:")
-            if path in taken:
-                raise ConfigError(f"{endpoint.name} and {taken[path]} would share the socket {path}; rename one")
-            taken[path] = endpoint.name
-        for path in [*taken, *(str(self.attach_path(unit.name)) for unit in self.config.units)]:
+            if path in names:
+                raise ConfigError(f"{names[path]} and {endpoint.name} have the same socket {path}; rename one of them")
+            names[path] = endpoint.name
+        for path in [*names, *(str(self.attach_path(unit.name)) for unit in self.config.units)]:
             if len(path.encode()) > MAX_SOCKET_PATH:
-                raise ConfigError(f"socket path is longer than {MAX_SOCKET_PATH} bytes: {path}; use a shorter name")
+                raise ConfigError(f"socket path is longer than {MAX_SOCKET_PATH} bytes: {path}; use shorter names")
 
     def write(self, path: Path) -> None:
-        """Writes the file that services read."""
+        """Writes the runtime file as JSON."""
         path.write_text(self.model_dump_json(exclude_unset=True))
 
     @staticmethod
     def read(path: Path) -> MeshRuntime:
-        """Reads what `write` wrote."""
+        """Reads a runtime file that `write` wrote."""
         return MeshRuntime.model_validate_json(path.read_text())
 
     def _process_keys(self) -> Iterator[ProcessKey]:
@@ -123,7 +131,7 @@ class MeshRuntime(BaseModel):
         yield ProcessKey("router")
 
     def _display_name(self, key: ProcessKey) -> str:
-        """The key's name, without the unit where the model is served by one unit only."""
+        """The name of the key, without the unit if only one unit serves the model."""
         if key.model and len(self.config.units_of(key.model)) == 1:
             return ProcessKey(key.role, "", key.model, key.replica).name
         return key.name

@@ -1,1 +1,1 @@
-"""The unit's device memory as a worker reaches it: the pool, where token blocks are in it, and copies out of it."""
+"""The unit's device memory from the worker's side: the pool, the addresses of token blocks, and copies to swap."""

@@ -1,8 +1,8 @@
-"""A sequence's KV as bytes outside the pool, bit by bit (`raw`) or quantized (`int8`). In host memory only.
+"""Encodes a sequence's KV as bytes outside the pool, exactly (`raw`) or quantized (`int8`). In host memory only.
 
-int8 is symmetric. As in KIVI (ICML'24), K has one scale for each channel, because a few channels are large in every
-token, and V has one for each token; the scales of K apply to a group of at least `GROUP_TOKENS` tokens, or to the whole
-sequence if it is shorter. Decoded KV differs slightly from the original, so it is never shared.
+int8 is symmetric. As in KIVI (Liu et al., ICML'24), K has one scale for each channel, because a few channels are large
+in every token, and V has one scale for each token. The scales of K apply to a group of at least `GROUP_TOKENS` tokens,
+or to the whole sequence if it is shorter. Decoded int8 differs slightly from the original, so it is never shared.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ class Sink(Protocol):
     """Receives the bytes of a copy, in order."""
 
     def write(self, piece: np.ndarray) -> None:
-        """``piece``: contiguous, of any type and shape."""
+        """Appends the bytes of ``piece``, which is contiguous, of any dtype and shape."""
 
 
 class Source(Protocol):
-    """Returns the bytes of a copy, in order."""
+    """Supplies the bytes of a copy, in order."""
 
     def read_into(self, piece: np.ndarray) -> None:
-        """Fills ``piece`` (contiguous) with the next bytes."""
+        """Fills ``piece``, which is contiguous, with the next bytes."""
 
     def skip(self, num_bytes: int) -> None:
-        """Skips the next bytes."""
+        """Skips the next ``num_bytes`` bytes."""
 
 
 def encoded_bytes(shape: KvShape, num_tokens: int, kv_format: KvFormat) -> int:
-    """Size of a copy of ``num_tokens`` tokens."""
+    """Returns the bytes of a copy of ``num_tokens`` tokens. `raw` copies whole token blocks."""
     num_blocks = blocks_for(num_tokens, shape.block_size)
     if kv_format == "raw":
         return num_blocks * shape.token_block_bytes
@@ -49,7 +49,7 @@ def encoded_bytes(shape: KvShape, num_tokens: int, kv_format: KvFormat) -> int:
 
 
 def encode(view: KvView, block_ids: Sequence[int], num_tokens: int, kv_format: KvFormat, sink: Sink) -> None:
-    """Writes the KV of the first ``num_tokens`` tokens of the sequence in ``block_ids``."""
+    """Writes the KV of the first ``num_tokens`` tokens of the sequence whose token blocks are ``block_ids``."""
     blocks = _blocks(view, block_ids[: blocks_for(num_tokens, view.shape.block_size)])
     if kv_format == "raw":
         for block in blocks:
@@ -59,10 +59,10 @@ def encode(view: KvView, block_ids: Sequence[int], num_tokens: int, kv_format: K
         data = np.stack(blocks[first:end])
         key, value = _keys(data, view.shape), _values(data, view.shape)
         past_end = end * view.shape.block_size - num_tokens
-        if past_end > 0:  # never written: may hold anything
+        if past_end > 0:  # slots that no token was written to may hold anything
             key[-1, :, :, -past_end:] = 0
             value[-1, :, -past_end:] = 0
-        with np.errstate(invalid="ignore"):  # values that are not finite decode to garbage
+        with np.errstate(invalid="ignore"):  # a value that is not finite decodes to an arbitrary one
             for part, over in ((key, (0, 3)), (value, (3,))):
                 scale = np.abs(part).max(axis=over, keepdims=True) / np.float32(_LARGEST)
                 scale[scale == 0] = 1
@@ -73,7 +73,7 @@ def encode(view: KvView, block_ids: Sequence[int], num_tokens: int, kv_format: K
 def decode(
     view: KvView, block_ids: Sequence[int], num_tokens: int, kv_format: KvFormat, source: Source, first_block: int = 0
 ) -> None:
-    """Writes what `encode` wrote into token blocks, from ``first_block`` of the sequence on."""
+    """Reads what `encode` wrote, into the sequence's token blocks from index ``first_block`` on."""
     shape = view.shape
     blocks = _blocks(view, block_ids[: blocks_for(num_tokens, shape.block_size)])
     if kv_format == "raw":
@@ -99,7 +99,7 @@ def decode(
 
 
 def _groups(shape: KvShape, num_tokens: int) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of token blocks that share scales of K; the last one includes the remainder."""
+    """Half-open ranges of token block indices that share the scales of K. The last range includes the remainder."""
     num_blocks, per_group = blocks_for(num_tokens, shape.block_size), GROUP_TOKENS // shape.block_size
     last = max(0, num_tokens // GROUP_TOKENS - 1)
     for group in range(last + 1):

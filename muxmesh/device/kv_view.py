@@ -1,4 +1,4 @@
-"""One model's view of a pool in host memory: where its token blocks are. Pure arithmetic over a mapped array."""
+"""One model's view of a pool in host memory: the addresses of its token blocks. Pure arithmetic; copies nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from muxmesh.models.model_spec import KvShape
 
 @dataclass(frozen=True, slots=True)
 class KvView:
-    """The pool as f32 elements, and how one model divides slabs.
+    """The pool as f32 elements, and how one model divides its slabs into token blocks.
 
     A slab of ``slab_bytes`` holds ``blocks_per_slab`` token blocks, so the id of a token block alone gives its offset:
     ``(id // blocks_per_slab) * slab + (id % blocks_per_slab) * token block``. If the slab is a multiple of the token

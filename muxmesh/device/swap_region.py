@@ -1,4 +1,7 @@
-"""The swap region as a worker writes and reads it: a copy is in pages, in order, which may be anywhere in it."""
+"""The swap region, mapped into a worker. A copy is a list of pages in order, which may be anywhere in the region.
+
+kvstore allocates the pages; the format of a copy is `kv_codec`'s.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,27 @@ from muxmesh.types import SWAP_PAGE_BYTES
 
 
 class SwapRegion:
-    """The mapped region."""
+    """The whole region, mapped."""
 
     def __init__(self, fd: int) -> None:
+        """Maps the whole file; the caller closes ``fd``."""
         self._bytes = np.frombuffer(mmap.mmap(fd, 0), dtype=np.uint8)
 
     def copy(self, pages: Sequence[int]) -> SwapCopy:
-        """A reader or writer of the copy in these pages, at its beginning."""
+        """Returns a reader and writer of the copy in these pages, at its first byte."""
         return SwapCopy(self._bytes, pages)
 
 
 class SwapCopy:
-    """`Sink` and `Source` of `muxmesh.device.kv_codec`: consecutive bytes over the pages of one copy."""
+    """`Sink` and `Source` of `muxmesh.device.kv_codec` over the pages of one copy. Has one position for both."""
 
     def __init__(self, region: np.ndarray, pages: Sequence[int]) -> None:
+        """``region``: the bytes of the whole region, u8."""
         self._region = region
         self._runs = _runs(pages)
         self._at, self._end = 0, 0
 
     def write(self, piece: np.ndarray) -> None:
-        """The next bytes of the copy."""
         flat = piece.reshape(-1).view(np.uint8)
         done = 0
         for part in self._parts(flat.size):
@@ -38,7 +42,6 @@ class SwapCopy:
             done += part.size
 
     def read_into(self, piece: np.ndarray) -> None:
-        """Fills ``piece`` with the next bytes of the copy."""
         flat = piece.reshape(-1).view(np.uint8)
         done = 0
         for part in self._parts(flat.size):
@@ -46,7 +49,6 @@ class SwapCopy:
             done += part.size
 
     def skip(self, num_bytes: int) -> None:
-        """Skips bytes of the copy."""
         for _ in self._parts(num_bytes):
             pass
 
@@ -62,7 +64,7 @@ class SwapCopy:
 
 
 def _runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Byte ranges of consecutive pages, as long as possible."""
+    """Half-open byte ranges of runs of consecutive pages, each as long as possible."""
     first = 0
     for index in range(1, len(pages) + 1):
         if index == len(pages) or pages[index] != pages[index - 1] + 1:

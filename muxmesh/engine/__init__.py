@@ -1,1 +1,1 @@
-"""Engines: the seam (`api`), the step engine with its pure scheduler, and the runners of its steps (native, sim)."""
+"""Engines: the seam (`api`), the step engine with its pure scheduler, and the runners of steps (native, sim)."""

@@ -1,7 +1,7 @@
 """The engine seam: jobs in, events out. See docs/adr/0012 and 0013 for its reasons.
 
-An engine computes sequences whose KV is in the unit's pool, in blocks that leases name. It knows no lease, no kvstore
-and no wire format: the services own those. Sampling is keyed by (seed, output index), so a job that continues a
+An engine computes sequences whose KV is in the unit's pool, in the token blocks of their records. It knows no lease, no
+kvstore and no wire format: the services own those. Sampling is keyed by (seed, output index), so a job that continues a
 sequence samples what the uninterrupted job would have sampled.
 """
 
@@ -17,8 +17,9 @@ from muxmesh.types import Finish, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class EngineJob:
-    """One sequence's work in one engine. ``max_new_tokens``: the job ends after so many, for prefill; None: with the
-    sequence.
+    """One sequence's work in one engine.
+
+    The job ends with its sequence, or after ``max_new_tokens`` new output tokens. Prefill sets it, decode does not.
     """
 
     job_id: int
@@ -40,31 +41,31 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Log-probabilities of the next prompt tokens, in order; the first of all are of the second prompt token."""
+    """Log-probabilities of further prompt tokens, in order. The job's first event begins at the second prompt token."""
 
     logprobs: tuple[TokenLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class JobDone:
-    """Last event of a job that reached its ``max_new_tokens``: the sequence goes on elsewhere."""
+    """Last event of a job that reached its ``max_new_tokens``. Its sequence continues in another engine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Last event of a job whose sequence finished."""
+    """Last event of a job whose sequence is finished."""
 
     finish: Finish
 
 
 @dataclass(frozen=True, slots=True)
 class Preempted:
-    """The job does not run until it is resumed. Its KV stays where it is."""
+    """The job does not run until it is resumed. The engine leaves its KV in its token blocks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Last event of a job that was lost. The engine lives on."""
+    """Last event of a job that is lost, because a step raised or the engine ended."""
 
     reason: str
 
@@ -73,60 +74,60 @@ Event = Tokens | PromptLogprobs | JobDone | Finished | Preempted | Failed
 
 
 class Engine(Protocol):
-    """Runs the jobs of one model in one process."""
+    """Runs the jobs of one model in one process. All methods are called on one event loop."""
 
     async def start(self) -> None:
-        """Loads and warms up. Raises ModelUnsupported if the model cannot be loaded."""
+        """Loads the model and warms up. Raises ModelUnsupported if the model cannot be loaded."""
 
     async def stop(self) -> None:
         """Ends every job with Failed and frees what `start` allocated."""
 
     def submit(self, job: EngineJob) -> AsyncIterator[Event]:
-        """Adds the job at once; yields its events until the last one (JobDone, Finished or Failed).
+        """Adds the job before it returns. Yields the job's events; the last is JobDone, Finished or Failed.
 
-        Each step of the job is in its sequence's record before its events are yielded.
+        Each step of the job is in its sequence's record before the step's events are yielded.
         """
 
     async def cancel(self, job_id: int) -> None:
-        """Ends the job without further events; returns when its KV is no longer read or written.
+        """Ends the job without further events. Returns when the engine neither reads nor writes its KV.
 
         Does nothing for a job that has ended or is not known.
         """
 
     def preempt(self, job_id: int) -> None:
-        """Requests that the job stops running. Preempted follows, unless the job ends first."""
+        """Requests that the job is paused. Preempted follows, unless the job ends or is resumed first."""
 
     def resume(self, job_id: int) -> None:
-        """Lets a pre-empted job run again, in the blocks that its sequence has now."""
+        """Lets a paused job run again, in the token blocks that its sequence has by then."""
 
     def sequence_changed(self, job_id: int) -> None:
-        """The sequence has more blocks, or another scheduling state. A job whose blocks are full waits for more."""
+        """To be called after the record's blocks or scheduling state changed.
+
+        A job whose last known token has no slot in its blocks does not run until this call.
+        """
 
     async def wait_dead(self) -> str:
-        """Returns the reason when the engine cannot go on; its jobs have ended with Failed."""
+        """Waits until the engine cannot continue, and returns the reason. By then all jobs have ended with Failed."""
 
 
 class Grant(Protocol):
-    """The right to compute on the device now. Taken around each step; see kvstore.grant_page."""
+    """The right to compute on the device, acquired for each step. See `kvstore.grant_page`."""
 
     async def acquire(self) -> None:
         """Waits until this worker may compute."""
 
     def release(self) -> None:
-        """After a step: keeps the right unless another worker waits for it."""
+        """Called after each step. The worker keeps the right unless another worker waits for it."""
 
     def drop(self) -> None:
-        """Nothing to compute: gives the right back."""
+        """Returns the right, if the worker has it: there is nothing to compute."""
 
 
 class FreeGrant:
-    """A device used by one worker: always granted."""
+    """`Grant` of a device that only one worker uses: always granted."""
 
-    async def acquire(self) -> None:
-        """See `Grant`."""
+    async def acquire(self) -> None: ...
 
-    def release(self) -> None:
-        """See `Grant`."""
+    def release(self) -> None: ...
 
-    def drop(self) -> None:
-        """See `Grant`."""
+    def drop(self) -> None: ...

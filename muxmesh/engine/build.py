@@ -1,4 +1,4 @@
-"""From a model's configuration to its engine. The one place that chooses; imports numba only for the native engine."""
+"""Builds the engine that a model's configuration names. Imports numba only for the native engine."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def build_engine(
     policy: SchedulingPolicy,
     observe: StepObserver,
 ) -> Engine:
-    """The engine of one worker, not started yet."""
+    """Returns the engine of one worker, not started. ``observe`` is called after each of its steps."""
     runner = _runner(config, prepared, model_spec(prepared.folder), pool)
     scheduler = Scheduler(config.max_num_seqs, config.step_token_budget, policy)
     return StepEngine(scheduler, runner, grant, SystemClock(), observe)
 
 
 def num_threads(config: ModelConfig) -> int:
-    """Threads of each worker of the model: at most one for each core that the process may use, unless configured."""
+    """Returns the threads of each worker of the model: as configured, or one for each core of this process."""
     return config.threads or len(os.sched_getaffinity(0))
 
 
 def _runner(config: ModelConfig, prepared: PreparedModel, spec: ModelSpec, pool: DevicePool) -> Runner:
     if config.engine == "sim":
-        # Letters and the space in the built-in byte tokenizer; past the special tokens in any other.
+        # In the built-in byte tokenizer these are printable characters; in others, what follows the special tokens.
         token_ids = range(35, 93) if prepared.folder is None else range(min(256, spec.vocab_size - 1), spec.vocab_size)
         return SimRunner(config.sim, token_ids, min(spec.eos_token_ids, default=0))
     from muxmesh.engine.native.cpu.forward import open_cpu_forward  # noqa: PLC0415 - only this engine needs numba

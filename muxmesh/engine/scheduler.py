@@ -1,7 +1,7 @@
-"""Which jobs run in the next step. Pure: no clock, no I/O, no tensor.
+"""Decides which jobs run in the next step, and turns a step's outcome into events. Pure: no clock, no I/O, no tensor.
 
 There is no prefill phase and no decode phase here, only sequences with tokens that are not computed yet
-(`num_computed_tokens`, as in vLLM's scheduler): a prompt is a long run of them, a decode step is one.
+(`num_computed_tokens`, as in vLLM's scheduler): a prompt has many of them, a sequence that decodes has one.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.types import SchedulingState
 
 _TOKENS_PER_COST = 1024
-"""Attention over this many earlier tokens costs about as much as everything else that is computed for a token."""
+"""Attention over this many earlier tokens takes about as long as everything else that is computed for one token."""
 
 
 class Schedulable(Protocol):
-    """What a step is planned by."""
+    """What `divide_token_budget` reads of a job."""
 
     @property
     def scheduling(self) -> SchedulingState:
-        """Of the request."""
+        """The scheduling state of the job's request."""
 
     @property
     def num_computed_tokens(self) -> int:
@@ -33,7 +33,7 @@ class Schedulable(Protocol):
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens to compute, at least 1."""
+        """Known tokens whose KV is not computed; at least 1."""
 
 
 _Item = TypeVar("_Item", bound=Schedulable)
@@ -42,7 +42,13 @@ _Item = TypeVar("_Item", bound=Schedulable)
 def divide_token_budget(
     items: Iterable[_Item], policy: SchedulingPolicy, now_s: float, max_num_seqs: int, token_budget: int
 ) -> list[tuple[_Item, int]]:
-    """The items of the next step, each with its number of tokens. See `Scheduler`; ``now_s`` is unix time."""
+    """Returns the items of the next step, each with its number of tokens to compute.
+
+    Items that need one token go first, all of them up to ``max_num_seqs``. The rest of ``token_budget`` is filled with
+    chunks of longer runs. Both are in the order of ``policy`` at ``now_s`` (unix time). A token of a chunk costs more
+    the more tokens it attends to, so that a step takes about as long at the end of a long prompt as at its start. At
+    least one token is scheduled if there are items.
+    """
     ready = sorted(items, key=lambda item: (item.num_uncomputed_tokens > 1, policy.sort_key(item.scheduling, now_s)))
     shares: list[tuple[_Item, int]] = []
     for item in ready[:max_num_seqs]:
@@ -58,12 +64,12 @@ def divide_token_budget(
 
 @dataclass(slots=True)
 class _ScheduledJob:
-    """A job of the scheduler. Its sequence has a token to compute for as long as the job is known here."""
+    """A job of the scheduler. Invariant: its sequence has at least one token that is not computed."""
 
     job_id: int
     sequence: SequenceRecord
     max_output_tokens: int | None
-    """The job ends when the sequence has this much output; None: with the sequence."""
+    """The job ends when its sequence has this many output tokens; None: it ends with its sequence."""
     paused: bool = False
     pause_requested: bool = False
 
@@ -87,12 +93,9 @@ class _ScheduledJob:
 
 @dataclass(slots=True)
 class Scheduler:
-    """Owns the jobs of one engine. ``next_step()`` → run → ``apply()``; `drain_events` returns what happened.
+    """Owns the jobs of one engine: `next_step` → the runner computes it → `apply`, or `fail` if the runner raised.
 
-    Jobs that need one token go first, all of them up to ``max_num_seqs``; the rest of ``token_budget`` is filled with
-    chunks of longer runs. Both are in the order of ``policy``. A token of a chunk costs more the more tokens it
-    attends to, so that a step takes about as long at the end of a long prompt as at its start. At most one step is in
-    flight.
+    `divide_token_budget` chooses the jobs of a step. At most one step is in flight. Events wait for `drain_events`.
     """
 
     max_num_seqs: int
@@ -110,12 +113,12 @@ class Scheduler:
         self._jobs[job.job_id] = _ScheduledJob(job.job_id, job.sequence, limit)
 
     def cancel(self, job_id: int) -> bool:
-        """Removes the job; True if the step in flight still accesses its KV."""
+        """Removes the job without an event. Returns True if the step in flight still accesses its KV."""
         self._jobs.pop(job_id, None)
         return self._is_in_flight(job_id)
 
     def preempt(self, job_id: int) -> None:
-        """Pauses the job, after the step in flight if it is part of it. Keeps its KV."""
+        """Pauses the job: after the step in flight if the job is part of it, else at once."""
         job = self._jobs.get(job_id)
         if job is None or job.paused:
             return
@@ -134,7 +137,7 @@ class Scheduler:
         return any(job.is_ready for job in self._jobs.values())
 
     def next_step(self, now_s: float) -> Step | None:
-        """The next step, or None if there is nothing to compute. ``now_s``: unix time."""
+        """Plans the next step, which is in flight from then on; None if no job is ready. ``now_s``: unix time."""
         assert self._in_flight is None, "the step in flight is applied first"
         ready = (job for job in self._jobs.values() if job.is_ready)
         shares = divide_token_budget(ready, self.policy, now_s, self.max_num_seqs, self.token_budget)
@@ -148,7 +151,7 @@ class Scheduler:
         assert step is not None, "a step is in flight"
         for chunk in step.chunks:
             job = self._jobs.get(chunk.job_id)
-            if job is None:  # cancelled meanwhile
+            if job is None:  # cancelled while the step was in flight
                 continue
             job.sequence.advance(len(chunk.token_ids))
             if chunk.scoring is not None:
@@ -159,7 +162,7 @@ class Scheduler:
                 self._pause(job)
 
     def fail(self, reason: str) -> None:
-        """The step in flight raised: its jobs are lost."""
+        """Ends the jobs of the step in flight, which raised, with Failed."""
         step, self._in_flight = self._in_flight, None
         assert step is not None, "a step is in flight"
         for chunk in step.chunks:
@@ -167,13 +170,13 @@ class Scheduler:
                 self._events.append((chunk.job_id, Failed(reason)))
 
     def fail_all(self, reason: str) -> None:
-        """The engine ends: every job is lost."""
+        """Ends every job with Failed: the engine ends."""
         self._in_flight = None
         self._events += [(job_id, Failed(reason)) for job_id in self._jobs]
         self._jobs.clear()
 
     def drain_events(self) -> list[tuple[int, Event]]:
-        """Events since the last call, oldest first, with their job ids."""
+        """Returns the events since the last call, oldest first, each with its job id."""
         events, self._events = self._events, []
         return events
 
@@ -222,7 +225,7 @@ def _sample_spec(sequence: SequenceRecord) -> SampleSpec:
 
 
 def _prompt_scoring(sequence: SequenceRecord, start: int, count: int) -> PromptScoring | None:
-    """What a chunk of a prompt has to score if log-probabilities of the prompt are requested."""
+    """What a chunk has to score: the prompt tokens that follow its own, if their log-probabilities are requested."""
     requested, prompt = sequence.request.sampling.prompt_logprobs, sequence.request.prompt_token_ids
     following = prompt[start + 1 : start + count + 1]
     if requested is None or not following:

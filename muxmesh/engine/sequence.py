@@ -4,8 +4,8 @@
     KV computed   [ 0 ............ num_computed_tokens )
     token blocks  [ 0 .................................... len(block_ids) * block_size )
 
-An engine schedules from the record, the worker allocates, swaps and publishes blocks by it, and nobody else keeps any
-of it.
+An engine schedules from the record; the worker allocates, swaps and publishes blocks by it. Neither keeps a copy of
+any part of it. The record knows no lease and touches no KV.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from muxmesh.types import EngineRequest, Finish, blocks_for
 class SequenceRecord:
     """Owns the state of one sequence while a worker has its lease.
 
-    The engine that runs it calls `advance` and `append`; the worker that has the lease changes its blocks. Both run on
-    one event loop.
+    The engine that runs the sequence calls `advance` and `append`; the worker that has the lease changes its blocks.
+    Both do so on one event loop.
 
-    Invariant: ``0 <= num_computed_tokens <= num_tokens``, and every computed token is in ``block_ids`` unless the
-    sequence is swapped out, when it has none.
+    Invariant: ``0 <= num_computed_tokens <= num_tokens``. The KV of every computed token is in ``block_ids``, or the
+    sequence is swapped out and ``block_ids`` is empty.
     """
 
     def __init__(
@@ -37,18 +37,18 @@ class SequenceRecord:
         num_computed_tokens: int = 0,
         sampled_token_ids: Sequence[int] = (),
     ) -> None:
-        """``sampled_token_ids`` follow the resumed ones; ``kv_root``: see `KvIdentity.root`.
+        """``sampled_token_ids`` follow the resumed ones. ``kv_root``: see `KvIdentity.root`.
 
-        Raises ValueError if nothing is left to compute, or the blocks do not hold the known tokens.
+        Raises ValueError if no token is left to compute, or the blocks do not hold the known tokens.
         """
         self.request = request
         self.scheduling = request.scheduling
-        """May be replaced at any time; an engine looks at it for each step."""
+        """May be replaced at any time: an engine reads it for each step."""
         self.block_size = block_size
         self.block_ids = block_ids
         self.finish: Finish | None = None
         self.token_bitmask: np.ndarray | None = None
-        """Tokens that may be sampled next: uint32, bit i of word w is token ``32 * w + i``; None allows all."""
+        """The tokens that may be sampled next: uint32, bit i of word w is token ``32 * w + i``. None allows all."""
         self._token_ids = [*request.prompt_token_ids, *request.resume_token_ids, *sampled_token_ids]
         self._num_computed_tokens = num_computed_tokens
         self._chain = BlockHashChain(block_size, kv_root)
@@ -82,7 +82,7 @@ class SequenceRecord:
 
     @property
     def num_free_slots(self) -> int:
-        """Tokens that the blocks hold beyond the known ones; negative if the last known token has no slot."""
+        """Tokens that the blocks can hold beyond the known ones; negative if the last known token has no slot."""
         return len(self.block_ids) * self.block_size - len(self._token_ids)
 
     @property
@@ -91,52 +91,51 @@ class SequenceRecord:
         return blocks_for(self.request.max_tokens, self.block_size)
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
-        """Token ids at positions [start, end)."""
+        """Returns the token ids at positions [start, end)."""
         return tuple(self._token_ids[start:end])
 
     @property
     def output_token_ids(self) -> tuple[int, ...]:
-        """All output tokens."""
+        """All output tokens, resumed ones included."""
         return self.tokens(len(self.request.prompt_token_ids), len(self._token_ids))
 
     def advance(self, num_tokens: int) -> None:
-        """The KV of the next ``num_tokens`` tokens is computed."""
+        """Records that the KV of the next ``num_tokens`` tokens is computed."""
         assert num_tokens <= self.num_uncomputed_tokens, "only known tokens are computed"
         self._num_computed_tokens += num_tokens
 
     def append(self, token_id: int) -> Finish | None:
-        """Appends a sampled token. The finish that it causes, if any, is decided here and nowhere else."""
+        """Appends a sampled token. Returns the finish that it causes, or None; no other code decides that."""
         assert self.finish is None, "a finished sequence does not grow"
         self._token_ids.append(token_id)
         self.finish = self.request.stopping.finish_after(token_id, self.num_output_tokens)
         return self.finish
 
     def add_blocks(self, block_ids: tuple[int, ...]) -> None:
-        """Appends token blocks."""
         self.block_ids += block_ids
 
     def swap_out(self) -> None:
-        """The KV is copied elsewhere, and the token blocks are given back."""
+        """Records that the KV is copied to the swap region and the token blocks are freed."""
         self.block_ids = ()
 
     def swap_in(self, block_ids: tuple[int, ...], is_exact: bool) -> None:
-        """The KV is in these token blocks; ``is_exact`` False: it went through a lossy copy, and is never shared."""
-        assert not self.block_ids, "only a sequence that is swapped out comes back"
+        """Records that the KV is in these token blocks. If its copy was not exact, it is never shared from then on."""
+        assert not self.block_ids, "only a sequence that is swapped out is swapped in"
         self.block_ids = block_ids
         self._is_exact = self._is_exact and is_exact
 
     @property
     def num_hashable_blocks(self) -> int:
-        """Full blocks of computed tokens, whether or not they are in the pool now; 0 if their KV is inexact."""
+        """Full blocks of computed tokens, in the pool or swapped out; 0 if their KV is not exact."""
         return self._num_computed_tokens // self.block_size if self._is_exact else 0
 
     @property
     def num_shareable_blocks(self) -> int:
-        """Full blocks of computed tokens in the pool, which other sequences may use."""
+        """Full blocks of computed tokens that are in the pool, so that other sequences may use them."""
         return self.num_hashable_blocks if self.block_ids else 0
 
     def block_hashes(self, first_block: int, end_block: int) -> tuple[bytes, ...]:
-        """Hashes of the blocks [first_block, end_block), of those that `num_hashable_blocks` counts."""
+        """Returns the hashes of the blocks [first_block, end_block). ``end_block`` is at most `num_hashable_blocks`."""
         assert end_block <= self.num_hashable_blocks, "only full blocks of computed tokens have a hash"
         self._chain.extend(self._token_ids[self._num_hashed_tokens : self._num_computed_tokens])
         self._num_hashed_tokens = self._num_computed_tokens

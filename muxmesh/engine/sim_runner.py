@@ -1,4 +1,4 @@
-"""The sim runner: deterministic tokens at the speed of a profile. Touches no KV and needs no weights."""
+"""The runner of the sim engine: deterministic tokens at the speed of a profile. Touches no KV and needs no weights."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from muxmesh.step_cost import StepCost
 
 
 def sim_step_cost(profile: SimProfile) -> StepCost:
-    """The profile as a step cost."""
+    """Returns the profile as a step cost."""
     return StepCost(profile.base_s, profile.per_token_s, profile.per_context_s)
 
 
 class SimRunner:
-    """A `Runner`. Each token, and where an output ends, is a hash of the token before it, its index and the seed, so a
-    resumed job continues alike. Greedy outputs have no seed: after the same token at the same index they continue
-    alike.
+    """A `Runner` that derives each token, and the end of an output, from the last token, the output index and the seed.
+
+    So a job that continues a sequence samples the same tokens as the uninterrupted one. Greedy sampling has no seed:
+    outputs with the same token at the same index are equal from there on.
     """
 
     def __init__(
@@ -29,18 +30,16 @@ class SimRunner:
         eos_token_id: int,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """``token_ids``: those that outputs consist of."""
+        """``token_ids``: the tokens that are sampled, unless the request allows others. ``sleep``: takes seconds."""
         self._profile = profile
         self._cost = sim_step_cost(profile)
         self._token_ids = token_ids
         self._eos_token_id = eos_token_id
         self._sleep = sleep
 
-    def load(self) -> None:
-        """See `Runner`."""
+    def load(self) -> None: ...
 
     def run(self, step: Step) -> StepOutcome:
-        """See `Runner`."""
         shape = step.shape
         duration_s = self._cost.step_s(shape.num_tokens, shape.num_context)
         if duration_s > 0:
@@ -69,5 +68,7 @@ class SimRunner:
 
 
 def _may_sample(spec: SampleSpec, token: int) -> bool:
-    bitmask = spec.token_bitmask
-    return token not in spec.banned and (bitmask is None or bool(bitmask[token // 32] >> (token % 32) & 1))
+    allowed, bitmask = spec.sampling.allowed_token_ids, spec.token_bitmask
+    if token in spec.banned or (allowed is not None and token not in allowed):
+        return False
+    return bitmask is None or bool(bitmask[token // 32] >> (token % 32) & 1)

@@ -1,4 +1,7 @@
-"""One step of an engine as plain values: the scheduler plans it, a runner computes it, the scheduler applies it."""
+"""One step of an engine as plain values: the scheduler plans it, a runner computes it, the scheduler applies it.
+
+Knows no job beyond its id, and no memory beyond block ids.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ from muxmesh.types import Sampling, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """How to sample a token after a chunk. ``output_index`` is its index in the output; ``banned`` is never sampled.
+    """How to sample the token after a chunk.
 
-    ``sequence_index`` numbers the output sequences of one request. ``token_bitmask`` allows tokens (uint32, bit i of
-    word w is token ``32 * w + i``), None all; at least one allowed token is not banned. Prompt and output so far are
-    given only if the sampling has penalties.
+    ``output_index``: its index in the output. ``banned``: tokens that are not sampled. ``sequence_index`` numbers the
+    output sequences of one request. ``token_bitmask``: the tokens that may be sampled (uint32, bit i of word w is token
+    ``32 * w + i``), None for all; at least one of them is not banned. ``prompt_token_ids`` and ``output_token_ids`` are
+    the tokens so far if the sampling has penalties, else empty.
     """
 
     sampling: Sampling
@@ -32,7 +36,10 @@ class SampleSpec:
 
 @dataclass(frozen=True, slots=True)
 class PromptScoring:
-    """Requested log-probabilities of prompt tokens: ``next_token_ids[i]`` follows token i of the chunk."""
+    """Log-probabilities to compute of prompt tokens: ``next_token_ids[i]`` follows token i of the chunk.
+
+    ``num_candidates``: how many of the most likely tokens are reported at each position.
+    """
 
     next_token_ids: tuple[int, ...]
     num_candidates: int
@@ -40,9 +47,9 @@ class PromptScoring:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Compute ``token_ids`` at positions [start, start + len) of one job, whose KV is in ``block_ids``.
+    """A run of tokens of one job to compute: ``token_ids`` at positions [start, start + len(token_ids)).
 
-    ``sample`` is None for a part of a prompt that is not the last one.
+    The job's KV is in ``block_ids``. ``sample`` is None if tokens of the job remain to be computed after the chunk.
     """
 
     job_id: int
@@ -54,31 +61,31 @@ class Chunk:
 
     @property
     def num_logit_rows(self) -> int:
-        """How many of the last tokens need logits."""
+        """How many of the chunk's last tokens need logits."""
         return len(self.token_ids) if self.scoring else int(self.sample is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Chunks that are computed together, in one pass over the weights."""
+    """Chunks of different jobs that are computed together, in one pass over the weights."""
 
     chunks: tuple[Chunk, ...]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed in this step."""
+        """Tokens of all chunks."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
     @property
     def shape(self) -> StepShape:
-        """What its time depends on."""
+        """What the step's duration depends on."""
         context = sum(context_of(chunk.start, len(chunk.token_ids)) for chunk in self.chunks)
         return StepShape(self.num_tokens, context, len(self.chunks))
 
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """A sampled token, and its log-probabilities if they are requested."""
+    """A sampled token, with its log-probabilities if they are requested."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
@@ -86,21 +93,20 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """By job id: the tokens that the `SampleSpec` of its chunk gave, and the log-probabilities of its `PromptScoring`.
-
-    ``kv_bytes_written``: into the pool.
-    """
+    """What a runner computed. ``kv_bytes_written``: bytes of KV that the step wrote into the pool."""
 
     sampled: Mapping[int, SampledToken]
+    """Job id → the sampled token, for each chunk with a `SampleSpec`."""
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    """Job id → log-probabilities of ``next_token_ids``, for each chunk with a `PromptScoring`."""
     kv_bytes_written: int = 0
 
 
 class Runner(Protocol):
-    """Computes steps, up to the sampled tokens: a device may sample by itself. Called from one thread; blocks."""
+    """Computes steps, sampling included, so that a device may sample by itself. Blocks; called from one thread."""
 
     def load(self) -> None:
-        """Loads and warms up. Raises ModelUnsupported."""
+        """Loads the model and warms up. Raises ModelUnsupported if it cannot be loaded."""
 
     def run(self, step: Step) -> StepOutcome:
-        """Computes the step. Whatever it raises fails the step's jobs and leaves the runner usable."""
+        """Computes the step. An exception fails the step's jobs; the runner stays usable."""

@@ -1,4 +1,4 @@
-"""The engine for models that we compute ourselves: the pure scheduler, a runner in a thread, and the loop over both."""
+"""The engine for models that MuxMesh computes itself: a loop over the pure scheduler and a runner in a thread."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from muxmesh.engine.step import Runner, Step, StepOutcome
 _log = logging.getLogger(__name__)
 
 StepObserver = Callable[[Step, StepOutcome, float], None]
-"""Called after each step, with its duration in seconds."""
+"""Called after each step that did not raise, with its duration in seconds."""
 
 
 class StepEngine:
-    """An `Engine` of scheduler and runner. All methods are called on one event loop; the runner has one thread."""
+    """An `Engine` of one scheduler and one runner. The runner is called from one thread of the engine's own."""
 
     def __init__(
         self,
@@ -42,12 +42,11 @@ class StepEngine:
         self._death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def start(self) -> None:
-        """See `Engine`."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.load)
         self._loop_task = asyncio.create_task(self._loop(), name="engine loop")
 
     async def stop(self) -> None:
-        """See `Engine`. Waits for the step in flight."""
+        """See `Engine`. Blocks the event loop until the step in flight is done."""
         if self._loop_task is not None:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
@@ -57,7 +56,7 @@ class StepEngine:
         self._step_done.set()
 
     def submit(self, job: EngineJob) -> AsyncIterator[Event]:
-        """See `Engine`. Raises ValueError if the job's id is known."""
+        """See `Engine`. Raises ValueError if a job with this id has not ended."""
         self._scheduler.add(job)
         queue: asyncio.Queue[Event] = asyncio.Queue()
         self._queues[job.job_id] = queue
@@ -65,27 +64,23 @@ class StepEngine:
         return self._events(queue)
 
     async def cancel(self, job_id: int) -> None:
-        """See `Engine`."""
         self._queues.pop(job_id, None)
         if self._scheduler.cancel(job_id):
             await self._step_done.wait()
 
     def preempt(self, job_id: int) -> None:
-        """See `Engine`."""
         self._scheduler.preempt(job_id)
         self._deliver()
 
     def resume(self, job_id: int) -> None:
-        """See `Engine`."""
         self._scheduler.resume(job_id)
         self._wake.set()
 
     def sequence_changed(self, job_id: int) -> None:
-        """See `Engine`. The scheduler reads the record for each step, so only an idle loop has to be woken."""
+        """See `Engine`. The scheduler reads the records for each step, so this only wakes an idle loop."""
         self._wake.set()
 
     async def wait_dead(self) -> str:
-        """See `Engine`."""
         return await asyncio.shield(self._death)
 
     @staticmethod
@@ -99,7 +94,7 @@ class StepEngine:
     async def _loop(self) -> None:
         try:
             await self._run_steps()
-        except Exception as error:  # the engine loop: a bug of ours here must not leave jobs waiting for ever
+        except Exception as error:  # the engine loop: after a bug of ours, no job may wait for ever
             _log.exception("the engine loop failed")
             self._scheduler.fail_all(f"the engine is dead: {error}")
             self._deliver()
@@ -120,7 +115,7 @@ class StepEngine:
 
     async def _run_step(self) -> None:
         step = self._scheduler.next_step(self._clock.unix_s())
-        if step is None:  # everything was cancelled while the loop waited for the grant
+        if step is None:  # every job was cancelled while the loop waited for the grant
             return
         self._step_done.clear()
         started_at_s = self._clock.monotonic_s()
@@ -128,7 +123,7 @@ class StepEngine:
             outcome = await asyncio.shield(
                 asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, step)
             )
-        except Exception as error:  # the engine loop: whatever a runner raises costs the step, not the process
+        except Exception as error:  # the engine loop: an error of the runner fails the step's jobs, not the process
             _log.exception("a step with %d jobs failed", len(step.chunks))
             self._scheduler.fail(f"{type(error).__name__}: {error}")
         else:

@@ -1,7 +1,7 @@
-"""Samples one token from logits on the host. It depends only on the logits, the parameters, the seed and the index.
+"""Samples one token from logits on the host. The token depends only on the logits, the parameters, seed and index.
 
-The order is that of transformers and vLLM: bias and allowed tokens, penalties, temperature, top-k, top-p, min-p.
-Log-probabilities are those before all of it.
+The steps are in the order of transformers and vLLM: bias and allowed tokens, penalties, temperature, top-k, top-p,
+min-p. Log-probabilities are the model's own, before all of these.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from muxmesh.engine.step import SampledToken, SampleSpec
 from muxmesh.types import Candidate, Sampling, TokenLogprobs
 
 _SPAN = 256
+"""Length of the spans that `_index_at` searches first."""
 _LIKELY_FRACTION = np.float32(1e-4)
-"""Of the most likely token's weight: few tokens of a vocabulary have that much, and nearly always they suffice."""
+"""Tokens with less than this fraction of the highest probability are nearly always outside of top-k and top-p.
+
+Few tokens of a vocabulary have more, so top-k and top-p are searched among those first.
+"""
 
 
 def sample_token(logits: np.ndarray, spec: SampleSpec) -> SampledToken:
-    """The token sampled from ``logits`` (f32, [vocab_size]), which are not changed."""
+    """Samples a token from ``logits`` (f32, [vocab_size]), which stay unchanged."""
     sampling = spec.sampling
     token_id = _sample(adjusted(logits, spec), spec)
     num_candidates = sampling.logprobs
@@ -36,27 +40,37 @@ def _sample(logits: np.ndarray, spec: SampleSpec) -> int:
 
 
 def _index_at(weights: np.ndarray, fraction: float) -> int:
-    """Index at which the running sum of ``weights`` passes ``fraction`` of the total: first its span, then within."""
+    """The first index at which the running sum of ``weights`` exceeds ``fraction`` of the total.
+
+    Searches the sums of spans first, then within one span: faster than one running sum over a vocabulary.
+    """
     ends = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _SPAN)), dtype=np.float64)
     target = fraction * ends[-1]
-    span = min(int(np.searchsorted(ends, target, side="right")), len(ends) - 1)
+    span = _first_above(ends, target)
     first = span * _SPAN
     within = np.cumsum(weights[first : first + _SPAN], dtype=np.float64)
-    before = ends[span - 1] if span else 0.0
-    return first + min(int(np.searchsorted(within, target - before, side="right")), len(within) - 1)
+    return first + _first_above(within, target - (ends[span - 1] if span else 0.0))
+
+
+def _first_above(sums: np.ndarray, target: float) -> int:
+    """The first index of a running sum above ``target``; where rounding leaves none, the last that adds to the sum.
+
+    So an item of weight 0 is never found: a banned token has that weight.
+    """
+    return min(int(np.searchsorted(sums, target, side="right")), int(np.searchsorted(sums, sums[-1])))
 
 
 def uniform(seed: int, sequence_index: int, output_index: int) -> float:
-    """A number in [0, 1) that depends on the arguments alone: Philox, a counter-based generator.
+    """Returns a number in [0, 1) that depends on the arguments alone.
 
-    (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3".)
+    The generator is Philox, a counter-based one (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3").
     """
     bits = np.random.Philox(key=(seed & (2**64 - 1)) | sequence_index << 64, counter=output_index)
     return float(np.random.Generator(bits).random())
 
 
 def adjusted(logits: np.ndarray, spec: SampleSpec) -> np.ndarray:
-    """The logits after bias, allowed and banned tokens, and penalties; ``logits`` itself if nothing changes them."""
+    """Returns the logits after bias, allowed and banned tokens, and penalties; ``logits`` itself if none applies."""
     sampling = spec.sampling
     unrestricted = not spec.banned and sampling.allowed_token_ids is None and spec.token_bitmask is None
     if unrestricted and not sampling.logit_bias and not sampling.has_penalties:
@@ -80,7 +94,7 @@ def adjusted(logits: np.ndarray, spec: SampleSpec) -> np.ndarray:
 
 
 def _penalize(logits: np.ndarray, spec: SampleSpec) -> None:
-    """Repetition as in CTRL (Keskar et al., 2019): over prompt and output; the other two over the output."""
+    """Applies the penalties: repetition (CTRL, Keskar et al., 2019) to prompt and output, the others to the output."""
     sampling = spec.sampling
     if sampling.repetition_penalty != 1.0:
         seen = np.unique(np.array([*spec.prompt_token_ids, *spec.output_token_ids], dtype=np.int64))
@@ -94,10 +108,10 @@ def _penalize(logits: np.ndarray, spec: SampleSpec) -> None:
 
 
 def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
-    """Token ids that may be sampled (None: all), and their probabilities up to a common factor, of the same length.
+    """Returns the token ids that may be sampled (None: all), and their probabilities up to a common factor.
 
-    Top-k keeps ties with the k-th; top-p keeps the smallest set of the most likely tokens that reaches ``top_p``;
-    min-p keeps tokens with at least ``min_p`` of the highest probability.
+    Top-k keeps ties with the k-th token. Top-p keeps the smallest set of most likely tokens whose probabilities sum to
+    at least ``top_p``. Min-p keeps tokens with at least ``min_p`` of the highest probability.
     """
     token_ids = None
     if 0 < sampling.top_k < len(logits):
@@ -119,7 +133,7 @@ def _kth_largest(logits: np.ndarray, k: int) -> np.float32:
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices of the smallest set of largest weights that reaches ``top_p`` of the sum; the first of equals."""
+    """Indices of the smallest set of largest weights that reaches ``top_p`` of the sum. Of equals, keeps the first."""
     wanted = top_p * float(weights.sum(dtype=np.float64))
     likely = np.flatnonzero(weights >= _LIKELY_FRACTION * weights.max())
     if weights[likely].sum(dtype=np.float64) < wanted:
@@ -140,7 +154,7 @@ def _likely(weights: np.ndarray, min_p: float) -> np.ndarray:
 
 
 def token_logprobs(logits: np.ndarray, token_id: int, num_candidates: int) -> TokenLogprobs:
-    """Log-probabilities of ``token_id`` and of the ``num_candidates`` most likely tokens under ``logits``."""
+    """Returns the log-probabilities of ``token_id`` and of the ``num_candidates`` most likely tokens."""
     top = float(logits.max())
     log_sum = top + float(np.log(np.exp(logits.astype(np.float64) - top).sum()))
     rank = int((logits > logits[token_id]).sum()) + 1

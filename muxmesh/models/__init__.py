@@ -1,1 +1,1 @@
-"""Models on disk: the catalog, download, GGUF import, the prepared weight image and the tokenizer. No torch."""
+"""Models on disk: catalog, download, GGUF import, model spec, weight image and tokenizer. Imports no torch."""

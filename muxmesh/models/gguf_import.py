@@ -1,7 +1,7 @@
-"""Turns a GGUF file of the Llama family into a Hugging Face style folder: weights, config, tokenizer.
+"""Converts a GGUF file of the Llama family into a Hugging Face style folder: weights, configs, tokenizer.
 
-The folder loads in transformers, which is the reference for exactness. Quantized weights become f16, which is far
-finer than they are; f32 and bf16 become f32.
+transformers loads the folder, which makes it the reference for exactness. Quantized weights become f16, whose rounding
+error is far below that of the quantization; f32 and bf16 weights become f32. Knows no cache and no download.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from gguf import GGMLQuantizationType, GGUFReader, dequantize
 
 from muxmesh.errors import ModelUnsupported
 from muxmesh.models.gguf_tokenizer import build_tokenizer, check_tokenizer, eos_token_ids
-from muxmesh.models.model_spec import ModelSpec, spec_of
+from muxmesh.models.model_spec import ModelSpec, spec_from_config
 from muxmesh.models.safetensors_folder import write_safetensors
 
-CONVERSION = 3
-"""In the names of folders: whoever changes what is written here makes them anew."""
+CONVERSION_VERSION = 3
+"""Part of the names of converted folders. Raise it with every change of what `import_gguf` writes."""
 
 _LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -41,15 +41,15 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _KEPT_IN_F32 = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)
 _ROPE_DEFAULTS = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": -1.0, "yarn_log_multiplier": 0.0}
-"""Of rope scaling, what has no counterpart here and is refused unless it says nothing."""
+"""Fields of rope scaling that no engine implements. A file with another value than the default is rejected."""
 _LAYER_NAME_PARTS = 4
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
-"""Of every Llama 3.1 and 3.2; a file holds only the factors that come of them."""
+"""Parameters of every Llama 3.1 and 3.2. A GGUF file holds only the factors that are computed from them."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufModel:
-    """A GGUF file whose header was read and found to be supported. ``config`` is that of the folder to come."""
+    """A GGUF file with a supported header. ``config`` is the content of ``config.json`` after the conversion."""
 
     path: Path
     fields: dict[str, Any]
@@ -59,40 +59,43 @@ class GgufModel:
 
     @property
     def tensor_types(self) -> list[str]:
-        """The types of the tensors, as GGUF calls them."""
+        """Names of the tensor types in the file, as GGUF calls them, sorted."""
         return sorted({tensor.tensor_type.name for tensor in self.tensors})
 
 
 def read_gguf(path: Path) -> GgufModel:
-    """Reads the header; the weights stay where they are. Raises ModelUnsupported naming what does not fit."""
+    """Reads and checks the header; maps the weights. Raises ModelUnsupported, which names the field or the tensor."""
     try:
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OSError) as error:
-        raise ModelUnsupported(f"{path}: no GGUF file, or a damaged one: {error}") from error
+        raise ModelUnsupported(f"{path}: not a GGUF file, or damaged: {error}") from error
     architecture = fields.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         raise ModelUnsupported(
             f"{path.name}: architecture {architecture} is not supported; supported: {', '.join(_ARCHITECTURES)}"
         )
     if fields.get("split.count", 0) > 1:
-        raise ModelUnsupported(f"{path.name}: is one of {fields['split.count']} parts; merge them into one file first")
+        raise ModelUnsupported(f"{path.name}: is one of {fields['split.count']} parts; merge them into one file")
     check_tokenizer(fields, path.name)
     for tensor in reader.tensors:
         _check_tensor(path, tensor, architecture)
     try:
         config = _config(path, fields, reader.tensors)
-        spec = spec_of(path, config, {"eos_token_id": eos_token_ids(fields)})
+        spec = spec_from_config(path, config, {"eos_token_id": eos_token_ids(fields)})
         build_tokenizer(fields)
     except KeyError as error:
         raise ModelUnsupported(f"{path.name}: field {error.args[0]} is missing") from error
     except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise ModelUnsupported(f"{path.name}: a field contradicts another, or has a wrong type: {error}") from error
+        raise ModelUnsupported(f"{path.name}: a field has a wrong type or contradicts another: {error}") from error
     return GgufModel(path, fields, list(reader.tensors), config, spec)
 
 
 def import_gguf(gguf: Path, folder: Path, progress: Callable[[int, int], None]) -> None:
-    """Writes ``folder`` from ``gguf``. ``progress`` gets (tensors done, tensors). Raises ModelUnsupported."""
+    """Writes the new ``folder`` from the file ``gguf``; ``progress`` gets (tensors done, tensors in total).
+
+    Raises ModelUnsupported; after an error in the weights the folder is incomplete.
+    """
     model = read_gguf(gguf)
     folder.mkdir(parents=True)
     _write_json(folder / "config.json", model.config)
@@ -109,7 +112,7 @@ def import_gguf(gguf: Path, folder: Path, progress: Callable[[int, int], None]) 
             weights = dequantize(tensor.data, tensor.tensor_type).astype(_dtype(tensor))
             if not np.isfinite(weights).all():
                 raise ModelUnsupported(
-                    f"{gguf.name}: tensor {tensor.name} has values that are no numbers; the file is damaged"
+                    f"{gguf.name}: tensor {tensor.name} contains NaN or infinity; the file is damaged"
                 )
             yield _unpermuted(tensor.name, weights, model.config)
             progress(done + 1, len(kept))
@@ -122,14 +125,14 @@ def _dtype(tensor: Any) -> np.dtype[Any]:
 
 
 def _check_tensor(path: Path, tensor: Any, architecture: str) -> None:
-    """Raises ModelUnsupported for a tensor that has no place in the model or cannot be read."""
+    """Raises ModelUnsupported for a tensor that the architecture does not have, or of a type that cannot be read."""
     if not _is_known(tensor.name.split("."), architecture):
-        raise ModelUnsupported(f"{path.name}: tensor {tensor.name} belongs to no supported {architecture} model")
+        raise ModelUnsupported(f"{path.name}: tensor {tensor.name} is not part of a supported {architecture} model")
     try:
         dequantize(tensor.data[:1], tensor.tensor_type)
     except NotImplementedError as error:
         raise ModelUnsupported(
-            f"{path.name}: tensor {tensor.name} is {tensor.tensor_type.name}, which is not read"
+            f"{path.name}: tensor {tensor.name} has type {tensor.tensor_type.name}, which is not supported"
         ) from error
 
 
@@ -152,9 +155,10 @@ def _hf_name(name: str) -> str:
 
 
 def _unpermuted(name: str, values: np.ndarray, config: dict[str, Any]) -> np.ndarray:
-    """llama.cpp keeps the rows of a Llama's Q and K as rotated pairs side by side; the half-rotation form wants halves.
+    """Undoes llama.cpp's permutation of the Q and K rows of a Llama; other architectures are not permuted.
 
-    It leaves the other architectures as they are.
+    llama.cpp stores the two rows of each rotated pair side by side. Hugging Face stores all first rows of a head, then
+    all second rows.
     """
     if config["model_type"] != "llama" or not (".attn_q." in name or ".attn_k." in name):
         return values
@@ -194,7 +198,7 @@ def _config(path: Path, fields: dict[str, Any], tensors: list[Any]) -> dict[str,
     _refuse_variants(path, fields, name, head_dim)
     scaling, llama3 = _rope_scaling(path, fields, name), _llama3_scaling(path, tensors, config)
     if scaling and llama3:
-        raise ModelUnsupported(f"{path.name}: has rope scaling {scaling['rope_type']} and {_ROPE_FACTORS}")
+        raise ModelUnsupported(f"{path.name}: has both rope scaling {scaling['rope_type']} and {_ROPE_FACTORS}")
     if scaling := scaling or llama3:
         config["rope_scaling"] = scaling
     return config
@@ -202,7 +206,8 @@ def _config(path: Path, fields: dict[str, Any], tensors: list[Any]) -> dict[str,
 
 def _refuse_variants(path: Path, fields: dict[str, Any], name: str, head_dim: int) -> None:
     if fields.get(f"{name}.rope.dimension_count", head_dim) != head_dim:
-        raise ModelUnsupported(f"{path.name}: rotates only {fields[f'{name}.rope.dimension_count']} of {head_dim}")
+        rotated = fields[f"{name}.rope.dimension_count"]
+        raise ModelUnsupported(f"{path.name}: rope rotates {rotated} of {head_dim} dimensions, which is not supported")
     if fields.get(f"{name}.expert_count", 0) > 0:
         raise ModelUnsupported(f"{path.name}: is a mixture of experts, which is not supported")
 
@@ -212,36 +217,39 @@ def _rope_scaling(path: Path, fields: dict[str, Any], name: str) -> dict[str, An
     changed = [key for key, default in _ROPE_DEFAULTS.items() if fields.get(prefix + key, default) != default]
     if changed:
         raise ModelUnsupported(f"{path.name}: {prefix}{changed[0]} is {fields[prefix + changed[0]]}, not supported")
-    old = float(fields.get(f"{name}.rope.scale_linear", 1.0))  # of files before scaling had a type
+    old = float(fields.get(f"{name}.rope.scale_linear", 1.0))  # files without a scaling type
     kind = fields.get(f"{prefix}type", "none" if old == 1.0 else "linear")
     if kind == "none":
         return None
     if kind not in {"linear", "yarn"}:
         raise ModelUnsupported(f"{path.name}: rope scaling {kind} is not supported; supported: none, linear, yarn")
     scaling: dict[str, Any] = {"rope_type": kind, "factor": float(fields.get(f"{prefix}factor", old))}
-    for key, ours in (
+    for key, hf_key in (
         ("original_context_length", "original_max_position_embeddings"),
         ("yarn_beta_fast", "beta_fast"),
         ("yarn_beta_slow", "beta_slow"),
     ):
         if prefix + key in fields:
-            scaling[ours] = fields[prefix + key]
+            scaling[hf_key] = fields[prefix + key]
     return scaling
 
 
 def _llama3_scaling(path: Path, tensors: list[Any], config: dict[str, Any]) -> dict[str, Any] | None:
-    """What a file with rope factors must have been made from: the factors are computed again and compared."""
+    """The Llama 3 scaling behind stored rope factors, or None without factors.
+
+    Recomputes the factors and compares: raises ModelUnsupported if they differ from those in the file.
+    """
     stored = next((tensor for tensor in tensors if tensor.name == _ROPE_FACTORS), None)
     if stored is None:
         return None
     factors = np.asarray(stored.data, dtype=np.float64).reshape(-1)
     pairs = config["head_dim"] // 2
-    waves = 2 * np.pi * config["rope_theta"] ** (np.arange(pairs) / pairs)
+    wavelengths = 2 * np.pi * config["rope_theta"] ** (np.arange(pairs) / pairs)
     factor = float(factors.max())
-    smooth = np.clip((_LLAMA3_CONTEXT / waves - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW), 0, 1)
+    smooth = np.clip((_LLAMA3_CONTEXT / wavelengths - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW), 0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
-        raise ModelUnsupported(f"{path.name}: {_ROPE_FACTORS} are not those of Llama 3; not supported")
+        raise ModelUnsupported(f"{path.name}: {_ROPE_FACTORS} differ from those of Llama 3, which is not supported")
     return {
         "rope_type": "llama3",
         "factor": factor,

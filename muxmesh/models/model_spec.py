@@ -1,4 +1,7 @@
-"""What a model is, read from its folder. Refuses by name what no engine here computes. No weights, no torch."""
+"""Architecture and sizes of a model, read from the configs in its folder.
+
+Rejects every model that no engine here computes, and names the field. Reads no weights and imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,21 @@ from muxmesh.errors import ModelUnsupported
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPE_BYTES = {"float32": 4}
 HEAD_DIMS = range(16, 257, 2)
+_POSITIVE_SIZES = (
+    "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "context_len",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class LinearRope:
-    """Position interpolation (Chen et al., 2023): angles are ``factor`` times smaller."""
+    """Position interpolation (Chen et al., 2023): every angle is divided by ``factor``."""
 
     factor: float
 
 
 @dataclass(frozen=True, slots=True)
 class Llama3Rope:
-    """Llama 3.1's: only wave lengths that are long against the original context are stretched."""
+    """The scaling of Llama 3.1: only wavelengths that are long relative to the original context are stretched."""
 
     factor: float
     low_freq_factor: float
@@ -50,7 +56,7 @@ RopeScaling = LinearRope | Llama3Rope | YarnRope
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """Shape of one model's KV: what the pool needs to know of a model."""
+    """Shape of one model's KV: all that the pool knows of a model."""
 
     num_layers: int
     num_kv_heads: int
@@ -65,12 +71,12 @@ class KvShape:
 
     @property
     def token_block_bytes(self) -> int:
-        """All KV blocks of ``block_size`` tokens of one sequence."""
+        """The KV blocks of all layers and heads for ``block_size`` tokens of one sequence."""
         return self.num_layers * self.num_kv_heads * self.kv_block_bytes
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """KV of one token."""
+        """K and V of one token over all layers and heads."""
         return self.token_block_bytes // self.block_size
 
 
@@ -93,20 +99,20 @@ class ModelSpec:
     eos_token_ids: frozenset[int]
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
-    """Q, K and V have a bias (Qwen2)."""
+    """The Q, K and V projections have a bias (Qwen2)."""
     qk_norm: bool = False
-    """Q and K are normalized head by head before the rotation (Qwen3)."""
+    """Each head of Q and K is normalized before the rotation (Qwen3)."""
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the model; a tied matrix counts once."""
+        """Number of weights; a tied embedding matrix counts once."""
         q, kv, hidden = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.hidden_size
         layer = hidden * (2 * q + 2 * kv) + 3 * hidden * self.intermediate_size + 2 * hidden
         layer += (q + 2 * kv) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
         return self.num_layers * layer + self.vocab_size * hidden * (1 if self.tied_embeddings else 2) + hidden
 
     def kv_shape(self, block_size: int, dtype: str) -> KvShape:
-        """Shape of this model's KV for a block size and a dtype of `DTYPE_BYTES`."""
+        """KV shape for ``block_size`` tokens per block; ``dtype`` is a key of `DTYPE_BYTES`."""
         return KvShape(self.num_layers, self.num_kv_heads, self.head_dim, block_size, DTYPE_BYTES[dtype])
 
 
@@ -125,18 +131,19 @@ SIM_SPEC = ModelSpec(
     tied_embeddings=True,
     eos_token_ids=frozenset({0}),
 )
+"""The spec of a sim model without a folder. Its vocabulary is that of `tokenizer.byte_tokenizer`."""
 
 
 def read_model_spec(folder: Path) -> ModelSpec:
-    """Reads ``config.json`` and ``generation_config.json``; raises ModelUnsupported naming what does not fit."""
-    config = _read_json(folder / "config.json")
+    """Reads ``config.json`` and ``generation_config.json``. Raises ModelUnsupported, which names the field."""
+    config = read_json_object(folder / "config.json")
     if config is None:
         raise ModelUnsupported(f"{folder}: has no config.json; a model folder in Hugging Face style is needed")
-    return spec_of(folder / "config.json", config, _read_json(folder / "generation_config.json") or {})
+    return spec_from_config(folder / "config.json", config, read_json_object(folder / "generation_config.json") or {})
 
 
-def spec_of(origin: Path, config: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelSpec:
-    """The spec that two configs in Hugging Face's terms describe. Raises ModelUnsupported naming ``origin``."""
+def spec_from_config(origin: Path, config: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelSpec:
+    """Builds the spec from the two configs of a Hugging Face model. Raises ModelUnsupported, which names ``origin``."""
     architecture = (config.get("architectures") or ["(none)"])[0]
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise ModelUnsupported(
@@ -171,13 +178,16 @@ def spec_of(origin: Path, config: Mapping[str, Any], generation: Mapping[str, An
     return spec
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """Reads one of a model's JSON files; None if it does not exist. Raises ModelUnsupported if it is damaged."""
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelUnsupported(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelUnsupported(f"{path}: not a JSON object")
     return content
 
 
@@ -196,19 +206,22 @@ def _refuse_variants(origin: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_sizes(origin: Path, spec: ModelSpec) -> None:
+    for name in _POSITIVE_SIZES:
+        if getattr(spec, name) < 1:
+            raise ModelUnsupported(f"{origin}: {name} is {getattr(spec, name)}; at least 1 is needed")
     if spec.head_dim not in HEAD_DIMS:
         raise ModelUnsupported(
             f"{origin}: head_dim is {spec.head_dim}; supported: even numbers from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
         )
     if spec.num_heads % spec.num_kv_heads:
         raise ModelUnsupported(
-            f"{origin}: num_attention_heads ({spec.num_heads}) is no multiple of num_key_value_heads "
+            f"{origin}: num_attention_heads ({spec.num_heads}) is not a multiple of num_key_value_heads "
             f"({spec.num_kv_heads})"
         )
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rope fields; newer configs have them all in ``rope_parameters``."""
+    """The rope fields. Newer configs keep all of them in ``rope_parameters``."""
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
@@ -242,10 +255,10 @@ def _rope_scaling(origin: Path, config: Mapping[str, Any]) -> RopeScaling | None
 
 
 def _yarn_attention_factor(factor: float, rope: dict[str, Any]) -> float:
-    """YaRN, section 3.4: 0.1 ln(s) + 1; two ``mscale`` fields give the ratio of two of them."""
+    """Attention factor of YaRN, section 3.4: 0.1 ln(factor) + 1. With both ``mscale`` fields, the ratio of two such."""
 
-    def scaled(by: float) -> float:
-        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+    def scaled(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
@@ -255,7 +268,7 @@ def _yarn_attention_factor(factor: float, rope: dict[str, Any]) -> float:
 
 
 def _context_len(config: Mapping[str, Any]) -> int:
-    """Positions that are computed exactly: inside a sliding window, windowed attention is full attention."""
+    """Number of positions that are computed exactly. Up to a sliding window, windowed attention is full attention."""
     length = int(config["max_position_embeddings"])
     window = config.get("sliding_window")
     if window and config.get("use_sliding_window", True):

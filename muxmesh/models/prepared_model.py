@@ -1,4 +1,7 @@
-"""From a model's configuration to what is on disk: folder, weight image, and the identity of its KV."""
+"""Resolves a configured model to its files on disk: source folder, weight image, and the identity of its KV.
+
+Knows the configuration and the cache. Starts no process and maps no weights for computing.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,19 @@ from muxmesh.models.weight_image import ensure_image, map_image
 
 
 def model_problems(config: MeshConfig, base_dir: Path, cache_dir: Path) -> Iterator[tuple[Location, str]]:
-    """What is wrong with the models, and with their memory and cores on this machine, by field. Writes nothing.
+    """Yields the problems of models, memory and cores on this machine, each with the path of its field. Writes nothing.
 
-    Relative folders start at ``base_dir``. A catalog model that is not downloaded yet is taken to be right: check again
-    once it is.
+    Relative sources start at ``base_dir``. A catalog model that is not downloaded yet is not checked: call again after
+    the download.
     """
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = os.sched_getaffinity(0)
     for unit_index, unit in enumerate(config.units):
         missing = sorted(set(unit.cores or ()) - cores)
         if missing:
-            yield ("units", unit_index, "cores"), f"core {missing[0]} is not available; these are: {sorted(cores)}"
+            yield ("units", unit_index, "cores"), f"core {missing[0]} is not available; available: {sorted(cores)}"
         if unit.kv_pool + unit.kv_swap > memory_bytes:
-            problem = f"with kv_swap it is {unit.kv_pool + unit.kv_swap} bytes; this machine has {memory_bytes}"
+            problem = f"kv_pool and kv_swap are {unit.kv_pool + unit.kv_swap} bytes; this machine has {memory_bytes}"
             yield ("units", unit_index, "kv_pool"), problem
         for model_index, model in enumerate(unit.models):
             for field, problem in _problems_of(model, unit, base_dir, cache_dir):
@@ -39,7 +42,10 @@ def model_problems(config: MeshConfig, base_dir: Path, cache_dir: Path) -> Itera
 
 
 def prepare_model(model: ModelConfig, base_dir: Path, cache_dir: Path, progress: Progress) -> PreparedModel:
-    """Downloads, converts and prepares what ``model`` needs. Raises ConfigError naming the model."""
+    """Downloads, converts and packs the files of ``model`` where they are missing. Blocks.
+
+    Raises ConfigError or ModelUnsupported, which names the model.
+    """
     try:
         source = _catalog_name(model)
         if source:
@@ -59,12 +65,12 @@ def prepare_model(model: ModelConfig, base_dir: Path, cache_dir: Path, progress:
 
 
 def model_spec(folder: Path | None) -> ModelSpec:
-    """The spec of a prepared model; that of a sim model without a folder is built in."""
+    """Returns the spec of a prepared model; `SIM_SPEC` for a sim model without a folder. Raises ModelUnsupported."""
     return SIM_SPEC if folder is None else read_model_spec(folder)
 
 
 def kv_identity(model: ModelConfig, prepared: PreparedModel) -> KvIdentity:
-    """What the KV of a prepared model depends on."""
+    """Returns the identity of the KV of a prepared model: models share KV only if theirs are equal."""
     spec = model_spec(prepared.folder)
     return KvIdentity(
         weights=prepared.weights_fingerprint,
@@ -75,8 +81,8 @@ def kv_identity(model: ModelConfig, prepared: PreparedModel) -> KvIdentity:
     )
 
 
-def spec_here(model: ModelConfig, base_dir: Path, cache_dir: Path) -> ModelSpec:
-    """The spec of a model without preparing it. Raises ConfigError if its files are not on this machine."""
+def local_model_spec(model: ModelConfig, base_dir: Path, cache_dir: Path) -> ModelSpec:
+    """Returns the spec of a model without preparing it. Raises ConfigError if its files are not on this machine."""
     source = _catalog_name(model)
     path = model_folder(CATALOG[source], cache_dir) if source else _local_source(model, base_dir)
     if path is not None and not path.exists():
@@ -85,7 +91,7 @@ def spec_here(model: ModelConfig, base_dir: Path, cache_dir: Path) -> ModelSpec:
 
 
 def _problems_of(model: ModelConfig, unit: UnitConfig, base_dir: Path, cache_dir: Path) -> Iterator[tuple[str, str]]:
-    """(field, problem) of one model."""
+    """Yields (field, problem) of one model."""
     try:
         source = _catalog_name(model)
         path = model_folder(CATALOG[source], cache_dir) if source else _local_source(model, base_dir)
@@ -114,13 +120,13 @@ def _problems_of(model: ModelConfig, unit: UnitConfig, base_dir: Path, cache_dir
 
 
 def _catalog_name(model: ModelConfig) -> str | None:
-    """The catalog model to use; for a sim model only if `source` names one."""
+    """Name of the catalog model to use, or None. A sim model uses one only if `source` names it."""
     source = model.source if model.engine == "sim" else model.source or model.name
     return source if source in CATALOG else None
 
 
 def _local_source(model: ModelConfig, base_dir: Path) -> Path | None:
-    """The folder or GGUF file to use; None for a sim model without a source. Raises ConfigError."""
+    """The local folder or GGUF file to use; None for a sim model without a source. Raises ConfigError."""
     if model.engine == "sim" and model.source is None:
         return None
     source = model.source or model.name
@@ -128,7 +134,7 @@ def _local_source(model: ModelConfig, base_dir: Path) -> Path | None:
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file() or path.suffix == ".gguf":
-        problem = "is no .gguf file" if path.is_file() else "does not exist"
+        problem = "is not a .gguf file" if path.is_file() else "does not exist"
         raise ConfigError(f"{source!r} {problem}; a folder in Hugging Face style or a .gguf file is needed")
     raise ConfigError(
         f"{source!r} is neither a folder, nor a .gguf file, nor in the catalog ({', '.join(sorted(CATALOG))})"

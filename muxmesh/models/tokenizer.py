@@ -1,8 +1,7 @@
-"""Text to tokens and back: HF `tokenizers`, the model's own chat template, and an incremental detokenizer."""
+"""Tokenizer, chat template and incremental detokenizer of one model, over Hugging Face `tokenizers` and jinja2."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
 from muxmesh.errors import InvalidRequest, ModelUnsupported
+from muxmesh.models.model_spec import read_json_object
 
 _CONTEXT_TOKENS = 6
+"""Last tokens of the prompt that a detokenizer starts with."""
 _SIM_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -22,11 +23,14 @@ _SIM_CHAT_TEMPLATE = (
 
 
 class TextModel:
-    """Tokenizer and chat template of one model. Its methods may be called from any thread."""
+    """Tokenizer and chat template of one model. Thread-safe.
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: str | None, special: Mapping[str, str]) -> None:
+    ``special_tokens``: variables of the template, `bos_token` and `eos_token`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, chat_template: str | None, special_tokens: Mapping[str, str]) -> None:
         self._tokenizer = tokenizer
-        self._special = special
+        self._special_tokens = special_tokens
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise_template_error
         self._template = environment.from_string(chat_template) if chat_template else None
@@ -37,35 +41,36 @@ class TextModel:
         return self._template is not None
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of ``text``. Releases the GIL while it works."""
+        """Token ids of ``text``. Releases the GIL meanwhile."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Text of ``token_ids``; bytes that are no UTF-8 become U+FFFD."""
+        """Text of ``token_ids``; invalid UTF-8 becomes U+FFFD."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt text of a conversation, up to where the assistant speaks.
+        """Renders a conversation as prompt text that ends where the reply of the assistant begins.
 
-        Raises InvalidRequest(chat) if the model has no template or the template refuses the conversation.
+        Raises InvalidRequest if the model has no chat template (`chat`) or the template rejects the conversation
+        (`chat.messages`).
         """
         if self._template is None:
             raise InvalidRequest("chat", "this model has no chat template; send `text` or `token_ids`")
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special)
+            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
         except jinja2.TemplateError as error:
-            raise InvalidRequest("chat.messages", f"the model's chat template refuses them: {error}") from error
+            raise InvalidRequest("chat.messages", f"rejected by the model's chat template: {error}") from error
 
     def detokenizer(self, skip_special_tokens: bool, prompt_token_ids: Sequence[int] = ()) -> Detokenizer:
-        """A fresh incremental detokenizer for what follows ``prompt_token_ids``."""
+        """Returns a new incremental detokenizer for the output that follows ``prompt_token_ids``."""
         return Detokenizer(self._tokenizer, skip_special_tokens, prompt_token_ids)
 
 
 class Detokenizer:
-    """Turns tokens into text as they come, never emitting half a UTF-8 character.
+    """Decodes an output token by token and never returns a part of a UTF-8 character.
 
-    It begins with the end of the prompt, of which it gives out nothing: decoders drop the space that text begins
-    with, and an answer does not begin a text.
+    The last tokens of the prompt are fed first and their text is discarded: some decoders drop a space at the beginning
+    of a text, and the output continues the text of the prompt. Not thread-safe.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_token_ids: Sequence[int]) -> None:
@@ -78,7 +83,7 @@ class Detokenizer:
         self._pending.clear()
 
     def feed(self, token_id: int) -> str:
-        """Text that ``token_id`` completes; empty while a character is open."""
+        """Returns the text that ``token_id`` completes; empty while a character is incomplete."""
         self._pending.append(token_id)
         text = self._stream.step(self._tokenizer, token_id)
         if text is None:
@@ -87,31 +92,35 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """What is left at the end of the answer: an open character becomes U+FFFD."""
+        """Returns the text that is left at the end of the output: an incomplete character becomes U+FFFD."""
         rest = self._tokenizer.decode(self._pending, skip_special_tokens=self._skip)
         self._pending.clear()
         return rest
 
 
 def load_text_model(folder: Path | None) -> TextModel:
-    """Tokenizer and template of a model folder; without a folder the byte tokenizer of the sim engine.
+    """Loads the tokenizer and the chat template of a model folder; without a folder, those of the sim engine.
 
-    Raises ModelUnsupported if the folder has no ``tokenizer.json``.
+    Raises ModelUnsupported if the folder has no ``tokenizer.json``, or if a JSON file or the chat template is damaged.
     """
     if folder is None:
         return TextModel(byte_tokenizer(), _SIM_CHAT_TEMPLATE, {})
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ModelUnsupported(f"{folder}: has no tokenizer.json; convert the tokenizer to the fast format")
-    config: dict[str, Any] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token")}
-    return TextModel(Tokenizer.from_file(str(path)), _chat_template(folder, config), special)
+    if read_json_object(path) is None:  # `tokenizers` would raise a bare Exception for damaged JSON
+        raise ModelUnsupported(f"{folder}: has no tokenizer.json; convert the tokenizer to the `fast` format")
+    config = read_json_object(folder / "tokenizer_config.json") or {}
+    special_tokens = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token")}
+    try:
+        return TextModel(Tokenizer.from_file(str(path)), _chat_template(folder, config), special_tokens)
+    except jinja2.TemplateError as error:
+        raise ModelUnsupported(f"{folder}: the chat template is invalid: {error}") from error
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token for each byte (ids 3..258) after three special ones: enough for the sim engine and for tests."""
+    """Builds a tokenizer with three special tokens (ids 0 to 2) and one token for each byte (ids 3 to 258).
+
+    The sim engine and the tests use it.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|eos|>", "<|start|>", "<|pad|>"]
     vocab = {token: index for index, token in enumerate([*special, *alphabet])}
@@ -123,11 +132,11 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    beside = folder / "chat_template.jinja"
-    if beside.is_file():
-        return beside.read_text(encoding="utf-8")
+    separate = folder / "chat_template.jinja"
+    if separate.is_file():
+        return separate.read_text(encoding="utf-8")
     template = config.get("chat_template")
-    if isinstance(template, list):  # several by name
+    if isinstance(template, list):  # several templates with names
         return next((str(entry["template"]) for entry in template if entry.get("name") == "default"), None)
     return template
 

@@ -1,9 +1,10 @@
-"""The prepared weight image: one file of f32 tensors that every worker maps.
+"""The weight image: one file with all tensors of a model in f32, which every worker maps.
 
-Written once per (model files, packing); its pages are in the page cache, so any number of workers share one copy. Two
-packings exist, each a file of its own, written when it is first needed: `panels` for the CPU kernels, `rows` for the
-torch reference. A file is 8 bytes of header length, the header as JSON, then tensors aligned to cache lines. The header
-holds a fingerprint of all values, by which KV computed with other weights is told apart.
+An image is written once for each pair of model files and packing. Workers share one copy of it in the page cache. Two
+packings exist: `panels` for the CPU kernels, `rows` for the torch reference. A file holds the header length in 8 bytes,
+the header as JSON, then the tensors, aligned to cache lines. The header contains a fingerprint of all values, which
+keeps KV apart that was computed with other weights. The module knows the tensors of the supported architectures, and
+nothing of what is computed with them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from muxmesh.models.safetensors_folder import FolderWeights, weight_files
 
 Packing = Literal["panels", "rows"]
 _VERSION = 3
-"""In the file's name: another layout is another file."""
+"""Part of the file name. Raise it with every change of the file layout."""
 _ALIGNMENT_BYTES = 64
 _HEADER_BYTES_PER_TENSOR = 128
 _FINGERPRINT = "fingerprint"
@@ -36,9 +37,10 @@ _FINGERPRINT_BYTES = 16
 def ensure_image(
     folder: Path, spec: ModelSpec, packing: Packing, cache_dir: Path, progress: Callable[[int, int], None]
 ) -> Path:
-    """The image of the model in ``folder``, written if it does not exist.
+    """Returns the image of the model in ``folder``; writes it first if it does not exist.
 
-    ``progress`` gets (layers done, layers). Raises ModelUnsupported if a weight is missing or has another shape.
+    Blocks; a lock file lets only one process write an image. ``progress`` gets (layers done, layers in total). Raises
+    ModelUnsupported if a weight is missing, superfluous, damaged or of another shape.
     """
     path = cache_dir / "images" / f"{folder.name}-{_file_stamp(folder)}-{packing}-v{_VERSION}.f32"
     if path.is_file():
@@ -56,7 +58,7 @@ def ensure_image(
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A mapped image: ``flat`` is everything (f32), ``parts`` maps a tensor's name to (offset, length) in it."""
+    """A mapped image. ``flat`` is the whole file as f32; ``parts`` maps a tensor name to its (offset, length) in it."""
 
     flat: np.ndarray
     parts: Mapping[str, tuple[int, int]]
@@ -64,13 +66,17 @@ class Image:
     fingerprint: str
 
     def get(self, name: str) -> np.ndarray:
-        """One tensor, in its shape. Raises KeyError."""
-        at, length = self.parts[name]
-        return self.flat[at : at + length].reshape(self.shapes[name])
+        """Returns a view of one tensor in its shape. Raises KeyError."""
+        offset, length = self.parts[name]
+        return self.flat[offset : offset + length].reshape(self.shapes[name])
 
 
 def map_image(path: Path) -> Image:
-    """Maps an image. The mapping is private and writable, as torch asks for; nothing writes, so no page is copied."""
+    """Maps an image that `ensure_image` returned.
+
+    The mapping is private and writable, because torch warns about read-only arrays. No caller writes to it, so the
+    kernel copies no page.
+    """
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     header_bytes = int.from_bytes(mapped[:8], "little")
@@ -106,7 +112,7 @@ def _write(file: BinaryIO, spec: ModelSpec, tensors: Iterator[tuple[str, np.ndar
 def _tensors(
     weights: FolderWeights, spec: ModelSpec, packing: Packing, progress: Callable[[int, int], None]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields every tensor of the image: Q, K and V in one matrix, gate and up in one."""
+    """Yields every tensor of the image. Q, K and V form one matrix, gate and up another."""
     pack, gated = (pack_panels, pack_gated) if packing == "panels" else (_unpacked, _stacked)
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
@@ -136,8 +142,8 @@ def _tensors(
         yield f"{layer}.gate_up", gated(gate, up)
         yield f"{layer}.down", pack(weights.read(f"{prefix}mlp.down_proj.weight", hidden, inner))
         progress(layer + 1, spec.num_layers)
-    # Frequencies are computed, and files of tied models may hold the output matrix as well.
-    weights.refuse_unread(lambda name: name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight")
+    # Rotary frequencies are computed from the config. Files of tied models may repeat the embedding as lm_head.
+    weights.require_all_read(lambda name: name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight")
 
 
 def _unpacked(matrix: np.ndarray) -> np.ndarray:
@@ -149,7 +155,7 @@ def _stacked(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 
 def _file_stamp(folder: Path) -> str:
-    """Changes when a weight file or the config is replaced; does not read the weights."""
+    """Digest of the sizes and times of weight files and config; changes when one is replaced. Reads no weights."""
     digest = hashlib.sha256(str(folder.resolve()).encode())
     for path in sorted([*weight_files(folder), folder / "config.json"]):
         status = path.stat()

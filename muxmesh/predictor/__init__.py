@@ -1,1 +1,1 @@
-"""How long will this answer be? Guesses output lengths, online. No I/O, no gRPC, no torch."""
+"""Predicts output lengths from prompts, online. No I/O, no gRPC, no torch."""

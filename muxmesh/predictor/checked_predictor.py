@@ -2,9 +2,11 @@
 
 A predictor may raise, return NaN or rank no better than chance. Then every output of a model is forecast at the mean
 length of that model, and with the same work for all (`router.expected_work`) the queue is served in order of arrival.
-The predictor is still called and its rank correlation still measured, so that it is used again once it ranks. A
-client's length hint counts as much as that client's earlier hints were right. A predictor that hangs is the caller's
-business (`router.daemon_thread`).
+The predictor is still called and its rank correlation still measured, so that it is used again once it ranks. The mean
+length is a geometric mean: lengths are averaged as logarithms.
+
+A client's length hint weighs as much as that tenant's earlier hints were accurate. A predictor that hangs is the
+caller's business (`router.daemon_thread`).
 """
 
 from __future__ import annotations
@@ -19,23 +21,26 @@ from typing import Any, TypeVar
 import numpy as np
 
 from muxmesh.predictor.conformal_bound import FIRST_BOUND
-from muxmesh.predictor.length_predictor import COLD_TOKENS, Fitted, Guess, Predictor, Refit
+from muxmesh.predictor.length_predictor import COLD_TOKENS, Fitted, Predictor, RawPrediction, Refit
 from muxmesh.predictor.rank_correlation import kendall_tau
-from muxmesh.predictor.retrieval import Scale
+from muxmesh.predictor.retrieval import LengthStats
 from muxmesh.running_mean import RunningMean
 from muxmesh.types import LengthPrediction
 
 _log = logging.getLogger(__name__)
 
 FLOOR_TAU = 0.05
-_BACK_TAU = 0.15
+"""Predictions with a lower tau are not used, ..."""
+_RESUME_TAU = 0.15
+"""... until it is this high again."""
 _WINDOW = 256
-_FEWEST = 100
-_JUDGE_EVERY = 16
-_TYPICAL_VARIANCE = 0.7
-_LONGEST_TOKENS = 1e6
-_MOST_TENANTS = 10_000
-_UNPROVED = 4
+_MIN_OUTPUTS = 100
+_CHECK_EVERY = 16
+_DEFAULT_VARIANCE = 0.7
+"""Squared error of a log length that is forecast at the mean."""
+_MAX_TOKENS = 1e6
+_MAX_TENANTS = 10_000
+_MIN_HINTS = 4
 _RATE = 0.03
 
 _Result = TypeVar("_Result")
@@ -43,198 +48,234 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CheckedPrediction:
-    """A prediction that can be used. ``source``: of the guess, or `hint`, `floor` (it does not rank), `failed`."""
+    """A prediction that is safe to use.
+
+    ``source`` is that of the raw prediction, or `hint`, `floor` (predictions do not rank) or `failed`. ``raw`` is None
+    if the predictor failed.
+    """
 
     prediction: LengthPrediction
     source: str
     model: str
     tenant: str
-    guess: Guess | None
+    raw: RawPrediction | None
     hint_tokens: int | None
 
 
 @dataclass(slots=True)
-class _Rank:
-    """How well the guesses for one model have ranked. ``constant_tokens`` stands while they do not, and
-    ``failed_tokens`` while there are none: one length for all, or those that came when it was shorter would go first.
+class _ModelCheck:
+    """How well the predictions for one model have ranked.
+
+    ``predicted`` and ``actual`` are log lengths of the latest outputs, ``variance`` is the mean squared difference.
+    ``constant_tokens`` is the forecast of every output while predictions do not rank, ``failed_tokens`` that of every
+    output while the predictor fails; None otherwise. Neither follows the mean length: requests that arrived when it was
+    shorter would be served first.
     """
 
-    guessed: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
-    turned_out: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
-    scale: Scale = field(default_factory=Scale)
-    variance: float = _TYPICAL_VARIANCE
-    since_judged: int = 0
+    predicted: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    actual: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    stats: LengthStats = field(default_factory=LengthStats)
+    variance: float = _DEFAULT_VARIANCE
+    since_checked: int = 0
     tau: float = 1.0
     constant_tokens: float | None = None
     failed_tokens: float | None = None
 
-    def typical_tokens(self) -> float:
-        return math.exp(self.scale.mean) if self.scale.count else COLD_TOKENS
+    def mean_tokens(self) -> float:
+        """Geometric mean of the lengths."""
+        return math.exp(self.stats.mean) if self.stats.count else COLD_TOKENS
 
 
 class CheckedPredictor:
-    """Stands before a predictor, and calls it alone. Called from one thread, but for `typical`."""
+    """Owns the checks on one predictor, and is its only caller. Called from one thread, except `mean_prediction`."""
 
     def __init__(self, predictor: Predictor, floor_tau: float = FLOOR_TAU) -> None:
         self._predictor = predictor
         self._floor_tau = floor_tau
-        self._ranks: dict[str, _Rank] = {}
-        self._trust: OrderedDict[str, RunningMean] = OrderedDict()
-        """Of each tenant's hints: mean squared error of their logarithm."""
+        self._checks: dict[str, _ModelCheck] = {}
+        self._hint_errors: OrderedDict[str, RunningMean] = OrderedDict()
+        """Tenant → mean squared error of the logarithm of its hints; the tenant with the latest hint last."""
         self.num_failures = 0
 
     def tau(self, model: str) -> float | None:
-        """Kendall's tau over the last answers of a model; None if there are too few."""
-        rank = self._ranks.get(model)
-        return rank.tau if rank and len(rank.guessed) >= _FEWEST else None
+        """Kendall's tau over the latest outputs of a model; None if there are too few."""
+        check = self._checks.get(model)
+        return check.tau if check and len(check.predicted) >= _MIN_OUTPUTS else None
 
     def is_ranking(self, model: str) -> bool:
-        """False while the guesses for a model are not used."""
-        rank = self._ranks.get(model)
-        return rank is None or rank.constant_tokens is None
+        """False while the predictions for a model are not used, because they do not rank."""
+        check = self._checks.get(model)
+        return check is None or check.constant_tokens is None
 
-    def typical(self, model: str) -> LengthPrediction:
-        """What to expect of an answer of which nothing is guessed. From any thread."""
-        rank = self._ranks.get(model)
-        if rank is None:
-            return _about(COLD_TOKENS)
-        return _about(rank.constant_tokens or rank.failed_tokens or rank.typical_tokens())
+    def mean_prediction(self, model: str) -> LengthPrediction:
+        """The forecast of an output for which there is no prediction: the mean length. From any thread."""
+        check = self._checks.get(model)
+        if check is None:
+            return _with_default_spread(COLD_TOKENS)
+        return _with_default_spread(check.constant_tokens or check.failed_tokens or check.mean_tokens())
 
     def predict(self, text: str, model: str, tenant: str = "", hint_tokens: int | None = None) -> CheckedPrediction:
-        """Never raises."""
-        return self.judge(self.guess(text, model), model, tenant, hint_tokens)
+        """Predicts the length of one output. Never raises."""
+        return self._checked(self._predict_raw(text, model), model, tenant, hint_tokens)
 
-    def guess(self, text: str, model: str) -> Guess | None:
-        """What the predictor says, if that can be used at all."""
+    def observe(self, checked: CheckedPrediction, num_tokens: int, censored: bool) -> None:
+        """Learns the length of an output. ``censored``: it was cut off there, and would have been longer. Never raises.
 
-        def usable() -> Guess | None:
-            guess = self._predictor.predict(text, model)
-            is_length = all(math.isfinite(value) and value > 0 for value in (guess.p50_tokens, guess.p90_tokens))
-            self.num_failures += not is_length
-            return guess if is_length else None
-
-        return self._tried("predicting", usable, None)
-
-    def judge(
-        self, guess: Guess | None, model: str, tenant: str = "", hint_tokens: int | None = None
-    ) -> CheckedPrediction:
-        """What to make of a guess; None: there is none."""
-        rank = self._ranks.setdefault(model, _Rank())
-        if guess is None:
-            rank.failed_tokens = rank.failed_tokens or rank.typical_tokens()
-            middle, upper, source = rank.failed_tokens, 0.0, "failed"
-        elif rank.constant_tokens is not None:
-            middle, upper, source = rank.constant_tokens, 0.0, "floor"
-        else:
-            middle, upper, source = min(guess.p50_tokens, _LONGEST_TOKENS), guess.p90_tokens, guess.source
-            rank.failed_tokens = None
-        weight = self._hint_weight(tenant, rank) if hint_tokens else 0.0
-        if weight and hint_tokens:
-            narrower = (hint_tokens / middle) ** weight
-            middle, upper, source = middle * narrower, upper * narrower, "hint"
-        if upper == 0.0:
-            return CheckedPrediction(_about(middle), source, model, tenant, guess, hint_tokens)
-        prediction = LengthPrediction(middle, max(middle, min(upper, _LONGEST_TOKENS)))
-        return CheckedPrediction(prediction, source, model, tenant, guess, hint_tokens)
-
-    def observe(self, judged: CheckedPrediction, num_tokens: int, censored: bool) -> None:
-        """How an answer turned out. ``censored``: it was cut off there and would have been longer. Never raises."""
-        length = math.log(max(1, num_tokens))
-        if (guess := judged.guess) is not None:
-            self._tried("learning", lambda: self._predictor.observe(guess, judged.model, num_tokens, censored), None)
-        if judged.hint_tokens and (not censored or length > math.log(judged.hint_tokens)):
-            self._trust_of(judged.tenant).add((math.log(judged.hint_tokens) - length) ** 2)
+        A censored length is no evidence about ranks, and evidence against a hint only if it is longer than the hint.
+        """
+        log_length = math.log(max(1, num_tokens))
+        raw, model, hint_tokens = checked.raw, checked.model, checked.hint_tokens
+        if raw is not None:
+            self._fail_open("observing", lambda: self._predictor.observe(raw, model, num_tokens, censored), None)
+        if hint_tokens and (not censored or log_length > math.log(hint_tokens)):
+            self._hint_error_of(checked.tenant).add((math.log(hint_tokens) - log_length) ** 2)
         if censored:
             return
-        rank = self._ranks.setdefault(judged.model, _Rank())
-        rank.scale.add(length)
-        if judged.guess is not None and judged.guess.source not in ("cold", "typical"):
-            self._rank(rank, math.log(min(judged.guess.p50_tokens, _LONGEST_TOKENS)), length)
+        check = self._checks.setdefault(model, _ModelCheck())
+        check.stats.add(log_length)
+        if raw is not None and raw.source not in ("cold", "typical"):
+            self._check_rank(check, math.log(min(raw.p50_tokens, _MAX_TOKENS)), log_length)
 
     def refit(self) -> Refit | None:
         """See `Learner`. Never raises."""
-        return self._tried("seeing what to fit", self._predictor.refit, None)
+        return self._fail_open("preparing a fit", self._predictor.refit, None)
 
     def publish(self, fitted: Fitted | None) -> bool:
         """See `Learner`. Never raises."""
-        return self._tried("taking a fit", lambda: self._predictor.publish(fitted), False)
+        return self._fail_open("publishing a fit", lambda: self._predictor.publish(fitted), False)
 
     def dump(self) -> dict[str, Any]:
-        """What is known of guesses and hints, as JSON can say it."""
-        ranks = {
+        """The state of the checks as JSON values."""
+        models = {
             model: {
-                "guessed": list(rank.guessed),
-                "turned_out": list(rank.turned_out),
-                "scale": astuple(rank.scale),
-                "variance": rank.variance,
-                "tau": rank.tau,
-                "constant_tokens": rank.constant_tokens,
+                "predicted": list(check.predicted),
+                "actual": list(check.actual),
+                "stats": astuple(check.stats),
+                "variance": check.variance,
+                "tau": check.tau,
+                "constant_tokens": check.constant_tokens,
             }
-            for model, rank in self._ranks.items()
+            for model, check in self._checks.items()
         }
-        return {"ranks": ranks, "trust": {tenant: (trust.mean, trust.count) for tenant, trust in self._trust.items()}}
+        return {"models": models, "hint_errors": {name: (e.mean, e.count) for name, e in self._hint_errors.items()}}
 
-    def load(self, known: Mapping[str, Any]) -> None:
-        """Goes on from what `dump` gave. Raises ValueError, KeyError or TypeError if it is something else."""
-        ranks = {}
-        for model, values in known["ranks"].items():
-            rank = ranks[model] = _Rank(scale=Scale.of(values["scale"]), variance=_number(values["variance"]))
-            rank.guessed.extend(map(_number, values["guessed"]))
-            rank.turned_out.extend(map(_number, values["turned_out"]))
-            rank.tau = _number(values["tau"])
-            rank.constant_tokens = None if values["constant_tokens"] is None else _number(values["constant_tokens"])
-        trust = {
-            tenant: RunningMean(_RATE, _number(mean), int(count)) for tenant, (mean, count) in known["trust"].items()
-        }
-        self._ranks, self._trust = ranks, OrderedDict(trust)
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Replaces the state by what `dump` returned.
 
-    def _rank(self, rank: _Rank, guessed: float, length: float) -> None:
-        rank.guessed.append(guessed)
-        rank.turned_out.append(length)
-        rank.variance += _RATE * ((guessed - length) ** 2 - rank.variance)
-        rank.since_judged += 1
-        if len(rank.guessed) < _FEWEST or rank.since_judged < _JUDGE_EVERY:
+        Raises ValueError, KeyError, TypeError or AttributeError, and then changes nothing, if the argument is no such
+        value.
+        """
+        checks = {}
+        for model, values in state["models"].items():
+            constant_tokens = values["constant_tokens"]
+            check = checks[model] = _ModelCheck(
+                stats=LengthStats.from_fields(values["stats"]),
+                variance=_finite(values["variance"]),
+                tau=_finite(values["tau"]),
+                constant_tokens=None if constant_tokens is None else _positive(constant_tokens),
+            )
+            check.predicted.extend(map(_finite, values["predicted"]))
+            check.actual.extend(map(_finite, values["actual"]))
+        hint_errors = OrderedDict(
+            (tenant, RunningMean(_RATE, _finite(mean), int(count)))
+            for tenant, (mean, count) in state["hint_errors"].items()
+        )
+        self._checks, self._hint_errors = checks, hint_errors
+
+    def _predict_raw(self, text: str, model: str) -> RawPrediction | None:
+        """The prediction of the predictor; None if it raises or returns no positive, finite lengths."""
+
+        def usable() -> RawPrediction | None:
+            raw = self._predictor.predict(text, model)
+            is_length = all(math.isfinite(value) and value > 0 for value in (raw.p50_tokens, raw.p90_tokens))
+            self.num_failures += not is_length
+            return raw if is_length else None
+
+        return self._fail_open("predicting", usable, None)
+
+    def _checked(
+        self, raw: RawPrediction | None, model: str, tenant: str, hint_tokens: int | None
+    ) -> CheckedPrediction:
+        check = self._checks.setdefault(model, _ModelCheck())
+        p50_tokens, p90_tokens, source = self._unhinted(check, raw)
+        if hint_tokens and (weight := self._hint_weight(tenant, check)):
+            factor = (hint_tokens / p50_tokens) ** weight
+            p50_tokens, source = p50_tokens * factor, "hint"
+            p90_tokens = None if p90_tokens is None else p90_tokens * factor
+        if p90_tokens is None:
+            prediction = _with_default_spread(p50_tokens)
+        else:
+            prediction = LengthPrediction(p50_tokens, max(p50_tokens, min(p90_tokens, _MAX_TOKENS)))
+        return CheckedPrediction(prediction, source, model, tenant, raw, hint_tokens)
+
+    @staticmethod
+    def _unhinted(check: _ModelCheck, raw: RawPrediction | None) -> tuple[float, float | None, str]:
+        """Median, 0.9 quantile and source before the hint; the quantile is None for the default spread."""
+        if raw is None:
+            check.failed_tokens = check.failed_tokens or check.mean_tokens()
+            return check.failed_tokens, None, "failed"
+        if check.constant_tokens is not None:
+            return check.constant_tokens, None, "floor"
+        check.failed_tokens = None
+        return min(raw.p50_tokens, _MAX_TOKENS), raw.p90_tokens, raw.source
+
+    def _check_rank(self, check: _ModelCheck, predicted: float, actual: float) -> None:
+        check.predicted.append(predicted)
+        check.actual.append(actual)
+        check.variance += _RATE * ((predicted - actual) ** 2 - check.variance)
+        check.since_checked += 1
+        if len(check.predicted) < _MIN_OUTPUTS or check.since_checked < _CHECK_EVERY:
             return
-        rank.since_judged = 0
-        rank.tau = kendall_tau(np.array(rank.guessed), np.array(rank.turned_out))
-        if rank.constant_tokens is None and rank.tau < self._floor_tau:
-            rank.constant_tokens = rank.typical_tokens()
-            _log.warning("predictions do not rank (tau %.2f): they are not used", rank.tau)
-        elif rank.constant_tokens is not None and rank.tau >= max(_BACK_TAU, self._floor_tau):
-            rank.constant_tokens = None
-            _log.warning("predictions rank again (tau %.2f)", rank.tau)
+        check.since_checked = 0
+        check.tau = kendall_tau(np.array(check.predicted), np.array(check.actual))
+        if check.constant_tokens is None and check.tau < self._floor_tau:
+            check.constant_tokens = check.mean_tokens()
+            _log.warning("predictions do not rank (tau %.2f): they are not used", check.tau)
+        elif check.constant_tokens is not None and check.tau >= max(_RESUME_TAU, self._floor_tau):
+            check.constant_tokens = None
+            _log.warning("predictions rank again (tau %.2f): they are used", check.tau)
 
-    def _hint_weight(self, tenant: str, rank: _Rank) -> float:
-        """By inverse variances, and none before a few hints have proved better than twice the guess's own error."""
-        trust = self._trust.get(tenant)
-        if trust is None or trust.count < _UNPROVED:
+    def _hint_weight(self, tenant: str, check: _ModelCheck) -> float:
+        """Weight of a hint beside the prediction, by inverse variances.
+
+        It is 0 until the tenant has given a few hints, and while their squared error is twice that of the predictions.
+        """
+        hint_error = self._hint_errors.get(tenant)
+        if hint_error is None or hint_error.count < _MIN_HINTS:
             return 0.0
-        own = rank.variance if rank.constant_tokens is None else _TYPICAL_VARIANCE
-        return own / (own + trust.mean) if trust.mean < 2 * own else 0.0
+        own = check.variance if check.constant_tokens is None else _DEFAULT_VARIANCE
+        return own / (own + hint_error.mean) if hint_error.mean < 2 * own else 0.0
 
-    def _trust_of(self, tenant: str) -> RunningMean:
-        trust = self._trust.setdefault(tenant, RunningMean(_RATE))
-        self._trust.move_to_end(tenant)
-        if len(self._trust) > _MOST_TENANTS:
-            self._trust.popitem(last=False)
-        return trust
+    def _hint_error_of(self, tenant: str) -> RunningMean:
+        hint_error = self._hint_errors.setdefault(tenant, RunningMean(_RATE))
+        self._hint_errors.move_to_end(tenant)
+        if len(self._hint_errors) > _MAX_TENANTS:
+            self._hint_errors.popitem(last=False)
+        return hint_error
 
-    def _tried(self, doing: str, function: Callable[[], _Result], otherwise: _Result) -> _Result:
+    def _fail_open(self, doing: str, function: Callable[[], _Result], default: _Result) -> _Result:
+        """The result of ``function``, or ``default`` if it raises: a predictor must not cost a request."""
         try:
             return function()
-        except Exception:  # fail-open: a predictor must not cost a request
+        except Exception:
             self.num_failures += 1
             if self.num_failures & (self.num_failures - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
                 _log.exception("the length predictor failed while %s (failure %d)", doing, self.num_failures)
-            return otherwise
+            return default
 
 
-def _about(middle_tokens: float) -> LengthPrediction:
-    upper_tokens = middle_tokens * math.exp(FIRST_BOUND * math.sqrt(_TYPICAL_VARIANCE))
-    return LengthPrediction(middle_tokens, max(middle_tokens, min(upper_tokens, _LONGEST_TOKENS)))
+def _with_default_spread(p50_tokens: float) -> LengthPrediction:
+    p90_tokens = p50_tokens * math.exp(FIRST_BOUND * math.sqrt(_DEFAULT_VARIANCE))
+    return LengthPrediction(p50_tokens, max(p50_tokens, min(p90_tokens, _MAX_TOKENS)))
 
 
-def _number(value: float) -> float:
+def _finite(value: float) -> float:
     if not math.isfinite(value):
-        raise ValueError(f"{value} is no number")
+        raise ValueError(f"{value} is not finite")
+    return float(value)
+
+
+def _positive(value: float) -> float:
+    if not _finite(value) > 0:
+        raise ValueError(f"{value} is not positive")
     return float(value)

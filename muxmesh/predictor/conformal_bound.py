@@ -1,7 +1,8 @@
-"""An upper bound that holds nine times in ten, whatever the errors look like. Pure.
+"""A quantile bound on prediction errors that holds for any distribution of errors. Pure.
 
-Rolling split-conformal prediction (Vovk et al. 2005): the bound is where nine in ten of the last scores were. Scores
-drift, so the level follows what was missed lately (adaptive conformal inference, Gibbs and Candès 2021).
+Rolling split-conformal prediction (Vovk et al. 2005): the bound is an empirical quantile of the latest scores. Scores
+drift, so the level of that quantile is adapted to the recent miss rate (adaptive conformal inference, Gibbs and Candès
+2021).
 """
 
 from __future__ import annotations
@@ -11,47 +12,52 @@ from collections import deque
 from collections.abc import Iterable
 
 FIRST_BOUND = 1.6
-"""About where nine in ten errors are, as long as nothing is known of them."""
+"""The 0.9 quantile of the scores before any is known, approximately."""
 _WINDOW = 512
 _STEP = 0.005
-_MOST_DRIFT, _HIGHEST = 0.4, 0.995
+_MAX_LEVEL_SHIFT, _MAX_LEVEL = 0.4, 0.995
 _SOLVE_EVERY = 8
 
 
 class ConformalBound:
-    """Owns the last scores: errors in units of their predicted spread, signed, too short is positive."""
+    """Owns the latest scores. A score is an error over its predicted spread, positive if the prediction was too short.
+
+    ``bound`` is at least as large as a share of ``level`` of the scores to come.
+    """
 
     def __init__(self, level: float = 0.9, first_bound: float = FIRST_BOUND) -> None:
         """``first_bound`` is used until there are enough scores."""
         self.bound = first_bound
-        self._level = self._target = level
+        self._target = level
+        self._level = level
+        """Level of the empirical quantile: the target, adapted to the recent miss rate."""
         self._scores: deque[float] = deque(maxlen=_WINDOW)
         self._since_solved = 0
 
     def observe(self, score: float, bound: float) -> None:
-        """A score, and the bound that was given out for it."""
+        """Adds a score. ``bound`` is the one that was in use when its prediction was made."""
         missed = score > bound
         level = self._level + _STEP * (missed - (1 - self._target))
-        self._level = min(_HIGHEST, self._target + _MOST_DRIFT, max(self._target - _MOST_DRIFT, level))
+        self._level = min(_MAX_LEVEL, self._target + _MAX_LEVEL_SHIFT, max(self._target - _MAX_LEVEL_SHIFT, level))
         self._scores.append(score)
         self._since_solved += 1
         if self._since_solved >= _SOLVE_EVERY:
             self._since_solved = 0
-            self.bound = _upper(self._scores, self._level, self.bound)
+            self.bound = _conformal_quantile(self._scores, self._level, self.bound)
 
     @property
     def scores(self) -> list[float]:
-        """The last scores, oldest first."""
+        """The latest scores, oldest first."""
         return list(self._scores)
 
     def restore(self, scores: Iterable[float]) -> None:
-        """Goes on from what `scores` gave."""
+        """Adds the ``scores`` of another bound; the level starts at its target."""
         self._scores.extend(scores)
-        self.bound = _upper(self._scores, self._level, self.bound)
+        self.bound = _conformal_quantile(self._scores, self._level, self.bound)
 
 
-def _upper(scores: Iterable[float], level: float, otherwise: float) -> float:
-    """The ``ceil((n + 1) * level)``-th smallest score; ``otherwise`` if there are too few for one."""
+def _conformal_quantile(scores: Iterable[float], level: float, default: float) -> float:
+    """The ``ceil((n + 1) * level)``-th smallest of n scores; ``default`` if n is too small for that."""
     ordered = sorted(scores)
-    place = math.ceil((len(ordered) + 1) * level)
-    return ordered[place - 1] if place <= len(ordered) else otherwise
+    rank = math.ceil((len(ordered) + 1) * level)
+    return ordered[rank - 1] if rank <= len(ordered) else default

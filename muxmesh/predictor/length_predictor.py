@@ -1,8 +1,9 @@
-"""The length predictor: what is retrieved and what is regressed, joined, with a bound; learns from every answer.
+"""The length predictor: a regression and the retrieval of similar prompts, combined, with a bound on the error.
 
-ALISE (Zhao et al. 2024) looks for similar prompts first and falls back to a regression. Here both always speak and are
-weighed by how much they know: the regression is the prior, answers to prompts that read alike are observations.
-Lengths are logarithms, standardised for each model, so what one model answered tells of every other.
+ALISE (Zhao et al. 2024) retrieves similar prompts first and falls back to a regression. Here the regression is the
+prior, outputs of similar prompts are observations, and both are weighed by their variances. Lengths are logarithms,
+standardised for each model, so that outputs of one model are evidence for every other. The predictor learns online,
+from each output when it ends. It knows no tenants and no time budget.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from muxmesh.predictor.conformal_bound import ConformalBound
-from muxmesh.predictor.prompt_features import Reader, Reading
+from muxmesh.predictor.prompt_features import FeatureExtractor, PromptFeatures
 from muxmesh.predictor.rank_correlation import kendall_tau
 from muxmesh.predictor.regression import Examples, Fit, fit
 from muxmesh.predictor.retrieval import History
@@ -25,59 +26,65 @@ from muxmesh.predictor.retrieval import History
 FIT_ROWS = 2048
 _FIRST_FIT = 32
 _REFIT_EVERY = 32
-_REFIT_SHARE = 1 / 12
+_REFIT_FRACTION = 1 / 12
+"""A refit is due after this fraction of the outputs that the last one saw, but not before ``_REFIT_EVERY``."""
 _PRIOR_VARIANCE = 0.4
-_ANSWER_VARIANCE = 0.4
-_TIE = 0.02
+_OUTPUT_VARIANCE = 0.4
+_MAX_TAU_LOSS = 0.02
+"""A fit is published though its tau is lower than the published one's by this much."""
 _DEVIATION_OF_MEAN_ERROR = math.sqrt(math.pi / 2)
+"""Standard deviation of a normal variable over its mean absolute error."""
 COLD_TOKENS = 128.0
-"""What an answer is expected to be where nothing is known."""
+"""Predicted median before the first output."""
 _COLD_SPREAD = 1.0
-_TELLS_NOTHING = -1.0
-"""In spreads: five in six answers get longer than this, so that one was cut off there is no news."""
-_MOST_TOKENS = 1e6
-_UNIT = NormalDist()
+_MIN_CENSORED_SCORE = -1.0
+"""Below this score, about five in six outputs are longer, so a censored length carries no information."""
+_MAX_TOKENS = 1e6
+_MAX_LOG_LENGTH = 20.0
+_UNIT_NORMAL = NormalDist()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Guess:
-    """A prediction, and what is needed to learn from how it turned out. Lengths in tokens."""
+class RawPrediction:
+    """A prediction as the predictor made it, with what `Predictor.observe` needs. Lengths are in tokens."""
 
     p50_tokens: float
     p90_tokens: float
     source: str
-    """`retrieved`, `regressed`, `typical` (of the model), or `cold` before the first answer."""
-    reading: Reading
+    """`retrieved`, `regressed`, `typical` (the model's mean length), or `cold` before the first output."""
+    features: PromptFeatures
     prompt_hash: int
     log_spread: float
+    """Predicted mean absolute error of the log length."""
     bound: float
-    middle: float = 0.0
-    """What was added to the mean, in spreads, to get to the median."""
+    """p90 over p50, in logarithms and in units of ``log_spread``."""
+    median_shift: float = 0.0
+    """Median of the log length less its predicted mean, in units of ``log_spread``."""
 
 
 class Learner(Protocol):
-    """Whatever learns by fits. `fit_now` does both halves of that at once."""
+    """Learns by fits that may run in another thread. `fit_now` runs one in place."""
 
     def refit(self) -> Refit | None:
-        """Work that is due, for any thread, if there is any."""
+        """The fit that is due, to be run in any thread; None if none is due or one is running."""
 
     def publish(self, fitted: Fitted | None) -> bool:
-        """Takes the outcome of that work, None if it failed; False if what is there now ranks better."""
+        """Takes the outcome of that fit, None if it failed. False: the fit ranks worse, and is not used."""
 
 
 class Predictor(Learner, Protocol):
-    """Whatever guesses lengths. May raise, and say nonsense: `CheckedPredictor` stands before it."""
+    """Predicts lengths. It may raise or return values that are no lengths: `CheckedPredictor` handles both."""
 
-    def predict(self, text: str, model: str) -> Guess:
-        """A guess for one answer."""
+    def predict(self, text: str, model: str) -> RawPrediction:
+        """Predicts the length of one output."""
 
-    def observe(self, guess: Guess, model: str, num_tokens: int, censored: bool) -> None:
-        """How a guess turned out. ``censored``: the answer was cut off there, it would have been longer."""
+    def observe(self, raw: RawPrediction, model: str, num_tokens: int, censored: bool) -> None:
+        """Learns the length of an output. ``censored``: it was cut off there, and would have been longer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
-    """The outcome of a `Refit`."""
+    """The outcome of a `Refit`, with Kendall's tau of it and of the published fit on the same held-out prompts."""
 
     fit: Fit
     num_rows: int
@@ -87,7 +94,7 @@ class Fitted:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Refit:
-    """A fit to be made, of values nobody changes. The last ``num_new`` prompts came after the published fit."""
+    """A fit to be made, of values that do not change. The last ``num_new`` prompts came after the published fit."""
 
     examples: Examples
     num_rows: int
@@ -95,104 +102,99 @@ class Refit:
     published: Fit | None
 
     def run(self) -> Fitted:
-        """Fits, and compares with the published fit on the later half of what is new: neither has seen it.
+        """Fits, and compares with the published fit on the later half of the new prompts.
 
-        Without that half the fit has what the published one had, and the earlier half besides.
+        Neither has seen those: the fit that is compared lacks their targets. It has the earlier half of the new prompts
+        more than the published one.
         """
         held_out = min(-(-self.num_new // 2), len(self.examples) // 2)
         fitted, expected = fit(self.examples, held_out)
         if self.published is None or held_out == 0:
             return Fitted(fitted, self.num_rows, 1.0, 0.0)
         examples, targets = self.examples, self.examples.targets[-held_out:]
-        readings = zip(examples.lexical[-held_out:], examples.words[-held_out:], strict=True)
-        before = np.array([self.published.predict(Reading(*one))[0] for one in readings])
+        features = zip(examples.lexical[-held_out:], examples.words[-held_out:], strict=True)
+        before = np.array([self.published.predict(PromptFeatures(*one))[0] for one in features])
         return Fitted(fitted, self.num_rows, kendall_tau(expected, targets), kendall_tau(before, targets))
 
 
 class LengthPredictor:
-    """See the head of this file. Called from one thread; `Refit.run` may be called from another."""
+    """Implements `Predictor`. Called from one thread; only `Refit.run` may be called from another."""
 
     def __init__(self, capacity: int = 4096, fit_rows: int = FIT_ROWS) -> None:
-        """``capacity``: prompts that are remembered; ``fit_rows``: the latest of them are learned from."""
-        self._reader = Reader()
+        """``capacity``: prompts that are kept. ``fit_rows``: the latest of them are fitted."""
+        self._extractor = FeatureExtractor()
         self.history = History(capacity)
         self.conformal = ConformalBound()
         self._fit_rows = fit_rows
-        self._middles: dict[str, ConformalBound] = {}
+        self._median_shifts: dict[str, ConformalBound] = {}
         self._fit: Fit | None = None
-        self._fitted_at = 0
+        self._num_observed_at_fit = 0
         self._published_rows = 0
         self._refitting = False
         self.num_published = 0
         self.num_rejected = 0
 
-    def predict(self, text: str, model: str) -> Guess:
-        """See `Predictor`."""
-        reading, prompt_hash = self._reader.read(text), _hash(text)
+    def predict(self, text: str, model: str) -> RawPrediction:
+        features, prompt_hash = self._extractor.extract(text), _hash(text)
+        bound = self.conformal.bound
         if self.history.num_observed == 0:
-            bound = self.conformal.bound
             p90_tokens = COLD_TOKENS * math.exp(bound * _COLD_SPREAD)
-            return Guess(COLD_TOKENS, p90_tokens, "cold", reading, prompt_hash, _COLD_SPREAD, bound)
-        place, spread, source = 0.0, 1.0, "typical"
+            return RawPrediction(COLD_TOKENS, p90_tokens, "cold", features, prompt_hash, _COLD_SPREAD, bound)
+        standard_mean, spread, source = 0.0, 1.0, "typical"
         if self._fit is not None:
-            (place, spread), source = self._fit.predict(reading), "regressed"
-        if neighbours := self.history.neighbours(reading):
-            weight = _PRIOR_VARIANCE / (_PRIOR_VARIANCE + _ANSWER_VARIANCE / neighbours.num_answers)
-            place, source = (1 - weight) * place + weight * neighbours.mean, "retrieved"
+            (standard_mean, spread), source = self._fit.predict(features), "regressed"
+        if neighbours := self.history.neighbours(features):
+            weight = _PRIOR_VARIANCE / (_PRIOR_VARIANCE + _OUTPUT_VARIANCE / neighbours.num_outputs)
+            standard_mean, source = (1 - weight) * standard_mean + weight * neighbours.mean, "retrieved"
             spread *= math.sqrt(1 - weight / 2)
         mean, deviation = self.history.scale(model)
-        log_spread, middle = spread * deviation, self._middle(model)
-        expected = mean + place * deviation + middle.bound * log_spread
-        bound = self.conformal.bound
-        p50_tokens, p90_tokens = _tokens(expected), _tokens(expected + bound * log_spread)
-        return Guess(p50_tokens, p90_tokens, source, reading, prompt_hash, log_spread, bound, middle.bound)
+        log_spread, median_shift = spread * deviation, self._median_shift(model).bound
+        log_median = mean + standard_mean * deviation + median_shift * log_spread
+        p50_tokens, p90_tokens = _tokens(log_median), _tokens(log_median + bound * log_spread)
+        return RawPrediction(p50_tokens, p90_tokens, source, features, prompt_hash, log_spread, bound, median_shift)
 
-    def observe(self, guess: Guess, model: str, num_tokens: int, censored: bool) -> None:
-        """See `Predictor`. A censored length counts as what it would have been on average, given the guess; one that
-        is cut off early tells nothing, and would teach the guess itself.
+    def observe(self, raw: RawPrediction, model: str, num_tokens: int, censored: bool) -> None:
+        """See `Predictor`. A censored length counts as its expected full length, given the prediction.
+
+        A length that is censored early is ignored: its expected full length is the prediction itself.
         """
         log_length = math.log(max(1, num_tokens))
-        expected = math.log(guess.p50_tokens)
-        score = (log_length - expected) / guess.log_spread
-        if not censored or score > guess.bound:
-            self.conformal.observe(score, guess.bound)
+        log_median = math.log(raw.p50_tokens)
+        score = (log_length - log_median) / raw.log_spread
+        if not censored or score > raw.bound:
+            self.conformal.observe(score, raw.bound)
         if not censored or score > 0:
-            self._middle(model).observe(score + guess.middle, guess.middle)
+            self._median_shift(model).observe(score + raw.median_shift, raw.median_shift)
         if censored:
-            if score < _TELLS_NOTHING:
+            if score < _MIN_CENSORED_SCORE:
                 return
-            deviation = _DEVIATION_OF_MEAN_ERROR * guess.log_spread
-            log_length = expected + deviation * _mean_above((log_length - expected) / deviation)
-        self.history.add(guess.prompt_hash, guess.reading, model, log_length)
+            deviation = _DEVIATION_OF_MEAN_ERROR * raw.log_spread
+            log_length = log_median + deviation * _normal_mean_above((log_length - log_median) / deviation)
+        self.history.add(raw.prompt_hash, raw.features, model, log_length)
 
     def scores(self) -> dict[str, list[float]]:
-        """What the bounds go by: of p90 under an empty name, of each model's p50 under its own."""
-        return {"": self.conformal.scores} | {model: middle.scores for model, middle in self._middles.items()}
+        """The scores of the bounds: those of p90 under an empty name, those of each model's p50 under its name."""
+        shifts = {model: median_shift.scores for model, median_shift in self._median_shifts.items()}
+        return {"": self.conformal.scores} | shifts
 
     def restore_scores(self, scores: Mapping[str, Iterable[float]]) -> None:
-        """Goes on from what `scores` gave."""
-        for model, known in scores.items():
-            (self._middle(model) if model else self.conformal).restore(known)
-
-    def _middle(self, model: str) -> ConformalBound:
-        """The regression gives means of logarithms; half of a model's answers are to be shorter than p50."""
-        return self._middles.setdefault(model, ConformalBound(level=0.5, first_bound=0.0))
+        """Adds what `scores` returned."""
+        for model, of_model in scores.items():
+            (self._median_shift(model) if model else self.conformal).restore(of_model)
 
     def refit(self) -> Refit | None:
-        """See `Learner`."""
-        num_new = self.history.num_observed - self._fitted_at
-        due = _FIRST_FIT if self._fit is None else max(_REFIT_EVERY, self._fitted_at * _REFIT_SHARE)
+        num_new = self.history.num_observed - self._num_observed_at_fit
+        due = _FIRST_FIT if self._fit is None else max(_REFIT_EVERY, self._num_observed_at_fit * _REFIT_FRACTION)
         if self._refitting or num_new < min(due, self._fit_rows / 8):
             return None
         self._refitting = True
-        self._fitted_at = self.history.num_observed
+        self._num_observed_at_fit = self.history.num_observed
         num_new_rows = self.history.num_rows - self._published_rows
         return Refit(self.history.examples(self._fit_rows), self.history.num_rows, num_new_rows, self._fit)
 
     def publish(self, fitted: Fitted | None) -> bool:
-        """See `Learner`."""
         self._refitting = False
-        if fitted is None or fitted.tau < fitted.published_tau - _TIE:
+        if fitted is None or fitted.tau < fitted.published_tau - _MAX_TAU_LOSS:
             self.num_rejected += 1
             return False
         self._fit = fitted.fit
@@ -200,9 +202,13 @@ class LengthPredictor:
         self.num_published += 1
         return True
 
+    def _median_shift(self, model: str) -> ConformalBound:
+        """The regression predicts means of logarithms; this bound is exceeded by half of the model's outputs."""
+        return self._median_shifts.setdefault(model, ConformalBound(level=0.5, first_bound=0.0))
+
 
 def fit_now(learner: Learner) -> None:
-    """Makes a fit that is due, and waits for it. Raises what the fit raises."""
+    """Runs and publishes the fit that is due, if there is one. Raises what the fit raises."""
     if refit := learner.refit():
         learner.publish(refit.run())
 
@@ -212,11 +218,11 @@ def _hash(text: str) -> int:
 
 
 def _tokens(log_length: float) -> float:
-    return min(_MOST_TOKENS, math.exp(min(log_length, 20.0)))
+    return min(_MAX_TOKENS, math.exp(min(log_length, _MAX_LOG_LENGTH)))
 
 
-def _mean_above(least: float) -> float:
+def _normal_mean_above(least: float) -> float:
     """The mean of a standard normal variable that is known to be above ``least``."""
-    if least > 6:
+    if least > 6:  # asymptotic: the density underflows
         return least + 1 / least
-    return _UNIT.pdf(least) / (1 - _UNIT.cdf(least))
+    return _UNIT_NORMAL.pdf(least) / (1 - _UNIT_NORMAL.cdf(least))

@@ -1,9 +1,9 @@
-"""What can be read off a prompt that tells how long its answer gets. Pure: text in, two small vectors out.
+"""Features of a prompt that correlate with the length of its output. Pure: text in, two small vectors out.
 
-The lexical features are cues that tell tasks apart: what is asked for, how much of it, how the prompt looks. They are
-for English and source code; of other languages only the counts say something, and the word vector does the rest.
-Similar prompts share words, so the word vector is a bag of word stems, each hashed to a fixed row of random signs
-(feature hashing, Weinberger et al. 2009): it needs no download, no vocabulary and no model.
+The lexical features separate tasks: cue words, requested amounts, and the shape of the text. They are made for English
+and source code; for other languages only the counts are informative, beside the word vector. Similar prompts share
+words, so the word vector is a bag of word stems, each hashed to a fixed row of random signs (feature hashing,
+Weinberger et al. 2009). It needs no download, no vocabulary and no model.
 """
 
 from __future__ import annotations
@@ -21,75 +21,57 @@ import numpy.typing as npt
 Vector = npt.NDArray[np.float32]
 
 WORD_DIM = 192
-READ_CHARS = 2000
-"""Of a longer prompt, half of this is read at its beginning and half at its end, where instructions are."""
+EXCERPT_CHARS = 2000
+"""Of a longer prompt, half of this is read at its start and half at its end, since instructions are there."""
 
 _TOKEN = re.compile(r"[a-z]+|[0-9]+|[^\sa-z0-9]")
-_BEFORE_WORDS, _AFTER_WORDS = "a", "{"
+_WORDS_START, _WORDS_END = "a", "{"
+"""Tokens that are words are those in this half-open interval."""
 _CAPITALS, _DIGITS = ascii_uppercase.encode(), frozenset(digits)
 _QUOTED = re.compile("[\"'\u201c\u2018]([^\"'\u201c\u201d\u2018\u2019\n]{3,400})[\"'\u201d\u2019]")
 _STEM_CHARS = 6
 _ROWS = 8192
 _SEED = 7
-_STOP_WORDS = frozenset(
-    [
-        "the",
-        "a",
-        "an",
-        "of",
-        "to",
-        "in",
-        "and",
-        "is",
-        "for",
-        "on",
-        "with",
-        "that",
-        "this",
-        "it",
-        "as",
-        "by",
-        "from",
-        "be",
-        "or",
-        "are",
-        "at",
-    ]
-)
+_STOP_WORDS = frozenset({
+    "the", "a", "an", "of", "to", "in", "and", "is", "for", "on", "with", "that", "this", "it", "as", "by", "from",
+    "be", "or", "are", "at",
+})  # fmt: skip
 
 _CUE_WORDS = {
     "compose": "write compose draft story essay poem article blog letter email speech script song post report plot",
     "explain": "explain describe discuss elaborate analyze analyse compare contrast why overview difference tell about",
     "list": "list example examples ideas tips steps ways reasons recommend recommendation recommendations suggest top "
     "outline recipe itinerary plan suggestions",
-    "pick": "classify identify which choose select category categorize label true false yes no detect determine",
+    "classify": "classify identify which choose select category categorize label true false yes no detect determine",
     "edit": "edit rewrite rephrase paraphrase correct translate convert change replace fix transform grammar spelling",
-    "shorten": "summarize summarise summary extract find simplify condense headline title name",
-    "reckon": "calculate compute solve many much total percent percentage average sum equation per each twice half",
+    "condense": "summarize summarise summary extract find simplify condense headline title name",
+    "calculate": "calculate compute solve many much total percent percentage average sum equation per each twice half",
     "program": "code function program python java javascript algorithm class script method application game",
     "snippet": "sql mysql query html css tag element loop statement regex array list variable expression line command",
-    "atom": "synonym antonym symbol capital author year date color colour value output number noun verb adjective word "
-    "term name opposite",
-    "make": "create generate design develop build make construct implement invent produce",
-    "ask": "what who when where how is are does do can did was will",
+    "one_word": "synonym antonym symbol capital author year date color colour value output number noun verb adjective "
+    "word term name opposite",
+    "create": "create generate design develop build make construct implement invent produce",
+    "question": "what who when where how is are does do can did was will",
     "short": "brief briefly short concise concisely single only quick quickly just simply",
     "long": "detail detailed details long depth thorough thoroughly comprehensive complete full extensive step",
-    "talk": "conversation dialogue role act pretend imagine you chat",
+    "chat": "conversation dialogue role act pretend imagine you chat",
     "context": "given following below above passage text sentence paragraph input provided",
 }
 CUES = tuple(_CUE_WORDS)
-_CUE_OF = {word: place for place, words in reversed(list(enumerate(_CUE_WORDS.values()))) for word in words.split()}
+_CUE_OF = {word: index for index, words in reversed(list(enumerate(_CUE_WORDS.values()))) for word in words.split()}
+"""Word → index of the first cue that it belongs to."""
 
 _NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
             "nine": 9, "ten": 10, "twenty": 20, "hundred": 100}  # fmt: skip
-_TOKENS_OF = {"word": 1.4, "sentence": 25, "paragraph": 110, "page": 500, "line": 12, "name": 6, "tweet": 40,
-              "item": 20, "example": 30, "idea": 30, "tip": 30, "step": 30, "way": 30, "reason": 35, "fact": 25,
-              "question": 20, "point": 25}  # fmt: skip
-_UNITS = frozenset(_TOKENS_OF) | {f"{unit}s" for unit in _TOKENS_OF}
-_UNIT_WITHIN = 3
-_MOST_AMOUNT = 20_000.0
+_TOKENS_PER_UNIT = {"word": 1.4, "sentence": 25, "paragraph": 110, "page": 500, "line": 12, "name": 6, "tweet": 40,
+                    "item": 20, "example": 30, "idea": 30, "tip": 30, "step": 30, "way": 30, "reason": 35, "fact": 25,
+                    "question": 20, "point": 25}  # fmt: skip
+_UNITS = frozenset(_TOKENS_PER_UNIT) | {f"{unit}s" for unit in _TOKENS_PER_UNIT}
+_MAX_TOKENS_TO_UNIT = 3
+"""A number counts if its unit is at most this many tokens after it."""
+_MAX_AMOUNT_TOKENS = 20_000.0
 
-NAMES = (
+LEXICAL_NAMES = (
     "chars",
     "lines",
     "words",
@@ -97,46 +79,46 @@ NAMES = (
     "numbers",
     "digits",
     "capitals",
-    "foreign",
+    "non_ascii",
     "periods",
     "questions",
     "colons",
     "quotes",
     "commas",
     "brackets",
-    "ends_asking",
-    "payload_words",
+    "ends_with_question",
+    "later_line_words",
     "quoted_words",
-    "asking_words",
+    "first_line_words",
     "amount_tokens",
     "first_cue",
     *(f"{cue}_cues" for cue in CUES),
 )
-"""One for each lexical feature, in the order of the vector."""
+"""Names of the lexical features, in the order of the vector."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reading:
-    """A prompt as it was read: ``lexical`` float32 [len(NAMES)], ``words`` float32 [WORD_DIM] of length 1 or 0."""
+class PromptFeatures:
+    """Features of one prompt: ``lexical`` float32 [len(LEXICAL_NAMES)], ``words`` float32 [WORD_DIM] of norm 1 or 0."""
 
     lexical: Vector
     words: Vector
 
 
-class Reader:
-    """Reads prompts. Holds the rows that stems are hashed to: the same in every process, for ever."""
+class FeatureExtractor:
+    """Owns the rows that stems are hashed to. They are the same in every process and every version."""
 
     def __init__(self) -> None:
-        raw = np.random.PCG64(_SEED).random_raw(_ROWS * WORD_DIM // 64)  # raw bits never change between versions
+        raw = np.random.PCG64(_SEED).random_raw(_ROWS * WORD_DIM // 64)  # numpy guarantees the stream of raw bits
         self._signs = np.unpackbits(raw.view(np.uint8)).reshape(_ROWS, WORD_DIM).astype(np.int8) * 2 - 1
 
-    def read(self, text: str) -> Reading:
-        """Both vectors of a prompt, from its `excerpt`; only the length is the whole text's."""
+    def extract(self, text: str) -> PromptFeatures:
+        """The features of a prompt. All but its length are those of its `excerpt`."""
         part = excerpt(text)
         tokens = _TOKEN.findall(part.lower())
-        words = [token for token in tokens if _BEFORE_WORDS <= token < _AFTER_WORDS]
-        others = [token for token in tokens if not _BEFORE_WORDS <= token < _AFTER_WORDS]
-        return Reading(_lexical(text, part, tokens, words, others), self._words(words, others))
+        words = [token for token in tokens if _WORDS_START <= token < _WORDS_END]
+        others = [token for token in tokens if not _WORDS_START <= token < _WORDS_END]
+        return PromptFeatures(_lexical(text, part, tokens, words, others), self._words(words, others))
 
     def _words(self, words: list[str], others: list[str]) -> Vector:
         stems = Counter([word[:_STEM_CHARS] for word in words if word not in _STOP_WORDS])
@@ -150,54 +132,58 @@ class Reader:
 
 
 def excerpt(text: str) -> str:
-    """The part of a prompt that is read."""
-    if len(text) <= READ_CHARS:
+    """The part of a prompt from which features are extracted."""
+    if len(text) <= EXCERPT_CHARS:
         return text
-    half = READ_CHARS // 2
+    half = EXCERPT_CHARS // 2
     return f"{text[:half]}\n{text[-half:]}"
 
 
-def _lexical(text: str, read: str, tokens: list[str], words: list[str], others: list[str]) -> Vector:
+def _lexical(text: str, part: str, tokens: list[str], words: list[str], others: list[str]) -> Vector:
     numbers = [token for token in others if token[0].isdigit()]
-    length = max(1, len(read))
-    found = [_CUE_OF[word] for word in words if word in _CUE_OF]
-    first = found[0] if found else -1
-    asking, _, payload = read.strip().partition("\n")  # what is to be done, and what it is to be done with
-    plain = read.encode("ascii", "ignore")
+    length = max(1, len(part))
+    cues = [_CUE_OF[word] for word in words if word in _CUE_OF]
+    first_cue = cues[0] if cues else -1
+    first_line, _, later_lines = part.strip().partition("\n")  # often the instruction, and the text it applies to
+    plain = part.encode("ascii", "ignore")
     capitals = len(plain) - len(plain.translate(None, _CAPITALS))
     values = [
         math.log1p(len(text)),
-        math.log1p(read.count("\n")),
+        math.log1p(part.count("\n")),
         math.log1p(len(words)),
         sum(map(len, words)) / max(1, len(words)),
         math.log1p(len(numbers)),
         sum(map(len, numbers)) / length,
         capitals / length,
         1 - len(plain) / length,
-        math.log1p(read.count(".") + read.count("!")),
-        min(3, read.count("?")),
-        min(3, read.count(":")),
-        min(4, read.count('"') + read.count("'")),
-        math.log1p(read.count(",")),
-        math.log1p(sum(map(read.count, "(){}[]<>=;`"))),
-        float(read.rstrip().endswith("?")),
-        math.log1p(len(payload.split())),
-        math.log1p(sum(len(part.split()) for part in _QUOTED.findall(read))),
-        math.log1p(len(asking.split())),
+        math.log1p(part.count(".") + part.count("!")),
+        min(3, part.count("?")),
+        min(3, part.count(":")),
+        min(4, part.count('"') + part.count("'")),
+        math.log1p(part.count(",")),
+        math.log1p(sum(map(part.count, "(){}[]<>=;`"))),
+        float(part.rstrip().endswith("?")),
+        math.log1p(len(later_lines.split())),
+        math.log1p(sum(len(quoted.split()) for quoted in _QUOTED.findall(part))),
+        math.log1p(len(first_line.split())),
         math.log1p(0.0 if _UNITS.isdisjoint(words) else _amount_tokens(tokens)),
-        first,
-        *(math.log1p(found.count(place)) for place in range(len(CUES))),
+        first_cue,
+        *(math.log1p(cues.count(index)) for index in range(len(CUES))),
     ]
     return np.array(values, np.float32)
 
 
 def _amount_tokens(tokens: list[str]) -> float:
-    """What "in 100 words", "three short paragraphs" or "5 tips" come to; 0 if nothing like that is asked for."""
-    most = 0.0
-    for place in [place for place, token in enumerate(tokens) if token in _UNITS]:
-        each = _TOKENS_OF[tokens[place].rstrip("s")]
-        for back, token in enumerate(reversed(tokens[max(0, place - _UNIT_WITHIN) : place]), start=1):
+    """Output tokens that a requested amount ("in 100 words", "three short paragraphs", "5 tips") comes to; 0 if none.
+
+    Of several amounts, the largest.
+    """
+    largest = 0.0
+    for index in [index for index, token in enumerate(tokens) if token in _UNITS]:
+        tokens_each = _TOKENS_PER_UNIT[tokens[index].rstrip("s")]
+        before = tokens[max(0, index - _MAX_TOKENS_TO_UNIT) : index]
+        for distance, token in enumerate(reversed(before), start=1):
             count = float(token[:6]) if token[0] in _DIGITS else float(_NUMBERS.get(token, 0))
-            if count != 1 or back < _UNIT_WITHIN:  # "a short paragraph", but not "a list of names"
-                most = max(most, count * each)
-    return min(most, _MOST_AMOUNT)
+            if count != 1 or distance < _MAX_TOKENS_TO_UNIT:  # "a short paragraph", but not "a list of names"
+                largest = max(largest, count * tokens_each)
+    return min(largest, _MAX_AMOUNT_TOKENS)

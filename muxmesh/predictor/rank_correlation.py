@@ -1,4 +1,4 @@
-"""How well predictions rank. Pure."""
+"""Rank correlation: how well predictions order outputs by length. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Floats = npt.NDArray[np.floating]
 
 
 def kendall_tau(left: Floats, right: Floats) -> float:
-    """Kendall's tau-b of two sequences of one length; 0 if either is constant. O(n²) time and memory."""
+    """Kendall's tau-b of two sequences of equal length; 0 if either is constant. O(n²) time and memory."""
     a = np.sign(np.subtract.outer(np.asarray(left, np.float64), np.asarray(left, np.float64)))
     b = np.sign(np.subtract.outer(np.asarray(right, np.float64), np.asarray(right, np.float64)))
     untied = float(np.abs(a).sum()) * float(np.abs(b).sum())

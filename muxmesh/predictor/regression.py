@@ -1,15 +1,15 @@
-"""From features to a standardised log length: kernel ridge regression, which is the mean of a Gaussian process.
+"""From prompt features to a standardised log length: kernel ridge regression, the mean of a Gaussian process.
 
-Two Gaussian kernels, one twice as wide as the other, over the scaled lexical features and the word vector beside each
-other (Rasmussen and Williams 2006, chapter 2). On a few thousand prompts it ranks better than boosted trees on the
-same features, from fewer of them, and its inverse gives what each prompt would have got without itself (chapter
-5.4.2): honest residuals, and a fair comparison with the fit before it. Everything here is in units of standardised log
-length.
+The kernel is the mean of two Gaussian kernels, one twice as wide as the other, over the concatenation of the scaled
+lexical features and the word vector (Rasmussen and Williams 2006, chapter 2). On a few thousand prompts it ranks better
+than boosted trees on the same features, and needs fewer prompts. The inverse of the kernel matrix gives the
+leave-one-out residuals (chapter 5.4.2), so a fit is compared with the one before it on prompts that neither has seen.
+All values are in units of standardised log length.
 
-Inner products are those along the directions in which the prompts have most (principal components), because reading the
-rows is a good part of a prediction. What a prompt has beside those is like nothing else: it makes every other prompt
-farther. The kernel stays positive definite: it is one of the projections, times a factor for each prompt, plus what the
-diagonal lacks of 1.
+Inner products are taken along the principal components of the prompts, since reading the rows is a large part of the
+time of a prediction. The rest of a prompt counts as orthogonal to that of every other prompt: it only adds to their
+distance. The kernel stays positive definite: it is that of the projections, times a factor of at most 1 for each
+prompt, plus a non-negative diagonal that restores the 1 of each prompt with itself.
 """
 
 from __future__ import annotations
@@ -19,26 +19,29 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from muxmesh.predictor.prompt_features import Reading, Vector
+from muxmesh.predictor.prompt_features import PromptFeatures, Vector
 
 Matrix = npt.NDArray[np.float32]
 
 _LEXICAL_SCALE = 7.0
 _WORDS_SCALE = 0.85
 _GAMMA = 0.3
-_MOST_DIRECTIONS = 128
+_MAX_DIRECTIONS = 128
 """Of 228. All of them rank better by 0.002 in Kendall's tau, and a prediction takes a seventh longer."""
 _PROMPT_NOISE = 0.1
-"""Variance between prompts that read alike; stays however often one is answered."""
-_ANSWER_NOISE = 0.1
-"""Variance between answers to one prompt."""
-_LEAST_SPREAD = 0.2
+"""Variance between prompts with equal features; it does not shrink with the number of outputs."""
+_OUTPUT_NOISE = 0.1
+"""Variance between outputs of one prompt."""
+_MIN_SPREAD = 0.2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fit:
-    """A published regression. ``directions`` [d, k], ``rows`` [n, k] along them, ``squares`` [n] of the whole rows,
-    ``weights`` [n, 2] of the mean and of the spread: all float32.
+    """A fitted regression, on n examples and k directions of d features. All arrays are float32.
+
+    ``mean`` and ``scale`` standardise the lexical features. ``directions`` [d, k] are the principal components,
+    ``rows`` [n, k] the examples along them, ``squares`` [n] the squared norms of the whole examples, ``weights`` [n, 2]
+    those of the mean and of the spread.
     """
 
     mean: Vector
@@ -49,40 +52,47 @@ class Fit:
     weights: Matrix
     mean_spread: float
 
-    def predict(self, reading: Reading) -> tuple[float, float]:
+    def predict(self, features: PromptFeatures) -> tuple[float, float]:
         """Mean and spread (mean absolute error) of the standardised log length."""
-        row = _joined(reading.lexical, reading.words, self.mean, self.scale)
+        row = _feature_rows(features.lexical, features.words, self.mean, self.scale)
         kernel = _kernel(self.rows @ (row @ self.directions), self.squares, row @ row)
         mean, more_spread = (kernel @ self.weights).tolist()
-        return mean, max(_LEAST_SPREAD, self.mean_spread + more_spread)
+        return mean, max(_MIN_SPREAD, self.mean_spread + more_spread)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Examples:
-    """What a fit learns from: float32 [n, features], [n, WORD_DIM], [n]; answers behind each target, int [n]."""
+    """What a fit learns from, one row for each prompt.
+
+    ``lexical`` float32 [n, features], ``words`` float32 [n, WORD_DIM]. ``targets`` float32 [n]: mean standardised log
+    length over the ``num_outputs`` int32 [n] outputs of the prompt.
+    """
 
     lexical: Matrix
     words: Matrix
     targets: Vector
-    num_answers: npt.NDArray[np.int32]
+    num_outputs: npt.NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.targets)
 
 
 def fit(examples: Examples, num_held_out: int) -> tuple[Fit, Vector]:
-    """A fit, and what it would say of its last ``num_held_out`` examples had it not seen their targets. O(n³)."""
+    """A fit to all examples, and the means that a fit without the last ``num_held_out`` targets predicts for them.
+
+    O(n³). The scaling and the principal components are those of all examples in both cases.
+    """
     mean = examples.lexical.mean(0)
     scale = examples.lexical.std(0) + np.float32(1e-3)
-    whole = _joined(examples.lexical, examples.words, mean, scale)
+    whole = _feature_rows(examples.lexical, examples.words, mean, scale)
     squares = np.square(whole).sum(1)
-    directions = np.linalg.eigh(whole.T @ whole).eigenvectors[:, -_MOST_DIRECTIONS:]
+    directions = np.linalg.eigh(whole.T @ whole).eigenvectors[:, -_MAX_DIRECTIONS:]
     rows = whole @ directions
     kernel = _kernel(rows @ rows.T, squares[:, None], squares)
-    np.fill_diagonal(kernel, 1 + _PROMPT_NOISE + _ANSWER_NOISE / np.maximum(1, examples.num_answers))
+    np.fill_diagonal(kernel, 1 + _PROMPT_NOISE + _OUTPUT_NOISE / np.maximum(1, examples.num_outputs))
     inverse = np.linalg.inv(kernel)
     alpha = inverse @ examples.targets
-    errors = np.abs(alpha / np.maximum(np.diag(inverse), 1e-6))
+    errors = np.abs(alpha / np.maximum(np.diag(inverse), 1e-6))  # leave-one-out residuals
     mean_spread = float(errors.mean())
     weights = np.stack([alpha, inverse @ (errors - np.float32(mean_spread))], axis=1).astype(np.float32)
     held_out = examples.targets[:0]
@@ -92,14 +102,14 @@ def fit(examples: Examples, num_held_out: int) -> tuple[Fit, Vector]:
     return Fit(mean, scale, directions, rows, squares, weights, mean_spread), held_out
 
 
-def _joined(lexical: Matrix, words: Matrix, mean: Vector, scale: Vector) -> Matrix:
-    # not np.clip, which takes much longer on one row
+def _feature_rows(lexical: Matrix, words: Matrix, mean: Vector, scale: Vector) -> Matrix:
+    # np.clip takes much longer on a single row
     standard = np.minimum(np.maximum((lexical - mean) / scale, -4), 4) / np.float32(_LEXICAL_SCALE)
     return np.concatenate([standard, words * np.float32(_WORDS_SCALE)], axis=-1)
 
 
 def _kernel(products: Matrix, left_squares: Matrix, right_squares: Matrix) -> Matrix:
-    """Overwrites the inner products: new arrays are what it would take longest."""
+    """The kernel of pairs with these inner products. Overwrites ``products``: allocation dominates the time."""
     distance = products
     distance *= -2
     distance += left_squares

@@ -1,4 +1,7 @@
-"""Prompts that were answered, and how long: a ring, for retrieval and to learn from."""
+"""The latest prompts with the lengths of their outputs: a ring, for retrieval of similar prompts and for fits.
+
+Knows features and lengths, no text. Lengths are natural logarithms of tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,59 +13,58 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from muxmesh.predictor.prompt_features import NAMES, WORD_DIM, Reading
+from muxmesh.predictor.prompt_features import LEXICAL_NAMES, WORD_DIM, PromptFeatures
 from muxmesh.predictor.regression import Examples, Matrix
 
-_SIMILAR = 0.9
-"""Cosine of word vectors from which on prompts are taken to get like answers."""
-_NUM_PLANES, _MOST_APART = 128, 34
-"""Only prompts whose word vectors lie on the same side of nearly all of some random planes are looked at closer, so
-most memory is never read. Of the planes, the angle between two vectors over π parts them (Charikar 2002): 18 of 128 at
-a cosine of 0.9, with a standard deviation of 4. Fewer than 256: they are counted in a byte."""
-_MOST_ANSWERS = 32
-_MOST_NEIGHBOURS = 16
-_PRIOR_ANSWERS = 4
-_RATE = 1 / 500
+_MIN_COSINE = 0.9
+"""Of the word vectors of two prompts. From here on their outputs are taken to be similar."""
+_SIGNATURE_BITS, _MAX_DIFFERING_BITS = 128, 34
+"""Cosines are computed only for prompts whose signatures differ in few bits, so that most rows are never read. A bit is
+the side of a random hyperplane on which the word vector lies. The share of differing bits is the angle between the
+vectors over π (Charikar 2002): at a cosine of 0.9, 18 of 128 with a standard deviation of 4. The differing bits are
+counted in a uint8, so there have to be fewer than 256."""
+_MAX_OUTPUTS_PER_PROMPT = 32
+_MAX_NEIGHBOURS = 16
+_PRIOR_OUTPUTS = 4
+_MIN_RATE = 1 / 500
+_MIN_DEVIATION = 0.05
 
 
 @dataclass(slots=True)
-class Scale:
-    """Running mean and standard deviation of a model's log lengths. The last few hundred answers count."""
+class LengthStats:
+    """Running mean and variance of log lengths, over about the last 500 outputs."""
 
     count: int = 0
     mean: float = 0.0
     variance: float = 0.0
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Scale:
-        """From its fields, as a snapshot has them. Raises ValueError or TypeError if they are something else."""
+    def from_fields(cls, values: Sequence[float]) -> LengthStats:
+        """From the values of its fields. Raises ValueError or TypeError if they are not such values."""
         count, mean, variance = values
-        if (
-            not (count >= 0 and math.isfinite(count) and math.isfinite(mean) and math.isfinite(variance))
-            or variance < 0
-        ):
-            raise ValueError("a scale is no number")
+        if not (all(map(math.isfinite, (count, mean, variance))) and count >= 0 and variance >= 0):
+            raise ValueError(f"length statistics are count, mean and variance, not {values}")
         return cls(int(count), float(mean), float(variance))
 
-    def add(self, value: float) -> None:
-        """Takes in a log length."""
+    def add(self, log_length: float) -> None:
+        """Adds an output."""
         self.count += 1
-        rate = max(1 / self.count, _RATE)
-        difference = value - self.mean
+        rate = max(1 / self.count, _MIN_RATE)
+        difference = log_length - self.mean
         self.mean += rate * difference
         self.variance += rate * ((1 - rate) * difference**2 - self.variance)
 
-    def towards(self, everyone: Scale) -> tuple[float, float]:
-        """Mean and standard deviation; after few answers those of all models count as well."""
-        own = self.count / (self.count + _PRIOR_ANSWERS)
-        mean = own * self.mean + (1 - own) * everyone.mean
-        variance = own * self.variance + (1 - own) * everyone.variance
-        return mean, max(math.sqrt(variance), 0.05)
+    def shrunk_towards(self, prior: LengthStats) -> tuple[float, float]:
+        """Mean and standard deviation; ``prior`` weighs as much as a few outputs."""
+        own = self.count / (self.count + _PRIOR_OUTPUTS)
+        mean = own * self.mean + (1 - own) * prior.mean
+        variance = own * self.variance + (1 - own) * prior.variance
+        return mean, max(math.sqrt(variance), _MIN_DEVIATION)
 
 
 @dataclass(slots=True)
-class _Answers:
-    """What is known of one prompt: pairs of model and log length, the latest last."""
+class _PromptOutputs:
+    """The outputs of one prompt: pairs of model and log length, the latest last."""
 
     prompt_hash: int
     lengths: list[tuple[str, float]] = field(default_factory=list)
@@ -70,140 +72,158 @@ class _Answers:
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """Answered prompts like the one asked about: how many answers, weighted by likeness, and their mean."""
+    """Outputs of prompts similar to a given one: their number, weighted by similarity, and their mean.
 
-    num_answers: float
+    The mean is in standardised log length.
+    """
+
+    num_outputs: float
     mean: float
 
 
 class History:
-    """Owns the ring and the scale of each model. Invariant: a prompt has one row, the latest ``capacity`` are here."""
+    """Owns a ring of prompts, and the length statistics of each model.
+
+    Invariant: a prompt has one row, and the ring holds the ``capacity`` prompts that were added last.
+    """
 
     def __init__(self, capacity: int = 4096) -> None:
         self.capacity = capacity
         self._words = np.zeros((capacity, WORD_DIM), np.float32)
-        self._planes = np.random.default_rng(0).standard_normal((WORD_DIM, _NUM_PLANES), np.float32)
-        self._sides = np.zeros((_NUM_PLANES // 64, capacity), np.uint64)
-        self._lexical = np.zeros((capacity, len(NAMES)), np.float32)
-        self._answers: list[_Answers] = []
+        self._planes = np.random.default_rng(0).standard_normal((WORD_DIM, _SIGNATURE_BITS), np.float32)
+        self._signatures = np.zeros((_SIGNATURE_BITS // 64, capacity), np.uint64)
+        self._lexical = np.zeros((capacity, len(LEXICAL_NAMES)), np.float32)
+        self._outputs: list[_PromptOutputs] = []
         self._row_of: dict[int, int] = {}
-        self._next = 0
-        self._everyone = Scale()
-        self._scales: dict[str, Scale] = {}
+        self._next_row = 0
+        self._all_models = LengthStats()
+        self._stats: dict[str, LengthStats] = {}
         self.num_observed = 0
+        """Outputs ever added."""
         self.num_rows = 0
-        """Prompts that ever got a row."""
+        """Rows ever filled; `len` is the number of rows that the ring holds."""
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return len(self._outputs)
 
     def scale(self, model: str) -> tuple[float, float]:
-        """Mean and standard deviation of the model's log lengths; of all models' if it is new."""
-        return self._scales.get(model, Scale()).towards(self._everyone)
+        """Mean and standard deviation of the model's log lengths; those of all models if it is new."""
+        return self._stats.get(model, LengthStats()).shrunk_towards(self._all_models)
 
-    def add(self, prompt_hash: int, reading: Reading, model: str, log_length: float) -> None:
-        """An answer ended."""
+    def add(self, prompt_hash: int, features: PromptFeatures, model: str, log_length: float) -> None:
+        """Adds an output. A prompt that the ring holds keeps its row and its features."""
         self.num_observed += 1
-        self._everyone.add(log_length)
-        self._scales.setdefault(model, Scale()).add(log_length)
+        self._all_models.add(log_length)
+        self._stats.setdefault(model, LengthStats()).add(log_length)
         row = self._row_of.get(prompt_hash)
         if row is None:
             row = self._fresh_row(prompt_hash)
-            self._words[row], self._lexical[row] = reading.words, reading.lexical
-            self._sides[:, row] = self._sides_of(reading.words)
-        lengths = self._answers[row].lengths
+            self._words[row], self._lexical[row] = features.words, features.lexical
+            self._signatures[:, row] = self._signatures_of(features.words)
+        lengths = self._outputs[row].lengths
         lengths.append((model, log_length))
-        del lengths[:-_MOST_ANSWERS]
+        del lengths[:-_MAX_OUTPUTS_PER_PROMPT]
 
-    def neighbours(self, reading: Reading) -> Neighbours | None:
-        """Answers to prompts that read like this one; None if there is none. In standardised log length."""
-        if not self._answers:
+    def neighbours(self, features: PromptFeatures) -> Neighbours | None:
+        """Outputs of the prompts most similar to this one; None if none is similar enough."""
+        if not self._outputs:
             return None
-        sides = self._sides_of(reading.words)
-        apart = np.bitwise_count(self._sides[:, : len(self)] ^ sides[:, None]).sum(0, np.uint8)
-        maybe = np.flatnonzero(apart <= _MOST_APART)
-        if len(maybe) == 0:
+        signature = self._signatures_of(features.words)
+        differing = np.bitwise_count(self._signatures[:, : len(self)] ^ signature[:, None]).sum(0, np.uint8)
+        candidates = np.flatnonzero(differing <= _MAX_DIFFERING_BITS)
+        if len(candidates) == 0:
             return None
-        nearness = (self._words[maybe] @ reading.words - _SIMILAR) / (1 - _SIMILAR)
-        nearest = np.argsort(-nearness)[:_MOST_NEIGHBOURS]
+        similarity = (self._words[candidates] @ features.words - _MIN_COSINE) / (1 - _MIN_COSINE)
+        nearest = np.argsort(-similarity)[:_MAX_NEIGHBOURS]
         scales: dict[str, tuple[float, float]] = {}
         weight = total = 0.0
-        for row, near in zip(maybe[nearest].tolist(), nearness[nearest].tolist(), strict=True):
-            if near <= 0:
+        for row, similar in zip(candidates[nearest].tolist(), similarity[nearest].tolist(), strict=True):
+            if similar <= 0:
                 break
-            for model, length in self._answers[row].lengths:
+            for model, length in self._outputs[row].lengths:
                 mean, deviation = scales.get(model) or scales.setdefault(model, self.scale(model))
-                weight += near**2
-                total += near**2 * (length - mean) / deviation
+                weight += similar**2
+                total += similar**2 * (length - mean) / deviation
         return Neighbours(weight, total / weight) if weight > 0 else None
 
-    def examples(self, most: int) -> Examples:
-        """The latest rows, oldest first."""
-        rows = self._oldest_first()[-most:]
-        known = [self._answers[row].lengths for row in rows]
-        scales = {model: self.scale(model) for model in self._scales}
+    def examples(self, max_rows: int) -> Examples:
+        """The latest rows, at most ``max_rows``, oldest first."""
+        rows = self._oldest_first()[-max_rows:]
+        lengths_of_rows = [self._outputs[row].lengths for row in rows]
+        scales = {model: self.scale(model) for model in self._stats}
         targets = [
             sum((length - scales[model][0]) / scales[model][1] for model, length in lengths) / len(lengths)
-            for lengths in known
+            for lengths in lengths_of_rows
         ]
         return Examples(
             self._lexical[rows],
             self._words[rows],
             np.array(targets, np.float32),
-            np.array([len(lengths) for lengths in known], np.int32),
+            np.array([len(lengths) for lengths in lengths_of_rows], np.int32),
         )
 
     def dump(self) -> tuple[Matrix, Matrix, dict[str, Any]]:
-        """Word vectors and lexical features, oldest first, and the rest as JSON can say it."""
+        """Copies of the word vectors and lexical features, oldest row first, and the rest as JSON values."""
         rows = self._oldest_first()
-        answers = [[self._answers[row].prompt_hash, self._answers[row].lengths] for row in rows]
-        scales = {model: astuple(scale) for model, scale in self._scales.items()}
-        known = {"answers": answers, "scales": scales, "everyone": astuple(self._everyone), "num": self.num_observed}
-        return self._words[rows], self._lexical[rows], known
+        state = {
+            "outputs": [[self._outputs[row].prompt_hash, list(self._outputs[row].lengths)] for row in rows],
+            "stats": {model: astuple(stats) for model, stats in self._stats.items()},
+            "all_models": astuple(self._all_models),
+            "num_observed": self.num_observed,
+        }
+        return self._words[rows], self._lexical[rows], state
 
-    def load(self, words: Matrix, lexical: Matrix, known: Mapping[str, Any]) -> None:
-        """Takes the place of what `dump` gave. Raises ValueError, KeyError or TypeError if it is something else."""
-        scales = {model: Scale.of(values) for model, values in known["scales"].items()}
-        answers = [
-            _Answers(int(prompt_hash), [(model, float(length)) for model, length in lengths])
-            for prompt_hash, lengths in known["answers"]
+    def load(self, words: Matrix, lexical: Matrix, state: Mapping[str, Any]) -> None:
+        """Replaces everything by what `dump` returned; of more rows than ``capacity``, the latest are kept.
+
+        Raises ValueError, KeyError, TypeError or AttributeError, and then changes nothing, if the arguments are no such
+        values.
+        """
+        stats = {model: LengthStats.from_fields(values) for model, values in state["stats"].items()}
+        all_models, num_observed = LengthStats.from_fields(state["all_models"]), int(state["num_observed"])
+        outputs = [
+            _PromptOutputs(int(prompt_hash), [(model, float(length)) for model, length in lengths])
+            for prompt_hash, lengths in state["outputs"]
         ]
-        finite = bool(np.isfinite(words).all() and np.isfinite(lexical).all())
-        shapes = (len(answers), WORD_DIM), (len(answers), len(NAMES))
-        if (words.shape, lexical.shape) != shapes or not finite or not _all_known(answers, scales):
-            raise ValueError("the rows and the answers do not belong together")
-        keep = min(len(answers), self.capacity)
-        answers, words, lexical = answers[-keep:] if keep else [], words[-keep:], lexical[-keep:]
-        self._answers = answers
+        is_finite = bool(np.isfinite(words).all() and np.isfinite(lexical).all())
+        shapes = (len(outputs), WORD_DIM), (len(outputs), len(LEXICAL_NAMES))
+        if (words.shape, lexical.shape) != shapes or not is_finite or not _are_complete(outputs, stats):
+            raise ValueError("the rows and the outputs do not belong together")
+        keep = min(len(outputs), self.capacity)
+        outputs, words, lexical = outputs[-keep:] if keep else [], words[-keep:], lexical[-keep:]
+        self._outputs = outputs
         self._words[:keep], self._lexical[:keep] = words[:keep], lexical[:keep]
-        self._sides[:, :keep] = self._sides_of(words).T
-        self._row_of = {one.prompt_hash: row for row, one in enumerate(answers)}
-        self._next = keep % self.capacity
-        self._scales, self._everyone = scales, Scale.of(known["everyone"])
-        self.num_observed = int(known["num"])
+        self._signatures[:, :keep] = self._signatures_of(words).T
+        self._row_of = {one.prompt_hash: row for row, one in enumerate(outputs)}
+        self._next_row = 0  # of a full ring, the oldest row
+        self._stats, self._all_models, self.num_observed = stats, all_models, num_observed
         self.num_rows = keep
 
-    def _sides_of(self, words: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
-        """A bit for each plane: [..., WORD_DIM] to [..., _NUM_PLANES // 64]."""
+    def _signatures_of(self, words: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
+        """[..., WORD_DIM] to [..., _SIGNATURE_BITS // 64], one bit for each hyperplane."""
         return np.packbits(words @ self._planes > 0, axis=-1).view(np.uint64)
 
     def _oldest_first(self) -> list[int]:
-        first = self._next if len(self) == self.capacity else 0
+        first = self._next_row if len(self) == self.capacity else 0
         return [*range(first, len(self)), *range(first)]
 
     def _fresh_row(self, prompt_hash: int) -> int:
         if len(self) < self.capacity:
-            self._answers.append(_Answers(prompt_hash))
+            self._outputs.append(_PromptOutputs(prompt_hash))
             row = len(self) - 1
         else:
-            row = self._next
-            del self._row_of[self._answers[row].prompt_hash]
-            self._answers[row] = _Answers(prompt_hash)
-        self._next = (row + 1) % self.capacity
+            row = self._next_row
+            del self._row_of[self._outputs[row].prompt_hash]
+            self._outputs[row] = _PromptOutputs(prompt_hash)
+        self._next_row = (row + 1) % self.capacity
         self._row_of[prompt_hash] = row
         self.num_rows += 1
         return row
 
 
-def _all_known(answers: Sequence[_Answers], scales: Mapping[str, Scale]) -> bool:
-    return all(one.lengths and all(model in scales for model, _ in one.lengths) for one in answers)
+def _are_complete(outputs: Sequence[_PromptOutputs], stats: Mapping[str, LengthStats]) -> bool:
+    """True if each prompt is there once, with finite lengths of models that have statistics."""
+    lengths = [length for one in outputs for length in one.lengths]
+    is_unique = len({one.prompt_hash for one in outputs}) == len(outputs)
+    is_known = all(model in stats and math.isfinite(length) for model, length in lengths)
+    return is_unique and is_known and all(one.lengths for one in outputs)

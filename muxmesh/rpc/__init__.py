@@ -1,1 +1,1 @@
-"""gRPC, once for all services: server, channels, the table between errors and status codes, message conversion."""
+"""gRPC for all services: server, channels, status codes of errors, conversion between messages and values."""

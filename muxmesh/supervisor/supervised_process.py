@@ -1,4 +1,7 @@
-"""One supervised process: started, watched, restarted with back-off, its output collected under its name."""
+"""Runs one process: restarts it with back-off when it exits, and collects its output in a log file.
+
+Knows no service. The caller passes the command and the check that the process is ready.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,25 @@ from muxmesh.errors import Unavailable
 _log = logging.getLogger("supervisor")
 
 FIRST_BACKOFF_S = 0.2
+"""Delay before the first restart. It doubles with each further restart."""
 LONGEST_BACKOFF_S = 10.0
+"""Upper bound of the delay before a restart."""
 HEALTHY_AFTER_S = 30.0
-"""A process that lived for this long is restarted after the first back-off."""
-_MAX_EARLY_DEATHS = 3
+"""Uptime that resets the delay to `FIRST_BACKOFF_S`."""
+_MAX_EARLY_EXITS = 3
+"""Exits before the process was ever ready, after which it is not restarted."""
 _LOG_BYTES = 10 * 1024 * 1024
 _KEPT_LINES = 20
 _LAST_OUTPUT_S = 1.0
+"""Time limit for reading the output after an exit. A child that inherited the pipe may keep it open."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """What to run. ``wait_ready`` returns when it serves for the first time. ``environment`` is added to ours."""
+    """The command of a process. ``environment`` extends and overrides the environment of the supervisor.
+
+    ``wait_ready`` returns when the process serves. It may wait forever.
+    """
 
     name: str
     command: tuple[str, ...]
@@ -40,14 +50,17 @@ class ProcessSpec:
 
 
 def log_file(path: Path) -> RotatingFileHandler:
-    """A log file that keeps the last 10 to 20 MB, with the time before each line."""
+    """A rotating log file that keeps the last 10 to 20 MB. Each line starts with the time."""
     handler = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     return handler
 
 
 class SupervisedProcess:
-    """Owns one process. Invariant: at most one is alive at a time, and none after `stop`."""
+    """Owns one process and its restarts. Invariant: at most one instance runs at a time, and none after `stop`.
+
+    ``show_line`` is called with the name and each line of output, ``on_restart`` with the name before each restart.
+    """
 
     def __init__(
         self,
@@ -63,23 +76,27 @@ class SupervisedProcess:
         self._show_line = show_line
         self._on_restart = on_restart
         self._process: asyncio.subprocess.Process | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._restart_loop: asyncio.Task[None] | None = None
         self._was_ready = False
+        self._stopping = False
         self._gave_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._file = log_file(logs / f"{spec.name.replace('/', '-')}.log")
 
     @property
     def pid(self) -> int | None:
-        """Of the running process."""
+        """Process id, or None while no instance runs."""
         return self._process.pid if self._process and self._process.returncode is None else None
 
     def start(self) -> None:
-        """Starts it, and keeps it running from now on."""
-        self._keeper = asyncio.create_task(self._keep(), name=f"keeper of {self.spec.name}")
+        """Starts the process. It is restarted when it exits, until `stop`."""
+        self._restart_loop = asyncio.create_task(self._run_until_stopped(), name=f"supervise {self.spec.name}")
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Waits until it serves. Raises Unavailable, with its last output, if it keeps dying or takes too long."""
+        """Waits until the process serves.
+
+        Raises Unavailable with its last output after ``timeout_s``, or if it exits repeatedly before it serves.
+        """
         ready = asyncio.ensure_future(self.spec.wait_ready())
         ended: set[asyncio.Future[Any]] = {ready, self._gave_up}
         try:
@@ -95,46 +112,46 @@ class SupervisedProcess:
         self._was_ready = True
 
     async def stop(self, grace_s: float) -> None:
-        """SIGTERM, and SIGKILL after ``grace_s``."""
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
-        if self._process is not None and self._process.returncode is None:
+        """Sends SIGTERM, and SIGKILL after ``grace_s``. Waits for the exit and collects the output up to it."""
+        self._stopping = True
+        if self._restart_loop is not None:
+            if self.pid is None:
+                self._restart_loop.cancel()
             self.signal(signal.SIGTERM)
-            try:
-                async with asyncio.timeout(grace_s):
-                    await self._process.wait()
-            except TimeoutError:
-                _log.warning("%s did not stop in %.0f s: killed", self.spec.name, grace_s)
+            await asyncio.wait({self._restart_loop}, timeout=grace_s)
+            if self.pid is not None:
+                _log.warning("%s did not stop within %.0f s and is killed", self.spec.name, grace_s)
                 self.signal(signal.SIGKILL)
-                await self._process.wait()
+            await asyncio.gather(self._restart_loop, return_exceptions=True)
         self._file.close()
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal if it is alive."""
+        """Sends a signal to the process. No effect while no instance runs."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
-    async def _keep(self) -> None:
-        backoff_s, deaths = FIRST_BACKOFF_S, 0
+    async def _run_until_stopped(self) -> None:
+        backoff_s, num_exits = FIRST_BACKOFF_S, 0
         while True:
             started_at_s = self._clock.monotonic_s()
-            how = await self._one_life()
-            deaths += 1
-            if not self._was_ready and deaths >= _MAX_EARLY_DEATHS:
-                self._gave_up.set_result(f"ended {deaths} times before it was ready, last {how}")
+            cause = await self._run_once()
+            if self._stopping:
+                return
+            num_exits += 1
+            if not self._was_ready and num_exits >= _MAX_EARLY_EXITS:
+                self._gave_up.set_result(f"exited {num_exits} times before it was ready, last: {cause}")
                 return
             if self._clock.monotonic_s() - started_at_s >= HEALTHY_AFTER_S:
                 backoff_s = FIRST_BACKOFF_S
-            _log.warning("%s ended %s; restarting in %.1f s", self.spec.name, how, backoff_s)
+            _log.warning("%s: %s; restart in %.1f s", self.spec.name, cause, backoff_s)
             self.num_restarts += 1
             await self._on_restart(self.spec.name)
             await asyncio.sleep(backoff_s)
             backoff_s = min(backoff_s * 2, LONGEST_BACKOFF_S)
 
-    async def _one_life(self) -> str:
-        """Runs the process to its end; returns how it ended."""
+    async def _run_once(self) -> str:
+        """Runs the process until it exits. Returns the cause of the exit."""
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *self.spec.command,
@@ -142,24 +159,24 @@ class SupervisedProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,  # the supervisor handles Ctrl-C
+                start_new_session=True,  # so that Ctrl-C reaches the supervisor only
             )
-        except OSError as error:  # no memory, no process table entry: may be temporary
-            return f"before it started: {error}"
+        except OSError as error:  # possibly temporary: out of memory or process table entries
+            return f"cannot be started: {error}"
         output = asyncio.create_task(self._collect_output(self._process))
         try:
             code = await self._process.wait()
             await asyncio.wait({output}, timeout=_LAST_OUTPUT_S)
         finally:
             output.cancel()
-        return f"with code {code}"
+        return f"exit code {code}"
 
     async def _collect_output(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
         while True:
             try:
                 raw = await process.stdout.readline()
-            except ValueError:  # a line longer than the reader's limit is dropped
+            except ValueError:  # the part of a line beyond the limit of the reader is dropped
                 continue
             if not raw:
                 return
@@ -168,6 +185,6 @@ class SupervisedProcess:
             self._file.handle(logging.LogRecord(self.spec.name, logging.INFO, "", 0, line, None, None))
             self._show_line(self.spec.name, line)
 
-    def _failure(self, what: str) -> str:
+    def _failure(self, problem: str) -> str:
         output = "\n".join(f"  {line}" for line in self._last_lines)
-        return f"{self.spec.name} {what}" + (f"; its last output:\n{output}" if output else "")
+        return f"{self.spec.name} {problem}" + (f"; its last output:\n{output}" if output else "")

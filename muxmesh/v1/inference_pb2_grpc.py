@@ -50,15 +50,15 @@ class InferenceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """One answer in one message.
+        """Returns the complete output in one message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """The same answer in deltas: text and token ids that are new since the last message.
-        A token once sent never changes. Cancelling the call aborts the request on every worker.
+        """Streams the output as deltas: the text and token ids that are new since the last message. A token that was sent
+        never changes. Cancelling the call aborts the request on every worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,1 +1,1 @@
-"""The gRPC door of the router: the only modules of it that know the public messages."""
+"""The gRPC API of the router. No other module of the router knows the public messages."""

@@ -1,6 +1,7 @@
-"""Between the messages of muxmesh.v1.Inference and the router's own values. Pure.
+"""Converts the messages of muxmesh.v1.Inference to the router's own values and back. Pure.
 
-A field that the mesh does not know or support is refused by its name, never ignored.
+A field that the mesh does not know or support is refused by its name, never ignored. Values are checked elsewhere
+(`router.request_validation`).
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ _FINISH_REASONS = {
 
 
 def request_from_message(message: inference_pb2.GenerateRequest) -> GenerationRequest:
-    """The request in ``message``. Raises InvalidRequest for what cannot be expressed as one."""
+    """Converts ``message``. Raises InvalidRequest for a field that a `GenerationRequest` cannot express."""
     for path in _unknown_fields(message, ""):
-        raise InvalidRequest(path, "is a field that this mesh does not know")
+        raise InvalidRequest(path, "is a field that this mesh does not know; it may be of a newer version")
     prompt = _prompt(message)
     for name in _UNSUPPORTED:
         if message.HasField(name):
@@ -70,15 +71,15 @@ def request_from_message(message: inference_pb2.GenerateRequest) -> GenerationRe
         truncate_prompt_tokens=message.truncate_prompt_tokens if truncates else None,
         priority=message.priority,
         expected_output_tokens=message.expected_output_tokens if has_hint else None,
-        tenant=message.kv.cache_salt,  # until there are API keys
+        tenant=message.kv.cache_salt,  # as long as there are no API keys
         cache_salt=message.kv.cache_salt,
         bypass_prefix_cache=message.kv.bypass_prefix_cache,
         kv_swap_format=_SWAP_FORMATS[message.kv.swap_format],
     )
 
 
-def message_of(delta: OutputDelta, options: OutputOptions) -> inference_pb2.GenerateResponse:
-    """A message with what is new, as far as the client wants it."""
+def message_from_delta(delta: OutputDelta, options: OutputOptions) -> inference_pb2.GenerateResponse:
+    """Converts ``delta``, without the parts that ``options`` exclude."""
     message = inference_pb2.GenerateResponse()
     output, new = message.outputs, delta.new
     output.index, output.num_tokens = delta.index, len(new.token_ids)

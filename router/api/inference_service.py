@@ -1,4 +1,4 @@
-"""The Inference service: messages to the pipeline and back."""
+"""The Inference service: passes requests to the pipeline and sends its deltas. Owns request ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import grpc
 
 from muxmesh.clock import Clock
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc
-from router.api.generate_messages import message_of, request_from_message
+from router.api.generate_messages import message_from_delta, request_from_message
 from router.pipeline import GenerationPipeline
 from router.request_validation import check_request_id
 
@@ -30,7 +30,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def GenerateStream(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        """See the proto."""
+        """See the proto. Sends the request id as the initial metadata `x-request-id`."""
         arrived_at_s = self._clock.monotonic_s()
         generation = request_from_message(request)
         self._pipeline.validate(generation)
@@ -39,12 +39,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         await context.send_initial_metadata((("x-request-id", request_id),))
         async with aclosing(self._pipeline.run(generation, arrived_at_s)) as deltas:
             async for delta in deltas:
-                yield message_of(delta, generation.output)
+                yield message_from_delta(delta, generation.output)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> inference_pb2.GenerateResponse:
-        """See the proto."""
+        """See the proto. Merges the messages of `GenerateStream`."""
         whole = inference_pb2.GenerateResponse()
         outputs: dict[int, inference_pb2.SequenceOutput] = {}
         async with aclosing(self.GenerateStream(request, context)) as parts:
@@ -62,7 +62,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
 
 def _request_id(context: Context) -> str:
-    """The request's id in its metadata, if there is one. Raises InvalidRequest."""
+    """The request id in the call's metadata, or an empty string. Raises InvalidRequest."""
     for key, value in context.invocation_metadata() or ():
         if key == "x-request-id":
             request_id = value if isinstance(value, str) else value.decode(errors="replace")

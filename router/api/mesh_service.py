@@ -1,4 +1,4 @@
-"""The Mesh service: which models are served, and the state of the mesh."""
+"""The Mesh service: reports the served models and the state of the mesh. Changes nothing."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
         return mesh_pb2.GetModelInfoResponse(model=_model_info(self._models.find(request.model)))
 
     async def GetStatus(self, request: mesh_pb2.GetStatusRequest, context: Context) -> mesh_pb2.GetStatusResponse:
-        """See the proto. A unit that does not answer is reported as not connected."""
+        """See the proto. A unit whose kvstore does not respond is reported as not connected."""
         processes = await self._registry.processes()
         return mesh_pb2.GetStatusResponse(
             version=__version__,
@@ -94,7 +94,7 @@ async def _unit_status(link: UnitLink) -> mesh_pb2.UnitStatus:
         return (await link.kvstore.GetUnitStatus(request, timeout=_STATUS_TIMEOUT_S)).unit
     except grpc.aio.AioRpcError as error:
         if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            raise from_rpc_error(error) from error  # its integrity is broken: that must be seen
+            raise from_rpc_error(error) from error  # a failed integrity check must not be hidden
     return mesh_pb2.UnitStatus(unit=link.name, connected=False)
 
 

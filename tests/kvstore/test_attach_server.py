@@ -1,31 +1,39 @@
-"""The attach socket, with real processes at the other end."""
+"""The attach socket, with real processes at the other end; timers under virtual time with processes that only exit."""
 
 import asyncio
 import json
+import os
 import random
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from kvstore.attach_protocol import BEAT_EVERY_S, MAX_MESSAGE_BYTES, MAX_SILENT_CHECKS
 from kvstore.attach_server import AttachServer
 from kvstore.device_memory import HostMemory
+from kvstore.fence import Fence
+from kvstore.grant_page import MAX_WORKERS, Word
 from kvstore.grant_table import GrantTable
-from kvstore.unit import Unit, UnitModel
+from kvstore.unit import IssuedCredit, Unit, UnitModel
 from muxmesh.device.kv_view import KvView
 from muxmesh.errors import Unavailable
 from muxmesh.models.model_spec import KvShape
+from muxmesh.step_cost import StepCost
 from muxmesh.types import KvDemand, QueuedRequest, Role, SchedulingState
+from tests.support.virtual_time import run_virtually
 from worker.attachment import attach, attach_writer
 
 SLAB_BYTES = 64 * 1024
 SHAPE = KvShape(num_layers=2, num_kv_heads=1, head_dim=16, block_size=8, dtype_bytes=4)
+
 WORKER = """
 import asyncio, sys, time
 from pathlib import Path
@@ -40,7 +48,7 @@ while True:
     time.sleep(0.01)
 """
 
-WRITER = """
+BUSY_WORKER = """
 import asyncio, json, sys, threading, time
 from pathlib import Path
 import numpy as np
@@ -55,41 +63,70 @@ def beat():
         time.sleep(0.01)
 threading.Thread(target=beat, daemon=True).start()
 print("attached", flush=True)
-pattern, places = json.loads(sys.stdin.readline())
+pattern, offsets = json.loads(sys.stdin.readline())
 size = int(sys.argv[3])
 written = False
 while True:
-    for place in places:
-        block = memory[place : place + size]
+    for offset in offsets:
+        block = memory[offset : offset + size]
         if written and not (block == pattern).all():
-            print("foreign", flush=True)
+            print("overwritten", flush=True)
         block[:] = pattern
     if not written:
         print("written", flush=True)
     written = True
 """
-"""Writes the pattern that it is told to into its blocks, for ever, and says so if anything else is there."""
+"""Writes the pattern of its input into its blocks without a pause, and reports a block that holds anything else."""
+
+WRITER = """
+import asyncio, sys, threading, time
+from pathlib import Path
+from worker.attachment import attach_writer
+connection, pool = asyncio.run(attach_writer(Path(sys.argv[1]), sys.argv[2]))
+print("attached", flush=True)
+while True:
+    pool._memory[int(sys.argv[3])] = 7.0
+"""
+"""A further process that writes into the pool for a worker without a pause."""
 
 
 class Server:
-    def __init__(self, path: Path) -> None:
+    """A unit with one model and its attach socket."""
+
+    def __init__(self, path: Path, fence: Fence | None = None, check_every_s: float = 0.05) -> None:
         self.path = path
         self.unit = Unit(4 * SLAB_BYTES, SLAB_BYTES, {"m": UnitModel(SHAPE, 4, 512)})
         self.memory, self.grants = HostMemory(4 * SLAB_BYTES), GrantTable()
         self.changes = asyncio.Event()
         self.attach = AttachServer(
-            path, self.unit, self.memory, None, self.grants, self.changes.set, check_every_s=0.05
+            path, self.unit, self.memory, None, self.grants, self.changes.set, fence, check_every_s
         )
         self.attach.start()
+
+    def close(self) -> None:
+        self.attach.close()
+        self.grants.close()
+        self.memory.close()
 
     @property
     def pool_path(self) -> str:
         """The pool as a file of this process."""
         return f"/proc/self/fd/{self.memory.shards[0].segments[0].fd}"
 
-    async def until(self, what: Callable[[], bool]) -> None:
+    def offer(self, entry_id: int, num_tokens: int) -> None:
+        demand = KvDemand(num_tokens, num_tokens)
+        self.unit.offer("r", QueuedRequest(entry_id, "m", SchedulingState(0, 0.0), demand))
+
+    def lease_to_prefill(self, num_tokens: int = 30) -> IssuedCredit:
+        """Admits a request whose credit its prefill worker acquires."""
+        self.offer(1, num_tokens)
+        (issued,) = self.unit.schedule(0.0, 0.0).credits
+        self.unit.acquire(issued.lease.ref, issued.prefill.name)
+        return issued
+
+    async def until(self, is_reached: Callable[[], bool]) -> None:
         async with asyncio.timeout(20):
-            while not what():
+            while not is_reached():
                 self.changes.clear()
                 await self.changes.wait()
 
@@ -104,19 +141,32 @@ class Server:
 async def server(tmp_path: Path) -> AsyncIterator[Server]:
     running = Server(tmp_path / "a.sock")
     yield running
-    running.attach.close()
+    running.close()
+
+
+@contextmanager
+def python_process(*command: str) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @contextmanager
 def worker_process(
     server: Server, role: str, script: str = WORKER, *arguments: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-c", script, str(server.path), role, *arguments]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    with python_process(script, str(server.path), role, *arguments) as process:
+        yield process
+
+
+async def line_of(process: subprocess.Popen[bytes]) -> bytes:
+    assert process.stdout is not None
+    return await asyncio.to_thread(process.stdout.readline)
+
+
+# Workers
 
 
 async def test_a_worker_writes_into_the_units_own_memory(server: Server) -> None:
@@ -126,28 +176,24 @@ async def test_a_worker_writes_into_the_units_own_memory(server: Server) -> None
         assert mapped[5] == 42.0
 
 
-async def test_a_killed_workers_leases_and_slot_come_back(server: Server) -> None:
+async def test_a_killed_worker_loses_its_leases_and_its_slot(server: Server) -> None:
     with worker_process(server, "prefill") as prefill, worker_process(server, "decode") as decode:
         await server.until_ready(2)
-        server.unit.offer("r", QueuedRequest(1, "m", SchedulingState(0, 0.0), KvDemand(30, 30)))
-        (given,) = server.unit.schedule(0.0, 0.0).credits
-        server.unit.acquire(given.lease.ref, given.prefill.name)
+        issued = server.lease_to_prefill()
         prefill.kill()
         await server.until_attached(1)
         assert len(server.unit.leases) == 0
         server.unit.check_integrity()
         with pytest.raises(KeyError):
-            server.attach.slot_of(given.prefill.name)
+            server.attach.slot_of(issued.prefill.name)
         decode.kill()
         await server.until_attached(0)
 
 
-async def test_a_silent_workers_leases_expire_with_it(server: Server) -> None:
+async def test_a_worker_that_is_stopped_is_killed_and_its_leases_end(server: Server) -> None:
     with worker_process(server, "prefill") as prefill, worker_process(server, "decode"):
         await server.until_ready(2)
-        server.unit.offer("r", QueuedRequest(1, "m", SchedulingState(0, 0.0), KvDemand(30, 30)))
-        (given,) = server.unit.schedule(0.0, 0.0).credits
-        server.unit.acquire(given.lease.ref, given.prefill.name)
+        server.lease_to_prefill()
         prefill.send_signal(signal.SIGSTOP)
         await server.until_attached(1)
         assert prefill.wait() == -signal.SIGKILL
@@ -156,47 +202,45 @@ async def test_a_silent_workers_leases_expire_with_it(server: Server) -> None:
 
 
 @pytest.mark.parametrize("fault", ["stopped", "killed", "stopped for a moment"])
-async def test_a_lost_worker_never_writes_into_blocks_that_are_anothers(server: Server, fault: str) -> None:
-    """The victim writes without a pause. Whatever becomes of it, the blocks' next owner finds its own pattern only."""
+async def test_a_lost_worker_never_writes_into_blocks_of_another(server: Server, fault: str) -> None:
+    """The lost worker writes without a pause. The next owner of its blocks finds its own pattern only."""
     view = KvView(np.memmap(server.pool_path, dtype=np.float32, mode="r"), SHAPE, SLAB_BYTES)
     size = SHAPE.token_block_bytes // 4
     capacity = server.unit.pool.capacity_blocks("m") * SHAPE.block_size
     rng = random.Random(fault)
-    with worker_process(server, "decode"), ExitStack() as writers:
+    with worker_process(server, "decode"), ExitStack() as processes:
         await server.until_ready(1)
         for turn in range(1, 6):
-            writer = writers.enter_context(worker_process(server, "prefill", WRITER, str(size)))
+            busy = processes.enter_context(worker_process(server, "prefill", BUSY_WORKER, str(size)))
             await server.until_ready(2)
-            server.unit.offer("r", QueuedRequest(turn, "m", SchedulingState(0, 0.0), KvDemand(capacity, capacity)))
-            (given,) = server.unit.schedule(0.0, 0.0).credits
-            lease = server.unit.acquire(given.lease.ref, given.prefill.name)
-            places = [int(offset) for offset in view.block_offsets(lease.block_ids)]
-            assert writer.stdin is not None
-            assert writer.stdout is not None
-            writer.stdin.write(json.dumps([turn, places]).encode() + b"\n")
-            writer.stdin.flush()
-            said = [await asyncio.to_thread(writer.stdout.readline) for _ in range(2)]
-            assert said == [b"attached\n", b"written\n"]
+            server.offer(turn, capacity)
+            (issued,) = server.unit.schedule(0.0, 0.0).credits
+            lease = server.unit.acquire(issued.lease.ref, issued.prefill.name)
+            offsets = [int(offset) for offset in view.block_offsets(lease.block_ids)]
+            assert busy.stdin is not None
+            busy.stdin.write(json.dumps([turn, offsets]).encode() + b"\n")
+            busy.stdin.flush()
+            assert [await line_of(busy) for _ in range(2)] == [b"attached\n", b"written\n"]
             for _ in range(20):
-                assert all((view.pool[place : place + size] == turn).all() for place in places)
+                assert all((view.pool[offset : offset + size] == turn).all() for offset in offsets)
                 await asyncio.sleep(rng.uniform(0.0, 0.005))
-            writer.send_signal(signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
-            server.unit.offer("r", QueuedRequest(-turn, "m", SchedulingState(0, 0.0), KvDemand(8, 8)))
-            while given.prefill.name in server.unit.workers:
+            busy.send_signal(signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
+            server.offer(-turn, 8)
+            while issued.prefill.name in server.unit.workers:
                 assert server.unit.schedule(0.0, 0.0).credits == [], "its blocks were reused while it could write"
                 if fault == "stopped for a moment":
-                    writer.send_signal(signal.SIGCONT)
+                    busy.send_signal(signal.SIGCONT)
                     fault = "stopped"
                     await asyncio.sleep(0.1)
-                    writer.send_signal(signal.SIGSTOP)
+                    busy.send_signal(signal.SIGSTOP)
                 await asyncio.sleep(0.001)
             server.unit.admission.withdraw("r", -turn)
-            rest, _ = await asyncio.to_thread(writer.communicate)
-            assert rest == b"", "another wrote into its blocks"
+            remaining_output, _ = await asyncio.to_thread(busy.communicate)
+            assert remaining_output == b"", "another process wrote into its blocks"
     server.unit.check_integrity()
 
 
-async def test_a_worker_that_lets_go_of_the_unit_serves_no_more(server: Server) -> None:
+async def test_a_worker_that_is_not_ready_serves_no_more(server: Server) -> None:
     attachment = await attach(server.path, Role.DECODE, "m", "unix:x")
     attachment.set_ready(True)
     await server.until_ready(1)
@@ -205,23 +249,22 @@ async def test_a_worker_that_lets_go_of_the_unit_serves_no_more(server: Server) 
     attachment.close()
 
 
-@pytest.mark.parametrize("hello", [b"", b"no json", b"{}", b'{"role": "x", "model": "m", "address": ""}',
-                                   b'{"role": "decode", "model": "other", "address": ""}'])  # fmt: skip
-async def test_a_bad_hello_leaves_nothing(server: Server, hello: bytes) -> None:
-    loop = asyncio.get_running_loop()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-        connection.setblocking(False)
-        connection.connect(str(server.path))
-        connection.send(hello)
-        async with asyncio.timeout(10):
-            assert await loop.sock_recv(connection, 100) == b""
+async def test_a_worker_of_an_unknown_model_is_refused(server: Server) -> None:
+    with pytest.raises(Unavailable, match="refused decode of other"):
+        await attach(server.path, Role.DECODE, "other", "unix:x")
     assert server.unit.workers == {}
     assert server.grants.allocate_slot(Role.DECODE, "m")[0] == 0
 
 
-async def test_a_worker_is_told_when_it_is_refused(server: Server) -> None:
-    with pytest.raises(Unavailable, match="refused decode of other"):
-        await attach(server.path, Role.DECODE, "other", "unix:x")
+async def test_a_worker_for_which_there_is_no_slot_is_refused_and_leaves_nothing(server: Server) -> None:
+    slots = [server.grants.allocate_slot(Role.DECODE, "m")[0] for _ in range(MAX_WORKERS)]
+    with pytest.raises(Unavailable, match="refused decode of m"):
+        await attach(server.path, Role.DECODE, "m", "unix:x")
+    assert server.unit.workers == {}
+    server.grants.free_slot(slots[7])
+    attachment = await attach(server.path, Role.DECODE, "m", "unix:x")
+    assert attachment.slot == 7
+    attachment.close()
 
 
 async def test_a_worker_notices_that_the_unit_is_gone(server: Server) -> None:
@@ -236,70 +279,201 @@ async def test_a_worker_notices_that_the_unit_is_gone(server: Server) -> None:
     attachment.close()
 
 
-HELPER = """
-import asyncio, sys, threading, time
-from pathlib import Path
-from worker.attachment import attach_writer
-connection, pool = asyncio.run(attach_writer(Path(sys.argv[1]), sys.argv[2]))
-print("attached", flush=True)
-while True:
-    pool._memory[int(sys.argv[3])] = 7.0
-"""
-"""A further process that writes into the pool for a worker, without a pause."""
+async def test_the_step_cost_of_a_worker_is_read_from_its_slot(server: Server) -> None:
+    attachments = [await attach(server.path, role, "m", "unix:x") for role in Role]
+    cost = StepCost(0.1, 0.2, 0.3)
+    attachments[1].page.write_cost(attachments[1].slot, cost)
+    assert [server.attach.cost_of(attachment.worker) for attachment in attachments] == [None, cost]
+    assert server.attach.cost_of("unknown") is None
+    assert [server.attach.slot_of(attachment.worker) for attachment in attachments] == [0, 1]
+    for attachment in attachments:
+        attachment.close()
+
+
+async def test_a_restarted_unit_replaces_the_socket_of_an_earlier_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.sock"
+    Server(path).close()
+    assert path.exists()
+    server = Server(path)
+    attachment = await attach(path, Role.DECODE, "m", "unix:x")
+    assert attachment.worker in server.unit.workers
+    server.close()
+    attachment.close()
+
+
+# Further processes that write for a worker
 
 
 async def test_leases_end_only_when_every_process_that_writes_for_the_worker_has_exited(server: Server) -> None:
     with worker_process(server, "prefill") as owner, worker_process(server, "decode"):
         await server.until_ready(2)
-        server.unit.offer("r", QueuedRequest(1, "m", SchedulingState(0, 0.0), KvDemand(30, 30)))
-        (given,) = server.unit.schedule(0.0, 0.0).credits
-        server.unit.acquire(given.lease.ref, given.prefill.name)
-        helper = await asyncio.to_thread(
-            subprocess.Popen,
-            [sys.executable, "-c", HELPER, str(server.path), given.prefill.name, "99"],
-            stdout=subprocess.PIPE,
-        )
-        try:
-            assert helper.stdout is not None
-            assert await asyncio.to_thread(helper.stdout.readline) == b"attached\n"
-            helper.send_signal(signal.SIGSTOP)  # it cannot exit by itself
+        issued = server.lease_to_prefill()
+        with python_process(WRITER, str(server.path), issued.prefill.name, "99") as writer:
+            assert await line_of(writer) == b"attached\n"
+            writer.send_signal(signal.SIGSTOP)  # it cannot exit by itself
             owner.kill()
-            await server.until(lambda: not given.prefill.ready)
+            await server.until(lambda: not issued.prefill.ready)
             await server.until_attached(1)
-            assert helper.wait() == -signal.SIGKILL, "what writes for a dead worker is killed"
+            assert writer.wait() == -signal.SIGKILL, "a process that writes for a lost worker is killed"
             assert len(server.unit.leases) == 0
-        finally:
-            helper.kill()
-            helper.communicate()
 
 
 async def test_a_writer_that_exits_leaves_the_worker_and_its_leases(server: Server) -> None:
     with worker_process(server, "prefill"), worker_process(server, "decode"):
         await server.until_ready(2)
-        server.unit.offer("r", QueuedRequest(1, "m", SchedulingState(0, 0.0), KvDemand(30, 30)))
-        (given,) = server.unit.schedule(0.0, 0.0).credits
-        server.unit.acquire(given.lease.ref, given.prefill.name)
-        helper = await asyncio.to_thread(
-            subprocess.Popen,
-            [sys.executable, "-c", HELPER, str(server.path), given.prefill.name, "99"],
-            stdout=subprocess.PIPE,
-        )
-        assert helper.stdout is not None
-        assert await asyncio.to_thread(helper.stdout.readline) == b"attached\n"
-        mapped = np.memmap(server.pool_path, dtype=np.float32, mode="r")
-        async with asyncio.timeout(20):
-            while mapped[99] != 7.0:
-                await asyncio.sleep(0)
-        attachment = server.attach._attachments[given.prefill.name]
-        helper.kill()
-        helper.wait()
-        helper.stdout.close()
+        issued = server.lease_to_prefill()
+        with python_process(WRITER, str(server.path), issued.prefill.name, "99") as writer:
+            assert await line_of(writer) == b"attached\n"
+            mapped = np.memmap(server.pool_path, dtype=np.float32, mode="r")
+            async with asyncio.timeout(20):
+                while mapped[99] != 7.0:
+                    await asyncio.sleep(0)
+            attachment = server.attach._attachments[issued.prefill.name]
         async with asyncio.timeout(20):
             while len(attachment.processes) > 1:
-                await asyncio.sleep(0.001)
-        assert given.prefill.ready and len(server.unit.leases) == 1
+                await asyncio.sleep(0)
+        assert issued.prefill.ready and len(server.unit.leases) == 1
 
 
-async def test_a_writer_for_nobody_is_refused(server: Server) -> None:
-    with pytest.raises(Unavailable, match="refused a writer for nobody"):
-        await attach_writer(server.path, "nobody")
+async def test_a_writer_for_an_unknown_worker_is_refused(server: Server) -> None:
+    with pytest.raises(Unavailable, match="refused a writer for unknown"):
+        await attach_writer(server.path, "unknown")
+
+
+# Timers, under virtual time
+
+
+class ManualFence:
+    """Processes that are not real: they exit by `exit`, and unless ``survives_kill`` when they are killed."""
+
+    def __init__(self) -> None:
+        self.watched: list[int] = []
+        self.survives_kill = False
+        self.killed_at_s: dict[int, float] = {}
+        """Index of the process in ``watched`` → when it was killed."""
+
+    def watch(self, pid: int) -> int:
+        self.watched.append(os.eventfd(0, os.EFD_NONBLOCK))
+        return self.watched[-1]
+
+    def kill(self, watch_fd: int) -> None:
+        self.killed_at_s.setdefault(self.watched.index(watch_fd), asyncio.get_running_loop().time())
+        if not self.survives_kill:
+            os.eventfd_write(watch_fd, 1)
+
+    def exit(self, index: int) -> None:
+        os.eventfd_write(self.watched[index], 1)
+
+
+class Scenario:
+    """A server under virtual time, and processes that attach by messages alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.fence = ManualFence()
+        self.server = Server(path, self.fence, BEAT_EVERY_S)
+        self.connections: list[socket.socket] = []
+
+    async def attach(self, **hello: str) -> str:
+        """Name of the worker that the reply gives."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        self.connections.append(connection)
+        connection.connect(str(self.server.path))
+        message = hello or {"role": "decode", "model": "m", "address": ""}
+        connection.send(json.dumps(message).encode())
+        reply = await asyncio.get_running_loop().sock_recv(connection, MAX_MESSAGE_BYTES)
+        return str(json.loads(reply)["worker"])
+
+    async def attach_ready(self) -> str:
+        worker = await self.attach()
+        self.connections[-1].send(b'{"ready": true}')
+        await self.server.until_ready(1)
+        return worker
+
+    def close(self) -> None:
+        self.server.close()
+        for connection in self.connections:
+            connection.close()
+
+
+def play(path: Path, story: Callable[[Scenario], Coroutine[Any, Any, None]]) -> Scenario:
+    async def run() -> Scenario:
+        scenario = Scenario(path)
+        await story(scenario)
+        scenario.close()
+        return scenario
+
+    return run_virtually(run())
+
+
+def test_a_ready_worker_without_heartbeats_is_killed(tmp_path: Path) -> None:
+    async def story(scenario: Scenario) -> None:
+        await scenario.attach_ready()
+        await asyncio.sleep(60)
+        assert scenario.server.unit.workers == {}
+
+    first_check_s = BEAT_EVERY_S
+    killed_at_s = play(tmp_path / "a.sock", story).fence.killed_at_s
+    assert killed_at_s == {0: pytest.approx(first_check_s + MAX_SILENT_CHECKS * BEAT_EVERY_S)}
+
+
+def test_a_worker_with_a_heartbeat_in_every_tenth_check_is_not_killed(tmp_path: Path) -> None:
+    async def story(scenario: Scenario) -> None:
+        worker = await scenario.attach_ready()
+        for _ in range(20):
+            await asyncio.sleep(10 * BEAT_EVERY_S)
+            scenario.server.grants.page.add(scenario.server.attach.slot_of(worker), Word.HEARTBEATS, 1)
+
+    assert play(tmp_path / "a.sock", story).fence.killed_at_s == {}
+
+
+def test_a_worker_that_is_not_ready_needs_no_heartbeats(tmp_path: Path) -> None:
+    async def story(scenario: Scenario) -> None:
+        worker = await scenario.attach()
+        await asyncio.sleep(1000)
+        assert worker in scenario.server.unit.workers
+
+    assert play(tmp_path / "a.sock", story).fence.killed_at_s == {}
+
+
+def test_a_worker_that_detaches_and_does_not_exit_is_killed(tmp_path: Path) -> None:
+    async def story(scenario: Scenario) -> None:
+        worker = await scenario.attach_ready()
+        scenario.connections[0].close()
+        await scenario.server.until_ready(0)
+        assert worker in scenario.server.unit.workers, "its leases remain while it can write"
+        await asyncio.sleep(4.9)
+        assert scenario.fence.killed_at_s == {}
+        await asyncio.sleep(0.2)
+        assert scenario.server.unit.workers == {}
+
+    assert play(tmp_path / "a.sock", story).fence.killed_at_s == {0: pytest.approx(5.0)}
+
+
+def test_a_worker_that_detaches_and_exits_is_not_killed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def story(scenario: Scenario) -> None:
+        await scenario.attach_ready()
+        scenario.connections[0].close()
+        await asyncio.sleep(3)
+        scenario.fence.exit(0)
+        await scenario.server.until_attached(0)
+        await asyncio.sleep(60)
+
+    assert play(tmp_path / "a.sock", story).fence.killed_at_s == {}
+    assert "killed" not in caplog.text
+
+
+def test_a_lost_worker_takes_no_further_writer(tmp_path: Path) -> None:
+    async def story(scenario: Scenario) -> None:
+        worker = await scenario.attach()
+        await scenario.attach(writer_for=worker)
+        scenario.fence.survives_kill = True
+        scenario.fence.exit(0)
+        while scenario.server.attach._attachments[worker].is_owner_alive:
+            await asyncio.sleep(0)
+        with pytest.raises(json.JSONDecodeError):
+            await scenario.attach(writer_for=worker)
+        assert worker in scenario.server.unit.workers, "its writer has not exited"
+        scenario.fence.exit(1)
+        await scenario.server.until_attached(0)
+
+    play(tmp_path / "a.sock", story)

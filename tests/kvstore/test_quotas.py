@@ -1,13 +1,16 @@
-"""Quotas: what is guaranteed stays, the sum stays, and they go where they are used."""
+"""Quotas: the guaranteed slabs and the sum stay, and slabs move to the models that use theirs."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.quotas import Use, adapted, initial_quotas
 
+IDLE = Use(0.0, 0)
+
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(0, 40))
-def test_all_slabs_are_given_out_equally_over_what_is_guaranteed(guaranteed: list[int], more: int) -> None:
+def test_slabs_that_are_not_guaranteed_are_divided_equally(guaranteed: list[int], more: int) -> None:
     least = {f"m{index}": slabs for index, slabs in enumerate(guaranteed)}
     quotas = initial_quotas(sum(guaranteed) + more, least)
     assert sum(quotas.values()) == sum(guaranteed) + more
@@ -15,26 +18,57 @@ def test_all_slabs_are_given_out_equally_over_what_is_guaranteed(guaranteed: lis
     assert max(extra) - min(extra) <= 1
 
 
-def test_what_is_idle_goes_to_who_waits_a_tenth_at_a_time() -> None:
+def test_the_slabs_of_an_idle_model_move_to_one_that_waits_a_tenth_at_a_time() -> None:
     use = {"busy": Use(50.0, 3), "idle": Use(5.0, 0)}
     assert adapted({"busy": 50, "idle": 50}, {"busy": 0, "idle": 0}, use) == {"busy": 55, "idle": 45}
+
+
+def test_a_model_keeps_its_guaranteed_slabs() -> None:
+    use = {"busy": Use(50.0, 3), "idle": Use(5.0, 0)}
     assert adapted({"busy": 50, "idle": 50}, {"busy": 0, "idle": 48}, use) == {"busy": 52, "idle": 48}
 
 
-def test_nobody_who_waits_for_slots_only_takes_memory() -> None:
+@pytest.mark.parametrize(
+    "use",
+    [
+        {"a": Use(10.0, 9), "b": IDLE},
+        {"a": Use(44.9, 9), "b": IDLE},
+        {"a": Use(50.0, 0), "b": IDLE},
+        {"a": Use(50.0, 5), "b": Use(49.0, 5)},
+    ],
+    ids=["waits for slots only", "uses less than 90 %", "nothing waits", "both are full"],
+)
+def test_no_slab_moves_without_a_model_that_is_full_and_waits_and_one_that_is_not_full(use: dict[str, Use]) -> None:
     quotas = {"a": 50, "b": 50}
-    assert adapted(quotas, {"a": 0, "b": 0}, {"a": Use(10.0, 9), "b": Use(0.0, 0)}) == quotas
-    assert adapted(quotas, {"a": 0, "b": 0}, {"a": Use(50.0, 0), "b": Use(0.0, 0)}) == quotas
-    assert adapted(quotas, {"a": 0, "b": 0}, {"a": Use(50.0, 5), "b": Use(49.0, 5)}) == quotas
+    assert adapted(quotas, {"a": 0, "b": 0}, use) == quotas
 
 
-def test_a_model_without_a_quota_gets_one_when_it_waits() -> None:
+@pytest.mark.parametrize(("mean_slabs", "num_lost"), [(40.0, 5), (44.0, 3), (44.9, 2)])
+def test_a_model_that_loses_slabs_keeps_headroom_over_its_use(mean_slabs: float, num_lost: int) -> None:
+    use = {"busy": Use(50.0, 3), "other": Use(mean_slabs, 0)}
+    changed = adapted({"busy": 50, "other": 50}, {"busy": 0, "other": 0}, use)
+    assert changed == {"busy": 50 + num_lost, "other": 50 - num_lost}
+
+
+def test_slabs_come_from_several_models_in_proportion_to_what_they_can_lose() -> None:
+    use = {"busy": Use(100.0, 3), "idle": IDLE, "half": Use(25.0, 0)}
+    changed = adapted({"busy": 100, "idle": 50, "half": 50}, dict.fromkeys(use, 0), use)
+    assert changed == {"busy": 110, "idle": 43, "half": 47}
+
+
+def test_several_models_that_wait_gain_in_proportion_to_their_quotas() -> None:
+    use = {"large": Use(60.0, 1), "small": Use(20.0, 9), "idle": IDLE}
+    changed = adapted({"large": 60, "small": 20, "idle": 20}, dict.fromkeys(use, 0), use)
+    assert changed == {"large": 66, "small": 22, "idle": 12}
+
+
+def test_a_model_without_a_quota_gains_one_slab_when_it_waits() -> None:
     use = {"a": Use(0.0, 1), "b": Use(1.0, 0)}
     assert adapted({"a": 0, "b": 10}, {"a": 0, "b": 0}, use) == {"a": 1, "b": 9}
 
 
 @given(st.data(), st.integers(1, 6))
-def test_the_sum_stays_and_nobody_gets_less_than_guaranteed(data: st.DataObject, num_models: int) -> None:
+def test_the_sum_stays_and_no_quota_falls_below_the_guaranteed_slabs(data: st.DataObject, num_models: int) -> None:
     models = [f"m{index}" for index in range(num_models)]
     guaranteed = {model: data.draw(st.integers(0, 10)) for model in models}
     quotas = initial_quotas(sum(guaranteed.values()) + data.draw(st.integers(0, 50)), guaranteed)
@@ -44,4 +78,6 @@ def test_the_sum_stays_and_nobody_gets_less_than_guaranteed(data: st.DataObject,
         }
         before, quotas = quotas, adapted(quotas, guaranteed, use)
         assert sum(quotas.values()) == sum(before.values())
-        assert all(quotas[model] >= guaranteed[model] for model in models)
+        for model in models:
+            assert quotas[model] >= guaranteed[model]
+            assert quotas[model] - before[model] <= max(1, before[model] // 10)

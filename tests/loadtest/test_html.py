@@ -1,59 +1,28 @@
-"""The page for people: whole, self-contained, and without an error in a real browser."""
+"""The HTML page: complete, self-contained, and without an error in a real browser."""
 
 import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from loadtest import table
 from loadtest.html import page
-from loadtest.record import Record, Run
-from loadtest.report import About, Goodput, build_report
-from loadtest.slo import Unloaded
-from loadtest.svg import Line, plot
-from loadtest.sweep import build_sweep
+from tests.support.loadtest_reports import NAME, document_sets, make_report, make_sweep
 
-NAME = 'A <script>alert("x")</script> & B'
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SETS = document_sets()
 
 
-def report(name: str = NAME, rate: float | None = 2.0, num_failed: int = 3, factor: float = 1.0) -> dict[str, Any]:
-    records = []
-    for index in range(60):
-        record = Record(index, index / 2, "ab"[index % 2], "xy"[index % 2], index % 3)
-        record.sent_s = record.scheduled_s
-        first_s = record.scheduled_s + factor * (0.1 + index % 7 / 20)
-        record.pieces = [(first_s + 0.05 * place * factor, 1) for place in range(10)]
-        record.ended_s = record.pieces[-1][0] + 0.01
-        record.num_input, record.num_output, record.finish = 20, 10, "length"
-        record.status, record.error = ("OK", "") if index >= num_failed else ("UNAVAILABLE", "<b>gone</b>")
-        records.append(record)
-    run = Run(records, 31.0, partial="interrupted <i>by</i> the user" if num_failed else "", loop_lags_s=[0.001])
-    about = About(name, "a stub", ["a", "b"], "rate=2 lengths=D(1,1)", "2026-01-01", rate=rate)
-    return build_report(about, run, Goodput(ttft_ms=200.0), Unloaded(0.1, 0.001, 0.03))
+def headings(text: str) -> list[str]:
+    return re.findall(r"<h2>(.*?)</h2>", text)
 
 
-def reports() -> dict[str, list[dict[str, Any]]]:
-    sweep = build_sweep([report("s", rate, 0, rate) for rate in (1.0, 2.0, 4.0)], 4, 0.9)
-    return {
-        "one": [report()],
-        "one without a rate or errors": [report(rate=None, num_failed=0)],
-        "nothing succeeded": [report(num_failed=60)],
-        "two": [report("ours"), report("theirs", factor=2.0)],
-        "a sweep": [sweep],
-        "two sweeps": [sweep, {**sweep, "name": "other"}],
-    }
-
-
-@pytest.mark.parametrize("case", sorted(reports()))
-def test_a_page_is_whole_and_needs_nothing_from_elsewhere(case: str) -> None:
-    documents = json.loads(json.dumps(reports()[case]))
-    text = page(documents)
+@pytest.mark.parametrize("case", sorted(SETS))
+def test_a_page_is_complete_and_self_contained(case: str) -> None:
+    text = page(SETS[case])
     assert "<script" not in text
     assert not re.search(r'(src|href)=(?!"data:)', text)
     assert "<b>gone</b>" not in text
@@ -65,38 +34,96 @@ def test_a_page_is_whole_and_needs_nothing_from_elsewhere(case: str) -> None:
     assert "nan" not in re.sub(r"[^ ]*nan[^ ]*ce", "", "".join(plots))
 
 
-@pytest.mark.parametrize("case", sorted(reports()))
-def test_tables_are_for_every_report(case: str) -> None:
-    documents = json.loads(json.dumps(reports()[case]))
-    single = [one for document in documents for one in document.get("reports", [document])]
-    for one in single:
-        assert f"{one['completed']}" in table.render(one)
-    lines = table.compare(single).splitlines()
-    assert len({len(line) for line in lines}) == 1, "columns are aligned"
-    if len(single) > 1 and single[0]["median_ttft_ms"]:
-        ratio = single[1]["median_ttft_ms"] / single[0]["median_ttft_ms"]
-        assert f"({ratio:.2f}x)" in next(line for line in lines if line.startswith("Median TTFT"))
+def test_names_and_messages_are_escaped() -> None:
+    text = page([make_report()])
+    assert NAME not in text
+    assert "A &lt;script&gt;" in text
+    assert "&lt;b&gt;gone&lt;/b&gt;" in text
+    assert "Partial: interrupted &lt;i&gt;by&lt;/i&gt; the user" in text
 
 
-def test_a_plot_of_odd_values_stands() -> None:
-    odd = [
-        Line("flat", [1, 2, 3], [5, 5, 5]),
-        Line("point", [2], [0]),
-        Line("none", [], []),
-        Line("bad", [1], [float("nan")]),
-    ]
-    for log_x in (False, True):
-        ElementTree.fromstring(plot("t <&>", "x", "y", odd, log_x))
-    ElementTree.fromstring(plot("t", "x", "y", []))
-    ElementTree.fromstring(plot("t", "x", "y", [Line("wide", [1e-6, 1, 1e9], [0, -4, 1e12])], True))
+def test_the_title_names_each_system_once() -> None:
+    assert "<h1>Load test: ours and theirs</h1>" in page([make_report(name) for name in ("ours", "theirs", "ours")])
+
+
+def test_each_report_has_a_head_with_its_workload() -> None:
+    text = page([make_report("ours"), make_report("theirs")])
+    for name in ("ours", "theirs"):
+        assert f"<p><b>{name}</b>: a stub, 2026-01-01<br>workload <code>rate=2 lengths=D(1,1)</code></p>" in text
+
+
+def test_a_complete_run_has_no_warning() -> None:
+    assert "class=warn" not in page([make_report(num_failed=0)])
+
+
+def test_a_driver_that_was_the_bottleneck_is_a_warning() -> None:
+    for document in (make_report(), make_sweep(), make_sweep((2.0,))):
+        text = page([document | {"driver_bottleneck": "the driver was 50 ms late <p99>"}])
+        assert "<p class=warn>Not reliable: the driver was 50 ms late &lt;p99&gt;</p>" in text
+
+
+def test_errors_are_shown_for_each_run() -> None:
+    assert "<th>ours at 2/s<th>requests<th>messages<tr><td>UNAVAILABLE<td>3<td>" in page([make_report("ours")])
+    text = page([make_sweep((1.0, 2.0), num_failed=2)])
+    for rate in (1, 2):
+        assert f"<th>s at {rate}/s<th>requests<th>messages<tr><td>UNAVAILABLE<td>2<td>" in text
+    assert "<th>messages" not in page([make_report(num_failed=0)])
+
+
+@pytest.mark.parametrize(
+    ("rates", "highest"), [((1.0, 2.0, 4.0), "1 requests/s"), ((1.0,), "1 requests/s"), ((4.0,), "none of these rates")]
+)
+def test_a_sweep_shows_its_highest_rate(rates: tuple[float, ...], highest: str) -> None:
+    assert (
+        "<p>Highest rate at which 90% of the requests stay within 4 times their unloaded latency: "
+        f"<b>{highest}</b>.</p>"
+    ) in page([make_sweep(rates)])
+
+
+def test_the_table_of_figures_has_a_column_for_each_run() -> None:
+    text = page([make_sweep()])
+    table = text[text.index("<h2>Figures</h2>") :].split("</table>")[0]
+    assert re.findall(r"<th>([^<]*)", table) == ["", "s at 1/s", "s at 2/s", "s at 4/s"]
+    assert "<tr><td>Successful requests<td>60<td>60<td>60" in table
+    assert "router" not in table, "a row without a figure is left out"
+
+
+def test_only_sweeps_are_plotted_against_the_rate() -> None:
+    assert "Latency against load" not in headings(page([make_report()]))
+    assert "Latency against load" in headings(page([make_sweep()]))
+
+
+def test_the_slo_is_plotted_for_the_runs_that_have_it() -> None:
+    with_slo, without = make_report("with"), make_report("without")
+    del without["slo"]
+    heading = "Within a multiple of the unloaded latency"
+    assert heading not in headings(page([without]))
+    text = page([with_slo, without])
+    assert heading in headings(text)
+    (svg,) = re.findall(r"<svg[^>]*SLO attainment.*?</svg>", text)
+    assert "with at 2/s" in svg
+    assert "without" not in svg
+
+
+def test_each_group_has_a_table() -> None:
+    text = page([make_report("ours")])
+    assert headings(text)[-3:] == ["ours at 2/s, by model", "ours at 2/s, by tenant", "ours at 2/s, by priority"]
+    table = text[text.index("ours at 2/s, by priority") :].split("</table>")[0]
+    assert re.findall(r"<th>([^<]*)", table) == ["", "0", "1", "2"]
+
+
+def test_a_run_without_a_success_has_no_curve_of_latencies() -> None:
+    text = page([make_report("ours", num_failed=60)])
+    (svg,) = re.findall(r"<svg[^>]*Time to first token.*?</svg>", text)
+    assert "no data" in svg
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 @pytest.mark.parametrize("case", ["one", "two sweeps"])
-def test_a_browser_shows_the_plots_and_has_nothing_to_complain_about(tmp_path: Path, case: str) -> None:
+def test_a_browser_shows_the_plots_without_an_error(tmp_path: Path, case: str) -> None:
     path = tmp_path / "report.html"
-    path.write_text(page(json.loads(json.dumps(reports()[case]))))
-    # The probe runs after the page: it measures what the browser has laid out.
+    path.write_text(page(SETS[case]))
+    # The probe runs after the page and measures the layout.
     probe = (
         "<script>document.title = JSON.stringify([...document.querySelectorAll('svg')].map(svg => "
         "[svg.getBoundingClientRect().width, svg.querySelectorAll('polyline').length, "

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server as the driver sees it: a real one on loopback, which answers well and badly."""
+"""The wire of the OpenAI target, against a server on the loopback interface."""
 
 import json
 from collections.abc import AsyncIterator
@@ -7,76 +7,34 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from aiohttp import web
 
 from loadtest.openai_target import OpenAiTarget
-from loadtest.target import Ended, Piece, TargetError
+from loadtest.target import Piece, StreamEnd, TargetError
 from loadtest.workload import PlannedRequest
 from muxmesh.errors import Unavailable
+from tests.support.loadtest_openai import DONE, ScriptedOpenAi, chunk, data, scripted_openai, usage
 
 REQUEST = PlannedRequest(0, 0.0, (5, 6, 7), False, 3, True, 42, tenant="t", priority=2)
-
-
-class StubServer:
-    """Streams what it is told to; keeps the bodies that it got."""
-
-    def __init__(self) -> None:
-        self.bodies: list[tuple[str, dict[str, Any]]] = []
-        self.events: list[str] = []
-        self.status = 200
-        self.cut = False
-
-    async def models(self, request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": "first"}, {"id": "second"}]})
-
-    async def complete(self, request: web.Request) -> web.StreamResponse:
-        self.bodies.append((request.path, await request.json()))
-        if self.status != 200:
-            return web.Response(status=self.status, text="no room")
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        for event in self.events:
-            await response.write(f"data: {event}\n\n".encode())
-        if self.cut:
-            assert request.transport is not None
-            request.transport.close()
-        return response
+Stub = tuple[ScriptedOpenAi, OpenAiTarget]
 
 
 @pytest_asyncio.fixture
-async def stub() -> AsyncIterator[tuple[StubServer, OpenAiTarget]]:
-    server = StubServer()
-    app = web.Application()
-    app.router.add_get("/v1/models", server.models)
-    app.router.add_post("/v1/completions", server.complete)
-    app.router.add_post("/v1/chat/completions", server.complete)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    (address,) = runner.addresses
-    target = OpenAiTarget(f"http://127.0.0.1:{address[1]}/v1/", range(10, 20), 0.5, 20.0)
-    yield server, target
-    await target.close()
-    await runner.cleanup()
+async def stub() -> AsyncIterator[Stub]:
+    async with scripted_openai() as (server, url):
+        target = OpenAiTarget(f"{url}/v1/", range(10, 20), 0.5, 20.0)
+        yield server, target
+        await target.close()
 
 
-def chunk(text: str, finish: str | None = None) -> str:
-    return json.dumps({"choices": [{"index": 0, "text": text, "finish_reason": finish}], "usage": None})
+async def events(target: OpenAiTarget, request: PlannedRequest = REQUEST) -> list[Piece | StreamEnd]:
+    return [event async for event in target.stream(request)]
 
 
-USAGE = json.dumps({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 7}})
-
-
-async def ask(target: OpenAiTarget, request: PlannedRequest = REQUEST) -> list[Piece | Ended]:
-    return [event async for event in target.ask(request)]
-
-
-async def test_a_completion_with_its_usage(stub: tuple[StubServer, OpenAiTarget]) -> None:
+async def test_a_completion_with_its_usage(stub: Stub) -> None:
     server, target = stub
     assert [model.name for model in await target.models()] == ["first", "second"]
-    server.events = [chunk("a"), chunk("b", "length"), USAGE, "[DONE]"]
-    assert await ask(target) == [Piece(1), Piece(1), Ended(3, 7, "length")]
+    server.events = [chunk("a"), chunk("b", "length"), usage(3, 7), DONE]
+    assert await events(target) == [Piece(1), Piece(1), StreamEnd(3, 7, "length")]
     ((path, body),) = server.bodies
     assert path == "/v1/completions"
     assert body == {
@@ -86,56 +44,141 @@ async def test_a_completion_with_its_usage(stub: tuple[StubServer, OpenAiTarget]
     }  # fmt: skip
 
 
-async def test_a_chat(stub: tuple[StubServer, OpenAiTarget]) -> None:
+async def test_a_chat(stub: Stub) -> None:
     server, target = stub
     delta = {"choices": [{"delta": {"content": "hi"}, "finish_reason": "stop"}]}
     role = {"choices": [{"delta": {"role": "assistant", "content": ""}}]}
-    cached = {"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 8}}
-    server.events = [json.dumps(role), json.dumps(delta), json.dumps({"choices": [], "usage": cached}), "[DONE]"]
+    server.events = [data(role), data(delta), usage(9, 1, prompt_tokens_details={"cached_tokens": 8}), DONE]
     request = replace(REQUEST, prompt="Hello", is_chat=True, model="second", is_forced=False, priority=0, tenant=None)
-    assert await ask(target, request) == [Piece(1), Ended(9, 1, "stop", 8)]
+    assert await events(target, request) == [Piece(1), StreamEnd(9, 1, "stop", 8)]
     ((path, body),) = server.bodies
     assert (path, body["messages"]) == ("/v1/chat/completions", [{"role": "user", "content": "Hello"}])
-    assert not {"min_tokens", "ignore_eos", "priority", "user"} & body.keys()
+    assert not {"min_tokens", "ignore_eos", "priority", "user", "cache_salt", "prompt"} & body.keys()
     assert body["model"] == "second"
 
 
-async def test_a_refusal_keeps_its_status_and_words(stub: tuple[StubServer, OpenAiTarget]) -> None:
+async def test_the_server_s_own_temperature_is_the_default() -> None:
+    async with scripted_openai() as (server, url):
+        server.events = [chunk("a", "stop"), usage(1, 1)]
+        target = OpenAiTarget(url, range(9), None, None)
+        await events(target)
+        await target.close()
+        assert "temperature" not in server.bodies[0][1]
+
+
+@pytest.mark.parametrize(
+    ("choice", "pieces"),
+    [
+        ({"delta": {"role": "assistant"}}, 0),
+        ({"delta": {"role": "assistant", "content": None}}, 0),
+        ({"delta": {"role": "assistant", "content": "a"}}, 1),
+        ({"delta": {"content": ""}}, 1),
+        ({"text": ""}, 1),
+    ],
+)
+async def test_every_chunk_but_an_opening_counts_as_a_token(stub: Stub, choice: dict[str, Any], pieces: int) -> None:
+    server, target = stub
+    server.events = [data({"choices": [choice]}), chunk("z", "stop"), usage(1, 1)]
+    assert (await events(target))[:-1] == [Piece(1)] * (pieces + 1)
+
+
+async def test_comments_and_other_fields_of_the_event_stream_are_ignored(stub: Stub) -> None:
+    server, target = stub
+    server.events = [": ping\n\n", "event: message\n", chunk("a"), "retry: 5\n\n", chunk("b", "stop"), usage(1, 2)]
+    assert await events(target) == [Piece(1), Piece(1), StreamEnd(1, 2, "stop")]
+
+
+async def test_usage_may_come_with_the_last_chunk_and_without_a_done(stub: Stub) -> None:
+    server, target = stub
+    last = {"choices": [{"text": "a", "finish_reason": "stop"}], "usage": {"prompt_tokens": 4, "completion_tokens": 1}}
+    server.events = [data(last)]
+    assert await events(target) == [Piece(1), StreamEnd(4, 1, "stop")]
+
+
+async def test_the_last_usage_counts(stub: Stub) -> None:
+    server, target = stub
+    server.events = [chunk("a"), usage(4, 1), chunk("b", "stop"), usage(4, 2, prompt_tokens_details=None)]
+    assert (await events(target))[-1] == StreamEnd(4, 2, "stop", None)
+
+
+async def test_a_chunk_after_the_finish_reason_keeps_it(stub: Stub) -> None:
+    server, target = stub
+    server.events = [chunk("a", "stop"), chunk(""), usage(4, 1)]
+    assert (await events(target))[-1] == StreamEnd(4, 1, "stop")
+
+
+async def test_events_after_the_done_are_ignored(stub: Stub) -> None:
+    server, target = stub
+    server.events = [chunk("a", "stop"), usage(1, 1), DONE, "data: {not json\n\n"]
+    assert (await events(target))[-1] == StreamEnd(1, 1, "stop")
+
+
+async def test_a_refusal_keeps_its_status_and_its_text(stub: Stub) -> None:
     server, target = stub
     server.status = 503
-    with pytest.raises(TargetError, match="no room") as error:
-        await ask(target)
+    with pytest.raises(TargetError, match="overloaded") as error:
+        await events(target)
     assert (error.value.status, error.value.is_unreachable) == ("HTTP 503", False)
 
 
 @pytest.mark.parametrize(
-    ("events", "cut", "status"),
+    ("script", "is_cut", "status"),
     [
         ([chunk("a")], True, "CONNECTION LOST"),
         ([chunk("a")], False, "CUT OFF"),
-        ([chunk("a", "stop"), "[DONE]"], False, "CUT OFF"),
-        ([chunk("a"), "{no json"], False, "BAD ANSWER"),
-        (["[1]"], False, "BAD ANSWER"),
-        ([json.dumps({"choices": [5]})], False, "BAD ANSWER"),
-        ([chunk("a", "stop"), json.dumps({"choices": [], "usage": {"prompt_tokens": None}})], False, "BAD ANSWER"),
-        ([chunk("a"), json.dumps({"error": {"message": "out of memory"}})], False, "STREAM ERROR"),
+        ([chunk("a", "stop"), DONE], False, "CUT OFF"),
+        ([chunk("a"), usage(1, 1), DONE], False, "CUT OFF"),
+        ([chunk("a"), "data: {no json\n\n"], False, "BAD RESPONSE"),
+        ([data([1])], False, "BAD RESPONSE"),
+        ([data(5)], False, "BAD RESPONSE"),
+        ([data({"choices": [5]})], False, "BAD RESPONSE"),
+        ([chunk("a", "stop"), data({"choices": [], "usage": {"prompt_tokens": None}})], False, "BAD RESPONSE"),
+        ([chunk("a"), data({"error": {"message": "out of memory"}})], False, "STREAM ERROR"),
     ],
 )
-async def test_a_stream_that_ends_badly_is_an_error(
-    stub: tuple[StubServer, OpenAiTarget], events: list[str], cut: bool, status: str
+async def test_a_stream_that_ends_badly_is_an_error(stub: Stub, script: list[str], is_cut: bool, status: str) -> None:
+    server, target = stub
+    server.events, server.is_cut = script, is_cut
+    with pytest.raises(TargetError) as error:
+        await events(target)
+    assert error.value.status == status
+    assert error.value.is_unreachable == (status == "CONNECTION LOST")
+
+
+async def test_an_error_in_the_stream_keeps_its_message(stub: Stub) -> None:
+    server, target = stub
+    server.events = [data({"error": {"message": "out of memory"}})]
+    with pytest.raises(TargetError, match=json.dumps({"message": "out of memory"})):
+        await events(target)
+
+
+@pytest.mark.parametrize(
+    ("models", "status", "message"),
+    [
+        ({"data": []}, 200, "serves no model"),
+        ({"models": []}, 200, "/v1/models returns no list of models: KeyError"),
+        ({"data": [{"name": "a"}]}, 200, "returns no list of models"),
+        ({"data": 5}, 200, "returns no list of models"),
+        ([1], 200, "returns no list of models"),
+        ({}, 500, "no OpenAI-compatible server answers at http://127.0.0.1:.*500"),
+    ],
+)
+async def test_a_server_without_a_list_of_models_is_unavailable(
+    stub: Stub, models: Any, status: int, message: str
 ) -> None:
     server, target = stub
-    server.events, server.cut = events, cut
-    with pytest.raises(TargetError) as error:
-        await ask(target)
-    assert error.value.status == status
-
-
-async def test_nobody_there() -> None:
-    target = OpenAiTarget("http://127.0.0.1:9", range(10), None, 5.0)
-    with pytest.raises(Unavailable, match=r"no OpenAI-compatible server answers at http://127\.0\.0\.1:9"):
+    server.models, server.models_status = models, status
+    with pytest.raises(Unavailable, match=message):
         await target.models()
-    with pytest.raises(TargetError) as error:
-        await ask(target)
-    assert error.value.is_unreachable
+
+
+@pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
+async def test_the_url_may_end_in_v1(url: str) -> None:
+    target = OpenAiTarget(url, range(9), None, None)
+    assert target.name == "OpenAI API at http://h:1"
     await target.close()
+
+
+async def test_the_vocabulary_is_the_given_one_for_every_model(stub: Stub) -> None:
+    _, target = stub
+    assert [model.vocabulary for model in await target.models()] == [range(10, 20)] * 2

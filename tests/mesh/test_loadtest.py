@@ -1,4 +1,4 @@
-"""`muxmesh loadtest` as people call it, on a real mesh of sim engines."""
+"""`muxmesh loadtest` as a process, against a real mesh of sim engines."""
 
 import asyncio
 import json
@@ -41,7 +41,7 @@ async def loadtest(*arguments: str) -> tuple[int, str, str]:
     return process.returncode, out.decode(), err.decode()
 
 
-async def test_a_report_of_everything(mesh: RunningMesh, tmp_path: Path) -> None:
+async def test_a_report_is_broken_down_by_model_tenant_and_priority(mesh: RunningMesh, tmp_path: Path) -> None:
     line = "rate=100 lengths=U(5,40)/(3,12) requests=120 models=a:3,b tenants=x,y:2 priorities=0:3,-1 seed=2"
     output, html = tmp_path / "r.json", tmp_path / "r.html"
     code, out, err = await loadtest(
@@ -62,12 +62,12 @@ async def test_a_report_of_everything(mesh: RunningMesh, tmp_path: Path) -> None
     assert report["slo"]["attainment"]["16"] > 0
     assert 0 < report["median_router_ms"] < report["median_ttft_ms"]
     assert report["max_output_tokens_per_s"] > 0
-    assert 3 * 120 <= report["total_output_tokens"] <= 12 * 120, "forced lengths are kept, though b would end at 6"
+    assert 3 * 120 <= report["total_output_tokens"] <= 12 * 120, "forced outputs of b are longer than its own 6 tokens"
     assert "<svg" in html.read_text()
     await mesh.until_free()
 
 
-async def test_natural_answers_from_prompts_and_a_table(mesh: RunningMesh, tmp_path: Path) -> None:
+async def test_natural_outputs_of_prompt_texts_are_reported_as_a_table(mesh: RunningMesh, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(json.dumps({"prompt": f"Question {n}?"}) for n in range(5)))
     code, out, _ = await loadtest(
@@ -75,13 +75,13 @@ async def test_natural_answers_from_prompts_and_a_table(mesh: RunningMesh, tmp_p
         "--workload", f"rate=inf prompts={prompts} chat=yes cap=20 requests=10 models=b", "--max-concurrency", "2",
     )  # fmt: skip
     assert code == 0
-    words = dict(part.rsplit(":", 1) for part in out.splitlines() if ":" in part and "=" not in part)
-    assert words["Successful requests"].strip() == "10"
-    assert words["Total generated tokens"].strip() == "60", "b ends after 6 tokens"
-    assert words["Peak concurrent requests"].strip() == "2"
+    figures = dict(part.rsplit(":", 1) for part in out.splitlines() if ":" in part and "=" not in part)
+    assert figures["Successful requests"].strip() == "10"
+    assert figures["Total generated tokens"].strip() == "60", "an output of b has 6 tokens"
+    assert figures["Peak concurrent requests"].strip() == "2"
 
 
-async def test_a_sweep_and_a_comparison(mesh: RunningMesh, tmp_path: Path) -> None:
+async def test_sweeps_are_compared_by_rate(mesh: RunningMesh, tmp_path: Path) -> None:
     line = "lengths=D(10,5) requests=20 models=a"
     paths = [tmp_path / "one.json", tmp_path / "two.json"]
     for path in paths:
@@ -99,7 +99,7 @@ async def test_a_sweep_and_a_comparison(mesh: RunningMesh, tmp_path: Path) -> No
     assert [report["rate"] for report in json.loads(out)["reports"]] == [20, 50, 20, 50]
 
 
-async def test_ctrl_c_writes_what_there_is(mesh: RunningMesh, tmp_path: Path) -> None:
+async def test_ctrl_c_writes_a_partial_report(mesh: RunningMesh, tmp_path: Path) -> None:
     output = tmp_path / "r.json"
     before = {model.model: model.num_requests_finished for model in (await mesh.client.status()).models}["a"]
     process = await start(
@@ -107,11 +107,11 @@ async def test_ctrl_c_writes_what_there_is(mesh: RunningMesh, tmp_path: Path) ->
         "--output", str(output),
     )  # fmt: skip
 
-    async def some_are_done() -> bool:
+    async def some_are_finished() -> bool:
         status = {model.model: model.num_requests_finished for model in (await mesh.client.status()).models}
         return status["a"] >= before + 5
 
-    await mesh.until(some_are_done)
+    await mesh.until(some_are_finished)
     process.send_signal(signal.SIGINT)
     out, _ = await process.communicate()
     assert process.returncode == 130
@@ -123,18 +123,18 @@ async def test_ctrl_c_writes_what_there_is(mesh: RunningMesh, tmp_path: Path) ->
     await mesh.until_free()
 
 
-async def test_a_mesh_that_dies_in_the_middle_leaves_a_partial_report(tmp_path: Path) -> None:
+async def test_a_mesh_that_stops_during_a_run_leaves_a_partial_report(tmp_path: Path) -> None:
     output = tmp_path / "r.json"
-    async with running_mesh(tmp_path, units=[{"kv_pool": "64MiB", "models": MODELS[:1]}]) as dying:
+    async with running_mesh(tmp_path, units=[{"kv_pool": "64MiB", "models": MODELS[:1]}]) as stopping:
         process = await start(
-            "--address", dying.address, "--workload", "rate=50 lengths=D(10,5) duration=600", "--calibrate", "0",
+            "--address", stopping.address, "--workload", "rate=50 lengths=D(10,5) duration=600", "--calibrate", "0",
             "--output", str(output),
         )  # fmt: skip
 
-        async def some_are_done() -> bool:
-            return (await dying.client.status()).models[0].num_requests_finished >= 10
+        async def some_are_finished() -> bool:
+            return (await stopping.client.status()).models[0].num_requests_finished >= 10
 
-        await dying.until(some_are_done)
+        await stopping.until(some_are_finished)
     out, _ = await process.communicate()
     assert process.returncode == 1
     assert "PARTIAL: the server is gone" in out.decode()
@@ -152,42 +152,42 @@ def bad_arguments(folder: Path) -> dict[str, tuple[list[str], str]]:
     return {
         "no workload": ([], "needs --workload"),
         "negative rate": (["--workload", "rate=-1 lengths=D(1,1) requests=1"], "rate=-1: must be at least 0"),
-        "bad trace": (["--workload", f"trace={folder / 'trace.jsonl'} models=a"], "line 1: n_in is 'many', no number"),
+        "bad trace": (["--workload", f"trace={folder / 'trace.jsonl'} models=a"], "line 1: n_in is 'many'"),
         "empty trace": (["--workload", f"trace={folder / 'empty.jsonl'} models=a"], "has no requests"),
-        "which model": (line, "which model? models=... of: a, b"),
-        "goodput": ([*line, "--goodput", "speed:3"], "--goodput speed:3: ttft:MS, tpot:MS or e2el:MS"),
+        "which model": (line, "models=..."),
+        "goodput": ([*line, "--goodput", "speed:3"], "--goodput speed:3: must be ttft:MS, tpot:MS or e2el:MS"),
         "no folder": ([*line, "--output", str(folder / "none" / "r.json")], "does not exist"),
-        "no url": ([*line, "--openai", "localhost:80"], "is no URL, such as"),
-        "no report": (["compare", str(folder / "other.json")], "is no report of"),
+        "no url": ([*line, "--openai", "localhost:80"], "is not a URL, such as"),
+        "no report": (["compare", str(folder / "other.json")], "is not a report of"),
         "no file": (["compare", str(folder / "none.json")], "No such file"),
-        "trace": (["--workload", f"trace={folder / 'trace.jsonl'}", "--sweep", "1,2"], "a trace has its own"),
+        "trace": (["--workload", f"trace={folder / 'trace.jsonl'}", "--sweep", "1,2"], "--sweep: needs a workload"),
         "slo of nothing": ([*line, "--slo-scale", "3"], "--slo-scale: has no effect without --sweep"),
         "vocabulary of a mesh": ([*line, "--vocabulary", "300"], "--vocabulary: has no effect without --openai"),
     }  # fmt: skip
 
 
-async def test_bad_arguments_are_named(mesh: RunningMesh, tmp_path: Path) -> None:
+async def test_wrong_arguments_are_refused_with_a_message(mesh: RunningMesh, tmp_path: Path) -> None:
     cases = bad_arguments(tmp_path)
     results = await asyncio.gather(
         *(loadtest("--address", mesh.address, *arguments) if arguments[:1] != ["compare"] else loadtest(*arguments)
           for arguments, _ in cases.values())
     )  # fmt: skip
-    for (name, (_, says)), (code, out, err) in zip(cases.items(), results, strict=True):
+    for (name, (_, message)), (code, out, err) in zip(cases.items(), results, strict=True):
         assert (code, out) == (1, ""), name
-        assert says in err, (name, err)
+        assert message in err, (name, err)
         assert "Traceback" not in err, name
 
 
-@pytest.mark.parametrize("where", [["--address", "127.0.0.1:9"], ["--openai", "http://127.0.0.1:9"]])
-async def test_nobody_there(where: list[str]) -> None:
-    code, out, err = await loadtest(*where, "--workload", "rate=1 lengths=D(1,1) requests=1")
+@pytest.mark.parametrize("server", [["--address", "127.0.0.1:9"], ["--openai", "http://127.0.0.1:9"]])
+async def test_an_unreachable_server_is_reported_by_its_address(server: list[str]) -> None:
+    code, out, err = await loadtest(*server, "--workload", "rate=1 lengths=D(1,1) requests=1")
     assert (code, out) == (1, "")
     assert "127.0.0.1:9" in err
     assert "answers at" in err
 
 
-async def test_figures_of_a_slow_driver_are_refused(mesh: RunningMesh, tmp_path: Path) -> None:
-    """A driver that is stopped for a while is late: what it measured then is its own latency."""
+async def test_a_report_of_a_slow_driver_is_refused(mesh: RunningMesh, tmp_path: Path) -> None:
+    """A driver that was stopped for a while sends late, so the latencies would be its own."""
     output = tmp_path / "r.json"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "muxmesh", "loadtest", "--address", mesh.address, "--calibrate", "0",
@@ -196,10 +196,10 @@ async def test_figures_of_a_slow_driver_are_refused(mesh: RunningMesh, tmp_path:
     )  # fmt: skip
     before = await mesh.client.status()
 
-    async def has_begun() -> bool:
+    async def has_started() -> bool:
         return (await mesh.client.status()).models[0].num_requests_finished > before.models[0].num_requests_finished
 
-    await mesh.until(has_begun)
+    await mesh.until(has_started)
     os.kill(process.pid, signal.SIGSTOP)
     await asyncio.sleep(2)
     os.kill(process.pid, signal.SIGCONT)
@@ -207,10 +207,10 @@ async def test_figures_of_a_slow_driver_are_refused(mesh: RunningMesh, tmp_path:
     assert process.returncode == 1
     assert out == b""
     assert b"no report: the driver was" in err
-    assert "ms late" in json.loads(output.read_text())["driver_bottleneck"], "what was measured is kept, and marked"
+    assert "ms late" in json.loads(output.read_text())["driver_bottleneck"], "the file is written and marked"
 
 
-async def test_the_help_explains_the_workload() -> None:
+async def test_the_help_lists_the_settings_of_a_workload() -> None:
     code, out, _ = await loadtest("--help")
     assert code == 0
     assert "burstiness=B" in out

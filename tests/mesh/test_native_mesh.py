@@ -1,4 +1,4 @@
-"""A mesh with two tiny random Llama models of different shape: exact tokens, no copied KV, one pool."""
+"""A mesh of two tiny random Llama models of different shapes that share one KV pool: exact tokens, no copied KV."""
 
 import asyncio
 import os
@@ -48,20 +48,20 @@ def expected_tokens(folder: Path, prompt: str) -> list[int]:
     return [int(token) for token in generated[0, len(prompt_ids) :]]
 
 
-async def test_greedy_answers_of_both_models_side_by_side_are_those_of_transformers(
+async def test_greedy_outputs_of_both_models_side_by_side_equal_those_of_transformers(
     mesh: RunningMesh, folders: dict[str, Path]
 ) -> None:
-    asked = [(name, prompt) for name in folders for prompt in PROMPTS]
-    answers = await asyncio.gather(
-        *(mesh.client.generate(prompt, model=name, max_new_tokens=TOKENS, temperature=0) for name, prompt in asked)
+    requests = [(name, prompt) for name in folders for prompt in PROMPTS]
+    completions = await asyncio.gather(
+        *(mesh.client.generate(prompt, model=name, max_new_tokens=TOKENS, temperature=0) for name, prompt in requests)
     )
-    for (name, prompt), answer in zip(asked, answers, strict=True):
-        assert list(answer.token_ids) == expected_tokens(folders[name], prompt), (name, prompt)
+    for (name, prompt), completion in zip(requests, completions, strict=True):
+        assert list(completion.token_ids) == expected_tokens(folders[name], prompt), (name, prompt)
     await mesh.until_free()
 
 
 def pool_of(mesh: RunningMesh) -> np.ndarray:
-    """A copy of the unit's pool as it is now, read from the shared memory itself (as 32-bit words)."""
+    """A copy of the unit's pool, read from the shared memory as 32-bit words."""
     pid = mesh.pid("kvstore/unit0")
     descriptors = Path(f"/proc/{pid}/fd").iterdir()
     pool = next(path for path in descriptors if "memfd:muxmesh-kv-pool" in os.readlink(path))
@@ -69,7 +69,7 @@ def pool_of(mesh: RunningMesh) -> np.ndarray:
 
 
 async def test_a_hand_off_copies_no_kv_byte(mesh: RunningMesh) -> None:
-    """KV of a prompt is written once, and decode goes on beside it: the pool is looked at before, between and after."""
+    """Compares the pool before the request, after prefill and after decode: decode adds KV and changes none."""
     info = {model.name: model for model in await mesh.client.list_models()}["gqa"]
     words_per_token = info.kv_bytes_per_token // 4
     workers = {worker.role: worker for worker in (await mesh.unit()).workers if worker.model == "gqa"}
@@ -82,7 +82,7 @@ async def test_a_hand_off_copies_no_kv_byte(mesh: RunningMesh) -> None:
     tokens = [delta async for delta in stream]
     after = pool_of(mesh)
 
-    # A word may be the same by chance; a copy of the prompt's KV would double the count.
+    # A word may be unchanged by chance. A copy of the prompt's KV would double the count.
     changed = np.flatnonzero(before != after)
     num_computed = 186 + 299
     assert len(tokens) >= 299
@@ -99,16 +99,16 @@ async def test_a_hand_off_copies_no_kv_byte(mesh: RunningMesh) -> None:
         assert worker.kv_bytes_written - workers[worker.role].kv_bytes_written == computed * info.kv_bytes_per_token
 
 
-async def test_both_phases_map_the_same_memory(mesh: RunningMesh) -> None:
-    """The pool of each worker is the very same memfd (device and inode), and so is the weight image."""
+async def test_prefill_and_decode_worker_map_the_same_memory(mesh: RunningMesh) -> None:
+    """Pool and weight image are the same file (device and inode) in both workers."""
 
-    def mapped(pid: int, what: str) -> set[tuple[str, str]]:
+    def mapped(pid: int, name: str) -> set[tuple[str, str]]:
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-        return {(line.split()[3], line.split()[4]) for line in lines if what in line}
+        return {(line.split()[3], line.split()[4]) for line in lines if name in line}
 
     pids = [mesh.pid(f"{role}/gqa") for role in ("prefill", "decode")]
-    for what in ("memfd:muxmesh-kv-pool", "-panels-v"):
-        first, second = (mapped(pid, what) for pid in pids)
+    for name in ("memfd:muxmesh-kv-pool", "-panels-v"):
+        first, second = (mapped(pid, name) for pid in pids)
         assert first == second
         assert len(first) == 1
 
@@ -132,8 +132,8 @@ async def test_a_killed_decode_worker_changes_no_token(mesh: RunningMesh, temper
     await mesh.until_free()
 
 
-async def test_stopped_output_is_whole_characters(mesh: RunningMesh) -> None:
-    """A random model gives random bytes: what comes in pieces is what comes whole, without half a character."""
+async def test_streamed_text_consists_of_whole_characters(mesh: RunningMesh) -> None:
+    """A random model samples random bytes. The deltas together equal the text decoded at once."""
     text, tokens, _ = await collect(
         mesh.client.stream("你好", model="gqa", max_new_tokens=120, temperature=5.0, seed=1, ignore_eos=True)
     )
@@ -141,7 +141,7 @@ async def test_stopped_output_is_whole_characters(mesh: RunningMesh) -> None:
     assert text == whole
 
 
-async def test_log_probabilities_of_prompt_and_answer_are_those_of_transformers(
+async def test_log_probabilities_of_prompt_and_output_equal_those_of_transformers(
     mesh: RunningMesh, folders: dict[str, Path]
 ) -> None:
     request = inference_pb2.GenerateRequest(
@@ -155,22 +155,22 @@ async def test_log_probabilities_of_prompt_and_answer_are_those_of_transformers(
     )
     responses = [response async for response in mesh.client.stream_request(request)]
     info = responses[0].prompt_info
-    answer = [token for response in responses for token in response.outputs.token_ids]
-    places = [place for response in responses for place in response.outputs.token_logprobs]
-    sequence = [*info.token_ids, *answer]
+    output = [token for response in responses for token in response.outputs.token_ids]
+    logprobs = [position for response in responses for position in response.outputs.token_logprobs]
+    sequence = [*info.token_ids, *output]
     with torch.inference_mode():
         logits = reference(folders["gqa"])(torch.tensor([sequence])).logits[0].double()
     expected = torch.log_softmax(logits, -1).numpy()
-    for place, (row, token) in enumerate(zip(expected, sequence[1:], strict=False)):
-        given = [*info.token_logprobs, *places][place]
-        assert given.chosen.token_id == token
-        assert abs(given.chosen.logprob - row[token]) < 1e-4
-    assert len(info.token_logprobs) == len(info.token_ids) - 1 and len(places) == len(answer) == 6
-    assert [len(place.top) for place in places] == [2] * 6
-    assert [place.top[0].token_id for place in places] == answer
+    for position, (row, token) in enumerate(zip(expected, sequence[1:], strict=False)):
+        reported = [*info.token_logprobs, *logprobs][position]
+        assert reported.chosen.token_id == token
+        assert abs(reported.chosen.logprob - row[token]) < 1e-4
+    assert len(info.token_logprobs) == len(info.token_ids) - 1 and len(logprobs) == len(output) == 6
+    assert [len(position.top) for position in logprobs] == [2] * 6
+    assert [position.top[0].token_id for position in logprobs] == output
 
 
-async def test_only_allowed_tokens_come_and_a_bias_decides(mesh: RunningMesh) -> None:
+async def test_only_allowed_tokens_are_sampled_and_a_bias_selects_among_them(mesh: RunningMesh) -> None:
     options: dict[str, Any] = {"model": "mha", "max_new_tokens": 8, "seed": 3, "allowed_token_ids": [40, 41, 42]}
     allowed = await mesh.client.generate("Once", **options)
     assert set(allowed.token_ids) <= {40, 41, 42}
@@ -183,65 +183,65 @@ async def prefilled_tokens(mesh: RunningMesh, model: str) -> int:
     return worker.num_computed_tokens
 
 
-async def test_a_prompt_of_several_answers_is_computed_once(mesh: RunningMesh) -> None:
-    prompt = "One prompt, and several answers to it. " * 4
+async def test_the_prompt_of_several_sequences_is_computed_once(mesh: RunningMesh) -> None:
+    prompt = "One prompt, and several outputs for it. " * 4
     options: dict[str, Any] = {"model": "gqa", "max_new_tokens": 12, "temperature": 1.0, "seed": 9}
     before = await prefilled_tokens(mesh, "gqa")
-    answers = await mesh.client.generate_many(prompt, num_sequences=4, **options)
-    num_tokens = answers[0].prompt.num_tokens
-    after_the_last_full_block = num_tokens - (num_tokens - 1) // 16 * 16
-    assert await prefilled_tokens(mesh, "gqa") - before == num_tokens + 3 * after_the_last_full_block
-    assert len({answer.token_ids for answer in answers}) == 4
-    anew = await mesh.client.generate_many(prompt, num_sequences=4, **options, bypass_prefix_cache=True)
-    assert [answer.token_ids for answer in anew] == [answer.token_ids for answer in answers]
+    completions = await mesh.client.generate_many(prompt, num_sequences=4, **options)
+    num_tokens = completions[0].prompt.num_tokens
+    num_after_the_last_full_block = num_tokens - (num_tokens - 1) // 16 * 16
+    assert await prefilled_tokens(mesh, "gqa") - before == num_tokens + 3 * num_after_the_last_full_block
+    assert len({completion.token_ids for completion in completions}) == 4
+    recomputed = await mesh.client.generate_many(prompt, num_sequences=4, **options, bypass_prefix_cache=True)
+    assert [completion.token_ids for completion in recomputed] == [completion.token_ids for completion in completions]
     await mesh.until_free()
 
 
-async def test_several_answers_survive_a_killed_decode_worker(mesh: RunningMesh) -> None:
+async def test_several_sequences_survive_a_killed_decode_worker(mesh: RunningMesh) -> None:
     options: dict[str, Any] = {
         "model": "mha", "max_new_tokens": 100, "temperature": 0.9, "seed": 5, "ignore_eos": True, "num_sequences": 3,
     }  # fmt: skip
-    expected = await mesh.client.generate_many("Three answers", **options)
+    expected = await mesh.client.generate_many("Three outputs", **options)
     tokens: dict[int, list[int]] = {0: [], 1: [], 2: []}
     killed = False
-    async for delta in mesh.client.stream("Three answers", **options):
+    async for delta in mesh.client.stream("Three outputs", **options):
         tokens[delta.index] += delta.token_ids
-        if not killed and all(len(answer) > 3 for answer in tokens.values()):
+        if not killed and all(len(output) > 3 for output in tokens.values()):
             killed = True
             os.kill(mesh.pid("decode/mha"), signal.SIGKILL)
     assert killed
-    assert [tuple(answer) for answer in tokens.values()] == [answer.token_ids for answer in expected]
+    assert [tuple(output) for output in tokens.values()] == [completion.token_ids for completion in expected]
     await mesh.until_free()
 
 
-async def test_a_conversation_goes_on_from_the_cache(mesh: RunningMesh) -> None:
-    """The second turn finds prompt and answer of the first; only under the same salt, and unless it bypasses."""
+async def test_a_second_turn_is_continued_from_the_prefix_cache(mesh: RunningMesh) -> None:
+    """The cache has prompt and output of the first turn. Another salt or a bypass finds nothing."""
     first = [int(token) for token in np.random.default_rng(1).integers(3, 259, 50)]
     options: dict[str, Any] = {"model": "gqa", "max_new_tokens": 40, "temperature": 0.0, "ignore_eos": True}
-    answer = await mesh.client.generate(first, **options)
-    assert answer.prompt.num_cached_tokens == 0
+    completion = await mesh.client.generate(first, **options)
+    assert completion.prompt.num_cached_tokens == 0
     await mesh.until_free()
-    second = [*first, *answer.token_ids, *first[:10]]
+    second = [*first, *completion.token_ids, *first[:10]]
     cached = await mesh.client.generate(second, **options)
-    anew = await mesh.client.generate(second, **options, bypass_prefix_cache=True)
+    recomputed = await mesh.client.generate(second, **options, bypass_prefix_cache=True)
     salted = await mesh.client.generate(second, **options, cache_salt="another tenant")
     assert cached.prompt.num_cached_tokens == 80, "the full blocks of 50 + 39 tokens"
-    assert (anew.prompt.num_cached_tokens, salted.prompt.num_cached_tokens) == (0, 0)
-    assert anew.token_ids == salted.token_ids == cached.token_ids
+    assert (recomputed.prompt.num_cached_tokens, salted.prompt.num_cached_tokens) == (0, 0)
+    assert recomputed.token_ids == salted.token_ids == cached.token_ids
     assert (await mesh.unit()).pool.cached_bytes > 0
 
 
-async def test_a_cached_prompt_is_scored_whole(mesh: RunningMesh) -> None:
+async def test_prompt_logprobs_cover_a_cached_prompt(mesh: RunningMesh) -> None:
     prompt = [int(token) for token in np.random.default_rng(2).integers(3, 259, 40)]
     options: dict[str, Any] = {"model": "gqa", "max_new_tokens": 1, "temperature": 0.0}
     await mesh.client.generate(prompt, **options)
     scored = await mesh.client.generate(prompt, **options, prompt_logprobs=0, logprobs=2)
-    assert [place.chosen.token_id for place in scored.prompt.logprobs] == prompt[1:]
+    assert [position.chosen.token_id for position in scored.prompt.logprobs] == prompt[1:]
     assert len(scored.logprobs) == 1 and len(scored.logprobs[0].top) == 2
 
 
-async def test_a_killed_decode_worker_leaves_its_kv_to_who_goes_on(mesh: RunningMesh) -> None:
-    """Only what is past the last full block is computed again: neither prompt nor answer."""
+async def test_kv_of_a_killed_decode_worker_stays_in_the_prefix_cache(mesh: RunningMesh) -> None:
+    """Only the tokens after the last full block are computed again."""
     prompt = [int(token) for token in np.random.default_rng(8).integers(3, 259, 150)]
     before = await prefilled_tokens(mesh, "mha")
     tokens: list[int] = []
@@ -250,10 +250,10 @@ async def test_a_killed_decode_worker_leaves_its_kv_to_who_goes_on(mesh: Running
         if len(tokens) == 150:
             os.kill(mesh.pid("decode/mha"), signal.SIGKILL)
     assert delta.timings is not None and delta.timings.num_restarts >= 1
-    computed_again = await prefilled_tokens(mesh, "mha") - before - len(prompt)
-    assert 0 < computed_again <= 3 * 16, "prompt and answer were found in the cache"
-    anew = await mesh.client.generate(
+    num_recomputed = await prefilled_tokens(mesh, "mha") - before - len(prompt)
+    assert 0 < num_recomputed <= 3 * 16, "the cache has the rest of prompt and output"
+    recomputed = await mesh.client.generate(
         prompt, model="mha", max_new_tokens=300, temperature=0, ignore_eos=True, bypass_prefix_cache=True
     )
-    assert tuple(tokens) == anew.token_ids
+    assert tuple(tokens) == recomputed.token_ids
     await mesh.until_free()

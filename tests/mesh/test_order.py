@@ -1,4 +1,4 @@
-"""Who goes first, on a real mesh of sim engines and in the simulator."""
+"""The order in which requests are admitted, in a real mesh of sim engines and in the simulator."""
 
 import asyncio
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from loadtest.workload import Body, Sketch
 from muxmesh.config.schema import MeshConfig
 from muxmesh.models.model_spec import SIM_SPEC
-from simulator.forecasts import Known
+from simulator.forecasts import TrueLengths
 from simulator.run import simulate
 from tests.support.bad_router import BAD
 from tests.support.mesh import RunningMesh, running_mesh
@@ -17,14 +17,16 @@ from tests.support.mesh import RunningMesh, running_mesh
 pytestmark = [pytest.mark.mesh, pytest.mark.asyncio]
 
 STEP_S = 0.02
-NUM_WARMING, TYPICAL_TOKENS = 4, 40
+NUM_WARM_UP, MEAN_TOKENS = 4, 40
 LENGTHS = (45, 30, 60, 12, 90, 6, 75, 3, 20)
-"""Of those that wait while another runs, in order of arrival. They are far enough apart, and so mixed that what is
-typical stays what it was, for steps of 19 to 64 ms. From 60 tokens on they are equally long for `srtf-aged`."""
+"""Output tokens of the requests that wait while another one runs, in order of arrival.
+
+They differ enough for steps of 19 to 64 ms, and in this order the mean work stays almost constant. `srtf-aged` treats
+all lengths from 60 tokens on as equal."""
 ORDERS: dict[str, list[int]] = {
     "fcfs": list(range(len(LENGTHS))),
     "srtf": sorted(range(len(LENGTHS)), key=LENGTHS.__getitem__),
-    "srtf-aged": sorted(range(len(LENGTHS)), key=lambda place: min(LENGTHS[place], 60)),
+    "srtf-aged": sorted(range(len(LENGTHS)), key=lambda index: min(LENGTHS[index], 60)),
 }
 
 
@@ -33,7 +35,7 @@ def config(policy: str) -> dict[str, Any]:
     return {"order": {"policy": policy}, "units": [{"kv_pool": "16MiB", "models": [model]}]}
 
 
-async def ask(mesh: RunningMesh, num_tokens: int, **options: Any) -> Any:
+async def scheduling_of(mesh: RunningMesh, num_tokens: int, **options: Any) -> Any:
     completion = await mesh.client.generate(
         "a prompt", max_new_tokens=num_tokens, ignore_eos=True, explain_scheduling=True, **options
     )
@@ -41,10 +43,10 @@ async def ask(mesh: RunningMesh, num_tokens: int, **options: Any) -> Any:
 
 
 async def decisions_of_mesh(mesh: RunningMesh) -> list[int]:
-    """The waiting requests by their decision numbers."""
-    for _ in range(NUM_WARMING):  # the router learns what steps take
-        await ask(mesh, TYPICAL_TOKENS)
-    blocker = asyncio.create_task(ask(mesh, TYPICAL_TOKENS))
+    """Indices of the waiting requests, in the order of their admission."""
+    for _ in range(NUM_WARM_UP):  # the router measures step times
+        await scheduling_of(mesh, MEAN_TOKENS)
+    blocker = asyncio.create_task(scheduling_of(mesh, MEAN_TOKENS))
 
     async def is_running() -> bool:
         return await mesh.num_leases() == 1
@@ -52,11 +54,11 @@ async def decisions_of_mesh(mesh: RunningMesh) -> list[int]:
     await mesh.until(is_running)
     waiting = []
     for count in LENGTHS:
-        waiting.append(asyncio.create_task(ask(mesh, count)))
-        await asyncio.sleep(0.01)  # one after the other: arrivals differ
-    answered = await asyncio.gather(blocker, *waiting)
-    assert all(one.source == "fixed" for one in answered)
-    numbers = [one.decision for one in answered[1:]]
+        waiting.append(asyncio.create_task(scheduling_of(mesh, count)))
+        await asyncio.sleep(0.01)  # the arrival times differ
+    scheduled = await asyncio.gather(blocker, *waiting)
+    assert all(info.source == "fixed" for info in scheduled)
+    numbers = [info.decision for info in scheduled[1:]]
     return sorted(range(len(LENGTHS)), key=numbers.__getitem__)
 
 
@@ -64,35 +66,39 @@ def decisions_of_simulator(policy: str) -> list[int]:
     def sketch(index: int, at_s: float, count: int) -> Sketch:
         return Sketch(index, at_s, Body(None, 8, count), count, True, 0, None, None, 0)
 
-    num_before = NUM_WARMING + 1
-    sketches = [sketch(index, 2.0 * index, TYPICAL_TOKENS) for index in range(num_before)]
+    num_before = NUM_WARM_UP + 1
+    sketches = [sketch(index, 2.0 * index, MEAN_TOKENS) for index in range(num_before)]
     at_s = sketches[-1].at_s + 0.3
-    sketches += [sketch(num_before + place, at_s + 0.01 * place, count) for place, count in enumerate(LENGTHS)]
+    sketches += [sketch(num_before + index, at_s + 0.01 * index, count) for index, count in enumerate(LENGTHS)]
     decided: list[int] = []
     parsed = MeshConfig.model_validate(config(policy))
     simulate(
-        parsed, {"sim": SIM_SPEC}, sketches, Known(), on_decision=lambda one: decided.append(one.index - num_before)
+        parsed,
+        {"sim": SIM_SPEC},
+        sketches,
+        TrueLengths(),
+        on_decision=lambda one: decided.append(one.index - num_before),
     )
     return decided[num_before:]
 
 
 @pytest.mark.parametrize("policy", ORDERS)
-async def test_the_simulator_decides_as_the_mesh_does(tmp_path: Path, policy: str) -> None:
+async def test_the_simulator_admits_in_the_order_of_the_mesh(tmp_path: Path, policy: str) -> None:
     simulated = decisions_of_simulator(policy)
     assert simulated == ORDERS[policy]
     async with running_mesh(tmp_path, **config(policy)) as mesh:
         assert await decisions_of_mesh(mesh) == simulated
 
 
-async def test_a_response_tells_why_on_request_and_so_does_the_log(tmp_path: Path) -> None:
+async def test_scheduling_is_reported_on_request_and_traced_in_the_log(tmp_path: Path) -> None:
     traced = config("hrrn")
     traced["order"]["trace"] = True
     async with running_mesh(tmp_path, **traced) as mesh:
-        told = await ask(mesh, 30)
-        assert (told.policy, told.source, told.p50_output_tokens) == ("hrrn", "fixed", 30)
-        assert told.reason.startswith("hrrn, priority 0: ") and told.decision == 1 and told.num_overtaken == 0
-        silent = await mesh.client.generate("a prompt", max_new_tokens=3)
-        assert silent.prompt.scheduling is None and silent.prompt.predicted_output_tokens is not None
+        info = await scheduling_of(mesh, 30)
+        assert (info.policy, info.source, info.p50_output_tokens) == ("hrrn", "fixed", 30)
+        assert info.reason.startswith("hrrn, priority 0: ") and info.decision == 1 and info.num_overtaken == 0
+        without = await mesh.client.generate("a prompt", max_new_tokens=3)
+        assert without.prompt.scheduling is None and without.prompt.predicted_output_tokens is not None
 
         async def traced_twice() -> bool:
             log = (tmp_path / "logs" / "kvstore-unit0.log").read_text()
@@ -102,7 +108,9 @@ async def test_a_response_tells_why_on_request_and_so_does_the_log(tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", BAD)
-async def test_a_bad_predictor_costs_no_request(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_request_fails_because_of_a_bad_predictor(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("BAD_PREDICTOR", kind)
     model = {"name": "sim", "engine": "sim", "sim": {"base_s": 0.001, "output_tokens": 5}, "max_num_seqs": 4}
     options = {"router": "tests.support.bad_router"}
@@ -110,14 +118,14 @@ async def test_a_bad_predictor_costs_no_request(tmp_path: Path, kind: str, monke
         completions = await asyncio.gather(
             *(mesh.client.generate(f"prompt {n}", max_new_tokens=40) for n in range(160))
         )
-        assert {one.finish.num_output_tokens for one in completions} == {5}
-        told = (await mesh.client.generate("x", max_new_tokens=40, explain_scheduling=True)).prompt.scheduling
-        assert told is not None
+        assert {completion.finish.num_output_tokens for completion in completions} == {5}
+        info = (await mesh.client.generate("x", max_new_tokens=40, explain_scheduling=True)).prompt.scheduling
+        assert info is not None
         sources = {"hang": "late", "crash": "failed", "nan": "failed"}
-        assert told.source == sources.get(kind, "floor")
+        assert info.source == sources.get(kind, "floor")
 
 
-async def test_a_restarted_router_knows_what_it_knew(tmp_path: Path) -> None:
+async def test_a_restarted_router_loads_its_predictor(tmp_path: Path) -> None:
     model = {"name": "sim", "engine": "sim", "sim": {"base_s": 0.001, "output_tokens": 7}, "max_num_seqs": 8}
     async with running_mesh(tmp_path, units=[{"kv_pool": "16MiB", "models": [model]}]) as mesh:
         for _ in range(3):
@@ -133,7 +141,7 @@ async def test_a_restarted_router_knows_what_it_knew(tmp_path: Path) -> None:
         assert await source() == "retrieved"
 
 
-async def test_hints_that_prove_right_are_used(tmp_path: Path) -> None:
+async def test_a_client_s_estimate_is_used_once_earlier_ones_were_accurate(tmp_path: Path) -> None:
     model = {"name": "sim", "engine": "sim", "sim": {"base_s": 0.001, "output_tokens": 7}, "max_num_seqs": 8}
     async with running_mesh(tmp_path, units=[{"kv_pool": "16MiB", "models": [model]}]) as mesh:
 

@@ -1,4 +1,4 @@
-"""A mesh of real processes with the sim engine: the API, bad input, cancels, faults. One mesh for the module."""
+"""The public API, refused input, cancels and faults, on one mesh of real processes with the sim engine."""
 
 import asyncio
 import json
@@ -42,7 +42,7 @@ async def raw(mesh: RunningMesh) -> AsyncIterator[grpc.aio.Channel]:
         yield channel
 
 
-async def test_a_stream_gives_every_token_once(mesh: RunningMesh) -> None:
+async def test_a_stream_has_every_token_once(mesh: RunningMesh) -> None:
     text, tokens, finish = await collect(mesh.client.stream("Hello", model="sim", max_new_tokens=50, temperature=0))
     assert len(tokens) == finish.num_output_tokens == 50
     assert finish.reason == "length"
@@ -50,11 +50,11 @@ async def test_a_stream_gives_every_token_once(mesh: RunningMesh) -> None:
     await mesh.until_free()
 
 
-async def test_unary_and_stream_agree(mesh: RunningMesh) -> None:
+async def test_generate_and_generate_stream_return_the_same_output(mesh: RunningMesh) -> None:
     options: dict[str, Any] = {"model": "sim", "max_new_tokens": 20, "seed": 7}
     text, tokens, _ = await collect(mesh.client.stream("Hello", **options))
     async with grpc.aio.insecure_channel(mesh.address) as channel:
-        whole = await inference_pb2_grpc.InferenceStub(channel).Generate(
+        unary = await inference_pb2_grpc.InferenceStub(channel).Generate(
             inference_pb2.GenerateRequest(
                 model="sim",
                 text="Hello",
@@ -63,18 +63,18 @@ async def test_unary_and_stream_agree(mesh: RunningMesh) -> None:
                 response=inference_pb2.ResponseOptions(output_token_ids=True, prompt_token_ids=True),
             )
         )
-    assert (whole.outputs.text, list(whole.outputs.token_ids), whole.outputs.num_tokens) == (text, tokens, 20)
-    assert whole.prompt_info.num_prompt_tokens == len(whole.prompt_info.token_ids) == 5
-    assert whole.prompt_info.seed == 7
-    assert whole.timings.e2e_s >= whole.timings.ttft_s >= whole.timings.queue_s >= 0
+    assert (unary.outputs.text, list(unary.outputs.token_ids), unary.outputs.num_tokens) == (text, tokens, 20)
+    assert unary.prompt_info.num_prompt_tokens == len(unary.prompt_info.token_ids) == 5
+    assert unary.prompt_info.seed == 7
+    assert unary.timings.e2e_s >= unary.timings.ttft_s >= unary.timings.queue_s >= 0
 
 
-async def test_several_answers_to_one_prompt(mesh: RunningMesh, raw: grpc.aio.Channel) -> None:
+async def test_one_prompt_can_have_several_sequences(mesh: RunningMesh, raw: grpc.aio.Channel) -> None:
     options: dict[str, Any] = {"model": "sim", "max_new_tokens": 5, "temperature": 1.0, "seed": 4}
-    answers = await mesh.client.generate_many("Hello", num_sequences=3, **options)
-    assert len(answers) == 3
-    assert all(answer.finish.num_output_tokens == len(answer.token_ids) == 5 for answer in answers)
-    assert answers[0].token_ids == (await mesh.client.generate("Hello", **options)).token_ids
+    completions = await mesh.client.generate_many("Hello", num_sequences=3, **options)
+    assert len(completions) == 3
+    assert all(one.finish.num_output_tokens == len(one.token_ids) == 5 for one in completions)
+    assert completions[0].token_ids == (await mesh.client.generate("Hello", **options)).token_ids
     with pytest.raises(InvalidRequest, match="generate_many"):
         await mesh.client.generate("Hello", num_sequences=2, **options)
     unary = await inference_pb2_grpc.InferenceStub(raw).Generate(
@@ -87,7 +87,7 @@ async def test_several_answers_to_one_prompt(mesh: RunningMesh, raw: grpc.aio.Ch
             response=inference_pb2.ResponseOptions(output_token_ids=True),
         )
     )
-    assert [tuple(output.token_ids) for output in unary.all_outputs] == [answer.token_ids for answer in answers]
+    assert [tuple(output.token_ids) for output in unary.all_outputs] == [one.token_ids for one in completions]
     assert [output.index for output in unary.all_outputs] == [0, 1, 2]
     assert unary.outputs == unary.all_outputs[0]
     await mesh.until_free()
@@ -98,55 +98,57 @@ async def test_several_answers_to_one_prompt(mesh: RunningMesh, raw: grpc.aio.Ch
     [("max_new_tokens", -5), ("top_k", -1), ("seed", -1), ("priority", 1 << 40), ("num_sequences", 0),
      ("logprobs", 1.5), ("stop_token_ids", [-1]), ("allowed_token_ids", [1 << 33])],
 )  # fmt: skip
-async def test_the_client_names_the_number_that_does_not_fit(mesh: RunningMesh, name: str, value: Any) -> None:
+async def test_the_client_refuses_a_number_that_cannot_be_sent_by_its_name(
+    mesh: RunningMesh, name: str, value: Any
+) -> None:
     with pytest.raises(InvalidRequest, match=f"^{name}: is .*a whole number from") as caught:
         await mesh.client.generate_many("a", model="sim", **{name: value})
     assert caught.value.field == name
 
 
-async def test_one_stop_string_need_not_be_in_a_list(mesh: RunningMesh) -> None:
+async def test_one_stop_string_needs_no_list(mesh: RunningMesh) -> None:
     whole = await mesh.client.generate("Hello", model="sim", max_new_tokens=30, temperature=0)
     stop = whole.text[10:12]
-    answer = await mesh.client.generate("Hello", model="sim", max_new_tokens=30, temperature=0, stop_strings=stop)
-    assert answer.finish.stopped_by == stop
-    assert answer.text == whole.text[: whole.text.index(stop)]
+    stopped = await mesh.client.generate("Hello", model="sim", max_new_tokens=30, temperature=0, stop_strings=stop)
+    assert stopped.finish.stopped_by == stop
+    assert stopped.text == whole.text[: whole.text.index(stop)]
 
 
-async def test_more_answers_than_slots_come_one_after_the_other(mesh: RunningMesh) -> None:
-    answers = await mesh.client.generate_many("a", model="sim", max_new_tokens=3, num_sequences=40)
-    assert [answer.finish.num_output_tokens for answer in answers] == [3] * 40
+async def test_more_sequences_than_max_num_seqs_are_all_generated(mesh: RunningMesh) -> None:
+    completions = await mesh.client.generate_many("a", model="sim", max_new_tokens=3, num_sequences=40)
+    assert [completion.finish.num_output_tokens for completion in completions] == [3] * 40
     await mesh.until_free()
 
 
-async def test_the_drawn_seed_repeats_an_answer(mesh: RunningMesh) -> None:
+async def test_the_reported_seed_reproduces_the_output(mesh: RunningMesh) -> None:
     first = await mesh.client.generate("Hello", model="sim", max_new_tokens=20)
-    again = await mesh.client.generate("Hello", model="sim", max_new_tokens=20, seed=first.prompt.seed)
+    repeated = await mesh.client.generate("Hello", model="sim", max_new_tokens=20, seed=first.prompt.seed)
     other = await mesh.client.generate("Hello", model="sim", max_new_tokens=20)
-    assert first.token_ids == again.token_ids != other.token_ids
+    assert first.token_ids == repeated.token_ids != other.token_ids
 
 
 async def prompt_ids(mesh: RunningMesh, **fields: Any) -> list[int]:
-    """What the mesh made of a prompt."""
+    """The token ids of a prompt, as the mesh reports them."""
     request = inference_pb2.GenerateRequest(
         model="sim",
         stopping=inference_pb2.StoppingOptions(max_new_tokens=1),
         response=inference_pb2.ResponseOptions(prompt_token_ids=True),
         **fields,
     )
-    parts = [part async for part in mesh.client.stream_request(request)]
-    return list(parts[0].prompt_info.token_ids)
+    responses = [response async for response in mesh.client.stream_request(request)]
+    return list(responses[0].prompt_info.token_ids)
 
 
-async def test_token_ids_chat_and_text_are_three_kinds_of_prompt(mesh: RunningMesh) -> None:
+async def test_token_ids_chat_and_text_of_one_prompt_have_the_same_tokens(mesh: RunningMesh) -> None:
     rendered = await prompt_ids(mesh, text="user: hi\nassistant: ")
     chat = inference_pb2.ChatPrompt(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
     assert await prompt_ids(mesh, chat=chat) == rendered
     assert await prompt_ids(mesh, token_ids=inference_pb2.TokenIds(ids=rendered)) == rendered
-    answer = await mesh.client.generate([Message("user", "hi")], model="sim", max_new_tokens=1)
-    assert answer.prompt.num_tokens == 20
+    completion = await mesh.client.generate([Message("user", "hi")], model="sim", max_new_tokens=1)
+    assert completion.prompt.num_tokens == 20
 
 
-async def test_a_stop_string_across_tokens_ends_the_answer(mesh: RunningMesh) -> None:
+async def test_a_stop_string_across_tokens_ends_the_output(mesh: RunningMesh) -> None:
     options: dict[str, Any] = {"model": "sim", "max_new_tokens": 40, "temperature": 0}
     text, _, _ = await collect(mesh.client.stream("Hello", **options))
     stop = text[10:13]
@@ -159,7 +161,7 @@ async def test_a_stop_string_across_tokens_ends_the_answer(mesh: RunningMesh) ->
     await mesh.until_free()
 
 
-async def test_a_stop_token_ends_the_answer(mesh: RunningMesh) -> None:
+async def test_a_stop_token_ends_the_output(mesh: RunningMesh) -> None:
     options: dict[str, Any] = {"model": "sim", "max_new_tokens": 40, "temperature": 0}
     _, tokens, _ = await collect(mesh.client.stream("Hello", **options))
     stop = tokens[8]
@@ -173,22 +175,22 @@ async def test_a_stop_token_ends_the_answer(mesh: RunningMesh) -> None:
     assert stop not in longer[: first + 1]
 
 
-async def test_the_prompt_is_truncated_from_the_left(mesh: RunningMesh) -> None:
+async def test_truncation_keeps_the_last_tokens_of_the_prompt(mesh: RunningMesh) -> None:
     whole = await prompt_ids(mesh, text="0123456789")
     assert await prompt_ids(mesh, text="0123456789", truncate_prompt_tokens=3) == whole[-3:]
 
 
-async def test_the_sync_client_gives_the_same(mesh: RunningMesh) -> None:
+async def test_the_sync_client_returns_the_same_output(mesh: RunningMesh) -> None:
     expected = await mesh.client.generate("Hello", model="sim", max_new_tokens=9, temperature=0)
 
     def script() -> tuple[str, str, int]:
         with SyncMeshClient(mesh.address) as client:
-            answer = client.generate("Hello", model="sim", max_new_tokens=9, temperature=0)
+            completion = client.generate("Hello", model="sim", max_new_tokens=9, temperature=0)
             deltas = list(client.stream("Hello", model="sim", max_new_tokens=9, temperature=0))
             for delta in client.stream("Hello", model="slow", max_new_tokens=500):
                 assert delta.num_tokens == 1
                 break
-            return answer.text, "".join(delta.text for delta in deltas), len(client.list_models())
+            return completion.text, "".join(delta.text for delta in deltas), len(client.list_models())
 
     assert await asyncio.to_thread(script) == (expected.text, expected.text, 2)
     await mesh.until_free()
@@ -256,7 +258,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "stopping.stop_token_ids",
         "at most 128",
     ),
-    "a request id that is no header": ({"text": "a", "request_id": "é\n"}, "request_id", "printable ASCII"),
+    "a request id that cannot be a header": ({"text": "a", "request_id": "é\n"}, "request_id", "printable ASCII"),
     "truncate to more than the context": (
         {"text": "a", "truncate_prompt_tokens": 9000},
         "truncate_prompt_tokens",
@@ -264,7 +266,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "truncate to nothing": ({"text": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1"),
     "too many sequences": ({"text": "a", "sampling": {"num_sequences": 65}}, "sampling.num_sequences", "at most 64"),
-    "a salt like a novel": ({"text": "a", "kv": {"cache_salt": "x" * 257}}, "kv.cache_salt", "at most 256"),
+    "a salt that is too long": ({"text": "a", "kv": {"cache_salt": "x" * 257}}, "kv.cache_salt", "at most 256"),
     "min_p": ({"text": "a", "sampling": {"min_p": 1.1}}, "sampling.min_p", "between 0 and 1"),
     "min_p nan": ({"text": "a", "sampling": {"min_p": float("nan")}}, "sampling.min_p", "between 0 and 1"),
     "presence penalty": (
@@ -310,11 +312,11 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-async def test_bad_input_is_refused_by_the_name_of_its_field(mesh: RunningMesh, name: str) -> None:
+async def test_invalid_input_is_refused_by_the_name_of_its_field(mesh: RunningMesh, name: str) -> None:
     fields, field, problem = BAD[name]
     request = inference_pb2.GenerateRequest(model="sim", **fields)
     with pytest.raises(InvalidRequest) as caught:
-        _ = [part async for part in mesh.client.stream_request(request)]
+        _ = [response async for response in mesh.client.stream_request(request)]
     assert caught.value.field == field
     assert problem in caught.value.problem
 
@@ -325,20 +327,22 @@ async def test_an_unknown_model_is_not_found(mesh: RunningMesh) -> None:
 
 
 RAW = {
-    "text that is no UTF-8": (b"\x12\x03sim" + b"\x1a\x02\xff\xfe", "text", "not valid UTF-8"),
-    "a role that is no UTF-8": (
+    "text that is not UTF-8": (b"\x12\x03sim" + b"\x1a\x02\xff\xfe", "text", "not valid UTF-8"),
+    "a role that is not UTF-8": (
         b"\x12\x03sim" + b"\xa2\x06\x05" + b"\x0a\x03" + b"\x0a\x01\xff",
         "chat.messages.role",
         "not valid UTF-8",
     ),
     "a field of another version": (b"\x12\x03sim" + b"\x1a\x01a" + b"\xf8\x3f\x01", "(number 1023)", "does not know"),
-    "garbage": (b"\xff\xff\xff\xff", "GenerateRequest", "no message"),
+    "garbage": (b"\xff\xff\xff\xff", "GenerateRequest", "malformed"),
 }
 
 
 @pytest.mark.parametrize("name", RAW)
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
-async def test_bad_bytes_are_refused_by_the_name_of_their_field(raw: grpc.aio.Channel, name: str, method: str) -> None:
+async def test_invalid_bytes_are_refused_by_the_name_of_their_field(
+    raw: grpc.aio.Channel, name: str, method: str
+) -> None:
     message, field, problem = RAW[name]
     path = f"/muxmesh.v1.Inference/{method}"
     unary: Any = raw.unary_unary(path)
@@ -347,14 +351,14 @@ async def test_bad_bytes_are_refused_by_the_name_of_their_field(raw: grpc.aio.Ch
         if method == "Generate":
             await unary(message)
         else:
-            _ = [part async for part in stream(message)]
+            _ = [response async for response in stream(message)]
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     status = _rich_status(caught.value)
     assert status is not None
-    bad = error_details_pb2.BadRequest()
-    assert any(detail.Unpack(bad) for detail in status.details)
-    assert bad.field_violations[0].field == field
-    assert problem in bad.field_violations[0].description
+    bad_request = error_details_pb2.BadRequest()
+    assert any(detail.Unpack(bad_request) for detail in status.details)
+    assert bad_request.field_violations[0].field == field
+    assert problem in bad_request.field_violations[0].description
 
 
 async def test_a_prompt_of_ten_megabytes_is_refused(mesh: RunningMesh) -> None:
@@ -362,16 +366,16 @@ async def test_a_prompt_of_ten_megabytes_is_refused(mesh: RunningMesh) -> None:
         await mesh.client.generate("x" * 10_000_000, model="sim")
 
 
-async def test_request_id_is_echoed(raw: grpc.aio.Channel) -> None:
+async def test_the_request_id_is_returned_in_the_initial_metadata(raw: grpc.aio.Channel) -> None:
     stub = inference_pb2_grpc.InferenceStub(raw)
     request = inference_pb2.GenerateRequest(model="sim", text="a")
     request.stopping.max_new_tokens = 1
     call = stub.GenerateStream(request, metadata=(("x-request-id", "abc"),))
     assert dict(await call.initial_metadata())["x-request-id"] == "abc"
-    assert [part async for part in call]
+    assert [response async for response in call]
 
 
-async def test_health_and_reflection_on_every_service(mesh: RunningMesh, raw: grpc.aio.Channel) -> None:
+async def test_every_service_has_health_and_reflection(mesh: RunningMesh, raw: grpc.aio.Channel) -> None:
     runtime = mesh.mesh.runtime
     services = {
         mesh.address: ["muxmesh.v1.Inference", "muxmesh.v1.Mesh"],
@@ -391,7 +395,7 @@ async def test_health_and_reflection_on_every_service(mesh: RunningMesh, raw: gr
             assert set(names) <= {service.name for service in listed.list_services_response.service}
 
 
-async def test_status_shows_models_workers_and_processes(mesh: RunningMesh) -> None:
+async def test_status_reports_every_process_and_worker(mesh: RunningMesh) -> None:
     await mesh.client.generate("Hello", model="sim", max_new_tokens=3)
 
     async def all_registered() -> bool:
@@ -414,8 +418,8 @@ async def test_model_info_is_complete(mesh: RunningMesh) -> None:
     assert list(info.eos_token_ids) == [0]
 
 
-async def test_more_than_the_pool_holds_costs_time_and_no_token(tmp_path: Path) -> None:
-    """Six answers, each of two thirds of the pool: they begin together, and the pool is full before any ends."""
+async def test_requests_that_exceed_the_pool_take_longer_and_lose_no_token(tmp_path: Path) -> None:
+    """Six outputs of two thirds of the pool each begin together, so the pool is full before any of them ends."""
     model = {
         "name": "sim", "engine": "sim", "max_num_seqs": 6, "kv_answer_tokens": 64, "default_max_new_tokens": 10**6,
     }  # fmt: skip
@@ -425,21 +429,21 @@ async def test_more_than_the_pool_holds_costs_time_and_no_token(tmp_path: Path) 
         num_tokens = (1 << 20) // info.kv_bytes_per_token * 2 // 3
         options: dict[str, Any] = {"max_new_tokens": num_tokens, "temperature": 1.0}
         expected = [await small.client.generate("Hello", seed=seed, **options) for seed in range(6)]
-        assert all(answer.timings.num_restarts == 0 for answer in expected)
-        answers = await asyncio.gather(*(small.client.generate("Hello", seed=seed, **options) for seed in range(6)))
-        assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
-        assert sum(answer.timings.num_restarts for answer in answers) > 0
+        assert all(one.timings.num_restarts == 0 for one in expected)
+        completions = await asyncio.gather(*(small.client.generate("Hello", seed=seed, **options) for seed in range(6)))
+        assert [one.token_ids for one in completions] == [one.token_ids for one in expected]
+        assert sum(one.timings.num_restarts for one in completions) > 0
         await small.until_free()
         (status,) = (await small.unit()).models
         longest = await small.client.generate("Hello", temperature=0, bypass_prefix_cache=True)
-        holds = (status.num_free_token_blocks) * 16
-        assert longest.prompt.num_tokens + len(longest.token_ids) == holds, "the default is what fits"
+        pool_tokens = status.num_free_token_blocks * 16
+        assert longest.prompt.num_tokens + len(longest.token_ids) == pool_tokens, "max_new_tokens defaults to what fits"
 
 
-async def test_lower_priority_numbers_go_first(mesh: RunningMesh) -> None:
+async def test_lower_priority_numbers_are_admitted_first(mesh: RunningMesh) -> None:
     finished: list[int] = []
 
-    async def ask(priority: int) -> None:
+    async def generate(priority: int) -> None:
         await mesh.client.generate("Hello", model="slow", max_new_tokens=10, priority=priority)
         finished.append(priority)
 
@@ -455,7 +459,7 @@ async def test_lower_priority_numbers_go_first(mesh: RunningMesh) -> None:
 
     blockers = [asyncio.create_task(mesh.client.generate("Hello", model="slow", max_new_tokens=1000)) for _ in range(4)]
     await mesh.until(all_slots_taken)
-    late = [asyncio.create_task(ask(priority)) for priority in (5, 5, 5, 5, 1, 1, 1, 1)]
+    late = [asyncio.create_task(generate(priority)) for priority in (5, 5, 5, 5, 1, 1, 1, 1)]
     await mesh.until(all_wait)
     for blocker in blockers:
         blocker.cancel()
@@ -465,14 +469,14 @@ async def test_lower_priority_numbers_go_first(mesh: RunningMesh) -> None:
     await mesh.until_free()
 
 
-async def test_too_many_waiting_requests_are_refused_with_a_hint(mesh: RunningMesh) -> None:
-    """Four run and forty may wait, so of sixty that come at once sixteen are refused."""
+async def test_too_many_waiting_requests_are_refused_with_a_retry_delay(mesh: RunningMesh) -> None:
+    """Four run and forty may wait, so sixteen of sixty requests are refused."""
     tasks = [asyncio.create_task(mesh.client.generate("Hello", model="slow", max_new_tokens=1000)) for _ in range(60)]
 
-    async def the_rest_is_refused() -> bool:
+    async def sixteen_are_refused() -> bool:
         return sum(task.done() for task in tasks) >= 16
 
-    await mesh.until(the_rest_is_refused)
+    await mesh.until(sixteen_are_refused)
     refused = [task.exception() for task in tasks if task.done()]
     assert all(isinstance(error, Overloaded) and error.retry_after_s > 0 for error in refused)
     for task in tasks:
@@ -528,39 +532,41 @@ async def test_a_thousand_random_cancels_leave_nothing_leased(mesh: RunningMesh)
 
 @pytest.mark.parametrize("victim", ["decode/slow", "prefill/slow", "kvstore/unit0"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-async def test_a_killed_process_costs_time_and_no_token(mesh: RunningMesh, victim: str, temperature: float) -> None:
-    """Six different requests; the victim is killed when it is at work on them: four run, two wait."""
+async def test_a_killed_process_delays_requests_and_loses_no_token(
+    mesh: RunningMesh, victim: str, temperature: float
+) -> None:
+    """Six different requests, of which four run and two wait when the victim is killed."""
     options: dict[str, Any] = {
         "model": "slow",
         "max_new_tokens": 40,
         "temperature": temperature,
         "bypass_prefix_cache": True,
     }
-    length = 1500 if victim == "prefill/slow" else 5  # a prompt of a second, or of one step
+    length = 1500 if victim == "prefill/slow" else 5  # prefill takes a second, or one step
     prompts = [[40 + number] * length for number in range(6)]
     requests = [{"prompt": prompt, "seed": seed, **options} for seed, prompt in enumerate(prompts)]
     expected = await asyncio.gather(*(mesh.client.generate(**request) for request in requests))
-    assert len({answer.token_ids for answer in expected}) >= 3
+    assert len({one.token_ids for one in expected}) >= 3
     running = [asyncio.create_task(mesh.client.generate(**request)) for request in requests]
     role = "prefill" if victim == "prefill/slow" else "decode"
 
-    async def at_work() -> bool:
+    async def is_computing() -> bool:
         workers = (await mesh.unit()).workers
         return any(w.role == role and w.model == "slow" and w.num_leases >= 2 for w in workers)
 
-    await mesh.until(at_work)
+    await mesh.until(is_computing)
     restarts = mesh.process(victim).num_restarts
     os.kill(mesh.pid(victim), signal.SIGKILL)
-    answers = await asyncio.gather(*running)
-    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
-    assert [answer.text for answer in answers] == [answer.text for answer in expected]
-    assert sum(answer.timings.num_restarts > 0 for answer in answers) >= 2
+    completions = await asyncio.gather(*running)
+    assert [one.token_ids for one in completions] == [one.token_ids for one in expected]
+    assert [one.text for one in completions] == [one.text for one in expected]
+    assert sum(one.timings.num_restarts > 0 for one in completions) >= 2
     assert mesh.process(victim).num_restarts == restarts + 1
     await mesh.until_free()
 
 
 async def test_a_stopped_worker_is_killed_and_no_token_is_lost(mesh: RunningMesh) -> None:
-    """It lives, holds leases and perhaps the grant, and does nothing more."""
+    """A stopped worker is alive and keeps its leases and perhaps the grant, but makes no progress."""
     options: dict[str, Any] = {"model": "slow", "max_new_tokens": 60, "temperature": 1.0, "seed": 3}
     expected = await mesh.client.generate("Stop here", **options)
     stream = mesh.client.stream("Stop here", **options)
@@ -591,10 +597,11 @@ async def test_a_killed_router_is_restarted_and_leaves_nothing_leased(mesh: Runn
     await mesh.until_free(timeout_s=1.0)
 
 
-async def test_the_mesh_serves_on_while_redis_is_away(mesh: RunningMesh) -> None:
+async def test_the_mesh_serves_while_redis_is_down(mesh: RunningMesh) -> None:
     os.kill(mesh.pid("redis"), signal.SIGKILL)
-    answers = await asyncio.gather(*(mesh.client.generate("Hello", model="sim", max_new_tokens=20) for _ in range(20)))
-    assert all(answer.finish.num_output_tokens == 20 for answer in answers)
+    requests = (mesh.client.generate("Hello", model="sim", max_new_tokens=20) for _ in range(20))
+    completions = await asyncio.gather(*requests)
+    assert all(completion.finish.num_output_tokens == 20 for completion in completions)
 
     async def registered_again() -> bool:
         status = await mesh.client.status()
@@ -603,7 +610,7 @@ async def test_the_mesh_serves_on_while_redis_is_away(mesh: RunningMesh) -> None
     await mesh.until(registered_again)
 
 
-async def test_the_command_line_speaks_json(mesh: RunningMesh) -> None:
+async def test_commands_print_json(mesh: RunningMesh) -> None:
     async def call(*arguments: str) -> Any:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "muxmesh", *arguments, stdout=asyncio.subprocess.PIPE
@@ -612,11 +619,11 @@ async def test_the_command_line_speaks_json(mesh: RunningMesh) -> None:
         assert process.returncode == 0
         return json.loads(out)
 
-    where = ("--address", mesh.address, "--json")
-    told = ("--explain", "--expected-output-tokens", "3")
-    answer = await call("generate", *where, "--model", "sim", "--max-new-tokens", "4", *told, "--chat", "Hi")
-    assert (answer["num_output_tokens"], answer["finish_reason"]) == (4, "length")
-    assert answer["scheduling"]["policy"] == "srtf-aged" and answer["scheduling"]["decision"] > 0
-    status = await call("status", *where)
+    common = ("--address", mesh.address, "--json")
+    scheduling = ("--explain", "--expected-output-tokens", "3")
+    output = await call("generate", *common, "--model", "sim", "--max-new-tokens", "4", *scheduling, "--chat", "Hi")
+    assert (output["num_output_tokens"], output["finish_reason"]) == (4, "length")
+    assert output["scheduling"]["policy"] == "srtf-aged" and output["scheduling"]["decision"] > 0
+    status = await call("status", *common)
     assert status["units"][0]["connected"] is True and status["order_policy"] == "srtf-aged"
     assert [model["name"] for model in await call("model", "list", "--json")] == ["smollm2-135m-instruct"]

@@ -1,4 +1,4 @@
-"""A pool that is too small: answers go to host memory and come back, and none of them changes."""
+"""A pool that is too small for all outputs: KV is swapped out to host memory and back, and no token changes."""
 
 import asyncio
 import os
@@ -16,11 +16,11 @@ from tests.support.tiny import TinyShape, write_tiny_model
 pytestmark = pytest.mark.mesh
 
 POOL_BYTES = 1 << 20
-NUM_ANSWERS = 5
+NUM_OUTPUTS = 5
 
 
 def unit_of(folder: Path, swap: str, **model: Any) -> dict[str, Any]:
-    """A unit whose pool holds one and a half of the answers below."""
+    """A unit whose pool holds the KV of one and a half outputs of `options_of`."""
     served = {"name": "tiny", "source": str(folder), "threads": 1, "kv_answer_tokens": 64, "max_num_seqs": 8, **model}
     return {"name": "unit0", "kv_pool": POOL_BYTES, "slab": "64KiB", "kv_swap": swap, "models": [served]}
 
@@ -32,14 +32,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def options_of(mesh: RunningMesh) -> dict[str, Any]:
-    """Each answer takes two thirds of the pool."""
+    """Options for outputs that take two thirds of the pool each."""
     (model,) = (await mesh.unit()).models
     num_tokens = model.num_free_token_blocks * 16 * 2 // 3
     return {"max_new_tokens": num_tokens, "temperature": 1.0, "ignore_eos": True, "bypass_prefix_cache": True}
 
 
 async def together(mesh: RunningMesh, **options: Any) -> list[Completion]:
-    prompts = (f"The story number {seed}" for seed in range(NUM_ANSWERS))
+    prompts = (f"The story number {seed}" for seed in range(NUM_OUTPUTS))
     return list(
         await asyncio.gather(
             *(mesh.client.generate(prompt, seed=seed, **options) for seed, prompt in enumerate(prompts))
@@ -48,24 +48,24 @@ async def together(mesh: RunningMesh, **options: Any) -> list[Completion]:
 
 
 async def alone(mesh: RunningMesh, **options: Any) -> list[Completion]:
-    return [await mesh.client.generate(f"The story number {seed}", seed=seed, **options) for seed in range(NUM_ANSWERS)]
+    return [await mesh.client.generate(f"The story number {seed}", seed=seed, **options) for seed in range(NUM_OUTPUTS)]
 
 
-def tokens(answers: list[Completion]) -> list[tuple[int, ...]]:
-    return [answer.token_ids for answer in answers]
+def tokens(completions: list[Completion]) -> list[tuple[int, ...]]:
+    return [completion.token_ids for completion in completions]
 
 
-def num_restarts(answers: list[Completion]) -> int:
-    return sum(answer.timings.num_restarts for answer in answers)
+def num_restarts(completions: list[Completion]) -> int:
+    return sum(completion.timings.num_restarts for completion in completions)
 
 
-async def test_raw_swap_changes_no_token_and_begins_nothing_anew(folder: Path, tmp_path: Path) -> None:
+async def test_raw_swap_changes_no_token_and_restarts_no_request(folder: Path, tmp_path: Path) -> None:
     async with running_mesh(tmp_path, units=[unit_of(folder, "8MiB")]) as mesh:
         options = await options_of(mesh)
         expected = await alone(mesh, **options)
-        answers = await together(mesh, **options)
-        assert tokens(answers) == tokens(expected)
-        assert num_restarts(answers) == 0
+        completions = await together(mesh, **options)
+        assert tokens(completions) == tokens(expected)
+        assert num_restarts(completions) == 0
         unit = await mesh.unit()
         (decode,) = (worker for worker in unit.workers if worker.role == "decode")
         assert decode.swap_out_bytes == decode.swap_in_bytes > 0
@@ -75,29 +75,27 @@ async def test_raw_swap_changes_no_token_and_begins_nothing_anew(folder: Path, t
         assert (await mesh.unit()).pool.swap_used_bytes == 0
 
 
-async def test_int8_is_asked_for_by_model_or_request_and_stays_out_of_the_prefix_cache(
-    folder: Path, tmp_path: Path
-) -> None:
-    """The room is enough for all of the answers as int8, and for one and a half of them as they are."""
+async def test_int8_is_set_by_model_or_request_and_stays_out_of_the_prefix_cache(folder: Path, tmp_path: Path) -> None:
+    """The swap space holds the KV of all outputs as int8, or of one and a half as raw."""
     async with running_mesh(tmp_path, units=[unit_of(folder, "1MiB", kv_swap_format="int8")]) as mesh:
         options = await options_of(mesh)
         expected = await alone(mesh, **options)
-        answers = await together(mesh, **options)
-        assert num_restarts(answers) == 0
-        assert [len(answer.token_ids) for answer in answers] == [len(answer.token_ids) for answer in expected]
+        completions = await together(mesh, **options)
+        assert num_restarts(completions) == 0
+        assert [len(ids) for ids in tokens(completions)] == [len(ids) for ids in tokens(expected)]
         (decode,) = (worker for worker in (await mesh.unit()).workers if worker.role == "decode")
         block_bytes = 16 * (await mesh.client.list_models())[0].kv_bytes_per_token
         assert decode.swap_out_bytes > 0
         encode = load_text_model(folder).encode
-        for seed, answer in enumerate(answers):  # were anything of int8 cached, the numbers would differ a little
-            prompt = [*encode(f"The story number {seed}", True), *answer.token_ids]
-            cached, anew = [
+        for seed, completion in enumerate(completions):  # with int8 KV in the cache the logprobs would differ slightly
+            prompt = [*encode(f"The story number {seed}", True), *completion.token_ids]
+            cached, recomputed = [
                 await mesh.client.generate(
-                    prompt, max_new_tokens=1, temperature=0, logprobs=5, bypass_prefix_cache=anew
+                    prompt, max_new_tokens=1, temperature=0, logprobs=5, bypass_prefix_cache=bypass
                 )
-                for anew in (False, True)
+                for bypass in (False, True)
             ]
-            assert cached.logprobs == anew.logprobs
+            assert cached.logprobs == recomputed.logprobs
         before = decode.swap_out_bytes
         assert tokens(await together(mesh, **options, kv_swap_format="raw")) == tokens(expected)
         (decode,) = (worker for worker in (await mesh.unit()).workers if worker.role == "decode")
@@ -106,18 +104,18 @@ async def test_int8_is_asked_for_by_model_or_request_and_stays_out_of_the_prefix
         await mesh.until_free()
 
 
-async def test_without_room_to_swap_to_an_answer_begins_anew(folder: Path, tmp_path: Path) -> None:
+async def test_a_pre_empted_request_restarts_if_the_swap_space_is_full(folder: Path, tmp_path: Path) -> None:
     async with running_mesh(tmp_path, units=[unit_of(folder, "32KiB")]) as mesh:
         options = await options_of(mesh)
         expected = await alone(mesh, **options)
-        answers = await together(mesh, **options)
-        assert tokens(answers) == tokens(expected)
-        assert num_restarts(answers) > 0
+        completions = await together(mesh, **options)
+        assert tokens(completions) == tokens(expected)
+        assert num_restarts(completions) > 0
         await mesh.until_free()
         assert (await mesh.unit()).pool.swap_used_bytes == 0
 
 
-async def test_a_worker_killed_while_answers_are_swapped_changes_no_token(folder: Path, tmp_path: Path) -> None:
+async def test_a_worker_killed_while_kv_is_swapped_out_changes_no_token(folder: Path, tmp_path: Path) -> None:
     async with running_mesh(tmp_path, units=[unit_of(folder, "8MiB")]) as mesh:
         options = await options_of(mesh)
         expected = await alone(mesh, **options)
@@ -128,16 +126,16 @@ async def test_a_worker_killed_while_answers_are_swapped_changes_no_token(folder
 
         await mesh.until(is_swapped)
         os.kill(mesh.pid("decode/tiny"), signal.SIGKILL)
-        answers = await running
-        assert tokens(answers) == tokens(expected)
-        assert num_restarts(answers) > 0
+        completions = await running
+        assert tokens(completions) == tokens(expected)
+        assert num_restarts(completions) > 0
         await mesh.until_free()
         pool = (await mesh.unit()).pool
         assert pool.swap_used_bytes == 0
         assert pool.num_leases_orphaned > 0
 
 
-async def test_a_cancelled_answer_that_is_swapped_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+async def test_cancelling_a_swapped_request_frees_its_pages(folder: Path, tmp_path: Path) -> None:
     async with running_mesh(tmp_path, units=[unit_of(folder, "8MiB")]) as mesh:
         options = await options_of(mesh)
         running = asyncio.ensure_future(together(mesh, **options))
@@ -152,7 +150,7 @@ async def test_a_cancelled_answer_that_is_swapped_leaves_nothing(folder: Path, t
 
 
 @pytest.mark.parametrize("swap", ["0", "8MiB"])
-async def test_what_is_lent_to_endless_answers_comes_back_to_who_can_claim_it(tmp_path: Path, swap: str) -> None:
+async def test_a_model_reclaims_its_quota_from_long_outputs_of_another(tmp_path: Path, swap: str) -> None:
     greedy = {"name": "greedy", "engine": "sim", "kv_answer_tokens": 1000, "sim": {"base_s": 0.01}}
     modest = {
         "name": "modest", "engine": "sim", "kv_answer_tokens": 1000, "sim": {"output_tokens": 5},
@@ -172,8 +170,8 @@ async def test_what_is_lent_to_endless_answers_comes_back_to_who_can_claim_it(tm
 
         await mesh.until(is_full)
         await mesh.client.generate("Hello", model="modest", max_new_tokens=num_tokens - 60, temperature=0)
-        assert not any(answer.done() for answer in running)
-        answers = await asyncio.gather(*running)
-        assert {answer.token_ids for answer in answers} == {expected.token_ids}
-        assert (sum(answer.timings.num_restarts for answer in answers) == 0) is (swap != "0")
+        assert not any(request.done() for request in running)
+        completions = await asyncio.gather(*running)
+        assert set(tokens(completions)) == {expected.token_ids}
+        assert (num_restarts(completions) == 0) is (swap != "0")
         await mesh.until_free()

@@ -1,7 +1,6 @@
 import asyncio
 import logging
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -11,46 +10,100 @@ import pytest
 
 from muxmesh.lifecycle import Stop
 
+SERVICE = """
+import asyncio, sys
+from muxmesh.lifecycle import run_service
 
-async def test_a_service_that_serves_ends_by_itself() -> None:
-    stop, ended = Stop(), asyncio.Event()
+async def main(stop):
+    {body}
+
+run_service(main)
+"""
+
+
+def python(script: str, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+async def test_a_service_that_serves_shuts_down_by_itself() -> None:
+    stop, serving, has_shut_down = Stop(), asyncio.Event(), asyncio.Event()
 
     async def serve(stop: Stop) -> None:
+        serving.set()
         await stop.wait()
-        ended.set()
+        has_shut_down.set()
 
     running = asyncio.create_task(stop.run(serve))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await serving.wait()
     stop.set()
     assert await running is True
-    assert ended.is_set()
+    assert has_shut_down.is_set()
 
 
-async def test_a_service_that_is_still_starting_is_cancelled() -> None:
-    stop = Stop()
+async def test_a_service_that_is_starting_is_cancelled() -> None:
+    stop, starting = Stop(), asyncio.Event()
 
     async def serve(stop: Stop) -> None:
+        starting.set()
         await asyncio.Event().wait()
 
     running = asyncio.create_task(stop.run(serve))
-    await asyncio.sleep(0)
+    await starting.wait()
     stop.set()
     assert await running is False
 
 
-async def test_a_service_that_does_not_end_tells_what_it_waits_for() -> None:
-    stop, told, lines = Stop(slow_end_s=0.0), asyncio.Event(), []
+async def test_a_second_request_to_stop_does_not_interrupt_the_shutdown() -> None:
+    stop, serving, shutting_down, may_end = Stop(), asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def serve(stop: Stop) -> None:
+        serving.set()
+        await stop.wait()
+        shutting_down.set()
+        await may_end.wait()
+
+    running = asyncio.create_task(stop.run(serve))
+    await serving.wait()
+    stop.set()
+    await shutting_down.wait()
+    stop.set()
+    may_end.set()
+    assert await running is True
+
+
+async def test_a_stop_that_is_requested_before_the_start_ends_the_service_once_it_serves() -> None:
+    stop = Stop()
+    stop.set()
+
+    async def serve(stop: Stop) -> None:
+        await stop.wait()
+
+    async with asyncio.timeout(20):
+        assert await stop.run(serve) is True
+
+
+async def test_a_service_may_end_without_a_request_to_stop() -> None:
+    async def serve(stop: Stop) -> None:
+        return
+
+    assert await Stop().run(serve) is True
+
+
+async def test_a_slow_shutdown_logs_the_stacks_of_pending_tasks() -> None:
+    stop, serving, is_logged, lines = Stop(slow_shutdown_s=0.0), asyncio.Event(), asyncio.Event(), []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             lines.extend(record.getMessage().splitlines())
-            told.set()
+            is_logged.set()
 
     async def inner() -> None:
-        await told.wait()
+        await is_logged.wait()
 
     async def serve(stop: Stop) -> None:
+        serving.set()
         await stop.wait()
         await inner()
 
@@ -58,14 +111,15 @@ async def test_a_service_that_does_not_end_tells_what_it_waits_for() -> None:
     logging.getLogger("muxmesh.lifecycle").addHandler(listener)
     try:
         running = asyncio.create_task(stop.run(serve))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        await serving.wait()
+        stop.set()
         stop.set()
         async with asyncio.timeout(30):
             assert await running is True
     finally:
         logging.getLogger("muxmesh.lifecycle").removeHandler(listener)
-    assert any(line.count("test_lifecycle.py:") == 2 for line in lines)
+    assert [line for line in lines if not line.startswith("  ")] == ["shutdown is slow; pending tasks:"]
+    assert any(line.count("test_lifecycle.py:") == 2 for line in lines), "serve > inner"
 
 
 async def test_an_error_of_the_service_is_raised() -> None:
@@ -76,28 +130,66 @@ async def test_an_error_of_the_service_is_raised() -> None:
         await Stop().run(serve)
 
 
-def test_a_guarded_program_dies_with_its_parent(tmp_path: Path) -> None:
-    """The parent starts a guarded child, tells its pid and is killed."""
-    parent = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import os, subprocess, sys, time\n"
-            "child = subprocess.Popen([sys.executable, '-m', 'muxmesh.supervisor.exec_with_parent', str(os.getpid()),"
-            " sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(600)'], stdout=subprocess.PIPE)\n"
-            "child.stdout.readline()\n"
-            "print(child.pid, flush=True)\n"
-            "time.sleep(600)",
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    pidfd = os.pidfd_open(child)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    parent.stdout.close()
-    readable, _, _ = select.select([pidfd], [], [], 20)
-    os.close(pidfd)
-    assert readable, "the child outlived its parent"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_shuts_a_serving_process_down(number: signal.Signals) -> None:
+    body = "print('up', flush=True); await stop.wait(); print('down')"
+    with python(SERVICE.format(body=body)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=30) == ("down\n", "")
+    assert process.returncode == 0
+
+
+def test_a_signal_ends_a_starting_process_without_waiting_for_its_threads() -> None:
+    body = "print('up', flush=True); import time; await asyncio.to_thread(time.sleep, 600)"
+    with python(SERVICE.format(body=body)) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+def test_a_process_whose_service_fails_exits_with_its_error() -> None:
+    with python(SERVICE.format(body="raise LookupError('no such unit')")) as process:
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert stderr.endswith("LookupError: no such unit\n")
+
+
+def test_a_service_logs_to_stderr_from_level_info_on() -> None:
+    body = "import logging; log = logging.getLogger('x'); log.debug('no'); log.info('yes')"
+    with python(SERVICE.format(body=body)) as process:
+        assert process.communicate(timeout=30) == ("", "INFO x: yes\n")
+
+
+ARGUMENTS = """
+from muxmesh.lifecycle import service_arguments
+arguments = service_arguments("description", "unit")
+print(repr(arguments.runtime), arguments.unit, arguments.parent)
+"""
+
+
+def test_a_service_reads_its_options_from_the_command_line() -> None:
+    parent = str(os.getpid())
+    with python(ARGUMENTS, "--runtime", "a/b", "--unit", "cpu0", "--parent", parent) as process:
+        stdout, _ = process.communicate(timeout=30)
+    assert stdout == f"{Path('a/b')!r} cpu0 {parent}\n"
+
+
+@pytest.mark.parametrize("missing", ["--runtime", "--unit", "--parent"])
+def test_every_option_of_a_service_is_required(missing: str) -> None:
+    options = {"--runtime": "x", "--unit": "u", "--parent": str(os.getpid())}
+    del options[missing]
+    with python(ARGUMENTS, *(text for option in options.items() for text in option)) as process:
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert f"required: {missing}" in stderr
+
+
+def test_a_service_whose_parent_is_dead_exits_at_once() -> None:
+    """The pid of this process's own parent is never that of a child's parent."""
+    with python(ARGUMENTS, "--runtime", "x", "--unit", "u", "--parent", str(os.getppid())) as process:
+        assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 0

@@ -1,4 +1,4 @@
-"""What requests are taken to be in seconds of work, and what follows for their order."""
+"""The expected work of requests, and the order that follows from it."""
 
 import pytest
 
@@ -10,13 +10,13 @@ from router.expected_work import UNPREDICTED, ExpectedOutput, ExpectedWork, Mode
 NOW_S = 1000.0
 
 
-def served(step_s: float, model: str = "m") -> ModelService:
+def service(step_s: float, model: str = "m") -> ModelService:
     return ModelService(
         model, ModelCosts(StepCost(step_s, 0.001, 0.0, 1, 0), StepCost(step_s, 0.0, 0.0001, 4, 900)), 128
     )
 
 
-def outlook(tokens: float, source: str = "regressed", most: int = 4000) -> ExpectedOutput:
+def expected_output(tokens: float, source: str = "regressed", most: int = 4000) -> ExpectedOutput:
     return ExpectedOutput(LengthPrediction(tokens, 2 * tokens), source, Stopping(most, eos_token_ids=frozenset({2})))
 
 
@@ -45,21 +45,25 @@ def test_a_prediction_stays_within_the_request_s_own_limits() -> None:
 
 def test_more_tokens_are_more_work() -> None:
     def remaining_s(p50: float, prompt: int) -> float:
-        return ExpectedWork().expect(SchedulingState(0, NOW_S), outlook(p50), prompt, served(0.05), 0).remaining_s
+        return (
+            ExpectedWork().expect(SchedulingState(0, NOW_S), expected_output(p50), prompt, service(0.05), 0).remaining_s
+        )
 
     assert remaining_s(10, 10) < remaining_s(100, 10) < remaining_s(100, 1000)
 
 
 @pytest.mark.parametrize("policy", ["sjf", "srtf", "srtf-aged", "hrrn", "mlfq"])
 @pytest.mark.parametrize("source", sorted(UNPREDICTED))
-def test_unpredicted_requests_go_by_arrival(source: str, policy: PolicyName) -> None:
-    """Whatever their prompts and limits are, and steps cost when they come."""
+def test_unpredicted_requests_are_ordered_by_arrival(source: str, policy: PolicyName) -> None:
+    """Whatever their prompts, their limits and the step costs at their arrival are."""
     order, work = SchedulingPolicy(policy, 60.0, 1e9, 0.5), ExpectedWork()
-    for earlier in (4.0, 900.0):  # guessed ones: what is typical moves
-        work.expect(SchedulingState(0, 0.0), outlook(earlier), 100, served(0.05), 0)
+    for earlier in (4.0, 900.0):  # predicted requests move the mean work
+        work.expect(SchedulingState(0, 0.0), expected_output(earlier), 100, service(0.05), 0)
     schedulings = [
-        work.expect(SchedulingState(0, NOW_S + place), outlook(tokens, source, most), prompt, served(step_s), place)
-        for place, (tokens, most, prompt, step_s) in enumerate(
+        work.expect(
+            SchedulingState(0, NOW_S + index), expected_output(tokens, source, most), prompt, service(step_s), index
+        )
+        for index, (tokens, most, prompt, step_s) in enumerate(
             [(200, 4000, 3000, 0.05), (100, 30, 10, 0.04), (128, 4000, 10, 0.01), (200, 5, 1, 0.06), (3, 9, 1, 0.001)]
         )
     ]
@@ -67,12 +71,12 @@ def test_unpredicted_requests_go_by_arrival(source: str, policy: PolicyName) -> 
     assert keys == sorted(keys) and len({scheduling.remaining_s for scheduling in schedulings}) == 1
 
 
-def test_the_equal_work_is_computed_anew_when_nobody_waits() -> None:
+def test_the_equal_work_is_computed_again_when_no_request_is_queued() -> None:
     work = ExpectedWork()
 
-    def remaining_s(step_s: float, num_waiting: int, model: str = "m") -> float:
+    def remaining_s(step_s: float, num_queued: int, model: str = "m") -> float:
         return work.expect(
-            SchedulingState(0, 0.0), outlook(100, "floor"), 10, served(step_s, model), num_waiting
+            SchedulingState(0, 0.0), expected_output(100, "floor"), 10, service(step_s, model), num_queued
         ).remaining_s  # fmt: skip
 
     first_s = remaining_s(0.05, 0)
@@ -80,25 +84,61 @@ def test_the_equal_work_is_computed_anew_when_nobody_waits() -> None:
     assert remaining_s(0.10, 0) == remaining_s(0.05, 1) > first_s
 
 
-def test_a_cost_that_is_not_measured_yet_is_not_kept() -> None:
+def test_the_equal_work_before_the_first_step_is_replaced_by_a_measured_one() -> None:
     work = ExpectedWork()
     unmeasured = ModelService("m", None, 128)
-    assert work.expect(SchedulingState(0, 0.0), outlook(100, "floor"), 10, unmeasured, 0).remaining_s > 0
-    measured_s = work.expect(SchedulingState(0, 0.0), outlook(100, "floor"), 10, served(0.5), 1).remaining_s
+    assert work.expect(SchedulingState(0, 0.0), expected_output(100, "floor"), 10, unmeasured, 0).remaining_s > 0
+    measured_s = work.expect(SchedulingState(0, 0.0), expected_output(100, "floor"), 10, service(0.5), 1).remaining_s
     assert (
         measured_s
-        == ExpectedWork().expect(SchedulingState(0, 0.0), outlook(100, "floor"), 10, served(0.5), 0).remaining_s
+        == ExpectedWork()
+        .expect(SchedulingState(0, 0.0), expected_output(100, "floor"), 10, service(0.5), 0)
+        .remaining_s
     )
 
 
-def test_the_mean_work_moves_in_steps_and_keeps_up() -> None:
+def test_the_mean_work_changes_in_steps_and_follows_the_running_mean() -> None:
     work = ExpectedWork()
 
     def mean_work_s(tokens: float) -> float:
-        return work.expect(SchedulingState(0, 0.0), outlook(tokens), 0, served(0.05), 0).mean_work_s
+        return work.expect(SchedulingState(0, 0.0), expected_output(tokens), 0, service(0.05), 0).mean_work_s
 
     first_s = mean_work_s(100)
     assert mean_work_s(130) == mean_work_s(80) == first_s
     for _ in range(2000):
         later_s = mean_work_s(500)
     assert later_s == pytest.approx(5 * first_s, rel=0.25)
+
+
+def test_the_work_is_that_of_the_prompt_in_chunks_and_of_the_output_after_its_first_token() -> None:
+    state = ExpectedWork().expect(SchedulingState(3, NOW_S, served_s=9.0), expected_output(11), 200, service(0.05), 0)
+    costs = service(0.05).costs
+    assert costs is not None
+    assert state.prefill_s == costs.prefill.prefill_s(200, chunk=128) == pytest.approx(2 * 0.05 + 200 * 0.001)
+    assert state.decode_s == costs.decode.decode_s(10, 200)
+    assert (state.priority, state.arrived_at_s, state.served_s) == (3, NOW_S, 9.0), "the rest of the state is kept"
+
+
+@pytest.mark.parametrize("source", sorted(UNPREDICTED))
+def test_an_output_of_one_token_is_no_decode_work(source: str) -> None:
+    for prediction in (expected_output(1.0), expected_output(0.5, source)):
+        assert ExpectedWork().expect(SchedulingState(0, 0.0), prediction, 10, service(0.05), 0).decode_s == 0.0
+
+
+def test_the_client_s_limit_shortens_the_expected_work() -> None:
+    def decode_s(most: int) -> float:
+        return (
+            ExpectedWork()
+            .expect(SchedulingState(0, 0.0), expected_output(500, most=most), 10, service(0.05), 0)
+            .decode_s
+        )
+
+    assert decode_s(100) < decode_s(400) < decode_s(500) == decode_s(4000)
+
+
+def test_unmeasured_costs_still_order_requests() -> None:
+    def remaining_s(tokens: float) -> float:
+        unmeasured = ModelService("m", None, 128)
+        return ExpectedWork().expect(SchedulingState(0, 0.0), expected_output(tokens), 10, unmeasured, 0).remaining_s
+
+    assert 0 < remaining_s(10) < remaining_s(100)

@@ -1,4 +1,4 @@
-"""The driver across attempts, with attempts that end as the test says."""
+"""The driver over several attempts, each of which does what a line of a script says."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ Script = list[list[int | MeshError | Finished | Prefilled]]
 
 @dataclass
 class FakeUnit:
-    """Gives a credit to everyone, and counts."""
+    """A unit that issues every credit at once, and counts those that are not returned."""
 
-    num_out: int = 0
-    asked: list[tuple[str, str, SchedulingState, KvDemand]] = field(default_factory=list)
+    num_unreturned: int = 0
+    queued: list[tuple[str, str, SchedulingState, KvDemand]] = field(default_factory=list)
 
     @property
     def admission(self) -> FakeUnit:
@@ -59,12 +59,12 @@ class FakeUnit:
         return KvDemand(len(request.resume_token_ids), request.max_tokens)
 
     async def wait_for_credit(self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand) -> Credit:
-        self.asked.append((model, tenant, scheduling, demand))
-        self.num_out += 1
-        return Credit(LeaseRef(self.num_out, 1), "p", "", "d", "", 1, 0, DISCOUNTED)
+        self.queued.append((model, tenant, scheduling, demand))
+        self.num_unreturned += 1
+        return Credit(LeaseRef(self.num_unreturned, 1), "p", "", "d", "", 1, 0, DISCOUNTED)
 
-    def give_back(self, credit: Credit) -> None:
-        self.num_out -= 1
+    def return_credit(self, credit: Credit) -> None:
+        self.num_unreturned -= 1
 
 
 @dataclass
@@ -74,6 +74,7 @@ class Outcome:
     progress: Progress
     unit: FakeUnit
     requests: list[EngineRequest]
+    waits_s: list[float]
 
     @property
     def tokens(self) -> list[int]:
@@ -81,8 +82,8 @@ class Outcome:
 
 
 async def run(script: Script, max_restarts: int = 2) -> Outcome:
-    """What the driver gives when its attempts do what each line of ``script`` says."""
-    attempts, requests, unit = iter(script), list[EngineRequest](), FakeUnit()
+    """Runs the driver; each attempt follows a line of ``script``. Records the waits between attempts."""
+    attempts, requests, waits_s, unit = iter(script), list[EngineRequest](), list[float](), FakeUnit()
 
     async def attempt(request: EngineRequest, credit: Credit) -> AsyncGenerator[AttemptEvent, None]:
         requests.append(request)
@@ -96,21 +97,21 @@ async def run(script: Script, max_restarts: int = 2) -> Outcome:
             else:
                 yield act
 
-    async def no_wait(seconds: float) -> None:
-        assert 0 < seconds <= 2.0
+    async def record_wait(seconds: float) -> None:
+        waits_s.append(seconds)
 
     progress, output = Progress(), SequenceOutput(REQUEST.stopping)
     choose: Any = lambda model: unit  # noqa: E731
-    driver = SequenceDriver(choose, attempt, ManualClock(5.0), max_restarts, no_wait)
+    driver = SequenceDriver(choose, attempt, ManualClock(5.0), max_restarts, record_wait)
     try:
         deltas = [delta async for delta in driver.run(REQUEST, output, progress)]
     finally:
-        assert unit.num_out == 0, "a credit was not given back"
+        assert unit.num_unreturned == 0, "a credit was not returned"
     assert progress.credited_at_s == 5.0
-    return Outcome(deltas, output, progress, unit, requests)
+    return Outcome(deltas, output, progress, unit, requests, waits_s)
 
 
-async def test_a_lost_worker_is_made_good_with_every_token_once() -> None:
+async def test_a_lost_worker_costs_no_token_and_repeats_none() -> None:
     outcome = await run([[7, 8, WorkerLost("gone")], [LeaseLost("late")], [9, 10, 11, 12, END]])
     assert outcome.tokens == outcome.output.token_ids == [7, 8, 9, 10, 11, 12]
     assert outcome.deltas[-1].finish == OutputFinish(FinishKind.LENGTH, 6)
@@ -122,51 +123,76 @@ async def test_an_attempt_continues_after_the_tokens_that_the_client_has() -> No
     first, second = outcome.requests
     assert (first.resume_token_ids, second.resume_token_ids) == ((), (7, 8))
     assert (first.sampling.prompt_logprobs, second.sampling.prompt_logprobs) == (0, None), "the client has them"
-    (_, _, before, _), (_, _, after, demand) = outcome.unit.asked
-    assert (before.decode_s, after.decode_s, after.prefill_s) == (6.0, 4.0, 2.0), "less remains, the prompt all of it"
+    (_, _, before, _), (_, _, after, demand) = outcome.unit.queued
+    assert (before.decode_s, after.decode_s, after.prefill_s) == (6.0, 4.0, 2.0), (
+        "less output remains, and the whole prompt"
+    )
     assert demand == KvDemand(2, 8)
 
 
-async def test_workers_order_a_request_by_what_the_unit_ordered_it_by() -> None:
+async def test_workers_order_a_request_by_the_same_state_as_the_unit() -> None:
     outcome = await run([[7, 8, 9, 10, 11, 12, END]])
     assert outcome.requests[0].scheduling == DISCOUNTED
     assert outcome.progress.credit is not None and outcome.progress.credit.scheduling == DISCOUNTED
 
 
-async def test_an_output_that_was_complete_is_not_computed_again() -> None:
+async def test_a_complete_output_whose_finish_was_lost_is_not_computed_again() -> None:
     outcome = await run([[1, 2, 3, 4, 5, 6, WorkerLost("gone")]])
     assert outcome.deltas[-1].finish == OutputFinish(FinishKind.LENGTH, 6)
     assert len(outcome.tokens) == 6
+    assert (outcome.progress.num_restarts, len(outcome.requests)) == (0, 1)
 
 
-async def test_attempts_that_get_nowhere_are_given_up() -> None:
+async def test_a_complete_output_is_returned_even_if_no_restart_is_left() -> None:
+    outcome = await run([[1, 2, 3, 4, 5, WorkerLost("gone")], [6, WorkerLost("gone")]], max_restarts=0)
+    assert outcome.deltas[-1].finish == OutputFinish(FinishKind.LENGTH, 6)
+
+
+async def test_a_request_fails_after_too_many_attempts_without_a_token() -> None:
     with pytest.raises(WorkerLost, match="third"):
         await run([[WorkerLost("first")], [WorkerLost("second")], [WorkerLost("third")]])
 
 
-async def test_a_request_that_fails_after_its_first_token_each_time_is_given_up() -> None:
+async def test_a_request_fails_after_too_many_attempts_with_one_token_each() -> None:
     with pytest.raises(InternalError, match="failed repeatedly: nan"):
         await run([[7, EngineFailed("nan")], [8, EngineFailed("nan")], [9, EngineFailed("nan")]])
 
 
-async def test_progress_starts_the_count_anew() -> None:
+async def test_an_attempt_with_two_tokens_resets_the_count_of_failures() -> None:
     script: Script = [[WorkerLost("")], [WorkerLost("")], [1, 2, WorkerLost("")], [WorkerLost("")], [3, 4, 5, 6, END]]
     assert (await run(script)).progress.num_restarts == 4
 
 
-async def test_to_be_preempted_is_no_failure() -> None:
+async def test_preemption_is_no_failure() -> None:
     preempted: Script = [[RequestPreempted("pool full")] for _ in range(5)]
     script: Script = [*preempted, [1, 2, 3, 4, 5, 6, END]]
     assert (await run(script, max_restarts=0)).progress.num_restarts == 5
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("stopping.max_new_tokens", "too many"), ModelNotFound("gone")])
-async def test_what_can_never_succeed_is_not_tried_again(error: MeshError) -> None:
+async def test_an_error_of_the_request_itself_is_not_retried(error: MeshError) -> None:
     with pytest.raises(type(error)):
         await run([[error]])
 
 
-async def test_only_waiting_before_the_first_token_counts_as_waited() -> None:
+async def test_the_wait_before_an_attempt_doubles_with_each_failure_in_a_row_up_to_a_bound() -> None:
+    failures: Script = [[WorkerLost("")] for _ in range(8)]
+    outcome = await run([*failures, [1, 2, WorkerLost("")], [3, 4, 5, 6, END]], max_restarts=8)
+    assert outcome.waits_s == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0, 0.05]
+
+
+async def test_each_attempt_asks_for_the_unit_anew_and_the_first_credit_is_reported() -> None:
+    outcome = await run([[1, 2, WorkerLost("gone")], [3, 4, 5, 6, END]])
+    assert len(outcome.unit.queued) == 2
+    assert outcome.progress.credit is not None and outcome.progress.credit.lease == LeaseRef(1, 1)
+
+
+def test_the_queue_time_of_a_sequence_without_a_credit_is_zero() -> None:
+    assert Progress().queued_s(5.0) == 0.0
+    assert Progress(credited_at_s=7.5).queued_s(5.0) == 2.5
+
+
+async def test_only_waits_before_the_first_token_are_measured() -> None:
     outcome = await run(
         [[Prefilled(3, waited_s=1.5), 7, 8, WorkerLost("gone")], [Prefilled(9, waited_s=4.0), 9, 10, 11, 12, END]]
     )
@@ -174,7 +200,7 @@ async def test_only_waiting_before_the_first_token_counts_as_waited() -> None:
     assert outcome.progress.prefilled == Prefilled(9, waited_s=4.0)
 
 
-async def test_nothing_is_computed_for_a_sequence_that_is_closed() -> None:
+async def test_closing_a_sequence_closes_its_attempt_and_returns_its_credit() -> None:
     unit = FakeUnit()
     closed: list[str] = []
 
@@ -190,4 +216,4 @@ async def test_nothing_is_computed_for_a_sequence_that_is_closed() -> None:
     deltas = driver.run(REQUEST, SequenceOutput(REQUEST.stopping), Progress())
     await anext(deltas)
     await deltas.aclose()
-    assert closed == ["attempt"] and unit.num_out == 0
+    assert closed == ["attempt"] and unit.num_unreturned == 0

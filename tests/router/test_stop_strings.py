@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,19 +10,22 @@ STOPS = st.lists(st.text(alphabet="abc", min_size=1, max_size=4), min_size=1, ma
 
 
 def run(pieces: list[str], stops: list[str], include: bool) -> tuple[str, str | None]:
+    """The whole text that is sent, and the stop string that ended it."""
     matcher, text = StopStrings(stops, include), ""
     for piece in pieces:
-        passed = matcher.feed(piece)
-        text += passed.text
-        if passed.stopped_by is not None:
-            return text, passed.stopped_by
+        sent = matcher.feed(piece)
+        text += sent.text
+        if sent.stopped_by is not None:
+            return text, sent.stopped_by
     return text + matcher.flush(), None
 
 
 @given(PIECES, STOPS, st.booleans())
-def test_pieces_give_what_the_whole_text_gives(pieces: list[str], stops: list[str], include: bool) -> None:
+def test_the_result_does_not_depend_on_how_the_text_is_divided(
+    pieces: list[str], stops: list[str], include: bool
+) -> None:
     whole = ""
-    for piece in pieces:  # the answer ends with the first piece that completes a stop string
+    for piece in pieces:  # the output ends with the first piece that completes a stop string
         whole += piece
         if any(stop in whole for stop in stops):
             break
@@ -34,7 +38,7 @@ def test_pieces_give_what_the_whole_text_gives(pieces: list[str], stops: list[st
 
 
 @given(PIECES, STOPS)
-def test_no_more_is_held_back_than_what_begins_a_stop_string(pieces: list[str], stops: list[str]) -> None:
+def test_only_the_beginning_of_a_stop_string_is_held_back(pieces: list[str], stops: list[str]) -> None:
     matcher, sent, whole = StopStrings(stops, False), "", ""
     for piece in pieces:
         whole += piece
@@ -46,12 +50,12 @@ def test_no_more_is_held_back_than_what_begins_a_stop_string(pieces: list[str], 
 
 
 @given(PIECES, STOPS)
-def test_nothing_is_sent_that_a_stop_string_would_cut(pieces: list[str], stops: list[str]) -> None:
+def test_no_part_of_a_stop_string_is_sent(pieces: list[str], stops: list[str]) -> None:
     matcher, sent = StopStrings(stops, False), ""
     for piece in pieces:
-        passed = matcher.feed(piece)
-        sent += passed.text
-        if passed.stopped_by:
+        filtered = matcher.feed(piece)
+        sent += filtered.text
+        if filtered.stopped_by:
             break
     assert not any(stop in sent for stop in stops)
 
@@ -60,13 +64,13 @@ def test_a_stop_string_across_three_pieces_is_found() -> None:
     assert run(["Hello\n", "Use", "r:", " hi"], ["\nUser:"], False) == ("Hello", "\nUser:")
 
 
-def test_a_stop_string_that_begins_before_it_may_stop_and_ends_after_is_found() -> None:
+def test_a_stop_string_that_is_completed_once_the_output_may_end_is_found() -> None:
     matcher = StopStrings(["END"], False)
     assert matcher.feed("xE", may_stop=False).text == "x"
     assert matcher.feed("ND more").stopped_by == "END"
 
 
-def test_nothing_stops_before_it_may() -> None:
+def test_a_stop_string_is_plain_text_until_the_output_may_end() -> None:
     matcher = StopStrings(["b"], False)
     assert matcher.feed("abc", may_stop=False).text == "abc"
     assert matcher.feed("ab").stopped_by == "b"
@@ -74,3 +78,30 @@ def test_nothing_stops_before_it_may() -> None:
 
 def test_without_stop_strings_nothing_is_held_back() -> None:
     assert StopStrings([], False).feed("abc").text == "abc"
+
+
+@pytest.mark.parametrize(
+    ("stops", "found"),
+    [(["bc", "ab"], "ab"), (["ab", "abc"], "abc"), (["abc", "ab"], "abc"), (["c", "bcd"], "bcd"), (["abd"], None)],
+)
+def test_the_stop_string_that_begins_first_ends_the_output_and_of_several_the_longest(
+    stops: list[str], found: str | None
+) -> None:
+    assert StopStrings(stops, False).feed("xabcd").stopped_by == found
+
+
+def test_a_complete_stop_string_does_not_wait_for_a_longer_one() -> None:
+    matcher = StopStrings(["ab", "abc"], False)
+    assert matcher.feed("xa").text == "x"
+    assert matcher.feed("b").stopped_by == "ab"
+
+
+def test_held_back_text_is_flushed_once() -> None:
+    matcher = StopStrings(["abc"], False)
+    assert matcher.feed("xab").text == "x"
+    assert (matcher.flush(), matcher.flush()) == ("ab", "")
+
+
+@pytest.mark.parametrize(("include", "text"), [(False, "x"), (True, "xab")])
+def test_text_after_a_stop_string_is_dropped(include: bool, text: str) -> None:
+    assert StopStrings(["ab"], include).feed("xaby").text == text

@@ -1,5 +1,6 @@
-"""Predictors that are of no use, and tenants that lie, in virtual time: what they cost and what they gain."""
+"""Useless predictors and tenants with false hints in virtual time: what they cost the others, and what they gain."""
 
+import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -9,81 +10,17 @@ import pytest
 
 from loadtest.record import Record
 from loadtest.workload import Body, Sketch
-from muxmesh.config.schema import MeshConfig
-from muxmesh.models.model_spec import SIM_SPEC
 from muxmesh.predictor.checked_predictor import CheckedPredictor
-from muxmesh.predictor.length_predictor import Fitted, Guess, Refit
-from muxmesh.predictor.prompt_features import Reader
 from muxmesh.scheduling_policy import PolicyName
 from muxmesh.types import LengthPrediction
-from simulator.forecasts import Asked, Forecasts, Learned
-from simulator.run import simulate
+from simulator.forecasts import ForecastInput, Forecasts, LearnedLengths, TrueLengths
+from tests.support.predictors import ScriptedPredictor, crash
+from tests.support.simulations import make_sketch, run_simulation, sim_mesh, sim_model
 
-NUM_REQUESTS, NUM_UNTIL_TRIPPED = 2500, 700
-READING = Reader().read("x")
-
-
-class Says:
-    """A predictor whose guess is a function of the true length, which the prompt tells."""
-
-    def __init__(self, guess: Callable[[int], float]) -> None:
-        self._guess = guess
-
-    def predict(self, text: str, model: str) -> Guess:
-        tokens = self._guess(int(text))
-        return Guess(tokens, 2 * tokens, "regressed", READING, 0, 1.0, 1.6)
-
-    def observe(self, guess: Guess, model: str, num_tokens: int, censored: bool) -> None:
-        """Learns nothing."""
-
-    def refit(self) -> Refit | None:
-        """Never."""
-        return None
-
-    def publish(self, fitted: Fitted | None) -> bool:
-        """Never called."""
-        return True
-
-
-class Constant:
-    """All answers are expected to be equally long."""
-
-    def ask(self, asked: Asked) -> tuple[LengthPrediction, str, object]:
-        """See `Forecasts`."""
-        return LengthPrediction(60, 120), "constant", None
-
-    def observe(self, memory: object, num_output: int, censored: bool) -> None:
-        """See `Forecasts`."""
-
-
-def sketches(seed: int = 0, rate: float = 11.0) -> list[Sketch]:
-    rng, at_s, found = random.Random(seed), 0.0, []
-    for index in range(NUM_REQUESTS):
-        at_s += rng.expovariate(rate)
-        length = min(600, max(1, round(rng.lognormvariate(4, 0.9))))
-        body = Body(str(length), 20, length)
-        found.append(Sketch(index, at_s, body, 600, False, 0, None, "ab"[index % 2], 0))
-    return found
-
-
-def run(forecasts: Forecasts, policy: PolicyName) -> Sequence[Record]:
-    model = {"name": "m", "engine": "sim", "max_num_seqs": 16, "sim": {"base_s": 0.012, "per_token_s": 0.0005}}
-    config = MeshConfig.model_validate({"units": [{"kv_pool": "256MiB", "models": [model]}]})
-    records = simulate(config, {"m": SIM_SPEC}, sketches(), forecasts, policy).run.records
-    assert all(record.is_ok for record in records), "nobody is refused or lost"
-    return records
-
-
-def late_mean_s(records: Sequence[Record]) -> float:
-    return fmean(record.e2el_s for record in records[NUM_UNTIL_TRIPPED:])
-
-
-def crash(length: int) -> float:
-    raise RuntimeError("no guess today")
-
-
+NUM_REQUESTS, NUM_UNTIL_CHECKED = 2500, 700
+"""The rank of a predictor's first outputs is not known yet: means are over the requests after them."""
 RNG = random.Random(3)
-USELESS: dict[str, Callable[[int], float]] = {
+USELESS: dict[str, Callable[[float], float]] = {
     "always 1": lambda length: 1.0,
     "huge": lambda length: 1e300,
     "random": lambda length: RNG.lognormvariate(4, 2),
@@ -92,50 +29,86 @@ USELESS: dict[str, Callable[[int], float]] = {
 }
 
 
-@pytest.mark.parametrize("kind", USELESS)
-def test_behind_the_floor_a_useless_predictor_is_as_good_as_hrrn(kind: str) -> None:
-    reference = late_mean_s(run(Constant(), "hrrn"))
-    assert late_mean_s(run(Learned(CheckedPredictor(Says(USELESS[kind]))), "srtf-aged")) == pytest.approx(
-        reference, rel=0.05
-    )
+class ConstantLengths(TrueLengths):
+    """Forecasts the same length for every output."""
+
+    def forecast(self, request: ForecastInput) -> tuple[LengthPrediction, str, object]:
+        return LengthPrediction(60, 120), "constant", None
 
 
-def test_a_good_predictor_is_better_than_hrrn() -> None:
-    """So that the comparison above can tell the difference."""
-    reference = late_mean_s(run(Constant(), "hrrn"))
-    assert late_mean_s(run(Learned(CheckedPredictor(Says(float))), "srtf-aged")) < 0.8 * reference
-
-
-def imprecise() -> CheckedPredictor:
-    rng = random.Random(5)
-    return CheckedPredictor(Says(lambda length: length**0.7 * 4 * rng.lognormvariate(0, 0.7)))
-
-
-class Hinting(Learned):
-    """Tenant b sends hints."""
+class HintingTenant(LearnedLengths):
+    """Forecasts of an imprecise predictor. Tenant b sends hints."""
 
     def __init__(self, hint: Callable[[int], int]) -> None:
         super().__init__(imprecise())
         self._hint = hint
 
-    def ask(self, asked: Asked) -> tuple[LengthPrediction, str, object]:
-        """See `Forecasts`."""
-        hint = self._hint(asked.num_output) if asked.tenant == "b" else None
-        hinted = Asked(asked.text, asked.model, asked.tenant, asked.num_output, hint)
-        return super().ask(hinted)
+    def forecast(self, request: ForecastInput) -> tuple[LengthPrediction, str, object]:
+        hint_tokens = self._hint(request.num_output) if request.tenant == "b" else None
+        hinted = ForecastInput(request.text, request.model, request.tenant, request.num_output, hint_tokens)
+        return super().forecast(hinted)
 
 
-def share_of_b(records: Sequence[Record]) -> float:
+def imprecise() -> CheckedPredictor:
+    rng = random.Random(5)
+    return CheckedPredictor(ScriptedPredictor(lambda length: length**0.7 * 4 * rng.lognormvariate(0, 0.7)))
+
+
+@functools.cache
+def sketches() -> Sequence[Sketch]:
+    """Poisson arrivals near capacity. The prompt of each request is the length of its output."""
+    rng, at_s, found = random.Random(0), 0.0, []
+    for index in range(NUM_REQUESTS):
+        at_s += rng.expovariate(11.0)
+        length = min(600, max(1, round(rng.lognormvariate(4, 0.9))))
+        body = Body(str(length), 20, length)
+        found.append(make_sketch(index, at_s, body=body, max_new_tokens=600, is_forced=False, tenant="ab"[index % 2]))
+    return found
+
+
+def late_records(forecasts: Forecasts, policy: PolicyName = "srtf-aged") -> Sequence[Record]:
+    config = sim_mesh(sim_model(slots=16, sim={"base_s": 0.012, "per_token_s": 0.0005}), pool="256MiB")
+    records = run_simulation(sketches(), config, forecasts, policy=policy).run.records
+    assert all(record.is_ok for record in records), "a request is refused or lost"
+    return records[NUM_UNTIL_CHECKED:]
+
+
+def mean_s(records: Sequence[Record]) -> float:
+    return fmean(record.e2el_s for record in records)
+
+
+@functools.cache
+def hrrn_mean_s() -> float:
+    """Mean latency of HRRN with equal work, which is order of arrival."""
+    return mean_s(late_records(ConstantLengths(), "hrrn"))
+
+
+@functools.cache
+def false_hints() -> Sequence[Record]:
+    return late_records(HintingTenant(lambda length: 1))
+
+
+def advantage_of_b(records: Sequence[Record]) -> float:
     """Tenant b's mean latency over tenant a's."""
-    late = records[NUM_UNTIL_TRIPPED:]
-    return fmean(r.e2el_s for r in late if r.tenant == "b") / fmean(r.e2el_s for r in late if r.tenant == "a")
+    of_a, of_b = ([one for one in records if one.tenant == tenant] for tenant in "ab")
+    return mean_s(of_b) / mean_s(of_a)
 
 
-def test_a_tenant_that_lies_gains_nothing_over_time() -> None:
-    without = share_of_b(run(Learned(imprecise()), "srtf-aged"))
-    assert share_of_b(run(Hinting(lambda length: 1), "srtf-aged")) == pytest.approx(without, rel=0.03)
+@pytest.mark.parametrize("kind", USELESS)
+def test_a_useless_predictor_costs_no_more_than_hrrn(kind: str) -> None:
+    records = late_records(LearnedLengths(CheckedPredictor(ScriptedPredictor(USELESS[kind]))))
+    assert mean_s(records) == pytest.approx(hrrn_mean_s(), rel=0.05)
 
 
-def test_a_tenant_that_tells_the_truth_is_believed() -> None:
-    lying = late_mean_s(run(Hinting(lambda length: 1), "srtf-aged"))
-    assert late_mean_s(run(Hinting(lambda length: length), "srtf-aged")) < 0.98 * lying
+def test_a_good_predictor_is_better_than_hrrn() -> None:
+    records = late_records(LearnedLengths(CheckedPredictor(ScriptedPredictor(float))))
+    assert mean_s(records) < 0.8 * hrrn_mean_s()
+
+
+def test_a_tenant_with_false_hints_gains_nothing() -> None:
+    without = advantage_of_b(late_records(LearnedLengths(imprecise())))
+    assert advantage_of_b(false_hints()) == pytest.approx(without, rel=0.03)
+
+
+def test_true_hints_shorten_the_mean_latency() -> None:
+    assert mean_s(late_records(HintingTenant(lambda length: length))) < 0.98 * mean_s(false_hints())

@@ -7,20 +7,20 @@ from collections.abc import Callable
 
 import router.__main__
 import router.predictor_snapshots
-from muxmesh.predictor.length_predictor import Guess, LengthPredictor
+from muxmesh.predictor.length_predictor import LengthPredictor, RawPrediction
 
 
-def _hang(guess: Guess) -> float:
+def _hang(guess: RawPrediction) -> float:
     time.sleep(3600)
     return 1.0
 
 
-def _crash(guess: Guess) -> float:
+def _crash(guess: RawPrediction) -> float:
     raise RuntimeError("no guess today")
 
 
 _RNG = random.Random(1)
-BAD: dict[str, Callable[[Guess], float]] = {
+BAD: dict[str, Callable[[RawPrediction], float]] = {
     "one": lambda guess: 1.0,
     "huge": lambda guess: 1e300,
     "nan": lambda guess: float("nan"),
@@ -33,12 +33,19 @@ BAD: dict[str, Callable[[Guess], float]] = {
 class BadPredictor(LengthPredictor):
     """Learns as the good one does, and says something else."""
 
-    def predict(self, text: str, model: str) -> Guess:
+    def predict(self, text: str, model: str) -> RawPrediction:
         """See `Predictor`."""
         guess = super().predict(text, model)
         tokens = BAD[os.environ["BAD_PREDICTOR"]](guess)
-        return Guess(
-            tokens, tokens, "regressed", guess.reading, guess.prompt_hash, guess.log_spread, guess.bound, guess.middle
+        return RawPrediction(
+            tokens,
+            tokens,
+            "regressed",
+            guess.features,
+            guess.prompt_hash,
+            guess.log_spread,
+            guess.bound,
+            guess.median_shift,
         )
 
 

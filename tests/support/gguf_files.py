@@ -1,4 +1,4 @@
-"""Tiny models as llama.cpp would store them, written with the `gguf` package from models that transformers made."""
+"""Writes tiny GGUF files in the layout of llama.cpp, from seeded random models of transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ARCHS = {
 
 @dataclass(frozen=True)
 class TinyGguf:
-    """What differs between the tiny files. ``more`` writes further fields."""
+    """The parameters of a tiny file. ``more`` gets the writer and may add or replace fields and tensors."""
 
     architecture: str = "llama"
     quantization: Type = Type.F32
@@ -38,13 +38,13 @@ class TinyGguf:
     tied: bool = True
     pre: str | None = "smollm"
     merges: tuple[str, ...] = ("h e", "l l")
-    called: str | None = None
-    """The architecture that the file claims, if it is another."""
+    claimed_architecture: str | None = None
+    """The architecture in the header, if it differs from that of the weights."""
     more: Callable[[Any], None] = field(default=lambda writer: None)
 
 
 def write_gguf(path: Path, tiny: TinyGguf | None = None) -> Any:
-    """Writes the file; returns the model in transformers, with the weights that the file holds."""
+    """Writes the file; returns the transformers model with the dequantized weights of the file."""
     tiny = tiny or TinyGguf()
     name, arch = _ARCHS[tiny.architecture]
     torch.manual_seed(3)
@@ -55,7 +55,7 @@ def write_gguf(path: Path, tiny: TinyGguf | None = None) -> Any:
         eos_token_id=2, rms_norm_eps=1e-5,
     )  # fmt: skip
     model: Any = getattr(transformers, f"{name}ForCausalLM")(config)
-    writer = gguf.GGUFWriter(path, tiny.called or tiny.architecture)
+    writer = gguf.GGUFWriter(path, tiny.claimed_architecture or tiny.architecture)
     _write_fields(writer, tiny)
     tiny.more(writer)
     names = gguf.TensorNameMap(arch, 2)
@@ -73,7 +73,7 @@ def write_gguf(path: Path, tiny: TinyGguf | None = None) -> Any:
 
 
 def _add(writer: Any, stored: str, name: str, values: np.ndarray, tiny: TinyGguf) -> Any:
-    """Stores one tensor as llama.cpp would; returns what an importer is to make of it."""
+    """Stores one tensor as llama.cpp does; returns the values that an import must reproduce."""
     kind = tiny.quantization if values.ndim == 2 else Type.F32
     permuted = values
     for part, heads in (("q_proj", tiny.heads), ("k_proj", tiny.kv_heads)):
@@ -92,7 +92,7 @@ def _add(writer: Any, stored: str, name: str, values: np.ndarray, tiny: TinyGguf
 def _quantized(values: np.ndarray, kind: Type) -> np.ndarray:
     try:
         packed: np.ndarray = gguf.quantize(values, kind)
-    except NotImplementedError:  # of these the package only reads: any bytes will do whose scales are small
+    except NotImplementedError:  # the package only reads this type; random bytes with small scales are valid
         shape = gguf.quant_shape_to_byte_shape(values.shape, kind)
         packed = np.random.default_rng(values.size).integers(0, 0x2C, shape, dtype=np.uint8)
     return packed

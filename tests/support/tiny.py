@@ -1,4 +1,4 @@
-"""Tiny seeded random models in Hugging Face style folders: transformers writes them, and is the reference."""
+"""Writes tiny seeded random models as Hugging Face style folders; transformers writes them and is the reference."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class TinyShape:
-    """What differs between the tiny models."""
+    """The parameters of a tiny model."""
 
     num_layers: int = 2
     num_heads: int = 4
@@ -74,7 +74,7 @@ SHAPES = {
 
 
 def write_tiny_model(folder: Path, shape: TinyShape) -> Path:
-    """A model with the byte tokenizer; wide random weights, biases and norms, so that tokens differ."""
+    """Writes a model with the byte tokenizer. Weights, biases and norms vary enough that greedy tokens differ."""
     torch.manual_seed(shape.seed)
     more: dict[str, Any] = {"rope_parameters": {"rope_theta": 10_000.0, **shape.rope}} if shape.rope else {}
     config = getattr(transformers, f"{shape.architecture}Config")(
@@ -103,7 +103,7 @@ def write_tiny_model(folder: Path, shape: TinyShape) -> Path:
 
 
 def reference(folder: Path) -> Any:
-    """The model in transformers, f32, eager attention."""
+    """Loads the model in transformers in f32 with eager attention."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
@@ -111,14 +111,16 @@ def reference(folder: Path) -> Any:
 
 
 def tiny_view(spec: ModelSpec, block_size: int = 16, num_slabs: int = 8) -> KvView:
-    """A pool of its own, four token blocks to a slab, filled with NaN: reading what was not written shows at once."""
+    """A new pool of four token blocks per slab, filled with NaN, so that a read of unwritten KV shows in the result."""
     shape = spec.kv_shape(block_size, "float32")
-    slab_bytes = 4 * shape.token_block_bytes + 64  # not a multiple: the rest of a slab is left
+    slab_bytes = (
+        4 * shape.token_block_bytes + 64
+    )  # not a multiple of the token block, so the end of each slab is unused
     return KvView(np.full(num_slabs * slab_bytes // 4, np.nan, dtype=np.float32), shape, slab_bytes)
 
 
 def tiny_runner(folder: Path, cache: Path, block_size: int = 16, num_slabs: int = 8) -> tuple[LogitsRunner, ModelSpec]:
-    """A loaded torch runner over a pool of its own."""
+    """A loaded runner of the native engine with two threads and a new pool, and the spec of its model."""
     spec = read_model_spec(folder)
     image = ensure_image(folder, spec, "panels", cache, lambda done, total: None)
     team = Team(2)

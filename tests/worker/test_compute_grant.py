@@ -1,4 +1,4 @@
-"""The grant protocol: kvstore's grant table and real worker grants, on one event loop."""
+"""The worker's side of the compute grant, against kvstore's grant table on the same event loop."""
 
 import asyncio
 import os
@@ -15,7 +15,7 @@ from worker.compute_grant import ComputeGrant
 
 
 class SharedWords:
-    """What ComputeGrant needs of an attachment, over the same memory."""
+    """The part of an attachment that ComputeGrant uses, over the same memory."""
 
     def __init__(self, table: GrantTable) -> None:
         self.slot, self.bell_fd = table.allocate_slot(Role.DECODE, "m")
@@ -35,7 +35,7 @@ def grant_for(table: GrantTable, clock: ManualClock | None = None) -> tuple[Comp
     return ComputeGrant(attachment, clock or ManualClock()), attachment  # type: ignore[arg-type]
 
 
-async def test_a_worker_alone_keeps_the_grant_without_ringing(table: GrantTable) -> None:
+async def test_a_worker_that_computes_alone_keeps_the_grant_and_rings_no_bell(table: GrantTable) -> None:
     grant, _ = grant_for(table)
     await grant.acquire()
     asyncio.get_running_loop().remove_reader(table.doorbell_fd)
@@ -46,7 +46,7 @@ async def test_a_worker_alone_keeps_the_grant_without_ringing(table: GrantTable)
         os.eventfd_read(table.doorbell_fd)
 
 
-async def test_two_workers_take_turns_and_never_hold_together(table: GrantTable) -> None:
+async def test_workers_take_turns_and_never_have_the_grant_together(table: GrantTable) -> None:
     order: list[str] = []
     holding: set[str] = set()
 
@@ -81,7 +81,7 @@ async def test_a_recalled_grant_is_returned_after_the_steps_that_it_covers(table
     assert left == [3, 3, 0]
 
 
-async def test_an_idle_holder_gives_the_grant_back(table: GrantTable) -> None:
+async def test_an_idle_worker_returns_the_grant(table: GrantTable) -> None:
     first, _ = grant_for(table)
     second, _ = grant_for(table)
     await first.acquire()
@@ -93,7 +93,7 @@ async def test_an_idle_holder_gives_the_grant_back(table: GrantTable) -> None:
         await waiting
 
 
-async def test_the_grant_of_a_dead_worker_goes_on(table: GrantTable) -> None:
+async def test_the_grant_of_a_dead_worker_passes_to_another(table: GrantTable) -> None:
     first, attachment = grant_for(table)
     second, _ = grant_for(table)
     await first.acquire()
@@ -104,7 +104,7 @@ async def test_the_grant_of_a_dead_worker_goes_on(table: GrantTable) -> None:
         await waiting
 
 
-async def test_dropping_a_grant_that_is_not_held_rings_nobody(table: GrantTable) -> None:
+async def test_dropping_a_grant_that_a_worker_does_not_have_rings_no_bell(table: GrantTable) -> None:
     grant, _ = grant_for(table)
     asyncio.get_running_loop().remove_reader(table.doorbell_fd)
     grant.drop()
@@ -112,7 +112,7 @@ async def test_dropping_a_grant_that_is_not_held_rings_nobody(table: GrantTable)
         os.eventfd_read(table.doorbell_fd)
 
 
-async def test_busy_time_is_that_between_acquire_and_release(table: GrantTable) -> None:
+async def test_busy_time_is_the_time_between_acquire_and_release(table: GrantTable) -> None:
     clock = ManualClock()
     grant, attachment = grant_for(table, clock)
     for seconds in (0.25, 0.5):
@@ -123,7 +123,7 @@ async def test_busy_time_is_that_between_acquire_and_release(table: GrantTable) 
     assert table.page.read(attachment.slot, Word.BUSY_NS) == 750_000_000
 
 
-async def test_steps_are_counted_and_their_cost_is_shown(table: GrantTable) -> None:
+async def test_steps_are_counted_and_their_cost_is_written_to_the_page(table: GrantTable) -> None:
     grant, attachment = grant_for(table)
     for num_tokens in (1, 2, 4, 8):
         step = Step((Chunk(1, 0, tuple(range(num_tokens)), (0,)),))
@@ -133,6 +133,41 @@ async def test_steps_are_counted_and_their_cost_is_shown(table: GrantTable) -> N
     assert read == [4, 15, 150]
     cost = table.page.read_cost(attachment.slot)
     assert cost is not None and cost.step_s(4, 6) == pytest.approx(0.018, rel=0.05)
+
+
+async def test_a_waiting_worker_shows_its_demand_until_it_is_granted(table: GrantTable) -> None:
+    first, _ = grant_for(table)
+    second, attachment = grant_for(table)
+    await first.acquire()
+    waiting = asyncio.create_task(second.acquire())
+    await asyncio.sleep(0)
+    assert table.page.read(attachment.slot, Word.DEMAND) == 1
+    first.drop()
+    async with asyncio.timeout(5):
+        await waiting
+    assert table.page.read(attachment.slot, Word.DEMAND) == 0
+
+
+async def test_a_bell_without_a_grant_leaves_the_worker_waiting(table: GrantTable) -> None:
+    first, _ = grant_for(table)
+    second, attachment = grant_for(table)
+    await first.acquire()
+    waiting = asyncio.create_task(second.acquire())
+    await asyncio.sleep(0)
+    os.eventfd_write(attachment.bell_fd, 1)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not waiting.done()
+    first.drop()
+    async with asyncio.timeout(5):
+        await waiting
+
+
+async def test_a_step_that_took_no_time_leaves_the_cost_unmeasured(table: GrantTable) -> None:
+    grant, attachment = grant_for(table)
+    grant.count_step(Step((Chunk(1, 0, (5,), (0,)),)), StepOutcome({}), 0.0)
+    assert table.page.read_cost(attachment.slot) is None
+    assert table.page.read(attachment.slot, Word.NUM_STEPS) == 1
 
 
 def _runs(names: list[str]) -> Iterator[list[str]]:

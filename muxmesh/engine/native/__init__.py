@@ -1,1 +1,1 @@
-"""The native engine: Llama-family models, computed exactly, with KV read in place from the pool."""
+"""The native engine: computes Llama-family models in f32 and reads KV in place from the pool."""

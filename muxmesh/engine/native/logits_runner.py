@@ -1,4 +1,4 @@
-"""A runner for forward passes that give logits on the host, where tokens are sampled. Knows no device."""
+"""A runner for forward passes that return logits to the host, where it samples the tokens. Knows no device."""
 
 from __future__ import annotations
 
@@ -15,29 +15,27 @@ from muxmesh.types import TokenLogprobs
 
 
 class Forward(Protocol):
-    """Everything between tokens and logits. Writes the KV of a step's rows into the pool."""
+    """A forward pass from token ids to logits. Writes the KV of the rows of a step into the pool."""
 
     def logits(self, layout: StepLayout) -> np.ndarray:
-        """Computes the rows of a step; f32 [len(logit_rows), vocab_size], which the caller may change."""
+        """Computes the rows of a step; returns f32 [len(logit_rows), vocab_size], which the caller may change."""
 
 
 OpenForward = Callable[[KvView], Forward]
-"""Opens a forward pass over a pool, compiled and warm. Raises ModelUnsupported."""
+"""Opens a compiled and warm forward pass over a pool. Raises ModelUnsupported."""
 
 
 class LogitsRunner:
-    """A `Runner` over any `Forward`."""
+    """A `Runner` over any `Forward`. `run` needs `load` first."""
 
     def __init__(self, view: KvView, open_forward: OpenForward) -> None:
         self._view = view
         self._open_forward = open_forward
 
     def load(self) -> None:
-        """See `Runner`."""
         self._forward = self._open_forward(self._view)
 
     def run(self, step: Step) -> StepOutcome:
-        """See `Runner`."""
         logits = self._forward.logits(lay_out(step, self._view))
         sampled: dict[int, SampledToken] = {}
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
@@ -46,9 +44,10 @@ class LogitsRunner:
             rows = logits[row : row + chunk.num_logit_rows]
             row += chunk.num_logit_rows
             if chunk.scoring:
-                followed = zip(rows, chunk.scoring.next_token_ids, strict=False)  # no token follows the last one
+                # The last row of a prompt has no next token.
+                scored = zip(rows, chunk.scoring.next_token_ids, strict=False)
                 prompt_logprobs[chunk.job_id] = tuple(
-                    token_logprobs(line, token, chunk.scoring.num_candidates) for line, token in followed
+                    token_logprobs(row_logits, token, chunk.scoring.num_candidates) for row_logits, token in scored
                 )
             if chunk.sample is not None:
                 sampled[chunk.job_id] = sample_token(rows[-1], chunk.sample)

@@ -1,4 +1,4 @@
-"""Rotary position tables, with the ways to stretch them that models use."""
+"""Tables of rotary position embeddings, with linear, Llama 3 and YaRN scaling. Pure arithmetic on the spec."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from muxmesh.models.model_spec import LinearRope, Llama3Rope, ModelSpec, YarnRop
 
 
 def rope_tables(spec: ModelSpec, num_positions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cos and sin of each position and frequency, f32 [num_positions, head_dim / 2] (RoFormer, Su et al., 2021)."""
+    """Returns cos and sin of each position and pair, each f32 [num_positions, head_dim / 2].
+
+    The source is RoFormer (Su et al., 2021). YaRN's attention factor is multiplied into both tables.
+    """
     frequencies, factor = _frequencies(spec)
     angles = np.outer(np.arange(num_positions, dtype=np.float32), frequencies)
     scale = np.float32(factor)
@@ -18,7 +21,7 @@ def rope_tables(spec: ModelSpec, num_positions: int) -> tuple[np.ndarray, np.nda
 
 
 def _frequencies(spec: ModelSpec) -> tuple[np.ndarray, float]:
-    """Angle per position of each pair, f32 [head_dim / 2], and what cos and sin are multiplied with."""
+    """Returns the angle per position of each pair, f32 [head_dim / 2], and the factor of cos and sin."""
     exponents = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
     plain = np.float32(1.0) / np.float32(spec.rope_theta) ** exponents
     scaling = spec.rope_scaling
@@ -32,30 +35,32 @@ def _frequencies(spec: ModelSpec) -> tuple[np.ndarray, float]:
 
 
 def _llama3(plain: np.ndarray, scaling: Llama3Rope) -> np.ndarray:
-    """Long wave lengths are stretched, short ones kept, those between interpolated (Llama 3.1's own rule)."""
+    """Stretches long wavelengths, keeps short ones and interpolates between them (rule of the Llama 3.1 release)."""
     original = scaling.original_context_len
-    waves = 2 * np.pi / plain
+    wavelengths = 2 * np.pi / plain
     longest, shortest = original / scaling.low_freq_factor, original / scaling.high_freq_factor
-    smooth = (original / waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = (original / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     between = (1 - smooth) * plain / scaling.factor + smooth * plain
-    stretched = np.where(waves > longest, plain / scaling.factor, np.where(waves < shortest, plain, between))
+    stretched = np.where(
+        wavelengths > longest, plain / scaling.factor, np.where(wavelengths < shortest, plain, between)
+    )
     return stretched.astype(np.float32)
 
 
 def _yarn(plain: np.ndarray, spec: ModelSpec, scaling: YarnRope) -> tuple[np.ndarray, float]:
-    """NTK by parts and the attention factor of YaRN (Peng et al., 2023, section 3.2 and 3.4)."""
+    """NTK-by-parts frequencies and attention factor of YaRN (Peng et al., 2023, sections 3.2 and 3.4)."""
 
-    def pair_that_turns(times: float) -> float:
-        """The pair that makes so many turns within the original context."""
-        length = scaling.original_context_len / (times * 2 * math.pi)
+    def pair_with_turns(turns: float) -> float:
+        """Fractional index of the pair that makes ``turns`` full turns within the original context."""
+        length = scaling.original_context_len / (turns * 2 * math.pi)
         return spec.head_dim * math.log(length) / (2 * math.log(spec.rope_theta))
 
-    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    low, high = pair_with_turns(scaling.beta_fast), pair_with_turns(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, spec.head_dim - 1)
     if low == high:
-        high += 0.001  # as everybody does: the ramp has no width
+        high += 0.001  # a ramp of width 0 would divide by 0; transformers and vLLM add the same
     pairs = np.arange(spec.head_dim // 2, dtype=np.float32)
     kept = 1 - np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
     frequencies = plain / scaling.factor * (1 - kept) + plain * kept

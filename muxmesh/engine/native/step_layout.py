@@ -1,4 +1,4 @@
-"""Where the rows of a step belong. Pure arithmetic; the same for every device."""
+"""Arranges the chunks of a step as rows of a matrix. Pure arithmetic, the same for every device."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from muxmesh.engine.step import Step
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
-    """Rows are the tokens of all chunks, one chunk after the other.
+    """The rows of a step: the tokens of all chunks, one chunk after the other. Integers are int64.
 
-    token_ids, positions [rows]: each token and its place in its sequence. row_blocks [rows]: offset of the token
-    block that takes its KV. tables [chunks, most blocks]: offsets of each sequence's token blocks.
-    starts, lengths [chunks]: the rows of each chunk. logit_rows: the rows whose logits are wanted, in order.
+    token_ids, positions [rows]: each token and its position in its sequence. row_blocks [rows]: pool offset of the
+    token block that stores its KV. tables [chunks, most blocks of a chunk]: pool offsets of the token blocks of each
+    sequence, 0 past its last block. starts, lengths [chunks]: the rows of each chunk. logit_rows: the rows whose logits
+    are requested, in order. Offsets count f32 elements.
     """
 
     token_ids: np.ndarray
@@ -30,7 +31,7 @@ class StepLayout:
 
 
 def lay_out(step: Step, view: KvView) -> StepLayout:
-    """Arranges the chunks of a step in rows."""
+    """Returns the layout of a step with at least one chunk."""
     block_size = view.shape.block_size
     lengths = [len(chunk.token_ids) for chunk in step.chunks]
     ends = np.cumsum(lengths)

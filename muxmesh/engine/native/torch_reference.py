@@ -1,7 +1,7 @@
-"""The forward pass in plain torch, on any device that torch has: the second `Forward`.
+"""The forward pass in plain torch, on any device of torch: a second `Forward`, which checks `cpu.forward`.
 
-No kernel of our own: KV is gathered for each sequence and attention is two products and a softmax. It is the check on
-the compiled pass of `cpu.forward` and what an accelerator starts from. It reads and writes the same pool layout.
+It uses no kernel of this project: it gathers the KV of each sequence and computes attention as two products and a
+softmax. It reads and writes the same pool layout as the compiled pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from muxmesh.models.weight_image import Image, map_image
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Weights of one layer, [outputs, inputs] or [outputs]; None where the model has none."""
+    """Weights of one layer, [outputs, inputs] or [outputs]; None for a tensor that the architecture does not have."""
 
     input_norm: Tensor
     qkv: Tensor
@@ -38,29 +38,37 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """What every layer needs to know of a step's rows. k_places, v_places [rows, kv heads, head_dim]: into the pool."""
+    """The rows of a step, for every layer.
+
+    cos, sin [rows, 1, head_dim / 2]. k_indices, v_indices [rows, kv heads, head_dim]: elements of the pool that store K
+    and V of layer 0.
+    """
 
     cos: Tensor
     sin: Tensor
-    k_places: Tensor
-    v_places: Tensor
+    k_indices: Tensor
+    v_indices: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class _Sequence:
-    """One chunk: its rows, where its KV lies ([blocks, kv heads * KV block] into the pool), what each row may see."""
+    """One chunk of a step.
+
+    kv_indices [blocks, kv heads * KV block]: elements of the pool with the KV of layer 0. length: tokens up to the last
+    row. mask [rows, length]: True where a row attends.
+    """
 
     rows: slice
-    places: Tensor
+    kv_indices: Tensor
     length: int
     mask: Tensor
 
 
 class TorchReferenceForward:
-    """`Forward` by torch's own operations, for an image packed in `rows`.
+    """A `Forward` of torch operations over an image with packing `rows`.
 
-    On the CPU it works in the pool that it is given. Another device has memory of its own, so the pool there is a
-    tensor of the same size that belongs to this process.
+    On the CPU it uses the pool of ``view``. On another device it allocates a pool of the same size there, which only
+    this object uses.
     """
 
     def __init__(
@@ -83,7 +91,6 @@ class TorchReferenceForward:
 
     @torch.inference_mode()
     def logits(self, layout: StepLayout) -> np.ndarray:
-        """See `Forward`."""
         spec = self._spec
         rows, sequences = self._rows(layout), self._sequences(layout)
         x = functional.embedding(self._on_device(layout.token_ids), self._embed)
@@ -106,18 +113,18 @@ class TorchReferenceForward:
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._normalized(q, layer.q_norm), self._normalized(k, layer.k_norm)
         q, k = _rotated(q, rows), _rotated(k, rows)
-        at = number * kv_heads * self._kv_block
-        self._pool[rows.k_places + at] = k
-        self._pool[rows.v_places + at] = v
+        layer_offset = number * kv_heads * self._kv_block
+        self._pool[rows.k_indices + layer_offset] = k
+        self._pool[rows.v_indices + layer_offset] = v
         out = torch.empty_like(q)
         for sequence in sequences:
-            out[sequence.rows] = self._attend(q[sequence.rows], at, sequence)
+            out[sequence.rows] = self._attend(q[sequence.rows], layer_offset, sequence)
         return out.view(len(x), heads * head_dim)
 
-    def _attend(self, q: Tensor, at: int, sequence: _Sequence) -> Tensor:
-        """Q [rows, heads, head_dim] → the same shape."""
+    def _attend(self, q: Tensor, layer_offset: int, sequence: _Sequence) -> Tensor:
+        """Attention of one chunk: q [rows, heads, head_dim] gives the same shape."""
         kv_heads, head_dim, length = self._spec.num_kv_heads, self._spec.head_dim, sequence.length
-        kv = self._pool[sequence.places + at].view(-1, kv_heads, 2, self._block_size * head_dim)
+        kv = self._pool[sequence.kv_indices + layer_offset].view(-1, kv_heads, 2, self._block_size * head_dim)
         k = kv[:, :, 0].view(-1, kv_heads, head_dim, self._block_size).permute(1, 2, 0, 3).reshape(
             kv_heads, head_dim, -1
         )[..., :length]  # fmt: skip
@@ -142,25 +149,25 @@ class TorchReferenceForward:
         positions = self._on_device(layout.positions)
         heads = self._kv_block * torch.arange(self._spec.num_kv_heads, device=self._device)[None, :, None]
         base = self._on_device(layout.row_blocks)[:, None, None] + heads
-        place = (positions % block_size)[:, None, None]
+        in_block = (positions % block_size)[:, None, None]
         columns = torch.arange(head_dim, device=self._device)
         return _Rows(
             cos=self._cos[positions][:, None],
             sin=self._sin[positions][:, None],
-            k_places=base + columns * block_size + place,
-            v_places=base + block_size * head_dim + place * head_dim + columns,
+            k_indices=base + columns * block_size + in_block,
+            v_indices=base + block_size * head_dim + in_block * head_dim + columns,
         )
 
     def _sequences(self, layout: StepLayout) -> list[_Sequence]:
         sequences = []
-        whole = torch.arange(self._spec.num_kv_heads * self._kv_block, device=self._device)
+        layer_elements = torch.arange(self._spec.num_kv_heads * self._kv_block, device=self._device)
         for table, start, count in zip(layout.tables, layout.starts, layout.lengths, strict=True):
             rows = slice(start, start + count)
             positions = self._on_device(layout.positions[rows])
             length = int(layout.positions[rows][-1]) + 1
             blocks = self._on_device(table[: -(-length // self._block_size)])
             mask = torch.arange(length, device=self._device) <= positions[:, None]
-            sequences.append(_Sequence(rows, blocks[:, None] + whole, length, mask))
+            sequences.append(_Sequence(rows, blocks[:, None] + layer_elements, length, mask))
         return sequences
 
     def _layer(self, image: Image, layer: int) -> _Layer:
@@ -182,8 +189,8 @@ class TorchReferenceForward:
     def _tensor(self, image: Image, name: str) -> Tensor:
         return torch.from_numpy(image.get(name)).to(self._device)
 
-    def _on_device(self, numbers: np.ndarray) -> Tensor:
-        return torch.from_numpy(numbers).to(self._device)
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
 
 
 def _rotated(x: Tensor, rows: _Rows) -> Tensor:

@@ -28,7 +28,7 @@ class DecodeRequest(_message.Message):
     WATCHER_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.int
     watcher: _builtins.str
-    """Of a WatchTokens call that has begun."""
+    """Names a WatchTokens call that has begun."""
     @_builtins.property
     def request(self) -> _request_pb2.EngineRequest: ...
     def __init__(
@@ -52,7 +52,7 @@ class DecodeResponse(_message.Message):
     FINISH_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     num_output_tokens: _builtins.int
-    """Of the whole output: all of them have been sent over WatchTokens, or will be."""
+    """Tokens of the complete output. WatchTokens sends all of them, some perhaps after this response."""
     @_builtins.property
     def finish(self) -> _request_pb2.Finish: ...
     def __init__(
@@ -74,7 +74,7 @@ class WatchTokensRequest(_message.Message):
 
     WATCHER_FIELD_NUMBER: _builtins.int
     watcher: _builtins.str
-    """Chosen by the caller, never twice."""
+    """Chosen by the caller and never reused."""
     def __init__(
         self,
         *,
@@ -117,7 +117,7 @@ class NewTokens(_message.Message):
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def logprobs(self) -> _request_pb2.Logprobs:
-        """One entry for each token, if they are requested."""
+        """One entry per token, if requested."""
 
     def __init__(
         self,

@@ -50,16 +50,16 @@ class DecodeServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Decode(self, request, context):
-        """Waits for the lease and decodes until the sequence finishes. Its tokens go to `watcher`. Cancelling it releases the
-        lease.
+        """Waits for the lease and decodes until the sequence finishes. The tokens are sent to `watcher`. Cancelling the call
+        releases the lease.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchTokens(self, request, context):
-        """The tokens of all Decode calls of one watcher, those of a step in one message: sending and receiving a message costs
-        more than the tokens in it.
+        """Streams the tokens of all Decode calls of one watcher, one message per step: a message costs more than the tokens
+        in it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

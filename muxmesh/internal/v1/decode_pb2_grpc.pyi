@@ -32,24 +32,24 @@ class DecodeServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DecodeServiceAsyncStub: ...
     Decode: _grpc.UnaryUnaryMultiCallable[_decode_pb2.DecodeRequest, _decode_pb2.DecodeResponse]
-    """Waits for the lease and decodes until the sequence finishes. Its tokens go to `watcher`. Cancelling it releases the
-    lease.
+    """Waits for the lease and decodes until the sequence finishes. The tokens are sent to `watcher`. Cancelling the call
+    releases the lease.
     """
     WatchTokens: _grpc.UnaryStreamMultiCallable[_decode_pb2.WatchTokensRequest, _decode_pb2.WatchTokensResponse]
-    """The tokens of all Decode calls of one watcher, those of a step in one message: sending and receiving a message costs
-    more than the tokens in it.
+    """Streams the tokens of all Decode calls of one watcher, one message per step: a message costs more than the tokens
+    in it.
     """
 
 @_typing.type_check_only
 class DecodeServiceAsyncStub(DecodeServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Decode: _aio.UnaryUnaryMultiCallable[_decode_pb2.DecodeRequest, _decode_pb2.DecodeResponse]  # type: ignore[assignment]
-    """Waits for the lease and decodes until the sequence finishes. Its tokens go to `watcher`. Cancelling it releases the
-    lease.
+    """Waits for the lease and decodes until the sequence finishes. The tokens are sent to `watcher`. Cancelling the call
+    releases the lease.
     """
     WatchTokens: _aio.UnaryStreamMultiCallable[_decode_pb2.WatchTokensRequest, _decode_pb2.WatchTokensResponse]  # type: ignore[assignment]
-    """The tokens of all Decode calls of one watcher, those of a step in one message: sending and receiving a message costs
-    more than the tokens in it.
+    """Streams the tokens of all Decode calls of one watcher, one message per step: a message costs more than the tokens
+    in it.
     """
 
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -59,8 +59,8 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _decode_pb2.DecodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_decode_pb2.DecodeResponse, _abc.Awaitable[_decode_pb2.DecodeResponse]]:
-        """Waits for the lease and decodes until the sequence finishes. Its tokens go to `watcher`. Cancelling it releases the
-        lease.
+        """Waits for the lease and decodes until the sequence finishes. The tokens are sent to `watcher`. Cancelling the call
+        releases the lease.
         """
 
     @_abc_1.abstractmethod
@@ -69,8 +69,8 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _decode_pb2.WatchTokensRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_decode_pb2.WatchTokensResponse], _abc.AsyncIterator[_decode_pb2.WatchTokensResponse]]:
-        """The tokens of all Decode calls of one watcher, those of a step in one message: sending and receiving a message costs
-        more than the tokens in it.
+        """Streams the tokens of all Decode calls of one watcher, one message per step: a message costs more than the tokens
+        in it.
         """
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

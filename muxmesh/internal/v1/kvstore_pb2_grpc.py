@@ -95,8 +95,8 @@ class KvStoreServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Admit(self, request_iterator, context):
-        """The router shows its best queued requests; kvstore answers with credits. When the stream breaks, the
-        router's queued requests and unused credits are dropped.
+        """The router offers its best queued requests, and kvstore sends credits. When the stream breaks, kvstore drops the
+        router's queued requests and unused credits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -144,7 +144,7 @@ class KvStoreServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SwapIn(self, request, context):
-        """Token blocks for a swapped lease. Answered when it is the lease's turn, in the order of credits.
+        """Token blocks for a swapped lease. The response waits until the lease is admitted, in one order with new requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,7 +158,7 @@ class KvStoreServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchLeases(self, request, context):
-        """Leases that arrive at one decode worker, and those that it has to pre-empt.
+        """Streams the leases that arrive at one decode worker and the leases that it has to pre-empt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -63,15 +63,15 @@ class PrefillResponse(_message.Message):
 
     @_builtins.property
     def finish(self) -> _request_pb2.Finish:
-        """Set when the last of these tokens finishes the sequence: the lease is released and there is no decode."""
+        """Set if the last of these tokens finishes the sequence. The lease is then released and there is no decode."""
 
     @_builtins.property
     def logprobs(self) -> _request_pb2.Logprobs:
-        """One entry for each token, if they are requested."""
+        """One entry per token, if requested."""
 
     @_builtins.property
     def prompt_logprobs(self) -> _request_pb2.Logprobs:
-        """Of the second prompt token and those after it."""
+        """One entry for the second prompt token and each one after it, if requested."""
 
     def __init__(
         self,

@@ -45,7 +45,7 @@ class PrefillServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Prefill(self, request, context):
-        """Computes the prompt, samples at least one token and moves the lease to the decode worker. Cancelling it
+        """Computes the prompt, samples at least one token and moves the lease to the decode worker. Cancelling the call
         releases the lease.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -32,7 +32,7 @@ class PrefillServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PrefillServiceAsyncStub: ...
     Prefill: _grpc.UnaryUnaryMultiCallable[_prefill_pb2.PrefillRequest, _prefill_pb2.PrefillResponse]
-    """Computes the prompt, samples at least one token and moves the lease to the decode worker. Cancelling it
+    """Computes the prompt, samples at least one token and moves the lease to the decode worker. Cancelling the call
     releases the lease.
     """
 
@@ -40,7 +40,7 @@ class PrefillServiceStub:
 class PrefillServiceAsyncStub(PrefillServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Prefill: _aio.UnaryUnaryMultiCallable[_prefill_pb2.PrefillRequest, _prefill_pb2.PrefillResponse]  # type: ignore[assignment]
-    """Computes the prompt, samples at least one token and moves the lease to the decode worker. Cancelling it
+    """Computes the prompt, samples at least one token and moves the lease to the decode worker. Cancelling the call
     releases the lease.
     """
 
@@ -51,7 +51,7 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _prefill_pb2.PrefillRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_prefill_pb2.PrefillResponse, _abc.Awaitable[_prefill_pb2.PrefillResponse]]:
-        """Computes the prompt, samples at least one token and moves the lease to the decode worker. Cancelling it
+        """Computes the prompt, samples at least one token and moves the lease to the decode worker. Cancelling the call
         releases the lease.
         """
 

@@ -16,7 +16,7 @@ LOAD = "rate=5 lengths=U(5,50)/(5,60) requests=60 seed=1"
 
 
 @pytest.fixture
-def mesh(tmp_path: Path) -> Path:
+def config(tmp_path: Path) -> Path:
     path = tmp_path / "mesh.yaml"
     path.write_text(MESH)
     return path
@@ -26,20 +26,20 @@ def simulate(*arguments: str | Path) -> int:
     return main(["simulate", *map(str, arguments)])
 
 
-def test_the_report_is_that_of_a_load_test(mesh: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert simulate("-c", mesh, "--workload", LOAD, "--json") == 0
+def test_the_report_has_the_columns_of_a_load_test(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate("-c", config, "--workload", LOAD, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["completed"] == 60 and report["failed"] == 0
     assert report["median_ttft_ms"] > 0 and report["median_itl_ms"] is None
     assert report["simulation"]["policy"] == "srtf-aged" and report["simulation"]["num_events"] > 60
 
 
-def test_the_table_the_page_and_the_trace_are_written(
-    mesh: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_table_page_trace_and_report_are_written(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     html, trace, output = tmp_path / "a.html", tmp_path / "a.jsonl", tmp_path / "a.json"
     assert (
-        simulate("-c", mesh, "--workload", LOAD, "--policy", "hrrn", "--html", html, "--trace", trace, "-o", output)
+        simulate("-c", config, "--workload", LOAD, "--policy", "hrrn", "--html", html, "--trace", trace, "-o", output)
         == 0
     )
     printed = capsys.readouterr()
@@ -50,19 +50,19 @@ def test_the_table_the_page_and_the_trace_are_written(
     assert "<svg" in html.read_text() and json.loads(output.read_text())["completed"] == 60
 
 
-def test_predictions_make_a_difference_only_where_lengths_are_not_known(
-    mesh: Path, capsys: pytest.CaptureFixture[str]
+def test_better_predictions_shorten_latencies_of_natural_outputs(
+    config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     latencies = []
     for tau in ("0", "1"):
         load = "rate=9 lengths=E(20)/(60) output=natural requests=400 seed=2"
-        assert simulate("-c", mesh, "--workload", load, "--tau", tau, "--json") == 0
+        assert simulate("-c", config, "--workload", load, "--tau", tau, "--json") == 0
         latencies.append(json.loads(capsys.readouterr().out)["mean_normalized_latency_s_per_token"])
     assert latencies[1] < 0.8 * latencies[0]
 
 
-def test_texts_are_predicted_by_the_mesh_s_own_predictor(
-    mesh: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_lengths_of_prompt_texts_come_from_the_predictor_of_the_mesh(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = random.Random(1)
     kinds = (("Name the colour of {}.", 4), ("Write a detailed essay about {}.", 80))
@@ -75,7 +75,7 @@ def test_texts_are_predicted_by_the_mesh_s_own_predictor(
     load = f"rate=6 prompts={path} requests=600"
     means = []
     for tau in ((), ("--tau", "0"), ("--tau", "1")):
-        assert simulate("-c", mesh, "--workload", load, *tau, "--json") == 0
+        assert simulate("-c", config, "--workload", load, *tau, "--json") == 0
         means.append(json.loads(capsys.readouterr().out)["mean_normalized_latency_s_per_token"])
     own, useless, perfect = means
     assert own < (useless + perfect) / 2
@@ -87,9 +87,9 @@ BAD = {
         LOAD,
         "engine: sim",
     ),
-    "steps of no time": (MESH.replace("{base_s: 0.02}", "{base_s: 0}"), LOAD, "no time at all"),
+    "steps of no time": (MESH.replace("{base_s: 0.02}", "{base_s: 0}"), LOAD, "takes no time"),
     "a model that is not there": (MESH, f"{LOAD} models=b", "not served"),
-    "a workload without end": (MESH, "rate=1 lengths=D(1,1)", "never end"),
+    "a workload without end": (MESH, "rate=1 lengths=D(1,1)", "requests=N"),
     "a negative rate": (MESH, "rate=-1 lengths=D(1,1) requests=1", "rate"),
     "endless steps": (MESH.replace("{base_s: 0.02}", "{base_s: .inf}"), LOAD, "sim.base_s"),
     "a thousand years of arrivals": (MESH, "rate=1e-10 lengths=D(1,1) requests=3", "virtual seconds"),
@@ -98,30 +98,59 @@ BAD = {
         "rate=1 lengths=D(1,3000) requests=2",
         "virtual seconds",
     ),
-    "two models and no choice": (f"{MESH}      - {{name: b, engine: sim, sim: {{base_s: 1}}}}\n", LOAD, "which model"),
+    "two models and no choice": (f"{MESH}      - {{name: b, engine: sim, sim: {{base_s: 1}}}}\n", LOAD, "models=..."),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_told_in_words(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text, load, told = BAD[name]
+def test_wrong_input_is_refused_with_its_reason(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, load, problem = BAD[name]
     path = tmp_path / "mesh.yaml"
     path.write_text(text)
     assert simulate("-c", path, "--workload", load) == 1
-    assert told in capsys.readouterr().err
+    assert problem in capsys.readouterr().err
 
 
-def test_tau_without_effect_is_refused(mesh: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert simulate("-c", mesh, "--workload", LOAD, "--tau", "0.5") == 1
+def test_tau_without_effect_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate("-c", config, "--workload", LOAD, "--tau", "0.5") == 1
     assert "no effect" in capsys.readouterr().err
-    assert simulate("-c", mesh, "--workload", f"{LOAD} output=natural", "--tau", "1.5") == 1
+    assert simulate("-c", config, "--workload", f"{LOAD} output=natural", "--tau", "1.5") == 1
     assert "from 0 (useless) to 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--output", "--html", "--trace"])
-def test_what_could_not_be_written_is_told_before_anything_is_simulated(
-    option: str, mesh: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_path_that_cannot_be_written_is_refused_before_the_simulation(
+    option: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for place, told in ((tmp_path, "is a folder"), (tmp_path / "no" / "a", f"the folder {tmp_path / 'no'} does not")):
-        assert simulate("-c", mesh, "--workload", LOAD, option, place) == 1
-        assert told in capsys.readouterr().err
+    for path, problem in ((tmp_path, "is a folder"), (tmp_path / "no" / "a", f"the folder {tmp_path / 'no'} does not")):
+        assert simulate("-c", config, "--workload", LOAD, option, path) == 1
+        assert problem in capsys.readouterr().err
+
+
+def test_a_simulation_repeats_to_the_last_decision(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traces = []
+    for number in range(2):
+        assert simulate("-c", config, "--workload", LOAD, "--trace", tmp_path / f"{number}.jsonl", "--json") == 0
+        traces.append((tmp_path / f"{number}.jsonl").read_text())
+    assert traces[0] == traces[1] and traces[0].count("\n") == 60
+
+
+def test_the_policy_of_the_command_line_replaces_that_of_the_file(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(f"order: {{policy: fcfs, longest_lead: 5}}\n{MESH}")
+    assert simulate("-c", config, "--workload", LOAD) == 1
+    assert "order.longest_lead" in capsys.readouterr().err
+    assert simulate("-c", config, "--workload", LOAD, "--policy", "srtf-aged", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["simulation"]["policy"] == "srtf-aged"
+
+
+@pytest.mark.parametrize(("name", "expected"), [((), "sjf"), (("--name", "mine"), "mine")])
+def test_a_report_is_named_after_its_policy_unless_it_has_a_name(
+    config: Path, name: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert simulate("-c", config, "--workload", LOAD, "--policy", "sjf", *name, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["name"], report["target"]) == (expected, "simulated mesh.yaml, sjf")

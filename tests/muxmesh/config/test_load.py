@@ -1,9 +1,11 @@
+"""mesh.yaml as text: line numbers, YAML errors, and several errors at once. `test_schema` tests the fields."""
+
+import re
 from pathlib import Path
 
 import pytest
 
-from muxmesh.config.load import load_mesh_config, parse_mesh_config
-from muxmesh.config.runtime import MAX_SOCKET_PATH, MeshRuntime, PreparedModel
+from muxmesh.config.load import default_config, load_mesh_config, parse_mesh_config, with_listen
 from muxmesh.config.schema import DEFAULT_MODEL, MeshConfig, order_without_effect
 from muxmesh.errors import ConfigError
 
@@ -28,14 +30,24 @@ def problems(text: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
-def test_a_good_file_is_read() -> None:
-    config = parse_mesh_config(GOOD, "mesh.yaml").config
+def test_a_valid_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "mesh.yaml").write_text(GOOD)
+    config = load_mesh_config(tmp_path / "mesh.yaml").config
     unit, model = config.units[0], config.models()["chat"]
     assert (config.listen, unit.kv_pool, model.max_num_seqs) == ("0.0.0.0:6000", 2 * 1024**3, 4)
 
 
-def test_an_empty_file_is_the_default_mesh() -> None:
-    assert parse_mesh_config("", "mesh.yaml").config == MeshConfig()
+def test_the_line_of_every_field_is_known() -> None:
+    lines = parse_mesh_config(GOOD, "mesh.yaml").lines
+    assert lines["listen",] == 2
+    assert lines["units", 0, "kv_pool"] == 5
+    assert lines["units", 0, "models", 1] == 10
+    assert lines["units", 0, "models", 1, "sim", "base_s"] == 12
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "{}", "null"])
+def test_an_empty_file_is_the_default_mesh(text: str) -> None:
+    assert parse_mesh_config(text, "mesh.yaml").config == default_config().config == MeshConfig()
     assert list(MeshConfig().models()) == [DEFAULT_MODEL]
 
 
@@ -62,37 +74,103 @@ units:
     ]
 
 
+def test_a_missing_field_is_reported_at_its_parent() -> None:
+    assert problems("units:\n  - models:\n    - {name: a}\n    - source: b") == [
+        "mesh.yaml:4: units[0].models[1].name: Field required"
+    ]
+
+
+def test_a_list_of_invalid_items_is_not_called_too_short() -> None:
+    (problem,) = problems("units:\n  - models:\n    - {}")
+    assert problem == "mesh.yaml:3: units[0].models[0].name: Field required"
+
+
+def test_an_empty_list_is_called_too_short() -> None:
+    (problem,) = problems("units:\n  - models: []")
+    assert problem.startswith("mesh.yaml:2: units[0].models: Tuple should have at least 1 item")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("units: [", "mesh.yaml:1: not YAML"),
-        ("a: 1\na: 2", "mesh.yaml:2: a: stands twice"),
-        ("- 1", "mesh.yaml:1: must be a mapping"),
-        ("units:\n  - models: []", "mesh.yaml:2: units[0].models: "),
-        (
-            "units:\n  - models:\n    - name: a\n    - name: a",
-            "mesh.yaml:4: units[0].models[1].name: 'a' is the name of another model",
-        ),
-        (
-            "units:\n  - {name: u, models: [{name: a}]}\n  - {name: u, models: [{name: b}]}",
-            "mesh.yaml:3: units[1].name: 'u' is the name of another unit",
-        ),
-        (
-            "units:\n  - {name: u, models: [{name: a}]}\n  - {name: v, models: [{name: b}]}",
-            "mesh.yaml:3: units[1].cores: is needed: there are 2 units on 'cpu'",
-        ),
-        ("listen: 127.0.0.1:70000", "mesh.yaml:1: listen: the last port is 65535"),
-        ("units:\n  - models:\n    - {name: a, engine: vllm}", "mesh.yaml:3: units[0].models[0].engine: "),
-        ("units:\n  - models:\n    - {name: a, sim: {}}", "mesh.yaml:3: units[0].models[0].sim: has no effect"),
-        ("units:\n  - kv_pool: 1MiB\n    slab: 2MiB\n    models: [{name: a}]", "mesh.yaml:3: units[0].slab: "),
-        ("units: 7", "mesh.yaml:1: units: "),
-        ("order: {longest_lead: true}", "mesh.yaml:1: order.longest_lead: is true; a number is needed"),
-        ("units:\n  - kv_pool: no", "mesh.yaml:2: units[0].kv_pool: is false; a number is needed"),
-        ("order: {longest_lead_s: yes}", "mesh.yaml:1: order.longest_lead_s: is true; a number is needed"),
+        ("units: [", "mesh.yaml:1: not YAML: "),
+        ("listen: a:1\nunits: }", "mesh.yaml:2: not YAML: "),
+        ("listen: a:1\n---\nlisten: b:1", "mesh.yaml:2: not YAML: but found another document"),
+        ("a: !!python/object:os.system 1", "mesh.yaml:1: not YAML: could not determine a constructor"),
+        ("? [a]\n: 1", "mesh.yaml:1: not YAML: found unhashable key"),
+        ("listen: \0", "mesh.yaml: not YAML: unacceptable character"),
+        ("listen: 2024-99-99", "mesh.yaml: not YAML: month must be in 1..12"),
+        ("- 1", "mesh.yaml:1: must be a mapping with fields like `listen` and `units`"),
+        ("text", "mesh.yaml:1: must be a mapping with fields like `listen` and `units`"),
     ],
 )
-def test_what_is_wrong_is_named(text: str, expected: str) -> None:
-    assert any(line.startswith(expected) for line in problems(text)), problems(text)
+def test_a_text_that_is_no_mapping_is_refused(text: str, expected: str) -> None:
+    assert problems(text)[0].startswith(expected)
+
+
+def test_a_duplicate_field_is_reported_with_both_lines() -> None:
+    assert problems("listen: a:1\nmesh_id: x\nlisten: b:1") == [
+        "mesh.yaml:3: listen: is a duplicate of the field in line 1"
+    ]
+
+
+def test_equal_fields_of_different_units_are_no_duplicates() -> None:
+    text = "units:\n  - {name: a, cores: [0], models: [{name: m}]}\n  - {name: b, cores: [1], models: [{name: m}]}"
+    assert [unit.name for unit in parse_mesh_config(text, "mesh.yaml").config.units] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("listen: a:1\nunits: &u\n  - *u", "mesh.yaml:2: units[0]: is an alias of a field that contains it"),
+        ("order: &o\n  trace: *o", "mesh.yaml:2: order.trace: is an alias of a field that contains it"),
+        ("units:\n  - &u\n    models:\n      - *u", "mesh.yaml:2: units[0].models[0]: is an alias"),
+    ],
+)
+def test_a_recursive_alias_is_refused(text: str, expected: str) -> None:
+    assert any(problem.startswith(expected) for problem in problems(text)), problems(text)
+
+
+def test_anchors_and_merge_keys_are_supported() -> None:
+    text = """
+units:
+  - models:
+    - &sim
+      name: a
+      engine: sim
+      max_num_seqs: 3
+    - <<: *sim
+      name: b
+"""
+    models = parse_mesh_config(text, "mesh.yaml").config.models()
+    assert [(name, model.engine, model.max_num_seqs) for name, model in models.items()] == [
+        ("a", "sim", 3),
+        ("b", "sim", 3),
+    ]
+
+
+def test_an_error_in_a_merged_field_is_reported_at_the_field_that_merges_it() -> None:
+    text = "units:\n  - models:\n    - &m {name: a, block_size: 7}\n    -\n      <<: *m\n      name: b"
+    assert [problem.split(": ")[:2] for problem in problems(text)] == [
+        ["mesh.yaml:3", "units[0].models[0].block_size"],
+        ["mesh.yaml:5", "units[0].models[1].block_size"],
+    ]
+
+
+def test_errors_of_combinations_are_reported_with_their_lines_too() -> None:
+    text = "listen: 127.0.0.1:70000\nunits:\n  - models:\n    - name: a\n    - name: a"
+    assert problems(text) == [
+        "mesh.yaml:1: listen: port is larger than 65535",
+        "mesh.yaml:5: units[0].models[1].name: 'a' is the name of another model",
+    ]
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: .*No such file"):
+        load_mesh_config(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"mesh_id: \xe9")
+    with pytest.raises(ConfigError, match=r"latin\.yaml: cannot be read: .*utf-8"):
+        load_mesh_config(tmp_path / "latin.yaml")
 
 
 @pytest.mark.parametrize(
@@ -108,37 +186,45 @@ def test_what_is_wrong_is_named(text: str, expected: str) -> None:
         ),
     ],
 )
-def test_a_setting_of_another_order_is_refused(text: str, expected: str) -> None:
+def test_a_setting_of_another_policy_is_refused(text: str, expected: str) -> None:
     loaded = parse_mesh_config(text, "mesh.yaml")
     with pytest.raises(ConfigError) as caught:
         loaded.refuse(order_without_effect(loaded.config))
     assert str(caught.value) == expected
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
-        load_mesh_config(tmp_path / "none.yaml")
+def test_refused_problems_are_sorted_by_line() -> None:
+    loaded = parse_mesh_config("mesh_id: m\nlisten: a:1\norder:\n  trace: true", "mesh.yaml")
+    loaded.refuse([])
+    with pytest.raises(ConfigError) as caught:
+        loaded.refuse([(("order", "policy"), "third"), (("listen",), "second"), (("mesh_id",), "first")])
+    assert str(caught.value).splitlines() == [
+        "mesh.yaml:1: mesh_id: first",
+        "mesh.yaml:2: listen: second",
+        "mesh.yaml:3: order.policy: third",
+    ]
 
 
-def test_the_runtime_file_comes_back_as_it_was(tmp_path: Path) -> None:
-    runtime = MeshRuntime(
-        config=parse_mesh_config(GOOD, "mesh.yaml").config,
-        run_dir=tmp_path,
-        cache_dir=tmp_path,
-        redis_url="unix:///x",
-        prepared={"chat": PreparedModel(folder=tmp_path, image=None, weights_fingerprint="w")},
-    )
-    runtime.write(tmp_path / "runtime.json")
-    assert MeshRuntime.read(tmp_path / "runtime.json") == runtime
+def test_a_problem_of_the_default_configuration_has_its_origin() -> None:
+    with pytest.raises(ConfigError, match=re.escape("(default configuration):1: units[0].cores: too many")):
+        default_config().refuse([(("units", 0, "cores"), "too many")])
 
 
-def test_a_socket_path_that_the_kernel_would_cut_is_refused() -> None:
-    runtime = MeshRuntime(
-        config=MeshConfig(),
-        run_dir=Path("/" + "x" * MAX_SOCKET_PATH),
-        cache_dir=Path("/"),
-        redis_url="unix:///x",
-        prepared={},
-    )
-    with pytest.raises(ConfigError, match="longer than 107 bytes"):
-        runtime.check_socket_paths()
+def test_the_listen_address_can_be_replaced() -> None:
+    loaded = parse_mesh_config(GOOD, "mesh.yaml")
+    replaced = with_listen(loaded, "[::1]:0")
+    assert replaced.config == loaded.config.model_copy(update={"listen": "[::1]:0"})
+    assert replaced.lines == loaded.lines
+
+
+def test_a_replaced_listen_address_keeps_which_fields_are_set() -> None:
+    """`sim` without the sim engine, and settings of another policy, are errors only if they are set."""
+    loaded = with_listen(parse_mesh_config("order: {longest_lead: 100}", "mesh.yaml"), "a:1")
+    assert loaded.config.order.model_fields_set == {"longest_lead"}
+    assert loaded.config.units[0].models[0].model_fields_set == MeshConfig().units[0].models[0].model_fields_set
+
+
+@pytest.mark.parametrize("listen", ["somewhere", ":50051", "127.0.0.1:x", "127.0.0.1:", ""])
+def test_a_replaced_listen_address_is_host_and_port(listen: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"listen: is {listen!r}; HOST:PORT is needed")):
+        with_listen(default_config(), listen)

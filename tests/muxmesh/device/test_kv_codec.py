@@ -1,4 +1,4 @@
-"""KV outside the pool: what comes back, how exact, and how large."""
+"""Encoded KV: how exact it is, and how many bytes it takes."""
 
 import numpy as np
 import pytest
@@ -20,8 +20,9 @@ def view(seed: int, shape: KvShape = SHAPE, num_slabs: int = 12) -> KvView:
 
 
 def scattered(num_blocks: int, of: KvView, seed: int) -> list[int]:
-    most = of.pool.nbytes // SLAB_BYTES * of.blocks_per_slab
-    return [int(block) for block in np.random.default_rng(seed).permutation(most)[:num_blocks]]
+    """Ids of some blocks of the pool, in no order."""
+    capacity = of.pool.nbytes // SLAB_BYTES * of.blocks_per_slab
+    return [int(block) for block in np.random.default_rng(seed).permutation(capacity)[:num_blocks]]
 
 
 def blocks(of: KvView, ids: list[int]) -> np.ndarray:
@@ -41,7 +42,7 @@ class Counting:
 
 
 def region(num_bytes: int, seed: int) -> tuple[np.ndarray, list[int]]:
-    """Memory with other bytes in it, and pages in disorder."""
+    """A swap region of random bytes, and pages of it in no order that hold ``num_bytes``."""
     count = blocks_for(num_bytes, SWAP_PAGE_BYTES)
     generator = np.random.default_rng(seed)
     memory = generator.integers(0, 256, (count + 3) * SWAP_PAGE_BYTES, dtype=np.uint8)
@@ -51,7 +52,7 @@ def region(num_bytes: int, seed: int) -> tuple[np.ndarray, list[int]]:
 def round_trip(
     source: KvView, num_tokens: int, kv_format: KvFormat, first_block: int = 0
 ) -> tuple[KvView, list[int], list[int]]:
-    """The pool that a sequence came back to, its blocks before, and its blocks there."""
+    """Encodes a sequence and decodes it into another pool. Returns that pool, and the blocks in the first and in it."""
     num_blocks = blocks_for(num_tokens, source.shape.block_size)
     target = view(9, source.shape)
     before, after = scattered(num_blocks, source, 1), scattered(num_blocks, target, 2)
@@ -62,7 +63,7 @@ def round_trip(
 
 
 @pytest.mark.parametrize("num_tokens", LENGTHS)
-def test_raw_comes_back_bit_by_bit(num_tokens: int) -> None:
+def test_raw_restores_every_bit(num_tokens: int) -> None:
     source = view(0)
     target, before, after = round_trip(source, num_tokens, "raw")
     assert np.array_equal(blocks(source, before).view(np.uint32), blocks(target, after).view(np.uint32))
@@ -70,49 +71,49 @@ def test_raw_comes_back_bit_by_bit(num_tokens: int) -> None:
 
 @pytest.mark.parametrize("num_tokens", LENGTHS)
 @pytest.mark.parametrize("kv_format", ["raw", "int8"])
-def test_a_copy_has_the_size_that_was_announced(num_tokens: int, kv_format: KvFormat) -> None:
+def test_a_copy_has_as_many_bytes_as_encoded_bytes_returns(num_tokens: int, kv_format: KvFormat) -> None:
     sink = Counting()
     encode(view(0), scattered(blocks_for(num_tokens, 16), view(0), 1), num_tokens, kv_format, sink)
     assert sink.num_bytes == encoded_bytes(SHAPE, num_tokens, kv_format)
 
 
 @pytest.mark.parametrize("kv_format", ["raw", "int8"])
-def test_nothing_but_the_blocks_that_are_wanted_is_written(kv_format: KvFormat) -> None:
+def test_decode_writes_only_the_blocks_from_the_first_block_on(kv_format: KvFormat) -> None:
     source = view(0)
     untouched = source.pool.copy()
     target, _, after = round_trip(source, 200, kv_format, first_block=3)
     assert np.array_equal(source.pool, untouched)
     expected, _, _ = round_trip(source, 200, kv_format)
     size = SHAPE.token_block_bytes // 4
-    wanted = np.zeros(target.pool.size, dtype=bool)
+    written = np.zeros(target.pool.size, dtype=bool)
     for offset in target.block_offsets(after[3:]):
-        wanted[offset : offset + size] = True
-    assert np.array_equal(target.pool[~wanted], view(9).pool[~wanted])
-    assert np.array_equal(target.pool[wanted], expected.pool[wanted])
+        written[offset : offset + size] = True
+    assert np.array_equal(target.pool[~written], view(9).pool[~written])
+    assert np.array_equal(target.pool[written], expected.pool[written])
 
 
 @pytest.mark.parametrize("num_tokens", LENGTHS)
-def test_int8_is_off_by_at_most_half_a_step_of_its_own_scale(num_tokens: int) -> None:
+def test_int8_differs_by_at_most_half_a_step_of_its_own_scale(num_tokens: int) -> None:
     source = view(0)
     source.pool[::7] *= 100.0  # some channels are large
     target, before, after = round_trip(source, num_tokens, "int8")
-    was, is_now = (blocks(of, ids) for of, ids in ((source, before), (target, after)))
-    count, heads = was.shape[:2]
-    error = np.abs(was - is_now)
+    original, decoded = (blocks(of, ids) for of, ids in ((source, before), (target, after)))
+    count, heads = original.shape[:2]
+    error = np.abs(original - decoded)
     valid = np.arange(count * 16).reshape(count, 1, 1, 16) < num_tokens
-    keys, key_error = (x[:, :, 0].reshape(count, heads, 64, 16) for x in (was, error))
+    keys, key_error = (x[:, :, 0].reshape(count, heads, 64, 16) for x in (original, error))
     for first in range(max(1, num_tokens // GROUP_TOKENS)):
         is_last = first == max(1, num_tokens // GROUP_TOKENS) - 1
         group = slice(first * 8, count if is_last else first * 8 + 8)
         step = np.where(valid[group], np.abs(keys[group]), 0).max(axis=(0, 3), keepdims=True) / 127
         assert np.all(np.where(valid[group], key_error[group], 0) <= step * 0.501)
-    values, value_error = (x[:, :, 1].reshape(count, heads, 16, 64) for x in (was, error))
+    values, value_error = (x[:, :, 1].reshape(count, heads, 16, 64) for x in (original, error))
     step = np.abs(values).max(axis=3, keepdims=True) / 127
     assert np.all(np.where(valid.reshape(count, 1, 16, 1), value_error, 0) <= step * 0.501)
 
 
-def test_what_nobody_wrote_past_the_end_spoils_no_scale() -> None:
-    source, ids = view(0), [0, 1]
+def test_slots_past_the_last_token_affect_no_scale() -> None:
+    source = view(0)
     expected, _, _ = round_trip(source, 20, "int8")
     size = SHAPE.token_block_bytes // 4
     for offset in source.block_offsets(scattered(2, source, 1)[1:]):
@@ -120,7 +121,6 @@ def test_what_nobody_wrote_past_the_end_spoils_no_scale() -> None:
         last[:, 0].reshape(6, 64, 16)[:, :, 4:] = np.inf
         last[:, 1].reshape(6, 16, 64)[:, 4:] = np.nan
     target, _, after = round_trip(source, 20, "int8")
-    assert len(ids) == len(after)
     assert np.array_equal(blocks(target, after), blocks(expected, after))
 
 

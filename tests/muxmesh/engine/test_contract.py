@@ -1,33 +1,27 @@
-"""What every engine promises, on each engine."""
+"""The contract of `muxmesh.engine.api.Engine`, run on each engine."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from muxmesh.clock import SystemClock
-from muxmesh.config.schema import SimProfile
 from muxmesh.engine.api import (
     Engine,
     EngineJob,
     Event,
     Failed,
     Finished,
-    FreeGrant,
     JobDone,
     Preempted,
     Tokens,
 )
 from muxmesh.engine.native.logits_runner import LogitsRunner
-from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.sequence import SequenceRecord
-from muxmesh.engine.sim_runner import SimRunner
-from muxmesh.engine.step import Runner, Step, StepOutcome
-from muxmesh.engine.step_engine import StepEngine
+from muxmesh.engine.step import Runner
 from muxmesh.types import EngineRequest, FinishReason, Sampling, SchedulingState, Stopping
+from tests.support.engines import running_engine, sim_runner
 from tests.support.tiny import TinyShape, tiny_runner, write_tiny_model
 
 BLOCKS = {1: (0, 1, 2, 3), 2: (4, 5, 6, 7), 3: (8, 9, 10, 11)}
@@ -41,13 +35,9 @@ def native_runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
 
 @pytest.fixture(params=["sim", "native"])
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
-    runner = SimRunner(SimProfile(), range(35, 93), 0)
-    if request.param == "native":
-        runner = request.getfixturevalue("native_runner")
-    step_engine = StepEngine(Scheduler(8, 32), runner, FreeGrant(), SystemClock())
-    await step_engine.start()
-    yield step_engine
-    await step_engine.stop()
+    runner = request.getfixturevalue("native_runner") if request.param == "native" else sim_runner()
+    async with running_engine(runner, token_budget=32) as running:
+        yield running
 
 
 def record(
@@ -58,13 +48,15 @@ def record(
     blocks: tuple[int, ...] | None = None,
     computed: int = 0,
     sampled: tuple[int, ...] = (),
+    allowed: tuple[int, ...] | None = None,
+    stopping: Stopping | None = None,
 ) -> SequenceRecord:
     request = EngineRequest(
         request_id=f"r{job_id}",
         model="m",
         prompt_token_ids=tuple(range(40, 60)),
-        sampling=Sampling(temperature, seed=42),
-        stopping=Stopping(max_new_tokens),
+        sampling=Sampling(temperature, seed=42, allowed_token_ids=allowed),
+        stopping=stopping or Stopping(max_new_tokens),
         scheduling=SchedulingState(0, float(job_id)),
         resume_token_ids=resume,
     )
@@ -76,13 +68,14 @@ def job(job_id: int = 1, limit: int | None = None, **more: Any) -> EngineJob:
 
 
 async def collect(events: AsyncIterator[Event]) -> tuple[tuple[int, ...], list[Event]]:
+    """The tokens of a job, each exactly once, and its other events."""
     tokens: dict[int, int] = {}
     others: list[Event] = []
     async with asyncio.timeout(60):
         async for event in events:
             if isinstance(event, Tokens):
                 for offset, token in enumerate(event.token_ids):
-                    assert event.start_index + offset not in tokens, "a token came twice"
+                    assert event.start_index + offset not in tokens, "a token was sent twice"
                     tokens[event.start_index + offset] = token
             else:
                 others.append(event)
@@ -91,19 +84,19 @@ async def collect(events: AsyncIterator[Event]) -> tuple[tuple[int, ...], list[E
     return tuple(tokens[index] for index in sorted(tokens)), others
 
 
-async def test_a_job_gives_all_its_tokens_and_a_finish(engine: Engine) -> None:
+async def test_a_job_yields_all_its_tokens_and_a_finish(engine: Engine) -> None:
     tokens, others = await collect(engine.submit(job()))
     assert len(tokens) == 12
     assert [type(event) for event in others] == [Finished]
     assert isinstance(others[0], Finished) and others[0].finish.reason is FinishReason.LENGTH
 
 
-async def test_the_same_job_gives_the_same_tokens(engine: Engine) -> None:
+async def test_the_same_job_samples_the_same_tokens_again(engine: Engine) -> None:
     assert (await collect(engine.submit(job())))[0] == (await collect(engine.submit(job())))[0]
 
 
 @pytest.mark.parametrize("num_first", [1, 3])
-async def test_prefill_then_decode_gives_the_tokens_of_one_engine(engine: Engine, num_first: int) -> None:
+async def test_prefill_then_decode_samples_the_tokens_of_one_engine(engine: Engine, num_first: int) -> None:
     whole, _ = await collect(engine.submit(job()))
     prefill = job(limit=num_first)
     first, others = await collect(engine.submit(prefill))
@@ -114,19 +107,19 @@ async def test_prefill_then_decode_gives_the_tokens_of_one_engine(engine: Engine
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-async def test_a_resumed_job_goes_on_as_the_undisturbed_one(engine: Engine, temperature: float) -> None:
+async def test_a_resumed_job_continues_like_the_uninterrupted_one(engine: Engine, temperature: float) -> None:
     whole, _ = await collect(engine.submit(job(temperature=temperature)))
     rest, _ = await collect(engine.submit(job(2, temperature=temperature, resume=whole[:5])))
     assert whole[:5] + rest == whole
 
 
-async def test_jobs_side_by_side_do_not_disturb_each_other(engine: Engine) -> None:
+async def test_jobs_in_one_batch_sample_the_tokens_that_they_sample_alone(engine: Engine) -> None:
     alone = [(await collect(engine.submit(job(number))))[0] for number in (1, 2, 3)]
     together = await asyncio.gather(*(collect(engine.submit(job(number))) for number in (1, 2, 3)))
     assert [tokens for tokens, _ in together] == alone
 
 
-async def test_a_cancelled_job_is_no_more(engine: Engine) -> None:
+async def test_the_id_of_a_cancelled_job_may_be_used_again(engine: Engine) -> None:
     events = engine.submit(job(max_new_tokens=40))
     assert isinstance(await anext(events), Tokens)
     await engine.cancel(1)
@@ -135,7 +128,7 @@ async def test_a_cancelled_job_is_no_more(engine: Engine) -> None:
     assert len(tokens) == 12
 
 
-async def test_a_preempted_job_waits_and_goes_on(engine: Engine) -> None:
+async def test_a_pre_empted_job_waits_and_continues(engine: Engine) -> None:
     whole, _ = await collect(engine.submit(job(max_new_tokens=30)))
     waiting = job(max_new_tokens=30)
     got: list[int] = []
@@ -152,7 +145,7 @@ async def test_a_preempted_job_waits_and_goes_on(engine: Engine) -> None:
     assert tuple(got) == whole
 
 
-async def test_the_record_is_ahead_of_the_events_and_complete_at_the_end(engine: Engine) -> None:
+async def test_a_step_is_in_the_record_before_its_events(engine: Engine) -> None:
     running = job()
     seen = 0
     async for event in engine.submit(running):
@@ -160,7 +153,7 @@ async def test_the_record_is_ahead_of_the_events_and_complete_at_the_end(engine:
             seen += len(event.token_ids)
             assert running.sequence.num_output_tokens >= seen
     assert running.sequence.num_output_tokens == 12
-    assert running.sequence.num_computed_tokens == 20 + 11, "the last token sampled is not computed"
+    assert running.sequence.num_computed_tokens == 20 + 11, "the KV of the last sampled token is not computed"
     assert running.sequence.finish is not None
 
 
@@ -176,7 +169,7 @@ async def test_no_token_outside_the_bitmask_is_sampled(engine: Engine) -> None:
 
 
 def move_kv(engine: Engine, old: tuple[int, ...], new: tuple[int, ...]) -> None:
-    """What a swap out and in does: the KV lies in other blocks, and in the old ones is what would be noticed."""
+    """Moves the KV to other blocks, as a swap does, and writes NaN into the old ones, which would show if read."""
     runner = engine._runner  # type: ignore[attr-defined]
     if isinstance(runner, LogitsRunner):
         view, size = runner._view, runner._view.shape.token_block_bytes // 4
@@ -185,7 +178,7 @@ def move_kv(engine: Engine, old: tuple[int, ...], new: tuple[int, ...]) -> None:
             view.pool[source : source + size] = np.nan
 
 
-async def test_a_preempted_job_goes_on_in_other_blocks(engine: Engine) -> None:
+async def test_a_pre_empted_job_continues_in_other_blocks(engine: Engine) -> None:
     whole, _ = await collect(engine.submit(job(max_new_tokens=30)))
     moved = job(max_new_tokens=30)
     got: list[int] = []
@@ -220,62 +213,41 @@ async def test_a_job_whose_blocks_are_full_waits_for_more(engine: Engine) -> Non
     assert tuple(got) == whole
 
 
-async def test_stopping_ends_every_job(native_runner: Runner) -> None:
-    step_engine = StepEngine(Scheduler(8, 32), native_runner, FreeGrant(), SystemClock())
-    await step_engine.start()
-    events = step_engine.submit(job(max_new_tokens=40))
-    await anext(events)
-    stopping = asyncio.create_task(step_engine.stop())
-    _, others = await collect(events)
-    await stopping
-    assert [type(event) for event in others] == [Failed]
+async def test_only_allowed_tokens_are_sampled_and_no_end_before_the_minimum(engine: Engine) -> None:
+    stopping = Stopping(12, min_new_tokens=6, eos_token_ids=frozenset({40}), stop_token_ids=frozenset({63}))
+    running = job(allowed=(40, 63, 64, 90), stopping=stopping)
+    tokens, _ = await collect(engine.submit(running))
+    assert set(tokens) <= {40, 63, 64, 90}
+    assert len(tokens) >= 6 and not {40, 63} & set(tokens[:5])
 
 
-class FlakyRunner:
-    """Raises in the steps that hold a job of ``bad``."""
-
-    def __init__(self, bad: set[int], inner: Runner) -> None:
-        self._bad = bad
-        self._inner = inner
-
-    def load(self) -> None:
-        self._inner.load()
-
-    def run(self, step: Step) -> StepOutcome:
-        if any(chunk.job_id in self._bad for chunk in step.chunks):
-            raise ArithmeticError("nan in layer 3")
-        return self._inner.run(step)
-
-
-async def test_a_runner_that_raises_costs_the_step_and_not_the_engine(caplog: pytest.LogCaptureFixture) -> None:
-    make: Callable[[], Runner] = lambda: SimRunner(SimProfile(), range(35, 93), 0)  # noqa: E731
-    step_engine = StepEngine(Scheduler(8, 32), FlakyRunner({1}, make()), FreeGrant(), SystemClock())
-    await step_engine.start()
-    _, others = await collect(step_engine.submit(job(1)))
-    assert others == [Failed("ArithmeticError: nan in layer 3")]
-    tokens, _ = await collect(step_engine.submit(job(2)))
+async def test_calls_for_a_job_that_is_not_known_do_nothing(engine: Engine) -> None:
+    engine.preempt(99)
+    engine.resume(99)
+    engine.sequence_changed(99)
+    await engine.cancel(99)
+    tokens, _ = await collect(engine.submit(job()))
     assert len(tokens) == 12
-    assert "nan in layer 3" in caplog.text
-    await step_engine.stop()
 
 
-async def test_a_bug_in_the_loop_ends_every_job_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    def observe(step: Step, outcome: StepOutcome, seconds: float) -> None:
-        raise KeyError("a bug")
-
-    step_engine = StepEngine(
-        Scheduler(8, 32), SimRunner(SimProfile(), range(35, 93), 0), FreeGrant(), SystemClock(), observe
-    )
-    await step_engine.start()
-    _, others = await collect(step_engine.submit(job(1)))
-    assert [type(event) for event in others] == [Failed]
-    async with asyncio.timeout(5):
-        assert "a bug" in await step_engine.wait_dead()
-        await step_engine.cancel(1)
-    assert "the engine loop failed" in caplog.text
-    await step_engine.stop()
+async def test_a_paused_job_that_is_cancelled_yields_nothing_more(engine: Engine) -> None:
+    events = engine.submit(job(max_new_tokens=40))
+    await anext(events)
+    engine.preempt(1)
+    while not isinstance(await anext(events), Preempted):
+        pass
+    await engine.cancel(1)
+    engine.resume(1)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await anext(events)
 
 
-def test_no_kv_is_touched_by_the_sim_engine(tmp_path: Path) -> None:
-    outcome = SimRunner(SimProfile(), range(35, 93), 0).run(Step(()))
-    assert outcome.kv_bytes_written == 0
+async def test_stopping_ends_every_job(engine: Engine) -> None:
+    events = [engine.submit(job(job_id, max_new_tokens=40)) for job_id in (1, 2)]
+    await anext(events[0])
+    stopping = asyncio.create_task(engine.stop())
+    for one in events:
+        _, others = await collect(one)
+        assert [type(event) for event in others] == [Failed]
+    await stopping

@@ -1,11 +1,27 @@
+"""Which jobs run in the next step, and the events of its outcome."""
+
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from muxmesh.engine.api import EngineJob, Failed, Finished, JobDone, Preempted, Tokens
-from muxmesh.engine.scheduler import Scheduler
+from muxmesh.engine.scheduler import Scheduler, divide_token_budget
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import PromptScoring, SampledToken, Step, StepOutcome
-from muxmesh.types import EngineRequest, Finish, FinishReason, Sampling, SchedulingState, Stopping
+from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
+from muxmesh.types import (
+    Candidate,
+    EngineRequest,
+    Finish,
+    FinishReason,
+    Sampling,
+    SchedulingState,
+    Stopping,
+    TokenLogprobs,
+)
 
 
 def job(
@@ -59,7 +75,7 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_budget() -> None:
     assert shape(run(jobs, 8)) == [(1, 25, 1, True)]
 
 
-def test_chunks_are_smaller_deep_in_a_long_prompt_and_never_empty() -> None:
+def test_chunks_are_smaller_deep_in_a_long_prompt_and_have_at_least_one_token() -> None:
     jobs = scheduler(token_budget=12)
     jobs.add(job(1, prompt=60_000, computed=2 * 1024))
     assert shape(run(jobs)) == [(1, 2048, 4, False)]
@@ -95,7 +111,7 @@ def test_another_scheduling_state_takes_effect_with_the_next_step() -> None:
     ("token", "finish"),
     [(0, Finish(FinishReason.EOS, 0)), (9, Finish(FinishReason.STOP_TOKEN, 9)), (50, Finish(FinishReason.LENGTH))],
 )
-def test_each_way_to_finish(token: int, finish: Finish) -> None:
+def test_a_sequence_finishes_at_an_end_token_a_stop_token_or_its_length(token: int, finish: Finish) -> None:
     jobs = scheduler()
     jobs.add(job(1, computed=4, sampled=(7,), resume=(6,)))
     run(jobs, token)
@@ -103,7 +119,7 @@ def test_each_way_to_finish(token: int, finish: Finish) -> None:
     assert not jobs.has_work()
 
 
-def test_stop_tokens_are_banned_until_the_least_length() -> None:
+def test_tokens_that_would_end_the_output_before_its_minimum_are_banned() -> None:
     jobs = scheduler()
     stopping = Stopping(3, min_new_tokens=2, eos_token_ids=frozenset({0}), stop_token_ids=frozenset({9}))
     jobs.add(job(1, stopping=stopping))
@@ -118,14 +134,14 @@ def test_a_prefill_job_ends_with_its_first_token() -> None:
     assert jobs.drain_events() == [(1, Tokens(0, (7,))), (1, JobDone())]
 
 
-def test_a_prefill_job_whose_first_token_ends_the_answer_is_finished() -> None:
+def test_a_prefill_job_whose_first_token_ends_the_output_is_finished() -> None:
     jobs = scheduler()
     jobs.add(job(1, limit=1))
     run(jobs, 0)
     assert jobs.drain_events() == [(1, Tokens(0, (0,))), (1, Finished(Finish(FinishReason.EOS, 0)))]
 
 
-def test_a_resumed_job_samples_at_the_output_index_where_it_was() -> None:
+def test_a_resumed_job_samples_at_the_next_output_index() -> None:
     jobs = scheduler(token_budget=100)
     jobs.add(job(1, resume=(6, 7)))
     step = run(jobs, 8)
@@ -136,7 +152,7 @@ def test_a_resumed_job_samples_at_the_output_index_where_it_was() -> None:
     assert jobs.drain_events()[0] == (1, Tokens(2, (8,)))
 
 
-def test_a_cancelled_job_is_forgotten_though_its_step_is_in_flight() -> None:
+def test_the_outcome_of_a_job_that_was_cancelled_in_flight_is_dropped() -> None:
     jobs = scheduler()
     jobs.add(job(1))
     jobs.add(job(2))
@@ -149,7 +165,7 @@ def test_a_cancelled_job_is_forgotten_though_its_step_is_in_flight() -> None:
     assert jobs.next_step(0.0) is None
 
 
-def test_a_paused_job_keeps_its_place_and_goes_on() -> None:
+def test_a_paused_job_continues_at_its_position() -> None:
     jobs = scheduler()
     jobs.add(job(1))
     run(jobs, 7)
@@ -181,7 +197,7 @@ def test_a_failed_step_fails_its_jobs_only() -> None:
     assert [chunk[0] for chunk in shape(jobs.next_step(0.0))] == [2]
 
 
-def test_a_job_that_is_known_is_refused() -> None:
+def test_a_job_with_a_known_id_is_refused() -> None:
     jobs = scheduler()
     jobs.add(job(1))
     with pytest.raises(ValueError, match="known already"):
@@ -213,7 +229,7 @@ def test_prefill_may_sample_more_than_one_token() -> None:
     assert (prefill.sequence.num_computed_tokens, prefill.sequence.output_token_ids) == (5, (7, 8))
 
 
-def test_the_limit_of_a_job_does_not_count_what_was_resumed() -> None:
+def test_the_limit_of_a_job_does_not_count_resumed_tokens() -> None:
     jobs = scheduler()
     jobs.add(job(1, limit=1, resume=(6,)))
     run(jobs, 7)
@@ -227,11 +243,13 @@ def test_prompt_log_probabilities_are_of_the_tokens_that_follow() -> None:
     assert first is not None and first.chunks[0].scoring == PromptScoring((101, 102, 103), 2)
     jobs.apply(StepOutcome({}, {1: ()}))
     second = jobs.next_step(0.0)
-    assert second is not None and second.chunks[0].scoring == PromptScoring((104,), 2), "nothing follows the last"
+    assert second is not None and second.chunks[0].scoring == PromptScoring((104,), 2), (
+        "no prompt token follows the last"
+    )
     assert second.chunks[0].num_logit_rows == 2
 
 
-def test_only_penalties_need_the_tokens_before() -> None:
+def test_the_tokens_so_far_are_given_only_for_penalties() -> None:
     jobs = scheduler()
     jobs.add(job(1, resume=(6,), sampling=Sampling(repetition_penalty=1.2)))
     jobs.add(job(2, resume=(6,)))
@@ -243,10 +261,114 @@ def test_only_penalties_need_the_tokens_before() -> None:
     assert (specs[2].prompt_token_ids, specs[2].output_token_ids) == ((), ())
 
 
-def test_a_token_bitmask_goes_to_the_sampler() -> None:
+def test_a_token_bitmask_is_passed_to_the_sampler() -> None:
     jobs, masked = scheduler(), job(1)
     masked.sequence.token_bitmask = np.array([5], dtype=np.uint32)
     jobs.add(masked)
     step = jobs.next_step(0.0)
     assert step is not None and step.chunks[0].sample is not None
     assert step.chunks[0].sample.token_bitmask is masked.sequence.token_bitmask
+
+
+def test_a_pre_emption_that_is_taken_back_during_the_step_has_no_effect() -> None:
+    jobs = scheduler()
+    jobs.add(job(1))
+    jobs.next_step(0.0)
+    jobs.preempt(1)
+    jobs.resume(1)
+    jobs.apply(StepOutcome({1: SampledToken(7)}))
+    assert jobs.drain_events() == [(1, Tokens(0, (7,)))]
+    assert jobs.has_work()
+
+
+def test_a_job_that_ends_in_the_step_is_not_pre_empted() -> None:
+    jobs = scheduler()
+    jobs.add(job(1, limit=1))
+    jobs.next_step(0.0)
+    jobs.preempt(1)
+    jobs.apply(StepOutcome({1: SampledToken(7)}))
+    assert jobs.drain_events() == [(1, Tokens(0, (7,))), (1, JobDone())]
+
+
+def test_without_a_ready_job_there_is_no_step() -> None:
+    jobs = scheduler()
+    assert jobs.next_step(0.0) is None
+    jobs.add(job(1))
+    jobs.preempt(1)
+    assert jobs.next_step(0.0) is None and not jobs.has_work()
+
+
+def test_a_step_is_applied_before_the_next_is_planned() -> None:
+    jobs = scheduler()
+    jobs.add(job(1))
+    jobs.next_step(0.0)
+    with pytest.raises(AssertionError, match="applied first"):
+        jobs.next_step(0.0)
+
+
+def test_an_ending_engine_fails_every_job() -> None:
+    jobs = scheduler(max_num_seqs=1)
+    for job_id in (1, 2):
+        jobs.add(job(job_id))
+    jobs.next_step(0.0)
+    jobs.fail_all("stopped")
+    assert jobs.drain_events() == [(1, Failed("stopped")), (2, Failed("stopped"))]
+    assert jobs.next_step(0.0) is None
+
+
+def test_requested_log_probabilities_are_in_the_event_of_their_token() -> None:
+    jobs = scheduler()
+    jobs.add(job(1))
+    jobs.next_step(0.0)
+    logprobs = TokenLogprobs(Candidate(7, -0.5, 1))
+    jobs.apply(StepOutcome({1: SampledToken(7, logprobs)}))
+    assert jobs.drain_events() == [(1, Tokens(0, (7,), (logprobs,)))]
+
+
+@dataclass(frozen=True)
+class Item:
+    """What the budget is divided by."""
+
+    scheduling: SchedulingState
+    num_computed_tokens: int
+    num_uncomputed_tokens: int
+
+
+items = st.lists(
+    st.builds(
+        lambda priority, arrived, computed, uncomputed: Item(SchedulingState(priority, arrived), computed, uncomputed),
+        st.integers(-1, 1),
+        st.integers(0, 5).map(float),
+        st.integers(0, 5000),
+        st.integers(1, 40),
+    ),
+    max_size=12,
+)
+
+
+@given(items, st.integers(1, 8), st.integers(1, 64))
+def test_a_divided_budget_is_kept_and_in_order(of: list[Item], max_num_seqs: int, token_budget: int) -> None:
+    shares = divide_token_budget(of, FCFS, 0.0, max_num_seqs, token_budget)
+    assert bool(shares) is bool(of)
+    assert len(shares) <= min(max_num_seqs, len(of))
+    assert all(1 <= count <= item.num_uncomputed_tokens for item, count in shares)
+    assert len(shares) == 1 or sum(count for _, count in shares) <= token_budget
+    keys = [
+        (item.num_uncomputed_tokens > 1, item.scheduling.priority, item.scheduling.arrived_at_s) for item, _ in shares
+    ]
+    assert keys == sorted(keys)
+
+
+@given(items, st.integers(1, 8))
+def test_no_sequence_that_decodes_waits_while_a_prompt_is_computed(of: list[Item], max_num_seqs: int) -> None:
+    shares = divide_token_budget(of, FCFS, 0.0, max_num_seqs, token_budget=max_num_seqs)
+    decoding = sum(item.num_uncomputed_tokens == 1 for item in of)
+    assert sum(item.num_uncomputed_tokens == 1 for item, _ in shares) == min(decoding, max_num_seqs)
+
+
+def test_the_order_is_that_of_the_policy_at_the_time_of_the_step() -> None:
+    policy = SchedulingPolicy("hrrn", longest_lead=0.0, longest_lead_s=0.0, quantum_s=1.0)
+    old = Item(SchedulingState(0, arrived_at_s=0.0, decode_s=100.0), 9, 1)
+    short = Item(SchedulingState(0, arrived_at_s=9.0, decode_s=1.0), 9, 1)
+    assert divide_token_budget([old, short], policy, 9.05, 1, 8) == [(old, 1)]
+    assert divide_token_budget([old, short], policy, 10.0, 1, 8) == [(short, 1)]

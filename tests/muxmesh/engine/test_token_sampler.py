@@ -1,10 +1,12 @@
-"""Sampling against transformers' own logits processors."""
+"""Sampling, compared with the logits processors of transformers."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -15,7 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from muxmesh.engine.step import SampleSpec
-from muxmesh.engine.token_sampler import adjusted, candidates, sample_token, uniform
+from muxmesh.engine.token_sampler import _index_at, adjusted, candidates, sample_token, token_logprobs, uniform
 from muxmesh.types import Sampling
 
 
@@ -50,12 +52,12 @@ def test_top_k_keeps_ties() -> None:
     assert token_ids is not None and token_ids.tolist() == [1, 2]
 
 
-def test_a_tiny_top_p_keeps_the_likeliest_token() -> None:
+def test_a_tiny_top_p_keeps_the_most_likely_token() -> None:
     token_ids, _ = candidates(random_logits(1), Sampling(1.0, top_p=1e-6))
     assert token_ids is not None and token_ids.tolist() == [int(np.argmax(random_logits(1)))]
 
 
-def test_greedy_takes_the_likeliest_and_the_first_of_equals() -> None:
+def test_greedy_sampling_takes_the_most_likely_token_and_the_first_of_equals() -> None:
     assert (
         sample_token(np.array([1.0, 3.0, 3.0], dtype=np.float32), SampleSpec(Sampling(temperature=0.0), 0)).token_id
         == 1
@@ -107,7 +109,7 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
     assert np.abs(adjusted(logits, spec) - expected[0].numpy()).max() < 1e-6
 
 
-def test_presence_and_frequency_count_the_output_alone() -> None:
+def test_presence_and_frequency_penalties_count_the_output_alone() -> None:
     logits = random_logits(10)
     sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25)
     changed = adjusted(logits, SampleSpec(sampling, 4, prompt_token_ids=PROMPT, output_token_ids=OUTPUT)) - logits
@@ -116,14 +118,14 @@ def test_presence_and_frequency_count_the_output_alone() -> None:
     assert np.abs(changed - expected).max() < 1e-5
 
 
-def test_bias_and_allowed_tokens() -> None:
+def test_bias_and_allowed_tokens_decide_what_is_sampled_and_leave_the_logits() -> None:
     logits = np.array([1.0, 3.0, 2.0, 0.0], dtype=np.float32)
     assert sample_token(logits, SampleSpec(Sampling(0.0, logit_bias=((3, 5.0),)), 0)).token_id == 3
     assert sample_token(logits, SampleSpec(Sampling(0.0, allowed_token_ids=(0, 2)), 0)).token_id == 2
     assert logits.tolist() == [1.0, 3.0, 2.0, 0.0]
 
 
-def test_log_probabilities_are_the_models_own() -> None:
+def test_log_probabilities_are_those_of_the_unchanged_logits() -> None:
     logits = random_logits(11)
     expected = torch.log_softmax(torch.tensor(logits, dtype=torch.float64), -1).numpy()
     order = np.argsort(-expected, kind="stable")
@@ -145,7 +147,7 @@ def bitmask(allowed: set[int], size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [31, 32, 33, 3000])
-def test_only_tokens_of_the_bitmask_are_left(size: int) -> None:
+def test_only_tokens_of_the_bitmask_remain(size: int) -> None:
     logits = random_logits(12, size)
     allowed = {0, 7, size - 1}
     changed = adjusted(logits, SampleSpec(Sampling(), 0, token_bitmask=bitmask(allowed, size)))
@@ -153,10 +155,44 @@ def test_only_tokens_of_the_bitmask_are_left(size: int) -> None:
     assert np.array_equal(changed[sorted(allowed)], logits[sorted(allowed)])
 
 
-def test_bitmask_bans_and_allowed_ids_hold_together() -> None:
+def test_bitmask_banned_and_allowed_tokens_apply_together() -> None:
     logits = random_logits(13, 64)
     spec = SampleSpec(
         Sampling(0.0, allowed_token_ids=(1, 2, 3)), 0, frozenset({2}), token_bitmask=bitmask({2, 3, 40}, 64)
     )
     assert sample_token(logits, spec).token_id == 3
-    assert np.isfinite(logits).all(), "the logits are left as they are"
+    assert np.isfinite(logits).all(), "the logits stay unchanged"
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.0, 1e-30, 0.1, 1 / 3, 1.0]), min_size=1, max_size=600).filter(any),
+    st.one_of(st.just(0.0), st.floats(0.0, 1.0, exclude_max=True), st.just(float(np.nextafter(1.0, 0.0)))),
+)
+def test_a_token_of_weight_zero_is_never_sampled(weights: list[float], fraction: float) -> None:
+    as_f32 = np.array(weights, dtype=np.float32)
+    index = _index_at(as_f32, fraction)
+    assert as_f32[index] > 0
+    sums = np.cumsum(as_f32, dtype=np.float64) / as_f32.sum(dtype=np.float64)
+    assert sums[index] >= fraction - 1e-6
+    assert index == 0 or sums[index - 1] <= fraction + 1e-6
+
+
+def test_rounding_at_the_end_of_the_vocabulary_does_not_reach_a_banned_token() -> None:
+    generator, largest = np.random.default_rng(0), float(np.nextafter(1.0, 0.0))
+    for _ in range(50):
+        weights = np.concatenate([generator.random(250), np.zeros(6)]).astype(np.float32)
+        assert weights[_index_at(weights, largest)] > 0
+
+
+@pytest.mark.parametrize("num_candidates", [0, 1, 5])
+def test_candidates_are_as_many_as_requested_and_equals_are_in_the_order_of_their_ids(num_candidates: int) -> None:
+    logits = np.array([1.0, 2.0, 2.0, 0.0, 2.0], dtype=np.float32)
+    found = token_logprobs(logits, 3, num_candidates)
+    assert [top.token_id for top in found.top] == [1, 2, 4, 0, 3][:num_candidates]
+    assert found.chosen.rank == 5
+
+
+def test_without_a_change_the_logits_are_not_copied() -> None:
+    logits = random_logits(14)
+    assert adjusted(logits, SampleSpec(Sampling(top_k=3, temperature=0.5), 0)) is logits
+    assert adjusted(logits, SampleSpec(Sampling(), 0, banned=frozenset({1}))) is not logits

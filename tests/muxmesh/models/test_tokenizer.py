@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,69 +12,189 @@ from muxmesh.models.tokenizer import TextModel, byte_tokenizer, load_text_model
 
 BYTES = byte_tokenizer()
 MODEL = TextModel(BYTES, None, {})
+USER = [{"role": "user", "content": "hi"}]
+TEXT = st.text(max_size=30)
+
+
+@given(st.binary(max_size=20))
+def test_each_byte_is_one_token_from_id_3_on(data: bytes) -> None:
+    text = data.decode("latin-1")
+    token_ids = MODEL.encode(text, False)
+    assert len(token_ids) == len(text.encode())
+    assert all(3 <= token_id < 259 for token_id in token_ids)
+    assert MODEL.decode(token_ids, False) == text
+
+
+@pytest.mark.parametrize(("token", "token_id"), [("<|eos|>", 0), ("<|start|>", 1), ("<|pad|>", 2)])
+def test_a_special_token_of_the_byte_tokenizer_is_one_token(token: str, token_id: int) -> None:
+    token_ids = MODEL.encode(f"a{token}b", False)
+    assert token_ids[1] == token_id and len(token_ids) == 3
+    assert MODEL.decode(token_ids, skip_special_tokens=True) == "ab"
+    assert MODEL.decode(token_ids, skip_special_tokens=False) == f"a{token}b"
+
+
+def test_invalid_utf8_decodes_to_replacement_characters() -> None:
+    first, second = MODEL.encode("é", False)
+    assert MODEL.decode([second, first], False) == "\ufffd\ufffd"
 
 
 @given(st.lists(st.integers(0, 258), max_size=40), st.booleans())
-def test_pieces_of_any_tokens_are_the_whole_text(token_ids: list[int], skip: bool) -> None:
+def test_the_pieces_of_any_tokens_form_the_whole_text(token_ids: list[int], skip: bool) -> None:
     detokenizer = MODEL.detokenizer(skip)
     assert "".join(map(detokenizer.feed, token_ids)) + detokenizer.flush() == MODEL.decode(token_ids, skip)
 
 
-@given(st.text(max_size=30))
-def test_no_piece_of_a_text_holds_half_a_character(text: str) -> None:
+@given(TEXT)
+def test_no_piece_of_a_text_contains_part_of_a_character(text: str) -> None:
     detokenizer = MODEL.detokenizer(False)
     pieces = [detokenizer.feed(token) for token in MODEL.encode(text, False)]
     assert "".join(pieces) == text
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
 
 
-def test_an_open_character_at_the_end_becomes_a_replacement() -> None:
+@given(TEXT, TEXT)
+def test_the_text_of_the_prompt_is_not_returned(prompt: str, output: str) -> None:
+    detokenizer = MODEL.detokenizer(False, MODEL.encode(prompt, False))
+    assert "".join(map(detokenizer.feed, MODEL.encode(output, False))) + detokenizer.flush() == output
+
+
+def test_a_character_that_begins_in_the_prompt_is_completed_by_the_output() -> None:
+    first, second = MODEL.encode("é", False)
+    detokenizer = MODEL.detokenizer(False, [*MODEL.encode("abc", False), first])
+    assert detokenizer.feed(second) == "é"
+
+
+def test_an_incomplete_character_at_the_end_becomes_a_replacement_character() -> None:
     detokenizer = MODEL.detokenizer(True)
     assert detokenizer.feed(MODEL.encode("é", False)[0]) == ""
     assert detokenizer.flush() == "\ufffd"
+    assert detokenizer.flush() == ""
 
 
-def write_folder(folder: Path, config: dict[str, object]) -> Path:
+def test_an_incomplete_character_of_the_prompt_is_not_part_of_the_output() -> None:
+    assert MODEL.detokenizer(True, MODEL.encode("é", False)[:1]).flush() == ""
+
+
+def test_skipped_special_tokens_have_no_text() -> None:
+    assert MODEL.detokenizer(skip_special_tokens=True).feed(0) == ""
+    assert MODEL.detokenizer(skip_special_tokens=False).feed(0) == "<|eos|>"
+
+
+def test_detokenizers_of_one_model_are_independent() -> None:
+    first, second = MODEL.encode("é", False)
+    one, other = MODEL.detokenizer(False), MODEL.detokenizer(False)
+    assert one.feed(first) == other.feed(first) == ""
+    assert one.feed(second) == other.feed(second) == "é"
+
+
+def test_a_model_can_be_used_from_several_threads() -> None:
+    texts = [f"text {number} é" * 20 for number in range(20)]
+    with ThreadPoolExecutor(4) as pool:
+        decoded = pool.map(lambda text: MODEL.decode(MODEL.encode(text, False), False), texts)
+        assert list(decoded) == texts
+
+
+def write_folder(folder: Path, config: object | None = None) -> Path:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens([AddedToken("<|im_end|>", special=True)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
-def test_the_models_own_template_renders_a_conversation(tmp_path: Path) -> None:
+def test_without_a_folder_the_sim_engine_has_a_tokenizer_and_a_template() -> None:
+    model = load_text_model(None)
+    assert model.has_chat_template
+    assert (
+        model.render_chat([*USER, {"role": "assistant", "content": "yes"}]) == "user: hi\nassistant: yes\nassistant: "
+    )
+
+
+def test_the_tokenizer_of_a_folder_is_loaded(tmp_path: Path) -> None:
+    assert load_text_model(write_folder(tmp_path)).encode("<|im_end|>", False) == [259]
+
+
+def test_the_template_of_a_folder_renders_a_conversation(tmp_path: Path) -> None:
     template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}" + (
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     folder = write_folder(tmp_path, {"chat_template": template, "bos_token": {"content": "<s>"}})
-    assert load_text_model(folder).render_chat([{"role": "user", "content": "hi"}]) == "<s>[user]hi[assistant]"
+    assert load_text_model(folder).render_chat(USER) == "<s>[user]hi[assistant]"
 
 
-def test_a_template_beside_the_config_wins(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "rendered"),
+    [
+        ({"bos_token": "<s>", "eos_token": "</s>"}, "<s>|</s>"),
+        ({"bos_token": {"content": "<s>"}, "eos_token": {}}, "<s>|"),
+        ({"bos_token": None}, "|"),
+        ({}, "|"),
+    ],
+)
+def test_special_tokens_are_variables_of_the_template(tmp_path: Path, tokens: dict[str, object], rendered: str) -> None:
+    folder = write_folder(tmp_path, {"chat_template": "{{ bos_token }}|{{ eos_token }}", **tokens})
+    assert load_text_model(folder).render_chat([]) == rendered
+
+
+def test_a_template_block_leaves_no_blank_line(tmp_path: Path) -> None:
+    template = "{% for m in messages %}\n    {%- if true %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}"
+    folder = write_folder(tmp_path, {"chat_template": template})
+    assert load_text_model(folder).render_chat(USER) == "hi\n"
+
+
+def test_a_template_in_a_file_of_its_own_has_precedence(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, {"chat_template": "old"})
-    (folder / "chat_template.jinja").write_text("new")
-    assert load_text_model(folder).render_chat([]) == "new"
+    (folder / "chat_template.jinja").write_text("new é", encoding="utf-8")
+    assert load_text_model(folder).render_chat([]) == "new é"
 
 
-def test_one_of_several_templates_is_the_default(tmp_path: Path) -> None:
+def test_the_default_template_of_several_is_used(tmp_path: Path) -> None:
     templates = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
     assert load_text_model(write_folder(tmp_path, {"chat_template": templates})).render_chat([]) == "d"
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ raise_exception('no system role') }}", "{{ messages[3]['role'] }}", "{{ ''.__class__.mro() }}"]
+    "config", [None, {}, {"chat_template": None}, {"chat_template": [{"name": "tools", "template": "t"}]}]
 )
-def test_a_conversation_that_the_template_refuses_is_bad_input(tmp_path: Path, template: str) -> None:
+def test_a_model_without_a_template_rejects_chat(tmp_path: Path, config: dict[str, object] | None) -> None:
+    model = load_text_model(write_folder(tmp_path, config))
+    assert not model.has_chat_template
+    with pytest.raises(InvalidRequest, match="chat: this model has no chat template; send `text` or `token_ids`"):
+        model.render_chat(USER)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{{ messages[3]['role'] }}", "has no element 3"),
+        ("{{ ''.__class__.mro() }}", "is unsafe"),
+        ("{{ messages.append(1) }}", "is not safely callable|unsafe"),
+    ],
+)
+def test_a_conversation_that_the_template_rejects_is_an_invalid_request(
+    tmp_path: Path, template: str, reason: str
+) -> None:
     model = load_text_model(write_folder(tmp_path, {"chat_template": template}))
-    with pytest.raises(InvalidRequest, match=r"chat\.messages: the model's chat template refuses"):
-        model.render_chat([{"role": "user", "content": "x"}])
+    with pytest.raises(InvalidRequest, match=rf"chat\.messages: rejected by the model's chat template: .*({reason})"):
+        model.render_chat(USER)
 
 
-def test_a_model_without_a_template_refuses_chat() -> None:
-    with pytest.raises(InvalidRequest, match="no chat template"):
-        MODEL.render_chat([{"role": "user", "content": "x"}])
-
-
-def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelUnsupported, match=r"has no tokenizer\.json"):
+def test_a_folder_without_a_tokenizer_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnsupported, match=r"has no tokenizer\.json; convert the tokenizer to the `fast` format"):
         load_text_model(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ['{"version": ', "[]"])
+def test_a_damaged_json_file_is_named(tmp_path: Path, file: str, content: str) -> None:
+    (write_folder(tmp_path, {}) / file).write_text(content)
+    with pytest.raises(ModelUnsupported, match=rf"/{file}: not (JSON|a JSON object)"):
+        load_text_model(tmp_path)
+
+
+def test_an_invalid_template_is_rejected_when_the_model_is_loaded(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, {"chat_template": "{% for m in messages %}"})
+    with pytest.raises(ModelUnsupported, match=r"the chat template is invalid: .*endfor"):
+        load_text_model(folder)

@@ -1,126 +1,318 @@
 """Supervised processes, with real ones."""
 
 import asyncio
+import json
+import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from muxmesh.clock import SystemClock
-from muxmesh.errors import ConfigError, Unavailable
-from muxmesh.supervisor.mesh_supervisor import free_listen_address, state_lock
-from muxmesh.supervisor.supervised_process import ProcessSpec, SupervisedProcess
+from muxmesh.clock import Clock, ManualClock, SystemClock
+from muxmesh.errors import Unavailable
+from muxmesh.supervisor import supervised_process
+from muxmesh.supervisor.supervised_process import HEALTHY_AFTER_S, ProcessSpec, SupervisedProcess
 
 SLEEPER = "import time; print('up', flush=True); time.sleep(600)"
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
 )
+GRACEFUL = """
+import signal, sys, time
+
+def stop(*_):
+    print("stopping", flush=True)
+    print("stopped", flush=True)
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, stop)
+print("up", flush=True)
+time.sleep(600)
+"""
 
 
-class Watched:
-    """A supervised process whose lines and restarts are remembered."""
+class Observed:
+    """A supervised process with its lines and restarts."""
 
-    def __init__(self, script: str, logs: Path, wait_ready: Callable[[], Awaitable[None]] | None = None) -> None:
+    def __init__(
+        self,
+        script: str,
+        logs: Path,
+        wait_ready: Callable[[], Awaitable[None]] | None = None,
+        environment: Mapping[str, str] | None = None,
+        clock: Clock | None = None,
+        command: tuple[str, ...] | None = None,
+    ) -> None:
         self.lines: list[str] = []
         self.restarts: list[str] = []
-        self.said_something = asyncio.Event()
-        spec = ProcessSpec("a/process", (sys.executable, "-c", script), wait_ready or self._line)
-        self.process = SupervisedProcess(spec, logs, SystemClock(), self._show, self._restarted)
+        self.has_output = asyncio.Event()
+        self.is_restarting = asyncio.Event()
+        spec = ProcessSpec(
+            "a/process",
+            command or (sys.executable, "-c", script),
+            wait_ready or self._first_line,
+            environment or {},
+        )
+        self.process = SupervisedProcess(spec, logs, clock or SystemClock(), self._show, self._on_restart)
 
-    async def _line(self) -> None:
-        await self.said_something.wait()
+    async def _first_line(self) -> None:
+        await self.has_output.wait()
+
+    async def until(self, line: str) -> None:
+        """Waits for a line of output."""
+        async with asyncio.timeout(20):
+            while line not in self.lines:
+                self.has_output.clear()
+                await self.has_output.wait()
 
     def _show(self, name: str, line: str) -> None:
         self.lines.append(f"{name}: {line}")
-        self.said_something.set()
+        self.has_output.set()
 
-    async def _restarted(self, name: str) -> None:
+    async def _on_restart(self, name: str) -> None:
         self.restarts.append(name)
+        self.is_restarting.set()
+
+
+@asynccontextmanager
+async def started(observed: Observed) -> AsyncIterator[SupervisedProcess]:
+    """The process, once it is ready. Stops it at the end."""
+    observed.process.start()
+    try:
+        await observed.process.wait_ready(20)
+        yield observed.process
+    finally:
+        await observed.process.stop(5)
 
 
 async def never() -> None:
     await asyncio.Event().wait()
 
 
-async def test_lines_are_shown_and_kept_under_the_processes_name(tmp_path: Path) -> None:
-    watched = Watched(SLEEPER, tmp_path)
-    watched.process.start()
-    await watched.process.wait_ready(20)
-    await watched.process.stop(5)
-    assert watched.lines == ["a/process: up"]
+async def kill(observed: Observed) -> None:
+    """Kills the running instance and waits for the output of the next one."""
+    pid = observed.process.pid
+    assert pid is not None
+    observed.has_output.clear()
+    os.kill(pid, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        await observed.has_output.wait()
+    assert observed.process.pid not in (None, pid)
+
+
+async def test_output_is_shown_and_logged_under_the_name_of_the_process(tmp_path: Path) -> None:
+    observed = Observed(SLEEPER, tmp_path)
+    async with started(observed):
+        pass
+    assert observed.lines == ["a/process: up"]
     assert re.fullmatch(r"[-\d]+ [:,\d]+ up\n", (tmp_path / "a-process.log").read_text())
 
 
-async def test_what_dies_is_started_again(tmp_path: Path) -> None:
-    watched = Watched(SLEEPER, tmp_path)
-    watched.process.start()
-    await watched.process.wait_ready(20)
-    first = watched.process.pid
-    assert first is not None
-    watched.said_something.clear()
-    os.kill(first, signal.SIGKILL)
+async def test_output_during_the_shutdown_is_collected(tmp_path: Path) -> None:
+    observed = Observed(GRACEFUL, tmp_path)
+    async with started(observed):
+        pass
+    assert observed.lines == ["a/process: up", "a/process: stopping", "a/process: stopped"]
+    assert [line.split()[-1] for line in (tmp_path / "a-process.log").read_text().splitlines()] == [
+        "up",
+        "stopping",
+        "stopped",
+    ]
+
+
+async def test_errors_and_bytes_that_are_not_utf_8_are_part_of_the_output(tmp_path: Path) -> None:
+    script = r"import sys, time; sys.stderr.buffer.write(b'caf\xe9\n'); sys.stderr.flush(); time.sleep(600)"
+    observed = Observed(script, tmp_path)
+    async with started(observed):
+        pass
+    assert observed.lines == ["a/process: caf\N{REPLACEMENT CHARACTER}"]
+
+
+async def test_a_line_beyond_the_limit_of_the_reader_is_shortened(tmp_path: Path) -> None:
+    script = "import time; print('x' * 200_000 + chr(10) + 'short', flush=True); time.sleep(600)"
+    observed = Observed(script, tmp_path)
+    async with started(observed):
+        await observed.until("a/process: short")
+    assert sum(line.count("x") for line in observed.lines) < 200_000
+
+
+async def test_the_environment_extends_and_overrides_that_of_the_supervisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEPT", "supervisor")
+    monkeypatch.setenv("CHANGED", "supervisor")
+    script = "import json, os, time; print(json.dumps(dict(os.environ)), flush=True); time.sleep(600)"
+    observed = Observed(script, tmp_path, environment={"CHANGED": "process", "ADDED": "process"})
+    async with started(observed):
+        pass
+    environment = json.loads(observed.lines[0].removeprefix("a/process: "))
+    assert [environment[name] for name in ("KEPT", "CHANGED", "ADDED")] == ["supervisor", "process", "process"]
+    assert "ADDED" not in os.environ
+
+
+async def test_a_process_is_the_leader_of_a_new_session(tmp_path: Path) -> None:
+    """So Ctrl-C reaches the supervisor only."""
+    script = "import os, time; print(os.getsid(0), os.getpid(), flush=True); time.sleep(600)"
+    observed = Observed(script, tmp_path)
+    async with started(observed) as process:
+        pid = process.pid
+    assert observed.lines == [f"a/process: {pid} {pid}"]
+
+
+async def test_a_process_that_exits_is_restarted(tmp_path: Path) -> None:
+    observed = Observed(SLEEPER, tmp_path)
+    async with started(observed) as process:
+        await kill(observed)
+        assert observed.restarts == ["a/process"]
+        assert process.num_restarts == 1
+
+
+async def test_a_ready_process_is_restarted_more_often_than_one_that_never_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervised_process, "FIRST_BACKOFF_S", 0.001)
+    observed = Observed(SLEEPER, tmp_path)
+    async with started(observed) as process:
+        for _ in range(4):
+            await kill(observed)
+        assert process.num_restarts == 4
+
+
+def delays(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Delay of each restart, from the log."""
+    return [
+        record.getMessage().rpartition(" restart in ")[2] for record in caplog.records if "restart in" in record.msg
+    ]
+
+
+async def test_the_delay_before_a_restart_doubles_up_to_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervised_process, "LONGEST_BACKOFF_S", 0.3)
+    monkeypatch.setattr(supervised_process, "FIRST_BACKOFF_S", 0.1)
+    observed = Observed(SLEEPER, tmp_path, clock=ManualClock())
+    async with started(observed):
+        for _ in range(4):
+            await kill(observed)
+    assert delays(caplog) == ["0.1 s", "0.2 s", "0.3 s", "0.3 s"]
+    assert caplog.records[0].getMessage() == "a/process: exit code -9; restart in 0.1 s"
+
+
+async def test_a_long_uptime_resets_the_delay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervised_process, "FIRST_BACKOFF_S", 0.1)
+    clock = ManualClock()
+    observed = Observed(SLEEPER, tmp_path, clock=clock)
+    async with started(observed):
+        for uptime_s in (0.0, HEALTHY_AFTER_S - 1, HEALTHY_AFTER_S, 0.0):
+            clock.advance(uptime_s)
+            await kill(observed)
+    assert delays(caplog) == ["0.1 s", "0.2 s", "0.1 s", "0.2 s"]
+
+
+async def test_a_process_that_exits_repeatedly_before_it_is_ready_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervised_process, "FIRST_BACKOFF_S", 0.01)
+    observed = Observed("print('no such model'); raise SystemExit(3)", tmp_path, never)
+    observed.process.start()
+    with pytest.raises(Unavailable) as caught:
+        await observed.process.wait_ready(30)
+    await observed.process.stop(5)
+    assert str(caught.value) == (
+        "a/process exited 3 times before it was ready, last: exit code 3; its last output:\n"
+        "  no such model\n  no such model\n  no such model"
+    )
+    assert observed.restarts == ["a/process"] * 2
+
+
+async def test_a_process_that_is_not_ready_in_time_is_unavailable(tmp_path: Path) -> None:
+    observed = Observed(SLEEPER, tmp_path, never)
+    observed.process.start()
     async with asyncio.timeout(20):
-        await watched.said_something.wait()
-    assert watched.process.pid not in (None, first)
-    assert watched.restarts == ["a/process"]
-    assert watched.process.num_restarts == 1
-    await watched.process.stop(5)
+        await observed.has_output.wait()
+    with pytest.raises(Unavailable) as caught:
+        await observed.process.wait_ready(0.01)
+    await observed.process.stop(5)
+    assert str(caught.value) == "a/process not ready after 0 s; its last output:\n  up"
+    assert observed.process.pid is None
 
 
-async def test_what_keeps_dying_before_it_is_ready_is_given_up_with_its_last_words(tmp_path: Path) -> None:
-    watched = Watched("print('no such model'); raise SystemExit(3)", tmp_path, never)
-    watched.process.start()
-    with pytest.raises(Unavailable, match=r"(?s)ended 3 times before it was ready, last with code 3.*no such model"):
-        await watched.process.wait_ready(30)
-    await watched.process.stop(5)
+async def test_an_error_of_the_readiness_check_is_raised(tmp_path: Path) -> None:
+    async def broken() -> None:
+        raise LookupError("no address")
+
+    observed = Observed(SLEEPER, tmp_path, broken)
+    observed.process.start()
+    with pytest.raises(LookupError, match="no address"):
+        await observed.process.wait_ready(20)
+    await observed.process.stop(5)
 
 
-async def test_what_is_never_ready_is_given_up(tmp_path: Path) -> None:
-    watched = Watched(SLEEPER, tmp_path, never)
-    watched.process.start()
-    with pytest.raises(Unavailable, match="not ready after 0 s"):
-        await watched.process.wait_ready(0.2)
-    await watched.process.stop(5)
-    assert watched.process.pid is None
+async def test_a_program_that_cannot_be_started_counts_as_an_exit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervised_process, "FIRST_BACKOFF_S", 0.01)
+    observed = Observed("", tmp_path, never, command=(str(tmp_path / "nothing"),))
+    observed.process.start()
+    with pytest.raises(
+        Unavailable, match=r"exited 3 times before it was ready, last: cannot be started: .*No such file"
+    ):
+        await observed.process.wait_ready(30)
+    await observed.process.stop(5)
 
 
-async def test_what_does_not_stop_is_killed(tmp_path: Path) -> None:
-    watched = Watched(STUBBORN, tmp_path)
-    watched.process.start()
-    await watched.process.wait_ready(20)
-    pid = watched.process.pid
-    await watched.process.stop(0.2)
+async def test_a_process_that_ignores_sigterm_is_killed_after_the_grace_period(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    observed = Observed(STUBBORN, tmp_path)
+    observed.process.start()
+    await observed.process.wait_ready(20)
+    pid = observed.process.pid
+    await observed.process.stop(0.05)
     assert not Path(f"/proc/{pid}").exists()
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        "a/process did not stop within 0 s and is killed"
+    ]
 
 
-async def test_a_program_that_cannot_be_started_is_a_death(tmp_path: Path) -> None:
-    watched = Watched("", tmp_path, never)
-    watched.process.spec = ProcessSpec("a/process", (str(tmp_path / "nothing"),), never)
-    watched.process.start()
-    with pytest.raises(Unavailable, match="before it started: "):
-        await watched.process.wait_ready(30)
-    await watched.process.stop(5)
+async def test_a_stopped_process_is_not_restarted(tmp_path: Path) -> None:
+    observed = Observed(SLEEPER, tmp_path)
+    async with started(observed) as process:
+        pid = process.pid
+    assert not Path(f"/proc/{pid}").exists()
+    assert (process.pid, process.num_restarts, observed.restarts) == (None, 0, [])
 
 
-def test_a_second_mesh_with_the_same_state_directory_is_refused(tmp_path: Path) -> None:
-    refused = pytest.raises(ConfigError, match=f"already running .*pid {os.getpid()}")
-    with state_lock(tmp_path), refused, state_lock(tmp_path):
-        pass
-    with state_lock(tmp_path):
-        pass
+async def test_a_process_is_stopped_during_the_delay_before_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervised_process, "FIRST_BACKOFF_S", 600.0)
+    observed = Observed("print('up', flush=True)", tmp_path)
+    observed.process.start()
+    async with asyncio.timeout(20):
+        await observed.is_restarting.wait()
+        await observed.process.stop(600)
+    assert observed.process.pid is None
 
 
-def test_port_zero_becomes_a_free_port() -> None:
-    host, port = free_listen_address("127.0.0.1:0").split(":")
-    assert host == "127.0.0.1"
-    assert int(port) > 1024
+async def test_a_process_that_was_never_started_is_stopped(tmp_path: Path) -> None:
+    observed = Observed(SLEEPER, tmp_path)
+    await observed.process.stop(5)
+    observed.process.signal(signal.SIGTERM)
+    assert observed.process.pid is None
 
 
-@pytest.mark.parametrize("listen", ["127.0.0.1:99999", "192.0.2.1:80"])
-def test_an_address_that_cannot_be_listened_on_is_named(listen: str) -> None:
-    with pytest.raises(ConfigError, match=f"cannot listen on {listen}"):
-        free_listen_address(listen)
+async def test_a_process_that_is_stopped_at_once_never_runs(tmp_path: Path) -> None:
+    observed = Observed(SLEEPER, tmp_path)
+    observed.process.start()
+    async with asyncio.timeout(20):
+        await observed.process.stop(600)
+    assert observed.process.pid is None
+    assert observed.lines == []

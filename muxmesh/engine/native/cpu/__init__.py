@@ -1,1 +1,1 @@
-"""A forward pass for CPUs: one compiled function that a team of threads runs over packed weights and the pool."""
+"""The forward pass for CPUs: a team of threads runs one compiled function over packed weights and the KV pool."""

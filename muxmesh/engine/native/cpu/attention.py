@@ -1,9 +1,10 @@
-"""Causal attention that reads the KV pool in place: no KV is ever gathered or copied.
+"""Causal attention that reads the KV pool in place. It neither gathers nor copies KV.
 
-FlashAttention's online softmax (Dao et al., 2022, Alg. 1) over spans of tokens, and Flash-Decoding's split of long
-sequences into ranges that are merged at the end. Spans and splits start at fixed positions, and every sum runs in the
-order of positions, so a row's result does not depend on what else is in the step. Inside a KV block, K lies
-transposed ([head_dim, block_size]), so that scores of neighbouring tokens fill a vector; V lies [block_size, head_dim].
+The softmax is FlashAttention's online softmax (Dao et al., 2022, Alg. 1) over spans of tokens. As in Flash-Decoding,
+long sequences are split into ranges of tokens, which `merge` joins. Spans and splits start at fixed positions and every
+sum runs in the order of positions, so a row's result does not depend on the other rows of the step. A KV block holds K
+as [head_dim, block_size], so that the scores of neighbouring tokens fill a vector, then V as [block_size, head_dim].
+A tile is a run of rows of one sequence; a query is one row of one query head. Offsets count f32 elements.
 """
 
 # mypy: disable-error-code="call-arg, misc, no-untyped-call"
@@ -18,20 +19,20 @@ from muxmesh.engine.native.cpu.vector import LANES, multiply_scattered, multiply
 SPAN = 128
 """Tokens between two steps of the online softmax; a multiple of every block size."""
 SPLIT = 512
-"""Tokens that one task walks over; a multiple of `SPAN`."""
+"""Tokens of the sequence that one task reads; a multiple of `SPAN`."""
 QUERIES_PER_TILE = 24
-"""Queries that share each read of a KV block, about."""
+"""Approximate number of queries that share each read of a KV block."""
 
 _VALUE_COLUMNS = 4 * LANES
 _ROWS = 4 if LANES == 16 else 2
-"""Most rows of a tile with four vectors: 16 accumulators of 32 registers, 8 of 16; more would be spilled."""
+"""Most rows of a register tile with four vectors: 16 accumulators in 32 registers, or 8 in 16. More would spill."""
 _NARROW = min(8, LANES)
 _MASKED = np.float32(-1e30)
 
 
 @numba.njit(**JIT)
 def _score_vectors(q, num_queries, head_dim, k0, k1, k2, k3, block_size, scores):  # type: ignore[no-untyped-def]
-    """Scores of every query with four vectors of `LANES` tokens, wherever they lie; fetches their values."""
+    """Scores of every query with four vectors of `LANES` tokens at the addresses k0 to k3; prefetches their values."""
     query, to_values = 0, block_size * head_dim
     while query < num_queries:
         a, b = q + 4 * query * head_dim, scores + 4 * query * SPAN
@@ -51,40 +52,43 @@ def _score_vectors(q, num_queries, head_dim, k0, k1, k2, k3, block_size, scores)
 
 
 @numba.njit(**JIT)
-def _at_token(pool, table, at_head, last_block, block_size, token):  # type: ignore[no-untyped-def]
-    """Address of the K of a token that begins a vector; past the last block, of that block's again."""
+def _key_address(pool, table, head_offset, last_block, block_size, token):  # type: ignore[no-untyped-def]
+    """Address of the K of ``token``, the first of a vector. Past the last block, an address in the last block."""
     block = min(token // block_size, last_block - 1)
-    return pool + 4 * (table[block] + at_head + token % block_size)
+    return pool + 4 * (table[block] + head_offset + token % block_size)
 
 
 @numba.njit(**JIT)
-def _score_span(pool, table, at_head, first_block, last_block, block_size, q, scores):  # type: ignore[no-untyped-def]
-    """Scores of every query with the tokens of the blocks [first_block, last_block) of a span."""
+def _score_span(pool, table, head_offset, first_block, last_block, block_size, q, scores):  # type: ignore[no-untyped-def]
+    """Scores of every query with the tokens of the blocks [first_block, last_block), which lie in one span."""
     num_queries, head_dim = q.shape
-    at_q, at_scores = q.ctypes.data, scores.ctypes.data
+    q_address, scores_address = q.ctypes.data, scores.ctypes.data
     start, end = first_block * block_size, last_block * block_size
     if block_size % LANES == 0:
         for token in range(start, end, 4 * LANES):
-            k0 = _at_token(pool, table, at_head, last_block, block_size, token)
-            k1 = _at_token(pool, table, at_head, last_block, block_size, token + LANES)
-            k2 = _at_token(pool, table, at_head, last_block, block_size, token + 2 * LANES)
-            k3 = _at_token(pool, table, at_head, last_block, block_size, token + 3 * LANES)
-            out = at_scores + 4 * (token - start)
-            _score_vectors(at_q, num_queries, head_dim, k0, k1, k2, k3, block_size, out)
+            k0 = _key_address(pool, table, head_offset, last_block, block_size, token)
+            k1 = _key_address(pool, table, head_offset, last_block, block_size, token + LANES)
+            k2 = _key_address(pool, table, head_offset, last_block, block_size, token + 2 * LANES)
+            k3 = _key_address(pool, table, head_offset, last_block, block_size, token + 3 * LANES)
+            out = scores_address + 4 * (token - start)
+            _score_vectors(q_address, num_queries, head_dim, k0, k1, k2, k3, block_size, out)
     else:
         for token in range(start, end, 4 * _NARROW):
-            k0 = _at_token(pool, table, at_head, last_block, block_size, token)
-            k1 = _at_token(pool, table, at_head, last_block, block_size, token + _NARROW)
-            k2 = _at_token(pool, table, at_head, last_block, block_size, token + 2 * _NARROW)
-            k3 = _at_token(pool, table, at_head, last_block, block_size, token + 3 * _NARROW)
+            k0 = _key_address(pool, table, head_offset, last_block, block_size, token)
+            k1 = _key_address(pool, table, head_offset, last_block, block_size, token + _NARROW)
+            k2 = _key_address(pool, table, head_offset, last_block, block_size, token + 2 * _NARROW)
+            k3 = _key_address(pool, table, head_offset, last_block, block_size, token + 3 * _NARROW)
             for query in range(num_queries):
-                a, b = at_q + 4 * query * head_dim, at_scores + 4 * (query * SPAN + token - start)
+                a, b = q_address + 4 * query * head_dim, scores_address + 4 * (query * SPAN + token - start)
                 multiply_scattered(1, _NARROW, 0, a, head_dim, k0, k1, k2, k3, block_size, head_dim, b, SPAN)
 
 
 @numba.njit(**JIT)
 def _add_values(weights, num_queries, num_tokens, v, to_next, head_dim, sums, sums_stride):  # type: ignore[no-untyped-def]
-    """Adds the weighted values of ``num_tokens`` tokens of one KV block; fetches what lies ``to_next`` ahead."""
+    """Adds the weighted values of the first ``num_tokens`` tokens of one KV block to ``sums``.
+
+    Prefetches ``to_next`` elements ahead.
+    """
     column = 0
     while column + _VALUE_COLUMNS <= head_dim:
         query = 0
@@ -123,8 +127,12 @@ def _add_values(weights, num_queries, num_tokens, v, to_next, head_dim, sums, su
 
 
 @numba.njit(**JIT)
-def _soften(row, visible, top, total, sums):  # type: ignore[no-untyped-def]
-    """One step of the online softmax for one query's scores of a span, in place; returns the new top and total."""
+def _softmax_step(row, visible, top, total, sums):  # type: ignore[no-untyped-def]
+    """One step of the online softmax over the scores of one query with a span.
+
+    Replaces the first ``visible`` scores by weights and the others by 0; rescales ``sums``. Returns the largest score
+    and the sum of the weights so far.
+    """
     if visible <= 0:
         row[:] = np.float32(0.0)
         return top, total
@@ -138,35 +146,35 @@ def _soften(row, visible, top, total, sums):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**JIT)
-def _attend_range(pool, table, at_head, block_size, positions, group, first, last, q, sums, tops, totals, scores):  # type: ignore[no-untyped-def]
-    """Walks over tokens [first, last) of one sequence and KV head for all queries of a tile."""
+def _attend_range(pool, table, head_offset, block_size, positions, group, first, last, q, sums, tops, totals, scores):  # type: ignore[no-untyped-def]
+    """Attention of all queries of a tile over the tokens [first, last) of one sequence and one KV head."""
     num_queries, head_dim = q.shape
     half = block_size * head_dim * 4
     final_block = (last - 1) // block_size
     for start in range(first, last, SPAN):
         end = min(start + SPAN, last)
         first_block, last_block = start // block_size, (end - 1) // block_size + 1
-        _score_span(pool, table, at_head, first_block, last_block, block_size, q, scores)
+        _score_span(pool, table, head_offset, first_block, last_block, block_size, q, scores)
         for query in range(num_queries):
             visible = min(positions[query // group] + 1 - start, end - start)
-            tops[query], totals[query] = _soften(scores[query], visible, tops[query], totals[query], sums[query])
+            tops[query], totals[query] = _softmax_step(scores[query], visible, tops[query], totals[query], sums[query])
         for block in range(first_block, last_block):
-            v = pool + 4 * (table[block] + at_head) + half
+            v = pool + 4 * (table[block] + head_offset) + half
             weights = scores.ctypes.data + 4 * (block * block_size - start)
-            # What lies past the tile's last row is anything, perhaps NaN: it is not read.
+            # Values past the last row of the tile are undefined, perhaps NaN, so they are not read.
             tokens = min(block_size, end - block * block_size)
-            # The K of the block one span later lies anywhere in the pool, so no hardware would fetch it in time.
+            # The K of the block one span ahead may be anywhere in the pool, which no hardware prefetcher predicts.
             following = block + SPAN // block_size
-            to_next = table[following] + at_head - (v - pool) // 4 if following <= final_block else 0
+            to_next = table[following] + head_offset - (v - pool) // 4 if following <= final_block else 0
             _add_values(weights, num_queries, tokens, v, to_next, head_dim, sums.ctypes.data, head_dim)
 
 
 @numba.njit(**JIT)
 def attend(counters, phase, shape, pool, layer, qkv, positions, tables, tiles, tasks, partials, out):  # type: ignore[no-untyped-def]
-    """Attention of every row; a tile of one split writes ``out``, the others `partials` for `merge`.
+    """Attention of every row. A tile with one split writes ``out``, any other writes ``partials`` for `merge`.
 
-    tiles [tiles, 5]: first row, rows, sequence, first task, splits. tasks [tasks, 2]: tile, split.
-    partials [tasks * num_kv_heads, queries, head_dim + 2]: sums, top, total.
+    tiles [tiles, 5]: first row, number of rows, sequence, first task, number of splits. tasks [tasks, 2]: tile, split.
+    partials [tasks * num_kv_heads, queries, head_dim + 2]: weighted sum of values, largest score, sum of weights.
     """
     heads, kv_heads, head_dim, block_size = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size
     group = heads // kv_heads
@@ -186,18 +194,18 @@ def attend(counters, phase, shape, pool, layer, qkv, positions, tables, tiles, t
         num_queries = num_rows * group
         q, sums, scores = all_q[:num_queries], all_sums[:num_queries], all_scores[:num_queries]
         for query in range(num_queries):
-            row, at = first_row + query // group, (kv_head * group + query % group) * head_dim
+            row, column = first_row + query // group, (kv_head * group + query % group) * head_dim
             for i in range(head_dim):
-                q[query, i] = qkv[row, at + i] * scale
+                q[query, i] = qkv[row, column + i] * scale
                 sums[query, i] = np.float32(0.0)
             tops[query], totals[query] = _MASKED, np.float32(0.0)
         rows = positions[first_row : first_row + num_rows]
         last = min(rows[num_rows - 1] + 1, (split + 1) * SPLIT)
-        at_head = (layer * kv_heads + kv_head) * kv_block
+        head_offset = (layer * kv_heads + kv_head) * kv_block
         _attend_range(
             pool,
             tables[sequence],
-            at_head,
+            head_offset,
             block_size,
             rows,
             group,
@@ -211,10 +219,10 @@ def attend(counters, phase, shape, pool, layer, qkv, positions, tables, tiles, t
         )
         if tiles[tile, 4] == 1:
             for query in range(num_queries):
-                row, at = first_row + query // group, (kv_head * group + query % group) * head_dim
+                row, column = first_row + query // group, (kv_head * group + query % group) * head_dim
                 inverse = np.float32(1.0) / totals[query]
                 for i in range(head_dim):
-                    out[row, at + i] = sums[query, i] * inverse
+                    out[row, column + i] = sums[query, i] * inverse
         else:
             for query in range(num_queries):
                 partials[claimed, query, :head_dim] = sums[query]
@@ -226,7 +234,7 @@ def attend(counters, phase, shape, pool, layer, qkv, positions, tables, tiles, t
 
 @numba.njit(**JIT)
 def merge(counters, phase, shape, tiles, partials, out):  # type: ignore[no-untyped-def]
-    """Joins the splits of each tile that has more than one, in the order of positions."""
+    """Joins the partial results of each tile with several splits, in the order of positions, and writes ``out``."""
     kv_heads, head_dim = shape.num_kv_heads, shape.head_dim
     group = shape.num_heads // kv_heads
     sums = np.empty(head_dim, dtype=np.float32)
@@ -239,7 +247,7 @@ def merge(counters, phase, shape, tiles, partials, out):  # type: ignore[no-unty
                 sums[:] = np.float32(0.0)
                 for split in range(splits):
                     part = partials[(first_task + split) * kv_heads + kv_head, query]
-                    if part[head_dim + 1] == np.float32(0.0):  # nothing of this range is visible to this row
+                    if part[head_dim + 1] == np.float32(0.0):  # the row attends to no token of this split
                         continue
                     new_top = max(top, part[head_dim])
                     old, new = np.float32(np.exp(top - new_top)), np.float32(np.exp(part[head_dim] - new_top))
@@ -247,9 +255,9 @@ def merge(counters, phase, shape, tiles, partials, out):  # type: ignore[no-unty
                         sums[i] = sums[i] * old + part[i] * new
                     total = total * old + part[head_dim + 1] * new
                     top = new_top
-                at = (kv_head * group + query % group) * head_dim
+                column = (kv_head * group + query % group) * head_dim
                 inverse = np.float32(1.0) / total
                 for i in range(head_dim):
-                    out[first_row + query // group, at + i] = sums[i] * inverse
+                    out[first_row + query // group, column + i] = sums[i] * inverse
         tile = claim_next(counters, phase)
     wait(counters, phase, tiles.shape[0])

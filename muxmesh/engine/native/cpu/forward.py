@@ -1,4 +1,7 @@
-"""The forward pass of a Llama-family model on a CPU, one call for a whole step. Knows no torch."""
+"""The forward pass of a Llama-family model on a CPU: one call computes a whole step.
+
+Combines the kernels of the sibling modules with the weight image and the KV pool. Does no sampling.
+"""
 
 # mypy: disable-error-code="call-arg, misc, no-untyped-call"
 from __future__ import annotations
@@ -28,7 +31,7 @@ from muxmesh.types import Sampling
 
 _PHASES_PER_LAYER = 9
 _SPARE_COLUMNS = 16
-"""Rows whose length is a power of two would fall into the same cache sets."""
+"""Extra columns of each buffer. Without them, rows with a power of two of bytes would share cache sets."""
 
 
 class Shape(NamedTuple):
@@ -46,9 +49,10 @@ class Shape(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The image as one array (f32), and where each layer's parts lie in it.
+    """The weights as the kernels read them.
 
-    parts [layers, len(PARTS), 2]: offset and length in elements; length 0 for a part that the model has not.
+    flat: the whole image, f32. parts [layers, len(PARTS), 2]: offset and length in ``flat`` of each tensor of a layer;
+    length 0 for a tensor that the architecture does not have. cos, sin [positions, head_dim / 2].
     """
 
     flat: np.ndarray
@@ -62,7 +66,7 @@ class Weights(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A step: see `StepLayout`, and `attend` for tiles and tasks."""
+    """A step as the kernels read it: the fields of `StepLayout`, and the tiles and tasks of `attend`."""
 
     token_ids: np.ndarray
     positions: np.ndarray
@@ -75,7 +79,7 @@ class Batch(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Activations of a step, [rows, columns] each, and the counters of its phases."""
+    """Activations of a step, each [rows, columns], and the counters of its phases."""
 
     counters: np.ndarray
     x: np.ndarray
@@ -90,25 +94,25 @@ class Buffers(NamedTuple):
 
 @numba.njit(**JIT)
 def _part(weights, layer, index):  # type: ignore[no-untyped-def]
-    at, length = weights.parts[layer, index]
-    return weights.flat[at : at + length]
+    offset, length = weights.parts[layer, index]
+    return weights.flat[offset : offset + length]
 
 
 @numba.njit(**JIT)
 def _run(shape, weights, pool, batch, buffers):  # type: ignore[no-untyped-def]
-    """Every thread of the team runs this for one step; each phase's tasks are shared between them."""
+    """Computes one step. Every thread of the team runs it; in each phase, the threads share the tasks."""
     counters = buffers.counters.ctypes.data
     hidden, head_dim = shape.hidden, shape.head_dim
     qkv_columns = (shape.num_heads + 2 * shape.num_kv_heads) * head_dim
     q_columns = shape.num_heads * head_dim
-    pool_at = pool.ctypes.data
+    pool_address = pool.ctypes.data
     splits = batch.tiles[:, 4].max() > 1
     embed(counters, 0, batch.token_ids, weights.embed, weights.embed_is_packed, hidden, buffers.x)
     phase = 1
     for layer in range(shape.num_layers):
         normalize(counters, phase, buffers.x, _part(weights, layer, 0), shape.eps, batch.all_rows, buffers.normed)
-        at = _part(weights, layer, 1).ctypes.data
-        multiply(counters, phase + 1, buffers.normed, at, hidden, qkv_columns, buffers.qkv)
+        matrix = _part(weights, layer, 1).ctypes.data
+        multiply(counters, phase + 1, buffers.normed, matrix, hidden, qkv_columns, buffers.qkv)
         rotate_and_store(
             counters,
             phase + 2,
@@ -128,7 +132,7 @@ def _run(shape, weights, pool, batch, buffers):  # type: ignore[no-untyped-def]
             counters,
             phase + 3,
             shape,
-            pool_at,
+            pool_address,
             layer,
             buffers.qkv,
             batch.positions,
@@ -140,13 +144,13 @@ def _run(shape, weights, pool, batch, buffers):  # type: ignore[no-untyped-def]
         )
         if splits:
             merge(counters, phase + 4, shape, batch.tiles, buffers.partials, buffers.attended)
-        at = _part(weights, layer, 5).ctypes.data
-        multiply_add(counters, phase + 5, buffers.attended, at, q_columns, hidden, buffers.x)
+        matrix = _part(weights, layer, 5).ctypes.data
+        multiply_add(counters, phase + 5, buffers.attended, matrix, q_columns, hidden, buffers.x)
         normalize(counters, phase + 6, buffers.x, _part(weights, layer, 6), shape.eps, batch.all_rows, buffers.normed)
-        at = _part(weights, layer, 7).ctypes.data
-        multiply_gated(counters, phase + 7, buffers.normed, at, hidden, shape.inner, buffers.inner)
-        at = _part(weights, layer, 8).ctypes.data
-        multiply_add(counters, phase + 8, buffers.inner, at, shape.inner, hidden, buffers.x)
+        matrix = _part(weights, layer, 7).ctypes.data
+        multiply_gated(counters, phase + 7, buffers.normed, matrix, hidden, shape.inner, buffers.inner)
+        matrix = _part(weights, layer, 8).ctypes.data
+        multiply_add(counters, phase + 8, buffers.inner, matrix, shape.inner, hidden, buffers.x)
         phase += 9
     if batch.logit_rows.shape[0]:
         normalize(counters, phase, buffers.x, weights.final_norm, shape.eps, batch.logit_rows, buffers.last)
@@ -154,7 +158,7 @@ def _run(shape, weights, pool, batch, buffers):  # type: ignore[no-untyped-def]
 
 
 class CpuForward:
-    """`Forward` on a CPU. Owns the activations and the team; shares weights and pool."""
+    """A `Forward` on a CPU. It owns its activations; weights, pool and team are shared. One call at a time."""
 
     def __init__(self, spec: ModelSpec, image: Path, view: KvView, num_positions: int, team: Team) -> None:
         self._spec = spec
@@ -178,7 +182,6 @@ class CpuForward:
         self._most_rows = 0
 
     def logits(self, layout: StepLayout) -> np.ndarray:
-        """See `Forward`."""
         batch = self._batch(layout)
         buffers = self._buffers(batch)
         self._team.run(functools.partial(_run, self._shape, self._weights, self._pool, batch, buffers))
@@ -188,7 +191,7 @@ class CpuForward:
         tiles: list[tuple[int, int, int, int, int]] = []
         tasks: list[tuple[int, int]] = []
         for index, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
-            for first in reversed(range(0, length, self._tile_rows)):  # the longest walk first: threads end together
+            for first in reversed(range(0, length, self._tile_rows)):  # longest tasks first, so threads end together
                 rows = min(self._tile_rows, length - first)
                 splits = int(layout.positions[start + first + rows - 1]) // attention.SPLIT + 1
                 tiles.append((start + first, rows, index, len(tasks), splits))
@@ -233,14 +236,15 @@ class CpuForward:
 
 
 def open_cpu_forward(spec: ModelSpec, image: Path, view: KvView, num_positions: int, team: Team) -> CpuForward:
-    """The forward pass over ``view``, with its kernels compiled, or read from numba's cache.
+    """Opens the forward pass over ``view`` after its kernels are compiled or loaded from numba's cache.
 
-    One step over a scratch pool of a single block does that, so that no request pays for it.
+    Blocks, for half a minute if the kernels must be compiled. ``num_positions``: the longest sequence. One step over a
+    scratch pool of a single block compiles everything, so no request waits for it.
     """
     shape = view.shape
     scratch = KvView(np.zeros(shape.token_block_bytes // 4, dtype=np.float32), shape, shape.token_block_bytes)
     step = Step((Chunk(0, 0, (0, 0), (0,), SampleSpec(Sampling(temperature=0.0), 0)),))
-    cache: str = numba.config.CACHE_DIR  # type: ignore[attr-defined] # set from the environment
+    cache: str = numba.config.CACHE_DIR  # type: ignore[attr-defined] # from the environment
     with compile_lock(Path(cache)) if cache else contextlib.nullcontext():
         CpuForward(spec, image, scratch, num_positions, team).logits(lay_out(step, scratch))
     return CpuForward(spec, image, view, num_positions, team)

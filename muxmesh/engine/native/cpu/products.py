@@ -1,7 +1,8 @@
-"""Matrix products with packed weights. A panel is `PANEL` output columns: [depth, PANEL], contiguous.
+"""Matrix products of activations and packed weights. A panel is contiguous: [depth, PANEL], `PANEL` output columns.
 
-The loop nest of Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication", 2008), without packing of
-the activations: a panel streams once through the L2 cache while the rows of a block pass over it.
+The loop nest is that of Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication", 2008), without the
+packing of activations: for each block of rows, a panel streams once through the L2 cache. A task of a phase is one
+panel and one block of rows. Each sum runs along the depth in order, so a row's result does not depend on other rows.
 """
 
 # mypy: disable-error-code="call-arg, misc, no-untyped-call"
@@ -15,10 +16,10 @@ from muxmesh.engine.native.cpu.vector import LANES, TILE_ROWS, TILE_VECTORS, mul
 from muxmesh.models.matrix_packing import PANEL
 
 ROW_BLOCK = 96
-"""Rows of activations that stay in the cache while a panel passes."""
+"""Rows of one task; their activations stay in the cache while a panel streams."""
 _SUB_PANEL = LANES * TILE_VECTORS
 _PREFETCH = 256
-"""Elements ahead."""
+"""Distance of the prefetch in elements of a panel."""
 _HALF = PANEL // 2
 
 assert PANEL % _SUB_PANEL == 0
@@ -26,7 +27,7 @@ assert PANEL % _SUB_PANEL == 0
 
 @numba.njit(**JIT)
 def multiply_panel(x, x_stride, panel, depth, out, out_stride, num_rows):  # type: ignore[no-untyped-def]
-    """``out[rows, PANEL] = x[rows, depth] @ panel``; addresses in bytes, strides in elements."""
+    """``out[rows, PANEL] = x[rows, depth] @ panel``. x, panel and out are addresses; strides count elements."""
     for column in range(0, PANEL, _SUB_PANEL):
         row, w = 0, panel + 4 * column
         while row < num_rows:
@@ -48,7 +49,10 @@ def multiply_panel(x, x_stride, panel, depth, out, out_stride, num_rows):  # typ
 
 @numba.njit(**JIT)
 def multiply(counters, phase, x, weights, depth, num_columns, out):  # type: ignore[no-untyped-def]
-    """``out = x @ weights``. x [rows, >= depth], weights: address of the panels, out [rows, >= whole panels]."""
+    """``out = x @ weights``.
+
+    x [rows, at least depth]. weights: address of the panels. out [rows, at least the columns of all panels].
+    """
     rows = x.shape[0]
     panels = (num_columns + PANEL - 1) // PANEL
     tasks = panels * ((rows + ROW_BLOCK - 1) // ROW_BLOCK)
@@ -71,7 +75,7 @@ def multiply(counters, phase, x, weights, depth, num_columns, out):  # type: ign
 
 @numba.njit(**JIT)
 def multiply_add(counters, phase, x, weights, depth, num_columns, out):  # type: ignore[no-untyped-def]
-    """``out += x @ weights``: the residual connection."""
+    """``out += x @ weights``, the residual connection. Arguments as in `multiply`."""
     rows = x.shape[0]
     panels = (num_columns + PANEL - 1) // PANEL
     tasks = panels * ((rows + ROW_BLOCK - 1) // ROW_BLOCK)
@@ -81,8 +85,8 @@ def multiply_add(counters, phase, x, weights, depth, num_columns, out):  # type:
     while task < tasks:
         first, panel = task // panels * ROW_BLOCK, task % panels
         count = min(ROW_BLOCK, rows - first)
-        at, w = x.ctypes.data + 4 * first * x_stride, weights + 4 * panel * depth * PANEL
-        multiply_panel(at, x_stride, w, depth, product.ctypes.data, PANEL, count)
+        a, w = x.ctypes.data + 4 * first * x_stride, weights + 4 * panel * depth * PANEL
+        multiply_panel(a, x_stride, w, depth, product.ctypes.data, PANEL, count)
         for row in range(count):
             for column in range(PANEL):
                 out[first + row, panel * PANEL + column] += product[row, column]
@@ -92,7 +96,7 @@ def multiply_add(counters, phase, x, weights, depth, num_columns, out):  # type:
 
 @numba.njit(**JIT)
 def multiply_gated(counters, phase, x, weights, depth, num_columns, out):  # type: ignore[no-untyped-def]
-    """``out = silu(x @ gate) * (x @ up)``: each panel holds half a panel of gate and the same columns of up."""
+    """``out = silu(x @ gate) * (x @ up)`` for weights packed by `pack_gated`, with ``num_columns`` outputs."""
     rows = x.shape[0]
     panels = (num_columns + _HALF - 1) // _HALF
     tasks = panels * ((rows + ROW_BLOCK - 1) // ROW_BLOCK)
@@ -102,8 +106,8 @@ def multiply_gated(counters, phase, x, weights, depth, num_columns, out):  # typ
     while task < tasks:
         first, panel = task // panels * ROW_BLOCK, task % panels
         count = min(ROW_BLOCK, rows - first)
-        at, w = x.ctypes.data + 4 * first * x_stride, weights + 4 * panel * depth * PANEL
-        multiply_panel(at, x_stride, w, depth, product.ctypes.data, PANEL, count)
+        a, w = x.ctypes.data + 4 * first * x_stride, weights + 4 * panel * depth * PANEL
+        multiply_panel(a, x_stride, w, depth, product.ctypes.data, PANEL, count)
         for row in range(count):
             gate = product.ctypes.data + 4 * row * PANEL
             span_silu(_HALF, gate, gate + 4 * _HALF, out.ctypes.data + 4 * ((first + row) * out_stride + panel * _HALF))

@@ -1,4 +1,7 @@
-"""What is computed row by row: embedding, normalization, rotation, and storing K and V into the pool."""
+"""Kernels that work row by row: embedding, RMSNorm, bias and rotation of Q and K, and the store of K and V.
+
+A task of a phase is a block of rows.
+"""
 
 # mypy: disable-error-code="call-arg, misc, no-untyped-call"
 from __future__ import annotations
@@ -14,7 +17,10 @@ _ROWS = 8
 
 @numba.njit(**JIT)
 def embed(counters, phase, token_ids, table, packed, hidden, out):  # type: ignore[no-untyped-def]
-    """Row ``token`` of the embedding: of a matrix [vocab, hidden], or of the packed output matrix it is tied to."""
+    """Copies the embedding of each token into a row of out [rows, at least hidden] and zeroes the rest of the row.
+
+    table: a matrix [vocab, hidden] as one dimension, or, if ``packed``, the panels of the tied output matrix.
+    """
     rows = token_ids.shape[0]
     tasks = (rows + _ROWS - 1) // _ROWS
     task = claim(counters, phase)
@@ -22,9 +28,9 @@ def embed(counters, phase, token_ids, table, packed, hidden, out):  # type: igno
         for row in range(task * _ROWS, min((task + 1) * _ROWS, rows)):
             token = token_ids[row]
             if packed:
-                at = token // PANEL * hidden * PANEL + token % PANEL
+                first = token // PANEL * hidden * PANEL + token % PANEL
                 for i in range(hidden):
-                    out[row, i] = table[at + i * PANEL]
+                    out[row, i] = table[first + i * PANEL]
             else:
                 for i in range(hidden):
                     out[row, i] = table[token * hidden + i]
@@ -35,7 +41,7 @@ def embed(counters, phase, token_ids, table, packed, hidden, out):  # type: igno
 
 @numba.njit(**JIT)
 def normalize_row(row, weight, eps, out):  # type: ignore[no-untyped-def]
-    """RMSNorm (Zhang and Sennrich, 2019) over ``len(weight)`` elements."""
+    """RMSNorm (Zhang and Sennrich, 2019) of the first ``len(weight)`` elements of ``row``, which may be ``out``."""
     squares = np.float32(0.0)
     for i in range(weight.shape[0]):
         squares += row[i] * row[i]
@@ -46,7 +52,7 @@ def normalize_row(row, weight, eps, out):  # type: ignore[no-untyped-def]
 
 @numba.njit(**JIT)
 def normalize(counters, phase, x, weight, eps, chosen, out):  # type: ignore[no-untyped-def]
-    """RMSNorm of the rows ``chosen`` of x."""
+    """RMSNorm of the rows ``chosen`` of x, in that order, into the first rows of out."""
     tasks = (chosen.shape[0] + _ROWS - 1) // _ROWS
     task = claim(counters, phase)
     while task < tasks:
@@ -58,9 +64,10 @@ def normalize(counters, phase, x, weight, eps, chosen, out):  # type: ignore[no-
 
 @numba.njit(**JIT)
 def rotate_and_store(counters, phase, shape, pool, layer, qkv, bias, q_norm, k_norm, cos, sin, positions, row_blocks):  # type: ignore[no-untyped-def]
-    """Adds the bias, normalizes and rotates Q and K (half-rotation form), all in place; stores K and V in the pool.
+    """Adds the bias to qkv, normalizes and rotates Q and K in place (half-rotation form), stores K and V in the pool.
 
-    bias [qkv columns] or empty; q_norm and k_norm [head_dim] or empty; cos and sin [positions, head_dim / 2].
+    qkv [rows, at least all heads of Q, K and V]; bias [qkv columns] or empty; q_norm and k_norm [head_dim] or empty;
+    cos and sin [positions, head_dim / 2]; row_blocks [rows]: offset in the pool of the token block of each row.
     """
     heads, kv_heads, head_dim, block_size = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size
     half = head_dim // 2
@@ -70,12 +77,12 @@ def rotate_and_store(counters, phase, shape, pool, layer, qkv, bias, q_norm, k_n
     task = claim(counters, phase)
     while task < tasks:
         for row in range(task * _ROWS, min((task + 1) * _ROWS, rows)):
-            line, position = qkv[row], positions[row]
+            qkv_row, position = qkv[row], positions[row]
             for i in range(bias.shape[0]):
-                line[i] += bias[i]
+                qkv_row[i] += bias[i]
             c, s = cos[position], sin[position]
             for head in range(heads + kv_heads):
-                x = line[head * head_dim : (head + 1) * head_dim]
+                x = qkv_row[head * head_dim : (head + 1) * head_dim]
                 if head < heads:
                     if q_norm.shape[0]:
                         normalize_row(x, q_norm, shape.eps, x)
@@ -86,11 +93,12 @@ def rotate_and_store(counters, phase, shape, pool, layer, qkv, bias, q_norm, k_n
                     x[i] = a * c[i] - b * s[i]
                     x[half + i] = b * c[i] + a * s[i]
             for head in range(kv_heads):
-                at = row_blocks[row] + (layer * kv_heads + head) * 2 * value_part
-                k_at, v_at = at + position % block_size, at + value_part + position % block_size * head_dim
+                kv_block = row_blocks[row] + (layer * kv_heads + head) * 2 * value_part
+                in_block = position % block_size
+                k_to, v_to = kv_block + in_block, kv_block + value_part + in_block * head_dim
                 k_from, v_from = (heads + head) * head_dim, (heads + kv_heads + head) * head_dim
                 for i in range(head_dim):
-                    pool[k_at + i * block_size] = line[k_from + i]
-                    pool[v_at + i] = line[v_from + i]
+                    pool[k_to + i * block_size] = qkv_row[k_from + i]
+                    pool[v_to + i] = qkv_row[v_from + i]
         task = claim_next(counters, phase)
     wait(counters, phase, tasks)

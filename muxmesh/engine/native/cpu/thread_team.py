@@ -1,7 +1,8 @@
-"""A team of threads that runs one compiled function together: tasks of a phase are claimed, not assigned.
+"""A team of threads that runs one compiled function, and the counters over which its threads share the tasks.
 
-A phase ends when its tasks are done, not when every thread has come, so a thread that the system holds back delays
-only the task it has in hand. No OpenMP: nothing spins between steps, and the function runs without the GIL.
+Threads claim the tasks of a phase one by one. A phase ends when all its tasks are done, not when every thread arrives,
+so a thread that the operating system suspends delays only its own task. There is no OpenMP: no thread spins between
+steps, and the function runs without the GIL. Knows nothing of models.
 """
 
 # mypy: disable-error-code="call-arg, misc, no-untyped-call"
@@ -22,36 +23,37 @@ JIT: dict[str, Any] = {
     "error_model": "numpy",
     "fastmath": {"contract", "reassoc", "nsz", "arcp"},
 }
-"""How every kernel is compiled. They are module globals: numba's cache never finds a kernel again that refers to
-compiled functions of its own closure."""
+"""Options of every kernel. Kernels are module globals, because numba's cache never finds a kernel again whose closure
+holds compiled functions."""
 
-_LINE = 64
+_LINE_BYTES = 64
 _SPINS = 2000
+"""Checks of a counter between two yields of the core."""
 
 
 def new_counters(num_phases: int) -> np.ndarray:
-    """Two counters for each phase, each on a cache line of its own (int64, [phases, 16])."""
-    return np.zeros((num_phases, 2 * _LINE // 8), dtype=np.int64)
+    """Returns zeroed counters, int64 [phases, 16]: claimed and done tasks of each phase, each on its own cache line."""
+    return np.zeros((num_phases, 2 * _LINE_BYTES // 8), dtype=np.int64)
 
 
 @numba.njit(**JIT)
 def claim(counters, phase):  # type: ignore[no-untyped-def]
-    """The next task of the phase that nobody has."""
-    return fetch_add(counters + phase * 2 * _LINE, 1)
+    """Claims a task of ``phase`` and returns its index, which may be past the last task. counters: an address."""
+    return fetch_add(counters + phase * 2 * _LINE_BYTES, 1)
 
 
 @numba.njit(**JIT)
 def claim_next(counters, phase):  # type: ignore[no-untyped-def]
-    """The claimed task is done; the next one."""
-    fetch_add(counters + phase * 2 * _LINE + _LINE, 1)
+    """Counts the claimed task as done and claims the next one."""
+    fetch_add(counters + phase * 2 * _LINE_BYTES + _LINE_BYTES, 1)
     return claim(counters, phase)
 
 
 @numba.njit(**JIT)
 def wait(counters, phase, num_tasks):  # type: ignore[no-untyped-def]
-    """Returns when all tasks of the phase are done, and their results are seen."""
+    """Returns when ``num_tasks`` tasks of the phase are done; their stores are visible to this thread."""
     spins = 0
-    while load_acquire(counters + phase * 2 * _LINE + _LINE) < num_tasks:
+    while load_acquire(counters + phase * 2 * _LINE_BYTES + _LINE_BYTES) < num_tasks:
         spins += 1
         if spins % _SPINS == 0:
             yield_cpu()
@@ -60,14 +62,14 @@ def wait(counters, phase, num_tasks):  # type: ignore[no-untyped-def]
 
 
 class Team:
-    """Owns ``num_threads - 1`` threads; the caller of `run` is the first of the team."""
+    """A fixed team: the caller of `run` and ``num_threads - 1`` threads of its own."""
 
     def __init__(self, num_threads: int) -> None:
         self._others = num_threads - 1
         self._pool = ThreadPoolExecutor(self._others, thread_name_prefix="team") if self._others else None
 
     def run(self, function: Callable[[], None]) -> None:
-        """Every thread of the team runs ``function``; returns when all have."""
+        """Runs ``function`` once in every thread of the team; returns when all are done. One call at a time."""
         futures = [self._pool.submit(function) for _ in range(self._others)] if self._pool else []
         function()
         for future in futures:

@@ -1,6 +1,7 @@
-"""What numba cannot say by itself: a register tile of a matrix product, and the atomics of a team. Emits LLVM IR.
+"""Intrinsics that numba cannot express: register tiles of matrix products, vectors of f32, and atomic counters.
 
-Addresses are bytes, as int64; strides and depths are in f32 elements. Nothing here knows of models or layouts.
+They emit LLVM IR. Addresses are int64 and count bytes; strides and depths count f32 elements. Knows nothing of models,
+packed weights or the layout of KV.
 """
 
 # mypy: disable-error-code="call-arg, misc, no-untyped-call"
@@ -26,7 +27,7 @@ _LN_2 = 0.6931471805599453
 
 
 def _vector_unit() -> tuple[int, int]:
-    """f32 lanes of a register, and rows of a tile that leave no accumulator outside the registers."""
+    """Returns the f32 lanes of a register, and the most rows of a tile whose accumulators all stay in registers."""
     try:
         features = llvmlite.binding.get_host_cpu_features()
     except RuntimeError:
@@ -40,7 +41,7 @@ def _vector_unit() -> tuple[int, int]:
 
 LANES, TILE_ROWS = _vector_unit()
 TILE_VECTORS = 3
-"""Of weights in one tile: 8 x 3 accumulators of 32 registers, 4 x 3 of 16."""
+"""Vectors of weights in one tile: 8 x 3 accumulators in 32 registers, or 4 x 3 in 16."""
 
 
 def _const(value: int) -> Any:
@@ -57,7 +58,7 @@ def _splat(builder: Any, scalar: Any, vector: Any) -> Any:
 
 
 class _Tile:
-    """Emits one tile: ``rows * vectors`` accumulators in registers over a loop along the depth."""
+    """Emits one tile: ``rows * vectors`` accumulators in registers and a loop along the depth."""
 
     def __init__(self, builder: Any, rows: int, vectors: int, lanes: int, prefetch: Any) -> None:
         """``prefetch``: elements ahead of each vector of weights, or None."""
@@ -79,27 +80,27 @@ class _Tile:
     def splat(self, scalar: Any) -> Any:
         return _splat(self.b, scalar, self.vector)
 
-    def at(self, pointer: Any, *offsets: Any) -> Any:
+    def address(self, pointer: Any, *offsets: Any) -> Any:
         for offset in offsets:
             pointer = self.b.gep(pointer, [offset])
         return pointer
 
     def step(self, sums: list[Any], x_rows: list[Any], w_vectors: list[Any], k: Any) -> list[Any]:
-        """The sums after depth ``k``: each is one fused multiply-add longer, whatever the tile's size."""
+        """Adds the products at depth ``k``: one fused multiply-add for each sum, in a tile of any size."""
         loaded = [self.load(pointer) for pointer in w_vectors]
         if self.prefetch is not None:
             for pointer in w_vectors:
-                ahead = self.b.bitcast(self.at(pointer, self.prefetch), _BYTES)
+                ahead = self.b.bitcast(self.address(pointer, self.prefetch), _BYTES)
                 self.b.call(self.hint, [ahead, *(ir.Constant(_INT32, value) for value in (0, 3, 1))])
         results: list[Any] = []
-        for row in x_rows:  # one row after the other: with all of x in registers, sums would be spilled
-            x = self.splat(self.b.load(self.at(row, k)))
+        for row in x_rows:  # one row at a time: with all of x in registers, sums would spill
+            x = self.splat(self.b.load(self.address(row, k)))
             for weight in loaded:
                 results.append(self.b.call(self.fma, [x, weight, sums[len(results)]]))
         return results
 
     def loop(self, sums: list[Any], start: Any, end: Any, unroll: int, body: Any) -> tuple[list[Any], Any]:
-        """``for k in range(start, end, unroll)``; returns the sums after it and where it ended."""
+        """Emits ``for k in range(start, end, unroll)``; returns the sums and the k after the loop."""
         b, before = self.b, self.b.block
         inside, after = b.append_basic_block("depth"), b.append_basic_block("depth.end")
         b.cbranch(b.icmp_signed("<", start, end), inside, after)
@@ -118,25 +119,25 @@ class _Tile:
         b.cbranch(b.icmp_signed("<", following, end), inside, after)
         b.position_at_end(after)
         results = []
-        for was, became in zip([start, *sums], [following, *current], strict=True):
-            phi = b.phi(was.type)
-            phi.add_incoming(was, before)
-            phi.add_incoming(became, inside)
+        for first, last in zip([start, *sums], [following, *current], strict=True):
+            phi = b.phi(first.type)
+            phi.add_incoming(first, before)
+            phi.add_incoming(last, inside)
             results.append(phi)
         return results[1:], results[0]
 
     def emit(self, x: Any, x_stride: Any, vectors_at: Any, depth: Any, out: Any, out_stride: Any, adds: bool) -> None:
-        """The whole tile; ``vectors_at(k)`` gives the addresses of the weights at depth ``k``."""
+        """Emits the tile. ``vectors_at(k)`` returns the addresses of the weights at depth ``k``."""
         b = self.b
         x, out = (b.inttoptr(address, _FLOAT.as_pointer()) for address in (x, out))
-        x_rows = [self.at(x, b.mul(x_stride, _const(row))) for row in range(self.rows)]
-        places = [
-            self.at(out, b.mul(out_stride, _const(row)), _const(vector * self.vector.count))
+        x_rows = [self.address(x, b.mul(x_stride, _const(row))) for row in range(self.rows)]
+        out_vectors = [
+            self.address(out, b.mul(out_stride, _const(row)), _const(vector * self.vector.count))
             for row in range(self.rows)
             for vector in range(self.vectors)
         ]
         zero = ir.Constant(self.vector, [0.0] * self.vector.count)
-        sums = [self.load(place) if adds else zero for place in places]
+        sums = [self.load(pointer) if adds else zero for pointer in out_vectors]
 
         def body(sums: list[Any], k: Any) -> list[Any]:
             return self.step(sums, x_rows, vectors_at(k), k)
@@ -144,12 +145,12 @@ class _Tile:
         whole = b.and_(depth, _const(-_UNROLL))
         sums, done = self.loop(sums, _const(0), whole, _UNROLL, body)
         sums, _ = self.loop(sums, done, depth, 1, body)
-        for value, place in zip(sums, places, strict=True):
-            self.store(value, place)
+        for value, pointer in zip(sums, out_vectors, strict=True):
+            self.store(value, pointer)
 
 
 def _ahead(prefetch: Any, value: Any) -> Any:
-    """The prefetch distance of a tile: None, a constant or a value at run time."""
+    """The prefetch distance of a tile as IR: None, a constant, or a value at run time."""
     if isinstance(prefetch, types.IntegerLiteral):
         return _const(prefetch.literal_value) if prefetch.literal_value else None
     return value
@@ -159,12 +160,12 @@ def _ahead(prefetch: Any, value: Any) -> Any:
 def multiply_tile(  # type: ignore[no-untyped-def]
     typingctx, rows, vectors, lanes, adds, prefetch, x, x_stride, w, k_stride, v_stride, depth, out, out_stride
 ):
-    """``out[r, v * lanes + l] (+)= sum over k of x[r, k] * w[k, v, l]``, one multiply-add after the other.
+    """``out[r, v * lanes + l] = sum over k of x[r, k] * w[k, v, l]``, plus the previous ``out`` if ``adds`` is 1.
 
-    The first four arguments are literals: the tile's rows, vectors of ``lanes`` f32, and whether it adds to ``out``.
-    ``prefetch``: how many elements ahead of each vector to fetch; the literal 0 for none. w[k, v] lies at
-    ``w + 4 * (k * k_stride + v * v_stride)``. Each sum runs along k in order, in one accumulator, so a row's result
-    has the same bits in a tile of any size.
+    The first four arguments are literals: rows and vectors of the tile, f32 lanes of a vector, and ``adds``.
+    ``prefetch``: distance in elements ahead of each vector, or the literal 0 for none. The address of w[k, v] is
+    ``w + 4 * (k * k_stride + v * v_stride)``. Each sum runs along k in order in one accumulator, so a row's result has
+    the same bits in a tile of any size.
     """
     literals = [argument.literal_value for argument in (rows, vectors, lanes, adds)]
     signature = types.void(rows, vectors, lanes, adds, prefetch, *[types.int64] * 8)
@@ -176,8 +177,8 @@ def multiply_tile(  # type: ignore[no-untyped-def]
         w = builder.inttoptr(w, _FLOAT.as_pointer())
 
         def vectors_at(k):  # type: ignore[no-untyped-def]
-            w_k = tile.at(w, builder.mul(k, k_stride))
-            return [tile.at(w_k, builder.mul(_const(v), v_stride)) for v in range(num_vectors)]
+            w_k = tile.address(w, builder.mul(k, k_stride))
+            return [tile.address(w_k, builder.mul(_const(v), v_stride)) for v in range(num_vectors)]
 
         tile.emit(x, x_stride, vectors_at, depth, out, out_stride, bool(accumulates))
         return context.get_dummy_value()
@@ -189,9 +190,9 @@ def multiply_tile(  # type: ignore[no-untyped-def]
 def multiply_scattered(  # type: ignore[no-untyped-def]
     typingctx, rows, lanes, prefetch, x, x_stride, w0, w1, w2, w3, k_stride, depth, out, out_stride
 ):
-    """As `multiply_tile`, for four vectors of weights that lie anywhere: w[k, v] at ``wv + 4 * k * k_stride``.
+    """As `multiply_tile` without ``adds``, for four vectors of weights with an address each.
 
-    The first two arguments are literals.
+    The address of w[k, v] is ``wv + 4 * k * k_stride``. The first two arguments are literals.
     """
     num_rows, num_lanes = rows.literal_value, lanes.literal_value
     signature = types.void(rows, lanes, prefetch, *[types.int64] * 10)
@@ -202,7 +203,7 @@ def multiply_scattered(  # type: ignore[no-untyped-def]
         vectors = [builder.inttoptr(base, _FLOAT.as_pointer()) for base in bases]
 
         def vectors_at(k):  # type: ignore[no-untyped-def]
-            return [tile.at(vector, builder.mul(k, k_stride)) for vector in vectors]
+            return [tile.address(vector, builder.mul(k, k_stride)) for vector in vectors]
 
         tile.emit(x, x_stride, vectors_at, depth, out, out_stride, False)
         return context.get_dummy_value()
@@ -217,18 +218,18 @@ class _Span:
         self.b, self.lanes = builder, lanes
         self.vector = ir.VectorType(_FLOAT, lanes)
         base = builder.inttoptr(address, _FLOAT.as_pointer())
-        pointers = [builder.gep(base, [_const(at)]) for at in range(0, count, lanes)]
-        self.places = [builder.bitcast(pointer, self.vector.as_pointer()) for pointer in pointers]
+        firsts = [builder.gep(base, [_const(index)]) for index in range(0, count, lanes)]
+        self.pointers = [builder.bitcast(first, self.vector.as_pointer()) for first in firsts]
 
     def load(self) -> list[Any]:
-        values = [self.b.load(place) for place in self.places]
+        values = [self.b.load(pointer) for pointer in self.pointers]
         for value in values:
             value.align = 4
         return values
 
     def store(self, values: list[Any]) -> None:
-        for value, place in zip(values, self.places, strict=True):
-            self.b.store(value, place).align = 4
+        for value, pointer in zip(values, self.pointers, strict=True):
+            self.b.store(value, pointer).align = 4
 
     def const(self, value: float) -> Any:
         return ir.Constant(self.vector, [ir.Constant(_FLOAT, value)] * self.lanes)
@@ -245,13 +246,13 @@ class _Span:
         return self.b.call(callee, [*start, value], fastmath=("nnan", "nsz", "reassoc"))
 
     def first(self, count: Any, values: list[Any], otherwise: Any) -> list[Any]:
-        """The first ``count`` elements of ``values``; ``otherwise`` in place of those after them."""
+        """``values`` with every element from index ``count`` on replaced by ``otherwise``."""
         lanes = ir.VectorType(_INT32, self.lanes)
         limit = _splat(self.b, self.b.trunc(count, _INT32), lanes)
         chosen = []
-        for at, value in zip(range(0, len(values) * self.lanes, self.lanes), values, strict=True):
-            places = ir.Constant(lanes, list(range(at, at + self.lanes)))
-            chosen.append(self.b.select(self.b.icmp_signed("<", places, limit), value, otherwise))
+        for start, value in zip(range(0, len(values) * self.lanes, self.lanes), values, strict=True):
+            indices = ir.Constant(lanes, list(range(start, start + self.lanes)))
+            chosen.append(self.b.select(self.b.icmp_signed("<", indices, limit), value, otherwise))
         return chosen
 
     def larger(self, a: Any, b: Any) -> Any:
@@ -261,9 +262,9 @@ class _Span:
         return self.b.select(self.b.fcmp_ordered("<", a, b), a, b)
 
     def exp(self, x: Any) -> Any:
-        """e**x = 2**y with y = x * log2(e) = n + r, n the nearest integer, |y| held to 126.
+        """e**x = 2**y with y = x * log2(e) clamped to [-126, 126], y = n + r and n the nearest integer.
 
-        2**r is a Taylor polynomial on |r * ln 2| <= 0.35 (2e-7 relative), and n is added to the exponent bits.
+        2**r is a Taylor polynomial for |r * ln 2| <= 0.35 (relative error 2e-7); n is added to the exponent bits.
         """
         b, integers = self.b, ir.VectorType(_INT32, self.lanes)
         y = self.larger(b.fmul(x, self.const(_LOG2_E)), self.const(-126.0))
@@ -279,7 +280,10 @@ class _Span:
 
 @intrinsic(prefer_literal=True)
 def span_max(typingctx, count, address, visible):  # type: ignore[no-untyped-def]
-    """The largest of the first ``visible`` of ``count`` f32, a literal multiple of `LANES`; at least -1e30."""
+    """Returns the largest of the first ``visible`` of ``count`` f32, at least -1e30.
+
+    count: a literal multiple of `LANES`.
+    """
     length = count.literal_value
 
     def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -292,9 +296,9 @@ def span_max(typingctx, count, address, visible):  # type: ignore[no-untyped-def
 
 @intrinsic(prefer_literal=True)
 def span_exp(typingctx, count, address, visible, top):  # type: ignore[no-untyped-def]
-    """``exp(x - top)`` of the first ``visible`` of ``count`` f32 in place, for x <= top, and 0 of the others.
+    """Replaces the first ``visible`` of ``count`` f32 by ``exp(x - top)``, the others by 0; returns the sum.
 
-    Returns their sum.
+    Needs x <= top. count: a literal multiple of `LANES`.
     """
     length = count.literal_value
 
@@ -311,15 +315,18 @@ def span_exp(typingctx, count, address, visible, top):  # type: ignore[no-untype
 
 @intrinsic(prefer_literal=True)
 def span_silu(typingctx, count, gate, up, out):  # type: ignore[no-untyped-def]
-    """``out = gate / (1 + exp(-gate)) * up`` over ``count`` f32, a literal multiple of 8."""
+    """``out = silu(gate) * up`` over ``count`` f32, where silu(x) = x / (1 + exp(-x)).
+
+    count: a literal multiple of 8.
+    """
     length = count.literal_value
 
     def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         gate, up, out = (_Span(builder, address, length, lanes=8) for address in arguments[1:])
         results = []
         for x, factor in zip(gate.load(), up.load(), strict=True):
-            below = builder.fadd(gate.exp(builder.fsub(gate.const(-0.0), x)), gate.const(1.0))
-            results.append(builder.fmul(builder.fdiv(x, below), factor))
+            denominator = builder.fadd(gate.exp(builder.fsub(gate.const(-0.0), x)), gate.const(1.0))
+            results.append(builder.fmul(builder.fdiv(x, denominator), factor))
         out.store(results)
         return context.get_dummy_value()
 
@@ -328,7 +335,7 @@ def span_silu(typingctx, count, gate, up, out):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def fetch_add(typingctx, address, value):  # type: ignore[no-untyped-def]
-    """Adds to the int64 at ``address`` and returns what was there; orders memory like a lock."""
+    """Atomically adds to the int64 at ``address`` and returns its previous value; acquires and releases."""
 
     def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         pointer = builder.inttoptr(arguments[0], _INT64.as_pointer())
@@ -339,7 +346,7 @@ def fetch_add(typingctx, address, value):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def load_acquire(typingctx, address):  # type: ignore[no-untyped-def]
-    """The int64 at ``address``; what was written before its last `fetch_add` is seen after it."""
+    """Loads the int64 at ``address``. Stores before a `fetch_add` to it are visible after the load."""
 
     def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         return builder.load_atomic(builder.inttoptr(arguments[0], _INT64.as_pointer()), "acquire", 8)
@@ -349,7 +356,7 @@ def load_acquire(typingctx, address):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def pause(typingctx):  # type: ignore[no-untyped-def]
-    """Tells the core that this thread only waits."""
+    """Hints to the core that this thread spins: `pause` on x86, nothing elsewhere."""
 
     def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         if platform.machine() in ("x86_64", "AMD64"):
@@ -362,7 +369,7 @@ def pause(typingctx):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def yield_cpu(typingctx):  # type: ignore[no-untyped-def]
-    """``sched_yield()``."""
+    """Yields the core to another thread: ``sched_yield()``."""
 
     def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         function = ir.FunctionType(_INT32, [])

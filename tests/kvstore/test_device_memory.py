@@ -1,0 +1,95 @@
+"""The contract of `DeviceMemory`, and how host memory is divided into segments."""
+
+import mmap
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kvstore.device_memory import HOST, DeviceMemory, HostMemory, Segment, Shard, new_memfd
+
+NUM_BYTES = 7 * mmap.PAGESIZE
+MEMORIES: dict[str, Callable[[], DeviceMemory]] = {
+    "one segment": lambda: HostMemory(NUM_BYTES),
+    "equal segments": lambda: HostMemory(NUM_BYTES, mmap.PAGESIZE),
+    "a shorter last segment": lambda: HostMemory(NUM_BYTES, 3 * mmap.PAGESIZE),
+}
+
+
+@pytest.fixture(params=MEMORIES)
+def memory(request: pytest.FixtureRequest) -> Iterator[DeviceMemory]:
+    allocated = MEMORIES[request.param]()
+    yield allocated
+    allocated.close()
+
+
+def segments_of(memory: DeviceMemory) -> list[Segment]:
+    return [segment for shard in memory.shards for segment in shard.segments]
+
+
+# The contract
+
+
+def test_every_shard_has_the_requested_size(memory: DeviceMemory) -> None:
+    assert {shard.size_bytes for shard in memory.shards} == {NUM_BYTES}
+
+
+def test_every_segment_has_a_file_descriptor_of_its_own_and_of_its_size(memory: DeviceMemory) -> None:
+    segments = segments_of(memory)
+    assert len({segment.fd for segment in segments}) == len(segments)
+    assert [os.fstat(segment.fd).st_size for segment in segments] == [segment.size_bytes for segment in segments]
+
+
+def test_memory_is_filled_with_zeros(memory: DeviceMemory) -> None:
+    for segment in segments_of(memory):
+        with mmap.mmap(segment.fd, segment.size_bytes) as mapped:
+            assert mapped[:] == bytes(segment.size_bytes)
+
+
+def test_all_mappings_share_one_memory(memory: DeviceMemory) -> None:
+    last = segments_of(memory)[-1]
+    with mmap.mmap(last.fd, last.size_bytes) as one, mmap.mmap(last.fd, last.size_bytes) as other:
+        one[-3:] = b"kv!"
+        assert other[-3:] == b"kv!"
+
+
+def test_file_descriptors_are_not_inherited_by_child_processes(memory: DeviceMemory) -> None:
+    assert not any(os.get_inheritable(segment.fd) for segment in segments_of(memory))
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_mapping_outlives_the_file_descriptors(name: str) -> None:
+    memory = MEMORIES[name]()
+    first = segments_of(memory)[0]
+    with mmap.mmap(first.fd, first.size_bytes) as mapped:
+        mapped[0] = 42
+        memory.close()
+        assert mapped[0] == 42
+    for segment in segments_of(memory):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(segment.fd)
+
+
+# Host memory
+
+
+@pytest.mark.parametrize(
+    ("segment_bytes", "sizes"),
+    [(None, [7000]), (7000, [7000]), (9000, [7000]), (3000, [3000, 3000, 1000]), (3500, [3500, 3500])],
+)
+def test_host_memory_is_divided_into_segments(segment_bytes: int | None, sizes: list[int]) -> None:
+    memory = HostMemory(7000, segment_bytes)
+    (shard,) = memory.shards
+    assert [(segment.size_bytes, segment.device_uuid) for segment in shard.segments] == [(size, "") for size in sizes]
+    assert memory.kind == HOST
+    memory.close()
+
+
+def test_the_size_of_a_shard_is_that_of_its_segments() -> None:
+    assert Shard((Segment(3, 100, "GPU-1"), Segment(4, 50, "GPU-1"))).size_bytes == 150
+
+
+def test_new_shared_memory_carries_its_name() -> None:
+    fd = new_memfd("muxmesh-test", 4096)
+    assert os.readlink(f"/proc/self/fd/{fd}") == "/memfd:muxmesh-test (deleted)"
+    os.close(fd)

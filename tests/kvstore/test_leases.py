@@ -1,0 +1,536 @@
+"""Leases: every operation in every state, owners and epochs, and what a lease holds."""
+
+import copy
+import re
+from collections.abc import Callable
+
+import pytest
+
+from kvstore import leases
+from kvstore.block_table import BlockTable
+from kvstore.leases import (
+    MAX_PREEMPTION_REQUESTS,
+    TRANSITIONS,
+    Assignment,
+    LeaseState,
+    LeaseTable,
+)
+from kvstore.slab_pool import SlabPool
+from kvstore.swap_space import SwapSpace
+from muxmesh.block_hashes import block_hashes
+from muxmesh.errors import LeaseLost
+from muxmesh.scheduling_policy import FCFS, SortKey
+from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, Lease, LeaseRef, SchedulingState
+
+BLOCK_SIZE = 8
+NUM_PAGES = 8
+HASHES = block_hashes(range(10 * BLOCK_SIZE), BLOCK_SIZE, b"root")
+WORKERS = Assignment("prefill", "decode")
+
+OPERATIONS: dict[str, Callable[[LeaseTable, LeaseRef, str], object]] = {
+    "acquire": lambda table, ref, owner: table.acquire(ref, "prefill"),
+    "move": lambda table, ref, owner: table.move(ref, owner, "decode", 24, (7,)),
+    "grow": lambda table, ref, owner: table.grow(ref, owner, 1),
+    "pause": lambda table, ref, owner: table.pause(ref, owner),
+    "resume": lambda table, ref, owner: table.resume(ref, owner),
+    "begin_swap_out": lambda table, ref, owner: table.begin_swap_out(ref, owner, 2 * SWAP_PAGE_BYTES),
+    "finish_swap_out": lambda table, ref, owner: table.finish_swap_out(ref, owner),
+    "begin_swap_in": lambda table, ref, owner: table.begin_swap_in(ref, KvDemand(24, 24)),
+    "finish_swap_in": lambda table, ref, owner: table.finish_swap_in(ref, owner),
+}
+CALLS: dict[str, Callable[[LeaseTable, LeaseRef, str], object]] = {
+    **OPERATIONS,
+    "release": lambda table, ref, owner: table.release(ref, owner),
+}
+OWNER_CALLS = [name for name in CALLS if name not in ("acquire", "begin_swap_in")]
+OPERATIONS_BEFORE = {
+    LeaseState.CREDIT: (),
+    LeaseState.RESIDENT: ("acquire",),
+    LeaseState.PAUSED: ("acquire", "pause"),
+    LeaseState.SWAPPING_OUT: ("acquire", "begin_swap_out"),
+    LeaseState.SWAPPED: ("acquire", "begin_swap_out", "finish_swap_out"),
+    LeaseState.SWAPPING_IN: ("acquire", "begin_swap_out", "finish_swap_out", "begin_swap_in"),
+}
+HAS_PAGES = (LeaseState.SWAPPING_OUT, LeaseState.SWAPPED, LeaseState.SWAPPING_IN)
+HAS_COMPUTED_BLOCKS = (LeaseState.RESIDENT, LeaseState.PAUSED, LeaseState.SWAPPING_OUT)
+
+
+class SmallUnit:
+    """A lease table over two slabs, each of 8 blocks of `m` or 4 of `other`, and 8 swap pages."""
+
+    def __init__(self, last_id: int = 0) -> None:
+        self.blocks = BlockTable(SlabPool(2))
+        self.blocks.add_model("m", 8)
+        self.blocks.add_model("other", 4)
+        self.swap = SwapSpace(NUM_PAGES * SWAP_PAGE_BYTES)
+        self.table = LeaseTable(self.blocks, self.swap, last_id)
+
+    def try_credit(
+        self,
+        num_tokens: int = 24,
+        router: str = "router",
+        model: str = "m",
+        hashes: tuple[bytes, ...] = (),
+        assignment: Assignment = WORKERS,
+        expires_at_s: float = 30.0,
+        arrived_at_s: float = 0.0,
+        max_new_slabs: int | None = None,
+    ) -> Lease | None:
+        demand = KvDemand(num_tokens, num_tokens, hashes, max(0, num_tokens - 1))
+        scheduling = SchedulingState(0, arrived_at_s)
+        return self.table.issue_credit(
+            model, BLOCK_SIZE, demand, scheduling, router, assignment, expires_at_s, max_new_slabs
+        )
+
+    def credit(self, num_tokens: int = 24, router: str = "router", model: str = "m",
+        hashes: tuple[bytes, ...] = (), assignment: Assignment = WORKERS, expires_at_s: float = 30.0,
+        arrived_at_s: float = 0.0) -> Lease:  # fmt: skip
+        lease = self.try_credit(num_tokens, router, model, hashes, assignment, expires_at_s, arrived_at_s)
+        assert lease is not None
+        return lease
+
+    def resident(
+        self, num_tokens: int = 24, worker: str = "decode", model: str = "m", arrived_at_s: float = 0.0
+    ) -> Lease:
+        return self.table.acquire(self.credit(num_tokens, model=model, arrived_at_s=arrived_at_s).ref, worker)
+
+    def in_state(self, state: LeaseState) -> tuple[LeaseRef, str]:
+        """A lease of three blocks in ``state``, and its owner."""
+        ref, owner = self.credit().ref, "router"
+        for operation in OPERATIONS_BEFORE[state]:
+            OPERATIONS[operation](self.table, ref, owner)
+            ref, owner = self.table.of_owner("prefill")[0].ref, "prefill"
+        assert self.table.state_of(ref, owner) is state
+        return ref, owner
+
+    def swapped(self, num_tokens: int = 24, computed: tuple[bytes, ...] = ()) -> Lease:
+        lease = self.resident(num_tokens)
+        assert self.table.begin_swap_out(lease.ref, "decode", SWAP_PAGE_BYTES) is not None
+        self.table.finish_swap_out(lease.ref, "decode", computed)
+        return lease
+
+    def check(self, blocks: int, pages: int, num_leases: int) -> None:
+        """Token blocks in use, allocated swap pages, and leases."""
+        self.table.check_integrity()
+        num_pages = NUM_PAGES - self.swap.num_free_pages
+        assert (self.blocks.num_in_use("m"), num_pages, len(self.table)) == (blocks, pages, num_leases)
+
+
+@pytest.fixture
+def unit() -> SmallUnit:
+    return SmallUnit()
+
+
+def documented_transitions() -> dict[str, dict[LeaseState, LeaseState]]:
+    """The table at the head of the module."""
+    found: dict[str, dict[LeaseState, LeaseState]] = {}
+    for line in (leases.__doc__ or "").splitlines():
+        columns = re.split(r"\s{2,}", line.strip())
+        if columns[0] in OPERATIONS:
+            before, after = columns[1].split(", "), LeaseState(columns[2])
+            found[columns[0]] = {LeaseState(state): after for state in before}
+    return found
+
+
+# Operations and states
+
+
+def test_the_documented_table_is_the_table_of_transitions() -> None:
+    assert documented_transitions() == TRANSITIONS
+
+
+@pytest.mark.parametrize("state", LeaseState)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_operation_is_allowed_exactly_in_the_states_of_the_documented_table(
+    unit: SmallUnit, operation: str, state: LeaseState
+) -> None:
+    ref, owner = unit.in_state(state)
+    after = documented_transitions()[operation].get(state)
+    before = copy.copy(unit.table._records[ref.lease_id])
+    if after is None:
+        with pytest.raises(LeaseLost, match=rf"^lease 1 is {state}; {operation} needs "):
+            OPERATIONS[operation](unit.table, ref, owner)
+        assert unit.table._records[ref.lease_id] == before, "a refused operation changes nothing"
+    else:
+        OPERATIONS[operation](unit.table, ref, owner)
+        assert unit.table._records[ref.lease_id].state is after
+    unit.table.check_integrity()
+
+
+@pytest.mark.parametrize("state", LeaseState)
+def test_a_lease_is_released_in_any_state_and_frees_all_that_it_holds(unit: SmallUnit, state: LeaseState) -> None:
+    ref, owner = unit.in_state(state)
+    unit.table.release(ref, owner)
+    unit.check(blocks=0, pages=0, num_leases=0)
+
+
+@pytest.mark.parametrize("state", LeaseState)
+def test_a_lease_holds_blocks_and_pages_according_to_its_state(unit: SmallUnit, state: LeaseState) -> None:
+    unit.in_state(state)
+    unit.check(blocks=0 if state is LeaseState.SWAPPED else 3, pages=2 if state in HAS_PAGES else 0, num_leases=1)
+
+
+def test_an_error_names_all_states_that_the_operation_needs(unit: SmallUnit) -> None:
+    ref, owner = unit.in_state(LeaseState.SWAPPED)
+    with pytest.raises(LeaseLost, match=r"^lease 1 is swapped; begin_swap_out needs resident or paused$"):
+        unit.table.begin_swap_out(ref, owner, 1)
+
+
+# Owners and epochs
+
+
+@pytest.mark.parametrize("operation", OWNER_CALLS)
+def test_an_operation_of_another_owner_is_refused(unit: SmallUnit, operation: str) -> None:
+    ref, _ = unit.in_state(LeaseState.RESIDENT)
+    with pytest.raises(LeaseLost, match=r"^lease 1 belongs to prefill, not stranger$"):
+        CALLS[operation](unit.table, ref, "stranger")
+    unit.check(blocks=3, pages=0, num_leases=1)
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_an_operation_with_the_epoch_of_an_earlier_owner_is_refused(unit: SmallUnit, operation: str) -> None:
+    issued = unit.credit()
+    unit.table.acquire(issued.ref, "prefill")
+    with pytest.raises(LeaseLost, match=r"^lease 1 is at epoch 2, not 1$"):
+        CALLS[operation](unit.table, issued.ref, "router")
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_an_operation_on_an_ended_lease_is_refused(unit: SmallUnit, operation: str) -> None:
+    lease = unit.resident()
+    unit.table.release(lease.ref, "decode")
+    with pytest.raises(LeaseLost, match=r"^lease 1 does not exist or has ended$"):
+        CALLS[operation](unit.table, lease.ref, "decode")
+
+
+def test_only_a_change_of_owner_raises_the_epoch(unit: SmallUnit) -> None:
+    issued = unit.credit()
+    acquired = unit.table.acquire(issued.ref, "prefill")
+    moved = unit.table.move(acquired.ref, "prefill", "decode", 24, ())
+    assert [lease.ref for lease in (issued, acquired, moved)] == [LeaseRef(1, epoch) for epoch in (1, 2, 3)]
+    for operation in (
+        "grow",
+        "pause",
+        "resume",
+        "begin_swap_out",
+        "finish_swap_out",
+        "begin_swap_in",
+        "finish_swap_in",
+    ):
+        OPERATIONS[operation](unit.table, moved.ref, "decode")
+
+
+def test_state_and_model_of_a_lease_are_for_its_owner_only(unit: SmallUnit) -> None:
+    lease = unit.resident(model="other")
+    assert unit.table.state_of(lease.ref, "decode") is LeaseState.RESIDENT
+    assert unit.table.model_of(lease.ref, "decode") == "other"
+    for read in (unit.table.state_of, unit.table.model_of):
+        with pytest.raises(LeaseLost, match="belongs to decode, not router"):
+            read(lease.ref, "router")
+
+
+# Credits
+
+
+def test_ids_continue_from_the_last_one_of_an_earlier_unit() -> None:
+    unit = SmallUnit(last_id=41)
+    assert [unit.credit().ref for _ in range(2)] == [LeaseRef(42, 1), LeaseRef(43, 1)]
+
+
+def test_a_credit_that_the_pool_cannot_hold_is_not_issued(unit: SmallUnit) -> None:
+    unit.credit(num_tokens=15 * BLOCK_SIZE)
+    assert unit.try_credit(num_tokens=2 * BLOCK_SIZE) is None
+    assert unit.try_credit(num_tokens=BLOCK_SIZE, max_new_slabs=0) is not None
+    unit.check(blocks=16, pages=0, num_leases=2)
+
+
+def test_a_credit_needs_no_more_slabs_than_allowed(unit: SmallUnit) -> None:
+    assert unit.try_credit(num_tokens=9 * BLOCK_SIZE, max_new_slabs=1) is None
+    assert unit.try_credit(num_tokens=8 * BLOCK_SIZE, max_new_slabs=1) is not None
+
+
+def test_an_unused_credit_expires_at_its_time(unit: SmallUnit) -> None:
+    unit.credit(expires_at_s=30.0)
+    unit.credit(expires_at_s=20.0)
+    assert unit.table.next_expiry_s() == 20.0
+    assert unit.table.drop_expired(19.9) == 0
+    assert unit.table.drop_expired(20.0) == 1
+    assert unit.table.next_expiry_s() == 30.0
+    assert (unit.table.drop_expired(1000.0), unit.table.num_expired) == (1, 2)
+    unit.check(blocks=0, pages=0, num_leases=0)
+
+
+def test_an_acquired_lease_does_not_expire(unit: SmallUnit) -> None:
+    unit.resident()
+    assert unit.table.next_expiry_s() is None
+    assert unit.table.drop_expired(1e9) == 0
+
+
+# The hand-off and the prefix cache
+
+
+def test_the_hand_off_keeps_the_blocks_and_passes_what_was_computed_and_sampled(unit: SmallUnit) -> None:
+    issued = unit.credit(num_tokens=30)
+    acquired = unit.table.acquire(issued.ref, "prefill")
+    moved = unit.table.move(acquired.ref, "prefill", "decode", 22, (7,))
+    assert moved.block_ids == acquired.block_ids == issued.block_ids
+    assert (moved.num_computed_tokens, moved.sampled_token_ids) == (22, (7,))
+    assert (unit.table.of_owner("prefill"), unit.table.of_owner("decode")) == ([], [moved])
+    assert unit.table.num_handoffs == 1
+
+
+@pytest.mark.parametrize(("num_computed_tokens", "num_shared"), [(0, 0), (7, 0), (8, 1), (22, 2), (24, 3)])
+def test_the_hand_off_publishes_the_full_computed_blocks(
+    unit: SmallUnit, num_computed_tokens: int, num_shared: int
+) -> None:
+    first = unit.table.acquire(unit.credit(num_tokens=40, hashes=HASHES).ref, "prefill")
+    unit.table.move(first.ref, "prefill", "decode", num_computed_tokens, ())
+    second = unit.credit(num_tokens=40, hashes=HASHES)
+    assert second.num_computed_tokens == num_shared * BLOCK_SIZE
+    assert second.block_ids[:num_shared] == first.block_ids[:num_shared]
+    assert not set(second.block_ids[num_shared:]) & set(first.block_ids)
+    unit.check(blocks=10 - num_shared, pages=0, num_leases=2)
+
+
+def test_blocks_that_are_not_computed_yet_are_not_shared(unit: SmallUnit) -> None:
+    first = unit.table.acquire(unit.credit(hashes=HASHES).ref, "prefill")
+    second = unit.credit(hashes=HASHES)
+    assert second.num_computed_tokens == 0
+    assert not set(second.block_ids) & set(first.block_ids)
+
+
+def test_the_last_known_token_is_never_taken_from_the_prefix_cache(unit: SmallUnit) -> None:
+    first = unit.resident(num_tokens=16)
+    unit.table.release(first.ref, "decode", HASHES[:2])
+    assert unit.credit(num_tokens=16, hashes=HASHES[:2]).num_computed_tokens == 8
+
+
+@pytest.mark.parametrize("state", LeaseState)
+@pytest.mark.parametrize("ending", ["release", "drop_owner"])
+def test_an_ending_lease_publishes_its_blocks_if_they_hold_computed_kv(
+    unit: SmallUnit, state: LeaseState, ending: str
+) -> None:
+    ref, owner = unit.in_state(state)
+    if ending == "release":
+        unit.table.release(ref, owner, HASHES[:2])
+    else:
+        assert unit.table.drop_owner(owner, {ref.lease_id: HASHES[:2]}) == 1
+    unit.check(blocks=0, pages=0, num_leases=0)
+    assert unit.blocks.count_cached("m", HASHES) == (2 if state in HAS_COMPUTED_BLOCKS else 0)
+
+
+# Growth and pauses
+
+
+def test_a_lease_grows_at_its_end(unit: SmallUnit) -> None:
+    lease = unit.resident()
+    added = unit.table.grow(lease.ref, "decode", 2)
+    assert added is not None
+    (grown,) = unit.table.of_owner("decode")
+    assert grown.block_ids == lease.block_ids + added
+    unit.check(blocks=5, pages=0, num_leases=1)
+
+
+def test_a_lease_that_cannot_grow_stays_as_it_is(unit: SmallUnit) -> None:
+    lease = unit.resident(num_tokens=8 * BLOCK_SIZE)
+    assert unit.table.grow(lease.ref, "decode", 1, max_new_slabs=0) is None
+    assert unit.table.grow(lease.ref, "decode", 9) is None
+    assert unit.table.of_owner("decode") == [lease]
+
+
+def test_a_paused_lease_keeps_its_blocks_and_frees_its_slot_of_the_batch(unit: SmallUnit) -> None:
+    lease = unit.resident()
+    unit.table.pause(lease.ref, "decode")
+    assert unit.table.of_owner("decode") == [lease]
+    assert [counts["decode"] for counts in unit.table.count_assigned()] == [0, 1]
+    unit.table.resume(lease.ref, "decode")
+    assert [counts["decode"] for counts in unit.table.count_assigned()] == [1, 1]
+
+
+# Swap
+
+
+@pytest.mark.parametrize(("num_bytes", "num_pages"), [(1, 1), (SWAP_PAGE_BYTES, 1), (SWAP_PAGE_BYTES + 1, 2)])
+def test_a_swap_out_allocates_pages_for_its_bytes(unit: SmallUnit, num_bytes: int, num_pages: int) -> None:
+    lease = unit.resident()
+    assert unit.table.begin_swap_out(lease.ref, "decode", num_bytes) == tuple(range(num_pages))
+    unit.check(blocks=3, pages=num_pages, num_leases=1)
+
+
+def test_a_swap_out_that_the_region_cannot_hold_leaves_the_lease_resident(unit: SmallUnit) -> None:
+    lease = unit.resident()
+    assert unit.table.begin_swap_out(lease.ref, "decode", NUM_PAGES * SWAP_PAGE_BYTES + 1) is None
+    assert unit.table.state_of(lease.ref, "decode") is LeaseState.RESIDENT
+    unit.check(blocks=3, pages=0, num_leases=1)
+
+
+def test_a_swapped_lease_gets_other_blocks_and_frees_its_pages_once_they_are_filled(unit: SmallUnit) -> None:
+    lease = unit.swapped()
+    unit.check(blocks=0, pages=1, num_leases=1)
+    allocated = unit.table.begin_swap_in(lease.ref, KvDemand(40, 64))
+    assert allocated is not None
+    assert (len(allocated.block_ids), allocated.num_cached) == (5, 0)
+    unit.check(blocks=5, pages=1, num_leases=1)
+    unit.table.finish_swap_in(lease.ref, "decode")
+    unit.check(blocks=5, pages=0, num_leases=1)
+    assert unit.table.of_owner("decode")[0].block_ids == allocated.block_ids
+
+
+def test_a_swap_in_finds_blocks_that_are_still_cached(unit: SmallUnit) -> None:
+    lease = unit.swapped(num_tokens=40, computed=HASHES[:4])
+    allocated = unit.table.begin_swap_in(lease.ref, KvDemand(48, 64, HASHES, 39))
+    assert allocated is not None
+    assert (allocated.block_ids[:4], allocated.num_cached) == (lease.block_ids[:4], 4)
+
+
+def test_a_swap_in_that_the_pool_cannot_hold_leaves_the_lease_swapped(unit: SmallUnit) -> None:
+    lease = unit.swapped()
+    unit.resident(num_tokens=14 * BLOCK_SIZE)
+    assert unit.table.begin_swap_in(lease.ref, KvDemand(24, 24)) is None
+    assert unit.table.state_of(lease.ref, "decode") is LeaseState.SWAPPED
+    unit.check(blocks=14, pages=1, num_leases=2)
+
+
+# Owners that are gone
+
+
+def test_the_leases_of_one_owner_end_and_the_others_continue(unit: SmallUnit) -> None:
+    unit.credit(router="r1")
+    unit.credit(router="r1")
+    kept = unit.credit(router="r2")
+    assert unit.table.drop_owner("r1") == 2
+    assert (unit.table.drop_owner("r1"), unit.table.num_orphaned) == (0, 2)
+    assert unit.table.of_owner("r2") == [kept]
+    unit.check(blocks=3, pages=0, num_leases=1)
+
+
+def test_the_progress_of_an_exited_worker_counts_for_its_own_leases_only(unit: SmallUnit) -> None:
+    own, foreign = unit.resident(worker="w1"), unit.resident(worker="w2")
+    computed = {own.ref.lease_id: HASHES[:1], foreign.ref.lease_id: HASHES[1:3], 12345: HASHES[3:]}
+    assert unit.table.drop_owner("w1", computed) == 1
+    assert unit.blocks.count_cached("m", HASHES) == 1
+    assert unit.blocks.count_cached("m", HASHES[1:]) == 0
+
+
+# Counts
+
+
+def test_leases_are_counted_by_owner_and_by_state(unit: SmallUnit) -> None:
+    unit.resident(num_tokens=8)
+    unit.swapped(num_tokens=8)
+    unit.credit(num_tokens=8, model="other")
+    assert unit.table.count_by_owner() == {"decode": 2, "router": 1}
+    assert unit.table.count_states("m") == {LeaseState.RESIDENT: 1, LeaseState.SWAPPED: 1}
+    assert unit.table.count_states("other") == {LeaseState.CREDIT: 1}
+
+
+@pytest.mark.parametrize("state", LeaseState)
+def test_a_lease_counts_for_both_workers_that_it_is_assigned_to(unit: SmallUnit, state: LeaseState) -> None:
+    unit.in_state(state)
+    batched, resident = unit.table.count_assigned()
+    assert batched["prefill"] == batched["decode"] == (state not in (LeaseState.PAUSED, LeaseState.SWAPPED))
+    assert resident["prefill"] == resident["decode"] == (state is not LeaseState.SWAPPED)
+
+
+def test_after_the_hand_off_a_lease_counts_for_the_worker_that_has_it(unit: SmallUnit) -> None:
+    acquired = unit.table.acquire(unit.credit().ref, "prefill")
+    unit.table.move(acquired.ref, "prefill", "decode2", 24, ())
+    batched, _ = unit.table.count_assigned()
+    assert (batched["decode"], batched["decode2"]) == (0, 1)
+
+
+# Victims
+
+
+def by_arrival(state: SchedulingState) -> SortKey:
+    return FCFS.sort_key(state, 0.0)
+
+
+def victim(unit: SmallUnit, *owners: str, models: tuple[str, ...] = ("m",)) -> int | None:
+    """Id of the chosen victim among the leases of ``owners``."""
+    chosen = unit.table.choose_victim(owners, models, by_arrival)
+    return None if chosen is None else chosen[1]
+
+
+def test_the_victim_is_the_last_resident_lease_in_order(unit: SmallUnit) -> None:
+    for arrived_at_s in (3.0, 5.0, 4.0):
+        unit.resident(num_tokens=8, arrived_at_s=arrived_at_s)
+    paused = unit.resident(num_tokens=8, arrived_at_s=9.0)
+    unit.table.pause(paused.ref, "decode")
+    unit.credit(num_tokens=8, arrived_at_s=9.0, router="decode")
+    assert unit.table.choose_victim(["decode"], ["m"], by_arrival) == ("decode", 2)
+
+
+def test_only_leases_of_the_given_owners_and_models_are_victims(unit: SmallUnit) -> None:
+    unit.resident(num_tokens=8, worker="d1", model="other")
+    unit.resident(num_tokens=8, worker="d2", arrived_at_s=1.0)
+    assert victim(unit, "d1") is None
+    assert victim(unit, "d2", models=("other",)) is None
+    assert victim(unit, "d1", "d2", models=("m", "other")) == 2
+
+
+def test_the_same_victim_is_chosen_until_its_blocks_are_freed(unit: SmallUnit) -> None:
+    first, second = unit.resident(arrived_at_s=1.0), unit.resident(arrived_at_s=2.0)
+    assert victim(unit, "decode") == second.ref.lease_id
+    unit.resident(arrived_at_s=3.0)
+    assert victim(unit, "decode") == second.ref.lease_id, "not the one that is last by now"
+    unit.table.begin_swap_out(second.ref, "decode", 1)
+    assert victim(unit, "decode") == second.ref.lease_id, "its blocks are not free yet"
+    unit.table.finish_swap_out(second.ref, "decode")
+    assert victim(unit, "decode") == 3
+    unit.table.release(LeaseRef(3, 2), "decode")
+    assert victim(unit, "decode") == first.ref.lease_id
+
+
+def test_another_victim_is_chosen_when_one_was_requested_too_often(unit: SmallUnit) -> None:
+    unit.resident(arrived_at_s=1.0)
+    unit.resident(arrived_at_s=2.0)
+    chosen = [victim(unit, "decode") for _ in range(2 * MAX_PREEMPTION_REQUESTS + 1)]
+    assert chosen == [2] * MAX_PREEMPTION_REQUESTS + [1] * MAX_PREEMPTION_REQUESTS + [None]
+
+
+def test_a_swapped_lease_can_be_a_victim_again(unit: SmallUnit) -> None:
+    lease = unit.resident()
+    for _ in range(MAX_PREEMPTION_REQUESTS):
+        victim(unit, "decode")
+    assert victim(unit, "decode") is None
+    unit.table.begin_swap_out(lease.ref, "decode", 1)
+    unit.table.finish_swap_out(lease.ref, "decode")
+    unit.table.begin_swap_in(lease.ref, KvDemand(24, 24))
+    unit.table.finish_swap_in(lease.ref, "decode")
+    assert victim(unit, "decode") == lease.ref.lease_id
+
+
+# Integrity
+
+
+def test_integrity_finds_a_block_that_was_freed_behind_the_leases_back(unit: SmallUnit) -> None:
+    lease = unit.resident()
+    unit.blocks.free("m", lease.block_ids[:1])
+    with pytest.raises(AssertionError, match="m: references differ from the leases"):
+        unit.table.check_integrity()
+
+
+def test_integrity_finds_a_page_that_was_freed_behind_the_leases_back(unit: SmallUnit) -> None:
+    lease = unit.resident()
+    unit.swap.free(unit.table.begin_swap_out(lease.ref, "decode", SWAP_PAGE_BYTES) or ())
+    with pytest.raises(AssertionError, match="a swap page is lost or held twice"):
+        unit.table.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("state", "wrong", "problem"),
+    [
+        (LeaseState.RESIDENT, LeaseState.SWAPPED, "wrong token blocks"),
+        (LeaseState.RESIDENT, LeaseState.SWAPPING_IN, "wrong swap pages"),
+        (LeaseState.SWAPPED, LeaseState.PAUSED, "wrong token blocks"),
+        (LeaseState.SWAPPING_OUT, LeaseState.RESIDENT, "wrong swap pages"),
+    ],
+)
+def test_integrity_finds_a_lease_whose_state_and_memory_differ(
+    unit: SmallUnit, state: LeaseState, wrong: LeaseState, problem: str
+) -> None:
+    ref, _ = unit.in_state(state)
+    unit.table._records[ref.lease_id].state = wrong
+    with pytest.raises(AssertionError, match=f"lease 1 is {wrong}: {problem}"):
+        unit.table.check_integrity()

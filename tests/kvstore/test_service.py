@@ -1,0 +1,701 @@
+"""The gRPC service of a unit over a unix socket: routers' streams, workers' calls, errors and status."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from kvstore.grant_page import Word
+from kvstore.grant_table import GrantTable
+from kvstore.leases import LeaseState
+from kvstore.service import KvStoreService
+from kvstore.unit import CREDIT_TTL_S, RECLAIM_AFTER_S, RECLAIM_EVERY_S
+from muxmesh.block_hashes import block_hashes
+from muxmesh.config.schema import ModelConfig, UnitConfig
+from muxmesh.errors import InternalError, InvalidRequest, LeaseLost, MeshError, Overloaded, WorkerLost
+from muxmesh.internal.v1 import kvstore_pb2
+from muxmesh.rpc import convert
+from muxmesh.rpc.status_codes import from_rpc_error
+from muxmesh.step_cost import COSTS_EVERY_S, StepCost
+from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, Lease, LeaseRef, QueuedRequest, Role, SchedulingState
+from tests.kvstore.small_unit import (
+    SHAPES,
+    SLAB_BYTES,
+    ServedUnit,
+    attach_ready,
+    make_unit,
+    queued,
+    served,
+    slab_tokens,
+)
+from tests.support.virtual_time import VirtualClock, run_virtually
+from worker.attachment import Attachment, attach
+from worker.lease_client import LeaseClient
+
+FIRST = SchedulingState(0, 0.0)
+LONGEST_WAIT_S = 15.0
+"""Less than `CREDIT_TTL_S`, after which a timer of the unit schedules again."""
+
+
+class RouterStream:
+    """An Admit stream, as a router holds it."""
+
+    def __init__(self, served_unit: ServedUnit, router: str = "r", says_hello: bool = True) -> None:
+        self._outbox: asyncio.Queue[kvstore_pb2.AdmitRequest | None] = asyncio.Queue()
+        if says_hello:
+            self.send(hello=kvstore_pb2.RouterHello(router=router))
+        self._call: Any = served_unit.stub.Admit(self._messages())
+
+    async def _messages(self) -> AsyncIterator[kvstore_pb2.AdmitRequest]:
+        while (message := await self._outbox.get()) is not None:
+            yield message
+
+    def send(self, **message: Any) -> None:
+        self._outbox.put_nowait(kvstore_pb2.AdmitRequest(**message))
+
+    def offer(self, request: QueuedRequest) -> None:
+        self.send(offer=convert.queued_to_wire(request))
+
+    async def next_message(self) -> kvstore_pb2.AdmitResponse:
+        """The next message of any kind. Raises the error by which the stream ended; EOFError at its regular end."""
+        try:
+            response = await asyncio.wait_for(self._call.read(), LONGEST_WAIT_S)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        if response is grpc.aio.EOF:
+            raise EOFError
+        assert isinstance(response, kvstore_pb2.AdmitResponse)
+        return response
+
+    async def next(self) -> kvstore_pb2.AdmitResponse:
+        """The next message that is not of step costs."""
+        while (response := await self.next_message()).WhichOneof("message") == "costs":
+            pass
+        return response
+
+    async def credit(self) -> kvstore_pb2.Credit:
+        response = await self.next()
+        assert response.WhichOneof("message") == "credit", response
+        return response.credit
+
+    async def refused(self) -> tuple[int, str, str]:
+        response = await self.next()
+        assert response.WhichOneof("message") == "refused", response
+        return response.refused.entry_id, response.refused.field, response.refused.problem
+
+    async def no_credit(self) -> None:
+        """All earlier messages are applied, and no credit was issued to this router since the last one."""
+        self.offer(queued(999, "unknown"))
+        assert (await self.refused())[0] == 999
+
+    def half_close(self) -> None:
+        self._outbox.put_nowait(None)
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
+@pytest_asyncio.fixture
+async def served_unit(tmp_path: Path) -> AsyncIterator[ServedUnit]:
+    unit = make_unit(num_slabs=4, max_num_seqs=4, swap_bytes=4 * SWAP_PAGE_BYTES)
+    async with served(tmp_path, unit) as running:
+        yield running
+        unit.check_integrity()
+
+
+class LeaseWatch:
+    """A WatchLeases stream, as a decode worker holds it."""
+
+    def __init__(self, served_unit: ServedUnit, worker: str) -> None:
+        self._call: Any = served_unit.stub.WatchLeases(kvstore_pb2.WatchLeasesRequest(owner=worker))
+
+    async def next(self) -> Lease | int:
+        """A lease that has arrived, or the id of one to pre-empt."""
+        response = await asyncio.wait_for(self._call.read(), LONGEST_WAIT_S)
+        assert isinstance(response, kvstore_pb2.WatchLeasesResponse), response
+        return convert.lease_from_wire(response.arrived) if response.HasField("arrived") else response.preempt
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
+class Workers:
+    """A ready prefill and a ready decode worker of one model, and their calls."""
+
+    def __init__(self, channel: grpc.aio.Channel, model: str, prefill: Attachment, decode: Attachment) -> None:
+        self.model = model
+        self.prefill_attachment, self.decode_attachment = prefill, decode
+        self.prefill_name, self.decode_name = prefill.worker, decode.worker
+        self.prefill, self.decode = LeaseClient(channel, prefill.worker), LeaseClient(channel, decode.worker)
+
+    @classmethod
+    async def of(cls, served_unit: ServedUnit, model: str = "a") -> "Workers":
+        return cls(served_unit.channel, model, *await served_unit.attach_ready(model))
+
+    async def decoding(self, router: RouterStream, entry_id: int, num_tokens: int, arrived_at_s: float = 0.0) -> Lease:
+        """A lease of the decode worker."""
+        router.offer(queued(entry_id, self.model, num_tokens, arrived_at_s=arrived_at_s))
+        credit = await router.credit()
+        lease = await self.prefill.acquire(convert.ref_from_wire(credit.lease))
+        await self.prefill.move(lease.ref, self.decode_name, num_tokens, ())
+        return Lease(LeaseRef(lease.ref.lease_id, lease.ref.epoch + 1), self.model, lease.block_ids, num_tokens)
+
+    async def swapped(self, router: RouterStream, entry_id: int, num_tokens: int) -> Lease:
+        lease = await self.decoding(router, entry_id, num_tokens)
+        await self.decode.begin_swap_out(lease.ref, SWAP_PAGE_BYTES)
+        await self.decode.finish_swap_out(lease.ref, ())
+        return lease
+
+
+async def status_of(served_unit: ServedUnit) -> Any:
+    return (await served_unit.stub.GetUnitStatus(kvstore_pb2.GetUnitStatusRequest())).unit
+
+
+# Routers
+
+
+async def test_a_credit_names_the_lease_the_workers_and_the_decision(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    request = QueuedRequest(5, "a", SchedulingState(-1, 7.0, 0.5, 2.0, 0.0, 1.0), KvDemand(8, 8))
+    router.offer(request)
+    credit = await router.credit()
+    assert (credit.entry_id, credit.decision, credit.num_overtaken) == (5, 1, 0)
+    assert (credit.prefill.name, credit.prefill.address) == (workers.prefill_name, "unix:prefill")
+    assert (credit.decode.name, credit.decode.address) == (workers.decode_name, "unix:decode")
+    assert convert.scheduling_from_wire(credit.scheduling) == request.scheduling
+    (lease,) = served_unit.unit.leases.of_owner("r#1")
+    assert convert.ref_from_wire(credit.lease) == lease.ref
+
+
+async def test_a_request_gets_its_credit_when_the_workers_become_ready(served_unit: ServedUnit) -> None:
+    router = RouterStream(served_unit)
+    router.offer(queued(1))
+    await router.no_credit()
+    await served_unit.attach_ready("a")
+    assert (await router.credit()).entry_id == 1
+
+
+async def test_requests_of_two_routers_form_one_queue(served_unit: ServedUnit) -> None:
+    workers, first, second = await Workers.of(served_unit), RouterStream(served_unit), RouterStream(served_unit)
+    leases = [await workers.decoding(first, entry_id, 8) for entry_id in range(4)]
+    first.offer(queued(5, arrived_at_s=2.0))
+    await first.no_credit()
+    second.offer(queued(5, arrived_at_s=1.0))
+    await second.no_credit()
+    await workers.decode.release(leases[0].ref, ())
+    assert (await second.credit()).num_overtaken == 0
+    await workers.decode.release(leases[1].ref, ())
+    assert (await first.credit()).entry_id == 5
+
+
+async def test_a_request_that_the_unit_never_serves_is_refused_by_its_field(served_unit: ServedUnit) -> None:
+    router = RouterStream(served_unit)
+    router.offer(queued(3, "unknown"))
+    assert await router.refused() == (3, "model", "'unknown' is not served by this unit")
+    router.offer(queued(4, num_tokens=10**6))
+    capacity = 4 * slab_tokens(served_unit.unit, "a")
+    problem = f"prompt and longest output are 1000000 tokens; the KV pool holds {capacity}"
+    assert await router.refused() == (4, "stopping.max_new_tokens", problem)
+
+
+async def test_a_withdrawn_request_gets_no_credit(served_unit: ServedUnit) -> None:
+    router = RouterStream(served_unit)
+    router.offer(queued(1))
+    router.send(withdraw=1)
+    await router.no_credit()
+    await Workers.of(served_unit)
+    router.offer(queued(2))
+    assert (await router.credit()).entry_id == 2
+
+
+async def test_a_returned_credit_frees_its_blocks(served_unit: ServedUnit) -> None:
+    await Workers.of(served_unit)
+    router = RouterStream(served_unit)
+    router.offer(queued(1))
+    credit = await router.credit()
+    router.send(return_credit=credit.lease)
+    await router.no_credit()
+    assert len(served_unit.unit.leases) == 0
+
+
+async def test_a_credit_cannot_be_returned_once_a_worker_has_acquired_it(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    router.offer(queued(1))
+    credit = await router.credit()
+    lease = await workers.prefill.acquire(convert.ref_from_wire(credit.lease))
+    router.send(return_credit=credit.lease)
+    await router.no_credit()
+    assert served_unit.unit.leases.of_owner(workers.prefill_name) == [lease]
+
+
+async def test_a_router_cannot_return_the_credit_of_another(served_unit: ServedUnit) -> None:
+    await Workers.of(served_unit)
+    owner, other = RouterStream(served_unit), RouterStream(served_unit)
+    owner.offer(queued(1))
+    credit = await owner.credit()
+    other.send(return_credit=credit.lease)
+    await other.no_credit()
+    assert len(served_unit.unit.leases) == 1
+
+
+@pytest.mark.parametrize("ending", [RouterStream.half_close, RouterStream.cancel])
+async def test_the_end_of_a_stream_drops_its_requests_and_credits_and_keeps_its_leases(
+    served_unit: ServedUnit, ending: Any
+) -> None:
+    workers, lost, other = await Workers.of(served_unit), RouterStream(served_unit), RouterStream(served_unit)
+    for entry_id in range(3):
+        await workers.decoding(lost, entry_id, 8)
+    lost.offer(queued(3))
+    await lost.credit()
+    lost.offer(queued(4))
+    await lost.no_credit()
+    other.offer(queued(5, arrived_at_s=9.0))
+    await other.no_credit()
+    ending(lost)
+    assert (await other.credit()).entry_id == 5
+    assert served_unit.unit.leases.count_by_owner()[workers.decode_name] == 3
+    assert served_unit.unit.admission.count("a") == 0
+
+
+async def test_a_half_closed_stream_ends_regularly(served_unit: ServedUnit) -> None:
+    router = RouterStream(served_unit)
+    await router.no_credit()
+    router.half_close()
+    with pytest.raises(EOFError):
+        await router.next()
+
+
+@pytest.mark.parametrize("message", [None, {"withdraw": 1}, {"offer": convert.queued_to_wire(queued(1))}])
+async def test_a_stream_without_a_hello_is_refused(served_unit: ServedUnit, message: dict[str, Any] | None) -> None:
+    router = RouterStream(served_unit, says_hello=False)
+    if message is None:
+        router.half_close()
+    else:
+        router.send(**message)
+    with pytest.raises(InvalidRequest, match="hello: has to be the first message of the stream"):
+        await router.next()
+
+
+async def test_a_message_that_cannot_be_parsed_ends_its_stream_by_an_error(served_unit: ServedUnit) -> None:
+    bad_tenant = kvstore_pb2.AdmitRequest(offer=kvstore_pb2.QueuedRequest(tenant="??")).SerializeToString()
+    raw: Any = served_unit.channel.stream_stream("/muxmesh.internal.v1.KvStoreService/Admit")
+
+    async def messages() -> AsyncIterator[bytes]:
+        yield kvstore_pb2.AdmitRequest(hello=kvstore_pb2.RouterHello(router="r")).SerializeToString()
+        yield bad_tenant.replace(b"??", b"\xff\xff")
+
+    call = raw(messages())
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    error = from_rpc_error(caught.value)
+    assert isinstance(error, InvalidRequest)
+    assert (error.field, error.problem) == ("offer.tenant", "is not valid UTF-8")
+
+
+async def test_a_decision_is_logged_with_its_reason_if_that_is_configured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "kvstore.service")
+    async with served(tmp_path, make_unit(), trace=True) as running:
+        await Workers.of(running)
+        router = RouterStream(running, "router0")
+        running.clock.advance(3.0)
+        router.offer(queued(5, priority=2, arrived_at_s=1.0))
+        await router.credit()
+    assert "decision 1: request 5 of router0#1 for a overtakes 0: fcfs, priority 2: waited 2 s" in caplog.messages
+
+
+# Step costs
+
+
+async def test_a_new_stream_gets_the_step_costs_of_models_whose_workers_have_measured_theirs(
+    served_unit: ServedUnit,
+) -> None:
+    prefill, decode = await served_unit.attach_ready("a")
+    _, decode_of_b = await served_unit.attach_ready("b")
+    prefill_cost, decode_cost = StepCost(0.1, 0.2, 0.3), StepCost(1.0, 2.0, 3.0, 4.0, 5.0)
+    for attachment, cost in ((prefill, prefill_cost), (decode, decode_cost), (decode_of_b, decode_cost)):
+        attachment.page.write_cost(attachment.slot, cost)
+    (sent,) = (await RouterStream(served_unit).next_message()).costs.models
+    assert sent.model == "a"
+    assert convert.cost_from_wire(sent.prefill) == prefill_cost
+    assert convert.cost_from_wire(sent.decode) == decode_cost
+
+
+async def test_step_costs_are_sent_at_most_once_in_their_interval(served_unit: ServedUnit) -> None:
+    router = RouterStream(served_unit)
+
+    async def kinds_until_refused() -> list[str | None]:
+        router.offer(queued(1, "unknown"))
+        kinds: list[str | None] = []
+        while kinds[-1:] != ["refused"]:
+            kinds.append((await router.next_message()).WhichOneof("message"))
+        return kinds
+
+    assert await kinds_until_refused() == ["costs", "refused"]
+    assert await kinds_until_refused() == ["costs", "refused"], "those of the first round"
+    assert await kinds_until_refused() == ["refused"]
+    served_unit.clock.advance(COSTS_EVERY_S)
+    assert await kinds_until_refused() == ["refused"], "they follow the refusal"
+    assert await kinds_until_refused() == ["costs", "refused"]
+
+
+# Models that are removed
+
+
+async def test_queued_requests_of_a_removed_model_are_refused_and_its_leases_continue(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    leases = [await workers.decoding(router, entry_id, 8) for entry_id in range(4)]
+    router.offer(queued(7))
+    router.offer(queued(8, "b"))
+    await router.no_credit()
+    served_unit.service.remove_model("a")
+    assert await router.refused() == (7, "model", "'a' is no longer served")
+    router.offer(queued(9))
+    assert await router.refused() == (9, "model", "'a' is not served by this unit")
+    assert await workers.decode.grow(leases[0].ref, 1)
+    for lease in leases:
+        assert "a" in served_unit.unit.models
+        await workers.decode.release(lease.ref, ())
+    assert [model.model for model in (await status_of(served_unit)).models] == ["b", "c"]
+    assert served_unit.unit.admission.count("b") == 1
+
+
+async def test_workers_of_a_removed_model_are_refused(served_unit: ServedUnit) -> None:
+    served_unit.service.remove_model("a")
+    with pytest.raises(MeshError, match="refused decode of a"):
+        await attach(served_unit.attach_path, Role.DECODE, "a", "unix:x")
+
+
+# Leases
+
+
+async def test_a_lease_passes_through_all_its_states(served_unit: ServedUnit) -> None:
+    workers, router, leases = await Workers.of(served_unit), RouterStream(served_unit), served_unit.unit.leases
+    watch = LeaseWatch(served_unit, workers.decode_name)
+    hashes = block_hashes(range(24), 8, b"root")
+    router.offer(queued(1, num_tokens=32, hashes=hashes, max_cached_tokens=31))
+    ref = convert.ref_from_wire((await router.credit()).lease)
+    acquired = await workers.prefill.acquire(ref)
+    arrival = asyncio.ensure_future(watch.next())
+    await workers.prefill.move(acquired.ref, workers.decode_name, 25, (11, 12))
+    lease = await arrival
+    assert isinstance(lease, Lease)
+    assert lease == Lease(LeaseRef(ref.lease_id, 3), "a", acquired.block_ids, 25, (11, 12))
+    added = await workers.decode.grow(lease.ref, 2)
+    assert leases.of_owner(workers.decode_name)[0].block_ids == (*lease.block_ids, *added)
+    assert await workers.decode.begin_swap_out(lease.ref, SWAP_PAGE_BYTES + 1) == (0, 1)
+    await workers.decode.finish_swap_out(lease.ref, hashes)
+    assert leases.count_states("a") == {LeaseState.SWAPPED: 1}
+    block_ids, num_cached = await workers.decode.begin_swap_in(lease.ref, FIRST, KvDemand(48, 64, hashes, 47))
+    assert (len(block_ids), block_ids[:3], num_cached) == (6, lease.block_ids[:3], 3)
+    await workers.decode.finish_swap_in(lease.ref)
+    await workers.decode.release(lease.ref, hashes)
+    assert (len(leases), served_unit.unit.swap.num_free_pages) == (0, 4)
+    assert served_unit.unit.blocks.num_cached("a") == 3
+
+
+async def test_calls_for_a_lease_that_does_not_exist_raise_lease_lost(served_unit: ServedUnit) -> None:
+    workers, ref = await Workers.of(served_unit), LeaseRef(77, 1)
+    client = workers.decode
+    calls = [
+        client.acquire(ref),
+        client.move(ref, workers.decode_name, 1, ()),
+        client.grow(ref, 1),
+        client.begin_swap_out(ref, 1),
+        client.finish_swap_out(ref, ()),
+        client.begin_swap_in(ref, FIRST, KvDemand(1, 1)),
+        client.finish_swap_in(ref),
+        client.release(ref, ()),
+    ]
+    for call in calls:
+        with pytest.raises(LeaseLost, match="lease 77 does not exist or has ended"):
+            await call
+
+
+async def test_only_an_attached_worker_can_acquire_or_receive_or_watch(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    router.offer(queued(1))
+    ref = convert.ref_from_wire((await router.credit()).lease)
+    stranger = LeaseClient(served_unit.channel, "stranger")
+    with pytest.raises(WorkerLost, match="worker stranger is not attached"):
+        await stranger.acquire(ref)
+    lease = await workers.prefill.acquire(ref)
+    with pytest.raises(WorkerLost, match="worker stranger is not attached"):
+        await workers.prefill.move(lease.ref, "stranger", 8, ())
+    with pytest.raises(WorkerLost, match="worker stranger is not attached"):
+        await anext(stranger.watch())
+    assert served_unit.unit.leases.of_owner(workers.prefill_name) == [lease]
+
+
+async def test_a_full_pool_and_a_full_swap_region_raise_overloaded(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    lease = await workers.decoding(router, 1, 4 * slab_tokens(served_unit.unit, "a"))
+    with pytest.raises(Overloaded, match="the KV pool has fewer than 1 free token blocks"):
+        await workers.decode.grow(lease.ref, 1)
+    num_bytes = 5 * SWAP_PAGE_BYTES
+    with pytest.raises(Overloaded, match=f"the swap region has fewer than {num_bytes} free bytes"):
+        await workers.decode.begin_swap_out(lease.ref, num_bytes)
+
+
+async def test_a_released_lease_makes_a_queued_request_admitted(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    capacity = 4 * slab_tokens(served_unit.unit, "a")
+    lease = await workers.decoding(router, 1, capacity)
+    router.offer(queued(2, num_tokens=capacity))
+    await router.no_credit()
+    await workers.decode.release(lease.ref, ())
+    assert (await router.credit()).entry_id == 2
+
+
+async def test_an_expired_credit_cannot_be_acquired(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    router.offer(queued(1))
+    credit = await router.credit()
+    served_unit.clock.advance(CREDIT_TTL_S)
+    served_unit.service.changed()
+    with pytest.raises(LeaseLost, match="does not exist or has ended"):
+        await workers.prefill.acquire(convert.ref_from_wire(credit.lease))
+
+
+class NoContext:
+    """The context of a call that is made in this process."""
+
+    async def send_initial_metadata(self, metadata: object) -> None:
+        pass
+
+
+def test_an_unused_credit_expires_though_no_call_arrives() -> None:
+    unit = make_unit()
+    attach_ready(unit, "a")
+    config = UnitConfig(models=tuple(ModelConfig(name=name) for name in SHAPES))
+
+    async def wait_for_expiry() -> float:
+        grants, clock = GrantTable(), VirtualClock()
+        service = KvStoreService(config, unit, grants, clock)
+
+        async def messages() -> AsyncIterator[kvstore_pb2.AdmitRequest]:
+            yield kvstore_pb2.AdmitRequest(hello=kvstore_pb2.RouterHello(router="r"))
+            yield kvstore_pb2.AdmitRequest(offer=convert.queued_to_wire(queued(1)))
+            while len(unit.leases):
+                await asyncio.sleep(0.5)
+
+        context: Any = NoContext()
+        async for _ in service.Admit(messages(), context):
+            pass
+        grants.close()
+        return clock.monotonic_s()
+
+    assert run_virtually(wait_for_expiry()) == CREDIT_TTL_S
+    assert unit.next_change_s() is None
+
+
+# Watching
+
+
+async def test_a_watch_begins_with_the_leases_that_the_worker_has(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    first, second = [await workers.decoding(router, entry_id, 8) for entry_id in (1, 2)]
+    watch = LeaseWatch(served_unit, workers.decode_name)
+    assert [await watch.next() for _ in range(2)] == [first, second]
+
+
+async def test_a_later_watch_of_a_worker_replaces_the_earlier_one(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    lease = await workers.decoding(router, 1, 8)
+    first = LeaseWatch(served_unit, workers.decode_name)
+    assert await first.next() == lease
+    second = LeaseWatch(served_unit, workers.decode_name)
+    assert await second.next() == lease
+    first.cancel()
+    await router.no_credit()
+    another = await workers.decoding(router, 2, 8)
+    assert await second.next() == another
+
+
+async def test_a_watching_worker_is_asked_to_preempt_a_lease_whose_memory_another_model_claims(
+    served_unit: ServedUnit,
+) -> None:
+    unit = served_unit.unit
+    unit.quotas |= {"a": 2, "b": 2, "c": 0}
+    borrower, claimant = await Workers.of(served_unit, "a"), await Workers.of(served_unit, "b")
+    router = RouterStream(served_unit)
+    slab = slab_tokens(unit, "a")
+    leases = [await borrower.decoding(router, entry_id, slab, float(entry_id)) for entry_id in (1, 2, 3, 4)]
+    watch = LeaseWatch(served_unit, borrower.decode_name)
+    assert [await watch.next() for _ in leases] == leases
+    router.offer(queued(9, "b", 2 * slab_tokens(unit, "b")))
+    await router.no_credit()
+    served_unit.clock.advance(RECLAIM_AFTER_S)
+    for victim in (leases[3], leases[2]):
+        served_unit.service.changed()
+        assert await watch.next() == victim.ref.lease_id
+        await borrower.decode.release(victim.ref, ())
+        served_unit.clock.advance(RECLAIM_EVERY_S)
+    credit = await router.credit()
+    assert (credit.entry_id, credit.decode.name) == (9, claimant.decode_name)
+
+
+# Swap in
+
+
+async def until_waiting(served_unit: ServedUnit, num_entries: int) -> None:
+    """Waits, call by call, until so many entries of model `a` wait."""
+    while served_unit.unit.admission.count("a") != num_entries:
+        await status_of(served_unit)
+
+
+async def test_a_swap_in_waits_for_its_turn_among_queued_requests(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    capacity = 4 * slab_tokens(served_unit.unit, "a")
+    swapped = await workers.swapped(router, 1, 8)
+    running = await workers.decoding(router, 2, capacity)
+    router.offer(queued(3, num_tokens=capacity, arrived_at_s=9.0))
+    waiting = asyncio.ensure_future(workers.decode.begin_swap_in(swapped.ref, FIRST, KvDemand(8, 16)))
+    await until_waiting(served_unit, 2)
+    await workers.decode.release(running.ref, ())
+    block_ids, num_cached = await waiting
+    assert (len(block_ids), num_cached) == (1, 0)
+    await router.no_credit()
+
+
+async def test_a_cancelled_swap_in_leaves_the_order_and_the_lease_stays_swapped(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    swapped = await workers.swapped(router, 1, 8)
+    running = await workers.decoding(router, 2, 4 * slab_tokens(served_unit.unit, "a"))
+    waiting = asyncio.ensure_future(workers.decode.begin_swap_in(swapped.ref, FIRST, KvDemand(8, 16)))
+    await until_waiting(served_unit, 1)
+    waiting.cancel()
+    await until_waiting(served_unit, 0)
+    await workers.decode.release(running.ref, ())
+    assert served_unit.unit.leases.state_of(swapped.ref, workers.decode_name) is LeaseState.SWAPPED
+    assert (await workers.decode.begin_swap_in(swapped.ref, FIRST, KvDemand(8, 16)))[1] == 0
+
+
+async def test_a_later_swap_in_of_a_lease_replaces_the_earlier_one(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    swapped = await workers.swapped(router, 1, 8)
+    running = await workers.decoding(router, 2, 4 * slab_tokens(served_unit.unit, "a"))
+    earlier = asyncio.ensure_future(workers.decode.begin_swap_in(swapped.ref, FIRST, KvDemand(8, 16)))
+    await until_waiting(served_unit, 1)
+    later = asyncio.ensure_future(workers.decode.begin_swap_in(swapped.ref, FIRST, KvDemand(16, 16)))
+    while served_unit.unit.admission._entries[workers.decode_name, 1].request.demand.num_tokens != 16:
+        await status_of(served_unit)
+    earlier.cancel()
+    await router.no_credit()
+    await workers.decode.release(running.ref, ())
+    assert len((await later)[0]) == 2
+
+
+async def test_a_refused_swap_in_does_not_disturb_the_one_that_waits(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    swapped = await workers.swapped(router, 1, 8)
+    running = await workers.decoding(router, 2, 4 * slab_tokens(served_unit.unit, "a"))
+    waiting = asyncio.ensure_future(workers.decode.begin_swap_in(swapped.ref, FIRST, KvDemand(8, 16)))
+    await until_waiting(served_unit, 1)
+    with pytest.raises(LeaseLost, match=f"belongs to {workers.decode_name}, not {workers.prefill_name}"):
+        await workers.prefill.begin_swap_in(swapped.ref, FIRST, KvDemand(8, 16))
+    await workers.decode.release(running.ref, ())
+    assert len((await waiting)[0]) == 1
+
+
+async def test_a_lease_that_is_not_swapped_cannot_be_swapped_in(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    lease = await workers.decoding(router, 1, 8)
+    with pytest.raises(LeaseLost, match="lease 1 is resident, not swapped"):
+        await workers.decode.begin_swap_in(lease.ref, FIRST, KvDemand(8, 16))
+
+
+# Status
+
+
+async def test_the_status_of_an_idle_unit_is_its_size_and_its_models(served_unit: ServedUnit) -> None:
+    status = await status_of(served_unit)
+    assert (status.unit, status.device, status.connected, list(status.workers)) == ("unit7", "cpu", True, [])
+    pool = status.pool
+    assert (pool.pool_bytes, pool.slab_bytes, pool.num_slabs) == (4 * SLAB_BYTES, SLAB_BYTES, 4)
+    assert (pool.num_free_slabs, pool.leased_bytes, pool.cached_bytes, pool.fragmented_bytes) == (4, 0, 0, 0)
+    assert (pool.swap_bytes, pool.swap_used_bytes) == (4 * SWAP_PAGE_BYTES, 0)
+    assert [model.model for model in status.models] == ["a", "b", "c"]
+    assert sum(model.quota_bytes for model in status.models) == pool.pool_bytes
+    assert [model.num_free_token_blocks for model in status.models] == [
+        4 * (SLAB_BYTES // shape.token_block_bytes) for shape in SHAPES.values()
+    ]
+
+
+async def test_the_status_counts_leases_memory_and_the_prefix_cache(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    hashes = block_hashes(range(24), 8, b"root")
+    resident = await workers.decoding(router, 1, 24)
+    await workers.decode.release(resident.ref, hashes)
+    await workers.swapped(router, 2, 8)
+    await workers.decoding(router, 3, 8)
+    router.offer(queued(4, num_tokens=24, hashes=hashes, max_cached_tokens=23))
+    await router.credit()
+    router.offer(queued(5, "b"))
+    await router.no_credit()
+    status = await status_of(served_unit)
+    model = status.models[0]
+    block_bytes = SHAPES["a"].token_block_bytes
+    assert (model.num_leases, model.num_credits, model.max_num_seqs) == (2, 1, 4)
+    assert (model.num_prefix_tokens_queried, model.num_prefix_tokens_hit) == (16, 16)
+    assert (model.num_leased_token_blocks, model.num_cached_token_blocks) == (4, 1)
+    assert [one.num_keys_waiting for one in status.models] == [0, 1, 0]
+    pool = status.pool
+    assert (pool.leased_bytes, pool.cached_bytes, pool.num_free_slabs) == (4 * block_bytes, block_bytes, 3)
+    assert pool.fragmented_bytes == SLAB_BYTES - 5 * block_bytes
+    assert (pool.num_handoffs, pool.num_swapped_leases, pool.swap_used_bytes) == (3, 1, SWAP_PAGE_BYTES)
+
+
+async def test_the_status_counts_leases_that_ended_without_a_release(served_unit: ServedUnit) -> None:
+    workers, router, other = await Workers.of(served_unit), RouterStream(served_unit), RouterStream(served_unit)
+    other.offer(queued(1))
+    await other.credit()
+    served_unit.clock.advance(CREDIT_TTL_S)
+    served_unit.service.changed()
+    await workers.decoding(router, 2, 8)
+    served_unit.unit.worker_exited(workers.decode_name)
+    served_unit.unit.worker_exited(workers.prefill_name)
+    pool = (await status_of(served_unit)).pool
+    assert (pool.num_leases_expired, pool.num_leases_orphaned) == (1, 1)
+
+
+async def test_the_status_of_a_worker_is_read_from_its_slot(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    await workers.decoding(router, 1, 8)
+    counters = {
+        Word.NUM_STEPS: 5,
+        Word.NUM_COMPUTED_TOKENS: 60,
+        Word.KV_BYTES_WRITTEN: 700,
+        Word.BUSY_NS: 8_500_000_000,
+        Word.SWAP_OUT_BYTES: 90,
+        Word.SWAP_IN_BYTES: 80,
+        Word.SWAP_NS: 250_000_000,
+    }
+    decode = workers.decode_attachment
+    for word, value in counters.items():
+        decode.page.write(decode.slot, word, value)
+    prefill_status, status = (await status_of(served_unit)).workers
+    assert (status.name, status.role, status.model) == (workers.decode_name, "decode", "a")
+    assert (status.pid, status.ready, status.num_leases) == (os.getpid(), True, 1)
+    assert (status.num_steps, status.num_computed_tokens, status.kv_bytes_written) == (5, 60, 700)
+    assert (status.busy_s, status.swap_out_bytes, status.swap_in_bytes, status.swap_s) == (8.5, 90, 80, 0.25)
+    assert (prefill_status.name, prefill_status.num_steps) == (workers.prefill_name, 0)
+
+
+async def test_the_status_of_a_unit_whose_state_is_wrong_is_an_error(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    lease = await workers.decoding(router, 1, 8)
+    served_unit.unit.blocks.free("a", lease.block_ids)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await status_of(served_unit)
+    assert isinstance(from_rpc_error(caught.value), InternalError)
+    assert "references differ from the leases" in str(caught.value.details())
+    served_unit.unit.blocks.allocate("a", 1)

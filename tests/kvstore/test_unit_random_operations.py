@@ -1,0 +1,310 @@
+"""A unit under random operations, against the transitions of leases and the contents of blocks."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from kvstore.admission import AdmissionEntry
+from kvstore.leases import TRANSITIONS, LeaseState
+from kvstore.unit import CREDIT_TTL_S, IssuedCredit, UnitModel
+from muxmesh.block_hashes import block_hashes
+from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
+from muxmesh.scheduling_policy import FCFS
+from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, Lease, LeaseRef, Role, SchedulingState, blocks_for
+from tests.kvstore.small_unit import SHAPES, attach_ready, make_unit, queued
+
+ROOT = b"root"
+
+
+def succeeds(operation: Callable[..., None], *arguments: Any) -> bool:
+    operation(*arguments)
+    return True
+
+
+class UnitMachine(RuleBasedStateMachine):
+    """A unit under random calls: requests, credits, every operation on leases, exits, late calls, models that change.
+
+    An operation on a lease has to succeed exactly where the table of transitions allows it. ``contents`` records which
+    prefix each block holds, so that a block that is shared or overwritten by mistake is found.
+    """
+
+    issued = Bundle("issued")
+    held = Bundle("held")
+    ended = Bundle("ended")
+
+    @initialize()
+    def start(self) -> None:
+        self.unit = make_unit(num_slabs=3, max_num_seqs=4, swap_bytes=6 * SWAP_PAGE_BYTES)
+        self.now_s = 0.0
+        self.last_entry = 0
+        self.just_scheduled = False
+        self.workers = {model: attach_ready(self.unit, model) for model in SHAPES}
+        self.hashes_of_entry: dict[int, tuple[bytes, ...]] = {}
+        self.hashes_of_lease: dict[int, tuple[bytes, ...]] = {}
+        self.contents: dict[tuple[str, int], bytes | None] = {}
+
+    # What the rules use
+
+    def apply(self, operation: str, lease: Lease, owner: str, call: Callable[[], Any]) -> Any:
+        """Calls an operation on a lease; None if it was refused or the unit had no memory for it."""
+        self.just_scheduled = False
+        record = self.unit.leases._records.get(lease.ref.lease_id)
+        is_current = record is not None and record.lease.ref == lease.ref and record.owner == owner
+        before = record.state if record is not None and is_current else None
+        allowed = TRANSITIONS[operation]
+        try:
+            result = call()
+        except WorkerLost:  # of a model that was removed
+            return None
+        except LeaseLost:
+            assert before not in allowed, f"{operation} of a lease that is {before} was refused"
+            return None
+        assert record is not None
+        assert before in allowed, f"{operation} of a lease that is {before} was not refused"
+        assert before is not None
+        assert record.state is (before if result is None and "begin" in operation else allowed[before])
+        return result
+
+    def current(self, lease_id: int) -> Lease | None:
+        record = self.unit.leases._records.get(lease_id)
+        return record.lease if record else None
+
+    def check_new_blocks(self, lease: Lease, num_cached: int) -> None:
+        """Cached blocks hold the prefix of the request; no other lease has one of the remaining blocks."""
+        hashes = self.hashes_of_lease[lease.ref.lease_id]
+        cached, private = lease.block_ids[:num_cached], lease.block_ids[num_cached:]
+        assert [self.contents[lease.model, block] for block in cached] == list(hashes[:num_cached])
+        others = [r.lease for r in self.unit.leases._records.values() if r.lease.ref.lease_id != lease.ref.lease_id]
+        in_use = {block for other in others if other.model == lease.model for block in other.block_ids}
+        for block in private:
+            assert block not in in_use
+            self.contents[lease.model, block] = None
+
+    def mark_computed(self, lease: Lease, num_blocks: int) -> None:
+        """A worker has computed the first blocks of the lease: they hold its prefix."""
+        for block, name in zip(lease.block_ids, self.hashes_of_lease[lease.ref.lease_id][:num_blocks], strict=False):
+            assert self.contents[lease.model, block] in {None, name}, "a block that others may read was overwritten"
+            self.contents[lease.model, block] = name
+
+    # Routers
+
+    @rule(
+        model=st.sampled_from(sorted(SHAPES)),
+        num_tokens=st.sampled_from([1, 30, 64, 96]),
+        priority=st.integers(-1, 1),
+        topic=st.integers(0, 1),
+        num_prompt_tokens=st.sampled_from([0, 40, 96]),
+    )
+    def offer(self, model: str, num_tokens: int, priority: int, topic: int, num_prompt_tokens: int) -> None:
+        """Prompts of one topic have a common prefix."""
+        self.just_scheduled = False
+        self.last_entry += 1
+        num_known = min(num_prompt_tokens, num_tokens)
+        hashes = block_hashes([topic] * num_known, SHAPES[model].block_size, ROOT)
+        self.hashes_of_entry[self.last_entry] = hashes
+        request = queued(self.last_entry, model, num_tokens, priority, self.now_s, hashes, max(0, num_known - 1))
+        try:
+            self.unit.offer("router", request)
+        except InvalidRequest:
+            assert model == "c", "only `c` is ever removed"
+
+    @rule(age=st.integers(0, 5))
+    def withdraw(self, age: int) -> None:
+        self.just_scheduled = False
+        self.unit.admission.withdraw("router", self.last_entry - age)
+
+    @rule()
+    def a_router_is_lost(self) -> None:
+        self.just_scheduled = False
+        self.unit.router_gone("router")
+
+    @rule(target=issued, seconds=st.sampled_from([0.0, 1.0, CREDIT_TTL_S]))
+    def schedule(self, seconds: float) -> object:
+        self.now_s += seconds
+        self.just_scheduled = True
+        decisions = self.unit.schedule(self.now_s, self.now_s)
+        for credit in decisions.credits:
+            self.hashes_of_lease[credit.lease.ref.lease_id] = self.hashes_of_entry[credit.entry_id]
+            num_cached = credit.lease.num_computed_tokens // SHAPES[credit.lease.model].block_size
+            self.check_new_blocks(credit.lease, num_cached)
+        for swap_in in decisions.swap_ins:
+            lease = self.current(swap_in.lease_id)
+            assert lease is not None
+            assert lease.block_ids == swap_in.block_ids
+            self.check_new_blocks(lease, swap_in.num_cached)
+        decode_workers = {names[1] for names in self.workers.values()}
+        assert all(request.worker in decode_workers for request in decisions.preemptions)
+        return multiple(*decisions.credits)
+
+    # Leases
+
+    @rule(target=held, credit=consumes(issued))
+    def acquire(self, credit: IssuedCredit) -> object:
+        prefill = self.workers[credit.lease.model][0]
+        lease = self.apply("acquire", credit.lease, "router", lambda: self.unit.acquire(credit.lease.ref, prefill))
+        if lease is None:
+            return multiple()
+        assert lease.block_ids == credit.lease.block_ids
+        assert lease.num_computed_tokens <= 95
+        return (lease, prefill)
+
+    @rule(target=held, lease_of=consumes(held))
+    def move(self, lease_of: tuple[Lease, str]) -> object:
+        lease, owner = lease_of
+        decode, block_size = self.workers[lease.model][1], SHAPES[lease.model].block_size
+        computed = max(lease.num_computed_tokens, len(lease.block_ids) * block_size // 2)
+        moved = self.apply("move", lease, owner, lambda: self.unit.move(lease.ref, owner, decode, computed, (1,)))
+        if moved is None:
+            return multiple() if self.current(lease.ref.lease_id) is None else lease_of
+        self.mark_computed(moved, computed // block_size)
+        return (moved, decode)
+
+    @rule(lease_of=held, num_blocks=st.integers(1, 6))
+    def grow(self, lease_of: tuple[Lease, str], num_blocks: int) -> None:
+        lease, owner = lease_of
+        for block in self.apply("grow", lease, owner, lambda: self.unit.grow(lease.ref, owner, num_blocks)) or ():
+            self.contents[lease.model, block] = None
+
+    @rule(lease_of=held, operation=st.sampled_from(["pause", "resume"]))
+    def pause_or_resume(self, lease_of: tuple[Lease, str], operation: str) -> None:
+        lease, owner = lease_of
+        self.apply(operation, lease, owner, lambda: succeeds(getattr(self.unit.leases, operation), lease.ref, owner))
+
+    @rule(lease_of=held, num_bytes=st.sampled_from([1, SWAP_PAGE_BYTES, 4 * SWAP_PAGE_BYTES]))
+    def begin_swap_out(self, lease_of: tuple[Lease, str], num_bytes: int) -> None:
+        lease, owner = lease_of
+        leases = self.unit.leases
+        pages = self.apply("begin_swap_out", lease, owner, lambda: leases.begin_swap_out(lease.ref, owner, num_bytes))
+        assert pages is None or len(pages) == blocks_for(num_bytes, SWAP_PAGE_BYTES)
+
+    @rule(lease_of=held, num_published=st.integers(0, 12))
+    def finish_swap_out(self, lease_of: tuple[Lease, str], num_published: int) -> None:
+        lease, owner = lease_of
+        before = self.current(lease.ref.lease_id)
+        hashes = self.hashes_of_lease[lease.ref.lease_id][:num_published]
+        finish = self.unit.leases.finish_swap_out
+        if self.apply("finish_swap_out", lease, owner, lambda: succeeds(finish, lease.ref, owner, hashes)):
+            assert before is not None
+            self.mark_computed(before, num_published)
+
+    @rule(lease_of=held, num_tokens=st.sampled_from([1, 30, 64, 96]))
+    def request_swap_in(self, lease_of: tuple[Lease, str], num_tokens: int) -> None:
+        self.just_scheduled = False
+        lease, owner = lease_of
+        hashes = self.hashes_of_lease[lease.ref.lease_id]
+        demand = KvDemand(num_tokens, 512, hashes, min(num_tokens, len(hashes) * SHAPES[lease.model].block_size))
+        with contextlib.suppress(LeaseLost):
+            self.unit.request_swap_in(lease.ref, owner, demand, SchedulingState(0, self.now_s))
+            assert self.unit.leases.state_of(lease.ref, owner) is LeaseState.SWAPPED
+
+    @rule(lease_of=held)
+    def finish_swap_in(self, lease_of: tuple[Lease, str]) -> None:
+        lease, owner = lease_of
+        finish = self.unit.leases.finish_swap_in
+        self.apply("finish_swap_in", lease, owner, lambda: succeeds(finish, lease.ref, owner))
+
+    @rule(target=ended, lease_of=consumes(held), num_published=st.integers(0, 12))
+    def release(self, lease_of: tuple[Lease, str], num_published: int) -> object:
+        self.just_scheduled = False
+        lease, owner = lease_of
+        record = self.unit.leases._records.get(lease.ref.lease_id)
+        state = record.state if record else None
+        before = self.current(lease.ref.lease_id)
+        try:
+            self.unit.release(lease.ref, owner, self.hashes_of_lease[lease.ref.lease_id][:num_published])
+        except LeaseLost:
+            return multiple()
+        assert before is not None
+        if state is not LeaseState.SWAPPING_IN:  # its blocks are not filled
+            self.mark_computed(before, num_published)
+        return lease_of
+
+    @rule(lease_of=ended)
+    def a_late_call_is_refused(self, lease_of: tuple[Lease, str]) -> None:
+        lease, owner = lease_of
+        with pytest.raises(LeaseLost):
+            self.unit.leases.release(lease.ref, owner)
+        with pytest.raises((LeaseLost, WorkerLost)):
+            self.unit.acquire(LeaseRef(lease.ref.lease_id, lease.ref.epoch), self.workers[lease.model][0])
+
+    # Workers and models
+
+    @rule(model=st.sampled_from(sorted(SHAPES)), index=st.integers(0, 1))
+    def a_worker_is_restarted(self, model: str, index: int) -> None:
+        self.just_scheduled = False
+        names = list(self.workers[model])
+        self.unit.worker_exited(names[index])
+        try:
+            worker = self.unit.attach((Role.PREFILL, Role.DECODE)[index], model, "x", 1)
+        except InvalidRequest:
+            assert model == "c"
+            return
+        worker.ready = True
+        names[index] = worker.name
+        self.workers[model] = (names[0], names[1])
+
+    @rule()
+    def a_model_is_removed(self) -> None:
+        self.just_scheduled = False
+        if "c" in self.unit.models:
+            self.unit.remove_model("c")
+
+    @rule()
+    def a_model_is_added(self) -> None:
+        self.just_scheduled = False
+        if "c" not in self.unit.models:
+            self.unit.add_model("c", UnitModel(SHAPES["c"], 4, 512))
+            self.contents = {key: content for key, content in self.contents.items() if key[0] != "c"}
+            for name in self.workers["c"]:
+                self.unit.worker_exited(name)
+            self.workers["c"] = attach_ready(self.unit, "c")
+
+    # Invariants
+
+    @invariant()
+    def the_state_is_consistent(self) -> None:
+        if hasattr(self, "unit"):
+            self.unit.check_integrity()
+
+    @invariant()
+    def an_entry_within_its_quota_waits_only_for_a_loan(self) -> None:
+        """After scheduling, if a slot is free, it waits only while another model is above its quota."""
+        if not hasattr(self, "unit") or not self.just_scheduled:
+            return
+        unit = self.unit
+        has_loans = any(unit.blocks.num_used_slabs(model) > unit.quotas[model] for model in unit.models)
+        batched, _ = unit.leases.count_assigned()
+        for entry in unit.admission._entries.values():
+            limit = unit.models[entry.model].max_num_seqs
+            decode = entry.source if entry.swapped else self.workers[entry.model][1]
+            first = self.first_waiting(entry.model)
+            needed = blocks_for(first.request.demand.num_tokens, SHAPES[entry.model].block_size)
+            fits = unit.blocks.num_slabs_with(first.model, needed) <= unit.quotas[first.model]
+            if batched[decode] < limit and batched[self.workers[entry.model][1]] < limit and fits:
+                assert has_loans, f"{first} waits, though no model is above its quota"
+
+    def first_waiting(self, model: str) -> AdmissionEntry:
+        entries = [entry for entry in self.unit.admission._entries.values() if entry.model == model]
+        return min(entries, key=lambda entry: FCFS.sort_key(entry.request.scheduling, 0.0))
+
+    def teardown(self) -> None:
+        if not hasattr(self, "unit"):
+            return
+        self.unit.router_gone("router")
+        for names in self.workers.values():
+            for name in names:
+                self.unit.worker_exited(name)
+        self.unit.check_integrity()
+        for model in self.unit.models:
+            assert self.unit.blocks.num_in_use(model) == 0
+            assert self.unit.blocks.num_available(model) == self.unit.pool.capacity_blocks(model)
+        assert self.unit.swap.num_free_pages == self.unit.swap.num_pages
+
+
+UnitMachine.TestCase.settings = settings(stateful_step_count=250)
+TestUnitUnderRandomOperations = UnitMachine.TestCase

@@ -1,0 +1,213 @@
+import asyncio
+import io
+import json
+from typing import Any
+
+import grpc
+import pytest
+
+from muxmesh.cli.main import main
+from muxmesh.errors import InvalidRequest, WorkerLost
+from muxmesh.v1 import inference_pb2
+from tests.support.fake_mesh import FakeMesh, output
+
+SCHEDULING = inference_pb2.SchedulingInfo(
+    policy="srtf", reason="srtf, priority 0: 2 s of work left", p50_output_tokens=40, p90_output_tokens=90,
+    source="hint", prefill_s=0.5, decode_s=1.5, waited_s=0.25, decision=7, num_overtaken=3,
+)  # fmt: skip
+JSON_OF_ABC = {
+    "text": "abc", "token_ids": [97, 98, 99], "num_prompt_tokens": 3, "num_cached_tokens": 0, "num_output_tokens": 3,
+    "finish_reason": "length", "stopped_by": None, "seed": 7, "queue_s": 0.25, "ttft_s": 0.5, "e2e_s": 1.5,
+    "num_restarts": 2,
+}  # fmt: skip
+
+
+def generate(*arguments: str) -> int:
+    return main(["generate", *arguments])
+
+
+def test_the_output_goes_to_stdout_and_its_speed_to_stderr(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate("hi") == 0
+    printed = capsys.readouterr()
+    assert printed.out == "abc\n"
+    assert printed.err == ("[3 prompt tokens (0 cached), 3 output tokens, TTFT 500 ms, 2.0 tokens/s, finish: length]\n")
+
+
+def test_one_token_has_no_decode_speed(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
+    mesh.script = output("a")
+    assert generate("hi") == 0
+    assert capsys.readouterr().err.endswith("1 output tokens, TTFT 500 ms, finish: length]\n")
+
+
+def test_every_option_has_its_field_in_the_request(mesh: FakeMesh) -> None:
+    options = (
+        "--model m --max-new-tokens 5 --temperature 0.5 --top-k 4 --top-p 0.75 --min-p 0.25 --presence-penalty 0.5 "
+        "--frequency-penalty -0.5 --repetition-penalty 1.5 --logit-bias 3=-1 --logit-bias 4=2 --allowed-token-id 3 "
+        "--allowed-token-id 4 --seed 9 --stop end --stop fin --cache-salt s --priority -3 --expected-output-tokens 8"
+    )
+    assert generate(*options.split(), "hi") == 0
+    assert mesh.requests == [
+        inference_pb2.GenerateRequest(
+            model="m",
+            text="hi",
+            temperature=0.5,
+            sampling=inference_pb2.SamplingOptions(num_sequences=1, top_k=4, top_p=0.75, min_p=0.25, seed=9),
+            decoding=inference_pb2.DecodingOptions(
+                presence_penalty=0.5,
+                frequency_penalty=-0.5,
+                repetition_penalty=1.5,
+                logit_bias={3: -1.0, 4: 2.0},
+                allowed_token_ids=inference_pb2.TokenIds(ids=[3, 4]),
+            ),
+            stopping=inference_pb2.StoppingOptions(max_new_tokens=5, stop_strings=["end", "fin"]),
+            response=inference_pb2.ResponseOptions(output_token_ids=True, skip_special_tokens=True),
+            kv=inference_pb2.KvOptions(cache_salt="s"),
+            priority=-3,
+            expected_output_tokens=8,
+        )
+    ]
+
+
+def test_the_default_is_greedy_sampling_of_plain_text(mesh: FakeMesh) -> None:
+    assert generate("hi") == 0
+    (request,) = mesh.requests
+    assert request.HasField("temperature") and request.temperature == 0
+    assert request.text == "hi" and not request.HasField("chat")
+    assert not request.stopping.HasField("max_new_tokens") and not request.sampling.HasField("seed")
+    assert mesh.deadlines_s == [None]
+
+
+def test_a_chat_prompt_is_one_turn_of_the_user(mesh: FakeMesh) -> None:
+    assert generate("--chat", "hi") == 0
+    (message,) = mesh.requests[0].chat.messages
+    assert (message.role, message.content) == ("user", "hi")
+
+
+def test_a_dash_reads_the_prompt_from_standard_input(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
+    assert generate("-") == 0
+    assert mesh.requests[0].text == "two\nlines\n"
+
+
+def test_json_has_the_output_and_its_figures(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate("--json", "hi") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == JSON_OF_ABC
+    assert printed.err == ""
+
+
+def test_json_of_several_outputs_is_a_list(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
+    mesh.script = output("abc", "xy", stop_string="end", finish_reason=2)
+    assert generate("--json", "-n", "2", "hi") == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first == {**JSON_OF_ABC, "finish_reason": "stop", "stopped_by": "end"}
+    assert second == {**first, "text": "xy", "token_ids": [120, 121], "num_output_tokens": 2}
+    assert mesh.requests[0].sampling.num_sequences == 2
+
+
+def test_several_outputs_are_numbered(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
+    mesh.script = output("abc", "xy")
+    assert generate("-n", "2", "hi") == 0
+    assert capsys.readouterr().out == "[1] abc\n[2] xy\n"
+
+
+def test_json_has_log_probabilities_on_request(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
+    candidate = inference_pb2.TokenLogprob(token_id=4, logprob=-0.5, rank=1)
+    (response,) = output("a")
+    response.prompt_info.token_logprobs.append(inference_pb2.TokenLogprobs(chosen=candidate))
+    response.outputs.token_logprobs.append(inference_pb2.TokenLogprobs(chosen=candidate, top=[candidate]))
+    mesh.script = [response]
+    assert generate("--json", "--logprobs", "1", "--prompt-logprobs", "0", "hi") == 0
+    content = json.loads(capsys.readouterr().out)
+    expected = {"token_id": 4, "logprob": -0.5, "rank": 1}
+    assert content["logprobs"] == [{"chosen": expected, "top": [expected]}]
+    assert content["prompt_logprobs"] == [{"chosen": expected, "top": []}]
+    options = mesh.requests[0].response
+    assert (options.output_logprobs, options.prompt_logprobs) == (1, 0) and options.HasField("prompt_logprobs")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--logprobs", "1"], "logprobs: log-probabilities are printed with --json only"),
+        (["--prompt-logprobs", "0"], "logprobs: log-probabilities are printed with --json only"),
+        (["--explain", "-n", "2"], "explain: with several outputs, scheduling is printed with --json only"),
+    ],
+)
+def test_options_that_need_json_are_refused_without_it(
+    mesh: FakeMesh, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert generate(*arguments, "hi") == 1
+    assert capsys.readouterr().err == f"muxmesh: {message}\n"
+    assert mesh.requests == []
+
+
+def test_the_scheduling_of_a_request_is_printed_beside_the_output(
+    mesh: FakeMesh, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mesh.script = output("abc")
+    mesh.script[0].scheduling.CopyFrom(SCHEDULING)
+    assert generate("--explain", "hi") == 0
+    printed = capsys.readouterr()
+    assert printed.out == "abc\n"
+    assert printed.err.splitlines()[1:] == [
+        "[expected output: p50 40 tokens, p90 90 (hint); work: prefill 0.5 s, decode 1.5 s",
+        "waited 0.25 s; admission 7, overtook 3 earlier requests. srtf, priority 0: 2 s of work left]",
+    ]
+    assert mesh.requests[0].response.scheduling
+
+
+def test_json_has_the_scheduling_on_request(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
+    mesh.script = output("abc")
+    mesh.script[0].scheduling.CopyFrom(SCHEDULING)
+    assert generate("--explain", "--json", "hi") == 0
+    scheduling = json.loads(capsys.readouterr().out)["scheduling"]
+    assert scheduling == {field.name: value for field, value in SCHEDULING.ListFields()}
+
+
+@pytest.mark.parametrize("lost", [grpc.StatusCode.UNAVAILABLE, WorkerLost("decode/m died")])
+def test_a_router_that_is_lost_after_the_first_delta_is_reported_on_a_line_of_its_own(
+    mesh: FakeMesh, capsys: pytest.CaptureFixture[str], lost: Any
+) -> None:
+    mesh.script = [*output("abc")[:2], lost]
+    assert generate("hi") == 1
+    printed = capsys.readouterr()
+    assert printed.out == "ab\n"
+    assert printed.err.startswith("muxmesh: the router was lost while it streamed the output; send the request again (")
+
+
+def test_a_router_that_is_lost_before_the_first_delta_is_an_unreachable_mesh(
+    mesh: FakeMesh, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mesh.script = [grpc.StatusCode.UNAVAILABLE]
+    assert generate("hi") == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"muxmesh: no mesh answers at {mesh.address}; start one with `muxmesh up`")
+
+
+def test_a_passed_deadline_is_an_error(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
+    mesh.script = [asyncio.Event()]
+    assert generate("--timeout", "0.1", "--json", "hi") == 1
+    assert json.loads(capsys.readouterr().out)["error"] == "DeadlineExceeded"
+
+
+def test_a_refused_field_is_named_in_text_and_json(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
+    mesh.script = [InvalidRequest("sampling.top_p", "is 0.0; more than 0 and at most 1")]
+    assert generate("--top-p", "0", "hi") == 1
+    assert capsys.readouterr().err == "muxmesh: sampling.top_p: is 0.0; more than 0 and at most 1\n"
+    assert generate("--top-p", "0", "--json", "hi") == 1
+    assert json.loads(capsys.readouterr().out) == {
+        "error": "InvalidRequest",
+        "field": "sampling.top_p",
+        "message": "sampling.top_p: is 0.0; more than 0 and at most 1",
+    }
+
+
+@pytest.mark.parametrize("option", [["--max-new-tokens", "-1"], ["--seed", "-1"], ["--top-k", "99999999999"]])
+def test_a_number_that_cannot_be_sent_is_an_error(
+    mesh: FakeMesh, option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate("--model", "m", *option, "hi") == 1
+    assert f"muxmesh: {option[0][2:].replace('-', '_')}: is {option[1]}; a whole number" in capsys.readouterr().err
+    assert mesh.requests == []

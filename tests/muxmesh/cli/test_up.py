@@ -1,0 +1,171 @@
+"""Errors of `muxmesh up` before anything starts, and its life as a process."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from muxmesh.cli.main import main
+from muxmesh.supervisor.mesh_supervisor import state_lock
+
+SIM_MESH = "units:\n  - models: [{name: load, engine: sim}]"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "mesh.yaml"
+    path.write_text(SIM_MESH)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "problem"),
+    [
+        ("listen: 5", "1: listen: ", ""),
+        ("units: [", "1: not YAML: ", ""),
+        (
+            "units:\n  - models:\n    - {name: a, source: ./nowhere}\n    - {name: b, source: ./nothing}",
+            "4: units[0].models[1].source: ",
+            "'./nothing'",
+        ),
+        (
+            "units:\n  - models: [{name: a, engine: sim, max_model_len: 99999}]",
+            "2: units[0].models[0].max_model_len: is 99999;",
+            "8192 tokens",
+        ),
+        (
+            "units:\n  - {kv_pool: 1MiB, slab: 64KiB, models: [{name: a, engine: sim, max_model_len: 8000}]}",
+            "2: units[0].models[0].max_model_len: is 8000;",
+            "2048 tokens",
+        ),
+        (
+            "units:\n  - {kv_pool: 1MiB, slab: 64KiB, kv_swap: 900TiB, models: [{name: a, engine: sim}]}",
+            "2: units[0].kv_pool: ",
+            "989560466046976 bytes",
+        ),
+        (
+            "units:\n  - {slab: 4096, models: [{name: a, engine: sim, block_size: 32}]}",
+            "2: units[0].models[0].block_size: ",
+            "16384 bytes",
+        ),
+        (f"order:\n  policy: fcfs\n  longest_lead: 5\n{SIM_MESH}", "3: order.longest_lead: ", "fcfs"),
+    ],
+)
+def test_a_wrong_configuration_is_reported_with_its_line_before_anything_starts(
+    config: Path, capsys: pytest.CaptureFixture[str], text: str, where: str, problem: str
+) -> None:
+    config.write_text(text)
+    assert main(["up", "-c", str(config), "--listen", "127.0.0.1:0"]) == 1
+    captured = capsys.readouterr()
+    (line,) = (line for line in captured.err.splitlines() if f"mesh.yaml:{where}" in line)
+    assert problem in line
+    assert "ready" not in captured.out
+
+
+def test_a_missing_configuration_file_is_reported_by_its_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["up", "-c", str(tmp_path / "none.yaml")]) == 1
+    assert f"muxmesh: {tmp_path / 'none.yaml'}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("listen", ["somewhere", ":50051", "127.0.0.1:x"])
+def test_a_malformed_listen_address_is_refused(listen: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "--listen", listen]) == 1
+    assert "HOST:PORT is needed" in capsys.readouterr().err
+
+
+def test_a_listen_address_in_use_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        listen = f"127.0.0.1:{other.getsockname()[1]}"
+        assert main(["up", "-c", str(config), "--listen", listen]) == 1
+    assert f"cannot listen on {listen}" in capsys.readouterr().err
+
+
+def test_a_state_directory_serves_one_mesh_at_a_time(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["up", "-c", str(config), "--listen", "127.0.0.1:0", "--state-dir", str(tmp_path / "state")]
+    with state_lock(tmp_path / "state"):
+        assert main(arguments) == 1
+    assert f"a mesh is already running with state directory {tmp_path / 'state'}" in capsys.readouterr().err
+
+
+def test_a_state_directory_that_cannot_be_created_is_an_error(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    state_dir = tmp_path / "file" / "state"
+    assert main(["up", "-c", str(config), "--listen", "127.0.0.1:0", "--state-dir", str(state_dir)]) == 1
+    assert str(state_dir) in capsys.readouterr().err
+
+
+def up(config: Path, *arguments: str) -> list[str]:
+    command = [sys.executable, "-m", "muxmesh", "up", "-c", str(config), "--listen", "127.0.0.1:0"]
+    return [*command, "--state-dir", str(config.parent / "state"), *arguments]
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("when", ["while it starts", "when it serves"])
+async def test_up_serves_until_ctrl_c_and_leaves_no_process(config: Path, when: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *up(config, "--hello"), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    if when == "when it serves":
+        printed = await process.stdout.readuntil(b"Ctrl-C stops the mesh.")
+        assert printed.startswith(b"muxmesh ready on 127.0.0.1:")
+        assert b"> What is the capital of France" in printed
+        address = printed.split()[3].decode()
+        assert f"muxmesh chat --address {address}\n" in printed.decode()
+    else:
+        await process.stderr.readuntil(b"attached")
+    started = processes_that_name(config.parent)
+    assert len(started) >= 4
+    process.send_signal(signal.SIGINT)
+    _, errors = await process.communicate()
+    assert process.returncode == 0, errors.decode()
+    assert b"stopping\n" in errors
+    assert b"redis | " not in errors, "redis writes to its log file only"
+    assert processes_that_name(config.parent) == set()
+    assert list((config.parent / "state").glob("run-*")) == []
+
+
+@pytest.mark.mesh
+async def test_a_killed_supervisor_takes_its_processes_along(config: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *up(config, "--quiet"), stdout=asyncio.subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    await process.stdout.readuntil(b"ready on")
+    pidfds = [os.pidfd_open(pid) for pid in processes_that_name(config.parent) - {process.pid}]
+    assert len(pidfds) >= 4
+    process.kill()
+    _, errors = await process.communicate()
+    assert b" | " not in errors, "--quiet prints no line of a service"
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(20):
+        for pidfd in pidfds:
+            ended = asyncio.Event()
+            loop.add_reader(pidfd, ended.set)
+            await ended.wait()
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+
+
+def processes_that_name(folder: Path) -> set[int]:
+    """Processes whose command line contains ``folder``."""
+    found = set()
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                if str(folder) in (path / "cmdline").read_text():
+                    found.add(int(path.name))
+            except OSError:
+                continue
+    return found

@@ -1,0 +1,90 @@
+"""The engine that a configuration names, run."""
+
+import asyncio
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from muxmesh.config.runtime import PreparedModel
+from muxmesh.config.schema import ModelConfig
+from muxmesh.device.device_pool import HostPool
+from muxmesh.engine.api import EngineJob, FreeGrant, Tokens
+from muxmesh.engine.build import build_engine, num_threads
+from muxmesh.engine.sequence import SequenceRecord
+from muxmesh.engine.step import Chunk, SampleSpec, Step
+from muxmesh.models.model_spec import read_model_spec
+from muxmesh.models.tokenizer import byte_tokenizer
+from muxmesh.models.weight_image import ensure_image
+from muxmesh.scheduling_policy import FCFS
+from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping
+from tests.support.tiny import TinyShape, tiny_runner, tiny_view, write_tiny_model
+
+PROMPT, BLOCKS = tuple(range(40, 60)), (0, 1, 2)
+
+
+def record(max_new_tokens: int, sampling: Sampling) -> SequenceRecord:
+    request = EngineRequest("r", "m", PROMPT, sampling, Stopping(max_new_tokens), SchedulingState(0, 0.0))
+    return SequenceRecord(request, 16, b"root", BLOCKS)
+
+
+async def run(config: ModelConfig, prepared: PreparedModel, pool: HostPool, sequence: SequenceRecord) -> list[int]:
+    """The output of one job on the engine that is built. The job's steps are observed."""
+    steps: list[Step] = []
+    engine = build_engine(config, prepared, pool, FreeGrant(), FCFS, lambda step, outcome, seconds: steps.append(step))
+    await engine.start()
+    async with asyncio.timeout(60):
+        events = [event async for event in engine.submit(EngineJob(1, sequence))]
+    await engine.stop()
+    assert sum(step.num_tokens for step in steps) == sequence.num_computed_tokens
+    return [token for event in events if isinstance(event, Tokens) for token in event.token_ids]
+
+
+NO_POOL = HostPool(np.zeros(0, dtype=np.float32), 4096, None)
+
+
+async def test_a_sim_model_without_a_folder_samples_printable_characters_of_the_byte_tokenizer() -> None:
+    prepared = PreparedModel(folder=None, image=None, weights_fingerprint="sim")
+    tokens = await run(ModelConfig(name="m", engine="sim"), prepared, NO_POOL, record(28, Sampling(seed=1)))
+    text = byte_tokenizer().decode(tokens)
+    assert len(tokens) == len(text) == 28 and text.isascii() and text.isprintable()
+
+
+async def test_a_sim_model_with_a_folder_samples_tokens_past_the_special_ones(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, TinyShape())
+    prepared = PreparedModel(folder=folder, image=None, weights_fingerprint="sim")
+    tokens = await run(ModelConfig(name="m", engine="sim"), prepared, NO_POOL, record(28, Sampling(seed=1)))
+    assert set(tokens) <= set(range(256, read_model_spec(folder).vocab_size))
+
+
+async def test_a_native_model_samples_what_its_runner_samples(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model", TinyShape())
+    spec, greedy = read_model_spec(folder), Sampling(temperature=0.0)
+    image = ensure_image(folder, spec, "panels", tmp_path, lambda done, total: None)
+    view = tiny_view(spec)
+    tokens = await run(
+        ModelConfig(name="m", threads=2),
+        PreparedModel(folder=folder, image=image, weights_fingerprint="w"),
+        HostPool(view.pool, view.slab_bytes, None),
+        record(6, greedy),
+    )
+    runner, _ = tiny_runner(folder, tmp_path)
+    expected: list[int] = []
+    for index in range(6):
+        chunk = Chunk(1, 0, (*PROMPT, *expected), BLOCKS, SampleSpec(greedy, index))
+        expected.append(runner.run(Step((chunk,))).sampled[1].token_id)
+    assert tokens == expected
+
+
+def test_threads_are_as_configured_or_one_for_each_core_of_the_process() -> None:
+    counted: list[int] = []
+
+    def count() -> None:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        counted.extend([num_threads(ModelConfig(name="m")), num_threads(ModelConfig(name="m", threads=5))])
+
+    thread = threading.Thread(target=count)  # affinity is a thread's own
+    thread.start()
+    thread.join()
+    assert counted == [1, 5]

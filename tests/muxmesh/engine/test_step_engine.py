@@ -1,0 +1,324 @@
+"""The loop over scheduler and runner, with runners that a test holds up or makes fail."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from muxmesh.clock import ManualClock, SystemClock
+from muxmesh.engine.api import EngineJob, Event, Failed, Finished, FreeGrant, Grant, JobDone, Preempted, Tokens
+from muxmesh.engine.scheduler import Scheduler
+from muxmesh.engine.sequence import SequenceRecord
+from muxmesh.engine.step import Runner, Step, StepOutcome
+from muxmesh.engine.step_engine import StepEngine
+from muxmesh.errors import ModelUnsupported
+from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping
+from tests.support.engines import FailingRunner, GatedRunner, running_engine, sim_runner
+
+
+def job(job_id: int = 1, max_new_tokens: int = 5, limit: int | None = None, num_blocks: int = 8) -> EngineJob:
+    prompt = tuple(range(40, 50))
+    scheduling = SchedulingState(0, float(job_id))
+    request = EngineRequest("r", "m", prompt, Sampling(seed=3), Stopping(max_new_tokens), scheduling)
+    return EngineJob(job_id, SequenceRecord(request, 8, b"root", tuple(range(num_blocks))), limit)
+
+
+async def rest(events: AsyncIterator[Event]) -> list[Event]:
+    """The events until the last one."""
+    async with asyncio.timeout(20):
+        return [event async for event in events]
+
+
+async def next_of(events: AsyncIterator[Event]) -> Event:
+    async with asyncio.timeout(20):
+        return await anext(events)
+
+
+class CountingGrant:
+    """A grant that a test gives, and that counts the calls."""
+
+    def __init__(self) -> None:
+        self.given = asyncio.Event()
+        self.calls: list[str] = []
+
+    async def acquire(self) -> None:
+        self.calls.append("acquire")
+        await self.given.wait()
+
+    def release(self) -> None:
+        self.calls.append("release")
+
+    def drop(self) -> None:
+        self.calls.append("drop")
+
+    async def called(self, name: str) -> None:
+        """Waits until the last call is this one."""
+        async with asyncio.timeout(20):
+            while self.calls[-1:] != [name]:
+                await asyncio.sleep(0)
+
+
+async def started(runner: Runner, grant: Grant | None = None, **options: Any) -> StepEngine:
+    engine = StepEngine(Scheduler(8, 32), runner, grant or FreeGrant(), SystemClock(), **options)
+    await engine.start()
+    return engine
+
+
+async def test_events_of_a_job_are_its_tokens_in_order_and_then_the_last_one() -> None:
+    async with running_engine() as engine:
+        *tokens, last = await rest(engine.submit(job()))
+    assert [event.start_index for event in tokens if isinstance(event, Tokens)] == [0, 1, 2, 3, 4]
+    assert isinstance(last, Finished)
+
+
+async def test_a_job_with_a_limit_is_done_there_and_may_be_continued_under_its_id() -> None:
+    async with running_engine() as engine:
+        first = job(limit=2)
+        assert isinstance((await rest(engine.submit(first)))[-1], JobDone)
+        events = await rest(engine.submit(EngineJob(1, first.sequence)))
+    assert [type(event) for event in events] == [Tokens, Tokens, Tokens, Finished]
+
+
+async def test_a_job_that_has_not_ended_is_refused_a_second_time() -> None:
+    runner = GatedRunner()
+    async with running_engine(runner) as engine:
+        engine.submit(job())
+        with pytest.raises(ValueError, match="job 1 is known already"):
+            engine.submit(job())
+
+
+async def test_a_job_that_is_submitted_during_a_step_runs_in_the_next() -> None:
+    runner = GatedRunner()
+    async with running_engine(runner) as engine:
+        first = engine.submit(job(1))
+        await runner.begun(1)
+        second = engine.submit(job(2))
+        runner.let()
+        await runner.begun(2)
+        assert [[chunk.job_id for chunk in step.chunks] for step in runner.steps] == [[1], [1, 2]]
+        runner.open()
+        await asyncio.gather(rest(first), rest(second))
+
+
+async def test_a_cancel_returns_when_the_step_in_flight_is_done() -> None:
+    runner = GatedRunner()
+    async with running_engine(runner) as engine:
+        events = engine.submit(job())
+        runner.let()
+        assert isinstance(await next_of(events), Tokens)
+        await runner.begun(2)
+        cancels = [asyncio.create_task(engine.cancel(1)) for _ in range(2)]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not any(cancel.done() for cancel in cancels)
+        runner.let()
+        async with asyncio.timeout(20):
+            await asyncio.gather(*cancels)
+        assert len(runner.steps) == 2
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await anext(events)
+
+
+async def test_a_job_that_is_in_no_step_is_cancelled_at_once() -> None:
+    runner = GatedRunner()
+    async with running_engine(runner) as engine:
+        engine.submit(job(1))
+        await runner.begun(1)
+        engine.submit(job(2))
+        await asyncio.wait_for(engine.cancel(2), 20)
+        await asyncio.wait_for(engine.cancel(99), 20)
+        runner.open()
+        await engine.cancel(1)
+
+
+async def test_a_job_is_pre_empted_at_the_end_of_its_step_and_does_not_run_until_it_is_resumed() -> None:
+    runner = GatedRunner()
+    async with running_engine(runner) as engine:
+        events = engine.submit(job())
+        await runner.begun(1)
+        engine.preempt(1)
+        engine.preempt(1)
+        runner.let(10)
+        assert isinstance(await next_of(events), Tokens)
+        assert await next_of(events) == Preempted()
+        other = await rest(engine.submit(job(2)))  # the loop goes on without the paused job
+        assert isinstance(other[-1], Finished)
+        assert [chunk.job_id for step in runner.steps for chunk in step.chunks] == [1, 2, 2, 2, 2, 2]
+        engine.resume(1)
+        assert [type(event) for event in await rest(events)] == [Tokens, Tokens, Tokens, Tokens, Finished]
+
+
+async def test_a_job_that_waits_for_blocks_is_pre_empted_at_once() -> None:
+    async with running_engine() as engine:
+        events = engine.submit(job(max_new_tokens=30, num_blocks=2))
+        for _ in range(2 * 8 + 1 - 10):
+            assert isinstance(await next_of(events), Tokens)
+        engine.preempt(1)
+        assert await next_of(events) == Preempted()
+
+
+async def test_an_idle_loop_runs_a_job_whose_blocks_are_extended() -> None:
+    async with running_engine() as engine:
+        waiting = job(max_new_tokens=30, num_blocks=2)
+        events = engine.submit(waiting)
+        for _ in range(2 * 8 + 1 - 10):
+            await next_of(events)
+        waiting.sequence.add_blocks((2, 3, 4))
+        engine.sequence_changed(1)
+        assert isinstance((await rest(events))[-1], Finished)
+
+
+async def test_no_step_is_computed_without_the_grant_and_an_idle_engine_drops_it() -> None:
+    runner, grant = GatedRunner(), CountingGrant()
+    runner.open()
+    engine = await started(runner, grant)
+    events = engine.submit(job(max_new_tokens=2))
+    await grant.called("acquire")
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert runner.steps == []
+    grant.given.set()
+    await rest(events)
+    await grant.called("drop")
+    assert [call for call in grant.calls if call != "drop"] == ["acquire", "release"] * 2
+    await engine.stop()
+
+
+async def test_a_job_that_is_cancelled_while_the_engine_waits_for_the_grant_is_not_computed() -> None:
+    runner, grant = GatedRunner(), CountingGrant()
+    runner.open()
+    engine = await started(runner, grant)
+    engine.submit(job(1))
+    await grant.called("acquire")
+    await engine.cancel(1)
+    grant.given.set()
+    await grant.called("drop")
+    assert isinstance((await rest(engine.submit(job(2))))[-1], Finished)
+    assert {chunk.job_id for step in runner.steps for chunk in step.chunks} == {2}
+    await engine.stop()
+
+
+async def test_each_step_is_observed_with_its_duration() -> None:
+    clock = ManualClock()
+
+    class SlowRunner:
+        def load(self) -> None: ...
+
+        def run(self, step: Step) -> StepOutcome:
+            clock.advance(0.25)
+            return sim_runner().run(step)
+
+    observed: list[tuple[int, float]] = []
+    engine = StepEngine(
+        Scheduler(8, 32), SlowRunner(), FreeGrant(), clock,
+        lambda step, outcome, seconds: observed.append((step.num_tokens, seconds)),
+    )  # fmt: skip
+    await engine.start()
+    await rest(engine.submit(job(max_new_tokens=3)))
+    await engine.stop()
+    assert observed == [(10, 0.25), (1, 0.25), (1, 0.25)]
+
+
+async def test_a_failed_step_fails_its_jobs_and_the_engine_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    async with running_engine(FailingRunner({1})) as engine:
+        assert await rest(engine.submit(job(1))) == [Failed("ArithmeticError: nan in layer 3")]
+        assert isinstance((await rest(engine.submit(job(2))))[-1], Finished)
+        assert isinstance((await rest(engine.submit(job(3))))[-1], Finished)
+    assert "a step with 1 jobs failed" in caplog.text and "nan in layer 3" in caplog.text
+
+
+async def test_a_cancel_during_a_step_that_fails_returns(caplog: pytest.LogCaptureFixture) -> None:
+    runner = GatedRunner(FailingRunner())
+    async with running_engine(runner) as engine:
+        engine.submit(job())
+        await runner.begun(1)
+        cancel = asyncio.create_task(engine.cancel(1))
+        await asyncio.sleep(0)
+        runner.let()
+        await asyncio.wait_for(cancel, 20)
+
+
+async def test_an_engine_whose_loop_fails_is_dead_and_all_its_jobs_fail(caplog: pytest.LogCaptureFixture) -> None:
+    def observe(step: Step, outcome: StepOutcome, seconds: float) -> None:
+        raise KeyError("a bug")
+
+    grant = CountingGrant()
+    grant.given.set()
+    engine = await started(sim_runner(), grant, observe=observe)
+    dead = asyncio.create_task(engine.wait_dead())
+    events = [engine.submit(job(job_id)) for job_id in (1, 2)]
+    for found in await asyncio.gather(*map(rest, events)):
+        assert found[-1] == Failed("the engine is dead: 'a bug'")
+    assert await asyncio.wait_for(dead, 20) == await engine.wait_dead() == "KeyError: 'a bug'"
+    assert grant.calls[-1] == "drop", "another worker may compute"
+    await asyncio.wait_for(engine.cancel(1), 20)
+    await engine.stop()
+    assert "the engine loop failed" in caplog.text
+
+
+async def test_an_engine_that_dies_wakes_its_waiters_and_a_cancelled_one_does_no_harm(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def observe(step: Step, outcome: StepOutcome, seconds: float) -> None:
+        raise KeyError("a bug")
+
+    runner = GatedRunner()
+    engine = await started(runner, observe=observe)
+    waiters = [asyncio.create_task(engine.wait_dead()) for _ in range(2)]
+    engine.submit(job())
+    await runner.begun(1)
+    cancel = asyncio.create_task(engine.cancel(1))
+    await asyncio.sleep(0)
+    waiters[0].cancel()
+    runner.open()
+    assert await asyncio.wait_for(waiters[1], 20) == "KeyError: 'a bug'"
+    await asyncio.wait_for(cancel, 20)
+    await engine.stop()
+
+
+async def test_stopping_waits_for_the_step_in_flight_and_fails_every_job() -> None:
+    runner = GatedRunner()
+    engine = await started(runner)
+    events = [engine.submit(job(job_id)) for job_id in (1, 2)]
+    await runner.begun(1)
+    asyncio.get_running_loop().call_soon(runner.open)  # after the loop of the engine is cancelled
+    await engine.stop()
+    assert [await rest(one) for one in events] == [[Failed("the engine was stopped")]] * 2
+    assert len(runner.steps) == 1
+
+
+async def test_an_engine_that_was_never_started_can_be_stopped() -> None:
+    engine = StepEngine(Scheduler(8, 32), sim_runner(), FreeGrant(), SystemClock())
+    events = engine.submit(job())
+    await engine.stop()
+    assert await rest(events) == [Failed("the engine was stopped")]
+
+
+async def test_a_model_that_cannot_be_loaded_fails_the_start() -> None:
+    class BadRunner(FailingRunner):
+        def load(self) -> None:
+            raise ModelUnsupported("no such architecture")
+
+    engine = StepEngine(Scheduler(8, 32), BadRunner(), FreeGrant(), SystemClock())
+    with pytest.raises(ModelUnsupported, match="no such architecture"):
+        await engine.start()
+    await engine.stop()
+
+
+async def test_the_runner_is_loaded_and_run_in_one_thread_of_the_engine() -> None:
+    threads: set[str] = set()
+
+    class NamingRunner(FailingRunner):
+        def load(self) -> None:
+            threads.add(threading.current_thread().name)
+
+        def run(self, step: Step) -> StepOutcome:
+            threads.add(threading.current_thread().name)
+            return sim_runner().run(step)
+
+    async with running_engine(NamingRunner()) as engine:
+        await rest(engine.submit(job()))
+    assert threads == {"engine_0"}

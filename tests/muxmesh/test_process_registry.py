@@ -1,0 +1,245 @@
+"""The process registry, with a real redis-server where Redis is reachable."""
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis.asyncio
+
+from muxmesh import process_registry
+from muxmesh.clock import Clock, ManualClock
+from muxmesh.process_registry import LIFETIME_S, ProcessRecord, ProcessRegistry, redis_key
+from muxmesh.supervisor.redis_server import redis_command
+from tests.support.virtual_time import VirtualClock, run_virtually
+
+
+@asynccontextmanager
+async def open_registry(url: str, mesh_id: str = "m", clock: Clock | None = None) -> AsyncIterator[ProcessRegistry]:
+    registry = ProcessRegistry(url, mesh_id, clock or ManualClock(1000.0))
+    try:
+        yield registry
+    finally:
+        await registry.close()
+
+
+@asynccontextmanager
+async def open_redis(url: str) -> AsyncIterator[Any]:
+    async with redis.asyncio.Redis.from_url(url, decode_responses=True) as client:
+        yield client
+
+
+async def until(condition: Callable[[], Awaitable[Any]]) -> None:
+    """Returns when the condition holds. Each check is a call to Redis."""
+    async with asyncio.timeout(20):
+        while not await condition():
+            await asyncio.sleep(0)
+
+
+async def write_record(url: str, name: str, seen_at_unix_s: float = 1000.0, mesh_id: str = "m", **more: Any) -> None:
+    record = {"name": name, "pid": 1, "address": f"unix:/{name}", "started_at_unix_s": 1.0, **more}
+    async with open_redis(url) as client:
+        text = json.dumps({**record, "seen_at_unix_s": seen_at_unix_s})
+        await client.hset(redis_key(mesh_id, "processes"), name, text)
+
+
+async def names(registry: ProcessRegistry) -> list[str] | None:
+    found = await registry.processes()
+    return None if found is None else [record.name for record, _ in found]
+
+
+async def test_a_registered_process_is_listed_until_the_block_ends(redis_url: str) -> None:
+    process = ProcessRegistry(redis_url, "m", ManualClock(1000.0))
+    async with open_registry(redis_url) as reader:
+        async with process.registered("router", "unix:/r.sock"):
+            await until(reader.processes)
+            assert await reader.processes() == [
+                (ProcessRecord("router", os.getpid(), "unix:/r.sock", 1000.0, 1000.0), 0)
+            ]
+        assert await reader.processes() == []
+
+
+@pytest.mark.parametrize(("age_s", "is_listed"), [(0.0, True), (LIFETIME_S, True), (LIFETIME_S + 0.1, False)])
+async def test_a_process_without_a_recent_heartbeat_is_not_listed(
+    redis_url: str, age_s: float, is_listed: bool
+) -> None:
+    await write_record(redis_url, "router")
+    async with open_registry(redis_url, clock=ManualClock(1000.0 + age_s)) as reader:
+        assert await reader.processes() == ([(_record("router"), 0)] if is_listed else [])
+
+
+def _record(name: str) -> ProcessRecord:
+    return ProcessRecord(name, 1, f"unix:/{name}", 1.0, 1000.0)
+
+
+async def test_heartbeats_carry_the_present_time_and_the_start_of_the_process(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_registry, "HEARTBEAT_S", 0.001)
+    clock = ManualClock(1000.0)
+    process = ProcessRegistry(redis_url, "m", clock)
+
+    async def seen_at_1005() -> bool:
+        found = await reader.processes() or []
+        return [(record.started_at_unix_s, record.seen_at_unix_s) for record, _ in found] == [(1000.0, 1005.0)]
+
+    async with open_registry(redis_url, clock=clock) as reader, process.registered("router", "unix:/r.sock"):
+        await until(reader.processes)
+        clock.advance(5.0)
+        await until(seen_at_1005)
+
+
+async def test_restarts_are_counted_by_process(redis_url: str) -> None:
+    await write_record(redis_url, "decode/chat")
+    await write_record(redis_url, "prefill/chat")
+    async with open_registry(redis_url) as registry:
+        for name in ("prefill/chat", "prefill/chat", "gone"):
+            await registry.count_restart(name)
+        found = await registry.processes()
+    assert found == [(_record("decode/chat"), 0), (_record("prefill/chat"), 2)]
+
+
+async def test_processes_are_sorted_by_name(redis_url: str) -> None:
+    for name in ("router", "decode/b", "kvstore/u", "decode/a"):
+        await write_record(redis_url, name)
+    async with open_registry(redis_url) as registry:
+        assert await names(registry) == ["decode/a", "decode/b", "kvstore/u", "router"]
+
+
+async def test_two_meshes_on_one_redis_do_not_see_each_other(redis_url: str) -> None:
+    processes = {mesh_id: ProcessRegistry(redis_url, mesh_id, ManualClock(1000.0)) for mesh_id in ("m", "m2")}
+    async with (
+        open_registry(redis_url, "m") as first,
+        open_registry(redis_url, "m2") as second,
+        processes["m"].registered("router", "unix:/first.sock"),
+    ):
+        await until(first.processes)
+        assert await second.processes() == []
+        async with processes["m2"].registered("router", "unix:/second.sock"):
+            await until(second.processes)
+            await first.count_restart("router")
+            assert await first.address_of("router") == "unix:/first.sock"
+            assert await second.address_of("router") == "unix:/second.sock"
+            assert [restarts for _, restarts in await second.processes() or []] == [0]
+        assert await names(first) == ["router"], "the end of one mesh leaves the other registered"
+
+
+async def test_every_redis_key_has_the_mesh_id_as_its_hash_tag(redis_url: str) -> None:
+    process = ProcessRegistry(redis_url, "blue", ManualClock(1000.0))
+    async with (
+        open_registry(redis_url, "blue") as reader,
+        open_redis(redis_url) as client,
+        process.registered("router", "unix:/r.sock"),
+    ):
+        await until(reader.processes)
+        await reader.count_restart("router")
+        keys = await client.keys("*")
+    assert sorted(keys) == ["muxmesh:{blue}:processes", "muxmesh:{blue}:restarts"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(("a", "b:c"), ("a:b", "c")), (("a", "x"), ("ab", "x")), (("a", "x"), ("a", "y"))]
+)
+def test_keys_of_different_meshes_or_names_differ(one: tuple[str, str], other: tuple[str, str]) -> None:
+    assert redis_key(*one) != redis_key(*other)
+
+
+async def test_the_address_of_a_process_is_found_by_its_name(redis_url: str) -> None:
+    await write_record(redis_url, "decode/u/chat#1")
+    await write_record(redis_url, "decode/u/late", seen_at_unix_s=1.0)
+    async with open_registry(redis_url) as registry:
+        assert await registry.address_of("decode/u/chat#1") == "unix:/decode/u/chat#1"
+        assert await registry.address_of("decode/u/chat") is None
+        assert await registry.address_of("decode/u/late") is None
+
+
+@pytest.mark.parametrize("text", ["not json", "[]", "{}", '{"name": "x"}', "7"])
+async def test_a_record_of_another_version_is_skipped(redis_url: str, text: str) -> None:
+    await write_record(redis_url, "router")
+    async with open_redis(redis_url) as client, open_registry(redis_url) as registry:
+        await client.hset(redis_key("m", "processes"), "other", text)
+        assert await names(registry) == ["router"]
+
+
+async def test_a_record_with_unknown_fields_is_skipped(redis_url: str) -> None:
+    await write_record(redis_url, "router")
+    await write_record(redis_url, "newer", region="eu")
+    async with open_registry(redis_url) as registry:
+        assert await names(registry) == ["router"]
+
+
+async def test_an_error_of_redis_reads_as_none(redis_url: str) -> None:
+    async with open_redis(redis_url) as client, open_registry(redis_url) as registry:
+        await client.set(redis_key("m", "processes"), "not a hash")
+        assert await registry.processes() is None
+        assert await registry.address_of("router") is None
+
+
+async def test_without_redis_reads_return_none_and_writes_have_no_effect(tmp_path: Path) -> None:
+    async with open_registry(f"unix://{tmp_path / 'none.sock'}") as registry:
+        assert await registry.processes() is None
+        assert await registry.address_of("router") is None
+        await registry.count_restart("router")
+        async with registry.registered("router", "unix:/r.sock"):
+            await asyncio.sleep(0)
+
+
+async def test_an_error_of_the_block_is_raised_without_redis(tmp_path: Path) -> None:
+    registry = ProcessRegistry(f"unix://{tmp_path / 'none.sock'}", "m", ManualClock())
+    with pytest.raises(LookupError, match="of the service"):
+        async with registry.registered("router", "unix:/r.sock"):
+            raise LookupError("of the service")
+
+
+def test_a_redis_that_does_not_respond_reads_as_none(tmp_path: Path) -> None:
+    path = tmp_path / "mute.sock"
+
+    async def read() -> None:
+        async def ignore(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        async with await asyncio.start_unix_server(ignore, path), open_registry(f"unix://{path}") as registry:
+            assert await registry.processes() is None
+
+    run_virtually(read())
+
+
+def test_an_unreachable_redis_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def serve_for_a_minute() -> None:
+        registry = ProcessRegistry(f"unix://{tmp_path / 'none.sock'}", "m", VirtualClock())
+        async with registry.registered("router", "unix:/r.sock"):
+            await asyncio.sleep(60)
+
+    with caplog.at_level(logging.WARNING, "muxmesh.process_registry"):
+        run_virtually(serve_for_a_minute())
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "muxmesh.process_registry"]
+    assert message.startswith("Redis is unreachable: ")
+    assert message.endswith("; heartbeats are retried every 5 s")
+
+
+async def test_a_process_is_registered_once_redis_becomes_reachable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process_registry, "HEARTBEAT_S", 0.01)
+    url = f"unix://{tmp_path / 'redis.sock'}"
+    process = ProcessRegistry(url, "m", ManualClock(1000.0))
+
+    async def is_unreachable() -> bool:
+        return bool(caplog.records)
+
+    async with open_registry(url) as reader, process.registered("router", "unix:/r.sock"):
+        await until(is_unreachable)
+        command = redis_command(tmp_path / "redis.sock", tmp_path)
+        server = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL)
+        try:
+            await until(reader.processes)
+            assert await names(reader) == ["router"]
+        finally:
+            server.terminate()
+            await server.wait()

@@ -1,0 +1,188 @@
+"""A router as its process runs it, with stand-ins for the processes of its units. Redis is unreachable, or real."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from muxmesh.clock import SystemClock
+from muxmesh.config.runtime import MeshRuntime, PreparedModel, ProcessKey
+from muxmesh.config.schema import MeshConfig
+from muxmesh.internal.v1 import kvstore_pb2, prefill_pb2
+from muxmesh.lifecycle import Stop
+from muxmesh.process_registry import ProcessRegistry
+from muxmesh.rpc import convert
+from muxmesh.rpc.channels import internal_channel
+from muxmesh.supervisor.mesh_supervisor import free_listen_address
+from muxmesh.types import Finish, FinishReason, LeaseRef
+from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
+from router.app import serve
+from tests.support.fake_unit import FakeKvStore, FakeWorker, serving
+from tests.support.redis_process import running_redis
+
+NOT_SERVING, SERVING = health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVING
+
+
+def runtime_in(folder: Path, redis_url: str = "unix:///nowhere/redis.sock") -> MeshRuntime:
+    """Two units: "u0" serves m, "u1" serves m and n."""
+    model = {"engine": "sim", "default_max_new_tokens": 5}
+    units = [
+        {"name": "u0", "cores": [0], "models": [{"name": "m", **model}]},
+        {"name": "u1", "cores": [1], "models": [{"name": "m", **model}, {"name": "n", **model}]},
+    ]
+    config = MeshConfig.model_validate({"listen": free_listen_address("127.0.0.1:0"), "units": units})
+    prepared = PreparedModel(folder=None, image=None, weights_fingerprint="sim")
+    return MeshRuntime(
+        config=config, run_dir=folder, cache_dir=folder, redis_url=redis_url, prepared={"m": prepared, "n": prepared}
+    )
+
+
+@dataclass
+class Setup:
+    runtime: MeshRuntime
+    kvstores: dict[str, FakeKvStore]
+    stop: Stop
+    running: asyncio.Task[bool]
+    health: health_pb2_grpc.HealthAsyncStub
+    inference: inference_pb2_grpc.InferenceAsyncStub
+    mesh: mesh_pb2_grpc.MeshAsyncStub
+    _servers: AsyncExitStack
+
+    async def start_unit(self, name: str) -> None:
+        address = self.runtime.endpoints()[ProcessKey("kvstore", name)].address
+        socket = Path(address.removeprefix("unix:"))
+        await self._servers.enter_async_context(serving(socket, self.kvstores[name].services))
+
+    async def until_serving(self) -> None:
+        async with asyncio.timeout(20):
+            while await self.status() is not SERVING:
+                pass
+
+    async def status(self, service: str = "") -> health_pb2.HealthCheckResponse.ServingStatus.ValueType:
+        request = health_pb2.HealthCheckRequest(service=service)
+        return (await self.health.Check(request, wait_for_ready=True)).status
+
+
+@asynccontextmanager
+async def router(runtime: MeshRuntime) -> AsyncIterator[Setup]:
+    """A router that has started, without its units. It is stopped at the end, unless the test has stopped it."""
+    stop = Stop()
+    running = asyncio.create_task(stop.run(functools.partial(serve, runtime)))
+    async with internal_channel(runtime.config.listen) as channel, AsyncExitStack() as servers:
+        stubs = (
+            health_pb2_grpc.HealthStub(channel),
+            inference_pb2_grpc.InferenceStub(channel),
+            mesh_pb2_grpc.MeshStub(channel),
+        )
+        setup = Setup(
+            runtime, {unit.name: FakeKvStore() for unit in runtime.config.units}, stop, running, *stubs, servers
+        )
+        yield setup
+        stop.set()
+        await asyncio.wait_for(running, 20)
+
+
+async def test_a_router_serves_once_every_unit_is_connected(tmp_path: Path) -> None:
+    async with router(runtime_in(tmp_path)) as setup:
+        assert await setup.status() == NOT_SERVING
+        await setup.start_unit("u0")
+        await (await setup.kvstores["u0"].stream()).next("hello")
+        assert await setup.status() == NOT_SERVING
+        await setup.start_unit("u1")
+        await setup.until_serving()
+        for service in ("muxmesh.v1.Inference", "muxmesh.v1.Mesh"):
+            assert await setup.status(service) == SERVING
+
+
+async def test_each_router_introduces_itself_to_its_units_by_a_name_of_its_own(tmp_path: Path) -> None:
+    names = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        async with router(runtime_in(folder)) as setup:
+            for unit in setup.kvstores:
+                await setup.start_unit(unit)
+                names.append((await (await setup.kvstores[unit].stream()).next("hello")).router)
+    assert names[0] == names[1] != names[2] == names[3]
+
+
+async def test_a_request_passes_from_the_public_api_through_a_unit_to_a_worker_and_back(tmp_path: Path) -> None:
+    worker = FakeWorker()
+    async with router(runtime_in(tmp_path)) as setup, serving(tmp_path / "w.sock", worker.services) as address:
+        for unit in setup.kvstores:
+            await setup.start_unit(unit)
+        call = setup.inference.Generate(inference_pb2.GenerateRequest(model="n", text="hello"), wait_for_ready=True)
+        stream = await setup.kvstores["u1"].stream()
+        await stream.next("hello")
+        offer = await stream.next("offer")
+        assert (offer.model, offer.demand.max_tokens) == ("n", 10)
+        reference = kvstore_pb2.WorkerRef(name="w.1", address=address)
+        lease = convert.ref_to_wire(LeaseRef(7, 1))
+        stream.send(
+            credit=kvstore_pb2.Credit(entry_id=offer.entry_id, lease=lease, prefill=reference, decode=reference)
+        )
+        prefill, _ = await worker.calls()
+        finish = convert.finish_to_wire(Finish(FinishReason.EOS, 0))
+        prefill.respond(prefill_pb2.PrefillResponse(token_ids=[0], finish=finish))
+        assert (await call).outputs.finish_info.eos_token_id == 0
+        assert await stream.next("return_credit") == lease
+
+
+async def test_status_reports_both_units_and_the_missing_redis(tmp_path: Path) -> None:
+    async with router(runtime_in(tmp_path)) as setup:
+        for name, kvstore in setup.kvstores.items():
+            unit = mesh_pb2.UnitStatus(unit=name, connected=True)
+            kvstore.status = kvstore_pb2.GetUnitStatusResponse(unit=unit)
+            await setup.start_unit(name)
+        await setup.until_serving()
+        status = await setup.mesh.GetStatus(mesh_pb2.GetStatusRequest())
+        assert [(unit.unit, unit.connected) for unit in status.units] == [("u0", True), ("u1", True)]
+        assert [model.model for model in status.models] == ["m", "n"]
+        assert (status.redis_connected, status.order_policy) == (False, "srtf-aged")
+
+
+@pytest.fixture
+def redis_url(tmp_path: Path) -> Iterator[str]:
+    with running_redis(tmp_path) as url:
+        yield url
+
+
+async def test_a_router_is_registered_while_it_serves(tmp_path: Path, redis_url: str) -> None:
+    registry = ProcessRegistry(redis_url, "default", SystemClock())
+    runtime = runtime_in(tmp_path, redis_url)
+    async with router(runtime) as setup:
+        assert await registry.address_of("router") is None
+        for unit in setup.kvstores:
+            await setup.start_unit(unit)
+        async with asyncio.timeout(20):
+            while (address := await registry.address_of("router")) is None:
+                pass
+        assert address == runtime.config.listen
+    assert await registry.address_of("router") is None
+    await registry.close()
+
+
+async def test_a_router_that_is_stopped_while_it_starts_ends_at_once(tmp_path: Path) -> None:
+    async with router(runtime_in(tmp_path)) as setup:
+        await setup.status()
+        setup.stop.set()
+        assert await asyncio.wait_for(setup.running, 20) is False
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await setup.health.Check(health_pb2.HealthCheckRequest())
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_router_that_serves_ends_when_it_is_stopped(tmp_path: Path) -> None:
+    async with router(runtime_in(tmp_path)) as setup:
+        for unit in setup.kvstores:
+            await setup.start_unit(unit)
+        await setup.until_serving()
+        setup.stop.set()
+        assert await asyncio.wait_for(setup.running, 20) is True

@@ -1,0 +1,86 @@
+"""Engines for tests, and runners that a test holds up or makes fail."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+from muxmesh.clock import SystemClock
+from muxmesh.config.schema import SimProfile
+from muxmesh.engine.api import FreeGrant
+from muxmesh.engine.scheduler import Scheduler
+from muxmesh.engine.sim_runner import SimRunner
+from muxmesh.engine.step import Runner, Step, StepOutcome
+from muxmesh.engine.step_engine import StepEngine
+
+
+def sim_runner() -> SimRunner:
+    """Takes no time; its outputs never end by themselves."""
+    return SimRunner(SimProfile(), range(35, 93), 0)
+
+
+class GatedRunner:
+    """A `Runner` whose steps wait in its thread until the test lets them run. Keeps every step that began."""
+
+    def __init__(self, inner: Runner | None = None) -> None:
+        self._inner = inner or sim_runner()
+        self._permits = threading.Semaphore(0)
+        self._open = False
+        self.steps: list[Step] = []
+
+    def load(self) -> None:
+        self._inner.load()
+
+    def run(self, step: Step) -> StepOutcome:
+        self.steps.append(step)
+        if not self._open:
+            self._permits.acquire()
+        return self._inner.run(step)
+
+    def let(self, num_steps: int = 1) -> None:
+        """Lets this many steps run."""
+        self._permits.release(num_steps)
+
+    async def begun(self, num_steps: int) -> None:
+        """Waits until this many steps have begun."""
+        async with asyncio.timeout(20):
+            while len(self.steps) < num_steps:
+                await asyncio.sleep(0)
+
+    def open(self) -> None:
+        """Lets every step run from now on."""
+        self._open = True
+        self._permits.release()
+
+
+class FailingRunner:
+    """A `Runner` that raises in each step with a job of ``failing``; None: in every step."""
+
+    def __init__(self, failing: Iterable[int] | None = None, inner: Runner | None = None) -> None:
+        self._failing = None if failing is None else set(failing)
+        self._inner = inner or sim_runner()
+
+    def load(self) -> None:
+        self._inner.load()
+
+    def run(self, step: Step) -> StepOutcome:
+        if self._failing is None or any(chunk.job_id in self._failing for chunk in step.chunks):
+            raise ArithmeticError("nan in layer 3")
+        return self._inner.run(step)
+
+
+@asynccontextmanager
+async def running_engine(
+    runner: Runner | None = None, max_num_seqs: int = 8, token_budget: int = 64
+) -> AsyncIterator[StepEngine]:
+    """A started engine on a device of its own; a gated runner is opened at the end."""
+    engine = StepEngine(Scheduler(max_num_seqs, token_budget), runner or sim_runner(), FreeGrant(), SystemClock())
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        if isinstance(runner, GatedRunner):
+            runner.open()
+        await engine.stop()

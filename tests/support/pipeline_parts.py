@@ -1,0 +1,184 @@
+"""A router's pipeline over real parts, except for its I/O: attempts are scripted and credits are issued at once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from muxmesh.block_hashes import KvIdentity
+from muxmesh.clock import ManualClock
+from muxmesh.config.schema import ModelConfig, RouterConfig
+from muxmesh.engine.api import Finished, Tokens
+from muxmesh.errors import MeshError
+from muxmesh.internal.v1 import kvstore_pb2_grpc
+from muxmesh.models.model_spec import SIM_SPEC
+from muxmesh.models.tokenizer import TextModel, load_text_model
+from muxmesh.predictor.checked_predictor import CheckedPredictor
+from muxmesh.predictor.length_predictor import LengthPredictor
+from muxmesh.scheduling_policy import FCFS
+from muxmesh.step_cost import ModelCosts
+from muxmesh.types import EngineRequest, Finish, FinishReason, KvDemand, LeaseRef, SchedulingState
+from router.admission_client import Credit
+from router.attempt import AttemptEvent, Prefilled
+from router.length_forecast import LengthForecaster
+from router.pipeline import GenerationPipeline
+from router.sequence_driver import SequenceDriver
+from router.served_models import ModelLimits, ServedModel, ServedModels
+from router.units import PlacedModel, UnitLink, Units
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Lets other tasks run until ``condition()`` is true."""
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+TEXT = load_text_model(None)
+"""One token for each byte; its chat template writes `role: content` lines."""
+EOS = 0
+IDENTITY = KvIdentity("weights", "float32", "float32", "layout", "rope")
+
+
+def tokens_of(text: str) -> tuple[int, ...]:
+    return tuple(TEXT.encode(text, False))
+
+
+def served_model(
+    name: str = "m",
+    engine: str = "native",
+    max_model_len: int = 100,
+    capacity_tokens: int = 10_000,
+    default_max_new_tokens: int = 20,
+    text: TextModel = TEXT,
+) -> ServedModel:
+    """A model with the byte tokenizer: 259 tokens, of which 0 ends the output."""
+    config = ModelConfig(name=name, engine=cast(Any, engine), default_max_new_tokens=default_max_new_tokens)
+    limits = ModelLimits(max_model_len, capacity_tokens, default_max_new_tokens, SIM_SPEC.eos_token_ids)
+    return ServedModel(name, ("u",), config, SIM_SPEC, text, limits)
+
+
+class FakeAdmission:
+    """A unit's admission that issues each credit at once, or once ``open`` is set. Half of each prompt is cached."""
+
+    def __init__(self) -> None:
+        self.open = asyncio.Event()
+        self.open.set()
+        self.connected = asyncio.Event()
+        self.connected.set()
+        self.costs: dict[str, ModelCosts] = {}
+        self.num_issued = 0
+        self.num_unreturned = 0
+        self._queued: Counter[str] = Counter()
+
+    def num_queued(self, model: str) -> int:
+        return self._queued[model]
+
+    async def wait_for_credit(self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand) -> Credit:
+        self._queued[model] += 1
+        try:
+            await self.open.wait()
+        finally:
+            self._queued[model] -= 1
+        self.num_issued += 1
+        self.num_unreturned += 1
+        return Credit(
+            LeaseRef(self.num_issued, 1), "p", "", "d", "", self.num_issued, 3, scheduling.with_cached_share(0.5)
+        )
+
+    def return_credit(self, credit: Credit) -> None:
+        self.num_unreturned -= 1
+
+
+Step = AttemptEvent | MeshError | asyncio.Event | Callable[[], None]
+"""Of a script: an event to yield, an error to raise, an event to wait for, or a function to call."""
+Script = Callable[[EngineRequest], Iterable[Step]]
+
+
+class ScriptedAttempts:
+    """Stands for `router.attempt.run_attempt`: ``script`` decides what an attempt yields. Records the requests."""
+
+    def __init__(self, script: Script) -> None:
+        self._script = script
+        self.requests: list[EngineRequest] = []
+        self.num_running = 0
+
+    async def __call__(self, request: EngineRequest, credit: Credit) -> AsyncGenerator[AttemptEvent, None]:
+        self.requests.append(request)
+        self.num_running += 1
+        try:
+            for step in self._script(request):
+                if isinstance(step, MeshError):
+                    raise step
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                elif isinstance(step, Prefilled | Tokens | Finished):
+                    yield step
+                else:
+                    step()
+        finally:
+            self.num_running -= 1
+
+
+def writes(text: str, finish: Finish | None = None, prefilled: Prefilled | None = None) -> Script:
+    """A script: prefill, one token for each byte of ``text`` that is not resumed, and the finish, LENGTH by default."""
+
+    def script(request: EngineRequest) -> Iterable[Step]:
+        yield prefilled or Prefilled(0)
+        start = len(request.resume_token_ids)
+        for index, token_id in enumerate(tokens_of(text)[start:], start):
+            yield Tokens(index, (token_id,))
+        yield Finished(finish or Finish(FinishReason.LENGTH))
+
+    return script
+
+
+@dataclass
+class PipelineParts:
+    """A pipeline and the parts that a test looks into."""
+
+    pipeline: GenerationPipeline
+    models: ServedModels
+    units: Units
+    admission: FakeAdmission
+    attempts: ScriptedAttempts
+    forecaster: LengthForecaster
+    clock: ManualClock
+
+
+@asynccontextmanager
+async def pipeline_parts(
+    script: Script,
+    *models: ServedModel,
+    config: RouterConfig | None = None,
+    predictor: LengthPredictor | None = None,
+    clock: ManualClock | None = None,
+    kvstore: kvstore_pb2_grpc.KvStoreServiceAsyncStub | None = None,
+) -> AsyncIterator[PipelineParts]:
+    """A pipeline over one unit, on a clock that stands at 100 s. Retries do not wait."""
+    config = config or RouterConfig(max_restarts=2, predictor_budget_s=60)
+    served = ServedModels()
+    for model in models or (served_model(),):
+        served.add(model)
+    clock, admission, attempts = clock or ManualClock(100.0), FakeAdmission(), ScriptedAttempts(script)
+    placed = {model.name: PlacedModel(model.config, IDENTITY) for model in served}
+    units = Units([UnitLink("u", cast(Any, admission), cast(Any, kvstore), placed)])
+
+    async def no_wait(seconds: float) -> None:
+        await asyncio.sleep(0)
+
+    driver = SequenceDriver(units.choose, attempts, clock, config.max_restarts, no_wait)
+    checked = CheckedPredictor(predictor or LengthPredictor())
+    forecaster = LengthForecaster(checked, config.predictor_budget_s, clock)
+    with ThreadPoolExecutor(1) as tokenizing:
+        pipeline = GenerationPipeline(
+            served, units, driver, forecaster, FCFS, config, clock, random.Random(7), tokenizing
+        )
+        yield PipelineParts(pipeline, served, units, admission, attempts, forecaster, clock)
+    forecaster.close()
