@@ -29,7 +29,8 @@ from kvstore.fence import Fence, HostFence
 from kvstore.grant_page import Word
 from kvstore.grant_table import GrantTable
 from kvstore.progress_page import ProgressPage, new_progress_fd
-from kvstore.unit import Unit, WorkerRecord
+from kvstore.unit import Unit
+from kvstore.worker_slots import WorkerRecord
 from muxmesh.errors import MeshError
 from muxmesh.step_cost import StepCost
 from muxmesh.types import Role

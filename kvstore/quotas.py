@@ -10,7 +10,7 @@ quota lose slabs to models that use all of theirs and have entries waiting.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 ADAPT_EVERY_S = 8.0
@@ -28,6 +28,63 @@ class Use:
 
     mean_slabs: float
     num_waiting: int
+
+
+class Quotas:
+    """Owns the quotas of a unit's models, and the use that they are adapted to.
+
+    Invariant: the quotas add up to the pool, if there is a model; none is below its guaranteed slabs.
+    """
+
+    def __init__(self, num_slabs: int) -> None:
+        self.slabs: dict[str, int] = {}
+        """Quota of each model."""
+        self._num_slabs = num_slabs
+        self._guaranteed: dict[str, int] = {}
+        self._slab_seconds: dict[str, float] = {}
+        self._counted_until_s: float | None = None
+        self._adapted_at_s: float | None = None
+
+    def add_model(self, model: str, guaranteed_slabs: int) -> None:
+        """Adds a model, and resets all quotas. Raises ValueError if more slabs would be guaranteed than there are."""
+        guaranteed = sum(self._guaranteed.values()) + guaranteed_slabs
+        if guaranteed > self._num_slabs:
+            raise ValueError(f"{guaranteed} slabs would be guaranteed; the pool has {self._num_slabs}")
+        self._reset(self._guaranteed | {model: guaranteed_slabs})
+
+    def remove_model(self, model: str) -> None:
+        """Removes a model, and resets all quotas."""
+        self._reset({name: slabs for name, slabs in self._guaranteed.items() if name != model})
+
+    def count_use(self, now_s: float, num_used: Callable[[str], int]) -> None:
+        """Adds slabs in use x seconds since the last call. The present use counts for the whole time since then."""
+        if self._counted_until_s is not None:
+            for model in self.slabs:
+                self._slab_seconds[model] += (now_s - self._counted_until_s) * num_used(model)
+        self._counted_until_s = now_s
+
+    def adapt(self, now_s: float, num_waiting: Callable[[str], int]) -> None:
+        """Adapts the quotas to the use since the last adaptation, if that is `ADAPT_EVERY_S` ago."""
+        if self._adapted_at_s is None:
+            self._adapted_at_s = now_s
+        elapsed_s = now_s - self._adapted_at_s
+        if elapsed_s < ADAPT_EVERY_S:
+            return
+        use = {model: Use(self._slab_seconds[model] / elapsed_s, num_waiting(model)) for model in self.slabs}
+        self.slabs = adapted(self.slabs, self._guaranteed, use)
+        self._slab_seconds = dict.fromkeys(self.slabs, 0.0)
+        self._adapted_at_s = now_s
+
+    def check_integrity(self) -> None:
+        """Proves the invariant. Raises AssertionError."""
+        total = sum(self.slabs.values())
+        assert not self.slabs or total == self._num_slabs, "quotas do not add up to the pool"
+
+    def _reset(self, guaranteed: dict[str, int]) -> None:
+        self._guaranteed = guaranteed
+        self.slabs = initial_quotas(self._num_slabs, guaranteed)
+        self._slab_seconds = dict.fromkeys(guaranteed, 0.0)
+        self._adapted_at_s = self._counted_until_s = None
 
 
 def initial_quotas(num_slabs: int, guaranteed: Mapping[str, int]) -> dict[str, int]:

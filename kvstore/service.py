@@ -14,18 +14,17 @@ from typing import Any
 import grpc
 
 from kvstore.attach_server import AttachServer
-from kvstore.grant_page import Word
 from kvstore.grant_table import GrantTable
-from kvstore.leases import LeaseState
-from kvstore.unit import IssuedCredit, IssuedSwapIn, Unit, WorkerRecord
+from kvstore.unit import IssuedCredit, IssuedSwapIn, Unit
+from kvstore.unit_status import unit_status
+from kvstore.worker_slots import WorkerRecord
 from muxmesh.block_hashes import split_hashes
 from muxmesh.clock import Clock
 from muxmesh.config.schema import UnitConfig
 from muxmesh.errors import InvalidRequest, Overloaded, WorkerLost
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
-from muxmesh.types import SWAP_PAGE_BYTES, Lease, Role
-from muxmesh.v1 import mesh_pb2
+from muxmesh.types import Lease, Role
 
 _log = logging.getLogger(__name__)
 
@@ -254,71 +253,10 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, request: kvstore_pb2.GetUnitStatusRequest, context: Context
     ) -> kvstore_pb2.GetUnitStatusResponse:
         """See the proto. First checks the integrity of the unit's state."""
-        self._unit.check_integrity()
-        unit, leases = self._unit, self._unit.leases
-        pool = mesh_pb2.PoolStatus(
-            pool_bytes=unit.pool.num_slabs * unit.slab_bytes,
-            slab_bytes=unit.slab_bytes,
-            num_slabs=unit.pool.num_slabs,
-            num_free_slabs=unit.pool.num_free_slabs,
-            leased_bytes=unit.leased_bytes(),
-            cached_bytes=unit.cached_bytes(),
-            num_handoffs=leases.num_handoffs,
-            fragmented_bytes=unit.fragmented_bytes(),
-            swap_bytes=unit.swap.num_pages * SWAP_PAGE_BYTES,
-            swap_used_bytes=(unit.swap.num_pages - unit.swap.num_free_pages) * SWAP_PAGE_BYTES,
-            num_swapped_leases=sum(leases.count_states(model)[LeaseState.SWAPPED] for model in unit.models),
-            num_leases_expired=leases.num_expired,
-            num_leases_orphaned=leases.num_orphaned,
-        )
-        models = [self._model_status(name) for name in unit.models]
-        counts = leases.count_by_owner()
-        status = mesh_pb2.UnitStatus(
-            unit=self._config.name,
-            device=self._config.device,
-            connected=True,
-            pool=pool,
-            models=models,
-            workers=[self._worker_status(worker, counts[worker.name]) for worker in unit.workers.values()],
-        )
-        return kvstore_pb2.GetUnitStatusResponse(unit=status)
-
-    def _model_status(self, model: str) -> mesh_pb2.UnitModelStatus:
-        unit, limits = self._unit, self._unit.models[model]
-        states = unit.leases.count_states(model)
-        queried, hit = unit.blocks.queried_and_hit(model)
-        return mesh_pb2.UnitModelStatus(
-            model=model,
-            num_leased_token_blocks=unit.blocks.num_in_use(model),
-            num_free_token_blocks=unit.blocks.num_available(model),
-            num_cached_token_blocks=unit.blocks.num_cached(model),
-            num_prefix_tokens_queried=queried * limits.shape.block_size,
-            num_prefix_tokens_hit=hit * limits.shape.block_size,
-            quota_bytes=unit.quotas[model] * unit.slab_bytes,
-            num_leases=states.total() - states[LeaseState.CREDIT],
-            num_credits=states[LeaseState.CREDIT],
-            num_keys_waiting=unit.admission.count(model),
-            max_num_seqs=limits.max_num_seqs,
-        )
-
-    def _worker_status(self, worker: WorkerRecord, num_leases: int) -> mesh_pb2.WorkerStatus:
         assert self.attach is not None
-        page, slot = self._grants.page, self.attach.slot_of(worker.name)
-        return mesh_pb2.WorkerStatus(
-            name=worker.name,
-            role=worker.role.value,
-            model=worker.model,
-            pid=worker.pid,
-            ready=worker.ready,
-            num_leases=num_leases,
-            num_steps=page.read(slot, Word.NUM_STEPS),
-            num_computed_tokens=page.read(slot, Word.NUM_COMPUTED_TOKENS),
-            kv_bytes_written=page.read(slot, Word.KV_BYTES_WRITTEN),
-            busy_s=page.read(slot, Word.BUSY_NS) / 1e9,
-            swap_out_bytes=page.read(slot, Word.SWAP_OUT_BYTES),
-            swap_in_bytes=page.read(slot, Word.SWAP_IN_BYTES),
-            swap_s=page.read(slot, Word.SWAP_NS) / 1e9,
-        )
+        self._unit.check_integrity()
+        status = unit_status(self._config, self._unit, self._grants.page, self.attach.slot_of)
+        return kvstore_pb2.GetUnitStatusResponse(unit=status)
 
     def _set_timer(self) -> None:
         """Sets the one timer to the unit's next change. An idle unit has none, so it never wakes up."""

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from kvstore.admission import Admission, AdmissionEntry
 from kvstore.block_table import BlockTable
 from kvstore.leases import Assignment, LeaseState, LeaseTable
-from kvstore.quotas import ADAPT_EVERY_S, Use, adapted, initial_quotas
+from kvstore.quotas import Quotas
 from kvstore.slab_pool import SlabPool
 from kvstore.swap_space import SwapSpace
+from kvstore.worker_slots import WorkerRecord, WorkerSlots, ready_workers
 from muxmesh.config.schema import ModelConfig, UnitConfig
 from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
 from muxmesh.models.model_spec import KvShape, ModelSpec
@@ -30,18 +31,6 @@ RECLAIM_AFTER_S = 1.0
 """Once an entry within its model's quota has waited for memory this long, loans are reclaimed by pre-emption."""
 RECLAIM_EVERY_S = 0.1
 """Minimum time between two pre-emption requests."""
-
-
-@dataclass(slots=True)
-class WorkerRecord:
-    """An attached worker. ``name`` includes its incarnation, so a restarted worker has another name."""
-
-    name: str
-    role: Role
-    model: str
-    address: str
-    pid: int
-    ready: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +113,8 @@ def first_id(unix_s: float) -> int:
 class Unit:
     """Owns the unit's state. After each change, the caller calls `schedule` and sends what it returns.
 
-    Invariant: each model of ``models`` has a quota; the quotas add up to the pool; each lease belongs to one of the
-    models. A model that is being removed stays in ``models`` until its last lease has ended.
+    Invariant: each model of ``models`` has a quota; each lease belongs to one of the models. A model that is being
+    removed stays in ``models`` until its last lease has ended.
     """
 
     def __init__(
@@ -151,13 +140,10 @@ class Unit:
         self.policy = policy
         self.num_decisions = 0
         self.admission = Admission(policy)
-        self.quotas: dict[str, int] = {}
+        self.quotas = Quotas(self.pool.num_slabs)
         self.workers: dict[str, WorkerRecord] = {}
         self._removing: set[str] = set()
-        self._slab_seconds: dict[str, float] = {}
-        self._counted_until_s: float | None = None
         self._reclaim_at_s: float | None = None
-        self._adapted_at_s: float | None = None
         self._costs_due_s = 0.0
         self._incarnations = last_id >> _ID_BITS
         for name, model in models.items():
@@ -171,12 +157,13 @@ class Unit:
         """
         if name in self.models:
             raise ValueError(f"model {name!r} " + ("is still being removed" if name in self._removing else "exists"))
-        guaranteed = sum(self._guaranteed().values()) + model.guaranteed_slabs
-        if guaranteed > self.pool.num_slabs:
-            raise ValueError(f"{guaranteed} slabs would be guaranteed; the pool has {self.pool.num_slabs}")
         self.blocks.add_model(name, self.slab_bytes // model.shape.token_block_bytes)
+        try:
+            self.quotas.add_model(name, model.guaranteed_slabs)
+        except ValueError:
+            self.blocks.remove_model(name)
+            raise
         self.models[name] = model
-        self._reset_quotas()
 
     def remove_model(self, name: str) -> list[AdmissionEntry]:
         """Stops admitting requests of a model. Its leases continue; after the last one has ended, the model is removed.
@@ -241,52 +228,36 @@ class Unit:
         First drops expired credits and adapts the quotas if that is due; at the end reclaims loans. ``now_s`` is
         monotonic time; ``unix_s`` is the same moment on the clock of the requests' arrivals.
         """
-        self._count_use(now_s)
+        self.quotas.count_use(now_s, self.blocks.num_used_slabs)
         self.leases.drop_expired(now_s)
         self._remove_drained_models()
-        self._adapt_quotas(now_s)
+        self.quotas.adapt(now_s, self.admission.count)
         decisions = AdmissionDecisions()
-        batched, resident = self.leases.count_assigned()
-        ready = {model: [self.ready_workers(role, model) for role in Role] for model in self.models}
-
-        def has_free_slot(decode: str, model: str) -> bool:
-            limits = self.models[model]
-            max_resident = limits.max_num_seqs if limits.max_resident_seqs is None else limits.max_resident_seqs
-            return batched[decode] < limits.max_num_seqs and resident[decode] < max_resident
+        slots = WorkerSlots(tuple(self.workers.values()), self.models, *self.leases.count_assigned())
 
         def has_slot(entry: AdmissionEntry) -> bool:
-            if entry.swapped is not None:
-                return has_free_slot(entry.source, entry.model)
-            prefills, decodes = ready[entry.model]
-            return bool(prefills) and any(has_free_slot(worker.name, entry.model) for worker in decodes)
-
-        def least_loaded(workers: Sequence[WorkerRecord]) -> WorkerRecord:
-            """The first of equally loaded workers, which is the youngest."""
-            return min(workers, key=lambda worker: batched[worker.name])
+            return slots.has_slot(entry.model, entry.source if entry.swapped else None)
 
         def is_within_quota(entry: AdmissionEntry) -> bool:
             needed = blocks_for(entry.request.demand.num_tokens, self.models[entry.model].shape.block_size)
-            return self.blocks.num_slabs_with(entry.model, needed) <= self.quotas[entry.model]
+            return self.blocks.num_slabs_with(entry.model, needed) <= self.quotas.slabs[entry.model]
 
         def try_admit(entry: AdmissionEntry, lend: bool) -> bool:
-            max_new_slabs = None if lend else self.quotas[entry.model] - self.blocks.num_used_slabs(entry.model)
+            max_new_slabs = None if lend else self._num_spare_slabs(entry.model)
             if entry.swapped is not None:
-                workers: tuple[str, ...] = (entry.source,)
                 swap_in = self._begin_swap_in(entry, entry.swapped, max_new_slabs)
-                decisions.swap_ins.extend([swap_in] if swap_in else [])
-                is_admitted = swap_in is not None
-            else:
-                prefills, decodes = ready[entry.model]
-                prefill = least_loaded(prefills)
-                decode = least_loaded([worker for worker in decodes if has_free_slot(worker.name, entry.model)])
-                workers = (prefill.name, decode.name)
-                credit = self._issue_credit(entry, prefill, decode, max_new_slabs, now_s + CREDIT_TTL_S)
-                decisions.credits.extend([credit] if credit else [])
-                is_admitted = credit is not None
-            for worker in workers if is_admitted else ():
-                batched[worker] += 1
-                resident[worker] += 1
-            return is_admitted
+                if swap_in is None:
+                    return False
+                decisions.swap_ins.append(swap_in)
+                slots.take(entry.source)
+                return True
+            prefill, decode = slots.choose(entry.model)
+            credit = self._issue_credit(entry, prefill, decode, max_new_slabs, now_s + CREDIT_TTL_S)
+            if credit is None:
+                return False
+            decisions.credits.append(credit)
+            slots.take(prefill.name, decode.name)
+            return True
 
         lacks_memory = self.admission.admit(unix_s, has_slot, is_within_quota, try_admit)
         self._reclaim_loans(lacks_memory, now_s, unix_s, decisions.preemptions)
@@ -320,8 +291,8 @@ class Unit:
         While an entry within its model's quota waits for memory, leases do not grow past the quota of their own model.
         """
         model = self.leases.model_of(ref, owner)
-        spare = max(0, self.quotas[model] - self.blocks.num_used_slabs(model))
-        return self.leases.grow(ref, owner, num_blocks, None if self._reclaim_at_s is None else spare)
+        max_new_slabs = None if self._reclaim_at_s is None else max(0, self._num_spare_slabs(model))
+        return self.leases.grow(ref, owner, num_blocks, max_new_slabs)
 
     def release(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
         """Ends a lease in any state. Raises LeaseLost. ``computed``: see `LeaseTable.release`."""
@@ -330,7 +301,7 @@ class Unit:
 
     def ready_workers(self, role: Role, model: str) -> list[WorkerRecord]:
         """The ready workers of a role and model, the youngest first."""
-        return [w for w in reversed(self.workers.values()) if w.role is role and w.model == model and w.ready]
+        return ready_workers(self.workers.values(), role, model)
 
     def leased_bytes(self) -> int:
         """Bytes of the token blocks in use; a block that several leases share counts once."""
@@ -339,16 +310,11 @@ class Unit:
     def cached_bytes(self) -> int:
         return sum(self.blocks.num_cached(name) * model.shape.token_block_bytes for name, model in self.models.items())
 
-    def fragmented_bytes(self) -> int:
-        """Bytes of held slabs outside token blocks in use or cached. Only the slabs' own models can allocate them."""
-        lent = (self.pool.num_slabs - self.pool.num_free_slabs) * self.slab_bytes
-        return lent - self.leased_bytes() - self.cached_bytes()
-
     def check_integrity(self) -> None:
         """Proves the invariants of the unit and of its parts. Raises AssertionError."""
         self.leases.check_integrity()
-        assert self.models.keys() == self.quotas.keys() >= self._removing, "models and quotas differ"
-        assert not self.models or sum(self.quotas.values()) == self.pool.num_slabs, "quotas do not add up to the pool"
+        assert self.models.keys() == self.quotas.slabs.keys() >= self._removing, "models and quotas differ"
+        self.quotas.check_integrity()
 
     def _served(self) -> set[str]:
         return self.models.keys() - self._removing
@@ -357,8 +323,8 @@ class Unit:
         for name in [name for name in self._removing if not self.leases.count_states(name)]:
             self._removing.discard(name)
             self.blocks.remove_model(name)
+            self.quotas.remove_model(name)
             del self.models[name]
-            self._reset_quotas()
 
     def _with_cached_share(self, request: QueuedRequest) -> QueuedRequest:
         demand, shape = request.demand, self.models[request.model].shape
@@ -416,35 +382,13 @@ class Unit:
         elif now_s >= self._reclaim_at_s:
             self._reclaim_at_s = now_s + RECLAIM_EVERY_S
             decoding = {worker.name for worker in self.workers.values() if worker.role is Role.DECODE}
-            past_quota = [model for model in self.models if self.blocks.num_used_slabs(model) > self.quotas[model]]
+            past_quota = [model for model in self.models if self._num_spare_slabs(model) < 0]
             victim = self.leases.choose_victim(decoding, past_quota, lambda state: self.policy.sort_key(state, unix_s))
             preemptions.extend([PreemptionRequest(*victim)] if victim else [])
 
-    def _guaranteed(self) -> dict[str, int]:
-        return {name: model.guaranteed_slabs for name, model in self.models.items()}
-
-    def _reset_quotas(self) -> None:
-        self.quotas = initial_quotas(self.pool.num_slabs, self._guaranteed())
-        self._slab_seconds = dict.fromkeys(self.models, 0.0)
-        self._adapted_at_s = self._counted_until_s = None
-
-    def _count_use(self, now_s: float) -> None:
-        """Adds slabs in use x seconds since the last call. The present use counts for the whole time since then."""
-        if self._counted_until_s is not None:
-            for model in self.models:
-                self._slab_seconds[model] += (now_s - self._counted_until_s) * self.blocks.num_used_slabs(model)
-        self._counted_until_s = now_s
-
-    def _adapt_quotas(self, now_s: float) -> None:
-        if self._adapted_at_s is None:
-            self._adapted_at_s = now_s
-        elapsed_s = now_s - self._adapted_at_s
-        if elapsed_s < ADAPT_EVERY_S:
-            return
-        use = {model: Use(self._slab_seconds[model] / elapsed_s, self.admission.count(model)) for model in self.models}
-        self.quotas = adapted(self.quotas, self._guaranteed(), use)
-        self._slab_seconds = dict.fromkeys(self.models, 0.0)
-        self._adapted_at_s = now_s
+    def _num_spare_slabs(self, model: str) -> int:
+        """Slabs of the model's quota that it does not use; negative if it has borrowed some."""
+        return self.quotas.slabs[model] - self.blocks.num_used_slabs(model)
 
     def _check_attached(self, worker: str) -> None:
         if worker not in self.workers:

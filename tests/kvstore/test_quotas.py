@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.quotas import Use, adapted, initial_quotas
+from kvstore.quotas import ADAPT_EVERY_S, Quotas, Use, adapted, initial_quotas
 
 IDLE = Use(0.0, 0)
 
@@ -81,3 +81,62 @@ def test_the_sum_stays_and_no_quota_falls_below_the_guaranteed_slabs(data: st.Da
         for model in models:
             assert quotas[model] >= guaranteed[model]
             assert quotas[model] - before[model] <= max(1, before[model] // 10)
+
+
+def quotas_of(num_slabs: int, **guaranteed: int) -> Quotas:
+    quotas = Quotas(num_slabs)
+    for model, slabs in guaranteed.items():
+        quotas.add_model(model, slabs)
+    return quotas
+
+
+def test_models_that_come_and_go_change_the_quotas_of_all() -> None:
+    quotas = quotas_of(12, a=0, b=6)
+    assert quotas.slabs == {"a": 3, "b": 9}
+    quotas.add_model("c", 3)
+    assert quotas.slabs == {"a": 1, "b": 7, "c": 4}
+    quotas.remove_model("b")
+    assert quotas.slabs == {"a": 4, "c": 8}
+    quotas.check_integrity()
+
+
+def test_more_than_the_pool_is_not_guaranteed() -> None:
+    quotas = quotas_of(4, a=3)
+    with pytest.raises(ValueError, match="5 slabs would be guaranteed; the pool has 4"):
+        quotas.add_model("b", 2)
+    assert quotas.slabs == {"a": 4}
+
+
+def test_quotas_are_adapted_to_the_mean_use_since_the_last_time() -> None:
+    quotas, used = quotas_of(20, busy=0, idle=0), {"busy": 10, "idle": 0}
+    waiting = {"busy": 1, "idle": 0}
+    quotas.count_use(0.0, used.__getitem__)
+    quotas.adapt(0.0, waiting.__getitem__)
+    for now_s in (1.0, ADAPT_EVERY_S - 1):
+        quotas.count_use(now_s, used.__getitem__)
+        quotas.adapt(now_s, waiting.__getitem__)
+        assert quotas.slabs == {"busy": 10, "idle": 10}, "it is too early"
+    quotas.count_use(ADAPT_EVERY_S, used.__getitem__)
+    quotas.adapt(ADAPT_EVERY_S, waiting.__getitem__)
+    assert quotas.slabs == {"busy": 11, "idle": 9}
+
+
+def test_use_is_weighed_by_its_duration() -> None:
+    quotas = quotas_of(20, busy=0, idle=0)
+    quotas.adapt(0.0, lambda model: 1)
+    quotas.count_use(0.0, lambda model: 0)
+    quotas.count_use(ADAPT_EVERY_S / 2, lambda model: 10 if model == "busy" else 0)
+    quotas.count_use(ADAPT_EVERY_S, lambda model: 0)
+    quotas.adapt(ADAPT_EVERY_S, lambda model: 1)
+    assert quotas.slabs == {"busy": 10, "idle": 10}, "half of the time full is half full on average"
+
+
+def test_use_before_an_adaptation_does_not_count_for_the_next_one() -> None:
+    quotas = quotas_of(20, busy=0, idle=0)
+    quotas.adapt(0.0, lambda model: 0)
+    quotas.count_use(0.0, lambda model: 0)
+    quotas.count_use(ADAPT_EVERY_S, lambda model: 10 if model == "busy" else 0)
+    quotas.adapt(ADAPT_EVERY_S, lambda model: 0)
+    quotas.count_use(2 * ADAPT_EVERY_S, lambda model: 0)
+    quotas.adapt(2 * ADAPT_EVERY_S, lambda model: 1)
+    assert quotas.slabs == {"busy": 10, "idle": 10}

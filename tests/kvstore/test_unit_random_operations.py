@@ -277,14 +277,14 @@ class UnitMachine(RuleBasedStateMachine):
         if not hasattr(self, "unit") or not self.just_scheduled:
             return
         unit = self.unit
-        has_loans = any(unit.blocks.num_used_slabs(model) > unit.quotas[model] for model in unit.models)
+        has_loans = any(unit.blocks.num_used_slabs(model) > unit.quotas.slabs[model] for model in unit.models)
         batched, _ = unit.leases.count_assigned()
         for entry in unit.admission._entries.values():
             limit = unit.models[entry.model].max_num_seqs
             decode = entry.source if entry.swapped else self.workers[entry.model][1]
             first = self.first_waiting(entry.model)
             needed = blocks_for(first.request.demand.num_tokens, SHAPES[entry.model].block_size)
-            fits = unit.blocks.num_slabs_with(first.model, needed) <= unit.quotas[first.model]
+            fits = unit.blocks.num_slabs_with(first.model, needed) <= unit.quotas.slabs[first.model]
             if batched[decode] < limit and batched[self.workers[entry.model][1]] < limit and fits:
                 assert has_loans, f"{first} waits, though no model is above its quota"
 

@@ -1,0 +1,85 @@
+"""The status of a unit as `Mesh.GetStatus` shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvstore.grant_page import GrantPage, Word
+from kvstore.leases import LeaseState
+from kvstore.unit import Unit
+from kvstore.worker_slots import WorkerRecord
+from muxmesh.config.schema import UnitConfig
+from muxmesh.types import SWAP_PAGE_BYTES
+from muxmesh.v1 import mesh_pb2
+
+
+def unit_status(config: UnitConfig, unit: Unit, page: GrantPage, slot_of: Callable[[str], int]) -> mesh_pb2.UnitStatus:
+    """``slot_of``: slot of a worker, by its name, in the grant page."""
+    counts = unit.leases.count_by_owner()
+    return mesh_pb2.UnitStatus(
+        unit=config.name,
+        device=config.device,
+        connected=True,
+        pool=_pool_status(unit),
+        models=[_model_status(unit, name) for name in unit.models],
+        workers=[
+            _worker_status(worker, counts[worker.name], page, slot_of(worker.name)) for worker in unit.workers.values()
+        ],
+    )
+
+
+def _pool_status(unit: Unit) -> mesh_pb2.PoolStatus:
+    leases, pool, swap = unit.leases, unit.pool, unit.swap
+    leased_bytes, cached_bytes = unit.leased_bytes(), unit.cached_bytes()
+    lent_bytes = (pool.num_slabs - pool.num_free_slabs) * unit.slab_bytes
+    return mesh_pb2.PoolStatus(
+        pool_bytes=pool.num_slabs * unit.slab_bytes,
+        slab_bytes=unit.slab_bytes,
+        num_slabs=pool.num_slabs,
+        num_free_slabs=pool.num_free_slabs,
+        leased_bytes=leased_bytes,
+        cached_bytes=cached_bytes,
+        num_handoffs=leases.num_handoffs,
+        fragmented_bytes=lent_bytes - leased_bytes - cached_bytes,
+        swap_bytes=swap.num_pages * SWAP_PAGE_BYTES,
+        swap_used_bytes=(swap.num_pages - swap.num_free_pages) * SWAP_PAGE_BYTES,
+        num_swapped_leases=sum(leases.count_states(model)[LeaseState.SWAPPED] for model in unit.models),
+        num_leases_expired=leases.num_expired,
+        num_leases_orphaned=leases.num_orphaned,
+    )
+
+
+def _model_status(unit: Unit, model: str) -> mesh_pb2.UnitModelStatus:
+    limits, states = unit.models[model], unit.leases.count_states(model)
+    queried, hit = unit.blocks.queried_and_hit(model)
+    return mesh_pb2.UnitModelStatus(
+        model=model,
+        num_leased_token_blocks=unit.blocks.num_in_use(model),
+        num_free_token_blocks=unit.blocks.num_available(model),
+        num_cached_token_blocks=unit.blocks.num_cached(model),
+        num_prefix_tokens_queried=queried * limits.shape.block_size,
+        num_prefix_tokens_hit=hit * limits.shape.block_size,
+        quota_bytes=unit.quotas.slabs[model] * unit.slab_bytes,
+        num_leases=states.total() - states[LeaseState.CREDIT],
+        num_credits=states[LeaseState.CREDIT],
+        num_keys_waiting=unit.admission.count(model),
+        max_num_seqs=limits.max_num_seqs,
+    )
+
+
+def _worker_status(worker: WorkerRecord, num_leases: int, page: GrantPage, slot: int) -> mesh_pb2.WorkerStatus:
+    return mesh_pb2.WorkerStatus(
+        name=worker.name,
+        role=worker.role.value,
+        model=worker.model,
+        pid=worker.pid,
+        ready=worker.ready,
+        num_leases=num_leases,
+        num_steps=page.read(slot, Word.NUM_STEPS),
+        num_computed_tokens=page.read(slot, Word.NUM_COMPUTED_TOKENS),
+        kv_bytes_written=page.read(slot, Word.KV_BYTES_WRITTEN),
+        busy_s=page.read(slot, Word.BUSY_NS) / 1e9,
+        swap_out_bytes=page.read(slot, Word.SWAP_OUT_BYTES),
+        swap_in_bytes=page.read(slot, Word.SWAP_IN_BYTES),
+        swap_s=page.read(slot, Word.SWAP_NS) / 1e9,
+    )
