@@ -19,7 +19,6 @@ from muxmesh.clock import Clock
 from muxmesh.config.schema import RouterConfig
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.types import EngineRequest, LengthPrediction
-from router.attempt import Prefilled
 from router.expected_work import ExpectedOutput, ModelService, fixed_length
 from router.generation import (
     ChatPrompt,
@@ -27,12 +26,10 @@ from router.generation import (
     GenerationRequest,
     ModelCounters,
     OutputDelta,
-    PromptReport,
-    SchedulingReport,
     TextPrompt,
-    TimingsReport,
     TokensPrompt,
 )
+from router.generation_reports import prompt_report, scheduling_report, timings_report
 from router.length_forecast import LengthForecast, LengthForecaster
 from router.request_validation import check_overload, resolve, validate
 from router.sequence_driver import Progress, SequenceDriver
@@ -130,7 +127,8 @@ class GenerationPipeline:
                         num_unfinished -= 1
                         counters.num_running -= 1
                     if num_unfinished == 0:
-                        delta = replace(delta, timings=self._timings(generation, first_token_at_s))  # noqa: PLW2901
+                        times = (generation.arrived_at_s, first_token_at_s, self._clock.monotonic_s())
+                        delta = replace(delta, timings=timings_report(progress, *times))  # noqa: PLW2901
                     yield delta
         finally:
             counters.num_running -= num_unfinished
@@ -237,51 +235,17 @@ class GenerationPipeline:
         )
         return replace(request, prediction=expected.prediction, scheduling=scheduling)
 
+    def _with_reports(self, delta: OutputDelta, generation: _Generation) -> OutputDelta:
+        request, forecast = generation.engine_request, generation.forecast
+        delta = replace(delta, prompt=prompt_report(request, forecast, generation.progress[delta.index]))
+        if not generation.request.output.scheduling:
+            return delta
+        report = scheduling_report(request, forecast, generation.progress[0], generation.arrived_at_s, self._policy)
+        return replace(delta, scheduling=report)
+
     def _refuse_overload(self, num_sequences: int) -> None:
         num_waiting = sum(self.num_waiting(model.name) for model in self._models)
         check_overload(num_waiting, num_sequences, self._config.max_waiting_requests)
-
-    def _with_reports(self, delta: OutputDelta, generation: _Generation) -> OutputDelta:
-        request, forecast = generation.engine_request, generation.forecast
-        prefilled = generation.progress[delta.index].prefilled or Prefilled(0)
-        prediction = request.prediction if forecast.checked else None
-        report = PromptReport(
-            request.prompt_token_ids,
-            prefilled.num_cached_tokens,
-            request.sampling.seed,
-            max(1, round(prediction.p50_tokens)) if prediction else None,
-            prefilled.logprobs,
-        )
-        scheduling = self._scheduling_report(generation) if generation.request.output.scheduling else None
-        return replace(delta, prompt=report, scheduling=scheduling)
-
-    def _scheduling_report(self, generation: _Generation) -> SchedulingReport:
-        request, credit = generation.engine_request, generation.progress[0].credit
-        waited_s = generation.progress[0].queued_s(generation.arrived_at_s)
-        scheduling = credit.scheduling if credit else request.scheduling
-        prediction = request.prediction or generation.forecast.prediction
-        return SchedulingReport(
-            policy=self._policy.name,
-            reason=self._policy.reason(scheduling, scheduling.arrived_at_s + waited_s),
-            p50_output_tokens=prediction.p50_tokens,
-            p90_output_tokens=prediction.p90_tokens,
-            source=generation.forecast.source,
-            prefill_s=scheduling.prefill_s,
-            decode_s=scheduling.decode_s,
-            waited_s=waited_s,
-            decision=credit.decision if credit else 0,
-            num_overtaken=credit.num_overtaken if credit else 0,
-        )
-
-    def _timings(self, generation: _Generation, first_token_at_s: float) -> TimingsReport:
-        first, arrived_at_s = generation.progress[0], generation.arrived_at_s
-        return TimingsReport(
-            queue_s=first.queued_s(arrived_at_s),
-            ttft_s=first_token_at_s - arrived_at_s,
-            e2e_s=self._clock.monotonic_s() - arrived_at_s,
-            num_restarts=sum(one.num_restarts for one in generation.progress),
-            router_s=max(0.0, first_token_at_s - arrived_at_s - first.waited_s),
-        )
 
 
 def _sibling(request: EngineRequest, index: int) -> EngineRequest:
