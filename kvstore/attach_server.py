@@ -146,7 +146,10 @@ class AttachServer:
         _log.info("%s attached (pid %d)", attachment.worker.name, pid)
 
     def _add_worker(self, connection: socket.socket, hello: dict[str, Any], pid: int, undo: ExitStack) -> _Attachment:
-        worker = self._unit.attach(Role(hello["role"]), hello["model"], hello["address"], pid)
+        role, model_name, address = hello["role"], hello["model"], hello["address"]
+        if not (isinstance(model_name, str) and isinstance(address, str)):
+            raise TypeError("model and address must be strings")
+        worker = self._unit.attach(Role(role), model_name, address, pid)
         undo.callback(self._unit.worker_exited, worker.name)
         slot, bell_fd = self._grants.allocate_slot(worker.role, worker.model)
         undo.callback(self._grants.free_slot, slot)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,19 @@ def read_lines(path: Path) -> Iterator[str]:
         raise ConfigError(f"{path}: No such file") from error
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ConfigError(f"{path}: cannot be read after line {number}: {error}") from error
+
+
+def read_csv(path: Path, columns: Sequence[str], hint: str = "") -> Iterator[tuple[int, dict[str, str]]]:
+    """Yields (line number, row) for each row. Raises ConfigError, with ``hint``, if a column is missing."""
+    reader = csv.DictReader(read_lines(path))
+    try:
+        present = reader.fieldnames or ()
+        if missing := [name for name in columns if name not in present]:
+            raise ConfigError(f"{path}: has no column {', '.join(missing)}{hint}")
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ConfigError(f"{path}: line {reader.line_num + 1}: not CSV: {error}") from error
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

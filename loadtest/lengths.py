@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import random
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from loadtest.files import read_lines
+from loadtest.files import read_csv
 from muxmesh.errors import ConfigError
 
 LengthSampler = Callable[[random.Random], tuple[int, int]]
@@ -71,14 +70,12 @@ def _whole(number: float) -> int:
 
 
 def _from_file(path: Path) -> LengthSampler:
-    reader = csv.DictReader(read_lines(path))
-    columns = reader.fieldnames or ()
-    if not {"n_in", "n_out"} <= set(columns):
-        raise ConfigError(f"{path}: needs columns n_in and n_out; has {', '.join(columns) or 'none'}")
-    try:
-        pairs = [(_whole(float(row["n_in"])), _whole(float(row["n_out"]))) for row in reader]
-    except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{path}: line {reader.line_num}: n_in and n_out must be numbers") from None
+    pairs = []
+    for number, row in read_csv(path, ("n_in", "n_out")):
+        try:
+            pairs.append((_whole(float(row["n_in"])), _whole(float(row["n_out"]))))
+        except (TypeError, ValueError, OverflowError):
+            raise ConfigError(f"{path}: line {number}: n_in and n_out must be numbers") from None
     if not pairs:
         raise ConfigError(f"{path}: has no rows")
     return lambda rng: pairs[rng.randrange(len(pairs))]

@@ -5,7 +5,6 @@ It knows the formats. It knows neither prompts nor the models that a server serv
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from loadtest.files import read_jsonl, read_lines
+from loadtest.files import read_csv, read_jsonl
 from muxmesh.errors import ConfigError
 
 MOONCAKE_BLOCK = 512
@@ -53,12 +52,9 @@ def read_trace(path: Path) -> list[Arrival]:
 
 
 def _azure(path: Path) -> Iterator[Arrival]:
-    reader = csv.DictReader(read_lines(path))
     columns = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-    if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
-        raise ConfigError(f"{path}: has no column {', '.join(missing)}; a trace is {HELP}")
-    for row in reader:
-        location = f"{path}: line {reader.line_num}"
+    for number, row in read_csv(path, columns, f"; a trace is {HELP}"):
+        location = f"{path}: line {number}"
         try:
             at = datetime.fromisoformat(row["TIMESTAMP"]).replace(tzinfo=UTC)
         except (TypeError, ValueError):

@@ -11,6 +11,7 @@ class EndpointResolver:
     """Resolves a `ProcessKey` to an address. The runtime file takes precedence over the registry."""
 
     def __init__(self, runtime: MeshRuntime, registry: ProcessRegistry) -> None:
+        self._runtime = runtime
         self._endpoints = runtime.endpoints()
         self._registry = registry
 
@@ -18,7 +19,8 @@ class EndpointResolver:
         """Address of the process. Raises Unavailable if neither the runtime file nor the registry contains it."""
         if key in self._endpoints:
             return self._endpoints[key].address
-        address = await self._registry.address_of(key.name)
+        name = self._runtime.display_name(key)
+        address = await self._registry.address_of(name)
         if address is None:
-            raise Unavailable(f"no process is registered as {key.name}")
+            raise Unavailable(f"no process is registered as {name}")
         return address

@@ -51,8 +51,11 @@ class UnitAdmission:
     Reconnects until cancelled. Queued requests keep waiting while the unit restarts, and are shown to it again.
     """
 
-    def __init__(self, router: str, channel: grpc.aio.Channel, clock: Clock, policy: SchedulingPolicy) -> None:
+    def __init__(
+        self, unit: str, router: str, channel: grpc.aio.Channel, clock: Clock, policy: SchedulingPolicy
+    ) -> None:
         """``router``: name of this router, unique in the mesh."""
+        self._unit = unit
         self._clock = clock
         self._router = router
         self._stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
@@ -103,7 +106,7 @@ class UnitAdmission:
                 await self._run_stream()
             except grpc.aio.AioRpcError as error:
                 if self.connected.is_set():
-                    _log.warning("the admission stream broke, the unit is unreachable: %s", error.details())
+                    _log.warning("unit %s is unreachable: %s", self._unit, error.details())
             self.connected.clear()
             await asyncio.sleep(_RECONNECT_S)
 

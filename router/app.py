@@ -74,7 +74,7 @@ async def _open_units(runtime: MeshRuntime, router: str, registry: ProcessRegist
     for unit in runtime.config.units:
         address = await resolver.address(ProcessKey("kvstore", unit.name))
         channel = await stack.enter_async_context(internal_channel(address))
-        admission = UnitAdmission(router, channel, SystemClock(), policy)
+        admission = UnitAdmission(unit.name, router, channel, SystemClock(), policy)
         placed = {
             model.name: PlacedModel(model, kv_identity(model, runtime.prepared[model.name])) for model in unit.models
         }

@@ -95,7 +95,13 @@ class MeshRuntime(BaseModel):
 
     def endpoints(self) -> dict[ProcessKey, Endpoint]:
         """All processes of this mesh in a fixed order: by unit, kvstore before workers; the router last."""
-        return {key: Endpoint(self._display_name(key), self._address(key)) for key in self._process_keys()}
+        return {key: Endpoint(self.display_name(key), self._address(key)) for key in self._process_keys()}
+
+    def display_name(self, key: ProcessKey) -> str:
+        """The name of a process in logs, status and registry: without the unit if only one unit serves the model."""
+        if key.model and len(self.config.units_of(key.model)) == 1:
+            return ProcessKey(key.role, "", key.model, key.replica).name
+        return key.name
 
     def attach_path(self, unit: str) -> Path:
         """Socket over which a kvstore passes the shared memory to the workers of its unit."""
@@ -130,11 +136,5 @@ class MeshRuntime(BaseModel):
                     yield ProcessKey(role, unit.name, model.name)
         yield ProcessKey("router")
 
-    def _display_name(self, key: ProcessKey) -> str:
-        """The name of the key, without the unit if only one unit serves the model."""
-        if key.model and len(self.config.units_of(key.model)) == 1:
-            return ProcessKey(key.role, "", key.model, key.replica).name
-        return key.name
-
     def _address(self, key: ProcessKey) -> str:
-        return f"unix:{self.run_dir / self._display_name(key).replace('/', '-')}.sock"
+        return f"unix:{self.run_dir / self.display_name(key).replace('/', '-')}.sock"

@@ -177,6 +177,7 @@ async def test_the_reply_to_a_writer_comes_with_the_pool_only(
         b'{"role": "other", "model": "a", "address": ""}',
         b'{"role": "decode", "model": ["a"], "address": ""}',
         b'{"role": "decode", "model": "unknown", "address": ""}',
+        b'{"role": "decode", "model": "a", "address": 5}',
         b'{"writer_for": "unknown"}',
         b'{"writer_for": ["decode-a#1"]}',
     ],

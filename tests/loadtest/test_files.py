@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.files import read_jsonl, read_lines
+from loadtest.files import read_csv, read_jsonl, read_lines
 from muxmesh.errors import ConfigError
 
 LINES = [f"line {number} é\n" for number in range(3000)]
@@ -84,3 +84,25 @@ def test_a_line_that_is_not_an_object_is_refused_by_number(tmp_path: Path, line:
     assert next(items) == (1, {"a": 1})
     with pytest.raises(ConfigError, match=message):
         next(items)
+
+
+def test_rows_are_numbered_by_their_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('a,b\n1,2\n"3\n",4\n')
+    assert list(read_csv(path, ("a", "b"))) == [(2, {"a": "1", "b": "2"}), (4, {"a": "3\n", "b": "4"})]
+
+
+@pytest.mark.parametrize(("text", "missing"), [("", "a, b"), ("b,c\n1,2\n", "a")])
+def test_missing_columns_are_named(tmp_path: Path, text: str, missing: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"rows.csv: has no column {missing}; needed for a test$"):
+        list(read_csv(path, ("a", "b"), "; needed for a test"))
+
+
+@pytest.mark.parametrize(("num_rows", "line"), [(0, 1), (1, 3)])
+def test_what_is_not_csv_is_an_error_with_its_line(tmp_path: Path, num_rows: int, line: int) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("a,b\n1,2\n" * num_rows + "x" * 200_000 + ",2\n")
+    with pytest.raises(ConfigError, match=f"rows.csv: line {line}: not CSV: field larger than field limit"):
+        list(read_csv(path, ("a", "b")))

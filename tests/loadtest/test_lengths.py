@@ -80,8 +80,8 @@ def test_a_file_may_have_other_columns_and_fractions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "needs columns n_in and n_out; has none"),
-        ("n_in,out\n1,2\n", "needs columns n_in and n_out; has n_in, out"),
+        ("", "has no column n_in, n_out"),
+        ("n_in,out\n1,2\n", "has no column n_out"),
         ("n_in,n_out\n", "has no rows"),
         ("n_in,n_out\n1,2\n3,many\n", "line 3: n_in and n_out must be numbers"),
         ("n_in,n_out\n1\n", "line 2: n_in and n_out must be numbers"),

@@ -37,7 +37,7 @@ def _reconnect_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def client_of(address: str) -> AsyncIterator[UnitAdmission]:
     async with internal_channel(address) as channel:
-        admission = UnitAdmission("router-1", channel, ManualClock(1000.0), FCFS)
+        admission = UnitAdmission("unit0", "router-1", channel, ManualClock(1000.0), FCFS)
         running = asyncio.create_task(admission.run())
         try:
             yield admission
@@ -200,7 +200,9 @@ async def test_queued_requests_are_shown_again_after_the_stream_broke(setup: Set
     assert (await requests[1]).prefill_worker == "p.1"
 
 
-async def test_a_request_survives_the_restart_of_its_unit(tmp_path: Path) -> None:
+async def test_a_request_survives_the_restart_of_its_unit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before, after, socket = FakeKvStore(), FakeKvStore(), tmp_path / "kv.sock"
     async with client_of(f"unix:{socket}") as admission:
         early = waiting(admission)
@@ -211,6 +213,7 @@ async def test_a_request_survives_the_restart_of_its_unit(tmp_path: Path) -> Non
             await stream.next("hello")
             await stream.next("offer")
         await until(lambda: not admission.connected.is_set())
+        assert "unit unit0 is unreachable" in caplog.text
         late = waiting(admission, 5.0)
         async with serving(socket, after.services):
             stream = await after.stream()

@@ -48,7 +48,7 @@ async def setup() -> AsyncIterator[Setup]:
     async with internal_channel("unix:/nowhere") as channel:
 
         def link(name: str, *models: str, block_size: int, kv_answer_tokens: int, identity: KvIdentity) -> UnitLink:
-            admission = UnitAdmission("r", channel, ManualClock(), FCFS)
+            admission = UnitAdmission("u", "r", channel, ManualClock(), FCFS)
             admission.connected.set()
             placed = {
                 model: PlacedModel(
