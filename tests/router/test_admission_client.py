@@ -200,9 +200,7 @@ async def test_queued_requests_are_shown_again_after_the_stream_broke(setup: Set
     assert (await requests[1]).prefill_worker == "p.1"
 
 
-async def test_a_request_survives_the_restart_of_its_unit(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_request_survives_the_restart_of_its_unit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before, after, socket = FakeKvStore(), FakeKvStore(), tmp_path / "kv.sock"
     async with client_of(f"unix:{socket}") as admission:
         early = waiting(admission)
