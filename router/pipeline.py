@@ -87,10 +87,11 @@ class GenerationPipeline:
         """Raises InvalidRequest or ModelNotFound for a request that can never be served."""
         validate(request, self._models.find(request.model), self._config.max_prompt_bytes)
 
-    async def run(self, request: GenerationRequest, arrived_at_s: float) -> AsyncGenerator[OutputDelta, None]:
-        """Yields the deltas of all sequences of a validated request. Closing the generator aborts the request.
+    async def start(self, request: GenerationRequest, arrived_at_s: float) -> AsyncGenerator[OutputDelta, None]:
+        """Prepares a validated request; returns the deltas of its sequences. Closing these aborts the request.
 
-        ``arrived_at_s``: monotonic time. Raises Overloaded, InvalidRequest, or the error of a sequence's last attempt.
+        ``arrived_at_s``: monotonic time. Raises Overloaded or InvalidRequest. The deltas raise the error of a
+        sequence's last attempt.
         """
         model = self._models.find(request.model)
         self._refuse_overload(request.num_sequences)
@@ -100,10 +101,7 @@ class GenerationPipeline:
         forecast = await self._predict_length(request, model, engine_request)
         self._refuse_overload(request.num_sequences)  # others may have arrived since the first check
         engine_request = self._with_expected_work(model, engine_request, forecast)
-        generation = _Generation(request, model, engine_request, forecast, arrived_at_s)
-        async with aclosing(self._serve(generation)) as deltas:
-            async for delta in deltas:
-                yield delta
+        return self._serve(_Generation(request, model, engine_request, forecast, arrived_at_s))
 
     def num_waiting(self, model: str) -> int:
         """Sequences of ``model`` that wait for a credit or for the first sequence of their request."""

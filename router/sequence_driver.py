@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from muxmesh.clock import Clock
-from muxmesh.engine.api import Finished, Tokens
+from muxmesh.engine.api import Tokens
 from muxmesh.errors import (
     EngineFailed,
     InternalError,
@@ -88,8 +88,13 @@ class SequenceDriver:
         num_failures = 0
         while output.finish is None:
             num_before = len(output.token_ids)
+            attempt = _resumed(request, output)
             try:
-                async with aclosing(self._attempt(_resumed(request, output), progress)) as events:
+                async with (
+                    self._credit(attempt, progress) as credit,
+                    # Workers order the request by the same state as the unit.
+                    aclosing(self._run_attempt(replace(attempt, scheduling=credit.scheduling), credit)) as events,
+                ):
                     async for event in events:
                         if isinstance(event, Prefilled):
                             progress.prefilled = event
@@ -114,32 +119,22 @@ class SequenceDriver:
                 return
             await self._sleep(min(_MAX_WAIT_S, _FIRST_WAIT_S * 2**num_failures))
 
-    async def _attempt(self, request: EngineRequest, progress: Progress) -> AsyncGenerator[AttemptEvent, None]:
-        """One attempt, on the unit that is chosen now. The credit is returned at its end."""
-        unit = self._choose_unit(request.model)
-        credit = await self._wait_for_credit(unit, request, progress)
-        try:
-            # Workers order the request by the same state as the unit.
-            scheduled = replace(request, scheduling=credit.scheduling)
-            async with aclosing(self._run_attempt(scheduled, credit)) as events:
-                async for event in events:
-                    yield event
-                    if isinstance(event, Finished):
-                        return
-        finally:
-            unit.admission.return_credit(credit)
-
-    async def _wait_for_credit(self, unit: UnitLink, request: EngineRequest, progress: Progress) -> Credit:
-        asked_at_s = self._clock.monotonic_s()
+    @asynccontextmanager
+    async def _credit(self, request: EngineRequest, progress: Progress) -> AsyncIterator[Credit]:
+        """Waits for a credit of the unit that is chosen now. The credit is returned when the block ends."""
+        unit, asked_at_s = self._choose_unit(request.model), self._clock.monotonic_s()
         demand = unit.kv_demand(request)
         credit = await unit.admission.wait_for_credit(request.model, request.tenant, request.scheduling, demand)
-        credited_at_s = self._clock.monotonic_s()
-        if progress.credited_at_s is None:
-            progress.credited_at_s = credited_at_s
-            progress.credit = credit
-        if not request.resume_token_ids:
-            progress.waited_s += credited_at_s - asked_at_s
-        return credit
+        try:
+            credited_at_s = self._clock.monotonic_s()
+            if progress.credited_at_s is None:
+                progress.credited_at_s = credited_at_s
+                progress.credit = credit
+            if not request.resume_token_ids:
+                progress.waited_s += credited_at_s - asked_at_s
+            yield credit
+        finally:
+            unit.admission.return_credit(credit)
 
 
 def _resumed(request: EngineRequest, output: SequenceOutput) -> EngineRequest:

@@ -37,7 +37,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         request_id = request.request_id or _request_id(context) or f"{self._rng.getrandbits(64):016x}"
         generation = replace(generation, request_id=request_id)
         await context.send_initial_metadata((("x-request-id", request_id),))
-        async with aclosing(self._pipeline.run(generation, arrived_at_s)) as deltas:
+        async with aclosing(await self._pipeline.start(generation, arrived_at_s)) as deltas:
             async for delta in deltas:
                 yield message_from_delta(delta, generation.output)
 

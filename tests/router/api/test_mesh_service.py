@@ -173,7 +173,7 @@ async def test_requests_are_counted_as_waiting_or_running_and_then_as_finished_o
 
         async def run(num_sequences: int) -> None:
             request = GenerationRequest("m", TextPrompt("hello"), num_sequences=num_sequences)
-            _ = [delta async for delta in parts.pipeline.run(request, 100.0)]
+            _ = [delta async for delta in await parts.pipeline.start(request, 100.0)]
 
         parts.admission.open.clear()
         running = asyncio.create_task(run(3))
