@@ -1,0 +1,56 @@
+"""What the documentation names exists: files, links and headings."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/glossary.md")
+"""Pages that describe the present. The log and the decisions keep the names of their day."""
+PACKAGES = ("muxmesh", "kvstore", "worker", "prefill_svc", "decode_svc", "router", "simulator", "loadtest")
+OTHER_FOLDERS = ("benchmarks", "scripts", "tests", "protos", "docs", "compose")
+LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]*)(?:#([^)]*))?\)")
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def source_files() -> list[str]:
+    folders = (*PACKAGES, *OTHER_FOLDERS)
+    return [path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.*")]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_leads_somewhere(name: str) -> None:
+    page = ROOT / name
+    for target, anchor in LINK.findall(page.read_text()):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        file = (page.parent / target) if target else page
+        assert file.exists(), f"{name} links to {target}, which does not exist"
+        if anchor:
+            assert anchor in headings(file), f"{name} links to {target}#{anchor}, and there is no such heading"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_python_file_that_is_named_exists(name: str) -> None:
+    files = source_files()
+    named = set(re.findall(r"`((?:\w+/)*\w+\.py)`", (ROOT / name).read_text()))
+    missing = sorted(path for path in named if not any(f"/{file}".endswith(f"/{path}") for file in files))
+    assert not missing, f"{name} names files that do not exist: {missing}"
+
+
+@pytest.mark.parametrize("title", ["One request", "One decode step", "One swap"])
+def test_the_reading_lists_of_the_architecture_count_what_they_list(title: str) -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    listed = re.search(rf"^\*\*{title}\*\*: (.+?)\.$", text, re.MULTILINE | re.DOTALL)
+    row = re.search(rf"^\| {title.lower()} \| (\d+) /", text, re.MULTILINE)
+    assert listed is not None
+    assert row is not None
+    assert len(re.findall(r"`[^`]+\.py`", listed.group(1))) == int(row.group(1))
