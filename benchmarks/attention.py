@@ -69,7 +69,7 @@ class Attention:
         pool = np.empty(slabs * SLAB_BYTES // 4, dtype=np.float32)
         noise = np.random.default_rng(0).standard_normal(SLAB_BYTES // 4, dtype=np.float32)
         pool.reshape(slabs, -1)[:] = noise
-        self.view = KvView(pool, self.shape, SLAB_BYTES)
+        self.view = KvView(self.shape, SLAB_BYTES, pool)
         self.team = Team(THREADS)
         self.forward = CpuForward(spec, image, self.view, max(CONTEXTS) + 1, self.team)
 

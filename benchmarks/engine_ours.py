@@ -32,7 +32,7 @@ class OurEngine:
     def __init__(self, folder: Path, image: Path, max_num_seqs: int, num_threads: int) -> None:
         spec, team = read_model_spec(folder), Team(num_threads)
         shape = spec.kv_shape(_BLOCK_SIZE, "float32")
-        view = KvView(np.zeros(_POOL_BYTES // 4, dtype=np.float32), shape, _SLAB_BYTES)
+        view = KvView(shape, _SLAB_BYTES, np.zeros(_POOL_BYTES // 4, dtype=np.float32))
         self._runner = LogitsRunner(view, lambda pool: open_cpu_forward(spec, image, pool, 2048, team))
         self._runner.load()
         self._scheduler = Scheduler(max_num_seqs, _TOKEN_BUDGET)

@@ -57,7 +57,7 @@ class Scorer:
     def __init__(self, folder: Path, image: Path) -> None:
         spec = read_model_spec(folder)
         self.shape = spec.kv_shape(16, "float32")
-        self._view = KvView(np.zeros(512 * _MIB // 4, dtype=np.float32), self.shape, _SLAB_BYTES)
+        self._view = KvView(self.shape, _SLAB_BYTES, np.zeros(512 * _MIB // 4, dtype=np.float32))
         self._runner = LogitsRunner(self._view, lambda pool: open_cpu_forward(spec, image, pool, _MAX_TOKENS, Team(2)))
         self._runner.load()
         self._rng = random.Random(1)

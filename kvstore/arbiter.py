@@ -1,10 +1,10 @@
 """Which workers may compute on the device. Pure: `grant_table` applies the decisions, and so does the simulator.
 
-Each attached worker has a slot. A policy is a function of the slots that demand to compute and those that compute. It
-returns the slots that may compute from here on:
+Each attached worker has a slot. A policy is a function of the workers that wait for a grant and of those that compute.
+It returns the slots that may compute from here on:
 
     slot                          in the result                    not in the result
-    demands, does not compute     granted STEPS_PER_GRANT steps    waits
+    waits                         granted STEPS_PER_GRANT steps    waits
     computes                      keeps its grant                  its grant is recalled
 
 A worker returns a recalled grant when it has computed the steps of the grant. The device is free for other workers only
@@ -14,7 +14,7 @@ after that.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Set
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,7 +26,7 @@ STEPS_PER_GRANT = 1
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """A worker that has something to compute.
+    """A worker that waits for a grant, or computes.
 
     ``share``: its fixed part of the device, in (0, 1]. ``priority``: the best class of its sequences, lower is sooner.
     ``slack_s``: seconds until the first of its sequences misses its latency target; infinite without a target.
@@ -43,32 +43,38 @@ class Demand:
 class ArbiterPolicy(Protocol):
     """Decides which slots compute."""
 
-    def __call__(self, demands: Collection[Demand], computing: Set[int], last_granted: int) -> frozenset[int]:
-        """Returns the slots that may compute from here on.
+    def __call__(self, waiting: Collection[Demand], computing: Collection[Demand], last_granted: int) -> frozenset[int]:
+        """Returns the slots that may compute from here on, out of both collections.
 
-        ``demands`` are of slots outside ``computing``. ``last_granted``: the slot of the latest grant, -1 before the
-        first one.
+        ``waiting``: workers without a grant. ``computing``: workers with one, so that a policy can add up what they
+        use of the device. ``last_granted``: the slot of the latest grant, -1 before the first one.
         """
 
 
-def one_at_a_time(demands: Collection[Demand], computing: Set[int], last_granted: int) -> frozenset[int]:
+def one_at_a_time(waiting: Collection[Demand], computing: Collection[Demand], last_granted: int) -> frozenset[int]:
     """Grants the whole device to one worker at a time, round-robin. It keeps the grant while no other demands it."""
-    if not demands:
-        return frozenset(computing)
+    if not waiting:
+        return slots_of(computing)
     if computing:
         return frozenset()
-    return frozenset({min((demand.slot for demand in demands), key=lambda slot: (slot <= last_granted, slot))})
+    return frozenset({min(slots_of(waiting), key=lambda slot: (slot <= last_granted, slot))})
 
 
 def decide(
-    policy: ArbiterPolicy, demands: Collection[Demand], computing: Set[int], last_granted: int
+    policy: ArbiterPolicy, waiting: Collection[Demand], computing: Collection[Demand], last_granted: int
 ) -> tuple[frozenset[int], frozenset[int]]:
     """Returns the slots to grant, and of all slots that compute then, those whose grant is not recalled.
 
     The policy runs twice: the second time with the new grants in effect, so that a grant is recalled from its start if
     other workers wait already.
     """
-    granted = policy(demands, computing, last_granted) - computing
-    waiting = [demand for demand in demands if demand.slot not in granted]
-    kept = policy(waiting, computing | granted, max(granted, default=last_granted))
-    return granted, kept & (computing | granted)
+    granted = policy(waiting, computing, last_granted) & slots_of(waiting)
+    still_waiting = [demand for demand in waiting if demand.slot not in granted]
+    now_computing = [*computing, *(demand for demand in waiting if demand.slot in granted)]
+    kept = policy(still_waiting, now_computing, max(granted, default=last_granted))
+    return granted, kept & slots_of(now_computing)
+
+
+def slots_of(demands: Iterable[Demand]) -> frozenset[int]:
+    """The slots of workers."""
+    return frozenset(demand.slot for demand in demands)

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 
-from kvstore.arbiter import STEPS_PER_GRANT, ArbiterPolicy, Demand, decide, one_at_a_time
+from kvstore.arbiter import STEPS_PER_GRANT, ArbiterPolicy, Demand, decide, one_at_a_time, slots_of
 from kvstore.grant_page import MAX_WORKERS, PAGE_BYTES, GrantPage, Word
 from muxmesh.errors import Overloaded
 from muxmesh.types import Role
@@ -62,14 +62,14 @@ class GrantTable:
     def arbitrate(self) -> None:
         """Reads the demands, applies the policy, writes grants and recalls, and rings the bells of new grants."""
         page = self.page
-        computing = {number for number in self._slots if page.read(number, Word.GRANTED_STEPS)}
-        demands = [
-            self._demand(number, slot)
-            for number, slot in self._slots.items()
-            if number not in computing and page.read(number, Word.DEMAND)
-        ]
-        granted, kept = decide(self._policy, demands, computing, self._last_granted)
-        for number in computing | granted:
+        waiting, computing = [], []
+        for number, slot in self._slots.items():
+            if page.read(number, Word.GRANTED_STEPS):
+                computing.append(self._demand(number, slot))
+            elif page.read(number, Word.DEMAND):
+                waiting.append(self._demand(number, slot))
+        granted, kept = decide(self._policy, waiting, computing, self._last_granted)
+        for number in slots_of(computing) | granted:
             page.write(number, Word.RECALLED, int(number not in kept))
         for number in sorted(granted):
             self._last_granted = number

@@ -125,6 +125,7 @@ class SequenceDriver:
         unit, asked_at_s = self._choose_unit(request.model), self._clock.monotonic_s()
         demand = unit.kv_demand(request)
         credit = await unit.admission.wait_for_credit(request.model, request.tenant, request.scheduling, demand)
+        unit.num_running[request.model] += 1
         try:
             credited_at_s = self._clock.monotonic_s()
             if progress.credited_at_s is None:
@@ -134,6 +135,7 @@ class SequenceDriver:
                 progress.waited_s += credited_at_s - asked_at_s
             yield credit
         finally:
+            unit.num_running[request.model] -= 1
             unit.admission.return_credit(credit)
 
 

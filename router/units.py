@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from muxmesh.internal.v1 import kvstore_pb2_grpc
 from muxmesh.types import EngineRequest, KvDemand
 from router.admission_client import UnitAdmission
 from router.expected_work import ExpectedWork
+from router.unit_choice import unit_load
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class UnitLink:
     kvstore: kvstore_pb2_grpc.KvStoreServiceAsyncStub
     models: dict[str, PlacedModel]
     expected_work: ExpectedWork = field(default_factory=ExpectedWork)
+    num_running: Counter[str] = field(default_factory=Counter)
+    """Sequences of this router that have a credit of the unit, by model."""
 
     def kv_demand(self, request: EngineRequest) -> KvDemand:
         """What ``request`` needs of this unit's KV pool. Its model has to be served here."""
@@ -48,14 +52,21 @@ class Units:
         return iter(self._links.values())
 
     def choose(self, model: str) -> UnitLink:
-        """Returns the unit with the fewest queued requests for ``model``. Connected units come first.
+        """Returns the unit with the least load of ``model`` (`router.unit_choice`).
 
         Raises ModelNotFound if no unit serves the model.
         """
         serving = [link for link in self._links.values() if model in link.models]
         if not serving:
             raise ModelNotFound(f"model: {model!r} is not served by any unit")
-        return min(serving, key=lambda link: (not link.admission.connected.is_set(), link.admission.num_queued(model)))
+        return min(
+            serving,
+            key=lambda link: unit_load(
+                is_connected=link.admission.connected.is_set(),
+                num_queued=link.admission.num_queued(model),
+                num_running=link.num_running[model],
+            ),
+        )
 
     def num_queued(self, model: str) -> int:
         """Requests for ``model`` that wait for a credit, over all units."""

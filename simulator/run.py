@@ -24,6 +24,7 @@ from router.expected_work import ExpectedOutput
 from router.generation import StoppingOptions
 from router.request_validation import check_overload, resolve_stopping
 from router.served_models import ModelLimits
+from router.unit_choice import unit_load
 from simulator.forecasts import ForecastInput, Forecasts
 from simulator.simulated_unit import Decision, SimulatedRequest, SimulatedUnit
 from simulator.timeline import NO_DELAYS, Delays, Timeline
@@ -173,9 +174,13 @@ class _Router:
         )
 
     def _choose_unit(self, model: str) -> tuple[SimulatedUnit, ModelConfig]:
-        """As `router.units.Units.choose`: the unit with the fewest queued requests for the model."""
         placed = ((self._units[unit.name], config) for unit, config in self._placements[model])
-        return min(placed, key=lambda one: one[0].num_queued(model))
+        return min(
+            placed,
+            key=lambda one: unit_load(
+                is_connected=True, num_queued=one[0].num_queued(model), num_running=one[0].num_running[model]
+            ),
+        )
 
 
 def _num_prompt(body: Body) -> int:

@@ -243,7 +243,7 @@ class Device:
 
     def _start(self) -> None:
         demands = [demand for demand in self._demands if self._workers[demand.slot].has_work()]
-        granted, kept = decide(self._policy, demands, frozenset(), self._last_slot)
+        granted, kept = decide(self._policy, demands, (), self._last_slot)
         self._computing = next(iter(granted), None)
         if self._computing is None:
             return

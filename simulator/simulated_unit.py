@@ -6,6 +6,7 @@ pre-empted sequence is computed again, and `Delays` stand for the messages.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -126,6 +127,8 @@ class SimulatedUnit:
             workers += [served.prefill, served.decode]
         self._delays = delays
         self._device = Device(timeline, workers, delays)
+        self.num_running: Counter[str] = Counter()
+        """Sequences with a credit, by model."""
         self._last_entry_id = 0
         self._timer_s: float | None = None
 
@@ -213,6 +216,7 @@ class SimulatedUnit:
     def _admit(self, credit: IssuedCredit) -> None:
         request = self._waiting.pop(credit.entry_id)
         self._queue.remove(credit.entry_id)
+        self.num_running[request.model] += 1
         served = self._served[request.model]
         if self._on_decision is not None:
             now_s = self._timeline.now_s
@@ -294,6 +298,7 @@ class SimulatedUnit:
         del self._decoding[sequence.lease.ref.lease_id]
         self.unit.release(sequence.lease.ref, served.decode_name, request.hashes)
         self.num_requeued += 1
+        self.num_running[request.model] -= 1
         self._device.wake()
         self.enqueue(request)
 
@@ -310,6 +315,7 @@ class SimulatedUnit:
         record.finish = "LENGTH" if request.num_output >= request.max_new_tokens else "EOS"
         if request.num_output > 1:
             record.pieces.append((self._timeline.now_s, request.num_output - 1))
+        self.num_running[request.model] -= 1
         self._end(request)
         self._timeline.after(self._delays.end_s, lambda: self._release(request, lease, owner))
 

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from kvstore.grant_page import Word
 from muxmesh.clock import Clock
 from muxmesh.device.device_pool import KvCopy
-from muxmesh.device.kv_codec import encoded_bytes
 from muxmesh.models.model_spec import KvShape
 from muxmesh.types import KvFormat, LeaseRef
 from worker.attachment import Attachment
@@ -40,7 +39,7 @@ class KvSwapper:
 
         Raises Overloaded if the region is full, and LeaseLost.
         """
-        pages = await self._leases.begin_swap_out(ref, encoded_bytes(self._shape, num_tokens, kv_format))
+        pages = await self._leases.begin_swap_out(ref, self._pool.copy_bytes(self._shape, num_tokens, kv_format))
         copy = KvCopy(num_tokens, kv_format, pages)
         num_bytes = await self._run(ref, lambda: self._pool.copy_out(self._shape, block_ids, copy))
         self._page.add(self._slot, Word.SWAP_OUT_BYTES, num_bytes)

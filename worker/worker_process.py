@@ -22,7 +22,6 @@ from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
 from muxmesh.config.schema import ModelConfig
 from muxmesh.engine.api import Engine
-from muxmesh.engine.build import build_engine, num_threads
 from muxmesh.engine.native.kernel_cache import kernel_cache_dir
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.lifecycle import Stop, run_service, service_arguments
@@ -33,6 +32,7 @@ from muxmesh.rpc.server import MeshServer, Register
 from muxmesh.types import EngineRequest, Lease, Role
 from worker.attachment import Attachment, attach
 from worker.compute_grant import ComputeGrant
+from worker.engine_builder import build_engine, num_threads
 from worker.kv_swapper import KvSwapper
 from worker.lease_client import LeaseClient
 

@@ -36,6 +36,9 @@ class DevicePool(Protocol):
     def has_swap(self) -> bool:
         """True if the unit has a swap region."""
 
+    def copy_bytes(self, shape: KvShape, num_tokens: int, kv_format: KvFormat) -> int:
+        """Returns the bytes that a copy of ``num_tokens`` tokens takes in the swap region."""
+
     def copy_out(self, shape: KvShape, block_ids: Sequence[int], copy: KvCopy) -> int:
         """Copies KV from the sequence's token blocks to the swap pages. Returns the bytes written."""
 
@@ -67,7 +70,10 @@ class HostPool:
 
     def view(self, shape: KvShape) -> KvView:
         """Returns a view of one model's token blocks, for engines that compute in host memory."""
-        return KvView(self._memory, shape, self._slab_bytes)
+        return KvView(shape, self._slab_bytes, self._memory)
+
+    def copy_bytes(self, shape: KvShape, num_tokens: int, kv_format: KvFormat) -> int:
+        return encoded_bytes(shape, num_tokens, kv_format)
 
     def copy_out(self, shape: KvShape, block_ids: Sequence[int], copy: KvCopy) -> int:
         encode(self.view(shape), block_ids, copy.num_tokens, copy.kv_format, self._region.copy(copy.swap_pages))

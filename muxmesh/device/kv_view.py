@@ -1,4 +1,4 @@
-"""One model's view of a pool in host memory: the addresses of its token blocks. Pure arithmetic; copies nothing."""
+"""Where a model's token blocks lie in a pool, for any device, and the view of a pool in host memory. Copies nothing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from muxmesh.models.model_spec import KvShape
 
 
 @dataclass(frozen=True, slots=True)
-class KvView:
-    """The pool as f32 elements, and how one model divides its slabs into token blocks.
+class KvGeometry:
+    """How one model divides the slabs of a pool into token blocks.
 
     A slab of ``slab_bytes`` holds ``blocks_per_slab`` token blocks, so the id of a token block alone gives its offset:
     ``(id // blocks_per_slab) * slab + (id % blocks_per_slab) * token block``. If the slab is a multiple of the token
@@ -20,7 +20,6 @@ class KvView:
     ``layer * num_kv_heads + head`` holds K as [head_dim, block_size], then V as [block_size, head_dim].
     """
 
-    pool: np.ndarray
     shape: KvShape
     slab_bytes: int
 
@@ -30,8 +29,15 @@ class KvView:
         return self.slab_bytes // self.shape.token_block_bytes
 
     def block_offsets(self, block_ids: Sequence[int]) -> np.ndarray:
-        """Element offset of each token block in ``pool`` (int64, [len(block_ids)])."""
+        """Offset of each token block in the pool, in elements of the model's KV dtype (int64, [len(block_ids)])."""
         slab, index = np.divmod(np.asarray(block_ids, dtype=np.int64), self.blocks_per_slab)
-        size = self.pool.itemsize
+        size = self.shape.dtype_bytes
         offsets: np.ndarray = slab * (self.slab_bytes // size) + index * (self.shape.token_block_bytes // size)
         return offsets
+
+
+@dataclass(frozen=True, slots=True)
+class KvView(KvGeometry):
+    """The geometry with the pool itself: ``pool`` is the whole pool in host memory, as elements of the KV dtype."""
+
+    pool: np.ndarray

@@ -204,7 +204,7 @@ async def test_a_worker_that_is_stopped_is_killed_and_its_leases_end(server: Ser
 @pytest.mark.parametrize("fault", ["stopped", "killed", "stopped for a moment"])
 async def test_a_lost_worker_never_writes_into_blocks_of_another(server: Server, fault: str) -> None:
     """The lost worker writes without a pause. The next owner of its blocks finds its own pattern only."""
-    view = KvView(np.memmap(server.pool_path, dtype=np.float32, mode="r"), SHAPE, SLAB_BYTES)
+    view = KvView(SHAPE, SLAB_BYTES, np.memmap(server.pool_path, dtype=np.float32, mode="r"))
     size = SHAPE.token_block_bytes // 4
     capacity = server.unit.pool.capacity_blocks("m") * SHAPE.block_size
     rng = random.Random(fault)

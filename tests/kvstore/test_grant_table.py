@@ -2,11 +2,11 @@
 
 import math
 import os
-from collections.abc import Collection, Iterator, Set
+from collections.abc import Collection, Iterator
 
 import pytest
 
-from kvstore.arbiter import STEPS_PER_GRANT, Demand
+from kvstore.arbiter import STEPS_PER_GRANT, Demand, slots_of
 from kvstore.grant_page import MAX_WORKERS, GrantPage, Word
 from kvstore.grant_table import GrantTable
 from muxmesh.errors import Overloaded
@@ -162,10 +162,11 @@ def test_a_worker_without_a_free_slot_is_refused_until_another_exits(table: Gran
 
 
 def test_the_policy_gets_the_words_and_the_registration_of_each_demand() -> None:
-    seen: list[list[Demand]] = []
+    seen, running = list[list[Demand]](), list[list[Demand]]()
 
-    def recorded(demands: Collection[Demand], computing: Set[int], last_granted: int) -> frozenset[int]:
-        seen.append(list(demands))
+    def recorded(waiting: Collection[Demand], computing: Collection[Demand], last_granted: int) -> frozenset[int]:
+        seen.append(list(waiting))
+        running.append(list(computing))
         return frozenset()
 
     table = GrantTable(recorded)
@@ -179,12 +180,17 @@ def test_the_policy_gets_the_words_and_the_registration_of_each_demand() -> None
         Demand(first, Role.PREFILL, "large", 0.4, -2, 0.0015),
         Demand(second, Role.DECODE, "m", 1.0, 0, math.inf),
     ]
+    assert running[0] == []
     assert words(table, first) == (0, 0), "what the policy does not return is not granted"
+    table.page.write(second, Word.GRANTED_STEPS, 1)
+    table.arbitrate()
+    assert [demand.slot for demand in seen[-1]] == [first]
+    assert running[-1] == [Demand(second, Role.DECODE, "m", 1.0, 0, math.inf)]
     table.close()
 
 
 def test_a_policy_may_grant_several_slots_at_once() -> None:
-    table = GrantTable(lambda demands, computing, last: frozenset({d.slot for d in demands} | set(computing)))
+    table = GrantTable(lambda waiting, computing, last: slots_of([*waiting, *computing]))
     first, second = add(table), add(table)
     table.arbitrate()
     assert words(table, first) == words(table, second) == (1, 0)

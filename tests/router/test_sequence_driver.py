@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +50,7 @@ class FakeUnit:
     """A unit that issues every credit at once, and counts those that are not returned."""
 
     num_unreturned: int = 0
+    num_running: Counter[str] = field(default_factory=Counter)
     queued: list[tuple[str, str, SchedulingState, KvDemand]] = field(default_factory=list)
 
     @property
@@ -87,6 +89,7 @@ async def run(script: Script, max_restarts: int = 2) -> Outcome:
 
     async def attempt(request: EngineRequest, credit: Credit) -> AsyncGenerator[AttemptEvent, None]:
         requests.append(request)
+        assert unit.num_running == {"m": 1}, "a sequence with a credit counts as running on its unit"
         index = len(request.resume_token_ids)
         for act in next(attempts):
             if isinstance(act, int):
@@ -107,6 +110,7 @@ async def run(script: Script, max_restarts: int = 2) -> Outcome:
         deltas = [delta async for delta in driver.run(REQUEST, output, progress)]
     finally:
         assert unit.num_unreturned == 0, "a credit was not returned"
+        assert not unit.num_running["m"]
     assert progress.credited_at_s == 5.0
     return Outcome(deltas, output, progress, unit, requests, waits_s)
 

@@ -136,3 +136,12 @@ async def test_a_request_for_a_model_of_another_unit_has_no_demand_here(setup: S
 
 async def test_each_unit_has_its_own_mean_work(setup: Setup) -> None:
     assert setup.link("a").expected_work is not setup.link("b").expected_work
+
+
+async def test_running_sequences_count_like_queued_ones(setup: Setup) -> None:
+    setup.link("a").num_running["m"] = 2
+    assert setup.units.choose("m").name == "b"
+    await setup.wait_on("b", "m", 3)
+    assert setup.units.choose("m").name == "a"
+    setup.link("a").num_running["n"] = 9
+    assert setup.units.choose("m").name == "a", "sequences of other models do not count"

@@ -148,11 +148,11 @@ def test_requests_beyond_the_waiting_limit_are_refused() -> None:
     assert "at most 2 may wait" in records[-1].error
 
 
-def test_a_request_goes_to_the_unit_with_the_fewest_queued_requests_for_its_model() -> None:
+def test_a_request_goes_to_the_unit_with_the_fewest_sequences_of_its_model() -> None:
     result = run_simulation(
         [make_sketch(index, 0.0, num_output=11) for index in range(5)], sim_mesh(sim_model(slots=1), num_units=2)
     )
-    assert [one.e2el_s for one in result.run.records] == pytest.approx([0.11, 0.22, 0.11, 0.22, 0.33], abs=1e-9)
+    assert [one.e2el_s for one in result.run.records] == pytest.approx([0.11, 0.11, 0.22, 0.22, 0.33], abs=1e-9)
     assert result.busy_s == {"unit0": pytest.approx(0.33), "unit1": pytest.approx(0.22)}
 
 

@@ -1,9 +1,9 @@
 import random
-from collections.abc import Callable, Collection, Set
+from collections.abc import Callable, Collection
 
 import pytest
 
-from kvstore.arbiter import Demand
+from kvstore.arbiter import Demand, slots_of
 from muxmesh.scheduling_policy import FCFS
 from muxmesh.step_cost import StepCost
 from muxmesh.types import Role, SchedulingState
@@ -302,8 +302,10 @@ def test_delays_are_added_to_each_step_and_to_each_change_of_the_worker() -> Non
 
 
 def test_a_worker_that_may_not_keep_its_grant_computes_single_steps() -> None:
-    def always_recalled(demands: Collection[Demand], computing: Set[int], last_granted: int) -> frozenset[int]:
-        return frozenset() if computing else frozenset(demand.slot for demand in demands)
+    def always_recalled(
+        waiting: Collection[Demand], computing: Collection[Demand], last_granted: int
+    ) -> frozenset[int]:
+        return frozenset() if computing else slots_of(waiting)
 
     timeline, worker = Timeline(), DecodeWorker(COST)
     device = Device(timeline, [worker], policy=always_recalled)
@@ -316,9 +318,9 @@ def test_a_worker_that_may_not_keep_its_grant_computes_single_steps() -> None:
 def test_the_arbiter_sees_the_roles_of_the_workers_with_work() -> None:
     seen = list[list[tuple[int, Role]]]()
 
-    def policy(demands: Collection[Demand], computing: Set[int], last_granted: int) -> frozenset[int]:
-        seen.append([(demand.slot, demand.role) for demand in demands])
-        return frozenset(list(computing)[:1] or [demand.slot for demand in demands][:1])
+    def policy(waiting: Collection[Demand], computing: Collection[Demand], last_granted: int) -> frozenset[int]:
+        seen.append([(demand.slot, demand.role) for demand in waiting])
+        return slots_of([*computing, *waiting][:1])
 
     timeline, prefill, decode = Timeline(), prefill_worker(), DecodeWorker(COST)
     device = Device(timeline, [prefill, decode], policy=policy)

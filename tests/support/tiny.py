@@ -116,7 +116,7 @@ def tiny_view(spec: ModelSpec, block_size: int = 16, num_slabs: int = 8) -> KvVi
     slab_bytes = (
         4 * shape.token_block_bytes + 64
     )  # not a multiple of the token block, so the end of each slab is unused
-    return KvView(np.full(num_slabs * slab_bytes // 4, np.nan, dtype=np.float32), shape, slab_bytes)
+    return KvView(shape, slab_bytes, np.full(num_slabs * slab_bytes // 4, np.nan, dtype=np.float32))
 
 
 def tiny_runner(folder: Path, cache: Path, block_size: int = 16, num_slabs: int = 8) -> tuple[LogitsRunner, ModelSpec]:

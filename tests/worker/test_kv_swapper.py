@@ -17,7 +17,7 @@ from muxmesh.device.device_pool import HostPool, KvCopy
 from muxmesh.device.kv_view import KvView
 from muxmesh.errors import LeaseLost, Overloaded
 from muxmesh.models.model_spec import KvShape
-from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, Lease, LeaseRef, Role, SchedulingState
+from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, KvFormat, Lease, LeaseRef, Role, SchedulingState
 from tests.support.worker_unit import SHAPE, SLAB_TOKENS, RunningUnit, running_unit
 from worker.attachment import Attachment
 from worker.kv_swapper import KvSwapper
@@ -188,6 +188,9 @@ class SlowPool:
 
     def __init__(self, clock: ManualClock) -> None:
         self._clock = clock
+
+    def copy_bytes(self, shape: KvShape, num_tokens: int, kv_format: KvFormat) -> int:
+        return 1
 
     def copy_out(self, shape: KvShape, block_ids: tuple[int, ...], copy: KvCopy) -> int:
         self._clock.advance(2.0)

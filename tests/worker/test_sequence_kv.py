@@ -65,6 +65,9 @@ class GatedPool:
     def has_swap(self) -> bool:
         return self.pool.has_swap
 
+    def copy_bytes(self, shape: KvShape, num_tokens: int, kv_format: KvFormat) -> int:
+        return self.pool.copy_bytes(shape, num_tokens, kv_format)
+
     def copy_out(self, shape: KvShape, block_ids: Sequence[int], copy: KvCopy) -> int:
         self.num_copies += 1
         assert self.gate.wait(20)

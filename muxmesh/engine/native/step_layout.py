@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from muxmesh.device.kv_view import KvView
+from muxmesh.device.kv_view import KvGeometry
 from muxmesh.engine.step import Step
 
 
@@ -18,7 +18,7 @@ class StepLayout:
     token_ids, positions [rows]: each token and its position in its sequence. row_blocks [rows]: pool offset of the
     token block that stores its KV. tables [chunks, most blocks of a chunk]: pool offsets of the token blocks of each
     sequence, 0 past its last block. starts, lengths [chunks]: the rows of each chunk. logit_rows: the rows whose logits
-    are requested, in order. Offsets count f32 elements.
+    are requested, in order. Offsets count elements of the KV dtype.
     """
 
     token_ids: np.ndarray
@@ -30,9 +30,9 @@ class StepLayout:
     logit_rows: np.ndarray
 
 
-def lay_out(step: Step, view: KvView) -> StepLayout:
+def lay_out(step: Step, geometry: KvGeometry) -> StepLayout:
     """Returns the layout of a step with at least one chunk."""
-    block_size = view.shape.block_size
+    block_size = geometry.shape.block_size
     lengths = [len(chunk.token_ids) for chunk in step.chunks]
     ends = np.cumsum(lengths)
     starts = (ends - lengths).tolist()
@@ -42,7 +42,7 @@ def lay_out(step: Step, view: KvView) -> StepLayout:
     logit_rows: list[int] = []
     for index, chunk in enumerate(step.chunks):
         rows = slice(starts[index], starts[index] + lengths[index])
-        tables[index, : len(chunk.block_ids)] = view.block_offsets(chunk.block_ids)
+        tables[index, : len(chunk.block_ids)] = geometry.block_offsets(chunk.block_ids)
         positions[rows] = np.arange(chunk.start, chunk.start + lengths[index])
         row_blocks[rows] = tables[index][positions[rows] // block_size]
         logit_rows += range(rows.stop - chunk.num_logit_rows, rows.stop)

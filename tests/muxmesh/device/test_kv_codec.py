@@ -16,7 +16,7 @@ LENGTHS = [1, 15, 16, 17, 127, 128, 129, 200, 255, 256, 300]
 
 def view(seed: int, shape: KvShape = SHAPE, num_slabs: int = 12) -> KvView:
     pool = np.random.default_rng(seed).standard_normal(num_slabs * SLAB_BYTES // 4).astype(np.float32)
-    return KvView(pool, shape, SLAB_BYTES)
+    return KvView(shape, SLAB_BYTES, pool)
 
 
 def scattered(num_blocks: int, of: KvView, seed: int) -> list[int]:

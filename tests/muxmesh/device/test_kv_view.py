@@ -13,7 +13,7 @@ BLOCK = SHAPE.token_block_bytes
 
 
 def view(slab_bytes: int, num_slabs: int = 4, shape: KvShape = SHAPE) -> KvView:
-    return KvView(np.zeros(num_slabs * slab_bytes // 4, dtype=np.float32), shape, slab_bytes)
+    return KvView(shape, slab_bytes, np.zeros(num_slabs * slab_bytes // 4, dtype=np.float32))
 
 
 def test_a_slab_that_is_a_multiple_of_the_token_block_gives_one_stride_over_the_pool() -> None:
@@ -37,7 +37,7 @@ def test_offsets_are_in_the_order_of_the_ids() -> None:
 
 
 def test_offsets_past_two_giga_elements_do_not_overflow() -> None:
-    huge = KvView(np.zeros(1, dtype=np.float32), SHAPE, 4 * BLOCK)
+    huge = KvView(SHAPE, 4 * BLOCK, np.zeros(1, dtype=np.float32))
     assert huge.block_offsets([2_000_000]).tolist() == [2_000_000 * BLOCK // 4]
 
 
@@ -66,7 +66,7 @@ def test_token_blocks_lie_within_slabs_and_do_not_overlap(
 def test_models_of_different_shapes_find_their_blocks_in_their_own_slabs(slab_bytes: int) -> None:
     other_shape = KvShape(num_layers=1, num_kv_heads=1, head_dim=64, block_size=16, dtype_bytes=4)
     first = view(slab_bytes)
-    second = KvView(first.pool, other_shape, slab_bytes)
+    second = KvView(other_shape, slab_bytes, first.pool)
     for offset in first.block_offsets(range(first.blocks_per_slab)):  # slab 0
         first.pool[offset : offset + BLOCK // 4] = 1.0
     size = other_shape.token_block_bytes // 4

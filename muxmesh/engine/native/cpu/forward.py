@@ -242,7 +242,7 @@ def open_cpu_forward(spec: ModelSpec, image: Path, view: KvView, num_positions: 
     scratch pool of a single block compiles everything, so no request waits for it.
     """
     shape = view.shape
-    scratch = KvView(np.zeros(shape.token_block_bytes // 4, dtype=np.float32), shape, shape.token_block_bytes)
+    scratch = KvView(shape, shape.token_block_bytes, np.zeros(shape.token_block_bytes // 4, dtype=np.float32))
     step = Step((Chunk(0, 0, (0, 0), (0,), SampleSpec(Sampling(temperature=0.0), 0)),))
     cache: str = numba.config.CACHE_DIR  # type: ignore[attr-defined] # from the environment
     with compile_lock(Path(cache)) if cache else contextlib.nullcontext():

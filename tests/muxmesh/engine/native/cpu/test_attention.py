@@ -57,7 +57,7 @@ class Sequences:
         shape = KvShape(2, heads.kv_heads, heads.head_dim, heads.block_size, 4)
         counts = [-(-query.context // heads.block_size) for query in queries]
         pool = np.full(sum(counts) * shape.token_block_bytes // 4, np.nan, dtype=np.float32)
-        self.view = KvView(pool, shape, shape.token_block_bytes)
+        self.view = KvView(shape, shape.token_block_bytes, pool)
         order = rng.permutation(sum(counts))
         ends = np.cumsum(counts)
         self.block_ids = [order[end - count : end].tolist() for end, count in zip(ends, counts, strict=True)]

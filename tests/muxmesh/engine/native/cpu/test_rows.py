@@ -85,7 +85,7 @@ class Pool:
     def __init__(self) -> None:
         shape = KvShape(2, KV_HEADS, HEAD_DIM, BLOCK_SIZE, 4)
         size = 6 * shape.token_block_bytes // 4
-        self.view = KvView(np.full(size, np.nan, dtype=np.float32), shape, shape.token_block_bytes)
+        self.view = KvView(shape, shape.token_block_bytes, np.full(size, np.nan, dtype=np.float32))
 
     def kv(self, block_id: int, position: int) -> tuple[np.ndarray, np.ndarray]:
         """K and V at a position, each [kv heads, head_dim]."""

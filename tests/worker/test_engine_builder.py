@@ -11,7 +11,6 @@ from muxmesh.config.runtime import PreparedModel
 from muxmesh.config.schema import ModelConfig
 from muxmesh.device.device_pool import HostPool
 from muxmesh.engine.api import EngineJob, FreeGrant, Tokens
-from muxmesh.engine.build import build_engine, num_threads
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import Chunk, SampleSpec, Step
 from muxmesh.models.model_spec import read_model_spec
@@ -20,6 +19,7 @@ from muxmesh.models.weight_image import ensure_image
 from muxmesh.scheduling_policy import FCFS
 from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping
 from tests.support.tiny import TinyShape, tiny_runner, tiny_view, write_tiny_model
+from worker.engine_builder import build_engine, num_threads
 
 PROMPT, BLOCKS = tuple(range(40, 60)), (0, 1, 2)
 
