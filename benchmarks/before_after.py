@@ -21,7 +21,7 @@ Figures = dict[str, float]
 
 
 def main() -> int:
-    """Runs, prints, writes."""
+    """Compares the two checkouts, prints the table and writes it as JSON. Returns the exit code."""
     if len(sys.argv) not in (3, 4):
         print(__doc__, file=sys.stderr)
         return 2
@@ -34,11 +34,16 @@ def main() -> int:
         runs.append((figures[before], figures[HERE]))
         print(f"round {index + 1} of {rounds} is done", flush=True)
     names = [key for key in runs[0][0] if all(key in one for both in runs for one in both)]
+    if not names:
+        raise SystemExit(f"the two checkouts have no figure of {name} in common")
     rows = [compare(key, runs) for key in names]
     width = max(len(key) for key in names)
     print(f"\n{'FIGURE'.ljust(width)}  {'BEFORE':>11}  {'AFTER':>11}  AFTER/BEFORE")
     for row in rows:
         print(f"{row['name'].ljust(width)}  {row['before']:>11.4g}  {row['after']:>11.4g}  {row['ratio']:.3f}")
+    one_sided = sorted({key for both in runs for one in both for key in one} - set(names))
+    if one_sided:
+        print(f"\nnot in every run: {', '.join(one_sided)}")
     path = HERE / "build" / "bench" / f"before_after_{name}.json"
     path.write_text(json.dumps({"name": name, "rounds": rounds, "figures": rows}, indent=1) + "\n")
     print(f"\n{path.relative_to(HERE)} written")
@@ -48,12 +53,14 @@ def main() -> int:
 def run(checkout: Path, name: str) -> Figures:
     """The numbers of one run, by name. A missed bar is no error here."""
     command = [str(checkout / ".venv" / "bin" / "python"), "-m", f"benchmarks.{name}"]
+    path = checkout / "build" / "bench" / f"{name}.json"
+    path.unlink(missing_ok=True)  # a run that fails must not leave the figures of an earlier one
     result = subprocess.run(
         command, check=False, cwd=checkout, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    if result.returncode not in (0, 1):
-        raise SystemExit(f"{checkout}: benchmarks.{name} ended with {result.returncode}\n{result.stderr[-2000:]}")
-    report = json.loads((checkout / "build" / "bench" / f"{name}.json").read_text())
+    if not path.exists():
+        raise SystemExit(f"{checkout}: benchmarks.{name} wrote no {path.name}\n{result.stderr[-2000:]}")
+    report = json.loads(path.read_text())
     bars = {bar["name"]: float(bar["value"]) for bar in report["bars"]}
     return bars | dict(numbers(report["figures"], ()))
 

@@ -7,6 +7,7 @@ import functools
 
 from kvstore.attach_server import AttachServer
 from kvstore.device_memory import HostMemory, new_memfd
+from kvstore.fence import HostFence
 from kvstore.grant_table import GrantTable
 from kvstore.service import KvStoreService
 from kvstore.unit import Unit, UnitModel, first_id
@@ -35,7 +36,7 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
     swap_fd = new_memfd("muxmesh-kv-swap", config.kv_swap) if config.kv_swap else None
     service = KvStoreService(config, unit, grants, clock, runtime.config.order.trace)
     attach = service.attach = AttachServer(
-        runtime.attach_path(unit_name), unit, memory, swap_fd, grants, service.changed
+        runtime.attach_path(unit_name), unit, memory, swap_fd, grants, HostFence(), service.changed
     )
     register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
     server = MeshServer({kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register})

@@ -25,7 +25,7 @@ from typing import Any
 
 from kvstore.attach_protocol import BEAT_EVERY_S, MAX_MESSAGE_BYTES, MAX_SILENT_CHECKS, pool_description
 from kvstore.device_memory import DeviceMemory
-from kvstore.fence import Fence, HostFence
+from kvstore.fence import Fence
 from kvstore.grant_page import Word
 from kvstore.grant_table import GrantTable
 from kvstore.progress_page import ProgressPage, new_progress_fd
@@ -68,8 +68,8 @@ class AttachServer:
         memory: DeviceMemory,
         swap_fd: int | None,
         grants: GrantTable,
+        fence: Fence,
         changed: Callable[[], None],
-        fence: Fence | None = None,
         check_every_s: float = BEAT_EVERY_S,
     ) -> None:
         self._path = path
@@ -78,7 +78,7 @@ class AttachServer:
         self._swap_fd = swap_fd
         self._grants = grants
         self._changed = changed
-        self._fence = fence or HostFence()
+        self._fence = fence
         self._attachments: dict[str, _Attachment] = {}
         self._check_every_s = check_every_s
         self._check_timer: asyncio.TimerHandle | None = None
@@ -146,6 +146,9 @@ class AttachServer:
         _log.info("%s attached (pid %d)", attachment.worker.name, pid)
 
     def _add_worker(self, connection: socket.socket, hello: dict[str, Any], pid: int, undo: ExitStack) -> _Attachment:
+        missing = [field for field in ("role", "model", "address") if field not in hello]
+        if missing:
+            raise ValueError(f"its hello lacks {', '.join(missing)}; a worker sends role, model and address")
         role, model_name, address = hello["role"], hello["model"], hello["address"]
         if not (isinstance(model_name, str) and isinstance(address, str)):
             raise TypeError("model and address must be strings")

@@ -250,7 +250,7 @@ class BlockTable:
     def _unused_slabs_of(self, model: str) -> list[int]:
         """Slabs of the model that hold cached blocks only."""
         counts = self._models[model].cached_in_slab
-        return [slab for slab, count in counts.items() if count == self._pool.num_used_in(model, slab)]
+        return [slab for slab, count in counts.items() if count == self._pool.num_allocated_in(model, slab)]
 
     def _evict(self, model: str, block_id: int) -> None:
         blocks = self._models[model]

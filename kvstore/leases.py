@@ -284,11 +284,12 @@ class LeaseTable:
 
     def count_assigned(self) -> tuple[Counter[str], Counter[str]]:
         """Two counts of the leases assigned to each worker: those that take a slot of its batch (`BATCHED`), and those
-        that hold token blocks.
+        that hold token blocks. After the hand-off a lease counts for its decode worker only.
         """
         batched, resident = Counter[str](), Counter[str]()
         for record in self._records.values():
-            for worker in (record.assignment.prefill, record.assignment.decode):
+            prefill, decode = record.assignment.prefill, record.assignment.decode
+            for worker in (decode,) if record.owner == decode else (prefill, decode):
                 batched[worker] += record.state in BATCHED
                 resident[worker] += record.state is not LeaseState.SWAPPED
         return batched, resident

@@ -79,6 +79,8 @@ class Quotas:
         """Proves the invariant. Raises AssertionError."""
         total = sum(self.slabs.values())
         assert not self.slabs or total == self._num_slabs, "quotas do not add up to the pool"
+        for model, slabs in self.slabs.items():
+            assert slabs >= self._guaranteed[model], f"the quota of {model} is below its guaranteed slabs"
 
     def _reset(self, guaranteed: dict[str, int]) -> None:
         self._guaranteed = guaranteed

@@ -1,7 +1,7 @@
 """The gRPC edge of a unit: translates calls, applies them to the `Unit`, and sends its decisions.
 
-It decides nothing: every change of state is a method of `Unit`. After a change it calls `KvStoreService.changed`, which
-schedules and puts the decisions into the queues of the routers' and workers' streams.
+It decides nothing: every change of state is a method of `Unit` or of one of its parts. After a change it calls
+`KvStoreService.changed`, which schedules and puts the decisions into the queues of the routers' and workers' streams.
 """
 
 from __future__ import annotations
@@ -184,7 +184,10 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def GrowLease(self, request: kvstore_pb2.GrowLeaseRequest, context: Context) -> kvstore_pb2.GrowLeaseResponse:
         block_ids = self._unit.grow(convert.ref_from_wire(request.lease), request.owner, request.num_blocks)
         if block_ids is None:
-            raise Overloaded(f"the KV pool has fewer than {request.num_blocks} free token blocks")
+            raise Overloaded(
+                f"{request.num_blocks} token blocks are not available to this lease: the KV pool is full, or its model "
+                "is past its quota while another one waits"
+            )
         return kvstore_pb2.GrowLeaseResponse(block_ids=block_ids)
 
     async def SwapOut(self, request: kvstore_pb2.SwapOutRequest, context: Context) -> kvstore_pb2.SwapOutResponse:

@@ -107,7 +107,7 @@ class SlabPool:
         """Token blocks that ``model`` can allocate without another slab."""
         return self._holdings[model].num_free
 
-    def num_used_in(self, model: str, slab: int) -> int:
+    def num_allocated_in(self, model: str, slab: int) -> int:
         """Allocated token blocks in a slab that ``model`` holds."""
         holding = self._holdings[model]
         return holding.blocks_per_slab - len(holding.free_indices[slab])

@@ -177,9 +177,7 @@ class Unit:
 
     def attach(self, role: Role, model: str, address: str, pid: int) -> WorkerRecord:
         """Adds a worker that is not ready. Raises InvalidRequest for a model that the unit does not serve."""
-        if model not in self._served():
-            served = ", ".join(sorted(self._served()))
-            raise InvalidRequest("model", f"{model!r} is not served by this unit; it serves: {served}")
+        self._check_served(model)
         self._incarnations += 1
         worker = WorkerRecord(f"{role.value}-{model}#{self._incarnations:x}", role, model, address, pid)
         self.workers[worker.name] = worker
@@ -204,8 +202,7 @@ class Unit:
 
         The part of its prompt that is in the prefix cache counts as work that is done.
         """
-        if request.model not in self._served():
-            raise InvalidRequest("model", f"{request.model!r} is not served by this unit")
+        self._check_served(request.model)
         block_size = self.models[request.model].shape.block_size
         capacity, max_tokens = self.pool.capacity_blocks(request.model), request.demand.max_tokens
         if blocks_for(max_tokens, block_size) > capacity:
@@ -213,7 +210,7 @@ class Unit:
                 "stopping.max_new_tokens",
                 f"prompt and longest output are {max_tokens} tokens; the KV pool holds {capacity * block_size}",
             )
-        self.admission.offer(AdmissionEntry(router, self._with_cached_share(request)))
+        self.admission.offer(AdmissionEntry(router, self._with_cached_fraction(request)))
 
     def request_swap_in(self, ref: LeaseRef, owner: str, demand: KvDemand, scheduling: SchedulingState) -> None:
         """Adds a swapped lease that needs token blocks again; `schedule` issues them. Raises LeaseLost."""
@@ -286,7 +283,7 @@ class Unit:
         return self.leases.move(ref, owner, to, num_computed_tokens, sampled)
 
     def grow(self, ref: LeaseRef, owner: str, num_blocks: int) -> tuple[int, ...] | None:
-        """Adds token blocks to a lease and returns them; None if the pool is full. Raises LeaseLost.
+        """Adds token blocks to a lease and returns them; None if it may have no more now. Raises LeaseLost.
 
         While an entry within its model's quota waits for memory, leases do not grow past the quota of their own model.
         """
@@ -319,6 +316,12 @@ class Unit:
     def _served(self) -> set[str]:
         return self.models.keys() - self._removing
 
+    def _check_served(self, model: str) -> None:
+        if model not in (served := self._served()):
+            raise InvalidRequest(
+                "model", f"{model!r} is not served by this unit; it serves: {', '.join(sorted(served))}"
+            )
+
     def _remove_drained_models(self) -> None:
         for name in [name for name in self._removing if not self.leases.count_states(name)]:
             self._removing.discard(name)
@@ -326,11 +329,11 @@ class Unit:
             self.quotas.remove_model(name)
             del self.models[name]
 
-    def _with_cached_share(self, request: QueuedRequest) -> QueuedRequest:
+    def _with_cached_fraction(self, request: QueuedRequest) -> QueuedRequest:
         demand, shape = request.demand, self.models[request.model].shape
         num_cached = self.blocks.count_cached(request.model, demand.block_hashes) * shape.block_size
-        share = min(num_cached, demand.max_cached_tokens) / (demand.max_cached_tokens + 1)
-        return replace(request, scheduling=request.scheduling.with_cached_share(share)) if share else request
+        fraction = min(num_cached, demand.max_cached_tokens) / (demand.max_cached_tokens + 1)
+        return replace(request, scheduling=request.scheduling.with_cached_fraction(fraction)) if fraction else request
 
     def _issue_credit(
         self,

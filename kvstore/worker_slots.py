@@ -27,11 +27,11 @@ class SlotLimits(Protocol):
 
     @property
     def max_num_seqs(self) -> int:
-        """In its batch."""
+        """Sequences in the batch of one worker."""
 
     @property
     def max_resident_seqs(self) -> int | None:
-        """With token blocks, paused ones included; None: as ``max_num_seqs``."""
+        """Sequences of one worker that hold token blocks, paused ones included; None: as ``max_num_seqs``."""
 
 
 def ready_workers(workers: Iterable[WorkerRecord], role: Role, model: str) -> list[WorkerRecord]:

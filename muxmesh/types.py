@@ -174,9 +174,9 @@ class SchedulingState:
     def remaining_s(self) -> float:
         return self.prefill_s + self.decode_s
 
-    def with_cached_share(self, share: float) -> SchedulingState:
-        """The state if the prefix cache holds ``share`` of the prompt, in [0, 1]."""
-        return self if share == 0 else replace(self, prefill_s=self.prefill_s * (1 - share))
+    def with_cached_fraction(self, fraction: float) -> SchedulingState:
+        """The state if the prefix cache holds ``fraction`` of the prompt, in [0, 1]."""
+        return self if fraction == 0 else replace(self, prefill_s=self.prefill_s * (1 - fraction))
 
     def after_output(
         self, num_output_tokens: int, prediction: LengthPrediction | None, since: int = 0, prefill_again: bool = False

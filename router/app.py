@@ -8,7 +8,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
-from muxmesh.clock import SystemClock
+from muxmesh.clock import Clock, SystemClock
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
 from muxmesh.endpoint_resolver import EndpointResolver
 from muxmesh.internal.v1 import kvstore_pb2_grpc
@@ -17,6 +17,7 @@ from muxmesh.models.prepared_model import kv_identity
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.server import MeshServer
+from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 from router.admission_client import UnitAdmission
 from router.api.inference_service import InferenceService
@@ -42,7 +43,7 @@ async def serve(runtime: MeshRuntime, stop: Stop) -> None:
         stack.push_async_callback(registry.close)
         workers = WorkerChannels(name)
         stack.push_async_callback(workers.close)
-        units = await _open_units(runtime, name, registry, stack)
+        units = await _open_units(runtime, name, policy, clock, registry, stack)
         driver = SequenceDriver(
             units.choose, functools.partial(run_attempt, workers, clock), clock, config.router.max_restarts
         )
@@ -67,14 +68,21 @@ async def serve(runtime: MeshRuntime, stop: Stop) -> None:
             await stop.wait()
 
 
-async def _open_units(runtime: MeshRuntime, router: str, registry: ProcessRegistry, stack: AsyncExitStack) -> Units:
+async def _open_units(
+    runtime: MeshRuntime,
+    router: str,
+    policy: SchedulingPolicy,
+    clock: Clock,
+    registry: ProcessRegistry,
+    stack: AsyncExitStack,
+) -> Units:
     """Opens a link to each unit. ``stack`` closes them."""
-    policy, resolver = runtime.config.order.scheduling_policy(), EndpointResolver(runtime, registry)
+    resolver = EndpointResolver(runtime, registry)
     links = []
     for unit in runtime.config.units:
         address = await resolver.address(ProcessKey("kvstore", unit.name))
         channel = await stack.enter_async_context(internal_channel(address))
-        admission = UnitAdmission(unit.name, router, channel, SystemClock(), policy)
+        admission = UnitAdmission(unit.name, router, channel, clock, policy)
         placed = {
             model.name: PlacedModel(model, kv_identity(model, runtime.prepared[model.name])) for model in unit.models
         }

@@ -38,7 +38,7 @@ class ExpectedOutput:
     request's own limits.
     """
 
-    unlimited: LengthPrediction
+    unclipped: LengthPrediction
     source: str
     stopping: Stopping
 
@@ -47,7 +47,7 @@ class ExpectedOutput:
         """The prediction, clipped to the limits."""
         least, most = max(1, self.stopping.min_new_tokens), self.stopping.max_new_tokens
         return LengthPrediction(
-            min(max(self.unlimited.p50_tokens, least), most), min(max(self.unlimited.p90_tokens, least), most)
+            min(max(self.unclipped.p50_tokens, least), most), min(max(self.unclipped.p90_tokens, least), most)
         )
 
 
@@ -87,7 +87,7 @@ class ExpectedWork:
         normalized and mean latency worse.
         """
         if output.source in UNPREDICTED:
-            return self._equal_work(scheduling, output.unlimited, service, num_queued)
+            return self._equal_work(scheduling, output.unclipped, service, num_queued)
         costs = service.costs or UNMEASURED
         prefill_s = costs.prefill.prefill_s(num_prompt_tokens, chunk=service.step_token_budget)
         decode_s = costs.decode.decode_s(max(0.0, output.prediction.p50_tokens - 1), num_prompt_tokens)

@@ -1,7 +1,8 @@
 """A generation request and the deltas of its output, as values. Knows no wire format.
 
 An API (`router.api`) converts its messages to a `GenerationRequest`, and each `OutputDelta` to a message. Errors name a
-field by its path in `muxmesh.v1.GenerateRequest`; an API with other field names translates them.
+field by its path in `muxmesh.v1.GenerateRequest`; an API with other field names translates them. A sequence in a
+request may be a view of the message: validation bounds its length before anything copies it.
 """
 
 from __future__ import annotations

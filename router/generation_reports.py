@@ -54,7 +54,7 @@ def scheduling_report(
 def timings_report(
     sequences: Sequence[Progress], arrived_at_s: float, first_token_at_s: float, ended_at_s: float
 ) -> TimingsReport:
-    """The times of a request, in monotonic time. The router's own part of the TTFT is what no worker was waited for."""
+    """The times of a request, in monotonic time. ``router_s`` is the TTFT without the waits for credits and prefill."""
     first = sequences[0]
     return TimingsReport(
         queue_s=first.queued_s(arrived_at_s),

@@ -24,7 +24,7 @@ from router.length_forecast import LengthForecaster
 _log = logging.getLogger(__name__)
 
 SAVE_EVERY_S = 60.0
-_LAST_SAVE_S = 2.0
+_LAST_SAVE_TIMEOUT_S = 2.0
 """Maximum time of the last save: a predictor that hangs does not delay the shutdown."""
 
 
@@ -65,7 +65,7 @@ class PredictorSnapshots:
                 saving.cancel()
                 await asyncio.gather(saving, return_exceptions=True)
                 with contextlib.suppress(RedisError, OSError, TimeoutError):
-                    async with asyncio.timeout(_LAST_SAVE_S):
+                    async with asyncio.timeout(_LAST_SAVE_TIMEOUT_S):
                         await save()
 
     @contextlib.asynccontextmanager

@@ -31,7 +31,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_SEQUENCES = 64
 MAX_CACHE_SALT = 256
-_PROMPT_FIELDS = {TextPrompt: "text", TokensPrompt: "token_ids.ids", ChatPrompt: "chat"}
+_PROMPT_FIELDS = {TextPrompt: "text", TokensPrompt: "token_ids", ChatPrompt: "chat"}
 
 
 def validate(request: GenerationRequest, model: ServedModel, max_prompt_bytes: int) -> None:
@@ -58,8 +58,13 @@ def validate(request: GenerationRequest, model: ServedModel, max_prompt_bytes: i
 
 def check_request_id(request_id: str) -> None:
     """Raises InvalidRequest for an id that cannot be sent as a header or logged in a line."""
-    if len(request_id) > MAX_REQUEST_ID or not all(" " <= character <= "~" for character in request_id):
-        raise InvalidRequest("request_id", f"must be at most {MAX_REQUEST_ID} printable ASCII characters")
+    if len(request_id) > MAX_REQUEST_ID:
+        raise InvalidRequest("request_id", f"is {len(request_id)} characters; at most {MAX_REQUEST_ID}")
+    for index, character in enumerate(request_id):
+        if not " " <= character <= "~":
+            raise InvalidRequest(
+                "request_id", f"has U+{ord(character):04X} at index {index}; printable ASCII characters only"
+            )
 
 
 def resolve(
@@ -69,7 +74,7 @@ def resolve(
 
     ``seed`` is used if the request has none. Raises InvalidRequest if prompt and output exceed the model's context.
     """
-    field = _PROMPT_FIELDS[type(request.prompt)].removesuffix(".ids")
+    field = _PROMPT_FIELDS[type(request.prompt)]
     if request.truncate_prompt_tokens is not None:
         token_ids = token_ids[-request.truncate_prompt_tokens :]
     if not token_ids:

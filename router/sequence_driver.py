@@ -122,7 +122,7 @@ class SequenceDriver:
     @asynccontextmanager
     async def _credit(self, request: EngineRequest, progress: Progress) -> AsyncIterator[Credit]:
         """Waits for a credit of the unit that is chosen now. The credit is returned when the block ends."""
-        unit, asked_at_s = self._choose_unit(request.model), self._clock.monotonic_s()
+        unit, requested_at_s = self._choose_unit(request.model), self._clock.monotonic_s()
         demand = unit.kv_demand(request)
         credit = await unit.admission.wait_for_credit(request.model, request.tenant, request.scheduling, demand)
         unit.num_running[request.model] += 1
@@ -132,7 +132,7 @@ class SequenceDriver:
                 progress.credited_at_s = credited_at_s
                 progress.credit = credit
             if not request.resume_token_ids:
-                progress.waited_s += credited_at_s - asked_at_s
+                progress.waited_s += credited_at_s - requested_at_s
             yield credit
         finally:
             unit.num_running[request.model] -= 1

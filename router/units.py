@@ -58,7 +58,8 @@ class Units:
         """
         serving = [link for link in self._links.values() if model in link.models]
         if not serving:
-            raise ModelNotFound(f"model: {model!r} is not served by any unit")
+            served = ", ".join(sorted({name for link in self for name in link.models}))
+            raise ModelNotFound(f"model: {model!r} is not served by any unit; served: {served}")
         return min(
             serving,
             key=lambda link: unit_load(

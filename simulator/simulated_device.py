@@ -252,7 +252,8 @@ class Device:
         self._last_slot = self._computing
         worker.plan(self._timeline.now_s)
         self._started_at_s = self._timeline.now_s
-        self._schedule_end(worker, worker.max_steps() if self._computing in kept else STEPS_PER_GRANT)
+        num_steps = worker.max_steps()
+        self._schedule_end(worker, num_steps if self._computing in kept else min(num_steps, STEPS_PER_GRANT))
 
     def _schedule_end(self, worker: Worker, num_steps: int) -> None:
         """The run takes ``num_steps`` steps. An end that was scheduled for it before has no effect."""

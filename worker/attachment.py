@@ -87,8 +87,12 @@ def map_pool(description: Mapping[str, Any], fds: Sequence[int]) -> DevicePool:
     Raises Unavailable for a kind of memory that this worker cannot map.
     """
     try:
-        if description["device"] != HOST or len(description["shards"]) != 1 or len(description["shards"][0]) != 1:
-            raise Unavailable(f"this worker cannot map a pool of {description['device']} memory: {description}")
+        segments = [len(shard) for shard in description["shards"]]
+        if description["device"] != HOST or segments != [1]:
+            raise Unavailable(
+                f"the unit's pool is {description['device']} memory with {segments} segments in its shards; "
+                f"this worker maps one segment of {HOST} memory"
+            )
         pool_fd, *swap_fds = fds
         return HostPool.map(pool_fd, description["slab_bytes"], swap_fds[0] if swap_fds else None)
     finally:

@@ -133,7 +133,8 @@ class LeaseClient:
     async def watch(self) -> AsyncIterator[Lease | PreemptLease]:
         """Yields leases that arrive at this worker and those that it has to pre-empt, for as long as the unit serves.
 
-        Begins with the leases that this worker has already. Raises Unavailable when the unit ends the stream.
+        Begins with the leases that this worker has already. Ends when the unit stops, or raises the error of the call
+        (Unavailable, RequestAborted).
         """
         call = self._stub.WatchLeases(kvstore_pb2.WatchLeasesRequest(owner=self._worker))
         try:
@@ -148,11 +149,11 @@ class LeaseClient:
     async def close(self) -> None:
         """Waits for releases and cancelled calls that are still in the background."""
         while self._background:  # a cancelled `acquire` that succeeds adds its release
-            await asyncio.gather(*self._background, return_exceptions=True)
+            await asyncio.wait(self._background)
 
     def _release_unwanted(self, call: asyncio.Task[Any]) -> None:
         if not call.cancelled() and call.exception() is None:
-            self.release_after(_unused, convert.ref_from_wire(call.result().lease.ref))
+            self.release_after(_nothing_to_quiesce, convert.ref_from_wire(call.result().lease.ref))
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
@@ -161,7 +162,7 @@ class LeaseClient:
         return task
 
 
-async def _unused() -> None:
+async def _nothing_to_quiesce() -> None:
     """Quiesces a lease whose memory was never accessed."""
 
 

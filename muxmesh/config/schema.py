@@ -180,8 +180,8 @@ class OrderConfig(Section):
     """For `srtf-aged`: the largest difference in arrival time at which a later request overtakes an earlier one of the
     same priority, in multiples of the mean work of a request. 0 is `fcfs`."""
     longest_lead_s: float | None = Field(default=None, ge=0, le=1e9)
-    """For `srtf-aged`: the same limit in seconds. The smaller limit applies. A value far below `longest_lead` makes the
-    order that of arrival."""
+    """For `srtf-aged`: the same limit in seconds. The smaller limit applies. A value far below `longest_lead` times
+    the mean work makes the order that of arrival."""
     mlfq_quantum_s: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     """For `mlfq`: quantum of the first level, in seconds of work. The quantum doubles with each level."""
     trace: bool = False

@@ -50,16 +50,16 @@ def divide_token_budget(
     least one token is scheduled if there are items.
     """
     ready = sorted(items, key=lambda item: (item.num_uncomputed_tokens > 1, policy.sort_key(item.scheduling, now_s)))
-    shares: list[tuple[_Item, int]] = []
+    planned: list[tuple[_Item, int]] = []
     for item in ready[:max_num_seqs]:
         uncomputed = item.num_uncomputed_tokens
         cost = 1 + item.num_computed_tokens // _TOKENS_PER_COST if uncomputed > 1 else 1
-        count = min(uncomputed, max(token_budget // cost, 0 if shares else 1))
+        count = min(uncomputed, max(token_budget // cost, 0 if planned else 1))
         if count == 0:
             break
-        shares.append((item, count))
+        planned.append((item, count))
         token_budget -= count * cost
-    return shares
+    return planned
 
 
 @dataclass(slots=True)
@@ -140,8 +140,8 @@ class Scheduler:
         """Plans the next step, which is in flight from then on; None if no job is ready. ``now_s``: unix time."""
         assert self._in_flight is None, "the step in flight is applied first"
         ready = (job for job in self._jobs.values() if job.is_ready)
-        shares = divide_token_budget(ready, self.policy, now_s, self.max_num_seqs, self.token_budget)
-        chunks = [_chunk(job, count) for job, count in shares]
+        planned = divide_token_budget(ready, self.policy, now_s, self.max_num_seqs, self.token_budget)
+        chunks = [_chunk(job, count) for job, count in planned]
         self._in_flight = Step(tuple(chunks)) if chunks else None
         return self._in_flight
 

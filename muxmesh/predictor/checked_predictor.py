@@ -30,9 +30,9 @@ from muxmesh.types import LengthPrediction
 _log = logging.getLogger(__name__)
 
 FLOOR_TAU = 0.05
-"""Predictions with a lower tau are not used, ..."""
+"""Predictions whose tau (rank correlation with the lengths) is lower are not used."""
 _RESUME_TAU = 0.15
-"""... until it is this high again."""
+"""Predictions that were not used are used again from this tau on."""
 _WINDOW = 256
 _MIN_OUTPUTS = 100
 _CHECK_EVERY = 16

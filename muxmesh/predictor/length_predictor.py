@@ -51,7 +51,7 @@ class RawPrediction:
     p50_tokens: float
     p90_tokens: float
     source: str
-    """`retrieved`, `regressed`, `typical` (the model's mean length), or `cold` before the first output."""
+    """`retrieved`, `regressed`, `typical` (the model's median length), or `cold` before the first output."""
     features: PromptFeatures
     prompt_hash: int
     log_spread: float

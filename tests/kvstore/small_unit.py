@@ -14,6 +14,7 @@ import grpc
 
 from kvstore.attach_server import AttachServer
 from kvstore.device_memory import HostMemory, new_memfd
+from kvstore.fence import HostFence
 from kvstore.grant_table import GrantTable
 from kvstore.service import KvStoreService
 from kvstore.unit import AdmissionDecisions, Unit, UnitModel
@@ -143,7 +144,7 @@ async def served(
         service.changed()
         changes.set()
 
-    attach_server = AttachServer(attach_path, unit, memory, swap_fd, grants, changed, check_every_s=3600)
+    attach_server = AttachServer(attach_path, unit, memory, swap_fd, grants, HostFence(), changed, check_every_s=3600)
     service.attach = attach_server
     register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
     server = MeshServer({kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register})

@@ -19,7 +19,7 @@ import pytest
 from kvstore.attach_protocol import BEAT_EVERY_S, MAX_MESSAGE_BYTES, MAX_SILENT_CHECKS
 from kvstore.attach_server import AttachServer
 from kvstore.device_memory import HostMemory
-from kvstore.fence import Fence
+from kvstore.fence import Fence, HostFence
 from kvstore.grant_page import MAX_WORKERS, Word
 from kvstore.grant_table import GrantTable
 from kvstore.unit import IssuedCredit, Unit, UnitModel
@@ -99,7 +99,7 @@ class Server:
         self.memory, self.grants = HostMemory(4 * SLAB_BYTES), GrantTable()
         self.changes = asyncio.Event()
         self.attach = AttachServer(
-            path, self.unit, self.memory, None, self.grants, self.changes.set, fence, check_every_s
+            path, self.unit, self.memory, None, self.grants, fence or HostFence(), self.changes.set, check_every_s
         )
         self.attach.start()
 

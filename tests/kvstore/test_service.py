@@ -196,7 +196,7 @@ async def test_requests_of_two_routers_form_one_queue(served_unit: ServedUnit) -
 async def test_a_request_that_the_unit_never_serves_is_refused_by_its_field(served_unit: ServedUnit) -> None:
     router = RouterStream(served_unit)
     router.offer(queued(3, "unknown"))
-    assert await router.refused() == (3, "model", "'unknown' is not served by this unit")
+    assert await router.refused() == (3, "model", "'unknown' is not served by this unit; it serves: a, b, c")
     router.offer(queued(4, num_tokens=10**6))
     capacity = 4 * slab_tokens(served_unit.unit, "a")
     problem = f"prompt and longest output are 1000000 tokens; the KV pool holds {capacity}"
@@ -358,7 +358,7 @@ async def test_queued_requests_of_a_removed_model_are_refused_and_its_leases_con
     served_unit.service.remove_model("a")
     assert await router.refused() == (7, "model", "'a' is no longer served")
     router.offer(queued(9))
-    assert await router.refused() == (9, "model", "'a' is not served by this unit")
+    assert await router.refused() == (9, "model", "'a' is not served by this unit; it serves: b, c")
     assert await workers.decode.grow(leases[0].ref, 1)
     for lease in leases:
         assert "a" in served_unit.unit.models
@@ -437,7 +437,7 @@ async def test_only_an_attached_worker_can_acquire_or_receive_or_watch(served_un
 async def test_a_full_pool_and_a_full_swap_region_raise_overloaded(served_unit: ServedUnit) -> None:
     workers, router = await Workers.of(served_unit), RouterStream(served_unit)
     lease = await workers.decoding(router, 1, 4 * slab_tokens(served_unit.unit, "a"))
-    with pytest.raises(Overloaded, match="the KV pool has fewer than 1 free token blocks"):
+    with pytest.raises(Overloaded, match="^1 token blocks are not available to this lease: the KV pool is full"):
         await workers.decode.grow(lease.ref, 1)
     num_bytes = 5 * SWAP_PAGE_BYTES
     with pytest.raises(Overloaded, match=f"the swap region has fewer than {num_bytes} free bytes"):

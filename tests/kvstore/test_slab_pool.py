@@ -36,7 +36,7 @@ def test_a_block_id_gives_its_slab_and_its_index() -> None:
     block_ids = allocated(pool, "a", 5)
     assert sorted(block_ids) == [0, 1, 2, 3, 4]
     assert [pool.slab_of("a", block_id) for block_id in sorted(block_ids)] == [0, 0, 0, 0, 1]
-    assert [pool.num_used_in("a", slab) for slab in (0, 1)] == [4, 1]
+    assert [pool.num_allocated_in("a", slab) for slab in (0, 1)] == [4, 1]
 
 
 def test_the_fullest_slab_is_used_first() -> None:

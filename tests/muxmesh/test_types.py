@@ -121,10 +121,10 @@ def test_a_prediction_without_spread_is_a_fixed_length() -> None:
 
 def test_cached_prompt_tokens_need_no_prefill() -> None:
     state = SchedulingState(0, 0.0, prefill_s=2.0, decode_s=1.0)
-    assert state.with_cached_share(0.75) == SchedulingState(0, 0.0, prefill_s=0.5, decode_s=1.0)
-    assert state.with_cached_share(0.75).remaining_s == 1.5
-    assert state.with_cached_share(0) is state
-    assert state.with_cached_share(1).remaining_s == 1.0
+    assert state.with_cached_fraction(0.75) == SchedulingState(0, 0.0, prefill_s=0.5, decode_s=1.0)
+    assert state.with_cached_fraction(0.75).remaining_s == 1.5
+    assert state.with_cached_fraction(0) is state
+    assert state.with_cached_fraction(1).remaining_s == 1.0
 
 
 def test_output_turns_remaining_work_into_served_work() -> None:
@@ -165,7 +165,7 @@ def test_without_a_prediction_or_new_output_the_state_is_unchanged(
 
 def test_priority_and_arrival_survive_every_update() -> None:
     state = SchedulingState(-3, 12.5, 2.0, 10.0, mean_work_s=4.0)
-    later = state.with_cached_share(0.5).after_output(10, LengthPrediction(20, 30))
+    later = state.with_cached_fraction(0.5).after_output(10, LengthPrediction(20, 30))
     assert (later.priority, later.arrived_at_s, later.mean_work_s) == (-3, 12.5, 4.0)
 
 

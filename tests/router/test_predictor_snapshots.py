@@ -131,7 +131,7 @@ class BlockedPredictor(LengthPredictor):
 async def test_a_predictor_that_hangs_does_not_delay_the_shutdown(
     url: str, client: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(router.predictor_snapshots, "_LAST_SAVE_S", 0.01)
+    monkeypatch.setattr(router.predictor_snapshots, "_LAST_SAVE_TIMEOUT_S", 0.01)
     predictor = BlockedPredictor()
     checked = CheckedPredictor(predictor)
     predictor.release.set()

@@ -90,13 +90,13 @@ STOP_ONLY = replace(
     stopping=StoppingOptions(min_new_tokens=2, stop_token_ids=(8, 7), ignore_eos=True),
 )
 REFUSED: dict[str, tuple[GenerationRequest, str, str]] = {
-    "request_id too long": (
-        replace(REQUEST, request_id="x" * 129),
+    "request_id too long": (replace(REQUEST, request_id="x" * 129), "request_id", "is 129 characters; at most 128"),
+    "request_id with a line end": (
+        replace(REQUEST, request_id="a\n"),
         "request_id",
-        "must be at most 128 printable ASCII characters",
+        "has U+000A at index 1; printable ASCII characters only",
     ),
-    "request_id with a line end": (replace(REQUEST, request_id="a\n"), "request_id", "must be at most 128 printable"),
-    "request_id beyond ASCII": (replace(REQUEST, request_id="é"), "request_id", "must be at most 128 printable"),
+    "request_id beyond ASCII": (replace(REQUEST, request_id="é"), "request_id", "has U+00E9 at index 0"),
     "empty text": (text(""), "text", "is empty"),
     "text of too many characters": (text("x" * 2001), "text", "is 2001 bytes; at most 2000"),
     "text of too many bytes": (text("é" * 1001), "text", "is 2002 bytes; at most 2000"),

@@ -89,7 +89,7 @@ class FakeAdmission:
         self.num_issued += 1
         self.num_unreturned += 1
         return Credit(
-            LeaseRef(self.num_issued, 1), "p", "", "d", "", self.num_issued, 3, scheduling.with_cached_share(0.5)
+            LeaseRef(self.num_issued, 1), "p", "", "d", "", self.num_issued, 3, scheduling.with_cached_fraction(0.5)
         )
 
     def return_credit(self, credit: Credit) -> None:

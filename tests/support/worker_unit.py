@@ -181,7 +181,7 @@ async def running_unit(
         attachments: list[Attachment] = []
         stack.callback(_close_all, attachments)
         attach_server = service.attach = AttachServer(
-            attach_path, unit, memory, swap_fd, grants, service.changed, fence, check_every_s=600
+            attach_path, unit, memory, swap_fd, grants, fence, service.changed, check_every_s=600
         )
         attach_server.start()
         stack.callback(attach_server.close)
