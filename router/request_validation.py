@@ -79,11 +79,7 @@ def resolve(
         token_ids = token_ids[-request.truncate_prompt_tokens :]
     if not token_ids:
         raise InvalidRequest(field, "has no tokens")
-    if len(token_ids) >= model.limits.max_model_len:
-        raise InvalidRequest(
-            field,
-            f"is {len(token_ids)} tokens; the context holds {model.limits.max_model_len}, at least 1 for the output",
-        )
+    check_prompt_length(field, len(token_ids), model.limits)
     return EngineRequest(
         request_id=request.request_id,
         model=model.name,
@@ -96,6 +92,14 @@ def resolve(
         bypass_prefix_cache=request.bypass_prefix_cache,
         kv_swap_format=request.kv_swap_format,
     )
+
+
+def check_prompt_length(field: str, num_tokens: int, limits: ModelLimits) -> None:
+    """Raises InvalidRequest for ``field`` if its tokens leave no room for an output."""
+    if num_tokens >= limits.max_model_len:
+        raise InvalidRequest(
+            field, f"is {num_tokens} tokens; the context holds {limits.max_model_len}, at least 1 for the output"
+        )
 
 
 def _resolved_sampling(request: GenerationRequest, seed: int) -> Sampling:
@@ -186,11 +190,7 @@ def _check_prompt_ids(token_ids: Sequence[int], truncate: int | None, model: Ser
     if not token_ids:
         raise InvalidRequest("token_ids.ids", "is empty")
     first = 0 if truncate is None else max(0, len(token_ids) - truncate)
-    if len(token_ids) - first >= model.limits.max_model_len:
-        raise InvalidRequest(
-            "token_ids.ids",
-            f"is {len(token_ids)} tokens; the context holds {model.limits.max_model_len}, at least 1 for the output",
-        )
+    check_prompt_length("token_ids.ids", len(token_ids) - first, model.limits)
     _check_token_ids("token_ids.ids", token_ids[first:], model, first)
 
 

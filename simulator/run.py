@@ -22,7 +22,7 @@ from muxmesh.scheduling_policy import PolicyName
 from muxmesh.types import SchedulingState
 from router.expected_work import ExpectedOutput
 from router.generation import StoppingOptions
-from router.request_validation import check_overload, resolve_stopping
+from router.request_validation import check_overload, check_prompt_length, resolve_stopping
 from router.served_models import ModelLimits
 from router.unit_choice import unit_load
 from simulator.forecasts import ForecastInput, Forecasts
@@ -138,6 +138,7 @@ class _Router:
         num_prompt, num_output = _num_prompt(request.body), true_length(request)
         num_waiting = sum(unit.num_waiting for unit in self._units.values())
         try:
+            check_prompt_length("prompt", num_prompt, self._limits[name])
             stopping = resolve_stopping(StoppingOptions(request.max_new_tokens), self._limits[name], num_prompt)
             check_overload(num_waiting, 1, self._max_waiting)
         except (InvalidRequest, Overloaded) as error:

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+from itertools import chain
 from pathlib import Path
 
 import uvloop
@@ -26,7 +27,7 @@ from muxmesh.config.runtime import MeshRuntime
 from muxmesh.config.schema import order_without_effect
 from muxmesh.errors import MeshError
 from muxmesh.lifecycle import LOG_FORMAT
-from muxmesh.models.prepared_model import model_problems, prepare_model
+from muxmesh.models.prepared_model import machine_problems, model_problems, prepare_model
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, ShowLine, free_listen_address, make_runtime, state_lock
 
 _HELLO_TOKENS = 64
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     state_dir = (arguments.state_dir or default_state_dir()).expanduser().resolve()
     with state_lock(state_dir):
         base_dir = arguments.config.resolve().parent if arguments.config else Path.cwd()
-        loaded.refuse(model_problems(config, base_dir, cache_dir()))
+        loaded.refuse(chain(machine_problems(config), model_problems(config, base_dir, cache_dir())))
         prepared = {
             name: prepare_model(model, base_dir, cache_dir(), ProgressBar(name))
             for name, model in config.models().items()

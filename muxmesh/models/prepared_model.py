@@ -21,12 +21,8 @@ from muxmesh.models.tokenizer import load_text_model
 from muxmesh.models.weight_image import ensure_image, map_image
 
 
-def model_problems(config: MeshConfig, base_dir: Path, cache_dir: Path) -> Iterator[tuple[Location, str]]:
-    """Yields the problems of models, memory and cores on this machine, each with the path of its field. Writes nothing.
-
-    Relative sources start at ``base_dir``. A catalog model that is not downloaded yet is not checked: call again after
-    the download.
-    """
+def machine_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
+    """Yields what the configured units need and this machine lacks, each with the path of its field."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = os.sched_getaffinity(0)
     for unit_index, unit in enumerate(config.units):
@@ -34,8 +30,20 @@ def model_problems(config: MeshConfig, base_dir: Path, cache_dir: Path) -> Itera
         if missing:
             yield ("units", unit_index, "cores"), f"core {missing[0]} is not available; available: {sorted(cores)}"
         if unit.kv_pool + unit.kv_swap > memory_bytes:
-            problem = f"kv_pool and kv_swap are {unit.kv_pool + unit.kv_swap} bytes; this machine has {memory_bytes}"
-            yield ("units", unit_index, "kv_pool"), problem
+            total = unit.kv_pool + unit.kv_swap
+            yield (
+                ("units", unit_index, "kv_pool"),
+                f"kv_pool and kv_swap are together {total} bytes; this machine has {memory_bytes}",
+            )
+
+
+def model_problems(config: MeshConfig, base_dir: Path, cache_dir: Path) -> Iterator[tuple[Location, str]]:
+    """Yields the problems of the configured models, each with the path of its field. Writes nothing.
+
+    Relative sources start at ``base_dir``. A catalog model that is not downloaded yet is not checked: call again after
+    the download.
+    """
+    for unit_index, unit in enumerate(config.units):
         for model_index, model in enumerate(unit.models):
             for field, problem in _problems_of(model, unit, base_dir, cache_dir):
                 yield ("units", unit_index, "models", model_index, field), problem

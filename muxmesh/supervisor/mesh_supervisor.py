@@ -37,7 +37,7 @@ from muxmesh.types import Role
 READY_TIMEOUT_S = 180.0
 """Includes the time to compile kernels on a slow machine."""
 _STOP_GRACE_S = 5.0
-_ROUTER = "router"
+_CLIENT_FACING_ROLES = frozenset({"router"})
 
 ShowLine = Callable[[str, str], None]
 """Called with the name of a process and a line of its output."""
@@ -148,10 +148,10 @@ class MeshSupervisor:
                     task.cancel()
 
     async def stop(self) -> None:
-        """Stops all processes, the router first and Redis last. Deletes the folder of the sockets."""
+        """Stops all processes, those that face clients first and Redis last. Deletes the folder of the sockets."""
         for stage in reversed(self._stages):
-            for is_router in (True, False):
-                part = [process for process in stage if (process.spec.name == _ROUTER) is is_router]
+            for faces_clients in (True, False):
+                part = [process for process in stage if process.spec.faces_clients is faces_clients]
                 await asyncio.gather(*(process.stop(_STOP_GRACE_S) for process in part))
         await self._registry.close()
         logging.getLogger("supervisor").removeHandler(self._log_file)
@@ -164,7 +164,12 @@ class MeshSupervisor:
         named = [
             text for name, value in (("--unit", key.unit), ("--model", key.model)) if value for text in (name, value)
         ]
-        return ProcessSpec(endpoint.name, (*command, *named), functools.partial(wait_until_serving, endpoint.address))
+        return ProcessSpec(
+            endpoint.name,
+            (*command, *named),
+            functools.partial(wait_until_serving, endpoint.address),
+            faces_clients=key.role in _CLIENT_FACING_ROLES,
+        )
 
 
 def _redis(runtime: MeshRuntime, state_dir: Path) -> ProcessSpec:

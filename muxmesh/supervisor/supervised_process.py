@@ -40,13 +40,15 @@ _LAST_OUTPUT_S = 1.0
 class ProcessSpec:
     """The command of a process. ``environment`` extends and overrides the environment of the supervisor.
 
-    ``wait_ready`` returns when the process serves. It may wait forever.
+    ``wait_ready`` returns when the process serves. It may wait forever. ``faces_clients``: it needs the other processes
+    until its last client is served, so it is stopped before them.
     """
 
     name: str
     command: tuple[str, ...]
     wait_ready: Callable[[], Awaitable[None]]
     environment: Mapping[str, str] = field(default_factory=dict)
+    faces_clients: bool = False
 
 
 def log_file(path: Path) -> RotatingFileHandler:

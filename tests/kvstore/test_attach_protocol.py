@@ -81,7 +81,7 @@ def test_a_worker_maps_the_pool_from_its_description(has_swap: bool) -> None:
 
 def test_a_worker_refuses_a_kind_of_memory_that_it_cannot_map() -> None:
     description = pool_description(TWO_RANKS, 50, has_swap=False)
-    with pytest.raises(Unavailable, match="pool is device memory .*; this worker maps one segment of host memory"):
+    with pytest.raises(Unavailable, match=r"pool is device memory .*; this worker maps one segment of host memory"):
         map_pool(description, [new_memfd("x", 1) for _ in range(num_pool_fds(description))])
 
 

@@ -437,7 +437,7 @@ async def test_only_an_attached_worker_can_acquire_or_receive_or_watch(served_un
 async def test_a_full_pool_and_a_full_swap_region_raise_overloaded(served_unit: ServedUnit) -> None:
     workers, router = await Workers.of(served_unit), RouterStream(served_unit)
     lease = await workers.decoding(router, 1, 4 * slab_tokens(served_unit.unit, "a"))
-    with pytest.raises(Overloaded, match="^1 token blocks are not available to this lease: the KV pool is full"):
+    with pytest.raises(Overloaded, match=r"^1 token blocks are not available to this lease: the KV pool is full"):
         await workers.decode.grow(lease.ref, 1)
     num_bytes = 5 * SWAP_PAGE_BYTES
     with pytest.raises(Overloaded, match=f"the swap region has fewer than {num_bytes} free bytes"):

@@ -119,12 +119,16 @@ def tiny_view(spec: ModelSpec, block_size: int = 16, num_slabs: int = 8) -> KvVi
     return KvView(shape, slab_bytes, np.full(num_slabs * slab_bytes // 4, np.nan, dtype=np.float32))
 
 
-def tiny_runner(folder: Path, cache: Path, block_size: int = 16, num_slabs: int = 8) -> tuple[LogitsRunner, ModelSpec]:
-    """A loaded runner of the native engine with two threads and a new pool, and the spec of its model."""
+def tiny_runner(
+    folder: Path, cache: Path, block_size: int = 16, num_slabs: int = 8, view: KvView | None = None
+) -> tuple[LogitsRunner, ModelSpec]:
+    """A loaded runner of the native engine with two threads, over ``view`` or a new pool; and the spec of its model."""
     spec = read_model_spec(folder)
     image = ensure_image(folder, spec, "panels", cache, lambda done, total: None)
     team = Team(2)
-    view = tiny_view(spec, block_size, num_slabs)
-    runner = LogitsRunner(view, lambda view: open_cpu_forward(spec, image, view, spec.context_len, team))
+    runner = LogitsRunner(
+        view or tiny_view(spec, block_size, num_slabs),
+        lambda view: open_cpu_forward(spec, image, view, spec.context_len, team),
+    )
     runner.load()
     return runner, spec

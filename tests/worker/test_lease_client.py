@@ -116,7 +116,7 @@ async def test_growth_returns_the_new_blocks_alone_until_the_pool_is_full(
     lease = await prefill.acquire(await unit.credit(DEMAND))
     grown = await prefill.grow(lease.ref, 4)
     assert len(grown) == 4 and not set(grown) & set(lease.block_ids)
-    with pytest.raises(Overloaded, match="^2 token blocks are not available to this lease"):
+    with pytest.raises(Overloaded, match=r"^2 token blocks are not available to this lease"):
         await prefill.grow(lease.ref, 2)
     assert len(await prefill.grow(lease.ref, 1)) == 1
 

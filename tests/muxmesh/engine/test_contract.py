@@ -1,12 +1,15 @@
-"""The contract of `muxmesh.engine.api.Engine`, run on each engine."""
+"""The contract of `muxmesh.engine.api.Engine`, run on each engine. A further engine is a branch of `opened`."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import functools
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
+from muxmesh.device.kv_view import KvView
 from muxmesh.engine.api import (
     Engine,
     EngineJob,
@@ -17,27 +20,54 @@ from muxmesh.engine.api import (
     Preempted,
     Tokens,
 )
-from muxmesh.engine.native.logits_runner import LogitsRunner
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import Runner
+from muxmesh.models.model_spec import read_model_spec
 from muxmesh.types import EngineRequest, FinishReason, Sampling, SchedulingState, Stopping
 from tests.support.engines import running_engine, sim_runner
-from tests.support.tiny import TinyShape, tiny_runner, write_tiny_model
+from tests.support.tiny import TinyShape, tiny_runner, tiny_view, write_tiny_model
 
 BLOCKS = {1: (0, 1, 2, 3), 2: (4, 5, 6, 7), 3: (8, 9, 10, 11)}
 
 
+MoveKv = Callable[[Sequence[int], Sequence[int]], None]
+"""Moves KV to other blocks, as a swap does, and writes NaN into the old ones, which would show if they were read."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    engine: Engine
+    move_kv: MoveKv
+
+
 @pytest.fixture(scope="module")
-def native_runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+def native_runner(tmp_path_factory: pytest.TempPathFactory) -> tuple[Runner, KvView]:
     folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), TinyShape())
-    return tiny_runner(folder, tmp_path_factory.mktemp("cache"))[0]
+    view = tiny_view(read_model_spec(folder))
+    return tiny_runner(folder, tmp_path_factory.mktemp("cache"), view=view)[0], view
 
 
 @pytest.fixture(params=["sim", "native"])
-async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
-    runner = request.getfixturevalue("native_runner") if request.param == "native" else sim_runner()
-    async with running_engine(runner, token_budget=32) as running:
-        yield running
+async def opened(request: pytest.FixtureRequest) -> AsyncIterator[Opened]:
+    if request.param == "sim":
+        async with running_engine(sim_runner(), token_budget=32) as engine:
+            yield Opened(engine, lambda old, new: None)
+    else:
+        runner, view = request.getfixturevalue("native_runner")
+        async with running_engine(runner, token_budget=32) as engine:
+            yield Opened(engine, functools.partial(move_in_host_memory, view))
+
+
+@pytest.fixture
+def engine(opened: Opened) -> Engine:
+    return opened.engine
+
+
+def move_in_host_memory(view: KvView, old: Sequence[int], new: Sequence[int]) -> None:
+    size = view.shape.token_block_bytes // view.shape.dtype_bytes
+    for source, target in zip(view.block_offsets(old), view.block_offsets(new), strict=True):
+        view.pool[target : target + size] = view.pool[source : source + size]
+        view.pool[source : source + size] = np.nan
 
 
 def record(
@@ -168,17 +198,8 @@ async def test_no_token_outside_the_bitmask_is_sampled(engine: Engine) -> None:
     assert set(tokens) <= allowed and len(set(tokens)) > 1
 
 
-def move_kv(engine: Engine, old: tuple[int, ...], new: tuple[int, ...]) -> None:
-    """Moves the KV to other blocks, as a swap does, and writes NaN into the old ones, which would show if read."""
-    runner = engine._runner  # type: ignore[attr-defined]
-    if isinstance(runner, LogitsRunner):
-        view, size = runner._view, runner._view.shape.token_block_bytes // 4
-        for source, target in zip(view.block_offsets(old), view.block_offsets(new), strict=True):
-            view.pool[target : target + size] = view.pool[source : source + size]
-            view.pool[source : source + size] = np.nan
-
-
-async def test_a_pre_empted_job_continues_in_other_blocks(engine: Engine) -> None:
+async def test_a_pre_empted_job_continues_in_other_blocks(opened: Opened) -> None:
+    engine = opened.engine
     whole, _ = await collect(engine.submit(job(max_new_tokens=30)))
     moved = job(max_new_tokens=30)
     got: list[int] = []
@@ -189,7 +210,7 @@ async def test_a_pre_empted_job_continues_in_other_blocks(engine: Engine) -> Non
                 if len(got) == 3:
                     engine.preempt(1)
             elif isinstance(event, Preempted):
-                move_kv(engine, BLOCKS[1], BLOCKS[3])
+                opened.move_kv(BLOCKS[1], BLOCKS[3])
                 moved.sequence.swap_out()
                 moved.sequence.swap_in(BLOCKS[3], is_exact=True)
                 engine.resume(1)

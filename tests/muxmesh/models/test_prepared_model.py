@@ -14,7 +14,14 @@ from muxmesh.errors import ConfigError, ModelUnsupported
 from muxmesh.models.catalog import CATALOG
 from muxmesh.models.model_download import model_folder
 from muxmesh.models.model_spec import SIM_SPEC, read_model_spec
-from muxmesh.models.prepared_model import kv_identity, local_model_spec, model_problems, model_spec, prepare_model
+from muxmesh.models.prepared_model import (
+    kv_identity,
+    local_model_spec,
+    machine_problems,
+    model_problems,
+    model_spec,
+    prepare_model,
+)
 from muxmesh.models.weight_image import map_image
 from tests.support.gguf_files import write_gguf
 from tests.support.tiny import TinyShape, write_tiny_model
@@ -54,7 +61,7 @@ def mesh(*models: dict[str, Any], **unit: Any) -> MeshConfig:
 
 def problems(config: MeshConfig, base_dir: Path, cache_dir: Path) -> dict[Location, str]:
     """Field below the unit, or below its model, → problem."""
-    found = model_problems(config, base_dir, cache_dir)
+    found = [*machine_problems(config), *model_problems(config, base_dir, cache_dir)]
     return {location[2:] if location[2] != "models" else location[3:]: problem for location, problem in found}
 
 
@@ -162,7 +169,7 @@ def test_pool_and_swap_have_to_fit_into_the_memory_of_the_machine(
 ) -> None:
     found = problems(mesh(sim(), kv_pool=kv_pool, kv_swap=kv_swap), base_dir, cache_dir)
     assert found.keys() == {("kv_pool",)}
-    assert found["kv_pool",].startswith("kv_pool and kv_swap are ")
+    assert found["kv_pool",].startswith("kv_pool and kv_swap are together ")
 
 
 def test_every_problem_has_the_path_of_its_field(base_dir: Path, cache_dir: Path) -> None:
