@@ -222,4 +222,8 @@ def main(data: Path) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(
+            "usage: python -m benchmarks.swap DATA, a jsonl file of {prompt, output} (make bench-swap DATA=...)"
+        )
     sys.exit(main(Path(sys.argv[1])))

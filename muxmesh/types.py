@@ -16,7 +16,8 @@ SWAP_PAGE_BYTES = 16 * 1024
 """Allocation granularity of the swap region."""
 
 _NORMAL = NormalDist()
-_Z90 = _NORMAL.inv_cdf(0.9)
+Z90 = _NORMAL.inv_cdf(0.9)
+"""The 90th percentile of the standard normal distribution."""
 _MAX_QUANTILE = 6.0
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -145,7 +146,7 @@ class LengthPrediction:
         """
         if num_output_tokens < 1:
             return max(1.0, self.p50_tokens)
-        spread = math.log(max(self.p90_tokens / self.p50_tokens, 1.0 + 1e-6)) / _Z90
+        spread = math.log(max(self.p90_tokens / self.p50_tokens, 1.0 + 1e-6)) / Z90
         quantile = math.log(num_output_tokens / self.p50_tokens) / spread
         if quantile > _MAX_QUANTILE:  # asymptotic tail of the normal distribution, where 1 - cdf underflows
             return max(1.0, num_output_tokens * math.expm1(spread * math.log(2) / quantile))

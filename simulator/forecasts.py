@@ -11,9 +11,8 @@ from typing import Protocol
 from muxmesh.errors import ConfigError
 from muxmesh.predictor.checked_predictor import CheckedPrediction, CheckedPredictor
 from muxmesh.predictor.length_predictor import fit_now
-from muxmesh.types import LengthPrediction
+from muxmesh.types import Z90, LengthPrediction
 
-_Z90 = 1.2816
 """The 0.9 quantile of the standard normal distribution."""
 
 
@@ -71,7 +70,7 @@ class NoisyLengths:
         noise = math.sqrt(max(0.0, 1 - self._correlation**2))
         observed = self._correlation * standard + noise * self._rng.gauss(0, 1)
         log_median = self._mean + self._deviation * self._correlation * observed
-        p50_tokens, p90_tokens = math.exp(log_median), math.exp(log_median + _Z90 * self._deviation * noise)
+        p50_tokens, p90_tokens = math.exp(log_median), math.exp(log_median + Z90 * self._deviation * noise)
         return LengthPrediction(p50_tokens, p90_tokens), "noisy", None
 
     def observe(self, forecast: object, num_output: int, censored: bool) -> None:

@@ -40,7 +40,7 @@ def _list(arguments: argparse.Namespace) -> int:
         print_json(rows)
     else:
         for row in rows:
-            state = "here" if row["present"] else f"{int(str(row['download_bytes'])) / 1e6:.0f} MB"
+            state = "downloaded" if row["present"] else f"{int(str(row['download_bytes'])) / 1e6:.0f} MB"
             print(f"{row['name']}  [{state}]  {row['description']}; {row['license']}")
     return 0
 

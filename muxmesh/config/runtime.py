@@ -113,7 +113,9 @@ class MeshRuntime(BaseModel):
         for endpoint in self.endpoints().values():
             path = endpoint.address.removeprefix("unix:")
             if path in names:
-                raise ConfigError(f"{names[path]} and {endpoint.name} have the same socket {path}; rename one of them")
+                raise ConfigError(
+                    f"{names[path]} and {endpoint.name} have the same socket {path}; rename a unit or a model"
+                )
             names[path] = endpoint.name
         for path in [*names, *(str(self.attach_path(unit.name)) for unit in self.config.units)]:
             if len(path.encode()) > MAX_SOCKET_PATH:

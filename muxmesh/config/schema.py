@@ -6,6 +6,7 @@ Knows no files, processes or models on disk, and not which cores this machine ha
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self, get_args
 
@@ -275,10 +276,14 @@ def _core_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
         location: Location = ("units", unit_index)
         if unit.cores is None:
             if len(config.units) > 1:
-                yield (*location, "cores"), f"is required: {len(config.units)} units are on {unit.device!r}"
+                yield (
+                    (*location, "cores"),
+                    f"is required, such as cores: [0]: {len(config.units)} units are on {unit.device!r}",
+                )
             continue
-        if len(set(unit.cores)) < len(unit.cores):
-            yield (*location, "cores"), "lists a core twice"
+        for core, count in Counter(unit.cores).items():
+            if count > 1:
+                yield (*location, "cores"), f"lists core {core} {count} times"
         for core in unit.cores:
             if owners.setdefault(core, unit.name) != unit.name:
                 yield (*location, "cores"), f"core {core} is also in unit {owners[core]}; units need disjoint cores"

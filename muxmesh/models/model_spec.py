@@ -187,7 +187,7 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise ModelUnsupported(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ModelUnsupported(f"{path}: not a JSON object")
+        raise ModelUnsupported(f"{path}: is {type(content).__name__}, not a JSON object")
     return content
 
 

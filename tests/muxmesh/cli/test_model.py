@@ -26,7 +26,7 @@ def inspected(path: Path | str, capsys: pytest.CaptureFixture[str]) -> dict[str,
 
 
 def test_the_catalog_is_listed_with_what_is_downloaded(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for present, state in ((False, "93 MB"), (True, "here")):
+    for present, state in ((False, "93 MB"), (True, "downloaded")):
         assert main(["model", "list", "--json"]) == 0
         (model,) = json.loads(capsys.readouterr().out)
         assert (model["name"], model["present"]) == (NAME, present)

@@ -90,7 +90,7 @@ def test_display_names_are_unique_and_shared_sockets_are_refused(units: dict[str
 
 def test_two_processes_with_the_same_socket_are_both_named() -> None:
     runtime = runtime_of({"a": ["b-c"], "a-b": ["c"], "z": ["b-c", "c"]})
-    message = "prefill/a/b-c and prefill/a-b/c have the same socket /run/prefill-a-b-c.sock; rename one of them"
+    message = "prefill/a/b-c and prefill/a-b/c have the same socket /run/prefill-a-b-c.sock; rename a unit or a model"
     with pytest.raises(ConfigError, match=re.escape(message)):
         runtime.check_socket_paths()
 

@@ -114,10 +114,12 @@ def test_units_are_accepted_exactly_if_no_core_is_in_two_of_them(cores: list[set
 
 
 def test_several_units_on_one_cpu_need_cores() -> None:
-    assert problems(units("name: a, cores: [0]", "name: b")) == ["3: units[1].cores: is required: 2 units are on 'cpu'"]
+    assert problems(units("name: a, cores: [0]", "name: b")) == [
+        "3: units[1].cores: is required, such as cores: [0]: 2 units are on 'cpu'"
+    ]
     assert problems(units("name: a", "name: b")) == [
-        "2: units[0].cores: is required: 2 units are on 'cpu'",
-        "3: units[1].cores: is required: 2 units are on 'cpu'",
+        "2: units[0].cores: is required, such as cores: [0]: 2 units are on 'cpu'",
+        "3: units[1].cores: is required, such as cores: [0]: 2 units are on 'cpu'",
     ]
 
 
@@ -126,7 +128,7 @@ def test_a_single_unit_needs_no_cores() -> None:
 
 
 def test_a_core_is_listed_once() -> None:
-    assert problems(units("cores: [3, 0, 3]")) == ["2: units[0].cores: lists a core twice"]
+    assert problems(units("cores: [3, 0, 3]")) == ["2: units[0].cores: lists core 3 2 times"]
 
 
 @pytest.mark.parametrize(
