@@ -25,7 +25,7 @@ class SequenceRecord:
     Both do so on one event loop.
 
     Invariant: ``0 <= num_computed_tokens <= num_tokens``. The KV of every computed token is in ``block_ids``, or the
-    sequence is swapped out and ``block_ids`` is empty.
+    sequence is swapped out and ``block_ids`` is empty. The hash chain covers computed tokens only.
     """
 
     def __init__(
@@ -140,3 +140,11 @@ class SequenceRecord:
         self._chain.extend(self._token_ids[self._num_hashed_tokens : self._num_computed_tokens])
         self._num_hashed_tokens = self._num_computed_tokens
         return tuple(self._chain.hashes[first_block:end_block])
+
+    def check_integrity(self) -> None:
+        """Proves the invariant. Raises AssertionError."""
+        computed = self._num_computed_tokens
+        assert 0 <= computed <= len(self._token_ids), "more tokens are computed than known"
+        assert not self.block_ids or computed <= len(self.block_ids) * self.block_size, "computed tokens have no block"
+        assert self._num_hashed_tokens <= computed, "tokens are hashed that are not computed"
+        assert len(self._chain.hashes) == self._num_hashed_tokens // self.block_size, "the hash chain has a gap"

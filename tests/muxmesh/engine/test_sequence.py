@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from muxmesh.block_hashes import block_hashes
 from muxmesh.engine.sequence import SequenceRecord
-from muxmesh.types import EngineRequest, Finish, FinishReason, Sampling, SchedulingState, Stopping
+from muxmesh.types import EngineRequest, Finish, FinishReason, Sampling, SchedulingState, Stopping, blocks_for
 
 BLOCK, ROOT = 8, b"root"
 PROMPT = tuple(range(100, 120))
@@ -155,4 +155,18 @@ def test_the_hash_chain_is_the_same_however_the_sequence_is_computed(steps: list
             num_blocks = sequence.num_hashable_blocks
             computed = sequence.tokens(0, sequence.num_computed_tokens)
             assert sequence.block_hashes(0, num_blocks) == block_hashes(computed, BLOCK, ROOT)
+        sequence.add_blocks(tuple(range(blocks_for(sequence.num_tokens, BLOCK) - len(sequence.block_ids))))
+        sequence.check_integrity()
     assert 0 <= sequence.num_computed_tokens < sequence.num_tokens
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("_num_computed_tokens", 99), ("_num_computed_tokens", -1), ("block_ids", (1,)), ("_num_hashed_tokens", 19)],
+)
+def test_the_integrity_check_finds_a_broken_invariant(field: str, value: object) -> None:
+    sequence = record(computed=17)
+    sequence.check_integrity()
+    setattr(sequence, field, value)
+    with pytest.raises(AssertionError):
+        sequence.check_integrity()
