@@ -157,7 +157,7 @@ class AttachServer:
         slot, bell_fd = self._grants.allocate_slot(worker.role, worker.model)
         undo.callback(self._grants.free_slot, slot)
         model = self._unit.models[worker.model]
-        size = (model.max_resident_seqs or model.max_num_seqs, model.max_model_len // model.shape.block_size)
+        size = (model.resident_limit, model.max_model_len // model.shape.block_size)
         progress_fd = new_progress_fd(*size)
         try:
             progress = ProgressPage(progress_fd, *size)

@@ -47,6 +47,11 @@ class UnitModel:
     guaranteed_slabs: int = 0
     max_resident_seqs: int | None = None
 
+    @property
+    def resident_limit(self) -> int:
+        """``max_resident_seqs`` with its default."""
+        return self.max_num_seqs if self.max_resident_seqs is None else self.max_resident_seqs
+
     @staticmethod
     def of(unit: UnitConfig, model: ModelConfig, spec: ModelSpec) -> UnitModel:
         """The limits that the configuration sets for ``model``."""

@@ -30,8 +30,8 @@ class SlotLimits(Protocol):
         """Sequences in the batch of one worker."""
 
     @property
-    def max_resident_seqs(self) -> int | None:
-        """Sequences of one worker that hold token blocks, paused ones included; None: as ``max_num_seqs``."""
+    def resident_limit(self) -> int:
+        """Sequences of one worker that hold token blocks, paused ones included."""
 
 
 def ready_workers(workers: Iterable[WorkerRecord], role: Role, model: str) -> list[WorkerRecord]:
@@ -75,8 +75,7 @@ class WorkerSlots:
 
     def _is_free(self, worker: str, model: str) -> bool:
         limits = self._limits[model]
-        max_resident = limits.max_num_seqs if limits.max_resident_seqs is None else limits.max_resident_seqs
-        return self._batched[worker] < limits.max_num_seqs and self._resident[worker] < max_resident
+        return self._batched[worker] < limits.max_num_seqs and self._resident[worker] < limits.resident_limit
 
     def _least_loaded(self, workers: Sequence[WorkerRecord]) -> WorkerRecord:
         return min(workers, key=lambda worker: self._batched[worker.name])

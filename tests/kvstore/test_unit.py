@@ -3,6 +3,8 @@
 Random operations: `test_unit_random_operations`.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from kvstore.unit import (
@@ -229,6 +231,13 @@ def test_what_a_killed_worker_had_computed_is_found_by_the_next_attempt() -> Non
     (again,) = schedule(unit, 1.0).credits
     assert again.lease.num_computed_tokens == 48
     assert again.lease.block_ids[:6] == moved.block_ids[:6]
+
+
+def test_without_a_limit_of_its_own_as_many_sequences_are_resident_as_the_batch_holds() -> None:
+    model = UnitModel(SHAPES["a"], 3, 512)
+    assert model.resident_limit == 3
+    assert replace(model, max_resident_seqs=0).resident_limit == 0
+    assert replace(model, max_resident_seqs=9).resident_limit == 9
 
 
 def test_a_paused_sequence_frees_its_slot_until_too_many_are_resident() -> None:

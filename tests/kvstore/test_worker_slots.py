@@ -12,7 +12,7 @@ from muxmesh.types import Role
 @dataclass(frozen=True)
 class Limits:
     max_num_seqs: int = 2
-    max_resident_seqs: int | None = None
+    resident_limit: int = 2
 
 
 def worker(name: str, role: Role, model: str = "m", ready: bool = True) -> WorkerRecord:
@@ -56,7 +56,7 @@ def test_a_busy_prefill_worker_still_takes_sequences() -> None:
 
 
 def test_paused_sequences_count_against_the_resident_limit_only() -> None:
-    limits = Limits(max_num_seqs=2, max_resident_seqs=3)
+    limits = Limits(max_num_seqs=2, resident_limit=3)
     assert slots(PREFILL, DECODE, limits=limits, batched="d1", resident="d1 d1").has_slot("m")
     assert not slots(PREFILL, DECODE, limits=limits, batched="d1", resident="d1 d1 d1").has_slot("m")
 
@@ -82,7 +82,7 @@ def test_the_youngest_of_equally_loaded_workers_is_chosen() -> None:
 
 
 def test_a_worker_without_a_free_slot_is_not_chosen_however_small_its_batch() -> None:
-    limits = Limits(max_num_seqs=5, max_resident_seqs=2)
+    limits = Limits(max_num_seqs=5, resident_limit=2)
     chosen = slots(PREFILL, DECODE, worker("d2", Role.DECODE), limits=limits, batched="d1", resident="d1 d2 d2").choose(
         "m"
     )
