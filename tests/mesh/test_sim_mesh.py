@@ -470,18 +470,36 @@ async def test_lower_priority_numbers_are_admitted_first(mesh: RunningMesh) -> N
 
 
 async def test_too_many_waiting_requests_are_refused_with_a_retry_delay(mesh: RunningMesh) -> None:
-    """Four run and forty may wait, so sixteen of sixty requests are refused."""
-    tasks = [asyncio.create_task(mesh.client.generate("Hello", model="slow", max_new_tokens=1000)) for _ in range(60)]
+    """Four run and forty wait, so the next sixteen are refused and no other."""
+    admitted: list[asyncio.Task[Any]] = []
 
-    async def sixteen_are_refused() -> bool:
-        return sum(task.done() for task in tasks) >= 16
+    def send(count: int) -> list[asyncio.Task[Any]]:
+        call = mesh.client.generate
+        return [asyncio.create_task(call("Hello", model="slow", max_new_tokens=8000)) for _ in range(count)]
 
-    await mesh.until(sixteen_are_refused)
-    refused = [task.exception() for task in tasks if task.done()]
-    assert all(isinstance(error, Overloaded) and error.retry_after_s > 0 for error in refused)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    async def counts() -> tuple[int, int]:
+        model = next(model for model in (await mesh.client.status()).models if model.model == "slow")
+        return model.num_requests_running, model.num_requests_waiting
+
+    async def four_run() -> bool:
+        return await counts() == (4, 0)
+
+    async def forty_wait() -> bool:
+        return await counts() == (4, 40)
+
+    try:
+        admitted += send(4)
+        await mesh.until(four_run)
+        admitted += send(40)
+        await mesh.until(forty_wait)
+        refused = await asyncio.gather(*send(16), return_exceptions=True)
+        assert all(isinstance(error, Overloaded) and error.retry_after_s > 0 for error in refused)
+        assert await counts() == (4, 40)
+        assert not any(task.done() for task in admitted)
+    finally:
+        for task in admitted:
+            task.cancel()
+        await asyncio.gather(*admitted, return_exceptions=True)
     await mesh.until_free()
 
 
