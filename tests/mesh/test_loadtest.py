@@ -154,7 +154,7 @@ def bad_arguments(folder: Path) -> dict[str, tuple[list[str], str]]:
         "negative rate": (["--workload", "rate=-1 lengths=D(1,1) requests=1"], "rate=-1: must be at least 0"),
         "bad trace": (["--workload", f"trace={folder / 'trace.jsonl'} models=a"], "line 1: n_in is 'many'"),
         "empty trace": (["--workload", f"trace={folder / 'empty.jsonl'} models=a"], "has no requests"),
-        "which model": (line, "models=..."),
+        "which model": (line, "several models are served; models=... has to name one or more of: a, b"),
         "goodput": ([*line, "--goodput", "speed:3"], "--goodput speed:3: must be ttft:MS, tpot:MS or e2el:MS"),
         "no folder": ([*line, "--output", str(folder / "none" / "r.json")], "does not exist"),
         "no url": ([*line, "--openai", "localhost:80"], "is not a URL, such as"),

@@ -26,34 +26,38 @@ def config(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("text", "where", "problem"),
     [
-        ("listen: 5", "1: listen: ", ""),
-        ("units: [", "1: not YAML: ", ""),
+        ("listen: 5", "1: listen: ", "Input should be a valid string"),
+        ("units: [", "1: not YAML: ", "expected the node content, but found '<stream end>'"),
         (
             "units:\n  - models:\n    - {name: a, source: ./nowhere}\n    - {name: b, source: ./nothing}",
             "4: units[0].models[1].source: ",
-            "'./nothing'",
+            "'./nothing' is neither a folder, nor a .gguf file, nor in the catalog",
         ),
         (
             "units:\n  - models: [{name: a, engine: sim, max_model_len: 99999}]",
             "2: units[0].models[0].max_model_len: is 99999;",
-            "8192 tokens",
+            "the model's context holds 8192 tokens",
         ),
         (
             "units:\n  - {kv_pool: 1MiB, slab: 64KiB, models: [{name: a, engine: sim, max_model_len: 8000}]}",
             "2: units[0].models[0].max_model_len: is 8000;",
-            "2048 tokens",
+            "the unit's kv_pool holds 2048 tokens of this model",
         ),
         (
             "units:\n  - {kv_pool: 1MiB, slab: 64KiB, kv_swap: 900TiB, models: [{name: a, engine: sim}]}",
             "2: units[0].kv_pool: ",
-            "989560466046976 bytes",
+            "kv_pool and kv_swap are 989560466046976 bytes; this machine has ",
         ),
         (
             "units:\n  - {slab: 4096, models: [{name: a, engine: sim, block_size: 32}]}",
             "2: units[0].models[0].block_size: ",
-            "16384 bytes",
+            "a token block of 32 tokens is 16384 bytes, a slab of the unit 4096; use a larger slab",
         ),
-        (f"order:\n  policy: fcfs\n  longest_lead: 5\n{SIM_MESH}", "3: order.longest_lead: ", "fcfs"),
+        (
+            f"order:\n  policy: fcfs\n  longest_lead: 5\n{SIM_MESH}",
+            "3: order.longest_lead: ",
+            "has no effect with policy: fcfs; it is for srtf-aged",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_reported_with_its_line_before_anything_starts(
