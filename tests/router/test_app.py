@@ -85,9 +85,11 @@ async def router(runtime: MeshRuntime) -> AsyncIterator[Setup]:
         setup = Setup(
             runtime, {unit.name: FakeKvStore() for unit in runtime.config.units}, stop, running, *stubs, servers
         )
-        yield setup
-        stop.set()
-        await asyncio.wait_for(running, 20)
+        try:
+            yield setup
+        finally:
+            stop.set()
+            await asyncio.wait_for(running, 20)
 
 
 async def test_a_router_serves_once_every_unit_is_connected(tmp_path: Path) -> None:

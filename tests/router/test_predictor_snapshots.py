@@ -42,8 +42,10 @@ async def client(url: str) -> AsyncIterator[redis.asyncio.Redis]:
 @asynccontextmanager
 async def forecaster_of(checked: CheckedPredictor) -> AsyncIterator[LengthForecaster]:
     forecaster = LengthForecaster(checked, 60.0, SystemClock())
-    yield forecaster
-    forecaster.close()
+    try:
+        yield forecaster
+    finally:
+        forecaster.close()
 
 
 async def observe(forecaster: LengthForecaster, text: str = "Hello", num_tokens: int = 40) -> None:
