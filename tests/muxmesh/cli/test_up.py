@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from muxmesh.cli.main import main
 from muxmesh.supervisor.mesh_supervisor import state_lock
+from tests.support.processes import ended
 
 SIM_MESH = "units:\n  - models: [{name: load, engine: sim}]"
 
@@ -117,22 +117,22 @@ def up(config: Path, *arguments: str) -> list[str]:
 @pytest.mark.mesh
 @pytest.mark.parametrize("when", ["while it starts", "when it serves"])
 async def test_up_serves_until_ctrl_c_and_leaves_no_process(config: Path, when: str) -> None:
-    process = await asyncio.create_subprocess_exec(
+    started = await asyncio.create_subprocess_exec(
         *up(config, "--hello"), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    assert process.stdout is not None and process.stderr is not None
-    if when == "when it serves":
-        printed = await process.stdout.readuntil(b"Ctrl-C stops the mesh.")
-        assert printed.startswith(b"muxmesh ready on 127.0.0.1:")
-        assert b"> What is the capital of France" in printed
-        address = printed.split()[3].decode()
-        assert f"muxmesh chat --address {address}\n" in printed.decode()
-    else:
-        await process.stderr.readuntil(b"attached")
-    started = processes_that_name(config.parent)
-    assert len(started) >= 4
-    process.send_signal(signal.SIGINT)
-    _, errors = await process.communicate()
+    async with ended(started) as process:
+        assert process.stdout is not None and process.stderr is not None
+        if when == "when it serves":
+            printed = await process.stdout.readuntil(b"Ctrl-C stops the mesh.")
+            assert printed.startswith(b"muxmesh ready on 127.0.0.1:")
+            assert b"> What is the capital of France" in printed
+            address = printed.split()[3].decode()
+            assert f"muxmesh chat --address {address}\n" in printed.decode()
+        else:
+            await process.stderr.readuntil(b"attached")
+        assert len(processes_that_name(config.parent)) >= 4
+        process.send_signal(signal.SIGINT)
+        _, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()
     assert b"stopping\n" in errors
     assert b"redis | " not in errors, "redis writes to its log file only"
@@ -142,22 +142,23 @@ async def test_up_serves_until_ctrl_c_and_leaves_no_process(config: Path, when: 
 
 @pytest.mark.mesh
 async def test_a_killed_supervisor_takes_its_processes_along(config: Path) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *up(config, "--quiet"), stdout=asyncio.subprocess.PIPE, stderr=subprocess.PIPE
+    started = await asyncio.create_subprocess_exec(
+        *up(config, "--quiet"), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    assert process.stdout is not None and process.stderr is not None
-    await process.stdout.readuntil(b"ready on")
-    pidfds = [os.pidfd_open(pid) for pid in processes_that_name(config.parent) - {process.pid}]
-    assert len(pidfds) >= 4
-    process.kill()
-    _, errors = await process.communicate()
+    async with ended(started) as process:
+        assert process.stdout is not None and process.stderr is not None
+        await process.stdout.readuntil(b"ready on")
+        pidfds = [os.pidfd_open(pid) for pid in processes_that_name(config.parent) - {process.pid}]
+        assert len(pidfds) >= 4
+        process.kill()
+        _, errors = await process.communicate()
     assert b" | " not in errors, "--quiet prints no line of a service"
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(20):
         for pidfd in pidfds:
-            ended = asyncio.Event()
-            loop.add_reader(pidfd, ended.set)
-            await ended.wait()
+            has_ended = asyncio.Event()
+            loop.add_reader(pidfd, has_ended.set)
+            await has_ended.wait()
             loop.remove_reader(pidfd)
             os.close(pidfd)
 
