@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read when grpc is loaded: meshes are started from this process, which watches their health over gRPC.
@@ -14,7 +15,10 @@ _KERNELS = _CACHE / "numba"
 os.environ.setdefault("NUMBA_CACHE_DIR", str(kernel_cache_dir(_CACHE)))
 
 import pytest
+import redis
 from hypothesis import settings
+
+from tests.support.redis_process import running_redis
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("long", deadline=None, max_examples=1000)
@@ -29,3 +33,18 @@ def _own_directories(tmp_path_factory: pytest.TempPathFactory) -> None:
     (cache / "numba").symlink_to(_KERNELS)
     os.environ["MUXMESH_CACHE_DIR"] = str(cache)
     os.environ["MUXMESH_STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a redis-server that runs during the test session."""
+    with running_redis(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.fixture
+def redis_url(redis_server: str) -> str:
+    """URL of an empty Redis."""
+    with redis.Redis.from_url(redis_server) as client:
+        client.flushall()
+    return redis_server

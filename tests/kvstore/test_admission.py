@@ -302,3 +302,7 @@ def test_of_each_model_the_first_entries_in_order_are_admitted(
         assert admitted == order[: len(admitted)]
         assert len(admitted) <= num_slots
         assert admission.count(model) == len(order) - len(admitted)
+        if len(admitted) < len(order):
+            first = waiting[order[len(admitted)]]
+            has_memory = first.request.demand.num_tokens <= capacity.free
+            assert not (capacity.has_slot(first) and capacity.is_within_quota(first) and has_memory)

@@ -398,8 +398,10 @@ class Scenario:
 def play(path: Path, story: Callable[[Scenario], Coroutine[Any, Any, None]]) -> Scenario:
     async def run() -> Scenario:
         scenario = Scenario(path)
-        await story(scenario)
-        scenario.close()
+        try:
+            await story(scenario)
+        finally:
+            scenario.close()
         return scenario
 
     return run_virtually(run())

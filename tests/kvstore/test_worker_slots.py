@@ -89,7 +89,7 @@ def test_a_worker_without_a_free_slot_is_not_chosen_however_small_its_batch() ->
     assert chosen[1].name == "d1", "d2 has paused sequences only, but too many"
 
 
-def test_what_is_taken_counts_for_the_next_sequence() -> None:
+def test_a_taken_slot_counts_for_the_next_sequence() -> None:
     free = slots(PREFILL, DECODE, worker("d2", Role.DECODE))
     names = []
     while free.has_slot("m"):

@@ -30,7 +30,7 @@ async def events(target: OpenAiTarget, request: PlannedRequest = REQUEST) -> lis
     return [event async for event in target.stream(request)]
 
 
-async def test_a_completion_with_its_usage(stub: Stub) -> None:
+async def test_a_completion_yields_its_pieces_and_its_usage(stub: Stub) -> None:
     server, target = stub
     assert [model.name for model in await target.models()] == ["first", "second"]
     server.events = [chunk("a"), chunk("b", "length"), usage(3, 7), DONE]
@@ -44,7 +44,7 @@ async def test_a_completion_with_its_usage(stub: Stub) -> None:
     }  # fmt: skip
 
 
-async def test_a_chat(stub: Stub) -> None:
+async def test_a_chat_is_sent_as_messages_and_yields_its_pieces(stub: Stub) -> None:
     server, target = stub
     delta = {"choices": [{"delta": {"content": "hi"}, "finish_reason": "stop"}]}
     role = {"choices": [{"delta": {"role": "assistant", "content": ""}}]}

@@ -130,7 +130,7 @@ def test_a_priority_that_does_not_fit_is_refused(priority: str) -> None:
         ("rate=1 'lengths=D(1,1)", "No closing quotation"),
     ],
 )
-def test_what_is_wrong_is_named(line: str, message: str) -> None:
+def test_a_wrong_setting_is_refused_by_name(line: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         parse_spec(line)
     assert str(error.value).startswith("workload: ")

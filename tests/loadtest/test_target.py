@@ -15,7 +15,7 @@ from loadtest.openai_target import OpenAiTarget
 from loadtest.target import Piece, StreamEnd, Target, TargetError
 from loadtest.workload import PlannedRequest
 from muxmesh.errors import Overloaded, Unavailable
-from tests.support.loadtest_mesh import ScriptedMesh, first, last, scripted_mesh, tokens
+from tests.support.fake_mesh import FakeMesh, fake_mesh, first, last, tokens
 from tests.support.loadtest_openai import ScriptedOpenAi, chunk, scripted_openai, usage
 
 REQUEST = PlannedRequest(0, 0.0, (5, 6, 7), False, 3, True, 42, "m")
@@ -23,8 +23,6 @@ REQUEST = PlannedRequest(0, 0.0, (5, 6, 7), False, 3, True, 42, "m")
 
 class Server(Protocol):
     """A server that the tests can set up without knowing its wire."""
-
-    aborted: asyncio.Event
 
     def target(self, timeout_s: float = 20.0) -> Target: ...
 
@@ -39,14 +37,17 @@ class Server(Protocol):
     def will_hang(self) -> None:
         """Each request gets one token, and its stream stays open."""
 
+    async def until_aborted(self) -> None:
+        """Waits until the client has aborted a request that hangs."""
+
 
 class MeshServer:
-    def __init__(self, mesh: ScriptedMesh, address: str, folder: Path) -> None:
-        self._mesh, self._address, self._folder = mesh, address, folder
-        self.aborted = mesh.aborted
+    def __init__(self, mesh: FakeMesh, folder: Path) -> None:
+        self._mesh, self._folder = mesh, folder
+        mesh.vocab_sizes["m"] = 800
 
     def target(self, timeout_s: float = 20.0) -> Target:
-        return MeshTarget(self._address, None, timeout_s)
+        return MeshTarget(self._mesh.address, None, timeout_s)
 
     def absent(self) -> Target:
         return MeshTarget(f"unix:{self._folder / 'none.sock'}", None, 20.0)
@@ -58,13 +59,15 @@ class MeshServer:
         self._mesh.script = [Overloaded("overloaded")]
 
     def will_hang(self) -> None:
-        self._mesh.script, self._mesh.holds = [first(3, 0, (1,))], True
+        self._mesh.script = [first(3, 0, (1,)), asyncio.Event()]
+
+    async def until_aborted(self) -> None:
+        await self._mesh.until(lambda mesh: mesh.num_ended == 1)
 
 
 class OpenAiServer:
     def __init__(self, server: ScriptedOpenAi, url: str) -> None:
         self._server, self._url = server, url
-        self.aborted = server.aborted
         server.models = {"data": [{"id": "m"}]}
 
     def target(self, timeout_s: float = 20.0) -> Target:
@@ -83,12 +86,15 @@ class OpenAiServer:
     def will_hang(self) -> None:
         self._server.events, self._server.holds = [chunk("x")], True
 
+    async def until_aborted(self) -> None:
+        await self._server.aborted.wait()
+
 
 @pytest_asyncio.fixture(params=["mesh", "openai"])
 async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Server]:
     if request.param == "mesh":
-        async with scripted_mesh(tmp_path) as (mesh, address):
-            yield MeshServer(mesh, address, tmp_path)
+        async with fake_mesh(tmp_path) as mesh:
+            yield MeshServer(mesh, tmp_path)
     else:
         async with scripted_openai() as (openai, url):
             yield OpenAiServer(openai, url)
@@ -138,7 +144,7 @@ async def test_closing_a_stream_aborts_the_request_at_the_server(server: Server,
     async with aclosing(target.stream(REQUEST)) as events:  # type: ignore[type-var]  # every target has a generator
         assert await anext(events) == Piece(1)
     async with asyncio.timeout(30):
-        await server.aborted.wait()
+        await server.until_aborted()
 
 
 async def test_a_stream_that_passes_its_deadline_is_an_error(server: Server) -> None:

@@ -20,7 +20,7 @@ def trace_of(folder: Path, *rows: dict[str, Any]) -> list[Arrival]:
 
 
 @pytest.mark.parametrize("name", ["azure.csv", "azure.csv.gz"])
-def test_an_azure_trace(tmp_path: Path, name: str) -> None:
+def test_an_azure_trace_has_dates_and_lengths(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(gzip.compress(AZURE.encode()) if name.endswith("gz") else AZURE.encode())
     first, second = read_trace(tmp_path / name)
     assert first == Arrival(0.0, 374, 44)
@@ -38,7 +38,9 @@ def test_an_azure_trace(tmp_path: Path, name: str) -> None:
         ("2024-05-10 00:00:00.00993+00:00", "2024-05-10 00:00:00.1+00:00", 0.09007),
     ],
 )
-def test_the_timestamps_of_azure(tmp_path: Path, first: str, second: str, gap_s: float) -> None:
+def test_the_timestamps_of_azure_may_have_fractions_and_a_zone(
+    tmp_path: Path, first: str, second: str, gap_s: float
+) -> None:
     path = tmp_path / "azure.csv"
     path.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{first},1,1\n{second},1,1\n")
     assert [one.at_s for one in read_trace(path)] == pytest.approx([0.0, gap_s])

@@ -2,16 +2,17 @@
 
 import asyncio
 import json
-import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from tests.support.mesh import RunningMesh, running_mesh
+from tests.support.processes import ended
 
 pytestmark = [pytest.mark.mesh, pytest.mark.asyncio(loop_scope="module")]
 
@@ -27,16 +28,16 @@ async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Runnin
         yield running
 
 
-async def start(*arguments: str) -> asyncio.subprocess.Process:
+async def start(*arguments: str, allow_slow_driver: bool = True) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "muxmesh", "loadtest", "--allow-slow-driver", *arguments,
+        sys.executable, "-m", "muxmesh", "loadtest", *["--allow-slow-driver"] * allow_slow_driver, *arguments,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
 
 
 async def loadtest(*arguments: str) -> tuple[int, str, str]:
-    process = await start(*arguments)
-    out, err = await process.communicate()
+    async with ended(await start(*arguments)) as process:
+        out, err = await process.communicate()
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
 
@@ -102,7 +103,7 @@ async def test_sweeps_are_compared_by_rate(mesh: RunningMesh, tmp_path: Path) ->
 async def test_ctrl_c_writes_a_partial_report(mesh: RunningMesh, tmp_path: Path) -> None:
     output = tmp_path / "r.json"
     before = {model.model: model.num_requests_finished for model in (await mesh.client.status()).models}["a"]
-    process = await start(
+    started = await start(
         "--address", mesh.address, "--workload", "rate=20 lengths=D(10,5) duration=600 models=a", "--calibrate", "0",
         "--output", str(output),
     )  # fmt: skip
@@ -111,9 +112,10 @@ async def test_ctrl_c_writes_a_partial_report(mesh: RunningMesh, tmp_path: Path)
         status = {model.model: model.num_requests_finished for model in (await mesh.client.status()).models}
         return status["a"] >= before + 5
 
-    await mesh.until(some_are_finished)
-    process.send_signal(signal.SIGINT)
-    out, _ = await process.communicate()
+    async with ended(started) as process:
+        await mesh.until(some_are_finished)
+        process.send_signal(signal.SIGINT)
+        out, _ = await process.communicate()
     assert process.returncode == 130
     assert "PARTIAL: interrupted by the user" in out.decode()
     report = json.loads(output.read_text())
@@ -125,17 +127,19 @@ async def test_ctrl_c_writes_a_partial_report(mesh: RunningMesh, tmp_path: Path)
 
 async def test_a_mesh_that_stops_during_a_run_leaves_a_partial_report(tmp_path: Path) -> None:
     output = tmp_path / "r.json"
-    async with running_mesh(tmp_path, units=[{"kv_pool": "64MiB", "models": MODELS[:1]}]) as stopping:
-        process = await start(
-            "--address", stopping.address, "--workload", "rate=50 lengths=D(10,5) duration=600", "--calibrate", "0",
-            "--output", str(output),
-        )  # fmt: skip
+    async with AsyncExitStack() as processes:
+        async with running_mesh(tmp_path, units=[{"kv_pool": "64MiB", "models": MODELS[:1]}]) as stopping:
+            started = await start(
+                "--address", stopping.address, "--workload", "rate=50 lengths=D(10,5) duration=600",
+                "--calibrate", "0", "--output", str(output),
+            )  # fmt: skip
+            process = await processes.enter_async_context(ended(started))
 
-        async def some_are_finished() -> bool:
-            return (await stopping.client.status()).models[0].num_requests_finished >= 10
+            async def some_are_finished() -> bool:
+                return (await stopping.client.status()).models[0].num_requests_finished >= 10
 
-        await stopping.until(some_are_finished)
-    out, _ = await process.communicate()
+            await stopping.until(some_are_finished)
+        out, _ = await process.communicate()
     assert process.returncode == 1
     assert "PARTIAL: the server is gone" in out.decode()
     report = json.loads(output.read_text())
@@ -154,7 +158,7 @@ def bad_arguments(folder: Path) -> dict[str, tuple[list[str], str]]:
         "negative rate": (["--workload", "rate=-1 lengths=D(1,1) requests=1"], "rate=-1: must be at least 0"),
         "bad trace": (["--workload", f"trace={folder / 'trace.jsonl'} models=a"], "line 1: n_in is 'many'"),
         "empty trace": (["--workload", f"trace={folder / 'empty.jsonl'} models=a"], "has no requests"),
-        "which model": (line, "models=..."),
+        "which model": (line, "several models are served; models=... has to name one or more of: a, b"),
         "goodput": ([*line, "--goodput", "speed:3"], "--goodput speed:3: must be ttft:MS, tpot:MS or e2el:MS"),
         "no folder": ([*line, "--output", str(folder / "none" / "r.json")], "does not exist"),
         "no url": ([*line, "--openai", "localhost:80"], "is not a URL, such as"),
@@ -189,21 +193,31 @@ async def test_an_unreachable_server_is_reported_by_its_address(server: list[str
 async def test_a_report_of_a_slow_driver_is_refused(mesh: RunningMesh, tmp_path: Path) -> None:
     """A driver that was stopped for a while sends late, so the latencies would be its own."""
     output = tmp_path / "r.json"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "muxmesh", "loadtest", "--address", mesh.address, "--calibrate", "0",
-        "--workload", "rate=20 lengths=D(10,5) requests=60 models=a", "--output", str(output),
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    started = await start(
+        "--address", mesh.address, "--calibrate", "0", "--workload", "rate=20 lengths=D(10,5) duration=600 models=a",
+        "--output", str(output), allow_slow_driver=False,
     )  # fmt: skip
-    before = await mesh.client.status()
 
-    async def has_started() -> bool:
-        return (await mesh.client.status()).models[0].num_requests_finished > before.models[0].num_requests_finished
+    async def num_finished() -> int:
+        return next(model.num_requests_finished for model in (await mesh.client.status()).models if model.model == "a")
 
-    await mesh.until(has_started)
-    os.kill(process.pid, signal.SIGSTOP)
-    await asyncio.sleep(2)
-    os.kill(process.pid, signal.SIGCONT)
-    out, err = await process.communicate()
+    async def until_more_are_finished() -> None:
+        before = await num_finished()
+
+        async def more_are_finished() -> bool:
+            return await num_finished() > before
+
+        await mesh.until(more_are_finished)
+
+    async with ended(started) as process:
+        await until_more_are_finished()
+        for _ in range(3):
+            process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(0.7)
+            process.send_signal(signal.SIGCONT)
+            await until_more_are_finished()
+        process.send_signal(signal.SIGINT)
+        out, err = await process.communicate()
     assert process.returncode == 1
     assert out == b""
     assert b"no report: the driver was" in err

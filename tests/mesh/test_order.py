@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.mesh, pytest.mark.asyncio]
 
 STEP_S = 0.02
 NUM_WARM_UP, MEAN_TOKENS = 4, 40
+NUM_BLOCKERS = 30
+"""Requests of the mean length, of better priority, that run until the others are queued."""
 LENGTHS = (45, 30, 60, 12, 90, 6, 75, 3, 20)
 """Output tokens of the requests that wait while another one runs, in order of arrival.
 
@@ -46,19 +48,24 @@ async def decisions_of_mesh(mesh: RunningMesh) -> list[int]:
     """Indices of the waiting requests, in the order of their admission."""
     for _ in range(NUM_WARM_UP):  # the router measures step times
         await scheduling_of(mesh, MEAN_TOKENS)
-    blocker = asyncio.create_task(scheduling_of(mesh, MEAN_TOKENS))
+    sent = [asyncio.create_task(scheduling_of(mesh, MEAN_TOKENS, priority=-1)) for _ in range(NUM_BLOCKERS)]
 
-    async def is_running() -> bool:
-        return await mesh.num_leases() == 1
+    async def all_but_one_are_queued() -> bool:
+        (model,) = (await mesh.client.status()).models
+        num_ended = model.num_requests_finished + model.num_requests_aborted - NUM_WARM_UP
+        return model.num_requests_running == 1 and model.num_requests_waiting == len(sent) - num_ended - 1
 
-    await mesh.until(is_running)
-    waiting = []
+    await mesh.until(all_but_one_are_queued)
     for count in LENGTHS:
-        waiting.append(asyncio.create_task(scheduling_of(mesh, count)))
-        await asyncio.sleep(0.01)  # the arrival times differ
-    scheduled = await asyncio.gather(blocker, *waiting)
+        sent.append(asyncio.create_task(scheduling_of(mesh, count)))
+        await mesh.until(all_but_one_are_queued)
+    blockers, waiting = sent[:NUM_BLOCKERS], sent[NUM_BLOCKERS:]
+    assert not blockers[-1].done(), "it blocks until every request is queued"
+    for blocker in blockers:
+        blocker.cancel()
+    scheduled = await asyncio.gather(*waiting)
     assert all(info.source == "fixed" for info in scheduled)
-    numbers = [info.decision for info in scheduled[1:]]
+    numbers = [info.decision for info in scheduled]
     return sorted(range(len(LENGTHS)), key=numbers.__getitem__)
 
 

@@ -22,6 +22,7 @@ from muxmesh.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Over
 from muxmesh.rpc.status_codes import _rich_status
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.mesh import SIM_MODEL, RunningMesh, collect, running_mesh
+from tests.support.processes import ended
 
 pytestmark = [pytest.mark.mesh, pytest.mark.asyncio(loop_scope="module")]
 SLOW = {"name": "slow", "engine": "sim", "sim": {"base_s": 0.02, "per_token_s": 0.0005}, "max_num_seqs": 4}
@@ -418,7 +419,7 @@ async def test_model_info_is_complete(mesh: RunningMesh) -> None:
     assert list(info.eos_token_ids) == [0]
 
 
-async def test_requests_that_exceed_the_pool_take_longer_and_lose_no_token(tmp_path: Path) -> None:
+async def test_requests_that_exceed_the_pool_lose_no_token(tmp_path: Path) -> None:
     """Six outputs of two thirds of the pool each begin together, so the pool is full before any of them ends."""
     model = {
         "name": "sim", "engine": "sim", "max_num_seqs": 6, "kv_answer_tokens": 64, "default_max_new_tokens": 10**6,
@@ -470,18 +471,37 @@ async def test_lower_priority_numbers_are_admitted_first(mesh: RunningMesh) -> N
 
 
 async def test_too_many_waiting_requests_are_refused_with_a_retry_delay(mesh: RunningMesh) -> None:
-    """Four run and forty may wait, so sixteen of sixty requests are refused."""
-    tasks = [asyncio.create_task(mesh.client.generate("Hello", model="slow", max_new_tokens=1000)) for _ in range(60)]
+    """Four run and forty wait, so the next sixteen are refused and no other."""
+    admitted: list[asyncio.Task[Any]] = []
 
-    async def sixteen_are_refused() -> bool:
-        return sum(task.done() for task in tasks) >= 16
+    def send(count: int) -> list[asyncio.Task[Any]]:
+        call = mesh.client.generate
+        return [asyncio.create_task(call("Hello", model="slow", max_new_tokens=8000)) for _ in range(count)]
 
-    await mesh.until(sixteen_are_refused)
-    refused = [task.exception() for task in tasks if task.done()]
-    assert all(isinstance(error, Overloaded) and error.retry_after_s > 0 for error in refused)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    async def counts() -> tuple[int, int]:
+        model = next(model for model in (await mesh.client.status()).models if model.model == "slow")
+        return model.num_requests_running, model.num_requests_waiting
+
+    async def four_run() -> bool:
+        return await counts() == (4, 0)
+
+    async def forty_wait() -> bool:
+        return await counts() == (4, 40)
+
+    try:
+        admitted += send(4)
+        await mesh.until(four_run)
+        admitted += send(40)
+        await mesh.until(forty_wait)
+        async with asyncio.timeout(30):
+            refused = await asyncio.gather(*send(16), return_exceptions=True)
+        assert all(isinstance(error, Overloaded) and error.retry_after_s > 0 for error in refused)
+        assert await counts() == (4, 40)
+        assert not any(task.done() for task in admitted)
+    finally:
+        for task in admitted:
+            task.cancel()
+        await asyncio.gather(*admitted, return_exceptions=True)
     await mesh.until_free()
 
 
@@ -490,25 +510,26 @@ async def test_a_cancelled_request_leaves_nothing_leased(mesh: RunningMesh) -> N
     await anext(stream)
     assert await mesh.num_leases() == 1
     await stream.aclose()
-    await mesh.until_free(timeout_s=1.0)
+    await mesh.until_free()
 
 
 async def test_a_passed_deadline_leaves_nothing_leased(mesh: RunningMesh) -> None:
     with pytest.raises(DeadlineExceeded):
         await mesh.client.generate("Hello", model="slow", max_new_tokens=5000, timeout_s=0.3)
-    await mesh.until_free(timeout_s=1.0)
+    await mesh.until_free()
 
 
 async def test_a_killed_client_leaves_nothing_leased(mesh: RunningMesh) -> None:
-    client = await asyncio.create_subprocess_exec(
+    started = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "muxmesh", "generate", "--address", mesh.address, "--model", "slow",
         "--max-new-tokens", "5000", "Hello", stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    assert client.stdout is not None
-    assert await client.stdout.read(1)
-    client.kill()
-    await client.wait()
-    await mesh.until_free(timeout_s=1.0)
+    async with ended(started) as client:
+        assert client.stdout is not None
+        assert await client.stdout.read(1)
+        client.kill()
+        await client.wait()
+    await mesh.until_free()
 
 
 async def test_a_thousand_random_cancels_leave_nothing_leased(mesh: RunningMesh) -> None:
@@ -524,7 +545,7 @@ async def test_a_thousand_random_cancels_leave_nothing_leased(mesh: RunningMesh)
 
     for _ in range(40):
         await asyncio.gather(*(one() for _ in range(25)))
-    await mesh.until_free(timeout_s=1.0)
+    await mesh.until_free()
     status = await mesh.client.status()
     assert all(model.num_requests_running == 0 for model in status.models)
     assert not any(worker.num_leases for worker in status.units[0].workers)
@@ -594,7 +615,7 @@ async def test_a_killed_router_is_restarted_and_leaves_nothing_leased(mesh: Runn
         return True
 
     await mesh.until(serves_again)
-    await mesh.until_free(timeout_s=1.0)
+    await mesh.until_free()
 
 
 async def test_the_mesh_serves_while_redis_is_down(mesh: RunningMesh) -> None:
@@ -612,10 +633,11 @@ async def test_the_mesh_serves_while_redis_is_down(mesh: RunningMesh) -> None:
 
 async def test_commands_print_json(mesh: RunningMesh) -> None:
     async def call(*arguments: str) -> Any:
-        process = await asyncio.create_subprocess_exec(
+        started = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "muxmesh", *arguments, stdout=asyncio.subprocess.PIPE
         )
-        out, _ = await process.communicate()
+        async with ended(started) as process:
+            out, _ = await process.communicate()
         assert process.returncode == 0
         return json.loads(out)
 

@@ -17,13 +17,13 @@ def mean_of(values: list[float], min_rate: float) -> RunningMean:
 
 
 @given(VALUES)
-def test_without_a_minimum_rate_it_is_the_arithmetic_mean(values: list[float]) -> None:
+def test_without_a_minimum_rate_the_mean_is_arithmetic(values: list[float]) -> None:
     running = mean_of(values, 0.0)
     assert running.mean == pytest.approx(fmean(values), rel=1e-9, abs=1e-6)
     assert running.count == len(values)
 
 
-def test_it_is_the_arithmetic_mean_up_to_the_window() -> None:
+def test_the_mean_is_arithmetic_up_to_the_window() -> None:
     values = [3.0, 1.0, 8.0, 4.0]
     assert mean_of(values, 1 / 4).mean == pytest.approx(4.0)
 

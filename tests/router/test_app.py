@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ from muxmesh.types import Finish, FinishReason, LeaseRef
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 from router.app import serve
 from tests.support.fake_unit import FakeKvStore, FakeWorker, serving
-from tests.support.redis_process import running_redis
 
 NOT_SERVING, SERVING = health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVING
 
@@ -85,9 +84,11 @@ async def router(runtime: MeshRuntime) -> AsyncIterator[Setup]:
         setup = Setup(
             runtime, {unit.name: FakeKvStore() for unit in runtime.config.units}, stop, running, *stubs, servers
         )
-        yield setup
-        stop.set()
-        await asyncio.wait_for(running, 20)
+        try:
+            yield setup
+        finally:
+            stop.set()
+            await asyncio.wait_for(running, 20)
 
 
 async def test_a_router_serves_once_every_unit_is_connected(tmp_path: Path) -> None:
@@ -146,12 +147,6 @@ async def test_status_reports_both_units_and_the_missing_redis(tmp_path: Path) -
         assert [(unit.unit, unit.connected) for unit in status.units] == [("u0", True), ("u1", True)]
         assert [model.model for model in status.models] == ["m", "n"]
         assert (status.redis_connected, status.order_policy) == (False, "srtf-aged")
-
-
-@pytest.fixture
-def redis_url(tmp_path: Path) -> Iterator[str]:
-    with running_redis(tmp_path) as url:
-        yield url
 
 
 async def test_a_router_is_registered_while_it_serves(tmp_path: Path, redis_url: str) -> None:

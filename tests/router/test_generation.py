@@ -29,7 +29,7 @@ def test_a_request_without_options_samples_one_sequence_and_returns_its_text_onl
     assert request.output == OutputOptions(True, False, False, True, False)
 
 
-def test_two_requests_share_no_option_that_can_change() -> None:
+def test_a_request_is_hashable() -> None:
     first, second = (GenerationRequest("m", TextPrompt("hi")) for _ in range(2))
     assert first == second and hash(first) == hash(second)
 

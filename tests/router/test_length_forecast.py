@@ -41,8 +41,10 @@ def forecaster_of(
 ) -> Iterator[LengthForecaster]:
     checked = CheckedPredictor(predictor) if isinstance(predictor, LengthPredictor) else predictor
     forecaster = LengthForecaster(checked, budget_s, clock or ManualClock())
-    yield forecaster
-    forecaster.close()
+    try:
+        yield forecaster
+    finally:
+        forecaster.close()
 
 
 async def forecast_for(forecaster: LengthForecaster, text: str = "Hello", model: str = "m") -> LengthForecast:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,28 +22,22 @@ from muxmesh.predictor.length_predictor import LengthPredictor
 from muxmesh.process_registry import redis_key
 from router.length_forecast import LengthForecaster
 from router.predictor_snapshots import SAVE_EVERY_S, PredictorSnapshots
-from tests.support.redis_process import running_redis
 from tests.support.virtual_time import run_virtually
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running_redis(tmp_path_factory.mktemp("redis")) as url:
-        yield url
-
-
 @pytest_asyncio.fixture
-async def client(url: str) -> AsyncIterator[redis.asyncio.Redis]:
-    async with redis.asyncio.Redis.from_url(url) as client:
+async def client(redis_url: str) -> AsyncIterator[redis.asyncio.Redis]:
+    async with redis.asyncio.Redis.from_url(redis_url) as client:
         yield client
-        await client.flushall()
 
 
 @asynccontextmanager
 async def forecaster_of(checked: CheckedPredictor) -> AsyncIterator[LengthForecaster]:
     forecaster = LengthForecaster(checked, 60.0, SystemClock())
-    yield forecaster
-    forecaster.close()
+    try:
+        yield forecaster
+    finally:
+        forecaster.close()
 
 
 async def observe(forecaster: LengthForecaster, text: str = "Hello", num_tokens: int = 40) -> None:
@@ -59,14 +53,14 @@ async def save(snapshots: PredictorSnapshots, *texts: str) -> None:
             await observe(forecaster, text)
 
 
-async def test_a_mesh_without_a_snapshot_begins_with_an_empty_predictor(url: str, client: Any) -> None:
-    predictor, checked = await PredictorSnapshots(url, "a").load()
+async def test_a_mesh_without_a_snapshot_begins_with_an_empty_predictor(redis_url: str, client: Any) -> None:
+    predictor, checked = await PredictorSnapshots(redis_url, "a").load()
     assert predictor.history.num_observed == 0
     assert checked.predict("Hello", "m").source == "cold"
 
 
-async def test_a_restarted_router_continues_from_the_last_snapshot(url: str, client: Any) -> None:
-    snapshots = PredictorSnapshots(url, "a")
+async def test_a_restarted_router_continues_from_the_last_snapshot(redis_url: str, client: Any) -> None:
+    snapshots = PredictorSnapshots(redis_url, "a")
     await save(snapshots, "Hello", "Good day")
     await save(snapshots, "Good night")
     predictor, checked = await snapshots.load()
@@ -75,21 +69,21 @@ async def test_a_restarted_router_continues_from_the_last_snapshot(url: str, cli
     assert prediction.source == "retrieved" and 30 < prediction.prediction.p50_tokens < 60
 
 
-async def test_two_meshes_share_a_redis_and_no_snapshot(url: str, client: Any) -> None:
-    await save(PredictorSnapshots(url, "a"), "Hello")
-    assert (await PredictorSnapshots(url, "b").load())[0].history.num_observed == 0
+async def test_two_meshes_share_a_redis_and_no_snapshot(redis_url: str, client: Any) -> None:
+    await save(PredictorSnapshots(redis_url, "a"), "Hello")
+    assert (await PredictorSnapshots(redis_url, "b").load())[0].history.num_observed == 0
 
 
-async def test_an_empty_predictor_is_not_saved(url: str, client: redis.asyncio.Redis) -> None:
-    await save(PredictorSnapshots(url, "a"))
+async def test_an_empty_predictor_is_not_saved(redis_url: str, client: redis.asyncio.Redis) -> None:
+    await save(PredictorSnapshots(redis_url, "a"))
     assert await client.keys() == []
 
 
 async def test_a_snapshot_is_saved_while_the_router_runs(
-    url: str, client: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+    redis_url: str, client: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(router.predictor_snapshots, "SAVE_EVERY_S", 0.001)
-    snapshots, key = PredictorSnapshots(url, "a"), redis_key("a", "predictor")
+    snapshots, key = PredictorSnapshots(redis_url, "a"), redis_key("a", "predictor")
     predictor, checked = await snapshots.load()
     async with forecaster_of(checked) as forecaster, snapshots.saved(forecaster, predictor, checked):
         await observe(forecaster)
@@ -101,10 +95,10 @@ async def test_a_snapshot_is_saved_while_the_router_runs(
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 half a zip file"])
 async def test_a_damaged_snapshot_is_logged_and_replaced(
-    url: str, client: redis.asyncio.Redis, content: bytes, caplog: pytest.LogCaptureFixture
+    redis_url: str, client: redis.asyncio.Redis, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     await client.set(redis_key("a", "predictor"), content)
-    snapshots = PredictorSnapshots(url, "a")
+    snapshots = PredictorSnapshots(redis_url, "a")
     await save(snapshots, "Hello")
     assert "the length predictor starts empty: " in caplog.text
     assert (await snapshots.load())[0].history.num_observed == 1
@@ -129,7 +123,7 @@ class BlockedPredictor(LengthPredictor):
 
 
 async def test_a_predictor_that_hangs_does_not_delay_the_shutdown(
-    url: str, client: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+    redis_url: str, client: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(router.predictor_snapshots, "_LAST_SAVE_TIMEOUT_S", 0.01)
     predictor = BlockedPredictor()
@@ -138,7 +132,7 @@ async def test_a_predictor_that_hangs_does_not_delay_the_shutdown(
     checked.observe(checked.predict("Hello", "m"), 40, False)
     predictor.release.clear()
     forecaster = LengthForecaster(checked, 0.001, SystemClock())
-    async with asyncio.timeout(20), PredictorSnapshots(url, "a").saved(forecaster, predictor, checked):
+    async with asyncio.timeout(20), PredictorSnapshots(redis_url, "a").saved(forecaster, predictor, checked):
         assert (await forecaster.predict("Hello", "m", "", None)).source == "late"
     assert await client.keys() == []
     predictor.release.set()

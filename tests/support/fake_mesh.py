@@ -19,6 +19,7 @@ from muxmesh.rpc.server import MeshServer
 from muxmesh.supervisor.mesh_supervisor import free_listen_address
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 
+FinishReason = inference_pb2.FinishInfo.FinishReason
 Context = grpc.aio.ServicerContext[Any, Any]
 Step = inference_pb2.GenerateResponse | Exception | grpc.StatusCode | asyncio.Event | Callable[[], None]
 """One step of a script: send a response, raise an error, end with a bare status, wait for an event, or call a function.
@@ -52,16 +53,46 @@ def output(*texts: str, **finish: Any) -> list[inference_pb2.GenerateResponse]:
     return responses
 
 
+def first(num_tokens: int, num_cached: int, token_ids: Sequence[int] = ()) -> inference_pb2.GenerateResponse:
+    """The first response of a stream, with the facts of the prompt."""
+    response = tokens(*token_ids)
+    response.prompt_info.num_prompt_tokens = num_tokens
+    response.prompt_info.num_cached_tokens = num_cached
+    return response
+
+
+def tokens(*token_ids: int) -> inference_pb2.GenerateResponse:
+    output = inference_pb2.SequenceOutput(token_ids=token_ids, num_tokens=len(token_ids))
+    return inference_pb2.GenerateResponse(outputs=output)
+
+
+def last(
+    num_output: int,
+    token_ids: Sequence[int] = (),
+    reason: FinishReason.ValueType = inference_pb2.FinishInfo.LENGTH,
+    router_s: float | None = None,
+) -> inference_pb2.GenerateResponse:
+    """The last response of a stream, with the finish reason, and the timings if ``router_s`` is given."""
+    response = tokens(*token_ids)
+    response.outputs.finish_info.num_output_tokens = num_output
+    response.outputs.finish_info.finish_reason = reason
+    if router_s is not None:
+        response.timings.router_s = router_s
+    return response
+
+
 class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer):
     """Replays ``script`` on every GenerateStream call and records the requests.
 
-    ``script``, ``models``, ``status`` and ``unary_error`` may be replaced between calls.
+    ``script``, ``models``, ``vocab_sizes``, ``status`` and ``unary_error`` may be replaced between calls. A vocabulary
+    has 259 tokens if ``vocab_sizes`` has no number for its model.
     """
 
     def __init__(self, address: str, script: Sequence[Step]) -> None:
         self.address = address
         self.script = script
         self.models = ["m"]
+        self.vocab_sizes: dict[str, int] = {}
         self.status = mesh_pb2.GetStatusResponse(version="1.2.3", redis_connected=True, order_policy="fcfs")
         self.unary_error: Exception | None = None
         self.requests: list[inference_pb2.GenerateRequest] = []
@@ -115,7 +146,10 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
         if self.unary_error is not None:
             raise self.unary_error
         return mesh_pb2.ListModelsResponse(
-            models=[mesh_pb2.ModelInfo(name=name, engine="sim", vocab_size=259) for name in self.models]
+            models=[
+                mesh_pb2.ModelInfo(name=name, engine="sim", vocab_size=self.vocab_sizes.get(name, 259))
+                for name in self.models
+            ]
         )
 
     async def GetModelInfo(

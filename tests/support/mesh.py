@@ -62,13 +62,13 @@ class RunningMesh:
         assert unit.connected
         return sum(model.num_leases + model.num_credits for model in unit.models)
 
-    async def until(self, what: Callable[[], Awaitable[Any]], timeout_s: float = 30.0) -> None:
+    async def until(self, what: Callable[[], Awaitable[Any]]) -> None:
         """Waits until ``what()`` is true; each look is a call to the mesh."""
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(30):
             while not await what():
                 await asyncio.sleep(0.02)
 
-    async def until_free(self, timeout_s: float = 5.0) -> None:
+    async def until_free(self) -> None:
         """Waits until nothing is leased, waiting or running any more."""
 
         async def free() -> bool:
@@ -77,7 +77,7 @@ class RunningMesh:
             idle = all(model.num_leases + model.num_credits + model.num_keys_waiting == 0 for model in unit.models)
             return unit.connected and idle and unit.pool.leased_bytes == 0
 
-        await self.until(free, timeout_s)
+        await self.until(free)
 
 
 @asynccontextmanager

@@ -180,5 +180,7 @@ async def pipeline_parts(
         pipeline = GenerationPipeline(
             served, units, driver, forecaster, FCFS, config, clock, random.Random(7), tokenizing
         )
-        yield PipelineParts(pipeline, served, units, admission, attempts, forecaster, clock)
-    forecaster.close()
+        try:
+            yield PipelineParts(pipeline, served, units, admission, attempts, forecaster, clock)
+        finally:
+            forecaster.close()

@@ -1,4 +1,4 @@
-"""A real redis-server for the tests of one module, on a unix socket and without persistence."""
+"""A real redis-server for tests, on a unix socket and without persistence."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
@@ -24,10 +24,15 @@ class SharedWords:
 
 
 @pytest.fixture
-async def table() -> GrantTable:
+async def table() -> AsyncIterator[GrantTable]:
     grants = GrantTable()
-    asyncio.get_running_loop().add_reader(grants.doorbell_fd, grants.on_doorbell)
-    return grants
+    loop = asyncio.get_running_loop()
+    loop.add_reader(grants.doorbell_fd, grants.on_doorbell)
+    try:
+        yield grants
+    finally:
+        loop.remove_reader(grants.doorbell_fd)
+        grants.close()
 
 
 def grant_for(table: GrantTable, clock: ManualClock | None = None) -> tuple[ComputeGrant, SharedWords]:
@@ -89,7 +94,7 @@ async def test_an_idle_worker_returns_the_grant(table: GrantTable) -> None:
     await asyncio.sleep(0)
     first.release()
     first.drop()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await waiting
 
 
@@ -100,7 +105,7 @@ async def test_the_grant_of_a_dead_worker_passes_to_another(table: GrantTable) -
     waiting = asyncio.create_task(second.acquire())
     await asyncio.sleep(0)
     table.free_slot(attachment.slot)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await waiting
 
 
@@ -143,7 +148,7 @@ async def test_a_waiting_worker_shows_its_demand_until_it_is_granted(table: Gran
     await asyncio.sleep(0)
     assert table.page.read(attachment.slot, Word.DEMAND) == 1
     first.drop()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await waiting
     assert table.page.read(attachment.slot, Word.DEMAND) == 0
 
@@ -159,7 +164,7 @@ async def test_a_bell_without_a_grant_leaves_the_worker_waiting(table: GrantTabl
         await asyncio.sleep(0)
     assert not waiting.done()
     first.drop()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await waiting
 
 

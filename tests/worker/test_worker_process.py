@@ -18,7 +18,7 @@ from kvstore.grant_page import Word
 from muxmesh.block_hashes import block_hashes
 from muxmesh.config.runtime import MeshRuntime, PreparedModel, ProcessKey
 from muxmesh.config.schema import MeshConfig
-from muxmesh.engine.api import Engine
+from muxmesh.engine.api import EngineJob
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from muxmesh.lifecycle import Stop
 from muxmesh.rpc import convert
@@ -145,7 +145,7 @@ async def test_a_worker_sends_heartbeats(tmp_path: Path) -> None:
     async with unit_of(runtime) as unit:
         worker = RunningWorker(runtime, Role.PREFILL)
         await unit.until(lambda: ready(unit, Role.PREFILL))
-        assert unit.service._grants.page.read(0, Word.HEARTBEATS) >= 1
+        await unit.until(lambda: unit.service._grants.page.read(0, Word.HEARTBEATS) >= 3)
         await worker.end()
 
 
@@ -160,21 +160,25 @@ async def test_a_worker_that_loses_its_unit_ends(tmp_path: Path, caplog: pytest.
 
 
 async def test_a_worker_whose_engine_is_dead_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    engines: list[Engine] = []
+    """The engine's loop fails at a job that has no place in the order."""
+    request = EngineRequest("r", "m", tuple(range(20)), Sampling(), Stopping(9), SchedulingState(0, 0.0))
+    contexts: list[WorkerContext] = []
 
     @asynccontextmanager
     async def no_services(context: WorkerContext) -> AsyncIterator[Services]:
-        engines.append(context.engine)
+        contexts.append(context)
         yield {}
 
     runtime = make_runtime(tmp_path)
     async with unit_of(runtime) as unit:
         worker = RunningWorker(runtime, Role.DECODE, no_services)
         await unit.until(lambda: ready(unit, Role.DECODE))
-        engines[0]._death.set_result("KeyError: a bug")  # type: ignore[attr-defined]
+        sequence = contexts[0].sequence(request, Lease(LeaseRef(1, 1), "m", (0, 1, 2)))
+        sequence.scheduling = None  # type: ignore[assignment]
+        contexts[0].engine.submit(EngineJob(1, sequence))
         async with asyncio.timeout(20):
             await worker.task
-    assert "giving up: the engine is dead: KeyError: a bug" in caplog.text
+    assert "giving up: the engine is dead: AttributeError: 'NoneType' object" in caplog.text
 
 
 @pytest.mark.parametrize("num_swap_pages", [0, 1])

@@ -85,20 +85,40 @@ BAD = {
     "an engine without times": (
         MESH.replace("engine: sim, ", "").replace(", sim: {base_s: 0.02}", ""),
         LOAD,
-        "engine: sim",
+        "units[0].models[0].engine: has no step times to simulate with; set `engine: sim` and the times in `sim`",
     ),
-    "steps of no time": (MESH.replace("{base_s: 0.02}", "{base_s: 0}"), LOAD, "takes no time"),
-    "a model that is not there": (MESH, f"{LOAD} models=b", "not served"),
-    "a workload without end": (MESH, "rate=1 lengths=D(1,1)", "requests=N"),
-    "a negative rate": (MESH, "rate=-1 lengths=D(1,1) requests=1", "rate"),
-    "endless steps": (MESH.replace("{base_s: 0.02}", "{base_s: .inf}"), LOAD, "sim.base_s"),
-    "a thousand years of arrivals": (MESH, "rate=1e-10 lengths=D(1,1) requests=3", "virtual seconds"),
+    "steps of no time": (
+        MESH.replace("{base_s: 0.02}", "{base_s: 0}"),
+        LOAD,
+        "units[0].models[0].sim: every step takes no time; set base_s, per_token_s or per_context_s",
+    ),
+    "a model that is not there": (MESH, f"{LOAD} models=b", "workload: models=b: not served; these are: a"),
+    "a workload without end": (
+        MESH,
+        "rate=1 lengths=D(1,1)",
+        "workload: needs requests=N or duration=S to end",
+    ),
+    "a negative rate": (MESH, "rate=-1 lengths=D(1,1) requests=1", "workload: rate=-1: must be at least 0"),
+    "endless steps": (
+        MESH.replace("{base_s: 0.02}", "{base_s: .inf}"),
+        LOAD,
+        "units[0].models[0].sim.base_s: Input should be less than or equal to 3600",
+    ),
+    "a thousand years of arrivals": (
+        MESH,
+        "rate=1e-10 lengths=D(1,1) requests=3",
+        "workload: takes 2.78e+10 virtual seconds; a report covers at most 1e+07",
+    ),
     "a year of steps": (
         MESH.replace("{base_s: 0.02}", "{base_s: 3600}"),
         "rate=1 lengths=D(1,3000) requests=2",
-        "virtual seconds",
+        "workload: takes 1.08e+07 virtual seconds; a report covers at most 1e+07",
     ),
-    "two models and no choice": (f"{MESH}      - {{name: b, engine: sim, sim: {{base_s: 1}}}}\n", LOAD, "models=..."),
+    "two models and no choice": (
+        f"{MESH}      - {{name: b, engine: sim, sim: {{base_s: 1}}}}\n",
+        LOAD,
+        "workload: models=... has to name one of: a, b",
+    ),
 }
 
 

@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from muxmesh.cli.main import main
 from muxmesh.supervisor.mesh_supervisor import state_lock
+from tests.support.processes import ended
 
 SIM_MESH = "units:\n  - models: [{name: load, engine: sim}]"
 
@@ -26,34 +26,38 @@ def config(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("text", "where", "problem"),
     [
-        ("listen: 5", "1: listen: ", ""),
-        ("units: [", "1: not YAML: ", ""),
+        ("listen: 5", "1: listen: ", "Input should be a valid string"),
+        ("units: [", "1: not YAML: ", "expected the node content, but found '<stream end>'"),
         (
             "units:\n  - models:\n    - {name: a, source: ./nowhere}\n    - {name: b, source: ./nothing}",
             "4: units[0].models[1].source: ",
-            "'./nothing'",
+            "'./nothing' is neither a folder, nor a .gguf file, nor in the catalog",
         ),
         (
             "units:\n  - models: [{name: a, engine: sim, max_model_len: 99999}]",
             "2: units[0].models[0].max_model_len: is 99999;",
-            "8192 tokens",
+            "the model's context holds 8192 tokens",
         ),
         (
             "units:\n  - {kv_pool: 1MiB, slab: 64KiB, models: [{name: a, engine: sim, max_model_len: 8000}]}",
             "2: units[0].models[0].max_model_len: is 8000;",
-            "2048 tokens",
+            "the unit's kv_pool holds 2048 tokens of this model",
         ),
         (
             "units:\n  - {kv_pool: 1MiB, slab: 64KiB, kv_swap: 900TiB, models: [{name: a, engine: sim}]}",
             "2: units[0].kv_pool: ",
-            "989560466046976 bytes",
+            "kv_pool and kv_swap are 989560466046976 bytes; this machine has ",
         ),
         (
             "units:\n  - {slab: 4096, models: [{name: a, engine: sim, block_size: 32}]}",
             "2: units[0].models[0].block_size: ",
-            "16384 bytes",
+            "a token block of 32 tokens is 16384 bytes, a slab of the unit 4096; use a larger slab",
         ),
-        (f"order:\n  policy: fcfs\n  longest_lead: 5\n{SIM_MESH}", "3: order.longest_lead: ", "fcfs"),
+        (
+            f"order:\n  policy: fcfs\n  longest_lead: 5\n{SIM_MESH}",
+            "3: order.longest_lead: ",
+            "has no effect with policy: fcfs; it is for srtf-aged",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_reported_with_its_line_before_anything_starts(
@@ -113,22 +117,22 @@ def up(config: Path, *arguments: str) -> list[str]:
 @pytest.mark.mesh
 @pytest.mark.parametrize("when", ["while it starts", "when it serves"])
 async def test_up_serves_until_ctrl_c_and_leaves_no_process(config: Path, when: str) -> None:
-    process = await asyncio.create_subprocess_exec(
+    started = await asyncio.create_subprocess_exec(
         *up(config, "--hello"), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    assert process.stdout is not None and process.stderr is not None
-    if when == "when it serves":
-        printed = await process.stdout.readuntil(b"Ctrl-C stops the mesh.")
-        assert printed.startswith(b"muxmesh ready on 127.0.0.1:")
-        assert b"> What is the capital of France" in printed
-        address = printed.split()[3].decode()
-        assert f"muxmesh chat --address {address}\n" in printed.decode()
-    else:
-        await process.stderr.readuntil(b"attached")
-    started = processes_that_name(config.parent)
-    assert len(started) >= 4
-    process.send_signal(signal.SIGINT)
-    _, errors = await process.communicate()
+    async with ended(started) as process:
+        assert process.stdout is not None and process.stderr is not None
+        if when == "when it serves":
+            printed = await process.stdout.readuntil(b"Ctrl-C stops the mesh.")
+            assert printed.startswith(b"muxmesh ready on 127.0.0.1:")
+            assert b"> What is the capital of France" in printed
+            address = printed.split()[3].decode()
+            assert f"muxmesh chat --address {address}\n" in printed.decode()
+        else:
+            await process.stderr.readuntil(b"attached")
+        assert len(processes_that_name(config.parent)) >= 4
+        process.send_signal(signal.SIGINT)
+        _, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()
     assert b"stopping\n" in errors
     assert b"redis | " not in errors, "redis writes to its log file only"
@@ -138,22 +142,23 @@ async def test_up_serves_until_ctrl_c_and_leaves_no_process(config: Path, when: 
 
 @pytest.mark.mesh
 async def test_a_killed_supervisor_takes_its_processes_along(config: Path) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *up(config, "--quiet"), stdout=asyncio.subprocess.PIPE, stderr=subprocess.PIPE
+    started = await asyncio.create_subprocess_exec(
+        *up(config, "--quiet"), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    assert process.stdout is not None and process.stderr is not None
-    await process.stdout.readuntil(b"ready on")
-    pidfds = [os.pidfd_open(pid) for pid in processes_that_name(config.parent) - {process.pid}]
-    assert len(pidfds) >= 4
-    process.kill()
-    _, errors = await process.communicate()
+    async with ended(started) as process:
+        assert process.stdout is not None and process.stderr is not None
+        await process.stdout.readuntil(b"ready on")
+        pidfds = [os.pidfd_open(pid) for pid in processes_that_name(config.parent) - {process.pid}]
+        assert len(pidfds) >= 4
+        process.kill()
+        _, errors = await process.communicate()
     assert b" | " not in errors, "--quiet prints no line of a service"
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(20):
         for pidfd in pidfds:
-            ended = asyncio.Event()
-            loop.add_reader(pidfd, ended.set)
-            await ended.wait()
+            has_ended = asyncio.Event()
+            loop.add_reader(pidfd, has_ended.set)
+            await has_ended.wait()
             loop.remove_reader(pidfd)
             os.close(pidfd)
 

@@ -447,9 +447,11 @@ async def test_the_deadline_travels_with_the_call(mesh: FakeMesh, client: MeshCl
 
 async def test_a_passed_deadline_raises_and_ends_the_call_on_the_server(mesh: FakeMesh, client: MeshClient) -> None:
     mesh.script = [*output("ab")[:1], asyncio.Event()]
+    task = asyncio.create_task(client.generate("x", model="m", timeout_s=1.0))
+    await mesh.until(lambda mesh: len(mesh.requests) == 1)
     with pytest.raises(errors.DeadlineExceeded):
-        await client.generate("x", model="m", timeout_s=0.2)
-    await mesh.until(lambda mesh: mesh.num_ended == len(mesh.requests))
+        await task
+    await mesh.until(lambda mesh: mesh.num_ended == 1)
 
 
 # --- errors ---

@@ -252,13 +252,17 @@ async def test_calls_for_a_job_that_is_not_known_do_nothing(engine: Engine) -> N
 
 
 async def test_a_paused_job_that_is_cancelled_yields_nothing_more(engine: Engine) -> None:
-    events = engine.submit(job(max_new_tokens=40))
+    cancelled = job(max_new_tokens=40)
+    events = engine.submit(cancelled)
     await anext(events)
     engine.preempt(1)
     while not isinstance(await anext(events), Preempted):
         pass
     await engine.cancel(1)
+    num_tokens = cancelled.sequence.num_output_tokens
     engine.resume(1)
+    await collect(engine.submit(job(2)))
+    assert cancelled.sequence.num_output_tokens == num_tokens, "it took part in the steps of the other job"
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0):
             await anext(events)

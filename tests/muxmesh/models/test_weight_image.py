@@ -168,12 +168,17 @@ def test_of_two_concurrent_callers_one_writes_the_image(folder: Path, tmp_path: 
 
 
 def test_the_image_is_locked_while_it_is_written(folder: Path, tmp_path: Path) -> None:
+    num_calls = 0
+
     def progress(done: int, total: int) -> None:
+        nonlocal num_calls
+        num_calls += 1
         (lock,) = (tmp_path / "images").glob("*.lock")
         with lock.open("w") as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     ensure_image(folder, read_model_spec(folder), "rows", tmp_path, progress)
+    assert num_calls == 2, "once for each layer"
 
 
 def test_two_packings_are_two_files(folder: Path, tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from muxmesh.rpc.channels import internal_channel
+from muxmesh.rpc.channels import _OPTIONS, internal_channel
 from muxmesh.rpc.server import MeshServer
 
 
@@ -29,15 +33,56 @@ async def test_a_call_without_a_server_is_unavailable_at_once(tmp_path: Path) ->
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_after_a_failed_attempt_a_channel_soon_tries_again(tmp_path: Path) -> None:
-    address = f"unix:{tmp_path / 's.sock'}"
-    async with internal_channel(address) as channel:
-        with pytest.raises(grpc.aio.AioRpcError):
-            await is_serving(channel, wait_for_ready=False)
-        server = await serving(address)
-        async with asyncio.timeout(20):
-            assert await is_serving(channel, wait_for_ready=True)
+@contextlib.contextmanager
+def listening() -> Iterator[tuple[socket.socket, str]]:
+    """A socket that speaks no HTTP/2, with its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        yield listener, f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("answer", ["closes", "is silent"])
+async def test_a_channel_makes_seven_attempts_to_connect_within_seconds(answer: str) -> None:
+    """With the default options of gRPC, the back-off makes it 20 seconds or more, and a silent server two minutes."""
+    loop = asyncio.get_running_loop()
+    with listening() as (listener, address), contextlib.ExitStack() as connections:
+        async with internal_channel(address) as channel:
+            call = asyncio.create_task(is_serving(channel, wait_for_ready=True))
+            async with asyncio.timeout(15):
+                for _ in range(7):
+                    connection, _ = await loop.sock_accept(listener)
+                    if answer == "closes":
+                        connection.close()
+                    connections.callback(connection.close)
+            assert not call.done()
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+
+
+def test_the_delay_between_attempts_grows_from_a_tenth_of_a_second_to_a_second() -> None:
+    options = dict(_OPTIONS)
+    assert options["grpc.initial_reconnect_backoff_ms"] == 100
+    assert options["grpc.max_reconnect_backoff_ms"] == 1000
+
+
+async def test_channels_to_one_address_have_connections_of_their_own() -> None:
+    """So the back-off of one does not delay another."""
+
+    async def peer(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+        return context.peer().encode()
+
+    server = grpc.aio.server()
+    handlers: dict[str, Any] = {"Peer": grpc.unary_unary_rpc_method_handler(peer)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", handlers),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        async with internal_channel(address) as one, internal_channel(address) as other, asyncio.timeout(20):
+            calls: list[Any] = [channel.unary_unary("/test/Peer") for channel in (one, other, one, other)]
+            peers = [await call(b"") for call in calls]
+    finally:
         await server.stop(0)
+    assert peers[0] != peers[1] and peers[:2] == peers[2:]
 
 
 async def test_a_channel_reconnects_to_a_restarted_server(tmp_path: Path) -> None:

@@ -360,7 +360,13 @@ async def test_a_running_call_ends_within_the_grace_period(tmp_path: Path) -> No
     async with running(tmp_path, Servicer(unary)) as mesh:
         call = asyncio.ensure_future(mesh.stub.AcquireLease(request()))
         await has_started.wait()
+        await mesh.server.set_serving()
+        watch = mesh.health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
         stopping = asyncio.create_task(mesh.server.stop(60))
+        assert (await watch.read()).status == NOT_SERVING
+        watch.cancel()
+        assert not call.done()
         may_end.set()
         assert (await call).lease.model == "done"
         await stopping

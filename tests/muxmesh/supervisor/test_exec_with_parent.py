@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 
+from tests.support.processes import ended_popen
+
 EXEC = [sys.executable, "-m", "muxmesh.supervisor.exec_with_parent"]
 
 
@@ -16,15 +18,17 @@ def test_the_program_dies_with_its_parent() -> None:
         "print(child.pid, flush=True)\n"
         "time.sleep(600)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    pidfd = os.pidfd_open(child)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    parent.stdout.close()
-    readable, _, _ = select.select([pidfd], [], [], 20)
-    os.close(pidfd)
+    with ended_popen(subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)) as parent:
+        assert parent.stdout is not None
+        pidfd = os.pidfd_open(int(parent.stdout.readline()))
+        parent.kill()
+        parent.wait()
+    try:
+        readable, _, _ = select.select([pidfd], [], [], 20)
+        if not readable:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    finally:
+        os.close(pidfd)
     assert readable, "the child survived its parent"
 
 

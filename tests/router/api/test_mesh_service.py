@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,6 @@ from tests.support.pipeline_parts import (
     until,
     writes,
 )
-from tests.support.redis_process import running_redis
 
 SERVICE = mesh_pb2.DESCRIPTOR.services_by_name["Mesh"]
 NO_REDIS = "unix:///nowhere/redis.sock"
@@ -132,12 +131,6 @@ async def test_a_failed_integrity_check_is_not_hidden(tmp_path: Path, error: Any
         setup.kvstore.status = error
         with pytest.raises(grpc.aio.AioRpcError, match=str(error)):
             await setup.status()
-
-
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running_redis(tmp_path_factory.mktemp("redis")) as url:
-        yield url
 
 
 async def test_processes_are_those_of_the_registry(tmp_path: Path, redis_url: str) -> None:

@@ -1,43 +1,56 @@
 import fcntl
 import logging
+import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from muxmesh.engine.native.kernel_cache import _SOURCES, _digest, compile_lock, kernel_cache_dir
+from muxmesh.engine.native import kernel_cache
+from muxmesh.engine.native.kernel_cache import compile_lock, kernel_cache_dir
 
 
-def write_sources(folder: Path, **sources: str) -> list[Path]:
-    folder.mkdir()
-    for name, text in sources.items():
-        (folder / f"{name}.py").write_text(text)
-    return sorted(folder.iterdir())
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with kernel sources of this test: ``cpu/a.py``, ``cpu/b.py`` and ``packing.py``."""
+    (tmp_path / "cpu").mkdir()
+    for name in ("cpu/a.py", "cpu/b.py", "packing.py"):
+        (tmp_path / name).write_text(f"name = {name!r}\n")
+    monkeypatch.setattr(kernel_cache, "_SOURCES", tmp_path / "cpu")
+    monkeypatch.setattr(kernel_cache, "_PACKING", tmp_path / "packing.py")
+    return tmp_path
 
 
-def test_the_folder_is_named_by_the_kernel_sources(tmp_path: Path) -> None:
+def test_the_folder_is_inside_the_cache_and_is_not_created(tmp_path: Path) -> None:
     folder = kernel_cache_dir(tmp_path)
     assert folder.parent == tmp_path / "numba"
-    assert kernel_cache_dir(tmp_path) == folder
     assert not folder.exists()
 
 
-def test_the_digest_of_equal_sources_does_not_depend_on_their_folder(tmp_path: Path) -> None:
-    first, second = (write_sources(tmp_path / name, a="x = 1\n", b="y = 2\n") for name in ("first", "second"))
-    assert _digest(first) == _digest(second)
+@pytest.mark.parametrize("changed", ["cpu/a.py", "cpu/b.py", "cpu/c.py", "packing.py"])
+def test_a_changed_or_added_source_has_another_folder(sources: Path, changed: str) -> None:
+    before = kernel_cache_dir(sources)
+    assert kernel_cache_dir(sources) == before
+    (sources / changed).write_text("name = 'changed'\n")
+    assert kernel_cache_dir(sources) != before
 
 
-@pytest.mark.parametrize("changed", ["a", "b"])
-def test_a_change_of_any_source_changes_the_digest(tmp_path: Path, changed: str) -> None:
-    sources = write_sources(tmp_path / "kernels", a="x = 1\n", b="y = 2\n")
-    before = _digest(sources)
-    (tmp_path / "kernels" / f"{changed}.py").write_text("z = 3\n")
-    assert _digest(sources) != before
+def test_equal_sources_elsewhere_have_the_same_folder(
+    sources: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = kernel_cache_dir(sources)
+    copy = tmp_path_factory.mktemp("copy")
+    shutil.copytree(sources, copy, dirs_exist_ok=True)
+    monkeypatch.setattr(kernel_cache, "_SOURCES", copy / "cpu")
+    monkeypatch.setattr(kernel_cache, "_PACKING", copy / "packing.py")
+    assert kernel_cache_dir(sources) == before
 
 
 def test_every_module_of_the_kernels_is_a_source() -> None:
-    names = {path.stem for path in _SOURCES.glob("*.py")}
+    names = {path.stem for path in kernel_cache._SOURCES.glob("*.py")}
     assert {"attention", "forward", "products", "rows", "thread_team", "vector"} <= names
+    assert kernel_cache._PACKING.name == "matrix_packing.py" and kernel_cache._PACKING.exists()
 
 
 def is_locked(folder: Path) -> bool:
@@ -62,6 +75,17 @@ def test_the_lock_is_released_after_an_error(tmp_path: Path) -> None:
     assert not is_locked(tmp_path)
 
 
+def wait_for_waiter(folder: Path) -> None:
+    """Waits until a lock attempt on ``folder`` is blocked, which the kernel lists with an arrow."""
+    inode = (folder / "compile.lock").stat().st_ino
+    for _ in range(3000):
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        if any(lock[1] == "->" and lock[6].endswith(f":{inode}") for lock in locks):
+            return
+        time.sleep(0.01)
+    raise TimeoutError("nothing waits for the lock")
+
+
 def test_a_second_worker_waits_and_finds_the_kernels_of_the_first(tmp_path: Path) -> None:
     found: list[bool] = []
 
@@ -72,6 +96,8 @@ def test_a_second_worker_waits_and_finds_the_kernels_of_the_first(tmp_path: Path
     second = threading.Thread(target=compile_second)
     with compile_lock(tmp_path):
         second.start()
+        wait_for_waiter(tmp_path)
+        assert found == []
         (tmp_path / "kernel.nbi").touch()
     second.join(timeout=60)
     assert found == [True]
