@@ -58,7 +58,7 @@ def test_a_folder_without_a_config_is_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"), [("{", "not JSON"), ("[1]", "not a JSON object"), ("\ufeff{}", "not JSON")]
+    ("content", "problem"), [("{", "not JSON"), ("[1]", "is list, not a JSON object"), ("\ufeff{}", "not JSON")]
 )
 def test_a_damaged_json_file_is_rejected_by_name(tmp_path: Path, content: str, problem: str) -> None:
     (tmp_path / "config.json").write_text(content, encoding="utf-8")

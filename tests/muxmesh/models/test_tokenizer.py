@@ -187,10 +187,10 @@ def test_a_folder_without_a_tokenizer_is_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("content", ['{"version": ', "[]"])
-def test_a_damaged_json_file_is_named(tmp_path: Path, file: str, content: str) -> None:
+@pytest.mark.parametrize(("content", "problem"), [('{"version": ', "not JSON"), ("[]", "is list, not a JSON object")])
+def test_a_damaged_json_file_is_named(tmp_path: Path, file: str, content: str, problem: str) -> None:
     (write_folder(tmp_path, {}) / file).write_text(content)
-    with pytest.raises(ModelUnsupported, match=rf"/{file}: not (JSON|a JSON object)"):
+    with pytest.raises(ModelUnsupported, match=rf"/{file}: {problem}"):
         load_text_model(tmp_path)
 
 
