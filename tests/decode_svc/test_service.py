@@ -267,7 +267,7 @@ async def test_a_sequence_whose_blocks_another_model_claims_is_swapped_and_conti
         request = replace(REQUEST, stopping=Stopping(2 * SLAB_TOKENS - len(PROMPT)), kv_swap_format=kv_format)
         call = worker.decode(lease, request)
         await runner.begun(1)
-        await unit.router.offer(KvDemand(8, 8), "other")
+        unit.offer(KvDemand(8, 8), "other")
         await unit.until(lambda: unit.state.next_change_s() is not None)
         clock.advance(1.5)
         unit.service.changed()
@@ -276,7 +276,7 @@ async def test_a_sequence_whose_blocks_another_model_claims_is_swapped_and_conti
             await asyncio.sleep(0)
         num_bytes = worker.attachment.page.read(worker.attachment.slot, Word.SWAP_OUT_BYTES)
         assert num_bytes == encoded_bytes(SHAPE, len(PROMPT) + len(runner.steps), kv_format or "raw")
-        claimed = await other.acquire(convert.ref_from_wire((await unit.router.next_credit()).lease))
+        claimed = await other.acquire(await unit.next_credit())
         await other.release(claimed.ref, ())
         runner.open()
         assert (await result(call)).num_output_tokens == request.stopping.max_new_tokens

@@ -1,31 +1,10 @@
-"""A small unit with three models of different shapes, alone or with its attach socket and its gRPC service."""
+"""A small unit with three models of different shapes."""
 
 from __future__ import annotations
 
-import asyncio
-import functools
-import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-
-import grpc
-
-from kvstore.attach_server import AttachServer
-from kvstore.device_memory import HostMemory, new_memfd
-from kvstore.fence import HostFence
-from kvstore.grant_table import GrantTable
-from kvstore.service import KvStoreService
 from kvstore.unit import AdmissionDecisions, Unit, UnitModel
-from muxmesh.clock import ManualClock
-from muxmesh.config.schema import ModelConfig, UnitConfig
-from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.models.model_spec import KvShape
-from muxmesh.rpc.channels import internal_channel
-from muxmesh.rpc.server import MeshServer
-from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, Lease, QueuedRequest, Role, SchedulingState
-from worker.attachment import Attachment, attach
+from muxmesh.types import KvDemand, Lease, QueuedRequest, Role, SchedulingState
 
 SHAPES = {
     "a": KvShape(num_layers=2, num_kv_heads=1, head_dim=16, block_size=8, dtype_bytes=4),
@@ -90,77 +69,3 @@ def decoding(
     (issued,) = schedule(unit).credits
     acquired = unit.acquire(issued.lease.ref, prefill.name)
     return unit.move(acquired.ref, prefill.name, decode.name, num_tokens - 1, (1,)), decode.name
-
-
-@dataclass
-class ServedUnit:
-    """A unit in this process whose attach socket and gRPC service listen. Its clock stands still."""
-
-    unit: Unit
-    attach_path: Path
-    grants: GrantTable
-    attach_server: AttachServer
-    service: KvStoreService
-    channel: grpc.aio.Channel
-    clock: ManualClock
-    changes: asyncio.Event
-    attachments: list[Attachment] = field(default_factory=list)
-
-    @property
-    def stub(self) -> kvstore_pb2_grpc.KvStoreServiceAsyncStub:
-        return kvstore_pb2_grpc.KvStoreServiceStub(self.channel)
-
-    async def until_ready(self, worker: str) -> None:
-        while not self.unit.workers[worker].ready:
-            self.changes.clear()
-            await self.changes.wait()
-
-    async def attach_ready(self, model: str) -> tuple[Attachment, Attachment]:
-        """A prefill and a decode worker in this process, both ready; closed with the unit."""
-        attached = []
-        for role in (Role.PREFILL, Role.DECODE):
-            attachment = await attach(self.attach_path, role, model, f"unix:{role}")
-            self.attachments.append(attachment)
-            attachment.set_ready(True)
-            await self.until_ready(attachment.worker)
-            attached.append(attachment)
-        return attached[0], attached[1]
-
-
-@asynccontextmanager
-async def served(
-    folder: Path, unit: Unit, trace: bool = False, segment_bytes: int | None = None
-) -> AsyncIterator[ServedUnit]:
-    """Serves ``unit`` on sockets in ``folder``. Heartbeats are not checked."""
-    clock, grants = ManualClock(), GrantTable()
-    memory = HostMemory(unit.pool.num_slabs * SLAB_BYTES, segment_bytes)
-    swap_fd = new_memfd("swap", unit.swap.num_pages * SWAP_PAGE_BYTES) if unit.swap.num_pages else None
-    config = UnitConfig(name="unit7", models=tuple(ModelConfig(name=name) for name in unit.models))
-    service = KvStoreService(config, unit, grants, clock, trace)
-    attach_path, address = folder / "attach.sock", f"unix:{folder}/kv.sock"
-    changes = asyncio.Event()
-
-    def changed() -> None:
-        service.changed()
-        changes.set()
-
-    attach_server = AttachServer(attach_path, unit, memory, swap_fd, grants, HostFence(), changed, check_every_s=3600)
-    service.attach = attach_server
-    register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
-    server = MeshServer({kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register})
-    await server.start([address])
-    attach_server.start()
-    channel = internal_channel(address)
-    running = ServedUnit(unit, attach_path, grants, attach_server, service, channel, clock, changes)
-    try:
-        yield running
-    finally:
-        await channel.close()
-        attach_server.close()
-        for attachment in running.attachments:
-            attachment.close()
-        await server.stop(grace_s=0.0)
-        grants.close()
-        memory.close()
-        if swap_fd is not None:
-            os.close(swap_fd)

@@ -16,10 +16,12 @@ from kvstore.attach_protocol import MAX_FDS, MAX_MESSAGE_BYTES, num_pool_fds, po
 from kvstore.device_memory import HostMemory, Segment, Shard, new_memfd
 from kvstore.grant_page import PAGE_BYTES
 from kvstore.progress_page import page_bytes
+from muxmesh.clock import ManualClock
 from muxmesh.device.device_pool import HostPool
 from muxmesh.errors import Unavailable
 from muxmesh.types import SWAP_PAGE_BYTES
-from tests.kvstore.small_unit import SHAPES, SLAB_BYTES, ServedUnit, make_unit, served
+from tests.kvstore.small_unit import SHAPES, SLAB_BYTES, make_unit
+from tests.support.served_unit import ServedUnit, served
 from worker.attachment import map_pool
 
 
@@ -120,7 +122,7 @@ class Peer:
 @pytest_asyncio.fixture
 async def served_unit(tmp_path: Path) -> AsyncIterator[ServedUnit]:
     unit = make_unit(num_slabs=4, swap_bytes=4 * SWAP_PAGE_BYTES)
-    async with served(tmp_path, unit, segment_bytes=2 * SLAB_BYTES) as running:
+    async with served(tmp_path, unit, ManualClock(), segment_bytes=2 * SLAB_BYTES) as running:
         yield running
 
 

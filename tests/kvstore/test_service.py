@@ -16,6 +16,7 @@ from kvstore.leases import LeaseState
 from kvstore.service import KvStoreService
 from kvstore.unit import CREDIT_TTL_S, RECLAIM_AFTER_S, RECLAIM_EVERY_S
 from muxmesh.block_hashes import block_hashes
+from muxmesh.clock import ManualClock
 from muxmesh.config.schema import ModelConfig, UnitConfig
 from muxmesh.errors import InternalError, InvalidRequest, LeaseLost, MeshError, Overloaded, WorkerLost
 from muxmesh.internal.v1 import kvstore_pb2
@@ -26,84 +27,28 @@ from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, Lease, LeaseRef, QueuedRequ
 from tests.kvstore.small_unit import (
     SHAPES,
     SLAB_BYTES,
-    ServedUnit,
     attach_ready,
     make_unit,
     queued,
-    served,
     slab_tokens,
 )
+from tests.support.served_unit import LONGEST_WAIT_S, RouterStream, ServedUnit, served
 from tests.support.virtual_time import VirtualClock, run_virtually
 from worker.attachment import Attachment, attach
 from worker.lease_client import LeaseClient
 
 FIRST = SchedulingState(0, 0.0)
-LONGEST_WAIT_S = 15.0
-"""Less than `CREDIT_TTL_S`, after which a timer of the unit schedules again."""
 
 
-class RouterStream:
-    """An Admit stream, as a router holds it."""
-
-    def __init__(self, served_unit: ServedUnit, router: str = "r", says_hello: bool = True) -> None:
-        self._outbox: asyncio.Queue[kvstore_pb2.AdmitRequest | None] = asyncio.Queue()
-        if says_hello:
-            self.send(hello=kvstore_pb2.RouterHello(router=router))
-        self._call: Any = served_unit.stub.Admit(self._messages())
-
-    async def _messages(self) -> AsyncIterator[kvstore_pb2.AdmitRequest]:
-        while (message := await self._outbox.get()) is not None:
-            yield message
-
-    def send(self, **message: Any) -> None:
-        self._outbox.put_nowait(kvstore_pb2.AdmitRequest(**message))
-
-    def offer(self, request: QueuedRequest) -> None:
-        self.send(offer=convert.queued_to_wire(request))
-
-    async def next_message(self) -> kvstore_pb2.AdmitResponse:
-        """The next message of any kind. Raises the error by which the stream ended; EOFError at its regular end."""
-        try:
-            response = await asyncio.wait_for(self._call.read(), LONGEST_WAIT_S)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
-        if response is grpc.aio.EOF:
-            raise EOFError
-        assert isinstance(response, kvstore_pb2.AdmitResponse)
-        return response
-
-    async def next(self) -> kvstore_pb2.AdmitResponse:
-        """The next message that is not of step costs."""
-        while (response := await self.next_message()).WhichOneof("message") == "costs":
-            pass
-        return response
-
-    async def credit(self) -> kvstore_pb2.Credit:
-        response = await self.next()
-        assert response.WhichOneof("message") == "credit", response
-        return response.credit
-
-    async def refused(self) -> tuple[int, str, str]:
-        response = await self.next()
-        assert response.WhichOneof("message") == "refused", response
-        return response.refused.entry_id, response.refused.field, response.refused.problem
-
-    async def no_credit(self) -> None:
-        """All earlier messages are applied, and no credit was issued to this router since the last one."""
-        self.offer(queued(999, "unknown"))
-        assert (await self.refused())[0] == 999
-
-    def half_close(self) -> None:
-        self._outbox.put_nowait(None)
-
-    def cancel(self) -> None:
-        self._call.cancel()
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
 
 
 @pytest_asyncio.fixture
-async def served_unit(tmp_path: Path) -> AsyncIterator[ServedUnit]:
+async def served_unit(tmp_path: Path, clock: ManualClock) -> AsyncIterator[ServedUnit]:
     unit = make_unit(num_slabs=4, max_num_seqs=4, swap_bytes=4 * SWAP_PAGE_BYTES)
-    async with served(tmp_path, unit) as running:
+    async with served(tmp_path, unit, clock) as running:
         yield running
         unit.check_integrity()
 
@@ -160,7 +105,7 @@ async def status_of(served_unit: ServedUnit) -> Any:
 
 
 async def test_a_credit_names_the_lease_the_workers_and_the_decision(served_unit: ServedUnit) -> None:
-    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    workers, router = await Workers.of(served_unit), served_unit.router()
     request = QueuedRequest(5, "a", SchedulingState(-1, 7.0, 0.5, 2.0, 0.0, 1.0), KvDemand(8, 8))
     router.offer(request)
     credit = await router.credit()
@@ -173,7 +118,7 @@ async def test_a_credit_names_the_lease_the_workers_and_the_decision(served_unit
 
 
 async def test_a_request_gets_its_credit_when_the_workers_become_ready(served_unit: ServedUnit) -> None:
-    router = RouterStream(served_unit)
+    router = served_unit.router()
     router.offer(queued(1))
     await router.no_credit()
     await served_unit.attach_ready("a")
@@ -181,7 +126,7 @@ async def test_a_request_gets_its_credit_when_the_workers_become_ready(served_un
 
 
 async def test_requests_of_two_routers_form_one_queue(served_unit: ServedUnit) -> None:
-    workers, first, second = await Workers.of(served_unit), RouterStream(served_unit), RouterStream(served_unit)
+    workers, first, second = await Workers.of(served_unit), served_unit.router(), served_unit.router()
     leases = [await workers.decoding(first, entry_id, 8) for entry_id in range(4)]
     first.offer(queued(5, arrived_at_s=2.0))
     await first.no_credit()
@@ -194,7 +139,7 @@ async def test_requests_of_two_routers_form_one_queue(served_unit: ServedUnit) -
 
 
 async def test_a_request_that_the_unit_never_serves_is_refused_by_its_field(served_unit: ServedUnit) -> None:
-    router = RouterStream(served_unit)
+    router = served_unit.router()
     router.offer(queued(3, "unknown"))
     assert await router.refused() == (3, "model", "'unknown' is not served by this unit; it serves: a, b, c")
     router.offer(queued(4, num_tokens=10**6))
@@ -204,7 +149,7 @@ async def test_a_request_that_the_unit_never_serves_is_refused_by_its_field(serv
 
 
 async def test_a_withdrawn_request_gets_no_credit(served_unit: ServedUnit) -> None:
-    router = RouterStream(served_unit)
+    router = served_unit.router()
     router.offer(queued(1))
     router.send(withdraw=1)
     await router.no_credit()
@@ -215,7 +160,7 @@ async def test_a_withdrawn_request_gets_no_credit(served_unit: ServedUnit) -> No
 
 async def test_a_returned_credit_frees_its_blocks(served_unit: ServedUnit) -> None:
     await Workers.of(served_unit)
-    router = RouterStream(served_unit)
+    router = served_unit.router()
     router.offer(queued(1))
     credit = await router.credit()
     router.send(return_credit=credit.lease)
@@ -224,7 +169,7 @@ async def test_a_returned_credit_frees_its_blocks(served_unit: ServedUnit) -> No
 
 
 async def test_a_credit_cannot_be_returned_once_a_worker_has_acquired_it(served_unit: ServedUnit) -> None:
-    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    workers, router = await Workers.of(served_unit), served_unit.router()
     router.offer(queued(1))
     credit = await router.credit()
     lease = await workers.prefill.acquire(convert.ref_from_wire(credit.lease))
@@ -235,7 +180,7 @@ async def test_a_credit_cannot_be_returned_once_a_worker_has_acquired_it(served_
 
 async def test_a_router_cannot_return_the_credit_of_another(served_unit: ServedUnit) -> None:
     await Workers.of(served_unit)
-    owner, other = RouterStream(served_unit), RouterStream(served_unit)
+    owner, other = served_unit.router(), served_unit.router()
     owner.offer(queued(1))
     credit = await owner.credit()
     other.send(return_credit=credit.lease)
@@ -247,7 +192,7 @@ async def test_a_router_cannot_return_the_credit_of_another(served_unit: ServedU
 async def test_the_end_of_a_stream_drops_its_requests_and_credits_and_keeps_its_leases(
     served_unit: ServedUnit, ending: Any
 ) -> None:
-    workers, lost, other = await Workers.of(served_unit), RouterStream(served_unit), RouterStream(served_unit)
+    workers, lost, other = await Workers.of(served_unit), served_unit.router(), served_unit.router()
     for entry_id in range(3):
         await workers.decoding(lost, entry_id, 8)
     lost.offer(queued(3))
@@ -263,7 +208,7 @@ async def test_the_end_of_a_stream_drops_its_requests_and_credits_and_keeps_its_
 
 
 async def test_a_half_closed_stream_ends_regularly(served_unit: ServedUnit) -> None:
-    router = RouterStream(served_unit)
+    router = served_unit.router()
     await router.no_credit()
     router.half_close()
     with pytest.raises(EOFError):
@@ -272,7 +217,7 @@ async def test_a_half_closed_stream_ends_regularly(served_unit: ServedUnit) -> N
 
 @pytest.mark.parametrize("message", [None, {"withdraw": 1}, {"offer": convert.queued_to_wire(queued(1))}])
 async def test_a_stream_without_a_hello_is_refused(served_unit: ServedUnit, message: dict[str, Any] | None) -> None:
-    router = RouterStream(served_unit, says_hello=False)
+    router = served_unit.router(says_hello=False)
     if message is None:
         router.half_close()
     else:
@@ -299,13 +244,13 @@ async def test_a_message_that_cannot_be_parsed_ends_its_stream_by_an_error(serve
 
 
 async def test_a_decision_is_logged_with_its_reason_if_that_is_configured(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "kvstore.service")
-    async with served(tmp_path, make_unit(), trace=True) as running:
+    async with served(tmp_path, make_unit(), clock, trace=True) as running:
         await Workers.of(running)
-        router = RouterStream(running, "router0")
-        running.clock.advance(3.0)
+        router = running.router("router0")
+        clock.advance(3.0)
         router.offer(queued(5, priority=2, arrived_at_s=1.0))
         await router.credit()
     assert "decision 1: request 5 of router0#1 for a overtakes 0: fcfs, priority 2: waited 2 s" in caplog.messages
@@ -322,14 +267,14 @@ async def test_a_new_stream_gets_the_step_costs_of_models_whose_workers_have_mea
     prefill_cost, decode_cost = StepCost(0.1, 0.2, 0.3), StepCost(1.0, 2.0, 3.0, 4.0, 5.0)
     for attachment, cost in ((prefill, prefill_cost), (decode, decode_cost), (decode_of_b, decode_cost)):
         attachment.page.write_cost(attachment.slot, cost)
-    (sent,) = (await RouterStream(served_unit).next_message()).costs.models
+    (sent,) = (await served_unit.router().next_message()).costs.models
     assert sent.model == "a"
     assert convert.cost_from_wire(sent.prefill) == prefill_cost
     assert convert.cost_from_wire(sent.decode) == decode_cost
 
 
-async def test_step_costs_are_sent_at_most_once_in_their_interval(served_unit: ServedUnit) -> None:
-    router = RouterStream(served_unit)
+async def test_step_costs_are_sent_at_most_once_in_their_interval(served_unit: ServedUnit, clock: ManualClock) -> None:
+    router = served_unit.router()
 
     async def kinds_until_refused() -> list[str | None]:
         router.offer(queued(1, "unknown"))
@@ -341,7 +286,7 @@ async def test_step_costs_are_sent_at_most_once_in_their_interval(served_unit: S
     assert await kinds_until_refused() == ["costs", "refused"]
     assert await kinds_until_refused() == ["costs", "refused"], "those of the first round"
     assert await kinds_until_refused() == ["refused"]
-    served_unit.clock.advance(COSTS_EVERY_S)
+    clock.advance(COSTS_EVERY_S)
     assert await kinds_until_refused() == ["refused"], "they follow the refusal"
     assert await kinds_until_refused() == ["costs", "refused"]
 
@@ -350,7 +295,7 @@ async def test_step_costs_are_sent_at_most_once_in_their_interval(served_unit: S
 
 
 async def test_queued_requests_of_a_removed_model_are_refused_and_its_leases_continue(served_unit: ServedUnit) -> None:
-    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    workers, router = await Workers.of(served_unit), served_unit.router()
     leases = [await workers.decoding(router, entry_id, 8) for entry_id in range(4)]
     router.offer(queued(7))
     router.offer(queued(8, "b"))
@@ -377,7 +322,7 @@ async def test_workers_of_a_removed_model_are_refused(served_unit: ServedUnit) -
 
 
 async def test_a_lease_passes_through_all_its_states(served_unit: ServedUnit) -> None:
-    workers, router, leases = await Workers.of(served_unit), RouterStream(served_unit), served_unit.unit.leases
+    workers, router, leases = await Workers.of(served_unit), served_unit.router(), served_unit.unit.leases
     watch = LeaseWatch(served_unit, workers.decode_name)
     hashes = block_hashes(range(24), 8, b"root")
     router.offer(queued(1, num_tokens=32, hashes=hashes, max_cached_tokens=31))
@@ -420,7 +365,7 @@ async def test_calls_for_a_lease_that_does_not_exist_raise_lease_lost(served_uni
 
 
 async def test_only_an_attached_worker_can_acquire_or_receive_or_watch(served_unit: ServedUnit) -> None:
-    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    workers, router = await Workers.of(served_unit), served_unit.router()
     router.offer(queued(1))
     ref = convert.ref_from_wire((await router.credit()).lease)
     stranger = LeaseClient(served_unit.channel, "stranger")
@@ -435,7 +380,7 @@ async def test_only_an_attached_worker_can_acquire_or_receive_or_watch(served_un
 
 
 async def test_a_full_pool_and_a_full_swap_region_raise_overloaded(served_unit: ServedUnit) -> None:
-    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    workers, router = await Workers.of(served_unit), served_unit.router()
     lease = await workers.decoding(router, 1, 4 * slab_tokens(served_unit.unit, "a"))
     with pytest.raises(Overloaded, match=r"^1 token blocks are not available to this lease: the KV pool is full"):
         await workers.decode.grow(lease.ref, 1)
@@ -445,7 +390,7 @@ async def test_a_full_pool_and_a_full_swap_region_raise_overloaded(served_unit: 
 
 
 async def test_a_released_lease_makes_a_queued_request_admitted(served_unit: ServedUnit) -> None:
-    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    workers, router = await Workers.of(served_unit), served_unit.router()
     capacity = 4 * slab_tokens(served_unit.unit, "a")
     lease = await workers.decoding(router, 1, capacity)
     router.offer(queued(2, num_tokens=capacity))
@@ -454,11 +399,11 @@ async def test_a_released_lease_makes_a_queued_request_admitted(served_unit: Ser
     assert (await router.credit()).entry_id == 2
 
 
-async def test_an_expired_credit_cannot_be_acquired(served_unit: ServedUnit) -> None:
-    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+async def test_an_expired_credit_cannot_be_acquired(served_unit: ServedUnit, clock: ManualClock) -> None:
+    workers, router = await Workers.of(served_unit), served_unit.router()
     router.offer(queued(1))
     credit = await router.credit()
-    served_unit.clock.advance(CREDIT_TTL_S)
+    clock.advance(CREDIT_TTL_S)
     served_unit.service.changed()
     with pytest.raises(LeaseLost, match="does not exist or has ended"):
         await workers.prefill.acquire(convert.ref_from_wire(credit.lease))
@@ -500,14 +445,14 @@ def test_an_unused_credit_expires_though_no_call_arrives() -> None:
 
 
 async def test_a_watch_begins_with_the_leases_that_the_worker_has(served_unit: ServedUnit) -> None:
-    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    workers, router = await Workers.of(served_unit), served_unit.router()
     first, second = [await workers.decoding(router, entry_id, 8) for entry_id in (1, 2)]
     watch = LeaseWatch(served_unit, workers.decode_name)
     assert [await watch.next() for _ in range(2)] == [first, second]
 
 
 async def test_a_later_watch_of_a_worker_replaces_the_earlier_one(served_unit: ServedUnit) -> None:
-    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    workers, router = await Workers.of(served_unit), served_unit.router()
     lease = await workers.decoding(router, 1, 8)
     first = LeaseWatch(served_unit, workers.decode_name)
     assert await first.next() == lease
@@ -520,24 +465,24 @@ async def test_a_later_watch_of_a_worker_replaces_the_earlier_one(served_unit: S
 
 
 async def test_a_watching_worker_is_asked_to_preempt_a_lease_whose_memory_another_model_claims(
-    served_unit: ServedUnit,
+    served_unit: ServedUnit, clock: ManualClock
 ) -> None:
     unit = served_unit.unit
     unit.quotas.slabs |= {"a": 2, "b": 2, "c": 0}
     borrower, claimant = await Workers.of(served_unit, "a"), await Workers.of(served_unit, "b")
-    router = RouterStream(served_unit)
+    router = served_unit.router()
     slab = slab_tokens(unit, "a")
     leases = [await borrower.decoding(router, entry_id, slab, float(entry_id)) for entry_id in (1, 2, 3, 4)]
     watch = LeaseWatch(served_unit, borrower.decode_name)
     assert [await watch.next() for _ in leases] == leases
     router.offer(queued(9, "b", 2 * slab_tokens(unit, "b")))
     await router.no_credit()
-    served_unit.clock.advance(RECLAIM_AFTER_S)
+    clock.advance(RECLAIM_AFTER_S)
     for victim in (leases[3], leases[2]):
         served_unit.service.changed()
         assert await watch.next() == victim.ref.lease_id
         await borrower.decode.release(victim.ref, ())
-        served_unit.clock.advance(RECLAIM_EVERY_S)
+        clock.advance(RECLAIM_EVERY_S)
     credit = await router.credit()
     assert (credit.entry_id, credit.decode.name) == (9, claimant.decode_name)
 
@@ -552,7 +497,7 @@ async def until_waiting(served_unit: ServedUnit, num_entries: int) -> None:
 
 
 async def test_a_swap_in_waits_for_its_turn_among_queued_requests(served_unit: ServedUnit) -> None:
-    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    workers, router = await Workers.of(served_unit), served_unit.router()
     capacity = 4 * slab_tokens(served_unit.unit, "a")
     swapped = await workers.swapped(router, 1, 8)
     running = await workers.decoding(router, 2, capacity)
@@ -566,7 +511,7 @@ async def test_a_swap_in_waits_for_its_turn_among_queued_requests(served_unit: S
 
 
 async def test_a_cancelled_swap_in_leaves_the_order_and_the_lease_stays_swapped(served_unit: ServedUnit) -> None:
-    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    workers, router = await Workers.of(served_unit), served_unit.router()
     swapped = await workers.swapped(router, 1, 8)
     running = await workers.decoding(router, 2, 4 * slab_tokens(served_unit.unit, "a"))
     waiting = asyncio.ensure_future(workers.decode.begin_swap_in(swapped.ref, FIRST, KvDemand(8, 16)))
@@ -579,7 +524,7 @@ async def test_a_cancelled_swap_in_leaves_the_order_and_the_lease_stays_swapped(
 
 
 async def test_a_later_swap_in_of_a_lease_replaces_the_earlier_one(served_unit: ServedUnit) -> None:
-    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    workers, router = await Workers.of(served_unit), served_unit.router()
     swapped = await workers.swapped(router, 1, 8)
     running = await workers.decoding(router, 2, 4 * slab_tokens(served_unit.unit, "a"))
     earlier = asyncio.ensure_future(workers.decode.begin_swap_in(swapped.ref, FIRST, KvDemand(8, 16)))
@@ -594,7 +539,7 @@ async def test_a_later_swap_in_of_a_lease_replaces_the_earlier_one(served_unit: 
 
 
 async def test_a_refused_swap_in_does_not_disturb_the_one_that_waits(served_unit: ServedUnit) -> None:
-    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    workers, router = await Workers.of(served_unit), served_unit.router()
     swapped = await workers.swapped(router, 1, 8)
     running = await workers.decoding(router, 2, 4 * slab_tokens(served_unit.unit, "a"))
     waiting = asyncio.ensure_future(workers.decode.begin_swap_in(swapped.ref, FIRST, KvDemand(8, 16)))
@@ -606,7 +551,7 @@ async def test_a_refused_swap_in_does_not_disturb_the_one_that_waits(served_unit
 
 
 async def test_a_lease_that_is_not_swapped_cannot_be_swapped_in(served_unit: ServedUnit) -> None:
-    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    workers, router = await Workers.of(served_unit), served_unit.router()
     lease = await workers.decoding(router, 1, 8)
     with pytest.raises(LeaseLost, match="lease 1 is resident, not swapped"):
         await workers.decode.begin_swap_in(lease.ref, FIRST, KvDemand(8, 16))
@@ -638,7 +583,7 @@ async def test_the_status_of_a_worker_is_read_from_its_slot(served_unit: ServedU
 
 
 async def test_the_status_of_a_unit_whose_state_is_wrong_is_an_error(served_unit: ServedUnit) -> None:
-    workers, router = await Workers.of(served_unit), RouterStream(served_unit)
+    workers, router = await Workers.of(served_unit), served_unit.router()
     lease = await workers.decoding(router, 1, 8)
     served_unit.unit.blocks.free("a", lease.block_ids)
     with pytest.raises(grpc.aio.AioRpcError) as caught:

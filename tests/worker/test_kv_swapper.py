@@ -145,7 +145,7 @@ async def test_a_lease_is_not_released_during_a_copy_whose_caller_is_cancelled(
 async def test_a_younger_request_does_not_get_the_capacity_of_a_swapped_sequence(worker: DecodeWorker) -> None:
     """Freed blocks are given out only when the swapped lease requests its own, so that the order decides."""
     lease = await worker.lease(SLAB_TOKENS)
-    await worker.unit.router.offer(WHOLE_POOL)
+    worker.unit.offer(WHOLE_POOL)
     await worker.unit.until(lambda: worker.unit.state.admission.count("m") == 1)
     await worker.swap_out(lease, SLAB_TOKENS)
     block_ids, num_cached = await worker.leases.begin_swap_in(lease.ref, ORDER, WHOLE_POOL)

@@ -273,7 +273,7 @@ async def test_a_watch_reports_a_lease_that_another_model_claims(tmp_path: Path)
         lease = await unit.hand_off(prefill, worker.worker, KvDemand(2 * SLAB_TOKENS, 2 * SLAB_TOKENS), 60)
         events = decode.watch()
         assert await anext(events) == lease
-        await unit.router.offer(KvDemand(8, 8), "other")
+        unit.offer(KvDemand(8, 8), "other")
         await unit.until(lambda: unit.state.next_change_s() is not None)
         clock.advance(1.5)
         unit.service.changed()
