@@ -450,7 +450,7 @@ async def test_a_passed_deadline_raises_and_ends_the_call_on_the_server(mesh: Fa
     task = asyncio.create_task(client.generate("x", model="m", timeout_s=1.0))
     await mesh.until(lambda mesh: len(mesh.requests) == 1)
     with pytest.raises(errors.DeadlineExceeded):
-        await task
+        await asyncio.wait_for(task, 20)
     await mesh.until(lambda mesh: mesh.num_ended == 1)
 
 
