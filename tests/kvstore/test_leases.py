@@ -425,7 +425,9 @@ def test_leases_are_counted_by_owner_and_by_state(unit: SmallUnit) -> None:
 
 
 @pytest.mark.parametrize("state", LeaseState)
-def test_until_the_hand_off_a_lease_counts_for_both_workers_that_it_is_assigned_to(unit: SmallUnit, state: LeaseState) -> None:
+def test_until_the_hand_off_a_lease_counts_for_both_workers_that_it_is_assigned_to(
+    unit: SmallUnit, state: LeaseState
+) -> None:
     unit.in_state(state)
     batched, resident = unit.table.count_assigned()
     assert batched["prefill"] == batched["decode"] == (state not in (LeaseState.PAUSED, LeaseState.SWAPPED))
