@@ -178,7 +178,7 @@ class SupervisedProcess:
         while True:
             try:
                 raw = await process.stdout.readline()
-            except ValueError:  # the part of a line beyond the limit of the reader is dropped
+            except ValueError:  # a line beyond the limit of the reader is dropped, or its beginning is
                 continue
             if not raw:
                 return
