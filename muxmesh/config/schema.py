@@ -6,6 +6,7 @@ Knows no files, processes or models on disk, and not which cores this machine ha
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self, get_args
@@ -29,6 +30,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MIB = 1024 * 1024
 MAX_PORT = 65535
+_SIZE = re.compile(r"\d+(\.\d+)?\s*([kmgtp]i?)?b?", re.IGNORECASE)
 
 Location = tuple[str | int, ...]
 """Path of a field: names and list indices."""
@@ -46,6 +48,15 @@ class Section(BaseModel):
         kind = cls.model_fields[field.field_name or ""].annotation
         if isinstance(value, bool) and any(one in (int, float, ByteSize) for one in (kind, *get_args(kind))):
             raise ValueError(f"is {str(value).lower()}; must be a number")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_malformed_size(cls, value: object, field: ValidationInfo) -> object:
+        """Pydantic reads the beginning of a size and ignores the rest."""
+        kind = cls.model_fields[field.field_name or ""].annotation
+        if kind is ByteSize and isinstance(value, str) and not _SIZE.fullmatch(value.strip()):
+            raise ValueError(f"is {value!r}; must be bytes, or a number and one of KiB, MiB, GiB, TiB, KB, MB, GB, TB")
         return value
 
 

@@ -260,14 +260,37 @@ def test_a_field_of_a_model_outside_its_range_is_refused(field: str, value: Any)
 
 
 @pytest.mark.parametrize(
-    ("text", "num_bytes"), [("2GiB", 2 << 30), ("512MiB", 512 << 20), (1048576, MIB), ("1.5MiB", 3 << 19)]
+    ("text", "num_bytes"),
+    [
+        ("2GiB", 2 << 30),
+        ("512MiB", 512 << 20),
+        (1048576, MIB),
+        ("1048576", MIB),
+        ("1.5MiB", 3 << 19),
+        (" 2 gib ", 2 << 30),
+        ("3G", 3 * 10**9),
+        ("3MB", 3 * 10**6),
+    ],
 )
 def test_sizes_have_binary_units(text: str | int, num_bytes: int) -> None:
     unit = UnitConfig.model_validate({"kv_pool": text, "slab": 4096, "models": [{"name": "m"}]})
     assert unit.kv_pool == num_bytes
 
 
-@pytest.mark.parametrize("field", ["kv_pool: 1023KiB", "slab: 4095", "kv_swap: -1", "kv_pool: 2GX", "kv_pool: much"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "kv_pool: 1023KiB",
+        "slab: 4095",
+        "kv_swap: -1",
+        "kv_pool: 2GX",
+        "kv_pool: much",
+        "kv_pool: 4GB!",
+        "kv_swap: 1GiB + 2GiB",
+        "slab: 64MiB more",
+        "kv_swap: 1GiB2",
+    ],
+)
 def test_a_size_that_is_too_small_or_malformed_is_refused(field: str) -> None:
     (problem,) = problems(units(field))
     assert problem.startswith(f"2: units[0].{field.partition(':')[0]}: ")
