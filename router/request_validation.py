@@ -36,7 +36,7 @@ _PROMPT_FIELDS = {TextPrompt: "text", TokensPrompt: "token_ids", ChatPrompt: "ch
 
 def validate(request: GenerationRequest, model: ServedModel, max_prompt_bytes: int) -> None:
     """Raises InvalidRequest for the first invalid field. Only `resolve` finds a text too long for the context."""
-    check_request_id(request.request_id)
+    _check_request_id(request.request_id)
     truncate = request.truncate_prompt_tokens
     if truncate is not None and not 0 < truncate < model.limits.max_model_len:
         raise InvalidRequest(
@@ -56,7 +56,7 @@ def validate(request: GenerationRequest, model: ServedModel, max_prompt_bytes: i
     _check_sampling(request, model)
 
 
-def check_request_id(request_id: str) -> None:
+def _check_request_id(request_id: str) -> None:
     """Raises InvalidRequest for an id that cannot be sent as a header or logged in a line."""
     if len(request_id) > MAX_REQUEST_ID:
         raise InvalidRequest("request_id", f"is {len(request_id)} characters; at most {MAX_REQUEST_ID}")

@@ -47,8 +47,11 @@ _FINISH_REASONS = {
 }
 
 
-def request_from_message(message: inference_pb2.GenerateRequest) -> GenerationRequest:
-    """Converts ``message``. Raises InvalidRequest for a field that a `GenerationRequest` cannot express."""
+def request_from_message(message: inference_pb2.GenerateRequest, request_id: str = "") -> GenerationRequest:
+    """Converts ``message``; ``request_id`` is that of a message without one.
+
+    Raises InvalidRequest for a field that a `GenerationRequest` cannot express.
+    """
     for path in _unknown_fields(message, ""):
         raise InvalidRequest(path, "is a field that this mesh does not know; it may be of a newer version")
     prompt = _prompt(message)
@@ -62,7 +65,7 @@ def request_from_message(message: inference_pb2.GenerateRequest) -> GenerationRe
     return GenerationRequest(
         model=message.model,
         prompt=prompt,
-        request_id=message.request_id,
+        request_id=message.request_id or request_id,
         sampling=_sampling(message),
         seed=message.sampling.seed if message.sampling.HasField("seed") else None,
         num_sequences=max(1, message.sampling.num_sequences),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -14,7 +13,6 @@ from muxmesh.clock import Clock
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc
 from router.api.generate_messages import message_from_delta, request_from_message
 from router.pipeline import GenerationPipeline
-from router.request_validation import check_request_id
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -32,11 +30,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """See the proto. Sends the request id as the initial metadata `x-request-id`."""
         arrived_at_s = self._clock.monotonic_s()
-        generation = request_from_message(request)
+        request_id = _request_id(context) or f"{self._rng.getrandbits(64):016x}"
+        generation = request_from_message(request, request_id)
         self._pipeline.validate(generation)
-        request_id = request.request_id or _request_id(context) or f"{self._rng.getrandbits(64):016x}"
-        generation = replace(generation, request_id=request_id)
-        await context.send_initial_metadata((("x-request-id", request_id),))
+        await context.send_initial_metadata((("x-request-id", generation.request_id),))
         async with aclosing(await self._pipeline.start(generation, arrived_at_s)) as deltas:
             async for delta in deltas:
                 yield message_from_delta(delta, generation.output)
@@ -62,10 +59,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
 
 def _request_id(context: Context) -> str:
-    """The request id in the call's metadata, or an empty string. Raises InvalidRequest."""
+    """The request id in the call's metadata, or an empty string."""
     for key, value in context.invocation_metadata() or ():
         if key == "x-request-id":
-            request_id = value if isinstance(value, str) else value.decode(errors="replace")
-            check_request_id(request_id)
-            return request_id
+            return value if isinstance(value, str) else value.decode(errors="replace")
     return ""
