@@ -90,7 +90,8 @@ def message_from_delta(delta: OutputDelta, options: OutputOptions) -> inference_
         output.text = new.text
     if options.token_ids:
         output.token_ids.extend(new.token_ids)
-    output.token_logprobs.extend(_logprobs(position) for position in new.logprobs)
+    if new.logprobs:
+        output.token_logprobs.extend(_logprobs(position) for position in new.logprobs)
     if new.finish is not None:
         output.finish_info.CopyFrom(_finish_info(new.finish))
     if delta.prompt is not None:
