@@ -39,6 +39,8 @@ from router.stop_strings import StopStrings
 from router.units import Units
 
 _MAX_PREDICTOR_TOKENS = 1000
+_SEED_BITS = 53
+"""Sampled seeds are exact as doubles, which is what JavaScript and jq read numbers as."""
 
 
 @dataclass(slots=True)
@@ -97,7 +99,7 @@ class GenerationPipeline:
         self._refuse_overload(request.num_sequences)
         arrived_at_unix_s = self._clock.unix_s()
         token_ids = await self._tokenize(request, model)
-        engine_request = resolve(request, model, token_ids, self._rng.getrandbits(63), arrived_at_unix_s)
+        engine_request = resolve(request, model, token_ids, self._rng.getrandbits(_SEED_BITS), arrived_at_unix_s)
         forecast = await self._predict_length(request, model, engine_request)
         self._refuse_overload(request.num_sequences)  # others may have arrived since the first check
         engine_request = self._with_expected_work(model, engine_request, forecast)

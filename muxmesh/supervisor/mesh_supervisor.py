@@ -19,6 +19,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import chain, count
 from pathlib import Path
 
 import grpc
@@ -36,6 +37,8 @@ from muxmesh.types import Role
 
 READY_TIMEOUT_S = 180.0
 """Includes the time to compile kernels on a slow machine."""
+RUN_MARK = "muxmesh-run"
+"""Name of an empty file in each folder of sockets. A folder without it was not made by a supervisor."""
 _STOP_GRACE_S = 5.0
 _CLIENT_FACING_ROLES = frozenset({"router"})
 
@@ -85,16 +88,19 @@ def make_runtime(
     """Chooses the folder of the sockets: under ``state_dir``, or a temporary one if that path is too long.
 
     The folder is new, because processes of a supervisor that was killed may still remove sockets in theirs. Folders of
-    earlier supervisors are deleted. Raises ConfigError if names of units or models make the socket paths invalid.
+    earlier supervisors are deleted; they are known by the file `RUN_MARK` in them. Raises ConfigError if names of units
+    or models make the socket paths invalid.
     """
 
     def runtime_in(run_dir: Path) -> MeshRuntime:
         redis_url = config.redis_url or f"unix://{run_dir / 'redis.sock'}"
         return MeshRuntime(config=config, run_dir=run_dir, cache_dir=cache_dir, redis_url=redis_url, prepared=prepared)
 
-    for earlier in state_dir.glob("run-*"):
-        shutil.rmtree(earlier, ignore_errors=True)
-    runtime = runtime_in(state_dir / f"run-{os.getpid()}")
+    for mark in state_dir.glob(f"run-*/{RUN_MARK}"):
+        if not mark.parent.is_symlink():
+            shutil.rmtree(mark.parent, ignore_errors=True)
+    names = chain([f"run-{os.getpid()}"], (f"run-{os.getpid()}-{number}" for number in count(2)))
+    runtime = runtime_in(next(path for name in names if not os.path.lexists(path := state_dir / name)))
     try:
         runtime.check_socket_paths()
     except ConfigError:
@@ -119,6 +125,7 @@ class MeshSupervisor:
         logging.getLogger("supervisor").addHandler(self._log_file)
         runtime.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         runtime.run_dir.chmod(0o700)
+        (runtime.run_dir / RUN_MARK).touch()
         self._runtime_file = runtime.run_dir / "runtime.json"
         runtime.write(self._runtime_file)
         endpoints = runtime.endpoints()

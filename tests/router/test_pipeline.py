@@ -114,7 +114,7 @@ async def test_the_seed_is_the_client_s_or_the_router_s_and_is_reported() -> Non
         sampled = await run(parts, replace(REQUEST, seed=None))
     rng = random.Random(7)
     seeds = [delta.prompt.seed for delta in (given[0], sampled[0]) if delta.prompt]
-    assert seeds == [3, [rng.getrandbits(63), rng.getrandbits(63)][1]]
+    assert seeds == [3, [rng.getrandbits(53), rng.getrandbits(53)][1]]
     assert [request.sampling.seed for request in parts.attempts.requests] == seeds
 
 

@@ -27,6 +27,7 @@ from muxmesh.process_registry import redis_key
 from muxmesh.rpc.server import MeshServer
 from muxmesh.supervisor import supervised_process
 from muxmesh.supervisor.mesh_supervisor import (
+    RUN_MARK,
     MeshSupervisor,
     free_listen_address,
     make_runtime,
@@ -166,12 +167,42 @@ def test_an_own_redis_is_kept(state_dir: Path) -> None:
     assert make(state_dir, redis_url="redis://h:7").redis_url == "redis://h:7"
 
 
-def test_folders_of_earlier_supervisors_are_deleted(state_dir: Path) -> None:
-    for name in ("run-1", "run-2", "logs"):
+def test_only_folders_of_earlier_supervisors_are_deleted(state_dir: Path) -> None:
+    for name in ("run-1", "run-2", "run-of-mine", "logs"):
         (state_dir / name).mkdir()
         (state_dir / name / "file").touch()
+    (state_dir / "run-notes").write_text("mine")
+    for name in ("run-1", "run-2"):
+        (state_dir / name / RUN_MARK).touch()
     make(state_dir)
-    assert [path.name for path in state_dir.iterdir()] == ["logs"]
+    assert sorted(path.name for path in state_dir.iterdir()) == ["logs", "run-notes", "run-of-mine"]
+    assert (state_dir / "run-of-mine" / "file").exists()
+
+
+def test_the_target_of_a_link_to_a_folder_of_a_supervisor_is_kept(state_dir: Path, tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    (target / RUN_MARK).touch()
+    (state_dir / "run-7").symlink_to(target)
+    make(state_dir)
+    assert (target / RUN_MARK).exists()
+
+
+def test_a_folder_that_is_in_the_way_is_not_used(state_dir: Path) -> None:
+    taken = state_dir / f"run-{os.getpid()}"
+    taken.mkdir()
+    runtime = make(state_dir)
+    assert runtime.run_dir == state_dir / f"run-{os.getpid()}-2"
+    assert runtime.run_dir != taken
+
+
+async def test_a_supervisor_marks_its_folder_so_that_the_next_one_deletes_it(state_dir: Path) -> None:
+    first = make(state_dir)
+    mesh = MeshSupervisor(first, state_dir, lambda name, line: None, SystemClock())
+    assert (first.run_dir / RUN_MARK).exists()
+    assert make(state_dir).run_dir == first.run_dir
+    assert not first.run_dir.exists()
+    await mesh.stop()
 
 
 @pytest.fixture
