@@ -218,6 +218,11 @@ def _check_sizes(origin: Path, spec: ModelSpec) -> None:
             f"{origin}: num_attention_heads ({spec.num_heads}) is not a multiple of num_key_value_heads "
             f"({spec.num_kv_heads})"
         )
+    for token_id in sorted(spec.eos_token_ids):
+        if not 0 <= token_id < spec.vocab_size:
+            raise ModelUnsupported(
+                f"{origin}: eos_token_id is {token_id}, which is no token; the model has {spec.vocab_size} (vocab_size)"
+            )
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,4 +285,4 @@ def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> 
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     if eos is None:
         return frozenset()
-    return frozenset(eos) if isinstance(eos, list) else frozenset({int(eos)})
+    return frozenset(int(token_id) for token_id in (eos if isinstance(eos, list) else [eos]))

@@ -110,8 +110,11 @@ def load_text_model(folder: Path | None) -> TextModel:
         raise ModelUnsupported(f"{folder}: has no tokenizer.json; convert the tokenizer to the `fast` format")
     config = read_json_object(folder / "tokenizer_config.json") or {}
     special_tokens = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token")}
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()  # transformers does not apply what the file has of these unless it is asked to
+    tokenizer.no_padding()
     try:
-        return TextModel(Tokenizer.from_file(str(path)), _chat_template(folder, config), special_tokens)
+        return TextModel(tokenizer, _chat_template(folder, config), special_tokens)
     except jinja2.TemplateError as error:
         raise ModelUnsupported(f"{folder}: the chat template is invalid: {error}") from error
 

@@ -186,6 +186,20 @@ def test_eos_tokens(config: dict[str, Any], generation: dict[str, Any], expected
     assert parse(generation, **config).eos_token_ids == expected
 
 
+@pytest.mark.parametrize("eos", [-1, 10**6, [0, -1]])
+@pytest.mark.parametrize("in_generation_config", [False, True])
+def test_an_eos_token_outside_the_vocabulary_is_refused(eos: object, in_generation_config: bool) -> None:
+    generation, config = ({"eos_token_id": eos}, {}) if in_generation_config else ({}, {"eos_token_id": eos})
+    with pytest.raises(ModelUnsupported, match=r"eos_token_id is (-1|1000000), which is no token; the model has"):
+        parse(generation, **config)
+
+
+@pytest.mark.parametrize("eos", ["end", [[1]], {"id": 1}])
+def test_an_eos_token_that_is_no_number_is_refused(eos: object) -> None:
+    with pytest.raises(ModelUnsupported, match="a field has a wrong type"):
+        parse(eos_token_id=eos)
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 
 from muxmesh.errors import InvalidRequest, ModelUnsupported
 from muxmesh.models.tokenizer import TextModel, byte_tokenizer, load_text_model
@@ -113,6 +113,17 @@ def test_without_a_folder_the_sim_engine_has_a_tokenizer_and_a_template() -> Non
 
 def test_the_tokenizer_of_a_folder_is_loaded(tmp_path: Path) -> None:
     assert load_text_model(write_folder(tmp_path)).encode("<|im_end|>", False) == [259]
+
+
+def test_truncation_and_padding_of_the_file_are_not_applied(tmp_path: Path) -> None:
+    """As in transformers, whose tokenizers apply them only if a call asks for it."""
+    plain = load_text_model(write_folder(tmp_path)).encode("a longer text", False)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.enable_truncation(max_length=8)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert len(tokenizer.encode("a longer text").ids) == 64
+    assert load_text_model(tmp_path).encode("a longer text", False) == plain
 
 
 def test_the_template_of_a_folder_renders_a_conversation(tmp_path: Path) -> None:
