@@ -72,7 +72,8 @@ def resolve(
 ) -> EngineRequest:
     """Returns the request with its prompt's tokens and all defaults filled in.
 
-    ``seed`` is used if the request has none. Raises InvalidRequest if prompt and output exceed the model's context.
+    ``seed`` is used if the request has none. Raises InvalidRequest if prompt and output exceed the model's context, or
+    the prompt has a token that the model does not know.
     """
     field = _PROMPT_FIELDS[type(request.prompt)]
     if request.truncate_prompt_tokens is not None:
@@ -80,6 +81,10 @@ def resolve(
     if not token_ids:
         raise InvalidRequest(field, "has no tokens")
     check_prompt_length(field, len(token_ids), model.limits)
+    if (largest := max(token_ids)) >= model.spec.vocab_size:  # a tokenizer may have more tokens than its model
+        raise InvalidRequest(
+            field, f"has the token id {largest} of the tokenizer; {model.name} has {model.spec.vocab_size} tokens"
+        )
     return EngineRequest(
         request_id=request.request_id,
         model=model.name,

@@ -342,6 +342,17 @@ def test_a_prompt_that_tokenizes_to_nothing_or_to_too_much_is_refused(request_: 
         resolve(request_, MODEL, [40] * 100, 5, 0.0)
 
 
+@pytest.mark.parametrize("request_", [text("hi"), REQUEST])
+def test_a_token_of_the_tokenizer_that_the_model_does_not_have_is_refused(request_: GenerationRequest) -> None:
+    """A kernel would read the memory behind the embeddings."""
+    size = MODEL.spec.vocab_size
+    assert resolve(request_, MODEL, [40, size - 1], 5, 0.0).prompt_token_ids == (40, size - 1)
+    with pytest.raises(InvalidRequest, match=rf"has the token id {size} of the tokenizer; m has {size} tokens"):
+        resolve(request_, MODEL, [40, size, 41], 5, 0.0)
+    truncated = replace(request_, truncate_prompt_tokens=1)
+    assert resolve(truncated, MODEL, [size, 41], 5, 0.0).prompt_token_ids == (41,), "what is cut does not matter"
+
+
 @pytest.mark.parametrize(
     ("num_prompt_tokens", "capacity_tokens", "expected"), [(10, 1000, 20), (90, 1000, 10), (10, 25, 15), (30, 25, 1)]
 )
