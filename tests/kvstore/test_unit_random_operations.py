@@ -282,14 +282,18 @@ class UnitMachine(RuleBasedStateMachine):
             return
         unit = self.unit
         has_loans = any(unit.blocks.num_used_slabs(model) > unit.quotas.slabs[model] for model in unit.models)
-        batched, _ = unit.leases.count_assigned()
+        batched, resident = unit.leases.count_assigned()
+
+        def has_slot(worker: str, model: UnitModel) -> bool:
+            return batched[worker] < model.max_num_seqs and resident[worker] < model.resident_limit
+
         for entry in unit.admission._entries.values():
-            limit = unit.models[entry.model].max_num_seqs
+            limits = unit.models[entry.model]
             decode = entry.source if entry.swapped else self.workers[entry.model][1]
             first = self.first_waiting(entry.model)
             needed = blocks_for(first.request.demand.num_tokens, SHAPES[entry.model].block_size)
             fits = unit.blocks.num_slabs_with(first.model, needed) <= unit.quotas.slabs[first.model]
-            if batched[decode] < limit and batched[self.workers[entry.model][1]] < limit and fits:
+            if has_slot(decode, limits) and has_slot(self.workers[entry.model][1], limits) and fits:
                 assert has_loans, f"{first} waits, though no model is above its quota"
 
     def first_waiting(self, model: str) -> AdmissionEntry:
