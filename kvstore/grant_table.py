@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvstore.arbiter import STEPS_PER_GRANT, ArbiterPolicy, Demand, decide, one_at_a_time, slots_of
 from kvstore.grant_page import MAX_WORKERS, PAGE_BYTES, GrantPage, Word
@@ -15,9 +15,8 @@ from muxmesh.types import Role
 @dataclass(frozen=True, slots=True)
 class _Slot:
     bell_fd: int
-    role: Role
-    model: str
-    share: float
+    demand: Demand
+    """As long as the worker reports neither a priority nor a slack."""
 
 
 class GrantTable:
@@ -42,7 +41,7 @@ class GrantTable:
             raise Overloaded(f"a unit has at most {MAX_WORKERS} workers")
         self.page.clear(number)
         bell_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._slots[number] = _Slot(bell_fd, role, model, share)
+        self._slots[number] = _Slot(bell_fd, Demand(number, role, model, share))
         return number, bell_fd
 
     def free_slot(self, number: int) -> None:
@@ -82,12 +81,7 @@ class GrantTable:
             os.close(fd)
 
     def _demand(self, number: int, slot: _Slot) -> Demand:
-        slack_us = self.page.read(number, Word.SLACK_US)
-        return Demand(
-            number,
-            slot.role,
-            slot.model,
-            slot.share,
-            self.page.read(number, Word.PRIORITY),
-            slack_us / 1e6 if slack_us else math.inf,
-        )
+        priority, slack_us = self.page.read(number, Word.PRIORITY), self.page.read(number, Word.SLACK_US)
+        if not priority and not slack_us:
+            return slot.demand
+        return replace(slot.demand, priority=priority, slack_s=slack_us / 1e6 if slack_us else math.inf)
