@@ -43,18 +43,11 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_bool_as_number(cls, value: object, field: ValidationInfo) -> object:
-        """YAML reads `yes` and `on` as True, which pydantic would convert to 1."""
+    def _refuse_what_pydantic_misreads(cls, value: object, field: ValidationInfo) -> object:
+        """YAML's `yes` and `on` are True, which would become 1; of a size only the beginning would be read."""
         kind = cls.model_fields[field.field_name or ""].annotation
         if isinstance(value, bool) and any(one in (int, float, ByteSize) for one in (kind, *get_args(kind))):
             raise ValueError(f"is {str(value).lower()}; must be a number")
-        return value
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_malformed_size(cls, value: object, field: ValidationInfo) -> object:
-        """Pydantic reads the beginning of a size and ignores the rest."""
-        kind = cls.model_fields[field.field_name or ""].annotation
         if kind is ByteSize and isinstance(value, str) and not _SIZE.fullmatch(value.strip()):
             raise ValueError(f"is {value!r}; must be bytes, or a number and one of KiB, MiB, GiB, TiB, KB, MB, GB, TB")
         return value

@@ -19,7 +19,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 
 import grpc
@@ -99,8 +99,9 @@ def make_runtime(
     for mark in state_dir.glob(f"run-*/{RUN_MARK}"):
         if not mark.parent.is_symlink():
             shutil.rmtree(mark.parent, ignore_errors=True)
-    names = chain([f"run-{os.getpid()}"], (f"run-{os.getpid()}-{number}" for number in count(2)))
-    runtime = runtime_in(next(path for name in names if not os.path.lexists(path := state_dir / name)))
+    name = f"run-{os.getpid()}"
+    paths = (state_dir / (name if number == 1 else f"{name}-{number}") for number in count(1))
+    runtime = runtime_in(next(path for path in paths if not os.path.lexists(path)))
     try:
         runtime.check_socket_paths()
     except ConfigError:
