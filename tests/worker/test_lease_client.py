@@ -168,16 +168,24 @@ async def test_a_full_swap_region_is_reported_and_leaves_the_lease_resident(
     assert unit.state.leases.state_of(lease.ref, worker.worker) is LeaseState.RESIDENT
 
 
+async def waiting_swap_in(
+    unit: RunningUnit, prefill: LeaseClient, decode: LeaseClient, worker: Attachment
+) -> tuple[Lease, Lease, asyncio.Task[tuple[tuple[int, ...], int]]]:
+    """A swapped lease, the lease that fills the pool, and the call that waits to swap the first one in."""
+    whole = KvDemand(SLAB_TOKENS, SLAB_TOKENS)
+    swapped = await unit.hand_off(prefill, worker.worker, whole, 60)
+    await decode.begin_swap_out(swapped.ref, 100)
+    await decode.finish_swap_out(swapped.ref, ())
+    resident = await unit.hand_off(prefill, worker.worker, whole, 60)
+    waiting = asyncio.create_task(decode.begin_swap_in(swapped.ref, SchedulingState(0, 0.0), whole))
+    await unit.until(lambda: unit.state.admission.count("m") == 1)
+    return swapped, resident, waiting
+
+
 async def test_a_swap_in_waits_for_free_capacity(
     unit: RunningUnit, prefill: LeaseClient, decode: LeaseClient, worker: Attachment
 ) -> None:
-    whole = KvDemand(SLAB_TOKENS, SLAB_TOKENS)
-    first = await unit.hand_off(prefill, worker.worker, whole, 60)
-    await decode.begin_swap_out(first.ref, 100)
-    await decode.finish_swap_out(first.ref, ())
-    second = await unit.hand_off(prefill, worker.worker, whole, 60)
-    waiting = asyncio.create_task(decode.begin_swap_in(first.ref, SchedulingState(0, 0.0), whole))
-    await unit.until(lambda: unit.state.admission.count("m") == 1)
+    _, second, waiting = await waiting_swap_in(unit, prefill, decode, worker)
     assert not waiting.done()
     await decode.release(second.ref, ())
     block_ids, num_cached = await waiting
@@ -187,13 +195,7 @@ async def test_a_swap_in_waits_for_free_capacity(
 async def test_a_cancelled_swap_in_waits_no_longer(
     unit: RunningUnit, prefill: LeaseClient, decode: LeaseClient, worker: Attachment
 ) -> None:
-    whole = KvDemand(SLAB_TOKENS, SLAB_TOKENS)
-    first = await unit.hand_off(prefill, worker.worker, whole, 60)
-    await decode.begin_swap_out(first.ref, 100)
-    await decode.finish_swap_out(first.ref, ())
-    await unit.hand_off(prefill, worker.worker, whole, 60)
-    waiting = asyncio.create_task(decode.begin_swap_in(first.ref, SchedulingState(0, 0.0), whole))
-    await unit.until(lambda: unit.state.admission.count("m") == 1)
+    first, _, waiting = await waiting_swap_in(unit, prefill, decode, worker)
     waiting.cancel()
     await unit.until(lambda: unit.state.admission.count("m") == 0)
     assert unit.state.leases.state_of(first.ref, worker.worker) is LeaseState.SWAPPED

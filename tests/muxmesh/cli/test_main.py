@@ -14,7 +14,7 @@ from muxmesh import __version__
 from muxmesh.cli.main import main
 from muxmesh.errors import InvalidRequest, MeshError, Overloaded, Unavailable
 
-NOBODY = "127.0.0.1:1"
+UNREACHABLE = "127.0.0.1:1"
 
 
 def command_that_raises(error: BaseException) -> Callable[[str], SimpleNamespace]:
@@ -65,9 +65,9 @@ def test_every_command_has_a_help_text(command: str, capsys: pytest.CaptureFixtu
 
 
 def test_an_unreachable_mesh_is_reported_with_its_address(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "--address", NOBODY, "--timeout", "5", "hi"]) == 1
-    assert f"muxmesh: no mesh answers at {NOBODY}; start one with `muxmesh up`" in capsys.readouterr().err
-    assert main(["status", "--address", NOBODY, "--json"]) == 1
+    assert main(["generate", "--address", UNREACHABLE, "--timeout", "5", "hi"]) == 1
+    assert f"muxmesh: no mesh answers at {UNREACHABLE}; start one with `muxmesh up`" in capsys.readouterr().err
+    assert main(["status", "--address", UNREACHABLE, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["error"] == "Unavailable"
 
 
@@ -77,15 +77,15 @@ def test_the_address_comes_from_the_environment_unless_an_option_sets_it(
     monkeypatch.setenv("MUXMESH_ADDRESS", "127.0.0.1:2")
     assert main(["status"]) == 1
     assert "answers at 127.0.0.1:2;" in capsys.readouterr().err
-    assert main(["status", "--address", NOBODY]) == 1
-    assert f"answers at {NOBODY};" in capsys.readouterr().err
+    assert main(["status", "--address", UNREACHABLE]) == 1
+    assert f"answers at {UNREACHABLE};" in capsys.readouterr().err
 
 
 def test_an_unreachable_openai_server_is_not_reported_as_a_mesh(capsys: pytest.CaptureFixture[str]) -> None:
     load = ["--workload", "rate=2 lengths=D(5,5) requests=2"]
-    assert main(["loadtest", "--openai", f"http://{NOBODY}", *load]) == 1
+    assert main(["loadtest", "--openai", f"http://{UNREACHABLE}", *load]) == 1
     error = capsys.readouterr().err
-    assert f"http://{NOBODY}" in error and "muxmesh up" not in error
+    assert f"http://{UNREACHABLE}" in error and "muxmesh up" not in error
 
 
 @pytest.mark.parametrize(("module", "extra"), [("aiohttp", "loadtest"), ("torch", "serve")])

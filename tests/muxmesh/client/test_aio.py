@@ -25,7 +25,7 @@ from muxmesh.errors import InternalError, InvalidRequest, MeshError, ModelNotFou
 from muxmesh.v1 import inference_pb2, mesh_pb2
 from tests.support.fake_mesh import FakeMesh, fake_mesh, output
 
-NOBODY = "127.0.0.1:1"
+UNREACHABLE = "127.0.0.1:1"
 TIMINGS = Timings(queue_s=0.25, ttft_s=0.5, e2e_s=1.5, num_restarts=2, router_s=0.125)
 FACTS = PromptFacts(num_tokens=3, num_cached_tokens=0, seed=7)
 
@@ -322,7 +322,7 @@ async def test_an_empty_list_of_allowed_tokens_differs_from_none(
     ],
 )
 async def test_a_prompt_that_cannot_be_sent_is_refused(prompt: Any, field: str, problem: str) -> None:
-    async with MeshClient(NOBODY) as unconnected:
+    async with MeshClient(UNREACHABLE) as unconnected:
         with pytest.raises(InvalidRequest, match=problem) as caught:
             await unconnected.generate(prompt, model="m")
     assert caught.value.field == field
@@ -340,7 +340,7 @@ BOUNDS: list[tuple[str, int, int]] = [
 
 @pytest.mark.parametrize(("name", "least", "most"), BOUNDS)
 async def test_a_number_outside_its_bounds_is_refused_by_its_name(name: str, least: int, most: int) -> None:
-    async with MeshClient(NOBODY) as unconnected:
+    async with MeshClient(UNREACHABLE) as unconnected:
         for value in (least - 1, most + 1, 1.5, "1"):
             with pytest.raises(InvalidRequest) as caught:
                 await unconnected.generate_many("x", model="m", **{name: value})
@@ -359,7 +359,7 @@ async def test_a_number_at_its_bounds_is_sent(
 @pytest.mark.parametrize("name", ["allowed_token_ids", "stop_token_ids"])
 @pytest.mark.parametrize("token_id", [-1, 1 << 32, "a"])
 async def test_a_token_id_that_is_none_is_refused_by_the_name_of_its_list(name: str, token_id: Any) -> None:
-    async with MeshClient(NOBODY) as unconnected:
+    async with MeshClient(UNREACHABLE) as unconnected:
         with pytest.raises(InvalidRequest, match=f"^{name}: is "):
             await unconnected.generate("x", model="m", **{name: [3, token_id]})
 
@@ -376,7 +376,7 @@ async def test_a_token_id_that_is_none_is_refused_by_the_name_of_its_list(name: 
     ],
 )
 async def test_a_value_that_cannot_be_sent_is_refused(options: dict[str, Any], field: str) -> None:
-    async with MeshClient(NOBODY) as unconnected:
+    async with MeshClient(UNREACHABLE) as unconnected:
         with pytest.raises(InvalidRequest) as caught:
             await unconnected.generate("x", model="m", **options)
     assert caught.value.field == field
@@ -515,7 +515,7 @@ async def test_a_bare_status_of_a_proxy_is_the_nearest_error(
 
 
 async def test_an_unreachable_mesh_is_unavailable_to_every_call() -> None:
-    async with MeshClient(NOBODY) as unconnected:
+    async with MeshClient(UNREACHABLE) as unconnected:
         for call in (unconnected.generate("x", model="m"), unconnected.list_models(), unconnected.status()):
             with pytest.raises(Unavailable):
                 await call
@@ -609,7 +609,7 @@ async def test_requests_are_spread_over_several_addresses() -> None:
 async def test_an_address_that_cannot_be_reached_gets_no_request() -> None:
     async with fake_mesh("127.0.0.1:0") as mesh:
         port = mesh.address.rpartition(":")[2]
-        async with MeshClient(f"ipv4:{NOBODY},127.0.0.1:{port}") as client:
+        async with MeshClient(f"ipv4:{UNREACHABLE},127.0.0.1:{port}") as client:
             for _ in range(4):
                 await client.generate("x", model="m")
         assert len(mesh.requests) == 4
