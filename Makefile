@@ -38,8 +38,9 @@ run: $(VENV)/.serve ## Download the default model, start a mesh, send it a promp
 test: $(VENV)/.dev ## Run all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-long: $(VENV)/.dev ## Run the property tests with many more examples
+test-long: $(VENV)/.dev ## Run the property tests with many more examples, and the fuzz tests with 200,000 inputs
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/kvstore tests/router $(PYTEST_ARGS)
+	FUZZ_INPUTS=200000 $(BIN)/python -m pytest --timeout 3600 tests/fuzz $(PYTEST_ARGS)
 
 check: $(VENV)/.dev ## Lint, types, import rules, protos, generated code
 	$(BIN)/ruff format --check .
