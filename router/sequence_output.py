@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from muxmesh.models.tokenizer import Detokenizer
+from muxmesh.models.detokenizer import Detokenizer
 from muxmesh.types import Finish, FinishReason, Stopping, TokenLogprobs
 from router.generation import FinishKind, OutputFinish, SequenceDelta
 from router.stop_strings import StopStrings
