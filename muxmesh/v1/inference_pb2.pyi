@@ -500,6 +500,7 @@ class SchedulingInfo(_message.Message):
     WAITED_S_FIELD_NUMBER: _builtins.int
     DECISION_FIELD_NUMBER: _builtins.int
     NUM_OVERTAKEN_FIELD_NUMBER: _builtins.int
+    WAITED_FOR_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     """The scheduling policy: fcfs, sjf, srtf, srtf-aged, hrrn or mlfq."""
     reason: _builtins.str
@@ -521,6 +522,10 @@ class SchedulingInfo(_message.Message):
     """Numbers the admissions of the unit, from 1."""
     num_overtaken: _builtins.int
     """Requests of the same model and priority that arrived earlier and still wait, among those that the unit knows of."""
+    @_builtins.property
+    def waited_for(self) -> Global___Waits:
+        """What it waited for until its first token."""
+
     def __init__(
         self,
         *,
@@ -534,11 +539,49 @@ class SchedulingInfo(_message.Message):
         waited_s: _builtins.float = ...,
         decision: _builtins.int = ...,
         num_overtaken: _builtins.int = ...,
+        waited_for: Global___Waits | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "decode_s", b"decode_s", "num_overtaken", b"num_overtaken", "p50_output_tokens", b"p50_output_tokens", "p90_output_tokens", b"p90_output_tokens", "policy", b"policy", "prefill_s", b"prefill_s", "reason", b"reason", "source", b"source", "waited_s", b"waited_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["waited_for", b"waited_for"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "decode_s", b"decode_s", "num_overtaken", b"num_overtaken", "p50_output_tokens", b"p50_output_tokens", "p90_output_tokens", b"p90_output_tokens", "policy", b"policy", "prefill_s", b"prefill_s", "reason", b"reason", "source", b"source", "waited_for", b"waited_for", "waited_s", b"waited_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SchedulingInfo: _TypeAlias = SchedulingInfo  # noqa: Y015
+
+@_typing.final
+class Waits(_message.Message):
+    """Seconds that a request waited, by cause. Each moment counts once; moments at which it waited for nothing do not."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_S_FIELD_NUMBER: _builtins.int
+    KV_S_FIELD_NUMBER: _builtins.int
+    ORDER_S_FIELD_NUMBER: _builtins.int
+    WORKER_S_FIELD_NUMBER: _builtins.int
+    DEVICE_S_FIELD_NUMBER: _builtins.int
+    slot_s: _builtins.float
+    """A slot in the batch of a decode worker (max_num_seqs)."""
+    kv_s: _builtins.float
+    """Free KV memory, or memory within the quota of its model."""
+    order_s: _builtins.float
+    """Other requests of its model that are before it in the order."""
+    worker_s: _builtins.float
+    """A ready worker: one is starting, or the unit cannot be reached."""
+    device_s: _builtins.float
+    """The device: prefill had the request, and computed others, or another worker computed."""
+    def __init__(
+        self,
+        *,
+        slot_s: _builtins.float = ...,
+        kv_s: _builtins.float = ...,
+        order_s: _builtins.float = ...,
+        worker_s: _builtins.float = ...,
+        device_s: _builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_s", b"device_s", "kv_s", b"kv_s", "order_s", b"order_s", "slot_s", b"slot_s", "worker_s", b"worker_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Waits: _TypeAlias = Waits  # noqa: Y015
 
 @_typing.final
 class PromptInfo(_message.Message):

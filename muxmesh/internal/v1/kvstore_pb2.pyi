@@ -258,6 +258,7 @@ class Credit(_message.Message):
     DECISION_FIELD_NUMBER: _builtins.int
     NUM_OVERTAKEN_FIELD_NUMBER: _builtins.int
     SCHEDULING_FIELD_NUMBER: _builtins.int
+    WAITS_FIELD_NUMBER: _builtins.int
     entry_id: _builtins.int
     decision: _builtins.int
     """Numbers the credits of this unit from 1, in the order of its decisions."""
@@ -273,6 +274,10 @@ class Credit(_message.Message):
     def scheduling(self) -> _request_pb2.SchedulingState:
         """The state by which it was ordered. It has less work than the router predicted if a part of the prompt is cached."""
 
+    @_builtins.property
+    def waits(self) -> Global___Waits:
+        """What it waited for since the unit knows of it."""
+
     def __init__(
         self,
         *,
@@ -283,13 +288,41 @@ class Credit(_message.Message):
         decision: _builtins.int = ...,
         num_overtaken: _builtins.int = ...,
         scheduling: _request_pb2.SchedulingState | None = ...,
+        waits: Global___Waits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "lease", b"lease", "prefill", b"prefill", "scheduling", b"scheduling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "lease", b"lease", "prefill", b"prefill", "scheduling", b"scheduling", "waits", b"waits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "decode", b"decode", "entry_id", b"entry_id", "lease", b"lease", "num_overtaken", b"num_overtaken", "prefill", b"prefill", "scheduling", b"scheduling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "decode", b"decode", "entry_id", b"entry_id", "lease", b"lease", "num_overtaken", b"num_overtaken", "prefill", b"prefill", "scheduling", b"scheduling", "waits", b"waits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Credit: _TypeAlias = Credit  # noqa: Y015
+
+@_typing.final
+class Waits(_message.Message):
+    """Seconds by cause, see muxmesh.v1.Waits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_S_FIELD_NUMBER: _builtins.int
+    KV_S_FIELD_NUMBER: _builtins.int
+    ORDER_S_FIELD_NUMBER: _builtins.int
+    WORKER_S_FIELD_NUMBER: _builtins.int
+    slot_s: _builtins.float
+    kv_s: _builtins.float
+    order_s: _builtins.float
+    worker_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        slot_s: _builtins.float = ...,
+        kv_s: _builtins.float = ...,
+        order_s: _builtins.float = ...,
+        worker_s: _builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_s", b"kv_s", "order_s", b"order_s", "slot_s", b"slot_s", "worker_s", b"worker_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Waits: _TypeAlias = Waits  # noqa: Y015
 
 @_typing.final
 class WorkerRef(_message.Message):

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from muxmesh.internal.v1 import request_pb2 as muxmesh_dot_internal_dot_v1_dot_request__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!muxmesh/internal/v1/prefill.proto\x12\x13muxmesh.internal.v1\x1a!muxmesh/internal/v1/request.proto\"\x8a\x01\n\x0ePrefillRequest\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".muxmesh.internal.v1.EngineRequest\x12,\n\x05lease\x18\x02 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRef\x12\x15\n\rdecode_worker\x18\x03 \x01(\t\"\x90\x02\n\x0fPrefillResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x30\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x1b.muxmesh.internal.v1.FinishH\x00\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x34\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LogprobsH\x01\x88\x01\x01\x12;\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LogprobsH\x02\x88\x01\x01\x42\t\n\x07_finishB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs2f\n\x0ePrefillService\x12T\n\x07Prefill\x12#.muxmesh.internal.v1.PrefillRequest\x1a$.muxmesh.internal.v1.PrefillResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!muxmesh/internal/v1/prefill.proto\x12\x13muxmesh.internal.v1\x1a!muxmesh/internal/v1/request.proto\"\x8a\x01\n\x0ePrefillRequest\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".muxmesh.internal.v1.EngineRequest\x12,\n\x05lease\x18\x02 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LeaseRef\x12\x15\n\rdecode_worker\x18\x03 \x01(\t\"\xa7\x02\n\x0fPrefillResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x30\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x1b.muxmesh.internal.v1.FinishH\x00\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x34\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LogprobsH\x01\x88\x01\x01\x12;\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LogprobsH\x02\x88\x01\x01\x12\x15\n\rdevice_wait_s\x18\x06 \x01(\x01\x42\t\n\x07_finishB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs2f\n\x0ePrefillService\x12T\n\x07Prefill\x12#.muxmesh.internal.v1.PrefillRequest\x1a$.muxmesh.internal.v1.PrefillResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,7 +35,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLREQUEST']._serialized_start=94
   _globals['_PREFILLREQUEST']._serialized_end=232
   _globals['_PREFILLRESPONSE']._serialized_start=235
-  _globals['_PREFILLRESPONSE']._serialized_end=507
-  _globals['_PREFILLSERVICE']._serialized_start=509
-  _globals['_PREFILLSERVICE']._serialized_end=611
+  _globals['_PREFILLRESPONSE']._serialized_end=530
+  _globals['_PREFILLSERVICE']._serialized_start=532
+  _globals['_PREFILLSERVICE']._serialized_end=634
 # @@protoc_insertion_point(module_scope)

@@ -56,7 +56,10 @@ class PrefillResponse(_message.Message):
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    DEVICE_WAIT_S_FIELD_NUMBER: _builtins.int
     num_cached_tokens: _builtins.int
+    device_wait_s: _builtins.float
+    """Seconds from the submission to the first token in which no step computed the sequence."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The first output tokens; at least one."""
@@ -81,10 +84,11 @@ class PrefillResponse(_message.Message):
         num_cached_tokens: _builtins.int = ...,
         logprobs: _request_pb2.Logprobs | None = ...,
         prompt_logprobs: _request_pb2.Logprobs | None = ...,
+        device_wait_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "finish", b"finish", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "finish", b"finish", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "prompt_logprobs", b"prompt_logprobs", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "device_wait_s", b"device_wait_s", "finish", b"finish", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "prompt_logprobs", b"prompt_logprobs", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__finish: _TypeAlias = _typing.Literal["finish"]  # noqa: Y015
     _WhichOneofArgType__finish: _TypeAlias = _typing.Literal["_finish", b"_finish"]  # noqa: Y015
