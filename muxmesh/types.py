@@ -47,6 +47,10 @@ class Finish:
     token_id: int | None = None
 
 
+MAX_TEMPERATURE = 100.0
+MAX_REPETITION_PENALTY = 100.0
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """Sampling parameters of one sequence. The defaults sample from the unmodified distribution.

@@ -71,12 +71,16 @@ class OutputOptions:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What a client requests. ``sampling.seed`` is ignored: ``seed`` replaces it, or a random seed if that is None."""
+    """What a client requests. ``sampling.seed`` is ignored: ``seed`` replaces it, or a random seed if that is None.
+
+    ``unset_sampling`` names the fields of ``sampling`` that the model's own defaults replace.
+    """
 
     model: str
     prompt: Prompt
     request_id: str = ""
     sampling: Sampling = field(default_factory=Sampling)
+    unset_sampling: frozenset[str] = frozenset()
     seed: int | None = None
     num_sequences: int = 1
     stopping: StoppingOptions = StoppingOptions()

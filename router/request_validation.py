@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from muxmesh.errors import InvalidRequest, Overloaded
-from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping
+from muxmesh.types import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, EngineRequest, Sampling, SchedulingState, Stopping
 from router.generation import ChatPrompt, GenerationRequest, StoppingOptions, TextPrompt, TokensPrompt
 from router.served_models import ModelLimits, ServedModel
 
@@ -21,11 +21,9 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING = 1024
 ROLES = ("system", "user", "assistant")
-MAX_TEMPERATURE = 100.0
 MIN_TEMPERATURE = 1e-5
 """A lower temperature is greedy: logits divided by it could overflow."""
 MAX_PENALTY = 2.0
-MAX_REPETITION_PENALTY = 100.0
 MAX_BIAS = 100.0
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
@@ -89,7 +87,7 @@ def resolve(
         request_id=request.request_id,
         model=model.name,
         prompt_token_ids=tuple(token_ids),
-        sampling=_resolved_sampling(request, seed),
+        sampling=_resolved_sampling(request, model, seed),
         stopping=resolve_stopping(request.stopping, model.limits, len(token_ids)),
         scheduling=SchedulingState(request.priority, arrived_at_unix_s),
         tenant=request.tenant,
@@ -107,8 +105,9 @@ def check_prompt_length(field: str, num_tokens: int, limits: ModelLimits) -> Non
         )
 
 
-def _resolved_sampling(request: GenerationRequest, seed: int) -> Sampling:
-    sampling, allowed = request.sampling, request.sampling.allowed_token_ids
+def _resolved_sampling(request: GenerationRequest, model: ServedModel, seed: int) -> Sampling:
+    sampling = model.sampling_defaults.applied_to(request.sampling, request.unset_sampling)
+    allowed = sampling.allowed_token_ids
     return replace(
         sampling,
         temperature=0.0 if sampling.temperature < MIN_TEMPERATURE else sampling.temperature,

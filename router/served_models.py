@@ -9,7 +9,8 @@ from muxmesh.config.runtime import MeshRuntime
 from muxmesh.config.schema import ModelConfig, UnitConfig
 from muxmesh.errors import ModelNotFound
 from muxmesh.models.model_spec import ModelSpec
-from muxmesh.models.prepared_model import model_spec
+from muxmesh.models.prepared_model import model_spec, sampling_defaults
+from muxmesh.models.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from muxmesh.models.tokenizer import TextModel, load_text_model
 
 
@@ -23,14 +24,20 @@ class ModelLimits:
     eos_token_ids: frozenset[int]
 
     @staticmethod
-    def of(model: ModelConfig, spec: ModelSpec, units: Sequence[tuple[UnitConfig, ModelConfig]]) -> ModelLimits:
+    def of(
+        model: ModelConfig,
+        spec: ModelSpec,
+        units: Sequence[tuple[UnitConfig, ModelConfig]],
+        defaults: SamplingDefaults = NO_DEFAULTS,
+    ) -> ModelLimits:
         """``units``: the units that serve the model, each with the model's configuration there."""
         capacity = min(
             unit.capacity_tokens(placed, spec.kv_shape(placed.block_size, placed.dtype).token_block_bytes)
             for unit, placed in units
         )
         max_model_len = model.max_model_len or spec.context_len
-        return ModelLimits(max_model_len, capacity, model.default_max_new_tokens, spec.eos_token_ids)
+        longest = defaults.limited(model.default_max_new_tokens)
+        return ModelLimits(max_model_len, capacity, longest, spec.eos_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,7 @@ class ServedModel:
     spec: ModelSpec
     text: TextModel
     limits: ModelLimits
+    sampling_defaults: SamplingDefaults = NO_DEFAULTS
 
 
 class ServedModels:
@@ -76,8 +84,8 @@ def load_models(runtime: MeshRuntime) -> ServedModels:
         folder = runtime.prepared[name].folder
         spec = model_spec(folder)
         units = [runtime.model(unit.name, name) for unit in runtime.config.units_of(name)]
-        limits = ModelLimits.of(config, spec, units)
-        served.add(
-            ServedModel(name, tuple(unit.name for unit, _ in units), config, spec, load_text_model(folder), limits)
-        )
+        defaults = sampling_defaults(config, folder)
+        limits = ModelLimits.of(config, spec, units, defaults)
+        unit_names = tuple(unit.name for unit, _ in units)
+        served.add(ServedModel(name, unit_names, config, spec, load_text_model(folder), limits, defaults))
     return served

@@ -154,12 +154,12 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=int, metavar="N", help="longest output (default: as the mesh is configured)"
     )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
-    parser.add_argument("--top-p", type=float, metavar="P", help="in (0, 1]; 1 is off (default)")
-    parser.add_argument("--min-p", type=float, metavar="P", help="in [0, 1]; 0 is off (default)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="0 is off (default: the model's own)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="in (0, 1]; 1 is off (default: the model's own)")
+    parser.add_argument("--min-p", type=float, metavar="P", help="in [0, 1]; 0 is off (default: the model's own)")
     parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="in [-2, 2]; 0 is off")
     parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="in [-2, 2]; 0 is off")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 is off")
+    parser.add_argument("--repetition-penalty", type=float, metavar="X", help="1 is off (default: the model's own)")
     parser.add_argument(
         "--logit-bias",
         type=_bias,

@@ -16,6 +16,7 @@ from muxmesh.models.model_download import model_folder
 from muxmesh.models.model_spec import ModelSpec, read_model_spec
 from muxmesh.models.prepared_model import prepare_model
 from muxmesh.models.safetensors_folder import FolderWeights, weight_files
+from muxmesh.models.sampling_defaults import SamplingDefaults, read_sampling_defaults
 from muxmesh.models.tokenizer import load_text_model
 
 
@@ -81,6 +82,7 @@ def _folder_facts(folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         **_spec_facts(read_model_spec(folder)),
+        "sampling_defaults": _given(read_sampling_defaults(folder)),
         "chat_template": load_text_model(folder).has_chat_template,
         "weight_files": [path.name for path in weight_files(folder)],
         "weight_dtypes": FolderWeights(folder).dtypes(),
@@ -93,6 +95,7 @@ def _gguf_facts(path: Path) -> dict[str, Any]:
     return {
         "file": str(path),
         **_spec_facts(model.spec),
+        "sampling_defaults": {},
         "chat_template": "tokenizer.chat_template" in model.fields,
         "weight_files": [path.name],
         "weight_dtypes": model.tensor_types,
@@ -125,6 +128,10 @@ def _spec_facts(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def _given(defaults: SamplingDefaults) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(defaults).items() if value is not None}
+
+
 def _format(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
@@ -133,5 +140,5 @@ def _format(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {part}" for name, part in value.items())
+        return ", ".join(f"{name} {part}" for name, part in value.items()) or "none"
     return str(value)

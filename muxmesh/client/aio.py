@@ -179,12 +179,12 @@ class MeshClient:
         max_new_tokens: int | None = None,
         min_new_tokens: int = 0,
         temperature: float | None = None,
-        top_k: int = 0,
+        top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
-        repetition_penalty: float = 1.0,
+        repetition_penalty: float | None = None,
         logit_bias: Mapping[int, float] | None = None,
         allowed_token_ids: Sequence[int] | None = None,
         seed: int | None = None,
@@ -208,10 +208,11 @@ class MeshClient:
     ) -> AsyncGenerator[Delta, None]:
         """Streams the output as it is generated. Closing the generator aborts the request.
 
-        ``model`` may be omitted if the mesh serves only one. ``num_sequences`` outputs are generated for one prompt,
-        which is computed once; ``Delta.index`` names the sequence. ``logprobs`` and ``prompt_logprobs`` are the number
-        of most likely candidates reported per token. Requests share cached prefixes only if their ``cache_salt`` is
-        the same. ``kv_swap_format`` is the format of swapped-out KV; None: as configured. ``priority``: lower is
+        ``model`` may be omitted if the mesh serves only one. Where ``temperature``, ``top_k``, ``top_p``, ``min_p`` or
+        ``repetition_penalty`` is None, the model's own default applies. ``num_sequences`` outputs are generated for one
+        prompt, which is computed once; ``Delta.index`` names the sequence. ``logprobs`` and ``prompt_logprobs`` are the
+        number of most likely candidates reported per token. Requests share cached prefixes only if their ``cache_salt``
+        is the same. ``kv_swap_format`` is the format of swapped-out KV; None: as configured. ``priority``: lower is
         sooner. ``expected_output_tokens`` is the caller's own estimate; its weight depends on how accurate earlier
         estimates with the same ``cache_salt`` were. ``explain_scheduling`` fills ``prompt.scheduling``. ``timeout_s``
         is the deadline for the complete output.

@@ -98,6 +98,10 @@ class ModelConfig(Section):
     """Limit on prompt and output together, in tokens. Unset: the context length of the model."""
     default_max_new_tokens: int = Field(default=512, ge=1)
     """Longest output, in tokens, of a request without max_new_tokens. Context length and KV pool limit it further."""
+    generation_config: Literal["auto", "ignore"] = "auto"
+    """`auto`: where a request leaves a sampling parameter unset, the value in the model's `generation_config.json`
+    applies, and its `max_new_tokens` limits `default_max_new_tokens`. `ignore`: sampling is unmodified unless a request
+    asks for more. Ids of end-of-sequence tokens are read from the file in both cases."""
     max_num_seqs: int = Field(default=16, ge=1, le=1024)
     """Sequences in prefill and decode at the same time."""
     kv_answer_tokens: int = Field(default=128, ge=1)
@@ -204,7 +208,9 @@ _ORDER_FIELDS: dict[str, PolicyName] = {
 }
 """Fields that apply to one policy only."""
 
-_SAME_IN_ALL_UNITS = ("source", "engine", "dtype", "sim", "max_model_len", "default_max_new_tokens")
+_SAME_IN_ALL_UNITS = (
+    "source", "engine", "dtype", "sim", "max_model_len", "default_max_new_tokens", "generation_config",
+)  # fmt: skip
 """Fields that clients can observe, or that identify the model. They are equal in every unit that serves the model."""
 
 

@@ -5,7 +5,6 @@ Rejects every model that no engine here computes, and names the field. Reads no 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from muxmesh.errors import ModelUnsupported
+from muxmesh.models.model_files import read_json_object
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPE_BYTES = {"float32": 4}
@@ -176,19 +176,6 @@ def spec_from_config(origin: Path, config: Mapping[str, Any], generation: Mappin
         raise ModelUnsupported(f"{origin}: a field has a wrong type: {error}") from error
     _check_sizes(origin, spec)
     return spec
-
-
-def read_json_object(path: Path) -> dict[str, Any] | None:
-    """Reads one of a model's JSON files; None if it does not exist. Raises ModelUnsupported if it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelUnsupported(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelUnsupported(f"{path}: is {type(content).__name__}, not a JSON object")
-    return content
 
 
 def _refuse_variants(origin: Path, config: Mapping[str, Any]) -> None:

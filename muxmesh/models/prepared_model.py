@@ -17,6 +17,7 @@ from muxmesh.models.catalog import CATALOG
 from muxmesh.models.gguf_import import read_gguf
 from muxmesh.models.model_download import Progress, ensure_imported, ensure_model, model_folder
 from muxmesh.models.model_spec import SIM_SPEC, ModelSpec, read_model_spec
+from muxmesh.models.sampling_defaults import NO_DEFAULTS, SamplingDefaults, read_sampling_defaults
 from muxmesh.models.tokenizer import load_text_model
 from muxmesh.models.weight_image import ensure_image, map_image
 
@@ -75,6 +76,13 @@ def prepare_model(model: ModelConfig, base_dir: Path, cache_dir: Path, progress:
 def model_spec(folder: Path | None) -> ModelSpec:
     """Returns the spec of a prepared model; `SIM_SPEC` for a sim model without a folder. Raises ModelUnsupported."""
     return SIM_SPEC if folder is None else read_model_spec(folder)
+
+
+def sampling_defaults(model: ModelConfig, folder: Path | None) -> SamplingDefaults:
+    """Returns the defaults of ``model`` in its prepared ``folder``, as configured. Raises ModelUnsupported."""
+    if folder is None or model.generation_config == "ignore":
+        return NO_DEFAULTS
+    return read_sampling_defaults(folder)
 
 
 def kv_identity(model: ModelConfig, prepared: PreparedModel) -> KvIdentity:

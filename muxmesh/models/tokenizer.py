@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from muxmesh.errors import InvalidRequest, ModelUnsupported
 from muxmesh.models.detokenizer import Detokenizer
-from muxmesh.models.model_spec import read_json_object
+from muxmesh.models.model_files import read_json_object
 
 _SIM_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"

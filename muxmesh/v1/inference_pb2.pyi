@@ -75,7 +75,7 @@ class GenerateRequest(_message.Message):
     parser keeps only the last member of a oneof, and a request that sets two must be refused.
     """
     temperature: _builtins.float
-    """In [0, 100]; below 1e-5 sampling is greedy. Unset is 1.0."""
+    """In [0, 100]; below 1e-5 sampling is greedy. Unset: the model's default (ModelInfo.sampling_defaults), else 1.0."""
     truncate_prompt_tokens: _builtins.int
     """Keeps only the last N tokens of the prompt, N at least 1. Unset keeps all."""
     priority: _builtins.int
@@ -205,6 +205,8 @@ Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 
 @_typing.final
 class SamplingOptions(_message.Message):
+    """Where top_k, top_p or min_p is unset, the model's default applies (ModelInfo.sampling_defaults)."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
@@ -217,34 +219,38 @@ class SamplingOptions(_message.Message):
     top_k: _builtins.int
     """Samples among the k most likely tokens. 0 is no limit."""
     top_p: _builtins.float
-    """In (0, 1]: samples among the most likely tokens that together have this probability. Unset is 1."""
+    """In (0, 1]: samples among the most likely tokens that together have this probability. 1 is off."""
     min_p: _builtins.float
-    """In [0, 1]: drops tokens whose probability is below this fraction of the most likely token's. Unset is 0."""
+    """In [0, 1]: drops tokens whose probability is below this fraction of the most likely token's. 0 is off."""
     seed: _builtins.int
     """A sampled token depends only on the logits, the seed and its position. Unset: the mesh chooses a seed at random."""
     def __init__(
         self,
         *,
         num_sequences: _builtins.int = ...,
-        top_k: _builtins.int = ...,
+        top_k: _builtins.int | None = ...,
         top_p: _builtins.float | None = ...,
         min_p: _builtins.float | None = ...,
         seed: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_p", b"_min_p", "_seed", b"_seed", "_top_p", b"_top_p", "min_p", b"min_p", "seed", b"seed", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_p", b"_min_p", "_seed", b"_seed", "_top_k", b"_top_k", "_top_p", b"_top_p", "min_p", b"min_p", "seed", b"seed", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_p", b"_min_p", "_seed", b"_seed", "_top_p", b"_top_p", "min_p", b"min_p", "num_sequences", b"num_sequences", "seed", b"seed", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_p", b"_min_p", "_seed", b"_seed", "_top_k", b"_top_k", "_top_p", b"_top_p", "min_p", b"min_p", "num_sequences", b"num_sequences", "seed", b"seed", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
     _WhichOneofArgType__min_p: _TypeAlias = _typing.Literal["_min_p", b"_min_p"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_p) -> _WhichOneofReturnType__min_p | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
 
@@ -280,7 +286,7 @@ class DecodingOptions(_message.Message):
     """In [-2, 2], over the output tokens so far. 0 is off."""
     frequency_penalty: _builtins.float
     repetition_penalty: _builtins.float
-    """Above 0, over the tokens of prompt and output. 1 and unset are off."""
+    """Above 0, over the tokens of prompt and output. 1 is off. Unset: the model's default."""
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
         """Token id to the number added to its logit, in [-100, 100]."""
@@ -294,14 +300,17 @@ class DecodingOptions(_message.Message):
         *,
         presence_penalty: _builtins.float = ...,
         frequency_penalty: _builtins.float = ...,
-        repetition_penalty: _builtins.float = ...,
+        repetition_penalty: _builtins.float | None = ...,
         logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
         allowed_token_ids: Global___TokenIds | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["allowed_token_ids", b"allowed_token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty", "allowed_token_ids", b"allowed_token_ids", "repetition_penalty", b"repetition_penalty"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_token_ids", b"allowed_token_ids", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty", "allowed_token_ids", b"allowed_token_ids", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
+    _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
 
 Global___DecodingOptions: _TypeAlias = DecodingOptions  # noqa: Y015
 

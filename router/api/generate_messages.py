@@ -67,6 +67,7 @@ def request_from_message(message: inference_pb2.GenerateRequest, request_id: str
         prompt=prompt,
         request_id=message.request_id or request_id,
         sampling=_sampling(message),
+        unset_sampling=_unset_sampling(message),
         seed=message.sampling.seed if message.sampling.HasField("seed") else None,
         num_sequences=max(1, message.sampling.num_sequences),
         stopping=_stopping(message.stopping),
@@ -149,12 +150,26 @@ def _sampling(message: inference_pb2.GenerateRequest) -> Sampling:
         min_p=options.min_p,
         presence_penalty=decoding.presence_penalty,
         frequency_penalty=decoding.frequency_penalty,
-        repetition_penalty=decoding.repetition_penalty or _DEFAULTS.repetition_penalty,  # proto3: 0 is unset
+        repetition_penalty=decoding.repetition_penalty
+        if decoding.HasField("repetition_penalty")
+        else _DEFAULTS.repetition_penalty,
         logit_bias=tuple(decoding.logit_bias.items()),
         allowed_token_ids=tuple(decoding.allowed_token_ids.ids) if allows else None,
         logprobs=response.output_logprobs if response.HasField("output_logprobs") else None,
         prompt_logprobs=response.prompt_logprobs if response.HasField("prompt_logprobs") else None,
     )
+
+
+def _unset_sampling(message: inference_pb2.GenerateRequest) -> frozenset[str]:
+    options, decoding = message.sampling, message.decoding
+    is_set = {
+        "temperature": message.HasField("temperature"),
+        "top_k": options.HasField("top_k"),
+        "top_p": options.HasField("top_p"),
+        "min_p": options.HasField("min_p"),
+        "repetition_penalty": decoding.HasField("repetition_penalty"),
+    }
+    return frozenset(name for name, present in is_set.items() if not present)
 
 
 def _stopping(options: inference_pb2.StoppingOptions) -> StoppingOptions:

@@ -106,10 +106,11 @@ def _model_info(model: ServedModel) -> mesh_pb2.ModelInfo:
         engine=config.engine,
         unit=",".join(model.units),
         max_model_len=model.limits.max_model_len,
-        default_max_new_tokens=config.default_max_new_tokens,
+        default_max_new_tokens=model.limits.default_max_new_tokens,
         vocab_size=spec.vocab_size,
         eos_token_ids=sorted(spec.eos_token_ids),
         has_chat_template=model.text.has_chat_template,
         kv_bytes_per_token=spec.kv_shape(config.block_size, config.dtype).kv_bytes_per_token,
         dtype=config.dtype,
+        sampling_defaults=mesh_pb2.SamplingDefaults(**model.sampling_defaults.sampling()),
     )

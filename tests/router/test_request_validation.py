@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muxmesh.errors import InvalidRequest, Overloaded
+from muxmesh.models.sampling_defaults import SamplingDefaults
 from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping
 from router.generation import (
     ChatMessage,
@@ -249,7 +250,16 @@ def test_a_value_beyond_its_bound_is_refused_by_the_name_of_its_field(name: str)
 
 
 UNBOUNDED = {
-    GenerationRequest: {"model", "output", "priority", "tenant", "bypass_prefix_cache", "kv_swap_format", "seed"},
+    GenerationRequest: {
+        "model",
+        "output",
+        "priority",
+        "tenant",
+        "bypass_prefix_cache",
+        "kv_swap_format",
+        "seed",
+        "unset_sampling",
+    },
     StoppingOptions: {"include_stop_strings", "ignore_eos", "min_new_tokens"},
     Sampling: {"seed", "top_k"},
 }
@@ -315,6 +325,14 @@ def test_every_field_is_passed_on_to_the_workers() -> None:
 def test_the_client_s_seed_is_used_and_otherwise_the_router_s(given_seed: int | None, used: int) -> None:
     request = replace(REQUEST, seed=given_seed, sampling=Sampling(seed=99))
     assert resolved(request).sampling.seed == used
+
+
+def test_the_model_s_defaults_replace_what_the_client_left_unset() -> None:
+    model = served_model(defaults=SamplingDefaults(temperature=0.0, top_k=20, repetition_penalty=1.1))
+    request = replace(sampling(top_p=0.5), unset_sampling=frozenset({"temperature", "repetition_penalty"}))
+    assert resolve(request, model, (40,), 5, 0.0).sampling == Sampling(
+        temperature=0.0, top_p=0.5, repetition_penalty=1.1, seed=5
+    )
 
 
 @pytest.mark.parametrize(("temperature", "used"), [(0.0, 0.0), (9.9e-6, 0.0), (1e-5, 1e-5), (1.5, 1.5)])

@@ -11,6 +11,7 @@ from muxmesh.errors import ModelNotFound, ModelUnsupported
 from muxmesh.models.model_spec import SIM_SPEC
 from router.served_models import ModelLimits, ServedModels, load_models
 from tests.support.pipeline_parts import served_model
+from tests.support.tiny import TinyShape, write_tiny_model
 
 TOKEN_BYTES = SIM_SPEC.kv_shape(16, "float32").kv_bytes_per_token
 
@@ -48,6 +49,18 @@ def test_the_limits_are_those_of_the_model_and_its_context(tmp_path: Path) -> No
     pool_tokens = 2**20 // TOKEN_BYTES
     assert served.find("m").limits == ModelLimits(SIM_SPEC.context_len, pool_tokens, 512, frozenset({0}))
     assert served.find("n").limits == ModelLimits(64, pool_tokens, 7, frozenset({0}))
+
+
+@pytest.mark.parametrize(("setting", "temperature", "most"), [("auto", 0.6, 9), ("ignore", None, 512)])
+def test_the_model_s_own_sampling_defaults_apply_unless_they_are_ignored(
+    tmp_path: Path, setting: str, temperature: float | None, most: int
+) -> None:
+    folder = write_tiny_model(tmp_path / "tiny", TinyShape())
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "max_new_tokens": 9}')
+    model = sim("m", source="tiny", generation_config=setting)
+    served = load_models(runtime(tmp_path, unit("u0", model), folder=folder)).find("m")
+    assert served.sampling_defaults.temperature == temperature
+    assert served.limits.default_max_new_tokens == most
 
 
 def test_the_capacity_of_a_model_is_that_of_its_smallest_pool(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from muxmesh.engine.api import Finished, Tokens
 from muxmesh.errors import MeshError
 from muxmesh.internal.v1 import kvstore_pb2_grpc
 from muxmesh.models.model_spec import SIM_SPEC
+from muxmesh.models.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from muxmesh.models.tokenizer import TextModel, load_text_model
 from muxmesh.predictor.checked_predictor import CheckedPredictor
 from muxmesh.predictor.length_predictor import LengthPredictor
@@ -57,11 +58,12 @@ def served_model(
     capacity_tokens: int = 10_000,
     default_max_new_tokens: int = 20,
     text: TextModel = TEXT,
+    defaults: SamplingDefaults = NO_DEFAULTS,
 ) -> ServedModel:
     """A model with the byte tokenizer: 259 tokens, of which 0 ends the output."""
     config = ModelConfig(name=name, engine=cast(Any, engine), default_max_new_tokens=default_max_new_tokens)
     limits = ModelLimits(max_model_len, capacity_tokens, default_max_new_tokens, SIM_SPEC.eos_token_ids)
-    return ServedModel(name, ("u",), config, SIM_SPEC, text, limits)
+    return ServedModel(name, ("u",), config, SIM_SPEC, text, limits, defaults)
 
 
 class FakeAdmission:

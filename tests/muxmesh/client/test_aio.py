@@ -199,7 +199,7 @@ async def test_a_request_without_options_leaves_optional_fields_unset(mesh: Fake
         model="m",
         text="x",
         sampling=inference_pb2.SamplingOptions(num_sequences=1),
-        decoding=inference_pb2.DecodingOptions(repetition_penalty=1.0),
+        decoding=inference_pb2.DecodingOptions(),
         stopping=inference_pb2.StoppingOptions(),
         response=inference_pb2.ResponseOptions(output_token_ids=True, skip_special_tokens=True),
         kv=inference_pb2.KvOptions(),

@@ -13,7 +13,6 @@ from muxmesh.models.model_spec import (
     Llama3Rope,
     ModelSpec,
     YarnRope,
-    read_json_object,
     read_model_spec,
     spec_from_config,
 )
@@ -55,19 +54,6 @@ def test_a_generation_config_replaces_the_eos_tokens_of_the_config(tmp_path: Pat
 def test_a_folder_without_a_config_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ModelUnsupported, match=r"has no config\.json"):
         read_model_spec(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"), [("{", "not JSON"), ("[1]", "is list, not a JSON object"), ("\ufeff{}", "not JSON")]
-)
-def test_a_damaged_json_file_is_rejected_by_name(tmp_path: Path, content: str, problem: str) -> None:
-    (tmp_path / "config.json").write_text(content, encoding="utf-8")
-    with pytest.raises(ModelUnsupported, match=rf"config\.json: {problem}"):
-        read_model_spec(tmp_path)
-
-
-def test_a_missing_json_file_is_none(tmp_path: Path) -> None:
-    assert read_json_object(tmp_path / "none.json") is None
 
 
 @pytest.mark.parametrize("shape", ["gqa", "untied, wide heads", "mistral", "qwen2", "qwen3"])

@@ -31,7 +31,9 @@ from router.generation import (
     TokensPrompt,
 )
 
-REQUEST = GenerationRequest("m", TextPrompt("hi"))
+MODEL_DEFAULTS = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty"})
+"""The fields of `Sampling` that have the model's own defaults."""
+REQUEST = GenerationRequest("m", TextPrompt("hi"), unset_sampling=MODEL_DEFAULTS)
 
 
 def request_message(**fields: Any) -> inference_pb2.GenerateRequest:
@@ -53,7 +55,7 @@ def leaf_paths(descriptor: Descriptor, path: str = "") -> Iterator[str]:
 
 
 def sampling(**changes: Any) -> GenerationRequest:
-    return replace(REQUEST, sampling=Sampling(**changes))
+    return replace(REQUEST, sampling=Sampling(**changes), unset_sampling=MODEL_DEFAULTS - changes.keys())
 
 
 def stopping(**changes: Any) -> GenerationRequest:
@@ -152,13 +154,13 @@ def test_the_defaults_of_the_wire_are_those_of_the_request() -> None:
         model="m",
         text="hi",
         temperature=1.0,
-        sampling={"num_sequences": 1, "top_p": 1.0, "min_p": 0.0},
+        sampling={"num_sequences": 1, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
         decoding={"repetition_penalty": 1.0},
         stopping={},
         response={"output_text": True, "skip_special_tokens": True},
         kv={"swap_format": inference_pb2.KV_SWAP_FORMAT_UNSPECIFIED},
     )
-    assert listed(request_from_message(explicit)) == listed(REQUEST)
+    assert listed(request_from_message(explicit)) == listed(replace(REQUEST, unset_sampling=frozenset()))
 
 
 @pytest.mark.parametrize("swap_format", inference_pb2.KvSwapFormat.keys())

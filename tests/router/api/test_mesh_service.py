@@ -19,6 +19,7 @@ from muxmesh.clock import ManualClock
 from muxmesh.engine.api import Tokens
 from muxmesh.errors import InternalError, Overloaded, Unavailable
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
+from muxmesh.models.sampling_defaults import SamplingDefaults
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.scheduling_policy import FCFS
@@ -41,6 +42,7 @@ from tests.support.pipeline_parts import (
 
 SERVICE = mesh_pb2.DESCRIPTOR.services_by_name["Mesh"]
 NO_REDIS = "unix:///nowhere/redis.sock"
+TOP_K = SamplingDefaults(top_k=20)
 
 
 @dataclass
@@ -57,7 +59,10 @@ class Setup:
 async def service(
     tmp_path: Path, script: Script | None = None, redis_url: str = NO_REDIS, has_kvstore: bool = True
 ) -> AsyncIterator[Setup]:
-    kvstore, models = FakeKvStore(), (served_model(), served_model("n", engine="sim", max_model_len=50))
+    kvstore, models = (
+        FakeKvStore(),
+        (served_model(), served_model("n", engine="sim", max_model_len=50, defaults=TOP_K)),
+    )
     async with (
         serving(tmp_path / ("kv.sock" if has_kvstore else "another.sock"), kvstore.services),
         internal_channel(f"unix:{tmp_path}/kv.sock") as unit,
@@ -89,6 +94,7 @@ async def test_model_info_has_what_a_client_needs_to_know_of_a_model(tmp_path: P
         has_chat_template=True,
         kv_bytes_per_token=2 * 2 * 1 * 32 * 4,  # K and V, layers, heads, head size, bytes
         dtype="float32",
+        sampling_defaults=mesh_pb2.SamplingDefaults(top_k=20),
     )
 
 
