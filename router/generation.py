@@ -65,6 +65,7 @@ class OutputOptions:
     text: bool = True
     token_ids: bool = False
     prompt_token_ids: bool = False
+    prompt_logprobs: bool = False
     skip_special_tokens: bool = True
     scheduling: bool = False
 

@@ -28,6 +28,7 @@ MAX_BIAS = 100.0
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_SEQUENCES = 64
+MAX_SEED = (1 << 63) - 1
 MAX_CACHE_SALT = 256
 _PROMPT_FIELDS = {TextPrompt: "text", TokensPrompt: "token_ids", ChatPrompt: "chat"}
 
@@ -45,6 +46,8 @@ def validate(request: GenerationRequest, model: ServedModel, max_prompt_bytes: i
     if request.expected_output_tokens is not None and request.expected_output_tokens < 1:
         raise InvalidRequest("expected_output_tokens", f"is {request.expected_output_tokens}; at least 1, or unset")
     _check_stopping(request.stopping, model)
+    if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
+        raise InvalidRequest("sampling.seed", f"is {request.seed}; at least 0, or unset for a random one")
     if not 1 <= request.num_sequences <= MAX_SEQUENCES:
         raise InvalidRequest(
             "sampling.num_sequences", f"is {request.num_sequences}; at least 1, at most {MAX_SEQUENCES}"
@@ -236,8 +239,8 @@ def _check_sampling(request: GenerationRequest, model: ServedModel) -> None:
         )
     _check_logit_bias(sampling, model)
     _check_allowed_token_ids(request, model)
-    _check_logprobs("output_logprobs", sampling.logprobs, model)
-    _check_logprobs("prompt_logprobs", sampling.prompt_logprobs, model)
+    _check_logprobs("output", sampling.logprobs, model)
+    _check_logprobs("prompt", sampling.prompt_logprobs, model)
 
 
 def _check_range(field: str, value: float, least: float, most: float, hint: str = "") -> None:
@@ -257,11 +260,11 @@ def _check_logit_bias(sampling: Sampling, model: ServedModel) -> None:
 
 
 def _check_allowed_token_ids(request: GenerationRequest, model: ServedModel) -> None:
-    field, stopping, allowed = "decoding.allowed_token_ids.ids", request.stopping, request.sampling.allowed_token_ids
+    field, stopping, allowed = "decoding.allowed_token_ids", request.stopping, request.sampling.allowed_token_ids
     if allowed is None:
         return
     if not allowed:
-        raise InvalidRequest(field, "is empty; leave allowed_token_ids out to allow all")
+        raise InvalidRequest(field, "is empty: no token could be sampled")
     if min(allowed) < 0 or max(allowed) >= model.spec.vocab_size:
         _check_token_ids(field, allowed, model)
     ending = set(stopping.stop_token_ids) | (set() if stopping.ignore_eos else model.spec.eos_token_ids)
@@ -271,10 +274,10 @@ def _check_allowed_token_ids(request: GenerationRequest, model: ServedModel) -> 
         )
 
 
-def _check_logprobs(name: str, count: int | None, model: ServedModel) -> None:
-    if count is None:
+def _check_logprobs(part: str, num_candidates: int | None, model: ServedModel) -> None:
+    if num_candidates is None:
         return
     if model.config.engine == "sim":
-        raise InvalidRequest(f"response.{name}", "the sim engine has no log-probabilities; leave it out")
-    if count > MAX_LOGPROBS:
-        raise InvalidRequest(f"response.{name}", f"is {count}; at most {MAX_LOGPROBS} candidates")
+        raise InvalidRequest(f"response.{part}_logprobs", "the sim engine has no log-probabilities; leave it out")
+    if num_candidates > MAX_LOGPROBS:
+        raise InvalidRequest(f"response.{part}_candidates.top_n", f"is {num_candidates}; at most {MAX_LOGPROBS}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, fields
 from types import TracebackType
@@ -235,7 +235,9 @@ class MeshClient:
             truncate_prompt_tokens=truncate_prompt_tokens,
         )
         _check_numbers(range(1, 1 << 32), num_sequences=num_sequences, expected_output_tokens=expected_output_tokens)
-        _check_numbers(range(1 << 64), seed=seed)
+        _check_numbers(range(1 << 63), seed=seed)
+        if allowed_token_ids is not None and not len(allowed_token_ids):
+            raise InvalidRequest("allowed_token_ids", "is empty: no token could be sampled; None allows all")
         _check_numbers(range(-(1 << 31), 1 << 31), priority=priority)
         for name, ids in (("allowed_token_ids", allowed_token_ids or ()), ("stop_token_ids", stop_token_ids)):
             for token_id in ids:
@@ -256,9 +258,7 @@ class MeshClient:
                     frequency_penalty=frequency_penalty,
                     repetition_penalty=repetition_penalty,
                     logit_bias=logit_bias,
-                    allowed_token_ids=None
-                    if allowed_token_ids is None
-                    else inference_pb2.TokenIds(ids=allowed_token_ids),
+                    allowed_token_ids=allowed_token_ids,
                 ),
                 stopping=inference_pb2.StoppingOptions(
                     max_new_tokens=max_new_tokens,
@@ -270,9 +270,12 @@ class MeshClient:
                 ),
                 response=inference_pb2.ResponseOptions(
                     output_token_ids=True,
+                    prompt_token_ids=prompt_logprobs is not None,
                     skip_special_tokens=skip_special_tokens,
-                    output_logprobs=logprobs,
-                    prompt_logprobs=prompt_logprobs,
+                    output_logprobs=logprobs is not None,
+                    output_candidates=_candidates(logprobs),
+                    prompt_logprobs=prompt_logprobs is not None,
+                    prompt_candidates=_candidates(prompt_logprobs),
                     scheduling=explain_scheduling,
                 ),
                 kv=inference_pb2.KvOptions(
@@ -290,7 +293,7 @@ class MeshClient:
         try:
             async with aclosing(self.stream_request(request, timeout_s)) as responses:
                 async for response in responses:
-                    yield _delta(response)
+                    yield _delta(response, logprobs or 0, prompt_logprobs or 0)
         except ModelNotFound:
             self._only_model = None  # the mesh at this address may have been replaced
             raise
@@ -406,10 +409,15 @@ def _completion(deltas: Sequence[Delta], prompt: PromptFacts, timings: Timings) 
     )
 
 
-def _delta(response: inference_pb2.GenerateResponse) -> Delta:
+def _candidates(count: int | None) -> inference_pb2.CandidateTokens | None:
+    return inference_pb2.CandidateTokens(top_n=count) if count else None
+
+
+def _delta(response: inference_pb2.GenerateResponse, num_candidates: int, num_prompt_candidates: int) -> Delta:
+    """``num_candidates``: how many were requested for each output token, and for each token of the prompt."""
     outputs, wire, prompt, timings = response.outputs, response.timings, None, None
     if response.HasField("prompt_info"):
-        prompt = _prompt_facts(response)
+        prompt = _prompt_facts(response, num_prompt_candidates)
     if response.HasField("timings"):
         timings = Timings(wire.queue_s, wire.ttft_s, wire.e2e_s, wire.num_restarts, wire.router_s)
     return Delta(
@@ -417,14 +425,14 @@ def _delta(response: inference_pb2.GenerateResponse) -> Delta:
         text=outputs.text,
         token_ids=tuple(outputs.token_ids),
         num_tokens=outputs.num_tokens,
-        logprobs=_logprobs(outputs.token_logprobs),
+        logprobs=_logprobs(outputs, num_candidates),
         prompt=prompt,
         finish=_finish(outputs.finish_info) if outputs.HasField("finish_info") else None,
         timings=timings,
     )
 
 
-def _prompt_facts(response: inference_pb2.GenerateResponse) -> PromptFacts:
+def _prompt_facts(response: inference_pb2.GenerateResponse, num_candidates: int) -> PromptFacts:
     info, wire = response.prompt_info, response.scheduling
     scheduling = None
     if response.HasField("scheduling"):
@@ -433,17 +441,31 @@ def _prompt_facts(response: inference_pb2.GenerateResponse) -> PromptFacts:
         num_tokens=info.num_prompt_tokens,
         num_cached_tokens=info.num_cached_tokens,
         seed=info.seed,
-        logprobs=_logprobs(info.token_logprobs),
+        logprobs=_logprobs(info, num_candidates)[1:],  # the first token has none
         predicted_output_tokens=info.predicted_output_tokens if info.HasField("predicted_output_tokens") else None,
         scheduling=scheduling,
     )
 
 
-def _logprobs(positions: Iterable[inference_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
-    def candidate(wire: inference_pb2.TokenLogprob) -> Candidate:
-        return Candidate(wire.token_id, wire.logprob, wire.rank)
+def _logprobs(
+    columns: inference_pb2.SequenceOutput | inference_pb2.PromptInfo, num_candidates: int
+) -> tuple[TokenLogprobs, ...]:
+    """One entry for each token. The wire leaves the token itself out of its candidates."""
+    if not columns.logprobs:
+        return ()
+    entries = zip(columns.token_ids, columns.logprobs, columns.ranks, columns.candidate_tokens, strict=True)
+    return tuple(
+        _token_logprobs(Candidate(token_id, logprob, rank), candidates, num_candidates)
+        for token_id, logprob, rank, candidates in entries
+    )
 
-    return tuple(TokenLogprobs(candidate(one.chosen), tuple(map(candidate, one.top))) for one in positions)
+
+def _token_logprobs(chosen: Candidate, others: inference_pb2.CandidateTokenInfo, num_candidates: int) -> TokenLogprobs:
+    top = [Candidate(one.id, one.logprob, one.rank) for one in others.tokens]
+    if len(top) < num_candidates:  # the token is one of the candidates: its rank is the one that is missing
+        index = next((index for index, one in enumerate(top) if one.rank != index + 1), len(top))
+        top.insert(index, Candidate(chosen.token_id, chosen.logprob, index + 1))
+    return TokenLogprobs(chosen, tuple(top))
 
 
 def _finish(wire: inference_pb2.FinishInfo) -> Finish:

@@ -6,15 +6,13 @@ A field that the mesh does not know or support is refused by its name, never ign
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
-
-from google.protobuf.message import Message
-from google.protobuf.unknown_fields import UnknownFieldSet
+from collections.abc import Sequence
+from typing import Literal
 
 from muxmesh.errors import InvalidRequest
 from muxmesh.types import Candidate, KvFormat, Sampling, TokenLogprobs
 from muxmesh.v1 import inference_pb2
+from router.api.unknown_fields import refuse_unknown_fields
 from router.generation import (
     ChatMessage,
     ChatPrompt,
@@ -52,8 +50,8 @@ def request_from_message(message: inference_pb2.GenerateRequest, request_id: str
 
     Raises InvalidRequest for a field that a `GenerationRequest` cannot express.
     """
-    for path in _unknown_fields(message, ""):
-        raise InvalidRequest(path, "is a field that this mesh does not know; it may be of a newer version")
+    check_count("chat.messages", len(message.chat.messages), MAX_MESSAGES)
+    refuse_unknown_fields(message)
     prompt = _prompt(message)
     for name in _UNSUPPORTED:
         if message.HasField(name):
@@ -91,8 +89,7 @@ def message_from_delta(delta: OutputDelta, options: OutputOptions) -> inference_
         output.text = new.text
     if options.token_ids:
         output.token_ids.extend(new.token_ids)
-    if new.logprobs:
-        output.token_logprobs.extend(_logprobs(position) for position in new.logprobs)
+    _add_logprobs(output, new.logprobs)
     if new.finish is not None:
         output.finish_info.CopyFrom(_finish_info(new.finish))
     if delta.prompt is not None:
@@ -136,13 +133,11 @@ def _prompt(message: inference_pb2.GenerateRequest) -> Prompt:
         return TextPrompt(message.text)
     if message.HasField("token_ids"):
         return TokensPrompt(message.token_ids.ids)
-    check_count("chat.messages", len(message.chat.messages), MAX_MESSAGES)
     return ChatPrompt(tuple(ChatMessage(one.role, one.content) for one in message.chat.messages))
 
 
 def _sampling(message: inference_pb2.GenerateRequest) -> Sampling:
     options, decoding, response = message.sampling, message.decoding, message.response
-    allows = decoding.HasField("allowed_token_ids")
     return Sampling(
         temperature=message.temperature if message.HasField("temperature") else _DEFAULTS.temperature,
         top_k=options.top_k,
@@ -154,9 +149,9 @@ def _sampling(message: inference_pb2.GenerateRequest) -> Sampling:
         if decoding.HasField("repetition_penalty")
         else _DEFAULTS.repetition_penalty,
         logit_bias=tuple(decoding.logit_bias.items()),
-        allowed_token_ids=tuple(decoding.allowed_token_ids.ids) if allows else None,
-        logprobs=response.output_logprobs if response.HasField("output_logprobs") else None,
-        prompt_logprobs=response.prompt_logprobs if response.HasField("prompt_logprobs") else None,
+        allowed_token_ids=tuple(decoding.allowed_token_ids) or None,
+        logprobs=_num_candidates(response, "output"),
+        prompt_logprobs=_num_candidates(response, "prompt"),
     )
 
 
@@ -170,6 +165,16 @@ def _unset_sampling(message: inference_pb2.GenerateRequest) -> frozenset[str]:
         "repetition_penalty": decoding.HasField("repetition_penalty"),
     }
     return frozenset(name for name, present in is_set.items() if not present)
+
+
+def _num_candidates(response: inference_pb2.ResponseOptions, part: Literal["prompt", "output"]) -> int | None:
+    """Number of candidates at each position of a part; None if its log-probabilities are not requested."""
+    wants = response.output_logprobs if part == "output" else response.prompt_logprobs
+    if wants:
+        return (response.output_candidates if part == "output" else response.prompt_candidates).top_n
+    if response.HasField("output_candidates" if part == "output" else "prompt_candidates"):
+        raise InvalidRequest(f"response.{part}_candidates", f"is set, but {part}_logprobs is not")
+    return None
 
 
 def _stopping(options: inference_pb2.StoppingOptions) -> StoppingOptions:
@@ -189,27 +194,43 @@ def _output(options: inference_pb2.ResponseOptions) -> OutputOptions:
         token_ids=options.output_token_ids,
         prompt_token_ids=options.prompt_token_ids,
         skip_special_tokens=options.skip_special_tokens if options.HasField("skip_special_tokens") else True,
+        prompt_logprobs=options.prompt_logprobs,
         scheduling=options.scheduling,
     )
 
 
 def _prompt_info(report: PromptReport, options: OutputOptions) -> inference_pb2.PromptInfo:
-    return inference_pb2.PromptInfo(
+    info = inference_pb2.PromptInfo(
         num_prompt_tokens=len(report.token_ids),
         token_ids=report.token_ids if options.prompt_token_ids else (),
         num_cached_tokens=report.num_cached_tokens,
         seed=report.seed,
         predicted_output_tokens=report.predicted_output_tokens,
-        token_logprobs=[_logprobs(position) for position in report.logprobs],
     )
+    if options.prompt_logprobs:
+        info.logprobs.append(0.0)  # of the first token, which nothing predicts
+        info.ranks.append(0)
+        info.candidate_tokens.add()
+        _add_logprobs(info, report.logprobs)
+    return info
 
 
-def _logprobs(position: TokenLogprobs) -> inference_pb2.TokenLogprobs:
-    def entry(candidate: Candidate) -> inference_pb2.TokenLogprob:
-        return inference_pb2.TokenLogprob(token_id=candidate.token_id, logprob=candidate.logprob, rank=candidate.rank)
+def _add_logprobs(
+    target: inference_pb2.PromptInfo | inference_pb2.SequenceOutput, positions: Sequence[TokenLogprobs]
+) -> None:
+    """Appends to the columns of log-probabilities."""
+    for position in positions:
+        chosen = position.chosen
+        target.logprobs.append(chosen.logprob)
+        target.ranks.append(chosen.rank)
+        others = (candidate for candidate in position.top if candidate.token_id != chosen.token_id)
+        target.candidate_tokens.add(tokens=[_token_info(candidate) for candidate in others])
 
-    top = [entry(candidate) for candidate in position.top]
-    return inference_pb2.TokenLogprobs(chosen=entry(position.chosen), top=top)
+
+def _token_info(candidate: Candidate) -> inference_pb2.CandidateTokenInfo.TokenInfo:
+    return inference_pb2.CandidateTokenInfo.TokenInfo(
+        id=candidate.token_id, logprob=candidate.logprob, rank=candidate.rank
+    )
 
 
 def _finish_info(finish: OutputFinish) -> inference_pb2.FinishInfo:
@@ -224,14 +245,3 @@ def _finish_info(finish: OutputFinish) -> inference_pb2.FinishInfo:
         else:
             info.stop_token_id = finish.token_id
     return info
-
-
-def _unknown_fields(message: Message, path: str) -> Iterator[str]:
-    unknown_fields: Any = UnknownFieldSet(message)
-    for unknown in unknown_fields:
-        yield f"{path}(number {unknown.field_number})"
-    for field, value in message.ListFields():
-        if field.message_type is None or field.message_type.GetOptions().map_entry:
-            continue
-        for inner in value if field.is_repeated else (value,):
-            yield from _unknown_fields(inner, f"{path}{field.name}.")

@@ -150,24 +150,29 @@ async def test_log_probabilities_of_prompt_and_output_equal_those_of_transformer
         temperature=0.0,
         stopping=inference_pb2.StoppingOptions(max_new_tokens=6, ignore_eos=True),
         response=inference_pb2.ResponseOptions(
-            prompt_token_ids=True, output_token_ids=True, output_logprobs=2, prompt_logprobs=0
+            prompt_token_ids=True,
+            output_token_ids=True,
+            output_logprobs=True,
+            output_candidates=inference_pb2.CandidateTokens(top_n=2),
+            prompt_logprobs=True,
         ),
     )
     responses = [response async for response in mesh.client.stream_request(request)]
     info = responses[0].prompt_info
     output = [token for response in responses for token in response.outputs.token_ids]
-    logprobs = [position for response in responses for position in response.outputs.token_logprobs]
+    logprobs = [logprob for response in responses for logprob in response.outputs.logprobs]
+    ranks = [rank for response in responses for rank in response.outputs.ranks]
+    candidates = [one.tokens for response in responses for one in response.outputs.candidate_tokens]
     sequence = [*info.token_ids, *output]
     with torch.inference_mode():
         logits = reference(folders["gqa"])(torch.tensor([sequence])).logits[0].double()
     expected = torch.log_softmax(logits, -1).numpy()
     for position, (row, token) in enumerate(zip(expected, sequence[1:], strict=False)):
-        reported = [*info.token_logprobs, *logprobs][position]
-        assert reported.chosen.token_id == token
-        assert abs(reported.chosen.logprob - row[token]) < 1e-4
-    assert len(info.token_logprobs) == len(info.token_ids) - 1 and len(logprobs) == len(output) == 6
-    assert [len(position.top) for position in logprobs] == [2] * 6
-    assert [position.top[0].token_id for position in logprobs] == output
+        assert abs([*info.logprobs[1:], *logprobs][position] - row[token]) < 1e-4
+    assert (info.logprobs[0], info.ranks[0]) == (0.0, 0)
+    assert len(info.logprobs) == len(info.ranks) == len(info.candidate_tokens) == len(info.token_ids)
+    assert len(logprobs) == len(output) == 6 and ranks == [1] * 6
+    assert [[one.rank for one in others] for others in candidates] == [[2]] * 6, "the first is the token itself"
 
 
 async def test_only_allowed_tokens_are_sampled_and_a_bias_selects_among_them(mesh: RunningMesh) -> None:

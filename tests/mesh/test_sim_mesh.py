@@ -291,19 +291,34 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "decoding.logit_bias[999]",
         "is unknown",
     ),
-    "no allowed tokens": (
-        {"text": "a", "decoding": {"allowed_token_ids": {"ids": []}}},
-        "decoding.allowed_token_ids.ids",
-        "is empty",
+    "a repetition penalty of 0": (
+        {"text": "a", "decoding": {"repetition_penalty": 0.0}},
+        "decoding.repetition_penalty",
+        "more than 0",
+    ),
+    "an unknown allowed token": (
+        {"text": "a", "decoding": {"allowed_token_ids": [5, 999]}},
+        "decoding.allowed_token_ids[1]",
+        "is unknown",
+    ),
+    "a negative seed": ({"text": "a", "sampling": {"seed": -1}}, "sampling.seed", "at least 0"),
+    "candidates without log-probabilities": (
+        {"text": "a", "response": {"output_candidates": {"top_n": 1}}},
+        "response.output_candidates",
+        "output_logprobs is not",
     ),
     "only the end is allowed": (
-        {"text": "a", "decoding": {"allowed_token_ids": {"ids": [0]}}, "stopping": {"min_new_tokens": 3}},
-        "decoding.allowed_token_ids.ids",
+        {"text": "a", "decoding": {"allowed_token_ids": [0]}, "stopping": {"min_new_tokens": 3}},
+        "decoding.allowed_token_ids",
         "min_new_tokens is 3",
     ),
-    "log-probabilities": ({"text": "a", "response": {"output_logprobs": 0}}, "response.output_logprobs", "sim engine"),
+    "log-probabilities": (
+        {"text": "a", "response": {"output_logprobs": True}},
+        "response.output_logprobs",
+        "sim engine",
+    ),
     "prompt log-probabilities": (
-        {"text": "a", "response": {"prompt_logprobs": 1}},
+        {"text": "a", "response": {"prompt_logprobs": True}},
         "response.prompt_logprobs",
         "sim engine",
     ),

@@ -59,6 +59,7 @@ ACCEPTED = {
     "truncate to 1": replace(REQUEST, truncate_prompt_tokens=1),
     "truncate to the context less 1": replace(REQUEST, truncate_prompt_tokens=99),
     "a hint of 1": replace(REQUEST, expected_output_tokens=1),
+    "the largest seed": replace(REQUEST, seed=2**63 - 1),
     "64 sequences": replace(REQUEST, num_sequences=64),
     "a salt of 256 characters": replace(REQUEST, cache_salt="é" * 256),
     "max_new_tokens 1": stopping(max_new_tokens=1),
@@ -217,26 +218,27 @@ REFUSED: dict[str, tuple[GenerationRequest, str, str]] = {
     "a bias NaN": (sampling(logit_bias=((5, NAN),)), "decoding.logit_bias[5]", "is nan; between -100 and 100"),
     "no allowed tokens": (
         sampling(allowed_token_ids=()),
-        "decoding.allowed_token_ids.ids",
-        "is empty; leave allowed_token_ids out to allow all",
+        "decoding.allowed_token_ids",
+        "is empty: no token could be sampled",
     ),
     "an unknown allowed token": (
         sampling(allowed_token_ids=(300, 5)),
-        "decoding.allowed_token_ids.ids[0]",
+        "decoding.allowed_token_ids[0]",
         "token id 300 is unknown; m has 259 tokens",
     ),
     "allowed tokens that only end the output": (
         END_ONLY,
-        "decoding.allowed_token_ids.ids",
+        "decoding.allowed_token_ids",
         "allows only tokens that end the output, but min_new_tokens is 2",
     ),
     "allowed tokens that are all stop tokens": (
         STOP_ONLY,
-        "decoding.allowed_token_ids.ids",
+        "decoding.allowed_token_ids",
         "allows only tokens that end the output, but min_new_tokens is 2",
     ),
-    "logprobs": (sampling(logprobs=21), "response.output_logprobs", "is 21; at most 20 candidates"),
-    "prompt_logprobs": (sampling(prompt_logprobs=21), "response.prompt_logprobs", "is 21; at most 20 candidates"),
+    "logprobs": (sampling(logprobs=21), "response.output_candidates.top_n", "is 21; at most 20"),
+    "prompt_logprobs": (sampling(prompt_logprobs=21), "response.prompt_candidates.top_n", "is 21; at most 20"),
+    "a negative seed": (replace(REQUEST, seed=-1), "sampling.seed", "is -1; at least 0, or unset for a random one"),
 }
 
 
@@ -250,6 +252,7 @@ def test_a_value_beyond_its_bound_is_refused_by_the_name_of_its_field(name: str)
 
 
 UNBOUNDED = {
+<<<<<<< HEAD
     GenerationRequest: {
         "model",
         "output",
@@ -260,6 +263,9 @@ UNBOUNDED = {
         "seed",
         "unset_sampling",
     },
+=======
+    GenerationRequest: {"model", "output", "priority", "tenant", "bypass_prefix_cache", "kv_swap_format"},
+>>>>>>> 623eb35 (Give every public field the number, type and meaning of vLLM's)
     StoppingOptions: {"include_stop_strings", "ignore_eos", "min_new_tokens"},
     Sampling: {"seed", "top_k"},
 }
@@ -321,7 +327,7 @@ def test_every_field_is_passed_on_to_the_workers() -> None:
     )
 
 
-@pytest.mark.parametrize(("given_seed", "used"), [(None, 5), (0, 0), (2**64 - 1, 2**64 - 1)])
+@pytest.mark.parametrize(("given_seed", "used"), [(None, 5), (0, 0), (2**63 - 1, 2**63 - 1)])
 def test_the_client_s_seed_is_used_and_otherwise_the_router_s(given_seed: int | None, used: int) -> None:
     request = replace(REQUEST, seed=given_seed, sampling=Sampling(seed=99))
     assert resolved(request).sampling.seed == used

@@ -57,7 +57,7 @@ def test_every_option_has_its_field_in_the_request(mesh: FakeMesh) -> None:
                 frequency_penalty=-0.5,
                 repetition_penalty=1.5,
                 logit_bias={3: -1.0, 4: 2.0},
-                allowed_token_ids=inference_pb2.TokenIds(ids=[3, 4]),
+                allowed_token_ids=[3, 4],
             ),
             stopping=inference_pb2.StoppingOptions(max_new_tokens=5, stop_strings=["end", "fin"]),
             response=inference_pb2.ResponseOptions(output_token_ids=True, skip_special_tokens=True),
@@ -112,18 +112,22 @@ def test_several_outputs_are_numbered(mesh: FakeMesh, capsys: pytest.CaptureFixt
 
 
 def test_json_has_log_probabilities_on_request(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
-    candidate = inference_pb2.TokenLogprob(token_id=4, logprob=-0.5, rank=1)
     (response,) = output("a")
-    response.prompt_info.token_logprobs.append(inference_pb2.TokenLogprobs(chosen=candidate))
-    response.outputs.token_logprobs.append(inference_pb2.TokenLogprobs(chosen=candidate, top=[candidate]))
+    prompt = response.prompt_info
+    prompt.token_ids.extend([3, 97])
+    for target, logprobs in ((prompt, [0.0, -0.5]), (response.outputs, [-0.5])):
+        target.logprobs.extend(logprobs)
+        target.ranks.extend([1] * len(logprobs))
+        target.candidate_tokens.extend([inference_pb2.CandidateTokenInfo()] * len(logprobs))
     mesh.script = [response]
     assert generate("--json", "--logprobs", "1", "--prompt-logprobs", "0", "hi") == 0
     content = json.loads(capsys.readouterr().out)
-    expected = {"token_id": 4, "logprob": -0.5, "rank": 1}
+    expected = {"token_id": 97, "logprob": -0.5, "rank": 1}
     assert content["logprobs"] == [{"chosen": expected, "top": [expected]}]
     assert content["prompt_logprobs"] == [{"chosen": expected, "top": []}]
     options = mesh.requests[0].response
-    assert (options.output_logprobs, options.prompt_logprobs) == (1, 0) and options.HasField("prompt_logprobs")
+    assert (options.output_logprobs, options.output_candidates.top_n) == (True, 1)
+    assert options.prompt_logprobs and not options.HasField("prompt_candidates")
 
 
 @pytest.mark.parametrize(

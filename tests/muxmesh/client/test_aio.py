@@ -155,19 +155,39 @@ async def test_a_stream_that_ends_too_early_is_an_internal_error(
 
 
 async def test_log_probabilities_of_prompt_and_output_are_values(mesh: FakeMesh, client: MeshClient) -> None:
-    best, chosen = inference_pb2.TokenLogprob(token_id=4, logprob=-0.5, rank=1), inference_pb2.TokenLogprob(rank=3)
-    position = inference_pb2.TokenLogprobs(chosen=chosen, top=[best, chosen])
-    first, last = output("ab")
-    first.prompt_info.token_logprobs.append(inference_pb2.TokenLogprobs(chosen=best))
-    first.outputs.token_logprobs.append(position)
-    last.outputs.token_logprobs.append(inference_pb2.TokenLogprobs(chosen=best))
-    mesh.script = [first, last]
+    best, second, third = Candidate(97, -0.25, 1), Candidate(98, -1.0, 2), Candidate(99, -1.5, 3)
+    responses = output("abc")
+    prompt = responses[0].prompt_info
+    prompt.token_ids.extend([3, 4])
+    add_logprobs(prompt, Candidate(3, 0.0, 0))
+    add_logprobs(prompt, Candidate(4, -0.5, 1))
+    add_logprobs(responses[0].outputs, best, second)
+    add_logprobs(responses[1].outputs, second, best)
+    add_logprobs(responses[2].outputs, third, best, second)
+    mesh.script = responses
     completion = await client.generate("x", model="m", logprobs=2, prompt_logprobs=0)
-    expected_best, expected_chosen = Candidate(4, -0.5, 1), Candidate(0, 0.0, 3)
-    assert completion.prompt.logprobs == (TokenLogprobs(expected_best),)
+    assert completion.prompt.logprobs == (TokenLogprobs(Candidate(4, -0.5, 1)),)
+    assert completion.logprobs == tuple(TokenLogprobs(chosen, (best, second)) for chosen in (best, second, third))
+
+
+async def test_a_token_as_likely_as_a_candidate_has_its_own_index_among_them(
+    mesh: FakeMesh, client: MeshClient
+) -> None:
+    (response,) = output("a")
+    add_logprobs(response.outputs, Candidate(97, -0.5, 1), Candidate(96, -0.5, 1))
+    mesh.script = [response]
+    completion = await client.generate("x", model="m", logprobs=2)
     assert completion.logprobs == (
-        TokenLogprobs(expected_chosen, (expected_best, expected_chosen)),
-        TokenLogprobs(expected_best),
+        TokenLogprobs(Candidate(97, -0.5, 1), (Candidate(96, -0.5, 1), Candidate(97, -0.5, 2))),
+    )
+
+
+def add_logprobs(target: Any, chosen: Candidate, *others: Candidate) -> None:
+    """Appends one position to the columns of a message."""
+    target.logprobs.append(chosen.logprob)
+    target.ranks.append(chosen.rank)
+    target.candidate_tokens.add(
+        tokens=[{"id": one.token_id, "logprob": one.logprob, "rank": one.rank} for one in others]
     )
 
 
@@ -211,7 +231,7 @@ async def test_every_option_has_its_field_in_the_request(mesh: FakeMesh, client:
     request = await sent(
         mesh, client, max_new_tokens=5, min_new_tokens=2, temperature=0.5, top_k=4, top_p=0.75, min_p=0.25,
         presence_penalty=0.5, frequency_penalty=-0.5, repetition_penalty=1.5, logit_bias={3: -1.0},
-        allowed_token_ids=[3, 4], seed=(1 << 64) - 1, num_sequences=2, stop_strings=["a", "b"], stop_token_ids=[6],
+        allowed_token_ids=[3, 4], seed=(1 << 63) - 1, num_sequences=2, stop_strings=["a", "b"], stop_token_ids=[6],
         include_stop_strings=True, ignore_eos=True, truncate_prompt_tokens=8, skip_special_tokens=False, logprobs=0,
         prompt_logprobs=1, cache_salt="s", bypass_prefix_cache=True, kv_swap_format="int8", priority=-3,
         expected_output_tokens=9, explain_scheduling=True, request_id="r",
@@ -221,13 +241,13 @@ async def test_every_option_has_its_field_in_the_request(mesh: FakeMesh, client:
         model="m",
         text="x",
         temperature=0.5,
-        sampling=inference_pb2.SamplingOptions(num_sequences=2, top_k=4, top_p=0.75, min_p=0.25, seed=(1 << 64) - 1),
+        sampling=inference_pb2.SamplingOptions(num_sequences=2, top_k=4, top_p=0.75, min_p=0.25, seed=(1 << 63) - 1),
         decoding=inference_pb2.DecodingOptions(
             presence_penalty=0.5,
             frequency_penalty=-0.5,
             repetition_penalty=1.5,
             logit_bias={3: -1.0},
-            allowed_token_ids=inference_pb2.TokenIds(ids=[3, 4]),
+            allowed_token_ids=[3, 4],
         ),
         stopping=inference_pb2.StoppingOptions(
             max_new_tokens=5,
@@ -238,7 +258,13 @@ async def test_every_option_has_its_field_in_the_request(mesh: FakeMesh, client:
             ignore_eos=True,
         ),
         response=inference_pb2.ResponseOptions(
-            output_token_ids=True, skip_special_tokens=False, output_logprobs=0, prompt_logprobs=1, scheduling=True
+            output_token_ids=True,
+            prompt_token_ids=True,
+            skip_special_tokens=False,
+            output_logprobs=True,
+            prompt_logprobs=True,
+            prompt_candidates=inference_pb2.CandidateTokens(top_n=1),
+            scheduling=True,
         ),
         kv=inference_pb2.KvOptions(
             cache_salt="s", bypass_prefix_cache=True, swap_format=inference_pb2.KV_SWAP_FORMAT_INT8
@@ -247,7 +273,7 @@ async def test_every_option_has_its_field_in_the_request(mesh: FakeMesh, client:
         priority=-3,
         expected_output_tokens=9,
     )
-    assert set(unset_fields(request)) == {"token_ids", "chat", "session_id", "prompt_token_ids", "output_text"}
+    assert set(unset_fields(request)) == {"token_ids", "chat", "session_id", "output_candidates", "output_text"}
 
 
 def unset_fields(message: Message) -> Iterator[str]:
@@ -297,13 +323,10 @@ async def test_the_swap_format_is_sent_by_its_number(
     assert (await sent(mesh, client, kv_swap_format=kv_format)).kv.swap_format == number
 
 
-@pytest.mark.parametrize("allowed", [None, [], [0]])
-async def test_an_empty_list_of_allowed_tokens_differs_from_none(
-    mesh: FakeMesh, client: MeshClient, allowed: list[int] | None
-) -> None:
-    decoding = (await sent(mesh, client, allowed_token_ids=allowed)).decoding
-    assert decoding.HasField("allowed_token_ids") is (allowed is not None)
-    assert list(decoding.allowed_token_ids.ids) == (allowed or [])
+async def test_an_empty_list_of_allowed_tokens_is_refused_since_on_the_wire_it_would_allow_all() -> None:
+    async with MeshClient(UNREACHABLE) as unconnected:
+        with pytest.raises(InvalidRequest, match=r"^allowed_token_ids: is empty.*None allows all"):
+            await unconnected.generate("x", model="m", allowed_token_ids=[])
 
 
 @pytest.mark.parametrize(
@@ -333,7 +356,7 @@ BOUNDS: list[tuple[str, int, int]] = [
     *((name, 0, (1 << 32) - 1) for name in UINT32),
     ("num_sequences", 1, (1 << 32) - 1),
     ("expected_output_tokens", 1, (1 << 32) - 1),
-    ("seed", 0, (1 << 64) - 1),
+    ("seed", 0, (1 << 63) - 1),
     ("priority", -(1 << 31), (1 << 31) - 1),
 ]
 

@@ -54,7 +54,7 @@ def request(**fields: Any) -> inference_pb2.GenerateRequest:
     return inference_pb2.GenerateRequest(**{"model": "m", "text": "hello", **fields})
 
 
-ALL_PARTS = {"output_token_ids": True, "prompt_token_ids": True, "scheduling": True, "output_logprobs": 0}
+ALL_PARTS = {"output_token_ids": True, "prompt_token_ids": True, "scheduling": True, "output_logprobs": True}
 
 
 def writes_with_logprobs(text: str) -> Script:
@@ -89,7 +89,7 @@ async def test_generate_merges_the_messages_of_a_stream(tmp_path: Path) -> None:
     assert whole.outputs.text == "".join(output.text for output in outputs) == "abc"
     assert whole.outputs.num_tokens == sum(output.num_tokens for output in outputs) == 3
     assert tuple(whole.outputs.token_ids) == tokens_of("abc")
-    assert [one.chosen.token_id for one in whole.outputs.token_logprobs] == list(tokens_of("abc"))
+    assert list(whole.outputs.logprobs) == [-0.5] * 3 and list(whole.outputs.ranks) == [1] * 3
     assert whole.outputs.finish_info == outputs[-1].finish_info
     assert whole.prompt_info.token_ids == streamed[0].prompt_info.token_ids
     assert whole.timings == streamed[-1].timings
