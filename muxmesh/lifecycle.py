@@ -29,11 +29,13 @@ LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Makes the kernel send SIGTERM to this process when its parent dies; exits at once if the parent is dead already.
+    """Makes the kernel kill this process when its parent dies; exits at once if the parent is dead already.
 
-    The setting survives an exec. It is specific to Linux, like the rest of the serving side.
+    SIGKILL, because a process that is stopped by a signal ignores SIGTERM. Nothing is left to be done in order: all
+    processes of the mesh end at the same time, and shared memory is freed with the last process that maps it. The
+    setting survives an exec. It is specific to Linux, like the rest of the serving side.
     """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent_pid:
         sys.exit(0)
 

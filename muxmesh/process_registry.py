@@ -10,12 +10,13 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass
 
 import redis.asyncio
 from redis.exceptions import RedisError
 
+from muxmesh.background_task import background
 from muxmesh.clock import Clock
 
 _log = logging.getLogger(__name__)
@@ -57,21 +58,25 @@ class ProcessRegistry:
     async def registered(self, name: str, address: str) -> AsyncIterator[None]:
         """Sends heartbeats of this process while the block runs, then removes it and closes the connection."""
         started_at_s = self._clock.unix_s()
-        heartbeats = asyncio.create_task(self._send_heartbeats(name, address, started_at_s), name="registry heartbeat")
         try:
-            yield
+            async with background(self._send_heartbeats(name, address, started_at_s), "registry heartbeat"):
+                yield
         finally:
-            heartbeats.cancel()
-            with contextlib.suppress(RedisError, OSError, asyncio.CancelledError):
-                await heartbeats
             with contextlib.suppress(RedisError, OSError):
                 await self._redis.hdel(self._processes, name)
             await self.close()
 
-    async def count_restart(self, name: str) -> None:
-        """Increments the number of restarts of a process."""
-        with contextlib.suppress(RedisError, OSError):
-            await self._redis.hincrby(self._restarts, name, 1)
+    async def set_restarts(self, counts: Mapping[str, int]) -> bool:
+        """Replaces the numbers of restarts of all processes. Returns False if Redis is unreachable."""
+        try:
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.delete(self._restarts)
+                if counts:
+                    pipeline.hset(self._restarts, items=[part for pair in counts.items() for part in pair])
+                await pipeline.execute()
+        except (RedisError, OSError):
+            return False
+        return True
 
     async def processes(self) -> list[tuple[ProcessRecord, int]] | None:
         """Live processes, sorted by name, each with its number of restarts. None if Redis is unreachable."""

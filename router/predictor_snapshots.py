@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import redis.asyncio
 from redis.exceptions import RedisError
 
+from muxmesh.background_task import background
 from muxmesh.errors import ConfigError
 from muxmesh.predictor import snapshot
 from muxmesh.predictor.checked_predictor import CheckedPredictor
@@ -58,12 +59,10 @@ class PredictorSnapshots:
         """Saves a snapshot every `SAVE_EVERY_S` while the block runs, if it has changed, and one at its end."""
         async with self._connected() as client:
             save = functools.partial(self._save, client, forecaster, predictor, checked)
-            saving = asyncio.create_task(self._save_repeatedly(save, predictor), name="predictor snapshots")
             try:
-                yield
+                async with background(self._save_repeatedly(save, predictor), "predictor snapshots"):
+                    yield
             finally:
-                saving.cancel()
-                await asyncio.gather(saving, return_exceptions=True)
                 with contextlib.suppress(RedisError, OSError, TimeoutError):
                     async with asyncio.timeout(_LAST_SAVE_TIMEOUT_S):
                         await save()

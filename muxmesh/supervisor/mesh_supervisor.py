@@ -22,24 +22,24 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
+from muxmesh.background_task import end
 from muxmesh.clock import Clock
 from muxmesh.config.runtime import Endpoint, MeshRuntime, PreparedModel, ProcessKey
 from muxmesh.config.schema import MAX_PORT, MeshConfig
 from muxmesh.errors import ConfigError
 from muxmesh.process_registry import ProcessRegistry
-from muxmesh.rpc.channels import internal_channel
-from muxmesh.supervisor.redis_server import redis_command, wait_for_redis
+from muxmesh.supervisor.health_probe import HealthProbe, wait_until_serving
+from muxmesh.supervisor.liveness import CHECK_EVERY_S, MAX_STARTING_CHECKS
+from muxmesh.supervisor.redis_server import RedisProbe, redis_command, wait_for_redis
 from muxmesh.supervisor.supervised_process import ProcessSpec, SupervisedProcess, log_file
 from muxmesh.types import Role
 
-READY_TIMEOUT_S = 180.0
+READY_TIMEOUT_S = MAX_STARTING_CHECKS * CHECK_EVERY_S
 """Includes the time to compile kernels on a slow machine."""
 RUN_MARK = "muxmesh-run"
 """Name of an empty file in each folder of sockets. A folder without it was not made by a supervisor."""
 _STOP_GRACE_S = 5.0
+_RETRY_S = 1.0
 _CLIENT_FACING_ROLES = frozenset({"router"})
 
 ShowLine = Callable[[str, str], None]
@@ -120,6 +120,9 @@ class MeshSupervisor:
     def __init__(self, runtime: MeshRuntime, state_dir: Path, show_line: ShowLine, clock: Clock) -> None:
         self.runtime = runtime
         self._registry = ProcessRegistry(runtime.redis_url, runtime.config.mesh_id, clock)
+        self._restarted = asyncio.Event()
+        self._restarted.set()  # an own Redis may have the counts of an earlier supervisor
+        self._counting = asyncio.create_task(self._publish_restarts(), name="restart counts")
         logs = state_dir / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         self._log_file = log_file(logs / "supervisor.log")
@@ -130,12 +133,12 @@ class MeshSupervisor:
         self._runtime_file = runtime.run_dir / "runtime.json"
         runtime.write(self._runtime_file)
         endpoints = runtime.endpoints()
-        stages = [[_redis(runtime, state_dir)]] if runtime.config.redis_url is None else []
+        self._probes: list[HealthProbe | RedisProbe] = []
+        stages = [[self._redis(state_dir)]] if runtime.config.redis_url is None else []
         stages.append([self._service(key, endpoints[key]) for key in endpoints if key.role == "kvstore"])
         stages.append([self._service(key, endpoints[key]) for key in endpoints if key.role != "kvstore"])
         self._stages = [
-            [SupervisedProcess(spec, logs, clock, show_line, self._registry.count_restart) for spec in stage]
-            for stage in stages
+            [SupervisedProcess(spec, logs, clock, show_line, self._restarted.set) for spec in stage] for stage in stages
         ]
 
     @property
@@ -161,10 +164,23 @@ class MeshSupervisor:
             for faces_clients in (True, False):
                 part = [process for process in stage if process.spec.faces_clients is faces_clients]
                 await asyncio.gather(*(process.stop(_STOP_GRACE_S) for process in part))
+        await end(self._counting)
+        for probe in self._probes:
+            await probe.close()
         await self._registry.close()
         logging.getLogger("supervisor").removeHandler(self._log_file)
         self._log_file.close()
         shutil.rmtree(self.runtime.run_dir, ignore_errors=True)
+
+    async def _publish_restarts(self) -> None:
+        """Writes the counts after each restart. They are lost when Redis restarts, which is a restart too."""
+        while True:
+            await self._restarted.wait()
+            self._restarted.clear()
+            counts = {process.spec.name: process.num_restarts for process in self.processes if process.num_restarts}
+            if not await self._registry.set_restarts(counts):
+                self._restarted.set()
+                await asyncio.sleep(_RETRY_S)
 
     def _service(self, key: ProcessKey, endpoint: Endpoint) -> ProcessSpec:
         module = f"{key.role.value}_svc" if isinstance(key.role, Role) else key.role
@@ -172,27 +188,19 @@ class MeshSupervisor:
         named = [
             text for name, value in (("--unit", key.unit), ("--model", key.model)) if value for text in (name, value)
         ]
+        probe = HealthProbe(endpoint.address)
+        self._probes.append(probe)
         return ProcessSpec(
             endpoint.name,
             (*command, *named),
             functools.partial(wait_until_serving, endpoint.address),
+            probe.ask,
             faces_clients=key.role in _CLIENT_FACING_ROLES,
         )
 
-
-def _redis(runtime: MeshRuntime, state_dir: Path) -> ProcessSpec:
-    command = redis_command(Path(runtime.redis_url.removeprefix("unix://")), state_dir)
-    return ProcessSpec("redis", command, functools.partial(wait_for_redis, runtime.redis_url))
-
-
-async def wait_until_serving(address: str) -> None:
-    """Waits, without a time limit, until the service at ``address`` reports SERVING."""
-    async with internal_channel(address) as channel:
-        while True:
-            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True)
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                async for response in watch:
-                    if response.status == health_pb2.HealthCheckResponse.SERVING:
-                        watch.cancel()
-                        return
-            await asyncio.sleep(0.05)
+    def _redis(self, state_dir: Path) -> ProcessSpec:
+        url = self.runtime.redis_url
+        command = redis_command(Path(url.removeprefix("unix://")), state_dir)
+        probe = RedisProbe(url)
+        self._probes.append(probe)
+        return ProcessSpec("redis", command, functools.partial(wait_for_redis, url), probe.ask)

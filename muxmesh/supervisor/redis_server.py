@@ -49,6 +49,26 @@ async def wait_for_redis(url: str) -> None:
         await client.aclose()
 
 
+class RedisProbe:
+    """A connection to one Redis. It survives restarts of the server."""
+
+    def __init__(self, url: str) -> None:
+        self._redis = redis.asyncio.Redis.from_url(url, socket_connect_timeout=1.0, socket_timeout=1.0)
+
+    async def ask(self) -> bool:
+        """Sends a ping. False if there is no response within a second."""
+        try:
+            await self._redis.ping()
+        except (RedisError, OSError):
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        with contextlib.suppress(RedisError, OSError):
+            await self._redis.aclose()
+
+
 def _binary() -> str:
     if found := shutil.which("redis-server"):
         return found

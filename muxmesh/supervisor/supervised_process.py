@@ -1,6 +1,6 @@
-"""Runs one process: restarts it with back-off when it exits, and collects its output in a log file.
+"""Runs one process: restarts it with back-off when it exits or hangs, and collects its output in a log file.
 
-Knows no service. The caller passes the command and the check that the process is ready.
+Knows no service. The caller passes the command and the checks that the process is ready and responds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -19,14 +19,15 @@ from typing import Any
 
 from muxmesh.clock import Clock
 from muxmesh.errors import Unavailable
+from muxmesh.supervisor.liveness import CHECK_EVERY_S, Liveness
 
 _log = logging.getLogger("supervisor")
 
 FIRST_BACKOFF_S = 0.2
 """Delay before the first restart. It doubles with each further restart."""
-LONGEST_BACKOFF_S = 10.0
+LONGEST_BACKOFF_S = 5.0
 """Upper bound of the delay before a restart."""
-HEALTHY_AFTER_S = 30.0
+HEALTHY_AFTER_S = 15.0
 """Uptime that resets the delay to `FIRST_BACKOFF_S`."""
 _MAX_EARLY_EXITS = 3
 """Exits before the process was ever ready, after which it is not restarted."""
@@ -40,13 +41,15 @@ _LAST_OUTPUT_S = 1.0
 class ProcessSpec:
     """The command of a process. ``environment`` extends and overrides the environment of the supervisor.
 
-    ``wait_ready`` returns when the process serves. It may wait forever. ``faces_clients``: it needs the other processes
-    until its last client is served, so it is stopped before them.
+    ``wait_ready`` returns when the process serves. ``ask`` returns True when it has responded in any way, and False if
+    it cannot respond. Both may wait forever. ``faces_clients``: it needs the other processes until its last client is
+    served, so it is stopped before them.
     """
 
     name: str
     command: tuple[str, ...]
     wait_ready: Callable[[], Awaitable[None]]
+    ask: Callable[[], Coroutine[Any, Any, bool]]
     environment: Mapping[str, str] = field(default_factory=dict)
     faces_clients: bool = False
 
@@ -61,7 +64,7 @@ def log_file(path: Path) -> RotatingFileHandler:
 class SupervisedProcess:
     """Owns one process and its restarts. Invariant: at most one instance runs at a time, and none after `stop`.
 
-    ``show_line`` is called with the name and each line of output, ``on_restart`` with the name before each restart.
+    ``show_line`` is called with the name and each line of output, ``on_restart`` before each restart.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class SupervisedProcess:
         logs: Path,
         clock: Clock,
         show_line: Callable[[str, str], None],
-        on_restart: Callable[[str], Awaitable[None]],
+        on_restart: Callable[[], None],
     ) -> None:
         self.spec = spec
         self.num_restarts = 0
@@ -91,7 +94,7 @@ class SupervisedProcess:
         return self._process.pid if self._process and self._process.returncode is None else None
 
     def start(self) -> None:
-        """Starts the process. It is restarted when it exits, until `stop`."""
+        """Starts the process. It is restarted when it exits or hangs, until `stop`."""
         self._restart_loop = asyncio.create_task(self._run_until_stopped(), name=f"supervise {self.spec.name}")
 
     async def wait_ready(self, timeout_s: float) -> None:
@@ -120,6 +123,7 @@ class SupervisedProcess:
             if self.pid is None:
                 self._restart_loop.cancel()
             self.signal(signal.SIGTERM)
+            self.signal(signal.SIGCONT)  # a process that is stopped by a signal handles SIGTERM only then
             await asyncio.wait({self._restart_loop}, timeout=grace_s)
             if self.pid is not None:
                 _log.warning("%s did not stop within %.0f s and is killed", self.spec.name, grace_s)
@@ -148,12 +152,12 @@ class SupervisedProcess:
                 backoff_s = FIRST_BACKOFF_S
             _log.warning("%s: %s; restart in %.1f s", self.spec.name, cause, backoff_s)
             self.num_restarts += 1
-            await self._on_restart(self.spec.name)
+            self._on_restart()
             await asyncio.sleep(backoff_s)
             backoff_s = min(backoff_s * 2, LONGEST_BACKOFF_S)
 
     async def _run_once(self) -> str:
-        """Runs the process until it exits. Returns the cause of the exit."""
+        """Runs the process until it exits, or hangs and is killed. Returns the cause of its end."""
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *self.spec.command,
@@ -166,12 +170,34 @@ class SupervisedProcess:
         except OSError as error:  # possibly temporary: out of memory or process table entries
             return f"cannot be started: {error}"
         output = asyncio.create_task(self._collect_output(self._process))
+        killing = asyncio.create_task(self._kill_if_it_hangs(self._process.pid))
         try:
             code = await self._process.wait()
+            cause = f"{killing.result()} and was killed" if killing.done() else f"exit code {code}"
             await asyncio.wait({output}, timeout=_LAST_OUTPUT_S)
         finally:
             output.cancel()
-        return f"exit code {code}"
+            killing.cancel()
+        return cause
+
+    async def _kill_if_it_hangs(self, pid: int) -> str:
+        """Checks the process until it hangs, and kills it. Returns what the checks have found."""
+        liveness, asked = Liveness(), None
+        try:
+            while True:
+                if asked is None and liveness.is_to_be_asked:
+                    asked = asyncio.create_task(self.spec.ask())
+                await asyncio.sleep(CHECK_EVERY_S)
+                responded = None
+                if asked is not None:
+                    responded = asked.done() and asked.result()
+                    asked = None if asked.done() else asked
+                if reason := liveness.check(is_stopped=_is_stopped(pid), responded=responded):
+                    self.signal(signal.SIGKILL)
+                    return reason
+        finally:
+            if asked is not None:
+                asked.cancel()
 
     async def _collect_output(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
@@ -190,3 +216,12 @@ class SupervisedProcess:
     def _failure(self, problem: str) -> str:
         output = "\n".join(f"  {line}" for line in self._last_lines)
         return f"{self.spec.name} {problem}" + (f"; its last output:\n{output}" if output else "")
+
+
+def _is_stopped(pid: int) -> bool:
+    """True if a process of this user is stopped by a signal or a debugger."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
+    except OSError:  # it has exited
+        return False
+    return state in "Tt"

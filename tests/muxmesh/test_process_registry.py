@@ -98,8 +98,8 @@ async def test_restarts_are_counted_by_process(redis_url: str) -> None:
     await write_record(redis_url, "decode/chat")
     await write_record(redis_url, "prefill/chat")
     async with open_registry(redis_url) as registry:
-        for name in ("prefill/chat", "prefill/chat", "gone"):
-            await registry.count_restart(name)
+        assert await registry.set_restarts({"decode/chat": 7})
+        assert await registry.set_restarts({"prefill/chat": 2, "gone": 1})
         found = await registry.processes()
     assert found == [(_record("decode/chat"), 0), (_record("prefill/chat"), 2)]
 
@@ -122,7 +122,7 @@ async def test_two_meshes_on_one_redis_do_not_see_each_other(redis_url: str) -> 
         assert await second.processes() == []
         async with processes["m2"].registered("router", "unix:/second.sock"):
             await until(second.processes)
-            await first.count_restart("router")
+            assert await first.set_restarts({"router": 1})
             assert await first.address_of("router") == "unix:/first.sock"
             assert await second.address_of("router") == "unix:/second.sock"
             assert [restarts for _, restarts in await second.processes() or []] == [0]
@@ -137,7 +137,7 @@ async def test_every_redis_key_has_the_mesh_id_as_its_hash_tag(redis_url: str) -
         process.registered("router", "unix:/r.sock"),
     ):
         await until(reader.processes)
-        await reader.count_restart("router")
+        assert await reader.set_restarts({"router": 1})
         keys = await client.keys("*")
     assert sorted(keys) == ["muxmesh:{blue}:processes", "muxmesh:{blue}:restarts"]
 
@@ -184,7 +184,7 @@ async def test_without_redis_reads_return_none_and_writes_have_no_effect(tmp_pat
     async with open_registry(f"unix://{tmp_path / 'none.sock'}") as registry:
         assert await registry.processes() is None
         assert await registry.address_of("router") is None
-        await registry.count_restart("router")
+        assert await registry.set_restarts({"router": 1}) is False
         async with registry.registered("router", "unix:/r.sock"):
             await asyncio.sleep(0)
 

@@ -150,6 +150,8 @@ async def test_a_killed_supervisor_takes_its_processes_along(config: Path) -> No
         await process.stdout.readuntil(b"ready on")
         pidfds = [os.pidfd_open(pid) for pid in processes_that_name(config.parent) - {process.pid}]
         assert len(pidfds) >= 4
+        for pidfd in pidfds[::2]:
+            signal.pidfd_send_signal(pidfd, signal.SIGSTOP)  # a stopped process ends too
         process.kill()
         _, errors = await process.communicate()
     assert b" | " not in errors, "--quiet prints no line of a service"

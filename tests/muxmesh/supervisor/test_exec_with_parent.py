@@ -4,12 +4,15 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.processes import ended_popen
 
 EXEC = [sys.executable, "-m", "muxmesh.supervisor.exec_with_parent"]
 
 
-def test_the_program_dies_with_its_parent() -> None:
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["running", "stopped by a signal"])
+def test_the_program_dies_with_its_parent(is_stopped: bool) -> None:
     program = [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(600)"]
     script = (
         "import os, subprocess, time\n"
@@ -21,6 +24,8 @@ def test_the_program_dies_with_its_parent() -> None:
     with ended_popen(subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)) as parent:
         assert parent.stdout is not None
         pidfd = os.pidfd_open(int(parent.stdout.readline()))
+        if is_stopped:
+            signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
         parent.kill()
         parent.wait()
     try:

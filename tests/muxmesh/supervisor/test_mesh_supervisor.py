@@ -14,17 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 import redis
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MAX_SOCKET_PATH, MeshRuntime, PreparedModel
 from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import ConfigError, Unavailable
 from muxmesh.process_registry import redis_key
-from muxmesh.rpc.server import MeshServer
 from muxmesh.supervisor import supervised_process
 from muxmesh.supervisor.mesh_supervisor import (
     RUN_MARK,
@@ -32,7 +29,6 @@ from muxmesh.supervisor.mesh_supervisor import (
     free_listen_address,
     make_runtime,
     state_lock,
-    wait_until_serving,
 )
 
 PROGRAM = """
@@ -373,41 +369,3 @@ async def test_logs_are_kept_by_process(state_dir: Path, monkeypatch: pytest.Mon
     assert logs["supervisor.log"].endswith(" decode/m: exit code -9; restart in 0.0 s\n")
     assert logs["router.log"].count("\n") == 2, "up and down"
     assert len(logging.getLogger("supervisor").handlers) == len(handlers) - 1
-
-
-class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Ends the stream of each watcher after one status: NOT_SERVING twice, then SERVING."""
-
-    def __init__(self) -> None:
-        self.num_watches = 0
-
-    async def Check(self, request: Any, context: Any) -> Any:
-        raise NotImplementedError
-
-    async def Watch(self, request: Any, context: Any) -> Any:
-        self.num_watches += 1
-        status = health_pb2.HealthCheckResponse
-        yield status(status=status.SERVING if self.num_watches == 3 else status.NOT_SERVING)
-
-
-async def test_waiting_for_a_service_continues_until_it_is_serving(state_dir: Path) -> None:
-    address, health = f"unix:{state_dir / 's.sock'}", Health()
-    server = grpc.aio.server()
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    server.add_insecure_port(address)
-    await server.start()
-    async with asyncio.timeout(20):
-        await wait_until_serving(address)
-    assert health.num_watches == 3
-    await server.stop(0)
-
-
-async def test_waiting_for_a_service_starts_before_its_server(state_dir: Path) -> None:
-    address, server = f"unix:{state_dir / 's.sock'}", MeshServer({})
-    waiting = asyncio.create_task(wait_until_serving(address))
-    async with asyncio.timeout(20):
-        await asyncio.sleep(0)  # the watch begins
-        await server.start([address])
-        await server.set_serving()
-        await waiting
-    await server.stop(0)

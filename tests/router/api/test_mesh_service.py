@@ -144,7 +144,7 @@ async def test_processes_are_those_of_the_registry(tmp_path: Path, redis_url: st
     async with service(tmp_path, redis_url=redis_url) as setup:
         empty = await setup.status()
         assert empty.redis_connected and list(empty.processes) == []
-        await other.count_restart("router")
+        assert await other.set_restarts({"router": 1})
         async with other.registered("router", "127.0.0.1:1"), asyncio.timeout(20):
             while not (status := await setup.status()).processes:
                 pass
