@@ -252,7 +252,6 @@ def test_a_value_beyond_its_bound_is_refused_by_the_name_of_its_field(name: str)
 
 
 UNBOUNDED = {
-<<<<<<< HEAD
     GenerationRequest: {
         "model",
         "output",
@@ -260,12 +259,8 @@ UNBOUNDED = {
         "tenant",
         "bypass_prefix_cache",
         "kv_swap_format",
-        "seed",
         "unset_sampling",
     },
-=======
-    GenerationRequest: {"model", "output", "priority", "tenant", "bypass_prefix_cache", "kv_swap_format"},
->>>>>>> 623eb35 (Give every public field the number, type and meaning of vLLM's)
     StoppingOptions: {"include_stop_strings", "ignore_eos", "min_new_tokens"},
     Sampling: {"seed", "top_k"},
 }
