@@ -6,8 +6,7 @@ from collections.abc import AsyncIterator
 
 from loadtest.target import Piece, ServedModel, StreamEnd, TargetError
 from loadtest.workload import PlannedRequest
-from muxmesh.client import MeshClient, Message
-from muxmesh.client.aio import Prompt
+from muxmesh.client import NO_RETRIES, MeshClient, Message, Prompt
 from muxmesh.errors import InternalError, MeshError, Unavailable
 from muxmesh.rpc.status_codes import status_code
 
@@ -20,7 +19,7 @@ class MeshTarget:
     def __init__(self, address: str, temperature: float | None, timeout_s: float | None) -> None:
         self.name = f"mesh at {address}"
         self._address = address
-        self._client = MeshClient(address)
+        self._client = MeshClient(address, connect_timeout_s=_CONNECT_TIMEOUT_S, retries=NO_RETRIES)
         self._temperature = temperature
         self._timeout_s = timeout_s
 

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 
 from muxmesh.cli.generate import sampling_options, stream_output
-from muxmesh.client.aio import MeshClient, Message
+from muxmesh.client import MeshClient, Message
 
 
 def run(arguments: argparse.Namespace) -> int:

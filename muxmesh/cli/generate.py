@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from muxmesh.cli.common import print_json
-from muxmesh.client.aio import Completion, Delta, MeshClient, Message, Prompt, PromptFacts, Scheduling
+from muxmesh.client import Completion, Delta, MeshClient, Message, Prompt, PromptFacts, Scheduling
 from muxmesh.errors import InvalidRequest, RequestAborted, Unavailable
 
 

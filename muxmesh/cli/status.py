@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 
 from muxmesh.cli.common import message_dict, print_json
-from muxmesh.client.aio import MeshClient
+from muxmesh.client import MeshClient
 from muxmesh.v1 import mesh_pb2
 
 _MIB = 1024 * 1024

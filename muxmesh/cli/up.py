@@ -20,7 +20,7 @@ import uvloop
 
 from muxmesh.cli.common import ProgressBar, cache_dir, default_state_dir
 from muxmesh.cli.generate import stream_output
-from muxmesh.client.aio import MeshClient, Message
+from muxmesh.client import MeshClient, Message
 from muxmesh.clock import SystemClock
 from muxmesh.config.load import default_config, load_mesh_config, with_listen
 from muxmesh.config.runtime import MeshRuntime

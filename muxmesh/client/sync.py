@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Generator
+from random import Random
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
-from muxmesh.client.aio import Completion, Delta, MeshClient, Prompt
+from muxmesh.client.aio import DEFAULT_CONNECT_TIMEOUT_S, MeshClient
+from muxmesh.client.outputs import Completion, Delta
+from muxmesh.client.prompts import Prompt
+from muxmesh.client.request_options import OutputOptions, RequestOptions
+from muxmesh.client.retries import Retries
 from muxmesh.errors import RequestAborted
 from muxmesh.types import DEFAULT_ADDRESS
 from muxmesh.v1 import mesh_pb2
@@ -18,20 +24,25 @@ T = TypeVar("T")
 
 
 class SyncMeshClient:
-    """`MeshClient` without async. Several threads may share it.
+    """`MeshClient` without async. Several threads may share it. The first call starts its thread.
 
     >>> with SyncMeshClient() as client:
     ...     print(client.generate("Once upon a time", max_new_tokens=20).text)
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        connect_timeout_s: float | None = DEFAULT_CONNECT_TIMEOUT_S,
+        retries: Retries | None = None,
+        rng: Random | None = None,
+    ) -> None:
         """See `MeshClient`."""
-        self._loop = asyncio.new_event_loop()
+        self._client = MeshClient(address, connect_timeout_s=connect_timeout_s, retries=retries, rng=rng)
         self._lock = threading.RLock()  # reentrant: garbage collection may close a stream while it is held
         self._is_closed = False  # guarded by the lock; once true, nothing more is submitted to the loop
-        self._thread = threading.Thread(target=self._loop.run_forever, name="mesh client", daemon=True)
-        self._thread.start()
-        self._client = self._wait(self._open(address))
+        self._thread: _LoopThread | None = None  # guarded by the lock
 
     def __enter__(self) -> Self:
         return self
@@ -50,28 +61,21 @@ class SyncMeshClient:
             if self._is_closed:
                 return
             self._is_closed = True
-        asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+            thread = self._thread
+        if thread is not None and thread.is_of_this_process:
+            thread.end(self._shut_down())
 
-    def generate(self, prompt: Prompt, **options: Any) -> Completion:
+    def generate(self, prompt: Prompt, **options: Unpack[OutputOptions]) -> Completion:
         """See `MeshClient.generate`."""
         return self._wait(self._client.generate(prompt, **options))
 
-    def generate_many(self, prompt: Prompt, **options: Any) -> tuple[Completion, ...]:
+    def generate_many(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> tuple[Completion, ...]:
         """See `MeshClient.generate_many`."""
         return self._wait(self._client.generate_many(prompt, **options))
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Delta]:
-        """See `MeshClient.stream`. Closing the iterator aborts the request."""
-        deltas = self._client.stream(prompt, **options)
-        try:
-            while (delta := self._wait(_next(deltas))) is not None:
-                yield delta
-        finally:
-            with contextlib.suppress(RequestAborted):  # `close` has ended the stream
-                self._wait(deltas.aclose())
+    def stream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generator[Delta, None, None]:
+        """See `MeshClient.stream`. Closing the generator aborts the request."""
+        return self._stream(self._client.stream(prompt, **options))
 
     def list_models(self, timeout_s: float | None = None) -> list[mesh_pb2.ModelInfo]:
         """See `MeshClient.list_models`."""
@@ -81,27 +85,63 @@ class SyncMeshClient:
         """See `MeshClient.status`."""
         return self._wait(self._client.status(timeout_s))
 
-    @staticmethod
-    async def _open(address: str) -> MeshClient:
-        return MeshClient(address)
+    def _stream(self, deltas: AsyncGenerator[Delta, None]) -> Generator[Delta, None, None]:
+        try:
+            while (delta := self._wait(_next(deltas))) is not None:
+                yield delta
+        finally:
+            with contextlib.suppress(RequestAborted):  # `close` has ended the stream
+                self._wait(deltas.aclose())
 
     async def _shut_down(self) -> None:
         await self._client.close()
         calls = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*calls, return_exceptions=True)
-        await self._loop.shutdown_asyncgens()
+        await asyncio.get_running_loop().shutdown_asyncgens()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        with self._lock:
-            if self._is_closed:
-                work.close()
-                raise RequestAborted("the client is closed")
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            with self._lock:
+                future = asyncio.run_coroutine_threadsafe(work, self._running_loop())
+        except RequestAborted:
+            work.close()
+            raise
         try:
             return future.result()
         except BaseException:  # after Ctrl-C, too, nothing may run on in the thread
             future.cancel()
             raise
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        if self._is_closed:
+            raise RequestAborted("the client is closed")
+        if self._thread is None:
+            self._thread = _LoopThread()
+        if not self._thread.is_of_this_process:
+            raise RequestAborted("the client was used before a fork; make a client in each process")
+        return self._thread.loop
+
+
+class _LoopThread:
+    """An event loop in a thread. It ends with the interpreter, at the latest."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._process_id = os.getpid()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="mesh client", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """False after a fork, which copies no thread."""
+        return self._process_id == os.getpid()
+
+    def end(self, last_work: Coroutine[Any, Any, None]) -> None:
+        """Runs ``last_work`` and ends the thread."""
+        asyncio.run_coroutine_threadsafe(last_work, self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
 
 
 async def _next(deltas: AsyncGenerator[Delta, None]) -> Delta | None:

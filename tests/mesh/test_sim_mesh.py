@@ -77,7 +77,7 @@ async def test_one_prompt_can_have_several_sequences(mesh: RunningMesh, raw: grp
     assert all(one.finish.num_output_tokens == len(one.token_ids) == 5 for one in completions)
     assert completions[0].token_ids == (await mesh.client.generate("Hello", **options)).token_ids
     with pytest.raises(InvalidRequest, match="generate_many"):
-        await mesh.client.generate("Hello", num_sequences=2, **options)
+        await mesh.client.generate("Hello", num_sequences=2, **options)  # type: ignore[call-arg]
     unary = await inference_pb2_grpc.InferenceStub(raw).Generate(
         inference_pb2.GenerateRequest(
             model="sim",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from muxmesh.client.aio import Completion
+from muxmesh.client import Completion
 from muxmesh.models.tokenizer import load_text_model
 from tests.support.mesh import RunningMesh, running_mesh
 from tests.support.tiny import TinyShape, write_tiny_model

@@ -84,13 +84,15 @@ def last(
 class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer):
     """Replays ``script`` on every GenerateStream call and records the requests.
 
-    ``script``, ``models``, ``vocab_sizes``, ``status`` and ``unary_error`` may be replaced between calls. A vocabulary
-    has 259 tokens if ``vocab_sizes`` has no number for its model.
+    The first calls replay one each of ``scripts`` instead. ``script``, ``scripts``, ``models``, ``vocab_sizes``,
+    ``status`` and ``unary_error`` may be replaced between calls. A vocabulary has 259 tokens if ``vocab_sizes`` has no
+    number for its model.
     """
 
     def __init__(self, address: str, script: Sequence[Step]) -> None:
         self.address = address
         self.script = script
+        self.scripts: list[Sequence[Step]] = []
         self.models = ["m"]
         self.vocab_sizes: dict[str, int] = {}
         self.status = mesh_pb2.GetStatusResponse(version="1.2.3", redis_connected=True, order_policy="fcfs")
@@ -121,7 +123,7 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
         try:
             if request.model not in self.models:
                 raise ModelNotFound(f"model: {request.model!r} is not served")
-            for step in self.script:
+            for step in self.scripts.pop(0) if self.scripts else self.script:
                 if isinstance(step, inference_pb2.GenerateResponse):
                     yield step
                 elif isinstance(step, Exception):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from muxmesh.client.aio import Delta, Finish, MeshClient
+from muxmesh.client import Delta, Finish, MeshClient
 from muxmesh.clock import SystemClock
 from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import MeshError

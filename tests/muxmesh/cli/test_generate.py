@@ -60,7 +60,7 @@ def test_every_option_has_its_field_in_the_request(mesh: FakeMesh) -> None:
                 allowed_token_ids=[3, 4],
             ),
             stopping=inference_pb2.StoppingOptions(max_new_tokens=5, stop_strings=["end", "fin"]),
-            response=inference_pb2.ResponseOptions(output_token_ids=True, skip_special_tokens=True),
+            response=inference_pb2.ResponseOptions(output_token_ids=True),
             kv=inference_pb2.KvOptions(cache_salt="s"),
             priority=-3,
             expected_output_tokens=8,

@@ -1,26 +1,26 @@
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from google.protobuf.message import Message
 
 from muxmesh import errors
 from muxmesh.client import (
+    NO_RETRIES,
     Candidate,
     Completion,
     Delta,
     Finish,
     MeshClient,
     PromptFacts,
+    Retries,
     Scheduling,
     Timings,
     TokenLogprobs,
 )
-from muxmesh.client import Message as Turn
 from muxmesh.errors import InternalError, InvalidRequest, MeshError, ModelNotFound, RequestAborted, Unavailable
 from muxmesh.v1 import inference_pb2, mesh_pb2
 from tests.support.fake_mesh import FakeMesh, fake_mesh, output
@@ -38,14 +38,8 @@ async def mesh(tmp_path: Path) -> AsyncIterator[FakeMesh]:
 
 @pytest.fixture
 async def client(mesh: FakeMesh) -> AsyncIterator[MeshClient]:
-    async with MeshClient(mesh.address) as connected:
+    async with MeshClient(mesh.address, retries=NO_RETRIES) as connected:
         yield connected
-
-
-async def sent(mesh: FakeMesh, client: MeshClient, prompt: Any = "x", **options: Any) -> inference_pb2.GenerateRequest:
-    """The request message that `MeshClient.stream` sends for these arguments."""
-    assert [delta async for delta in client.stream(prompt, **{"model": "m", **options})]
-    return mesh.requests[-1]
 
 
 # --- outputs ---
@@ -90,7 +84,7 @@ async def test_generate_many_returns_the_sequences_in_order_of_their_index(mesh:
 
 async def test_generate_refuses_several_sequences(client: MeshClient) -> None:
     with pytest.raises(InvalidRequest, match=r"^num_sequences: .*generate_many"):
-        await client.generate("x", model="m", num_sequences=2)
+        await client.generate("x", model="m", num_sequences=2)  # type: ignore[call-arg]
 
 
 async def test_streams_of_one_client_run_side_by_side(mesh: FakeMesh, client: MeshClient) -> None:
@@ -214,195 +208,40 @@ async def test_every_field_of_the_scheduling_info_reaches_the_client(mesh: FakeM
 # --- requests ---
 
 
-async def test_a_request_without_options_leaves_optional_fields_unset(mesh: FakeMesh, client: MeshClient) -> None:
-    expected = inference_pb2.GenerateRequest(
-        model="m",
-        text="x",
-        sampling=inference_pb2.SamplingOptions(num_sequences=1),
-        decoding=inference_pb2.DecodingOptions(),
-        stopping=inference_pb2.StoppingOptions(),
-        response=inference_pb2.ResponseOptions(output_token_ids=True, skip_special_tokens=True),
-        kv=inference_pb2.KvOptions(),
-    )
-    assert await sent(mesh, client) == expected
-
-
-async def test_every_option_has_its_field_in_the_request(mesh: FakeMesh, client: MeshClient) -> None:
-    request = await sent(
-        mesh, client, max_new_tokens=5, min_new_tokens=2, temperature=0.5, top_k=4, top_p=0.75, min_p=0.25,
-        presence_penalty=0.5, frequency_penalty=-0.5, repetition_penalty=1.5, logit_bias={3: -1.0},
-        allowed_token_ids=[3, 4], seed=(1 << 63) - 1, num_sequences=2, stop_strings=["a", "b"], stop_token_ids=[6],
-        include_stop_strings=True, ignore_eos=True, truncate_prompt_tokens=8, skip_special_tokens=False, logprobs=0,
-        prompt_logprobs=1, cache_salt="s", bypass_prefix_cache=True, kv_swap_format="int8", priority=-3,
-        expected_output_tokens=9, explain_scheduling=True, request_id="r",
-    )  # fmt: skip
+async def test_prompt_and_options_reach_the_mesh(mesh: FakeMesh, client: MeshClient) -> None:
+    await client.generate([{"role": "user", "content": "hi"}], model="m", seed=5, stop_strings="end")
+    (request,) = mesh.requests
     assert request == inference_pb2.GenerateRequest(
-        request_id="r",
         model="m",
-        text="x",
-        temperature=0.5,
-        sampling=inference_pb2.SamplingOptions(num_sequences=2, top_k=4, top_p=0.75, min_p=0.25, seed=(1 << 63) - 1),
-        decoding=inference_pb2.DecodingOptions(
-            presence_penalty=0.5,
-            frequency_penalty=-0.5,
-            repetition_penalty=1.5,
-            logit_bias={3: -1.0},
-            allowed_token_ids=[3, 4],
-        ),
-        stopping=inference_pb2.StoppingOptions(
-            max_new_tokens=5,
-            min_new_tokens=2,
-            stop_token_ids=[6],
-            stop_strings=["a", "b"],
-            include_stop_strings=True,
-            ignore_eos=True,
-        ),
-        response=inference_pb2.ResponseOptions(
-            output_token_ids=True,
-            prompt_token_ids=True,
-            skip_special_tokens=False,
-            output_logprobs=True,
-            prompt_logprobs=True,
-            prompt_candidates=inference_pb2.CandidateTokens(top_n=1),
-            scheduling=True,
-        ),
-        kv=inference_pb2.KvOptions(
-            cache_salt="s", bypass_prefix_cache=True, swap_format=inference_pb2.KV_SWAP_FORMAT_INT8
-        ),
-        truncate_prompt_tokens=8,
-        priority=-3,
-        expected_output_tokens=9,
+        chat=inference_pb2.ChatPrompt(messages=[inference_pb2.ChatMessage(role="user", content="hi")]),
+        sampling=inference_pb2.SamplingOptions(seed=5),
+        stopping=inference_pb2.StoppingOptions(stop_strings=["end"]),
+        response=inference_pb2.ResponseOptions(output_token_ids=True),
     )
-    assert set(unset_fields(request)) == {"token_ids", "chat", "session_id", "output_candidates", "output_text"}
 
 
-def unset_fields(message: Message) -> Iterator[str]:
-    """A field that is new in the proto appears here until the client has an option for it."""
-    present = {field.name: value for field, value in message.ListFields()}
-    for field in message.DESCRIPTOR.fields:
-        if field.name not in present:
-            yield field.name
-        elif isinstance(present[field.name], Message):
-            yield from unset_fields(present[field.name])
-
-
-@pytest.mark.parametrize(
-    ("prompt", "fields"),
-    [
-        ("", {"text": ""}),
-        ("text", {"text": "text"}),
-        ([5, 6], {"token_ids": {"ids": [5, 6]}}),
-        ((), {"token_ids": {}}),
-        (range(2), {"token_ids": {"ids": [0, 1]}}),
-        ([Turn("user", "hi")], {"chat": {"messages": [{"role": "user", "content": "hi"}]}}),
-    ],
-)
-async def test_a_prompt_is_sent_in_the_field_of_its_kind(
-    mesh: FakeMesh, client: MeshClient, prompt: Any, fields: dict[str, Any]
-) -> None:
-    request: Message = await sent(mesh, client, prompt)
-    for field in request.DESCRIPTOR.fields:
-        if field.name not in ("text", "token_ids", "chat"):
-            request.ClearField(field.name)
-    assert request == inference_pb2.GenerateRequest(**fields)
-
-
-@pytest.mark.parametrize(
-    ("stop", "expected"), [("end", ["end"]), (["a", "b"], ["a", "b"]), ((), [])], ids=["text", "list", "none"]
-)
-async def test_one_stop_string_needs_no_list(
-    mesh: FakeMesh, client: MeshClient, stop: str | list[str], expected: list[str]
-) -> None:
-    assert list((await sent(mesh, client, stop_strings=stop)).stopping.stop_strings) == expected
-
-
-@pytest.mark.parametrize(("kv_format", "number"), [(None, 0), ("raw", 1), ("int8", 2)])
-async def test_the_swap_format_is_sent_by_its_number(
-    mesh: FakeMesh, client: MeshClient, kv_format: Any, number: int
-) -> None:
-    assert (await sent(mesh, client, kv_swap_format=kv_format)).kv.swap_format == number
-
-
-async def test_an_empty_list_of_allowed_tokens_is_refused_since_on_the_wire_it_would_allow_all() -> None:
+async def test_what_cannot_be_sent_is_refused_before_the_stream_is_read() -> None:
     async with MeshClient(UNREACHABLE) as unconnected:
-        with pytest.raises(InvalidRequest, match=r"^allowed_token_ids: is empty.*None allows all"):
-            await unconnected.generate("x", model="m", allowed_token_ids=[])
+        with pytest.raises(InvalidRequest, match=r"^seed: is -1; "):
+            unconnected.stream("x", seed=-1)
+        with pytest.raises(InvalidRequest, match=r"^prompt: is None; "):
+            unconnected.stream(None)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"'max_tokens' is no option of a request; did you mean 'max_new_tokens'\?"):
+            unconnected.stream("x", max_tokens=5)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "field", "problem"),
-    [
-        (b"text", "prompt", "is bytes"),
-        (bytearray(b"text"), "prompt", "is bytes"),
-        ([1, "a"], "prompt", "neither text"),
-        ([1, Turn("user", "x")], "prompt", "neither text"),
-        ([1.5], "prompt", "neither text"),
-        ([-1], "request", "-1"),
-        ([1 << 32], "request", str(1 << 32)),
-        (None, "request", "NoneType"),
-        ("\ud800", "request", "surrogates"),
-        ([Turn("user", 5)], "request", "bad argument type"),  # type: ignore[arg-type]
-    ],
-)
-async def test_a_prompt_that_cannot_be_sent_is_refused(prompt: Any, field: str, problem: str) -> None:
+@pytest.mark.parametrize("seconds", [0, -1, math.inf, math.nan, "5", True])
+async def test_a_time_limit_that_is_none_is_refused_by_its_name(seconds: Any) -> None:
+    with pytest.raises(InvalidRequest, match=rf"^connect_timeout_s: is {seconds!r}; a finite number of seconds"):
+        MeshClient(UNREACHABLE, connect_timeout_s=seconds)
     async with MeshClient(UNREACHABLE) as unconnected:
-        with pytest.raises(InvalidRequest, match=problem) as caught:
-            await unconnected.generate(prompt, model="m")
-    assert caught.value.field == field
-
-
-UINT32 = ("max_new_tokens", "min_new_tokens", "top_k", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
-BOUNDS: list[tuple[str, int, int]] = [
-    *((name, 0, (1 << 32) - 1) for name in UINT32),
-    ("num_sequences", 1, (1 << 32) - 1),
-    ("expected_output_tokens", 1, (1 << 32) - 1),
-    ("seed", 0, (1 << 63) - 1),
-    ("priority", -(1 << 31), (1 << 31) - 1),
-]
-
-
-@pytest.mark.parametrize(("name", "least", "most"), BOUNDS)
-async def test_a_number_outside_its_bounds_is_refused_by_its_name(name: str, least: int, most: int) -> None:
-    async with MeshClient(UNREACHABLE) as unconnected:
-        for value in (least - 1, most + 1, 1.5, "1"):
-            with pytest.raises(InvalidRequest) as caught:
-                await unconnected.generate_many("x", model="m", **{name: value})
-            assert caught.value.field == name
-            assert caught.value.problem == f"is {value!r}; a whole number from {least} to {most}"
-
-
-@pytest.mark.parametrize(("name", "least", "most"), BOUNDS)
-async def test_a_number_at_its_bounds_is_sent(
-    mesh: FakeMesh, client: MeshClient, name: str, least: int, most: int
-) -> None:
-    for value in (least, most):
-        await sent(mesh, client, **{name: value})
-
-
-@pytest.mark.parametrize("name", ["allowed_token_ids", "stop_token_ids"])
-@pytest.mark.parametrize("token_id", [-1, 1 << 32, "a"])
-async def test_a_token_id_that_is_none_is_refused_by_the_name_of_its_list(name: str, token_id: Any) -> None:
-    async with MeshClient(UNREACHABLE) as unconnected:
-        with pytest.raises(InvalidRequest, match=f"^{name}: is "):
-            await unconnected.generate("x", model="m", **{name: [3, token_id]})
-
-
-@pytest.mark.parametrize(
-    ("options", "field"),
-    [
-        ({"kv_swap_format": "int4"}, "kv_swap_format"),
-        ({"temperature": "hot"}, "request"),
-        ({"logit_bias": {-1: 1.0}}, "request"),
-        ({"cache_salt": "\ud800"}, "request"),
-        ({"timeout_s": math.inf}, "timeout_s"),
-        ({"timeout_s": math.nan}, "timeout_s"),
-    ],
-)
-async def test_a_value_that_cannot_be_sent_is_refused(options: dict[str, Any], field: str) -> None:
-    async with MeshClient(UNREACHABLE) as unconnected:
-        with pytest.raises(InvalidRequest) as caught:
-            await unconnected.generate("x", model="m", **options)
-    assert caught.value.field == field
+        for call in (
+            unconnected.generate("x", timeout_s=seconds),
+            unconnected.list_models(seconds),
+            unconnected.status(seconds),
+        ):
+            with pytest.raises(InvalidRequest, match=rf"^timeout_s: is {seconds!r}; a finite number of seconds"):
+                await call
 
 
 async def test_stream_request_sends_the_message_as_it_is(mesh: FakeMesh, client: MeshClient) -> None:
@@ -544,10 +383,69 @@ async def test_an_unreachable_mesh_is_unavailable_to_every_call() -> None:
                 await call
 
 
-async def test_a_failed_request_is_not_sent_again(mesh: FakeMesh, client: MeshClient) -> None:
+# --- retries ---
+
+AT_ONCE = Retries(max_retries=3, initial_delay_s=0.0)
+
+
+@pytest.fixture
+async def patient(mesh: FakeMesh) -> AsyncIterator[MeshClient]:
+    """A client that repeats a failed call up to three times, without a wait."""
+    async with MeshClient(mesh.address, retries=AT_ONCE) as connected:
+        yield connected
+
+
+@pytest.mark.parametrize("error", [grpc.StatusCode.UNAVAILABLE, errors.WorkerLost("decode/m died")])
+async def test_a_request_that_fails_before_its_first_token_is_sent_again(
+    mesh: FakeMesh, patient: MeshClient, error: Any
+) -> None:
+    mesh.scripts = [[error], [error]]
+    assert (await patient.generate("x", model="m")).text == "abc"
+    assert len(mesh.requests) == 3
+
+
+async def test_the_number_of_retries_is_bounded(mesh: FakeMesh, patient: MeshClient) -> None:
     mesh.script = [grpc.StatusCode.UNAVAILABLE]
     with pytest.raises(Unavailable):
-        await client.generate("x", model="m")
+        await patient.generate("x", model="m")
+    assert len(mesh.requests) == 4
+    mesh.unary_error = errors.Unavailable("no unit")
+    with pytest.raises(Unavailable):
+        await patient.list_models()
+    assert mesh.num_list_calls == 4
+
+
+async def test_a_request_is_never_sent_again_after_its_first_token(mesh: FakeMesh, patient: MeshClient) -> None:
+    mesh.script = [*output("ab")[:1], grpc.StatusCode.UNAVAILABLE]
+    with pytest.raises(Unavailable):
+        await patient.generate("x", model="m")
+    assert len(mesh.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [InvalidRequest("text", "is empty"), errors.Overloaded("full", 0.0), InternalError("")]
+)
+async def test_a_request_that_the_mesh_refuses_is_not_sent_again(
+    mesh: FakeMesh, patient: MeshClient, error: MeshError
+) -> None:
+    mesh.script = [error]
+    with pytest.raises(type(error)):
+        await patient.generate("x", model="m")
+    assert len(mesh.requests) == 1
+
+
+async def test_an_overloaded_mesh_is_asked_again_on_request(mesh: FakeMesh) -> None:
+    mesh.scripts = [[errors.Overloaded("full", 0.0)]]
+    async with MeshClient(mesh.address, retries=Retries(initial_delay_s=0.0, on_overload=True)) as client:
+        assert (await client.generate("x", model="m")).text == "abc"
+    assert len(mesh.requests) == 2
+
+
+async def test_no_retry_is_begun_that_would_end_after_the_deadline(mesh: FakeMesh) -> None:
+    mesh.script = [errors.Overloaded("full", 3600.0)]
+    async with MeshClient(mesh.address, retries=Retries(on_overload=True)) as client:
+        with pytest.raises(errors.Overloaded, match="full"):
+            await client.generate("x", model="m", timeout_s=1800)
     assert len(mesh.requests) == 1
 
 

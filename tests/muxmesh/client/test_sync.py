@@ -57,7 +57,7 @@ def test_errors_are_those_of_the_async_client(mesh: FakeMesh, client: SyncMeshCl
     with pytest.raises(ModelNotFound, match="'other'"):
         client.generate("x", model="other")
     with pytest.raises(InvalidRequest, match=r"^seed: is -1"):
-        next(iter(client.stream("x", seed=-1)))
+        client.stream("x", seed=-1)
     mesh.unary_error = Overloaded("full", 2.5)
     with pytest.raises(Overloaded, match="full") as caught:
         client.list_models()
@@ -151,6 +151,8 @@ def test_close_ends_a_suspended_stream(mesh: FakeMesh) -> None:
 
 def test_a_closed_client_refuses_every_call_and_has_no_thread(mesh: FakeMesh) -> None:
     client = SyncMeshClient(mesh.address)
+    assert client_threads() == [], "the first call starts the thread"
+    client.list_models()
     assert len(client_threads()) == 1
     client.close()
     client.close()

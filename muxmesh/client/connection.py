@@ -1,0 +1,145 @@
+"""The connection of a client to its mesh: channels, the wait for a connection, and errors in plain words.
+
+gRPC ties a channel to the event loop that it was opened on, so there is one for each loop, opened by the first call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import grpc
+
+from muxmesh.client.addresses import check_address, is_loopback
+from muxmesh.errors import DeadlineExceeded, InvalidRequest, MeshError, RequestAborted, Unavailable
+from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
+from muxmesh.rpc.status_codes import from_rpc_error
+from muxmesh.v1 import inference_pb2_grpc, mesh_pb2_grpc
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.lb_policy_name", "round_robin"),
+    ("grpc.use_local_subchannel_pool", 1),
+    # A router restarts within seconds, so reconnects do not back off for long.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
+_STATUS_DETAILS = "grpc-status-details-bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Stubs:
+    """A channel with the stubs of the public services."""
+
+    channel: grpc.aio.Channel
+    inference: inference_pb2_grpc.InferenceAsyncStub
+    mesh: mesh_pb2_grpc.MeshAsyncStub
+
+
+class MeshConnection:
+    """Opens channels to one address, on the event loop that calls. Closed once, it stays closed."""
+
+    def __init__(self, address: str, connect_timeout_s: float | None) -> None:
+        """Raises InvalidRequest for an address that cannot be one. ``connect_timeout_s`` None waits without limit."""
+        self.address = check_address(address)
+        self._connect_timeout_s = connect_timeout_s
+        self._stubs: dict[asyncio.AbstractEventLoop, Stubs] = {}
+        self._process_id: int | None = None
+        self._is_closed = False
+
+    async def ready(self, remaining_s: float | None) -> Stubs:
+        """Waits until the mesh is connected or an attempt to connect has failed, so that a call reports why.
+
+        Raises Unavailable after the connect timeout, and DeadlineExceeded if ``remaining_s`` passes before it.
+        """
+        stubs = self._open()
+        limits_s = [limit_s for limit_s in (self._connect_timeout_s, remaining_s) if limit_s is not None]
+        try:
+            async with asyncio.timeout(min(limits_s, default=None)):
+                while (state := stubs.channel.get_state(try_to_connect=True)) in _UNDECIDED:
+                    await stubs.channel.wait_for_state_change(state)
+        except TimeoutError:
+            if limits_s == [remaining_s]:
+                raise _deadline_passed() from None
+            if remaining_s is not None and remaining_s <= min(limits_s):
+                raise _deadline_passed() from None
+            raise Unavailable(
+                f"no connection to {self.address} within {self._connect_timeout_s:g} s; is the mesh running there, and "
+                "may this machine reach it?"
+            ) from None
+        self._refuse_closed()
+        return stubs
+
+    async def close(self) -> None:
+        """Closes all channels. Calls in progress end with RequestAborted. A second close has no effect."""
+        self._is_closed = True
+        while self._stubs:
+            loop, stubs = self._stubs.popitem()
+            if loop is asyncio.get_running_loop():
+                await stubs.channel.close()
+            elif loop.is_running():
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(stubs.channel.close(), loop))
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Maps gRPC errors to those of the mesh."""
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            raise self._mesh_error(error) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._is_closed or (task is not None and task.cancelling()):
+                raise
+            raise RequestAborted("the client was closed") from None  # closing a channel cancels its calls locally
+
+    def _open(self) -> Stubs:
+        self._refuse_closed()
+        if self._process_id not in (None, os.getpid()):
+            raise RequestAborted("the client was used before a fork; make a client in each process")
+        self._process_id = os.getpid()
+        loop = asyncio.get_running_loop()
+        if loop not in self._stubs:
+            for other in [other for other in self._stubs if other.is_closed()]:
+                del self._stubs[other]
+            channel = grpc.aio.insecure_channel(self.address, options=self._options())
+            self._stubs[loop] = Stubs(
+                channel, inference_pb2_grpc.InferenceStub(channel), mesh_pb2_grpc.MeshStub(channel)
+            )
+        return self._stubs[loop]
+
+    def _options(self) -> tuple[tuple[str, str | int], ...]:
+        # An HTTP proxy of the environment cannot reach a mesh on this machine.
+        return (*_OPTIONS, ("grpc.enable_http_proxy", 0)) if is_loopback(self.address) else _OPTIONS
+
+    def _refuse_closed(self) -> None:
+        if self._is_closed:
+            raise RequestAborted("the client is closed")
+
+    def _mesh_error(self, error: grpc.aio.AioRpcError) -> MeshError:
+        """The error of the mesh, as it sent it; or an error of gRPC itself in words of the mesh."""
+        if any(key == _STATUS_DETAILS for key, _ in error.trailing_metadata() or ()):
+            return from_rpc_error(error)
+        details = error.details() or error.code().name
+        match error.code():
+            case grpc.StatusCode.DEADLINE_EXCEEDED:
+                return _deadline_passed()
+            case grpc.StatusCode.UNAVAILABLE:
+                return Unavailable(f"{self.address} cannot be reached: {details.rpartition('last error: ')[2]}")
+            case grpc.StatusCode.UNIMPLEMENTED:
+                return InvalidRequest(
+                    "address", f"{self.address} is no MuxMesh router, or of another version ({details})"
+                )
+        return from_rpc_error(error)
+
+
+_UNDECIDED = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
+
+
+def _deadline_passed() -> DeadlineExceeded:
+    return DeadlineExceeded("timeout_s passed before the output was complete")

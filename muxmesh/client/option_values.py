@@ -1,0 +1,103 @@
+"""Checks of single values of a request: whether the wire can carry them. Knows no options and no messages.
+
+Each check takes any object and returns the value to send. It raises `Unfit` with the values that are possible.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+_MAX_QUOTED = 100
+
+
+class Unfit(ValueError):
+    """A value cannot be sent. The message says what can, ``part`` which part of the value is meant."""
+
+    def __init__(self, needed: str, part: str | None = None) -> None:
+        super().__init__(needed)
+        self.part = part
+
+    def problem(self, value: object) -> str:
+        """The problem with ``value`` in one line."""
+        return f"{self.part or f'is {quoted(value)}'}; {self}"
+
+
+Convert = Callable[[Any], Any]
+
+
+def quoted(value: object) -> str:
+    """``repr`` of a value, cut to 100 characters."""
+    shown = repr(value)
+    return shown if len(shown) <= _MAX_QUOTED else f"{shown[:_MAX_QUOTED]}..."
+
+
+def whole(least: int, most: int) -> Convert:
+    """Whole numbers from ``least`` to ``most``, those of numpy included."""
+
+    def convert(value: Any) -> int:
+        try:
+            number = operator.index(value)
+        except TypeError:
+            number = None
+        if number is None or isinstance(value, bool) or not least <= number <= most:
+            raise Unfit(f"a whole number from {least} to {most} is needed")
+        return number
+
+    return convert
+
+
+def number(value: Any) -> float:
+    """Any real number. Whether it is in range is for the router to say."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise Unfit("a number is needed")
+    return float(value)
+
+
+def text(value: Any) -> str:
+    """A string that UTF-8 can encode."""
+    if not isinstance(value, str):
+        raise Unfit("a string is needed")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Unfit("text that UTF-8 can encode is needed") from None
+    return value
+
+
+def flag(value: Any) -> bool:
+    """True or False, and no number."""
+    if not isinstance(value, bool):
+        raise Unfit("True or False is needed")
+    return value
+
+
+def list_of(convert: Convert) -> Convert:
+    """Lists of what ``convert`` accepts."""
+
+    def convert_all(value: Any) -> list[Any]:
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+            raise Unfit("a list is needed")
+        return [_element(convert, part) for part in value]
+
+    return convert_all
+
+
+def mapping_of(convert_key: Convert, convert_value: Convert) -> Convert:
+    """Dictionaries of what the two accept."""
+
+    def convert_all(value: Any) -> dict[Any, Any]:
+        if not isinstance(value, Mapping):
+            raise Unfit("a dictionary is needed")
+        return {_element(convert_key, key): _element(convert_value, part) for key, part in value.items()}
+
+    return convert_all
+
+
+def _element(convert: Convert, part: object) -> Any:
+    try:
+        return convert(part)
+    except Unfit as error:
+        raise Unfit(str(error), f"has {quoted(part)} in it") from None
