@@ -15,11 +15,11 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from muxmesh.errors import InternalError, MeshError
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
 from muxmesh.rpc.message_parser import parse
+from muxmesh.rpc.reflection import add_reflection
 from muxmesh.rpc.status_codes import to_status
 
 _log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class MeshServer:
             register(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        reflection.enable_server_reflection([*self._names[1:], health_name, reflection.SERVICE_NAME], self._server)
+        add_reflection([*self._names[1:], health_name], self._server)
 
     async def start(self, addresses: Iterable[str]) -> None:
         """Listens on all addresses (HOST:PORT or unix:PATH). Raises InternalError if one is in use or invalid."""

@@ -12,7 +12,6 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from muxmesh import errors
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
@@ -291,22 +290,6 @@ async def test_watchers_of_the_health_see_the_start_and_the_stop(tmp_path: Path)
         assert (await watch.read()).status == NOT_SERVING
         watch.cancel()
         await stopping
-
-
-async def test_reflection_lists_the_services_and_their_messages(tmp_path: Path) -> None:
-    async with running(tmp_path) as mesh:
-        reflection = reflection_pb2_grpc.ServerReflectionStub(mesh.channel)
-        queries = [
-            reflection_pb2.ServerReflectionRequest(list_services=""),
-            reflection_pb2.ServerReflectionRequest(file_containing_symbol=KVSTORE.full_name),
-        ]
-        services, file = await collect(reflection.ServerReflectionInfo(iter(queries)))
-    assert {service.name for service in services.list_services_response.service} == {
-        KVSTORE.full_name,
-        "grpc.health.v1.Health",
-        "grpc.reflection.v1alpha.ServerReflection",
-    }
-    assert KVSTORE.file.serialized_pb in list(file.file_descriptor_response.file_descriptor_proto)
 
 
 async def test_a_message_larger_than_the_default_of_grpc_passes_in_both_directions(tmp_path: Path) -> None:
