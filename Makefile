@@ -6,9 +6,12 @@ BIN := $(VENV)/bin
 # what asks for it later finds it there. On Linux the default package index has a build with CUDA; point
 # PIP_EXTRA_INDEX_URL at PyTorch's CPU index for a smaller one.
 TORCH ?= torch==2.13.0
+# For `make chaos`.
+SECONDS ?= 60
+SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-long check fix protos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool bench-faults bench-swap bench-router bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-check
+.PHONY: help venv dev run test test-long check fix protos chaos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool bench-swap bench-router bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-check
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +44,9 @@ test: $(VENV)/.dev ## Run all tests
 test-long: $(VENV)/.dev ## Run the property tests with many more examples, and the fuzz tests with 200,000 inputs
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/kvstore tests/router $(PYTEST_ARGS)
 	FUZZ_INPUTS=200000 $(BIN)/python -m pytest --timeout 3600 tests/fuzz $(PYTEST_ARGS)
+
+chaos: $(VENV)/.dev ## Random faults under load on tiny real models, for SECONDS, from SEED: nothing lost, altered or leaked
+	$(BIN)/python -m benchmarks.chaos --seconds $(SECONDS) --seed $(SEED)
 
 check: $(VENV)/.dev ## Lint, types, import rules, protos, generated code
 	$(BIN)/ruff format --check .
@@ -83,9 +89,6 @@ bench-attention: $(VENV)/.dev ## The attention kernel alone, compared with the r
 
 bench-kvpool: $(VENV)/.dev ## The KV pool: speed, utilization, hand-off, prefix hits, metadata
 	$(BIN)/python -m benchmarks.kvpool
-
-bench-faults: $(VENV)/.dev ## Workers killed at random moments under load
-	$(BIN)/python -m benchmarks.faults
 
 bench-predictor: $(VENV)/.dev ## The length predictor over DATA, a folder of public outputs; OWN: a jsonl from own-outputs
 	$(BIN)/python -m benchmarks.predictor $(DATA) $(if $(OWN),--own $(OWN))

@@ -25,6 +25,7 @@ class UpProcess:
     process: asyncio.subprocess.Process
     client: MeshClient
     address: str
+    state_dir: Path
     started_at_s: float
     ready_at_s: float
 
@@ -42,7 +43,7 @@ class UpProcess:
 
 @asynccontextmanager
 async def up(*arguments: str) -> AsyncIterator[UpProcess]:
-    """Runs a mesh on a free port with its own state directory; stops it with SIGINT."""
+    """Runs a mesh on a free port with its own state directory; stops it with SIGINT if it has not been stopped."""
     with tempfile.TemporaryDirectory(prefix="mm-") as state_dir:
         started_at_s = time.monotonic()
         process = await asyncio.create_subprocess_exec(
@@ -56,9 +57,10 @@ async def up(*arguments: str) -> AsyncIterator[UpProcess]:
                     break
             address = line.split()[-1].decode()
             async with MeshClient(address) as client:
-                yield UpProcess(process, client, address, started_at_s, time.monotonic())
+                yield UpProcess(process, client, address, Path(state_dir), started_at_s, time.monotonic())
         finally:
-            process.send_signal(signal.SIGINT)
+            if process.returncode is None:
+                process.send_signal(signal.SIGINT)
             await process.wait()
 
 

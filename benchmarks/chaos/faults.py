@@ -1,0 +1,134 @@
+"""The table of faults. To add one: write how to inject it, how to undo it, how to see that the mesh has recovered.
+
+A function of the table gets the mesh's processes and the name of the target. Draws nothing (`plan`), and judges no
+client (`checker`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from benchmarks.chaos.processes import MeshProcesses
+
+BACK_WITHIN_S = 120.0
+"""Bound on a restart: the longest back-off of the supervisor, and the start of a process on a busy machine."""
+HANG_NOTICED_WITHIN_S = 25.0
+"""Bound on noticing that a process hangs: the 15 s that the mesh promises, and a busy machine."""
+SERVICES = ("router", "kvstore", "prefill", "decode")
+CLIENT = "client"
+"""The role, and the name, of a client process of its own."""
+
+
+class NotRecovered(Exception):
+    """The mesh did not do after a fault what it should. The message says what."""
+
+
+async def _nothing(processes: MeshProcesses, target: str, pid: int) -> None:
+    pass
+
+
+def _unavailable_without_router(target: str) -> frozenset[str]:
+    """Clients of a router that dies get UNAVAILABLE. Any other process is replaced without their knowledge."""
+    return frozenset({"Unavailable", "WorkerLost"}) if target == "router" else frozenset()
+
+
+def _no_error(target: str) -> frozenset[str]:
+    return frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A kind of fault.
+
+    ``weight``: how often, relative to others. ``roles``: of the processes that it hits. ``inject`` returns the pid that
+    it hit, and raises LookupError if the target does not run. After ``hold_s`` (least and most seconds), ``undo`` ends
+    the fault. ``recovered`` returns when the mesh is as before, or raises NotRecovered. ``allows``: by target, the
+    names of the errors that clients may see until then. ``is_judged_alone``: see `history.InjectedFault`.
+    """
+
+    name: str
+    weight: float
+    roles: tuple[str, ...]
+    inject: Callable[[MeshProcesses, str], Awaitable[int]]
+    recovered: Callable[[MeshProcesses, str, int], Awaitable[None]]
+    undo: Callable[[MeshProcesses, str, int], Awaitable[None]] = _nothing
+    hold_s: tuple[float, float] = (0.0, 0.0)
+    allows: Callable[[str], frozenset[str]] = _unavailable_without_router
+    is_judged_alone: bool = False
+
+
+async def _kill(processes: MeshProcesses, target: str) -> int:
+    pid = processes.pid(target)
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+async def _stop(processes: MeshProcesses, target: str) -> int:
+    pid = processes.pid(target)
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+async def _continue(processes: MeshProcesses, target: str, pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGCONT)
+    except ProcessLookupError:
+        raise NotRecovered("did not survive a stop that is shorter than the bound") from None
+
+
+async def _replaced(processes: MeshProcesses, target: str, pid: int) -> None:
+    """The target serves in another process; for a kvstore, so do the workers of its unit."""
+    for name in processes.restarted_with(target):
+        if not await processes.serves(name, pid, BACK_WITHIN_S):
+            raise NotRecovered(f"{name} does not serve {BACK_WITHIN_S:.0f} s later")
+
+
+async def _killed_and_replaced(processes: MeshProcesses, target: str, pid: int) -> None:
+    try:
+        async with asyncio.timeout(HANG_NOTICED_WITHIN_S):
+            while processes.is_alive(pid):
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        os.kill(pid, signal.SIGKILL)
+        raise NotRecovered(f"was not killed within {HANG_NOTICED_WITHIN_S:.0f} s") from None
+    await _replaced(processes, target, pid)
+
+
+async def _survived(processes: MeshProcesses, target: str, pid: int) -> None:
+    if not await processes.serves(target, None, BACK_WITHIN_S):
+        raise NotRecovered(f"does not serve {BACK_WITHIN_S:.0f} s later")
+    if processes.pid(target) != pid:
+        raise NotRecovered("was restarted after a stop that is shorter than the bound")
+
+
+async def _vanishing_client(processes: MeshProcesses, target: str) -> int:
+    """Kills a client process in the middle of its output."""
+    client = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "muxmesh", "generate", "--address", processes.listen, "--model", processes.models[0],
+        "--max-new-tokens", "180", "--temperature", "1", "--num-sequences", "2", "A client that vanishes",
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    assert client.stdout is not None
+    try:
+        async with asyncio.timeout(10.0):
+            await client.stdout.read(1)
+    except TimeoutError:
+        pass
+    if client.returncode is None:
+        client.kill()
+    await client.wait()
+    return client.pid
+
+
+FAULTS: tuple[Fault, ...] = (
+    Fault("kill -9", 5, (*SERVICES, "redis"), _kill, _replaced),
+    Fault("stop", 3, (*SERVICES, "redis"), _stop, _survived, _continue, (0.2, 4.0), _no_error, is_judged_alone=True),
+    Fault("hang", 1, SERVICES, _stop, _killed_and_replaced),
+    Fault("vanish", 1, (CLIENT,), _vanishing_client, _nothing, allows=_no_error),
+)
+"""kill -9; SIGSTOP, then SIGCONT before the mesh may restart the process; SIGSTOP for ever; a client that is killed."""

@@ -1,0 +1,52 @@
+"""Injects the faults of a plan, each when it is due, and prints how each ended."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+
+from benchmarks.chaos.faults import FAULTS, Fault, NotRecovered
+from benchmarks.chaos.history import InjectedFault
+from benchmarks.chaos.plan import PlannedFault
+from benchmarks.chaos.processes import MeshProcesses
+from benchmarks.chaos.report import fault_line
+
+
+class Injector:
+    """Owns the faults that happened. ``now_s``: seconds since the load started."""
+
+    def __init__(self, processes: MeshProcesses, now_s: Callable[[], float]) -> None:
+        self.faults: list[InjectedFault] = []
+        self._processes = processes
+        self._now_s = now_s
+
+    async def run(self, plan: Sequence[PlannedFault]) -> None:
+        """Injects every fault of the plan; returns when the mesh has recovered from all of them, or should have."""
+        table = {fault.name: fault for fault in FAULTS}
+        await asyncio.gather(*(self._inject(table[planned.fault], planned) for planned in plan))
+
+    async def _inject(self, fault: Fault, planned: PlannedFault) -> None:
+        await asyncio.sleep(planned.at_s - self._now_s())
+        at_s, problem, note = self._now_s(), "", ""
+        try:
+            pid = await fault.inject(self._processes, planned.target)
+            await asyncio.sleep(planned.hold_s)
+            await fault.undo(self._processes, planned.target, pid)
+            await fault.recovered(self._processes, planned.target, pid)
+        except (LookupError, ProcessLookupError):
+            note = "did not run"
+        except NotRecovered as error:
+            problem = str(error)
+        happened = InjectedFault(
+            fault.name,
+            planned.target,
+            at_s,
+            math.inf if problem and not fault.is_judged_alone else self._now_s(),
+            fault.allows(planned.target),
+            problem,
+            fault.is_judged_alone,
+            note,
+        )
+        self.faults.append(happened)
+        print(fault_line(happened), flush=True)
