@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from muxmesh.client.aio import Message, Prompt
+from muxmesh.client import Message, Prompt
 
 NUM_CASES = 36
 _WORDS = ("fox", "sea", "lamp", "träume", "你好", "seven", "🎉", "bread", "of", "and", "1984", "quick", "the")
@@ -67,7 +67,7 @@ LOAD_KINDS: tuple[LoadKind, ...] = (
     LoadKind("long prompt", 2, lambda rng: (_words(rng, 30) + " " + _words(rng, 30), _seeded(rng, top_k=40))),
     LoadKind("several sequences", 2, lambda rng: (_words(rng, 8), _seeded(rng, num_sequences=rng.randint(2, 4)))),
     LoadKind("stop strings", 3, lambda rng: (_words(rng, 8), _seeded(rng, stop_strings=("e", "Q7", "\x00", "%")))),
-    LoadKind("may end", 1, lambda rng: (_words(rng, 8), _seeded(rng, ignore_eos=False, min_new_tokens=3))),
+    LoadKind("may end", 1, lambda rng: (_words(rng, 8), _seeded(rng, ignore_eos=False, min_new_tokens=1))),
     LoadKind("log-probabilities", 1, lambda rng: (_words(rng, 8), _seeded(rng, logprobs=2, prompt_logprobs=1))),
     LoadKind("penalties", 1, lambda rng: (_words(rng, 8), _seeded(rng, repetition_penalty=1.3, frequency_penalty=0.5))),
     LoadKind("chat", 2, lambda rng: ((Message("user", _words(rng, 12)),), _seeded(rng, min_p=0.02))),

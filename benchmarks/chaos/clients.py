@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.chaos.cases import Case, Request
 from benchmarks.chaos.history import CANCELLED, COMPLETED, ENDLESS, Call, SequenceSeen
-from muxmesh.client import MeshClient
+from muxmesh.client import NO_RETRIES, MeshClient
 from muxmesh.errors import MeshError, Unavailable
 
 CALL_LIMIT_S = 150.0
@@ -40,8 +40,8 @@ class Load:
         self._is_stopped = True
 
     async def run_clients(self, streams: Sequence[Iterator[Request]]) -> None:
-        """One client for each stream of requests."""
-        await asyncio.gather(*(self._run_client(requests) for requests in streams))
+        """One client for each stream of requests. Every second one repeats failed calls as `MeshClient` does."""
+        await asyncio.gather(*(self._run_client(requests, number % 2 == 0) for number, requests in enumerate(streams)))
 
     async def call_all(self, cases: Sequence[Case], at_once: int) -> list[Call]:
         """Sends each case once, ``at_once`` at a time; these calls are not added to ``calls``."""
@@ -54,8 +54,11 @@ class Load:
         async with MeshClient(self._address) as client:
             return await asyncio.gather(*(one(client, case) for case in cases))
 
-    async def _run_client(self, requests: Iterator[Request]) -> None:
-        client = MeshClient(self._address)
+    def _client(self, retries: bool) -> MeshClient:
+        return MeshClient(self._address) if retries else MeshClient(self._address, retries=NO_RETRIES)
+
+    async def _run_client(self, requests: Iterator[Request], retries: bool) -> None:
+        client = self._client(retries)
         try:
             for request in requests:
                 await asyncio.sleep(request.pause_s)
@@ -69,7 +72,7 @@ class Load:
                         break
                     self.num_retries += 1
                     await client.close()
-                    client = MeshClient(self._address)
+                    client = self._client(retries)
                     await asyncio.sleep(_RETRY_AFTER_S)
         finally:
             await client.close()

@@ -127,7 +127,7 @@ async def _vanishing_client(processes: MeshProcesses, target: str) -> int:
 
 FAULTS: tuple[Fault, ...] = (
     Fault("kill -9", 5, (*SERVICES, "redis"), _kill, _replaced),
-    Fault("stop", 3, (*SERVICES, "redis"), _stop, _survived, _continue, (0.2, 4.0), _no_error, is_judged_alone=True),
+    Fault("stop", 3, (*SERVICES, "redis"), _stop, _survived, _continue, (0.2, 3.5), _no_error, is_judged_alone=True),
     Fault("hang", 1, SERVICES, _stop, _killed_and_replaced),
     Fault("vanish", 1, (CLIENT,), _vanishing_client, _nothing, allows=_no_error),
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from benchmarks.chaos.cases import Request
-from muxmesh.client.aio import Delta, Finish
+from muxmesh.client import Delta, Finish
 from muxmesh.types import TokenLogprobs
 
 COMPLETED, CANCELLED, ENDLESS = "completed", "cancelled", "endless"

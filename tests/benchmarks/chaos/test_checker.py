@@ -18,7 +18,7 @@ from benchmarks.chaos.checker import (
     leaks,
 )
 from benchmarks.chaos.history import CANCELLED, COMPLETED, ENDLESS, Call, Holdings, InjectedFault, SequenceSeen
-from muxmesh.client.aio import Delta, Finish
+from muxmesh.client import Delta, Finish
 from muxmesh.types import Candidate, TokenLogprobs
 
 CASE = Case(3, "seeded", "small", "Hello", {"seed": 5, "num_sequences": 2})
