@@ -88,6 +88,11 @@ def read_json_object(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str,
     return content
 
 
+def named(name: str) -> str:
+    """A name in a file, up to 60 characters and in one line, whatever it contains."""
+    return _shortened(repr(name)[1:-1])
+
+
 def described(value: object) -> str:
     """A value of a file in an error: a number or a string as it is, up to 60 characters, else its kind."""
     if value is None or isinstance(value, bool):
@@ -96,5 +101,8 @@ def described(value: object) -> str:
         return "an object"
     if isinstance(value, list | tuple):
         return "a list"
-    text = repr(value)
+    return _shortened(repr(value))
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from muxmesh.errors import ModelUnsupported
-from muxmesh.models.model_files import read_json_object
+from muxmesh.models.file_fields import FileFields
+from muxmesh.models.model_files import described, named, read_json_object
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPE_BYTES = {"float32": 4}
 HEAD_DIMS = range(16, 257, 2)
-_POSITIVE_SIZES = (
-    "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "context_len",
-)  # fmt: skip
+_MAX_SIZE = 1 << 24
+"""Of vocabulary, hidden and intermediate size: above every known model, and no product of sizes is out of bounds."""
+_MAX_LAYERS = 1 << 12
+_MAX_HEADS = 1 << 12
+_MAX_CONTEXT = (1 << 31) - 1
+_MAX_THETA = 1e15
+_MAX_FACTOR = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,137 +144,162 @@ def read_model_spec(folder: Path) -> ModelSpec:
     config = read_json_object(folder / "config.json")
     if config is None:
         raise ModelUnsupported(f"{folder}: has no config.json; a model folder in Hugging Face style is needed")
-    return spec_from_config(folder / "config.json", config, read_json_object(folder / "generation_config.json") or {})
+    generation = folder / "generation_config.json"
+    return spec_from_config(folder / "config.json", config, read_json_object(generation) or {}, generation)
 
 
-def spec_from_config(origin: Path, config: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelSpec:
-    """Builds the spec from the two configs of a Hugging Face model. Raises ModelUnsupported, which names ``origin``."""
-    architecture = (config.get("architectures") or ["(none)"])[0]
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        raise ModelUnsupported(
-            f"{origin}: architecture {architecture} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
-    try:
-        _refuse_variants(origin, config)
-        num_heads = int(config["num_attention_heads"])
-        spec = ModelSpec(
-            architecture=architecture,
-            vocab_size=int(config["vocab_size"]),
-            hidden_size=int(config["hidden_size"]),
-            num_layers=int(config["num_hidden_layers"]),
-            num_heads=num_heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
-            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // num_heads),
-            intermediate_size=int(config["intermediate_size"]),
-            rope_theta=float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10_000.0),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            context_len=_context_len(config),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            eos_token_ids=_eos_token_ids(config, generation),
-            rope_scaling=_rope_scaling(origin, config),
-            qkv_bias=architecture == "Qwen2ForCausalLM",
-            qk_norm=architecture == "Qwen3ForCausalLM",
-        )
-    except KeyError as error:
-        raise ModelUnsupported(f"{origin}: field {error.args[0]} is missing") from error
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise ModelUnsupported(f"{origin}: a field has a wrong type: {error}") from error
-    _check_sizes(origin, spec)
+def spec_from_config(
+    origin: Path, config: Mapping[str, Any], generation: Mapping[str, Any], generation_origin: Path | None = None
+) -> ModelSpec:
+    """Builds the spec from the two configs of a Hugging Face model.
+
+    Raises ModelUnsupported, which names the field and ``origin`` or ``generation_origin``.
+    """
+    fields = FileFields(origin, config)
+    architecture = _architecture(fields)
+    _refuse_variants(fields)
+    num_heads, hidden_size = fields.needed_integer("num_attention_heads", 1, _MAX_HEADS), _size(fields, "hidden_size")
+    vocab_size = _size(fields, "vocab_size")
+    for name in ("bos_token_id", "pad_token_id"):  # -1 is "none" in older files
+        fields.integer(name, -1, vocab_size - 1)
+    spec = ModelSpec(
+        architecture=architecture,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=fields.needed_integer("num_hidden_layers", 1, _MAX_LAYERS),
+        num_heads=num_heads,
+        num_kv_heads=fields.integer("num_key_value_heads", 1, _MAX_HEADS) or num_heads,
+        head_dim=fields.integer("head_dim", 1, _MAX_SIZE) or hidden_size // num_heads,
+        intermediate_size=_size(fields, "intermediate_size"),
+        rope_theta=_rope(fields).number("rope_theta", 1.0, _MAX_THETA)
+        or fields.number("rope_theta", 1.0, _MAX_THETA)
+        or 10_000.0,
+        rms_norm_eps=fields.number("rms_norm_eps", 0.0, 1.0) or 1e-6,
+        context_len=_context_len(fields),
+        tied_embeddings=fields.flag("tie_word_embeddings", False),
+        eos_token_ids=_eos_token_ids(fields, FileFields(generation_origin or origin, generation), vocab_size),
+        rope_scaling=_rope_scaling(fields),
+        qkv_bias=architecture == "Qwen2ForCausalLM",
+        qk_norm=architecture == "Qwen3ForCausalLM",
+    )
+    _check_heads(fields, spec)
     return spec
 
 
-def _refuse_variants(origin: Path, config: Mapping[str, Any]) -> None:
+def _architecture(fields: FileFields) -> str:
+    given = fields.values.get("architectures")
+    if given is not None and not (isinstance(given, list) and all(isinstance(one, str) for one in given)):
+        raise fields.refuse("architectures", f"is {described(given)}; must be a list of names")
+    architecture = str((given or ["(none)"])[0])
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise fields.refuse(
+            "architectures",
+            f"architecture {named(architecture)} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}",
+        )
+    return architecture
+
+
+def _size(fields: FileFields, name: str) -> int:
+    return fields.needed_integer(name, 1, _MAX_SIZE)
+
+
+def _refuse_variants(fields: FileFields) -> None:
+    rotated = _rope(fields).number("partial_rotary_factor", 0.0, 1.0) or 1.0
     refused = {
-        "attention_bias": bool(config.get("attention_bias")),
-        "mlp_bias": bool(config.get("mlp_bias")),
-        "quantization_config": bool(config.get("quantization_config")),
-        "hidden_act other than silu": config.get("hidden_act", "silu") != "silu",
-        "partial_rotary_factor": float(_rope(config).get("partial_rotary_factor") or 1.0) != 1.0
-        or float(config.get("partial_rotary_factor") or 1.0) != 1.0,
+        "attention_bias": fields.flag("attention_bias", False),
+        "mlp_bias": fields.flag("mlp_bias", False),
+        "quantization_config": bool(fields.values.get("quantization_config")),
+        "hidden_act other than silu": (fields.text("hidden_act") or "silu") != "silu",
+        "partial_rotary_factor": rotated != 1.0 or (fields.number("partial_rotary_factor", 0.0, 1.0) or 1.0) != 1.0,
     }
     found = [name for name, present in refused.items() if present]
     if found:
-        raise ModelUnsupported(f"{origin}: not supported: {', '.join(found)}")
+        raise ModelUnsupported(f"{fields.origin}: not supported: {', '.join(found)}")
 
 
-def _check_sizes(origin: Path, spec: ModelSpec) -> None:
-    for name in _POSITIVE_SIZES:
-        if getattr(spec, name) < 1:
-            raise ModelUnsupported(f"{origin}: {name} is {getattr(spec, name)}; at least 1 is needed")
+def _check_heads(fields: FileFields, spec: ModelSpec) -> None:
     if spec.head_dim not in HEAD_DIMS:
-        raise ModelUnsupported(
-            f"{origin}: head_dim is {spec.head_dim}; supported: even numbers from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
+        raise fields.refuse(
+            "head_dim", f"is {spec.head_dim}; supported: even numbers from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
         )
     if spec.num_heads % spec.num_kv_heads:
-        raise ModelUnsupported(
-            f"{origin}: num_attention_heads ({spec.num_heads}) is not a multiple of num_key_value_heads "
-            f"({spec.num_kv_heads})"
+        raise fields.refuse(
+            "num_attention_heads",
+            f"num_attention_heads ({spec.num_heads}) is not a multiple of num_key_value_heads ({spec.num_kv_heads})",
         )
-    for token_id in sorted(spec.eos_token_ids):
-        if not 0 <= token_id < spec.vocab_size:
-            raise ModelUnsupported(
-                f"{origin}: eos_token_id is {token_id}, which is no token; the model has {spec.vocab_size} (vocab_size)"
-            )
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(fields: FileFields) -> FileFields:
     """The rope fields. Newer configs keep all of them in ``rope_parameters``."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+    newer = fields.inner("rope_parameters")
+    return newer if newer.values else fields.inner("rope_scaling")
 
 
-def _rope_scaling(origin: Path, config: Mapping[str, Any]) -> RopeScaling | None:
-    rope = _rope(config)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    original = int(
-        rope.get("original_max_position_embeddings")
-        or config.get("original_max_position_embeddings")
-        or config["max_position_embeddings"]
-    )
+def _rope_scaling(fields: FileFields) -> RopeScaling | None:
+    rope = _rope(fields)
+    kind = rope.text("rope_type") or rope.text("type") or "default"
     if kind == "default":
         return None
     if kind == "linear":
-        return LinearRope(float(rope["factor"]))
+        return LinearRope(_factor(rope))
+    original = (
+        rope.integer("original_max_position_embeddings", 1, _MAX_CONTEXT)
+        or fields.integer("original_max_position_embeddings", 1, _MAX_CONTEXT)
+        or fields.needed_integer("max_position_embeddings", 1, _MAX_CONTEXT)
+    )
     if kind == "llama3":
-        return Llama3Rope(
-            float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), original
-        )
+        low = rope.needed_number("low_freq_factor", 0.0, _MAX_FACTOR)
+        return Llama3Rope(_factor(rope), low, rope.needed_number("high_freq_factor", low, _MAX_FACTOR), original)
     if kind == "yarn":
-        factor = float(rope.get("factor") or int(config["max_position_embeddings"]) / original)
+        if rope.values.get("factor") is None:
+            factor = fields.needed_integer("max_position_embeddings", 1, _MAX_CONTEXT) / original
+        else:
+            factor = _factor(rope)
+        beta_slow = rope.number("beta_slow", 0.0, _MAX_FACTOR) or 1.0
         return YarnRope(
             factor=factor,
             original_context_len=original,
-            beta_fast=float(rope.get("beta_fast") or 32),
-            beta_slow=float(rope.get("beta_slow") or 1),
+            beta_fast=rope.number("beta_fast", beta_slow, _MAX_FACTOR, least=beta_slow) or 32.0,
+            beta_slow=beta_slow,
             attention_factor=_yarn_attention_factor(factor, rope),
-            truncate=bool(rope.get("truncate", True)),
+            truncate=rope.flag("truncate", True),
         )
-    raise ModelUnsupported(f"{origin}: rope type {kind} is not supported; supported: default, linear, llama3, yarn")
+    raise rope.refuse(
+        "rope_type",
+        f"rope type {named(kind)} is not supported; supported: default, linear, llama3, yarn",
+    )
 
 
-def _yarn_attention_factor(factor: float, rope: dict[str, Any]) -> float:
+def _factor(rope: FileFields) -> float:
+    return rope.needed_number("factor", 0.0, _MAX_FACTOR)
+
+
+def _yarn_attention_factor(factor: float, rope: FileFields) -> float:
     """Attention factor of YaRN, section 3.4: 0.1 ln(factor) + 1. With both ``mscale`` fields, the ratio of two such."""
 
     def scaled(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return scaled(float(rope["mscale"])) / scaled(float(rope["mscale_all_dim"]))
+    given = rope.number("attention_factor", 0.0, _MAX_FACTOR)
+    if given is not None:
+        return given
+    mscale, all_dim = (rope.number(name, 0.0, _MAX_FACTOR, least=0.0) for name in ("mscale", "mscale_all_dim"))
+    if mscale and all_dim:
+        return scaled(mscale) / scaled(all_dim)
     return scaled(1.0)
 
 
-def _context_len(config: Mapping[str, Any]) -> int:
+def _context_len(fields: FileFields) -> int:
     """Number of positions that are computed exactly. Up to a sliding window, windowed attention is full attention."""
-    length = int(config["max_position_embeddings"])
-    window = config.get("sliding_window")
-    if window and config.get("use_sliding_window", True):
-        return min(length, int(window))
+    length = fields.needed_integer("max_position_embeddings", 1, _MAX_CONTEXT)
+    window = fields.integer("sliding_window", 0, _MAX_CONTEXT)
+    if window and fields.flag("use_sliding_window", True):
+        return min(length, window)
     return length
 
 
-def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> frozenset[int]:
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    if eos is None:
-        return frozenset()
-    return frozenset(int(token_id) for token_id in (eos if isinstance(eos, list) else [eos]))
+def _eos_token_ids(config: FileFields, generation: FileFields, vocab_size: int) -> frozenset[int]:
+    """Those of the generation config, even if they are null there, else those of the config."""
+    of_config = config.integers("eos_token_id", 0, vocab_size - 1)
+    of_generation = generation.integers("eos_token_id", 0, vocab_size - 1)
+    return frozenset((of_generation if "eos_token_id" in generation.values else of_config) or ())

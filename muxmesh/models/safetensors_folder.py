@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,28 +15,40 @@ from typing import Any
 import numpy as np
 
 from muxmesh.errors import ModelUnsupported
+from muxmesh.models.file_fields import FileFields
+from muxmesh.models.model_files import described, named, read_json_object
+from muxmesh.models.safetensors_header import TensorEntry, read_header
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_MAX_INDEX_BYTES = 64 << 20
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Paths of the weight files. Raises ModelUnsupported if one is missing or the folder has only other formats."""
     index = folder / _INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelUnsupported(f"{index}: has no valid weight_map; the index is damaged") from error
-    else:
-        names = [_SINGLE]
-    missing = [name for name in names if not (folder / name).is_file()]
+    content = read_json_object(index, _MAX_INDEX_BYTES)
+    names = [_SINGLE] if content is None else _shards(FileFields(index, content))
+    missing = [name for name in names if not os.path.lexists(folder / name)]
     if missing:
         others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         hint = f"; {others[0]} is not supported, convert it to safetensors" if others else ""
-        raise ModelUnsupported(f"{folder}: weights are missing: {', '.join(missing)}{hint}")
+        raise ModelUnsupported(f"{folder}: weights are missing: {named(', '.join(missing))}{hint}")
     return [folder / name for name in names]
+
+
+def _shards(fields: FileFields) -> list[str]:
+    weight_map = fields.inner("weight_map").values
+    if not weight_map:
+        raise fields.refuse("weight_map", "is missing or empty")
+    for weight, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+            raise fields.refuse(
+                f"weight_map.{named(weight)}",
+                f"is {described(name)}; must be the name of a file beside it",
+            )
+    return sorted(set(weight_map.values()))
 
 
 class FolderWeights:
@@ -43,15 +56,22 @@ class FolderWeights:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._entries: dict[str, tuple[Path, dict[str, Any], memoryview]] = {}
+        self._entries: dict[str, TensorEntry] = {}
+        self._mapped: dict[Path, memoryview] = {}
         self._read: set[str] = set()
         for path in weight_files(folder):
-            header, data = _map(path)
-            self._entries |= {name: (path, entry, data) for name, entry in header.items() if name != "__metadata__"}
+            entries = read_header(path)
+            for name in sorted(entries.keys() & self._entries.keys()):
+                raise ModelUnsupported(f"{path}: weight {name} is in {self._entries[name].path.name} as well")
+            self._entries |= entries
 
     def dtypes(self) -> list[str]:
         """Dtypes of the tensors, as safetensors calls them, sorted."""
-        return sorted({str(entry["dtype"]) for _, entry, _ in self._entries.values()})
+        return sorted({entry.dtype for entry in self._entries.values()})
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor."""
+        return {name: entry.shape for name, entry in self._entries.items()}
 
     def require_all_read(self, may_be_unread: Callable[[str], bool]) -> None:
         """Raises ModelUnsupported if a tensor was not read, because ignoring a weight would change the output."""
@@ -69,24 +89,24 @@ class FolderWeights:
         if name not in self._entries:
             raise ModelUnsupported(f"{self._folder}: weight {name} is missing")
         self._read.add(name)
-        path, entry, data = self._entries[name]
-        if entry["dtype"] not in _DTYPES:
+        entry = self._entries[name]
+        if entry.dtype not in _DTYPES:
             raise ModelUnsupported(
-                f"{path}: weight {name} is {entry['dtype']}; supported: {', '.join(_DTYPES)}. Convert it to one of them"
+                f"{entry.path}: weight {name} is {named(entry.dtype)}; supported: {', '.join(_DTYPES)}. "
+                "Convert it to one of them"
             )
-        if tuple(entry["shape"]) != shape:
+        if entry.shape != shape:
             raise ModelUnsupported(
-                f"{self._folder}: weight {name} has shape {tuple(entry['shape'])}, but config.json requires {shape}"
+                f"{self._folder}: weight {name} has shape {entry.shape}, but config.json requires {shape}"
             )
-        first, last = entry["data_offsets"]
-        if last > len(data) or last - first != int(np.prod(shape)) * _DTYPES[entry["dtype"]].itemsize:
-            raise ModelUnsupported(f"{path}: weight {name} is truncated; the file is damaged")
-        values = np.frombuffer(data[first:last], dtype=_DTYPES[entry["dtype"]])
-        if entry["dtype"] == "BF16":  # a BF16 is the upper half of an f32
+        if entry.path not in self._mapped:
+            self._mapped[entry.path] = _map(entry.path)
+        values = np.frombuffer(self._mapped[entry.path][entry.first : entry.last], dtype=_DTYPES[entry.dtype])
+        if entry.dtype == "BF16":  # a BF16 is the upper half of an f32
             values = (values.astype(np.uint32) << 16).view(np.float32)
         result: np.ndarray = values.astype(np.float32, copy=False).reshape(shape)
         if not np.isfinite(result).all():
-            raise ModelUnsupported(f"{path}: weight {name} contains NaN or infinity; the file is damaged")
+            raise ModelUnsupported(f"{entry.path}: weight {name} contains NaN or infinity; the file is damaged")
         return result
 
 
@@ -112,24 +132,6 @@ def write_safetensors(
             file.write(np.ascontiguousarray(array).data)
 
 
-def _map(path: Path) -> tuple[dict[str, Any], memoryview]:
-    """Maps a safetensors file; returns its header and its data.
-
-    The format is an 8-byte little-endian header length, the header as JSON, then the data
-    (https://huggingface.co/docs/safetensors).
-    """
-    try:
-        with path.open("rb") as file:
-            whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        header_bytes = int.from_bytes(whole[:8], "little")
-        header: dict[str, Any] = json.loads(bytes(whole[8 : 8 + header_bytes]))
-        complete = all(
-            {"dtype", "shape", "data_offsets"} <= entry.keys()
-            for name, entry in header.items()
-            if name != "__metadata__"
-        )
-        if not complete:
-            raise ValueError("an entry of the header lacks dtype, shape or data_offsets")
-    except (ValueError, AttributeError) as error:
-        raise ModelUnsupported(f"{path}: not a safetensors file, or damaged") from error
-    return header, whole[8 + header_bytes :]
+def _map(path: Path) -> memoryview:
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -176,13 +176,13 @@ def test_eos_tokens(config: dict[str, Any], generation: dict[str, Any], expected
 @pytest.mark.parametrize("in_generation_config", [False, True])
 def test_an_eos_token_outside_the_vocabulary_is_refused(eos: object, in_generation_config: bool) -> None:
     generation, config = ({"eos_token_id": eos}, {}) if in_generation_config else ({}, {"eos_token_id": eos})
-    with pytest.raises(ModelUnsupported, match=r"eos_token_id is (-1|1000000), which is no token; the model has"):
+    with pytest.raises(ModelUnsupported, match=r"eos_token_id: is (-1|1000000); from 0 to 99 is needed"):
         parse(generation, **config)
 
 
 @pytest.mark.parametrize("eos", ["end", [[1]], {"id": 1}])
 def test_an_eos_token_that_is_no_number_is_refused(eos: object) -> None:
-    with pytest.raises(ModelUnsupported, match="a field has a wrong type"):
+    with pytest.raises(ModelUnsupported, match=r"eos_token_id: is .*; must be a whole number"):
         parse(eos_token_id=eos)
 
 
@@ -199,17 +199,16 @@ def test_an_eos_token_that_is_no_number_is_refused(eos: object) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"hidden_size": None}, "field hidden_size is missing"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "field factor is missing"),
-        ({"num_hidden_layers": "many"}, "a field has a wrong type: .*many"),
-        ({"rope_scaling": "linear"}, "a field has a wrong type"),
-        ({"num_attention_heads": 0}, "a field has a wrong type"),
-        ({"head_dim": 16, "num_attention_heads": 0}, "num_heads is 0; at least 1 is needed"),
-        ({"num_hidden_layers": 0}, "num_layers is 0; at least 1 is needed"),
-        ({"num_key_value_heads": -2}, "num_kv_heads is -2; at least 1 is needed"),
-        ({"head_dim": 17}, "head_dim is 17; supported: even numbers from 16 to 256"),
-        ({"head_dim": 14}, "head_dim is 14"),
-        ({"head_dim": 258}, "head_dim is 258"),
+        ({"hidden_size": None}, "hidden_size: is missing"),
+        ({"rope_scaling": {"rope_type": "linear"}}, r"rope_scaling\.factor: is missing"),
+        ({"num_hidden_layers": "many"}, "num_hidden_layers: is 'many'; must be a whole number"),
+        ({"rope_scaling": "linear"}, "rope_scaling: is 'linear'; must be an object"),
+        ({"num_attention_heads": 0}, "num_attention_heads: is 0; from 1 to 4096 is needed"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: is 0; from 1 to 4096 is needed"),
+        ({"num_key_value_heads": -2}, "num_key_value_heads: is -2; from 1 to 4096 is needed"),
+        ({"head_dim": 17}, "head_dim: is 17; supported: even numbers from 16 to 256"),
+        ({"head_dim": 14}, "head_dim: is 14"),
+        ({"head_dim": 258}, "head_dim: is 258"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) is not a multiple of num_key_value_heads \(3\)"),
     ],
 )  # fmt: skip
@@ -219,9 +218,61 @@ def test_an_unsupported_model_is_rejected_by_field(changes: dict[str, Any], prob
     assert str(raised.value).startswith("somewhere/config.json: ")
 
 
+HUGE = 10**30
+BAD_NUMBERS = {
+    "whole": [-1, 0, 1.5, 8.0, True, "8", [8], {}, HUGE, float("nan"), float("inf"), float("-inf")],
+    "real": [-1.0, True, "8", [8], {}, HUGE, 1e400, float("nan"), float("-inf")],
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+CHECKED: dict[str, tuple[str, dict[str, Any]]] = {
+    **dict.fromkeys(
+        ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "intermediate_size", "max_position_embeddings"), ("whole", {})
+    ),
+    "rope_theta": ("real", {}),
+    "rms_norm_eps": ("real", {}),
+    **{f"rope_scaling.{name}": ("real", LLAMA3) for name in ("factor", "low_freq_factor", "high_freq_factor")},
+    "rope_scaling.original_max_position_embeddings": ("whole", LLAMA3),
+    **{f"rope_scaling.{name}": ("real", YARN) for name in ("factor", "beta_fast", "beta_slow", "attention_factor")},
+    "rope_parameters.rope_theta": ("real", {"rope_type": "default"}),
+    "rope_parameters.partial_rotary_factor": ("real", {"rope_type": "default"}),
+}  # fmt: skip
+"""Each number of a config → its kind, and the other fields of the object that it is in."""
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [(path, value) for path, (kind, _) in CHECKED.items() for value in BAD_NUMBERS[kind]], ids=str
+)
+def test_no_number_of_a_file_is_taken_on_trust(path: str, value: Any) -> None:
+    outer, _, name = path.rpartition(".")
+    changes = {outer: {**CHECKED[path][1], name: value}} if outer else {name: value}
+    with pytest.raises(ModelUnsupported, match=rf"^somewhere/config\.json: {path}: is ") as caught:
+        parse(**changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": "false"}, {"attention_bias": 0}, {"hidden_act": 1}, {"architectures": "Llama"},
+        {"architectures": [None]}, {"sliding_window": -1}, {"sliding_window": "4k"}, {"use_sliding_window": "no",
+        "sliding_window": 8}, {"bos_token_id": 100}, {"bos_token_id": "<s>"}, {"pad_token_id": 100},
+        {"rope_scaling": [1]}, {"rope_scaling": {"rope_type": 3}}, {"rope_parameters": True},
+        {"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, {"rope_theta": 1.0}, {"head_dim": HUGE},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_field_of_another_kind_is_refused_by_name(changes: dict[str, Any]) -> None:
+    name = next(iter(changes))
+    with pytest.raises(ModelUnsupported, match=rf"^somewhere/config\.json: {name}[a-z._]*: is ") as caught:
+        parse(**changes)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("field", [name for name in CONFIG if name not in {"architectures", "num_key_value_heads"}])
 def test_every_required_field_is_named_if_it_is_missing(field: str) -> None:
-    with pytest.raises(ModelUnsupported, match=f"somewhere/config.json: field {field} is missing"):
+    with pytest.raises(ModelUnsupported, match=f"somewhere/config.json: {field}: is missing"):
         parse(**{field: None})
 
 
