@@ -30,7 +30,7 @@ MAX_LOGPROBS = 20
 MAX_SEQUENCES = 64
 MAX_SEED = (1 << 63) - 1
 MAX_CACHE_SALT = 256
-_PROMPT_FIELDS = {TextPrompt: "text", TokensPrompt: "token_ids", ChatPrompt: "chat"}
+_PROMPT_FIELDS = {TextPrompt: "text", TokensPrompt: "token_ids.ids", ChatPrompt: "chat.messages"}
 
 
 def validate(request: GenerationRequest, model: ServedModel, max_prompt_bytes: int) -> None:

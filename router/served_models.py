@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.config.schema import ModelConfig, UnitConfig
-from muxmesh.errors import ModelNotFound
+from muxmesh.errors import InvalidRequest, ModelNotFound
 from muxmesh.models.model_spec import ModelSpec
 from muxmesh.models.prepared_model import model_spec, sampling_defaults
 from muxmesh.models.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from muxmesh.models.tokenizer import TextModel, load_text_model
+
+_MAX_LISTED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +73,20 @@ class ServedModels:
         del self._models[self.find(name).name]
 
     def find(self, name: str) -> ServedModel:
-        """Raises ModelNotFound, which lists the served models."""
+        """The model ``name``; an empty name is the only model. Raises ModelNotFound and InvalidRequest (`model`)."""
+        if not name and len(self._models) == 1:
+            return next(iter(self._models.values()))
+        if not name and self._models:
+            raise InvalidRequest("model", f"is empty, and the mesh serves several; one of: {self._listed()}")
         if name not in self._models:
-            raise ModelNotFound(f"model: {name!r} is not served; served: {', '.join(sorted(self._models))}")
+            raise ModelNotFound(f"model: {name!r} is not served; served: {self._listed()}")
         return self._models[name]
+
+    def _listed(self) -> str:
+        """The first of the names, for an error: a status message has a limit."""
+        names = sorted(self._models)
+        others = len(names) - _MAX_LISTED
+        return ", ".join(names[:_MAX_LISTED]) + (f" and {others} others" if others > 0 else "")
 
 
 def load_models(runtime: MeshRuntime) -> ServedModels:

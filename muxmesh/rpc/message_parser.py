@@ -5,6 +5,7 @@ Knows the protobuf wire format and descriptors, no particular message.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TypeVar, cast
 
@@ -38,18 +39,21 @@ def parse(kind: type[M], raw: bytes) -> M:
 
 def _invalid_strings(descriptor: Descriptor, raw: memoryview) -> Iterator[str]:
     """Paths of the string fields that are not UTF-8."""
+    counts: Counter[int] = Counter()
     for number, value in _length_delimited(raw):
         field = descriptor.fields_by_number.get(number)
         if field is None:
             continue
+        name = f"{field.name}[{counts[number]}]" if field.is_repeated else field.name
+        counts[number] += 1
         if field.type == FieldDescriptor.TYPE_STRING:
             try:
                 bytes(value).decode()
             except UnicodeDecodeError:
-                yield field.name
+                yield name
         elif field.type == FieldDescriptor.TYPE_MESSAGE:
             assert field.message_type is not None
-            yield from (f"{field.name}.{inner}" for inner in _invalid_strings(field.message_type, value))
+            yield from (f"{name}.{inner}" for inner in _invalid_strings(field.message_type, value))
 
 
 def _length_delimited(raw: memoryview) -> Iterator[tuple[int, memoryview]]:

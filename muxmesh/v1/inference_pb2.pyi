@@ -70,7 +70,7 @@ class GenerateRequest(_message.Message):
     of the response carries it as `x-request-id`.
     """
     model: _builtins.str
-    """A name that Mesh.ListModels returns."""
+    """A name that Mesh.ListModels returns. Empty: the only model, if the mesh serves one."""
     text: _builtins.str
     """Exactly one of text, token_ids and chat must be set. They are not a `oneof`, although the wire is the same: a
     parser keeps only the last member of a oneof, and a request that sets two must be refused.

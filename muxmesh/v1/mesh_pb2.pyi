@@ -51,6 +51,7 @@ class GetModelInfoRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """Empty: the only model, if the mesh serves one."""
     def __init__(
         self,
         *,

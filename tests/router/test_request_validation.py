@@ -352,7 +352,8 @@ def test_truncation_keeps_the_last_tokens(limit: int | None, kept: tuple[int, ..
 
 
 @pytest.mark.parametrize(
-    ("request_", "field"), [(REQUEST, "text"), (tokens(40), "token_ids"), (chat(("user", "x")), "chat")]
+    ("request_", "field"),
+    [(REQUEST, "text"), (tokens(40), r"token_ids\.ids"), (chat(("user", "x")), r"chat\.messages")],
 )
 def test_a_prompt_that_tokenizes_to_nothing_or_to_too_much_is_refused(request_: GenerationRequest, field: str) -> None:
     with pytest.raises(InvalidRequest, match=f"^{field}: has no tokens"):

@@ -7,7 +7,7 @@ import pytest
 
 from muxmesh.config.runtime import MeshRuntime, PreparedModel
 from muxmesh.config.schema import MeshConfig, ModelConfig, UnitConfig
-from muxmesh.errors import ModelNotFound, ModelUnsupported
+from muxmesh.errors import InvalidRequest, ModelNotFound, ModelUnsupported
 from muxmesh.models.model_spec import SIM_SPEC
 from router.served_models import ModelLimits, ServedModels, load_models
 from tests.support.pipeline_parts import served_model
@@ -103,6 +103,27 @@ def test_models_come_and_go() -> None:
         served.find("b")
     with pytest.raises(ModelNotFound, match=r"^model: 'b' is not served; served: a$"):
         served.remove("b")
+
+
+def test_an_empty_name_is_the_only_model() -> None:
+    served = ServedModels()
+    with pytest.raises(ModelNotFound, match=r"^model: '' is not served"):
+        served.find("")
+    served.add(served_model("a"))
+    assert served.find("").name == "a"
+    served.add(served_model("b"))
+    with pytest.raises(InvalidRequest, match=r"^model: is empty, and the mesh serves several; one of: a, b$"):
+        served.find("")
+
+
+@pytest.mark.parametrize("name", ["", "unknown"])
+def test_an_error_lists_twenty_names_at_most(name: str) -> None:
+    served = ServedModels()
+    for index in range(30):
+        served.add(served_model(f"m{index:02}"))
+    listed = ", ".join(f"m{index:02}" for index in range(20))
+    with pytest.raises((InvalidRequest, ModelNotFound), match=f": {listed} and 10 others$"):
+        served.find(name)
 
 
 def test_a_model_that_is_added_again_replaces_the_one_of_its_name() -> None:

@@ -39,7 +39,7 @@ VALID = inference_pb2.GenerateRequest(
     model="é",
     text="héllo",
     temperature=0.5,
-    sampling=inference_pb2.SamplingOptions(seed=1 << 63),
+    sampling=inference_pb2.SamplingOptions(seed=1 << 62),
     decoding=inference_pb2.DecodingOptions(logit_bias={7: -1.5}),
     stopping=inference_pb2.StoppingOptions(stop_strings=["ä", "ö"]),
     priority=-4,
@@ -57,12 +57,12 @@ def test_a_valid_message_is_parsed() -> None:
     [
         (delimited(1, BAD), "request_id"),
         (delimited(3, BAD), "text"),
-        (delimited(8, delimited(4, b"ok") + delimited(4, BAD)), "stopping.stop_strings"),
+        (delimited(8, delimited(4, b"ok") + delimited(4, BAD)), "stopping.stop_strings[1]"),
         (delimited(10, delimited(2, BAD)), "kv.cache_salt"),
-        (delimited(100, delimited(1, delimited(1, BAD))), "chat.messages.role"),
+        (delimited(100, delimited(1, delimited(1, BAD))), "chat.messages[0].role"),
         (
             delimited(100, delimited(1, delimited(1, b"user")) + delimited(1, delimited(2, BAD))),
-            "chat.messages.content",
+            "chat.messages[1].content",
         ),
     ],
 )
