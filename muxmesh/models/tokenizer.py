@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from muxmesh.errors import InvalidRequest, ModelUnsupported
-from muxmesh.models.detokenizer import Detokenizer
+from muxmesh.models.detokenizer import Detokenizer, TokenPieces
 from muxmesh.models.model_files import read_json_object
 
 _SIM_CHAT_TEMPLATE = (
@@ -28,6 +28,7 @@ class TextModel:
 
     def __init__(self, tokenizer: Tokenizer, chat_template: str | None, special_tokens: Mapping[str, str]) -> None:
         self._tokenizer = tokenizer
+        self._pieces = {skip: TokenPieces(tokenizer, skip) for skip in (False, True)}
         self._special_tokens = special_tokens
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise_template_error
@@ -61,7 +62,7 @@ class TextModel:
 
     def detokenizer(self, skip_special_tokens: bool, prompt_token_ids: Sequence[int] = ()) -> Detokenizer:
         """Returns a new incremental detokenizer for the output that follows ``prompt_token_ids``."""
-        return Detokenizer(self._tokenizer, skip_special_tokens, prompt_token_ids)
+        return Detokenizer(self._pieces[skip_special_tokens], prompt_token_ids)
 
 
 def load_text_model(folder: Path | None) -> TextModel:
