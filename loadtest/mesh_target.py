@@ -18,16 +18,12 @@ class MeshTarget:
 
     def __init__(self, address: str, temperature: float | None, timeout_s: float | None) -> None:
         self.name = f"mesh at {address}"
-        self._address = address
         self._client = MeshClient(address, connect_timeout_s=_CONNECT_TIMEOUT_S, retries=NO_RETRIES)
         self._temperature = temperature
         self._timeout_s = timeout_s
 
     async def models(self) -> list[ServedModel]:
-        try:
-            infos = await self._client.list_models(timeout_s=_CONNECT_TIMEOUT_S)
-        except MeshError as error:
-            raise Unavailable(f"no mesh answers at {self._address}: {error}") from error
+        infos = await self._client.list_models(timeout_s=_CONNECT_TIMEOUT_S)
         # Special tokens are among the first and the last ids of most vocabularies.
         return [ServedModel(info.name, range(info.vocab_size // 8, info.vocab_size * 3 // 4)) for info in infos]
 

@@ -19,7 +19,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 from muxmesh import __version__
 from muxmesh.cli import loadtest_options
-from muxmesh.errors import InvalidRequest, MeshError, Unavailable
+from muxmesh.errors import InvalidRequest, MeshError
 from muxmesh.scheduling_policy import PolicyName
 from muxmesh.types import DEFAULT_ADDRESS
 
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             field = error.field if isinstance(error, InvalidRequest) else None
             print(json.dumps({"error": type(error).__name__, "field": field, "message": str(error)}), flush=True)
         else:
-            print(f"muxmesh: {_describe(error, parsed)}", file=sys.stderr)
+            print(f"muxmesh: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -57,15 +57,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"muxmesh: {error}", file=sys.stderr)
         return 1
     return code
-
-
-def _describe(error: MeshError, parsed: argparse.Namespace) -> str:
-    """The message of an error. If the mesh is unreachable, it names the address and the remedy."""
-    address = getattr(parsed, "address", None)
-    is_other_server = getattr(parsed, "openai", None) is not None
-    if isinstance(error, Unavailable) and address is not None and not is_other_server:
-        return f"no mesh answers at {address}; start one with `muxmesh up`, or set --address ({error})"
-    return str(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -130,19 +130,16 @@ class MeshClient:
     async def _responses(
         self, request: inference_pb2.GenerateRequest, attempts: Attempts
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        has_begun = False
         while True:
             stubs = await self._connection.ready(attempts.remaining_s(_now_s()))
             call = stubs.inference.GenerateStream(request, timeout=attempts.remaining_s(_now_s()))
             try:
-                with self._connection.errors():
+                with self._connection.errors(attempts):
                     async for response in call:
-                        has_begun = True
+                        attempts.has_begun = True
                         yield response
                 return
             except MeshError as error:
-                if has_begun:
-                    raise
                 delay_s = attempts.delay_before_retry_s(error, _now_s())
             finally:
                 call.cancel()
@@ -152,7 +149,7 @@ class MeshClient:
         while True:
             stubs = await self._connection.ready(attempts.remaining_s(_now_s()))
             try:
-                with self._connection.errors():
+                with self._connection.errors(attempts):
                     return await send(stubs, attempts.remaining_s(_now_s()))
             except MeshError as error:
                 delay_s = attempts.delay_before_retry_s(error, _now_s())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import grpc
 
 from muxmesh.client.addresses import check_address, is_loopback
+from muxmesh.client.retries import Attempts
 from muxmesh.errors import DeadlineExceeded, InvalidRequest, MeshError, RequestAborted, Unavailable
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
 from muxmesh.rpc.status_codes import from_rpc_error
@@ -58,19 +60,15 @@ class MeshConnection:
         Raises Unavailable after the connect timeout, and DeadlineExceeded if ``remaining_s`` passes before it.
         """
         stubs = self._open()
-        limits_s = [limit_s for limit_s in (self._connect_timeout_s, remaining_s) if limit_s is not None]
+        limits_s = [limit_s for limit_s in (remaining_s, self._connect_timeout_s) if limit_s is not None]
+        limit_s = min(limits_s, default=None)
         try:
-            async with asyncio.timeout(min(limits_s, default=None)):
+            async with asyncio.timeout(limit_s):
                 while (state := stubs.channel.get_state(try_to_connect=True)) in _UNDECIDED:
                     await stubs.channel.wait_for_state_change(state)
         except TimeoutError:
-            if limits_s == [remaining_s]:
-                raise _deadline_passed() from None
-            if remaining_s is not None and remaining_s <= min(limits_s):
-                raise _deadline_passed() from None
-            raise Unavailable(
-                f"no connection to {self.address} within {self._connect_timeout_s:g} s; is the mesh running there, and "
-                "may this machine reach it?"
+            raise (
+                _deadline_passed() if limit_s == remaining_s else self._no_answer(f"no connection in {limit_s:g} s")
             ) from None
         self._refuse_closed()
         return stubs
@@ -86,12 +84,12 @@ class MeshConnection:
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(stubs.channel.close(), loop))
 
     @contextmanager
-    def errors(self) -> Iterator[None]:
+    def errors(self, attempts: Attempts) -> Iterator[None]:
         """Maps gRPC errors to those of the mesh."""
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            raise self._mesh_error(error) from None
+            raise self._mesh_error(error, attempts.has_begun) from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if not self._is_closed or (task is not None and task.cancelling()):
@@ -121,7 +119,7 @@ class MeshConnection:
         if self._is_closed:
             raise RequestAborted("the client is closed")
 
-    def _mesh_error(self, error: grpc.aio.AioRpcError) -> MeshError:
+    def _mesh_error(self, error: grpc.aio.AioRpcError, has_begun: bool) -> MeshError:
         """The error of the mesh, as it sent it; or an error of gRPC itself in words of the mesh."""
         if any(key == _STATUS_DETAILS for key, _ in error.trailing_metadata() or ()):
             return from_rpc_error(error)
@@ -129,17 +127,30 @@ class MeshConnection:
         match error.code():
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return _deadline_passed()
+            case grpc.StatusCode.UNAVAILABLE if has_begun:
+                return Unavailable(f"the connection to {self.address} was lost ({_reason(details)})")
             case grpc.StatusCode.UNAVAILABLE:
-                return Unavailable(f"{self.address} cannot be reached: {details.rpartition('last error: ')[2]}")
+                return self._no_answer(_reason(details))
             case grpc.StatusCode.UNIMPLEMENTED:
                 return InvalidRequest(
                     "address", f"{self.address} is no MuxMesh router, or of another version ({details})"
                 )
         return from_rpc_error(error)
 
-
-_UNDECIDED = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
+    def _no_answer(self, reason: str) -> Unavailable:
+        return Unavailable(
+            f"no mesh answers at {self.address} ({reason}); start one with `muxmesh up`, or set another address"
+        )
 
 
 def _deadline_passed() -> DeadlineExceeded:
     return DeadlineExceeded("timeout_s passed before the output was complete")
+
+
+def _reason(details: str) -> str:
+    """The cause in the details of gRPC, without what the message says already."""
+    return _PREAMBLE.sub("", details.rpartition("last error: ")[2])
+
+
+_PREAMBLE = re.compile(r"^([A-Z_]+: )?((ipv[46]|unix|vsock)\S*: )?(Failed to connect to remote host: )?")
+_UNDECIDED = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)

@@ -41,13 +41,17 @@ NO_RETRIES = Retries(max_retries=0)
 
 
 class Attempts:
-    """The attempts of one call until its deadline. Times are those of the event loop."""
+    """The attempts of one call until its deadline. Times are those of the event loop.
+
+    ``has_begun``: something was returned, so the call is not sent again.
+    """
 
     def __init__(self, retries: Retries, rng: Random, deadline_s: float | None) -> None:
         self._retries = retries
         self._rng = rng
         self._deadline_s = deadline_s
         self._num_retries = 0
+        self.has_begun = False
 
     def remaining_s(self, now_s: float) -> float | None:
         """Seconds until the deadline, at least 0; None without a deadline."""
@@ -55,7 +59,7 @@ class Attempts:
 
     def delay_before_retry_s(self, error: MeshError, now_s: float) -> float:
         """Seconds to wait before the call is sent again. Raises ``error`` if it is not, or not before the deadline."""
-        delay_s = self._retries.delay_s(error, self._num_retries, self._rng)
+        delay_s = None if self.has_begun else self._retries.delay_s(error, self._num_retries, self._rng)
         remaining_s = self.remaining_s(now_s)
         if delay_s is None or (remaining_s is not None and delay_s >= remaining_s):
             raise error

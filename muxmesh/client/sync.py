@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import threading
@@ -62,6 +63,7 @@ class SyncMeshClient:
                 return
             self._is_closed = True
             thread = self._thread
+        atexit.unregister(self.close)
         if thread is not None and thread.is_of_this_process:
             thread.end(self._shut_down())
 
@@ -117,13 +119,14 @@ class SyncMeshClient:
             raise RequestAborted("the client is closed")
         if self._thread is None:
             self._thread = _LoopThread()
+            atexit.register(self.close)  # the interpreter stops the thread, and then a stream would wait for it
         if not self._thread.is_of_this_process:
             raise RequestAborted("the client was used before a fork; make a client in each process")
         return self._thread.loop
 
 
 class _LoopThread:
-    """An event loop in a thread. It ends with the interpreter, at the latest."""
+    """An event loop in a thread."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()

@@ -66,7 +66,10 @@ def test_every_command_has_a_help_text(command: str, capsys: pytest.CaptureFixtu
 
 def test_an_unreachable_mesh_is_reported_with_its_address(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--address", UNREACHABLE, "--timeout", "5", "hi"]) == 1
-    assert f"muxmesh: no mesh answers at {UNREACHABLE}; start one with `muxmesh up`" in capsys.readouterr().err
+    assert (
+        f"muxmesh: no mesh answers at {UNREACHABLE} (Connection refused); start one with `muxmesh up`"
+        in capsys.readouterr().err
+    )
     assert main(["status", "--address", UNREACHABLE, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["error"] == "Unavailable"
 
@@ -76,9 +79,9 @@ def test_the_address_comes_from_the_environment_unless_an_option_sets_it(
 ) -> None:
     monkeypatch.setenv("MUXMESH_ADDRESS", "127.0.0.1:2")
     assert main(["status"]) == 1
-    assert "answers at 127.0.0.1:2;" in capsys.readouterr().err
+    assert "answers at 127.0.0.1:2 (" in capsys.readouterr().err
     assert main(["status", "--address", UNREACHABLE]) == 1
-    assert f"answers at {UNREACHABLE};" in capsys.readouterr().err
+    assert f"answers at {UNREACHABLE} (" in capsys.readouterr().err
 
 
 def test_an_unreachable_openai_server_is_not_reported_as_a_mesh(capsys: pytest.CaptureFixture[str]) -> None:
