@@ -45,7 +45,7 @@ def validate(request: GenerationRequest, model: ServedModel, max_prompt_bytes: i
     _check_prompt(request, model, max_prompt_bytes)
     if request.expected_output_tokens is not None and request.expected_output_tokens < 1:
         raise InvalidRequest("expected_output_tokens", f"is {request.expected_output_tokens}; at least 1, or unset")
-    _check_stopping(request.stopping, model)
+    _check_stopping(request, model)
     if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
         raise InvalidRequest("sampling.seed", f"is {request.seed}; at least 0, or unset for a random one")
     if not 1 <= request.num_sequences <= MAX_SEQUENCES:
@@ -209,19 +209,30 @@ def _check_token_ids(field: str, token_ids: Sequence[int], model: ServedModel, f
             )
 
 
-def _check_stopping(options: StoppingOptions, model: ServedModel) -> None:
+def _check_stopping(request: GenerationRequest, model: ServedModel) -> None:
+    options = request.stopping
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise InvalidRequest("stopping.max_new_tokens", f"is {options.max_new_tokens}; at least 1")
     check_count("stopping.stop_token_ids", len(options.stop_token_ids), MAX_STOP_TOKEN_IDS)
     _check_token_ids("stopping.stop_token_ids", options.stop_token_ids, model)
     check_count("stopping.stop_strings", len(options.stop_strings), MAX_STOP_STRINGS)
     for index, text in enumerate(options.stop_strings):
-        if not text:
-            raise InvalidRequest(f"stopping.stop_strings[{index}]", "is empty")
-        if len(text) > MAX_STOP_STRING:
-            raise InvalidRequest(
-                f"stopping.stop_strings[{index}]", f"is {len(text)} characters; at most {MAX_STOP_STRING}"
-            )
+        _check_stop_string(f"stopping.stop_strings[{index}]", text, request.output.skip_special_tokens, model)
+
+
+def _check_stop_string(field: str, text: str, skip_special_tokens: bool, model: ServedModel) -> None:
+    """A string of special tokens is refused if they have no text. One that contains them may be spelled by others."""
+    if not text:
+        raise InvalidRequest(field, "is empty")
+    if len(text) > MAX_STOP_STRING:
+        raise InvalidRequest(field, f"is {len(text)} characters; at most {MAX_STOP_STRING}")
+    special = model.text.only_special_tokens(text) if skip_special_tokens else {}
+    if special:
+        raise InvalidRequest(
+            field,
+            f"is the special token {', '.join(map(repr, special))}, which has no text in the output and never matches; "
+            f"use stop_token_ids {list(special.values())}, or set response.skip_special_tokens to false",
+        )
 
 
 def _check_sampling(request: GenerationRequest, model: ServedModel) -> None:

@@ -39,7 +39,7 @@ class TokenPieces(dict[int, "str | bytes | None"]):
         super().__init__()
         self._tokenizer = tokenizer
         self._decoder = tokenizer.decoder
-        self._skipped = frozenset(special_tokens(tokenizer)) if skip_special_tokens else frozenset()
+        self._skipped = frozenset(special_token_ids(tokenizer)) if skip_special_tokens else frozenset()
         steps = list(_decoder_steps(tokenizer))
         kinds = {str(step["type"]) for step in steps}
         if any(step["type"] == "Strip" and step["stop"] for step in steps):
@@ -148,7 +148,7 @@ class Detokenizer:
         return text[num_same:]
 
 
-def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+def special_token_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """Ids of the special tokens by their text."""
     return {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from muxmesh.errors import InvalidRequest, ModelUnsupported
-from muxmesh.models.detokenizer import Detokenizer, TokenPieces
+from muxmesh.models.detokenizer import Detokenizer, TokenPieces, special_token_ids
 from muxmesh.models.model_files import read_json_object
 
 _SIM_CHAT_TEMPLATE = (
@@ -29,6 +30,9 @@ class TextModel:
     def __init__(self, tokenizer: Tokenizer, chat_template: str | None, special_tokens: Mapping[str, str]) -> None:
         self._tokenizer = tokenizer
         self._pieces = {skip: TokenPieces(tokenizer, skip) for skip in (False, True)}
+        self._special_token_ids = special_token_ids(tokenizer)
+        longest_first = sorted(self._special_token_ids, key=len, reverse=True)
+        self._special_token = re.compile("|".join(map(re.escape, longest_first)))
         self._special_tokens = special_tokens
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise_template_error
@@ -46,6 +50,12 @@ class TextModel:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Text of ``token_ids``; invalid UTF-8 becomes U+FFFD."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def only_special_tokens(self, text: str) -> dict[str, int]:
+        """Ids of the special tokens in ``text`` by their text, if it consists of these and of whitespace; else none."""
+        if not self._special_token_ids or self._special_token.sub("", text).strip():
+            return {}
+        return {token: self._special_token_ids[token] for token in self._special_token.findall(text)}
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Renders a conversation as prompt text that ends where the reply of the assistant begins.

@@ -14,6 +14,7 @@ from router.generation import (
     ChatMessage,
     ChatPrompt,
     GenerationRequest,
+    OutputOptions,
     StoppingOptions,
     TextPrompt,
     TokensPrompt,
@@ -64,6 +65,11 @@ ACCEPTED = {
     "a salt of 256 characters": replace(REQUEST, cache_salt="é" * 256),
     "max_new_tokens 1": stopping(max_new_tokens=1),
     "128 stop tokens": stopping(stop_token_ids=[258] * 128),
+    "a stop string that contains a special token, which other tokens may spell": stopping(stop_strings=["x<|eos|>"]),
+    "a stop string that is a special token, which has text": replace(
+        stopping(stop_strings=["<|eos|>"]), output=OutputOptions(skip_special_tokens=False)
+    ),
+    "a stop string of whitespace": stopping(stop_strings=["\n\n"]),
     "64 stop strings of 1024 characters": stopping(stop_strings=["x" * 1024] * 64),
     "temperature 0": sampling(temperature=0.0),
     "temperature 100": sampling(temperature=100.0),
@@ -171,6 +177,18 @@ REFUSED: dict[str, tuple[GenerationRequest, str, str]] = {
         stopping(stop_strings=["x", "y", "z" * 1025]),
         "stopping.stop_strings[2]",
         "is 1025 characters; at most 1024",
+    ),
+    "a stop string that is a special token": (
+        stopping(stop_strings=["x", "<|eos|>"]),
+        "stopping.stop_strings[1]",
+        "is the special token '<|eos|>', which has no text in the output and never matches; "
+        "use stop_token_ids [0], or set response.skip_special_tokens to false",
+    ),
+    "a stop string of special tokens and whitespace": (
+        stopping(stop_strings=["\n<|eos|>\n<|start|>"]),
+        "stopping.stop_strings[0]",
+        "is the special token '<|eos|>', '<|start|>', which has no text in the output and never matches; "
+        "use stop_token_ids [0, 1], or set response.skip_special_tokens to false",
     ),
     "temperature below 0": (sampling(temperature=-0.5), "temperature", "is -0.5; between 0 and 100, 0 is greedy"),
     "temperature over 100": (sampling(temperature=100.5), "temperature", "is 100.5; between 0 and 100, 0 is greedy"),

@@ -105,3 +105,27 @@ def test_held_back_text_is_flushed_once() -> None:
 @pytest.mark.parametrize(("include", "text"), [(False, "x"), (True, "xab")])
 def test_text_after_a_stop_string_is_dropped(include: bool, text: str) -> None:
     assert StopStrings(["ab"], include).feed("xaby").text == text
+
+
+def test_a_stop_string_that_was_complete_before_the_output_may_end_does_not_end_it_later() -> None:
+    matcher = StopStrings(["ab", "abc"], False)
+    assert matcher.feed("ab", may_stop=False).text == ""
+    assert matcher.feed("x").text == "abx"
+
+
+@given(st.lists(st.text(alphabet="ab", min_size=1, max_size=9), min_size=1, max_size=9), st.text("ab", max_size=60))
+def test_strings_that_overlap_are_found_where_they_begin_first(stops: list[str], text: str) -> None:
+    whole, found = run(list(text), stops, False)
+    ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)]
+    if not ends:
+        assert (whole, found) == (text, None)
+        return
+    stop = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len)
+    assert (whole, found) == (text[: ends[0] - len(stop)], stop)
+
+
+def test_long_and_many_stop_strings_are_found_after_a_long_near_miss() -> None:
+    stops = ["a" * length + "b" for length in range(1000, 1023)]
+    text, found = run(["a" * 7] * 1000 + ["c"] + ["a"] * 1005 + ["b"], stops, False)
+    assert found == "a" * 1005 + "b"
+    assert text == "a" * 7000 + "c"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models
 
 from muxmesh.errors import ModelUnsupported
-from muxmesh.models.detokenizer import Detokenizer, TokenPieces, special_tokens
+from muxmesh.models.detokenizer import Detokenizer, TokenPieces, special_token_ids
 from muxmesh.models.tokenizer import TextModel, byte_tokenizer
 
 MODEL = TextModel(byte_tokenizer(), None, {})
@@ -78,7 +78,7 @@ def reference(tokenizer: Tokenizer, token_ids: Sequence[int], skip: bool) -> str
     if "ByteFallback" not in repr(tokenizer.decoder):
         return str(tokenizer.decode(list(token_ids), skip_special_tokens=skip))
     every = [tokenizer.id_to_token(token_id) for token_id in token_ids]
-    kept = [token for token in every if token is not None and not (skip and token in special_tokens(tokenizer))]
+    kept = [token for token in every if token is not None and not (skip and token in special_token_ids(tokenizer))]
     joined: list[str] = []
     for is_byte, run in groupby(kept, lambda token: token in BYTE_TOKENS):
         tokens = list(run)
