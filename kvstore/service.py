@@ -21,7 +21,7 @@ from kvstore.worker_slots import WorkerRecord
 from muxmesh.block_hashes import split_hashes
 from muxmesh.clock import Clock
 from muxmesh.config.schema import UnitConfig
-from muxmesh.errors import InvalidRequest, Overloaded, WorkerLost
+from muxmesh.errors import InvalidRequest, LeaseLost, Overloaded, WorkerLost
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.types import Lease, Role
@@ -176,8 +176,11 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def ReleaseLease(
         self, request: kvstore_pb2.ReleaseLeaseRequest, context: Context
     ) -> kvstore_pb2.ReleaseLeaseResponse:
-        computed = split_hashes(request.block_hashes)
-        self._unit.release(convert.ref_from_wire(request.lease), request.owner, computed)
+        ref, computed = convert.ref_from_wire(request.lease), split_hashes(request.block_hashes)
+        self._unit.release(ref, request.owner, computed)
+        waiting = self._swap_ins.get(ref.lease_id)
+        if waiting is not None and not waiting.done():
+            waiting.set_exception(LeaseLost(f"lease {ref.lease_id} was released while it waited for memory"))
         self.changed()
         return kvstore_pb2.ReleaseLeaseResponse()
 

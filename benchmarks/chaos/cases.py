@@ -13,9 +13,9 @@ from typing import Any
 
 from muxmesh.client import Message, Prompt
 
-NUM_CASES = 36
+NUM_CASES = 40
 _WORDS = ("fox", "sea", "lamp", "träume", "你好", "seven", "🎉", "bread", "of", "and", "1984", "quick", "the")
-_OUTPUT_TOKENS = (1, 2, 9, 30, 70, 140, 180)
+_OUTPUT_TOKENS = (1, 2, 9, 30, 70, 140, 180, 250, 250)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,14 @@ def _seeded(rng: random.Random, **options: Any) -> dict[str, Any]:
 LOAD_KINDS: tuple[LoadKind, ...] = (
     LoadKind("greedy", 3, lambda rng: (_words(rng, 12), {"temperature": 0})),
     LoadKind("seeded", 4, lambda rng: (_words(rng, 12), _seeded(rng, top_p=0.95))),
-    LoadKind("long prompt", 2, lambda rng: (_words(rng, 30) + " " + _words(rng, 30), _seeded(rng, top_k=40))),
+    LoadKind("long prompt", 2, lambda rng: (_words(rng, 40), _seeded(rng, top_k=40, max_new_tokens=60))),
     LoadKind("several sequences", 2, lambda rng: (_words(rng, 8), _seeded(rng, num_sequences=rng.randint(2, 4)))),
     LoadKind("stop strings", 3, lambda rng: (_words(rng, 8), _seeded(rng, stop_strings=("e", "Q7", "\x00", "%")))),
     LoadKind("may end", 1, lambda rng: (_words(rng, 8), _seeded(rng, ignore_eos=False, min_new_tokens=1))),
     LoadKind("log-probabilities", 1, lambda rng: (_words(rng, 8), _seeded(rng, logprobs=2, prompt_logprobs=1))),
     LoadKind("penalties", 1, lambda rng: (_words(rng, 8), _seeded(rng, repetition_penalty=1.3, frequency_penalty=0.5))),
     LoadKind("chat", 2, lambda rng: ((Message("user", _words(rng, 12)),), _seeded(rng, min_p=0.02))),
-    LoadKind("token ids", 1, lambda rng: ([rng.randrange(3, 259) for _ in range(rng.randint(1, 90))], _seeded(rng))),
+    LoadKind("token ids", 1, lambda rng: ([rng.randrange(3, 259) for _ in range(rng.randint(1, 200))], _seeded(rng))),
 )  # fmt: skip
 """To add a kind of load, add a line."""
 

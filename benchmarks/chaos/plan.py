@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from benchmarks.chaos.faults import Fault
 
 _FIRST_AT_S = 1.0
-_GAPS_S = ((0.0, 0.1), (0.3, 2.5), (3.0, 9.0), (3.0, 9.0))
+_GAPS_S = ((0.0, 0.1), (0.3, 2.5), (2.5, 7.0), (2.5, 7.0))
 """Least and most seconds between two faults: both at once, one during the recovery of the other, or apart (twice as
 often)."""
 _SAME_TARGET = 0.25

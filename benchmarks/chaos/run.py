@@ -25,7 +25,7 @@ from benchmarks.chaos.status_watch import StatusWatch
 from benchmarks.mesh_process import UpProcess
 from muxmesh.errors import DeadlineExceeded, InternalError, Unavailable
 
-NUM_CLIENTS = 10
+NUM_CLIENTS = 14
 _SETTLED_WITHIN_S = 60.0
 _STOPPED_WITHIN_S = 60.0
 

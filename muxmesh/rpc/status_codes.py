@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -68,29 +69,50 @@ def to_status(error: errors.MeshError) -> Any:
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> errors.MeshError:
-    """Decodes the error that `to_status` encoded. A status of another origin becomes the error that fits its code."""
+    """Decodes the error that `to_status` encoded.
+
+    A status of another origin, or with details that are malformed or missing, becomes the error that fits its code.
+    """
     message = error.details() or error.code().name
     status = _rich_status(error)
-    found = {detail.type_url.rsplit(".", 1)[-1]: detail for detail in status.details} if status else {}
-    info = error_details_pb2.ErrorInfo()
-    if "ErrorInfo" in found and found["ErrorInfo"].Unpack(info) and info.domain == DOMAIN:
+    info = _detail(status, error_details_pb2.ErrorInfo())
+    if info is not None and info.domain == DOMAIN:
         kind = _BY_NAME.get(info.reason, errors.InternalError)
         if kind is errors.InvalidRequest:
-            bad = error_details_pb2.BadRequest()
-            found["BadRequest"].Unpack(bad)
-            return errors.InvalidRequest(bad.field_violations[0].field, bad.field_violations[0].description)
-        if kind is errors.Overloaded:
-            retry = error_details_pb2.RetryInfo()
-            found["RetryInfo"].Unpack(retry)
-            return errors.Overloaded(message, retry.retry_delay.ToNanoseconds() / 1e9)
-        return kind(message)
+            bad = _detail(status, error_details_pb2.BadRequest())
+            if bad is not None and bad.field_violations:
+                return errors.InvalidRequest(bad.field_violations[0].field, bad.field_violations[0].description)
+        elif kind is errors.Overloaded:
+            retry = _detail(status, error_details_pb2.RetryInfo())
+            if retry is not None:
+                return errors.Overloaded(message, retry.retry_delay.ToNanoseconds() / 1e9)
+        else:
+            return kind(message)
     return _BY_CODE.get(error.code(), errors.InternalError)(message)
 
 
 def _rich_status(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
-    """google.rpc.Status from the trailing metadata. None if it is missing or contradicts the status of the call."""
+    """google.rpc.Status from the trailing metadata.
+
+    None if it is missing, cannot be parsed, or contradicts the status of the call.
+    """
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
-            status = status_pb2.Status.FromString(value)
+            try:
+                status = status_pb2.Status.FromString(value)
+            except DecodeError:
+                return None
             return status if status.code == error.code().value[0] else None
+    return None
+
+
+def _detail(status: status_pb2.Status | None, message: Any) -> Any:
+    """``message``, filled from the detail of its type; None if there is none, or it cannot be parsed."""
+    for packed in status.details if status is not None else ():
+        if packed.Is(message.DESCRIPTOR):
+            try:
+                packed.Unpack(message)
+            except DecodeError:
+                return None
+            return message
     return None

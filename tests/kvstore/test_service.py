@@ -523,6 +523,18 @@ async def test_a_cancelled_swap_in_leaves_the_order_and_the_lease_stays_swapped(
     assert (await workers.decode.begin_swap_in(swapped.ref, FIRST, KvDemand(8, 16)))[1] == 0
 
 
+async def test_a_swap_in_whose_lease_is_released_ends(served_unit: ServedUnit) -> None:
+    workers, router = await Workers.of(served_unit), served_unit.router()
+    swapped = await workers.swapped(router, 1, 8)
+    await workers.decoding(router, 2, 4 * slab_tokens(served_unit.unit, "a"))
+    waiting = asyncio.ensure_future(workers.decode.begin_swap_in(swapped.ref, FIRST, KvDemand(8, 16)))
+    await until_waiting(served_unit, 1)
+    await workers.decode.release(swapped.ref, ())
+    with pytest.raises(LeaseLost, match="was released while it waited for memory"):
+        await waiting
+    assert served_unit.unit.admission.count("a") == 0
+
+
 async def test_a_later_swap_in_of_a_lease_replaces_the_earlier_one(served_unit: ServedUnit) -> None:
     workers, router = await Workers.of(served_unit), served_unit.router()
     swapped = await workers.swapped(router, 1, 8)

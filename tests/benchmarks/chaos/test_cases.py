@@ -33,6 +33,16 @@ def test_every_case_determines_its_output() -> None:
             assert case.options["max_new_tokens"] >= 1
 
 
+def test_every_case_fits_into_the_context_of_512_tokens() -> None:
+    """A prompt of bytes, the chat template, and the longest output."""
+    for seed in range(300):
+        for case in cases(seed):
+            prompt, most = case.prompt, case.options["max_new_tokens"]
+            text = prompt if isinstance(prompt, str) else "".join(str(part) for part in prompt)
+            num_prompt = len(text.encode()) if not isinstance(prompt, list) else len(prompt)
+            assert num_prompt + most < 500, case
+
+
 def test_requests_of_a_case_differ_only_in_what_leaves_the_output_as_it_is() -> None:
     harmless = {"cache_salt", "priority", "bypass_prefix_cache", "expected_output_tokens"}
     assert {name for request in requests(1) for name in request.options} == harmless

@@ -145,3 +145,40 @@ def test_further_details_do_not_hide_the_error() -> None:
     help_links = error_details_pb2.Help()
     info = error_details_pb2.ErrorInfo(reason="LeaseLost", domain=DOMAIN)
     assert type(from_rpc_error(foreign(grpc.StatusCode.FAILED_PRECONDITION, help_links, info))) is errors.LeaseLost
+
+
+OF_THE_MESH = [error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN) for reason in ("InvalidRequest", "Overloaded")]
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED])
+@pytest.mark.parametrize(
+    "details", [OF_THE_MESH[:1], OF_THE_MESH[1:], [OF_THE_MESH[0], error_details_pb2.BadRequest()]]
+)
+def test_an_error_without_the_details_of_its_kind_is_the_one_that_fits_the_code(
+    code: grpc.StatusCode, details: list[Any]
+) -> None:
+    kind = errors.Overloaded if code is grpc.StatusCode.RESOURCE_EXHAUSTED else errors.InternalError
+    error = from_rpc_error(foreign(code, *details))
+    assert type(error) is kind
+    assert str(error) == "no route"
+
+
+@pytest.mark.parametrize("type_name", ["ErrorInfo", "BadRequest", "RetryInfo"])
+def test_a_detail_that_cannot_be_parsed_is_ignored(type_name: str) -> None:
+    broken = any_pb2.Any(type_url=f"type.googleapis.com/google.rpc.{type_name}", value=b"\xff\xff")
+    reason = {"BadRequest": "InvalidRequest", "RetryInfo": "Overloaded"}.get(type_name)
+    info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
+    status = status_pb2.Status(code=grpc.StatusCode.UNAVAILABLE.value[0], details=[broken])
+    if reason is not None:
+        status.details.add().Pack(info)
+    trailers = Metadata(("grpc-status-details-bin", status.SerializeToString()))
+    error = from_rpc_error(AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), trailers, details="no route"))
+    assert type(error) is errors.Unavailable
+
+
+@pytest.mark.parametrize("value", [b"", b"\xff", b"\x1a\x05abc", bytes(range(256))])
+def test_trailing_metadata_of_any_bytes_does_not_hide_the_status(value: bytes) -> None:
+    trailers = Metadata(("grpc-status-details-bin", value))
+    error = from_rpc_error(AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), trailers, details="no route"))
+    assert type(error) is errors.Unavailable
+    assert str(error) == "no route"
