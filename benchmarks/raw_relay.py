@@ -36,12 +36,12 @@ class Source(decode_pb2_grpc.DecodeServiceServicer):
             yield decode_pb2.WatchTokensResponse(sequences=[decode_pb2.NewTokens(start_index=index, token_ids=[index])])
 
 
-class Relay(inference_pb2_grpc.InferenceServicer):
-    """Serves the public RPC without any logic of the router."""
+_Servicer: Any = inference_pb2_grpc.InferenceServicer
+"""Without its abstract methods, which only the type checker sees: other RPCs are not measured."""
 
-    async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> inference_pb2.GenerateResponse:
-        """Not measured."""
-        raise NotImplementedError
+
+class Relay(_Servicer):  # type: ignore[misc]
+    """Serves the public RPC without any logic of the router."""
 
     def __init__(self, source: decode_pb2_grpc.DecodeServiceAsyncStub) -> None:
         self._source = source

@@ -47,6 +47,14 @@ Prompt = TextPrompt | TokensPrompt | ChatPrompt
 
 
 @dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """A prompt as tokens, and the context of its model in tokens."""
+
+    token_ids: list[int]
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoppingOptions:
     """When an output ends. ``max_new_tokens`` None: the model's default, limited by the context and the KV pool."""
 
@@ -65,9 +73,9 @@ class OutputOptions:
     text: bool = True
     token_ids: bool = False
     prompt_token_ids: bool = False
-    prompt_logprobs: bool = False
     skip_special_tokens: bool = True
     scheduling: bool = False
+    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)

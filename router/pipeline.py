@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -26,12 +26,14 @@ from router.generation import (
     GenerationRequest,
     ModelCounters,
     OutputDelta,
+    Prompt,
     TextPrompt,
-    TokensPrompt,
+    TokenizedPrompt,
 )
 from router.generation_reports import prompt_report, scheduling_report, timings_report
 from router.length_forecast import LengthForecast, LengthForecaster
-from router.request_validation import check_overload, resolve, validate
+from router.prompt_tokenizer import PromptTokenizer
+from router.request_validation import check_count, check_overload, check_prompt, check_token_ids, resolve, validate
 from router.sequence_driver import Progress, SequenceDriver
 from router.sequence_output import SequenceOutput
 from router.served_models import ServedModel, ServedModels
@@ -83,7 +85,7 @@ class GenerationPipeline:
         self._config = config
         self._clock = clock
         self._rng = rng
-        self._tokenizing = tokenizing
+        self._tokenizer = PromptTokenizer(tokenizing)
 
     def validate(self, request: GenerationRequest) -> None:
         """Raises InvalidRequest or ModelNotFound for a request that can never be served."""
@@ -98,12 +100,26 @@ class GenerationPipeline:
         model = self._models.find(request.model)
         self._refuse_overload(request.num_sequences)
         arrived_at_unix_s = self._clock.unix_s()
-        token_ids = await self._tokenize(request, model)
+        token_ids = await self._tokenizer.encode(request.prompt, model)
         engine_request = resolve(request, model, token_ids, self._rng.getrandbits(_SEED_BITS), arrived_at_unix_s)
         forecast = await self._predict_length(request, model, engine_request)
         self._refuse_overload(request.num_sequences)  # others may have arrived since the first check
         engine_request = self._with_expected_work(model, engine_request, forecast)
         return self._serve(_Generation(request, model, engine_request, forecast, arrived_at_s))
+
+    async def tokenize(self, model_name: str, prompt: Prompt, add_special_tokens: bool | None) -> TokenizedPrompt:
+        """The tokens of a prompt. Raises InvalidRequest or ModelNotFound."""
+        model = self._models.find(model_name)
+        check_prompt(prompt, model, self._config.max_prompt_bytes)
+        token_ids = await self._tokenizer.encode(prompt, model, add_special_tokens)
+        return TokenizedPrompt(token_ids, model.limits.max_model_len)
+
+    async def detokenize(self, model_name: str, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The text of token ids, at most as many as the context holds. Raises InvalidRequest or ModelNotFound."""
+        model = self._models.find(model_name)
+        check_count("token_ids", len(token_ids), model.limits.max_model_len)
+        check_token_ids("token_ids", token_ids, model)
+        return await self._tokenizer.decode(token_ids, model, skip_special_tokens)
 
     def num_waiting(self, model: str) -> int:
         """Sequences of ``model`` that wait for a credit or for the first sequence of their request."""
@@ -189,18 +205,6 @@ class GenerationPipeline:
             is_censored = output.finish is None or output.finish.kind is FinishKind.LENGTH
             self._forecaster.observe(generation.forecast, len(output.token_ids), is_censored)
 
-    async def _tokenize(self, request: GenerationRequest, model: ServedModel) -> list[int]:
-        """Tokenizes in a thread: a long prompt takes milliseconds, and the tokenizer releases the GIL."""
-        prompt, loop = request.prompt, asyncio.get_running_loop()
-        if isinstance(prompt, TokensPrompt):
-            return list(prompt.token_ids)
-        if isinstance(prompt, TextPrompt):
-            return await loop.run_in_executor(self._tokenizing, model.text.encode, prompt.text, True)
-        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
-        return await loop.run_in_executor(
-            self._tokenizing, lambda: model.text.encode(model.text.render_chat(messages), False)
-        )
-
     async def _predict_length(
         self, request: GenerationRequest, model: ServedModel, engine_request: EngineRequest
     ) -> LengthForecast:
@@ -221,8 +225,7 @@ class GenerationPipeline:
         if isinstance(prompt, ChatPrompt):
             return next((m.content for m in reversed(prompt.messages) if m.role == "user"), "")
         token_ids = engine_request.prompt_token_ids[-_MAX_PREDICTOR_TOKENS:]
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._tokenizing, model.text.decode, token_ids, True)
+        return await self._tokenizer.decode(token_ids, model, True)
 
     def _with_expected_work(
         self, model: ServedModel, request: EngineRequest, forecast: LengthForecast

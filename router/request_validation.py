@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from muxmesh.errors import InvalidRequest, Overloaded
 from muxmesh.types import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, EngineRequest, Sampling, SchedulingState, Stopping
-from router.generation import ChatPrompt, GenerationRequest, StoppingOptions, TextPrompt, TokensPrompt
+from router.generation import ChatPrompt, GenerationRequest, Prompt, StoppingOptions, TextPrompt, TokensPrompt
 from router.served_models import ModelLimits, ServedModel
 
 MAX_REQUEST_ID = 128
@@ -42,7 +42,9 @@ def validate(request: GenerationRequest, model: ServedModel, max_prompt_bytes: i
             "truncate_prompt_tokens",
             f"is {truncate}; at least 1, and less than the context ({model.limits.max_model_len} tokens)",
         )
-    _check_prompt(request, model, max_prompt_bytes)
+    if request.prompt == TextPrompt(""):
+        raise InvalidRequest("text", "is empty")
+    check_prompt(request.prompt, model, max_prompt_bytes, truncate)
     if request.expected_output_tokens is not None and request.expected_output_tokens < 1:
         raise InvalidRequest("expected_output_tokens", f"is {request.expected_output_tokens}; at least 1, or unset")
     _check_stopping(request, model)
@@ -157,16 +159,17 @@ def check_overload(num_waiting: int, num_sequences: int, limit: int) -> None:
         )
 
 
-def _check_prompt(request: GenerationRequest, model: ServedModel, max_prompt_bytes: int) -> None:
-    prompt = request.prompt
+def check_prompt(prompt: Prompt, model: ServedModel, max_prompt_bytes: int, truncate: int | None = None) -> None:
+    """Raises InvalidRequest for a prompt that is too long to be tokenized, or has what the model does not know.
+
+    ``truncate``: only that many tokens at the end are used.
+    """
     if isinstance(prompt, TextPrompt):
-        if not prompt.text:
-            raise InvalidRequest("text", "is empty")
         _check_size("text", len(prompt.text.encode()), max_prompt_bytes)
     elif isinstance(prompt, ChatPrompt):
         _check_chat(prompt, max_prompt_bytes)
     else:
-        _check_prompt_ids(prompt.token_ids, request.truncate_prompt_tokens, model)
+        _check_prompt_ids(prompt.token_ids, truncate, model)
 
 
 def _check_chat(chat: ChatPrompt, max_prompt_bytes: int) -> None:
@@ -198,10 +201,11 @@ def _check_prompt_ids(token_ids: Sequence[int], truncate: int | None, model: Ser
         raise InvalidRequest("token_ids.ids", "is empty")
     first = 0 if truncate is None else max(0, len(token_ids) - truncate)
     check_prompt_length("token_ids.ids", len(token_ids) - first, model.limits)
-    _check_token_ids("token_ids.ids", token_ids[first:], model, first)
+    check_token_ids("token_ids.ids", token_ids[first:], model, first)
 
 
-def _check_token_ids(field: str, token_ids: Sequence[int], model: ServedModel, first: int = 0) -> None:
+def check_token_ids(field: str, token_ids: Sequence[int], model: ServedModel, first: int = 0) -> None:
+    """Raises InvalidRequest for the first id that the model does not know. ``first``: the index of the first id."""
     for index, token_id in enumerate(token_ids, first):
         if not 0 <= token_id < model.spec.vocab_size:
             raise InvalidRequest(
@@ -214,7 +218,7 @@ def _check_stopping(request: GenerationRequest, model: ServedModel) -> None:
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise InvalidRequest("stopping.max_new_tokens", f"is {options.max_new_tokens}; at least 1")
     check_count("stopping.stop_token_ids", len(options.stop_token_ids), MAX_STOP_TOKEN_IDS)
-    _check_token_ids("stopping.stop_token_ids", options.stop_token_ids, model)
+    check_token_ids("stopping.stop_token_ids", options.stop_token_ids, model)
     check_count("stopping.stop_strings", len(options.stop_strings), MAX_STOP_STRINGS)
     for index, text in enumerate(options.stop_strings):
         _check_stop_string(f"stopping.stop_strings[{index}]", text, request.output.skip_special_tokens, model)
@@ -277,7 +281,7 @@ def _check_allowed_token_ids(request: GenerationRequest, model: ServedModel) -> 
     if not allowed:
         raise InvalidRequest(field, "is empty: no token could be sampled")
     if min(allowed) < 0 or max(allowed) >= model.spec.vocab_size:
-        _check_token_ids(field, allowed, model)
+        check_token_ids(field, allowed, model)
     ending = set(stopping.stop_token_ids) | (set() if stopping.ignore_eos else model.spec.eos_token_ids)
     if stopping.min_new_tokens > 1 and ending.issuperset(allowed):
         raise InvalidRequest(

@@ -43,6 +43,10 @@ class InferenceStub:
     """Streams the output as deltas: the text and token ids that are new since the last message. A token that was sent
     never changes. Cancelling the call aborts the request on every worker.
     """
+    Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
+    """Returns the token ids of a text or a conversation, as Generate computes them. Nothing is generated."""
+    Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
+    """Returns the text of token ids."""
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
@@ -53,6 +57,10 @@ class InferenceAsyncStub(InferenceStub):
     """Streams the output as deltas: the text and token ids that are new since the last message. A token that was sent
     never changes. Cancelling the call aborts the request on every worker.
     """
+    Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """Returns the token ids of a text or a conversation, as Generate computes them. Nothing is generated."""
+    Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
+    """Returns the text of token ids."""
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -72,5 +80,21 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         """Streams the output as deltas: the text and token ids that are new since the last message. A token that was sent
         never changes. Cancelling the call aborts the request on every worker.
         """
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _inference_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
+        """Returns the token ids of a text or a conversation, as Generate computes them. Nothing is generated."""
+
+    @_abc_1.abstractmethod
+    def Detokenize(
+        self,
+        request: _inference_pb2.DetokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.DetokenizeResponse, _abc.Awaitable[_inference_pb2.DetokenizeResponse]]:
+        """Returns the text of token ids."""
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -50,8 +50,7 @@ def request_from_message(message: inference_pb2.GenerateRequest, request_id: str
 
     Raises InvalidRequest for a field that a `GenerationRequest` cannot express.
     """
-    check_count("chat.messages", len(message.chat.messages), MAX_MESSAGES)
-    refuse_unknown_fields(message)
+    check_message(message)
     prompt = _prompt(message)
     for name in _UNSUPPORTED:
         if message.HasField(name):
@@ -78,6 +77,12 @@ def request_from_message(message: inference_pb2.GenerateRequest, request_id: str
         bypass_prefix_cache=message.kv.bypass_prefix_cache,
         kv_swap_format=_SWAP_FORMATS[message.kv.swap_format],
     )
+
+
+def check_message(message: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> None:
+    """Raises InvalidRequest for a conversation of too many messages, and for a field that the mesh does not know."""
+    check_count("chat.messages", len(message.chat.messages), MAX_MESSAGES)
+    refuse_unknown_fields(message)
 
 
 def message_from_delta(delta: OutputDelta, options: OutputOptions) -> inference_pb2.GenerateResponse:
@@ -133,7 +138,12 @@ def _prompt(message: inference_pb2.GenerateRequest) -> Prompt:
         return TextPrompt(message.text)
     if message.HasField("token_ids"):
         return TokensPrompt(message.token_ids.ids)
-    return ChatPrompt(tuple(ChatMessage(one.role, one.content) for one in message.chat.messages))
+    return chat_prompt(message.chat)
+
+
+def chat_prompt(chat: inference_pb2.ChatPrompt) -> ChatPrompt:
+    """Converts a conversation."""
+    return ChatPrompt(tuple(ChatMessage(one.role, one.content) for one in chat.messages))
 
 
 def _sampling(message: inference_pb2.GenerateRequest) -> Sampling:

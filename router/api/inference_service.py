@@ -12,13 +12,15 @@ import grpc
 from muxmesh.clock import Clock
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc
 from router.api.generate_messages import message_from_delta, request_from_message
+from router.api.tokenize_messages import message_from_tokenized, prompt_from_message
+from router.api.unknown_fields import refuse_unknown_fields
 from router.pipeline import GenerationPipeline
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """Generate and GenerateStream."""
+    """Generate and GenerateStream, Tokenize and Detokenize."""
 
     def __init__(self, pipeline: GenerationPipeline, clock: Clock, rng: random.Random) -> None:
         self._pipeline = pipeline
@@ -56,6 +58,22 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         if len(outputs) > 1:
             whole.all_outputs.extend(outputs[index] for index in sorted(outputs))
         return whole
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        """See the proto."""
+        prompt = prompt_from_message(request)
+        adds = request.add_special_tokens if request.HasField("add_special_tokens") else None
+        return message_from_tokenized(await self._pipeline.tokenize(request.model, prompt, adds))
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: Context
+    ) -> inference_pb2.DetokenizeResponse:
+        """See the proto."""
+        refuse_unknown_fields(request)
+        text = await self._pipeline.detokenize(request.model, request.token_ids, request.skip_special_tokens)
+        return inference_pb2.DetokenizeResponse(text=text)
 
 
 def _request_id(context: Context) -> str:

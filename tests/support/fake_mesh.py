@@ -98,6 +98,7 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
         self.status = mesh_pb2.GetStatusResponse(version="1.2.3", redis_connected=True, order_policy="fcfs")
         self.unary_error: Exception | None = None
         self.requests: list[inference_pb2.GenerateRequest] = []
+        self.token_requests: list[inference_pb2.TokenizeRequest | inference_pb2.DetokenizeRequest] = []
         self.deadlines_s: list[float | None] = []
         self.num_list_calls = 0
         self.num_ended = 0
@@ -142,6 +143,20 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> inference_pb2.GenerateResponse:
         raise InternalError("Generate has no script")
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        """One token for each character: its code point."""
+        self.token_requests.append(request)
+        text = request.text or "".join(message.content for message in request.chat.messages)
+        return inference_pb2.TokenizeResponse(token_ids=map(ord, text), num_tokens=len(text), max_model_len=100)
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: Context
+    ) -> inference_pb2.DetokenizeResponse:
+        self.token_requests.append(request)
+        return inference_pb2.DetokenizeResponse(text="".join(map(chr, request.token_ids)))
 
     async def ListModels(self, request: mesh_pb2.ListModelsRequest, context: Context) -> mesh_pb2.ListModelsResponse:
         self.num_list_calls += 1

@@ -194,3 +194,50 @@ async def test_a_cancelled_call_aborts_the_request(tmp_path: Path, method: str) 
         call.cancel()
         await until(lambda: counters.num_aborted == 1)
         assert setup.parts.attempts.num_running == setup.parts.admission.num_unreturned == 0
+
+
+async def test_tokenize_and_detokenize_are_inverse(tmp_path: Path) -> None:
+    async with service(tmp_path, writes("x")) as setup:
+        tokenized = await setup.stub.Tokenize(inference_pb2.TokenizeRequest(model="m", text="héllo"))
+        assert tuple(tokenized.token_ids) == tokens_of("héllo")
+        assert (tokenized.num_tokens, tokenized.max_model_len) == (6, 100)
+        request = inference_pb2.DetokenizeRequest(model="m", token_ids=tokenized.token_ids)
+        assert (await setup.stub.Detokenize(request)).text == "héllo"
+    assert setup.parts.attempts.requests == []
+
+
+async def test_a_conversation_has_the_tokens_that_generate_computes(tmp_path: Path) -> None:
+    chat = inference_pb2.ChatPrompt(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
+    async with service(tmp_path, writes("x")) as setup:
+        tokenized = await setup.stub.Tokenize(inference_pb2.TokenizeRequest(chat=chat))
+        await setup.stream(inference_pb2.GenerateRequest(chat=chat))
+    assert tuple(tokenized.token_ids) == setup.parts.attempts.requests[0].prompt_token_ids
+
+
+async def test_the_text_of_a_special_token_is_left_out_on_request(tmp_path: Path) -> None:
+    async with service(tmp_path, writes("x")) as setup:
+        for skip, text in ((False, "<|start|>a"), (True, "a")):
+            request = inference_pb2.DetokenizeRequest(token_ids=[1, *tokens_of("a")], skip_special_tokens=skip)
+            assert (await setup.stub.Detokenize(request)).text == text
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "error", "message"),
+    [
+        ("Tokenize", {"model": "x", "text": "a"}, ModelNotFound, "model: 'x' is not served; served: m"),
+        ("Tokenize", {"text": "x" * 1_048_577}, InvalidRequest, "text: is 1048577 bytes; at most 1048576"),
+        ("Tokenize", {}, InvalidRequest, "text: exactly one of text, chat is needed; none is set"),
+        ("Detokenize", {"token_ids": [5, 259]}, InvalidRequest, "token_ids[1]: token id 259 is unknown; m has 259"),
+        ("Detokenize", {"token_ids": [5] * 101}, InvalidRequest, "token_ids: has 101 entries; at most 100"),
+        ("Detokenize", {"model": "x"}, ModelNotFound, "model: 'x' is not served; served: m"),
+    ],
+)
+async def test_what_cannot_be_tokenized_is_refused_by_the_name_of_its_field(
+    tmp_path: Path, method: str, fields: dict[str, Any], error: type[MeshError], message: str
+) -> None:
+    kind = getattr(inference_pb2, f"{method}Request")
+    async with service(tmp_path, writes("x")) as setup:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await getattr(setup.stub, method)(kind(**fields))
+    received = from_rpc_error(caught.value)
+    assert type(received) is error and str(received).startswith(message)
