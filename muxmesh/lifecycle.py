@@ -10,6 +10,7 @@ import asyncio
 import ctypes
 import logging
 import os
+import resource
 import signal
 import sys
 from collections import Counter
@@ -25,6 +26,7 @@ _PR_SET_PDEATHSIG = 1
 _SLOW_SHUTDOWN_S = 3.0
 """Shorter than the grace period of the supervisor, which ends with SIGKILL."""
 _MAX_LOGGED_STACKS = 20
+MAX_OPEN_FILES = 65_536
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 
@@ -53,6 +55,16 @@ def service_arguments(description: str | None, *own: str) -> argparse.Namespace:
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
     return arguments
+
+
+def raise_file_limit() -> int:
+    """Raises the soft limit on open files to the hard one, or to `MAX_OPEN_FILES`. Returns the new soft limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 class Stop:
@@ -108,8 +120,12 @@ def _await_stack(task: asyncio.Task[Any]) -> str:
 
 
 def run_service(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
-    """Configures logging and runs ``main(stop)`` on uvloop until it returns. SIGTERM and SIGINT set ``stop``."""
+    """Configures logging and runs ``main(stop)`` on uvloop until it returns. SIGTERM and SIGINT set ``stop``.
+
+    Raises the limit on open files before.
+    """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+    raise_file_limit()
 
     async def supervised() -> bool:
         stop = Stop()

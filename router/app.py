@@ -12,10 +12,11 @@ from muxmesh.clock import Clock, SystemClock
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
 from muxmesh.endpoint_resolver import EndpointResolver
 from muxmesh.internal.v1 import kvstore_pb2_grpc
-from muxmesh.lifecycle import Stop
+from muxmesh.lifecycle import Stop, raise_file_limit
 from muxmesh.models.prepared_model import kv_identity
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.channels import internal_channel
+from muxmesh.rpc.client_limits import PublicLimits
 from muxmesh.rpc.server import MeshServer
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
@@ -26,6 +27,7 @@ from router.attempt import WorkerChannels, run_attempt
 from router.length_forecast import LengthForecaster
 from router.pipeline import GenerationPipeline
 from router.predictor_snapshots import PredictorSnapshots
+from router.public_limits import public_limits
 from router.sequence_driver import SequenceDriver
 from router.served_models import load_models
 from router.units import PlacedModel, UnitLink, Units
@@ -57,6 +59,7 @@ async def serve(runtime: MeshRuntime, stop: Stop) -> None:
         server = _server(
             InferenceService(pipeline, clock, rng),
             MeshService(models, units, pipeline, forecaster, registry, policy),
+            public_limits(config.router, models, raise_file_limit()),
         )
         endpoint = runtime.endpoints()[ProcessKey("router")]
         await server.start([config.listen, endpoint.address])
@@ -91,7 +94,7 @@ async def _open_units(
     return Units(links)
 
 
-def _server(inference: InferenceService, mesh: MeshService) -> MeshServer:
+def _server(inference: InferenceService, mesh: MeshService, limits: PublicLimits) -> MeshServer:
     return MeshServer(
         {
             inference_pb2.DESCRIPTOR.services_by_name["Inference"]: functools.partial(
@@ -101,5 +104,5 @@ def _server(inference: InferenceService, mesh: MeshService) -> MeshServer:
                 mesh_pb2_grpc.add_MeshServicer_to_server, mesh
             ),
         },
-        public=True,
+        limits,
     )

@@ -280,6 +280,7 @@ def _check_allowed_token_ids(request: GenerationRequest, model: ServedModel) -> 
         return
     if not allowed:
         raise InvalidRequest(field, "is empty: no token could be sampled")
+    check_count(field, len(allowed), model.spec.vocab_size)
     if min(allowed) < 0 or max(allowed) >= model.spec.vocab_size:
         check_token_ids(field, allowed, model)
     ending = set(stopping.stop_token_ids) | (set() if stopping.ignore_eos else model.spec.eos_token_ids)

@@ -16,6 +16,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    IPvAnyNetwork,
     StringConstraints,
     ValidationInfo,
     field_validator,
@@ -168,12 +169,27 @@ class RouterConfig(Section):
 
     max_waiting_requests: int = Field(default=4096, ge=1)
     """Capacity of the queue. While it is full, new requests fail with RESOURCE_EXHAUSTED."""
-    max_prompt_bytes: ByteSize = Field(default=ByteSize(1 * MIB), ge=1)
-    """Longest prompt text in bytes of UTF-8, checked before tokenization."""
+    max_prompt_bytes: ByteSize = Field(default=ByteSize(1 * MIB), ge=1, le=32 * MIB)
+    """Longest prompt text in bytes of UTF-8, checked before tokenization. The size limit of a request message follows
+    from it: the text, the token ids of the longest context and of the largest vocabulary, and every other field."""
+    max_waiting_prompt_bytes: ByteSize = Field(default=ByteSize(64 * MIB), ge=1)
+    """Text of long prompts that wait to be tokenized, together. A further one fails with RESOURCE_EXHAUSTED."""
     max_restarts: int = Field(default=5, ge=0)
     """Limit on consecutive retries of a request whose attempts fail with at most one new token."""
     predictor_budget_s: float = Field(default=0.05, gt=0, le=60)
     """Time limit for predicting the output length of a request. A later prediction is ignored."""
+    max_connections: int = Field(default=2048, ge=1, le=1_000_000)
+    """Connections of all clients. A further one is closed. The limit on open files, less 256, is a limit too."""
+    max_idle_connection_s: float = Field(default=300, ge=1, le=86400)
+    """Seconds after which a connection without a call is closed. A client connects again with its next call."""
+    max_calls_per_client: int = Field(default=1024, ge=1, le=1_000_000)
+    """Calls in progress of one client address (of IPv6: one /64 network); a further one fails with RESOURCE_EXHAUSTED.
+    Also the limit of one connection, above which gRPC clients hold calls back."""
+    exempt_clients: tuple[IPvAnyNetwork, ...] = ()
+    """Addresses or networks, like `[10.0.0.5, 10.1.0.0/16]`, to which max_calls_per_client does not apply: servers that
+    are the one client of many users. Clients of the router's unix socket are exempt too."""
+    slow_client_s: float = Field(default=30, ge=0.1, le=3600)
+    """Seconds after which a call ends whose request has not arrived, or whose output the client has not read."""
 
 
 class OrderConfig(Section):

@@ -16,8 +16,12 @@ from muxmesh.errors import InvalidRequest
 
 M = TypeVar("M", bound=Message)
 
-_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+_VARINT, _FIXED64, _LENGTH, _START_GROUP, _END_GROUP, _FIXED32 = range(6)
+_GROUP = 0
 _MAX_VARINT_BYTES = 10
+_MIN_FIELD_BYTES = 2
+MAX_FIELDS = 16_384
+"""Fields of a request of a client. Shorter messages than `MAX_FIELDS` of them would be are not searched."""
 _MAX_SEARCHED_BYTES = 1024 * 1024
 """Larger malformed messages are not searched for the invalid field: the search blocks the event loop."""
 
@@ -37,12 +41,38 @@ def parse(kind: type[M], raw: bytes) -> M:
         raise InvalidRequest(kind.DESCRIPTOR.name, f"is malformed: {error}") from error
 
 
-def _invalid_strings(descriptor: Descriptor, raw: memoryview) -> Iterator[str]:
-    """Paths of the string fields that are not UTF-8."""
-    counts: Counter[int] = Counter()
-    for number, value in _length_delimited(raw):
+def check_num_fields(kind: type[Message], raw: bytes) -> None:
+    """Raises InvalidRequest if a message of type ``kind`` has more than `MAX_FIELDS` fields, before it is parsed.
+
+    Nested fields count, elements of a packed field do not. The error names the field at which the limit is exceeded.
+    """
+    if len(raw) > _MIN_FIELD_BYTES * MAX_FIELDS:
+        for count, path in enumerate(_known_paths(cast(Descriptor, kind.DESCRIPTOR), memoryview(raw), "")):
+            if count >= MAX_FIELDS:
+                raise InvalidRequest(path, f"is repeated too often: a message has at most {MAX_FIELDS} fields")
+
+
+def _known_paths(descriptor: Descriptor, raw: memoryview, prefix: str) -> Iterator[str]:
+    """The path of each field, unknown ones included, in the order of the wire."""
+    for number, value in _fields(raw):
         field = descriptor.fields_by_number.get(number)
-        if field is None:
+        yield f"{prefix}{field.name if field else f'(number {number})'}"
+        if value is not None and field is not None and (inner := _message_type(field)) is not None:
+            yield from _known_paths(inner, value, f"{prefix}{field.name}.")
+
+
+def _message_type(field: FieldDescriptor) -> Descriptor | None:
+    return field.message_type if field.type == FieldDescriptor.TYPE_MESSAGE else None
+
+
+def _invalid_strings(descriptor: Descriptor, raw: memoryview) -> Iterator[str]:
+    """Paths of the string fields that are not UTF-8, up to the first group."""
+    counts: Counter[int] = Counter()
+    for number, value in _fields(raw):
+        if number == _GROUP:
+            return
+        field = descriptor.fields_by_number.get(number)
+        if field is None or value is None:
             continue
         name = f"{field.name}[{counts[number]}]" if field.is_repeated else field.name
         counts[number] += 1
@@ -51,30 +81,33 @@ def _invalid_strings(descriptor: Descriptor, raw: memoryview) -> Iterator[str]:
                 bytes(value).decode()
             except UnicodeDecodeError:
                 yield name
-        elif field.type == FieldDescriptor.TYPE_MESSAGE:
-            assert field.message_type is not None
-            yield from (f"{name}.{inner}" for inner in _invalid_strings(field.message_type, value))
+        elif (inner := _message_type(field)) is not None:
+            yield from (f"{name}.{path}" for path in _invalid_strings(inner, value))
 
 
-def _length_delimited(raw: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(field number, value) of each length-delimited field, up to the first malformed field."""
+def _fields(raw: memoryview) -> Iterator[tuple[int, memoryview | None]]:
+    """(number, value if it is length-delimited) of each field, up to the first malformed one.
+
+    The tags that begin and end a group have the number `_GROUP`; its fields follow like others.
+    """
     offset = 0
     try:
         while offset < len(raw):
             tag, offset = _varint(raw, offset)
-            kind = tag & 7
+            kind, value = tag & 7, None
             if kind == _LENGTH:
                 length, offset = _varint(raw, offset)
                 if length > len(raw) - offset:
                     return
-                yield tag >> 3, raw[offset : offset + length]
+                value = raw[offset : offset + length]
                 offset += length
             elif kind == _VARINT:
                 _, offset = _varint(raw, offset)
             elif kind in (_FIXED64, _FIXED32):
                 offset += 8 if kind == _FIXED64 else 4
-            else:
+            elif kind not in (_START_GROUP, _END_GROUP):
                 return
+            yield _GROUP if kind in (_START_GROUP, _END_GROUP) else tag >> 3, value
     except (IndexError, ValueError):
         return
 

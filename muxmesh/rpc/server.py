@@ -5,6 +5,8 @@ Knows the descriptors of services, not what they do.
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
@@ -16,9 +18,10 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from muxmesh.errors import InternalError, MeshError
+from muxmesh.errors import InternalError, InvalidRequest, MeshError, RequestAborted
+from muxmesh.rpc.client_limits import ClientCalls, PublicLimits, Receptions
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
-from muxmesh.rpc.message_parser import parse
+from muxmesh.rpc.message_parser import check_num_fields, parse
 from muxmesh.rpc.reflection import add_reflection
 from muxmesh.rpc.status_codes import to_status
 
@@ -32,13 +35,6 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
 )
 
-# Requests of a client whose host is gone are aborted within half a minute.
-_PUBLIC_OPTIONS = (
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
-)
-
 Register = Callable[[grpc.aio.Server], None]
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -46,13 +42,16 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class MeshServer:
     """A server whose health is NOT_SERVING until `set_serving`."""
 
-    def __init__(self, services: Mapping[ServiceDescriptor, Register], *, public: bool = False) -> None:
+    def __init__(self, services: Mapping[ServiceDescriptor, Register], public: PublicLimits | None = None) -> None:
         """``services`` maps a descriptor to the function that adds its servicer to a server.
 
-        ``public`` enables keepalive pings, since clients may be on other hosts.
+        ``public``: the limits on clients, which may be on other hosts. None: all clients are processes of the mesh.
         """
-        options = _OPTIONS + _PUBLIC_OPTIONS if public else _OPTIONS
-        self._server = grpc.aio.server(options=options, interceptors=[_ErrorBoundary(services)])
+        options, boundary = dict(_OPTIONS), _ErrorBoundary(services)
+        if public is not None:
+            options |= public.server_options()
+            boundary = _PublicBoundary(services, public)
+        self._server = grpc.aio.server(options=tuple(options.items()), interceptors=[boundary])
         self._names = ["", *(descriptor.full_name for descriptor in services)]
         self._health = health.aio.HealthServicer()
         for register in services.values():
@@ -115,6 +114,98 @@ class _ErrorBoundary(grpc.aio.ServerInterceptor):
         if handler.stream_stream:
             return grpc.stream_stream_rpc_method_handler(_bidi(handler.stream_stream, kind), None, serializer)
         raise NotImplementedError(f"{details.method} is client-streaming; no RPC of the mesh is")
+
+
+class _PublicBoundary(_ErrorBoundary):
+    """Holds clients to their limits, and does what `_ErrorBoundary` does.
+
+    Every method becomes one that reads its request itself: a call is counted, and refused, before anything of its
+    message is in memory. On the wire there is no difference.
+    """
+
+    def __init__(self, services: Iterable[ServiceDescriptor], limits: PublicLimits) -> None:
+        super().__init__(services)
+        self._limits = limits
+        self._calls = ClientCalls(limits.max_calls, limits.exempt)
+        self._receptions = Receptions(limits)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        kind = self._inputs.get(details.method)
+        parsed: Callable[[bytes], Any] = functools.partial(self._parse, kind) if kind else handler.request_deserializer
+
+        async def call(_: object, context: Context) -> None:
+            try:
+                with self._calls.counted(context.peer()):
+                    await self._serve(handler, parsed, context)
+            except (grpc.aio.AbortError, grpc.aio.InternalError):  # aborted by the servicer, or the client has gone
+                raise
+            except Exception as error:
+                await _abort(context, error)
+
+        return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
+
+    async def _serve(self, handler: Any, parsed: Callable[[bytes], Any], context: Context) -> None:
+        if handler.request_streaming:
+            responses = handler.stream_stream(self._requests(parsed, context), context)
+        else:
+            raw = await self._receptions.read(context)
+            if raw is None:
+                raise InvalidRequest("request", "has no message")
+            behavior = handler.unary_unary or handler.unary_stream
+            responses = behavior(parsed(raw), context)
+            del raw
+        if handler.response_streaming and isinstance(responses, AsyncGenerator):
+            await self._send(responses, context)
+        elif (response := await responses) is not None:  # a stream may write to its context and return nothing
+            await self._send(_one(response), context)
+
+    def _parse(self, kind: type[Message], raw: bytes) -> Message:
+        check_num_fields(kind, raw)
+        return parse(kind, raw)
+
+    async def _requests(self, parsed: Callable[[bytes], Any], context: Context) -> AsyncGenerator[Any]:
+        while (raw := await self._receptions.read(context)) is not None:
+            yield parsed(raw)
+
+    async def _send(self, responses: AsyncGenerator[Message], context: Context) -> None:
+        """Sends all responses. If the client does not read one in time, ``responses`` is closed.
+
+        The status, RequestAborted, follows when the client reads again: gRPC sends nothing before what is pending.
+        Until then, or until the connection ends, the call counts as one of its client.
+        """
+        loop, limit_s = asyncio.get_running_loop(), self._limits.slow_client_s
+        closing: asyncio.Task[None] | None = None
+
+        def close() -> None:
+            nonlocal closing
+            closing = loop.create_task(_close(responses))
+
+        try:
+            async for response in responses:
+                timer = loop.call_later(limit_s, close)
+                try:
+                    await context.write(response)
+                finally:
+                    timer.cancel()
+                if closing is not None:
+                    raise RequestAborted(f"the client has read nothing for {limit_s:g} s")
+        finally:
+            await (closing or responses.aclose())
+
+
+async def _close(responses: AsyncGenerator[Message]) -> None:
+    await responses.aclose()
+
+
+async def _one(response: Message) -> AsyncGenerator[Message]:
+    yield response
 
 
 def _unary(inner: Callable[[Any, Context], Awaitable[Message]], kind: type[Message]) -> Any:

@@ -6,6 +6,7 @@ invalid field, and RetryInfo the delay before a retry.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,9 @@ STATUS_CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.InternalError: grpc.StatusCode.INTERNAL,
 }
+
+_TOO_LARGE = re.compile(r"essage larger than max(?: \((\d+) vs\. (\d+)\))?")
+"""What gRPC itself says when a message exceeds the limit of its receiver."""
 
 _BY_NAME: dict[str, Callable[..., errors.MeshError]] = {error.__name__: error for error in STATUS_CODES}
 _BY_CODE: dict[grpc.StatusCode, Callable[[str], errors.MeshError]] = {
@@ -88,6 +92,9 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> errors.MeshError:
                 return errors.Overloaded(message, retry.retry_delay.ToNanoseconds() / 1e9)
         else:
             return kind(message)
+    elif error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and (too_large := _TOO_LARGE.search(message)):
+        size, limit = too_large.groups()
+        return errors.InvalidRequest("request", f"is {size} bytes; at most {limit}" if size else "is too large")
     return _BY_CODE.get(error.code(), errors.InternalError)(message)
 
 

@@ -27,7 +27,7 @@ from router.generation import (
     TextPrompt,
     TokensPrompt,
 )
-from router.request_validation import MAX_MESSAGES, check_count
+from router.request_validation import MAX_LOGIT_BIAS, MAX_MESSAGES, check_count
 
 _SWAP_FORMATS: dict[int, KvFormat | None] = {
     inference_pb2.KV_SWAP_FORMAT_UNSPECIFIED: None,
@@ -148,6 +148,7 @@ def chat_prompt(chat: inference_pb2.ChatPrompt) -> ChatPrompt:
 
 def _sampling(message: inference_pb2.GenerateRequest) -> Sampling:
     options, decoding, response = message.sampling, message.decoding, message.response
+    check_count("decoding.logit_bias", len(decoding.logit_bias), MAX_LOGIT_BIAS)
     return Sampling(
         temperature=message.temperature if message.HasField("temperature") else _DEFAULTS.temperature,
         top_k=options.top_k,

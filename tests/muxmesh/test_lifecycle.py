@@ -193,3 +193,11 @@ def test_a_service_whose_parent_is_dead_exits_at_once() -> None:
     with python(ARGUMENTS, "--runtime", "x", "--unit", "u", "--parent", str(os.getppid())) as process:
         assert process.communicate(timeout=30) == ("", "")
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("soft", "hard"), [(256, 900), (300, 300)])
+def test_a_service_raises_its_limit_on_open_files(soft: int, hard: int) -> None:
+    body = "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))"
+    with python(limit + SERVICE.format(body=body)) as process:
+        assert process.communicate(timeout=30)[0] == f"({hard}, {hard})\n"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from muxmesh.errors import InvalidRequest
 from muxmesh.internal.v1 import kvstore_pb2
-from muxmesh.rpc.message_parser import parse
+from muxmesh.rpc.message_parser import MAX_FIELDS, check_num_fields, parse
 from muxmesh.v1 import inference_pb2
 
 MIB = 1024 * 1024
@@ -149,3 +149,36 @@ def test_a_damaged_byte_raises_no_other_error(index: int, byte: int) -> None:
     raw[index] = byte
     with contextlib.suppress(InvalidRequest):
         parse(inference_pb2.GenerateRequest, bytes(raw))
+
+
+@pytest.mark.parametrize(
+    ("raw", "field"),
+    [
+        (delimited(4, b"\x08\x01" * MAX_FIELDS), "token_ids.ids"),
+        (delimited(100, b"\x0a\x00" * MAX_FIELDS), "chat.messages"),
+        (delimited(7, delimited(4, b"") * MAX_FIELDS), "decoding.logit_bias"),
+        (b"\x60\x01" * (MAX_FIELDS + 1), "priority"),
+        (b"\xf8\x07\x80\x80\x00" * (MAX_FIELDS + 1), "(number 127)"),
+        (b"\xfb\x07" + b"\xf0\x07\x00" * MAX_FIELDS, "(number 126)"),
+    ],
+    ids=["unpacked ids", "empty messages", "empty entries", "a field again and again", "unknown fields", "a group"],
+)
+def test_a_message_of_too_many_fields_is_refused_before_it_is_parsed(raw: bytes, field: str) -> None:
+    with pytest.raises(InvalidRequest, match="at most 16384 fields") as caught:
+        check_num_fields(inference_pb2.GenerateRequest, raw)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\x60\x01" * MAX_FIELDS,
+        delimited(4, b"\x08\x01" * (MAX_FIELDS - 1)),
+        delimited(4, delimited(1, b"\x01" * 1_000_000)),
+        delimited(3, b"x" * 1_000_000),
+        b"\xff" * 100_000,
+    ],
+    ids=["the limit", "the limit, nested", "packed ids", "a text", "malformed"],
+)
+def test_a_large_message_of_few_fields_passes(raw: bytes) -> None:
+    check_num_fields(inference_pb2.GenerateRequest, raw)

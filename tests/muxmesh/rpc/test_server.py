@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from muxmesh import errors
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc.channels import internal_channel
+from muxmesh.rpc.client_limits import PublicLimits
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
 from muxmesh.rpc.server import MeshServer
 from muxmesh.rpc.status_codes import from_rpc_error
@@ -78,13 +79,21 @@ class Running:
         return response
 
 
-def mesh_server(servicer: Servicer, public: bool = False) -> MeshServer:
+LIMITS = PublicLimits(
+    max_message_bytes=1024 * 1024, max_connections=100, max_calls=100, max_idle_s=300, slow_client_s=30
+)
+both = pytest.mark.parametrize("public", [None, LIMITS], ids=["internal", "public"])
+
+
+def mesh_server(servicer: Servicer, public: PublicLimits | None = None) -> MeshServer:
     register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, servicer)
     return MeshServer({KVSTORE: register}, public=public)
 
 
 @asynccontextmanager
-async def running(tmp_path: Path, servicer: Servicer | None = None, public: bool = False) -> AsyncIterator[Running]:
+async def running(
+    tmp_path: Path, servicer: Servicer | None = None, public: PublicLimits | None = None
+) -> AsyncIterator[Running]:
     server, address = mesh_server(servicer or Servicer(), public), f"unix:{tmp_path / 's.sock'}"
     await server.start([address])
     try:
@@ -120,8 +129,9 @@ async def refuse_each(requests: AsyncIterator[kvstore_pb2.AdmitRequest], context
         yield kvstore_pb2.AdmitResponse(refused=kvstore_pb2.RequestRefused(entry_id=request.withdraw))
 
 
-async def test_requests_and_responses_of_each_kind_are_messages(tmp_path: Path) -> None:
-    async with running(tmp_path, Servicer(echo, preempt_twice, refuse_each)) as mesh:
+@both
+async def test_requests_and_responses_of_each_kind_are_messages(tmp_path: Path, public: PublicLimits | None) -> None:
+    async with running(tmp_path, Servicer(echo, preempt_twice, refuse_each), public) as mesh:
         assert (await mesh.stub.AcquireLease(request("decode/m"))).lease.model == "decode/m"
         watched = await collect(mesh.stub.WatchLeases(kvstore_pb2.WatchLeasesRequest()))
         assert [message.preempt for message in watched] == [1, 2]
@@ -139,7 +149,10 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-async def test_an_error_reaches_the_client_of_each_kind_of_call(tmp_path: Path, error: errors.MeshError) -> None:
+@both
+async def test_an_error_reaches_the_client_of_each_kind_of_call(
+    tmp_path: Path, error: errors.MeshError, public: PublicLimits | None
+) -> None:
     async def unary(request: object, context: object) -> Any:
         raise error
 
@@ -152,7 +165,7 @@ async def test_an_error_reaches_the_client_of_each_kind_of_call(tmp_path: Path, 
         raise error
         yield
 
-    async with running(tmp_path, Servicer(unary, stream, both_ways)) as mesh:
+    async with running(tmp_path, Servicer(unary, stream, both_ways), public) as mesh:
         calls = [
             mesh.stub.AcquireLease(request()),
             collect(mesh.stub.WatchLeases(kvstore_pb2.WatchLeasesRequest())),
@@ -164,23 +177,27 @@ async def test_an_error_reaches_the_client_of_each_kind_of_call(tmp_path: Path, 
             assert (str(received), vars(received)) == (str(error), vars(error))
 
 
-async def test_responses_before_an_error_are_delivered(tmp_path: Path) -> None:
+@both
+async def test_responses_before_an_error_are_delivered(tmp_path: Path, public: PublicLimits | None) -> None:
     async def stream(request: object, context: object) -> AsyncGenerator[Any]:
         yield kvstore_pb2.WatchLeasesResponse(preempt=5)
         raise errors.Unavailable("the unit stops")
 
-    async with running(tmp_path, Servicer(stream=stream)) as mesh:
+    async with running(tmp_path, Servicer(stream=stream), public) as mesh:
         watch = mesh.stub.WatchLeases(kvstore_pb2.WatchLeasesRequest())
         assert (await watch.read()).preempt == 5
         assert str(await mesh.error_of(watch.read())) == "the unit stops"
 
 
-async def test_any_other_exception_is_a_logged_internal_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@both
+async def test_any_other_exception_is_a_logged_internal_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, public: PublicLimits | None
+) -> None:
     async def unary(request: object, context: object) -> Any:
         return dict[str, str]()["missing"]
 
     with caplog.at_level(logging.ERROR, "muxmesh.rpc.server"):
-        async with running(tmp_path, Servicer(unary)) as mesh:
+        async with running(tmp_path, Servicer(unary), public) as mesh:
             received = await mesh.error_of(mesh.stub.AcquireLease(request()))
     assert type(received) is errors.InternalError
     assert str(received) == "KeyError: 'missing'"
@@ -202,15 +219,19 @@ async def test_an_error_of_the_mesh_is_not_logged_as_a_bug(tmp_path: Path, caplo
     [(b"\x12\x01\xff", "owner"), (b"\x12\x05a", "AcquireLeaseRequest")],
     ids=["not UTF-8", "truncated"],
 )
-async def test_a_malformed_request_is_refused_before_the_servicer(tmp_path: Path, raw: bytes, field: str) -> None:
-    async with running(tmp_path) as mesh:
+@both
+async def test_a_malformed_request_is_refused_before_the_servicer(
+    tmp_path: Path, raw: bytes, field: str, public: PublicLimits | None
+) -> None:
+    async with running(tmp_path, public=public) as mesh:
         received = await mesh.error_of(mesh.send_raw("AcquireLease", raw))
     assert isinstance(received, errors.InvalidRequest)
     assert received.field == field
 
 
-async def test_a_malformed_request_of_a_stream_is_refused(tmp_path: Path) -> None:
-    async with running(tmp_path, Servicer(stream=preempt_twice, bidi=refuse_each)) as mesh:
+@both
+async def test_a_malformed_request_of_a_stream_is_refused(tmp_path: Path, public: PublicLimits | None) -> None:
+    async with running(tmp_path, Servicer(stream=preempt_twice, bidi=refuse_each), public) as mesh:
         watch: Any = mesh.channel.unary_stream(f"/{KVSTORE.full_name}/WatchLeases")
         assert str(await mesh.error_of(collect(watch(b"\x0a\x01\xff")))) == "owner: is not valid UTF-8"
         hello = b"\x0a\x03\x0a\x01\xff"
@@ -218,15 +239,19 @@ async def test_a_malformed_request_of_a_stream_is_refused(tmp_path: Path) -> Non
         assert str(await mesh.error_of(collect(admit(iter([hello]))))) == "hello.router: is not valid UTF-8"
 
 
-async def test_an_unknown_method_is_unimplemented(tmp_path: Path) -> None:
-    async with running(tmp_path) as mesh:
+@both
+async def test_an_unknown_method_is_unimplemented(tmp_path: Path, public: PublicLimits | None) -> None:
+    async with running(tmp_path, public=public) as mesh:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await mesh.send_raw("Unknown", b"")
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 @pytest.mark.parametrize("kind", ["stream", "bidi"])
-async def test_a_cancelled_call_closes_the_generator_of_the_servicer(tmp_path: Path, kind: str) -> None:
+@both
+async def test_a_cancelled_call_closes_the_generator_of_the_servicer(
+    tmp_path: Path, kind: str, public: PublicLimits | None
+) -> None:
     is_closed = asyncio.Event()
 
     async def stream(request: object, context: object) -> AsyncGenerator[Any]:
@@ -237,7 +262,7 @@ async def test_a_cancelled_call_closes_the_generator_of_the_servicer(tmp_path: P
         finally:
             is_closed.set()
 
-    async with running(tmp_path, Servicer(stream=stream, bidi=stream)) as mesh:
+    async with running(tmp_path, Servicer(stream=stream, bidi=stream), public) as mesh:
         watch = mesh.stub.WatchLeases(kvstore_pb2.WatchLeasesRequest()) if kind == "stream" else mesh.stub.Admit()
         await watch.read()
         watch.cancel()
@@ -245,7 +270,8 @@ async def test_a_cancelled_call_closes_the_generator_of_the_servicer(tmp_path: P
             await is_closed.wait()
 
 
-async def test_a_cancelled_unary_call_is_cancelled_in_the_servicer(tmp_path: Path) -> None:
+@both
+async def test_a_cancelled_unary_call_is_cancelled_in_the_servicer(tmp_path: Path, public: PublicLimits | None) -> None:
     has_started, is_cancelled = asyncio.Event(), asyncio.Event()
 
     async def unary(request: object, context: object) -> Any:
@@ -256,7 +282,7 @@ async def test_a_cancelled_unary_call_is_cancelled_in_the_servicer(tmp_path: Pat
             is_cancelled.set()
             raise
 
-    async with running(tmp_path, Servicer(unary)) as mesh:
+    async with running(tmp_path, Servicer(unary), public) as mesh:
         call = mesh.stub.AcquireLease(request())
         async with asyncio.timeout(20):
             await has_started.wait()
@@ -273,15 +299,17 @@ async def test_health_is_serving_only_once_the_service_is_ready(tmp_path: Path) 
             assert (await mesh.health.Check(health_pb2.HealthCheckRequest(service=name))).status == SERVING
 
 
-async def test_health_of_an_unknown_service_is_not_found(tmp_path: Path) -> None:
-    async with running(tmp_path) as mesh:
+@both
+async def test_health_of_an_unknown_service_is_not_found(tmp_path: Path, public: PublicLimits | None) -> None:
+    async with running(tmp_path, public=public) as mesh:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await mesh.health.Check(health_pb2.HealthCheckRequest(service="muxmesh.v1.Unknown"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_watchers_of_the_health_see_the_start_and_the_stop(tmp_path: Path) -> None:
-    async with running(tmp_path) as mesh:
+@both
+async def test_watchers_of_the_health_see_the_start_and_the_stop(tmp_path: Path, public: PublicLimits | None) -> None:
+    async with running(tmp_path, public=public) as mesh:
         watch = mesh.health.Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == NOT_SERVING
         await mesh.server.set_serving()
@@ -301,12 +329,12 @@ async def test_a_message_larger_than_the_default_of_grpc_passes_in_both_directio
 async def test_a_message_above_the_limit_is_refused(tmp_path: Path) -> None:
     async with running(tmp_path, Servicer(echo)) as mesh:
         received = await mesh.error_of(mesh.send_raw("AcquireLease", bytes(MAX_MESSAGE_BYTES + 1)))
-    assert type(received) is errors.Overloaded  # RESOURCE_EXHAUSTED
+    assert str(received) == f"request: is {MAX_MESSAGE_BYTES + 1} bytes; at most {MAX_MESSAGE_BYTES}"
 
 
 async def test_one_server_listens_on_several_addresses(tmp_path: Path) -> None:
     addresses = [f"unix:{tmp_path / name}" for name in ("a.sock", "b.sock")]
-    server = mesh_server(Servicer(echo), public=True)
+    server = mesh_server(Servicer(echo), public=LIMITS)
     await server.start(addresses)
     for address in addresses:
         async with internal_channel(address) as channel:
@@ -332,7 +360,8 @@ async def test_a_socket_in_a_missing_folder_is_named(tmp_path: Path) -> None:
     await server.stop(0)
 
 
-async def test_a_running_call_ends_within_the_grace_period(tmp_path: Path) -> None:
+@both
+async def test_a_running_call_ends_within_the_grace_period(tmp_path: Path, public: PublicLimits | None) -> None:
     has_started, may_end = asyncio.Event(), asyncio.Event()
 
     async def unary(request: Any, context: object) -> Any:
@@ -340,7 +369,7 @@ async def test_a_running_call_ends_within_the_grace_period(tmp_path: Path) -> No
         await may_end.wait()
         return lease_response("done")
 
-    async with running(tmp_path, Servicer(unary)) as mesh:
+    async with running(tmp_path, Servicer(unary), public) as mesh:
         call = asyncio.ensure_future(mesh.stub.AcquireLease(request()))
         await has_started.wait()
         await mesh.server.set_serving()
@@ -355,14 +384,17 @@ async def test_a_running_call_ends_within_the_grace_period(tmp_path: Path) -> No
         await stopping
 
 
-async def test_a_call_that_runs_longer_than_the_grace_period_is_cancelled(tmp_path: Path) -> None:
+@both
+async def test_a_call_that_runs_longer_than_the_grace_period_is_cancelled(
+    tmp_path: Path, public: PublicLimits | None
+) -> None:
     has_started = asyncio.Event()
 
     async def unary(request: object, context: object) -> Any:
         has_started.set()
         await asyncio.Event().wait()
 
-    async with running(tmp_path, Servicer(unary)) as mesh:
+    async with running(tmp_path, Servicer(unary), public) as mesh:
         call = asyncio.ensure_future(mesh.stub.AcquireLease(request()))
         await has_started.wait()
         await mesh.server.stop(0)
