@@ -38,12 +38,15 @@ _MAX_VIRTUAL_S = 1e7
 def run(arguments: argparse.Namespace) -> int:
     """Simulates and reports; returns the exit code. Raises ConfigError before the simulation or if it is too long."""
     refuse_unwritable(arguments.output, arguments.html, arguments.trace)
-    loaded, base_dir = load_mesh_config(arguments.config), arguments.config.resolve().parent
-    config = loaded.config
-    if arguments.policy is None:  # --policy replaces the file's order
-        loaded.refuse(order_without_effect(config))
-    loaded.refuse(_without_times(config))
-    loaded.refuse(model_problems(config, base_dir, cache_dir()))
+    base_dir = arguments.config.resolve().parent
+
+    def check(config: MeshConfig) -> Iterator[tuple[Location, str]]:
+        if arguments.policy is None:  # --policy replaces the file's order
+            yield from order_without_effect(config)
+        yield from _without_times(config)
+        yield from model_problems(config, base_dir, cache_dir())
+
+    config = load_mesh_config(arguments.config, check).config
     specs = {name: local_model_spec(model, base_dir, cache_dir()) for name, model in config.models().items()}
     spec = parse_spec(arguments.workload)
     sketches = requests_of(spec)

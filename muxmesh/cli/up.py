@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import sys
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvloop
@@ -24,7 +24,7 @@ from muxmesh.client import MeshClient, Message
 from muxmesh.clock import SystemClock
 from muxmesh.config.load import default_config, load_mesh_config, with_listen
 from muxmesh.config.runtime import MeshRuntime
-from muxmesh.config.schema import order_without_effect
+from muxmesh.config.schema import Location, MeshConfig, order_without_effect
 from muxmesh.errors import MeshError
 from muxmesh.lifecycle import LOG_FORMAT
 from muxmesh.models.prepared_model import machine_problems, model_problems, prepare_model
@@ -37,20 +37,23 @@ def run(arguments: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM; returns the exit code. Raises ConfigError before any process starts."""
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
     started_at_s = SystemClock().monotonic_s()
-    loaded = load_mesh_config(arguments.config) if arguments.config else default_config()
-    loaded.refuse(order_without_effect(loaded.config))
+    base_dir = arguments.config.resolve().parent if arguments.config else Path.cwd()
+
+    def check_models(config: MeshConfig) -> Iterator[tuple[Location, str]]:
+        return model_problems(config, base_dir, cache_dir())
+
+    checks = (order_without_effect, machine_problems, check_models)
+    loaded = load_mesh_config(arguments.config, *checks) if arguments.config else default_config(*checks)
     if arguments.listen:
         loaded = with_listen(loaded, arguments.listen)
     config = loaded.config.model_copy(update={"listen": free_listen_address(loaded.config.listen)})
     state_dir = (arguments.state_dir or default_state_dir()).expanduser().resolve()
     with state_lock(state_dir):
-        base_dir = arguments.config.resolve().parent if arguments.config else Path.cwd()
-        loaded.refuse(chain(machine_problems(config), model_problems(config, base_dir, cache_dir())))
         prepared = {
             name: prepare_model(model, base_dir, cache_dir(), ProgressBar(name))
             for name, model in config.models().items()
         }
-        loaded.refuse(model_problems(config, base_dir, cache_dir()))  # downloaded models are checked here
+        loaded.refuse(check_models(config))  # downloaded models are checked here
         runtime = make_runtime(config, prepared, state_dir, cache_dir())
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             show_line = _line_printer(arguments.quiet)

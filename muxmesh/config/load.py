@@ -1,19 +1,53 @@
-"""Parses mesh.yaml and reports all errors at once, each with its field and line.
+"""Reads mesh.yaml and reports all errors at once, each with its field and line.
 
-Knows YAML and line numbers. The fields and their limits are in `schema`.
+Knows which errors follow from others. YAML is in `yaml_reader`, words are in `field_errors`, the fields and their
+limits in `schema`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from muxmesh.config.field_errors import field_errors, shown
 from muxmesh.config.schema import Location, MeshConfig, contradictions
+from muxmesh.config.yaml_reader import read_fields, read_text
 from muxmesh.errors import ConfigError
+
+Problem = tuple[Location, str]
+Check = Callable[[MeshConfig], Iterable[Problem]]
+"""Yields the problems of a configuration whose fields are valid each on its own."""
+
+_MODEL_SIZES = frozenset({"kv_pool", "slab", "block_size", "dtype", "max_model_len", "name", "source", "engine"})
+_DEPENDS_ON: Mapping[str, frozenset[str]] = {
+    "source": frozenset({"name", "engine"}),
+    "name": frozenset({"source"}),
+    "slab": frozenset({"kv_pool"}),
+    "kv_pool": frozenset({"slab", "kv_swap", "kv_guaranteed"}),
+    **dict.fromkeys(("block_size", "max_model_len", "default_max_new_tokens"), _MODEL_SIZES),
+    "cores": frozenset({"cores"}),
+    "threads": frozenset({"cores"}),
+    "sim": frozenset({"engine"}),
+    "engine": frozenset({"engine"}),
+    "longest_lead": frozenset({"policy"}),
+    "longest_lead_s": frozenset({"policy"}),
+    "mlfq_quantum_s": frozenset({"policy"}),
+}
+"""For the field of a problem: other fields of its section, or of one around or inside it, that the problem is about."""
+_COMPARED_IN_ALL_UNITS = frozenset(
+    {"cores", "source", "engine", "dtype", "sim", "max_model_len", "default_max_new_tokens"}
+)
+"""Fields whose problems may be about the same field of another unit."""
+
+_MAX_REPORTED = 100
+"""Problems that are listed; the others are counted."""
+_MAX_REPAIRS = 10
+"""A repair may show errors that were hidden, such as one about two fields. After these no check is certain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,61 +58,41 @@ class LoadedConfig:
     origin: str
     lines: Mapping[Location, int]
 
-    def refuse(self, problems: Iterable[tuple[Location, str]]) -> None:
+    def refuse(self, problems: Iterable[Problem]) -> None:
         """Raises ConfigError with one line for each problem, in the order of the file. Returns if there are none."""
-        described = sorted(_describe(location, problem, self.lines) for location, problem in problems)
-        if described:
-            raise ConfigError("\n".join(f"{self.origin}:{line}: {problem}" for line, problem in described))
+        described = sorted({_describe(location, problem, self.lines) for location, problem in problems})
+        lines = [f"{self.origin}:{line}: {problem}" for line, problem in described[:_MAX_REPORTED]]
+        if len(described) > _MAX_REPORTED:
+            lines.append(f"{self.origin}: and {len(described) - _MAX_REPORTED} more problems")
+        if lines:
+            raise ConfigError("\n".join(lines))
 
 
-def default_config() -> LoadedConfig:
-    """The configuration if there is no mesh.yaml."""
-    return LoadedConfig(MeshConfig(), "(default configuration)", {})
-
-
-def load_mesh_config(path: Path) -> LoadedConfig:
-    """Reads the configuration in ``path``. Raises ConfigError with one line for each problem."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    return parse_mesh_config(text, str(path))
-
-
-def parse_mesh_config(text: str, origin: str) -> LoadedConfig:
-    """Like `load_mesh_config`, from text. Error messages start with ``origin``."""
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise ConfigError(f"{origin}:{line}: not YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError) as error:  # a control character, an invalid date
-        raise ConfigError(f"{origin}: not YAML: {error}") from error
-    lines: dict[Location, int] = {}
-    problems = list(_walk(root, (), lines)) if root is not None else []
-    if data is not None and not isinstance(data, dict):
-        raise ConfigError(f"{origin}:1: must be a mapping with fields like `listen` and `units`")
-    config = MeshConfig()
-    try:
-        config = MeshConfig.model_validate(data or {})
-        problems += contradictions(config)
-    except ValidationError as error:
-        problems += _problems(error)
-    loaded = LoadedConfig(config, origin, lines)
-    loaded.refuse(problems)
+def default_config(*checks: Check) -> LoadedConfig:
+    """The configuration if there is no mesh.yaml. Raises ConfigError for what ``checks`` find."""
+    loaded = LoadedConfig(MeshConfig(), "(default configuration)", {})
+    loaded.refuse(problem for check in checks for problem in check(loaded.config))
     return loaded
 
 
-def _problems(error: ValidationError) -> list[tuple[Location, str]]:
-    """(location, problem) of each error, without the `too_short` that pydantic adds to a list of invalid items."""
-    found = [(tuple(item["loc"]), item["type"], item["msg"].removeprefix("Value error, ")) for item in error.errors()]
-    return [
-        (location, message)
-        for location, kind, message in found
-        if kind != "too_short"
-        or not any(len(other) > len(location) and other[: len(location)] == location for other, _, _ in found)
-    ]
+def load_mesh_config(path: Path, *checks: Check) -> LoadedConfig:
+    """Reads the configuration in ``path``. Raises ConfigError with one line for each problem, those of ``checks`` too.
+
+    What a check finds is not reported if it may follow from a field that is invalid by itself.
+    """
+    return parse_mesh_config(read_text(path), str(path), *checks)
+
+
+def parse_mesh_config(text: str, origin: str, *checks: Check) -> LoadedConfig:
+    """Like `load_mesh_config`, from text. Error messages start with ``origin``."""
+    fields = read_fields(text, origin)
+    if fields.data is not None and not isinstance(fields.data, dict):
+        raise ConfigError(f"{origin}:1: must be a mapping with fields like `listen` and `units`")
+    config, problems, invalid = _validated(fields.data or {}, fields.omitted)
+    loaded = LoadedConfig(config, origin, fields.lines)
+    found = (problem for check in (contradictions, *checks) for problem in check(config))
+    loaded.refuse([*fields.problems, *problems, *(one for one in found if _is_certain(one[0], invalid))])
+    return loaded
 
 
 def with_listen(loaded: LoadedConfig, listen: str) -> LoadedConfig:
@@ -86,29 +100,67 @@ def with_listen(loaded: LoadedConfig, listen: str) -> LoadedConfig:
     try:
         config = MeshConfig.model_validate({**loaded.config.model_dump(exclude_unset=True), "listen": listen})
     except ValidationError as error:
-        raise ConfigError(f"listen: is {listen!r}; HOST:PORT is needed") from error
+        raise ConfigError(f"listen: is {shown(listen)}; HOST:PORT is needed") from error
     return LoadedConfig(config, loaded.origin, loaded.lines)
 
 
-def _walk(
-    node: yaml.Node, location: Location, lines: dict[Location, int], parents: tuple[yaml.Node, ...] = ()
-) -> Iterator[tuple[Location, str]]:
-    """Adds the line of each field to ``lines``. Yields (location, problem) of duplicate and recursive fields."""
-    lines.setdefault(location, node.start_mark.line + 1)
-    if node in parents:
-        yield location, "is an alias of a field that contains it"
-        return
-    parents = (*parents, node)
-    if isinstance(node, yaml.MappingNode):
-        for key_node, value_node in node.value:
-            inner = (*location, key_node.value)
-            if inner in lines:
-                yield inner, f"is a duplicate of the field in line {lines[inner]}"
-            lines[inner] = key_node.start_mark.line + 1
-            yield from _walk(value_node, inner, lines, parents)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield from _walk(item, (*location, index), lines, parents)
+def _validated(data: Any, omitted: Set[Location]) -> tuple[MeshConfig, list[Problem], set[Location]]:
+    """The configuration with a default for each invalid field, the problems, and the locations of invalid fields."""
+    problems: list[Problem] = []
+    invalid = set(omitted)
+    names = count(1)
+    for _ in range(_MAX_REPAIRS):
+        try:
+            return MeshConfig.model_validate(data), problems, invalid
+        except ValidationError as error:
+            found = field_errors(error, MeshConfig)
+        before = set(invalid)
+        for location, problem in found:
+            if problem is not None and not any(location[: len(other)] == other for other in before):
+                problems.append((location, problem))
+            invalid |= {location, _repair(data, location, f"nameless-{next(names)}")}
+    return MeshConfig(), problems, {()}
+
+
+def _repair(data: dict[str, Any], location: Location, name: str) -> Location:
+    """Takes the field at ``location`` out of ``data``: the whole list if it is an item of one.
+
+    A required field gets a value, from ``name``. Returns the location of the field that was changed.
+    """
+    while location and isinstance(location[-1], int):
+        location = location[:-1]
+    section: Any = data
+    for part in location[:-1]:
+        try:
+            section = section[part]
+        except (KeyError, IndexError):  # taken out before
+            return location
+    if location and isinstance(section, dict):
+        section.pop(location[-1], None)
+        required = {"name": name, "models": [{"name": name}]}
+        section.update({field: value for field, value in required.items() if field == location[-1]})
+    return location
+
+
+def _is_certain(location: Location, invalid: Set[Location]) -> bool:
+    """False if a problem at ``location`` may follow from an invalid field, for which a default stands."""
+    name = _field_name(location)
+    for other in invalid:
+        length = min(len(location), len(other))
+        if location[:length] == other[:length]:
+            return False
+        other_name = _field_name(other)
+        if other_name == name and name in _COMPARED_IN_ALL_UNITS:
+            return False
+        is_near = location[: len(other) - 1] == other[:-1] or other[: len(location) - 1] == location[:-1]
+        if is_near and other_name in _DEPENDS_ON.get(name, ()):
+            return False
+    return True
+
+
+def _field_name(location: Location) -> str:
+    """The last name in a location: that of the list for one of its items."""
+    return next((part for part in reversed(location) if isinstance(part, str)), "")
 
 
 def _describe(location: Location, problem: str, lines: Mapping[Location, int]) -> tuple[int, str]:
@@ -117,4 +169,9 @@ def _describe(location: Location, problem: str, lines: Mapping[Location, int]) -
     while known and known not in lines:
         known = known[:-1]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    return lines.get(known, 1), f"{field}: {problem}" if field else problem
+    message = f"{field}: {problem}" if field else problem
+    return lines.get(known, 1), _in_one_line(message)
+
+
+def _in_one_line(message: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in message)

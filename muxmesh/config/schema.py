@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from muxmesh.config.yaml_reader import Location
 from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
 from muxmesh.types import DEFAULT_ADDRESS, KvFormat
 
@@ -31,16 +32,17 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MIB = 1024 * 1024
 MAX_PORT = 65535
+MAX_COUNT = 2**31 - 1
+"""Upper bound of every number of tokens, threads or requests."""
+MAX_BYTES = 2**60
+"""Upper bound of every size."""
 _SIZE = re.compile(r"\d+(\.\d+)?\s*([kmgtp]i?)?b?", re.IGNORECASE)
-
-Location = tuple[str | int, ...]
-"""Path of a field: names and list indices."""
 
 
 class Section(BaseModel):
     """Base of all parts of the configuration. Unknown fields are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -67,7 +69,7 @@ class SimProfile(Section):
     """Additional seconds for each token that the step computes."""
     per_context_s: float = Field(default=0.0, ge=0, le=3600)
     """Additional seconds for each earlier token that a token of the step attends to."""
-    output_tokens: int = Field(default=0, ge=0)
+    output_tokens: int = Field(default=0, ge=0, le=MAX_COUNT)
     """Output length in tokens at which the engine samples EOS. 0: outputs end at max_new_tokens only."""
     output_lengths: Literal["equal", "geometric"] = "equal"
     """`equal`: all outputs have `output_tokens` tokens. `geometric`: each token is the last one with probability
@@ -95,9 +97,9 @@ class ModelConfig(Section):
     """Data type of weights, activations and KV."""
     block_size: Literal[8, 16, 32] = 16
     """Tokens in a KV block."""
-    max_model_len: int | None = Field(default=None, ge=2)
+    max_model_len: int | None = Field(default=None, ge=2, le=MAX_COUNT)
     """Limit on prompt and output together, in tokens. Unset: the context length of the model."""
-    default_max_new_tokens: int = Field(default=512, ge=1)
+    default_max_new_tokens: int = Field(default=512, ge=1, le=MAX_COUNT)
     """Longest output, in tokens, of a request without max_new_tokens. Context length and KV pool limit it further."""
     generation_config: Literal["auto", "ignore"] = "auto"
     """`auto`: where a request leaves a sampling parameter unset, the value in the model's `generation_config.json`
@@ -105,21 +107,21 @@ class ModelConfig(Section):
     asks for more. Ids of end-of-sequence tokens are read from the file in both cases."""
     max_num_seqs: int = Field(default=16, ge=1, le=1024)
     """Sequences in prefill and decode at the same time."""
-    kv_answer_tokens: int = Field(default=128, ge=1)
+    kv_answer_tokens: int = Field(default=128, ge=1, le=MAX_COUNT)
     """Output tokens for which KV memory is reserved before a request starts. More is allocated as the output grows. If
     the pool is full, the sequence is pre-empted: its KV is swapped to `kv_swap` or freed, and the sequence resumes when
     memory is free."""
-    kv_guaranteed: ByteSize = Field(default=ByteSize(0), ge=0)
+    kv_guaranteed: ByteSize = Field(default=ByteSize(0), ge=0, le=MAX_BYTES)
     """KV memory that this model can always claim from the unit's pool, like `512MiB`, rounded up to whole slabs. Unused
     slabs are lent to other models. They return as the requests of these models end, and by pre-emption after a second.
     The rest of the pool is divided equally at first and by use later."""
     kv_swap_format: KvFormat = "raw"
     """Format of KV in `kv_swap`. `raw` is exact. `int8` needs a quarter of the memory, but slightly changes the output
     of a swapped sequence, and its KV does not enter the prefix cache."""
-    prefill_token_budget: int = Field(default=128, ge=1)
+    prefill_token_budget: int = Field(default=128, ge=1, le=MAX_COUNT)
     """Prompt tokens computed in one step, or `max_num_seqs` if that is larger. A longer prompt is computed in chunks,
     which get smaller as the context grows. Other workers of the unit and cancelled requests wait until a step ends."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     """Threads of each worker. Unset: one for each core of the unit. Only one worker of a unit computes at a time."""
     sim: SimProfile = SimProfile()
     """Step times and output lengths of `engine: sim`. An error with other engines."""
@@ -145,12 +147,12 @@ class UnitConfig(Section):
     cores: tuple[Annotated[int, Field(ge=0, strict=True)], ...] | None = Field(default=None, min_length=1)
     """CPU cores of the unit's workers, like `[0, 1]`. Unset: all cores. Required if several units are on one CPU; their
     cores must be disjoint."""
-    kv_pool: ByteSize = Field(default=ByteSize(1024 * MIB), ge=MIB)
+    kv_pool: ByteSize = Field(default=ByteSize(1024 * MIB), ge=MIB, le=MAX_BYTES)
     """KV memory of all models of the unit, like `2GiB`."""
-    kv_swap: ByteSize = Field(default=ByteSize(0), ge=0)
+    kv_swap: ByteSize = Field(default=ByteSize(0), ge=0, le=MAX_BYTES)
     """Host memory for the KV of sequences that are pre-empted when `kv_pool` is full. 0: their KV is freed and computed
     again. On a CPU a larger `kv_pool` is better, unless `kv_swap_format` is int8."""
-    slab: ByteSize = Field(default=ByteSize(16 * MIB), ge=4096)
+    slab: ByteSize = Field(default=ByteSize(16 * MIB), ge=4096, le=MAX_BYTES)
     """Size of the pieces of the pool. Each slab is lent to one model at a time."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     """At least one."""
@@ -167,14 +169,14 @@ class UnitConfig(Section):
 class RouterConfig(Section):
     """Limits of the router on requests."""
 
-    max_waiting_requests: int = Field(default=4096, ge=1)
+    max_waiting_requests: int = Field(default=4096, ge=1, le=MAX_COUNT)
     """Capacity of the queue. While it is full, new requests fail with RESOURCE_EXHAUSTED."""
     max_prompt_bytes: ByteSize = Field(default=ByteSize(1 * MIB), ge=1, le=32 * MIB)
     """Longest prompt text in bytes of UTF-8, checked before tokenization. The size limit of a request message follows
     from it: the text, the token ids of the longest context and of the largest vocabulary, and every other field."""
-    max_waiting_prompt_bytes: ByteSize = Field(default=ByteSize(64 * MIB), ge=1)
+    max_waiting_prompt_bytes: ByteSize = Field(default=ByteSize(64 * MIB), ge=1, le=MAX_BYTES)
     """Text of long prompts that wait to be tokenized, together. A further one fails with RESOURCE_EXHAUSTED."""
-    max_restarts: int = Field(default=5, ge=0)
+    max_restarts: int = Field(default=5, ge=0, le=MAX_COUNT)
     """Limit on consecutive retries of a request whose attempts fail with at most one new token."""
     predictor_budget_s: float = Field(default=0.05, gt=0, le=60)
     """Time limit for predicting the output length of a request. A later prediction is ignored."""

@@ -102,7 +102,7 @@ BAD = {
     "endless steps": (
         MESH.replace("{base_s: 0.02}", "{base_s: .inf}"),
         LOAD,
-        "units[0].models[0].sim.base_s: Input should be less than or equal to 3600",
+        "units[0].models[0].sim.base_s: is inf; must be a finite number",
     ),
     "a thousand years of arrivals": (
         MESH,

@@ -26,7 +26,7 @@ def config(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("text", "where", "problem"),
     [
-        ("listen: 5", "1: listen: ", "Input should be a valid string"),
+        ("listen: 5", "1: listen: ", "is 5; must be text"),
         ("units: [", "1: not YAML: ", "expected the node content, but found '<stream end>'"),
         (
             "units:\n  - models:\n    - {name: a, source: ./nowhere}\n    - {name: b, source: ./nothing}",

@@ -1,12 +1,13 @@
 """mesh.yaml as text: line numbers, YAML errors, and several errors at once. `test_schema` tests the fields."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from muxmesh.config.load import default_config, load_mesh_config, parse_mesh_config, with_listen
-from muxmesh.config.schema import DEFAULT_MODEL, MeshConfig, order_without_effect
+from muxmesh.config.schema import DEFAULT_MODEL, Location, MeshConfig, order_without_effect
 from muxmesh.errors import ConfigError
 
 GOOD = """
@@ -76,59 +77,27 @@ units:
 
 def test_a_missing_field_is_reported_at_its_parent() -> None:
     assert problems("units:\n  - models:\n    - {name: a}\n    - source: b") == [
-        "mesh.yaml:4: units[0].models[1].name: Field required"
+        "mesh.yaml:4: units[0].models[1].name: is required"
     ]
 
 
 def test_a_list_of_invalid_items_is_not_called_too_short() -> None:
     (problem,) = problems("units:\n  - models:\n    - {}")
-    assert problem == "mesh.yaml:3: units[0].models[0].name: Field required"
+    assert problem == "mesh.yaml:3: units[0].models[0].name: is required"
 
 
-def test_an_empty_list_is_called_too_short() -> None:
-    (problem,) = problems("units:\n  - models: []")
-    assert problem.startswith("mesh.yaml:2: units[0].models: Tuple should have at least 1 item")
+def test_an_empty_list_is_refused() -> None:
+    assert problems("units:\n  - models: []") == ["mesh.yaml:2: units[0].models: must not be empty"]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("units: [", "mesh.yaml:1: not YAML: "),
-        ("listen: a:1\nunits: }", "mesh.yaml:2: not YAML: "),
-        ("listen: a:1\n---\nlisten: b:1", "mesh.yaml:2: not YAML: but found another document"),
-        ("a: !!python/object:os.system 1", "mesh.yaml:1: not YAML: could not determine a constructor"),
-        ("? [a]\n: 1", "mesh.yaml:1: not YAML: found unhashable key"),
-        ("listen: \0", "mesh.yaml: not YAML: unacceptable character"),
-        ("listen: 2024-99-99", "mesh.yaml: not YAML: month must be in 1..12"),
-        ("- 1", "mesh.yaml:1: must be a mapping with fields like `listen` and `units`"),
-        ("text", "mesh.yaml:1: must be a mapping with fields like `listen` and `units`"),
-    ],
-)
-def test_a_text_that_is_no_mapping_is_refused(text: str, expected: str) -> None:
-    assert problems(text)[0].startswith(expected)
-
-
-def test_a_duplicate_field_is_reported_with_both_lines() -> None:
-    assert problems("listen: a:1\nmesh_id: x\nlisten: b:1") == [
-        "mesh.yaml:3: listen: is a duplicate of the field in line 1"
-    ]
+@pytest.mark.parametrize("text", ["- 1", "text"])
+def test_a_text_that_is_no_mapping_is_refused(text: str) -> None:
+    assert problems(text) == ["mesh.yaml:1: must be a mapping with fields like `listen` and `units`"]
 
 
 def test_equal_fields_of_different_units_are_no_duplicates() -> None:
     text = "units:\n  - {name: a, cores: [0], models: [{name: m}]}\n  - {name: b, cores: [1], models: [{name: m}]}"
     assert [unit.name for unit in parse_mesh_config(text, "mesh.yaml").config.units] == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("listen: a:1\nunits: &u\n  - *u", "mesh.yaml:2: units[0]: is an alias of a field that contains it"),
-        ("order: &o\n  trace: *o", "mesh.yaml:2: order.trace: is an alias of a field that contains it"),
-        ("units:\n  - &u\n    models:\n      - *u", "mesh.yaml:2: units[0].models[0]: is an alias"),
-    ],
-)
-def test_a_recursive_alias_is_refused(text: str, expected: str) -> None:
-    assert any(problem.startswith(expected) for problem in problems(text)), problems(text)
 
 
 def test_anchors_and_merge_keys_are_supported() -> None:
@@ -165,14 +134,6 @@ def test_errors_of_combinations_are_reported_with_their_lines_too() -> None:
     ]
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: .*No such file"):
-        load_mesh_config(tmp_path / "none.yaml")
-    (tmp_path / "latin.yaml").write_bytes(b"mesh_id: \xe9")
-    with pytest.raises(ConfigError, match=r"latin\.yaml: cannot be read: .*utf-8"):
-        load_mesh_config(tmp_path / "latin.yaml")
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -187,10 +148,83 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_setting_of_another_policy_is_refused(text: str, expected: str) -> None:
-    loaded = parse_mesh_config(text, "mesh.yaml")
     with pytest.raises(ConfigError) as caught:
-        loaded.refuse(order_without_effect(loaded.config))
+        parse_mesh_config(text, "mesh.yaml", order_without_effect)
     assert str(caught.value) == expected
+
+
+def test_errors_of_fields_hide_no_error_of_other_fields() -> None:
+    text = """
+units:
+  - device: cuda:0
+    kv_pool: 10MiB
+    slab: 20MiB
+    cores: [0, 0]
+    models:
+      - {name: a, engine: sims}
+      - {name: a, threads: 0}
+order: {policy: fcfs, longest_lead: 1}
+"""
+    with pytest.raises(ConfigError) as caught:
+        parse_mesh_config(text, "mesh.yaml", order_without_effect)
+    assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [
+        "units[0].device",
+        "units[0].slab",
+        "units[0].cores",
+        "units[0].models[0].engine",
+        "units[0].models[1].name",
+        "units[0].models[1].threads",
+        "order.longest_lead",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("units: [{kv_pool: much, slab: 20GiB, models: [{name: a}]}]", "units[0].kv_pool"),
+        ("units: [{slab: big, kv_pool: 1MiB, models: [{name: a}]}]", "units[0].slab"),
+        ("units: [{models: [{name: a, engine: fast, sim: {base_s: 1}}]}]", "units[0].models[0].engine"),
+        ("order: {policy: best, mlfq_quantum_s: 1}", "order.policy"),
+        ("units: [{cores: many, models: [{name: a, threads: 9}]}]", "units[0].cores"),
+        ("units: [{cores: [0], models: [{name: a, max_model_len: x}]},"
+         " {name: b, cores: [1], models: [{name: a, max_model_len: 9}]}]", "units[0].models[0].max_model_len"),
+        ("units: [{modles: [{name: a}]}]", "units[0].modles"),
+        ("unit: [{models: [{name: a}]}]", "unit"),
+    ],
+)  # fmt: skip
+def test_what_may_follow_from_an_invalid_field_is_not_reported(text: str, field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_mesh_config(text, "mesh.yaml", order_without_effect)
+    assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [field]
+
+
+def test_checks_of_models_are_reported_with_the_errors_of_other_fields() -> None:
+    def check(config: MeshConfig) -> Iterator[tuple[Location, str]]:
+        for index, model in enumerate(config.units[0].models):
+            yield ("units", 0, "models", index, "source"), f"{model.name} is not there"
+
+    with pytest.raises(ConfigError) as caught:
+        parse_mesh_config(
+            "listen: 5\nunits:\n  - models:\n    - {name: a}\n    - {name: b c}\n    - {name: d}", "f", check
+        )
+    assert [line.split(": ", 2)[:2] for line in str(caught.value).splitlines()] == [
+        ["f:1", "listen"],
+        ["f:4", "units[0].models[0].source"],
+        ["f:5", "units[0].models[1].name"],
+        ["f:6", "units[0].models[2].source"],
+    ]
+
+
+def test_a_file_with_very_many_problems_lists_a_hundred() -> None:
+    found = problems("units:\n  - models:\n" + "    - {name: '?'}\n" * 300)
+    assert len(found) == 101
+    assert found[-1] == "mesh.yaml: and 200 more problems"
+
+
+def test_a_problem_is_one_line_whatever_the_file_has() -> None:
+    assert problems('"a\\nb\\e": 1') == [
+        "mesh.yaml:1: a\\nb\\x1b: unknown field; known: mesh_id, listen, redis_url, router, order, units"
+    ]
 
 
 def test_refused_problems_are_sorted_by_line() -> None:

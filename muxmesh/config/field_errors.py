@@ -1,0 +1,146 @@
+"""The errors of the fields of a configuration, in plain words: what a value is and what it must be.
+
+Knows pydantic's kinds of errors, so that no other module has to.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from muxmesh.config.yaml_reader import Location
+
+_MAX_SHOWN = 60
+"""Characters of a value in a message."""
+_SIZES = "must be bytes, or a number and one of KiB, MiB, GiB, TiB, KB, MB, GB, TB"
+
+_WORDS: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
+    "string_type": lambda value, context: f"is {shown(value)}; must be text, in quotes if it looks like a number",
+    "string_too_short": lambda value, context: "must not be empty",
+    "string_too_long": lambda value, context: f"has {len(value)} characters; at most {context['max_length']}",
+    "bool_type": lambda value, context: f"is {shown(value)}; must be true or false",
+    "bool_parsing": lambda value, context: f"is {shown(value)}; must be true or false",
+    "int_type": lambda value, context: f"is {shown(value)}; must be a whole number",
+    "int_parsing": lambda value, context: f"is {shown(value)}; must be a whole number",
+    "int_parsing_size": lambda value, context: f"is {shown(value)}; it is too large",
+    "int_from_float": lambda value, context: f"is {shown(value)}; must be a whole number",
+    "float_type": lambda value, context: f"is {shown(value)}; must be a number",
+    "float_parsing": lambda value, context: f"is {shown(value)}; must be a number",
+    "finite_number": lambda value, context: f"is {shown(value)}; must be a finite number",
+    "byte_size": lambda value, context: f"is {shown(value)}; {_SIZES}",
+    "byte_size_unit": lambda value, context: f"is {shown(value)}; {_SIZES}",
+    "tuple_type": lambda value, context: f"is {shown(value)}; must be a list",
+    "too_short": lambda value, context: "must not be empty",
+    "greater_than_equal": lambda value, context: f"is {shown(value)}; must be at least {_bound(context['ge'])}",
+    "greater_than": lambda value, context: f"is {shown(value)}; must be more than {_bound(context['gt'])}",
+    "less_than_equal": lambda value, context: f"is {shown(value)}; must be at most {_bound(context['le'])}",
+    "value_error": lambda value, context: str(context["error"]),
+    "missing": lambda value, context: "is required",
+}
+
+_PATTERNS = {
+    "listen": "must be HOST:PORT",
+    "redis_url": "must begin with redis://, rediss:// or unix://",
+}
+_NAME = "must begin with a letter or a digit and have only letters, digits, '.', '_' and '-'"
+
+
+def field_errors(error: ValidationError, root: type[BaseModel]) -> list[tuple[Location, str | None]]:
+    """(location, problem) of each error of one validation of ``root``. The problem is None if it follows from another.
+
+    A field that an unknown one is a misspelling of is one of these, whether or not it is required.
+    """
+    items = [(tuple(item["loc"]), item) for item in error.errors()]
+    locations = [location for location, _ in items]
+    unknown = [location for location, item in items if item["type"] == "extra_forbidden"]
+    names = {location: meant(location, root) for location in unknown}
+    misspelled = {(*location[:-1], name) for location, name in names.items() if name is not None}
+    found: list[tuple[Location, str | None]] = [(location, None) for location in misspelled]
+    for location, item in items:
+        inside = any(len(other) > len(location) and other[: len(location)] == location for other in locations)
+        if item["type"] == "too_short" and inside:  # pydantic counts the valid items
+            continue
+        if item["type"] != "missing" or location not in misspelled:
+            found.append((location, _words(location, item, root)))
+    return found
+
+
+def meant(location: Location, root: type[BaseModel]) -> str | None:
+    """The field whose name is close to that of an unknown one."""
+    section = section_at(location[:-1], root)
+    names = list(section.model_fields) if section else []
+    return closest(str(location[-1]), names)
+
+
+def closest(text: str, choices: Iterable[str]) -> str | None:
+    """The choice that ``text`` is probably a misspelling of."""
+    by_lower = {choice.lower(): choice for choice in choices}
+    found = difflib.get_close_matches(text[:_MAX_SHOWN].lower(), by_lower, n=1)
+    return by_lower[found[0]] if found else None
+
+
+def section_at(location: Location, root: type[BaseModel]) -> type[BaseModel] | None:
+    """The section at ``location``, or None if the field there is not a section."""
+    section: Any = root
+    for part in location:
+        if isinstance(part, int):
+            section = next((one for one in get_args(section) if _is_section(one)), None)
+        else:
+            found = section.model_fields.get(part) if _is_section(section) else None
+            section = found.annotation if found else None
+    return section if _is_section(section) else None
+
+
+def shown(value: object) -> str:
+    """A value for a message of one line."""
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, int) and value.bit_length() > 4 * _MAX_SHOWN:
+        return "a number of too many digits"
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
+
+
+def _words(location: Location, item: Mapping[str, Any], root: type[BaseModel]) -> str:
+    kind, value, context = item["type"], item["input"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        section = section_at(location[:-1], root)
+        if (name := meant(location, root)) is not None:
+            return f"unknown field; did you mean `{name}`?"
+        return f"unknown field; known: {', '.join(section.model_fields if section else ())}"
+    if kind == "literal_error":
+        return _choices(value, context["expected"])
+    if kind == "string_pattern_mismatch":
+        return f"is {shown(value)}; {_PATTERNS.get(str(location[-1]), _NAME)}"
+    if kind in ("model_type", "model_attributes_type"):
+        section = section_at(location, root)
+        names = list(section.model_fields) if section else []
+        return f"is {shown(value)}; must be a mapping with fields like {', '.join(f'`{name}`' for name in names[:3])}"
+    if kind in _WORDS:
+        return _WORDS[kind](value, context)
+    return f"is {shown(value)}; {item['msg']}"
+
+
+def _choices(value: object, expected: str) -> str:
+    """``expected`` is pydantic's list: 'a', 'b' or 'c'."""
+    choices = [one.strip("'") for one in expected.replace(" or ", ", ").split(", ")]
+    name = closest(value, choices) if isinstance(value, str) else None
+    hint = f"; did you mean {name}?" if name else ""
+    return f"is {shown(value)}; must be {expected.replace(chr(39), '')}{hint}"
+
+
+def _bound(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def _is_section(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
