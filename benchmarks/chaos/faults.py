@@ -7,6 +7,7 @@ client (`checker`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -114,13 +115,11 @@ async def _vanishing_client(processes: MeshProcesses, target: str) -> int:
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     assert client.stdout is not None
-    try:
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(10.0):
             await client.stdout.read(1)
-    except TimeoutError:
-        pass
-    if client.returncode is None:
-        client.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(client.pid, signal.SIGKILL)
     await client.wait()
     return client.pid
 

@@ -6,6 +6,7 @@ The plan and the load are functions of the seed alone; how they interleave depen
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import signal
 import time
@@ -64,8 +65,16 @@ class ChaosRun:
         self.violations += leaks(before, await self._settled(before))
 
     async def stop(self) -> None:
-        """Ends the mesh as Ctrl-C does, and looks at what it left: exit code, processes, folders, logs."""
+        """Ends the mesh as Ctrl-C does, and looks at what it left: exit code, processes, folders, logs.
+
+        Some processes are killed just before, so that the mesh ends in the middle of a recovery.
+        """
+        rng = random.Random(f"{self._seed} end")
         pids = self._processes.by_pid()
+        for pid in rng.sample(sorted(pids), rng.randint(0, 3)):
+            os.kill(pid, signal.SIGKILL)
+        await asyncio.sleep(rng.uniform(0.0, 1.5))
+        pids |= self._processes.by_pid()
         process, state_dir = self._mesh.process, self._mesh.state_dir
         process.send_signal(signal.SIGINT)
         try:

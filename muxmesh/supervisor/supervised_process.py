@@ -33,6 +33,8 @@ _MAX_EARLY_EXITS = 3
 """Exits before the process was ever ready, after which it is not restarted."""
 _LOG_BYTES = 10 * 1024 * 1024
 _KEPT_LINES = 20
+_LINE_BYTES = 64 * 1024
+"""A line of output is divided after at least this many bytes."""
 _LAST_OUTPUT_S = 1.0
 """Time limit for reading the output after an exit. A child that inherited the pipe may keep it open."""
 
@@ -201,17 +203,21 @@ class SupervisedProcess:
 
     async def _collect_output(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
-        while True:
-            try:
-                raw = await process.stdout.readline()
-            except ValueError:  # a line beyond the limit of the reader is dropped, or its beginning is
-                continue
-            if not raw:
-                return
-            line = raw.decode(errors="replace").rstrip()
-            self._last_lines.append(line)
-            self._file.handle(logging.LogRecord(self.spec.name, logging.INFO, "", 0, line, None, None))
-            self._show_line(self.spec.name, line)
+        rest = b""
+        while chunk := await process.stdout.read(_LINE_BYTES):
+            *lines, rest = (rest + chunk).split(b"\n")
+            if len(rest) >= _LINE_BYTES:
+                lines, rest = [*lines, rest], b""
+            for line in lines:
+                self._keep_line(line)
+        if rest:
+            self._keep_line(rest)
+
+    def _keep_line(self, raw: bytes) -> None:
+        line = raw.decode(errors="replace").rstrip()
+        self._last_lines.append(line)
+        self._file.handle(logging.LogRecord(self.spec.name, logging.INFO, "", 0, line, None, None))
+        self._show_line(self.spec.name, line)
 
     def _failure(self, problem: str) -> str:
         output = "\n".join(f"  {line}" for line in self._last_lines)
