@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from muxmesh.models.token_texts import TokenText
 from muxmesh.types import KvFormat, Sampling, TokenLogprobs
 
 
@@ -48,10 +49,11 @@ Prompt = TextPrompt | TokensPrompt | ChatPrompt
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
-    """A prompt as tokens, and the context of its model in tokens."""
+    """A prompt as tokens, and the context of its model in tokens. ``texts``: one for each token, if requested."""
 
     token_ids: list[int]
     max_model_len: int
+    texts: Sequence[TokenText] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from muxmesh.clock import Clock
 from muxmesh.config.schema import RouterConfig
+from muxmesh.models.token_texts import TokenTexts
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.types import EngineRequest, LengthPrediction
 from router.expected_work import ExpectedOutput, ModelService, fixed_length
@@ -107,12 +108,15 @@ class GenerationPipeline:
         engine_request = self._with_expected_work(model, engine_request, forecast)
         return self._serve(_Generation(request, model, engine_request, forecast, arrived_at_s))
 
-    async def tokenize(self, model_name: str, prompt: Prompt, add_special_tokens: bool | None) -> TokenizedPrompt:
+    async def tokenize(
+        self, model_name: str, prompt: Prompt, add_special_tokens: bool | None, with_texts: bool
+    ) -> TokenizedPrompt:
         """The tokens of a prompt. Raises InvalidRequest or ModelNotFound."""
         model = self._models.find(model_name)
         check_prompt(prompt, model, self._config.max_prompt_bytes)
         token_ids = await self._tokenizer.encode(prompt, model, add_special_tokens)
-        return TokenizedPrompt(token_ids, model.limits.max_model_len)
+        texts = await self._tokenizer.texts(token_ids, model) if with_texts else ()
+        return TokenizedPrompt(token_ids, model.limits.max_model_len, texts)
 
     async def detokenize(self, model_name: str, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of token ids, at most as many as the context holds. Raises InvalidRequest or ModelNotFound."""
@@ -120,6 +124,10 @@ class GenerationPipeline:
         check_count("token_ids", len(token_ids), model.limits.max_model_len)
         check_token_ids("token_ids", token_ids, model)
         return await self._tokenizer.decode(token_ids, model, skip_special_tokens)
+
+    def token_texts(self, model_name: str) -> TokenTexts:
+        """The texts of single tokens. Raises ModelNotFound."""
+        return self._models.find(model_name).text.token_texts
 
     def num_waiting(self, model: str) -> int:
         """Sequences of ``model`` that wait for a credit or for the first sequence of their request."""

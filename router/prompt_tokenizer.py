@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Executor
 
+from muxmesh.models.token_texts import TokenText
 from router.generation import Prompt, TextPrompt, TokensPrompt
 from router.served_models import ServedModel
 
@@ -32,6 +33,11 @@ class PromptTokenizer:
         return await loop.run_in_executor(
             self._threads, lambda: model.text.encode(model.text.render_chat(messages), bool(add_special_tokens))
         )
+
+    async def texts(self, token_ids: Sequence[int], model: ServedModel) -> list[TokenText]:
+        """The text of each token."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: [model.text.token_texts[one] for one in token_ids])
 
     async def decode(self, token_ids: Sequence[int], model: ServedModel, skip_special_tokens: bool) -> str:
         """Text of token ids that the model knows."""

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from muxmesh.errors import InvalidRequest, ModelUnsupported
 from muxmesh.models.detokenizer import Detokenizer, TokenPieces, special_token_ids
 from muxmesh.models.model_files import read_json_object
+from muxmesh.models.token_texts import TokenTexts
 
 _SIM_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
@@ -30,6 +31,7 @@ class TextModel:
     def __init__(self, tokenizer: Tokenizer, chat_template: str | None, special_tokens: Mapping[str, str]) -> None:
         self._tokenizer = tokenizer
         self._pieces = {skip: TokenPieces(tokenizer, skip) for skip in (False, True)}
+        self.token_texts = TokenTexts(self._pieces[False])
         self._special_token_ids = special_token_ids(tokenizer)
         longest_first = sorted(self._special_token_ids, key=len, reverse=True)
         self._special_token = re.compile("|".join(map(re.escape, longest_first)))

@@ -641,6 +641,8 @@ class PromptInfo(_message.Message):
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     PREDICTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKEN_TEXTS_FIELD_NUMBER: _builtins.int
+    TOKEN_BYTES_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
     num_cached_tokens: _builtins.int
     """Prompt tokens whose KV was in the prefix cache."""
@@ -660,6 +662,12 @@ class PromptInfo(_message.Message):
     def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def candidate_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___CandidateTokenInfo]: ...
+    @_builtins.property
+    def token_texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With response.prompt_logprobs, one entry for each prompt token; see SequenceOutput."""
+
+    @_builtins.property
+    def token_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
         self,
         *,
@@ -671,10 +679,12 @@ class PromptInfo(_message.Message):
         num_cached_tokens: _builtins.int = ...,
         seed: _builtins.int = ...,
         predicted_output_tokens: _builtins.int | None = ...,
+        token_texts: _abc.Iterable[_builtins.str] | None = ...,
+        token_bytes: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_predicted_output_tokens", b"_predicted_output_tokens", "predicted_output_tokens", b"predicted_output_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_output_tokens", b"_predicted_output_tokens", "candidate_tokens", b"candidate_tokens", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "num_prompt_tokens", b"num_prompt_tokens", "predicted_output_tokens", b"predicted_output_tokens", "ranks", b"ranks", "seed", b"seed", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_output_tokens", b"_predicted_output_tokens", "candidate_tokens", b"candidate_tokens", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "num_prompt_tokens", b"num_prompt_tokens", "predicted_output_tokens", b"predicted_output_tokens", "ranks", b"ranks", "seed", b"seed", "token_bytes", b"token_bytes", "token_ids", b"token_ids", "token_texts", b"token_texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__predicted_output_tokens: _TypeAlias = _typing.Literal["predicted_output_tokens"]  # noqa: Y015
     _WhichOneofArgType__predicted_output_tokens: _TypeAlias = _typing.Literal["_predicted_output_tokens", b"_predicted_output_tokens"]  # noqa: Y015
@@ -694,6 +704,8 @@ class SequenceOutput(_message.Message):
     RANKS_FIELD_NUMBER: _builtins.int
     CANDIDATE_TOKENS_FIELD_NUMBER: _builtins.int
     FINISH_INFO_FIELD_NUMBER: _builtins.int
+    TOKEN_TEXTS_FIELD_NUMBER: _builtins.int
+    TOKEN_BYTES_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     text: _builtins.str
     """Whole characters only. Text that may be the beginning of a stop string is held back."""
@@ -715,6 +727,14 @@ class SequenceOutput(_message.Message):
     def finish_info(self) -> Global___FinishInfo:
         """In the last message of this sequence only."""
 
+    @_builtins.property
+    def token_texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With response.output_logprobs, one entry for each token of this message, special tokens included: its bytes, which
+        may be a part of a character, and its text, in which such bytes are U+FFFD.
+        """
+
+    @_builtins.property
+    def token_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
         self,
         *,
@@ -726,10 +746,12 @@ class SequenceOutput(_message.Message):
         ranks: _abc.Iterable[_builtins.int] | None = ...,
         candidate_tokens: _abc.Iterable[Global___CandidateTokenInfo] | None = ...,
         finish_info: Global___FinishInfo | None = ...,
+        token_texts: _abc.Iterable[_builtins.str] | None = ...,
+        token_bytes: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_finish_info", b"_finish_info", "finish_info", b"finish_info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish_info", b"_finish_info", "candidate_tokens", b"candidate_tokens", "finish_info", b"finish_info", "index", b"index", "logprobs", b"logprobs", "num_tokens", b"num_tokens", "ranks", b"ranks", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish_info", b"_finish_info", "candidate_tokens", b"candidate_tokens", "finish_info", b"finish_info", "index", b"index", "logprobs", b"logprobs", "num_tokens", b"num_tokens", "ranks", b"ranks", "text", b"text", "token_bytes", b"token_bytes", "token_ids", b"token_ids", "token_texts", b"token_texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__finish_info: _TypeAlias = _typing.Literal["finish_info"]  # noqa: Y015
     _WhichOneofArgType__finish_info: _TypeAlias = _typing.Literal["_finish_info", b"_finish_info"]  # noqa: Y015
@@ -752,17 +774,24 @@ class CandidateTokenInfo(_message.Message):
         ID_FIELD_NUMBER: _builtins.int
         LOGPROB_FIELD_NUMBER: _builtins.int
         RANK_FIELD_NUMBER: _builtins.int
+        TEXT_FIELD_NUMBER: _builtins.int
+        TOKEN_BYTES_FIELD_NUMBER: _builtins.int
         id: _builtins.int
         logprob: _builtins.float
         rank: _builtins.int
+        text: _builtins.str
+        """As in SequenceOutput."""
+        token_bytes: _builtins.bytes
         def __init__(
             self,
             *,
             id: _builtins.int = ...,
             logprob: _builtins.float = ...,
             rank: _builtins.int = ...,
+            text: _builtins.str = ...,
+            token_bytes: _builtins.bytes = ...,
         ) -> None: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "logprob", b"logprob", "rank", b"rank"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "logprob", b"logprob", "rank", b"rank", "text", b"text", "token_bytes", b"token_bytes"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
     TOKENS_FIELD_NUMBER: _builtins.int
@@ -872,6 +901,7 @@ class TokenizeRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKEN_TEXTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """As in GenerateRequest."""
     text: _builtins.str
@@ -880,6 +910,8 @@ class TokenizeRequest(_message.Message):
     """Adds the tokenizer's own special tokens, such as a first token. Unset is as Generate does: true for text, false for
     chat, whose template writes them.
     """
+    token_texts: _builtins.bool
+    """Fills token_texts and token_bytes."""
     @_builtins.property
     def chat(self) -> Global___ChatPrompt: ...
     def __init__(
@@ -889,10 +921,11 @@ class TokenizeRequest(_message.Message):
         text: _builtins.str | None = ...,
         chat: Global___ChatPrompt | None = ...,
         add_special_tokens: _builtins.bool | None = ...,
+        token_texts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_text", b"_text", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_text", b"_text", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "model", b"model", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_text", b"_text", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "model", b"model", "text", b"text", "token_texts", b"token_texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
@@ -912,19 +945,29 @@ class TokenizeResponse(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
+    TOKEN_TEXTS_FIELD_NUMBER: _builtins.int
+    TOKEN_BYTES_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
     max_model_len: _builtins.int
     """The model's context, prompt and output together, in tokens."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def token_texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """One entry for each token; see SequenceOutput."""
+
+    @_builtins.property
+    def token_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
         self,
         *,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         num_tokens: _builtins.int = ...,
         max_model_len: _builtins.int = ...,
+        token_texts: _abc.Iterable[_builtins.str] | None = ...,
+        token_bytes: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_model_len", b"max_model_len", "num_tokens", b"num_tokens", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_model_len", b"max_model_len", "num_tokens", b"num_tokens", "token_bytes", b"token_bytes", "token_ids", b"token_ids", "token_texts", b"token_texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015

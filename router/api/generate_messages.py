@@ -6,10 +6,11 @@ A field that the mesh does not know or support is refused by its name, never ign
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from muxmesh.errors import InvalidRequest
+from muxmesh.models.token_texts import TokenText
 from muxmesh.types import Candidate, KvFormat, Sampling, TokenLogprobs
 from muxmesh.v1 import inference_pb2
 from router.api.unknown_fields import refuse_unknown_fields
@@ -85,8 +86,10 @@ def check_message(message: inference_pb2.GenerateRequest | inference_pb2.Tokeniz
     refuse_unknown_fields(message)
 
 
-def message_from_delta(delta: OutputDelta, options: OutputOptions) -> inference_pb2.GenerateResponse:
-    """Converts ``delta``, without the parts that ``options`` exclude."""
+def message_from_delta(
+    delta: OutputDelta, options: OutputOptions, texts: Mapping[int, TokenText]
+) -> inference_pb2.GenerateResponse:
+    """Converts ``delta``, without the parts that ``options`` exclude. ``texts``: the text of each token by its id."""
     message = inference_pb2.GenerateResponse()
     output, new = message.outputs, delta.new
     output.index, output.num_tokens = delta.index, len(new.token_ids)
@@ -94,11 +97,11 @@ def message_from_delta(delta: OutputDelta, options: OutputOptions) -> inference_
         output.text = new.text
     if options.token_ids:
         output.token_ids.extend(new.token_ids)
-    _add_logprobs(output, new.logprobs)
+    _add_logprobs(output, new.logprobs, texts)
     if new.finish is not None:
         output.finish_info.CopyFrom(_finish_info(new.finish))
     if delta.prompt is not None:
-        message.prompt_info.CopyFrom(_prompt_info(delta.prompt, options))
+        message.prompt_info.CopyFrom(_prompt_info(delta.prompt, options, texts))
     if delta.scheduling is not None:
         report = delta.scheduling
         message.scheduling.CopyFrom(
@@ -210,7 +213,9 @@ def _output(options: inference_pb2.ResponseOptions) -> OutputOptions:
     )
 
 
-def _prompt_info(report: PromptReport, options: OutputOptions) -> inference_pb2.PromptInfo:
+def _prompt_info(
+    report: PromptReport, options: OutputOptions, texts: Mapping[int, TokenText]
+) -> inference_pb2.PromptInfo:
     info = inference_pb2.PromptInfo(
         num_prompt_tokens=len(report.token_ids),
         token_ids=report.token_ids if options.prompt_token_ids else (),
@@ -219,28 +224,34 @@ def _prompt_info(report: PromptReport, options: OutputOptions) -> inference_pb2.
         predicted_output_tokens=report.predicted_output_tokens,
     )
     if options.prompt_logprobs:
-        info.logprobs.append(0.0)  # of the first token, which nothing predicts
-        info.ranks.append(0)
-        info.candidate_tokens.add()
-        _add_logprobs(info, report.logprobs)
+        first = TokenLogprobs(Candidate(report.token_ids[0], 0.0, 0))  # nothing predicts the first token
+        _add_logprobs(info, (first, *report.logprobs), texts)
     return info
 
 
 def _add_logprobs(
-    target: inference_pb2.PromptInfo | inference_pb2.SequenceOutput, positions: Sequence[TokenLogprobs]
+    target: inference_pb2.PromptInfo | inference_pb2.SequenceOutput,
+    positions: Sequence[TokenLogprobs],
+    texts: Mapping[int, TokenText],
 ) -> None:
     """Appends to the columns of log-probabilities."""
     for position in positions:
         chosen = position.chosen
         target.logprobs.append(chosen.logprob)
         target.ranks.append(chosen.rank)
+        target.token_texts.append(texts[chosen.token_id].text)
+        target.token_bytes.append(texts[chosen.token_id].token_bytes)
         others = (candidate for candidate in position.top if candidate.token_id != chosen.token_id)
-        target.candidate_tokens.add(tokens=[_token_info(candidate) for candidate in others])
+        target.candidate_tokens.add(tokens=[_token_info(candidate, texts[candidate.token_id]) for candidate in others])
 
 
-def _token_info(candidate: Candidate) -> inference_pb2.CandidateTokenInfo.TokenInfo:
+def _token_info(candidate: Candidate, text: TokenText) -> inference_pb2.CandidateTokenInfo.TokenInfo:
     return inference_pb2.CandidateTokenInfo.TokenInfo(
-        id=candidate.token_id, logprob=candidate.logprob, rank=candidate.rank
+        id=candidate.token_id,
+        logprob=candidate.logprob,
+        rank=candidate.rank,
+        text=text.text,
+        token_bytes=text.token_bytes,
     )
 
 

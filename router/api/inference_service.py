@@ -36,9 +36,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         generation = request_from_message(request, request_id)
         self._pipeline.validate(generation)
         await context.send_initial_metadata((("x-request-id", generation.request_id),))
+        texts = self._pipeline.token_texts(generation.model)
         async with aclosing(await self._pipeline.start(generation, arrived_at_s)) as deltas:
             async for delta in deltas:
-                yield message_from_delta(delta, generation.output)
+                yield message_from_delta(delta, generation.output, texts)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
@@ -65,7 +66,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """See the proto."""
         prompt = prompt_from_message(request)
         adds = request.add_special_tokens if request.HasField("add_special_tokens") else None
-        return message_from_tokenized(await self._pipeline.tokenize(request.model, prompt, adds))
+        return message_from_tokenized(await self._pipeline.tokenize(request.model, prompt, adds, request.token_texts))
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context

@@ -20,5 +20,9 @@ def prompt_from_message(message: inference_pb2.TokenizeRequest) -> Prompt:
 def message_from_tokenized(tokenized: TokenizedPrompt) -> inference_pb2.TokenizeResponse:
     """Converts the tokens of a prompt."""
     return inference_pb2.TokenizeResponse(
-        token_ids=tokenized.token_ids, num_tokens=len(tokenized.token_ids), max_model_len=tokenized.max_model_len
+        token_ids=tokenized.token_ids,
+        num_tokens=len(tokenized.token_ids),
+        max_model_len=tokenized.max_model_len,
+        token_texts=[one.text for one in tokenized.texts],
+        token_bytes=[one.token_bytes for one in tokenized.texts],
     )

@@ -11,6 +11,7 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from muxmesh.errors import InvalidRequest
+from muxmesh.models.token_texts import TokenText
 from muxmesh.types import Candidate, Sampling, TokenLogprobs
 from muxmesh.v1 import inference_pb2
 from router.api.generate_messages import message_from_delta, request_from_message
@@ -237,12 +238,13 @@ DELTA = OutputDelta(
     scheduling=SchedulingReport("srtf", "because", 10.5, 20.5, "hint", 0.25, 0.5, 0.75, 6, 5),
     timings=TimingsReport(0.125, 0.25, 0.5, 3, 0.0625),
 )
+TEXTS = {3: TokenText(" é", " é".encode()), 4: TokenText("\ufffd", b"\xc3"), 40: TokenText("p", b"p")}
 EVERYTHING = OutputOptions(text=True, token_ids=True, prompt_token_ids=True, prompt_logprobs=True)
 
 
 def test_every_part_of_a_delta_is_in_its_message() -> None:
-    other = {"tokens": [{"id": 4, "logprob": -1.5, "rank": 2}]}
-    assert message_from_delta(DELTA, EVERYTHING) == response_message(
+    other = {"tokens": [{"id": 4, "logprob": -1.5, "rank": 2, "text": "\ufffd", "token_bytes": b"\xc3"}]}
+    assert message_from_delta(DELTA, EVERYTHING, TEXTS) == response_message(
         outputs={
             "index": 2,
             "text": "ab",
@@ -251,6 +253,8 @@ def test_every_part_of_a_delta_is_in_its_message() -> None:
             "logprobs": [-0.5, -0.5],
             "ranks": [1, 1],
             "candidate_tokens": [other, other],
+            "token_texts": [" é", " é"],
+            "token_bytes": [" é".encode()] * 2,
             "finish_info": {
                 "num_output_tokens": 9,
                 "finish_reason": inference_pb2.FinishInfo.STOP,
@@ -266,6 +270,8 @@ def test_every_part_of_a_delta_is_in_its_message() -> None:
             "logprobs": [0.0, -0.5, -0.5],
             "ranks": [0, 1, 1],
             "candidate_tokens": [{}, other, other],
+            "token_texts": ["p", " é", " é"],
+            "token_bytes": [b"p", " é".encode(), " é".encode()],
         },
         scheduling={
             "policy": "srtf",
@@ -302,7 +308,7 @@ FINISHES = {
 
 
 def finished(finish: OutputFinish) -> inference_pb2.GenerateResponse:
-    return message_from_delta(replace(DELTA, new=replace(DELTA.new, finish=finish)), EVERYTHING)
+    return message_from_delta(replace(DELTA, new=replace(DELTA.new, finish=finish)), EVERYTHING, TEXTS)
 
 
 def test_every_field_of_a_response_is_set_by_some_delta() -> None:
@@ -329,6 +335,8 @@ def test_a_finish_names_its_reason_and_what_caused_it(kind: FinishKind) -> None:
         (replace(EVERYTHING, prompt_token_ids=False), "prompt_info.token_ids"),
         (
             replace(EVERYTHING, prompt_logprobs=False),
+            "prompt_info.token_texts prompt_info.token_bytes prompt_info.candidate_tokens.tokens.text "
+            "prompt_info.candidate_tokens.tokens.token_bytes "
             "prompt_info.logprobs prompt_info.ranks "
             "prompt_info.candidate_tokens.tokens.id prompt_info.candidate_tokens.tokens.logprob "
             "prompt_info.candidate_tokens.tokens.rank",
@@ -336,17 +344,19 @@ def test_a_finish_names_its_reason_and_what_caused_it(kind: FinishKind) -> None:
     ],
 )
 def test_what_the_client_does_not_want_is_left_out_and_nothing_else(options: OutputOptions, absent: str) -> None:
-    everything = set(set_paths(message_from_delta(DELTA, EVERYTHING)))
-    assert everything - set(set_paths(message_from_delta(DELTA, options))) == set(absent.split())
+    everything = set(set_paths(message_from_delta(DELTA, EVERYTHING, TEXTS)))
+    assert everything - set(set_paths(message_from_delta(DELTA, options, TEXTS))) == set(absent.split())
 
 
 def test_a_delta_in_the_middle_has_only_its_output() -> None:
-    message = message_from_delta(OutputDelta(0, SequenceDelta((3,), "")), EVERYTHING)
+    message = message_from_delta(OutputDelta(0, SequenceDelta((3,), "")), EVERYTHING, TEXTS)
     assert message == response_message(outputs={"num_tokens": 1, "token_ids": [3]})
     assert [field.name for field, _ in message.ListFields()] == ["outputs"]
 
 
 def test_a_length_that_was_not_predicted_is_unset() -> None:
     assert DELTA.prompt is not None
-    message = message_from_delta(replace(DELTA, prompt=replace(DELTA.prompt, predicted_output_tokens=None)), EVERYTHING)
+    message = message_from_delta(
+        replace(DELTA, prompt=replace(DELTA.prompt, predicted_output_tokens=None)), EVERYTHING, TEXTS
+    )
     assert not message.prompt_info.HasField("predicted_output_tokens")

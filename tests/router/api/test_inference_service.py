@@ -89,6 +89,8 @@ async def test_generate_merges_the_messages_of_a_stream(tmp_path: Path) -> None:
     assert whole.outputs.text == "".join(output.text for output in outputs) == "abc"
     assert whole.outputs.num_tokens == sum(output.num_tokens for output in outputs) == 3
     assert tuple(whole.outputs.token_ids) == tokens_of("abc")
+    assert list(whole.outputs.token_texts) == ["a", "b", "c"]
+    assert list(whole.outputs.token_bytes) == [b"a", b"b", b"c"]
     assert list(whole.outputs.logprobs) == [-0.5] * 3 and list(whole.outputs.ranks) == [1] * 3
     assert whole.outputs.finish_info == outputs[-1].finish_info
     assert whole.prompt_info.token_ids == streamed[0].prompt_info.token_ids
@@ -201,9 +203,17 @@ async def test_tokenize_and_detokenize_are_inverse(tmp_path: Path) -> None:
         tokenized = await setup.stub.Tokenize(inference_pb2.TokenizeRequest(model="m", text="héllo"))
         assert tuple(tokenized.token_ids) == tokens_of("héllo")
         assert (tokenized.num_tokens, tokenized.max_model_len) == (6, 100)
+        assert len(tokenized.token_texts) == len(tokenized.token_bytes) == 0
         request = inference_pb2.DetokenizeRequest(model="m", token_ids=tokenized.token_ids)
         assert (await setup.stub.Detokenize(request)).text == "héllo"
     assert setup.parts.attempts.requests == []
+
+
+async def test_tokenize_returns_text_and_bytes_of_each_token_on_request(tmp_path: Path) -> None:
+    async with service(tmp_path, writes("x")) as setup:
+        tokenized = await setup.stub.Tokenize(inference_pb2.TokenizeRequest(text="é", token_texts=True))
+    assert list(tokenized.token_bytes) == [b"\xc3", b"\xa9"]
+    assert list(tokenized.token_texts) == ["\ufffd", "\ufffd"]
 
 
 async def test_a_conversation_has_the_tokens_that_generate_computes(tmp_path: Path) -> None:

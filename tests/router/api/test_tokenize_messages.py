@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from muxmesh.errors import InvalidRequest
+from muxmesh.models.token_texts import TokenText
 from muxmesh.v1 import inference_pb2
 from router.api.tokenize_messages import message_from_tokenized, prompt_from_message
 from router.generation import ChatMessage, ChatPrompt, TextPrompt, TokenizedPrompt
@@ -43,3 +44,10 @@ def test_the_response_has_the_tokens_their_number_and_the_context() -> None:
     assert message_from_tokenized(TokenizedPrompt([5, 6], 100)) == inference_pb2.TokenizeResponse(
         token_ids=[5, 6], num_tokens=2, max_model_len=100
     )
+
+
+def test_the_text_and_the_bytes_of_each_token_are_in_the_response_on_request() -> None:
+    texts = [TokenText(" é", " é".encode()), TokenText("\ufffd", b"\xc3")]
+    response = message_from_tokenized(TokenizedPrompt([5, 6], 100, texts))
+    assert list(response.token_texts) == [" é", "\ufffd"]
+    assert list(response.token_bytes) == [" é".encode(), b"\xc3"]
