@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from muxmesh.config.yaml_reader import Location
+from muxmesh.config.schema import Location
 
 _MAX_SHOWN = 60
 """Characters of a value in a message."""

@@ -23,7 +23,6 @@ from pydantic import (
     model_validator,
 )
 
-from muxmesh.config.yaml_reader import Location
 from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
 from muxmesh.types import DEFAULT_ADDRESS, KvFormat
 
@@ -37,6 +36,9 @@ MAX_COUNT = 2**31 - 1
 MAX_BYTES = 2**60
 """Upper bound of every size."""
 _SIZE = re.compile(r"\d+(\.\d+)?\s*([kmgtp]i?)?b?", re.IGNORECASE)
+
+Location = tuple[str | int, ...]
+"""Path of a field: names and list indices."""
 
 
 class Section(BaseModel):

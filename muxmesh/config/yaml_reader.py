@@ -15,10 +15,8 @@ from typing import Any
 
 import yaml
 
+from muxmesh.config.schema import Location
 from muxmesh.errors import ConfigError
-
-Location = tuple[str | int, ...]
-"""Path of a field: names and list indices."""
 
 MAX_FILE_BYTES = 256 * 1024
 MAX_DEPTH = 20
@@ -91,7 +89,7 @@ def _problem_of(error: yaml.MarkedYAMLError) -> str:
 
 class _NotBoundedError(Exception):
     def __init__(self, node: yaml.Node | yaml.Event, problem: str) -> None:
-        self.line = node.start_mark.line + 1
+        self.line = node.start_mark.line + 1 if node.start_mark else 1
         self.problem = problem
 
 
@@ -105,9 +103,9 @@ class _BoundedLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """See yaml.composer."""
         if self._depth > MAX_DEPTH:
-            raise _NotBoundedError(self.peek_event(), f"is nested more than {MAX_DEPTH} deep")
+            raise self._not_bounded(f"is nested more than {MAX_DEPTH} deep")
         if self._num_nodes > 2 * MAX_VALUES:
-            raise _NotBoundedError(self.peek_event(), f"has more than {MAX_VALUES} values")
+            raise self._not_bounded(f"has more than {MAX_VALUES} values")
         self._depth += 1
         self._num_nodes += 1
         try:
@@ -117,11 +115,14 @@ class _BoundedLoader(yaml.SafeLoader):
 
     def resolve(self, kind: type[yaml.Node], value: str, implicit: tuple[bool, bool]) -> str:
         """See yaml.resolver."""
-        tag: str = super().resolve(kind, value, implicit)
+        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
         is_text = tag in (_TAG + "timestamp", _TAG + "value") or (
             tag in (_TAG + "int", _TAG + "float") and ":" in value
         )
         return _TAG + "str" if is_text else tag
+
+    def _not_bounded(self, problem: str) -> _NotBoundedError:
+        return _NotBoundedError(self.peek_event(), problem)  # type: ignore[no-untyped-call]
 
 
 class _Expansion:

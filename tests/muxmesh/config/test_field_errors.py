@@ -23,7 +23,8 @@ IN_UNIT = "units: [{models: [{name: m}], %s}]"
         (IN_UNIT % "device: cuda:0", "units[0].device: is 'cuda:0'; must be cpu"),
         (IN_MODEL % "engine: simm", "units[0].models[0].engine: is 'simm'; must be native or sim; did you mean sim?"),
         (IN_MODEL % "block_size: 17", "units[0].models[0].block_size: is 17; must be 8, 16 or 32"),
-        (IN_MODEL % "block_size: '16'", "units[0].models[0].block_size: is '16'; must be 8, 16 or 32; did you mean 16?"),
+        (IN_MODEL % "block_size: '16'", "units[0].models[0].block_size: is '16'; must be 8, 16 or 32; did you mean "
+         "16?"),
         (IN_MODEL % "max_num_seqs: many", "units[0].models[0].max_num_seqs: is 'many'; must be a whole number"),
         (IN_MODEL % "max_num_seqs: 1.5", "units[0].models[0].max_num_seqs: is 1.5; must be a whole number"),
         (IN_MODEL % "max_num_seqs: 0", "units[0].models[0].max_num_seqs: is 0; must be at least 1"),
