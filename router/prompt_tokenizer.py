@@ -1,4 +1,4 @@
-"""Runs tokenizers and chat templates in threads: a long prompt takes milliseconds, and tokenizers release the GIL."""
+"""Runs tokenizers in threads: a long prompt takes milliseconds, and tokenizers release the GIL."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ class PromptTokenizer:
             adds = True if add_special_tokens is None else add_special_tokens
             return await loop.run_in_executor(self._threads, model.text.encode, prompt.text, adds)
         messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
-        return await loop.run_in_executor(
-            self._threads, lambda: model.text.encode(model.text.render_chat(messages), bool(add_special_tokens))
-        )
+        text = await asyncio.wrap_future(model.text.submit_chat(messages))
+        return await loop.run_in_executor(self._threads, model.text.encode, text, bool(add_special_tokens))
 
     async def texts(self, token_ids: Sequence[int], model: ServedModel) -> list[TokenText]:
         """The text of each token."""

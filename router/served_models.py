@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ from muxmesh.models.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from muxmesh.models.tokenizer import TextModel, load_text_model
 
 _MAX_LISTED = 20
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,5 +103,10 @@ def load_models(runtime: MeshRuntime) -> ServedModels:
         defaults = sampling_defaults(config, folder)
         limits = ModelLimits.of(config, spec, units, defaults)
         unit_names = tuple(unit.name for unit, _ in units)
-        served.add(ServedModel(name, unit_names, config, spec, load_text_model(folder), limits, defaults))
+        text = load_text_model(folder)
+        text.start_chat()  # here, so that the templates of all models are compiled at the same time
+        served.add(ServedModel(name, unit_names, config, spec, text, limits, defaults))
+    for model in served:
+        if model.text.chat_template is not None and not model.text.has_chat_template:
+            _log.warning("%s: chat is refused: %s", model.name, model.text.chat_template.problem)
     return served

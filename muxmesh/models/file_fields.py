@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from muxmesh.errors import ModelUnsupported
-from muxmesh.models.model_files import described
+from muxmesh.models.model_files import described, named
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class FileFields:
 
     def refuse(self, name: str, problem: str) -> ModelUnsupported:
         """The error for a field."""
-        return ModelUnsupported(f"{self.origin}: {self.path}{name}: {problem}")
+        return ModelUnsupported(f"{self.origin}: {named(self.path + name)}: {problem}")
 
     def needed_integer(self, name: str, least: int, most: int) -> int:
         """A whole number from ``least`` to ``most``."""

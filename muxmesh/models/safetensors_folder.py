@@ -43,9 +43,9 @@ def _shards(fields: FileFields) -> list[str]:
     if not weight_map:
         raise fields.refuse("weight_map", "is missing or empty")
     for weight, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+        if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
             raise fields.refuse(
-                f"weight_map.{named(weight)}",
+                f"weight_map.{weight}",
                 f"is {described(name)}; must be the name of a file beside it",
             )
     return sorted(set(weight_map.values()))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from muxmesh.errors import InvalidRequest, ModelUnsupported
+from muxmesh.errors import InvalidRequest, MeshError, ModelUnsupported
+from muxmesh.models.chat_template import ChatTemplate
+from muxmesh.models.chat_template_files import find_chat_template
 from muxmesh.models.detokenizer import Detokenizer, TokenPieces, special_token_ids
-from muxmesh.models.model_files import read_json_object
+from muxmesh.models.file_fields import FileFields
+from muxmesh.models.model_files import MAX_TOKENIZER_BYTES, read_json_object
+from muxmesh.models.special_tokens import read_special_tokens
 from muxmesh.models.token_texts import TokenTexts
 
 _SIM_CHAT_TEMPLATE = (
@@ -23,31 +26,26 @@ _SIM_CHAT_TEMPLATE = (
 
 
 class TextModel:
-    """Tokenizer and chat template of one model. Thread-safe.
+    """Tokenizer and chat template of one model. Thread-safe."""
 
-    ``special_tokens``: variables of the template, `bos_token` and `eos_token`.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, chat_template: str | None, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None) -> None:
         self._tokenizer = tokenizer
         self._pieces = {skip: TokenPieces(tokenizer, skip) for skip in (False, True)}
         self.token_texts = TokenTexts(self._pieces[False])
         self._special_token_ids = special_token_ids(tokenizer)
         longest_first = sorted(self._special_token_ids, key=len, reverse=True)
         self._special_token = re.compile("|".join(map(re.escape, longest_first)))
-        self._special_tokens = special_tokens
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_template_error
-        self._template = environment.from_string(chat_template) if chat_template else None
+        self.chat_template = chat_template
 
     @property
     def has_chat_template(self) -> bool:
-        """True if `render_chat` works."""
-        return self._template is not None
+        """True if conversations can be rendered. Waits until the template is compiled."""
+        return self.chat_template is not None and self.chat_template.problem is None
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of ``text``. Releases the GIL meanwhile."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of ``text``. Releases the GIL meanwhile. Raises InvalidRequest if it cannot be encoded."""
+        with _failing_as(_cannot_be_encoded):
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Text of ``token_ids``; invalid UTF-8 becomes U+FFFD."""
@@ -62,40 +60,79 @@ class TextModel:
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Renders a conversation as prompt text that ends where the reply of the assistant begins.
 
-        Raises InvalidRequest if the model has no chat template (`chat`) or the template rejects the conversation
-        (`chat.messages`).
+        Raises InvalidRequest if the model has no usable chat template (`chat`), or if the template rejects the
+        conversation or exceeds its budget (`chat.messages`).
         """
-        if self._template is None:
+        return self._template().render(messages)
+
+    def start_chat(self) -> None:
+        """Starts to compile the chat template, if there is one. Raises Unavailable."""
+        if self.chat_template is not None:
+            self.chat_template.start()
+
+    def submit_chat(self, messages: Sequence[Mapping[str, str]]) -> Future[str]:
+        """`render_chat` in a thread of this model's template."""
+        return self._template().submit(messages)
+
+    def _template(self) -> ChatTemplate:
+        if self.chat_template is None:
             raise InvalidRequest("chat", "this model has no chat template; send `text` or `token_ids`")
-        try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
-        except jinja2.TemplateError as error:
-            raise InvalidRequest("chat.messages", f"rejected by the model's chat template: {error}") from error
+        return self.chat_template
 
     def detokenizer(self, skip_special_tokens: bool, prompt_token_ids: Sequence[int] = ()) -> Detokenizer:
         """Returns a new incremental detokenizer for the output that follows ``prompt_token_ids``."""
         return Detokenizer(self._pieces[skip_special_tokens], prompt_token_ids)
 
 
+def _cannot_be_encoded(problem: str) -> InvalidRequest:
+    return InvalidRequest("text", f"cannot be encoded by the model's tokenizer: {problem}")
+
+
 def load_text_model(folder: Path | None) -> TextModel:
     """Loads the tokenizer and the chat template of a model folder; without a folder, those of the sim engine.
 
-    Raises ModelUnsupported if the folder has no ``tokenizer.json``, or if a JSON file or the chat template is damaged.
+    Raises ModelUnsupported if the folder has no ``tokenizer.json``, or if a file is damaged. A template that cannot be
+    compiled is no such error: `TextModel.chat_template.problem` has it.
     """
     if folder is None:
-        return TextModel(byte_tokenizer(), _SIM_CHAT_TEMPLATE, {})
-    path = folder / "tokenizer.json"
-    if read_json_object(path) is None:  # `tokenizers` would raise a bare Exception for damaged JSON
-        raise ModelUnsupported(f"{folder}: has no tokenizer.json; convert the tokenizer to the `fast` format")
-    config = read_json_object(folder / "tokenizer_config.json") or {}
-    special_tokens = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token")}
-    tokenizer = Tokenizer.from_file(str(path))
+        return TextModel(byte_tokenizer(), ChatTemplate(_SIM_CHAT_TEMPLATE, {}))
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    path = folder / "tokenizer_config.json"
+    config = FileFields(path, read_json_object(path) or {})
+    special_tokens = read_special_tokens(folder, config, tokenizer)
     tokenizer.no_truncation()  # transformers does not apply what the file has of these unless it is asked to
     tokenizer.no_padding()
+    tokenizer.add_tokens(list(special_tokens.additions))
+    tokenizer.encode_special_tokens = config.flag("split_special_tokens", False)
+    source, problem = find_chat_template(folder, config)
+    if source is None and problem is None:
+        return TextModel(tokenizer)
+    return TextModel(tokenizer, ChatTemplate(source or "", special_tokens.variables, problem))
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Loads a ``tokenizer.json``. Raises ModelUnsupported for any other content, in one line."""
+    if read_json_object(path, MAX_TOKENIZER_BYTES) is None:
+        raise ModelUnsupported(f"{path.parent}: has no tokenizer.json; convert the tokenizer to the `fast` format")
+
+    def refused(problem: str) -> ModelUnsupported:
+        return ModelUnsupported(f"{path}: is no tokenizer that `tokenizers` can read: {problem}")
+
+    with _failing_as(refused):
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.decode(tokenizer.encode("a b", add_special_tokens=True).ids)
+    return tokenizer
+
+
+@contextmanager
+def _failing_as(error_of: Callable[[str], MeshError]) -> Iterator[None]:
+    """Turns what `tokenizers` raises into a MeshError: bare exceptions, and panics, which are BaseExceptions."""
     try:
-        return TextModel(tokenizer, _chat_template(folder, config), special_tokens)
-    except jinja2.TemplateError as error:
-        raise ModelUnsupported(f"{folder}: the chat template is invalid: {error}") from error
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise error_of(" ".join(str(error).split())[:200]) from error
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -111,21 +148,3 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return tokenizer
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    separate = folder / "chat_template.jinja"
-    if separate.is_file():
-        return separate.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several templates with names
-        return next((str(entry["template"]) for entry in template if entry.get("name") == "default"), None)
-    return template
-
-
-def _token_text(token: Any) -> str:
-    return str(token.get("content", "")) if isinstance(token, dict) else (token or "")
-
-
-def _raise_template_error(message: str) -> None:
-    raise jinja2.TemplateError(message)

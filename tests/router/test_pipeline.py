@@ -16,6 +16,7 @@ from muxmesh.clock import ManualClock
 from muxmesh.config.schema import RouterConfig
 from muxmesh.engine.api import Finished, Tokens
 from muxmesh.errors import EngineFailed, InternalError, InvalidRequest, ModelNotFound, Overloaded, WorkerLost
+from muxmesh.models.chat_template import ChatTemplate
 from muxmesh.models.tokenizer import TextModel, byte_tokenizer
 from muxmesh.predictor.length_predictor import LengthPredictor
 from muxmesh.step_cost import UNMEASURED
@@ -94,7 +95,7 @@ async def test_the_workers_get_the_tokens_of_the_prompt(prompt: Prompt, tokenize
 async def test_only_a_text_prompt_gets_the_tokenizer_s_special_tokens() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.post_processor = TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 1)])
-    model = served_model(text=TextModel(tokenizer, "{{ messages[0].content }}", {}))
+    model = served_model(text=TextModel(tokenizer, ChatTemplate("{{ messages[0].content }}", {})))
     async with pipeline_parts(writes("x"), model) as parts:
         for prompt in (TextPrompt("hi"), ChatPrompt((ChatMessage("user", "hi"),))):
             await run(parts, replace(REQUEST, prompt=prompt))

@@ -8,7 +8,7 @@ from router.generation import FinishKind, OutputFinish
 from router.sequence_output import SequenceOutput
 from router.stop_strings import StopStrings
 
-TEXT = TextModel(byte_tokenizer(), None, {})
+TEXT = TextModel(byte_tokenizer())
 EOS = 0
 LENGTH = Finish(FinishReason.LENGTH)
 

@@ -10,7 +10,7 @@ from muxmesh.errors import ModelUnsupported
 from muxmesh.models.detokenizer import Detokenizer, TokenPieces, special_token_ids
 from muxmesh.models.tokenizer import TextModel, byte_tokenizer
 
-MODEL = TextModel(byte_tokenizer(), None, {})
+MODEL = TextModel(byte_tokenizer())
 TEXT = st.text(max_size=30)
 WORDS = ["a", "b", "ab", "▁", "▁a", "▁▁", " ", "é", "日本", "\ufffd", "##b", "b</w>", "</w>", ".", "|", "<0x4", "don't"]
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in (0x20, 0x41, 0x80, 0x9F, 0xA9, 0x98, 0xC3, 0xE2, 0xF0, 0xFF)]
@@ -268,4 +268,4 @@ def test_a_decoder_that_cannot_decode_every_text_is_refused() -> None:
     """`tokenizers` panics for a text shorter than what is to be stripped from its end."""
     tokenizer = words(decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 0, 1)]))
     with pytest.raises(ModelUnsupported, match=r"tokenizer\.json: decoder: Strip with `stop` above 0; 0 is supported"):
-        TextModel(tokenizer, None, {})
+        TextModel(tokenizer)

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 
 from muxmesh.errors import InvalidRequest, ModelUnsupported
 from muxmesh.models.tokenizer import TextModel, byte_tokenizer, load_text_model
 
 BYTES = byte_tokenizer()
-MODEL = TextModel(BYTES, None, {})
+MODEL = TextModel(BYTES)
 USER = [{"role": "user", "content": "hi"}]
 
 
@@ -88,7 +88,7 @@ def test_the_template_of_a_folder_renders_a_conversation(tmp_path: Path) -> None
     ("tokens", "rendered"),
     [
         ({"bos_token": "<s>", "eos_token": "</s>"}, "<s>|</s>"),
-        ({"bos_token": {"content": "<s>"}, "eos_token": {}}, "<s>|"),
+        ({"bos_token": {"content": "<s>"}}, "<s>|"),
         ({"bos_token": None}, "|"),
         ({}, "|"),
     ],
@@ -115,9 +115,7 @@ def test_the_default_template_of_several_is_used(tmp_path: Path) -> None:
     assert load_text_model(write_folder(tmp_path, {"chat_template": templates})).render_chat([]) == "d"
 
 
-@pytest.mark.parametrize(
-    "config", [None, {}, {"chat_template": None}, {"chat_template": [{"name": "tools", "template": "t"}]}]
-)
+@pytest.mark.parametrize("config", [None, {}, {"chat_template": None}])
 def test_a_model_without_a_template_rejects_chat(tmp_path: Path, config: dict[str, object] | None) -> None:
     model = load_text_model(write_folder(tmp_path, config))
     assert not model.has_chat_template
@@ -155,7 +153,49 @@ def test_a_damaged_json_file_is_named(tmp_path: Path, file: str, content: str, p
         load_text_model(tmp_path)
 
 
-def test_an_invalid_template_is_rejected_when_the_model_is_loaded(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, {"chat_template": "{% for m in messages %}"})
-    with pytest.raises(ModelUnsupported, match=r"the chat template is invalid: .*endfor"):
-        load_text_model(folder)
+def test_a_template_that_cannot_be_compiled_leaves_text_working(tmp_path: Path) -> None:
+    model = load_text_model(write_folder(tmp_path, {"chat_template": "{% for m in messages %}"}))
+    assert not model.has_chat_template
+    assert model.encode("<|im_end|>", False) == [259]
+    with pytest.raises(InvalidRequest, match=r"chat: the model's chat template cannot be compiled: .*endfor"):
+        model.render_chat(USER)
+
+
+NO_TOKENIZERS: dict[str, object] = {
+    "an empty object": {},
+    "another object": {"a": 1},
+    "null for the model": {"model": None},
+    "an unknown model": {"model": {"type": "Nonsense"}},
+    "no vocabulary": {"model": {"type": "BPE"}},
+    "a vocabulary that is a list": {"model": {"type": "BPE", "vocab": [], "merges": []}},
+    "merges of unknown tokens": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}},
+    "an id below 0": {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}},
+    "an id that is a float": {"model": {"type": "BPE", "vocab": {"a": 1.5}, "merges": []}},
+    "an unknown token outside": {"model": {"type": "Unigram", "unk_id": 7, "vocab": [["a", 0.5]]}},
+    "an unknown normalizer": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "normalizer": {"type": "x"}},
+    "a bad expression": {
+        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "invert": False},
+    },
+    "a damaged character map": {
+        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    },
+    "a missing unknown token": {"model": {"type": "WordLevel", "vocab": {"c": 0}, "unk_token": "[UNK]"}},
+}
+
+
+@pytest.mark.parametrize("content", NO_TOKENIZERS)
+def test_json_that_is_no_tokenizer_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(NO_TOKENIZERS[content]))
+    with pytest.raises(ModelUnsupported) as caught:
+        load_text_model(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/tokenizer.json: is no tokenizer that `tokenizers` can read: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_that_the_tokenizer_cannot_encode_is_an_invalid_request() -> None:
+    model = TextModel(Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]")))
+    assert model.encode("a", False) == [0]
+    with pytest.raises(InvalidRequest, match=r"text: cannot be encoded by the model's tokenizer: .*UNK"):
+        model.encode("b", False)

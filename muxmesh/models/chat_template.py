@@ -1,0 +1,247 @@
+"""A model's chat template, rendered in a process of its own within a budget of time, memory and output.
+
+Whatever a template does, and whatever messages it gets, costs the router nothing but the wait of that request. Knows
+the budget and the process; `muxmesh.models.template_process` knows jinja2.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from muxmesh.clock import Clock, SystemClock
+from muxmesh.errors import InvalidRequest, Unavailable
+
+_MODULE = "muxmesh.models.template_process"
+_LENGTH_BYTES = 4
+_MAX_ANSWER_BYTES = 1 << 30
+_EXIT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateBudget:
+    """What compiling a template, and each rendering, may take.
+
+    ``wall_s`` ends a process that gets no CPU time, such as a stopped one. The output may have ``min_output_bytes``, or
+    ``output_ratio`` times the bytes of the messages if that is more.
+    """
+
+    cpu_s: float = 1.0
+    wall_s: float = 10.0
+    memory_bytes: int = 256 << 20
+    min_output_bytes: int = 1 << 20
+    output_ratio: int = 4
+
+
+DEFAULT_BUDGET = TemplateBudget()
+
+
+class ChatTemplate:
+    """A template and the process that renders it, which starts when it is needed. Thread-safe.
+
+    ``variables``: what a template finds besides the messages, such as `bos_token`. ``problem``: why there is no usable
+    source; `render` refuses with it.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        variables: Mapping[str, str],
+        problem: str | None = None,
+        clock: Clock | None = None,
+        budget: TemplateBudget = DEFAULT_BUDGET,
+    ) -> None:
+        self._source = source
+        self._variables = variables
+        self._problem = problem
+        self._clock = clock or SystemClock()
+        self._budget = budget
+        self._process: _Process | None = None
+        self._is_compiled = False
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "chat-template")
+
+    def start(self) -> None:
+        """Starts the process, and does not wait for it. Raises Unavailable."""
+        with self._lock:
+            if self._problem is None and self._process is None:
+                self._process = self._started()
+
+    @property
+    def problem(self) -> str | None:
+        """Why the template cannot be used, in one line; None if it can. Waits until it is compiled."""
+        with self._lock:
+            if not self._is_compiled:
+                self._compile()
+            return self._problem
+
+    def submit(self, messages: Sequence[Mapping[str, str]]) -> Future[str]:
+        """`render` in a thread of this template, so that one model's template delays no other model."""
+        return self._thread.submit(self.render, messages)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Renders a conversation as text that ends where the reply of the assistant begins.
+
+        Raises InvalidRequest if the template is unusable (`chat`), or if it rejects the conversation or exceeds its
+        budget (`chat.messages`); Unavailable if no process can be started.
+        """
+        conversation = json.dumps(messages).encode()
+        request = {
+            "variables": {
+                "messages": messages,
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": True,
+                **self._variables,
+            },
+            "now_unix_s": self._clock.unix_s(),
+            "max_bytes": max(self._budget.min_output_bytes, self._budget.output_ratio * len(conversation)),
+        }
+        with self._lock:
+            answer = self._answer(json.dumps(request).encode())
+        if answer[:1] == b"e":
+            raise InvalidRequest("chat.messages", f"rejected by the model's chat template: {answer[1:].decode()}")
+        return answer[1:].decode()
+
+    def _answer(self, request: bytes) -> bytes:
+        """The answer of the process. One that ended by itself, not for this request, is replaced once."""
+        for is_last in (False, True):
+            process = self._compiled()
+            try:
+                return process.exchange(request, self._budget.wall_s)
+            except _Ended as ended:
+                self._process = None
+                if ended.used_up or is_last:
+                    raise InvalidRequest(
+                        "chat.messages", f"the model's chat template {self._excess(ended)}; it was stopped"
+                    ) from ended
+        raise AssertionError("the loop returns or raises")
+
+    def _compiled(self) -> _Process:
+        """The process, as soon as it has compiled the template. Raises InvalidRequest (`chat`), Unavailable."""
+        self._compile()
+        if self._process is None:
+            raise InvalidRequest("chat", f"{self._problem}; send `text` or `token_ids`")
+        return self._process
+
+    def _compile(self) -> None:
+        """Waits until a process has compiled the template, or the problem of the template is known."""
+        if self._problem is not None or (self._process is not None and self._is_compiled):
+            return
+        self._process = self._process or self._started()
+        try:
+            answer = self._process.receive(self._budget.wall_s)
+        except _Ended as ended:
+            self._process = None
+            if ended.code == -signal.SIGKILL and not ended.used_up:  # not for anything that the template did
+                raise Unavailable("the process for chat templates was killed") from ended
+            answer = b"e" + self._excess(ended).encode()
+        if answer[:1] == b"e":
+            self._problem = f"the model's chat template cannot be compiled: {answer[1:].decode()}"
+            self._process = None
+        self._is_compiled = True
+
+    def _started(self) -> _Process:
+        self._is_compiled = False
+        budget = self._budget
+        start = {"template": self._source, "cpu_s": budget.cpu_s, "memory_bytes": budget.memory_bytes}
+        process = _Process()
+        try:
+            process.send(json.dumps(start).encode(), budget.wall_s)
+        except _Ended as ended:
+            raise Unavailable(f"the process for chat templates ended as it started ({ended.code})") from ended
+        return process
+
+    def _excess(self, ended: _Ended) -> str:
+        if ended.code == -signal.SIGPROF:
+            return f"took more than {self._budget.cpu_s:g} s of CPU time"
+        if ended.used_up:
+            return f"took more than {self._budget.wall_s:g} s"
+        return f"ended its process ({_code_name(ended.code)})"
+
+
+class _Ended(Exception):
+    """The process has ended, with exit ``code``; ``used_up``: because of a budget."""
+
+    def __init__(self, code: int, used_up: bool) -> None:
+        super().__init__(f"exit code {code}")
+        self.code = code
+        self.used_up = used_up
+
+
+class _Process:
+    """A running process and the socket to it. It ends with this object, and with this process."""
+
+    def __init__(self) -> None:
+        """Raises Unavailable if it cannot be started."""
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                command = [sys.executable, "-m", _MODULE, str(theirs.fileno())]
+                self._popen = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        except OSError as error:
+            raise Unavailable(f"the process for chat templates cannot be started: {error}") from error
+        self._socket = ours
+        self._end = weakref.finalize(self, _end, self._popen, ours)
+
+    def exchange(self, message: bytes, wall_s: float) -> bytes:
+        """Sends a message; returns the answer. Raises _Ended."""
+        self.send(message, wall_s)
+        return self.receive(wall_s)
+
+    def send(self, message: bytes, wall_s: float) -> None:
+        """Raises _Ended."""
+        self._socket.settimeout(wall_s)
+        try:
+            self._socket.sendall(len(message).to_bytes(_LENGTH_BYTES) + message)
+        except OSError as error:
+            raise self._ended(isinstance(error, TimeoutError)) from error
+
+    def receive(self, wall_s: float) -> bytes:
+        """Raises _Ended."""
+        self._socket.settimeout(wall_s)
+        length = int.from_bytes(self._received(_LENGTH_BYTES))
+        return self._received(min(length, _MAX_ANSWER_BYTES))
+
+    def _received(self, size: int) -> bytes:
+        received = bytearray()
+        while len(received) < size:
+            try:
+                part = self._socket.recv(min(size - len(received), 1 << 20))
+            except OSError as error:
+                raise self._ended(isinstance(error, TimeoutError)) from error
+            if not part:
+                raise self._ended(timed_out=False)
+            received += part
+        return bytes(received)
+
+    def _ended(self, timed_out: bool) -> _Ended:
+        """Ends the process, and tells how it ended."""
+        if timed_out:
+            self._end()
+            return _Ended(-signal.SIGKILL, used_up=True)
+        self._socket.close()
+        try:
+            code = self._popen.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:
+            code = -signal.SIGKILL
+        self._end()
+        return _Ended(code, used_up=code == -signal.SIGPROF)
+
+
+def _end(popen: subprocess.Popen[bytes], connection: socket.socket) -> None:
+    connection.close()
+    popen.kill()
+    popen.wait()
+
+
+def _code_name(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
