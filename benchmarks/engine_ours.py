@@ -35,7 +35,7 @@ class OurEngine:
         view = KvView(shape, _SLAB_BYTES, np.zeros(_POOL_BYTES // 4, dtype=np.float32))
         self._runner = LogitsRunner(view, lambda pool: open_cpu_forward(spec, image, pool, 2048, team))
         self._runner.load()
-        self._scheduler = Scheduler(max_num_seqs, _TOKEN_BUDGET)
+        self._scheduler = Scheduler(max_num_seqs, _TOKEN_BUDGET, spec.vocab_size)
         self._count = 0
 
     def _add(self, prompts: list[list[int]], max_new_tokens: int) -> None:

@@ -14,7 +14,7 @@ from decode_svc.lease_arrivals import LeaseArrivals
 from decode_svc.token_outbox import TokenOutboxes
 from muxmesh.engine.api import EngineJob, Failed, Finished, Preempted, Tokens
 from muxmesh.engine.sequence import SequenceRecord
-from muxmesh.errors import EngineFailed, InternalError, MeshError
+from muxmesh.errors import InternalError, MeshError
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.types import Lease
@@ -65,6 +65,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         except ValueError:
             self._release_unused(lease)
             raise
+        is_sound = True
         try:
             async for event in self._engine.submit(EngineJob(request.lease_id, kv.sequence)):
                 if isinstance(event, Tokens):
@@ -76,10 +77,11 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 elif isinstance(event, Preempted):
                     await kv.on_preempted()
                 elif isinstance(event, Failed):
-                    raise EngineFailed(event.reason)
+                    is_sound = False
+                    raise event.error
             raise InternalError(f"job {request.lease_id}: the engine sent no final event")
         finally:
-            kv.end()
+            kv.end(publishes=is_sound)
 
     def _sequence_kv(self, lease: Lease, sequence: SequenceRecord) -> SequenceKv:
         context = self._context

@@ -9,10 +9,11 @@ reserved: the caller of `Admission.admit` passes that in as functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
-from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
+from kvstore.wait_times import EntryKey
+from muxmesh.scheduling_policy import FCFS, SchedulingPolicy, SortKey
 from muxmesh.types import LeaseRef, QueuedRequest
 
 
@@ -31,6 +32,11 @@ class AdmissionEntry:
     def model(self) -> str:
         return self.request.model
 
+    @property
+    def key(self) -> EntryKey:
+        """Source and id, unique among the waiting entries."""
+        return self.source, self.request.entry_id
+
 
 class Admission:
     """Owns the waiting entries of all routers and workers of a unit.
@@ -40,19 +46,25 @@ class Admission:
 
     def __init__(self, policy: SchedulingPolicy = FCFS) -> None:
         self._policy = policy
-        self._entries: dict[tuple[str, int], AdmissionEntry] = {}
+        self._entries: dict[EntryKey, AdmissionEntry] = {}
+        self._first: dict[str, AdmissionEntry] = {}
+        """Cache of `first_entries`."""
 
     def offer(self, entry: AdmissionEntry) -> None:
         """Adds an entry; replaces an earlier one with the same source and id."""
-        self._entries[entry.source, entry.request.entry_id] = entry
+        self._entries[entry.key] = entry
+        self._first.pop(entry.model, None)
 
     def withdraw(self, source: str, entry_id: int) -> None:
         """Removes an entry; an unknown one is ignored."""
-        self._entries.pop((source, entry_id), None)
+        entry = self._entries.pop((source, entry_id), None)
+        if entry is not None and self._first.get(entry.model) is entry:
+            del self._first[entry.model]
 
     def drop_source(self, source: str) -> None:
         """Removes all entries of one router or worker."""
         self._entries = {key: entry for key, entry in self._entries.items() if entry.source != source}
+        self._first.clear()
 
     def take_requests(self, model: str) -> list[AdmissionEntry]:
         """Removes and returns the queued requests of ``model``. Its swapped leases stay."""
@@ -60,6 +72,11 @@ class Admission:
         for entry in taken:
             self.withdraw(entry.source, entry.request.entry_id)
         return taken
+
+    @property
+    def waiting(self) -> Set[EntryKey]:
+        """The keys of all waiting entries."""
+        return self._entries.keys()
 
     def count(self, model: str) -> int:
         """Queued requests and waiting swapped leases of ``model``."""
@@ -91,10 +108,7 @@ class Admission:
 
         Returns True if an entry within its model's quota lacks memory: the caller has to reclaim loans.
         """
-        entries = sorted(
-            filter(has_slot, self._entries.values()),
-            key=lambda e: (self._policy.sort_key(e.request.scheduling, unix_s), e.source, e.request.entry_id),
-        )
+        entries = sorted(filter(has_slot, self._entries.values()), key=self._order_at(unix_s))
         blocked: set[str] = set()
         lacks_memory = False
         for entry in entries:
@@ -103,15 +117,28 @@ class Admission:
             if not is_within_quota(entry):
                 blocked.add(entry.model)
             elif try_admit(entry, False):
-                self.withdraw(entry.source, entry.request.entry_id)
+                self.withdraw(*entry.key)
             else:
                 blocked.add(entry.model)
                 lacks_memory = True
         if lacks_memory:
             return True
         for entry in entries:
-            if (entry.source, entry.request.entry_id) in self._entries and has_slot(entry):
+            if entry.key in self._entries and has_slot(entry):
                 if not try_admit(entry, True):
                     break
-                self.withdraw(entry.source, entry.request.entry_id)
+                self.withdraw(*entry.key)
         return False
+
+    def first_entries(self, unix_s: float) -> list[AdmissionEntry]:
+        """The first waiting entry of each model. It waits for capacity, and the others of its model wait for it."""
+        if self._policy.changes_with_time:
+            self._first.clear()
+        stale = {entry.model for entry in self._entries.values()} - self._first.keys()
+        for model in stale:
+            entries = (entry for entry in self._entries.values() if entry.model == model)
+            self._first[model] = min(entries, key=self._order_at(unix_s))
+        return list(self._first.values())
+
+    def _order_at(self, unix_s: float) -> Callable[[AdmissionEntry], tuple[SortKey, EntryKey]]:
+        return lambda entry: (self._policy.sort_key(entry.request.scheduling, unix_s), entry.key)

@@ -287,5 +287,6 @@ def _credit_to_wire(issued: IssuedCredit) -> kvstore_pb2.AdmitResponse:
         decision=issued.decision,
         num_overtaken=issued.num_overtaken,
         scheduling=convert.scheduling_to_wire(issued.scheduling),
+        waits=convert.waits_to_wire(issued.waits),
     )
     return kvstore_pb2.AdmitResponse(credit=credit)

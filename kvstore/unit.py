@@ -15,13 +15,24 @@ from kvstore.leases import Assignment, LeaseState, LeaseTable
 from kvstore.quotas import Quotas
 from kvstore.slab_pool import SlabPool
 from kvstore.swap_space import SwapSpace
+from kvstore.wait_times import EntryKey, WaitTimes
 from kvstore.worker_slots import WorkerRecord, WorkerSlots, ready_workers
 from muxmesh.config.schema import ModelConfig, UnitConfig
 from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
 from muxmesh.models.model_spec import KvShape, ModelSpec
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.step_cost import COSTS_EVERY_S
-from muxmesh.types import KvDemand, Lease, LeaseRef, QueuedRequest, Role, SchedulingState, blocks_for
+from muxmesh.types import (
+    KvDemand,
+    Lease,
+    LeaseRef,
+    QueuedRequest,
+    Role,
+    SchedulingState,
+    WaitCause,
+    Waits,
+    blocks_for,
+)
 
 _ID_BITS = 16
 """Lease ids start at a multiple of 2**16: see `first_id`."""
@@ -67,7 +78,8 @@ class UnitModel:
 class IssuedCredit:
     """A credit for ``router``, and the workers that will serve the request.
 
-    ``decision`` counts the credits of the unit from 1. ``num_overtaken``: see `Admission.num_overtaken`.
+    ``decision`` counts the credits of the unit from 1. ``num_overtaken``: see `Admission.num_overtaken`. ``waits``:
+    what the request waited for since it was offered.
     """
 
     router: str
@@ -78,6 +90,7 @@ class IssuedCredit:
     decision: int
     num_overtaken: int
     scheduling: SchedulingState
+    waits: Waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +158,7 @@ class Unit:
         self.policy = policy
         self.num_decisions = 0
         self.admission = Admission(policy)
+        self._waits = WaitTimes()
         self.quotas = Quotas(self.pool.num_slabs)
         self.workers: dict[str, WorkerRecord] = {}
         self._removing: set[str] = set()
@@ -254,7 +268,7 @@ class Unit:
                 slots.take(entry.source)
                 return True
             prefill, decode = slots.choose(entry.model)
-            credit = self._issue_credit(entry, prefill, decode, max_new_slabs, now_s + CREDIT_TTL_S)
+            credit = self._issue_credit(entry, prefill, decode, max_new_slabs, now_s)
             if credit is None:
                 return False
             decisions.credits.append(credit)
@@ -263,7 +277,18 @@ class Unit:
 
         lacks_memory = self.admission.admit(unix_s, has_slot, is_within_quota, try_admit)
         self._reclaim_loans(lacks_memory, now_s, unix_s, decisions.preemptions)
+        self._waits.update(self.admission.waiting, self._first_causes(unix_s, slots), now_s)
         return decisions
+
+    def _first_causes(self, unix_s: float, slots: WorkerSlots) -> dict[EntryKey, WaitCause]:
+        """What the first waiting entry of each model waits for."""
+        causes = {}
+        for entry in self.admission.first_entries(unix_s):
+            if slots.has_slot(entry.model, entry.source if entry.swapped else None):
+                causes[entry.key] = WaitCause.KV
+            else:
+                causes[entry.key] = WaitCause.SLOT if slots.has_workers(entry.model) else WaitCause.WORKER
+        return causes
 
     def next_change_s(self) -> float | None:
         """Monotonic time at which `schedule` has to be called even if nothing changes; None: at no time."""
@@ -346,7 +371,7 @@ class Unit:
         prefill: WorkerRecord,
         decode: WorkerRecord,
         max_new_slabs: int | None,
-        expires_at_s: float,
+        now_s: float,
     ) -> IssuedCredit | None:
         request = entry.request
         lease = self.leases.issue_credit(
@@ -356,7 +381,7 @@ class Unit:
             request.scheduling,
             entry.source,
             Assignment(prefill.name, decode.name),
-            expires_at_s,
+            now_s + CREDIT_TTL_S,
             max_new_slabs,
         )
         if lease is None:
@@ -371,6 +396,7 @@ class Unit:
             self.num_decisions,
             self.admission.num_overtaken(entry),
             request.scheduling,
+            self._waits.of(entry.key, now_s),
         )
 
     def _begin_swap_in(self, entry: AdmissionEntry, ref: LeaseRef, max_new_slabs: int | None) -> IssuedSwapIn | None:

@@ -62,6 +62,10 @@ class WorkerSlots:
         prefills, decodes = self._ready[model]
         return bool(prefills) and any(self._is_free(decode.name, model) for decode in decodes)
 
+    def has_workers(self, model: str) -> bool:
+        """Whether a prefill and a decode worker of the model are ready."""
+        return all(self._ready[model])
+
     def choose(self, model: str) -> tuple[WorkerRecord, WorkerRecord]:
         """The prefill and the decode worker for one more sequence: the least loaded, the youngest of equals."""
         prefills, decodes = self._ready[model]

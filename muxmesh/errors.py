@@ -10,7 +10,8 @@ MeshError
 ├── Unavailable           a service cannot be reached
 │   └── WorkerLost        a worker died, or restarted without the request
 ├── LeaseLost             the caller does not hold the lease
-├── EngineFailed          a step of the engine raised an exception
+├── EngineFailed          a step of the engine raised an exception; a retry may succeed
+├── SequenceFailed        the engine cannot compute this sequence, and a retry fails too
 ├── Unauthenticated       the credentials are missing or invalid
 ├── InternalError         a bug in the mesh
 └── ConfigError           mesh.yaml or a command line argument is invalid
@@ -71,6 +72,10 @@ class LeaseLost(MeshError):
 
 class EngineFailed(MeshError):
     """A step of the engine raised an exception. The engine continues with other sequences."""
+
+
+class SequenceFailed(MeshError):
+    """The engine cannot compute this sequence: its logits are not finite, for example. A retry fails too."""
 
 
 class Unauthenticated(MeshError):

@@ -21,6 +21,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from muxmesh.durations import duration_text
 from muxmesh.types import SchedulingState
 
 PolicyName = Literal["fcfs", "sjf", "srtf", "srtf-aged", "hrrn", "mlfq"]
@@ -56,17 +57,18 @@ class SchedulingPolicy:
         return (state.priority, self._score(state, now_s), state.arrived_at_s)
 
     def reason(self, state: SchedulingState, now_s: float) -> str:
-        """The values that determine the position of a request, as text for logs."""
+        """The values that determine the position of a request, as text for people."""
         wait_s = max(0.0, now_s - state.arrived_at_s)
+        waited, left = f"waited {duration_text(wait_s)}", f"{duration_text(state.remaining_s)} of work left"
         details = {
-            "fcfs": f"waited {wait_s:.3g} s",
-            "sjf": f"{state.served_s + state.remaining_s:.3g} s of work",
-            "srtf": f"{state.remaining_s:.3g} s of work left",
-            "srtf-aged": f"{state.remaining_s:.3g} s of work left, waited {wait_s:.3g} s; overtaken by requests that "
-            f"arrived up to {self.handicap_s(state):.3g} s later",
-            "hrrn": f"{state.remaining_s:.3g} s of work left, waited {wait_s:.3g} s: "
-            f"ratio {-self._score(state, now_s):.3g}",
-            "mlfq": f"level {self._level(state)}: {state.prefill_s:.3g} s of prefill, {state.served_s:.3g} s served",
+            "fcfs": waited,
+            "sjf": f"{duration_text(state.served_s + state.remaining_s)} of work",
+            "srtf": left,
+            "srtf-aged": f"{left}, {waited}; overtaken by requests that arrived up to "
+            f"{duration_text(self.handicap_s(state))} later",
+            "hrrn": f"{left}, {waited}: ratio {-self._score(state, now_s):.3g}",
+            "mlfq": f"level {self._level(state)}: {duration_text(state.prefill_s)} of prefill, "
+            f"{duration_text(state.served_s)} served",
         }[self.name]
         return f"{self.name}, priority {state.priority}: {details}"
 

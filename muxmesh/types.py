@@ -199,6 +199,45 @@ class SchedulingState:
         return replace(self, prefill_s=self.prefill_s if prefill_again else 0.0, decode_s=decode_s, served_s=served_s)
 
 
+class WaitCause(StrEnum):
+    """What a request waits for before its first token."""
+
+    SLOT = "slot"
+    KV = "kv"
+    ORDER = "order"
+    WORKER = "worker"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """Seconds that a request waited before its first token, by `WaitCause`.
+
+    ``slot_s``: for a slot in the batch of a decode worker. ``kv_s``: for KV memory, or for memory within its model's
+    quota. ``order_s``: while other requests of its model were before it. ``worker_s``: for a ready worker.
+    ``device_s``: in prefill, while no step computed it.
+    """
+
+    slot_s: float = 0.0
+    kv_s: float = 0.0
+    order_s: float = 0.0
+    worker_s: float = 0.0
+    device_s: float = 0.0
+
+    def plus(self, other: Waits) -> Waits:
+        """The sum of both by cause."""
+        return Waits(
+            self.slot_s + other.slot_s,
+            self.kv_s + other.kv_s,
+            self.order_s + other.order_s,
+            self.worker_s + other.worker_s,
+            self.device_s + other.device_s,
+        )
+
+
+NO_WAITS = Waits()
+
+
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One sequence for the workers: tokens, no text.

@@ -11,7 +11,7 @@ import grpc
 
 from muxmesh.engine.api import EngineJob, Failed, Finished, JobDone, PromptLogprobs, Tokens
 from muxmesh.engine.sequence import SequenceRecord
-from muxmesh.errors import EngineFailed, InternalError
+from muxmesh.errors import InternalError
 from muxmesh.internal.v1 import prefill_pb2, prefill_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.types import LeaseRef
@@ -29,20 +29,29 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._context = context
         self._engine = context.engine
         self._leases = context.leases
+        self._clock = context.clock
         self._num_tokens = num_tokens
 
     async def Prefill(
         self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> prefill_pb2.PrefillResponse:
-        """Computes one prompt. However the call ends, the lease is handed off or released."""
+        """Computes one prompt. However the call ends, the lease is handed off or released.
+
+        The prompt's blocks are shared only after a token was sampled behind them: attention over KV that is not finite
+        gives logits that are not finite, and these fail the job.
+        """
         engine_request = convert.request_from_wire(request.request)
         lease = await self._leases.acquire(convert.ref_from_wire(request.lease))
         job_id, is_done = lease.ref.lease_id, False
         try:
             sequence = self._context.sequence(engine_request, lease)
             response = prefill_pb2.PrefillResponse(num_cached_tokens=lease.num_computed_tokens)
+            submitted_at_s = self._clock.monotonic_s()
             async for event in self._engine.submit(EngineJob(job_id, sequence, self._num_tokens)):
                 if isinstance(event, Tokens):
+                    if not response.token_ids:
+                        elapsed_s = self._clock.monotonic_s() - submitted_at_s
+                        response.device_wait_s = max(0.0, elapsed_s - sequence.computing_s)
                     response.token_ids.extend(event.token_ids)
                     if event.logprobs:
                         response.logprobs.MergeFrom(convert.logprobs_to_wire(event.logprobs))
@@ -61,7 +70,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
                     is_done = True
                     return response
                 elif isinstance(event, Failed):
-                    raise EngineFailed(event.reason)
+                    raise event.error
             raise InternalError(f"job {job_id}: the engine sent no final event")
         finally:
             if not is_done:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 
@@ -18,7 +18,7 @@ from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.step_cost import ModelCosts
-from muxmesh.types import KvDemand, LeaseRef, QueuedRequest, SchedulingState
+from muxmesh.types import NO_WAITS, KvDemand, LeaseRef, QueuedRequest, SchedulingState, Waits
 from router.request_queue import RequestQueue
 
 _log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Credit:
 
     ``decision`` counts the credits of the unit from 1. ``num_overtaken``: queued requests of the same model and
     priority that arrived before this one and still wait. ``scheduling`` is the state by which the unit ordered the
-    request: cached prompt tokens are not part of its work.
+    request: cached prompt tokens are not part of its work. ``waits``: what it waited for, since it was queued here.
     """
 
     lease: LeaseRef
@@ -43,6 +43,7 @@ class Credit:
     decision: int
     num_overtaken: int
     scheduling: SchedulingState
+    waits: Waits = NO_WAITS
 
 
 class UnitAdmission:
@@ -65,6 +66,8 @@ class UnitAdmission:
         self._futures: dict[int, asyncio.Future[Credit]] = {}
         self._outbox: _Outbox = asyncio.Queue()
         self._last_entry_id = 0
+        self._shown_at_s: dict[int, float] = {}
+        self._connected_at_s = 0.0
         self.connected = asyncio.Event()
 
     def num_queued(self, model: str) -> int:
@@ -81,19 +84,28 @@ class UnitAdmission:
         entry_id = self._last_entry_id
         future: asyncio.Future[Credit] = asyncio.get_running_loop().create_future()
         self._futures[entry_id] = future
+        queued_at_s = self._clock.monotonic_s()
         self._queue.add(QueuedRequest(entry_id, model, scheduling, demand, tenant))
         self._show_next()
         try:
-            return await future
+            credit = await future
+            waits = self._waits_before_shown(entry_id, queued_at_s).plus(credit.waits)
+            return replace(credit, waits=waits)
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:
                 self.return_credit(future.result())
             raise
         finally:
             del self._futures[entry_id]
+            self._shown_at_s.pop(entry_id, None)
             if self._queue.remove(entry_id):
                 self._outbox.put_nowait(kvstore_pb2.AdmitRequest(withdraw=entry_id))
                 self._show_next()
+
+    def _waits_before_shown(self, entry_id: int, queued_at_s: float) -> Waits:
+        """What a request waited for until the unit knew of it: the unit itself, or others that this router showed."""
+        seconds = self._shown_at_s.get(entry_id, queued_at_s) - queued_at_s
+        return Waits(worker_s=seconds) if self._connected_at_s > queued_at_s else Waits(order_s=seconds)
 
     def return_credit(self, credit: Credit) -> None:
         """Returns an unused credit to the unit. Has no effect once a worker has acquired the lease."""
@@ -117,6 +129,7 @@ class UnitAdmission:
         try:
             await call.initial_metadata()
             self.connected.set()
+            self._connected_at_s = self._clock.monotonic_s()
             self._show_next()
             async for response in call:
                 self._on_response(response)
@@ -133,6 +146,7 @@ class UnitAdmission:
         if not self.connected.is_set():
             return
         for request in self._queue.show_next(self._clock.unix_s()):
+            self._shown_at_s[request.entry_id] = self._clock.monotonic_s()
             self._outbox.put_nowait(kvstore_pb2.AdmitRequest(offer=convert.queued_to_wire(request)))
 
     def _on_response(self, response: kvstore_pb2.AdmitResponse) -> None:
@@ -169,6 +183,7 @@ class UnitAdmission:
             wire.decision,
             wire.num_overtaken,
             convert.scheduling_from_wire(wire.scheduling),
+            convert.waits_from_wire(wire.waits),
         )
         future = self._futures.get(wire.entry_id)
         self._queue.remove(wire.entry_id)

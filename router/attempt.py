@@ -30,12 +30,13 @@ class Prefilled:
     """The prompt is computed; ``num_cached_tokens`` of it were in the prefix cache.
 
     ``logprobs``: of the second prompt token and those after it, if requested. ``waited_s``: seconds from calling
-    the workers to the response of prefill.
+    the workers to the response of prefill; in ``device_wait_s`` of them the prefill worker did not compute it.
     """
 
     num_cached_tokens: int
     logprobs: tuple[TokenLogprobs, ...] = ()
     waited_s: float = 0.0
+    device_wait_s: float = 0.0
 
 
 AttemptEvent = Prefilled | Tokens | Finished
@@ -114,7 +115,12 @@ async def run_attempt(
         response = await prefilled
         waited_s = clock.monotonic_s() - called_at_s
         index = len(request.resume_token_ids)
-        yield Prefilled(response.num_cached_tokens, convert.logprobs_from_wire(response.prompt_logprobs), waited_s)
+        yield Prefilled(
+            response.num_cached_tokens,
+            convert.logprobs_from_wire(response.prompt_logprobs),
+            waited_s,
+            response.device_wait_s,
+        )
         yield Tokens(index, tuple(response.token_ids), convert.logprobs_from_wire(response.logprobs))
         index += len(response.token_ids)
         if response.HasField("finish"):

@@ -52,11 +52,26 @@ class ExpectedOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpectedRequest:
+    """A request with its expected work, and the prediction from which the work was computed.
+
+    The prediction of an unpredicted request is that of its whole model: its own limits change neither.
+    """
+
+    scheduling: SchedulingState
+    prediction: LengthPrediction
+
+
+@dataclass(frozen=True, slots=True)
 class _EqualWork:
-    """The work that all unpredicted requests of a model share, and the mean work beside it. Both affect the order."""
+    """The work that all unpredicted requests of a model share, and the mean work beside it. Both affect the order.
+
+    ``prediction``: the length of which ``work_s`` is the work.
+    """
 
     work_s: float
     mean_work_s: float
+    prediction: LengthPrediction
 
 
 class ExpectedWork:
@@ -79,7 +94,7 @@ class ExpectedWork:
         num_prompt_tokens: int,
         service: ModelService,
         num_queued: int,
-    ) -> SchedulingState:
+    ) -> ExpectedRequest:
         """``scheduling`` with the request's expected work. ``num_queued``: queued requests of its model.
 
         The work is that of the median length: the sum of normalized latencies is minimal in the order of E[n] / E[1/n]
@@ -92,20 +107,22 @@ class ExpectedWork:
         prefill_s = costs.prefill.prefill_s(num_prompt_tokens, chunk=service.step_token_budget)
         decode_s = costs.decode.decode_s(max(0.0, output.prediction.p50_tokens - 1), num_prompt_tokens)
         mean_work_s = self._add(prefill_s + decode_s)
-        return replace(scheduling, prefill_s=prefill_s, decode_s=decode_s, mean_work_s=mean_work_s)
+        scheduling = replace(scheduling, prefill_s=prefill_s, decode_s=decode_s, mean_work_s=mean_work_s)
+        return ExpectedRequest(scheduling, output.prediction)
 
     def _equal_work(
         self, scheduling: SchedulingState, prediction: LengthPrediction, service: ModelService, num_queued: int
-    ) -> SchedulingState:
+    ) -> ExpectedRequest:
         kept = self._equal.get(service.model) if num_queued else None
         if kept is not None:
             self._add(kept.work_s)
         else:
             work_s = (service.costs or UNMEASURED).decode.decode_s(max(0.0, prediction.p50_tokens - 1), 0)
-            kept = _EqualWork(work_s, self._add(work_s))
+            kept = _EqualWork(work_s, self._add(work_s), prediction)
             if service.costs is not None:
                 self._equal[service.model] = kept
-        return replace(scheduling, prefill_s=0.0, decode_s=kept.work_s, mean_work_s=kept.mean_work_s)
+        scheduling = replace(scheduling, prefill_s=0.0, decode_s=kept.work_s, mean_work_s=kept.mean_work_s)
+        return ExpectedRequest(scheduling, kept.prediction)
 
     def _add(self, work_s: float) -> float:
         """Adds the work of one request to the running mean; returns the mean work in use.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from muxmesh.models.token_texts import TokenText
-from muxmesh.types import KvFormat, Sampling, TokenLogprobs
+from muxmesh.types import NO_WAITS, KvFormat, Sampling, TokenLogprobs, Waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +159,7 @@ class SchedulingReport:
     waited_s: float
     decision: int
     num_overtaken: int
+    waited_for: Waits = NO_WAITS
 
 
 @dataclass(frozen=True, slots=True)

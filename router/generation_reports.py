@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.types import EngineRequest
+from router.expected_work import ExpectedOutput
 from router.generation import PromptReport, SchedulingReport, TimingsReport
 from router.length_forecast import LengthForecast
 from router.sequence_driver import Progress
@@ -13,12 +14,12 @@ from router.sequence_driver import Progress
 
 def prompt_report(request: EngineRequest, forecast: LengthForecast, progress: Progress) -> PromptReport:
     """The prompt as the sequence of ``progress`` has computed it. A length that no predictor gave is not reported."""
-    prediction = request.prediction if forecast.checked else None
+    expected = ExpectedOutput(forecast.prediction, forecast.source, request.stopping)
     return PromptReport(
         request.prompt_token_ids,
         progress.prefilled.num_cached_tokens if progress.prefilled else 0,
         request.sampling.seed,
-        max(1, round(prediction.p50_tokens)) if prediction else None,
+        max(1, round(expected.prediction.p50_tokens)) if forecast.checked else None,
         progress.prefilled.logprobs if progress.prefilled else (),
     )
 
@@ -32,7 +33,7 @@ def scheduling_report(
 ) -> SchedulingReport:
     """Why the first sequence of a request was admitted when it was. ``arrived_at_s``: monotonic time.
 
-    The work is that by which the unit ordered the request.
+    The work is that by which the unit ordered the request, and the lengths are those that it is the work of.
     """
     credit, waited_s = progress.credit, progress.queued_s(arrived_at_s)
     scheduling = credit.scheduling if credit else request.scheduling
@@ -48,6 +49,7 @@ def scheduling_report(
         waited_s=waited_s,
         decision=credit.decision if credit else 0,
         num_overtaken=credit.num_overtaken if credit else 0,
+        waited_for=progress.waits,
     )
 
 

@@ -241,10 +241,10 @@ class GenerationPipeline:
         unit, name = self._units.choose(model.name), model.name
         service = ModelService(name, unit.admission.costs.get(name), unit.models[name].config.step_token_budget)
         expected = ExpectedOutput(forecast.prediction, forecast.source, request.stopping)
-        scheduling = unit.expected_work.expect(
+        known = unit.expected_work.expect(
             request.scheduling, expected, len(request.prompt_token_ids), service, unit.admission.num_queued(name)
         )
-        return replace(request, prediction=expected.prediction, scheduling=scheduling)
+        return replace(request, prediction=known.prediction, scheduling=known.scheduling)
 
     def _with_reports(self, delta: OutputDelta, generation: _Generation) -> OutputDelta:
         request, forecast = generation.engine_request, generation.forecast

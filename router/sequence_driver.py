@@ -22,7 +22,7 @@ from muxmesh.errors import (
     RequestPreempted,
     Unavailable,
 )
-from muxmesh.types import EngineRequest
+from muxmesh.types import NO_WAITS, EngineRequest, Waits
 from router.admission_client import Credit
 from router.attempt import AttemptEvent, Prefilled
 from router.generation import SequenceDelta
@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 _ATTEMPT_ERRORS = (Unavailable, LeaseLost, RequestAborted, EngineFailed, InternalError)
 """Errors that end an attempt but not the request: a worker, its lease or its engine was lost. A retry may succeed."""
+_DETERMINISTIC = (EngineFailed, InternalError)
+"""Of these, an error that a second attempt meets at the same token with the same text is not retried again."""
 _FIRST_WAIT_S = 0.05
 _MAX_WAIT_S = 2.0
 
@@ -51,6 +53,8 @@ class Progress:
     num_restarts: int = 0
     waited_s: float = 0.0
     """Seconds that the sequence has waited for credits and for prefill until its first token."""
+    waits: Waits = NO_WAITS
+    """What it has waited for until its first token, over all attempts."""
 
     def queued_s(self, arrived_at_s: float) -> float:
         """Seconds from the arrival to the first credit; 0 without a credit."""
@@ -82,10 +86,10 @@ class SequenceDriver:
     ) -> AsyncGenerator[SequenceDelta, None]:
         """Yields every token once, in order; the last delta has the finish. Closing the generator aborts the sequence.
 
-        Raises InvalidRequest if the unit can never hold the sequence, and the last attempt's error after
-        ``max_restarts``.
+        Raises InvalidRequest if the unit can never hold the sequence, SequenceFailed if no engine can compute it, and
+        the last attempt's error after ``max_restarts`` or if it is the same as that of the attempt before.
         """
-        num_failures = 0
+        num_failures, last_failure = 0, None
         while output.finish is None:
             num_before = len(output.token_ids)
             attempt = _resumed(request, output)
@@ -98,7 +102,9 @@ class SequenceDriver:
                     async for event in events:
                         if isinstance(event, Prefilled):
                             progress.prefilled = event
-                            progress.waited_s += 0.0 if output.token_ids else event.waited_s
+                            if not output.token_ids:
+                                progress.waited_s += event.waited_s
+                                progress.waits = progress.waits.plus(Waits(device_s=event.device_wait_s))
                         elif isinstance(event, Tokens):
                             yield output.append(event.token_ids, event.logprobs)
                         else:
@@ -110,8 +116,11 @@ class SequenceDriver:
                     # Each attempt samples a token in prefill: only a second one is progress. Pre-emption is no failure.
                     is_fruitless = len(output.token_ids) <= num_before + 1 and not isinstance(error, RequestPreempted)
                     num_failures = num_failures + 1 if is_fruitless else 0
-                    if num_failures > self._max_restarts:
+                    failure = (type(error), str(error), len(output.token_ids))
+                    is_repeated = failure == last_failure and isinstance(error, _DETERMINISTIC)
+                    if num_failures > self._max_restarts or is_repeated:
                         raise _final(error) from error
+                    last_failure = failure
                     progress.num_restarts += 1
                     _log.warning("%s: retried after %d tokens: %s", request.request_id, len(output.token_ids), error)
             if (finish := output.token_finish) is not None:  # only the report of the finish was lost
@@ -133,6 +142,7 @@ class SequenceDriver:
                 progress.credit = credit
             if not request.resume_token_ids:
                 progress.waited_s += credited_at_s - requested_at_s
+                progress.waits = progress.waits.plus(credit.waits)
             yield credit
         finally:
             unit.num_running[request.model] -= 1

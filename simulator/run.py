@@ -151,9 +151,7 @@ class _Router:
         )
         expected = ExpectedOutput(prediction, source, stopping)
         scheduling = SchedulingState(request.priority, self._timeline.now_s)
-        scheduling = unit.expected_work.expect(
-            scheduling, expected, num_prompt, unit.service(name), unit.num_queued(name)
-        )
+        known = unit.expected_work.expect(scheduling, expected, num_prompt, unit.service(name), unit.num_queued(name))
 
         def on_end(ended: SimulatedRequest) -> None:
             if ended.record.is_ok:
@@ -166,8 +164,8 @@ class _Router:
                 num_prompt=num_prompt,
                 num_output=num_output,
                 max_new_tokens=request.max_new_tokens,
-                arrived=scheduling,
-                prediction=expected.prediction,
+                arrived=known.scheduling,
+                prediction=known.prediction,
                 record=record,
                 on_end=on_end,
                 hashes=_block_hashes(request.body, num_prompt, model),

@@ -27,8 +27,9 @@ def build_engine(
     observe: StepObserver,
 ) -> Engine:
     """Returns the engine of one worker, not started. ``observe`` is called after each of its steps."""
-    runner = _runner(config, prepared, model_spec(prepared.folder), pool)
-    scheduler = Scheduler(config.max_num_seqs, config.step_token_budget, policy)
+    spec = model_spec(prepared.folder)
+    runner = _runner(config, prepared, spec, pool)
+    scheduler = Scheduler(config.max_num_seqs, config.step_token_budget, spec.vocab_size, policy)
     return StepEngine(scheduler, runner, grant, SystemClock(), observe)
 
 

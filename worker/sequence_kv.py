@@ -11,7 +11,7 @@ import asyncio
 from kvstore.progress_page import ProgressPage
 from muxmesh.engine.api import Engine
 from muxmesh.engine.sequence import SequenceRecord
-from muxmesh.errors import MeshError, Overloaded, RequestPreempted
+from muxmesh.errors import InternalError, MeshError, Overloaded, RequestPreempted
 from muxmesh.types import KvDemand, KvFormat, LeaseRef
 from worker.block_growth import GROWTH_TOKENS, BlockGrowth
 from worker.kv_swapper import KvSwapper
@@ -56,6 +56,7 @@ class SequenceKv:
         num_blocks = self._growth.blocks_to_request(len(sequence.block_ids), sequence.num_free_slots)
         if num_blocks and self._growing is None:
             self._growing = asyncio.create_task(self._grow(num_blocks), name="lease growth")
+            self._growing.add_done_callback(self._on_growth_ended)
 
     async def on_preempted(self) -> None:
         """To be called when the job is paused: swaps its KV out, waits for token blocks, swaps it in, resumes the job.
@@ -75,11 +76,18 @@ class SequenceKv:
         await self._swap_in(self._swapper)
         self._engine.resume(self._ref.lease_id)
 
-    def end(self) -> None:
-        """To be called once, when nothing more is to be computed: releases the lease in the background."""
-        self._progress.end(self._ref.lease_id)
-        hashes = self.sequence.block_hashes(0, self.sequence.num_shareable_blocks)
-        self._leases.release_after(self._quiesce, self._ref, hashes)
+    def end(self, publishes: bool = True) -> None:
+        """To be called once, when nothing more is to be computed: releases the lease in the background.
+
+        ``publishes``: the full blocks stay in the prefix cache. Those of a sequence that failed are freed.
+        """
+        hashes: tuple[bytes, ...] = ()
+        try:
+            self._progress.end(self._ref.lease_id)
+            if publishes:
+                hashes = self.sequence.block_hashes(0, self.sequence.num_shareable_blocks)
+        finally:
+            self._leases.release_after(self._quiesce, self._ref, hashes)
 
     async def _quiesce(self) -> None:
         """Waits until nothing accesses the lease's memory and no call adds to it."""
@@ -95,23 +103,25 @@ class SequenceKv:
 
     async def _grow(self, num_blocks: int) -> None:
         sequence, job_id = self.sequence, self._ref.lease_id
-        try:
-            while num_blocks:
-                try:
-                    sequence.add_blocks(await self._leases.grow(self._ref, num_blocks))
-                    break
-                except Overloaded:
-                    num_blocks = self._growth.smaller_request(num_blocks)
-        except MeshError as error:
-            self._error = error
-            self._engine.preempt(job_id)  # `on_preempted` raises the error
-            return
+        while num_blocks:
+            try:
+                sequence.add_blocks(await self._leases.grow(self._ref, num_blocks))
+                break
+            except Overloaded:
+                num_blocks = self._growth.smaller_request(num_blocks)
         self._growing = None
         if num_blocks:
             self._growth.on_granted()
             self._engine.sequence_changed(job_id)
         elif self._growth.on_pool_full(sequence.num_free_slots):
             self._engine.preempt(job_id)
+
+    def _on_growth_ended(self, growth: asyncio.Task[None]) -> None:
+        """Ends the attempt if the growth failed: without blocks its job would wait for ever."""
+        if growth.cancelled() or (error := growth.exception()) is None:
+            return
+        self._error = error if isinstance(error, MeshError) else InternalError(f"{type(error).__name__}: {error}")
+        self._engine.preempt(self._ref.lease_id)  # `on_preempted` raises the error
 
     def _commit(self) -> None:
         """Names new full blocks in the progress page, so that kvstore publishes them if this process dies."""

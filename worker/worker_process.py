@@ -18,7 +18,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from kvstore.attach_protocol import BEAT_EVERY_S
 from kvstore.progress_page import ProgressPage
 from muxmesh.block_hashes import KvIdentity
-from muxmesh.clock import SystemClock
+from muxmesh.clock import Clock, SystemClock
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
 from muxmesh.config.schema import ModelConfig
 from muxmesh.engine.api import Engine
@@ -50,6 +50,7 @@ class WorkerContext:
     identity: KvIdentity
     swapper: KvSwapper | None
     """None if the unit has no swap region."""
+    clock: Clock
     give_up: Callable[[str], None]
     """Logs the reason and stops this process, which cannot continue to serve; the supervisor starts another."""
 
@@ -105,7 +106,7 @@ async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: Open
         leases = LeaseClient(channel, attachment.worker)
         swapper = KvSwapper(attachment, shape, leases, clock) if attachment.pool.has_swap else None
         context = WorkerContext(
-            engine, leases, attachment.progress, config, kv_identity(config, prepared), swapper, give_up
+            engine, leases, attachment.progress, config, kv_identity(config, prepared), swapper, clock, give_up
         )
         async with open_services(context) as services:
             server = MeshServer(services)

@@ -10,7 +10,25 @@ from typing import Any
 
 from muxmesh.cli.common import print_json
 from muxmesh.client import Completion, Delta, MeshClient, Message, Prompt, PromptFacts, Scheduling
+from muxmesh.durations import duration_text
 from muxmesh.errors import InvalidRequest, RequestAborted, Unavailable
+
+_SOURCES = {
+    "fixed": ("fixed by the request", False),
+    "hint": ("hint: the client's own estimate", False),
+    "retrieved": ("retrieved: outputs of similar prompts", False),
+    "regressed": ("regressed: from the prompt", False),
+    "cold": ("cold: no output has ended yet", True),
+    "typical": ("typical: the outputs of the model so far", True),
+    "floor": ("floor: predictions rank too badly to be used", True),
+    "failed": ("failed: the predictor failed", True),
+    "late": ("late: the predictor took too long", True),
+}
+"""Of each source of an expected length: its explanation, and whether all requests with it have equal work."""
+_WAITS = ("decode slot", "KV memory", "order", "worker", "device")
+"""Names of the fields of `muxmesh.types.Waits`."""
+_MIN_WAIT_S = 0.001
+"""Shorter waits are not shown."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,10 +94,22 @@ async def stream_output(client: MeshClient, prompt: Prompt, **options: Any) -> s
 
 
 def _explanation(info: Scheduling) -> str:
+    waits = ", ".join(
+        f"{name} {duration_text(seconds)}"
+        for name, seconds in zip(_WAITS, dataclasses.astuple(info.waited_for), strict=True)
+        if seconds >= _MIN_WAIT_S
+    )
+    origin, is_alike = _SOURCES.get(info.source, (info.source, False))
+    work = f"{duration_text(info.decode_s)} of decode"
+    if is_alike:
+        work += ", the same for every such request of the model"
+    else:
+        work = f"{duration_text(info.prefill_s)} of prefill, {work}"
     return (
-        f"[expected output: p50 {info.p50_output_tokens:.0f} tokens, p90 {info.p90_output_tokens:.0f} ({info.source}); "
-        f"work: prefill {info.prefill_s:.3g} s, decode {info.decode_s:.3g} s\n"
-        f"waited {info.waited_s:.3g} s; admission {info.decision}, overtook {info.num_overtaken} earlier requests. "
+        f"[expected output: {info.p50_output_tokens:.0f} tokens, p90 {info.p90_output_tokens:.0f} ({origin}); "
+        f"work: {work}\n"
+        f"waited {duration_text(info.waited_s)} for admission {info.decision}, which overtook {info.num_overtaken} "
+        f"earlier requests; waited for: {waits or 'nothing'}\n"
         f"{info.reason}]"
     )
 

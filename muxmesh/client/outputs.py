@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from muxmesh.errors import InternalError
-from muxmesh.types import Candidate, TokenLogprobs
+from muxmesh.types import NO_WAITS, Candidate, TokenLogprobs, Waits
 from muxmesh.v1 import inference_pb2
 
 
@@ -43,7 +43,8 @@ class Scheduling:
     """Why a request was served when it was. Times are in seconds; see SchedulingInfo in the proto.
 
     ``source`` names the origin of the expected length. ``decision`` numbers the unit's admissions from 1.
-    ``num_overtaken`` requests of the same model and priority had arrived earlier and still waited.
+    ``num_overtaken`` requests of the same model and priority had arrived earlier and still waited. ``waited_for``:
+    what the request waited for until its first token.
     """
 
     policy: str
@@ -56,6 +57,7 @@ class Scheduling:
     waited_s: float
     decision: int
     num_overtaken: int
+    waited_for: Waits = NO_WAITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,9 @@ def _prompt_facts(response: inference_pb2.GenerateResponse, num_candidates: int)
     info, wire = response.prompt_info, response.scheduling
     scheduling = None
     if response.HasField("scheduling"):
-        scheduling = Scheduling(**{field.name: getattr(wire, field.name) for field in fields(Scheduling)})
+        values = {field.name: getattr(wire, field.name) for field in fields(Scheduling)}
+        waits = Waits(**{field.name: getattr(wire.waited_for, field.name) for field in fields(Waits)})
+        scheduling = Scheduling(**values | {"waited_for": waits})
     return PromptFacts(
         num_tokens=info.num_prompt_tokens,
         num_cached_tokens=info.num_cached_tokens,

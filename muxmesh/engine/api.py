@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from muxmesh.engine.sequence import SequenceRecord
+from muxmesh.errors import EngineFailed, MeshError
 from muxmesh.types import Finish, TokenLogprobs
 
 
@@ -65,9 +66,19 @@ class Preempted:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Last event of a job that is lost, because a step raised or the engine ended."""
+    """Last event of a job that is lost.
+
+    ``kind``: EngineFailed if a step raised, SequenceFailed if the sequence cannot be computed by any engine, WorkerLost
+    if the engine was stopped.
+    """
 
     reason: str
+    kind: type[MeshError] = EngineFailed
+
+    @property
+    def error(self) -> MeshError:
+        """The error that the request's attempt ends with."""
+        return self.kind(self.reason)
 
 
 Event = Tokens | PromptLogprobs | JobDone | Finished | Preempted | Failed
@@ -85,7 +96,8 @@ class Engine(Protocol):
     def submit(self, job: EngineJob) -> AsyncIterator[Event]:
         """Adds the job before it returns. Yields the job's events; the last is JobDone, Finished or Failed.
 
-        Each step of the job is in its sequence's record before the step's events are yielded.
+        Each step of the job is in its sequence's record before the step's events are yielded. Raises InvalidRequest if
+        the sequence or its request has a token id that the model does not have: no kernel ever reads one.
         """
 
     async def cancel(self, job_id: int) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from muxmesh.engine.api import EngineJob, Event, Failed, Finished, JobDone, Preempted, PromptLogprobs, Tokens
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import Chunk, PromptScoring, SampledToken, SampleSpec, Step, StepOutcome
+from muxmesh.errors import SequenceFailed
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.types import SchedulingState
 
@@ -93,22 +94,28 @@ class _ScheduledJob:
 
 @dataclass(slots=True)
 class Scheduler:
-    """Owns the jobs of one engine: `next_step` → the runner computes it → `apply`, or `fail` if the runner raised.
+    """Owns the jobs of one engine: `next_step` → the runner computes it → `apply`.
 
     `divide_token_budget` chooses the jobs of a step. At most one step is in flight. Events wait for `drain_events`.
     """
 
     max_num_seqs: int
     token_budget: int
+    vocab_size: int
+    """Token ids of the model are in [0, vocab_size)."""
     policy: SchedulingPolicy = FCFS
     _jobs: dict[int, _ScheduledJob] = field(default_factory=dict)
     _in_flight: Step | None = None
     _events: list[tuple[int, Event]] = field(default_factory=list)
 
     def add(self, job: EngineJob) -> None:
-        """Adds a job. Raises ValueError if its id is already known."""
+        """Adds a job. Raises ValueError if its id is already known, and InvalidRequest as `Engine.submit` does.
+
+        Every token id of a sequence passes here or, if the runner sampled it, `_append_token`.
+        """
         if job.job_id in self._jobs:
             raise ValueError(f"job {job.job_id} is known already")
+        job.sequence.check_token_ids(self.vocab_size)
         limit = None if job.max_new_tokens is None else job.sequence.num_output_tokens + job.max_new_tokens
         self._jobs[job.job_id] = _ScheduledJob(job.job_id, job.sequence, limit)
 
@@ -145,15 +152,18 @@ class Scheduler:
         self._in_flight = Step(tuple(chunks)) if chunks else None
         return self._in_flight
 
-    def apply(self, outcome: StepOutcome) -> None:
-        """Applies the outcome of the step in flight."""
+    def apply(self, outcome: StepOutcome, step_s: float = 0.0) -> None:
+        """Applies the outcome of the step in flight, which took ``step_s`` seconds."""
         step, self._in_flight = self._in_flight, None
         assert step is not None, "a step is in flight"
         for chunk in step.chunks:
             job = self._jobs.get(chunk.job_id)
             if job is None:  # cancelled while the step was in flight
                 continue
-            job.sequence.advance(len(chunk.token_ids))
+            if (failed := outcome.failed.get(chunk.job_id)) is not None:
+                self._end(job, failed)
+                continue
+            job.sequence.advance(len(chunk.token_ids), step_s)
             if chunk.scoring is not None:
                 self._events.append((chunk.job_id, PromptLogprobs(outcome.prompt_logprobs[chunk.job_id])))
             if chunk.sample is not None:
@@ -161,18 +171,10 @@ class Scheduler:
             if job.pause_requested and chunk.job_id in self._jobs:
                 self._pause(job)
 
-    def fail(self, reason: str) -> None:
-        """Ends the jobs of the step in flight, which raised, with Failed."""
-        step, self._in_flight = self._in_flight, None
-        assert step is not None, "a step is in flight"
-        for chunk in step.chunks:
-            if self._jobs.pop(chunk.job_id, None):
-                self._events.append((chunk.job_id, Failed(reason)))
-
-    def fail_all(self, reason: str) -> None:
-        """Ends every job with Failed: the engine ends."""
+    def fail_all(self, failed: Failed) -> None:
+        """Ends every job with ``failed``: the engine ends."""
         self._in_flight = None
-        self._events += [(job_id, Failed(reason)) for job_id in self._jobs]
+        self._events += [(job_id, failed) for job_id in self._jobs]
         self._jobs.clear()
 
     def drain_events(self) -> list[tuple[int, Event]]:
@@ -189,6 +191,10 @@ class Scheduler:
 
     def _append_token(self, job: _ScheduledJob, sampled: SampledToken) -> None:
         sequence = job.sequence
+        if not 0 <= sampled.token_id < self.vocab_size:
+            reason = f"the runner sampled token id {sampled.token_id}; the model has {self.vocab_size} tokens"
+            self._end(job, Failed(reason, SequenceFailed))
+            return
         logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
         self._events.append((job.job_id, Tokens(sequence.num_output_tokens, (sampled.token_id,), logprobs)))
         finish = sequence.append(sampled.token_id)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from muxmesh.block_hashes import BlockHashChain
+from muxmesh.errors import InvalidRequest
 from muxmesh.types import EngineRequest, Finish, blocks_for
 
 
@@ -47,6 +48,8 @@ class SequenceRecord:
         self.block_size = block_size
         self.block_ids = block_ids
         self.finish: Finish | None = None
+        self.computing_s = 0.0
+        """Seconds of the steps that computed tokens of the sequence, in this engine."""
         self.token_bitmask: np.ndarray | None = None
         """The tokens that may be sampled next: uint32, bit i of word w is token ``32 * w + i``. None allows all."""
         self._token_ids = [*request.prompt_token_ids, *request.resume_token_ids, *sampled_token_ids]
@@ -99,10 +102,25 @@ class SequenceRecord:
         """All output tokens, resumed ones included."""
         return self.tokens(len(self.request.prompt_token_ids), len(self._token_ids))
 
-    def advance(self, num_tokens: int) -> None:
-        """Records that the KV of the next ``num_tokens`` tokens is computed."""
+    def advance(self, num_tokens: int, step_s: float = 0.0) -> None:
+        """Records that the KV of the next ``num_tokens`` tokens is computed, by a step of ``step_s`` seconds."""
         assert num_tokens <= self.num_uncomputed_tokens, "only known tokens are computed"
         self._num_computed_tokens += num_tokens
+        self.computing_s += step_s
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Raises InvalidRequest if any token id of the sequence or of its request is not in [0, vocab_size)."""
+        request = self.request
+        for field, token_ids in (
+            ("token_ids", self._token_ids),
+            ("sampling.logit_bias", [token_id for token_id, _ in request.sampling.logit_bias]),
+            ("sampling.allowed_token_ids", request.sampling.allowed_token_ids),
+            ("stopping.stop_token_ids", request.stopping.stop_token_ids),
+            ("stopping.eos_token_ids", request.stopping.eos_token_ids),
+        ):
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+                unknown = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+                raise InvalidRequest(field, f"token id {unknown} is unknown; the model has {vocab_size} tokens")
 
     def append(self, token_id: int) -> Finish | None:
         """Appends a sampled token. Returns the finish that it causes, or None; no other code decides that."""

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from muxmesh.engine.api import Failed
 from muxmesh.step_cost import StepShape, context_of
 from muxmesh.types import Sampling, TokenLogprobs
 
@@ -100,6 +101,8 @@ class StepOutcome:
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     """Job id → log-probabilities of ``next_token_ids``, for each chunk with a `PromptScoring`."""
     kv_bytes_written: int = 0
+    failed: Mapping[int, Failed] = field(default_factory=dict)
+    """Job id → why its sequence cannot continue. The job has no token, and its chunk does not count as computed."""
 
 
 class Runner(Protocol):
@@ -109,4 +112,4 @@ class Runner(Protocol):
         """Loads the model and warms up. Raises ModelUnsupported if it cannot be loaded."""
 
     def run(self, step: Step) -> StepOutcome:
-        """Computes the step. An exception fails the step's jobs; the runner stays usable."""
+        """Computes the step. After an exception the runner stays usable, and may be given the same chunks again."""

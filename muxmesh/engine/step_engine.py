@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from muxmesh.clock import Clock
 from muxmesh.engine.api import EngineJob, Event, Failed, Finished, Grant, JobDone
 from muxmesh.engine.scheduler import Scheduler
-from muxmesh.engine.step import Runner, Step, StepOutcome
+from muxmesh.engine.step import Runner, SampledToken, Step, StepOutcome
+from muxmesh.errors import WorkerLost
+from muxmesh.types import TokenLogprobs
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class StepEngine:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
         self._thread.shutdown(wait=True)
-        self._scheduler.fail_all("the engine was stopped")
+        self._scheduler.fail_all(Failed("the engine was stopped", WorkerLost))
         self._deliver()
         self._step_done.set()
 
@@ -96,7 +98,7 @@ class StepEngine:
             await self._run_steps()
         except Exception as error:  # the engine loop: after a bug of ours, no job may wait for ever
             _log.exception("the engine loop failed")
-            self._scheduler.fail_all(f"the engine is dead: {error}")
+            self._scheduler.fail_all(Failed(f"the engine is dead: {error}"))
             self._deliver()
             self._step_done.set()
             self._grant.drop()
@@ -120,17 +122,40 @@ class StepEngine:
         self._step_done.clear()
         started_at_s = self._clock.monotonic_s()
         try:
-            outcome = await asyncio.shield(
-                asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, step)
-            )
-        except Exception as error:  # the engine loop: an error of the runner fails the step's jobs, not the process
+            outcome = await self._run(step)
+        except Exception as error:  # the engine loop: an error of the runner fails jobs, not the process
             _log.exception("a step with %d jobs failed", len(step.chunks))
-            self._scheduler.fail(f"{type(error).__name__}: {error}")
+            self._scheduler.apply(await self._run_one_by_one(step, error))
         else:
-            self._scheduler.apply(outcome)
-            self._observe(step, outcome, self._clock.monotonic_s() - started_at_s)
+            step_s = self._clock.monotonic_s() - started_at_s
+            self._scheduler.apply(outcome, step_s)
+            self._observe(step, outcome, step_s)
         self._step_done.set()
         self._deliver()
+
+    async def _run(self, step: Step) -> StepOutcome:
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, step))
+
+    async def _run_one_by_one(self, step: Step, error: Exception) -> StepOutcome:
+        """Computes each chunk of a step that raised ``error`` alone, so that only the sequences that raise alone fail.
+
+        A chunk may be computed again: it writes the same KV, and its token depends on seed and index.
+        """
+        if len(step.chunks) == 1:
+            return StepOutcome({}, failed={step.chunks[0].job_id: _failed(error)})
+        sampled: dict[int, SampledToken] = {}
+        logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+        failed: dict[int, Failed] = {}
+        for chunk in step.chunks:
+            try:
+                outcome = await self._run(Step((chunk,)))
+            except Exception as alone:  # the engine loop: this chunk is the cause
+                failed[chunk.job_id] = _failed(alone)
+            else:
+                sampled.update(outcome.sampled)
+                logprobs.update(outcome.prompt_logprobs)
+                failed.update(outcome.failed)
+        return StepOutcome(sampled, logprobs, failed=failed)
 
     def _deliver(self) -> None:
         for job_id, event in self._scheduler.drain_events():
@@ -140,3 +165,7 @@ class StepEngine:
             queue.put_nowait(event)
             if isinstance(event, JobDone | Finished | Failed):
                 del self._queues[job_id]
+
+
+def _failed(error: Exception) -> Failed:
+    return Failed(f"{type(error).__name__}: {error}")

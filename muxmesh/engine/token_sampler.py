@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from muxmesh.engine.step import SampledToken, SampleSpec
+from muxmesh.errors import SequenceFailed
 from muxmesh.types import Candidate, Sampling, TokenLogprobs
 
 _SPAN = 256
@@ -20,12 +21,19 @@ _LIKELY_FRACTION = np.float32(1e-4)
 
 Few tokens of a vocabulary have more, so top-k and top-p are searched among those first.
 """
+_MAX_LOGIT = np.finfo(np.float32).max
 
 
 def sample_token(logits: np.ndarray, spec: SampleSpec) -> SampledToken:
-    """Samples a token from ``logits`` (f32, [vocab_size]), which stay unchanged."""
+    """Samples a token from ``logits`` (f32, [vocab_size]), which stay unchanged. Their maximum is finite.
+
+    Raises SequenceFailed if the request bans, or the model excludes, every token.
+    """
     sampling = spec.sampling
-    token_id = _sample(adjusted(logits, spec), spec)
+    changed = adjusted(logits, spec)
+    if changed is not logits and not np.isfinite(changed.max()):
+        raise SequenceFailed(f"no token may be sampled at output index {spec.output_index}: every logit is -inf")
+    token_id = _sample(changed, spec)
     num_candidates = sampling.logprobs
     return SampledToken(token_id, None if num_candidates is None else token_logprobs(logits, token_id, num_candidates))
 
@@ -100,7 +108,10 @@ def _penalize(logits: np.ndarray, spec: SampleSpec) -> None:
         seen = np.unique(np.array([*spec.prompt_token_ids, *spec.output_token_ids], dtype=np.int64))
         values = logits[seen]
         factor = np.float32(sampling.repetition_penalty)
-        logits[seen] = np.where(values > 0, values / factor, values * factor)
+        with np.errstate(over="ignore"):
+            penalized = np.where(values > 0, values / factor, values * factor)
+        # A tiny factor overflows. What is -inf stays so: a banned token.
+        logits[seen] = np.minimum(penalized, _MAX_LOGIT)
     if spec.output_token_ids:
         token_ids, counts = np.unique(np.array(spec.output_token_ids, dtype=np.int64), return_counts=True)
         logits[token_ids] -= np.float32(sampling.frequency_penalty) * counts.astype(np.float32)

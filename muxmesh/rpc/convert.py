@@ -23,6 +23,7 @@ from muxmesh.types import (
     SchedulingState,
     Stopping,
     TokenLogprobs,
+    Waits,
 )
 
 _FINISH = {
@@ -107,6 +108,16 @@ def scheduling_from_wire(wire: request_pb2.SchedulingState) -> SchedulingState:
     return SchedulingState(
         wire.priority, wire.arrived_at_unix_s, wire.prefill_s, wire.decode_s, wire.served_s, wire.mean_work_s
     )
+
+
+def waits_to_wire(waits: Waits) -> kvstore_pb2.Waits:
+    """Encodes waits for admission; a unit knows nothing of the device."""
+    return kvstore_pb2.Waits(slot_s=waits.slot_s, kv_s=waits.kv_s, order_s=waits.order_s, worker_s=waits.worker_s)
+
+
+def waits_from_wire(wire: kvstore_pb2.Waits) -> Waits:
+    """Decodes waits for admission."""
+    return Waits(wire.slot_s, wire.kv_s, wire.order_s, wire.worker_s)
 
 
 def demand_to_wire(demand: KvDemand) -> kvstore_pb2.KvDemand:

@@ -31,6 +31,7 @@ STATUS_CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.LeaseLost: grpc.StatusCode.FAILED_PRECONDITION,
     errors.EngineFailed: grpc.StatusCode.INTERNAL,
+    errors.SequenceFailed: grpc.StatusCode.INTERNAL,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.InternalError: grpc.StatusCode.INTERNAL,
 }

@@ -552,7 +552,9 @@ class SchedulingInfo(_message.Message):
     reason: _builtins.str
     """For people, not for programs."""
     p50_output_tokens: _builtins.float
-    """Median and 0.9 quantile of the expected output length, in tokens."""
+    """Median and 0.9 quantile of the expected output length, in tokens. Sources typical, cold, floor, failed and late
+    are no predictions of this request: their length is that of every such request of the model, whatever its limits.
+    """
     p90_output_tokens: _builtins.float
     source: _builtins.str
     """Origin of the expected length: retrieved (from outputs of similar prompts), regressed, typical (the median of the

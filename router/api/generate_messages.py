@@ -6,6 +6,7 @@ A field that the mesh does not know or support is refused by its name, never ign
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -116,6 +117,7 @@ def message_from_delta(
                 waited_s=report.waited_s,
                 decision=report.decision,
                 num_overtaken=report.num_overtaken,
+                waited_for=inference_pb2.Waits(**dataclasses.asdict(report.waited_for)),
             )
         )
     if delta.timings is not None:

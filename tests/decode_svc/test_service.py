@@ -18,7 +18,7 @@ from muxmesh.block_hashes import block_hashes
 from muxmesh.clock import ManualClock, SystemClock
 from muxmesh.device.kv_codec import encoded_bytes
 from muxmesh.engine.step import Runner
-from muxmesh.errors import EngineFailed, InternalError, RequestPreempted, Unavailable
+from muxmesh.errors import EngineFailed, InternalError, RequestPreempted, SequenceFailed, Unavailable
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
@@ -36,7 +36,7 @@ from muxmesh.types import (
     SchedulingState,
     Stopping,
 )
-from tests.support.engines import FailingRunner, GatedRunner, running_engine
+from tests.support.engines import FailingRunner, GatedRunner, UncomputableRunner, running_engine
 from tests.support.worker_unit import CONFIG, IDENTITY, SHAPE, SLAB_TOKENS, RunningUnit, running_unit
 from worker.attachment import Attachment
 from worker.kv_swapper import KvSwapper
@@ -223,6 +223,39 @@ async def test_a_failed_step_fails_the_call_and_releases_the_lease(tmp_path: Pat
         with pytest.raises(EngineFailed, match="ArithmeticError: nan in layer 3"):
             await result(worker.decode(await worker.hand_off()))
         await worker.until_empty()
+
+
+async def test_of_a_sequence_that_cannot_be_computed_nothing_is_shared(tmp_path: Path) -> None:
+    async with decode_worker(tmp_path, UncomputableRunner(after=9)) as worker:
+        watch, lease = await worker.watch(), await worker.hand_off()
+        with pytest.raises(SequenceFailed, match="not finite"):
+            await result(worker.decode(lease))
+        output = [token for _, _, token in await watch.tokens(9)]
+        await worker.until_empty()
+        hashes = block_hashes((*PROMPT, 7, *output), CONFIG.block_size, IDENTITY.root())
+        assert len(hashes) == 3 and worker.unit.state.blocks.count_cached("m", hashes[2:]) == 0
+        assert worker.attachment.progress.read() == {}
+
+
+async def test_an_error_in_the_tokens_of_one_sequence_fails_only_its_call(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The progress page takes no more blocks of the first sequence."""
+    watch, leases = await worker.watch(), [await worker.hand_off() for _ in range(2)]
+    commit = worker.attachment.progress.commit
+
+    def failing(lease_id: int, *arguments: Any) -> None:
+        if lease_id == leases[0].ref.lease_id:
+            raise BufferError("the page is damaged")
+        commit(lease_id, *arguments)
+
+    monkeypatch.setattr(worker.attachment.progress, "commit", failing)
+    calls = [worker.decode(lease) for lease in leases]
+    with pytest.raises(InternalError, match="BufferError: the page is damaged"):
+        await result(calls[0])
+    assert (await result(calls[1])).num_output_tokens == 12
+    assert len([entry for entry in await watch.tokens(11) if entry[0] == leases[1].ref.lease_id]) == 11
+    await worker.until_empty()
 
 
 async def test_a_request_that_does_not_fit_its_lease_fails_and_the_lease_is_released(worker: DecodeWorker) -> None:

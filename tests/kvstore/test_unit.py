@@ -21,7 +21,7 @@ from muxmesh.block_hashes import block_hashes
 from muxmesh.config.schema import ModelConfig, UnitConfig
 from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
 from muxmesh.models.model_spec import SIM_SPEC
-from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, Lease, QueuedRequest, Role, SchedulingState
+from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, Lease, QueuedRequest, Role, SchedulingState, Waits
 from tests.kvstore.small_unit import (
     SHAPES,
     SLAB_BYTES,
@@ -599,3 +599,68 @@ def test_integrity_finds_quotas_that_are_not_the_pool() -> None:
     del unit.quotas.slabs["a"]
     with pytest.raises(AssertionError, match="models and quotas differ"):
         unit.check_integrity()
+
+
+# What requests waited for
+
+
+def waits_of(unit: Unit, entry_id: int, now_s: float) -> Waits:
+    """Schedules; what the request that gets a credit has waited for."""
+    (issued,) = [credit for credit in schedule(unit, now_s).credits if credit.entry_id == entry_id]
+    return issued.waits
+
+
+def test_a_request_that_gets_a_credit_at_once_waited_for_nothing() -> None:
+    unit = make_unit()
+    attach_ready(unit, "a")
+    unit.offer("r", queued(1))
+    assert waits_of(unit, 1, 5.0) == Waits()
+
+
+def test_a_request_without_a_ready_worker_waits_for_one() -> None:
+    unit = make_unit()
+    unit.offer("r", queued(1))
+    schedule(unit, 5.0)
+    attach_ready(unit, "a")
+    assert waits_of(unit, 1, 8.0) == Waits(worker_s=3.0)
+
+
+def test_a_request_waits_for_the_one_before_it_and_then_for_a_slot() -> None:
+    unit = make_unit(max_num_seqs=1)
+    attach_ready(unit, "a")
+    unit.offer("r", queued(11))
+    (first,) = schedule(unit, 0.0).credits
+    unit.offer("r", queued(12, arrived_at_s=1.0))
+    unit.offer("r", queued(13, arrived_at_s=2.0))
+    schedule(unit, 2.0)
+    unit.release(first.lease.ref, "r")
+    second = schedule(unit, 5.0).credits[0]
+    assert second.waits == Waits(slot_s=3.0)
+    unit.release(second.lease.ref, "r")
+    assert waits_of(unit, 13, 9.0) == Waits(order_s=3.0, slot_s=4.0)
+
+
+def test_a_request_that_the_pool_cannot_hold_yet_waits_for_memory() -> None:
+    unit = make_unit(num_slabs=1)
+    attach_ready(unit, "a")
+    unit.offer("r", queued(11, num_tokens=slab_tokens(unit, "a")))
+    (first,) = schedule(unit, 0.0).credits
+    unit.offer("r", queued(12))
+    schedule(unit, 1.0)
+    unit.release(first.lease.ref, "r")
+    assert waits_of(unit, 12, 3.5) == Waits(kv_s=2.5)
+
+
+def test_a_request_that_a_better_one_overtakes_waits_for_it() -> None:
+    unit = make_unit(max_num_seqs=1)
+    attach_ready(unit, "a")
+    unit.offer("r", queued(11))
+    (first,) = schedule(unit, 0.0).credits
+    unit.offer("r", queued(12, priority=5))
+    schedule(unit, 1.0)
+    unit.offer("r", queued(13, priority=0, arrived_at_s=2.0))
+    schedule(unit, 2.0)
+    unit.release(first.lease.ref, "r")
+    (urgent,) = schedule(unit, 4.0).credits
+    unit.release(urgent.lease.ref, "r")
+    assert waits_of(unit, 12, 5.0) == Waits(slot_s=2.0, order_s=2.0)

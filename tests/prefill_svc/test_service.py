@@ -11,8 +11,10 @@ import grpc
 import pytest
 
 from muxmesh.block_hashes import block_hashes
+from muxmesh.clock import SystemClock
 from muxmesh.engine.step import Runner, SampledToken, Step, StepOutcome
-from muxmesh.errors import EngineFailed, InternalError, LeaseLost, WorkerLost
+from muxmesh.engine.step_engine import StepEngine
+from muxmesh.errors import EngineFailed, InternalError, InvalidRequest, LeaseLost, SequenceFailed, WorkerLost
 from muxmesh.internal.v1 import prefill_pb2, prefill_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
@@ -33,7 +35,7 @@ from muxmesh.types import (
     TokenLogprobs,
 )
 from prefill_svc.service import PrefillService, open_services
-from tests.support.engines import FailingRunner, GatedRunner, running_engine, sim_runner
+from tests.support.engines import FailingRunner, GatedRunner, UncomputableRunner, running_engine, sim_runner
 from tests.support.worker_unit import CONFIG, IDENTITY, RunningUnit, running_unit
 from worker.attachment import Attachment
 
@@ -50,6 +52,7 @@ class PrefillWorker:
 
     unit: RunningUnit
     decode: Attachment
+    engine: StepEngine
     stub: Any
 
     def call(self, ref: LeaseRef, request: EngineRequest = REQUEST, to: str | None = None) -> Any:
@@ -98,7 +101,7 @@ async def prefill_worker(
         await server.start([f"unix:{directory}/p.sock"])
         stack.push_async_callback(server.stop, 0)
         channel = await stack.enter_async_context(internal_channel(f"unix:{directory}/p.sock"))
-        yield PrefillWorker(unit, decode, prefill_pb2_grpc.PrefillServiceStub(channel))
+        yield PrefillWorker(unit, decode, engine, prefill_pb2_grpc.PrefillServiceStub(channel))
 
 
 def _register(service: PrefillService, server: grpc.aio.Server) -> None:
@@ -239,3 +242,34 @@ async def test_log_probabilities_of_prompt_and_output_are_returned_in_order(tmp_
 async def test_log_probabilities_that_are_not_requested_are_not_sent(worker: PrefillWorker) -> None:
     response = await worker.prefill(await worker.unit.credit(DEMAND))
     assert not response.HasField("logprobs") and not response.HasField("prompt_logprobs")
+
+
+async def test_the_wait_for_the_device_is_what_no_step_computed_the_prompt(tmp_path: Path) -> None:
+    runner = GatedRunner()
+    async with prefill_worker(tmp_path, runner, max_num_seqs=1) as worker:
+        first = worker.call(await worker.unit.credit(DEMAND))
+        await runner.begun(1)
+        second = worker.call(await worker.unit.credit(DEMAND))
+        await worker.unit.until(lambda: len(worker.engine._scheduler._jobs) == 2)
+        waited_from_s = SystemClock().monotonic_s()
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        waited_s = SystemClock().monotonic_s() - waited_from_s
+        runner.open()
+        assert (await second).device_wait_s >= waited_s, "it waited for the step of the first one"
+        assert (await first).device_wait_s < waited_s
+
+
+async def test_a_token_that_the_model_does_not_have_is_refused_and_the_lease_released(worker: PrefillWorker) -> None:
+    unknown = replace(REQUEST, prompt_token_ids=(*PROMPT[:-1], 29_106))
+    with pytest.raises(InvalidRequest, match="token id 29106 is unknown; the model has 1000 tokens"):
+        await worker.prefill(await worker.unit.credit(DEMAND), unknown)
+    await worker.until_empty()
+
+
+async def test_the_blocks_of_a_prompt_that_fails_are_not_shared(tmp_path: Path) -> None:
+    async with prefill_worker(tmp_path, UncomputableRunner(after=1), token_budget=16) as worker:
+        with pytest.raises(SequenceFailed, match="not finite"):
+            await worker.prefill(await worker.unit.credit(DEMAND))
+        await worker.until_empty()
+        assert worker.unit.state.blocks.count_cached("m", DEMAND.block_hashes) == 0, "its first chunk was computed"

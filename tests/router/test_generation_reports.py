@@ -15,6 +15,7 @@ from muxmesh.types import (
     SchedulingState,
     Stopping,
     TokenLogprobs,
+    Waits,
 )
 from router.admission_client import Credit
 from router.attempt import Prefilled
@@ -50,8 +51,12 @@ def test_before_prefill_nothing_is_cached_or_scored() -> None:
 
 @pytest.mark.parametrize(("p50_tokens", "expected"), [(20.4, 20), (0.3, 1)])
 def test_the_predicted_length_is_a_number_of_tokens(p50_tokens: float, expected: int) -> None:
-    request = replace(REQUEST, prediction=LengthPrediction(p50_tokens, 50.0))
-    assert prompt_report(request, FORECAST, Progress()).predicted_output_tokens == expected
+    forecast = LengthForecast(LengthPrediction(p50_tokens, 50.0), "cold", CHECKED)
+    assert prompt_report(REQUEST, forecast, Progress()).predicted_output_tokens == expected
+
+
+def test_the_predicted_length_is_within_the_limits_of_the_request() -> None:
+    assert prompt_report(REQUEST, FORECAST, Progress()).predicted_output_tokens == 64
 
 
 def test_a_length_that_was_not_predicted_is_not_reported() -> None:
@@ -67,7 +72,13 @@ def test_scheduling_is_reported_by_the_state_that_the_unit_ordered_the_request_b
     assert report.reason == FCFS.reason(CREDIT.scheduling, 1007.0)
 
 
-def test_the_limited_prediction_of_the_request_is_reported() -> None:
+def test_what_a_request_waited_for_is_reported() -> None:
+    waits = Waits(slot_s=2.0, device_s=0.5)
+    waited = replace(progress(57.0), waits=waits)
+    assert scheduling_report(REQUEST, FORECAST, waited, 50.0, FCFS).waited_for == waits
+
+
+def test_the_lengths_are_those_that_the_work_of_the_request_was_computed_from() -> None:
     limited = replace(REQUEST, prediction=LengthPrediction(64.0, 64.0))
     report = scheduling_report(limited, FORECAST, progress(57.0), 50.0, FCFS)
     assert (report.p50_output_tokens, report.p90_output_tokens) == (64.0, 64.0)

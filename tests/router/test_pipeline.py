@@ -18,7 +18,7 @@ from muxmesh.engine.api import Finished, Tokens
 from muxmesh.errors import EngineFailed, InternalError, InvalidRequest, ModelNotFound, Overloaded, WorkerLost
 from muxmesh.models.chat_template import ChatTemplate
 from muxmesh.models.tokenizer import TextModel, byte_tokenizer
-from muxmesh.predictor.length_predictor import LengthPredictor
+from muxmesh.predictor.length_predictor import COLD_TOKENS, LengthPredictor
 from muxmesh.step_cost import UNMEASURED
 from muxmesh.types import Candidate, EngineRequest, Finish, FinishReason, Sampling, TokenLogprobs
 from router.attempt import Prefilled
@@ -210,7 +210,9 @@ async def test_the_scheduling_report_comes_only_if_requested() -> None:
     assert report is not None and not any(delta.scheduling for delta in later)
     assert (report.policy, report.source, report.decision, report.num_overtaken) == ("fcfs", "cold", 1, 3)
     assert report.reason == "fcfs, priority 0: waited 0 s"
-    assert (report.p50_output_tokens, report.p90_output_tokens) == (20, 20), "limited by max_new_tokens"
+    assert first.prompt is not None and first.prompt.predicted_output_tokens == 20, "limited by max_new_tokens"
+    assert report.p50_output_tokens == COLD_TOKENS, "every cold request has the work of this length"
+    assert report.decode_s == UNMEASURED.decode.decode_s(COLD_TOKENS - 1, 0)
 
 
 async def test_the_scheduling_report_has_the_work_by_which_the_unit_ordered_the_request() -> None:
@@ -236,7 +238,8 @@ async def test_a_length_that_the_request_fixes_is_not_predicted(stopping: Stoppi
     request = replace(REQUEST, stopping=stopping, output=OutputOptions(scheduling=True))
     (first, *_) = await run_alone(request, writes("abc"))
     assert first.scheduling is not None and first.prompt is not None
-    assert (first.scheduling.source, first.scheduling.p50_output_tokens) == (source, 9)
+    assert (first.scheduling.source, first.prompt.predicted_output_tokens) == (source, 9 if source == "cold" else None)
+    assert first.scheduling.p50_output_tokens == (COLD_TOKENS if source == "cold" else 9)
     assert (first.prompt.predicted_output_tokens is None) == (source == "fixed")
 
 

@@ -19,6 +19,7 @@ from muxmesh.errors import (
     MeshError,
     ModelNotFound,
     RequestPreempted,
+    SequenceFailed,
     WorkerLost,
 )
 from muxmesh.types import (
@@ -31,6 +32,7 @@ from muxmesh.types import (
     Sampling,
     SchedulingState,
     Stopping,
+    Waits,
 )
 from router.admission_client import Credit
 from router.attempt import AttemptEvent, Prefilled
@@ -63,7 +65,7 @@ class FakeUnit:
     async def wait_for_credit(self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand) -> Credit:
         self.queued.append((model, tenant, scheduling, demand))
         self.num_unreturned += 1
-        return Credit(LeaseRef(self.num_unreturned, 1), "p", "", "d", "", 1, 0, DISCOUNTED)
+        return Credit(LeaseRef(self.num_unreturned, 1), "p", "", "d", "", 1, 0, DISCOUNTED, Waits(slot_s=1.0))
 
     def return_credit(self, credit: Credit) -> None:
         self.num_unreturned -= 1
@@ -160,6 +162,36 @@ async def test_a_request_fails_after_too_many_attempts_without_a_token() -> None
 async def test_a_request_fails_after_too_many_attempts_with_one_token_each() -> None:
     with pytest.raises(InternalError, match="failed repeatedly: nan"):
         await run([[7, EngineFailed("nan")], [8, EngineFailed("nan")], [9, EngineFailed("nan")]])
+
+
+@pytest.mark.parametrize("kind", [EngineFailed, InternalError])
+async def test_an_error_that_a_second_attempt_meets_at_the_same_token_is_not_retried_again(
+    kind: type[MeshError],
+) -> None:
+    with pytest.raises(InternalError, match="failed repeatedly: step: ValueError"):
+        await run([[7, 8, 9, kind("step: ValueError")], [kind("step: ValueError")]], max_restarts=5)
+
+
+async def test_the_same_error_at_another_token_or_of_a_lost_worker_is_retried() -> None:
+    script: Script = [[7, EngineFailed("x")], [8, EngineFailed("x")], [WorkerLost("y")], [WorkerLost("y")]]
+    outcome = await run([*script, [9, 10, 11, 12, END]], max_restarts=5)
+    assert outcome.progress.num_restarts == 4
+
+
+async def test_a_sequence_that_no_engine_can_compute_is_not_retried() -> None:
+    with pytest.raises(SequenceFailed, match="not finite"):
+        await run([[7, 8, SequenceFailed("logits that are not finite")]])
+
+
+async def test_waits_are_added_over_the_attempts_until_the_first_token() -> None:
+    outcome = await run(
+        [
+            [WorkerLost("gone")],
+            [Prefilled(3, device_wait_s=0.5), 7, 8, WorkerLost("gone")],
+            [Prefilled(9, device_wait_s=4.0), 9, 10, 11, 12, END],
+        ]
+    )
+    assert outcome.progress.waits == Waits(slot_s=2.0, device_s=0.5)
 
 
 async def test_an_attempt_with_two_tokens_resets_the_count_of_failures() -> None:

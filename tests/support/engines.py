@@ -9,11 +9,12 @@ from contextlib import asynccontextmanager
 
 from muxmesh.clock import SystemClock
 from muxmesh.config.schema import SimProfile
-from muxmesh.engine.api import FreeGrant
+from muxmesh.engine.api import Failed, FreeGrant
 from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.sim_runner import SimRunner
 from muxmesh.engine.step import Runner, Step, StepOutcome
 from muxmesh.engine.step_engine import StepEngine
+from muxmesh.errors import SequenceFailed
 
 
 def sim_runner() -> SimRunner:
@@ -71,12 +72,30 @@ class FailingRunner:
         return self._inner.run(step)
 
 
+class UncomputableRunner:
+    """A `Runner` in which every sequence fails after ``after`` steps, as one whose logits are not finite."""
+
+    def __init__(self, after: int) -> None:
+        self._num_left = after
+
+    def load(self) -> None: ...
+
+    def run(self, step: Step) -> StepOutcome:
+        self._num_left -= 1
+        if self._num_left >= 0:
+            return sim_runner().run(step)
+        failed = Failed("logits that are not finite", SequenceFailed)
+        return StepOutcome({}, failed={chunk.job_id: failed for chunk in step.chunks})
+
+
 @asynccontextmanager
 async def running_engine(
-    runner: Runner | None = None, max_num_seqs: int = 8, token_budget: int = 64
+    runner: Runner | None = None, max_num_seqs: int = 8, token_budget: int = 64, vocab_size: int = 1000
 ) -> AsyncIterator[StepEngine]:
     """A started engine on a device of its own; a gated runner is opened at the end."""
-    engine = StepEngine(Scheduler(max_num_seqs, token_budget), runner or sim_runner(), FreeGrant(), SystemClock())
+    engine = StepEngine(
+        Scheduler(max_num_seqs, token_budget, vocab_size), runner or sim_runner(), FreeGrant(), SystemClock()
+    )
     await engine.start()
     try:
         yield engine

@@ -52,7 +52,9 @@ class RunningUnit:
         self, attachment: Attachment, engine: Engine, leases: LeaseClient, swapper: KvSwapper | None = None
     ) -> WorkerContext:
         """The parts of a worker of model ``m``. Why it gives up is in `given_up`."""
-        return WorkerContext(engine, leases, attachment.progress, CONFIG, IDENTITY, swapper, self.given_up.append)
+        return WorkerContext(
+            engine, leases, attachment.progress, CONFIG, IDENTITY, swapper, SystemClock(), self.given_up.append
+        )
 
     def offer(self, demand: KvDemand, model: str = "m") -> None:
         """Queues a request, in the order of the calls."""

@@ -24,7 +24,7 @@ from muxmesh.engine.api import EngineJob, Event, Finished, Preempted, Tokens
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import Runner
 from muxmesh.engine.step_engine import StepEngine
-from muxmesh.errors import LeaseLost, RequestPreempted
+from muxmesh.errors import InternalError, LeaseLost, RequestPreempted
 from muxmesh.models.model_spec import KvShape
 from muxmesh.types import (
     SWAP_PAGE_BYTES,
@@ -279,6 +279,40 @@ async def test_a_failed_growth_is_raised_when_the_job_is_paused(tmp_path: Path) 
         with pytest.raises(LeaseLost):
             await sequence.kv.on_preempted()
         sequence.kv.end()
+
+
+async def test_a_growth_that_fails_in_any_way_ends_the_attempt_instead_of_waiting_for_ever(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence = await worker.sequence()
+
+    async def failing(ref: LeaseRef, num_blocks: int) -> tuple[int, ...]:
+        raise BufferError("a bug")
+
+    monkeypatch.setattr(worker.leases, "grow", failing)
+    sequence.kv.on_tokens()
+    await sequence.until_paused()
+    with pytest.raises(InternalError, match="BufferError: a bug"):
+        await sequence.kv.on_preempted()
+    sequence.kv.end(publishes=False)
+    await worker.leases.close()
+    assert worker.unit.is_empty()
+
+
+async def test_the_lease_is_released_even_if_its_blocks_cannot_be_named(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence = await worker.sequence(max_new_tokens=4)
+    await sequence.run()
+
+    def failing(lease_id: int) -> None:
+        raise BufferError("the page is damaged")
+
+    monkeypatch.setattr(worker.attachment.progress, "end", failing)
+    with pytest.raises(BufferError):
+        sequence.kv.end()
+    await worker.leases.close()
+    assert worker.unit.is_empty()
 
 
 async def test_full_blocks_are_committed_as_they_are_computed(worker: DecodeWorker) -> None:

@@ -8,9 +8,11 @@ from typing import Protocol
 import numpy as np
 
 from muxmesh.device.kv_view import KvView
+from muxmesh.engine.api import Failed
 from muxmesh.engine.native.step_layout import StepLayout, lay_out
-from muxmesh.engine.step import SampledToken, Step, StepOutcome
+from muxmesh.engine.step import Chunk, SampledToken, Step, StepOutcome
 from muxmesh.engine.token_sampler import sample_token, token_logprobs
+from muxmesh.errors import SequenceFailed
 from muxmesh.types import TokenLogprobs
 
 
@@ -37,18 +39,38 @@ class LogitsRunner:
 
     def run(self, step: Step) -> StepOutcome:
         logits = self._forward.logits(lay_out(step, self._view))
+        # The maximum is finite unless the row has NaN or inf, or nothing but -inf.
+        is_finite = np.isfinite(logits.max(axis=1, initial=-np.inf))
         sampled: dict[int, SampledToken] = {}
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
-        row = 0
+        failed: dict[int, Failed] = {}
+        first = 0
         for chunk in step.chunks:
-            rows = logits[row : row + chunk.num_logit_rows]
-            row += chunk.num_logit_rows
+            rows = slice(first, first + chunk.num_logit_rows)
+            first = rows.stop
+            if not is_finite[rows].all():
+                failed[chunk.job_id] = _not_finite(chunk, is_finite[rows])
+                continue
             if chunk.scoring:
                 # The last row of a prompt has no next token.
-                scored = zip(rows, chunk.scoring.next_token_ids, strict=False)
+                scored = zip(logits[rows], chunk.scoring.next_token_ids, strict=False)
                 prompt_logprobs[chunk.job_id] = tuple(
-                    token_logprobs(row_logits, token, chunk.scoring.num_candidates) for row_logits, token in scored
+                    token_logprobs(row, token, chunk.scoring.num_candidates) for row, token in scored
                 )
             if chunk.sample is not None:
-                sampled[chunk.job_id] = sample_token(rows[-1], chunk.sample)
-        return StepOutcome(sampled, prompt_logprobs, step.num_tokens * self._view.shape.kv_bytes_per_token)
+                try:
+                    sampled[chunk.job_id] = sample_token(logits[rows][-1], chunk.sample)
+                except SequenceFailed as error:
+                    failed[chunk.job_id] = Failed(str(error), SequenceFailed)
+        num_bytes = step.num_tokens * self._view.shape.kv_bytes_per_token
+        return StepOutcome(sampled, prompt_logprobs, num_bytes, failed)
+
+
+def _not_finite(chunk: Chunk, is_finite: np.ndarray) -> Failed:
+    """Why a chunk fails. ``is_finite`` has a value for each of its rows with logits."""
+    position = chunk.start + len(chunk.token_ids) - len(is_finite) + int(np.argmin(is_finite))
+    return Failed(
+        f"the model computed logits that are not finite after the token at position {position}; "
+        "its weights overflow or are damaged",
+        SequenceFailed,
+    )

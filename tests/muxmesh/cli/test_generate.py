@@ -6,6 +6,7 @@ from typing import Any
 import grpc
 import pytest
 
+from muxmesh.cli.generate import _WAITS
 from muxmesh.cli.main import main
 from muxmesh.errors import InvalidRequest, WorkerLost
 from muxmesh.v1 import inference_pb2
@@ -14,6 +15,7 @@ from tests.support.fake_mesh import FakeMesh, output
 SCHEDULING = inference_pb2.SchedulingInfo(
     policy="srtf", reason="srtf, priority 0: 2 s of work left", p50_output_tokens=40, p90_output_tokens=90,
     source="hint", prefill_s=0.5, decode_s=1.5, waited_s=0.25, decision=7, num_overtaken=3,
+    waited_for=inference_pb2.Waits(slot_s=0.2, kv_s=0.0, order_s=0.05, worker_s=0.0, device_s=0.041),
 )  # fmt: skip
 JSON_OF_ABC = {
     "text": "abc", "token_ids": [97, 98, 99], "num_prompt_tokens": 3, "num_cached_tokens": 0, "num_output_tokens": 3,
@@ -155,10 +157,41 @@ def test_the_scheduling_of_a_request_is_printed_beside_the_output(
     printed = capsys.readouterr()
     assert printed.out == "abc\n"
     assert printed.err.splitlines()[1:] == [
-        "[expected output: p50 40 tokens, p90 90 (hint); work: prefill 0.5 s, decode 1.5 s",
-        "waited 0.25 s; admission 7, overtook 3 earlier requests. srtf, priority 0: 2 s of work left]",
+        "[expected output: 40 tokens, p90 90 (hint: the client's own estimate); work: 500 ms of prefill, 1.5 s of "
+        "decode",
+        "waited 250 ms for admission 7, which overtook 3 earlier requests; waited for: decode slot 200 ms, order 50 "
+        "ms, device 41 ms",
+        "srtf, priority 0: 2 s of work left]",
     ]
     assert mesh.requests[0].response.scheduling
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("fixed", "(fixed by the request); work: 500 ms of prefill, 30 min of decode"),
+        (
+            "cold",
+            "(cold: no output has ended yet); work: 30 min of decode, the same for every such request of the model",
+        ),
+        ("new source", "(new source); work: 500 ms of prefill, 30 min of decode"),
+    ],
+)
+def test_the_work_is_explained_by_the_source_of_the_length(
+    mesh: FakeMesh, capsys: pytest.CaptureFixture[str], source: str, line: str
+) -> None:
+    mesh.script = output("abc")
+    mesh.script[0].scheduling.CopyFrom(SCHEDULING)
+    mesh.script[0].scheduling.MergeFrom(inference_pb2.SchedulingInfo(source=source, decode_s=1800.0))
+    mesh.script[0].scheduling.waited_for.Clear()
+    assert generate("--explain", "hi") == 0
+    explanation = capsys.readouterr().err.splitlines()
+    assert explanation[1] == f"[expected output: 40 tokens, p90 90 {line}"
+    assert explanation[2].endswith("waited for: nothing")
+
+
+def test_every_cause_of_a_wait_is_named() -> None:
+    assert len(_WAITS) == len(inference_pb2.Waits.DESCRIPTOR.fields)
 
 
 def test_json_has_the_scheduling_on_request(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +199,8 @@ def test_json_has_the_scheduling_on_request(mesh: FakeMesh, capsys: pytest.Captu
     mesh.script[0].scheduling.CopyFrom(SCHEDULING)
     assert generate("--explain", "--json", "hi") == 0
     scheduling = json.loads(capsys.readouterr().out)["scheduling"]
-    assert scheduling == {field.name: value for field, value in SCHEDULING.ListFields()}
+    waits = {"slot_s": 0.2, "kv_s": 0.0, "order_s": 0.05, "worker_s": 0.0, "device_s": 0.041}
+    assert scheduling == {field.name: value for field, value in SCHEDULING.ListFields()} | {"waited_for": waits}
 
 
 @pytest.mark.parametrize("lost", [grpc.StatusCode.UNAVAILABLE, WorkerLost("decode/m died")])

@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import math
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from muxmesh.client import (
     TokenLogprobs,
 )
 from muxmesh.errors import InternalError, InvalidRequest, MeshError, ModelNotFound, RequestAborted, Unavailable
+from muxmesh.types import Waits
 from muxmesh.v1 import inference_pb2, mesh_pb2
 from tests.support.fake_mesh import FakeMesh, fake_mesh, output
 
@@ -197,10 +199,11 @@ async def test_prompt_facts_keep_a_prediction_of_zero_apart_from_no_prediction(
 
 
 async def test_every_field_of_the_scheduling_info_reaches_the_client(mesh: FakeMesh, client: MeshClient) -> None:
-    expected = Scheduling("srtf", "because", 40.0, 90.0, "hint", 0.5, 1.5, 0.25, 7, 3)
+    expected = Scheduling("srtf", "because", 40.0, 90.0, "hint", 0.5, 1.5, 0.25, 7, 3, Waits(1.0, 2.0, 3.0, 4.0, 5.0))
     fields = [field.name for field in inference_pb2.SchedulingInfo.DESCRIPTOR.fields]
     (response,) = output("a")
-    response.scheduling.CopyFrom(inference_pb2.SchedulingInfo(**{name: getattr(expected, name) for name in fields}))
+    values = dataclasses.asdict(expected)
+    response.scheduling.CopyFrom(inference_pb2.SchedulingInfo(**{name: values[name] for name in fields}))
     mesh.script = [response]
     assert (await client.generate("x", model="m", explain_scheduling=True)).prompt.scheduling == expected
 

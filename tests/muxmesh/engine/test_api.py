@@ -21,7 +21,7 @@ def test_the_grant_of_a_device_without_other_workers_is_acquired_without_waiting
 @pytest.mark.parametrize(("max_new_tokens", "num_tokens"), [(None, 9), (4, 4)])
 def test_a_job_ends_with_its_sequence_unless_it_has_a_limit(max_new_tokens: int | None, num_tokens: int) -> None:
     request = EngineRequest("r", "m", (1, 2), Sampling(), Stopping(9), SchedulingState(0, 0.0))
-    jobs = Scheduler(1, 10)
+    jobs = Scheduler(1, 10, 1000)
     jobs.add(EngineJob(1, SequenceRecord(request, 16, b"", (0,)), max_new_tokens))
     num_steps = 0
     while jobs.next_step(0.0):

@@ -22,12 +22,15 @@ from muxmesh.engine.api import (
 )
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import Runner
+from muxmesh.errors import InvalidRequest
 from muxmesh.models.model_spec import read_model_spec
 from muxmesh.types import EngineRequest, FinishReason, Sampling, SchedulingState, Stopping
 from tests.support.engines import running_engine, sim_runner
 from tests.support.tiny import TinyShape, tiny_runner, tiny_view, write_tiny_model
 
 BLOCKS = {1: (0, 1, 2, 3), 2: (4, 5, 6, 7), 3: (8, 9, 10, 11)}
+
+VOCAB_SIZE = 259
 
 
 MoveKv = Callable[[Sequence[int], Sequence[int]], None]
@@ -50,11 +53,11 @@ def native_runner(tmp_path_factory: pytest.TempPathFactory) -> tuple[Runner, KvV
 @pytest.fixture(params=["sim", "native"])
 async def opened(request: pytest.FixtureRequest) -> AsyncIterator[Opened]:
     if request.param == "sim":
-        async with running_engine(sim_runner(), token_budget=32) as engine:
+        async with running_engine(sim_runner(), token_budget=32, vocab_size=VOCAB_SIZE) as engine:
             yield Opened(engine, lambda old, new: None)
     else:
         runner, view = request.getfixturevalue("native_runner")
-        async with running_engine(runner, token_budget=32) as engine:
+        async with running_engine(runner, token_budget=32, vocab_size=VOCAB_SIZE) as engine:
             yield Opened(engine, functools.partial(move_in_host_memory, view))
 
 
@@ -276,3 +279,28 @@ async def test_stopping_ends_every_job(engine: Engine) -> None:
         _, others = await collect(one)
         assert [type(event) for event in others] == [Failed]
     await stopping
+
+
+UNKNOWN: dict[str, dict[str, Any]] = {
+    "resumed": {"resume": (41, VOCAB_SIZE)},
+    "sampled by another engine": {"computed": 20, "sampled": (2**32 - 1,)},
+    "negative": {"resume": (-1,)},
+    "allowed": {"allowed": (41, VOCAB_SIZE)},
+    "stop": {"stopping": Stopping(4, stop_token_ids=frozenset({VOCAB_SIZE}))},
+    "eos": {"stopping": Stopping(4, eos_token_ids=frozenset({29_106}))},
+}
+
+
+@pytest.mark.parametrize("more", UNKNOWN.values(), ids=UNKNOWN.keys())
+async def test_a_token_id_that_the_model_does_not_have_is_refused_before_anything_is_computed(
+    engine: Engine, more: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidRequest, match=f"is unknown; the model has {VOCAB_SIZE} tokens"):
+        engine.submit(job(1, **more))
+    tokens, _ = await collect(engine.submit(job(1)))
+    assert len(tokens) == 12, "the id of the job is free"
+
+
+async def test_the_last_token_id_of_the_model_is_computed(engine: Engine) -> None:
+    tokens, _ = await collect(engine.submit(job(1, resume=(VOCAB_SIZE - 1, 0))))
+    assert len(tokens) == 10

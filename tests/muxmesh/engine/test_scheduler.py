@@ -11,6 +11,7 @@ from muxmesh.engine.api import EngineJob, Failed, Finished, JobDone, Preempted, 
 from muxmesh.engine.scheduler import Scheduler, divide_token_budget
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import PromptScoring, SampledToken, Step, StepOutcome
+from muxmesh.errors import InvalidRequest, SequenceFailed
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.types import (
     Candidate,
@@ -22,6 +23,8 @@ from muxmesh.types import (
     Stopping,
     TokenLogprobs,
 )
+
+VOCAB_SIZE = 100_000
 
 
 def job(
@@ -49,7 +52,7 @@ def job(
 
 
 def scheduler(max_num_seqs: int = 8, token_budget: int = 10) -> Scheduler:
-    return Scheduler(max_num_seqs, token_budget)
+    return Scheduler(max_num_seqs, token_budget, VOCAB_SIZE)
 
 
 def shape(step: Step | None) -> list[tuple[int, int, int, bool]]:
@@ -187,14 +190,52 @@ def test_a_job_in_flight_is_paused_after_its_step() -> None:
     assert jobs.drain_events() == [(1, Tokens(0, (7,))), (1, Preempted())]
 
 
-def test_a_failed_step_fails_its_jobs_only() -> None:
-    jobs = scheduler(max_num_seqs=1)
-    jobs.add(job(1))
-    jobs.add(job(2))
+def test_a_failed_sequence_ends_alone_and_its_chunk_does_not_count_as_computed() -> None:
+    jobs, failing, sound = scheduler(), job(1), job(2)
+    jobs.add(failing)
+    jobs.add(sound)
     jobs.next_step(0.0)
-    jobs.fail("boom")
-    assert jobs.drain_events() == [(1, Failed("boom"))]
+    jobs.apply(StepOutcome({2: SampledToken(7)}, failed={1: Failed("not finite", SequenceFailed)}))
+    assert jobs.drain_events() == [(1, Failed("not finite", SequenceFailed)), (2, Tokens(0, (7,)))]
+    assert (failing.sequence.num_computed_tokens, sound.sequence.num_computed_tokens) == (0, 4)
     assert [chunk[0] for chunk in shape(jobs.next_step(0.0))] == [2]
+
+
+def test_a_failed_sequence_that_was_cancelled_meanwhile_has_no_event() -> None:
+    jobs = scheduler()
+    jobs.add(job(1))
+    jobs.next_step(0.0)
+    assert jobs.cancel(1)
+    jobs.apply(StepOutcome({}, failed={1: Failed("not finite")}))
+    assert jobs.drain_events() == []
+
+
+@pytest.mark.parametrize("token_id", [-1, VOCAB_SIZE])
+def test_a_sampled_token_that_the_model_does_not_have_fails_its_sequence(token_id: int) -> None:
+    jobs, failing = scheduler(), job(1)
+    jobs.add(failing)
+    jobs.next_step(0.0)
+    jobs.apply(StepOutcome({1: SampledToken(token_id)}))
+    reason = f"the runner sampled token id {token_id}; the model has {VOCAB_SIZE} tokens"
+    assert jobs.drain_events() == [(1, Failed(reason, SequenceFailed))]
+    assert failing.sequence.num_output_tokens == 0
+
+
+def test_a_job_with_a_token_that_the_model_does_not_have_is_refused_and_not_added() -> None:
+    jobs = scheduler()
+    with pytest.raises(InvalidRequest, match=f"token id {VOCAB_SIZE} is unknown; the model has {VOCAB_SIZE} tokens"):
+        jobs.add(job(1, resume=(5, VOCAB_SIZE)))
+    assert not jobs.has_work()
+
+
+def test_a_sequence_knows_how_long_steps_have_computed_it() -> None:
+    jobs, long = scheduler(token_budget=3), job(1, prompt=6)
+    jobs.add(long)
+    jobs.next_step(0.0)
+    jobs.apply(StepOutcome({}), step_s=0.5)
+    jobs.next_step(0.0)
+    jobs.apply(StepOutcome({1: SampledToken(7)}), step_s=0.25)
+    assert long.sequence.computing_s == 0.75
 
 
 def test_a_job_with_a_known_id_is_refused() -> None:
@@ -311,7 +352,7 @@ def test_an_ending_engine_fails_every_job() -> None:
     for job_id in (1, 2):
         jobs.add(job(job_id))
     jobs.next_step(0.0)
-    jobs.fail_all("stopped")
+    jobs.fail_all(Failed("stopped"))
     assert jobs.drain_events() == [(1, Failed("stopped")), (2, Failed("stopped"))]
     assert jobs.next_step(0.0) is None
 

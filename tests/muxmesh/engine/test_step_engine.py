@@ -13,7 +13,7 @@ from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import Runner, Step, StepOutcome
 from muxmesh.engine.step_engine import StepEngine
-from muxmesh.errors import ModelUnsupported
+from muxmesh.errors import ModelUnsupported, SequenceFailed, WorkerLost
 from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping
 from tests.support.engines import FailingRunner, GatedRunner, running_engine, sim_runner
 
@@ -61,7 +61,7 @@ class CountingGrant:
 
 
 async def started(runner: Runner, grant: Grant | None = None, **options: Any) -> StepEngine:
-    engine = StepEngine(Scheduler(8, 32), runner, grant or FreeGrant(), SystemClock(), **options)
+    engine = StepEngine(Scheduler(8, 32, 1000), runner, grant or FreeGrant(), SystemClock(), **options)
     await engine.start()
     return engine
 
@@ -213,7 +213,7 @@ async def test_each_step_is_observed_with_its_duration() -> None:
 
     observed: list[tuple[int, float]] = []
     engine = StepEngine(
-        Scheduler(8, 32), SlowRunner(), FreeGrant(), clock,
+        Scheduler(8, 32, 1000), SlowRunner(), FreeGrant(), clock,
         lambda step, outcome, seconds: observed.append((step.num_tokens, seconds)),
     )  # fmt: skip
     await engine.start()
@@ -228,6 +228,38 @@ async def test_a_failed_step_fails_its_jobs_and_the_engine_goes_on(caplog: pytes
         assert isinstance((await rest(engine.submit(job(2))))[-1], Finished)
         assert isinstance((await rest(engine.submit(job(3))))[-1], Finished)
     assert "a step with 1 jobs failed" in caplog.text and "nan in layer 3" in caplog.text
+
+
+async def test_of_a_step_that_fails_only_the_sequences_fail_that_fail_alone(caplog: pytest.LogCaptureFixture) -> None:
+    runner = GatedRunner(FailingRunner({2, 4}))
+    async with running_engine(runner) as engine:
+        events = [engine.submit(job(job_id)) for job_id in range(1, 6)]
+        runner.open()
+        found = await asyncio.gather(*map(rest, events))
+    async with running_engine() as engine:
+        alone = [await rest(engine.submit(job(job_id))) for job_id in (1, 3, 5)]
+    assert [found[0], found[2], found[4]] == alone, "every token once, as without the others"
+    assert found[1] == found[3] == [Failed("ArithmeticError: nan in layer 3")]
+    assert [len(step.chunks) for step in runner.steps[:6]] == [5, 1, 1, 1, 1, 1]
+
+
+async def test_a_sequence_that_its_runner_cannot_compute_fails_and_no_step_is_repeated() -> None:
+    class Runner(FailingRunner):
+        num_steps = 0
+
+        def run(self, step: Step) -> StepOutcome:
+            self.num_steps += 1
+            outcome, failed = sim_runner().run(step), Failed("logits are not finite", SequenceFailed)
+            return StepOutcome(
+                {job_id: token for job_id, token in outcome.sampled.items() if job_id != 2},
+                failed={chunk.job_id: failed for chunk in step.chunks if chunk.job_id == 2},
+            )
+
+    runner = Runner()
+    async with running_engine(runner) as engine:
+        first, second = await asyncio.gather(*(rest(engine.submit(job(job_id))) for job_id in (1, 2)))
+    assert second == [Failed("logits are not finite", SequenceFailed)]
+    assert isinstance(first[-1], Finished) and runner.num_steps == 5
 
 
 async def test_a_cancel_during_a_step_that_fails_returns(caplog: pytest.LogCaptureFixture) -> None:
@@ -286,15 +318,15 @@ async def test_stopping_waits_for_the_step_in_flight_and_fails_every_job() -> No
     await runner.begun(1)
     asyncio.get_running_loop().call_soon(runner.open)  # after the loop of the engine is cancelled
     await engine.stop()
-    assert [await rest(one) for one in events] == [[Failed("the engine was stopped")]] * 2
+    assert [await rest(one) for one in events] == [[Failed("the engine was stopped", WorkerLost)]] * 2
     assert len(runner.steps) == 1
 
 
 async def test_an_engine_that_was_never_started_can_be_stopped() -> None:
-    engine = StepEngine(Scheduler(8, 32), sim_runner(), FreeGrant(), SystemClock())
+    engine = StepEngine(Scheduler(8, 32, 1000), sim_runner(), FreeGrant(), SystemClock())
     events = engine.submit(job())
     await engine.stop()
-    assert await rest(events) == [Failed("the engine was stopped")]
+    assert await rest(events) == [Failed("the engine was stopped", WorkerLost)]
 
 
 async def test_a_model_that_cannot_be_loaded_fails_the_start() -> None:
@@ -302,7 +334,7 @@ async def test_a_model_that_cannot_be_loaded_fails_the_start() -> None:
         def load(self) -> None:
             raise ModelUnsupported("no such architecture")
 
-    engine = StepEngine(Scheduler(8, 32), BadRunner(), FreeGrant(), SystemClock())
+    engine = StepEngine(Scheduler(8, 32, 1000), BadRunner(), FreeGrant(), SystemClock())
     with pytest.raises(ModelUnsupported, match="no such architecture"):
         await engine.start()
     await engine.stop()

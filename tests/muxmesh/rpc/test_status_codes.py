@@ -57,7 +57,7 @@ def test_every_error_that_a_service_may_raise_has_a_code() -> None:
     [
         (grpc.StatusCode.UNAVAILABLE, {errors.Unavailable, errors.WorkerLost}),
         (grpc.StatusCode.CANCELLED, {errors.RequestAborted, errors.RequestPreempted}),
-        (grpc.StatusCode.INTERNAL, {errors.InternalError, errors.EngineFailed}),
+        (grpc.StatusCode.INTERNAL, {errors.InternalError, errors.EngineFailed, errors.SequenceFailed}),
     ],
 )
 def test_errors_that_share_a_code_are_distinguished_by_name(

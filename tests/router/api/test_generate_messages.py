@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from muxmesh.errors import InvalidRequest
 from muxmesh.models.token_texts import TokenText
-from muxmesh.types import Candidate, Sampling, TokenLogprobs
+from muxmesh.types import Candidate, Sampling, TokenLogprobs, Waits
 from muxmesh.v1 import inference_pb2
 from router.api.generate_messages import message_from_delta, request_from_message
 from router.generation import (
@@ -235,7 +235,9 @@ DELTA = OutputDelta(
     index=2,
     new=SequenceDelta((3, 4), "ab", (POSITION, POSITION), OutputFinish(FinishKind.STOP_TOKEN, 9, token_id=4)),
     prompt=PromptReport((40, 41, 42), 2, 2**53 - 1, 12, (POSITION, POSITION)),
-    scheduling=SchedulingReport("srtf", "because", 10.5, 20.5, "hint", 0.25, 0.5, 0.75, 6, 5),
+    scheduling=SchedulingReport(
+        "srtf", "because", 10.5, 20.5, "hint", 0.25, 0.5, 0.75, 6, 5, Waits(1.5, 2.5, 3.5, 4.5, 5.5)
+    ),
     timings=TimingsReport(0.125, 0.25, 0.5, 3, 0.0625),
 )
 TEXTS = {3: TokenText(" é", " é".encode()), 4: TokenText("\ufffd", b"\xc3"), 40: TokenText("p", b"p")}
@@ -284,6 +286,7 @@ def test_every_part_of_a_delta_is_in_its_message() -> None:
             "waited_s": 0.75,
             "decision": 6,
             "num_overtaken": 5,
+            "waited_for": {"slot_s": 1.5, "kv_s": 2.5, "order_s": 3.5, "worker_s": 4.5, "device_s": 5.5},
         },
         timings={"queue_s": 0.125, "ttft_s": 0.25, "e2e_s": 0.5, "num_restarts": 3, "router_s": 0.0625},
     )

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from muxmesh.device.kv_view import KvView
+from muxmesh.engine.api import Failed
 from muxmesh.engine.native.logits_runner import LogitsRunner
 from muxmesh.engine.native.step_layout import StepLayout
-from muxmesh.engine.step import Chunk, PromptScoring, SampleSpec, Step
+from muxmesh.engine.step import Chunk, PromptScoring, SampleSpec, Step, StepOutcome
 from muxmesh.engine.token_sampler import token_logprobs
+from muxmesh.errors import SequenceFailed
 from muxmesh.models.model_spec import SIM_SPEC
 from muxmesh.types import Sampling
 from tests.support.tiny import tiny_view
@@ -123,3 +125,61 @@ def test_the_last_chunk_of_a_scored_prompt_is_scored_and_sampled(runner: LogitsR
 def test_a_step_reports_the_kv_bytes_of_all_its_tokens(runner: LogitsRunner, view: KvView) -> None:
     outcome = runner.run(Step((Chunk(4, 0, (1, 2, 3), (1,)), Chunk(5, 0, (3,), (0,), GREEDY))))
     assert outcome.kv_bytes_written == 4 * view.shape.kv_bytes_per_token
+
+
+class ChosenForward:
+    """A forward pass that returns these rows for the first step."""
+
+    def __init__(self, *rows: list[float]) -> None:
+        self._rows = np.array(rows, dtype=np.float32)
+
+    def logits(self, layout: StepLayout) -> np.ndarray:
+        return self._rows[: len(layout.logit_rows)]
+
+
+SOUND = [0.0, 3.0, 1.0]
+NOT_FINITE = {
+    "NaN": [0.0, np.nan, 1.0],
+    "inf": [0.0, 5.0, np.inf],
+    "NaN beside -inf": [-np.inf, -np.inf, np.nan],
+    "only -inf": [-np.inf] * 3,
+}
+
+
+def outcome_of(view: KvView, step: Step, *rows: list[float]) -> StepOutcome:
+    runner = LogitsRunner(view, lambda opened: ChosenForward(*rows))
+    runner.load()
+    return runner.run(step)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling(seed=3, top_k=2, logprobs=1)])
+@pytest.mark.parametrize("row", NOT_FINITE.values(), ids=NOT_FINITE.keys())
+def test_logits_that_are_not_finite_fail_their_sequence_only(
+    view: KvView, row: list[float], sampling: Sampling
+) -> None:
+    spec = SampleSpec(sampling, 0)
+    step = Step((Chunk(4, 0, (1, 2), (0,), spec), Chunk(5, 7, (2, 3), (1,), spec), Chunk(6, 0, (1,), (2,), spec)))
+    outcome = outcome_of(view, step, SOUND, row, SOUND)
+    assert outcome.sampled.keys() == {4, 6}
+    assert outcome.failed.keys() == {5} and outcome.failed[5].kind is SequenceFailed
+    assert "logits that are not finite after the token at position 8;" in outcome.failed[5].reason
+
+
+def test_a_token_with_the_logit_minus_infinity_is_never_sampled_and_fails_nothing(view: KvView) -> None:
+    outcome = outcome_of(view, Step((Chunk(4, 0, (1,), (0,), SampleSpec(Sampling(seed=1), 0)),)), [-np.inf, -np.inf, 1])
+    assert (outcome.sampled[4].token_id, outcome.failed) == (2, {})
+
+
+def test_a_prompt_is_not_scored_by_logits_that_are_not_finite(view: KvView) -> None:
+    scored = Chunk(5, 4, (1, 2, 3), (0,), None, PromptScoring((2, 0, 1), 1))
+    outcome = outcome_of(view, Step((scored,)), SOUND, NOT_FINITE["NaN"], SOUND)
+    assert outcome.prompt_logprobs == {} and "at position 5;" in outcome.failed[5].reason
+
+
+def test_a_request_that_leaves_no_token_fails_by_name(view: KvView) -> None:
+    spec = SampleSpec(Sampling(allowed_token_ids=(1,)), 3, banned=frozenset({1}))
+    outcome = outcome_of(view, Step((Chunk(4, 0, (1,), (0,), spec), Chunk(5, 0, (1,), (1,), GREEDY))), SOUND, SOUND)
+    assert outcome.failed == {
+        4: Failed("no token may be sampled at output index 3: every logit is -inf", SequenceFailed)
+    }
+    assert outcome.sampled[5].token_id == 1
