@@ -355,6 +355,8 @@ class Unit:
     def _remove_drained_models(self) -> None:
         for name in [name for name in self._removing if not self.leases.count_states(name)]:
             self._removing.discard(name)
+            for worker in self.workers.values():
+                worker.is_retired |= worker.model == name
             self.blocks.remove_model(name)
             self.quotas.remove_model(name)
             del self.models[name]

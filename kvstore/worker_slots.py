@@ -12,7 +12,11 @@ from muxmesh.types import Role
 
 @dataclass(slots=True)
 class WorkerRecord:
-    """An attached worker. ``name`` includes its incarnation, so a restarted worker has another name."""
+    """An attached worker. ``name`` includes its incarnation, so a restarted worker has another name.
+
+    ``ready``: the worker says that it accepts requests. ``is_retired``: its model has been removed, so it serves none,
+    even if a model of that name is added later.
+    """
 
     name: str
     role: Role
@@ -20,6 +24,7 @@ class WorkerRecord:
     address: str
     pid: int
     ready: bool = False
+    is_retired: bool = False
 
 
 class SlotLimits(Protocol):
@@ -36,7 +41,8 @@ class SlotLimits(Protocol):
 
 def ready_workers(workers: Iterable[WorkerRecord], role: Role, model: str) -> list[WorkerRecord]:
     """The ready workers of a role and model, the youngest first if ``workers`` are in the order of attachment."""
-    return [worker for worker in workers if worker.role is role and worker.model == model and worker.ready][::-1]
+    serving = [worker for worker in workers if worker.ready and not worker.is_retired]
+    return [worker for worker in serving if worker.role is role and worker.model == model][::-1]
 
 
 class WorkerSlots:

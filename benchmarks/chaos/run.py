@@ -71,7 +71,7 @@ class ChaosRun:
         """
         rng = random.Random(f"{self._seed} end")
         pids = self._processes.by_pid()
-        for pid in rng.sample(sorted(pids), rng.randint(0, 3)):
+        for pid in rng.sample(sorted(pids, key=lambda pid: pids[pid]), rng.randint(0, 3)):
             os.kill(pid, signal.SIGKILL)
         await asyncio.sleep(rng.uniform(0.0, 1.5))
         pids |= self._processes.by_pid()

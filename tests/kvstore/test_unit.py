@@ -527,9 +527,22 @@ def test_a_model_that_comes_back_finds_no_kv_of_the_earlier_one() -> None:
     assert unit.blocks.num_cached("a") == 3
     unit.remove_model("a")
     unit.add_model("a", UnitModel(SHAPES["a"], 3, 512))
+    attach_ready(unit, "a")
     unit.offer("router", queued(2, num_tokens=40, hashes=hashes, max_cached_tokens=29))
     (again,) = schedule(unit, 1.0).credits
     assert again.lease.num_computed_tokens == 0
+
+
+def test_a_model_that_comes_back_is_served_by_its_own_workers_only() -> None:
+    unit = make_unit()
+    attach_ready(unit, "a")
+    unit.remove_model("a")
+    unit.add_model("a", UnitModel(SHAPES["a"], 3, 512))
+    unit.offer("router", queued(1))
+    assert not schedule(unit).credits, "only workers of the earlier model are attached"
+    prefill, decode = attach_ready(unit, "a")
+    (issued,) = schedule(unit, 1.0).credits
+    assert (issued.prefill.name, issued.decode.name) == (prefill, decode)
 
 
 def test_a_model_cannot_be_added_twice() -> None:
