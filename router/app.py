@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -27,12 +28,15 @@ from router.attempt import WorkerChannels, run_attempt
 from router.length_forecast import LengthForecaster
 from router.pipeline import GenerationPipeline
 from router.predictor_snapshots import PredictorSnapshots
+from router.prompt_tokenizer import PromptTokenizer
 from router.public_limits import public_limits
 from router.sequence_driver import SequenceDriver
 from router.served_models import load_models
 from router.units import PlacedModel, UnitLink, Units
 
 _STOP_GRACE_S = 2.0
+_LONG_NICENESS = 10
+"""Of the threads that tokenize long prompts, so that they take no core from the workers' compute."""
 
 
 async def serve(runtime: MeshRuntime, stop: Stop) -> None:
@@ -54,8 +58,10 @@ async def serve(runtime: MeshRuntime, stop: Stop) -> None:
         forecaster = LengthForecaster(checked, config.router.predictor_budget_s, clock)
         stack.callback(forecaster.close)
         await stack.enter_async_context(snapshots.saved(forecaster, predictor, checked))
-        tokenizing = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="tokenize"))
-        pipeline = GenerationPipeline(models, units, driver, forecaster, policy, config.router, clock, rng, tokenizing)
+        short = stack.enter_context(ThreadPoolExecutor(2, "tokenize"))
+        long = stack.enter_context(ThreadPoolExecutor(2, "tokenize-long", functools.partial(os.nice, _LONG_NICENESS)))
+        tokenizer = PromptTokenizer(short, long, config.router.max_waiting_prompt_bytes)
+        pipeline = GenerationPipeline(models, units, driver, forecaster, policy, config.router, clock, rng, tokenizer)
         server = _server(
             InferenceService(pipeline, clock, rng),
             MeshService(models, units, pipeline, forecaster, registry, policy),

@@ -188,12 +188,14 @@ class OutputDelta:
 class ModelCounters:
     """Counters of one model since the router started.
 
-    ``num_running`` counts sequences from their arrival to their end. ``num_held_back`` counts those among them that
-    wait until the first sequence of their request has computed the prompt. ``num_finished`` and ``num_aborted`` count
+    ``num_running`` counts sequences from their arrival to their end. ``num_preparing`` counts those among
+    them whose prompt is tokenized, ``num_held_back`` those that wait until the first sequence of their request has
+    computed the prompt. ``num_finished`` and ``num_aborted`` count
     requests.
     """
 
     num_running: int = 0
+    num_preparing: int = 0
     num_held_back: int = 0
     num_finished: int = 0
     num_aborted: int = 0

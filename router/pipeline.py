@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Sequence
-from concurrent.futures import Executor
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 
 from muxmesh.clock import Clock
@@ -74,9 +73,9 @@ class GenerationPipeline:
         config: RouterConfig,
         clock: Clock,
         rng: random.Random,
-        tokenizing: Executor,
+        tokenizer: PromptTokenizer,
     ) -> None:
-        """``rng`` samples seeds; ``tokenizing`` runs tokenizers off the event loop."""
+        """``rng`` samples seeds."""
         self.counters: defaultdict[str, ModelCounters] = defaultdict(ModelCounters)
         self._models = models
         self._units = units
@@ -86,7 +85,7 @@ class GenerationPipeline:
         self._config = config
         self._clock = clock
         self._rng = rng
-        self._tokenizer = PromptTokenizer(tokenizing)
+        self._tokenizer = tokenizer
 
     def validate(self, request: GenerationRequest) -> None:
         """Raises InvalidRequest or ModelNotFound for a request that can never be served."""
@@ -101,10 +100,11 @@ class GenerationPipeline:
         model = self._models.find(request.model)
         self._refuse_overload(request.num_sequences)
         arrived_at_unix_s = self._clock.unix_s()
-        token_ids = await self._tokenizer.encode(request.prompt, model)
-        engine_request = resolve(request, model, token_ids, self._rng.getrandbits(_SEED_BITS), arrived_at_unix_s)
-        forecast = await self._predict_length(request, model, engine_request)
-        self._refuse_overload(request.num_sequences)  # others may have arrived since the first check
+        max_tokens = None if request.truncate_prompt_tokens is not None else model.limits.max_model_len - 1
+        with self._preparing(model.name, request.num_sequences):
+            token_ids = await self._tokenizer.encode(request.prompt, model, max_tokens=max_tokens)
+            engine_request = resolve(request, model, token_ids, self._rng.getrandbits(_SEED_BITS), arrived_at_unix_s)
+            forecast = await self._predict_length(request, model, engine_request)
         engine_request = self._with_expected_work(model, engine_request, forecast)
         return self._serve(_Generation(request, model, engine_request, forecast, arrived_at_s))
 
@@ -130,8 +130,21 @@ class GenerationPipeline:
         return self._models.find(model_name).text.token_texts
 
     def num_waiting(self, model: str) -> int:
-        """Sequences of ``model`` that wait for a credit or for the first sequence of their request."""
-        return self._units.num_queued(model) + self.counters[model].num_held_back
+        """Sequences of ``model`` that wait for their prompt's tokens, a credit, or the first one of their request."""
+        counters = self.counters[model]
+        return self._units.num_queued(model) + counters.num_held_back + counters.num_preparing
+
+    @contextmanager
+    def _preparing(self, model: str, num_sequences: int) -> Iterator[None]:
+        """Counts sequences whose prompt is tokenized as waiting ones."""
+        counters = self.counters[model]
+        counters.num_running += num_sequences
+        counters.num_preparing += num_sequences
+        try:
+            yield
+        finally:
+            counters.num_preparing -= num_sequences
+            counters.num_running -= num_sequences
 
     async def _serve(self, generation: _Generation) -> AsyncGenerator[OutputDelta, None]:
         """The deltas of all sequences: the first one with the reports, the last one with the timings."""

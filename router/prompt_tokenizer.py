@@ -1,44 +1,108 @@
-"""Runs tokenizers in threads: a long prompt takes milliseconds, and tokenizers release the GIL."""
+"""Runs tokenizers in threads: a long prompt takes milliseconds, and tokenizers release the GIL.
+
+Long prompts have threads of their own, in which one is tokenized at a time, so short ones never wait for them. A prompt
+that waits and is cancelled is never tokenized; one that is certainly too long for the context is refused before it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
+from typing import TypeVar
 
+from muxmesh.errors import InvalidRequest, Overloaded
 from muxmesh.models.token_texts import TokenText
-from router.generation import Prompt, TextPrompt, TokensPrompt
+from router.generation import ChatPrompt, Prompt, TextPrompt, TokensPrompt
 from router.served_models import ServedModel
+
+_LONG_CHARS = 16_384
+_LONG_TOKENS = 16_384
+
+R = TypeVar("R")
 
 
 class PromptTokenizer:
     """Converts prompts to token ids and token ids to text, off the event loop."""
 
-    def __init__(self, threads: Executor) -> None:
-        self._threads = threads
+    def __init__(self, short: Executor, long: Executor, max_waiting_bytes: int) -> None:
+        """``max_waiting_bytes``: text of the long prompts that wait or are tokenized."""
+        self._short = short
+        self._long = long
+        self._max_waiting_bytes = max_waiting_bytes
+        self._waiting_bytes = 0
+        self._one_at_a_time = asyncio.Lock()
 
-    async def encode(self, prompt: Prompt, model: ServedModel, add_special_tokens: bool | None = None) -> list[int]:
-        """Token ids of a prompt. Raises InvalidRequest for a conversation that the model's template rejects.
+    async def encode(
+        self,
+        prompt: Prompt,
+        model: ServedModel,
+        add_special_tokens: bool | None = None,
+        max_tokens: int | None = None,
+    ) -> list[int]:
+        """Token ids of a prompt.
 
         ``add_special_tokens``: the tokenizer's own, such as a first token. None: for text only, since a template writes
-        them itself.
+        them itself. A long prompt that certainly has more than ``max_tokens`` is refused without being tokenized.
+
+        Raises InvalidRequest for a prompt that is too long, or a conversation that the model's template rejects;
+        Overloaded if too much text waits.
         """
         if isinstance(prompt, TokensPrompt):
             return list(prompt.token_ids)
-        loop = asyncio.get_running_loop()
-        if isinstance(prompt, TextPrompt):
-            adds = True if add_special_tokens is None else add_special_tokens
-            return await loop.run_in_executor(self._threads, model.text.encode, prompt.text, adds)
-        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
-        text = await asyncio.wrap_future(model.text.submit_chat(messages))
-        return await loop.run_in_executor(self._threads, model.text.encode, text, bool(add_special_tokens))
+        adds = isinstance(prompt, TextPrompt) if add_special_tokens is None else add_special_tokens
+        with self._waiting(_num_bytes(prompt)):
+            text = await _text(prompt, model)
+            if len(text) <= _LONG_CHARS:
+                return await _run(self._short, lambda: model.text.encode(text, adds))
+            limit = math.inf if max_tokens is None else max_tokens
+            if await _run(self._long, lambda: model.text.certainly_exceeds(text, limit)):
+                field = "text" if isinstance(prompt, TextPrompt) else "chat.messages"
+                raise InvalidRequest(field, f"is more than {max_tokens} tokens, the most that the context holds")
+            async with self._one_at_a_time:
+                return await _run(self._long, lambda: model.text.encode(text, adds))
 
     async def texts(self, token_ids: Sequence[int], model: ServedModel) -> list[TokenText]:
         """The text of each token."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: [model.text.token_texts[one] for one in token_ids])
+        threads = self._long if len(token_ids) > _LONG_TOKENS else self._short
+        return await _run(threads, lambda: [model.text.token_texts[one] for one in token_ids])
 
     async def decode(self, token_ids: Sequence[int], model: ServedModel, skip_special_tokens: bool) -> str:
         """Text of token ids that the model knows."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, model.text.decode, token_ids, skip_special_tokens)
+        threads = self._long if len(token_ids) > _LONG_TOKENS else self._short
+        return await _run(threads, lambda: model.text.decode(token_ids, skip_special_tokens))
+
+    @contextmanager
+    def _waiting(self, num_bytes: int) -> Iterator[None]:
+        """Counts the text of a long prompt. Raises Overloaded."""
+        if num_bytes <= _LONG_CHARS:
+            num_bytes = 0
+        elif self._waiting_bytes and self._waiting_bytes + num_bytes > self._max_waiting_bytes:
+            raise Overloaded(
+                f"{self._waiting_bytes} bytes of long prompts wait to be tokenized and {num_bytes} would be "
+                f"added; at most {self._max_waiting_bytes} may wait"
+            )
+        self._waiting_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self._waiting_bytes -= num_bytes
+
+
+def _num_bytes(prompt: TextPrompt | ChatPrompt) -> int:
+    if isinstance(prompt, TextPrompt):
+        return len(prompt.text.encode())
+    return sum(len(message.content.encode()) for message in prompt.messages)
+
+
+async def _text(prompt: TextPrompt | ChatPrompt, model: ServedModel) -> str:
+    if isinstance(prompt, TextPrompt):
+        return prompt.text
+    turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
+    return await asyncio.wrap_future(model.text.submit_chat(turns))
+
+
+async def _run(threads: Executor, function: Callable[[], R]) -> R:
+    return await asyncio.get_running_loop().run_in_executor(threads, function)

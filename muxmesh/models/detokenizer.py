@@ -71,11 +71,11 @@ class TokenPieces(dict[int, "str | bytes | None"]):
 
     def as_token(self, characters: str) -> str:
         """The token that the decoder reads as ``characters``."""
-        return "".join(_CHARACTER_OF[byte] for byte in characters.encode()) if self._byte_level else characters
+        return "".join(BYTE_CHARACTERS[byte] for byte in characters.encode()) if self._byte_level else characters
 
     def _piece_of(self, token: str) -> str | bytes:
         if self._byte_level:
-            return _characters_or_bytes(_bytes_of(token))
+            return _characters_or_bytes(bytes_of_token(token))
         match = _BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
         return bytes([int(match[1], 16)]) if match else token
 
@@ -200,11 +200,11 @@ def _byte_characters() -> list[str]:
     return [chr(byte if byte in shown else 0x100 + hidden.index(byte)) for byte in range(0x100)]
 
 
-_CHARACTER_OF = _byte_characters()
-_BYTE_OF = {character: byte for byte, character in enumerate(_CHARACTER_OF)}
+BYTE_CHARACTERS = _byte_characters()
+_BYTE_OF = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 
 
-def _bytes_of(token: str) -> bytes:
+def bytes_of_token(token: str) -> bytes:
     """Bytes of a byte-level token. An added token with other characters stands for itself."""
     try:
         return bytes([_BYTE_OF[character] for character in token])

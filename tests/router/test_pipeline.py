@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Iterable
 from contextlib import aclosing
 from dataclasses import replace
@@ -192,7 +193,7 @@ async def test_timings_come_with_the_last_delta() -> None:
     async with pipeline_parts(script, clock=clock) as parts:
         parts.admission.open.clear()
         running = asyncio.create_task(run(parts, REQUEST, arrived_at_s=99.0))
-        await until(lambda: parts.pipeline.num_waiting("m") == 1)
+        await until(lambda: parts.admission.num_queued("m") == 1)
         clock.advance(7.0)
         parts.admission.open.set()
         deltas = await running
@@ -469,3 +470,39 @@ async def test_a_hint_and_the_tenant_reach_the_predictor_s_checks() -> None:
             )
             await parts.forecaster.call(lambda: None)
     assert deltas[0].scheduling is not None and deltas[0].scheduling.source == "hint"
+
+
+class BlockedText(TextModel):
+    """The byte tokenizer, which tokenizes only while ``may_encode`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(byte_tokenizer())
+        self.may_encode = threading.Event()
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        assert self.may_encode.wait(20)
+        return super().encode(text, add_special_tokens)
+
+
+async def test_a_sequence_whose_prompt_is_tokenized_counts_as_waiting() -> None:
+    text, config = BlockedText(), RouterConfig(max_waiting_requests=2, predictor_budget_s=60)
+    async with pipeline_parts(writes("hello"), served_model(text=text), config=config) as parts:
+        running = asyncio.create_task(run(parts, replace(REQUEST, num_sequences=2)))
+        await until(lambda: parts.pipeline.num_waiting("m") == 2)
+        assert parts.pipeline.counters["m"].num_running == 2
+        with pytest.raises(Overloaded, match="2 sequences are waiting and 1 would be added; at most 2 may wait"):
+            await run(parts, REQUEST)
+        text.may_encode.set()
+        await running
+        assert parts.pipeline.num_waiting("m") == parts.pipeline.counters["m"].num_running == 0
+
+
+async def test_a_request_that_is_cancelled_while_its_prompt_waits_waits_no_longer() -> None:
+    text = BlockedText()
+    async with pipeline_parts(writes("hello"), served_model(text=text)) as parts:
+        running = asyncio.create_task(run(parts, REQUEST))
+        await until(lambda: parts.pipeline.num_waiting("m") == 1)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert parts.pipeline.num_waiting("m") == parts.pipeline.counters["m"].num_running == 0
+        text.may_encode.set()

@@ -1,24 +1,29 @@
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from muxmesh.errors import InvalidRequest
+from muxmesh.errors import InvalidRequest, Overloaded
+from muxmesh.models.chat_template import ChatTemplate
 from muxmesh.models.tokenizer import TextModel, byte_tokenizer
 from router.generation import ChatMessage, ChatPrompt, TextPrompt, TokensPrompt
 from router.prompt_tokenizer import PromptTokenizer
 from tests.support.pipeline_parts import served_model, tokens_of
 
 CHAT = ChatPrompt((ChatMessage("user", "hi"),))
+MAX_WAITING_BYTES = 100_000
+LONG = "1" * 50_000
 
 
 @pytest.fixture
 def tokenizer() -> Iterator[PromptTokenizer]:
-    with ThreadPoolExecutor(1) as threads:
-        yield PromptTokenizer(threads)
+    with ThreadPoolExecutor(1) as short, ThreadPoolExecutor(2) as long:
+        yield PromptTokenizer(short, long, MAX_WAITING_BYTES)
 
 
 async def test_token_ids_are_taken_as_they_are(tokenizer: PromptTokenizer) -> None:
@@ -42,16 +47,91 @@ async def test_special_tokens_are_added_to_a_text_and_to_a_conversation_on_reque
 ) -> None:
     with_start = byte_tokenizer()
     with_start.post_processor = TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 1)])
-    model = served_model(text=TextModel(with_start, "{{ messages[0].content }}", {}))
+    model = served_model(text=TextModel(with_start, ChatTemplate("{{ messages[0].content }}", {})))
     assert tuple(await tokenizer.encode(prompt, model, adds)) == expected
 
 
 async def test_a_conversation_without_a_template_is_refused(tokenizer: PromptTokenizer) -> None:
     with pytest.raises(InvalidRequest, match=r"^chat: "):
-        await tokenizer.encode(CHAT, served_model(text=TextModel(byte_tokenizer(), None, {})))
+        await tokenizer.encode(CHAT, served_model(text=TextModel(byte_tokenizer())))
 
 
 async def test_special_tokens_are_in_the_text_unless_they_are_skipped(tokenizer: PromptTokenizer) -> None:
     token_ids = [1, *tokens_of("hé")]
     assert await tokenizer.decode(token_ids, served_model(), False) == "<|start|>hé"
     assert await tokenizer.decode(token_ids, served_model(), True) == "hé"
+
+
+class BlockedText(TextModel):
+    """The byte tokenizer, which tokenizes a long text only while ``may_encode`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(byte_tokenizer(), ChatTemplate("{{ messages[0].content }}", {}))
+        self.may_encode = threading.Event()
+        self.encodes = threading.Event()
+        self.num_encoded = 0
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) > 16_384:
+            self.num_encoded += 1
+            self.encodes.set()
+            assert self.may_encode.wait(20)
+        return super().encode(text, add_special_tokens)
+
+
+async def test_a_short_prompt_does_not_wait_for_long_ones(tokenizer: PromptTokenizer) -> None:
+    text = BlockedText()
+    model = served_model(text=text)
+    long = [asyncio.create_task(tokenizer.encode(TextPrompt(LONG), model)) for _ in range(2)]
+    assert await asyncio.to_thread(text.encodes.wait, 20)
+    assert await tokenizer.encode(TextPrompt("hi"), model) == list(tokens_of("hi"))
+    assert await tokenizer.decode(tokens_of("hi"), model, True) == "hi"
+    assert text.num_encoded == 1
+    text.may_encode.set()
+    assert [len(tokens) for tokens in await asyncio.gather(*long)] == [50_000, 50_000]
+
+
+async def test_a_long_prompt_that_is_cancelled_while_it_waits_is_not_tokenized(tokenizer: PromptTokenizer) -> None:
+    text = BlockedText()
+    model = served_model(text=text)
+    first = asyncio.create_task(tokenizer.encode(TextPrompt(LONG), model))
+    assert await asyncio.to_thread(text.encodes.wait, 20)
+    second = asyncio.create_task(tokenizer.encode(TextPrompt(LONG), model))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await second
+    text.may_encode.set()
+    await first
+    await tokenizer.encode(TextPrompt(LONG), model)
+    assert text.num_encoded == 2
+
+
+async def test_text_above_the_limit_does_not_wait(tokenizer: PromptTokenizer) -> None:
+    text = BlockedText()
+    model = served_model(text=text)
+    tasks = [asyncio.create_task(tokenizer.encode(TextPrompt(LONG), model)) for _ in range(2)]
+    assert await asyncio.to_thread(text.encodes.wait, 20)
+    with pytest.raises(Overloaded, match=r"100000 bytes of long prompts wait .* 50000 would be added; at most 100000"):
+        await tokenizer.encode(TextPrompt(LONG), model)
+    text.may_encode.set()
+    await asyncio.gather(*tasks)
+    assert len(await tokenizer.encode(TextPrompt(LONG), model)) == 50_000
+
+
+async def test_one_prompt_may_be_longer_than_all_that_may_wait(tokenizer: PromptTokenizer) -> None:
+    assert len(await tokenizer.encode(TextPrompt("x" * 150_000), served_model())) == 150_000
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"),
+    [(TextPrompt(LONG), "text"), (ChatPrompt((ChatMessage("user", LONG),)), "chat.messages")],
+    ids=["text", "chat"],
+)
+async def test_a_prompt_that_is_certainly_too_long_is_refused_untokenized(
+    tokenizer: PromptTokenizer, prompt: TextPrompt | ChatPrompt, field: str
+) -> None:
+    text = BlockedText()
+    with pytest.raises(InvalidRequest, match="is more than 1000 tokens, the most that the context holds") as caught:
+        await tokenizer.encode(prompt, served_model(text=text), max_tokens=1000)
+    assert caught.value.field == field
+    assert text.num_encoded == 0

@@ -29,6 +29,7 @@ from router.admission_client import Credit
 from router.attempt import AttemptEvent, Prefilled
 from router.length_forecast import LengthForecaster
 from router.pipeline import GenerationPipeline
+from router.prompt_tokenizer import PromptTokenizer
 from router.sequence_driver import SequenceDriver
 from router.served_models import ModelLimits, ServedModel, ServedModels
 from router.units import PlacedModel, UnitLink, Units
@@ -178,9 +179,10 @@ async def pipeline_parts(
     driver = SequenceDriver(units.choose, attempts, clock, config.max_restarts, no_wait)
     checked = CheckedPredictor(predictor or LengthPredictor())
     forecaster = LengthForecaster(checked, config.predictor_budget_s, clock)
-    with ThreadPoolExecutor(1) as tokenizing:
+    with ThreadPoolExecutor(1) as short, ThreadPoolExecutor(2) as long:
+        tokenizer = PromptTokenizer(short, long, config.max_waiting_prompt_bytes)
         pipeline = GenerationPipeline(
-            served, units, driver, forecaster, FCFS, config, clock, random.Random(7), tokenizing
+            served, units, driver, forecaster, FCFS, config, clock, random.Random(7), tokenizer
         )
         try:
             yield PipelineParts(pipeline, served, units, admission, attempts, forecaster, clock)
