@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from muxmesh.errors import Unavailable
 from muxmesh.internal.v1 import decode_pb2
+from muxmesh.quoting import quoted
 
 
 class TokenOutbox:
@@ -51,5 +52,5 @@ class TokenOutboxes:
     def outbox(self, watcher: str) -> TokenOutbox:
         """Returns the outbox of a watcher. Raises Unavailable if it is not connected."""
         if watcher not in self._outboxes:
-            raise Unavailable(f"no watcher {watcher!r} is connected")
+            raise Unavailable(f"no watcher {quoted(watcher)} is connected")
         return self._outboxes[watcher]

@@ -32,6 +32,7 @@ from kvstore.progress_page import ProgressPage, new_progress_fd
 from kvstore.unit import Unit
 from kvstore.worker_slots import WorkerRecord
 from muxmesh.errors import MeshError
+from muxmesh.quoting import quoted
 from muxmesh.step_cost import StepCost
 from muxmesh.types import Role
 
@@ -171,7 +172,7 @@ class AttachServer:
     def _add_writer(self, connection: socket.socket, hello: dict[str, Any]) -> _Attachment:
         attachment = self._attachments.get(hello["writer_for"])
         if attachment is None or not attachment.is_owner_alive:
-            raise ValueError(f"no worker {hello['writer_for']!r} is attached")
+            raise ValueError(f"no worker {quoted(hello['writer_for'])} is attached")
         self._send(connection, {"worker": attachment.worker.name}, ())
         return attachment
 

@@ -32,6 +32,7 @@ from enum import StrEnum
 from kvstore.block_table import AllocatedBlocks, BlockTable
 from kvstore.swap_space import SwapSpace
 from muxmesh.errors import LeaseLost
+from muxmesh.quoting import named
 from muxmesh.scheduling_policy import SortKey
 from muxmesh.types import KvDemand, Lease, LeaseRef, SchedulingState, blocks_for
 
@@ -347,7 +348,7 @@ class LeaseTable:
     def _owned(self, ref: LeaseRef, owner: str) -> LeaseRecord:
         record = self._at(ref)
         if record.owner != owner:
-            raise LeaseLost(f"lease {ref.lease_id} belongs to {record.owner}, not {owner}")
+            raise LeaseLost(f"lease {ref.lease_id} belongs to {record.owner}, not {named(owner)}")
         return record
 
     @staticmethod

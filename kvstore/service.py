@@ -23,6 +23,7 @@ from muxmesh.clock import Clock
 from muxmesh.config.schema import UnitConfig
 from muxmesh.errors import InvalidRequest, LeaseLost, Overloaded, WorkerLost
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
+from muxmesh.quoting import named, quoted
 from muxmesh.rpc import convert
 from muxmesh.types import Lease, Role
 
@@ -77,7 +78,9 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     def remove_model(self, model: str) -> None:
         """Stops admitting requests of a model: refuses its queued requests, and lets its leases continue."""
         for entry in self._unit.remove_model(model):
-            self._refuse(self._routers[entry.source], entry.request.entry_id, "model", f"{model!r} is no longer served")
+            self._refuse(
+                self._routers[entry.source], entry.request.entry_id, "model", f"{quoted(model)} is no longer served"
+            )
         self.changed()
 
     def _log_decision(self, credit: IssuedCredit) -> None:
@@ -100,7 +103,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("message") != "hello":
             raise InvalidRequest("hello", "has to be the first message of the stream")
-        router = f"{first.hello.router}#{number}"
+        router = f"{named(first.hello.router)}#{number}"
         queue: _Responses = asyncio.Queue()
         self._routers[router] = queue
         queue.put_nowait(kvstore_pb2.AdmitResponse(costs=self._costs()))
@@ -239,7 +242,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         A later stream of the same worker replaces an earlier one.
         """
         if request.owner not in self._unit.workers:
-            raise WorkerLost(f"worker {request.owner} is not attached")
+            raise WorkerLost(f"worker {named(request.owner)} is not attached")
         queue = self._watchers[request.owner] = asyncio.Queue()
         for lease in self._unit.leases.of_owner(request.owner):
             queue.put_nowait(lease)

@@ -20,6 +20,7 @@ from kvstore.worker_slots import WorkerRecord, WorkerSlots, ready_workers
 from muxmesh.config.schema import ModelConfig, UnitConfig
 from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
 from muxmesh.models.model_spec import KvShape, ModelSpec
+from muxmesh.quoting import named, quoted
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.step_cost import COSTS_EVERY_S
 from muxmesh.types import (
@@ -175,7 +176,9 @@ class Unit:
         hold one token block of the model.
         """
         if name in self.models:
-            raise ValueError(f"model {name!r} " + ("is still being removed" if name in self._removing else "exists"))
+            raise ValueError(
+                f"model {quoted(name)} " + ("is still being removed" if name in self._removing else "exists")
+            )
         self.blocks.add_model(name, self.slab_bytes // model.shape.token_block_bytes)
         try:
             self.quotas.add_model(name, model.guaranteed_slabs)
@@ -349,7 +352,7 @@ class Unit:
     def _check_served(self, model: str) -> None:
         if model not in (served := self._served()):
             raise InvalidRequest(
-                "model", f"{model!r} is not served by this unit; it serves: {', '.join(sorted(served))}"
+                "model", f"{quoted(model)} is not served by this unit; it serves: {', '.join(sorted(served))}"
             )
 
     def _remove_drained_models(self) -> None:
@@ -428,4 +431,4 @@ class Unit:
 
     def _check_attached(self, worker: str) -> None:
         if worker not in self.workers:
-            raise WorkerLost(f"worker {worker} is not attached")
+            raise WorkerLost(f"worker {named(worker)} is not attached")

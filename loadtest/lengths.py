@@ -10,6 +10,7 @@ from pathlib import Path
 
 from loadtest.files import read_csv
 from muxmesh.errors import ConfigError
+from muxmesh.quoting import named, quoted
 
 LengthSampler = Callable[[random.Random], tuple[int, int]]
 """Returns (prompt tokens, output tokens), both at least 1."""
@@ -27,18 +28,20 @@ def parse_lengths(text: str) -> LengthSampler:
     if match is None:
         if Path(text).is_file():
             return _from_file(Path(text))
-        raise ConfigError(f"lengths={text}: is neither a distribution nor a file; {HELP}")
+        raise ConfigError(f"lengths={named(text)}: is neither a distribution nor a file; {HELP}")
     kind, first, second = match.groups()
     prompt, output = _numbers(text, first), _numbers(text, second) if second is not None else None
     num_parameters = {"D": 2, "N": 2, "U": 2, "E": 1}[kind]
     if kind == "D":
         if output is not None or len(prompt) != 2:
-            raise ConfigError(f"lengths={text}: D takes prompt and output tokens, like D(2000,200)")
+            raise ConfigError(f"lengths={named(text)}: D takes prompt and output tokens, like D(2000,200)")
         return lambda rng: (_whole(prompt[0]), _whole(prompt[1]))
     if output is None or len(prompt) != num_parameters or len(output) != num_parameters:
-        raise ConfigError(f"lengths={text}: {kind} takes {num_parameters} number(s) for prompt and for output; {HELP}")
+        raise ConfigError(
+            f"lengths={named(text)}: {kind} takes {num_parameters} number(s) for prompt and for output; {HELP}"
+        )
     if kind == "U" and not (prompt[0] <= prompt[1] and output[0] <= output[1]):
-        raise ConfigError(f"lengths={text}: U takes the smaller number first, like U(10,20)/(5,9)")
+        raise ConfigError(f"lengths={named(text)}: U takes the smaller number first, like U(10,20)/(5,9)")
     sample = {"N": _normal, "U": _uniform, "E": _exponential}[kind]
     return lambda rng: (_whole(sample(rng, prompt)), _whole(sample(rng, output)))
 
@@ -47,9 +50,9 @@ def _numbers(text: str, inside: str) -> list[float]:
     try:
         numbers = [float(part) for part in inside.split(",")]
     except ValueError:
-        raise ConfigError(f"lengths={text}: {inside!r} is not a list of numbers; {HELP}") from None
+        raise ConfigError(f"lengths={named(text)}: {quoted(inside)} is not a list of numbers; {HELP}") from None
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
-        raise ConfigError(f"lengths={text}: every number must be finite and at least 0")
+        raise ConfigError(f"lengths={named(text)}: every number must be finite and at least 0")
     return numbers
 
 

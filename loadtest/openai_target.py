@@ -11,6 +11,7 @@ import aiohttp
 from loadtest.target import Piece, ServedModel, StreamEnd, TargetError
 from loadtest.workload import PlannedRequest
 from muxmesh.errors import Unavailable
+from muxmesh.quoting import named, quoted
 
 _CONNECT_TIMEOUT_S = 10.0
 _READ_BUFFER = 1 << 20
@@ -39,9 +40,9 @@ class OpenAiTarget:
                 content = await response.json()
             names = [str(model["id"]) for model in content["data"]]
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise Unavailable(f"no OpenAI-compatible server answers at {self._url}: {error}") from error
+            raise Unavailable(f"no OpenAI-compatible server answers at {self._url}: {named(str(error))}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise Unavailable(f"{self._url}/v1/models returns no list of models: {error!r}") from error
+            raise Unavailable(f"{self._url}/v1/models returns no list of models: {quoted(error)}") from error
         if not names:
             raise Unavailable(f"{self._url} serves no model")
         self._default_model = names[0]
@@ -79,7 +80,7 @@ class OpenAiTarget:
         except aiohttp.ClientError as error:
             raise TargetError("CONNECTION LOST", str(error) or type(error).__name__, is_unreachable=True) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TargetError("BAD RESPONSE", f"not a chunk of a completion: {error!r}") from error
+            raise TargetError("BAD RESPONSE", f"not a chunk of a completion: {quoted(error)}") from error
         if end is None or not finish:
             raise TargetError("CUT OFF", "the stream ended without a finish reason or without usage")
         yield StreamEnd(end.num_input, end.num_output, finish, end.num_cached)

@@ -20,6 +20,7 @@ from loadtest.target import Target
 from loadtest.workload import PlannedRequest, plan
 from muxmesh.clock import Clock
 from muxmesh.errors import ConfigError, Unavailable
+from muxmesh.quoting import named
 
 _CALIBRATION_SEED_OFFSET = 1 << 20
 """Calibration has a seed of its own, so that its random prompts are not in the prefix cache when the run starts."""
@@ -107,7 +108,7 @@ class Session:
             )
         unknown = [name for name, _ in spec.models if name not in served]
         if unknown:
-            raise ConfigError(f"workload: models={unknown[0]}: not served; served models: {', '.join(served)}")
+            raise ConfigError(f"workload: models={named(unknown[0])}: not served; served models: {', '.join(served)}")
         used = [served[name] for name, _ in spec.models] or [served[self._default]]
         smallest = min((model.vocabulary for model in used), key=lambda vocabulary: vocabulary.stop)
         self._vocabulary = smallest
@@ -124,5 +125,5 @@ class Session:
                 raise Unavailable(f"calibration: {run.partial}")
             records += run.records
         if not any(record.is_ok for record in records):
-            raise ConfigError(f"calibration: no request succeeded: {records[0].status}: {records[0].error}")
+            raise ConfigError(f"calibration: no request succeeded: {records[0].status}: {named(records[0].error)}")
         return fit_unloaded(records)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from muxmesh.errors import ConfigError
+from muxmesh.quoting import named, quoted
 
 Shares = tuple[tuple[str, float], ...]
 """(name, share of the requests); the shares add up to 1."""
@@ -72,13 +73,13 @@ def parse_spec(text: str) -> Spec:
     for word in words:
         name, equals, value = word.partition("=")
         if name not in _PARSERS or not equals:
-            raise ConfigError(f"workload: {word!r} is not a setting; the settings are:\n{HELP}")
+            raise ConfigError(f"workload: {quoted(word)} is not a setting; the settings are:\n{HELP}")
         if name in values:
             raise ConfigError(f"workload: {name} is given twice")
         try:
             values[name] = _PARSERS[name](value)
         except ValueError as error:
-            raise ConfigError(f"workload: {name}={value}: {error}") from error
+            raise ConfigError(f"workload: {name}={named(value)}: {error}") from error
     spec = Spec(text=text, **values)  # type: ignore[arg-type] # each parser returns the type of its field
     _check(spec)
     return spec
@@ -179,7 +180,7 @@ def _priorities(value: str) -> Shares:
     shares = _shares(value)
     for name, _ in shares:
         if re.fullmatch(r"-?[0-9]{1,10}", name) is None or not -(1 << 31) <= int(name) < 1 << 31:
-            raise ValueError(f"{name!r} is not a priority: a whole number of 32 bits, lower is sooner")
+            raise ValueError(f"{quoted(name)} is not a priority: a whole number of 32 bits, lower is sooner")
     return shares
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from loadtest.files import read_csv, read_jsonl
 from muxmesh.errors import ConfigError
+from muxmesh.quoting import quoted
 
 MOONCAKE_BLOCK = 512
 """Prompt tokens per hash id of a Mooncake trace."""
@@ -58,7 +59,7 @@ def _azure(path: Path) -> Iterator[Arrival]:
         try:
             at = datetime.fromisoformat(row["TIMESTAMP"]).replace(tzinfo=UTC)
         except (TypeError, ValueError):
-            raise ConfigError(f"{location}: TIMESTAMP {row['TIMESTAMP']!r} is not a date and time") from None
+            raise ConfigError(f"{location}: TIMESTAMP {quoted(row['TIMESTAMP'])} is not a date and time") from None
         yield Arrival(
             at.timestamp(),
             _count(row, "ContextTokens", location, least=1),
@@ -92,7 +93,7 @@ def _number(item: Mapping[str, Any], name: str, location: str) -> float:
     except KeyError:
         raise ConfigError(f"{location}: has no {name}; a trace is {HELP}") from None
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{location}: {name} is {item[name]!r}, not a number") from None
+        raise ConfigError(f"{location}: {name} is {quoted(item[name])}, not a number") from None
     if not math.isfinite(value) or value < 0:
         raise ConfigError(f"{location}: {name} is {value:g}; it must be finite and at least 0")
     return value

@@ -19,6 +19,7 @@ from loadtest.lengths import parse_lengths
 from loadtest.spec import Shares, Spec
 from loadtest.traces import MOONCAKE_BLOCK, Arrival, read_trace
 from muxmesh.errors import ConfigError
+from muxmesh.quoting import quoted
 
 DEFAULT_CAP = 1024
 """Maximum output tokens of a natural output without ``cap``."""
@@ -163,11 +164,11 @@ def _read_prompts(path: Path) -> list[Body]:
             raise ConfigError(f'{path}: line {number}: needs "prompt", a non-empty text')
         if num_output is not None and (not isinstance(num_output, int) or num_output < 1):
             raise ConfigError(
-                f"{path}: line {number}: output_tokens is {num_output!r}; it must be a whole number of at least 1"
+                f"{path}: line {number}: output_tokens is {quoted(num_output)}; it must be a whole number of at least 1"
             )
         num_input = item.get("input_tokens", item.get("n_in", 0))
         if not isinstance(num_input, int) or num_input < 0:
-            raise ConfigError(f"{path}: line {number}: input_tokens is {num_input!r}; it must be a whole number")
+            raise ConfigError(f"{path}: line {number}: input_tokens is {quoted(num_input)}; it must be a whole number")
         bodies.append(Body(prompt, num_input, num_output))
     if not bodies:
         raise ConfigError(f"{path}: has no prompts")

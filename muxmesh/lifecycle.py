@@ -20,6 +20,8 @@ from typing import Any
 
 import uvloop
 
+from muxmesh.quoting import OneLineFormatter
+
 _log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
@@ -27,7 +29,7 @@ _SLOW_SHUTDOWN_S = 3.0
 """Shorter than the grace period of the supervisor, which ends with SIGKILL."""
 _MAX_LOGGED_STACKS = 20
 MAX_OPEN_FILES = 65_536
-LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
+_LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -119,12 +121,19 @@ def _await_stack(task: asyncio.Task[Any]) -> str:
     return " > ".join(lines)
 
 
+def configure_logging(level: int) -> None:
+    """Logs to stderr, a message in a line."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLineFormatter(_LOG_FORMAT))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
 def run_service(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
     """Configures logging and runs ``main(stop)`` on uvloop until it returns. SIGTERM and SIGINT set ``stop``.
 
     Raises the limit on open files before.
     """
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+    configure_logging(logging.INFO)
     raise_file_limit()
 
     async def supervised() -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from muxmesh.errors import InvalidRequest, Overloaded
+from muxmesh.quoting import quoted
 from muxmesh.types import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, EngineRequest, Sampling, SchedulingState, Stopping
 from router.generation import ChatPrompt, GenerationRequest, Prompt, StoppingOptions, TextPrompt, TokensPrompt
 from router.served_models import ModelLimits, ServedModel
@@ -178,7 +179,9 @@ def _check_chat(chat: ChatPrompt, max_prompt_bytes: int) -> None:
     check_count("chat.messages", len(chat.messages), MAX_MESSAGES)
     for index, message in enumerate(chat.messages):
         if message.role not in ROLES:
-            raise InvalidRequest(f"chat.messages[{index}].role", f"is {message.role!r}; one of {', '.join(ROLES)}")
+            raise InvalidRequest(
+                f"chat.messages[{index}].role", f"is {quoted(message.role)}; one of {', '.join(ROLES)}"
+            )
     if not any(message.content for message in chat.messages):
         raise InvalidRequest("chat.messages", "have no content")
     _check_size("chat.messages", sum(len(message.content.encode()) for message in chat.messages), max_prompt_bytes)
@@ -234,8 +237,8 @@ def _check_stop_string(field: str, text: str, skip_special_tokens: bool, model: 
     if special:
         raise InvalidRequest(
             field,
-            f"is the special token {', '.join(map(repr, special))}, which has no text in the output and never matches; "
-            f"use stop_token_ids {list(special.values())}, or set response.skip_special_tokens to false",
+            f"is the special token {', '.join(map(quoted, special))}, which has no text in the output and never "
+            f"matches; use stop_token_ids {list(special.values())}, or set response.skip_special_tokens to false",
         )
 
 

@@ -13,6 +13,7 @@ from muxmesh.models.model_spec import ModelSpec
 from muxmesh.models.prepared_model import model_spec, sampling_defaults
 from muxmesh.models.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from muxmesh.models.tokenizer import TextModel, load_text_model
+from muxmesh.quoting import quoted
 
 _MAX_LISTED = 20
 
@@ -83,7 +84,7 @@ class ServedModels:
         if not name and self._models:
             raise InvalidRequest("model", f"is empty, and the mesh serves several; one of: {self._listed()}")
         if name not in self._models:
-            raise ModelNotFound(f"model: {name!r} is not served; served: {self._listed()}")
+            raise ModelNotFound(f"model: {quoted(name)} is not served; served: {self._listed()}")
         return self._models[name]
 
     def _listed(self) -> str:

@@ -10,6 +10,7 @@ from muxmesh.block_hashes import KvIdentity, kv_demand
 from muxmesh.config.schema import ModelConfig
 from muxmesh.errors import ModelNotFound
 from muxmesh.internal.v1 import kvstore_pb2_grpc
+from muxmesh.quoting import quoted
 from muxmesh.types import EngineRequest, KvDemand
 from router.admission_client import UnitAdmission
 from router.expected_work import ExpectedWork
@@ -59,7 +60,7 @@ class Units:
         serving = [link for link in self._links.values() if model in link.models]
         if not serving:
             served = ", ".join(sorted({name for link in self for name in link.models}))
-            raise ModelNotFound(f"model: {model!r} is not served by any unit; served: {served}")
+            raise ModelNotFound(f"model: {quoted(model)} is not served by any unit; served: {served}")
         return min(
             serving,
             key=lambda link: unit_load(

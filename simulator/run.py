@@ -17,6 +17,7 @@ from loadtest.workload import Body, Sketch, sketch
 from muxmesh.config.schema import MeshConfig, ModelConfig
 from muxmesh.errors import ConfigError, InvalidRequest, Overloaded
 from muxmesh.models.model_spec import ModelSpec
+from muxmesh.quoting import named
 from muxmesh.rpc.status_codes import status_code
 from muxmesh.scheduling_policy import PolicyName
 from muxmesh.types import SchedulingState
@@ -119,7 +120,7 @@ class _Router:
             if request.model is None and len(self._placements) > 1:
                 raise ConfigError(f"workload: models=... has to name one of: {served}")
             if request.model is not None and request.model not in self._placements:
-                raise ConfigError(f"workload: models={request.model}: not served; these are: {served}")
+                raise ConfigError(f"workload: models={named(request.model)}: not served; these are: {served}")
         arrivals = iter(zip(sketches, records, strict=True))
 
         def schedule_next() -> None:

@@ -27,6 +27,7 @@ from loadtest.target import Target
 from muxmesh.cli.common import print_json, refuse_unwritable
 from muxmesh.clock import SystemClock
 from muxmesh.errors import ConfigError
+from muxmesh.quoting import named
 
 _SHOW_EVERY_S = 1.0
 _OPENAI_VOCABULARY = 32_000
@@ -110,7 +111,7 @@ def _target(arguments: argparse.Namespace) -> Target:
     from loadtest.openai_target import OpenAiTarget  # noqa: PLC0415 - only this target needs an HTTP client
 
     if not arguments.openai.startswith(("http://", "https://")):
-        raise ConfigError(f"--openai {arguments.openai}: is not a URL, such as http://127.0.0.1:8000")
+        raise ConfigError(f"--openai {named(arguments.openai)}: is not a URL, such as http://127.0.0.1:8000")
     size = arguments.vocabulary or _OPENAI_VOCABULARY
     return OpenAiTarget(arguments.openai, range(size // 8, size * 3 // 4), arguments.temperature, arguments.timeout)
 
@@ -124,7 +125,7 @@ def _goodput(pairs: Sequence[str]) -> Goodput | None:
         except ValueError:
             limits[name] = -1
         if name not in ("ttft", "tpot", "e2el") or not limits[name] > 0:
-            raise ConfigError(f"--goodput {pair}: must be ttft:MS, tpot:MS or e2el:MS, in milliseconds above 0")
+            raise ConfigError(f"--goodput {named(pair)}: must be ttft:MS, tpot:MS or e2el:MS, in milliseconds above 0")
     return Goodput(**{f"{name}_ms": limit for name, limit in limits.items()}) if limits else None
 
 

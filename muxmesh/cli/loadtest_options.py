@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loadtest.spec import HELP as WORKLOAD_HELP
+from muxmesh.quoting import quoted
 
 DESCRIPTION = "Send load to a mesh or an OpenAI-compatible server. Latencies count from when a request was due."
 
@@ -17,14 +18,14 @@ def _rates(text: str) -> list[float]:
     except ValueError:
         rates = []
     if not rates or not all(0 < rate < float("inf") for rate in rates):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of rates, such as 0.5,1,2")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a list of rates, such as 0.5,1,2")
     return rates
 
 
 def _number_from(least: int, most: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isdigit() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"{quoted(text)} is not a whole number from {least} to {most}")
         return int(text)
 
     return parse
@@ -36,7 +37,7 @@ def _share(text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number above 0 and at most 1")
     return share
 
 
@@ -46,7 +47,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of seconds above 0")
     return seconds
 
 

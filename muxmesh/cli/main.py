@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from muxmesh.quoting import quoted
+
 # gRPC reads it when it is loaded. The supervisor forks while it watches health, and no child uses the parent's gRPC.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
@@ -54,7 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # a folder cannot be created or a file cannot be read
-        print(f"muxmesh: {error}", file=sys.stderr)
+        shown = (
+            str(error)
+            if error.filename is None
+            else f"[Errno {error.errno}] {error.strerror}: {quoted(error.filename)}"
+        )
+        print(f"muxmesh: {shown}", file=sys.stderr)
         return 1
     return code
 
@@ -136,7 +143,7 @@ def _bias(text: str) -> tuple[int, float]:
     try:
         return int(token_id), float(bias)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not ID=BIAS, such as 42=-100") from None
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not ID=BIAS, such as 42=-100") from None
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

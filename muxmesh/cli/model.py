@@ -18,6 +18,7 @@ from muxmesh.models.prepared_model import prepare_model
 from muxmesh.models.safetensors_folder import FolderWeights, weight_files
 from muxmesh.models.sampling_defaults import SamplingDefaults, read_sampling_defaults
 from muxmesh.models.tokenizer import load_text_model
+from muxmesh.quoting import quoted
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -65,9 +66,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
     elif path.is_file() and path.suffix == ".gguf":
         facts = _gguf_facts(path)
     elif not path.exists():
-        raise ConfigError(f"{arguments.path!r} does not exist; a catalog model is downloaded with `muxmesh model pull`")
+        raise ConfigError(
+            f"{quoted(arguments.path)} does not exist; a catalog model is downloaded with `muxmesh model pull`"
+        )
     else:
-        raise ConfigError(f"{arguments.path!r} is neither a folder nor a .gguf file")
+        raise ConfigError(f"{quoted(arguments.path)} is neither a folder nor a .gguf file")
     if arguments.json:
         print_json(facts)
     else:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from muxmesh.quoting import named, quoted
+
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from loadtest.files import read_jsonl
@@ -52,14 +54,16 @@ def read_items(path: Path) -> Iterator[Item]:
         if not _is_text(prompt + model):
             raise ConfigError(f"{where}: has half of a surrogate pair, which is not valid text")
         if isinstance(length, bool) or not isinstance(length, int) or length < 0:
-            raise ConfigError(f"{where}: n_out is {length!r}; a whole number of tokens is needed")
+            raise ConfigError(f"{where}: n_out is {quoted(length)}; a whole number of tokens is needed")
         if length > _MAX_OUTPUT_TOKENS:
-            raise ConfigError(f"{where}: n_out is {length}; at most {_MAX_OUTPUT_TOKENS} tokens")
+            raise ConfigError(f"{where}: n_out is {quoted(length)}; at most {_MAX_OUTPUT_TOKENS} tokens")
         task, censored = line.get("task"), line.get("censored")
         if not (task is None or (isinstance(task, str) and _is_text(task))):
-            raise ConfigError(f"{where}: task is {json.dumps(task)}; a string is needed")
+            raise ConfigError(f"{where}: task is {named(json.dumps(task))}; a string is needed")
         if not (censored is None or isinstance(censored, bool)):
-            raise ConfigError(f"{where}: censored is {json.dumps(censored)}; true if the output was cut off, or false")
+            raise ConfigError(
+                f"{where}: censored is {named(json.dumps(censored))}; true if the output was cut off, or false"
+            )
         yield Item(prompt, model, max(1, length), task or "", censored or False)
 
 

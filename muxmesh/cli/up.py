@@ -26,7 +26,7 @@ from muxmesh.config.load import default_config, load_mesh_config, with_listen
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.config.schema import Location, MeshConfig, order_without_effect
 from muxmesh.errors import MeshError
-from muxmesh.lifecycle import LOG_FORMAT
+from muxmesh.lifecycle import configure_logging
 from muxmesh.models.prepared_model import machine_problems, model_problems, prepare_model
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, ShowLine, free_listen_address, make_runtime, state_lock
 
@@ -35,7 +35,7 @@ _HELLO_TOKENS = 64
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM; returns the exit code. Raises ConfigError before any process starts."""
-    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
+    configure_logging(logging.WARNING)
     started_at_s = SystemClock().monotonic_s()
     base_dir = arguments.config.resolve().parent if arguments.config else Path.cwd()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from ipaddress import ip_address
 
-from muxmesh.client.option_values import quoted
 from muxmesh.errors import InvalidRequest
+from muxmesh.quoting import quoted
 
 _HOST_PORT = re.compile(r"(?P<host>\[[^\[\]\s/,]+\]|[^\[\]\s/:,]+):(?P<port>[0-9]{1,5})", re.ASCII)
 _NEEDED = "HOST:PORT is needed, such as 127.0.0.1:50051"

@@ -15,12 +15,13 @@ from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
 from muxmesh.client.connection import MeshConnection, Stubs
-from muxmesh.client.option_values import Unfit, number, quoted
+from muxmesh.client.option_values import Unfit, number
 from muxmesh.client.outputs import Completion, Delta, completions_of, delta_of
 from muxmesh.client.prompts import Prompt, set_prompt
 from muxmesh.client.request_options import OutputOptions, RequestOptions, request_of
 from muxmesh.client.retries import Attempts, Retries
 from muxmesh.errors import InvalidRequest, MeshError, ModelNotFound
+from muxmesh.quoting import quoted
 from muxmesh.types import DEFAULT_ADDRESS
 from muxmesh.v1 import inference_pb2, mesh_pb2
 

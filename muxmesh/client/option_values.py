@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-_MAX_QUOTED = 100
+from muxmesh.quoting import quoted
 
 
 class Unfit(ValueError):
@@ -26,12 +26,6 @@ class Unfit(ValueError):
 
 
 Convert = Callable[[Any], Any]
-
-
-def quoted(value: object) -> str:
-    """``repr`` of a value, cut to 100 characters."""
-    shown = repr(value)
-    return shown if len(shown) <= _MAX_QUOTED else f"{shown[:_MAX_QUOTED]}..."
 
 
 def whole(least: int, most: int) -> Convert:

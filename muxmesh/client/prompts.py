@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from muxmesh.client.option_values import Unfit, quoted, text, whole
+from muxmesh.client.option_values import Unfit, text, whole
 from muxmesh.errors import InvalidRequest
+from muxmesh.quoting import quoted
 from muxmesh.v1 import inference_pb2
 
 

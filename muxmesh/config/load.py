@@ -18,6 +18,7 @@ from muxmesh.config.field_errors import field_errors, shown
 from muxmesh.config.schema import Location, MeshConfig, contradictions
 from muxmesh.config.yaml_reader import read_fields, read_text
 from muxmesh.errors import ConfigError
+from muxmesh.quoting import named, one_line
 
 Problem = tuple[Location, str]
 Check = Callable[[MeshConfig], Iterable[Problem]]
@@ -168,10 +169,6 @@ def _describe(location: Location, problem: str, lines: Mapping[Location, int]) -
     known = location
     while known and known not in lines:
         known = known[:-1]
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{named(part)}" for part in location).lstrip(".")
     message = f"{field}: {problem}" if field else problem
-    return lines.get(known, 1), _in_one_line(message)
-
-
-def _in_one_line(message: str) -> str:
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in message)
+    return lines.get(known, 1), one_line(message)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from muxmesh.config.schema import MeshConfig, ModelConfig, UnitConfig
 from muxmesh.errors import ConfigError
+from muxmesh.quoting import quoted
 from muxmesh.types import Role
 
 MAX_SOCKET_PATH = 107
@@ -82,7 +83,7 @@ class MeshRuntime(BaseModel):
         for unit in self.config.units:
             if unit.name == name:
                 return unit
-        raise ConfigError(f"no unit has the name {name!r}; units: {', '.join(u.name for u in self.config.units)}")
+        raise ConfigError(f"no unit has the name {quoted(name)}; units: {', '.join(u.name for u in self.config.units)}")
 
     def model(self, unit: str, name: str) -> tuple[UnitConfig, ModelConfig]:
         """The unit ``unit`` and its model ``name``. Raises ConfigError if either does not exist."""
@@ -91,7 +92,7 @@ class MeshRuntime(BaseModel):
             if model.name == name:
                 return found, model
         served = ", ".join(sorted(model.name for model in found.models))
-        raise ConfigError(f"unit {unit} has no model {name!r}; models: {served}")
+        raise ConfigError(f"unit {unit} has no model {quoted(name)}; models: {served}")
 
     def endpoints(self) -> dict[ProcessKey, Endpoint]:
         """All processes of this mesh in a fixed order: by unit, kvstore before workers; the router last."""

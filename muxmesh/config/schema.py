@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from muxmesh.quoting import quoted
 from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
 from muxmesh.types import DEFAULT_ADDRESS, KvFormat
 
@@ -54,7 +55,9 @@ class Section(BaseModel):
         if isinstance(value, bool) and any(one in (int, float, ByteSize) for one in (kind, *get_args(kind))):
             raise ValueError(f"is {str(value).lower()}; must be a number")
         if kind is ByteSize and isinstance(value, str) and not _SIZE.fullmatch(value.strip()):
-            raise ValueError(f"is {value!r}; must be bytes, or a number and one of KiB, MiB, GiB, TiB, KB, MB, GB, TB")
+            raise ValueError(
+                f"is {quoted(value)}; must be bytes, or a number and one of KiB, MiB, GiB, TiB, KB, MB, GB, TB"
+            )
         return value
 
 
@@ -284,7 +287,7 @@ def contradictions(config: MeshConfig) -> Iterator[tuple[Location, str]]:
     for unit_index, unit in enumerate(config.units):
         location: Location = ("units", unit_index)
         if unit.name in units:
-            yield (*location, "name"), f"{unit.name!r} is the name of another unit"
+            yield (*location, "name"), f"{quoted(unit.name)} is the name of another unit"
         units.add(unit.name)
         if unit.slab > unit.kv_pool:
             yield (*location, "slab"), f"is {unit.slab} bytes, larger than kv_pool ({unit.kv_pool} bytes)"
@@ -308,7 +311,7 @@ def _core_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
             if len(config.units) > 1:
                 yield (
                     (*location, "cores"),
-                    f"is required, such as cores: [0]: {len(config.units)} units are on {unit.device!r}",
+                    f"is required, such as cores: [0]: {len(config.units)} units are on {quoted(unit.device)}",
                 )
             continue
         for core, count in Counter(unit.cores).items():
@@ -330,10 +333,10 @@ def _model_problems(
 ) -> Iterator[tuple[str, str]]:
     """(field, problem) of one model. ``first_of`` maps names to earlier models; this model is added."""
     if any(other.name == model.name for other in unit.models[:index]):
-        yield "name", f"{model.name!r} is the name of another model"
+        yield "name", f"{quoted(model.name)} is the name of another model"
     first_unit, first = first_of.setdefault(model.name, (unit, model))
     for field in _SAME_IN_ALL_UNITS:
         if getattr(first, field) != getattr(model, field):
-            yield field, f"differs from {model.name!r} in unit {first_unit.name}; must be equal in all units"
+            yield field, f"differs from {quoted(model.name)} in unit {first_unit.name}; must be equal in all units"
     if model.engine != "sim" and "sim" in model.model_fields_set:
         yield "sim", f"has no effect with engine: {model.engine}; it is for sim"

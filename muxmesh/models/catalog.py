@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from muxmesh.errors import ConfigError
+from muxmesh.quoting import quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,5 +47,5 @@ CATALOG = {
 def find_catalog_model(name: str) -> CatalogModel:
     """Returns the catalog model ``name``. Raises ConfigError, which lists the available names."""
     if name not in CATALOG:
-        raise ConfigError(f"no model {name!r} in the catalog; available: {', '.join(sorted(CATALOG))}")
+        raise ConfigError(f"no model {quoted(name)} in the catalog; available: {', '.join(sorted(CATALOG))}")
     return CATALOG[name]

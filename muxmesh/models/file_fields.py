@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from muxmesh.errors import ModelUnsupported
-from muxmesh.models.model_files import described, named
+from muxmesh.models.model_files import described
+from muxmesh.quoting import named
 
 
 @dataclass(frozen=True, slots=True)

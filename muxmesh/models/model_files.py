@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from muxmesh.errors import ModelUnsupported
+from muxmesh.quoting import quoted
 
 MAX_CONFIG_BYTES = 16 << 20
 """Of configs, maps of special tokens and chat templates. The largest known ones are below 1 MiB."""
@@ -88,21 +89,12 @@ def read_json_object(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str,
     return content
 
 
-def named(name: str) -> str:
-    """A name in a file, up to 60 characters and in one line, whatever it contains."""
-    return _shortened(repr(name)[1:-1])
-
-
 def described(value: object) -> str:
-    """A value of a file in an error: a number or a string as it is, up to 60 characters, else its kind."""
+    """A value of a file in an error: a number or a string as it is, up to 100 characters, else its kind."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list | tuple):
         return "a list"
-    return _shortened(repr(value))
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    return quoted(value)

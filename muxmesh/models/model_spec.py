@@ -13,7 +13,8 @@ from typing import Any
 
 from muxmesh.errors import ModelUnsupported
 from muxmesh.models.file_fields import FileFields
-from muxmesh.models.model_files import described, named, read_json_object
+from muxmesh.models.model_files import described, read_json_object
+from muxmesh.quoting import named
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPE_BYTES = {"float32": 4}

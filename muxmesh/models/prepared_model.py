@@ -20,6 +20,7 @@ from muxmesh.models.model_spec import SIM_SPEC, ModelSpec, read_model_spec
 from muxmesh.models.sampling_defaults import NO_DEFAULTS, SamplingDefaults, read_sampling_defaults
 from muxmesh.models.tokenizer import load_text_model
 from muxmesh.models.weight_image import ensure_image, map_image
+from muxmesh.quoting import quoted
 
 
 def machine_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
@@ -151,7 +152,7 @@ def _local_source(model: ModelConfig, base_dir: Path) -> Path | None:
         return path
     if path.is_file() or path.suffix == ".gguf":
         problem = "is not a .gguf file" if path.is_file() else "does not exist"
-        raise ConfigError(f"{source!r} {problem}; a folder in Hugging Face style or a .gguf file is needed")
+        raise ConfigError(f"{quoted(source)} {problem}; a folder in Hugging Face style or a .gguf file is needed")
     raise ConfigError(
-        f"{source!r} is neither a folder, nor a .gguf file, nor in the catalog ({', '.join(sorted(CATALOG))})"
+        f"{quoted(source)} is neither a folder, nor a .gguf file, nor in the catalog ({', '.join(sorted(CATALOG))})"
     )

@@ -16,8 +16,9 @@ import numpy as np
 
 from muxmesh.errors import ModelUnsupported
 from muxmesh.models.file_fields import FileFields
-from muxmesh.models.model_files import described, named, read_json_object
+from muxmesh.models.model_files import described, read_json_object
 from muxmesh.models.safetensors_header import TensorEntry, read_header
+from muxmesh.quoting import named
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from muxmesh.errors import ModelUnsupported
-from muxmesh.models.model_files import described, file_problem, named
+from muxmesh.models.model_files import described, file_problem
+from muxmesh.quoting import named
 
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000

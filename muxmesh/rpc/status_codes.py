@@ -17,8 +17,12 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from muxmesh import errors
+from muxmesh.quoting import cut_to_bytes
 
 DOMAIN = "muxmesh"
+_MAX_MESSAGE_BYTES = 1024
+"""The message is sent up to three times, once with each byte as three. Clients take at most 8 KiB of metadata."""
+_MAX_FIELD_BYTES = 256
 
 STATUS_CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -57,10 +61,13 @@ def status_code(error: errors.MeshError) -> grpc.StatusCode:
 
 def to_status(error: errors.MeshError) -> Any:
     """Encodes an error as ``grpc.Status``: code, details and trailing metadata for `ServicerContext.abort`."""
-    code = status_code(error)
+    code, message = status_code(error), cut_to_bytes(str(error), _MAX_MESSAGE_BYTES)
     details: list[Any] = [error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN)]
     if isinstance(error, errors.InvalidRequest):
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.problem)
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=cut_to_bytes(error.field, _MAX_FIELD_BYTES),
+            description=cut_to_bytes(error.problem, _MAX_MESSAGE_BYTES),
+        )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, errors.Overloaded):
         delay = duration_pb2.Duration()
@@ -70,7 +77,7 @@ def to_status(error: errors.MeshError) -> Any:
     for target, detail in zip(packed, details, strict=True):
         target.Pack(detail)
     number, _ = code.value
-    return rpc_status.to_status(status_pb2.Status(code=number, message=str(error), details=packed))
+    return rpc_status.to_status(status_pb2.Status(code=number, message=message, details=packed))
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> errors.MeshError:

@@ -1,6 +1,7 @@
 """The line of a workload: which settings it takes, and which errors name what is wrong."""
 
 import math
+import re
 from dataclasses import fields
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from loadtest.spec import HELP, Spec, parse_spec
 from muxmesh.errors import ConfigError
+from muxmesh.quoting import quoted
 
 GOOD = "rate=4 lengths=D(10,5) requests=3"
 
@@ -77,7 +79,9 @@ def test_a_priority_has_32_bits(priority: str) -> None:
 
 @pytest.mark.parametrize("priority", ["2147483648", "-2147483649", "high", "1.5", "--5", "²", "-", "9" * 5000])
 def test_a_priority_that_does_not_fit_is_refused(priority: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{priority}' is not a priority: a whole number of 32 bits"):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"{quoted(priority)} is not a priority: a whole number of 32 bits")
+    ):
         parse_spec(f"{GOOD} priorities={priority}")
 
 

@@ -182,3 +182,15 @@ def test_trailing_metadata_of_any_bytes_does_not_hide_the_status(value: bytes) -
     error = from_rpc_error(AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), trailers, details="no route"))
     assert type(error) is errors.Unavailable
     assert str(error) == "no route"
+
+
+@pytest.mark.parametrize("character", ["a", "\n", "😀", "\ud800"])
+def test_an_error_of_any_length_fits_into_the_metadata_that_clients_accept(character: str) -> None:
+    """grpc-message has each byte that is not ASCII as three; details are base64. Clients accept 8 KiB by default."""
+    status = to_status(errors.InvalidRequest(character * 9000, character * 9000))
+    message = "".join(chr(byte) if 0x20 <= byte < 0x7F else f"%{byte:02X}" for byte in status.details.encode())
+    binary = sum(len(value) for _, value in status.trailing_metadata)
+    assert len(message) + binary * 4 / 3 < 8000
+    error = received(errors.InvalidRequest(character * 9000, "is unknown"))
+    assert isinstance(error, errors.InvalidRequest) and error.problem == "is unknown"
+    assert error.field.isprintable()
