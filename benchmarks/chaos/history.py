@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from benchmarks.chaos.cases import Request
-from muxmesh.client import Delta, Finish
-from muxmesh.types import TokenLogprobs
+from muxmesh.client import Delta, Finish, TokenLogprobs
 
 COMPLETED, CANCELLED, ENDLESS = "completed", "cancelled", "endless"
 """Ends of a call that are not the name of an error. ENDLESS: the client gave up after `CALL_LIMIT_S`."""

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from muxmesh.cli.common import print_json
-from muxmesh.client import Completion, Delta, MeshClient, Message, Prompt, PromptFacts, Scheduling
+from muxmesh.client import Candidate, Completion, Delta, MeshClient, Message, Prompt, PromptFacts, Scheduling
 from muxmesh.durations import duration_text
 from muxmesh.errors import InvalidRequest, RequestAborted, Unavailable
 
@@ -161,5 +161,14 @@ def _content(completion: Completion) -> dict[str, Any]:
         content["scheduling"] = dataclasses.asdict(prompt.scheduling)
     for name, positions in (("logprobs", completion.logprobs), ("prompt_logprobs", prompt.logprobs)):
         if positions:
-            content[name] = [dataclasses.asdict(position) for position in positions]
+            content[name] = [
+                {"chosen": _candidate(position.chosen), "top": [_candidate(one) for one in position.top]}
+                for position in positions
+            ]
     return content
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    """As the API of OpenAI has it: bytes are a list of numbers, since JSON has no bytes."""
+    content = dataclasses.asdict(candidate)
+    return {**content, "token_bytes": list(candidate.token_bytes)}

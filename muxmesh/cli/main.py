@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_generate(commands)
     _add_chat(commands)
+    _add_tokenize(commands)
     _add_model(commands)
     load = _command(commands, "loadtest", "loadtest", loadtest_options.DESCRIPTION)
     _add_address(load)
@@ -221,6 +222,17 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     _add_address(chat)
     _add_sampling(chat)
     chat.add_argument("--system", metavar="TEXT", help="the system message")
+
+
+def _add_tokenize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    tokenize = _command(commands, "tokenize", "tokenize", "Show the tokens of a text, or the text of token ids.")
+    _add_address(tokenize)
+    tokenize.add_argument("--model", metavar="M", help="model name; optional if the mesh serves only one")
+    _add_json(tokenize)
+    tokenize.add_argument("--chat", action="store_true", help="the text is a user message for the chat template")
+    tokenize.add_argument("--no-special-tokens", action="store_true", help="without the tokenizer's own, such as a BOS")
+    tokenize.add_argument("--decode", action="store_true", help="the text is token ids, such as 12,345")
+    tokenize.add_argument("text", metavar="TEXT", help="`-` reads it from standard input")
 
 
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

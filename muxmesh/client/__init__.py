@@ -2,23 +2,26 @@
 
 from muxmesh.client.aio import MeshClient
 from muxmesh.client.outputs import (
+    Candidate,
     Completion,
     Delta,
     Finish,
     PromptFacts,
     Scheduling,
     Timings,
+    TokenLogprobs,
 )
-from muxmesh.client.prompts import Message, Prompt
+from muxmesh.client.prompts import Conversation, Message, Prompt
 from muxmesh.client.request_options import OutputOptions, RequestOptions
 from muxmesh.client.retries import NO_RETRIES, Retries
 from muxmesh.client.sync import SyncMeshClient
-from muxmesh.types import Candidate, TokenLogprobs
+from muxmesh.client.tokens import Tokenized
 
 __all__ = [
     "NO_RETRIES",
     "Candidate",
     "Completion",
+    "Conversation",
     "Delta",
     "Finish",
     "MeshClient",
@@ -32,4 +35,5 @@ __all__ = [
     "SyncMeshClient",
     "Timings",
     "TokenLogprobs",
+    "Tokenized",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from random import Random
 from types import TracebackType
@@ -17,10 +17,11 @@ from typing import Self, TypeVar, Unpack
 from muxmesh.client.connection import MeshConnection, Stubs
 from muxmesh.client.option_values import Unfit, number
 from muxmesh.client.outputs import Completion, Delta, completions_of, delta_of
-from muxmesh.client.prompts import Prompt, set_prompt
+from muxmesh.client.prompts import Conversation, Prompt, set_prompt
 from muxmesh.client.request_options import OutputOptions, RequestOptions, request_of
 from muxmesh.client.retries import Attempts, Retries
-from muxmesh.errors import InvalidRequest, MeshError, ModelNotFound
+from muxmesh.client.tokens import Tokenized, detokenize_request, tokenize_request, tokenized_of
+from muxmesh.errors import InvalidRequest, MeshError
 from muxmesh.quoting import quoted
 from muxmesh.types import DEFAULT_ADDRESS
 from muxmesh.v1 import inference_pb2, mesh_pb2
@@ -56,7 +57,6 @@ class MeshClient:
         self._connection = MeshConnection(address, connect_timeout_s)
         self._retries = Retries() if retries is None else retries
         self._rng = Random() if rng is None else rng
-        self._only_model: str | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -106,7 +106,49 @@ class MeshClient:
 
     async def list_models(self, timeout_s: float | None = None) -> list[mesh_pb2.ModelInfo]:
         """Returns the models that the mesh serves."""
-        return await self._list_models(self._attempts(timeout_s))
+        response = await self._unary(
+            lambda stubs, remaining_s: stubs.mesh.ListModels(mesh_pb2.ListModelsRequest(), timeout=remaining_s),
+            self._attempts(timeout_s),
+        )
+        return list(response.models)
+
+    async def tokenize(
+        self,
+        prompt: str | Conversation,
+        *,
+        model: str | None = None,
+        add_special_tokens: bool | None = None,
+        with_texts: bool = False,
+        timeout_s: float | None = None,
+    ) -> Tokenized:
+        """Returns the token ids of a text or a conversation, as `generate` would compute them; generates nothing.
+
+        ``add_special_tokens`` adds the tokenizer's own, such as a first token. None: to a text, not to a conversation,
+        whose template writes them. ``with_texts`` fills `Tokenized.texts` and `Tokenized.token_bytes`. Raises the
+        errors of `stream`.
+        """
+        request = tokenize_request(prompt, model, add_special_tokens, with_texts)
+        response = await self._unary(
+            lambda stubs, remaining_s: stubs.inference.Tokenize(request, timeout=remaining_s),
+            self._attempts(timeout_s),
+        )
+        return tokenized_of(response)
+
+    async def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        model: str | None = None,
+        skip_special_tokens: bool = False,
+        timeout_s: float | None = None,
+    ) -> str:
+        """Returns the text of token ids, at most as many as the context holds. Raises the errors of `stream`."""
+        request = detokenize_request(token_ids, model, skip_special_tokens)
+        response = await self._unary(
+            lambda stubs, remaining_s: stubs.inference.Detokenize(request, timeout=remaining_s),
+            self._attempts(timeout_s),
+        )
+        return response.text
 
     async def status(self, timeout_s: float | None = 5.0) -> mesh_pb2.GetStatusResponse:
         """Returns the state of models, units and processes, as the router that is called sees it."""
@@ -118,15 +160,9 @@ class MeshClient:
     async def _stream(
         self, request: inference_pb2.GenerateRequest, timeout_s: float | None, num_candidates: int, num_prompt: int
     ) -> AsyncGenerator[Delta, None]:
-        attempts = self._attempts(timeout_s)
-        request.model = request.model or await self._default_model(attempts)
-        try:
-            async with aclosing(self._responses(request, attempts)) as responses:
-                async for response in responses:
-                    yield delta_of(response, num_candidates, num_prompt)
-        except ModelNotFound:
-            self._only_model = None  # the mesh at this address may have been replaced
-            raise
+        async with aclosing(self._responses(request, self._attempts(timeout_s))) as responses:
+            async for response in responses:
+                yield delta_of(response, num_candidates, num_prompt)
 
     async def _responses(
         self, request: inference_pb2.GenerateRequest, attempts: Attempts
@@ -155,23 +191,6 @@ class MeshClient:
             except MeshError as error:
                 delay_s = attempts.delay_before_retry_s(error, _now_s())
             await asyncio.sleep(delay_s)
-
-    async def _list_models(self, attempts: Attempts) -> list[mesh_pb2.ModelInfo]:
-        response = await self._unary(
-            lambda stubs, remaining_s: stubs.mesh.ListModels(mesh_pb2.ListModelsRequest(), timeout=remaining_s),
-            attempts,
-        )
-        return list(response.models)
-
-    async def _default_model(self, attempts: Attempts) -> str:
-        if self._only_model is None:
-            names = [model.name for model in await self._list_models(attempts)]
-            if not names:
-                raise InvalidRequest("model", "the mesh serves no model")
-            if len(names) > 1:
-                raise InvalidRequest("model", f"the mesh serves several; choose one of {', '.join(names)}")
-            self._only_model = names[0]
-        return self._only_model
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
         _check_seconds("timeout_s", timeout_s)

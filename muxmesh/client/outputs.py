@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from muxmesh.errors import InternalError
-from muxmesh.types import NO_WAITS, Candidate, TokenLogprobs, Waits
+from muxmesh.types import NO_WAITS, Waits
 from muxmesh.v1 import inference_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token at one position, its log-probability and its rank; 1 is the most likely.
+
+    ``token_bytes`` may be a part of a character; such bytes are U+FFFD in ``text``.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    text: str = ""
+    token_bytes: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: of the chosen token, and of the requested number of most likely ones.
+
+    They are those of the model, before penalties, bias, temperature and filters.
+    """
+
+    chosen: Candidate
+    top: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,18 +202,18 @@ def _logprobs(
     """One entry for each token. The wire leaves the token itself out of its candidates."""
     if not columns.logprobs:
         return ()
-    entries = zip(columns.token_ids, columns.logprobs, columns.ranks, columns.candidate_tokens, strict=True)
+    chosen = (columns.token_ids, columns.logprobs, columns.ranks, columns.token_texts, columns.token_bytes)
     return tuple(
-        _token_logprobs(Candidate(token_id, logprob, rank), candidates, num_candidates)
-        for token_id, logprob, rank, candidates in entries
+        _token_logprobs(Candidate(*one), candidates, num_candidates)
+        for *one, candidates in zip(*chosen, columns.candidate_tokens, strict=True)
     )
 
 
 def _token_logprobs(chosen: Candidate, others: inference_pb2.CandidateTokenInfo, num_candidates: int) -> TokenLogprobs:
-    top = [Candidate(one.id, one.logprob, one.rank) for one in others.tokens]
+    top = [Candidate(one.id, one.logprob, one.rank, one.text, one.token_bytes) for one in others.tokens]
     if len(top) < num_candidates:  # the token is one of the candidates: its rank is the one that is missing
         index = next((index for index, one in enumerate(top) if one.rank != index + 1), len(top))
-        top.insert(index, Candidate(chosen.token_id, chosen.logprob, index + 1))
+        top.insert(index, replace(chosen, rank=index + 1))
     return TokenLogprobs(chosen, tuple(top))
 
 

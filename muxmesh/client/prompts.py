@@ -23,7 +23,8 @@ class Message:
     content: str
 
 
-Prompt = str | Sequence[int] | Sequence[Message | Mapping[str, str]]
+Conversation = Sequence[Message | Mapping[str, str]]
+Prompt = str | Sequence[int] | Conversation
 """Plain text, token ids, or a conversation for the model's chat template.
 
 A turn of a conversation is a `Message` or a dictionary ``{"role": ..., "content": ...}``.

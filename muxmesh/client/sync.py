@@ -7,16 +7,17 @@ import atexit
 import contextlib
 import os
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Generator
+from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
 from random import Random
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from muxmesh.client.aio import DEFAULT_CONNECT_TIMEOUT_S, MeshClient
 from muxmesh.client.outputs import Completion, Delta
-from muxmesh.client.prompts import Prompt
+from muxmesh.client.prompts import Conversation, Prompt
 from muxmesh.client.request_options import OutputOptions, RequestOptions
 from muxmesh.client.retries import Retries
+from muxmesh.client.tokens import Tokenized
 from muxmesh.errors import RequestAborted
 from muxmesh.types import DEFAULT_ADDRESS
 from muxmesh.v1 import mesh_pb2
@@ -78,6 +79,41 @@ class SyncMeshClient:
     def stream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generator[Delta, None, None]:
         """See `MeshClient.stream`. Closing the generator aborts the request."""
         return self._stream(self._client.stream(prompt, **options))
+
+    def tokenize(
+        self,
+        prompt: str | Conversation,
+        *,
+        model: str | None = None,
+        add_special_tokens: bool | None = None,
+        with_texts: bool = False,
+        timeout_s: float | None = None,
+    ) -> Tokenized:
+        """See `MeshClient.tokenize`."""
+        return self._wait(
+            self._client.tokenize(
+                prompt,
+                model=model,
+                add_special_tokens=add_special_tokens,
+                with_texts=with_texts,
+                timeout_s=timeout_s,
+            )
+        )
+
+    def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        model: str | None = None,
+        skip_special_tokens: bool = False,
+        timeout_s: float | None = None,
+    ) -> str:
+        """See `MeshClient.detokenize`."""
+        return self._wait(
+            self._client.detokenize(
+                token_ids, model=model, skip_special_tokens=skip_special_tokens, timeout_s=timeout_s
+            )
+        )
 
     def list_models(self, timeout_s: float | None = None) -> list[mesh_pb2.ModelInfo]:
         """See `MeshClient.list_models`."""

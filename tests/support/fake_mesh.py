@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from muxmesh.errors import InternalError, ModelNotFound
+from muxmesh.errors import InternalError, InvalidRequest, ModelNotFound
 from muxmesh.rpc.server import MeshServer
 from muxmesh.supervisor.mesh_supervisor import free_listen_address
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
@@ -122,7 +122,11 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
         self.deadlines_s.append(context.time_remaining())
         await self._notify()
         try:
-            if request.model not in self.models:
+            if not request.model and len(self.models) > 1:
+                raise InvalidRequest(
+                    "model", f"is empty, and the mesh serves several; one of: {', '.join(self.models)}"
+                )
+            if not self.models or (request.model or self.models[0]) not in self.models:
                 raise ModelNotFound(f"model: {request.model!r} is not served")
             for step in self.scripts.pop(0) if self.scripts else self.script:
                 if isinstance(step, inference_pb2.GenerateResponse):
@@ -147,10 +151,14 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
-        """One token for each character: its code point."""
+        """One token for each character: its code point. The text of é is that of a part of a character."""
         self.token_requests.append(request)
         text = request.text or "".join(message.content for message in request.chat.messages)
-        return inference_pb2.TokenizeResponse(token_ids=map(ord, text), num_tokens=len(text), max_model_len=100)
+        response = inference_pb2.TokenizeResponse(token_ids=map(ord, text), num_tokens=len(text), max_model_len=100)
+        if request.token_texts:
+            response.token_bytes.extend(character.encode("latin-1") for character in text)
+            response.token_texts.extend(one.decode(errors="replace") for one in response.token_bytes)
+        return response
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context

@@ -18,8 +18,7 @@ from benchmarks.chaos.checker import (
     leaks,
 )
 from benchmarks.chaos.history import CANCELLED, COMPLETED, ENDLESS, Call, Holdings, InjectedFault, SequenceSeen
-from muxmesh.client import Delta, Finish
-from muxmesh.types import Candidate, TokenLogprobs
+from muxmesh.client import Candidate, Delta, Finish, TokenLogprobs
 
 CASE = Case(3, "seeded", "small", "Hello", {"seed": 5, "num_sequences": 2})
 LOGPROBS = tuple(TokenLogprobs(Candidate(token, -1.0, 1), ()) for token in (7, 8, 9))

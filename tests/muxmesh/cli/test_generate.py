@@ -120,11 +120,13 @@ def test_json_has_log_probabilities_on_request(mesh: FakeMesh, capsys: pytest.Ca
     for target, logprobs in ((prompt, [0.0, -0.5]), (response.outputs, [-0.5])):
         target.logprobs.extend(logprobs)
         target.ranks.extend([1] * len(logprobs))
+        target.token_texts.extend(["\ufffd"] * len(logprobs))
+        target.token_bytes.extend([b"\xc3"] * len(logprobs))
         target.candidate_tokens.extend([inference_pb2.CandidateTokenInfo()] * len(logprobs))
     mesh.script = [response]
     assert generate("--json", "--logprobs", "1", "--prompt-logprobs", "0", "hi") == 0
     content = json.loads(capsys.readouterr().out)
-    expected = {"token_id": 97, "logprob": -0.5, "rank": 1}
+    expected = {"token_id": 97, "logprob": -0.5, "rank": 1, "text": "\ufffd", "token_bytes": [0xC3]}
     assert content["logprobs"] == [{"chosen": expected, "top": [expected]}]
     assert content["prompt_logprobs"] == [{"chosen": expected, "top": []}]
     options = mesh.requests[0].response

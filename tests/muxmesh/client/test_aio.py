@@ -22,7 +22,7 @@ from muxmesh.client import (
     Timings,
     TokenLogprobs,
 )
-from muxmesh.errors import InternalError, InvalidRequest, MeshError, ModelNotFound, RequestAborted, Unavailable
+from muxmesh.errors import InternalError, InvalidRequest, MeshError, RequestAborted, Unavailable
 from muxmesh.types import Waits
 from muxmesh.v1 import inference_pb2, mesh_pb2
 from tests.support.fake_mesh import FakeMesh, fake_mesh, output
@@ -151,7 +151,8 @@ async def test_a_stream_that_ends_too_early_is_an_internal_error(
 
 
 async def test_log_probabilities_of_prompt_and_output_are_values(mesh: FakeMesh, client: MeshClient) -> None:
-    best, second, third = Candidate(97, -0.25, 1), Candidate(98, -1.0, 2), Candidate(99, -1.5, 3)
+    best, second = Candidate(97, -0.25, 1, "é", "é".encode()), Candidate(98, -1.0, 2, "\ufffd", b"\xc3")
+    third = Candidate(99, -1.5, 3, " c", b" c")
     responses = output("abc")
     prompt = responses[0].prompt_info
     prompt.token_ids.extend([3, 4])
@@ -182,9 +183,13 @@ def add_logprobs(target: Any, chosen: Candidate, *others: Candidate) -> None:
     """Appends one position to the columns of a message."""
     target.logprobs.append(chosen.logprob)
     target.ranks.append(chosen.rank)
-    target.candidate_tokens.add(
-        tokens=[{"id": one.token_id, "logprob": one.logprob, "rank": one.rank} for one in others]
-    )
+    target.token_texts.append(chosen.text)
+    target.token_bytes.append(chosen.token_bytes)
+    candidates = target.candidate_tokens.add()
+    for one in others:
+        candidates.tokens.add(
+            id=one.token_id, logprob=one.logprob, rank=one.rank, text=one.text, token_bytes=one.token_bytes
+        )
 
 
 async def test_prompt_facts_keep_a_prediction_of_zero_apart_from_no_prediction(
@@ -268,35 +273,15 @@ async def test_messages_above_the_default_limit_of_grpc_are_sent_and_received(
 # --- the default model ---
 
 
-async def test_the_only_model_is_looked_up_once(mesh: FakeMesh, client: MeshClient) -> None:
-    for _ in range(3):
+async def test_a_request_without_a_model_leaves_the_choice_to_the_mesh(mesh: FakeMesh, client: MeshClient) -> None:
+    assert (await client.generate("x")).text == "abc"
+    assert [request.model for request in mesh.requests] == [""] and mesh.num_list_calls == 0
+
+
+async def test_a_mesh_of_several_models_names_them_to_a_request_without_one(mesh: FakeMesh, client: MeshClient) -> None:
+    mesh.models = ["a", "b"]
+    with pytest.raises(InvalidRequest, match=r"^model: .*one of: a, b$"):
         await client.generate("x")
-    assert [request.model for request in mesh.requests] == ["m"] * 3
-    assert mesh.num_list_calls == 1
-
-
-async def test_a_named_model_needs_no_lookup(mesh: FakeMesh, client: MeshClient) -> None:
-    await client.generate("x", model="m")
-    assert mesh.num_list_calls == 0
-
-
-@pytest.mark.parametrize(("models", "problem"), [([], "serves no model"), (["a", "b"], "choose one of a, b")])
-async def test_a_request_without_a_model_is_refused_unless_the_mesh_serves_exactly_one(
-    mesh: FakeMesh, client: MeshClient, models: list[str], problem: str
-) -> None:
-    mesh.models = models
-    with pytest.raises(InvalidRequest, match=f"^model: .*{problem}"):
-        await client.generate("x")
-    assert mesh.requests == []
-
-
-async def test_the_default_model_is_looked_up_again_after_it_was_not_found(mesh: FakeMesh, client: MeshClient) -> None:
-    await client.generate("x")
-    mesh.models = ["other"]
-    with pytest.raises(ModelNotFound, match="'m'"):
-        await client.generate("x")
-    await client.generate("x")
-    assert [request.model for request in mesh.requests] == ["m", "m", "other"]
 
 
 # --- deadlines ---
