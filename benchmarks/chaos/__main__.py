@@ -28,6 +28,8 @@ from muxmesh.config.runtime import MeshRuntime
 from muxmesh.config.schema import MeshConfig
 from tests.support.tiny import TinyShape, write_tiny_model
 
+_FOLDER = OUT.parent / "chaos"
+"""For logs and compiled kernels."""
 SHAPES = {
     "wide": TinyShape(num_heads=4, num_kv_heads=4, head_dim=32),
     "small": TinyShape(num_heads=3, num_kv_heads=3, head_dim=16, seed=1),
@@ -83,7 +85,7 @@ async def run(seed: int, seconds: float, folder: Path) -> int:
 
 
 def _keep_logs(state_dir: Path, seed: int) -> None:
-    kept = OUT.parent / "chaos" / f"seed-{seed}"
+    kept = _FOLDER / f"seed-{seed}"
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(state_dir / "logs", kept)
     print(f"logs are kept in {kept}", flush=True)
@@ -92,6 +94,8 @@ def _keep_logs(state_dir: Path, seed: int) -> None:
 def main() -> int:
     """Parses the arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
+    # Kernels are compiled by the first run, not in the middle of one because another checkout uses the same cache.
+    os.environ["MUXMESH_CACHE_DIR"] = str(_FOLDER / "cache")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--show-plan", action="store_true", help="print the faults of the seed, and start nothing")
