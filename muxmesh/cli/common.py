@@ -11,9 +11,11 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
+from muxmesh.cli.standard_streams import can_encode_all
 from muxmesh.errors import ConfigError
 
 _BAR_WIDTH = 32
+_ESCAPED_CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
 
 
 def cache_dir() -> Path:
@@ -30,9 +32,29 @@ def default_state_dir() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "muxmesh"
 
 
+def read_all() -> str:
+    """Returns all of standard input. Raises ConfigError if it is not UTF-8."""
+    return _decoded(sys.stdin.buffer.read())
+
+
+def read_line() -> str | None:
+    """Returns the next line of standard input, or None at its end. Raises ConfigError if it is not UTF-8."""
+    line = sys.stdin.buffer.readline()
+    return _decoded(line).rstrip("\r\n") if line else None
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input: is not UTF-8 text: {error}") from None
+
+
 def print_json(content: Any) -> None:
-    """Prints one JSON document: indented on a terminal, one line elsewhere."""
-    print(json.dumps(content, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None), flush=True)
+    """Prints one JSON document: indented on a terminal, one line elsewhere. All control characters are escaped."""
+    indent = 2 if sys.stdout.isatty() else None
+    text = json.dumps(content, ensure_ascii=not can_encode_all(sys.stdout), indent=indent)
+    print(text.translate(_ESCAPED_CONTROLS), flush=True)
 
 
 def message_dict(message: Message) -> dict[str, Any]:

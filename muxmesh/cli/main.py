@@ -8,66 +8,132 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import get_args
-
-from muxmesh.quoting import quoted
+from typing import NoReturn, get_args
 
 # gRPC reads it when it is loaded. The supervisor forks while it watches health, and no child uses the parent's gRPC.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 from muxmesh import __version__
-from muxmesh.cli import loadtest_options
+from muxmesh.cli import argument_types, loadtest_options, standard_streams
+from muxmesh.cli.terminal_text import harmless
 from muxmesh.errors import InvalidRequest, MeshError
+from muxmesh.quoting import quoted
 from muxmesh.scheduling_policy import PolicyName
 from muxmesh.types import DEFAULT_ADDRESS
 
-_EXTRAS = {"aiohttp": "loadtest"}
+_EXTRAS = {"aiohttp": "loadtest", "prompt_toolkit": "chat"}
 """The extra of this package that installs a module. All other optional modules belong to the extra `serve`."""
+
+_OPTIONS = {
+    **{
+        name: f"--{name.replace('_', '-')}"
+        for name in (
+            "model", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty",
+            "frequency_penalty", "repetition_penalty", "logit_bias", "seed", "cache_salt", "priority",
+            "num_sequences", "logprobs", "prompt_logprobs", "expected_output_tokens", "explain",
+        )
+    },
+    "allowed_token_ids": "--allowed-token-id",
+    "stop_strings": "--stop",
+    "output_candidates": "--logprobs",
+    "output_logprobs": "--logprobs",
+    "prompt_candidates": "--prompt-logprobs",
+    "timeout_s": "--timeout",
+}  # fmt: skip
+"""The option that sets a field of a request, by the field's name."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 for an error of the mesh, or 130 for Ctrl-C.
+    """Runs one command and returns its exit code.
 
-    Raises SystemExit with code 2 for wrong arguments.
+    0; 1 for an error of the mesh, of a file or of a model, and if a reader of the output has exited; 2 for arguments
+    that are wrong by themselves; 130 after Ctrl-C.
     """
-    parsed = _parser().parse_args(arguments)
+    standard_streams.prepare()
+    try:
+        code = _run(arguments)
+        standard_streams.flush()
+    except BrokenPipeError:  # the reader of the output has exited, and wants to read no more
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    except OSError as error:  # the disk is full, or what stdout leads to is gone
+        with suppress(OSError):
+            print(f"muxmesh: standard output: {error}", file=sys.stderr)
+        code = 1
+    standard_streams.drop()
+    return code
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        parsed = command_parser().parse_args(arguments)
+    except SystemExit as ended:  # a help text, or wrong arguments
+        return int(ended.code or 0)
     try:
         command = importlib.import_module(f"muxmesh.cli.{parsed.module}")
         code: int = command.run(parsed)
-        sys.stdout.flush()  # a broken pipe is reported here, not when the interpreter exits
+        return code
+    except BrokenPipeError:
+        raise
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get(error.name or "", "serve")
-        print(f"muxmesh: {error}; this needs muxmesh installed with its extra `{extra}`", file=sys.stderr)
-        return 1
+        extra = _EXTRAS.get((error.name or "").partition(".")[0], "serve")
+        return _report(parsed, error, f"{error}; this needs muxmesh installed with its extra `{extra}`")
     except MeshError as error:
-        if getattr(parsed, "json", False):
-            field = error.field if isinstance(error, InvalidRequest) else None
-            print(json.dumps({"error": type(error).__name__, "field": field, "message": str(error)}), flush=True)
-        else:
-            print(f"muxmesh: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of stdout has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _report(parsed, error, _in_terms_of_options(error))
     except OSError as error:  # a folder cannot be created or a file cannot be read
         shown = (
             str(error)
             if error.filename is None
             else f"[Errno {error.errno}] {error.strerror}: {quoted(error.filename)}"
         )
-        print(f"muxmesh: {shown}", file=sys.stderr)
-        return 1
-    return code
+        return _report(parsed, error, shown)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="muxmesh", description="Serve several LLMs from the same few devices.")
+def _report(parsed: argparse.Namespace, error: Exception, message: str) -> int:
+    """Prints an error, and returns the exit code."""
+    if getattr(parsed, "json", False):
+        from muxmesh.cli.common import print_json  # noqa: PLC0415 - loads protobuf, which not every command needs
+
+        field = error.field if isinstance(error, InvalidRequest) else None
+        print_json({"error": type(error).__name__, "field": field, "message": str(error)})
+    else:
+        print(f"muxmesh: {harmless(message, sys.stderr)}", file=sys.stderr)
+    return 1
+
+
+def _in_terms_of_options(error: MeshError) -> str:
+    """The message of an error. A field of a request that an option sets is called by the option."""
+    if not isinstance(error, InvalidRequest):
+        return str(error)
+    name = error.field.rpartition(".")[2]
+    option = _OPTIONS.get(name)
+    return str(error) if option is None else f"{option}: {error.problem}"
+
+
+_EXIT_CODES = (
+    "exit codes: 0; 1 for an error of the mesh, a file or a model (with --json as {error, field, message} on standard "
+    "output); 2 for wrong arguments; 130 after Ctrl-C"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line, without the usage of the whole command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with exit code 2."""
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser: argparse.ArgumentParser = _Parser(
+        prog="muxmesh", description="Serve several LLMs from the same few devices.", epilog=_EXIT_CODES
+    )
     parser.add_argument("--version", action="version", version=f"muxmesh {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_up(commands)
@@ -96,7 +162,8 @@ def _command(
 def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address",
-        default=os.environ.get("MUXMESH_ADDRESS", DEFAULT_ADDRESS),
+        type=argument_types.address,
+        default=os.environ.get("MUXMESH_ADDRESS") or DEFAULT_ADDRESS,
         metavar="HOST:PORT",
         help="address of the mesh (default: MUXMESH_ADDRESS, else %(default)s)",
     )
@@ -139,29 +206,38 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     _add_json(status)
 
 
-def _bias(text: str) -> tuple[int, float]:
-    token_id, _, bias = text.partition("=")
-    try:
-        return int(token_id), float(bias)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not ID=BIAS, such as 42=-100") from None
-
-
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="M", help="model name; optional if the mesh serves only one")
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="longest output (default: as the mesh is configured)"
+        "--max-new-tokens",
+        type=argument_types.whole,
+        metavar="N",
+        help="longest output (default: as the mesh is configured)",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="0 is off (default: the model's own)")
-    parser.add_argument("--top-p", type=float, metavar="P", help="in (0, 1]; 1 is off (default: the model's own)")
-    parser.add_argument("--min-p", type=float, metavar="P", help="in [0, 1]; 0 is off (default: the model's own)")
-    parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="in [-2, 2]; 0 is off")
-    parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="in [-2, 2]; 0 is off")
-    parser.add_argument("--repetition-penalty", type=float, metavar="X", help="1 is off (default: the model's own)")
+    parser.add_argument(
+        "--temperature", type=argument_types.temperature, default=0.0, metavar="T",
+        help="0 is greedy (the default, so that outputs repeat); `model` is the model's own default, as in the Python "
+        "clients",
+    )  # fmt: skip
+    parser.add_argument("--top-k", type=argument_types.whole, metavar="K", help="0 is off (default: the model's own)")
+    parser.add_argument(
+        "--top-p", type=argument_types.number, metavar="P", help="in (0, 1]; 1 is off (default: the model's own)"
+    )
+    parser.add_argument(
+        "--min-p", type=argument_types.number, metavar="P", help="in [0, 1]; 0 is off (default: the model's own)"
+    )
+    parser.add_argument(
+        "--presence-penalty", type=argument_types.number, default=0.0, metavar="X", help="in [-2, 2]; 0 is off"
+    )
+    parser.add_argument(
+        "--frequency-penalty", type=argument_types.number, default=0.0, metavar="X", help="in [-2, 2]; 0 is off"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=argument_types.number, metavar="X", help="1 is off (default: the model's own)"
+    )
     parser.add_argument(
         "--logit-bias",
-        type=_bias,
+        type=argument_types.bias,
         action="append",
         default=[],
         metavar="ID=BIAS",
@@ -169,21 +245,27 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--allowed-token-id",
-        type=int,
+        type=argument_types.whole,
         action="append",
         metavar="ID",
         dest="allowed_token_ids",
         help="sample only these tokens; repeatable",
     )
-    parser.add_argument("--seed", type=int, metavar="S", help="reproduces an output (default: chosen by the mesh)")
+    parser.add_argument(
+        "--seed", type=argument_types.whole, metavar="S", help="reproduces an output (default: chosen by the mesh)"
+    )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the output before this text; repeatable"
     )
     parser.add_argument(
         "--cache-salt", default="", metavar="TEXT", help="share cached prefixes only with requests of the same salt"
     )
-    parser.add_argument("--priority", type=int, default=0, metavar="P", help="lower is sooner (default 0)")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="deadline for the complete output")
+    parser.add_argument(
+        "--priority", type=argument_types.whole, default=0, metavar="P", help="lower is sooner (default 0)"
+    )
+    parser.add_argument(
+        "--timeout", type=argument_types.seconds, metavar="SECONDS", help="deadline for the complete output"
+    )
 
 
 def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -194,19 +276,25 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     generate.add_argument(
         "-n",
         "--num-sequences",
-        type=int,
+        type=argument_types.whole,
         default=1,
         metavar="N",
         help="number of outputs; greedy outputs are all the same",
     )
     generate.add_argument(
-        "--logprobs", type=int, metavar="K", help="log-probabilities with K candidates per output token; needs --json"
+        "--logprobs",
+        type=argument_types.whole,
+        metavar="K",
+        help="log-probabilities with K candidates per output token; needs --json",
     )
     generate.add_argument(
-        "--prompt-logprobs", type=int, metavar="K", help="the same for the tokens of the prompt; needs --json"
+        "--prompt-logprobs",
+        type=argument_types.whole,
+        metavar="K",
+        help="the same for the tokens of the prompt; needs --json",
     )
     generate.add_argument(
-        "--expected-output-tokens", type=int, metavar="N",
+        "--expected-output-tokens", type=argument_types.whole, metavar="N",
         help="your estimate of the output length; its weight depends on how accurate earlier estimates with the same "
         "--cache-salt were",
     )  # fmt: skip
@@ -218,10 +306,19 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    chat = _command(commands, "chat", "chat", "Hold a conversation with a model; an empty line or Ctrl-D ends it.")
+    chat = _command(
+        commands,
+        "chat",
+        "chat",
+        "Hold a conversation with a model. Without a terminal, each line of standard input is a message.",
+    )
     _add_address(chat)
     _add_sampling(chat)
     chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument(
+        "--no-history", dest="history", action="store_false",
+        help="keep what is typed out of the history of later chats (STATE_DIR/chat_history, which only you can read)",
+    )  # fmt: skip
 
 
 def _add_tokenize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -248,7 +345,7 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     simulate.add_argument("--workload", required=True, metavar="SPEC", help="as in `muxmesh loadtest --help`")
     simulate.add_argument("--policy", choices=get_args(PolicyName), help="scheduling policy (default: as configured)")
     simulate.add_argument(
-        "--tau", type=float, metavar="T",
+        "--tau", type=argument_types.fraction(0, 1), metavar="T",
         help="for natural outputs: predict lengths with random errors, so that Kendall's tau between predicted and "
         "true lengths is T in [0, 1]; default: the mesh's own predictor if there are prompt texts, else 0.5",
     )  # fmt: skip
@@ -262,7 +359,7 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 def _add_predictor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     actions = commands.add_parser("predictor", help="Evaluate the output length predictor.")
     evaluate = _command(
-        actions.add_subparsers(required=True), "eval", "predictor",
+        actions.add_subparsers(required=True, metavar="ACTION"), "eval", "predictor",
         "Replay a file of outputs: each length is predicted before the predictor learns it.",
     )  # fmt: skip
     evaluate.add_argument(
@@ -276,7 +373,9 @@ def _add_predictor(commands: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    model = commands.add_parser("model", help="List, download and inspect models.").add_subparsers(required=True)
+    model = commands.add_parser("model", help="List, download and inspect models.").add_subparsers(
+        required=True, metavar="ACTION"
+    )
     listing = _command(model, "list", "model", "List the models of the catalog.")
     listing.set_defaults(action="list")
     _add_json(listing)

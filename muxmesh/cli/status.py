@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 
 from muxmesh.cli.common import message_dict, print_json
-from muxmesh.client import MeshClient
+from muxmesh.client import NO_RETRIES, MeshClient
 from muxmesh.v1 import mesh_pb2
 
 _MIB = 1024 * 1024
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _fetch(address: str) -> mesh_pb2.GetStatusResponse:
-    async with MeshClient(address) as client:
+    async with MeshClient(address, retries=NO_RETRIES) as client:
         return await client.status()
 
 

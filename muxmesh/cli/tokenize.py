@@ -6,7 +6,8 @@ import argparse
 import asyncio
 import sys
 
-from muxmesh.cli.common import print_json
+from muxmesh.cli.common import print_json, read_all
+from muxmesh.cli.terminal_text import harmless
 from muxmesh.client import Conversation, MeshClient, Message, Tokenized
 from muxmesh.errors import InvalidRequest
 
@@ -17,7 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _tokenize(arguments: argparse.Namespace) -> int:
-    given = sys.stdin.read() if arguments.text == "-" else arguments.text
+    given = read_all() if arguments.text == "-" else arguments.text
     async with MeshClient(arguments.address) as client:
         if arguments.decode:
             if arguments.chat:
@@ -26,7 +27,7 @@ async def _tokenize(arguments: argparse.Namespace) -> int:
             if arguments.json:
                 print_json({"text": text})
             else:
-                print(text)
+                print(harmless(text, sys.stdout))
             return 0
         prompt: str | Conversation = [Message("user", given)] if arguments.chat else given
         adds = False if arguments.no_special_tokens else None

@@ -19,7 +19,7 @@ from pathlib import Path
 import uvloop
 
 from muxmesh.cli.common import ProgressBar, cache_dir, default_state_dir
-from muxmesh.cli.generate import stream_output
+from muxmesh.cli.streamed_output import stream_output
 from muxmesh.client import MeshClient, Message
 from muxmesh.clock import SystemClock
 from muxmesh.config.load import default_config, load_mesh_config, with_listen

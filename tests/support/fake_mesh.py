@@ -85,8 +85,8 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
     """Replays ``script`` on every GenerateStream call and records the requests.
 
     The first calls replay one each of ``scripts`` instead. ``script``, ``scripts``, ``models``, ``vocab_sizes``,
-    ``status`` and ``unary_error`` may be replaced between calls. A vocabulary has 259 tokens if ``vocab_sizes`` has no
-    number for its model.
+    ``without_chat_template``, ``status`` and ``unary_error`` may be replaced between calls. A vocabulary has 259 tokens
+    if ``vocab_sizes`` has no number for its model.
     """
 
     def __init__(self, address: str, script: Sequence[Step]) -> None:
@@ -94,6 +94,7 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
         self.script = script
         self.scripts: list[Sequence[Step]] = []
         self.models = ["m"]
+        self.without_chat_template: set[str] = set()
         self.vocab_sizes: dict[str, int] = {}
         self.status = mesh_pb2.GetStatusResponse(version="1.2.3", redis_connected=True, order_policy="fcfs")
         self.unary_error: Exception | None = None
@@ -172,7 +173,12 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
             raise self.unary_error
         return mesh_pb2.ListModelsResponse(
             models=[
-                mesh_pb2.ModelInfo(name=name, engine="sim", vocab_size=self.vocab_sizes.get(name, 259))
+                mesh_pb2.ModelInfo(
+                    name=name,
+                    engine="sim",
+                    vocab_size=self.vocab_sizes.get(name, 259),
+                    has_chat_template=name not in self.without_chat_template,
+                )
                 for name in self.models
             ]
         )

@@ -6,8 +6,8 @@ from typing import Any
 import grpc
 import pytest
 
-from muxmesh.cli.generate import _WAITS
 from muxmesh.cli.main import main
+from muxmesh.cli.streamed_output import _WAITS
 from muxmesh.errors import InvalidRequest, WorkerLost
 from muxmesh.v1 import inference_pb2
 from tests.support.fake_mesh import FakeMesh, output
@@ -79,6 +79,11 @@ def test_the_default_is_greedy_sampling_of_plain_text(mesh: FakeMesh) -> None:
     assert mesh.deadlines_s == [None]
 
 
+def test_the_temperature_can_be_left_to_the_model(mesh: FakeMesh) -> None:
+    assert generate("--temperature", "model", "hi") == 0
+    assert not mesh.requests[0].HasField("temperature")
+
+
 def test_a_chat_prompt_is_one_turn_of_the_user(mesh: FakeMesh) -> None:
     assert generate("--chat", "hi") == 0
     (message,) = mesh.requests[0].chat.messages
@@ -86,9 +91,18 @@ def test_a_chat_prompt_is_one_turn_of_the_user(mesh: FakeMesh) -> None:
 
 
 def test_a_dash_reads_the_prompt_from_standard_input(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"two\nlines\n")))
     assert generate("-") == 0
     assert mesh.requests[0].text == "two\nlines\n"
+
+
+def test_standard_input_that_is_no_text_is_refused(
+    mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\x7fELF\xff")))
+    assert generate("-") == 1
+    assert capsys.readouterr().err.startswith("muxmesh: standard input: is not UTF-8 text: ")
+    assert mesh.requests == []
 
 
 def test_json_has_the_output_and_its_figures(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,9 +151,9 @@ def test_json_has_log_probabilities_on_request(mesh: FakeMesh, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--logprobs", "1"], "logprobs: log-probabilities are printed with --json only"),
-        (["--prompt-logprobs", "0"], "logprobs: log-probabilities are printed with --json only"),
-        (["--explain", "-n", "2"], "explain: with several outputs, scheduling is printed with --json only"),
+        (["--logprobs", "1"], "--logprobs: log-probabilities are printed with --json only"),
+        (["--prompt-logprobs", "0"], "--logprobs: log-probabilities are printed with --json only"),
+        (["--explain", "-n", "2"], "--explain: with several outputs, scheduling is printed with --json only"),
     ],
 )
 def test_options_that_need_json_are_refused_without_it(
@@ -235,7 +249,7 @@ def test_a_passed_deadline_is_an_error(mesh: FakeMesh, capsys: pytest.CaptureFix
 def test_a_refused_field_is_named_in_text_and_json(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
     mesh.script = [InvalidRequest("sampling.top_p", "is 0.0; more than 0 and at most 1")]
     assert generate("--top-p", "0", "hi") == 1
-    assert capsys.readouterr().err == "muxmesh: sampling.top_p: is 0.0; more than 0 and at most 1\n"
+    assert capsys.readouterr().err == "muxmesh: --top-p: is 0.0; more than 0 and at most 1\n"
     assert generate("--top-p", "0", "--json", "hi") == 1
     assert json.loads(capsys.readouterr().out) == {
         "error": "InvalidRequest",
@@ -249,5 +263,5 @@ def test_a_number_that_cannot_be_sent_is_an_error(
     mesh: FakeMesh, option: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert generate("--model", "m", *option, "hi") == 1
-    assert f"muxmesh: {option[0][2:].replace('-', '_')}: is {option[1]}; a whole number" in capsys.readouterr().err
+    assert f"muxmesh: {option[0]}: is {option[1]}; a whole number" in capsys.readouterr().err
     assert mesh.requests == []

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from muxmesh import __version__
 from muxmesh.cli.main import main
 from muxmesh.errors import InvalidRequest, MeshError, Overloaded, Unavailable
+from tests.support.fake_mesh import FakeMesh, output
 
 UNREACHABLE = "127.0.0.1:1"
 
@@ -27,30 +29,74 @@ def command_that_raises(error: BaseException) -> Callable[[str], SimpleNamespace
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["--version"])
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"muxmesh {__version__}\n"
 
 
+NUMBER = "is not a finite number"
+WHOLE = "is not a whole number"
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        [],
-        ["nothing"],
-        ["generate"],
-        ["generate", "--temperature", "warm", "x"],
-        ["generate", "--logit-bias", "42:1", "x"],
-        ["model"],
-        ["model", "pull"],
-        ["predictor"],
-        ["simulate"],
-        ["simulate", "-c", "mesh.yaml", "--workload", "x", "--policy", "lifo"],
+        ([], "muxmesh: the following arguments are required: COMMAND"),
+        (["nothing"], "muxmesh: argument COMMAND: invalid choice: 'nothing'"),
+        (["generate"], "muxmesh generate: the following arguments are required: PROMPT"),
+        (["generate", "x", "--seeds", "1"], "muxmesh: unrecognized arguments: --seeds 1"),
+        (["generate", "--seed", "x", "x"], f"muxmesh generate: argument --seed: 'x' {WHOLE}"),
+        (["generate", "--max-new-tokens", "1.5", "x"], f"muxmesh generate: argument --max-new-tokens: '1.5' {WHOLE}"),
+        (["generate", "--top-p", "nan", "x"], f"muxmesh generate: argument --top-p: 'nan' {NUMBER}"),
+        (
+            ["generate", "--temperature", "warm", "x"],
+            "muxmesh generate: argument --temperature: 'warm' is neither a finite number nor `model`",
+        ),
+        (
+            ["generate", "--logit-bias", "42:1", "x"],
+            "muxmesh generate: argument --logit-bias: '42:1' is not ID=BIAS, such as 42=-100",
+        ),
+        *(
+            (
+                ["chat", "--timeout", value],
+                f"muxmesh chat: argument --timeout: {value!r} is not a number of seconds above 0",
+            )
+            for value in ("0", "-1", "0.0")
+        ),
+        (["chat", "--timeout", "inf"], f"muxmesh chat: argument --timeout: 'inf' {NUMBER}"),
+        (
+            ["status", "--address", "http://host:1"],
+            "muxmesh status: argument --address: is 'http://host:1'; a URL does not fit, HOST:PORT is needed: host:1",
+        ),
+        (["model"], "muxmesh model: the following arguments are required: ACTION"),
+        (["model", "pull"], "muxmesh model pull: the following arguments are required: NAME"),
+        (["predictor"], "muxmesh predictor: the following arguments are required: ACTION"),
+        (["simulate"], "muxmesh simulate: the following arguments are required: -c/--config, --workload"),
+        (
+            ["simulate", "-c", "mesh.yaml", "--workload", "x", "--policy", "lifo"],
+            "muxmesh simulate: argument --policy: invalid choice: 'lifo'",
+        ),
+        (
+            ["simulate", "-c", "mesh.yaml", "--workload", "x", "--tau", "2"],
+            "muxmesh simulate: argument --tau: '2' is not a number from 0 to 1",
+        ),
     ],
 )
-def test_wrong_arguments_end_with_2_and_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    assert "usage: muxmesh" in capsys.readouterr().err
+def test_wrong_arguments_end_with_2_and_one_line_that_names_the_option_and_what_it_takes(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(message) and printed.err.count("\n") == 1
+    assert re.search(r"; see `muxmesh[a-z ]* --help`$", printed.err)
+
+
+def test_a_wrong_address_of_the_environment_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MUXMESH_ADDRESS", "host")
+    assert main(["status"]) == 2
+    assert "MUXMESH_ADDRESS" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -59,8 +105,7 @@ def test_wrong_arguments_end_with_2_and_the_usage(arguments: list[str], capsys: 
      "simulate", "predictor eval"],
 )  # fmt: skip
 def test_every_command_has_a_help_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main([*command.split(), "--help"])
+    assert main([*command.split(), "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: muxmesh {command}")
 
 
@@ -91,7 +136,9 @@ def test_an_unreachable_openai_server_is_not_reported_as_a_mesh(capsys: pytest.C
     assert f"http://{UNREACHABLE}" in error and "muxmesh up" not in error
 
 
-@pytest.mark.parametrize(("module", "extra"), [("aiohttp", "loadtest"), ("torch", "serve")])
+@pytest.mark.parametrize(
+    ("module", "extra"), [("aiohttp", "loadtest"), ("prompt_toolkit.history", "chat"), ("torch", "serve")]
+)
 def test_a_missing_package_is_reported_with_the_extra_that_installs_it(
     module: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,7 +189,18 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["status"])
 
 
-@pytest.mark.parametrize("arguments", [["model", "list"], ["model", "list", "--json"]])
+def run(*arguments: str, shell: str = '"$@"', **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Runs `muxmesh` as a process; ``shell`` may redirect its streams."""
+    return subprocess.run(
+        ["sh", "-c", shell, "sh", sys.executable, "-m", "muxmesh", *arguments],
+        check=False,
+        capture_output=True,
+        timeout=120,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | environment,
+    )
+
+
+@pytest.mark.parametrize("arguments", [["model", "list"], ["model", "list", "--json"], ["--help"], ["up", "--help"]])
 def test_a_reader_that_exits_early_ends_the_command_without_a_message(arguments: list[str]) -> None:
     """As in `muxmesh model list | head -0`."""
     reader, writer = os.pipe()
@@ -159,3 +217,62 @@ def test_a_reader_that_exits_early_ends_the_command_without_a_message(arguments:
     finally:
         os.close(writer)
     assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("arguments", [["model", "list"], ["model", "list", "--json"], ["--version"]])
+def test_closed_streams_are_no_error(arguments: list[str]) -> None:
+    for shell in ('"$@" >&-', '"$@" <&- >&- 2>&-', '"$@" 2>&-'):
+        ended = run(*arguments, shell=shell)
+        assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_a_full_disk_is_one_line() -> None:
+    ended = run("model", "list", shell='"$@" >/dev/full')
+    assert ended.returncode == 1
+    assert ended.stderr == b"muxmesh: standard output: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_text_can_be_printed_in_any_encoding(mesh: FakeMesh, encoding: str) -> None:
+    mesh.script = output("é🙂\x85")
+    plain = run("generate", "hi", PYTHONIOENCODING=encoding, MUXMESH_ADDRESS=mesh.address)
+    assert (plain.returncode, plain.stdout[-1:]) == (0, b"\n")
+    assert plain.stdout.decode(encoding).rstrip("\n") in ("é🙂\x85", "é\\U0001f642\x85", "\\xe9\\U0001f642\\x85")
+    as_json = run("generate", "--json", "hi", PYTHONIOENCODING=encoding, MUXMESH_ADDRESS=mesh.address)
+    assert json.loads(as_json.stdout.decode(encoding))["text"] == "é🙂\x85"
+
+
+def test_an_argument_that_is_no_text_is_refused_by_its_name() -> None:
+    for arguments in (["--json"], []):
+        ended = run("generate", *arguments, "--model", "m", os.fsdecode(b"\xff"))
+        assert ended.returncode == 1 and b"Traceback" not in ended.stderr
+        error = json.loads(ended.stdout)["message"] if arguments else ended.stderr.decode()
+        assert "prompt: is " in error and "UTF-8" in error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (InvalidRequest("sampling.top_p", "is 0.0; above 0"), "--top-p: is 0.0; above 0"),
+        (InvalidRequest("max_new_tokens", "is -1; at least 1"), "--max-new-tokens: is -1; at least 1"),
+        (InvalidRequest("stopping.stop_strings", "is empty"), "--stop: is empty"),
+        (InvalidRequest("text", "is empty"), "text: is empty"),
+    ],
+)
+def test_a_field_that_an_option_sets_is_called_by_the_option(
+    error: InvalidRequest, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("muxmesh.cli.main.importlib.import_module", command_that_raises(error))
+    assert main(["status"]) == 1
+    assert capsys.readouterr().err == f"muxmesh: {message}\n"
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ModuleNotFoundError("no x", name="x")])
+def test_every_error_is_json_on_request(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("muxmesh.cli.main.importlib.import_module", command_that_raises(error))
+    assert main(["status", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert json.loads(printed.out) == {"error": type(error).__name__, "field": None, "message": str(error)}

@@ -33,7 +33,7 @@ def test_json_has_ids_texts_and_bytes(mesh: FakeMesh, capsys: pytest.CaptureFixt
 
 
 def test_arguments_reach_the_mesh(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("from stdin"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"from stdin")))
     assert tokenize("--model", "m", "--no-special-tokens", "-") == 0
     assert tokenize("--chat", "hi") == 0
     assert mesh.token_requests == [

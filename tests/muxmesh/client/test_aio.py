@@ -530,8 +530,8 @@ async def test_an_address_that_cannot_be_reached_gets_no_request() -> None:
 async def test_list_models_returns_the_messages_of_the_mesh(mesh: FakeMesh, client: MeshClient) -> None:
     mesh.models = ["a", "b"]
     assert await client.list_models() == [
-        mesh_pb2.ModelInfo(name="a", engine="sim", vocab_size=259),
-        mesh_pb2.ModelInfo(name="b", engine="sim", vocab_size=259),
+        mesh_pb2.ModelInfo(name="a", engine="sim", vocab_size=259, has_chat_template=True),
+        mesh_pb2.ModelInfo(name="b", engine="sim", vocab_size=259, has_chat_template=True),
     ]
 
 
