@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from muxmesh.config.load import load_mesh_config
+from muxmesh.config.schema import order_without_effect
+from muxmesh.models.prepared_model import model_problems
+from muxmesh.supervisor.listen_address import public_listen_warning
+
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/glossary.md")
 """Pages that describe the present. The log and the decisions keep the names of their day."""
@@ -54,3 +59,14 @@ def test_the_reading_lists_of_the_architecture_count_what_they_list(title: str) 
     assert listed is not None
     assert row is not None
     assert len(re.findall(r"`[^`]+\.py`", listed.group(1))) == int(row.group(1))
+
+
+def test_the_example_of_mesh_yaml_is_valid_and_listens_on_this_machine_only(tmp_path: Path) -> None:
+    (text,) = re.findall(
+        r"^```yaml\n(# mesh\.yaml\n.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    (tmp_path / "mesh.yaml").write_text(text)
+    loaded = load_mesh_config(
+        tmp_path / "mesh.yaml", order_without_effect, lambda config: model_problems(config, tmp_path, tmp_path)
+    )
+    assert public_listen_warning(loaded.config.listen) is None

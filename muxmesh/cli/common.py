@@ -22,14 +22,22 @@ def cache_dir() -> Path:
     """Returns MUXMESH_CACHE_DIR if it is set, else `muxmesh` in the user's cache directory."""
     if chosen := os.environ.get("MUXMESH_CACHE_DIR"):
         return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "muxmesh"
+    return Path(os.environ.get("XDG_CACHE_HOME") or _home("MUXMESH_CACHE_DIR") / ".cache") / "muxmesh"
 
 
 def default_state_dir() -> Path:
     """Returns MUXMESH_STATE_DIR if it is set, else `muxmesh` in the user's state directory."""
     if chosen := os.environ.get("MUXMESH_STATE_DIR"):
         return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "muxmesh"
+    return Path(os.environ.get("XDG_STATE_HOME") or _home("MUXMESH_STATE_DIR") / ".local" / "state") / "muxmesh"
+
+
+def _home(instead: str) -> Path:
+    """The user's home directory. Raises ConfigError with the variable that may be set ``instead``."""
+    try:
+        return Path.home()
+    except RuntimeError as error:  # HOME is not set, and the user is in no database
+        raise ConfigError(f"{error} Set HOME or {instead}") from error
 
 
 def read_all() -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 import uvloop
 
 from muxmesh.cli.common import ProgressBar, cache_dir, default_state_dir
+from muxmesh.cli.console import Console, open_standard_streams
 from muxmesh.cli.streamed_output import stream_output
 from muxmesh.client import MeshClient, Message
 from muxmesh.clock import SystemClock
@@ -26,16 +27,24 @@ from muxmesh.config.load import default_config, load_mesh_config, with_listen
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.config.schema import Location, MeshConfig, order_without_effect
 from muxmesh.errors import MeshError
-from muxmesh.lifecycle import configure_logging
+from muxmesh.lifecycle import configure_logging, raise_file_limit
 from muxmesh.models.prepared_model import machine_problems, model_problems, prepare_model
+from muxmesh.supervisor.listen_address import public_listen_warning
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, ShowLine, free_listen_address, make_runtime, state_lock
 
 _HELLO_TOKENS = 64
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serves until SIGINT or SIGTERM; returns the exit code. Raises ConfigError before any process starts."""
-    configure_logging(logging.WARNING)
+    """Serves until SIGINT, SIGTERM or SIGHUP; returns the exit code. Raises ConfigError before any process starts."""
+    open_standard_streams()
+    raise_file_limit()
+    with _consoles():
+        configure_logging(logging.WARNING)
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     started_at_s = SystemClock().monotonic_s()
     base_dir = arguments.config.resolve().parent if arguments.config else Path.cwd()
 
@@ -46,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     loaded = load_mesh_config(arguments.config, *checks) if arguments.config else default_config(*checks)
     if arguments.listen:
         loaded = with_listen(loaded, arguments.listen)
+    if (warning := public_listen_warning(loaded.config.listen)) is not None:
+        print(f"muxmesh: {warning}", file=sys.stderr, flush=True)
     config = loaded.config.model_copy(update={"listen": free_listen_address(loaded.config.listen)})
     state_dir = (arguments.state_dir or default_state_dir()).expanduser().resolve()
     with state_lock(state_dir):
@@ -60,13 +71,26 @@ def run(arguments: argparse.Namespace) -> int:
             return runner.run(_serve(runtime, state_dir, show_line, arguments.hello, started_at_s))
 
 
+@contextlib.contextmanager
+def _consoles() -> Iterator[None]:
+    """Lets no reader of stdout or stderr stop the event loop, nor the processes that print through it."""
+    out, err = Console(1), Console(2)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    finally:
+        for console in (out, err):
+            console.close()
+
+
 async def _serve(
     runtime: MeshRuntime, state_dir: Path, show_line: ShowLine, hello: str | None, started_at_s: float
 ) -> int:
-    mesh = MeshSupervisor(runtime, state_dir, show_line, SystemClock())
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does with SIGHUP
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    mesh = MeshSupervisor(runtime, state_dir, show_line, SystemClock())
     stopped = asyncio.create_task(stop.wait())
     starting = asyncio.create_task(_start(mesh, hello, started_at_s))
     try:
@@ -77,8 +101,7 @@ async def _serve(
     finally:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
-        with contextlib.suppress(OSError):  # the reader of stderr may have exited
-            print("stopping", file=sys.stderr, flush=True)
+        print("stopping", file=sys.stderr)
         await mesh.stop()
     return 0
 
@@ -122,7 +145,6 @@ or generate stubs for any language from protos/muxmesh/v1. Ctrl-C stops the mesh
 def _line_printer(quiet: bool) -> ShowLine:
     def show(name: str, line: str) -> None:
         if not quiet and name != "redis":  # its lines are in the log file only
-            with contextlib.suppress(OSError):
-                print(f"{name} | {line}", file=sys.stderr, flush=True)
+            print(f"{name} | {line}", file=sys.stderr)
 
     return show

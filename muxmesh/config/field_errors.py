@@ -32,6 +32,7 @@ _WORDS: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
     "finite_number": lambda value, context: f"is {shown(value)}; must be a finite number",
     "byte_size": lambda value, context: f"is {shown(value)}; {_SIZES}",
     "byte_size_unit": lambda value, context: f"is {shown(value)}; {_SIZES}",
+    "ip_any_network": lambda value, context: f"is {shown(value)}; must be an address or a network like 10.1.0.0/16",
     "tuple_type": lambda value, context: f"is {shown(value)}; must be a list",
     "too_short": lambda value, context: "must not be empty",
     "greater_than_equal": lambda value, context: f"is {shown(value)}; must be at least {_bound(context['ge'])}",

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -171,6 +172,13 @@ class UnitConfig(Section):
         return -(-model.kv_guaranteed // self.slab)
 
 
+def _refuse_numbers(value: object) -> object:
+    """A number would be read as the 32 bits of an address."""
+    if isinstance(value, int):
+        raise ValueError(f"is {str(value).lower()}; must be an address or a network like 10.1.0.0/16")
+    return value
+
+
 class RouterConfig(Section):
     """Limits of the router on requests."""
 
@@ -192,7 +200,7 @@ class RouterConfig(Section):
     max_calls_per_client: int = Field(default=1024, ge=1, le=1_000_000)
     """Calls in progress of one client address (of IPv6: one /64 network); a further one fails with RESOURCE_EXHAUSTED.
     Also the limit of one connection, above which gRPC clients hold calls back."""
-    exempt_clients: tuple[IPvAnyNetwork, ...] = ()
+    exempt_clients: tuple[Annotated[IPvAnyNetwork, BeforeValidator(_refuse_numbers)], ...] = ()
     """Addresses or networks, like `[10.0.0.5, 10.1.0.0/16]`, to which max_calls_per_client does not apply: servers that
     are the one client of many users. Clients of the router's unix socket are exempt too."""
     slow_client_s: float = Field(default=30, ge=0.1, le=3600)

@@ -30,8 +30,9 @@ from muxmesh.errors import ConfigError
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.supervisor.health_probe import HealthProbe, wait_until_serving
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, MAX_STARTING_CHECKS
+from muxmesh.supervisor.log_file import LogFile
 from muxmesh.supervisor.redis_server import RedisProbe, redis_command, wait_for_redis
-from muxmesh.supervisor.supervised_process import ProcessSpec, SupervisedProcess, log_file
+from muxmesh.supervisor.supervised_process import ProcessSpec, SupervisedProcess
 from muxmesh.types import Role
 
 READY_TIMEOUT_S = MAX_STARTING_CHECKS * CHECK_EVERY_S
@@ -48,21 +49,31 @@ ShowLine = Callable[[str, str], None]
 
 @contextlib.contextmanager
 def state_lock(state_dir: Path) -> Iterator[None]:
-    """Holds the lock on a state directory while the block runs. Raises ConfigError if another mesh holds it."""
-    state_dir.mkdir(parents=True, exist_ok=True)
-    with (state_dir / "mesh.lock").open("a+") as lock:
+    """Holds the lock on a state directory while the block runs.
+
+    Raises ConfigError if another mesh holds it or the directory cannot be written. The kernel frees the lock with its
+    process, so the pid in the file is for people only.
+    """
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(state_dir / "mesh.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise ConfigError(f"state directory {state_dir} cannot be written: {error.strerror}") from error
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
+            holder = os.read(lock, 20).decode(errors="replace").strip()
             raise ConfigError(
-                f"a mesh is already running with state directory {state_dir} (pid {lock.read().strip()}); "
+                f"a mesh is already running with state directory {state_dir} (pid {holder}); "
                 "stop it, or give another --state-dir"
             ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the pid
+            os.ftruncate(lock, 0)
+            os.write(lock, str(os.getpid()).encode())
         yield
+    finally:
+        os.close(lock)
 
 
 def free_listen_address(listen: str) -> str:
@@ -119,19 +130,22 @@ class MeshSupervisor:
 
     def __init__(self, runtime: MeshRuntime, state_dir: Path, show_line: ShowLine, clock: Clock) -> None:
         self.runtime = runtime
+        logs = state_dir / "logs"
+        self._runtime_file = runtime.run_dir / "runtime.json"
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+            runtime.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            runtime.run_dir.chmod(0o700)
+            (runtime.run_dir / RUN_MARK).touch()
+            runtime.write(self._runtime_file)
+        except OSError as error:
+            shutil.rmtree(runtime.run_dir, ignore_errors=True)
+            raise ConfigError(f"{state_dir}: cannot be written: {error.strerror}") from error
+        self._log_file = LogFile(logs / "supervisor.log")
+        logging.getLogger("supervisor").addHandler(self._log_file)
         self._registry = ProcessRegistry(runtime.redis_url, runtime.config.mesh_id, clock)
         self._restarted = asyncio.Event()
         self._restarted.set()  # an own Redis may have the counts of an earlier supervisor
-        self._counting = asyncio.create_task(self._publish_restarts(), name="restart counts")
-        logs = state_dir / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        self._log_file = log_file(logs / "supervisor.log")
-        logging.getLogger("supervisor").addHandler(self._log_file)
-        runtime.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        runtime.run_dir.chmod(0o700)
-        (runtime.run_dir / RUN_MARK).touch()
-        self._runtime_file = runtime.run_dir / "runtime.json"
-        runtime.write(self._runtime_file)
         endpoints = runtime.endpoints()
         self._probes: list[HealthProbe | RedisProbe] = []
         stages = [[self._redis(state_dir)]] if runtime.config.redis_url is None else []
@@ -140,6 +154,8 @@ class MeshSupervisor:
         self._stages = [
             [SupervisedProcess(spec, logs, clock, show_line, self._restarted.set) for spec in stage] for stage in stages
         ]
+
+        self._counting = asyncio.create_task(self._publish_restarts(), name="restart counts")
 
     @property
     def processes(self) -> list[SupervisedProcess]:

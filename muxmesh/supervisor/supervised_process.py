@@ -13,13 +13,13 @@ import signal
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
 from muxmesh.clock import Clock
 from muxmesh.errors import Unavailable
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, Liveness
+from muxmesh.supervisor.log_file import LogFile
 
 _log = logging.getLogger("supervisor")
 
@@ -31,7 +31,6 @@ HEALTHY_AFTER_S = 15.0
 """Uptime that resets the delay to `FIRST_BACKOFF_S`."""
 _MAX_EARLY_EXITS = 3
 """Exits before the process was ever ready, after which it is not restarted."""
-_LOG_BYTES = 10 * 1024 * 1024
 _KEPT_LINES = 20
 _LINE_BYTES = 64 * 1024
 """A line of output is divided after at least this many bytes."""
@@ -54,13 +53,6 @@ class ProcessSpec:
     ask: Callable[[], Coroutine[Any, Any, bool]]
     environment: Mapping[str, str] = field(default_factory=dict)
     faces_clients: bool = False
-
-
-def log_file(path: Path) -> RotatingFileHandler:
-    """A rotating log file that keeps the last 10 to 20 MB. Each line starts with the time."""
-    handler = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    return handler
 
 
 class SupervisedProcess:
@@ -88,7 +80,7 @@ class SupervisedProcess:
         self._stopping = False
         self._gave_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._file = log_file(logs / f"{spec.name.replace('/', '-')}.log")
+        self._file = LogFile(logs / f"{spec.name.replace('/', '-')}.log")
 
     @property
     def pid(self) -> int | None:
@@ -216,7 +208,7 @@ class SupervisedProcess:
     def _keep_line(self, raw: bytes) -> None:
         line = raw.decode(errors="replace").rstrip()
         self._last_lines.append(line)
-        self._file.handle(logging.LogRecord(self.spec.name, logging.INFO, "", 0, line, None, None))
+        self._file.write_line(self.spec.name, line)
         self._show_line(self.spec.name, line)
 
     def _failure(self, problem: str) -> str:

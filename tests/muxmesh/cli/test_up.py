@@ -1,9 +1,12 @@
 """Errors of `muxmesh up` before anything starts, and its life as a process."""
 
 import asyncio
+import contextlib
 import os
+import shlex
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -165,13 +168,129 @@ async def test_a_killed_supervisor_takes_its_processes_along(config: Path) -> No
             os.close(pidfd)
 
 
-def processes_that_name(folder: Path) -> set[int]:
-    """Processes whose command line contains ``folder``."""
+async def until_ready(process: asyncio.subprocess.Process) -> None:
+    assert process.stdout is not None
+    async with asyncio.timeout(60):
+        await process.stdout.readuntil(b"ready on")
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_a_full_disk_stops_neither_a_restart_nor_the_end(config: Path, number: signal.Signals) -> None:
+    """/dev/full stands for the files of a disk that is full."""
+    logs = config.parent / "state" / "logs"
+    logs.mkdir(parents=True)
+    for name in ("supervisor", "redis", "kvstore-unit0", "prefill-load", "decode-load", "router"):
+        (logs / f"{name}.log").symlink_to("/dev/full")
+    with Path("/dev/full").open("wb") as full:
+        started = await asyncio.create_subprocess_exec(*up(config), stdout=asyncio.subprocess.PIPE, stderr=full)
+    async with ended(started) as process:
+        await until_ready(process)
+        (worker,) = processes_that_name(config.parent, "decode_svc")
+        os.kill(worker, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while processes_that_name(config.parent, "decode_svc") in (set(), {worker}):
+                await asyncio.sleep(0.05)
+        process.send_signal(number)
+        await process.wait()
+    assert process.returncode == 0
+    assert processes_that_name(config.parent) == set()
+    assert list((config.parent / "state").glob("run-*")) == []
+
+
+@pytest.mark.mesh
+async def test_a_reader_of_stderr_that_reads_nothing_holds_no_process_up(config: Path) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    started = await asyncio.create_subprocess_exec(*up(config), stdout=asyncio.subprocess.PIPE, stderr=writer)
+    os.close(writer)
+    async with ended(started) as process:
+        await until_ready(process)
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(60):
+            await process.wait()
+    os.close(reader)
+    assert process.returncode == 0
+
+
+@pytest.mark.mesh
+async def test_a_mesh_without_standard_streams_serves_and_ends(config: Path) -> None:
+    command = f"exec {shlex.join(up(config))} <&- >&- 2>&-"
+    started = await asyncio.create_subprocess_exec("/bin/sh", "-c", command)
+    async with ended(started) as process:
+        async with asyncio.timeout(60):
+            while not processes_that_name(config.parent, "router"):
+                await asyncio.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(60):
+            await process.wait()
+    assert process.returncode == 0
+    assert (config.parent / "state" / "mesh.lock").read_text() == str(process.pid), "no output is in the file"
+
+
+LIMITED = (
+    "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); from muxmesh.cli.main import main"
+)
+
+
+def test_a_state_that_cannot_be_written_is_one_line(config: Path) -> None:
+    """The limit on the size of files stands for a disk that is nearly full: the pid fits, the runtime file does not."""
+    arguments = up(config)[3:]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{LIMITED}; sys.exit(main({arguments!r}))"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == f"muxmesh: {config.parent / 'state'}: cannot be written: File too large\n"
+    assert list((config.parent / "state").glob("run-*")) == []
+
+
+def test_an_address_that_others_reach_is_warned_of_even_if_quiet(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with state_lock(tmp_path / "state"):  # so that nothing starts
+        arguments = ["--listen", "0.0.0.0:0", "--quiet", "--state-dir", str(tmp_path / "state")]
+        assert main(["up", "-c", str(config), *arguments]) == 1
+    assert "muxmesh: WARNING: listen: 0.0.0.0:0 can be reached from other machines" in capfd.readouterr().err
+
+
+def test_a_home_that_is_not_known_is_an_error_that_names_the_remedy(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("MUXMESH_STATE_DIR", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    assert main(["up", "-c", str(config), "--listen", "127.0.0.1:0"]) == 1
+    assert "Could not determine home directory. Set HOME or MUXMESH_STATE_DIR" in capsys.readouterr().err
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "state" / "mesh.lock").symlink_to(tmp_path / "mine")
+    arguments = ["--listen", "127.0.0.1:0", "--state-dir", str(tmp_path / "state")]
+    assert main(["up", "-c", str(config), *arguments]) == 1
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert f"state directory {tmp_path / 'state'} cannot be written" in capsys.readouterr().err
+
+
+def processes_that_name(folder: Path, module: str = "") -> set[int]:
+    """Processes whose command line contains ``folder`` and ``module``."""
     found = set()
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
             try:
-                if str(folder) in (path / "cmdline").read_text():
+                command = (path / "cmdline").read_text()
+                if str(folder) in command and module in command:
                     found.add(int(path.name))
             except OSError:
                 continue

@@ -48,6 +48,10 @@ IN_UNIT = "units: [{models: [{name: m}], %s}]"
         ("mesh_id: a b", "mesh_id: is 'a b'; must begin with a letter or a digit and have only letters, digits, '.', "
          "'_' and '-'"),
         (f"mesh_id: {'x' * 99}", "mesh_id: has 99 characters; at most 64"),
+        ("router: {exempt_clients: [10.0.0.0/99]}", "router.exempt_clients[0]: is '10.0.0.0/99'; must be an address or "
+         "a network like 10.1.0.0/16"),
+        ("router: {exempt_clients: [0]}", "router.exempt_clients[0]: is 0; must be an address or a network like "
+         "10.1.0.0/16"),
         ("order: {trace: 2}", "order.trace: is 2; must be true or false"),
         ("order: {trace: maybe}", "order.trace: is 'maybe'; must be true or false"),
         ("order: {longest_lead: .nan}", "order.longest_lead: is nan; must be a finite number"),

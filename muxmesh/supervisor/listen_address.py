@@ -1,0 +1,32 @@
+"""Who can reach the address of the public API."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+
+def public_listen_warning(listen: str) -> str | None:
+    """The warning about an address that other machines may reach; None for one of this machine only.
+
+    The public API has neither TLS nor authentication. A name counts as public if any of its addresses is, or if it has
+    none.
+    """
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        if all(_is_loopback(str(address[0])) for *_, address in found):
+            return None
+    except (OSError, ValueError):  # ValueError: a name that IDNA cannot encode
+        pass
+    return (
+        f"WARNING: listen: {listen} can be reached from other machines, without encryption and without a password: "
+        "whoever reaches it can use the models, and prompts and outputs can be read on the network. "
+        "Use 127.0.0.1 for this machine only, or put a proxy with TLS and authentication before it"
+    )
+
+
+def _is_loopback(address: str) -> bool:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+    return (mapped or ip).is_loopback

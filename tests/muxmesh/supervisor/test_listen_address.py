@@ -1,0 +1,40 @@
+"""Which addresses are public."""
+
+import socket
+
+import pytest
+
+from muxmesh.supervisor.listen_address import public_listen_warning
+
+
+@pytest.mark.parametrize(
+    "listen", ["127.0.0.1:1", "127.9.9.9:50051", "[::1]:1", "::1:1", "localhost:1", "[::ffff:127.0.0.1]:1"]
+)
+def test_an_address_of_this_machine_only_has_no_warning(listen: str) -> None:
+    assert public_listen_warning(listen) is None
+
+
+@pytest.mark.parametrize(
+    "listen",
+    ["0.0.0.0:50051", "[::]:50051", "192.0.2.1:1", "[2001:db8::1]:1", "[fe80::1]:1", "[::ffff:192.0.2.1]:1", "0:1"],
+)
+def test_an_address_that_others_reach_has_a_warning_with_what_to_do(listen: str) -> None:
+    warning = public_listen_warning(listen)
+    assert warning is not None
+    assert warning.startswith(f"WARNING: listen: {listen} can be reached from other machines")
+    assert "127.0.0.1" in warning and "TLS" in warning
+    assert "\n" not in warning
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 300, "*", "\ud800"])
+def test_a_name_without_an_address_counts_as_public(host: str) -> None:
+    assert public_listen_warning(f"{host}:1") is not None
+
+
+def test_the_name_of_this_machine_counts_by_its_addresses() -> None:
+    try:
+        addresses = {str(found[4][0]) for found in socket.getaddrinfo(socket.gethostname(), None)}
+    except OSError as error:
+        pytest.skip(f"the name of this machine has no address: {error}")
+    is_public = any(not address.startswith("127.") and address != "::1" for address in addresses)
+    assert (public_listen_warning(f"{socket.gethostname()}:1") is not None) is is_public
