@@ -200,8 +200,24 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     up.add_argument("--quiet", action="store_true", help="print no log lines of the services")
 
 
+_STATUS_COLUMNS = """\
+columns:
+  WAITING, RUNNING  sequences now; WAITING of a unit: requests that wait for admission
+  FINISHED ... OUTPUT TOKENS  since the router started; RESTARTS: further attempts after a worker was lost
+  PREDICTED TAU     rank correlation of predicted and true output lengths (Kendall's; 1 is perfect), of the last 256
+                    outputs; "-": there are fewer than 100
+  QUOTA MIB         part of the KV pool that the model can claim; it uses more while others use less
+  BLOCKS LEASED, CACHED, FREE  token blocks of sequences, of the prefix cache, and to allocate (cached ones included)
+  PREFIX HITS       share of the prompt tokens that were in the prefix cache
+  LEASES            sequences whose KV a worker writes
+  STEPS, TOKENS     computed since the worker started
+  BUSY S            seconds for which the worker held the grant to compute"""
+
+
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     status = _command(commands, "status", "status", "Show the models, workers, memory and processes of a mesh.")
+    status.formatter_class = argparse.RawDescriptionHelpFormatter
+    status.epilog = _STATUS_COLUMNS
     _add_address(status)
     _add_json(status)
 

@@ -10,7 +10,7 @@ from typing import Any
 from muxmesh.cli.common import ProgressBar, cache_dir, print_json
 from muxmesh.config.schema import ModelConfig
 from muxmesh.errors import ConfigError
-from muxmesh.models.catalog import CATALOG, find_catalog_model
+from muxmesh.models.catalog import CATALOG, find_catalog_model, hub_hint
 from muxmesh.models.gguf_import import read_gguf
 from muxmesh.models.model_download import model_folder
 from muxmesh.models.model_spec import ModelSpec, read_model_spec
@@ -48,6 +48,11 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _pull(arguments: argparse.Namespace) -> int:
+    if arguments.name not in CATALOG and Path(arguments.name).expanduser().exists():
+        raise ConfigError(
+            f"{quoted(arguments.name)} is on this machine, so there is nothing to download: name it as `source` in "
+            "mesh.yaml; `muxmesh model inspect` shows it"
+        )
     model = ModelConfig(name=find_catalog_model(arguments.name).name)
     prepared = prepare_model(model, cache_dir(), cache_dir(), ProgressBar(arguments.name))
     if arguments.json:
@@ -66,9 +71,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     elif path.is_file() and path.suffix == ".gguf":
         facts = _gguf_facts(path)
     elif not path.exists():
-        raise ConfigError(
-            f"{quoted(arguments.path)} does not exist; a catalog model is downloaded with `muxmesh model pull`"
-        )
+        raise ConfigError(_why_absent(arguments.path))
     else:
         raise ConfigError(f"{quoted(arguments.path)} is neither a folder nor a .gguf file")
     if arguments.json:
@@ -78,6 +81,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
         for name, value in facts.items():
             print(f"{name.replace('_', ' ').ljust(width)}  {_format(value)}")
     return 0
+
+
+def _why_absent(name: str) -> str:
+    if name in CATALOG:
+        return f"{name} is in the catalog and not downloaded yet; `muxmesh model pull {name}` downloads it"
+    available = ", ".join(sorted(CATALOG))
+    return f"{quoted(name)} is neither a folder, nor a .gguf file, nor in the catalog ({available}){hub_hint(name)}"
 
 
 def _folder_facts(folder: Path) -> dict[str, Any]:

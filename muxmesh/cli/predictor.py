@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from muxmesh.quoting import named, quoted
+from muxmesh.quoting import named
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -49,22 +49,27 @@ def read_items(path: Path) -> Iterator[Item]:
     for number, line in read_jsonl(path):
         where = f"{path}: line {number}"
         prompt, model, length = line.get("prompt"), line.get("model", "(one)"), line.get("n_out")
-        if not isinstance(prompt, str) or not isinstance(model, str):
-            raise ConfigError(f'{where}: "prompt" must be a string, and "model" too if it is given')
+        for name, value in (("prompt", prompt), ("model", model)):
+            if not isinstance(value, str):
+                raise ConfigError(f"{where}: {_given(line, name)}; a string is needed")
         if not _is_text(prompt + model):
             raise ConfigError(f"{where}: has half of a surrogate pair, which is not valid text")
-        if isinstance(length, bool) or not isinstance(length, int) or length < 0:
-            raise ConfigError(f"{where}: n_out is {quoted(length)}; a whole number of tokens is needed")
-        if length > _MAX_OUTPUT_TOKENS:
-            raise ConfigError(f"{where}: n_out is {quoted(length)}; at most {_MAX_OUTPUT_TOKENS} tokens")
+        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= _MAX_OUTPUT_TOKENS:
+            raise ConfigError(
+                f"{where}: {_given(line, 'n_out')}; the number of output tokens is needed, a whole number from 0 to "
+                f"{_MAX_OUTPUT_TOKENS}"
+            )
         task, censored = line.get("task"), line.get("censored")
         if not (task is None or (isinstance(task, str) and _is_text(task))):
-            raise ConfigError(f"{where}: task is {named(json.dumps(task))}; a string is needed")
+            raise ConfigError(f"{where}: {_given(line, 'task')}; a string is needed")
         if not (censored is None or isinstance(censored, bool)):
-            raise ConfigError(
-                f"{where}: censored is {named(json.dumps(censored))}; true if the output was cut off, or false"
-            )
+            raise ConfigError(f"{where}: {_given(line, 'censored')}; true if the output was cut off, or false")
         yield Item(prompt, model, max(1, length), task or "", censored or False)
+
+
+def _given(line: Mapping[str, Any], name: str) -> str:
+    """What a line has under a key, as JSON."""
+    return f'"{name}" is {named(json.dumps(line[name]))}' if name in line else f'"{name}" is missing'
 
 
 def _is_text(text: str) -> bool:

@@ -89,7 +89,7 @@ def _print_unit(unit: mesh_pb2.UnitStatus) -> None:
         print(f"leases: {pool.num_leases_expired} expired, {pool.num_leases_orphaned} orphaned")
     print()
     _table(
-        ("MODEL", "QUOTA MIB", "TOKEN BLOCKS LEASED", "CACHED", "FREE", "PREFIX HITS", "WAITING"),
+        ("MODEL", "QUOTA MIB", "BLOCKS LEASED", "BLOCKS CACHED", "BLOCKS FREE", "PREFIX HITS", "WAITING"),
         (
             (
                 model.model,

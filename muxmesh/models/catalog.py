@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from muxmesh.errors import ConfigError
@@ -26,6 +27,8 @@ class CatalogModel:
     member_sha256: str
 
 
+_HUB_NAME = re.compile(r"(https?://|hf://|hf:)\S+|[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+
 CATALOG = {
     model.name: model
     for model in (
@@ -47,5 +50,16 @@ CATALOG = {
 def find_catalog_model(name: str) -> CatalogModel:
     """Returns the catalog model ``name``. Raises ConfigError, which lists the available names."""
     if name not in CATALOG:
-        raise ConfigError(f"no model {quoted(name)} in the catalog; available: {', '.join(sorted(CATALOG))}")
+        available = ", ".join(sorted(CATALOG))
+        raise ConfigError(f"no model {quoted(name)} in the catalog; available: {available}{hub_hint(name)}")
     return CATALOG[name]
+
+
+def hub_hint(name: str) -> str:
+    """What to do instead if ``name`` is one of a model hub, such as ORGANIZATION/MODEL; else nothing."""
+    if _HUB_NAME.fullmatch(name) is None:
+        return ""
+    return (
+        ". Models come from the catalog or from this machine, not from a hub: fetch the files, and name their folder "
+        "or GGUF file as `source`"
+    )

@@ -13,7 +13,7 @@ from muxmesh.block_hashes import KvIdentity
 from muxmesh.config.runtime import PreparedModel
 from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
 from muxmesh.errors import ConfigError
-from muxmesh.models.catalog import CATALOG
+from muxmesh.models.catalog import CATALOG, hub_hint
 from muxmesh.models.gguf_import import read_gguf
 from muxmesh.models.model_download import Progress, ensure_imported, ensure_model, model_folder
 from muxmesh.models.model_spec import SIM_SPEC, ModelSpec, read_model_spec
@@ -155,4 +155,5 @@ def _local_source(model: ModelConfig, base_dir: Path) -> Path | None:
         raise ConfigError(f"{quoted(source)} {problem}; a folder in Hugging Face style or a .gguf file is needed")
     raise ConfigError(
         f"{quoted(source)} is neither a folder, nor a .gguf file, nor in the catalog ({', '.join(sorted(CATALOG))})"
+        + hub_hint(source)
     )

@@ -42,6 +42,20 @@ def test_pulling_an_unknown_model_lists_the_catalog(capsys: pytest.CaptureFixtur
     assert "'gpt'" in error and NAME in error
 
 
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.2-1B", "https://hub.example/org/model", "hf:org/model:q4"])
+def test_a_name_of_a_hub_is_refused_with_what_to_do_instead(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", "pull", name]) == 1
+    assert capsys.readouterr().err == (
+        f"muxmesh: no model '{name}' in the catalog; available: {NAME}. Models come from the catalog or from this "
+        "machine, not from a hub: fetch the files, and name their folder or GGUF file as `source`\n"
+    )
+
+
+def test_a_model_on_this_machine_needs_no_pull(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", "pull", str(tmp_path)]) == 1
+    assert "is on this machine, so there is nothing to download: name it as `source`" in capsys.readouterr().err
+
+
 def test_pulling_a_model_that_is_present_prepares_its_weights_once(
     cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,8 +119,9 @@ def test_a_name_of_the_catalog_stands_for_its_folder(cache: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("path", "problem"),
     [
-        ("none", "does not exist; a catalog model is downloaded with `muxmesh model pull`"),
-        (NAME, "does not exist"),
+        ("none", f"'none' is neither a folder, nor a .gguf file, nor in the catalog ({NAME})\n"),
+        ("org/name", f"nor in the catalog ({NAME}). Models come from the catalog or from this machine, not from a hub"),
+        (NAME, f"{NAME} is in the catalog and not downloaded yet; `muxmesh model pull {NAME}` downloads it"),
         ("file.bin", "is neither a folder nor a .gguf file"),
         ("folder", "config.json"),
         ("broken.gguf", "broken.gguf"),

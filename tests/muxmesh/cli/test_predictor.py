@@ -99,18 +99,21 @@ def test_items_are_read_in_order_with_their_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"prompt": 5}, '"prompt" must be a string'),
-        ({"prompt": None}, '"prompt" must be a string'),
-        ({"model": 5}, '"model" too if it is given'),
-        ({"n_out": "many"}, "n_out is 'many'; a whole number of tokens is needed"),
-        ({"n_out": True}, "n_out is True; a whole number"),
-        ({"n_out": 1.5}, "n_out is 1.5; a whole number"),
-        ({"n_out": None}, "n_out is None; a whole number"),
-        ({"n_out": -1}, "n_out is -1; a whole number"),
-        ({"n_out": 10_000_001}, "n_out is 10000001; at most 10000000 tokens"),
-        ({"censored": 1}, "censored is 1; true if the output was cut off, or false"),
-        ({"task": 7}, "task is 7; a string is needed"),
-        ({"task": "\ud800"}, r'task is "\ud800"; a string is needed'),
+        ({"prompt": 5}, '"prompt" is 5; a string is needed'),
+        ({"prompt": None}, '"prompt" is null; a string is needed'),
+        ({"model": 5}, '"model" is 5; a string is needed'),
+        (
+            {"n_out": "many"},
+            '"n_out" is "many"; the number of output tokens is needed, a whole number from 0 to 10000000',
+        ),
+        ({"n_out": True}, '"n_out" is true; the number of output tokens'),
+        ({"n_out": 1.5}, '"n_out" is 1.5; the number'),
+        ({"n_out": None}, '"n_out" is null; the number'),
+        ({"n_out": -1}, '"n_out" is -1; the number'),
+        ({"n_out": 10_000_001}, '"n_out" is 10000001; the number'),
+        ({"censored": 1}, '"censored" is 1; true if the output was cut off, or false'),
+        ({"task": 7}, '"task" is 7; a string is needed'),
+        ({"task": "\ud800"}, r'"task" is "\ud800"; a string is needed'),
         ({"prompt": "\ud800"}, "half of a surrogate pair"),
         ({"model": "\ud800"}, "half of a surrogate pair"),
     ],
@@ -122,6 +125,17 @@ def test_a_field_of_the_wrong_type_is_refused_with_its_line(tmp_path: Path, fiel
         list(read_items(path))
     assert str(caught.value).startswith(f"{path}: line 3: ")
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [('{"n_out": 3}', '"prompt" is missing; a string'), ('{"prompt": "a"}', '"n_out" is missing; the number')],
+)
+def test_a_required_key_that_is_missing_is_named(tmp_path: Path, line: str, problem: str) -> None:
+    path = tmp_path / "outputs.jsonl"
+    path.write_text(line)
+    with pytest.raises(ConfigError, match=f"line 1: {problem}"):
+        list(read_items(path))
 
 
 @pytest.mark.parametrize(("content", "problem"), [("not json", "line 1: "), ("[]", "line 1: "), ("", "has no outputs")])

@@ -67,9 +67,9 @@ sim    1        2        30        4        5         600            700        
 
 unit unit0 on cpu: KV pool 64 MiB, leased 1.0 MiB, cached 0.5 MiB, 30 of 32 slabs free, 1.5 MiB fragmented, 5 hand-offs
 
-MODEL  QUOTA MIB  TOKEN BLOCKS LEASED  CACHED  FREE  PREFIX HITS  WAITING
-sim    32         4                    2       100   25 %         3
-idle   0          0                    0       0     -            0
+MODEL  QUOTA MIB  BLOCKS LEASED  BLOCKS CACHED  BLOCKS FREE  PREFIX HITS  WAITING
+sim    32         4              2              100          25 %         3
+idle   0          0              0              0            -            0
 
 WORKER       PID  READY  LEASES  STEPS  TOKENS  BUSY S
 prefill/sim  11   yes    1       20     300     1.2
@@ -79,6 +79,13 @@ PROCESS  PID  RESTARTS  ADDRESS
 router   10   1         127.0.0.1:50051
 """
     )
+
+
+def test_the_help_text_explains_the_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--help"]) == 0
+    printed = capsys.readouterr().out
+    for column in ("WAITING", "PREDICTED TAU", "QUOTA MIB", "BLOCKS LEASED", "PREFIX HITS", "LEASES", "BUSY S"):
+        assert f"\n  {column}" in printed or f", {column}" in printed
 
 
 def test_the_tau_of_predictions_is_shown_with_whether_they_are_used(capsys: pytest.CaptureFixture[str]) -> None:
