@@ -46,10 +46,11 @@ class OpenAiTarget:
         if not names:
             raise Unavailable(f"{self._url} serves no model")
         self._default_model = names[0]
-        return [ServedModel(name, self._vocabulary) for name in names]
+        takes_salt = any(model.get("owned_by") == "vllm" for model in content["data"])
+        return [ServedModel(name, self._vocabulary, takes_salt) for name in names]
 
     async def stream(self, request: PlannedRequest) -> AsyncIterator[Piece | StreamEnd]:
-        """See `Target`. Each chunk counts as one token, even without text; the final usage has the exact count."""
+        """See `Target`. A chunk is one token, unless it only opens or ends; the final usage has the exact count."""
         path, body = self._body(request)
         end: StreamEnd | None = None
         finish = ""
@@ -68,7 +69,7 @@ class OpenAiTarget:
                         raise TargetError("STREAM ERROR", json.dumps(chunk["error"])[:500])
                     for choice in chunk.get("choices", ()):
                         finish = choice.get("finish_reason") or finish
-                        if not _is_opening(choice):
+                        if not _is_without_token(choice):
                             yield Piece(1)
                     if usage := chunk.get("usage"):
                         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
@@ -99,7 +100,9 @@ class OpenAiTarget:
         if self._temperature is not None:
             body["temperature"] = self._temperature
         if request.tenant is not None:
-            body |= {"user": request.tenant, "cache_salt": request.tenant}  # cache_salt is vLLM's extension
+            body["user"] = request.tenant
+        if salt := request.cache_salt or request.tenant:
+            body["cache_salt"] = salt  # vLLM's extension
         if request.priority:
             body["priority"] = request.priority  # vLLM's extension
         if request.is_forced:
@@ -109,7 +112,11 @@ class OpenAiTarget:
         return "/v1/completions", body | {"prompt": request.prompt}
 
 
-def _is_opening(choice: dict[str, Any]) -> bool:
-    """The first chunk of a chat carries the role and no token."""
-    delta = choice.get("delta")
-    return delta is not None and "role" in delta and not delta.get("content")
+def _is_without_token(choice: dict[str, Any]) -> bool:
+    """The first chunk of a chat carries the role, and the last one of an output may carry only its finish reason.
+
+    Others without text are tokens: of several that form a character, only the last has text.
+    """
+    delta = choice.get("delta") or {}
+    has_text = choice.get("text") or any(value for key, value in delta.items() if key != "role")
+    return not has_text and ("role" in delta or bool(choice.get("finish_reason")))

@@ -6,7 +6,7 @@ It knows the order of these steps. It knows neither the wire protocol nor how me
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,8 @@ class Options:
     ``name`` and ``date``: for the report. ``max_concurrency``: None is unbounded. ``calibrate``: number of requests
     that are sent one at a time before the run, to fit the latency of the idle server; 0: no calibration and no SLO
     attainment. ``unloaded``: that latency from an earlier test, so that several servers have the same SLO.
+    ``cache_salt``: keeps the run's prompts apart from those of earlier runs in the server's prefix cache, if the server
+    takes one; empty: none. ``is_new_salt``: no earlier run had it.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Options:
     goodput: Goodput | None = None
     calibrate: int = 5
     unloaded: Unloaded | None = None
+    cache_salt: str = ""
+    is_new_salt: bool = False
 
 
 class Session:
@@ -61,14 +65,15 @@ class Session:
         self._clock = clock
         self._on_start = on_start
         self._unloaded = options.unloaded
+        self._num_runs = 0
 
     async def run(self, spec: Spec) -> dict[str, Any]:
         """Runs the workload and returns its report. Raises Unavailable, ConfigError."""
         requests = await self._plan(spec)
         if self._unloaded is None and self._options.calibrate:
             calibration = plan(replace(spec, seed=spec.seed + _CALIBRATION_SEED_OFFSET), self._vocabulary)
-            self._unloaded = await self._calibrate(calibration)
-        driver = Driver(self._target, requests, self._clock, self._options.max_concurrency)
+            self._unloaded = await self._calibrate(self._salted(calibration))
+        driver = Driver(self._target, self._salted(requests), self._clock, self._options.max_concurrency)
         self._on_start("running" if spec.rate is None else f"rate {spec.rate:g}", driver)
         run = await driver.run()
         options = self._options
@@ -76,7 +81,11 @@ class Session:
             options.name, self._target.name, sorted({r.model or self._default for r in requests}), spec.text,
             options.date, options.max_concurrency, spec.rate,
         )  # fmt: skip
-        return build_report(about, run, options.goodput, self._unloaded)
+        report = build_report(about, run, options.goodput, self._unloaded)
+        return report | {
+            "cache_salt": options.cache_salt if self._takes_salt else "",
+            "warnings": self._warnings(report),
+        }
 
     async def sweep(self, spec: Spec, rates: Sequence[float], scale: int, attainment: float) -> dict[str, Any]:
         """Runs the workload at each rate in ascending order; returns the sweep. Stops after a partial run.
@@ -110,9 +119,30 @@ class Session:
         if unknown:
             raise ConfigError(f"workload: models={named(unknown[0])}: not served; served models: {', '.join(served)}")
         used = [served[name] for name, _ in spec.models] or [served[self._default]]
+        self._takes_salt = all(model.takes_cache_salt for model in used)
         smallest = min((model.vocabulary for model in used), key=lambda vocabulary: vocabulary.stop)
         self._vocabulary = smallest
         return plan(spec, smallest)
+
+    def _salted(self, requests: Sequence[PlannedRequest]) -> list[PlannedRequest]:
+        """The requests with a salt of their own run: texts and shared prefixes are the same in every run of a sweep."""
+        self._num_runs += 1
+        if not self._options.cache_salt or not self._takes_salt:
+            return list(requests)
+        salt = f"{self._options.cache_salt}-{self._num_runs}"
+        return [
+            replace(request, cache_salt=f"{salt}/{request.tenant}" if request.tenant else salt) for request in requests
+        ]
+
+    def _warnings(self, report: Mapping[str, Any]) -> list[str]:
+        """Whether the prefix cache may have had prompts of an earlier run."""
+        cached, num_input = report["total_cached_tokens"], report["total_input_tokens"]
+        if (self._options.is_new_salt and self._takes_salt) or cached == 0 or not num_input:
+            return []
+        remedy = "a new --cache-salt" if self._takes_salt else "another seed= in the workload"
+        if cached is None:
+            return [f"cached tokens are not reported; an earlier run of these prompts may have left some: use {remedy}"]
+        return [f"{cached / num_input:.0%} of the input tokens were cached, perhaps by an earlier run: use {remedy}"]
 
     async def _calibrate(self, requests: Sequence[PlannedRequest]) -> Unloaded:
         step = max(1, len(requests) // self._options.calibrate)

@@ -30,6 +30,17 @@ COLUMNS = (
     ("P99 normalized latency (s/token)", "p99_normalized_latency_s_per_token"),
 )
 """(label as in `vllm bench serve`, key in a report)."""
+_SWEEP_COLUMNS = (
+    ("rate (req/s)", "rate"),
+    ("done", "completed"),
+    ("failed", "failed"),
+    ("req/s", "request_throughput"),
+    ("output tok/s", "output_throughput"),
+    ("median TTFT (ms)", "median_ttft_ms"),
+    ("p99 TTFT (ms)", "p99_ttft_ms"),
+    ("median TPOT (ms)", "median_tpot_ms"),
+    ("median E2EL (ms)", "median_e2el_ms"),
+)
 _WIDTH = 40
 
 
@@ -46,6 +57,12 @@ def label(report: Mapping[str, Any]) -> str:
     return f"{report['name']} at {rate:g}/s" if rate is not None else str(report["name"])
 
 
+def title(report: Mapping[str, Any]) -> str:
+    """The name of a report and what was measured, which may be its name."""
+    name, target = str(report["name"]), str(report["target"])
+    return name if name == target else f"{name}: {target}"
+
+
 def rows_of(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields (label, formatted figure) for each column that the report has."""
     for text, key in COLUMNS:
@@ -55,9 +72,10 @@ def rows_of(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def render(report: Mapping[str, Any]) -> str:
     """Returns the table of one run."""
-    lines = [f" {report['name']}: {report['target']} ".center(_WIDTH + 12, "=")]
+    lines = [f" {title(report)} ".center(_WIDTH + 12, "=")]
     if report["partial"]:
         lines.append(f"PARTIAL: {report['partial']}")
+    lines += [f"WARNING: {warning}" for warning in report.get("warnings", ())]
     lines += [f"{text + ':':<{_WIDTH}} {value}" for text, value in rows_of(report)]
     if slo := report.get("slo"):
         parts = (f"{scale}x {part:.0%}" for scale, part in slo["attainment"].items() if int(scale) in {1, 2, 4, 8, 16})
@@ -92,14 +110,38 @@ def compare(reports: Sequence[Mapping[str, Any]]) -> str:
             ratio = f" ({value / values[0]:.2f}x)" if value is not None and values[0] else ""
             cells.append(format_value(value) + ratio)
         rows.append([text, *cells])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return (
+        _aligned(rows)
+        + _warning(reports)
+        + "".join(
+            f"\n\nNOT RELIABLE: {label(report)}: {report['driver_bottleneck']}"
+            for report in reports
+            if report.get("driver_bottleneck")
+        )
+    )
+
+
+def render_sweep(sweep: Mapping[str, Any]) -> str:
+    """Returns the table of a sweep: a line for each rate, and the highest one within the SLO."""
+    scale, wanted = sweep["slo_wanted"]["scale"], sweep["slo_wanted"]["attainment"]
+    rows = [[*(text for text, _ in _SWEEP_COLUMNS), f"within {scale}x unloaded"]]
+    for report in sweep["reports"]:
+        attainment = {int(key): share for key, share in report["slo"]["attainment"].items()}  # JSON has keys of text
+        rows.append([*(format_value(report[key]) for _, key in _SWEEP_COLUMNS), f"{attainment[scale]:.0%}"])
+    highest = sweep["highest_rate_within_slo"]
+    found = "none of these" if highest is None else f"{highest:g}/s"
+    return f"{_aligned(rows)}\n\nHighest rate within the SLO ({wanted:.0%} within {scale}x unloaded): {found}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
             cell.rjust(width) if column else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
-    ) + _warning(reports)
+    )
 
 
 def _warning(reports: Sequence[Mapping[str, Any]]) -> str:

@@ -44,10 +44,15 @@ class TargetError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model that a server lists. ``vocabulary``: the token ids for random prompts."""
+    """A model that a server lists.
+
+    ``vocabulary``: the token ids for random prompts. ``takes_cache_salt``: requests with different salts share no
+    cached prefix.
+    """
 
     name: str
     vocabulary: range
+    takes_cache_salt: bool = True
 
 
 class Target(Protocol):

@@ -30,7 +30,7 @@ class PlannedRequest:
     """One request to send at ``at_s``, in seconds from the start.
 
     ``prompt``: text or token ids. ``is_forced``: the output has exactly ``max_new_tokens`` tokens, else at most.
-    ``model`` and ``tenant`` are None where the workload names none.
+    ``model`` and ``tenant`` are None where the workload names none. ``cache_salt``: empty is the tenant.
     """
 
     index: int
@@ -43,6 +43,7 @@ class PlannedRequest:
     model: str | None = None
     tenant: str | None = None
     priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

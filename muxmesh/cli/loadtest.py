@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import secrets
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ async def _test(arguments: argparse.Namespace) -> dict[str, Any]:
         goodput=_goodput(arguments.goodput),
         calibrate=_CALIBRATE if arguments.calibrate is None else arguments.calibrate,
         unloaded=_unloaded(arguments.unloaded),
+        cache_salt=secrets.token_hex(4) if arguments.cache_salt is None else arguments.cache_salt,
+        is_new_salt=arguments.cache_salt is None,
     )
     this_task = asyncio.current_task()
     assert this_task is not None
@@ -141,15 +144,17 @@ def _unloaded(path: Path | None) -> Unloaded | None:
 
 def _finish(document: dict[str, Any], arguments: argparse.Namespace) -> int:
     reports = document.get("reports", [document])
-    reasons = [reason for report in reports if (reason := bottleneck(report))]
-    if reasons:
-        document["driver_bottleneck"] = reasons[0]
+    for report in reports:
+        if reason := bottleneck(report):
+            report["driver_bottleneck"] = document["driver_bottleneck"] = reason
+    reason = document.get("driver_bottleneck")
     if arguments.output:
         arguments.output.write_text(json.dumps(document) + "\n")
-    if reasons and not arguments.allow_slow_driver:
+    if reason and not arguments.allow_slow_driver:
+        kept = f" ({arguments.output} has them, marked as such)" if arguments.output else ""
         print(
-            f"muxmesh: no report: {reasons[0]}, so the figures would measure the driver. Send less load, use a larger "
-            "machine, or accept them with --allow-slow-driver",
+            f"muxmesh: no report: {reason}, so the figures would measure the driver{kept}. Send less load, use a "
+            "larger machine, or accept them with --allow-slow-driver",
             file=sys.stderr,
         )
         return 1
@@ -160,12 +165,24 @@ def _finish(document: dict[str, Any], arguments: argparse.Namespace) -> int:
     else:
         print("\n\n".join(map(table.render, reports)))
         if "highest_rate_within_slo" in document:
-            print(f"\nHighest rate within the SLO: {document['highest_rate_within_slo']}")
-        if reasons:
-            print(f"NOT RELIABLE: {reasons[0]}")
+            print(f"\n{table.render_sweep(document)}")
+        if reason:
+            print(f"NOT RELIABLE: {reason}")
     if document["partial"] == _INTERRUPTED:
         return 130
-    return 1 if document["partial"] else 0
+    return 1 if document["partial"] or _too_many_failed(reports, arguments.max_failed) else 0
+
+
+def _too_many_failed(reports: Sequence[Mapping[str, Any]], max_failed: float | None) -> bool:
+    """True, with a line on stderr, if no request succeeded or more than a share of ``max_failed`` failed."""
+    num_failed = sum(report["failed"] for report in reports)
+    num_ended = num_failed + sum(report["completed"] for report in reports)
+    limit = 1.0 if max_failed is None else max_failed
+    if not num_failed or (num_failed < num_ended and num_failed / num_ended <= limit):
+        return False
+    allowed = "" if max_failed is None else f", more than {max_failed:.1%}"
+    print(f"muxmesh: {num_failed} of {num_ended} requests failed{allowed}", file=sys.stderr)
+    return True
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -41,6 +41,10 @@ def _share(text: str) -> float:
     return share
 
 
+def _share_from_zero(text: str) -> float:
+    return 0.0 if text.strip() in {"0", "0.0"} else _share(text)
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -95,13 +99,25 @@ def add_to(load: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="share of requests within the SLO that a sweep requires (default 0.9)",
     )
     load.add_argument("--name", metavar="NAME", help="name of the system in reports (default: its kind and address)")
-    load.add_argument("--output", type=Path, metavar="FILE", help="write the whole report as JSON")
+    load.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the whole report as JSON")
     load.add_argument("--html", type=Path, metavar="FILE", help="write the report as an HTML page")
     load.add_argument(
         "--vocabulary",
         type=_number_from(32, 1 << 20),
         metavar="N",
         help="vocabulary size of an OpenAI-compatible server (default 32000)",
+    )
+    load.add_argument(
+        "--cache-salt",
+        metavar="SALT",
+        help="requests share cached prefixes only with those of the same salt (default: a new one for each run, if the "
+        "server takes salts; empty: none)",
+    )
+    load.add_argument(
+        "--max-failed",
+        type=_share_from_zero,
+        metavar="P",
+        help="exit with 1 if more than this share of the requests failed (default: only if all failed)",
     )
     load.add_argument("--allow-slow-driver", action="store_true", help="report even if the driver was the bottleneck")
     load.add_argument("--quiet", action="store_true", help="print no progress on stderr")

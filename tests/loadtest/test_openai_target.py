@@ -73,13 +73,32 @@ async def test_the_server_s_own_temperature_is_the_default() -> None:
         ({"delta": {"role": "assistant", "content": None}}, 0),
         ({"delta": {"role": "assistant", "content": "a"}}, 1),
         ({"delta": {"content": ""}}, 1),
+        ({"delta": {"reasoning_content": "a"}, "finish_reason": "stop"}, 1),
+        ({"delta": {"tool_calls": [{}]}}, 1),
+        ({"delta": {}, "finish_reason": "stop"}, 0),
+        ({"delta": {"content": "", "role": "assistant"}, "finish_reason": "stop"}, 0),
+        ({"delta": {"content": "a"}, "finish_reason": "length"}, 1),
         ({"text": ""}, 1),
+        ({"text": "", "finish_reason": "stop"}, 0),
+        ({"text": "a", "finish_reason": "length"}, 1),
     ],
 )
-async def test_every_chunk_but_an_opening_counts_as_a_token(stub: Stub, choice: dict[str, Any], pieces: int) -> None:
+async def test_every_chunk_but_an_opening_and_an_ending_counts_as_a_token(
+    stub: Stub, choice: dict[str, Any], pieces: int
+) -> None:
     server, target = stub
     server.events = [data({"choices": [choice]}), chunk("z", "stop"), usage(1, 1)]
     assert (await events(target))[:-1] == [Piece(1)] * (pieces + 1)
+
+
+@pytest.mark.parametrize(("owner", "takes"), [("vllm", True), ("sglang", False), (None, False)])
+async def test_a_salt_is_for_servers_that_are_known_to_take_one(stub: Stub, owner: str | None, takes: bool) -> None:
+    server, target = stub
+    server.models = {"data": [{"id": "m"} if owner is None else {"id": "m", "owned_by": owner}]}
+    assert [model.takes_cache_salt for model in await target.models()] == [takes]
+    server.events = [chunk("a", "stop"), usage(1, 1)]
+    await events(target, replace(REQUEST, cache_salt="s/t"))
+    assert (server.bodies[0][1]["cache_salt"], server.bodies[0][1]["user"]) == ("s/t", "t")
 
 
 async def test_comments_and_other_fields_of_the_event_stream_are_ignored(stub: Stub) -> None:

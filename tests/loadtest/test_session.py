@@ -1,5 +1,7 @@
 """Whole load tests against servers with known latencies, in virtual time."""
 
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ from loadtest.drive import Driver
 from loadtest.session import Options, Session
 from loadtest.slo import Unloaded
 from loadtest.spec import parse_spec
-from loadtest.target import ServedModel, TargetError
+from loadtest.target import Piece, ServedModel, StreamEnd, TargetError
+from loadtest.workload import PlannedRequest
 from muxmesh.errors import ConfigError, Unavailable
 from tests.support.loadtest_target import VOCABULARY, LinearTarget, StubTarget
 from tests.support.virtual_time import VirtualClock, run_virtually
@@ -212,3 +215,60 @@ def test_the_default_vocabulary_is_that_of_the_only_model() -> None:
     target = StubTarget()
     report_of(target)
     assert {token for request in target.received for token in request.prompt} <= set(VOCABULARY)
+
+
+class CachingTarget(LinearTarget):
+    """Reports ``num_cached`` cached tokens of each prompt."""
+
+    def __init__(self, num_cached: int | None, takes_salt: bool) -> None:
+        super().__init__()
+        self.num_cached, self.takes_salt = num_cached, takes_salt
+
+    async def models(self) -> list[ServedModel]:
+        return [replace(model, takes_cache_salt=self.takes_salt) for model in await super().models()]
+
+    async def stream(self, request: PlannedRequest) -> AsyncGenerator[Piece | StreamEnd, None]:
+        async for event in super().stream(request):
+            yield replace(event, num_cached=self.num_cached) if isinstance(event, StreamEnd) else event
+
+
+def test_no_run_and_no_calibration_has_the_salt_of_another() -> None:
+    target = LinearTarget()
+    line = "rate=1 lengths=D(20,5) requests=4 tenants=x,y seed=3"
+    sweep_of(target, line, [1.0, 2.0], calibrate=2, cache_salt="s")
+    salts = [request.cache_salt for request in target.received]
+    assert {salt.partition("/")[0] for salt in salts[:2]} == {"s-1"}
+    assert {salt.partition("/")[0] for salt in salts[2:6]} == {"s-2"}
+    assert {salt.partition("/")[0] for salt in salts[6:]} == {"s-3"}
+    assert all(request.cache_salt.endswith(f"/{request.tenant}") for request in target.received)
+
+
+@pytest.mark.parametrize("takes_salt", [True, False])
+def test_without_a_salt_or_for_a_server_that_takes_none_the_tenant_is_left_to_be_the_salt(takes_salt: bool) -> None:
+    target = CachingTarget(0, takes_salt)
+    report_of(target, cache_salt="" if takes_salt else "s")
+    assert {request.cache_salt for request in target.received} == {""}
+
+
+@pytest.mark.parametrize(
+    ("num_cached", "takes_salt", "options", "warning"),
+    [
+        (10, True, {"cache_salt": "s", "is_new_salt": True}, None),
+        (
+            10,
+            True,
+            {"cache_salt": "s"},
+            "50% of the input tokens were cached, perhaps by an earlier run: use a new --c",
+        ),
+        (10, True, {}, "50% of the input tokens were cached"),
+        (0, True, {}, None),
+        (10, False, {"cache_salt": "s", "is_new_salt": True}, "perhaps by an earlier run: use another seed="),
+        (None, False, {}, "cached tokens are not reported; an earlier run of these prompts may have left some: use an"),
+    ],
+)
+def test_a_report_warns_of_prompts_that_an_earlier_run_may_have_cached(
+    num_cached: int | None, takes_salt: bool, options: dict[str, Any], warning: str | None
+) -> None:
+    warnings = report_of(CachingTarget(num_cached, takes_salt), **options)["warnings"]
+    assert len(warnings) == (warning is not None)
+    assert all((warning or "") in one for one in warnings)

@@ -5,7 +5,7 @@ import pytest
 
 from loadtest.record import Run
 from loadtest.report import About, build_report
-from loadtest.table import COLUMNS, compare, format_value, label, render, rows_of
+from loadtest.table import COLUMNS, compare, format_value, label, render, render_sweep, rows_of, title
 from tests.support.loadtest_reports import document_sets, make_record, make_report
 
 SETS = document_sets()
@@ -141,3 +141,28 @@ def test_different_workloads_are_named_below_a_comparison() -> None:
     assert compare([one, other, one]).endswith(
         "\n\nNot the same workload:\n  rate=2 lengths=D(1,1)\n  rate=9 lengths=D(1,1)"
     )
+
+
+@pytest.mark.parametrize(("name", "text"), [("mesh at a:1", "mesh at a:1"), ("ours", "ours: mesh at a:1")])
+def test_a_report_without_a_name_of_its_own_is_named_once(name: str, text: str) -> None:
+    assert title({"name": name, "target": "mesh at a:1"}) == text
+    assert render({**make_report("ours"), "name": name, "target": "mesh at a:1"}).splitlines()[0].strip("= ") == text
+
+
+def test_warnings_and_an_unreliable_driver_are_shown() -> None:
+    report = {**make_report("ours"), "warnings": ["half was cached"], "driver_bottleneck": "it was late"}
+    assert "WARNING: half was cached" in render(report)
+    assert "NOT RELIABLE: ours at 2/s: it was late" in compare([make_report("theirs"), report])
+
+
+@pytest.mark.parametrize("is_read_from_a_file", [False, True])
+def test_a_sweep_has_a_line_for_each_rate(is_read_from_a_file: bool) -> None:
+    sweep = next(one for case in SETS.values() for one in case if "reports" in one)
+    if is_read_from_a_file:
+        sweep = json.loads(json.dumps(sweep))
+    head, *lines = render_sweep(sweep).splitlines()
+    assert head.startswith("rate (req/s)") and "median TTFT (ms)" in head and head.endswith("x unloaded")
+    rates = [report["rate"] for report in sweep["reports"]]
+    assert [float(line.split()[0]) for line in lines[: len(rates)]] == rates
+    assert len({len(line) for line in [head, *lines[: len(rates)]]}) == 1, "columns are aligned"
+    assert lines[-1].startswith("Highest rate within the SLO (")

@@ -221,6 +221,7 @@ async def test_a_report_of_a_slow_driver_is_refused(mesh: RunningMesh, tmp_path:
     assert process.returncode == 1
     assert out == b""
     assert b"no report: the driver was" in err
+    assert f"({output} has them, marked as such)" in err.decode()
     assert "ms late" in json.loads(output.read_text())["driver_bottleneck"], "the file is written and marked"
 
 

@@ -153,6 +153,39 @@ def test_failed_requests_are_counted_and_the_rest_is_reported(
     assert report["errors"]["RESOURCE_EXHAUSTED"]["count"] == 3
 
 
+def every_request_fails() -> None:
+    raise Overloaded("full")
+
+
+def test_a_test_without_a_success_exits_with_1_and_says_so(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
+    mesh.script = [every_request_fails]
+    assert loadtest("--calibrate", "0") == 1
+    out, err = capsys.readouterr()
+    assert "RESOURCE_EXHAUSTED" in out
+    assert err == "muxmesh: 6 of 6 requests failed\n"
+
+
+@pytest.mark.parametrize(("share", "code"), [("0", 1), ("0.49", 1), ("0.5", 0), ("1", 0)])
+def test_the_share_of_failed_requests_that_is_accepted_can_be_set(
+    mesh: FakeMesh, share: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failures = iter([True, False] * 3)
+    mesh.script = [lambda: every_request_fails() if next(failures) else None, *output("abc")]
+    assert loadtest("--calibrate", "0", "--max-failed", share) == code
+    assert ("3 of 6 requests failed, more than" in capsys.readouterr().err) == bool(code)
+
+
+def test_two_runs_share_no_cached_prefix_unless_a_salt_is_given(mesh: FakeMesh, tmp_path: Path) -> None:
+    salts = []
+    for arguments in ([], [], ["--cache-salt", "x"], ["--cache-salt", ""]):
+        mesh.requests.clear()
+        report = report_of(mesh, tmp_path / "r.json", "--calibrate", "0", *arguments)
+        (salt,) = {request.kv.cache_salt for request in mesh.requests}
+        assert salt == (f"{report['cache_salt']}-1" if report["cache_salt"] else "")
+        salts.append(salt)
+    assert len(set(salts)) == 4 and salts[2:] == ["x-1", ""]
+
+
 def test_a_sweep_reports_each_rate_from_low_to_high(
     mesh: FakeMesh, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,10 @@ def test_without_options_a_test_runs_and_nothing_is_set(parser: argparse.Argumen
     assert set(parsed.values()) == {None}
 
 
+def test_the_output_has_a_short_option(parser: argparse.ArgumentParser) -> None:
+    assert parser.parse_args(["-o", "r.json"]).output == Path("r.json")
+
+
 def test_values_are_parsed_by_their_kind(parser: argparse.ArgumentParser) -> None:
     line = (
         "--sweep 0.5,1,2 --max-concurrency 4 --timeout 1.5 --calibrate 0 --slo-scale 16 --slo-attainment 1 "
