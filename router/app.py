@@ -32,6 +32,7 @@ from router.prompt_tokenizer import PromptTokenizer
 from router.public_limits import public_limits
 from router.sequence_driver import SequenceDriver
 from router.served_models import load_models
+from router.tenant_key import SECRET_BYTES
 from router.units import PlacedModel, UnitLink, Units
 
 _STOP_GRACE_S = 2.0
@@ -55,7 +56,8 @@ async def serve(runtime: MeshRuntime, stop: Stop) -> None:
         )
         snapshots = PredictorSnapshots(runtime.redis_url, config.mesh_id)
         predictor, checked = await snapshots.load()
-        forecaster = LengthForecaster(checked, config.router.predictor_budget_s, clock)
+        secret = bytes.fromhex(runtime.tenant_secret) or rng.randbytes(SECRET_BYTES)
+        forecaster = LengthForecaster(checked, config.router.predictor_budget_s, clock, secret)
         stack.callback(forecaster.close)
         await stack.enter_async_context(snapshots.saved(forecaster, predictor, checked))
         short = stack.enter_context(ThreadPoolExecutor(2, "tokenize"))

@@ -18,6 +18,7 @@ from muxmesh.predictor.checked_predictor import CheckedPrediction, CheckedPredic
 from muxmesh.predictor.length_predictor import Fitted, Refit
 from muxmesh.types import LengthPrediction
 from router.daemon_thread import DaemonThread
+from router.tenant_key import tenant_key
 
 _Result = TypeVar("_Result")
 
@@ -43,7 +44,9 @@ class LengthForecast:
 class LengthForecaster:
     """Owns the thread that predicts and observes, and the thread that fits. Called on one event loop."""
 
-    def __init__(self, predictor: CheckedPredictor, budget_s: float, clock: Clock) -> None:
+    def __init__(self, predictor: CheckedPredictor, budget_s: float, clock: Clock, tenant_secret: bytes) -> None:
+        """``tenant_secret``: see `router.tenant_key`."""
+        self._tenant_secret = tenant_secret
         self._clock = clock
         self._next_fit_s = 0.0
         self._predictor = predictor
@@ -59,7 +62,8 @@ class LengthForecaster:
         if self._late is not None and not self._late.done():
             return self._default(model)
         self._late = None
-        future = self._predicting.submit(lambda: self._predictor.predict(text, model, tenant, hint_tokens))
+        known_as = tenant_key(self._tenant_secret, tenant)
+        future = self._predicting.submit(lambda: self._predictor.predict(text, model, known_as, hint_tokens))
         done, _ = await asyncio.wait([asyncio.wrap_future(future)], timeout=self._budget_s)
         if not done:
             if self.num_late == 0:

@@ -49,6 +49,8 @@ class PredictorSnapshots:
                 _log.warning("the length predictor starts empty, Redis is unreachable: %s", error)
             except ConfigError as error:
                 _log.warning("the length predictor starts empty: %s", error)
+                with contextlib.suppress(RedisError, OSError):
+                    await client.delete(self._key)  # earlier versions wrote tenants as they are
         predictor = LengthPredictor()
         return predictor, CheckedPredictor(predictor)
 

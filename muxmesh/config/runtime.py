@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from muxmesh.config.schema import MeshConfig, ModelConfig, UnitConfig
 from muxmesh.errors import ConfigError
@@ -77,6 +77,9 @@ class MeshRuntime(BaseModel):
     """URL of the Redis with the process registry."""
     prepared: dict[str, PreparedModel]
     """The files of each model, by model name."""
+    tenant_secret: str = Field(default="", repr=False)
+    """Key of the hashes under which the length predictor knows tenants, in hexadecimal. Empty: a router draws its own,
+    and what it learned of tenants ends with it."""
 
     def unit(self, name: str) -> UnitConfig:
         """The unit of this name. Raises ConfigError if there is none."""

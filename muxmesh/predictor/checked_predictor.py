@@ -115,8 +115,8 @@ class CheckedPredictor:
         return _with_default_spread(check.constant_tokens or check.failed_tokens or check.mean_tokens())
 
     def predict(self, text: str, model: str, tenant: str = "", hint_tokens: int | None = None) -> CheckedPrediction:
-        """Predicts the length of one output. Never raises."""
-        return self._checked(self._predict_raw(text, model), model, tenant, hint_tokens)
+        """Predicts the length of one output. Never raises. ``tenant`` enters `dump`: it is no secret of the client."""
+        return self._checked(self._predict_raw(text, model, tenant), model, tenant, hint_tokens)
 
     def observe(self, checked: CheckedPrediction, num_tokens: int, censored: bool) -> None:
         """Learns the length of an output. ``censored``: it was cut off there, and would have been longer. Never raises.
@@ -152,8 +152,10 @@ class CheckedPredictor:
                 "actual": list(check.actual),
                 "stats": astuple(check.stats),
                 "variance": check.variance,
+                "since_checked": check.since_checked,
                 "tau": check.tau,
                 "constant_tokens": check.constant_tokens,
+                "failed_tokens": check.failed_tokens,
             }
             for model, check in self._checks.items()
         }
@@ -167,12 +169,14 @@ class CheckedPredictor:
         """
         checks = {}
         for model, values in state["models"].items():
-            constant_tokens = values["constant_tokens"]
+            constant_tokens, failed_tokens = values["constant_tokens"], values["failed_tokens"]
             check = checks[model] = _ModelCheck(
                 stats=LengthStats.from_fields(values["stats"]),
                 variance=_finite(values["variance"]),
+                since_checked=int(values["since_checked"]),
                 tau=_finite(values["tau"]),
                 constant_tokens=None if constant_tokens is None else _positive(constant_tokens),
+                failed_tokens=None if failed_tokens is None else _positive(failed_tokens),
             )
             check.predicted.extend(map(_finite, values["predicted"]))
             check.actual.extend(map(_finite, values["actual"]))
@@ -182,11 +186,11 @@ class CheckedPredictor:
         )
         self._checks, self._hint_errors = checks, hint_errors
 
-    def _predict_raw(self, text: str, model: str) -> RawPrediction | None:
+    def _predict_raw(self, text: str, model: str, tenant: str) -> RawPrediction | None:
         """The prediction of the predictor; None if it raises or returns no positive, finite lengths."""
 
         def usable() -> RawPrediction | None:
-            raw = self._predictor.predict(text, model)
+            raw = self._predictor.predict(text, model, tenant)
             is_length = all(math.isfinite(value) and value > 0 for value in (raw.p50_tokens, raw.p90_tokens))
             self.num_failures += not is_length
             return raw if is_length else None

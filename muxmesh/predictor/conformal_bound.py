@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 FIRST_BOUND = 1.6
 """The 0.9 quantile of the scores before any is known, approximately."""
@@ -27,7 +28,7 @@ class ConformalBound:
 
     def __init__(self, level: float = 0.9, first_bound: float = FIRST_BOUND) -> None:
         """``first_bound`` is used until there are enough scores."""
-        self.bound = first_bound
+        self.bound = self._first_bound = first_bound
         self._target = level
         self._level = level
         """Level of the empirical quantile: the target, adapted to the recent miss rate."""
@@ -50,10 +51,25 @@ class ConformalBound:
         """The latest scores, oldest first."""
         return list(self._scores)
 
-    def restore(self, scores: Iterable[float]) -> None:
-        """Adds the ``scores`` of another bound; the level starts at its target."""
+    def dump(self) -> dict[str, Any]:
+        """The state as JSON values."""
+        return {
+            "bound": self.bound,
+            "level": self._level,
+            "scores": self.scores,
+            "since_solved": self._since_solved,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Replaces the state by what `dump` returned. Raises ValueError, KeyError or TypeError for another value."""
+        bound, level, *scores = (float(one) for one in (state["bound"], state["level"], *state["scores"]))
+        if not all(map(math.isfinite, (bound, level, *scores))) or not 0 < level < 1:
+            raise ValueError(f"a bound is finite, and so are its scores, not {state}")
+        if len(scores) < _SOLVE_EVERY and bound != self._first_bound:
+            raise ValueError(f"a bound needs {_SOLVE_EVERY} scores, not {len(scores)}")
+        self.bound, self._level, self._since_solved = bound, level, int(state["since_solved"])
+        self._scores.clear()
         self._scores.extend(scores)
-        self.bound = _conformal_quantile(self._scores, self._level, self.bound)
 
 
 def _conformal_quantile(scores: Iterable[float], level: float, default: float) -> float:

@@ -3,17 +3,18 @@
 ALISE (Zhao et al. 2024) retrieves similar prompts first and falls back to a regression. Here the regression is the
 prior, outputs of similar prompts are observations, and both are weighed by their variances. Lengths are logarithms,
 standardised for each model, so that outputs of one model are evidence for every other. The predictor learns online,
-from each output when it ends. It knows no tenants and no time budget.
+from each output when it ends. Outputs of similar prompts are those of the same tenant; what it learned from one tenant
+shows to another only as a part of the regression and of a model's median length. It knows no time budget.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from statistics import NormalDist
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from muxmesh.predictor.rank_correlation import kendall_tau
 from muxmesh.predictor.regression import Examples, Fit, fit
 from muxmesh.predictor.retrieval import History
 
+CAPACITY = 4096
+"""Prompts that are kept."""
 FIT_ROWS = 2048
 _FIRST_FIT = 32
 _REFIT_EVERY = 32
@@ -51,7 +54,8 @@ class RawPrediction:
     p50_tokens: float
     p90_tokens: float
     source: str
-    """`retrieved`, `regressed`, `typical` (the model's median length), or `cold` before the first output."""
+    """`retrieved`, `regressed`, `typical` (the model's median length), or `cold`: no output of the tenant has ended
+    yet, and at most a few of others."""
     features: PromptFeatures
     prompt_hash: int
     log_spread: float
@@ -60,6 +64,7 @@ class RawPrediction:
     """p90 over p50, in logarithms and in units of ``log_spread``."""
     median_shift: float = 0.0
     """Median of the log length less its predicted mean, in units of ``log_spread``."""
+    tenant_id: int = 0
 
 
 class Learner(Protocol):
@@ -75,8 +80,8 @@ class Learner(Protocol):
 class Predictor(Learner, Protocol):
     """Predicts lengths. It may raise or return values that are no lengths: `CheckedPredictor` handles both."""
 
-    def predict(self, text: str, model: str) -> RawPrediction:
-        """Predicts the length of one output."""
+    def predict(self, text: str, model: str, tenant: str = "") -> RawPrediction:
+        """Predicts the length of one output. ``tenant``: any name of the tenant that is the same each time."""
 
     def observe(self, raw: RawPrediction, model: str, num_tokens: int, censored: bool) -> None:
         """Learns the length of an output. ``censored``: it was cut off there, and would have been longer."""
@@ -120,7 +125,7 @@ class Refit:
 class LengthPredictor:
     """Implements `Predictor`. Called from one thread; only `Refit.run` may be called from another."""
 
-    def __init__(self, capacity: int = 4096, fit_rows: int = FIT_ROWS) -> None:
+    def __init__(self, capacity: int = CAPACITY, fit_rows: int = FIT_ROWS) -> None:
         """``capacity``: prompts that are kept. ``fit_rows``: the latest of them are fitted."""
         self._extractor = FeatureExtractor()
         self.history = History(capacity)
@@ -128,22 +133,25 @@ class LengthPredictor:
         self._fit_rows = fit_rows
         self._median_shifts: dict[str, ConformalBound] = {}
         self._fit: Fit | None = None
-        self._num_observed_at_fit = 0
+        self._num_observed_at_fit = self._num_observed_before_fit = 0
         self._published_rows = 0
         self._refitting = False
         self.num_published = 0
         self.num_rejected = 0
 
-    def predict(self, text: str, model: str) -> RawPrediction:
-        features, prompt_hash = self._extractor.extract(text), _hash(text)
+    def predict(self, text: str, model: str, tenant: str = "") -> RawPrediction:
+        features, tenant_id = self._extractor.extract(text), _hash(tenant) if tenant else 0
+        prompt_hash = _hash(text, tenant_id)
         bound = self.conformal.bound
-        if self.history.num_observed == 0:
-            p90_tokens = COLD_TOKENS * math.exp(bound * _COLD_SPREAD)
-            return RawPrediction(COLD_TOKENS, p90_tokens, "cold", features, prompt_hash, _COLD_SPREAD, bound)
+        if self.history.is_cold(tenant_id):
+            p90_tokens, spread = COLD_TOKENS * math.exp(bound * _COLD_SPREAD), _COLD_SPREAD
+            return RawPrediction(
+                COLD_TOKENS, p90_tokens, "cold", features, prompt_hash, spread, bound, tenant_id=tenant_id
+            )
         standard_mean, spread, source = 0.0, 1.0, "typical"
         if self._fit is not None:
-            (standard_mean, spread), source = self._fit.predict(features), "regressed"
-        if neighbours := self.history.neighbours(features):
+            (standard_mean, spread), source = self._fit.predict(features, tenant_id), "regressed"
+        if neighbours := self.history.neighbours(features, tenant_id):
             weight = _PRIOR_VARIANCE / (_PRIOR_VARIANCE + _OUTPUT_VARIANCE / neighbours.num_outputs)
             standard_mean, source = (1 - weight) * standard_mean + weight * neighbours.mean, "retrieved"
             spread *= math.sqrt(1 - weight / 2)
@@ -151,7 +159,9 @@ class LengthPredictor:
         log_spread, median_shift = spread * deviation, self._median_shift(model).bound
         log_median = mean + standard_mean * deviation + median_shift * log_spread
         p50_tokens, p90_tokens = _tokens(log_median), _tokens(log_median + bound * log_spread)
-        return RawPrediction(p50_tokens, p90_tokens, source, features, prompt_hash, log_spread, bound, median_shift)
+        return RawPrediction(
+            p50_tokens, p90_tokens, source, features, prompt_hash, log_spread, bound, median_shift, tenant_id
+        )
 
     def observe(self, raw: RawPrediction, model: str, num_tokens: int, censored: bool) -> None:
         """See `Predictor`. A censored length counts as its expected full length, given the prediction.
@@ -170,17 +180,38 @@ class LengthPredictor:
                 return
             deviation = _DEVIATION_OF_MEAN_ERROR * raw.log_spread
             log_length = log_median + deviation * _normal_mean_above((log_length - log_median) / deviation)
-        self.history.add(raw.prompt_hash, raw.features, model, log_length)
+        self.history.add(raw.prompt_hash, raw.features, model, log_length, raw.tenant_id)
 
-    def scores(self) -> dict[str, list[float]]:
-        """The scores of the bounds: those of p90 under an empty name, those of each model's p50 under its name."""
-        shifts = {model: median_shift.scores for model, median_shift in self._median_shifts.items()}
-        return {"": self.conformal.scores} | shifts
+    @property
+    def fit(self) -> Fit | None:
+        """The published fit."""
+        return self._fit
 
-    def restore_scores(self, scores: Mapping[str, Iterable[float]]) -> None:
-        """Adds what `scores` returned."""
-        for model, of_model in scores.items():
-            (self._median_shift(model) if model else self.conformal).restore(of_model)
+    def dump(self) -> dict[str, Any]:
+        """The state beside `history` and `fit`, as JSON values. A fit that is running counts as not begun."""
+        return {
+            "conformal": self.conformal.dump(),
+            "median_shifts": {model: bound.dump() for model, bound in self._median_shifts.items()},
+            "num_observed_at_fit": self._num_observed_before_fit if self._refitting else self._num_observed_at_fit,
+            "published_rows": self._published_rows,
+            "num_published": self.num_published,
+            "num_rejected": self.num_rejected,
+        }
+
+    def load(self, state: Mapping[str, Any], fitted: Fit | None) -> None:
+        """Replaces the state beside `history` by what `dump` and `fit` returned.
+
+        Raises ValueError, KeyError, TypeError or AttributeError if the arguments are no such values.
+        """
+        self.conformal.load(state["conformal"])
+        for model, bound in state["median_shifts"].items():
+            self._median_shift(model).load(bound)
+        self._fit = fitted
+        self._num_observed_at_fit, self._published_rows = (
+            int(state["num_observed_at_fit"]),
+            int(state["published_rows"]),
+        )
+        self.num_published, self.num_rejected = int(state["num_published"]), int(state["num_rejected"])
 
     def refit(self) -> Refit | None:
         num_new = self.history.num_observed - self._num_observed_at_fit
@@ -188,6 +219,7 @@ class LengthPredictor:
         if self._refitting or num_new < min(due, self._fit_rows / 8):
             return None
         self._refitting = True
+        self._num_observed_before_fit = self._num_observed_at_fit
         self._num_observed_at_fit = self.history.num_observed
         num_new_rows = self.history.num_rows - self._published_rows
         return Refit(self.history.examples(self._fit_rows), self.history.num_rows, num_new_rows, self._fit)
@@ -213,8 +245,9 @@ def fit_now(learner: Learner) -> None:
         learner.publish(refit.run())
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode("utf-8", "replace"), digest_size=8).digest())
+def _hash(text: str, tenant_id: int = 0) -> int:
+    salt = tenant_id.to_bytes(8)
+    return int.from_bytes(blake2b(text.encode("utf-8", "replace"), digest_size=8, salt=salt).digest())
 
 
 def _tokens(log_length: float) -> float:

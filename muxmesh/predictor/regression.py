@@ -14,7 +14,9 @@ prompt, plus a non-negative diagonal that restores the 1 of each prompt with its
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,7 @@ import numpy.typing as npt
 from muxmesh.predictor.prompt_features import PromptFeatures, Vector
 
 Matrix = npt.NDArray[np.float32]
+TenantIds = npt.NDArray[np.uint64]
 
 _LEXICAL_SCALE = 7.0
 _WORDS_SCALE = 0.85
@@ -33,6 +36,8 @@ _PROMPT_NOISE = 0.1
 _OUTPUT_NOISE = 0.1
 """Variance between outputs of one prompt."""
 _MIN_SPREAD = 0.2
+_NEARLY_EQUAL = 0.9
+"""Kernel of prompts with equal lexical features whose word vectors have a cosine of 0.9."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +46,7 @@ class Fit:
 
     ``mean`` and ``scale`` standardise the lexical features. ``directions`` [d, k] are the principal components,
     ``rows`` [n, k] the examples along them, ``squares`` [n] the squared norms of the whole examples, ``weights`` [n, 2]
-    those of the mean and of the spread.
+    those of the mean and of the spread, ``tenant_ids`` uint64 [n] whose the examples are.
     """
 
     mean: Vector
@@ -50,12 +55,48 @@ class Fit:
     rows: Matrix
     squares: Vector
     weights: Matrix
+    tenant_ids: TenantIds
     mean_spread: float
 
-    def predict(self, features: PromptFeatures) -> tuple[float, float]:
-        """Mean and spread (mean absolute error) of the standardised log length."""
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """The values by name, as arrays. They do not change."""
+        return {one.name: np.asarray(getattr(self, one.name)) for one in fields(self)}
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, npt.NDArray[Any]], num_features: int) -> Fit:
+        """The fit of `arrays`, for prompts with ``num_features`` features in all.
+
+        Raises ValueError or KeyError if they are no such arrays.
+        """
+        values: dict[str, Any] = {one.name: arrays[one.name] for one in fields(Fit)}
+        fitted = Fit(**values | {"mean_spread": float(values["mean_spread"])})
+        (num_rows, num_directions), num_lexical = fitted.rows.shape, len(fitted.mean)
+        expected = {
+            "mean": (num_lexical,),
+            "scale": (num_lexical,),
+            "directions": (num_features, num_directions),
+            "rows": (num_rows, num_directions),
+            "squares": (num_rows,),
+            "weights": (num_rows, 2),
+            "tenant_ids": (num_rows,),
+            "mean_spread": (),
+        }
+        if {name: array.shape for name, array in values.items()} != expected:
+            raise ValueError("the arrays of the fit do not belong together")
+        if not all(np.isfinite(array).all() for array in values.values()):
+            raise ValueError("the fit is not finite")
+        return fitted
+
+    def predict(self, features: PromptFeatures, tenant_id: int | None = None) -> tuple[float, float]:
+        """Mean and spread (mean absolute error) of the standardised log length.
+
+        With a ``tenant_id``, without the terms of nearly equal prompts of other tenants: at such a prompt the kernel
+        nearly reproduces its length.
+        """
         row = _feature_rows(features.lexical, features.words, self.mean, self.scale)
         kernel = _kernel(self.rows @ (row @ self.directions), self.squares, row @ row)
+        if tenant_id is not None:
+            kernel[(kernel > _NEARLY_EQUAL) & (self.tenant_ids != tenant_id)] = 0
         mean, more_spread = (kernel @ self.weights).tolist()
         return mean, max(_MIN_SPREAD, self.mean_spread + more_spread)
 
@@ -65,13 +106,14 @@ class Examples:
     """What a fit learns from, one row for each prompt.
 
     ``lexical`` float32 [n, features], ``words`` float32 [n, WORD_DIM]. ``targets`` float32 [n]: mean standardised log
-    length over the ``num_outputs`` int32 [n] outputs of the prompt.
+    length over the ``num_outputs`` int32 [n] outputs of the prompt. ``tenant_ids`` uint64 [n].
     """
 
     lexical: Matrix
     words: Matrix
     targets: Vector
     num_outputs: npt.NDArray[np.int32]
+    tenant_ids: TenantIds
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -86,7 +128,7 @@ def fit(examples: Examples, num_held_out: int) -> tuple[Fit, Vector]:
     scale = examples.lexical.std(0) + np.float32(1e-3)
     whole = _feature_rows(examples.lexical, examples.words, mean, scale)
     squares = np.square(whole).sum(1)
-    directions = np.linalg.eigh(whole.T @ whole).eigenvectors[:, -_MAX_DIRECTIONS:]
+    directions = np.ascontiguousarray(np.linalg.eigh(whole.T @ whole).eigenvectors[:, -_MAX_DIRECTIONS:])
     rows = whole @ directions
     kernel = _kernel(rows @ rows.T, squares[:, None], squares)
     np.fill_diagonal(kernel, 1 + _PROMPT_NOISE + _OUTPUT_NOISE / np.maximum(1, examples.num_outputs))
@@ -99,7 +141,7 @@ def fit(examples: Examples, num_held_out: int) -> tuple[Fit, Vector]:
     if num_held_out:
         block = inverse[-num_held_out:, -num_held_out:]
         held_out = examples.targets[-num_held_out:] - np.linalg.solve(block, alpha[-num_held_out:])
-    return Fit(mean, scale, directions, rows, squares, weights, mean_spread), held_out
+    return Fit(mean, scale, directions, rows, squares, weights, examples.tenant_ids, mean_spread), held_out
 
 
 def _feature_rows(lexical: Matrix, words: Matrix, mean: Vector, scale: Vector) -> Matrix:

@@ -1,6 +1,8 @@
 """The latest prompts with the lengths of their outputs: a ring, for retrieval of similar prompts and for fits.
 
-Knows features and lengths, no text. Lengths are natural logarithms of tokens.
+Knows features and lengths, no text. Lengths are natural logarithms of tokens. A prompt belongs to one tenant, and is
+retrieved for that tenant only; fits and the statistics of a model are over all tenants, but few outputs are no
+statistics for a tenant that has none of them.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ vectors over π (Charikar 2002): at a cosine of 0.9, 18 of 128 with a standard d
 counted in a uint8, so there have to be fewer than 256."""
 _MAX_OUTPUTS_PER_PROMPT = 32
 _MAX_NEIGHBOURS = 16
+_MIN_SHARED_OUTPUTS = 8
+"""The mean of fewer outputs would show a tenant the lengths of another one."""
 _PRIOR_OUTPUTS = 4
 _MIN_RATE = 1 / 500
 _MIN_DEVIATION = 0.05
@@ -64,9 +68,10 @@ class LengthStats:
 
 @dataclass(slots=True)
 class _PromptOutputs:
-    """The outputs of one prompt: pairs of model and log length, the latest last."""
+    """The outputs of one prompt of one tenant: pairs of model and log length, the latest last."""
 
     prompt_hash: int
+    tenant_id: int
     lengths: list[tuple[str, float]] = field(default_factory=list)
 
 
@@ -93,6 +98,7 @@ class History:
         self._planes = np.random.default_rng(0).standard_normal((WORD_DIM, _SIGNATURE_BITS), np.float32)
         self._signatures = np.zeros((_SIGNATURE_BITS // 64, capacity), np.uint64)
         self._lexical = np.zeros((capacity, len(LEXICAL_NAMES)), np.float32)
+        self._tenants = np.zeros(capacity, np.uint64)
         self._outputs: list[_PromptOutputs] = []
         self._row_of: dict[int, int] = {}
         self._next_row = 0
@@ -106,31 +112,42 @@ class History:
     def __len__(self) -> int:
         return len(self._outputs)
 
+    def is_cold(self, tenant_id: int) -> bool:
+        """Whether there is nothing to tell this tenant: no output, or a few that are all of others."""
+        if self.num_observed >= _MIN_SHARED_OUTPUTS:
+            return False
+        return not (self._tenants[: len(self)] == tenant_id).any()
+
     def scale(self, model: str) -> tuple[float, float]:
         """Mean and standard deviation of the model's log lengths; those of all models if it is new."""
         return self._stats.get(model, LengthStats()).shrunk_towards(self._all_models)
 
-    def add(self, prompt_hash: int, features: PromptFeatures, model: str, log_length: float) -> None:
-        """Adds an output. A prompt that the ring holds keeps its row and its features."""
+    def add(
+        self, prompt_hash: int, features: PromptFeatures, model: str, log_length: float, tenant_id: int = 0
+    ) -> None:
+        """Adds an output. A prompt that the ring holds keeps its row and its features.
+
+        ``prompt_hash`` differs between tenants.
+        """
         self.num_observed += 1
         self._all_models.add(log_length)
         self._stats.setdefault(model, LengthStats()).add(log_length)
         row = self._row_of.get(prompt_hash)
         if row is None:
-            row = self._fresh_row(prompt_hash)
+            row = self._fresh_row(prompt_hash, tenant_id)
             self._words[row], self._lexical[row] = features.words, features.lexical
             self._signatures[:, row] = self._signatures_of(features.words)
         lengths = self._outputs[row].lengths
         lengths.append((model, log_length))
         del lengths[:-_MAX_OUTPUTS_PER_PROMPT]
 
-    def neighbours(self, features: PromptFeatures) -> Neighbours | None:
-        """Outputs of the prompts most similar to this one; None if none is similar enough."""
+    def neighbours(self, features: PromptFeatures, tenant_id: int = 0) -> Neighbours | None:
+        """Outputs of the tenant's prompts that are most similar to this one; None if none is similar enough."""
         if not self._outputs:
             return None
         signature = self._signatures_of(features.words)
         differing = np.bitwise_count(self._signatures[:, : len(self)] ^ signature[:, None]).sum(0, np.uint8)
-        candidates = np.flatnonzero(differing <= _MAX_DIFFERING_BITS)
+        candidates = np.flatnonzero((differing <= _MAX_DIFFERING_BITS) & (self._tenants[: len(self)] == tenant_id))
         if len(candidates) == 0:
             return None
         similarity = (self._words[candidates] @ features.words - _MIN_COSINE) / (1 - _MIN_COSINE)
@@ -160,18 +177,20 @@ class History:
             self._words[rows],
             np.array(targets, np.float32),
             np.array([len(lengths) for lengths in lengths_of_rows], np.int32),
+            self._tenants[rows],
         )
 
     def dump(self) -> tuple[Matrix, Matrix, dict[str, Any]]:
-        """Copies of the word vectors and lexical features, oldest row first, and the rest as JSON values."""
-        rows = self._oldest_first()
+        """Copies of the word vectors and lexical features, in the order of the ring, and the rest as JSON values."""
         state = {
-            "outputs": [[self._outputs[row].prompt_hash, list(self._outputs[row].lengths)] for row in rows],
+            "outputs": [[one.prompt_hash, one.tenant_id, list(one.lengths)] for one in self._outputs],
+            "next_row": self._next_row,
+            "num_rows": self.num_rows,
             "stats": {model: astuple(stats) for model, stats in self._stats.items()},
             "all_models": astuple(self._all_models),
             "num_observed": self.num_observed,
         }
-        return self._words[rows], self._lexical[rows], state
+        return self._words[: len(self)].copy(), self._lexical[: len(self)].copy(), state
 
     def load(self, words: Matrix, lexical: Matrix, state: Mapping[str, Any]) -> None:
         """Replaces everything by what `dump` returned; of more rows than ``capacity``, the latest are kept.
@@ -182,22 +201,33 @@ class History:
         stats = {model: LengthStats.from_fields(values) for model, values in state["stats"].items()}
         all_models, num_observed = LengthStats.from_fields(state["all_models"]), int(state["num_observed"])
         outputs = [
-            _PromptOutputs(int(prompt_hash), [(model, float(length)) for model, length in lengths])
-            for prompt_hash, lengths in state["outputs"]
+            _PromptOutputs(int(prompt_hash), int(tenant_id), [(model, float(length)) for model, length in lengths])
+            for prompt_hash, tenant_id, lengths in state["outputs"]
         ]
         is_finite = bool(np.isfinite(words).all() and np.isfinite(lexical).all())
         shapes = (len(outputs), WORD_DIM), (len(outputs), len(LEXICAL_NAMES))
         if (words.shape, lexical.shape) != shapes or not is_finite or not _are_complete(outputs, stats):
             raise ValueError("the rows and the outputs do not belong together")
-        keep = min(len(outputs), self.capacity)
-        outputs, words, lexical = outputs[-keep:] if keep else [], words[-keep:], lexical[-keep:]
+        tenants = np.array([one.tenant_id for one in outputs], np.uint64)
+        next_row, num_rows = int(state["next_row"]), int(state["num_rows"])
+        if not 0 <= next_row <= len(outputs) <= num_rows:
+            raise ValueError(f"row {next_row} of {len(outputs)} is the next one")
+        if len(outputs) != self.capacity:
+            order = [*range(next_row, len(outputs)), *range(next_row)][-self.capacity :]  # the oldest row first
+            outputs, words, lexical, tenants = (
+                [outputs[row] for row in order],
+                words[order],
+                lexical[order],
+                tenants[order],
+            )
+            next_row = len(outputs) % self.capacity
+        keep = len(outputs)
         self._outputs = outputs
-        self._words[:keep], self._lexical[:keep] = words[:keep], lexical[:keep]
+        self._words[:keep], self._lexical[:keep], self._tenants[:keep] = words, lexical, tenants
         self._signatures[:, :keep] = self._signatures_of(words).T
         self._row_of = {one.prompt_hash: row for row, one in enumerate(outputs)}
-        self._next_row = 0  # of a full ring, the oldest row
+        self._next_row, self.num_rows = next_row % self.capacity, num_rows
         self._stats, self._all_models, self.num_observed = stats, all_models, num_observed
-        self.num_rows = keep
 
     def _signatures_of(self, words: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
         """[..., WORD_DIM] to [..., _SIGNATURE_BITS // 64], one bit for each hyperplane."""
@@ -207,16 +237,17 @@ class History:
         first = self._next_row if len(self) == self.capacity else 0
         return [*range(first, len(self)), *range(first)]
 
-    def _fresh_row(self, prompt_hash: int) -> int:
+    def _fresh_row(self, prompt_hash: int, tenant_id: int) -> int:
         if len(self) < self.capacity:
-            self._outputs.append(_PromptOutputs(prompt_hash))
+            self._outputs.append(_PromptOutputs(prompt_hash, tenant_id))
             row = len(self) - 1
         else:
             row = self._next_row
             del self._row_of[self._outputs[row].prompt_hash]
-            self._outputs[row] = _PromptOutputs(prompt_hash)
+            self._outputs[row] = _PromptOutputs(prompt_hash, tenant_id)
         self._next_row = (row + 1) % self.capacity
         self._row_of[prompt_hash] = row
+        self._tenants[row] = tenant_id
         self.num_rows += 1
         return row
 

@@ -15,55 +15,65 @@ import numpy as np
 
 from muxmesh.errors import ConfigError
 from muxmesh.predictor.checked_predictor import CheckedPredictor
-from muxmesh.predictor.length_predictor import LengthPredictor, fit_now
+from muxmesh.predictor.length_predictor import CAPACITY, LengthPredictor
 from muxmesh.predictor.prompt_features import LEXICAL_NAMES, WORD_DIM
-from muxmesh.predictor.regression import Matrix
+from muxmesh.predictor.regression import Fit, Matrix
 
-_FORMAT = f"2/{len(LEXICAL_NAMES)}/{WORD_DIM}"
+_FORMAT = f"3/{len(LEXICAL_NAMES)}/{WORD_DIM}"
 """The first number is raised with every change after which older snapshots would be misread."""
+
+_FIT = "fit_"
+"""Prefix of the names of a fit's arrays."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """Copies of the state of a predictor and of the checks on it. ``words`` and ``lexical`` have one row a prompt."""
+    """Copies of the state of a predictor and of the checks on it. ``words`` and ``lexical`` have one row a prompt.
+
+    A tenant is in it under the name that `CheckedPredictor.predict` got.
+    """
 
     words: Matrix
     lexical: Matrix
+    fit: Fit | None
     state: dict[str, Any]
 
 
 def take(predictor: LengthPredictor, checked: CheckedPredictor) -> Snapshot:
     """Copies the state. Called between predictions, in the thread of the predictor."""
     words, lexical, history = predictor.history.dump()
-    state = {"format": _FORMAT, "history": history, "scores": predictor.scores(), "checked": checked.dump()}
-    return Snapshot(words, lexical, state)
+    state = {"format": _FORMAT, "history": history, "predictor": predictor.dump(), "checked": checked.dump()}
+    return Snapshot(words, lexical, predictor.fit, state)
 
 
 def write(snapshot: Snapshot) -> bytes:
-    """Serializes a snapshot, in about 700 bytes for each prompt. Word vectors are rounded to float16."""
+    """Serializes a snapshot, in about 1,000 bytes for each prompt, and 500 for each that the fit is made of."""
     out = io.BytesIO()
     state = np.frombuffer(json.dumps(snapshot.state).encode(), np.uint8)
-    np.savez(out, words=snapshot.words.astype(np.float16), lexical=snapshot.lexical, state=state)
+    arrays: dict[str, Any] = {"words": snapshot.words, "lexical": snapshot.lexical, "state": state}
+    fit = {} if snapshot.fit is None else snapshot.fit.arrays()
+    np.savez(out, allow_pickle=False, **arrays, **{f"{_FIT}{name}": array for name, array in fit.items()})
     return out.getvalue()
 
 
-def read(data: bytes) -> tuple[LengthPredictor, CheckedPredictor]:
-    """A predictor that continues from a snapshot, and the checks on it. Fits it, which takes about a second.
+def read(data: bytes, capacity: int = CAPACITY) -> tuple[LengthPredictor, CheckedPredictor]:
+    """A predictor that continues from a snapshot, and the checks on it: both predict what the saved ones do.
 
-    Raises ConfigError if the snapshot is damaged or has another format.
+    ``capacity``: as in `LengthPredictor`. Raises ConfigError if the snapshot is damaged or has another format.
     """
-    predictor = LengthPredictor()
+    predictor = LengthPredictor(capacity)
     checked = CheckedPredictor(predictor)
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             words, lexical = arrays["words"].astype(np.float32), arrays["lexical"].astype(np.float32)
             state = json.loads(arrays["state"].tobytes())
+            fit = {name.removeprefix(_FIT): arrays[name] for name in arrays.files if name.startswith(_FIT)}
         if state["format"] != _FORMAT:
             raise ConfigError(f"the snapshot has format {state['format']}, this version reads {_FORMAT}")
         predictor.history.load(words, lexical, state["history"])
-        predictor.restore_scores({model: [float(one) for one in scores] for model, scores in state["scores"].items()})
+        num_features = len(LEXICAL_NAMES) + WORD_DIM
+        predictor.load(state["predictor"], Fit.from_arrays(fit, num_features) if fit else None)
         checked.load(state["checked"])
-        fit_now(predictor)
     except (
         ArithmeticError,
         AttributeError,

@@ -33,6 +33,7 @@ from muxmesh.supervisor.liveness import CHECK_EVERY_S, MAX_STARTING_CHECKS
 from muxmesh.supervisor.log_file import LogFile
 from muxmesh.supervisor.redis_server import RedisProbe, redis_command, wait_for_redis
 from muxmesh.supervisor.supervised_process import ProcessSpec, SupervisedProcess
+from muxmesh.supervisor.tenant_secret import tenant_secret
 from muxmesh.types import Role
 
 READY_TIMEOUT_S = MAX_STARTING_CHECKS * CHECK_EVERY_S
@@ -102,10 +103,18 @@ def make_runtime(
     earlier supervisors are deleted; they are known by the file `RUN_MARK` in them. Raises ConfigError if names of units
     or models make the socket paths invalid.
     """
+    secret = tenant_secret(state_dir)
 
     def runtime_in(run_dir: Path) -> MeshRuntime:
         redis_url = config.redis_url or f"unix://{run_dir / 'redis.sock'}"
-        return MeshRuntime(config=config, run_dir=run_dir, cache_dir=cache_dir, redis_url=redis_url, prepared=prepared)
+        return MeshRuntime(
+            config=config,
+            run_dir=run_dir,
+            cache_dir=cache_dir,
+            redis_url=redis_url,
+            prepared=prepared,
+            tenant_secret=secret,
+        )
 
     for mark in state_dir.glob(f"run-*/{RUN_MARK}"):
         if not mark.parent.is_symlink():

@@ -15,7 +15,10 @@ from muxmesh.clock import ManualClock
 from muxmesh.predictor.checked_predictor import CheckedPredictor
 from muxmesh.predictor.length_predictor import LengthPredictor
 from router.length_forecast import FIT_FRACTION, LengthForecast, LengthForecaster
+from router.tenant_key import tenant_key
 from tests.support.pipeline_parts import until
+
+SECRET = b"secret of a mesh"
 
 
 class BlockedPredictor(LengthPredictor):
@@ -28,11 +31,11 @@ class BlockedPredictor(LengthPredictor):
         if released:
             self.release.set()
 
-    def predict(self, text: str, model: str) -> Any:
+    def predict(self, text: str, model: str, tenant: str = "") -> Any:
         self.num_calls += 1
         self.entered.set()
         self.release.wait(30)
-        return super().predict(text, model)
+        return super().predict(text, model, tenant)
 
 
 @contextmanager
@@ -40,7 +43,7 @@ def forecaster_of(
     predictor: LengthPredictor | CheckedPredictor, budget_s: float = 60.0, clock: ManualClock | None = None
 ) -> Iterator[LengthForecaster]:
     checked = CheckedPredictor(predictor) if isinstance(predictor, LengthPredictor) else predictor
-    forecaster = LengthForecaster(checked, budget_s, clock or ManualClock())
+    forecaster = LengthForecaster(checked, budget_s, clock or ManualClock(), SECRET)
     try:
         yield forecaster
     finally:
@@ -65,7 +68,17 @@ async def test_hint_and_tenant_reach_the_predictor_s_checks() -> None:
     with forecaster_of(LengthPredictor()) as forecaster:
         forecast = await forecaster.predict("Hello", "m", "tenant", 33)
         assert forecast.checked is not None
-        assert (forecast.checked.tenant, forecast.checked.hint_tokens) == ("tenant", 33)
+        assert (forecast.checked.tenant, forecast.checked.hint_tokens) == (tenant_key(SECRET, "tenant"), 33)
+
+
+async def test_a_tenant_is_not_shown_what_only_another_one_asked() -> None:
+    with forecaster_of(LengthPredictor()) as forecaster:
+        for number in range(40):
+            forecaster.observe(await forecaster.predict(f"prompt {number}", "m", "", None), 100, False)
+            forecaster.observe(await forecaster.predict("Hello", "m", "a", None), 3000, False)
+        own, other = [await forecaster.predict("Hello", "m", tenant, None) for tenant in ("a", "b")]
+        assert (own.source, other.source) == ("retrieved", "regressed")
+        assert own.prediction.p50_tokens > 2000 and other.prediction.p50_tokens < 300
 
 
 async def test_a_prediction_beyond_the_budget_is_not_used_and_no_other_request_waits_for_it() -> None:

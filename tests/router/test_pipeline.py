@@ -252,9 +252,9 @@ class RecordingPredictor(LengthPredictor):
         self.texts: list[str] = []
         self.observed: list[tuple[int, bool]] = []
 
-    def predict(self, text: str, model: str) -> Any:
+    def predict(self, text: str, model: str, tenant: str = "") -> Any:
         self.texts.append(text)
-        return super().predict(text, model)
+        return super().predict(text, model, tenant)
 
     def observe(self, guess: Any, model: str, num_tokens: int, censored: bool) -> None:
         self.observed.append((num_tokens, censored))

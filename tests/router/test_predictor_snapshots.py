@@ -24,6 +24,8 @@ from router.length_forecast import LengthForecaster
 from router.predictor_snapshots import SAVE_EVERY_S, PredictorSnapshots
 from tests.support.virtual_time import run_virtually
 
+SECRET = b"secret of a mesh"
+
 
 @pytest_asyncio.fixture
 async def client(redis_url: str) -> AsyncIterator[redis.asyncio.Redis]:
@@ -33,7 +35,7 @@ async def client(redis_url: str) -> AsyncIterator[redis.asyncio.Redis]:
 
 @asynccontextmanager
 async def forecaster_of(checked: CheckedPredictor) -> AsyncIterator[LengthForecaster]:
-    forecaster = LengthForecaster(checked, 60.0, SystemClock())
+    forecaster = LengthForecaster(checked, 60.0, SystemClock(), SECRET)
     try:
         yield forecaster
     finally:
@@ -51,6 +53,35 @@ async def save(snapshots: PredictorSnapshots, *texts: str) -> None:
     async with forecaster_of(checked) as forecaster, snapshots.saved(forecaster, predictor, checked):
         for text in texts:
             await observe(forecaster, text)
+
+
+async def test_no_tenant_is_written_to_redis_and_what_was_learned_of_it_is_restored(
+    redis_url: str, client: Any
+) -> None:
+    snapshots = PredictorSnapshots(redis_url, "tenants")
+    predictor, checked = await snapshots.load()
+    async with forecaster_of(checked) as forecaster, snapshots.saved(forecaster, predictor, checked):
+        for _ in range(5):
+            forecast = await forecaster.predict("Hello", "m", "salt-of-acme", 50)
+            forecaster.observe(forecast, 60, False)
+            await forecaster.call(lambda: None)
+    for key in await client.keys():
+        assert b"acme" not in key and b"acme" not in await client.get(key)
+    _, restored = await snapshots.load()
+    async with forecaster_of(restored) as forecaster:
+        own, other = [await forecaster.predict("Hello", "m", tenant, 50) for tenant in ("salt-of-acme", "another")]
+    assert own.source == "hint" and other.source == "cold", "its hints are known"
+
+
+async def test_a_snapshot_that_cannot_be_read_is_deleted(
+    redis_url: str, client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of earlier versions have the tenants in clear."""
+    key = redis_key("old", "predictor")
+    await client.set(key, b"salt-of-acme")
+    predictor, _ = await PredictorSnapshots(redis_url, "old").load()
+    assert predictor.history.num_observed == 0 and "starts empty: the snapshot is damaged" in caplog.text
+    assert await client.get(key) is None
 
 
 async def test_a_mesh_without_a_snapshot_begins_with_an_empty_predictor(redis_url: str, client: Any) -> None:
@@ -117,9 +148,9 @@ class BlockedPredictor(LengthPredictor):
         super().__init__()
         self.release = threading.Event()
 
-    def predict(self, text: str, model: str) -> Any:
+    def predict(self, text: str, model: str, tenant: str = "") -> Any:
         self.release.wait(30)
-        return super().predict(text, model)
+        return super().predict(text, model, tenant)
 
 
 async def test_a_predictor_that_hangs_does_not_delay_the_shutdown(
@@ -131,7 +162,7 @@ async def test_a_predictor_that_hangs_does_not_delay_the_shutdown(
     predictor.release.set()
     checked.observe(checked.predict("Hello", "m"), 40, False)
     predictor.release.clear()
-    forecaster = LengthForecaster(checked, 0.001, SystemClock())
+    forecaster = LengthForecaster(checked, 0.001, SystemClock(), SECRET)
     async with asyncio.timeout(20), PredictorSnapshots(redis_url, "a").saved(forecaster, predictor, checked):
         assert (await forecaster.predict("Hello", "m", "", None)).source == "late"
     assert await client.keys() == []

@@ -33,9 +33,9 @@ BAD: dict[str, Callable[[RawPrediction], float]] = {
 class BadPredictor(LengthPredictor):
     """Learns as the good one does, and says something else."""
 
-    def predict(self, text: str, model: str) -> RawPrediction:
+    def predict(self, text: str, model: str, tenant: str = "") -> RawPrediction:
         """See `Predictor`."""
-        guess = super().predict(text, model)
+        guess = super().predict(text, model, tenant)
         tokens = BAD[os.environ["BAD_PREDICTOR"]](guess)
         return RawPrediction(
             tokens,

@@ -178,7 +178,7 @@ async def pipeline_parts(
 
     driver = SequenceDriver(units.choose, attempts, clock, config.max_restarts, no_wait)
     checked = CheckedPredictor(predictor or LengthPredictor())
-    forecaster = LengthForecaster(checked, config.predictor_budget_s, clock)
+    forecaster = LengthForecaster(checked, config.predictor_budget_s, clock, bytes(32))
     with ThreadPoolExecutor(1) as short, ThreadPoolExecutor(2) as long:
         tokenizer = PromptTokenizer(short, long, config.max_waiting_prompt_bytes)
         pipeline = GenerationPipeline(

@@ -27,7 +27,7 @@ class ScriptedPredictor:
         self.median = median
         self.num_observed = 0
 
-    def predict(self, text: str, model: str) -> RawPrediction:
+    def predict(self, text: str, model: str, tenant: str = "") -> RawPrediction:
         tokens = self.median(float(text))
         return RawPrediction(tokens, tokens * 2, "regressed", FEATURES, 0, 1.0, 1.6)
 

@@ -34,7 +34,7 @@ class FixedPredictor(ScriptedPredictor):
         super().__init__(float)
         self.raw = RawPrediction(p50_tokens, p90_tokens, source, FEATURES, 0, 1.0, 1.6)
 
-    def predict(self, text: str, model: str) -> RawPrediction:
+    def predict(self, text: str, model: str, tenant: str = "") -> RawPrediction:
         return self.raw
 
 

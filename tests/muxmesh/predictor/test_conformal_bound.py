@@ -1,5 +1,8 @@
+import json
+import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,25 +32,52 @@ def test_the_first_bound_holds_until_there_are_enough_scores_for_the_level() -> 
     assert bound.bound == 0.0
 
 
-@pytest.mark.parametrize(("level", "count", "expected"), [(0.9, 99, 90), (0.5, 99, 50), (0.9, 9, 9), (0.5, 1, 1)])
-def test_the_bound_is_the_conformal_quantile_of_the_scores(level: float, count: int, expected: float) -> None:
+@pytest.mark.parametrize(("level", "expected"), [(0.9, 88), (0.5, 49)])
+def test_the_bound_is_the_conformal_quantile_of_the_scores(level: float, expected: float) -> None:
     bound = ConformalBound(level, first_bound=-1.0)
-    bound.restore(random.Random(1).sample(range(1, count + 1), count))
-    assert bound.bound == expected
+    for index, score in enumerate(random.Random(1).sample(range(1, 97), 96)):
+        # As many miss as should, so that the level stays near its target.
+        bound.observe(score, math.inf if index % 10 >= 10 * (1 - level) else -math.inf)
+    assert bound.bound == pytest.approx(expected, abs=1)
 
 
-def test_too_few_restored_scores_leave_the_first_bound() -> None:
-    bound = ConformalBound(first_bound=7.0)
-    bound.restore([1.0] * 8)
-    assert bound.bound == 7.0
+def through_json(bound: ConformalBound) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads(json.dumps(bound.dump()))
+    return state
 
 
-def test_restored_scores_are_those_of_the_bound_that_they_are_from() -> None:
-    rng, first, second = random.Random(2), ConformalBound(), ConformalBound()
-    miss_rates(first, lambda index: rng.gauss(0, 1), 100)
-    second.restore(first.scores)
-    assert second.scores == first.scores
-    assert second.bound == pytest.approx(first.bound, abs=0.5)
+@given(
+    st.lists(st.floats(-50, 50), max_size=60), st.lists(st.floats(-50, 50), max_size=20), st.sampled_from([0.5, 0.9])
+)
+def test_a_loaded_bound_continues_as_the_dumped_one(before: list[float], after: list[float], level: float) -> None:
+    first, second = ConformalBound(level), ConformalBound(level)
+    for score in before:
+        first.observe(score, first.bound)
+    second.load(through_json(first))
+    for score in after:
+        assert second.bound == first.bound
+        first.observe(score, first.bound)
+        second.observe(score, second.bound)
+    assert second.dump() == first.dump()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bound": 3.0},
+        {"scores": [1.0] * 7, "bound": 1.0},
+        {"scores": ["x"]},
+        {"scores": [math.nan] * 9},
+        {"level": 1.5},
+        {"level": None},
+        {"since_solved": None},
+    ],
+    ids=str,
+)
+def test_a_state_that_no_bound_has_is_rejected(change: dict[str, Any]) -> None:
+    """Above all a bound of fewer scores than observing waits for."""
+    with pytest.raises((ValueError, TypeError)):
+        ConformalBound().load(through_json(ConformalBound()) | change)
 
 
 def test_scores_are_the_latest_ones_oldest_first() -> None:

@@ -36,9 +36,9 @@ class SlowPredictor(LengthPredictor):
         super().__init__()
         self._clock = clock
 
-    def predict(self, text: str, model: str) -> RawPrediction:
+    def predict(self, text: str, model: str, tenant: str = "") -> RawPrediction:
         self._clock.advance(0.25)
-        return super().predict(text, model)
+        return super().predict(text, model, tenant)
 
 
 # Replay

@@ -118,7 +118,7 @@ def test_any_prompt_can_be_predicted_and_observed(text: str) -> None:
 def test_a_censored_length_counts_as_its_expected_full_length(num_tokens: int) -> None:
     predictor = LengthPredictor()
     observe(predictor, "cold", num_tokens, censored=True)
-    ((_, ((_, log_length),)),) = predictor.history.dump()[2]["outputs"]
+    ((_, _, ((_, log_length),)),) = predictor.history.dump()[2]["outputs"]
     deviation = math.sqrt(math.pi / 2)  # of a normal variable whose mean absolute error is 1, the cold spread
     assert log_length == pytest.approx(expected_full_length(math.log(128), deviation, math.log(num_tokens)), abs=2e-3)
 
@@ -126,7 +126,7 @@ def test_a_censored_length_counts_as_its_expected_full_length(num_tokens: int) -
 def test_the_expected_full_length_of_an_extreme_censored_length_is_a_little_longer() -> None:
     predictor = LengthPredictor()
     observe(predictor, "cold", 10**9, censored=True)
-    ((_, ((_, log_length),)),) = predictor.history.dump()[2]["outputs"]
+    ((_, _, ((_, log_length),)),) = predictor.history.dump()[2]["outputs"]
     assert math.log(10**9) < log_length < math.log(10**9) + 0.3
 
 
@@ -142,10 +142,10 @@ def test_a_censored_output_counts_as_longer_than_a_whole_one_of_that_length() ->
 
 def test_an_output_that_was_censored_early_is_not_learned() -> None:
     predictor = trained_predictor(50)
-    before = predictor.history.dump()[2], predictor.scores()
+    before = predictor.history.dump()[2], predictor.dump()
     for number in range(50):
         observe(predictor, f"another {number}", 1, censored=True)
-    assert (predictor.history.dump()[2], predictor.scores()) == before
+    assert (predictor.history.dump()[2], predictor.dump()) == before
 
 
 @pytest.mark.parametrize(
@@ -158,8 +158,8 @@ def test_a_censored_length_is_a_score_only_of_the_bounds_that_it_exceeds(
 ) -> None:
     predictor = LengthPredictor()
     observe(predictor, "cold", num_tokens, censored=censored)
-    scores = predictor.scores()
-    assert (len(scores[""]), len(scores.get("m", []))) == (num_p90_scores, num_p50_scores)
+    median_shift = predictor.dump()["median_shifts"].get("m", {"scores": []})
+    assert (len(predictor.conformal.scores), len(median_shift["scores"])) == (num_p90_scores, num_p50_scores)
 
 
 def test_the_median_of_a_model_whose_long_outputs_are_censored_is_not_underestimated() -> None:
@@ -186,12 +186,54 @@ def test_p50_of_skewed_lengths_is_their_median_and_not_their_geometric_mean() ->
     assert math.exp(predictor.history.scale("m")[0]) == pytest.approx(40, rel=0.2)
 
 
-def test_restored_scores_give_the_same_bounds() -> None:
-    predictor, other = trained_predictor(100), LengthPredictor()
-    observe(predictor, "another model", 9, "n")
-    other.restore_scores(predictor.scores())
-    assert other.scores() == predictor.scores() and set(other.scores()) == {"", "m", "n"}
-    assert other.conformal.bound in predictor.scores()[""]
+def test_a_fit_that_runs_while_the_state_is_dumped_is_due_again_when_it_is_loaded() -> None:
+    predictor, other = LengthPredictor(), LengthPredictor()
+    observe_different_prompts(predictor, 40)
+    assert predictor.refit() is not None
+    other.history.load(*predictor.history.dump())
+    other.load(predictor.dump(), predictor.fit)
+    assert other.refit() is not None
+
+
+# Tenants
+
+
+def test_outputs_of_similar_prompts_are_those_of_the_same_tenant() -> None:
+    predictor = trained_predictor(100)
+    for _ in range(3):
+        raw = predictor.predict("recite a saga", "m", "a")
+        predictor.observe(raw, "m", 5000, False)
+    own, other, nobody = (predictor.predict("recite a saga", "m", tenant) for tenant in ("a", "b", ""))
+    assert (own.source, other.source, nobody.source) == ("retrieved", "regressed", "regressed")
+    assert own.p50_tokens > 2 * other.p50_tokens == 2 * nobody.p50_tokens
+
+
+def test_the_regression_does_not_reproduce_the_length_of_a_prompt_that_only_another_tenant_asked() -> None:
+    predictor = trained_predictor(200)
+    for number in range(40):
+        observe(predictor, f"Yes or no: is {number} even?", 4)
+    for _ in range(40):
+        predictor.observe(predictor.predict("Yes or no: is 7777 even?", "m", "a"), "m", 5000, False)
+        fit_now(predictor)
+    own, other = (predictor.predict("Yes or no: is 7777 even?", "m", tenant) for tenant in ("a", "b"))
+    assert own.p50_tokens > 1000 and other.p50_tokens < 100
+
+
+def test_a_few_outputs_of_another_tenant_are_shown_to_nobody_else() -> None:
+    predictor = LengthPredictor()
+    for number in range(8):
+        own, other, nobody = (predictor.predict("zebra crossing", "m", tenant) for tenant in ("a", "b", ""))
+        assert other.p50_tokens == nobody.p50_tokens == COLD_TOKENS and other.source == nobody.source == "cold"
+        assert own.source == ("cold" if number == 0 else "typical")
+        predictor.observe(predictor.predict(f"{number} {number * 7}", "m", "a"), "m", 3, False)
+    assert predictor.predict("zebra crossing", "m", "b").source == "typical"
+
+
+def test_the_same_prompt_of_two_tenants_has_two_rows() -> None:
+    predictor = LengthPredictor()
+    for tenant in ("a", "b", "a", ""):
+        predictor.observe(predictor.predict("recite", "m", tenant), "m", 50, False)
+    assert predictor.history.num_rows == 3
 
 
 # Fits

@@ -12,7 +12,9 @@ def random_examples(count: int = 60, seed: int = 0, num_lexical: int = 5, num_wo
     rng = np.random.default_rng(seed)
     lexical = rng.normal(2, 3, (count, num_lexical)).astype(np.float32)
     words = rng.normal(0, 0.3, (count, num_words)).astype(np.float32)
-    return Examples(lexical, words, rng.normal(size=count).astype(np.float32), np.ones(count, np.int32))
+    return Examples(
+        lexical, words, rng.normal(size=count).astype(np.float32), np.ones(count, np.int32), np.zeros(count, np.uint64)
+    )
 
 
 def with_targets(examples: Examples, targets: npt.NDArray[np.floating]) -> Examples:
@@ -40,7 +42,7 @@ def test_a_fit_is_the_regression_along_its_directions_written_out() -> None:
     rng = np.random.default_rng(1)
     lexical, words = rng.normal(2, 3, (301, 30)).astype(np.float32), rng.normal(0, 0.1, (301, 150)).astype(np.float32)
     targets, counts = rng.normal(size=300).astype(np.float32), rng.integers(1, 5, 300).astype(np.int32)
-    fitted, held_out = fit(Examples(lexical[:300], words[:300], targets, counts), 20)
+    fitted, held_out = fit(Examples(lexical[:300], words[:300], targets, counts, np.zeros(300, np.uint64)), 20)
     assert fitted.directions.shape == (180, 128)
     standard = (lexical - lexical[:300].mean(0)) / (lexical[:300].std(0) + 1e-3)
     whole = np.concatenate([np.clip(standard, -4, 4) / 7, words * 0.85], axis=1).astype(np.float64)
@@ -63,7 +65,13 @@ def test_the_spread_is_fitted_to_leave_one_out_errors() -> None:
     for index in range(40):
         last = [*range(index), *range(index + 1, 40), index]
         _, (expected,) = fit(
-            Examples(examples.lexical[last], examples.words[last], examples.targets[last], examples.num_outputs[last]),
+            Examples(
+                examples.lexical[last],
+                examples.words[last],
+                examples.targets[last],
+                examples.num_outputs[last],
+                examples.tenant_ids[last],
+            ),
             1,
         )
         errors.append(abs(expected - examples.targets[index]))

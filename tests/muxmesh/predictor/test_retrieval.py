@@ -32,7 +32,9 @@ def filled(count: int, capacity: int = 4096) -> History:
 
 def held(history: History) -> list[int]:
     """Prompts in the ring, oldest first."""
-    return [prompt_hash for prompt_hash, _ in history.dump()[2]["outputs"]]
+    state = history.dump()[2]
+    prompts, first = [prompt_hash for prompt_hash, _, _ in state["outputs"]], state["next_row"]
+    return prompts[first:] + prompts[:first]
 
 
 def through_json(history: History) -> tuple[Any, Any, dict[str, Any]]:
@@ -141,7 +143,7 @@ def test_a_repeated_prompt_keeps_its_row_and_its_latest_32_outputs() -> None:
     for index in range(40):
         history.add(5, features(5), "m", float(index))
     assert len(history) == history.num_rows == 1 and history.num_observed == 40
-    ((_, lengths),) = history.dump()[2]["outputs"]
+    ((_, _, lengths),) = history.dump()[2]["outputs"]
     assert lengths == [("m", float(index)) for index in range(8, 40)]
 
 
@@ -184,7 +186,7 @@ def test_a_dump_does_not_change_when_outputs_are_added() -> None:
     history = filled(4)
     words, _, state = history.dump()
     history.add(3, features(3), "a", 9.0)
-    assert state["outputs"][3] == [3, [("b", 1.3)]] and state["num_observed"] == 4
+    assert state["outputs"][3] == [3, 0, [("b", 1.3)]] and state["num_observed"] == 4
     assert words[3] == pytest.approx(features(3).words)
 
 
@@ -203,21 +205,44 @@ def test_a_loaded_history_continues_as_the_dumped_one(count: int) -> None:
 def test_a_smaller_history_loads_the_latest_rows() -> None:
     small = History(3)
     small.load(*through_json(filled(8)))
-    assert held(small) == [5, 6, 7] and small.num_rows == 3 and small.num_observed == 8
+    assert held(small) == [5, 6, 7] and small.num_rows == 8 and small.num_observed == 8
     small.add(50, features(50), "a", 1.0)
     assert held(small) == [6, 7, 50]
 
 
+def test_a_larger_history_loads_a_full_ring_oldest_first() -> None:
+    large = History(20)
+    large.load(*through_json(filled(11, capacity=8)))
+    large.add(50, features(50), "a", 1.0)
+    assert held(large) == [*range(3, 11), 50]
+
+
+def test_prompts_of_other_tenants_are_no_neighbours() -> None:
+    history = History()
+    for tenant_id, length in ((0, 1.0), (1, 2.0), (2**64 - 1, 3.0)):
+        history.add(tenant_id, features(7), "m", length, tenant_id)
+    for loaded in (history, History()):
+        if loaded is not history:
+            loaded.load(*through_json(history))
+        means = [one.mean for tenant_id in (0, 1, 2**64 - 1) if (one := loaded.neighbours(features(7), tenant_id))]
+        assert means == sorted(set(means)) and len(means) == 3
+        assert loaded.neighbours(features(7), 5) is None
+
+
 BAD_STATES: dict[str, dict[str, Any]] = {
     "fewer outputs than rows": {"outputs": []},
-    "a prompt twice": {"outputs": [[0, [["a", 1.0]]], [0, [["a", 1.0]]]]},
-    "a prompt without outputs": {"outputs": [[0, []], [1, [["b", 1.0]]]]},
-    "a model without statistics": {"outputs": [[0, [["c", 1.0]]], [1, [["b", 1.0]]]]},
-    "an infinite length": {"outputs": [[0, [["a", math.inf]]], [1, [["b", 1.0]]]]},
-    "a length that is no number": {"outputs": [[0, [["a", "long"]]], [1, [["b", 1.0]]]]},
+    "a prompt twice": {"outputs": [[0, 0, [["a", 1.0]]], [0, 0, [["a", 1.0]]]]},
+    "a prompt without outputs": {"outputs": [[0, 0, []], [1, 0, [["b", 1.0]]]]},
+    "a model without statistics": {"outputs": [[0, 0, [["c", 1.0]]], [1, 0, [["b", 1.0]]]]},
+    "an infinite length": {"outputs": [[0, 0, [["a", math.inf]]], [1, 0, [["b", 1.0]]]]},
+    "a length that is no number": {"outputs": [[0, 0, [["a", "long"]]], [1, 0, [["b", 1.0]]]]},
     "no statistics of all models": {"all_models": None},
     "negative variance": {"stats": {"a": [1, 1.0, -1.0], "b": [1, 1.0, 0.0]}},
     "no number of outputs": {"num_observed": None},
+    "no next row": {"next_row": None},
+    "a next row past the end": {"next_row": 3},
+    "fewer rows than there are": {"num_rows": 1},
+    "a tenant that is no number": {"outputs": [[0, "a", [["a", 1.0]]], [1, 0, [["b", 1.0]]]]},
 }
 
 

@@ -1,0 +1,38 @@
+"""The random secret of a state folder, with which routers hash the names of tenants (`router.tenant_key`).
+
+It outlives the supervisor, so that a predictor's snapshot in an external Redis stays usable.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import tempfile
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+SECRET_FILE = "tenant-secret"  # noqa: S105 - a file name
+_SECRET_BYTES = 32
+
+
+def tenant_secret(state_dir: Path) -> str:
+    """Reads the secret of ``state_dir``, as hexadecimal text. Writes a new one if there is none, or a damaged one.
+
+    A secret that cannot be written lasts as long as this supervisor.
+    """
+    path = state_dir / SECRET_FILE
+    try:
+        found = path.read_text()
+        if len(bytes.fromhex(found)) == _SECRET_BYTES:
+            return found
+    except (OSError, ValueError):
+        pass
+    secret = secrets.token_hex(_SECRET_BYTES)
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix=f"{SECRET_FILE}-", dir=state_dir, delete=False) as file:
+            file.write(secret)  # the file's mode is 0600
+        Path(file.name).replace(path)
+    except OSError as error:
+        _log.warning("%s: the secret for tenants cannot be kept: %s", path, error)
+    return secret
