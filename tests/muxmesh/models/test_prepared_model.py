@@ -99,8 +99,9 @@ def test_an_absolute_source_does_not_depend_on_the_base_directory(base_dir: Path
         ("nothing", f"'nothing' is neither a folder, nor a .gguf file, nor in the catalog ({CATALOG_NAME})"),
         (
             "org/name",
-            f"'org/name' is neither a folder, nor a .gguf file, nor in the catalog ({CATALOG_NAME}). Models come from the "
-            "catalog or from this machine, not from a hub: fetch the files, and name their folder or GGUF file as `source`",
+            f"'org/name' is neither a folder, nor a .gguf file, nor in the catalog ({CATALOG_NAME}). Models come from "
+            "the catalog or from this machine, not from a hub: fetch the files, and name their folder or GGUF file as "
+            "`source`",
         ),
         ("other.gguf", "'other.gguf' does not exist; a folder in Hugging Face style or a .gguf file is needed"),
         ("notes.txt", "'notes.txt' is not a .gguf file; a folder in Hugging Face style or a .gguf file is needed"),
