@@ -57,7 +57,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The errors of one run of mypy --strict, by the name of the program."""
     programs = {f"right{number}": program(line) for number, line in enumerate(RIGHT)}
     programs |= {f"wrong{number}": program(line) for number, (line, _) in enumerate(WRONG)}
-    programs |= {"streams": STREAMS, "readme": readme_program()}
+    programs |= {"streams": STREAMS, "readme": examples("README.md"), "guide": examples("docs/python_client.md")}
     folder = tmp_path_factory.mktemp("programs")
     for name, text in programs.items():
         (folder / f"{name}.py").write_text(text)
@@ -78,8 +78,8 @@ def program(line: str) -> str:
     return HEAD.format(line=line, async_line=f"await {line}")
 
 
-def readme_program() -> str:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def examples(page: str) -> str:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
     return "\n".join(blocks)
 
@@ -88,8 +88,8 @@ def test_programs_that_work_have_no_type_errors(errors: dict[str, list[str]]) ->
     assert {name: errors[f"right{number}"] for number, name in enumerate(RIGHT)} == {name: [] for name in RIGHT}
 
 
-def test_the_example_of_the_readme_has_no_type_errors(errors: dict[str, list[str]]) -> None:
-    assert errors["readme"] == []
+def test_the_examples_of_the_documentation_have_no_type_errors(errors: dict[str, list[str]]) -> None:
+    assert errors["readme"] == errors["guide"] == []
 
 
 @pytest.mark.parametrize(("number", "problem"), [(number, problem) for number, (_, problem) in enumerate(WRONG)])
