@@ -11,7 +11,7 @@ SECONDS ?= 60
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-long check fix protos chaos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool bench-swap bench-router bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-check
+.PHONY: help venv dev run test test-long check fix protos chaos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-check
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -83,6 +83,9 @@ bench-router: $(VENV)/.dev ## The control plane alone: time in the router, CPU p
 
 bench-vs-vllm: $(VENV)/.dev ## Compared with vLLM's server (VLLM_PYTHON) under one load; DATA: jsonl files of prompts; PD=--pd adds its prefill-decode pair
 	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m benchmarks.vs_vllm $(DATA) $(PD)
+
+bench-hostile: $(VENV)/.dev ## A small request beside hostile clients, and the router's memory; ATTACK: only those whose name contains it
+	$(BIN)/python -m benchmarks.hostile $(ATTACK)
 
 bench-attention: $(VENV)/.dev ## The attention kernel alone, compared with the read bandwidth
 	$(BIN)/python -m benchmarks.attention

@@ -197,7 +197,7 @@ class RouterConfig(Section):
     """Connections of all clients. A further one is closed. The limit on open files, less 256, is a limit too."""
     max_idle_connection_s: float = Field(default=300, ge=1, le=86400)
     """Seconds after which a connection without a call is closed. A client connects again with its next call."""
-    max_calls_per_client: int = Field(default=1024, ge=1, le=1_000_000)
+    max_calls_per_client: int = Field(default=4096, ge=1, le=1_000_000)
     """Calls in progress of one client address (of IPv6: one /64 network); a further one fails with RESOURCE_EXHAUSTED.
     Also the limit of one connection, above which gRPC clients hold calls back."""
     exempt_clients: tuple[Annotated[IPvAnyNetwork, BeforeValidator(_refuse_numbers)], ...] = ()

@@ -60,6 +60,9 @@ class PublicLimits:
             ("grpc.max_concurrent_streams", self.max_calls),
             ("grpc.max_connection_idle_ms", int(1000 * self.max_idle_s)),
             ("grpc.server_handshake_timeout_ms", int(1000 * _HANDSHAKE_S)),
+            # Above it gRPC rejects calls at random, anybody's.
+            ("grpc.server.max_pending_requests", self.max_calls),
+            ("grpc.server.max_pending_requests_hard_limit", 2 * self.max_calls),
             # Fixed windows: what a client sends before its message is read does not grow with the bandwidth.
             ("grpc.http2.bdp_probe", 0),
             ("grpc.keepalive_time_ms", int(1000 * _KEEPALIVE_TIME_S)),
