@@ -35,6 +35,8 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
 )
 
+_CANCEL_S = 5.0
+
 Register = Callable[[grpc.aio.Server], None]
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -144,7 +146,12 @@ class _PublicBoundary(_ErrorBoundary):
             try:
                 with self._calls.counted(context.peer()):
                     await self._serve(handler, parsed, context)
-            except (grpc.aio.AbortError, grpc.aio.InternalError):  # aborted by the servicer, or the client has gone
+            except grpc.aio.AbortError:  # the servicer has set the status
+                raise
+            except grpc.aio.InternalError:
+                # The client has gone in the middle of a message. gRPC cancels the call in a moment; it would log a
+                # traceback if the call ended before.
+                await asyncio.sleep(_CANCEL_S)
                 raise
             except Exception as error:
                 await _abort(context, error)
