@@ -85,10 +85,8 @@ def resolve(
     if not token_ids:
         raise InvalidRequest(field, "has no tokens")
     check_prompt_length(field, len(token_ids), model.limits)
-    if (largest := max(token_ids)) >= model.spec.vocab_size:  # a tokenizer may have more tokens than its model
-        raise InvalidRequest(
-            field, f"has the token id {largest} of the tokenizer; {model.name} has {model.spec.vocab_size} tokens"
-        )
+    if not isinstance(request.prompt, TokensPrompt):  # whose ids `validate` has checked
+        _check_tokenizer_ids(field, token_ids, model)
     return EngineRequest(
         request_id=request.request_id,
         model=model.name,
@@ -209,11 +207,22 @@ def _check_prompt_ids(token_ids: Sequence[int], truncate: int | None, model: Ser
 
 def check_token_ids(field: str, token_ids: Sequence[int], model: ServedModel, first: int = 0) -> None:
     """Raises InvalidRequest for the first id that the model does not know. ``first``: the index of the first id."""
+    if not token_ids or 0 <= min(token_ids) <= max(token_ids) < model.spec.vocab_size:
+        return
     for index, token_id in enumerate(token_ids, first):
         if not 0 <= token_id < model.spec.vocab_size:
             raise InvalidRequest(
                 f"{field}[{index}]", f"token id {token_id} is unknown; {model.name} has {model.spec.vocab_size} tokens"
             )
+
+
+def _check_tokenizer_ids(field: str, token_ids: Sequence[int], model: ServedModel) -> None:
+    """Raises InvalidRequest if the tokenizer gave an id past the model's vocabulary: it may have more tokens."""
+    largest = max(token_ids)
+    if largest >= model.spec.vocab_size:
+        raise InvalidRequest(
+            field, f"has the token id {largest} of the tokenizer; {model.name} has {model.spec.vocab_size} tokens"
+        )
 
 
 def _check_stopping(request: GenerationRequest, model: ServedModel) -> None:
@@ -284,8 +293,7 @@ def _check_allowed_token_ids(request: GenerationRequest, model: ServedModel) -> 
     if not allowed:
         raise InvalidRequest(field, "is empty: no token could be sampled")
     check_count(field, len(allowed), model.spec.vocab_size)
-    if min(allowed) < 0 or max(allowed) >= model.spec.vocab_size:
-        check_token_ids(field, allowed, model)
+    check_token_ids(field, allowed, model)
     ending = set(stopping.stop_token_ids) | (set() if stopping.ignore_eos else model.spec.eos_token_ids)
     if stopping.min_new_tokens > 1 and ending.issuperset(allowed):
         raise InvalidRequest(

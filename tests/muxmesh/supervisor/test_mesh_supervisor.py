@@ -30,6 +30,7 @@ from muxmesh.supervisor.mesh_supervisor import (
     make_runtime,
     state_lock,
 )
+from muxmesh.supervisor.tenant_secret import SECRET_FILE
 
 PROGRAM = """
 import signal, sys, time
@@ -159,6 +160,12 @@ def test_sockets_are_in_a_folder_of_this_process(state_dir: Path) -> None:
     assert runtime.cache_dir == state_dir / "cache"
 
 
+def test_routers_of_one_state_folder_hash_tenants_with_one_secret(state_dir: Path) -> None:
+    first, second = make(state_dir), make(state_dir)
+    assert first.tenant_secret == second.tenant_secret and len(bytes.fromhex(first.tenant_secret)) == 32
+    assert first.tenant_secret not in repr(first)
+
+
 def test_an_own_redis_is_kept(state_dir: Path) -> None:
     assert make(state_dir, redis_url="redis://h:7").redis_url == "redis://h:7"
 
@@ -171,7 +178,7 @@ def test_only_folders_of_earlier_supervisors_are_deleted(state_dir: Path) -> Non
     for name in ("run-1", "run-2"):
         (state_dir / name / RUN_MARK).touch()
     make(state_dir)
-    assert sorted(path.name for path in state_dir.iterdir()) == ["logs", "run-notes", "run-of-mine"]
+    assert sorted(path.name for path in state_dir.iterdir()) == ["logs", "run-notes", "run-of-mine", SECRET_FILE]
     assert (state_dir / "run-of-mine" / "file").exists()
 
 
