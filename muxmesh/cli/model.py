@@ -11,13 +11,11 @@ from muxmesh.cli.common import ProgressBar, cache_dir, print_json
 from muxmesh.config.schema import ModelConfig
 from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CATALOG, find_catalog_model, hub_hint
-from muxmesh.models.gguf_import import read_gguf
+from muxmesh.models.model_check import check_model
 from muxmesh.models.model_download import model_folder
-from muxmesh.models.model_spec import ModelSpec, read_model_spec
+from muxmesh.models.model_spec import ModelSpec
 from muxmesh.models.prepared_model import prepare_model
-from muxmesh.models.safetensors_folder import FolderWeights, weight_files
-from muxmesh.models.sampling_defaults import SamplingDefaults, read_sampling_defaults
-from muxmesh.models.tokenizer import load_text_model
+from muxmesh.models.sampling_defaults import SamplingDefaults
 from muxmesh.quoting import quoted
 
 
@@ -66,10 +64,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path).expanduser()
     if not path.exists() and arguments.path in CATALOG:
         path = model_folder(CATALOG[arguments.path], cache_dir())
-    if path.is_dir():
-        facts = _folder_facts(path)
-    elif path.is_file() and path.suffix == ".gguf":
-        facts = _gguf_facts(path)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        facts = _facts(path)
     elif not path.exists():
         raise ConfigError(_why_absent(arguments.path))
     else:
@@ -90,28 +86,18 @@ def _why_absent(name: str) -> str:
     return f"{quoted(name)} is neither a folder, nor a .gguf file, nor in the catalog ({available}){hub_hint(name)}"
 
 
-def _folder_facts(folder: Path) -> dict[str, Any]:
-    """What an engine would load from a folder. Raises ModelUnsupported."""
+def _facts(path: Path) -> dict[str, Any]:
+    """What an engine would load from a folder, or a GGUF file, which is converted first. Raises ModelUnsupported."""
+    model = check_model(path)
+    problem = None if model.chat_template is None else model.chat_template.problem
     return {
-        "folder": str(folder),
-        **_spec_facts(read_model_spec(folder)),
-        "sampling_defaults": _given(read_sampling_defaults(folder)),
-        "chat_template": load_text_model(folder).has_chat_template,
-        "weight_files": [path.name for path in weight_files(folder)],
-        "weight_dtypes": FolderWeights(folder).dtypes(),
-    }
-
-
-def _gguf_facts(path: Path) -> dict[str, Any]:
-    """What an engine would load from a GGUF file, which is first converted into a folder. Raises ModelUnsupported."""
-    model = read_gguf(path)
-    return {
-        "file": str(path),
+        "folder" if path.is_dir() else "file": str(path),
         **_spec_facts(model.spec),
-        "sampling_defaults": {},
-        "chat_template": "tokenizer.chat_template" in model.fields,
-        "weight_files": [path.name],
-        "weight_dtypes": model.tensor_types,
+        "sampling_defaults": _given(model.sampling_defaults),
+        "chat_template": model.chat_template is not None and problem is None,
+        "chat_template_problem": problem,
+        "weight_files": [file.name for file in model.weight_files],
+        "weight_dtypes": list(model.weight_dtypes),
     }
 
 

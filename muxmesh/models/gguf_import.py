@@ -7,7 +7,7 @@ error is far below that of the quantization; f32 and bf16 weights become f32. Kn
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,16 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 
 from muxmesh.errors import ModelUnsupported
+from muxmesh.models.chat_template import ChatTemplate
+from muxmesh.models.file_fields import FileFields
+from muxmesh.models.gguf_header import check_gguf_header
 from muxmesh.models.gguf_tokenizer import build_tokenizer, check_tokenizer, eos_token_ids
+from muxmesh.models.model_files import described
 from muxmesh.models.model_spec import ModelSpec, spec_from_config
 from muxmesh.models.safetensors_folder import write_safetensors
+from muxmesh.models.tokenizer import refusing_tokenizer
+from muxmesh.models.weight_shapes import check_weights, expected_weights
+from muxmesh.quoting import named
 
 CONVERSION_VERSION = 3
 """Part of the names of converted folders. Raise it with every change of what `import_gguf` writes."""
@@ -43,6 +50,7 @@ _KEPT_IN_F32 = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)
 _ROPE_DEFAULTS = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": -1.0, "yarn_log_multiplier": 0.0}
 """Fields of rope scaling that no engine implements. A file with another value than the default is rejected."""
 _LAYER_NAME_PARTS = 4
+_MAX_SIZE = 1 << 24
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
 """Parameters of every Llama 3.1 and 3.2. A GGUF file holds only the factors that are computed from them."""
 
@@ -56,6 +64,7 @@ class GgufModel:
     tensors: list[Any]
     config: dict[str, Any]
     spec: ModelSpec
+    chat_template: ChatTemplate | None
 
     @property
     def tensor_types(self) -> list[str]:
@@ -65,30 +74,31 @@ class GgufModel:
 
 def read_gguf(path: Path) -> GgufModel:
     """Reads and checks the header; maps the weights. Raises ModelUnsupported, which names the field or the tensor."""
+    check_gguf_header(path)
     try:
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise ModelUnsupported(f"{path}: not a GGUF file, or damaged: {error}") from error
-    architecture = fields.get("general.architecture")
+    found = FileFields(path, fields)
+    architecture = found.text("general.architecture")
     if architecture not in _ARCHITECTURES:
-        raise ModelUnsupported(
-            f"{path.name}: architecture {architecture} is not supported; supported: {', '.join(_ARCHITECTURES)}"
+        raise found.refuse(
+            "general.architecture",
+            f"architecture {named(str(architecture))} is not supported; supported: {', '.join(_ARCHITECTURES)}",
         )
-    if fields.get("split.count", 0) > 1:
-        raise ModelUnsupported(f"{path.name}: is one of {fields['split.count']} parts; merge them into one file")
-    check_tokenizer(fields, path.name)
+    if (parts := found.integer("split.count", 0, 1 << 16) or 0) > 1:
+        raise found.refuse("split.count", f"is one of {parts} parts; merge them into one file")
+    check_tokenizer(found)
     for tensor in reader.tensors:
         _check_tensor(path, tensor, architecture)
-    try:
-        config = _config(path, fields, reader.tensors)
-        spec = spec_from_config(path, config, {"eos_token_id": eos_token_ids(fields)})
+    config = _config(found, architecture, reader.tensors)
+    spec = spec_from_config(path, config, {"eos_token_id": eos_token_ids(fields)})
+    shapes = {tensor.name: _shape(tensor) for tensor in reader.tensors if tensor.name != _ROPE_FACTORS}
+    check_weights(path, shapes, {_gguf_name(name): shape for name, shape in expected_weights(spec).items()})
+    with refusing_tokenizer(path):
         build_tokenizer(fields)
-    except KeyError as error:
-        raise ModelUnsupported(f"{path.name}: field {error.args[0]} is missing") from error
-    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise ModelUnsupported(f"{path.name}: a field has a wrong type or contradicts another: {error}") from error
-    return GgufModel(path, fields, list(reader.tensors), config, spec)
+    return GgufModel(path, fields, list(reader.tensors), config, spec, _chat_template(found))
 
 
 def import_gguf(gguf: Path, folder: Path, progress: Callable[[int, int], None]) -> None:
@@ -103,9 +113,7 @@ def import_gguf(gguf: Path, folder: Path, progress: Callable[[int, int], None]) 
     _write_json(folder / "generation_config.json", {"eos_token_id": eos if len(eos) > 1 else eos[0]} if eos else {})
     _write_tokenizer(folder, model.fields)
     kept = [tensor for tensor in model.tensors if tensor.name != _ROPE_FACTORS]
-    shapes = {
-        _hf_name(tensor.name): (_dtype(tensor), tuple(int(size) for size in reversed(tensor.shape))) for tensor in kept
-    }
+    shapes = {_hf_name(tensor.name): (_dtype(tensor), _shape(tensor)) for tensor in kept}
 
     def values() -> Iterator[np.ndarray]:
         for done, tensor in enumerate(kept):
@@ -122,6 +130,10 @@ def import_gguf(gguf: Path, folder: Path, progress: Callable[[int, int], None]) 
 
 def _dtype(tensor: Any) -> np.dtype[Any]:
     return np.dtype(np.float32 if tensor.tensor_type in _KEPT_IN_F32 else np.float16)
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(tensor.shape))
 
 
 def _check_tensor(path: Path, tensor: Any, architecture: str) -> None:
@@ -168,69 +180,90 @@ def _unpermuted(name: str, values: np.ndarray, config: dict[str, Any]) -> np.nda
     return np.ascontiguousarray(paired.swapaxes(1, 2).reshape(values.shape))
 
 
-def _config(path: Path, fields: dict[str, Any], tensors: list[Any]) -> dict[str, Any]:
-    name = fields["general.architecture"]
+def _gguf_name(name: str) -> str:
+    """The inverse of `_hf_name`."""
+    stem, _, kind = name.rpartition(".")
+    if not stem.startswith("model.layers."):
+        return f"{next(ours for ours, theirs in _GLOBAL_TENSORS.items() if theirs == stem)}.{kind}"
+    layer, _, part = stem.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{next(ours for ours, theirs in _LAYER_TENSORS.items() if theirs == part)}.{kind}"
 
-    def field(key: str) -> Any:
-        return fields[f"{name}.{key}"]
 
-    heads, hidden = field("attention.head_count"), field("embedding_length")
-    head_dim = fields.get(f"{name}.attention.key_length") or hidden // heads
+def _chat_template(fields: FileFields) -> ChatTemplate | None:
+    source = fields.values.get("tokenizer.chat_template")
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        return ChatTemplate("", {}, f"tokenizer.chat_template is {described(source)}; must be a string")
+    return ChatTemplate(source, _named_tokens(fields.values))
+
+
+def _config(fields: FileFields, name: str, tensors: list[Any]) -> dict[str, Any]:
+    def size(key: str) -> int:
+        return fields.needed_integer(f"{name}.{key}", 1, _MAX_SIZE)
+
+    heads, hidden = size("attention.head_count"), size("embedding_length")
+    head_dim = fields.integer(f"{name}.attention.key_length", 1, _MAX_SIZE) or hidden // heads
     config: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[name]],
         "model_type": name,
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "vocab_size": len(fields.values["tokenizer.ggml.tokens"]),
         "hidden_size": hidden,
-        "intermediate_size": field("feed_forward_length"),
-        "num_hidden_layers": field("block_count"),
+        "intermediate_size": size("feed_forward_length"),
+        "num_hidden_layers": size("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.get(f"{name}.attention.head_count_kv", heads),
+        "num_key_value_heads": fields.integer(f"{name}.attention.head_count_kv", 1, heads) or heads,
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": field("context_length"),
-        "rms_norm_eps": round(float(field("attention.layer_norm_rms_epsilon")), 10),
-        "rope_theta": float(fields.get(f"{name}.rope.freq_base", 10_000.0)),
+        "max_position_embeddings": fields.needed_integer(f"{name}.context_length", 1, (1 << 31) - 1),
+        "rms_norm_eps": round(fields.needed_number(f"{name}.attention.layer_norm_rms_epsilon", 0.0, 1.0), 10),
+        "rope_theta": fields.number(f"{name}.rope.freq_base", 1.0, 1e15) or 10_000.0,
         "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in tensors),
-        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "bos_token_id": fields.values.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": fields.values.get("tokenizer.ggml.eos_token_id"),
         "torch_dtype": "float16",
     }
-    _refuse_variants(path, fields, name, head_dim)
-    scaling, llama3 = _rope_scaling(path, fields, name), _llama3_scaling(path, tensors, config)
+    _refuse_variants(fields, name, head_dim)
+    scaling, llama3 = _rope_scaling(fields, name), _llama3_scaling(fields.origin, tensors, config)
     if scaling and llama3:
-        raise ModelUnsupported(f"{path.name}: has both rope scaling {scaling['rope_type']} and {_ROPE_FACTORS}")
+        raise ModelUnsupported(f"{fields.origin}: has both rope scaling {scaling['rope_type']} and {_ROPE_FACTORS}")
     if scaling := scaling or llama3:
         config["rope_scaling"] = scaling
     return config
 
 
-def _refuse_variants(path: Path, fields: dict[str, Any], name: str, head_dim: int) -> None:
-    if fields.get(f"{name}.rope.dimension_count", head_dim) != head_dim:
-        rotated = fields[f"{name}.rope.dimension_count"]
-        raise ModelUnsupported(f"{path.name}: rope rotates {rotated} of {head_dim} dimensions, which is not supported")
-    if fields.get(f"{name}.expert_count", 0) > 0:
-        raise ModelUnsupported(f"{path.name}: is a mixture of experts, which is not supported")
+def _refuse_variants(fields: FileFields, name: str, head_dim: int) -> None:
+    rotated = fields.integer(f"{name}.rope.dimension_count", 0, _MAX_SIZE)
+    if rotated is not None and rotated != head_dim:
+        raise fields.refuse(
+            f"{name}.rope.dimension_count", f"rope rotates {rotated} of {head_dim} dimensions, which is not supported"
+        )
+    if fields.integer(f"{name}.expert_count", 0, _MAX_SIZE):
+        raise fields.refuse(f"{name}.expert_count", "is a mixture of experts, which is not supported")
 
 
-def _rope_scaling(path: Path, fields: dict[str, Any], name: str) -> dict[str, Any] | None:
+def _rope_scaling(fields: FileFields, name: str) -> dict[str, Any] | None:
     prefix = f"{name}.rope.scaling."
-    changed = [key for key, default in _ROPE_DEFAULTS.items() if fields.get(prefix + key, default) != default]
-    if changed:
-        raise ModelUnsupported(f"{path.name}: {prefix}{changed[0]} is {fields[prefix + changed[0]]}, not supported")
-    old = float(fields.get(f"{name}.rope.scale_linear", 1.0))  # files without a scaling type
-    kind = fields.get(f"{prefix}type", "none" if old == 1.0 else "linear")
+    for key, default in _ROPE_DEFAULTS.items():
+        value = fields.values.get(prefix + key, default)
+        if value != default:
+            raise fields.refuse(prefix + key, f"{key} is {described(value)}, not supported")
+    old = fields.number(f"{name}.rope.scale_linear", 0.0, 1e6) or 1.0  # files without a scaling type
+    kind = fields.text(f"{prefix}type") or ("none" if old == 1.0 else "linear")
     if kind == "none":
         return None
     if kind not in {"linear", "yarn"}:
-        raise ModelUnsupported(f"{path.name}: rope scaling {kind} is not supported; supported: none, linear, yarn")
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": float(fields.get(f"{prefix}factor", old))}
+        raise fields.refuse(
+            f"{prefix}type", f"rope scaling {named(kind)} is not supported; supported: none, linear, yarn"
+        )
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": fields.number(f"{prefix}factor", 0.0, 1e6) or old}
     for key, hf_key in (
         ("original_context_length", "original_max_position_embeddings"),
         ("yarn_beta_fast", "beta_fast"),
         ("yarn_beta_slow", "beta_slow"),
     ):
-        if prefix + key in fields:
-            scaling[hf_key] = fields[prefix + key]
+        if prefix + key in fields.values:
+            scaling[hf_key] = fields.values[prefix + key]
     return scaling
 
 
@@ -246,10 +279,12 @@ def _llama3_scaling(path: Path, tensors: list[Any], config: dict[str, Any]) -> d
     pairs = config["head_dim"] // 2
     wavelengths = 2 * np.pi * config["rope_theta"] ** (np.arange(pairs) / pairs)
     factor = float(factors.max())
+    if not (0.0 < factor < 1e6 and np.isfinite(factors).all()):
+        raise ModelUnsupported(f"{path}: {_ROPE_FACTORS} has values that are no factors")
     smooth = np.clip((_LLAMA3_CONTEXT / wavelengths - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW), 0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
-        raise ModelUnsupported(f"{path.name}: {_ROPE_FACTORS} differ from those of Llama 3, which is not supported")
+        raise ModelUnsupported(f"{path}: {_ROPE_FACTORS} differ from those of Llama 3, which is not supported")
     return {
         "rope_type": "llama3",
         "factor": factor,
@@ -259,16 +294,20 @@ def _llama3_scaling(path: Path, tensors: list[Any], config: dict[str, Any]) -> d
     }
 
 
-def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
+def _named_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
+    ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    return {f"{name}_token": tokens[token_id] for name, token_id in ids.items() if token_id is not None}
+
+
+def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
     build_tokenizer(fields).save(str(folder / "tokenizer.json"))
-    named = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     _write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "chat_template": fields.get("tokenizer.chat_template"),
-            **{f"{name}_token": tokens[token_id] for name, token_id in named.items() if token_id is not None},
+            **_named_tokens(fields),
         },
     )
 

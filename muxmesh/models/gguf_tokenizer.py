@@ -6,16 +6,20 @@ merging, and SentencePiece BPE with scores (`llama`). Knows no files and no weig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from muxmesh.errors import ModelUnsupported
+from muxmesh.models.file_fields import FileFields
+from muxmesh.quoting import named
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 _SPACE = "▁"
+_MAX_TOKEN = 4096
+"""Characters of a token. SentencePiece merges are found by cutting each token everywhere."""
 _ENDINGS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>")
 """Control tokens that end an output even if the file names another end of sequence."""
 
@@ -49,13 +53,44 @@ _SPLITS = {
 }
 
 
-def check_tokenizer(fields: Mapping[str, Any], origin: str) -> None:
-    """Raises ModelUnsupported if `build_tokenizer` does not know the kind. ``origin`` names the file."""
-    kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    if kind == "llama" or (kind == "gpt2" and pre in _SPLITS):
-        return
-    known = ", ".join(["llama", *(f"gpt2/{name}" for name in _SPLITS)])
-    raise ModelUnsupported(f"{origin}: tokenizer {kind}/{pre} is not supported; supported: {known}")
+def check_tokenizer(fields: FileFields) -> None:
+    """Raises ModelUnsupported if `build_tokenizer` does not know the kind, or if one of its fields is not sound."""
+    kind, pre = fields.text("tokenizer.ggml.model"), fields.text("tokenizer.ggml.pre")
+    if kind != "llama" and (kind != "gpt2" or pre not in _SPLITS):
+        known = ", ".join(["llama", *(f"gpt2/{name}" for name in _SPLITS)])
+        raise fields.refuse(
+            "tokenizer.ggml.model", f"tokenizer {named(f'{kind}/{pre}')} is not supported; supported: {known}"
+        )
+    count = len(_list(fields, "tokens", str))
+    if not count:
+        raise fields.refuse("tokenizer.ggml.tokens", "is empty")
+    for token in fields.values["tokenizer.ggml.tokens"]:
+        if len(token) > _MAX_TOKEN:
+            problem = f"has a token of {len(token)} characters; at most {_MAX_TOKEN}"
+            raise fields.refuse("tokenizer.ggml.tokens", problem)
+    if "tokenizer.ggml.token_type" in fields.values:
+        _list(fields, "token_type", int, count)
+    if kind == "llama":
+        if not all(map(math.isfinite, _list(fields, "scores", float, count))):
+            raise fields.refuse("tokenizer.ggml.scores", "has NaN or infinity")
+    else:
+        _list(fields, "merges", str)
+    for name in ("bos", "eos", "eot", "eom"):
+        fields.integer(f"tokenizer.ggml.{name}_token_id", 0, count - 1)
+    for name in ("add_bos_token", "add_space_prefix"):
+        fields.flag(f"tokenizer.ggml.{name}", False)
+
+
+def _list(fields: FileFields, name: str, kind: type, count: int | None = None) -> list[Any]:
+    """A list of ``count`` values of a kind, or of any number of them but none."""
+    value = fields.values.get(f"tokenizer.ggml.{name}")
+    if value is None:
+        raise fields.refuse(f"tokenizer.ggml.{name}", "is missing")
+    if not isinstance(value, list) or not all(type(one) is kind for one in value):
+        raise fields.refuse(f"tokenizer.ggml.{name}", f"must be a list of values of type {kind.__name__}")
+    if count is not None and len(value) != count:
+        raise fields.refuse(f"tokenizer.ggml.{name}", f"has {len(value)} entries; there are {count} tokens")
+    return value
 
 
 def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:

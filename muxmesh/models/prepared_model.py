@@ -15,10 +15,10 @@ from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
 from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CATALOG, hub_hint
 from muxmesh.models.gguf_import import read_gguf
+from muxmesh.models.model_check import check_model
 from muxmesh.models.model_download import Progress, ensure_imported, ensure_model, model_folder
 from muxmesh.models.model_spec import SIM_SPEC, ModelSpec, read_model_spec
 from muxmesh.models.sampling_defaults import NO_DEFAULTS, SamplingDefaults, read_sampling_defaults
-from muxmesh.models.tokenizer import load_text_model
 from muxmesh.models.weight_image import ensure_image, map_image
 from muxmesh.quoting import quoted
 
@@ -114,11 +114,7 @@ def _problems_of(model: ModelConfig, unit: UnitConfig, base_dir: Path, cache_dir
         path = model_folder(CATALOG[source], cache_dir) if source else _local_source(model, base_dir)
         if source and path is not None and not path.is_dir():
             return
-        if path is not None and path.is_file():
-            spec = read_gguf(path).spec
-        else:
-            spec = model_spec(path)
-            load_text_model(path)
+        spec = SIM_SPEC if path is None else check_model(path, with_weights=model.engine != "sim").spec
     except ConfigError as error:
         yield "source", str(error)
         return

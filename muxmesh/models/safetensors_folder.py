@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,6 @@ class FolderWeights:
         self._folder = folder
         self._entries: dict[str, TensorEntry] = {}
         self._mapped: dict[Path, memoryview] = {}
-        self._read: set[str] = set()
         for path in weight_files(folder):
             entries = read_header(path)
             for name in sorted(entries.keys() & self._entries.keys()):
@@ -74,13 +73,14 @@ class FolderWeights:
         """The shape of each tensor."""
         return {name: entry.shape for name, entry in self._entries.items()}
 
-    def require_all_read(self, may_be_unread: Callable[[str], bool]) -> None:
-        """Raises ModelUnsupported if a tensor was not read, because ignoring a weight would change the output."""
-        unread = sorted(name for name in self._entries.keys() - self._read if not may_be_unread(name))
-        if unread:
-            raise ModelUnsupported(
-                f"{self._folder}: {len(unread)} weights are not part of a supported model: {unread[0]}, ..."
-            )
+    def check_dtypes(self) -> None:
+        """Raises ModelUnsupported for a tensor that `read` cannot read."""
+        for name, entry in self._entries.items():
+            if entry.dtype not in _DTYPES:
+                raise ModelUnsupported(
+                    f"{entry.path}: weight {named(name)} is {named(entry.dtype)}; supported: {', '.join(_DTYPES)}. "
+                    "Convert it to one of them"
+                )
 
     def read(self, name: str, *shape: int) -> np.ndarray:
         """Returns one tensor as f32, read-only if it is stored as f32.
@@ -89,13 +89,9 @@ class FolderWeights:
         """
         if name not in self._entries:
             raise ModelUnsupported(f"{self._folder}: weight {name} is missing")
-        self._read.add(name)
         entry = self._entries[name]
         if entry.dtype not in _DTYPES:
-            raise ModelUnsupported(
-                f"{entry.path}: weight {name} is {named(entry.dtype)}; supported: {', '.join(_DTYPES)}. "
-                "Convert it to one of them"
-            )
+            self.check_dtypes()
         if entry.shape != shape:
             raise ModelUnsupported(
                 f"{self._folder}: weight {name} has shape {entry.shape}, but config.json requires {shape}"

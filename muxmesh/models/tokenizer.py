@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -121,13 +121,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if read_json_object(path, MAX_TOKENIZER_BYTES) is None:
         raise ModelUnsupported(f"{path.parent}: has no tokenizer.json; convert the tokenizer to the `fast` format")
 
-    def refused(problem: str) -> ModelUnsupported:
-        return ModelUnsupported(f"{path}: is no tokenizer that `tokenizers` can read: {problem}")
-
-    with _failing_as(refused):
+    with refusing_tokenizer(path):
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.decode(tokenizer.encode("a b", add_special_tokens=True).ids)
     return tokenizer
+
+
+def refusing_tokenizer(path: Path) -> AbstractContextManager[None]:
+    """Turns what `tokenizers` raises in a block into ModelUnsupported."""
+    return _failing_as(
+        lambda problem: ModelUnsupported(f"{path}: is no tokenizer that `tokenizers` can read: {problem}")
+    )
 
 
 @contextmanager

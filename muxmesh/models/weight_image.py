@@ -24,6 +24,7 @@ import numpy as np
 from muxmesh.models.matrix_packing import pack_gated, pack_panels, padded
 from muxmesh.models.model_spec import ModelSpec
 from muxmesh.models.safetensors_folder import FolderWeights, weight_files
+from muxmesh.models.weight_shapes import check_weights, expected_weights
 
 Packing = Literal["panels", "rows"]
 _VERSION = 3
@@ -51,7 +52,9 @@ def ensure_image(
         if not path.is_file():
             partial = path.with_suffix(".partial")
             with partial.open("wb") as file:
-                _write(file, spec, _tensors(FolderWeights(folder), spec, packing, progress))
+                weights = FolderWeights(folder)
+                check_weights(folder, weights.shapes(), expected_weights(spec))
+                _write(file, spec, _tensors(weights, spec, packing, progress))
             os.replace(partial, path)
     return path
 
@@ -142,8 +145,6 @@ def _tensors(
         yield f"{layer}.gate_up", gated(gate, up)
         yield f"{layer}.down", pack(weights.read(f"{prefix}mlp.down_proj.weight", hidden, inner))
         progress(layer + 1, spec.num_layers)
-    # Rotary frequencies are computed from the config. Files of tied models may repeat the embedding as lm_head.
-    weights.require_all_read(lambda name: name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight")
 
 
 def _unpacked(matrix: np.ndarray) -> np.ndarray:

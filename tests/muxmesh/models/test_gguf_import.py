@@ -218,14 +218,14 @@ UNSUPPORTED = {
     "architecture mamba is not supported; supported: llama, qwen2, qwen3": TinyGguf(claimed_architecture="mamba"),
     "tokenizer gpt2/tekken is not supported; supported: llama, gpt2/gpt-2": TinyGguf(pre="tekken"),
     "tokenizer gpt2/None is not supported": TinyGguf(pre=None),
-    "a field has a wrong type or contradicts another: merge 'h x' has a part": TinyGguf(merges=("h x",)),
-    "num_hidden_layers: is 'many'; must be a whole number": TinyGguf(
+    "is no tokenizer that `tokenizers` can read: merge 'h x' has a part": TinyGguf(merges=("h x",)),
+    "llama.block_count: is 'many'; must be a whole number": TinyGguf(
         more=lambda writer: writer.add_string("llama.block_count", "many")
     ),
     "is one of 3 parts; merge them": TinyGguf(more=lambda writer: writer.add_uint16("split.count", 3)),
-    "field llama.block_count is missing": TinyGguf(more=without("llama.block_count")),
-    "field llama.embedding_length is missing": TinyGguf(more=without("llama.embedding_length")),
-    "field tokenizer.ggml.merges is missing": TinyGguf(more=without("tokenizer.ggml.merges")),
+    "llama.block_count: is missing": TinyGguf(more=without("llama.block_count")),
+    "llama.embedding_length: is missing": TinyGguf(more=without("llama.embedding_length")),
+    "tokenizer.ggml.merges: is missing": TinyGguf(more=without("tokenizer.ggml.merges")),
     "attn_factor is 2.0, not supported": TinyGguf(more=lambda writer: writer.add_rope_scaling_attn_factors(2.0)),
     "rope scaling longrope is not supported; supported: none, linear, yarn": TinyGguf(
         more=lambda writer: writer.add_rope_scaling_type(RopeScalingType.LONGROPE)

@@ -8,6 +8,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from muxmesh.errors import ModelUnsupported
+from muxmesh.models.file_fields import FileFields
 from muxmesh.models.gguf_import import import_gguf
 from muxmesh.models.gguf_tokenizer import build_tokenizer, check_tokenizer, eos_token_ids
 from muxmesh.models.tokenizer import load_text_model
@@ -40,14 +41,25 @@ def encode(fields: dict[str, Any], text: str) -> list[str]:
     ("kind", "pre"), [("llama", None), ("gpt2", "gpt-2"), ("gpt2", "smollm"), ("gpt2", "llama-bpe"), ("gpt2", "qwen2")]
 )
 def test_a_supported_kind_passes_the_check(kind: str, pre: str | None) -> None:
-    check_tokenizer({"tokenizer.ggml.model": kind, "tokenizer.ggml.pre": pre}, "m.gguf")
+    check_tokenizer(
+        FileFields(
+            Path("m.gguf"),
+            {
+                "tokenizer.ggml.model": kind,
+                "tokenizer.ggml.pre": pre,
+                "tokenizer.ggml.tokens": ["a", "b"],
+                "tokenizer.ggml.scores": [-1.0, -2.0],
+                "tokenizer.ggml.merges": [],
+            },
+        )
+    )
 
 
 @pytest.mark.parametrize(("kind", "pre"), [("gpt2", "tekken"), ("gpt2", None), ("bert", "gpt-2"), (None, None)])
 def test_an_unsupported_kind_is_rejected_with_the_supported_ones(kind: str | None, pre: str | None) -> None:
     supported = "supported: llama, gpt2/gpt-2, gpt2/smollm, gpt2/llama-bpe"
-    with pytest.raises(ModelUnsupported, match=f"m.gguf: tokenizer {kind}/{pre} is not supported; {supported}"):
-        check_tokenizer({"tokenizer.ggml.model": kind, "tokenizer.ggml.pre": pre}, "m.gguf")
+    with pytest.raises(ModelUnsupported, match=f"tokenizer {kind}/{pre} is not supported; {supported}"):
+        check_tokenizer(FileFields(Path("m.gguf"), {"tokenizer.ggml.model": kind, "tokenizer.ggml.pre": pre}))
 
 
 def test_the_tokenizer_is_the_one_that_transformers_loads(tmp_path: Path) -> None:
@@ -252,3 +264,23 @@ def test_a_file_may_turn_off_the_space_before_a_text() -> None:
     tokenizer = build_tokenizer(sentencepiece_fields(add_space_prefix=False))
     assert tokenizer.decode(tokenizer.encode("the thing", add_special_tokens=False).ids) == "the thing"
     assert tokenizer.encode("in", add_special_tokens=False).tokens == ["in"]
+
+
+WRONG: dict[str, list[Any]] = {
+    "tokens": [None, "ab", [1, 2], [], ["a" * 5000, "b"]],
+    "token_type": ["normal", [1], [1, 1, 1], [1, "2"]],
+    "scores": [None, [0.0], [0.0, float("nan")], [0.0, float("-inf")], ["0", "1"], 1.0],
+    "bos_token_id": [-1, 2, 1.0, "a", True, 10**30],
+    "eos_token_id": [-1, 2, [0]],
+    "add_bos_token": [1, "yes"],
+    "add_space_prefix": [0],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_field_that_is_not_sound_is_refused_by_name(name: str, value: Any) -> None:
+    fields: dict[str, Any] = {"model": "llama", "tokens": ["a", "b"], "scores": [0.0, -1.0], name: value}
+    named = FileFields(Path("m.gguf"), {f"tokenizer.ggml.{one}": field for one, field in fields.items()})
+    with pytest.raises(ModelUnsupported, match=r"^m\.gguf: tokenizer\.ggml\.[a-z_]+: ") as caught:
+        check_tokenizer(named)
+    assert "\n" not in str(caught.value)

@@ -166,16 +166,12 @@ def test_a_damaged_file_is_named(tmp_path: Path, write: Callable[[Path], None]) 
         FolderWeights(tmp_path)
 
 
-def test_a_weight_that_was_not_read_is_an_error(folder: Path) -> None:
-    weights = FolderWeights(folder)
-    with pytest.raises(ModelUnsupported, match=r"2 weights are not part of a supported model: a, \.\.\."):
-        weights.require_all_read(lambda name: False)
-    weights.read("a", 2, 3)
-    with pytest.raises(ModelUnsupported, match="1 weights are not part of a supported model: b"):
-        weights.require_all_read(lambda name: False)
-    weights.require_all_read(lambda name: name == "b")
-    weights.read("b", 2)
-    weights.require_all_read(lambda name: False)
+def test_every_dtype_can_be_checked_without_reading(tmp_path: Path) -> None:
+    save_file({"a": A, "w": np.ones(2, dtype=np.float64)}, tmp_path / SINGLE)
+    weights = FolderWeights(tmp_path)
+    assert weights.shapes() == {"a": (2, 3), "w": (2,)}
+    with pytest.raises(ModelUnsupported, match="weight w is F64; supported: F32, F16, BF16"):
+        weights.check_dtypes()
 
 
 def write(path: Path, tensors: dict[str, np.ndarray], values: Iterator[np.ndarray] | None = None) -> None:

@@ -235,7 +235,7 @@ def test_a_write_to_a_mapped_image_stays_in_this_process(folder: Path, tmp_path:
 def test_weights_that_contradict_the_config_are_named(folder: Path, tmp_path: Path) -> None:
     change_config(folder, intermediate_size=100)
     with pytest.raises(
-        ModelUnsupported, match=r"gate_proj\.weight has shape \(96, 48\), but config\.json requires \(100"
+        ModelUnsupported, match=r"gate_proj\.weight has shape \(96, 48\), but the config requires \(100"
     ):
         write_image(folder, tmp_path)
 
