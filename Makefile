@@ -11,7 +11,7 @@ SECONDS ?= 60
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-long check fix protos chaos clean bench-exact bench-start bench-abort bench-engine bench-attention bench-kvpool bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-check
+.PHONY: help venv dev run test test-long check fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-kvpool bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-check
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -71,6 +71,9 @@ bench-start: $(VENV)/.dev ## Start-up time, memory of the weights, idle CPU
 
 bench-abort: $(VENV)/.dev ## Cancels, deadlines, killed clients and workers on the real model
 	$(BIN)/python -m benchmarks.abort
+
+bench-stopped: $(VENV)/.dev ## Every kind of process stopped by a signal under 20 streams
+	$(BIN)/python -m benchmarks.stopped
 
 bench-engine: $(VENV)/.dev ## The engine alone; with vLLM's too if VLLM_PYTHON names an interpreter that has it
 	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m benchmarks.engine
