@@ -17,31 +17,65 @@ _DISTRIBUTIONS = {
     "tpot": ("Time per output token", "How fast the output is generated after its first token."),
     "e2el": ("End-to-end latency", "How long a user waits for the whole output."),
 }
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#1f2937;background:#fff}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(26rem,1fr));gap:1rem}
-figure{margin:0;border:1px solid #e5e7eb;border-radius:6px;padding:.5rem}figcaption{color:#4b5563;font-size:.87rem}
-svg{width:100%;height:auto;font:12px system-ui,sans-serif;fill:#374151}svg .title{font-size:14px;font-weight:600}
-svg .grid{stroke:#e5e7eb;stroke-width:1}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #e5e7eb}
-th:first-child,td:first-child{text-align:left}
-.warn{background:#fef3c7;padding:.6rem 1rem;border-radius:6px}code{background:#f3f4f6;padding:0 .25rem}
+_LIGHT = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
+_DARK = ("#60a5fa", "#f87171", "#34d399", "#fbbf24", "#a78bfa", "#22d3ee", "#f472b6", "#9ca3af")
+
+
+def _series(colours: Sequence[str]) -> str:
+    """CSS of the curves, their marks and their names."""
+    return "".join(
+        f"polyline.s{number}{{stroke:{colour}}}circle.s{number},rect.s{number}{{fill:{colour}}}"
+        for number, colour in enumerate(colours)
+    )
+
+
+_STYLE = (
+    f"""
+:root{{color-scheme:light dark;--text:#1f2937;--soft:#4b5563;--page:#fff;--line:#e5e7eb;--warn:#fef3c7;--code:#f3f4f6}}
+{_series(_LIGHT)}
+@media screen and (prefers-color-scheme:dark){{
+:root{{--text:#e5e7eb;--soft:#9ca3af;--page:#111827;--line:#374151;--warn:#4a3a0c;--code:#1f2937}}
+{_series(_DARK)}}}
+@media print{{
+body{{font-size:11px;margin:0;max-width:none}}.plots{{grid-template-columns:1fr 1fr}}
+figure,tr,.warn{{break-inside:avoid}}h2{{break-after:avoid}}.warn{{border:1px solid}}}}
 """
+    + """
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:var(--text);
+background:var(--page);overflow-wrap:anywhere}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(26rem,100%),1fr));gap:1rem}
+figure{margin:0;border:1px solid var(--line);border-radius:6px;padding:.5rem 1rem}
+figcaption{color:var(--soft);font-size:.87rem}
+svg{width:100%;height:auto;font:12px system-ui,sans-serif;fill:var(--text);overflow:visible}
+svg .title{font-size:14px;font-weight:600}svg .grid{stroke:var(--line);stroke-width:1}
+.table{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:.2rem .8rem;text-align:right;border-bottom:1px solid var(--line);overflow-wrap:normal}
+th:first-child,td:first-child{text-align:left}th{vertical-align:bottom}
+.warn{background:var(--warn);padding:.6rem 1rem;border-radius:6px}code{background:var(--code);padding:0 .25rem}
+"""
+)
+_MEASURED = (
+    "Requests were sent at the times of the workload, whether or not earlier ones had ended. Every latency counts from "
+    "the time when the request was due, so it includes all waiting."
+)
+_SIMULATED = (
+    "No server was measured: the mesh's own policies and memory manager ran the workload in virtual time, with the "
+    "step times of its configuration. Every latency counts from the time when the request was due."
+)
 
 
 def page(documents: Sequence[Mapping[str, Any]]) -> str:
     """Returns the page for reports and sweeps. Each run of a sweep is a report of its own."""
     reports = [report for document in documents for report in document.get("reports", [document])]
-    title = " and ".join(dict.fromkeys(str(document["name"]) for document in documents))
+    title = f"{_kind(reports)}: " + " and ".join(dict.fromkeys(str(document["name"]) for document in documents))
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
         '<link rel="icon" href="data:,">',
-        f"<title>Load test: {escape(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>Load test: {escape(title)}</h1>",
-        "<p>Requests were sent at the times of the workload, whether or not earlier ones had ended. Every latency "
-        "counts from the time when the request was due, so it includes all waiting.</p>",
+        '<meta name=viewport content="width=device-width">',
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{escape(title)}</h1>",
+        *(f"<p>{text}</p>" for text in dict.fromkeys(_how(report) for report in reports)),
         *map(_head, documents),
         "<h2>Figures</h2>",
         _table(reports),
@@ -58,14 +92,27 @@ def page(documents: Sequence[Mapping[str, Any]]) -> str:
     return "".join(parts) + "</body></html>\n"
 
 
+def _kind(reports: Sequence[Mapping[str, Any]]) -> str:
+    kinds = {"simulation" in report for report in reports}
+    return "Load test and simulation" if len(kinds) > 1 else "Simulation" if kinds == {True} else "Load test"
+
+
+def _how(report: Mapping[str, Any]) -> str:
+    return _SIMULATED if "simulation" in report else _MEASURED
+
+
 def _head(document: Mapping[str, Any]) -> str:
-    name, target, date, workload = (escape(str(document[key])) for key in ("name", "target", "date", "workload"))
-    lines = [f"<p><b>{name}</b>: {target}, {date}<br>workload <code>{workload}</code></p>"]
+    name, date, workload = (escape(str(document[key])) for key in ("name", "date", "workload"))
+    target = "" if document["target"] == document["name"] else f"{escape(str(document['target']))}, "
+    lines = [f"<p><b>{name}</b>: {target}{date}<br>workload <code>{workload}</code></p>"]
     if document.get("partial"):
         lines.append(f"<p class=warn>Partial: {escape(str(document['partial']))}</p>")
     if document.get("driver_bottleneck"):
         lines.append(f"<p class=warn>Not reliable: {escape(str(document['driver_bottleneck']))}</p>")
-    lines += [_error_table(report) for report in document.get("reports", [document]) if report["errors"]]
+    reports = document.get("reports", [document])
+    warnings = dict.fromkeys(warning for report in reports for warning in report.get("warnings", ()))
+    lines += [f"<p class=warn>Warning: {escape(warning)}</p>" for warning in warnings]
+    lines += [_error_table(report) for report in reports if report["errors"]]
     if "highest_rate_within_slo" in document:
         slo, rate = document["slo_wanted"], document["highest_rate_within_slo"]
         lines.append(
@@ -80,7 +127,8 @@ def _error_table(report: Mapping[str, Any]) -> str:
         f"<tr><td>{escape(status)}<td>{entry['count']}<td>{escape('; '.join(entry['messages']))}"
         for status, entry in report["errors"].items()
     )
-    return f"<table><tr><th>{escape(label(report))}<th>requests<th>messages{''.join(rows)}</table>"
+    head = f"<th>{escape(label(report))}<th>requests<th>messages"
+    return f"<div class=table><table><tr>{head}{''.join(rows)}</table></div>"
 
 
 def _table(reports: Sequence[Mapping[str, Any]]) -> str:
@@ -90,7 +138,7 @@ def _table(reports: Sequence[Mapping[str, Any]]) -> str:
         values = [report.get(key) for report in reports]
         if any(value is not None for value in values):
             rows.append(f"<tr><td>{escape(text)}" + "".join(f"<td>{format_value(value)}" for value in values))
-    return f"<table><tr><th>{head}{''.join(rows)}</table>"
+    return f"<div class=table><table><tr><th>{head}{''.join(rows)}</table></div>"
 
 
 def _figure(svg: str, caption: str) -> str:

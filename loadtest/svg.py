@@ -1,4 +1,7 @@
-"""Line plots as SVG text, without scripts, fonts or external files. Pure."""
+"""Line plots as SVG text, without scripts, fonts or external files. Pure.
+
+A page may set the colours: curves and marks have the classes ``s0`` to ``s7``, the grid has ``grid``.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 14, 34, 48
 _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 _DASHES = ("", "6 3", "2 3")
 _NUM_TICKS = 5
+_LEGEND_LINE = 16
+_MAX_NAME = 75
+"""Characters of a name in the legend, which fill the width."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +37,16 @@ def plot(title: str, x_label: str, y_label: str, lines: Sequence[Line], log_x: b
     body = [
         f'<text x="{WIDTH / 2}" y="18" class="title" text-anchor="middle">{escape(title)}</text>',
         f'<text x="{(WIDTH + _LEFT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>',
-        f'<text transform="translate(14 {(HEIGHT - _BOTTOM + _TOP) / 2}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}</text>",
+        f'<text x="4" y="{_TOP - 10}">{escape(y_label)}</text>',
     ]
+    num_names = len(cleaned) if len(cleaned) > 1 else 0
     if cleaned:
         body += _curves(cleaned, log_x)
     else:
         body.append(f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">no data</text>')
+    height = HEIGHT + _LEGEND_LINE * num_names
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title, quote=True)}">'
         + "".join(body)
         + "</svg>"
     )
@@ -70,21 +77,24 @@ def _curves(lines: Sequence[Line], log_x: bool) -> list[str]:
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
     for number, line in enumerate(lines):
         colour, dash = _COLOURS[number % len(_COLOURS)], _DASHES[number // len(_COLOURS) % len(_DASHES)]
+        of_series = f"s{number % len(_COLOURS)}"
         points = " ".join(f"{pixel_x(x):.1f},{pixel_y(y):.1f}" for x, y in zip(line.xs, line.ys, strict=True))
         parts.append(
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dash}">'
+            f'<polyline points="{points}" class="{of_series}" fill="none" stroke="{colour}" stroke-width="1.8" '
+            f'stroke-dasharray="{dash}">'
             f"<title>{escape(line.name)}</title></polyline>"
         )
         if line.marks:
             parts += [
-                f'<circle cx="{pixel_x(x):.1f}" cy="{pixel_y(y):.1f}" r="3.2" fill="{colour}">'
+                f'<circle cx="{pixel_x(x):.1f}" cy="{pixel_y(y):.1f}" r="3.2" class="{of_series}" fill="{colour}">'
                 f"<title>{escape(line.name)}: {_short(x)}, {_short(y)}</title></circle>"
                 for x, y in zip(line.xs, line.ys, strict=True)
             ]
         if len(lines) > 1:
-            y = _TOP + 12 + 15 * number
-            parts.append(f'<rect x="{_LEFT + 8}" y="{y - 8}" width="12" height="4" fill="{colour}"/>')
-            parts.append(f'<text x="{_LEFT + 26}" y="{y - 2}">{escape(line.name)}</text>')
+            y = HEIGHT + 10 + _LEGEND_LINE * number
+            parts.append(f'<rect x="4" y="{y - 7}" width="12" height="4" class="{of_series}" fill="{colour}"/>')
+            name = line.name if len(line.name) <= _MAX_NAME else f"{line.name[: _MAX_NAME - 3]}..."
+            parts.append(f'<text x="22" y="{y}">{escape(name)}</text>')
     return parts
 
 

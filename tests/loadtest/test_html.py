@@ -1,10 +1,12 @@
 """The HTML page: complete, self-contained, and without an error in a real browser."""
 
+import html
 import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -143,3 +145,65 @@ def test_a_browser_shows_the_plots_without_an_error(tmp_path: Path, case: str) -
         assert width > 200
         assert num_lines >= 1
         assert length > 20
+
+
+def test_a_simulation_is_not_called_a_load_test() -> None:
+    simulated = {**make_report("fcfs"), "simulation": {"policy": "fcfs"}}
+    assert "<h1>Simulation: fcfs</h1>" in page([simulated])
+    assert "No server was measured" in page([simulated])
+    assert "Requests were sent" not in page([simulated])
+    both = page([simulated, make_report("ours")])
+    assert "<h1>Load test and simulation: fcfs and ours</h1>" in both
+    assert "No server was measured" in both and "Requests were sent" in both
+
+
+def test_a_report_without_a_name_of_its_own_is_named_once() -> None:
+    report = {**make_report("mesh at a:1"), "target": "mesh at a:1"}
+    assert "<b>mesh at a:1</b>: 2026-01-01" in page([report])
+
+
+def test_warnings_are_shown_once() -> None:
+    text = page([{**make_sweep(), "reports": [{**make_report("a"), "warnings": ["half & half"]}] * 2}])
+    assert text.count("<p class=warn>Warning: half &amp; half</p>") == 1
+
+
+def in_browser(tmp_path: Path, text: str, probe: str, *flags: str) -> Any:
+    """The JSON value of ``probe``, a JavaScript expression, on a page."""
+    assert BROWSER is not None
+    path = tmp_path / "report.html"
+    path.write_text(text.replace("</body>", f"<script>document.title = JSON.stringify({probe})</script></body>"))
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", *flags, "--window-size=1000,800",
+               f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+    found = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert found is not None
+    return json.loads(html.unescape(found.group(1)))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_no_label_is_cut_off_or_covers_a_curve(tmp_path: Path) -> None:
+    large = json.loads(json.dumps([make_report("a name that is far too long for a legend " * 9), make_report("b")]))
+    for report in large:
+        report["series"]["waiting"] = [1.2345e9 * second for second in range(40)]
+        report["requests"]["e2el_ms"] = [
+            None if value is None else value * 12345 for value in report["requests"]["e2el_ms"]
+        ]
+    probe = (
+        "[...document.querySelectorAll('svg text')].filter(text => { const box = text.getBoundingClientRect(), "
+        "frame = text.closest('figure').getBoundingClientRect(); return box.left < frame.left || box.right > "
+        "frame.right || box.top < frame.top || box.bottom > frame.bottom }).map(text => text.textContent)"
+    )
+    assert in_browser(tmp_path, page(large), probe) == []
+    assert in_browser(tmp_path, page(large), "document.documentElement.scrollWidth <= innerWidth") is True
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+@pytest.mark.parametrize(("flags", "is_dark"), [([], False), (["--blink-settings=preferredColorScheme=0"], True)])
+def test_the_page_follows_the_colour_scheme_of_its_reader(tmp_path: Path, flags: list[str], is_dark: bool) -> None:
+    probe = (
+        "[document.body, document.querySelector('svg text'), document.querySelector('polyline')].map((node, index) => "
+        "getComputedStyle(node)[['backgroundColor', 'fill', 'stroke'][index]].match(/\\d+/g).reduce((a, b) => +a + +b))"
+    )
+    background, text, curve = in_browser(tmp_path, page([make_report("ours")]), probe, *flags)
+    assert (background < text) == is_dark
+    assert abs(background - curve) > 200, "the curve is visible"
