@@ -102,9 +102,9 @@ def main() -> int:
         kind: [{"hrrn": hrrn._asdict(), "bad": bad._asdict()} for hrrn, bad in found] for kind, found in runs.items()
     }
     reference = [hrrn.mean_s for found in runs.values() for hrrn, _ in found]
-    bench.bar("hrrn: mean latency, s", statistics.median(reference), "printed", True)
+    bench.bar("hrrn: mean latency, s", statistics.median(reference))
     spread = (max(reference) - min(reference)) / statistics.median(reference)
-    bench.bar("hrrn: (most - least) / median of the runs", spread, "printed", True)
+    bench.bar("hrrn: (most - least) / median of the runs", spread)
     for kind, found in runs.items():
         ratio = statistics.median(bad.mean_s / hrrn.mean_s for hrrn, bad in found)
         bench.bar(f"{kind}: mean latency / hrrn's", ratio, "within 5 %", abs(ratio - 1) <= 0.05)

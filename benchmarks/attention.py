@@ -128,7 +128,7 @@ def main() -> int:
     }
     for batch, context in cases:
         name = f"share of read bandwidth, batch {batch}, context {context}"
-        report.bar(name, statistics.median(shares[batch, context]), "-", True)
+        report.bar(name, statistics.median(shares[batch, context]))
     largest = max(BATCHES) * max(CONTEXTS) * attention.shape.kv_bytes_per_token
     report.bar(
         "peak memory grown while measuring, share of the KV read",

@@ -108,12 +108,12 @@ def main() -> int:
             firsts = [np.array([one.pieces[0][0] for one in records]) for records in (virtual, measured)]
             found[policy]["tau"].append(kendall_tau(*firsts))
     bench.figures.update(step_s=steps_s, found=found)
-    bench.bar("processes add to a step, ms", statistics.median(steps_s) * 1000, "printed", True)
+    bench.bar("processes add to a step, ms", statistics.median(steps_s) * 1000)
     for policy, runs in found.items():
         error = statistics.median(runs["e2el_s"])
         bench.bar(f"{policy}: mean E2EL, simulated / real - 1", error, "within 5 %", abs(error) <= 0.05)
-        bench.bar(f"{policy}: mean TTFT, simulated / real - 1", statistics.median(runs["ttft_s"]), "printed", True)
-        bench.bar(f"{policy}: order of first tokens, tau", statistics.median(runs["tau"]), "printed", True)
+        bench.bar(f"{policy}: mean TTFT, simulated / real - 1", statistics.median(runs["ttft_s"]))
+        bench.bar(f"{policy}: order of first tokens, tau", statistics.median(runs["tau"]))
     return 0 if bench.write() else 1
 
 

@@ -196,12 +196,12 @@ def main() -> int:
     """Measures; exit code 1 if a bar is missed."""
     report = Report("kvpool")
     speed, p99_s = allocation_speed()
-    report.bar("token blocks taken per second, 90 % full", speed, "-", True)
-    report.bar("p99 of one take (1..64 token blocks), us", p99_s * 1e6, "-", True)
+    report.bar("token blocks taken per second, 90 % full", speed)
+    report.bar("p99 of one take (1..64 token blocks), us", p99_s * 1e6)
     shared, split = use_at_first_refusal()
     report.figures |= {"used_at_refusal_shared": shared, "used_at_refusal_split": split}
     report.bar("pool in use at the first refusal, worst of 50", min(shared), "at least 0.95", min(shared) >= 0.95)
-    report.bar("the same with fixed halves, median", statistics.median(split), "-", True)
+    report.bar("the same with fixed halves, median", statistics.median(split))
     share = metadata_share()
     report.bar("metadata / KV bytes", share, "under 0.005", share < 0.005)
     asyncio.run(_on_the_mesh(report))

@@ -188,9 +188,9 @@ def _bars(bench: Report, load: float, table: Mapping[str, Outcome]) -> None:
     if load == 0.9:
         gain = fcfs.normalized_s / ours.normalized_s
         bench.bar("0.9: normalized latency, fcfs / ours", gain, "at least 4", gain >= 4)
-        bench.bar("0.9: p99 / fcfs", tail, "at most 1.7, aim 1", tail <= 1.7)
+        bench.bar("0.9: p99 / fcfs", tail, "at most 1.7", tail <= 1.7, "at most 1", tail <= 1)
     else:
-        bench.bar("1.1: p99 / fcfs", tail, "at most 1.6, aim 1", tail <= 1.6)
+        bench.bar("1.1: p99 / fcfs", tail, "at most 1.6", tail <= 1.6, "at most 1", tail <= 1)
     change = mixed.mean_s / fcfs.mean_s
     bench.bar(f"{load}: shuffled predictions, mean / fcfs", change, "within 5 %", abs(change - 1) <= 0.05)
 
@@ -236,8 +236,11 @@ def _alise(bench: Report, folder: Path) -> None:
             reached = {label: _rate_at(rates, curve, level) for label, curve in curves.items()}
             for label in list(reached)[1:]:
                 ratio = reached[label] / reached["fcfs"]
-                target = f"aim {aim}" if level == 0.5 else "printed"
-                bench.bar(f"{name}, {label}: rate at {level} s/token, ours / fcfs", ratio, target, True)
+                figure = f"{name}, {label}: rate at {level} s/token, ours / fcfs"
+                if level == 0.5:
+                    bench.bar(figure, ratio, aim=f"at least {aim}", is_reached=ratio >= aim)
+                else:
+                    bench.bar(figure, ratio)
 
 
 def _rate_at(rates: Sequence[float], latencies: Sequence[float], level: float) -> float:

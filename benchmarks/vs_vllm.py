@@ -244,12 +244,7 @@ def _finish(at_once: Mapping[str, dict[str, Any]], runs: Mapping[str, Sequence[d
             print(f"\n{load} of vLLM's capacity\n{compare([other, mine])}")
             # Below capacity both serve all requests, and the ratio depends on the length of the last outputs.
             ratio = mine["request_throughput"] / other["request_throughput"]
-            report.bar(
-                f"requests/s at {load}, ours / {name}",
-                ratio,
-                "above 1" if load > 1 else "printed",
-                ratio > 1 or load <= 1,
-            )
+            report.bar(f"requests/s at {load}, ours / {name}", ratio, *(("above 1", ratio > 1) if load > 1 else ()))
             for text, key in (("median TTFT", "median_ttft_ms"), ("median TPOT", "median_tpot_ms")):
                 ratio = mine[key] / other[key]
                 report.bar(f"{text} at {load}, ours / {name}", ratio, "below 1", ratio < 1)
