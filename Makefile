@@ -11,7 +11,7 @@ SECONDS ?= 60
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-long check fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-kvpool bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-check
+.PHONY: help venv dev run test test-long test-clients check fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-kvpool bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-check
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,9 @@ test-long: $(VENV)/.dev ## Run the property tests with many more examples, and t
 
 chaos: $(VENV)/.dev ## Random faults under load on tiny real models, for SECONDS, from SEED: nothing lost, altered or leaked
 	$(BIN)/python -m benchmarks.chaos --seconds $(SECONDS) --seed $(SEED)
+
+test-clients: $(VENV)/.dev ## Clients in other languages and libraries against a mesh; needs node, or ARGS=--without-node
+	$(BIN)/python -m tests.clients.run $(ARGS)
 
 check: $(VENV)/.dev ## Lint, types, import rules, protos, generated code
 	$(BIN)/ruff format --check .
