@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 
 from muxmesh.cli.standard_streams import can_encode_all
 from muxmesh.errors import ConfigError
+from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
 
 _BAR_WIDTH = 32
 _ESCAPED_CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
@@ -41,13 +42,18 @@ def _home(instead: str) -> Path:
 
 
 def read_all() -> str:
-    """Returns all of standard input. Raises ConfigError if it is not UTF-8."""
-    return _decoded(sys.stdin.buffer.read())
+    """Returns all of standard input. Raises ConfigError if it is not UTF-8, or more than a request holds."""
+    content = sys.stdin.buffer.read(MAX_MESSAGE_BYTES + 1)
+    if len(content) > MAX_MESSAGE_BYTES:
+        raise ConfigError(f"standard input: has more than {MAX_MESSAGE_BYTES} bytes, which no request holds")
+    return _decoded(content)
 
 
 def read_line() -> str | None:
-    """Returns the next line of standard input, or None at its end. Raises ConfigError if it is not UTF-8."""
-    line = sys.stdin.buffer.readline()
+    """Returns the next line of standard input, or None at its end. Raises ConfigError as `read_all` does."""
+    line = sys.stdin.buffer.readline(MAX_MESSAGE_BYTES + 1)
+    if len(line) > MAX_MESSAGE_BYTES:
+        raise ConfigError(f"standard input: a line has more than {MAX_MESSAGE_BYTES} bytes, which no request holds")
     return _decoded(line).rstrip("\r\n") if line else None
 
 
@@ -55,7 +61,8 @@ def _decoded(content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"standard input: is not UTF-8 text: {error}") from None
+        byte, offset = content[error.start], error.start
+        raise ConfigError(f"standard input: is not UTF-8 text: byte 0x{byte:02x} at offset {offset}") from None
 
 
 def print_json(content: Any) -> None:

@@ -110,7 +110,7 @@ def _in_terms_of_options(error: MeshError) -> str:
     """The message of an error. A field of a request that an option sets is called by the option."""
     if not isinstance(error, InvalidRequest):
         return str(error)
-    name = error.field.rpartition(".")[2]
+    name = error.field.rpartition(".")[2].partition("[")[0]
     option = _OPTIONS.get(name)
     return str(error) if option is None else f"{option}: {error.problem}"
 

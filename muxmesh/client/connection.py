@@ -144,7 +144,7 @@ class MeshConnection:
 
 
 def _deadline_passed() -> DeadlineExceeded:
-    return DeadlineExceeded("timeout_s passed before the output was complete")
+    return DeadlineExceeded("the deadline (timeout_s) passed before the call was complete")
 
 
 def _reason(details: str) -> str:

@@ -110,7 +110,7 @@ def test_the_model_is_chosen_before_any_input_is_read(
     mesh.models = ["a", "b", "plain"]
     mesh.without_chat_template = {"plain"}
     for arguments, error in (
-        ([], "--model: the mesh serves several; choose one with --model: a, b"),
+        ([], "--model: the mesh serves several; one of: a, b"),
         (["--model", "c"], "--model: the mesh does not serve 'c'; it serves a, b, plain"),
         (["--model", "plain"], "--model: plain has no chat template; use `muxmesh generate`"),
     ):

@@ -101,7 +101,18 @@ def test_standard_input_that_is_no_text_is_refused(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\x7fELF\xff")))
     assert generate("-") == 1
-    assert capsys.readouterr().err.startswith("muxmesh: standard input: is not UTF-8 text: ")
+    assert capsys.readouterr().err.startswith("muxmesh: standard input: is not UTF-8 text: byte 0xff at offset 4")
+    assert mesh.requests == []
+
+
+def test_an_endless_standard_input_is_refused(
+    mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["generate", "-"], ["chat"]):
+        with open("/dev/zero") as endless:
+            monkeypatch.setattr("sys.stdin", endless)
+            assert main(arguments) == 1
+        assert "67108864 bytes, which no request holds" in capsys.readouterr().err
     assert mesh.requests == []
 
 

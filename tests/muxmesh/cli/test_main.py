@@ -255,7 +255,8 @@ def test_an_argument_that_is_no_text_is_refused_by_its_name() -> None:
     [
         (InvalidRequest("sampling.top_p", "is 0.0; above 0"), "--top-p: is 0.0; above 0"),
         (InvalidRequest("max_new_tokens", "is -1; at least 1"), "--max-new-tokens: is -1; at least 1"),
-        (InvalidRequest("stopping.stop_strings", "is empty"), "--stop: is empty"),
+        (InvalidRequest("stopping.stop_strings[0]", "is empty"), "--stop: is empty"),
+        (InvalidRequest("decoding.logit_bias[1]", "is 500"), "--logit-bias: is 500"),
         (InvalidRequest("text", "is empty"), "text: is empty"),
     ],
 )
@@ -276,3 +277,18 @@ def test_every_error_is_json_on_request(
     printed = capsys.readouterr()
     assert printed.err == ""
     assert json.loads(printed.out) == {"error": type(error).__name__, "field": None, "message": str(error)}
+
+
+def test_ctrl_c_while_the_program_is_loading_ends_it_without_a_traceback() -> None:
+    script = """
+import sys
+class Interrupt:
+    def find_spec(self, name, path, target=None):
+        if name == "muxmesh.cli.main":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from muxmesh.__main__ import main
+sys.exit(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, b"", b"")
