@@ -65,9 +65,11 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         except ValueError:
             self._release_unused(lease)
             raise
-        is_sound = True
+        is_sound = False
         try:
-            async for event in self._engine.submit(EngineJob(request.lease_id, kv.sequence)):
+            events = self._engine.submit(EngineJob(request.lease_id, kv.sequence))
+            is_sound = True
+            async for event in events:
                 if isinstance(event, Tokens):
                     kv.on_tokens()
                     outbox.put(_new_tokens(request.lease_id, event))
@@ -103,11 +105,18 @@ def _new_tokens(lease_id: int, event: Tokens) -> decode_pb2.NewTokens:
     )
 
 
+def _on_watch_ended(context: WorkerContext, watch: asyncio.Task[None]) -> None:
+    """Gives up after a bug in the watch: without it, every request of this worker would wait for ever."""
+    if not watch.cancelled() and (error := watch.exception()) is not None:
+        context.give_up(f"the watch of leases failed: {type(error).__name__}: {error}")
+
+
 @asynccontextmanager
 async def open_services(context: WorkerContext) -> AsyncIterator[Services]:
     """Opens the services of a decode worker, and watches its leases until the context ends."""
     service = DecodeService(context)
     watch = asyncio.create_task(service.watch_leases(), name="lease watch")
+    watch.add_done_callback(functools.partial(_on_watch_ended, context))
     register = functools.partial(decode_pb2_grpc.add_DecodeServiceServicer_to_server, service)
     try:
         yield {decode_pb2.DESCRIPTOR.services_by_name["DecodeService"]: register}

@@ -18,7 +18,7 @@ from muxmesh.block_hashes import block_hashes
 from muxmesh.clock import ManualClock, SystemClock
 from muxmesh.device.kv_codec import encoded_bytes
 from muxmesh.engine.step import Runner
-from muxmesh.errors import EngineFailed, InternalError, RequestPreempted, SequenceFailed, Unavailable
+from muxmesh.errors import EngineFailed, InternalError, InvalidRequest, RequestPreempted, SequenceFailed, Unavailable
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
@@ -256,6 +256,28 @@ async def test_an_error_in_the_tokens_of_one_sequence_fails_only_its_call(
     assert (await result(calls[1])).num_output_tokens == 12
     assert len([entry for entry in await watch.tokens(11) if entry[0] == leases[1].ref.lease_id]) == 11
     await worker.until_empty()
+
+
+async def test_a_token_that_the_model_does_not_have_is_refused_and_nothing_is_shared(worker: DecodeWorker) -> None:
+    await worker.watch()
+    unknown = replace(REQUEST, prompt_token_ids=(1000, *PROMPT[1:]))
+    with pytest.raises(InvalidRequest, match="token id 1000 is unknown; the model has 1000 tokens"):
+        await result(worker.decode(await worker.hand_off(), unknown))
+    await worker.until_empty()
+    hashes = block_hashes(unknown.prompt_token_ids, CONFIG.block_size, IDENTITY.root())
+    assert worker.unit.state.blocks.count_cached("m", hashes) == 0
+
+
+async def test_a_worker_whose_watch_of_leases_fails_gives_up(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: object) -> None:
+        raise BufferError("a bug")
+
+    monkeypatch.setattr(lease_arrivals.LeaseArrivals, "lease_arrived", failing)
+    await worker.hand_off()
+    await worker.unit.until(lambda: bool(worker.unit.given_up))
+    assert worker.unit.given_up == ["the watch of leases failed: BufferError: a bug"]
 
 
 async def test_a_request_that_does_not_fit_its_lease_fails_and_the_lease_is_released(worker: DecodeWorker) -> None:

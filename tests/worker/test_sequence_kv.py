@@ -29,6 +29,7 @@ from muxmesh.models.model_spec import KvShape
 from muxmesh.types import (
     SWAP_PAGE_BYTES,
     EngineRequest,
+    FinishReason,
     KvDemand,
     KvFormat,
     Lease,
@@ -356,6 +357,32 @@ async def test_a_pre_empted_sequence_is_swapped_out_and_in_and_continues(
     sequence.kv.end()
     await worker.leases.close()
     assert worker.unit.is_empty()
+
+
+@pytest.mark.parametrize("direction", ["copy_out", "copy_in"])
+async def test_a_copy_that_fails_ends_only_its_sequence_and_frees_what_it_had(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    def failing(*arguments: object) -> int:
+        raise BufferError("the region is damaged")
+
+    monkeypatch.setattr(worker.pool, direction, failing)
+    sequence = await worker.sequence()
+    other = await worker.fill_pool()
+    running = asyncio.create_task(sequence.run())
+    if direction == "copy_in":
+        await worker.unit.until(lambda: worker.unit.state.admission.count("m") == 1)
+        await worker.leases.release(other.ref, ())
+    with pytest.raises(BufferError, match="the region is damaged"):
+        await running
+    sequence.kv.end()
+    monkeypatch.undo()
+    if direction == "copy_out":
+        await worker.leases.release(other.ref, ())
+    finished = await (await worker.sequence(max_new_tokens=4)).run()
+    assert finished.finish.reason is FinishReason.LENGTH, "another sequence goes on"
+    await worker.leases.close()
+    assert worker.unit.state.swap.num_free_pages == worker.unit.state.swap.num_pages
 
 
 async def test_the_blocks_of_a_swapped_in_sequence_are_committed_at_once(worker: DecodeWorker) -> None:
