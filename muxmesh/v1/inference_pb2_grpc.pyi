@@ -6,7 +6,12 @@ that MuxMesh adds start at 100. Where vLLM cannot tell a 0 from an unset field, 
 the same on the wire. Fields of vLLM that MuxMesh does not support are reserved, each number with its name.
 
 A field that the mesh does not support is refused by name (INVALID_ARGUMENT), never ignored. Every error that the
-mesh raises carries google.rpc.Status details (BadRequest, ErrorInfo, RetryInfo) in its trailers.
+mesh raises carries google.rpc.Status details (BadRequest, ErrorInfo, RetryInfo) in its trailers; BadRequest names a
+field by its path in the request, such as `stopping.stop_strings[1]`.
+
+64-bit integers are below 2^53, so that programs that read numbers as doubles keep them exact; a seed that a client
+chooses may be larger. Defaults that differ from vLLM's: an unset temperature is the model's own or 1, not 0, and an
+unset max_new_tokens is the model's own, not 20.
 """
 
 from collections import abc as _abc
