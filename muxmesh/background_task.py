@@ -10,11 +10,12 @@ from typing import Any
 _CANCEL_AGAIN_S = 0.2
 
 
-async def end(task: asyncio.Task[Any]) -> None:
+async def end(task: asyncio.Future[Any]) -> None:
     """Cancels ``task`` and waits until it has ended. Raises none of its errors; asyncio logs them.
 
-    A single cancellation can be lost: a library that catches errors around an await may take it for a time-out, or a
-    result may arrive in the same turn of the event loop. So the task is cancelled again until it has ended.
+    A single cancellation can be lost: `asyncio.wait_for` of Python 3.11 loses it if the result arrives in the same turn
+    of the event loop, and redis waits with it in each command. So the task is cancelled again until it has ended. For
+    that reason this code base uses `asyncio.timeout` instead.
     """
     while not task.done():
         task.cancel()

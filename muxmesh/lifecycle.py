@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import logging
 import os
 import resource
@@ -20,28 +19,16 @@ from typing import Any
 
 import uvloop
 
+from muxmesh.parent_death import die_with_parent
 from muxmesh.quoting import OneLineFormatter
 
 _log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
 _SLOW_SHUTDOWN_S = 3.0
 """Shorter than the grace period of the supervisor, which ends with SIGKILL."""
 _MAX_LOGGED_STACKS = 20
 MAX_OPEN_FILES = 65_536
 _LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Makes the kernel kill this process when its parent dies; exits at once if the parent is dead already.
-
-    SIGKILL, because a process that is stopped by a signal ignores SIGTERM. Nothing is left to be done in order: all
-    processes of the mesh end at the same time, and shared memory is freed with the last process that maps it. The
-    setting survives an exec. It is specific to Linux, like the rest of the serving side.
-    """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != parent_pid:
-        sys.exit(0)
 
 
 def service_arguments(description: str | None, *own: str) -> argparse.Namespace:

@@ -171,6 +171,7 @@ class Receptions:
                 return
             self._ended.clear()
             try:
-                await asyncio.wait_for(self._ended.wait(), patience_s)
+                async with asyncio.timeout(patience_s):
+                    await self._ended.wait()
             except TimeoutError:
                 continue

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from muxmesh.lifecycle import die_with_parent
+from muxmesh.parent_death import die_with_parent
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from muxmesh.background_task import end
 from muxmesh.clock import Clock
 from muxmesh.errors import Unavailable
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, Liveness
@@ -107,7 +108,8 @@ class SupervisedProcess:
         except TimeoutError:
             raise Unavailable(self._failure(f"not ready after {timeout_s:.0f} s")) from None
         finally:
-            ready.cancel()
+            if not ready.done():
+                await end(ready)
         self._was_ready = True
 
     async def stop(self, grace_s: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import redis.asyncio
+import uvloop
 
 from muxmesh import process_registry
 from muxmesh.clock import Clock, ManualClock
@@ -243,3 +244,20 @@ async def test_a_process_is_registered_once_redis_becomes_reachable(
         finally:
             server.terminate()
             await server.wait()
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_the_end_of_a_registration_is_never_lost(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """The heartbeat is cancelled in the middle of a command to Redis, which loses every other cancellation."""
+    monkeypatch.setattr(process_registry, "HEARTBEAT_S", 0.0)
+
+    async def register_and_end() -> None:
+        for _ in range(10):
+            process = ProcessRegistry(redis_url, "m", ManualClock(1.0))
+            async with asyncio.timeout(20), process.registered("r", "unix:/r"):
+                await asyncio.sleep(0.001)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(register_and_end())
