@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from muxmesh.cli.common import ProgressBar, cache_dir, print_json
 from muxmesh.config.schema import ModelConfig
 from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CATALOG, find_catalog_model, hub_hint
-from muxmesh.models.model_check import check_model
+from muxmesh.models.model_check import check_model, is_model, local_path
 from muxmesh.models.model_download import model_folder
 from muxmesh.models.model_spec import ModelSpec
 from muxmesh.models.prepared_model import prepare_model
@@ -61,12 +62,12 @@ def _pull(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    path = Path(arguments.path).expanduser()
-    if not path.exists() and arguments.path in CATALOG:
+    path = local_path(arguments.path, Path.cwd())
+    if not os.path.lexists(path) and arguments.path in CATALOG:
         path = model_folder(CATALOG[arguments.path], cache_dir())
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if is_model(path):
         facts = _facts(path)
-    elif not path.exists():
+    elif not os.path.lexists(path):
         raise ConfigError(_why_absent(arguments.path))
     else:
         raise ConfigError(f"{quoted(arguments.path)} is neither a folder nor a .gguf file")

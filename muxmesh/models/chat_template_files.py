@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def _templates_of_files(folder: Path) -> dict[str, str]:
 
 
 def _sorted(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.jinja")) if folder.is_dir() else []
+    return sorted(folder.glob("*.jinja")) if os.path.isdir(folder) else []
 
 
 def _by_name(entries: list[Any]) -> Any:

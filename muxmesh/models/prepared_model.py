@@ -15,7 +15,7 @@ from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
 from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CATALOG, hub_hint
 from muxmesh.models.gguf_import import read_gguf
-from muxmesh.models.model_check import check_model
+from muxmesh.models.model_check import check_model, is_model, local_path
 from muxmesh.models.model_download import Progress, ensure_imported, ensure_model, model_folder
 from muxmesh.models.model_spec import SIM_SPEC, ModelSpec, read_model_spec
 from muxmesh.models.sampling_defaults import NO_DEFAULTS, SamplingDefaults, read_sampling_defaults
@@ -143,11 +143,11 @@ def _local_source(model: ModelConfig, base_dir: Path) -> Path | None:
     if model.engine == "sim" and model.source is None:
         return None
     source = model.source or model.name
-    path = (base_dir / Path(source).expanduser()).resolve()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    path = local_path(source, base_dir)
+    if is_model(path):
         return path
-    if path.is_file() or path.suffix == ".gguf":
-        problem = "is not a .gguf file" if path.is_file() else "does not exist"
+    if os.path.isfile(path) or path.suffix == ".gguf":
+        problem = "is not a .gguf file" if os.path.lexists(path) else "does not exist"
         raise ConfigError(f"{quoted(source)} {problem}; a folder in Hugging Face style or a .gguf file is needed")
     raise ConfigError(
         f"{quoted(source)} is neither a folder, nor a .gguf file, nor in the catalog ({', '.join(sorted(CATALOG))})"

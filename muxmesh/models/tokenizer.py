@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -54,8 +55,10 @@ class TextModel:
         return self._bound is not None and self._bound.is_exceeded(text, num_tokens)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Text of ``token_ids``; invalid UTF-8 becomes U+FFFD."""
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        """Text of ``token_ids``; invalid UTF-8 becomes U+FFFD. Raises InvalidRequest if they cannot be decoded."""
+        with _failing_as(_cannot_be_decoded):
+            text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
 
     def only_special_tokens(self, text: str) -> dict[str, int]:
         """Ids of the special tokens in ``text`` by their text, if it consists of these and of whitespace; else none."""
@@ -94,6 +97,10 @@ def _cannot_be_encoded(problem: str) -> InvalidRequest:
     return InvalidRequest("text", f"cannot be encoded by the model's tokenizer: {problem}")
 
 
+def _cannot_be_decoded(problem: str) -> InvalidRequest:
+    return InvalidRequest("token_ids", f"cannot be decoded by the model's tokenizer: {problem}")
+
+
 def load_text_model(folder: Path | None) -> TextModel:
     """Loads the tokenizer and the chat template of a model folder; without a folder, those of the sim engine.
 
@@ -121,7 +128,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if read_json_object(path, MAX_TOKENIZER_BYTES) is None:
         raise ModelUnsupported(f"{path.parent}: has no tokenizer.json; convert the tokenizer to the `fast` format")
 
-    with refusing_tokenizer(path):
+    with refusing_tokenizer(path), _without_stderr():
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.decode(tokenizer.encode("a b", add_special_tokens=True).ids)
     return tokenizer
@@ -132,6 +139,19 @@ def refusing_tokenizer(path: Path) -> AbstractContextManager[None]:
     return _failing_as(
         lambda problem: ModelUnsupported(f"{path}: is no tokenizer that `tokenizers` can read: {problem}")
     )
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Discards what is written to file descriptor 2: `tokenizers` writes a traceback before it raises a panic."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @contextmanager

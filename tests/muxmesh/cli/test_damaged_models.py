@@ -164,3 +164,21 @@ def test_a_template_that_cannot_be_compiled_is_reported_and_is_no_error(
     facts = json.loads(capsys.readouterr().out)
     assert facts["chat_template"] is False
     assert "cannot be compiled: line 1: Unexpected end of template" in facts["chat_template_problem"]
+
+
+@pytest.mark.parametrize(
+    "path", ["a" * 5000, "~nobody/m", "a\nb", "a\0b.gguf", "\udcff", "loop", "loop/m.gguf", "", "fifo.gguf"]
+)
+def test_a_path_that_is_no_model_is_one_line_in_both_commands(
+    tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "fifo.gguf")
+    assert main(["model", "inspect", path]) == 1
+    inspected = capsys.readouterr().err
+    assert inspected.startswith("muxmesh: ") and inspected.count("\n") == 1
+    mesh = {"units": [{"kv_pool": "64MiB", "models": [{"name": "m", "source": path}]}]}
+    (tmp_path / "mesh.yaml").write_text(json.dumps(mesh))
+    assert main(["up", "-c", "mesh.yaml", "--state-dir", str(tmp_path / "state")]) == 1
+    assert "Traceback" not in capsys.readouterr().err

@@ -186,12 +186,15 @@ NO_TOKENIZERS: dict[str, object] = {
 
 
 @pytest.mark.parametrize("content", NO_TOKENIZERS)
-def test_json_that_is_no_tokenizer_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
+def test_json_that_is_no_tokenizer_is_refused_in_one_line(
+    tmp_path: Path, content: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(NO_TOKENIZERS[content]))
     with pytest.raises(ModelUnsupported) as caught:
         load_text_model(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}/tokenizer.json: is no tokenizer that `tokenizers` can read: ")
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", ""), "a panic of the library writes nothing"
 
 
 def test_a_text_that_the_tokenizer_cannot_encode_is_an_invalid_request() -> None:
