@@ -33,7 +33,15 @@ from router.generation import (
 from router.generation_reports import prompt_report, scheduling_report, timings_report
 from router.length_forecast import LengthForecast, LengthForecaster
 from router.prompt_tokenizer import PromptTokenizer
-from router.request_validation import check_count, check_overload, check_prompt, check_token_ids, resolve, validate
+from router.request_validation import (
+    check_count,
+    check_overload,
+    check_prompt,
+    check_token_ids,
+    check_tokenized,
+    resolve,
+    validate,
+)
 from router.sequence_driver import Progress, SequenceDriver
 from router.sequence_output import SequenceOutput
 from router.served_models import ServedModel, ServedModels
@@ -41,6 +49,8 @@ from router.stop_strings import StopStrings
 from router.units import Units
 
 _MAX_PREDICTOR_TOKENS = 1000
+_MAX_LISTED_TOKENS = 65_536
+"""Tokens of a prompt that `tokenize` returns, or as many as the context holds: more would hold up the event loop."""
 _SEED_BITS = 53
 """Sampled seeds are exact as doubles, which is what JavaScript and jq read numbers as."""
 
@@ -111,10 +121,12 @@ class GenerationPipeline:
     async def tokenize(
         self, model_name: str, prompt: Prompt, add_special_tokens: bool | None, with_texts: bool
     ) -> TokenizedPrompt:
-        """The tokens of a prompt. Raises InvalidRequest or ModelNotFound."""
+        """The tokens of a prompt, which may be longer than the context. Raises InvalidRequest or ModelNotFound."""
         model = self._models.find(model_name)
         check_prompt(prompt, model, self._config.max_prompt_bytes)
-        token_ids = await self._tokenizer.encode(prompt, model, add_special_tokens)
+        most = max(model.limits.max_model_len, _MAX_LISTED_TOKENS)
+        token_ids = await self._tokenizer.encode(prompt, model, add_special_tokens, most)
+        check_tokenized(prompt, len(token_ids), most)
         texts = await self._tokenizer.texts(token_ids, model) if with_texts else ()
         return TokenizedPrompt(token_ids, model.limits.max_model_len, texts)
 

@@ -60,7 +60,7 @@ class PromptTokenizer:
             limit = math.inf if max_tokens is None else max_tokens
             if await _run(self._long, lambda: model.text.certainly_exceeds(text, limit)):
                 field = "text" if isinstance(prompt, TextPrompt) else "chat.messages"
-                raise InvalidRequest(field, f"is more than {max_tokens} tokens, the most that the context holds")
+                raise InvalidRequest(field, f"is more than {max_tokens} tokens, the most that fit")
             async with self._one_at_a_time:
                 return await _run(self._long, lambda: model.text.encode(text, adds))
 

@@ -109,6 +109,12 @@ def check_prompt_length(field: str, num_tokens: int, limits: ModelLimits) -> Non
         )
 
 
+def check_tokenized(prompt: Prompt, num_tokens: int, most: int) -> None:
+    """Raises InvalidRequest for a prompt of more than ``most`` tokens."""
+    if num_tokens > most:
+        raise InvalidRequest(_PROMPT_FIELDS[type(prompt)], f"is {num_tokens} tokens; at most {most} are listed")
+
+
 def _resolved_sampling(request: GenerationRequest, model: ServedModel, seed: int) -> Sampling:
     sampling = model.sampling_defaults.applied_to(request.sampling, request.unset_sampling)
     allowed = sampling.allowed_token_ids

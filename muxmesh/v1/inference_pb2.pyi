@@ -912,7 +912,9 @@ class TokenizeRequest(_message.Message):
     model: _builtins.str
     """As in GenerateRequest."""
     text: _builtins.str
-    """Exactly one of text and chat must be set. The text may be empty."""
+    """Exactly one of text and chat must be set. The text may be empty. At most 65536 tokens, or as many as the model's
+    context holds if that is more.
+    """
     add_special_tokens: _builtins.bool
     """Adds the tokenizer's own special tokens, such as a first token. Unset is as Generate does: true for text, false for
     chat, whose template writes them.

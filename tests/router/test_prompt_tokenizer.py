@@ -131,7 +131,7 @@ async def test_a_prompt_that_is_certainly_too_long_is_refused_untokenized(
     tokenizer: PromptTokenizer, prompt: TextPrompt | ChatPrompt, field: str
 ) -> None:
     text = BlockedText()
-    with pytest.raises(InvalidRequest, match="is more than 1000 tokens, the most that the context holds") as caught:
+    with pytest.raises(InvalidRequest, match="is more than 1000 tokens, the most that fit") as caught:
         await tokenizer.encode(prompt, served_model(text=text), max_tokens=1000)
     assert caught.value.field == field
     assert text.num_encoded == 0

@@ -19,7 +19,7 @@ from router.generation import (
     TextPrompt,
     TokensPrompt,
 )
-from router.request_validation import check_overload, resolve, resolve_stopping, validate
+from router.request_validation import check_overload, check_tokenized, resolve, resolve_stopping, validate
 from router.served_models import ModelLimits
 from tests.support.pipeline_parts import EOS, served_model
 
@@ -442,3 +442,14 @@ def test_a_full_queue_refuses_a_request_with_all_its_sequences() -> None:
     check_overload(7, 3, 10)
     with pytest.raises(Overloaded, match=r"^7 sequences are waiting and 4 would be added; at most 10 may wait$"):
         check_overload(7, 4, 10)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"), [(TextPrompt("x"), "text"), (ChatPrompt((ChatMessage("user", "x"),)), "chat.messages")]
+)
+def test_a_prompt_of_more_tokens_than_can_be_listed_is_named_by_its_field(
+    prompt: TextPrompt | ChatPrompt, field: str
+) -> None:
+    check_tokenized(prompt, 100, 100)
+    with pytest.raises(InvalidRequest, match=rf"^{field}: is 101 tokens; at most 100 are listed$"):
+        check_tokenized(prompt, 101, 100)

@@ -216,6 +216,12 @@ async def test_tokenize_returns_text_and_bytes_of_each_token_on_request(tmp_path
     assert list(tokenized.token_texts) == ["\ufffd", "\ufffd"]
 
 
+async def test_a_text_that_is_longer_than_the_context_is_tokenized(tmp_path: Path) -> None:
+    async with service(tmp_path, writes("x")) as setup:
+        tokenized = await setup.stub.Tokenize(inference_pb2.TokenizeRequest(text="x" * 65_536))
+    assert tokenized.num_tokens == len(tokenized.token_ids) == 65_536 > tokenized.max_model_len
+
+
 async def test_a_conversation_has_the_tokens_that_generate_computes(tmp_path: Path) -> None:
     chat = inference_pb2.ChatPrompt(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
     async with service(tmp_path, writes("x")) as setup:
@@ -236,6 +242,7 @@ async def test_the_text_of_a_special_token_is_left_out_on_request(tmp_path: Path
     [
         ("Tokenize", {"model": "x", "text": "a"}, ModelNotFound, "model: 'x' is not served; served: m"),
         ("Tokenize", {"text": "x" * 1_048_577}, InvalidRequest, "text: is 1048577 bytes; at most 1048576"),
+        ("Tokenize", {"text": "x" * 65_537}, InvalidRequest, "text: is 65537 tokens; at most 65536 are listed"),
         ("Tokenize", {}, InvalidRequest, "text: exactly one of text, chat is needed; none is set"),
         ("Detokenize", {"token_ids": [5, 259]}, InvalidRequest, "token_ids[1]: token id 259 is unknown; m has 259"),
         ("Detokenize", {"token_ids": [5] * 101}, InvalidRequest, "token_ids: has 101 entries; at most 100"),
