@@ -24,9 +24,9 @@ from muxmesh.cli.streamed_output import stream_output
 from muxmesh.client import MeshClient, Message
 from muxmesh.clock import SystemClock
 from muxmesh.config.load import default_config, load_mesh_config, with_listen
-from muxmesh.config.runtime import MeshRuntime
-from muxmesh.config.schema import Location, MeshConfig, order_without_effect
-from muxmesh.errors import MeshError
+from muxmesh.config.runtime import MeshRuntime, PreparedModel
+from muxmesh.config.schema import Location, MeshConfig, ModelConfig, order_without_effect
+from muxmesh.errors import ConfigError, MeshError
 from muxmesh.lifecycle import configure_logging, raise_file_limit
 from muxmesh.models.prepared_model import machine_problems, model_problems, prepare_model
 from muxmesh.supervisor.listen_address import public_listen_warning
@@ -60,15 +60,21 @@ def _run(arguments: argparse.Namespace) -> int:
     config = loaded.config.model_copy(update={"listen": free_listen_address(loaded.config.listen)})
     state_dir = (arguments.state_dir or default_state_dir()).expanduser().resolve()
     with state_lock(state_dir):
-        prepared = {
-            name: prepare_model(model, base_dir, cache_dir(), ProgressBar(name))
-            for name, model in config.models().items()
-        }
+        prepared = {name: _prepare(model, base_dir) for name, model in config.models().items()}
         loaded.refuse(check_models(config))  # downloaded models are checked here
         runtime = make_runtime(config, prepared, state_dir, cache_dir())
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             show_line = _line_printer(arguments.quiet)
             return runner.run(_serve(runtime, state_dir, show_line, arguments.hello, started_at_s))
+
+
+def _prepare(model: ModelConfig, base_dir: Path) -> PreparedModel:
+    """See `prepare_model`. Raises ConfigError if the cache cannot be written."""
+    try:
+        return prepare_model(model, base_dir, cache_dir(), ProgressBar(model.name))
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{model.name} cannot be prepared in {cache_dir()}: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -43,10 +43,14 @@ class YamlFields:
 def read_text(path: Path) -> str:
     """Reads a regular file of at most `MAX_FILE_BYTES` in UTF-8. Raises ConfigError; never waits for a writer."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise ConfigError(f"{path}: cannot be read: it is not a regular file")
-            content = file.read(MAX_FILE_BYTES + 1)
+            with open(fd, "rb", closefd=False) as file:
+                content = file.read(MAX_FILE_BYTES + 1)
+        finally:
+            os.close(fd)
     except (OSError, ValueError) as error:  # ValueError: a zero in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path}: cannot be read: {reason}") from error

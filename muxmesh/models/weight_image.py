@@ -51,11 +51,14 @@ def ensure_image(
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.is_file():
             partial = path.with_suffix(".partial")
-            with partial.open("wb") as file:
-                weights = FolderWeights(folder)
-                check_weights(folder, weights.shapes(), expected_weights(spec))
-                _write(file, spec, _tensors(weights, spec, packing, progress))
-            os.replace(partial, path)
+            try:
+                with partial.open("wb") as file:
+                    weights = FolderWeights(folder)
+                    check_weights(folder, weights.shapes(), expected_weights(spec))
+                    _write(file, spec, _tensors(weights, spec, packing, progress))
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)  # a full disk needs the space
     return path
 
 

@@ -15,6 +15,7 @@ import pytest
 from muxmesh.cli.main import main
 from muxmesh.supervisor.mesh_supervisor import state_lock
 from tests.support.processes import ended
+from tests.support.tiny import TinyShape, write_tiny_model
 
 SIM_MESH = "units:\n  - models: [{name: load, engine: sim}]"
 
@@ -247,6 +248,21 @@ def test_a_state_that_cannot_be_written_is_one_line(config: Path) -> None:
     assert done.returncode == 1
     assert done.stderr == f"muxmesh: {config.parent / 'state'}: cannot be written: File too large\n"
     assert list((config.parent / "state").glob("run-*")) == []
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_and_keeps_no_part_of_a_file(config: Path) -> None:
+    write_tiny_model(config.parent / "tiny", TinyShape())
+    config.write_text("units:\n  - models: [{name: tiny, source: ./tiny}]")
+    arguments = up(config, "--quiet")[3:]
+    cache = config.parent / "cache"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{LIMITED}; sys.exit(main({arguments!r}))"],
+        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "MUXMESH_CACHE_DIR": str(cache)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last == f"muxmesh: tiny cannot be prepared in {cache}: File too large"
+    assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) == 0
 
 
 def test_an_address_that_others_reach_is_warned_of_even_if_quiet(

@@ -167,7 +167,7 @@ def make_link_to_zeros(path: Path) -> None:
 @pytest.mark.parametrize("make", [make_directory, make_fifo, make_link_to_zeros])
 def test_what_is_not_a_regular_file_is_refused_without_waiting(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "x.yaml")
-    with pytest.raises(ConfigError, match=r"x\.yaml: cannot be read: it is not a regular file|Is a directory"):
+    with pytest.raises(ConfigError, match=r"x\.yaml: cannot be read: it is not a regular file"):
         read_text(tmp_path / "x.yaml")
 
 
