@@ -8,7 +8,7 @@ from muxmesh.cli.message_lines import HELP
 from muxmesh.cli.streamed_output import StreamedOutput
 from muxmesh.client import MeshClient, Message, RequestOptions
 from muxmesh.errors import ConfigError, InvalidRequest, ModelNotFound
-from muxmesh.quoting import quoted
+from muxmesh.quoting import named, quoted
 
 
 class Turns:
@@ -52,7 +52,7 @@ def obey(command: str, turns: Turns) -> str:
     if command in ("/help", "/?"):
         return HELP
     if command != "/clear":
-        raise ConfigError(f"{command} is no command; /help lists them")
+        raise ConfigError(f"{named(command)} is no command; /help lists them")
     turns.clear()
     return "the conversation is forgotten"
 

@@ -21,10 +21,12 @@ from muxmesh import __version__
 from muxmesh.cli import argument_types, loadtest_options, standard_streams
 from muxmesh.cli.terminal_text import harmless
 from muxmesh.errors import InvalidRequest, MeshError
-from muxmesh.quoting import quoted
+from muxmesh.quoting import cut_to_bytes, quoted
 from muxmesh.scheduling_policy import PolicyName
 from muxmesh.types import DEFAULT_ADDRESS
 
+_MAX_MESSAGE_BYTES = 500
+"""Of an error about arguments, which lists what is possible."""
 _EXTRAS = {"aiohttp": "loadtest", "prompt_toolkit": "chat"}
 """The extra of this package that installs a module. All other optional modules belong to the extra `serve`."""
 
@@ -126,7 +128,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends with exit code 2."""
-        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+        self.exit(2, f"{self.prog}: {cut_to_bytes(message, _MAX_MESSAGE_BYTES)}; see `{self.prog} --help`\n")
 
 
 def command_parser() -> argparse.ArgumentParser:

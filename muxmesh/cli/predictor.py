@@ -52,6 +52,7 @@ def read_items(path: Path) -> Iterator[Item]:
         for name, value in (("prompt", prompt), ("model", model)):
             if not isinstance(value, str):
                 raise ConfigError(f"{where}: {_given(line, name)}; a string is needed")
+        assert isinstance(prompt, str) and isinstance(model, str)
         if not _is_text(prompt + model):
             raise ConfigError(f"{where}: has half of a surrogate pair, which is not valid text")
         if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= _MAX_OUTPUT_TOKENS:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from muxmesh.errors import InternalError
+from muxmesh.quoting import quoted
 from muxmesh.types import NO_WAITS, Waits
 from muxmesh.v1 import inference_pb2
 
@@ -222,5 +223,5 @@ def _finish(wire: inference_pb2.FinishInfo) -> Finish:
     stopped_by = getattr(wire, kind) if kind else None
     reasons: dict[int, Literal["length", "stop", "aborted"]] = {1: "length", 2: "stop", 3: "aborted"}
     if wire.finish_reason not in reasons:
-        raise InternalError(f"the mesh reports the unknown finish_reason {wire.finish_reason}")
+        raise InternalError(f"the mesh reports the unknown finish_reason {quoted(wire.finish_reason)}")
     return Finish(reasons[wire.finish_reason], wire.num_output_tokens, stopped_by)

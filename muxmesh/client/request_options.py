@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 from muxmesh.client.option_values import Convert, Unfit, flag, list_of, mapping_of, number, text, whole
 from muxmesh.errors import InvalidRequest
+from muxmesh.quoting import quoted
 from muxmesh.types import KvFormat
 from muxmesh.v1 import inference_pb2
 
@@ -201,4 +202,6 @@ def _refuse_unknown(options: Mapping[str, object]) -> None:
     known = RequestOptions.__annotations__.keys()
     for name in options.keys() - known:
         close = get_close_matches(name, known, n=1, cutoff=0.5)
-        raise TypeError(f"{name!r} is no option of a request" + (f"; did you mean {close[0]!r}?" if close else ""))
+        raise TypeError(
+            f"{quoted(name)} is no option of a request" + (f"; did you mean {close[0]!r}?" if close else "")
+        )

@@ -17,6 +17,7 @@ import yaml
 
 from muxmesh.config.schema import Location
 from muxmesh.errors import ConfigError
+from muxmesh.quoting import named
 
 MAX_FILE_BYTES = 256 * 1024
 MAX_DEPTH = 20
@@ -154,7 +155,7 @@ class _Expansion:
             return [None if item is _OMITTED else item for item in items]
         if isinstance(node, yaml.ScalarNode) and node.tag.removeprefix(_TAG) in ("null", "bool", "int", "float", "str"):
             return self._scalar(node, location)
-        tag = node.tag.replace(_TAG, "!!")
+        tag = named(node.tag.replace(_TAG, "!!"))
         return self._refuse(location, f"has the tag {tag}, which is not supported; write a plain value")
 
     def _mapping(self, node: yaml.MappingNode, location: Location, inside: tuple[yaml.Node, ...]) -> dict[str, Any]:

@@ -19,11 +19,14 @@ from dataclasses import dataclass
 
 from muxmesh.clock import Clock, SystemClock
 from muxmesh.errors import InvalidRequest, Unavailable
+from muxmesh.quoting import cut_to_bytes
 
 _MODULE = "muxmesh.models.template_process"
 _LENGTH_BYTES = 4
 _MAX_ANSWER_BYTES = 1 << 30
 _EXIT_S = 5.0
+_MAX_REASON_BYTES = 200
+"""Of the words of a template, which may quote the conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,8 @@ class ChatTemplate:
         with self._lock:
             answer = self._answer(json.dumps(request).encode())
         if answer[:1] == b"e":
-            raise InvalidRequest("chat.messages", f"rejected by the model's chat template: {answer[1:].decode()}")
+            reason = cut_to_bytes(answer[1:].decode(), _MAX_REASON_BYTES)
+            raise InvalidRequest("chat.messages", f"rejected by the model's chat template: {reason}")
         return answer[1:].decode()
 
     def _answer(self, request: bytes) -> bytes:
@@ -145,7 +149,9 @@ class ChatTemplate:
                 raise Unavailable("the process for chat templates was killed") from ended
             answer = b"e" + self._excess(ended).encode()
         if answer[:1] == b"e":
-            self._problem = f"the model's chat template cannot be compiled: {answer[1:].decode()}"
+            self._problem = (
+                f"the model's chat template cannot be compiled: {cut_to_bytes(answer[1:].decode(), _MAX_REASON_BYTES)}"
+            )
             self._process = None
         self._is_compiled = True
 

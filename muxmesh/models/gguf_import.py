@@ -120,7 +120,7 @@ def import_gguf(gguf: Path, folder: Path, progress: Callable[[int, int], None]) 
             weights = dequantize(tensor.data, tensor.tensor_type).astype(_dtype(tensor))
             if not np.isfinite(weights).all():
                 raise ModelUnsupported(
-                    f"{gguf.name}: tensor {tensor.name} contains NaN or infinity; the file is damaged"
+                    f"{gguf.name}: tensor {named(tensor.name)} contains NaN or infinity; the file is damaged"
                 )
             yield _unpermuted(tensor.name, weights, model.config)
             progress(done + 1, len(kept))
@@ -139,12 +139,14 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 def _check_tensor(path: Path, tensor: Any, architecture: str) -> None:
     """Raises ModelUnsupported for a tensor that the architecture does not have, or of a type that cannot be read."""
     if not _is_known(tensor.name.split("."), architecture):
-        raise ModelUnsupported(f"{path.name}: tensor {tensor.name} is not part of a supported {architecture} model")
+        raise ModelUnsupported(
+            f"{path.name}: tensor {named(tensor.name)} is not part of a supported {architecture} model"
+        )
     try:
         dequantize(tensor.data[:1], tensor.tensor_type)
     except NotImplementedError as error:
         raise ModelUnsupported(
-            f"{path.name}: tensor {tensor.name} has type {tensor.tensor_type.name}, which is not supported"
+            f"{path.name}: tensor {named(tensor.name)} has type {tensor.tensor_type.name}, which is not supported"
         ) from error
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from muxmesh.models.file_fields import FileFields
-from muxmesh.quoting import named
+from muxmesh.quoting import named, quoted
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 _SPACE = "▁"
@@ -133,7 +133,7 @@ def _byte_level(fields: Mapping[str, Any], tokens: Sequence[str], split: _Split)
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     for merge in merges:
         if not {*merge, "".join(merge)} <= vocabulary.keys():
-            raise ValueError(f"merge {' '.join(merge)!r} has a part or a result that is not in the vocabulary")
+            raise ValueError(f"merge {quoted(' '.join(merge))} has a part or a result that is not in the vocabulary")
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.whole_words_first))
     if split.nfc:
         tokenizer.normalizer = normalizers.NFC()

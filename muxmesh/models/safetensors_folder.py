@@ -62,7 +62,7 @@ class FolderWeights:
         for path in weight_files(folder):
             entries = read_header(path)
             for name in sorted(entries.keys() & self._entries.keys()):
-                raise ModelUnsupported(f"{path}: weight {name} is in {self._entries[name].path.name} as well")
+                raise ModelUnsupported(f"{path}: weight {named(name)} is in {self._entries[name].path.name} as well")
             self._entries |= entries
 
     def dtypes(self) -> list[str]:

@@ -18,6 +18,7 @@ from muxmesh.predictor.checked_predictor import CheckedPredictor
 from muxmesh.predictor.length_predictor import CAPACITY, LengthPredictor
 from muxmesh.predictor.prompt_features import LEXICAL_NAMES, WORD_DIM
 from muxmesh.predictor.regression import Fit, Matrix
+from muxmesh.quoting import named
 
 _FORMAT = f"3/{len(LEXICAL_NAMES)}/{WORD_DIM}"
 """The first number is raised with every change after which older snapshots would be misread."""
@@ -69,7 +70,7 @@ def read(data: bytes, capacity: int = CAPACITY) -> tuple[LengthPredictor, Checke
             state = json.loads(arrays["state"].tobytes())
             fit = {name.removeprefix(_FIT): arrays[name] for name in arrays.files if name.startswith(_FIT)}
         if state["format"] != _FORMAT:
-            raise ConfigError(f"the snapshot has format {state['format']}, this version reads {_FORMAT}")
+            raise ConfigError(f"the snapshot has format {named(str(state['format']))}, this version reads {_FORMAT}")
         predictor.history.load(words, lexical, state["history"])
         num_features = len(LEXICAL_NAMES) + WORD_DIM
         predictor.load(state["predictor"], Fit.from_arrays(fit, num_features) if fit else None)
@@ -85,5 +86,5 @@ def read(data: bytes, capacity: int = CAPACITY) -> tuple[LengthPredictor, Checke
         ValueError,
         zipfile.BadZipFile,
     ) as error:
-        raise ConfigError(f"the snapshot is damaged: {error}") from error
+        raise ConfigError(f"the snapshot is damaged: {named(str(error))}") from error
     return predictor, checked

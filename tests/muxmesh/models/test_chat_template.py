@@ -164,3 +164,11 @@ def test_conversations_of_several_threads_are_not_mixed() -> None:
         rendered = pool.map(lambda text: made.render([{"role": "user", "content": text}]), texts)
         assert list(rendered) == texts
     assert made.submit(USER).result() == "hi"
+
+
+def test_what_a_template_says_of_a_conversation_is_quoted_in_one_line_and_within_a_bound() -> None:
+    made = template("{{ raise_exception('no role ' ~ messages[0].content) }}")
+    with pytest.raises(InvalidRequest) as error:
+        made.render([{"role": "user", "content": "x\n" * 4000}])
+    assert str(error.value).startswith(r"chat.messages: rejected by the model's chat template: no role x\nx\n")
+    assert len(str(error.value)) < 300 and str(error.value).isprintable()
