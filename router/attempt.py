@@ -110,7 +110,7 @@ async def run_attempt(
             calls.callback(task.add_done_callback, _retrieve_exception)
         either: set[asyncio.Future[Any]] = {prefilled, mailbox.lost}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if mailbox.lost.done():
+        if mailbox.lost.done() and not prefilled.done():
             raise mailbox.lost.result()  # without the decode worker, the prompt need not be computed
         response = await prefilled
         waited_s = clock.monotonic_s() - called_at_s
