@@ -31,8 +31,10 @@ class SpecialTokens:
     additions: tuple[AddedToken, ...]
 
 
-def read_special_tokens(folder: Path, config: FileFields, tokenizer: Tokenizer) -> SpecialTokens:
+def read_special_tokens(folder: Path, config: FileFields, tokenizer: Tokenizer, pad_token: str | None) -> SpecialTokens:
     """Reads the special tokens of ``tokenizer``; ``config`` has the fields of `tokenizer_config.json`.
+
+    ``pad_token``: that of the tokenizer's own file, if the other files name none.
 
     Raises ModelUnsupported, which names file and field.
     """
@@ -48,9 +50,8 @@ def read_special_tokens(folder: Path, config: FileFields, tokenizer: Tokenizer) 
         special = {token.content for token in (*(found[name] for name in _NAMES if name in found), *extra)}
         by_id |= _added_tokens(folder, special)
         extra = extra or list(_extra_tokens(overriding, _OLD_EXTRA))
-    padding = tokenizer.padding
-    if padding is not None and "pad_token" not in found:
-        found["pad_token"] = AddedToken(padding["pad_token"], special=True)
+    if pad_token is not None and "pad_token" not in found:
+        found["pad_token"] = AddedToken(pad_token, special=True)
     return SpecialTokens(
         {name: token.content for name, token in found.items()}, tuple(_additions(tokenizer, by_id, found, extra))
     )

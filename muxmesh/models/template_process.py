@@ -133,13 +133,14 @@ class Renderer:
 def main() -> None:
     """Serves until the other end closes the socket, whose number is the only argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the router
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # what the parent ignores or blocks, is inherited
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         start = _receive(connection)
         if start is None:
             return
-        memory_bytes = _address_space_bytes() + start["memory_bytes"]
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _limit(resource.RLIMIT_AS, _address_space_bytes() + start["memory_bytes"])
+        _limit(resource.RLIMIT_CORE, 0)
         renderer: Renderer | None = None
         try:
             with _CpuLimit(start["cpu_s"]):
@@ -194,6 +195,12 @@ def _receive(connection: socket.socket) -> Any:
         return None
     body = connection.recv(int.from_bytes(head), socket.MSG_WAITALL)
     return json.loads(body)
+
+
+def _limit(kind: int, limit: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(kind, (limit, limit))
 
 
 def _address_space_bytes() -> int:

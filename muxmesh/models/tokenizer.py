@@ -109,12 +109,10 @@ def load_text_model(folder: Path | None) -> TextModel:
     """
     if folder is None:
         return TextModel(byte_tokenizer(), ChatTemplate(_SIM_CHAT_TEMPLATE, {}))
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    tokenizer, pad_token = load_tokenizer(folder / "tokenizer.json")
     path = folder / "tokenizer_config.json"
     config = FileFields(path, read_json_object(path) or {})
-    special_tokens = read_special_tokens(folder, config, tokenizer)
-    tokenizer.no_truncation()  # transformers does not apply what the file has of these unless it is asked to
-    tokenizer.no_padding()
+    special_tokens = read_special_tokens(folder, config, tokenizer, pad_token)
     tokenizer.add_tokens(list(special_tokens.additions))
     tokenizer.encode_special_tokens = config.flag("split_special_tokens", False)
     source, problem = find_chat_template(folder, config)
@@ -123,15 +121,20 @@ def load_text_model(folder: Path | None) -> TextModel:
     return TextModel(tokenizer, ChatTemplate(source or "", special_tokens.variables, problem))
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Loads a ``tokenizer.json``. Raises ModelUnsupported for any other content, in one line."""
+def load_tokenizer(path: Path) -> tuple[Tokenizer, str | None]:
+    """Loads a ``tokenizer.json``; returns the tokenizer and the token that it would pad with, if any.
+
+    As in transformers, it does not truncate and pad. Raises ModelUnsupported for any other content, in one line.
+    """
     if read_json_object(path, MAX_TOKENIZER_BYTES) is None:
         raise ModelUnsupported(f"{path.parent}: has no tokenizer.json; convert the tokenizer to the `fast` format")
-
     with refusing_tokenizer(path), _without_stderr():
         tokenizer = Tokenizer.from_file(str(path))
+        padding = tokenizer.padding
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         tokenizer.decode(tokenizer.encode("a b", add_special_tokens=True).ids)
-    return tokenizer
+    return tokenizer, padding["pad_token"] if padding else None
 
 
 def refusing_tokenizer(path: Path) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from muxmesh.errors import ModelUnsupported
 from muxmesh.models.file_fields import FileFields
 from muxmesh.models.special_tokens import read_special_tokens
-from muxmesh.models.tokenizer import byte_tokenizer, load_text_model
+from muxmesh.models.tokenizer import byte_tokenizer, load_text_model, load_tokenizer
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 TOKEN = {
@@ -71,8 +71,9 @@ def write(folder: Path, files: dict[str, Any], tokenizer: Tokenizer | None = Non
 
 def variables(folder: Path) -> dict[str, str]:
     path = folder / CONFIG
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return dict(read_special_tokens(folder, FileFields(path, json.loads(path.read_text())), tokenizer).variables)
+    tokenizer, pad_token = load_tokenizer(folder / "tokenizer.json")
+    fields = FileFields(path, json.loads(path.read_text()))
+    return dict(read_special_tokens(folder, fields, tokenizer, pad_token).variables)
 
 
 @pytest.mark.parametrize("files", FOLDERS)

@@ -185,6 +185,15 @@ NO_TOKENIZERS: dict[str, object] = {
 }
 
 
+def test_padding_to_a_huge_length_takes_no_memory(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    padding = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": 10**12}
+    content["padding"] = {**padding, "pad_id": 0, "pad_type_id": 0, "pad_token": "<|pad|>"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert len(load_text_model(folder).encode("ab", True)) == 2
+
+
 @pytest.mark.parametrize("content", NO_TOKENIZERS)
 def test_json_that_is_no_tokenizer_is_refused_in_one_line(
     tmp_path: Path, content: str, capfd: pytest.CaptureFixture[str]
