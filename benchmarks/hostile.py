@@ -148,9 +148,21 @@ async def unread_streams(mesh: UpProcess) -> AsyncIterator[None]:
         for stream in range(1, 2 * STREAMS_OF_A_CONNECTION, 2):
             writer.write(http2.call(stream, STREAM) + http2.message(stream, request(BUSY, "Hello")))
         writers.append(writer)
+    started_at_s = time.monotonic()
+    while await num_calls(mesh) < NUM_UNREAD:
+        await asyncio.sleep(INTERVAL_S)
+    print(f"  {NUM_UNREAD} calls at once had begun after {time.monotonic() - started_at_s:.1f} s")
     yield
     for writer in writers:
         writer.close()
+
+
+async def num_calls(mesh: UpProcess) -> int:
+    """Requests in the router."""
+    models = (await mesh.client.status(timeout_s=30)).models
+    return sum(
+        model.num_requests_running + model.num_requests_waiting + model.num_requests_finished for model in models
+    )
 
 
 ATTACKS: dict[str, Attack] = {

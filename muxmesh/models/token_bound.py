@@ -22,6 +22,7 @@ _WINDOW_BYTES = 16_384
 _NUM_LONGEST = 64
 """Pieces that are looked for in each window."""
 _DIGITS = b"0123456789"
+_DIGIT = re.compile("[0-9]")
 _SPACE = "\u2581"
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _LOSSLESS_PRE_TOKENIZERS = {"ByteLevel", "Digits", "Split", "Punctuation", "Metaspace"}
@@ -70,15 +71,17 @@ def token_bound(tokenizer: Tokenizer) -> TokenBound | None:
     """The bound of a tokenizer; None if its tokens may stand for more text than they have."""
     if not _is_lossless(tokenizer):
         return None
-    byte_level = _is_byte_level(tokenizer)
-    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    vocabulary, byte_level = tokenizer.get_vocab(with_added_tokens=False), _is_byte_level(tokenizer)
     unknown = [byte for byte, character in enumerate(BYTE_CHARACTERS) if byte_level and character not in vocabulary]
-    pieces = sorted(_pieces(tokenizer, byte_level), key=len, reverse=True)
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    longest_first = sorted(vocabulary, key=_num_bytes if not byte_level else len, reverse=True)[: _NUM_LONGEST + 1]
+    to_bytes = bytes_of_token if byte_level else _bytes_of_piece
+    pieces = sorted([*map(to_bytes, longest_first), *map(str.encode, added)], key=len, reverse=True)
     if not pieces or len(pieces[0]) > _WINDOW_BYTES:
         return None
-    most_digits = max(len(piece) - len(piece.translate(None, _DIGITS)) for piece in pieces)
-    other_bytes = len(pieces[min(_NUM_LONGEST, len(pieces) - 1)])
+    most_digits = max(len(_DIGIT.findall(token)) for token in (*vocabulary, *added))
     needs_nfc = any(step["type"] == "NFC" for step in _steps(tokenizer.normalizer))
+    other_bytes = len(pieces[min(_NUM_LONGEST, len(pieces) - 1)])
     return TokenBound(tuple(pieces[:_NUM_LONGEST]), max(1, other_bytes), max(1, most_digits), bytes(unknown), needs_nfc)
 
 
@@ -88,14 +91,14 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
 
 def _is_lossless(tokenizer: Tokenizer) -> bool:
     """True if every byte of a text that has a token belongs to exactly one, and to its piece."""
-    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    vocabulary, model = tokenizer.get_vocab(with_added_tokens=False), tokenizer.model
+    if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
+        return False
     has_all_bytes = _is_byte_level(tokenizer) or (
-        bool(getattr(tokenizer.model, "byte_fallback", False))
-        and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+        model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
     )
     return (
-        isinstance(tokenizer.model, models.BPE)
-        and has_all_bytes
+        has_all_bytes
         and all(
             step["type"] in _LOSSLESS_PRE_TOKENIZERS and step.get("behavior") != "Removed"
             for step in _steps(tokenizer.pre_tokenizer)
@@ -111,15 +114,13 @@ def _keeps_length(normalizer: dict[str, Any]) -> bool:
     return kind in ("NFC", "Prepend") or writes_spaces
 
 
-def _pieces(tokenizer: Tokenizer, byte_level: bool) -> Iterator[bytes]:
-    """The text of each token, in bytes of UTF-8."""
-    for token in tokenizer.get_vocab(with_added_tokens=False):
-        if byte_level:
-            yield bytes_of_token(token)
-        elif not _BYTE_TOKEN.fullmatch(token):  # one byte is no longer than any piece
-            yield token.replace(_SPACE, " ").encode()
-    for added in tokenizer.get_added_tokens_decoder().values():
-        yield added.content.encode()
+def _bytes_of_piece(token: str) -> bytes:
+    """A byte token stands for one byte."""
+    return b"?" if _BYTE_TOKEN.fullmatch(token) else token.replace(_SPACE, " ").encode()
+
+
+def _num_bytes(token: str) -> int:
+    return len(_bytes_of_piece(token))
 
 
 def _steps(component: Any) -> Iterator[dict[str, Any]]:

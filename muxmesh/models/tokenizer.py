@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -18,7 +19,7 @@ from muxmesh.models.detokenizer import Detokenizer, TokenPieces, special_token_i
 from muxmesh.models.file_fields import FileFields
 from muxmesh.models.model_files import MAX_TOKENIZER_BYTES, read_json_object
 from muxmesh.models.special_tokens import read_special_tokens
-from muxmesh.models.token_bound import token_bound
+from muxmesh.models.token_bound import TokenBound, token_bound
 from muxmesh.models.token_texts import TokenTexts
 
 _SIM_CHAT_TEMPLATE = (
@@ -34,7 +35,6 @@ class TextModel:
         self._tokenizer = tokenizer
         self._pieces = {skip: TokenPieces(tokenizer, skip) for skip in (False, True)}
         self.token_texts = TokenTexts(self._pieces[False])
-        self._bound = token_bound(tokenizer)
         self._special_token_ids = special_token_ids(tokenizer)
         longest_first = sorted(self._special_token_ids, key=len, reverse=True)
         self._special_token = re.compile("|".join(map(re.escape, longest_first)))
@@ -53,6 +53,11 @@ class TextModel:
     def certainly_exceeds(self, text: str, num_tokens: float) -> bool:
         """True if ``text`` has more than ``num_tokens`` tokens for certain. Much faster than `encode`."""
         return self._bound is not None and self._bound.is_exceeded(text, num_tokens)
+
+    @cached_property
+    def _bound(self) -> TokenBound | None:
+        """Built for the first long prompt: it reads the whole vocabulary."""
+        return token_bound(self._tokenizer)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Text of ``token_ids``; invalid UTF-8 becomes U+FFFD. Raises InvalidRequest if they cannot be decoded."""

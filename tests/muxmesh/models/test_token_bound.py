@@ -147,7 +147,11 @@ def greedy_token(tokenizer: Tokenizer) -> None:
     tokenizer.add_tokens([AddedToken("<|end|>", rstrip=True)])
 
 
-@pytest.mark.parametrize("change", [strip, replace, remove, words, greedy_token])
+def word_ends(tokenizer: Tokenizer) -> None:
+    tokenizer.model = models.BPE(vocab={"a": 0, "a</w>": 1}, merges=[], end_of_word_suffix="</w>")
+
+
+@pytest.mark.parametrize("change", [strip, replace, remove, words, word_ends, greedy_token])
 def test_a_tokenizer_that_drops_text_has_no_bound(change: Callable[[Tokenizer], None]) -> None:
     tokenizer = dropping(change)
     assert token_bound(tokenizer) is None

@@ -8,6 +8,7 @@ import ipaddress
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
@@ -221,6 +222,21 @@ async def test_a_connection_above_the_limit_is_closed() -> None:
         assert await http2.ends(reader) == b""
         for one in [*writers, writer]:
             one.close()
+
+
+async def test_connections_of_clients_keep_no_process_of_the_mesh_out(tmp_path: Path) -> None:
+    servicer, address = Servicer(), free_listen_address("127.0.0.1:0")
+    register = functools.partial(inference_pb2_grpc.add_InferenceServicer_to_server, servicer)
+    server = MeshServer(
+        {inference_pb2.DESCRIPTOR.services_by_name["Inference"]: register}, replace(LIMITS, max_connections=1)
+    )
+    await server.start([address, f"unix:{tmp_path / 's.sock'}"])
+    reader, writer = await http2.connect(address)
+    await reader.read(1)
+    async with grpc.aio.insecure_channel(f"unix:{tmp_path / 's.sock'}") as channel:
+        await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
+    writer.close()
+    await server.stop(0)
 
 
 async def test_an_idle_connection_is_closed_and_its_client_connects_again() -> None:
