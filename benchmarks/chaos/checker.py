@@ -113,7 +113,7 @@ def _differences(call: Call, expected: Call) -> Iterator[str]:
     if call.request.case.options.get("seed") is not None and call.seed != expected.seed:
         yield f"reports seed {call.seed}, expected {expected.seed}"
     if call.prompt_logprobs != expected.prompt_logprobs:
-        yield "other log-probabilities of the prompt"
+        yield f"log-probabilities of the prompt: {_first_difference(call.prompt_logprobs, expected.prompt_logprobs)}"
     if call.sequences.keys() != expected.sequences.keys():
         yield f"sequences {sorted(call.sequences)}, expected {sorted(expected.sequences)}"
         return
@@ -124,11 +124,7 @@ def _differences(call: Call, expected: Call) -> Iterator[str]:
 
 def _sequence_differences(seen: SequenceSeen, expected: SequenceSeen) -> Iterator[str]:
     if seen.token_ids != expected.token_ids:
-        index = next(
-            (i for i, (a, b) in enumerate(zip(seen.token_ids, expected.token_ids, strict=False)) if a != b),
-            min(len(seen.token_ids), len(expected.token_ids)),
-        )
-        yield f"token {index} of {len(seen.token_ids)} differs, of {len(expected.token_ids)} expected"
+        yield f"tokens: {_first_difference(seen.token_ids, expected.token_ids)}"
     if seen.text != expected.text:
         yield f"text {seen.text!r}, expected {expected.text!r}"
     if seen.finish != expected.finish or seen.num_finishes != 1:
@@ -136,7 +132,15 @@ def _sequence_differences(seen: SequenceSeen, expected: SequenceSeen) -> Iterato
     if seen.num_tokens != len(seen.token_ids):
         yield f"counts {seen.num_tokens} tokens, sent {len(seen.token_ids)}"
     if seen.logprobs != expected.logprobs:
-        yield "other log-probabilities"
+        yield f"log-probabilities: {_first_difference(seen.logprobs, expected.logprobs)}"
+
+
+def _first_difference(seen: Sequence[object], expected: Sequence[object]) -> str:
+    """The index and the values of the first difference between two sequences that are not equal."""
+    for index, (value, other) in enumerate(zip(seen, expected, strict=False)):
+        if value != other:
+            return f"index {index} of {len(seen)} is {value}, expected {other}"
+    return f"{len(seen)}, expected {len(expected)}"
 
 
 def _is_beginning(seen: SequenceSeen, expected: SequenceSeen) -> bool:

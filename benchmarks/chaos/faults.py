@@ -69,6 +69,12 @@ async def _kill(processes: MeshProcesses, target: str) -> int:
     return pid
 
 
+async def _end(processes: MeshProcesses, target: str) -> int:
+    pid = processes.pid(target)
+    os.kill(pid, signal.SIGTERM)
+    return pid
+
+
 async def _stop(processes: MeshProcesses, target: str) -> int:
     pid = processes.pid(target)
     os.kill(pid, signal.SIGSTOP)
@@ -127,7 +133,9 @@ async def _vanishing_client(processes: MeshProcesses, target: str) -> int:
 FAULTS: tuple[Fault, ...] = (
     Fault("kill -9", 5, (*SERVICES, "redis"), _kill, _replaced),
     Fault("stop", 3, (*SERVICES, "redis"), _stop, _survived, _continue, (0.2, 3.5), _no_error, is_judged_alone=True),
-    Fault("hang", 1, SERVICES, _stop, _killed_and_replaced),
+    Fault("hang", 1, (*SERVICES, "redis"), _stop, _killed_and_replaced),
+    Fault("end", 1, (*SERVICES, "redis"), _end, _replaced),
     Fault("vanish", 1, (CLIENT,), _vanishing_client, _nothing, allows=_no_error),
 )
-"""kill -9; SIGSTOP, then SIGCONT before the mesh may restart the process; SIGSTOP for ever; a client that is killed."""
+"""kill -9; SIGSTOP, then SIGCONT before the mesh may restart the process; SIGSTOP for ever; SIGTERM; a client that is
+killed."""

@@ -60,6 +60,8 @@ class ChaosRun:
             self.violations += check_call(call, expected[call.request.case.number], faults)
         for call in await Load(self._mesh.address).call_all(cases, NUM_CLIENTS):
             self.violations += check_call(call, expected[call.request.case.number], ())
+        given_up = self._load.num_given_up
+        self.violations += [Violation("lost", f"{given_up} requests were given up after many retries")] * (given_up > 0)
         self.violations += check_faults(faults)
         self.violations += self._watch.violations
         self.violations += leaks(before, await self._settled(before))

@@ -1,4 +1,4 @@
-"""The folder of compiled kernels, and a lock so that one process compiles at a time.
+"""The folder of compiled kernels, a lock so that one process compiles at a time, and the process that compiles.
 
 Does not import numba, because numba reads its settings from the environment when it is imported.
 """
@@ -9,7 +9,11 @@ import contextlib
 import fcntl
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
@@ -45,3 +49,35 @@ def compile_lock(folder: Path) -> Iterator[None]:
         if not any(folder.rglob("*.nbi")):
             _log.info("compiling the kernels for this machine; this happens once and takes half a minute")
         yield
+
+
+def compile_elsewhere(folder: Path, module: str, arguments: Sequence[str]) -> None:
+    """Runs ``python -m module arguments`` if it has not filled ``folder`` for this installation yet; waits for it.
+
+    If it fails, the caller's process will compile the kernels itself.
+    """
+    done = folder / f"compiled-{_installation()}"
+    if done.exists():
+        return
+    code = subprocess.run((sys.executable, "-m", module, *arguments), check=False).returncode
+    if code == 0:
+        done.touch()
+    else:
+        _log.warning("the compilation of the kernels in a process of its own ended with exit code %d", code)
+
+
+def _installation() -> str:
+    """A digest of what numba's cache depends on beside the sources: their paths and times, versions, and the CPU."""
+    files = [f"{path} {path.stat().st_mtime_ns}" for path in (*sorted(_SOURCES.glob("*.py")), _PACKING)]
+    versions = [f"{name} {version(name)}" for name in ("numba", "llvmlite", "numpy")]
+    text = "\n".join([*files, *versions, platform.python_version(), _cpu_features()])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _cpu_features() -> str:
+    """The line of instruction sets in /proc/cpuinfo, or what Python knows of the machine."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.machine()

@@ -6,8 +6,9 @@ Combines the kernels of the sibling modules with the weight image and the KV poo
 # mypy: disable-error-code="call-arg, misc, no-untyped-call"
 from __future__ import annotations
 
-import contextlib
 import functools
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from muxmesh.engine.native.cpu.attention import attend, merge
 from muxmesh.engine.native.cpu.products import multiply, multiply_add, multiply_gated
 from muxmesh.engine.native.cpu.rows import embed, normalize, rotate_and_store
 from muxmesh.engine.native.cpu.thread_team import JIT, Team, new_counters
-from muxmesh.engine.native.kernel_cache import compile_lock
+from muxmesh.engine.native.kernel_cache import compile_elsewhere, compile_lock
 from muxmesh.engine.native.rope import rope_tables
 from muxmesh.engine.native.step_layout import StepLayout, lay_out
 from muxmesh.engine.step import Chunk, SampleSpec, Step
@@ -29,6 +30,8 @@ from muxmesh.models.model_spec import ModelSpec
 from muxmesh.models.weight_image import map_image
 from muxmesh.types import Sampling
 
+COMPILER = "muxmesh.engine.native.cpu.compile_kernels"
+"""The module whose process compiles the kernels."""
 _PHASES_PER_LAYER = 9
 _SPARE_COLUMNS = 16
 """Extra columns of each buffer. Without them, rows with a power of two of bytes would share cache sets."""
@@ -238,16 +241,35 @@ class CpuForward:
 def open_cpu_forward(spec: ModelSpec, image: Path, view: KvView, num_positions: int, team: Team) -> CpuForward:
     """Opens the forward pass over ``view`` after its kernels are compiled or loaded from numba's cache.
 
-    Blocks, for half a minute if the kernels must be compiled. ``num_positions``: the longest sequence. One step over a
-    scratch pool of a single block compiles everything, so no request waits for it.
+    Blocks, for half a minute if the kernels must be compiled, so that no request waits for it. ``num_positions``: the
+    longest sequence.
     """
-    shape = view.shape
+    cache: str = numba.config.CACHE_DIR  # type: ignore[attr-defined] # from the environment
+    if cache:
+        with compile_lock(Path(cache)):
+            compile_elsewhere(Path(cache), COMPILER, [str(image), spec_to_json(spec)])
+            compute_once(spec, image, team)
+    else:
+        compute_once(spec, image, team)
+    return CpuForward(spec, image, view, num_positions, team)
+
+
+def compute_once(spec: ModelSpec, image: Path, team: Team) -> None:
+    """Compiles or loads all kernels: computes one step over a scratch pool of a single block."""
+    shape = spec.kv_shape(16, "float32")
     scratch = KvView(shape, shape.token_block_bytes, np.zeros(shape.token_block_bytes // 4, dtype=np.float32))
     step = Step((Chunk(0, 0, (0, 0), (0,), SampleSpec(Sampling(temperature=0.0), 0)),))
-    cache: str = numba.config.CACHE_DIR  # type: ignore[attr-defined] # from the environment
-    with compile_lock(Path(cache)) if cache else contextlib.nullcontext():
-        CpuForward(spec, image, scratch, num_positions, team).logits(lay_out(step, scratch))
-    return CpuForward(spec, image, view, num_positions, team)
+    CpuForward(spec, image, scratch, len(step.chunks[0].token_ids), team).logits(lay_out(step, scratch))
+
+
+def spec_to_json(spec: ModelSpec) -> str:
+    """Encodes what the kernels depend on; `spec_from_json` decodes it."""
+    return json.dumps(asdict(replace(spec, rope_scaling=None)) | {"eos_token_ids": []})
+
+
+def spec_from_json(text: str) -> ModelSpec:
+    """Decodes a spec that `spec_to_json` encoded."""
+    return ModelSpec(**json.loads(text) | {"eos_token_ids": frozenset()})
 
 
 def _weights(spec: ModelSpec, image: Path, num_positions: int) -> Weights:

@@ -1,5 +1,6 @@
 import fcntl
 import logging
+import os
 import shutil
 import threading
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from muxmesh.engine.native import kernel_cache
-from muxmesh.engine.native.kernel_cache import compile_lock, kernel_cache_dir
+from muxmesh.engine.native.kernel_cache import compile_elsewhere, compile_lock, kernel_cache_dir
 
 
 @pytest.fixture
@@ -114,3 +115,30 @@ def test_only_a_worker_without_compiled_kernels_announces_the_compilation(
     caplog.clear()
     with compile_lock(tmp_path):
         assert caplog.text == ""
+
+
+def run_in_a_process(folder: Path, statement: str) -> None:
+    compile_elsewhere(folder, "timeit", ["-n", "1", "-r", "1", statement])
+
+
+def test_the_process_that_compiles_runs_once_for_an_installation(sources: Path) -> None:
+    log = sources / "log"
+    for _ in range(3):
+        run_in_a_process(sources, f"open({str(log)!r}, 'a').write('x')")
+    assert log.read_text() == "x"
+
+
+def test_the_process_that_compiles_runs_again_for_sources_of_another_time(sources: Path) -> None:
+    """numba does not load what it compiled from a file of another time, even if the content is the same."""
+    log = sources / "log"
+    for seconds in (1, 2):
+        os.utime(sources / "cpu" / "a.py", (seconds, seconds))
+        run_in_a_process(sources, f"open({str(log)!r}, 'a').write('x')")
+    assert log.read_text() == "xx"
+
+
+def test_a_failed_compilation_is_reported_and_tried_again(sources: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_in_a_process(sources, "1 / 0")
+    assert "ended with exit code 1" in caplog.text
+    run_in_a_process(sources, f"open({str(sources / 'log')!r}, 'a').write('x')")
+    assert (sources / "log").exists()

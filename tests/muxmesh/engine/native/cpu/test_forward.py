@@ -1,5 +1,6 @@
 """The compiled forward pass against transformers, and against itself in other batches."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from muxmesh.device.kv_view import KvView
+from muxmesh.engine.native.cpu import forward as forward_module
 from muxmesh.engine.native.cpu.attention import QUERIES_PER_TILE, SPAN, SPLIT
-from muxmesh.engine.native.cpu.forward import CpuForward, open_cpu_forward
+from muxmesh.engine.native.cpu.forward import CpuForward, open_cpu_forward, spec_from_json, spec_to_json
 from muxmesh.engine.native.cpu.thread_team import Team
 from muxmesh.engine.native.logits_runner import LogitsRunner
 from muxmesh.engine.native.step_layout import lay_out
@@ -188,6 +190,18 @@ def mixed_step() -> Step:
 def test_opening_the_pass_leaves_the_pool_untouched(gqa: Path, tmp_path: Path) -> None:
     _, view = open_forward(gqa, tmp_path, Team(1))
     assert np.isnan(view.pool).all()
+
+
+def test_a_process_that_computes_loads_the_kernels_and_compiles_none(gqa: Path, tmp_path: Path) -> None:
+    """What a process compiles itself differs in the last bits of sums from what others load from the cache."""
+    open_forward(gqa, tmp_path, Team(1))
+    assert sum(forward_module._run.stats.cache_misses.values()) == 0
+    assert sum(forward_module._run.stats.cache_hits.values()) > 0
+
+
+def test_the_spec_that_the_compiling_process_gets_is_that_of_the_model_but_for_rope_and_eos(gqa: Path) -> None:
+    spec = replace(read_model_spec(gqa), rope_scaling=None, eos_token_ids=frozenset())
+    assert spec_from_json(spec_to_json(spec)) == spec
 
 
 @pytest.mark.parametrize("num_threads", [2, 5])
