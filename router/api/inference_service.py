@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -15,6 +16,9 @@ from router.api.generate_messages import message_from_delta, request_from_messag
 from router.api.tokenize_messages import message_from_tokenized, prompt_from_message
 from router.api.unknown_fields import refuse_unknown_fields
 from router.pipeline import GenerationPipeline
+
+_MAX_LOGPROBS_ON_LOOP = 128
+"""Positions of a prompt whose log-probabilities are converted at once: each takes up to 0.1 ms, with its candidates."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -39,7 +43,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         texts = self._pipeline.token_texts(generation.model)
         async with aclosing(await self._pipeline.start(generation, arrived_at_s)) as deltas:
             async for delta in deltas:
-                yield message_from_delta(delta, generation.output, texts)
+                if delta.prompt is not None and len(delta.prompt.logprobs) > _MAX_LOGPROBS_ON_LOOP:
+                    yield await asyncio.to_thread(message_from_delta, delta, generation.output, texts)
+                else:
+                    yield message_from_delta(delta, generation.output, texts)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context

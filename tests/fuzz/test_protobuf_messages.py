@@ -40,7 +40,9 @@ CHAT = inference_pb2.GenerateRequest(
     model="m", chat=inference_pb2.ChatPrompt(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
 )
 TOKENS = inference_pb2.GenerateRequest(model="m", token_ids=inference_pb2.TokenIds(ids=[3, 4, 258]))
-VALID = [message.SerializeToString() for message in (REQUEST, CHAT, TOKENS)]
+TOKENIZE = inference_pb2.TokenizeRequest(model="m", text="wörld", add_special_tokens=True, token_texts=True)
+DETOKENIZE = inference_pb2.DetokenizeRequest(model="m", token_ids=[3, 4, 258], skip_special_tokens=True)
+VALID = [message.SerializeToString() for message in (REQUEST, CHAT, TOKENS, TOKENIZE, DETOKENIZE)]
 
 numbers = st.sampled_from([*range(20), 100, 101, 102, 536_870_911])
 varints = st.integers(0, (1 << 64) - 1).map(varint) | st.sampled_from([b"\x80" * 9 + b"\x01", b"\x80" * 20, b"\x80"])

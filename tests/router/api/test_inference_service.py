@@ -23,8 +23,18 @@ from muxmesh.types import Candidate, EngineRequest, Finish, FinishReason, TokenL
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc
 from router.api.inference_service import InferenceService
 from router.attempt import Prefilled
+from router.served_models import ServedModel
 from tests.support.fake_unit import serving
-from tests.support.pipeline_parts import PipelineParts, Script, Step, pipeline_parts, tokens_of, until, writes
+from tests.support.pipeline_parts import (
+    PipelineParts,
+    Script,
+    Step,
+    pipeline_parts,
+    served_model,
+    tokens_of,
+    until,
+    writes,
+)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
 
@@ -39,8 +49,8 @@ class Setup:
 
 
 @asynccontextmanager
-async def service(tmp_path: Path, script: Script, **options: Any) -> AsyncIterator[Setup]:
-    async with pipeline_parts(script, **options) as parts:
+async def service(tmp_path: Path, script: Script, *models: ServedModel, **options: Any) -> AsyncIterator[Setup]:
+    async with pipeline_parts(script, *models, **options) as parts:
         served = InferenceService(parts.pipeline, parts.clock, random.Random(3))
         add = functools.partial(inference_pb2_grpc.add_InferenceServicer_to_server, served)
         async with (
@@ -258,3 +268,16 @@ async def test_what_cannot_be_tokenized_is_refused_by_the_name_of_its_field(
             await getattr(setup.stub, method)(kind(**fields))
     received = from_rpc_error(caught.value)
     assert type(received) is error and str(received).startswith(message)
+
+
+async def test_log_probabilities_of_a_long_prompt_are_all_reported(tmp_path: Path) -> None:
+    """They are converted in a thread."""
+    num_tokens = 1000
+    logprobs = tuple(TokenLogprobs(Candidate(40, -0.5, 2), (Candidate(41, -0.25, 1),)) for _ in range(num_tokens - 1))
+    message = request(text="x" * num_tokens, response={"prompt_logprobs": True, "prompt_candidates": {"top_n": 1}})
+    script = writes("a", prefilled=Prefilled(0, logprobs))
+    async with service(tmp_path, script, served_model(max_model_len=2000)) as setup:
+        first, *_ = await setup.stream(message)
+    info = first.prompt_info
+    assert len(info.logprobs) == len(info.ranks) == len(info.token_texts) == num_tokens
+    assert [one.tokens[0].id for one in info.candidate_tokens[1:]] == [41] * (num_tokens - 1)
