@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loadtest.spec import HELP as WORKLOAD_HELP
+from muxmesh.cli import argument_types
 from muxmesh.quoting import quoted
 
 DESCRIPTION = "Send load to a mesh or an OpenAI-compatible server. Latencies count from when a request was due."
@@ -65,7 +66,9 @@ def add_to(load: argparse.ArgumentParser) -> argparse.ArgumentParser:
     load.add_argument(
         "--max-concurrency", type=_number_from(1, 1 << 20), metavar="N", help="most requests in flight; others wait"
     )
-    load.add_argument("--temperature", type=float, metavar="T", help="temperature (default: the server's own)")
+    load.add_argument(
+        "--temperature", type=argument_types.number, metavar="T", help="temperature (default: the server's own)"
+    )
     load.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="deadline of each request")
     load.add_argument(
         "--goodput",

@@ -49,10 +49,10 @@ def read_items(path: Path) -> Iterator[Item]:
     for number, line in read_jsonl(path):
         where = f"{path}: line {number}"
         prompt, model, length = line.get("prompt"), line.get("model", "(one)"), line.get("n_out")
-        for name, value in (("prompt", prompt), ("model", model)):
-            if not isinstance(value, str):
-                raise ConfigError(f"{where}: {_given(line, name)}; a string is needed")
-        assert isinstance(prompt, str) and isinstance(model, str)
+        if not isinstance(prompt, str):
+            raise ConfigError(f"{where}: {_given(line, 'prompt')}; a string is needed")
+        if not isinstance(model, str):
+            raise ConfigError(f"{where}: {_given(line, 'model')}; a string is needed")
         if not _is_text(prompt + model):
             raise ConfigError(f"{where}: has half of a surrogate pair, which is not valid text")
         if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= _MAX_OUTPUT_TOKENS:

@@ -200,9 +200,9 @@ print(next(stream).text)
 
 
 def run_script(script: str, **environment: str) -> str:
-    """The output of a program that ends well and prints no errors."""
+    """The output of a program that ends well and prints no errors. That it has threads and forks is no error here."""
     ended = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-W", "ignore:This process:DeprecationWarning", "-c", script],
         check=False,
         capture_output=True,
         text=True,
