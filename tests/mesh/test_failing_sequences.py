@@ -79,7 +79,9 @@ async def test_an_output_with_the_token_fails_after_the_tokens_before_it(mesh: R
             PROMPT, model="m", max_new_tokens=9, allowed_token_ids=[bad_token(folder)], ignore_eos=True
         ):
             tokens += delta.token_ids
-    assert tokens in ([], [bad_token(folder)]), "the token was sampled from finite logits, but the error may overtake it"
+    assert tokens in ([], [bad_token(folder)]), (
+        "the token was sampled from finite logits, but the error may overtake it"
+    )
     _, after, _ = await collect(mesh.client.stream(PROMPT, model="m", max_new_tokens=9, ignore_eos=True))
     assert len(after) == 9
     assert await num_restarts(mesh) == 0

@@ -1,6 +1,7 @@
 """The order in which requests are admitted, in a real mesh of sim engines and in the simulator."""
 
 import asyncio
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,48 @@ async def test_no_request_fails_because_of_a_bad_predictor(
         assert info is not None
         sources = {"hang": "late", "crash": "failed", "nan": "failed"}
         assert info.source == sources.get(kind, "floor")
+
+
+async def test_what_a_request_waited_for_is_reported(tmp_path: Path) -> None:
+    async with running_mesh(tmp_path, **config("fcfs")) as mesh:
+        at_once = await scheduling_of(mesh, 2)
+        assert max(dataclasses.astuple(at_once.waited_for)) < 1
+        running = asyncio.create_task(scheduling_of(mesh, 100))
+        await mesh.until(lambda: num_running(mesh, 1))
+        second = asyncio.create_task(scheduling_of(mesh, 50))
+        await mesh.until(lambda: num_running(mesh, 2))
+        third = asyncio.create_task(scheduling_of(mesh, 2))
+        await running
+        behind_one, behind_two = await second, await third
+    for info in (behind_one, behind_two):
+        waits = info.waited_for
+        assert waits.slot_s > 0 and waits.kv_s == waits.worker_s == 0
+        assert waits.slot_s + waits.order_s == pytest.approx(info.waited_s, abs=0.5)
+    assert behind_one.waited_for.order_s < behind_two.waited_for.order_s
+
+
+async def num_running(mesh: RunningMesh, count: int) -> bool:
+    """Whether this many requests are running or waiting."""
+    (model,) = (await mesh.client.status()).models
+    return model.num_requests_running + model.num_requests_waiting == count
+
+
+async def test_a_tenant_does_not_see_what_only_another_one_asked_also_after_a_restart(tmp_path: Path) -> None:
+    model = {"name": "sim", "engine": "sim", "sim": {"base_s": 0.001, "output_tokens": 7}, "max_num_seqs": 8}
+    async with running_mesh(tmp_path, units=[{"kv_pool": "16MiB", "models": [model]}]) as mesh:
+
+        async def source(tenant: str) -> str:
+            completion = await mesh.client.generate(
+                "the prompt of acme", max_new_tokens=50, cache_salt=tenant, explain_scheduling=True
+            )
+            assert completion.prompt.scheduling is not None
+            return completion.prompt.scheduling.source
+
+        sources = [await source("acme") for _ in range(4)]
+        assert sources == ["cold", "retrieved", "retrieved", "retrieved"]
+        assert await source("b") == "cold"
+        await mesh.restart("router")
+        assert await source("acme") == "retrieved" and await source("c") == "cold"
 
 
 async def test_a_restarted_router_loads_its_predictor(tmp_path: Path) -> None:
