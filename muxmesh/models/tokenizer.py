@@ -60,10 +60,13 @@ class TextModel:
         return token_bound(self._tokenizer)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Text of ``token_ids``; invalid UTF-8 becomes U+FFFD. Raises InvalidRequest if they cannot be decoded."""
+        """Text of ``token_ids``, the same as that of an output; see `Detokenizer` for invalid UTF-8.
+
+        Raises InvalidRequest if they cannot be decoded.
+        """
         with _failing_as(_cannot_be_decoded):
-            text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return text
+            detokenizer = self.detokenizer(skip_special_tokens)
+            return "".join(map(detokenizer.feed, token_ids)) + detokenizer.flush()
 
     def only_special_tokens(self, text: str) -> dict[str, int]:
         """Ids of the special tokens in ``text`` by their text, if it consists of these and of whitespace; else none."""

@@ -170,5 +170,5 @@ def test_what_a_template_says_of_a_conversation_is_quoted_in_one_line_and_within
     made = template("{{ raise_exception('no role ' ~ messages[0].content) }}")
     with pytest.raises(InvalidRequest) as error:
         made.render([{"role": "user", "content": "x\n" * 4000}])
-    assert str(error.value).startswith(r"chat.messages: rejected by the model's chat template: no role x\nx\n")
+    assert str(error.value).startswith("chat.messages: rejected by the model's chat template: no role x")
     assert len(str(error.value)) < 300 and str(error.value).isprintable()
