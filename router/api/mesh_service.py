@@ -12,6 +12,7 @@ from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.status_codes import from_rpc_error
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.v1 import mesh_pb2, mesh_pb2_grpc
+from router.api.unknown_fields import refuse_unknown_fields
 from router.length_forecast import LengthForecaster
 from router.pipeline import GenerationPipeline
 from router.served_models import ServedModel, ServedModels
@@ -42,16 +43,19 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
 
     async def ListModels(self, request: mesh_pb2.ListModelsRequest, context: Context) -> mesh_pb2.ListModelsResponse:
         """See the proto."""
+        refuse_unknown_fields(request)
         return mesh_pb2.ListModelsResponse(models=[_model_info(model) for model in self._models])
 
     async def GetModelInfo(
         self, request: mesh_pb2.GetModelInfoRequest, context: Context
     ) -> mesh_pb2.GetModelInfoResponse:
         """See the proto."""
+        refuse_unknown_fields(request)
         return mesh_pb2.GetModelInfoResponse(model=_model_info(self._models.find(request.model)))
 
     async def GetStatus(self, request: mesh_pb2.GetStatusRequest, context: Context) -> mesh_pb2.GetStatusResponse:
         """See the proto. A unit whose kvstore does not respond is reported as not connected."""
+        refuse_unknown_fields(request)
         processes = await self._registry.processes()
         return mesh_pb2.GetStatusResponse(
             version=__version__,

@@ -202,3 +202,19 @@ def counts(status: mesh_pb2.RouterModelStatus) -> tuple[int, ...]:
         status.prompt_tokens,
         status.output_tokens,
     )
+
+
+@pytest.mark.parametrize("method", [method.name for method in SERVICE.methods])
+async def test_an_unknown_field_of_a_request_is_refused(tmp_path: Path, method: str) -> None:
+    request = getattr(mesh_pb2, f"{method}Request").FromString(b"\xf8\x3f\x01")  # field 1023, the number 1
+    async with service(tmp_path) as setup:
+        with pytest.raises(grpc.aio.AioRpcError, match=r"\(number 1023\): is a field that this mesh does not know"):
+            await getattr(setup.stub, method)(request)
+
+
+async def test_an_empty_name_is_the_only_model(tmp_path: Path) -> None:
+    async with service(tmp_path) as setup:
+        with pytest.raises(grpc.aio.AioRpcError, match="model: is empty, and the mesh serves several; one of: m, n"):
+            await setup.stub.GetModelInfo(mesh_pb2.GetModelInfoRequest())
+        setup.parts.models.remove("m")
+        assert (await setup.stub.GetModelInfo(mesh_pb2.GetModelInfoRequest())).model.name == "n"
