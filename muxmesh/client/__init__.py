@@ -10,6 +10,7 @@ from muxmesh.client.outputs import (
     Scheduling,
     Timings,
     TokenLogprobs,
+    Waits,
 )
 from muxmesh.client.prompts import Conversation, Message, Prompt
 from muxmesh.client.request_options import OutputOptions, RequestOptions
@@ -36,4 +37,5 @@ __all__ = [
     "Timings",
     "TokenLogprobs",
     "Tokenized",
+    "Waits",
 ]
