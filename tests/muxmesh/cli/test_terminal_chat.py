@@ -9,8 +9,8 @@ from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
+from muxmesh.cli.command_parser import command_parser
 from muxmesh.cli.line_editor import LineEditor
-from muxmesh.cli.main import command_parser
 from muxmesh.cli.terminal_chat import TerminalChat
 from muxmesh.errors import InvalidRequest, Overloaded
 from tests.support.fake_mesh import FakeMesh, output

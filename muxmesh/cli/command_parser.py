@@ -1,0 +1,311 @@
+"""The parser of all commands and their options. It imports little, because it is built for every command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import NoReturn, get_args
+
+from muxmesh import __version__
+from muxmesh.cli import argument_types, loadtest_options
+from muxmesh.quoting import cut_to_bytes
+from muxmesh.scheduling_policy import PolicyName
+from muxmesh.types import DEFAULT_ADDRESS
+
+_MAX_MESSAGE_BYTES = 500
+"""Of an error about arguments, which lists what is possible."""
+_EXIT_CODES = (
+    "exit codes: 0; 1 for an error of the mesh, a file or a model (with --json as {error, field, message} on standard "
+    "output); 2 for wrong arguments; 130 after Ctrl-C"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line, without the usage of the whole command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with exit code 2."""
+        self.exit(2, f"{self.prog}: {cut_to_bytes(message, _MAX_MESSAGE_BYTES)}; see `{self.prog} --help`\n")
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser: argparse.ArgumentParser = _Parser(
+        prog="muxmesh", description="Serve several LLMs from the same few devices.", epilog=_EXIT_CODES
+    )
+    parser.add_argument("--version", action="version", version=f"muxmesh {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_up(commands)
+    _add_status(commands)
+    _add_generate(commands)
+    _add_chat(commands)
+    _add_tokenize(commands)
+    _add_model(commands)
+    load = _command(commands, "loadtest", "loadtest", loadtest_options.DESCRIPTION)
+    _add_address(load)
+    _add_json(load)
+    _add_json(loadtest_options.add_to(load))
+    _add_simulate(commands)
+    _add_predictor(commands)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, module: str, text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(module=module)
+    return parser
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        type=argument_types.address,
+        default=os.environ.get("MUXMESH_ADDRESS") or DEFAULT_ADDRESS,
+        metavar="HOST:PORT",
+        help="address of the mesh (default: MUXMESH_ADDRESS, else %(default)s)",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON for programs; an error is {error, field, message}"
+    )
+
+
+def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    up = _command(commands, "up", "up", "Start a mesh on this machine and serve until Ctrl-C.")
+    up.add_argument("-c", "--config", type=Path, metavar="mesh.yaml", help="default: one small model on the CPU")
+    up.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        help=f"address of the public API (default: the config, else {DEFAULT_ADDRESS}); port 0 picks a free port",
+    )
+    up.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder for logs and sockets, used by one mesh at a time (default: MUXMESH_STATE_DIR, "
+        "else ~/.local/state/muxmesh)",
+    )
+    up.add_argument(
+        "--hello",
+        nargs="?",
+        const="What is the capital of France, and what is it known for?",
+        metavar="PROMPT",
+        help="when the mesh is ready, send one chat prompt and print the output",
+    )
+    up.add_argument("--quiet", action="store_true", help="print no log lines of the services")
+
+
+_STATUS_COLUMNS = """\
+columns:
+  WAITING, RUNNING  sequences now; WAITING of a unit: requests that wait for admission
+  FINISHED ... OUTPUT TOKENS  since the router started; RESTARTS: further attempts after a worker was lost
+  PREDICTED TAU     rank correlation of predicted and true output lengths (Kendall's; 1 is perfect), of the last 256
+                    outputs; "-": there are fewer than 100
+  QUOTA MIB         part of the KV pool that the model can claim; it uses more while others use less
+  BLOCKS LEASED, CACHED, FREE  token blocks of sequences, of the prefix cache, and to allocate (cached ones included)
+  PREFIX HITS       share of the prompt tokens that were in the prefix cache
+  LEASES            sequences whose KV a worker writes
+  STEPS, TOKENS     computed since the worker started
+  BUSY S            seconds for which the worker held the grant to compute"""
+
+
+def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    status = _command(commands, "status", "status", "Show the models, workers, memory and processes of a mesh.")
+    status.formatter_class = argparse.RawDescriptionHelpFormatter
+    status.epilog = _STATUS_COLUMNS
+    _add_address(status)
+    _add_json(status)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="M", help="model name; optional if the mesh serves only one")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=argument_types.whole,
+        metavar="N",
+        help="longest output (default: as the mesh is configured)",
+    )
+    parser.add_argument(
+        "--temperature", type=argument_types.temperature, default=0.0, metavar="T",
+        help="0 is greedy (the default, so that outputs repeat); `model` is the model's own default, as in the Python "
+        "clients",
+    )  # fmt: skip
+    parser.add_argument("--top-k", type=argument_types.whole, metavar="K", help="0 is off (default: the model's own)")
+    parser.add_argument(
+        "--top-p", type=argument_types.number, metavar="P", help="in (0, 1]; 1 is off (default: the model's own)"
+    )
+    parser.add_argument(
+        "--min-p", type=argument_types.number, metavar="P", help="in [0, 1]; 0 is off (default: the model's own)"
+    )
+    parser.add_argument(
+        "--presence-penalty", type=argument_types.number, default=0.0, metavar="X", help="in [-2, 2]; 0 is off"
+    )
+    parser.add_argument(
+        "--frequency-penalty", type=argument_types.number, default=0.0, metavar="X", help="in [-2, 2]; 0 is off"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=argument_types.number, metavar="X", help="1 is off (default: the model's own)"
+    )
+    parser.add_argument(
+        "--logit-bias",
+        type=argument_types.bias,
+        action="append",
+        default=[],
+        metavar="ID=BIAS",
+        help="added to the logit of a token; repeatable",
+    )
+    parser.add_argument(
+        "--allowed-token-id",
+        type=argument_types.whole,
+        action="append",
+        metavar="ID",
+        dest="allowed_token_ids",
+        help="sample only these tokens; repeatable",
+    )
+    parser.add_argument(
+        "--seed", type=argument_types.whole, metavar="S", help="reproduces an output (default: chosen by the mesh)"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the output before this text; repeatable"
+    )
+    parser.add_argument(
+        "--cache-salt", default="", metavar="TEXT", help="share cached prefixes only with requests of the same salt"
+    )
+    parser.add_argument(
+        "--priority", type=argument_types.whole, default=0, metavar="P", help="lower is sooner (default 0)"
+    )
+    parser.add_argument(
+        "--timeout", type=argument_types.seconds, metavar="SECONDS", help="deadline for the complete output"
+    )
+
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate = _command(commands, "generate", "generate", "Send one prompt and stream the output.")
+    _add_address(generate)
+    _add_sampling(generate)
+    _add_json(generate)
+    generate.add_argument(
+        "-n",
+        "--num-sequences",
+        type=argument_types.whole,
+        default=1,
+        metavar="N",
+        help="number of outputs; greedy outputs are all the same",
+    )
+    generate.add_argument(
+        "--logprobs",
+        type=argument_types.whole,
+        metavar="K",
+        help="log-probabilities with K candidates per output token; needs --json",
+    )
+    generate.add_argument(
+        "--prompt-logprobs",
+        type=argument_types.whole,
+        metavar="K",
+        help="the same for the tokens of the prompt; needs --json",
+    )
+    generate.add_argument(
+        "--expected-output-tokens", type=argument_types.whole, metavar="N",
+        help="your estimate of the output length; its weight depends on how accurate earlier estimates with the same "
+        "--cache-salt were",
+    )  # fmt: skip
+    generate.add_argument(
+        "--explain", action="store_true", help="print when the request was served and why; with --json as `scheduling`"
+    )
+    generate.add_argument("--chat", action="store_true", help="apply the model's chat template to the prompt")
+    generate.add_argument("prompt", metavar="PROMPT", help="`-` reads it from standard input")
+
+
+def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    chat = _command(
+        commands,
+        "chat",
+        "chat",
+        "Hold a conversation with a model. Without a terminal, each line of standard input is a message.",
+    )
+    _add_address(chat)
+    _add_sampling(chat)
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument(
+        "--no-history", dest="history", action="store_false",
+        help="keep what is typed out of the history of later chats (STATE_DIR/chat_history, which only you can read)",
+    )  # fmt: skip
+
+
+def _add_tokenize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    tokenize = _command(commands, "tokenize", "tokenize", "Show the tokens of a text, or the text of token ids.")
+    _add_address(tokenize)
+    tokenize.add_argument("--model", metavar="M", help="model name; optional if the mesh serves only one")
+    _add_json(tokenize)
+    tokenize.add_argument("--chat", action="store_true", help="the text is a user message for the chat template")
+    tokenize.add_argument("--no-special-tokens", action="store_true", help="without the tokenizer's own, such as a BOS")
+    tokenize.add_argument("--decode", action="store_true", help="the text is token ids, such as 12,345")
+    tokenize.add_argument("text", metavar="TEXT", help="`-` reads it from standard input")
+
+
+def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    simulate = _command(
+        commands,
+        "simulate",
+        "simulate",
+        "Run a workload in virtual time: scheduling without computing. The workload sets the output lengths.",
+    )
+    simulate.add_argument(
+        "-c", "--config", type=Path, metavar="mesh.yaml", required=True, help="every model needs `engine: sim`"
+    )
+    simulate.add_argument("--workload", required=True, metavar="SPEC", help="as in `muxmesh loadtest --help`")
+    simulate.add_argument("--policy", choices=get_args(PolicyName), help="scheduling policy (default: as configured)")
+    simulate.add_argument(
+        "--tau", type=argument_types.fraction(0, 1), metavar="T",
+        help="for natural outputs: predict lengths with random errors, so that Kendall's tau between predicted and "
+        "true lengths is T in [0, 1]; default: the mesh's own predictor if there are prompt texts, else 0.5",
+    )  # fmt: skip
+    simulate.add_argument("--trace", type=Path, metavar="FILE", help="write each scheduling decision as a line of JSON")
+    simulate.add_argument("--name", metavar="NAME", help="name of this run in reports")
+    simulate.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the report as JSON")
+    simulate.add_argument("--html", type=Path, metavar="FILE", help="write an HTML page with plots")
+    _add_json(simulate)
+
+
+def _add_predictor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    actions = commands.add_parser("predictor", help="Evaluate the output length predictor.")
+    evaluate = _command(
+        actions.add_subparsers(required=True, metavar="ACTION"), "eval", "predictor",
+        "Replay a file of outputs: each length is predicted before the predictor learns it.",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help='a .jsonl file, optionally gzipped; required keys: "prompt", "n_out"; optional: "model", "task" and '
+        '"censored", true if the output was cut off',
+    )
+    _add_json(evaluate)
+
+
+def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    model = commands.add_parser("model", help="List, download and inspect models.").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    listing = _command(model, "list", "model", "List the models of the catalog.")
+    listing.set_defaults(action="list")
+    _add_json(listing)
+    pull = _command(model, "pull", "model", "Download and prepare a catalog model, unless it is present.")
+    pull.set_defaults(action="pull")
+    pull.add_argument("name", metavar="NAME", help="a name that `muxmesh model list` shows")
+    _add_json(pull)
+    inspect = _command(
+        model, "inspect", "model", "Show what an engine would load from a model, or why it cannot load it."
+    )
+    inspect.set_defaults(action="inspect")
+    inspect.add_argument(
+        "path",
+        metavar="PATH",
+        help="a folder in Hugging Face style, a GGUF file, or the name of a downloaded catalog model",
+    )
+    _add_json(inspect)
