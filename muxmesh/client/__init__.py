@@ -10,13 +10,13 @@ from muxmesh.client.outputs import (
     Scheduling,
     Timings,
     TokenLogprobs,
-    Waits,
 )
 from muxmesh.client.prompts import Conversation, Message, Prompt
 from muxmesh.client.request_options import OutputOptions, RequestOptions
 from muxmesh.client.retries import NO_RETRIES, Retries
 from muxmesh.client.sync import SyncMeshClient
 from muxmesh.client.tokens import Tokenized
+from muxmesh.types import Waits
 
 __all__ = [
     "NO_RETRIES",
