@@ -356,3 +356,10 @@ def test_the_quantum_is_positive_and_finite(value: str) -> None:
 def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
     (problem,) = problems("order: {policy: lifo}")
     assert problem == "1: order.policy: is 'lifo'; must be fcfs, sjf, srtf, srtf-aged, hrrn or mlfq"
+
+
+def test_exempt_clients_are_addresses_and_networks_and_survive_the_runtime_file() -> None:
+    given = MeshConfig.model_validate({"router": {"exempt_clients": ["10.0.0.5", "10.1.0.0/16", "2001:db8::/64"]}})
+    read = MeshConfig.model_validate_json(given.model_dump_json())
+    assert [str(one) for one in read.router.exempt_clients] == ["10.0.0.5/32", "10.1.0.0/16", "2001:db8::/64"]
+    assert read == given
