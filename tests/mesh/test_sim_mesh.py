@@ -346,7 +346,7 @@ RAW = {
     "text that is not UTF-8": (b"\x12\x03sim" + b"\x1a\x02\xff\xfe", "text", "not valid UTF-8"),
     "a role that is not UTF-8": (
         b"\x12\x03sim" + b"\xa2\x06\x05" + b"\x0a\x03" + b"\x0a\x01\xff",
-        "chat.messages.role",
+        "chat.messages[0].role",
         "not valid UTF-8",
     ),
     "a field of another version": (b"\x12\x03sim" + b"\x1a\x01a" + b"\xf8\x3f\x01", "(number 1023)", "does not know"),
@@ -377,8 +377,10 @@ async def test_invalid_bytes_are_refused_by_the_name_of_their_field(
     assert problem in bad_request.field_violations[0].description
 
 
-async def test_a_prompt_of_ten_megabytes_is_refused(mesh: RunningMesh) -> None:
-    with pytest.raises(InvalidRequest, match="text: is 10000000 bytes"):
+async def test_a_prompt_above_the_limit_is_refused_with_its_size(mesh: RunningMesh) -> None:
+    with pytest.raises(InvalidRequest, match="text: is 65537 bytes; at most 65536"):
+        await mesh.client.generate("x" * 65_537, model="sim")
+    with pytest.raises(InvalidRequest, match="request: is 100000.. bytes; at most"):  # the message is not received
         await mesh.client.generate("x" * 10_000_000, model="sim")
 
 
