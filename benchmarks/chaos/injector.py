@@ -31,13 +31,10 @@ class Injector:
         at_s, problem, note = self._now_s(), "", ""
         try:
             pid = await fault.inject(self._processes, planned.target)
-            await asyncio.sleep(planned.hold_s)
-            await fault.undo(self._processes, planned.target, pid)
-            await fault.recovered(self._processes, planned.target, pid)
         except (LookupError, ProcessLookupError):
             note = "did not run"
-        except NotRecovered as error:
-            problem = str(error)
+        else:
+            problem = await self._problem(fault, planned, pid)
         happened = InjectedFault(
             fault.name,
             planned.target,
@@ -50,3 +47,15 @@ class Injector:
         )
         self.faults.append(happened)
         print(fault_line(happened), flush=True)
+
+    async def _problem(self, fault: Fault, planned: PlannedFault, pid: int) -> str:
+        """Undoes a fault that hit ``pid``, and waits until the mesh has recovered. Returns what went wrong, or ""."""
+        await asyncio.sleep(planned.hold_s)
+        try:
+            await fault.undo(self._processes, planned.target, pid)
+            await fault.recovered(self._processes, planned.target, pid)
+        except NotRecovered as error:
+            return str(error)
+        except (LookupError, ProcessLookupError):
+            return "does not run any more"
+        return ""

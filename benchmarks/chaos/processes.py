@@ -106,7 +106,7 @@ class MeshProcesses:
             return REDIS
         values = dict(itertools.pairwise(words))
         if (module := values.get("-m", "")) not in _MODULES:
-            return " ".join(words)
+            return module or " ".join(words)
         key = ProcessKey(_MODULES[module], values.get("--unit", ""), values.get("--model", ""))  # type: ignore[arg-type]
         return self.runtime.display_name(key)
 
