@@ -25,6 +25,8 @@ _MODULE = "muxmesh.models.template_process"
 _LENGTH_BYTES = 4
 _MAX_ANSWER_BYTES = 1 << 30
 _EXIT_S = 5.0
+_START_S = 60.0
+"""Of a new process. Only CPU time counts for the budget of compiling."""
 _MAX_REASON_BYTES = 200
 """Of the words of a template, which may quote the conversation."""
 
@@ -33,8 +35,8 @@ _MAX_REASON_BYTES = 200
 class TemplateBudget:
     """What compiling a template, and each rendering, may take.
 
-    ``wall_s`` ends a process that gets no CPU time, such as a stopped one. The output may have ``min_output_bytes``, or
-    ``output_ratio`` times the bytes of the messages if that is more.
+    ``wall_s`` ends a process that gets no CPU time for a rendering, such as a stopped one. The output may have
+    ``min_output_bytes``, or ``output_ratio`` times the bytes of the messages if that is more.
     """
 
     cpu_s: float = 1.0
@@ -69,6 +71,7 @@ class ChatTemplate:
         self._budget = budget
         self._process: _Process | None = None
         self._is_compiled = False
+        self._is_checked = problem is not None
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "chat-template")
 
@@ -80,11 +83,14 @@ class ChatTemplate:
 
     @property
     def problem(self) -> str | None:
-        """Why the template cannot be used, in one line; None if it can. Waits until it is compiled."""
-        with self._lock:
-            if not self._is_compiled:
+        """Why the template cannot be used, in one line; None if it can.
+
+        Waits only until it has been compiled once, so that a rendering delays nobody who asks. Raises Unavailable.
+        """
+        if not self._is_checked:
+            with self._lock:
                 self._compile()
-            return self._problem
+        return self._problem
 
     def submit(self, messages: Sequence[Mapping[str, str]]) -> Future[str]:
         """`render` in a thread of this template, so that one model's template delays no other model."""
@@ -142,18 +148,18 @@ class ChatTemplate:
             return
         self._process = self._process or self._started()
         try:
-            answer = self._process.receive(self._budget.wall_s)
+            answer = self._process.receive(_START_S)
         except _Ended as ended:
             self._process = None
-            if ended.code == -signal.SIGKILL and not ended.used_up:  # not for anything that the template did
-                raise Unavailable("the process for chat templates was killed") from ended
+            if ended.code == -signal.SIGKILL:  # not for anything that the template did
+                raise Unavailable("the process for chat templates was killed or did not start in time") from ended
             answer = b"e" + self._excess(ended).encode()
         if answer[:1] == b"e":
             self._problem = (
                 f"the model's chat template cannot be compiled: {cut_to_bytes(answer[1:].decode(), _MAX_REASON_BYTES)}"
             )
             self._process = None
-        self._is_compiled = True
+        self._is_compiled = self._is_checked = True
 
     def _started(self) -> _Process:
         self._is_compiled = False

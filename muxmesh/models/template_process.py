@@ -177,14 +177,15 @@ class _CpuLimit:
 
 
 def _message(error: Exception) -> bytes:
-    """The error of a template, in one line."""
+    """What the template or jinja2 says. The other end shows it in one line."""
     if isinstance(error, MemoryError):
         return b"needs too much memory"
-    text = " ".join(str(error).split())
-    if not isinstance(error, jinja2.TemplateError | RefusedError):
-        text = f"{type(error).__name__}: {text}"
-    elif isinstance(error, jinja2.TemplateSyntaxError):
-        text = f"line {error.lineno}: {' '.join((error.message or '').split())}"
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        text = f"line {error.lineno}: {error.message}"
+    elif isinstance(error, jinja2.TemplateError | RefusedError):
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {error}"
     return text[:_MAX_ERROR].encode(errors="replace")
 
 
