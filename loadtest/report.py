@@ -22,7 +22,7 @@ PERCENTILES = (50, 90, 95, 99)
 MAX_DRIVER_CPU = 0.9
 """Share of one core; the driver's event loop cannot use more than one."""
 MAX_LAG = 0.1
-"""Of the driver's event loop: its 99th percentile as a share of the median TTFT, its mean as one of the median ITL."""
+"""Of the driver's event loop: its 99th percentile as a share of that of the TTFT, its mean of the medians."""
 _TIMER_MS = 1.0
 """Resolution of the event loop's timers; a lag below it is not measurable."""
 _ERRORS_SHOWN = 5
@@ -156,12 +156,12 @@ def bottleneck(report: Mapping[str, Any]) -> str | None:
     driver = report["driver"]
     if driver["cpu_share"] > MAX_DRIVER_CPU:
         return f"the driver used {driver['cpu_share']:.0%} of a core, more than {MAX_DRIVER_CPU:.0%}"
-    for kind, metric in (("p99", "ttft"), ("mean", "itl")):
-        lag_ms, measured_ms = driver[f"{kind}_lag_ms"], report[f"median_{metric}_ms"]
+    for kind, figure, metric in (("p99", "p99", "ttft"), ("mean", "median", "ttft"), ("mean", "median", "itl")):
+        lag_ms, measured_ms = driver[f"{kind}_lag_ms"], report[f"{figure}_{metric}_ms"]
         if measured_ms is not None and lag_ms > (limit_ms := max(_TIMER_MS, MAX_LAG * measured_ms)):
             return (
                 f"the driver was {lag_ms:.1f} ms late ({kind}), more than {limit_ms:.1f} ms "
-                f"({MAX_LAG:.0%} of the median {metric.upper()})"
+                f"({MAX_LAG:.0%} of the {figure} {metric.upper()})"
             )
     return None
 

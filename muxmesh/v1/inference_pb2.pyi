@@ -342,7 +342,9 @@ class StoppingOptions(_message.Message):
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
-    def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At most 64 of at most 1,024 characters. A special token is refused if its text is skipped, as it would never match."""
+
     def __init__(
         self,
         *,

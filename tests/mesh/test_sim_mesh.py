@@ -380,7 +380,7 @@ async def test_invalid_bytes_are_refused_by_the_name_of_their_field(
 async def test_a_prompt_above_the_limit_is_refused_with_its_size(mesh: RunningMesh) -> None:
     with pytest.raises(InvalidRequest, match="text: is 65537 bytes; at most 65536"):
         await mesh.client.generate("x" * 65_537, model="sim")
-    with pytest.raises(InvalidRequest, match="request: is 100000.. bytes; at most"):  # the message is not received
+    with pytest.raises(InvalidRequest, match=r"request: is 100000.. bytes; at most"):  # the message is not received
         await mesh.client.generate("x" * 10_000_000, model="sim")
 
 
