@@ -21,8 +21,8 @@ from muxmesh.cli.terminal_text import harmless
 from muxmesh.errors import InvalidRequest, MeshError
 from muxmesh.quoting import quoted
 
-_EXTRAS = {"aiohttp": "loadtest", "prompt_toolkit": "chat"}
-"""The extra of this package that installs a module. All other optional modules belong to the extra `serve`."""
+_EXTRAS = {"loadtest": "loadtest", "chat": "chat"}
+"""The extra of this package that a command needs. All others need `serve`."""
 
 _OPTIONS = {
     **{
@@ -77,7 +77,7 @@ def _run(arguments: list[str] | None) -> int:
     except BrokenPipeError:
         raise
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0], "serve")
+        extra = _EXTRAS.get(parsed.module, "serve")
         return _report(parsed, error, f"{error}; this needs muxmesh installed with its extra `{extra}`")
     except MeshError as error:
         return _report(parsed, error, _in_terms_of_options(error))
@@ -96,7 +96,8 @@ def _report(parsed: argparse.Namespace, error: Exception, message: str) -> int:
         from muxmesh.cli.common import print_json  # noqa: PLC0415 - loads protobuf, which not every command needs
 
         field = error.field if isinstance(error, InvalidRequest) else None
-        print_json({"error": type(error).__name__, "field": field, "message": str(error)})
+        text = str(error) if isinstance(error, InvalidRequest) else message
+        print_json({"error": type(error).__name__, "field": field, "message": text})
     else:
         print(f"muxmesh: {harmless(message, sys.stderr)}", file=sys.stderr)
     return 1
