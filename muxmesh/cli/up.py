@@ -94,7 +94,7 @@ async def _serve(
 ) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does with SIGHUP
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
     mesh = MeshSupervisor(runtime, state_dir, show_line, SystemClock())
     stopped = asyncio.create_task(stop.wait())

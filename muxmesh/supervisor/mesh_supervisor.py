@@ -56,7 +56,7 @@ def state_lock(state_dir: Path) -> Iterator[None]:
     process, so the pid in the file is for people only.
     """
     try:
-        state_dir.mkdir(parents=True, exist_ok=True)
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = os.open(state_dir / "mesh.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise ConfigError(f"state directory {state_dir} cannot be written: {error.strerror}") from error

@@ -233,6 +233,29 @@ async def test_a_mesh_without_standard_streams_serves_and_ends(config: Path) -> 
     assert (config.parent / "state" / "mesh.lock").read_text() == str(process.pid), "no output is in the file"
 
 
+@pytest.mark.mesh
+async def test_nohup_keeps_a_mesh_and_sigint_ends_one_in_the_background_of_a_shell(config: Path) -> None:
+    """nohup ignores SIGHUP; a shell ignores SIGINT for what it runs in the background."""
+    ignoring = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    started = await asyncio.create_subprocess_exec(
+        "nohup", sys.executable, "-c", ignoring, *up(config, "--quiet"), stdout=asyncio.subprocess.PIPE
+    )
+    async with ended(started) as process:
+        await until_ready(process)
+        process.send_signal(signal.SIGHUP)
+        (worker,) = processes_that_name(config.parent, "decode_svc")
+        os.kill(worker, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while processes_that_name(config.parent, "decode_svc") in (set(), {worker}):
+                await asyncio.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(60):
+            await process.wait()
+    assert process.returncode == 0
+
+
 LIMITED = (
     "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); from muxmesh.cli.main import main"
 )

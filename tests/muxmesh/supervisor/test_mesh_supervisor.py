@@ -121,6 +121,16 @@ def test_the_lock_of_a_state_directory_is_free_after_the_block(state_dir: Path) 
             assert (state_dir / "state" / "mesh.lock").read_text() == str(os.getpid())
 
 
+def test_a_state_directory_is_private_whatever_the_umask(state_dir: Path) -> None:
+    before = os.umask(0)
+    try:
+        with state_lock(state_dir / "state"):
+            modes = [stat.S_IMODE(path.stat().st_mode) for path in (state_dir / "state", state_dir / "state/mesh.lock")]
+    finally:
+        os.umask(before)
+    assert modes == [0o700, 0o600]
+
+
 def test_port_zero_becomes_a_free_port() -> None:
     host, _, port = free_listen_address("127.0.0.1:0").rpartition(":")
     assert host == "127.0.0.1"
