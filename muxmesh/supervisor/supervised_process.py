@@ -186,7 +186,7 @@ class SupervisedProcess:
                 await asyncio.sleep(CHECK_EVERY_S)
                 responded = None
                 if asked is not None:
-                    responded = asked.done() and asked.result()
+                    responded = asked.done() and self._has_responded(asked)
                     asked = None if asked.done() else asked
                 if reason := liveness.check(is_stopped=_is_stopped(pid), responded=responded):
                     self.signal(signal.SIGKILL)
@@ -194,6 +194,15 @@ class SupervisedProcess:
         finally:
             if asked is not None:
                 asked.cancel()
+
+    def _has_responded(self, asked: asyncio.Task[bool]) -> bool:
+        """The answer of an ended ``ask``. An error of it is logged, and is no response: restarts go on."""
+        if asked.cancelled():
+            return False
+        if (error := asked.exception()) is not None:
+            _log.error("%s cannot be asked", self.spec.name, exc_info=error)
+            return False
+        return asked.result()
 
     async def _collect_output(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None

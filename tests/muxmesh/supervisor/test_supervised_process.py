@@ -366,6 +366,21 @@ async def test_a_process_is_stopped_by_a_signal_and_ends_in_order_all_the_same(t
 
 
 @pytest.mark.usefixtures("fast_checks")
+async def test_a_check_that_fails_stops_no_restart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def broken() -> bool:
+        raise LookupError("no address")
+
+    observed = Observed(SLEEPER, tmp_path, ask=broken)
+    async with started(observed):
+        async with asyncio.timeout(20):
+            while observed.num_asked < 2:
+                await asyncio.sleep(0)
+        await kill(observed)
+    assert observed.num_restarting == 1
+    assert "a/process cannot be asked" in [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.usefixtures("fast_checks")
 async def test_a_check_of_a_process_ends_with_it(tmp_path: Path) -> None:
     observed = Observed(SLEEPER, tmp_path, ask=never)
     async with started(observed):
