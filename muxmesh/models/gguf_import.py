@@ -117,7 +117,8 @@ def import_gguf(gguf: Path, folder: Path, progress: Callable[[int, int], None]) 
 
     def values() -> Iterator[np.ndarray]:
         for done, tensor in enumerate(kept):
-            weights = dequantize(tensor.data, tensor.tensor_type).astype(_dtype(tensor))
+            with np.errstate(all="ignore"):  # what overflows is refused below
+                weights = dequantize(tensor.data, tensor.tensor_type).astype(_dtype(tensor))
             if not np.isfinite(weights).all():
                 raise ModelUnsupported(
                     f"{gguf.name}: tensor {named(tensor.name)} contains NaN or infinity; the file is damaged"
@@ -143,7 +144,8 @@ def _check_tensor(path: Path, tensor: Any, architecture: str) -> None:
             f"{path.name}: tensor {named(tensor.name)} is not part of a supported {architecture} model"
         )
     try:
-        dequantize(tensor.data[:1], tensor.tensor_type)
+        with np.errstate(all="ignore"):
+            dequantize(tensor.data[:1], tensor.tensor_type)
     except NotImplementedError as error:
         raise ModelUnsupported(
             f"{path.name}: tensor {named(tensor.name)} has type {tensor.tensor_type.name}, which is not supported"

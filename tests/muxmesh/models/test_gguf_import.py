@@ -284,8 +284,9 @@ def test_a_truncated_file_is_named(path: Path, fraction: float) -> None:
         read_gguf(path)
 
 
-def test_damaged_weights_are_named(path: Path, folder: Path) -> None:
-    write_gguf(path, TinyGguf(quantization=Type.F16))
+@pytest.mark.parametrize("kind", [Type.F16, Type.F32, Type.Q8_0, Type.Q4_1], ids=lambda kind: kind.name)
+def test_damaged_weights_are_named(path: Path, folder: Path, kind: Type) -> None:
+    write_gguf(path, TinyGguf(quantization=kind, hidden=256, inner=256))
     damaged = next(stored for stored in read_gguf(path).tensors if stored.name == "blk.1.ffn_up.weight")
     content = bytearray(path.read_bytes())
     content[damaged.data_offset : damaged.data_offset + 64] = b"\xff" * 64
