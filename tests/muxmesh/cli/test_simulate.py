@@ -134,8 +134,8 @@ def test_wrong_input_is_refused_with_its_reason(name: str, tmp_path: Path, capsy
 def test_tau_without_effect_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate("-c", config, "--workload", LOAD, "--tau", "0.5") == 1
     assert "no effect" in capsys.readouterr().err
-    assert simulate("-c", config, "--workload", f"{LOAD} output=natural", "--tau", "1.5") == 1
-    assert "from 0 (useless) to 1" in capsys.readouterr().err
+    assert simulate("-c", config, "--workload", f"{LOAD} output=natural", "--tau", "1.5") == 2
+    assert "argument --tau: '1.5' is not a number from 0 to 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--output", "--html", "--trace"])
