@@ -146,7 +146,8 @@ def _finish(document: dict[str, Any], arguments: argparse.Namespace) -> int:
     reports = document.get("reports", [document])
     for report in reports:
         if reason := bottleneck(report):
-            report["driver_bottleneck"] = document["driver_bottleneck"] = reason
+            report["driver_bottleneck"] = reason
+            document.setdefault("driver_bottleneck", reason)
     reason = document.get("driver_bottleneck")
     if arguments.output:
         arguments.output.write_text(json.dumps(document) + "\n")
