@@ -15,11 +15,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from benchmarks.chaos.processes import MeshProcesses
+from muxmesh.supervisor.liveness import CHECK_EVERY_S, MAX_STOPPED_CHECKS
 
 BACK_WITHIN_S = 120.0
 """Bound on a restart: the longest back-off of the supervisor, and the start of a process on a busy machine."""
 HANG_NOTICED_WITHIN_S = 25.0
 """Bound on noticing that a process hangs: the 15 s that the mesh promises, and a busy machine."""
+SHORT_STOP_S = (0.2, (MAX_STOPPED_CHECKS - 1.5) * CHECK_EVERY_S)
+"""Least and most seconds of a stop after which the supervisor does not kill the process."""
 SERVICES = ("router", "kvstore", "prefill", "decode")
 CLIENT = "client"
 """The role, and the name, of a client process of its own."""
@@ -132,7 +135,7 @@ async def _vanishing_client(processes: MeshProcesses, target: str) -> int:
 
 FAULTS: tuple[Fault, ...] = (
     Fault("kill -9", 5, (*SERVICES, "redis"), _kill, _replaced),
-    Fault("stop", 3, (*SERVICES, "redis"), _stop, _survived, _continue, (0.2, 3.5), _no_error, is_judged_alone=True),
+    Fault("stop", 3, (*SERVICES, "redis"), _stop, _survived, _continue, SHORT_STOP_S, _no_error, is_judged_alone=True),
     Fault("hang", 1, (*SERVICES, "redis"), _stop, _killed_and_replaced),
     Fault("end", 1, (*SERVICES, "redis"), _end, _replaced),
     Fault("vanish", 1, (CLIENT,), _vanishing_client, _nothing, allows=_no_error),

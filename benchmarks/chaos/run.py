@@ -6,6 +6,7 @@ The plan and the load are functions of the seed alone; how they interleave depen
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -74,7 +75,8 @@ class ChaosRun:
         rng = random.Random(f"{self._seed} end")
         pids = self._processes.by_pid()
         for pid in rng.sample(sorted(pids, key=lambda pid: pids[pid]), rng.randint(0, 3)):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         await asyncio.sleep(rng.uniform(0.0, 1.5))
         pids |= self._processes.by_pid()
         process, state_dir = self._mesh.process, self._mesh.state_dir

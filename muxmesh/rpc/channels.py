@@ -11,7 +11,9 @@ _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # The supervisor restarts a worker within seconds, so reconnects do not back off for long.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # The least time for one attempt to connect. A process that is stopped by a signal neither refuses nor responds:
+    # calls wait until it continues, or until it is killed, which resets the connection.
+    ("grpc.min_reconnect_backoff_ms", 20_000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     # Without it, channels to one address share a connection and its reconnect back-off.
     ("grpc.use_local_subchannel_pool", 1),
