@@ -21,6 +21,7 @@ from muxmesh.models.model_files import MAX_TOKENIZER_BYTES, read_json_object
 from muxmesh.models.special_tokens import read_special_tokens
 from muxmesh.models.token_bound import TokenBound, token_bound
 from muxmesh.models.token_texts import TokenTexts
+from muxmesh.models.tokenizer_class import apply_tokenizer_class
 
 _SIM_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
@@ -120,6 +121,7 @@ def load_text_model(folder: Path | None) -> TextModel:
     tokenizer, pad_token = load_tokenizer(folder / "tokenizer.json")
     path = folder / "tokenizer_config.json"
     config = FileFields(path, read_json_object(path) or {})
+    apply_tokenizer_class(folder, config, tokenizer)
     special_tokens = read_special_tokens(folder, config, tokenizer, pad_token)
     tokenizer.add_tokens(list(special_tokens.additions))
     tokenizer.encode_special_tokens = config.flag("split_special_tokens", False)
