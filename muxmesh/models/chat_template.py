@@ -7,11 +7,11 @@ the budget and the process; `muxmesh.models.template_process` knows jinja2.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,6 +52,8 @@ DEFAULT_BUDGET = TemplateBudget()
 class ChatTemplate:
     """A template and the process that renders it, which starts when it is needed. Thread-safe.
 
+    One thread does everything, and owns the process: the kernel ends a process with the thread that started it.
+
     ``variables``: what a template finds besides the messages, such as `bos_token`. ``problem``: why there is no usable
     source; `render` refuses with it.
     """
@@ -72,14 +74,11 @@ class ChatTemplate:
         self._process: _Process | None = None
         self._is_compiled = False
         self._is_checked = problem is not None
-        self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "chat-template")
 
     def start(self) -> None:
         """Starts the process, and does not wait for it. Raises Unavailable."""
-        with self._lock:
-            if self._problem is None and self._process is None:
-                self._process = self._started()
+        self._thread.submit(self._start).result()
 
     @property
     def problem(self) -> str | None:
@@ -88,13 +87,12 @@ class ChatTemplate:
         Waits only until it has been compiled once, so that a rendering delays nobody who asks. Raises Unavailable.
         """
         if not self._is_checked:
-            with self._lock:
-                self._compile()
+            self._thread.submit(self._compile).result()
         return self._problem
 
     def submit(self, messages: Sequence[Mapping[str, str]]) -> Future[str]:
-        """`render` in a thread of this template, so that one model's template delays no other model."""
-        return self._thread.submit(self.render, messages)
+        """`render` without waiting. A rendering that is cancelled before it begins is left out."""
+        return self._thread.submit(self._rendered, messages)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Renders a conversation as text that ends where the reply of the assistant begins.
@@ -102,6 +100,13 @@ class ChatTemplate:
         Raises InvalidRequest if the template is unusable (`chat`), or if it rejects the conversation or exceeds its
         budget (`chat.messages`); Unavailable if no process can be started.
         """
+        return self.submit(messages).result()
+
+    def _start(self) -> None:
+        if self._problem is None and self._process is None:
+            self._process = self._started()
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
         conversation = json.dumps(messages).encode()
         request = {
             "variables": {
@@ -114,8 +119,7 @@ class ChatTemplate:
             "now_unix_s": self._clock.unix_s(),
             "max_bytes": max(self._budget.min_output_bytes, self._budget.output_ratio * len(conversation)),
         }
-        with self._lock:
-            answer = self._answer(json.dumps(request).encode())
+        answer = self._answer(json.dumps(request).encode())
         if answer[:1] == b"e":
             reason = cut_to_bytes(answer[1:].decode(), _MAX_REASON_BYTES)
             raise InvalidRequest("chat.messages", f"rejected by the model's chat template: {reason}")
@@ -190,14 +194,14 @@ class _Ended(Exception):
 
 
 class _Process:
-    """A running process and the socket to it. It ends with this object, and with this process."""
+    """A running process and the socket to it. It ends with this object, and with the thread that starts it."""
 
     def __init__(self) -> None:
         """Raises Unavailable if it cannot be started."""
         try:
             ours, theirs = socket.socketpair()
             with theirs:
-                command = [sys.executable, "-m", _MODULE, str(theirs.fileno())]
+                command = [sys.executable, "-m", _MODULE, str(theirs.fileno()), str(os.getpid())]
                 self._popen = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         except OSError as error:
             raise Unavailable(f"the process for chat templates cannot be started: {error}") from error
@@ -236,7 +240,7 @@ class _Process:
         return bytes(received)
 
     def _ended(self, timed_out: bool) -> _Ended:
-        """Ends the process, and tells how it ended."""
+        """Ends the process; returns how it ended."""
         if timed_out:
             self._end()
             return _Ended(-signal.SIGKILL, used_up=True)

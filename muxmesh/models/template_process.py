@@ -25,6 +25,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from muxmesh.parent_death import die_with_parent
+
 LENGTH_BYTES = 4
 _PAGE_BYTES = resource.getpagesize()
 _MAX_ERROR = 300
@@ -131,11 +133,13 @@ class Renderer:
 
 
 def main() -> None:
-    """Serves until the other end closes the socket, whose number is the only argument."""
+    """Serves until the other end closes the socket. The arguments are its number and the id of the parent process."""
+    connection_number, parent_pid = map(int, sys.argv[1:])
+    die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the router
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # what the parent ignores or blocks, is inherited
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
-    with socket.socket(fileno=int(sys.argv[1])) as connection:
+    with socket.socket(fileno=connection_number) as connection:
         start = _receive(connection)
         if start is None:
             return

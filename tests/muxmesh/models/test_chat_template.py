@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 from muxmesh.clock import ManualClock
 from muxmesh.errors import InvalidRequest
 from muxmesh.models.chat_template import ChatTemplate, TemplateBudget
+from tests.support.processes import ended_popen
 
 SMALL = TemplateBudget(cpu_s=0.2, memory_bytes=64 << 20, min_output_bytes=10_000)
 USER = [{"role": "user", "content": "hi"}]
@@ -112,6 +116,35 @@ def test_a_process_that_is_killed_is_replaced_without_an_error() -> None:
     (pid,) = children() - before
     os.kill(pid, signal.SIGKILL)
     assert made.render(USER) == "hi"
+
+
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["running", "stopped by a signal"])
+@pytest.mark.parametrize("is_killed", [False, True], ids=["parent exits", "parent is killed"])
+def test_the_process_dies_with_its_parent(is_stopped: bool, is_killed: bool) -> None:
+    script = (
+        "from pathlib import Path\n"
+        "from muxmesh.models.chat_template import ChatTemplate\n"
+        "made = ChatTemplate('x', {})\n"
+        "assert made.render([{'role': 'user', 'content': 'hi'}]) == 'x'\n"
+        "print(*(one.read_text() for one in Path('/proc/self/task').glob('*/children')), sep='', flush=True)\n"
+        "input()"
+    )
+    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
+    with ended_popen(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)) as parent:
+        assert parent.stdout is not None
+        pidfd = os.pidfd_open(int(parent.stdout.readline()))
+        if is_stopped:
+            signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+        if is_killed:
+            parent.kill()
+        parent.communicate("\n", timeout=20)
+    try:
+        readable, _, _ = select.select([pidfd], [], [], 20)
+        if not readable:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    finally:
+        os.close(pidfd)
+    assert readable, "the process survived its parent"
 
 
 def test_a_process_that_gets_no_time_is_stopped_after_a_while() -> None:
