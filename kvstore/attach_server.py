@@ -32,6 +32,7 @@ from kvstore.progress_page import ProgressPage, new_progress_fd
 from kvstore.unit import Unit
 from kvstore.worker_slots import WorkerRecord
 from muxmesh.errors import MeshError
+from muxmesh.process_state import ProcessState, process_state
 from muxmesh.quoting import quoted
 from muxmesh.step_cost import StepCost
 from muxmesh.types import Role
@@ -214,7 +215,8 @@ class AttachServer:
     def _check_heartbeats(self) -> None:
         """Kills ready workers without a heartbeat in `MAX_SILENT_CHECKS` checks.
 
-        Checks are counted, not seconds, so that no worker is killed because the machine was suspended.
+        Checks are counted, not seconds, so that no worker is killed because the machine was suspended. They do not
+        count while a debugger is attached to the worker.
         """
         for attachment in list(self._attachments.values()):
             beat = self._grants.page.read(attachment.slot, Word.HEARTBEATS)
@@ -222,6 +224,8 @@ class AttachServer:
                 attachment.last_beat, attachment.num_silent_checks = beat, 0
                 continue
             attachment.num_silent_checks += 1
+            if process_state(attachment.worker.pid) is ProcessState.TRACED:
+                attachment.num_silent_checks = 0
             if attachment.num_silent_checks == MAX_SILENT_CHECKS:
                 self._kill(attachment, f"sent no heartbeat for {MAX_SILENT_CHECKS * self._check_every_s:g} s")
         self._check_timer = asyncio.get_running_loop().call_later(self._check_every_s, self._check_heartbeats)

@@ -1,9 +1,12 @@
 """Decides whether a process hangs, from regular checks. Does no I/O and reads no clock.
 
 Checks are counted, not seconds: after the supervisor or the whole machine was suspended, no process is killed for it.
+A process with a debugger never hangs.
 """
 
 from __future__ import annotations
+
+from muxmesh.process_state import ProcessState
 
 CHECK_EVERY_S = 1.0
 """Interval between two checks of a process."""
@@ -31,17 +34,19 @@ class Liveness:
         """True if the process is to be asked for a response before the next check."""
         return self._checks_until_asked <= 0
 
-    def check(self, *, is_stopped: bool, responded: bool | None) -> str | None:
+    def check(self, state: ProcessState, *, responded: bool | None) -> str | None:
         """Adds one check; returns why the process has to be killed, or None.
 
-        ``is_stopped``: the process is stopped by a signal. ``responded``: None if it was not asked.
+        ``responded``: None if the process was not asked.
         """
-        self._num_stopped = self._num_stopped + 1 if is_stopped else 0
+        self._num_stopped = self._num_stopped + 1 if state is ProcessState.STOPPED else 0
         self._checks_until_asked -= 1
         if responded:
             self._has_responded, self._num_silent, self._checks_until_asked = True, 0, ASK_EVERY_CHECKS - 1
         elif responded is not None:
             self._num_silent += 1
+        if state is ProcessState.TRACED:
+            self._num_silent = 0
         if self._num_stopped >= MAX_STOPPED_CHECKS:
             return f"was stopped by a signal for {self._num_stopped * CHECK_EVERY_S:.0f} s"
         if self._has_responded and self._num_silent >= MAX_SILENT_CHECKS:

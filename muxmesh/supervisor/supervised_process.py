@@ -19,6 +19,7 @@ from typing import Any
 from muxmesh.background_task import end
 from muxmesh.clock import Clock
 from muxmesh.errors import Unavailable
+from muxmesh.process_state import process_state
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, Liveness
 from muxmesh.supervisor.log_file import LogFile
 
@@ -188,7 +189,7 @@ class SupervisedProcess:
                 if asked is not None:
                     responded = asked.done() and self._has_responded(asked)
                     asked = None if asked.done() else asked
-                if reason := liveness.check(is_stopped=_is_stopped(pid), responded=responded):
+                if reason := liveness.check(process_state(pid), responded=responded):
                     self.signal(signal.SIGKILL)
                     return reason
         finally:
@@ -196,7 +197,7 @@ class SupervisedProcess:
                 asked.cancel()
 
     def _has_responded(self, asked: asyncio.Task[bool]) -> bool:
-        """The answer of an ended ``ask``. An error of it is logged, and is no response: restarts go on."""
+        """The result of an ended ``ask``. An error of it is logged and counts as no response."""
         if asked.cancelled():
             return False
         if (error := asked.exception()) is not None:
@@ -225,12 +226,3 @@ class SupervisedProcess:
     def _failure(self, problem: str) -> str:
         output = "\n".join(f"  {line}" for line in self._last_lines)
         return f"{self.spec.name} {problem}" + (f"; its last output:\n{output}" if output else "")
-
-
-def _is_stopped(pid: int) -> bool:
-    """True if a process of this user is stopped by a signal or a debugger."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
-    except OSError:  # it has exited
-        return False
-    return state in "Tt"

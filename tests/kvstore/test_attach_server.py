@@ -28,6 +28,7 @@ from muxmesh.errors import Unavailable
 from muxmesh.models.model_spec import KvShape
 from muxmesh.step_cost import StepCost
 from muxmesh.types import KvDemand, QueuedRequest, Role, SchedulingState
+from tests.support.debugged_process import debugged_process
 from tests.support.virtual_time import run_virtually
 from worker.attachment import attach, attach_writer
 
@@ -416,6 +417,19 @@ def test_a_ready_worker_without_heartbeats_is_killed(tmp_path: Path) -> None:
     first_check_s = BEAT_EVERY_S
     killed_at_s = play(tmp_path / "a.sock", story).fence.killed_at_s
     assert killed_at_s == {0: pytest.approx(first_check_s + MAX_SILENT_CHECKS * BEAT_EVERY_S)}
+
+
+def test_a_worker_in_a_debugger_needs_no_heartbeats(tmp_path: Path) -> None:
+    async def story(scenario: Scenario) -> None:
+        worker = scenario.server.unit.workers[await scenario.attach_ready()]
+        own_pid = worker.pid
+        with debugged_process() as worker.pid:
+            await asyncio.sleep(100 * MAX_SILENT_CHECKS * BEAT_EVERY_S)
+            assert scenario.fence.killed_at_s == {}
+        worker.pid = own_pid
+        await asyncio.sleep(2 * MAX_SILENT_CHECKS * BEAT_EVERY_S)
+
+    assert list(play(tmp_path / "a.sock", story).fence.killed_at_s) == [0], "without the debugger it is killed"
 
 
 def test_a_worker_with_a_heartbeat_in_every_tenth_check_is_not_killed(tmp_path: Path) -> None:

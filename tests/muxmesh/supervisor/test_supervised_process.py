@@ -17,7 +17,9 @@ import pytest
 from muxmesh.clock import Clock, ManualClock, SystemClock
 from muxmesh.errors import Unavailable
 from muxmesh.supervisor import supervised_process
+from muxmesh.supervisor.liveness import MAX_SILENT_CHECKS
 from muxmesh.supervisor.supervised_process import HEALTHY_AFTER_S, ProcessSpec, SupervisedProcess
+from tests.support.debugged_process import DEBUGGED, skip_without_permission
 
 SLEEPER = "import time; print('up', flush=True); time.sleep(600)"
 STUBBORN = (
@@ -351,6 +353,21 @@ async def test_a_process_that_no_longer_responds_is_killed_and_restarted(
         hangs.set()
         await until_restarted(observed)
     assert warnings(caplog)[0] == "a/process: did not respond for 8 s and was killed; restart in 0.0 s"
+
+
+@pytest.mark.usefixtures("fast_checks")
+async def test_a_process_in_a_debugger_is_not_killed_although_it_stands_and_does_not_respond(tmp_path: Path) -> None:
+    async def responds_until_debugged() -> bool:
+        return not observed.lines
+
+    observed = Observed(DEBUGGED, tmp_path, ask=responds_until_debugged)
+    async with started(observed) as process:
+        skip_without_permission(observed.lines[0].removeprefix("a/process: "))
+        pid, num_asked = process.pid, observed.num_asked
+        async with asyncio.timeout(20):
+            while observed.num_asked < num_asked + 3 * MAX_SILENT_CHECKS:
+                await asyncio.sleep(0)
+        assert (process.pid, process.num_restarts) == (pid, 0)
 
 
 @pytest.mark.usefixtures("fast_checks")
