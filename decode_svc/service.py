@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +11,7 @@ import grpc
 
 from decode_svc.lease_arrivals import LeaseArrivals
 from decode_svc.token_outbox import TokenOutboxes
+from muxmesh.background_task import background
 from muxmesh.engine.api import EngineJob, Failed, Finished, Preempted, Tokens
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.errors import InternalError, MeshError
@@ -105,20 +105,10 @@ def _new_tokens(lease_id: int, event: Tokens) -> decode_pb2.NewTokens:
     )
 
 
-def _on_watch_ended(context: WorkerContext, watch: asyncio.Task[None]) -> None:
-    """Gives up after a bug in the watch: without it, every request of this worker would wait for ever."""
-    if not watch.cancelled() and (error := watch.exception()) is not None:
-        context.give_up(f"the watch of leases failed: {type(error).__name__}: {error}")
-
-
 @asynccontextmanager
 async def open_services(context: WorkerContext) -> AsyncIterator[Services]:
     """Opens the services of a decode worker, and watches its leases until the context ends."""
     service = DecodeService(context)
-    watch = asyncio.create_task(service.watch_leases(), name="lease watch")
-    watch.add_done_callback(functools.partial(_on_watch_ended, context))
     register = functools.partial(decode_pb2_grpc.add_DecodeServiceServicer_to_server, service)
-    try:
+    async with background(service.watch_leases(), "lease watch", context.give_up):
         yield {decode_pb2.DESCRIPTOR.services_by_name["DecodeService"]: register}
-    finally:
-        watch.cancel()

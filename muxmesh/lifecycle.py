@@ -77,6 +77,11 @@ class Stop:
         if self._starting is not None and not self._serving:
             self._starting.cancel()
 
+    def give_up(self, reason: str) -> None:
+        """Logs the reason and requests the stop: this process cannot serve; the supervisor starts another."""
+        _log.error("giving up: %s", reason)
+        self.set()
+
     async def wait(self) -> None:
         """Marks the service as started and waits until `set` is called."""
         self._serving = True

@@ -9,6 +9,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
+from muxmesh.background_task import background
 from muxmesh.clock import Clock, SystemClock
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
 from muxmesh.endpoint_resolver import EndpointResolver
@@ -51,6 +52,8 @@ async def serve(runtime: MeshRuntime, stop: Stop) -> None:
         workers = WorkerChannels(name)
         stack.push_async_callback(workers.close)
         units = await _open_units(runtime, name, policy, clock, registry, stack)
+        for unit in units:
+            await stack.enter_async_context(background(unit.admission.run(), f"admission to {unit.name}", stop.give_up))
         driver = SequenceDriver(
             units.choose, functools.partial(run_attempt, workers, clock), clock, config.router.max_restarts
         )
@@ -98,7 +101,6 @@ async def _open_units(
             model.name: PlacedModel(model, kv_identity(model, runtime.prepared[model.name])) for model in unit.models
         }
         links.append(UnitLink(unit.name, admission, kvstore_pb2_grpc.KvStoreServiceStub(channel), placed))
-        stack.callback(asyncio.create_task(admission.run(), name=f"admission to {unit.name}").cancel)
     return Units(links)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -17,6 +16,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from kvstore.attach_protocol import BEAT_EVERY_S
 from kvstore.progress_page import ProgressPage
+from muxmesh.background_task import start_watched
 from muxmesh.block_hashes import KvIdentity
 from muxmesh.clock import Clock, SystemClock
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
@@ -35,8 +35,6 @@ from worker.compute_grant import ComputeGrant
 from worker.engine_builder import build_engine, num_threads
 from worker.kv_swapper import KvSwapper
 from worker.lease_client import LeaseClient
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +80,11 @@ def worker_main(role: Role, description: str, open_services: OpenServices) -> No
 
 async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: OpenServices, stop: Stop) -> None:
     """Serves one phase of one model until ``stop`` is set. Sets it if the unit is lost or the engine is dead."""
-
-    def give_up(reason: str) -> None:
-        _log.error("giving up: %s", reason)
-        stop.set()
-
     _, config = runtime.model(key.unit, key.model)
     endpoints, clock = runtime.endpoints(), SystemClock()
     endpoint = endpoints[key]
     attachment = await attach(runtime.attach_path(key.unit), Role(key.role), key.model, endpoint.address)
-    attachment.on_unit_lost(lambda: give_up("the unit is lost"))
+    attachment.on_unit_lost(lambda: stop.give_up("the unit is lost"))
     prepared = runtime.prepared[key.model]
     shape = model_spec(prepared.folder).kv_shape(config.block_size, config.dtype)
     grant = ComputeGrant(attachment, clock)
@@ -99,14 +92,14 @@ async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: Open
     engine = build_engine(config, prepared, attachment.pool, grant, policy, grant.count_step)
     await engine.start()
     background = [
-        asyncio.create_task(_watch_engine(engine, give_up), name="engine watch"),
-        asyncio.create_task(_send_heartbeats(attachment), name="heartbeat"),
+        start_watched(_watch_engine(engine, stop.give_up), "engine watch", stop.give_up),
+        start_watched(_send_heartbeats(attachment), "heartbeat", stop.give_up),
     ]
     async with internal_channel(endpoints[ProcessKey("kvstore", key.unit)].address) as channel:
         leases = LeaseClient(channel, attachment.worker)
         swapper = KvSwapper(attachment, shape, leases, clock) if attachment.pool.has_swap else None
         context = WorkerContext(
-            engine, leases, attachment.progress, config, kv_identity(config, prepared), swapper, clock, give_up
+            engine, leases, attachment.progress, config, kv_identity(config, prepared), swapper, clock, stop.give_up
         )
         async with open_services(context) as services:
             server = MeshServer(services)

@@ -277,7 +277,7 @@ async def test_a_worker_whose_watch_of_leases_fails_gives_up(
     monkeypatch.setattr(lease_arrivals.LeaseArrivals, "lease_arrived", failing)
     await worker.hand_off()
     await worker.unit.until(lambda: bool(worker.unit.given_up))
-    assert worker.unit.given_up == ["the watch of leases failed: BufferError: a bug"]
+    assert worker.unit.given_up == ["the task lease watch failed: BufferError: a bug"]
 
 
 async def test_a_request_that_does_not_fit_its_lease_fails_and_the_lease_is_released(worker: DecodeWorker) -> None:

@@ -99,3 +99,37 @@ def test_the_end_of_a_task_can_itself_be_cancelled(new_loop: NewLoop) -> None:
         await asyncio.wait({task})
 
     run(new_loop, cancels())
+
+
+@LOOPS
+def test_a_task_that_fails_is_reported_and_logged_at_once(new_loop: NewLoop, caplog: pytest.LogCaptureFixture) -> None:
+    reasons: asyncio.Queue[str] = asyncio.Queue()
+
+    async def fails() -> None:
+        raise LookupError("a bug")
+
+    async def waits() -> None:
+        async with background(fails(), "watch", reasons.put_nowait):
+            assert await reasons.get() == "the task watch failed: LookupError: a bug"
+
+    run(new_loop, waits())
+    (record,) = caplog.records
+    assert record.getMessage() == "the task watch failed" and record.exc_info is not None
+
+
+@LOOPS
+def test_a_task_that_is_cancelled_or_returns_has_not_failed(new_loop: NewLoop) -> None:
+    reasons: list[str] = []
+
+    async def works(forever: bool) -> None:
+        while forever:
+            await asyncio.sleep(60)
+
+    async def ends() -> None:
+        for forever in (False, True):
+            async with background(works(forever), "works", reasons.append):
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+
+    run(new_loop, ends())
+    assert reasons == []

@@ -24,6 +24,7 @@ from muxmesh.rpc.channels import internal_channel
 from muxmesh.supervisor.mesh_supervisor import free_listen_address
 from muxmesh.types import Finish, FinishReason, LeaseRef
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
+from router.admission_client import UnitAdmission
 from router.app import serve
 from tests.support.fake_unit import FakeKvStore, FakeWorker, serving
 
@@ -181,3 +182,20 @@ async def test_a_router_that_serves_ends_when_it_is_stopped(tmp_path: Path) -> N
         await setup.until_serving()
         setup.stop.set()
         assert await asyncio.wait_for(setup.running, 20) is True
+
+
+async def test_a_router_whose_admission_fails_by_a_bug_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def has_a_bug(self: UnitAdmission, costs: kvstore_pb2.UnitCosts) -> None:
+        raise BufferError("a bug")
+
+    async with router(runtime_in(tmp_path)) as setup:
+        for unit in setup.kvstores:
+            await setup.start_unit(unit)
+        await setup.until_serving()
+        stream = await setup.kvstores["u1"].stream()
+        monkeypatch.setattr(UnitAdmission, "_on_costs", has_a_bug)
+        stream.send(costs=kvstore_pb2.UnitCosts())
+        assert await asyncio.wait_for(asyncio.shield(setup.running), 20), "the router has stopped by itself"
+    assert "giving up: the task admission to u1 failed: BufferError: a bug" in caplog.text
