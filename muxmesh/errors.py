@@ -20,6 +20,8 @@ MeshError
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class MeshError(Exception):
     """Base of all errors that the mesh raises deliberately."""
@@ -32,6 +34,10 @@ class InvalidRequest(MeshError):
         super().__init__(f"{field}: {problem}")
         self.field = field
         self.problem = problem
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
+        """Lets errors be copied, and pass between processes: the default would call the class with the message."""
+        return type(self), (self.field, self.problem)
 
 
 class ModelNotFound(MeshError):

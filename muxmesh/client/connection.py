@@ -1,6 +1,7 @@
 """The connection of a client to its mesh: channels, the wait for a connection, and errors in plain words.
 
 gRPC ties a channel to the event loop that it was opened on, so there is one for each loop, opened by the first call.
+In a process that was forked while a channel was open, gRPC hangs or aborts: `refuse_inherited` reports it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import grpc
 
@@ -34,6 +36,11 @@ _OPTIONS = (
 _STATUS_DETAILS = "grpc-status-details-bin"
 
 
+_connections: WeakSet[MeshConnection] = WeakSet()
+_inherited: list[MeshConnection] = []
+"""Connections that were open when this process was forked."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stubs:
     """A channel with the stubs of the public services."""
@@ -51,8 +58,13 @@ class MeshConnection:
         self.address = check_address(address)
         self._connect_timeout_s = connect_timeout_s
         self._stubs: dict[asyncio.AbstractEventLoop, Stubs] = {}
-        self._process_id: int | None = None
         self._is_closed = False
+        _connections.add(self)
+
+    @property
+    def is_open(self) -> bool:
+        """True if it has a channel."""
+        return bool(self._stubs)
 
     async def ready(self, remaining_s: float | None) -> Stubs:
         """Waits until the mesh is connected or an attempt to connect has failed, so that a call reports why.
@@ -98,9 +110,7 @@ class MeshConnection:
 
     def _open(self) -> Stubs:
         self._refuse_closed()
-        if self._process_id not in (None, os.getpid()):
-            raise RequestAborted("the client was used before a fork; make a client in each process")
-        self._process_id = os.getpid()
+        refuse_inherited()
         loop = asyncio.get_running_loop()
         if loop not in self._stubs:
             for other in [other for other in self._stubs if other.is_closed()]:
@@ -141,6 +151,23 @@ class MeshConnection:
         return Unavailable(
             f"no mesh answers at {self.address} ({reason}); start one with `muxmesh up`, or set another address"
         )
+
+
+def refuse_inherited() -> None:
+    """Raises RequestAborted if a connection was open when this process was forked."""
+    if _inherited:
+        raise RequestAborted(
+            "a client was connected when this process was forked, after which gRPC does not work; close clients before "
+            "a fork, or start processes with `spawn`"
+        )
+
+
+def _after_fork() -> None:
+    _inherited.extend(connection for connection in _connections if connection.is_open)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _deadline_passed() -> DeadlineExceeded:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from muxmesh.client.aio import DEFAULT_CONNECT_TIMEOUT_S, MeshClient
+from muxmesh.client.connection import refuse_inherited
 from muxmesh.client.outputs import Completion, Delta
 from muxmesh.client.prompts import Conversation, Prompt
 from muxmesh.client.request_options import OutputOptions, RequestOptions
@@ -157,6 +158,7 @@ class SyncMeshClient:
             self._thread = _LoopThread()
             atexit.register(self.close)  # the interpreter stops the thread, and then a stream would wait for it
         if not self._thread.is_of_this_process:
+            refuse_inherited()
             raise RequestAborted("the client was used before a fork; make a client in each process")
         return self._thread.loop
 

@@ -1,3 +1,6 @@
+import copy
+import multiprocessing
+import pickle
 import re
 
 import pytest
@@ -46,3 +49,28 @@ def test_a_handler_of_the_general_error_catches_the_special_one(
 ) -> None:
     with pytest.raises(general, match="details"):
         raise special("details")
+
+
+ERRORS = [
+    errors.InvalidRequest("sampling.top_p", "is 2; at most 1"),
+    errors.Overloaded("the queue is full", retry_after_s=0.2),
+    errors.WorkerLost("the worker died"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_an_error_can_be_pickled_and_copied(error: errors.MeshError) -> None:
+    for other in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+        assert (type(other), str(other), vars(other)) == (type(error), str(error), vars(error))
+
+
+def _refuse(field: str) -> None:
+    raise errors.InvalidRequest(field, "is missing")
+
+
+def test_an_invalid_request_in_a_pool_of_processes_is_raised_in_the_parent() -> None:
+    with (
+        multiprocessing.get_context("spawn").Pool(1) as pool,
+        pytest.raises(errors.InvalidRequest, match="text: is missing"),
+    ):
+        pool.apply_async(_refuse, ("text",)).get(timeout=60)

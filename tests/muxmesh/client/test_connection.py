@@ -165,7 +165,7 @@ asyncio.run(main())
     assert run_script(script, **proxies) == "1\n"
 
 
-def test_a_client_that_is_used_before_a_fork_refuses_calls_after_it(mesh: FakeMesh) -> None:
+def test_after_a_fork_with_a_connection_no_client_hangs(mesh: FakeMesh) -> None:
     script = f"""
 import asyncio, os
 from muxmesh.client import MeshClient, SyncMeshClient
@@ -174,7 +174,8 @@ unused, sync, used = MeshClient("{mesh.address}"), SyncMeshClient("{mesh.address
 sync.list_models()
 asyncio.run(used.list_models())
 if os.fork() == 0:
-    for call in (sync.list_models, lambda: asyncio.run(used.list_models())):
+    new = SyncMeshClient("{mesh.address}")
+    for call in (sync.list_models, lambda: asyncio.run(used.list_models()), new.list_models):
         try:
             call()
         except RequestAborted as error:
@@ -184,8 +185,25 @@ if os.fork() == 0:
 os.wait()
 print(len(sync.list_models()))
 """
-    refused = "the client was used before a fork; make a client in each process\n"
-    assert run_script(script) == f"{refused}{refused}1\n"
+    refused = "a client was connected when this process was forked, after which gRPC does not work; close clients"
+    assert [line[: len(refused)] for line in run_script(script).splitlines()] == [refused, refused, refused, "1"]
+
+
+def test_after_a_fork_without_a_connection_a_new_client_works(mesh: FakeMesh) -> None:
+    script = f"""
+import os
+from muxmesh.client import SyncMeshClient
+unused = SyncMeshClient("{mesh.address}")
+with SyncMeshClient("{mesh.address}") as closed:
+    closed.list_models()
+if os.fork() == 0:
+    for client in (unused, SyncMeshClient("{mesh.address}")):
+        print(len(client.list_models()), flush=True)
+        client.close()
+    os._exit(0)
+os.wait()
+"""
+    assert run_script(script) == "1\n1\n"
 
 
 def test_a_client_that_is_never_closed_does_not_keep_the_program(mesh: FakeMesh) -> None:
