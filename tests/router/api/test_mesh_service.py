@@ -176,12 +176,13 @@ async def test_requests_are_counted_as_waiting_or_running_and_then_as_finished_o
 
         parts.admission.open.clear()
         running = asyncio.create_task(run(3))
-        await until(lambda: parts.pipeline.num_waiting("m") == 3)
+        counters = parts.pipeline.counters["m"]
+        await until(lambda: counters.prompt_tokens == 5 and parts.pipeline.num_waiting("m") == 3)
         assert counts((await setup.status()).models[0]) == (3, 0, 0, 0, 5, 0)
         parts.admission.open.set()
-        await until(lambda: parts.pipeline.counters["m"].output_tokens == 3)
+        await until(lambda: counters.output_tokens == 3)
         aborted = asyncio.create_task(run(1))
-        await until(lambda: parts.pipeline.counters["m"].output_tokens == 4)
+        await until(lambda: counters.output_tokens == 4)
         assert counts((await setup.status()).models[0]) == (0, 4, 0, 0, 10, 4)
         aborted.cancel()
         await asyncio.gather(aborted, return_exceptions=True)
