@@ -19,6 +19,7 @@ from typing import Any
 
 import uvloop
 
+from muxmesh.errors import MeshError
 from muxmesh.parent_death import die_with_parent
 from muxmesh.quoting import OneLineFormatter
 
@@ -123,7 +124,7 @@ def configure_logging(level: int) -> None:
 def run_service(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
     """Configures logging and runs ``main(stop)`` on uvloop until it returns. SIGTERM and SIGINT set ``stop``.
 
-    Raises the limit on open files before.
+    Raises the limit on open files before. A MeshError is logged in one line and ends the process with exit code 1.
     """
     configure_logging(logging.INFO)
     raise_file_limit()
@@ -136,5 +137,10 @@ def run_service(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
         return await stop.run(main)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        if not runner.run(supervised()):
+        try:
+            is_served = runner.run(supervised())
+        except MeshError as error:
+            _log.error("cannot serve: %s", error)
+            sys.exit(1)
+        if not is_served:
             os._exit(0)  # does not wait for threads that load a model or compile kernels

@@ -201,3 +201,13 @@ def test_a_service_raises_its_limit_on_open_files(soft: int, hard: int) -> None:
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))"
     with python(limit + SERVICE.format(body=body)) as process:
         assert process.communicate(timeout=30)[0] == f"({hard}, {hard})\n"
+
+
+def test_an_error_of_the_mesh_ends_a_service_with_one_line() -> None:
+    body = "from muxmesh.errors import ConfigError; raise ConfigError('/cache: No space left on device')"
+    with python(SERVICE.format(body=body)) as process:
+        _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (
+        1,
+        "ERROR muxmesh.lifecycle: cannot serve: /cache: No space left on device\n",
+    )

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from muxmesh.errors import ConfigError
+
 _log = logging.getLogger(__name__)
 _SOURCES = Path(__file__).parent / "cpu"
 _PACKING = Path(__file__).parents[2] / "models" / "matrix_packing.py"
@@ -41,14 +43,18 @@ def _digest(sources: Iterable[Path]) -> str:
 def compile_lock(folder: Path) -> Iterator[None]:
     """Holds an exclusive lock on ``folder``, which it creates. Blocks while another process holds the lock.
 
-    Of two workers that start with an empty cache, the second waits and then loads the kernels of the first.
+    Of two workers that start with an empty cache, the second waits and then loads the kernels of the first. Raises
+    ConfigError for an OSError of the block: the disk is full, for example.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "compile.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not any(folder.rglob("*.nbi")):
-            _log.info("compiling the kernels for this machine; this happens once and takes half a minute")
-        yield
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "compile.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not any(folder.rglob("*.nbi")):
+                _log.info("compiling the kernels for this machine; this happens once and takes half a minute")
+            yield
+    except OSError as error:
+        raise ConfigError(f"{folder}: the compiled kernels cannot be written or read: {error}") from error
 
 
 def compile_elsewhere(folder: Path, module: str, arguments: Sequence[str]) -> None:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,15 @@ def test_a_secret_that_cannot_be_kept_is_logged_and_still_given(
     missing = tmp_path / "missing"
     assert tenant_secret(missing) != tenant_secret(missing)
     assert "cannot be kept" in caplog.text
+
+
+def test_a_secret_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
+    script = (
+        "import pathlib, resource, sys\n"
+        "from muxmesh.supervisor.tenant_secret import tenant_secret\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+        "print(len(tenant_secret(pathlib.Path(sys.argv[1]))))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout == "64\n" and "cannot be kept: [Errno 27] File too large" in done.stderr
+    assert not any(tmp_path.iterdir())

@@ -1,6 +1,8 @@
+import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -10,6 +12,7 @@ import pytest
 
 from muxmesh.engine.native import kernel_cache
 from muxmesh.engine.native.kernel_cache import compile_elsewhere, compile_lock, kernel_cache_dir
+from muxmesh.errors import ConfigError
 
 
 @pytest.fixture
@@ -142,3 +145,16 @@ def test_a_failed_compilation_is_reported_and_tried_again(sources: Path, caplog:
     assert "ended with exit code 1" in caplog.text
     run_in_a_process(sources, f"open({str(sources / 'log')!r}, 'a').write('x')")
     assert (sources / "log").exists()
+
+
+def test_a_disk_that_is_full_is_one_line_that_names_the_folder(tmp_path: Path) -> None:
+    problem = f"{tmp_path}: the compiled kernels cannot be written or read: [Errno 28] No space left on device"
+    with pytest.raises(ConfigError, match=re.escape(problem)), compile_lock(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "kernels"
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(folder))}: .* Not a directory"), compile_lock(folder):
+        pass
