@@ -22,15 +22,35 @@ _ESCAPED_CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
 def cache_dir() -> Path:
     """Returns MUXMESH_CACHE_DIR if it is set, else `muxmesh` in the user's cache directory."""
     if chosen := os.environ.get("MUXMESH_CACHE_DIR"):
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))  # unlike that of Path, it accepts any text
     return Path(os.environ.get("XDG_CACHE_HOME") or _home("MUXMESH_CACHE_DIR") / ".cache") / "muxmesh"
 
 
 def default_state_dir() -> Path:
     """Returns MUXMESH_STATE_DIR if it is set, else `muxmesh` in the user's state directory."""
     if chosen := os.environ.get("MUXMESH_STATE_DIR"):
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))
     return Path(os.environ.get("XDG_STATE_HOME") or _home("MUXMESH_STATE_DIR") / ".local" / "state") / "muxmesh"
+
+
+def current_dir() -> Path:
+    """The current directory. Raises ConfigError if it has been deleted."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the current directory has been deleted; change to another one") from error
+
+
+def source_dir(config: Path | None) -> Path:
+    """The folder that relative paths in ``config`` start from: that of the file; for a pipe, or None, the current one.
+
+    Raises ConfigError if that is the current one, and it has been deleted.
+    """
+    if config is not None and config.is_absolute():
+        real = os.path.realpath(config)
+    else:
+        real = os.path.realpath(current_dir() / (config or ""))
+    return Path(real).parent if os.path.isfile(real) else current_dir()
 
 
 def _home(instead: str) -> Path:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from muxmesh.cli.common import ProgressBar, cache_dir, print_json
+from muxmesh.cli.common import ProgressBar, cache_dir, current_dir, print_json
 from muxmesh.config.schema import ModelConfig
 from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CATALOG, find_catalog_model, hub_hint
@@ -47,7 +47,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _pull(arguments: argparse.Namespace) -> int:
-    if arguments.name not in CATALOG and Path(arguments.name).expanduser().exists():
+    if arguments.name not in CATALOG and os.path.lexists(local_path(arguments.name, current_dir())):
         raise ConfigError(
             f"{quoted(arguments.name)} is on this machine, so there is nothing to download: name it as `source` in "
             "mesh.yaml; `muxmesh model inspect` shows it"
@@ -62,7 +62,7 @@ def _pull(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    path = local_path(arguments.path, Path.cwd())
+    path = local_path(arguments.path, current_dir())
     if not os.path.lexists(path) and arguments.path in CATALOG:
         path = model_folder(CATALOG[arguments.path], cache_dir())
     if is_model(path):

@@ -18,7 +18,7 @@ from loadtest.html import page
 from loadtest.report import About, build_report
 from loadtest.spec import Spec, parse_spec
 from loadtest.workload import Sketch
-from muxmesh.cli.common import cache_dir, print_json, refuse_unwritable
+from muxmesh.cli.common import cache_dir, print_json, refuse_unwritable, source_dir
 from muxmesh.clock import SystemClock
 from muxmesh.config.load import load_mesh_config
 from muxmesh.config.schema import Location, MeshConfig, order_without_effect
@@ -38,7 +38,7 @@ _MAX_VIRTUAL_S = 1e7
 def run(arguments: argparse.Namespace) -> int:
     """Simulates and reports; returns the exit code. Raises ConfigError before the simulation or if it is too long."""
     refuse_unwritable(arguments.output, arguments.html, arguments.trace)
-    base_dir = arguments.config.resolve().parent
+    base_dir = source_dir(arguments.config)
 
     def check(config: MeshConfig) -> Iterator[tuple[Location, str]]:
         if arguments.policy is None:  # --policy replaces the file's order

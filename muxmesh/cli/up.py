@@ -18,7 +18,7 @@ from pathlib import Path
 
 import uvloop
 
-from muxmesh.cli.common import ProgressBar, cache_dir, default_state_dir
+from muxmesh.cli.common import ProgressBar, cache_dir, current_dir, default_state_dir, source_dir
 from muxmesh.cli.console import Console, open_standard_streams
 from muxmesh.cli.streamed_output import stream_output
 from muxmesh.client import MeshClient, Message
@@ -28,6 +28,7 @@ from muxmesh.config.runtime import MeshRuntime, PreparedModel
 from muxmesh.config.schema import Location, MeshConfig, ModelConfig, order_without_effect
 from muxmesh.errors import ConfigError, MeshError
 from muxmesh.lifecycle import configure_logging, raise_file_limit
+from muxmesh.models.model_check import local_path
 from muxmesh.models.prepared_model import machine_problems, model_problems, prepare_model
 from muxmesh.supervisor.listen_address import public_listen_warning
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, ShowLine, free_listen_address, make_runtime, state_lock
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     started_at_s = SystemClock().monotonic_s()
-    base_dir = arguments.config.resolve().parent if arguments.config else Path.cwd()
+    base_dir = source_dir(arguments.config)
 
     def check_models(config: MeshConfig) -> Iterator[tuple[Location, str]]:
         return model_problems(config, base_dir, cache_dir())
@@ -58,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if (warning := public_listen_warning(loaded.config.listen)) is not None:
         print(f"muxmesh: {warning}", file=sys.stderr, flush=True)
     config = loaded.config.model_copy(update={"listen": free_listen_address(loaded.config.listen)})
-    state_dir = (arguments.state_dir or default_state_dir()).expanduser().resolve()
+    state_dir = local_path(str(arguments.state_dir or default_state_dir()), current_dir())
     with state_lock(state_dir):
         prepared = {name: _prepare(model, base_dir) for name, model in config.models().items()}
         loaded.refuse(check_models(config))  # downloaded models are checked here

@@ -7,6 +7,7 @@ lists and mappings with text as keys; every other tag is refused. Knows no field
 from __future__ import annotations
 
 import os
+import select
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -41,15 +42,18 @@ class YamlFields:
     omitted: set[Location] = field(default_factory=set)
 
 
-def read_text(path: Path) -> str:
-    """Reads a regular file of at most `MAX_FILE_BYTES` in UTF-8. Raises ConfigError; never waits for a writer."""
+def read_text(path: Path, longest_wait_s: float = 30) -> str:
+    """Reads a file or a pipe of at most `MAX_FILE_BYTES` in UTF-8.
+
+    Raises ConfigError, also if nothing is written to a pipe for ``longest_wait_s``.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise ConfigError(f"{path}: cannot be read: it is not a regular file")
-            with open(fd, "rb", closefd=False) as file:
-                content = file.read(MAX_FILE_BYTES + 1)
+            mode = os.fstat(fd).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
+                raise ConfigError(f"{path}: cannot be read: it is neither a regular file nor a pipe")
+            content = _read(fd, path, longest_wait_s)
         finally:
             os.close(fd)
     except (OSError, ValueError) as error:  # ValueError: a zero in the path
@@ -62,6 +66,21 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: is not UTF-8: byte 0x{content[error.start]:02x}") from error
+
+
+def _read(fd: int, path: Path, longest_wait_s: float) -> bytes:
+    """Reads up to the end, or one byte more than the limit. Polls: a pipe that has no writer yet reads as ended."""
+    content = b""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    while len(content) <= MAX_FILE_BYTES:
+        if not poll.poll(longest_wait_s * 1000):
+            raise ConfigError(f"{path}: cannot be read: nothing is written to this pipe for {longest_wait_s:g} s")
+        piece = os.read(fd, MAX_FILE_BYTES + 1 - len(content))
+        if not piece:
+            break
+        content += piece
+    return content
 
 
 def read_fields(text: str, origin: str) -> YamlFields:

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from muxmesh.cli.common import (
     message_dict,
     print_json,
     refuse_unwritable,
+    source_dir,
 )
 from muxmesh.errors import ConfigError
 from muxmesh.v1 import mesh_pb2
@@ -42,6 +44,33 @@ def test_a_directory_is_that_of_muxmesh_else_that_of_xdg_else_in_the_home_direct
     assert directory() == Path("/xdg/muxmesh")
     monkeypatch.delenv(xdg)
     assert directory() == Path("/home/user") / default
+
+
+def test_a_home_directory_that_is_unknown_is_no_error() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MUXMESH_STATE_DIR", "~nobody-has-this-name/x")
+        assert default_state_dir() == Path("~nobody-has-this-name/x")
+
+
+def test_sources_are_relative_to_the_file_that_a_link_leads_to_and_for_a_pipe_to_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mesh.yaml").touch()
+    (tmp_path / "link.yaml").symlink_to("folder/mesh.yaml")
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    os.mkfifo(tmp_path / "folder" / "pipe")
+    monkeypatch.chdir(tmp_path)
+    assert source_dir(Path("link.yaml")) == tmp_path / "folder"
+    assert [source_dir(path) for path in (None, Path("folder/pipe"), Path("loop.yaml"))] == [tmp_path] * 3
+
+
+def test_a_current_directory_that_has_been_deleted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ConfigError, match="the current directory has been deleted"):
+        source_dir(None)
 
 
 def test_json_is_one_line_for_programs_and_indented_for_people(

@@ -1,6 +1,8 @@
 """YAML that is refused, in bounded time, with its line; and what plain values mean."""
 
 import os
+import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -156,19 +158,49 @@ def make_directory(path: Path) -> None:
     path.mkdir()
 
 
-def make_fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
 def make_link_to_zeros(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
-@pytest.mark.parametrize("make", [make_directory, make_fifo, make_link_to_zeros])
-def test_what_is_not_a_regular_file_is_refused_without_waiting(tmp_path: Path, make: Any) -> None:
+@pytest.mark.parametrize("make", [make_directory, make_link_to_zeros])
+def test_what_is_neither_a_file_nor_a_pipe_is_refused(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "x.yaml")
-    with pytest.raises(ConfigError, match=r"x\.yaml: cannot be read: it is not a regular file"):
+    with pytest.raises(ConfigError, match=r"x\.yaml: cannot be read: it is neither a regular file nor a pipe"):
         read_text(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("content", ["", "a: 1", "#" * MAX_FILE_BYTES])
+def test_a_pipe_is_read_to_its_end(tmp_path: Path, content: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(content,))
+    writer.start()
+    assert read_text(tmp_path / "pipe") == content
+    writer.join()
+
+
+def test_a_pipe_that_a_program_has_written_and_closed_is_read(tmp_path: Path) -> None:
+    """As the shell passes it: /dev/fd/63."""
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"a: 1")
+    os.close(write_end)
+    try:
+        assert read_text(Path(f"/dev/fd/{read_end}")) == "a: 1"
+    finally:
+        os.close(read_end)
+
+
+def test_a_pipe_without_an_end_is_refused_at_the_limit_of_a_file() -> None:
+    with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as endless:
+        assert endless.stdout is not None
+        with pytest.raises(ConfigError, match=f"is larger than {MAX_FILE_BYTES} bytes"):
+            read_text(Path(f"/dev/fd/{endless.stdout.fileno()}"))
+        endless.kill()
+
+
+def test_a_pipe_that_nobody_writes_to_is_refused_after_a_while(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"pipe: cannot be read: nothing is written to this pipe for 0\.01 s"):
+        read_text(tmp_path / "pipe", longest_wait_s=0.01)
 
 
 @pytest.mark.parametrize("name", ["none.yaml", "a\0b", "n" * 300])
