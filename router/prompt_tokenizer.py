@@ -1,7 +1,9 @@
 """Runs tokenizers in threads: a long prompt takes milliseconds, and tokenizers release the GIL.
 
-Long prompts have threads of their own, in which one is tokenized at a time, so short ones never wait for them. A prompt
-that waits and is cancelled is never tokenized; one that is certainly too long for the context is refused before it.
+Long prompts have threads of their own, in which one is tokenized at a time, so short ones never wait for them. A model
+renders one long conversation at a time: a short one waits for the rendering in progress, and at most one more. A prompt
+that waits and is cancelled is never rendered or tokenized; one that is certainly too long for the context is refused
+before it is tokenized.
 """
 
 from __future__ import annotations
@@ -12,14 +14,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 from muxmesh.errors import InvalidRequest, Overloaded
 from muxmesh.models.token_texts import TokenText
+from muxmesh.models.tokenizer import TextModel
 from router.generation import ChatPrompt, Prompt, TextPrompt, TokensPrompt
 from router.served_models import ServedModel
 
 _LONG_CHARS = 16_384
 _LONG_TOKENS = 16_384
+_TURN_BYTES = 64
+"""What a turn of a conversation counts for beside its content: the work of a template grows with their number too."""
 
 R = TypeVar("R")
 
@@ -34,6 +40,8 @@ class PromptTokenizer:
         self._max_waiting_bytes = max_waiting_bytes
         self._waiting_bytes = 0
         self._one_at_a_time = asyncio.Lock()
+        self._rendering: WeakKeyDictionary[TextModel, asyncio.Lock] = WeakKeyDictionary()
+        """By model: held while a long conversation is rendered."""
 
     async def encode(
         self,
@@ -54,7 +62,7 @@ class PromptTokenizer:
             return list(prompt.token_ids)
         adds = isinstance(prompt, TextPrompt) if add_special_tokens is None else add_special_tokens
         with self._waiting(_num_bytes(prompt)):
-            text = await _text(prompt, model)
+            text = prompt.text if isinstance(prompt, TextPrompt) else await self._rendered(prompt, model.text)
             if len(text) <= _LONG_CHARS:
                 return await _run(self._short, lambda: model.text.encode(text, adds))
             limit = math.inf if max_tokens is None else max_tokens
@@ -73,6 +81,13 @@ class PromptTokenizer:
         """Text of token ids that the model knows."""
         threads = self._long if len(token_ids) > _LONG_TOKENS else self._short
         return await _run(threads, lambda: model.text.decode(token_ids, skip_special_tokens))
+
+    async def _rendered(self, chat: ChatPrompt, text_model: TextModel) -> str:
+        turns = [{"role": turn.role, "content": turn.content} for turn in chat.messages]
+        if _num_bytes(chat) <= _LONG_CHARS:
+            return await asyncio.wrap_future(text_model.submit_chat(turns))
+        async with self._rendering.setdefault(text_model, asyncio.Lock()):
+            return await asyncio.wrap_future(text_model.submit_chat(turns))
 
     @contextmanager
     def _waiting(self, num_bytes: int) -> Iterator[None]:
@@ -94,14 +109,7 @@ class PromptTokenizer:
 def _num_bytes(prompt: TextPrompt | ChatPrompt) -> int:
     if isinstance(prompt, TextPrompt):
         return len(prompt.text.encode())
-    return sum(len(message.content.encode()) for message in prompt.messages)
-
-
-async def _text(prompt: TextPrompt | ChatPrompt, model: ServedModel) -> str:
-    if isinstance(prompt, TextPrompt):
-        return prompt.text
-    turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
-    return await asyncio.wrap_future(model.text.submit_chat(turns))
+    return sum(_TURN_BYTES + len(message.content.encode()) for message in prompt.messages)
 
 
 async def _run(threads: Executor, function: Callable[[], R]) -> R:

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
 from muxmesh.errors import InvalidRequest, Overloaded
-from muxmesh.models.chat_template import ChatTemplate
+from muxmesh.models.chat_template import ChatTemplate, TemplateBudget
 from muxmesh.models.tokenizer import TextModel, byte_tokenizer
 from router.generation import ChatMessage, ChatPrompt, TextPrompt, TokensPrompt
 from router.prompt_tokenizer import PromptTokenizer
@@ -89,6 +89,45 @@ async def test_a_short_prompt_does_not_wait_for_long_ones(tokenizer: PromptToken
     assert text.num_encoded == 1
     text.may_encode.set()
     assert [len(tokens) for tokens in await asyncio.gather(*long)] == [50_000, 50_000]
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [ChatPrompt((ChatMessage("user", "x" * 20_000),)), ChatPrompt((ChatMessage("user", "x"),) * 300)],
+    ids=["long text", "many turns"],
+)
+async def test_a_short_conversation_does_not_wait_for_long_ones(
+    tokenizer: PromptTokenizer, hostile: ChatPrompt
+) -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    template = f"{{% if messages|length > 99 or messages[0].content|length > 99 %}}{endless}{{% endif %}}ok"
+    text = TextModel(byte_tokenizer(), ChatTemplate(template, {}, budget=TemplateBudget(cpu_s=0.2)))
+    model = served_model(text=text)
+    assert await tokenizer.encode(CHAT, model) == list(tokens_of("ok"))
+    long = [asyncio.create_task(tokenizer.encode(hostile, model)) for _ in range(4)]
+    await asyncio.sleep(0)
+    assert await tokenizer.encode(CHAT, model) == list(tokens_of("ok"))
+    assert sum(task.done() for task in long) <= 2
+    for result in await asyncio.gather(*long, return_exceptions=True):
+        assert isinstance(result, InvalidRequest) and "took more than 0.2 s of CPU time" in str(result)
+
+
+async def test_a_conversation_that_is_cancelled_while_it_waits_is_not_rendered(tokenizer: PromptTokenizer) -> None:
+    rendered = []
+
+    class CountedText(BlockedText):
+        def submit_chat(self, messages: Sequence[Mapping[str, str]]) -> Future[str]:
+            rendered.append(len(messages))
+            return super().submit_chat(messages)
+
+    model = served_model(text=CountedText())
+    long = ChatPrompt((ChatMessage("user", ""),) * 300)
+    tasks = [asyncio.create_task(tokenizer.encode(long, model)) for _ in range(3)]
+    await asyncio.sleep(0)
+    for task in tasks[1:]:
+        task.cancel()
+    await asyncio.wait(tasks)
+    assert rendered == [300]
 
 
 async def test_a_long_prompt_that_is_cancelled_while_it_waits_is_not_tokenized(tokenizer: PromptTokenizer) -> None:
