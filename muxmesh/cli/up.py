@@ -34,12 +34,15 @@ from muxmesh.supervisor.listen_address import public_listen_warning
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, ShowLine, free_listen_address, make_runtime, state_lock
 
 _HELLO_TOKENS = 64
+_MIN_OPEN_FILES = 256
+"""A supervisor needs about six for each process, a router at least 16 for clients besides its own."""
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until SIGINT, SIGTERM or SIGHUP; returns the exit code. Raises ConfigError before any process starts."""
     open_standard_streams()
-    raise_file_limit()
+    if (limit := raise_file_limit()) < _MIN_OPEN_FILES:
+        raise ConfigError(f"the limit on open files is {limit}; a mesh needs {_MIN_OPEN_FILES} or more (`ulimit -n`)")
     with _consoles():
         configure_logging(logging.WARNING)
         return _run(arguments)

@@ -14,12 +14,9 @@ import fcntl
 import functools
 import logging
 import os
-import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
 
 from muxmesh.background_task import end
@@ -32,14 +29,19 @@ from muxmesh.supervisor.health_probe import HealthProbe, wait_until_serving
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, MAX_STARTING_CHECKS
 from muxmesh.supervisor.log_file import LogFile
 from muxmesh.supervisor.redis_server import RedisProbe, redis_command, wait_for_redis
+from muxmesh.supervisor.run_folder import (
+    create_run_folder,
+    delete_earlier_run_folders,
+    delete_run_folder,
+    free_run_folder,
+    temporary_run_folder,
+)
 from muxmesh.supervisor.supervised_process import ProcessSpec, SupervisedProcess
 from muxmesh.supervisor.tenant_secret import tenant_secret
 from muxmesh.types import Role
 
 READY_TIMEOUT_S = MAX_STARTING_CHECKS * CHECK_EVERY_S
 """Includes the time to compile kernels on a slow machine."""
-RUN_MARK = "muxmesh-run"
-"""Name of an empty file in each folder of sockets. A folder without it was not made by a supervisor."""
 _STOP_GRACE_S = 5.0
 _RETRY_S = 1.0
 _CLIENT_FACING_ROLES = frozenset({"router"})
@@ -99,9 +101,7 @@ def make_runtime(
 ) -> MeshRuntime:
     """Chooses the folder of the sockets: under ``state_dir``, or a temporary one if that path is too long.
 
-    The folder is new, because processes of a supervisor that was killed may still remove sockets in theirs. Folders of
-    earlier supervisors are deleted; they are known by the file `RUN_MARK` in them. Raises ConfigError if names of units
-    or models make the socket paths invalid.
+    Deletes those of earlier supervisors. Raises ConfigError if names of units or models make the socket paths invalid.
     """
     secret = tenant_secret(state_dir)
 
@@ -116,20 +116,16 @@ def make_runtime(
             tenant_secret=secret,
         )
 
-    for mark in state_dir.glob(f"run-*/{RUN_MARK}"):
-        if not mark.parent.is_symlink():
-            shutil.rmtree(mark.parent, ignore_errors=True)
-    name = f"run-{os.getpid()}"
-    paths = (state_dir / (name if number == 1 else f"{name}-{number}") for number in count(1))
-    runtime = runtime_in(next(path for path in paths if not os.path.lexists(path)))
+    delete_earlier_run_folders(state_dir)
+    runtime = runtime_in(free_run_folder(state_dir))
     try:
         runtime.check_socket_paths()
     except ConfigError:
-        runtime = runtime_in(Path(tempfile.mkdtemp(prefix="muxmesh-")))
+        runtime = runtime_in(temporary_run_folder(state_dir))
         try:
             runtime.check_socket_paths()
         except ConfigError:
-            runtime.run_dir.rmdir()
+            delete_run_folder(runtime.run_dir, state_dir)
             raise
     return runtime
 
@@ -139,31 +135,26 @@ class MeshSupervisor:
 
     def __init__(self, runtime: MeshRuntime, state_dir: Path, show_line: ShowLine, clock: Clock) -> None:
         self.runtime = runtime
-        logs = state_dir / "logs"
+        self._state_dir = state_dir
         self._runtime_file = runtime.run_dir / "runtime.json"
+        self._probes: list[HealthProbe | RedisProbe] = []
+        stages = self._specs()
+        logs = state_dir / "logs"
         try:
             logs.mkdir(parents=True, exist_ok=True)
-            runtime.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            runtime.run_dir.chmod(0o700)
-            (runtime.run_dir / RUN_MARK).touch()
+            create_run_folder(runtime.run_dir)
             runtime.write(self._runtime_file)
         except OSError as error:
-            shutil.rmtree(runtime.run_dir, ignore_errors=True)
+            delete_run_folder(runtime.run_dir, state_dir)
             raise ConfigError(f"{state_dir}: cannot be written: {error.strerror}") from error
         self._log_file = LogFile(logs / "supervisor.log")
         logging.getLogger("supervisor").addHandler(self._log_file)
         self._registry = ProcessRegistry(runtime.redis_url, runtime.config.mesh_id, clock)
         self._restarted = asyncio.Event()
         self._restarted.set()  # an own Redis may have the counts of an earlier supervisor
-        endpoints = runtime.endpoints()
-        self._probes: list[HealthProbe | RedisProbe] = []
-        stages = [[self._redis(state_dir)]] if runtime.config.redis_url is None else []
-        stages.append([self._service(key, endpoints[key]) for key in endpoints if key.role == "kvstore"])
-        stages.append([self._service(key, endpoints[key]) for key in endpoints if key.role != "kvstore"])
         self._stages = [
             [SupervisedProcess(spec, logs, clock, show_line, self._restarted.set) for spec in stage] for stage in stages
         ]
-
         self._counting = asyncio.create_task(self._publish_restarts(), name="restart counts")
 
     @property
@@ -195,7 +186,7 @@ class MeshSupervisor:
         await self._registry.close()
         logging.getLogger("supervisor").removeHandler(self._log_file)
         self._log_file.close()
-        shutil.rmtree(self.runtime.run_dir, ignore_errors=True)
+        delete_run_folder(self.runtime.run_dir, self._state_dir)
 
     async def _publish_restarts(self) -> None:
         """Writes the counts after each restart. They are lost when Redis restarts, which is a restart too."""
@@ -206,6 +197,14 @@ class MeshSupervisor:
             if not await self._registry.set_restarts(counts):
                 self._restarted.set()
                 await asyncio.sleep(_RETRY_S)
+
+    def _specs(self) -> list[list[ProcessSpec]]:
+        """The processes of each stage, in the order in which they start. Raises ConfigError if there is no Redis."""
+        endpoints = self.runtime.endpoints()
+        redis = [self._redis()] if self.runtime.config.redis_url is None else []
+        kvstores = [self._service(key, endpoints[key]) for key in endpoints if key.role == "kvstore"]
+        others = [self._service(key, endpoints[key]) for key in endpoints if key.role != "kvstore"]
+        return [stage for stage in (redis, kvstores, others) if stage]
 
     def _service(self, key: ProcessKey, endpoint: Endpoint) -> ProcessSpec:
         module = f"{key.role.value}_svc" if isinstance(key.role, Role) else key.role
@@ -223,9 +222,9 @@ class MeshSupervisor:
             faces_clients=key.role in _CLIENT_FACING_ROLES,
         )
 
-    def _redis(self, state_dir: Path) -> ProcessSpec:
+    def _redis(self) -> ProcessSpec:
         url = self.runtime.redis_url
-        command = redis_command(Path(url.removeprefix("unix://")), state_dir)
+        command = redis_command(Path(url.removeprefix("unix://")), self._state_dir)
         probe = RedisProbe(url)
         self._probes.append(probe)
         return ProcessSpec("redis", command, functools.partial(wait_for_redis, url), probe.ask)

@@ -118,6 +118,16 @@ def up(config: Path, *arguments: str) -> list[str]:
     return [*command, "--state-dir", str(config.parent / "state"), *arguments]
 
 
+def test_a_limit_on_open_files_that_is_too_low_for_a_mesh_is_named(config: Path) -> None:
+    script = 'ulimit -n 40; exec "$@"'
+    ended = subprocess.run(
+        ["sh", "-c", script, "sh", *up(config)], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "muxmesh: the limit on open files is 40; a mesh needs 256 or more (`ulimit -n`)\n"
+    assert not (config.parent / "state").exists()
+
+
 @pytest.mark.mesh
 @pytest.mark.parametrize("when", ["while it starts", "when it serves"])
 async def test_up_serves_until_ctrl_c_and_leaves_no_process(config: Path, when: str) -> None:

