@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from muxmesh.config.contradictions import order_without_effect
 from muxmesh.config.load import load_mesh_config
-from muxmesh.config.schema import order_without_effect
 from muxmesh.models.prepared_model import model_problems
 from muxmesh.supervisor.listen_address import public_listen_warning
 

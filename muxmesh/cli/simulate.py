@@ -20,8 +20,9 @@ from loadtest.spec import Spec, parse_spec
 from loadtest.workload import Sketch
 from muxmesh.cli.common import cache_dir, print_json, refuse_unwritable, source_dir
 from muxmesh.clock import SystemClock
+from muxmesh.config.contradictions import order_without_effect
 from muxmesh.config.load import load_mesh_config
-from muxmesh.config.schema import Location, MeshConfig, order_without_effect
+from muxmesh.config.schema import Location, MeshConfig
 from muxmesh.errors import ConfigError
 from muxmesh.models.prepared_model import local_model_spec, model_problems
 from muxmesh.predictor.checked_predictor import CheckedPredictor

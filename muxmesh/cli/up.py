@@ -23,9 +23,10 @@ from muxmesh.cli.console import Console, open_standard_streams
 from muxmesh.cli.streamed_output import stream_output
 from muxmesh.client import MeshClient, Message
 from muxmesh.clock import SystemClock
+from muxmesh.config.contradictions import order_without_effect
 from muxmesh.config.load import default_config, load_mesh_config, with_listen
 from muxmesh.config.runtime import MeshRuntime, PreparedModel
-from muxmesh.config.schema import Location, MeshConfig, ModelConfig, order_without_effect
+from muxmesh.config.schema import Location, MeshConfig, ModelConfig
 from muxmesh.errors import ConfigError, MeshError
 from muxmesh.lifecycle import configure_logging, raise_file_limit
 from muxmesh.models.model_check import local_path

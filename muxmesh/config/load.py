@@ -1,7 +1,7 @@
 """Reads mesh.yaml and reports all errors at once, each with its field and line.
 
 Knows which errors follow from others. YAML is in `yaml_reader`, words are in `field_errors`, the fields and their
-limits in `schema`.
+limits in `schema`, what does not fit together in `contradictions`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from muxmesh.config.contradictions import contradictions
 from muxmesh.config.field_errors import field_errors, shown
-from muxmesh.config.schema import Location, MeshConfig, contradictions
+from muxmesh.config.schema import Location, MeshConfig
 from muxmesh.config.yaml_reader import read_fields, read_text
 from muxmesh.errors import ConfigError
 from muxmesh.quoting import named, one_line

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from muxmesh.config.contradictions import order_without_effect as check
 from muxmesh.config.field_errors import section_at
 from muxmesh.config.load import parse_mesh_config
 from muxmesh.config.schema import MeshConfig, ModelConfig, OrderConfig, RouterConfig, SimProfile, UnitConfig
-from muxmesh.config.schema import order_without_effect as check
 from muxmesh.errors import ConfigError
 from tests.support.fuzzing import fuzz
 

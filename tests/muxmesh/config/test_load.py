@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from muxmesh.config.contradictions import order_without_effect
 from muxmesh.config.load import default_config, load_mesh_config, parse_mesh_config, with_listen
-from muxmesh.config.schema import DEFAULT_MODEL, Location, MeshConfig, order_without_effect
+from muxmesh.config.schema import DEFAULT_MODEL, Location, MeshConfig
 from muxmesh.errors import ConfigError
 
 GOOD = """

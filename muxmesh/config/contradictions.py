@@ -1,0 +1,94 @@
+"""Combinations of fields of mesh.yaml that are invalid although each field is valid, and settings without effect."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from muxmesh.config.schema import MAX_PORT, Location, MeshConfig, ModelConfig, UnitConfig
+from muxmesh.quoting import quoted
+from muxmesh.scheduling_policy import PolicyName
+
+_ORDER_FIELDS: dict[str, PolicyName] = {
+    "longest_lead": "srtf-aged",
+    "longest_lead_s": "srtf-aged",
+    "mlfq_quantum_s": "mlfq",
+}
+"""Fields that apply to one policy only."""
+
+_SAME_IN_ALL_UNITS = (
+    "source", "engine", "dtype", "sim", "max_model_len", "default_max_new_tokens", "generation_config",
+)  # fmt: skip
+"""Fields that clients can observe, or that identify the model. They are equal in every unit that serves the model."""
+
+
+def order_without_effect(config: MeshConfig) -> Iterator[tuple[Location, str]]:
+    """(location, problem) of each policy setting that the chosen policy ignores."""
+    for field, policy in _ORDER_FIELDS.items():
+        if field in config.order.model_fields_set and config.order.policy != policy:
+            yield ("order", field), f"has no effect with policy: {config.order.policy}; it is for {policy}"
+
+
+def contradictions(config: MeshConfig) -> Iterator[tuple[Location, str]]:
+    """(location, problem) of each combination of fields that is invalid although each field is valid."""
+    if int(config.listen.rpartition(":")[2]) > MAX_PORT:
+        yield ("listen",), f"port is larger than {MAX_PORT}"
+    yield from _core_problems(config)
+    units: set[str] = set()
+    first_of: dict[str, tuple[UnitConfig, ModelConfig]] = {}
+    for unit_index, unit in enumerate(config.units):
+        location: Location = ("units", unit_index)
+        if unit.name in units:
+            yield (*location, "name"), f"{quoted(unit.name)} is the name of another unit"
+        units.add(unit.name)
+        if unit.slab > unit.kv_pool:
+            yield (*location, "slab"), f"is {unit.slab} bytes, larger than kv_pool ({unit.kv_pool} bytes)"
+        guaranteed, slabs = sum(map(unit.guaranteed_slabs, unit.models)), unit.kv_pool // unit.slab
+        if guaranteed > slabs:
+            yield (
+                (*location, "kv_pool"),
+                f"has {slabs} slabs of {unit.slab} bytes; kv_guaranteed of the models needs {guaranteed} slabs",
+            )
+        for model_index, model in enumerate(unit.models):
+            for field, problem in _model_problems(unit, model, model_index, first_of):
+                yield (*location, "models", model_index, field), problem
+
+
+def _core_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
+    """Units on one CPU compute at the same time, so their cores must be disjoint."""
+    owners: dict[int, str] = {}
+    for unit_index, unit in enumerate(config.units):
+        location: Location = ("units", unit_index)
+        if unit.cores is None:
+            if len(config.units) > 1:
+                yield (
+                    (*location, "cores"),
+                    f"is required, such as cores: [0]: {len(config.units)} units are on {quoted(unit.device)}",
+                )
+            continue
+        for core, count in Counter(unit.cores).items():
+            if count > 1:
+                yield (*location, "cores"), f"lists core {core} {count} times"
+        for core in unit.cores:
+            if owners.setdefault(core, unit.name) != unit.name:
+                yield (*location, "cores"), f"core {core} is also in unit {owners[core]}; units need disjoint cores"
+        for model_index, model in enumerate(unit.models):
+            if model.threads is not None and model.threads > len(unit.cores):
+                yield (
+                    (*location, "models", model_index, "threads"),
+                    f"is {model.threads}; the unit has {len(unit.cores)} cores",
+                )
+
+
+def _model_problems(
+    unit: UnitConfig, model: ModelConfig, index: int, first_of: dict[str, tuple[UnitConfig, ModelConfig]]
+) -> Iterator[tuple[str, str]]:
+    """(field, problem) of one model. ``first_of`` maps names to earlier models; this model is added."""
+    if any(other.name == model.name for other in unit.models[:index]):
+        yield "name", f"{quoted(model.name)} is the name of another model"
+    first_unit, first = first_of.setdefault(model.name, (unit, model))
+    for field in _SAME_IN_ALL_UNITS:
+        if getattr(first, field) != getattr(model, field):
+            yield field, f"differs from {quoted(model.name)} in unit {first_unit.name}; must be equal in all units"
+    if model.engine != "sim" and "sim" in model.model_fields_set:
+        yield "sim", f"has no effect with engine: {model.engine}; it is for sim"
