@@ -99,12 +99,12 @@ def load_models(runtime: MeshRuntime) -> ServedModels:
     served = ServedModels()
     for name, config in runtime.config.models().items():
         folder = runtime.prepared[name].folder
-        spec = model_spec(folder)
+        text = load_text_model(folder)
+        spec = model_spec(folder).ended_by(text.eos_token_id)
         units = [runtime.model(unit.name, name) for unit in runtime.config.units_of(name)]
         defaults = sampling_defaults(config, folder)
         limits = ModelLimits.of(config, spec, units, defaults)
         unit_names = tuple(unit.name for unit, _ in units)
-        text = load_text_model(folder)
         text.start_chat()  # here, so that the templates of all models are compiled at the same time
         served.add(ServedModel(name, unit_names, config, spec, text, limits, defaults))
     for model in served:

@@ -53,6 +53,7 @@ def check_model(path: Path, with_weights: bool = True) -> ModelFacts:
 
 def _check_folder(folder: Path, with_weights: bool) -> ModelFacts:
     spec, defaults, text = read_model_spec(folder), read_sampling_defaults(folder), load_text_model(folder)
+    spec = spec.ended_by(text.eos_token_id)
     if not with_weights:
         return ModelFacts(spec, defaults, text.chat_template, (), ())
     weights = FolderWeights(folder)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,12 @@ class ModelSpec:
         layer = hidden * (2 * q + 2 * kv) + 3 * hidden * self.intermediate_size + 2 * hidden
         layer += (q + 2 * kv) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
         return self.num_layers * layer + self.vocab_size * hidden * (1 if self.tied_embeddings else 2) + hidden
+
+    def ended_by(self, eos_token_id: int | None) -> ModelSpec:
+        """The spec with one more token that ends an output, if it is one of the vocabulary."""
+        if eos_token_id is None or eos_token_id >= self.vocab_size:
+            return self
+        return replace(self, eos_token_ids=self.eos_token_ids | {eos_token_id})
 
     def kv_shape(self, block_size: int, dtype: str) -> KvShape:
         """KV shape for ``block_size`` tokens per block; ``dtype`` is a key of `DTYPE_BYTES`."""

@@ -32,8 +32,12 @@ _SIM_CHAT_TEMPLATE = (
 class TextModel:
     """Tokenizer and chat template of one model. Thread-safe."""
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None, eos_token: str | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self.eos_token_id: int | None = None if eos_token is None else tokenizer.token_to_id(eos_token)
+        """The tokenizer's own end of sequence. As in vLLM it ends an output, like those of the model's configs."""
         self._pieces = {skip: TokenPieces(tokenizer, skip) for skip in (False, True)}
         self.token_texts = TokenTexts(self._pieces[False])
         self._special_token_ids = special_token_ids(tokenizer)
@@ -126,9 +130,10 @@ def load_text_model(folder: Path | None) -> TextModel:
     tokenizer.add_tokens(list(special_tokens.additions))
     tokenizer.encode_special_tokens = config.flag("split_special_tokens", False)
     source, problem = find_chat_template(folder, config)
-    if source is None and problem is None:
-        return TextModel(tokenizer)
-    return TextModel(tokenizer, ChatTemplate(source or "", special_tokens.variables, problem))
+    template = None
+    if source is not None or problem is not None:
+        template = ChatTemplate(source or "", special_tokens.variables, problem)
+    return TextModel(tokenizer, template, special_tokens.variables.get("eos_token"))
 
 
 def load_tokenizer(path: Path) -> tuple[Tokenizer, str | None]:

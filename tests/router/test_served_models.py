@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from muxmesh.config.runtime import MeshRuntime, PreparedModel
 from muxmesh.config.schema import MeshConfig, ModelConfig, UnitConfig
 from muxmesh.errors import InvalidRequest, ModelNotFound, ModelUnsupported
+from muxmesh.models.model_check import check_model
 from muxmesh.models.model_spec import SIM_SPEC
 from router.served_models import ModelLimits, ServedModels, load_models
 from tests.support.pipeline_parts import served_model
@@ -61,6 +63,26 @@ def test_the_model_s_own_sampling_defaults_apply_unless_they_are_ignored(
     served = load_models(runtime(tmp_path, unit("u0", model), folder=folder)).find("m")
     assert served.sampling_defaults.temperature == temperature
     assert served.limits.default_max_new_tokens == most
+
+
+@pytest.mark.parametrize(
+    ("generation", "eos_token", "expected"),
+    [
+        ('{"eos_token_id": 1}', "<|pad|>", {1, 2}),
+        ('{"eos_token_id": null}', "<|pad|>", {2}),
+        ('{"eos_token_id": [0, 1]}', "<|eos|>", {0, 1}),
+        ('{"eos_token_id": 1}', "<past the vocabulary>", {1}),
+    ],
+)
+def test_an_output_ends_with_the_tokens_of_the_configs_and_that_of_the_tokenizer(
+    tmp_path: Path, generation: str, eos_token: str, expected: set[int]
+) -> None:
+    folder = write_tiny_model(tmp_path / "tiny", TinyShape())
+    (folder / "generation_config.json").write_text(generation)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
+    served = load_models(runtime(tmp_path, unit("u0", sim("m", source="tiny")), folder=folder)).find("m")
+    assert served.limits.eos_token_ids == served.spec.eos_token_ids == expected
+    assert check_model(folder).spec.eos_token_ids == expected
 
 
 def test_the_capacity_of_a_model_is_that_of_its_smallest_pool(tmp_path: Path) -> None:

@@ -76,6 +76,16 @@ def test_truncation_and_padding_of_the_file_are_not_applied(tmp_path: Path) -> N
     assert load_text_model(tmp_path).encode("a longer text", False) == plain
 
 
+@pytest.mark.parametrize(
+    ("config", "token_id"),
+    [({"eos_token": "<|im_end|>"}, 259), ({"eos_token": "</s>"}, 260), ({"eos_token": None}, None), ({}, None)],
+)
+def test_the_end_of_sequence_is_that_of_the_tokenizer(
+    tmp_path: Path, config: dict[str, object], token_id: int | None
+) -> None:
+    assert load_text_model(write_folder(tmp_path, config)).eos_token_id == token_id
+
+
 def test_the_template_of_a_folder_renders_a_conversation(tmp_path: Path) -> None:
     template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}" + (
         "{% if add_generation_prompt %}[assistant]{% endif %}"
