@@ -70,8 +70,9 @@ class _Walk:
             raise self._damaged(f"claims {num_tensors} tensors and {num_fields} fields; at most {_MAX_TENSORS} each")
         names: set[str] = set()
         for index in range(num_fields):
-            self._add(names, self._text(f"the name of field {index}"), "field")
-            self._skip_field(self._last_name)
+            name = self._text(f"the name of field {index}")
+            self._add(names, name, "field")
+            self._skip_field(name)
         names.clear()
         spans = [self._tensor(index, names) for index in range(num_tensors)]
         start = -(-self._at // self._alignment) * self._alignment
@@ -84,7 +85,6 @@ class _Walk:
                 raise self._damaged(f"tensor {named(name)}: offset {offset} is not a multiple of {self._alignment}")
 
     def _add(self, names: set[str], name: str, kind: str) -> None:
-        self._last_name = name
         if name in names:
             raise self._damaged(f"{kind} {named(name)}: is there twice")
         names.add(name)

@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from muxmesh.errors import ModelUnsupported
 from muxmesh.models.chat_template import ChatTemplate
 from muxmesh.models.file_fields import FileFields
+from muxmesh.models.gguf_config import ARCHITECTURES, ROPE_FACTORS, config_of_gguf
 from muxmesh.models.gguf_header import check_gguf_header
 from muxmesh.models.gguf_tokenizer import build_tokenizer, check_tokenizer, eos_token_ids
 from muxmesh.models.model_files import described
@@ -44,15 +45,8 @@ _LAYER_TENSORS = {
     "ffn_down": "mlp.down_proj",
 }
 _GLOBAL_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_ROPE_FACTORS = "rope_freqs.weight"
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _KEPT_IN_F32 = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)
-_ROPE_DEFAULTS = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": -1.0, "yarn_log_multiplier": 0.0}
-"""Fields of rope scaling that no engine implements. A file with another value than the default is rejected."""
 _LAYER_NAME_PARTS = 4
-_MAX_SIZE = 1 << 24
-_LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
-"""Parameters of every Llama 3.1 and 3.2. A GGUF file holds only the factors that are computed from them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +76,19 @@ def read_gguf(path: Path) -> GgufModel:
         raise ModelUnsupported(f"{path}: not a GGUF file, or damaged: {error}") from error
     found = FileFields(path, fields)
     architecture = found.text("general.architecture")
-    if architecture not in _ARCHITECTURES:
+    if architecture not in ARCHITECTURES:
         raise found.refuse(
             "general.architecture",
-            f"architecture {named(str(architecture))} is not supported; supported: {', '.join(_ARCHITECTURES)}",
+            f"architecture {named(str(architecture))} is not supported; supported: {', '.join(ARCHITECTURES)}",
         )
     if (parts := found.integer("split.count", 0, 1 << 16) or 0) > 1:
         raise found.refuse("split.count", f"is one of {parts} parts; merge them into one file")
     check_tokenizer(found)
     for tensor in reader.tensors:
         _check_tensor(path, tensor, architecture)
-    config = _config(found, architecture, reader.tensors)
+    config = config_of_gguf(found, architecture, reader.tensors)
     spec = spec_from_config(path, config, {"eos_token_id": eos_token_ids(fields)})
-    shapes = {tensor.name: _shape(tensor) for tensor in reader.tensors if tensor.name != _ROPE_FACTORS}
+    shapes = {tensor.name: _shape(tensor) for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
     check_weights(path, shapes, {_gguf_name(name): shape for name, shape in expected_weights(spec).items()})
     with refusing_tokenizer(path):
         build_tokenizer(fields)
@@ -112,7 +106,7 @@ def import_gguf(gguf: Path, folder: Path, progress: Callable[[int, int], None]) 
     eos = eos_token_ids(model.fields)
     _write_json(folder / "generation_config.json", {"eos_token_id": eos if len(eos) > 1 else eos[0]} if eos else {})
     _write_tokenizer(folder, model.fields)
-    kept = [tensor for tensor in model.tensors if tensor.name != _ROPE_FACTORS]
+    kept = [tensor for tensor in model.tensors if tensor.name != ROPE_FACTORS]
     shapes = {_hf_name(tensor.name): (_dtype(tensor), _shape(tensor)) for tensor in kept}
 
     def values() -> Iterator[np.ndarray]:
@@ -154,7 +148,7 @@ def _check_tensor(path: Path, tensor: Any, architecture: str) -> None:
 
 def _is_known(parts: list[str], architecture: str) -> bool:
     if parts[0] != "blk" or len(parts) != _LAYER_NAME_PARTS:
-        return ".".join(parts) == _ROPE_FACTORS or (parts[0] in _GLOBAL_TENSORS and parts[1:] == ["weight"])
+        return ".".join(parts) == ROPE_FACTORS or (parts[0] in _GLOBAL_TENSORS and parts[1:] == ["weight"])
     _, _, name, kind = parts
     if kind == "bias":
         return architecture == "qwen2" and name in {"attn_q", "attn_k", "attn_v"}
@@ -200,102 +194,6 @@ def _chat_template(fields: FileFields) -> ChatTemplate | None:
     if not isinstance(source, str):
         return ChatTemplate("", {}, f"tokenizer.chat_template is {described(source)}; must be a string")
     return ChatTemplate(source, _named_tokens(fields.values))
-
-
-def _config(fields: FileFields, name: str, tensors: list[Any]) -> dict[str, Any]:
-    def size(key: str) -> int:
-        return fields.needed_integer(f"{name}.{key}", 1, _MAX_SIZE)
-
-    heads, hidden = size("attention.head_count"), size("embedding_length")
-    head_dim = fields.integer(f"{name}.attention.key_length", 1, _MAX_SIZE) or hidden // heads
-    config: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[name]],
-        "model_type": name,
-        "vocab_size": len(fields.values["tokenizer.ggml.tokens"]),
-        "hidden_size": hidden,
-        "intermediate_size": size("feed_forward_length"),
-        "num_hidden_layers": size("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": fields.integer(f"{name}.attention.head_count_kv", 1, heads) or heads,
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": fields.needed_integer(f"{name}.context_length", 1, (1 << 31) - 1),
-        "rms_norm_eps": round(fields.needed_number(f"{name}.attention.layer_norm_rms_epsilon", 0.0, 1.0), 10),
-        "rope_theta": fields.number(f"{name}.rope.freq_base", 1.0, 1e15) or 10_000.0,
-        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in tensors),
-        "bos_token_id": fields.values.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": fields.values.get("tokenizer.ggml.eos_token_id"),
-        "torch_dtype": "float16",
-    }
-    _refuse_variants(fields, name, head_dim)
-    scaling, llama3 = _rope_scaling(fields, name), _llama3_scaling(fields.origin, tensors, config)
-    if scaling and llama3:
-        raise ModelUnsupported(f"{fields.origin}: has both rope scaling {scaling['rope_type']} and {_ROPE_FACTORS}")
-    if scaling := scaling or llama3:
-        config["rope_scaling"] = scaling
-    return config
-
-
-def _refuse_variants(fields: FileFields, name: str, head_dim: int) -> None:
-    rotated = fields.integer(f"{name}.rope.dimension_count", 0, _MAX_SIZE)
-    if rotated is not None and rotated != head_dim:
-        raise fields.refuse(
-            f"{name}.rope.dimension_count", f"rope rotates {rotated} of {head_dim} dimensions, which is not supported"
-        )
-    if fields.integer(f"{name}.expert_count", 0, _MAX_SIZE):
-        raise fields.refuse(f"{name}.expert_count", "is a mixture of experts, which is not supported")
-
-
-def _rope_scaling(fields: FileFields, name: str) -> dict[str, Any] | None:
-    prefix = f"{name}.rope.scaling."
-    for key, default in _ROPE_DEFAULTS.items():
-        value = fields.values.get(prefix + key, default)
-        if value != default:
-            raise fields.refuse(prefix + key, f"{key} is {described(value)}, not supported")
-    old = fields.number(f"{name}.rope.scale_linear", 0.0, 1e6) or 1.0  # files without a scaling type
-    kind = fields.text(f"{prefix}type") or ("none" if old == 1.0 else "linear")
-    if kind == "none":
-        return None
-    if kind not in {"linear", "yarn"}:
-        raise fields.refuse(
-            f"{prefix}type", f"rope scaling {named(kind)} is not supported; supported: none, linear, yarn"
-        )
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": fields.number(f"{prefix}factor", 0.0, 1e6) or old}
-    for key, hf_key in (
-        ("original_context_length", "original_max_position_embeddings"),
-        ("yarn_beta_fast", "beta_fast"),
-        ("yarn_beta_slow", "beta_slow"),
-    ):
-        if prefix + key in fields.values:
-            scaling[hf_key] = fields.values[prefix + key]
-    return scaling
-
-
-def _llama3_scaling(path: Path, tensors: list[Any], config: dict[str, Any]) -> dict[str, Any] | None:
-    """The Llama 3 scaling behind stored rope factors, or None without factors.
-
-    Recomputes the factors and compares: raises ModelUnsupported if they differ from those in the file.
-    """
-    stored = next((tensor for tensor in tensors if tensor.name == _ROPE_FACTORS), None)
-    if stored is None:
-        return None
-    factors = np.asarray(stored.data, dtype=np.float64).reshape(-1)
-    pairs = config["head_dim"] // 2
-    wavelengths = 2 * np.pi * config["rope_theta"] ** (np.arange(pairs) / pairs)
-    factor = float(factors.max())
-    if not (0.0 < factor < 1e6 and np.isfinite(factors).all()):
-        raise ModelUnsupported(f"{path}: {_ROPE_FACTORS} has values that are no factors")
-    smooth = np.clip((_LLAMA3_CONTEXT / wavelengths - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW), 0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
-        raise ModelUnsupported(f"{path}: {_ROPE_FACTORS} differ from those of Llama 3, which is not supported")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": _LLAMA3_LOW,
-        "high_freq_factor": _LLAMA3_HIGH,
-        "original_max_position_embeddings": _LLAMA3_CONTEXT,
-    }
 
 
 def _named_tokens(fields: Mapping[str, Any]) -> dict[str, str]:

@@ -113,7 +113,7 @@ class History:
         return len(self._outputs)
 
     def is_cold(self, tenant_id: int) -> bool:
-        """Whether there is nothing to tell this tenant: no output, or a few that are all of others."""
+        """Whether there is nothing to predict from for this tenant: no output, or a few that are all of others."""
         if self.num_observed >= _MIN_SHARED_OUTPUTS:
             return False
         return not (self._tenants[: len(self)] == tenant_id).any()
