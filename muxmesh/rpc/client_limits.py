@@ -1,7 +1,7 @@
 """What clients of the public API may use of its server: connections, calls, memory for messages, time to read.
 
-A client is known by its address: a host that opens many connections is one client. `ClientCalls` counts, `Receptions`
-bounds the memory of messages that arrive slowly; neither knows what a call is about.
+A client is known by its address: a host that opens many connections is one client. `CallLimiter` counts its calls,
+`RequestReader` bounds the memory of messages that arrive slowly; neither knows what a call is about.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,12 +24,16 @@ from muxmesh.errors import Overloaded, RequestAborted
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Context = grpc.aio.ServicerContext[Any, Any]
 
-_RECEPTION_BYTES = 128 * 1024 * 1024
+_READ_BYTES = 128 * 1024 * 1024
 """Memory for messages that have not arrived completely."""
-_MIN_RECEPTIONS = 8
-_MAX_RECEPTIONS = 1024
-_MIN_RECEPTION_S = 0.25
-"""A message that takes longer gives its memory to the next one if there is no more."""
+_MIN_READS = 8
+_MAX_READS = 1024
+_READ_S = 0.25
+"""A message that takes longer is aborted if others wait to be read."""
+_SHORT_READ_S = 0.1
+"""The same if one of them has waited for `_MAX_WAIT_S`."""
+_MAX_WAIT_S = 0.1
+_TURN_S = 0.005
 _HANDSHAKE_S = 10.0
 _KEEPALIVE_TIME_S = 15.0
 _KEEPALIVE_TIMEOUT_S = 10.0
@@ -90,8 +95,8 @@ def client_of(peer: str) -> str | None:
     return str(address)
 
 
-class ClientCalls:
-    """Counts the calls in progress of each client."""
+class CallLimiter:
+    """Limits the calls in progress of each client."""
 
     def __init__(self, max_calls: int, exempt: tuple[Network, ...]) -> None:
         self._max_calls = max_calls
@@ -123,55 +128,108 @@ class ClientCalls:
         return any(network.version == one.version and network.overlaps(one) for one in self._exempt)
 
 
-class Receptions:
-    """Receives messages, a bounded number at the same time. The oldest one is aborted if others wait for it."""
+class RequestReader:
+    """Reads the requests of calls, a bounded number at the same time. The oldest read ends if others wait.
+
+    Requests are read in the order of the calls. While the first one has waited for `_MAX_WAIT_S`, the newest is
+    next, so that a small message does not wait for all half-sent ones before it (adaptive LIFO: Maurer, "Fail at
+    Scale", ACM Queue 13(8), 2015).
+    """
 
     def __init__(self, limits: PublicLimits) -> None:
-        fitting = _RECEPTION_BYTES // limits.max_message_bytes
-        self._capacity = min(max(fitting, _MIN_RECEPTIONS), _MAX_RECEPTIONS)
+        fitting = _READ_BYTES // limits.max_message_bytes
+        self._capacity = min(max(fitting, _MIN_READS), _MAX_READS)
         self._slow_client_s = limits.slow_client_s
-        self._turn = asyncio.Lock()
-        self._ended = asyncio.Event()
-        self._receiving: dict[asyncio.Timeout, float] = {}
-        """Time of its start, in order of the starts."""
+        self._reading: dict[asyncio.Timeout, float] = {}
+        """When each read started, in this order."""
+        self._waiting: dict[asyncio.Timeout, _Waiting] = {}
+        """The calls that wait, in the order of their arrival."""
+        self._timer: asyncio.TimerHandle | None = None
+        """Set while calls wait."""
 
     async def read(self, context: Context) -> bytes | None:
         """The next message of a call; None after the last one.
 
-        Raises RequestAborted if the message does not arrive in time, Overloaded if it is slow and others wait.
+        Raises RequestAborted if the message does not arrive in time, Overloaded if others wait and it is slow, or
+        if it could not begin to be read in that time.
         """
-        loop = asyncio.get_running_loop()
-        if len(self._receiving) >= self._capacity or self._turn.locked():
-            async with self._turn:
-                await self._until_free()
-        started_at_s = loop.time()
-        patience = asyncio.timeout(self._slow_client_s)
         try:
-            async with patience:
-                self._receiving[patience] = started_at_s
+            async with asyncio.timeout(self._slow_client_s) as limit:
+                if self._waiting or len(self._reading) >= self._capacity:
+                    await self._wait(limit)
+                else:
+                    self._reading[limit] = asyncio.get_running_loop().time()
                 raw = await context.read()
         except TimeoutError:
-            if loop.time() - started_at_s < self._slow_client_s:
+            if limit not in self._reading:
                 raise Overloaded("the request arrives too slowly while others wait to be received") from None
             raise RequestAborted(f"the request did not arrive within {self._slow_client_s:g} s") from None
         finally:
-            self._receiving.pop(patience, None)
-            self._ended.set()
+            self._reading.pop(limit, None)
+            self._start_waiting()
         return raw if isinstance(raw, bytes) else None
 
-    async def _until_free(self) -> None:
+    async def _wait(self, limit: asyncio.Timeout) -> None:
+        """Returns when the call of ``limit`` may read; ``limit`` counts from then."""
         loop = asyncio.get_running_loop()
-        while len(self._receiving) >= self._capacity:
-            oldest, started_at_s = next(iter(self._receiving.items()))
-            patience_s = started_at_s + _MIN_RECEPTION_S - loop.time()
-            if patience_s <= 0:
-                del self._receiving[oldest]
-                if not oldest.expired():
-                    oldest.reschedule(loop.time())
-                return
-            self._ended.clear()
-            try:
-                async with asyncio.timeout(patience_s):
-                    await self._ended.wait()
-            except TimeoutError:
-                continue
+        waiting = self._waiting[limit] = _Waiting(loop.time(), loop.create_future())
+        self._start_waiting()
+        try:
+            await waiting.turn
+        finally:
+            self._waiting.pop(limit, None)
+
+    def _start_waiting(self) -> None:
+        """Starts as many reads as there is capacity for."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._waiting:
+            return
+        now_s = asyncio.get_running_loop().time()
+        while self._waiting and len(self._reading) < self._capacity:
+            limit = self._next(now_s)
+            turn = self._waiting.pop(limit).turn
+            if not turn.done():  # else its call was cancelled
+                self._reading[limit] = now_s
+                limit.reschedule(now_s + self._slow_client_s)
+                turn.set_result(None)
+        if self._waiting:
+            self._set_timer()
+
+    def _next(self, now_s: float) -> asyncio.Timeout:
+        first = next(iter(self._waiting))
+        return first if now_s < self._waiting[first].since_s + _MAX_WAIT_S else next(reversed(self._waiting))
+
+    def _set_timer(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def end_later() -> None:
+            # What has arrived while the loop was busy is read in this turn of the loop.
+            self._timer = loop.call_later(_TURN_S, self._end_overdue, loop.time())
+
+        self._timer = loop.call_at(self._due_at_s(next(iter(self._reading.values()))), end_later)
+
+    def _due_at_s(self, started_at_s: float) -> float:
+        """When a read has to end for those that wait."""
+        first = next(iter(self._waiting.values()))
+        soon_s = max(started_at_s + _SHORT_READ_S, first.since_s + _MAX_WAIT_S)
+        return min(soon_s, started_at_s + _READ_S)
+
+    def _end_overdue(self, now_s: float) -> None:
+        """Ends the reads that were due at ``now_s``, at most one for each call that waits."""
+        for limit, started_at_s in list(islice(self._reading.items(), len(self._waiting))):
+            if self._due_at_s(started_at_s) > now_s:
+                break
+            del self._reading[limit]
+            if not limit.expired():
+                limit.reschedule(now_s)
+        self._start_waiting()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    """A call that waits for its turn to read: since when, and what is set then."""
+
+    since_s: float
+    turn: asyncio.Future[None]

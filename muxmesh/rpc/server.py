@@ -19,7 +19,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from muxmesh.errors import InternalError, InvalidRequest, MeshError, RequestAborted
-from muxmesh.rpc.client_limits import ClientCalls, PublicLimits, Receptions
+from muxmesh.rpc.client_limits import CallLimiter, PublicLimits, RequestReader
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
 from muxmesh.rpc.message_parser import check_num_fields, parse
 from muxmesh.rpc.reflection import add_reflection
@@ -49,11 +49,11 @@ class MeshServer:
 
         ``public``: the limits on clients, which may be on other hosts. None: all clients are processes of the mesh.
         """
-        options, boundary = dict(_OPTIONS), _ErrorBoundary(services)
+        options, interceptor = dict(_OPTIONS), _ErrorInterceptor(services)
         if public is not None:
             options |= public.server_options()
-            boundary = _PublicBoundary(services, public)
-        self._server = grpc.aio.server(options=tuple(options.items()), interceptors=[boundary])
+            interceptor = _PublicInterceptor(services, public)
+        self._server = grpc.aio.server(options=tuple(options.items()), interceptors=[interceptor])
         self._names = ["", *(descriptor.full_name for descriptor in services)]
         self._health = health.aio.HealthServicer()
         for register in services.values():
@@ -86,7 +86,7 @@ class MeshServer:
             await self._health.set(name, status)
 
 
-class _ErrorBoundary(grpc.aio.ServerInterceptor):
+class _ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Parses the requests of the server's own services, and converts exceptions to status.
 
     It catches every Exception; no other RPC code does.
@@ -118,8 +118,8 @@ class _ErrorBoundary(grpc.aio.ServerInterceptor):
         raise NotImplementedError(f"{details.method} is client-streaming; no RPC of the mesh is")
 
 
-class _PublicBoundary(_ErrorBoundary):
-    """Holds clients to their limits, and does what `_ErrorBoundary` does.
+class _PublicInterceptor(_ErrorInterceptor):
+    """Holds clients to their limits, and does what `_ErrorInterceptor` does.
 
     Every method becomes one that reads its request itself: a call is counted, and refused, before anything of its
     message is in memory. On the wire there is no difference.
@@ -128,8 +128,8 @@ class _PublicBoundary(_ErrorBoundary):
     def __init__(self, services: Iterable[ServiceDescriptor], limits: PublicLimits) -> None:
         super().__init__(services)
         self._limits = limits
-        self._calls = ClientCalls(limits.max_calls, limits.exempt)
-        self._receptions = Receptions(limits)
+        self._calls = CallLimiter(limits.max_calls, limits.exempt)
+        self._reader = RequestReader(limits)
 
     async def intercept_service(
         self,
@@ -162,7 +162,7 @@ class _PublicBoundary(_ErrorBoundary):
         if handler.request_streaming:
             responses = handler.stream_stream(self._requests(parsed, context), context)
         else:
-            raw = await self._receptions.read(context)
+            raw = await self._reader.read(context)
             if raw is None:
                 raise InvalidRequest("request", "has no message")
             behavior = handler.unary_unary or handler.unary_stream
@@ -178,7 +178,7 @@ class _PublicBoundary(_ErrorBoundary):
         return parse(kind, raw)
 
     async def _requests(self, parsed: Callable[[bytes], Any], context: Context) -> AsyncGenerator[Any]:
-        while (raw := await self._receptions.read(context)) is not None:
+        while (raw := await self._reader.read(context)) is not None:
             yield parsed(raw)
 
     async def _send(self, responses: AsyncGenerator[Message], context: Context) -> None:

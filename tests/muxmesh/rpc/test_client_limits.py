@@ -16,7 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from muxmesh import errors
-from muxmesh.rpc.client_limits import ClientCalls, PublicLimits, client_of
+from muxmesh.rpc.client_limits import CallLimiter, PublicLimits, client_of
 from muxmesh.rpc.server import MeshServer
 from muxmesh.rpc.status_codes import from_rpc_error
 from muxmesh.supervisor.mesh_supervisor import free_listen_address
@@ -132,6 +132,43 @@ async def test_messages_that_are_sent_by_halves_keep_no_other_from_arriving() ->
         await http2.until(reader, b"too slowly")  # there are twelve
         assert await mesh.text() == "hi"
         writer.close()
+
+
+async def test_a_small_message_does_not_wait_for_all_half_sent_ones_before_it() -> None:
+    limits, num_half_sent = replace(LIMITS, max_message_bytes=64 * MIB, max_calls=500), 400  # memory for eight of them
+    async with public(limits) as mesh:
+        reader, writer = await http2.connect(mesh.address)
+        writer.write(http2.hello())
+        for stream in range(1, 2 * num_half_sent, 2):
+            writer.write(http2.call(stream, STREAM) + http2.message(stream, b"half", announced=60 * MIB))
+        ended = await http2.until(reader, b"too slowly")
+        assert await mesh.text() == "hi"
+        writer.write(http2.frame(http2.PING, 0, 0, b"so far ?"))
+        ended += await http2.until(reader, b"so far ?")
+        assert num_frames(ended, http2.RST_STREAM) < num_half_sent // 2
+        writer.close()
+
+
+def num_frames(received: bytes, kind: int) -> int:
+    number = offset = 0
+    while len(received) >= offset + 9:
+        number += received[offset + 3] == kind
+        offset += 9 + int.from_bytes(received[offset : offset + 3], "big")
+    return number
+
+
+async def test_a_call_that_is_cancelled_while_it_waits_to_be_received_leaves_no_trace() -> None:
+    limits = replace(LIMITS, max_message_bytes=64 * MIB)
+    async with public(limits) as mesh:
+        _, writer = await http2.connect(mesh.address)
+        writer.write(http2.hello())
+        for stream in range(1, 33, 2):
+            writer.write(http2.call(stream, STREAM) + http2.message(stream, b"half", announced=60 * MIB))
+        writer.write(b"".join(http2.frame(http2.RST_STREAM, 0, stream, bytes(4)) for stream in range(17, 33, 2)))
+        assert await mesh.text() == "hi"
+        writer.close()
+        for _ in range(20):
+            assert await mesh.text() == "hi"
 
 
 async def test_a_request_without_a_message_is_refused() -> None:
@@ -282,7 +319,7 @@ def test_a_client_is_known_by_its_address(peer: str, client: str | None) -> None
 
 
 def test_processes_at_a_unix_socket_are_not_counted() -> None:
-    calls = ClientCalls(1, ())
+    calls = CallLimiter(1, ())
     with calls.counted("unix:"), calls.counted("unix:"), calls.counted("ipv4:192.0.2.1:1"):
         with pytest.raises(errors.Overloaded), calls.counted("ipv4:192.0.2.1:2"):
             pass
