@@ -33,6 +33,7 @@ from muxmesh.models.model_check import local_path
 from muxmesh.models.prepared_model import machine_problems, model_problems, prepare_model
 from muxmesh.supervisor.listen_address import public_listen_warning
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, ShowLine, free_listen_address, make_runtime, state_lock
+from muxmesh.supervisor.redis_server import redis_url_problems
 
 _HELLO_TOKENS = 64
 _MIN_OPEN_FILES = 256
@@ -56,7 +57,7 @@ def _run(arguments: argparse.Namespace) -> int:
     def check_models(config: MeshConfig) -> Iterator[tuple[Location, str]]:
         return model_problems(config, base_dir, cache_dir())
 
-    checks = (order_without_effect, machine_problems, check_models)
+    checks = (order_without_effect, machine_problems, redis_url_problems, check_models)
     loaded = load_mesh_config(arguments.config, *checks) if arguments.config else default_config(*checks)
     if arguments.listen:
         loaded = with_listen(loaded, arguments.listen)

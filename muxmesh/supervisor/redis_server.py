@@ -8,12 +8,15 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import redis.asyncio
 from redis.exceptions import RedisError
 
+from muxmesh.config.schema import Location, MeshConfig
 from muxmesh.errors import ConfigError
+from muxmesh.quoting import quoted
 
 
 def redis_command(socket_path: Path, state_dir: Path) -> tuple[str, ...]:
@@ -34,6 +37,21 @@ def redis_command(socket_path: Path, state_dir: Path) -> tuple[str, ...]:
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
     launcher = (sys.executable, "-m", "muxmesh.supervisor.exec_with_parent", str(os.getpid()))
     return (*launcher, _binary(), *arguments)
+
+
+def redis_url_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
+    """Yields why no client can open ``redis_url``: its port, its options or its path. Makes no connection."""
+    url = config.redis_url
+    if url is None:
+        return
+    try:
+        connection = redis.asyncio.ConnectionPool.from_url(url).make_connection()
+    except (ValueError, TypeError, RedisError) as error:  # TypeError: an option that connections do not have
+        problem = str(error).rpartition("__init__() ")[2]
+        yield ("redis_url",), f"is {quoted(url)}, which cannot be opened: {problem}"
+        return
+    if isinstance(connection, redis.asyncio.UnixDomainSocketConnection) and not connection.path:
+        yield ("redis_url",), f"is {quoted(url)}; a path is needed, such as unix:///run/redis.sock"
 
 
 async def wait_for_redis(url: str) -> None:

