@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -15,12 +16,19 @@ class HealthProbe:
     """A connection to the health service at one address. It survives restarts of the process that serves there."""
 
     def __init__(self, address: str) -> None:
-        """Needs a running event loop."""
+        """``address``: `unix:` and the path of a socket. Needs a running event loop."""
+        self._socket = Path(address.removeprefix("unix:"))
         self._channel = internal_channel(address)
         self._stub = health_pb2_grpc.HealthStub(self._channel)
 
     async def ask(self) -> bool:
-        """Waits, without a time limit, for any response; whether it serves does not matter. False if none can come."""
+        """Waits, without a time limit, for any response; whether it serves does not matter.
+
+        False if none can come, or if the socket's file is gone: the processes that are connected are served, and no
+        other can connect.
+        """
+        if not self._socket.exists():
+            return False
         try:
             await self._stub.Check(health_pb2.HealthCheckRequest())
         except grpc.aio.AioRpcError:

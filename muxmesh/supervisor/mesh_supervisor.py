@@ -40,6 +40,8 @@ from muxmesh.supervisor.supervised_process import ProcessSpec, SupervisedProcess
 from muxmesh.supervisor.tenant_secret import tenant_secret
 from muxmesh.types import Role
 
+_log = logging.getLogger("supervisor")
+
 READY_TIMEOUT_S = MAX_STARTING_CHECKS * CHECK_EVERY_S
 """Includes the time to compile kernels on a slow machine."""
 _STOP_GRACE_S = 5.0
@@ -142,8 +144,7 @@ class MeshSupervisor:
         logs = state_dir / "logs"
         try:
             logs.mkdir(parents=True, exist_ok=True)
-            create_run_folder(runtime.run_dir)
-            runtime.write(self._runtime_file)
+            self._write_run_folder()
         except OSError as error:
             delete_run_folder(runtime.run_dir, state_dir)
             raise ConfigError(f"{state_dir}: cannot be written: {error.strerror}") from error
@@ -153,7 +154,8 @@ class MeshSupervisor:
         self._restarted = asyncio.Event()
         self._restarted.set()  # an own Redis may have the counts of an earlier supervisor
         self._stages = [
-            [SupervisedProcess(spec, logs, clock, show_line, self._restarted.set) for spec in stage] for stage in stages
+            [SupervisedProcess(spec, logs, clock, show_line, self._before_restart) for spec in stage]
+            for stage in stages
         ]
         self._counting = asyncio.create_task(self._publish_restarts(), name="restart counts")
 
@@ -187,6 +189,20 @@ class MeshSupervisor:
         logging.getLogger("supervisor").removeHandler(self._log_file)
         self._log_file.close()
         delete_run_folder(self.runtime.run_dir, self._state_dir)
+
+    def _write_run_folder(self) -> None:
+        """Writes the folder of the sockets with the runtime file, as far as they do not exist. Raises OSError."""
+        create_run_folder(self.runtime.run_dir)
+        if not self._runtime_file.exists():
+            self.runtime.write(self._runtime_file)
+
+    def _before_restart(self) -> None:
+        """The folder may have been deleted, by a cleaner of temporary files for example: no process could start."""
+        self._restarted.set()
+        try:
+            self._write_run_folder()
+        except OSError as error:
+            _log.warning("%s cannot be written: %s", self.runtime.run_dir, error.strerror)
 
     async def _publish_restarts(self) -> None:
         """Writes the counts after each restart. They are lost when Redis restarts, which is a restart too."""

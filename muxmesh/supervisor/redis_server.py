@@ -45,7 +45,7 @@ def redis_url_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
     if url is None:
         return
     try:
-        connection = redis.asyncio.ConnectionPool.from_url(url).make_connection()
+        connection = redis.asyncio.ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, RedisError) as error:  # TypeError: an option that connections do not have
         problem = str(error).rpartition("__init__() ")[2]
         yield ("redis_url",), f"is {quoted(url)}, which cannot be opened: {problem}"
@@ -71,10 +71,14 @@ class RedisProbe:
     """A connection to one Redis. It survives restarts of the server."""
 
     def __init__(self, url: str) -> None:
+        """``url`` has the path of a unix socket."""
+        self._socket = Path(url.removeprefix("unix://"))
         self._redis = redis.asyncio.Redis.from_url(url, socket_connect_timeout=1.0, socket_timeout=1.0)
 
     async def ask(self) -> bool:
-        """Sends a ping. False if there is no response within a second."""
+        """Sends a ping. False if there is no response within a second, or the socket's file is gone."""
+        if not self._socket.exists():  # no process can connect any more
+            return False
         try:
             await self._redis.ping()
         except (RedisError, OSError):

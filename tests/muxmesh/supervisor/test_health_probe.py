@@ -80,3 +80,15 @@ async def test_a_process_that_listens_and_says_nothing_does_not_respond(state_di
         async with asyncio.timeout(60):
             assert await probe.ask() is False
         await probe.close()
+
+
+async def test_a_service_whose_socket_is_deleted_does_not_respond(state_dir: Path) -> None:
+    path, server = state_dir / "s.sock", MeshServer({})
+    probe = HealthProbe(f"unix:{path}")
+    async with asyncio.timeout(20):
+        await server.start([f"unix:{path}"])
+        assert await probe.ask() is True
+        path.unlink()
+        assert await probe.ask() is False
+        await server.stop(0)
+    await probe.close()

@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import logging
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -382,6 +383,21 @@ async def test_a_process_that_exits_is_restarted_alone_and_counted_in_redis(
         assert client.hgetall(redis_key("blue", "restarts")) == {"decode/m": "1"}
         assert client.keys("*") == [redis_key("blue", "restarts")]
     assert mesh.names("up").count("router") == 1
+
+
+async def test_a_deleted_folder_of_sockets_is_there_again_before_a_restart(
+    state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervised_process, "FIRST_BACKOFF_S", 0.01)
+    mesh = Mesh(state_dir)
+    async with started(mesh) as supervisor:
+        folder, before = supervisor.runtime.run_dir, supervisor.runtime
+        shutil.rmtree(folder)
+        mesh.process("decode/m").signal(signal.SIGKILL)
+        await mesh.until("decode/m", "up", count=2)
+        assert MeshRuntime.read(folder / "runtime.json") == before
+        assert (folder / RUN_MARK).exists() and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not folder.exists()
 
 
 async def test_logs_are_kept_by_process(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

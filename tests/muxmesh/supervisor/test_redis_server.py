@@ -10,7 +10,7 @@ import redis
 
 from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import ConfigError
-from muxmesh.supervisor.redis_server import redis_command, redis_url_problems, wait_for_redis
+from muxmesh.supervisor.redis_server import RedisProbe, redis_command, redis_url_problems, wait_for_redis
 
 
 def test_the_redis_server_on_path_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +86,11 @@ async def test_waiting_ends_when_the_server_responds(tmp_path: Path) -> None:
             await waiting
         with redis.Redis(unix_socket_path=str(path)) as client:
             assert client.ping()
+        probe = RedisProbe(f"unix://{path}")
+        assert await probe.ask() is True
+        path.unlink()
+        assert await probe.ask() is False, "no process can connect any more"
+        await probe.close()
     finally:
         server.terminate()
         await server.wait()
