@@ -171,7 +171,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 def _deadline_passed() -> DeadlineExceeded:
-    return DeadlineExceeded("the deadline (timeout_s) passed before the call was complete")
+    return DeadlineExceeded("the deadline passed before the call was complete")
 
 
 def _reason(details: str) -> str:

@@ -164,7 +164,7 @@ _OPTIONS: dict[str, _Option] = {
     "repetition_penalty": _field("decoding", "repetition_penalty", number),
     "logit_bias": _field("decoding", "logit_bias", mapping_of(_UINT32, number)),
     "allowed_token_ids": _field("decoding", "allowed_token_ids", _allowed_token_ids),
-    "max_new_tokens": _field("stopping", "max_new_tokens", _UINT32),
+    "max_new_tokens": _field("stopping", "max_new_tokens", whole(1, (1 << 32) - 1)),
     "min_new_tokens": _field("stopping", "min_new_tokens", _UINT32),
     "stop_token_ids": _field("stopping", "stop_token_ids", list_of(_UINT32)),
     "stop_strings": _field("stopping", "stop_strings", _strings),
@@ -178,6 +178,16 @@ _OPTIONS: dict[str, _Option] = {
     "bypass_prefix_cache": _field("kv", "bypass_prefix_cache", flag),
     "kv_swap_format": _field("kv", "swap_format", _swap_format),
 }
+_NAMES_ELSEWHERE = {
+    "max_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "n": "num_sequences",
+    "num_predict": "max_new_tokens",
+    "repeat_penalty": "repetition_penalty",
+    "stop": "stop_strings",
+    "timeout": "timeout_s",
+}
+"""Options of vLLM, OpenAI and Ollama that have another name here."""
 _NOT_SENT = {"timeout_s"}
 """Options that concern the call and are no field of the message."""
 
@@ -201,7 +211,8 @@ def request_of(options: RequestOptions) -> inference_pb2.GenerateRequest:
 def _refuse_unknown(options: Mapping[str, object]) -> None:
     known = RequestOptions.__annotations__.keys()
     for name in options.keys() - known:
-        close = get_close_matches(name, known, n=1, cutoff=0.5)
+        same = _NAMES_ELSEWHERE.get(name)
+        close = [same] if same else get_close_matches(name, known, n=1, cutoff=0.5)
         raise TypeError(
-            f"{quoted(name)} is no option of a request" + (f"; did you mean {close[0]!r}?" if close else "")
+            f"{quoted(name)} is not an option of a request" + (f"; did you mean {close[0]!r}?" if close else "")
         )

@@ -234,7 +234,9 @@ async def test_what_cannot_be_sent_is_refused_before_the_stream_is_read() -> Non
             unconnected.stream("x", seed=-1)
         with pytest.raises(InvalidRequest, match=r"^prompt: is None; "):
             unconnected.stream(None)  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match=r"'max_tokens' is no option of a request; did you mean 'max_new_tokens'\?"):
+        with pytest.raises(
+            TypeError, match=r"'max_tokens' is not an option of a request; did you mean 'max_new_tokens'\?"
+        ):
             unconnected.stream("x", max_tokens=5)  # type: ignore[call-arg]
 
 

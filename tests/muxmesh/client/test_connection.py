@@ -68,9 +68,7 @@ async def test_a_host_that_does_not_respond_is_given_up_after_the_connect_timeou
 async def test_a_connection_that_is_not_there_before_the_deadline_is_a_passed_deadline() -> None:
     with listener() as address:
         async with MeshClient(address) as client:
-            with pytest.raises(
-                DeadlineExceeded, match=r"^the deadline \(timeout_s\) passed before the call was complete$"
-            ):
+            with pytest.raises(DeadlineExceeded, match=r"^the deadline passed before the call was complete$"):
                 await client.generate("x", model="m", timeout_s=0.05)
 
 

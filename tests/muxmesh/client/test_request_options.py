@@ -120,9 +120,10 @@ def test_numbers_of_numpy_are_numbers() -> None:
     )
 
 
-UINT32 = ("max_new_tokens", "min_new_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
+UINT32 = ("min_new_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
 BOUNDS: list[tuple[str, int, int]] = [
     *((name, 0, (1 << 32) - 1) for name in UINT32),
+    ("max_new_tokens", 1, (1 << 32) - 1),
     ("num_sequences", 1, (1 << 32) - 1),
     ("expected_output_tokens", 1, (1 << 32) - 1),
     ("seed", 0, (1 << 63) - 1),
@@ -182,10 +183,13 @@ def test_an_error_quotes_at_most_a_hundred_characters() -> None:
     [
         ("max_tokens", "; did you mean 'max_new_tokens'?"),
         ("temprature", "; did you mean 'temperature'?"),
+        ("stop", "; did you mean 'stop_strings'?"),
+        ("n", "; did you mean 'num_sequences'?"),
+        ("num_predict", "; did you mean 'max_new_tokens'?"),
         ("xyzzy", ""),
     ],
 )
 def test_an_unknown_option_is_refused_with_the_nearest_one(name: str, hint: str) -> None:
     with pytest.raises(TypeError) as caught:
         with_option(name, 5)
-    assert str(caught.value) == f"{name!r} is no option of a request{hint}"
+    assert str(caught.value) == f"{name!r} is not an option of a request{hint}"
