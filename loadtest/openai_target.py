@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -40,7 +41,7 @@ class OpenAiTarget:
                 content = await response.json()
             names = [str(model["id"]) for model in content["data"]]
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise Unavailable(f"no OpenAI-compatible server answers at {self._url}: {named(str(error))}") from error
+            raise Unavailable(f"no OpenAI-compatible server answers at {self._url}: {_problem(error)}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise Unavailable(f"{self._url}/v1/models returns no list of models: {quoted(error)}") from error
         if not names:
@@ -120,3 +121,12 @@ def _is_without_token(choice: dict[str, Any]) -> bool:
     delta = choice.get("delta") or {}
     has_text = choice.get("text") or any(value for key, value in delta.items() if key != "role")
     return not has_text and ("role" in delta or bool(choice.get("finish_reason")))
+
+
+def _problem(error: aiohttp.ClientError | TimeoutError) -> str:
+    """Why the list of models could not be read."""
+    if isinstance(error, TimeoutError):
+        return f"no response within {_CONNECT_TIMEOUT_S:.0f} s"
+    if isinstance(error, aiohttp.ClientConnectorError) and (error.errno or 0) > 0:
+        return os.strerror(error.errno or 0)
+    return named(str(error))

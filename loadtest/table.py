@@ -58,9 +58,9 @@ def label(report: Mapping[str, Any]) -> str:
 
 
 def title(report: Mapping[str, Any]) -> str:
-    """The name of a report and what was measured, which may be its name."""
+    """The name of a report, its rate, and what was measured, which may be its name."""
     name, target = str(report["name"]), str(report["target"])
-    return name if name == target else f"{name}: {target}"
+    return label(report) if name == target else f"{label(report)}: {target}"
 
 
 def rows_of(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

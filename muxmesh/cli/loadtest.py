@@ -70,8 +70,10 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
     for path in paths:
         try:
             content = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: {error}") from error
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise ConfigError(f"{path}: is not JSON: {error}") from error
         if not isinstance(content, dict) or not {"muxmesh_loadtest", "muxmesh_loadtest_sweep"} & content.keys():
             raise ConfigError(f"{path}: is not a report of `muxmesh loadtest`")
         documents.append(content)

@@ -1,6 +1,7 @@
 """The wire of the OpenAI target, against a server on the loopback interface."""
 
 import json
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -189,6 +190,16 @@ async def test_a_server_without_a_list_of_models_is_unavailable(
     server.models, server.models_status = models, status
     with pytest.raises(Unavailable, match=message):
         await target.models()
+
+
+async def test_the_reason_why_a_server_cannot_be_reached_is_named() -> None:
+    with socket.socket() as bound:  # it does not listen
+        bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        target = OpenAiTarget(url, range(9), None, None)
+        with pytest.raises(Unavailable, match=f"answers at {url}: Connection refused$"):
+            await target.models()
+        await target.close()
 
 
 @pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])

@@ -64,7 +64,7 @@ def test_tables_are_for_every_report(case: str) -> None:
 
 def test_a_table_names_the_report_the_partial_run_and_the_errors() -> None:
     table = render(make_report("ours"))
-    assert table.splitlines()[0].strip("=") == " ours: a stub "
+    assert table.splitlines()[0].strip("=") == " ours at 2/s: a stub "
     assert "PARTIAL: interrupted <i>by</i> the user" in table
     assert "3 x UNAVAILABLE: <b>gone</b>" in table
     complete = render(make_report("ours", num_failed=0))
@@ -143,9 +143,11 @@ def test_different_workloads_are_named_below_a_comparison() -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "text"), [("mesh at a:1", "mesh at a:1"), ("ours", "ours: mesh at a:1")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("mesh at a:1", "mesh at a:1 at 2/s"), ("ours", "ours at 2/s: mesh at a:1")]
+)
 def test_a_report_without_a_name_of_its_own_is_named_once(name: str, text: str) -> None:
-    assert title({"name": name, "target": "mesh at a:1"}) == text
+    assert title({"name": name, "target": "mesh at a:1", "rate": 2.0}) == text
     assert render({**make_report("ours"), "name": name, "target": "mesh at a:1"}).splitlines()[0].strip("= ") == text
 
 
