@@ -93,11 +93,29 @@ def print_json(content: Any) -> None:
 
 
 def message_dict(message: Message) -> dict[str, Any]:
-    """Converts a message to JSON content, with the field names of the proto. Fields without presence always appear."""
+    """Converts a message to JSON content, with the field names of the proto. Fields without presence always appear.
+
+    Fields of 64 bits are numbers, unlike in the JSON of protobuf: text compares with no number.
+    """
     content: dict[str, Any] = MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
+    _make_whole_numbers(content, message)
     return content
+
+
+def _make_whole_numbers(content: dict[str, Any], message: Message) -> None:
+    """Replaces in ``content`` what the JSON of protobuf has as text by the numbers of ``message``."""
+    for name, value in content.items():
+        number = getattr(message, name)
+        if isinstance(value, dict):
+            _make_whole_numbers(value, number)
+        elif isinstance(value, list):
+            for part, part_message in zip(value, number, strict=True):
+                if isinstance(part, dict):
+                    _make_whole_numbers(part, part_message)
+        elif isinstance(value, str) and value == str(number) and isinstance(number, int):
+            content[name] = number
 
 
 class ProgressBar:

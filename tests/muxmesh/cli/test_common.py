@@ -92,6 +92,12 @@ def test_a_message_keeps_proto_names_and_fields_that_are_zero() -> None:
     assert "prediction_tau" not in message_dict(mesh_pb2.RouterModelStatus())
 
 
+def test_whole_numbers_of_a_message_are_numbers() -> None:
+    pool = mesh_pb2.PoolStatus(num_slabs=3, pool_bytes=1 << 40)
+    unit = message_dict(mesh_pb2.GetStatusResponse(units=[mesh_pb2.UnitStatus(pool=pool)]))["units"][0]
+    assert (unit["pool"]["num_slabs"], unit["pool"]["pool_bytes"]) == (3, 1 << 40)
+
+
 def test_progress_off_a_terminal_is_a_line_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:
     bar = ProgressBar("model")
     for done in range(101):

@@ -123,7 +123,7 @@ def test_json_has_every_field_without_presence_even_if_it_is_zero(
     mesh.status = STATUS
     assert main(["status", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert content["units"][0]["pool"]["swap_bytes"] == "0", "64-bit numbers are strings in protobuf's JSON"
+    assert content["units"][0]["pool"]["swap_bytes"] == 0, "64-bit numbers are numbers, unlike in protobuf's JSON"
     assert content["units"][0]["workers"][1]["ready"] is False
     assert content["models"][0]["num_requests_waiting"] == 1
     assert "prediction_tau" not in content["models"][0], "an optional field is absent if it is unset"
