@@ -64,7 +64,7 @@ class SchedulingPolicy:
             "fcfs": waited,
             "sjf": f"{duration_text(state.served_s + state.remaining_s)} of work",
             "srtf": left,
-            "srtf-aged": f"{left}, {waited}; overtaken by requests that arrived up to "
+            "srtf-aged": f"{left}, {waited}; could be overtaken by requests that arrive up to "
             f"{duration_text(self.handicap_s(state))} later",
             "hrrn": f"{left}, {waited}: ratio {-self._score(state, now_s):.3g}",
             "mlfq": f"level {self._level(state)}: {duration_text(state.prefill_s)} of prefill, "

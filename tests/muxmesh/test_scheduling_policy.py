@@ -166,7 +166,7 @@ def test_mlfq_has_a_last_level() -> None:
         ("srtf", "31 s of work left"),
         (
             "srtf-aged",
-            "31 s of work left, waited 10 s; overtaken by requests that arrived up to 50 s later",
+            "31 s of work left, waited 10 s; could be overtaken by requests that arrive up to 50 s later",
         ),
         ("hrrn", "31 s of work left, waited 10 s: ratio 1.32"),
         ("mlfq", "level 1: 1 s of prefill, 2 s served"),
