@@ -79,7 +79,7 @@ def meant(location: Location, root: type[BaseModel]) -> str | None:
 def closest(text: str, choices: Iterable[str]) -> str | None:
     """The choice that ``text`` is probably a misspelling of."""
     by_lower = {choice.lower(): choice for choice in choices}
-    found = difflib.get_close_matches(text[:_MAX_SHOWN].lower(), by_lower, n=1)
+    found = difflib.get_close_matches(text[:_MAX_SHOWN].lower(), by_lower, n=1, cutoff=0.65)
     return by_lower[found[0]] if found else None
 
 

@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import ByteSize
+
 from muxmesh.block_hashes import KvIdentity
 from muxmesh.config.runtime import PreparedModel
 from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
@@ -32,10 +34,10 @@ def machine_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
         if missing:
             yield ("units", unit_index, "cores"), f"core {missing[0]} is not available; available: {sorted(cores)}"
         if unit.kv_pool + unit.kv_swap > memory_bytes:
-            total = unit.kv_pool + unit.kv_swap
+            total, present = (ByteSize(n).human_readable() for n in (unit.kv_pool + unit.kv_swap, memory_bytes))
             yield (
                 ("units", unit_index, "kv_pool"),
-                f"kv_pool and kv_swap are together {total} bytes; this machine has {memory_bytes}",
+                f"kv_pool and kv_swap are together {total}; this machine has {present}",
             )
 
 
@@ -149,7 +151,8 @@ def _local_source(model: ModelConfig, base_dir: Path) -> Path | None:
     if os.path.isfile(path) or path.suffix == ".gguf":
         problem = "is not a .gguf file" if os.path.lexists(path) else "does not exist"
         raise ConfigError(f"{quoted(source)} {problem}; a folder in Hugging Face style or a .gguf file is needed")
+    given = quoted(source) if model.source is not None else f"is not set, and the model's name {quoted(source)}"
     raise ConfigError(
-        f"{quoted(source)} is neither a folder, nor a .gguf file, nor in the catalog ({', '.join(sorted(CATALOG))})"
+        f"{given} is neither a folder, nor a .gguf file, nor in the catalog ({', '.join(sorted(CATALOG))})"
         + hub_hint(source)
     )

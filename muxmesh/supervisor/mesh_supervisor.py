@@ -17,6 +17,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from errno import EADDRINUSE
 from pathlib import Path
 
 from muxmesh.background_task import end
@@ -95,7 +96,9 @@ def free_listen_address(listen: str) -> str:
             probe.bind(address)
             return f"{host}:{probe.getsockname()[1]}"
     except (OSError, OverflowError, ValueError) as error:
-        raise ConfigError(f"cannot listen on {listen}: {error}") from error
+        problem = error.strerror if isinstance(error, OSError) and error.strerror else error
+        hint = "; choose another port, or 0 for a free one" if getattr(error, "errno", None) == EADDRINUSE else ""
+        raise ConfigError(f"cannot listen on {listen}: {problem}{hint}") from error
 
 
 def make_runtime(

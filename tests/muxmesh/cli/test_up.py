@@ -50,7 +50,7 @@ def config(tmp_path: Path) -> Path:
         (
             "units:\n  - {kv_pool: 1MiB, slab: 64KiB, kv_swap: 900TiB, models: [{name: a, engine: sim}]}",
             "2: units[0].kv_pool: ",
-            "kv_pool and kv_swap are together 989560466046976 bytes; this machine has ",
+            "kv_pool and kv_swap are together 900.0TiB; this machine has ",
         ),
         (
             "units:\n  - {slab: 4096, models: [{name: a, engine: sim, block_size: 32}]}",

@@ -117,6 +117,11 @@ def test_an_unusable_source_is_reported(
     assert found[0, "source"].endswith(problem)
 
 
+def test_a_model_without_a_source_is_one_of_the_catalog(base_dir: Path, cache_dir: Path) -> None:
+    (problem,) = problems(mesh({"name": "m"}), base_dir, cache_dir).values()
+    assert problem.startswith("is not set, and the model's name 'm' is neither a folder, ")
+
+
 @pytest.mark.parametrize(
     ("file", "content"), [("tokenizer.json", None), ("tokenizer.json", "{"), ("config.json", "[]")]
 )
