@@ -82,7 +82,7 @@ class ServedModels:
         if not name and len(self._models) == 1:
             return next(iter(self._models.values()))
         if not name and self._models:
-            raise InvalidRequest("model", f"is empty, and the mesh serves several; one of: {self._listed()}")
+            raise InvalidRequest("model", f"is needed, because the mesh serves several; one of: {self._listed()}")
         if name not in self._models:
             raise ModelNotFound(f"model: {quoted(name)} is not served; served: {self._listed()}")
         return self._models[name]

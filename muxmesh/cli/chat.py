@@ -53,5 +53,5 @@ def _chat_from_lines(arguments: argparse.Namespace) -> int:
 async def _only_model(client: MeshClient, wanted: str | None) -> str:
     names = await chat_models(client, wanted)
     if len(names) > 1:
-        raise InvalidRequest("model", f"the mesh serves several; one of: {', '.join(names)}")
+        raise InvalidRequest("model", f"is needed, because the mesh serves several; one of: {', '.join(names)}")
     return names[0]

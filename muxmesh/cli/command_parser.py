@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 from muxmesh import __version__
 from muxmesh.cli import argument_types, loadtest_options
@@ -15,6 +16,8 @@ from muxmesh.types import DEFAULT_ADDRESS
 
 _MAX_MESSAGE_BYTES = 500
 """Of an error about arguments, which lists what is possible."""
+_OPTIONS_ELSEWHERE = {"--num-predict": "--max-new-tokens", "--port": "--listen", "--host": "--listen"}
+"""Options of vLLM and Ollama that have quite another name here."""
 _EXIT_CODES = (
     "exit codes: 0; 1 for an error of the mesh, a file or a model (with --json as {error, field, message} on standard "
     "output); 2 for wrong arguments; 130 after Ctrl-C"
@@ -23,6 +26,22 @@ _EXIT_CODES = (
 
 class _Parser(argparse.ArgumentParser):
     """Reports a wrong argument in one line, without the usage of the whole command."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Refuses unknown arguments, so that the error is that of the command that they follow."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown[0])}")
+        return known, unknown
+
+    def _hint(self, unknown: str) -> str:
+        if unknown.startswith("-"):
+            option = unknown.partition("=")[0]
+            close = [_OPTIONS_ELSEWHERE[option]] if option in _OPTIONS_ELSEWHERE else []
+            close = close or get_close_matches(option, self._option_string_actions, n=1, cutoff=0.7)
+            return f"; did you mean {close[0]}?" if close and close[0] in self._option_string_actions else ""
+        takes_text = any(action.dest in ("prompt", "text") for action in self._actions)
+        return "; a text of several words needs quotation marks" if takes_text else ""
 
     def error(self, message: str) -> NoReturn:
         """Ends with exit code 2."""
@@ -233,7 +252,8 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     chat.add_argument(
         "--no-history", dest="history", action="store_false",
-        help="keep what is typed out of the history of later chats (STATE_DIR/chat_history, which only you can read)",
+        help="keep what is typed out of the history of later chats (chat_history in MUXMESH_STATE_DIR, "
+        "else in ~/.local/state/muxmesh; only you can read it)",
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ class Turns:
         self._turns += [Message("user", text), Message("assistant", reply)]
 
     def clear(self) -> None:
-        """Forgets all turns but the system message."""
+        """Removes all turns but the system message."""
         self._turns.clear()
 
     @property
@@ -52,9 +52,9 @@ def obey(command: str, turns: Turns) -> str:
     if command in ("/help", "/?"):
         return HELP
     if command != "/clear":
-        raise ConfigError(f"{named(command)} is no command; /help lists them")
+        raise ConfigError(f"{named(command)} is not a command; /help lists them")
     turns.clear()
-    return "the conversation is forgotten"
+    return "the conversation is cleared"
 
 
 async def chat_models(client: MeshClient, wanted: str | None) -> list[str]:

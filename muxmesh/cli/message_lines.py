@@ -6,7 +6,7 @@ import re
 
 QUOTES = '"""'
 HELP = """\
-/clear   forget the conversation      /bye, /exit or Ctrl-D   end
+/clear   begin a new conversation     /bye, /exit or Ctrl-D   end
 /help    show this help
 
 Enter sends, Alt-Enter begins a new line, and pasted lines stay together. A message that begins with \"\"\"

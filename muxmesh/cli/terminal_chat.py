@@ -82,9 +82,9 @@ class TerminalChat:
         except MeshError as error:
             print(harmless(f"muxmesh: {error}", sys.stderr), file=sys.stderr, flush=True)
             if isinstance(error, InvalidRequest) and not self._turns.is_empty:
-                _note("the conversation stands without this message; /clear begins a new one")
+                _note("the conversation is kept without this message; /clear begins a new one")
             else:
-                _note("the conversation stands; arrow-up brings the message back")
+                _note("the conversation is kept; arrow-up brings the message back")
         finally:
             self._generation = None
 

@@ -10,6 +10,7 @@ from muxmesh.cli.common import print_json, read_all
 from muxmesh.cli.terminal_text import harmless
 from muxmesh.client import Conversation, MeshClient, Message, Tokenized
 from muxmesh.errors import InvalidRequest
+from muxmesh.quoting import quoted
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,10 +49,17 @@ async def _tokenize(arguments: argparse.Namespace) -> int:
 
 
 def _token_ids(text: str) -> list[int]:
+    """The numbers between spaces, commas or the brackets of a JSON list. Raises InvalidRequest."""
+    parts = text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
+    return [_token_id(part) for part in parts]
+
+
+def _token_id(text: str) -> int:
     try:
-        return [int(part) for part in text.replace(",", " ").split()]
+        return int(text)
     except ValueError:
-        raise InvalidRequest("token_ids", "are whole numbers, separated by spaces or commas") from None
+        problem = f"{quoted(text)} is not a whole number; token ids are separated by spaces or commas"
+        raise InvalidRequest("token_ids", problem) from None
 
 
 def _print_lines(tokenized: Tokenized) -> None:

@@ -134,7 +134,7 @@ def test_an_empty_name_is_the_only_model() -> None:
     served.add(served_model("a"))
     assert served.find("").name == "a"
     served.add(served_model("b"))
-    with pytest.raises(InvalidRequest, match=r"^model: is empty, and the mesh serves several; one of: a, b$"):
+    with pytest.raises(InvalidRequest, match=r"^model: is needed, because the mesh serves several; one of: a, b$"):
         served.find("")
 
 

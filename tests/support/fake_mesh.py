@@ -125,7 +125,7 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
         try:
             if not request.model and len(self.models) > 1:
                 raise InvalidRequest(
-                    "model", f"is empty, and the mesh serves several; one of: {', '.join(self.models)}"
+                    "model", f"is needed, because the mesh serves several; one of: {', '.join(self.models)}"
                 )
             if not self.models or (request.model or self.models[0]) not in self.models:
                 raise ModelNotFound(f"model: {request.model!r} is not served")

@@ -66,7 +66,7 @@ def test_an_unknown_command_is_an_error_and_a_path_is_a_message(
 ) -> None:
     assert chat("/etc/hosts is what?\n/nope\n", monkeypatch) == 1
     assert turns(mesh) == [[("user", "/etc/hosts is what?")]]
-    assert "muxmesh: /nope is no command; /help lists them" in capsys.readouterr().err
+    assert "muxmesh: /nope is not a command; /help lists them" in capsys.readouterr().err
 
 
 def test_every_turn_uses_the_sampling_options(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_the_model_is_chosen_before_any_input_is_read(
     mesh.models = ["a", "b", "plain"]
     mesh.without_chat_template = {"plain"}
     for arguments, error in (
-        ([], "--model: the mesh serves several; one of: a, b"),
+        ([], "--model: is needed, because the mesh serves several; one of: a, b"),
         (["--model", "c"], "--model: the mesh does not serve 'c'; it serves a, b, plain"),
         (["--model", "plain"], "--model: plain has no chat template; use `muxmesh generate`"),
     ):

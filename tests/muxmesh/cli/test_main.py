@@ -43,7 +43,25 @@ WHOLE = "is not a whole number"
         ([], "muxmesh: the following arguments are required: COMMAND"),
         (["nothing"], "muxmesh: argument COMMAND: invalid choice: 'nothing'"),
         (["generate"], "muxmesh generate: the following arguments are required: PROMPT"),
-        (["generate", "x", "--seeds", "1"], "muxmesh: unrecognized arguments: --seeds 1"),
+        (
+            ["generate", "x", "--seeds", "1"],
+            "muxmesh generate: unrecognized arguments: --seeds 1; did you mean --seed?",
+        ),
+        (
+            ["generate", "x", "--max-tokens=1"],
+            "muxmesh generate: unrecognized arguments: --max-tokens=1; did you mean --max-new-tokens?",
+        ),
+        (
+            ["generate", "--num-predict", "1"],
+            "muxmesh generate: unrecognized arguments: --num-predict; did you mean --max-new-tokens?",
+        ),
+        (
+            ["generate", "Why", "is", "it?"],
+            "muxmesh generate: unrecognized arguments: is it?; a text of several words needs quotation marks",
+        ),
+        (["up", "--port", "1"], "muxmesh up: unrecognized arguments: --port 1; did you mean --listen?"),
+        (["chat", "--port", "1"], "muxmesh chat: unrecognized arguments: --port 1; see"),
+        (["loadtest", "compare", "a", "--htlm", "b"], "muxmesh loadtest compare: unrecognized arguments: --htlm"),
         (["generate", "--seed", "x", "x"], f"muxmesh generate: argument --seed: 'x' {WHOLE}"),
         (["generate", "--max-new-tokens", "1.5", "x"], f"muxmesh generate: argument --max-new-tokens: '1.5' {WHOLE}"),
         (["generate", "--top-p", "nan", "x"], f"muxmesh generate: argument --top-p: 'nan' {NUMBER}"),

@@ -79,8 +79,8 @@ def test_clear_forgets_the_conversation(mesh: FakeMesh) -> None:
 def test_help_and_unknown_commands_are_answered_here(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
     assert typed(f"/help\r/nope\r{CTRL_D}") == 0
     printed = capsys.readouterr().err
-    assert "/clear   forget the conversation" in printed
-    assert "muxmesh: /nope is no command; /help lists them" in printed
+    assert "/clear   begin a new conversation" in printed
+    assert "muxmesh: /nope is not a command; /help lists them" in printed
     assert mesh.requests == []
 
 
@@ -101,7 +101,7 @@ def test_an_error_leaves_the_conversation_as_it_was_before_the_message(
     conversation = [("user", "hi"), ("assistant", "abc")]
     assert turns(mesh)[1:] == [[*conversation, ("user", "fails")], [*conversation, ("user", "again")]]
     printed = capsys.readouterr().err
-    assert "muxmesh: " in printed and "(the conversation stands" in printed
+    assert "muxmesh: " in printed and "(the conversation is kept" in printed
 
 
 def test_a_conversation_that_is_too_long_can_be_cleared(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +110,7 @@ def test_a_conversation_that_is_too_long_can_be_cleared(mesh: FakeMesh, capsys: 
     assert turns(mesh)[-1] == [("user", "long")]
     printed = capsys.readouterr().err
     assert "muxmesh: chat: is 5000 tokens; the context holds 2048\n" in printed
-    assert "(the conversation stands without this message; /clear begins a new one)\n" in printed
+    assert "(the conversation is kept without this message; /clear begins a new one)\n" in printed
 
 
 def test_a_model_is_chosen_by_number_or_name_before_the_first_message(mesh: FakeMesh) -> None:

@@ -45,7 +45,7 @@ def test_arguments_reach_the_mesh(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatc
     ]
 
 
-@pytest.mark.parametrize("token_ids", ["104 105", "104,105", "104, 105\n"])
+@pytest.mark.parametrize("token_ids", ["104 105", "104,105", "104, 105\n", "[104, 105]\n"])
 def test_token_ids_are_decoded(mesh: FakeMesh, capsys: pytest.CaptureFixture[str], token_ids: str) -> None:
     assert tokenize("--decode", token_ids) == 0
     assert capsys.readouterr().out == "hi\n"
@@ -56,7 +56,7 @@ def test_token_ids_are_decoded(mesh: FakeMesh, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--decode", "12 x"), "token_ids: are whole numbers, separated by spaces or commas"),
+        (("--decode", "12 x"), "token_ids: 'x' is not a whole number; token ids are separated by spaces or commas"),
         (("--decode", "--chat", "12"), "chat: --decode takes token ids, no conversation"),
         (("--decode", "-1"), "token_ids: "),
     ],

@@ -215,7 +215,9 @@ async def test_an_unknown_field_of_a_request_is_refused(tmp_path: Path, method: 
 
 async def test_an_empty_name_is_the_only_model(tmp_path: Path) -> None:
     async with service(tmp_path) as setup:
-        with pytest.raises(grpc.aio.AioRpcError, match="model: is empty, and the mesh serves several; one of: m, n"):
+        with pytest.raises(
+            grpc.aio.AioRpcError, match="model: is needed, because the mesh serves several; one of: m, n"
+        ):
             await setup.stub.GetModelInfo(mesh_pb2.GetModelInfoRequest())
         setup.parts.models.remove("m")
         assert (await setup.stub.GetModelInfo(mesh_pb2.GetModelInfoRequest())).model.name == "n"
