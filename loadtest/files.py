@@ -17,13 +17,13 @@ _GZIP = b"\x1f\x8b"
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Yields the lines of a text file. Gzip is detected by content, not by name. Raises ConfigError."""
+    """Yields the lines of a UTF-8 file or pipe. Gzip is detected by content, not by name. Raises ConfigError."""
     number = 0
     try:
         with path.open("rb") as raw:  # opened once, as a pipe can be read only once
             is_gzipped = raw.peek(len(_GZIP))[: len(_GZIP)] == _GZIP
             unpacked = gzip.GzipFile(fileobj=raw) if is_gzipped else raw
-            with io.TextIOWrapper(unpacked, encoding="utf-8") as lines:
+            with io.TextIOWrapper(unpacked, encoding="utf-8-sig") as lines:
                 for number, line in enumerate(lines, 1):  # noqa: B007 - the error names the last line read
                     yield line
     except FileNotFoundError as error:
@@ -54,6 +54,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             item = json.loads(line)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}: line {number}: not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            problem = "is nested too deep" if isinstance(error, RecursionError) else "has a number of too many digits"
+            raise ConfigError(f"{path}: line {number}: {problem}") from error
         if not isinstance(item, dict):
             raise ConfigError(f"{path}: line {number}: is {type(item).__name__}, not a JSON object")
         yield number, item

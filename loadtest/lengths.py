@@ -15,6 +15,8 @@ from muxmesh.quoting import named, quoted
 LengthSampler = Callable[[random.Random], tuple[int, int]]
 """Returns (prompt tokens, output tokens), both at least 1."""
 
+MAX_TOKENS = 10_000_000
+"""Upper bound of every length in tokens: more than any model takes, and few enough to be generated."""
 _FORM = re.compile(r"([DNUE])\(([^()]*)\)(?:/\(([^()]*)\))?")
 HELP = (
     "D(2000,200): always 2000 prompt and 200 output tokens; N(480,240)/(300,150): normal, mean and standard deviation "
@@ -51,8 +53,8 @@ def _numbers(text: str, inside: str) -> list[float]:
         numbers = [float(part) for part in inside.split(",")]
     except ValueError:
         raise ConfigError(f"lengths={named(text)}: {quoted(inside)} is not a list of numbers; {HELP}") from None
-    if not all(math.isfinite(number) and number >= 0 for number in numbers):
-        raise ConfigError(f"lengths={named(text)}: every number must be finite and at least 0")
+    if not all(0 <= number <= MAX_TOKENS for number in numbers):
+        raise ConfigError(f"lengths={named(text)}: every number must be from 0 to {MAX_TOKENS}")
     return numbers
 
 
@@ -69,16 +71,19 @@ def _exponential(rng: random.Random, parameters: list[float]) -> float:
 
 
 def _whole(number: float) -> int:
-    return max(1, round(number))
+    return min(MAX_TOKENS, max(1, round(number)))
 
 
 def _from_file(path: Path) -> LengthSampler:
     pairs = []
     for number, row in read_csv(path, ("n_in", "n_out")):
         try:
-            pairs.append((_whole(float(row["n_in"])), _whole(float(row["n_out"]))))
-        except (TypeError, ValueError, OverflowError):
+            num_input, num_output = float(row["n_in"]), float(row["n_out"])
+        except (TypeError, ValueError):
             raise ConfigError(f"{path}: line {number}: n_in and n_out must be numbers") from None
+        if not (-math.inf < num_input <= MAX_TOKENS and -math.inf < num_output <= MAX_TOKENS):
+            raise ConfigError(f"{path}: line {number}: n_in and n_out must be numbers up to {MAX_TOKENS}")
+        pairs.append((_whole(num_input), _whole(num_output)))
     if not pairs:
         raise ConfigError(f"{path}: has no rows")
     return lambda rng: pairs[rng.randrange(len(pairs))]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.files import read_csv, read_jsonl
+from loadtest.lengths import MAX_TOKENS
 from muxmesh.errors import ConfigError
 from muxmesh.quoting import quoted
 
@@ -101,6 +102,6 @@ def _number(item: Mapping[str, Any], name: str, location: str) -> float:
 
 def _count(item: Mapping[str, Any], name: str, location: str, least: int) -> int:
     value = _number(item, name, location)
-    if value < least:
-        raise ConfigError(f"{location}: {name} is {value:g}; it must be at least {least}")
+    if not least <= value <= MAX_TOKENS:
+        raise ConfigError(f"{location}: {name} is {value:g}; it must be from {least} to {MAX_TOKENS}")
     return int(value)

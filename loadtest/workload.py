@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loadtest.files import read_jsonl
-from loadtest.lengths import parse_lengths
+from loadtest.lengths import MAX_TOKENS, parse_lengths
 from loadtest.spec import Shares, Spec
 from loadtest.traces import MOONCAKE_BLOCK, Arrival, read_trace
 from muxmesh.errors import ConfigError
@@ -195,10 +195,10 @@ def _scaled(spec: Spec, arrival: Arrival) -> Body:
     num_output = max(1, round(arrival.num_output * spec.output_scale))
     return Body(
         text=None,
-        num_input=min(num_input, spec.max_input or num_input),
-        num_output=num_output,
+        num_input=min(num_input, spec.max_input or MAX_TOKENS),
+        num_output=min(num_output, MAX_TOKENS),
         hash_ids=arrival.hash_ids,
-        hash_tokens=max(1, round(MOONCAKE_BLOCK * spec.input_scale)),
+        hash_tokens=min(max(1, round(MOONCAKE_BLOCK * spec.input_scale)), MAX_TOKENS),
         model=arrival.model,
     )
 

@@ -49,6 +49,11 @@ def test_the_lines_before_the_damage_are_read(tmp_path: Path) -> None:
     assert f"after line {len(lines)}:" in str(error.value)
 
 
+def test_a_byte_order_mark_is_not_part_of_the_first_line(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("\ufeffa\n")
+    assert list(read_lines(tmp_path / "lines")) == ["a\n"]
+
+
 def test_an_empty_file_has_no_lines(tmp_path: Path) -> None:
     (tmp_path / "lines").write_bytes(b"")
     assert list(read_lines(tmp_path / "lines")) == []
@@ -74,6 +79,8 @@ def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
         ('{"a": 1} {"b": 2}', "line 2: not JSON: Extra data"),
         ("[1]", "line 2: is list, not a JSON object"),
         ('"text"', "line 2: is str, not a JSON object"),
+        ('{"a":' * 100_000, "line 2: is nested too deep"),
+        (f'{{"a": {"1" * 5000}}}', "line 2: has a number of too many digits"),
         ("null", "line 2: is NoneType, not a JSON object"),
     ],
 )
