@@ -14,8 +14,8 @@ from muxmesh.types import Role
 class WorkerRecord:
     """An attached worker. ``name`` includes its incarnation, so a restarted worker has another name.
 
-    ``ready``: the worker says that it accepts requests. ``is_retired``: its model has been removed, so it serves none,
-    even if a model of that name is added later.
+    ``ready``: the worker has reported that it accepts requests. ``is_retired``: its model has been removed, so it
+    serves none, even if a model of that name is added later.
     """
 
     name: str

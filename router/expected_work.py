@@ -8,7 +8,7 @@ from muxmesh.running_mean import RunningMean
 from muxmesh.step_cost import UNMEASURED, ModelCosts
 from muxmesh.types import LengthPrediction, SchedulingState, Stopping
 
-UNPREDICTED = frozenset({"floor", "failed", "late", "cold", "typical"})
+UNPREDICTED = frozenset({"floor", "failed", "late", "cold", "median"})
 """Sources whose prediction is the same for every request of a model. It changes fast while few outputs are observed."""
 
 _MEAN_STEP = 1.25

@@ -17,7 +17,7 @@ _SOURCES = {
     "retrieved": ("retrieved: outputs of similar prompts", False),
     "regressed": ("regressed: from the prompt", False),
     "cold": ("cold: no output has ended yet", True),
-    "typical": ("typical: the outputs of the model so far", True),
+    "median": ("median: of the outputs of the model so far", True),
     "floor": ("floor: predictions rank too badly to be used", True),
     "failed": ("failed: the predictor failed", True),
     "late": ("late: the predictor took too long", True),

@@ -23,7 +23,8 @@ from muxmesh.quoting import cut_to_bytes
 
 _MODULE = "muxmesh.models.template_process"
 _LENGTH_BYTES = 4
-_MAX_ANSWER_BYTES = 1 << 30
+_MAX_ERROR_BYTES = 4096
+"""Of a response without text: more than the process ever sends."""
 _EXIT_S = 5.0
 _START_S = 60.0
 """Of a new process. Only CPU time counts for the budget of compiling."""
@@ -108,6 +109,7 @@ class ChatTemplate:
 
     def _rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
         conversation = json.dumps(messages).encode()
+        max_bytes = max(self._budget.min_output_bytes, self._budget.output_ratio * len(conversation))
         request = {
             "variables": {
                 "messages": messages,
@@ -117,20 +119,20 @@ class ChatTemplate:
                 **self._variables,
             },
             "now_unix_s": self._clock.unix_s(),
-            "max_bytes": max(self._budget.min_output_bytes, self._budget.output_ratio * len(conversation)),
+            "max_bytes": max_bytes,
         }
-        answer = self._answer(json.dumps(request).encode())
-        if answer[:1] == b"e":
-            reason = cut_to_bytes(answer[1:].decode(), _MAX_REASON_BYTES)
+        response = self._exchanged(json.dumps(request).encode(), max_bytes)
+        if response[:1] == b"e":
+            reason = cut_to_bytes(response[1:].decode(), _MAX_REASON_BYTES)
             raise InvalidRequest("chat.messages", f"rejected by the model's chat template: {reason}")
-        return answer[1:].decode()
+        return response[1:].decode()
 
-    def _answer(self, request: bytes) -> bytes:
-        """The answer of the process. One that ended by itself, not for this request, is replaced once."""
+    def _exchanged(self, request: bytes, max_bytes: int) -> bytes:
+        """The response of the process. A process that ended by itself, not for this request, is replaced once."""
         for is_last in (False, True):
             process = self._compiled()
             try:
-                return process.exchange(request, self._budget.wall_s)
+                return process.exchange(request, self._budget.wall_s, max_bytes)
             except _Ended as ended:
                 self._process = None
                 if ended.used_up or is_last:
@@ -152,16 +154,15 @@ class ChatTemplate:
             return
         self._process = self._process or self._started()
         try:
-            answer = self._process.receive(_START_S)
+            response = self._process.receive(_START_S)
         except _Ended as ended:
             self._process = None
             if ended.code == -signal.SIGKILL:  # not for anything that the template did
                 raise Unavailable("the process for chat templates was killed or did not start in time") from ended
-            answer = b"e" + self._excess(ended).encode()
-        if answer[:1] == b"e":
-            self._problem = (
-                f"the model's chat template cannot be compiled: {cut_to_bytes(answer[1:].decode(), _MAX_REASON_BYTES)}"
-            )
+            response = b"e" + self._excess(ended).encode()
+        if response[:1] == b"e":
+            reason = cut_to_bytes(response[1:].decode(), _MAX_REASON_BYTES)
+            self._problem = f"the model's chat template cannot be compiled: {reason}"
             self._process = None
         self._is_compiled = self._is_checked = True
 
@@ -208,10 +209,10 @@ class _Process:
         self._socket = ours
         self._end = weakref.finalize(self, _end, self._popen, ours)
 
-    def exchange(self, message: bytes, wall_s: float) -> bytes:
-        """Sends a message; returns the answer. Raises _Ended."""
+    def exchange(self, message: bytes, wall_s: float, max_bytes: int) -> bytes:
+        """Sends a message; returns the response, with at most ``max_bytes`` of text. Raises _Ended."""
         self.send(message, wall_s)
-        return self.receive(wall_s)
+        return self.receive(wall_s, max_bytes)
 
     def send(self, message: bytes, wall_s: float) -> None:
         """Raises _Ended."""
@@ -221,11 +222,13 @@ class _Process:
         except OSError as error:
             raise self._ended(isinstance(error, TimeoutError)) from error
 
-    def receive(self, wall_s: float) -> bytes:
-        """Raises _Ended."""
+    def receive(self, wall_s: float, max_bytes: int = 0) -> bytes:
+        """Raises _Ended, also for a length that no sound process sends."""
         self._socket.settimeout(wall_s)
         length = int.from_bytes(self._received(_LENGTH_BYTES))
-        return self._received(min(length, _MAX_ANSWER_BYTES))
+        if length > max(max_bytes + 1, _MAX_ERROR_BYTES):
+            raise self._ended(timed_out=False)
+        return self._received(length)
 
     def _received(self, size: int) -> bytes:
         received = bytearray()

@@ -4,8 +4,8 @@ The environment of templates is that of transformers' `apply_chat_template` (tra
 the same text. A template comes from a stranger: the sandbox keeps it from the machine, this process from the router.
 Its memory is limited, and the kernel ends it when it has computed for too long, whatever it is doing.
 
-Each message is its length in 4 bytes, then JSON. The first one has the template and the limits; it is answered when the
-template is compiled. An answer is a byte, `t` (text) or `e` (error), then UTF-8.
+Each message is its length in 4 bytes, then JSON. The first one has the template and the limits; the response to
+it is sent when the template is compiled. A response is a byte, `t` (text) or `e` (error), then UTF-8.
 """
 
 from __future__ import annotations
@@ -149,13 +149,13 @@ def main() -> None:
         try:
             with _CpuLimit(start["cpu_s"]):
                 renderer = Renderer(start["template"])
-            answer = b"t"
+            response = b"t"
         except Exception as error:
-            answer = b"e" + _message(error)
-        connection.sendall(len(answer).to_bytes(LENGTH_BYTES) + answer)
+            response = b"e" + _message(error)
+        connection.sendall(len(response).to_bytes(LENGTH_BYTES) + response)
         while renderer is not None and (request := _receive(connection)) is not None:
-            answer = _rendered(renderer, request, start["cpu_s"])
-            connection.sendall(len(answer).to_bytes(LENGTH_BYTES) + answer)
+            response = _rendered(renderer, request, start["cpu_s"])
+            connection.sendall(len(response).to_bytes(LENGTH_BYTES) + response)
 
 
 def _rendered(renderer: Renderer, request: dict[str, Any], cpu_s: float) -> bytes:
@@ -181,7 +181,7 @@ class _CpuLimit:
 
 
 def _message(error: Exception) -> bytes:
-    """What the template or jinja2 says. The other end shows it in one line."""
+    """The text of an error of the template or of jinja2. The other end shows it in one line."""
     if isinstance(error, MemoryError):
         return b"needs too much memory"
     if isinstance(error, jinja2.TemplateSyntaxError):

@@ -133,7 +133,7 @@ class CheckedPredictor:
             return
         check = self._checks.setdefault(model, _ModelCheck())
         check.stats.add(log_length)
-        if raw is not None and raw.source not in ("cold", "typical"):
+        if raw is not None and raw.source not in ("cold", "median"):
             self._check_rank(check, math.log(min(raw.p50_tokens, _MAX_TOKENS)), log_length)
 
     def refit(self) -> Refit | None:

@@ -54,7 +54,7 @@ class RawPrediction:
     p50_tokens: float
     p90_tokens: float
     source: str
-    """`retrieved`, `regressed`, `typical` (the model's median length), or `cold`: no output of the tenant has ended
+    """`retrieved`, `regressed`, `median` (the model's median length), or `cold`: no output of the tenant has ended
     yet, and at most a few of others."""
     features: PromptFeatures
     prompt_hash: int
@@ -148,7 +148,7 @@ class LengthPredictor:
             return RawPrediction(
                 COLD_TOKENS, p90_tokens, "cold", features, prompt_hash, spread, bound, tenant_id=tenant_id
             )
-        standard_mean, spread, source = 0.0, 1.0, "typical"
+        standard_mean, spread, source = 0.0, 1.0, "median"
         if self._fit is not None:
             (standard_mean, spread), source = self._fit.predict(features, tenant_id), "regressed"
         if neighbours := self.history.neighbours(features, tenant_id):

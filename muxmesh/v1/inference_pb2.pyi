@@ -559,13 +559,13 @@ class SchedulingInfo(_message.Message):
     reason: _builtins.str
     """For people, not for programs."""
     p50_output_tokens: _builtins.float
-    """Median and 0.9 quantile of the expected output length, in tokens. Sources typical, cold, floor, failed and late
+    """Median and 0.9 quantile of the expected output length, in tokens. Sources median, cold, floor, failed and late
     are no predictions of this request: their length is that of every such request of the model, whatever its limits.
     """
     p90_output_tokens: _builtins.float
     source: _builtins.str
-    """Origin of the expected length: retrieved (from outputs of similar prompts), regressed, typical (the median of the
-    model), cold (nothing is learned yet), hint (the client's estimate), fixed (the request determines it), floor
+    """Origin of the expected length: retrieved (from outputs of similar prompts), regressed, median (of the outputs of
+    the model), cold (nothing is learned yet), hint (the client's estimate), fixed (the request determines it), floor
     (predictions rank too badly to be used), failed (the predictor failed), or late (no prediction in time).
     """
     prefill_s: _builtins.float

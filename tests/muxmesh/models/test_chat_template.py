@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import pytest
 
 from muxmesh.clock import ManualClock
 from muxmesh.errors import InvalidRequest
+from muxmesh.models import chat_template
 from muxmesh.models.chat_template import ChatTemplate, TemplateBudget
 from tests.support.processes import ended_popen
 
@@ -29,7 +32,11 @@ PIDS = Path("/proc/self/task")
 
 def children() -> set[int]:
     """The processes that this one has started and that have not been waited for."""
-    return {int(pid) for task in PIDS.iterdir() for pid in (task / "children").read_text().split()}
+    found: set[int] = set()
+    for task in PIDS.iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
+            found |= set(map(int, (task / "children").read_text().split()))
+    return found
 
 
 def template(source: str, budget: TemplateBudget = SMALL, **more: Any) -> ChatTemplate:
@@ -116,6 +123,14 @@ def test_a_process_that_is_killed_is_replaced_without_an_error() -> None:
     (pid,) = children() - before
     os.kill(pid, signal.SIGKILL)
     assert made.render(USER) == "hi"
+
+
+def test_a_process_cannot_fill_the_memory_with_its_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "_MODULE", "tests.support.lying_template_process")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InvalidRequest, match=r"chat\.messages: the model's chat template ended its process"):
+        template("any").render(USER)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10, "in KiB"
 
 
 @pytest.mark.parametrize("is_stopped", [False, True], ids=["running", "stopped by a signal"])

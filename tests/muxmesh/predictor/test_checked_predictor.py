@@ -243,7 +243,7 @@ def test_censored_outputs_are_no_evidence_about_ranks() -> None:
     assert checked.is_ranking("m") and checked.tau("m") is None
 
 
-@pytest.mark.parametrize("source", ["cold", "typical"])
+@pytest.mark.parametrize("source", ["cold", "median"])
 def test_predictions_at_the_mean_length_are_no_evidence_about_ranks(source: str) -> None:
     checked = CheckedPredictor(FixedPredictor(100.0, 200.0, source))
     assert set(run(checked, 300)) == {source} and checked.tau("m") is None

@@ -48,7 +48,7 @@ def test_consecutive_outputs_of_a_prompt_are_predicted_before_one_is_learned() -
     items = [Item("p", model, 500) for model in "abc"] + [Item("q", "a", 500), Item("p", "d", 500)]
     outcomes = replay(items, ManualClock())
     assert [one.item for one in outcomes] == items
-    assert [one.checked.source for one in outcomes] == ["cold", "cold", "cold", "typical", "retrieved"]
+    assert [one.checked.source for one in outcomes] == ["cold", "cold", "cold", "median", "retrieved"]
     assert outcomes[0].checked.prediction.p50_tokens == COLD_TOKENS
 
 

@@ -52,7 +52,7 @@ def test_before_the_first_fit_a_new_prompt_is_predicted_at_the_geometric_mean() 
     for prompt, length in (("one apple", 10), ("two rivers", 1000)):
         observe(predictor, prompt, length)
     raw = predictor.predict("zebra crossing", "m")
-    assert raw.source == "typical" and raw.p50_tokens == pytest.approx(100)
+    assert raw.source == "median" and raw.p50_tokens == pytest.approx(100)
 
 
 def test_a_similar_prompt_is_predicted_near_its_outputs() -> None:
@@ -224,9 +224,9 @@ def test_a_few_outputs_of_another_tenant_are_shown_to_nobody_else() -> None:
     for number in range(8):
         own, other, nobody = (predictor.predict("zebra crossing", "m", tenant) for tenant in ("a", "b", ""))
         assert other.p50_tokens == nobody.p50_tokens == COLD_TOKENS and other.source == nobody.source == "cold"
-        assert own.source == ("cold" if number == 0 else "typical")
+        assert own.source == ("cold" if number == 0 else "median")
         predictor.observe(predictor.predict(f"{number} {number * 7}", "m", "a"), "m", 3, False)
-    assert predictor.predict("zebra crossing", "m", "b").source == "typical"
+    assert predictor.predict("zebra crossing", "m", "b").source == "median"
 
 
 def test_the_same_prompt_of_two_tenants_has_two_rows() -> None:
@@ -291,7 +291,7 @@ def test_a_fit_is_published_unless_it_ranks_worse_by_more_than_the_tolerance(tau
     observe_different_prompts(predictor, 5)
     assert predictor.publish(Fitted(FIT, 32, tau=tau, published_tau=0.5)) is is_published
     assert (predictor.num_published, predictor.num_rejected) == (int(is_published), int(not is_published))
-    assert predictor.predict("zebra crossing", "m").source == ("regressed" if is_published else "typical")
+    assert predictor.predict("zebra crossing", "m").source == ("regressed" if is_published else "median")
 
 
 def test_a_fit_is_compared_on_prompts_that_neither_has_seen() -> None:

@@ -108,7 +108,7 @@ def test_few_outputs_give_no_bound_of_few_scores_after_a_restart() -> None:
     running = checked.predict("Something else", "m")
     _, other = restored(predictor, checked)
     found = other.predict("Something else", "m")
-    assert found.prediction == running.prediction and found.source == running.source == "typical"
+    assert found.prediction == running.prediction and found.source == running.source == "median"
     assert found.prediction.p50_tokens == pytest.approx(math.sqrt(8 * 150))
 
 
