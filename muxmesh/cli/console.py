@@ -10,23 +10,10 @@ import io
 import os
 import queue
 import select
-import sys
 import threading
 
 _MAX_TEXTS = 2000
 _CLOSE_S = 1.0
-
-
-def open_standard_streams() -> None:
-    """Opens /dev/null as each of the descriptors 0, 1 and 2 that is closed: else the next file would become one."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115 - for the whole life of the process
 
 
 class Console(io.TextIOBase):

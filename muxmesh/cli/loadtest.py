@@ -150,7 +150,7 @@ def _finish(document: dict[str, Any], arguments: argparse.Namespace) -> int:
         if reason := bottleneck(report):
             report["driver_bottleneck"] = reason
             document.setdefault("driver_bottleneck", reason)
-    reason = document.get("driver_bottleneck")
+    reason, was_interrupted = document.get("driver_bottleneck"), document["partial"] == _INTERRUPTED
     if arguments.output:
         arguments.output.write_text(json.dumps(document) + "\n")
     if reason and not arguments.allow_slow_driver:
@@ -160,7 +160,7 @@ def _finish(document: dict[str, Any], arguments: argparse.Namespace) -> int:
             "larger machine, or accept them with --allow-slow-driver",
             file=sys.stderr,
         )
-        return 1
+        return 130 if was_interrupted else 1
     if arguments.html:
         arguments.html.write_text(page([document]))
     if arguments.json:
@@ -171,7 +171,7 @@ def _finish(document: dict[str, Any], arguments: argparse.Namespace) -> int:
             print(f"\n{table.render_sweep(document)}")
         if reason:
             print(f"NOT RELIABLE: {reason}")
-    if document["partial"] == _INTERRUPTED:
+    if was_interrupted:
         return 130
     return 1 if document["partial"] or _too_many_failed(reports, arguments.max_failed) else 0
 
@@ -218,14 +218,18 @@ class _Progress:
         self._driver: Driver | None = None
         self._stage = ""
         self._num_ticks = 0
+        self._is_interrupted = False
         self._timer = asyncio.get_running_loop().call_later(_SHOW_EVERY_S, self._tick)
 
     def show(self, stage: str, driver: Driver) -> None:
         """Shows this driver until another one is set."""
         self._stage, self._driver = stage, driver
+        if self._is_interrupted:  # between two runs of a sweep
+            driver.stop(_INTERRUPTED)
 
     def interrupt(self) -> None:
         """Stops the run in progress, whose report is then partial. Before the first run it cancels the whole test."""
+        self._is_interrupted = True
         if self._driver is not None and self._stage != "calibrating":
             self._driver.stop(_INTERRUPTED)
         else:

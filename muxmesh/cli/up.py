@@ -19,7 +19,7 @@ from pathlib import Path
 import uvloop
 
 from muxmesh.cli.common import ProgressBar, cache_dir, current_dir, default_state_dir, source_dir
-from muxmesh.cli.console import Console, open_standard_streams
+from muxmesh.cli.console import Console
 from muxmesh.cli.streamed_output import stream_output
 from muxmesh.client import MeshClient, Message
 from muxmesh.clock import SystemClock
@@ -42,7 +42,6 @@ _MIN_OPEN_FILES = 256
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until SIGINT, SIGTERM or SIGHUP; returns the exit code. Raises ConfigError before any process starts."""
-    open_standard_streams()
     if (limit := raise_file_limit()) < _MIN_OPEN_FILES:
         raise ConfigError(f"the limit on open files is {limit}; a mesh needs {_MIN_OPEN_FILES} or more (`ulimit -n`)")
     with _consoles():

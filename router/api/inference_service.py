@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -54,14 +55,19 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """See the proto. Merges the messages of `GenerateStream`."""
         whole = inference_pb2.GenerateResponse()
         outputs: dict[int, inference_pb2.SequenceOutput] = {}
+        texts: defaultdict[int, list[str]] = defaultdict(list)
         async with aclosing(self.GenerateStream(request, context)) as parts:
             async for part in parts:
                 output = outputs.setdefault(part.outputs.index, inference_pb2.SequenceOutput())
-                text, num_tokens = output.text + part.outputs.text, output.num_tokens + part.outputs.num_tokens
+                num_tokens = output.num_tokens + part.outputs.num_tokens
+                texts[part.outputs.index].append(part.outputs.text)
+                part.outputs.ClearField("text")
                 output.MergeFrom(part.outputs)
-                output.text, output.num_tokens = text, num_tokens
+                output.num_tokens = num_tokens
                 part.ClearField("outputs")
                 whole.MergeFrom(part)
+        for index, output in outputs.items():
+            output.text = "".join(texts[index])
         whole.outputs.CopyFrom(outputs[0])
         if len(outputs) > 1:
             whole.all_outputs.extend(outputs[index] for index in sorted(outputs))

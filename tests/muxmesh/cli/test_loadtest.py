@@ -1,5 +1,6 @@
 """`muxmesh loadtest` against a fake mesh. Its times are not checked here: tests/mesh has a mesh that takes time."""
 
+import argparse
 import asyncio
 import json
 import os
@@ -11,7 +12,7 @@ import pytest
 
 from loadtest.drive import Driver
 from loadtest.workload import PlannedRequest
-from muxmesh.cli.loadtest import _Progress
+from muxmesh.cli.loadtest import _INTERRUPTED, _finish, _Progress
 from muxmesh.cli.main import main
 from muxmesh.errors import Overloaded
 from tests.support.fake_mesh import FakeMesh, output
@@ -239,6 +240,28 @@ def test_ctrl_c_ends_with_130_and_keeps_what_was_measured(
         assert (report["partial"], report["completed"]) == ("interrupted by the user", 0)
         assert report["interrupted"] == 6
     assert ("PARTIAL" in capsys.readouterr().out) is is_partial
+
+
+def test_ctrl_c_between_two_runs_of_a_sweep_stops_the_second(capsys: pytest.CaptureFixture[str]) -> None:
+    async def sweep() -> list[str]:
+        task = asyncio.current_task()
+        assert task is not None
+        progress, reasons = _Progress(task, quiet=True), []
+        for rate in (1, 2):
+            driver = Driver(StubTarget(), [], VirtualClock())
+            progress.show(f"rate {rate}", driver)
+            reasons.append((await driver.run()).partial)
+            progress.interrupt()
+        progress.end()
+        return reasons
+
+    assert run_virtually(sweep()) == ["", _INTERRUPTED]
+
+
+def test_ctrl_c_ends_with_130_though_the_driver_was_too_slow(capsys: pytest.CaptureFixture[str]) -> None:
+    document = {"partial": _INTERRUPTED, "driver_bottleneck": "the event loop was late", "reports": []}
+    assert _finish(document, argparse.Namespace(output=None, allow_slow_driver=False)) == 130
+    assert "the event loop was late" in capsys.readouterr().err
 
 
 # --- compare ---
