@@ -1,4 +1,4 @@
-"""The requests of the load: what they ask for, and how their clients behave. Pure; everything is drawn from a seed.
+"""The requests of the load: what they ask for, and how their clients behave. Pure; everything is sampled from a seed.
 
 A case is what determines an output, so that its output is computed once, before the faults. A request is one use of a
 case, with what must not change the output: salt, priority, hints, and a client that cancels or has no patience.
@@ -46,11 +46,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class LoadKind:
-    """A kind of case. ``draw`` returns a prompt and options; `draw_cases` adds the length of the output."""
+    """A kind of case. ``sample`` returns a prompt and options; `sample_cases` adds the length of the output."""
 
     name: str
     weight: float
-    draw: Callable[[random.Random], tuple[Prompt, dict[str, Any]]]
+    sample: Callable[[random.Random], tuple[Prompt, dict[str, Any]]]
 
 
 def _words(rng: random.Random, most: int) -> str:
@@ -76,10 +76,10 @@ LOAD_KINDS: tuple[LoadKind, ...] = (
 """To add a kind of load, add a line."""
 
 
-def draw_cases(rng: random.Random, models: Sequence[str], kinds: Sequence[LoadKind] = LOAD_KINDS) -> list[Case]:
+def sample_cases(rng: random.Random, models: Sequence[str], kinds: Sequence[LoadKind] = LOAD_KINDS) -> list[Case]:
     """`NUM_CASES` cases: each kind at least once, the rest by weight."""
-    drawn = [*kinds, *rng.choices(kinds, [kind.weight for kind in kinds], k=NUM_CASES - len(kinds))]
-    return [_case(rng, number, kind, rng.choice(models)) for number, kind in enumerate(drawn)]
+    sampled = [*kinds, *rng.choices(kinds, [kind.weight for kind in kinds], k=NUM_CASES - len(kinds))]
+    return [_case(rng, number, kind, rng.choice(models)) for number, kind in enumerate(sampled)]
 
 
 def requests_of_client(rng: random.Random, cases: Sequence[Case]) -> Iterator[Request]:
@@ -103,6 +103,6 @@ def requests_of_client(rng: random.Random, cases: Sequence[Case]) -> Iterator[Re
 
 
 def _case(rng: random.Random, number: int, kind: LoadKind, model: str) -> Case:
-    prompt, options = kind.draw(rng)
+    prompt, options = kind.sample(rng)
     length = {"max_new_tokens": rng.choice(_OUTPUT_TOKENS), "ignore_eos": True}
     return Case(number, kind.name, model, prompt, {**length, **options})

@@ -1,6 +1,6 @@
 """The table of faults. To add one: write how to inject it, how to undo it, how to see that the mesh has recovered.
 
-A function of the table gets the mesh's processes and the name of the target. Draws nothing (`plan`), and judges no
+A function of the table gets the mesh's processes and the name of the target. Samples nothing (`plan`), and judges no
 client (`checker`).
 """
 

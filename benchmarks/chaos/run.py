@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.chaos.cases import Case, draw_cases, requests_of_client
+from benchmarks.chaos.cases import Case, requests_of_client, sample_cases
 from benchmarks.chaos.checker import check_call, check_faults, check_log, leaks
 from benchmarks.chaos.clients import Load
 from benchmarks.chaos.history import COMPLETED, Call, Holdings, Violation
@@ -46,7 +46,7 @@ class ChaosRun:
 
     async def run(self, seconds: float, plan: Sequence[PlannedFault]) -> None:
         """Fills the history and the violations."""
-        cases = draw_cases(random.Random(f"{self._seed} cases"), self._processes.models)
+        cases = sample_cases(random.Random(f"{self._seed} cases"), self._processes.models)
         print(f"{len(cases)} cases on the undisturbed mesh", flush=True)
         expected = await self._undisturbed(cases)
         before = await self._settled(None)

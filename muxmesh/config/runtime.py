@@ -78,7 +78,7 @@ class MeshRuntime(BaseModel):
     prepared: dict[str, PreparedModel]
     """The files of each model, by model name."""
     tenant_secret: str = Field(default="", repr=False)
-    """Key of the hashes under which the length predictor knows tenants, in hexadecimal. Empty: a router draws its own,
+    """Key of the hashes under which the length predictor knows tenants, in hexadecimal. Empty: a router makes its own,
     and what it learned of tenants ends with it."""
 
     def unit(self, name: str) -> UnitConfig:

@@ -113,7 +113,7 @@ BAD_TRACES = {
     "nan.jsonl": ('{"t": NaN, "n_in": 1, "n_out": 1}\n', "line 1: t is nan; it must be finite and at least 0"),
     "infinite.jsonl": ('{"t": 0, "n_in": 1e999, "n_out": 1}\n', "line 1: n_in is inf; it must be finite"),
     "huge.jsonl": (f'{{"t": 0, "n_in": 1{"0" * 400}, "n_out": 1}}\n', "line 1: n_in is 10*..., not a number"),
-    "large.jsonl": ('{"t": 0, "n_in": 1e300, "n_out": 1}\n', "line 1: n_in is 1e+300; it must be from 1 to 10000000"),
+    "large.jsonl": ('{"t": 0, "n_in": 1e300, "n_out": 1}\n', "line 1: n_in is 1e.300; it must be from 1 to 10000000"),
     "zero.jsonl": ('{"t": 0, "n_in": 0, "n_out": 1}\n', "line 1: n_in is 0; it must be from 1 to 10000000"),
     "hashes.jsonl": ('{"t": 0, "n_in": 1, "n_out": 1, "hash_ids": "x"}\n', "hash_ids is not a list of whole numbers"),
     "hash.jsonl": ('{"t": 0, "n_in": 1, "n_out": 1, "hash_ids": [0.5]}\n', "hash_ids is not a list of whole numbers"),

@@ -24,7 +24,7 @@ from router.api.inference_service import InferenceService
 from router.public_limits import public_limits
 from tests.support.pipeline_parts import PipelineParts, pipeline_parts, served_model, writes
 
-ANSWER = "fine"
+OUTPUT = "fine"
 _GENERATE = "/muxmesh.v1.Inference/Generate"
 
 
@@ -56,7 +56,7 @@ class FuzzedRouter:
         """A request of a client that behaves well: it is served."""
         raw = inference_pb2.GenerateRequest(model="m", text="hello").SerializeToString()
         response = self._channel.unary_unary(_GENERATE)(raw, timeout=60)
-        assert inference_pb2.GenerateResponse.FromString(response).outputs.text == ANSWER
+        assert inference_pb2.GenerateResponse.FromString(response).outputs.text == OUTPUT
 
     def check(self) -> None:
         """Nothing was logged as an error, and nothing is left of the calls that have ended."""
@@ -96,7 +96,7 @@ def fuzzed_router() -> Iterator[FuzzedRouter]:
             served_model(max_model_len=2000),
             asyncio.Event(),
         )
-        async with pipeline_parts(writes(ANSWER), model, config=config) as parts:
+        async with pipeline_parts(writes(OUTPUT), model, config=config) as parts:
             service = InferenceService(parts.pipeline, parts.clock, random.Random(1))
             register = functools.partial(inference_pb2_grpc.add_InferenceServicer_to_server, service)
             descriptor = inference_pb2.DESCRIPTOR.services_by_name["Inference"]

@@ -28,7 +28,7 @@ JSON_VALUES = st.recursive(
 
 @st.composite
 def byte_mutations(draw: st.DrawFn, most: int | None = None) -> Mutation:
-    """A few changes of bytes at drawn places, of the first ``most`` bytes only if that is given."""
+    """A few changes of bytes at arbitrary offsets, of the first ``most`` bytes only if that is given."""
     steps = draw(
         st.lists(
             st.tuples(

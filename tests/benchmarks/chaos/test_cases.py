@@ -3,11 +3,11 @@
 import random
 from itertools import islice
 
-from benchmarks.chaos.cases import LOAD_KINDS, NUM_CASES, Case, Request, draw_cases, requests_of_client
+from benchmarks.chaos.cases import LOAD_KINDS, NUM_CASES, Case, Request, requests_of_client, sample_cases
 
 
 def cases(seed: int) -> list[Case]:
-    return draw_cases(random.Random(seed), ["a", "b"])
+    return sample_cases(random.Random(seed), ["a", "b"])
 
 
 def requests(seed: int, num_requests: int = 500) -> list[Request]:
@@ -20,10 +20,10 @@ def test_the_same_seed_gives_the_same_cases_and_requests() -> None:
 
 
 def test_every_kind_of_load_is_among_the_cases() -> None:
-    drawn = cases(3)
-    assert len(drawn) == NUM_CASES
-    assert {case.kind for case in drawn} == {kind.name for kind in LOAD_KINDS}
-    assert {case.model for case in drawn} == {"a", "b"}
+    sampled = cases(3)
+    assert len(sampled) == NUM_CASES
+    assert {case.kind for case in sampled} == {kind.name for kind in LOAD_KINDS}
+    assert {case.model for case in sampled} == {"a", "b"}
 
 
 def test_every_case_determines_its_output() -> None:
@@ -49,9 +49,9 @@ def test_requests_of_a_case_differ_only_in_what_leaves_the_output_as_it_is() -> 
 
 
 def test_some_clients_cancel_some_have_a_deadline_and_most_wait_for_the_end() -> None:
-    drawn = requests(1)
-    num_cancels = sum(request.cancel_after_s is not None for request in drawn)
-    num_deadlines = sum(request.timeout_s is not None for request in drawn)
+    sampled = requests(1)
+    num_cancels = sum(request.cancel_after_s is not None for request in sampled)
+    num_deadlines = sum(request.timeout_s is not None for request in sampled)
     assert 20 < num_cancels < 120
     assert 20 < num_deadlines < 120
-    assert not any(request.cancel_after_s and request.timeout_s for request in drawn)
+    assert not any(request.cancel_after_s and request.timeout_s for request in sampled)
