@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
@@ -140,7 +140,9 @@ class _PublicInterceptor(_ErrorInterceptor):
         if handler is None:
             return None
         kind = self._inputs.get(details.method)
-        parsed: Callable[[bytes], Any] = functools.partial(self._parse, kind) if kind else handler.request_deserializer
+        parsed: Callable[[bytes], Any] = (
+            functools.partial(_parse, kind) if kind else functools.partial(_deserialize, handler.request_deserializer)
+        )
 
         async def call(_: object, context: Context) -> None:
             try:
@@ -173,10 +175,6 @@ class _PublicInterceptor(_ErrorInterceptor):
         elif (response := await responses) is not None:  # a stream may write to its context and return nothing
             await self._send(_one(response), context)
 
-    def _parse(self, kind: type[Message], raw: bytes) -> Message:
-        check_num_fields(kind, raw)
-        return parse(kind, raw)
-
     async def _requests(self, parsed: Callable[[bytes], Any], context: Context) -> AsyncGenerator[Any]:
         while (raw := await self._reader.read(context)) is not None:
             yield parsed(raw)
@@ -205,6 +203,19 @@ class _PublicInterceptor(_ErrorInterceptor):
                     raise RequestAborted(f"the client has read nothing for {limit_s:g} s")
         finally:
             await (closing or responses.aclose())
+
+
+def _parse(kind: type[Message], raw: bytes) -> Message:
+    check_num_fields(kind, raw)
+    return parse(kind, raw)
+
+
+def _deserialize(deserializer: Callable[[bytes], Any], raw: bytes) -> Any:
+    """A request of a service that is not the mesh's own, such as health. Raises InvalidRequest."""
+    try:
+        return deserializer(raw)
+    except DecodeError as error:
+        raise InvalidRequest("request", f"is malformed: {error}") from error
 
 
 async def _close(responses: AsyncGenerator[Message]) -> None:

@@ -239,6 +239,25 @@ async def test_a_malformed_request_of_a_stream_is_refused(tmp_path: Path, public
         assert str(await mesh.error_of(collect(admit(iter([hello]))))) == "hello.router: is not valid UTF-8"
 
 
+@pytest.mark.parametrize(
+    ("method", "raw"),
+    [
+        ("grpc.health.v1.Health/Check", b"\x0a\x05a"),
+        ("grpc.health.v1.Health/Watch", b"\x0a\x01\xff"),
+        ("grpc.reflection.v1.ServerReflection/ServerReflectionInfo", b"\x0a\x05a"),
+        ("grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", b"\x0a\x01\xff"),
+    ],
+)
+async def test_a_malformed_request_of_health_and_reflection_is_refused(
+    tmp_path: Path, method: str, raw: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path, public=LIMITS) as mesh:
+        call: Any = mesh.channel.stream_stream(f"/{method}")
+        received = await mesh.error_of(collect(call(iter([raw]))))
+    assert isinstance(received, errors.InvalidRequest) and str(received).startswith("request: is malformed")
+    assert [record for record in caplog.records if record.name == "muxmesh.rpc.server"] == []
+
+
 @both
 async def test_an_unknown_method_is_unimplemented(tmp_path: Path, public: PublicLimits | None) -> None:
     async with running(tmp_path, public=public) as mesh:
