@@ -128,7 +128,8 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray | Non
     if 0 < sampling.top_k < len(logits):
         token_ids = np.flatnonzero(logits >= _kth_largest(logits, sampling.top_k))
         logits = logits[token_ids]
-    weights = np.exp((logits - logits.max()) * np.float32(1.0 / sampling.temperature))
+    with np.errstate(over="ignore"):  # what is too far below the maximum for f32 has weight 0
+        weights = np.exp((logits - logits.max()) * np.float32(1.0 / sampling.temperature))
     for keep, threshold, off in ((_nucleus, sampling.top_p, 1.0), (_likely, sampling.min_p, 0.0)):
         if threshold != off:
             kept = keep(weights, threshold)

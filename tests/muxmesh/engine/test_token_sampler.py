@@ -196,3 +196,11 @@ def test_without_a_change_the_logits_are_not_copied() -> None:
     logits = random_logits(14)
     assert adjusted(logits, SampleSpec(Sampling(top_k=3, temperature=0.5), 0)) is logits
     assert adjusted(logits, SampleSpec(Sampling(), 0, banned=frozenset({1}))) is not logits
+
+
+@pytest.mark.parametrize("more", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}, {"repetition_penalty": 1e-5}])
+def test_logits_at_the_ends_of_their_range_are_sampled_at_the_lowest_temperature(more: dict[str, Any]) -> None:
+    most = float(np.finfo(np.float32).max)
+    logits = np.array([-most, most, most / 2, -np.inf, 0.0], np.float32)
+    spec = SampleSpec(Sampling(temperature=1e-5, seed=3, **more), 0, prompt_token_ids=(0, 1))
+    assert sample_token(logits, spec).token_id == 1
