@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from muxmesh.block_hashes import block_hashes
-from muxmesh.clock import SystemClock
+from muxmesh.clock import Clock, ManualClock
 from muxmesh.engine.step import Runner, SampledToken, Step, StepOutcome
 from muxmesh.engine.step_engine import StepEngine
 from muxmesh.errors import EngineFailed, InternalError, InvalidRequest, LeaseLost, SequenceFailed, WorkerLost
@@ -82,16 +82,22 @@ class PrefillWorker:
 
 @asynccontextmanager
 async def prefill_worker(
-    directory: Path, runner: Runner | None = None, num_tokens: int | None = None, **engine_options: int
+    directory: Path,
+    runner: Runner | None = None,
+    num_tokens: int | None = None,
+    clock: Clock | None = None,
+    **engine_options: int,
 ) -> AsyncIterator[PrefillWorker]:
-    """``num_tokens`` None: the services as `open_services` makes them."""
+    """``num_tokens`` None: the services as `open_services` makes them. ``clock``: of the service and of the engine."""
     async with AsyncExitStack() as stack:
         unit = await stack.enter_async_context(running_unit(directory))
         attachment, decode = await unit.attach(Role.PREFILL), await unit.attach(Role.DECODE)
         leases = unit.lease_client(attachment)
         stack.push_async_callback(leases.close)
-        engine = await stack.enter_async_context(running_engine(runner, **engine_options))
+        engine = await stack.enter_async_context(running_engine(runner, clock=clock, **engine_options))
         context = unit.context(attachment, engine, leases)
+        if clock is not None:
+            context = replace(context, clock=clock)
         services = await stack.enter_async_context(open_services(context))
         if num_tokens is not None:
             service = PrefillService(context, num_tokens)
@@ -245,19 +251,16 @@ async def test_log_probabilities_that_are_not_requested_are_not_sent(worker: Pre
 
 
 async def test_the_wait_for_the_device_is_what_no_step_computed_the_prompt(tmp_path: Path) -> None:
-    runner = GatedRunner()
-    async with prefill_worker(tmp_path, runner, max_num_seqs=1) as worker:
+    runner, clock = GatedRunner(), ManualClock()
+    async with prefill_worker(tmp_path, runner, clock=clock, max_num_seqs=1) as worker:
         first = worker.call(await worker.unit.credit(DEMAND))
         await runner.begun(1)
         second = worker.call(await worker.unit.credit(DEMAND))
         await worker.unit.until(lambda: len(worker.engine._scheduler._jobs) == 2)
-        waited_from_s = SystemClock().monotonic_s()
-        for _ in range(1000):
-            await asyncio.sleep(0)
-        waited_s = SystemClock().monotonic_s() - waited_from_s
+        clock.advance(5.0)
         runner.open()
-        assert (await second).device_wait_s >= waited_s, "it waited for the step of the first one"
-        assert (await first).device_wait_s < waited_s
+        assert (await second).device_wait_s == 5.0, "it waited for the step of the first one"
+        assert (await first).device_wait_s == 0.0
 
 
 async def test_a_token_that_the_model_does_not_have_is_refused_and_the_lease_released(worker: PrefillWorker) -> None:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
-from muxmesh.clock import SystemClock
+from muxmesh.clock import Clock, SystemClock
 from muxmesh.config.schema import SimProfile
 from muxmesh.engine.api import Failed, FreeGrant
 from muxmesh.engine.scheduler import Scheduler
@@ -90,12 +90,15 @@ class UncomputableRunner:
 
 @asynccontextmanager
 async def running_engine(
-    runner: Runner | None = None, max_num_seqs: int = 8, token_budget: int = 64, vocab_size: int = 1000
+    runner: Runner | None = None,
+    max_num_seqs: int = 8,
+    token_budget: int = 64,
+    vocab_size: int = 1000,
+    clock: Clock | None = None,
 ) -> AsyncIterator[StepEngine]:
     """A started engine on a device of its own; a gated runner is opened at the end."""
-    engine = StepEngine(
-        Scheduler(max_num_seqs, token_budget, vocab_size), runner or sim_runner(), FreeGrant(), SystemClock()
-    )
+    scheduler = Scheduler(max_num_seqs, token_budget, vocab_size)
+    engine = StepEngine(scheduler, runner or sim_runner(), FreeGrant(), clock or SystemClock())
     await engine.start()
     try:
         yield engine
