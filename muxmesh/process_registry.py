@@ -26,6 +26,10 @@ HEARTBEAT_S = 5.0
 LIFETIME_S = 15.0
 """Age of the last heartbeat up to which a process counts as alive."""
 
+_MAX_UNIX_S = 1e12
+_MAX_PID = (1 << 31) - 1
+_MAX_DIGITS = 9
+
 
 def redis_key(mesh_id: str, name: str) -> str:
     """The Redis key ``name`` of one mesh. The hash tag puts all keys of a mesh into one slot of a Redis Cluster."""
@@ -44,11 +48,14 @@ class ProcessRecord:
 
 
 class ProcessRegistry:
-    """A connection to the registry of one mesh. Without Redis, writes have no effect and reads return None."""
+    """A connection to the registry of one mesh. Without Redis, writes have no effect and reads return None.
+
+    Others may write to the same Redis: what is no record is skipped.
+    """
 
     def __init__(self, url: str, mesh_id: str, clock: Clock) -> None:
         self._redis = redis.asyncio.Redis.from_url(
-            url, decode_responses=True, socket_timeout=2.0, socket_connect_timeout=2.0
+            url, decode_responses=True, encoding_errors="replace", socket_timeout=2.0, socket_connect_timeout=2.0
         )
         self._processes = redis_key(mesh_id, "processes")
         self._restarts = redis_key(mesh_id, "restarts")
@@ -87,7 +94,7 @@ class ProcessRegistry:
             return None
         oldest_s = self._clock.unix_s() - LIFETIME_S
         alive = [record for text in records.values() if (record := _parse(text)) and record.seen_at_unix_s >= oldest_s]
-        return [(record, int(restarts.get(record.name, 0))) for record in sorted(alive, key=lambda r: r.name)]
+        return [(record, _count(restarts.get(record.name, "0"))) for record in sorted(alive, key=lambda r: r.name)]
 
     async def address_of(self, name: str) -> str | None:
         """Address of a live process. None if no live process has this name, or if Redis is unreachable."""
@@ -113,7 +120,21 @@ class ProcessRegistry:
 
 
 def _parse(text: str | bytes) -> ProcessRecord | None:
+    """The record in ``text``; None for anything else, such as one of another version of the mesh."""
     try:
-        return ProcessRecord(**json.loads(text))
-    except (ValueError, TypeError):  # written by another version of the mesh
+        record = ProcessRecord(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
         return None
+    texts, times = (record.name, record.address), (record.started_at_unix_s, record.seen_at_unix_s)
+    is_sound = (
+        all(isinstance(one, str) and one.isprintable() for one in texts)
+        and all(isinstance(one, int | float) and 0 <= one <= _MAX_UNIX_S for one in times)
+        and isinstance(record.pid, int)
+        and 0 < record.pid <= _MAX_PID
+    )
+    return record if is_sound else None
+
+
+def _count(text: str | bytes) -> int:
+    """The number of restarts in ``text``; 0 for anything else."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else 0

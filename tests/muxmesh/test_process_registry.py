@@ -174,6 +174,47 @@ async def test_a_record_with_unknown_fields_is_skipped(redis_url: str) -> None:
         assert await names(registry) == ["router"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": 5},
+        {"name": "\ud800"},
+        {"address": None},
+        {"pid": "1"},
+        {"pid": 0},
+        {"pid": 10**20},
+        {"started_at_unix_s": "q"},
+        {"started_at_unix_s": float("nan")},
+        {"seen_at_unix_s": "zz"},
+        {"seen_at_unix_s": 10**400},
+    ],
+)
+async def test_a_record_with_values_that_no_process_writes_is_skipped(
+    redis_url: str, changes: dict[str, object]
+) -> None:
+    record = {"name": "x", "pid": 1, "address": "a", "started_at_unix_s": 1.0, "seen_at_unix_s": 1000.0, **changes}
+    async with open_redis(redis_url) as client, open_registry(redis_url) as registry:
+        await write_record(redis_url, "router")
+        await client.hset(redis_key("m", "processes"), "x", json.dumps(record))
+        assert await names(registry) == ["router"]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, b""])
+async def test_bytes_that_are_no_record_are_skipped(redis_url: str, content: bytes) -> None:
+    async with open_redis(redis_url) as client, open_registry(redis_url) as registry:
+        await write_record(redis_url, "router")
+        await client.hset(redis_key("m", "processes"), "x", content)
+        assert await names(registry) == ["router"]
+
+
+@pytest.mark.parametrize("content", [b"abc", b"-1", b"\xff", b"9" * 5000, b""])
+async def test_a_number_of_restarts_that_is_none_counts_as_zero(redis_url: str, content: bytes) -> None:
+    async with open_redis(redis_url) as client, open_registry(redis_url) as registry:
+        await write_record(redis_url, "router")
+        await client.hset(redis_key("m", "restarts"), "router", content)
+        assert [count for _, count in await registry.processes() or ()] == [0]
+
+
 async def test_an_error_of_redis_reads_as_none(redis_url: str) -> None:
     async with open_redis(redis_url) as client, open_registry(redis_url) as registry:
         await client.set(redis_key("m", "processes"), "not a hash")
