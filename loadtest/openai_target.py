@@ -127,6 +127,7 @@ def _problem(error: aiohttp.ClientError | TimeoutError) -> str:
     """Why the list of models could not be read."""
     if isinstance(error, TimeoutError):
         return f"no response within {_CONNECT_TIMEOUT_S:.0f} s"
-    if isinstance(error, aiohttp.ClientConnectorError) and (error.errno or 0) > 0:
-        return os.strerror(error.errno or 0)
-    return named(str(error))
+    if not isinstance(error, aiohttp.ClientConnectorError):
+        return named(str(error))
+    number = error.errno or 0
+    return os.strerror(number) if number > 0 else named(error.strerror or str(error))  # below 0: of name resolution
