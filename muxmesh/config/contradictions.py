@@ -88,7 +88,7 @@ def _model_problems(
         yield "name", f"{quoted(model.name)} is the name of another model"
     first_unit, first = first_of.setdefault(model.name, (unit, model))
     for field in _SAME_IN_ALL_UNITS:
-        if getattr(first, field) != getattr(model, field):
+        if first_unit is not unit and getattr(first, field) != getattr(model, field):
             yield field, f"differs from {quoted(model.name)} in unit {first_unit.name}; must be equal in all units"
     if model.engine != "sim" and "sim" in model.model_fields_set:
         yield "sim", f"has no effect with engine: {model.engine}; it is for sim"

@@ -65,7 +65,7 @@ def test_two_units_need_different_names_since_both_have_the_same_default() -> No
 
 
 def test_names_of_models_are_unique_in_a_unit() -> None:
-    assert problems(units("models: [{name: a}, {name: b}, {name: a}]")) == [
+    assert problems(units("models: [{name: a}, {name: b}, {name: a, engine: sim}]")) == [
         "2: units[0].models[2].name: 'a' is the name of another model"
     ]
 
