@@ -45,8 +45,9 @@ def sampling_options(arguments: argparse.Namespace) -> RequestOptions:
 async def _generate(arguments: argparse.Namespace) -> int:
     text = read_all() if arguments.prompt == "-" else arguments.prompt
     prompt: Prompt = [Message("user", text)] if arguments.chat else text
-    if not arguments.json and (arguments.logprobs is not None or arguments.prompt_logprobs is not None):
-        raise InvalidRequest("logprobs", "log-probabilities are printed with --json only")
+    for name, count in (("logprobs", arguments.logprobs), ("prompt_logprobs", arguments.prompt_logprobs)):
+        if count is not None and not arguments.json:
+            raise InvalidRequest(name, "log-probabilities are printed with --json only")
     if arguments.explain and arguments.num_sequences > 1 and not arguments.json:
         raise InvalidRequest("explain", "with several outputs, scheduling is printed with --json only")
     options = sampling_options(arguments) | RequestOptions(

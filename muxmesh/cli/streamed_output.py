@@ -49,7 +49,7 @@ class StreamedOutput:
             if self._prompt is None:
                 raise
             raise RequestAborted(
-                f"the router was lost while it streamed the output; send the request again ({error})"
+                f"the router was lost while it streamed the output: {error}; send the request again"
             ) from error
         finally:
             if self._prompt is not None:

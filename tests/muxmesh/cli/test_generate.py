@@ -163,7 +163,7 @@ def test_json_has_log_probabilities_on_request(mesh: FakeMesh, capsys: pytest.Ca
     ("arguments", "message"),
     [
         (["--logprobs", "1"], "--logprobs: log-probabilities are printed with --json only"),
-        (["--prompt-logprobs", "0"], "--logprobs: log-probabilities are printed with --json only"),
+        (["--prompt-logprobs", "0"], "--prompt-logprobs: log-probabilities are printed with --json only"),
         (["--explain", "-n", "2"], "--explain: with several outputs, scheduling is printed with --json only"),
     ],
 )
@@ -238,7 +238,8 @@ def test_a_router_that_is_lost_after_the_first_delta_is_reported_on_a_line_of_it
     assert generate("hi") == 1
     printed = capsys.readouterr()
     assert printed.out == "ab\n"
-    assert printed.err.startswith("muxmesh: the router was lost while it streamed the output; send the request again (")
+    assert printed.err.startswith("muxmesh: the router was lost while it streamed the output: ")
+    assert printed.err.endswith("; send the request again\n")
 
 
 def test_a_router_that_is_lost_before_the_first_delta_is_an_unreachable_mesh(
