@@ -28,7 +28,10 @@ class MeshError(Exception):
 
 
 class InvalidRequest(MeshError):
-    """The request is invalid. ``field`` is the path of the invalid field in the proto message."""
+    """The request is invalid. ``field`` is the path of the invalid field in the proto message.
+
+    In errors of the Python client's own checks it is the name of the argument or the option.
+    """
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
