@@ -61,6 +61,25 @@ class Progress:
         return (self.credited_at_s or arrived_at_s) - arrived_at_s
 
 
+@dataclass(slots=True)
+class _Failures:
+    """The failed attempts of one sequence. ``num_fruitless`` counts those in a row that got at most one new token."""
+
+    max_restarts: int
+    num_fruitless: int = 0
+    _last: tuple[type[MeshError], str, int] | None = None
+
+    def add(self, error: MeshError, num_before: int, num_tokens: int) -> bool:
+        """Adds an attempt that had ``num_before`` tokens and failed after ``num_tokens``. True if it was the last."""
+        # Each attempt samples a token in prefill: only a second one is progress. Pre-emption is no failure.
+        is_fruitless = num_tokens <= num_before + 1 and not isinstance(error, RequestPreempted)
+        self.num_fruitless = self.num_fruitless + 1 if is_fruitless else 0
+        failure = (type(error), str(error), num_tokens)
+        is_repeated = failure == self._last and isinstance(error, _DETERMINISTIC)
+        self._last = failure
+        return self.num_fruitless > self.max_restarts or is_repeated
+
+
 class SequenceDriver:
     """Repeats attempts until a sequence finishes."""
 
@@ -89,7 +108,7 @@ class SequenceDriver:
         Raises InvalidRequest if the unit can never hold the sequence, SequenceFailed if no engine can compute it, and
         the last attempt's error after ``max_restarts`` or if it is the same as that of the attempt before.
         """
-        num_failures, last_failure = 0, None
+        failures = _Failures(self._max_restarts)
         while output.finish is None:
             num_before = len(output.token_ids)
             attempt = _resumed(request, output)
@@ -113,20 +132,14 @@ class SequenceDriver:
                             return
             except _ATTEMPT_ERRORS as error:
                 if output.token_finish is None:
-                    # Each attempt samples a token in prefill: only a second one is progress. Pre-emption is no failure.
-                    is_fruitless = len(output.token_ids) <= num_before + 1 and not isinstance(error, RequestPreempted)
-                    num_failures = num_failures + 1 if is_fruitless else 0
-                    failure = (type(error), str(error), len(output.token_ids))
-                    is_repeated = failure == last_failure and isinstance(error, _DETERMINISTIC)
-                    if num_failures > self._max_restarts or is_repeated:
+                    if failures.add(error, num_before, len(output.token_ids)):
                         raise _final(error) from error
-                    last_failure = failure
                     progress.num_restarts += 1
                     _log.warning("%s: retried after %d tokens: %s", request.request_id, len(output.token_ids), error)
             if (finish := output.token_finish) is not None:  # only the report of the finish was lost
                 yield output.complete(finish)
                 return
-            await self._sleep(min(_MAX_WAIT_S, _FIRST_WAIT_S * 2**num_failures))
+            await self._sleep(min(_MAX_WAIT_S, _FIRST_WAIT_S * 2**failures.num_fruitless))
 
     @asynccontextmanager
     async def _credit(self, request: EngineRequest, progress: Progress) -> AsyncIterator[Credit]:
