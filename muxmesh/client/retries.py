@@ -10,6 +10,8 @@ from random import Random
 
 from muxmesh.errors import MeshError, Overloaded, Unavailable
 
+_MAX_DOUBLINGS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Retries:
@@ -29,7 +31,11 @@ class Retries:
         """Seconds to wait after ``error`` and ``num_retries`` retries so far; None if the call is not repeated."""
         if num_retries >= self.max_retries:
             return None
-        backoff_s = min(self.initial_delay_s * 2.0**num_retries, self.max_delay_s) * (1 + rng.random()) / 2
+        backoff_s = (
+            min(self.initial_delay_s * 2.0 ** min(num_retries, _MAX_DOUBLINGS), self.max_delay_s)
+            * (1 + rng.random())
+            / 2
+        )
         if isinstance(error, Unavailable):
             return backoff_s
         if isinstance(error, Overloaded) and self.on_overload:

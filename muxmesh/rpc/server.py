@@ -98,15 +98,25 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):
             for service in services
             for method in service.methods
         }
+        self._handlers: dict[str, Any] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         details: grpc.HandlerCallDetails,
     ) -> Any:
-        handler = await continuation(details)
-        kind = self._inputs.get(details.method)
-        if handler is None or kind is None:
+        method = details.method
+        if method not in self._handlers:
+            handler = await continuation(details)
+            if handler is None:
+                return None
+            self._handlers[method] = self._intercepted(method, handler)
+        return self._handlers[method]
+
+    def _intercepted(self, method: str, handler: Any) -> Any:
+        """The handler that gRPC calls instead of ``handler``."""
+        kind = self._inputs.get(method)
+        if kind is None:
             return handler
         serializer = handler.response_serializer
         if handler.unary_unary:
@@ -115,7 +125,7 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):
             return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, kind), None, serializer)
         if handler.stream_stream:
             return grpc.stream_stream_rpc_method_handler(_bidi(handler.stream_stream, kind), None, serializer)
-        raise NotImplementedError(f"{details.method} is client-streaming; no RPC of the mesh is")
+        raise NotImplementedError(f"{method} is client-streaming; no RPC of the mesh is")
 
 
 class _PublicInterceptor(_ErrorInterceptor):
@@ -131,15 +141,8 @@ class _PublicInterceptor(_ErrorInterceptor):
         self._calls = CallLimiter(limits.max_calls, limits.exempt)
         self._reader = RequestReader(limits)
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(details)
-        if handler is None:
-            return None
-        kind = self._inputs.get(details.method)
+    def _intercepted(self, method: str, handler: Any) -> Any:
+        kind = self._inputs.get(method)
         parsed: Callable[[bytes], Any] = (
             functools.partial(_parse, kind) if kind else functools.partial(_deserialize, handler.request_deserializer)
         )
@@ -173,7 +176,7 @@ class _PublicInterceptor(_ErrorInterceptor):
         if handler.response_streaming and isinstance(responses, AsyncGenerator):
             await self._send(responses, context)
         elif (response := await responses) is not None:  # a stream may write to its context and return nothing
-            await self._send(_one(response), context)
+            await context.write(response)
 
     async def _requests(self, parsed: Callable[[bytes], Any], context: Context) -> AsyncGenerator[Any]:
         while (raw := await self._reader.read(context)) is not None:
@@ -186,22 +189,29 @@ class _PublicInterceptor(_ErrorInterceptor):
         Until then, or until the connection ends, the call counts as one of its client.
         """
         loop, limit_s = asyncio.get_running_loop(), self._limits.slow_client_s
+        timer: asyncio.TimerHandle
+        writing_since_s: float | None = None
         closing: asyncio.Task[None] | None = None
 
-        def close() -> None:
-            nonlocal closing
-            closing = loop.create_task(_close(responses))
+        def check() -> None:
+            nonlocal closing, timer
+            now_s = loop.time()
+            limit_at_s = (now_s if writing_since_s is None else writing_since_s) + limit_s
+            if limit_at_s <= now_s:
+                closing = loop.create_task(_close(responses))
+            else:
+                timer = loop.call_at(limit_at_s, check)
 
+        timer = loop.call_later(limit_s, check)  # one for all responses: a timer for each costs more
         try:
             async for response in responses:
-                timer = loop.call_later(limit_s, close)
-                try:
-                    await context.write(response)
-                finally:
-                    timer.cancel()
+                writing_since_s = loop.time()
+                await context.write(response)
+                writing_since_s = None
                 if closing is not None:
                     raise RequestAborted(f"the client has read nothing for {limit_s:g} s")
         finally:
+            timer.cancel()
             await (closing or responses.aclose())
 
 
@@ -220,10 +230,6 @@ def _deserialize(deserializer: Callable[[bytes], Any], raw: bytes) -> Any:
 
 async def _close(responses: AsyncGenerator[Message]) -> None:
     await responses.aclose()
-
-
-async def _one(response: Message) -> AsyncGenerator[Message]:
-    yield response
 
 
 def _unary(inner: Callable[[Any, Context], Awaitable[Message]], kind: type[Message]) -> Any:

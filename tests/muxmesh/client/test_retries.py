@@ -18,6 +18,11 @@ def test_delays_double_up_to_a_limit_and_are_spread_over_their_upper_half(error:
     assert retries.delay_s(error, 6, Random(0)) is None
 
 
+def test_any_number_of_retries_has_a_delay() -> None:
+    delay_s = Retries(max_retries=10**9, max_delay_s=2.0).delay_s(Unavailable("gone"), 10**8, Random(0))
+    assert delay_s is not None and 1.0 <= delay_s <= 2.0
+
+
 def test_equal_seeds_give_equal_delays() -> None:
     error = Unavailable("gone")
     assert Retries().delay_s(error, 0, Random(3)) == Retries().delay_s(error, 0, Random(3))
