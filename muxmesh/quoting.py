@@ -22,6 +22,12 @@ class _Repr(reprlib.Repr):
         self.maxlevel = 3
         self.maxstring = self.maxlong = self.maxother = 3 * MAX_QUOTED  # what is cut here, is cut in the middle
 
+    def repr_int(self, value: int, level: int) -> str:
+        try:
+            return super().repr_int(value, level)
+        except ValueError:  # Python limits the digits that it converts
+            return f"an integer of {value.bit_length()} bits"
+
     def repr_dict(self, value: dict[Any, Any], level: int) -> str:
         if level <= 0:
             return "{...}"

@@ -10,6 +10,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from numbers import Integral
 from random import Random
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
@@ -86,7 +87,8 @@ class MeshClient:
 
     async def generate(self, prompt: Prompt, **options: Unpack[OutputOptions]) -> Completion:
         """Returns the complete output. Takes the options of `stream`, without ``num_sequences``; raises the same."""
-        if dict(options).get("num_sequences") not in (None, 1):
+        number = dict(options).get("num_sequences")
+        if not (number is None or (isinstance(number, Integral) and number == 1)):
             raise InvalidRequest("num_sequences", "generate returns one output; use generate_many for several")
         (completion,) = await self.generate_many(prompt, **options)
         return completion

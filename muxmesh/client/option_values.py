@@ -44,10 +44,13 @@ def whole(least: int, most: int) -> Convert:
 
 
 def number(value: Any) -> float:
-    """Any real number. Whether it is in range is for the router to say."""
+    """Any real number that a float holds. Whether it is in range is for the router to report."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise Unfit("a number is needed")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise Unfit("a number that a float holds is needed") from None
 
 
 def text(value: Any) -> str:
@@ -68,13 +71,21 @@ def flag(value: Any) -> bool:
     return value
 
 
+def elements(value: object) -> list[Any] | None:
+    """The elements of a collection or an array; None if ``value`` has none, as an array without dimensions."""
+    try:
+        return list(value) if isinstance(value, Iterable) else None
+    except TypeError:
+        return None
+
+
 def list_of(convert: Convert) -> Convert:
     """Lists of what ``convert`` accepts."""
 
     def convert_all(value: Any) -> list[Any]:
-        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        if isinstance(value, str | bytes | Mapping) or (parts := elements(value)) is None:
             raise Unfit("a list is needed")
-        return [_element(convert, part) for part in value]
+        return [_element(convert, part) for part in parts]
 
     return convert_all
 

@@ -5,11 +5,11 @@ It checks what the wire cannot carry and names the part that does not fit. Roles
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from muxmesh.client.option_values import Unfit, text, whole
+from muxmesh.client.option_values import Unfit, elements, text, whole
 from muxmesh.errors import InvalidRequest
 from muxmesh.quoting import quoted
 from muxmesh.v1 import inference_pb2
@@ -53,9 +53,9 @@ def set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
 
 def _parts(prompt: object) -> list[Any]:
     """The elements of a list, an array or any other collection with an order."""
-    if isinstance(prompt, bytes | bytearray | memoryview | Set) or not isinstance(prompt, Iterable):
+    if isinstance(prompt, bytes | bytearray | memoryview | Set) or (parts := elements(prompt)) is None:
         raise InvalidRequest("prompt", f"is {quoted(prompt)}; {_KINDS}")
-    return list(prompt)
+    return parts
 
 
 def _token_id(index: int, part: object) -> int:

@@ -111,9 +111,9 @@ def _field(part: str, name: str, convert: Convert) -> _Option:
 
 def _top_k(value: Any) -> int:
     try:
-        return 0 if value == -1 else int(_UINT32(value))
-    except Unfit as error:
-        raise Unfit(f"{error}; -1 is off") from None
+        return max(0, int(whole(-1, _MAX_UINT32)(value)))
+    except Unfit:
+        raise Unfit(f"a whole number from 0 to {_MAX_UINT32} is needed; -1 is off") from None
 
 
 def _allowed_token_ids(value: Any) -> Any:
@@ -141,20 +141,21 @@ def _candidates(value: Any) -> inference_pb2.CandidateTokens | None:
 
 
 def _swap_format(value: Any) -> int:
-    if value not in ("raw", "int8"):
+    if not isinstance(value, str) or value not in ("raw", "int8"):
         raise Unfit("raw or int8 is needed")
     return inference_pb2.KvSwapFormat.Value(f"KV_SWAP_FORMAT_{value.upper()}")
 
 
-_UINT32 = whole(0, (1 << 32) - 1)
+_MAX_UINT32 = (1 << 32) - 1
+_UINT32 = whole(0, _MAX_UINT32)
 _OPTIONS: dict[str, _Option] = {
     "model": _field("", "model", text),
     "request_id": _field("", "request_id", text),
     "temperature": _field("", "temperature", number),
     "truncate_prompt_tokens": _field("", "truncate_prompt_tokens", _UINT32),
     "priority": _field("", "priority", whole(-(1 << 31), (1 << 31) - 1)),
-    "expected_output_tokens": _field("", "expected_output_tokens", whole(1, (1 << 32) - 1)),
-    "num_sequences": _field("sampling", "num_sequences", whole(1, (1 << 32) - 1)),
+    "expected_output_tokens": _field("", "expected_output_tokens", whole(1, _MAX_UINT32)),
+    "num_sequences": _field("sampling", "num_sequences", whole(1, _MAX_UINT32)),
     "top_k": _field("sampling", "top_k", _top_k),
     "top_p": _field("sampling", "top_p", number),
     "min_p": _field("sampling", "min_p", number),
@@ -164,7 +165,7 @@ _OPTIONS: dict[str, _Option] = {
     "repetition_penalty": _field("decoding", "repetition_penalty", number),
     "logit_bias": _field("decoding", "logit_bias", mapping_of(_UINT32, number)),
     "allowed_token_ids": _field("decoding", "allowed_token_ids", _allowed_token_ids),
-    "max_new_tokens": _field("stopping", "max_new_tokens", whole(1, (1 << 32) - 1)),
+    "max_new_tokens": _field("stopping", "max_new_tokens", whole(1, _MAX_UINT32)),
     "min_new_tokens": _field("stopping", "min_new_tokens", _UINT32),
     "stop_token_ids": _field("stopping", "stop_token_ids", list_of(_UINT32)),
     "stop_strings": _field("stopping", "stop_strings", _strings),

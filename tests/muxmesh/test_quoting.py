@@ -71,3 +71,7 @@ def test_a_log_message_stays_one_line_whatever_it_contains() -> None:
     record = logging.LogRecord("x", logging.INFO, "", 0, "from %s", ("a\nCRITICAL forged",), None)
     handler.handle(record)
     assert stream.getvalue() == "INFO from a\\nCRITICAL forged\n"
+
+
+def test_a_number_of_too_many_digits_is_described() -> None:
+    assert quoted([1 << 20_000]) == "[an integer of 20001 bits]"

@@ -48,6 +48,7 @@ ID = "a whole number from 0 to 4294967295 is needed"
     [
         (None, "prompt", f"is None; {ONE_OF}"),
         (5, "prompt", f"is 5; {ONE_OF}"),
+        (np.array(5), "prompt", f"is array(5); {ONE_OF}"),
         (b"text", "prompt", f"is b'text'; {ONE_OF}"),
         (bytearray(b"text"), "prompt", f"is bytearray(b'text'); {ONE_OF}"),
         ({1, 2}, "prompt", f"is {{1, 2}}; {ONE_OF}"),

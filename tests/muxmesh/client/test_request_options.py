@@ -148,6 +148,7 @@ def test_a_number_outside_its_bounds_is_refused_by_its_name(name: str, least: in
         ("top_k", -2, "is -2; a whole number from 0 to 4294967295 is needed; -1 is off"),
         ("temperature", "hot", "is 'hot'; a number is needed"),
         ("temperature", True, "is True; a number is needed"),
+        ("temperature", 1 << 20_000, "is an integer of 20001 bits; a number that a float holds is needed"),
         ("top_p", [0.5], "is [0.5]; a number is needed"),
         ("ignore_eos", 1, "is 1; True or False is needed"),
         ("model", 5, "is 5; a string is needed"),
@@ -170,6 +171,17 @@ def test_a_value_that_cannot_be_sent_is_refused_by_the_name_of_its_option(name: 
     with pytest.raises(InvalidRequest) as caught:
         with_option(name, value)
     assert (caught.value.field, caught.value.problem) == (name, problem)
+
+
+@pytest.mark.parametrize("name", sorted(RequestOptions.__annotations__))
+def test_arrays_and_huge_numbers_are_sent_or_refused_by_the_name_of_their_option(name: str) -> None:
+    refused = set()
+    for value in (np.array([1, 2]), np.array([]), np.array(3), np.array([[1]]), 10**5000, [10**5000], {1: 10**5000}):
+        try:
+            with_option(name, value)
+        except InvalidRequest as error:
+            refused.add(error.field)
+    assert refused <= {name}
 
 
 def test_an_error_quotes_at_most_a_hundred_characters() -> None:
