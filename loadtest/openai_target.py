@@ -42,7 +42,7 @@ class OpenAiTarget:
             names = [str(model["id"]) for model in content["data"]]
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Unavailable(f"no OpenAI-compatible server answers at {self._url}: {_problem(error)}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise Unavailable(f"{self._url}/v1/models returns no list of models: {quoted(error)}") from error
         if not names:
             raise Unavailable(f"{self._url} serves no model")
@@ -81,7 +81,7 @@ class OpenAiTarget:
             raise TargetError("TIMEOUT", "the deadline passed") from error
         except aiohttp.ClientError as error:
             raise TargetError("CONNECTION LOST", str(error) or type(error).__name__, is_unreachable=True) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise TargetError("BAD RESPONSE", f"not a chunk of a completion: {quoted(error)}") from error
         if end is None or not finish:
             raise TargetError("CUT OFF", "the stream ended without a finish reason or without usage")

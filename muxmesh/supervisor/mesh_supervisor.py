@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from errno import EADDRINUSE
 from pathlib import Path
 
-from muxmesh.background_task import end
+from muxmesh.background_task import end, start_watched
 from muxmesh.clock import Clock
 from muxmesh.config.runtime import Endpoint, MeshRuntime, PreparedModel, ProcessKey
 from muxmesh.config.schema import MAX_PORT, MeshConfig
@@ -160,7 +160,7 @@ class MeshSupervisor:
             [SupervisedProcess(spec, logs, clock, show_line, self._before_restart) for spec in stage]
             for stage in stages
         ]
-        self._counting = asyncio.create_task(self._publish_restarts(), name="restart counts")
+        self._counting = start_watched(self._publish_restarts(), "restart counts", on_failure=lambda _: None)
 
     @property
     def processes(self) -> list[SupervisedProcess]:

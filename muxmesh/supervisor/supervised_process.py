@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from muxmesh.background_task import end
+from muxmesh.background_task import end, start_watched
 from muxmesh.clock import Clock
 from muxmesh.errors import Unavailable
 from muxmesh.process_state import process_state
@@ -91,7 +91,7 @@ class SupervisedProcess:
 
     def start(self) -> None:
         """Starts the process. It is restarted when it exits or hangs, until `stop`."""
-        self._restart_loop = asyncio.create_task(self._run_until_stopped(), name=f"supervise {self.spec.name}")
+        self._restart_loop = start_watched(self._run_until_stopped(), f"supervise {self.spec.name}", self._give_up)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Waits until the process serves.
@@ -143,7 +143,7 @@ class SupervisedProcess:
                 return
             num_exits += 1
             if not self._was_ready and num_exits >= _MAX_EARLY_EXITS:
-                self._gave_up.set_result(f"exited {num_exits} times before it was ready, last: {cause}")
+                self._give_up(f"exited {num_exits} times before it was ready, last: {cause}")
                 return
             if self._clock.monotonic_s() - started_at_s >= HEALTHY_AFTER_S:
                 backoff_s = FIRST_BACKOFF_S
@@ -152,6 +152,10 @@ class SupervisedProcess:
             self._on_restart()
             await asyncio.sleep(backoff_s)
             backoff_s = min(backoff_s * 2, LONGEST_BACKOFF_S)
+
+    def _give_up(self, reason: str) -> None:
+        if not self._gave_up.done():
+            self._gave_up.set_result(reason)
 
     async def _run_once(self) -> str:
         """Runs the process until it exits, or hangs and is killed. Returns the cause of its end."""

@@ -247,6 +247,17 @@ async def test_a_process_that_exits_repeatedly_before_it_is_ready_is_given_up(
     assert observed.num_restarting == 2
 
 
+async def test_a_bug_in_the_supervision_of_a_process_is_its_end_and_not_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    observed = Observed("", tmp_path, never, command=("a\0command",))
+    observed.process.start()
+    with pytest.raises(Unavailable, match="a/process the task supervise a/process failed: ValueError: embedded null"):
+        await observed.process.wait_ready(30)
+    await observed.process.stop(5)
+    assert caplog.records[0].getMessage() == "the task supervise a/process failed"
+
+
 async def test_a_process_that_is_not_ready_in_time_is_unavailable(tmp_path: Path) -> None:
     observed = Observed(SLEEPER, tmp_path, never)
     observed.process.start()
