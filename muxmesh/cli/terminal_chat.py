@@ -14,6 +14,7 @@ from muxmesh.cli.message_lines import ENDS, MessageLines, command_of
 from muxmesh.cli.terminal_text import harmless
 from muxmesh.client import MeshClient, RequestOptions
 from muxmesh.errors import ConfigError, InvalidRequest, MeshError
+from muxmesh.quoting import named
 
 
 class TerminalChat:
@@ -55,7 +56,10 @@ class TerminalChat:
                 chosen = None
             if chosen is None:
                 raise KeyboardInterrupt
-            names = [name for number, name in enumerate(names, 1) if chosen.strip() in (name, str(number))] or names
+            if found := [name for number, name in enumerate(names, 1) if chosen.strip() in (name, str(number))]:
+                names = found
+            else:
+                _note(f"{named(chosen)} is not one of them")
         return names[0]
 
     async def _read(self) -> str | None:

@@ -113,9 +113,13 @@ def test_a_conversation_that_is_too_long_can_be_cleared(mesh: FakeMesh, capsys: 
     assert "(the conversation is kept without this message; /clear begins a new one)\n" in printed
 
 
-def test_a_model_is_chosen_by_number_or_name_before_the_first_message(mesh: FakeMesh) -> None:
+def test_a_model_is_chosen_by_number_or_name_before_the_first_message(
+    mesh: FakeMesh, capsys: pytest.CaptureFixture[str]
+) -> None:
     mesh.models = ["a", "b", "c"]
     assert typed(f"4\rnone\r2\rhi\r{CTRL_D}") == 0
+    printed = capsys.readouterr().err
+    assert "(4 is not one of them)" in printed and "(none is not one of them)" in printed
     assert typed(f"c\rhi\r{CTRL_D}") == 0
     assert typed(f"hi\r{CTRL_D}", "--model", "a") == 0
     assert [request.model for request in mesh.requests] == ["b", "c", "a"]
