@@ -126,8 +126,10 @@ class MeshRuntime(BaseModel):
                 raise ConfigError(f"socket path is longer than {MAX_SOCKET_PATH} bytes: {path}; use shorter names")
 
     def write(self, path: Path) -> None:
-        """Writes the runtime file as JSON."""
-        path.write_text(self.model_dump_json(exclude_unset=True))
+        """Writes the runtime file as JSON. It is there in full or not at all. Raises OSError."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(self.model_dump_json(exclude_unset=True))
+        partial.replace(path)
 
     @staticmethod
     def read(path: Path) -> MeshRuntime:

@@ -1,6 +1,7 @@
 """Names and addresses of the processes of a mesh, and the runtime file."""
 
 import re
+import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,14 @@ def test_models_with_different_weights_share_no_kv() -> None:
         for fingerprint in ("one", "two")
     }
     assert len(roots) == 2
+
+
+def test_a_runtime_file_that_cannot_be_written_is_not_there_in_part(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+        with pytest.raises(OSError, match="File too large"):
+            runtime_of({"u": ["a"]}).write(tmp_path / "runtime.json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not (tmp_path / "runtime.json").exists()
