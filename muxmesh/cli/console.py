@@ -14,6 +14,7 @@ import threading
 
 _MAX_TEXTS = 2000
 _CLOSE_S = 1.0
+"""Time limit for what is queued: half of it until the queue has a free entry, half for the rest."""
 
 
 class Console(io.TextIOBase):
@@ -54,8 +55,8 @@ class Console(io.TextIOBase):
             return
         super().close()
         with contextlib.suppress(queue.Full):
-            self._texts.put_nowait(None)
-            self.thread.join(_CLOSE_S)
+            self._texts.put(None, timeout=_CLOSE_S / 2)
+            self.thread.join(_CLOSE_S / 2)
         self._is_given_up = True
 
     def _run(self) -> None:
