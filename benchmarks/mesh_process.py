@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from muxmesh.client import MeshClient
+from muxmesh.errors import Unavailable
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -55,6 +56,8 @@ async def up(*arguments: str) -> AsyncIterator[UpProcess]:
             async for line in process.stdout:
                 if line.startswith(b"muxmesh ready on "):
                     break
+            else:
+                raise Unavailable(f"muxmesh up exited with {await process.wait()} before it was ready")
             address = line.split()[-1].decode()
             async with MeshClient(address) as client:
                 yield UpProcess(process, client, address, Path(state_dir), started_at_s, time.monotonic())
