@@ -239,7 +239,11 @@ def _check_heads(fields: FileFields, spec: ModelSpec) -> None:
 def _rope(fields: FileFields) -> FileFields:
     """The rope fields. Newer configs keep all of them in ``rope_parameters``."""
     newer = fields.inner("rope_parameters")
-    return newer if newer.values else fields.inner("rope_scaling")
+    rope = newer if newer.values else fields.inner("rope_scaling")
+    for name, value in rope.values.items():
+        if isinstance(value, dict) and value:
+            raise rope.refuse(name, "parameters for each type of layer are not supported; give one set for all layers")
+    return rope
 
 
 def _rope_scaling(fields: FileFields) -> RopeScaling | None:

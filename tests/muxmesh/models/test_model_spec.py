@@ -199,6 +199,8 @@ def test_an_eos_token_that_is_no_number_is_refused(eos: object) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "full_attention: parameters for each type of"),
+        ({"rope_scaling": {"chunked_attention": {"factor": 2}}}, "rope_scaling.chunked_attention: parameters for"),
         ({"hidden_size": None}, "hidden_size: is missing"),
         ({"rope_scaling": {"rope_type": "linear"}}, r"rope_scaling\.factor: is missing"),
         ({"num_hidden_layers": "many"}, "num_hidden_layers: is 'many'; must be a whole number"),
