@@ -30,7 +30,7 @@ async def num_leased(mesh: UpProcess) -> int:
     (unit,) = (await mesh.client.status()).units
     if not unit.connected:
         raise Unavailable("the router is not connected to the unit")
-    return sum(model.num_leases + model.num_credits + model.num_keys_waiting for model in unit.models)
+    return sum(model.num_leases + model.num_credits + model.num_queued_requests for model in unit.models)
 
 
 async def seconds_until_free(mesh: UpProcess) -> float:

@@ -62,7 +62,7 @@ def _model_status(unit: Unit, model: str) -> mesh_pb2.UnitModelStatus:
         quota_bytes=unit.quotas.slabs[model] * unit.slab_bytes,
         num_leases=states.total() - states[LeaseState.CREDIT],
         num_credits=states[LeaseState.CREDIT],
-        num_keys_waiting=unit.admission.count(model),
+        num_queued_requests=unit.admission.count(model),
         max_num_seqs=limits.max_num_seqs,
     )
 

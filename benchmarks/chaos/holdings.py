@@ -58,5 +58,5 @@ def _counters(status: mesh_pb2.GetStatusResponse, processes: MeshProcesses) -> I
             name = f"{unit.unit}, {placed.model}"
             yield f"{name}: leases", placed.num_leases
             yield f"{name}: credits", placed.num_credits
-            yield f"{name}: queued requests", placed.num_keys_waiting
+            yield f"{name}: queued requests", placed.num_queued_requests
             yield f"{name}: leased token blocks", placed.num_leased_token_blocks

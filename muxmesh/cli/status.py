@@ -98,7 +98,7 @@ def _print_unit(unit: mesh_pb2.UnitStatus) -> None:
                 model.num_cached_token_blocks,
                 model.num_free_token_blocks,
                 _percent(model.num_prefix_tokens_hit, model.num_prefix_tokens_queried),
-                model.num_keys_waiting,
+                model.num_queued_requests,
             )
             for model in unit.models
         ),

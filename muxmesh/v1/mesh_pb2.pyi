@@ -389,7 +389,7 @@ class UnitModelStatus(_message.Message):
     NUM_FREE_TOKEN_BLOCKS_FIELD_NUMBER: _builtins.int
     NUM_LEASES_FIELD_NUMBER: _builtins.int
     NUM_CREDITS_FIELD_NUMBER: _builtins.int
-    NUM_KEYS_WAITING_FIELD_NUMBER: _builtins.int
+    NUM_QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
     MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKEN_BLOCKS_FIELD_NUMBER: _builtins.int
     NUM_PREFIX_TOKENS_QUERIED_FIELD_NUMBER: _builtins.int
@@ -400,7 +400,7 @@ class UnitModelStatus(_message.Message):
     num_free_token_blocks: _builtins.int
     num_leases: _builtins.int
     num_credits: _builtins.int
-    num_keys_waiting: _builtins.int
+    num_queued_requests: _builtins.int
     """Queued requests that wait for admission."""
     max_num_seqs: _builtins.int
     num_cached_token_blocks: _builtins.int
@@ -418,14 +418,14 @@ class UnitModelStatus(_message.Message):
         num_free_token_blocks: _builtins.int = ...,
         num_leases: _builtins.int = ...,
         num_credits: _builtins.int = ...,
-        num_keys_waiting: _builtins.int = ...,
+        num_queued_requests: _builtins.int = ...,
         max_num_seqs: _builtins.int = ...,
         num_cached_token_blocks: _builtins.int = ...,
         num_prefix_tokens_queried: _builtins.int = ...,
         num_prefix_tokens_hit: _builtins.int = ...,
         quota_bytes: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_num_seqs", b"max_num_seqs", "model", b"model", "num_cached_token_blocks", b"num_cached_token_blocks", "num_credits", b"num_credits", "num_free_token_blocks", b"num_free_token_blocks", "num_keys_waiting", b"num_keys_waiting", "num_leased_token_blocks", b"num_leased_token_blocks", "num_leases", b"num_leases", "num_prefix_tokens_hit", b"num_prefix_tokens_hit", "num_prefix_tokens_queried", b"num_prefix_tokens_queried", "quota_bytes", b"quota_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_num_seqs", b"max_num_seqs", "model", b"model", "num_cached_token_blocks", b"num_cached_token_blocks", "num_credits", b"num_credits", "num_free_token_blocks", b"num_free_token_blocks", "num_leased_token_blocks", b"num_leased_token_blocks", "num_leases", b"num_leases", "num_prefix_tokens_hit", b"num_prefix_tokens_hit", "num_prefix_tokens_queried", b"num_prefix_tokens_queried", "num_queued_requests", b"num_queued_requests", "quota_bytes", b"quota_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___UnitModelStatus: _TypeAlias = UnitModelStatus  # noqa: Y015

@@ -65,8 +65,8 @@ def test_leases_credits_and_queued_requests_are_counted_by_model(page: GrantPage
     schedule(unit)
     first, second, third = status_of(unit, page).models
     assert [first.model, second.model, third.model] == ["a", "b", "c"]
-    assert (first.num_leases, first.num_credits, first.num_keys_waiting, first.max_num_seqs) == (1, 1, 2, 2)
-    assert (second.num_leases, second.num_credits, second.num_keys_waiting) == (0, 0, 1)
+    assert (first.num_leases, first.num_credits, first.num_queued_requests, first.max_num_seqs) == (1, 1, 2, 2)
+    assert (second.num_leases, second.num_credits, second.num_queued_requests) == (0, 0, 1)
     assert (first.num_leased_token_blocks, second.num_leased_token_blocks) == (4, 0)
 
 

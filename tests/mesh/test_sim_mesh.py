@@ -467,7 +467,7 @@ async def test_lower_priority_numbers_are_admitted_first(mesh: RunningMesh) -> N
 
     async def counts() -> tuple[int, int]:
         model = next(model for model in (await mesh.unit()).models if model.model == "slow")
-        return model.num_leases + model.num_credits, model.num_keys_waiting
+        return model.num_leases + model.num_credits, model.num_queued_requests
 
     async def all_slots_taken() -> bool:
         return (await counts())[0] == 4

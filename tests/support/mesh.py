@@ -74,7 +74,7 @@ class RunningMesh:
         async def free() -> bool:
             status = await self.client.status()
             unit = status.units[0]
-            idle = all(model.num_leases + model.num_credits + model.num_keys_waiting == 0 for model in unit.models)
+            idle = all(model.num_leases + model.num_credits + model.num_queued_requests == 0 for model in unit.models)
             return unit.connected and idle and unit.pool.leased_bytes == 0
 
         await self.until(free)

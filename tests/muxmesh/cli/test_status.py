@@ -20,7 +20,7 @@ UNIT = mesh_pb2.UnitStatus(
     models=[
         mesh_pb2.UnitModelStatus(
             model="sim", quota_bytes=32 * MIB, num_leased_token_blocks=4, num_cached_token_blocks=2,
-            num_free_token_blocks=100, num_prefix_tokens_queried=64, num_prefix_tokens_hit=16, num_keys_waiting=3,
+            num_free_token_blocks=100, num_prefix_tokens_queried=64, num_prefix_tokens_hit=16, num_queued_requests=3,
         ),
         mesh_pb2.UnitModelStatus(model="idle"),
     ],
