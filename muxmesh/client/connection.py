@@ -1,7 +1,7 @@
 """The connection of a client to its mesh: channels, the wait for a connection, and errors in plain words.
 
 gRPC ties a channel to the event loop that it was opened on, so there is one for each loop, opened by the first call.
-In a process that was forked while a channel was open, gRPC hangs or aborts: `refuse_inherited` reports it.
+In a process that was forked after a channel was opened, gRPC may hang or abort: `refuse_inherited` reports it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from weakref import WeakSet
 
 import grpc
 
@@ -36,9 +35,8 @@ _OPTIONS = (
 _STATUS_DETAILS = "grpc-status-details-bin"
 
 
-_connections: WeakSet[MeshConnection] = WeakSet()
-_inherited: list[MeshConnection] = []
-"""Connections that were open when this process was forked."""
+_connected_pids: set[int] = set()
+"""This process and those it was forked from, as far as they have opened a channel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +57,6 @@ class MeshConnection:
         self._connect_timeout_s = connect_timeout_s
         self._stubs: dict[asyncio.AbstractEventLoop, Stubs] = {}
         self._is_closed = False
-        _connections.add(self)
-
-    @property
-    def is_open(self) -> bool:
-        """True if it has a channel."""
-        return bool(self._stubs)
 
     async def ready(self, remaining_s: float | None) -> Stubs:
         """Waits until the mesh is connected or an attempt to connect has failed, so that a call reports why.
@@ -115,6 +107,7 @@ class MeshConnection:
         if loop not in self._stubs:
             for other in [other for other in self._stubs if other.is_closed()]:
                 del self._stubs[other]
+            _connected_pids.add(os.getpid())
             channel = grpc.aio.insecure_channel(self.address, options=self._options())
             self._stubs[loop] = Stubs(
                 channel, inference_pb2_grpc.InferenceStub(channel), mesh_pb2_grpc.MeshStub(channel)
@@ -154,20 +147,12 @@ class MeshConnection:
 
 
 def refuse_inherited() -> None:
-    """Raises RequestAborted if a connection was open when this process was forked."""
-    if _inherited:
+    """Raises RequestAborted if a channel was opened before this process was forked, closed or not."""
+    if _connected_pids - {os.getpid()}:
         raise RequestAborted(
-            "a client was connected when this process was forked, after which gRPC does not work; close clients before "
-            "a fork, or start processes with `spawn`"
+            "a client was connected before this process was forked, after which gRPC does not work; fork before the "
+            "first call, or start processes with `spawn`"
         )
-
-
-def _after_fork() -> None:
-    _inherited.extend(connection for connection in _connections if connection.is_open)
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _deadline_passed() -> DeadlineExceeded:
