@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from checks import Checks, fails, until
+from checks import fails, reaches_its_deadline, run_all, until
 from grpclib.client import Channel
 from grpclib.const import Status
-from grpclib.exceptions import GRPCError
 from muxmesh.v1 import inference_grpc, inference_pb2, mesh_grpc, mesh_pb2
 
 STOPPING = inference_pb2.StoppingOptions(max_new_tokens=8, ignore_eos=True)
@@ -99,18 +98,11 @@ class Client:
         await until(self.is_idle)
 
     async def deadline(self) -> None:
-        try:
+        with reaches_its_deadline():
             async with self.inference.GenerateStream.open(timeout=0.3) as call:
                 await call.send_message(LONG, end=True)
                 async for _ in call:
                     pass
-        except TimeoutError:
-            pass
-        except GRPCError as error:  # the server may be the first to end the call
-            if error.status is not Status.DEADLINE_EXCEEDED:
-                raise
-        else:
-            raise AssertionError("the call outlived its deadline")
         await until(self.is_idle)
 
     async def is_idle(self) -> bool:
@@ -118,28 +110,5 @@ class Client:
         return all(model.num_requests_running == 0 for model in models)
 
 
-async def main() -> int:
-    host, port = sys.argv[1].rsplit(":", 1)
-    channel, checks = Channel(host, int(port)), Checks()
-    client = Client(channel)
-    try:
-        for name, body in (
-            ("list models", client.list_models),
-            ("generate", client.generate),
-            ("stream", client.stream),
-            ("chat", client.chat),
-            ("seed", client.seed),
-            ("log-probabilities", client.log_probabilities),
-            ("tokenize", client.tokenize),
-            ("refusal", client.refusal),
-            ("cancel", client.cancel),
-            ("deadline", client.deadline),
-        ):
-            await checks.run(name, body)
-    finally:
-        channel.close()
-    return 1 if checks.num_failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    sys.exit(asyncio.run(run_all(Client)))
