@@ -83,12 +83,12 @@ class MeshClient:
         _check_seconds("timeout_s", timeout_s)
         request = request_of(options)
         set_prompt(request, prompt)
-        return self._stream(request, timeout_s, options.get("logprobs") or 0, options.get("prompt_logprobs") or 0)
+        return self._stream(request, timeout_s)
 
     async def generate(self, prompt: Prompt, **options: Unpack[OutputOptions]) -> Completion:
         """Returns the complete output. Takes the options of `stream`, without ``num_sequences``; raises the same."""
-        number = dict(options).get("num_sequences")
-        if not (number is None or (isinstance(number, Integral) and number == 1)):
+        wanted = dict(options).get("num_sequences")
+        if not (wanted is None or (isinstance(wanted, Integral) and wanted == 1)):
             raise InvalidRequest("num_sequences", "generate returns one output; use generate_many for several")
         (completion,) = await self.generate_many(prompt, **options)
         return completion
@@ -102,15 +102,26 @@ class MeshClient:
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """Calls GenerateStream with a request message that the caller has built; no field is checked."""
         attempts = self._attempts(timeout_s)
-        async with aclosing(self._responses(request, attempts)) as responses:
-            async for response in responses:
-                yield response
+        while True:
+            stubs = await self._connection.ready(attempts.remaining_s(_now_s()))
+            call = stubs.inference.GenerateStream(request, timeout=attempts.remaining_s(_now_s()))
+            try:
+                with self._connection.errors(attempts):
+                    async for response in call:
+                        attempts.has_begun = True
+                        yield response
+                return
+            except MeshError as error:
+                delay_s = attempts.delay_before_retry_s(error, _now_s())
+            finally:
+                call.cancel()
+            await asyncio.sleep(delay_s)
 
     async def list_models(self, timeout_s: float | None = None) -> list[mesh_pb2.ModelInfo]:
         """Returns the models that the mesh serves."""
         response = await self._unary(
             lambda stubs, remaining_s: stubs.mesh.ListModels(mesh_pb2.ListModelsRequest(), timeout=remaining_s),
-            self._attempts(timeout_s),
+            timeout_s,
         )
         return list(response.models)
 
@@ -132,7 +143,7 @@ class MeshClient:
         request = tokenize_request(prompt, model, add_special_tokens, with_texts)
         response = await self._unary(
             lambda stubs, remaining_s: stubs.inference.Tokenize(request, timeout=remaining_s),
-            self._attempts(timeout_s),
+            timeout_s,
         )
         return tokenized_of(response)
 
@@ -148,7 +159,7 @@ class MeshClient:
         request = detokenize_request(token_ids, model, skip_special_tokens)
         response = await self._unary(
             lambda stubs, remaining_s: stubs.inference.Detokenize(request, timeout=remaining_s),
-            self._attempts(timeout_s),
+            timeout_s,
         )
         return response.text
 
@@ -156,35 +167,19 @@ class MeshClient:
         """Returns the state of models, units and processes, as the router that is called sees it."""
         return await self._unary(
             lambda stubs, remaining_s: stubs.mesh.GetStatus(mesh_pb2.GetStatusRequest(), timeout=remaining_s),
-            self._attempts(timeout_s),
+            timeout_s,
         )
 
     async def _stream(
-        self, request: inference_pb2.GenerateRequest, timeout_s: float | None, num_candidates: int, num_prompt: int
+        self, request: inference_pb2.GenerateRequest, timeout_s: float | None
     ) -> AsyncGenerator[Delta, None]:
-        async with aclosing(self._responses(request, self._attempts(timeout_s))) as responses:
+        wanted = request.response
+        async with aclosing(self.stream_request(request, timeout_s)) as responses:
             async for response in responses:
-                yield delta_of(response, num_candidates, num_prompt)
+                yield delta_of(response, wanted.output_candidates.top_n, wanted.prompt_candidates.top_n)
 
-    async def _responses(
-        self, request: inference_pb2.GenerateRequest, attempts: Attempts
-    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        while True:
-            stubs = await self._connection.ready(attempts.remaining_s(_now_s()))
-            call = stubs.inference.GenerateStream(request, timeout=attempts.remaining_s(_now_s()))
-            try:
-                with self._connection.errors(attempts):
-                    async for response in call:
-                        attempts.has_begun = True
-                        yield response
-                return
-            except MeshError as error:
-                delay_s = attempts.delay_before_retry_s(error, _now_s())
-            finally:
-                call.cancel()
-            await asyncio.sleep(delay_s)
-
-    async def _unary(self, send: Callable[[Stubs, float | None], Awaitable[T]], attempts: Attempts) -> T:
+    async def _unary(self, send: Callable[[Stubs, float | None], Awaitable[T]], timeout_s: float | None) -> T:
+        attempts = self._attempts(timeout_s)
         while True:
             stubs = await self._connection.ready(attempts.remaining_s(_now_s()))
             try:

@@ -1,6 +1,7 @@
 """Checks of single values of a request: whether the wire can carry them. Knows no options and no messages.
 
-Each check takes any object and returns the value to send. It raises `Unfit` with the values that are possible.
+Each check takes any object and returns the value to send. It raises `Unfit` with the values that are possible, which
+`converted` makes an error with a name.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
+from muxmesh.errors import InvalidRequest
 from muxmesh.quoting import quoted
+
+MAX_UINT32 = (1 << 32) - 1
 
 
 class Unfit(ValueError):
@@ -26,6 +30,14 @@ class Unfit(ValueError):
 
 
 Convert = Callable[[Any], Any]
+
+
+def converted(name: str, convert: Convert, value: object) -> Any:
+    """The value to send. Raises InvalidRequest, which names the option or the part of it."""
+    try:
+        return convert(value)
+    except Unfit as error:
+        raise InvalidRequest(name, error.problem(value)) from None
 
 
 def whole(least: int, most: int) -> Convert:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from muxmesh.client.option_values import Unfit, elements, text, whole
+from muxmesh.client.option_values import MAX_UINT32, converted, elements, text, whole
 from muxmesh.errors import InvalidRequest
 from muxmesh.quoting import quoted
 from muxmesh.v1 import inference_pb2
@@ -32,13 +32,13 @@ A turn of a conversation is a `Message` or a dictionary ``{"role": ..., "content
 
 _KINDS = "text, token ids or a list of messages is needed"
 _TURN_KEYS = {"role", "content"}
-_TOKEN_ID = whole(0, (1 << 32) - 1)
+_TOKEN_ID = whole(0, MAX_UINT32)
 
 
 def set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
     """Sets the field of ``request`` that fits the kind of prompt. Raises InvalidRequest."""
     if isinstance(prompt, str):
-        request.text = _fitting("prompt", text, prompt)
+        request.text = converted("prompt", text, prompt)
         return
     if isinstance(prompt, Message | Mapping):
         raise InvalidRequest("prompt", "is one message; a list of messages is needed")
@@ -61,7 +61,7 @@ def _parts(prompt: object) -> list[Any]:
 def _token_id(index: int, part: object) -> int:
     if isinstance(part, str | Message | Mapping):
         raise InvalidRequest("prompt", f"has {quoted(part)} at index {index}; {_KINDS}")
-    return int(_fitting(f"prompt[{index}]", _TOKEN_ID, part))
+    return int(converted(f"prompt[{index}]", _TOKEN_ID, part))
 
 
 def _turn(where: str, part: object) -> inference_pb2.ChatMessage:
@@ -74,12 +74,5 @@ def _turn(where: str, part: object) -> inference_pb2.ChatMessage:
     else:
         raise InvalidRequest(where, f'is {quoted(part)}; a Message or {{"role", "content"}} is needed')
     return inference_pb2.ChatMessage(
-        role=_fitting(f"{where}.role", text, role), content=_fitting(f"{where}.content", text, content)
+        role=converted(f"{where}.role", text, role), content=converted(f"{where}.content", text, content)
     )
-
-
-def _fitting(where: str, convert: Any, value: object) -> Any:
-    try:
-        return convert(value)
-    except Unfit as error:
-        raise InvalidRequest(where, error.problem(value)) from None

@@ -11,8 +11,18 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypedDict
 
-from muxmesh.client.option_values import Convert, Unfit, flag, list_of, mapping_of, number, text, whole
-from muxmesh.errors import InvalidRequest
+from muxmesh.client.option_values import (
+    MAX_UINT32,
+    Convert,
+    Unfit,
+    converted,
+    flag,
+    list_of,
+    mapping_of,
+    number,
+    text,
+    whole,
+)
 from muxmesh.quoting import quoted
 from muxmesh.types import KvFormat
 from muxmesh.v1 import inference_pb2
@@ -111,9 +121,9 @@ def _field(part: str, name: str, convert: Convert) -> _Option:
 
 def _top_k(value: Any) -> int:
     try:
-        return max(0, int(whole(-1, _MAX_UINT32)(value)))
+        return max(0, int(whole(-1, MAX_UINT32)(value)))
     except Unfit:
-        raise Unfit(f"a whole number from 0 to {_MAX_UINT32} is needed; -1 is off") from None
+        raise Unfit(f"a whole number from 0 to {MAX_UINT32} is needed; -1 is off") from None
 
 
 def _allowed_token_ids(value: Any) -> Any:
@@ -146,16 +156,15 @@ def _swap_format(value: Any) -> int:
     return inference_pb2.KvSwapFormat.Value(f"KV_SWAP_FORMAT_{value.upper()}")
 
 
-_MAX_UINT32 = (1 << 32) - 1
-_UINT32 = whole(0, _MAX_UINT32)
+_UINT32 = whole(0, MAX_UINT32)
 _OPTIONS: dict[str, _Option] = {
     "model": _field("", "model", text),
     "request_id": _field("", "request_id", text),
     "temperature": _field("", "temperature", number),
     "truncate_prompt_tokens": _field("", "truncate_prompt_tokens", _UINT32),
     "priority": _field("", "priority", whole(-(1 << 31), (1 << 31) - 1)),
-    "expected_output_tokens": _field("", "expected_output_tokens", whole(1, _MAX_UINT32)),
-    "num_sequences": _field("sampling", "num_sequences", whole(1, _MAX_UINT32)),
+    "expected_output_tokens": _field("", "expected_output_tokens", whole(1, MAX_UINT32)),
+    "num_sequences": _field("sampling", "num_sequences", whole(1, MAX_UINT32)),
     "top_k": _field("sampling", "top_k", _top_k),
     "top_p": _field("sampling", "top_p", number),
     "min_p": _field("sampling", "min_p", number),
@@ -165,7 +174,7 @@ _OPTIONS: dict[str, _Option] = {
     "repetition_penalty": _field("decoding", "repetition_penalty", number),
     "logit_bias": _field("decoding", "logit_bias", mapping_of(_UINT32, number)),
     "allowed_token_ids": _field("decoding", "allowed_token_ids", _allowed_token_ids),
-    "max_new_tokens": _field("stopping", "max_new_tokens", whole(1, _MAX_UINT32)),
+    "max_new_tokens": _field("stopping", "max_new_tokens", whole(1, MAX_UINT32)),
     "min_new_tokens": _field("stopping", "min_new_tokens", _UINT32),
     "stop_token_ids": _field("stopping", "stop_token_ids", list_of(_UINT32)),
     "stop_strings": _field("stopping", "stop_strings", _strings),
@@ -201,10 +210,7 @@ def request_of(options: RequestOptions) -> inference_pb2.GenerateRequest:
         if value is None or name in _NOT_SENT:
             continue
         option = _OPTIONS[name]
-        try:
-            parts.setdefault(option.part, {}).update(option.fields(value))
-        except Unfit as error:
-            raise InvalidRequest(name, error.problem(value)) from None
+        parts.setdefault(option.part, {}).update(converted(name, option.fields, value))
     fields: dict[str, Any] = {**parts.pop(""), **parts}
     return inference_pb2.GenerateRequest(**fields)
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from muxmesh.client.option_values import Convert, Unfit, flag, list_of, text, whole
+from muxmesh.client.option_values import MAX_UINT32, Convert, converted, flag, list_of, text, whole
 from muxmesh.client.prompts import Conversation, set_prompt
 from muxmesh.errors import InvalidRequest
 from muxmesh.v1 import inference_pb2
 
-_TOKEN_IDS = list_of(whole(0, (1 << 32) - 1))
+_TOKEN_IDS = list_of(whole(0, MAX_UINT32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,7 @@ class Tokenized:
 
 def _sent(name: str, convert: Convert, value: object) -> Any:
     """The value to send; None is sent as nothing."""
-    try:
-        return None if value is None else convert(value)
-    except Unfit as error:
-        raise InvalidRequest(name, error.problem(value)) from None
+    return None if value is None else converted(name, convert, value)
 
 
 def tokenize_request(
