@@ -104,33 +104,9 @@ def message_from_delta(
     if delta.prompt is not None:
         message.prompt_info.CopyFrom(_prompt_info(delta.prompt, options, texts))
     if delta.scheduling is not None:
-        report = delta.scheduling
-        message.scheduling.CopyFrom(
-            inference_pb2.SchedulingInfo(
-                policy=report.policy,
-                reason=report.reason,
-                p50_output_tokens=report.p50_output_tokens,
-                p90_output_tokens=report.p90_output_tokens,
-                source=report.source,
-                prefill_s=report.prefill_s,
-                decode_s=report.decode_s,
-                waited_s=report.waited_s,
-                decision=report.decision,
-                num_overtaken=report.num_overtaken,
-                waited_for=inference_pb2.Waits(**dataclasses.asdict(report.waited_for)),
-            )
-        )
+        message.scheduling.CopyFrom(inference_pb2.SchedulingInfo(**dataclasses.asdict(delta.scheduling)))
     if delta.timings is not None:
-        timings = delta.timings
-        message.timings.CopyFrom(
-            inference_pb2.RequestTimings(
-                queue_s=timings.queue_s,
-                ttft_s=timings.ttft_s,
-                e2e_s=timings.e2e_s,
-                num_restarts=timings.num_restarts,
-                router_s=timings.router_s,
-            )
-        )
+        message.timings.CopyFrom(inference_pb2.RequestTimings(**dataclasses.asdict(delta.timings)))
     return message
 
 
