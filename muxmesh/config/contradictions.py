@@ -9,14 +9,14 @@ from muxmesh.config.schema import MAX_PORT, Location, MeshConfig, ModelConfig, U
 from muxmesh.quoting import quoted
 from muxmesh.scheduling_policy import PolicyName
 
-_ORDER_FIELDS: dict[str, PolicyName] = {
+ORDER_FIELDS: dict[str, PolicyName] = {
     "longest_lead": "srtf-aged",
     "longest_lead_s": "srtf-aged",
     "mlfq_quantum_s": "mlfq",
 }
 """Fields that apply to one policy only."""
 
-_SAME_IN_ALL_UNITS = (
+SAME_IN_ALL_UNITS = (
     "source", "engine", "dtype", "sim", "max_model_len", "default_max_new_tokens", "generation_config",
 )  # fmt: skip
 """Fields that clients can observe, or that identify the model. They are equal in every unit that serves the model."""
@@ -24,7 +24,7 @@ _SAME_IN_ALL_UNITS = (
 
 def order_without_effect(config: MeshConfig) -> Iterator[tuple[Location, str]]:
     """(location, problem) of each policy setting that the chosen policy ignores."""
-    for field, policy in _ORDER_FIELDS.items():
+    for field, policy in ORDER_FIELDS.items():
         if field in config.order.model_fields_set and config.order.policy != policy:
             yield ("order", field), f"has no effect with policy: {config.order.policy}; it is for {policy}"
 
@@ -87,7 +87,7 @@ def _model_problems(
     if any(other.name == model.name for other in unit.models[:index]):
         yield "name", f"{quoted(model.name)} is the name of another model"
     first_unit, first = first_of.setdefault(model.name, (unit, model))
-    for field in _SAME_IN_ALL_UNITS:
+    for field in SAME_IN_ALL_UNITS:
         if first_unit is not unit and getattr(first, field) != getattr(model, field):
             yield field, f"differs from {quoted(model.name)} in unit {first_unit.name}; must be equal in all units"
     if model.engine != "sim" and "sim" in model.model_fields_set:

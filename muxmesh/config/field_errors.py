@@ -11,11 +11,10 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from muxmesh.config.schema import Location
+from muxmesh.config.schema import NETWORK_NEEDED, SIZE_NEEDED, Location
 
 _MAX_SHOWN = 60
 """Characters of a value in a message."""
-_SIZES = "must be bytes, or a number and one of KiB, MiB, GiB, TiB, KB, MB, GB, TB"
 
 _WORDS: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
     "string_type": lambda value, context: f"is {shown(value)}; must be text, in quotes if it looks like a number",
@@ -30,9 +29,9 @@ _WORDS: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
     "float_type": lambda value, context: f"is {shown(value)}; must be a number",
     "float_parsing": lambda value, context: f"is {shown(value)}; must be a number",
     "finite_number": lambda value, context: f"is {shown(value)}; must be a finite number",
-    "byte_size": lambda value, context: f"is {shown(value)}; {_SIZES}",
-    "byte_size_unit": lambda value, context: f"is {shown(value)}; {_SIZES}",
-    "ip_any_network": lambda value, context: f"is {shown(value)}; must be an address or a network like 10.1.0.0/16",
+    "byte_size": lambda value, context: f"is {shown(value)}; {SIZE_NEEDED}",
+    "byte_size_unit": lambda value, context: f"is {shown(value)}; {SIZE_NEEDED}",
+    "ip_any_network": lambda value, context: f"is {shown(value)}; {NETWORK_NEEDED}",
     "tuple_type": lambda value, context: f"is {shown(value)}; must be a list",
     "too_short": lambda value, context: "must not be empty",
     "greater_than_equal": lambda value, context: f"is {shown(value)}; must be at least {_bound(context['ge'])}",
@@ -52,12 +51,12 @@ _NAME = "must begin with a letter or a digit and have only letters, digits, '.',
 def field_errors(error: ValidationError, root: type[BaseModel]) -> list[tuple[Location, str | None]]:
     """(location, problem) of each error of one validation of ``root``. The problem is None if it follows from another.
 
-    A field that an unknown one is a misspelling of is one of these, whether or not it is required.
+    If an unknown field misspells a known one, the known one is listed too, with None.
     """
     items = [(tuple(item["loc"]), item) for item in error.errors()]
     locations = [location for location, _ in items]
     unknown = [location for location, item in items if item["type"] == "extra_forbidden"]
-    names = {location: meant(location, root) for location in unknown}
+    names = {location: _meant(location, root) for location in unknown}
     misspelled = {(*location[:-1], name) for location, name in names.items() if name is not None}
     found: list[tuple[Location, str | None]] = [(location, None) for location in misspelled]
     for location, item in items:
@@ -65,11 +64,11 @@ def field_errors(error: ValidationError, root: type[BaseModel]) -> list[tuple[Lo
         if item["type"] == "too_short" and inside:  # pydantic counts the valid items
             continue
         if item["type"] != "missing" or location not in misspelled:
-            found.append((location, _words(location, item, root)))
+            found.append((location, _words(location, item, root, names.get(location))))
     return found
 
 
-def meant(location: Location, root: type[BaseModel]) -> str | None:
+def _meant(location: Location, root: type[BaseModel]) -> str | None:
     """The field whose name is close to that of an unknown one."""
     section = section_at(location[:-1], root)
     names = list(section.model_fields) if section else []
@@ -111,12 +110,13 @@ def shown(value: object) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 
 
-def _words(location: Location, item: Mapping[str, Any], root: type[BaseModel]) -> str:
+def _words(location: Location, item: Mapping[str, Any], root: type[BaseModel], meant: str | None) -> str:
+    """``meant``: the known field that an unknown one misspells."""
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     if kind == "extra_forbidden":
+        if meant is not None:
+            return f"unknown field; did you mean `{meant}`?"
         section = section_at(location[:-1], root)
-        if (name := meant(location, root)) is not None:
-            return f"unknown field; did you mean `{name}`?"
         return f"unknown field; known: {', '.join(section.model_fields if section else ())}"
     if kind == "literal_error":
         return _choices(value, context["expected"])

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from muxmesh.config.contradictions import contradictions
+from muxmesh.config.contradictions import ORDER_FIELDS, SAME_IN_ALL_UNITS, contradictions
 from muxmesh.config.field_errors import field_errors, shown
 from muxmesh.config.schema import Location, MeshConfig
 from muxmesh.config.yaml_reader import read_fields, read_text
@@ -36,14 +36,10 @@ _DEPENDS_ON: Mapping[str, frozenset[str]] = {
     "threads": frozenset({"cores"}),
     "sim": frozenset({"engine"}),
     "engine": frozenset({"engine"}),
-    "longest_lead": frozenset({"policy"}),
-    "longest_lead_s": frozenset({"policy"}),
-    "mlfq_quantum_s": frozenset({"policy"}),
+    **dict.fromkeys(ORDER_FIELDS, frozenset({"policy"})),
 }
 """For the field of a problem: other fields of its section, or of one around or inside it, that the problem is about."""
-_COMPARED_IN_ALL_UNITS = frozenset(
-    {"cores", "source", "engine", "dtype", "sim", "max_model_len", "default_max_new_tokens"}
-)
+_COMPARED_IN_ALL_UNITS = frozenset({"cores", *SAME_IN_ALL_UNITS})
 """Fields whose problems may be about the same field of another unit."""
 
 _MAX_REPORTED = 100

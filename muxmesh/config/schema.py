@@ -37,6 +37,8 @@ MAX_COUNT = 2**31 - 1
 MAX_BYTES = 2**60
 """Upper bound of every size."""
 _SIZE = re.compile(r"\d+(\.\d+)?\s*([kmgtp]i?)?b?", re.IGNORECASE)
+SIZE_NEEDED = "must be bytes, or a number and one of KiB, MiB, GiB, TiB, KB, MB, GB, TB"
+NETWORK_NEEDED = "must be an address or a network like 10.1.0.0/16"
 
 Location = tuple[str | int, ...]
 """Path of a field: names and list indices."""
@@ -55,9 +57,7 @@ class Section(BaseModel):
         if isinstance(value, bool) and any(one in (int, float, ByteSize) for one in (kind, *get_args(kind))):
             raise ValueError(f"is {str(value).lower()}; must be a number")
         if kind is ByteSize and isinstance(value, str) and not _SIZE.fullmatch(value.strip()):
-            raise ValueError(
-                f"is {quoted(value)}; must be bytes, or a number and one of KiB, MiB, GiB, TiB, KB, MB, GB, TB"
-            )
+            raise ValueError(f"is {quoted(value)}; {SIZE_NEEDED}")
         return value
 
 
@@ -174,7 +174,7 @@ class UnitConfig(Section):
 def _refuse_numbers(value: object) -> object:
     """A number would be read as the 32 bits of an address."""
     if isinstance(value, int):
-        raise ValueError(f"is {str(value).lower()}; must be an address or a network like 10.1.0.0/16")
+        raise ValueError(f"is {str(value).lower()}; {NETWORK_NEEDED}")
     return value
 
 

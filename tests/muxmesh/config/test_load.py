@@ -189,6 +189,9 @@ order: {policy: fcfs, longest_lead: 1}
         ("units: [{cores: many, models: [{name: a, threads: 9}]}]", "units[0].cores"),
         ("units: [{cores: [0], models: [{name: a, max_model_len: x}]},"
          " {name: b, cores: [1], models: [{name: a, max_model_len: 9}]}]", "units[0].models[0].max_model_len"),
+        ("units: [{cores: [0], models: [{name: a, generation_config: bogus}]},"
+         " {name: b, cores: [1], models: [{name: a, generation_config: ignore}]}]",
+         "units[0].models[0].generation_config"),
         ("units: [{modles: [{name: a}]}]", "units[0].modles"),
         ("unit: [{models: [{name: a}]}]", "unit"),
     ],
