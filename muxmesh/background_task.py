@@ -15,6 +15,10 @@ OnFailure = Callable[[str], None]
 _CANCEL_AGAIN_S = 0.2
 
 
+def _ignore(reason: str) -> None:
+    pass
+
+
 async def end(task: asyncio.Future[Any]) -> None:
     """Cancels ``task`` and waits until it has ended. Raises none of its errors.
 
@@ -27,8 +31,8 @@ async def end(task: asyncio.Future[Any]) -> None:
         await asyncio.wait({task}, timeout=_CANCEL_AGAIN_S)
 
 
-def start_watched(work: Coroutine[Any, Any, None], name: str, on_failure: OnFailure) -> asyncio.Task[None]:
-    """Starts ``work`` as a task whose failure is a bug that nobody would notice: nothing waits for the task."""
+def start_watched(work: Coroutine[Any, Any, None], name: str, on_failure: OnFailure = _ignore) -> asyncio.Task[None]:
+    """Starts ``work`` as a task for which nothing waits. If it fails, which is a bug, the error is logged at once."""
 
     def on_done(done: asyncio.Task[None]) -> None:
         if not done.cancelled() and (error := done.exception()) is not None:
@@ -42,7 +46,7 @@ def start_watched(work: Coroutine[Any, Any, None], name: str, on_failure: OnFail
 
 @contextlib.asynccontextmanager
 async def background(
-    work: Coroutine[Any, Any, None], name: str, on_failure: OnFailure = lambda _: None
+    work: Coroutine[Any, Any, None], name: str, on_failure: OnFailure = _ignore
 ) -> AsyncIterator[None]:
     """Runs ``work`` as a task while the block runs. See `start_watched` and `end`."""
     task = start_watched(work, name, on_failure)

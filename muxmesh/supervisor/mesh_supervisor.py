@@ -160,7 +160,7 @@ class MeshSupervisor:
             [SupervisedProcess(spec, logs, clock, show_line, self._before_restart) for spec in stage]
             for stage in stages
         ]
-        self._counting = start_watched(self._publish_restarts(), "restart counts", on_failure=lambda _: None)
+        self._counting = start_watched(self._publish_restarts(), "restart counts")
 
     @property
     def processes(self) -> list[SupervisedProcess]:

@@ -55,16 +55,15 @@ def redis_url_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
 
 
 async def wait_for_redis(url: str) -> None:
-    """Waits, without a time limit, until the server responds to a ping."""
-    client = redis.asyncio.Redis.from_url(url, socket_connect_timeout=1.0, socket_timeout=1.0)
+    """Waits, without a time limit, until the server responds to a ping. ``url`` has the path of a unix socket."""
+    probe = RedisProbe(url)
     try:
         while True:
-            with contextlib.suppress(RedisError, OSError):
-                await client.ping()
+            if await probe.ask():
                 return
             await asyncio.sleep(0.02)
     finally:
-        await client.aclose()
+        await probe.close()
 
 
 class RedisProbe:

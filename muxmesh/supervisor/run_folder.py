@@ -33,7 +33,7 @@ def temporary_run_folder(state_dir: Path) -> Path:
     """Creates a folder with a short path, and notes it in ``state_dir``. Raises OSError."""
     folder = Path(tempfile.mkdtemp(prefix="muxmesh-"))
     try:
-        (folder / RUN_MARK).touch()
+        create_run_folder(folder)
         (state_dir / TEMPORARY_FOLDER_FILE).write_text(str(folder))
     except OSError:
         delete_run_folder(folder, state_dir)

@@ -109,8 +109,7 @@ class SupervisedProcess:
         except TimeoutError:
             raise Unavailable(self._failure(f"not ready after {timeout_s:.0f} s")) from None
         finally:
-            if not ready.done():
-                await end(ready)
+            await end(ready)
         self._was_ready = True
 
     async def stop(self, grace_s: float) -> None:
