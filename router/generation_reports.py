@@ -14,12 +14,15 @@ from router.sequence_driver import Progress
 
 def prompt_report(request: EngineRequest, forecast: LengthForecast, progress: Progress) -> PromptReport:
     """The prompt as the sequence of ``progress`` has computed it. A length that no predictor gave is not reported."""
-    expected = ExpectedOutput(forecast.prediction, forecast.source, request.stopping)
+    predicted_tokens = None
+    if forecast.checked:
+        expected = ExpectedOutput(forecast.prediction, forecast.source, request.stopping)
+        predicted_tokens = max(1, round(expected.prediction.p50_tokens))
     return PromptReport(
         request.prompt_token_ids,
         progress.prefilled.num_cached_tokens if progress.prefilled else 0,
         request.sampling.seed,
-        max(1, round(expected.prediction.p50_tokens)) if forecast.checked else None,
+        predicted_tokens,
         progress.prefilled.logprobs if progress.prefilled else (),
     )
 

@@ -9,7 +9,6 @@ before it is tokenized.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -61,12 +60,17 @@ class PromptTokenizer:
         if isinstance(prompt, TokensPrompt):
             return list(prompt.token_ids)
         adds = isinstance(prompt, TextPrompt) if add_special_tokens is None else add_special_tokens
-        with self._waiting(_num_bytes(prompt)):
-            text = prompt.text if isinstance(prompt, TextPrompt) else await self._rendered(prompt, model.text)
+        num_bytes = _num_bytes(prompt)
+        with self._waiting(num_bytes):
+            if isinstance(prompt, TextPrompt):
+                text = prompt.text
+            else:
+                text = await self._rendered(prompt, model.text, is_long=num_bytes > _LONG_CHARS)
             if len(text) <= _LONG_CHARS:
                 return await _run(self._short, lambda: model.text.encode(text, adds))
-            limit = math.inf if max_tokens is None else max_tokens
-            if await _run(self._long, lambda: model.text.certainly_exceeds(text, limit)):
+            if max_tokens is not None and await _run(
+                self._long, lambda: model.text.certainly_exceeds(text, max_tokens)
+            ):
                 field = "text" if isinstance(prompt, TextPrompt) else "chat.messages"
                 raise InvalidRequest(field, f"is more than {max_tokens} tokens, the most that fit")
             async with self._one_at_a_time:
@@ -82,9 +86,9 @@ class PromptTokenizer:
         threads = self._long if len(token_ids) > _LONG_TOKENS else self._short
         return await _run(threads, lambda: model.text.decode(token_ids, skip_special_tokens))
 
-    async def _rendered(self, chat: ChatPrompt, text_model: TextModel) -> str:
+    async def _rendered(self, chat: ChatPrompt, text_model: TextModel, is_long: bool) -> str:
         turns = [{"role": turn.role, "content": turn.content} for turn in chat.messages]
-        if _num_bytes(chat) <= _LONG_CHARS:
+        if not is_long:
             return await asyncio.wrap_future(text_model.submit_chat(turns))
         async with self._rendering.setdefault(text_model, asyncio.Lock()):
             return await asyncio.wrap_future(text_model.submit_chat(turns))

@@ -21,7 +21,7 @@ _GROUP = 0
 _MAX_VARINT_BYTES = 10
 _MIN_FIELD_BYTES = 2
 MAX_FIELDS = 16_384
-"""Fields of a request of a client. Shorter messages than `MAX_FIELDS` of them would be are not searched."""
+"""Most fields of a client's request. Messages too short to hold so many are not searched."""
 _MAX_SEARCHED_BYTES = 1024 * 1024
 """Larger malformed messages are not searched for the invalid field: the search blocks the event loop."""
 

@@ -217,8 +217,9 @@ def _add_logprobs(
         chosen = position.chosen
         target.logprobs.append(chosen.logprob)
         target.ranks.append(chosen.rank)
-        target.token_texts.append(texts[chosen.token_id].text)
-        target.token_bytes.append(texts[chosen.token_id].token_bytes)
+        text = texts[chosen.token_id]
+        target.token_texts.append(text.text)
+        target.token_bytes.append(text.token_bytes)
         others = (candidate for candidate in position.top if candidate.token_id != chosen.token_id)
         target.candidate_tokens.add(tokens=[_token_info(candidate, texts[candidate.token_id]) for candidate in others])
 
