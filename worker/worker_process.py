@@ -16,7 +16,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from kvstore.attach_protocol import BEAT_EVERY_S
 from kvstore.progress_page import ProgressPage
-from muxmesh.background_task import start_watched
+from muxmesh.background_task import background
 from muxmesh.block_hashes import KvIdentity
 from muxmesh.clock import Clock, SystemClock
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
@@ -91,17 +91,17 @@ async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: Open
     policy = runtime.config.order.scheduling_policy()
     engine = build_engine(config, prepared, attachment.pool, grant, policy, grant.count_step)
     await engine.start()
-    background = [
-        start_watched(_watch_engine(engine, stop.give_up), "engine watch", stop.give_up),
-        start_watched(_send_heartbeats(attachment), "heartbeat", stop.give_up),
-    ]
     async with internal_channel(endpoints[ProcessKey("kvstore", key.unit)].address) as channel:
         leases = LeaseClient(channel, attachment.worker)
         swapper = KvSwapper(attachment, shape, leases, clock) if attachment.pool.has_swap else None
         context = WorkerContext(
             engine, leases, attachment.progress, config, kv_identity(config, prepared), swapper, clock, stop.give_up
         )
-        async with open_services(context) as services:
+        async with (
+            background(_watch_engine(engine, stop.give_up), "engine watch", stop.give_up),
+            background(_send_heartbeats(attachment), "heartbeat", stop.give_up),
+            open_services(context) as services,
+        ):
             server = MeshServer(services)
             await server.start([endpoint.address])
             await server.set_serving()
@@ -111,8 +111,6 @@ async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: Open
                 await stop.wait()
                 attachment.set_ready(False)  # the unit issues no more credits for this worker
             await server.stop(grace_s=0.5)
-        for task in background:
-            task.cancel()
         await engine.stop()
         await leases.close()
         if swapper:
