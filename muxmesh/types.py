@@ -132,6 +132,10 @@ class Stopping:
         return self.eos_token_ids | self.stop_token_ids
 
 
+UNPREDICTED = frozenset({"floor", "failed", "late", "cold", "median"})
+"""Sources whose prediction is the same for every request of a model. It changes fast while few outputs are observed."""
+
+
 @dataclass(frozen=True, slots=True)
 class LengthPrediction:
     """Predicted output length in tokens: the median and the 0.9 quantile.

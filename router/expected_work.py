@@ -6,10 +6,7 @@ from dataclasses import dataclass, replace
 
 from muxmesh.running_mean import RunningMean
 from muxmesh.step_cost import UNMEASURED, ModelCosts
-from muxmesh.types import LengthPrediction, SchedulingState, Stopping
-
-UNPREDICTED = frozenset({"floor", "failed", "late", "cold", "median"})
-"""Sources whose prediction is the same for every request of a model. It changes fast while few outputs are observed."""
+from muxmesh.types import UNPREDICTED, LengthPrediction, SchedulingState, Stopping
 
 _MEAN_STEP = 1.25
 """The mean work in use is replaced once the running mean is this factor above or below it."""

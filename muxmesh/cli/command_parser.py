@@ -61,7 +61,7 @@ def command_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_tokenize(commands)
     _add_model(commands)
-    load = _command(commands, "loadtest", "loadtest", loadtest_options.DESCRIPTION)
+    load = _command(commands, "loadtest", loadtest_options.DESCRIPTION)
     _add_address(load)
     _add_json(load)
     _add_json(loadtest_options.add_to(load))
@@ -71,10 +71,11 @@ def command_parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, module: str, text: str
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, module: str | None = None
 ) -> argparse.ArgumentParser:
+    """Adds a command that ``module`` of this package runs, by default the one of its name."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(module=module)
+    parser.set_defaults(module=module or name)
     return parser
 
 
@@ -95,8 +96,14 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    up = _command(commands, "up", "up", "Start a mesh on this machine and serve until Ctrl-C.")
-    up.add_argument("-c", "--config", type=Path, metavar="mesh.yaml", help="default: one small model on the CPU")
+    up = _command(commands, "up", "Start a mesh on this machine and serve until Ctrl-C.")
+    up.add_argument(
+        "-c",
+        "--config",
+        type=Path,
+        metavar="mesh.yaml",
+        help="the units and models to serve (default: one small model on the CPU)",
+    )
     up.add_argument(
         "--listen",
         metavar="HOST:PORT",
@@ -124,7 +131,7 @@ columns:
   WAITING, RUNNING  sequences now; WAITING of a unit: requests that wait for admission
   FINISHED ... OUTPUT TOKENS  since the router started; RESTARTS: further attempts after a worker was lost
   PREDICTED TAU     rank correlation of predicted and true output lengths (Kendall's; 1 is perfect), of the last 256
-                    outputs; "-": there are fewer than 100
+                    outputs; "-": there are fewer than 100; "not used": predictions rank too badly to set the order
   QUOTA MIB         part of the KV pool that the model can claim; it uses more while others use less
   BLOCKS LEASED, CACHED, FREE  token blocks of sequences, of the prefix cache, and to allocate (cached ones included)
   PREFIX HITS       share of the prompt tokens that were in the prefix cache
@@ -134,15 +141,19 @@ columns:
 
 
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    status = _command(commands, "status", "status", "Show the models, workers, memory and processes of a mesh.")
+    status = _command(commands, "status", "Show the models, workers, memory and processes of a mesh.")
     status.formatter_class = argparse.RawDescriptionHelpFormatter
     status.epilog = _STATUS_COLUMNS
     _add_address(status)
     _add_json(status)
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def _add_model_name(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="M", help="model name; optional if the mesh serves only one")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    _add_model_name(parser)
     parser.add_argument(
         "--max-new-tokens",
         type=argument_types.whole,
@@ -204,7 +215,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    generate = _command(commands, "generate", "generate", "Send one prompt and stream the output.")
+    generate = _command(commands, "generate", "Send one prompt and stream the output.")
     _add_address(generate)
     _add_sampling(generate)
     _add_json(generate)
@@ -244,7 +255,6 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     chat = _command(
         commands,
         "chat",
-        "chat",
         "Hold a conversation with a model. Without a terminal, each line of standard input is a message.",
     )
     _add_address(chat)
@@ -258,9 +268,9 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _add_tokenize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    tokenize = _command(commands, "tokenize", "tokenize", "Show the tokens of a text, or the text of token ids.")
+    tokenize = _command(commands, "tokenize", "Show the tokens of a text, or the text of token ids.")
     _add_address(tokenize)
-    tokenize.add_argument("--model", metavar="M", help="model name; optional if the mesh serves only one")
+    _add_model_name(tokenize)
     _add_json(tokenize)
     tokenize.add_argument("--chat", action="store_true", help="the text is a user message for the chat template")
     tokenize.add_argument("--no-special-tokens", action="store_true", help="without the tokenizer's own, such as a BOS")
@@ -271,7 +281,6 @@ def _add_tokenize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     simulate = _command(
         commands,
-        "simulate",
         "simulate",
         "Run a workload in virtual time: scheduling without computing. The workload sets the output lengths.",
     )
@@ -295,8 +304,8 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 def _add_predictor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     actions = commands.add_parser("predictor", help="Evaluate the output length predictor.")
     evaluate = _command(
-        actions.add_subparsers(required=True, metavar="ACTION"), "eval", "predictor",
-        "Replay a file of outputs: each length is predicted before the predictor learns it.",
+        actions.add_subparsers(required=True, metavar="ACTION"), "eval",
+        "Replay a file of outputs: each length is predicted before the predictor learns it.", "predictor",
     )  # fmt: skip
     evaluate.add_argument(
         "file",
@@ -312,15 +321,15 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     model = commands.add_parser("model", help="List, download and inspect models.").add_subparsers(
         required=True, metavar="ACTION"
     )
-    listing = _command(model, "list", "model", "List the models of the catalog.")
+    listing = _command(model, "list", "List the models of the catalog.", "model")
     listing.set_defaults(action="list")
     _add_json(listing)
-    pull = _command(model, "pull", "model", "Download and prepare a catalog model, unless it is present.")
+    pull = _command(model, "pull", "Download and prepare a catalog model, unless it is present.", "model")
     pull.set_defaults(action="pull")
     pull.add_argument("name", metavar="NAME", help="a name that `muxmesh model list` shows")
     _add_json(pull)
     inspect = _command(
-        model, "inspect", "model", "Show what an engine would load from a model, or why it cannot load it."
+        model, "inspect", "Show what an engine would load from a model, or why it cannot load it.", "model"
     )
     inspect.set_defaults(action="inspect")
     inspect.add_argument(

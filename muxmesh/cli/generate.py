@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from muxmesh.cli.common import print_json, read_all
-from muxmesh.cli.streamed_output import stream_output
+from muxmesh.cli.streamed_output import StreamedOutput
 from muxmesh.cli.terminal_text import harmless
 from muxmesh.client import Candidate, Completion, MeshClient, Message, Prompt, RequestOptions
 from muxmesh.errors import InvalidRequest
@@ -65,7 +65,7 @@ async def _generate(arguments: argparse.Namespace) -> int:
             for number, completion in enumerate(await client.generate_many(prompt, **options), 1):
                 print(f"[{number}] {harmless(completion.text, sys.stdout)}")
         else:
-            await stream_output(client, prompt, **options)
+            await StreamedOutput().stream(client, prompt, **options)
     return 0
 
 

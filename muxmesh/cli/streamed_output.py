@@ -10,19 +10,20 @@ from muxmesh.cli.terminal_text import harmless
 from muxmesh.client import Delta, MeshClient, Prompt, PromptFacts, RequestOptions, Scheduling
 from muxmesh.durations import duration_text
 from muxmesh.errors import RequestAborted, Unavailable
+from muxmesh.types import UNPREDICTED
 
 _SOURCES = {
-    "fixed": ("fixed by the request", False),
-    "hint": ("hint: the client's own estimate", False),
-    "retrieved": ("retrieved: outputs of similar prompts", False),
-    "regressed": ("regressed: from the prompt", False),
-    "cold": ("cold: no output has ended yet", True),
-    "median": ("median: of the outputs of the model so far", True),
-    "floor": ("floor: predictions rank too badly to be used", True),
-    "failed": ("failed: the predictor failed", True),
-    "late": ("late: the predictor took too long", True),
+    "fixed": "fixed by the request",
+    "hint": "hint: the client's own estimate",
+    "retrieved": "retrieved: outputs of similar prompts",
+    "regressed": "regressed: from the prompt",
+    "cold": "cold: no output has ended yet",
+    "median": "median: of the outputs of the model so far",
+    "floor": "floor: predictions rank too badly to be used",
+    "failed": "failed: the predictor failed",
+    "late": "late: the predictor took too long",
 }
-"""Of each source of an expected length: its explanation, and whether all requests with it have equal work."""
+"""The explanation of each source of an expected length."""
 _WAITS = ("decode slot", "KV memory", "order", "worker", "device")
 """Names of the fields of `muxmesh.types.Waits`."""
 _MIN_WAIT_S = 0.001
@@ -76,20 +77,15 @@ class StreamedOutput:
             print(_explanation(prompt.scheduling), file=sys.stderr, flush=True)
 
 
-async def stream_output(client: MeshClient, prompt: Prompt, **options: Unpack[RequestOptions]) -> None:
-    """Prints one output. See `StreamedOutput`."""
-    await StreamedOutput().stream(client, prompt, **options)
-
-
 def _explanation(info: Scheduling) -> str:
     waits = ", ".join(
         f"{name} {duration_text(seconds)}"
         for name, seconds in zip(_WAITS, dataclasses.astuple(info.waited_for), strict=True)
         if seconds >= _MIN_WAIT_S
     )
-    origin, is_alike = _SOURCES.get(info.source, (info.source, False))
+    origin = _SOURCES.get(info.source, info.source)
     work = f"{duration_text(info.decode_s)} of decode"
-    if is_alike:
+    if info.source in UNPREDICTED:
         work += ", the same for every such request of the model"
     else:
         work = f"{duration_text(info.prefill_s)} of prefill, {work}"

@@ -20,7 +20,7 @@ import uvloop
 
 from muxmesh.cli.common import ProgressBar, cache_dir, current_dir, default_state_dir, source_dir
 from muxmesh.cli.console import Console
-from muxmesh.cli.streamed_output import stream_output
+from muxmesh.cli.streamed_output import StreamedOutput
 from muxmesh.client import MeshClient, Message
 from muxmesh.clock import SystemClock
 from muxmesh.config.contradictions import order_without_effect
@@ -134,7 +134,7 @@ async def _send_hello(listen: str, model: str, prompt: str) -> None:
     print(f"\n> {prompt}\n", flush=True)
     async with MeshClient(listen) as client:
         messages = [Message("user", prompt)]
-        await stream_output(client, messages, model=model, temperature=0.0, max_new_tokens=_HELLO_TOKENS)
+        await StreamedOutput().stream(client, messages, model=model, temperature=0.0, max_new_tokens=_HELLO_TOKENS)
 
 
 def _print_how_to_call(listen: str) -> None:

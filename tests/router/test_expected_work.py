@@ -4,8 +4,8 @@ import pytest
 
 from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
 from muxmesh.step_cost import ModelCosts, StepCost
-from muxmesh.types import LengthPrediction, SchedulingState, Stopping
-from router.expected_work import UNPREDICTED, ExpectedOutput, ExpectedWork, ModelService, fixed_length
+from muxmesh.types import UNPREDICTED, LengthPrediction, SchedulingState, Stopping
+from router.expected_work import ExpectedOutput, ExpectedWork, ModelService, fixed_length
 
 NOW_S = 1000.0
 
