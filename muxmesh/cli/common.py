@@ -8,9 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.json_format import MessageToDict
-from google.protobuf.message import Message
-
 from muxmesh.cli.standard_streams import can_encode_all
 from muxmesh.errors import ConfigError
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
@@ -90,32 +87,6 @@ def print_json(content: Any) -> None:
     indent = 2 if sys.stdout.isatty() else None
     text = json.dumps(content, ensure_ascii=not can_encode_all(sys.stdout), indent=indent)
     print(text.translate(_ESCAPED_CONTROLS), flush=True)
-
-
-def message_dict(message: Message) -> dict[str, Any]:
-    """Converts a message to JSON content, with the field names of the proto. Fields without presence always appear.
-
-    Fields of 64 bits are numbers, unlike in the JSON of protobuf: text compares with no number.
-    """
-    content: dict[str, Any] = MessageToDict(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    _make_whole_numbers(content, message)
-    return content
-
-
-def _make_whole_numbers(content: dict[str, Any], message: Message) -> None:
-    """Replaces in ``content`` what the JSON of protobuf has as text by the numbers of ``message``."""
-    for name, value in content.items():
-        number = getattr(message, name)
-        if isinstance(value, dict):
-            _make_whole_numbers(value, number)
-        elif isinstance(value, list):
-            for part, part_message in zip(value, number, strict=True):
-                if isinstance(part, dict):
-                    _make_whole_numbers(part, part_message)
-        elif isinstance(value, str) and value == str(number) and isinstance(number, int):
-            content[name] = number
 
 
 class ProgressBar:

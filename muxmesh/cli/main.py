@@ -17,6 +17,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 from muxmesh.cli import standard_streams
 from muxmesh.cli.command_parser import command_parser
+from muxmesh.cli.common import print_json
 from muxmesh.cli.terminal_text import harmless
 from muxmesh.errors import InvalidRequest, MeshError
 from muxmesh.quoting import quoted
@@ -93,8 +94,6 @@ def _run(arguments: list[str] | None) -> int:
 def _report(parsed: argparse.Namespace, error: Exception, message: str) -> int:
     """Prints an error, and returns the exit code."""
     if getattr(parsed, "json", False):
-        from muxmesh.cli.common import print_json  # noqa: PLC0415 - loads protobuf, which not every command needs
-
         field = error.field if isinstance(error, InvalidRequest) else None
         text = str(error) if isinstance(error, InvalidRequest) else message
         print_json({"error": type(error).__name__, "field": field, "message": text})

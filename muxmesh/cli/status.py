@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from muxmesh.cli.common import message_dict, print_json
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+from muxmesh.cli.common import print_json
 from muxmesh.client import NO_RETRIES, MeshClient
 from muxmesh.v1 import mesh_pb2
 
@@ -136,3 +140,29 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def message_dict(message: Message) -> dict[str, Any]:
+    """Converts a message to JSON content, with the field names of the proto. Fields without presence always appear.
+
+    Fields of 64 bits are numbers, unlike in the JSON of protobuf: text compares with no number.
+    """
+    content: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    _make_whole_numbers(content, message)
+    return content
+
+
+def _make_whole_numbers(content: dict[str, Any], message: Message) -> None:
+    """Replaces in ``content`` what the JSON of protobuf has as text by the numbers of ``message``."""
+    for name, value in content.items():
+        number = getattr(message, name)
+        if isinstance(value, dict):
+            _make_whole_numbers(value, number)
+        elif isinstance(value, list):
+            for part, part_message in zip(value, number, strict=True):
+                if isinstance(part, dict):
+                    _make_whole_numbers(part, part_message)
+        elif isinstance(value, str) and value == str(number) and isinstance(number, int):
+            content[name] = number

@@ -12,13 +12,11 @@ from muxmesh.cli.common import (
     ProgressBar,
     cache_dir,
     default_state_dir,
-    message_dict,
     print_json,
     refuse_unwritable,
     source_dir,
 )
 from muxmesh.errors import ConfigError
-from muxmesh.v1 import mesh_pb2
 
 
 class Terminal(io.StringIO):
@@ -83,19 +81,6 @@ def test_json_is_one_line_for_programs_and_indented_for_people(
     monkeypatch.setattr("sys.stdout", terminal)
     print_json(content)
     assert len(terminal.getvalue().splitlines()) > 1 and json.loads(terminal.getvalue()) == content
-
-
-def test_a_message_keeps_proto_names_and_fields_that_are_zero() -> None:
-    content = message_dict(mesh_pb2.RouterModelStatus(model="m", prediction_tau=0.5))
-    assert content["num_requests_waiting"] == 0 and content["predictions_used"] is False
-    assert (content["model"], content["prediction_tau"]) == ("m", 0.5)
-    assert "prediction_tau" not in message_dict(mesh_pb2.RouterModelStatus())
-
-
-def test_whole_numbers_of_a_message_are_numbers() -> None:
-    pool = mesh_pb2.PoolStatus(num_slabs=3, pool_bytes=1 << 40)
-    unit = message_dict(mesh_pb2.GetStatusResponse(units=[mesh_pb2.UnitStatus(pool=pool)]))["units"][0]
-    assert (unit["pool"]["num_slabs"], unit["pool"]["pool_bytes"]) == (3, 1 << 40)
 
 
 def test_progress_off_a_terminal_is_a_line_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:

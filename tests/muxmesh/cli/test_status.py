@@ -3,7 +3,7 @@ import json
 import pytest
 
 from muxmesh.cli.main import main
-from muxmesh.cli.status import show
+from muxmesh.cli.status import message_dict, show
 from muxmesh.errors import Overloaded
 from muxmesh.v1 import mesh_pb2
 from tests.support.fake_mesh import FakeMesh
@@ -136,3 +136,16 @@ def test_an_error_of_the_mesh_is_printed_in_the_chosen_form(mesh: FakeMesh, caps
     assert capsys.readouterr().err == "muxmesh: full\n"
     assert main(["status", "--json"]) == 1
     assert json.loads(capsys.readouterr().out) == {"error": "Overloaded", "field": None, "message": "full"}
+
+
+def test_a_message_keeps_proto_names_and_fields_that_are_zero() -> None:
+    content = message_dict(mesh_pb2.RouterModelStatus(model="m", prediction_tau=0.5))
+    assert content["num_requests_waiting"] == 0 and content["predictions_used"] is False
+    assert (content["model"], content["prediction_tau"]) == ("m", 0.5)
+    assert "prediction_tau" not in message_dict(mesh_pb2.RouterModelStatus())
+
+
+def test_whole_numbers_of_a_message_are_numbers() -> None:
+    pool = mesh_pb2.PoolStatus(num_slabs=3, pool_bytes=1 << 40)
+    unit = message_dict(mesh_pb2.GetStatusResponse(units=[mesh_pb2.UnitStatus(pool=pool)]))["units"][0]
+    assert (unit["pool"]["num_slabs"], unit["pool"]["pool_bytes"]) == (3, 1 << 40)
