@@ -7,15 +7,14 @@ Neither rereads what has been decoded: the work for a token does not grow with t
 from __future__ import annotations
 
 import codecs
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 from tokenizers import Tokenizer
 
 from muxmesh.errors import ModelUnsupported
+from muxmesh.models.tokenizer_steps import component_steps
 
 _CONTEXT_TOKENS = 6
 """Tokens that a decoder sees before a new one. More than the bytes of an incomplete character."""
@@ -40,7 +39,7 @@ class TokenPieces(dict[int, "str | bytes | None"]):
         self._tokenizer = tokenizer
         self._decoder = tokenizer.decoder
         self._skipped = frozenset(special_token_ids(tokenizer)) if skip_special_tokens else frozenset()
-        steps = list(_decoder_steps(tokenizer))
+        steps = list(component_steps(tokenizer.decoder))
         kinds = {str(step["type"]) for step in steps}
         if any(step["type"] == "Strip" and step["stop"] for step in steps):
             raise ModelUnsupported("tokenizer.json: decoder: Strip with `stop` above 0; 0 is supported")
@@ -157,19 +156,6 @@ def _context_of(pieces: TokenPieces, prompt_token_ids: Sequence[int]) -> list[in
     """The last tokens of the prompt that have text."""
     recent = prompt_token_ids[-_MAX_CONTEXT_LOOKBACK:]
     return [token_id for token_id in recent if pieces[token_id] is not None][-_CONTEXT_TOKENS:]
-
-
-def _decoder_steps(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """The decoders that are applied one after the other, with their parameters as in tokenizer.json."""
-    if tokenizer.decoder is None:
-        return
-    waiting = [json.loads(tokenizer.decoder.__getstate__())]
-    while waiting:
-        step = waiting.pop(0)
-        if step["type"] == "Sequence":
-            waiting = step["decoders"] + waiting
-        else:
-            yield step
 
 
 def _only_the_first_differs(kinds: Sequence[str]) -> bool:

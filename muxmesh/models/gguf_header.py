@@ -14,7 +14,7 @@ from pathlib import Path
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from muxmesh.errors import ModelUnsupported
-from muxmesh.models.model_files import file_problem
+from muxmesh.models.model_files import readable
 from muxmesh.quoting import named
 
 _MAGIC = b"GGUF"
@@ -37,15 +37,11 @@ _SCALAR_BYTES = {
 
 def check_gguf_header(path: Path) -> None:
     """Raises ModelUnsupported, which names the file and the field or tensor, for a file that is not well-formed."""
-    try:
-        if (problem := file_problem(path)) is not None:
-            raise ModelUnsupported(f"{path}: {problem}")
+    with readable(path):
         if path.stat().st_size == 0:
             raise ModelUnsupported(f"{path}: not a GGUF file, or damaged: is empty")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             _Walk(path, content).check()
-    except OSError as error:
-        raise ModelUnsupported(f"{path}: cannot be read: {error.strerror}") from error
 
 
 class _Walk:

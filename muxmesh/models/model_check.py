@@ -12,7 +12,7 @@ from pathlib import Path
 from muxmesh.models.chat_template import ChatTemplate
 from muxmesh.models.gguf_import import read_gguf
 from muxmesh.models.model_spec import ModelSpec, read_model_spec
-from muxmesh.models.safetensors_folder import FolderWeights, weight_files
+from muxmesh.models.safetensors_folder import FolderWeights
 from muxmesh.models.sampling_defaults import NO_DEFAULTS, SamplingDefaults, read_sampling_defaults
 from muxmesh.models.tokenizer import load_text_model
 from muxmesh.models.weight_shapes import check_weights, expected_weights
@@ -59,4 +59,4 @@ def _check_folder(folder: Path, with_weights: bool) -> ModelFacts:
     weights = FolderWeights(folder)
     check_weights(folder, weights.shapes(), expected_weights(spec))
     weights.check_dtypes()
-    return ModelFacts(spec, defaults, text.chat_template, tuple(weight_files(folder)), tuple(weights.dtypes()))
+    return ModelFacts(spec, defaults, text.chat_template, weights.files, tuple(weights.dtypes()))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,24 @@ def read_file(path: Path, max_bytes: int) -> bytes | None:
     """Reads a regular file; None if there is none. Raises ModelUnsupported if it cannot be read or is no such file."""
     if not os.path.lexists(path):
         return None
-    try:
-        if (problem := file_problem(path)) is not None:
-            raise ModelUnsupported(f"{path}: {problem}")
+    with readable(path):
         if (size := path.stat().st_size) > max_bytes:
             raise ModelUnsupported(f"{path}: is {size} bytes long; at most {max_bytes}")
         return path.read_bytes()
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises ModelUnsupported if ``path`` is no regular file with content of its own, or the block cannot read it."""
+    try:
+        if (problem := _file_problem(path)) is not None:
+            raise ModelUnsupported(f"{path}: {problem}")
+        yield
     except OSError as error:
         raise ModelUnsupported(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def file_problem(path: Path) -> str | None:
+def _file_problem(path: Path) -> str | None:
     """What is wrong with a path that should be a regular file with content of its own, if any. Raises OSError."""
     if not path.exists():
         return "is a broken symbolic link" if path.is_symlink() else "does not exist"

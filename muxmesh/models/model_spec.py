@@ -164,7 +164,8 @@ def spec_from_config(
     """
     fields = FileFields(origin, config)
     architecture = _architecture(fields)
-    _refuse_variants(fields)
+    rope = _rope(fields)
+    _refuse_variants(fields, rope)
     num_heads, hidden_size = fields.needed_integer("num_attention_heads", 1, _MAX_HEADS), _size(fields, "hidden_size")
     vocab_size = _size(fields, "vocab_size")
     for name in ("bos_token_id", "pad_token_id"):  # -1 is "none" in older files
@@ -178,14 +179,14 @@ def spec_from_config(
         num_kv_heads=fields.integer("num_key_value_heads", 1, _MAX_HEADS) or num_heads,
         head_dim=fields.integer("head_dim", 1, _MAX_SIZE) or hidden_size // num_heads,
         intermediate_size=_size(fields, "intermediate_size"),
-        rope_theta=_rope(fields).number("rope_theta", 1.0, _MAX_THETA)
+        rope_theta=rope.number("rope_theta", 1.0, _MAX_THETA)
         or fields.number("rope_theta", 1.0, _MAX_THETA)
         or 10_000.0,
         rms_norm_eps=fields.number("rms_norm_eps", 0.0, 1.0) or 1e-6,
         context_len=_context_len(fields),
         tied_embeddings=fields.flag("tie_word_embeddings", False),
         eos_token_ids=_eos_token_ids(fields, FileFields(generation_origin or origin, generation), vocab_size),
-        rope_scaling=_rope_scaling(fields),
+        rope_scaling=_rope_scaling(fields, rope),
         qkv_bias=architecture == "Qwen2ForCausalLM",
         qk_norm=architecture == "Qwen3ForCausalLM",
     )
@@ -210,8 +211,8 @@ def _size(fields: FileFields, name: str) -> int:
     return fields.needed_integer(name, 1, _MAX_SIZE)
 
 
-def _refuse_variants(fields: FileFields) -> None:
-    rotated = _rope(fields).number("partial_rotary_factor", 0.0, 1.0) or 1.0
+def _refuse_variants(fields: FileFields, rope: FileFields) -> None:
+    rotated = rope.number("partial_rotary_factor", 0.0, 1.0) or 1.0
     refused = {
         "attention_bias": fields.flag("attention_bias", False),
         "mlp_bias": fields.flag("mlp_bias", False),
@@ -246,8 +247,7 @@ def _rope(fields: FileFields) -> FileFields:
     return rope
 
 
-def _rope_scaling(fields: FileFields) -> RopeScaling | None:
-    rope = _rope(fields)
+def _rope_scaling(fields: FileFields, rope: FileFields) -> RopeScaling | None:
     kind = rope.text("rope_type") or rope.text("type") or "default"
     if kind == "default":
         return None

@@ -59,7 +59,8 @@ class FolderWeights:
         self._folder = folder
         self._entries: dict[str, TensorEntry] = {}
         self._mapped: dict[Path, memoryview] = {}
-        for path in weight_files(folder):
+        self.files = tuple(weight_files(folder))
+        for path in self.files:
             entries = read_header(path)
             for name in sorted(entries.keys() & self._entries.keys()):
                 raise ModelUnsupported(f"{path}: weight {named(name)} is in {self._entries[name].path.name} as well")

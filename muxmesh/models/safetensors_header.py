@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from muxmesh.errors import ModelUnsupported
-from muxmesh.models.model_files import described, file_problem
+from muxmesh.models.model_files import described, readable
 from muxmesh.quoting import named
 
 _LENGTH_BYTES = 8
@@ -41,9 +41,7 @@ class TensorEntry:
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a file by name. Raises ModelUnsupported, which names the file and what is wrong with it."""
-    try:
-        if (problem := file_problem(path)) is not None:
-            raise ModelUnsupported(f"{path}: {problem}")
+    with readable(path):
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -52,8 +50,6 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             if length > _MAX_HEADER_BYTES:
                 raise _damaged(path, f"its header is {length} bytes long; at most {_MAX_HEADER_BYTES}")
             text = file.read(length)
-    except OSError as error:
-        raise ModelUnsupported(f"{path}: cannot be read: {error.strerror}") from error
     start = _LENGTH_BYTES + length
     entries = {name: _entry(path, name, entry, start) for name, entry in _parsed(path, text).items()}
     _check_cover(path, entries, start, size)

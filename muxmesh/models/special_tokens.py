@@ -1,7 +1,7 @@
 """The special tokens of a model, from all the side files that transformers reads, in its order of precedence.
 
 Without `added_tokens_decoder` in `tokenizer_config.json`, `special_tokens_map.json` overrides its special tokens, and
-`added_tokens.json` adds tokens. With it, both are ignored. Tokens that only a class of
+`added_tokens.json` adds tokens. With `added_tokens_decoder`, both files are ignored. Tokens that only a class of
 tokenizers in transformers knows, not a file, are not known here.
 """
 

@@ -7,16 +7,16 @@ raise the number. Tokenizers that may drop or shorten text have no bound.
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer, models
 
 from muxmesh.models.detokenizer import BYTE_CHARACTERS, bytes_of_token
+from muxmesh.models.tokenizer_steps import component_steps
 
 _WINDOW_BYTES = 16_384
 _NUM_LONGEST = 64
@@ -69,9 +69,10 @@ class TokenBound:
 
 def token_bound(tokenizer: Tokenizer) -> TokenBound | None:
     """The bound of a tokenizer; None if its tokens may stand for more text than they have."""
-    if not _is_lossless(tokenizer):
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    byte_level = any(step["type"] == "ByteLevel" for step in component_steps(tokenizer.pre_tokenizer))
+    if not _is_lossless(tokenizer, vocabulary, byte_level):
         return None
-    vocabulary, byte_level = tokenizer.get_vocab(with_added_tokens=False), _is_byte_level(tokenizer)
     unknown = [byte for byte, character in enumerate(BYTE_CHARACTERS) if byte_level and character not in vocabulary]
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     longest_first = sorted(vocabulary, key=_num_bytes if not byte_level else len, reverse=True)[: _NUM_LONGEST + 1]
@@ -80,30 +81,24 @@ def token_bound(tokenizer: Tokenizer) -> TokenBound | None:
     if not pieces or len(pieces[0]) > _WINDOW_BYTES:
         return None
     most_digits = max(len(_DIGIT.findall(token)) for token in (*vocabulary, *added))
-    needs_nfc = any(step["type"] == "NFC" for step in _steps(tokenizer.normalizer))
+    needs_nfc = any(step["type"] == "NFC" for step in component_steps(tokenizer.normalizer))
     other_bytes = len(pieces[min(_NUM_LONGEST, len(pieces) - 1)])
     return TokenBound(tuple(pieces[:_NUM_LONGEST]), max(1, other_bytes), max(1, most_digits), bytes(unknown), needs_nfc)
 
 
-def _is_byte_level(tokenizer: Tokenizer) -> bool:
-    return any(step["type"] == "ByteLevel" for step in _steps(tokenizer.pre_tokenizer))
-
-
-def _is_lossless(tokenizer: Tokenizer) -> bool:
+def _is_lossless(tokenizer: Tokenizer, vocabulary: Mapping[str, int], byte_level: bool) -> bool:
     """True if every byte of a text that has a token belongs to exactly one, and to its piece."""
-    vocabulary, model = tokenizer.get_vocab(with_added_tokens=False), tokenizer.model
+    model = tokenizer.model
     if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return False
-    has_all_bytes = _is_byte_level(tokenizer) or (
-        model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
-    )
+    has_all_bytes = byte_level or (model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)))
     return (
         has_all_bytes
         and all(
             step["type"] in _LOSSLESS_PRE_TOKENIZERS and step.get("behavior") != "Removed"
-            for step in _steps(tokenizer.pre_tokenizer)
+            for step in component_steps(tokenizer.pre_tokenizer)
         )
-        and all(_keeps_length(step) for step in _steps(tokenizer.normalizer))
+        and all(_keeps_length(step) for step in component_steps(tokenizer.normalizer))
         and not any(token.lstrip or token.rstrip for token in tokenizer.get_added_tokens_decoder().values())
     )
 
@@ -121,16 +116,3 @@ def _bytes_of_piece(token: str) -> bytes:
 
 def _num_bytes(token: str) -> int:
     return len(_bytes_of_piece(token))
-
-
-def _steps(component: Any) -> Iterator[dict[str, Any]]:
-    """The descriptions of a normalizer, pre-tokenizer or decoder, or of its parts."""
-    if component is None:
-        return
-    todo = [json.loads(component.__getstate__())]
-    while todo:
-        step = todo.pop()
-        if step["type"] == "Sequence":
-            todo += next(value for value in step.values() if isinstance(value, list))
-        else:
-            yield step

@@ -1,4 +1,4 @@
-"""Tokenizer and chat template of one model, over Hugging Face `tokenizers` and jinja2."""
+"""Tokenizer and chat template of one model, over Hugging Face `tokenizers` and `chat_template`."""
 
 from __future__ import annotations
 

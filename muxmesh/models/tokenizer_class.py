@@ -6,13 +6,13 @@ are written at the beginning of a text and after special tokens, whatever the fi
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from muxmesh.models.file_fields import FileFields
 from muxmesh.models.model_files import read_json_object
+from muxmesh.models.tokenizer_steps import component_steps
 
 _SPACE = "▁"
 _OWN_CLASS = {"mistral", "qwen2"}
@@ -47,7 +47,5 @@ def _apply_llama(tokenizer: Tokenizer, starts_with_space: bool, after_special_to
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:
     """True if a step before the model, or the decoder, is ByteLevel."""
-    steps = [json.loads(one.__getstate__()) for one in (tokenizer.pre_tokenizer, tokenizer.decoder) if one is not None]
-    for step in steps:
-        steps += step.get("pretokenizers", []) + step.get("decoders", [])
-    return any(step["type"] == "ByteLevel" for step in steps)
+    components = (tokenizer.pre_tokenizer, tokenizer.decoder)
+    return any(step["type"] == "ByteLevel" for one in components for step in component_steps(one))
