@@ -37,6 +37,11 @@ class AdmissionEntry:
         """Source and id, unique among the waiting entries."""
         return self.source, self.request.entry_id
 
+    @property
+    def worker(self) -> str | None:
+        """The worker that has to continue it; None: any."""
+        return self.source if self.swapped else None
+
 
 class Admission:
     """Owns the waiting entries of all routers and workers of a unit.
@@ -70,7 +75,7 @@ class Admission:
         """Removes and returns the queued requests of ``model``. Its swapped leases stay."""
         taken = [entry for entry in self._entries.values() if entry.model == model and entry.swapped is None]
         for entry in taken:
-            self.withdraw(entry.source, entry.request.entry_id)
+            self.withdraw(*entry.key)
         return taken
 
     @property

@@ -255,7 +255,7 @@ class Unit:
         slots = WorkerSlots(tuple(self.workers.values()), self.models, *self.leases.count_assigned())
 
         def has_slot(entry: AdmissionEntry) -> bool:
-            return slots.has_slot(entry.model, entry.source if entry.swapped else None)
+            return slots.has_slot(entry.model, entry.worker)
 
         def is_within_quota(entry: AdmissionEntry) -> bool:
             needed = blocks_for(entry.request.demand.num_tokens, self.models[entry.model].shape.block_size)
@@ -287,7 +287,7 @@ class Unit:
         """What the first waiting entry of each model waits for."""
         causes = {}
         for entry in self.admission.first_entries(unix_s):
-            if slots.has_slot(entry.model, entry.source if entry.swapped else None):
+            if slots.has_slot(entry.model, entry.worker):
                 causes[entry.key] = WaitCause.KV
             else:
                 causes[entry.key] = WaitCause.SLOT if slots.has_workers(entry.model) else WaitCause.WORKER

@@ -68,8 +68,8 @@ class Preempted:
 class Failed:
     """Last event of a job that is lost.
 
-    ``kind``: EngineFailed if a step raised, SequenceFailed if the sequence cannot be computed by any engine, WorkerLost
-    if the engine was stopped.
+    ``kind``: EngineFailed if a step or the engine loop raised, SequenceFailed if no engine can compute the sequence,
+    WorkerLost if the engine was stopped.
     """
 
     reason: str

@@ -29,7 +29,11 @@ def kernel_cache_dir(cache_dir: Path) -> Path:
     numba invalidates a cached kernel only when the file of that kernel changes, not when a file changes whose functions
     the kernel calls. Without the digest, numba would load an outdated kernel.
     """
-    return cache_dir / "numba" / _digest([*sorted(_SOURCES.glob("*.py")), _PACKING])
+    return cache_dir / "numba" / _digest(_sources())
+
+
+def _sources() -> list[Path]:
+    return [*sorted(_SOURCES.glob("*.py")), _PACKING]
 
 
 def _digest(sources: Iterable[Path]) -> str:
@@ -74,7 +78,7 @@ def compile_elsewhere(folder: Path, module: str, arguments: Sequence[str]) -> No
 
 def _installation() -> str:
     """A digest of what numba's cache depends on beside the sources: their paths and times, versions, and the CPU."""
-    files = [f"{path} {path.stat().st_mtime_ns}" for path in (*sorted(_SOURCES.glob("*.py")), _PACKING)]
+    files = [f"{path} {path.stat().st_mtime_ns}" for path in _sources()]
     versions = [f"{name} {version(name)}" for name in ("numba", "llvmlite", "numpy")]
     text = "\n".join([*files, *versions, platform.python_version(), _cpu_features()])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
