@@ -15,13 +15,13 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
 
-from benchmarks.mesh_process import UpProcess, up
+from benchmarks.mesh_process import UpProcess, peak_mb, up
 from benchmarks.report import Report
 from muxmesh.errors import MeshError
 from muxmesh.v1 import inference_pb2
 from tests.support import http2
+from tests.support.protobuf_wire import delimited
 
 STREAM = "/muxmesh.v1.Inference/GenerateStream"
 MIB = 1024 * 1024
@@ -63,11 +63,11 @@ def largest_messages(size: int) -> list[bytes]:
     half = size - 16
     turns = empty_turn * (half // 2)
     return [
-        http2.delimited(100, turns),
+        delimited(100, turns),
         unknown * (half // 3),
         number * (half // 2),
-        http2.delimited(4, http2.delimited(1, b"\x01" * (half - 8))),
-        http2.delimited(2, b"x" * half),
+        delimited(4, delimited(1, b"\x01" * (half - 8))),
+        delimited(2, b"x" * half),
         request(REAL, "x" * (half - 64)),
     ]
 
@@ -173,14 +173,6 @@ ATTACKS: dict[str, Attack] = {
     f"{NUM_SOCKETS} idle sockets": idle_sockets,
     f"{NUM_UNREAD} streams that are not read": unread_streams,
 }
-
-
-def peak_mb(pid: int) -> float:
-    """The largest resident set of a process since its start, in MB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise LookupError("this kernel reports no VmHWM")
 
 
 async def small_request_s(mesh: UpProcess) -> float:

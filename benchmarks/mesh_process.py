@@ -116,3 +116,11 @@ def anonymous_bytes(pid: int) -> int:
         if line.startswith("Pss_Anon:"):
             return int(line.split()[1]) * 1024
     raise LookupError("smaps_rollup of this kernel has no Pss_Anon")
+
+
+def peak_mb(pid: int) -> float:
+    """The largest resident set of a process since its start, in MB."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise LookupError("this kernel reports no VmHWM")

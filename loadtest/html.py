@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from loadtest.svg import Line, plot
+from loadtest.svg import COLOURS, Line, plot
 from loadtest.table import COLUMNS, format_value, label
 
 _POINTS = 200
@@ -17,7 +17,6 @@ _DISTRIBUTIONS = {
     "tpot": ("Time per output token", "How fast the output is generated after its first token."),
     "e2el": ("End-to-end latency", "How long a user waits for the whole output."),
 }
-_LIGHT = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 _DARK = ("#60a5fa", "#f87171", "#34d399", "#fbbf24", "#a78bfa", "#22d3ee", "#f472b6", "#9ca3af")
 
 
@@ -32,7 +31,7 @@ def _series(colours: Sequence[str]) -> str:
 _STYLE = (
     f"""
 :root{{color-scheme:light dark;--text:#1f2937;--soft:#4b5563;--page:#fff;--line:#e5e7eb;--warn:#fef3c7;--code:#f3f4f6}}
-{_series(_LIGHT)}
+{_series(COLOURS)}
 @media screen and (prefers-color-scheme:dark){{
 :root{{--text:#e5e7eb;--soft:#9ca3af;--page:#111827;--line:#374151;--warn:#4a3a0c;--code:#1f2937}}
 {_series(_DARK)}}}

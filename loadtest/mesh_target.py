@@ -40,7 +40,7 @@ class MeshTarget:
                 temperature=self._temperature,
                 seed=request.seed,
                 priority=request.priority,
-                cache_salt=request.cache_salt or request.tenant or "",
+                cache_salt=request.sent_salt,
                 timeout_s=self._timeout_s,
             ):
                 if delta.prompt is not None:

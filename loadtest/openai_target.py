@@ -102,8 +102,8 @@ class OpenAiTarget:
             body["temperature"] = self._temperature
         if request.tenant is not None:
             body["user"] = request.tenant
-        if salt := request.cache_salt or request.tenant:
-            body["cache_salt"] = salt  # vLLM's extension
+        if request.sent_salt:
+            body["cache_salt"] = request.sent_salt  # vLLM's extension
         if request.priority:
             body["priority"] = request.priority  # vLLM's extension
         if request.is_forced:

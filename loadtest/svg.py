@@ -12,7 +12,7 @@ from html import escape
 
 WIDTH, HEIGHT = 560, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 14, 34, 48
-_COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
+COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 _DASHES = ("", "6 3", "2 3")
 _NUM_TICKS = 5
 _LEGEND_LINE = 16
@@ -76,8 +76,8 @@ def _curves(lines: Sequence[Line], log_x: bool) -> list[str]:
         parts.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{WIDTH - _RIGHT}" y2="{y:.1f}" class="grid"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
     for number, line in enumerate(lines):
-        colour, dash = _COLOURS[number % len(_COLOURS)], _DASHES[number // len(_COLOURS) % len(_DASHES)]
-        of_series = f"s{number % len(_COLOURS)}"
+        colour, dash = COLOURS[number % len(COLOURS)], _DASHES[number // len(COLOURS) % len(_DASHES)]
+        of_series = f"s{number % len(COLOURS)}"
         points = " ".join(f"{pixel_x(x):.1f},{pixel_y(y):.1f}" for x, y in zip(line.xs, line.ys, strict=True))
         parts.append(
             f'<polyline points="{points}" class="{of_series}" fill="none" stroke="{colour}" stroke-width="1.8" '

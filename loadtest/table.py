@@ -110,15 +110,7 @@ def compare(reports: Sequence[Mapping[str, Any]]) -> str:
             ratio = f" ({value / values[0]:.2f}x)" if value is not None and values[0] else ""
             cells.append(format_value(value) + ratio)
         rows.append([text, *cells])
-    return (
-        _aligned(rows)
-        + _warning(reports)
-        + "".join(
-            f"\n\nNOT RELIABLE: {label(report)}: {report['driver_bottleneck']}"
-            for report in reports
-            if report.get("driver_bottleneck")
-        )
-    )
+    return _aligned(rows) + "".join(f"\n\n{warning}" for warning in _warnings(reports))
 
 
 def render_sweep(sweep: Mapping[str, Any]) -> str:
@@ -144,9 +136,11 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _warning(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Names the workloads if they differ, as ratios of different loads are not meaningful."""
+def _warnings(reports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Why ratios are not meaningful: the workloads differ, or a driver was too slow."""
     workloads = dict.fromkeys(str(report["workload"]) for report in reports)
-    if len(workloads) == 1:
-        return ""
-    return "\n\nNot the same workload:\n" + "\n".join(f"  {workload}" for workload in workloads)
+    if len(workloads) > 1:
+        yield "Not the same workload:\n" + "\n".join(f"  {workload}" for workload in workloads)
+    for report in reports:
+        if report.get("driver_bottleneck"):
+            yield f"NOT RELIABLE: {label(report)}: {report['driver_bottleneck']}"

@@ -30,7 +30,7 @@ class PlannedRequest:
     """One request to send at ``at_s``, in seconds from the start.
 
     ``prompt``: text or token ids. ``is_forced``: the output has exactly ``max_new_tokens`` tokens, else at most.
-    ``model`` and ``tenant`` are None where the workload names none. ``cache_salt``: empty is the tenant.
+    ``model`` and ``tenant`` are None where the workload names none.
     """
 
     index: int
@@ -44,6 +44,11 @@ class PlannedRequest:
     tenant: str | None = None
     priority: int = 0
     cache_salt: str = ""
+
+    @property
+    def sent_salt(self) -> str:
+        """The cache salt to send: the tenant's name if none is given."""
+        return self.cache_salt or self.tenant or ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,26 +6,16 @@ import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from benchmarks.chaos.checker import count_kinds
 from benchmarks.chaos.history import CANCELLED, COMPLETED, Call, InjectedFault, Violation
 from benchmarks.chaos.plan import role_of
 
 
-@dataclass(frozen=True, slots=True)
-class Exercised:
-    """What the load made the mesh do: a run in which nothing was swapped or restarted proves little."""
-
-    num_swap_out_bytes: int
-    num_leases_orphaned: int
-    num_leases_expired: int
-
-
 def fault_line(fault: InjectedFault) -> str:
     """One line for people: when, what, whom, and how it ended."""
     seconds = fault.ended_at_s - fault.at_s
-    outcome = fault.problem or (fault.note if fault.note else f"recovered after {seconds:.1f} s")
+    outcome = fault.problem or fault.note or f"recovered after {seconds:.1f} s"
     return f"{fault.at_s:7.1f} s  {fault.fault:8}  {fault.target:24}  {outcome}"
 
 

@@ -11,13 +11,13 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.chaos.cases import Case, requests_of_client, sample_cases
 from benchmarks.chaos.checker import check_call, check_faults, check_log, leaks
 from benchmarks.chaos.clients import Load
-from benchmarks.chaos.history import COMPLETED, Call, Holdings, Violation
+from benchmarks.chaos.history import COMPLETED, Call, Holdings, InjectedFault, Violation
 from benchmarks.chaos.holdings import read_holdings
 from benchmarks.chaos.injector import Injector
 from benchmarks.chaos.plan import PlannedFault
@@ -57,10 +57,8 @@ class ChaosRun:
                 self.violations.append(Violation("other", f"{name} does not serve at the end"))
         print("the same cases again", flush=True)
         faults = self._injector.faults
-        for call in self._load.calls:
-            self.violations += check_call(call, expected[call.request.case.number], faults)
-        for call in await Load(self._mesh.address).call_all(cases, NUM_CLIENTS):
-            self.violations += check_call(call, expected[call.request.case.number], ())
+        self._check(self._load.calls, expected, faults)
+        self._check(await Load(self._mesh.address).call_all(cases, NUM_CLIENTS), expected, ())
         given_up = self._load.num_given_up
         self.violations += [Violation("lost", f"{given_up} requests were given up after many retries")] * (given_up > 0)
         self.violations += check_faults(faults)
@@ -111,9 +109,13 @@ class ChaosRun:
         for call in expected:
             if call.end != COMPLETED:
                 raise InternalError(f"{call.request.case}: {call.end} on the undisturbed mesh: {call.problem}")
-        for call in await load.call_all(cases, NUM_CLIENTS):
-            self.violations += check_call(call, expected[call.request.case.number], ())
+        self._check(await load.call_all(cases, NUM_CLIENTS), expected, ())
         return expected
+
+    def _check(self, calls: Iterable[Call], expected: Sequence[Call], faults: Sequence[InjectedFault]) -> None:
+        """Compares calls with those of the same cases on the undisturbed mesh."""
+        for call in calls:
+            self.violations += check_call(call, expected[call.request.case.number], faults)
 
     async def _disturbed(self, seconds: float, plan: Sequence[PlannedFault], cases: Sequence[Case]) -> None:
         self._load = Load(self._mesh.address)

@@ -13,8 +13,8 @@ _LOOK_EVERY_S = 0.5
 
 
 class StatusWatch:
-    """Owns what was seen in the status. Counters of a worker or a unit that restarts begin again: the largest values
-    of each incarnation are added.
+    """Owns what was seen in the status. Counters of a worker that restarts begin again: the last values of each
+    incarnation are added.
     """
 
     def __init__(self, client: MeshClient) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from muxmesh.v1 import inference_pb2
 from tests.support.fuzzed_router import FuzzedRouter, fuzzed_router
 from tests.support.fuzzing import fuzz
-from tests.support.http2 import delimited, varint
+from tests.support.protobuf_wire import delimited, varint
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
 METHODS = [f"/{SERVICE.full_name}/{method.name}" for method in SERVICE.methods]

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.support.processes import ended_popen
+
 DEBUGGED = """
 import ctypes, os, signal, time
 
@@ -42,10 +44,8 @@ def skip_without_permission(line: str) -> None:
 @contextmanager
 def debugged_process() -> Iterator[int]:
     """Yields the pid of a process that a debugger has stopped. Both are killed afterwards."""
-    with subprocess.Popen([sys.executable, "-c", DEBUGGED], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            skip_without_permission(process.stdout.readline().strip())
-            yield process.pid
-        finally:
-            process.kill()
+    debugged = subprocess.Popen([sys.executable, "-c", DEBUGGED], stdout=subprocess.PIPE, text=True)
+    with ended_popen(debugged) as process:
+        assert process.stdout is not None
+        skip_without_permission(process.stdout.readline().strip())
+        yield process.pid

@@ -43,18 +43,6 @@ def message(stream: int, raw: bytes, announced: int | None = None) -> bytes:
     return b"".join(frame(DATA, END_STREAM if index == last else 0, stream, part) for index, part in enumerate(parts))
 
 
-def delimited(number: int, value: bytes) -> bytes:
-    """A length-delimited field of a protobuf message."""
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def varint(value: int) -> bytes:
-    head = b""
-    while value >= 0x80:
-        head, value = head + bytes([value & 0x7F | 0x80]), value >> 7
-    return head + bytes([value])
-
-
 def _literal(text: str) -> bytes:
     """A literal header name that is not indexed. Without its first byte, a value."""
     return b"\0" + bytes([len(text)]) + text.encode()

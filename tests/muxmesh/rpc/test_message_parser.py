@@ -9,22 +9,11 @@ from muxmesh.errors import InvalidRequest
 from muxmesh.internal.v1 import kvstore_pb2
 from muxmesh.rpc.message_parser import MAX_FIELDS, check_num_fields, parse
 from muxmesh.v1 import inference_pb2
+from tests.support.protobuf_wire import delimited, varint
 
 MIB = 1024 * 1024
 BAD = "\N{LATIN SMALL LETTER E WITH ACUTE}".encode()[:1]
 """The first byte of a two-byte character."""
-
-
-def delimited(number: int, value: bytes) -> bytes:
-    """A length-delimited field."""
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    head = b""
-    while value >= 0x80:
-        head, value = head + bytes([value & 0x7F | 0x80]), value >> 7
-    return head + bytes([value])
 
 
 def refused(raw: bytes, kind: type[Message] = inference_pb2.GenerateRequest) -> tuple[str, str]:
@@ -77,7 +66,7 @@ def test_the_first_of_several_invalid_strings_is_named() -> None:
 @pytest.mark.parametrize("field", ["varint", "fixed 32", "fixed 64", "length-delimited", "unknown"])
 def test_fields_of_every_wire_type_are_skipped(field: str) -> None:
     before = {
-        "varint": b"\x60" + _varint((1 << 64) - 4),  # priority
+        "varint": b"\x60" + varint((1 << 64) - 4),  # priority
         "fixed 32": b"\x2d\xff\xff\xff\xff",  # temperature
         "fixed 64": b"\xf9\x07" + b"\xff" * 8,  # an unknown field
         "length-delimited": delimited(4, delimited(1, b"\xff\x7f")),  # token_ids.ids

@@ -18,6 +18,7 @@ from muxmesh.v1 import inference_pb2
 from router.api.generate_messages import request_from_message
 from router.request_validation import resolve, validate
 from tests.support.pipeline_parts import served_model
+from tests.support.protobuf_wire import varint
 
 REQUEST = inference_pb2.GenerateRequest
 MODEL = served_model(max_model_len=100)
@@ -44,13 +45,6 @@ def wrapped(numbers: tuple[int, ...], inner: bytes, wire_type: int = _LENGTH) ->
     tag = varint(numbers[-1] << 3 | wire_type)
     value = tag + (varint(len(inner)) if wire_type == _LENGTH else b"") + inner
     return wrapped(numbers[:-1], value) if len(numbers) > 1 else value
-
-
-def varint(value: int) -> bytes:
-    head = b""
-    while value >= 0x80:
-        head, value = head + bytes([value & 0x7F | 0x80]), value >> 7
-    return head + bytes([value])
 
 
 def refusal(raw: bytes, num_tokens: int = 5) -> str:

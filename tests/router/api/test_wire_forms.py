@@ -14,9 +14,10 @@ from muxmesh.rpc.status_codes import from_rpc_error
 from muxmesh.v1 import inference_pb2, mesh_pb2
 from router.api.generate_messages import request_from_message
 from router.generation import GenerationRequest, TokensPrompt
-from tests.router.api.test_field_paths import LEAVES, varint, wrapped
+from tests.router.api.test_field_paths import LEAVES, wrapped
 from tests.router.api.test_inference_service import service
 from tests.support.pipeline_parts import tokens_of, writes
+from tests.support.protobuf_wire import varint
 
 REQUEST = inference_pb2.GenerateRequest
 _VARINT = 0
