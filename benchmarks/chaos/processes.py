@@ -79,6 +79,7 @@ class MeshProcesses:
         return False
 
     async def _probe(self, name: str) -> bool:
+        """Asks once, without the supervisor's own probes: chaos judges them too."""
         if name == REDIS:
             client = redis.asyncio.Redis.from_url(self.runtime.redis_url, socket_timeout=_PROBE_TIMEOUT_S)
             try:

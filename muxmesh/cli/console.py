@@ -64,7 +64,7 @@ class Console(io.TextIOBase):
             self._write(text)
             if self._num_dropped and self._texts.empty():
                 num_dropped, self._num_dropped = self._num_dropped, 0
-                self._write(b"(%d pieces of output are dropped: nobody read them)\n" % num_dropped)
+                self._write(b"(%d pieces of output were dropped because they were not read in time)\n" % num_dropped)
 
     def _write(self, content: bytes) -> None:
         while content and not self._is_given_up:

@@ -85,7 +85,7 @@ class ChatTemplate:
     def problem(self) -> str | None:
         """Why the template cannot be used, in one line; None if it can.
 
-        Waits only until it has been compiled once, so that a rendering delays nobody who asks. Raises Unavailable.
+        Waits only for the first compilation, never for a rendering. Raises Unavailable.
         """
         if not self._is_checked:
             self._thread.submit(self._compile).result()

@@ -21,7 +21,7 @@ def public_listen_warning(listen: str) -> str | None:
         pass
     return (
         f"WARNING: listen: {listen} can be reached from other machines, without encryption and without a password: "
-        "whoever reaches it can use the models, and prompts and outputs can be read on the network. "
+        "everyone who can connect to it can use the models, and prompts and outputs cross the network unencrypted. "
         "Use 127.0.0.1 for this machine only, or put a proxy with TLS and authentication before it"
     )
 
