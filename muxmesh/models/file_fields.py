@@ -58,15 +58,16 @@ class FileFields:
             raise self.refuse(name, "is missing")
         return value
 
-    def number(self, name: str, above: float, most: float, *, least: float | None = None) -> float | None:
-        """The same; None if the field is missing. ``least``: a smallest value that counts as well."""
+    def number(self, name: str, above: float, most: float, *, or_equal: bool = False) -> float | None:
+        """The same, or equal to ``above`` with ``or_equal``; None if the field is missing."""
         value = self.values.get(name)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.refuse(name, f"is {described(value)}; must be a number")
-        if not (above < value <= most or value == least) or (isinstance(value, float) and not math.isfinite(value)):
-            limit = f"above {above:g}" if least is None else f"at least {least:g}"
+        is_in_range = above < value <= most or (or_equal and value == above)
+        if not is_in_range or (isinstance(value, float) and not math.isfinite(value)):
+            limit = f"{'at least' if or_equal else 'above'} {above:g}"
             raise self.refuse(name, f"is {described(value)}; {limit} and at most {most:g} is needed")
         return float(value)
 

@@ -270,7 +270,7 @@ def _rope_scaling(fields: FileFields, rope: FileFields) -> RopeScaling | None:
         return YarnRope(
             factor=factor,
             original_context_len=original,
-            beta_fast=rope.number("beta_fast", beta_slow, _MAX_FACTOR, least=beta_slow) or 32.0,
+            beta_fast=rope.number("beta_fast", beta_slow, _MAX_FACTOR, or_equal=True) or 32.0,
             beta_slow=beta_slow,
             attention_factor=_yarn_attention_factor(factor, rope),
             truncate=rope.flag("truncate", True),
@@ -294,7 +294,7 @@ def _yarn_attention_factor(factor: float, rope: FileFields) -> float:
     given = rope.number("attention_factor", 0.0, _MAX_FACTOR)
     if given is not None:
         return given
-    mscale, all_dim = (rope.number(name, 0.0, _MAX_FACTOR, least=0.0) for name in ("mscale", "mscale_all_dim"))
+    mscale, all_dim = (rope.number(name, 0.0, _MAX_FACTOR, or_equal=True) for name in ("mscale", "mscale_all_dim"))
     if mscale and all_dim:
         return scaled(mscale) / scaled(all_dim)
     return scaled(1.0)

@@ -59,10 +59,10 @@ def read_sampling_defaults(folder: Path) -> SamplingDefaults:
     found = FileFields(path, content)
     top_k = found.integer("top_k", -1, _MAX_TOP_K)
     return SamplingDefaults(
-        temperature=found.number("temperature", 0.0, MAX_TEMPERATURE, least=0.0),
+        temperature=found.number("temperature", 0.0, MAX_TEMPERATURE, or_equal=True),
         top_k=top_k if top_k is None else max(top_k, 0),  # -1 is vLLM's "off"
         top_p=found.number("top_p", 0.0, 1.0),
-        min_p=found.number("min_p", 0.0, 1.0, least=0.0),
+        min_p=found.number("min_p", 0.0, 1.0, or_equal=True),
         repetition_penalty=found.number("repetition_penalty", 0.0, MAX_REPETITION_PENALTY),
         max_new_tokens=found.integer("max_new_tokens", 1, _MAX_TOKENS),
     )
