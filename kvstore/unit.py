@@ -68,7 +68,7 @@ class UnitModel:
     def of(unit: UnitConfig, model: ModelConfig, spec: ModelSpec) -> UnitModel:
         """The limits that the configuration sets for ``model``."""
         return UnitModel(
-            shape=spec.kv_shape(model.block_size, model.dtype),
+            shape=spec.kv_shape(model.block_size, model.kv_dtype),
             max_num_seqs=model.max_num_seqs,
             max_model_len=model.max_model_len or spec.context_len,
             guaranteed_slabs=unit.guaranteed_slabs(model),

@@ -12,6 +12,8 @@ MeshError
 ├── LeaseLost             the caller does not hold the lease
 ├── EngineFailed          a step of the engine raised an exception; a retry may succeed
 ├── SequenceFailed        the engine cannot compute this sequence, and a retry fails too
+├── DeviceError           the device or its driver refused an operation; names it and the driver's error
+│   └── DeviceLost        the device accepts no more work of this process, which has to end
 ├── Unauthenticated       the credentials are missing or invalid
 ├── InternalError         a bug in the mesh
 └── ConfigError           mesh.yaml or a command line argument is invalid
@@ -85,6 +87,14 @@ class EngineFailed(MeshError):
 
 class SequenceFailed(MeshError):
     """The engine cannot compute this sequence: its logits are not finite, for example. A retry fails too."""
+
+
+class DeviceError(MeshError):
+    """The device or its driver refused an operation. The message names the operation and the driver's error."""
+
+
+class DeviceLost(DeviceError):
+    """The device accepts no more work of this process: after a fault every later operation fails. It has to end."""
 
 
 class Unauthenticated(MeshError):

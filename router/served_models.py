@@ -39,7 +39,7 @@ class ModelLimits:
     ) -> ModelLimits:
         """``units``: the units that serve the model, each with the model's configuration there."""
         capacity = min(
-            unit.capacity_tokens(placed, spec.kv_shape(placed.block_size, placed.dtype).token_block_bytes)
+            unit.capacity_tokens(placed, spec.kv_shape(placed.block_size, placed.kv_dtype).token_block_bytes)
             for unit, placed in units
         )
         max_model_len = model.max_model_len or spec.context_len

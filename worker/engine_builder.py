@@ -50,5 +50,5 @@ def _runner(config: ModelConfig, prepared: PreparedModel, spec: ModelSpec, pool:
     assert prepared.image is not None, "a native model is prepared with its image"
     assert isinstance(pool, HostPool), "the CPU engine computes in host memory"
     image, positions, team = prepared.image, config.max_model_len or spec.context_len, Team(num_threads(config))
-    view = pool.view(spec.kv_shape(config.block_size, config.dtype))
+    view = pool.view(spec.kv_shape(config.block_size, config.kv_dtype))
     return LogitsRunner(view, lambda pool_view: open_cpu_forward(spec, image, pool_view, positions, team))

@@ -17,9 +17,16 @@ ORDER_FIELDS: dict[str, PolicyName] = {
 """Fields that apply to one policy only."""
 
 SAME_IN_ALL_UNITS = (
-    "source", "engine", "dtype", "sim", "max_model_len", "default_max_new_tokens", "generation_config",
+    "source", "engine", "dtype", "kv_cache_dtype", "sim", "max_model_len", "default_max_new_tokens",
+    "generation_config",
 )  # fmt: skip
 """Fields that clients can observe, or that identify the model. They are equal in every unit that serves the model."""
+
+
+_GPU_FIELDS = ("mps", "green_contexts", "require_ipc")
+"""Fields of a unit that apply to GPUs only."""
+_GPU_MODEL_FIELDS = ("compute_share", "cuda_graphs")
+"""Fields of a model that apply to GPUs only."""
 
 
 def order_without_effect(config: MeshConfig) -> Iterator[tuple[Location, str]]:
@@ -49,6 +56,9 @@ def contradictions(config: MeshConfig) -> Iterator[tuple[Location, str]]:
                 (*location, "kv_pool"),
                 f"has {slabs} slabs of {unit.slab} bytes; kv_guaranteed of the models needs {guaranteed} slabs",
             )
+        for field in _GPU_FIELDS:
+            if not unit.is_cuda and field in unit.model_fields_set:
+                yield (*location, field), f"has no effect with device: {unit.device}; it is for device: cuda:N"
         for model_index, model in enumerate(unit.models):
             for field, problem in _model_problems(unit, model, model_index, first_of):
                 yield (*location, "models", model_index, field), problem
@@ -60,10 +70,11 @@ def _core_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
     for unit_index, unit in enumerate(config.units):
         location: Location = ("units", unit_index)
         if unit.cores is None:
-            if len(config.units) > 1:
+            on_cpu = sum(not other.is_cuda for other in config.units)
+            if on_cpu > 1 and not unit.is_cuda:
                 yield (
                     (*location, "cores"),
-                    f"is required, such as cores: [0]: {len(config.units)} units are on {quoted(unit.device)}",
+                    f"is required, such as cores: [0]: {on_cpu} units are on {quoted(unit.device)}",
                 )
             continue
         for core, count in Counter(unit.cores).items():
@@ -90,5 +101,28 @@ def _model_problems(
     for field in SAME_IN_ALL_UNITS:
         if first_unit is not unit and getattr(first, field) != getattr(model, field):
             yield field, f"differs from {quoted(model.name)} in unit {first_unit.name}; must be equal in all units"
+    yield from _device_problems(unit, model)
     if model.engine != "sim" and "sim" in model.model_fields_set:
         yield "sim", f"has no effect with engine: {model.engine}; it is for sim"
+
+
+def _device_problems(unit: UnitConfig, model: ModelConfig) -> Iterator[tuple[str, str]]:
+    """(field, problem) of settings of a model that its unit's device does not have."""
+    if unit.is_cuda:
+        if model.engine == "sim":
+            yield "engine", f"sim computes on no GPU; the unit's device is {unit.device}"
+        if model.threads is not None:
+            yield "threads", f"has no effect with device: {unit.device}; it is for device: cpu"
+        if model.kv_cache_dtype not in ("auto", model.dtype) and model.kv_cache_dtype == "float32":
+            yield (
+                "kv_cache_dtype",
+                f"is float32, more exact than dtype: {model.dtype}; it may be auto, float16 or bfloat16",
+            )
+        return
+    for field in ("dtype", "kv_cache_dtype"):
+        value = getattr(model, field)
+        if value not in ("auto", "float32"):
+            yield field, f"is {value}; a CPU computes in float32 only"
+    for field in _GPU_MODEL_FIELDS:
+        if field in model.model_fields_set:
+            yield field, f"has no effect with device: {unit.device}; it is for device: cuda:N"

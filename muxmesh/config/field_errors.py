@@ -42,6 +42,7 @@ _WORDS: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
 }
 
 _PATTERNS = {
+    "device": "must be cpu or cuda:N, such as cuda:0",
     "listen": "must be HOST:PORT",
     "redis_url": "must begin with redis://, rediss:// or unix://",
 }

@@ -77,6 +77,9 @@ class MeshRuntime(BaseModel):
     """URL of the Redis with the process registry."""
     prepared: dict[str, PreparedModel]
     """The files of each model, by model name."""
+    device_uuids: dict[str, str] = {}
+    """UUID of the GPU of each unit on one, by unit name. In the processes of the unit CUDA_VISIBLE_DEVICES holds it, so
+    their device has index 0."""
     tenant_secret: str = Field(default="", repr=False)
     """Key of the hashes under which the length predictor knows tenants, in hexadecimal. Empty: a router makes its own,
     and what it learned of tenants ends with it."""

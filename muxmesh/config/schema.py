@@ -25,9 +25,11 @@ from pydantic import (
 
 from muxmesh.quoting import quoted
 from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
-from muxmesh.types import DEFAULT_ADDRESS, KvFormat
+from muxmesh.types import DEFAULT_ADDRESS, KvFormat, Role
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MIB = 1024 * 1024
@@ -87,6 +89,18 @@ class SimProfile(Section):
         return self
 
 
+class ComputeShare(Section):
+    """The largest part of the device's streaming multiprocessors (SMs) that a worker may use, in percent."""
+
+    prefill: int = Field(default=100, ge=1, le=100)
+    """Of the prefill worker."""
+    decode: int = Field(default=100, ge=1, le=100)
+    """Of the decode worker."""
+
+    def of(self, role: Role) -> int:
+        return self.prefill if role == Role.PREFILL else self.decode
+
+
 class ModelConfig(Section):
     """One model of a unit, served there by a prefill and a decode worker."""
 
@@ -98,8 +112,16 @@ class ModelConfig(Section):
     engine: Literal["native", "sim"] = "native"
     """`native` computes the model. `sim` generates deterministic tokens with the step times in `sim`, for tests.
     `torch` is an alias of `native`."""
-    dtype: Literal["float32"] = "float32"
-    """Data type of weights, activations and KV."""
+    dtype: Dtype = "float32"
+    """Data type of weights and activations. A CPU computes in float32 only. On a GPU float32 is exact (no TF32), and
+    bfloat16 is what most models are published in."""
+    kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Data type of KV. `auto`: that of `dtype`. On a GPU a model in float32 may keep its KV in half the memory."""
+    compute_share: ComputeShare = ComputeShare()
+    """Part of the GPU that each worker of the model may use, like `{prefill: 60, decode: 40}`, or one number for both.
+    A limit, not a reservation: the sum of all workers may exceed 100."""
+    cuda_graphs: bool = True
+    """On a GPU: decode steps are captured once for each batch size (1, 2, 4, ... `max_num_seqs`) and replayed."""
     block_size: Literal[8, 16, 32] = 16
     """Tokens in a KV block."""
     max_model_len: int | None = Field(default=None, ge=2, le=MAX_COUNT)
@@ -136,6 +158,17 @@ class ModelConfig(Section):
     def _accept_torch_as_native(cls, value: object) -> object:
         return "native" if value == "torch" else value
 
+    @field_validator("compute_share", mode="before")
+    @classmethod
+    def _accept_one_share_for_both(cls, value: object) -> object:
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        return {"prefill": value, "decode": value} if is_number else value
+
+    @property
+    def kv_dtype(self) -> Dtype:
+        """Data type of KV: `kv_cache_dtype` resolved."""
+        return self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+
     @property
     def step_token_budget(self) -> int:
         """Tokens computed in one step. At least `max_num_seqs`, so that each step has a token of every sequence."""
@@ -147,8 +180,16 @@ class UnitConfig(Section):
 
     name: Name = "unit0"
     """Unique in the mesh."""
-    device: Literal["cpu"] = "cpu"
-    """The device that the unit computes on."""
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda:\d{1,3})$")
+    """The device that the unit computes on: `cpu`, or `cuda:N` for GPU number N of this machine."""
+    mps: Literal["auto", "on", "off"] = "auto"
+    """Whether the workers of a GPU are clients of CUDA MPS, which lets them compute at the same time and limits each to
+    its `compute_share`. `auto`: if this machine has nvidia-cuda-mps-control. The supervisor starts a daemon for each
+    GPU. Without MPS one worker of the unit computes at a time."""
+    green_contexts: bool = False
+    """Limits workers by green contexts of their own instead of by MPS percentages. Needs compute capability 9.0."""
+    require_ipc: bool = False
+    """If true, the unit refuses to start unless its KV is handed over by GPU IPC (shared device memory)."""
     cores: tuple[Annotated[int, Field(ge=0, strict=True)], ...] | None = Field(default=None, min_length=1)
     """CPU cores of the unit's workers, like `[0, 1]`. Unset: all cores. Required if several units are on one CPU; their
     cores must be disjoint."""
@@ -161,6 +202,21 @@ class UnitConfig(Section):
     """Size of the pieces of the pool. Each slab is lent to one model at a time."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     """At least one."""
+
+    @field_validator("mps", mode="before")
+    @classmethod
+    def _accept_what_yaml_reads_as_booleans(cls, value: object) -> object:
+        """YAML's `on` and `off` are True and False."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device != "cpu"
+
+    @property
+    def device_index(self) -> int:
+        """N of `cuda:N`; 0 for the CPU."""
+        return int(self.device.partition(":")[2] or 0)
 
     def capacity_tokens(self, model: ModelConfig, token_block_bytes: int) -> int:
         """Tokens of ``model`` that the whole pool holds, where a token block is ``token_block_bytes`` long."""

@@ -17,7 +17,7 @@ from muxmesh.models.model_files import described, read_json_object
 from muxmesh.quoting import named
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-DTYPE_BYTES = {"float32": 4}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 HEAD_DIMS = range(16, 257, 2)
 _MAX_SIZE = 1 << 24
 """Of vocabulary, hidden and intermediate size: above every known model, and no product of sizes is out of bounds."""

@@ -94,8 +94,8 @@ def kv_identity(model: ModelConfig, prepared: PreparedModel) -> KvIdentity:
     return KvIdentity(
         weights=prepared.weights_fingerprint,
         weight_dtype=model.dtype,
-        kv_dtype=model.dtype,
-        layout=f"{model.engine}: {spec.kv_shape(model.block_size, model.dtype)}",
+        kv_dtype=model.kv_dtype,
+        layout=f"{model.engine}: {spec.kv_shape(model.block_size, model.kv_dtype)}",
         rope=f"{spec.rope_theta} {spec.rope_scaling}",
     )
 
@@ -122,7 +122,7 @@ def _problems_of(model: ModelConfig, unit: UnitConfig, base_dir: Path, cache_dir
         return
     if model.max_model_len is not None and model.max_model_len > spec.context_len:
         yield "max_model_len", f"is {model.max_model_len}; the model's context holds {spec.context_len} tokens"
-    needed = spec.kv_shape(model.block_size, model.dtype).token_block_bytes
+    needed = spec.kv_shape(model.block_size, model.kv_dtype).token_block_bytes
     capacity = unit.capacity_tokens(model, needed)
     if model.max_model_len is not None and model.max_model_len > capacity > 0:
         yield "max_model_len", f"is {model.max_model_len}; the unit's kv_pool holds {capacity} tokens of this model"

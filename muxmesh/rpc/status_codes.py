@@ -36,6 +36,8 @@ STATUS_CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
     errors.LeaseLost: grpc.StatusCode.FAILED_PRECONDITION,
     errors.EngineFailed: grpc.StatusCode.INTERNAL,
     errors.SequenceFailed: grpc.StatusCode.INTERNAL,
+    errors.DeviceLost: grpc.StatusCode.UNAVAILABLE,
+    errors.DeviceError: grpc.StatusCode.INTERNAL,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.InternalError: grpc.StatusCode.INTERNAL,
 }

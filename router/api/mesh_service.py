@@ -114,7 +114,7 @@ def _model_info(model: ServedModel) -> mesh_pb2.ModelInfo:
         vocab_size=spec.vocab_size,
         eos_token_ids=sorted(spec.eos_token_ids),
         has_chat_template=model.text.has_chat_template,
-        kv_bytes_per_token=spec.kv_shape(config.block_size, config.dtype).kv_bytes_per_token,
+        kv_bytes_per_token=spec.kv_shape(config.block_size, config.kv_dtype).kv_bytes_per_token,
         dtype=config.dtype,
         sampling_defaults=mesh_pb2.SamplingDefaults(**model.sampling_defaults.sampling()),
     )

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from muxmesh.config.contradictions import order_without_effect
 from muxmesh.config.load import parse_mesh_config
 from muxmesh.config.schema import MeshConfig
+from muxmesh.errors import ConfigError
+from muxmesh.types import Role
 from tests.support.mesh_yaml import placed_twice, problems, units
 
 
@@ -143,3 +145,49 @@ def test_guaranteed_memory_fits_into_the_pool_in_whole_slabs() -> None:
 def test_a_setting_of_another_policy_has_no_effect(order: dict[str, Any], without_effect: list[str]) -> None:
     config = MeshConfig.model_validate({"order": order})
     assert [location for location, _ in order_without_effect(config)] == [("order", name) for name in without_effect]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{models: [{name: a, dtype: bfloat16}]}", "models[0].dtype: is bfloat16; a CPU computes in float32 only"),
+        (
+            "{models: [{name: a, kv_cache_dtype: float16}]}",
+            "models[0].kv_cache_dtype: is float16; a CPU computes in float32 only",
+        ),
+        (
+            "{models: [{name: a, compute_share: 50}]}",
+            "models[0].compute_share: has no effect with device: cpu; it is for device: cuda:N",
+        ),
+        ("{mps: off, models: [{name: a}]}", "mps: has no effect with device: cpu; it is for device: cuda:N"),
+        (
+            "{device: 'cuda:1', models: [{name: a, threads: 2}]}",
+            "models[0].threads: has no effect with device: cuda:1; it is for device: cpu",
+        ),
+        (
+            "{device: 'cuda:0', models: [{name: a, engine: sim}]}",
+            "models[0].engine: sim computes on no GPU; the unit's device is cuda:0",
+        ),
+        (
+            "{device: 'cuda:0', models: [{name: a, dtype: bfloat16, kv_cache_dtype: float32}]}",
+            "models[0].kv_cache_dtype: is float32, more exact than dtype: bfloat16; "
+            "it may be auto, float16 or bfloat16",
+        ),
+    ],
+)
+def test_a_setting_that_the_device_does_not_have_is_refused(text: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_mesh_config(f"units: [{text}]", "mesh.yaml")
+    assert str(caught.value) == f"mesh.yaml:1: units[0].{expected}"
+
+
+def test_units_on_gpus_need_no_cores() -> None:
+    text = "units: [{name: a, device: 'cuda:0', models: [{name: a}]}, {name: b, device: 'cuda:1', models: [{name: b}]}]"
+    assert [unit.device_index for unit in parse_mesh_config(text, "mesh.yaml").config.units] == [0, 1]
+
+
+def test_one_number_is_the_share_of_both_workers() -> None:
+    text = "units: [{device: 'cuda:0', models: [{name: a, compute_share: 40, dtype: bfloat16}]}]"
+    model = parse_mesh_config(text, "mesh.yaml").config.units[0].models[0]
+    assert [model.compute_share.of(role) for role in Role] == [40, 40]
+    assert model.kv_dtype == "bfloat16"

@@ -21,7 +21,8 @@ IN_UNIT = "units: [{models: [{name: m}], %s}]"
         (IN_MODEL % "maxnumseqs: 3", "units[0].models[0].maxnumseqs: unknown field; did you mean `max_num_seqs`?"),
         (IN_MODEL % "sim: {colour: 1}", "units[0].models[0].sim.colour: unknown field; known: base_s, per_token_s, "
          "per_context_s, output_tokens, output_lengths"),
-        (IN_UNIT % "device: cuda:0", "units[0].device: is 'cuda:0'; must be cpu"),
+        (IN_UNIT % "device: gpu", "units[0].device: is 'gpu'; must be cpu or cuda:N, such as cuda:0"),
+        (IN_UNIT % "device: cuda", "units[0].device: is 'cuda'; must be cpu or cuda:N, such as cuda:0"),
         (IN_MODEL % "engine: simm", "units[0].models[0].engine: is 'simm'; must be native or sim; did you mean sim?"),
         (IN_MODEL % "block_size: 17", "units[0].models[0].block_size: is 17; must be 8, 16 or 32"),
         (IN_MODEL % "block_size: '16'", "units[0].models[0].block_size: is '16'; must be 8, 16 or 32; did you mean "
@@ -42,7 +43,7 @@ IN_UNIT = "units: [{models: [{name: m}], %s}]"
          "TiB, KB, MB, GB, TB"),
         ("units: 5", "units: is 5; must be a list"),
         ("units:", "units: is empty; must be a list"),
-        ("units: [5]", "units[0]: is 5; must be a mapping with fields like `name`, `device`, `cores`"),
+        ("units: [5]", "units[0]: is 5; must be a mapping with fields like `name`, `device`, `mps`"),
         ("listen: 50051", "listen: is 50051; must be text, in quotes if it looks like a number"),
         ("listen: here", "listen: is 'here'; must be HOST:PORT"),
         ("redis_url: tcp://h", "redis_url: is 'tcp://h'; must begin with redis://, rediss:// or unix://"),

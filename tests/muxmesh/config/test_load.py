@@ -157,7 +157,7 @@ def test_a_setting_of_another_policy_is_refused(text: str, expected: str) -> Non
 def test_errors_of_fields_hide_no_error_of_other_fields() -> None:
     text = """
 units:
-  - device: cuda:0
+  - device: gpu
     kv_pool: 10MiB
     slab: 20MiB
     cores: [0, 0]

@@ -55,9 +55,12 @@ def test_every_error_that_a_service_may_raise_has_a_code() -> None:
 @pytest.mark.parametrize(
     ("code", "kinds"),
     [
-        (grpc.StatusCode.UNAVAILABLE, {errors.Unavailable, errors.WorkerLost}),
+        (grpc.StatusCode.UNAVAILABLE, {errors.Unavailable, errors.WorkerLost, errors.DeviceLost}),
         (grpc.StatusCode.CANCELLED, {errors.RequestAborted, errors.RequestPreempted}),
-        (grpc.StatusCode.INTERNAL, {errors.InternalError, errors.EngineFailed, errors.SequenceFailed}),
+        (
+            grpc.StatusCode.INTERNAL,
+            {errors.InternalError, errors.EngineFailed, errors.SequenceFailed, errors.DeviceError},
+        ),
     ],
 )
 def test_errors_that_share_a_code_are_distinguished_by_name(

@@ -1,0 +1,200 @@
+"""The device of a worker that computes with torch: streams, events, uploads and graphs. The only file with torch.cuda.
+
+`CudaDevice` is a GPU. `InterpretedDevice` computes with CPU tensors while Triton interprets the kernels: it is for
+machines without a GPU and for tests, and it is thousands of times slower. Knows no model and no KV.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from muxmesh.errors import DeviceError
+
+_log = logging.getLogger(__name__)
+
+
+class Event(Protocol):
+    """A point in the work that was enqueued on the device."""
+
+    def wait(self) -> None:
+        """Blocks until the device has reached it."""
+
+    def is_done(self) -> bool:
+        """True if the device has reached it."""
+
+
+class TorchDevice(Protocol):
+    """One device of torch. A worker has one; its methods may be called from any thread."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where tensors are to be allocated."""
+
+    @property
+    def num_sms(self) -> int:
+        """Streaming multiprocessors that this process may use."""
+
+    @property
+    def is_interpreted(self) -> bool:
+        """True if kernels are interpreted over CPU tensors."""
+
+    def upload(self, array: np.ndarray) -> Tensor:
+        """Returns a copy of ``array`` on the device. The copy is enqueued on the present stream; does not block."""
+
+    def compute(self) -> contextlib.AbstractContextManager[None]:
+        """While the block runs, what this thread enqueues goes to the compute stream."""
+
+    def copying(self) -> contextlib.AbstractContextManager[None]:
+        """While the block runs, what this thread enqueues goes to the copy stream, beside the compute stream."""
+
+    def record(self) -> Event:
+        """Returns the present end of the present stream as an event."""
+
+    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """Captures what ``enqueue`` enqueues as a graph, after one warm-up call. Returns a function that replays it.
+
+        The tensors that ``enqueue`` uses must stay where they are. Called within `compute`.
+        """
+
+
+class CudaDevice:
+    """`TorchDevice` of the first visible GPU."""
+
+    is_interpreted = False
+
+    def __init__(self, green_share: int = 100) -> None:
+        """Creates torch's context. ``green_share`` < 100: the compute stream is limited to that percentage of the SMs
+        by a green context.
+
+        Raises DeviceError if torch cannot use the GPU.
+        """
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            self.torch_device = torch.device("cuda", 0)
+            torch.cuda.set_device(self.torch_device)
+            properties = torch.cuda.get_device_properties(0)
+        except (RuntimeError, AssertionError) as error:
+            raise DeviceError(f"torch {torch.__version__} cannot use a GPU: {error}") from error
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        self.num_sms = int(properties.multi_processor_count)
+        self._copy_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        if green_share < 100:
+            self._compute_stream, self.num_sms = _green_stream(self.num_sms, green_share)
+        else:
+            self._compute_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def upload(self, array: np.ndarray) -> Tensor:
+        host = torch.from_numpy(np.ascontiguousarray(array)).pin_memory()
+        return host.to(self.torch_device, non_blocking=True)
+
+    @contextlib.contextmanager
+    def compute(self) -> Iterator[None]:
+        with torch.cuda.stream(self._compute_stream):
+            yield
+
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
+        with torch.cuda.stream(self._copy_stream):
+            yield
+
+    def record(self) -> Event:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return _CudaEvent(event)
+
+    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        enqueue()
+        torch.cuda.current_stream().synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._compute_stream, capture_error_mode="thread_local"):
+            enqueue()
+        return graph.replay
+
+
+class _CudaEvent:
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def is_done(self) -> bool:
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+
+def _green_stream(num_sms: int, share: int) -> tuple[torch.cuda.Stream, int]:
+    """Returns a stream whose kernels use at most ``share`` percent of the SMs, and the number of these SMs.
+
+    Green contexts come in eights of SMs from compute capability 9.0 on. Raises DeviceError if torch has none.
+    """
+    try:
+        from torch.cuda.green_contexts import SUPPORTED, GreenContext  # noqa: PLC0415 - torch 2.10 and later
+    except ImportError:
+        SUPPORTED = False  # noqa: N806
+    if not SUPPORTED:
+        raise DeviceError(f"torch {torch.__version__} has no green contexts; use MPS, or torch 2.10 or later with CUDA")
+    granted = max(8, num_sms * share // 100 // 8 * 8)
+    context: Any = GreenContext.create(num_sms=granted, device_id=0)
+    if hasattr(context, "Stream"):  # torch 2.12 and later
+        return context.Stream(), granted
+    context.set_context()  # makes a stream of the context the current one
+    try:
+        return torch.cuda.current_stream(), granted
+    finally:
+        context.pop_context()
+
+
+class InterpretedDevice:
+    """`TorchDevice` of CPU tensors, on which Triton interprets the kernels. Everything is done when it returns."""
+
+    is_interpreted = True
+
+    def __init__(self, num_sms: int = 4) -> None:
+        """``num_sms``: for what divides work by it. Raises DeviceError unless Triton is told to interpret."""
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise DeviceError("Triton compiles kernels in this process: TRITON_INTERPRET=1 is not in its environment")
+        self.torch_device = torch.device("cpu")
+        self.num_sms = num_sms
+
+    def upload(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.array(array))
+
+    def compute(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def copying(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def record(self) -> Event:
+        return _DoneEvent()
+
+    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        enqueue()
+        return enqueue
+
+
+class _DoneEvent:
+    def wait(self) -> None: ...
+
+    def is_done(self) -> bool:
+        return True
+
+
+def open_torch_device(green_share: int = 100) -> TorchDevice:
+    """Returns the worker's device: the GPU, or CPU tensors if TRITON_INTERPRET=1 is in the environment.
+
+    Triton reads the same variable, so kernels and tensors agree. Raises DeviceError.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _log.warning("TRITON_INTERPRET=1: kernels are interpreted on the CPU, thousands of times slower than on a GPU")
+        return InterpretedDevice()
+    return CudaDevice(green_share)
