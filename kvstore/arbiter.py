@@ -60,6 +60,11 @@ def one_at_a_time(waiting: Collection[Demand], computing: Collection[Demand], la
     return frozenset({min(slots_of(waiting), key=lambda slot: (slot <= last_granted, slot))})
 
 
+def all_at_once(waiting: Collection[Demand], computing: Collection[Demand], last_granted: int) -> frozenset[int]:
+    """Grants the device to every worker that demands it: the hardware limits each to its share, as CUDA MPS does."""
+    return slots_of(waiting) | slots_of(computing)
+
+
 def decide(
     policy: ArbiterPolicy, waiting: Collection[Demand], computing: Collection[Demand], last_granted: int
 ) -> tuple[frozenset[int], frozenset[int]]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.arbiter import Demand, decide, one_at_a_time, slots_of
+from kvstore.arbiter import Demand, all_at_once, decide, one_at_a_time, slots_of
 from muxmesh.types import Role
 
 SLOTS = st.sets(st.integers(0, 7))
@@ -127,3 +127,9 @@ def test_one_worker_computes_at_a_time_and_each_waits_for_at_most_one_turn_of_th
         assert len(computing) <= 1
         assert computing or not waiting, "the device is idle while a worker waits"
         assert max(num_passed_over.values()) < 6, "a worker waits for more than one turn of each other worker"
+
+
+@given(SLOTS, SLOTS)
+def test_all_at_once_grants_every_demand_and_recalls_nothing(waiting: set[int], computing: set[int]) -> None:
+    wait, compute = demands(*(waiting - computing)), demands(*computing)
+    assert decide(all_at_once, wait, compute, 3) == (slots_of(wait), frozenset(waiting | computing))
