@@ -1,0 +1,82 @@
+"""An MPS daemon of the fake control program, and clients of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from muxmesh.cuda.mps import CONTROL_PROGRAM, MpsControl
+
+FAKE_FOLDER = Path(__file__).parent / "fake_mps"
+"""To be put first in PATH."""
+FAKE_PROGRAM = FAKE_FOLDER / CONTROL_PROGRAM
+RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "mps_answers.json").read_text())
+"""Answers of the real control program."""
+
+CLIENT = """
+import os, socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(os.environ["CUDA_MPS_PIPE_DIRECTORY"] + "/control")
+connection.sendall(b"client %d\\n" % os.getpid())
+print(connection.recv(100).decode().strip() or "refused", flush=True)
+while line := connection.recv(100):
+    print(line.decode().strip(), flush=True)
+"""
+"""A process that connects as a client of the fake driver does, and prints what the daemon sends."""
+
+
+class FakeDaemon:
+    """A daemon of the fake control program in the foreground."""
+
+    def __init__(self, process: subprocess.Popen[bytes], control: MpsControl) -> None:
+        self.process = process
+        self.control = control
+        self.pipe_dir = control.pipe_dir
+        self.environment: Mapping[str, str] = {**os.environ, **control.environment}
+
+    def fail(self, how: str) -> None:
+        """Lets the daemon fail in a way that its head lists."""
+        (self.pipe_dir / f"fake.{how}").touch()
+
+    def recover(self, how: str) -> None:
+        (self.pipe_dir / f"fake.{how}").unlink()
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[subprocess.Popen[bytes]]:
+        """A client that is connected, until the block ends."""
+        with subprocess.Popen((sys.executable, "-c", CLIENT), env=self.environment, stdout=subprocess.PIPE) as process:
+            try:
+                assert next_line(process) == "connected"
+                yield process
+            finally:
+                process.kill()
+
+
+def next_line(process: subprocess.Popen[bytes]) -> str:
+    """The next line that a process prints."""
+    assert process.stdout is not None
+    return process.stdout.readline().decode().strip()
+
+
+@contextlib.contextmanager
+def fake_daemon(folder: Path, answer_within_s: float = 5.0) -> Iterator[FakeDaemon]:
+    """Runs a daemon with directories in ``folder`` until the block ends."""
+    control = MpsControl(FAKE_PROGRAM, folder / "pipe", folder / "log", answer_within_s)
+    for directory in control.environment.values():
+        Path(directory).mkdir(exist_ok=True)
+    environment = {**os.environ, **control.environment}
+    with subprocess.Popen((FAKE_PROGRAM, "-f"), env=environment, stdout=subprocess.PIPE) as process:
+        try:
+            assert next_line(process) == "listening"
+            yield FakeDaemon(process, control)
+        finally:
+            for how in ("silent", "nonsense", "deaf_to_quit"):
+                (control.pipe_dir / f"fake.{how}").unlink(missing_ok=True)
+            subprocess.run(FAKE_PROGRAM, env=environment, input=b"quit\n", check=False, capture_output=True)
+            process.kill()
