@@ -33,6 +33,10 @@ class ComputeGrant:
         self._granted = asyncio.Event()
         asyncio.get_running_loop().add_reader(self._bell_fd, self._on_bell)
 
+    @property
+    def is_recalled(self) -> bool:
+        return self._page.read(self._slot, Word.RECALLED) != 0
+
     async def acquire(self) -> None:
         if not self._page.read(self._slot, Word.GRANTED_STEPS):
             self._granted.clear()
@@ -45,9 +49,9 @@ class ComputeGrant:
             self._num_steps = 0
         self._acquired_at_s = self._clock.monotonic_s()
 
-    def release(self) -> None:
+    def release(self, num_steps: int) -> None:
         self._page.add(self._slot, Word.BUSY_NS, int((self._clock.monotonic_s() - self._acquired_at_s) * 1e9))
-        self._num_steps += 1
+        self._num_steps += num_steps
         is_used = self._num_steps >= self._page.read(self._slot, Word.GRANTED_STEPS)
         if is_used and self._page.read(self._slot, Word.RECALLED):
             self._return()
@@ -57,13 +61,14 @@ class ComputeGrant:
             self._return()
 
     def count_step(self, step: Step, outcome: StepOutcome, seconds: float) -> None:
-        """Adds a step that took ``seconds`` to the worker's counters and step cost."""
-        self._fit.observe(step.shape, seconds)
+        """Adds a run of steps that took ``seconds`` to the worker's counters, and its mean step to the step cost."""
+        num_steps = outcome.num_steps
+        self._fit.observe(step.mean_shape(num_steps), seconds / num_steps)
         if (cost := self._fit.cost) is not None and cost is not self._cost:
             self._cost = cost
             self._page.write_cost(self._slot, cost)
-        self._page.add(self._slot, Word.NUM_STEPS, 1)
-        self._page.add(self._slot, Word.NUM_COMPUTED_TOKENS, step.num_tokens)
+        self._page.add(self._slot, Word.NUM_STEPS, num_steps)
+        self._page.add(self._slot, Word.NUM_COMPUTED_TOKENS, step.num_tokens * num_steps)
         self._page.add(self._slot, Word.KV_BYTES_WRITTEN, outcome.kv_bytes_written)
 
     def _return(self) -> None:

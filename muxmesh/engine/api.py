@@ -123,13 +123,20 @@ class Engine(Protocol):
 
 
 class Grant(Protocol):
-    """The right to compute on the device, acquired for each step. See `kvstore.grant_page`."""
+    """The right to compute on the device, acquired for each run of steps. See `kvstore.grant_page`."""
+
+    @property
+    def is_recalled(self) -> bool:
+        """True while another worker waits for the right. Cheap, and may be read from any thread."""
 
     async def acquire(self) -> None:
         """Waits until this worker may compute."""
 
-    def release(self) -> None:
-        """Called after each step. The worker keeps the right unless another worker waits for it."""
+    def release(self, num_steps: int) -> None:
+        """Called after ``num_steps`` steps, 0 if none was left to compute.
+
+        The worker keeps the right unless another worker waits for it.
+        """
 
     def drop(self) -> None:
         """Returns the right, if the worker has it: there is nothing to compute."""
@@ -138,8 +145,10 @@ class Grant(Protocol):
 class FreeGrant:
     """`Grant` of a device that only one worker uses: always granted."""
 
+    is_recalled = False
+
     async def acquire(self) -> None: ...
 
-    def release(self) -> None: ...
+    def release(self, num_steps: int) -> None: ...
 
     def drop(self) -> None: ...

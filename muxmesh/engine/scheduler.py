@@ -6,7 +6,7 @@ There is no prefill phase and no decode phase here, only sequences with tokens t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -87,6 +87,22 @@ class _ScheduledJob:
         return self.sequence.num_uncomputed_tokens
 
     @property
+    def max_steps(self) -> int:
+        """The longest run of steps in which the sequence needs no block, no decision and nothing from the host.
+
+        A run may go past a token that ends the sequence, but not past its longest possible output.
+        """
+        sequence, request = self.sequence, self.sequence.request
+        if sequence.num_uncomputed_tokens > 1 or request.sampling.has_penalties or sequence.token_bitmask is not None:
+            return 1
+        num_outputs, stopping = sequence.num_output_tokens, request.stopping
+        longest = min(stopping.max_new_tokens, self.max_output_tokens or stopping.max_new_tokens)
+        steps = min(longest - num_outputs, sequence.num_free_slots + 1)
+        if stopping.banned_at(num_outputs):
+            steps = min(steps, stopping.min_new_tokens - 1 - num_outputs)
+        return max(1, steps)
+
+    @property
     def is_ready(self) -> bool:
         """Neither paused nor waiting for token blocks."""
         return not self.paused and self.sequence.num_free_slots >= 0
@@ -143,32 +159,34 @@ class Scheduler:
         """True if `next_step` would return a step."""
         return any(job.is_ready for job in self._jobs.values())
 
-    def next_step(self, now_s: float) -> Step | None:
-        """Plans the next step, which is in flight from then on; None if no job is ready. ``now_s``: unix time."""
+    def next_step(self, now_s: float, max_steps: int = 1) -> Step | None:
+        """Plans the next step, which is in flight from then on; None if no job is ready. ``now_s``: unix time.
+
+        It is a run of up to ``max_steps`` steps if every ready job is in the first and none needs a decision between
+        them. So every sequence has the same tokens for each ``max_steps``.
+        """
         assert self._in_flight is None, "the step in flight is applied first"
-        ready = (job for job in self._jobs.values() if job.is_ready)
+        ready = [job for job in self._jobs.values() if job.is_ready]
         planned = divide_token_budget(ready, self.policy, now_s, self.max_num_seqs, self.token_budget)
+        num_steps = 1
+        if max_steps > 1 and len(planned) == len(ready):
+            num_steps = min((job.max_steps for job in ready), default=1)
         chunks = [_chunk(job, count) for job, count in planned]
-        self._in_flight = Step(tuple(chunks)) if chunks else None
+        self._in_flight = Step(tuple(chunks), min(num_steps, max_steps)) if chunks else None
         return self._in_flight
 
-    def apply(self, outcome: StepOutcome, step_s: float = 0.0) -> None:
-        """Applies the outcome of the step in flight, which took ``step_s`` seconds."""
+    def apply(self, outcome: StepOutcome, run_s: float = 0.0) -> None:
+        """Applies the outcome of the step in flight, whose steps took ``run_s`` seconds together."""
         step, self._in_flight = self._in_flight, None
         assert step is not None, "a step is in flight"
+        step_s = run_s / outcome.num_steps
         for chunk in step.chunks:
             job = self._jobs.get(chunk.job_id)
             if job is None:  # cancelled while the step was in flight
                 continue
-            if (failed := outcome.failed.get(chunk.job_id)) is not None:
-                self._end(job, failed)
-                continue
-            job.sequence.advance(len(chunk.token_ids), step_s)
-            if chunk.scoring is not None:
-                self._events.append((chunk.job_id, PromptLogprobs(outcome.prompt_logprobs[chunk.job_id])))
-            if chunk.sample is not None:
-                self._append_token(job, outcome.sampled[chunk.job_id])
-            if job.pause_requested and chunk.job_id in self._jobs:
+            if (end := self._apply_chunk(job, chunk, outcome, step_s)) is not None:
+                self._end(job, end)
+            elif job.pause_requested:
                 self._pause(job)
 
     def fail_all(self, failed: Failed) -> None:
@@ -189,19 +207,48 @@ class Scheduler:
         job.paused, job.pause_requested = True, False
         self._events.append((job.job_id, Preempted()))
 
-    def _append_token(self, job: _ScheduledJob, sampled: SampledToken) -> None:
+    def _apply_chunk(self, job: _ScheduledJob, chunk: Chunk, outcome: StepOutcome, step_s: float) -> Event | None:
+        """Records what was computed of a chunk. Returns the event that ends its job, or None."""
+        failed = outcome.failed.get(job.job_id)
+        if failed is not None and not outcome.sampled.get(job.job_id):
+            return failed
+        job.sequence.advance(len(chunk.token_ids), step_s)
+        if chunk.scoring is not None:
+            self._events.append((job.job_id, PromptLogprobs(outcome.prompt_logprobs[job.job_id])))
+        if chunk.sample is None:
+            return None
+        return self._append_tokens(job, outcome.sampled[job.job_id], step_s) or failed
+
+    def _append_tokens(self, job: _ScheduledJob, sampled: Sequence[SampledToken], step_s: float) -> Event | None:
+        """Appends the tokens of a run up to the one that ends the job. Returns the event that ends it, or None.
+
+        The rest is dropped. Its KV lies in slots of the sequence's own blocks that do not count as computed: no hash
+        covers them, and whoever gets the blocks next writes a slot before reading it.
+        """
+        sequence, end = job.sequence, None
+        first_index = sequence.num_output_tokens
+        for index, token in enumerate(sampled):
+            if index:
+                sequence.advance(1, step_s)
+            if (end := self._append_token(job, token.token_id)) is not None:
+                break
+        kept = sampled[: sequence.num_output_tokens - first_index]
+        if kept:
+            logprobs = tuple(token.logprobs for token in kept if token.logprobs is not None)
+            tokens = Tokens(first_index, tuple(token.token_id for token in kept), logprobs)
+            self._events.append((job.job_id, tokens))
+        return end
+
+    def _append_token(self, job: _ScheduledJob, token_id: int) -> Event | None:
+        """Appends one token, if the model has it. Returns the event that ends the job, or None."""
         sequence = job.sequence
-        if not 0 <= sampled.token_id < self.vocab_size:
-            reason = f"the runner sampled token id {sampled.token_id}; the model has {self.vocab_size} tokens"
-            self._end(job, Failed(reason, SequenceFailed))
-            return
-        logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
-        self._events.append((job.job_id, Tokens(sequence.num_output_tokens, (sampled.token_id,), logprobs)))
-        finish = sequence.append(sampled.token_id)
-        if finish is not None:
-            self._end(job, Finished(finish))
-        elif job.max_output_tokens is not None and sequence.num_output_tokens >= job.max_output_tokens:
-            self._end(job, JobDone())
+        if not 0 <= token_id < self.vocab_size:
+            reason = f"the runner sampled token id {token_id}; the model has {self.vocab_size} tokens"
+            return Failed(reason, SequenceFailed)
+        if (finish := sequence.append(token_id)) is not None:
+            return Finished(finish)
+        is_done = job.max_output_tokens is not None and sequence.num_output_tokens >= job.max_output_tokens
+        return JobDone() if is_done else None
 
     def _end(self, job: _ScheduledJob, event: Event) -> None:
         del self._jobs[job.job_id]

@@ -29,8 +29,10 @@ class SimRunner:
         token_ids: Sequence[int],
         eos_token_id: int,
         sleep: Callable[[float], None] = time.sleep,
+        max_steps: int = 1,
     ) -> None:
         """``token_ids``: the tokens that are sampled, unless the request allows others. ``sleep``: takes seconds."""
+        self.max_steps = max_steps
         self._profile = profile
         self._cost = sim_step_cost(profile)
         self._token_ids = token_ids
@@ -39,14 +41,25 @@ class SimRunner:
 
     def load(self) -> None: ...
 
-    def run(self, step: Step) -> StepOutcome:
+    def run(self, step: Step, may_continue: Callable[[], bool] = lambda: True) -> StepOutcome:
+        sampled = {chunk.job_id: [token] for chunk, token in self._compute(step)}
+        num_steps = 1
+        while num_steps < step.num_steps and may_continue():
+            step = Step(
+                tuple(chunk.following(sampled[chunk.job_id][-1].token_id) for chunk in step.chunks), step.num_steps
+            )
+            for chunk, token in self._compute(step):
+                sampled[chunk.job_id].append(token)
+            num_steps += 1
+        return StepOutcome({job_id: tuple(tokens) for job_id, tokens in sampled.items()}, num_steps=num_steps)
+
+    def _compute(self, step: Step) -> list[tuple[Chunk, SampledToken]]:
+        """Takes the time of one step. Returns the token after each chunk that has a `SampleSpec`."""
         shape = step.shape
         duration_s = self._cost.step_s(shape.num_tokens, shape.num_context)
         if duration_s > 0:
             self._sleep(duration_s)
-        return StepOutcome(
-            {chunk.job_id: SampledToken(self._sample(chunk, chunk.sample)) for chunk in step.chunks if chunk.sample}
-        )
+        return [(chunk, SampledToken(self._sample(chunk, chunk.sample))) for chunk in step.chunks if chunk.sample]
 
     def _sample(self, chunk: Chunk, spec: SampleSpec) -> int:
         index, sampling = spec.output_index, spec.sampling

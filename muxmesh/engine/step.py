@@ -5,8 +5,8 @@ Knows no job beyond its id, and no memory beyond block ids.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -65,23 +65,40 @@ class Chunk:
         """How many of the chunk's last tokens need logits."""
         return len(self.token_ids) if self.scoring else int(self.sample is not None)
 
+    def following(self, token_id: int) -> Chunk:
+        """The chunk of the next step in a run of steps, after ``token_id`` was sampled."""
+        assert self.sample is not None, "a token is sampled after the chunk"
+        sample = replace(self.sample, output_index=self.sample.output_index + 1)
+        return replace(self, start=self.start + len(self.token_ids), token_ids=(token_id,), sample=sample)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Chunks of different jobs that are computed together, in one pass over the weights."""
+    """Chunks of different jobs that are computed together, in one pass over the weights.
+
+    ``num_steps`` > 1 allows a run of steps: step i + 1 computes the tokens that step i sampled, each at the next
+    position, and samples at the next output index. Every chunk then has one token and a `SampleSpec` without penalties
+    and bitmask, whose ``banned`` holds for the whole run, and its blocks have a slot for each of the run's positions.
+    """
 
     chunks: tuple[Chunk, ...]
+    num_steps: int = 1
+    """How many steps a runner may compute before it returns; at least 1."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all chunks."""
+        """Tokens of all chunks, in each step."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
     @property
     def shape(self) -> StepShape:
-        """What the step's duration depends on."""
+        """What the duration of the first step depends on."""
+        return self.mean_shape(1)
+
+    def mean_shape(self, num_steps: int) -> StepShape:
+        """The mean of the shapes of the first ``num_steps`` steps, so that a fit sees the time of one step."""
         context = sum(context_of(chunk.start, len(chunk.token_ids)) for chunk in self.chunks)
-        return StepShape(self.num_tokens, context, len(self.chunks))
+        return StepShape(self.num_tokens, context + (num_steps - 1) * len(self.chunks) // 2, len(self.chunks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,22 +111,38 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """What a runner computed. ``kv_bytes_written``: bytes of KV that the step wrote into the pool."""
+    """What a runner computed. ``kv_bytes_written``: bytes of KV that its steps wrote into the pool."""
 
-    sampled: Mapping[int, SampledToken]
-    """Job id → the sampled token, for each chunk with a `SampleSpec`."""
+    sampled: Mapping[int, tuple[SampledToken, ...]]
+    """Job id → the token that each of the ``num_steps`` steps sampled, in order, for each chunk with a `SampleSpec`."""
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     """Job id → log-probabilities of ``next_token_ids``, for each chunk with a `PromptScoring`."""
     kv_bytes_written: int = 0
     failed: Mapping[int, Failed] = field(default_factory=dict)
-    """Job id → why its sequence cannot continue. The job has no token, and its chunk does not count as computed."""
+    """Job id → why its sequence cannot continue. The step that failed does not count as computed and has no token;
+    tokens of earlier steps of the run are in ``sampled``."""
+    num_steps: int = 1
+    """Steps that were computed: at least 1, at most ``Step.num_steps``."""
 
 
 class Runner(Protocol):
     """Computes steps, sampling included, so that a device may sample by itself. Blocks; called from one thread."""
 
+    @property
+    def max_steps(self) -> int:
+        """The longest run of steps that `run` computes; 1 if every token passes through the host."""
+
     def load(self) -> None:
         """Loads the model and warms up. Raises ModelUnsupported if it cannot be loaded."""
 
-    def run(self, step: Step) -> StepOutcome:
-        """Computes the step. After an exception the runner stays usable, and may be given the same chunks again."""
+    def run(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:
+        """Computes ``step.num_steps`` steps, or fewer. Returns when the device has finished all that it began.
+
+        Before it begins each step after the first, it calls ``may_continue``, from its own thread; False ends the run
+        with the steps so far. A runner that enqueues ahead of the device has at most one step enqueued behind the one
+        that the device computes, so that the device is free after at most one more step.
+
+        A sequence that fails or ends in the middle may be computed until the end of the run: what that writes is in
+        its own blocks, and no token that is sampled then is used. After an exception the runner stays usable, and may
+        be given the same chunks again.
+        """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +18,7 @@ from muxmesh.types import TokenLogprobs
 _log = logging.getLogger(__name__)
 
 StepObserver = Callable[[Step, StepOutcome, float], None]
-"""Called after each step that did not raise, with its duration in seconds."""
+"""Called after each run of steps that did not raise, with its duration in seconds."""
 
 
 class StepEngine:
@@ -39,6 +40,8 @@ class StepEngine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._queues: dict[int, asyncio.Queue[Event]] = {}
         self._wake = asyncio.Event()
+        self._has_change = threading.Event()
+        """Set when a job changed since the step in flight was planned: its run of steps ends early."""
         self._step_done = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
         self._death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -49,6 +52,7 @@ class StepEngine:
 
     async def stop(self) -> None:
         """See `Engine`. Blocks the event loop until the step in flight is done."""
+        self._has_change.set()
         if self._loop_task is not None:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
@@ -62,25 +66,27 @@ class StepEngine:
         self._scheduler.add(job)
         queue: asyncio.Queue[Event] = asyncio.Queue()
         self._queues[job.job_id] = queue
-        self._wake.set()
+        self._on_change()
         return self._events(queue)
 
     async def cancel(self, job_id: int) -> None:
         self._queues.pop(job_id, None)
         if self._scheduler.cancel(job_id):
+            self._has_change.set()
             await self._step_done.wait()
 
     def preempt(self, job_id: int) -> None:
         self._scheduler.preempt(job_id)
+        self._has_change.set()
         self._deliver()
 
     def resume(self, job_id: int) -> None:
         self._scheduler.resume(job_id)
-        self._wake.set()
+        self._on_change()
 
     def sequence_changed(self, job_id: int) -> None:
-        """See `Engine`. The scheduler reads the records for each step, so this only wakes an idle loop."""
-        self._wake.set()
+        """See `Engine`. The scheduler reads the records when it plans, so a plan is all that this causes."""
+        self._on_change()
 
     async def wait_dead(self) -> str:
         return await asyncio.shield(self._death)
@@ -112,38 +118,51 @@ class StepEngine:
                 await self._wake.wait()
                 continue
             await self._grant.acquire()
-            await self._run_step()
-            self._grant.release()
+            self._grant.release(await self._run_step())
 
-    async def _run_step(self) -> None:
-        step = self._scheduler.next_step(self._clock.unix_s())
+    async def _run_step(self) -> int:
+        """Plans, computes and applies a step or a run of steps. Returns how many were computed."""
+        self._has_change.clear()
+        step = self._scheduler.next_step(self._clock.unix_s(), self._runner.max_steps)
         if step is None:  # every job was cancelled while the loop waited for the grant
-            return
+            return 0
         self._step_done.clear()
         started_at_s = self._clock.monotonic_s()
         try:
             outcome = await self._run(step)
         except Exception as error:  # the engine loop: an error of the runner fails jobs, not the process
             _log.exception("a step with %d jobs failed", len(step.chunks))
-            self._scheduler.apply(await self._run_one_by_one(step, error))
+            outcome = await self._run_one_by_one(step, error)
+            self._scheduler.apply(outcome)
         else:
-            step_s = self._clock.monotonic_s() - started_at_s
-            self._scheduler.apply(outcome, step_s)
-            self._observe(step, outcome, step_s)
+            run_s = self._clock.monotonic_s() - started_at_s
+            self._scheduler.apply(outcome, run_s)
+            self._observe(step, outcome, run_s)
         self._step_done.set()
         self._deliver()
+        return outcome.num_steps
 
     async def _run(self, step: Step) -> StepOutcome:
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, step))
+        loop, run = asyncio.get_running_loop(), self._runner.run
+        return await asyncio.shield(loop.run_in_executor(self._thread, run, step, self._may_continue))
+
+    def _may_continue(self) -> bool:
+        """Called in the runner's thread: False as soon as another worker waits, or the next step may differ."""
+        return not (self._has_change.is_set() or self._grant.is_recalled)
+
+    def _on_change(self) -> None:
+        self._has_change.set()
+        self._wake.set()
 
     async def _run_one_by_one(self, step: Step, error: Exception) -> StepOutcome:
         """Computes each chunk of a step that raised ``error`` alone, so that only the sequences that raise alone fail.
 
-        A chunk may be computed again: it writes the same KV, and its token depends on seed and index.
+        Of a run of steps, only the first is computed again: it writes the same KV, and its token depends on seed and
+        index.
         """
         if len(step.chunks) == 1:
             return StepOutcome({}, failed={step.chunks[0].job_id: _failed(error)})
-        sampled: dict[int, SampledToken] = {}
+        sampled: dict[int, tuple[SampledToken, ...]] = {}
         logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         failed: dict[int, Failed] = {}
         for chunk in step.chunks:

@@ -1,7 +1,7 @@
 """The prefill service over its socket, with a real unit behind it and a sim engine."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -214,12 +214,14 @@ async def test_a_prompt_that_does_not_fit_its_lease_fails_and_the_lease_is_relea
 class ScoringRunner:
     """A `Runner` whose log-probabilities tell the position that they are of."""
 
+    max_steps = 1
+
     def load(self) -> None: ...
 
-    def run(self, step: Step) -> StepOutcome:
+    def run(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:
         sampled = sim_runner().run(step).sampled
         return StepOutcome(
-            {job_id: SampledToken(one.token_id, _scored(one.token_id, -0.5)) for job_id, one in sampled.items()},
+            {job_id: (SampledToken(one.token_id, _scored(one.token_id, -0.5)),) for job_id, (one,) in sampled.items()},
             {
                 chunk.job_id: tuple(
                     _scored(token, -float(chunk.start + offset))

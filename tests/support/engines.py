@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from muxmesh.clock import Clock, SystemClock
@@ -31,14 +31,18 @@ class GatedRunner:
         self._open = False
         self.steps: list[Step] = []
 
+    @property
+    def max_steps(self) -> int:
+        return self._inner.max_steps
+
     def load(self) -> None:
         self._inner.load()
 
-    def run(self, step: Step) -> StepOutcome:
+    def run(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:
         self.steps.append(step)
         if not self._open:
             self._permits.acquire()
-        return self._inner.run(step)
+        return self._inner.run(step, may_continue)
 
     def let(self, num_steps: int = 1) -> None:
         """Lets this many steps run."""
@@ -63,24 +67,30 @@ class FailingRunner:
         self._failing = None if failing is None else set(failing)
         self._inner = inner or sim_runner()
 
+    @property
+    def max_steps(self) -> int:
+        return self._inner.max_steps
+
     def load(self) -> None:
         self._inner.load()
 
-    def run(self, step: Step) -> StepOutcome:
+    def run(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:
         if self._failing is None or any(chunk.job_id in self._failing for chunk in step.chunks):
             raise ArithmeticError("nan in layer 3")
-        return self._inner.run(step)
+        return self._inner.run(step, may_continue)
 
 
 class UncomputableRunner:
     """A `Runner` in which every sequence fails after ``after`` steps, as one whose logits are not finite."""
+
+    max_steps = 1
 
     def __init__(self, after: int) -> None:
         self._num_left = after
 
     def load(self) -> None: ...
 
-    def run(self, step: Step) -> StepOutcome:
+    def run(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:
         self._num_left -= 1
         if self._num_left >= 0:
             return sim_runner().run(step)

@@ -45,7 +45,7 @@ async def test_a_worker_that_computes_alone_keeps_the_grant_and_rings_no_bell(ta
     await grant.acquire()
     asyncio.get_running_loop().remove_reader(table.doorbell_fd)
     for _ in range(5):
-        grant.release()
+        grant.release(1)
         await grant.acquire()
     with pytest.raises(BlockingIOError):
         os.eventfd_read(table.doorbell_fd)
@@ -63,7 +63,7 @@ async def test_workers_take_turns_and_never_have_the_grant_together(table: Grant
             order.append(name)
             await asyncio.sleep(0)
             holding.discard(name)
-            grant.release()
+            grant.release(1)
         grant.drop()
 
     async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
@@ -81,7 +81,7 @@ async def test_a_recalled_grant_is_returned_after_the_steps_that_it_covers(table
     table.page.write(attachment.slot, Word.RECALLED, 1)
     left = []
     for _ in range(3):
-        grant.release()
+        grant.release(1)
         left.append(table.page.read(attachment.slot, Word.GRANTED_STEPS))
     assert left == [3, 3, 0]
 
@@ -92,7 +92,7 @@ async def test_an_idle_worker_returns_the_grant(table: GrantTable) -> None:
     await first.acquire()
     waiting = asyncio.create_task(second.acquire())
     await asyncio.sleep(0)
-    first.release()
+    first.release(1)
     first.drop()
     async with asyncio.timeout(30):
         await waiting
@@ -123,7 +123,7 @@ async def test_busy_time_is_the_time_between_acquire_and_release(table: GrantTab
     for seconds in (0.25, 0.5):
         await grant.acquire()
         clock.advance(seconds)
-        grant.release()
+        grant.release(1)
         clock.advance(100)
     assert table.page.read(attachment.slot, Word.BUSY_NS) == 750_000_000
 

@@ -73,7 +73,7 @@ async def test_a_native_model_samples_what_its_runner_samples(tmp_path: Path) ->
     expected: list[int] = []
     for index in range(6):
         chunk = Chunk(1, 0, (*PROMPT, *expected), BLOCKS, SampleSpec(greedy, index))
-        expected.append(runner.run(Step((chunk,))).sampled[1].token_id)
+        expected.append(runner.run(Step((chunk,))).sampled[1][0].token_id)
     assert tokens == expected
 
 

@@ -28,7 +28,12 @@ OpenForward = Callable[[KvView], Forward]
 
 
 class LogitsRunner:
-    """A `Runner` over any `Forward`. `run` needs `load` first."""
+    """A `Runner` over any `Forward`. `run` needs `load` first.
+
+    Computes one step at a time: the host samples, so no token could be fed back without it.
+    """
+
+    max_steps = 1
 
     def __init__(self, view: KvView, open_forward: OpenForward) -> None:
         self._view = view
@@ -37,11 +42,11 @@ class LogitsRunner:
     def load(self) -> None:
         self._forward = self._open_forward(self._view)
 
-    def run(self, step: Step) -> StepOutcome:
+    def run(self, step: Step, may_continue: Callable[[], bool] = lambda: False) -> StepOutcome:
         logits = self._forward.logits(lay_out(step, self._view))
         # The maximum is finite unless the row has NaN or inf, or nothing but -inf.
         is_finite = np.isfinite(logits.max(axis=1, initial=-np.inf))
-        sampled: dict[int, SampledToken] = {}
+        sampled: dict[int, tuple[SampledToken, ...]] = {}
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         failed: dict[int, Failed] = {}
         first = 0
@@ -59,7 +64,7 @@ class LogitsRunner:
                 )
             if chunk.sample is not None:
                 try:
-                    sampled[chunk.job_id] = sample_token(logits[rows][-1], chunk.sample)
+                    sampled[chunk.job_id] = (sample_token(logits[rows][-1], chunk.sample),)
                 except SequenceFailed as error:
                     failed[chunk.job_id] = Failed(str(error), SequenceFailed)
         num_bytes = step.num_tokens * self._view.shape.kv_bytes_per_token

@@ -14,7 +14,7 @@ def test_the_grant_of_a_device_without_other_workers_is_acquired_without_waiting
     for _ in range(2):
         with pytest.raises(StopIteration):  # it ends at its first step: it has awaited nothing
             grant.acquire().send(None)
-        grant.release()
+        grant.release(1)
     grant.drop()
 
 
@@ -25,6 +25,6 @@ def test_a_job_ends_with_its_sequence_unless_it_has_a_limit(max_new_tokens: int 
     jobs.add(EngineJob(1, SequenceRecord(request, 16, b"", (0,)), max_new_tokens))
     num_steps = 0
     while jobs.next_step(0.0):
-        jobs.apply(StepOutcome({1: SampledToken(5)}))
+        jobs.apply(StepOutcome({1: (SampledToken(5),)}))
         num_steps += 1
     assert num_steps == num_tokens

@@ -64,7 +64,7 @@ def run(jobs: Scheduler, *tokens: int) -> Step:
     step = jobs.next_step(0.0)
     assert step is not None
     sampling = [chunk.job_id for chunk in step.chunks if chunk.sample]
-    jobs.apply(StepOutcome({job_id: SampledToken(token) for job_id, token in zip(sampling, tokens, strict=True)}))
+    jobs.apply(StepOutcome({job_id: (SampledToken(token),) for job_id, token in zip(sampling, tokens, strict=True)}))
     return step
 
 
@@ -162,7 +162,7 @@ def test_the_outcome_of_a_job_that_was_cancelled_in_flight_is_dropped() -> None:
     step = jobs.next_step(0.0)
     assert jobs.cancel(1) is True
     assert step is not None
-    jobs.apply(StepOutcome({1: SampledToken(7), 2: SampledToken(8)}))
+    jobs.apply(StepOutcome({1: (SampledToken(7),), 2: (SampledToken(8),)}))
     assert jobs.drain_events() == [(2, Tokens(0, (8,)))]
     assert jobs.cancel(2) is False
     assert jobs.next_step(0.0) is None
@@ -186,7 +186,7 @@ def test_a_job_in_flight_is_paused_after_its_step() -> None:
     jobs.next_step(0.0)
     jobs.preempt(1)
     assert jobs.drain_events() == []
-    jobs.apply(StepOutcome({1: SampledToken(7)}))
+    jobs.apply(StepOutcome({1: (SampledToken(7),)}))
     assert jobs.drain_events() == [(1, Tokens(0, (7,))), (1, Preempted())]
 
 
@@ -195,7 +195,7 @@ def test_a_failed_sequence_ends_alone_and_its_chunk_does_not_count_as_computed()
     jobs.add(failing)
     jobs.add(sound)
     jobs.next_step(0.0)
-    jobs.apply(StepOutcome({2: SampledToken(7)}, failed={1: Failed("not finite", SequenceFailed)}))
+    jobs.apply(StepOutcome({2: (SampledToken(7),)}, failed={1: Failed("not finite", SequenceFailed)}))
     assert jobs.drain_events() == [(1, Failed("not finite", SequenceFailed)), (2, Tokens(0, (7,)))]
     assert (failing.sequence.num_computed_tokens, sound.sequence.num_computed_tokens) == (0, 4)
     assert [chunk[0] for chunk in shape(jobs.next_step(0.0))] == [2]
@@ -215,7 +215,7 @@ def test_a_sampled_token_that_the_model_does_not_have_fails_its_sequence(token_i
     jobs, failing = scheduler(), job(1)
     jobs.add(failing)
     jobs.next_step(0.0)
-    jobs.apply(StepOutcome({1: SampledToken(token_id)}))
+    jobs.apply(StepOutcome({1: (SampledToken(token_id),)}))
     reason = f"the runner sampled token id {token_id}; the model has {VOCAB_SIZE} tokens"
     assert jobs.drain_events() == [(1, Failed(reason, SequenceFailed))]
     assert failing.sequence.num_output_tokens == 0
@@ -232,9 +232,9 @@ def test_a_sequence_knows_how_long_steps_have_computed_it() -> None:
     jobs, long = scheduler(token_budget=3), job(1, prompt=6)
     jobs.add(long)
     jobs.next_step(0.0)
-    jobs.apply(StepOutcome({}), step_s=0.5)
+    jobs.apply(StepOutcome({}), run_s=0.5)
     jobs.next_step(0.0)
-    jobs.apply(StepOutcome({1: SampledToken(7)}), step_s=0.25)
+    jobs.apply(StepOutcome({1: (SampledToken(7),)}), run_s=0.25)
     assert long.sequence.computing_s == 0.75
 
 
@@ -317,7 +317,7 @@ def test_a_pre_emption_that_is_taken_back_during_the_step_has_no_effect() -> Non
     jobs.next_step(0.0)
     jobs.preempt(1)
     jobs.resume(1)
-    jobs.apply(StepOutcome({1: SampledToken(7)}))
+    jobs.apply(StepOutcome({1: (SampledToken(7),)}))
     assert jobs.drain_events() == [(1, Tokens(0, (7,)))]
     assert jobs.has_work()
 
@@ -327,7 +327,7 @@ def test_a_job_that_ends_in_the_step_is_not_pre_empted() -> None:
     jobs.add(job(1, limit=1))
     jobs.next_step(0.0)
     jobs.preempt(1)
-    jobs.apply(StepOutcome({1: SampledToken(7)}))
+    jobs.apply(StepOutcome({1: (SampledToken(7),)}))
     assert jobs.drain_events() == [(1, Tokens(0, (7,))), (1, JobDone())]
 
 
@@ -362,7 +362,7 @@ def test_requested_log_probabilities_are_in_the_event_of_their_token() -> None:
     jobs.add(job(1))
     jobs.next_step(0.0)
     logprobs = TokenLogprobs(Candidate(7, -0.5, 1))
-    jobs.apply(StepOutcome({1: SampledToken(7, logprobs)}))
+    jobs.apply(StepOutcome({1: (SampledToken(7, logprobs),)}))
     assert jobs.drain_events() == [(1, Tokens(0, (7,), (logprobs,)))]
 
 

@@ -19,7 +19,7 @@ def length(profile: SimProfile, last_of_prompt: int, seed: int = 0, banned: froz
     for index in range(CAP):
         spec = SampleSpec(Sampling(seed=seed), index, banned)
         outcome = runner.run(Step((Chunk(1, index, (token,), (), spec),)))
-        token = outcome.sampled[1].token_id
+        token = outcome.sampled[1][0].token_id
         if token == EOS:
             return index + 1
     return CAP
@@ -51,7 +51,7 @@ def sample(
 ) -> int:
     """The token that is sampled after the token ``last``."""
     runner = SimRunner(profile or SimProfile(), token_ids, EOS)
-    return runner.run(Step((Chunk(1, 0, (last,), (), spec),))).sampled[1].token_id
+    return runner.run(Step((Chunk(1, 0, (last,), (), spec),))).sampled[1][0].token_id
 
 
 def test_a_token_depends_on_the_token_before_it_the_index_and_the_seed() -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -37,9 +37,10 @@ async def next_of(events: AsyncIterator[Event]) -> Event:
 
 
 class CountingGrant:
-    """A grant that a test gives, and that counts the calls."""
+    """A grant that a test gives and recalls, and that counts the calls."""
 
     def __init__(self) -> None:
+        self.is_recalled = False
         self.given = asyncio.Event()
         self.calls: list[str] = []
 
@@ -47,7 +48,7 @@ class CountingGrant:
         self.calls.append("acquire")
         await self.given.wait()
 
-    def release(self) -> None:
+    def release(self, num_steps: int) -> None:
         self.calls.append("release")
 
     def drop(self) -> None:
@@ -205,9 +206,11 @@ async def test_each_step_is_observed_with_its_duration() -> None:
     clock = ManualClock()
 
     class SlowRunner:
+        max_steps = 1
+
         def load(self) -> None: ...
 
-        def run(self, step: Step) -> StepOutcome:
+        def run(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:
             clock.advance(0.25)
             return sim_runner().run(step)
 
@@ -247,7 +250,7 @@ async def test_a_sequence_that_its_runner_cannot_compute_fails_and_no_step_is_re
     class Runner(FailingRunner):
         num_steps = 0
 
-        def run(self, step: Step) -> StepOutcome:
+        def run(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:
             self.num_steps += 1
             outcome, failed = sim_runner().run(step), Failed("logits are not finite", SequenceFailed)
             return StepOutcome(
@@ -347,7 +350,7 @@ async def test_the_runner_is_loaded_and_run_in_one_thread_of_the_engine() -> Non
         def load(self) -> None:
             threads.add(threading.current_thread().name)
 
-        def run(self, step: Step) -> StepOutcome:
+        def run(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:
             threads.add(threading.current_thread().name)
             return sim_runner().run(step)
 

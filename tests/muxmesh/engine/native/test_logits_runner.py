@@ -52,7 +52,7 @@ def run(view: KvView, forward: SuccessorForward) -> Callable[..., dict[int, int]
     """Runs a step; returns the sampled token of each job."""
     runner = LogitsRunner(view, lambda opened: forward)
     runner.load()
-    return lambda *chunks: {job: token.token_id for job, token in runner.run(Step(chunks)).sampled.items()}
+    return lambda *chunks: {job: token.token_id for job, (token,) in runner.run(Step(chunks)).sampled.items()}
 
 
 def test_loading_opens_the_forward_pass_once_over_the_pool(view: KvView, forward: SuccessorForward) -> None:
@@ -101,7 +101,7 @@ def runner(view: KvView, forward: SuccessorForward) -> LogitsRunner:
 def test_log_probabilities_of_a_sampled_token_are_those_of_its_row(runner: LogitsRunner) -> None:
     spec = SampleSpec(Sampling(temperature=0.0, logprobs=2), 0)
     outcome = runner.run(Step((Chunk(4, 0, (1,), (1,)), Chunk(5, 0, (3,), (0,), spec))))
-    assert outcome.sampled[5].logprobs == token_logprobs(successor_logits(np.array([3]))[0], 4, 2)
+    assert outcome.sampled[5][0].logprobs == token_logprobs(successor_logits(np.array([3]))[0], 4, 2)
 
 
 def test_each_token_of_a_scored_chunk_is_scored_by_the_row_before_it(runner: LogitsRunner) -> None:
@@ -112,14 +112,14 @@ def test_each_token_of_a_scored_chunk_is_scored_by_the_row_before_it(runner: Log
         5: tuple(token_logprobs(row, token, 1) for row, token in zip(rows, (2, 8, 4), strict=True))
     }
     assert [scored.chosen.rank == 1 for scored in outcome.prompt_logprobs[5]] == [True, False, True]
-    assert outcome.sampled[4].token_id == 7
+    assert outcome.sampled[4][0].token_id == 7
 
 
 def test_the_last_chunk_of_a_scored_prompt_is_scored_and_sampled(runner: LogitsRunner) -> None:
     chunk = Chunk(5, 0, (1, 2, 3), (0,), GREEDY, PromptScoring((2, 3), 0))
     outcome = runner.run(Step((chunk,)))
     assert len(outcome.prompt_logprobs[5]) == 2
-    assert outcome.sampled[5].token_id == 4
+    assert outcome.sampled[5][0].token_id == 4
 
 
 def test_a_step_reports_the_kv_bytes_of_all_its_tokens(runner: LogitsRunner, view: KvView) -> None:
@@ -167,7 +167,7 @@ def test_logits_that_are_not_finite_fail_their_sequence_only(
 
 def test_a_token_with_the_logit_minus_infinity_is_never_sampled_and_fails_nothing(view: KvView) -> None:
     outcome = outcome_of(view, Step((Chunk(4, 0, (1,), (0,), SampleSpec(Sampling(seed=1), 0)),)), [-np.inf, -np.inf, 1])
-    assert (outcome.sampled[4].token_id, outcome.failed) == (2, {})
+    assert (outcome.sampled[4][0].token_id, outcome.failed) == (2, {})
 
 
 def test_a_prompt_is_not_scored_by_logits_that_are_not_finite(view: KvView) -> None:
@@ -182,4 +182,4 @@ def test_a_request_that_leaves_no_token_fails_by_name(view: KvView) -> None:
     assert outcome.failed == {
         4: Failed("no token may be sampled at output index 3: every logit is -inf", SequenceFailed)
     }
-    assert outcome.sampled[5].token_id == 1
+    assert outcome.sampled[5][0].token_id == 1

@@ -119,7 +119,7 @@ def test_greedy_tokens_are_those_of_transformers(case: Case) -> None:
     tokens, sequence = [], list(prompt)
     position, part = 0, prompt
     for _ in range(24):
-        token = case.runner.run(Step((Chunk(1, position, tuple(part), (7, 3, 9), GREEDY),))).sampled[1].token_id
+        token = case.runner.run(Step((Chunk(1, position, tuple(part), (7, 3, 9), GREEDY),))).sampled[1][0].token_id
         position, part = len(sequence), (token,)
         sequence.append(token)
         tokens.append(token)
