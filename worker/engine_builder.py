@@ -42,7 +42,7 @@ def _runner(config: ModelConfig, prepared: PreparedModel, spec: ModelSpec, pool:
     if config.engine == "sim":
         # In the built-in byte tokenizer these are printable characters; in others, what follows the special tokens.
         token_ids = range(35, 93) if prepared.folder is None else range(min(256, spec.vocab_size - 1), spec.vocab_size)
-        return SimRunner(config.sim, token_ids, min(spec.eos_token_ids, default=0))
+        return SimRunner(config.sim, token_ids, min(spec.eos_token_ids, default=0), max_steps=config.max_decode_steps)
     from muxmesh.engine.native.cpu.forward import open_cpu_forward  # noqa: PLC0415 - only this engine needs numba
     from muxmesh.engine.native.cpu.thread_team import Team  # noqa: PLC0415
     from muxmesh.engine.native.logits_runner import LogitsRunner  # noqa: PLC0415

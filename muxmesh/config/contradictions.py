@@ -126,3 +126,9 @@ def _device_problems(unit: UnitConfig, model: ModelConfig) -> Iterator[tuple[str
     for field in _GPU_MODEL_FIELDS:
         if field in model.model_fields_set:
             yield field, f"has no effect with device: {unit.device}; it is for device: cuda:N"
+    if model.engine != "sim" and "continuous_decode_steps" in model.model_fields_set:
+        yield (
+            "continuous_decode_steps",
+            f"has no effect with engine: {model.engine} on device: {unit.device}; "
+            "it is for device: cuda:N and for engine: sim",
+        )

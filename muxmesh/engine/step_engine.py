@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +17,9 @@ from muxmesh.errors import WorkerLost
 from muxmesh.types import TokenLogprobs
 
 _log = logging.getLogger(__name__)
+
+_LONGEST_RUN_S = 0.02
+"""A run of steps ends after this time. Its tokens are sent together, and a reader is not to see them come in bursts."""
 
 StepObserver = Callable[[Step, StepOutcome, float], None]
 """Called after each run of steps that did not raise, with its duration in seconds."""
@@ -143,12 +147,15 @@ class StepEngine:
         return outcome.num_steps
 
     async def _run(self, step: Step) -> StepOutcome:
-        loop, run = asyncio.get_running_loop(), self._runner.run
-        return await asyncio.shield(loop.run_in_executor(self._thread, run, step, self._may_continue))
+        may_continue = functools.partial(self._may_continue, self._clock.monotonic_s() + _LONGEST_RUN_S)
+        run = asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, step, may_continue)
+        return await asyncio.shield(run)
 
-    def _may_continue(self) -> bool:
-        """Called in the runner's thread: False as soon as another worker waits, or the next step may differ."""
-        return not (self._has_change.is_set() or self._grant.is_recalled)
+    def _may_continue(self, ends_at_s: float) -> bool:
+        """Called in the runner's thread. False once another worker waits, another plan may be better, or it is late."""
+        if self._grant.is_recalled or self._has_change.is_set():
+            return False
+        return self._clock.monotonic_s() < ends_at_s
 
     def _on_change(self) -> None:
         self._has_change.set()

@@ -159,6 +159,11 @@ def test_a_setting_of_another_policy_has_no_effect(order: dict[str, Any], withou
             "{models: [{name: a, compute_share: 50}]}",
             "models[0].compute_share: has no effect with device: cpu; it is for device: cuda:N",
         ),
+        (
+            "{models: [{name: a, continuous_decode_steps: 4}]}",
+            "models[0].continuous_decode_steps: has no effect with engine: native on device: cpu; "
+            "it is for device: cuda:N and for engine: sim",
+        ),
         ("{mps: off, models: [{name: a}]}", "mps: has no effect with device: cpu; it is for device: cuda:N"),
         (
             "{device: 'cuda:1', models: [{name: a, threads: 2}]}",

@@ -207,3 +207,10 @@ def test_exempt_clients_are_addresses_and_networks_and_survive_the_runtime_file(
     read = MeshConfig.model_validate_json(given.model_dump_json())
     assert [str(one) for one in read.router.exempt_clients] == ["10.0.0.5/32", "10.1.0.0/16", "2001:db8::/64"]
     assert read == given
+
+
+@pytest.mark.parametrize(("engine", "set_to", "steps"), [("native", None, 8), ("sim", None, 1), ("sim", 4, 4)])
+def test_decode_steps_run_in_a_row_on_a_device_and_if_set_in_the_sim_engine(
+    engine: Any, set_to: int | None, steps: int
+) -> None:
+    assert ModelConfig(name="m", engine=engine, continuous_decode_steps=set_to).max_decode_steps == steps
