@@ -6,6 +6,8 @@ from pathlib import Path
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 # Read when numpy is loaded: small products are slower on several threads, and routers fit on one.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Read when a Triton kernel is imported: kernels run in Triton's interpreter, on CPU tensors. With 0, on a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from muxmesh.engine.native.kernel_cache import kernel_cache_dir
 

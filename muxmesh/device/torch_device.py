@@ -43,6 +43,10 @@ class TorchDevice(Protocol):
         """Streaming multiprocessors that this process may use."""
 
     @property
+    def compute_capability(self) -> tuple[int, int]:
+        """Major and minor; sizes of tiles depend on it."""
+
+    @property
     def is_interpreted(self) -> bool:
         """True if kernels are interpreted over CPU tensors."""
 
@@ -86,6 +90,7 @@ class CudaDevice:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         self.num_sms = int(properties.multi_processor_count)
+        self.compute_capability = (int(properties.major), int(properties.minor))
         self._copy_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         if green_share < 100:
             self._compute_stream, self.num_sms = _green_stream(self.num_sms, green_share)
@@ -164,6 +169,7 @@ class InterpretedDevice:
             raise DeviceError("Triton compiles kernels in this process: TRITON_INTERPRET=1 is not in its environment")
         self.torch_device = torch.device("cpu")
         self.num_sms = num_sms
+        self.compute_capability = (9, 0)
 
     def upload(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(array))
