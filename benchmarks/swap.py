@@ -128,7 +128,7 @@ def quality(report: Report, data: Path) -> None:
     """Measures the change of the NLL, the sizes and the speeds."""
     with TemporaryDirectory() as state_dir:
         prepared = prepare_model(
-            ModelConfig(name=DEFAULT_MODEL), Path(state_dir), cache_dir(), lambda what, done, total: None
+            ModelConfig(name=DEFAULT_MODEL), "panels", Path(state_dir), cache_dir(), lambda what, done, total: None
         )
     assert prepared.folder is not None
     assert prepared.image is not None

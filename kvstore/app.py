@@ -27,7 +27,7 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
     """
     config, clock = runtime.unit(unit_name), SystemClock()
     models = {
-        model.name: UnitModel.of(config, model, model_spec(runtime.prepared[model.name].folder))
+        model.name: UnitModel.of(config, model, model_spec(runtime.prepared_model(unit_name, model.name).folder))
         for model in config.models
     }
     policy = runtime.config.order.scheduling_policy()

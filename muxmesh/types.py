@@ -9,6 +9,9 @@ from enum import StrEnum
 from statistics import NormalDist
 from typing import Literal
 
+Dtype = Literal["float32", "float16", "bfloat16"]
+"""Data type of weights, activations or KV."""
+
 KvFormat = Literal["raw", "int8"]
 """Format of swapped KV: the exact bits, or quantized to 8 bits."""
 

@@ -98,10 +98,10 @@ def load_models(runtime: MeshRuntime) -> ServedModels:
     """Loads the tokenizer and limits of every model of the mesh. Raises ModelUnsupported for an unusable folder."""
     served = ServedModels()
     for name, config in runtime.config.models().items():
-        folder = runtime.prepared[name].folder
+        units = [runtime.model(unit.name, name) for unit in runtime.config.units_of(name)]
+        folder = runtime.prepared_model(units[0][0].name, name).folder
         text = load_text_model(folder)
         spec = model_spec(folder).ended_by(text.eos_token_id)
-        units = [runtime.model(unit.name, name) for unit in runtime.config.units_of(name)]
         defaults = sampling_defaults(config, folder)
         limits = ModelLimits.of(config, spec, units, defaults)
         unit_names = tuple(unit.name for unit, _ in units)

@@ -85,7 +85,7 @@ async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: Open
     endpoint = endpoints[key]
     attachment = await attach(runtime.attach_path(key.unit), Role(key.role), key.model, endpoint.address)
     attachment.on_unit_lost(lambda: stop.give_up("the unit is lost"))
-    prepared = runtime.prepared[key.model]
+    prepared = runtime.prepared_model(key.unit, key.model)
     shape = model_spec(prepared.folder).kv_shape(config.block_size, config.kv_dtype)
     grant = ComputeGrant(attachment, clock)
     policy = runtime.config.order.scheduling_policy()

@@ -12,7 +12,7 @@ from muxmesh import __version__
 from muxmesh.cli import argument_types, loadtest_options
 from muxmesh.quoting import cut_to_bytes
 from muxmesh.scheduling_policy import PolicyName
-from muxmesh.types import DEFAULT_ADDRESS
+from muxmesh.types import DEFAULT_ADDRESS, Dtype
 
 _MAX_MESSAGE_BYTES = 500
 """Of an error about arguments, which lists what is possible."""
@@ -327,6 +327,7 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     pull = _command(model, "pull", "Download and prepare a catalog model, unless it is present.", "model")
     pull.set_defaults(action="pull")
     pull.add_argument("name", metavar="NAME", help="a name that `muxmesh model list` shows")
+    _add_dtype(pull, "prepare the weights for a GPU in this data type (default: for a CPU, in float32)")
     _add_json(pull)
     inspect = _command(
         model, "inspect", "Show what an engine would load from a model, or why it cannot load it.", "model"
@@ -337,4 +338,9 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="PATH",
         help="a folder in Hugging Face style, a GGUF file, or the name of a downloaded catalog model",
     )
+    _add_dtype(inspect, "sizes on a GPU with this `dtype` (default: on a CPU, in float32)")
     _add_json(inspect)
+
+
+def _add_dtype(command: argparse.ArgumentParser, meaning: str) -> None:
+    command.add_argument("--dtype", choices=get_args(Dtype), help=meaning)

@@ -14,10 +14,12 @@ from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CATALOG, find_catalog_model, hub_hint
 from muxmesh.models.model_check import check_model, is_model, local_path
 from muxmesh.models.model_download import model_folder
-from muxmesh.models.model_spec import ModelSpec
+from muxmesh.models.model_spec import DTYPE_BYTES, ModelSpec
 from muxmesh.models.prepared_model import prepare_model
 from muxmesh.models.sampling_defaults import SamplingDefaults
+from muxmesh.models.weight_image import Packing
 from muxmesh.quoting import quoted
+from muxmesh.types import Dtype
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -52,8 +54,9 @@ def _pull(arguments: argparse.Namespace) -> int:
             f"{quoted(arguments.name)} is on this machine, so there is nothing to download: name it as `source` in "
             "mesh.yaml; `muxmesh model inspect` shows it"
         )
-    model = ModelConfig(name=find_catalog_model(arguments.name).name)
-    prepared = prepare_model(model, cache_dir(), cache_dir(), ProgressBar(arguments.name))
+    model = ModelConfig(name=find_catalog_model(arguments.name).name, dtype=arguments.dtype or "float32")
+    packing: Packing = "panels" if arguments.dtype is None else "rows"
+    prepared = prepare_model(model, packing, cache_dir(), cache_dir(), ProgressBar(arguments.name))
     if arguments.json:
         print_json({"name": arguments.name, "folder": str(prepared.folder), "image": str(prepared.image)})
     else:
@@ -66,7 +69,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if not os.path.lexists(path) and arguments.path in CATALOG:
         path = model_folder(CATALOG[arguments.path], cache_dir())
     if is_model(path):
-        facts = _facts(path)
+        facts = _facts(path, arguments.dtype or "float32")
     elif not os.path.lexists(path):
         raise ConfigError(_why_absent(arguments.path))
     else:
@@ -87,13 +90,13 @@ def _why_absent(name: str) -> str:
     return f"{quoted(name)} is neither a folder, nor a .gguf file, nor in the catalog ({available}){hub_hint(name)}"
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _facts(path: Path, dtype: Dtype) -> dict[str, Any]:
     """What an engine would load from a folder, or a GGUF file, which is converted first. Raises ModelUnsupported."""
     model = check_model(path)
     problem = None if model.chat_template is None else model.chat_template.problem
     return {
         "folder" if path.is_dir() else "file": str(path),
-        **_spec_facts(model.spec),
+        **_spec_facts(model.spec, dtype),
         "sampling_defaults": _given(model.sampling_defaults),
         "chat_template": model.chat_template is not None and problem is None,
         "chat_template_problem": problem,
@@ -102,8 +105,8 @@ def _facts(path: Path) -> dict[str, Any]:
     }
 
 
-def _spec_facts(spec: ModelSpec) -> dict[str, Any]:
-    kv = spec.kv_shape(ModelConfig(name="m").block_size, "float32")
+def _spec_facts(spec: ModelSpec, dtype: Dtype) -> dict[str, Any]:
+    kv = spec.kv_shape(ModelConfig(name="m").block_size, dtype)
     rope = spec.rope_scaling
     return {
         "architecture": spec.architecture,
@@ -122,8 +125,8 @@ def _spec_facts(spec: ModelSpec) -> dict[str, Any]:
         "rope_theta": spec.rope_theta,
         "rope_scaling": None if rope is None else {"type": type(rope).__name__, **dataclasses.asdict(rope)},
         "eos_token_ids": sorted(spec.eos_token_ids),
-        "loaded_as": "float32",
-        "image_bytes": 4 * spec.num_parameters,
+        "loaded_as": dtype,
+        "image_bytes": DTYPE_BYTES[dtype] * spec.num_parameters,
         "kv_bytes_per_token": kv.kv_bytes_per_token,
     }
 

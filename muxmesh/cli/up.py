@@ -26,11 +26,11 @@ from muxmesh.clock import SystemClock
 from muxmesh.config.contradictions import order_without_effect
 from muxmesh.config.load import default_config, load_mesh_config, with_listen
 from muxmesh.config.runtime import MeshRuntime, PreparedModel
-from muxmesh.config.schema import Location, MeshConfig, ModelConfig
+from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
 from muxmesh.errors import ConfigError, MeshError
 from muxmesh.lifecycle import configure_logging, raise_file_limit
 from muxmesh.models.model_check import local_path
-from muxmesh.models.prepared_model import machine_problems, model_problems, prepare_model
+from muxmesh.models.prepared_model import machine_problems, model_problems, packing_of, prepare_model
 from muxmesh.supervisor.listen_address import public_listen_warning
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, ShowLine, free_listen_address, make_runtime, state_lock
 from muxmesh.supervisor.redis_server import redis_url_problems
@@ -65,7 +65,9 @@ def _run(arguments: argparse.Namespace) -> int:
     config = loaded.config.model_copy(update={"listen": free_listen_address(loaded.config.listen)})
     state_dir = local_path(str(arguments.state_dir or default_state_dir()), current_dir())
     with state_lock(state_dir):
-        prepared = {name: _prepare(model, base_dir) for name, model in config.models().items()}
+        prepared = {
+            unit.name: {model.name: _prepare(unit, model, base_dir) for model in unit.models} for unit in config.units
+        }
         loaded.refuse(check_models(config))  # downloaded models are checked here
         runtime = make_runtime(config, prepared, state_dir, cache_dir())
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -73,10 +75,10 @@ def _run(arguments: argparse.Namespace) -> int:
             return runner.run(_serve(runtime, state_dir, show_line, arguments.hello, started_at_s))
 
 
-def _prepare(model: ModelConfig, base_dir: Path) -> PreparedModel:
+def _prepare(unit: UnitConfig, model: ModelConfig, base_dir: Path) -> PreparedModel:
     """See `prepare_model`. Raises ConfigError if the cache cannot be written."""
     try:
-        return prepare_model(model, base_dir, cache_dir(), ProgressBar(model.name))
+        return prepare_model(model, packing_of(unit), base_dir, cache_dir(), ProgressBar(model.name))
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"{model.name} cannot be prepared in {cache_dir()}: {reason}") from error

@@ -30,9 +30,9 @@ class PreparedModel(BaseModel):
     folder: Path | None
     """Folder in Hugging Face format with config and tokenizer. None for a sim model without a source."""
     image: Path | None
-    """Weight image that all workers map. None for the sim engine."""
+    """Weight image that all workers of a unit share, packed for the unit's device. None for the sim engine."""
     weights_fingerprint: str
-    """Differs between models with different weights. Part of the identity of their KV."""
+    """Differs between models with different weights or data types. Part of the identity of their KV."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,8 @@ class MeshRuntime(BaseModel):
     """Folder of downloaded models and compiled kernels."""
     redis_url: str
     """URL of the Redis with the process registry."""
-    prepared: dict[str, PreparedModel]
-    """The files of each model, by model name."""
+    prepared: dict[str, dict[str, PreparedModel]]
+    """The files of each model of each unit, by unit name and model name."""
     device_uuids: dict[str, str] = {}
     """UUID of the GPU of each unit on one, by unit name. In the processes of the unit CUDA_VISIBLE_DEVICES holds it, so
     their device has index 0."""
@@ -99,6 +99,10 @@ class MeshRuntime(BaseModel):
                 return found, model
         served = ", ".join(sorted(model.name for model in found.models))
         raise ConfigError(f"unit {unit} has no model {quoted(name)}; models: {served}")
+
+    def prepared_model(self, unit: str, model: str) -> PreparedModel:
+        """The files of ``model`` for the device of ``unit``, both of which the mesh has."""
+        return self.prepared[unit][model]
 
     def endpoints(self) -> dict[ProcessKey, Endpoint]:
         """All processes of this mesh in a fixed order: by unit, kvstore before workers; the router last."""

@@ -25,11 +25,9 @@ from pydantic import (
 
 from muxmesh.quoting import quoted
 from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
-from muxmesh.types import DEFAULT_ADDRESS, KvFormat, Role
+from muxmesh.types import DEFAULT_ADDRESS, Dtype, KvFormat, Role
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
-
-Dtype = Literal["float32", "float16", "bfloat16"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MIB = 1024 * 1024

@@ -5,6 +5,7 @@ Knows the configuration and the cache. Starts no process and maps no weights for
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from muxmesh.models.model_check import check_model, is_model, local_path
 from muxmesh.models.model_download import Progress, ensure_imported, ensure_model, model_folder
 from muxmesh.models.model_spec import SIM_SPEC, ModelSpec, read_model_spec
 from muxmesh.models.sampling_defaults import NO_DEFAULTS, SamplingDefaults, read_sampling_defaults
-from muxmesh.models.weight_image import ensure_image, map_image
+from muxmesh.models.weight_image import Packing, ensure_image, read_layout
 from muxmesh.quoting import quoted
 
 
@@ -53,10 +54,17 @@ def model_problems(config: MeshConfig, base_dir: Path, cache_dir: Path) -> Itera
                 yield ("units", unit_index, "models", model_index, field), problem
 
 
-def prepare_model(model: ModelConfig, base_dir: Path, cache_dir: Path, progress: Progress) -> PreparedModel:
+def packing_of(unit: UnitConfig) -> Packing:
+    """Returns the packing of weight images for the device of ``unit``."""
+    return "rows" if unit.is_cuda else "panels"
+
+
+def prepare_model(
+    model: ModelConfig, packing: Packing, base_dir: Path, cache_dir: Path, progress: Progress
+) -> PreparedModel:
     """Downloads, converts and packs the files of ``model`` where they are missing. Blocks.
 
-    Raises ConfigError or ModelUnsupported, which names the model.
+    The weights get the model's dtype. Raises ConfigError or ModelUnsupported, which names the model.
     """
     try:
         source = _catalog_name(model)
@@ -68,10 +76,9 @@ def prepare_model(model: ModelConfig, base_dir: Path, cache_dir: Path, progress:
                 folder = ensure_imported(folder, cache_dir, progress)
         if model.engine == "sim" or folder is None:
             return PreparedModel(folder=folder, image=None, weights_fingerprint=f"sim:{model.sim.model_dump_json()}")
-        image = ensure_image(
-            folder, model_spec(folder), "panels", cache_dir, lambda done, total: progress("preparing", done, total)
-        )
-        return PreparedModel(folder=folder, image=image, weights_fingerprint=map_image(image).fingerprint)
+        show = functools.partial(progress, "preparing")
+        image = ensure_image(folder, model_spec(folder), packing, cache_dir, show, model.dtype)
+        return PreparedModel(folder=folder, image=image, weights_fingerprint=read_layout(image).fingerprint)
     except ConfigError as error:
         raise type(error)(f"model {model.name}: {error}") from error
 

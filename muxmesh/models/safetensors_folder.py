@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ from muxmesh.errors import ModelUnsupported
 from muxmesh.models.file_fields import FileFields
 from muxmesh.models.model_files import described, read_json_object
 from muxmesh.models.safetensors_header import TensorEntry, read_header
+from muxmesh.models.stored_dtypes import STORED_AS, from_bfloat16
 from muxmesh.quoting import named
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_INDEX_BYTES = 64 << 20
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_DTYPES = {"F32": STORED_AS["float32"], "F16": STORED_AS["float16"], "BF16": STORED_AS["bfloat16"]}
+_PIECE_VALUES = 1 << 22
+"""16 MiB as f32."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -88,6 +91,16 @@ class FolderWeights:
 
         Raises ModelUnsupported if the tensor is missing, damaged, or of another shape or an unsupported dtype.
         """
+        return self._decoded(name, self._stored(name, shape)).reshape(shape)
+
+    def pieces(self, name: str, *shape: int) -> Iterator[np.ndarray]:
+        """Yields the values of one tensor in order as f32, in vectors of bounded length. Raises as `read`."""
+        stored = self._stored(name, shape)
+        for first in range(0, len(stored), _PIECE_VALUES):
+            yield self._decoded(name, stored[first : first + _PIECE_VALUES])
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The values of one tensor as a vector in the file's dtype."""
         if name not in self._entries:
             raise ModelUnsupported(f"{self._folder}: weight {name} is missing")
         entry = self._entries[name]
@@ -99,13 +112,14 @@ class FolderWeights:
             )
         if entry.path not in self._mapped:
             self._mapped[entry.path] = _map(entry.path)
-        values = np.frombuffer(self._mapped[entry.path][entry.first : entry.last], dtype=_DTYPES[entry.dtype])
-        if entry.dtype == "BF16":  # a BF16 is the upper half of an f32
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        result: np.ndarray = values.astype(np.float32, copy=False).reshape(shape)
-        if not np.isfinite(result).all():
+        return np.frombuffer(self._mapped[entry.path][entry.first : entry.last], dtype=_DTYPES[entry.dtype])
+
+    def _decoded(self, name: str, stored: np.ndarray) -> np.ndarray:
+        entry = self._entries[name]
+        values = from_bfloat16(stored) if entry.dtype == "BF16" else stored.astype(np.float32, copy=False)
+        if not np.isfinite(values).all():
             raise ModelUnsupported(f"{entry.path}: weight {name} contains NaN or infinity; the file is damaged")
-        return result
+        return values
 
 
 def write_safetensors(

@@ -102,7 +102,7 @@ def free_listen_address(listen: str) -> str:
 
 
 def make_runtime(
-    config: MeshConfig, prepared: dict[str, PreparedModel], state_dir: Path, cache_dir: Path
+    config: MeshConfig, prepared: dict[str, dict[str, PreparedModel]], state_dir: Path, cache_dir: Path
 ) -> MeshRuntime:
     """Chooses the folder of the sockets: under ``state_dir``, or a temporary one if that path is too long.
 

@@ -37,7 +37,7 @@ def runtime_of(folder: Path, **unit: Any) -> MeshRuntime:
         run_dir=folder,
         cache_dir=folder,
         redis_url=f"unix://{folder}/no-redis.sock",
-        prepared={"m": PreparedModel(folder=None, image=None, weights_fingerprint="w")},
+        prepared={"u": {"m": PreparedModel(folder=None, image=None, weights_fingerprint="w")}},
     )
 
 

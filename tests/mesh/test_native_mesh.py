@@ -137,7 +137,7 @@ async def test_streamed_text_consists_of_whole_characters(mesh: RunningMesh) -> 
     text, tokens, _ = await collect(
         mesh.client.stream("你好", model="gqa", max_new_tokens=120, temperature=5.0, seed=1, ignore_eos=True)
     )
-    whole = load_text_model(Path(str(mesh.mesh.runtime.prepared["gqa"].folder))).decode(tokens, True)
+    whole = load_text_model(Path(str(mesh.mesh.runtime.prepared_model("unit0", "gqa").folder))).decode(tokens, True)
     assert text == whole
 
 

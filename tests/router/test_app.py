@@ -39,10 +39,9 @@ def runtime_in(folder: Path, redis_url: str = "unix:///nowhere/redis.sock") -> M
         {"name": "u1", "cores": [1], "models": [{"name": "m", **model}, {"name": "n", **model}]},
     ]
     config = MeshConfig.model_validate({"listen": free_listen_address("127.0.0.1:0"), "units": units})
-    prepared = PreparedModel(folder=None, image=None, weights_fingerprint="sim")
-    return MeshRuntime(
-        config=config, run_dir=folder, cache_dir=folder, redis_url=redis_url, prepared={"m": prepared, "n": prepared}
-    )
+    sim = PreparedModel(folder=None, image=None, weights_fingerprint="sim")
+    prepared = {"u0": {"m": sim}, "u1": {"m": sim, "n": sim}}
+    return MeshRuntime(config=config, run_dir=folder, cache_dir=folder, redis_url=redis_url, prepared=prepared)
 
 
 @dataclass

@@ -30,7 +30,7 @@ def runtime(tmp_path: Path, *units: dict[str, Any], folder: Path | None = None) 
         run_dir=tmp_path,
         cache_dir=tmp_path,
         redis_url="unix:///nowhere",
-        prepared=dict.fromkeys(config.models(), prepared),
+        prepared={unit.name: dict.fromkeys((model.name for model in unit.models), prepared) for unit in config.units},
     )
 
 

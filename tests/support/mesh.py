@@ -15,7 +15,7 @@ from muxmesh.client import Delta, Finish, MeshClient
 from muxmesh.clock import SystemClock
 from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import MeshError
-from muxmesh.models.prepared_model import prepare_model
+from muxmesh.models.prepared_model import packing_of, prepare_model
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, free_listen_address, make_runtime
 from muxmesh.supervisor.supervised_process import SupervisedProcess
 from muxmesh.v1 import mesh_pb2
@@ -92,8 +92,11 @@ async def running_mesh(
     parsed = parsed.model_copy(update={"listen": free_listen_address(parsed.listen)})
     cache_dir = Path(os.environ["MUXMESH_CACHE_DIR"])
     prepared = {
-        name: prepare_model(model, state_dir, cache_dir, lambda what, done, total: None)
-        for name, model in parsed.models().items()
+        unit.name: {
+            model.name: prepare_model(model, packing_of(unit), state_dir, cache_dir, lambda what, done, total: None)
+            for model in unit.models
+        }
+        for unit in parsed.units
     }
     lines: list[str] = []
     runtime = make_runtime(parsed, prepared, state_dir, cache_dir)

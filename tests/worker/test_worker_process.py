@@ -38,7 +38,7 @@ def make_runtime(directory: Path, **unit: Any) -> MeshRuntime:
     """A mesh of one sim model ``m`` with its sockets in ``directory`` and an unreachable Redis."""
     models = [{"name": "m", "engine": "sim", "block_size": 8, "threads": 3}]
     config = MeshConfig.model_validate({"units": [{"models": models, **unit}]})
-    prepared = {"m": PreparedModel(folder=None, image=None, weights_fingerprint="sim")}
+    prepared = {"unit0": {"m": PreparedModel(folder=None, image=None, weights_fingerprint="sim")}}
     redis_url = f"unix://{directory}/no-redis.sock"
     return MeshRuntime(
         config=config, run_dir=directory, cache_dir=directory / "cache", redis_url=redis_url, prepared=prepared

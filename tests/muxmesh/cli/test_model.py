@@ -7,6 +7,7 @@ import pytest
 from muxmesh.cli.main import main
 from muxmesh.models.catalog import CATALOG
 from muxmesh.models.model_download import model_folder
+from muxmesh.models.weight_image import read_layout
 from tests.support.gguf_files import TOKENS, TinyGguf, write_gguf
 from tests.support.tiny import TinyShape, write_tiny_model
 
@@ -67,6 +68,25 @@ def test_pulling_a_model_that_is_present_prepares_its_weights_once(
     assert Path(content["image"]).is_file() and f"{NAME}: preparing" in printed.err
     assert main(["model", "pull", NAME]) == 0
     assert capsys.readouterr() == (f"{NAME} is in {folder}\n", "")
+
+
+def test_pulling_with_a_dtype_prepares_the_weights_for_a_gpu(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny_model(model_folder(CATALOG[NAME], cache), TinyShape())
+    assert main(["model", "pull", NAME, "--dtype", "bfloat16", "--json"]) == 0
+    image = Path(json.loads(capsys.readouterr().out)["image"])
+    assert image.suffix == ".bf16" and read_layout(image).dtype == "bfloat16"
+
+
+def test_sizes_follow_the_dtype_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(write_tiny_model(tmp_path / "model", TinyShape()))
+    facts = {}
+    for arguments in ([], ["--dtype", "float16"]):
+        assert main(["model", "inspect", folder, *arguments, "--json"]) == 0
+        facts[len(arguments)] = json.loads(capsys.readouterr().out)
+    assert facts[2]["loaded_as"] == "float16"
+    assert [2 * facts[2][size] for size in ("image_bytes", "kv_bytes_per_token")] == [
+        facts[0][size] for size in ("image_bytes", "kv_bytes_per_token")
+    ]
 
 
 def test_a_folder_is_shown_as_an_engine_would_load_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

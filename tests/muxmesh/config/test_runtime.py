@@ -138,10 +138,11 @@ def test_an_unknown_unit_or_model_is_refused_with_the_known_names() -> None:
 
 
 def test_the_runtime_file_is_read_as_it_was_written(tmp_path: Path) -> None:
-    prepared = {
+    models = {
         "a": PreparedModel(folder=tmp_path / "a", image=tmp_path / "a.image", weights_fingerprint="w"),
         "b": PreparedModel(folder=None, image=None, weights_fingerprint="sim:{}"),
     }
+    prepared = {"u": models}
     runtime = runtime_of({"u": ["a", "b"]}, order={"longest_lead_s": 3}, redis_url="redis://h")
     runtime = runtime.model_copy(update={"prepared": prepared, "run_dir": tmp_path})
     runtime.write(tmp_path / "runtime.json")

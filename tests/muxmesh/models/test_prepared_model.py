@@ -20,6 +20,7 @@ from muxmesh.models.prepared_model import (
     machine_problems,
     model_problems,
     model_spec,
+    packing_of,
     prepare_model,
 )
 from muxmesh.models.weight_image import map_image
@@ -194,30 +195,45 @@ def test_every_problem_has_the_path_of_its_field(base_dir: Path, cache_dir: Path
 def test_a_native_model_is_prepared_once(base_dir: Path, cache_dir: Path) -> None:
     phases: list[str] = []
     model = ModelConfig(name="m", source="llama")
-    prepared = prepare_model(model, base_dir, cache_dir, lambda phase, done, total: phases.append(phase))
+    prepared = prepare_model(model, "panels", base_dir, cache_dir, lambda phase, done, total: phases.append(phase))
     assert prepared.folder == base_dir / "llama"
     assert prepared.image is not None and prepared.weights_fingerprint == map_image(prepared.image).fingerprint
     assert phases == ["preparing", "preparing"]
-    assert prepare_model(model, base_dir, cache_dir, lambda *progress: pytest.fail("prepared again")) == prepared
+    assert (
+        prepare_model(model, "panels", base_dir, cache_dir, lambda *progress: pytest.fail("prepared again")) == prepared
+    )
+
+
+def test_a_model_is_prepared_for_each_device_and_dtype(base_dir: Path, cache_dir: Path) -> None:
+    placements = [("cpu", "float32"), ("cuda:0", "float32"), ("cuda:1", "float16"), ("cuda:2", "bfloat16")]
+    prepared = []
+    for device, dtype in placements:
+        unit = {"device": device, "models": [{"name": "m", "source": "llama", "dtype": dtype}]}
+        (config,) = MeshConfig.model_validate({"units": [unit]}).units
+        prepared.append(prepare_model(config.models[0], packing_of(config), base_dir, cache_dir, ignore_progress))
+    assert {one.folder for one in prepared} == {base_dir / "llama"}
+    assert len({one.image for one in prepared}) == len({one.weights_fingerprint for one in prepared}) == 4
+    images = [one.image.name.partition("-")[2].partition("-")[2] for one in prepared if one.image is not None]
+    assert images == ["panels-v3.f32", "rows-v4.f32", "rows-v4.f16", "rows-v4.bf16"]
 
 
 def test_a_gguf_file_is_converted_and_prepared(base_dir: Path, cache_dir: Path) -> None:
     phases: list[str] = []
     model = ModelConfig(name="m", source="tiny.gguf")
-    prepared = prepare_model(model, base_dir, cache_dir, lambda phase, done, total: phases.append(phase))
+    prepared = prepare_model(model, "panels", base_dir, cache_dir, lambda phase, done, total: phases.append(phase))
     assert prepared.folder is not None and prepared.folder.is_dir()
     assert prepared.image is not None and prepared.image.is_file()
     assert list(dict.fromkeys(phases)) == ["converting", "preparing"]
-    assert prepare_model(model, base_dir, cache_dir, ignore_progress) == prepared
+    assert prepare_model(model, "panels", base_dir, cache_dir, ignore_progress) == prepared
 
 
 def test_a_sim_model_has_a_folder_for_its_tokenizer_but_no_image(base_dir: Path, cache_dir: Path) -> None:
-    prepared = prepare_model(ModelConfig(**sim(source="llama")), base_dir, cache_dir, ignore_progress)
+    prepared = prepare_model(ModelConfig(**sim(source="llama")), "panels", base_dir, cache_dir, ignore_progress)
     assert prepared.folder == base_dir / "llama" and prepared.image is None
 
 
 def test_a_sim_model_without_a_source_needs_no_file(base_dir: Path, cache_dir: Path) -> None:
-    prepared = prepare_model(ModelConfig(**sim()), base_dir, cache_dir, ignore_progress)
+    prepared = prepare_model(ModelConfig(**sim()), "panels", base_dir, cache_dir, ignore_progress)
     assert (prepared.folder, prepared.image) == (None, None)
     assert not cache_dir.exists()
 
@@ -225,7 +241,7 @@ def test_a_sim_model_without_a_source_needs_no_file(base_dir: Path, cache_dir: P
 def test_sim_models_with_different_profiles_have_different_fingerprints(base_dir: Path, cache_dir: Path) -> None:
     def fingerprint(**profile: Any) -> str:
         model = ModelConfig(**sim(sim=profile))
-        return prepare_model(model, base_dir, cache_dir, ignore_progress).weights_fingerprint
+        return prepare_model(model, "panels", base_dir, cache_dir, ignore_progress).weights_fingerprint
 
     assert fingerprint() == fingerprint(output_tokens=0) != fingerprint(output_tokens=5)
 
@@ -237,7 +253,7 @@ def test_a_model_that_cannot_be_prepared_is_named(
     base_dir: Path, cache_dir: Path, source: str, error: type[Exception]
 ) -> None:
     with pytest.raises(error, match=r"^model my-model: ") as raised:
-        prepare_model(ModelConfig(name="my-model", source=source), base_dir, cache_dir, ignore_progress)
+        prepare_model(ModelConfig(name="my-model", source=source), "panels", base_dir, cache_dir, ignore_progress)
     assert type(raised.value) is error
 
 
@@ -251,7 +267,7 @@ def test_the_spec_of_local_files_is_that_of_the_prepared_model(base_dir: Path, c
     model = ModelConfig(name="m", source=source)
     spec = local_model_spec(model, base_dir, cache_dir)
     assert not cache_dir.exists()
-    assert spec == model_spec(prepare_model(model, base_dir, cache_dir, ignore_progress).folder)
+    assert spec == model_spec(prepare_model(model, "panels", base_dir, cache_dir, ignore_progress).folder)
 
 
 def test_the_spec_of_a_sim_model_without_a_source_is_the_sim_spec(base_dir: Path, cache_dir: Path) -> None:
@@ -284,6 +300,7 @@ def identity(folder: Path | None = None, fingerprint: str = "w", **model: Any) -
         (lambda: identity(fingerprint="other"), "weights"),
         (lambda: identity(block_size=32), "layout"),
         (lambda: identity(engine="native"), "layout"),
+        (lambda: identity(dtype="float16", kv_cache_dtype="float32"), "weight_dtype"),
     ],
 )
 def test_kv_is_not_shared_between_models_that_differ(changed: Callable[[], KvIdentity], field: str) -> None:

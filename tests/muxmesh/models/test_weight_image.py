@@ -1,19 +1,24 @@
 import fcntl
 import json
+import re
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from muxmesh.errors import ModelUnsupported
 from muxmesh.models.matrix_packing import PARTS, pack_gated, pack_panels
 from muxmesh.models.model_spec import read_model_spec
-from muxmesh.models.weight_image import Image, Packing, ensure_image, map_image
+from muxmesh.models.stored_dtypes import from_bfloat16
+from muxmesh.models.weight_image import Image, Packing, ensure_image, image_bytes, map_image, read_layout
+from muxmesh.types import Dtype
 from tests.support.tiny import SHAPES, TinyShape, write_tiny_model
 
 WEIGHTS = "model.safetensors"
@@ -40,12 +45,12 @@ def ignore_progress(done: int, total: int) -> None:
     pass
 
 
-def write_image(folder: Path, cache: Path, packing: Packing = "rows") -> Path:
-    return ensure_image(folder, read_model_spec(folder), packing, cache, ignore_progress)
+def write_image(folder: Path, cache: Path, packing: Packing = "rows", dtype: Dtype = "float32") -> Path:
+    return ensure_image(folder, read_model_spec(folder), packing, cache, ignore_progress, dtype)
 
 
-def image_of(folder: Path, cache: Path, packing: Packing = "rows") -> Image:
-    return map_image(write_image(folder, cache, packing))
+def image_of(folder: Path, cache: Path, packing: Packing = "rows", dtype: Dtype = "float32") -> Image:
+    return map_image(write_image(folder, cache, packing, dtype))
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -130,6 +135,76 @@ def test_tensors_start_at_cache_lines_and_do_not_overlap(
         assert offset * 4 % 64 == 0 and offset >= end
         end = offset + length
     assert end <= image.flat.size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", ["odd head size", "qwen2", "qwen3"])
+def test_tensors_of_rows_start_at_256_bytes_and_the_size_is_known_before(
+    folders: Callable[[str], Path], tmp_path: Path, shape: str, dtype: Dtype
+) -> None:
+    path = write_image(folders(shape), tmp_path, "rows", dtype)
+    layout = read_layout(path)
+    assert all(offset % 256 == 0 for offset in layout.offsets.values())
+    assert layout.num_bytes == path.stat().st_size == image_bytes(read_model_spec(folders(shape)), dtype)
+    assert max(layout.bytes_of(name).stop for name in layout.offsets) <= layout.num_bytes
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("half precision", "float16"), ("bfloat16", "bfloat16")])
+def test_an_image_in_the_dtype_of_the_checkpoint_is_exact(
+    folders: Callable[[str], Path], tmp_path: Path, stored: str, dtype: Dtype
+) -> None:
+    folder = folders(stored)
+    in_f32, image = image_of(folder, tmp_path), image_of(folder, tmp_path, "rows", dtype)
+    assert image.parts.keys() == in_f32.parts.keys()
+    for name in image.parts:
+        values = image.get(name)
+        assert values.dtype.itemsize == 2
+        exact = from_bfloat16(values) if dtype == "bfloat16" else values.astype(np.float32)
+        assert np.array_equal(exact, in_f32.get(name)), name
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_values_are_rounded_as_torch_rounds_them(folders: Callable[[str], Path], tmp_path: Path, dtype: Dtype) -> None:
+    in_f32, image = (image_of(folders("qwen2"), tmp_path, "rows", one) for one in ("float32", dtype))
+    for name in image.parts:
+        expected = torch.from_numpy(in_f32.get(name)).to(getattr(torch, dtype)).view(torch.int16)
+        assert torch.equal(torch.from_numpy(image.get(name).view(np.int16)), expected), name
+
+
+def test_dtypes_are_different_files_with_different_fingerprints(folder: Path, tmp_path: Path) -> None:
+    zeros = {name: np.zeros_like(array) for name, array in load_file(folder / WEIGHTS).items()}
+    save_file(zeros, folder / WEIGHTS)
+    paths = [write_image(folder, tmp_path, "rows", dtype) for dtype in get_args(Dtype)]
+    assert len(set(paths)) == len({read_layout(path).fingerprint for path in paths}) == 3
+
+
+def test_a_weight_beyond_float16_is_named(folder: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    weight = load_file(folder / WEIGHTS)[name]
+    weight[3, 5] = -65520
+    change_weights(folder, model__layers__1__self_attn__k_proj__weight=weight)
+    message = rf"weight {re.escape(name)} contains -65520; float16 ends at 65504\. Use dtype: bfloat16 or float32"
+    with pytest.raises(ModelUnsupported, match=message):
+        write_image(folder, tmp_path, "rows", "float16")
+    assert list((tmp_path / "images").glob("*.f16")) == []
+    write_image(folder, tmp_path, "rows", "bfloat16")
+
+
+def test_memory_while_writing_does_not_grow_with_a_weight(folder: Path, tmp_path: Path) -> None:
+    """The embedding is 64 MiB in its file; as f32 at once it would be 128 MiB."""
+    rows = (64 << 20) // 2 // 48
+    change_config(folder, vocab_size=rows)
+    spec = read_model_spec(folder)
+    weights: dict[str, np.ndarray] = {
+        name: array.astype(np.float16) for name, array in load_file(folder / WEIGHTS).items()
+    }
+    large = dict.fromkeys(["model.embed_tokens.weight", "lm_head.weight"], np.zeros((rows, 48), dtype=np.float16))
+    save_file(weights | large, folder / WEIGHTS)
+    tracemalloc.start()
+    ensure_image(folder, spec, "rows", tmp_path, ignore_progress, "bfloat16")
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 100 << 20
 
 
 def test_an_unknown_tensor_is_a_key_error(folder: Path, tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(state_dir: Path, **config: Any) -> MeshRuntime:
     """The runtime of a mesh, with one model `m` by default."""
     parsed = MeshConfig.model_validate({"units": [{"models": [{"name": "m"}]}], **config})
-    return make_runtime(parsed, dict.fromkeys(parsed.models(), PREPARED), state_dir, state_dir / "cache")
+    prepared = {unit.name: {model.name: PREPARED for model in unit.models} for unit in parsed.units}
+    return make_runtime(parsed, prepared, state_dir, state_dir / "cache")
 
 
 class Mesh:
