@@ -1,0 +1,62 @@
+"""The rows of a step as tensors on the device, and their upload: one transfer for everything of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from muxmesh.device.torch_device import TorchDevice
+from muxmesh.engine.native.cuda.step_rows import StepRows, pack
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRows:
+    """The rows of a step on the device: first ``num_decodes`` rows of one sequence each, then the rows of chunks.
+
+    token_ids, positions, block_ids int32 [rows]: each token, its position in its sequence, and the token block that
+    stores its KV; -1 for a padding row, which writes nothing. tables int32 [sequences, blocks of the longest possible
+    sequence]: token blocks of each sequence, those of the decode rows first, anything past its last block.
+    context_lens int32 [num_decodes]: tokens of each sequence including the new one, 0 for a padding row. tiles: see
+    `attention_plan.prefill_tiles`; None without chunks.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    block_ids: Tensor
+    tables: Tensor
+    num_decodes: int
+    context_lens: Tensor
+    tiles: Tensor | None
+
+
+def upload(device: TorchDevice, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Uploads arrays of 4-byte elements in one transfer: enqueued, not waited for. Returns them by name.
+
+    float32 and int32 keep their type; any other type is returned as int32.
+    """
+    packed, places = pack(arrays)
+    uploaded = device.upload(packed)
+    tensors = {}
+    for name, (offset, shape) in places.items():
+        part = uploaded[offset : offset + arrays[name].size].view(shape)
+        tensors[name] = part.view(torch.float32) if arrays[name].dtype == np.float32 else part
+    return tensors
+
+
+def device_rows(rows: StepRows, uploaded: Mapping[str, Tensor], tables: Tensor) -> DeviceRows:
+    """Returns the uploaded rows. Copies their tables into ``tables``, whose width decides how contexts are split."""
+    given = uploaded["tables"]
+    tables[: given.shape[0], : given.shape[1]].copy_(given)
+    return DeviceRows(
+        token_ids=uploaded["token_ids"],
+        positions=uploaded["positions"],
+        block_ids=uploaded["block_ids"],
+        tables=tables,
+        num_decodes=rows.num_decodes,
+        context_lens=uploaded["context_lens"],
+        tiles=uploaded["tiles"] if len(uploaded["tiles"]) else None,
+    )

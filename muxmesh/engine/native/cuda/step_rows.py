@@ -1,0 +1,109 @@
+"""Arranges a step for the device: rows padded to a batch bucket, in one int32 array that is uploaded at once. Pure.
+
+Rows of sequences with one new token, the decode rows, come first, so that a kernel sees them at the start of each
+tensor, whatever else is in the step. Their number is padded to a bucket: kernels and graphs exist for these sizes only.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from muxmesh.engine.native.cuda.attention_plan import AttentionPlan, prefill_tiles
+from muxmesh.engine.step import Chunk
+
+_ALIGNMENT = 16
+"""Of the parts of an array, in elements: kernels are compiled for pointers to multiples of 16 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of a step.
+
+    ``chunks``: those of the step, decode rows first; ``first_rows``: the first row of each. ``num_decodes``: decode
+    rows with padding. ``arrays``, int32: token_ids, positions [rows]; block_ids [rows], -1 for padding; context_lens
+    [num_decodes], 0 for padding; tables [num_decodes + other chunks, most blocks of a chunk]; tiles [tiles, 4];
+    logit_rows: the rows whose logits are requested, in the order of ``chunks``.
+    """
+
+    chunks: Sequence[Chunk]
+    first_rows: Sequence[int]
+    num_decodes: int
+    arrays: Mapping[str, np.ndarray]
+
+    @property
+    def logit_slices(self) -> list[slice]:
+        """For each chunk, which of the logits are its own."""
+        ends = list(itertools.accumulate(chunk.num_logit_rows for chunk in self.chunks))
+        return [slice(end - chunk.num_logit_rows, end) for chunk, end in zip(self.chunks, ends, strict=True)]
+
+
+def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
+    """Returns the numbers of decode rows that a step may have, ascending; the last is ``max_num_seqs``.
+
+    A padded row costs time in each step, and a bucket costs time at load, so the gaps grow with the size.
+    """
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)]
+    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
+
+
+def arrange(chunks: Sequence[Chunk], buckets: Sequence[int], plan: AttentionPlan) -> StepRows:
+    """Returns the rows of a step. Raises ValueError if it has more decode rows than the largest bucket."""
+    decodes = [chunk for chunk in chunks if len(chunk.token_ids) == 1]
+    others = [chunk for chunk in chunks if len(chunk.token_ids) > 1]
+    num_decodes = _bucket(len(decodes), buckets)
+    lengths = [len(chunk.token_ids) for chunk in others]
+    *starts, num_rows = itertools.accumulate(lengths, initial=num_decodes)
+    ordered, first_rows = [*decodes, *others], [*range(len(decodes)), *starts]
+    table_rows = [*range(len(decodes)), *range(num_decodes, num_decodes + len(others))]
+    token_ids, positions = np.zeros(num_rows, dtype=np.int32), np.zeros(num_rows, dtype=np.int32)
+    block_ids = np.full(num_rows, -1, dtype=np.int32)
+    tables = np.zeros((num_decodes + len(others), max(len(chunk.block_ids) for chunk in chunks)), dtype=np.int32)
+    logit_rows: list[int] = []
+    for chunk, first, table_row in zip(ordered, first_rows, table_rows, strict=True):
+        rows = slice(first, first + len(chunk.token_ids))
+        token_ids[rows] = chunk.token_ids
+        positions[rows] = np.arange(chunk.start, chunk.start + len(chunk.token_ids))
+        tables[table_row, : len(chunk.block_ids)] = chunk.block_ids
+        block_ids[rows] = tables[table_row][positions[rows] // plan.layout.block_size]
+        logit_rows += range(rows.stop - chunk.num_logit_rows, rows.stop)
+    context_lens = np.where(block_ids[:num_decodes] >= 0, positions[:num_decodes] + 1, 0).astype(np.int32)
+    tiles = prefill_tiles(plan, starts, lengths, [chunk.start for chunk in others])
+    tiles[:, 2] += num_decodes
+    arrays = {
+        "token_ids": token_ids,
+        "positions": positions,
+        "block_ids": block_ids,
+        "context_lens": context_lens,
+        "tables": tables,
+        "tiles": tiles,
+        "logit_rows": np.array(logit_rows, dtype=np.int32),
+    }
+    return StepRows(ordered, first_rows, num_decodes, arrays)
+
+
+def _bucket(num_decodes: int, buckets: Sequence[int]) -> int:
+    if not num_decodes:
+        return 0
+    if num_decodes > buckets[-1]:
+        raise ValueError(f"a step has {num_decodes} sequences with one token; the runner is for {buckets[-1]}")
+    return next(size for size in buckets if size >= num_decodes)
+
+
+def pack(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, tuple[int, tuple[int, ...]]]]:
+    """Returns one int32 array with all of ``arrays``, each aligned, and the (offset, shape) of each in it.
+
+    Arrays of other 4-byte types keep their bits.
+    """
+    places, end = {}, 0
+    for name, array in arrays.items():
+        places[name] = end, array.shape
+        end += -(-array.size // _ALIGNMENT) * _ALIGNMENT
+    packed = np.zeros(end, dtype=np.int32)
+    for name, array in arrays.items():
+        offset, _ = places[name]
+        packed[offset : offset + array.size] = np.ascontiguousarray(array).reshape(-1).view(np.int32)
+    return packed, places
