@@ -20,7 +20,9 @@ from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, free_listen_addre
 from muxmesh.supervisor.supervised_process import SupervisedProcess
 from muxmesh.v1 import mesh_pb2
 
-SIM_MODEL = {"name": "sim", "engine": "sim", "sim": {"base_s": 0.002}, "max_num_seqs": 8}
+SIM_MODEL = {
+    "name": "sim", "engine": "sim", "sim": {"base_s": 0.002}, "max_num_seqs": 8, "continuous_decode_steps": 4
+}  # fmt: skip
 
 
 class RunningMesh:
