@@ -17,9 +17,38 @@ from muxmesh.engine.step_engine import StepEngine
 from muxmesh.errors import SequenceFailed
 
 
-def sim_runner() -> SimRunner:
+def sim_runner(max_steps: int = 1) -> SimRunner:
     """Takes no time; its outputs never end by themselves."""
-    return SimRunner(SimProfile(), range(35, 93), 0)
+    return SimRunner(SimProfile(), range(35, 93), 0, max_steps=max_steps)
+
+
+class GatedSteps:
+    """The ``sleep`` of a `SimRunner`: every step, also in the middle of a run, waits in its thread for the test."""
+
+    def __init__(self) -> None:
+        self._permits = threading.Semaphore(0)
+        self._open = False
+        self.num_begun = 0
+
+    def __call__(self, seconds: float) -> None:
+        self.num_begun += 1
+        if not self._open:
+            self._permits.acquire()
+
+    def let(self, num_steps: int = 1) -> None:
+        """Lets this many steps run."""
+        self._permits.release(num_steps)
+
+    async def begun(self, num_steps: int) -> None:
+        """Waits until this many steps have begun."""
+        async with asyncio.timeout(20):
+            while self.num_begun < num_steps:
+                await asyncio.sleep(0)
+
+    def open(self) -> None:
+        """Lets every step run from now on."""
+        self._open = True
+        self._permits.release()
 
 
 class GatedRunner:

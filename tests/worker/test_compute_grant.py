@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -9,8 +10,15 @@ import pytest
 from kvstore.grant_page import GrantPage, Word
 from kvstore.grant_table import GrantTable
 from muxmesh.clock import ManualClock
+from muxmesh.config.schema import SimProfile
+from muxmesh.engine.api import EngineJob
+from muxmesh.engine.scheduler import Scheduler
+from muxmesh.engine.sequence import SequenceRecord
+from muxmesh.engine.sim_runner import SimRunner
 from muxmesh.engine.step import Chunk, Step, StepOutcome
-from muxmesh.types import Role
+from muxmesh.engine.step_engine import StepEngine
+from muxmesh.step_cost import StepCost
+from muxmesh.types import EngineRequest, Role, Sampling, SchedulingState, Stopping
 from worker.compute_grant import ComputeGrant
 
 
@@ -138,6 +146,80 @@ async def test_steps_are_counted_and_their_cost_is_written_to_the_page(table: Gr
     assert read == [4, 15, 150]
     cost = table.page.read_cost(attachment.slot)
     assert cost is not None and cost.step_s(4, 6) == pytest.approx(0.018, rel=0.05)
+
+
+async def test_a_run_of_steps_counts_each_step_and_its_mean_step_is_what_the_cost_is_fitted_to(
+    table: GrantTable,
+) -> None:
+    (single, attachment), (in_runs, of_runs) = grant_for(table), grant_for(table)
+    true = StepCost(0.01, 0.002, 0.0001)
+    for num_seqs, start, num_steps in ((1, 100, 4), (3, 50, 5), (8, 900, 2), (5, 7, 3), (2, 400, 7)):
+        steps = [Step(_decoding(num_seqs, start + index)) for index in range(num_steps)]
+        seconds = [true.step_s(step.shape.num_tokens, step.shape.num_context) for step in steps]
+        for step, step_s in zip(steps, seconds, strict=True):
+            single.count_step(step, StepOutcome({}), step_s)
+        run = Step(_decoding(num_seqs, start), num_steps=8)
+        in_runs.count_step(
+            run, StepOutcome({}, num_steps=num_steps, kv_bytes_written=num_seqs * num_steps), sum(seconds)
+        )
+    words = (Word.NUM_STEPS, Word.NUM_COMPUTED_TOKENS, Word.KV_BYTES_WRITTEN)
+    assert [table.page.read(of_runs.slot, word) for word in words] == [21, 64, 64]
+    assert [table.page.read(attachment.slot, word) for word in words[:2]] == [21, 64]
+    for slot in (attachment.slot, of_runs.slot):
+        cost = table.page.read_cost(slot)
+        assert cost is not None
+        assert (cost.base_s, cost.per_token_s, cost.per_context_s) == pytest.approx((0.01, 0.002, 0.0001), rel=0.02)
+
+
+async def test_a_run_of_steps_counts_towards_the_steps_of_the_grant(table: GrantTable) -> None:
+    grant, attachment = grant_for(table)
+    await grant.acquire()
+    table.page.write(attachment.slot, Word.GRANTED_STEPS, 5)
+    assert not grant.is_recalled
+    table.page.write(attachment.slot, Word.RECALLED, 1)
+    assert grant.is_recalled
+    for num_steps, left in ((4, 5), (0, 5), (1, 0)):
+        grant.release(num_steps)
+        assert table.page.read(attachment.slot, Word.GRANTED_STEPS) == left
+
+
+async def test_a_worker_that_waits_waits_for_one_step_however_long_the_runs_of_the_other_are(table: GrantTable) -> None:
+    waiting, _ = grant_for(table)
+    grant, attachment = grant_for(table)
+    turn, recalled_steps = 0, Counter[int]()
+
+    def on_step(seconds: float) -> None:  # in the thread of the engine
+        recalled_steps[turn] += grant.is_recalled
+
+    outcomes: list[int] = []
+    runner = SimRunner(SimProfile(base_s=1.0), range(35, 93), 0, on_step, max_steps=64)
+    engine = StepEngine(
+        Scheduler(8, 64, 1000),
+        runner,
+        grant,
+        ManualClock(),
+        lambda step, outcome, _: outcomes.append(outcome.num_steps),
+    )
+    await engine.start()
+    request = EngineRequest("r", "m", (1, 2), Sampling(), Stopping(1_000_000), SchedulingState(0, 0.0))
+    events = engine.submit(EngineJob(1, SequenceRecord(request, 16, b"", tuple(range(62_501)))))
+    async with asyncio.timeout(60):
+        while max(outcomes, default=0) < 64:
+            await anext(events)
+        while turn < 30:
+            await waiting.acquire()
+            turn += 1
+            assert not table.page.read(attachment.slot, Word.GRANTED_STEPS)
+            waiting.release(1)
+            waiting.drop()
+            await anext(events)
+        await engine.cancel(1)
+    await engine.stop()
+    assert max(recalled_steps.values()) <= 1
+
+
+def _decoding(num_seqs: int, start: int) -> tuple[Chunk, ...]:
+    return tuple(Chunk(job_id, start, (5,), (0,)) for job_id in range(num_seqs))
 
 
 async def test_a_waiting_worker_shows_its_demand_until_it_is_granted(table: GrantTable) -> None:

@@ -50,14 +50,15 @@ def native_runner(tmp_path_factory: pytest.TempPathFactory) -> tuple[Runner, KvV
     return tiny_runner(folder, tmp_path_factory.mktemp("cache"), view=view)[0], view
 
 
-@pytest.fixture(params=["sim", "native"])
+@pytest.fixture(params=["sim", "sim in runs of steps", "native"])
 async def opened(request: pytest.FixtureRequest) -> AsyncIterator[Opened]:
-    if request.param == "sim":
-        async with running_engine(sim_runner(), token_budget=32, vocab_size=VOCAB_SIZE) as engine:
+    if request.param != "native":
+        runner = sim_runner(1 if request.param == "sim" else 5)
+        async with running_engine(runner, token_budget=32, vocab_size=VOCAB_SIZE) as engine:
             yield Opened(engine, lambda old, new: None)
     else:
-        runner, view = request.getfixturevalue("native_runner")
-        async with running_engine(runner, token_budget=32, vocab_size=VOCAB_SIZE) as engine:
+        native, view = request.getfixturevalue("native_runner")
+        async with running_engine(native, token_budget=32, vocab_size=VOCAB_SIZE) as engine:
             yield Opened(engine, functools.partial(move_in_host_memory, view))
 
 

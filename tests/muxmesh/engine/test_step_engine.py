@@ -3,19 +3,22 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from muxmesh.clock import ManualClock, SystemClock
+from muxmesh.config.schema import SimProfile
 from muxmesh.engine.api import EngineJob, Event, Failed, Finished, FreeGrant, Grant, JobDone, Preempted, Tokens
 from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.sequence import SequenceRecord
+from muxmesh.engine.sim_runner import SimRunner
 from muxmesh.engine.step import Runner, Step, StepOutcome
 from muxmesh.engine.step_engine import StepEngine
 from muxmesh.errors import ModelUnsupported, SequenceFailed, WorkerLost
 from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping
-from tests.support.engines import FailingRunner, GatedRunner, running_engine, sim_runner
+from tests.support.engines import FailingRunner, GatedRunner, GatedSteps, running_engine, sim_runner
 
 
 def job(job_id: int = 1, max_new_tokens: int = 5, limit: int | None = None, num_blocks: int = 8) -> EngineJob:
@@ -43,6 +46,7 @@ class CountingGrant:
         self.is_recalled = False
         self.given = asyncio.Event()
         self.calls: list[str] = []
+        self.num_released_steps: list[int] = []
 
     async def acquire(self) -> None:
         self.calls.append("acquire")
@@ -50,6 +54,7 @@ class CountingGrant:
 
     def release(self, num_steps: int) -> None:
         self.calls.append("release")
+        self.num_released_steps.append(num_steps)
 
     def drop(self) -> None:
         self.calls.append("drop")
@@ -357,3 +362,129 @@ async def test_the_runner_is_loaded_and_run_in_one_thread_of_the_engine() -> Non
     async with running_engine(NamingRunner()) as engine:
         await rest(engine.submit(job()))
     assert threads == {"engine_0"}
+
+
+@dataclass
+class InRuns:
+    """An engine that computes runs of up to 8 steps, each of which waits for the test, with its grant and its clock."""
+
+    engine: StepEngine
+    runner: GatedRunner
+    steps: GatedSteps
+    grant: CountingGrant
+    clock: ManualClock
+
+
+@pytest.fixture
+async def in_runs() -> AsyncIterator[InRuns]:
+    steps, grant, clock = GatedSteps(), CountingGrant(), ManualClock()
+    runner = GatedRunner(SimRunner(SimProfile(base_s=1.0), range(35, 93), 0, steps, max_steps=8))
+    runner.open()
+    grant.given.set()
+    engine = StepEngine(Scheduler(8, 32, 1000), runner, grant, clock)
+    await engine.start()
+    try:
+        yield InRuns(engine, runner, steps, grant, clock)
+    finally:
+        steps.open()
+        await engine.stop()
+
+
+async def test_the_tokens_of_a_run_of_steps_are_one_event_and_the_grant_counts_each_step(in_runs: InRuns) -> None:
+    in_runs.steps.open()
+    events = await rest(in_runs.engine.submit(job(max_new_tokens=12)))
+    assert [len(event.token_ids) for event in events if isinstance(event, Tokens)] == [1, 8, 3]
+    assert isinstance(events[-1], Finished)
+    assert in_runs.grant.num_released_steps == [1, 8, 3]
+
+
+Change = Callable[[InRuns], object]
+CHANGES: dict[str, Change] = {
+    "another worker waits": lambda it: setattr(it.grant, "is_recalled", True),
+    "a job is added": lambda it: it.engine.submit(job(2)),
+    "a job is pre-empted": lambda it: it.engine.preempt(1),
+    "a job is resumed": lambda it: it.engine.resume(1),
+    "a sequence has more blocks": lambda it: it.engine.sequence_changed(1),
+    "it takes long": lambda it: it.clock.advance(0.02),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+async def test_a_run_ends_with_its_present_step_when(change: Change, in_runs: InRuns) -> None:
+    in_runs.engine.submit(job(max_new_tokens=30))
+    in_runs.steps.let(3)
+    await in_runs.steps.begun(4)  # the prompt, and the third step of the first run
+    change(in_runs)
+    in_runs.steps.let()
+    async with asyncio.timeout(20):
+        while len(in_runs.grant.num_released_steps) < 2:
+            await asyncio.sleep(0)
+    assert in_runs.grant.num_released_steps == [1, 3]
+
+
+async def test_a_cancel_waits_for_one_step_of_a_run_only(in_runs: InRuns) -> None:
+    in_runs.engine.submit(job(max_new_tokens=30))
+    in_runs.steps.let(3)
+    await in_runs.steps.begun(4)
+    cancel = asyncio.create_task(in_runs.engine.cancel(1))
+    await asyncio.sleep(0)
+    in_runs.steps.let()
+    await asyncio.wait_for(cancel, 20)
+    assert in_runs.steps.num_begun == 4
+
+
+async def test_stopping_waits_for_one_step_of_a_run_only(in_runs: InRuns) -> None:
+    events = in_runs.engine.submit(job(max_new_tokens=30))
+    in_runs.steps.let(3)
+    await in_runs.steps.begun(4)
+    asyncio.get_running_loop().call_soon(in_runs.steps.open)
+    await in_runs.engine.stop()
+    assert isinstance((await rest(events))[-1], Failed)
+    assert in_runs.steps.num_begun == 4
+
+
+async def test_a_change_before_a_run_does_not_end_it(in_runs: InRuns) -> None:
+    in_runs.engine.submit(job(1, max_new_tokens=30))
+    in_runs.engine.submit(job(2, max_new_tokens=30))
+    in_runs.steps.let(3)
+    await in_runs.steps.begun(4)
+    assert [step.num_steps for step in in_runs.runner.steps] == [1, 8]
+
+
+async def test_while_another_worker_waits_every_run_is_a_single_step(in_runs: InRuns) -> None:
+    in_runs.grant.is_recalled = True
+    in_runs.steps.open()
+    await rest(in_runs.engine.submit(job(max_new_tokens=6)))
+    assert in_runs.grant.num_released_steps == [1] * 6
+
+
+async def test_a_run_that_raises_is_computed_again_one_step_of_one_sequence_at_a_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Runner(FailingRunner):
+        def run(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:
+            if step.num_steps > 1 and len(step.chunks) > 1:
+                raise ArithmeticError("in the middle of a run")
+            return super().run(step, may_continue)
+
+    runner = GatedRunner(Runner({}, sim_runner(max_steps=8)))
+    async with running_engine(runner) as engine:
+        events = [engine.submit(job(job_id)) for job_id in (1, 2)]
+        runner.open()
+        found = await asyncio.gather(*map(rest, events))
+    async with running_engine() as engine:
+        alone = [await rest(engine.submit(job(job_id))) for job_id in (1, 2)]
+    assert found == alone, "every token once"
+    assert [(len(step.chunks), step.num_steps) for step in runner.steps[:5]] == [(2, 1), (2, 4), (1, 1), (1, 1), (2, 3)]
+
+
+async def test_a_run_is_observed_with_the_steps_that_were_computed() -> None:
+    observed: list[tuple[int, int]] = []
+    engine = StepEngine(
+        Scheduler(8, 32, 1000), sim_runner(max_steps=8), FreeGrant(), ManualClock(),
+        lambda step, outcome, seconds: observed.append((step.num_tokens, outcome.num_steps)),
+    )  # fmt: skip
+    await engine.start()
+    await rest(engine.submit(job(max_new_tokens=6)))
+    await engine.stop()
+    assert observed == [(10, 1), (1, 5)]
