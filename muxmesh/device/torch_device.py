@@ -53,6 +53,12 @@ class TorchDevice(Protocol):
     def upload(self, array: np.ndarray) -> Tensor:
         """Returns a copy of ``array`` on the device. The copy is enqueued on the present stream; does not block."""
 
+    def download(self, tensor: Tensor) -> Callable[[], np.ndarray]:
+        """Enqueues a copy of ``tensor`` to host memory on the present stream; does not block.
+
+        Returns a function that blocks until the copy is done and returns it.
+        """
+
     def compute(self) -> contextlib.AbstractContextManager[None]:
         """While the block runs, what this thread enqueues goes to the compute stream."""
 
@@ -100,6 +106,17 @@ class CudaDevice:
     def upload(self, array: np.ndarray) -> Tensor:
         host = torch.from_numpy(np.ascontiguousarray(array)).pin_memory()
         return host.to(self.torch_device, non_blocking=True)
+
+    def download(self, tensor: Tensor) -> Callable[[], np.ndarray]:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        event = self.record()
+
+        def wait() -> np.ndarray:
+            event.wait()
+            return host.numpy()
+
+        return wait
 
     @contextlib.contextmanager
     def compute(self) -> Iterator[None]:
@@ -173,6 +190,10 @@ class InterpretedDevice:
 
     def upload(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(array))
+
+    def download(self, tensor: Tensor) -> Callable[[], np.ndarray]:
+        copy = tensor.numpy().copy()
+        return lambda: copy
 
     def compute(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

@@ -32,10 +32,15 @@ def sample_token(logits: np.ndarray, spec: SampleSpec) -> SampledToken:
     sampling = spec.sampling
     changed = adjusted(logits, spec)
     if changed is not logits and not np.isfinite(changed.max()):
-        raise SequenceFailed(f"no token may be sampled at output index {spec.output_index}: every logit is -inf")
+        raise SequenceFailed(nothing_to_sample(spec.output_index))
     token_id = _sample(changed, spec)
     num_candidates = sampling.logprobs
     return SampledToken(token_id, None if num_candidates is None else token_logprobs(logits, token_id, num_candidates))
+
+
+def nothing_to_sample(output_index: int) -> str:
+    """The message of the error if the request bans, or the model excludes, every token."""
+    return f"no token may be sampled at output index {output_index}: every logit is -inf"
 
 
 def _sample(logits: np.ndarray, spec: SampleSpec) -> int:

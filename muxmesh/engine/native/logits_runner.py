@@ -54,7 +54,7 @@ class LogitsRunner:
             rows = slice(first, first + chunk.num_logit_rows)
             first = rows.stop
             if not is_finite[rows].all():
-                failed[chunk.job_id] = _not_finite(chunk, is_finite[rows])
+                failed[chunk.job_id] = not_finite(chunk, is_finite[rows])
                 continue
             if chunk.scoring:
                 # The last row of a prompt has no next token.
@@ -71,7 +71,7 @@ class LogitsRunner:
         return StepOutcome(sampled, prompt_logprobs, num_bytes, failed)
 
 
-def _not_finite(chunk: Chunk, is_finite: np.ndarray) -> Failed:
+def not_finite(chunk: Chunk, is_finite: np.ndarray) -> Failed:
     """Why a chunk fails. ``is_finite`` has a value for each of its rows with logits."""
     position = chunk.start + len(chunk.token_ids) - len(is_finite) + int(np.argmin(is_finite))
     return Failed(

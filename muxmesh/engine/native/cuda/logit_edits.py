@@ -1,0 +1,59 @@
+"""Bias, masks and penalties applied to logits on the device.
+
+The arithmetic is that of `muxmesh.engine.token_sampler`, rounded at the same points.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from muxmesh.device.torch_device import TorchDevice
+from muxmesh.engine.native.cuda.sampling_plan import LogitEdits
+
+_MAX_LOGIT = torch.finfo(torch.float32).max
+_WORD_BITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEdits:
+    """`LogitEdits` on the device; same fields."""
+
+    bias_at: Tensor
+    bias: Tensor
+    masked: Tensor
+    masks: Tensor
+    penalized_at: Tensor
+    factors: Tensor
+    counted_at: Tensor
+    costs: Tensor
+
+    @classmethod
+    def upload(cls, edits: LogitEdits, device: TorchDevice) -> DeviceEdits:
+        return cls(**{field.name: device.upload(getattr(edits, field.name)) for field in fields(cls)})
+
+    def apply(self, logits: Tensor) -> None:
+        """Changes ``logits`` (f32 [samples, vocabulary]) in place."""
+        if self.bias.numel():
+            at = tuple(self.bias_at)
+            logits[at] = logits[at] + self.bias
+        if self.masked.numel():
+            logits[self.masked] = torch.where(self._is_allowed(logits.shape[1]), logits[self.masked], -torch.inf)
+        if self.factors.numel():
+            at = tuple(self.penalized_at)
+            values = logits[at]
+            changed = torch.where(values > 0, values / self.factors, values * self.factors)
+            # A tiny factor overflows. What is -inf stays so: a banned token.
+            logits[at] = changed.clamp(max=_MAX_LOGIT)
+        if self.costs.numel():
+            at = tuple(self.counted_at)
+            # Two subtractions, each rounded, as on the CPU.
+            logits[at] = (logits[at] - self.costs[0]) - self.costs[1]
+
+    def _is_allowed(self, vocab_size: int) -> Tensor:
+        """Which tokens the masks allow (bool [masked, vocabulary])."""
+        shifts = torch.arange(_WORD_BITS, dtype=torch.int32, device=self.masks.device)
+        bits = (self.masks[:, :, None] >> shifts) & 1
+        return bits.reshape(len(self.masks), -1)[:, :vocab_size].bool()

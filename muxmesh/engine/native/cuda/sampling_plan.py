@@ -1,0 +1,307 @@
+"""What sampling on a device needs of a step, as arrays to upload, and the outcome from the array that comes back.
+
+Pure: knows NumPy, no torch and no device. A sample is a chunk with a `SampleSpec`; samples are numbered in the order of
+the chunks. Logit rows are numbered as `StepLayout.logit_rows` orders them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from muxmesh.engine.api import Failed
+from muxmesh.engine.native.logits_runner import not_finite
+from muxmesh.engine.step import Chunk, SampledToken, SampleSpec
+from muxmesh.engine.token_sampler import nothing_to_sample, uniform
+from muxmesh.errors import SequenceFailed
+from muxmesh.types import Candidate, TokenLogprobs
+
+_WORD_BITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class LogitEdits:
+    """Changes to the logits of samples before they are sampled. ``*_at`` int64 [2, n]: sample and token, each once.
+
+    In order: ``bias`` f32 is added; where a bit of ``masks`` (int32 [m, words], bit i of word w is token 32 * w + i) is
+    0, the logit of sample ``masked`` int64 [m] is -inf; logits are divided by ``factors`` f32 if positive, else
+    multiplied; ``costs`` f32 [2, n] (frequency, presence) are subtracted one after the other.
+    """
+
+    bias_at: np.ndarray
+    bias: np.ndarray
+    masked: np.ndarray
+    masks: np.ndarray
+    penalized_at: np.ndarray
+    factors: np.ndarray
+    counted_at: np.ndarray
+    costs: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """Tokens whose log-probabilities are requested: int64 [n] each.
+
+    ``rows``: their logit rows. ``samples``: the sample whose token it is, -1 for a prompt token, which is then in
+    ``token_ids``. ``num_candidates``: how many of the most likely tokens are needed, the most of all.
+    """
+
+    rows: np.ndarray
+    samples: np.ndarray
+    token_ids: np.ndarray
+    num_candidates: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingPlan:
+    """How to sample after one step.
+
+    sample_rows int64 [samples]: logit rows. parameters f64 [4, samples]: 1 / temperature as f32 (0: greedy), top-k (0:
+    off), top-p, min-p as f32. uniforms f64 [samples]: `token_sampler.uniform`.
+    """
+
+    num_logit_rows: int
+    sample_rows: np.ndarray
+    parameters: np.ndarray
+    uniforms: np.ndarray
+    edits: LogitEdits | None
+    scored: ScoredTokens | None
+
+    @property
+    def is_plain(self) -> bool:
+        """True if `sample_rows` alone does it: each logit row is sampled; no edits, no log-probabilities."""
+        return self.edits is None and self.scored is None and self.num_logit_rows == len(self.sample_rows)
+
+
+def plan_sampling(chunks: Sequence[Chunk], vocab_size: int) -> SamplingPlan:
+    """Returns the plan for the chunks of a step, whose logits have ``vocab_size`` columns."""
+    rows, specs = [], []
+    num_rows = 0
+    for chunk in chunks:
+        num_rows += chunk.num_logit_rows
+        if chunk.sample is not None:
+            rows.append(num_rows - 1)
+            specs.append(chunk.sample)
+    return SamplingPlan(
+        num_logit_rows=num_rows,
+        sample_rows=np.array(rows, dtype=np.int64),
+        parameters=row_parameters(specs),
+        uniforms=uniforms_ahead(specs, 1)[0],
+        edits=_edits(specs, vocab_size),
+        scored=_scored(chunks),
+    )
+
+
+def row_parameters(specs: Sequence[SampleSpec]) -> np.ndarray:
+    """Returns ``SamplingPlan.parameters``."""
+    columns = [
+        (
+            0.0 if spec.sampling.greedy else np.float32(1.0 / spec.sampling.temperature),
+            spec.sampling.top_k,
+            spec.sampling.top_p,
+            np.float32(spec.sampling.min_p),
+        )
+        for spec in specs
+    ]
+    return np.ascontiguousarray(np.array(columns, dtype=np.float64).reshape(-1, 4).T)
+
+
+def uniforms_ahead(specs: Sequence[SampleSpec], num_steps: int) -> np.ndarray:
+    """Returns the random numbers of the next ``num_steps`` output indices (f64 [num_steps, specs]); 0 if greedy."""
+    return np.array(
+        [
+            [
+                0.0
+                if spec.sampling.greedy
+                else uniform(spec.sampling.seed, spec.sequence_index, spec.output_index + step)
+                for spec in specs
+            ]
+            for step in range(num_steps)
+        ],
+        dtype=np.float64,
+    ).reshape(num_steps, len(specs))
+
+
+def _edits(specs: Sequence[SampleSpec], vocab_size: int) -> LogitEdits | None:
+    bias = [(i, token, value) for i, spec in enumerate(specs) for token, value in spec.sampling.logit_bias]
+    masks = {i: mask for i, spec in enumerate(specs) if (mask := _mask(spec, vocab_size)) is not None}
+    penalized, counted = [], []
+    for i, spec in enumerate(specs):
+        if not spec.sampling.has_penalties:
+            continue
+        if spec.sampling.repetition_penalty != 1.0:
+            seen = np.unique(np.array([*spec.prompt_token_ids, *spec.output_token_ids], dtype=np.int64))
+            penalized.append(_column_block(i, seen, np.full(len(seen), spec.sampling.repetition_penalty, np.float32)))
+        if spec.output_token_ids:
+            seen, counts = np.unique(np.array(spec.output_token_ids, dtype=np.int64), return_counts=True)
+            frequency = np.float32(spec.sampling.frequency_penalty) * counts.astype(np.float32)
+            presence = np.full(len(seen), spec.sampling.presence_penalty, np.float32)
+            counted.append(_column_block(i, seen, np.stack([frequency, presence])))
+    if not (bias or masks or penalized or counted):
+        return None
+    penalized_at, factors = _joined(penalized, np.empty(0, np.float32))
+    counted_at, costs = _joined(counted, np.empty((2, 0), np.float32))
+    return LogitEdits(
+        bias_at=np.array([(i, token) for i, token, _ in bias], dtype=np.int64).reshape(-1, 2).T,
+        bias=np.array([value for _, _, value in bias], dtype=np.float32),
+        masked=np.array(list(masks), dtype=np.int64),
+        masks=np.stack(list(masks.values())) if masks else np.empty((0, 0), dtype=np.int32),
+        penalized_at=penalized_at,
+        factors=factors,
+        counted_at=counted_at,
+        costs=costs,
+    )
+
+
+def _column_block(sample: int, token_ids: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.stack([np.full_like(token_ids, sample), token_ids]), values
+
+
+def _joined(blocks: Sequence[tuple[np.ndarray, np.ndarray]], none: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if not blocks:
+        return np.empty((2, 0), dtype=np.int64), none
+    return np.concatenate([at for at, _ in blocks], axis=1), np.concatenate([values for _, values in blocks], axis=-1)
+
+
+def _mask(spec: SampleSpec, vocab_size: int) -> np.ndarray | None:
+    """The tokens that may be sampled, one bit each (int32 [words]), or None for all."""
+    allowed = spec.sampling.allowed_token_ids
+    if not spec.banned and allowed is None and spec.token_bitmask is None:
+        return None
+    bits = np.ones(vocab_size, dtype=np.uint8) if allowed is None else np.zeros(vocab_size, dtype=np.uint8)
+    if allowed is not None:
+        bits[list(allowed)] = 1
+    if spec.token_bitmask is not None:
+        bits &= np.unpackbits(spec.token_bitmask.view(np.uint8), count=vocab_size, bitorder="little")
+    bits[list(spec.banned)] = 0
+    packed = np.packbits(bits, bitorder="little")
+    words = -(-vocab_size // _WORD_BITS)
+    return np.pad(packed, (0, words * 4 - len(packed))).view(np.int32)
+
+
+def _scored(chunks: Sequence[Chunk]) -> ScoredTokens | None:
+    rows: list[int] = []
+    samples: list[int] = []
+    token_ids: list[int] = []
+    num_candidates = first = sample = 0
+    for chunk in chunks:
+        end = first + chunk.num_logit_rows
+        if chunk.scoring:
+            # The last row of a prompt has no next token.
+            known = chunk.scoring.next_token_ids[: end - first]
+            rows += range(first, first + len(known))
+            samples += [-1] * len(known)
+            token_ids += known
+            num_candidates = max(num_candidates, chunk.scoring.num_candidates)
+        if chunk.sample is not None:
+            if chunk.sample.sampling.logprobs is not None:
+                rows.append(end - 1)
+                samples.append(sample)
+                token_ids.append(0)
+                num_candidates = max(num_candidates, chunk.sample.sampling.logprobs)
+            sample += 1
+        first = end
+    if not rows:
+        return None
+    return ScoredTokens(
+        np.array(rows, dtype=np.int64),
+        np.array(samples, dtype=np.int64),
+        np.array(token_ids, dtype=np.int64),
+        num_candidates,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOutcome:
+    """The parts of a `StepOutcome` that sampling decides, by job id."""
+
+    sampled: Mapping[int, SampledToken]
+    prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]]
+    failed: Mapping[int, Failed]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledArrays:
+    """What the device computed for a plan; see `sampling.Sampler.enqueue`.
+
+    token_ids int64 [samples]; can_sample bool [samples]: some token may be sampled; is_finite bool [logit rows];
+    logprobs f64, ranks int64 [scored]; top_ids int64, top_logprobs f64 [scored, candidates].
+    """
+
+    token_ids: np.ndarray
+    can_sample: np.ndarray
+    is_finite: np.ndarray
+    logprobs: np.ndarray
+    ranks: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+    @classmethod
+    def unpack(cls, plan: SamplingPlan, packed: np.ndarray, vocab_size: int) -> SampledArrays:
+        """``packed``: int64, the fields one after the other."""
+        samples = len(plan.sample_rows)
+        scored = 0 if plan.scored is None else len(plan.scored.rows)
+        candidates = 0 if plan.scored is None else min(plan.scored.num_candidates, vocab_size)
+        sizes = (samples, samples, plan.num_logit_rows, scored, scored, scored * candidates, scored * candidates)
+        parts = np.split(packed, np.cumsum(sizes))
+        return cls(
+            token_ids=parts[0],
+            can_sample=parts[1] != 0,
+            is_finite=parts[2] != 0,
+            logprobs=parts[3].view(np.float64),
+            ranks=parts[4],
+            top_ids=parts[5].reshape(scored, candidates),
+            top_logprobs=parts[6].view(np.float64).reshape(scored, candidates),
+        )
+
+    def token_logprobs(self, scored: int, token_id: int, num_candidates: int) -> TokenLogprobs:
+        """Log-probabilities of the scored token at this index, and of the ``num_candidates`` most likely tokens."""
+        top = zip(
+            self.top_ids[scored, :num_candidates].tolist(),
+            self.top_logprobs[scored, :num_candidates].tolist(),
+            strict=True,
+        )
+        return TokenLogprobs(
+            Candidate(token_id, float(self.logprobs[scored]), int(self.ranks[scored])),
+            tuple(Candidate(likely, logprob, index + 1) for index, (likely, logprob) in enumerate(top)),
+        )
+
+
+def sampling_outcome(chunks: Sequence[Chunk], arrays: SampledArrays) -> SamplingOutcome:
+    """Returns the outcome for the chunks that `plan_sampling` got, from what the device computed."""
+    sampled: dict[int, SampledToken] = {}
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+    failed: dict[int, Failed] = {}
+    first = sample = scored = 0
+    for chunk in chunks:
+        end = first + chunk.num_logit_rows
+        is_finite = arrays.is_finite[first:end]
+        num_prompt = min(len(chunk.scoring.next_token_ids), end - first) if chunk.scoring else 0
+        if not is_finite.all():
+            failed[chunk.job_id] = not_finite(chunk, is_finite)
+        elif chunk.scoring:
+            prompt_logprobs[chunk.job_id] = tuple(
+                arrays.token_logprobs(scored + i, chunk.scoring.next_token_ids[i], chunk.scoring.num_candidates)
+                for i in range(num_prompt)
+            )
+        scored += num_prompt
+        if chunk.sample is not None:
+            if chunk.job_id not in failed:
+                outcome = _sampled_token(chunk.sample, arrays, sample, scored)
+                if isinstance(outcome, Failed):
+                    failed[chunk.job_id] = outcome
+                else:
+                    sampled[chunk.job_id] = outcome
+            scored += chunk.sample.sampling.logprobs is not None
+            sample += 1
+        first = end
+    return SamplingOutcome(sampled, prompt_logprobs, failed)
+
+
+def _sampled_token(spec: SampleSpec, arrays: SampledArrays, sample: int, scored: int) -> SampledToken | Failed:
+    if not arrays.can_sample[sample]:
+        return Failed(nothing_to_sample(spec.output_index), SequenceFailed)
+    token_id, count = int(arrays.token_ids[sample]), spec.sampling.logprobs
+    return SampledToken(token_id, None if count is None else arrays.token_logprobs(scored, token_id, count))
