@@ -91,6 +91,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuMemSetAccess": (c_uint64, c_size_t, POINTER(_Access), c_size_t),
     "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
     "cuMemFree_v2": (c_uint64,),
+    "cuMemGetAddressRange_v2": (POINTER(c_uint64), POINTER(c_size_t), c_uint64),
     "cuIpcGetMemHandle": (POINTER(_IpcHandle), c_uint64),
     "cuIpcOpenMemHandle_v2": (POINTER(c_uint64), _IpcHandle, c_uint),
     "cuIpcCloseMemHandle": (c_uint64,),
@@ -254,6 +255,12 @@ class CudaDriver:
 
     def free(self, address: int) -> None:
         self._call("cuMemFree_v2", address)
+
+    def allocated_bytes(self, address: int) -> int:
+        """Size of the allocation that begins at ``address``, whether `allocate` or `open_ipc_handle` returned it."""
+        base, num_bytes = c_uint64(), c_size_t()
+        self._call("cuMemGetAddressRange_v2", base, num_bytes, address)
+        return num_bytes.value - (address - base.value)
 
     def ipc_handle(self, address: int) -> bytes:
         """Returns the 64 bytes by which another process opens memory of `allocate`."""

@@ -37,6 +37,7 @@ if way == "fd":
     driver.release(handle)
 else:
     address = driver.open_ipc_handle(bytes.fromhex(sys.argv[5]))
+    assert driver.allocated_bytes(address) >= size
 seen = bytearray(8)
 driver.copy_to_host(seen, address)
 print(bytes(seen).hex(), flush=True)
@@ -310,6 +311,15 @@ def test_memory_survives_the_process_that_allocated_it(in_context: CudaDriver, l
     assert content == b"content"
 
 
+def test_the_size_of_an_allocation_is_known_from_its_address(in_context: CudaDriver, undo: ExitStack) -> None:
+    address = in_context.allocate(SIZE)
+    undo.callback(in_context.free, address)
+    assert in_context.allocated_bytes(address) == SIZE
+    assert in_context.allocated_bytes(address + 5) == SIZE - 5
+    with pytest.raises(DeviceError, match="cuMemGetAddressRange_v2 failed: CUDA_ERROR_NOT_FOUND"):
+        in_context.allocated_bytes(4096)
+
+
 def test_another_process_opens_an_ipc_handle(in_context: CudaDriver, library: str, undo: ExitStack) -> None:
     driver = in_context
     address = driver.allocate(SIZE)
@@ -441,6 +451,7 @@ def use_everything(driver: CudaDriver, library: str) -> None:
         driver.copy_to_device(memory.address, memory.read(0, 8))
         plain = driver.allocate(SIZE)
         undo.callback(driver.free, plain)
+        assert driver.allocated_bytes(plain) >= SIZE
         handle = driver.ipc_handle(plain)
         with pytest.raises(DeviceError, match=r"\(201\)"):
             driver.open_ipc_handle(handle)

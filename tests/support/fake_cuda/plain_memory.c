@@ -64,6 +64,16 @@ CUresult cuMemFree_v2(CUdeviceptr address) {
     return CUDA_SUCCESS;
 }
 
+CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr address) {
+    ENTRY;
+    Range *range = find_range(address);
+    REQUIRE(current_device() >= 0, CUDA_ERROR_INVALID_CONTEXT);
+    REQUIRE(range && range->hidden, CUDA_ERROR_NOT_FOUND);
+    *base = (CUdeviceptr)range->address;
+    *size = range->size;
+    return CUDA_SUCCESS;
+}
+
 CUresult cuIpcGetMemHandle(CUipcMemHandle *handle, CUdeviceptr address) {
     ENTRY;
     Range *range = find_range(address);
