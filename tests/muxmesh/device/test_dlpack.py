@@ -26,9 +26,10 @@ def test_a_tensor_is_viewed_in_every_dtype_of_kv(dtype: torch.dtype) -> None:
     view = bytes_tensor(ctypes.addressof(memory), 64, CPU).view(dtype)
     view[1] = 1.5
     assert view.data_ptr() == ctypes.addressof(memory) and view.numel() == 64 // view.itemsize
-    assert bytes(memory)[view.itemsize : 2 * view.itemsize] == torch.tensor([1.5], dtype=dtype).view(
-        torch.uint8
-    ).numpy().tobytes()
+    assert (
+        bytes(memory)[view.itemsize : 2 * view.itemsize]
+        == torch.tensor([1.5], dtype=dtype).view(torch.uint8).numpy().tobytes()
+    )
 
 
 def test_the_memory_outlives_the_tensor() -> None:
