@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 _DEVICE_TYPES = {"cpu": 1, "cuda": 2}
 """kDLCPU, kDLCUDA."""
@@ -59,5 +60,5 @@ def bytes_tensor(address: int, num_bytes: int, device: torch.device) -> Tensor:
     location = _Device(_DEVICE_TYPES[device.type], device.index or 0)
     managed = _ManagedTensor(_Tensor(address, location, 1, _DataType(_UNSIGNED_INT, 8, 1), shape, None, 0), None, None)
     _exported.append((managed, shape))
-    tensor: Tensor = torch.from_dlpack(_new_capsule(ctypes.addressof(managed), b"dltensor", None))
+    tensor: Tensor = from_dlpack(_new_capsule(ctypes.addressof(managed), b"dltensor", None))
     return tensor
