@@ -59,6 +59,9 @@ class TorchDevice(Protocol):
         Returns a function that blocks until the copy is done and returns it.
         """
 
+    def staging(self, num_bytes: int) -> Tensor:
+        """Returns new pinned host memory as uint8, from and to which copies run beside the host."""
+
     def compute(self) -> contextlib.AbstractContextManager[None]:
         """While the block runs, what this thread enqueues goes to the compute stream."""
 
@@ -117,6 +120,9 @@ class CudaDevice:
             return host.numpy()
 
         return wait
+
+    def staging(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     @contextlib.contextmanager
     def compute(self) -> Iterator[None]:
@@ -194,6 +200,9 @@ class InterpretedDevice:
     def download(self, tensor: Tensor) -> Callable[[], np.ndarray]:
         copy = tensor.numpy().copy()
         return lambda: copy
+
+    def staging(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def compute(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
