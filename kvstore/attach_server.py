@@ -107,6 +107,20 @@ class AttachServer:
             if attachment.kill_timer is not None:
                 attachment.kill_timer.cancel()
 
+    def end_group(self, reason: str, device_has_failed: bool) -> None:
+        """Kills all workers: they start again as a group. After a failure of the device no KV computed so far is used.
+
+        The pool stays. Leases and slots are reclaimed as the fence reports the exits.
+        """
+        _log.error("all workers of the unit end: %s", reason)
+        if device_has_failed:
+            num_credits = self._unit.device_failed()
+            _log.warning("prefix cache emptied, %d credits ended", num_credits)
+        for attachment in self._attachments.values():
+            attachment.worker.ready = False
+            self._kill(attachment, "ends with its group")
+        self._changed()
+
     def cost_of(self, worker: str) -> StepCost | None:
         """Measured step cost of a worker; None before its first step, or if it is not attached."""
         attachment = self._attachments.get(worker)

@@ -134,6 +134,14 @@ class BlockTable:
             else:
                 self._pool.free(model, (block_id,))
 
+    def drop_prefixes(self) -> None:
+        """Empties the prefix cache of all models. Blocks in use stay, but no later allocation finds them by a hash."""
+        for model, blocks in self._models.items():
+            for block_id in list(blocks.cached):
+                self._evict(model, block_id)
+            blocks.by_hash.clear()
+            blocks.hash_of.clear()
+
     def num_in_use(self, model: str) -> int:
         """Blocks with at least one reference; a shared block counts once."""
         return len(self._models[model].references)

@@ -18,8 +18,8 @@ without the transition raises LeaseLost and changes nothing.
     finish_swap_in   swapping_in         resident        blocks
     release          any                 -               nothing
 
-`LeaseTable.drop_owner` and `LeaseTable.drop_expired` end leases as release does. This module does not know when to
-pre-empt or to swap, nor which processes live: its callers decide that.
+`LeaseTable.drop_owner`, `drop_expired` and `device_failed` end leases as release does. This module does not know when
+to pre-empt or to swap, nor which processes live: its callers decide that.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class LeaseRecord:
     """One lease and what it holds.
 
     ``block_hashes``: hashes of its first blocks, valid once these are computed. ``expires_at_s`` applies to a credit
-    only. ``swap_pages``: pages for the copy of its KV, filled or not.
+    only. ``swap_pages``: pages for the copy of its KV, filled or not. ``has_valid_kv``: the device has not failed.
     """
 
     lease: Lease
@@ -99,6 +99,7 @@ class LeaseRecord:
     expires_at_s: float
     swap_pages: tuple[int, ...] = ()
     num_preemption_requests: int = 0
+    has_valid_kv: bool = True
 
 
 class LeaseTable:
@@ -260,6 +261,12 @@ class LeaseTable:
         self.num_expired += num_ended
         return num_ended
 
+    def device_failed(self) -> int:
+        """Ends all credits; returns their number. What the other leases have computed is never published."""
+        for record in self._records.values():
+            record.has_valid_kv = False
+        return self._end_all(_is_credit)
+
     def next_expiry_s(self) -> float | None:
         """When the next credit expires; None without credits."""
         return min((r.expires_at_s for r in self._records.values() if _is_credit(r)), default=None)
@@ -361,7 +368,8 @@ class LeaseTable:
         return allowed[record.state]
 
     def _publish(self, record: LeaseRecord, hashes: Sequence[bytes]) -> None:
-        self._blocks.insert_prefix(record.lease.model, record.lease.block_ids, hashes)
+        if record.has_valid_kv:
+            self._blocks.insert_prefix(record.lease.model, record.lease.block_ids, hashes)
 
     @staticmethod
     def _change_owner(record: LeaseRecord, owner: str) -> Lease:

@@ -329,6 +329,15 @@ class Unit:
         self.leases.release(ref, owner, computed)
         self.admission.withdraw(owner, ref.lease_id)
 
+    def device_failed(self) -> int:
+        """Lets no request use KV that was computed before now; returns the number of credits that ended for that.
+
+        Empties the prefix cache. The leases of workers end with their workers, all of which the caller ends.
+        """
+        num_ended = self.leases.device_failed()
+        self.blocks.drop_prefixes()
+        return num_ended
+
     def ready_workers(self, role: Role, model: str) -> list[WorkerRecord]:
         """The ready workers of a role and model, the youngest first."""
         return ready_workers(self.workers.values(), role, model)

@@ -1,4 +1,4 @@
-"""Whether a process of this user runs, is stopped by a signal, or is in the hands of a debugger. Reads /proc."""
+"""Whether a process of this user runs, is stopped by a signal, is traced by a debugger, or has ended. Reads /proc."""
 
 from __future__ import annotations
 
@@ -19,11 +19,21 @@ class ProcessState(Enum):
 
 def process_state(pid: int) -> ProcessState:
     """The state of the process ``pid`` now."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
-    except OSError:  # it has exited
-        return ProcessState.RUNNING
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = _status(pid)
     if fields.get("TracerPid", "0").strip() != "0":
         return ProcessState.TRACED
     return ProcessState.STOPPED if fields.get("State", "").strip().startswith("T") else ProcessState.RUNNING
+
+
+def has_ended(pid: int) -> bool:
+    """Whether the process ``pid`` has exited, reaped or not."""
+    return _status(pid).get("State", "Z").strip().startswith(("Z", "X"))
+
+
+def _status(pid: int) -> dict[str, str]:
+    """The fields of a process; none if there is no such process."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    except OSError:
+        return {}
+    return dict(line.split(":", 1) for line in lines if ":" in line)

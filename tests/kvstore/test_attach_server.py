@@ -23,6 +23,7 @@ from kvstore.fence import Fence, HostFence
 from kvstore.grant_page import MAX_WORKERS, Word
 from kvstore.grant_table import GrantTable
 from kvstore.unit import IssuedCredit, Unit, UnitModel
+from muxmesh.block_hashes import block_hashes
 from muxmesh.device.kv_view import KvView
 from muxmesh.errors import Unavailable
 from muxmesh.models.model_spec import KvShape
@@ -339,6 +340,29 @@ async def test_a_writer_that_exits_leaves_the_worker_and_its_leases(server: Serv
 async def test_a_writer_for_an_unknown_worker_is_refused(server: Server) -> None:
     with pytest.raises(Unavailable, match="refused a writer for unknown"):
         await attach_writer(server.path, "unknown")
+
+
+# The group
+
+
+@pytest.mark.parametrize("device_has_failed", [True, False])
+async def test_all_workers_end_as_a_group_and_the_pool_stays(server: Server, device_has_failed: bool) -> None:
+    """After a failure of the device nothing that was computed before is in the prefix cache."""
+    hashes = block_hashes([1] * 16, SHAPE.block_size, b"root")
+    with worker_process(server, "prefill") as prefill, worker_process(server, "decode") as decode:
+        await server.until_ready(2)
+        issued = server.lease_to_prefill(16)
+        server.unit.blocks.insert_prefix("m", issued.lease.block_ids, hashes)
+        server.attach.end_group("of a reason", device_has_failed)
+        assert server.unit.ready_workers(Role.DECODE, "m") == []
+        await server.until_attached(0)
+        assert [process.wait() for process in (prefill, decode)] == [-signal.SIGKILL] * 2
+    assert len(server.unit.leases) == 0
+    assert server.unit.blocks.count_cached("m", hashes) == (0 if device_has_failed else 2)
+    server.unit.check_integrity()
+    with worker_process(server, "prefill"):
+        await server.until_ready(1)
+        assert np.memmap(server.pool_path, dtype=np.float32, mode="r")[5] == 42.0
 
 
 # Timers, under virtual time

@@ -134,6 +134,22 @@ def test_a_block_keeps_its_first_hash() -> None:
     assert [table.count_cached("a", hashes_of(1, topic)) for topic in (1, 2)] == [1, 0]
 
 
+def test_dropped_prefixes_are_not_found_whether_they_are_in_use_or_cached() -> None:
+    table = make_table()
+    cached(table, "a", 2, topic=1)
+    cached(table, "b", 1)
+    in_use = allocated(table, "a", 2)
+    table.insert_prefix("a", in_use, hashes_of(2))
+    table.drop_prefixes()
+    assert [table.count_cached(*of) for of in (("a", hashes_of(2, 1)), ("a", hashes_of(2)), ("b", hashes_of(1)))] == [
+        0
+    ] * 3
+    assert (table.num_in_use("a"), table.num_cached("a"), table.num_cached("b")) == (2, 0, 0)
+    table.free("a", in_use)
+    assert table.num_cached("a") == 0
+    table.check_integrity({})
+
+
 def test_only_blocks_in_use_can_be_published() -> None:
     table = make_table()
     block_ids = allocated(table, "a", 1)

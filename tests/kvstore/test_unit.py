@@ -233,6 +233,29 @@ def test_what_a_killed_worker_had_computed_is_found_by_the_next_attempt() -> Non
     assert again.lease.block_ids[:6] == moved.block_ids[:6]
 
 
+def test_after_a_failure_of_the_device_no_request_gets_kv_that_was_computed_before() -> None:
+    unit = make_unit()
+    prefill, decode = attach_ready(unit, "a")
+    hashes = block_hashes([1] * 32, 8, b"root")
+
+    def offered(entry_id: int) -> Lease:
+        unit.offer("router", queued(entry_id, num_tokens=32, hashes=hashes, max_cached_tokens=31))
+        (issued,) = schedule(unit).credits
+        return issued.lease
+
+    lease = unit.move(unit.acquire(offered(1).ref, prefill).ref, prefill, decode, 32, (1,))
+    credit = offered(2)
+    assert credit.num_computed_tokens == 24
+    assert unit.device_failed() == 1
+    with pytest.raises(LeaseLost):
+        unit.acquire(credit.ref, prefill)
+    unit.release(lease.ref, decode, hashes)
+    assert unit.worker_exited(decode, {lease.ref.lease_id: hashes}) == 0
+    attach_ready(unit, "a")
+    assert offered(3).num_computed_tokens == 0
+    unit.check_integrity()
+
+
 def test_without_a_limit_of_its_own_as_many_sequences_are_resident_as_the_batch_holds() -> None:
     model = UnitModel(SHAPES["a"], 3, 512)
     assert model.resident_limit == 3

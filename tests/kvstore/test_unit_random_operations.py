@@ -236,6 +236,16 @@ class UnitMachine(RuleBasedStateMachine):
         with pytest.raises((LeaseLost, WorkerLost) if lease.model == "c" else LeaseLost):
             self.unit.acquire(LeaseRef(lease.ref.lease_id, lease.ref.epoch), self.workers[lease.model][0])
 
+    @rule()
+    def the_device_fails(self) -> None:
+        """Blocks in use keep their contents, but nothing is found in them later, nor in any other block."""
+        self.just_scheduled = False
+        self.unit.device_failed()
+        for model in self.unit.models:
+            assert self.unit.blocks.num_cached(model) == 0
+            for hashes in self.hashes_of_entry.values():
+                assert self.unit.blocks.count_cached(model, hashes) == 0
+
     # Workers and models
 
     @rule(model=st.sampled_from(sorted(SHAPES)), index=st.integers(0, 1))

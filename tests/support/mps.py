@@ -20,15 +20,16 @@ RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "mps_answers.json
 """Answers of the real control program."""
 
 CLIENT = """
-import os, socket, sys
+import os, signal, socket
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(os.environ["CUDA_MPS_PIPE_DIRECTORY"] + "/control")
 connection.sendall(b"client %d\\n" % os.getpid())
 print(connection.recv(100).decode().strip() or "refused", flush=True)
 while line := connection.recv(100):
     print(line.decode().strip(), flush=True)
+signal.pause()
 """
-"""A process that connects as a client of the fake driver does, and prints what the daemon sends."""
+"""Connects as a client of the fake driver does, and prints what the daemon sends. Outlives the daemon."""
 
 
 class FakeDaemon:

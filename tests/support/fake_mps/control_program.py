@@ -1,7 +1,7 @@
 """A control program of MPS for tests: the words of the real one, from its recorded answers, and no limits.
 
     -d, -f      the daemon, in the background or the foreground
-    (none)      sends the commands on stdin to the daemon
+    (none)      sends the commands on stdin to the daemon: `question`
 
 The daemon listens on ``$CUDA_MPS_PIPE_DIRECTORY/control`` and starts a server, a process that only sleeps, for its
 first client. Protocol of the socket, in lines:
@@ -185,25 +185,11 @@ def start_daemon(pipe_dir: Path, log_dir: Path, *, in_foreground: bool) -> NoRet
     daemon.run()
 
 
-def ask(pipe_dir: Path, commands: bytes) -> None:
-    """Prints the daemon's answer to ``commands``."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        try:
-            connection.connect(str(pipe_dir / "control"))
-        except OSError:
-            exit_with(RECORDED["no_daemon"])
-        connection.sendall(b"ui\n" + commands)
-        connection.shutdown(socket.SHUT_WR)
-        while chunk := connection.recv(65536):
-            sys.stdout.write(chunk.decode())
-
-
 def main() -> None:
     pipe_dir = Path(os.environ["CUDA_MPS_PIPE_DIRECTORY"])
     options = set(sys.argv[1:])
-    if options and options <= {"-f", "-d"}:
+    if not options:
+        exit_with(RECORDED["no_daemon"])
+    if options <= {"-f", "-d"}:
         start_daemon(pipe_dir, Path(os.environ["CUDA_MPS_LOG_DIRECTORY"]), in_foreground="-f" in options)
-    elif options:
-        exit_with(RECORDED["usage"])
-    else:
-        ask(pipe_dir, sys.stdin.buffer.read())
+    exit_with(RECORDED["usage"])
