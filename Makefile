@@ -6,12 +6,15 @@ BIN := $(VENV)/bin
 # what asks for it later finds it there. On Linux the default package index has a build with CUDA; point
 # PIP_EXTRA_INDEX_URL at PyTorch's CPU index for a smaller one.
 TORCH ?= torch==2.13.0
+# For the targets that run on a machine with a GPU.
+GPU_PYTHON ?= python3
+GPU_SITE := $(CURDIR)/build/gpu-site
 # For `make chaos`.
 SECONDS ?= 60
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-long test-clients check fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-kvpool bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-check
+.PHONY: help venv dev run test test-long test-clients check fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-kvpool bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -120,9 +123,19 @@ bench-simulator: $(VENV)/.dev ## A million simulated requests on one core
 bench-before-after: $(VENV)/.dev ## Benchmark BENCH (router, kvpool, ...) in the checkout BEFORE and in this one, by turns
 	$(BIN)/python -m benchmarks.before_after $(BENCH) $(BEFORE) $(ROUNDS)
 
-gpu-check: $(VENV)/.dev ## The tests that need a GPU
-	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no GPU here")'
-	$(BIN)/python -m pytest -q -k cuda tests/muxmesh/engine/native/test_torch_reference.py
+gpu-wheels: $(VENV)/.dev ## Collect in .whl what a machine with a GPU lacks; PIP_LIST: its `pip list`, in a file
+	$(BIN)/python scripts/gpu_wheels.py $(PIP_LIST)
+
+# A machine with a GPU has torch for CUDA in GPU_PYTHON, and .whl instead of a package index.
+$(GPU_SITE): $(wildcard .whl/*.whl)
+	@rm -rf $@ && mkdir -p $@
+	@if ls .whl/*.whl >/dev/null 2>&1; then $(GPU_PYTHON) scripts/gpu_wheels.py --install $@; fi
+
+gpu-check: $(GPU_SITE) ## On a machine with a GPU: every check of the GPU path, at most 10 minutes; ARGS, such as --only NAMES
+	PYTHONPATH=$(GPU_SITE):$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
+
+bench-gpu: $(GPU_SITE) ## On a machine with a GPU: decode, prefill, hand-off and three models; ARGS, such as --quick
+	PYTHONPATH=$(GPU_SITE):$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean: ## Remove what was built
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

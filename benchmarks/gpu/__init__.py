@@ -1,0 +1,1 @@
+"""Speed of the GPU path on a machine with a GPU."""

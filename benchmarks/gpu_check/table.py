@@ -1,0 +1,45 @@
+"""The checks, most important first. Time limits are for a machine where torch takes 5 s to start."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks.gpu_check.check import Check
+
+_COMPILED = (("TRITON_INTERPRET", "0"),)
+_REAL_DRIVER = (("MUXMESH_TEST_LIBCUDA", "libcuda.so.1"),)
+_KERNELS = "tests/muxmesh/engine/native/cuda"
+
+CHECKS = (
+    Check("ipc", "memory passes by descriptor and by IPC handle, and outlives its owner", 40, "beside"),
+    Check("dlpack", "the tensor of imported memory has its address; bf16 is read by another process", 60, "beside"),
+    Check(
+        "driver", "the driver seam's contract holds on the real libcuda as on the fake one", 60, "beside",
+        ("tests/muxmesh/cuda/test_driver.py",), _REAL_DRIVER, workers=4,
+    ),
+    Check("mesh-tokens", "tokens of meshes in f32 on the GPU equal those on the CPU", 150, "mps"),
+    Check(
+        "kernels", "compiled kernels agree with float64: 1e-5 f32, 1e-3 f16, 1e-2 bf16", 150, "beside",
+        (_KERNELS,), _COMPILED, workers=8,
+    ),
+    Check("unlimited-worker", "a worker that MPS does not limit exits and says so", 60, "mps"),
+    Check("mps-faults", "terminate_client harms nobody; else FAULT, then ACTIVE; bytes kept", 90, "mps"),
+    Check("mps-answers", "answers of the control program as recorded", 40, "mps"),
+    Check(
+        "torch-reference", "the reference in torch agrees with transformers on the GPU", 60, "beside",
+        ("tests/muxmesh/engine/native/test_torch_reference.py", "-k", "cuda"),
+    ),
+    Check("group-restart", "a killed worker: FAULT, all workers of the GPU new, the same tokens", 120, "alone"),
+    Check("hand-off", "under 1 ms; kvstore is no MPS client", 60, "alone"),
+    Check("mps-shares", "SMs 132, 66, 38, 12; products in proportion, copies less so", 90, "alone"),
+    Check("memfd", "near plain pinned memory, also beside products", 40, "alone"),
+)  # fmt: skip
+"""What `make gpu-check` runs."""
+
+
+def dry_checks() -> tuple[Check, ...]:
+    """The checks that also run without a GPU, where the fake driver and Triton's interpreter stand in for it."""
+    return tuple(replace(check, environment=()) for check in CHECKS if check.name in DRY)
+
+
+DRY = ("ipc", "driver", "mesh-tokens", "unlimited-worker", "group-restart", "hand-off")
