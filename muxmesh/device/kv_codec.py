@@ -44,7 +44,7 @@ def encoded_bytes(shape: KvShape, num_tokens: int, kv_format: KvFormat) -> int:
     if kv_format == "raw":
         return num_blocks * shape.token_block_bytes
     heads = shape.num_layers * shape.num_kv_heads
-    scales = len(list(_groups(shape, num_tokens))) * shape.head_dim + num_blocks * shape.block_size
+    scales = len(list(groups(shape, num_tokens))) * shape.head_dim + num_blocks * shape.block_size
     return num_blocks * shape.token_block_bytes // shape.dtype_bytes + heads * scales * _SCALE_BYTES
 
 
@@ -55,7 +55,7 @@ def encode(view: KvView, block_ids: Sequence[int], num_tokens: int, kv_format: K
         for block in blocks:
             sink.write(block)
         return
-    for first, end in _groups(view.shape, num_tokens):
+    for first, end in groups(view.shape, num_tokens):
         data = np.stack(blocks[first:end])
         key, value = _keys(data, view.shape), _values(data, view.shape)
         past_end = end * view.shape.block_size - num_tokens
@@ -82,7 +82,7 @@ def decode(
             source.read_into(block)
         return
     heads, dim, size = shape.num_layers * shape.num_kv_heads, shape.head_dim, shape.block_size
-    for first, end in _groups(shape, num_tokens):
+    for first, end in groups(shape, num_tokens):
         count = end - first
         for part, (scale_shape, piece_shape) in enumerate(
             (
@@ -98,7 +98,7 @@ def decode(
                 blocks[index].reshape(heads, 2, -1)[:, part] = restored[index - first].reshape(heads, -1)
 
 
-def _groups(shape: KvShape, num_tokens: int) -> Iterator[tuple[int, int]]:
+def groups(shape: KvShape, num_tokens: int) -> Iterator[tuple[int, int]]:
     """Half-open ranges of token block indices that share the scales of K. The last range includes the remainder."""
     num_blocks, per_group = blocks_for(num_tokens, shape.block_size), GROUP_TOKENS // shape.block_size
     last = max(0, num_tokens // GROUP_TOKENS - 1)

@@ -25,14 +25,31 @@ class SwapRegion:
         return SwapCopy(self._bytes, pages)
 
 
+class SwapPosition:
+    """A position in the bytes of a copy, which are in the pages of the region in order."""
+
+    def __init__(self, pages: Sequence[int]) -> None:
+        self._runs = _runs(pages)
+        self._at, self._end = 0, 0
+
+    def advance(self, num_bytes: int) -> Iterator[tuple[int, int]]:
+        """Half-open byte ranges of the region that hold the next ``num_bytes``, each as long as possible."""
+        while num_bytes:
+            if self._at == self._end:
+                self._at, self._end = next(self._runs)
+            size = min(num_bytes, self._end - self._at)
+            yield self._at, self._at + size
+            self._at += size
+            num_bytes -= size
+
+
 class SwapCopy:
     """`Sink` and `Source` of `muxmesh.device.kv_codec` over the pages of one copy. Has one position for both."""
 
     def __init__(self, region: np.ndarray, pages: Sequence[int]) -> None:
         """``region``: the bytes of the whole region, u8."""
         self._region = region
-        self._runs = _runs(pages)
-        self._at, self._end = 0, 0
+        self._position = SwapPosition(pages)
 
     def write(self, piece: np.ndarray) -> None:
         flat = piece.reshape(-1).view(np.uint8)
@@ -54,13 +71,8 @@ class SwapCopy:
 
     def _parts(self, num_bytes: int) -> Iterator[np.ndarray]:
         """Views of the next ``num_bytes`` in the region."""
-        while num_bytes:
-            if self._at == self._end:
-                self._at, self._end = next(self._runs)
-            size = min(num_bytes, self._end - self._at)
-            yield self._region[self._at : self._at + size]
-            self._at += size
-            num_bytes -= size
+        for first, end in self._position.advance(num_bytes):
+            yield self._region[first:end]
 
 
 def _runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -69,6 +69,8 @@ class KvShape:
     head_dim: int
     block_size: int
     dtype_bytes: int
+    is_bfloat16: bool = False
+    """Elements of 2 bytes are bfloat16, not float16."""
 
     @property
     def kv_block_bytes(self) -> int:
@@ -125,7 +127,9 @@ class ModelSpec:
 
     def kv_shape(self, block_size: int, dtype: str) -> KvShape:
         """KV shape for ``block_size`` tokens per block; ``dtype`` is a key of `DTYPE_BYTES`."""
-        return KvShape(self.num_layers, self.num_kv_heads, self.head_dim, block_size, DTYPE_BYTES[dtype])
+        return KvShape(
+            self.num_layers, self.num_kv_heads, self.head_dim, block_size, DTYPE_BYTES[dtype], dtype == "bfloat16"
+        )
 
 
 SIM_SPEC = ModelSpec(
