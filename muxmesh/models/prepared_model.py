@@ -34,12 +34,13 @@ def machine_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
         missing = sorted(set(unit.cores or ()) - cores)
         if missing:
             yield ("units", unit_index, "cores"), f"core {missing[0]} is not available; available: {sorted(cores)}"
-        if unit.kv_pool + unit.kv_swap > memory_bytes:
-            total, present = (ByteSize(n).human_readable() for n in (unit.kv_pool + unit.kv_swap, memory_bytes))
-            yield (
-                ("units", unit_index, "kv_pool"),
-                f"kv_pool and kv_swap are together {total}; this machine has {present}",
+        host_bytes = unit.kv_swap if unit.is_cuda else unit.kv_pool + unit.kv_swap
+        if host_bytes > memory_bytes:
+            total, present = (ByteSize(n).human_readable() for n in (host_bytes, memory_bytes))
+            field, parts = (
+                ("kv_swap", "kv_swap is") if unit.is_cuda else ("kv_pool", "kv_pool and kv_swap are together")
             )
+            yield ("units", unit_index, field), f"{parts} {total}; this machine has {present}"
 
 
 def model_problems(config: MeshConfig, base_dir: Path, cache_dir: Path) -> Iterator[tuple[Location, str]]:

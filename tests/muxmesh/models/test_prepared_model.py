@@ -184,6 +184,13 @@ def test_pool_and_swap_have_to_fit_into_the_memory_of_the_machine(
     assert found["kv_pool",].startswith("kv_pool and kv_swap are together ")
 
 
+def test_only_the_swap_of_a_unit_on_a_gpu_is_memory_of_the_machine(base_dir: Path, cache_dir: Path) -> None:
+    model = {"name": "m", "source": "llama"}
+    assert problems(mesh(model, device="cuda:0", kv_pool="900TiB"), base_dir, cache_dir) == {}
+    found = problems(mesh(model, device="cuda:0", kv_swap="900TiB"), base_dir, cache_dir)
+    assert found.keys() == {("kv_swap",)} and found["kv_swap",].startswith("kv_swap is 900.0TiB; this machine has ")
+
+
 def test_every_problem_has_the_path_of_its_field(base_dir: Path, cache_dir: Path) -> None:
     broken = sim(name="broken", source="nothing")
     unit = {"kv_pool": "64MiB", "models": [sim(), broken]}

@@ -1,0 +1,76 @@
+"""Whether the units on GPUs fit onto the GPUs of this machine: KV pools, weights, and what workers need besides.
+
+Pure: devices and specs are arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from pydantic import ByteSize
+
+from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
+from muxmesh.cuda.driver import DeviceInfo
+from muxmesh.models.model_spec import ModelSpec
+from muxmesh.models.weight_image import image_bytes
+from muxmesh.types import Role
+
+WORKER_RESERVE_BYTES = 768 << 20
+"""Device memory of one worker besides pool and weights: CUDA's context and libraries, activations, logits, graphs."""
+MIN_CAPABILITY = (8, 0)
+"""The lowest compute capability that the kernels are compiled for."""
+
+SpecOf = Callable[[ModelConfig], ModelSpec | None]
+"""Returns the spec of a model; None if its files are not here yet, or have a problem that is reported elsewhere."""
+
+
+def gpu_problems(
+    config: MeshConfig, devices: Mapping[int, DeviceInfo], spec_of: SpecOf
+) -> Iterator[tuple[Location, str]]:
+    """Yields what the units on GPUs need and ``devices``, the GPUs of this machine by number, lack."""
+    used_bytes: dict[int, int] = {}
+    for index, unit in enumerate(config.units):
+        if not unit.is_cuda:
+            continue
+        device = devices.get(unit.device_index)
+        if device is None:
+            there = ", ".join(_named(found) for found in devices.values()) or "none"
+            yield ("units", index, "device"), f"{unit.device} is not on this machine; its GPUs: {there}"
+        elif device.compute_capability < MIN_CAPABILITY:
+            found, needed = (".".join(map(str, one)) for one in (device.compute_capability, MIN_CAPABILITY))
+            yield (
+                ("units", index, "device"),
+                f"{_named(device)} has compute capability {found}; {needed} or higher is needed",
+            )
+        else:
+            earlier_bytes = used_bytes.get(device.index, 0)
+            own_bytes, parts = _needed(unit, spec_of)
+            used_bytes[device.index] = earlier_bytes + own_bytes
+            if used_bytes[device.index] > device.total_bytes:
+                others = f", and earlier units of this GPU {_size(earlier_bytes)}" if earlier_bytes else ""
+                yield (
+                    ("units", index, "kv_pool"),
+                    f"{parts}{others}: together {_size(used_bytes[device.index])}; {_named(device)} has "
+                    f"{_size(device.total_bytes)}",
+                )
+
+
+def _needed(unit: UnitConfig, spec_of: SpecOf) -> tuple[int, str]:
+    """Device memory that a unit needs in bytes, and its parts as text."""
+    specs = {model: spec_of(model) for model in unit.models}
+    weight_bytes = sum(image_bytes(spec, model.dtype) for model, spec in specs.items() if spec is not None)
+    num_workers = len(unit.models) * len(Role)
+    reserve_bytes = num_workers * WORKER_RESERVE_BYTES
+    parts = (
+        f"kv_pool is {_size(unit.kv_pool)}, weights are {_size(weight_bytes)}, and {num_workers} workers need "
+        f"{_size(reserve_bytes)} besides"
+    )
+    return unit.kv_pool + weight_bytes + reserve_bytes, parts
+
+
+def _named(device: DeviceInfo) -> str:
+    return f"cuda:{device.index} ({device.name})"
+
+
+def _size(num_bytes: int) -> str:
+    return ByteSize(num_bytes).human_readable()

@@ -1,0 +1,78 @@
+from typing import Any
+
+import pytest
+
+from muxmesh.config.schema import Location, MeshConfig, ModelConfig
+from muxmesh.cuda.driver import DeviceInfo
+from muxmesh.models.device_capacity import WORKER_RESERVE_BYTES, gpu_problems
+from muxmesh.models.model_spec import SIM_SPEC, ModelSpec
+from muxmesh.models.weight_image import image_bytes
+
+GIB = 1 << 30
+
+
+def device(index: int = 0, total_bytes: int = 8 * GIB, **changed: Any) -> DeviceInfo:
+    facts: dict[str, Any] = {"name": "Test GPU", "num_sms": 8, "compute_capability": (9, 0), "uuid": "GPU-0"} | changed
+    return DeviceInfo(
+        index=index, total_bytes=total_bytes, has_vmm=True, has_posix_fd=True, is_mps_client=False, **facts
+    )
+
+
+def unit(name: str = "u", index: int = 0, num_models: int = 1, **settings: Any) -> dict[str, Any]:
+    models = [{"name": f"{name}{number}", "dtype": "bfloat16"} for number in range(num_models)]
+    return {"name": name, "device": f"cuda:{index}", "kv_pool": "1GiB", "models": models, **settings}
+
+
+def problems(
+    *units: dict[str, Any], devices: list[DeviceInfo], spec: ModelSpec | None = SIM_SPEC
+) -> dict[Location, str]:
+    config = MeshConfig.model_validate({"units": list(units)})
+    return dict(gpu_problems(config, {one.index: one for one in devices}, lambda model: spec))
+
+
+def test_a_gpu_that_is_not_there_is_named_with_those_that_are() -> None:
+    found = problems(unit(index=3), devices=[device(0), device(1, name="Other")])
+    expected = "cuda:3 is not on this machine; its GPUs: cuda:0 (Test GPU), cuda:1 (Other)"
+    assert found == {("units", 0, "device"): expected}
+    assert problems(unit(), devices=[]) == {("units", 0, "device"): "cuda:0 is not on this machine; its GPUs: none"}
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 0), False), ((12, 0), False)])
+def test_a_gpu_that_the_kernels_are_not_compiled_for_is_refused(capability: tuple[int, int], refused: bool) -> None:
+    found = problems(unit(), devices=[device(compute_capability=capability)])
+    expected = "cuda:0 (Test GPU) has compute capability 7.5; 8.0 or higher is needed"
+    assert found == ({("units", 0, "device"): expected} if refused else {})
+
+
+@pytest.mark.parametrize(("missing_bytes", "refused"), [(0, False), (1, True)])
+def test_pool_weights_and_workers_have_to_fit_into_the_memory_of_the_gpu(missing_bytes: int, refused: bool) -> None:
+    needed = GIB + 2 * (image_bytes(SIM_SPEC, "bfloat16") + 2 * WORKER_RESERVE_BYTES)
+    found = problems(unit(num_models=2), devices=[device(total_bytes=needed - missing_bytes)])
+    assert found.keys() == ({("units", 0, "kv_pool")} if refused else set())
+    for problem in found.values():
+        assert problem.startswith("kv_pool is 1.0GiB, weights are ") and problem.count("\n") == 0
+        assert "and 4 workers need 3.0GiB besides: together 4.0GiB; cuda:0 (Test GPU) has 4.0GiB" in problem
+
+
+def test_units_of_one_gpu_share_its_memory_and_those_of_others_do_not() -> None:
+    there = [device(0, 4 * GIB), device(1, 4 * GIB)]
+    assert problems(unit("a"), unit("b", index=1), devices=there) == {}
+    found = problems(unit("a"), unit("b"), devices=there)
+    assert found.keys() == {("units", 1, "kv_pool")}
+    assert "and earlier units of this GPU 2.5GiB: together 5.0GiB" in found["units", 1, "kv_pool"]
+
+
+def test_weights_in_half_precision_need_half_the_memory() -> None:
+    sizes = [image_bytes(SIM_SPEC, dtype) for dtype in ("float32", "float16", "bfloat16")]
+    assert sizes[1] == sizes[2] and 0.5 * sizes[0] <= sizes[1] < 0.8 * sizes[0]
+
+
+def test_a_model_that_is_not_downloaded_yet_counts_without_its_weights() -> None:
+    needed = GIB + 2 * WORKER_RESERVE_BYTES
+    assert problems(unit(), devices=[device(total_bytes=needed)], spec=None) == {}
+    assert problems(unit(), devices=[device(total_bytes=needed)]) != {}
+
+
+def test_units_on_cpus_need_no_gpu() -> None:
+    models = [ModelConfig(name="m").model_dump(include={"name"})]
+    assert problems({"models": models}, devices=[]) == {}
