@@ -9,8 +9,11 @@ import pytest
 
 from muxmesh.config.contradictions import order_without_effect
 from muxmesh.config.load import load_mesh_config
+from muxmesh.cuda.driver import DeviceInfo
+from muxmesh.models.device_capacity import gpu_problems
 from muxmesh.models.prepared_model import model_problems
 from muxmesh.supervisor.listen_address import public_listen_warning
+from muxmesh.types import Role
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/glossary.md", "docs/python_client.md")
@@ -59,6 +62,23 @@ def test_the_reading_lists_of_the_architecture_count_what_they_list(title: str) 
     assert listed is not None
     assert row is not None
     assert len(re.findall(r"`[^`]+\.py`", listed.group(1))) == int(row.group(1))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_example_is_valid_and_every_setting_in_it_has_an_effect(path: Path) -> None:
+    config = load_mesh_config(path, order_without_effect).config
+    assert public_listen_warning(config.listen) is None
+    shares = [model.compute_share.of(role) for _, model in config.placements() for role in Role]
+    assert all(unit.is_cuda for unit in config.units) and all(share < 100 for share in shares)
+    memory = DeviceInfo(0, "GPU-0", "80 GB", 132, (9, 0), 80 * 10**9, True, True, False)
+    assert list(gpu_problems(config, {0: memory}, lambda model: None)) == []
+
+
+def test_the_examples_say_how_to_start_them_and_are_listed() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in (ROOT / "examples").glob("*.yaml"):
+        name = path.relative_to(ROOT).as_posix()
+        assert f"`muxmesh up -c {name}`" in path.read_text() and f"]({name})" in readme
 
 
 def test_the_example_of_mesh_yaml_is_valid_and_listens_on_this_machine_only(tmp_path: Path) -> None:

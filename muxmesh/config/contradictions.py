@@ -23,6 +23,8 @@ SAME_IN_ALL_UNITS = (
 """Fields that clients can observe, or that identify the model. They are equal in every unit that serves the model."""
 
 
+GPU_SLAB_ALIGNMENT = 64
+"""Bytes. 16 elements of float32: kernels load 16 bytes at a time from addresses that they know to be multiples."""
 _GPU_FIELDS = ("mps", "green_contexts", "require_ipc")
 """Fields of a unit that apply to GPUs only."""
 _GPU_MODEL_FIELDS = ("compute_share", "cuda_graphs")
@@ -56,6 +58,8 @@ def contradictions(config: MeshConfig) -> Iterator[tuple[Location, str]]:
                 (*location, "kv_pool"),
                 f"has {slabs} slabs of {unit.slab} bytes; kv_guaranteed of the models needs {guaranteed} slabs",
             )
+        if unit.is_cuda and unit.slab % GPU_SLAB_ALIGNMENT:
+            yield (*location, "slab"), f"is {unit.slab} bytes; on a GPU it must be a multiple of {GPU_SLAB_ALIGNMENT}"
         for field in _GPU_FIELDS:
             if not unit.is_cuda and field in unit.model_fields_set:
                 yield (*location, field), f"has no effect with device: {unit.device}; it is for device: cuda:N"

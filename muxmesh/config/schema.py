@@ -146,8 +146,9 @@ class ModelConfig(Section):
     slabs are lent to other models. They return as the requests of these models end, and by pre-emption after a second.
     The rest of the pool is divided equally at first and by use later."""
     kv_swap_format: KvFormat = "raw"
-    """Format of KV in `kv_swap`. `raw` is exact. `int8` needs a quarter of the memory, but slightly changes the output
-    of a swapped sequence, and its KV does not enter the prefix cache."""
+    """Format of KV in `kv_swap`. `raw` is exact. `int8` needs a quarter of the memory of float32, half of that of
+    the other types, but slightly changes the output of a swapped sequence, and its KV does not enter the prefix
+    cache."""
     prefill_token_budget: int = Field(default=128, ge=1, le=MAX_COUNT)
     """Prompt tokens computed in one step, or `max_num_seqs` if that is larger. A longer prompt is computed in chunks,
     which get smaller as the context grows. Other workers of the unit and cancelled requests wait until a step ends."""
@@ -202,12 +203,14 @@ class UnitConfig(Section):
     """CPU cores of the unit's workers, like `[0, 1]`. Unset: all cores. Required if several units are on one CPU; their
     cores must be disjoint."""
     kv_pool: ByteSize = Field(default=ByteSize(1024 * MIB), ge=MIB, le=MAX_BYTES)
-    """KV memory of all models of the unit, like `2GiB`."""
+    """KV memory of all models of the unit, like `2GiB`. On a GPU it is device memory, beside one copy of the weights of
+    each model and 0.75 GiB for each worker."""
     kv_swap: ByteSize = Field(default=ByteSize(0), ge=0, le=MAX_BYTES)
     """Host memory for the KV of sequences that are pre-empted when `kv_pool` is full. 0: their KV is freed and computed
-    again. On a CPU a larger `kv_pool` is better, unless `kv_swap_format` is int8."""
+    again. On a CPU a larger `kv_pool` is better, unless `kv_swap_format` is int8. For a GPU it is pinned when first
+    used."""
     slab: ByteSize = Field(default=ByteSize(16 * MIB), ge=4096, le=MAX_BYTES)
-    """Size of the pieces of the pool. Each slab is lent to one model at a time."""
+    """Size of the pieces of the pool. Each slab is lent to one model at a time. On a GPU a multiple of 64 bytes."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     """At least one."""
 

@@ -186,6 +186,14 @@ def test_a_setting_that_the_device_does_not_have_is_refused(text: str, expected:
     assert str(caught.value) == f"mesh.yaml:1: units[0].{expected}"
 
 
+def test_slabs_on_a_gpu_are_aligned_for_its_loads() -> None:
+    text = "units: [{device: %s, slab: %d, models: [{name: a}]}]"
+    assert problems(text % ("'cuda:0'", 65600)) == [] == problems(text % ("cpu", 65608))
+    assert problems(text % ("'cuda:0'", 65608)) == [
+        "1: units[0].slab: is 65608 bytes; on a GPU it must be a multiple of 64"
+    ]
+
+
 def test_units_on_gpus_need_no_cores() -> None:
     text = "units: [{name: a, device: 'cuda:0', models: [{name: a}]}, {name: b, device: 'cuda:1', models: [{name: b}]}]"
     assert [unit.device_index for unit in parse_mesh_config(text, "mesh.yaml").config.units] == [0, 1]
