@@ -127,7 +127,7 @@ class Scheduler:
     def add(self, job: EngineJob) -> None:
         """Adds a job. Raises ValueError if its id is already known, and InvalidRequest as `Engine.submit` does.
 
-        Every token id of a sequence passes here or, if the runner sampled it, `_append_token`.
+        Every token id of a sequence passes here or, if the runner sampled it, `_append_tokens`.
         """
         if job.job_id in self._jobs:
             raise ValueError(f"job {job.job_id} is known already")
@@ -225,30 +225,25 @@ class Scheduler:
         The rest is dropped. Its KV lies in slots of the sequence's own blocks that do not count as computed: no hash
         covers them, and whoever gets the blocks next writes a slot before reading it.
         """
-        sequence, end = job.sequence, None
-        first_index = sequence.num_output_tokens
-        for index, token in enumerate(sampled):
-            if index:
-                sequence.advance(1, step_s)
-            if (end := self._append_token(job, token.token_id)) is not None:
-                break
-        kept = sampled[: sequence.num_output_tokens - first_index]
-        if kept:
+        end: Event | None = None
+        sequence, first_index = job.sequence, job.sequence.num_output_tokens
+        if job.max_output_tokens is not None:
+            sampled = sampled[: job.max_output_tokens - first_index]
+        token_ids = [token.token_id for token in sampled]
+        if unknown := [token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size]:
+            reason = f"the runner sampled token id {unknown[0]}; the model has {self.vocab_size} tokens"
+            end = Failed(reason, SequenceFailed)
+            token_ids = token_ids[: token_ids.index(unknown[0])]
+        if (finish := sequence.extend(token_ids)) is not None:
+            end = Finished(finish)
+        elif end is None and sequence.num_output_tokens == job.max_output_tokens:
+            end = JobDone()
+        if kept := sampled[: sequence.num_output_tokens - first_index]:
+            num_fed_back = len(kept) - 1
+            sequence.advance(num_fed_back, num_fed_back * step_s)
             logprobs = tuple(token.logprobs for token in kept if token.logprobs is not None)
-            tokens = Tokens(first_index, tuple(token.token_id for token in kept), logprobs)
-            self._events.append((job.job_id, tokens))
+            self._events.append((job.job_id, Tokens(first_index, tuple(token_ids[: len(kept)]), logprobs)))
         return end
-
-    def _append_token(self, job: _ScheduledJob, token_id: int) -> Event | None:
-        """Appends one token, if the model has it. Returns the event that ends the job, or None."""
-        sequence = job.sequence
-        if not 0 <= token_id < self.vocab_size:
-            reason = f"the runner sampled token id {token_id}; the model has {self.vocab_size} tokens"
-            return Failed(reason, SequenceFailed)
-        if (finish := sequence.append(token_id)) is not None:
-            return Finished(finish)
-        is_done = job.max_output_tokens is not None and sequence.num_output_tokens >= job.max_output_tokens
-        return JobDone() if is_done else None
 
     def _end(self, job: _ScheduledJob, event: Event) -> None:
         del self._jobs[job.job_id]

@@ -22,7 +22,7 @@ from muxmesh.types import EngineRequest, Finish, blocks_for
 class SequenceRecord:
     """Owns the state of one sequence while a worker has its lease.
 
-    The engine that runs the sequence calls `advance` and `append`; the worker that has the lease changes its blocks.
+    The engine that runs the sequence calls `advance` and `extend`; the worker that has the lease changes its blocks.
     Both do so on one event loop.
 
     Invariant: ``0 <= num_computed_tokens <= num_tokens``. The KV of every computed token is in ``block_ids``, or the
@@ -122,11 +122,19 @@ class SequenceRecord:
                 unknown = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
                 raise InvalidRequest(field, f"token id {unknown} is unknown; the model has {vocab_size} tokens")
 
-    def append(self, token_id: int) -> Finish | None:
-        """Appends a sampled token. Returns the finish that it causes, or None; no other code decides that."""
+    def extend(self, token_ids: Sequence[int]) -> Finish | None:
+        """Appends sampled tokens up to the one that finishes the sequence, and drops those after it.
+
+        Returns the finish, or None; no other code decides that.
+        """
         assert self.finish is None, "a finished sequence does not grow"
-        self._token_ids.append(token_id)
-        self.finish = self.request.stopping.finish_after(token_id, self.num_output_tokens)
+        finish_after, num_output_tokens = self.request.stopping.finish_after, self.num_output_tokens
+        for num_kept, token_id in enumerate(token_ids, 1):
+            if (finish := finish_after(token_id, num_output_tokens + num_kept)) is not None:
+                self.finish = finish
+                token_ids = token_ids[:num_kept]
+                break
+        self._token_ids += token_ids
         return self.finish
 
     def add_blocks(self, block_ids: tuple[int, ...]) -> None:

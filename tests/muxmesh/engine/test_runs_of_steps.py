@@ -81,8 +81,7 @@ def test_while_a_ready_job_waits_for_its_turn_each_step_is_planned() -> None:
 
 def test_a_job_that_cannot_run_does_not_shorten_a_run() -> None:
     without_a_slot = decoding(3, free=2)
-    for token in (7, 8, 9):
-        without_a_slot.sequence.append(token)
+    without_a_slot.sequence.extend((7, 8, 9))
     jobs = scheduler(decoding(1), decoding(2), without_a_slot)
     jobs.preempt(2)
     assert planned(jobs) == 16

@@ -51,7 +51,7 @@ def test_advance_moves_the_computed_count_and_appended_tokens_are_not_computed()
     sequence.advance(12)
     assert (sequence.num_computed_tokens, sequence.num_uncomputed_tokens) == (12, 8)
     sequence.advance(8)
-    assert sequence.append(7) is None
+    assert sequence.extend((7,)) is None
     assert (sequence.num_computed_tokens, sequence.num_uncomputed_tokens) == (20, 1)
 
 
@@ -77,27 +77,34 @@ def test_unknown_tokens_cannot_be_computed() -> None:
 def test_the_token_that_finishes_a_sequence_is_found(num_before: int, token: int, finish: Finish | None) -> None:
     stopping = Stopping(4, min_new_tokens=2, stop_token_ids=frozenset({9}), eos_token_ids=frozenset({0}))
     sequence = record(sampled=(7,) * num_before, stopping=stopping)
-    assert sequence.append(token) == finish == sequence.finish
+    assert sequence.extend((token,)) == finish == sequence.finish
+
+
+def test_tokens_after_the_one_that_finishes_a_sequence_are_dropped() -> None:
+    sequence = record(stopping=Stopping(9, eos_token_ids=frozenset({0})))
+    assert sequence.extend((7, 8)) is None
+    assert sequence.extend((5, 0, 6, 0)) == Finish(FinishReason.EOS, 0)
+    assert sequence.output_token_ids == (7, 8, 5, 0)
 
 
 def test_a_finished_sequence_does_not_grow() -> None:
     sequence = record(stopping=Stopping(1))
-    assert sequence.append(7) is not None
+    assert sequence.extend((7,)) is not None
     with pytest.raises(AssertionError, match="does not grow"):
-        sequence.append(8)
+        sequence.extend((8,))
     assert sequence.output_token_ids == (7,)
 
 
 def test_resumed_tokens_count_towards_the_length() -> None:
     sequence = record(resume=(50, 51), stopping=Stopping(3))
-    assert sequence.append(7) == Finish(FinishReason.LENGTH)
+    assert sequence.extend((7,)) == Finish(FinishReason.LENGTH)
 
 
 def test_free_slots_are_those_of_the_blocks_beyond_the_known_tokens() -> None:
     sequence = record()
     assert sequence.num_free_slots == 4
     for _ in range(5):
-        sequence.append(7)
+        sequence.extend((7,))
     assert sequence.num_free_slots == -1
     sequence.add_blocks((9,))
     assert (sequence.block_ids, sequence.num_free_slots) == ((3, 1, 2, 9), 7)
@@ -150,7 +157,7 @@ def test_the_hash_chain_is_the_same_however_the_sequence_is_computed(steps: list
     sequence = record(tuple(range(20)), stopping=Stopping(1000))
     for num_tokens, token, reads_hashes in steps:
         sequence.advance(min(num_tokens, sequence.num_uncomputed_tokens))
-        sequence.append(token)
+        sequence.extend((token,))
         if reads_hashes:
             num_blocks = sequence.num_hashable_blocks
             computed = sequence.tokens(0, sequence.num_computed_tokens)

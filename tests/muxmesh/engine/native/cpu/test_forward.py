@@ -121,7 +121,7 @@ def test_greedy_tokens_are_those_of_transformers(case: Case) -> None:
     for _ in range(24):
         token = case.runner.run(Step((Chunk(1, position, tuple(part), (7, 3, 9), GREEDY),))).sampled[1][0].token_id
         position, part = len(sequence), (token,)
-        sequence.append(token)
+        sequence.extend((token,))
         tokens.append(token)
     assert tokens == generated[0, 12:].tolist()
 
