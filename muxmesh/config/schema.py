@@ -124,7 +124,7 @@ class ModelConfig(Section):
     """On a GPU, or with `engine: sim`: how many decode steps a worker computes in a row before it schedules again, so
     that the device does not wait for the host after each token. Their tokens are sent together. A run ends early when
     another worker waits for the device, when a request arrives, is cancelled or pre-empted, and after 20 ms. 1: each
-    token is sent by itself. Unset: 8, with `engine: sim` 1."""
+    token is sent by itself. Unset: 16, with `engine: sim` 1."""
     block_size: Literal[8, 16, 32] = 16
     """Tokens in a KV block."""
     max_model_len: int | None = Field(default=None, ge=2, le=MAX_COUNT)
@@ -176,7 +176,7 @@ class ModelConfig(Section):
     @property
     def max_decode_steps(self) -> int:
         """`continuous_decode_steps` resolved."""
-        return self.continuous_decode_steps or (1 if self.engine == "sim" else 8)
+        return self.continuous_decode_steps or (1 if self.engine == "sim" else 16)
 
     @property
     def step_token_budget(self) -> int:

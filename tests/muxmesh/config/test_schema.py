@@ -209,7 +209,7 @@ def test_exempt_clients_are_addresses_and_networks_and_survive_the_runtime_file(
     assert read == given
 
 
-@pytest.mark.parametrize(("engine", "set_to", "steps"), [("native", None, 8), ("sim", None, 1), ("sim", 4, 4)])
+@pytest.mark.parametrize(("engine", "set_to", "steps"), [("native", None, 16), ("sim", None, 1), ("sim", 4, 4)])
 def test_decode_steps_run_in_a_row_on_a_device_and_if_set_in_the_sim_engine(
     engine: Any, set_to: int | None, steps: int
 ) -> None:

@@ -13,8 +13,9 @@ import numpy as np
 
 from muxmesh.engine.api import Failed
 from muxmesh.engine.native.logits_runner import not_finite
+from muxmesh.engine.philox import uniforms
 from muxmesh.engine.step import Chunk, SampledToken, SampleSpec
-from muxmesh.engine.token_sampler import nothing_to_sample, uniform
+from muxmesh.engine.token_sampler import nothing_to_sample
 from muxmesh.errors import SequenceFailed
 from muxmesh.types import Candidate, TokenLogprobs
 
@@ -110,18 +111,14 @@ def row_parameters(specs: Sequence[SampleSpec]) -> np.ndarray:
 
 def uniforms_ahead(specs: Sequence[SampleSpec], num_steps: int) -> np.ndarray:
     """Returns the random numbers of the next ``num_steps`` output indices (f64 [num_steps, specs]); 0 if greedy."""
-    return np.array(
-        [
-            [
-                0.0
-                if spec.sampling.greedy
-                else uniform(spec.sampling.seed, spec.sequence_index, spec.output_index + step)
-                for spec in specs
-            ]
-            for step in range(num_steps)
-        ],
-        dtype=np.float64,
-    ).reshape(num_steps, len(specs))
+    is_greedy = [spec.sampling.greedy for spec in specs]
+    if all(is_greedy):
+        return np.zeros((num_steps, len(specs)))
+    keys = [(spec.sampling.seed % 2**64, spec.sequence_index, spec.output_index) for spec in specs]
+    seeds, sequence_indices, output_indices = np.array(keys, dtype=np.uint64).T
+    numbers = uniforms(seeds, sequence_indices, output_indices + np.arange(num_steps, dtype=np.uint64)[:, None])
+    numbers[:, is_greedy] = 0.0
+    return numbers
 
 
 def _edits(specs: Sequence[SampleSpec], vocab_size: int) -> LogitEdits | None:
