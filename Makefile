@@ -2,10 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Only development needs torch, for the reference that engines are compared with. It is installed first and pinned:
-# what asks for it later finds it there. On Linux the default package index has a build with CUDA; point
+# Development needs torch for the reference that engines are compared with, and for the GPU path, whose kernels Triton
+# interprets in tests. It is installed first and pinned: what asks for it later finds it there. On Linux the default package index has a build with CUDA; point
 # PIP_EXTRA_INDEX_URL at PyTorch's CPU index for a smaller one.
 TORCH ?= torch==2.13.0
+# For `make test-py312`: the oldest releases that the GPU path supports. This Triton's interpreter needs numpy < 2.4.
+PYTHON312 ?= python3.12
+VENV312 ?= .venv-py312
+OLDEST := 'torch==2.11.0' 'triton==3.6.0' 'numpy<2.4'
+GPU_TESTS := tests/muxmesh/engine tests/muxmesh/device tests/muxmesh/cuda tests/muxmesh/models/test_weight_image.py
 # For the targets that run on a machine with a GPU.
 GPU_PYTHON ?= python3
 GPU_SITE := $(CURDIR)/build/gpu-site
@@ -14,7 +19,7 @@ SECONDS ?= 60
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-long test-clients check fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-kvpool bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu
+.PHONY: help venv dev run test test-py312 test-long test-clients check fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-kvpool bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +48,16 @@ run: $(VENV)/.serve ## Download the default model, start a mesh, send it a promp
 
 test: $(VENV)/.dev ## Run all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+$(VENV312)/.dev: pyproject.toml
+	$(PYTHON312) -c 'import sys; sys.exit(None if sys.version_info[:2] == (3, 12) else "Python 3.12 is needed, this is " + sys.version.split()[0])'
+	$(PYTHON312) -m venv $(VENV312)
+	$(VENV312)/bin/python -m pip install --progress-bar on $(OLDEST)
+	$(VENV312)/bin/python -m pip install --quiet --editable '.[dev]' $(OLDEST)
+	@touch $@
+
+test-py312: $(VENV312)/.dev ## The tests of engines and the GPU path with Python 3.12, torch 2.11 and Triton 3.6
+	$(VENV312)/bin/python -m pytest -W 'ignore:Conversion of an array with ndim:DeprecationWarning' $(GPU_TESTS) $(PYTEST_ARGS)
 
 test-long: $(VENV)/.dev ## Run the property tests with many more examples, and the fuzz tests with 200,000 inputs
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/kvstore tests/router $(PYTEST_ARGS)
