@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 
 from kvstore.attach_server import AttachServer
-from kvstore.device_memory import HostMemory, new_memfd
+from kvstore.cuda_memory import CudaMemory
+from kvstore.device_memory import GPU_IPC, DeviceMemory, HostMemory, new_memfd
 from kvstore.fence import HostFence
 from kvstore.grant_table import GrantTable
 from kvstore.service import KvStoreService
 from kvstore.unit import Unit, UnitModel, first_id
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
+from muxmesh.config.schema import UnitConfig
+from muxmesh.cuda.driver import CudaDriver
+from muxmesh.errors import DeviceError
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.lifecycle import Stop
 from muxmesh.models.prepared_model import model_spec
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.server import MeshServer
 
+_log = logging.getLogger(__name__)
+
 
 async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
     """Serves one unit until ``stop`` is set.
 
-    Raises ConfigError if there is no such unit; ValueError if a slab is too small for a token block of a model.
+    Raises ConfigError if there is no such unit; ValueError if a slab is too small for a token block of a model;
+    DeviceError if the unit's memory cannot be had as the configuration wants it.
     """
     config, clock = runtime.unit(unit_name), SystemClock()
     models = {
@@ -32,7 +40,7 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
     }
     policy = runtime.config.order.scheduling_policy()
     unit = Unit(config.kv_pool, config.slab, models, first_id(clock.unix_s()), config.kv_swap, policy)
-    memory, grants = HostMemory(config.kv_pool), GrantTable()
+    memory, grants = open_memory(runtime, config), GrantTable()
     swap_fd = new_memfd("muxmesh-kv-swap", config.kv_swap) if config.kv_swap else None
     service = KvStoreService(config, unit, grants, clock, runtime.config.order.trace)
     attach = service.attach = AttachServer(
@@ -50,3 +58,32 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
         await stop.wait()
     attach.close()
     await server.stop(grace_s=0.5)
+    memory.close()
+
+
+def open_memory(runtime: MeshRuntime, config: UnitConfig) -> DeviceMemory:
+    """Allocates a unit's memory on its device.
+
+    Raises DeviceError if it cannot be had, the GPU is not the unit's, or the transport is not one that it requires.
+    """
+    if not config.is_cuda:
+        return HostMemory(config.kv_pool)
+    driver, uuid = CudaDriver(), runtime.device_uuids[config.name]
+    device = driver.device(0)
+    if device.uuid != uuid:
+        raise DeviceError(
+            f"unit {config.name} is on {uuid}, the first visible GPU of its kvstore is {device.uuid}: "
+            f"set CUDA_VISIBLE_DEVICES={uuid}"
+        )
+    images = {model.name: runtime.prepared_model(config.name, model.name).image for model in config.models}
+    weights_bytes = {name: image.stat().st_size for name, image in images.items() if image is not None}
+    memory = CudaMemory(driver, device.index, config.kv_pool, weights_bytes, config.legacy_ipc)
+    _log.info("unit %s: memory on %s (%s), shared by %s", config.name, device.name, uuid, memory.transport)
+    check_transport(config, memory)
+    return memory
+
+
+def check_transport(config: UnitConfig, memory: DeviceMemory) -> None:
+    """Raises DeviceError if the unit requires GPU IPC, and its memory is shared in another way."""
+    if config.require_ipc and memory.transport not in GPU_IPC:
+        raise DeviceError(f"unit {config.name} has require_ipc, but its memory is shared by {memory.transport}")

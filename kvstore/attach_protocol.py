@@ -2,13 +2,16 @@
 
 Messages are JSON. The first one comes from the process that attaches, and kvstore replies with file descriptors:
 
-    first message                    reply                                        file descriptors
-    {"role", "model", "address"}     {"worker", "slot", "progress", "pool"}       pool, swap, worker
-    {"writer_for": WORKER}           {"worker", "pool"}                           pool, swap
+    first message                    reply                                               file descriptors
+    {"role", "model", "address"}     {"worker", "slot", "progress", "pool", "weights"}   pool, swap, weights, worker
+    {"writer_for": WORKER}           {"worker", "pool"}                                  pool, swap
 
-    pool      the segments of the pool, in the order of `pool_description`
+    pool      the segments of the pool, in the order of `pool_description`, each unless it has an IPC handle
     swap      the swap region, if the unit has one
+    weights   the segment of the model's weights, unless it has an IPC handle, and the weights page; or nothing
     worker    grant page, doorbell, the worker's bell, its progress page
+
+    A segment is described as [size in bytes, device UUID or "", IPC handle in hexadecimal or ""].
 
 ``writer_for`` is for a further process that writes into the pool for an attached worker, such as an engine core. A
 closed connection instead of a reply is a refusal. Afterwards a worker sends ``{"ready": bool}`` whenever that changes.
@@ -16,10 +19,10 @@ closed connection instead of a reply is a refusal. Afterwards a worker sends ``{
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvstore.device_memory import DeviceMemory
+from kvstore.device_memory import DeviceMemory, Segment
 
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_FDS = 250
@@ -33,17 +36,30 @@ MAX_SILENT_CHECKS = 20
 def pool_description(memory: DeviceMemory, slab_bytes: int, has_swap: bool) -> dict[str, Any]:
     """The pool as a JSON object. Its segments are sent as file descriptors in the same order.
 
-    ``shards`` lists for each shard the [size in bytes, device UUID] of its segments. ``swap``: whether a swap region
+    ``shards`` lists the segments of each shard. ``num_sms``: of the whole device. ``swap``: whether a swap region
     follows.
     """
     return {
         "device": memory.kind,
+        "transport": memory.transport,
+        "num_sms": memory.num_sms,
         "slab_bytes": slab_bytes,
-        "shards": [[[one.size_bytes, one.device_uuid] for one in shard.segments] for shard in memory.shards],
+        "shards": [[segment_description(one) for one in shard.segments] for shard in memory.shards],
         "swap": has_swap,
     }
 
 
+def segment_description(segment: Segment) -> list[Any]:
+    """A segment as a JSON array."""
+    return [segment.size_bytes, segment.device_uuid, segment.ipc_handle.hex()]
+
+
+def num_segment_fds(description: Sequence[Any]) -> int:
+    """Number of file descriptors that belong to a segment's description: one or none."""
+    return 0 if description[2] else 1
+
+
 def num_pool_fds(description: Mapping[str, Any]) -> int:
     """Number of file descriptors that belong to a pool description: the segments, and the swap region if any."""
-    return sum(len(shard) for shard in description["shards"]) + bool(description["swap"])
+    segments = [segment for shard in description["shards"] for segment in shard]
+    return sum(map(num_segment_fds, segments)) + bool(description["swap"])

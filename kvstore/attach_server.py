@@ -23,8 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvstore.attach_protocol import BEAT_EVERY_S, MAX_MESSAGE_BYTES, MAX_SILENT_CHECKS, pool_description
-from kvstore.device_memory import DeviceMemory
+from kvstore.attach_protocol import (
+    BEAT_EVERY_S,
+    MAX_MESSAGE_BYTES,
+    MAX_SILENT_CHECKS,
+    pool_description,
+    segment_description,
+)
+from kvstore.device_memory import DeviceMemory, Transport
 from kvstore.fence import Fence
 from kvstore.grant_page import Word
 from kvstore.grant_table import GrantTable
@@ -121,6 +127,11 @@ class AttachServer:
             self._kill(attachment, "ends with its group")
         self._changed()
 
+    @property
+    def transport(self) -> Transport:
+        """How workers get at the unit's memory."""
+        return self._memory.transport
+
     def cost_of(self, worker: str) -> StepCost | None:
         """Measured step cost of a worker; None before its first step, or if it is not attached."""
         attachment = self._attachments.get(worker)
@@ -177,8 +188,10 @@ class AttachServer:
         progress_fd = new_progress_fd(*size)
         try:
             progress = ProgressPage(progress_fd, *size)
-            reply = {"worker": worker.name, "slot": slot, "progress": size}
-            self._send(connection, reply, (self._grants.page_fd, self._grants.doorbell_fd, bell_fd, progress_fd))
+            weights, weights_fds = self._describe_weights(worker.model)
+            reply = {"worker": worker.name, "slot": slot, "progress": size, "weights": weights}
+            own_fds = (self._grants.page_fd, self._grants.doorbell_fd, bell_fd, progress_fd)
+            self._send(connection, reply, (*weights_fds, *own_fds))
         finally:
             os.close(progress_fd)
         attachment = self._attachments[worker.name] = _Attachment(worker, slot, progress)
@@ -191,10 +204,17 @@ class AttachServer:
         self._send(connection, {"worker": attachment.worker.name}, ())
         return attachment
 
+    def _describe_weights(self, model: str) -> tuple[list[Any] | None, tuple[int, ...]]:
+        """The description of a model's weights and their file descriptors; (None, ()) if workers map the image."""
+        weights = self._memory.weights(model)
+        if weights is None:
+            return None, ()
+        return segment_description(weights.segment), (*weights.segment.fds, weights.page_fd)
+
     def _send(self, connection: socket.socket, reply: dict[str, Any], fds: tuple[int, ...]) -> None:
         """Sends ``reply`` with a description of the pool, and the pool's file descriptors followed by ``fds``."""
         pool = pool_description(self._memory, self._unit.slab_bytes, self._swap_fd is not None)
-        pool_fds = [segment.fd for shard in self._memory.shards for segment in shard.segments]
+        pool_fds = [fd for shard in self._memory.shards for segment in shard.segments for fd in segment.fds]
         swap_fds = [] if self._swap_fd is None else [self._swap_fd]
         socket.send_fds(connection, [json.dumps({**reply, "pool": pool}).encode()], [*pool_fds, *swap_fds, *fds])
 

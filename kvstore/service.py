@@ -264,7 +264,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         """See the proto. First checks the integrity of the unit's state."""
         assert self.attach is not None
         self._unit.check_integrity()
-        status = unit_status(self._config, self._unit, self._grants.page, self.attach.slot_of)
+        status = unit_status(self._config, self._unit, self.attach.transport, self._grants.page, self.attach.slot_of)
         return kvstore_pb2.GetUnitStatusResponse(unit=status)
 
     def _set_timer(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kvstore.device_memory import Transport
 from kvstore.grant_page import GrantPage, Word
 from kvstore.leases import LeaseState
 from kvstore.unit import Unit
@@ -13,12 +14,15 @@ from muxmesh.types import SWAP_PAGE_BYTES
 from muxmesh.v1 import mesh_pb2
 
 
-def unit_status(config: UnitConfig, unit: Unit, page: GrantPage, slot_of: Callable[[str], int]) -> mesh_pb2.UnitStatus:
+def unit_status(
+    config: UnitConfig, unit: Unit, transport: Transport, page: GrantPage, slot_of: Callable[[str], int]
+) -> mesh_pb2.UnitStatus:
     """``slot_of``: slot of a worker, by its name, in the grant page."""
     counts = unit.leases.count_by_owner()
     return mesh_pb2.UnitStatus(
         unit=config.name,
         device=config.device,
+        transport=transport,
         connected=True,
         pool=_pool_status(unit),
         models=[_model_status(unit, name) for name in unit.models],

@@ -1,4 +1,4 @@
-"""A worker's attachment to its unit: the mapped pool, the shared pages, and the attach socket.
+"""A worker's attachment to its unit: the mapped pool and weights, the shared pages, and the attach socket.
 
 The socket ties the two processes together: kvstore reclaims the leases of a worker whose socket closes, once the
 worker has exited; a worker whose socket closes has lost its unit. What the pool holds is not known here.
@@ -13,38 +13,68 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvstore.attach_protocol import MAX_FDS, MAX_MESSAGE_BYTES, num_pool_fds
-from kvstore.device_memory import HOST
+from kvstore.attach_protocol import MAX_FDS, MAX_MESSAGE_BYTES, num_pool_fds, num_segment_fds
+from kvstore.device_memory import CUDA, HOST, Transport
 from kvstore.grant_page import GrantPage, Word
 from kvstore.progress_page import ProgressPage
 from muxmesh.device.device_pool import DevicePool, HostPool
 from muxmesh.errors import Unavailable
 from muxmesh.types import Role
 
+if TYPE_CHECKING:  # only units on a GPU load torch
+    from muxmesh.device.cuda_mapping import CudaSegments, MappedWeights
+    from muxmesh.device.torch_device import TorchDevice
+
 _RETRY_S = 0.1
 _NUM_RETRIES = 300
 _REPLY_TIMEOUT_S = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerDevice:
+    """The GPU of a worker: for torch, and for the driver, which maps the unit's memory there."""
+
+    torch: TorchDevice
+    segments: CudaSegments
+
+
 class Attachment:
     """Owns what the unit sent to this worker.
 
-    ``pool``: the unit's memory, mapped. ``page``, ``slot``: the grant page and this worker's slot in it. ``progress``:
-    the page in which the unit finds what this worker had computed if it dies. ``worker``: its name in the unit.
+    ``pool``: the unit's memory, mapped. ``weights``: None on a CPU. ``transport``: how the unit passed both. ``page``,
+    ``slot``: the grant page and this worker's slot in it. ``progress``: the page in which the unit finds what this
+    worker had computed if it dies. ``worker``: its name in the unit. ``num_sms``: streaming multiprocessors of the
+    whole device, of which this worker may have a share; 0 on a CPU.
     """
 
-    def __init__(self, connection: socket.socket, reply: Mapping[str, Any], fds: Sequence[int]) -> None:
-        """``reply`` and ``fds``: see `kvstore.attach_protocol`. Raises Unavailable, see `map_pool`."""
+    def __init__(
+        self, connection: socket.socket, reply: Mapping[str, Any], fds: Sequence[int], device: WorkerDevice | None
+    ) -> None:
+        """``reply`` and ``fds``: see `kvstore.attach_protocol`. ``device`` is None on a CPU. Takes over all of them.
+
+        Raises Unavailable or DeviceError, see `map_pool`; then nothing stays open or mapped.
+        """
         num_pool = num_pool_fds(reply["pool"])
-        self.pool = map_pool(reply["pool"], fds[:num_pool])
-        page_fd, self.doorbell_fd, self.bell_fd, progress_fd = fds[num_pool:]
+        *weights_fds, page_fd, self.doorbell_fd, self.bell_fd, progress_fd = fds[num_pool:]
+        with ExitStack() as undo:
+            undo.callback(connection.close)
+            for fd in fds[num_pool:]:
+                undo.callback(os.close, fd)
+            if device is not None:
+                undo.callback(device.segments.close)
+            self.pool = map_pool(reply["pool"], fds[:num_pool], device)
+            self.weights = _map_weights(reply["weights"], weights_fds, device)
+            undo.pop_all()
         self.page = GrantPage(page_fd)
         self.progress = ProgressPage(progress_fd, *reply["progress"])
-        for fd in (page_fd, progress_fd):
+        for fd in (*weights_fds[:-1], page_fd, progress_fd):
             os.close(fd)
+        self.transport = Transport(reply["pool"]["transport"])
+        self.num_sms = int(reply["pool"]["num_sms"])
         self.worker = str(reply["worker"])
         self.slot = int(reply["slot"])
         self._connection = connection
@@ -81,43 +111,95 @@ class Attachment:
         loop.add_reader(self._connection.fileno(), readable)
 
 
-def map_pool(description: Mapping[str, Any], fds: Sequence[int]) -> DevicePool:
+def open_worker_device(green_share: int = 100) -> WorkerDevice:
+    """Opens the GPU of this process for torch and for the driver. Raises DeviceError."""
+    from muxmesh.cuda.driver import CudaDriver  # noqa: PLC0415 - only units on a GPU need torch
+    from muxmesh.device.cuda_mapping import CudaSegments  # noqa: PLC0415
+    from muxmesh.device.torch_device import open_torch_device  # noqa: PLC0415
+
+    device = open_torch_device(green_share)
+    return WorkerDevice(device, CudaSegments(CudaDriver(), device.torch_device))
+
+
+def map_pool(description: Mapping[str, Any], fds: Sequence[int], device: WorkerDevice | None = None) -> DevicePool:
     """Maps a unit's pool as its description says (`kvstore.attach_protocol.pool_description`). Closes ``fds``.
 
-    Raises Unavailable for a kind of memory that this worker cannot map.
+    ``device`` is None on a CPU. Raises Unavailable for a kind of memory that this worker cannot map; DeviceError if the
+    driver refuses it, or it is that of another device.
     """
     try:
+        kind = HOST if device is None else CUDA
         segments = [len(shard) for shard in description["shards"]]
-        if description["device"] != HOST or segments != [1]:
+        if description["device"] != kind or segments != [1]:
             raise Unavailable(
                 f"the unit's pool is {description['device']} memory with {segments} segments in its shards; "
-                f"this worker maps one segment of {HOST} memory"
+                f"this worker maps one segment of {kind} memory"
             )
-        pool_fd, *swap_fds = fds
-        return HostPool.map(pool_fd, description["slab_bytes"], swap_fds[0] if swap_fds else None)
+        segment = description["shards"][0][0]
+        num_segment = num_segment_fds(segment)
+        pool_fd, swap_fd = (*fds[:num_segment], None)[0], (*fds[num_segment:], None)[0]
+        if device is not None:
+            return _map_cuda_pool(segment, description["slab_bytes"], pool_fd, swap_fd, device)
+        assert pool_fd is not None, "host memory comes with a file descriptor"
+        return HostPool.map(pool_fd, description["slab_bytes"], swap_fd)
     finally:
         for fd in fds:
             os.close(fd)
 
 
-async def attach(path: Path, role: Role, model: str, address: str) -> Attachment:
-    """Attaches to the unit that listens on ``path``; waits up to 30 s until it does.
+def _map_cuda_pool(
+    segment: Sequence[Any], slab_bytes: int, fd: int | None, swap_fd: int | None, device: WorkerDevice
+) -> DevicePool:
+    from muxmesh.device.cuda_pool import CudaPool  # noqa: PLC0415 - only units on a GPU need torch
+    from muxmesh.device.pinned_swap import PinnedSwap  # noqa: PLC0415
 
-    Raises Unavailable if no unit listens, or the unit refuses the worker.
+    memory = device.segments.map(*_parse_segment(segment), fd)
+    swap = None if swap_fd is None else PinnedSwap(swap_fd, device.torch, device.segments.register_host)
+    return CudaPool(memory, slab_bytes, swap, device.torch)
+
+
+def _map_weights(
+    segment: Sequence[Any] | None, fds: Sequence[int], device: WorkerDevice | None
+) -> MappedWeights | None:
+    """Maps the weights of the worker's model, if the unit sent any. The last file descriptor is the weights page."""
+    if segment is None or device is None:
+        return None
+    from muxmesh.device.cuda_mapping import MappedWeights  # noqa: PLC0415 - only units on a GPU need torch
+
+    *segment_fds, page_fd = fds
+    return MappedWeights(device.segments.map(*_parse_segment(segment), (*segment_fds, None)[0]), page_fd)
+
+
+def _parse_segment(description: Sequence[Any]) -> tuple[int, str, bytes]:
+    """Size, device UUID and IPC handle of a segment."""
+    num_bytes, device_uuid, ipc_handle = description
+    return num_bytes, device_uuid, bytes.fromhex(ipc_handle)
+
+
+async def attach(path: Path, role: Role, model: str, address: str, device: WorkerDevice | None = None) -> Attachment:
+    """Attaches to the unit that listens on ``path``; waits up to 30 s until it does. ``device``: None on a CPU.
+
+    Raises Unavailable if no unit listens, or the unit refuses the worker; or an error of `map_pool`.
     """
     hello = {"role": role.value, "model": model, "address": address}
     connection, reply, fds = await _connect(path, hello, f"{role.value} of {model}")
-    return Attachment(connection, reply, fds)
+    return Attachment(connection, reply, fds, device)
 
 
-async def attach_writer(path: Path, worker: str) -> tuple[socket.socket, DevicePool]:
+async def attach_writer(
+    path: Path, worker: str, device: WorkerDevice | None = None
+) -> tuple[socket.socket, DevicePool]:
     """Attaches a further process that writes into the pool for ``worker``, such as an engine core. See `attach`.
 
     The leases of the worker end only after this process has exited too, and kvstore kills it if the worker exits. The
     caller keeps the returned connection open.
     """
     connection, reply, fds = await _connect(path, {"writer_for": worker}, f"a writer for {worker}")
-    return connection, map_pool(reply["pool"], fds)
+    with ExitStack() as undo:
+        undo.callback(connection.close)
+        pool = map_pool(reply["pool"], fds, device)
+        undo.pop_all()
+    return connection, pool
 
 
 async def _connect(

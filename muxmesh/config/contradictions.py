@@ -25,7 +25,7 @@ SAME_IN_ALL_UNITS = (
 
 GPU_SLAB_ALIGNMENT = 64
 """Bytes. 16 elements of float32: kernels load 16 bytes at a time from addresses that they know to be multiples."""
-_GPU_FIELDS = ("mps", "green_contexts", "require_ipc")
+_GPU_FIELDS = ("mps", "green_contexts", "require_ipc", "legacy_ipc")
 """Fields of a unit that apply to GPUs only."""
 _GPU_MODEL_FIELDS = ("compute_share", "cuda_graphs")
 """Fields of a model that apply to GPUs only."""

@@ -199,6 +199,9 @@ class UnitConfig(Section):
     """Limits workers by green contexts of their own instead of by MPS percentages. Needs compute capability 9.0."""
     require_ipc: bool = False
     """If true, the unit refuses to start unless its KV is handed over by GPU IPC (shared device memory)."""
+    legacy_ipc: bool = False
+    """Shares device memory by legacy IPC handles instead of file descriptors. Devices that export no file descriptors
+    do so in any case. The memory is then lost with kvstore, as its workers are."""
     cores: tuple[Annotated[int, Field(ge=0, strict=True)], ...] | None = Field(default=None, min_length=1)
     """CPU cores of the unit's workers, like `[0, 1]`. Unset: all cores. Required if several units are on one CPU; their
     cores must be disjoint."""

@@ -1,6 +1,6 @@
 """Device memory of another process, mapped into this one: imported from a file descriptor or a legacy IPC handle.
 
-The mapping is made in the device's primary context, in which torch computes. It stays for the life of the process.
+Mappings are made in the device's primary context, in which torch computes. They stay for the life of the process.
 """
 
 from __future__ import annotations
@@ -35,6 +35,54 @@ class CudaMapping:
             driver.unmap(self.address, self.num_bytes)
         else:
             driver.close_ipc_handle(self.address)
+
+
+@dataclass(frozen=True, slots=True)
+class MappedWeights:
+    """Memory for the weights of a model, on the device, which all workers of the model share.
+
+    ``memory``: uint8, at least as long as the weight image. ``page_fd``: the weights page, see
+    `kvstore.device_memory.WeightsSegment`.
+    """
+
+    memory: Tensor
+    page_fd: int
+
+
+class CudaSegments:
+    """The segments of a unit's device memory that are mapped into this process. Owns the mappings."""
+
+    def __init__(self, driver: CudaDriver, torch_device: torch.device) -> None:
+        """``torch_device``: where torch computes; the CPU if kernels are interpreted."""
+        self.driver = driver
+        self.device = driver.device(0)
+        self._torch_device = torch_device
+        self._mappings: list[CudaMapping] = []
+
+    def map(self, num_bytes: int, device_uuid: str, ipc_handle: bytes, fd: int | None) -> Tensor:
+        """Maps a segment on the device ``device_uuid``; see `map_segment`. Returns its bytes as a uint8 tensor.
+
+        Raises DeviceError if that is not the device of this process.
+        """
+        if device_uuid != self.device.uuid:
+            raise DeviceError(
+                f"the unit's memory is on {device_uuid}, this process computes on {self.device.uuid}; "
+                "CUDA_VISIBLE_DEVICES must be equal for all processes of the unit"
+            )
+        mapping = map_segment(self.driver, self.device.index, num_bytes, fd, ipc_handle)
+        self._mappings.append(mapping)
+        return mapping.tensor(self._torch_device)
+
+    def register_host(self, address: int, num_bytes: int) -> None:
+        """Pins mapped host memory for copies to and from the device, from any thread. Raises DeviceError."""
+        self.driver.use_primary_context(self.device.index)
+        self.driver.register_host(address, num_bytes)
+
+    def close(self) -> None:
+        """Ends all mappings, of which no tensor may be used any more, when the process cannot use the unit."""
+        while self._mappings:
+            with contextlib.suppress(DeviceError):  # the process ends because of another error
+                self._mappings.pop().close(self.driver)
 
 
 def map_segment(driver: CudaDriver, index: int, num_bytes: int, fd: int | None, ipc_handle: bytes) -> CudaMapping:

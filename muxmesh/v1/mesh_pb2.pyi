@@ -296,10 +296,13 @@ class UnitStatus(_message.Message):
     POOL_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
     unit: _builtins.str
     device: _builtins.str
     connected: _builtins.bool
     """False: the unit's kvstore cannot be reached, and all fields below are empty."""
+    transport: _builtins.str
+    """How workers share the unit's memory: host shm, vmm fd or legacy ipc. None of them copies KV."""
     @_builtins.property
     def pool(self) -> Global___PoolStatus: ...
     @_builtins.property
@@ -315,10 +318,11 @@ class UnitStatus(_message.Message):
         pool: Global___PoolStatus | None = ...,
         models: _abc.Iterable[Global___UnitModelStatus] | None = ...,
         workers: _abc.Iterable[Global___WorkerStatus] | None = ...,
+        transport: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected", b"connected", "device", b"device", "models", b"models", "pool", b"pool", "unit", b"unit", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected", b"connected", "device", b"device", "models", b"models", "pool", b"pool", "transport", b"transport", "unit", b"unit", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___UnitStatus: _TypeAlias = UnitStatus  # noqa: Y015

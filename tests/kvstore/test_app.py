@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvstore.app import serve
+from kvstore.app import check_transport, open_memory, serve
+from kvstore.device_memory import CUDA, HostMemory, Transport
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime, PreparedModel, ProcessKey
 from muxmesh.config.schema import MeshConfig
-from muxmesh.errors import ConfigError, Overloaded
+from muxmesh.cuda.driver import CudaDriver
+from muxmesh.errors import ConfigError, DeviceError, Overloaded
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.lifecycle import Stop
 from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, QueuedRequest, Role, SchedulingState
+from tests.support.fake_driver import OTHER_UUID, UUID, fake_driver_folder
 from worker.attachment import attach
 from worker.compute_grant import ComputeGrant
 from worker.lease_client import LeaseClient
@@ -155,3 +158,71 @@ async def test_a_slab_that_is_too_small_for_a_model_is_refused(tmp_path: Path) -
     with pytest.raises(ValueError, match="a slab is too small for a token block of m"):
         await serve(runtime_of(tmp_path, slab=4096), "u", Stop())
     assert not runtime_of(tmp_path).attach_path("u").exists()
+
+
+# Units on a GPU
+
+
+def cuda_runtime_of(folder: Path, uuid: str = UUID, **unit: Any) -> MeshRuntime:
+    """The runtime of a unit on a GPU that serves one model, whose weight image has 3 MiB."""
+    image = folder / "image"
+    image.write_bytes(b"w" * 3 * MIB)
+    config = {"name": "u", "device": "cuda:0", "kv_pool": "4MiB", "slab": "1MiB", "models": [{"name": "m"}], **unit}
+    return MeshRuntime(
+        config=MeshConfig.model_validate({"units": [config]}),
+        run_dir=folder,
+        cache_dir=folder,
+        redis_url=f"unix://{folder}/no-redis.sock",
+        prepared={"u": {"m": PreparedModel(folder=None, image=image, weights_fingerprint="w")}},
+        device_uuids={"u": uuid},
+    )
+
+
+@pytest.fixture(scope="module")
+def fake_driver() -> CudaDriver:
+    """Loads the fake driver into this process, where `libcuda.so.1` is it from then on."""
+    return CudaDriver(str(fake_driver_folder() / "libcuda.so.1"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "transport"),
+    [
+        ({}, Transport.VMM_FD),
+        ({"require_ipc": True}, Transport.VMM_FD),
+        ({"legacy_ipc": True, "require_ipc": True}, Transport.LEGACY_IPC),
+    ],
+)
+def test_the_memory_of_a_unit_on_a_gpu_holds_its_pool_and_the_images_of_its_models(
+    tmp_path: Path, fake_driver: CudaDriver, settings: dict[str, Any], transport: Transport
+) -> None:
+    runtime = cuda_runtime_of(tmp_path, **settings)
+    memory = open_memory(runtime, runtime.unit("u"))
+    assert (memory.kind, memory.transport) == (CUDA, transport)
+    assert [segment.size_bytes for segment in memory.shards[0].segments] == [4 * MIB]
+    weights = memory.weights("m")
+    assert weights is not None and weights.segment.size_bytes == 4 * MIB, "3 MiB, rounded up"
+    memory.close()
+
+
+def test_a_unit_is_refused_on_another_gpu_than_its_own(tmp_path: Path, fake_driver: CudaDriver) -> None:
+    runtime = cuda_runtime_of(tmp_path, uuid=OTHER_UUID)
+    message = rf"unit u is on {OTHER_UUID}, the first visible GPU of its kvstore is {UUID}: set CUDA_VISIBLE_DEVICES="
+    with pytest.raises(DeviceError, match=message):
+        open_memory(runtime, runtime.unit("u"))
+
+
+def test_a_unit_that_requires_gpu_ipc_takes_no_other_transport(tmp_path: Path) -> None:
+    config = cuda_runtime_of(tmp_path, require_ipc=True).unit("u")
+    memory = HostMemory(MIB)
+    with pytest.raises(DeviceError, match="unit u has require_ipc, but its memory is shared by host shm"):
+        check_transport(config, memory)
+    check_transport(config.model_copy(update={"require_ipc": False}), memory)
+    memory.close()
+
+
+async def test_the_status_names_the_transport(tmp_path: Path, fake_driver: CudaDriver) -> None:
+    for runtime, transport in ((runtime_of(tmp_path), "host shm"), (cuda_runtime_of(tmp_path), "vmm fd")):
+        async with serving(runtime) as channel:
+            stub: Any = kvstore_pb2_grpc.KvStoreServiceStub(channel)
+            response = await stub.GetUnitStatus(kvstore_pb2.GetUnitStatusRequest())
+            assert response.unit.transport == transport

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from kvstore.attach_protocol import MAX_FDS, MAX_MESSAGE_BYTES, num_pool_fds, pool_description
-from kvstore.device_memory import HostMemory, Segment, Shard, new_memfd
+from kvstore.device_memory import HostMemory, Segment, Shard, Transport, new_memfd
 from kvstore.grant_page import PAGE_BYTES
 from kvstore.progress_page import page_bytes
 from muxmesh.clock import ManualClock
@@ -31,6 +31,14 @@ class DeviceShards:
 
     shards: tuple[Shard, ...]
     kind: str = "device"
+    transport: Transport = Transport.VMM_FD
+    num_sms: int = 132
+
+    def weights(self, model: str) -> None:
+        return None
+
+    def forget_weights(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -47,8 +55,10 @@ TWO_RANKS = DeviceShards(
 def test_a_description_lists_size_and_device_of_each_segment_by_shard() -> None:
     assert pool_description(TWO_RANKS, 50, has_swap=True) == {
         "device": "device",
+        "transport": "vmm fd",
+        "num_sms": 132,
         "slab_bytes": 50,
-        "shards": [[[100, "GPU-0"], [50, "GPU-0"]], [[100, "GPU-1"], [50, "GPU-1"]]],
+        "shards": [[[100, "GPU-0", ""], [50, "GPU-0", ""]], [[100, "GPU-1", ""], [50, "GPU-1", ""]]],
         "swap": True,
     }
 
@@ -66,11 +76,18 @@ def test_a_description_counts_its_file_descriptors(has_swap: bool) -> None:
     assert num_pool_fds(pool_description(TWO_RANKS, 50, has_swap)) == 4 + has_swap
 
 
+def test_a_segment_with_an_ipc_handle_has_no_file_descriptor() -> None:
+    with_handle = DeviceShards((Shard((Segment(None, 100, "GPU-0", b"\x01\xff"), Segment(10, 100, "GPU-0"))),))
+    description = pool_description(with_handle, 50, has_swap=False)
+    assert description["shards"] == [[[100, "GPU-0", "01ff"], [100, "GPU-0", ""]]]
+    assert num_pool_fds(description) == 1
+
+
 @pytest.mark.parametrize("has_swap", [False, True])
 def test_a_worker_maps_the_pool_from_its_description(has_swap: bool) -> None:
     memory, swap_fd = HostMemory(2 * SLAB_BYTES), new_memfd("swap", SWAP_PAGE_BYTES)
     description = json.loads(json.dumps(pool_description(memory, SLAB_BYTES, has_swap)))
-    pool_fd = memory.shards[0].segments[0].fd
+    (pool_fd,) = memory.shards[0].segments[0].fds
     pools = [map_pool(description, [os.dup(pool_fd), *[os.dup(swap_fd)] * has_swap]) for _ in range(2)]
     views = [pool.view(SHAPES["a"]) for pool in pools if isinstance(pool, HostPool)]
     views[0].pool[5] = 42.0
@@ -137,8 +154,10 @@ def peers(served_unit: ServedUnit) -> Iterator[tuple[Peer, Peer]]:
 HELLO = {"role": "decode", "model": "a", "address": "unix:x"}
 DESCRIPTION = {
     "device": "host",
+    "transport": "host shm",
+    "num_sms": 0,
     "slab_bytes": SLAB_BYTES,
-    "shards": [[[2 * SLAB_BYTES, ""], [2 * SLAB_BYTES, ""]]],
+    "shards": [[[2 * SLAB_BYTES, "", ""], [2 * SLAB_BYTES, "", ""]]],
     "swap": True,
 }
 POOL_SIZES = [2 * SLAB_BYTES, 2 * SLAB_BYTES, 4 * SWAP_PAGE_BYTES]
@@ -150,7 +169,8 @@ async def test_the_reply_to_a_worker_comes_with_the_pool_and_its_own_pages(
     reply = await peers[0].hello(json.dumps(HELLO).encode())
     (worker,) = served_unit.unit.workers.values()
     max_seqs, max_blocks = 3, 512 // SHAPES["a"].block_size
-    assert reply == {"worker": worker.name, "slot": 0, "progress": [max_seqs, max_blocks], "pool": DESCRIPTION}
+    own = {"worker": worker.name, "slot": 0, "progress": [max_seqs, max_blocks]}
+    assert reply == {**own, "pool": DESCRIPTION, "weights": None}
     assert peers[0].file_sizes() == [*POOL_SIZES, PAGE_BYTES, 0, 0, page_bytes(max_seqs, max_blocks)]
     assert (worker.role, worker.model, worker.address, worker.pid) == ("decode", "a", "unix:x", os.getpid())
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from kvstore.device_memory import Transport
 from kvstore.grant_page import GrantPage, Word
 from kvstore.grant_table import GrantTable
 from kvstore.unit import CREDIT_TTL_S, Unit
@@ -35,7 +36,11 @@ def page() -> Iterator[GrantPage]:
 
 def status_of(unit: Unit, page: GrantPage, slots: dict[str, int] | None = None) -> mesh_pb2.UnitStatus:
     numbers = slots or {worker: index for index, worker in enumerate(unit.workers)}
-    return unit_status(CONFIG, unit, page, numbers.__getitem__)
+    return unit_status(CONFIG, unit, Transport.VMM_FD, page, numbers.__getitem__)
+
+
+def test_the_transport_of_the_memory_is_named(page: GrantPage) -> None:
+    assert status_of(make_unit(), page).transport == "vmm fd"
 
 
 def test_bytes_of_the_pool_are_leased_cached_fragmented_or_free(page: GrantPage) -> None:

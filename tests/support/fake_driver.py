@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -58,3 +59,11 @@ def device_resources(pid: int | None = None) -> Counter[str]:
         if "memfd:fake-cuda" in line:
             found[f"mapping {line.split(maxsplit=5)[5]}"] += 1
     return +found
+
+
+def output_on_fake(script: str, *arguments: str, **settings: str) -> tuple[str, str]:
+    """Runs a Python script on the fake driver. Returns its output and its errors; raises if it fails."""
+    command = (sys.executable, "-c", script, *arguments)
+    environment = fake_driver_environment(**settings)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout, done.stderr

@@ -141,7 +141,7 @@ def is_closed(fd: int) -> bool:
 def test_a_pool_is_mapped_as_its_description_says(has_swap: bool) -> None:
     memory = HostMemory(2 * SLAB_BYTES)
     description = pool_description(memory, SLAB_BYTES, has_swap)
-    fds = [memory.shards[0].segments[0].fd, *([new_memfd("swap", 16384)] if has_swap else [])]
+    fds = [*memory.shards[0].segments[0].fds, *([new_memfd("swap", 16384)] if has_swap else [])]
     assert num_pool_fds(description) == len(fds)
     pool = map_pool(description, fds)
     assert isinstance(pool, HostPool) and pool.has_swap is has_swap
@@ -151,9 +151,9 @@ def test_a_pool_is_mapped_as_its_description_says(has_swap: bool) -> None:
 @pytest.mark.parametrize(
     "description",
     [
-        {"device": "cuda", "slab_bytes": 1, "shards": [[[1, "GPU-0"]]], "swap": False},
-        {"device": "host", "slab_bytes": 1, "shards": [[[1, ""], [1, ""]]], "swap": False},
-        {"device": "host", "slab_bytes": 1, "shards": [[[1, ""]], [[1, ""]]], "swap": False},
+        {"device": "cuda", "slab_bytes": 1, "shards": [[[1, "GPU-0", ""]]], "swap": False},
+        {"device": "host", "slab_bytes": 1, "shards": [[[1, "", ""], [1, "", ""]]], "swap": False},
+        {"device": "host", "slab_bytes": 1, "shards": [[[1, "", ""]], [[1, "", ""]]], "swap": False},
     ],
     ids=["of a GPU", "in two segments", "in two shards"],
 )

@@ -12,6 +12,7 @@ MIB = 1 << 20
 UNIT = mesh_pb2.UnitStatus(
     unit="unit0",
     device="cpu",
+            transport="host shm",
     connected=True,
     pool=mesh_pb2.PoolStatus(
         pool_bytes=64 * MIB, slab_bytes=2 * MIB, num_slabs=32, num_free_slabs=30, leased_bytes=MIB,
@@ -66,6 +67,7 @@ MODEL  WAITING  RUNNING  FINISHED  ABORTED  RESTARTS  PROMPT TOKENS  OUTPUT TOKE
 sim    1        2        30        4        5         600            700            -
 
 unit unit0 on cpu: KV pool 64 MiB, leased 1.0 MiB, cached 0.5 MiB, 30 of 32 slabs free, 1.5 MiB fragmented, 5 hand-offs
+memory shared by host shm
 
 MODEL  QUOTA MIB  BLOCKS LEASED  BLOCKS CACHED  BLOCKS FREE  PREFIX HITS  WAITING
 sim    32         4              2              100          25 %         3
