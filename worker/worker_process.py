@@ -30,7 +30,7 @@ from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.server import MeshServer, Register
 from muxmesh.types import EngineRequest, Lease, Role
-from worker.attachment import Attachment, attach
+from worker.attachment import Attachment, attach, open_worker_device
 from worker.compute_grant import ComputeGrant
 from worker.engine_builder import build_engine, num_threads
 from worker.kv_swapper import KvSwapper
@@ -80,10 +80,11 @@ def worker_main(role: Role, description: str, open_services: OpenServices) -> No
 
 async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: OpenServices, stop: Stop) -> None:
     """Serves one phase of one model until ``stop`` is set. Sets it if the unit is lost or the engine is dead."""
-    _, config = runtime.model(key.unit, key.model)
+    unit, config = runtime.model(key.unit, key.model)
     endpoints, clock = runtime.endpoints(), SystemClock()
-    endpoint = endpoints[key]
-    attachment = await attach(runtime.attach_path(key.unit), Role(key.role), key.model, endpoint.address)
+    endpoint, role = endpoints[key], Role(key.role)
+    device = open_worker_device(config.compute_share.of(role) if unit.green_contexts else 100) if unit.is_cuda else None
+    attachment = await attach(runtime.attach_path(key.unit), role, key.model, endpoint.address, device)
     attachment.on_unit_lost(lambda: stop.give_up("the unit is lost"))
     prepared = runtime.prepared_model(key.unit, key.model)
     shape = model_spec(prepared.folder).kv_shape(config.block_size, config.kv_dtype)
