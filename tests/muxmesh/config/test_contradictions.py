@@ -194,6 +194,14 @@ def test_slabs_on_a_gpu_are_aligned_for_its_loads() -> None:
     ]
 
 
+def test_a_model_may_be_on_a_cpu_and_on_a_gpu_if_it_computes_the_same() -> None:
+    text = "units: [{name: c, models: [{name: m}]}, {name: g, device: 'cuda:0', models: [{name: m%s}]}]"
+    assert problems(text % ", dtype: float32, compute_share: 50") == []
+    assert problems(text % ", dtype: bfloat16") == [
+        "1: units[1].models[0].dtype: differs from 'm' in unit c; must be equal in all units"
+    ]
+
+
 def test_units_on_gpus_need_no_cores() -> None:
     text = "units: [{name: a, device: 'cuda:0', models: [{name: a}]}, {name: b, device: 'cuda:1', models: [{name: b}]}]"
     assert [unit.device_index for unit in parse_mesh_config(text, "mesh.yaml").config.units] == [0, 1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from muxmesh.device.torch_device import Event, InterpretedDevice
+from muxmesh.device.torch_device import Event, InterpretedDevice, open_torch_device
 from muxmesh.engine.native.cuda.weights import load_weights
 from muxmesh.errors import DeviceError
 from muxmesh.models.model_spec import read_model_spec
@@ -21,6 +21,7 @@ from muxmesh.types import Dtype
 from tests.support.processes import ended_popen
 from tests.support.shared_memory import mapped_tensor, new_shared
 from tests.support.tiny import SHAPES, write_tiny_model
+from tests.support.triton_interpreter import DEVICE
 
 CHUNK_BYTES = 4096
 
@@ -115,6 +116,16 @@ def test_every_tensor_of_the_image_is_a_view_of_the_shared_memory(
     assert weights.keys() == image.parts.keys()
     assert memory.word == 1
     memory.close()
+
+
+@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, 1 << 24])
+def test_the_device_of_this_run_gets_the_bytes_of_the_image(images: dict[Dtype, Path], chunk_bytes: int) -> None:
+    """On a GPU with TRITON_INTERPRET=0, over pinned memory and the copy stream."""
+    image, page_fd = images["float16"], new_shared(4096)
+    memory = torch.zeros(image.stat().st_size, dtype=torch.uint8, device=DEVICE)
+    load_weights(image, memory, page_fd, open_torch_device(), chunk_bytes)
+    os.close(page_fd)
+    assert bytes(memory.cpu().numpy()) == image.read_bytes()
 
 
 def test_every_copy_is_waited_for_before_the_weights_count_as_loaded(
