@@ -1,40 +1,94 @@
 """Which pages of the swap region are free. Pure: it counts and accesses no memory.
 
 The region is host memory beside the pool. The copy of a sequence's KV fills whole pages, which need not be adjacent, so
-the region does not fragment.
+a copy fits whenever enough pages are free. Adjacent pages are copied at once, and short copies are slow on a GPU, so a
+copy gets as few runs of pages as possible.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
 
 from muxmesh.types import SWAP_PAGE_BYTES, blocks_for
 
 
 class SwapSpace:
-    """Owns the pages of the swap region. Invariant: each page is free or allocated once."""
+    """Owns the pages of the swap region. Invariant: each page is free or allocated once.
+
+    Free pages are runs, half-open, of adjacent pages that no other free page is adjacent to.
+    """
 
     def __init__(self, num_bytes: int) -> None:
         """``num_bytes``: size of the region; a rest that is smaller than a page is not used."""
         self.num_pages = num_bytes // SWAP_PAGE_BYTES
-        self._free = list(range(self.num_pages - 1, -1, -1))
-
-    @property
-    def num_free_pages(self) -> int:
-        return len(self._free)
+        self._starts = [0] if self.num_pages else []
+        """First page of each free run, ascending."""
+        self._ends = dict.fromkeys(self._starts, self.num_pages)
+        """First page of a free run → the page after its last."""
+        self._by_length = [(self.num_pages, first) for first in self._starts]
+        """Length and first page of each free run, ascending."""
+        self.num_free_pages = self.num_pages
 
     def allocate(self, num_bytes: int) -> tuple[int, ...] | None:
-        """Returns pages that hold ``num_bytes``, or None if fewer are free."""
+        """Returns pages that hold ``num_bytes``, or None if fewer are free.
+
+        They are one run if one is long enough, the shortest such; else the longest runs and a part of a further one.
+        """
         count = blocks_for(num_bytes, SWAP_PAGE_BYTES)
-        if count > len(self._free):
+        if count > self.num_free_pages:
             return None
-        pages = self._free[len(self._free) - count :]
-        del self._free[len(self._free) - count :]
-        return tuple(reversed(pages))
+        pages: list[int] = []
+        while count:
+            fitting = bisect_left(self._by_length, (count, 0))
+            length, first = self._by_length[min(fitting, len(self._by_length) - 1)]
+            end = first + min(count, length)
+            self._remove(first)
+            if end < first + length:
+                self._add(end, first + length)
+            pages += range(first, end)
+            count -= end - first
+        self.num_free_pages -= len(pages)
+        return tuple(pages)
 
     def free(self, pages: Iterable[int]) -> None:
-        self._free += sorted(pages, reverse=True)
+        ordered = sorted(pages)
+        self.num_free_pages += len(ordered)
+        index = 0
+        while index < len(ordered):
+            first = index
+            while index + 1 < len(ordered) and ordered[index + 1] == ordered[index] + 1:
+                index += 1
+            index += 1
+            self._add_joined(ordered[first], ordered[index - 1] + 1)
 
     def check_integrity(self, held: Iterable[int]) -> None:
         """Proves the invariant. ``held``: the pages of all leases. Raises AssertionError."""
-        assert sorted([*self._free, *held]) == list(range(self.num_pages)), "a swap page is lost or held twice"
+        free = [page for first in self._starts for page in range(first, self._ends[first])]
+        assert sorted([*free, *held]) == list(range(self.num_pages)), "a swap page is lost or held twice"
+        assert len(free) == self.num_free_pages, "free swap pages are miscounted"
+        runs = sorted((end - first, first) for first, end in self._ends.items())
+        assert runs == self._by_length and sorted(self._ends) == self._starts, "free swap pages are in two lists"
+        assert not set(self._ends) & set(self._ends.values()), "adjacent free swap pages are in two runs"
+
+    def _add_joined(self, first: int, end: int) -> None:
+        """Adds a free run, and joins it with the free runs that it is adjacent to."""
+        before = bisect_right(self._starts, first) - 1
+        if before >= 0 and self._ends[self._starts[before]] == first:
+            first = self._starts[before]
+            self._remove(first)
+        if end in self._ends:
+            end = self._remove(end)
+        self._add(first, end)
+
+    def _add(self, first: int, end: int) -> None:
+        insort(self._starts, first)
+        insort(self._by_length, (end - first, first))
+        self._ends[first] = end
+
+    def _remove(self, first: int) -> int:
+        """Removes a free run; returns its end."""
+        end = self._ends.pop(first)
+        del self._starts[bisect_left(self._starts, first)]
+        del self._by_length[bisect_left(self._by_length, (end - first, first))]
+        return end

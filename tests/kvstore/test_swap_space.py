@@ -50,6 +50,38 @@ def test_freed_pages_need_not_be_adjacent_to_be_allocated_together() -> None:
     assert set(space.allocate(2 * SWAP_PAGE_BYTES) or ()) == {0, 2}
 
 
+def held_by(num_pages: int, pages: range) -> SwapSpace:
+    """A space in which only ``pages`` are allocated."""
+    space = space_of(num_pages)
+    space.allocate(num_pages * SWAP_PAGE_BYTES)
+    space.free(page for page in range(num_pages) if page not in pages)
+    return space
+
+
+def test_a_copy_gets_the_shortest_run_that_holds_it() -> None:
+    space = held_by(10, range(4, 5))  # free: 4 and 5 pages
+    assert space.allocate(3 * SWAP_PAGE_BYTES) == (0, 1, 2)
+    assert space.allocate(5 * SWAP_PAGE_BYTES) == (5, 6, 7, 8, 9)
+    assert space.allocate(SWAP_PAGE_BYTES) == (3,)
+
+
+def test_a_copy_that_no_run_holds_gets_the_longest_runs() -> None:
+    space = space_of(12)
+    space.allocate(12 * SWAP_PAGE_BYTES)
+    for pages in ((0,), (2, 3), (5, 6, 7), (9, 10)):
+        space.free(pages)
+    assert space.allocate(5 * SWAP_PAGE_BYTES) == (5, 6, 7, 2, 3)
+    assert space.allocate(3 * SWAP_PAGE_BYTES) == (9, 10, 0)
+
+
+def test_freed_pages_join_their_neighbours() -> None:
+    space = space_of(6)
+    space.allocate(6 * SWAP_PAGE_BYTES)
+    for page in (0, 2, 4, 5, 3, 1):
+        space.free((page,))
+    assert space.allocate(6 * SWAP_PAGE_BYTES) == tuple(range(6))
+
+
 def test_no_page_is_lost_or_held_twice_over_random_operations() -> None:
     space, rng = space_of(9), random.Random(1)
     copies: list[tuple[int, ...]] = []
