@@ -57,7 +57,7 @@ def _index_at(weights: np.ndarray, fraction: float) -> int:
 
     Searches the sums of spans first, then within one span: faster than one running sum over a vocabulary.
     """
-    ends = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _SPAN)), dtype=np.float64)
+    ends = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _SPAN), dtype=np.float64))
     target = fraction * ends[-1]
     span = _first_above(ends, target)
     first = span * _SPAN
@@ -185,9 +185,12 @@ def token_logprobs(logits: np.ndarray, token_id: int, num_candidates: int) -> To
 
 
 def _most_likely(logits: np.ndarray, count: int) -> Sequence[int]:
+    """Ids of the ``count`` largest logits in descending order; of equals, the smaller id first."""
     if count == 0:
         return ()
     count = min(count, len(logits))
-    few = np.sort(np.argpartition(-logits, count - 1)[:count])
+    least = np.partition(logits, -count)[-count]
+    above = np.flatnonzero(logits > least)
+    few = np.concatenate([above, np.flatnonzero(logits == least)[: count - len(above)]])
     ordered: Sequence[int] = few[np.argsort(-logits[few], kind="stable")].tolist()
     return ordered
