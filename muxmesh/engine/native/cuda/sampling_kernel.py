@@ -32,13 +32,14 @@ def sample_rows(
     int64 [rows]. likely int32 [rows, BLOCK] is scratch memory.
     """
     rows, vocab_size = logits.shape
+    if not rows:
+        return
     assert logits.stride(1) == 1 and parameters.shape == (4, rows) and parameters.stride(1) == 1
     assert likely.shape[0] >= rows and likely.shape[1] == BLOCK and likely.is_contiguous()
-    if rows:
-        sample_kernel[(rows,)](
-            logits, parameters, uniforms, tokens, statuses, likely, logits.stride(0), parameters.stride(0),
-            VOCAB=vocab_size, BLOCK=BLOCK, num_warps=_NUM_WARPS,
-        )  # fmt: skip
+    sample_kernel[(rows,)](
+        logits, parameters, uniforms, tokens, statuses, likely, logits.stride(0), parameters.stride(0),
+        VOCAB=vocab_size, BLOCK=BLOCK, num_warps=_NUM_WARPS,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from muxmesh.errors import SequenceFailed
 from muxmesh.types import Candidate, TokenLogprobs
 
 _WORD_BITS = 32
+_MOST_TOP_K = 1 << 30  # more than any vocabulary, and an int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ def row_parameters(specs: Sequence[SampleSpec]) -> np.ndarray:
     columns = [
         (
             0.0 if spec.sampling.greedy else np.float32(1.0 / spec.sampling.temperature),
-            spec.sampling.top_k,
+            min(spec.sampling.top_k, _MOST_TOP_K),
             spec.sampling.top_p,
             np.float32(spec.sampling.min_p),
         )
