@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from muxmesh.errors import DeviceError
+from muxmesh.errors import DeviceError, DeviceLost
 
 _log = logging.getLogger(__name__)
 
@@ -74,8 +74,12 @@ class TorchDevice(Protocol):
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """Captures what ``enqueue`` enqueues as a graph, after one warm-up call. Returns a function that replays it.
 
-        The tensors that ``enqueue`` uses must stay where they are. Called within `compute`.
+        The tensors that ``enqueue`` uses must stay where they are. What it allocates is freed at its end: the graphs of
+        a device use the same memory, one after the other. Called within `compute`.
         """
+
+    def reserved_bytes(self) -> int:
+        """Device memory that torch has reserved in this process; what was mapped does not count."""
 
 
 class CudaDevice:
@@ -101,6 +105,7 @@ class CudaDevice:
         self.num_sms = int(properties.multi_processor_count)
         self.compute_capability = (int(properties.major), int(properties.minor))
         self._copy_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._graph_memory: Any = None
         if green_share < 100:
             self._compute_stream, self.num_sms = _green_stream(self.num_sms, green_share)
         else:
@@ -142,10 +147,17 @@ class CudaDevice:
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         enqueue()
         torch.cuda.current_stream().synchronize()
+        if self._graph_memory is None:
+            self._graph_memory = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._compute_stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._graph_memory, stream=self._compute_stream, capture_error_mode="thread_local"
+        ):
             enqueue()
         return graph.replay
+
+    def reserved_bytes(self) -> int:
+        return torch.cuda.memory_reserved()
 
 
 class _CudaEvent:
@@ -204,8 +216,10 @@ class InterpretedDevice:
     def staging(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
-    def compute(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def compute(self) -> Iterator[None]:
+        with np.errstate(all="ignore"):  # the interpreter computes with NumPy, which would warn where a GPU does not
+            yield
 
     def copying(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -217,12 +231,41 @@ class InterpretedDevice:
         enqueue()
         return enqueue
 
+    def reserved_bytes(self) -> int:
+        return 0
+
 
 class _DoneEvent:
     def wait(self) -> None: ...
 
     def is_done(self) -> bool:
         return True
+
+
+_FAULTS = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]", "CUBLAS_STATUS")
+"""In the messages of torch and Triton for errors of the device. Nearly all of them make every later call fail."""
+
+
+@contextlib.contextmanager
+def device_errors(doing: str) -> Iterator[None]:
+    """Turns the errors of torch and Triton for the device into those of the mesh, with ``doing`` in the message.
+
+    Raises DeviceError if the device has too little memory free, and DeviceLost for any other error of the device: what
+    was computed since the last wait may be wrong, and a device that has faulted stays so for this process.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"{doing}: {_first_line(error)}") from error
+    except RuntimeError as error:
+        if not any(fault in str(error) for fault in _FAULTS):
+            raise
+        is_full = "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
+        raise (DeviceError if is_full else DeviceLost)(f"{doing}: {_first_line(error)}") from error
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).partition("\n")[0]
 
 
 def open_torch_device(green_share: int = 100) -> TorchDevice:

@@ -144,5 +144,5 @@ class Runner(Protocol):
 
         A sequence that fails or ends in the middle may be computed until the end of the run: what that writes is in
         its own blocks, and no token that is sampled then is used. After an exception the runner stays usable, and may
-        be given the same chunks again.
+        be given the same chunks again. Raises DeviceLost if no step can be computed any more: that ends the engine.
         """

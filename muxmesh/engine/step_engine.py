@@ -13,7 +13,7 @@ from muxmesh.clock import Clock
 from muxmesh.engine.api import EngineJob, Event, Failed, Finished, Grant, JobDone
 from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.step import Runner, SampledToken, Step, StepOutcome
-from muxmesh.errors import WorkerLost
+from muxmesh.errors import DeviceLost, EngineFailed, WorkerLost
 from muxmesh.types import TokenLogprobs
 
 _log = logging.getLogger(__name__)
@@ -108,7 +108,9 @@ class StepEngine:
             await self._run_steps()
         except Exception as error:  # the engine loop: after a bug of ours, no job may wait for ever
             _log.exception("the engine loop failed")
-            self._scheduler.fail_all(Failed(f"the engine is dead: {error}"))
+            # Another worker continues what a lost device has begun, however often it happens at the same token.
+            kind = WorkerLost if isinstance(error, DeviceLost) else EngineFailed
+            self._scheduler.fail_all(Failed(f"the engine is dead: {error}", kind))
             self._deliver()
             self._step_done.set()
             self._grant.drop()
@@ -134,6 +136,8 @@ class StepEngine:
         started_at_s = self._clock.monotonic_s()
         try:
             outcome = await self._run(step)
+        except DeviceLost:  # every further step would fail
+            raise
         except Exception as error:  # the engine loop: an error of the runner fails jobs, not the process
             _log.exception("a step with %d jobs failed", len(step.chunks))
             outcome = await self._run_one_by_one(step, error)
@@ -175,6 +179,8 @@ class StepEngine:
         for chunk in step.chunks:
             try:
                 outcome = await self._run(Step((chunk,)))
+            except DeviceLost:
+                raise
             except Exception as alone:  # the engine loop: this chunk is the cause
                 failed[chunk.job_id] = _failed(alone)
             else:

@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from muxmesh.clock import SystemClock
 from muxmesh.device.kv_view import KvGeometry
 from muxmesh.device.torch_device import TorchDevice
 from muxmesh.engine.native.cuda.attention_plan import AttentionPlan
 from muxmesh.engine.native.cuda.device_rows import device_rows, upload
 from muxmesh.engine.native.cuda.forward import DeviceForward
 from muxmesh.engine.native.cuda.kv_layout import KvLayout
+from muxmesh.engine.native.cuda.runner import CudaRunner, RunnerLimits
 from muxmesh.engine.native.cuda.step_rows import arrange, decode_buckets
 from muxmesh.engine.step import Chunk
 from muxmesh.models.model_spec import ModelSpec, read_model_spec
@@ -78,3 +80,26 @@ class ForwardCase:
         hidden = self.forward.hidden(device_rows(rows, uploaded, self._tables))
         logits = self.forward.logits(hidden.index_select(0, uploaded["logit_rows"])).cpu()
         return {chunk.job_id: logits[part] for chunk, part in zip(rows.chunks, rows.logit_slices, strict=True)}
+
+
+def device_runner(
+    folder: Path,
+    cache: Path,
+    device: TorchDevice,
+    dtype: torch.dtype = torch.float32,
+    use_graphs: bool = True,
+    max_steps: int = 4,
+    pool: Tensor | None = None,
+    weights: dict[str, Tensor] | None = None,
+) -> CudaRunner:
+    """A loaded runner of the model in ``folder``, or of ``weights``, over ``pool`` (uint8) or 8 slabs that are NaN."""
+    spec = read_model_spec(folder)
+    geometry = tiny_geometry(spec, dtype)
+    limits = RunnerLimits(MAX_NUM_SEQS, step_token_budget=32, max_model_len=64, max_steps=max_steps)
+    pool = nan_pool(geometry, 8, dtype) if pool is None else pool
+    opened = weights or image_weights(folder, spec, cache, dtype)
+    runner = CudaRunner(
+        device, spec, lambda: opened, geometry, pool.view(dtype), limits, SystemClock(), use_graphs=use_graphs
+    )
+    runner.load()
+    return runner

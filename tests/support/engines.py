@@ -90,9 +90,12 @@ class GatedRunner:
 
 
 class FailingRunner:
-    """A `Runner` that raises in each step with a job of ``failing``; None: in every step."""
+    """A `Runner` that raises ``error`` in each step with a job of ``failing``; None: in every step."""
 
-    def __init__(self, failing: Iterable[int] | None = None, inner: Runner | None = None) -> None:
+    def __init__(
+        self, failing: Iterable[int] | None = None, inner: Runner | None = None, error: Exception | None = None
+    ) -> None:
+        self._error = error or ArithmeticError("nan in layer 3")
         self._failing = None if failing is None else set(failing)
         self._inner = inner or sim_runner()
 
@@ -105,7 +108,7 @@ class FailingRunner:
 
     def run(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:
         if self._failing is None or any(chunk.job_id in self._failing for chunk in step.chunks):
-            raise ArithmeticError("nan in layer 3")
+            raise self._error
         return self._inner.run(step, may_continue)
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from muxmesh.device.torch_device import CudaDevice, InterpretedDevice, open_torch_device
-from muxmesh.errors import DeviceError
+from muxmesh.device.torch_device import CudaDevice, InterpretedDevice, device_errors, open_torch_device
+from muxmesh.errors import DeviceError, DeviceLost
 
 
 @pytest.fixture
@@ -61,3 +61,38 @@ def test_the_environment_chooses_the_interpreter_with_a_warning() -> None:
     )
     assert done.stdout.strip() == "cpu"
     assert "interpreted on the CPU" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: MPS client has been terminated",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`",
+        "Triton Error [CUDA]: device-side assert triggered",
+    ],
+)
+def test_a_fault_of_the_device_is_final_and_named_in_one_line(message: str) -> None:
+    with pytest.raises(DeviceLost) as raised, device_errors("a step of 3 tokens"):
+        raise RuntimeError(message)
+    assert str(raised.value) == f"a step of 3 tokens: {message.splitlines()[0]}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_a_device_without_free_memory_is_not_lost(error: Exception) -> None:
+    with pytest.raises(DeviceError, match="a step of 3 tokens: CUDA") as raised, device_errors("a step of 3 tokens"):
+        raise error
+    assert not isinstance(raised.value, DeviceLost)
+
+
+def test_other_errors_are_not_of_the_device() -> None:
+    with pytest.raises(RuntimeError, match="shape") as raised, device_errors("a step of 3 tokens"):
+        raise RuntimeError("shape '[2]' is invalid")
+    assert type(raised.value) is RuntimeError

@@ -16,7 +16,7 @@ from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.sim_runner import SimRunner
 from muxmesh.engine.step import Runner, Step, StepOutcome
 from muxmesh.engine.step_engine import StepEngine
-from muxmesh.errors import ModelUnsupported, SequenceFailed, WorkerLost
+from muxmesh.errors import DeviceLost, ModelUnsupported, SequenceFailed, WorkerLost
 from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping
 from tests.support.engines import FailingRunner, GatedRunner, GatedSteps, running_engine, sim_runner
 
@@ -297,6 +297,33 @@ async def test_an_engine_whose_loop_fails_is_dead_and_all_its_jobs_fail(caplog: 
     await asyncio.wait_for(engine.cancel(1), 20)
     await engine.stop()
     assert "the engine loop failed" in caplog.text
+
+
+async def test_an_engine_whose_device_is_lost_is_dead_and_its_jobs_continue_in_another_worker(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lost = DeviceLost("a step of 2 tokens: CUDA error: an illegal memory access was encountered")
+    runner = GatedRunner(FailingRunner({2}, error=lost))
+    async with running_engine(runner) as engine:
+        events = [engine.submit(job(job_id)) for job_id in (1, 2)]
+        runner.open()
+        found = await asyncio.gather(*map(rest, events))
+        assert [events[-1] for events in found] == [Failed(f"the engine is dead: {lost}", WorkerLost)] * 2
+        assert await asyncio.wait_for(engine.wait_dead(), 20) == f"DeviceLost: {lost}"
+    assert len(runner.steps) == 1, "no step is repeated on a device that is lost"
+
+
+async def test_a_device_that_is_lost_while_the_sequences_of_a_step_are_computed_alone_ends_the_engine(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runner = GatedRunner(FailingRunner({2}, FailingRunner({1}, error=DeviceLost("CUDA error: unspecified"))))
+    async with running_engine(runner) as engine:
+        events = [engine.submit(job(job_id)) for job_id in (1, 2, 3)]
+        runner.open()
+        found = await asyncio.gather(*map(rest, events))
+        failed = Failed("the engine is dead: CUDA error: unspecified", WorkerLost)
+        assert [events[-1] for events in found] == [failed] * 3
+    assert len(runner.steps) == 2
 
 
 async def test_an_engine_that_dies_wakes_its_waiters_and_a_cancelled_one_does_no_harm(

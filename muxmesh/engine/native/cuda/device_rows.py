@@ -34,17 +34,14 @@ class DeviceRows:
 
 
 def upload(device: TorchDevice, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Uploads arrays of 4-byte elements in one transfer: enqueued, not waited for. Returns them by name.
-
-    float32 and int32 keep their type; any other type is returned as int32.
-    """
-    packed, places = pack(arrays)
+    """Uploads arrays of 4 or 8 bytes per element in one transfer: enqueued, not waited for. Returns them by name."""
+    packed, parts = pack(arrays)
     uploaded = device.upload(packed)
-    tensors = {}
-    for name, (offset, shape) in places.items():
-        part = uploaded[offset : offset + arrays[name].size].view(shape)
-        tensors[name] = part.view(torch.float32) if arrays[name].dtype == np.float32 else part
-    return tensors
+    return {name: uploaded[parts[name]].view(_torch_dtype(array)).view(array.shape) for name, array in arrays.items()}
+
+
+def _torch_dtype(array: np.ndarray) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype=array.dtype)).dtype
 
 
 def device_rows(rows: StepRows, uploaded: Mapping[str, Tensor], tables: Tensor) -> DeviceRows:

@@ -93,17 +93,15 @@ def _bucket(num_decodes: int, buckets: Sequence[int]) -> int:
     return next(size for size in buckets if size >= num_decodes)
 
 
-def pack(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, tuple[int, tuple[int, ...]]]]:
-    """Returns one int32 array with all of ``arrays``, each aligned, and the (offset, shape) of each in it.
-
-    Arrays of other 4-byte types keep their bits.
-    """
-    places, end = {}, 0
+def pack(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, slice]]:
+    """Returns one int32 array with the bits of all ``arrays``, each aligned, and which part of it each is."""
+    parts: dict[str, slice] = {}
+    end = 0
     for name, array in arrays.items():
-        places[name] = end, array.shape
-        end += -(-array.size // _ALIGNMENT) * _ALIGNMENT
+        size = array.nbytes // np.dtype(np.int32).itemsize
+        parts[name] = slice(end, end + size)
+        end += -(-size // _ALIGNMENT) * _ALIGNMENT
     packed = np.zeros(end, dtype=np.int32)
     for name, array in arrays.items():
-        offset, _ = places[name]
-        packed[offset : offset + array.size] = np.ascontiguousarray(array).reshape(-1).view(np.int32)
-    return packed, places
+        packed[parts[name]] = np.ascontiguousarray(array).reshape(-1).view(np.int32)
+    return packed, parts
