@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from muxmesh.device.cuda_pool import CudaPool
 from muxmesh.device.kv_view import KvView
+from muxmesh.device.torch_device import open_torch_device
 from muxmesh.engine.api import (
     Engine,
     EngineJob,
@@ -23,10 +26,13 @@ from muxmesh.engine.api import (
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import Runner
 from muxmesh.errors import InvalidRequest
-from muxmesh.models.model_spec import read_model_spec
+from muxmesh.models.model_spec import KvShape, read_model_spec
 from muxmesh.types import EngineRequest, FinishReason, Sampling, SchedulingState, Stopping
+from tests.support.device_model import MAX_NUM_SEQS, device_runner, nan_pool, tiny_geometry
 from tests.support.engines import running_engine, sim_runner
 from tests.support.tiny import TinyShape, tiny_runner, tiny_view, write_tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maximum of a row of NaN
 
 BLOCKS = {1: (0, 1, 2, 3), 2: (4, 5, 6, 7), 3: (8, 9, 10, 11)}
 
@@ -50,9 +56,23 @@ def native_runner(tmp_path_factory: pytest.TempPathFactory) -> tuple[Runner, KvV
     return tiny_runner(folder, tmp_path_factory.mktemp("cache"), view=view)[0], view
 
 
-@pytest.fixture(params=["sim", "sim in runs of steps", "native"])
+@pytest.fixture(scope="module")
+def device_runner_and_pool(tmp_path_factory: pytest.TempPathFactory) -> tuple[Runner, CudaPool]:
+    """A model of one layer: the kernels are interpreted."""
+    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), TinyShape(num_layers=1, num_heads=2, num_kv_heads=1))
+    device, geometry = open_torch_device(), tiny_geometry(read_model_spec(folder), torch.float32)
+    pool = CudaPool(nan_pool(geometry, 3, torch.float32), geometry.slab_bytes, None, device)
+    memory = pool.elements(torch.uint8)
+    return device_runner(folder, tmp_path_factory.mktemp("cache"), device, pool=memory, max_steps=16), pool
+
+
+@pytest.fixture(params=["sim", "sim in runs of steps", "native", "native on a GPU"])
 async def opened(request: pytest.FixtureRequest) -> AsyncIterator[Opened]:
-    if request.param != "native":
+    if request.param == "native on a GPU":
+        on_device, pool = request.getfixturevalue("device_runner_and_pool")
+        async with running_engine(on_device, MAX_NUM_SEQS, token_budget=32, vocab_size=VOCAB_SIZE) as engine:
+            yield Opened(engine, functools.partial(move_on_device, pool))
+    elif request.param != "native":
         runner = sim_runner(1 if request.param == "sim" else 5)
         async with running_engine(runner, token_budget=32, vocab_size=VOCAB_SIZE) as engine:
             yield Opened(engine, lambda old, new: None)
@@ -72,6 +92,16 @@ def move_in_host_memory(view: KvView, old: Sequence[int], new: Sequence[int]) ->
     for source, target in zip(view.block_offsets(old), view.block_offsets(new), strict=True):
         view.pool[target : target + size] = view.pool[source : source + size]
         view.pool[source : source + size] = np.nan
+
+
+def move_on_device(pool: CudaPool, old: Sequence[int], new: Sequence[int]) -> None:
+    """The model of `device_runner_and_pool` has one KV head of 16 elements."""
+    shape = KvShape(1, 1, 16, 16, 4)
+    memory, size = pool.elements(torch.float32), shape.token_block_bytes // shape.dtype_bytes
+    offsets = pool.geometry(shape).block_offsets
+    for source, target in zip(offsets(old), offsets(new), strict=True):
+        memory[target : target + size] = memory[source : source + size]
+        memory[source : source + size] = torch.nan
 
 
 def record(
