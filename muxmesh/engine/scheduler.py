@@ -138,14 +138,14 @@ class Scheduler:
     def cancel(self, job_id: int) -> bool:
         """Removes the job without an event. Returns True if the step in flight still accesses its KV."""
         self._jobs.pop(job_id, None)
-        return self._is_in_flight(job_id)
+        return self.is_in_flight(job_id)
 
     def preempt(self, job_id: int) -> None:
         """Pauses the job: after the step in flight if the job is part of it, else at once."""
         job = self._jobs.get(job_id)
         if job is None or job.paused:
             return
-        if self._is_in_flight(job_id):
+        if self.is_in_flight(job_id):
             job.pause_requested = True
         else:
             self._pause(job)
@@ -154,6 +154,10 @@ class Scheduler:
         """Lets a paused job run again."""
         if job := self._jobs.get(job_id):
             job.paused = job.pause_requested = False
+
+    def is_in_flight(self, job_id: int) -> bool:
+        """True if the job is part of the step in flight."""
+        return self._in_flight is not None and any(chunk.job_id == job_id for chunk in self._in_flight.chunks)
 
     def has_work(self) -> bool:
         """True if `next_step` would return a step."""
@@ -199,9 +203,6 @@ class Scheduler:
         """Returns the events since the last call, oldest first, each with its job id."""
         events, self._events = self._events, []
         return events
-
-    def _is_in_flight(self, job_id: int) -> bool:
-        return self._in_flight is not None and any(chunk.job_id == job_id for chunk in self._in_flight.chunks)
 
     def _pause(self, job: _ScheduledJob) -> None:
         job.paused, job.pause_requested = True, False

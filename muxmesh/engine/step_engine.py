@@ -89,8 +89,12 @@ class StepEngine:
         self._on_change()
 
     def sequence_changed(self, job_id: int) -> None:
-        """See `Engine`. The scheduler reads the records when it plans, so a plan is all that this causes."""
-        self._on_change()
+        """See `Engine`. The scheduler reads the records when it plans, so a plan is all that this may cause.
+
+        A job in a run has the blocks for it: its growth, which comes every few steps of a large batch, ends no run.
+        """
+        if not self._scheduler.is_in_flight(job_id):
+            self._on_change()
 
     async def wait_dead(self) -> str:
         return await asyncio.shield(self._death)

@@ -431,7 +431,6 @@ CHANGES: dict[str, Change] = {
     "a job is added": lambda it: it.engine.submit(job(2)),
     "a job is pre-empted": lambda it: it.engine.preempt(1),
     "a job is resumed": lambda it: it.engine.resume(1),
-    "a sequence has more blocks": lambda it: it.engine.sequence_changed(1),
     "it takes long": lambda it: it.clock.advance(0.02),
 }
 
@@ -447,6 +446,35 @@ async def test_a_run_ends_with_its_present_step_when(change: Change, in_runs: In
         while len(in_runs.grant.num_released_steps) < 2:
             await asyncio.sleep(0)
     assert in_runs.grant.num_released_steps == [1, 3]
+
+
+async def test_a_run_goes_on_while_its_own_sequences_get_blocks(in_runs: InRuns) -> None:
+    growing = job(max_new_tokens=9)
+    in_runs.engine.submit(growing)
+    in_runs.steps.let(3)
+    await in_runs.steps.begun(4)
+    growing.sequence.add_blocks((9,))
+    in_runs.engine.sequence_changed(1)
+    in_runs.steps.open()
+    await in_runs.grant.called("drop")
+    assert in_runs.grant.num_released_steps == [1, 8]
+
+
+async def test_a_job_that_waited_for_blocks_joins_at_the_next_step(in_runs: InRuns) -> None:
+    waiting = job(1, max_new_tokens=30, num_blocks=2)
+    in_runs.steps.let(7)
+    in_runs.engine.submit(waiting)
+    await in_runs.steps.begun(7)
+    await in_runs.grant.called("drop")  # the last slot of its blocks is used
+    in_runs.engine.submit(job(2, max_new_tokens=30))
+    in_runs.steps.let(2)
+    await in_runs.steps.begun(10)
+    waiting.sequence.add_blocks((9, 10))
+    in_runs.engine.sequence_changed(1)
+    in_runs.steps.open()
+    await in_runs.steps.begun(11)
+    assert [len(step.chunks) for step in in_runs.runner.steps[:5]] == [1, 1, 1, 1, 2]
+    assert in_runs.grant.num_released_steps[:4] == [1, 6, 1, 2]
 
 
 async def test_a_cancel_waits_for_one_step_of_a_run_only(in_runs: InRuns) -> None:
