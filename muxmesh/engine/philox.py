@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 _NUM_ROUNDS = 10
-_MULTIPLIERS = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
-_WEYL = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
+_MULTIPLIERS = np.array([0xD2E7470EE14C6C93, 0xCA5A826395121157], dtype=np.uint64)
+_WEYL = np.array([0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B], dtype=np.uint64)
 _LOW, _HALF = np.uint64(2**32 - 1), np.uint64(32)
 _UNUSED_BITS = np.uint64(11)
 """A float64 has 53 bits: the highest of a word."""
@@ -20,31 +20,26 @@ _UNUSED_BITS = np.uint64(11)
 def uniforms(seeds: np.ndarray, sequence_indices: np.ndarray, output_indices: np.ndarray) -> np.ndarray:
     """Returns a number in [0, 1) for each key, equal to that of `token_sampler.uniform`.
 
-    The arguments are uint64, have at least one dimension and broadcast together; seeds are modulo 2**64.
+    The arguments are uint64 and broadcast together; seeds are modulo 2**64.
     """
-    counter = output_indices + np.uint64(1)  # NumPy counts up before it generates
-    words = (counter, np.zeros_like(counter), np.zeros_like(counter), np.zeros_like(counter))
-    key = seeds, sequence_indices
+    seeds, sequence_indices, output_indices = np.broadcast_arrays(seeds, sequence_indices, output_indices)
+    key = np.stack([seeds, sequence_indices])
+    # The first and the third of the counter's four words, and the second and the fourth, with one axis for the two.
+    factors = np.stack([output_indices, np.zeros_like(output_indices)])
+    factors[0] += np.uint64(1)  # NumPy counts up before it generates
+    others = np.zeros_like(factors)
+    pair = (2, *[1] * output_indices.ndim)
+    multipliers, weyl = _MULTIPLIERS.reshape(pair), _WEYL.reshape(pair)
     for _ in range(_NUM_ROUNDS):
-        words = _round(words, key)
-        key = key[0] + _WEYL[0], key[1] + _WEYL[1]
-    return np.asarray((words[0] >> _UNUSED_BITS) * 2.0**-53)
+        others, factors = (
+            (factors * multipliers)[::-1],
+            _high_words(factors, multipliers)[::-1] ^ others ^ key,
+        )
+        key += weyl
+    return np.asarray((factors[0] >> _UNUSED_BITS) * 2.0**-53)
 
 
-_Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-
-
-def _round(words: _Words, key: tuple[np.ndarray, np.ndarray]) -> _Words:
-    first, second, third, fourth = words
-    return (
-        _high_word(third, _MULTIPLIERS[1]) ^ second ^ key[0],
-        third * _MULTIPLIERS[1],
-        _high_word(first, _MULTIPLIERS[0]) ^ fourth ^ key[1],
-        first * _MULTIPLIERS[0],
-    )
-
-
-def _high_word(left: np.ndarray, right: np.uint64) -> np.ndarray:
+def _high_words(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """The upper 64 of the 128 bits of each product, by schoolbook multiplication of halves."""
     left_low, left_high = left & _LOW, left >> _HALF
     right_low, right_high = right & _LOW, right >> _HALF

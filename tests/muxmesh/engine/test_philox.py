@@ -25,7 +25,7 @@ def test_keys_are_broadcast() -> None:
 
 
 def test_numbers_are_uniform() -> None:
-    numbers = uniforms(np.ones(1, dtype=np.uint64), np.zeros(1, dtype=np.uint64), np.arange(40_000, dtype=np.uint64))
+    numbers = uniforms(np.array(1, dtype=np.uint64), np.array(0, dtype=np.uint64), np.arange(40_000, dtype=np.uint64))
     counts, _ = np.histogram(numbers, bins=20, range=(0.0, 1.0))
     assert numbers.min() >= 0 and numbers.max() < 1
     assert abs(counts - 2000).max() < 200
