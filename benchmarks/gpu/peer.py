@@ -63,7 +63,10 @@ class Peer:
         ready, _, _ = select.select([self._socket], [], [], timeout_s)
         if not ready:
             raise PeerError(f"no reply in {timeout_s:g} s")
-        message, fds, _, _ = socket.recv_fds(self._socket, _MAX_MESSAGE, 4)
+        try:
+            message, fds, _, _ = socket.recv_fds(self._socket, _MAX_MESSAGE, 4)
+        except OSError:
+            message, fds = b"", []
         if not message:
             raise PeerError(f"the peer ended with {self.process.wait()}")
         content = json.loads(message)
@@ -118,6 +121,7 @@ def main() -> None:
     module, name = {
         "driver": ("benchmarks.gpu.driver_operations", "DriverOperations"),
         "torch": ("benchmarks.gpu.torch_operations", "TorchOperations"),
+        "engine": ("benchmarks.gpu.engine_operations", "EngineOperations"),
     }[kind]
     operations = getattr(importlib.import_module(module), name)()
     serve(operations, socket.socket(fileno=fd))

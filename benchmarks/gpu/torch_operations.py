@@ -25,8 +25,12 @@ class TorchOperations:
 
     def __init__(self) -> None:
         self.green_share = 100
-        self.driver = CudaDriver()
         self.tensors: dict[str, torch.Tensor] = {}
+
+    @functools.cached_property
+    def driver(self) -> CudaDriver:
+        """The driver, loaded by the first operation that needs it."""
+        return CudaDriver()
 
     @functools.cached_property
     def device(self) -> TorchDevice:

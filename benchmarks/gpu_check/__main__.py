@@ -30,6 +30,15 @@ def chosen(checks: Sequence[Check], only: Sequence[str], skip: Sequence[str]) ->
     return [check for check in checks if (not only or check.name in only) and check.name not in skip]
 
 
+def dry_environment() -> dict[str, str]:
+    """Variables by which the fake driver and control program are found, and kernels are interpreted."""
+    from tests.support.fake_driver import fake_driver_environment  # noqa: PLC0415 - there is no fake outside a checkout
+    from tests.support.mps import FAKE_FOLDER  # noqa: PLC0415
+
+    path = f"{FAKE_FOLDER}{os.pathsep}{os.environ['PATH']}"
+    return fake_driver_environment(FAKE_CUDA_HOST_ACCESS="1", TRITON_INTERPRET="1", PATH=path)
+
+
 def line(result: Result) -> str:
     """One line for people: state, time, and every comparison that does not hold, or the expectation."""
     missed = [one for one in result.comparisons if not one["holds"]]
@@ -66,7 +75,8 @@ def main() -> int:
         print("\n".join(f"{check.name:22} {check.limit_s:4.0f} s  {check.use:7} {check.expected}" for check in checks))
         return 0
     arguments.output.mkdir(parents=True, exist_ok=True)
-    os.environ["GPU_CHECK_OUTPUT"] = str(arguments.output.resolve())
+    if arguments.dry_run:
+        os.environ.update(dry_environment())
     started_at_s = time.monotonic()
     command = functools.partial(command_of, is_dry_run=arguments.dry_run)
     results = asyncio.run(

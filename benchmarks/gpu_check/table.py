@@ -30,9 +30,14 @@ CHECKS = (
         ("tests/muxmesh/engine/native/test_torch_reference.py", "-k", "cuda"),
     ),
     Check("group-restart", "a killed worker: FAULT, all workers of the GPU new, the same tokens", 120, "alone"),
+    Check("swap", "sequences are swapped to pinned memory and back, and no token changes", 60, "mps"),
     Check("hand-off", "under 1 ms; kvstore is no MPS client", 60, "alone"),
+    Check("graphs", "a graph is faster and samples the same tokens", 90, "alone"),
+    Check("attention", "over 0.7 of the copy ceiling wherever 64 MB or more are read", 60, "alone"),
+    Check("sanitizer", "compute-sanitizer finds no bad access of the kernels", 60, "beside"),
     Check("mps-shares", "SMs 132, 66, 38, 12; products in proportion, copies less so", 90, "alone"),
     Check("memfd", "near plain pinned memory, also beside products", 40, "alone"),
+    Check("green", "time in proportion to 1 / SMs, also under MPS and from a graph", 60, "alone"),
 )  # fmt: skip
 """What `make gpu-check` runs."""
 
@@ -42,4 +47,4 @@ def dry_checks() -> tuple[Check, ...]:
     return tuple(replace(check, environment=()) for check in CHECKS if check.name in DRY)
 
 
-DRY = ("ipc", "driver", "mesh-tokens", "unlimited-worker", "group-restart", "hand-off")
+DRY = ("ipc", "dlpack", "mps-answers", "graphs", "mesh-tokens", "unlimited-worker", "group-restart", "hand-off")

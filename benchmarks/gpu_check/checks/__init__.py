@@ -10,7 +10,9 @@ from benchmarks.gpu_check.check import Findings
 MODULES = {
     "memory": ("ipc", "dlpack", "memfd"),
     "mps": ("mps-shares", "mps-faults", "mps-answers"),
-    "meshes": ("mesh-tokens", "group-restart", "unlimited-worker", "hand-off"),
+    "meshes": ("mesh-tokens", "swap", "hand-off"),
+    "mesh_faults": ("group-restart", "unlimited-worker"),
+    "engine": ("graphs", "attention", "green", "sanitizer"),
 }
 """Module of this package → the checks in it, each a function of the same name with underscores."""
 

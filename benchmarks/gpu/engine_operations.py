@@ -1,0 +1,183 @@
+"""Operations of a peer with a `CudaRunner` over a model of random weights: decode and prefill steps, timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import random_model
+from benchmarks.gpu.attention_times import AttentionSizes, AttentionTimer
+from benchmarks.gpu.random_model import RandomModel
+from benchmarks.gpu.torch_operations import TorchOperations
+from muxmesh.clock import SystemClock
+from muxmesh.device.kv_view import KvGeometry
+from muxmesh.engine.native.cuda.runner import CudaRunner, RunnerLimits
+from muxmesh.engine.step import Chunk, SampleSpec, Step
+from muxmesh.models.model_spec import ModelSpec, spec_from_config
+from muxmesh.types import Sampling, blocks_for
+
+MODELS = {
+    "tiny": random_model.TINY,
+    "small": random_model.SMALL,
+    "half billion": random_model.HALF_BILLION,
+    "billion": random_model.BILLION,
+}
+_GREEDY = SampleSpec(Sampling(temperature=0.0), 0)
+_SLAB_TOKENS = 256
+
+
+class EngineOperations(TorchOperations):
+    """A loaded runner with a pool of its own, whose KV is random: contexts need no prefill."""
+
+    runner: CudaRunner
+    spec: ModelSpec
+    num_blocks: int
+
+    def do_attention(self, heads: tuple[int, int, int], pool_tokens: int, cases: list[tuple[int, int]]) -> Any:
+        """Decode attention alone for each (batch, context): see `AttentionTimer.measure`."""
+        timer = AttentionTimer(self.device, AttentionSizes(*heads, pool_tokens=pool_tokens))
+        return [timer.measure(batch, context) for batch, context in cases]
+
+    def do_load(self, **arguments: Any) -> Any:
+        """Makes weights and pool on the device and loads the runner. Returns seconds and bytes."""
+        return self._load(**arguments)
+
+    def _load(
+        self, model: str, dtype: str, pool_tokens: int, max_num_seqs: int, step_tokens: int, max_len: int,
+        max_steps: int = 1, graphs: bool = True, block_size: int = 16,
+    ) -> Any:  # fmt: skip
+        started_at_s = time.perf_counter()
+        sizes, kind = MODELS[model], getattr(torch, dtype)
+        self.spec = _spec(sizes)
+        shape = self.spec.kv_shape(block_size, dtype)
+        blocks_per_slab = _SLAB_TOKENS // block_size
+        geometry = KvGeometry(shape, blocks_per_slab * shape.token_block_bytes)
+        self.num_blocks = pool_tokens // _SLAB_TOKENS * blocks_per_slab
+        elements = self.num_blocks * shape.token_block_bytes // kind.itemsize
+        where = self.device.torch_device
+        pool = torch.empty(elements, dtype=kind, device=where)
+        pool.normal_(generator=torch.Generator(where).manual_seed(1))
+        weights = random_weights(self.spec, kind, where)
+        limits = RunnerLimits(max_num_seqs, step_tokens, max_len, max_steps)
+        self.runner = CudaRunner(
+            self.device, self.spec, lambda: weights, geometry, pool, limits, SystemClock(), use_graphs=graphs
+        )
+        self.block_size = block_size
+        self.runner.load()
+        self.device.record().wait()
+        weight_bytes = sum(weight.nbytes for name, weight in weights.items() if name != "embed")
+        return {
+            "load_s": time.perf_counter() - started_at_s, "weight_bytes": weight_bytes,
+            "kv_bytes_per_token": shape.kv_bytes_per_token, "parameters": self.spec.num_parameters,
+            "spec": {"layers": self.spec.num_layers, "heads": self.spec.num_heads, "head_dim": self.spec.head_dim},
+        }  # fmt: skip
+
+    def do_decode(self, batch: int, context: int, num_steps: int, count: int) -> Any:
+        """Median milliseconds of one decode step of ``batch`` sequences, in runs of ``num_steps``; and the tokens."""
+        step = self._decode_step(batch, context, num_steps)
+        times, tokens = [], []
+        for number in range(count + 2):
+            started_at_s = time.perf_counter()
+            outcome = self.runner.run(step, lambda: True)
+            elapsed_s = (time.perf_counter() - started_at_s) / outcome.num_steps
+            assert not outcome.failed, outcome.failed
+            tokens = [[one.token_id for one in outcome.sampled[job]] for job in range(batch)]
+            if number >= 2:
+                times.append(elapsed_s)
+        return {"ms": 1e3 * statistics.median(times), "tokens": tokens, "steps": outcome.num_steps}
+
+    def do_prefill(self, num_tokens: int, count: int) -> Any:
+        """Median milliseconds of a prompt of ``num_tokens``, computed in one step."""
+        step = self._prefill_step(num_tokens)
+        times = [self._run_s(step) for _ in range(count + 1)]
+        return {"ms": 1e3 * statistics.median(times[1:])}
+
+    def do_generate(self, num_tokens: int, batch: int, prompt_tokens: int) -> Any:
+        """Greedy tokens after random prompts: a step of prefill for each, then decode steps of all, one at a time."""
+        chance = np.random.default_rng(5)
+        prompts = chance.integers(3, self.spec.vocab_size, (batch, prompt_tokens)).tolist()
+        tables = self._tables(batch, prompt_tokens + num_tokens)
+        outputs: list[list[int]] = []
+        for job, prompt in enumerate(prompts):
+            chunk = Chunk(job, 0, tuple(prompt), tables[job], _GREEDY)
+            outputs.append([self.runner.run(Step((chunk,)), lambda: True).sampled[job][0].token_id])
+        for index in range(1, num_tokens):
+            spec = dataclasses.replace(_GREEDY, output_index=index)
+            chunks = tuple(
+                Chunk(job, prompt_tokens + index - 1, (outputs[job][-1],), tables[job], spec) for job in range(batch)
+            )
+            sampled = self.runner.run(Step(chunks), lambda: True).sampled
+            for job in range(batch):
+                outputs[job].append(sampled[job][0].token_id)
+        return outputs
+
+    def do_work_until(self, seconds: float, prompt: int, batch: int, context: int, num_steps: int) -> Any:
+        """Tokens/s for ``seconds``: prompts of ``prompt`` tokens or, if that is 0, decoding of ``batch`` sequences."""
+        step = self._prefill_step(prompt) if prompt else self._decode_step(batch, context, num_steps)
+        per_run = prompt or batch * num_steps
+        self._run_s(step)
+        started_at_s = time.perf_counter()
+        runs = 0
+        while time.perf_counter() - started_at_s < seconds:
+            self._run_s(step)
+            runs += 1
+        return runs * per_run / (time.perf_counter() - started_at_s)
+
+    def _run_s(self, step: Step) -> float:
+        started_at_s = time.perf_counter()
+        outcome = self.runner.run(step, lambda: True)
+        assert not outcome.failed, outcome.failed
+        return time.perf_counter() - started_at_s
+
+    def _decode_step(self, batch: int, context: int, num_steps: int) -> Step:
+        """The tokens at index ``context - 1``, so that attention reads ``context`` tokens in the first step."""
+        tables = self._tables(batch, context + num_steps)
+        chunks = (Chunk(job, context - 1, (7 + job,), tables[job], _GREEDY) for job in range(batch))
+        return Step(tuple(chunks), num_steps)
+
+    def _prefill_step(self, num_tokens: int) -> Step:
+        tokens = np.random.default_rng(1).integers(3, self.spec.vocab_size, num_tokens).tolist()
+        (table,) = self._tables(1, num_tokens)
+        return Step((Chunk(0, 0, tuple(tokens), table, _GREEDY),))
+
+    def _tables(self, batch: int, num_tokens: int) -> list[tuple[int, ...]]:
+        """Different blocks for each sequence, in random order over the pool."""
+        count = blocks_for(num_tokens, self.block_size)
+        ids = np.random.default_rng(2).permutation(self.num_blocks)[: batch * count].reshape(batch, count)
+        return [tuple(int(one) for one in row) for row in ids]
+
+
+def random_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of an image with packing `rows`, made on the device. Rows keep their size from layer to layer."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    chance = torch.Generator(device).manual_seed(0)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        values = torch.empty(rows, columns, dtype=dtype, device=device)
+        return values.normal_(0, columns**-0.5, generator=chance)
+
+    def norm() -> Tensor:
+        return torch.ones(hidden, dtype=dtype, device=device)
+
+    weights = {"lm_head": matrix(spec.vocab_size, hidden), "norm": norm()}
+    for layer in range(spec.num_layers):
+        weights |= {
+            f"{layer}.input_norm": norm(), f"{layer}.post_norm": norm(),
+            f"{layer}.qkv": matrix(q + 2 * kv, hidden), f"{layer}.o": matrix(hidden, q),
+            f"{layer}.gate_up": matrix(2 * inner, hidden), f"{layer}.down": matrix(hidden, inner),
+        }  # fmt: skip
+    return weights
+
+
+def _spec(sizes: RandomModel) -> ModelSpec:
+    config: Mapping[str, Any] = sizes.config("bfloat16")
+    return spec_from_config(Path("config.json"), config, {})

@@ -1,0 +1,139 @@
+"""Faults of a mesh under MPS: the group restarts, requests go on; a worker that is not limited is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.gpu_check.check import Findings
+from benchmarks.gpu_check.gpu_mesh import (
+    PROMPTS,
+    control_of,
+    differing,
+    environment_of,
+    gpu_unit,
+    mesh,
+    workers_of,
+    write_model,
+)
+from benchmarks.mesh_process import UpProcess
+from muxmesh.client import MeshClient
+from muxmesh.cuda.mps import PIPE_DIRECTORY, MpsControl
+from muxmesh.errors import Unavailable
+
+
+def group_restart(findings: Findings, is_dry_run: bool) -> None:
+    """A decode worker of a mesh under MPS is killed with kernels in flight: its GPU's workers restart as a group."""
+    with TemporaryDirectory(prefix="mm-") as scratch:
+        folder = write_model(scratch, "small", is_dry_run)
+        models = [
+            {"name": name, "source": str(folder), "max_num_seqs": 8, "compute_share": share}
+            for name, share in (("a", {"prefill": 60, "decode": 40}), ("b", 40))
+        ]
+        asyncio.run(_fault_and_compare(findings, {**gpu_unit(is_dry_run), "mps": "on", "models": models}, is_dry_run))
+
+
+async def _fault_and_compare(findings: Findings, unit: Mapping[str, Any], is_dry_run: bool) -> None:
+    num_tokens = 24 if is_dry_run else 400
+    async with mesh({"units": [unit]}) as running:
+        expected = await _streams(running.client, num_tokens)
+        before = {name: running.pid_of(name) for name in ("kvstore", "decode_svc", "prefill_svc")}
+        workers = set(workers_of(running))
+        control = control_of(before["decode_svc"])
+        servers = await control.servers()
+        findings.figure("servers", [str(server) for server in servers])
+        listed = set().union(*(server.clients for server in servers))
+        findings.expect(
+            "the daemon lists all workers and nobody else", listed == workers, [sorted(listed), sorted(workers)]
+        )
+        pending = asyncio.create_task(_streams(running.client, num_tokens))
+        await asyncio.sleep(0.3)
+        killed_at_s = time.monotonic()
+        os.kill(before["decode_svc"], signal.SIGKILL)
+        statuses = await _statuses_until_replaced(running, control, workers)
+        findings.figure("seconds until all workers were new", time.monotonic() - killed_at_s)
+        findings.figure("server states seen", statuses)
+        findings.aim("the server was seen in FAULT", any("FAULT" in status for status in statuses), statuses)
+        found = await pending
+        findings.figure("seconds until all requests were complete", time.monotonic() - killed_at_s)
+        findings.expect("requests continue and have the same tokens", found == expected, differing(found, expected))
+        findings.expect("kvstore and its pool stayed", running.pid_of("kvstore") == before["kvstore"])
+        left = workers & set(workers_of(running))
+        findings.expect(
+            "no worker of before is left", not left or not any("FAULT" in s for s in statuses), sorted(left)
+        )
+        again = await _streams(running.client, num_tokens)
+        findings.expect("new requests have the same tokens", again == expected, differing(again, expected))
+        status = (await running.client.status()).units[0]
+        findings.expect("nothing stays leased", status.pool.leased_bytes == 0, status.pool.leased_bytes)
+
+
+async def _streams(client: MeshClient, num_tokens: int) -> list[list[int]]:
+    """Tokens of several requests to both models at once."""
+    completions = await asyncio.gather(
+        *(
+            client.generate(
+                [*PROMPTS[1], number], model=model, max_new_tokens=num_tokens, temperature=0, ignore_eos=True
+            )
+            for number in range(3, 6)
+            for model in ("a", "b")
+        )
+    )
+    return [list(one.token_ids) for one in completions]
+
+
+async def _statuses_until_replaced(running: UpProcess, control: MpsControl, workers: set[int]) -> list[str]:
+    """The server's states until no worker of ``workers`` is left and as many new ones run; at most 60 s."""
+    seen: list[str] = []
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(60):
+            while True:
+                with contextlib.suppress(Unavailable):
+                    state = ",".join(server.status.value for server in await control.servers())
+                    if not seen or seen[-1] != state:
+                        seen.append(state)
+                now = set(workers_of(running))
+                if len(now) == len(workers) and not now & workers:
+                    return seen
+                await asyncio.sleep(0.02)
+    return [*seen, "not replaced in 60 s"]
+
+
+def unlimited_worker(findings: Findings, is_dry_run: bool) -> None:
+    """A worker that finds no MPS daemon although its unit has MPS exits by itself and names the reason."""
+    with TemporaryDirectory(prefix="mm-") as scratch:
+        folder = write_model(scratch, "tiny", is_dry_run)
+        models = [{"name": "tiny", "source": str(folder), "compute_share": 50}]
+        asyncio.run(_refuse(findings, {**gpu_unit(is_dry_run), "mps": "on", "models": models}))
+
+
+async def _refuse(findings: Findings, unit: Mapping[str, Any]) -> None:
+    async with mesh({"units": [unit]}) as running:
+        pid = running.pid_of("decode_svc")
+        environment = environment_of(pid)
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+        findings.figure("environment of a worker", {k: v for k, v in environment.items() if "CUDA" in k})
+        with TemporaryDirectory(prefix="mm-") as empty:
+            for name, change in (
+                ("without a daemon", {PIPE_DIRECTORY: empty}),
+                ("without a limit", {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "100"}),
+            ):
+                process = await asyncio.create_subprocess_exec(
+                    *command, env={**environment, **change}, stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.STDOUT,
+                )  # fmt: skip
+                try:
+                    output, _ = await asyncio.wait_for(process.communicate(), 40)
+                except TimeoutError:
+                    process.kill()
+                    output, _ = await process.communicate()
+                said = output.decode(errors="replace").strip()[-600:]
+                refused = process.returncode not in (0, -9) and "MPS" in said
+                findings.expect(f"a worker {name} ends with an error that names MPS", refused, said)
