@@ -135,10 +135,11 @@ class CudaPool:
     def _token_blocks(self, shape: KvShape) -> Tensor:
         """The pool as [slabs, token blocks of a slab, words of a token block]; the longest words that fit."""
         block_bytes = shape.token_block_bytes
-        word = math.gcd(8, self._slab_bytes, block_bytes)
+        slab_bytes = self._slab_bytes // shape.dtype_bytes * shape.dtype_bytes  # as `KvGeometry` counts, in elements
+        word = math.gcd(8, slab_bytes, block_bytes)
         return self.elements(_WORDS[word]).as_strided(
-            (self._memory.numel() // self._slab_bytes, self._slab_bytes // block_bytes, block_bytes // word),
-            (self._slab_bytes // word, block_bytes // word, 1),
+            (self._memory.numel() // slab_bytes, slab_bytes // block_bytes, block_bytes // word),
+            (slab_bytes // word, block_bytes // word, 1),
         )
 
     def _at(self, shape: KvShape, block_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

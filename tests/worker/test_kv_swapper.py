@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import os
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -9,12 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from kvstore.device_memory import new_memfd
 from kvstore.grant_page import Word
 from muxmesh.block_hashes import block_hashes
 from muxmesh.clock import ManualClock, SystemClock
+from muxmesh.device.cuda_pool import CudaPool
 from muxmesh.device.device_pool import HostPool, KvCopy
 from muxmesh.device.kv_view import KvView
+from muxmesh.device.pinned_swap import PinnedSwap
+from muxmesh.device.torch_device import InterpretedDevice
 from muxmesh.errors import LeaseLost, Overloaded
 from muxmesh.models.model_spec import KvShape
 from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, KvFormat, Lease, LeaseRef, Role, SchedulingState
@@ -26,6 +32,15 @@ from worker.lease_client import LeaseClient
 ORDER = SchedulingState(0, 0.0)
 WHOLE_POOL = KvDemand(SLAB_TOKENS, SLAB_TOKENS)
 BLOCK_ELEMENTS = SHAPE.token_block_bytes // 4
+NUM_SWAP_PAGES = 16
+
+
+def as_cuda_pool(view: KvView) -> CudaPool:
+    """The memory of a pool as that of a device, with a swap region of its own."""
+    device, swap_fd = InterpretedDevice(), new_memfd("swap", NUM_SWAP_PAGES * SWAP_PAGE_BYTES)
+    swap = PinnedSwap(swap_fd, device, register=None)
+    os.close(swap_fd)
+    return CudaPool(torch.from_numpy(view.pool.view(np.uint8)), view.slab_bytes, swap, device)
 
 
 @dataclass
@@ -73,14 +88,17 @@ class DecodeWorker:
         return self.attachment.page.read(self.attachment.slot, word)
 
 
-@pytest.fixture
-async def worker(tmp_path: Path) -> AsyncIterator[DecodeWorker]:
-    async with running_unit(tmp_path, num_swap_pages=16) as unit:
+@pytest.fixture(params=["host", "cuda"])
+async def worker(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[DecodeWorker]:
+    """With the pool in host memory, and with the same memory as that of a device that is interpreted."""
+    async with running_unit(tmp_path, num_swap_pages=NUM_SWAP_PAGES) as unit:
         prefill, attachment = unit.lease_client(await unit.attach(Role.PREFILL)), await unit.attach(Role.DECODE)
         assert isinstance(attachment.pool, HostPool)
-        leases = unit.lease_client(attachment)
+        view, leases = attachment.pool.view(SHAPE), unit.lease_client(attachment)
+        if request.param == "cuda":
+            attachment.pool = as_cuda_pool(view)
         swapper = KvSwapper(attachment, SHAPE, leases, SystemClock())
-        yield DecodeWorker(unit, attachment, prefill, leases, swapper, attachment.pool.view(SHAPE))
+        yield DecodeWorker(unit, attachment, prefill, leases, swapper, view)
         await leases.close()
         swapper.close()
 

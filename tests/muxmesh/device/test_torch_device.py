@@ -22,6 +22,13 @@ def test_an_upload_is_a_copy(interpreted: InterpretedDevice) -> None:
     assert uploaded.tolist() == [0, 1, 2, 3]
 
 
+def test_a_download_is_a_copy(interpreted: InterpretedDevice) -> None:
+    tensor = torch.arange(4)
+    wait = interpreted.download(tensor)
+    tensor[0] = 9
+    assert wait().tolist() == [0, 1, 2, 3]
+
+
 def test_a_captured_function_is_replayed_over_the_same_tensors(interpreted: InterpretedDevice) -> None:
     count = torch.zeros(1)
 

@@ -1,0 +1,94 @@
+"""The pool on a device, beyond what it has in common with the pool in host memory."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from kvstore.device_memory import new_memfd
+from muxmesh.device.cuda_pool import CudaPool, kv_dtype
+from muxmesh.device.device_pool import KvCopy
+from muxmesh.device.kv_codec import GROUP_TOKENS, encoded_bytes
+from muxmesh.device.kv_view import KvGeometry
+from muxmesh.device.pinned_swap import PinnedSwap
+from muxmesh.device.torch_device import InterpretedDevice
+from muxmesh.models.model_spec import KvShape
+from muxmesh.types import SWAP_PAGE_BYTES, KvFormat, blocks_for
+
+BF16 = KvShape(2, 2, 64, 16, 2, is_bfloat16=True)
+F16 = KvShape(2, 2, 64, 16, 2)
+F32 = KvShape(2, 2, 64, 16, 4)
+NUM_TOKENS = 2 * GROUP_TOKENS + 37
+
+
+def new_pool(shape: KvShape, slab_bytes: int, num_blocks: int = 60) -> CudaPool:
+    """A pool of random KV with a swap region of the same size."""
+    per_slab = slab_bytes // shape.token_block_bytes
+    memory = torch.empty(blocks_for(num_blocks, per_slab) * slab_bytes, dtype=torch.uint8)
+    fd, device = new_memfd("swap", blocks_for(memory.numel(), SWAP_PAGE_BYTES) * SWAP_PAGE_BYTES), InterpretedDevice()
+    pool = CudaPool(memory, slab_bytes, PinnedSwap(fd, device, None), device)
+    os.close(fd)
+    elements = pool.elements(kv_dtype(shape))
+    elements.copy_(torch.from_numpy(np.random.default_rng(2).standard_normal(elements.numel())))
+    return pool
+
+
+def contents(pool: CudaPool, shape: KvShape, slab_bytes: int, block_ids: tuple[int, ...]) -> torch.Tensor:
+    """[blocks, layers * heads, K and V, block_size, head_dim], a copy."""
+    elements, size = pool.elements(kv_dtype(shape)), shape.token_block_bytes // shape.dtype_bytes
+    offsets = KvGeometry(shape, slab_bytes).block_offsets(block_ids)
+    blocks = torch.stack([elements[offset : offset + size] for offset in offsets.tolist()])
+    return blocks.view(len(block_ids), -1, 2, shape.block_size, shape.head_dim)
+
+
+def scattered(count: int, seed: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(seed).permutation(60)[:count].tolist())
+
+
+@pytest.mark.parametrize("shape", [BF16, F16, F32])
+@pytest.mark.parametrize("rest", [0, 8, 6, 64])
+@pytest.mark.parametrize("kv_format", ["raw", "int8"])
+def test_a_sequence_is_restored_in_other_blocks(shape: KvShape, rest: int, kv_format: KvFormat) -> None:
+    """``rest``: bytes of a slab behind its last token block."""
+    slab_bytes = 4 * shape.token_block_bytes + rest
+    pool, count = new_pool(shape, slab_bytes), blocks_for(NUM_TOKENS, shape.block_size)
+    before, after = scattered(count, 3), scattered(count, 4)
+    expected = contents(pool, shape, slab_bytes, before)
+    pages = blocks_for(encoded_bytes(shape, NUM_TOKENS, kv_format), SWAP_PAGE_BYTES)
+    copy = KvCopy(NUM_TOKENS, kv_format, tuple(range(pages)))
+    assert pool.copy_out(shape, before, copy) == encoded_bytes(shape, NUM_TOKENS, kv_format)
+    pool.copy_in(shape, after, copy, 0)
+    restored = contents(pool, shape, slab_bytes, after)
+    if kv_format == "raw":
+        assert torch.equal(restored.view(torch.uint8), expected.view(torch.uint8))
+    else:
+        tokens = NUM_TOKENS // shape.block_size  # whole blocks
+        assert (restored[:tokens].float() - expected[:tokens].float()).abs().max() < 0.04
+
+
+def test_cached_blocks_in_the_middle_of_a_group_are_left_as_they_are() -> None:
+    slab_bytes = 4 * BF16.token_block_bytes
+    pool, count = new_pool(BF16, slab_bytes), blocks_for(NUM_TOKENS, 16)
+    before, after = scattered(count, 3), scattered(count, 4)
+    expected = contents(pool, BF16, slab_bytes, before)
+    pages = blocks_for(encoded_bytes(BF16, NUM_TOKENS, "int8"), SWAP_PAGE_BYTES)
+    copy = KvCopy(NUM_TOKENS, "int8", tuple(range(pages)))
+    pool.copy_out(BF16, before, copy)
+    untouched = contents(pool, BF16, slab_bytes, after)
+    pool.copy_in(BF16, after, copy, 11)  # a whole group of 8 blocks, and 3 of the next
+    restored = contents(pool, BF16, slab_bytes, after)
+    assert torch.equal(restored[:11], untouched[:11])
+    assert (restored[11:-1].float() - expected[11:-1].float()).abs().max() < 0.04
+
+
+def test_the_pool_as_elements_is_the_same_memory() -> None:
+    pool = new_pool(BF16, 4 * BF16.token_block_bytes)
+    elements = pool.elements(torch.bfloat16)
+    elements[5] = 3.5
+    assert pool.elements(torch.uint8)[10:12].view(torch.bfloat16).item() == 3.5
+    assert elements.numel() * 2 == pool.elements(torch.uint8).numel()
+
+
+def test_int8_of_16_bit_kv_takes_little_more_than_half_of_its_bytes() -> None:
+    assert encoded_bytes(BF16, 2048, "int8") < 0.6 * encoded_bytes(BF16, 2048, "raw")
