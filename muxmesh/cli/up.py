@@ -27,8 +27,10 @@ from muxmesh.config.contradictions import order_without_effect
 from muxmesh.config.load import default_config, load_mesh_config, with_listen
 from muxmesh.config.runtime import MeshRuntime, PreparedModel
 from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
+from muxmesh.cuda.device_list import DeviceList
 from muxmesh.errors import ConfigError, MeshError
 from muxmesh.lifecycle import configure_logging, raise_file_limit
+from muxmesh.models.gpu_check import machine_gpu_problems, mps_notice, mps_program, unit_gpus
 from muxmesh.models.model_check import local_path
 from muxmesh.models.prepared_model import machine_problems, model_problems, packing_of, prepare_model
 from muxmesh.supervisor.listen_address import public_listen_warning
@@ -56,7 +58,12 @@ def _run(arguments: argparse.Namespace) -> int:
     def check_models(config: MeshConfig) -> Iterator[tuple[Location, str]]:
         return model_problems(config, base_dir, cache_dir())
 
-    checks = (order_without_effect, machine_problems, redis_url_problems, check_models)
+    gpus = DeviceList()
+
+    def check_gpus(config: MeshConfig) -> Iterator[tuple[Location, str]]:
+        return machine_gpu_problems(config, gpus, base_dir, cache_dir())
+
+    checks = (order_without_effect, machine_problems, check_gpus, redis_url_problems, check_models)
     loaded = load_mesh_config(arguments.config, *checks) if arguments.config else default_config(*checks)
     if arguments.listen:
         loaded = with_listen(loaded, arguments.listen)
@@ -69,7 +76,10 @@ def _run(arguments: argparse.Namespace) -> int:
             unit.name: {model.name: _prepare(unit, model, base_dir) for model in unit.models} for unit in config.units
         }
         loaded.refuse(check_models(config))  # downloaded models are checked here
-        runtime = make_runtime(config, prepared, state_dir, cache_dir())
+        program = mps_program(config)
+        if (notice := mps_notice(config, program)) is not None:
+            print(f"muxmesh: {notice}", file=sys.stderr, flush=True)
+        runtime = make_runtime(config, prepared, state_dir, cache_dir(), unit_gpus(config, gpus), program)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             show_line = _line_printer(arguments.quiet)
             return runner.run(_serve(runtime, state_dir, show_line, arguments.hello, started_at_s))

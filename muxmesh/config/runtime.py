@@ -6,7 +6,7 @@ Knows the processes of a mesh and their addresses. Starts nothing and opens no c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from muxmesh.config.schema import MeshConfig, ModelConfig, UnitConfig
+from muxmesh.cuda.mps import LOG_DIRECTORY, PIPE_DIRECTORY
 from muxmesh.errors import ConfigError
 from muxmesh.quoting import quoted
 from muxmesh.types import Role
@@ -33,6 +34,17 @@ class PreparedModel(BaseModel):
     """Weight image that all workers of a unit share, packed for the unit's device. None for the sim engine."""
     weights_fingerprint: str
     """Differs between models with different weights or data types. Part of the identity of their KV."""
+
+
+class MpsDaemons(BaseModel):
+    """The MPS daemons of this mesh, one for each GPU with a unit that uses MPS."""
+
+    model_config = ConfigDict(frozen=True)
+
+    program: Path
+    """The control program, nvidia-cuda-mps-control."""
+    log_dir: Path
+    """Folder with a log directory for each daemon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +92,8 @@ class MeshRuntime(BaseModel):
     device_uuids: dict[str, str] = {}
     """UUID of the GPU of each unit on one, by unit name. In the processes of the unit CUDA_VISIBLE_DEVICES holds it, so
     their device has index 0."""
+    mps: MpsDaemons | None = None
+    """None: this machine has no MPS, or no unit is to use it."""
     tenant_secret: str = Field(default="", repr=False)
     """Key of the hashes under which the length predictor knows tenants, in hexadecimal. Empty: a router makes its own,
     and what it learned of tenants ends with it."""
@@ -118,6 +132,45 @@ class MeshRuntime(BaseModel):
         """Socket over which a kvstore passes the shared memory to the workers of its unit."""
         return self.run_dir / f"kv-{unit}.attach"
 
+    def uses_mps(self, unit: str) -> bool:
+        """Whether the workers of a unit are clients of an MPS daemon."""
+        config = self.unit(unit)
+        return config.is_cuda and config.mps != "off" and self.mps is not None
+
+    def mps_directories(self, unit: str) -> dict[str, str]:
+        """The pipe and log directory of the daemon of the unit's GPU, as environment variables. The unit uses MPS."""
+        assert self.mps is not None
+        name = f"mps-{self.device_uuids[unit].removeprefix('GPU-')[:8]}"
+        return {PIPE_DIRECTORY: str(self.run_dir / name), LOG_DIRECTORY: str(self.mps.log_dir / name)}
+
+    def environment(self, key: ProcessKey) -> dict[str, str]:
+        """The variables that a process needs beside those of the supervisor: on a GPU, its device and its share.
+
+        kvstore is outside MPS, and so are the workers of a unit that does not use it, even if the machine has a daemon.
+        """
+        if key.role == "router" or not self.unit(key.unit).is_cuda:
+            return {}
+        visible = {"CUDA_VISIBLE_DEVICES": self.device_uuids[key.unit]}
+        if key.role == "kvstore" or not self.uses_mps(key.unit):
+            return {**visible, PIPE_DIRECTORY: str(self.run_dir / "outside-mps")}
+        share = self.share_of(key)
+        return {**visible, **self.mps_directories(key.unit), "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(share)}
+
+    def share_of(self, key: ProcessKey) -> int:
+        """Percentage of its GPU to which MPS limits a worker; 100 if green contexts limit it."""
+        unit, model = self.model(key.unit, key.model)
+        return 100 if unit.green_contexts else model.compute_share.of(Role(key.role))
+
+    def check_environment(self, key: ProcessKey, environment: Mapping[str, str]) -> None:
+        """Raises ConfigError unless a process has the variables that it needs: without a supervisor nobody sets them.
+
+        A worker that misses one could compute on another GPU, or without a limit.
+        """
+        for name, value in self.environment(key).items():
+            if environment.get(name) != value:
+                found = f"is {quoted(environment[name])}" if name in environment else "is not set"
+                raise ConfigError(f"{self.display_name(key)}: {name} {found}; must be {value}")
+
     def check_socket_paths(self) -> None:
         """Raises ConfigError if a socket path exceeds `MAX_SOCKET_PATH`, or if two processes have the same one."""
         names: dict[str, str] = {}
@@ -128,7 +181,12 @@ class MeshRuntime(BaseModel):
                     f"{names[path]} and {endpoint.name} have the same socket {path}; rename a unit or a model"
                 )
             names[path] = endpoint.name
-        for path in [*names, *(str(self.attach_path(unit.name)) for unit in self.config.units)]:
+        mps = [unit.name for unit in self.config.units if self.uses_mps(unit.name)]
+        others = [
+            *(str(self.attach_path(unit.name)) for unit in self.config.units),
+            *(f"{self.mps_directories(unit)[PIPE_DIRECTORY]}/control_privileged" for unit in mps),
+        ]
+        for path in [*names, *others]:
             if len(path.encode()) > MAX_SOCKET_PATH:
                 raise ConfigError(f"socket path is longer than {MAX_SOCKET_PATH} bytes: {path}; use shorter names")
 

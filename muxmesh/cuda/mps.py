@@ -59,7 +59,7 @@ class MpsControl:
     """Asks the daemon that listens in one pipe directory. Each question is a process of its own."""
 
     def __init__(self, program: Path, pipe_dir: Path, log_dir: Path, answer_within_s: float = ANSWER_WITHIN_S) -> None:
-        self._program = program
+        self.program = program
         self._answer_within_s = answer_within_s
         self.pipe_dir = pipe_dir
         self.environment: Mapping[str, str] = {PIPE_DIRECTORY: str(pipe_dir), LOG_DIRECTORY: str(log_dir)}
@@ -93,14 +93,14 @@ class MpsControl:
         """
         try:
             process = await asyncio.create_subprocess_exec(
-                self._program,
+                self.program,
                 env={**os.environ, **self.environment},
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
             )
         except OSError as error:
-            raise Unavailable(f"{self._program} cannot be started: {error.strerror or error}") from error
+            raise Unavailable(f"{self.program} cannot be started: {error.strerror or error}") from error
         try:
             async with asyncio.timeout(self._answer_within_s):
                 answer, problem = await process.communicate("".join(f"{one}\n" for one in commands).encode())

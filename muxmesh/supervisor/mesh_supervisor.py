@@ -1,7 +1,7 @@
 """The supervisor of a mesh on one machine: the processes of the mesh, and the order in which they start and stop.
 
-    start    Redis > kvstores > workers and router
-    stop     router > workers > kvstores > Redis
+    start    Redis > MPS daemons > kvstores > workers and router
+    stop     router > workers > kvstores > MPS daemons > Redis
 
 Knows command lines and health checks. `supervised_process` runs one process.
 """
@@ -22,13 +22,14 @@ from pathlib import Path
 
 from muxmesh.background_task import end, start_watched
 from muxmesh.clock import Clock
-from muxmesh.config.runtime import Endpoint, MeshRuntime, PreparedModel, ProcessKey
+from muxmesh.config.runtime import Endpoint, MeshRuntime, MpsDaemons, PreparedModel, ProcessKey
 from muxmesh.config.schema import MAX_PORT, MeshConfig
 from muxmesh.errors import ConfigError
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.supervisor.health_probe import HealthProbe, wait_until_serving
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, MAX_STARTING_CHECKS
 from muxmesh.supervisor.log_file import LogFile
+from muxmesh.supervisor.mps_daemon import mps_answers, mps_control, wait_for_mps
 from muxmesh.supervisor.redis_server import RedisProbe, redis_command, wait_for_redis
 from muxmesh.supervisor.run_folder import (
     create_run_folder,
@@ -102,11 +103,17 @@ def free_listen_address(listen: str) -> str:
 
 
 def make_runtime(
-    config: MeshConfig, prepared: dict[str, dict[str, PreparedModel]], state_dir: Path, cache_dir: Path
+    config: MeshConfig,
+    prepared: dict[str, dict[str, PreparedModel]],
+    state_dir: Path,
+    cache_dir: Path,
+    device_uuids: dict[str, str] | None = None,
+    mps_program: Path | None = None,
 ) -> MeshRuntime:
     """Chooses the folder of the sockets: under ``state_dir``, or a temporary one if that path is too long.
 
-    Deletes those of earlier supervisors. Raises ConfigError if names of units or models make the socket paths invalid.
+    ``device_uuids``: see `MeshRuntime`. ``mps_program``: the control program of MPS, if units may use it. Deletes the
+    folders of earlier supervisors. Raises ConfigError if names of units or models make the socket paths invalid.
     """
     secret = tenant_secret(state_dir)
 
@@ -118,6 +125,8 @@ def make_runtime(
             cache_dir=cache_dir,
             redis_url=redis_url,
             prepared=prepared,
+            device_uuids=device_uuids or {},
+            mps=mps_program and MpsDaemons(program=mps_program, log_dir=state_dir / "logs"),
             tenant_secret=secret,
         )
 
@@ -221,13 +230,15 @@ class MeshSupervisor:
         """The processes of each stage, in the order in which they start. Raises ConfigError if there is no Redis."""
         endpoints = self.runtime.endpoints()
         redis = [self._redis()] if self.runtime.config.redis_url is None else []
+        units = [unit.name for unit in self.runtime.config.units if self.runtime.uses_mps(unit.name)]
+        units_on = {self.runtime.device_uuids[unit]: unit for unit in units}
+        daemons = [self._mps_daemon(unit) for unit in units_on.values()]
         kvstores = [self._service(key, endpoints[key]) for key in endpoints if key.role == "kvstore"]
         others = [self._service(key, endpoints[key]) for key in endpoints if key.role != "kvstore"]
-        return [stage for stage in (redis, kvstores, others) if stage]
+        return [stage for stage in (redis, daemons, kvstores, others) if stage]
 
     def _service(self, key: ProcessKey, endpoint: Endpoint) -> ProcessSpec:
         module = f"{key.role.value}_svc" if isinstance(key.role, Role) else key.role
-        command = (sys.executable, "-m", module, "--runtime", str(self._runtime_file), "--parent", str(os.getpid()))
         named = [
             text for name, value in (("--unit", key.unit), ("--model", key.model)) if value for text in (name, value)
         ]
@@ -235,10 +246,26 @@ class MeshSupervisor:
         self._probes.append(probe)
         return ProcessSpec(
             endpoint.name,
-            (*command, *named),
+            self._command(module, *named),
             functools.partial(wait_until_serving, endpoint.address),
             probe.ask,
+            self.runtime.environment(key),
             faces_clients=key.role in _CLIENT_FACING_ROLES,
+        )
+
+    def _command(self, module: str, *arguments: str) -> tuple[str, ...]:
+        parent = str(os.getpid())
+        return (sys.executable, "-m", module, "--runtime", str(self._runtime_file), "--parent", parent, *arguments)
+
+    def _mps_daemon(self, unit: str) -> ProcessSpec:
+        """The daemon of the unit's GPU, which serves the other units on that GPU too."""
+        control = mps_control(self.runtime, unit)
+        return ProcessSpec(
+            control.pipe_dir.name,
+            self._command("muxmesh.supervisor.mps_daemon", "--unit", unit),
+            functools.partial(wait_for_mps, control),
+            functools.partial(mps_answers, control),
+            quit=control.quit,
         )
 
     def _redis(self) -> ProcessSpec:

@@ -44,6 +44,7 @@ _LAST_OUTPUT_S = 1.0
 class ProcessSpec:
     """The command of a process. ``environment`` extends and overrides the environment of the supervisor.
 
+    ``quit`` asks the process to exit, for one that does not handle SIGTERM; it raises Unavailable if that fails.
     ``wait_ready`` returns when the process serves. ``ask`` returns True when it has responded in any way, and False if
     it cannot respond. Both may wait forever. ``faces_clients``: it needs the other processes until its last client is
     served, so it is stopped before them.
@@ -55,6 +56,7 @@ class ProcessSpec:
     ask: Callable[[], Coroutine[Any, Any, bool]]
     environment: Mapping[str, str] = field(default_factory=dict)
     faces_clients: bool = False
+    quit: Callable[[], Awaitable[None]] | None = None
 
 
 class SupervisedProcess:
@@ -113,19 +115,26 @@ class SupervisedProcess:
         self._was_ready = True
 
     async def stop(self, grace_s: float) -> None:
-        """Sends SIGTERM, and SIGKILL after ``grace_s``. Waits for the exit and collects the output up to it."""
+        """Asks the process to exit; SIGKILL after ``grace_s``. Waits for the exit and collects the output up to it."""
         self._stopping = True
         if self._restart_loop is not None:
             if self.pid is None:
                 self._restart_loop.cancel()
-            self.signal(signal.SIGTERM)
-            self.signal(signal.SIGCONT)  # a process that is stopped by a signal handles SIGTERM only then
+            await self._ask_to_exit()
             await asyncio.wait({self._restart_loop}, timeout=grace_s)
             if self.pid is not None:
                 _log.warning("%s did not stop within %.0f s and is killed", self.spec.name, grace_s)
                 self.signal(signal.SIGKILL)
             await asyncio.gather(self._restart_loop, return_exceptions=True)
         self._file.close()
+
+    async def _ask_to_exit(self) -> None:
+        self.signal(signal.SIGCONT)  # a process that is stopped by a signal handles nothing before
+        if self.spec.quit is not None and self.pid is not None:
+            with contextlib.suppress(Unavailable):
+                await self.spec.quit()
+                return
+        self.signal(signal.SIGTERM)
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal to the process. No effect while no instance runs."""

@@ -46,7 +46,7 @@ print("up", flush=True)
 time.sleep(600)
 """
 PREPARED = PreparedModel(folder=None, image=None, weights_fingerprint="w")
-TWO_UNITS = {
+TWO_UNITS: dict[str, Any] = {
     "units": [
         {"name": "u", "cores": [0], "models": [{"name": "a"}, {"name": "b"}]},
         {"name": "v", "cores": [1], "models": [{"name": "b"}]},
@@ -68,13 +68,16 @@ def make(state_dir: Path, **config: Any) -> MeshRuntime:
 
 
 class Mesh:
-    """A supervisor whose processes run `PROGRAM`, with their lines in the order of arrival."""
+    """A supervisor whose processes run `PROGRAM`, with their lines in the order of arrival. MPS daemons are real."""
 
-    def __init__(self, state_dir: Path, **config: Any) -> None:
+    def __init__(self, state_dir: Path, runtime: MeshRuntime | None = None, **config: Any) -> None:
         self.lines: list[tuple[str, str]] = []
         self._has_output = asyncio.Event()
-        self.supervisor = MeshSupervisor(make(state_dir, **config), state_dir, self._show, SystemClock())
+        runtime = runtime or make(state_dir, **config)
+        self.supervisor = MeshSupervisor(runtime, state_dir, self._show, SystemClock())
         for process in self.supervisor.processes:
+            if process.spec.name.startswith("mps-"):
+                continue
             self.run_instead(process.spec.name, PROGRAM, self._first_line(process.spec.name))
 
     def run_instead(self, name: str, script: str, wait_ready: Callable[[], Awaitable[None]]) -> None:

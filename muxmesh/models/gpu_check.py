@@ -1,0 +1,70 @@
+"""Asks this machine for what units on GPUs need: the driver, the devices and the control program of MPS.
+
+Whether the units fit onto the devices is decided in `device_capacity`. Initializes no device: `DeviceList` asks in a
+process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from muxmesh.config.schema import Location, MeshConfig, ModelConfig
+from muxmesh.cuda.device_list import DeviceList
+from muxmesh.cuda.mps import CONTROL_FOLDERS, CONTROL_PROGRAM, find_control_program
+from muxmesh.errors import ConfigError, DeviceError
+from muxmesh.models.device_capacity import gpu_problems
+from muxmesh.models.model_spec import ModelSpec
+from muxmesh.models.prepared_model import local_model_spec
+
+
+def machine_gpu_problems(
+    config: MeshConfig, gpus: DeviceList, base_dir: Path, cache_dir: Path
+) -> Iterator[tuple[Location, str]]:
+    """Yields what units on GPUs need and this machine lacks, each with the path of its field."""
+
+    def spec_of(model: ModelConfig) -> ModelSpec | None:
+        try:
+            return local_model_spec(model, base_dir, cache_dir)
+        except ConfigError:
+            return None
+
+    units = [(index, unit) for index, unit in enumerate(config.units) if unit.is_cuda]
+    for index, unit in units:
+        if unit.mps == "on" and find_control_program() is None:
+            yield (
+                ("units", index, "mps"),
+                f"is on, but {CONTROL_PROGRAM} is neither on PATH nor in {', '.join(CONTROL_FOLDERS)}; "
+                "install it, or set mps: off",
+            )
+    if not units:
+        return
+    try:
+        devices = {device.index: device for device in gpus.devices}
+    except DeviceError as error:
+        for index, unit in units:
+            yield ("units", index, "device"), f"is {unit.device}; {error}; or set device: cpu"
+        return
+    yield from gpu_problems(config, devices, spec_of)
+
+
+def unit_gpus(config: MeshConfig, gpus: DeviceList) -> dict[str, str]:
+    """Unit name → UUID of its GPU, for units on GPUs without `machine_gpu_problems`."""
+    return {unit.name: gpus.devices[unit.device_index].uuid for unit in config.units if unit.is_cuda}
+
+
+def mps_program(config: MeshConfig) -> Path | None:
+    """The control program of MPS if a unit is to use it; None if none is, or this machine has none."""
+    wants_mps = any(unit.is_cuda and unit.mps != "off" for unit in config.units)
+    return find_control_program() if wants_mps else None
+
+
+def mps_notice(config: MeshConfig, program: Path | None) -> str | None:
+    """What the operator should know of units with ``mps: auto`` that get no MPS, as ``program`` is None; or None."""
+    units = [unit.name for unit in config.units if unit.is_cuda and unit.mps == "auto"]
+    if program is not None or not units:
+        return None
+    return (
+        f"{CONTROL_PROGRAM} is not on this machine, so mps is off for {', '.join(units)}: "
+        "one worker of a unit computes at a time, and compute_share has no effect"
+    )

@@ -1,0 +1,131 @@
+"""`python -m muxmesh.supervisor.mps_daemon`: becomes the MPS daemon of a unit's GPU, after it has removed leftovers.
+
+    --runtime FILE --unit NAME --parent PID     as every service; any unit on the GPU will do
+
+Leftovers are an earlier daemon of the same pipe directory, the server of a daemon that was killed, and the files of
+both. The daemon is not in the background and dies with its parent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from muxmesh.config.runtime import MeshRuntime
+from muxmesh.cuda.mps import CONTROL_PROGRAM, LOG_DIRECTORY, PIPE_DIRECTORY, MpsControl
+from muxmesh.errors import ConfigError, Unavailable
+from muxmesh.lifecycle import service_arguments
+from muxmesh.process_state import has_ended
+
+SERVER_PROGRAM = "nvidia-cuda-mps-server"
+_PID_FILE = "nvidia-cuda-mps-control.pid"
+_FILES = ("control", "control_lock", "control_privileged", "log", _PID_FILE)
+"""What a daemon creates in its pipe directory."""
+_END_WITHIN_S = 5.0
+_CHECK_EVERY_S = 0.02
+
+
+def mps_control(runtime: MeshRuntime, unit: str) -> MpsControl:
+    """The control program for the daemon of the unit's GPU. Raises ConfigError if the unit does not use MPS."""
+    if runtime.mps is None or not runtime.uses_mps(unit):
+        raise ConfigError(f"unit {unit} does not use MPS: its device is {runtime.unit(unit).device}")
+    directories = runtime.mps_directories(unit)
+    return MpsControl(runtime.mps.program, Path(directories[PIPE_DIRECTORY]), Path(directories[LOG_DIRECTORY]))
+
+
+async def mps_answers(control: MpsControl) -> bool:
+    """Whether the daemon answers."""
+    try:
+        await control.server_pids()
+    except Unavailable:
+        return False
+    return True
+
+
+async def wait_for_mps(control: MpsControl) -> None:
+    """Waits, without a time limit, until the daemon answers."""
+    while True:
+        if await mps_answers(control):
+            return
+        await asyncio.sleep(_CHECK_EVERY_S)
+
+
+def main() -> None:
+    """Ends leftovers, creates the directories, and replaces this process by the daemon."""
+    arguments = service_arguments(__doc__, "unit")
+    runtime = MeshRuntime.read(arguments.runtime)
+    control = mps_control(runtime, arguments.unit)
+    asyncio.run(end_leftovers(control))
+    for directory in control.environment.values():
+        Path(directory).mkdir(parents=True, exist_ok=True, mode=0o700)
+    environment = {
+        **os.environ,
+        **control.environment,
+        "CUDA_VISIBLE_DEVICES": runtime.device_uuids[arguments.unit],
+    }
+    os.execve(control.program, (CONTROL_PROGRAM, "-f"), environment)  # noqa: S606
+
+
+async def end_leftovers(control: MpsControl) -> None:
+    """Ends what an earlier daemon of the pipe directory has left: itself, its servers and its files."""
+    processes = {*_earlier_daemons(control.pipe_dir), *_servers_of(control.pipe_dir)}
+    with contextlib.suppress(Unavailable):
+        await control.quit()
+        await _wait_until_ended(processes)
+    for pid in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    await _wait_until_ended(processes)
+    for name in _FILES:
+        (control.pipe_dir / name).unlink(missing_ok=True)
+
+
+async def _wait_until_ended(pids: Collection[int]) -> None:
+    """Waits until processes have exited, but not longer than `_END_WITHIN_S`."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_END_WITHIN_S):
+            while True:
+                if all(map(has_ended, pids)):
+                    return
+                await asyncio.sleep(_CHECK_EVERY_S)
+
+
+def _earlier_daemons(pipe_dir: Path) -> Iterator[int]:
+    """The daemon that has written its pid into the pipe directory, if it runs."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int((pipe_dir / _PID_FILE).read_text())
+        if any(CONTROL_PROGRAM in part for part in _words(pid, "cmdline")):
+            yield pid
+
+
+def _servers_of(pipe_dir: Path) -> Iterator[int]:
+    """Servers of this user that a daemon of the pipe directory has started, or one of a supervisor that was killed.
+
+    The run folder of that one lies beside the present one, and was deleted with its pipe directories.
+    """
+    for process in Path("/proc").glob("[0-9]*"):
+        pid = int(process.name)
+        if SERVER_PROGRAM not in _words(pid, "cmdline")[0]:
+            continue
+        for word in _words(pid, "environ"):
+            name, _, value = word.partition("=")
+            other = Path(value)
+            is_beside = other.name == pipe_dir.name and other.parent.parent == pipe_dir.parent.parent
+            if name == PIPE_DIRECTORY and (other == pipe_dir or (is_beside and not other.exists())):
+                yield pid
+
+
+def _words(pid: int, file: str) -> list[str]:
+    """The words of a process's command line or environment; none if it is another user's or has exited."""
+    try:
+        return Path(f"/proc/{pid}/{file}").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return [""]
+
+
+if __name__ == "__main__":
+    main()

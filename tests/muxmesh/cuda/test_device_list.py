@@ -1,0 +1,44 @@
+"""The list of GPUs, from the fake driver in a process of its own."""
+
+import pytest
+
+from muxmesh.cuda.device_list import DeviceList
+from muxmesh.errors import DeviceError
+from tests.support.fake_driver import NUM_SMS, OTHER_UUID, UUID, fake_driver_environment
+from tests.support.mps import fake_daemon
+
+
+def set_driver(monkeypatch: pytest.MonkeyPatch, **settings: str) -> None:
+    for name, value in fake_driver_environment(**settings).items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_devices_are_listed_by_their_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_driver(monkeypatch, FAKE_CUDA_UUIDS=f"{UUID},{OTHER_UUID}")
+    devices = DeviceList().devices
+    assert [(device.index, device.uuid) for device in devices] == [(0, UUID), (1, OTHER_UUID)]
+    assert devices[0].compute_capability == (9, 0)
+    assert devices[0].has_vmm
+
+
+def test_whole_devices_are_listed_even_if_a_daemon_listens(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with fake_daemon(tmp_path_factory.mktemp("m")) as daemon:
+        set_driver(monkeypatch, CUDA_MPS_ACTIVE_THREAD_PERCENTAGE="50", **daemon.control.environment)
+        (device,) = DeviceList().devices
+        assert (device.num_sms, device.is_mps_client) == (NUM_SMS, False)
+
+
+def test_a_machine_without_a_driver_is_an_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/nonexistent")
+    with pytest.raises(DeviceError, match=r"^cannot load libcuda.so.1: .*; a unit on CUDA needs NVIDIA's driver$"):
+        _ = DeviceList().devices
+
+
+def test_the_driver_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_driver(monkeypatch)
+    gpus = DeviceList()
+    assert len(gpus.devices) == 1
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/nonexistent")
+    assert len(gpus.devices) == 1
