@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
         prepared = {
             unit.name: {model.name: _prepare(unit, model, base_dir) for model in unit.models} for unit in config.units
         }
-        loaded.refuse(check_models(config))  # downloaded models are checked here
+        loaded.refuse([*check_models(config), *check_gpus(config)])  # downloaded models are checked here
         program = mps_program(config)
         if (notice := mps_notice(config, program)) is not None:
             print(f"muxmesh: {notice}", file=sys.stderr, flush=True)

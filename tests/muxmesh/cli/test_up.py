@@ -14,6 +14,7 @@ import pytest
 
 from muxmesh.cli.main import main
 from muxmesh.supervisor.mesh_supervisor import state_lock
+from tests.support.fake_driver import fake_driver_folder
 from tests.support.processes import ended
 from tests.support.tiny import TinyShape, write_tiny_model
 
@@ -241,6 +242,29 @@ async def test_a_mesh_without_standard_streams_serves_and_ends(config: Path) -> 
             await process.wait()
     assert process.returncode == 0
     assert (config.parent / "state" / "mesh.lock").read_text() == str(process.pid), "no output is in the file"
+
+
+@pytest.mark.parametrize(
+    ("gpu_bytes", "device", "where", "problem"),
+    [
+        (2 << 30, "cuda:0", "2: units[0].kv_pool: ", "kv_pool is 1.0GiB, weights are "),
+        (8 << 30, "cuda:1", "2: units[0].device: ", "cuda:1 is not on this machine; its GPUs: cuda:0 ("),
+    ],
+)
+def test_a_unit_that_does_not_fit_onto_its_gpu_is_reported_before_anything_starts(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    gpu_bytes: int, device: str, where: str, problem: str,
+) -> None:  # fmt: skip
+    write_tiny_model(config.parent / "tiny", TinyShape())
+    config.write_text(f"units:\n  - {{device: '{device}', models: [{{name: tiny, source: ./tiny, dtype: bfloat16}}]}}")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(fake_driver_folder()))
+    monkeypatch.setenv("FAKE_CUDA_BYTES", str(gpu_bytes))
+    state = config.parent / "state"
+    capsys.readouterr()  # writing the model shows its progress
+    assert main(["up", "-c", str(config), "--state-dir", str(state)]) == 1
+    output = capsys.readouterr()
+    assert output.out == "" and not state.exists()
+    assert output.err.startswith(f"muxmesh: {config}:{where}{problem}") and output.err.count("\n") == 1
 
 
 @pytest.mark.mesh
