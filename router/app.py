@@ -98,7 +98,7 @@ async def _open_units(
         channel = await stack.enter_async_context(internal_channel(address))
         admission = UnitAdmission(unit.name, router, channel, clock, policy)
         placed = {
-            model.name: PlacedModel(model, kv_identity(model, runtime.prepared_model(unit.name, model.name)))
+            model.name: PlacedModel(model, kv_identity(unit, model, runtime.prepared_model(unit.name, model.name)))
             for model in unit.models
         }
         links.append(UnitLink(unit.name, admission, kvstore_pb2_grpc.KvStoreServiceStub(channel), placed))

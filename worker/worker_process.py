@@ -97,13 +97,20 @@ async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: Open
     shape = model_spec(prepared.folder).kv_shape(config.block_size, config.kv_dtype)
     grant = ComputeGrant(attachment, clock)
     policy = runtime.config.order.scheduling_policy()
-    engine = build_engine(config, prepared, attachment.pool, grant, policy, grant.count_step)
+    engine = build_engine(config, prepared, attachment.pool, attachment.weights, grant, policy, grant.count_step)
     await engine.start()
     async with internal_channel(endpoints[ProcessKey("kvstore", key.unit)].address) as channel:
         leases = LeaseClient(channel, attachment.worker)
         swapper = KvSwapper(attachment, shape, leases, clock) if attachment.pool.has_swap else None
         context = WorkerContext(
-            engine, leases, attachment.progress, config, kv_identity(config, prepared), swapper, clock, stop.give_up
+            engine,
+            leases,
+            attachment.progress,
+            config,
+            kv_identity(unit, config, prepared),
+            swapper,
+            clock,
+            stop.give_up,
         )
         async with (
             background(_watch_engine(engine, stop.give_up), "engine watch", stop.give_up),
@@ -149,4 +156,5 @@ def _set_up_threads(runtime: MeshRuntime, key: ProcessKey) -> None:
         OMP_NUM_THREADS=str(num_threads(config)),
         OMP_WAIT_POLICY="PASSIVE",
         NUMBA_CACHE_DIR=str(kernel_cache_dir(runtime.cache_dir)),
+        TRITON_CACHE_DIR=str(runtime.cache_dir / "triton"),
     )

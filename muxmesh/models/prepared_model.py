@@ -96,14 +96,15 @@ def sampling_defaults(model: ModelConfig, folder: Path | None) -> SamplingDefaul
     return read_sampling_defaults(folder)
 
 
-def kv_identity(model: ModelConfig, prepared: PreparedModel) -> KvIdentity:
-    """Returns the identity of the KV of a prepared model: models share KV only if theirs are equal."""
+def kv_identity(unit: UnitConfig, model: ModelConfig, prepared: PreparedModel) -> KvIdentity:
+    """Returns the identity of the KV of a prepared model on ``unit``: models share KV only if theirs are equal."""
     spec = model_spec(prepared.folder)
+    device = " on cuda, K and V as rows" if unit.is_cuda else ""
     return KvIdentity(
         weights=prepared.weights_fingerprint,
         weight_dtype=model.dtype,
         kv_dtype=model.kv_dtype,
-        layout=f"{model.engine}: {spec.kv_shape(model.block_size, model.kv_dtype)}",
+        layout=f"{model.engine}{device}: {spec.kv_shape(model.block_size, model.kv_dtype)}",
         rope=f"{spec.rope_theta} {spec.rope_scaling}",
     )
 

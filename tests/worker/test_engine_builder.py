@@ -6,13 +6,18 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from kvstore.device_memory import new_memfd
 from muxmesh.config.runtime import PreparedModel
 from muxmesh.config.schema import ModelConfig
-from muxmesh.device.device_pool import HostPool
+from muxmesh.device.cuda_mapping import MappedWeights
+from muxmesh.device.cuda_pool import CudaPool
+from muxmesh.device.device_pool import DevicePool, HostPool
+from muxmesh.device.torch_device import open_torch_device
 from muxmesh.engine.api import EngineJob, FreeGrant, Tokens
 from muxmesh.engine.sequence import SequenceRecord
-from muxmesh.engine.step import Chunk, SampleSpec, Step
+from muxmesh.engine.step import Chunk, SampleSpec, Step, StepOutcome
 from muxmesh.models.model_spec import read_model_spec
 from muxmesh.models.tokenizer import byte_tokenizer
 from muxmesh.models.weight_image import ensure_image
@@ -29,15 +34,25 @@ def record(max_new_tokens: int, sampling: Sampling) -> SequenceRecord:
     return SequenceRecord(request, 16, b"root", BLOCKS)
 
 
-async def run(config: ModelConfig, prepared: PreparedModel, pool: HostPool, sequence: SequenceRecord) -> list[int]:
+async def run(
+    config: ModelConfig,
+    prepared: PreparedModel,
+    pool: DevicePool,
+    sequence: SequenceRecord,
+    weights: MappedWeights | None = None,
+) -> list[int]:
     """The output of one job on the engine that is built. The job's steps are observed."""
-    steps: list[Step] = []
-    engine = build_engine(config, prepared, pool, FreeGrant(), FCFS, lambda step, outcome, seconds: steps.append(step))
+    num_tokens: list[int] = []
+
+    def observe(step: Step, outcome: StepOutcome, seconds: float) -> None:
+        num_tokens.append(step.num_tokens * outcome.num_steps)
+
+    engine = build_engine(config, prepared, pool, weights, FreeGrant(), FCFS, observe)
     await engine.start()
     async with asyncio.timeout(60):
         events = [event async for event in engine.submit(EngineJob(1, sequence))]
     await engine.stop()
-    assert sum(step.num_tokens for step in steps) == sequence.num_computed_tokens
+    assert sum(num_tokens) == sequence.num_computed_tokens
     return [token for event in events if isinstance(event, Tokens) for token in event.token_ids]
 
 
@@ -75,6 +90,22 @@ async def test_a_native_model_samples_what_its_runner_samples(tmp_path: Path) ->
         chunk = Chunk(1, 0, (*PROMPT, *expected), BLOCKS, SampleSpec(greedy, index))
         expected.append(runner.run(Step((chunk,))).sampled[1][0].token_id)
     assert tokens == expected
+    assert await on_gpu(folder, tmp_path, use_graphs=True) == await on_gpu(folder, tmp_path, use_graphs=False) == tokens
+
+
+async def on_gpu(folder: Path, cache: Path, use_graphs: bool) -> list[int]:
+    """The greedy output of 6 tokens of a model on a GPU, whose kernels are interpreted."""
+    spec = read_model_spec(folder)
+    image = ensure_image(folder, spec, "rows", cache, lambda done, total: None)
+    config = ModelConfig(name="m", max_model_len=48, max_num_seqs=2, prefill_token_budget=32, cuda_graphs=use_graphs)
+    slab_bytes = 4 * spec.kv_shape(16, "float32").token_block_bytes
+    pool = CudaPool(torch.zeros(slab_bytes, dtype=torch.uint8), slab_bytes, None, open_torch_device())
+    page_fd = new_memfd("weights page", 4096)
+    weights = MappedWeights(torch.zeros(image.stat().st_size, dtype=torch.uint8), page_fd)
+    prepared = PreparedModel(folder=folder, image=image, weights_fingerprint="w")
+    tokens = await run(config, prepared, pool, record(6, Sampling(temperature=0.0)), weights)
+    os.close(page_fd)
+    return tokens
 
 
 def test_threads_are_as_configured_or_one_for_each_core_of_the_process() -> None:

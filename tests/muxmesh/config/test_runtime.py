@@ -156,9 +156,9 @@ def test_the_runtime_file_keeps_which_fields_are_set(tmp_path: Path) -> None:
 
 
 def test_models_with_different_weights_share_no_kv() -> None:
-    _, model = runtime_of({"u": ["a"]}).model("u", "a")
+    unit, model = runtime_of({"u": ["a"]}).model("u", "a")
     roots = {
-        kv_identity(model, PreparedModel(folder=None, image=None, weights_fingerprint=fingerprint)).root()
+        kv_identity(unit, model, PreparedModel(folder=None, image=None, weights_fingerprint=fingerprint)).root()
         for fingerprint in ("one", "two")
     }
     assert len(roots) == 2

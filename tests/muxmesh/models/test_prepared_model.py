@@ -9,7 +9,7 @@ import pytest
 
 from muxmesh.block_hashes import KvIdentity
 from muxmesh.config.runtime import PreparedModel
-from muxmesh.config.schema import Location, MeshConfig, ModelConfig
+from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
 from muxmesh.errors import ConfigError, ModelUnsupported
 from muxmesh.models.catalog import CATALOG
 from muxmesh.models.model_download import model_folder
@@ -296,9 +296,10 @@ def test_a_downloaded_catalog_model_is_checked_like_a_folder(base_dir: Path, cac
     assert found == {(0, "max_model_len"): "is 600; the model's context holds 512 tokens"}
 
 
-def identity(folder: Path | None = None, fingerprint: str = "w", **model: Any) -> KvIdentity:
+def identity(folder: Path | None = None, fingerprint: str = "w", device: str = "cpu", **model: Any) -> KvIdentity:
     prepared = PreparedModel(folder=folder, image=None, weights_fingerprint=fingerprint)
-    return kv_identity(ModelConfig.model_validate({"name": "m", "engine": "sim", **model}), prepared)
+    unit = UnitConfig.model_validate({"device": device, "models": [{"name": "m", "engine": "sim", **model}]})
+    return kv_identity(unit, unit.models[0], prepared)
 
 
 @pytest.mark.parametrize(
@@ -307,6 +308,7 @@ def identity(folder: Path | None = None, fingerprint: str = "w", **model: Any) -
         (lambda: identity(fingerprint="other"), "weights"),
         (lambda: identity(block_size=32), "layout"),
         (lambda: identity(engine="native"), "layout"),
+        (lambda: identity(device="cuda:0"), "layout"),
         (lambda: identity(dtype="float16", kv_cache_dtype="float32"), "weight_dtype"),
     ],
 )

@@ -6,8 +6,8 @@ activations have one dtype; norms, rotation and softmax are computed in f32. Kno
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,14 +19,6 @@ from muxmesh.engine.native.cuda.device_rows import DeviceRows
 from muxmesh.engine.native.cuda.kv_write import write_kv
 from muxmesh.engine.native.rope import rope_tables
 from muxmesh.models.model_spec import ModelSpec
-
-
-class NamedTensors(Protocol):
-    """The tensors of an image with packing `rows`, by name (`muxmesh.models.weight_image`)."""
-
-    def __contains__(self, name: str) -> bool: ...
-
-    def __getitem__(self, name: str) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +42,16 @@ class DeviceForward:
     def __init__(
         self,
         spec: ModelSpec,
-        weights: NamedTensors,
+        weights: Mapping[str, Tensor],
         pool: Tensor,
         plan: AttentionPlan,
         num_positions: int,
         workspace: Tensor,
     ) -> None:
-        """``pool``: the whole pool as elements of the KV dtype. ``num_positions``: the longest sequence.
+        """``weights``: the tensors of an image with packing `rows`, by name (`muxmesh.models.weight_image`).
 
-        ``workspace``: of decode attention, for the most decode rows.
+        ``pool``: the whole pool as elements of the KV dtype. ``num_positions``: the longest sequence. ``workspace``:
+        of decode attention, for the most decode rows.
         """
         self._spec = spec
         self._pool = pool
@@ -116,17 +109,13 @@ class DeviceForward:
         return functional.rms_norm(x, weight.shape, weight, self._spec.rms_norm_eps)
 
 
-def _layer(weights: NamedTensors, number: int) -> _Layer:
-    def optional(name: str) -> Tensor | None:
-        full_name = f"{number}.{name}"
-        return weights[full_name] if full_name in weights else None  # noqa: SIM401 - no mapping
-
+def _layer(weights: Mapping[str, Tensor], number: int) -> _Layer:
     return _Layer(
         input_norm=weights[f"{number}.input_norm"],
         qkv=weights[f"{number}.qkv"],
-        qkv_bias=optional("qkv_bias"),
-        q_norm=optional("q_norm"),
-        k_norm=optional("k_norm"),
+        qkv_bias=weights.get(f"{number}.qkv_bias"),
+        q_norm=weights.get(f"{number}.q_norm"),
+        k_norm=weights.get(f"{number}.k_norm"),
         o=weights[f"{number}.o"],
         post_norm=weights[f"{number}.post_norm"],
         gate_up=weights[f"{number}.gate_up"],

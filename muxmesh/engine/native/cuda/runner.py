@@ -7,7 +7,7 @@ the same forward pass over rows of its own. The device has finished all of a ste
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from muxmesh.device.torch_device import Event, TorchDevice, device_errors
 from muxmesh.engine.native.cuda.attention_plan import AttentionPlan
 from muxmesh.engine.native.cuda.decode_graphs import DecodeGraphs, DecodeTensors
 from muxmesh.engine.native.cuda.device_rows import device_rows, upload
-from muxmesh.engine.native.cuda.forward import DeviceForward, NamedTensors
+from muxmesh.engine.native.cuda.forward import DeviceForward
 from muxmesh.engine.native.cuda.kv_layout import KvLayout
 from muxmesh.engine.native.cuda.run_outcome import plain_outcome, run_outcome
 from muxmesh.engine.native.cuda.sampling import Sampler, UploadedPlan
@@ -58,7 +58,7 @@ class CudaRunner:
         self,
         device: TorchDevice,
         spec: ModelSpec,
-        open_weights: Callable[[], NamedTensors],
+        open_weights: Callable[[], Mapping[str, Tensor]],
         geometry: KvGeometry,
         pool: Tensor,
         limits: RunnerLimits,
@@ -100,7 +100,7 @@ class CudaRunner:
         with torch.inference_mode(), self._device.compute(), device_errors(doing):
             return self._run_decode(step, may_continue) if is_decode else self._run_mixed(step)
 
-    def _allocate(self, weights: NamedTensors) -> None:
+    def _allocate(self, weights: Mapping[str, Tensor]) -> None:
         spec, limits, where = self._spec, self._limits, self._device.torch_device
         dtype = weights["norm"].dtype
         self._plan = AttentionPlan.of(
