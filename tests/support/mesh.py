@@ -14,7 +14,9 @@ from typing import Any
 from muxmesh.client import Delta, Finish, MeshClient
 from muxmesh.clock import SystemClock
 from muxmesh.config.schema import MeshConfig
+from muxmesh.cuda.device_list import DeviceList
 from muxmesh.errors import MeshError
+from muxmesh.models.gpu_check import mps_program, unit_gpus
 from muxmesh.models.prepared_model import packing_of, prepare_model
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, free_listen_address, make_runtime
 from muxmesh.supervisor.supervised_process import SupervisedProcess
@@ -101,7 +103,8 @@ async def running_mesh(
         for unit in parsed.units
     }
     lines: list[str] = []
-    runtime = make_runtime(parsed, prepared, state_dir, cache_dir)
+    gpus = unit_gpus(parsed, DeviceList())
+    runtime = make_runtime(parsed, prepared, state_dir, cache_dir, gpus, mps_program(parsed))
     mesh = MeshSupervisor(runtime, state_dir, lambda name, line: lines.append(f"{name} | {line}"), SystemClock())
     for process in mesh.processes:
         if (module := (modules or {}).get(process.spec.name)) is not None:
