@@ -83,14 +83,14 @@ def _cuda_runner(
     from muxmesh.engine.native.cuda.weights import load_weights  # noqa: PLC0415
 
     assert isinstance(pool, CudaPool), "the engine on a GPU computes in its memory"
-    device, shape = pool.device, spec.kv_shape(config.block_size, config.kv_dtype)
+    device, shape, clock = pool.device, spec.kv_shape(config.block_size, config.kv_dtype), SystemClock()
     return CudaRunner(
         device,
         spec,
-        lambda: load_weights(image, weights.memory, weights.page_fd, device),
+        lambda: load_weights(image, weights.memory, weights.page_fd, device, clock),
         pool.geometry(shape),
         pool.elements(kv_dtype(shape)),
         RunnerLimits(config.max_num_seqs, config.step_token_budget, max_model_len, config.max_decode_steps),
-        SystemClock(),
+        clock,
         use_graphs=config.cuda_graphs,
     )

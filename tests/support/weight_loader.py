@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from muxmesh.clock import SystemClock
 from muxmesh.device.torch_device import Event, InterpretedDevice
 from muxmesh.engine.native.cuda.weights import load_weights
 from tests.support.shared_memory import mapped_tensor
@@ -36,7 +37,7 @@ def main() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     image, segment_fd, page_fd, chunk_bytes, stop_after = sys.argv[1], *map(int, sys.argv[2:])
     segment = mapped_tensor(segment_fd)
-    weights = load_weights(Path(image), segment, page_fd, ReportingDevice(stop_after), chunk_bytes)
+    weights = load_weights(Path(image), segment, page_fd, ReportingDevice(stop_after), SystemClock(), chunk_bytes)
     print(f"norm {weights['norm'].to(torch.float32).sum().item()}", flush=True)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,12 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from muxmesh.clock import Clock
 from muxmesh.device.torch_device import Event, TorchDevice
 from muxmesh.errors import DeviceError
 from muxmesh.models.weight_image import ImageLayout, read_layout
+
+_log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 16 << 20
 """Of each of the two staging buffers. At 50 GB/s a chunk takes 0.3 ms, so its fixed costs do not show."""
@@ -37,7 +41,7 @@ def image_tensors(layout: ImageLayout, memory: Tensor) -> dict[str, Tensor]:
 
 
 def load_weights(
-    image: Path, segment: Tensor, page_fd: int, device: TorchDevice, chunk_bytes: int = CHUNK_BYTES
+    image: Path, segment: Tensor, page_fd: int, device: TorchDevice, clock: Clock, chunk_bytes: int = CHUNK_BYTES
 ) -> dict[str, Tensor]:
     """Returns the tensors of ``image`` in ``segment``, the model's shared memory (uint8) on ``device``.
 
@@ -52,9 +56,12 @@ def load_weights(
         )
     with _locked(page_fd) as page:
         if os.pread(page, _WORD_BYTES, 0) != _LOADED.to_bytes(_WORD_BYTES, "little"):
+            started_at_s = clock.monotonic_s()
             with image.open("rb", buffering=0) as file, device.copying():
                 _copy(file, segment[: layout.num_bytes], device, chunk_bytes)
             os.pwrite(page, _LOADED.to_bytes(_WORD_BYTES, "little"), 0)
+            seconds = clock.monotonic_s() - started_at_s
+            _log.info("copied %.0f MiB of weights to the device in %.2f s", layout.num_bytes / 2**20, seconds)
     return image_tensors(layout, segment)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from muxmesh.clock import SystemClock
 from muxmesh.device.torch_device import Event, InterpretedDevice, open_torch_device
 from muxmesh.engine.native.cuda.weights import load_weights
 from muxmesh.errors import DeviceError
@@ -24,6 +25,7 @@ from tests.support.tiny import SHAPES, write_tiny_model
 from tests.support.triton_interpreter import DEVICE
 
 CHUNK_BYTES = 4096
+CLOCK = SystemClock()
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_every_tensor_of_the_image_is_a_view_of_the_shared_memory(
     images: dict[Dtype, Path], device: CountingDevice, dtype: Dtype, chunk_bytes: int
 ) -> None:
     memory = Shared(images[dtype].stat().st_size + 100)
-    weights = load_weights(images[dtype], memory.segment, memory.page_fd, device, chunk_bytes)
+    weights = load_weights(images[dtype], memory.segment, memory.page_fd, device, CLOCK, chunk_bytes)
     image = map_image(images[dtype])
     first, last = memory.segment.data_ptr(), memory.segment.data_ptr() + memory.segment.numel()
     for name in image.parts:
@@ -123,7 +125,7 @@ def test_the_device_of_this_run_gets_the_bytes_of_the_image(images: dict[Dtype, 
     """On a GPU with TRITON_INTERPRET=0, over pinned memory and the copy stream."""
     image, page_fd = images["float16"], new_shared(4096)
     memory = torch.zeros(image.stat().st_size, dtype=torch.uint8, device=DEVICE)
-    load_weights(image, memory, page_fd, open_torch_device(), chunk_bytes)
+    load_weights(image, memory, page_fd, open_torch_device(), CLOCK, chunk_bytes)
     os.close(page_fd)
     assert bytes(memory.cpu().numpy()) == image.read_bytes()
 
@@ -131,16 +133,16 @@ def test_the_device_of_this_run_gets_the_bytes_of_the_image(images: dict[Dtype, 
 def test_every_copy_is_waited_for_before_the_weights_count_as_loaded(
     images: dict[Dtype, Path], shared: Shared, device: CountingDevice
 ) -> None:
-    load_weights(images["bfloat16"], shared.segment, shared.page_fd, device, CHUNK_BYTES)
+    load_weights(images["bfloat16"], shared.segment, shared.page_fd, device, CLOCK, CHUNK_BYTES)
     assert device.num_waited == device.num_recorded == -(-images["bfloat16"].stat().st_size // CHUNK_BYTES)
 
 
 def test_weights_that_are_loaded_are_not_copied_again(
     images: dict[Dtype, Path], shared: Shared, device: CountingDevice
 ) -> None:
-    first = load_weights(images["bfloat16"], shared.segment, shared.page_fd, device)
+    first = load_weights(images["bfloat16"], shared.segment, shared.page_fd, device, CLOCK)
     num_copies = device.num_recorded
-    second = load_weights(images["bfloat16"], mapped_tensor(shared.segment_fd), shared.page_fd, device)
+    second = load_weights(images["bfloat16"], mapped_tensor(shared.segment_fd), shared.page_fd, device, CLOCK)
     assert device.num_recorded == num_copies > 0
     assert torch.equal(first["lm_head"], second["lm_head"])
 
@@ -148,17 +150,17 @@ def test_weights_that_are_loaded_are_not_copied_again(
 def test_weights_are_copied_again_after_the_word_was_reset(
     images: dict[Dtype, Path], shared: Shared, device: CountingDevice
 ) -> None:
-    load_weights(images["bfloat16"], shared.segment, shared.page_fd, device)
+    load_weights(images["bfloat16"], shared.segment, shared.page_fd, device, CLOCK)
     shared.segment.zero_()
     shared.word = 0
-    weights = load_weights(images["bfloat16"], shared.segment, shared.page_fd, device)
+    weights = load_weights(images["bfloat16"], shared.segment, shared.page_fd, device, CLOCK)
     assert weights["lm_head"].abs().sum() > 0 and shared.word == 1
 
 
 def test_memory_that_is_too_small_is_refused(images: dict[Dtype, Path], shared: Shared, device: CountingDevice) -> None:
     sizes = [images[dtype].stat().st_size for dtype in ("bfloat16", "float32")]
     with pytest.raises(DeviceError, match=rf"weights has {sizes[0]} bytes; .*-rows-v4\.f32 has {sizes[1]}"):
-        load_weights(images["float32"], shared.segment, shared.page_fd, device)
+        load_weights(images["float32"], shared.segment, shared.page_fd, device, CLOCK)
     assert shared.word == 0 and device.num_recorded == 0
 
 
@@ -173,9 +175,9 @@ def test_an_image_that_ends_early_does_not_count_as_loaded(
     cut = tmp_path / "cut.bf16"
     cut.write_bytes(images["bfloat16"].read_bytes())
     with pytest.raises(DeviceError, match=r"cut\.bf16 ends before the size that it had"):
-        load_weights(cut, shared.segment, shared.page_fd, ShrinkingDevice(), CHUNK_BYTES)
+        load_weights(cut, shared.segment, shared.page_fd, ShrinkingDevice(), CLOCK, CHUNK_BYTES)
     assert shared.word == 0
-    load_weights(images["bfloat16"], shared.segment, shared.page_fd, device)
+    load_weights(images["bfloat16"], shared.segment, shared.page_fd, device, CLOCK)
     assert shared.word == 1
 
 
