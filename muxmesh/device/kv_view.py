@@ -17,7 +17,8 @@ class KvGeometry:
     A slab of ``slab_bytes`` holds ``blocks_per_slab`` token blocks, so the id of a token block alone gives its offset:
     ``(id // blocks_per_slab) * slab + (id % blocks_per_slab) * token block``. If the slab is a multiple of the token
     block, that is ``id * token block``: one stride over the whole pool. Inside a token block, KV block
-    ``layer * num_kv_heads + head`` holds K as [head_dim, block_size], then V as [block_size, head_dim].
+    ``layer * num_kv_heads + head`` holds K, then V as [block_size, head_dim]. K is [head_dim, block_size] in host
+    memory, and [block_size, head_dim] on a GPU.
     """
 
     shape: KvShape

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.device_memory import new_memfd
+from kvstore.swap_space import SwapSpace
 from muxmesh.device.cuda_pool import CudaPool
 from muxmesh.device.device_pool import DevicePool, HostPool, KvCopy
 from muxmesh.device.kv_codec import encoded_bytes
@@ -142,7 +143,7 @@ def test_sequences_that_are_swapped_at_random_keep_every_byte(data: st.DataObjec
     pool, memory = data.draw(st.sampled_from([new_host_pool, new_cuda_pool]))(NUM_PAGES)
     raw, rng = memory.view(np.uint32), np.random.default_rng(data.draw(st.integers(0, 1000)))
     raw[:] = rng.integers(0, 2**32, raw.size, dtype=np.uint32)  # NaN and infinities too
-    free_blocks, free_pages = list(range(NUM_SLABS * 3)), list(range(NUM_PAGES))
+    free_blocks, space = list(range(NUM_SLABS * 3)), SwapSpace(NUM_PAGES * SWAP_PAGE_BYTES)
     running: list[tuple[int, tuple[int, ...], np.ndarray]] = []
     swapped: list[tuple[KvCopy, np.ndarray]] = []
     for _ in range(12):
@@ -154,20 +155,18 @@ def test_sequences_that_are_swapped_at_random_keep_every_byte(data: st.DataObjec
                 running.append((num_tokens, ids, blocks(memory, ids).view(np.uint32)))
         elif action == 1 and running:
             num_tokens, ids, expected = running.pop(int(rng.integers(len(running))))
-            count = blocks_for(encoded_bytes(SHAPE, num_tokens, "raw"), SWAP_PAGE_BYTES)
-            if count <= len(free_pages):
-                copy = KvCopy(num_tokens, "raw", taken(free_pages, count, rng))
+            if pages := space.allocate(encoded_bytes(SHAPE, num_tokens, "raw")):
+                copy = KvCopy(num_tokens, "raw", pages)
                 pool.copy_out(SHAPE, ids, copy)
                 swapped.append((copy, expected))
             free_blocks += ids
-            at = KvGeometry(SHAPE, SLAB_BYTES).block_offsets(ids)
-            for offset in at:
+            for offset in KvGeometry(SHAPE, SLAB_BYTES).block_offsets(ids):
                 raw[offset : offset + SHAPE.token_block_bytes // 4] = 7  # reused by another sequence
         elif action == 2 and swapped and blocks_for(swapped[0][0].num_tokens, SHAPE.block_size) <= len(free_blocks):
             copy, expected = swapped.pop(0)
             ids = taken(free_blocks, blocks_for(copy.num_tokens, SHAPE.block_size), rng)
             pool.copy_in(SHAPE, ids, copy, 0)
-            free_pages += copy.swap_pages
+            space.free(copy.swap_pages)
             running.append((copy.num_tokens, ids, expected))
         for _, ids, expected in running:
             assert np.array_equal(blocks(memory, ids).view(np.uint32), expected)

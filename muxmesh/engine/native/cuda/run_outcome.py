@@ -9,7 +9,7 @@ import numpy as np
 
 from muxmesh.engine.api import Failed
 from muxmesh.engine.native.cuda.sampling_kernel import SAMPLED
-from muxmesh.engine.native.cuda.sampling_plan import SampledArrays, sampling_outcome
+from muxmesh.engine.native.cuda.sampling_outcome import SampledArrays, sampling_outcome
 from muxmesh.engine.step import Chunk, SampledToken
 
 Sampled = Mapping[int, tuple[SampledToken, ...]]

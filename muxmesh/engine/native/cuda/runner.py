@@ -24,13 +24,8 @@ from muxmesh.engine.native.cuda.forward import DeviceForward
 from muxmesh.engine.native.cuda.kv_layout import KvLayout
 from muxmesh.engine.native.cuda.run_outcome import plain_outcome, run_outcome
 from muxmesh.engine.native.cuda.sampling import Sampler, UploadedPlan
-from muxmesh.engine.native.cuda.sampling_plan import (
-    SampledArrays,
-    SamplingPlan,
-    plan_sampling,
-    sampling_outcome,
-    uniforms_ahead,
-)
+from muxmesh.engine.native.cuda.sampling_outcome import SampledArrays, sampling_outcome
+from muxmesh.engine.native.cuda.sampling_plan import SamplingPlan, plan_sampling, uniforms_ahead
 from muxmesh.engine.native.cuda.step_rows import StepRows, arrange, decode_buckets
 from muxmesh.engine.step import Chunk, PromptScoring, SampleSpec, Step, StepOutcome
 from muxmesh.models.model_spec import ModelSpec

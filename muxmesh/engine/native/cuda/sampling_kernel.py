@@ -42,7 +42,7 @@ def sample_rows(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parameter_stride"])
 def sample_kernel(
     logits, parameters, uniforms, tokens, statuses, likely, row_stride, parameter_stride,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr,

@@ -14,14 +14,8 @@ from muxmesh.device.torch_device import open_torch_device
 from muxmesh.engine.api import Failed
 from muxmesh.engine.native.cuda.sampling import Sampler
 from muxmesh.engine.native.cuda.sampling_kernel import SAMPLED, sample_rows
-from muxmesh.engine.native.cuda.sampling_plan import (
-    SampledArrays,
-    SamplingOutcome,
-    plan_sampling,
-    row_parameters,
-    sampling_outcome,
-    uniforms_ahead,
-)
+from muxmesh.engine.native.cuda.sampling_outcome import SampledArrays, SamplingOutcome, sampling_outcome
+from muxmesh.engine.native.cuda.sampling_plan import plan_sampling, row_parameters, uniforms_ahead
 from muxmesh.engine.step import Chunk, PromptScoring, SampledToken, SampleSpec
 from muxmesh.engine.token_sampler import _index_at, adjusted, candidates, sample_token, token_logprobs, uniform
 from muxmesh.errors import SequenceFailed
