@@ -22,6 +22,7 @@ from muxmesh.lifecycle import Stop
 from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, QueuedRequest, Role, SchedulingState
+from tests.support.cuda_unit import cuda_runtime
 from tests.support.fake_driver import OTHER_UUID, UUID, fake_driver_folder
 from worker.attachment import attach
 from worker.compute_grant import ComputeGrant
@@ -163,21 +164,6 @@ async def test_a_slab_that_is_too_small_for_a_model_is_refused(tmp_path: Path) -
 # Units on a GPU
 
 
-def cuda_runtime_of(folder: Path, uuid: str = UUID, **unit: Any) -> MeshRuntime:
-    """The runtime of a unit on a GPU that serves one model, whose weight image has 3 MiB."""
-    image = folder / "image"
-    image.write_bytes(b"w" * 3 * MIB)
-    config = {"name": "u", "device": "cuda:0", "kv_pool": "4MiB", "slab": "1MiB", "models": [{"name": "m"}], **unit}
-    return MeshRuntime(
-        config=MeshConfig.model_validate({"units": [config]}),
-        run_dir=folder,
-        cache_dir=folder,
-        redis_url=f"unix://{folder}/no-redis.sock",
-        prepared={"u": {"m": PreparedModel(folder=None, image=image, weights_fingerprint="w")}},
-        device_uuids={"u": uuid},
-    )
-
-
 @pytest.fixture(scope="module")
 def fake_driver() -> CudaDriver:
     """Loads the fake driver into this process, where `libcuda.so.1` is it from then on."""
@@ -195,7 +181,7 @@ def fake_driver() -> CudaDriver:
 def test_the_memory_of_a_unit_on_a_gpu_holds_its_pool_and_the_images_of_its_models(
     tmp_path: Path, fake_driver: CudaDriver, settings: dict[str, Any], transport: Transport
 ) -> None:
-    runtime = cuda_runtime_of(tmp_path, **settings)
+    runtime = cuda_runtime(tmp_path, **settings)
     memory = open_memory(runtime, runtime.unit("u"))
     assert (memory.kind, memory.transport) == (CUDA, transport)
     assert [segment.size_bytes for segment in memory.shards[0].segments] == [4 * MIB]
@@ -205,14 +191,14 @@ def test_the_memory_of_a_unit_on_a_gpu_holds_its_pool_and_the_images_of_its_mode
 
 
 def test_a_unit_is_refused_on_another_gpu_than_its_own(tmp_path: Path, fake_driver: CudaDriver) -> None:
-    runtime = cuda_runtime_of(tmp_path, uuid=OTHER_UUID)
+    runtime = cuda_runtime(tmp_path, uuid=OTHER_UUID)
     message = rf"unit u is on {OTHER_UUID}, the first visible GPU of its kvstore is {UUID}: set CUDA_VISIBLE_DEVICES="
     with pytest.raises(DeviceError, match=message):
         open_memory(runtime, runtime.unit("u"))
 
 
 def test_a_unit_that_requires_gpu_ipc_takes_no_other_transport(tmp_path: Path) -> None:
-    config = cuda_runtime_of(tmp_path, require_ipc=True).unit("u")
+    config = cuda_runtime(tmp_path, require_ipc=True).unit("u")
     memory = HostMemory(MIB)
     with pytest.raises(DeviceError, match="unit u has require_ipc, but its memory is shared by host shm"):
         check_transport(config, memory)
@@ -221,7 +207,7 @@ def test_a_unit_that_requires_gpu_ipc_takes_no_other_transport(tmp_path: Path) -
 
 
 async def test_the_status_names_the_transport(tmp_path: Path, fake_driver: CudaDriver) -> None:
-    for runtime, transport in ((runtime_of(tmp_path), "host shm"), (cuda_runtime_of(tmp_path), "vmm fd")):
+    for runtime, transport in ((runtime_of(tmp_path), "host shm"), (cuda_runtime(tmp_path), "vmm fd")):
         async with serving(runtime) as channel:
             stub: Any = kvstore_pb2_grpc.KvStoreServiceStub(channel)
             response = await stub.GetUnitStatus(kvstore_pb2.GetUnitStatusRequest())

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 
 from kvstore.attach_server import AttachServer
-from kvstore.device_memory import HostMemory, new_memfd
+from kvstore.device_memory import DeviceMemory, HostMemory, new_memfd
 from kvstore.grant_table import GrantTable
 from kvstore.service import KvStoreService
 from kvstore.unit import Unit
@@ -163,10 +163,14 @@ async def served(
     segment_bytes: int | None = None,
     address: str = "",
     attach_path: Path | None = None,
+    memory: DeviceMemory | None = None,
 ) -> AsyncIterator[ServedUnit]:
-    """Serves ``unit`` on sockets in ``directory`` until the context ends. Heartbeats are not checked."""
+    """Serves ``unit`` on sockets in ``directory`` until the context ends. Heartbeats are not checked.
+
+    ``memory`` is host memory unless given. Closes it.
+    """
     address, attach_path = address or f"unix:{directory}/k.sock", attach_path or directory / "a.sock"
-    memory = HostMemory(unit.pool.num_slabs * unit.slab_bytes, segment_bytes)
+    memory = memory or HostMemory(unit.pool.num_slabs * unit.slab_bytes, segment_bytes)
     grants, fence, loop, changed = GrantTable(), PipeFence(), asyncio.get_running_loop(), asyncio.Event()
     async with AsyncExitStack() as stack:
         for close in (memory.close, grants.close, fence.close):
