@@ -35,7 +35,7 @@ def mesh_tokens(findings: Findings, is_dry_run: bool) -> None:
 
 async def _compare_tokens(findings: Findings, models: Sequence[dict[str, Any]], is_dry_run: bool) -> None:
     cpu = {"kv_pool": "256MiB", "models": [{**model, "threads": 4} for model in models]}
-    gpu = {**gpu_unit(is_dry_run), "models": models, "require_ipc": True}
+    gpu = {**gpu_unit(is_dry_run), "mps": "off", "models": models, "require_ipc": True}
     names, count = [model["name"] for model in models], 8 if is_dry_run else NUM_TOKENS
     expected, found = await asyncio.gather(
         _all_tokens({}, cpu, names, count), _all_tokens(findings.figures, gpu, names, count)
@@ -79,7 +79,14 @@ def swap(findings: Findings, is_dry_run: bool) -> None:
     with TemporaryDirectory(prefix="mm-") as scratch:
         folder = write_random_model(Path(scratch) / "wide", WIDE, "float32")
         model = {"name": "wide", "source": str(folder), "kv_answer_tokens": 64, "max_num_seqs": 8}
-        unit = {**gpu_unit(is_dry_run), "kv_pool": 4 * MIB, "slab": "256KiB", "kv_swap": 64 * MIB, "models": [model]}
+        unit = {
+            **gpu_unit(is_dry_run),
+            "mps": "off",
+            "kv_pool": 4 * MIB,
+            "slab": "256KiB",
+            "kv_swap": 64 * MIB,
+            "models": [model],
+        }
         asyncio.run(_swap(findings, unit))
 
 
