@@ -1,16 +1,22 @@
 """`python -m kvstore --runtime FILE --unit NAME --parent PID`: started by the supervisor."""
 
-import functools
+import os
 
 from kvstore.app import serve
-from muxmesh.config.runtime import MeshRuntime
-from muxmesh.lifecycle import run_service, service_arguments
+from muxmesh.config.runtime import MeshRuntime, ProcessKey
+from muxmesh.lifecycle import Stop, run_service, service_arguments
 
 
 def main() -> None:
     """Serves the unit that the command line names, until SIGTERM or SIGINT."""
     arguments = service_arguments(__doc__, "unit")
-    run_service(functools.partial(serve, MeshRuntime.read(arguments.runtime), arguments.unit))
+    runtime = MeshRuntime.read(arguments.runtime)
+
+    async def serve_unit(stop: Stop) -> None:
+        runtime.check_environment(ProcessKey("kvstore", arguments.unit), os.environ)
+        await serve(runtime, arguments.unit, stop)
+
+    run_service(serve_unit)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+from collections.abc import Callable
+from contextlib import nullcontext
 
+from kvstore.arbiter import all_at_once, one_at_a_time
 from kvstore.attach_server import AttachServer
 from kvstore.cuda_memory import CudaMemory
 from kvstore.device_memory import GPU_IPC, DeviceMemory, HostMemory, new_memfd
 from kvstore.fence import HostFence
 from kvstore.grant_table import GrantTable
+from kvstore.mps_fence import EndGroup, MpsFence
 from kvstore.service import KvStoreService
+from kvstore.share_proof import ShareProver
 from kvstore.unit import Unit, UnitModel, first_id
-from muxmesh.clock import SystemClock
+from muxmesh.background_task import background
+from muxmesh.clock import Clock, SystemClock
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
 from muxmesh.config.schema import UnitConfig
 from muxmesh.cuda.driver import CudaDriver
@@ -23,6 +29,7 @@ from muxmesh.lifecycle import Stop
 from muxmesh.models.prepared_model import model_spec
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.server import MeshServer
+from muxmesh.types import Role
 
 _log = logging.getLogger(__name__)
 
@@ -40,11 +47,24 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
     }
     policy = runtime.config.order.scheduling_policy()
     unit = Unit(config.kv_pool, config.slab, models, first_id(clock.unix_s()), config.kv_swap, policy)
-    memory, grants = open_memory(runtime, config), GrantTable()
+    memory = open_memory(runtime, config)
+    grants = GrantTable(all_at_once if runtime.uses_mps(unit_name) else one_at_a_time)
     swap_fd = new_memfd("muxmesh-kv-swap", config.kv_swap) if config.kv_swap else None
     service = KvStoreService(config, unit, grants, clock, runtime.config.order.trace)
+
+    def end_group(reason: str, device_has_failed: bool) -> None:
+        attach.end_group(reason, device_has_failed)
+
+    fence = open_fence(runtime, unit_name, clock, end_group, stop.give_up)
     attach = service.attach = AttachServer(
-        runtime.attach_path(unit_name), unit, memory, swap_fd, grants, HostFence(), service.changed
+        runtime.attach_path(unit_name),
+        unit,
+        memory,
+        swap_fd,
+        grants,
+        fence,
+        service.changed,
+        prover=share_prover(runtime, unit_name, memory, fence),
     )
     register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
     server = MeshServer({kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register})
@@ -54,11 +74,38 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
     asyncio.get_running_loop().add_reader(grants.doorbell_fd, grants.on_doorbell)
     await server.set_serving()
     registry = ProcessRegistry(runtime.redis_url, runtime.config.mesh_id, clock)
-    async with registry.registered(endpoint.name, endpoint.address):
+    watching = background(fence.run(), "MPS", stop.give_up) if isinstance(fence, MpsFence) else nullcontext()
+    async with watching, registry.registered(endpoint.name, endpoint.address):
         await stop.wait()
     attach.close()
+    if isinstance(fence, MpsFence):
+        fence.close()
     await server.stop(grace_s=0.5)
     memory.close()
+
+
+def open_fence(
+    runtime: MeshRuntime, unit: str, clock: Clock, end_group: EndGroup, give_up: Callable[[str], None]
+) -> HostFence | MpsFence:
+    """The fence of a unit's workers: through the MPS daemon if they are its clients."""
+    if not runtime.uses_mps(unit):
+        return HostFence()
+    return MpsFence(runtime.mps_control(unit), clock, end_group, give_up)
+
+
+def share_prover(
+    runtime: MeshRuntime, unit: str, memory: DeviceMemory, fence: HostFence | MpsFence
+) -> ShareProver | None:
+    """Checks the shares of a unit's workers; None on a CPU."""
+    if not runtime.unit(unit).is_cuda:
+        return None
+
+    def share_of(role: Role, model: str) -> int:
+        return runtime.share_of(ProcessKey(role, unit, model))
+
+    if isinstance(fence, MpsFence):
+        return ShareProver(share_of, memory.num_sms, str(fence.pipe_dir), fence.is_client)
+    return ShareProver(share_of, memory.num_sms, "", None)
 
 
 def open_memory(runtime: MeshRuntime, config: UnitConfig) -> DeviceMemory:

@@ -14,7 +14,11 @@ Messages are JSON. The first one comes from the process that attaches, and kvsto
     A segment is described as [size in bytes, device UUID or "", IPC handle in hexadecimal or ""].
 
 ``writer_for`` is for a further process that writes into the pool for an attached worker, such as an engine core. A
-closed connection instead of a reply is a refusal. Afterwards a worker sends ``{"ready": bool}`` whenever that changes.
+closed connection instead of a reply is a refusal. Afterwards a worker sends
+
+    {"num_sms": int, "mps": bool}    on a GPU, once its context exists: what its driver says of its share. The unit
+                                     answers {"refused": ""}, or {"refused": REASON} and takes the worker for not ready
+    {"ready": bool}                  whenever that changes
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ their leases would block other requests.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -35,8 +36,10 @@ from kvstore.fence import Fence
 from kvstore.grant_page import Word
 from kvstore.grant_table import GrantTable
 from kvstore.progress_page import ProgressPage, new_progress_fd
+from kvstore.share_proof import ShareProver
 from kvstore.unit import Unit
 from kvstore.worker_slots import WorkerRecord
+from muxmesh.background_task import start_watched
 from muxmesh.errors import MeshError
 from muxmesh.process_state import ProcessState, process_state
 from muxmesh.quoting import quoted
@@ -53,7 +56,8 @@ class _Attachment:
     """A worker and the processes that write for it.
 
     ``processes`` maps the watch fd of each process that has not exited to its connection; the worker's own process is
-    the first. ``is_owner_alive``: the worker's own process has not exited.
+    the first. ``is_owner_alive``: the worker's own process has not exited. ``is_limited``: it has proved its share;
+    ``proof``: its report is being checked.
     """
 
     worker: WorkerRecord
@@ -62,6 +66,8 @@ class _Attachment:
     processes: dict[int, socket.socket] = field(default_factory=dict)
     kill_timer: asyncio.TimerHandle | None = None
     is_owner_alive: bool = True
+    is_limited: bool = False
+    proof: asyncio.Task[None] | None = None
     last_beat: int = -1
     num_silent_checks: int = 0
 
@@ -79,7 +85,9 @@ class AttachServer:
         fence: Fence,
         changed: Callable[[], None],
         check_every_s: float = BEAT_EVERY_S,
+        prover: ShareProver | None = None,
     ) -> None:
+        """``prover``: None on a CPU, whose workers prove nothing."""
         self._path = path
         self._unit = unit
         self._memory = memory
@@ -87,6 +95,8 @@ class AttachServer:
         self._grants = grants
         self._changed = changed
         self._fence = fence
+        self._prover = prover
+        self._device_has_failed = False
         self._attachments: dict[str, _Attachment] = {}
         self._check_every_s = check_every_s
         self._check_timer: asyncio.TimerHandle | None = None
@@ -110,16 +120,17 @@ class AttachServer:
         for attachment in self._attachments.values():
             for watch_fd in list(attachment.processes):
                 self._remove_process(attachment, watch_fd)
-            if attachment.kill_timer is not None:
-                attachment.kill_timer.cancel()
+            _cancel_all(attachment)
 
     def end_group(self, reason: str, device_has_failed: bool) -> None:
         """Kills all workers: they start again as a group. After a failure of the device no KV computed so far is used.
 
-        The pool stays. Leases and slots are reclaimed as the fence reports the exits.
+        The pool stays. Leases and slots are reclaimed as the fence reports the exits. After a failure no worker
+        attaches before the last one of the group has exited, and the weights are loaded again.
         """
         _log.error("all workers of the unit end: %s", reason)
         if device_has_failed:
+            self._device_has_failed = bool(self._attachments)
             num_credits = self._unit.device_failed()
             _log.warning("prefix cache emptied, %d credits ended", num_credits)
         for attachment in self._attachments.values():
@@ -158,6 +169,8 @@ class AttachServer:
             try:
                 if uid != os.getuid():
                     raise ValueError(f"it runs as uid {uid}, the mesh as uid {os.getuid()}")
+                if self._device_has_failed:
+                    raise ValueError("the device has failed, and its workers have not exited yet; it may try again")
                 hello = json.loads(connection.recv(MAX_MESSAGE_BYTES))
                 watch_fd = self._fence.watch(pid)
                 undo.callback(os.close, watch_fd)
@@ -240,11 +253,35 @@ class AttachServer:
             attachment.kill_timer = loop.call_later(_LINGER_S, self._kill, attachment, "detached and did not exit")
         else:
             try:
-                attachment.worker.ready = bool(json.loads(message)["ready"])
+                self._apply_message(attachment, connection, json.loads(message))
             except (ValueError, KeyError, TypeError) as error:
                 _log.warning("%s sent a message that is not understood: %r", attachment.worker.name, error)
                 return
         self._changed()
+
+    def _apply_message(self, attachment: _Attachment, connection: socket.socket, message: dict[str, Any]) -> None:
+        """Raises KeyError for a message of another kind."""
+        if self._prover is not None and "num_sms" in message:
+            check = self._check_share(self._prover, attachment, connection, message)
+            attachment.proof = start_watched(check, "share of a worker")
+            return
+        ready = bool(message["ready"])
+        if ready and self._prover is not None and not attachment.is_limited:
+            _log.warning("%s is not ready: it has not proved its share of the GPU", attachment.worker.name)
+            return
+        attachment.worker.ready = ready
+
+    async def _check_share(
+        self, prover: ShareProver, attachment: _Attachment, connection: socket.socket, message: dict[str, Any]
+    ) -> None:
+        """Lets the worker know whether it is limited as configured. It ends by itself if it is not."""
+        reason = await prover.problem(attachment.worker, message)
+        attachment.is_limited = not reason
+        if reason:
+            attachment.worker.ready = False
+            _log.error("refused %s (pid %d): %s", attachment.worker.name, attachment.worker.pid, reason)
+        with contextlib.suppress(OSError):
+            connection.send(json.dumps({"refused": reason}).encode())
 
     def _check_heartbeats(self) -> None:
         """Kills ready workers without a heartbeat in `MAX_SILENT_CHECKS` checks.
@@ -274,13 +311,15 @@ class AttachServer:
         self._remove_process(attachment, watch_fd)
         if is_owner:
             attachment.is_owner_alive = attachment.worker.ready = False
-            if attachment.kill_timer is not None:
-                attachment.kill_timer.cancel()
+            _cancel_all(attachment)
             for other in attachment.processes:
                 self._fence.kill(other)
         if attachment.processes:
             return
         del self._attachments[attachment.worker.name]
+        if self._device_has_failed and not self._attachments:
+            self._memory.forget_weights()
+            self._device_has_failed = False
         num_leases = self._unit.worker_exited(attachment.worker.name, attachment.progress.read())
         attachment.progress.close()
         self._grants.free_slot(attachment.slot)
@@ -295,3 +334,11 @@ class AttachServer:
         loop.remove_reader(connection.fileno())
         os.close(watch_fd)
         connection.close()
+
+
+def _cancel_all(attachment: _Attachment) -> None:
+    """Ends what would happen to the worker later."""
+    if attachment.kill_timer is not None:
+        attachment.kill_timer.cancel()
+    if attachment.proof is not None:
+        attachment.proof.cancel()

@@ -14,6 +14,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvstore.mps_clients import RELEASE_WITHIN_S, MpsClients, WatchedClient
 from muxmesh.background_task import start_watched
@@ -69,6 +70,11 @@ class MpsFence:
         self._by_fd: dict[int, _Watch] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._exited = asyncio.Event()
+
+    @property
+    def pipe_dir(self) -> Path:
+        """Where the daemon listens."""
+        return self._control.pipe_dir
 
     def watch(self, pid: int) -> int:
         pid_fd = os.pidfd_open(pid)

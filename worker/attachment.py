@@ -26,12 +26,15 @@ from muxmesh.errors import Unavailable
 from muxmesh.types import Role
 
 if TYPE_CHECKING:  # only units on a GPU load torch
+    from muxmesh.cuda.driver import CudaDriver
     from muxmesh.device.cuda_mapping import CudaSegments, MappedWeights
     from muxmesh.device.torch_device import TorchDevice
 
 _RETRY_S = 0.1
 _NUM_RETRIES = 300
 _REPLY_TIMEOUT_S = 5.0
+_PROOF_TIMEOUT_S = 30.0
+"""Longer than the unit waits for the answers of an MPS daemon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,7 @@ class WorkerDevice:
 
     torch: TorchDevice
     segments: CudaSegments
+    driver: CudaDriver
 
 
 class Attachment:
@@ -83,6 +87,22 @@ class Attachment:
         """Shows the unit that this worker's event loop runs. To be called every `BEAT_EVERY_S` seconds."""
         self.page.add(self.slot, Word.HEARTBEATS, 1)
 
+    async def prove_share(self, num_sms: int, is_mps_client: bool) -> None:
+        """Reports what the driver says of this process's share of the GPU. To be called before `on_unit_lost`.
+
+        Raises Unavailable if the unit refuses it, with what would be right, or is gone.
+        """
+        message = json.dumps({"num_sms": num_sms, "mps": is_mps_client}).encode()
+        try:
+            async with asyncio.timeout(_PROOF_TIMEOUT_S):
+                self._connection.send(message)
+                reply = await asyncio.get_running_loop().sock_recv(self._connection, MAX_MESSAGE_BYTES)
+        except (OSError, TimeoutError) as error:
+            raise Unavailable(f"the unit did not answer to this worker's share: {error or 'no reply'}") from error
+        reason = json.loads(reply)["refused"] if reply else "the unit is lost"
+        if reason:
+            raise Unavailable(f"the unit refused {self.worker}: {reason}")
+
     def set_ready(self, ready: bool) -> None:
         """Reports to the unit whether this worker accepts requests. Does nothing if the unit is gone."""
         with contextlib.suppress(OSError):
@@ -117,8 +137,8 @@ def open_worker_device(green_share: int = 100) -> WorkerDevice:
     from muxmesh.device.cuda_mapping import CudaSegments  # noqa: PLC0415
     from muxmesh.device.torch_device import open_torch_device  # noqa: PLC0415
 
-    device = open_torch_device(green_share)
-    return WorkerDevice(device, CudaSegments(CudaDriver(), device.torch_device))
+    device, driver = open_torch_device(green_share), CudaDriver()
+    return WorkerDevice(device, CudaSegments(driver, device.torch_device), driver)
 
 
 def map_pool(description: Mapping[str, Any], fds: Sequence[int], device: WorkerDevice | None = None) -> DevicePool:

@@ -6,7 +6,6 @@ Knows which parts a worker has and in which order they start and end. The servic
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -82,7 +81,12 @@ def worker_main(role: Role, description: str, open_services: OpenServices) -> No
     runtime = MeshRuntime.read(arguments.runtime)
     key = ProcessKey(role, arguments.unit, arguments.model)
     _set_up_threads(runtime, key)
-    run_service(functools.partial(host_worker, runtime, key, open_services))
+
+    async def serve(stop: Stop) -> None:
+        runtime.check_environment(key, os.environ)
+        await host_worker(runtime, key, open_services, stop)
+
+    run_service(serve)
 
 
 async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: OpenServices, stop: Stop) -> None:
@@ -92,6 +96,9 @@ async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: Open
     endpoint, role = endpoints[key], Role(key.role)
     device = open_worker_device(config.compute_share.of(role) if unit.green_contexts else 100) if unit.is_cuda else None
     attachment = await attach(runtime.attach_path(key.unit), role, key.model, endpoint.address, device)
+    if device is not None:
+        info = device.driver.device(0)
+        await attachment.prove_share(info.num_sms, info.is_mps_client)
     attachment.on_unit_lost(lambda: stop.give_up("the unit is lost"))
     prepared = runtime.prepared_model(key.unit, key.model)
     shape = model_spec(prepared.folder).kv_shape(config.block_size, config.kv_dtype)

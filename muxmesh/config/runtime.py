@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from muxmesh.config.schema import MeshConfig, ModelConfig, UnitConfig
-from muxmesh.cuda.mps import LOG_DIRECTORY, PIPE_DIRECTORY
+from muxmesh.cuda.mps import LOG_DIRECTORY, PIPE_DIRECTORY, MpsControl
 from muxmesh.errors import ConfigError
 from muxmesh.quoting import quoted
 from muxmesh.types import Role
@@ -142,6 +142,13 @@ class MeshRuntime(BaseModel):
         assert self.mps is not None
         name = f"mps-{self.device_uuids[unit].removeprefix('GPU-')[:8]}"
         return {PIPE_DIRECTORY: str(self.run_dir / name), LOG_DIRECTORY: str(self.mps.log_dir / name)}
+
+    def mps_control(self, unit: str) -> MpsControl:
+        """The control program for the daemon of the unit's GPU. Raises ConfigError if the unit does not use MPS."""
+        if self.mps is None or not self.uses_mps(unit):
+            raise ConfigError(f"unit {unit} does not use MPS: its device is {self.unit(unit).device}")
+        directories = self.mps_directories(unit)
+        return MpsControl(self.mps.program, Path(directories[PIPE_DIRECTORY]), Path(directories[LOG_DIRECTORY]))
 
     def environment(self, key: ProcessKey) -> dict[str, str]:
         """The variables that a process needs beside those of the supervisor: on a GPU, its device and its share.

@@ -29,7 +29,7 @@ from muxmesh.process_registry import ProcessRegistry
 from muxmesh.supervisor.health_probe import HealthProbe, wait_until_serving
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, MAX_STARTING_CHECKS
 from muxmesh.supervisor.log_file import LogFile
-from muxmesh.supervisor.mps_daemon import mps_answers, mps_control, wait_for_mps
+from muxmesh.supervisor.mps_daemon import mps_answers, wait_for_mps
 from muxmesh.supervisor.redis_server import RedisProbe, redis_command, wait_for_redis
 from muxmesh.supervisor.run_folder import (
     create_run_folder,
@@ -259,7 +259,7 @@ class MeshSupervisor:
 
     def _mps_daemon(self, unit: str) -> ProcessSpec:
         """The daemon of the unit's GPU, which serves the other units on that GPU too."""
-        control = mps_control(self.runtime, unit)
+        control = self.runtime.mps_control(unit)
         return ProcessSpec(
             control.pipe_dir.name,
             self._command("muxmesh.supervisor.mps_daemon", "--unit", unit),

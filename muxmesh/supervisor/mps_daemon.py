@@ -16,8 +16,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from muxmesh.config.runtime import MeshRuntime
-from muxmesh.cuda.mps import CONTROL_PROGRAM, LOG_DIRECTORY, PIPE_DIRECTORY, MpsControl
-from muxmesh.errors import ConfigError, Unavailable
+from muxmesh.cuda.mps import CONTROL_PROGRAM, PIPE_DIRECTORY, MpsControl
+from muxmesh.errors import Unavailable
 from muxmesh.lifecycle import service_arguments
 from muxmesh.process_state import has_ended
 
@@ -27,14 +27,6 @@ _FILES = ("control", "control_lock", "control_privileged", "log", _PID_FILE)
 """What a daemon creates in its pipe directory."""
 _END_WITHIN_S = 5.0
 _CHECK_EVERY_S = 0.02
-
-
-def mps_control(runtime: MeshRuntime, unit: str) -> MpsControl:
-    """The control program for the daemon of the unit's GPU. Raises ConfigError if the unit does not use MPS."""
-    if runtime.mps is None or not runtime.uses_mps(unit):
-        raise ConfigError(f"unit {unit} does not use MPS: its device is {runtime.unit(unit).device}")
-    directories = runtime.mps_directories(unit)
-    return MpsControl(runtime.mps.program, Path(directories[PIPE_DIRECTORY]), Path(directories[LOG_DIRECTORY]))
 
 
 async def mps_answers(control: MpsControl) -> bool:
@@ -58,7 +50,7 @@ def main() -> None:
     """Ends leftovers, creates the directories, and replaces this process by the daemon."""
     arguments = service_arguments(__doc__, "unit")
     runtime = MeshRuntime.read(arguments.runtime)
-    control = mps_control(runtime, arguments.unit)
+    control = runtime.mps_control(arguments.unit)
     asyncio.run(end_leftovers(control))
     for directory in control.environment.values():
         Path(directory).mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -22,6 +22,7 @@ from kvstore.device_memory import HostMemory
 from kvstore.fence import Fence, HostFence
 from kvstore.grant_page import MAX_WORKERS, Word
 from kvstore.grant_table import GrantTable
+from kvstore.share_proof import ShareProver
 from kvstore.unit import IssuedCredit, Unit, UnitModel
 from muxmesh.block_hashes import block_hashes
 from muxmesh.device.kv_view import KvView
@@ -95,13 +96,27 @@ while True:
 class Server:
     """A unit with one model and its attach socket."""
 
-    def __init__(self, path: Path, fence: Fence | None = None, check_every_s: float = 0.05) -> None:
+    def __init__(
+        self,
+        path: Path,
+        fence: Fence | None = None,
+        check_every_s: float = 0.05,
+        prover: ShareProver | None = None,
+    ) -> None:
         self.path = path
         self.unit = Unit(4 * SLAB_BYTES, SLAB_BYTES, {"m": UnitModel(SHAPE, 4, 512)})
         self.memory, self.grants = HostMemory(4 * SLAB_BYTES), GrantTable()
         self.changes = asyncio.Event()
         self.attach = AttachServer(
-            path, self.unit, self.memory, None, self.grants, fence or HostFence(), self.changes.set, check_every_s
+            path,
+            self.unit,
+            self.memory,
+            None,
+            self.grants,
+            fence or HostFence(),
+            self.changes.set,
+            check_every_s,
+            prover,
         )
         self.attach.start()
 

@@ -15,7 +15,7 @@ from muxmesh.config.schema import MeshConfig
 from muxmesh.cuda.mps import MpsControl
 from muxmesh.errors import ConfigError
 from muxmesh.process_state import has_ended
-from muxmesh.supervisor.mps_daemon import end_leftovers, mps_answers, mps_control, wait_for_mps
+from muxmesh.supervisor.mps_daemon import end_leftovers, mps_answers, wait_for_mps
 from tests.support.mps import FAKE_PROGRAM, FakeDaemon, fake_daemon, next_line
 
 UUID = "GPU-5f4df884-095b-d388-4934-d4853eca3833"
@@ -48,7 +48,7 @@ def daemon_process(folder: Path, parent: int) -> Iterator[tuple[subprocess.Popen
     command = ("muxmesh.supervisor.mps_daemon", "--runtime", str(folder / "runtime.json"), "--unit", "u")
     with subprocess.Popen((sys.executable, "-m", *command, "--parent", str(parent)), stdout=subprocess.PIPE) as process:
         try:
-            yield process, mps_control(runtime, "u")
+            yield process, runtime.mps_control("u")
         finally:
             process.kill()
 
@@ -84,7 +84,7 @@ async def test_a_daemon_that_starts_again_ends_the_earlier_one(folder: Path) -> 
 
 def test_a_unit_on_a_cpu_has_no_daemon(folder: Path) -> None:
     with pytest.raises(ConfigError, match="unit u does not use MPS: its device is cpu"):
-        mps_control(runtime_in(folder, device="cpu"), "u")
+        runtime_in(folder, device="cpu").mps_control("u")
 
 
 async def server_pid(daemon: FakeDaemon) -> int:

@@ -10,7 +10,7 @@ import pytest
 from muxmesh.config.schema import MeshConfig
 from muxmesh.process_state import has_ended
 from muxmesh.supervisor.mesh_supervisor import make_runtime
-from muxmesh.supervisor.mps_daemon import mps_answers, mps_control
+from muxmesh.supervisor.mps_daemon import mps_answers
 from tests.muxmesh.supervisor.test_mesh_supervisor import PREPARED, Mesh, started
 from tests.support.mps import FAKE_PROGRAM
 
@@ -92,7 +92,7 @@ async def test_the_daemon_answers_before_a_kvstore_starts_and_is_asked_to_quit_a
 ) -> None:
     mesh = gpu_mesh(state_dir, ONE_UNIT)
     async with started(mesh):
-        control = mps_control(mesh.supervisor.runtime, "u")
+        control = mesh.supervisor.runtime.mps_control("u")
         assert await mps_answers(control)
         started_in_order = [name for name, line in mesh.lines if line in {"up", "listening"}]
         assert started_in_order[:3] == ["redis", "mps-5f4df884", "kvstore/u"]
@@ -108,7 +108,7 @@ async def test_a_daemon_that_does_not_quit_is_killed(state_dir: Path, monkeypatc
     monkeypatch.setattr("muxmesh.supervisor.mesh_supervisor._STOP_GRACE_S", 0.2)
     mesh = gpu_mesh(state_dir, ONE_UNIT)
     async with started(mesh) as supervisor:
-        control = mps_control(supervisor.runtime, "u")
+        control = supervisor.runtime.mps_control("u")
         (control.pipe_dir / "fake.deaf_to_quit").touch()
         pid = mesh.process("mps-5f4df884").pid
         assert pid is not None
@@ -118,7 +118,7 @@ async def test_a_daemon_that_does_not_quit_is_killed(state_dir: Path, monkeypatc
 async def test_a_daemon_that_is_killed_is_started_again(state_dir: Path) -> None:
     mesh = gpu_mesh(state_dir, ONE_UNIT)
     async with started(mesh) as supervisor:
-        control = mps_control(supervisor.runtime, "u")
+        control = supervisor.runtime.mps_control("u")
         mesh.process("mps-5f4df884").signal(signal.SIGKILL)
         await mesh.until("mps-5f4df884", "listening", count=2)
         async with asyncio.timeout(20):
