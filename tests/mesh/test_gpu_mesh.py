@@ -1,0 +1,126 @@
+"""A whole mesh with a unit on a fake GPU: memory by fd, MPS shares and interpreted kernels, against transformers."""
+
+import asyncio
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+
+from muxmesh.models.tokenizer import load_text_model
+from tests.support.fake_driver import UUID
+from tests.support.gpu_machine import gpu_machine, maps
+from tests.support.mesh import RunningMesh, collect, running_mesh
+from tests.support.tiny import TinyShape, reference, write_tiny_model
+
+pytestmark = [pytest.mark.mesh, pytest.mark.asyncio(loop_scope="module")]
+
+SHAPE = TinyShape(num_heads=2, num_kv_heads=1, head_dim=32, seed=3)
+PROMPTS = ["Hello", "The quick brown fox. "]
+TOKENS = 6
+WORKERS = ("prefill/tiny", "decode/tiny")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"), SHAPE)
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file in which the fake driver logs its calls."""
+    return tmp_path_factory.mktemp("driver") / "calls"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def mesh(folder: Path, calls: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RunningMesh]:
+    model = {
+        "name": "tiny", "source": str(folder), "max_num_seqs": 2, "max_model_len": 128, "prefill_token_budget": 16,
+        "compute_share": {"prefill": 60, "decode": 40},
+    }  # fmt: skip
+    unit = {"device": "cuda:0", "require_ipc": True, "kv_pool": "4MiB", "slab": "256KiB", "models": [model]}
+    with gpu_machine(FAKE_CUDA_LOG=str(calls)):
+        async with running_mesh(tmp_path_factory.mktemp("mesh"), units=[unit]) as running:
+            yield running
+
+
+def expected_tokens(folder: Path, prompt: str) -> list[int]:
+    prompt_ids = load_text_model(folder).encode(prompt, True)
+    generated: Any = reference(folder).generate(
+        torch.tensor([prompt_ids]), max_new_tokens=TOKENS, do_sample=False, pad_token_id=2
+    )
+    return [int(token) for token in generated[0, len(prompt_ids) :]]
+
+
+async def test_greedy_outputs_equal_those_of_transformers(mesh: RunningMesh, folder: Path) -> None:
+    completions = await asyncio.gather(
+        *(mesh.client.generate(prompt, max_new_tokens=TOKENS, temperature=0) for prompt in PROMPTS)
+    )
+    assert [list(one.token_ids) for one in completions] == [expected_tokens(folder, prompt) for prompt in PROMPTS]
+    await mesh.until_free()
+
+
+async def test_status_names_the_device_and_how_its_memory_is_shared(mesh: RunningMesh) -> None:
+    unit = await mesh.unit()
+    assert (unit.device, unit.transport) == ("cuda:0", "vmm fd")
+    assert sorted(worker.role for worker in unit.workers) == ["decode", "prefill"]
+
+
+async def test_workers_map_one_pool_and_one_copy_of_the_weights(mesh: RunningMesh) -> None:
+    """Both map the same memory, which kvstore owns and does not map."""
+    inodes = [{line.split()[4] for line in maps(mesh.pid(name), "memfd:fake-cuda")} for name in WORKERS]
+    assert inodes[0] == inodes[1]
+    assert len(inodes[0]) == 2, "the pool and the weights"
+    assert maps(mesh.pid("kvstore/unit0"), "memfd:fake-cuda") == []
+
+
+async def test_no_worker_loads_the_engine_for_cpus(mesh: RunningMesh) -> None:
+    """Its kernels are compiled by llvmlite."""
+    assert [maps(mesh.pid(name), "llvmlite") for name in WORKERS] == [[], []]
+    assert all(maps(mesh.pid(name), "libtriton") for name in WORKERS)
+    assert maps(mesh.pid("kvstore/unit0"), "torch") == []
+
+
+async def test_kv_is_written_into_the_imported_memory_and_no_call_of_the_driver_copies_it(
+    mesh: RunningMesh, calls: Path
+) -> None:
+    await mesh.client.generate("Some prompt of its own", max_new_tokens=2, temperature=0)
+    await mesh.until_free()
+    pool = max(_device_memory(mesh), key=lambda path: path.stat().st_size)
+    assert np.count_nonzero(np.fromfile(pool, dtype=np.uint32))
+    pids = {str(mesh.pid(name)): name for name in (*WORKERS, "kvstore/unit0")}
+    made = Counter(line.split()[1] for line in calls.read_text().splitlines() if line.split()[0] in pids)
+    assert made["cuMemImportFromShareableHandle"] == 4, "pool and weights in two workers"
+    assert made["cuMemCreate"] == 2
+    assert not [name for name in made if name.startswith("cuMemcpy")]
+
+
+def _device_memory(mesh: RunningMesh) -> list[Path]:
+    descriptors = Path(f"/proc/{mesh.pid('kvstore/unit0')}/fd").iterdir()
+    return [path for path in descriptors if re.search("memfd:fake-cuda", os.readlink(path))]
+
+
+async def test_workers_are_clients_of_the_daemon_with_their_share_of_the_device(mesh: RunningMesh) -> None:
+    for name, share in zip(WORKERS, ("60", "40"), strict=True):
+        environment = Path(f"/proc/{mesh.pid(name)}/environ").read_bytes().decode().split("\0")
+        assert f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE={share}" in environment
+        assert f"CUDA_VISIBLE_DEVICES={UUID}" in environment
+
+
+@pytest.mark.parametrize("name", WORKERS)
+async def test_a_killed_worker_loses_no_token(mesh: RunningMesh, folder: Path, name: str) -> None:
+    prompt, kvstore, memory = PROMPTS[1], mesh.pid("kvstore/unit0"), _device_memory(mesh)
+    stream = mesh.client.stream(prompt, max_new_tokens=TOKENS, temperature=0)
+    first = await anext(stream)
+    os.kill(mesh.pid(name), signal.SIGKILL)
+    _, tokens, _ = await collect(stream)
+    assert [*first.token_ids, *tokens] == expected_tokens(folder, prompt)
+    await mesh.until_free()
+    assert (mesh.pid("kvstore/unit0"), _device_memory(mesh)) == (kvstore, memory)
