@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
 from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -282,14 +281,15 @@ class CudaDriver:
     # Copies, and host memory that the device reads and writes
 
     def copy_to_device(self, address: int, buffer: bytes | bytearray | memoryview) -> None:
-        """Copies the whole buffer to the device. Blocks until it is done."""
-        with _pointer(buffer) as source:
-            self._call("cuMemcpyHtoD_v2", address, source, _num_bytes(buffer))
+        """Copies the whole buffer, bytes or writable, to the device. Blocks until it is done."""
+        if num_bytes := memoryview(buffer).nbytes:
+            source = buffer if isinstance(buffer, bytes) else ctypes.byref(c_char.from_buffer(buffer))
+            self._call("cuMemcpyHtoD_v2", address, source, num_bytes)
 
     def copy_to_host(self, buffer: bytearray | memoryview, address: int) -> None:
         """Fills the whole buffer, which is writable, from the device. Blocks until it is done."""
-        with _pointer(buffer) as destination:
-            self._call("cuMemcpyDtoH_v2", destination, address, _num_bytes(buffer))
+        if num_bytes := memoryview(buffer).nbytes:
+            self._call("cuMemcpyDtoH_v2", ctypes.byref(c_char.from_buffer(buffer)), address, num_bytes)
 
     def register_host(self, address: int, num_bytes: int) -> None:
         """Pins mapped host memory, which commits it, so that copies run asynchronously and at full speed."""
@@ -325,19 +325,3 @@ def _allocation_properties(index: int) -> _AllocationProperties:
 def _uuid_text(raw: bytes) -> str:
     text = raw.hex()
     return f"GPU-{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
-
-
-def _num_bytes(buffer: bytes | bytearray | memoryview) -> int:
-    return memoryview(buffer).nbytes
-
-
-@contextlib.contextmanager
-def _pointer(buffer: bytes | bytearray | memoryview) -> Iterator[Any]:
-    """The address of a buffer, for ctypes."""
-    if isinstance(buffer, bytes):
-        yield buffer
-    elif _num_bytes(buffer) == 0:
-        yield None
-    else:
-        first = c_char.from_buffer(buffer)  # keeps the buffer where it is
-        yield ctypes.addressof(first)

@@ -293,22 +293,25 @@ def test_another_process_writes_into_memory_whose_descriptor_it_got(memory: Memo
     assert memory.read(0, 14) == b"still writable"
 
 
-def test_memory_survives_the_process_that_allocated_it(in_context: CudaDriver, library: str, undo: ExitStack) -> None:
+def test_mapped_memory_survives_the_process_that_allocated_it(
+    in_context: CudaDriver, library: str, undo: ExitStack
+) -> None:
     driver = in_context
     ours, theirs = socket.socketpair()
     with ours, theirs, python_process(OWNER, library, str(SIZE), fd=theirs.fileno()) as owner:
         _, (fd,), _, _ = socket.recv_fds(ours, 1, 1)
+        handle = driver.import_fd(fd)
+        os.close(fd)
+        address = driver.map(handle, SIZE, 0)
+        undo.callback(driver.unmap, address, SIZE)
+        driver.release(handle)
+        driver.copy_to_device(address, b"content")
         owner.kill()
         owner.wait()
-    handle = driver.import_fd(fd)
-    os.close(fd)
-    address = driver.map(handle, SIZE, 0)
-    undo.callback(driver.unmap, address, SIZE)
-    driver.release(handle)
-    driver.copy_to_device(address, b"content")
     content = bytearray(7)
     driver.copy_to_host(content, address)
     assert content == b"content"
+    driver.copy_to_device(address + SIZE - 4, b"last")
 
 
 def test_the_size_of_an_allocation_is_known_from_its_address(in_context: CudaDriver, undo: ExitStack) -> None:
@@ -316,7 +319,7 @@ def test_the_size_of_an_allocation_is_known_from_its_address(in_context: CudaDri
     undo.callback(in_context.free, address)
     assert in_context.allocated_bytes(address) == SIZE
     assert in_context.allocated_bytes(address + 5) == SIZE - 5
-    with pytest.raises(DeviceError, match="cuMemGetAddressRange_v2 failed: CUDA_ERROR_NOT_FOUND"):
+    with pytest.raises(DeviceError, match="cuMemGetAddressRange_v2 failed: "):
         in_context.allocated_bytes(4096)
 
 
