@@ -25,7 +25,7 @@ from muxmesh.engine.native.cuda.kv_layout import KvLayout
 from muxmesh.engine.native.cuda.run_outcome import plain_outcome, run_outcome
 from muxmesh.engine.native.cuda.sampling import Sampler, UploadedPlan
 from muxmesh.engine.native.cuda.sampling_outcome import SampledArrays, sampling_outcome
-from muxmesh.engine.native.cuda.sampling_plan import SamplingPlan, plan_sampling, uniforms_ahead
+from muxmesh.engine.native.cuda.sampling_plan import SamplingPlan, plan_sampling
 from muxmesh.engine.native.cuda.step_rows import StepRows, arrange, decode_buckets
 from muxmesh.engine.step import Chunk, PromptScoring, SampleSpec, Step, StepOutcome
 from muxmesh.models.model_spec import ModelSpec
@@ -151,8 +151,8 @@ class CudaRunner:
 
     def _run_decode(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:
         rows = arrange(step.chunks, self._buckets, self._plan)
-        plan = plan_sampling(rows.chunks, self._spec.vocab_size)
-        uploaded = upload(self._device, {**rows.arrays, **_padded_sampling(plan, rows, step.num_steps)})
+        plan = plan_sampling(rows.chunks, self._spec.vocab_size, step.num_steps)
+        uploaded = upload(self._device, {**rows.arrays, **_padded_sampling(plan, rows.num_decodes)})
         self._tensors.begin(device_rows(rows, uploaded, self._tensors.tables), uploaded)
         if plan.is_plain:
             num_steps = self._enqueue_run(rows, step.num_steps, may_continue, self._graphs.sample)
@@ -199,10 +199,10 @@ class CudaRunner:
         return num_steps * step.num_tokens * self._geometry.shape.kv_bytes_per_token
 
 
-def _padded_sampling(plan: SamplingPlan, rows: StepRows, num_steps: int) -> dict[str, np.ndarray]:
-    """Parameters f64 [4, rows] and uniforms f64 [num_steps, rows] of decode rows; padding rows are greedy."""
-    specs = [chunk.sample for chunk in rows.chunks if chunk.sample]
-    parameters, uniforms = np.zeros((4, rows.num_decodes)), np.zeros((num_steps, rows.num_decodes))
-    parameters[:, : len(specs)] = plan.parameters
-    uniforms[:, : len(specs)] = uniforms_ahead(specs, num_steps)
+def _padded_sampling(plan: SamplingPlan, num_rows: int) -> dict[str, np.ndarray]:
+    """Parameters f64 [4, rows] and uniforms f64 [steps, rows] of decode rows; padding rows are greedy."""
+    num_steps, num_samples = plan.uniforms.shape
+    parameters, uniforms = np.zeros((4, num_rows)), np.zeros((num_steps, num_rows))
+    parameters[:, :num_samples] = plan.parameters
+    uniforms[:, :num_samples] = plan.uniforms
     return {"parameters": parameters, "uniforms": uniforms}

@@ -66,7 +66,7 @@ class Sampler:
             plan=plan,
             sample_rows=None if len(plan.sample_rows) == plan.num_logit_rows else upload(plan.sample_rows),
             parameters=upload(plan.parameters),
-            uniforms=upload(plan.uniforms),
+            uniforms=upload(plan.uniforms[0]),
             edits=None if plan.edits is None else DeviceEdits.upload(plan.edits, self._device),
             scored_rows=None if scored is None else upload(scored.rows),
             scored_samples=None if scored is None else upload(scored.samples),

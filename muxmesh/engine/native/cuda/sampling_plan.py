@@ -53,10 +53,10 @@ class ScoredTokens:
 
 @dataclass(frozen=True, slots=True)
 class SamplingPlan:
-    """How to sample after one step.
+    """How to sample after one step, or after each of a run of steps.
 
     sample_rows int64 [samples]: logit rows. parameters f64 [4, samples]: 1 / temperature as f32 (0: greedy), top-k (0:
-    off), top-p, min-p as f32. uniforms f64 [samples]: `token_sampler.uniform`.
+    off), top-p, min-p as f32. uniforms f64 [steps, samples]: `token_sampler.uniform` in each step of a run.
     """
 
     num_logit_rows: int
@@ -72,8 +72,8 @@ class SamplingPlan:
         return self.edits is None and self.scored is None and self.num_logit_rows == len(self.sample_rows)
 
 
-def plan_sampling(chunks: Sequence[Chunk], vocab_size: int) -> SamplingPlan:
-    """Returns the plan for the chunks of a step, whose logits have ``vocab_size`` columns."""
+def plan_sampling(chunks: Sequence[Chunk], vocab_size: int, num_steps: int = 1) -> SamplingPlan:
+    """Returns the plan for the chunks of a run of ``num_steps`` steps, whose logits have ``vocab_size`` columns."""
     rows, specs = [], []
     num_rows = 0
     for chunk in chunks:
@@ -85,7 +85,7 @@ def plan_sampling(chunks: Sequence[Chunk], vocab_size: int) -> SamplingPlan:
         num_logit_rows=num_rows,
         sample_rows=np.array(rows, dtype=np.int64),
         parameters=row_parameters(specs),
-        uniforms=uniforms_ahead(specs, 1)[0],
+        uniforms=uniforms_ahead(specs, num_steps),
         edits=_edits(specs, vocab_size),
         scored=_scored(chunks),
     )

@@ -58,18 +58,22 @@ def arrange(chunks: Sequence[Chunk], buckets: Sequence[int], plan: AttentionPlan
     lengths = [len(chunk.token_ids) for chunk in others]
     *starts, num_rows = itertools.accumulate(lengths, initial=num_decodes)
     ordered, first_rows = [*decodes, *others], [*range(len(decodes)), *starts]
-    table_rows = [*range(len(decodes)), *range(num_decodes, num_decodes + len(others))]
+    block_size = plan.layout.block_size
     token_ids, positions = np.zeros(num_rows, dtype=np.int32), np.zeros(num_rows, dtype=np.int32)
     block_ids = np.full(num_rows, -1, dtype=np.int32)
     tables = np.zeros((num_decodes + len(others), max(len(chunk.block_ids) for chunk in chunks)), dtype=np.int32)
-    logit_rows: list[int] = []
-    for chunk, first, table_row in zip(ordered, first_rows, table_rows, strict=True):
+    one_each = slice(len(decodes))
+    token_ids[one_each] = [chunk.token_ids[0] for chunk in decodes]
+    positions[one_each] = [chunk.start for chunk in decodes]
+    for table, chunk in zip(tables, decodes, strict=False):
+        table[: len(chunk.block_ids)] = chunk.block_ids
+    block_ids[one_each] = tables[np.arange(len(decodes)), positions[one_each] // block_size]
+    for table, chunk, first in zip(tables[num_decodes:], others, starts, strict=True):
         rows = slice(first, first + len(chunk.token_ids))
         token_ids[rows] = chunk.token_ids
         positions[rows] = np.arange(chunk.start, chunk.start + len(chunk.token_ids))
-        tables[table_row, : len(chunk.block_ids)] = chunk.block_ids
-        block_ids[rows] = tables[table_row][positions[rows] // plan.layout.block_size]
-        logit_rows += range(rows.stop - chunk.num_logit_rows, rows.stop)
+        table[: len(chunk.block_ids)] = chunk.block_ids
+        block_ids[rows] = table[positions[rows] // block_size]
     context_lens = np.where(block_ids[:num_decodes] >= 0, positions[:num_decodes] + 1, 0).astype(np.int32)
     tiles = prefill_tiles(plan, starts, lengths, [chunk.start for chunk in others])
     tiles[:, 2] += num_decodes
@@ -80,9 +84,17 @@ def arrange(chunks: Sequence[Chunk], buckets: Sequence[int], plan: AttentionPlan
         "context_lens": context_lens,
         "tables": tables,
         "tiles": tiles,
-        "logit_rows": np.array(logit_rows, dtype=np.int32),
+        "logit_rows": _logit_rows(ordered, first_rows),
     }
     return StepRows(ordered, first_rows, num_decodes, arrays)
+
+
+def _logit_rows(chunks: Sequence[Chunk], first_rows: Sequence[int]) -> np.ndarray:
+    logit_rows: list[int] = []
+    for chunk, first in zip(chunks, first_rows, strict=True):
+        end = first + len(chunk.token_ids)
+        logit_rows += range(end - chunk.num_logit_rows, end)
+    return np.array(logit_rows, dtype=np.int32)
 
 
 def _bucket(num_decodes: int, buckets: Sequence[int]) -> int:
