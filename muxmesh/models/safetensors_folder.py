@@ -18,13 +18,14 @@ from muxmesh.errors import ModelUnsupported
 from muxmesh.models.file_fields import FileFields
 from muxmesh.models.model_files import described, read_json_object
 from muxmesh.models.safetensors_header import TensorEntry, read_header
-from muxmesh.models.stored_dtypes import STORED_AS, from_bfloat16
+from muxmesh.models.stored_dtypes import STORED_AS, from_bfloat16, in_dtype, is_finite
 from muxmesh.quoting import named
+from muxmesh.types import Dtype
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_INDEX_BYTES = 64 << 20
-_DTYPES = {"F32": STORED_AS["float32"], "F16": STORED_AS["float16"], "BF16": STORED_AS["bfloat16"]}
+_DTYPES: dict[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PIECE_VALUES = 1 << 22
 """16 MiB as f32."""
 
@@ -91,13 +92,21 @@ class FolderWeights:
 
         Raises ModelUnsupported if the tensor is missing, damaged, or of another shape or an unsupported dtype.
         """
-        return self._decoded(name, self._stored(name, shape)).reshape(shape)
-
-    def pieces(self, name: str, *shape: int) -> Iterator[np.ndarray]:
-        """Yields the values of one tensor in order as f32, in vectors of bounded length. Raises as `read`."""
         stored = self._stored(name, shape)
+        self._check_finite(name, stored)
+        return self._as_f32(name, stored).reshape(shape)
+
+    def pieces(self, name: str, dtype: Dtype, *shape: int) -> Iterator[np.ndarray]:
+        """Yields the values of one tensor in order, in vectors of bounded length, as `STORED_AS` stores ``dtype``.
+
+        Raises as `read`, and for a value beyond float16.
+        """
+        stored = self._stored(name, shape)
+        is_exact = _DTYPES[self._entries[name].dtype] == dtype
         for first in range(0, len(stored), _PIECE_VALUES):
-            yield self._decoded(name, stored[first : first + _PIECE_VALUES])
+            piece = stored[first : first + _PIECE_VALUES]
+            self._check_finite(name, piece)
+            yield piece if is_exact else in_dtype(self._as_f32(name, piece), dtype, name)
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The values of one tensor as a vector in the file's dtype."""
@@ -112,21 +121,23 @@ class FolderWeights:
             )
         if entry.path not in self._mapped:
             self._mapped[entry.path] = _map(entry.path)
-        return np.frombuffer(self._mapped[entry.path][entry.first : entry.last], dtype=_DTYPES[entry.dtype])
+        return np.frombuffer(self._mapped[entry.path][entry.first : entry.last], dtype=_stored_as(entry.dtype))
 
-    def _decoded(self, name: str, stored: np.ndarray) -> np.ndarray:
+    def _as_f32(self, name: str, stored: np.ndarray) -> np.ndarray:
+        is_bfloat16 = self._entries[name].dtype == "BF16"
+        return from_bfloat16(stored) if is_bfloat16 else stored.astype(np.float32, copy=False)
+
+    def _check_finite(self, name: str, stored: np.ndarray) -> None:
         entry = self._entries[name]
-        values = from_bfloat16(stored) if entry.dtype == "BF16" else stored.astype(np.float32, copy=False)
-        if not np.isfinite(values).all():
+        if not is_finite(stored, _DTYPES[entry.dtype]):
             raise ModelUnsupported(f"{entry.path}: weight {name} contains NaN or infinity; the file is damaged")
-        return values
 
 
 def write_safetensors(
     path: Path, shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], values: Iterable[np.ndarray]
 ) -> None:
     """Writes a safetensors file from ``values`` in the order of ``shapes``, one tensor at a time."""
-    names = {dtype: name for name, dtype in _DTYPES.items()}
+    names = {_stored_as(name): name for name in _DTYPES}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in shapes.items():
@@ -142,6 +153,10 @@ def write_safetensors(
                 "a tensor has the dtype and the shape that `shapes` gives"
             )
             file.write(np.ascontiguousarray(array).data)
+
+
+def _stored_as(name: str) -> np.dtype[Any]:
+    return STORED_AS[_DTYPES[name]]
 
 
 def _map(path: Path) -> memoryview:

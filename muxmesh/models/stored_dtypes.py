@@ -16,6 +16,7 @@ STORED_AS: dict[Dtype, np.dtype[Any]] = {
 }
 _MAX_FLOAT16 = 65504
 _NAN_BIT = np.uint16(0x40)
+_BFLOAT16_EXPONENT = np.uint16(0x7F80)
 
 
 def in_dtype(values: np.ndarray, dtype: Dtype, weight: str) -> np.ndarray:
@@ -45,10 +46,23 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
     As in IEEE 754, values of at least 2**128 - 2**119 become infinity.
     """
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    upper = (bits >> 16).astype(np.uint16)
-    rounded = ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16)
-    result: np.ndarray = np.where(np.isnan(values), upper | _NAN_BIT, rounded)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    result: np.ndarray = rounded.astype(np.uint16)
+    nans = np.isnan(values)
+    if nans.any():
+        result[nans] = (bits[nans] >> 16).astype(np.uint16) | _NAN_BIT
     return result
+
+
+def is_finite(stored: np.ndarray, dtype: Dtype) -> bool:
+    """True if no value is NaN or infinity. ``stored``: as in `STORED_AS`."""
+    if dtype == "bfloat16":
+        return not ((stored & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT).any()
+    return bool(np.isfinite(stored).all())
 
 
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np
 from muxmesh.models.matrix_packing import pack_gated, pack_panels, padded
 from muxmesh.models.model_spec import ModelSpec
 from muxmesh.models.safetensors_folder import FolderWeights, weight_files
-from muxmesh.models.stored_dtypes import STORED_AS, in_dtype
+from muxmesh.models.stored_dtypes import STORED_AS
 from muxmesh.models.weight_shapes import check_weights, expected_weights
 from muxmesh.types import Dtype
 
@@ -232,7 +232,7 @@ def _packed(weights: FolderWeights, name: str, sources: Sources) -> tuple[tuple[
 def _rows(weights: FolderWeights, sources: Sources, dtype: Dtype) -> tuple[tuple[int, ...], Iterator[np.ndarray]]:
     """Shape and values of a tensor as torch reads it; the values in pieces."""
     num_rows, depth = sum(shape[0] for _, shape in sources), sources[0][1][1:]
-    pieces = (in_dtype(piece, dtype, weight) for weight, shape in sources for piece in weights.pieces(weight, *shape))
+    pieces = (piece for weight, shape in sources for piece in weights.pieces(weight, dtype, *shape))
     return (num_rows, *depth), pieces
 
 

@@ -2,7 +2,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,6 +14,8 @@ from safetensors.torch import save_file as save_torch_file
 
 from muxmesh.errors import ModelUnsupported
 from muxmesh.models.safetensors_folder import FolderWeights, weight_files, write_safetensors
+from muxmesh.models.stored_dtypes import STORED_AS
+from muxmesh.types import Dtype
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -96,6 +98,31 @@ def test_every_supported_dtype_is_read_exactly_as_f32(tmp_path: Path, dtype: tor
     values = weights.read("w", 5, 7)
     assert values.dtype == np.float32 and np.array_equal(values, tensor.float().numpy())
     assert weights.dtypes() == [name]
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", get_args(Dtype))
+def test_pieces_of_a_large_weight_are_the_weight_in_another_dtype(
+    tmp_path: Path, stored: torch.dtype, dtype: Dtype
+) -> None:
+    rows = (1 << 22) // 3 + 5
+    tensor = torch.randn(rows, 3, generator=torch.Generator().manual_seed(0)).to(stored)
+    save_torch_file({"w": tensor}, tmp_path / SINGLE)
+    pieces = list(FolderWeights(tmp_path).pieces("w", dtype, rows, 3))
+    assert [len(piece) for piece in pieces] == [1 << 22, rows * 3 - (1 << 22)]
+    expected = tensor.float().to(getattr(torch, dtype)).view(torch.int32 if dtype == "float32" else torch.int16)
+    values = np.concatenate(pieces)
+    assert values.dtype == STORED_AS[dtype]
+    assert np.array_equal(values.view(expected.numpy().dtype), expected.numpy().ravel())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_pieces_with_nan_or_infinity_are_rejected(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    save_torch_file({"w": torch.tensor([1.0, value], dtype=dtype)}, tmp_path / SINGLE)
+    for wanted in get_args(Dtype):
+        with pytest.raises(ModelUnsupported, match="weight w contains NaN or infinity"):
+            list(FolderWeights(tmp_path).pieces("w", wanted, 2))
 
 
 def test_tensors_are_found_in_every_shard(tmp_path: Path) -> None:

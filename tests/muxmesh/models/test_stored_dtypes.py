@@ -1,3 +1,5 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muxmesh.errors import ModelUnsupported
-from muxmesh.models.stored_dtypes import from_bfloat16, in_dtype, to_bfloat16
+from muxmesh.models.stored_dtypes import from_bfloat16, in_dtype, is_finite, to_bfloat16
+from muxmesh.types import Dtype
 
 TIES = np.array([1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8)], dtype=np.float32)
 SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, 1e-45, 3.4e38, -3.4e38], dtype=np.float32)
@@ -38,6 +41,14 @@ def test_every_bfloat16_survives_the_way_over_f32() -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     numbers = bits[~np.isnan(from_bfloat16(bits))]
     assert np.array_equal(to_bfloat16(from_bfloat16(numbers)), numbers)
+
+
+@pytest.mark.parametrize("dtype", get_args(Dtype))
+def test_nan_and_infinity_are_not_finite_in_any_dtype(dtype: Dtype) -> None:
+    values = np.array([0.0, -1.5, 6e4, -6e-8], dtype=np.float32)
+    assert is_finite(in_dtype(values, dtype, "w"), dtype)
+    for odd in (np.nan, np.inf, -np.inf):
+        assert not is_finite(in_dtype(np.append(values, np.float32(odd)), dtype, "w"), dtype)
 
 
 @pytest.mark.parametrize(("value", "fits"), [(65519.0, True), (65520.0, False), (-7e4, False), (np.inf, True)])
