@@ -37,23 +37,23 @@ def decode_attention(
     num_seqs, heads = _check_rows(q, out, plan), plan.num_heads
     _check_integers("tables", tables, num_seqs, 2)
     _check_integers("context_lens", context_lens, num_seqs, 1)
-    needed = plan.workspace_elements(num_seqs, tables.shape[1])
+    splits, padded = plan.num_splits(num_seqs, tables.shape[1]), next_power_of_2(layout.head_dim)
+    needed = num_seqs * heads * splits * (layout.head_dim + 1) if splits > 1 else 0
     if workspace.dtype != torch.float32 or workspace.numel() < needed:
         raise ValueError(f"workspace has {workspace.numel()} elements of {workspace.dtype}, {needed} of f32 are needed")
-    splits, padded = plan.num_splits(num_seqs, tables.shape[1]), next_power_of_2(layout.head_dim)
-    partials, lse = workspace, workspace[num_seqs * heads * splits * layout.head_dim :] if splits > 1 else workspace
+    partials, lse = workspace, workspace[needed // (layout.head_dim + 1) * layout.head_dim :]
     decode_kernel[(layout.num_kv_heads, splits, num_seqs)](
-        q, pool, tables, context_lens, out, partials, lse, _scale(layout.head_dim),
+        q, pool, tables, context_lens, out, partials, lse, _scale(layout.head_dim), splits,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), tables.stride(0),
-        layer, layout.num_kv_heads, layout.blocks_per_slab, layout.slab_elements, layout.token_block_elements,
+        layer, layout.num_kv_heads, layout.blocks_per_slab, layout.slab_rest, layout.token_block_elements,
         GROUP=plan.group, Q=config.queries, HEAD_DIM=layout.head_dim, D=padded, BLOCK_SIZE=layout.block_size,
-        N=config.keys, SPLITS=splits, ONE_STRIDE=layout.one_stride,
+        N=config.keys, SPLIT=splits > 1, ONE_STRIDE=layout.one_stride,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(heads, num_seqs)](
-            partials, lse, context_lens, out, out.stride(0), out.stride(1),
-            HEAD_DIM=layout.head_dim, D=padded, N=config.keys, SPLITS=splits, P=_MERGED_AT_A_TIME, num_warps=4,
+            partials, lse, context_lens, out, splits, out.stride(0), out.stride(1),
+            HEAD_DIM=layout.head_dim, D=padded, N=config.keys, P=_MERGED_AT_A_TIME, num_warps=4,
         )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def prefill_attention(
     prefill_kernel[(layout.num_kv_heads, tiles.shape[0])](
         q, pool, tables, tiles, out, _scale(layout.head_dim),
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), tables.stride(0),
-        layer, layout.num_kv_heads, layout.blocks_per_slab, layout.slab_elements, layout.token_block_elements,
+        layer, layout.num_kv_heads, layout.blocks_per_slab, layout.slab_rest, layout.token_block_elements,
         GROUP=plan.group, Q=config.queries, HEAD_DIM=layout.head_dim, D=next_power_of_2(layout.head_dim),
         BLOCK_SIZE=layout.block_size, N=config.keys, ONE_STRIDE=layout.one_stride,
         num_warps=config.num_warps, num_stages=config.num_stages,

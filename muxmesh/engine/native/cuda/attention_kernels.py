@@ -17,74 +17,77 @@ import triton.language as tl
 
 @triton.jit
 def token_address(
-    table, tokens, mask, kv_block, blocks_per_slab, slab_elements, token_block_elements,
+    table, tokens, mask, kv_block, blocks_per_slab, slab_rest, token_block_elements,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ONE_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Elements from the start of the pool to the K of each token; its V is BLOCK_SIZE * HEAD_DIM further."""
     ids = tl.load(table + tokens // BLOCK_SIZE, mask=mask, other=0)
-    if ONE_STRIDE:
-        block = ids.to(tl.int64) * token_block_elements
-    else:
-        slab = (ids // blocks_per_slab).to(tl.int64) * slab_elements
-        block = slab + (ids % blocks_per_slab).to(tl.int64) * token_block_elements
+    block = ids.to(tl.int64) * token_block_elements
+    if not ONE_STRIDE:
+        block += (ids // blocks_per_slab).to(tl.int64) * slab_rest
     return block + kv_block * (2 * BLOCK_SIZE * HEAD_DIM) + (tokens % BLOCK_SIZE) * HEAD_DIM
 
 
 @triton.jit
 def attend_range(
     q, top, total, sums, pool, table, first, last, positions, scale_log2, kv_block,
-    blocks_per_slab, slab_elements, token_block_elements,
+    blocks_per_slab, slab_rest, token_block_elements,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, N: tl.constexpr,
-    ONE_STRIDE: tl.constexpr, CAUSAL: tl.constexpr,
+    ONE_STRIDE: tl.constexpr, WHOLE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of the queries q [Q, D] over the tokens [first, last) of a sequence; ``first`` is a multiple of N.
 
-    With CAUSAL, a query sees the tokens up to its position [Q] only. Returns largest scores, sums of weights, sums.
+    With WHOLE, ``last`` is a multiple of N too, so there is nothing to mask. With CAUSAL, a query sees only the tokens
+    up to its position [Q]. Returns largest scores, sums of weights, weighted sums of values.
     """
     d = tl.arange(0, D)
     for start in tl.range(first, last, N):
         tokens = start + tl.arange(0, N)
         stored = tokens < last
         base = token_address(
-            table, tokens, stored, kv_block, blocks_per_slab, slab_elements, token_block_elements,
+            table, tokens, stored, kv_block, blocks_per_slab, slab_rest, token_block_elements,
             HEAD_DIM, BLOCK_SIZE, ONE_STRIDE,
         )  # fmt: skip
         k_at = pool + base[:, None] + d[None, :]
-        mask = stored[:, None] & (d < HEAD_DIM)[None, :]
-        k = tl.load(k_at, mask=mask, other=0.0).to(q.dtype)
-        v = tl.load(k_at + BLOCK_SIZE * HEAD_DIM, mask=mask, other=0.0).to(q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        visible = stored[None, :]
-        if CAUSAL:
-            visible = visible & (tokens[None, :] <= positions[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
+        if WHOLE and HEAD_DIM == D:
+            k, v = tl.load(k_at), tl.load(k_at + BLOCK_SIZE * HEAD_DIM)
+        else:
+            mask = stored[:, None] & (d < HEAD_DIM)[None, :]
+            k = tl.load(k_at, mask=mask, other=0.0)
+            v = tl.load(k_at + BLOCK_SIZE * HEAD_DIM, mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale_log2
+        if not WHOLE:
+            visible = stored[None, :]
+            if CAUSAL:
+                visible = visible & (tokens[None, :] <= positions[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
-        sums = tl.dot(weights.to(q.dtype), v, acc=sums * shrink[:, None], input_precision="ieee")
+        sums = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc=sums * shrink[:, None], input_precision="ieee")
         top = new_top
     return top, total, sums
 
 
-@triton.jit(do_not_specialize=["table_stride", "layer", "blocks_per_slab"])
+@triton.jit(do_not_specialize=["num_splits", "table_stride", "layer", "blocks_per_slab"])
 def decode_kernel(
-    q, pool, tables, context_lens, out, partials, lse, scale_log2,
+    q, pool, tables, context_lens, out, partials, lse, scale_log2, num_splits,
     q_stride, q_head_stride, out_stride, out_head_stride, table_stride,
-    layer, num_kv_heads, blocks_per_slab, slab_elements, token_block_elements,
+    layer, num_kv_heads, blocks_per_slab, slab_rest, token_block_elements,
     GROUP: tl.constexpr, Q: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    N: tl.constexpr, SPLITS: tl.constexpr, ONE_STRIDE: tl.constexpr,
+    N: tl.constexpr, SPLIT: tl.constexpr, ONE_STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one row of one sequence over one split of its context. Grid: (KV heads, SPLITS, sequences).
+    """Attention of one row of one sequence over one split of its context. Grid: (KV heads, splits, sequences).
 
-    With one split it writes ``out``, otherwise partials [sequences, heads, SPLITS, HEAD_DIM] and lse [sequences, heads,
-    SPLITS], nothing for a split without tokens.
+    Without SPLIT there is one split and it writes ``out``. With SPLIT it writes partials [sequences, heads, splits,
+    HEAD_DIM] and lse [sequences, heads, splits], nothing for a split without tokens.
     """
     kv_head, split, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     context = tl.load(context_lens + seq)
-    width = tl.cdiv(tl.cdiv(context, SPLITS), N) * N
+    width = tl.cdiv(tl.cdiv(context, num_splits), N) * N
     first = split * width
-    if SPLITS > 1 and first >= context:
+    if SPLIT and first >= context:
         return
     last = tl.minimum(first + width, context)
     d, member = tl.arange(0, D), tl.arange(0, Q)
@@ -95,30 +98,30 @@ def decode_kernel(
     top, total, sums = attend_range(
         queries, tl.full([Q], float("-inf"), tl.float32), tl.zeros([Q], tl.float32), tl.zeros([Q, D], tl.float32),
         pool, tables + seq * table_stride, first, last, heads, scale_log2, kv_block,
-        blocks_per_slab, slab_elements, token_block_elements, HEAD_DIM, D, BLOCK_SIZE, N, ONE_STRIDE, False,
+        blocks_per_slab, slab_rest, token_block_elements, HEAD_DIM, D, BLOCK_SIZE, N, ONE_STRIDE, False, False,
     )  # fmt: skip
     sums = sums / tl.where(total > 0, total, 1.0)[:, None]
-    if SPLITS == 1:
-        to = out + seq * out_stride + heads[:, None] * out_head_stride + d[None, :]
-        tl.store(to, sums.to(out.dtype.element_ty), mask=mask)
-    else:
-        row = (seq * num_kv_heads * GROUP + heads) * SPLITS + split
+    if SPLIT:
+        row = (seq * num_kv_heads * GROUP + heads) * num_splits + split
         tl.store(partials + row[:, None] * HEAD_DIM + d[None, :], sums, mask=mask)
         tl.store(lse + row, top + tl.log2(total), mask=member < GROUP)
+    else:
+        to = out + seq * out_stride + heads[:, None] * out_head_stride + d[None, :]
+        tl.store(to, sums.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def merge_kernel(
-    partials, lse, context_lens, out, out_stride, out_head_stride,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, P: tl.constexpr,
+    partials, lse, context_lens, out, num_splits, out_stride, out_head_stride,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Joins the splits of one query, P at a time; zeros for a sequence without context. Grid: (heads, sequences)."""
     head, seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
     context = tl.load(context_lens + seq)
-    width = tl.maximum(tl.cdiv(tl.cdiv(context, SPLITS), N) * N, 1)
+    width = tl.maximum(tl.cdiv(tl.cdiv(context, num_splits), N) * N, 1)
     splits = tl.cdiv(context, width)
     d = tl.arange(0, D)
-    row = (seq * tl.num_programs(0) + head) * SPLITS
+    row = (seq * tl.num_programs(0) + head) * num_splits
     top, total, sums = float("-inf"), 0.0, tl.zeros([D], tl.float32)
     for start in tl.range(0, splits, P):
         split = start + tl.arange(0, P)
@@ -139,7 +142,7 @@ def merge_kernel(
 def prefill_kernel(
     q, pool, tables, tiles, out, scale_log2,
     q_stride, q_head_stride, out_stride, out_head_stride, table_stride,
-    layer, num_kv_heads, blocks_per_slab, slab_elements, token_block_elements,
+    layer, num_kv_heads, blocks_per_slab, slab_rest, token_block_elements,
     GROUP: tl.constexpr, Q: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     N: tl.constexpr, ONE_STRIDE: tl.constexpr,
 ):  # fmt: skip
@@ -159,11 +162,11 @@ def prefill_kernel(
     top, total, sums = attend_range(
         queries, tl.full([Q], float("-inf"), tl.float32), tl.zeros([Q], tl.float32), tl.zeros([Q, D], tl.float32),
         pool, table, 0, seen_by_all, positions, scale_log2, kv_block,
-        blocks_per_slab, slab_elements, token_block_elements, HEAD_DIM, D, BLOCK_SIZE, N, ONE_STRIDE, False,
+        blocks_per_slab, slab_rest, token_block_elements, HEAD_DIM, D, BLOCK_SIZE, N, ONE_STRIDE, True, False,
     )  # fmt: skip
     top, total, sums = attend_range(
         queries, top, total, sums, pool, table, seen_by_all, last, positions, scale_log2, kv_block,
-        blocks_per_slab, slab_elements, token_block_elements, HEAD_DIM, D, BLOCK_SIZE, N, ONE_STRIDE, True,
+        blocks_per_slab, slab_rest, token_block_elements, HEAD_DIM, D, BLOCK_SIZE, N, ONE_STRIDE, False, True,
     )  # fmt: skip
     to = out + (rows * out_stride + heads * out_head_stride)[:, None] + d[None, :]
     tl.store(to, (sums / total[:, None]).to(out.dtype.element_ty), mask=mask)

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from muxmesh.engine.native.cuda.kv_layout import KvLayout
 
-_CTAS_PER_SM = 2
-"""Programs of decode attention that one SM runs at a time: enough loads in flight to hide the latency of memory."""
 _SPLIT_OVERHEAD_TOKENS = 64
 """What starting a program and merging its result costs, as the tokens that it could have read meanwhile."""
+_MOST_WAVES = 4
+"""A split makes at most about this many waves of programs: smaller programs end closer together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,27 +29,42 @@ class TileConfig:
     num_stages: int
 
 
-def decode_config(element_bytes: int, head_dim: int, group: int, capability: tuple[int, int]) -> TileConfig:
+# By bytes of an element of q: the largest head size, the tile for it. A loop keeps num_stages // 2 tiles of K and V:
+# the ids of their token blocks are loaded as far ahead again.
+_DECODE = {
+    2: ((64, TileConfig(16, 128, 4, 5)), (128, TileConfig(16, 64, 4, 5)), (256, TileConfig(16, 32, 4, 5))),
+    4: ((128, TileConfig(16, 32, 8, 3)), (256, TileConfig(16, 16, 8, 3))),
+}
+_PREFILL_EXACT = ((64, TileConfig(32, 32, 8, 3)), (128, TileConfig(16, 32, 8, 3)), (256, TileConfig(16, 16, 8, 3)))
+_PREFILL = {  # by whether the device has the shared memory and the matrix instructions of Hopper
+    False: ((64, TileConfig(128, 64, 8, 3)), (128, TileConfig(64, 64, 8, 3)), (256, TileConfig(64, 32, 8, 3))),
+    True: ((128, TileConfig(128, 64, 8, 3)), (256, TileConfig(128, 32, 8, 3))),
+}
+
+
+def decode_config(element_bytes: int, head_dim: int, group: int) -> TileConfig:
     """Returns the tile of decode attention: one row of one KV head, so ``group`` queries, padded for the tensor cores.
 
-    ``element_bytes``: of q, 4 for f32. ``capability``: compute capability of the device.
+    ``element_bytes``: of q, 4 for f32.
     """
-    queries = max(16, next_power_of_2(group))
-    if element_bytes == 4:
-        return TileConfig(queries, 32 if head_dim <= 128 else 16, num_warps=4, num_stages=2)
-    if head_dim > 128:
-        return TileConfig(queries, 32, num_warps=4, num_stages=3)
-    return TileConfig(queries, 64, num_warps=4, num_stages=3 if capability >= (9, 0) else 2)
+    return _with_group(_first_fit(_DECODE[element_bytes], head_dim), group)
 
 
 def prefill_config(element_bytes: int, head_dim: int, group: int, capability: tuple[int, int]) -> TileConfig:
-    """Returns the tile of prefill attention: ``queries // group`` rows of a chunk, all queries of one KV head."""
-    if element_bytes == 4:
-        return TileConfig(max(16, next_power_of_2(group)), 32 if head_dim <= 64 else 16, num_warps=4, num_stages=1)
-    queries = max(64, next_power_of_2(group))
-    if head_dim > 128:
-        return TileConfig(queries, 32, num_warps=4, num_stages=2)
-    return TileConfig(queries, 64, num_warps=4, num_stages=3 if capability >= (9, 0) else 2)
+    """Returns the tile of prefill attention: ``queries // group`` rows of a chunk, all queries of one KV head.
+
+    ``capability``: compute capability of the device. 12.x has the shared memory of 8.6.
+    """
+    table = _PREFILL_EXACT if element_bytes == 4 else _PREFILL[capability[0] in (9, 10)]
+    return _with_group(_first_fit(table, head_dim), group)
+
+
+def _first_fit(table: Sequence[tuple[int, TileConfig]], head_dim: int) -> TileConfig:
+    return next(config for largest, config in table if head_dim <= largest)
+
+
+def _with_group(config: TileConfig, group: int) -> TileConfig:
+    return replace(config, queries=max(config.queries, next_power_of_2(group)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +75,8 @@ class AttentionPlan:
     num_heads: int
     decode: TileConfig
     prefill: TileConfig
-    num_sms: int
+    num_slots: int
+    """Programs of decode attention that the device runs at a time."""
 
     @classmethod
     def of(
@@ -68,17 +84,19 @@ class AttentionPlan:
     ) -> AttentionPlan:
         """Returns the plan for q of ``element_bytes`` per element on a device with ``num_sms`` SMs for this process.
 
-        Raises ValueError if KV heads do not divide the heads.
+        Raises ValueError if KV heads do not divide the heads, or for a head size above 256.
         """
         if num_heads % layout.num_kv_heads:
             raise ValueError(f"{num_heads} heads do not share {layout.num_kv_heads} KV heads evenly")
+        if layout.head_dim > 256:
+            raise ValueError(f"the head size is {layout.head_dim}, attention takes at most 256")
         group = num_heads // layout.num_kv_heads
         return cls(
             layout=layout,
             num_heads=num_heads,
-            decode=decode_config(element_bytes, layout.head_dim, group, capability),
+            decode=decode_config(element_bytes, layout.head_dim, group),
             prefill=prefill_config(element_bytes, layout.head_dim, group, capability),
-            num_sms=num_sms,
+            num_slots=num_sms * (3 if capability[0] in (9, 10) else 2),
         )
 
     @property
@@ -96,26 +114,32 @@ class AttentionPlan:
 
         Depends on shapes only: ``max_blocks`` is the width of the tables, whatever the contexts are.
         """
-        max_tiles = math.ceil(max_blocks * self.layout.block_size / self.decode.keys)
-        return num_splits(num_seqs * self.layout.num_kv_heads, max_tiles, self.decode.keys, self.num_sms)
+        max_tiles = self._tiles(max_blocks)
+        return num_splits(num_seqs * self.layout.num_kv_heads, max_tiles, self.decode.keys, self.num_slots)
 
     def workspace_elements(self, num_seqs: int, max_blocks: int) -> int:
-        """Size of the workspace of decode attention, f32: per split and query, the output and one log-sum-exp."""
-        splits = self.num_splits(num_seqs, max_blocks)
-        return num_seqs * self.num_heads * splits * (self.layout.head_dim + 1) if splits > 1 else 0
+        """Size of a workspace for decode attention of up to ``num_seqs`` sequences, tables up to ``max_blocks`` wide.
+
+        In f32 elements: per split and query, the output and one log-sum-exp.
+        """
+        programs = num_seqs * self.layout.num_kv_heads
+        most = min(programs * self._tiles(max_blocks), _MOST_WAVES * self.num_slots + programs)
+        return most * self.group * (self.layout.head_dim + 1)
+
+    def _tiles(self, max_blocks: int) -> int:
+        return math.ceil(max_blocks * self.layout.block_size / self.decode.keys)
 
 
-def num_splits(num_programs: int, max_tiles: int, tile_tokens: int, num_sms: int) -> int:
+def num_splits(num_programs: int, max_tiles: int, tile_tokens: int, num_slots: int) -> int:
     """Returns the number of splits with the shortest estimated time, the smallest of equals.
 
     ``num_programs`` would run without a split, each over ``max_tiles`` tiles of ``tile_tokens`` tokens. Programs run in
-    waves that fill the device; a wave lasts as long as its programs.
+    waves of ``num_slots``; a wave lasts as long as its programs.
     """
-    slots = num_sms * _CTAS_PER_SM
-    most = min(max_tiles, max(1, math.ceil(slots / num_programs)))
+    most = min(max_tiles, math.ceil(_MOST_WAVES * num_slots / num_programs))
 
-    def cost(splits: int) -> float:
-        waves = math.ceil(num_programs * splits / slots)
+    def cost(splits: int) -> int:
+        waves = math.ceil(num_programs * splits / num_slots)
         overhead = _SPLIT_OVERHEAD_TOKENS if splits > 1 else 0
         return waves * (math.ceil(max_tiles / splits) * tile_tokens + overhead)
 

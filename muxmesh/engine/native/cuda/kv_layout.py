@@ -44,6 +44,14 @@ class KvLayout:
         )
 
     @property
+    def slab_rest(self) -> int:
+        """Elements at the end of a slab that belong to no token block.
+
+        Token block ``id`` starts at ``id * token_block_elements + id // blocks_per_slab * slab_rest``.
+        """
+        return self.slab_elements - self.blocks_per_slab * self.token_block_elements
+
+    @property
     def one_stride(self) -> bool:
-        """Whether token block ``id`` starts at ``id * token_block_elements``: slabs hold nothing but token blocks."""
-        return self.slab_elements == self.blocks_per_slab * self.token_block_elements
+        """Whether token block ``id`` starts at ``id * token_block_elements``."""
+        return self.slab_rest == 0

@@ -35,7 +35,7 @@ def write_kv(
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, contiguous int32 [{rows}] is needed")
     write_kernel[(triton.cdiv(rows, _ROWS_PER_PROGRAM), layout.num_kv_heads)](
         pool, k, v, block_ids, positions, rows, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        layer, layout.num_kv_heads, layout.blocks_per_slab, layout.slab_elements, layout.token_block_elements,
+        layer, layout.num_kv_heads, layout.blocks_per_slab, layout.slab_rest, layout.token_block_elements,
         HEAD_DIM=layout.head_dim, D=next_power_of_2(layout.head_dim), BLOCK_SIZE=layout.block_size,
         ROWS=_ROWS_PER_PROGRAM, num_warps=4,
     )  # fmt: skip
@@ -44,7 +44,7 @@ def write_kv(
 @triton.jit(do_not_specialize=["rows", "layer", "blocks_per_slab"])
 def write_kernel(
     pool, k, v, block_ids, positions, rows, k_stride, k_head_stride, v_stride, v_head_stride,
-    layer, num_kv_heads, blocks_per_slab, slab_elements, token_block_elements,
+    layer, num_kv_heads, blocks_per_slab, slab_rest, token_block_elements,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Writes K and V of one head for ROWS rows. Grid: (cdiv(rows, ROWS), KV heads)."""
@@ -53,8 +53,7 @@ def write_kernel(
     ids = tl.load(block_ids + row, mask=row < rows, other=-1)
     slots = tl.load(positions + row, mask=row < rows, other=0) % BLOCK_SIZE
     mask = (ids >= 0)[:, None] & (d < HEAD_DIM)[None, :]
-    slab = (ids // blocks_per_slab).to(tl.int64) * slab_elements
-    block = slab + (ids % blocks_per_slab).to(tl.int64) * token_block_elements
+    block = ids.to(tl.int64) * token_block_elements + (ids // blocks_per_slab).to(tl.int64) * slab_rest
     kv_block = (layer * num_kv_heads + head).to(tl.int64)
     to = pool + (block + kv_block * (2 * BLOCK_SIZE * HEAD_DIM) + slots * HEAD_DIM)[:, None] + d[None, :]
     row = row.to(tl.int64)

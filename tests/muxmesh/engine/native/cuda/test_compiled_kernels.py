@@ -1,0 +1,56 @@
+"""What the compiler makes of the kernels, for devices that this machine does not have."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from tests.support.triton_interpreter import INTERPRETED
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="this process compiles for the present device")
+
+KINDS = [  # dtype of q, dtype of the pool, head size, query heads per KV head
+    *(f"bf16/bf16/{head_dim}/4" for head_dim in (64, 80, 128, 256)),
+    "bf16/bf16/128/1",
+    "bf16/bf16/256/7",
+    *(f"f16/f16/{head_dim}/4" for head_dim in (128, 256)),
+    *(f"f32/f32/{head_dim}/4" for head_dim in (128, 256)),
+]
+
+
+def compiled(capability: int, kinds: Sequence[str]) -> list[Any]:
+    """Compiles in a process of its own, as this one interprets kernels; returns one dict per kernel."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.compiled_kernels", str(capability), *kinds],
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_keep_to_registers_wide_loads_and_matrix_instructions(capability: int) -> None:
+    kernels = compiled(capability, KINDS)
+    # Decode attention is compiled with and without a split.
+    assert len(kernels) == 5 * len(KINDS)
+    for kernel in kernels:
+        attention, exact = kernel["kernel"] in {"decode_kernel", "prefill_kernel"}, kernel["dtype"] == "f32"
+        assert kernel["spill_bytes"] <= (32 if exact else 0), kernel
+        # 4 bytes: ids, lengths and positions.
+        assert set(kernel["loads"]) <= {"4", "16"}, kernel
+        # And so are the narrow copies, a few per tile.
+        assert bool(kernel["wide_copies"]) == attention and kernel["narrow_copies"] <= 6 * attention, kernel
+        if kernel["kernel"] == "prefill_kernel" and not exact:
+            assert kernel["wgmma"] if capability == 90 else kernel["mma"], kernel
+        if kernel["kernel"] == "decode_kernel" and not exact:
+            assert kernel["mma"], kernel
+            # Three programs fit on an SM of Hopper, two on one of Ampere: what `AttentionPlan.num_slots` counts on.
+            assert kernel["shared_bytes"] <= 75 * 1024 and kernel["registers"] <= 168, kernel
