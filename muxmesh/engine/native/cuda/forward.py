@@ -16,7 +16,7 @@ from torch.nn import functional
 from muxmesh.engine.native.cuda.attention import decode_attention, prefill_attention
 from muxmesh.engine.native.cuda.attention_plan import AttentionPlan
 from muxmesh.engine.native.cuda.device_rows import DeviceRows
-from muxmesh.engine.native.cuda.kv_write import write_kv
+from muxmesh.engine.native.cuda.row_kernels import HeadNorms, rotate_and_write, silu_and_multiply
 from muxmesh.engine.native.rope import rope_tables
 from muxmesh.models.model_spec import ModelSpec
 
@@ -28,8 +28,7 @@ class _Layer:
     input_norm: Tensor
     qkv: Tensor
     qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    head_norms: HeadNorms | None
     o: Tensor
     post_norm: Tensor
     gate_up: Tensor
@@ -57,7 +56,7 @@ class DeviceForward:
         self._pool = pool
         self._plan = plan
         self._workspace = workspace
-        self._layers = [_layer(weights, number) for number in range(spec.num_layers)]
+        self._layers = [_layer(weights, number, spec) for number in range(spec.num_layers)]
         self._norm = weights["norm"]
         self._lm_head = weights["lm_head"]
         self._embed = self._lm_head if spec.tied_embeddings else weights["embed"]
@@ -72,28 +71,27 @@ class DeviceForward:
     def hidden(self, rows: DeviceRows) -> Tensor:
         """Writes the KV of all rows into the pool. Returns their hidden states before the last norm, [rows, hidden]."""
         x = functional.embedding(rows.token_ids, self._embed)
-        cos = self._cos.index_select(0, rows.positions)[:, None]
-        sin = self._sin.index_select(0, rows.positions)[:, None]
         for number, layer in enumerate(self._layers):
-            attended = self._attention(number, layer, self._normalized(x, layer.input_norm), rows, cos, sin)
-            x = x + functional.linear(attended, layer.o)
-            gate, up = functional.linear(self._normalized(x, layer.post_norm), layer.gate_up).chunk(2, dim=-1)
-            x = x + functional.linear(functional.silu(gate) * up, layer.down)
+            x.addmm_(self._attention(number, layer, self._normalized(x, layer.input_norm), rows), layer.o.t())
+            gate_up = functional.linear(self._normalized(x, layer.post_norm), layer.gate_up)
+            gated = torch.empty((len(x), self._spec.intermediate_size), dtype=x.dtype, device=x.device)
+            silu_and_multiply(gate_up, gated)
+            x.addmm_(gated, layer.down.t())
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns the logits of rows of `hidden`, f32 [rows, vocab_size]."""
         return functional.linear(self._normalized(hidden, self._norm), self._lm_head).float()
 
-    def _attention(self, number: int, layer: _Layer, x: Tensor, rows: DeviceRows, cos: Tensor, sin: Tensor) -> Tensor:
+    def _attention(self, number: int, layer: _Layer, x: Tensor, rows: DeviceRows) -> Tensor:
+        """Writes the KV of a layer and attends to it. Returns [rows, heads * head_dim]."""
         spec, num_rows = self._spec, len(x)
-        heads, kv_heads = spec.num_heads, spec.num_kv_heads
-        qkv = functional.linear(x, layer.qkv, layer.qkv_bias).view(num_rows, heads + 2 * kv_heads, spec.head_dim)
-        q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._normalized(q, layer.q_norm), self._normalized(k, layer.k_norm)
-        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
-        write_kv(self._pool, self._plan.layout, number, k, v, rows.block_ids, rows.positions)
+        qkv = functional.linear(x, layer.qkv, layer.qkv_bias)
+        q = torch.empty((num_rows, spec.num_heads, spec.head_dim), dtype=x.dtype, device=x.device)
+        rotate_and_write(
+            qkv.view(num_rows, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim), layer.head_norms,
+            self._cos, self._sin, rows.positions, rows.block_ids, self._pool, self._plan.layout, number, q,
+        )  # fmt: skip
         out = torch.empty_like(q)
         if count := rows.num_decodes:
             decode_attention(
@@ -102,28 +100,24 @@ class DeviceForward:
             )  # fmt: skip
         if rows.tiles is not None:
             prefill_attention(q, self._pool, self._plan, number, rows.tables, rows.tiles, out)
-        return out.view(num_rows, heads * spec.head_dim)
+        return out.view(num_rows, spec.num_heads * spec.head_dim)
 
     def _normalized(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm over the last dimension; torch computes it in f32."""
         return functional.rms_norm(x, weight.shape, weight, self._spec.rms_norm_eps)
 
 
-def _layer(weights: Mapping[str, Tensor], number: int) -> _Layer:
+def _layer(weights: Mapping[str, Tensor], number: int, spec: ModelSpec) -> _Layer:
+    norms = None
+    if spec.qk_norm:
+        norms = HeadNorms(weights[f"{number}.q_norm"], weights[f"{number}.k_norm"], spec.rms_norm_eps)
     return _Layer(
         input_norm=weights[f"{number}.input_norm"],
         qkv=weights[f"{number}.qkv"],
         qkv_bias=weights.get(f"{number}.qkv_bias"),
-        q_norm=weights.get(f"{number}.q_norm"),
-        k_norm=weights.get(f"{number}.k_norm"),
+        head_norms=norms,
         o=weights[f"{number}.o"],
         post_norm=weights[f"{number}.post_norm"],
         gate_up=weights[f"{number}.gate_up"],
         down=weights[f"{number}.down"],
     )
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The half-rotation form of RoPE over x [rows, heads, head_dim], in f32; cos, sin [rows, 1, head_dim / 2]."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
