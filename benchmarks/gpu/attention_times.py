@@ -41,13 +41,17 @@ class AttentionTimer:
         shape = KvShape(_NUM_LAYERS, sizes.num_kv_heads, sizes.head_dim, BLOCK_SIZE, 2)
         self._device, self._sizes = device, sizes
         layout = KvLayout.of(KvGeometry(shape, _BLOCKS_PER_SLAB * shape.token_block_bytes))
-        self._plan = AttentionPlan.of(layout, sizes.num_heads, 2, device.compute_capability, device.num_sms)
+        self.plan = AttentionPlan.of(layout, sizes.num_heads, 2, device.compute_capability, device.num_sms)
         self._num_blocks = sizes.pool_tokens // BLOCK_SIZE
         elements = self._num_blocks * shape.token_block_bytes // 2
         self._pool = torch.empty(elements, dtype=torch.bfloat16, device=device.torch_device).normal_()
 
-    def measure(self, batch: int, context: int) -> dict[str, Any]:
-        """Bytes of KV per second of ``batch`` sequences of ``context`` tokens, and microseconds of one layer."""
+    def measure(self, batch: int, context: int, plan: AttentionPlan | None = None) -> dict[str, Any]:
+        """Bytes of KV per second of ``batch`` sequences of ``context`` tokens, and microseconds of one layer.
+
+        ``plan``: another than that of the engine.
+        """
+        plan = plan or self.plan
         sizes, where = self._sizes, self._device.torch_device
         num_bytes = batch * context * sizes.num_kv_heads * 2 * sizes.head_dim * 2
         count = context // BLOCK_SIZE
@@ -57,16 +61,18 @@ class AttentionTimer:
         q = torch.randn(batch, sizes.num_heads, sizes.head_dim, dtype=torch.bfloat16, device=where)
         out = torch.empty_like(q)
         lens = torch.full((batch,), context, dtype=torch.int32, device=where)
-        workspace = torch.empty(max(1, self._plan.workspace_elements(batch, count)), device=where)
+        workspace = torch.empty(max(1, plan.workspace_elements(batch, count)), device=where)
 
         def enqueue() -> None:
             for one in tables:
-                self._enqueue_layers(q, one, lens, out, workspace)
+                self._enqueue_layers(plan, q, one, lens, out, workspace)
 
         launches = num_sets * _NUM_LAYERS
         seconds = median_s(self._device.capture(enqueue), 10) / launches
         return {"batch": batch, "context": context, "us": 1e6 * seconds, "bytes_s": num_bytes / seconds}
 
-    def _enqueue_layers(self, q: Tensor, tables: Tensor, lens: Tensor, out: Tensor, workspace: Tensor) -> None:
+    def _enqueue_layers(
+        self, plan: AttentionPlan, q: Tensor, tables: Tensor, lens: Tensor, out: Tensor, workspace: Tensor
+    ) -> None:
         for layer in range(_NUM_LAYERS):
-            decode_attention(q, self._pool, self._plan, layer, tables, lens, out, workspace)
+            decode_attention(q, self._pool, plan, layer, tables, lens, out, workspace)

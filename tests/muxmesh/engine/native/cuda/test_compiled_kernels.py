@@ -36,6 +36,7 @@ def compiled(capability: int, kinds: Sequence[str]) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_keep_to_registers_wide_loads_and_matrix_instructions(capability: int) -> None:
     kernels = compiled(capability, KINDS)
