@@ -26,7 +26,8 @@ from tests.support.processes import ended
 from tests.support.served_unit import RouterStream
 
 MIB = 1 << 20
-LONGEST_WAIT_S = 30.0
+LONGEST_WAIT_S = 60.0
+KVSTORE = ProcessKey("kvstore", "u")
 
 
 def cuda_runtime(folder: Path, uuid: str = UUID, weights_bytes: int = 3 * MIB, **unit: Any) -> MeshRuntime:
@@ -86,11 +87,15 @@ class CudaUnit:
         self.stack.callback(stream.cancel)
         return stream
 
+    def worker_environment(self, role: Role) -> dict[str, str]:
+        """The variables of a worker, whose kernels are interpreted."""
+        interpreted = {"TRITON_INTERPRET": "1", "FAKE_CUDA_HOST_ACCESS": "1"}
+        return {**self.runtime.environment(ProcessKey(role, "u", "m")), **self.settings, **interpreted}
+
     async def start_worker(self, role: Role, **settings: str) -> WorkerProcess:
         """Starts a worker; its first line may be an error. ``settings`` are added to its environment."""
         arguments = ("-m", "tests.support.cuda_worker", str(self.attach_path), role.value)
-        own = {"TRITON_INTERPRET": "1", "FAKE_CUDA_HOST_ACCESS": "1"}
-        process = await start_python(*arguments, **{**self.settings, **own, **settings})
+        process = await start_python(*arguments, **{**self.worker_environment(role), **settings})
         await self.stack.enter_async_context(ended(process))
         return WorkerProcess(process, await next_line(process))
 
@@ -114,15 +119,28 @@ class CudaUnit:
 @asynccontextmanager
 async def cuda_unit(folder: Path, settings: dict[str, str] | None = None, **unit: Any) -> AsyncIterator[CudaUnit]:
     """Serves a unit until the block ends. ``settings``: of the fake driver, for all processes of the unit."""
-    runtime = cuda_runtime(folder, **unit)
-    environment = {"CUDA_VISIBLE_DEVICES": UUID, **(settings or {})}
+    runtime, settings = cuda_runtime(folder, **unit), settings or {}
     async with AsyncExitStack() as stack:
-        process = await start_kvstore(runtime, **environment)
+        process = await start_kvstore(runtime, **settings)
         await stack.enter_async_context(ended(process))
-        channel = await stack.enter_async_context(internal_channel(kvstore_address(runtime)))
-        stub: Any = kvstore_pb2_grpc.KvStoreServiceStub(channel)
-        await stub.GetUnitStatus(kvstore_pb2.GetUnitStatusRequest(), wait_for_ready=True, timeout=LONGEST_WAIT_S)
-        yield CudaUnit(runtime, process, environment, channel, stack)
+        address = runtime.endpoints()[KVSTORE].address
+        channel = await stack.enter_async_context(internal_channel(address))
+        await _until_serving(channel, process)
+        yield CudaUnit(runtime, process, settings, channel, stack)
+
+
+async def _until_serving(channel: grpc.aio.Channel, process: Process) -> None:
+    """Fails with the errors of the process if it ends instead."""
+    stub: Any = kvstore_pb2_grpc.KvStoreServiceStub(channel)
+    call = stub.GetUnitStatus(kvstore_pb2.GetUnitStatusRequest(), wait_for_ready=True, timeout=LONGEST_WAIT_S)
+    serving, end = asyncio.ensure_future(call), asyncio.ensure_future(process.wait())
+    await asyncio.wait((serving, end), return_when=asyncio.FIRST_COMPLETED)
+    if end.done():
+        serving.cancel()
+        assert process.stderr is not None
+        raise AssertionError((await process.stderr.read()).decode())
+    end.cancel()
+    await serving
 
 
 async def start_kvstore(runtime: MeshRuntime, **settings: str) -> Process:
@@ -130,7 +148,7 @@ async def start_kvstore(runtime: MeshRuntime, **settings: str) -> Process:
     file = runtime.run_dir / "runtime.json"
     runtime.write(file)
     arguments = ("-m", "kvstore", "--runtime", str(file), "--unit", "u", "--parent", str(os.getpid()))
-    return await start_python(*arguments, **settings)
+    return await start_python(*arguments, **{**runtime.environment(KVSTORE), **settings})
 
 
 async def start_python(*arguments: str, **settings: str) -> Process:
@@ -138,10 +156,6 @@ async def start_python(*arguments: str, **settings: str) -> Process:
     return await asyncio.create_subprocess_exec(
         sys.executable, *arguments, env=environment, stdin=PIPE, stdout=PIPE, stderr=PIPE
     )
-
-
-def kvstore_address(runtime: MeshRuntime) -> str:
-    return runtime.endpoints()[ProcessKey("kvstore", "u")].address
 
 
 async def next_line(process: Process) -> dict[str, Any]:

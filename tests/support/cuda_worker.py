@@ -105,6 +105,8 @@ class Worker:
 async def serve(path: Path, role: Role) -> None:
     device = open_worker_device()
     attachment = await attach(path, role, "m", f"unix:{role}", device)
+    own = device.segments.device
+    await attachment.prove_share(own.num_sms, own.is_mps_client)
 
     def on_lost() -> None:
         show(lost=True)
@@ -112,7 +114,6 @@ async def serve(path: Path, role: Role) -> None:
 
     attachment.on_unit_lost(on_lost)
     attachment.set_ready(True)
-    own = device.segments.device
     weights_bytes = attachment.weights.memory.numel() if attachment.weights is not None else 0
     show(
         worker=attachment.worker,
