@@ -109,7 +109,11 @@ class Daemon:
         if self.server is None:
             program = shutil.which("sleep")
             self.server = subprocess.Popen(
-                ["nvidia-cuda-mps-server", LONGEST_LIFE_S], executable=program, start_new_session=True
+                ["nvidia-cuda-mps-server", LONGEST_LIFE_S],
+                executable=program,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
         self.clients[connection] = pid
         self.log.write(f"NEW CLIENT {pid}\n")
