@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.measured import Figures, decode_table, prefill_table, speedup, three_models_table
+from benchmarks.gpu.measured import Figures, decode_table, engine_table, prefill_table, speedup, three_models_table
 from benchmarks.gpu.mps_daemon import mps_client, mps_daemon
 from benchmarks.gpu.peer import Peer, PeerError
 from benchmarks.gpu.random_model import BILLION
@@ -26,9 +26,11 @@ from muxmesh.errors import MeshError
 OUT = Path(__file__).resolve().parent.parent.parent / "build" / "bench"
 DTYPE = "bfloat16"
 BATCHES, CONTEXTS, PROMPTS = (1, 4, 16, 64), (512, 2048), (512, 2048, 8192)
+RUN_STEPS = 16
+"""Steps of a run of the whole engine: the default of `continuous_decode_steps`."""
 LOAD: dict[str, Any] = {
     "model": "billion", "dtype": DTYPE, "pool_tokens": 64 * 2304, "max_num_seqs": 64, "step_tokens": 8192,
-    "max_len": 8448, "max_steps": 4,
+    "max_len": 8448, "max_steps": RUN_STEPS,
 }  # fmt: skip
 SMALL_LOAD: dict[str, Any] = {
     "model": "half billion", "dtype": DTYPE, "pool_tokens": 16_384, "max_num_seqs": 16, "step_tokens": 1024,
@@ -50,7 +52,7 @@ def ceilings(figures: Figures, is_quick: bool) -> None:
 
 def one_model(figures: Figures, is_quick: bool) -> None:
     """Decode and prefill of the model of a billion parameters, with graphs and without."""
-    figures["decode"], figures["prefill"] = [], []
+    figures["decode"], figures["prefill"], figures["whole engine"] = [], [], []
     with Peer("engine") as peer:
         for with_graphs in (True, False):
             loaded = peer.ask("load", timeout_s=90, graphs=with_graphs, **LOAD)
@@ -61,6 +63,11 @@ def one_model(figures: Figures, is_quick: bool) -> None:
                         case: dict[str, Any] = {"batch": batch, "context": context, "num_steps": num_steps}
                         found = peer.ask("decode", count=10 if is_quick else 25, **case)
                         figures["decode"].append({**case, "graphs": with_graphs, "ms": found["ms"]})
+            for batch in BATCHES if with_graphs else ():
+                for max_steps in (1, RUN_STEPS):
+                    serving = {"batch": batch, "max_steps": max_steps}
+                    found = peer.ask("serve", prompt_tokens=512, num_tokens=128 if is_quick else 256, **serving)
+                    figures["whole engine"].append({**serving, **found})
             for num_tokens in PROMPTS if with_graphs else ():
                 found = peer.ask("prefill", num_tokens=num_tokens, count=3 if is_quick else 8)
                 figures["prefill"].append({"num_tokens": num_tokens, "ms": found["ms"]})
@@ -132,7 +139,12 @@ def main() -> int:
         figures[f"{name}_s"] = round(time.monotonic() - started_at_s, 1)
         path.write_text(json.dumps(figures, indent=1, default=str) + "\n")
     vocabulary = BILLION.vocab_size * BILLION.hidden_size
-    tables = (decode_table(figures), prefill_table(figures, vocabulary), three_models_table(figures))
+    tables = (
+        decode_table(figures),
+        engine_table(figures),
+        prefill_table(figures, vocabulary),
+        three_models_table(figures),
+    )
     print("\n\n".join(filter(None, tables)))
     print(f"\nhand-off: {figures.get('hand-off')}\n{path} written")
     return 1 if failed else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import statistics
 import time
@@ -17,12 +18,15 @@ from benchmarks.gpu import random_model
 from benchmarks.gpu.attention_times import AttentionSizes, AttentionTimer
 from benchmarks.gpu.random_model import RandomModel
 from benchmarks.gpu.torch_operations import TorchOperations
+from benchmarks.gpu.whole_engine import LoadedRunner, serve
 from muxmesh.clock import SystemClock
 from muxmesh.device.kv_view import KvGeometry
+from muxmesh.engine.api import EngineJob
 from muxmesh.engine.native.cuda.runner import CudaRunner, RunnerLimits
+from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import Chunk, SampleSpec, Step
 from muxmesh.models.model_spec import ModelSpec, spec_from_config
-from muxmesh.types import Sampling, blocks_for
+from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping, blocks_for
 
 MODELS = {
     "tiny": random_model.TINY,
@@ -118,6 +122,21 @@ class EngineOperations(TorchOperations):
             for job in range(batch):
                 outputs[job].append(sampled[job][0].token_id)
         return outputs
+
+    def do_serve(self, batch: int, prompt_tokens: int, num_tokens: int, max_steps: int) -> Any:
+        """Milliseconds of a decode step in a whole engine that computes runs of ``max_steps``, and in its runner."""
+        request = EngineRequest(
+            "r", "m", (5,) * prompt_tokens, _GREEDY.sampling, Stopping(num_tokens), SchedulingState(0, 0.0)
+        )
+        tables = self._tables(batch, prompt_tokens + num_tokens)
+        jobs = [
+            EngineJob(job, SequenceRecord(request, self.block_size, b"", table, prompt_tokens - 1))
+            for job, table in enumerate(tables)
+        ]
+        runs = asyncio.run(serve(LoadedRunner(self.runner, max_steps), batch, self.spec.vocab_size, jobs))
+        num_steps = sum(run.num_steps for run in runs[1:])
+        engine_s, runner_s = runs[-1].ended_at_s - runs[0].ended_at_s, sum(run.seconds for run in runs[1:])
+        return {"ms": 1e3 * engine_s / num_steps, "runner_ms": 1e3 * runner_s / num_steps}
 
     def do_work_until(self, seconds: float, prompt: int, batch: int, context: int, num_steps: int) -> Any:
         """Tokens/s for ``seconds``: prompts of ``prompt`` tokens or, if that is 0, decoding of ``batch`` sequences."""

@@ -44,6 +44,19 @@ def decode_table(figures: Figures) -> str:
     return "\n".join(lines)
 
 
+def engine_table(figures: Figures) -> str:
+    """Milliseconds of a decode step in the whole engine and in its runner, and what part of it the host's work adds."""
+    lines = [f"{'ENGINE':>6} {'RUNS OF':>8} {'MS':>9} {'RUNNER MS':>10} {'HOST':>6} {'TOKENS/S':>10}"]
+    for case in figures.get("whole engine", ()):
+        case["host_part"] = 1 - case["runner_ms"] / case["ms"]
+        case["tokens_per_s"] = case["batch"] / (case["ms"] / 1e3)
+        lines.append(
+            f"{case['batch']:6} {case['max_steps']:8} {case['ms']:9.3f} {case['runner_ms']:10.3f} "
+            f"{case['host_part']:6.0%} {case['tokens_per_s']:10.0f}"
+        )
+    return "\n".join(lines) if lines[1:] else ""
+
+
 def prefill_table(figures: Figures, vocabulary: int) -> str:
     """Milliseconds, tokens/s and the share of the ceiling of products for each length of prompt."""
     if not figures.get("prefill") or "ceilings" not in figures:
