@@ -65,7 +65,7 @@ def one_model(figures: Figures, is_quick: bool) -> None:
                         figures["decode"].append({**case, "graphs": with_graphs, "ms": found["ms"]})
             for batch in BATCHES if with_graphs else ():
                 for max_steps in (1, RUN_STEPS):
-                    serving = {"batch": batch, "max_steps": max_steps}
+                    serving: dict[str, Any] = {"batch": batch, "max_steps": max_steps}
                     found = peer.ask("serve", prompt_tokens=512, num_tokens=128 if is_quick else 256, **serving)
                     figures["whole engine"].append({**serving, **found})
             for num_tokens in PROMPTS if with_graphs else ():

@@ -133,7 +133,8 @@ class EngineOperations(TorchOperations):
             EngineJob(job, SequenceRecord(request, self.block_size, b"", table, prompt_tokens - 1))
             for job, table in enumerate(tables)
         ]
-        runs = asyncio.run(serve(LoadedRunner(self.runner, max_steps), batch, self.spec.vocab_size, jobs))
+        runner, vocab_size = LoadedRunner(self.runner, max_steps), self.spec.vocab_size
+        runs = asyncio.run(serve(runner, batch, vocab_size, jobs, SystemClock()))
         num_steps = sum(run.num_steps for run in runs[1:])
         engine_s, runner_s = runs[-1].ended_at_s - runs[0].ended_at_s, sum(run.seconds for run in runs[1:])
         return {"ms": 1e3 * engine_s / num_steps, "runner_ms": 1e3 * runner_s / num_steps}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from muxmesh.clock import SystemClock
+from muxmesh.clock import Clock
 from muxmesh.engine.api import EngineJob, Event, Failed, FreeGrant
 from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.step import Runner, Step, StepOutcome
@@ -36,19 +35,21 @@ class ServedRun:
     seconds: float
 
 
-async def serve(runner: Runner, batch: int, vocab_size: int, jobs: Sequence[EngineJob]) -> list[ServedRun]:
+async def serve(
+    runner: Runner, batch: int, vocab_size: int, jobs: Sequence[EngineJob], clock: Clock
+) -> list[ServedRun]:
     """Computes the jobs on an engine of their own. Returns the runs of steps with a token of all ``batch`` of them."""
     runs: list[ServedRun] = []
 
     def observe(step: Step, outcome: StepOutcome, seconds: float) -> None:
         if step.num_tokens == len(step.chunks) == batch:
-            runs.append(ServedRun(time.perf_counter(), outcome.num_steps, seconds))
+            runs.append(ServedRun(clock.monotonic_s(), outcome.num_steps, seconds))
 
     async def consume(events: AsyncIterator[Event]) -> None:
         async for event in events:
             assert not isinstance(event, Failed), event
 
-    engine = StepEngine(Scheduler(batch, batch, vocab_size), runner, FreeGrant(), SystemClock(), observe)
+    engine = StepEngine(Scheduler(batch, batch, vocab_size), runner, FreeGrant(), clock, observe)
     await engine.start()
     await asyncio.gather(*(consume(engine.submit(job)) for job in jobs))
     await engine.stop()

@@ -2,7 +2,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.measured import decode_bytes, decode_table, prefill_flop, prefill_table, speedup, three_models_table
+from benchmarks.gpu.measured import (
+    decode_bytes,
+    decode_table,
+    engine_table,
+    prefill_flop,
+    prefill_table,
+    speedup,
+    three_models_table,
+)
 
 FIGURES: dict[str, Any] = {
     "ceilings": {"copy_bytes_s": 1e12, "flop_s": 1e15},
@@ -11,6 +19,7 @@ FIGURES: dict[str, Any] = {
         "spec": {"layers": 1, "heads": 1, "head_dim": 1},
     },
     "decode": [{"batch": 4, "context": 500, "graphs": True, "num_steps": 1, "ms": 4.0}],
+    "whole engine": [{"batch": 16, "max_steps": 8, "ms": 1.25, "runner_ms": 1.0}],
     "prefill": [{"num_tokens": 1000, "ms": 2.0}],
     "three models": {
         "tokens_per_s_alone": [10.0, 20.0],
@@ -35,9 +44,10 @@ def test_workers_that_only_share_time_have_a_speed_up_of_one() -> None:
 
 def test_tables_show_shares_of_the_ceilings() -> None:
     assert decode_table(FIGURES).splitlines()[1].split() == ["4", "500", "yes", "1", "4.000", "1000", "0.50"]
+    assert engine_table(FIGURES).splitlines()[1].split() == ["16", "8", "1.250", "1.000", "20%", "12800"]
     assert prefill_table(FIGURES, 0).splitlines()[1].split() == ["1000", "2.000", "500000", "0.00"]
     assert "1.25 times the work of one after another" in three_models_table(FIGURES)
 
 
 def test_a_part_that_failed_has_no_table() -> None:
-    assert decode_table({}) == prefill_table({"ceilings": {}}, 0) == three_models_table({}) == ""
+    assert decode_table({}) == engine_table({}) == prefill_table({"ceilings": {}}, 0) == three_models_table({}) == ""
