@@ -94,6 +94,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuIpcGetMemHandle": (POINTER(_IpcHandle), c_uint64),
     "cuIpcOpenMemHandle_v2": (POINTER(c_uint64), _IpcHandle, c_uint),
     "cuIpcCloseMemHandle": (c_uint64,),
+    "cuCtxSynchronize": (),
     "cuMemcpyHtoD_v2": (c_uint64, c_void_p, c_size_t),
     "cuMemcpyDtoH_v2": (c_void_p, c_uint64, c_size_t),
     "cuMemHostRegister_v2": (c_void_p, c_size_t, c_uint),
@@ -281,10 +282,14 @@ class CudaDriver:
     # Copies, and host memory that the device reads and writes
 
     def copy_to_device(self, address: int, buffer: bytes | bytearray | memoryview) -> None:
-        """Copies the whole buffer, bytes or writable, to the device. Blocks until it is done."""
+        """Copies the whole buffer, bytes or writable, to the device. Blocks until every process sees it.
+
+        The copy call alone may return while the bytes are still on their way from the driver's own pinned memory.
+        """
         if num_bytes := memoryview(buffer).nbytes:
             source = buffer if isinstance(buffer, bytes) else ctypes.byref(c_char.from_buffer(buffer))
             self._call("cuMemcpyHtoD_v2", address, source, num_bytes)
+            self._call("cuCtxSynchronize")
 
     def copy_to_host(self, buffer: bytearray | memoryview, address: int) -> None:
         """Fills the whole buffer, which is writable, from the device. Blocks until it is done."""

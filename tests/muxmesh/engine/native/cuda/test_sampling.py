@@ -280,3 +280,14 @@ def test_captured_sampling_follows_its_tensors() -> None:
 def test_no_sample_and_no_scored_token_are_a_plan_too() -> None:
     outcome = outcome_of(np.empty((0, 8), dtype=np.float32), [Chunk(1, 0, (5,), (0,))])
     assert not outcome.sampled and not outcome.failed and not outcome.prompt_logprobs
+
+
+def test_the_parameters_of_a_single_row_may_have_any_stride() -> None:
+    """NumPy and torch keep the strides of an array that had more columns before, and a copy to a GPU has them too."""
+    logits, device = torch.from_numpy(random_logits(7, 1, 40)), DEVICE.torch_device
+    parameters = torch.empty_strided((4, 1), (1, 4), dtype=torch.float64, device=device)
+    parameters.copy_(torch.tensor([[0.0], [0.0], [1.0], [0.0]], dtype=torch.float64))
+    sampler, uniforms = Sampler(DEVICE, 40, 1), torch.zeros(1, dtype=torch.float64, device=device)
+    tokens, statuses = torch.zeros(2, 1, dtype=torch.int64, device=device)
+    sample_rows(logits.to(device), parameters, uniforms, tokens, statuses, sampler.likely)
+    assert (tokens.item(), statuses.item()) == (logits.argmax().item(), SAMPLED)
