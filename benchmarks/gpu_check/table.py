@@ -17,7 +17,7 @@ CHECKS = (
     Check("group-restart", "a killed worker: FAULT, all workers of the GPU new, the same tokens", 120, "mps"),
     Check(
         "driver", "the driver seam's contract holds on the real libcuda as on the fake one", 60, "beside",
-        ("tests/muxmesh/cuda/test_driver.py",), _REAL_DRIVER, workers=4,
+        ("tests/muxmesh/cuda/test_driver.py", "tests/muxmesh/cuda/test_driver_bindings.py"), _REAL_DRIVER, workers=4,
     ),
     Check(
         "kernels", "compiled kernels agree with float64: 1e-5 f32, 1e-3 f16, 1e-2 bf16", 150, "beside",

@@ -200,8 +200,8 @@ class UnitConfig(Section):
     require_ipc: bool = False
     """If true, the unit refuses to start unless its KV is handed over by GPU IPC (shared device memory)."""
     legacy_ipc: bool = False
-    """Shares device memory by legacy IPC handles instead of file descriptors. Devices that export no file descriptors
-    do so in any case. The memory is then lost with kvstore, as its workers are."""
+    """If true, device memory is shared by legacy IPC handles instead of file descriptors, as it always is if the device
+    exports none. kvstore then needs a context on the GPU, and the processes of the unit one PID namespace."""
     cores: tuple[Annotated[int, Field(ge=0, strict=True)], ...] | None = Field(default=None, min_length=1)
     """CPU cores of the unit's workers, like `[0, 1]`. Unset: all cores. Required if several units are on one CPU; their
     cores must be disjoint."""

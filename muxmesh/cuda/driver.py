@@ -111,6 +111,7 @@ _HINTS: dict[tuple[str, int], str] = {
     ("cuMemMap", 801): "the size differs from that of the allocation",
     ("cuMemImportFromShareableHandle", 999): "the file descriptor is not of device memory",
     ("cuIpcGetMemHandle", 1): "only memory that `allocate` returned has a handle",
+    ("cuIpcOpenMemHandle_v2", 1): "its owner has to live, in the same PID namespace",
     ("cuIpcOpenMemHandle_v2", 201): "a process cannot open a handle of its own memory",
 }
 """What an error of a function means here, by function and code."""

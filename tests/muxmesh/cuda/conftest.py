@@ -1,8 +1,11 @@
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
 from muxmesh.cuda.driver import CudaDriver
+from tests.support.driver_memory import DriverMemory
 from tests.support.fake_driver import fake_driver_folder
 
 
@@ -28,3 +31,16 @@ def in_context(driver: CudaDriver) -> CudaDriver:
     """The driver, with the first device's primary context current in the test's thread."""
     driver.use_primary_context(0)
     return driver
+
+
+@pytest.fixture
+def undo() -> Iterator[ExitStack]:
+    """Runs its callbacks at the end of the test."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def memory(in_context: CudaDriver, undo: ExitStack) -> DriverMemory:
+    """Allocated and mapped memory."""
+    return DriverMemory(in_context, undo)

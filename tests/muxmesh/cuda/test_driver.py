@@ -10,17 +10,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from ctypes import addressof, c_char
-from pathlib import Path
-from typing import Any
 
 import pytest
-from cuda.bindings import driver as cuda
 
-from muxmesh.cuda.driver import _FUNCTIONS, CudaDriver
+from muxmesh.cuda.driver import CudaDriver
 from muxmesh.errors import DeviceError
-from tests.support.fake_driver import SOURCES, UUID, device_resources, fake_driver_environment
-
-SIZE = 4 << 20
+from tests.support.driver_memory import SIZE, DriverMemory
+from tests.support.fake_driver import device_resources
 
 PEER = """
 import os, socket, sys
@@ -83,33 +79,6 @@ def continue_(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
-class Memory:
-    """An allocation of `SIZE` bytes with a mapping, freed with the block."""
-
-    def __init__(self, driver: CudaDriver, undo: ExitStack) -> None:
-        self.driver = driver
-        self.handle = driver.create(0, SIZE)
-        undo.callback(driver.release, self.handle)
-        self.address = driver.map(self.handle, SIZE, 0)
-        undo.callback(driver.unmap, self.address, SIZE)
-
-    def read(self, offset: int, num_bytes: int) -> bytes:
-        content = bytearray(num_bytes)
-        self.driver.copy_to_host(content, self.address + offset)
-        return bytes(content)
-
-
-@pytest.fixture
-def undo() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def memory(in_context: CudaDriver, undo: ExitStack) -> Memory:
-    return Memory(in_context, undo)
-
-
 # Devices
 
 
@@ -160,7 +129,7 @@ os.wait()
 # Virtual memory management
 
 
-def test_new_memory_reads_zeros_and_keeps_what_is_written(memory: Memory) -> None:
+def test_new_memory_reads_zeros_and_keeps_what_is_written(memory: DriverMemory) -> None:
     assert memory.read(SIZE - 16, 16) == bytes(16)
     memory.driver.copy_to_device(memory.address + 5, b"some bytes")
     assert memory.read(4, 12) == b"\0some bytes\0"
@@ -170,7 +139,7 @@ def test_new_memory_reads_zeros_and_keeps_what_is_written(memory: Memory) -> Non
     assert memory.read(0, 4) == b"ab\0\0" and memory.read(0, 0) == b""
 
 
-def test_all_mappings_of_exported_memory_are_the_same_bytes(memory: Memory, undo: ExitStack) -> None:
+def test_all_mappings_of_exported_memory_are_the_same_bytes(memory: DriverMemory, undo: ExitStack) -> None:
     driver = memory.driver
     fds = [driver.export_fd(memory.handle) for _ in range(2)]
     handles = [driver.import_fd(fd) for fd in fds]
@@ -200,7 +169,7 @@ def test_memory_lives_until_its_last_mapping_is_gone(in_context: CudaDriver) -> 
         driver.copy_to_host(content, address)
 
 
-REFUSALS: dict[str, tuple[Callable[[CudaDriver, Memory], object], str]] = {
+REFUSALS: dict[str, tuple[Callable[[CudaDriver, DriverMemory], object], str]] = {
     "a size that is no multiple of the granularity": (
         lambda driver, _: driver.create(0, 12345),
         r"cuMemCreate failed: CUDA_ERROR_INVALID_VALUE \(1\): the size has to be a multiple of the granularity",
@@ -233,7 +202,7 @@ REFUSALS: dict[str, tuple[Callable[[CudaDriver, Memory], object], str]] = {
 
 
 @pytest.mark.parametrize("what", list(REFUSALS))
-def test_the_driver_refuses_and_the_error_says_why(memory: Memory, what: str) -> None:
+def test_the_driver_refuses_and_the_error_says_why(memory: DriverMemory, what: str) -> None:
     call, message = REFUSALS[what]
     before = device_resources()
     with pytest.raises(DeviceError, match=message):
@@ -255,7 +224,7 @@ def test_a_handle_is_released_once(driver: CudaDriver) -> None:
         driver.release(handle)
 
 
-def test_a_copy_needs_a_context_in_its_thread(memory: Memory) -> None:
+def test_a_copy_needs_a_context_in_its_thread(memory: DriverMemory) -> None:
     errors: list[str] = []
 
     def copy() -> None:
@@ -276,7 +245,7 @@ def test_a_copy_needs_a_context_in_its_thread(memory: Memory) -> None:
 # Other processes
 
 
-def test_another_process_writes_into_memory_whose_descriptor_it_got(memory: Memory, library: str) -> None:
+def test_another_process_writes_into_memory_whose_descriptor_it_got(memory: DriverMemory, library: str) -> None:
     memory.driver.copy_to_device(memory.address, b"from-own")
     ours, theirs = socket.socketpair()
     with ours, theirs, python_process(PEER, library, "fd", str(SIZE), "response", fd=theirs.fileno()) as peer:
@@ -347,79 +316,6 @@ def test_a_process_cannot_open_a_handle_of_its_own(in_context: CudaDriver, undo:
         in_context.open_ipc_handle(in_context.ipc_handle(address))
 
 
-# NVIDIA's own bindings as a second caller
-
-
-def checked(answer: tuple[Any, ...]) -> Any:
-    """What a call of the bindings returned beside its error code."""
-    assert answer[0] == cuda.CUresult.CUDA_SUCCESS, answer[0]
-    return answer[1] if len(answer) == 2 else answer[1:]
-
-
-def bindings_properties() -> Any:
-    properties = cuda.CUmemAllocationProp()
-    properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-    properties.requestedHandleTypes = cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-    properties.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-    properties.location.id = 0
-    return properties
-
-
-def test_the_bindings_see_the_same_device(driver: CudaDriver) -> None:
-    checked(cuda.cuInit(0))
-    device = driver.device(0)
-    assert checked(cuda.cuDeviceGetCount()) == driver.num_devices()
-    handle = checked(cuda.cuDeviceGet(0))
-    assert checked(cuda.cuDeviceGetUuid(handle)).bytes.hex() == device.uuid.removeprefix("GPU-").replace("-", "")
-    assert checked(cuda.cuDeviceGetName(256, handle)).split(b"\0")[0].decode() == device.name
-    assert checked(cuda.cuDeviceTotalMem(handle)) == device.total_bytes
-    multiprocessors = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-    assert checked(cuda.cuDeviceGetAttribute(multiprocessors, handle)) == device.num_sms
-    granularity = checked(
-        cuda.cuMemGetAllocationGranularity(bindings_properties(), cuda.CUmemAllocationGranularity_flags(0))
-    )
-    assert granularity == driver.granularity(0)
-
-
-def test_memory_of_the_bindings_is_imported(in_context: CudaDriver, undo: ExitStack) -> None:
-    kind = cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-    handle = checked(cuda.cuMemCreate(SIZE, bindings_properties(), 0))
-    fd = checked(cuda.cuMemExportToShareableHandle(handle, kind, 0))
-    imported = in_context.import_fd(int(fd))
-    os.close(int(fd))
-    address = in_context.map(imported, SIZE, 0)
-    undo.callback(in_context.unmap, address, SIZE)
-    in_context.release(imported)
-    checked(cuda.cuMemRelease(handle))
-    checked(cuda.cuMemcpyHtoD(address, b"by the bindings", 15))
-    content = bytearray(15)
-    in_context.copy_to_host(content, address)
-    assert content == b"by the bindings"
-
-
-def test_the_bindings_get_the_same_errors(driver: CudaDriver, memory: Memory) -> None:
-    def code(answer: tuple[Any, ...]) -> int:
-        return int(answer[0])
-
-    kind = cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-    address = checked(cuda.cuMemAddressReserve(SIZE, 0, 0, 0))
-    assert code(cuda.cuMemMap(address, SIZE // 2, 0, memory.handle, 0)) in (1, 801)
-    assert code(cuda.cuMemAddressFree(address, SIZE)) == 0
-    assert code(cuda.cuMemCreate(12345, bindings_properties(), 0)) == 1
-    assert code(cuda.cuMemCreate(1 << 42, bindings_properties(), 0)) == 2
-    assert code(cuda.cuMemImportFromShareableHandle(999, kind)) == 999
-    assert code(cuda.cuIpcGetMemHandle(memory.address)) == 1
-    assert code(cuda.cuDeviceGet(driver.num_devices())) == 101
-
-
-def test_a_mapping_without_access_cannot_be_copied(memory: Memory) -> None:
-    address = checked(cuda.cuMemAddressReserve(SIZE, 0, 0, 0))
-    checked(cuda.cuMemMap(address, SIZE, 0, memory.handle, 0))
-    assert int(cuda.cuMemcpyHtoD(address, b"x", 1)[0]) == 1
-    checked(cuda.cuMemUnmap(address, SIZE))
-    checked(cuda.cuMemAddressFree(address, SIZE))
-
-
 # Host memory
 
 
@@ -433,117 +329,3 @@ def test_host_memory_is_registered_once_at_a_time(in_context: CudaDriver) -> Non
         in_context.unregister_host(address)
     with pytest.raises(DeviceError, match=r"CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED \(713\)"):
         in_context.unregister_host(address)
-
-
-# What only the fake can show
-
-
-def use_everything(driver: CudaDriver, library: str) -> None:
-    """Calls every function of the driver, and gives back what it got, also after an error."""
-    with ExitStack() as undo:
-        CudaDriver(library)
-        driver.num_devices()
-        driver.device(0)
-        driver.granularity(0)
-        driver._contexts.clear()
-        driver.use_primary_context(0)
-        memory = Memory(driver, undo)
-        fd = driver.export_fd(memory.handle)
-        undo.callback(os.close, fd)
-        driver.release(driver.import_fd(fd))
-        driver.copy_to_device(memory.address, memory.read(0, 8))
-        plain = driver.allocate(SIZE)
-        undo.callback(driver.free, plain)
-        assert driver.allocated_bytes(plain) >= SIZE
-        handle = driver.ipc_handle(plain)
-        with pytest.raises(DeviceError, match=r"\(201\)"):
-            driver.open_ipc_handle(handle)
-        pages = mmap.mmap(-1, 4096)
-        address = addressof(c_char.from_buffer(pages))
-        driver.register_host(address, 4096)
-        driver.unregister_host(address)
-
-
-def test_every_function_is_used_by_the_tests_of_errors(
-    driver: CudaDriver, library: str, is_fake: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not is_fake:
-        pytest.skip("the real driver logs no calls")
-    monkeypatch.setenv("FAKE_CUDA_LOG", str(tmp_path / "log"))
-    use_everything(driver, library)
-    called = {line.split()[1] for line in (tmp_path / "log").read_text().splitlines()}
-    assert set(_FUNCTIONS) - called == {"cuIpcCloseMemHandle"}, "which needs a second process"
-
-
-@pytest.mark.parametrize(
-    "function", sorted(set(_FUNCTIONS) - {"cuGetErrorName", "cuIpcCloseMemHandle", "cuIpcOpenMemHandle_v2"})
-)
-def test_an_error_of_any_function_is_reported_by_name_and_nothing_leaks(
-    driver: CudaDriver, library: str, is_fake: bool, function: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not is_fake:
-        pytest.skip("the real driver has no errors on demand")
-    before = device_resources()
-    monkeypatch.setenv("FAKE_CUDA_ERRORS", f"{function}:304")
-    with pytest.raises(DeviceError, match=rf"^{function} failed: CUDA_ERROR_OPERATING_SYSTEM \(304\)$"):
-        use_everything(driver, library)
-    if function not in ("cuMemRelease", "cuMemUnmap", "cuMemAddressFree", "cuMemFree_v2"):
-        assert device_resources() == before
-
-
-def test_devices_are_chosen_by_uuid_and_counted_from_0(library: str, is_fake: bool) -> None:
-    if not is_fake:
-        pytest.skip("the real machine has the devices that it has")
-    others = "GPU-00000000-0000-4000-8000-000000000007"
-    script = "import sys; from muxmesh.cuda.driver import CudaDriver; d = CudaDriver(sys.argv[1]); " + (
-        "print(d.num_devices(), d.device(0).uuid)"
-    )
-
-    def output(visible: str) -> str:
-        environment = fake_driver_environment(FAKE_CUDA_UUIDS=f"{others},{UUID}", CUDA_VISIBLE_DEVICES=visible)
-        command = [sys.executable, "-c", script, library]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        return done.stdout.strip() or done.stderr.splitlines()[-1]
-
-    assert output(UUID) == f"1 {UUID}"
-    assert output(f"{UUID},{others}") == f"2 {UUID}"
-    assert output("1,0") == f"2 {UUID}"
-    assert "cuInit failed: CUDA_ERROR_NO_DEVICE (100): no device is visible" in output("GPU-12345678")
-
-
-def test_the_cpu_dies_when_it_reads_a_device_address(memory: Memory, library: str, is_fake: bool) -> None:
-    script = """
-import ctypes, sys
-from muxmesh.cuda.driver import CudaDriver
-driver = CudaDriver(sys.argv[1])
-driver.use_primary_context(0)
-handle = driver.create(0, 2 << 20)
-address = driver.map(handle, 2 << 20, 0)
-driver.copy_to_device(address, b"seen")
-print(ctypes.string_at(address, 4).decode(), flush=True)
-"""
-    command = [sys.executable, "-c", script, library]
-    dead = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert dead.returncode < 0 and dead.stdout == ""
-    if is_fake:
-        environment = fake_driver_environment(FAKE_CUDA_HOST_ACCESS="1")
-        seen = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        assert seen.stdout == "seen\n"
-
-
-def test_the_prototypes_of_the_fake_are_those_of_the_cuda_toolkit(tmp_path: Path) -> None:
-    include = Path("/usr/local/cuda/include")
-    if not (include / "cuda.h").exists():
-        pytest.skip("this machine has no CUDA toolkit")
-    for source in SOURCES.glob("*.c"):
-        command = [
-            "cc",
-            "-std=gnu11",
-            "-Wall",
-            "-Werror",
-            "-DWITH_CUDA_H",
-            f"-I{include}",
-            "-fsyntax-only",
-            str(source),
-        ]
-        subprocess.run(command, check=True)
