@@ -39,7 +39,7 @@ async def mesh(config: Mapping[str, Any]) -> AsyncIterator[UpProcess]:
             try:
                 yield running
             except (MeshError, AssertionError, TimeoutError, OSError):
-                for log in sorted((running.state_dir / "logs").glob("*")):
+                for log in sorted((running.state_dir / "logs").glob("*.log")):
                     print(f"--- {log.name}\n{log.read_text(errors='replace')[-700:]}")
                 raise
 

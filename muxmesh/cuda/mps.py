@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -92,18 +92,19 @@ class MpsControl:
         Raises Unavailable if no daemon listens, it does not answer in time, or the program cannot be started.
         """
         try:
-            process = await asyncio.create_subprocess_exec(
-                self.program,
-                env={**os.environ, **self.environment},
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-            )
+            with _pipe_with("".join(f"{one}\n" for one in commands).encode()) as stdin:
+                process = await asyncio.create_subprocess_exec(
+                    self.program,
+                    env={**os.environ, **self.environment},
+                    stdin=stdin,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.PIPE,
+                )
         except OSError as error:
             raise Unavailable(f"{self.program} cannot be started: {error.strerror or error}") from error
         try:
             async with asyncio.timeout(self._answer_within_s):
-                answer, problem = await process.communicate("".join(f"{one}\n" for one in commands).encode())
+                answer, problem = await process.communicate()
         except TimeoutError:
             raise Unavailable(
                 f"the MPS daemon in {self.pipe_dir} did not answer {commands[0]!r} in {self._answer_within_s:g} s"
@@ -121,6 +122,21 @@ class MpsControl:
     async def _server(self, pid: int) -> MpsServer | None:
         """One server; None if it has ended since it was listed."""
         return parse_server(pid, await self.ask(f"get_server_status {pid}", f"get_client_list {pid}"))
+
+
+@contextlib.contextmanager
+def _pipe_with(content: bytes) -> Iterator[int]:
+    """The read end of a pipe that holds ``content``, at most 64 KiB.
+
+    The program may exit before it has read its commands, since it finds no daemon: nothing is written to it by then.
+    """
+    read_end, write_end = os.pipe()
+    try:
+        os.write(write_end, content)
+        os.close(write_end)
+        yield read_end
+    finally:
+        os.close(read_end)
 
 
 def parse_pids(answer: str) -> tuple[int, ...]:

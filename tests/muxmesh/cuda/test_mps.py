@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from muxmesh.cuda.mps import (
     CONTROL_PROGRAM,
@@ -181,3 +182,19 @@ async def test_a_program_that_does_not_exist_is_unavailable(tmp_path: Path) -> N
     control = MpsControl(tmp_path / "none", tmp_path, tmp_path)
     with pytest.raises(Unavailable, match="none cannot be started: No such file"):
         await control.servers()
+
+
+def test_a_program_that_exits_without_reading_its_commands_is_no_daemon(tmp_path: Path) -> None:
+    """As the real one does where no daemon listens. Services run on uvloop, which takes nothing for a closed pipe."""
+    program = tmp_path / "control"
+    program.write_text("#!/bin/sh\nexec <&-\necho 'Cannot find MPS control daemon process' >&2\nexit 1\n")
+    program.chmod(0o700)
+    control = MpsControl(program, tmp_path / "pipe", tmp_path / "log")
+
+    async def ask_often() -> None:
+        for _ in range(10):
+            with pytest.raises(Unavailable, match="Cannot find MPS control daemon"):
+                await control.ask(*["get_server_list"] * 100)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(ask_often())
