@@ -172,10 +172,10 @@ class StepEngine:
     async def _run_one_by_one(self, step: Step, error: Exception) -> StepOutcome:
         """Computes each chunk of a step that raised ``error`` alone, so that only the sequences that raise alone fail.
 
-        Of a run of steps, only the first is computed again: it writes the same KV, and its token depends on seed and
-        index.
+        Of a run of steps only the first is computed again, so that a sequence has all tokens before the one that it
+        fails at. A chunk writes the same KV again, and its token depends on seed and index.
         """
-        if len(step.chunks) == 1:
+        if len(step.chunks) == step.num_steps == 1:
             return StepOutcome({}, failed={step.chunks[0].job_id: _failed(error)})
         sampled: dict[int, tuple[SampledToken, ...]] = {}
         logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}

@@ -66,6 +66,13 @@ async def test_a_sim_model_without_a_folder_samples_printable_characters_of_the_
     assert len(tokens) == len(text) == 28 and text.isascii() and text.isprintable()
 
 
+async def test_a_sim_model_computes_decode_steps_in_a_row_as_configured_and_samples_the_same_tokens() -> None:
+    prepared = PreparedModel(folder=None, image=None, weights_fingerprint="sim")
+    in_runs = ModelConfig(name="m", engine="sim", continuous_decode_steps=5)
+    tokens = await run(in_runs, prepared, NO_POOL, record(28, Sampling(seed=1)))
+    assert tokens == await run(ModelConfig(name="m", engine="sim"), prepared, NO_POOL, record(28, Sampling(seed=1)))
+
+
 async def test_a_sim_model_with_a_folder_samples_tokens_past_the_special_ones(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path, TinyShape())
     prepared = PreparedModel(folder=folder, image=None, weights_fingerprint="sim")

@@ -533,6 +533,24 @@ async def test_a_run_that_raises_is_computed_again_one_step_of_one_sequence_at_a
     assert [(len(step.chunks), step.num_steps) for step in runner.steps[:5]] == [(2, 1), (2, 4), (1, 1), (1, 1), (2, 3)]
 
 
+@pytest.mark.parametrize("max_steps", [1, 8])
+async def test_a_sequence_whose_step_raises_in_the_middle_of_a_run_has_the_tokens_before(
+    max_steps: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Runner(FailingRunner):
+        def run(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:
+            (chunk,) = step.chunks
+            if chunk.sample and chunk.sample.output_index + step.num_steps > 3:
+                raise ArithmeticError("at the fourth token")
+            return super().run(step, may_continue)
+
+    async with running_engine() as engine:
+        expected = await rest(engine.submit(job(max_new_tokens=9)))
+    async with running_engine(Runner({}, sim_runner(max_steps)), clock=ManualClock()) as engine:
+        events = await rest(engine.submit(job(max_new_tokens=9)))
+    assert events == [*expected[:3], Failed("ArithmeticError: at the fourth token")]
+
+
 async def test_a_run_is_observed_with_the_steps_that_were_computed() -> None:
     observed: list[tuple[int, int]] = []
     engine = StepEngine(
