@@ -15,8 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 2048
-"""Tokens that a program reads at a time, and the most likely tokens that it keeps in its list."""
-_NUM_WARPS = 8
+"""The most likely tokens that a program keeps in its list, and the tokens that it searches at a time."""
+_STREAM = 8192
+"""Tokens that it reads at a time for the maximum, and twice as many as for f64 sums, which take more registers.
+
+The more it reads at a time, the more loads are on their way.
+"""
+_NUM_WARPS = 16
 
 SAMPLED, NOT_FINITE = 0, 1
 """Status of a row. NOT_FINITE: a logit is NaN or +inf, or every logit is -inf; the token is then meaningless."""
@@ -39,28 +44,27 @@ def sample_rows(
     assert likely.shape[0] >= rows and likely.shape[1] == BLOCK and likely.is_contiguous()
     sample_kernel[(rows,)](
         logits, parameters, uniforms, tokens, statuses, likely, logits.stride(0), parameters.stride(0),
-        VOCAB=vocab_size, BLOCK=BLOCK, num_warps=_NUM_WARPS,
+        VOCAB=vocab_size, BLOCK=BLOCK, STREAM=_STREAM, num_warps=_NUM_WARPS,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["parameter_stride"])
 def sample_kernel(
     logits, parameters, uniforms, tokens, statuses, likely, row_stride, parameter_stride,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     """See `sample_rows`. Grid: (rows,)."""
     row = tl.program_id(0)
     x_at = logits + row.to(tl.int64) * row_stride
     inverse = tl.load(parameters + row).to(tl.float32)
-    top, token, is_finite = most_likely(x_at, VOCAB, BLOCK)
+    top, token, is_finite = most_likely(x_at, VOCAB, STREAM)
     if is_finite & (inverse > 0):
         top_k = tl.load(parameters + parameter_stride + row).to(tl.int32)
         top_p = tl.load(parameters + 2 * parameter_stride + row)
         min_p = tl.load(parameters + 3 * parameter_stride + row).to(tl.float32)
         uniform = tl.load(uniforms + row)
-        token = sampled(
-            x_at, likely + row.to(tl.int64) * BLOCK, top, inverse, top_k, top_p, min_p, uniform, VOCAB, BLOCK
-        )
+        list_at = likely + row.to(tl.int64) * BLOCK
+        token = sampled(x_at, list_at, top, inverse, top_k, top_p, min_p, uniform, VOCAB, BLOCK, STREAM)
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(statuses + row, tl.where(is_finite, 0, 1).to(tl.int64))
 
@@ -85,12 +89,13 @@ def most_likely(x_at, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def sampled(
-    x_at, list_at, top, inverse, top_k, top_p, min_p, uniform, VOCAB: tl.constexpr, BLOCK: tl.constexpr
+    x_at, list_at, top, inverse, top_k, top_p, min_p, uniform,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     """Returns the id of a token of a row whose largest logit ``top`` is finite."""
     has_top_k = (top_k > 0) & (top_k < VOCAB)
     has_top_p = top_p != 1.0
-    total, num_listed = list_likely(x_at, list_at, top, inverse, has_top_k | has_top_p, VOCAB, BLOCK)
+    total, num_listed = list_likely(x_at, list_at, top, inverse, has_top_k | has_top_p, VOCAB, BLOCK, STREAM // 2)
     in_list = (num_listed <= BLOCK) & ((num_listed >= top_k) | (has_top_k == 0)) & (has_top_k | has_top_p)
     count = tl.where(in_list, num_listed, VOCAB)
     k_floor = tl.full((), -2147483648, tl.int64)  # every key is at least this
@@ -108,21 +113,23 @@ def sampled(
         last_equal = last_of_equals(x_at, list_at, count, in_list, top, inverse, k_floor, p_floor, wanted, VOCAB, BLOCK)
     return chosen(
         x_at, list_at, count, in_list, top, inverse, k_floor, p_floor, last_equal, min_p,
-        total, uniform, has_top_p | (min_p > 0), VOCAB, BLOCK,
+        total, uniform, has_top_p | (min_p > 0), VOCAB, STREAM // 2,
     )  # fmt: skip
 
 
 @triton.jit
-def list_likely(x_at, list_at, top, inverse, wanted, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+def list_likely(
+    x_at, list_at, top, inverse, wanted, VOCAB: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr
+):  # fmt: skip
     """Lists the ids, ascending, with at least 1e-4 of the highest probability, if ``wanted``.
 
     Returns the sum of all weights (f64) and the number of these ids; only the first BLOCK are written.
     """
-    sums = tl.full((BLOCK,), 0.0, tl.float64)
+    sums = tl.full((STREAM,), 0.0, tl.float64)
     least = top - 9.2103404 / inverse
     num_listed = tl.full((), 0, tl.int32)
-    for start in tl.range(0, VOCAB, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+    for start in tl.range(0, VOCAB, STREAM):
+        at = start + tl.arange(0, STREAM)
         x = tl.load(x_at + at, mask=at < VOCAB, other=float("-inf"))
         sums += tl.exp((x - top) * inverse).to(tl.float64)
         if wanted:
