@@ -189,6 +189,8 @@ def random_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) ->
         return torch.ones(hidden, dtype=dtype, device=device)
 
     weights = {"lm_head": matrix(spec.vocab_size, hidden), "norm": norm()}
+    if not spec.tied_embeddings:
+        weights["embed"] = matrix(spec.vocab_size, hidden)
     for layer in range(spec.num_layers):
         weights |= {
             f"{layer}.input_norm": norm(), f"{layer}.post_norm": norm(),

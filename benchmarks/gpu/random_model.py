@@ -20,7 +20,7 @@ SAFETENSORS = "model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class RandomModel:
-    """Sizes of a Llama model with tied embeddings."""
+    """Sizes of a Llama model."""
 
     num_layers: int
     hidden_size: int
@@ -30,6 +30,7 @@ class RandomModel:
     intermediate_size: int
     vocab_size: int
     context_len: int = 8192
+    tied: bool = True
     seed: int = 0
 
     def config(self, dtype: str) -> dict[str, object]:
@@ -40,7 +41,7 @@ class RandomModel:
             "num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim, "intermediate_size": self.intermediate_size,
             "max_position_embeddings": self.context_len, "rope_theta": 10_000.0, "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 0, "torch_dtype": dtype,
+            "tie_word_embeddings": self.tied, "bos_token_id": 1, "eos_token_id": 0, "torch_dtype": dtype,
         }  # fmt: skip
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -62,16 +63,19 @@ class RandomModel:
             ):
                 yield f"{at}.{name}.weight", shape
         yield "model.norm.weight", (hidden,)
+        if not self.tied:
+            yield "lm_head.weight", (self.vocab_size, hidden)
 
 
 TINY = RandomModel(
     num_layers=2, hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=96, vocab_size=259,
-    context_len=512,
+    context_len=512, tied=False,
 )  # fmt: skip
 SMALL = RandomModel(
-    num_layers=30, hidden_size=576, num_heads=9, num_kv_heads=3, head_dim=64, intermediate_size=1536, vocab_size=49152
-)
-"""The sizes of SmolLM2-135M."""
+    num_layers=30, hidden_size=576, num_heads=9, num_kv_heads=3, head_dim=64, intermediate_size=1536, vocab_size=49152,
+    tied=False,
+)  # fmt: skip
+"""The sizes of SmolLM2-135M, but with a matrix of its own for the logits: tied, a random model repeats its tokens."""
 HALF_BILLION = RandomModel(
     num_layers=24, hidden_size=1024, num_heads=16, num_kv_heads=4, head_dim=64, intermediate_size=4096, vocab_size=65536
 )

@@ -118,7 +118,8 @@ async def _refuse(findings: Findings, unit: Mapping[str, Any]) -> None:
     async with mesh({"units": [unit]}) as running:
         pid = running.pid_of("decode_svc")
         environment = environment_of(pid)
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+        command = Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
+        command[command.index("--parent") + 1] = str(os.getpid())
         findings.figure("environment of a worker", {k: v for k, v in environment.items() if "CUDA" in k})
         with TemporaryDirectory(prefix="mm-") as empty:
             for name, change in (
@@ -136,4 +137,5 @@ async def _refuse(findings: Findings, unit: Mapping[str, Any]) -> None:
                     output, _ = await process.communicate()
                 said = output.decode(errors="replace").strip()[-600:]
                 refused = process.returncode not in (0, -9) and "MPS" in said
-                findings.expect(f"a worker {name} ends with an error that names MPS", refused, said)
+                what = f"a worker {name} ends with an error that names MPS"
+                findings.expect(what, refused, f"exit code {process.returncode}: {said}")

@@ -40,6 +40,8 @@ async def _compare_tokens(findings: Findings, models: Sequence[dict[str, Any]], 
     expected, found = await asyncio.gather(
         _all_tokens({}, cpu, names, count), _all_tokens(findings.figures, gpu, names, count)
     )
+    transport = findings.figures["transport"]
+    findings.expect("KV is handed over in shared device memory by descriptor", transport == "vmm fd", transport)
     for key, tokens in expected.items():
         same = common_length(tokens, found[key])
         findings.expect(f"{key}: tokens on the GPU equal those on the CPU", found[key] == tokens, f"{same} equal")
@@ -51,7 +53,8 @@ async def _all_tokens(
 ) -> dict[str, list[int]]:
     """Tokens of every prompt, greedy and sampled, all at once. Adds the unit's status to ``figures``."""
     async with mesh({"units": [unit]}) as running:
-        figures["status of the unit"] = str((await running.client.status()).units[0])[:2000]
+        status = (await running.client.status()).units[0]
+        figures |= {"status of the unit": str(status)[:2000], "transport": status.transport}
         return await _request_all(running.client, models, num_tokens)
 
 
