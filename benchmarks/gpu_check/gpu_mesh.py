@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.gpu.random_model import SMALL, TINY, write_random_model
 from benchmarks.mesh_process import UpProcess, up
 from muxmesh.cuda.mps import PIPE_DIRECTORY, MpsControl, find_control_program
-from muxmesh.errors import MeshError, Unavailable
+from muxmesh.errors import Unavailable
 
 PROMPTS: tuple[list[int] | str, ...] = (
     [5, 6, 7, 8],
@@ -36,12 +36,15 @@ async def mesh(config: Mapping[str, Any]) -> AsyncIterator[UpProcess]:
         path = Path(folder) / "mesh.yaml"
         path.write_text(json.dumps(config))
         async with up("-c", str(path)) as running:
-            try:
+            with contextlib.ExitStack() as logs:
+                logs.callback(_print_logs, running.state_dir / "logs")
                 yield running
-            except (MeshError, AssertionError, TimeoutError, OSError):
-                for log in sorted((running.state_dir / "logs").glob("*.log")):
-                    print(f"--- {log.name}\n{log.read_text(errors='replace')[-700:]}")
-                raise
+                logs.pop_all()
+
+
+def _print_logs(folder: Path) -> None:
+    for log in sorted(path for path in folder.rglob("*") if path.is_file()):
+        print(f"--- {log.relative_to(folder)}\n{log.read_text(errors='replace')[-700:]}")
 
 
 def gpu_unit(is_dry_run: bool) -> dict[str, Any]:

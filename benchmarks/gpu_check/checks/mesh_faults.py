@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -14,7 +15,6 @@ from typing import Any
 
 from benchmarks.gpu_check.check import Findings
 from benchmarks.gpu_check.gpu_mesh import (
-    PROMPTS,
     control_of,
     differing,
     environment_of,
@@ -41,9 +41,9 @@ def group_restart(findings: Findings, is_dry_run: bool) -> None:
 
 
 async def _fault_and_compare(findings: Findings, unit: Mapping[str, Any], is_dry_run: bool) -> None:
-    num_tokens = 24 if is_dry_run else 400
+    requests = functools.partial(_streams, *((6, 8, 1) if is_dry_run else (400, 200, 3)))
     async with mesh({"units": [unit]}) as running:
-        expected = await _streams(running.client, num_tokens)
+        expected = await requests(running.client)
         before = {name: running.pid_of(name) for name in ("kvstore", "decode_svc", "prefill_svc")}
         workers = set(workers_of(running))
         control = control_of(before["decode_svc"])
@@ -53,11 +53,13 @@ async def _fault_and_compare(findings: Findings, unit: Mapping[str, Any], is_dry
         findings.expect(
             "the daemon lists all workers and nobody else", listed == workers, [sorted(listed), sorted(workers)]
         )
-        pending = asyncio.create_task(_streams(running.client, num_tokens))
+        pending = asyncio.create_task(requests(running.client))
         await asyncio.sleep(0.3)
         killed_at_s = time.monotonic()
         os.kill(before["decode_svc"], signal.SIGKILL)
-        statuses = await _statuses_until_replaced(running, control, workers)
+        if is_dry_run:  # a kernel that was in flight on a card: the fake daemon is told that its server faults
+            (control.pipe_dir / "fake.fault").touch()
+        statuses = await _statuses_until_replaced(running, control, workers, before["decode_svc"])
         findings.figure("seconds until all workers were new", time.monotonic() - killed_at_s)
         findings.figure("server states seen", statuses)
         findings.aim("the server was seen in FAULT", any("FAULT" in status for status in statuses), statuses)
@@ -69,28 +71,31 @@ async def _fault_and_compare(findings: Findings, unit: Mapping[str, Any], is_dry
         findings.expect(
             "no worker of before is left", not left or not any("FAULT" in s for s in statuses), sorted(left)
         )
-        again = await _streams(running.client, num_tokens)
+        again = await requests(running.client)
         findings.expect("new requests have the same tokens", again == expected, differing(again, expected))
         status = (await running.client.status()).units[0]
         findings.expect("nothing stays leased", status.pool.leased_bytes == 0, status.pool.leased_bytes)
 
 
-async def _streams(client: MeshClient, num_tokens: int) -> list[list[int]]:
-    """Tokens of several requests to both models at once."""
+async def _streams(num_tokens: int, prompt_tokens: int, num_requests: int, client: MeshClient) -> list[list[int]]:
+    """Tokens of ``num_requests`` requests to each of the two models, all at once."""
     completions = await asyncio.gather(
         *(
             client.generate(
-                [*PROMPTS[1], number], model=model, max_new_tokens=num_tokens, temperature=0, ignore_eos=True
+                [3 + 7 * (number + at) % 251 for at in range(prompt_tokens)], model=model, max_new_tokens=num_tokens,
+                temperature=0, ignore_eos=True,
             )
-            for number in range(3, 6)
+            for number in range(num_requests)
             for model in ("a", "b")
         )
-    )
+    )  # fmt: skip
     return [list(one.token_ids) for one in completions]
 
 
-async def _statuses_until_replaced(running: UpProcess, control: MpsControl, workers: set[int]) -> list[str]:
-    """The server's states until no worker of ``workers`` is left and as many new ones run; at most 60 s."""
+async def _statuses_until_replaced(
+    running: UpProcess, control: MpsControl, workers: set[int], killed: int
+) -> list[str]:
+    """The server's states until ``killed`` is replaced, or after FAULT all of ``workers``; at most 60 s."""
     seen: list[str] = []
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(60):
@@ -100,7 +105,8 @@ async def _statuses_until_replaced(running: UpProcess, control: MpsControl, work
                     if not seen or seen[-1] != state:
                         seen.append(state)
                 now = set(workers_of(running))
-                if len(now) == len(workers) and not now & workers:
+                old = now & workers if any("FAULT" in state for state in seen) else now & {killed}
+                if len(now) == len(workers) and not old:
                     return seen
                 await asyncio.sleep(0.02)
     return [*seen, "not replaced in 60 s"]
