@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import os
 import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -13,11 +14,15 @@ import pytest
 import pytest_asyncio
 import torch
 
+from kvstore.attach_protocol import pool_description
 from kvstore.cuda_memory import CudaMemory
-from kvstore.device_memory import Shard
+from kvstore.device_memory import HostMemory, Shard, new_memfd
 from kvstore.unit import Unit, UnitModel
 from muxmesh.clock import SystemClock
 from muxmesh.cuda.driver import CudaDriver
+from muxmesh.device.cuda_mapping import CudaSegments
+from muxmesh.device.torch_device import InterpretedDevice
+from muxmesh.errors import Unavailable
 from muxmesh.rpc import convert
 from muxmesh.types import KvDemand, Lease, QueuedRequest, Role, SchedulingState
 from muxmesh.v1 import mesh_pb2
@@ -34,6 +39,7 @@ from tests.support.cuda_worker_kv import NUM_HEADS, SHAPE, random_kv, random_q
 from tests.support.fake_driver import NUM_SMS, OTHER_UUID, UUID, fake_driver_folder
 from tests.support.processes import ended
 from tests.support.served_unit import served
+from worker.attachment import WorkerDevice, map_pool
 from worker.lease_client import LeaseClient
 
 MIB = 1 << 20
@@ -184,6 +190,35 @@ async def test_a_worker_refuses_memory_of_another_size_than_the_unit_says(
         async with ended(process):
             assert re.match("DeviceError: " + message, (await next_line(process))["error"])
             assert await process.wait() == 1
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> WorkerDevice:
+    """A device of this process: the fake driver, and tensors of the CPU."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    driver, interpreted = CudaDriver(str(fake_driver_folder() / "libcuda.so.1")), InterpretedDevice()
+    return WorkerDevice(interpreted, CudaSegments(driver, interpreted.torch_device), driver)
+
+
+def test_a_worker_on_a_gpu_refuses_host_memory(device: WorkerDevice) -> None:
+    memory = HostMemory(MIB)
+    description = pool_description(memory, MIB, has_swap=False)
+    with pytest.raises(Unavailable, match=r"pool is host memory .*; this worker maps one segment of cuda memory"):
+        map_pool(description, [os.dup(fd) for fd in memory.shards[0].segments[0].fds], device)
+    memory.close()
+
+
+@pytest.mark.parametrize("has_swap", [False, True])
+def test_a_pool_on_a_gpu_has_swap_if_its_unit_has_a_swap_region(device: WorkerDevice, has_swap: bool) -> None:
+    memory = CudaMemory(device.driver, 0, 4 * MIB, {})
+    description, swap_fd = pool_description(memory, MIB, has_swap), new_memfd("swap", 4 * MIB)
+    fds = [os.dup(fd) for fd in (*memory.shards[0].segments[0].fds, *[swap_fd] * has_swap)]
+    pool = map_pool(description, fds, device)
+    assert pool.has_swap is has_swap
+    assert not set(map(str, fds)) & set(os.listdir("/proc/self/fd")), "they are closed"
+    device.segments.close()
+    memory.close()
+    os.close(swap_fd)
 
 
 ATTACH_WITH_ERRORS = """

@@ -1,17 +1,21 @@
 """Segments of another process, mapped here, on the fake driver; kernels' access to them, by CPU tensors over them."""
 
+import ctypes
+import mmap
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
+import torch
 
 from muxmesh.cuda.driver import CudaDriver
-from muxmesh.device.cuda_mapping import map_segment
+from muxmesh.device.cuda_mapping import CudaSegments, map_segment
 from muxmesh.errors import DeviceError
-from tests.support.fake_driver import device_resources, fake_driver_environment, fake_driver_folder
+from tests.support.fake_driver import OTHER_UUID, UUID, device_resources, fake_driver_environment, fake_driver_folder
 
 SIZE = 4 << 20
 
@@ -32,7 +36,7 @@ print(content.decode(), flush=True)
 READER = """
 import sys, torch
 from muxmesh.cuda.driver import CudaDriver
-from muxmesh.device.cuda_mapping import map_segment
+from muxmesh.device.cuda_mapping import CudaSegments, map_segment
 driver, size = CudaDriver(), 4 << 20
 handle = driver.create(0, size)
 fd = driver.export_fd(handle)
@@ -179,3 +183,55 @@ def test_tensors_over_two_imports_share_their_bytes() -> None:
     environment = fake_driver_environment(FAKE_CUDA_HOST_ACCESS="1")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "[1, 2, 3, 4, 0, 0] True\n"
+
+
+# Segments of a unit
+
+
+def test_segments_are_mapped_as_tensors_and_unmapped_together(driver: CudaDriver, fd: int) -> None:
+    before = device_resources()
+    segments = CudaSegments(driver, torch.device("cpu"))
+    tensors = [segments.map(SIZE, UUID, b"", fd) for _ in range(2)]
+    assert [(tensor.numel(), tensor.dtype) for tensor in tensors] == [(SIZE, torch.uint8)] * 2
+    driver.copy_to_device(tensors[0].data_ptr(), b"kv")
+    content = bytearray(2)
+    driver.copy_to_host(content, tensors[1].data_ptr())
+    assert content == b"kv"
+    segments.close()
+    segments.close()
+    assert device_resources() == before
+
+
+def test_a_segment_of_another_device_is_refused_before_it_is_mapped(driver: CudaDriver, fd: int) -> None:
+    before = device_resources()
+    segments = CudaSegments(driver, torch.device("cpu"))
+    message = f"the unit's memory is on {OTHER_UUID}, this process computes on {UUID}; CUDA_VISIBLE_DEVICES must be"
+    with pytest.raises(DeviceError, match=message):
+        segments.map(SIZE, OTHER_UUID, b"", fd)
+    assert device_resources() == before
+
+
+def test_an_error_while_segments_are_unmapped_keeps_none_of_the_others(
+    driver: CudaDriver, fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments = CudaSegments(driver, torch.device("cpu"))
+    for _ in range(2):
+        segments.map(SIZE, UUID, b"", fd)
+    with_both = device_resources()
+    log = os.memfd_create("calls")
+    monkeypatch.setenv("FAKE_CUDA_LOG", f"/proc/self/fd/{log}")
+    monkeypatch.setenv("FAKE_CUDA_ERRORS", "cuMemUnmap:304")
+    segments.close()
+    assert os.pread(log, 4096, 0).decode().count("cuMemUnmap") == 2
+    assert device_resources() == with_both, "the driver kept both"
+    os.close(log)
+
+
+def test_host_memory_is_pinned_from_any_thread(driver: CudaDriver) -> None:
+    segments, pages = CudaSegments(driver, torch.device("cpu")), mmap.mmap(-1, 1 << 16)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(segments.register_host, address, 1 << 16).result()
+    with pytest.raises(DeviceError, match="HOST_MEMORY_ALREADY_REGISTERED"):
+        segments.register_host(address, 4096)
+    driver.unregister_host(address)
