@@ -31,9 +31,13 @@ KVSTORE = ProcessKey("kvstore", "u")
 
 
 def cuda_runtime(folder: Path, uuid: str = UUID, weights_bytes: int = 3 * MIB, **unit: Any) -> MeshRuntime:
-    """The runtime of a unit `u` on a GPU with one model `m`, whose weight image has ``weights_bytes``; no Redis."""
+    """The runtime of a unit `u` on a GPU with one model `m`; no Redis.
+
+    Its weight image is the file `image` in ``folder``; if there is none, it is made, with ``weights_bytes``.
+    """
     image = folder / "image"
-    image.write_bytes(b"w" * weights_bytes)
+    if not image.exists():
+        image.write_bytes(b"w" * weights_bytes)
     config = {"name": "u", "device": "cuda:0", "kv_pool": "4MiB", "slab": "1MiB", "models": [{"name": "m"}], **unit}
     return MeshRuntime(
         config=MeshConfig.model_validate({"units": [config]}),

@@ -13,6 +13,7 @@ line of input is a JSON array, each line of output a JSON object:
     ["attend", block ids, n]         {"outputs": of the kernel, for the query of the last token (`random_q`), by layer}
     ["write_weights", text]          {}
     ["read_weights", length]         {"text"}
+    ["load_weights", image]          {"norm"}: the values of that tensor; the weights are loaded as an engine does
     ["resources"]                    what of the device it has open or mapped, by name
     (the unit is lost)               {"lost": true}, and it exits
 """
@@ -30,11 +31,13 @@ from typing import Any
 import torch
 
 from kvstore.attach_protocol import BEAT_EVERY_S
+from muxmesh.clock import SystemClock
 from muxmesh.device.cuda_pool import CudaPool
 from muxmesh.engine.native.cuda.attention import decode_attention
 from muxmesh.engine.native.cuda.attention_plan import AttentionPlan
 from muxmesh.engine.native.cuda.kv_layout import KvLayout
 from muxmesh.engine.native.cuda.kv_write import write_kv
+from muxmesh.engine.native.cuda.weights import load_weights
 from muxmesh.errors import MeshError
 from muxmesh.types import Role
 from tests.support.cuda_worker_kv import NUM_HEADS, SHAPE, random_kv, random_q
@@ -78,6 +81,10 @@ class Worker:
                 weights[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
             case "read_weights":
                 return {"text": bytes(weights[: arguments[0]].tolist()).decode()}
+            case "load_weights":
+                page_fd, device = self._weights.page_fd, self._pool.device
+                loaded = load_weights(Path(arguments[0]), weights, page_fd, device, SystemClock())
+                return {"norm": loaded["norm"].tolist()}
             case "resources":
                 return dict(device_resources())
         return {}
