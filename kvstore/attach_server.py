@@ -250,6 +250,7 @@ class AttachServer:
             loop = asyncio.get_running_loop()
             loop.remove_reader(connection.fileno())
             attachment.worker.ready = False
+            self._fence.expect_exit()
             attachment.kill_timer = loop.call_later(_LINGER_S, self._kill, attachment, "detached and did not exit")
         else:
             try:
@@ -270,6 +271,8 @@ class AttachServer:
             _log.warning("%s is not ready: it has not proved its share of the GPU", attachment.worker.name)
             return
         attachment.worker.ready = ready
+        if not ready:
+            self._fence.expect_exit()
 
     async def _check_share(
         self, prover: ShareProver, attachment: _Attachment, connection: socket.socket, message: dict[str, Any]

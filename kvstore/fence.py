@@ -25,6 +25,9 @@ class Fence(Protocol):
     def kill(self, watch_fd: int) -> None:
         """Ends the process, if it has not exited. Does not wait: ``watch_fd`` reports the exit."""
 
+    def expect_exit(self) -> None:
+        """A process has announced that it ends: what the device reports of it while it lives is to be read now."""
+
 
 class HostFence:
     """`Fence` of host memory: SIGKILL and pidfds."""
@@ -35,3 +38,6 @@ class HostFence:
     def kill(self, watch_fd: int) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has exited
             signal.pidfd_send_signal(watch_fd, signal.SIGKILL)
+
+    def expect_exit(self) -> None:
+        pass

@@ -58,6 +58,7 @@ class MpsFence:
         give_up: Callable[[str], None],
         release_within_s: float = RELEASE_WITHIN_S,
         poll_every_s: float = POLL_EVERY_S,
+        terminate_within_s: float = TERMINATE_WITHIN_S,
     ) -> None:
         """``give_up``: called with a reason when the unit itself has to end."""
         self._control = control
@@ -65,11 +66,12 @@ class MpsFence:
         self._end_group = end_group
         self._give_up = give_up
         self._poll_every_s = poll_every_s
+        self._terminate_within_s = terminate_within_s
         self._clients = MpsClients(release_within_s)
         self._watches: set[_Watch] = set()
         self._by_fd: dict[int, _Watch] = {}
         self._endings: set[asyncio.Task[None]] = set()
-        self._exited = asyncio.Event()
+        self._wakes = asyncio.Event()
 
     @property
     def pipe_dir(self) -> Path:
@@ -93,6 +95,10 @@ class MpsFence:
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
 
+    def expect_exit(self) -> None:
+        """After a fault of the device the server may be in FAULT only until its clients have exited."""
+        self._wakes.set()
+
     async def is_client(self, pid: int) -> bool:
         """Whether the daemon lists the process. Raises Unavailable."""
         asked_at_s = self._clock.monotonic_s()
@@ -101,9 +107,9 @@ class MpsFence:
         return any(pid in server.clients for server in servers)
 
     async def run(self) -> None:
-        """Asks the daemon as long as the unit runs: slowly, and often while a process has exited."""
+        """Asks the daemon as long as the unit runs: slowly, and often while a process has exited or is to exit."""
         while True:
-            self._exited.clear()
+            self._wakes.clear()
             asked_at_s = self._clock.monotonic_s()
             try:
                 self._apply(await self._control.servers(), asked_at_s)
@@ -114,7 +120,7 @@ class MpsFence:
                 continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._poll_every_s):
-                    await self._exited.wait()
+                    await self._wakes.wait()
 
     def close(self) -> None:
         """Stops watching. Kills the processes that the daemon was just asked to terminate, and no others."""
@@ -128,19 +134,26 @@ class MpsFence:
     def _on_exit(self, watch: _Watch) -> None:
         asyncio.get_running_loop().remove_reader(watch.pid_fd)
         watch.client.exited_at_s = self._clock.monotonic_s()
-        self._exited.set()
+        self._wakes.set()
 
     async def _end(self, watch: _Watch) -> None:
         """Lets the daemon terminate the client's work, then kills the process, whatever the daemon answers."""
         pid = watch.client.pid
         try:
-            async with asyncio.timeout(TERMINATE_WITHIN_S):
-                for server in await self._control.servers():
-                    if pid in server.clients and not await self._control.terminate_client(server.pid, pid):
-                        _log.warning("the MPS daemon did not terminate process %d", pid)
+            async with asyncio.timeout(self._terminate_within_s):
+                server = await self._server_of(watch.client)
+                is_terminated = server is None or await self._control.terminate_client(server, pid)
+                if not is_terminated and watch.client.exited_at_s is None:
+                    _log.warning("MPS server %d did not terminate process %d", server, pid)
         except (Unavailable, TimeoutError) as error:
             _log.warning("process %d is killed without the MPS daemon: %s", pid, str(error) or "it does not answer")
         self._send_sigkill(watch)
+
+    async def _server_of(self, client: WatchedClient) -> int | None:
+        """The server that lists a client; None if no one does. Raises Unavailable."""
+        if client.server is None and client.exited_at_s is None:
+            await self.is_client(client.pid)
+        return client.server
 
     @staticmethod
     def _send_sigkill(watch: _Watch) -> None:

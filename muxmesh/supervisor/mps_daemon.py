@@ -73,7 +73,8 @@ async def end_leftovers(control: MpsControl) -> None:
             os.kill(pid, signal.SIGKILL)
     await _wait_until_ended(processes)
     for name in _FILES:
-        (control.pipe_dir / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none, or it is no file
+            (control.pipe_dir / name).unlink()
 
 
 async def _wait_until_ended(pids: Collection[int]) -> None:

@@ -396,6 +396,9 @@ class ManualFence:
         self.watched.append(os.eventfd(0, os.EFD_NONBLOCK))
         return self.watched[-1]
 
+    def expect_exit(self) -> None:
+        pass
+
     def kill(self, watch_fd: int) -> None:
         self.killed_at_s.setdefault(self.watched.index(watch_fd), asyncio.get_running_loop().time())
         if not self.survives_kill:

@@ -48,10 +48,12 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, answer_within_s: float) -> 
 
 
 @asynccontextmanager
-async def running_fence(daemon: FakeDaemon, group: Group, release_within_s: float = 0.1) -> AsyncIterator[MpsFence]:
+async def running_fence(
+    daemon: FakeDaemon, group: Group, release_within_s: float = 0.1, poll_every_s: float = 0.02
+) -> AsyncIterator[MpsFence]:
     """A fence that polls often. A client is overdue soon after its exit."""
     fence = MpsFence(
-        daemon.control, SystemClock(), group.end, group.given_up.put_nowait, release_within_s, poll_every_s=0.02
+        daemon.control, SystemClock(), group.end, group.given_up.put_nowait, release_within_s, poll_every_s, 60
     )
     async with background(fence.run(), "fence", fail):
         yield fence
@@ -133,6 +135,20 @@ async def test_a_fault_ends_the_group_once(daemon: FakeDaemon) -> None:
             fence.kill(watch_fd)
             await until_exited(watch_fd)
             assert group.ended.empty() and group.given_up.empty()
+            os.close(watch_fd)
+
+
+async def test_a_fault_is_found_at_once_when_a_process_announces_its_end(daemon: FakeDaemon) -> None:
+    """It would be over before the next regular question."""
+    group = Group()
+    async with running_fence(daemon, group, release_within_s=60, poll_every_s=3600) as fence:
+        with daemon.client() as client:
+            watch_fd = fence.watch(client.pid)
+            await until_listed(fence, client.pid)
+            daemon.fail("fault")
+            fence.expect_exit()
+            reason, device_has_failed = await group.next_end()
+            assert "is in FAULT" in reason and device_has_failed
             os.close(watch_fd)
 
 
