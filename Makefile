@@ -10,7 +10,8 @@ TORCH ?= torch==2.13.0
 PYTHON312 ?= python3.12
 VENV312 ?= .venv-py312
 OLDEST := 'torch==2.11.0' 'triton==3.6.0' 'numpy<2.4'
-GPU_TESTS := tests/muxmesh/engine tests/muxmesh/device tests/muxmesh/cuda tests/muxmesh/models/test_weight_image.py
+GPU_TESTS := tests/muxmesh/cuda tests/muxmesh/device tests/muxmesh/engine/native/cuda tests/muxmesh/engine/test_*.py \
+	tests/muxmesh/models/test_*weight*.py tests/worker/test_*cuda*.py tests/worker/test_device_weights.py
 # For the targets that run on a machine with a GPU.
 GPU_PYTHON ?= python3
 GPU_SITE := $(CURDIR)/build/gpu-site
