@@ -81,8 +81,9 @@ def three_models(figures: Figures, is_quick: bool) -> None:
 async def _three_models(figures: Figures, seconds: float, all_shares: tuple[tuple[int, int], ...]) -> None:
     works: list[dict[str, Any]] = [PREFILLING, DECODING] * NUM_MODELS
     with contextlib.ExitStack() as stack:
-        alone = _loaded([stack.enter_context(Peer("engine")) for _ in works])
-        rates = [peer.ask("work_until", seconds=seconds, **work) for peer, work in zip(alone, works, strict=True)]
+        alone = _loaded([stack.enter_context(Peer("engine")) for _ in works[:2]])
+        pair = [peer.ask("work_until", seconds=seconds, **work) for peer, work in zip(alone, works, strict=False)]
+        rates = pair * NUM_MODELS  # the models have the same sizes
     figures["three models"] = {"tokens_per_s_alone": rates, "under MPS": []}
     for shares in all_shares:
         async with mps_daemon() as control:

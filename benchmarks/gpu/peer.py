@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,7 +101,10 @@ class Peer:
 def serve(operations: Any, connection: socket.socket) -> None:
     """Runs operations until the other side closes the connection."""
     while True:
-        message, fds, _, _ = socket.recv_fds(connection, _MAX_MESSAGE, 4)
+        try:
+            message, fds, _, _ = socket.recv_fds(connection, _MAX_MESSAGE, 4)
+        except ConnectionResetError:  # the check has ended with a message that it did not read
+            return
         if not message:
             return
         arguments = json.loads(message)
@@ -111,8 +115,9 @@ def serve(operations: Any, connection: socket.socket) -> None:
             for fd in made:
                 os.close(fd)
         except Exception as error:  # noqa: BLE001 - the check judges it
-            text = f"{type(error).__name__}: {error}"
-            connection.send(json.dumps({"error": text[:4000]}).encode())
+            where = "".join(traceback.format_tb(error.__traceback__)[-3:])
+            text = f"{type(error).__name__}: {str(error)[:2000]}\n{where[-1500:]}"
+            connection.send(json.dumps({"error": text}).encode())
 
 
 def main() -> None:

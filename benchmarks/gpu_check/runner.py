@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.gpu_check.check import Check, Result, startable
@@ -24,6 +24,8 @@ MARK = "MUXMESH_GPU_CHECK"
 """Environment variable of all processes of a check."""
 MAX_OUTPUT = 3000
 MOST_AT_ONCE = 6
+_PYTEST = ("-W", "default", "-p", "no:benchmark")
+"""Warnings are no errors: libraries differ from machine to machine, and so do the plugins that are installed."""
 _LEAST_S = 5.0
 """A check does not start with less time than this left."""
 
@@ -36,7 +38,7 @@ def command_of(check: Check, findings: Path, is_dry_run: bool) -> Sequence[str]:
     if check.tests:
         report = f"--junitxml={findings.with_suffix('.xml')}"
         divided = ("-n", str(check.workers)) if check.workers and importlib.util.find_spec("xdist") else ()
-        return (sys.executable, "-m", "pytest", "-q", "-W", "default", report, *divided, *check.tests)
+        return (sys.executable, "-m", "pytest", "-q", "--tb=short", *_PYTEST, report, *divided, *check.tests)
     dry = ("--dry-run",) if is_dry_run else ()
     return (sys.executable, "-m", "benchmarks.gpu_check.checks", check.name, "--findings", str(findings), *dry)
 
@@ -81,7 +83,7 @@ async def run_check(check: Check, scratch: Path, limit_s: float, command: Comman
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
             *command(check, findings),
-            env={**os.environ, **dict(check.environment), MARK: mark, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **dict(check.environment), MARK: mark, "PYTHONUNBUFFERED": "1", "COLUMNS": "200"},
             stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=asyncio.subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
@@ -143,7 +145,7 @@ def _read_findings(result: Result, findings: Path) -> None:
     elif report.exists():
         suite = next(ElementTree.parse(report).iter("testsuite"))
         counts = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
-        result.figures = counts
+        result.figures = {**counts, "failed": dict(_failures(suite))}
         ran = counts["tests"] - counts["skipped"]
         skipped = counts["skipped"]
         result.comparisons = [
@@ -153,6 +155,13 @@ def _read_findings(result: Result, findings: Path) -> None:
         ]
         if ran == 0 and result.state == "passed":
             result.state = "failed"
+
+
+def _failures(suite: ElementTree.Element) -> Iterator[tuple[str, str]]:
+    """The name of each test of pytest's report that failed, and the end of what it says."""
+    for case in suite.iter("testcase"):
+        for problem in (*case.iter("failure"), *case.iter("error")):
+            yield f"{case.get('classname', '')}.{case.get('name', '')}", (problem.text or "")[-1200:]
 
 
 def _remove(scratch: Path) -> None:

@@ -54,8 +54,8 @@ def _compare(findings: Findings, peers: dict[str, Peer], batch: int, is_dry_run:
 
 
 ATTENTION_CASES = [(batch, context) for batch in (1, 4, 16, 64) for context in (512, 2048, 8192)]
-LEAST_BYTES = 64 << 20
-"""A case that reads less is dominated by what a launch costs."""
+LEAST_BYTES = {"has to": 256 << 20, "should": 64 << 20}
+"""What a case reads at least: one that reads less is dominated by what a launch costs."""
 
 
 def attention(findings: Findings, is_dry_run: bool) -> None:
@@ -69,9 +69,11 @@ def attention(findings: Findings, is_dry_run: bool) -> None:
             for case in cases:
                 case["of_copy"] = case["bytes_s"] / ceiling["copy_bytes_s"]
             findings.figure(name, cases)
-            large = [case for case in cases if case["bytes_s"] * case["us"] / 1e6 >= LEAST_BYTES]
-            slowest = min(large, key=lambda case: case["of_copy"])
-            findings.expect(f"{name}: over 0.7 of the copy ceiling", slowest["of_copy"] > 0.7, slowest)
+            for how, judge in (("has to", findings.expect), ("should", findings.aim)):
+                large = [case for case in cases if case["bytes_s"] * case["us"] / 1e6 >= LEAST_BYTES[how]]
+                slowest = min(large, key=lambda case: case["of_copy"])
+                what = f"{name}: {LEAST_BYTES[how] >> 20} MiB and more at over 0.7 of the copy ceiling"
+                judge(what, slowest["of_copy"] > 0.7, slowest)
 
 
 def green(findings: Findings, is_dry_run: bool) -> None:

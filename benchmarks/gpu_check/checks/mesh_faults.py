@@ -126,7 +126,7 @@ async def _refuse(findings: Findings, unit: Mapping[str, Any]) -> None:
         environment = environment_of(pid)
         command = Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
         command[command.index("--parent") + 1] = str(os.getpid())
-        findings.figure("environment of a worker", {k: v for k, v in environment.items() if "CUDA" in k})
+        findings.figure("environment of a worker", {k: v for k, v in environment.items() if k.startswith("CUDA_")})
         with TemporaryDirectory(prefix="mm-") as empty:
             for name, change in (
                 ("without a daemon", {PIPE_DIRECTORY: empty}),

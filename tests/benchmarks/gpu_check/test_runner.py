@@ -104,7 +104,8 @@ def test_checks_that_measure_run_alone_and_one_mps_daemon_runs_at_a_time() -> No
 def test_pytest_is_asked_for_a_report_and_functions_for_their_findings(tmp_path: Path) -> None:
     tests = Check("t", "", 1, "beside", ("tests/x.py", "-k", "cuda"))
     assert command_of(tests, tmp_path / "t.json", is_dry_run=False)[1:] == (
-        "-m", "pytest", "-q", "-W", "default", f"--junitxml={tmp_path}/t.xml", "tests/x.py", "-k", "cuda",
+        "-m", "pytest", "-q", "--tb=short", "-W", "default", "-p", "no:benchmark", f"--junitxml={tmp_path}/t.xml",
+        "tests/x.py", "-k", "cuda",
     )  # fmt: skip
     assert command_of(check("good"), tmp_path / "g.json", is_dry_run=True)[2:] == (
         "benchmarks.gpu_check.checks", "good", "--findings", str(tmp_path / "g.json"), "--dry-run",
@@ -122,6 +123,7 @@ def test_tests_that_are_all_skipped_fail_the_check(tmp_path: Path, body: str, st
         run_checks([tests], tmp_path / "out", 60, lambda one, to: command_of(one, to, False), lambda _: None)
     )
     assert (result.state, result.figures["tests"]) == (state, 1)
+    assert list(result.figures["failed"]) == (["test_it.test_it"] if "False" in body else [])
 
 
 def test_names_choose_among_the_checks_in_the_order_of_the_table() -> None:
