@@ -55,6 +55,7 @@ class ForwardCase:
         spec, kv_dtype = read_model_spec(folder), kv_dtype or dtype
         geometry = tiny_geometry(spec, kv_dtype)
         self._device = device
+        self._vocab_size = spec.vocab_size
         self._plan = AttentionPlan.of(
             KvLayout.of(geometry), spec.num_heads, dtype.itemsize, device.compute_capability, device.num_sms
         )
@@ -78,7 +79,10 @@ class ForwardCase:
         rows = arrange(chunks, self._buckets, self._plan)
         uploaded = upload(self._device, rows.arrays)
         hidden = self.forward.hidden(device_rows(rows, uploaded, self._tables))
-        logits = self.forward.logits(hidden.index_select(0, uploaded["logit_rows"])).cpu()
+        last = hidden.index_select(0, uploaded["logit_rows"])
+        logits = torch.empty((len(last), self._vocab_size), device=hidden.device)
+        self.forward.logits(last, logits)
+        logits = logits.cpu()
         return {chunk.job_id: logits[part] for chunk, part in zip(rows.chunks, rows.logit_slices, strict=True)}
 
 
@@ -95,7 +99,7 @@ def device_runner(
     """A loaded runner of the model in ``folder``, or of ``weights``, over ``pool`` (uint8) or 8 slabs that are NaN."""
     spec = read_model_spec(folder)
     geometry = tiny_geometry(spec, dtype)
-    limits = RunnerLimits(MAX_NUM_SEQS, step_token_budget=32, max_model_len=64, max_steps=max_steps)
+    limits = RunnerLimits(MAX_NUM_SEQS, step_token_budget=32, max_model_len=64, max_steps=max_steps, max_logit_rows=4)
     pool = nan_pool(geometry, 8, dtype) if pool is None else pool
     opened = weights or image_weights(folder, spec, cache, dtype)
     runner = CudaRunner(

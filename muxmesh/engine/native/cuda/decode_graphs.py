@@ -153,7 +153,7 @@ class DecodeGraphs:
             context_lens=context_lens,
             tiles=None,
         )
-        tensors.logits[:bucket].copy_(self._forward.logits(self._forward.hidden(rows)))
+        self._forward.logits(self._forward.hidden(rows), tensors.logits[:bucket])
 
     def _enqueue_sample(self, bucket: int) -> None:
         tensors = self._tensors

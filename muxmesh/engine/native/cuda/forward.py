@@ -79,9 +79,9 @@ class DeviceForward:
             x.addmm_(gated, layer.down.t())
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Returns the logits of rows of `hidden`, f32 [rows, vocab_size]."""
-        return functional.linear(self._normalized(hidden, self._norm), self._lm_head).float()
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        """Writes the logits of rows of `hidden` to ``out``, f32 [rows, vocab_size]."""
+        out.copy_(functional.linear(self._normalized(hidden, self._norm), self._lm_head))
 
     def _attention(self, number: int, layer: _Layer, x: Tensor, rows: DeviceRows) -> Tensor:
         """Writes the KV of a layer and attends to it. Returns [rows, heads * head_dim]."""

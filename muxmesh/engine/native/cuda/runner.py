@@ -22,9 +22,10 @@ from muxmesh.engine.native.cuda.decode_graphs import DecodeGraphs, DecodeTensors
 from muxmesh.engine.native.cuda.device_rows import device_rows, upload
 from muxmesh.engine.native.cuda.forward import DeviceForward
 from muxmesh.engine.native.cuda.kv_layout import KvLayout
+from muxmesh.engine.native.cuda.logit_passes import joined_outcome, logit_passes
 from muxmesh.engine.native.cuda.run_outcome import plain_outcome, run_outcome
 from muxmesh.engine.native.cuda.sampling import Sampler, UploadedPlan
-from muxmesh.engine.native.cuda.sampling_outcome import SampledArrays, sampling_outcome
+from muxmesh.engine.native.cuda.sampling_outcome import SampledArrays, SamplingOutcome, sampling_outcome
 from muxmesh.engine.native.cuda.sampling_plan import SamplingPlan, plan_sampling
 from muxmesh.engine.native.cuda.step_rows import StepRows, arrange, decode_buckets
 from muxmesh.engine.step import Chunk, PromptScoring, SampleSpec, Step, StepOutcome
@@ -38,12 +39,17 @@ _WARM_UP_SAMPLE = SampleSpec(Sampling(temperature=0.0), 0)
 
 @dataclass(frozen=True, slots=True)
 class RunnerLimits:
-    """What a runner allocates for. ``max_model_len``: tokens of the longest sequence."""
+    """What a runner allocates for.
+
+    ``max_model_len``: tokens of the longest sequence. ``max_logit_rows``: rows whose logits are in memory at once in a
+    step that is not of decode rows only.
+    """
 
     max_num_seqs: int
     step_token_budget: int
     max_model_len: int
     max_steps: int
+    max_logit_rows: int = 256
 
 
 class CudaRunner:
@@ -77,8 +83,8 @@ class CudaRunner:
         started_at_s = self._clock.monotonic_s()
         with torch.inference_mode(), self._device.compute(), device_errors("loading the model"):
             self._allocate(self._open_weights())
-            self._warm_up()
             self._graphs.prepare(self._buckets)
+            self._warm_up()  # after the graphs: a capture frees the memory that is reserved and unused
             self._device.record().wait()
         _log.info(
             "ready after %.1f s: %d batch sizes of decode %s graphs; %.0f MiB of device memory are this worker's own",
@@ -136,18 +142,26 @@ class CudaRunner:
 
     def _run_mixed(self, step: Step) -> StepOutcome:
         rows = arrange(step.chunks, self._buckets, self._plan)
-        outcome = sampling_outcome(rows.chunks, self._compute_mixed(rows))
+        outcome = self._compute_mixed(rows)
         sampled = {job_id: (token,) for job_id, token in outcome.sampled.items()}
         return StepOutcome(sampled, outcome.prompt_logprobs, self._kv_bytes(step, 1), outcome.failed)
 
-    def _compute_mixed(self, rows: StepRows) -> SampledArrays:
+    def _compute_mixed(self, rows: StepRows) -> SamplingOutcome:
         """Computes a step and waits for it."""
-        plan = plan_sampling(rows.chunks, self._spec.vocab_size)
-        uploaded = upload(self._device, rows.arrays)
+        uploaded, vocab_size = upload(self._device, rows.arrays), self._spec.vocab_size
         hidden = self._forward.hidden(device_rows(rows, uploaded, self._tensors.tables))
-        logits = self._forward.logits(hidden.index_select(0, uploaded["logit_rows"]))
-        result = self._sampler.enqueue(logits, self._sampler.upload(plan))
-        return SampledArrays.unpack(plan, self._device.download(result.packed)(), self._spec.vocab_size)
+        last, begun = hidden.index_select(0, uploaded["logit_rows"]), 0
+        outcomes = []
+        for chunks in logit_passes(rows.chunks, self._limits.max_logit_rows):
+            plan = plan_sampling(chunks, vocab_size)
+            logits = torch.empty((plan.num_logit_rows, vocab_size), dtype=torch.float32, device=last.device)
+            if plan.num_logit_rows:
+                self._forward.logits(last[begun : begun + plan.num_logit_rows], logits)
+            begun += plan.num_logit_rows
+            packed = self._sampler.enqueue(logits, self._sampler.upload(plan)).packed
+            arrays = SampledArrays.unpack(plan, self._device.download(packed)(), vocab_size)
+            outcomes.append(sampling_outcome(chunks, arrays))
+        return joined_outcome(outcomes)
 
     def _run_decode(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:
         rows = arrange(step.chunks, self._buckets, self._plan)
