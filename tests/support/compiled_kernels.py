@@ -31,11 +31,21 @@ from muxmesh.engine.native.cuda.attention_kernels import decode_kernel, merge_ke
 from muxmesh.engine.native.cuda.attention_plan import AttentionPlan, prefill_tiles
 from muxmesh.engine.native.cuda.kv_layout import KvLayout
 from muxmesh.engine.native.cuda.kv_write import write_kernel, write_kv
+from muxmesh.engine.native.cuda.row_kernels import (
+    HeadNorms,
+    rotate_and_write,
+    rotate_and_write_kernel,
+    silu_and_multiply,
+    silu_kernel,
+)
+from muxmesh.engine.native.cuda.sampling_kernel import BLOCK as SAMPLED_AT_A_TIME
+from muxmesh.engine.native.cuda.sampling_kernel import sample_kernel, sample_rows
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _SHARED_BYTES = {80: 166912, 90: 232448}
 """Most shared memory of a program, by compute capability."""
 _KERNELS = (write_kernel, decode_kernel, merge_kernel, prefill_kernel)
+_STEP_KERNELS = (rotate_and_write_kernel, silu_kernel, sample_kernel)
 _NUM_SMS = 132
 _KV_HEADS = 8
 
@@ -134,6 +144,28 @@ def compile_all(capability: int, kind: Kind, block_size: int = 16) -> Iterator[C
             yield _read(compiled, capability)
 
 
+def compile_step_kernels(capability: int, kind: Kind, block_size: int = 16) -> Iterator[Compiled]:
+    """Compiles the other kernels of a step: rotation with and without norms, the gate, and sampling."""
+    triton.runtime.driver.set_active(CompileOnlyDriver(capability))
+    head_dim, dtype, heads = kind.head_dim, DTYPES[kind.dtype], _KV_HEADS * kind.group
+    token_block = 4 * _KV_HEADS * 2 * block_size * head_dim
+    layout = KvLayout(head_dim, block_size, _KV_HEADS, 3, 3 * token_block + 64, token_block)
+    qkv, q = (torch.empty(2, count, head_dim, dtype=dtype) for count in (heads + 2 * _KV_HEADS, heads))
+    angles, weights = torch.empty(64, head_dim // 2), torch.empty(head_dim, dtype=dtype)
+    pool, integers = torch.empty(64, dtype=DTYPES[kind.kv_dtype]), torch.zeros(2).int()
+    for kernel in _STEP_KERNELS:
+        kernel.device_caches.clear()
+    for norms in (None, HeadNorms(weights, weights, 1e-6)):
+        rotate_and_write(qkv, norms, angles, angles, integers, integers, pool, layout, 1, q)
+    silu_and_multiply(torch.empty(2, 512, dtype=dtype), torch.empty(2, 256, dtype=dtype))
+    results = torch.zeros(2, dtype=torch.int64)
+    numbers, likely = torch.empty(5, 2, dtype=torch.float64), torch.empty(2, SAMPLED_AT_A_TIME, dtype=torch.int32)
+    sample_rows(torch.empty(2, 128_256), numbers[:4], numbers[4], results, results, likely)
+    for kernel in _STEP_KERNELS:
+        for compiled in kernel.device_caches[capability][0].values():
+            yield _read(compiled, capability)
+
+
 def _read(compiled: Any, capability: int) -> Compiled:
     ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -168,9 +200,11 @@ def main() -> None:
     parser.add_argument(
         "kinds", metavar="KIND", nargs="+", type=Kind.parse, help="q/pool/head size/group: bf16/f16/128/4"
     )
+    parser.add_argument("--step", action="store_true", help="the kernels beside attention")
     arguments = parser.parse_args()
+    compile_kind = compile_step_kernels if arguments.step else compile_all
     for kind in arguments.kinds:
-        for compiled in compile_all(arguments.capability, kind):
+        for compiled in compile_kind(arguments.capability, kind):
             sys.stdout.write(json.dumps(asdict(kind) | asdict(compiled)) + "\n")
             sys.stdout.flush()
 

@@ -86,9 +86,9 @@ def rotate_and_write_kernel(
         c, s = tl.load(cos + angle_at, mask=mask, other=0.0), tl.load(sin + angle_at, mask=mask, other=0.0)
         a, b = a * c - b * s, b * c + a * s
     if head < HEADS:
-        to = q_out + (row.to(tl.int64) * HEADS + head)[:, None] * HEAD_DIM + d[None, :]
-        tl.store(to, a.to(q_out.dtype.element_ty), mask=mask)
-        tl.store(to + HEAD_DIM // 2, b.to(q_out.dtype.element_ty), mask=mask)
+        q_to = q_out + (row.to(tl.int64) * HEADS + head)[:, None] * HEAD_DIM + d[None, :]
+        tl.store(q_to, a.to(q_out.dtype.element_ty), mask=mask)
+        tl.store(q_to + HEAD_DIM // 2, b.to(q_out.dtype.element_ty), mask=mask)
     else:
         block_id = tl.load(block_ids + row, mask=is_row, other=-1)
         is_value = head >= HEADS + KV_HEADS
@@ -97,10 +97,10 @@ def rotate_and_write_kernel(
         block = slab + (block_id % blocks_per_slab).to(tl.int64) * token_block_elements
         kv_block = (layer * KV_HEADS + kv_head).to(tl.int64) * (2 * BLOCK_SIZE * HEAD_DIM)
         slot = tl.where(is_value, BLOCK_SIZE, 0) + position % BLOCK_SIZE
-        to = pool + (block + kv_block + slot * HEAD_DIM)[:, None] + d[None, :]
+        kv_to = pool + (block + kv_block + slot * HEAD_DIM)[:, None] + d[None, :]
         mask = mask & (block_id >= 0)[:, None]
-        tl.store(to, a.to(pool.dtype.element_ty), mask=mask)
-        tl.store(to + HEAD_DIM // 2, b.to(pool.dtype.element_ty), mask=mask)
+        tl.store(kv_to, a.to(pool.dtype.element_ty), mask=mask)
+        tl.store(kv_to + HEAD_DIM // 2, b.to(pool.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -24,10 +24,10 @@ KINDS = [  # dtype of q, dtype of the pool, head size, query heads per KV head
 ]
 
 
-def compiled(capability: int, kinds: Sequence[str]) -> list[Any]:
+def compiled(capability: int, kinds: Sequence[str], *options: str) -> list[Any]:
     """Compiles in a process of its own, as this one interprets kernels; returns one dict per kernel."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.compiled_kernels", str(capability), *kinds],
+        [sys.executable, "-m", "tests.support.compiled_kernels", str(capability), *kinds, *options],
         env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         check=True,
         stdout=subprocess.PIPE,
@@ -55,3 +55,11 @@ def test_kernels_keep_to_registers_wide_loads_and_matrix_instructions(capability
             assert kernel["mma"], kernel
             # Three programs fit on an SM of Hopper, two on one of Ampere: what `AttentionPlan.num_slots` counts on.
             assert kernel["shared_bytes"] <= 75 * 1024 and kernel["registers"] <= 168, kernel
+
+
+@pytest.mark.timeout(600)
+def test_the_kernels_beside_attention_compile_for_each_pair_of_dtypes_and_do_not_spill() -> None:
+    kinds = ["bf16/bf16/128/4", "f16/f16/80/1", "f32/f32/64/4", "f32/bf16/128/4", "bf16/f16/64/3"]
+    kernels = compiled(90, kinds, "--step")
+    assert len(kernels) == 4 * len(kinds)
+    assert [kernel for kernel in kernels if kernel["spill_bytes"]] == []
