@@ -41,7 +41,7 @@ def group_restart(findings: Findings, is_dry_run: bool) -> None:
 
 
 async def _fault_and_compare(findings: Findings, unit: Mapping[str, Any], is_dry_run: bool) -> None:
-    requests = functools.partial(_streams, *((6, 8, 1) if is_dry_run else (400, 200, 3)))
+    requests = functools.partial(_streams, *((6, 8, 1) if is_dry_run else (2000, 200, 3)))
     async with mesh({"units": [unit]}) as running:
         expected = await requests(running.client)
         before = {name: running.pid_of(name) for name in ("kvstore", "decode_svc", "prefill_svc")}
@@ -54,7 +54,7 @@ async def _fault_and_compare(findings: Findings, unit: Mapping[str, Any], is_dry
             "the daemon lists all workers and nobody else", listed == workers, [sorted(listed), sorted(workers)]
         )
         pending = asyncio.create_task(requests(running.client))
-        await asyncio.sleep(0.3)
+        await _until_decoding(running.client, before["decode_svc"])
         killed_at_s = time.monotonic()
         os.kill(before["decode_svc"], signal.SIGKILL)
         if is_dry_run:  # a kernel that was in flight on a card: the fake daemon is told that its server faults
@@ -90,6 +90,14 @@ async def _streams(num_tokens: int, prompt_tokens: int, num_requests: int, clien
         )
     )  # fmt: skip
     return [list(one.token_ids) for one in completions]
+
+
+async def _until_decoding(client: MeshClient, pid: int) -> None:
+    """Waits until the worker computes tokens, so that its kernels are in flight most of the time."""
+    counts: list[int] = []
+    while len(set(counts)) < 3:
+        (worker,) = (one for one in (await client.status()).units[0].workers if one.pid == pid)
+        counts.append(worker.num_computed_tokens)
 
 
 async def _statuses_until_replaced(
