@@ -56,8 +56,8 @@ class _Attachment:
     """A worker and the processes that write for it.
 
     ``processes`` maps the watch fd of each process that has not exited to its connection; the worker's own process is
-    the first. ``is_owner_alive``: the worker's own process has not exited. ``is_limited``: it has proved its share;
-    ``proof``: its report is being checked.
+    the first. ``is_owner_alive``: the worker's own process has not exited. ``is_ending``: it has been
+    killed, which may take a while. ``is_limited``: it has proved its share; ``proof``: its report is being checked.
     """
 
     worker: WorkerRecord
@@ -66,6 +66,7 @@ class _Attachment:
     processes: dict[int, socket.socket] = field(default_factory=dict)
     kill_timer: asyncio.TimerHandle | None = None
     is_owner_alive: bool = True
+    is_ending: bool = False
     is_limited: bool = False
     proof: asyncio.Task[None] | None = None
     last_beat: int = -1
@@ -130,13 +131,20 @@ class AttachServer:
         """
         _log.error("all workers of the unit end: %s", reason)
         if device_has_failed:
-            self._device_has_failed = bool(self._attachments)
+            self._device_has_failed = True
             num_credits = self._unit.device_failed()
             _log.warning("prefix cache emptied, %d credits ended", num_credits)
+            self._forget_weights_after_failure()
         for attachment in self._attachments.values():
             attachment.worker.ready = False
             self._kill(attachment, "ends with its group")
         self._changed()
+
+    def _forget_weights_after_failure(self) -> None:
+        """Once no worker may be filling them. From then on workers attach again."""
+        if self._device_has_failed and not self._attachments:
+            self._memory.forget_weights()
+            self._device_has_failed = False
 
     @property
     def transport(self) -> Transport:
@@ -163,14 +171,15 @@ class AttachServer:
     def _on_hello(self, connection: socket.socket) -> None:
         """Attaches the process that sent its first message. If any step fails, the earlier ones are undone."""
         asyncio.get_running_loop().remove_reader(connection.fileno())
+        if self._device_has_failed:
+            connection.close()  # with its message unread, which resets it: the worker tries again
+            return
         pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         with ExitStack() as undo:
             undo.callback(connection.close)
             try:
                 if uid != os.getuid():
                     raise ValueError(f"it runs as uid {uid}, the mesh as uid {os.getuid()}")
-                if self._device_has_failed:
-                    raise ValueError("the device has failed, and its workers have not exited yet; it may try again")
                 hello = json.loads(connection.recv(MAX_MESSAGE_BYTES))
                 watch_fd = self._fence.watch(pid)
                 undo.callback(os.close, watch_fd)
@@ -270,7 +279,7 @@ class AttachServer:
         if ready and self._prover is not None and not attachment.is_limited:
             _log.warning("%s is not ready: it has not proved its share of the GPU", attachment.worker.name)
             return
-        attachment.worker.ready = ready
+        attachment.worker.ready = ready and not attachment.is_ending
         if not ready:
             self._fence.expect_exit()
 
@@ -306,6 +315,7 @@ class AttachServer:
 
     def _kill(self, attachment: _Attachment, reason: str) -> None:
         _log.warning("%s %s: killed", attachment.worker.name, reason)
+        attachment.is_ending = True
         for watch_fd in attachment.processes:
             self._fence.kill(watch_fd)
 
@@ -320,9 +330,7 @@ class AttachServer:
         if attachment.processes:
             return
         del self._attachments[attachment.worker.name]
-        if self._device_has_failed and not self._attachments:
-            self._memory.forget_weights()
-            self._device_has_failed = False
+        self._forget_weights_after_failure()
         num_leases = self._unit.worker_exited(attachment.worker.name, attachment.progress.read())
         attachment.progress.close()
         self._grants.free_slot(attachment.slot)

@@ -133,9 +133,16 @@ class MeshRuntime(BaseModel):
         return self.run_dir / f"kv-{unit}.attach"
 
     def uses_mps(self, unit: str) -> bool:
-        """Whether the workers of a unit are clients of an MPS daemon."""
+        """Whether the workers of a unit are clients of an MPS daemon.
+
+        Raises ConfigError if they have to be, and the control program is not known.
+        """
         config = self.unit(unit)
-        return config.is_cuda and config.mps != "off" and self.mps is not None
+        if not config.is_cuda or config.mps == "off":
+            return False
+        if config.mps == "on" and self.mps is None:
+            raise ConfigError(f"unit {unit} has mps: on, but the runtime file names no control program of MPS")
+        return self.mps is not None
 
     def mps_directories(self, unit: str) -> dict[str, str]:
         """The pipe and log directory of the daemon of the unit's GPU, as environment variables. The unit uses MPS."""

@@ -93,6 +93,15 @@ while True:
 """A further process that writes into the pool for a worker without a pause."""
 
 
+class Memory(HostMemory):
+    """Counts how often the weights on it were forgotten."""
+
+    num_forgotten = 0
+
+    def forget_weights(self) -> None:
+        self.num_forgotten += 1
+
+
 class Server:
     """A unit with one model and its attach socket."""
 
@@ -105,7 +114,7 @@ class Server:
     ) -> None:
         self.path = path
         self.unit = Unit(4 * SLAB_BYTES, SLAB_BYTES, {"m": UnitModel(SHAPE, 4, 512)})
-        self.memory, self.grants = HostMemory(4 * SLAB_BYTES), GrantTable()
+        self.memory, self.grants = Memory(4 * SLAB_BYTES), GrantTable()
         self.changes = asyncio.Event()
         self.attach = AttachServer(
             path,
@@ -533,5 +542,50 @@ def test_a_lost_worker_takes_no_further_writer(tmp_path: Path) -> None:
         assert worker in scenario.server.unit.workers, "its writer has not exited"
         scenario.fence.exit(1)
         await scenario.server.until_attached(0)
+
+    play(tmp_path / "a.sock", story)
+
+
+def test_a_worker_that_was_killed_and_has_not_exited_is_not_ready_again(tmp_path: Path) -> None:
+    """Under MPS an end may take seconds."""
+
+    async def story(scenario: Scenario) -> None:
+        worker = await scenario.attach_ready()
+        scenario.fence.survives_kill = True
+        scenario.server.attach.end_group("of a reason", device_has_failed=False)
+        scenario.connections[0].send(b'{"ready": true}')
+        await asyncio.sleep(1)
+        assert not scenario.server.unit.workers[worker].ready
+
+    play(tmp_path / "a.sock", story)
+
+
+def test_after_a_failure_of_the_device_no_worker_attaches_before_the_last_one_has_exited(tmp_path: Path) -> None:
+    """None of them may be filling the weights when they are forgotten."""
+
+    async def story(scenario: Scenario) -> None:
+        for _ in range(2):
+            await scenario.attach()
+        scenario.fence.survives_kill = True
+        server = scenario.server
+        server.attach.end_group("of a reason", device_has_failed=True)
+        scenario.fence.exit(0)
+        await server.until_attached(1)
+        with pytest.raises(ConnectionResetError):  # no refusal: a worker tries again
+            await scenario.attach()
+        assert isinstance(server.memory, Memory) and server.memory.num_forgotten == 0
+        scenario.fence.exit(1)
+        await server.until_attached(0)
+        assert server.memory.num_forgotten == 1
+        await scenario.attach()
+
+    play(tmp_path / "a.sock", story)
+
+
+def test_weights_are_forgotten_even_if_no_worker_is_left_when_the_failure_is_found(tmp_path: Path) -> None:
+    async def story(scenario: Scenario) -> None:
+        scenario.server.attach.end_group("of a reason", device_has_failed=True)
+        assert isinstance(scenario.server.memory, Memory) and scenario.server.memory.num_forgotten == 1
+        await scenario.attach()
 
     play(tmp_path / "a.sock", story)

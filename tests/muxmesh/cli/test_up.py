@@ -15,6 +15,7 @@ import pytest
 from muxmesh.cli.main import main
 from muxmesh.supervisor.mesh_supervisor import state_lock
 from tests.support.fake_driver import fake_driver_folder
+from tests.support.gpu_machine import gpu_machine
 from tests.support.processes import ended
 from tests.support.tiny import TinyShape, write_tiny_model
 
@@ -74,6 +75,39 @@ def test_a_wrong_configuration_is_reported_with_its_line_before_anything_starts(
     (line,) = (line for line in captured.err.splitlines() if f"mesh.yaml:{where}" in line)
     assert problem in line
     assert "ready" not in captured.out
+
+
+@pytest.mark.parametrize(
+    ("unit", "where", "problem"),
+    [
+        (
+            "{device: 'cuda:1', models: [{name: tiny, source: /nonexistent}]}",
+            "2: units[0].device: ",
+            "cuda:1 is not on this machine; its GPUs: cuda:0 (fake device 0)",
+        ),
+        (
+            "{device: 'cuda:0', mps: on, models: [{name: tiny, source: /nonexistent}]}",
+            "2: units[0].mps: ",
+            "is on, but nvidia-cuda-mps-control is neither on PATH nor in /nowhere; install it, or set mps: off",
+        ),
+    ],
+)
+def test_what_a_unit_on_a_gpu_lacks_is_reported_with_its_line_before_anything_starts(
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    unit: str,
+    where: str,
+    problem: str,
+) -> None:
+    monkeypatch.setattr("muxmesh.models.gpu_check.CONTROL_FOLDERS", ("/nowhere",))
+    monkeypatch.setattr("muxmesh.cuda.mps.CONTROL_FOLDERS", ("/nowhere",))
+    config.write_text(f"units:\n  - {unit}")
+    with gpu_machine():
+        monkeypatch.setenv("PATH", "/nowhere")
+        assert main(["up", "-c", str(config), "--listen", "127.0.0.1:0"]) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if f"mesh.yaml:{where}" in line)
+    assert problem in line
 
 
 def test_a_missing_configuration_file_is_reported_by_its_path(

@@ -62,6 +62,12 @@ def test_workers_get_their_gpu_and_their_share(
     assert runtime.environment(DECODE) == decode
 
 
+def test_a_unit_that_must_use_mps_gets_no_environment_without_it() -> None:
+    """Its workers would not be limited."""
+    with pytest.raises(ConfigError, match="unit u has mps: on, but the runtime file names no control program"):
+        runtime_of(mps="on", has_mps=False).environment(DECODE)
+
+
 @pytest.mark.parametrize("settings", [{}, {"mps": "off"}, {"has_mps": False}])
 def test_a_kvstore_on_a_gpu_is_outside_mps(settings: dict[str, Any]) -> None:
     assert runtime_of(**settings).environment(KVSTORE) == OUTSIDE_MPS

@@ -1,5 +1,7 @@
 """The list of GPUs, from the fake driver in a process of its own."""
 
+from pathlib import Path
+
 import pytest
 
 from muxmesh.cuda.device_list import DeviceList
@@ -30,8 +32,11 @@ def test_whole_devices_are_listed_even_if_a_daemon_listens(
         assert (device.num_sms, device.is_mps_client) == (NUM_SMS, False)
 
 
-def test_a_machine_without_a_driver_is_an_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LD_LIBRARY_PATH", "/nonexistent")
+def test_a_driver_that_cannot_be_loaded_is_an_error_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "libcuda.so.1").touch()
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     with pytest.raises(DeviceError, match=r"^cannot load libcuda.so.1: .*; a unit on CUDA needs NVIDIA's driver$"):
         _ = DeviceList().devices
 
@@ -39,6 +44,7 @@ def test_a_machine_without_a_driver_is_an_error_in_one_line(monkeypatch: pytest.
 def test_the_driver_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     set_driver(monkeypatch)
     gpus = DeviceList()
-    assert len(gpus.devices) == 1
-    monkeypatch.setenv("LD_LIBRARY_PATH", "/nonexistent")
-    assert len(gpus.devices) == 1
+    assert [device.uuid for device in gpus.devices] == [UUID]
+    monkeypatch.setenv("FAKE_CUDA_UUIDS", OTHER_UUID)
+    assert [device.uuid for device in gpus.devices] == [UUID]
+    assert [device.uuid for device in DeviceList().devices] == [OTHER_UUID]

@@ -51,6 +51,7 @@ class Observed:
         clock: Clock | None = None,
         command: tuple[str, ...] | None = None,
         ask: Callable[[], Coroutine[Any, Any, bool]] | None = None,
+        quit_process: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.lines: list[str] = []
         self.num_restarting = self.num_asked = 0
@@ -62,6 +63,7 @@ class Observed:
             wait_ready or self._first_line,
             self._asked(ask or never),
             environment or {},
+            quit=quit_process,
         )
         self.process = SupervisedProcess(spec, logs, clock or SystemClock(), self._show, self._on_restart)
 
@@ -450,3 +452,34 @@ async def test_a_process_that_is_stopped_at_once_never_runs(tmp_path: Path) -> N
         await observed.process.stop(600)
     assert observed.process.pid is None
     assert observed.lines == []
+
+
+QUITTER = """
+import signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
+print("up", flush=True)
+while True:
+    signal.pause()
+"""
+"""Does not handle SIGTERM, and exits when it is asked to in a way of its own."""
+
+
+async def test_a_process_that_is_asked_to_quit_gets_no_other_signal(tmp_path: Path) -> None:
+    async def quit_process() -> None:
+        observed.process.signal(signal.SIGUSR1)
+
+    observed = Observed(QUITTER, tmp_path, quit_process=quit_process)
+    async with started(observed) as process:
+        await process.stop(grace_s=20)
+        assert process.pid is None
+
+
+async def test_a_process_that_cannot_be_asked_to_quit_gets_sigterm(tmp_path: Path) -> None:
+    async def quit_process() -> None:
+        raise Unavailable("it does not listen")
+
+    observed = Observed(GRACEFUL, tmp_path, quit_process=quit_process)
+    async with started(observed) as process:
+        await process.stop(grace_s=20)
+    assert observed.lines[-1] == "a/process: stopped"
