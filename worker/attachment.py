@@ -26,7 +26,6 @@ from muxmesh.errors import Unavailable
 from muxmesh.types import Role
 
 if TYPE_CHECKING:  # only units on a GPU load torch
-    from muxmesh.cuda.driver import CudaDriver
     from muxmesh.device.cuda_mapping import CudaSegments, MappedWeights
     from muxmesh.device.torch_device import TorchDevice
 
@@ -43,7 +42,6 @@ class WorkerDevice:
 
     torch: TorchDevice
     segments: CudaSegments
-    driver: CudaDriver
 
 
 class Attachment:
@@ -137,8 +135,8 @@ def open_worker_device(green_share: int = 100) -> WorkerDevice:
     from muxmesh.device.cuda_mapping import CudaSegments  # noqa: PLC0415
     from muxmesh.device.torch_device import open_torch_device  # noqa: PLC0415
 
-    device, driver = open_torch_device(green_share), CudaDriver()
-    return WorkerDevice(device, CudaSegments(driver, device.torch_device), driver)
+    device = open_torch_device(green_share)
+    return WorkerDevice(device, CudaSegments(CudaDriver(), device.torch_device))
 
 
 def map_pool(description: Mapping[str, Any], fds: Sequence[int], device: WorkerDevice | None = None) -> DevicePool:
@@ -157,7 +155,7 @@ def map_pool(description: Mapping[str, Any], fds: Sequence[int], device: WorkerD
             )
         segment = description["shards"][0][0]
         num_segment = num_segment_fds(segment)
-        pool_fd, swap_fd = (*fds[:num_segment], None)[0], (*fds[num_segment:], None)[0]
+        pool_fd, swap_fd = (next(iter(part), None) for part in (fds[:num_segment], fds[num_segment:]))
         if device is not None:
             return _map_cuda_pool(segment, description["slab_bytes"], pool_fd, swap_fd, device)
         assert pool_fd is not None, "host memory comes with a file descriptor"
@@ -187,7 +185,8 @@ def _map_weights(
     from muxmesh.device.cuda_mapping import MappedWeights  # noqa: PLC0415 - only units on a GPU need torch
 
     *segment_fds, page_fd = fds
-    return MappedWeights(device.segments.map(*_parse_segment(segment), (*segment_fds, None)[0]), page_fd)
+    memory = device.segments.map(*_parse_segment(segment), next(iter(segment_fds), None))
+    return MappedWeights(memory, page_fd)
 
 
 def _parse_segment(description: Sequence[Any]) -> tuple[int, str, bytes]:

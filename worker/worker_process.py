@@ -97,7 +97,7 @@ async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: Open
     device = open_worker_device(config.compute_share.of(role) if unit.green_contexts else 100) if unit.is_cuda else None
     attachment = await attach(runtime.attach_path(key.unit), role, key.model, endpoint.address, device)
     if device is not None:
-        info = device.driver.device(0)
+        info = device.segments.device
         await attachment.prove_share(info.num_sms, info.is_mps_client)
     attachment.on_unit_lost(lambda: stop.give_up("the unit is lost"))
     prepared = runtime.prepared_model(key.unit, key.model)

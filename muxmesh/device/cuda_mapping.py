@@ -50,7 +50,10 @@ class MappedWeights:
 
 
 class CudaSegments:
-    """The segments of a unit's device memory that are mapped into this process. Owns the mappings."""
+    """The segments of a unit's device memory that are mapped into this process. Owns the mappings.
+
+    ``device``: the GPU as this process sees it, which may have a share of its multiprocessors.
+    """
 
     def __init__(self, driver: CudaDriver, torch_device: torch.device) -> None:
         """``torch_device``: where torch computes; the CPU if kernels are interpreted."""

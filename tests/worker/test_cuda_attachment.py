@@ -197,7 +197,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> WorkerDevice:
     """A device of this process: the fake driver, and tensors of the CPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     driver, interpreted = CudaDriver(str(fake_driver_folder() / "libcuda.so.1")), InterpretedDevice()
-    return WorkerDevice(interpreted, CudaSegments(driver, interpreted.torch_device), driver)
+    return WorkerDevice(interpreted, CudaSegments(driver, interpreted.torch_device))
 
 
 def test_a_worker_on_a_gpu_refuses_host_memory(device: WorkerDevice) -> None:
@@ -210,7 +210,7 @@ def test_a_worker_on_a_gpu_refuses_host_memory(device: WorkerDevice) -> None:
 
 @pytest.mark.parametrize("has_swap", [False, True])
 def test_a_pool_on_a_gpu_has_swap_if_its_unit_has_a_swap_region(device: WorkerDevice, has_swap: bool) -> None:
-    memory = CudaMemory(device.driver, 0, 4 * MIB, {})
+    memory = CudaMemory(device.segments.driver, 0, 4 * MIB, {})
     description, swap_fd = pool_description(memory, MIB, has_swap), new_memfd("swap", 4 * MIB)
     fds = [os.dup(fd) for fd in (*memory.shards[0].segments[0].fds, *[swap_fd] * has_swap)]
     pool = map_pool(description, fds, device)
