@@ -7,6 +7,7 @@ machines without a GPU and for tests, and it is thousands of times slower. Knows
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -107,7 +108,7 @@ class CudaDevice:
         self._copy_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._graph_memory: Any = None
         if green_share < 100:
-            self._compute_stream, self.num_sms = _green_stream(self.num_sms, green_share)
+            self._green_context, self._compute_stream, self.num_sms = _green_stream(self.num_sms, green_share)
         else:
             self._compute_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
@@ -171,10 +172,11 @@ class _CudaEvent:
         return bool(self._event.query())  # type: ignore[no-untyped-call]
 
 
-def _green_stream(num_sms: int, share: int) -> tuple[torch.cuda.Stream, int]:
+def _green_stream(num_sms: int, share: int) -> tuple[Any, torch.cuda.Stream, int]:
     """Returns a stream whose kernels use at most ``share`` percent of the SMs, and the number of these SMs.
 
-    Green contexts come in eights of SMs from compute capability 9.0 on. Raises DeviceError if torch has none.
+    The first value is the stream's context, with which the stream ends. Green contexts come in eights of SMs from
+    compute capability 9.0 on. Raises DeviceError if torch has none.
     """
     try:
         from torch.cuda.green_contexts import SUPPORTED, GreenContext  # noqa: PLC0415 - torch 2.10 and later
@@ -185,12 +187,15 @@ def _green_stream(num_sms: int, share: int) -> tuple[torch.cuda.Stream, int]:
     granted = max(8, num_sms * share // 100 // 8 * 8)
     context: Any = GreenContext.create(num_sms=granted, device_id=0)
     if hasattr(context, "Stream"):  # torch 2.12 and later
-        return context.Stream(), granted
-    context.set_context()  # makes a stream of the context the current one
+        return context, context.Stream(), granted
+    handle, runtime = ctypes.c_uint64(), torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    context.set_context()  # torch's stream there is the default one, which is another one after pop_context
     try:
-        return torch.cuda.current_stream(), granted
+        torch.cuda.check_error(runtime.cudaStreamCreate(ctypes.addressof(handle)))
     finally:
         context.pop_context()
+    stream = torch.cuda.ExternalStream(handle.value, torch.device("cuda", 0))  # type: ignore[no-untyped-call]
+    return context, stream, granted
 
 
 class InterpretedDevice:
