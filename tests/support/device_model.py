@@ -100,8 +100,9 @@ def device_runner(
     spec = read_model_spec(folder)
     geometry = tiny_geometry(spec, dtype)
     limits = RunnerLimits(MAX_NUM_SEQS, step_token_budget=32, max_model_len=64, max_steps=max_steps, max_logit_rows=4)
-    pool = nan_pool(geometry, 8, dtype) if pool is None else pool
-    opened = weights or image_weights(folder, spec, cache, dtype)
+    pool = nan_pool(geometry, 8, dtype).to(device.torch_device) if pool is None else pool
+    on_host = weights or image_weights(folder, spec, cache, dtype)
+    opened = {name: tensor.to(device.torch_device) for name, tensor in on_host.items()}
     runner = CudaRunner(
         device, spec, lambda: opened, geometry, pool.view(dtype), limits, SystemClock(), use_graphs=use_graphs
     )

@@ -206,8 +206,9 @@ def test_a_run_ends_before_the_step_that_may_not_begin(runner: CudaRunner) -> No
 
 def test_no_element_outside_of_the_slots_of_a_step_is_written(folder: Path, tmp_path: Path) -> None:
     geometry = tiny_geometry(read_model_spec(folder), torch.float32)
-    pool = nan_pool(geometry, 8, torch.float32)
-    runner = device_runner(folder, tmp_path, open_torch_device(), pool=pool)
+    device = open_torch_device()
+    pool = nan_pool(geometry, 8, torch.float32).to(device.torch_device)
+    runner = device_runner(folder, tmp_path, device, pool=pool)
     values = pool.view(torch.float32)
     assert values.isnan().all(), "loading writes no KV"
     run(runner, prompt(1, 0, 9))
