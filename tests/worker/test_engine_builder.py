@@ -24,6 +24,7 @@ from muxmesh.models.weight_image import ensure_image
 from muxmesh.scheduling_policy import FCFS
 from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping
 from tests.support.tiny import TinyShape, tiny_runner, tiny_view, write_tiny_model
+from tests.support.triton_interpreter import DEVICE
 from worker.engine_builder import build_engine, num_threads
 
 PROMPT, BLOCKS = tuple(range(40, 60)), (0, 1, 2)
@@ -106,9 +107,9 @@ async def on_gpu(folder: Path, cache: Path, use_graphs: bool) -> list[int]:
     image = ensure_image(folder, spec, "rows", cache, lambda done, total: None)
     config = ModelConfig(name="m", max_model_len=48, max_num_seqs=2, prefill_token_budget=32, cuda_graphs=use_graphs)
     slab_bytes = 4 * spec.kv_shape(16, "float32").token_block_bytes
-    pool = CudaPool(torch.zeros(slab_bytes, dtype=torch.uint8), slab_bytes, None, open_torch_device())
+    pool = CudaPool(torch.zeros(slab_bytes, dtype=torch.uint8, device=DEVICE), slab_bytes, None, open_torch_device())
     page_fd = new_memfd("weights page", 4096)
-    weights = MappedWeights(torch.zeros(image.stat().st_size, dtype=torch.uint8), page_fd)
+    weights = MappedWeights(torch.zeros(image.stat().st_size, dtype=torch.uint8, device=DEVICE), page_fd)
     prepared = PreparedModel(folder=folder, image=image, weights_fingerprint="w")
     tokens = await run(config, prepared, pool, record(6, Sampling(temperature=0.0)), weights)
     os.close(page_fd)

@@ -61,7 +61,7 @@ def device_runner_and_pool(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ru
     """A model of one layer: the kernels are interpreted."""
     folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), TinyShape(num_layers=1, num_heads=2, num_kv_heads=1))
     device, geometry = open_torch_device(), tiny_geometry(read_model_spec(folder), torch.float32)
-    pool = CudaPool(nan_pool(geometry, 3, torch.float32), geometry.slab_bytes, None, device)
+    pool = CudaPool(nan_pool(geometry, 3, torch.float32).to(device.torch_device), geometry.slab_bytes, None, device)
     memory = pool.elements(torch.uint8)
     return device_runner(folder, tmp_path_factory.mktemp("cache"), device, pool=memory, max_steps=16), pool
 

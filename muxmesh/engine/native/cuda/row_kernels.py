@@ -51,12 +51,13 @@ def rotate_and_write(
     rows, num_heads, head_dim = q_out.shape
     assert qkv.shape == (rows, num_heads + 2 * layout.num_kv_heads, head_dim) and qkv.is_contiguous()
     assert q_out.is_contiguous() and head_dim == layout.head_dim
+    half = next_power_of_2(head_dim // 2)
     rotate_and_write_kernel[(triton.cdiv(rows, _ROWS_PER_PROGRAM), qkv.shape[1])](
         qkv, q_out, pool, norms.q if norms else qkv, norms.k if norms else qkv, norms.epsilon if norms else 0.0,
         cos, sin, positions, block_ids, rows, layer,
         layout.blocks_per_slab, layout.slab_elements, layout.token_block_elements,
-        HEADS=num_heads, KV_HEADS=layout.num_kv_heads, HEAD_DIM=head_dim, HALF=next_power_of_2(head_dim // 2),
-        BLOCK_SIZE=layout.block_size, HAS_NORMS=norms is not None, ROWS=_ROWS_PER_PROGRAM, num_warps=4,
+        HEADS=num_heads, KV_HEADS=layout.num_kv_heads, HEAD_DIM=head_dim, HALF=half,
+        BLOCK_SIZE=layout.block_size, HAS_NORMS=norms is not None, ROWS=_ROWS_PER_PROGRAM, num_warps=max(1, half // 16),
     )  # fmt: skip
 
 

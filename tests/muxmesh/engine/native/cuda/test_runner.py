@@ -17,9 +17,11 @@ from muxmesh.models.model_spec import read_model_spec
 from muxmesh.types import Sampling, TokenLogprobs
 from tests.support.device_model import device_runner, image_weights, nan_pool, tiny_geometry
 from tests.support.tiny import SHAPES, tiny_runner, write_tiny_model
-from tests.support.triton_interpreter import multiply_bf16_exactly
+from tests.support.triton_interpreter import INTERPRETED, multiply_bf16_exactly
 
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maximum of a row of NaN
+
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="a GPU does not fault on demand")
 
 TABLES = {1: (9, 2, 11), 2: (4, 31, 0), 3: (1, 7, 8)}
 TOKENS = {job: tuple(np.random.default_rng(job).integers(3, 259, 24).tolist()) for job in TABLES}
@@ -265,6 +267,7 @@ def faulty(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Faul
     return device, device_runner(folder, tmp_path_factory.mktemp("cache"), device)
 
 
+@needs_interpreter
 def test_a_fault_of_the_device_is_an_error_and_never_tokens(faulty: tuple[FaultyDevice, CudaRunner]) -> None:
     device, runner = faulty
     device.error = RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -272,6 +275,7 @@ def test_a_fault_of_the_device_is_an_error_and_never_tokens(faulty: tuple[Faulty
         run(runner, decode(1, 0, 5), decode(2, 0, 5))
 
 
+@needs_interpreter
 def test_a_step_for_which_the_device_has_no_memory_fails_and_the_next_is_computed(
     faulty: tuple[FaultyDevice, CudaRunner],
 ) -> None:
