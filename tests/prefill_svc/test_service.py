@@ -1,6 +1,7 @@
 """The prefill service over its socket, with a real unit behind it and a sim engine."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -8,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
+from torch import Tensor
 
 from muxmesh.block_hashes import block_hashes
 from muxmesh.clock import Clock, ManualClock
+from muxmesh.device.torch_device import InterpretedDevice
 from muxmesh.engine.step import Runner, SampledToken, Step, StepOutcome
 from muxmesh.engine.step_engine import StepEngine
 from muxmesh.errors import EngineFailed, InternalError, InvalidRequest, LeaseLost, SequenceFailed, WorkerLost
@@ -35,7 +39,10 @@ from muxmesh.types import (
     TokenLogprobs,
 )
 from prefill_svc.service import PrefillService, open_services
+from tests.support.device_model import device_runner
 from tests.support.engines import FailingRunner, GatedRunner, UncomputableRunner, running_engine, sim_runner
+from tests.support.tiny import TinyShape, write_tiny_model
+from tests.support.triton_interpreter import INTERPRETED
 from tests.support.worker_unit import CONFIG, IDENTITY, RunningUnit, running_unit
 from worker.attachment import Attachment
 
@@ -278,3 +285,44 @@ async def test_the_blocks_of_a_prompt_that_fails_are_not_shared(tmp_path: Path) 
             await worker.prefill(await worker.unit.credit(DEMAND))
         await worker.until_empty()
         assert worker.unit.state.blocks.count_cached("m", DEMAND.block_hashes) == 0, "its first chunk was computed"
+
+
+class GatedDevice(InterpretedDevice):
+    """A device whose results reach the host only when ``gate`` is open, as on a GPU that is still computing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited_for = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def download(self, tensor: Tensor) -> Callable[[], np.ndarray]:
+        read = super().download(tensor)
+
+        def wait() -> np.ndarray:
+            self.waited_for.set()
+            assert self.gate.wait(60)
+            return read()
+
+        return wait
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maximum of a row of NaN
+@pytest.mark.skipif(not INTERPRETED, reason="this process compiles kernels")
+async def test_a_lease_moves_only_after_the_device_has_computed_the_prompt(tmp_path: Path) -> None:
+    """Everything that a prompt enqueues is on one stream, so what was read back last was computed last."""
+    device = GatedDevice()
+    folder = write_tiny_model(tmp_path / "model", TinyShape(num_layers=1, num_heads=2, num_kv_heads=1))
+    runner = device_runner(folder, tmp_path, device, block_size=CONFIG.block_size)
+    async with prefill_worker(tmp_path, runner, vocab_size=259) as worker:
+        device.waited_for.clear()
+        device.gate.clear()
+        ref = await worker.unit.credit(DEMAND)
+        prefilling = asyncio.create_task(worker.prefill(ref))
+        assert await asyncio.to_thread(device.waited_for.wait, 60)
+        leases = worker.unit.state.leases
+        assert not leases.of_owner(worker.decode.worker), "the KV may not be written yet"
+        assert not prefilling.done()
+        device.gate.set()
+        await prefilling
+        assert worker.handed_off().ref.lease_id == ref.lease_id

@@ -95,10 +95,11 @@ def device_runner(
     max_steps: int = 4,
     pool: Tensor | None = None,
     weights: dict[str, Tensor] | None = None,
+    block_size: int = 16,
 ) -> CudaRunner:
     """A loaded runner of the model in ``folder``, or of ``weights``, over ``pool`` (uint8) or 8 slabs that are NaN."""
     spec = read_model_spec(folder)
-    geometry = tiny_geometry(spec, dtype)
+    geometry = tiny_geometry(spec, dtype, block_size)
     limits = RunnerLimits(MAX_NUM_SEQS, step_token_budget=32, max_model_len=64, max_steps=max_steps, max_logit_rows=4)
     pool = nan_pool(geometry, 8, dtype).to(device.torch_device) if pool is None else pool
     on_host = weights or image_weights(folder, spec, cache, dtype)
