@@ -20,7 +20,6 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from kvstore.attach_protocol import (
     pool_description,
     segment_description,
 )
+from kvstore.attachment_record import AttachmentRecord
 from kvstore.device_memory import DeviceMemory, Transport
 from kvstore.fence import Fence
 from kvstore.grant_page import Word
@@ -38,10 +38,8 @@ from kvstore.grant_table import GrantTable
 from kvstore.progress_page import ProgressPage, new_progress_fd
 from kvstore.share_proof import ShareProver
 from kvstore.unit import Unit
-from kvstore.worker_slots import WorkerRecord
 from muxmesh.background_task import start_watched
 from muxmesh.errors import MeshError
-from muxmesh.process_state import ProcessState, process_state
 from muxmesh.quoting import quoted
 from muxmesh.step_cost import StepCost
 from muxmesh.types import Role
@@ -49,28 +47,6 @@ from muxmesh.types import Role
 _log = logging.getLogger(__name__)
 _LINGER_S = 5.0
 """A worker that has closed its connection is killed if it has not exited after this."""
-
-
-@dataclass(slots=True)
-class _Attachment:
-    """A worker and the processes that write for it.
-
-    ``processes`` maps the watch fd of each process that has not exited to its connection; the worker's own process is
-    the first. ``is_owner_alive``: the worker's own process has not exited. ``is_ending``: it has been
-    killed, which may take a while. ``is_limited``: it has proved its share; ``proof``: its report is being checked.
-    """
-
-    worker: WorkerRecord
-    slot: int
-    progress: ProgressPage
-    processes: dict[int, socket.socket] = field(default_factory=dict)
-    kill_timer: asyncio.TimerHandle | None = None
-    is_owner_alive: bool = True
-    is_ending: bool = False
-    is_limited: bool = False
-    proof: asyncio.Task[None] | None = None
-    last_beat: int = -1
-    num_silent_checks: int = 0
 
 
 class AttachServer:
@@ -98,7 +74,7 @@ class AttachServer:
         self._fence = fence
         self._prover = prover
         self._device_has_failed = False
-        self._attachments: dict[str, _Attachment] = {}
+        self._attachments: dict[str, AttachmentRecord] = {}
         self._check_every_s = check_every_s
         self._check_timer: asyncio.TimerHandle | None = None
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
@@ -120,8 +96,8 @@ class AttachServer:
             self._check_timer.cancel()
         for attachment in self._attachments.values():
             for watch_fd in list(attachment.processes):
-                self._remove_process(attachment, watch_fd)
-            _cancel_all(attachment)
+                attachment.remove_process(watch_fd)
+            attachment.cancel_all()
 
     def end_group(self, reason: str, device_has_failed: bool) -> None:
         """Kills all workers: they start again as a group. After a failure of the device no KV computed so far is used.
@@ -194,7 +170,9 @@ class AttachServer:
         self._add_process(attachment, watch_fd, connection)
         _log.info("%s attached (pid %d)", attachment.worker.name, pid)
 
-    def _add_worker(self, connection: socket.socket, hello: dict[str, Any], pid: int, undo: ExitStack) -> _Attachment:
+    def _add_worker(
+        self, connection: socket.socket, hello: dict[str, Any], pid: int, undo: ExitStack
+    ) -> AttachmentRecord:
         missing = [field for field in ("role", "model", "address") if field not in hello]
         if missing:
             raise ValueError(f"its hello lacks {', '.join(missing)}; a worker sends role, model and address")
@@ -216,10 +194,10 @@ class AttachServer:
             self._send(connection, reply, (*weights_fds, *own_fds))
         finally:
             os.close(progress_fd)
-        attachment = self._attachments[worker.name] = _Attachment(worker, slot, progress)
+        attachment = self._attachments[worker.name] = AttachmentRecord(worker, slot, progress)
         return attachment
 
-    def _add_writer(self, connection: socket.socket, hello: dict[str, Any]) -> _Attachment:
+    def _add_writer(self, connection: socket.socket, hello: dict[str, Any]) -> AttachmentRecord:
         attachment = self._attachments.get(hello["writer_for"])
         if attachment is None or not attachment.is_owner_alive:
             raise ValueError(f"no worker {quoted(hello['writer_for'])} is attached")
@@ -240,7 +218,7 @@ class AttachServer:
         swap_fds = [] if self._swap_fd is None else [self._swap_fd]
         socket.send_fds(connection, [json.dumps({**reply, "pool": pool}).encode()], [*pool_fds, *swap_fds, *fds])
 
-    def _add_process(self, attachment: _Attachment, watch_fd: int, connection: socket.socket) -> None:
+    def _add_process(self, attachment: AttachmentRecord, watch_fd: int, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         is_owner = not attachment.processes
         attachment.processes[watch_fd] = connection
@@ -248,7 +226,7 @@ class AttachServer:
         if is_owner:
             loop.add_reader(connection.fileno(), self._on_message, attachment, connection)
 
-    def _on_message(self, attachment: _Attachment, connection: socket.socket) -> None:
+    def _on_message(self, attachment: AttachmentRecord, connection: socket.socket) -> None:
         try:
             message = connection.recv(MAX_MESSAGE_BYTES)
         except BlockingIOError:
@@ -269,7 +247,7 @@ class AttachServer:
                 return
         self._changed()
 
-    def _apply_message(self, attachment: _Attachment, connection: socket.socket, message: dict[str, Any]) -> None:
+    def _apply_message(self, attachment: AttachmentRecord, connection: socket.socket, message: dict[str, Any]) -> None:
         """Raises KeyError for a message of another kind."""
         if self._prover is not None and "num_sms" in message:
             check = self._check_share(self._prover, attachment, connection, message)
@@ -284,7 +262,7 @@ class AttachServer:
             self._fence.expect_exit()
 
     async def _check_share(
-        self, prover: ShareProver, attachment: _Attachment, connection: socket.socket, message: dict[str, Any]
+        self, prover: ShareProver, attachment: AttachmentRecord, connection: socket.socket, message: dict[str, Any]
     ) -> None:
         """Lets the worker know whether it is limited as configured. It ends by itself if it is not."""
         reason = await prover.problem(attachment.worker, message)
@@ -296,35 +274,27 @@ class AttachServer:
             connection.send(json.dumps({"refused": reason}).encode())
 
     def _check_heartbeats(self) -> None:
-        """Kills ready workers without a heartbeat in `MAX_SILENT_CHECKS` checks.
-
-        Checks are counted, not seconds, so that no worker is killed because the machine was suspended. They do not
-        count while a debugger is attached to the worker.
-        """
+        """Kills ready workers without a heartbeat in `MAX_SILENT_CHECKS` checks."""
         for attachment in list(self._attachments.values()):
-            beat = self._grants.page.read(attachment.slot, Word.HEARTBEATS)
-            if beat != attachment.last_beat or not attachment.worker.ready:
-                attachment.last_beat, attachment.num_silent_checks = beat, 0
-                continue
-            attachment.num_silent_checks += 1
-            if process_state(attachment.worker.pid) is ProcessState.TRACED:
-                attachment.num_silent_checks = 0
-            if attachment.num_silent_checks == MAX_SILENT_CHECKS:
+            if (
+                attachment.count_silent_checks(self._grants.page.read(attachment.slot, Word.HEARTBEATS))
+                == MAX_SILENT_CHECKS
+            ):
                 self._kill(attachment, f"sent no heartbeat for {MAX_SILENT_CHECKS * self._check_every_s:g} s")
         self._check_timer = asyncio.get_running_loop().call_later(self._check_every_s, self._check_heartbeats)
 
-    def _kill(self, attachment: _Attachment, reason: str) -> None:
+    def _kill(self, attachment: AttachmentRecord, reason: str) -> None:
         _log.warning("%s %s: killed", attachment.worker.name, reason)
         attachment.is_ending = True
         for watch_fd in attachment.processes:
             self._fence.kill(watch_fd)
 
-    def _on_exit(self, attachment: _Attachment, watch_fd: int, is_owner: bool) -> None:
+    def _on_exit(self, attachment: AttachmentRecord, watch_fd: int, is_owner: bool) -> None:
         """Kills the other processes if the worker's own has exited; reclaims the attachment after the last one."""
-        self._remove_process(attachment, watch_fd)
+        attachment.remove_process(watch_fd)
         if is_owner:
             attachment.is_owner_alive = attachment.worker.ready = False
-            _cancel_all(attachment)
+            attachment.cancel_all()
             for other in attachment.processes:
                 self._fence.kill(other)
         if attachment.processes:
@@ -336,20 +306,3 @@ class AttachServer:
         self._grants.free_slot(attachment.slot)
         _log.info("%s exited; %d leases reclaimed", attachment.worker.name, num_leases)
         self._changed()
-
-    @staticmethod
-    def _remove_process(attachment: _Attachment, watch_fd: int) -> None:
-        loop = asyncio.get_running_loop()
-        connection = attachment.processes.pop(watch_fd)
-        loop.remove_reader(watch_fd)
-        loop.remove_reader(connection.fileno())
-        os.close(watch_fd)
-        connection.close()
-
-
-def _cancel_all(attachment: _Attachment) -> None:
-    """Ends what would happen to the worker later."""
-    if attachment.kill_timer is not None:
-        attachment.kill_timer.cancel()
-    if attachment.proof is not None:
-        attachment.proof.cancel()
