@@ -154,7 +154,7 @@ def main() -> None:
         asyncio.run(serve(Path(sys.argv[1]), Role(sys.argv[2])))
     except MeshError as error:
         show(error=f"{type(error).__name__}: {error}")
-        sys.exit(1)
+        os._exit(1)  # a detached process is killed after a while
 
 
 if __name__ == "__main__":
