@@ -45,8 +45,11 @@ def _torch_dtype(array: np.ndarray) -> torch.dtype:
 
 
 def device_rows(rows: StepRows, uploaded: Mapping[str, Tensor], tables: Tensor) -> DeviceRows:
-    """Returns the uploaded rows. Copies their tables into ``tables``, whose width decides how contexts are split."""
-    given = uploaded["tables"]
+    """Returns the uploaded rows. Copies their tables into ``tables``, whose width decides how contexts are split.
+
+    Blocks beyond this width are those of no position of the model.
+    """
+    given = uploaded["tables"][:, : tables.shape[1]]
     tables[: given.shape[0], : given.shape[1]].copy_(given)
     return DeviceRows(
         token_ids=uploaded["token_ids"],

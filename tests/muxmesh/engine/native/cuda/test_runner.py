@@ -243,6 +243,13 @@ def test_a_sequence_whose_logits_are_not_finite_fails_by_its_position_and_alone(
     assert list(outcome.failed) == [3] and list(outcome.sampled) == [2]
 
 
+def test_blocks_beyond_the_longest_sequence_are_not_used(runner: CudaRunner) -> None:
+    run(runner, prompt(1, 0, 9))
+    few = run(runner, decode(1, 9, 7), num_steps=2)
+    more = replace(decode(1, 9, 7), block_ids=(*TABLES[1], 12, 13, 14, 15))
+    assert tokens(run(runner, more, num_steps=2)) == tokens(few)
+
+
 def test_a_sequence_with_every_token_banned_fails_alone(runner: CudaRunner) -> None:
     nothing = decode(1, 0, 5, banned=frozenset(range(259)))
     outcome = run(runner, nothing, decode(2, 0, 5))
