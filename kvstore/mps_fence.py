@@ -25,8 +25,8 @@ from muxmesh.process_state import has_ended
 
 _log = logging.getLogger(__name__)
 
-POLL_EVERY_S = 2.0
-"""Interval of the questions whether the server is in FAULT."""
+POLL_EVERY_S = 5.0
+"""Interval of the questions whether the server is in FAULT, besides those at exits. The daemon logs each question."""
 POLL_EXITED_EVERY_S = 0.05
 """The same while a process has exited that the daemon may still list."""
 TERMINATE_WITHIN_S = 5.0
