@@ -14,6 +14,8 @@ from muxmesh.engine.native.cuda.attention_kernels import decode_kernel, merge_ke
 from muxmesh.engine.native.cuda.attention_plan import AttentionPlan, next_power_of_2
 
 _MERGED_AT_A_TIME = 8
+_REGISTERS = {4: 168}
+"""Most registers of a thread of decode attention, by warps: three programs fit on an SM, and ptxas spills none."""
 
 
 def decode_attention(
@@ -47,8 +49,8 @@ def decode_attention(
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), tables.stride(0),
         layer, layout.num_kv_heads, layout.blocks_per_slab, layout.slab_rest, layout.token_block_elements,
         GROUP=plan.group, Q=config.queries, HEAD_DIM=layout.head_dim, D=padded, BLOCK_SIZE=layout.block_size,
-        N=config.keys, SPLIT=splits > 1, ONE_STRIDE=layout.one_stride,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        N=config.keys, SPLIT=splits > 1, ONE_STRIDE=layout.one_stride, ALIGNMENT=layout.alignment,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=_REGISTERS.get(config.num_warps),
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(heads, num_seqs)](
@@ -74,7 +76,7 @@ def prefill_attention(
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), tables.stride(0),
         layer, layout.num_kv_heads, layout.blocks_per_slab, layout.slab_rest, layout.token_block_elements,
         GROUP=plan.group, Q=config.queries, HEAD_DIM=layout.head_dim, D=next_power_of_2(layout.head_dim),
-        BLOCK_SIZE=layout.block_size, N=config.keys, ONE_STRIDE=layout.one_stride,
+        BLOCK_SIZE=layout.block_size, N=config.keys, ONE_STRIDE=layout.one_stride, ALIGNMENT=layout.alignment,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 

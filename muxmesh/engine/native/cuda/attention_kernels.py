@@ -2,8 +2,8 @@
 
 Both use FlashAttention's online softmax (Dao et al., 2022, Alg. 1) with powers of 2. A program computes all query heads
 of one KV head, so it reads each K and V once. Decode splits the context as Flash-Decoding does, and `merge_kernel`
-joins the splits. K and V are addressed token by token, each a run of HEAD_DIM elements, and are masked: what lies
-behind the context of a sequence may be anything, NaN too.
+joins the splits. A tile loads the id of each token block once. K and V are masked: what lies behind the context of a
+sequence may be anything, NaN too.
 
 GROUP query heads share a KV head. Q queries x N tokens is one tile; D is HEAD_DIM padded to a power of 2.
 """
@@ -16,16 +16,16 @@ import triton.language as tl
 
 
 @triton.jit
-def token_address(
-    table, tokens, mask, kv_block, blocks_per_slab, slab_rest, token_block_elements,
+def block_address(
+    table, blocks, mask, kv_block, blocks_per_slab, slab_rest, token_block_elements,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ONE_STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Elements from the start of the pool to the K of each token; its V is BLOCK_SIZE * HEAD_DIM further."""
-    ids = tl.load(table + tokens // BLOCK_SIZE, mask=mask, other=0)
-    block = ids.to(tl.int64) * token_block_elements
+    """Elements from the start of the pool to the KV block of each of the ``blocks`` of a sequence."""
+    ids = tl.load(table + blocks, mask=mask, other=0)
+    address = ids.to(tl.int64) * token_block_elements + kv_block * (2 * BLOCK_SIZE * HEAD_DIM)
     if not ONE_STRIDE:
-        block += (ids // blocks_per_slab).to(tl.int64) * slab_rest
-    return block + kv_block * (2 * BLOCK_SIZE * HEAD_DIM) + (tokens % BLOCK_SIZE) * HEAD_DIM
+        address += (ids // blocks_per_slab).to(tl.int64) * slab_rest
+    return address
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def attend_range(
     q, top, total, sums, pool, table, first, last, positions, scale_log2, kv_block,
     blocks_per_slab, slab_rest, token_block_elements,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, N: tl.constexpr,
-    ONE_STRIDE: tl.constexpr, WHOLE: tl.constexpr, CAUSAL: tl.constexpr,
+    ONE_STRIDE: tl.constexpr, ALIGNMENT: tl.constexpr, WHOLE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of the queries q [Q, D] over the tokens [first, last) of a sequence; ``first`` is a multiple of N.
 
@@ -44,10 +44,19 @@ def attend_range(
     for start in tl.range(first, last, N):
         tokens = start + tl.arange(0, N)
         stored = tokens < last
-        base = token_address(
-            table, tokens, stored, kv_block, blocks_per_slab, slab_rest, token_block_elements,
-            HEAD_DIM, BLOCK_SIZE, ONE_STRIDE,
-        )  # fmt: skip
+        if N >= BLOCK_SIZE:  # one id for all tokens of a token block
+            blocks = start // BLOCK_SIZE + tl.arange(0, N // BLOCK_SIZE)
+            address = block_address(
+                table, blocks, blocks * BLOCK_SIZE < last, kv_block, blocks_per_slab, slab_rest, token_block_elements,
+                HEAD_DIM, BLOCK_SIZE, ONE_STRIDE,
+            )  # fmt: skip
+            base = (address[:, None] + (tl.arange(0, BLOCK_SIZE) * HEAD_DIM)[None, :]).reshape(N)
+            base = tl.multiple_of(base, ALIGNMENT)  # which the compiler cannot see through the reshaping
+        else:
+            base = block_address(
+                table, tokens // BLOCK_SIZE, stored, kv_block, blocks_per_slab, slab_rest, token_block_elements,
+                HEAD_DIM, BLOCK_SIZE, ONE_STRIDE,
+            ) + (tokens % BLOCK_SIZE) * HEAD_DIM  # fmt: skip
         k_at = pool + base[:, None] + d[None, :]
         if WHOLE and HEAD_DIM == D:
             k, v = tl.load(k_at), tl.load(k_at + BLOCK_SIZE * HEAD_DIM)
@@ -76,7 +85,7 @@ def decode_kernel(
     q_stride, q_head_stride, out_stride, out_head_stride, table_stride,
     layer, num_kv_heads, blocks_per_slab, slab_rest, token_block_elements,
     GROUP: tl.constexpr, Q: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    N: tl.constexpr, SPLIT: tl.constexpr, ONE_STRIDE: tl.constexpr,
+    N: tl.constexpr, SPLIT: tl.constexpr, ONE_STRIDE: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one row of one sequence over one split of its context. Grid: (KV heads, splits, sequences).
 
@@ -98,7 +107,8 @@ def decode_kernel(
     top, total, sums = attend_range(
         queries, tl.full([Q], float("-inf"), tl.float32), tl.zeros([Q], tl.float32), tl.zeros([Q, D], tl.float32),
         pool, tables + seq * table_stride, first, last, heads, scale_log2, kv_block,
-        blocks_per_slab, slab_rest, token_block_elements, HEAD_DIM, D, BLOCK_SIZE, N, ONE_STRIDE, False, False,
+        blocks_per_slab, slab_rest, token_block_elements,
+        HEAD_DIM, D, BLOCK_SIZE, N, ONE_STRIDE, ALIGNMENT, False, False,
     )  # fmt: skip
     sums = sums / tl.where(total > 0, total, 1.0)[:, None]
     if SPLIT:
@@ -144,7 +154,7 @@ def prefill_kernel(
     q_stride, q_head_stride, out_stride, out_head_stride, table_stride,
     layer, num_kv_heads, blocks_per_slab, slab_rest, token_block_elements,
     GROUP: tl.constexpr, Q: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    N: tl.constexpr, ONE_STRIDE: tl.constexpr,
+    N: tl.constexpr, ONE_STRIDE: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """Causal attention of one tile, Q // GROUP rows of one chunk, for one KV head. Grid: (KV heads, tiles)."""
     kv_head, tile = tl.program_id(0), tiles + tl.program_id(1) * 4
@@ -162,11 +172,13 @@ def prefill_kernel(
     top, total, sums = attend_range(
         queries, tl.full([Q], float("-inf"), tl.float32), tl.zeros([Q], tl.float32), tl.zeros([Q, D], tl.float32),
         pool, table, 0, seen_by_all, positions, scale_log2, kv_block,
-        blocks_per_slab, slab_rest, token_block_elements, HEAD_DIM, D, BLOCK_SIZE, N, ONE_STRIDE, True, False,
+        blocks_per_slab, slab_rest, token_block_elements,
+        HEAD_DIM, D, BLOCK_SIZE, N, ONE_STRIDE, ALIGNMENT, True, False,
     )  # fmt: skip
     top, total, sums = attend_range(
         queries, top, total, sums, pool, table, seen_by_all, last, positions, scale_log2, kv_block,
-        blocks_per_slab, slab_rest, token_block_elements, HEAD_DIM, D, BLOCK_SIZE, N, ONE_STRIDE, False, True,
+        blocks_per_slab, slab_rest, token_block_elements,
+        HEAD_DIM, D, BLOCK_SIZE, N, ONE_STRIDE, ALIGNMENT, False, True,
     )  # fmt: skip
     to = out + (rows * out_stride + heads * out_head_stride)[:, None] + d[None, :]
     tl.store(to, (sums / total[:, None]).to(out.dtype.element_ty), mask=mask)

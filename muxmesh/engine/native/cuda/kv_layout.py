@@ -6,6 +6,7 @@ On CUDA, KV block ``layer * num_kv_heads + head`` of a token block holds K as [b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from muxmesh.device.kv_view import KvGeometry
@@ -55,3 +56,8 @@ class KvLayout:
     def one_stride(self) -> bool:
         """Whether token block ``id`` starts at ``id * token_block_elements``."""
         return self.slab_rest == 0
+
+    @property
+    def alignment(self) -> int:
+        """The K and V of every token start at a multiple of so many elements, 16 at most."""
+        return math.gcd(16, self.head_dim, self.token_block_elements, self.slab_rest)

@@ -23,3 +23,9 @@ def test_token_blocks_lie_where_the_geometry_says(rest: int) -> None:
 def test_a_slab_of_half_elements_is_refused() -> None:
     with pytest.raises(ValueError, match="no whole number of elements of 2 bytes"):
         KvLayout.of(KvGeometry(SHAPE, SHAPE.token_block_bytes + 1))
+
+
+@pytest.mark.parametrize(("head_dim", "rest", "alignment"), [(64, 0, 16), (80, 96, 16), (26, 0, 2), (64, 16, 8)])
+def test_the_start_of_a_token_is_aligned(head_dim: int, rest: int, alignment: int) -> None:
+    shape = KvShape(num_layers=3, num_kv_heads=2, head_dim=head_dim, block_size=16, dtype_bytes=2)
+    assert KvLayout.of(KvGeometry(shape, 5 * shape.token_block_bytes + rest)).alignment == alignment
