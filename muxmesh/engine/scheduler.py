@@ -92,10 +92,10 @@ class _ScheduledJob:
 
         A run may go past a token that ends the sequence, but not past its longest possible output.
         """
-        sequence, request = self.sequence, self.sequence.request
-        if sequence.num_uncomputed_tokens > 1 or request.sampling.has_penalties or sequence.token_bitmask is not None:
+        sequence = self.sequence
+        if sequence.num_uncomputed_tokens > 1 or sequence.token_bitmask is not None:
             return 1
-        num_outputs, stopping = sequence.num_output_tokens, request.stopping
+        num_outputs, stopping = sequence.num_output_tokens, sequence.request.stopping
         longest = min(stopping.max_new_tokens, self.max_output_tokens or stopping.max_new_tokens)
         steps = min(longest - num_outputs, sequence.num_free_slots + 1)
         if stopping.banned_at(num_outputs):

@@ -77,8 +77,9 @@ class Step:
     """Chunks of different jobs that are computed together, in one pass over the weights.
 
     ``num_steps`` > 1 allows a run of steps: step i + 1 computes the tokens that step i sampled, each at the next
-    position, and samples at the next output index. Every chunk then has one token and a `SampleSpec` without penalties
-    and bitmask, whose ``banned`` holds for the whole run, and its blocks have a slot for each of the run's positions.
+    position, and samples at the next output index. Every chunk then has one token and a `SampleSpec` without a bitmask,
+    whose ``banned`` holds for the whole run, and its blocks have a slot for each of the run's positions. For penalties,
+    the tokens that the run has sampled are output tokens too.
     """
 
     chunks: tuple[Chunk, ...]

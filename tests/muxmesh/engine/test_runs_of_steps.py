@@ -99,13 +99,14 @@ def test_a_job_that_cannot_run_does_not_shorten_a_run() -> None:
         (decoding(stopping=Stopping(50, min_new_tokens=6, eos_token_ids=frozenset({0}))), 4),
         (decoding(stopping=Stopping(50, min_new_tokens=2, eos_token_ids=frozenset({0}))), 16),
         (decoding(stopping=Stopping(50, min_new_tokens=6)), 16),
-        (decoding(sampling=Sampling(frequency_penalty=0.5)), 1),
+        (decoding(sampling=Sampling(frequency_penalty=0.5)), 16),
         (decoding(sampling=Sampling(allowed_token_ids=(5, 6), logit_bias=((5, 1.0),), logprobs=3)), 16),
     ],
     ids=[
         "the longest output", "one more token", "the job's limit", "the smaller of both", "the slots of its blocks",
         "the slots of its last block", "the tokens that are banned so far", "bans that are over",
-        "a minimum without end tokens", "penalties", "constant conditions and log-probabilities",
+        "a minimum without end tokens", "penalties",
+        "constant conditions and log-probabilities",
     ],
 )  # fmt: skip
 def test_a_run_ends_where_a_sequence_needs_the_host(job: EngineJob, num_steps: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from muxmesh.device.torch_device import TorchDevice
 from muxmesh.engine.native.cuda.sampling_plan import LogitEdits
 
-_MAX_LOGIT = torch.finfo(torch.float32).max
+MAX_LOGIT = torch.finfo(torch.float32).max
 _WORD_BITS = 32
 
 
@@ -29,24 +29,29 @@ class DeviceEdits:
     factors: Tensor
     counted_at: Tensor
     costs: Tensor
+    counts: Tensor
+    rates: Tensor
 
     @classmethod
     def upload(cls, edits: LogitEdits, device: TorchDevice) -> DeviceEdits:
         return cls(**{field.name: device.upload(getattr(edits, field.name)) for field in fields(cls)})
 
-    def apply(self, logits: Tensor) -> None:
-        """Changes ``logits`` (f32 [samples, vocabulary]) in place."""
+    def bias_and_mask(self, logits: Tensor) -> None:
+        """Adds bias and applies masks to ``logits`` (f32 [samples, vocabulary]) in place."""
         if self.bias.numel():
             at = tuple(self.bias_at)
             logits[at] = logits[at] + self.bias
         if self.masked.numel():
             logits[self.masked] = torch.where(self._is_allowed(logits.shape[1]), logits[self.masked], -torch.inf)
+
+    def penalize(self, logits: Tensor) -> None:
+        """Then applies the penalties for the tokens before the step."""
         if self.factors.numel():
             at = tuple(self.penalized_at)
             values = logits[at]
             changed = torch.where(values > 0, values / self.factors, values * self.factors)
             # A tiny factor overflows. What is -inf stays so: a banned token.
-            logits[at] = changed.clamp(max=_MAX_LOGIT)
+            logits[at] = changed.clamp(max=MAX_LOGIT)
         if self.costs.numel():
             at = tuple(self.counted_at)
             # Two subtractions, each rounded, as on the CPU.

@@ -24,6 +24,7 @@ from muxmesh.engine.native.cuda.forward import DeviceForward
 from muxmesh.engine.native.cuda.kv_layout import KvLayout
 from muxmesh.engine.native.cuda.logit_passes import joined_outcome, logit_passes
 from muxmesh.engine.native.cuda.run_outcome import plain_outcome, run_outcome
+from muxmesh.engine.native.cuda.run_penalties import RunPenalties
 from muxmesh.engine.native.cuda.sampling import Sampler, UploadedPlan
 from muxmesh.engine.native.cuda.sampling_outcome import SampledArrays, SamplingOutcome, sampling_outcome
 from muxmesh.engine.native.cuda.sampling_plan import SamplingPlan, plan_sampling
@@ -173,8 +174,9 @@ class CudaRunner:
             sampled, failed = plain_outcome(rows.chunks, *self._plain_samples(len(rows.chunks), num_steps))
         else:
             on_device, waits = self._sampler.upload(plan), list[Callable[[], np.ndarray]]()
+            penalties = self._sampler.run_penalties(on_device) if step.num_steps > 1 else None
             num_steps = self._enqueue_run(
-                rows, step.num_steps, may_continue, lambda _: waits.append(self._enqueue_sampling(on_device))
+                rows, step.num_steps, may_continue, lambda _: waits.append(self._enqueue_sampling(on_device, penalties))
             )
             arrays = [SampledArrays.unpack(plan, wait(), self._spec.vocab_size) for wait in waits]
             sampled, failed = run_outcome(rows.chunks, arrays)
@@ -195,12 +197,14 @@ class CudaRunner:
                 before.wait()
         return max_steps
 
-    def _enqueue_sampling(self, plan: UploadedPlan) -> Callable[[], np.ndarray]:
+    def _enqueue_sampling(self, plan: UploadedPlan, penalties: RunPenalties | None) -> Callable[[], np.ndarray]:
         """Samples a step with edits or log-probabilities, feeds the tokens back, and begins to read the result."""
         tensors, count = self._tensors, len(plan.plan.sample_rows)
         uniforms = tensors.uniforms.index_select(0, tensors.step)[0, :count]
-        result = self._sampler.enqueue(tensors.logits[:count], plan, uniforms)
+        result = self._sampler.enqueue(tensors.logits[:count], plan, uniforms, penalties)
         tensors.feed_back(result.token_ids)
+        if penalties is not None:
+            penalties.count(result.token_ids)
         return self._device.download(result.packed)
 
     def _plain_samples(self, num_rows: int, num_steps: int) -> np.ndarray:

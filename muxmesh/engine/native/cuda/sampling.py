@@ -21,6 +21,7 @@ from torch import Tensor
 
 from muxmesh.device.torch_device import TorchDevice
 from muxmesh.engine.native.cuda.logit_edits import DeviceEdits
+from muxmesh.engine.native.cuda.run_penalties import RunPenalties
 from muxmesh.engine.native.cuda.sampling_kernel import BLOCK, SAMPLED, sample_rows
 from muxmesh.engine.native.cuda.sampling_plan import SamplingPlan
 from muxmesh.engine.native.cuda.token_logprobs import score_tokens
@@ -73,15 +74,29 @@ class Sampler:
             scored_ids=None if scored is None else upload(scored.token_ids),
         )
 
-    def enqueue(self, logits: Tensor, uploaded: UploadedPlan, uniforms: Tensor | None = None) -> DeviceSamples:
+    def run_penalties(self, uploaded: UploadedPlan) -> RunPenalties | None:
+        """Enqueues what the steps of a run need for penalties; None if the plan has none."""
+        if uploaded.plan.edits is None or not uploaded.plan.edits.has_penalties:
+            return None
+        assert uploaded.edits is not None
+        return RunPenalties(uploaded.edits, self.vocab_size)
+
+    def enqueue(
+        self,
+        logits: Tensor,
+        uploaded: UploadedPlan,
+        uniforms: Tensor | None = None,
+        penalties: RunPenalties | None = None,
+    ) -> DeviceSamples:
         """Enqueues all of a plan over ``logits`` (f32 [logit rows, vocabulary]), which stay unchanged.
 
-        ``uniforms`` replaces those of the plan: for a later step with the same chunks (`uniforms_ahead`).
+        ``uniforms`` and ``penalties`` replace those of the plan: for a step of a run.
         """
         adjusted = logits if uploaded.sample_rows is None else logits[uploaded.sample_rows]
         if uploaded.edits is not None:
             adjusted = adjusted.clone() if adjusted is logits else adjusted
-            uploaded.edits.apply(adjusted)
+            uploaded.edits.bias_and_mask(adjusted)
+            (penalties or uploaded.edits).penalize(adjusted)
         count = len(adjusted)
         token_ids = torch.empty(count, dtype=torch.int64, device=logits.device)
         statuses = torch.empty_like(token_ids)

@@ -15,6 +15,7 @@ from muxmesh.engine.philox import uniforms
 from muxmesh.engine.step import Chunk, SampleSpec
 
 _WORD_BITS = 32
+_NO_PENALTY = np.array([[1.0], [0.0], [0.0]], dtype=np.float32)
 _MOST_TOP_K = 1 << 30  # more than any vocabulary, and an int32
 
 
@@ -25,6 +26,9 @@ class LogitEdits:
     In order: ``bias`` f32 is added; where a bit of ``masks`` (int32 [m, words], bit i of word w is token 32 * w + i) is
     0, the logit of sample ``masked`` int64 [m] is -inf; logits are divided by ``factors`` f32 if positive, else
     multiplied; ``costs`` f32 [2, n] (frequency, presence) are subtracted one after the other.
+
+    For the later steps of a run: ``counts`` f32 [n], how often the output has each counted token, and ``rates`` f32 [3,
+    samples], the repetition, frequency and presence penalty of each sample.
     """
 
     bias_at: np.ndarray
@@ -35,6 +39,13 @@ class LogitEdits:
     factors: np.ndarray
     counted_at: np.ndarray
     costs: np.ndarray
+    counts: np.ndarray
+    rates: np.ndarray
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens that a run samples change the logits of its later steps."""
+        return bool((self.rates != _NO_PENALTY).any())
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +142,11 @@ def _edits(specs: Sequence[SampleSpec], vocab_size: int) -> LogitEdits | None:
             seen, counts = np.unique(np.array(spec.output_token_ids, dtype=np.int64), return_counts=True)
             frequency = np.float32(spec.sampling.frequency_penalty) * counts.astype(np.float32)
             presence = np.full(len(seen), spec.sampling.presence_penalty, np.float32)
-            counted.append(_column_block(i, seen, np.stack([frequency, presence])))
-    if not (bias or masks or penalized or counted):
+            counted.append(_column_block(i, seen, np.stack([frequency, presence, counts.astype(np.float32)])))
+    if not (bias or masks or any(spec.sampling.has_penalties for spec in specs)):
         return None
     penalized_at, factors = _joined(penalized, np.empty(0, np.float32))
-    counted_at, costs = _joined(counted, np.empty((2, 0), np.float32))
+    counted_at, (*costs, counts_of_all) = _joined(counted, np.empty((3, 0), np.float32))
     return LogitEdits(
         bias_at=np.array([(i, token) for i, token, _ in bias], dtype=np.int64).reshape(-1, 2).T,
         bias=np.array([value for _, _, value in bias], dtype=np.float32),
@@ -144,8 +155,18 @@ def _edits(specs: Sequence[SampleSpec], vocab_size: int) -> LogitEdits | None:
         penalized_at=penalized_at,
         factors=factors,
         counted_at=counted_at,
-        costs=costs,
+        costs=np.stack(costs),
+        counts=counts_of_all,
+        rates=_penalty_rates(specs),
     )
+
+
+def _penalty_rates(specs: Sequence[SampleSpec]) -> np.ndarray:
+    rates = [
+        (spec.sampling.repetition_penalty, spec.sampling.frequency_penalty, spec.sampling.presence_penalty)
+        for spec in specs
+    ]
+    return np.ascontiguousarray(np.array(rates, dtype=np.float32).T)
 
 
 def _column_block(sample: int, token_ids: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

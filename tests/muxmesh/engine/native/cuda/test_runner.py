@@ -158,6 +158,41 @@ def test_runs_of_steps_with_edited_logits_or_log_probabilities_equal_the_host(
     assert got.num_steps == 3 and len(got.sampled[2]) == 3
 
 
+PENALTIES = {
+    "repetition": (Sampling(1.1, seed=4, repetition_penalty=1.4), 2),
+    "a tiny repetition penalty": (Sampling(0.9, seed=4, repetition_penalty=1e-5), 0),
+    "frequency and presence, no output yet": (Sampling(0.9, seed=2, frequency_penalty=-3.0, presence_penalty=0.4), 0),
+    "all, greedy, with log-probabilities": (
+        Sampling(0.0, repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.7, logprobs=2),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize(("sampling", "num_outputs"), PENALTIES.values(), ids=PENALTIES.keys())
+def test_the_tokens_of_a_run_are_penalized_in_its_later_steps(
+    runner: CudaRunner, cpu: Runner, sampling: Sampling, num_outputs: int
+) -> None:
+    known, outputs = TOKENS[1][: 10 - num_outputs], [7, 11][:num_outputs]
+
+    def chunk(position: int, token: int, output: list[int]) -> Chunk:
+        return decode(1, position, token, sampling, prompt_token_ids=known, output_token_ids=tuple(output))
+
+    last = [*known, *outputs][-1]
+    for one in (runner, cpu):
+        run(one, prompt(1, 0, 9))
+    expected: list[SampledToken] = []
+    output, token = list(outputs), last
+    for position in range(9, 13):
+        expected += run(cpu, chunk(position, token, output)).sampled[1]
+        token = expected[-1].token_id
+        output.append(token)
+    got = run(runner, decode(2, 0, 5), chunk(9, last, outputs), num_steps=4)
+    assert_same(got.sampled[1], expected)
+    alone = run(runner, decode(2, 0, 5), num_steps=4)
+    assert got.sampled[2] == alone.sampled[2], "sequences without penalties have none"
+
+
 def assert_same(got: tuple[SampledToken, ...], expected: list[SampledToken]) -> None:
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.token_id == theirs.token_id
