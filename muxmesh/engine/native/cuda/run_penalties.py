@@ -11,8 +11,8 @@ from muxmesh.engine.native.cuda.logit_edits import MAX_LOGIT, DeviceEdits
 class RunPenalties:
     """Owns, for every token of each sample, its factor and how often the output has it: f32 [samples, vocabulary].
 
-    Dense, because the next token may be any. The arithmetic is that of `DeviceEdits.penalize`, rounded at the same points:
-    a factor of 1 and a count of 0 change nothing.
+    Dense, because the next token may be any. The arithmetic is that of `DeviceEdits.penalize`, rounded at the same
+    points: a factor of 1 and a count of 0 change nothing.
     """
 
     def __init__(self, edits: DeviceEdits, vocab_size: int) -> None:

@@ -159,8 +159,6 @@ def test_runs_of_steps_with_edited_logits_or_log_probabilities_equal_the_host(
 
 
 PENALTIES = {
-    "repetition": (Sampling(1.1, seed=4, repetition_penalty=1.4), 2),
-    "a tiny repetition penalty": (Sampling(0.9, seed=4, repetition_penalty=1e-5), 0),
     "frequency and presence, no output yet": (Sampling(0.9, seed=2, frequency_penalty=-3.0, presence_penalty=0.4), 0),
     "all, greedy, with log-probabilities": (
         Sampling(0.0, repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.7, logprobs=2),
