@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from kvstore.device_memory import new_memfd
+from muxmesh.cuda.driver import CudaDriver
 from muxmesh.device.cuda_pool import CudaPool, kv_dtype
 from muxmesh.device.device_pool import KvCopy
 from muxmesh.device.kv_codec import GROUP_TOKENS, encoded_bytes
 from muxmesh.device.kv_view import KvGeometry
 from muxmesh.device.pinned_swap import PinnedSwap
-from muxmesh.device.torch_device import InterpretedDevice
+from muxmesh.device.torch_device import open_torch_device
 from muxmesh.models.model_spec import KvShape
 from muxmesh.types import SWAP_PAGE_BYTES, KvFormat, blocks_for
 
@@ -20,18 +21,29 @@ BF16 = KvShape(2, 2, 64, 16, 2, is_bfloat16=True)
 F16 = KvShape(2, 2, 64, 16, 2)
 F32 = KvShape(2, 2, 64, 16, 4)
 NUM_TOKENS = 2 * GROUP_TOKENS + 37
+DEVICE = open_torch_device()
+_kept: list[CudaPool] = []
+"""Pinned memory stays pinned, so its addresses must not be mapped again."""
 
 
 def new_pool(shape: KvShape, slab_bytes: int, num_blocks: int = 60) -> CudaPool:
     """A pool of random KV with a swap region of the same size."""
     per_slab = slab_bytes // shape.token_block_bytes
-    memory = torch.empty(blocks_for(num_blocks, per_slab) * slab_bytes, dtype=torch.uint8)
-    fd, device = new_memfd("swap", blocks_for(memory.numel(), SWAP_PAGE_BYTES) * SWAP_PAGE_BYTES), InterpretedDevice()
-    pool = CudaPool(memory, slab_bytes, PinnedSwap(fd, device, None), device)
+    num_bytes = blocks_for(num_blocks, per_slab) * slab_bytes
+    memory = torch.empty(num_bytes, dtype=torch.uint8, device=DEVICE.torch_device)
+    fd = new_memfd("swap", blocks_for(num_bytes, SWAP_PAGE_BYTES) * SWAP_PAGE_BYTES)
+    pool = CudaPool(memory, slab_bytes, PinnedSwap(fd, DEVICE, None if DEVICE.is_interpreted else register), DEVICE)
     os.close(fd)
+    _kept.append(pool)
     elements = pool.elements(kv_dtype(shape))
     elements.copy_(torch.from_numpy(np.random.default_rng(2).standard_normal(elements.numel())))
     return pool
+
+
+def register(address: int, num_bytes: int) -> None:
+    driver = CudaDriver()
+    driver.use_primary_context(0)
+    driver.register_host(address, num_bytes)
 
 
 def contents(pool: CudaPool, shape: KvShape, slab_bytes: int, block_ids: tuple[int, ...]) -> torch.Tensor:
@@ -39,7 +51,7 @@ def contents(pool: CudaPool, shape: KvShape, slab_bytes: int, block_ids: tuple[i
     elements, size = pool.elements(kv_dtype(shape)), shape.token_block_bytes // shape.dtype_bytes
     offsets = KvGeometry(shape, slab_bytes).block_offsets(block_ids)
     blocks = torch.stack([elements[offset : offset + size] for offset in offsets.tolist()])
-    return blocks.view(len(block_ids), -1, 2, shape.block_size, shape.head_dim)
+    return blocks.view(len(block_ids), -1, 2, shape.block_size, shape.head_dim).cpu()
 
 
 def scattered(count: int, seed: int) -> tuple[int, ...]:

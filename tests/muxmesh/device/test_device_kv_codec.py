@@ -4,14 +4,26 @@ import numpy as np
 import pytest
 import torch
 
+from muxmesh.device import device_kv_codec
 from muxmesh.device.cuda_pool import kv_dtype
-from muxmesh.device.device_kv_codec import decode_group, encode_group
 from muxmesh.device.kv_codec import encoded_bytes
+from muxmesh.device.torch_device import open_torch_device
 from muxmesh.models.model_spec import KvShape
 
+DEVICE = open_torch_device().torch_device
 DTYPES = {"float32": (4, False), "float16": (2, False), "bfloat16": (2, True)}
 ROUNDING = {torch.float32: 2e-7, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 """Relative error of the decoded value's own rounding."""
+
+
+def encode_group(blocks: torch.Tensor, shape: KvShape, num_tokens: int) -> torch.Tensor:
+    """On the device; tensors are on the CPU."""
+    return device_kv_codec.encode_group(blocks.to(DEVICE), shape, num_tokens).cpu()
+
+
+def decode_group(data: torch.Tensor, shape: KvShape, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """On the device; tensors are on the CPU."""
+    return device_kv_codec.decode_group(data.to(DEVICE), shape, count, dtype).cpu()
 
 
 def shape_of(dtype: str, block_size: int = 16, head_dim: int = 64) -> KvShape:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvstore.device_memory import new_memfd
 from muxmesh.cuda.driver import CudaDriver
 from muxmesh.device.pinned_swap import PinnedSwap, Register
-from muxmesh.device.torch_device import InterpretedDevice
+from muxmesh.device.torch_device import open_torch_device
 from muxmesh.errors import DeviceError
 from muxmesh.types import SWAP_PAGE_BYTES
 from tests.support.fake_driver import fake_driver_folder
@@ -19,18 +19,20 @@ from tests.support.fake_driver import fake_driver_folder
 PAGE = SWAP_PAGE_BYTES
 CHUNK = 4 * PAGE
 NUM_PAGES = 64
+DEVICE = open_torch_device()
 
 
 def new_swap(register: Register | None, num_pages: int = NUM_PAGES) -> PinnedSwap:
     fd = new_memfd("swap", num_pages * PAGE)
     try:
-        return PinnedSwap(fd, InterpretedDevice(), register, CHUNK)
+        return PinnedSwap(fd, DEVICE, register, CHUNK)
     finally:
         os.close(fd)
 
 
 def random_bytes(size: int, seed: int = 1) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8))
+    data = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+    return torch.from_numpy(data).to(DEVICE.torch_device)
 
 
 @given(
@@ -98,6 +100,7 @@ def test_memory_that_cannot_be_pinned_is_an_error_with_advice_and_is_tried_again
     assert torch.equal(swap.copy((0,)).read(PAGE), random_bytes(PAGE))
 
 
+@pytest.mark.skipif(not DEVICE.is_interpreted, reason="the driver of this process is not the fake one")
 def test_the_driver_pins_each_chunk() -> None:
     driver = CudaDriver(str(fake_driver_folder() / "libcuda.so.1"))
     driver.use_primary_context(0)
