@@ -17,7 +17,7 @@ from torch import Tensor
 BLOCK = 2048
 """The most likely tokens that a program keeps in its list, and the tokens that it searches at a time."""
 _STREAM = 8192
-"""Tokens that it reads at a time for the maximum, and twice as many as for f64 sums, which take more registers.
+"""Tokens that it reads at a time for the maximum; half as many for f64 sums, which take more registers.
 
 The more it reads at a time, the more loads are on their way.
 """
