@@ -13,7 +13,8 @@ from muxmesh.device.device_pool import KvCopy
 from muxmesh.device.kv_codec import GROUP_TOKENS, encoded_bytes
 from muxmesh.device.kv_view import KvGeometry
 from muxmesh.device.pinned_swap import PinnedSwap
-from muxmesh.device.torch_device import open_torch_device
+from muxmesh.device.torch_device import InterpretedDevice, open_torch_device
+from muxmesh.errors import DeviceError, DeviceLost
 from muxmesh.models.model_spec import KvShape
 from muxmesh.types import SWAP_PAGE_BYTES, KvFormat, blocks_for
 
@@ -104,3 +105,38 @@ def test_the_pool_as_elements_is_the_same_memory() -> None:
 
 def test_int8_of_16_bit_kv_takes_little_more_than_half_of_its_bytes() -> None:
     assert encoded_bytes(BF16, 2048, "int8") < 0.6 * encoded_bytes(BF16, 2048, "raw")
+
+
+class FailingDevice(InterpretedDevice):
+    """Refuses uploads with ``error``."""
+
+    def __init__(self, error: RuntimeError) -> None:
+        super().__init__()
+        self._error = error
+
+    def upload(self, array: np.ndarray) -> torch.Tensor:
+        raise self._error
+
+
+@pytest.mark.skipif(not DEVICE.is_interpreted, reason="kernels are compiled in this process")
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 32 MiB"), DeviceError),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), DeviceLost),
+    ],
+)
+@pytest.mark.parametrize("direction", ["to", "from"])
+def test_errors_of_the_device_are_those_of_the_mesh(
+    error: RuntimeError, expected: type[DeviceError], direction: str
+) -> None:
+    swap_fd, device = new_memfd("swap", 64 * SWAP_PAGE_BYTES), FailingDevice(error)
+    pool = CudaPool(torch.empty(1 << 20, dtype=torch.uint8), 1 << 20, PinnedSwap(swap_fd, device, None), device)
+    os.close(swap_fd)
+    copy = KvCopy(16, "raw", tuple(range(8)))
+    with pytest.raises(expected, match=f"copying KV {direction} the swap region: CUDA") as raised:
+        if direction == "to":
+            pool.copy_out(F32, (0,), copy)
+        else:
+            pool.copy_in(F32, (0,), copy, 0)
+    assert type(raised.value) is expected
