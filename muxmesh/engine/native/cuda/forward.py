@@ -63,11 +63,6 @@ class DeviceForward:
         cos, sin = (torch.from_numpy(table).to(pool.device) for table in rope_tables(spec, num_positions))
         self._cos, self._sin = cos, sin
 
-    @property
-    def own_bytes(self) -> int:
-        """Device memory of the rotation tables."""
-        return self._cos.nbytes + self._sin.nbytes
-
     def hidden(self, rows: DeviceRows) -> Tensor:
         """Writes the KV of all rows into the pool. Returns their hidden states before the last norm, [rows, hidden]."""
         x = functional.embedding(rows.token_ids, self._embed)

@@ -83,15 +83,19 @@ class CudaRunner:
         """Allocates, compiles the kernels and captures the graphs. Raises DeviceError, see `device_errors`."""
         started_at_s = self._clock.monotonic_s()
         with torch.inference_mode(), self._device.compute(), device_errors("loading the model"):
-            self._allocate(self._open_weights())
+            weights = self._open_weights()
+            self._allocate(weights)
             self._graphs.prepare(self._buckets)
             self._warm_up()  # after the graphs: a capture frees the memory that is reserved and unused
             self._device.record().wait()
         _log.info(
-            "ready after %.1f s: %d batch sizes of decode %s graphs; %.0f MiB of device memory are this worker's own",
+            "ready after %.1f s: %d batch sizes of decode %s graphs; device memory: %.0f MiB of weights and %.0f MiB "
+            "of pool are shared, %.0f MiB are this worker's own beside CUDA's context",
             self._clock.monotonic_s() - started_at_s,
             len(self._buckets),
             "with" if self._use_graphs else "without",
+            sum(tensor.nbytes for tensor in weights.values()) / 2**20,
+            self._pool.nbytes / 2**20,
             self._device.reserved_bytes() / 2**20,
         )
 
