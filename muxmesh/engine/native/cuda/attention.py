@@ -13,7 +13,8 @@ from torch import Tensor
 from muxmesh.engine.native.cuda.attention_kernels import decode_kernel, merge_kernel, prefill_kernel
 from muxmesh.engine.native.cuda.attention_plan import AttentionPlan, next_power_of_2
 
-_MERGED_AT_A_TIME = 8
+_MERGED_ELEMENTS = 8192
+"""Of partial outputs that a program merges at a time: with head size 128, 64 splits, so mostly one trip to memory."""
 _REGISTERS = {4: 168}
 """Most registers of a thread of decode attention, by warps: three programs fit on an SM, and ptxas spills none."""
 
@@ -55,7 +56,7 @@ def decode_attention(
     if splits > 1:
         merge_kernel[(heads, num_seqs)](
             partials, lse, context_lens, out, splits, out.stride(0), out.stride(1),
-            HEAD_DIM=layout.head_dim, D=padded, N=config.keys, P=_MERGED_AT_A_TIME, num_warps=4,
+            HEAD_DIM=layout.head_dim, D=padded, N=config.keys, P=_MERGED_ELEMENTS // padded, num_warps=4,
         )  # fmt: skip
 
 

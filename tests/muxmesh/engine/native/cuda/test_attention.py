@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from muxmesh.engine.native.cuda.attention import decode_attention, prefill_attention
 from muxmesh.engine.native.cuda.attention_plan import AttentionPlan, prefill_tiles
+from muxmesh.engine.native.cuda.kv_write import write_kv
 from tests.support.paged_kv import PagedKv, paged_kv
 from tests.support.triton_interpreter import DEVICE, multiply_bf16_exactly
 
@@ -96,6 +98,29 @@ def test_blocks_of_every_size_lie_scattered_over_slabs(block_size: int, blocks_p
     assert prefill_error(kv, plan, torch.float32, [90, 0]) < 1e-5
 
 
+def test_a_token_block_may_be_larger_than_a_tile() -> None:
+    kv = paged_kv([70], num_kv_heads=1, head_dim=256, block_size=32)
+    plan = plan_for(kv, 2, torch.float32)
+    assert max(plan.decode.keys, plan.prefill.keys) < 32
+    assert decode_error(kv, plan, torch.float32) < 1e-5
+    assert prefill_error(kv, plan, torch.float32, [41]) < 1e-5
+
+
+def test_a_pool_may_have_more_elements_than_32_bits_count() -> None:
+    small = paged_kv([40], num_kv_heads=1, dtype=torch.float16)
+    size, first = small.layout.token_block_elements, 2**31 // small.layout.token_block_elements + 1
+    layout = replace(small.layout, slab_elements=3 * size)
+    pool = torch.empty((first + 100) * size, dtype=torch.float16, device=DEVICE)  # memory only where it is written
+    tables = small.tables + first
+    k, v = (kv[0].half().to(DEVICE) for kv in (small.k, small.v))
+    positions = torch.arange(40, dtype=torch.int32, device=DEVICE)
+    write_kv(pool, layout, 1, k, v, tables[0, (positions // 16).long()], positions)
+    kv = replace(small, layout=layout, pool=pool, tables=tables)
+    plan = plan_for(kv, 2, torch.float16)
+    assert decode_error(kv, plan, torch.float16) < 1e-3
+    assert prefill_error(kv, plan, torch.float16, [30]) < 1e-3
+
+
 def test_slabs_without_a_rest_are_addressed_by_one_stride() -> None:
     kv = paged_kv([50, 33], slab_rest=0)
     assert kv.layout.one_stride
@@ -111,6 +136,13 @@ def test_a_split_context_is_merged(dtype: torch.dtype) -> None:
     plan = plan_for(kv, 2, dtype, num_sms=16)
     assert plan.num_splits(len(lengths), kv.tables.shape[1]) > 2
     assert decode_error(kv, plan, dtype) < TOLERANCE[dtype]
+
+
+def test_more_splits_are_merged_than_a_program_merges_at_a_time() -> None:
+    kv = paged_kv([640], num_kv_heads=1, head_dim=256)
+    plan = plan_for(kv, 2, torch.float32, num_sms=16)
+    assert plan.num_splits(1, kv.tables.shape[1]) > 32
+    assert decode_error(kv, plan, torch.float32) < 1e-5
 
 
 @pytest.mark.parametrize("num_sms", [1, 64])
