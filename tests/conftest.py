@@ -1,4 +1,5 @@
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -6,6 +7,8 @@ from pathlib import Path
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 # Read when numpy is loaded: small products are slower on several threads, and routers fit on one.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Scripts that tests start by `env python3` run this interpreter, not a slow shim before it.
+os.environ["PATH"] = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))
 # Read when a Triton kernel is imported: kernels run in Triton's interpreter, on CPU tensors. With 0, on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
