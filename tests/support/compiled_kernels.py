@@ -127,11 +127,8 @@ def compile_all(capability: int, kind: Kind, block_size: int = 16) -> Iterator[C
     plan = AttentionPlan.of(layout, heads, dtype.itemsize, divmod(capability, 10), _NUM_SMS)
     qkv = torch.empty(2, heads + 2 * _KV_HEADS, head_dim, dtype=dtype)
     q, k, v = qkv[:, :heads], qkv[:, heads : heads + _KV_HEADS], qkv[:, heads + _KV_HEADS :]
-    pool, tables, integers = (
-        torch.empty(64, dtype=DTYPES[kind.kv_dtype]),
-        torch.zeros(2, 256).int(),
-        torch.zeros(2).int(),
-    )
+    pool = torch.empty(64, dtype=DTYPES[kind.kv_dtype])
+    tables, integers = torch.zeros(2, 256).int(), torch.zeros(2).int()
     workspace = torch.empty(plan.workspace_elements(2, 256))
     for kernel in _KERNELS:
         kernel.device_caches.clear()
