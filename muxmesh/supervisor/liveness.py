@@ -16,6 +16,8 @@ MAX_STOPPED_CHECKS = 5
 """Checks in a row that find the process stopped by a signal, after which it hangs."""
 MAX_SILENT_CHECKS = 8
 """Checks in a row without a response, after which a process that once responded hangs."""
+FENCED_EXTRA_CHECKS = 10
+"""For a client of MPS: kvstore ends it first, after 10 s without a heartbeat and without harm to its neighbours."""
 MAX_STARTING_CHECKS = 180
 """Checks without a first response, after which the start hangs. Loading a model and compiling kernels take long."""
 
@@ -23,7 +25,9 @@ MAX_STARTING_CHECKS = 180
 class Liveness:
     """What the checks of one instance of a process have found so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, extra_checks: int = 0) -> None:
+        """``extra_checks``: by how much a process may be stopped or silent for longer than others."""
+        self._extra_checks = extra_checks
         self._has_responded = False
         self._num_stopped = 0
         self._num_silent = 0
@@ -47,9 +51,9 @@ class Liveness:
             self._num_silent += 1
         if state is ProcessState.TRACED:
             self._num_silent = 0
-        if self._num_stopped >= MAX_STOPPED_CHECKS:
+        if self._num_stopped >= MAX_STOPPED_CHECKS + self._extra_checks:
             return f"was stopped by a signal for {self._num_stopped * CHECK_EVERY_S:.0f} s"
-        if self._has_responded and self._num_silent >= MAX_SILENT_CHECKS:
+        if self._has_responded and self._num_silent >= MAX_SILENT_CHECKS + self._extra_checks:
             return f"did not respond for {self._num_silent * CHECK_EVERY_S:.0f} s"
         if not self._has_responded and self._num_silent >= MAX_STARTING_CHECKS:
             return f"did not respond within {self._num_silent * CHECK_EVERY_S:.0f} s of its start"

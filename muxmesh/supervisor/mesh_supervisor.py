@@ -27,7 +27,7 @@ from muxmesh.config.schema import MAX_PORT, MeshConfig
 from muxmesh.errors import ConfigError
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.supervisor.health_probe import HealthProbe, wait_until_serving
-from muxmesh.supervisor.liveness import CHECK_EVERY_S, MAX_STARTING_CHECKS
+from muxmesh.supervisor.liveness import CHECK_EVERY_S, FENCED_EXTRA_CHECKS, MAX_STARTING_CHECKS
 from muxmesh.supervisor.log_file import LogFile
 from muxmesh.supervisor.mps_daemon import mps_answers, wait_for_mps
 from muxmesh.supervisor.redis_server import RedisProbe, redis_command, wait_for_redis
@@ -251,6 +251,7 @@ class MeshSupervisor:
             probe.ask,
             self.runtime.environment(key),
             faces_clients=key.role in _CLIENT_FACING_ROLES,
+            extra_checks=FENCED_EXTRA_CHECKS if isinstance(key.role, Role) and self.runtime.uses_mps(key.unit) else 0,
         )
 
     def _command(self, module: str, *arguments: str) -> tuple[str, ...]:

@@ -44,8 +44,8 @@ _LAST_OUTPUT_S = 1.0
 class ProcessSpec:
     """The command of a process. ``environment`` extends and overrides the environment of the supervisor.
 
-    ``quit`` asks the process to exit, for one that does not handle SIGTERM; it raises Unavailable if that fails.
-    ``wait_ready`` returns when the process serves. ``ask`` returns True when it has responded in any way, and False if
+    ``extra_checks``: see `Liveness`. ``quit`` asks the process to exit, for one that does not handle SIGTERM; it raises
+    Unavailable if that fails. ``wait_ready`` returns when the process serves. ``ask`` returns True when it has responded in any way, and False if
     it cannot respond. Both may wait forever. ``faces_clients``: it needs the other processes until its last client is
     served, so it is stopped before them.
     """
@@ -56,6 +56,7 @@ class ProcessSpec:
     ask: Callable[[], Coroutine[Any, Any, bool]]
     environment: Mapping[str, str] = field(default_factory=dict)
     faces_clients: bool = False
+    extra_checks: int = 0
     quit: Callable[[], Awaitable[None]] | None = None
 
 
@@ -191,7 +192,7 @@ class SupervisedProcess:
 
     async def _kill_if_it_hangs(self, pid: int) -> str:
         """Checks the process until it hangs, and kills it. Returns what the checks have found."""
-        liveness, asked = Liveness(), None
+        liveness, asked = Liveness(self.spec.extra_checks), None
         try:
             while True:
                 if asked is None and liveness.is_to_be_asked:

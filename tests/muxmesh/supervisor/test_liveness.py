@@ -2,9 +2,13 @@
 
 import pytest
 
+from kvstore import attach_protocol
+from kvstore.attach_protocol import BEAT_EVERY_S
 from muxmesh.process_state import ProcessState
 from muxmesh.supervisor.liveness import (
     ASK_EVERY_CHECKS,
+    CHECK_EVERY_S,
+    FENCED_EXTRA_CHECKS,
     MAX_SILENT_CHECKS,
     MAX_STARTING_CHECKS,
     MAX_STOPPED_CHECKS,
@@ -99,3 +103,14 @@ def test_the_reason_says_what_was_seen_and_for_how_long(was_up: bool, state: Pro
     liveness = responding() if was_up else Liveness()
     seen = [liveness.check(state, responded=False) for _ in range(MAX_STARTING_CHECKS)]
     assert next(filter(None, seen)) == reason
+
+
+def test_a_client_of_mps_hangs_later_than_kvstore_has_ended_it() -> None:
+    patient = Liveness(FENCED_EXTRA_CHECKS)
+    assert patient.check(RUNNING, responded=True) is None
+    silent = ASK_EVERY_CHECKS - 1 + MAX_SILENT_CHECKS + FENCED_EXTRA_CHECKS
+    assert checks_until_killed(patient, 100) == silent
+    stopped = checks_until_killed(Liveness(FENCED_EXTRA_CHECKS), 100, state=STOPPED)
+    assert stopped == MAX_STOPPED_CHECKS + FENCED_EXTRA_CHECKS
+    ended_by_kvstore_s = BEAT_EVERY_S * attach_protocol.MAX_SILENT_CHECKS
+    assert min(silent, stopped) * CHECK_EVERY_S > ended_by_kvstore_s

@@ -83,6 +83,8 @@ async def test_each_process_gets_the_environment_of_its_part(state_dir: Path) ->
         "decode/m": {**shared, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "100"},
         "router": {},
     }
+    patient = {process.spec.name for process in mesh.supervisor.processes if process.spec.extra_checks}
+    assert patient == {"prefill/m", "decode/m"}, "kvstore ends a client of MPS first"
     assert not (run_dir / "outside-mps").exists()
     await mesh.supervisor.stop()
 
