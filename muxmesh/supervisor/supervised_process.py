@@ -45,9 +45,9 @@ class ProcessSpec:
     """The command of a process. ``environment`` extends and overrides the environment of the supervisor.
 
     ``extra_checks``: see `Liveness`. ``quit`` asks the process to exit, for one that does not handle SIGTERM; it raises
-    Unavailable if that fails. ``wait_ready`` returns when the process serves. ``ask`` returns True when it has responded in any way, and False if
-    it cannot respond. Both may wait forever. ``faces_clients``: it needs the other processes until its last client is
-    served, so it is stopped before them.
+    Unavailable if that fails. ``wait_ready`` returns when the process serves. ``ask`` returns True when it has
+    responded in any way, and False if it cannot respond. Both may wait forever. ``faces_clients``: it needs the other
+    processes until its last client is served, so it is stopped before them.
     """
 
     name: str
