@@ -16,7 +16,7 @@ from muxmesh.engine.native.cuda.attention_plan import AttentionPlan, next_power_
 _MERGED_ELEMENTS = 8192
 """Of partial outputs that a program merges at a time: with head size 128, 64 splits, so mostly one trip to memory."""
 _REGISTERS = {4: 168}
-"""Most registers of a thread of decode attention, by warps: three programs fit on an SM, and ptxas spills none."""
+"""Most registers of a thread of decode attention, by warps: ptxas spills none."""
 
 
 def decode_attention(

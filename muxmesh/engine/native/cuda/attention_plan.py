@@ -31,9 +31,10 @@ class TileConfig:
 
 # By bytes of an element of q: the largest head size, the tile for it. A loop keeps num_stages // 2 tiles of K and V:
 # the ids of their token blocks are loaded as far ahead again.
-_DECODE = {
-    2: ((64, TileConfig(16, 128, 4, 5)), (128, TileConfig(16, 64, 4, 5)), (256, TileConfig(16, 32, 4, 5))),
-    4: ((128, TileConfig(16, 32, 8, 3)), (256, TileConfig(16, 16, 8, 3))),
+_DECODE_EXACT = ((128, TileConfig(16, 32, 8, 3)), (256, TileConfig(16, 16, 8, 3)))
+_DECODE = {  # by whether the device has the shared memory of Hopper
+    False: ((64, TileConfig(16, 128, 4, 5)), (128, TileConfig(16, 64, 4, 5)), (256, TileConfig(16, 32, 4, 5))),
+    True: ((64, TileConfig(16, 128, 4, 7)), (128, TileConfig(16, 64, 4, 7)), (256, TileConfig(16, 32, 4, 7))),
 }
 _PREFILL_EXACT = ((64, TileConfig(32, 32, 8, 3)), (128, TileConfig(16, 32, 8, 3)), (256, TileConfig(16, 16, 8, 3)))
 _PREFILL = {  # by whether the device has the shared memory and the matrix instructions of Hopper
@@ -42,12 +43,13 @@ _PREFILL = {  # by whether the device has the shared memory and the matrix instr
 }
 
 
-def decode_config(element_bytes: int, head_dim: int, group: int) -> TileConfig:
+def decode_config(element_bytes: int, head_dim: int, group: int, capability: tuple[int, int]) -> TileConfig:
     """Returns the tile of decode attention: one row of one KV head, so ``group`` queries, padded for the tensor cores.
 
-    ``element_bytes``: of q, 4 for f32.
+    ``element_bytes``: of q, 4 for f32. ``capability``: see `prefill_config`.
     """
-    return _with_group(_first_fit(_DECODE[element_bytes], head_dim), group)
+    table = _DECODE_EXACT if element_bytes == 4 else _DECODE[capability[0] in (9, 10)]
+    return _with_group(_first_fit(table, head_dim), group)
 
 
 def prefill_config(element_bytes: int, head_dim: int, group: int, capability: tuple[int, int]) -> TileConfig:
@@ -76,7 +78,7 @@ class AttentionPlan:
     decode: TileConfig
     prefill: TileConfig
     num_slots: int
-    """Programs of decode attention that the device runs at a time."""
+    """Programs of decode attention that contexts are split for. With deep pipelines one per SM reads fastest."""
 
     @classmethod
     def of(
@@ -94,9 +96,9 @@ class AttentionPlan:
         return cls(
             layout=layout,
             num_heads=num_heads,
-            decode=decode_config(element_bytes, layout.head_dim, group),
+            decode=decode_config(element_bytes, layout.head_dim, group, capability),
             prefill=prefill_config(element_bytes, layout.head_dim, group, capability),
-            num_slots=num_sms * (3 if capability[0] in (9, 10) else 2),
+            num_slots=num_sms * (1 if capability[0] in (9, 10) else 2),
         )
 
     @property

@@ -53,8 +53,9 @@ def test_kernels_keep_to_registers_wide_loads_and_matrix_instructions(capability
             assert kernel["wgmma"] if capability == 90 else kernel["mma"], kernel
         if kernel["kernel"] == "decode_kernel" and not exact:
             assert kernel["mma"], kernel
-            # Three programs fit on an SM of Hopper, two on one of Ampere: what `AttentionPlan.num_slots` counts on.
-            assert kernel["shared_bytes"] <= 75 * 1024 and kernel["registers"] <= 168, kernel
+            # Two programs fit on an SM, of Hopper and of Ampere.
+            most_shared = (107 if capability == 90 else 75) * 1024
+            assert kernel["shared_bytes"] <= most_shared and kernel["registers"] <= 168, kernel
 
 
 @pytest.mark.timeout(600)
