@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from muxmesh.config.schema import MeshConfig, ModelConfig, UnitConfig
-from muxmesh.cuda.mps import LOG_DIRECTORY, PIPE_DIRECTORY, MpsControl
+from muxmesh.cuda.mps import LOG_DIRECTORY, PIPE_DIRECTORY, SHARE, MpsControl
 from muxmesh.errors import ConfigError
 from muxmesh.quoting import quoted
 from muxmesh.types import Role
@@ -167,8 +167,7 @@ class MeshRuntime(BaseModel):
         visible = {"CUDA_VISIBLE_DEVICES": self.device_uuids[key.unit]}
         if key.role == "kvstore" or not self.uses_mps(key.unit):
             return {**visible, PIPE_DIRECTORY: str(self.run_dir / "outside-mps")}
-        share = self.share_of(key)
-        return {**visible, **self.mps_directories(key.unit), "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(share)}
+        return {**visible, **self.mps_directories(key.unit), SHARE: str(self.share_of(key))}
 
     def share_of(self, key: ProcessKey) -> int:
         """Percentage of its GPU to which MPS limits a worker; 100 if green contexts limit it."""

@@ -30,6 +30,8 @@ ANSWER_WITHIN_S = 5.0
 """Time limit of a question. A daemon on a card answered within 0.01 s."""
 PIPE_DIRECTORY = "CUDA_MPS_PIPE_DIRECTORY"
 LOG_DIRECTORY = "CUDA_MPS_LOG_DIRECTORY"
+SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+"""A client's limit in percent of the SMs. In a daemon's environment it limits all clients."""
 
 
 class ServerStatus(Enum):

@@ -1,14 +1,17 @@
-"""A log file that never stops who writes it: on a full disk its lines are lost, and nothing else."""
+"""Log files of bounded size. They never stop who writes them: on a full disk lines are lost, and nothing else."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 _log = logging.getLogger("supervisor")
 _MAX_BYTES = 10 * 1024 * 1024
+_STAT_BLOCK_BYTES = 512
+"""Unit of `st_blocks`, whatever the file system."""
 
 
 class LogFile(RotatingFileHandler):
@@ -44,3 +47,21 @@ class LogFile(RotatingFileHandler):
         """See logging.Handler."""
         with contextlib.suppress(OSError):  # what is buffered cannot be written
             super().close()
+
+
+def bound_log(path: Path, max_bytes: int = _MAX_BYTES) -> None:
+    """Bounds a log that another program keeps open: once it occupies ``max_bytes``, its end is moved to `PATH.1`.
+
+    The file is emptied in place, so lines that are written at that moment are lost. Without O_APPEND the program goes on
+    behind a hole: what counts is the space on the disk, not the length. Raises nothing.
+    """
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        if status.st_blocks * _STAT_BLOCK_BYTES < max_bytes:
+            return
+        with path.open("rb") as log:
+            log.seek(max(0, status.st_size - max_bytes))
+            end = log.read(max_bytes)
+        with contextlib.suppress(OSError):  # a full disk needs the space all the more
+            path.with_name(f"{path.name}.1").write_bytes(end)
+        os.truncate(path, 0)

@@ -29,7 +29,7 @@ from muxmesh.process_registry import ProcessRegistry
 from muxmesh.supervisor.health_probe import HealthProbe, wait_until_serving
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, FENCED_EXTRA_CHECKS, MAX_STARTING_CHECKS
 from muxmesh.supervisor.log_file import LogFile
-from muxmesh.supervisor.mps_daemon import mps_answers, wait_for_mps
+from muxmesh.supervisor.mps_daemon import check_mps, wait_for_mps
 from muxmesh.supervisor.redis_server import RedisProbe, redis_command, wait_for_redis
 from muxmesh.supervisor.run_folder import (
     create_run_folder,
@@ -265,7 +265,7 @@ class MeshSupervisor:
             control.pipe_dir.name,
             self._command("muxmesh.supervisor.mps_daemon", "--unit", unit),
             functools.partial(wait_for_mps, control),
-            functools.partial(mps_answers, control),
+            functools.partial(check_mps, control),
             quit=control.quit,
         )
 

@@ -3,7 +3,7 @@
     --runtime FILE --unit NAME --parent PID     as every service; any unit on the GPU will do
 
 Leftovers are an earlier daemon of the same pipe directory, the server of a daemon that was killed, and the files of
-both. The daemon is not in the background and dies with its parent.
+both. The daemon is not in the background and dies with its parent. What prevents its start is one line of output.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Collection, Iterator
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from muxmesh.config.runtime import MeshRuntime
-from muxmesh.cuda.mps import CONTROL_PROGRAM, PIPE_DIRECTORY, MpsControl
-from muxmesh.errors import Unavailable
+from muxmesh.cuda.mps import CONTROL_PROGRAM, LOG_DIRECTORY, PIPE_DIRECTORY, SHARE, MpsControl
+from muxmesh.errors import MeshError, Unavailable
 from muxmesh.lifecycle import service_arguments
 from muxmesh.process_state import has_ended
+from muxmesh.supervisor.log_file import bound_log
 
 SERVER_PROGRAM = "nvidia-cuda-mps-server"
 _PID_FILE = "nvidia-cuda-mps-control.pid"
@@ -38,6 +41,13 @@ async def mps_answers(control: MpsControl) -> bool:
     return True
 
 
+async def check_mps(control: MpsControl) -> bool:
+    """Like `mps_answers`. The daemon logs each question, so its logs are bounded beside."""
+    for log in Path(control.environment[LOG_DIRECTORY]).glob("*.log"):
+        bound_log(log)
+    return await mps_answers(control)
+
+
 async def wait_for_mps(control: MpsControl) -> None:
     """Waits, without a time limit, until the daemon answers."""
     while True:
@@ -47,30 +57,46 @@ async def wait_for_mps(control: MpsControl) -> None:
 
 
 def main() -> None:
-    """Ends leftovers, creates the directories, and replaces this process by the daemon."""
+    """Becomes the daemon, or ends with one line and code 1."""
     arguments = service_arguments(__doc__, "unit")
-    runtime = MeshRuntime.read(arguments.runtime)
-    control = runtime.mps_control(arguments.unit)
+    try:
+        become_daemon(MeshRuntime.read(arguments.runtime), arguments.unit)
+    except (MeshError, OSError) as error:
+        sys.exit(f"the MPS daemon of unit {arguments.unit} cannot start: {error}")
+
+
+def become_daemon(runtime: MeshRuntime, unit: str) -> NoReturn:
+    """Ends leftovers, creates the directories, and replaces this process by the daemon. Raises MeshError or OSError."""
+    control = runtime.mps_control(unit)
     asyncio.run(end_leftovers(control))
     for directory in control.environment.values():
         Path(directory).mkdir(parents=True, exist_ok=True, mode=0o700)
-    environment = {
-        **os.environ,
-        **control.environment,
-        "CUDA_VISIBLE_DEVICES": runtime.device_uuids[arguments.unit],
-    }
+    environment = daemon_environment(control, runtime.device_uuids[unit], os.environ)
     os.execve(control.program, (CONTROL_PROGRAM, "-f"), environment)  # noqa: S606
 
 
+def daemon_environment(control: MpsControl, device_uuid: str, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a daemon: without an inherited share, which would limit all of its clients."""
+    kept = {name: value for name, value in inherited.items() if name != SHARE}
+    return {**kept, **control.environment, "CUDA_VISIBLE_DEVICES": device_uuid}
+
+
 async def end_leftovers(control: MpsControl) -> None:
-    """Ends what an earlier daemon of the pipe directory has left: itself, its servers and its files."""
+    """Ends what an earlier daemon of the pipe directory has left: itself, its servers and its files.
+
+    Raises Unavailable if one of the processes is another user's.
+    """
     processes = {*_earlier_daemons(control.pipe_dir), *_servers_of(control.pipe_dir)}
     with contextlib.suppress(Unavailable):
         await control.quit()
         await _wait_until_ended(processes)
     for pid in processes:
-        with contextlib.suppress(ProcessLookupError):
+        try:
             os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        except PermissionError:
+            raise Unavailable(f"process {pid} of another user is the MPS daemon of {control.pipe_dir}") from None
     await _wait_until_ended(processes)
     for name in _FILES:
         with contextlib.suppress(OSError):  # there is none, or it is no file
