@@ -80,7 +80,12 @@ class MpsFence:
 
     def watch(self, pid: int) -> int:
         pid_fd = os.pidfd_open(pid)
-        watch = _Watch(self._clients.add(pid), pid_fd, *os.pipe())
+        try:
+            read_fd, write_fd = os.pipe()
+        except OSError:
+            os.close(pid_fd)
+            raise
+        watch = _Watch(self._clients.add(pid), pid_fd, read_fd, write_fd)
         self._watches.add(watch)
         self._by_fd[watch.read_fd] = watch
         asyncio.get_running_loop().add_reader(pid_fd, self._on_exit, watch)

@@ -63,6 +63,8 @@ def contradictions(config: MeshConfig) -> Iterator[tuple[Location, str]]:
         for field in _GPU_FIELDS:
             if not unit.is_cuda and field in unit.model_fields_set:
                 yield (*location, field), f"has no effect with device: {unit.device}; it is for device: cuda:N"
+        if unit.is_cuda and unit.green_contexts and not any(model.compute_share.is_limit for model in unit.models):
+            yield (*location, "green_contexts"), "has no effect: no model of the unit has a compute_share below 100"
         for model_index, model in enumerate(unit.models):
             for field, problem in _model_problems(unit, model, model_index, first_of):
                 yield (*location, "models", model_index, field), problem
@@ -117,6 +119,8 @@ def _device_problems(unit: UnitConfig, model: ModelConfig) -> Iterator[tuple[str
             yield "engine", f"sim computes on no GPU; the unit's device is {unit.device}"
         if model.threads is not None:
             yield "threads", f"has no effect with device: {unit.device}; it is for device: cpu"
+        if model.compute_share.is_limit and unit.mps == "off" and not unit.green_contexts:
+            yield "compute_share", "has no effect with mps: off; it is for mps: auto or on, or green_contexts: true"
         if model.kv_cache_dtype not in ("auto", model.dtype) and model.kv_cache_dtype == "float32":
             yield (
                 "kv_cache_dtype",

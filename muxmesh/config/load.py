@@ -26,11 +26,17 @@ Check = Callable[[MeshConfig], Iterable[Problem]]
 """Yields the problems of a configuration whose fields are valid each on its own."""
 
 _MODEL_SIZES = frozenset({"kv_pool", "slab", "block_size", "dtype", "max_model_len", "name", "source", "engine"})
+_FOR_GPUS = ("mps", "require_ipc", "legacy_ipc", "dtype", "kv_cache_dtype", "cuda_graphs", "continuous_decode_steps")
+"""Fields with values that units on CPUs refuse."""
 _DEPENDS_ON: Mapping[str, frozenset[str]] = {
+    **dict.fromkeys(_FOR_GPUS, frozenset({"device"})),
+    "green_contexts": frozenset({"device", "compute_share"}),
+    "compute_share": frozenset({"device", "green_contexts"}),
     "source": frozenset({"name", "engine"}),
     "name": frozenset({"source"}),
     "slab": frozenset({"kv_pool"}),
-    "kv_pool": frozenset({"slab", "kv_swap", "kv_guaranteed"}),
+    "kv_pool": frozenset({"slab", "kv_swap", "kv_guaranteed", "device"}),
+    "kv_swap": frozenset({"device"}),
     **dict.fromkeys(("block_size", "max_model_len", "default_max_new_tokens"), _MODEL_SIZES),
     "cores": frozenset({"cores"}),
     "threads": frozenset({"cores"}),

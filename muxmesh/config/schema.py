@@ -98,6 +98,11 @@ class ComputeShare(Section):
     def of(self, role: Role) -> int:
         return self.prefill if role == Role.PREFILL else self.decode
 
+    @property
+    def is_limit(self) -> bool:
+        """Whether a worker may use less than the whole device."""
+        return min(self.prefill, self.decode) < 100
+
 
 class ModelConfig(Section):
     """One model of a unit, served there by a prefill and a decode worker."""
@@ -190,13 +195,16 @@ class UnitConfig(Section):
     name: Name = "unit0"
     """Unique in the mesh."""
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda:\d{1,3})$")
-    """The device that the unit computes on: `cpu`, or `cuda:N` for GPU number N of this machine."""
+    """The device that the unit computes on: `cpu`, or `cuda:N` for a whole GPU. N is CUDA's index: among the GPUs that
+    CUDA_VISIBLE_DEVICES names when the mesh starts, else among all, which `nvidia-smi` may list in another order. An
+    instance of a GPU in MIG mode is refused."""
     mps: Literal["auto", "on", "off"] = "auto"
     """Whether the workers of a GPU are clients of CUDA MPS, which lets them compute at the same time and limits each to
     its `compute_share`. `auto`: if this machine has nvidia-cuda-mps-control. The supervisor starts a daemon for each
-    GPU. Without MPS one worker of the unit computes at a time."""
+    GPU. Without MPS one worker of the unit computes at a time, and `compute_share` needs `green_contexts`."""
     green_contexts: bool = False
-    """Limits workers by green contexts of their own instead of by MPS percentages. Needs compute capability 9.0."""
+    """Limits workers to their `compute_share` by green contexts of their own instead of by MPS percentages. Needs
+    compute capability 9.0 and torch 2.10."""
     require_ipc: bool = False
     """If true, the unit refuses to start unless its KV is handed over by GPU IPC (shared device memory)."""
     legacy_ipc: bool = False

@@ -19,6 +19,10 @@ WORKER_RESERVE_BYTES = 768 << 20
 """Device memory of one worker besides pool and weights: CUDA's context and libraries, activations, logits, graphs."""
 MIN_CAPABILITY = (8, 0)
 """The lowest compute capability that the kernels are compiled for."""
+GREEN_CAPABILITY = (9, 0)
+"""The lowest compute capability on which green contexts limit workers."""
+_MIG_IN_NAME = " MIG "
+"""In the driver's name of an instance, like `NVIDIA A100-SXM4-40GB MIG 1g.5gb`. Its UUID begins with `MIG-`."""
 
 SpecOf = Callable[[ModelConfig], ModelSpec | None]
 """Returns the spec of a model; None if its files are not here yet, or have a problem that is reported elsewhere."""
@@ -35,13 +39,16 @@ def gpu_problems(
         device = devices.get(unit.device_index)
         if device is None:
             there = ", ".join(_named(found) for found in devices.values()) or "none"
-            yield ("units", index, "device"), f"{unit.device} is not on this machine; its GPUs: {there}"
-        elif device.compute_capability < MIN_CAPABILITY:
-            found, needed = (".".join(map(str, one)) for one in (device.compute_capability, MIN_CAPABILITY))
             yield (
                 ("units", index, "device"),
-                f"{_named(device)} has compute capability {found}; {needed} or higher is needed",
+                f"{unit.device} is not on this machine, or CUDA_VISIBLE_DEVICES hides it; visible GPUs: {there}",
             )
+        elif _MIG_IN_NAME in device.name:
+            yield ("units", index, "device"), f"{_named(device)} is an instance of a GPU in MIG mode; use a whole GPU"
+        elif device.compute_capability < MIN_CAPABILITY:
+            yield ("units", index, "device"), _too_low(device, MIN_CAPABILITY)
+        elif unit.green_contexts and device.compute_capability < GREEN_CAPABILITY:
+            yield ("units", index, "green_contexts"), _too_low(device, GREEN_CAPABILITY)
         else:
             earlier_bytes = used_bytes.get(device.index, 0)
             own_bytes, parts = _needed(unit, spec_of)
@@ -66,6 +73,11 @@ def _needed(unit: UnitConfig, spec_of: SpecOf) -> tuple[int, str]:
         f"{_size(reserve_bytes)} besides"
     )
     return unit.kv_pool + weight_bytes + reserve_bytes, parts
+
+
+def _too_low(device: DeviceInfo, capability: tuple[int, int]) -> str:
+    found, needed = (".".join(map(str, one)) for one in (device.compute_capability, capability))
+    return f"{_named(device)} has compute capability {found}; {needed} or higher is needed"
 
 
 def _named(device: DeviceInfo) -> str:

@@ -66,5 +66,5 @@ def mps_notice(config: MeshConfig, program: Path | None) -> str | None:
         return None
     return (
         f"{CONTROL_PROGRAM} is not on this machine, so mps is off for {', '.join(units)}: "
-        "one worker of a unit computes at a time, and compute_share has no effect"
+        "one worker of a unit computes at a time, and compute_share has no effect without green_contexts"
     )

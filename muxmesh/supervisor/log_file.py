@@ -52,8 +52,8 @@ class LogFile(RotatingFileHandler):
 def bound_log(path: Path, max_bytes: int = _MAX_BYTES) -> None:
     """Bounds a log that another program keeps open: once it occupies ``max_bytes``, its end is moved to `PATH.1`.
 
-    The file is emptied in place, so lines that are written at that moment are lost. Without O_APPEND the program goes on
-    behind a hole: what counts is the space on the disk, not the length. Raises nothing.
+    The file is emptied in place, so lines that are written at that moment are lost. A program without O_APPEND goes on
+    behind a hole, so the space on the disk counts, not the length. Raises nothing.
     """
     with contextlib.suppress(OSError):
         status = path.stat()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -196,6 +197,21 @@ async def test_a_process_that_is_being_terminated_is_killed_at_the_end_of_the_fe
             fence.close()
             assert client.wait() == -signal.SIGKILL
             os.close(watch_fd)
+
+
+async def test_a_process_that_cannot_be_watched_leaves_no_open_file(daemon: FakeDaemon) -> None:
+    fence = MpsFence(daemon.control, SystemClock(), Group().end, fail)
+    before = set(os.listdir("/proc/self/fd"))
+    lowest = os.dup(0)
+    os.close(lowest)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            fence.watch(os.getpid())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 async def test_the_fence_leaves_no_open_files(daemon: FakeDaemon) -> None:

@@ -83,7 +83,7 @@ def test_a_wrong_configuration_is_reported_with_its_line_before_anything_starts(
         (
             "{device: 'cuda:1', models: [{name: tiny, source: /nonexistent}]}",
             "2: units[0].device: ",
-            "cuda:1 is not on this machine; its GPUs: cuda:0 (fake device 0)",
+            "cuda:1 is not on this machine, or CUDA_VISIBLE_DEVICES hides it; visible GPUs: cuda:0 (fake device 0)",
         ),
         (
             "{device: 'cuda:0', mps: on, models: [{name: tiny, source: /nonexistent}]}",
@@ -282,7 +282,7 @@ async def test_a_mesh_without_standard_streams_serves_and_ends(config: Path) -> 
     ("gpu_bytes", "device", "where", "problem"),
     [
         (2 << 30, "cuda:0", "2: units[0].kv_pool: ", "kv_pool is 1.0GiB, weights are "),
-        (8 << 30, "cuda:1", "2: units[0].device: ", "cuda:1 is not on this machine; its GPUs: cuda:0 ("),
+        (8 << 30, "cuda:1", "2: units[0].device: ", "cuda:1 is not on this machine, or CUDA_VISIBLE_DEVICES hides "),
     ],
 )
 def test_a_unit_that_does_not_fit_onto_its_gpu_is_reported_before_anything_starts(

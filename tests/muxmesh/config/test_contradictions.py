@@ -170,6 +170,14 @@ def test_a_setting_of_another_policy_has_no_effect(order: dict[str, Any], withou
             "models[0].threads: has no effect with device: cuda:1; it is for device: cpu",
         ),
         (
+            "{device: 'cuda:0', mps: off, models: [{name: a, compute_share: {decode: 40}}]}",
+            "models[0].compute_share: has no effect with mps: off; it is for mps: auto or on, or green_contexts: true",
+        ),
+        (
+            "{device: 'cuda:0', green_contexts: true, models: [{name: a}, {name: b, compute_share: 100}]}",
+            "green_contexts: has no effect: no model of the unit has a compute_share below 100",
+        ),
+        (
             "{device: 'cuda:0', models: [{name: a, engine: sim}]}",
             "models[0].engine: sim computes on no GPU; the unit's device is cuda:0",
         ),
@@ -184,6 +192,19 @@ def test_a_setting_that_the_device_does_not_have_is_refused(text: str, expected:
     with pytest.raises(ConfigError) as caught:
         parse_mesh_config(f"units: [{text}]", "mesh.yaml")
     assert str(caught.value) == f"mesh.yaml:1: units[0].{expected}"
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "mps: off, models: [{name: a}]",
+        "mps: off, models: [{name: a, compute_share: 100}]",
+        "mps: off, green_contexts: true, models: [{name: a}, {name: b, compute_share: 50}]",
+        "mps: auto, models: [{name: a, compute_share: 50}]",
+    ],
+)
+def test_a_share_is_accepted_where_something_limits_workers_to_it(unit: str) -> None:
+    assert problems(f"units: [{{device: 'cuda:0', {unit}}}]") == []
 
 
 def test_slabs_on_a_gpu_are_aligned_for_its_loads() -> None:

@@ -192,6 +192,12 @@ order: {policy: fcfs, longest_lead: 1}
         ("units: [{cores: [0], models: [{name: a, generation_config: bogus}]},"
          " {name: b, cores: [1], models: [{name: a, generation_config: ignore}]}]",
          "units[0].models[0].generation_config"),
+        ("units: [{device: cuda, mps: on, require_ipc: true, models: [{name: a, dtype: bfloat16, compute_share: 50}]}]",
+         "units[0].device"),
+        ("units: [{device: gpu, models: [{name: a, kv_cache_dtype: float16, continuous_decode_steps: 4}]}]",
+         "units[0].device"),
+        ("units: [{device: 'cuda:0', green_contexts: true, models: [{name: a, compute_share: half}]}]",
+         "units[0].models[0].compute_share"),
         ("units: [{modles: [{name: a}]}]", "units[0].modles"),
         ("unit: [{models: [{name: a}]}]", "unit"),
     ],

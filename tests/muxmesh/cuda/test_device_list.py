@@ -23,6 +23,11 @@ def test_the_devices_are_listed_by_their_index(monkeypatch: pytest.MonkeyPatch) 
     assert devices[0].has_vmm
 
 
+def test_devices_are_counted_among_those_that_the_operator_makes_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_driver(monkeypatch, FAKE_CUDA_UUIDS=f"{UUID},{OTHER_UUID}", CUDA_VISIBLE_DEVICES=f"{OTHER_UUID},0")
+    assert [(device.index, device.uuid) for device in DeviceList().devices] == [(0, OTHER_UUID), (1, UUID)]
+
+
 def test_whole_devices_are_listed_even_if_a_daemon_listens(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

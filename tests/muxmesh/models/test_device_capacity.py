@@ -32,9 +32,9 @@ def problems(
 
 def test_a_gpu_that_is_not_there_is_named_with_those_that_are() -> None:
     found = problems(unit(index=3), devices=[device(0), device(1, name="Other")])
-    expected = "cuda:3 is not on this machine; its GPUs: cuda:0 (Test GPU), cuda:1 (Other)"
-    assert found == {("units", 0, "device"): expected}
-    assert problems(unit(), devices=[]) == {("units", 0, "device"): "cuda:0 is not on this machine; its GPUs: none"}
+    expected = "is not on this machine, or CUDA_VISIBLE_DEVICES hides it; visible GPUs: "
+    assert found == {("units", 0, "device"): f"cuda:3 {expected}cuda:0 (Test GPU), cuda:1 (Other)"}
+    assert problems(unit(), devices=[]) == {("units", 0, "device"): f"cuda:0 {expected}none"}
 
 
 @pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 0), False), ((12, 0), False)])
@@ -42,6 +42,19 @@ def test_a_gpu_that_the_kernels_are_not_compiled_for_is_refused(capability: tupl
     found = problems(unit(), devices=[device(compute_capability=capability)])
     expected = "cuda:0 (Test GPU) has compute capability 7.5; 8.0 or higher is needed"
     assert found == ({("units", 0, "device"): expected} if refused else {})
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((8, 9), True), ((9, 0), False)])
+def test_green_contexts_need_a_newer_gpu_than_the_kernels(capability: tuple[int, int], refused: bool) -> None:
+    found = problems(unit(green_contexts=True), devices=[device(compute_capability=capability)])
+    expected = "cuda:0 (Test GPU) has compute capability 8.9; 9.0 or higher is needed"
+    assert found == ({("units", 0, "green_contexts"): expected} if refused else {})
+
+
+def test_an_instance_of_a_gpu_in_mig_mode_is_refused() -> None:
+    found = problems(unit(), devices=[device(name="NVIDIA A100-SXM4-40GB MIG 1g.5gb")])
+    expected = "cuda:0 (NVIDIA A100-SXM4-40GB MIG 1g.5gb) is an instance of a GPU in MIG mode; use a whole GPU"
+    assert found == {("units", 0, "device"): expected}
 
 
 @pytest.mark.parametrize(("missing_bytes", "refused"), [(0, False), (1, True)])

@@ -56,8 +56,13 @@ def problems(config: MeshConfig, gpus: DeviceList) -> list[tuple[str | int, str]
     [
         (Gpus(2), "cuda:1", None),
         (NoDriver(), "cpu", None),
-        (Gpus(0), "cuda:0", "cuda:0 is not on this machine; its GPUs: none"),
-        (Gpus(2), "cuda:2", "cuda:2 is not on this machine; its GPUs: cuda:0 (NVIDIA H100), cuda:1 (NVIDIA H100)"),
+        (Gpus(0), "cuda:0", "cuda:0 is not on this machine, or CUDA_VISIBLE_DEVICES hides it; visible GPUs: none"),
+        (
+            Gpus(2),
+            "cuda:2",
+            "cuda:2 is not on this machine, or CUDA_VISIBLE_DEVICES hides it; visible GPUs: cuda:0 (NVIDIA H100), "
+            "cuda:1 (NVIDIA H100)",
+        ),
         (NoDriver(), "cuda:0", "is cuda:0; cannot load libcuda.so.1; or set device: cpu"),
     ],
 )

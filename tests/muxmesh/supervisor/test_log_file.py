@@ -1,13 +1,14 @@
 """Log files on a disk that is full: /dev/full refuses every write, as such a disk does."""
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from muxmesh.supervisor.log_file import LogFile
+from muxmesh.supervisor.log_file import LogFile, bound_log
 
 
 @pytest.fixture
@@ -68,3 +69,34 @@ def test_a_folder_that_is_not_there_stops_nothing(tmp_path: Path) -> None:
     file = LogFile(tmp_path / "none" / "a.log")
     file.write_line("a", "up")
     file.close()
+
+
+MAX_BYTES = 256 * 1024
+
+
+@pytest.mark.parametrize("mode", ["ab", "wb"], ids=["appends", "writes at its own offset"])
+def test_the_log_of_another_program_occupies_at_most_twice_its_bound(tmp_path: Path, mode: str) -> None:
+    path, earlier = tmp_path / "control.log", tmp_path / "control.log.1"
+    with path.open(mode, buffering=0) as log:
+        for turn in range(8):
+            log.write(bytes([turn + 1]) * (MAX_BYTES * 3 // 4))
+            os.fsync(log.fileno())
+            bound_log(path, MAX_BYTES)
+            assert path.stat().st_blocks * 512 < MAX_BYTES
+            assert not earlier.exists() or earlier.stat().st_size == MAX_BYTES
+    assert earlier.read_bytes()[-MAX_BYTES * 3 // 4 :] == bytes([8]) * (MAX_BYTES * 3 // 4)
+
+
+def test_the_log_of_another_program_is_emptied_on_a_full_disk_too(tmp_path: Path) -> None:
+    (tmp_path / "control.log.1").symlink_to("/dev/full")
+    (tmp_path / "control.log").write_bytes(b"x" * MAX_BYTES)
+    bound_log(tmp_path / "control.log", MAX_BYTES)
+    assert (tmp_path / "control.log").stat().st_size == 0
+
+
+def test_a_log_that_is_not_there_or_short_stays_as_it_is(tmp_path: Path) -> None:
+    bound_log(tmp_path / "none.log", MAX_BYTES)
+    (tmp_path / "a.log").write_text("line")
+    bound_log(tmp_path / "a.log", MAX_BYTES)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.log"]
+    assert (tmp_path / "a.log").read_text() == "line"

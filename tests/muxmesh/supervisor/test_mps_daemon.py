@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from muxmesh.config.schema import MeshConfig
 from muxmesh.cuda.mps import MpsControl
 from muxmesh.errors import ConfigError
 from muxmesh.process_state import has_ended
-from muxmesh.supervisor.mps_daemon import end_leftovers, mps_answers, wait_for_mps
+from muxmesh.supervisor.mps_daemon import check_mps, daemon_environment, end_leftovers, mps_answers, wait_for_mps
 from tests.support.mps import FAKE_PROGRAM, FakeDaemon, fake_daemon, next_line
 
 UUID = "GPU-5f4df884-095b-d388-4934-d4853eca3833"
@@ -41,12 +42,13 @@ def runtime_in(folder: Path, device: str = "cuda:0") -> MeshRuntime:
 
 
 @contextmanager
-def daemon_process(folder: Path, parent: int) -> Iterator[tuple[subprocess.Popen[bytes], MpsControl]]:
+def daemon_process(folder: Path, parent: int, **options: Any) -> Iterator[tuple[subprocess.Popen[bytes], MpsControl]]:
     """The process as the supervisor starts it."""
     runtime = runtime_in(folder)
     runtime.write(folder / "runtime.json")
-    command = ("muxmesh.supervisor.mps_daemon", "--runtime", str(folder / "runtime.json"), "--unit", "u")
-    with subprocess.Popen((sys.executable, "-m", *command, "--parent", str(parent)), stdout=subprocess.PIPE) as process:
+    named = ("--runtime", str(folder / "runtime.json"), "--unit", "u", "--parent", str(parent))
+    command = (sys.executable, "-m", "muxmesh.supervisor.mps_daemon", *named)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as process:
         try:
             yield process, runtime.mps_control("u")
         finally:
@@ -66,6 +68,39 @@ async def test_the_process_becomes_the_daemon_of_the_units_gpu(folder: Path) -> 
         await control.quit()
         assert process.wait() == 0
         assert not await mps_answers(control)
+
+
+def test_a_daemon_that_cannot_start_ends_with_one_line(folder: Path) -> None:
+    (folder / "logs").touch()
+    with daemon_process(folder, os.getpid(), stderr=subprocess.PIPE) as (process, _):
+        assert process.stderr is not None
+        (line,) = process.stderr.read().decode().splitlines()
+        assert line.startswith("the MPS daemon of unit u cannot start: ")
+        assert line.endswith(f"'{folder}/logs/mps-5f4df884'")
+        assert process.wait() == 1
+
+
+def test_a_share_of_the_supervisor_does_not_limit_all_clients_of_the_daemon(folder: Path) -> None:
+    control = MpsControl(FAKE_PROGRAM, folder / "pipe", folder / "log")
+    inherited = {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "10", "CUDA_MPS_PIPE_DIRECTORY": "/other", "PATH": "/bin"}
+    assert daemon_environment(control, UUID, inherited) == {
+        "CUDA_MPS_PIPE_DIRECTORY": f"{folder}/pipe",
+        "CUDA_MPS_LOG_DIRECTORY": f"{folder}/log",
+        "CUDA_VISIBLE_DEVICES": UUID,
+        "PATH": "/bin",
+    }
+
+
+async def test_the_logs_of_the_daemon_are_bounded_whenever_it_is_asked(folder: Path) -> None:
+    with fake_daemon(folder) as daemon:
+        log = folder / "log" / "control.log"
+        with log.open("a") as file:
+            file.write("x" * 11 * 1024 * 1024)
+        assert await check_mps(daemon.control)
+        assert log.read_text() == "Cmd:get_server_list\n"
+        assert (folder / "log" / "control.log.1").stat().st_size == 10 * 1024 * 1024
+        assert await check_mps(daemon.control)
+        assert log.read_text() == "Cmd:get_server_list\n" * 2
 
 
 def test_the_daemon_does_not_outlive_a_parent_that_is_gone(folder: Path) -> None:
