@@ -24,12 +24,13 @@ from muxmesh.background_task import end, start_watched
 from muxmesh.clock import Clock
 from muxmesh.config.runtime import Endpoint, MeshRuntime, MpsDaemons, PreparedModel, ProcessKey
 from muxmesh.config.schema import MAX_PORT, MeshConfig
-from muxmesh.errors import ConfigError
+from muxmesh.cuda.mps import LOG_DIRECTORY, MpsControl
+from muxmesh.errors import ConfigError, Unavailable
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.supervisor.health_probe import HealthProbe, wait_until_serving
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, FENCED_EXTRA_CHECKS, MAX_STARTING_CHECKS
 from muxmesh.supervisor.log_file import LogFile
-from muxmesh.supervisor.mps_daemon import check_mps, wait_for_mps
+from muxmesh.supervisor.mps_daemon import check_mps, end_leftovers, wait_for_mps
 from muxmesh.supervisor.redis_server import RedisProbe, redis_command, wait_for_redis
 from muxmesh.supervisor.run_folder import (
     create_run_folder,
@@ -145,13 +146,14 @@ def make_runtime(
 
 
 class MeshSupervisor:
-    """Owns all processes of a mesh. Invariant: none of them runs after `stop`."""
+    """Owns all processes of a mesh. Invariant: none of them runs after `stop`, nor a server of their MPS daemons."""
 
     def __init__(self, runtime: MeshRuntime, state_dir: Path, show_line: ShowLine, clock: Clock) -> None:
         self.runtime = runtime
         self._state_dir = state_dir
         self._runtime_file = runtime.run_dir / "runtime.json"
         self._probes: list[HealthProbe | RedisProbe] = []
+        self._mps: list[MpsControl] = []
         stages = self._specs()
         logs = state_dir / "logs"
         try:
@@ -194,6 +196,9 @@ class MeshSupervisor:
             for faces_clients in (True, False):
                 part = [process for process in stage if process.spec.faces_clients is faces_clients]
                 await asyncio.gather(*(process.stop(_STOP_GRACE_S) for process in part))
+        for control in self._mps:
+            with contextlib.suppress(Unavailable):
+                await end_leftovers(control)  # of a daemon that had to be killed
         await end(self._counting)
         for probe in self._probes:
             await probe.close()
@@ -261,11 +266,13 @@ class MeshSupervisor:
     def _mps_daemon(self, unit: str) -> ProcessSpec:
         """The daemon of the unit's GPU, which serves the other units on that GPU too."""
         control = self.runtime.mps_control(unit)
+        self._mps.append(control)
         return ProcessSpec(
             control.pipe_dir.name,
             self._command("muxmesh.supervisor.mps_daemon", "--unit", unit),
             functools.partial(wait_for_mps, control),
             functools.partial(check_mps, control),
+            hint=f"see {control.environment[LOG_DIRECTORY]}, or set mps: off",
             quit=control.quit,
         )
 

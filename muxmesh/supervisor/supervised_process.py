@@ -44,10 +44,11 @@ _LAST_OUTPUT_S = 1.0
 class ProcessSpec:
     """The command of a process. ``environment`` extends and overrides the environment of the supervisor.
 
-    ``extra_checks``: see `Liveness`. ``quit`` asks the process to exit, for one that does not handle SIGTERM; it raises
-    Unavailable if that fails. ``wait_ready`` returns when the process serves. ``ask`` returns True when it has
-    responded in any way, and False if it cannot respond. Both may wait forever. ``faces_clients``: it needs the other
-    processes until its last client is served, so it is stopped before them.
+    ``extra_checks``: see `Liveness`. ``hint``: what to do if it does not serve at the start. ``quit`` asks the process
+    to exit, for one that does not handle SIGTERM; it raises Unavailable if that fails. ``wait_ready`` returns when the
+    process serves. ``ask`` returns True when it has responded in any way, and False if it cannot respond. Both may wait
+    forever. ``faces_clients``: it needs the other processes until its last client is served, so it is stopped before
+    them.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ProcessSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     faces_clients: bool = False
     extra_checks: int = 0
+    hint: str = ""
     quit: Callable[[], Awaitable[None]] | None = None
 
 
@@ -238,4 +240,5 @@ class SupervisedProcess:
 
     def _failure(self, problem: str) -> str:
         output = "\n".join(f"  {line}" for line in self._last_lines)
-        return f"{self.spec.name} {problem}" + (f"; its last output:\n{output}" if output else "")
+        what = "; ".join(part for part in (f"{self.spec.name} {problem}", self.spec.hint) if part)
+        return what + (f"; its last output:\n{output}" if output else "")

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ class FakeDaemon:
         self.process = process
         self.control = control
         self.pipe_dir = control.pipe_dir
-        self.environment: Mapping[str, str] = {**os.environ, **control.environment}
 
     def fail(self, how: str) -> None:
         """Lets the daemon fail in a way that its head lists."""
@@ -48,15 +47,21 @@ class FakeDaemon:
     def recover(self, how: str) -> None:
         (self.pipe_dir / f"fake.{how}").unlink()
 
-    @contextlib.contextmanager
-    def client(self) -> Iterator[subprocess.Popen[bytes]]:
-        """A client that is connected, until the block ends."""
-        with subprocess.Popen((sys.executable, "-c", CLIENT), env=self.environment, stdout=subprocess.PIPE) as process:
-            try:
-                assert next_line(process) == "connected"
-                yield process
-            finally:
-                process.kill()
+    def client(self) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+        """See `client_of`."""
+        return client_of(self.control)
+
+
+@contextlib.contextmanager
+def client_of(control: MpsControl) -> Iterator[subprocess.Popen[bytes]]:
+    """A client that is connected, until the block ends."""
+    environment = {**os.environ, **control.environment}
+    with subprocess.Popen((sys.executable, "-c", CLIENT), env=environment, stdout=subprocess.PIPE) as process:
+        try:
+            assert next_line(process) == "connected"
+            yield process
+        finally:
+            process.kill()
 
 
 def next_line(process: subprocess.Popen[bytes]) -> str:

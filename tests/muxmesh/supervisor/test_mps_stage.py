@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from muxmesh.config.schema import MeshConfig
+from muxmesh.errors import Unavailable
 from muxmesh.process_state import has_ended
 from muxmesh.supervisor.mesh_supervisor import make_runtime
 from muxmesh.supervisor.mps_daemon import mps_answers
 from tests.muxmesh.supervisor.test_mesh_supervisor import PREPARED, Mesh, started
-from tests.support.mps import FAKE_PROGRAM
+from tests.support.mps import FAKE_PROGRAM, client_of
 
 UUIDS = ("GPU-5f4df884-095b-d388-4934-d4853eca3833", "GPU-01234567-095b-d388-4934-d4853eca3833")
 MODELS = [{"name": "m"}]
@@ -106,15 +107,33 @@ async def test_the_daemon_answers_before_a_kvstore_starts_and_is_asked_to_quit_a
     assert commands[-1] == "Cmd:quit"
 
 
-async def test_a_daemon_that_does_not_quit_is_killed(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_daemon_that_does_not_quit_is_killed_and_its_server_too(
+    state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("muxmesh.supervisor.mesh_supervisor._STOP_GRACE_S", 0.2)
     mesh = gpu_mesh(state_dir, ONE_UNIT)
     async with started(mesh) as supervisor:
         control = supervisor.runtime.mps_control("u")
+        with client_of(control):
+            (server,) = await control.server_pids()
         (control.pipe_dir / "fake.deaf_to_quit").touch()
         pid = mesh.process("mps-5f4df884").pid
         assert pid is not None
-    assert has_ended(pid)
+    assert has_ended(pid) and has_ended(server)
+
+
+async def test_a_daemon_that_cannot_start_names_its_logs_and_how_to_do_without_it(state_dir: Path) -> None:
+    mesh = gpu_mesh(state_dir, ONE_UNIT, Path("/nonexistent/control"))
+    with pytest.raises(Unavailable) as caught:
+        async with started(mesh):
+            pass
+    problem, *output = str(caught.value).splitlines()
+    assert problem == (
+        "mps-5f4df884 exited 3 times before it was ready, last: exit code 1; "
+        f"see {state_dir}/logs/mps-5f4df884, or set mps: off; its last output:"
+    )
+    line = "the MPS daemon of unit u cannot start: [Errno 2] No such file or directory: '/nonexistent/control'"
+    assert output[-1].strip() == line
 
 
 async def test_a_daemon_that_is_killed_is_started_again(state_dir: Path) -> None:
