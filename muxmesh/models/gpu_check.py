@@ -1,4 +1,4 @@
-"""Asks this machine for what units on GPUs need: the driver, the devices and the control program of MPS.
+"""Asks this machine for what units on GPUs need: packages, the driver, the devices, the control program of MPS.
 
 Whether the units fit onto the devices is decided in `device_capacity`. Initializes no device: `DeviceList` asks in a
 process of its own.
@@ -6,6 +6,7 @@ process of its own.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from muxmesh.errors import ConfigError, DeviceError
 from muxmesh.models.device_capacity import gpu_problems
 from muxmesh.models.model_spec import ModelSpec
 from muxmesh.models.prepared_model import local_model_spec
+
+_PACKAGES = ("torch", "triton")
+"""Of the extra `cuda`. They are looked for, not imported."""
 
 
 def machine_gpu_problems(
@@ -39,6 +43,13 @@ def machine_gpu_problems(
             )
     if not units:
         return
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        for index, unit in units:
+            yield (
+                ("units", index, "device"),
+                f"is {unit.device}, but {' and '.join(missing)} cannot be imported; install the extra `cuda`",
+            )
     try:
         devices = {device.index: device for device in gpus.devices}
     except DeviceError as error:

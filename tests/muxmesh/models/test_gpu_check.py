@@ -1,5 +1,6 @@
 """What units on GPUs need of the machine: a table of machines and settings."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,19 @@ def test_a_missing_device_is_named_with_what_the_machine_has(
     gpus: DeviceList, device: str, problem: str | None
 ) -> None:
     assert problems(mesh({"device": device}), gpus) == ([("device", problem)] if problem else [])
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"), [(("triton",), "triton"), (("torch", "triton"), "torch and triton")], ids=str
+)
+def test_the_packages_of_the_extra_have_to_be_installed(
+    missing: tuple[str, ...], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    problem = f"is cuda:1, but {named} cannot be imported; install the extra `cuda`"
+    assert problems(mesh({"device": "cpu"}, {"device": "cuda:1"}), Gpus(2)) == [("device", problem)]
+    assert problems(mesh({"device": "cpu"}), Gpus(2)) == []
 
 
 def test_a_unit_has_to_fit_onto_its_device() -> None:
