@@ -15,7 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.measured import Figures, decode_table, engine_table, prefill_table, speedup, three_models_table
+from benchmarks.gpu.measured import (
+    Figures,
+    decode_table,
+    engine_table,
+    failed_runs,
+    prefill_table,
+    speedup,
+    three_models_table,
+)
 from benchmarks.gpu.mps_daemon import mps_client, mps_daemon
 from benchmarks.gpu.peer import Peer, PeerError
 from benchmarks.gpu.random_model import BILLION
@@ -83,7 +91,8 @@ async def _three_models(figures: Figures, seconds: float, all_shares: tuple[tupl
     with contextlib.ExitStack() as stack:
         alone = _loaded([stack.enter_context(Peer("engine")) for _ in works[:2]])
         pair = [peer.ask("work_until", seconds=seconds, **work) for peer, work in zip(alone, works, strict=False)]
-        rates = pair * NUM_MODELS  # the models have the same sizes
+    done = {"alone": pair}
+    rates = [one["tokens_per_s"] for one in pair] * NUM_MODELS  # the models have the same sizes
     figures["three models"] = {"tokens_per_s_alone": rates, "under MPS": []}
     for shares in all_shares:
         async with mps_daemon() as control:
@@ -92,9 +101,13 @@ async def _three_models(figures: Figures, seconds: float, all_shares: tuple[tupl
                 peers = _loaded(started)
                 for peer, work in zip(peers, works, strict=True):
                     peer.tell("work_until", seconds=seconds, **work)
-                together = [peer.reply() for peer in peers]
+                results = [peer.reply() for peer in peers]
+        done[f"shares {shares}"] = results
+        together = [one["tokens_per_s"] for one in results]
         result = {"shares": shares, "tokens_per_s": together, "speed-up": speedup(together, rates)}
         figures["three models"]["under MPS"].append(result)
+    failed = figures["three models"]["failed runs"] = failed_runs(done)
+    assert not failed, "; ".join(failed)
 
 
 def _loaded(peers: list[Peer]) -> list[Peer]:

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from muxmesh.device.kv_view import KvGeometry
 from muxmesh.engine.api import EngineJob
 from muxmesh.engine.native.cuda.runner import CudaRunner, RunnerLimits
 from muxmesh.engine.sequence import SequenceRecord
-from muxmesh.engine.step import Chunk, SampleSpec, Step
+from muxmesh.engine.step import Chunk, SampleSpec, Step, StepOutcome
 from muxmesh.models.model_spec import ModelSpec, spec_from_config
 from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping, blocks_for
 
@@ -44,6 +44,7 @@ class EngineOperations(TorchOperations):
     runner: CudaRunner
     spec: ModelSpec
     num_blocks: int
+    weights: dict[str, Tensor]
 
     def do_attention(self, heads: tuple[int, int, int], pool_tokens: int, cases: list[tuple[int, int]]) -> Any:
         """Decode attention alone for each (batch, context): see `AttentionTimer.measure`."""
@@ -66,10 +67,8 @@ class EngineOperations(TorchOperations):
         geometry = KvGeometry(shape, blocks_per_slab * shape.token_block_bytes)
         self.num_blocks = pool_tokens // _SLAB_TOKENS * blocks_per_slab
         elements = self.num_blocks * shape.token_block_bytes // kind.itemsize
-        where = self.device.torch_device
-        pool = torch.empty(elements, dtype=kind, device=where)
-        pool.normal_(generator=torch.Generator(where).manual_seed(1))
-        weights = random_weights(self.spec, kind, where)
+        pool, weights = self._random_pool(elements, kind), self._random_weights(kind)
+        self.weights = weights
         limits = RunnerLimits(max_num_seqs, step_tokens, max_len, max_steps)
         self.runner = CudaRunner(
             self.device, self.spec, lambda: weights, geometry, pool, limits, SystemClock(), use_graphs=graphs
@@ -83,6 +82,16 @@ class EngineOperations(TorchOperations):
             "kv_bytes_per_token": shape.kv_bytes_per_token, "parameters": self.spec.num_parameters,
             "spec": {"layers": self.spec.num_layers, "heads": self.spec.num_heads, "head_dim": self.spec.head_dim},
         }  # fmt: skip
+
+    def _random_pool(self, elements: int, dtype: torch.dtype) -> Tensor:
+        where = self.device.torch_device
+        chance = torch.Generator(where).manual_seed(1)
+        return torch.empty(elements, dtype=dtype, device=where).normal_(generator=chance)
+
+    def _random_weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        where = self.device.torch_device
+        chance = torch.Generator(where).manual_seed(0)
+        return random_weights(self.spec, dtype, where, lambda target, scale: target.normal_(0, scale, generator=chance))
 
     def do_decode(self, batch: int, context: int, num_steps: int, count: int) -> Any:
         """Median milliseconds of one decode step of ``batch`` sequences, in runs of ``num_steps``; and the tokens."""
@@ -140,16 +149,21 @@ class EngineOperations(TorchOperations):
         return {"ms": 1e3 * engine_s / num_steps, "runner_ms": 1e3 * runner_s / num_steps}
 
     def do_work_until(self, seconds: float, prompt: int, batch: int, context: int, num_steps: int) -> Any:
-        """Tokens/s for ``seconds``: prompts of ``prompt`` tokens or, if that is 0, decoding of ``batch`` sequences."""
+        """Tokens/s for ``seconds``: prompts of ``prompt`` tokens or, if that is 0, decoding of ``batch`` sequences.
+
+        A run in which a sequence fails counts too. ``failed_runs`` of ``runs``, and what the first of them reported.
+        """
         step = self._prefill_step(prompt) if prompt else self._decode_step(batch, context, num_steps)
         per_run = prompt or batch * num_steps
-        self._run_s(step)
+        reasons = [failed_reason(self.runner.run(step, lambda: True))]
         started_at_s = time.perf_counter()
-        runs = 0
-        while time.perf_counter() - started_at_s < seconds:
-            self._run_s(step)
-            runs += 1
-        return runs * per_run / (time.perf_counter() - started_at_s)
+        while (elapsed_s := time.perf_counter() - started_at_s) < seconds:
+            reasons.append(failed_reason(self.runner.run(step, lambda: True)))
+        failed = [reason for reason in reasons if reason]
+        return {
+            "tokens_per_s": (len(reasons) - 1) * per_run / elapsed_s,
+            "runs": len(reasons), "failed_runs": len(failed), "first_failure": failed[0] if failed else "",
+        }  # fmt: skip
 
     def _run_s(self, step: Step) -> float:
         started_at_s = time.perf_counter()
@@ -175,15 +189,23 @@ class EngineOperations(TorchOperations):
         return [tuple(int(one) for one in row) for row in ids]
 
 
-def random_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """The tensors of an image with packing `rows`, made on the device. Rows keep their size from layer to layer."""
+def failed_reason(outcome: StepOutcome) -> str:
+    """Why a sequence of a step failed; empty if none did."""
+    return next((failure.reason for failure in outcome.failed.values()), "")
+
+
+def random_weights(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, normal: Callable[[Tensor, float], Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of an image with packing `rows`. Rows keep their size from layer to layer.
+
+    ``normal`` fills a tensor with numbers of a standard deviation and returns it.
+    """
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    chance = torch.Generator(device).manual_seed(0)
 
     def matrix(rows: int, columns: int) -> Tensor:
-        values = torch.empty(rows, columns, dtype=dtype, device=device)
-        return values.normal_(0, columns**-0.5, generator=chance)
+        return normal(torch.empty(rows, columns, dtype=dtype, device=device), columns**-0.5)
 
     def norm() -> Tensor:
         return torch.ones(hidden, dtype=dtype, device=device)

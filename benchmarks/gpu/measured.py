@@ -27,6 +27,16 @@ def speedup(together: Sequence[float], alone: Sequence[float]) -> float:
     return sum(rate / own for rate, own in zip(together, alone, strict=True))
 
 
+def failed_runs(done: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """One line for each worker of which runs failed; ``done``: results of `do_work_until` by what they ran beside."""
+    return [
+        f"{place}, worker {number}: {one['failed_runs']} of {one['runs']} runs failed: {one['first_failure']}"
+        for place, results in done.items()
+        for number, one in enumerate(results)
+        if one["failed_runs"]
+    ]
+
+
 def decode_table(figures: Figures) -> str:
     """Milliseconds of a step, tokens/s and the share of the copy ceiling of each decode case."""
     if not figures.get("decode") or "ceilings" not in figures:

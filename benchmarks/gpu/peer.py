@@ -29,7 +29,8 @@ class PeerError(Exception):
 class Peer:
     """A running peer.
 
-    ``operations``: `driver` for a process without torch, `torch` for one with it, `engine` for one with a runner.
+    ``operations``: `driver` for a process without torch, `torch` for one with it, `engine` for one with a runner,
+    `values` for one that also shows what it computes.
     """
 
     def __init__(self, operations: str, environment: Mapping[str, str] | None = None) -> None:
@@ -121,12 +122,13 @@ def serve(operations: Any, connection: socket.socket) -> None:
 
 
 def main() -> None:
-    """``python -m benchmarks.gpu.peer driver|torch|engine FD``."""
+    """``python -m benchmarks.gpu.peer driver|torch|engine|values FD``."""
     kind, fd = sys.argv[1], int(sys.argv[2])
     module, name = {
         "driver": ("benchmarks.gpu.driver_operations", "DriverOperations"),
         "torch": ("benchmarks.gpu.torch_operations", "TorchOperations"),
         "engine": ("benchmarks.gpu.engine_operations", "EngineOperations"),
+        "values": ("benchmarks.gpu.value_operations", "ValueOperations"),
     }[kind]
     operations = getattr(importlib.import_module(module), name)()
     serve(operations, socket.socket(fileno=fd))

@@ -11,6 +11,8 @@ _REAL_DRIVER = (("MUXMESH_TEST_LIBCUDA", "libcuda.so.1"),)
 _KERNELS = "tests/muxmesh/engine/native/cuda"
 
 CHECKS = (
+    Check("shares-values", "what a model computes is the same with any share of the SMs", 120, "alone"),
+    Check("shares-tokens", "tokens of a mesh with shares of 40 and 30 % are those without MPS", 150, "mps"),
     Check("ipc", "memory passes by descriptor and by IPC handle, and outlives its owner", 40, "beside"),
     Check("dlpack", "the tensor of imported memory has its address; bf16 is read by another process", 60, "beside"),
     Check("mesh-tokens", "tokens of meshes in f32 on the GPU equal those on the CPU", 150, "beside"),
@@ -47,4 +49,7 @@ def dry_checks() -> tuple[Check, ...]:
     return tuple(replace(check, environment=()) for check in CHECKS if check.name in DRY)
 
 
-DRY = ("ipc", "dlpack", "mps-answers", "graphs", "mesh-tokens", "unlimited-worker", "group-restart", "hand-off")
+DRY = (
+    "shares-values", "shares-tokens", "ipc", "dlpack", "mps-answers", "graphs", "mesh-tokens", "unlimited-worker",
+    "group-restart", "hand-off",
+)  # fmt: skip

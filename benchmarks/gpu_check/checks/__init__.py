@@ -12,6 +12,7 @@ MODULES = {
     "mps": ("mps-shares", "mps-faults", "mps-answers"),
     "meshes": ("mesh-tokens", "swap", "hand-off"),
     "mesh_faults": ("group-restart", "unlimited-worker"),
+    "share_values": ("shares-values", "shares-tokens"),
     "engine": ("graphs", "attention", "green", "sanitizer"),
 }
 """Module of this package → the checks in it, each a function of the same name with underscores."""

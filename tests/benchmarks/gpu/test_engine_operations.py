@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu.engine_operations import EngineOperations
 
@@ -44,7 +45,19 @@ def test_prompts_and_decoding_are_counted_in_tokens_per_second(engine: EngineOpe
         {"prompt": 20, "batch": 0, "context": 0, "num_steps": 1},
         {"prompt": 0, "batch": 2, "context": 20, "num_steps": 2},
     ):
-        assert run(engine, "work_until", seconds=0.01, **work) > 0
+        found = run(engine, "work_until", seconds=0.01, **work)
+        assert found["tokens_per_s"] > 0
+        assert (found["runs"] > 1, found["failed_runs"], found["first_failure"]) == (True, 0, "")
+
+
+def test_runs_that_fail_are_counted_and_work_goes_on() -> None:
+    engine = EngineOperations()
+    engine.run("load", LOAD, ())
+    engine.weights["norm"].fill_(torch.nan)
+    found = run(engine, "work_until", seconds=0.01, prompt=20, batch=0, context=0, num_steps=1)
+    assert found["tokens_per_s"] > 0
+    assert found["failed_runs"] == found["runs"] > 1
+    assert "logits that are not finite" in found["first_failure"]
 
 
 def test_blocks_of_different_sequences_differ(engine: EngineOperations) -> None:

@@ -6,6 +6,7 @@ from benchmarks.gpu.measured import (
     decode_bytes,
     decode_table,
     engine_table,
+    failed_runs,
     prefill_flop,
     prefill_table,
     speedup,
@@ -51,3 +52,12 @@ def test_tables_show_shares_of_the_ceilings() -> None:
 
 def test_a_part_that_failed_has_no_table() -> None:
     assert decode_table({}) == engine_table({}) == prefill_table({"ceilings": {}}, 0) == three_models_table({}) == ""
+
+
+def test_workers_of_which_runs_failed_are_named_with_the_first_reason() -> None:
+    good = {"runs": 5, "failed_runs": 0, "first_failure": ""}
+    bad = {"runs": 5, "failed_runs": 4, "first_failure": "not finite"}
+    assert failed_runs({"alone": [good, good], "together": [good, bad]}) == [
+        "together, worker 1: 4 of 5 runs failed: not finite"
+    ]
+    assert failed_runs({"alone": [good]}) == []
