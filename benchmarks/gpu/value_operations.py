@@ -45,6 +45,11 @@ class ValueOperations(EngineOperations):
 
         return random_weights(self.spec, dtype, self.device.torch_device, normal)
 
+    def do_generated(self) -> list[str]:
+        """Names of the weights that are not finite if the device's random generator makes them, as other peers do."""
+        made = super()._random_weights(self.weights["norm"].dtype)
+        return [name for name, weight in made.items() if not torch.isfinite(weight).all()]
+
     def do_products(self, rows: list[int], blas: str = "", in_bf16: bool = True) -> Any:
         """Each product of a layer and of the logits, as the forward pass computes it, against the same in f32.
 
