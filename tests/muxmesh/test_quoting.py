@@ -21,7 +21,7 @@ def test_any_value_is_quoted_in_one_printable_line_of_a_bounded_length(value: ob
     assert len(shown) <= MAX_QUOTED + len("...")
 
 
-@given(st.text(max_size=20))
+@given(st.text(max_size=9))
 def test_a_short_text_is_quoted_as_python_would_write_it(text: str) -> None:
     assert quoted(text) == repr(text)
 
