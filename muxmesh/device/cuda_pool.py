@@ -30,7 +30,7 @@ from muxmesh.device.device_pool import KvCopy
 from muxmesh.device.kv_codec import encoded_bytes, groups
 from muxmesh.device.kv_view import KvGeometry
 from muxmesh.device.pinned_swap import PinnedCopy, PinnedSwap
-from muxmesh.device.torch_device import TorchDevice, device_errors
+from muxmesh.device.torch_device import TorchDevice, device_errors, finished
 from muxmesh.models.model_spec import KvShape
 from muxmesh.types import KvFormat, blocks_for
 
@@ -83,26 +83,24 @@ class CudaPool:
 
     def copy_out(self, shape: KvShape, block_ids: Sequence[int], copy: KvCopy) -> int:
         block_ids = block_ids[: blocks_for(copy.num_tokens, shape.block_size)]
-        with device_errors("copying KV to the swap region"), self._device.copying():
+        with device_errors("copying KV to the swap region"), self._device.copying(), finished(self._device):
             target = self._region.copy(copy.swap_pages)
             if copy.kv_format == "raw":
                 self._write_raw(shape, block_ids, target)
             else:
                 self._write_int8(shape, block_ids, copy.num_tokens, target)
-            self._device.record().wait()
         return encoded_bytes(shape, copy.num_tokens, copy.kv_format)
 
     def copy_in(self, shape: KvShape, block_ids: Sequence[int], copy: KvCopy, num_cached_blocks: int) -> int:
         block_ids = block_ids[: blocks_for(copy.num_tokens, shape.block_size)]
         skipped = num_cached_blocks * shape.token_block_bytes if copy.kv_format == "raw" else 0
-        with device_errors("copying KV from the swap region"), self._device.copying():
+        with device_errors("copying KV from the swap region"), self._device.copying(), finished(self._device):
             source = self._region.copy(copy.swap_pages)
             if copy.kv_format == "raw":
                 source.skip(skipped)
                 self._read_raw(shape, block_ids[num_cached_blocks:], source)
             else:
                 self._read_int8(shape, block_ids, copy.num_tokens, source, num_cached_blocks)
-            self._device.record().wait()
         return encoded_bytes(shape, copy.num_tokens, copy.kv_format) - skipped
 
     def _write_raw(self, shape: KvShape, block_ids: Sequence[int], target: PinnedCopy) -> None:

@@ -269,6 +269,18 @@ def device_errors(doing: str) -> Iterator[None]:
         raise (DeviceError if is_full else DeviceLost)(f"{doing}: {_first_line(error)}") from error
 
 
+@contextlib.contextmanager
+def finished(device: TorchDevice) -> Iterator[None]:
+    """Waits at the end of the block for all that the present stream has, also if the block raises.
+
+    Whoever catches the error may then free memory that the block's work reads or writes, for other processes too.
+    """
+    try:
+        yield
+    finally:
+        device.record().wait()
+
+
 def _first_line(error: RuntimeError) -> str:
     return str(error).partition("\n")[0]
 

@@ -137,7 +137,7 @@ class Runner(Protocol):
         """Loads the model and warms up. Raises ModelUnsupported if it cannot be loaded."""
 
     def run(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:
-        """Computes ``step.num_steps`` steps, or fewer. Returns when the device has finished all that it began.
+        """Computes ``step.num_steps`` steps, or fewer. The device has finished all of it when this returns or raises.
 
         Before it begins each step after the first, it calls ``may_continue``, from its own thread; False ends the run
         with the steps so far. A runner that enqueues ahead of the device has at most one step enqueued behind the one

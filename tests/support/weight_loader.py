@@ -1,6 +1,6 @@
 """A process that loads a weight image into shared memory, as a worker does: `python -m tests.support.weight_loader`.
 
-Arguments: IMAGE SEGMENT_FD PAGE_FD CHUNK_BYTES STOP_AFTER. Prints the number of each chunk that it has copied, and
+Arguments: IMAGE SEGMENT_FD PAGE_FD CHUNK_BYTES STOP_AFTER. Prints the number of each point that it records, and
 waits for a line on standard input after chunk STOP_AFTER (0: never). At last prints the sum of the tensor `norm`.
 """
 
@@ -19,16 +19,16 @@ from tests.support.shared_memory import mapped_tensor
 
 
 class ReportingDevice(InterpretedDevice):
-    """Reports each copy, after which the loader asks for an event."""
+    """Reports each point that the loader records: one after each copy, and one at the end."""
 
     def __init__(self, stop_after: int) -> None:
         super().__init__()
-        self._stop_after, self._num_copied = stop_after, 0
+        self._stop_after, self._num_recorded = stop_after, 0
 
     def record(self) -> Event:
-        self._num_copied += 1
-        print(f"copied {self._num_copied}", flush=True)
-        if self._num_copied == self._stop_after:
+        self._num_recorded += 1
+        print(f"recorded {self._num_recorded}", flush=True)
+        if self._num_recorded == self._stop_after:
             sys.stdin.readline()
         return super().record()
 

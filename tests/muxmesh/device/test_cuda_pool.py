@@ -17,6 +17,7 @@ from muxmesh.device.torch_device import InterpretedDevice, open_torch_device
 from muxmesh.errors import DeviceError, DeviceLost
 from muxmesh.models.model_spec import KvShape
 from muxmesh.types import SWAP_PAGE_BYTES, KvFormat, blocks_for
+from tests.support.refusing_device import RefusingDevice
 
 BF16 = KvShape(2, 2, 64, 16, 2, is_bfloat16=True)
 F16 = KvShape(2, 2, 64, 16, 2)
@@ -140,3 +141,22 @@ def test_errors_of_the_device_are_those_of_the_mesh(
         else:
             pool.copy_in(F32, (0,), copy, 0)
     assert type(raised.value) is expected
+
+
+@pytest.mark.skipif(not DEVICE.is_interpreted, reason="kernels are compiled in this process")
+def test_when_a_copy_raises_the_device_has_finished_what_was_enqueued_of_it() -> None:
+    swap_fd, device = new_memfd("swap", 64 * SWAP_PAGE_BYTES), RefusingDevice()
+    pool = CudaPool(torch.zeros(1 << 20, dtype=torch.uint8), 1 << 20, PinnedSwap(swap_fd, device, None), device)
+    os.close(swap_fd)
+    copy = KvCopy(16, "raw", tuple(range(1, 30, 2)))  # short runs of pages, which the host arranges
+    pool.copy_out(F32, (0,), copy)
+    device.refused = "download"
+    with pytest.raises(DeviceError):
+        pool.copy_out(F32, (0,), copy)
+    assert device.calls == ["waited", "refused", "waited"], (
+        "pages and blocks may be used for something else from now on"
+    )
+    device.refused = "upload"
+    with pytest.raises(DeviceError):
+        pool.copy_in(F32, (0,), copy, 0)
+    assert device.calls[3:] == ["refused", "waited"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from muxmesh.device.torch_device import CudaDevice, InterpretedDevice, device_errors, open_torch_device
+from muxmesh.device.torch_device import CudaDevice, Event, InterpretedDevice, device_errors, finished, open_torch_device
 from muxmesh.errors import DeviceError, DeviceLost
 
 
@@ -103,3 +103,26 @@ def test_other_errors_are_not_of_the_device() -> None:
     with pytest.raises(RuntimeError, match="shape") as raised, device_errors("a step of 3 tokens"):
         raise RuntimeError("shape '[2]' is invalid")
     assert type(raised.value) is RuntimeError
+
+
+class FaultyEvent:
+    def wait(self) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def is_done(self) -> bool:
+        return True
+
+
+def test_a_fault_before_the_end_of_a_block_that_raised_is_the_error(
+    interpreted: InterpretedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record() -> Event:
+        return FaultyEvent()
+
+    monkeypatch.setattr(interpreted, "record", record)
+    with (
+        pytest.raises(DeviceLost, match="a copy: CUDA error: an illegal"),
+        device_errors("a copy"),
+        finished(interpreted),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")

@@ -1,7 +1,7 @@
 """The runner of a model on a GPU: lays steps out, uploads them, and reads tokens back. Samples on the device.
 
 A step of decode rows only is computed by `decode_graphs`, several in a row if the step allows it. Any other step runs
-the same forward pass over rows of its own. The device has finished all of a step when `run` returns.
+the same forward pass over rows of its own. The device has finished all of a step when `run` returns or raises.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from muxmesh.clock import Clock
 from muxmesh.device.kv_view import KvGeometry
-from muxmesh.device.torch_device import Event, TorchDevice, device_errors
+from muxmesh.device.torch_device import Event, TorchDevice, device_errors, finished
 from muxmesh.engine.native.cuda.attention_plan import AttentionPlan
 from muxmesh.engine.native.cuda.decode_graphs import DecodeGraphs, DecodeTensors
 from muxmesh.engine.native.cuda.device_rows import device_rows, upload
@@ -103,8 +103,15 @@ class CudaRunner:
         """See `Runner`. Raises DeviceLost if the device has faulted, DeviceError if its memory is full."""
         is_decode = all(len(chunk.token_ids) == 1 and chunk.sample and not chunk.scoring for chunk in step.chunks)
         doing = f"a step of {step.num_tokens} tokens of {len(step.chunks)} sequences"
-        with torch.inference_mode(), self._device.compute(), device_errors(doing):
+        self._check_lengths(step)
+        with torch.inference_mode(), self._device.compute(), device_errors(doing), finished(self._device):
             return self._run_decode(step, may_continue) if is_decode else self._run_mixed(step)
+
+    def _check_lengths(self, step: Step) -> None:
+        """Raises ValueError for a position past those that memory is allocated for: kernels do not check."""
+        length = max(chunk.start + len(chunk.token_ids) for chunk in step.chunks) + step.num_steps - 1
+        if length > self._limits.max_model_len:
+            raise ValueError(f"a sequence has {length} tokens; the runner is for {self._limits.max_model_len}")
 
     def _allocate(self, weights: Mapping[str, Tensor]) -> None:
         spec, limits, where = self._spec, self._limits, self._device.torch_device

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from muxmesh.clock import Clock
-from muxmesh.device.torch_device import Event, TorchDevice
+from muxmesh.device.torch_device import Event, TorchDevice, finished
 from muxmesh.errors import DeviceError
 from muxmesh.models.weight_image import ImageLayout, read_layout
 
@@ -57,7 +57,7 @@ def load_weights(
     with _locked(page_fd) as page:
         if os.pread(page, _WORD_BYTES, 0) != _LOADED.to_bytes(_WORD_BYTES, "little"):
             started_at_s = clock.monotonic_s()
-            with image.open("rb", buffering=0) as file, device.copying():
+            with image.open("rb", buffering=0) as file, device.copying(), finished(device):
                 _copy(file, segment[: layout.num_bytes], device, chunk_bytes)
             os.pwrite(page, _LOADED.to_bytes(_WORD_BYTES, "little"), 0)
             seconds = clock.monotonic_s() - started_at_s
@@ -81,7 +81,7 @@ def _locked(page_fd: int) -> Iterator[int]:
 
 
 def _copy(file: BinaryIO, memory: Tensor, device: TorchDevice, chunk_bytes: int) -> None:
-    """Copies the file to the device in chunks: one is read while the one before is copied. Waits for the device."""
+    """Copies the file to the device in chunks: one is read while the one before is copied."""
     staging = [device.staging(chunk_bytes) for _ in range(2)]
     copied: list[Event | None] = [None, None]
     for index, target in enumerate(torch.split(memory, chunk_bytes)):
@@ -92,9 +92,6 @@ def _copy(file: BinaryIO, memory: Tensor, device: TorchDevice, chunk_bytes: int)
         _read_into(source.numpy().data, file)
         target.copy_(source, non_blocking=True)
         copied[which] = device.record()
-    for event in copied:
-        if event is not None:
-            event.wait()
 
 
 def _read_into(buffer: memoryview, file: BinaryIO) -> None:

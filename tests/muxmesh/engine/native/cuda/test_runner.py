@@ -16,6 +16,7 @@ from muxmesh.errors import DeviceError, DeviceLost, SequenceFailed
 from muxmesh.models.model_spec import read_model_spec
 from muxmesh.types import Sampling, TokenLogprobs
 from tests.support.device_model import device_runner, image_weights, nan_pool, tiny_geometry
+from tests.support.refusing_device import RefusingDevice
 from tests.support.tiny import SHAPES, tiny_runner, write_tiny_model
 from tests.support.triton_interpreter import INTERPRETED, multiply_bf16_exactly
 
@@ -326,3 +327,23 @@ def test_a_step_for_which_the_device_has_no_memory_fails_and_the_next_is_compute
     assert not isinstance(raised.value, DeviceLost)
     device.error = None
     assert len(run(runner, decode(1, 0, 5)).sampled[1]) == 1
+
+
+@needs_interpreter
+def test_when_a_step_raises_the_device_has_finished_what_was_enqueued_of_it(folder: Path, tmp_path: Path) -> None:
+    device = RefusingDevice()
+    runner = device_runner(folder, tmp_path, device)
+    device.refused = "download"  # after the forward pass, which writes KV
+    for chunks, num_steps in (((prompt(1, 0, 9),), 1), ((decode(1, 9, 7), decode(2, 0, 5)), 3)):
+        with pytest.raises(DeviceError, match="CUDA out of memory"):
+            run(runner, *chunks, num_steps=num_steps)
+        assert device.calls[-2:] == ["refused", "waited"], "the blocks may be another sequence's from now on"
+
+
+def test_a_sequence_past_the_longest_one_is_refused_before_a_kernel_reads_its_positions(runner: CudaRunner) -> None:
+    blocks = (*TABLES[1], 12, 13)
+    last = replace(decode(1, 62, 7), block_ids=blocks)
+    for chunk, num_steps in ((replace(prompt(1, 0, 5), start=60, block_ids=blocks), 1), (last, 3)):
+        with pytest.raises(ValueError, match=r"a sequence has 65 tokens; the runner is for 64"):
+            run(runner, chunk, num_steps=num_steps)
+    assert run(runner, last, num_steps=2).num_steps == 2

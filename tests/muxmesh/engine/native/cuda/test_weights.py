@@ -66,23 +66,26 @@ def shared(images: dict[Dtype, Path]) -> Iterator[Shared]:
 
 
 class CountingDevice(InterpretedDevice):
-    """Counts the copies whose end was recorded, and those that were waited for."""
+    """Numbers the points that were recorded: one after each copy, one at the end. ``last_waited``: the latest that was
+    waited for.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_recorded, self.num_waited = 0, 0
+        self.num_recorded, self.last_waited = 0, 0
 
     def record(self) -> Event:
         self.num_recorded += 1
-        return _CountedEvent(self)
+        return _CountedEvent(self, self.num_recorded)
 
 
 class _CountedEvent:
-    def __init__(self, device: CountingDevice) -> None:
+    def __init__(self, device: CountingDevice, number: int) -> None:
         self._device = device
+        self._number = number
 
     def wait(self) -> None:
-        self._device.num_waited += 1
+        self._device.last_waited = max(self._device.last_waited, self._number)
 
     def is_done(self) -> bool:
         return True
@@ -134,7 +137,7 @@ def test_every_copy_is_waited_for_before_the_weights_count_as_loaded(
     images: dict[Dtype, Path], shared: Shared, device: CountingDevice
 ) -> None:
     load_weights(images["bfloat16"], shared.segment, shared.page_fd, device, CLOCK, CHUNK_BYTES)
-    assert device.num_waited == device.num_recorded == -(-images["bfloat16"].stat().st_size // CHUNK_BYTES)
+    assert device.last_waited == device.num_recorded == -(-images["bfloat16"].stat().st_size // CHUNK_BYTES) + 1
 
 
 def test_weights_that_are_loaded_are_not_copied_again(
@@ -174,9 +177,11 @@ def test_an_image_that_ends_early_does_not_count_as_loaded(
 
     cut = tmp_path / "cut.bf16"
     cut.write_bytes(images["bfloat16"].read_bytes())
+    shrinking = ShrinkingDevice()
     with pytest.raises(DeviceError, match=r"cut\.bf16 ends before the size that it had"):
-        load_weights(cut, shared.segment, shared.page_fd, ShrinkingDevice(), CLOCK, CHUNK_BYTES)
+        load_weights(cut, shared.segment, shared.page_fd, shrinking, CLOCK, CHUNK_BYTES)
     assert shared.word == 0
+    assert shrinking.last_waited == shrinking.num_recorded > 2, "no copy is in flight when the next worker begins"
     load_weights(images["bfloat16"], shared.segment, shared.page_fd, device, CLOCK)
     assert shared.word == 1
 
@@ -215,11 +220,11 @@ def test_of_two_workers_one_copies_and_the_other_waits(images: dict[Dtype, Path]
     image = images["bfloat16"]
     with ended_popen(loader(image, shared, stop_after=2)) as first:
         assert first.stdout is not None
-        assert [first.stdout.readline() for _ in range(2)] == ["copied 1\n", "copied 2\n"]
+        assert [first.stdout.readline() for _ in range(2)] == ["recorded 1\n", "recorded 2\n"]
         with ended_popen(loader(image, shared)) as second:
             assert is_locked(shared) and shared.word == 0 and second.poll() is None
-            *copied, norm = lines_of(first)
-            assert copied[-1] == f"copied {-(-image.stat().st_size // CHUNK_BYTES)}" and shared.word == 1
+            *recorded, norm = lines_of(first)
+            assert recorded[-1] == f"recorded {-(-image.stat().st_size // CHUNK_BYTES) + 1}" and shared.word == 1
             assert lines_of(second) == [norm]
 
 
@@ -230,12 +235,12 @@ def test_the_next_worker_copies_again_when_the_first_is_killed_in_the_middle(
     num_chunks = -(-image.stat().st_size // CHUNK_BYTES)
     with ended_popen(loader(image, shared, stop_after=3)) as first:
         assert first.stdout is not None
-        assert [first.stdout.readline() for _ in range(3)] == ["copied 1\n", "copied 2\n", "copied 3\n"]
+        assert [first.stdout.readline() for _ in range(3)] == ["recorded 1\n", "recorded 2\n", "recorded 3\n"]
         with ended_popen(loader(image, shared)) as second:
             assert is_locked(shared) and shared.word == 0 and second.poll() is None
             first.kill()
-            *copied, norm = lines_of(second)
-    assert copied == [f"copied {number}" for number in range(1, num_chunks + 1)]
+            *recorded, norm = lines_of(second)
+    assert recorded == [f"recorded {number}" for number in range(1, num_chunks + 2)], "all chunks, and the end"
     with ended_popen(loader(image, shared)) as third:
         assert lines_of(third) == [norm], "nothing is copied a second time"
     assert bytes(shared.segment.numpy()) == image.read_bytes()
