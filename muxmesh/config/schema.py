@@ -215,7 +215,7 @@ class UnitConfig(Section):
     cores must be disjoint."""
     kv_pool: ByteSize = Field(default=ByteSize(1024 * MIB), ge=MIB, le=MAX_BYTES)
     """KV memory of all models of the unit, like `2GiB`. On a GPU it is device memory, beside one copy of the weights of
-    each model and 0.75 GiB for each worker."""
+    each model and 0.75 GiB for each worker, more if its batches or its vocabulary are large."""
     kv_swap: ByteSize = Field(default=ByteSize(0), ge=0, le=MAX_BYTES)
     """Host memory for the KV of sequences that are pre-empted when `kv_pool` is full. 0: their KV is freed and computed
     again. On a CPU a larger `kv_pool` is better, unless `kv_swap_format` is int8. For a GPU it is pinned when first

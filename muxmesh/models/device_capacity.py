@@ -11,12 +11,16 @@ from pydantic import ByteSize
 
 from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
 from muxmesh.cuda.driver import DeviceInfo
-from muxmesh.models.model_spec import ModelSpec
+from muxmesh.models.model_spec import DTYPE_BYTES, ModelSpec
 from muxmesh.models.weight_image import image_bytes
 from muxmesh.types import Role
 
 WORKER_RESERVE_BYTES = 768 << 20
-"""Device memory of one worker besides pool and weights: CUDA's context and libraries, activations, logits, graphs."""
+"""The least device memory of one worker besides pool and weights."""
+_CONTEXT_BYTES = 512 << 20
+"""Of it: CUDA's context and libraries, kernels, graphs, and buffers whose size does not depend on the model."""
+MAX_LOGIT_ROWS = 256
+"""Rows whose logits a worker has in memory at once in a step that is not of decode rows only."""
 MIN_CAPABILITY = (8, 0)
 """The lowest compute capability that the kernels are compiled for."""
 GREEN_CAPABILITY = (9, 0)
@@ -67,7 +71,7 @@ def _needed(unit: UnitConfig, spec_of: SpecOf) -> tuple[int, str]:
     specs = {model: spec_of(model) for model in unit.models}
     weight_bytes = sum(image_bytes(spec, model.dtype) for model, spec in specs.items() if spec is not None)
     num_workers = len(unit.models) * len(Role)
-    reserve_bytes = num_workers * WORKER_RESERVE_BYTES
+    reserve_bytes = len(Role) * sum(worker_bytes(model, spec) for model, spec in specs.items())
     parts = (
         f"kv_pool is {_size(unit.kv_pool)}, weights are {_size(weight_bytes)}, and {num_workers} workers need "
         f"{_size(reserve_bytes)} besides"
@@ -78,6 +82,22 @@ def _needed(unit: UnitConfig, spec_of: SpecOf) -> tuple[int, str]:
 def _too_low(device: DeviceInfo, capability: tuple[int, int]) -> str:
     found, needed = (".".join(map(str, one)) for one in (device.compute_capability, capability))
     return f"{_named(device)} has compute capability {found}; {needed} or higher is needed"
+
+
+def worker_bytes(model: ModelConfig, spec: ModelSpec | None) -> int:
+    """Returns the device memory of one worker besides pool and weights, the least if the spec is not known.
+
+    Logits are f32, beside the product in ``dtype`` that they come from. Penalties in a run of steps take four times the
+    logits of a batch. An activation is one row of a step.
+    """
+    if spec is None:
+        return WORKER_RESERVE_BYTES
+    size, num_seqs = DTYPE_BYTES[model.dtype], model.max_num_seqs
+    logits_bytes = spec.vocab_size * ((num_seqs + MAX_LOGIT_ROWS) * (4 + size) + num_seqs * 4 * 4)
+    activation_bytes = (2 * spec.hidden_size + 3 * spec.intermediate_size) * size
+    rotation_bytes = (model.max_model_len or spec.context_len) * spec.head_dim * 4
+    own_bytes = logits_bytes + (model.step_token_budget + num_seqs) * activation_bytes + rotation_bytes
+    return max(WORKER_RESERVE_BYTES, _CONTEXT_BYTES + own_bytes)
 
 
 def _named(device: DeviceInfo) -> str:

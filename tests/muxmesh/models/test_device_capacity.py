@@ -1,10 +1,11 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from muxmesh.config.schema import Location, MeshConfig, ModelConfig
 from muxmesh.cuda.driver import DeviceInfo
-from muxmesh.models.device_capacity import WORKER_RESERVE_BYTES, gpu_problems
+from muxmesh.models.device_capacity import MAX_LOGIT_ROWS, WORKER_RESERVE_BYTES, gpu_problems, worker_bytes
 from muxmesh.models.model_spec import SIM_SPEC, ModelSpec
 from muxmesh.models.weight_image import image_bytes
 
@@ -89,3 +90,37 @@ def test_a_model_that_is_not_downloaded_yet_counts_without_its_weights() -> None
 def test_units_on_cpus_need_no_gpu() -> None:
     models = [ModelConfig(name="m").model_dump(include={"name"})]
     assert problems({"models": models}, devices=[]) == {}
+
+
+LARGE = replace(
+    SIM_SPEC, vocab_size=150_000, hidden_size=4096, intermediate_size=14_000, head_dim=128, context_len=8192
+)
+
+
+def test_a_small_model_has_the_least_reserve() -> None:
+    for spec in (SIM_SPEC, None):
+        assert worker_bytes(ModelConfig(name="m", max_num_seqs=64), spec) == WORKER_RESERVE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("changed", "more_bytes"),
+    [
+        # Of each further sequence: f32 logits, the product in 2 bytes, what penalties take, and its row of a step.
+        ({"max_num_seqs": 300}, 100 * (150_000 * (4 + 2 + 16) + (2 * 4096 + 3 * 14_000) * 2)),
+        ({"dtype": "float32"}, (200 + MAX_LOGIT_ROWS) * 150_000 * 2 + (2000 + 200) * (2 * 4096 + 3 * 14_000) * 2),
+        ({"prefill_token_budget": 3000}, 1000 * (2 * 4096 + 3 * 14_000) * 2),
+        ({"max_model_len": 4096}, -4096 * 128 * 4),
+    ],
+)
+def test_a_worker_needs_memory_for_its_largest_batch(changed: dict[str, Any], more_bytes: int) -> None:
+    settings: dict[str, Any] = {"dtype": "bfloat16", "max_num_seqs": 200, "prefill_token_budget": 2000}
+    base, other = (worker_bytes(ModelConfig(name="m", **settings | some), LARGE) for some in ({}, changed))
+    assert base > WORKER_RESERVE_BYTES and other - base == more_bytes
+
+
+def test_the_memory_of_large_batches_counts_for_each_worker_of_a_unit() -> None:
+    of_model = {"name": "m", "dtype": "bfloat16", "max_num_seqs": 512}
+    needed = GIB + image_bytes(LARGE, "bfloat16") + 2 * worker_bytes(ModelConfig.model_validate(of_model), LARGE)
+    for missing_bytes in (0, 1):
+        found = problems(unit(models=[of_model]), devices=[device(total_bytes=needed - missing_bytes)], spec=LARGE)
+        assert len(found) == missing_bytes

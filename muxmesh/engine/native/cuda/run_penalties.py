@@ -31,8 +31,10 @@ class RunPenalties:
         self._counts.scatter_add_(1, at, torch.ones_like(self._repetition))
 
     def penalize(self, logits: Tensor) -> None:
-        """Changes ``logits`` (f32 [samples, vocabulary]) in place."""
-        changed = torch.where(logits > 0, logits / self._factors, logits * self._factors).clamp_(max=MAX_LOGIT)
-        changed -= self._frequency * self._counts
-        changed -= self._presence * (self._counts > 0)
-        logits.copy_(changed)
+        """Changes ``logits`` (f32 [samples, vocabulary]) in place. Allocates one tensor of their size, and a mask."""
+        mask = logits > 0
+        part = logits / self._factors
+        torch.where(mask, part, logits.mul_(self._factors), out=logits)
+        logits.clamp_(max=MAX_LOGIT)
+        logits.sub_(torch.mul(self._frequency, self._counts, out=part))
+        logits.sub_(torch.mul(self._presence, torch.gt(self._counts, 0, out=mask), out=part))

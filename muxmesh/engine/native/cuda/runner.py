@@ -30,6 +30,7 @@ from muxmesh.engine.native.cuda.sampling_outcome import SampledArrays, SamplingO
 from muxmesh.engine.native.cuda.sampling_plan import SamplingPlan, plan_sampling
 from muxmesh.engine.native.cuda.step_rows import StepRows, arrange, decode_buckets
 from muxmesh.engine.step import Chunk, PromptScoring, SampleSpec, Step, StepOutcome
+from muxmesh.models.device_capacity import MAX_LOGIT_ROWS
 from muxmesh.models.model_spec import ModelSpec
 from muxmesh.types import Sampling, blocks_for
 
@@ -50,7 +51,7 @@ class RunnerLimits:
     step_token_budget: int
     max_model_len: int
     max_steps: int
-    max_logit_rows: int = 256
+    max_logit_rows: int = MAX_LOGIT_ROWS
 
 
 class CudaRunner:
