@@ -30,7 +30,6 @@ from muxmesh.engine.native.cuda.attention import decode_attention, prefill_atten
 from muxmesh.engine.native.cuda.attention_kernels import decode_kernel, merge_kernel, prefill_kernel
 from muxmesh.engine.native.cuda.attention_plan import AttentionPlan, prefill_tiles
 from muxmesh.engine.native.cuda.kv_layout import KvLayout
-from muxmesh.engine.native.cuda.kv_write import write_kernel, write_kv
 from muxmesh.engine.native.cuda.row_kernels import (
     HeadNorms,
     rotate_and_write,
@@ -44,7 +43,7 @@ from muxmesh.engine.native.cuda.sampling_kernel import sample_kernel, sample_row
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _SHARED_BYTES = {80: 166912, 90: 232448}
 """Most shared memory of a program, by compute capability."""
-_KERNELS = (write_kernel, decode_kernel, merge_kernel, prefill_kernel)
+_KERNELS = (decode_kernel, merge_kernel, prefill_kernel)
 _STEP_KERNELS = (rotate_and_write_kernel, silu_kernel, sample_kernel)
 _NUM_SMS = 132
 _KV_HEADS = 8
@@ -119,20 +118,18 @@ class Kind:
 
 
 def compile_all(capability: int, kind: Kind, block_size: int = 16) -> Iterator[Compiled]:
-    """Compiles each kernel for one kind of model, decode attention with and without a split; yields what came out."""
+    """Compiles attention for one kind of model, decode with and without a split; yields what came out."""
     triton.runtime.driver.set_active(CompileOnlyDriver(capability))
     head_dim, dtype, heads = kind.head_dim, DTYPES[kind.dtype], _KV_HEADS * kind.group
     token_block = 4 * _KV_HEADS * 2 * block_size * head_dim
     layout = KvLayout(head_dim, block_size, _KV_HEADS, 3, 3 * token_block + 64, token_block)
     plan = AttentionPlan.of(layout, heads, dtype.itemsize, divmod(capability, 10), _NUM_SMS)
-    qkv = torch.empty(2, heads + 2 * _KV_HEADS, head_dim, dtype=dtype)
-    q, k, v = qkv[:, :heads], qkv[:, heads : heads + _KV_HEADS], qkv[:, heads + _KV_HEADS :]
+    q = torch.empty(2, heads, head_dim, dtype=dtype)
     pool = torch.empty(64, dtype=DTYPES[kind.kv_dtype])
     tables, integers = torch.zeros(2, 256).int(), torch.zeros(2).int()
     workspace = torch.empty(plan.workspace_elements(2, 256))
     for kernel in _KERNELS:
         kernel.device_caches.clear()
-    write_kv(pool, layout, 1, k, v, integers, integers)
     decode_attention(q, pool, plan, 1, tables, integers, q, workspace)
     decode_attention(q, pool, plan, 1, tables[:, :1], integers, q, workspace)
     prefill_attention(q, pool, plan, 1, tables, torch.from_numpy(prefill_tiles(plan, [0], [2], [7])), q)

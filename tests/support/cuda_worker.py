@@ -36,12 +36,12 @@ from muxmesh.device.cuda_pool import CudaPool
 from muxmesh.engine.native.cuda.attention import decode_attention
 from muxmesh.engine.native.cuda.attention_plan import AttentionPlan
 from muxmesh.engine.native.cuda.kv_layout import KvLayout
-from muxmesh.engine.native.cuda.kv_write import write_kv
 from muxmesh.engine.native.cuda.weights import load_weights
 from muxmesh.errors import MeshError
 from muxmesh.types import Role
 from tests.support.cuda_worker_kv import NUM_HEADS, SHAPE, random_kv, random_q
 from tests.support.fake_driver import device_resources
+from tests.support.kv_rows import write_kv
 from worker.attachment import Attachment, attach, open_worker_device
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from muxmesh.engine.native.cuda.attention import decode_attention, prefill_attention
 from muxmesh.engine.native.cuda.attention_plan import AttentionPlan, prefill_tiles
-from muxmesh.engine.native.cuda.kv_write import write_kv
+from tests.support.kv_rows import write_kv
 from tests.support.paged_kv import PagedKv, paged_kv
 from tests.support.triton_interpreter import DEVICE, multiply_bf16_exactly
 

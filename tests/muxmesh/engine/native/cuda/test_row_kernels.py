@@ -29,14 +29,30 @@ def error(got: Tensor, expected: Tensor) -> float:
 def test_q_is_rotated_and_k_and_v_are_in_the_slots_of_their_tokens(
     head_dim: int, has_norms: bool, dtype: torch.dtype
 ) -> None:
+    check_rows(head_dim, has_norms, dtype, dtype, 16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.float16)],
+)
+@pytest.mark.parametrize("block_size", [8, 32])
+def test_k_and_v_are_converted_to_the_dtype_of_the_pool(
+    block_size: int, dtype: torch.dtype, kv_dtype: torch.dtype
+) -> None:
+    check_rows(32, True, dtype, kv_dtype, block_size)
+
+
+def check_rows(head_dim: int, has_norms: bool, dtype: torch.dtype, kv_dtype: torch.dtype, block_size: int) -> None:
+    """Rows of a sequence in blocks of several slabs; a row without a block is not written."""
     rows, heads, kv_heads, layer = 19, 4, 2, 1
-    shape = KvShape(2, kv_heads, head_dim, 16, dtype.itemsize)
+    shape = KvShape(2, kv_heads, head_dim, block_size, kv_dtype.itemsize)
     layout = KvLayout.of(KvGeometry(shape, 3 * shape.token_block_bytes + 64))
-    pool = torch.full((3 * layout.slab_elements,), math.nan, dtype=dtype, device=DEVICE)
+    pool = torch.full((3 * layout.slab_elements,), math.nan, dtype=kv_dtype, device=DEVICE)
     qkv, angles = random(rows, heads + 2 * kv_heads, head_dim, dtype=dtype), random(64, head_dim // 2, seed=1)
     cos, sin = angles.cos(), angles.sin()
     positions = torch.arange(14, 14 + rows, dtype=torch.int32, device=DEVICE)
-    block_ids = torch.tensor([7, 2, 5], dtype=torch.int32, device=DEVICE)[positions // 16]
+    block_ids = torch.tensor([7, 2, 5, 0, 4], dtype=torch.int32, device=DEVICE)[positions // block_size]
     block_ids[4] = -1
     weights = random(2, head_dim, dtype=dtype, seed=2)
     norms = HeadNorms(weights[0], weights[1], 1e-6) if has_norms else None
@@ -56,9 +72,10 @@ def test_q_is_rotated_and_k_and_v_are_in_the_slots_of_their_tokens(
         if (block_id := int(block_ids[row])) < 0:
             continue
         block = block_id // 3 * layout.slab_elements + block_id % 3 * layout.token_block_elements
-        start = block + (layer * kv_heads + head) * 2 * 16 * head_dim + int(positions[row]) % 16 * head_dim
-        for written, expected in ((start, k), (start + 16 * head_dim, v)):
-            assert error(pool[written : written + head_dim], expected[row, head]) < TOLERANCE[dtype]
+        start = block + (layer * kv_heads + head) * 2 * block_size * head_dim
+        start += int(positions[row]) % block_size * head_dim
+        for written, expected in ((start, k), (start + block_size * head_dim, v)):
+            assert error(pool[written : written + head_dim], expected[row, head]) < TOLERANCE[kv_dtype]
             num_written += head_dim
     assert int((~pool.isnan()).sum()) == num_written, "nothing else is written"
 
