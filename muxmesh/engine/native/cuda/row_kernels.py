@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -46,7 +47,8 @@ def rotate_and_write(
 
     qkv [rows, heads + 2 * KV heads, head_dim] and q_out [rows, heads, head_dim], contiguous. cos, sin f32 [positions of
     the model, head_dim / 2]: `rope.rope_tables`. positions, block_ids int32 [rows]: of each token; a row with block id
-    -1 writes no K and V. pool: the whole pool as elements of the KV dtype.
+    -1 writes no K and V. pool: the whole pool as elements of the KV dtype; a number that this dtype does not have is
+    written as NaN. As an infinity it could give a token a score of -inf, and nobody would see that attention misses it.
     """
     rows, num_heads, head_dim = q_out.shape
     assert qkv.shape == (rows, num_heads + 2 * layout.num_kv_heads, head_dim) and qkv.is_contiguous()
@@ -57,7 +59,8 @@ def rotate_and_write(
         cos, sin, positions, block_ids, rows, layer,
         layout.blocks_per_slab, layout.slab_elements, layout.token_block_elements,
         HEADS=num_heads, KV_HEADS=layout.num_kv_heads, HEAD_DIM=head_dim, HALF=half,
-        BLOCK_SIZE=layout.block_size, HAS_NORMS=norms is not None, ROWS=_ROWS_PER_PROGRAM, num_warps=max(1, half // 16),
+        BLOCK_SIZE=layout.block_size, HAS_NORMS=norms is not None, LARGEST=torch.finfo(pool.dtype).max,
+        ROWS=_ROWS_PER_PROGRAM, num_warps=max(1, half // 16),
     )  # fmt: skip
 
 
@@ -66,7 +69,7 @@ def rotate_and_write_kernel(
     qkv, q_out, pool, q_norm, k_norm, epsilon, cos, sin, positions, block_ids, rows, layer,
     blocks_per_slab, slab_elements, token_block_elements,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, HAS_NORMS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HAS_NORMS: tl.constexpr, LARGEST: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """See `rotate_and_write`. Grid: (cdiv(rows, ROWS), heads + 2 * KV heads).
 
@@ -100,6 +103,8 @@ def rotate_and_write_kernel(
         slot = tl.where(is_value, BLOCK_SIZE, 0) + position % BLOCK_SIZE
         kv_to = pool + (block + kv_block + slot * HEAD_DIM)[:, None] + d[None, :]
         mask = mask & (block_id >= 0)[:, None]
+        a = tl.where(tl.abs(a) <= LARGEST, a, float("nan"))
+        b = tl.where(tl.abs(b) <= LARGEST, b, float("nan"))
         tl.store(kv_to, a.to(pool.dtype.element_ty), mask=mask)
         tl.store(kv_to + HEAD_DIM // 2, b.to(pool.dtype.element_ty), mask=mask)
 

@@ -1,6 +1,7 @@
 import math
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from muxmesh.device.kv_view import KvGeometry
 from muxmesh.engine.native.cuda.kv_layout import KvLayout
 from muxmesh.engine.native.cuda.row_kernels import HeadNorms, rotate_and_write, silu_and_multiply
 from muxmesh.models.model_spec import KvShape
+from tests.support.kv_rows import write_kv
+from tests.support.paged_kv import token_elements
 from tests.support.triton_interpreter import DEVICE
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -41,6 +44,25 @@ def test_k_and_v_are_converted_to_the_dtype_of_the_pool(
     block_size: int, dtype: torch.dtype, kv_dtype: torch.dtype
 ) -> None:
     check_rows(32, True, dtype, kv_dtype, block_size)
+
+
+@pytest.mark.parametrize("kv_dtype", TOLERANCE)
+def test_what_the_pool_has_no_number_for_is_nan_there(kv_dtype: torch.dtype) -> None:
+    largest = torch.finfo(kv_dtype).max
+    shape = KvShape(2, 2, 32, 16, kv_dtype.itemsize)
+    layout = KvLayout.of(KvGeometry(shape, shape.token_block_bytes))
+    pool = torch.zeros(layout.slab_elements, dtype=kv_dtype, device=DEVICE)
+    values = torch.tensor([largest, -largest, math.inf, -math.inf, math.nan, 1.01 * largest])
+    k = torch.zeros(6, 2, 32, device=DEVICE)
+    k[:, 1, 7], k[:, 1, 30] = values, values
+    positions, block_ids = torch.arange(6, dtype=torch.int32, device=DEVICE), torch.zeros(6, dtype=torch.int32)
+    with np.errstate(all="ignore"):  # of the interpreter
+        write_kv(pool, layout, 1, k, -k, block_ids.to(DEVICE), positions)
+    for slot in range(6):
+        for sign, head in zip((1, -1), token_elements(pool, layout, 1, 0, slot)[1], strict=True):
+            expected = sign * values[slot].item() if slot < 2 else math.nan
+            assert head[[7, 30]].tolist() == pytest.approx([expected] * 2, rel=0, nan_ok=True)
+            assert not head.isinf().any()
 
 
 def check_rows(head_dim: int, has_norms: bool, dtype: torch.dtype, kv_dtype: torch.dtype, block_size: int) -> None:
