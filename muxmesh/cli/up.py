@@ -30,7 +30,7 @@ from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
 from muxmesh.cuda.device_list import DeviceList
 from muxmesh.errors import ConfigError, MeshError
 from muxmesh.lifecycle import configure_logging, raise_file_limit
-from muxmesh.models.gpu_check import machine_gpu_problems, mps_notice, mps_program, unit_gpus
+from muxmesh.models.gpu_check import dtype_notice, machine_gpu_problems, mps_notice, mps_program, unit_gpus
 from muxmesh.models.model_check import local_path
 from muxmesh.models.prepared_model import machine_problems, model_problems, packing_of, prepare_model
 from muxmesh.supervisor.listen_address import public_listen_warning
@@ -77,8 +77,9 @@ def _run(arguments: argparse.Namespace) -> int:
         }
         loaded.refuse([*check_models(config), *check_gpus(config)])  # downloaded models are checked here
         program = mps_program(config)
-        if (notice := mps_notice(config, program)) is not None:
-            print(f"muxmesh: {notice}", file=sys.stderr, flush=True)
+        for notice in (dtype_notice(config), mps_notice(config, program)):
+            if notice is not None:
+                print(f"muxmesh: {notice}", file=sys.stderr, flush=True)
         runtime = make_runtime(config, prepared, state_dir, cache_dir(), unit_gpus(config, gpus), program)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             show_line = _line_printer(arguments.quiet)

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from muxmesh.config.load import parse_mesh_config
 from muxmesh.config.schema import MeshConfig
 from muxmesh.cuda.device_list import DeviceList
 from muxmesh.cuda.driver import DeviceInfo
 from muxmesh.errors import DeviceError
-from muxmesh.models.gpu_check import machine_gpu_problems, mps_notice, mps_program, unit_gpus
+from muxmesh.models.gpu_check import dtype_notice, machine_gpu_problems, mps_notice, mps_program, unit_gpus
 from tests.support.mps import FAKE_FOLDER, FAKE_PROGRAM
 
 GIB = 1024**3
@@ -124,3 +125,10 @@ def test_the_operator_is_told_that_mps_is_off_because_the_program_is_missing() -
 def test_each_unit_on_a_gpu_gets_its_uuid() -> None:
     config = mesh({"device": "cuda:1"}, {"device": "cpu"}, {"device": "cuda:0"})
     assert unit_gpus(config, Gpus(2)) == {"u0": "GPU-1", "u2": "GPU-0"}
+
+
+def test_a_model_on_a_gpu_without_a_dtype_is_noted() -> None:
+    text = "units: [{device: 'cuda:0', models: [{name: a}, {name: b, dtype: float32}]}, {name: c, models: [{name: a}]}]"
+    notice = dtype_notice(parse_mesh_config(text, "mesh.yaml").config)
+    assert notice is not None and notice.startswith("a: computed in float32, which is exact; dtype: bfloat16")
+    assert dtype_notice(parse_mesh_config("units: [{models: [{name: a}]}]", "mesh.yaml").config) is None
