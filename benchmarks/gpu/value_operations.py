@@ -5,9 +5,7 @@ Weights and KV are random numbers of the host, because those of a device depend 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,8 @@ _POISON_BYTES = {64 << 10: 512, 32 << 20: 64}
 """Size of a piece of memory → how many: torch has one kind of blocks for tensors up to 1 MiB and one for larger."""
 _NUM_LARGEST = 8
 _PRODUCTS = ("0.qkv", "0.o", "0.gate_up", "0.down", "lm_head")
+_SUMS = {"bf16": (True, True), "f32": (False, True), "whole": (False, False)}
+"""Whether parts of a product may be added in bf16, and whether it may be split."""
 
 
 class ValueOperations(EngineOperations):
@@ -50,14 +50,22 @@ class ValueOperations(EngineOperations):
         made = super()._random_weights(self.weights["norm"].dtype)
         return [name for name, weight in made.items() if not torch.isfinite(weight).all()]
 
-    def do_products(self, rows: list[int], blas: str = "", in_bf16: bool = True) -> Any:
+    def do_products(self, rows: list[int]) -> Any:
         """Each product of a layer and of the logits, as the forward pass computes it, against the same in f32.
 
-        ``error``: the largest difference over the largest value. ``blas``: `cublas` or `cublaslt`; empty: what torch
-        chooses. ``in_bf16``: whether parts of a product that is split may be added in bf16, as torch allows.
+        ``error``: the largest difference over the largest value.
         """
-        with torch.inference_mode(), _products_by(blas, in_bf16):
+        with torch.inference_mode():
             return [self._product(name, count) for count in rows for name in _PRODUCTS]
+
+    def do_multiply_by(self, library: str, sums: str) -> None:
+        """Makes torch compute products by ``library``: `cublas`, its default, or `cublaslt`.
+
+        ``sums``: where a product is split along its depth, the parts are added in `bf16`, the default, or in `f32`;
+        `whole`: it is not split, which only cuBLASLt obeys. Captured graphs stay as they are.
+        """
+        torch.backends.cuda.preferred_blas_library(library)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = _SUMS[sums]
 
     def do_row_operations(self, rows: int) -> Any:
         """The norm and the gate against the same in f32; see `do_products`."""
@@ -131,22 +139,6 @@ class ValueOperations(EngineOperations):
     def _rows(self, rows: int, columns: int) -> Tensor:
         numbers = np.random.default_rng(columns).standard_normal((rows, columns), dtype=np.float32)
         return torch.from_numpy(numbers).to(self.weights["norm"].dtype).to(self.device.torch_device)
-
-
-@contextlib.contextmanager
-def _products_by(blas: str, in_bf16: bool) -> Iterator[None]:
-    backend = torch.backends.cuda
-    if not blas:
-        yield
-        return
-    before = backend.matmul.allow_bf16_reduced_precision_reduction
-    backend.preferred_blas_library(blas)
-    backend.matmul.allow_bf16_reduced_precision_reduction = in_bf16
-    try:
-        yield
-    finally:
-        backend.preferred_blas_library("default")
-        backend.matmul.allow_bf16_reduced_precision_reduction = before
 
 
 def _first_token(outcome: StepOutcome, job: int) -> int | None:

@@ -26,6 +26,8 @@ DRY_LOAD: dict[str, Any] = {
 STEPS = {"prompt": 1024, "batch": 16, "context": 512, "repeats": 5}
 DRY_STEPS = {"prompt": 20, "batch": 2, "context": 20, "repeats": 1}
 SHARES, DRY_SHARES = (100, 40, 30, 40, 30), (100, 40)
+LIBRARIES = (("cublas", "f32"), ("cublaslt", "bf16"), ("cublaslt", "f32"), ("cublaslt", "whole"))
+"""See `ValueOperations.do_multiply_by`."""
 OUTSIDE = "outside MPS"
 MOST_ERROR = 0.02
 """Of a product in bf16, over its largest value. bf16 has 8 bits, and a split product adds parts that are rounded."""
@@ -62,12 +64,21 @@ async def _compare_shares(findings: Findings, is_dry_run: bool) -> None:
             for name, report in _reports(clients, is_dry_run).items():
                 _judge(findings, f"{name}, all at once", report, alone[OUTSIDE])
             if not is_dry_run:
-                for blas, in_bf16 in (("cublas", True), ("cublas", False), ("cublaslt", True), ("cublaslt", False)):
-                    found = _ask_all(peers, "products", rows=[STEPS["prompt"]], blas=blas, in_bf16=in_bf16)
-                    findings.figure(f"products by {blas}, parts added in {'bf16' if in_bf16 else 'f32'}", found)
+                _try_libraries(findings, clients)
             _ask_all(peers, "poison")
             for name, report in _reports(peers, is_dry_run, with_decode=is_dry_run).items():
                 _judge(findings, f"{name}, free memory is NaN", report, alone[OUTSIDE])
+
+
+def _try_libraries(findings: Findings, peers: Mapping[str, Peer]) -> None:
+    """Records which products and prompts are right if torch computes products in another way."""
+    for library, sums in LIBRARIES:
+        _ask_all(peers, "multiply_by", library=library, sums=sums)
+        for name, report in _reports(peers, is_dry_run=False, with_decode=False).items():
+            wrong = [one for one in report["products"] if not _is_close(one)]
+            found = {"wrong": wrong, "failures": report["steps"]["failures"]}
+            findings.figure(f"{name}: products by {library}, sums {sums}", found)
+    _ask_all(peers, "multiply_by", library="cublas", sums="bf16")
 
 
 def _ask_all(peers: Mapping[str, Peer], operation: str, **arguments: Any) -> dict[str, Any]:
