@@ -133,14 +133,14 @@ def test_a_split_context_is_merged(dtype: torch.dtype) -> None:
     tile = plan_for(paged_kv([1]), 2, dtype).decode.keys
     lengths = [1, tile - 1, tile, tile + 1, 2 * tile, 2 * tile + 1, 4 * tile - 1, 4 * tile + 1]
     kv = paged_kv(lengths, num_kv_heads=1, dtype=dtype)
-    plan = plan_for(kv, 2, dtype, num_sms=16)
+    plan = plan_for(kv, 2, dtype, num_sms=48)
     assert plan.num_splits(len(lengths), kv.tables.shape[1]) > 2
     assert decode_error(kv, plan, dtype) < TOLERANCE[dtype]
 
 
 def test_more_splits_are_merged_than_a_program_merges_at_a_time() -> None:
     kv = paged_kv([640], num_kv_heads=1, head_dim=256)
-    plan = plan_for(kv, 2, torch.float32, num_sms=16)
+    plan = plan_for(kv, 2, torch.float32, num_sms=48)
     assert plan.num_splits(1, kv.tables.shape[1]) > 32
     assert decode_error(kv, plan, torch.float32) < 1e-5
 
