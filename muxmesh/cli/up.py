@@ -30,7 +30,14 @@ from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
 from muxmesh.cuda.device_list import DeviceList
 from muxmesh.errors import ConfigError, MeshError
 from muxmesh.lifecycle import configure_logging, raise_file_limit
-from muxmesh.models.gpu_check import dtype_notice, machine_gpu_problems, mps_notice, mps_program, unit_gpus
+from muxmesh.models.gpu_check import (
+    dtype_notice,
+    gpu_software_problems,
+    machine_gpu_problems,
+    mps_notice,
+    mps_program,
+    unit_gpus,
+)
 from muxmesh.models.model_check import local_path
 from muxmesh.models.prepared_model import machine_problems, model_problems, packing_of, prepare_model
 from muxmesh.supervisor.listen_address import public_listen_warning
@@ -61,7 +68,8 @@ def _run(arguments: argparse.Namespace) -> int:
     gpus = DeviceList()
 
     def check_gpus(config: MeshConfig) -> Iterator[tuple[Location, str]]:
-        return machine_gpu_problems(config, gpus, base_dir, cache_dir())
+        yield from gpu_software_problems(config, os.environ)
+        yield from machine_gpu_problems(config, gpus, base_dir, cache_dir())
 
     checks = (order_without_effect, machine_problems, check_gpus, redis_url_problems, check_models)
     loaded = load_mesh_config(arguments.config, *checks) if arguments.config else default_config(*checks)

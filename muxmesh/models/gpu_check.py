@@ -1,4 +1,4 @@
-"""Asks this machine for what units on GPUs need: packages, the driver, the devices, the control program of MPS.
+"""Asks this machine for what units on GPUs need: software, the driver, the devices and the control program of MPS.
 
 Whether the units fit onto the devices is decided in `device_capacity`. Initializes no device: `DeviceList` asks in a
 process of its own.
@@ -6,8 +6,7 @@ process of its own.
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from muxmesh.config.schema import Location, MeshConfig, ModelConfig
@@ -15,11 +14,9 @@ from muxmesh.cuda.device_list import DeviceList
 from muxmesh.cuda.mps import CONTROL_FOLDERS, CONTROL_PROGRAM, find_control_program
 from muxmesh.errors import ConfigError, DeviceError
 from muxmesh.models.device_capacity import gpu_problems
+from muxmesh.models.gpu_software import GpuSoftware, software_problems
 from muxmesh.models.model_spec import ModelSpec
 from muxmesh.models.prepared_model import local_model_spec
-
-_PACKAGES = ("torch", "triton")
-"""Of the extra `cuda`. They are looked for, not imported."""
 
 
 def machine_gpu_problems(
@@ -43,13 +40,6 @@ def machine_gpu_problems(
             )
     if not units:
         return
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        for index, unit in units:
-            yield (
-                ("units", index, "device"),
-                f"is {unit.device}, but {' and '.join(missing)} cannot be imported; install the extra `cuda`",
-            )
     try:
         devices = {device.index: device for device in gpus.devices}
     except DeviceError as error:
@@ -57,6 +47,15 @@ def machine_gpu_problems(
             yield ("units", index, "device"), f"is {unit.device}; {error}; or set device: cpu"
         return
     yield from gpu_problems(config, devices, spec_of)
+
+
+def gpu_software_problems(config: MeshConfig, environ: Mapping[str, str]) -> Iterator[tuple[Location, str]]:
+    """Yields what the workers of units on GPUs need installed and this Python or machine lacks."""
+    units = [(index, unit) for index, unit in enumerate(config.units) if unit.is_cuda]
+    if units:
+        index, unit = units[0]
+        for problem in software_problems(GpuSoftware.of_this_python(), environ):
+            yield ("units", index, "device"), f"is {unit.device}; {problem}"
 
 
 def unit_gpus(config: MeshConfig, gpus: DeviceList) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """What units on GPUs need of the machine: a table of machines and settings."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,14 @@ from muxmesh.config.schema import MeshConfig
 from muxmesh.cuda.device_list import DeviceList
 from muxmesh.cuda.driver import DeviceInfo
 from muxmesh.errors import DeviceError
-from muxmesh.models.gpu_check import dtype_notice, machine_gpu_problems, mps_notice, mps_program, unit_gpus
+from muxmesh.models.gpu_check import (
+    dtype_notice,
+    gpu_software_problems,
+    machine_gpu_problems,
+    mps_notice,
+    mps_program,
+    unit_gpus,
+)
 from tests.support.mps import FAKE_FOLDER, FAKE_PROGRAM
 
 GIB = 1024**3
@@ -74,17 +80,13 @@ def test_a_missing_device_is_named_with_what_the_machine_has(
     assert problems(mesh({"device": device}), gpus) == ([("device", problem)] if problem else [])
 
 
-@pytest.mark.parametrize(
-    ("missing", "named"), [(("triton",), "triton"), (("torch", "triton"), "torch and triton")], ids=str
-)
-def test_the_packages_of_the_extra_have_to_be_installed(
-    missing: tuple[str, ...], named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in missing:
-        monkeypatch.setitem(sys.modules, name, None)
-    problem = f"is cuda:1, but {named} cannot be imported; install the extra `cuda`"
-    assert problems(mesh({"device": "cpu"}, {"device": "cuda:1"}), Gpus(2)) == [("device", problem)]
-    assert problems(mesh({"device": "cpu"}), Gpus(2)) == []
+def test_what_workers_on_a_gpu_need_installed_is_asked_once_and_not_for_a_cpu() -> None:
+    no_compiler = {"PATH": "/nonexistent"}
+    assert list(gpu_software_problems(mesh({}), no_compiler)) == []
+    found = list(gpu_software_problems(mesh({}, {"device": "cuda:0"}, {"device": "cuda:1"}), no_compiler))
+    problem = "is cuda:0; Triton needs a C compiler, and neither gcc nor clang is on PATH; install gcc, or set CC"
+    assert (("units", 1, "device"), problem) in found
+    assert all(location == ("units", 1, "device") for location, _ in found)
 
 
 def test_a_unit_has_to_fit_onto_its_device() -> None:
