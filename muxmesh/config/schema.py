@@ -116,8 +116,8 @@ class ModelConfig(Section):
     """`native` computes the model. `sim` generates deterministic tokens with the step times in `sim`, for tests.
     `torch` is an alias of `native`."""
     dtype: Dtype = "float32"
-    """Data type of weights and activations. A CPU computes in float32 only. On a GPU float32 is exact (no TF32), and
-    bfloat16 is what most models are published in."""
+    """Data type of weights and activations: `float32`, `float16` or `bfloat16`. A CPU computes in float32 only. On a
+    GPU float32 is exact (no TF32), and bfloat16 is what most models are published in."""
     kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Data type of KV. `auto`: that of `dtype`. On a GPU a model in float32 may keep its KV in half the memory."""
     compute_share: ComputeShare = ComputeShare()
@@ -156,9 +156,11 @@ class ModelConfig(Section):
     cache."""
     prefill_token_budget: int = Field(default=128, ge=1, le=MAX_COUNT)
     """Prompt tokens computed in one step, or `max_num_seqs` if that is larger. A longer prompt is computed in chunks,
-    which get smaller as the context grows. Other workers of the unit and cancelled requests wait until a step ends."""
+    which get smaller as the context grows. Other workers of the unit and cancelled requests wait until a step ends. 128
+    suits a CPU; a GPU is fast from about 2048 on."""
     threads: int | None = Field(default=None, ge=1, le=MAX_COUNT)
-    """Threads of each worker. Unset: one for each core of the unit. Only one worker of a unit computes at a time."""
+    """Threads of each worker on a CPU. Unset: one for each core of the unit. Only one worker of a unit computes at a
+    time."""
     sim: SimProfile = SimProfile()
     """Step times and output lengths of `engine: sim`. An error with other engines."""
 
@@ -200,11 +202,12 @@ class UnitConfig(Section):
     instance of a GPU in MIG mode is refused."""
     mps: Literal["auto", "on", "off"] = "auto"
     """Whether the workers of a GPU are clients of CUDA MPS, which lets them compute at the same time and limits each to
-    its `compute_share`. `auto`: if this machine has nvidia-cuda-mps-control. The supervisor starts a daemon for each
-    GPU. Without MPS one worker of the unit computes at a time, and `compute_share` needs `green_contexts`."""
+    its `compute_share`. `auto`: if this machine has nvidia-cuda-mps-control. `on`: the mesh does not start without it.
+    The supervisor starts a daemon for each GPU. Without MPS one worker of the unit computes at a time, and
+    `compute_share` needs `green_contexts`."""
     green_contexts: bool = False
     """Limits workers to their `compute_share` by green contexts of their own instead of by MPS percentages. Needs
-    compute capability 9.0 and torch 2.10."""
+    compute capability 9.0."""
     require_ipc: bool = False
     """If true, the unit refuses to start unless its KV is handed over by GPU IPC (shared device memory)."""
     legacy_ipc: bool = False
