@@ -46,6 +46,21 @@ _PATTERNS = {
     "listen": "must be HOST:PORT",
     "redis_url": "must begin with redis://, rediss:// or unix://",
 }
+_NAMES_ELSEWHERE = {
+    **dict.fromkeys(("gpu_memory_utilization", "mem_fraction_static"), "it is `kv_pool` of the unit, such as 24GiB"),
+    **dict.fromkeys(("max_num_batched_tokens", "chunked_prefill_size"), "it is `prefill_token_budget` of the model"),
+    **dict.fromkeys(("enforce_eager", "disable_cuda_graph"), "it is `cuda_graphs: false` of the model"),
+    **dict.fromkeys(("tensor_parallel_size", "tp_size", "pipeline_parallel_size"), "a unit computes on one GPU"),
+    **dict.fromkeys(("host", "port"), "it is `listen` of the mesh, HOST:PORT"),
+    "context_length": "it is `max_model_len` of the model",
+    "max_running_requests": "it is `max_num_seqs` of the model",
+    "model_path": "it is `source` of the model",
+    "num_scheduler_steps": "it is `continuous_decode_steps` of the model",
+    "page_size": "it is `block_size` of the model",
+    "served_model_name": "it is `name` of the model",
+    "swap_space": "it is `kv_swap` of the unit, such as 4GiB",
+}
+"""Settings of vLLM and SGLang that have another name here, or none."""
 _NAME = "must begin with a letter or a digit and have only letters, digits, '.', '_' and '-'"
 
 
@@ -115,6 +130,8 @@ def _words(location: Location, item: Mapping[str, Any], root: type[BaseModel], m
     """``meant``: the known field that an unknown one misspells."""
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     if kind == "extra_forbidden":
+        if (elsewhere := _NAMES_ELSEWHERE.get(str(location[-1]))) is not None:
+            return f"unknown field; {elsewhere}"
         if meant is not None:
             return f"unknown field; did you mean `{meant}`?"
         section = section_at(location[:-1], root)

@@ -19,6 +19,12 @@ IN_UNIT = "units: [{models: [{name: m}], %s}]"
         ("Units: []", "Units: unknown field; did you mean `units`?"),
         ("units: [{modles: []}]", "units[0].modles: unknown field; did you mean `models`?"),
         (IN_MODEL % "maxnumseqs: 3", "units[0].models[0].maxnumseqs: unknown field; did you mean `max_num_seqs`?"),
+        (IN_UNIT % "gpu_memory_utilization: 0.9", "units[0].gpu_memory_utilization: unknown field; it is `kv_pool` of "
+         "the unit, such as 24GiB"),
+        (IN_MODEL % "max_num_batched_tokens: 2048", "units[0].models[0].max_num_batched_tokens: unknown field; it is "
+         "`prefill_token_budget` of the model"),
+        (IN_MODEL % "tensor_parallel_size: 2", "units[0].models[0].tensor_parallel_size: unknown field; a unit computes "
+         "on one GPU"),
         (IN_MODEL % "sim: {colour: 1}", "units[0].models[0].sim.colour: unknown field; known: base_s, per_token_s, "
          "per_context_s, output_tokens, output_lengths"),
         (IN_UNIT % "device: gpu", "units[0].device: is 'gpu'; must be cpu or cuda:N, such as cuda:0"),
