@@ -23,8 +23,8 @@ IN_UNIT = "units: [{models: [{name: m}], %s}]"
          "the unit, such as 24GiB"),
         (IN_MODEL % "max_num_batched_tokens: 2048", "units[0].models[0].max_num_batched_tokens: unknown field; it is "
          "`prefill_token_budget` of the model"),
-        (IN_MODEL % "tensor_parallel_size: 2", "units[0].models[0].tensor_parallel_size: unknown field; a unit computes "
-         "on one GPU"),
+        (IN_MODEL % "tensor_parallel_size: 2", "units[0].models[0].tensor_parallel_size: unknown field; a unit "
+         "computes on one GPU"),
         (IN_MODEL % "sim: {colour: 1}", "units[0].models[0].sim.colour: unknown field; known: base_s, per_token_s, "
          "per_context_s, output_tokens, output_lengths"),
         (IN_UNIT % "device: gpu", "units[0].device: is 'gpu'; must be cpu or cuda:N, such as cuda:0"),
