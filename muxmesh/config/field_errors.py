@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from muxmesh.config.schema import NETWORK_NEEDED, SIZE_NEEDED, Location
+from muxmesh.config.schema import NETWORK_NEEDED, SIZE_NEEDED, Location, ModelConfig
 
 _MAX_SHOWN = 60
 """Characters of a value in a message."""
@@ -56,11 +56,18 @@ _NAMES_ELSEWHERE = {
     "max_running_requests": "it is `max_num_seqs` of the model",
     "model_path": "it is `source` of the model",
     "num_scheduler_steps": "it is `continuous_decode_steps` of the model",
+    "quantization": "weights are computed in `dtype`; of quantized files, GGUF is read",
     "page_size": "it is `block_size` of the model",
     "served_model_name": "it is `name` of the model",
     "swap_space": "it is `kv_swap` of the unit, such as 4GiB",
 }
 """Settings of vLLM and SGLang that have another name here, or none."""
+_VALUES_ELSEWHERE = {
+    **dict.fromkeys(("half", "fp16"), "did you mean float16?"),
+    **dict.fromkeys(("float", "fp32"), "did you mean float32?"),
+    "vllm": "an engine on vLLM is not built yet",
+}
+"""Values of vLLM and SGLang that have another name here, or none."""
 _NAME = "must begin with a letter or a digit and have only letters, digits, '.', '_' and '-'"
 
 
@@ -135,6 +142,8 @@ def _words(location: Location, item: Mapping[str, Any], root: type[BaseModel], m
         if meant is not None:
             return f"unknown field; did you mean `{meant}`?"
         section = section_at(location[:-1], root)
+        if location[-1] == "model" and section is ModelConfig:
+            return "unknown field; it is `source`"
         return f"unknown field; known: {', '.join(section.model_fields if section else ())}"
     if kind == "literal_error":
         return _choices(value, context["expected"])
@@ -154,6 +163,8 @@ def _choices(value: object, expected: str) -> str:
     choices = [one.strip("'") for one in expected.replace(" or ", ", ").split(", ")]
     name = closest(value, choices) if isinstance(value, str) else None
     hint = f"; did you mean {name}?" if name else ""
+    if isinstance(value, str) and value in _VALUES_ELSEWHERE:
+        hint = f"; {_VALUES_ELSEWHERE[value]}"
     return f"is {shown(value)}; must be {expected.replace(chr(39), '')}{hint}"
 
 

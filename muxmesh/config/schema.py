@@ -172,8 +172,14 @@ class ModelConfig(Section):
     @field_validator("compute_share", mode="before")
     @classmethod
     def _accept_one_share_for_both(cls, value: object) -> object:
-        is_number = isinstance(value, int) and not isinstance(value, bool)
-        return {"prefill": value, "decode": value} if is_number else value
+        if isinstance(value, (dict, ComputeShare)):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 100:
+            return {"prefill": value, "decode": value}
+        found = quoted(value) if isinstance(value, str) else str(value).lower()
+        if value is None or isinstance(value, list):
+            found = "a list" if value else "empty"
+        raise ValueError(f"is {found}; must be percent from 1 to 100, or two like {{prefill: 60, decode: 40}}")
 
     @property
     def kv_dtype(self) -> Dtype:

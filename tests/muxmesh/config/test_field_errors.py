@@ -23,6 +23,7 @@ IN_UNIT = "units: [{models: [{name: m}], %s}]"
          "the unit, such as 24GiB"),
         (IN_MODEL % "max_num_batched_tokens: 2048", "units[0].models[0].max_num_batched_tokens: unknown field; it is "
          "`prefill_token_budget` of the model"),
+        (IN_MODEL % "model: /models/a", "units[0].models[0].model: unknown field; it is `source`"),
         (IN_MODEL % "tensor_parallel_size: 2", "units[0].models[0].tensor_parallel_size: unknown field; a unit "
          "computes on one GPU"),
         (IN_MODEL % "sim: {colour: 1}", "units[0].models[0].sim.colour: unknown field; known: base_s, per_token_s, "
@@ -30,6 +31,19 @@ IN_UNIT = "units: [{models: [{name: m}], %s}]"
         (IN_UNIT % "device: gpu", "units[0].device: is 'gpu'; must be cpu or cuda:N, such as cuda:0"),
         (IN_UNIT % "device: cuda", "units[0].device: is 'cuda'; must be cpu or cuda:N, such as cuda:0"),
         (IN_MODEL % "engine: simm", "units[0].models[0].engine: is 'simm'; must be native or sim; did you mean sim?"),
+        (IN_MODEL % "engine: vllm", "units[0].models[0].engine: is 'vllm'; must be native or sim; an engine on vLLM is "
+         "not built yet"),
+        (IN_MODEL % "dtype: half", "units[0].models[0].dtype: is 'half'; must be float32, float16 or bfloat16; did you "
+         "mean float16?"),
+        (IN_MODEL % "dtype: bf16", "units[0].models[0].dtype: is 'bf16'; must be float32, float16 or bfloat16; did you "
+         "mean bfloat16?"),
+        (IN_MODEL % "compute_share: 120", "units[0].models[0].compute_share: is 120; must be percent from 1 to 100, or "
+         "two like {prefill: 60, decode: 40}"),
+        (IN_MODEL % "compute_share: 50%", "units[0].models[0].compute_share: is '50%'; must be percent from 1 to 100, "
+         "or two like {prefill: 60, decode: 40}"),
+        (IN_MODEL % "compute_share: [50, 50]", "units[0].models[0].compute_share: is a list; must be percent from 1 to "
+         "100, or two like {prefill: 60, decode: 40}"),
+        (IN_MODEL % "compute_share: {decode: 0}", "units[0].models[0].compute_share.decode: is 0; must be at least 1"),
         (IN_MODEL % "block_size: 17", "units[0].models[0].block_size: is 17; must be 8, 16 or 32"),
         (IN_MODEL % "block_size: '16'", "units[0].models[0].block_size: is '16'; must be 8, 16 or 32; did you mean "
          "16?"),
