@@ -64,8 +64,8 @@ test-long: $(VENV)/.dev ## Run the property tests with many more examples, and t
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/kvstore tests/router $(PYTEST_ARGS)
 	FUZZ_INPUTS=200000 $(BIN)/python -m pytest --timeout 3600 tests/fuzz $(PYTEST_ARGS)
 
-chaos: $(VENV)/.dev ## Random faults under load on tiny real models, for SECONDS, from SEED: nothing lost, altered or leaked
-	$(BIN)/python -m benchmarks.chaos --seconds $(SECONDS) --seed $(SEED)
+chaos: $(VENV)/.dev ## Random faults under load on tiny real models (GPU=1: on a fake GPU), for SECONDS, from SEED: nothing lost, altered or leaked
+	$(BIN)/python -m benchmarks.chaos --seconds $(SECONDS) --seed $(SEED) $(if $(GPU),--gpu)
 
 test-clients: $(VENV)/.dev ## Clients in other languages and libraries against a mesh; needs node, or ARGS=--without-node
 	$(BIN)/python -m tests.clients.run $(ARGS)

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.chaos --seconds N --seed S`: exit code 1 if anything was lost, altered, leaked or not repaired.
+"""`python -m benchmarks.chaos --seconds N --seed S [--gpu]`: exit code 1 if anything was lost, altered, leaked or not
+repaired.
 
-Two units, two tiny models of random weights, a pool that is too small for the load. The same seed gives the same plan
-of faults and the same requests.
+The same seed gives the same plan of faults and the same requests. The meshes are described in `meshes`.
 """
 
 from __future__ import annotations
@@ -9,69 +9,48 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.chaos.faults import CLIENT, FAULTS
-from benchmarks.chaos.plan import PlannedFault, plan_faults, show_plan
-from benchmarks.chaos.processes import MeshProcesses, names_of
-from benchmarks.chaos.run import ChaosRun
+from benchmarks.chaos.history import Call
+from benchmarks.chaos.meshes import CPU_MESH, GPU_MESH, ChaosMesh, plan_of
+from benchmarks.chaos.plan import PlannedFault, show_plan
+from benchmarks.chaos.processes import MeshProcesses
+from benchmarks.chaos.run import ChaosRun, cases_of, undisturbed_calls
 from benchmarks.mesh_process import up
 from benchmarks.report import OUT
 from muxmesh.config.runtime import MeshRuntime
-from muxmesh.config.schema import MeshConfig
-from tests.support.tiny import TinyShape, write_tiny_model
+from tests.support.tiny import write_tiny_model
 
 _FOLDER = OUT.parent / "chaos"
 """For logs and compiled kernels."""
-SHAPES = {
-    "wide": TinyShape(num_heads=4, num_kv_heads=4, head_dim=32),
-    "small": TinyShape(num_heads=3, num_kv_heads=3, head_dim=16, seed=1),
-}
 
 
-def mesh_config(folder: Path) -> dict[str, Any]:
-    """``wide`` on both units, ``small`` on the first. The pool holds 512 tokens of ``wide``.
-
-    With one core there is one unit.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    models = [
-        {"name": name, "source": str(folder / name), "threads": 1, "max_num_seqs": 6, "kv_answer_tokens": 32}
-        for name in SHAPES
-    ]
-    memory = {"kv_pool": "1MiB", "slab": "64KiB", "kv_swap": "512KiB"}
-    units = [
-        {"name": "unit0", **memory, "cores": cores[::2], "models": models},
-        {"name": "unit1", **memory, "cores": cores[1::2], "models": models[:1]},
-    ]
-    return {"units": units if len(cores) > 1 else units[:1]}
-
-
-def make_plan(seed: int, seconds: float, config: dict[str, Any]) -> list[PlannedFault]:
-    """The faults of a run."""
-    runtime = MeshRuntime(
-        config=MeshConfig.model_validate(config), run_dir=Path(), cache_dir=Path(), redis_url="", prepared={}
-    )
-    return list(plan_faults(random.Random(f"{seed} faults"), seconds, FAULTS, [*names_of(runtime), CLIENT]))
-
-
-async def run(seed: int, seconds: float, folder: Path) -> int:
+async def run(kind: ChaosMesh, seed: int, seconds: float, folder: Path) -> int:
     """Runs and prints the result; returns the exit code."""
-    config = mesh_config(folder)
-    plan = make_plan(seed, seconds, config)
-    for name, shape in SHAPES.items():
+    for name, shape in kind.shapes.items():
         write_tiny_model(folder / name, shape)
-    (folder / "mesh.yaml").write_text(yaml.safe_dump(config))
-    async with up("--config", str(folder / "mesh.yaml")) as mesh:
+    reference = None
+    if kind.reference is not None:
+        print("the cases on the CPU", flush=True)
+        reference = await _reference(kind, kind.reference(folder), seed, folder)
+    with kind.machine():
+        return await _run(kind, seed, seconds, folder, reference)
+
+
+async def _run(kind: ChaosMesh, seed: int, seconds: float, folder: Path, reference: Sequence[Call] | None) -> int:
+    config = kind.config(folder)
+    plan: list[PlannedFault] = plan_of(kind, seed, seconds, config)
+    async with up("--config", _written(folder, config)) as mesh:
         (runtime_file,) = mesh.state_dir.glob("run-*/runtime.json")
-        chaos = ChaosRun(mesh, MeshProcesses(mesh.process.pid, MeshRuntime.read(runtime_file)), seed)
+        processes = MeshProcesses(mesh.process.pid, MeshRuntime.read(runtime_file))
+        chaos = ChaosRun(kind, mesh, processes, seed, reference)
         try:
             await chaos.run(seconds, plan)
             await chaos.stop()
@@ -82,6 +61,18 @@ async def run(seed: int, seconds: float, folder: Path) -> int:
             _keep_logs(mesh.state_dir, seed)
         print(*chaos.lines(seconds), sep="\n", flush=True)
     return 1 if chaos.violations else 0
+
+
+async def _reference(kind: ChaosMesh, config: dict[str, Any], seed: int, folder: Path) -> list[Call]:
+    """The calls of the cases on another mesh."""
+    async with up("--config", _written(folder, config)) as mesh:
+        return await undisturbed_calls(mesh.address, cases_of(seed, list(kind.shapes), kind.load), kind.load)
+
+
+def _written(folder: Path, config: dict[str, Any]) -> str:
+    path = folder / "mesh.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
 
 
 def _keep_logs(state_dir: Path, seed: int) -> None:
@@ -98,13 +89,15 @@ def main() -> int:
     os.environ["MUXMESH_CACHE_DIR"] = str(_FOLDER / "cache")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--gpu", action="store_true", help="a unit on a fake GPU; expected are the outputs of the CPU")
     parser.add_argument("--show-plan", action="store_true", help="print the faults of the seed, and start nothing")
     arguments = parser.parse_args()
+    kind = GPU_MESH if arguments.gpu else CPU_MESH
     with tempfile.TemporaryDirectory(prefix="mm-chaos-") as folder:
         if arguments.show_plan:
-            print(show_plan(make_plan(arguments.seed, arguments.seconds, mesh_config(Path(folder)))))
+            print(show_plan(plan_of(kind, arguments.seed, arguments.seconds, kind.config(Path(folder)))))
             return 0
-        return asyncio.run(run(arguments.seed, arguments.seconds, Path(folder)))
+        return asyncio.run(run(kind, arguments.seed, arguments.seconds, Path(folder)))
 
 
 if __name__ == "__main__":

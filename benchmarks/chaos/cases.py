@@ -13,9 +13,7 @@ from typing import Any
 
 from muxmesh.client import Message, Prompt
 
-NUM_CASES = 40
 _WORDS = ("fox", "sea", "lamp", "träume", "你好", "seven", "🎉", "bread", "of", "and", "1984", "quick", "the")
-_OUTPUT_TOKENS = (1, 2, 9, 30, 70, 140, 180, 250, 250)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +72,40 @@ LOAD_KINDS: tuple[LoadKind, ...] = (
     LoadKind("token ids", 1, lambda rng: ([rng.randrange(3, 259) for _ in range(rng.randint(1, 200))], _seeded(rng))),
 )  # fmt: skip
 """To add a kind of load, add a line."""
+_LONG_OR_OF_ROUNDING = ("long prompt", "token ids", "log-probabilities")
+GPU_LOAD_KINDS: tuple[LoadKind, ...] = (
+    *(kind for kind in LOAD_KINDS if kind.name not in _LONG_OR_OF_ROUNDING),
+    LoadKind("long prompt", 2, lambda rng: (_words(rng, 22), _seeded(rng, top_k=40))),
+    LoadKind("token ids", 1, lambda rng: ([rng.randrange(3, 259) for _ in range(rng.randint(1, 100))], _seeded(rng))),
+)
+"""For interpreted kernels: prompts are shorter. No log-probabilities: two devices may round their last digits
+differently."""
 
 
-def sample_cases(rng: random.Random, models: Sequence[str], kinds: Sequence[LoadKind] = LOAD_KINDS) -> list[Case]:
-    """`NUM_CASES` cases: each kind at least once, the rest by weight."""
-    sampled = [*kinds, *rng.choices(kinds, [kind.weight for kind in kinds], k=NUM_CASES - len(kinds))]
-    return [_case(rng, number, kind, rng.choice(models)) for number, kind in enumerate(sampled)]
+@dataclass(frozen=True, slots=True)
+class LoadSize:
+    """How much a mesh is asked for. ``output_tokens``: lengths of outputs, each as likely as the others.
+
+    A call that lasts longer than ``call_limit_s`` is lost. It leaves time for several restarts on a busy machine.
+    """
+
+    kinds: tuple[LoadKind, ...]
+    num_cases: int
+    output_tokens: tuple[int, ...]
+    num_clients: int
+    call_limit_s: float
+
+
+FULL_LOAD = LoadSize(LOAD_KINDS, 40, (1, 2, 9, 30, 70, 140, 180, 250, 250), 14, 150.0)
+GPU_LOAD = LoadSize(GPU_LOAD_KINDS, 12, (1, 2, 8, 16, 24), 6, 400.0)
+"""Small, since a token takes about 50 ms."""
+
+
+def sample_cases(rng: random.Random, models: Sequence[str], size: LoadSize = FULL_LOAD) -> list[Case]:
+    """The cases of a run: each kind at least once, the rest by weight."""
+    kinds = size.kinds
+    sampled = [*kinds, *rng.choices(kinds, [kind.weight for kind in kinds], k=size.num_cases - len(kinds))]
+    return [_case(rng, number, kind, rng.choice(models), size) for number, kind in enumerate(sampled)]
 
 
 def requests_of_client(rng: random.Random, cases: Sequence[Case]) -> Iterator[Request]:
@@ -102,7 +128,7 @@ def requests_of_client(rng: random.Random, cases: Sequence[Case]) -> Iterator[Re
         )
 
 
-def _case(rng: random.Random, number: int, kind: LoadKind, model: str) -> Case:
+def _case(rng: random.Random, number: int, kind: LoadKind, model: str, size: LoadSize) -> Case:
     prompt, options = kind.sample(rng)
-    length = {"max_new_tokens": rng.choice(_OUTPUT_TOKENS), "ignore_eos": True}
+    length = {"max_new_tokens": rng.choice(size.output_tokens), "ignore_eos": True}
     return Case(number, kind.name, model, prompt, {**length, **options})

@@ -13,20 +13,20 @@ from benchmarks.chaos.history import CANCELLED, COMPLETED, ENDLESS, Call, Sequen
 from muxmesh.client import NO_RETRIES, MeshClient
 from muxmesh.errors import MeshError, Unavailable
 
-CALL_LIMIT_S = 150.0
-"""A call that lasts longer is lost. It leaves time for several restarts on a busy machine."""
 _RETRY_AFTER_S = 0.3
 
 
 class Load:
     """Clients that send one request after the other until `stop`, and the calls that they made."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, call_limit_s: float) -> None:
+        """``call_limit_s``: see `LoadSize`."""
         self.calls: list[Call] = []
         self.num_requests = 0
         self.num_retries = 0
         self.num_given_up = 0
         self._address = address
+        self._call_limit_s = call_limit_s
         self._started_at_s = time.monotonic()
         self._is_stopped = False
 
@@ -65,7 +65,7 @@ class Load:
                 if self._is_stopped:
                     return
                 self.num_requests += 1
-                give_up_at_s = self.at_s + CALL_LIMIT_S
+                give_up_at_s = self.at_s + self._call_limit_s
                 while await self._send(client, request) == Unavailable.__name__:
                     if self.at_s > give_up_at_s:
                         self.num_given_up += 1
@@ -87,7 +87,7 @@ class Load:
         seen: dict[str, Any] = {}
         sequences: dict[int, SequenceSeen] = {}
         try:
-            async with asyncio.timeout(request.cancel_after_s or CALL_LIMIT_S):
+            async with asyncio.timeout(request.cancel_after_s or self._call_limit_s):
                 await _receive(client, request, sequences, seen)
         except TimeoutError:
             end = ENDLESS if request.cancel_after_s is None else CANCELLED

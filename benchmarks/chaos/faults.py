@@ -11,8 +11,8 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from benchmarks.chaos.processes import MeshProcesses
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, MAX_STOPPED_CHECKS
@@ -32,7 +32,15 @@ class NotRecovered(Exception):
     """The mesh did not do after a fault what it should. The message says what."""
 
 
-async def _nothing(processes: MeshProcesses, target: str, pid: int) -> None:
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """What a fault hit: the process ``pid`` of its target. ``others``: further processes by name, to be looked at."""
+
+    pid: int
+    others: Mapping[str, int] = field(default_factory=dict)
+
+
+async def _nothing(processes: MeshProcesses, target: str, hit: Hit) -> None:
     pass
 
 
@@ -41,7 +49,8 @@ def _unavailable_without_router(target: str) -> frozenset[str]:
     return frozenset({"Unavailable", "WorkerLost"}) if target == "router" else frozenset()
 
 
-def _no_error(target: str) -> frozenset[str]:
+def no_error(target: str) -> frozenset[str]:
+    """No error of a client is allowed."""
     return frozenset()
 
 
@@ -49,8 +58,8 @@ def _no_error(target: str) -> frozenset[str]:
 class Fault:
     """A kind of fault.
 
-    ``weight``: how often, relative to others. ``roles``: of the processes that it hits. ``inject`` returns the pid that
-    it hit, and raises LookupError if the target does not run. After ``hold_s`` (least and most seconds), ``undo`` ends
+    ``weight``: how often, relative to others. ``roles``: of the processes that it hits. ``inject`` returns what it
+    hit, and raises LookupError if the target does not run. After ``hold_s`` (least and most seconds), ``undo`` ends
     the fault. ``recovered`` returns when the mesh is as before, or raises NotRecovered. ``allows``: by target, the
     names of the errors that clients may see until then. ``is_judged_alone``: see `history.InjectedFault`.
     """
@@ -58,65 +67,76 @@ class Fault:
     name: str
     weight: float
     roles: tuple[str, ...]
-    inject: Callable[[MeshProcesses, str], Awaitable[int]]
-    recovered: Callable[[MeshProcesses, str, int], Awaitable[None]]
-    undo: Callable[[MeshProcesses, str, int], Awaitable[None]] = _nothing
+    inject: Callable[[MeshProcesses, str], Awaitable[Hit]]
+    recovered: Callable[[MeshProcesses, str, Hit], Awaitable[None]]
+    undo: Callable[[MeshProcesses, str, Hit], Awaitable[None]] = _nothing
     hold_s: tuple[float, float] = (0.0, 0.0)
     allows: Callable[[str], frozenset[str]] = _unavailable_without_router
     is_judged_alone: bool = False
 
 
-async def _kill(processes: MeshProcesses, target: str) -> int:
+async def kill(processes: MeshProcesses, target: str) -> Hit:
+    """Kills the target with SIGKILL."""
     pid = processes.pid(target)
     os.kill(pid, signal.SIGKILL)
-    return pid
+    return Hit(pid)
 
 
-async def _end(processes: MeshProcesses, target: str) -> int:
+async def _end(processes: MeshProcesses, target: str) -> Hit:
     pid = processes.pid(target)
     os.kill(pid, signal.SIGTERM)
-    return pid
+    return Hit(pid)
 
 
-async def _stop(processes: MeshProcesses, target: str) -> int:
+async def _stop(processes: MeshProcesses, target: str) -> Hit:
     pid = processes.pid(target)
     os.kill(pid, signal.SIGSTOP)
-    return pid
+    return Hit(pid)
 
 
-async def _continue(processes: MeshProcesses, target: str, pid: int) -> None:
+async def _continue(processes: MeshProcesses, target: str, hit: Hit) -> None:
     try:
-        os.kill(pid, signal.SIGCONT)
+        os.kill(hit.pid, signal.SIGCONT)
     except ProcessLookupError:
         raise NotRecovered("did not survive a stop that is shorter than the bound") from None
 
 
-async def _replaced(processes: MeshProcesses, target: str, pid: int) -> None:
+async def replaced(processes: MeshProcesses, target: str, hit: Hit) -> None:
     """The target serves in another process; for a kvstore, so do the workers of its unit."""
-    for name in processes.restarted_with(target):
-        if not await processes.serves(name, pid, BACK_WITHIN_S):
+    await require_serving(processes, processes.restarted_with(target), hit.pid)
+
+
+async def require_serving(processes: MeshProcesses, names: Iterable[str], not_pid: int | None) -> None:
+    """Waits until all processes serve, in others than ``not_pid``. Raises NotRecovered."""
+    for name in names:
+        if not await processes.serves(name, not_pid, BACK_WITHIN_S):
             raise NotRecovered(f"{name} does not serve {BACK_WITHIN_S:.0f} s later")
 
 
-async def _killed_and_replaced(processes: MeshProcesses, target: str, pid: int) -> None:
+async def until_ended(processes: MeshProcesses, name: str, pid: int) -> None:
+    """Waits until the mesh has ended a process. Kills it itself after `HANG_NOTICED_WITHIN_S`: raises NotRecovered."""
     try:
         async with asyncio.timeout(HANG_NOTICED_WITHIN_S):
             while processes.is_alive(pid):
                 await asyncio.sleep(0.05)
     except TimeoutError:
         os.kill(pid, signal.SIGKILL)
-        raise NotRecovered(f"was not killed within {HANG_NOTICED_WITHIN_S:.0f} s") from None
-    await _replaced(processes, target, pid)
+        raise NotRecovered(f"{name} was not killed within {HANG_NOTICED_WITHIN_S:.0f} s") from None
 
 
-async def _survived(processes: MeshProcesses, target: str, pid: int) -> None:
-    if not await processes.serves(target, None, BACK_WITHIN_S):
-        raise NotRecovered(f"does not serve {BACK_WITHIN_S:.0f} s later")
-    if processes.pid(target) != pid:
+async def _killed_and_replaced(processes: MeshProcesses, target: str, hit: Hit) -> None:
+    await until_ended(processes, target, hit.pid)
+    await replaced(processes, target, hit)
+
+
+async def survived(processes: MeshProcesses, target: str, hit: Hit) -> None:
+    """The target serves in the same process."""
+    await require_serving(processes, [target], None)
+    if processes.pid(target) != hit.pid:
         raise NotRecovered("was restarted after a stop that is shorter than the bound")
 
 
-async def _vanishing_client(processes: MeshProcesses, target: str) -> int:
+async def _vanishing_client(processes: MeshProcesses, target: str) -> Hit:
     """Kills a client process in the middle of its output."""
     client = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "muxmesh", "generate", "--address", processes.listen, "--model", processes.models[0],
@@ -130,15 +150,15 @@ async def _vanishing_client(processes: MeshProcesses, target: str) -> int:
     with contextlib.suppress(ProcessLookupError):
         os.kill(client.pid, signal.SIGKILL)
     await client.wait()
-    return client.pid
+    return Hit(client.pid)
 
 
 FAULTS: tuple[Fault, ...] = (
-    Fault("kill -9", 5, (*SERVICES, "redis"), _kill, _replaced),
-    Fault("stop", 3, (*SERVICES, "redis"), _stop, _survived, _continue, SHORT_STOP_S, _no_error, is_judged_alone=True),
+    Fault("kill -9", 5, (*SERVICES, "redis"), kill, replaced),
+    Fault("stop", 3, (*SERVICES, "redis"), _stop, survived, _continue, SHORT_STOP_S, no_error, is_judged_alone=True),
     Fault("hang", 1, (*SERVICES, "redis"), _stop, _killed_and_replaced),
-    Fault("end", 1, (*SERVICES, "redis"), _end, _replaced),
-    Fault("vanish", 1, (CLIENT,), _vanishing_client, _nothing, allows=_no_error),
+    Fault("end", 1, (*SERVICES, "redis"), _end, replaced),
+    Fault("vanish", 1, (CLIENT,), _vanishing_client, _nothing, allows=no_error),
 )
 """kill -9; SIGSTOP, then SIGCONT before the mesh may restart the process; SIGSTOP for ever; SIGTERM; a client that is
 killed."""

@@ -10,7 +10,7 @@ from benchmarks.chaos.cases import Request
 from muxmesh.client import Delta, Finish, TokenLogprobs
 
 COMPLETED, CANCELLED, ENDLESS = "completed", "cancelled", "endless"
-"""Ends of a call that are not the name of an error. ENDLESS: the client gave up after `CALL_LIMIT_S`."""
+"""Ends of a call that are not the name of an error. ENDLESS: the client gave up after `LoadSize.call_limit_s`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 
-from benchmarks.chaos.faults import FAULTS, Fault, NotRecovered
+from benchmarks.chaos.faults import Fault, Hit, NotRecovered
 from benchmarks.chaos.history import InjectedFault
 from benchmarks.chaos.plan import PlannedFault
 from benchmarks.chaos.processes import MeshProcesses
@@ -14,27 +14,27 @@ from benchmarks.chaos.report import fault_line
 
 
 class Injector:
-    """Owns the faults that happened. ``now_s``: seconds since the load started."""
+    """Owns the faults that happened. ``table``: of faults. ``now_s``: seconds since the load started."""
 
-    def __init__(self, processes: MeshProcesses, now_s: Callable[[], float]) -> None:
+    def __init__(self, table: Sequence[Fault], processes: MeshProcesses, now_s: Callable[[], float]) -> None:
         self.faults: list[InjectedFault] = []
+        self._table = {fault.name: fault for fault in table}
         self._processes = processes
         self._now_s = now_s
 
     async def run(self, plan: Sequence[PlannedFault]) -> None:
         """Injects every fault of the plan; returns when the mesh has recovered from all of them, or should have."""
-        table = {fault.name: fault for fault in FAULTS}
-        await asyncio.gather(*(self._inject(table[planned.fault], planned) for planned in plan))
+        await asyncio.gather(*(self._inject(self._table[planned.fault], planned) for planned in plan))
 
     async def _inject(self, fault: Fault, planned: PlannedFault) -> None:
         await asyncio.sleep(planned.at_s - self._now_s())
         at_s, problem, note = self._now_s(), "", ""
         try:
-            pid = await fault.inject(self._processes, planned.target)
+            hit = await fault.inject(self._processes, planned.target)
         except (LookupError, ProcessLookupError):
             note = "did not run"
         else:
-            problem = await self._problem(fault, planned, pid)
+            problem = await self._problem(fault, planned, hit)
         happened = InjectedFault(
             fault.name,
             planned.target,
@@ -48,12 +48,12 @@ class Injector:
         self.faults.append(happened)
         print(fault_line(happened), flush=True)
 
-    async def _problem(self, fault: Fault, planned: PlannedFault, pid: int) -> str:
-        """Undoes a fault that hit ``pid``, and waits until the mesh has recovered. Returns what went wrong, or ""."""
+    async def _problem(self, fault: Fault, planned: PlannedFault, hit: Hit) -> str:
+        """Undoes a fault, and waits until the mesh has recovered. Returns what went wrong, or ""."""
         await asyncio.sleep(planned.hold_s)
         try:
-            await fault.undo(self._processes, planned.target, pid)
-            await fault.recovered(self._processes, planned.target, pid)
+            await fault.undo(self._processes, planned.target, hit)
+            await fault.recovered(self._processes, planned.target, hit)
         except NotRecovered as error:
             return str(error)
         except (LookupError, ProcessLookupError):

@@ -27,11 +27,12 @@ class PlannedFault:
 
 
 def plan_faults(
-    rng: random.Random, seconds: float, faults: Sequence[Fault], names: Sequence[str]
+    rng: random.Random, seconds: float, faults: Sequence[Fault], names: Sequence[str], pace: float = 1.0
 ) -> Iterator[PlannedFault]:
     """Faults in the order of time, for ``seconds``. ``names``: of all processes; the role is what is before a slash.
 
-    All roles of a fault are hit equally often, however many processes have them.
+    ``pace``: the time between two faults is that many times `_GAPS_S`. All roles of a fault are hit equally often,
+    however many processes have them.
     """
     at_s, target = _FIRST_AT_S, ""
     while at_s < seconds:
@@ -40,7 +41,7 @@ def plan_faults(
         other = rng.choice([name for name in names if role_of(name) == role])
         target = target if rng.random() < _SAME_TARGET and role_of(target) in fault.roles else other
         yield PlannedFault(round(at_s, 2), fault.name, target, round(rng.uniform(*fault.hold_s), 2))
-        at_s += rng.uniform(*rng.choice(_GAPS_S))
+        at_s += pace * rng.uniform(*rng.choice(_GAPS_S))
 
 
 def role_of(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import time
 from pathlib import Path
 
@@ -15,10 +16,19 @@ from redis.exceptions import RedisError
 
 from benchmarks.mesh_process import children_of
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
+from muxmesh.cuda.mps import CONTROL_PROGRAM, PIPE_DIRECTORY, MpsControl
+from muxmesh.errors import Unavailable
 from muxmesh.rpc.channels import internal_channel
+from muxmesh.supervisor.mps_daemon import SERVER_PROGRAM, mps_answers
 from muxmesh.types import Role
 
 REDIS = "redis"
+MPS = "mps"
+"""The role of an MPS daemon, which is named mps/ and the beginning of its GPU's UUID."""
+MPS_QUESTION = "question to MPS"
+"""The name of a process that asks a daemon and ends at once."""
+_DAEMON_MODULE = "muxmesh.supervisor.mps_daemon"
+"""What becomes the daemon."""
 _PROBE_TIMEOUT_S = 3.0
 _MODULES: dict[str, str | Role] = {
     "router": "router",
@@ -35,6 +45,7 @@ class MeshProcesses:
         self.runtime = runtime
         self.listen = runtime.config.listen
         self.models = list(runtime.config.models())
+        self._keys = {endpoint.name: key for key, endpoint in runtime.endpoints().items()}
         self._addresses = {endpoint.name: endpoint.address for endpoint in runtime.endpoints().values()}
 
     @property
@@ -68,6 +79,49 @@ class MeshProcesses:
         units = {key.unit for key, endpoint in keys.items() if endpoint.name == name and key.role == "kvstore"}
         return [name, *(one.name for key, one in keys.items() if key.unit in units and one.name != name)]
 
+    def kvstore_of(self, name: str) -> str:
+        """The kvstore of a worker's unit."""
+        return self.runtime.display_name(ProcessKey("kvstore", self._keys[name].unit))
+
+    def daemon_of(self, name: str) -> str:
+        """The MPS daemon of a worker's unit, which uses MPS."""
+        return _daemon_name(self._control(self._keys[name].unit).pipe_dir)
+
+    def group_of(self, daemon: str) -> list[str]:
+        """The kvstores and the workers of all units on a daemon's GPU."""
+        units = self._units_of(daemon)
+        return [name for name, key in self._keys.items() if key.unit in units]
+
+    def pipe_dir(self, daemon: str) -> Path:
+        return self._control(self._units_of(daemon)[0]).pipe_dir
+
+    async def clients_of(self, daemon: str) -> frozenset[int]:
+        """The pids that a daemon lists. Raises LookupError if it does not answer."""
+        try:
+            servers = await self._control(self._units_of(daemon)[0]).servers()
+        except Unavailable as error:
+            raise LookupError(str(error)) from None
+        return frozenset(pid for server in servers for pid in server.clients)
+
+    def remnants(self) -> dict[int, str]:
+        """Processes whose command line or environment names the folder of this mesh, whosever children they are."""
+        folder = str(self.runtime.run_dir).encode()
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            pid = int(process.name)
+            with contextlib.suppress(OSError):
+                words = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+                if any(folder in word for word in words) and pid != os.getpid() and self.is_alive(pid):
+                    found[pid] = self._name(pid)
+        return found
+
+    def _control(self, unit: str) -> MpsControl:
+        return self.runtime.mps_control(unit)
+
+    def _units_of(self, daemon: str) -> list[str]:
+        units = [unit.name for unit in self.runtime.config.units if self.runtime.uses_mps(unit.name)]
+        return [unit for unit in units if _daemon_name(self._control(unit).pipe_dir) == daemon]
+
     async def serves(self, name: str, not_pid: int | None, within_s: float) -> bool:
         """Waits until the process serves, in another process than ``not_pid``. False after ``within_s``."""
         end_s = time.monotonic() + within_s
@@ -88,6 +142,8 @@ class MeshProcesses:
                 return False
             finally:
                 await client.aclose()
+        if name not in self._addresses:
+            return await mps_answers(self._control(self._units_of(name)[0]))
         async with internal_channel(self._addresses[name]) as channel:
             try:
                 request = health_pb2.HealthCheckRequest()
@@ -105,13 +161,35 @@ class MeshProcesses:
             return "zombie"
         if any("redis-server" in word for word in words):
             return REDIS
+        if SERVER_PROGRAM in words[0]:
+            return "MPS server"
+        if any(CONTROL_PROGRAM in word or word == _DAEMON_MODULE for word in words):
+            return self._daemon_or_question(pid, words)
         values = dict(itertools.pairwise(words))
         if (module := values.get("-m", "")) not in _MODULES:
             return module or " ".join(words)
         key = ProcessKey(_MODULES[module], values.get("--unit", ""), values.get("--model", ""))  # type: ignore[arg-type]
         return self.runtime.display_name(key)
 
+    def _daemon_or_question(self, pid: int, words: list[str]) -> str:
+        if _DAEMON_MODULE in words:
+            return _daemon_name(self._control(words[words.index("--unit") + 1]).pipe_dir)
+        if "-f" not in words:
+            return MPS_QUESTION
+        try:
+            variables = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            return "ended"
+        values = dict(one.split("=", 1) for one in variables if "=" in one)
+        return _daemon_name(Path(values.get(PIPE_DIRECTORY, "")))
+
+
+def _daemon_name(pipe_dir: Path) -> str:
+    return pipe_dir.name.replace("-", "/", 1)
+
 
 def names_of(runtime: MeshRuntime) -> list[str]:
     """Names of all processes of a mesh."""
-    return [*(endpoint.name for endpoint in runtime.endpoints().values()), REDIS]
+    on_mps = [unit.name for unit in runtime.config.units if runtime.uses_mps(unit.name)]
+    daemons = {_daemon_name(runtime.mps_control(unit).pipe_dir): None for unit in on_mps}
+    return [*(endpoint.name for endpoint in runtime.endpoints().values()), *daemons, REDIS]

@@ -4,6 +4,8 @@ import random
 from collections import Counter
 from itertools import pairwise
 
+import pytest
+
 from benchmarks.chaos.faults import CLIENT, FAULTS
 from benchmarks.chaos.plan import PlannedFault, plan_faults, role_of, show_plan
 
@@ -22,6 +24,16 @@ def test_the_same_seed_gives_the_same_plan_and_another_seed_another_one() -> Non
 def test_a_longer_run_begins_as_a_shorter_one() -> None:
     short = plan(3, 60.0)
     assert plan(3, 300.0)[: len(short)] == short
+
+
+def test_at_a_slower_pace_the_same_faults_come_later() -> None:
+    fast = list(plan_faults(random.Random(3), 60.0, FAULTS, NAMES))
+    slow = list(plan_faults(random.Random(3), 60.0, FAULTS, NAMES, pace=3.0))
+    assert [fault.target for fault in slow] == [fault.target for fault in fast[: len(slow)]]
+    assert all(
+        later.at_s - 1 == pytest.approx(3 * (sooner.at_s - 1), abs=0.03)
+        for sooner, later in zip(fast, slow, strict=False)
+    )
 
 
 def test_a_fault_hits_only_the_roles_that_the_table_gives_it() -> None:
