@@ -1,4 +1,7 @@
-"""The processes of a running mesh, found through /proc by the names that the mesh gives them. Starts nothing."""
+"""The processes of a running mesh, found through /proc by the names that the mesh gives them.
+
+Starts nothing but questions to the MPS daemon.
+"""
 
 from __future__ import annotations
 

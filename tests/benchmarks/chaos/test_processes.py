@@ -91,10 +91,19 @@ def test_a_process_that_asks_the_daemon_has_a_name_of_its_own(processes: MeshPro
         ask.communicate(b"get_server_list\n")
 
 
-@pytest.mark.asyncio
 async def test_a_daemon_serves_as_long_as_it_answers(processes: MeshProcesses, daemon: FakeDaemon) -> None:
     assert await processes.serves(DAEMON, None, 30.0)
     assert not await processes.serves(DAEMON, daemon.process.pid, 0.3)
+
+
+async def test_the_clients_of_a_daemon_are_those_that_it_lists(processes: MeshProcesses, daemon: FakeDaemon) -> None:
+    with daemon.client() as client:
+        assert await processes.clients_of(DAEMON) == {client.pid}
+
+
+async def test_a_daemon_that_does_not_run_cannot_be_asked_for_its_clients(processes: MeshProcesses) -> None:
+    with pytest.raises(LookupError, match="no MPS daemon answers"):
+        await processes.clients_of(DAEMON)
 
 
 def test_what_names_the_folder_of_the_mesh_is_found_wherever_it_is(
