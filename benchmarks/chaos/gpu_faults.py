@@ -38,7 +38,7 @@ KEEPS_CLIENTS_S = (0.5, 1.6 * RELEASE_WITHIN_S)
 none, kvstore."""
 _WORKERS = ("prefill", "decode")
 _LOADS_WITHIN_S = 60.0
-_SWAPS_WITHIN_S = 10.0
+_SWAPS_WITHIN_S = 30.0
 _NUM_SEGMENTS = 2
 """Pieces of device memory that a worker maps: the pool and its model's weights."""
 
