@@ -25,7 +25,7 @@ CHECKS = (
         "kernels", "compiled kernels agree with float64: 1e-5 f32, 1e-3 f16, 1e-2 bf16", 150, "beside",
         (_KERNELS, f"--ignore={_KERNELS}/test_compiled_kernels.py"), _COMPILED, workers=8,
     ),
-    Check("mps-faults", "terminate_client harms nobody; else FAULT, then ACTIVE; bytes kept", 90, "mps"),
+    Check("mps-faults", "terminate_client harms no other client; else FAULT, then ACTIVE; bytes kept", 90, "mps"),
     Check("swap", "sequences are swapped to pinned memory and back, and no token changes", 60, "beside"),
     Check("unlimited-worker", "a worker that MPS does not limit exits and says so", 60, "mps"),
     Check("mps-answers", "answers of the control program as recorded", 40, "mps"),

@@ -51,7 +51,7 @@ async def _fault_and_compare(findings: Findings, unit: Mapping[str, Any], is_dry
         findings.figure("servers", [str(server) for server in servers])
         listed = set().union(*(server.clients for server in servers))
         findings.expect(
-            "the daemon lists all workers and nobody else", listed == workers, [sorted(listed), sorted(workers)]
+            "the daemon lists all workers and no other process", listed == workers, [sorted(listed), sorted(workers)]
         )
         pending = asyncio.create_task(requests(running.client))
         await _until_decoding(running.client, before["decode_svc"])
@@ -60,7 +60,7 @@ async def _fault_and_compare(findings: Findings, unit: Mapping[str, Any], is_dry
         if is_dry_run:  # a kernel that was in flight on a card: the fake daemon is told that its server faults
             (control.pipe_dir / "fake.fault").touch()
         statuses = await _statuses_until_replaced(running, control, workers, before["decode_svc"])
-        findings.figure("seconds until all workers were new", time.monotonic() - killed_at_s)
+        findings.figure("seconds until the killed worker (after FAULT: all) was new", time.monotonic() - killed_at_s)
         findings.figure("server states seen", statuses)
         findings.aim("the server was seen in FAULT", any("FAULT" in status for status in statuses), statuses)
         found = await pending
@@ -69,7 +69,7 @@ async def _fault_and_compare(findings: Findings, unit: Mapping[str, Any], is_dry
         findings.expect("kvstore and its pool stayed", running.pid_of("kvstore") == before["kvstore"])
         left = workers & set(workers_of(running))
         findings.expect(
-            "no worker of before is left", not left or not any("FAULT" in s for s in statuses), sorted(left)
+            "after FAULT no worker of before is left", not left or not any("FAULT" in s for s in statuses), sorted(left)
         )
         again = await requests(running.client)
         findings.expect("new requests have the same tokens", again == expected, differing(again, expected))
