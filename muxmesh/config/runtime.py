@@ -175,7 +175,7 @@ class MeshRuntime(BaseModel):
         return 100 if unit.green_contexts else model.compute_share.of(Role(key.role))
 
     def check_environment(self, key: ProcessKey, environment: Mapping[str, str]) -> None:
-        """Raises ConfigError unless a process has the variables that it needs: without a supervisor nobody sets them.
+        """Raises ConfigError unless a process has the variables that the supervisor, or else an operator, sets.
 
         A worker that misses one could compute on another GPU, or without a limit.
         """

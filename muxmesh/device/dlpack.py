@@ -1,7 +1,7 @@
 """Memory that torch did not allocate as a tensor, by a DLPack capsule that is made here (github.com/dmlc/dlpack, v0.8).
 
 The device is given, not asked of the pointer, and nothing is copied. The capsule has no deleter: the memory is never
-given back by torch, so whoever mapped it keeps the mapping while a tensor over it may be used.
+given back by torch, so its owner keeps the mapping while a tensor over it may be used.
 """
 
 from __future__ import annotations

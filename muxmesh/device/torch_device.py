@@ -273,7 +273,7 @@ def device_errors(doing: str) -> Iterator[None]:
 def finished(device: TorchDevice) -> Iterator[None]:
     """Waits at the end of the block for all that the present stream has, also if the block raises.
 
-    Whoever catches the error may then free memory that the block's work reads or writes, for other processes too.
+    Its caller may then free memory that the block's work reads or writes, for other processes too.
     """
     try:
         yield

@@ -224,7 +224,7 @@ class Scheduler:
         """Appends the tokens of a run up to the one that ends the job. Returns the event that ends it, or None.
 
         The rest is dropped. Its KV lies in slots of the sequence's own blocks that do not count as computed: no hash
-        covers them, and whoever gets the blocks next writes a slot before reading it.
+        covers them, and the next owner of the blocks writes a slot before reading it.
         """
         end: Event | None = None
         sequence, first_index = job.sequence, job.sequence.num_output_tokens

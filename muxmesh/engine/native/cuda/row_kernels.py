@@ -48,7 +48,7 @@ def rotate_and_write(
     qkv [rows, heads + 2 * KV heads, head_dim] and q_out [rows, heads, head_dim], contiguous. cos, sin f32 [positions of
     the model, head_dim / 2]: `rope.rope_tables`. positions, block_ids int32 [rows]: of each token; a row with block id
     -1 writes no K and V. pool: the whole pool as elements of the KV dtype; a number that this dtype does not have is
-    written as NaN. As an infinity it could give a token a score of -inf, and nobody would see that attention misses it.
+    written as NaN. As an infinity it could give a token a score of -inf, and attention would miss it unnoticed.
     """
     rows, num_heads, head_dim = q_out.shape
     assert qkv.shape == (rows, num_heads + 2 * layout.num_kv_heads, head_dim) and qkv.is_contiguous()
