@@ -160,7 +160,7 @@ class StepEngine:
         return await asyncio.shield(run)
 
     def _may_continue(self, ends_at_s: float) -> bool:
-        """Called in the runner's thread. False once another worker waits, another plan may be better, or it is late."""
+        """Called in the runner's thread. False once another worker waits, a job changed, or the run is long enough."""
         if self._grant.is_recalled or self._has_change.is_set():
             return False
         return self._clock.monotonic_s() < ends_at_s

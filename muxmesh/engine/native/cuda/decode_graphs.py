@@ -82,7 +82,7 @@ class DecodeTensors:
     def feed_back(self, token_ids: Tensor) -> None:
         """Makes ``token_ids`` (int64 [any number of first rows]) the next step's, each at its row's next position.
 
-        What a row without finite logits has sampled is no token: any token is computed in its place.
+        The id of a row without finite logits may be out of range: it is clamped, and the row's result is not used.
         """
         count = len(token_ids)
         self.token_ids[:count].copy_(token_ids.clamp(0, self.logits.shape[1] - 1))

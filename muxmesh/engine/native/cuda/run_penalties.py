@@ -25,7 +25,7 @@ class RunPenalties:
         self._counts[tuple(edits.counted_at)] = edits.counts
 
     def count(self, token_ids: Tensor) -> None:
-        """Adds the token that each sample has sampled (int64 [samples]); what is no token counts as any."""
+        """Adds the token that each sample has sampled (int64 [samples]). Ids of failed samples may be out of range."""
         at = token_ids.clamp(0, self._counts.shape[1] - 1)[:, None]
         self._factors.scatter_(1, at, self._repetition)
         self._counts.scatter_add_(1, at, torch.ones_like(self._repetition))
