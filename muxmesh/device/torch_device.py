@@ -28,9 +28,6 @@ class Event(Protocol):
     def wait(self) -> None:
         """Blocks until the device has reached it."""
 
-    def is_done(self) -> bool:
-        """True if the device has reached it."""
-
 
 class TorchDevice(Protocol):
     """One device of torch. A worker has one; its methods may be called from any thread."""
@@ -168,9 +165,6 @@ class _CudaEvent:
     def wait(self) -> None:
         self._event.synchronize()
 
-    def is_done(self) -> bool:
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
-
 
 def _green_stream(num_sms: int, share: int) -> tuple[Any, torch.cuda.Stream, int]:
     """Returns a stream whose kernels use at most ``share`` percent of the SMs, and the number of these SMs.
@@ -242,9 +236,6 @@ class InterpretedDevice:
 
 class _DoneEvent:
     def wait(self) -> None: ...
-
-    def is_done(self) -> bool:
-        return True
 
 
 _FAULTS = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]", "CUBLAS_STATUS")

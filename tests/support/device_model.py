@@ -19,6 +19,7 @@ from muxmesh.engine.native.cuda.step_rows import arrange, decode_buckets
 from muxmesh.engine.step import Chunk
 from muxmesh.models.model_spec import ModelSpec, read_model_spec
 from muxmesh.models.weight_image import ensure_image, map_image
+from muxmesh.types import blocks_for
 
 MAX_NUM_SEQS = 4
 
@@ -60,7 +61,7 @@ class ForwardCase:
             KvLayout.of(geometry), spec.num_heads, dtype.itemsize, device.compute_capability, device.num_sms
         )
         self._buckets = decode_buckets(MAX_NUM_SEQS)
-        max_blocks = -(-spec.context_len // geometry.shape.block_size)
+        max_blocks = blocks_for(spec.context_len, geometry.shape.block_size)
         self._tables = torch.zeros(2 * MAX_NUM_SEQS, max_blocks, dtype=torch.int32, device=device.torch_device)
         elements = max(self._plan.workspace_elements(size, max_blocks) for size in self._buckets)
         weights = image_weights(folder, spec, cache, dtype)
@@ -82,8 +83,8 @@ class ForwardCase:
         last = hidden.index_select(0, uploaded["logit_rows"])
         logits = torch.empty((len(last), self._vocab_size), device=hidden.device)
         self.forward.logits(last, logits)
-        logits = logits.cpu()
-        return {chunk.job_id: logits[part] for chunk, part in zip(rows.chunks, rows.logit_slices, strict=True)}
+        parts = logits.cpu().split([chunk.num_logit_rows for chunk in rows.chunks])
+        return {chunk.job_id: part for chunk, part in zip(rows.chunks, parts, strict=True)}
 
 
 def device_runner(

@@ -42,6 +42,3 @@ class _NotedEvent:
 
     def wait(self) -> None:
         self._calls.append("waited")
-
-    def is_done(self) -> bool:
-        return True

@@ -68,15 +68,14 @@ class DecodeTensors:
         )
 
     def begin(self, rows: DeviceRows, uploaded: Mapping[str, Tensor]) -> None:
-        """Takes the decode rows of a run of steps, and, if they are ``uploaded``, their parameters and uniforms."""
+        """Takes the decode rows of a run of steps, and their ``uploaded`` parameters and uniforms."""
         bucket = rows.num_decodes
         self.token_ids[:bucket].copy_(rows.token_ids)
         self.positions[:bucket].copy_(rows.positions)
         self.context_lens[:bucket].copy_(rows.context_lens)
-        if (parameters := uploaded.get("parameters")) is not None:
-            self.parameters[:, : parameters.shape[1]].copy_(parameters)
-        if (uniforms := uploaded.get("uniforms")) is not None:
-            self.uniforms[: uniforms.shape[0], : uniforms.shape[1]].copy_(uniforms)
+        self.parameters[:, :bucket].copy_(uploaded["parameters"])
+        uniforms = uploaded["uniforms"]
+        self.uniforms[: len(uniforms), :bucket].copy_(uniforms)
         self.step.zero_()
 
     def feed_back(self, token_ids: Tensor) -> None:

@@ -23,22 +23,15 @@ _ALIGNMENT = 16
 class StepRows:
     """The rows of a step.
 
-    ``chunks``: those of the step, decode rows first; ``first_rows``: the first row of each. ``num_decodes``: decode
-    rows with padding. ``arrays``, int32: token_ids, positions [rows]; block_ids [rows], -1 for padding; context_lens
-    [num_decodes], 0 for padding; tables [num_decodes + other chunks, most blocks of a chunk]; tiles [tiles, 4];
-    logit_rows: the rows whose logits are requested, in the order of ``chunks``.
+    ``chunks``: those of the step, decode rows first. ``num_decodes``: decode rows with padding. ``arrays``, int32:
+    token_ids, positions [rows]; block_ids [rows], -1 for padding; context_lens [num_decodes], 0 for padding; tables
+    [num_decodes + other chunks, most blocks of a chunk]; tiles [tiles, 4]; logit_rows: the rows whose logits are
+    requested, in the order of ``chunks``.
     """
 
     chunks: Sequence[Chunk]
-    first_rows: Sequence[int]
     num_decodes: int
     arrays: Mapping[str, np.ndarray]
-
-    @property
-    def logit_slices(self) -> list[slice]:
-        """For each chunk, which of the logits are its own."""
-        ends = list(itertools.accumulate(chunk.num_logit_rows for chunk in self.chunks))
-        return [slice(end - chunk.num_logit_rows, end) for chunk, end in zip(self.chunks, ends, strict=True)]
 
 
 def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
@@ -57,7 +50,7 @@ def arrange(chunks: Sequence[Chunk], buckets: Sequence[int], plan: AttentionPlan
     num_decodes = _bucket(len(decodes), buckets)
     lengths = [len(chunk.token_ids) for chunk in others]
     *starts, num_rows = itertools.accumulate(lengths, initial=num_decodes)
-    ordered, first_rows = [*decodes, *others], [*range(len(decodes)), *starts]
+    ordered = [*decodes, *others]
     block_size = plan.layout.block_size
     token_ids, positions = np.zeros(num_rows, dtype=np.int32), np.zeros(num_rows, dtype=np.int32)
     block_ids = np.full(num_rows, -1, dtype=np.int32)
@@ -84,9 +77,9 @@ def arrange(chunks: Sequence[Chunk], buckets: Sequence[int], plan: AttentionPlan
         "context_lens": context_lens,
         "tables": tables,
         "tiles": tiles,
-        "logit_rows": _logit_rows(ordered, first_rows),
+        "logit_rows": _logit_rows(ordered, [*range(len(decodes)), *starts]),
     }
-    return StepRows(ordered, first_rows, num_decodes, arrays)
+    return StepRows(ordered, num_decodes, arrays)
 
 
 def _logit_rows(chunks: Sequence[Chunk], first_rows: Sequence[int]) -> np.ndarray:

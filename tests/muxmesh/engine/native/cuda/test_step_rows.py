@@ -40,7 +40,6 @@ def test_decode_rows_come_first_and_are_padded_to_a_bucket() -> None:
     assert arrays["tables"] == [[4, 0], [6, 7], [1, 2], [0, 0], [3, 9]]
     assert arrays["tiles"] == [[4, 3, 4, 14]]
     assert arrays["logit_rows"] == [0, 2, 6]
-    assert rows.logit_slices == [slice(0, 1), slice(1, 1), slice(1, 2), slice(2, 3)]
 
 
 def test_a_scored_chunk_has_the_logits_of_all_its_rows() -> None:

@@ -87,9 +87,6 @@ class _CountedEvent:
     def wait(self) -> None:
         self._device.last_waited = max(self._device.last_waited, self._number)
 
-    def is_done(self) -> bool:
-        return True
-
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> CountingDevice:
