@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -43,18 +42,13 @@ def run_outcome(chunks: Sequence[Chunk], steps: Sequence[SampledArrays]) -> tupl
     """
     sampled: dict[int, list[SampledToken]] = {chunk.job_id: [] for chunk in chunks}
     failed: dict[int, Failed] = {}
-    for number, arrays in enumerate(steps):
-        outcome = sampling_outcome([_after(chunk, number) for chunk in chunks], arrays)
+    for arrays in steps:
+        outcome = sampling_outcome(chunks, arrays)
         for job_id, token in outcome.sampled.items():
             if job_id not in failed:
                 sampled[job_id].append(token)
         for job_id, failure in outcome.failed.items():
             failed.setdefault(job_id, failure)
+        token_ids = arrays.token_ids.tolist()  # of a sequence that failed, it may be any number
+        chunks = [chunk.following(token_id) for chunk, token_id in zip(chunks, token_ids, strict=True)]
     return {job_id: tuple(tokens) for job_id, tokens in sampled.items() if tokens}, failed
-
-
-def _after(chunk: Chunk, num_steps: int) -> Chunk:
-    """The chunk after ``num_steps`` steps of the run, apart from its token, which nothing here depends on."""
-    assert chunk.sample is not None, "a token is sampled after the chunk"
-    sample = replace(chunk.sample, output_index=chunk.sample.output_index + num_steps)
-    return replace(chunk, start=chunk.start + num_steps, sample=sample)
