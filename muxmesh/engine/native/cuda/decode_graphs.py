@@ -78,6 +78,10 @@ class DecodeTensors:
         self.uniforms[: len(uniforms), :bucket].copy_(uniforms)
         self.step.zero_()
 
+    def next_uniforms(self, num_rows: int) -> Tensor:
+        """Random numbers of the first ``num_rows`` in the next step, f64 [num_rows]."""
+        return self.uniforms.index_select(0, self.step)[0, :num_rows]
+
     def feed_back(self, token_ids: Tensor) -> None:
         """Makes ``token_ids`` (int64 [any number of first rows]) the next step's, each at its row's next position.
 
@@ -156,12 +160,12 @@ class DecodeGraphs:
 
     def _enqueue_sample(self, bucket: int) -> None:
         tensors = self._tensors
-        uniforms = tensors.uniforms.index_select(0, tensors.step)[0, :bucket]
         sampled = torch.zeros((2, tensors.tokens.shape[1]), dtype=torch.int64, device=tensors.tokens.device)
         token_ids, statuses = sampled[0, :bucket], sampled[1, :bucket]
         sample_rows(
-            tensors.logits[:bucket], tensors.parameters[:, :bucket], uniforms, token_ids, statuses, self._likely
-        )
+            tensors.logits[:bucket], tensors.parameters[:, :bucket], tensors.next_uniforms(bucket),
+            token_ids, statuses, self._likely,
+        )  # fmt: skip
         tensors.tokens.index_copy_(0, tensors.step, sampled[:1])
         tensors.statuses.index_copy_(0, tensors.step, sampled[1:])
         tensors.feed_back(token_ids)

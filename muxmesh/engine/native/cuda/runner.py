@@ -212,8 +212,7 @@ class CudaRunner:
     def _enqueue_sampling(self, plan: UploadedPlan, penalties: RunPenalties | None) -> Callable[[], np.ndarray]:
         """Samples a step with edits or log-probabilities, feeds the tokens back, and begins to read the result."""
         tensors, count = self._tensors, len(plan.plan.sample_rows)
-        uniforms = tensors.uniforms.index_select(0, tensors.step)[0, :count]
-        result = self._sampler.enqueue(tensors.logits[:count], plan, uniforms, penalties)
+        result = self._sampler.enqueue(tensors.logits[:count], plan, tensors.next_uniforms(count), penalties)
         tensors.feed_back(result.token_ids)
         if penalties is not None:
             penalties.count(result.token_ids)
