@@ -116,17 +116,18 @@ class CudaPool:
 
     def _write_int8(self, shape: KvShape, block_ids: Sequence[int], num_tokens: int, target: PinnedCopy) -> None:
         blocks = self._token_blocks(shape)
+        heads = shape.num_layers * shape.num_kv_heads
         for first, end in groups(shape, num_tokens):
             data = blocks[self._at(shape, block_ids[first:end])].flatten().view(kv_dtype(shape))
-            in_group = min(num_tokens, end * shape.block_size) - first * shape.block_size
-            target.write(encode_group(data.view(end - first, *_block_dimensions(shape)), shape, in_group))
+            data = data.view(end - first, heads, 2, shape.block_size, shape.head_dim)
+            target.write(encode_group(data, shape, _num_tokens(shape, num_tokens, first, end)))
 
     def _read_int8(
         self, shape: KvShape, block_ids: Sequence[int], num_tokens: int, source: PinnedCopy, num_cached: int
     ) -> None:
         blocks = self._token_blocks(shape)
         for first, end in groups(shape, num_tokens):
-            data = source.read(_group_bytes(shape, end - first))
+            data = source.read(encoded_bytes(shape, _num_tokens(shape, num_tokens, first, end), "int8"))
             kept = max(0, num_cached - first)
             if kept >= end - first:
                 continue
@@ -168,10 +169,6 @@ def kv_dtype(shape: KvShape) -> torch.dtype:
     return torch.bfloat16 if shape.is_bfloat16 else torch.float16
 
 
-def _block_dimensions(shape: KvShape) -> tuple[int, int, int, int]:
-    return shape.num_layers * shape.num_kv_heads, 2, shape.block_size, shape.head_dim
-
-
-def _group_bytes(shape: KvShape, num_blocks: int) -> int:
-    heads, _, block_size, head_dim = _block_dimensions(shape)
-    return heads * (2 * num_blocks * block_size * head_dim + 4 * (head_dim + num_blocks * block_size))
+def _num_tokens(shape: KvShape, num_tokens: int, first: int, end: int) -> int:
+    """Tokens in the blocks [first, end) of a sequence of ``num_tokens``."""
+    return min(num_tokens, end * shape.block_size) - first * shape.block_size

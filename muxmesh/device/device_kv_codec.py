@@ -6,6 +6,7 @@ of token blocks, as many as `kv_codec.encoded_bytes` returns. Enqueues only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -49,7 +50,7 @@ def decode_group(data: Tensor, shape: KvShape, count: int, dtype: torch.dtype) -
     first = 0
     for part in (0, 1):
         scale_shape = _scale_shape(part, count, shape)
-        num_scale_bytes = 4 * scale_shape[0] * scale_shape[1] * scale_shape[2] * scale_shape[3]
+        num_scale_bytes = torch.float32.itemsize * math.prod(scale_shape)
         num_bytes = count * heads * shape.block_size * shape.head_dim
         scales = _aligned(data[first : first + num_scale_bytes]).view(torch.float32).view(scale_shape)
         first += num_scale_bytes
