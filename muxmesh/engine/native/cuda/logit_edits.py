@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from muxmesh.device.torch_device import TorchDevice
-from muxmesh.engine.native.cuda.sampling_plan import LogitEdits
+from muxmesh.engine.native.cuda.device_rows import upload
+from muxmesh.engine.native.cuda.sampling_plan import WORD_BITS, LogitEdits
 
 MAX_LOGIT = torch.finfo(torch.float32).max
-_WORD_BITS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,8 @@ class DeviceEdits:
 
     @classmethod
     def upload(cls, edits: LogitEdits, device: TorchDevice) -> DeviceEdits:
-        return cls(**{field.name: device.upload(getattr(edits, field.name)) for field in fields(cls)})
+        """Enqueues the upload, as one transfer."""
+        return cls(**upload(device, {field.name: getattr(edits, field.name) for field in fields(cls)}))
 
     def bias_and_mask(self, logits: Tensor) -> None:
         """Adds bias and applies masks to ``logits`` (f32 [samples, vocabulary]) in place."""
@@ -59,6 +60,6 @@ class DeviceEdits:
 
     def _is_allowed(self, vocab_size: int) -> Tensor:
         """Which tokens the masks allow (bool [masked, vocabulary])."""
-        shifts = torch.arange(_WORD_BITS, dtype=torch.int32, device=self.masks.device)
+        shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=self.masks.device)
         bits = (self.masks[:, :, None] >> shifts) & 1
         return bits.reshape(len(self.masks), -1)[:, :vocab_size].bool()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from muxmesh.device.torch_device import TorchDevice
+from muxmesh.engine.native.cuda.device_rows import upload
 from muxmesh.engine.native.cuda.logit_edits import DeviceEdits
 from muxmesh.engine.native.cuda.run_penalties import RunPenalties
 from muxmesh.engine.native.cuda.sampling_kernel import BLOCK, SAMPLED, sample_rows
@@ -61,17 +62,22 @@ class Sampler:
         """Scratch memory for `sample_rows`."""
 
     def upload(self, plan: SamplingPlan) -> UploadedPlan:
-        """Enqueues the upload of a plan."""
-        upload, scored = self._device.upload, plan.scored
+        """Enqueues the upload of a plan: one transfer, and one for its edits."""
+        arrays = {"parameters": plan.parameters, "uniforms": plan.uniforms[0]}
+        if len(plan.sample_rows) != plan.num_logit_rows:
+            arrays["sample_rows"] = plan.sample_rows
+        if (scored := plan.scored) is not None:
+            arrays |= {"scored_rows": scored.rows, "scored_samples": scored.samples, "scored_ids": scored.token_ids}
+        uploaded = upload(self._device, arrays)
         return UploadedPlan(
             plan=plan,
-            sample_rows=None if len(plan.sample_rows) == plan.num_logit_rows else upload(plan.sample_rows),
-            parameters=upload(plan.parameters),
-            uniforms=upload(plan.uniforms[0]),
+            sample_rows=uploaded.get("sample_rows"),
+            parameters=uploaded["parameters"],
+            uniforms=uploaded["uniforms"],
             edits=None if plan.edits is None else DeviceEdits.upload(plan.edits, self._device),
-            scored_rows=None if scored is None else upload(scored.rows),
-            scored_samples=None if scored is None else upload(scored.samples),
-            scored_ids=None if scored is None else upload(scored.token_ids),
+            scored_rows=uploaded.get("scored_rows"),
+            scored_samples=uploaded.get("scored_samples"),
+            scored_ids=uploaded.get("scored_ids"),
         )
 
     def run_penalties(self, uploaded: UploadedPlan) -> RunPenalties | None:

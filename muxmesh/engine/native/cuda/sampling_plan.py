@@ -14,7 +14,8 @@ import numpy as np
 from muxmesh.engine.philox import uniforms
 from muxmesh.engine.step import Chunk, SampleSpec
 
-_WORD_BITS = 32
+WORD_BITS = 32
+"""Tokens of one word of a mask."""
 _NO_PENALTY = np.array([[1.0], [0.0], [0.0]], dtype=np.float32)
 _MOST_TOP_K = 1 << 30  # more than any vocabulary, and an int32
 
@@ -191,7 +192,7 @@ def _mask(spec: SampleSpec, vocab_size: int) -> np.ndarray | None:
         bits &= np.unpackbits(spec.token_bitmask.view(np.uint8), count=vocab_size, bitorder="little")
     bits[list(spec.banned)] = 0
     packed = np.packbits(bits, bitorder="little")
-    words = -(-vocab_size // _WORD_BITS)
+    words = -(-vocab_size // WORD_BITS)
     return np.pad(packed, (0, words * 4 - len(packed))).view(np.int32)
 
 

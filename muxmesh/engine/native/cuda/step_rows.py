@@ -106,7 +106,7 @@ def pack(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, slice]
         size = array.nbytes // np.dtype(np.int32).itemsize
         parts[name] = slice(end, end + size)
         end += -(-size // _ALIGNMENT) * _ALIGNMENT
-    packed = np.zeros(end, dtype=np.int32)
+    packed = np.zeros(max(end, 1), dtype=np.int32)  # torch views no empty tensor as another dtype
     for name, array in arrays.items():
         packed[parts[name]] = np.ascontiguousarray(array).reshape(-1).view(np.int32)
     return packed, parts
