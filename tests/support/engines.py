@@ -22,15 +22,15 @@ def sim_runner(max_steps: int = 1) -> SimRunner:
     return SimRunner(SimProfile(), range(35, 93), 0, max_steps=max_steps)
 
 
-class GatedSteps:
-    """The ``sleep`` of a `SimRunner`: every step, also in the middle of a run, waits in its thread for the test."""
+class StepGate:
+    """Steps that wait in their thread until the test lets them run."""
 
     def __init__(self) -> None:
         self._permits = threading.Semaphore(0)
         self._open = False
         self.num_begun = 0
 
-    def __call__(self, seconds: float) -> None:
+    def _begin(self) -> None:
         self.num_begun += 1
         if not self._open:
             self._permits.acquire()
@@ -51,13 +51,19 @@ class GatedSteps:
         self._permits.release()
 
 
-class GatedRunner:
-    """A `Runner` whose steps wait in its thread until the test lets them run. Keeps every step that began."""
+class GatedSteps(StepGate):
+    """The ``sleep`` of a `SimRunner`: every step waits, also in the middle of a run."""
+
+    def __call__(self, seconds: float) -> None:
+        self._begin()
+
+
+class GatedRunner(StepGate):
+    """A `Runner` whose runs of steps wait before they begin. Keeps the first step of each."""
 
     def __init__(self, inner: Runner | None = None) -> None:
+        super().__init__()
         self._inner = inner or sim_runner()
-        self._permits = threading.Semaphore(0)
-        self._open = False
         self.steps: list[Step] = []
 
     @property
@@ -69,24 +75,8 @@ class GatedRunner:
 
     def run(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:
         self.steps.append(step)
-        if not self._open:
-            self._permits.acquire()
+        self._begin()
         return self._inner.run(step, may_continue)
-
-    def let(self, num_steps: int = 1) -> None:
-        """Lets this many steps run."""
-        self._permits.release(num_steps)
-
-    async def begun(self, num_steps: int) -> None:
-        """Waits until this many steps have begun."""
-        async with asyncio.timeout(20):
-            while len(self.steps) < num_steps:
-                await asyncio.sleep(0)
-
-    def open(self) -> None:
-        """Lets every step run from now on."""
-        self._open = True
-        self._permits.release()
 
 
 class FailingRunner:
