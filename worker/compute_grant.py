@@ -53,7 +53,7 @@ class ComputeGrant:
         self._page.add(self._slot, Word.BUSY_NS, int((self._clock.monotonic_s() - self._acquired_at_s) * 1e9))
         self._num_steps += num_steps
         is_used = self._num_steps >= self._page.read(self._slot, Word.GRANTED_STEPS)
-        if is_used and self._page.read(self._slot, Word.RECALLED):
+        if is_used and self.is_recalled:
             self._return()
 
     def drop(self) -> None:
