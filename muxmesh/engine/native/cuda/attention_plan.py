@@ -48,17 +48,22 @@ def decode_config(element_bytes: int, head_dim: int, group: int, capability: tup
 
     ``element_bytes``: of q, 4 for f32. ``capability``: see `prefill_config`.
     """
-    table = _DECODE_EXACT if element_bytes == 4 else _DECODE[capability[0] in (9, 10)]
+    table = _DECODE_EXACT if element_bytes == 4 else _DECODE[_is_like_hopper(capability)]
     return _with_group(_first_fit(table, head_dim), group)
 
 
 def prefill_config(element_bytes: int, head_dim: int, group: int, capability: tuple[int, int]) -> TileConfig:
     """Returns the tile of prefill attention: ``queries // group`` rows of a chunk, all queries of one KV head.
 
-    ``capability``: compute capability of the device. 12.x has the shared memory of 8.6.
+    ``capability``: compute capability of the device.
     """
-    table = _PREFILL_EXACT if element_bytes == 4 else _PREFILL[capability[0] in (9, 10)]
+    table = _PREFILL_EXACT if element_bytes == 4 else _PREFILL[_is_like_hopper(capability)]
     return _with_group(_first_fit(table, head_dim), group)
+
+
+def _is_like_hopper(capability: tuple[int, int]) -> bool:
+    """True for 9.x and 10.x, which have as much shared memory; 12.x has as little as 8.6."""
+    return capability[0] in (9, 10)
 
 
 def _first_fit(table: Sequence[tuple[int, TileConfig]], head_dim: int) -> TileConfig:
@@ -98,7 +103,7 @@ class AttentionPlan:
             num_heads=num_heads,
             decode=decode_config(element_bytes, layout.head_dim, group, capability),
             prefill=prefill_config(element_bytes, layout.head_dim, group, capability),
-            num_slots=num_sms * (1 if capability[0] in (9, 10) else 2),
+            num_slots=num_sms * (1 if _is_like_hopper(capability) else 2),
         )
 
     @property
