@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -43,8 +44,6 @@ from muxmesh.engine.native.cuda.sampling_kernel import sample_kernel, sample_row
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _SHARED_BYTES = {80: 166912, 90: 232448}
 """Most shared memory of a program, by compute capability."""
-_KERNELS = (decode_kernel, merge_kernel, prefill_kernel)
-_STEP_KERNELS = (rotate_and_write_kernel, silu_kernel, sample_kernel)
 _NUM_SMS = 132
 _KV_HEADS = 8
 
@@ -116,46 +115,61 @@ class Kind:
         dtype, kv_dtype, head_dim, group = text.split("/")
         return cls(dtype, kv_dtype, int(head_dim), int(group))
 
+    def layout(self, block_size: int) -> KvLayout:
+        """A layout of four layers whose slabs end with elements that belong to no token block."""
+        token_block = 4 * _KV_HEADS * 2 * block_size * self.head_dim
+        return KvLayout(self.head_dim, block_size, _KV_HEADS, 3, 3 * token_block + 64, token_block)
 
-def compile_all(capability: int, kind: Kind, block_size: int = 16) -> Iterator[Compiled]:
-    """Compiles attention for one kind of model, decode with and without a split; yields what came out."""
-    triton.runtime.driver.set_active(CompileOnlyDriver(capability))
+
+def compile_attention(capability: int, kind: Kind, block_size: int = 16) -> Iterator[Compiled]:
+    """Compiles attention for one kind of model, decode with and without a split; yields each result."""
     head_dim, dtype, heads = kind.head_dim, DTYPES[kind.dtype], _KV_HEADS * kind.group
-    token_block = 4 * _KV_HEADS * 2 * block_size * head_dim
-    layout = KvLayout(head_dim, block_size, _KV_HEADS, 3, 3 * token_block + 64, token_block)
+    layout = kind.layout(block_size)
     plan = AttentionPlan.of(layout, heads, dtype.itemsize, divmod(capability, 10), _NUM_SMS)
     q = torch.empty(2, heads, head_dim, dtype=dtype)
     pool = torch.empty(64, dtype=DTYPES[kind.kv_dtype])
     tables, integers = torch.zeros(2, 256).int(), torch.zeros(2).int()
     workspace = torch.empty(plan.workspace_elements(2, 256))
-    for kernel in _KERNELS:
-        kernel.device_caches.clear()
-    decode_attention(q, pool, plan, 1, tables, integers, q, workspace)
-    decode_attention(q, pool, plan, 1, tables[:, :1], integers, q, workspace)
-    prefill_attention(q, pool, plan, 1, tables, torch.from_numpy(prefill_tiles(plan, [0], [2], [7])), q)
-    for kernel in _KERNELS:
-        for compiled in kernel.device_caches[capability][0].values():
-            yield _read(compiled, capability)
+
+    def launch() -> None:
+        decode_attention(q, pool, plan, 1, tables, integers, q, workspace)
+        decode_attention(q, pool, plan, 1, tables[:, :1], integers, q, workspace)
+        prefill_attention(q, pool, plan, 1, tables, torch.from_numpy(prefill_tiles(plan, [0], [2], [7])), q)
+
+    return compiled_by(launch, capability, decode_kernel, merge_kernel, prefill_kernel)
 
 
 def compile_step_kernels(capability: int, kind: Kind, block_size: int = 16) -> Iterator[Compiled]:
     """Compiles the other kernels of a step: rotation with and without norms, the gate, and sampling."""
-    triton.runtime.driver.set_active(CompileOnlyDriver(capability))
     head_dim, dtype, heads = kind.head_dim, DTYPES[kind.dtype], _KV_HEADS * kind.group
-    token_block = 4 * _KV_HEADS * 2 * block_size * head_dim
-    layout = KvLayout(head_dim, block_size, _KV_HEADS, 3, 3 * token_block + 64, token_block)
+    layout = kind.layout(block_size)
     qkv, q = (torch.empty(2, count, head_dim, dtype=dtype) for count in (heads + 2 * _KV_HEADS, heads))
     angles, weights = torch.empty(64, head_dim // 2), torch.empty(head_dim, dtype=dtype)
     pool, integers = torch.empty(64, dtype=DTYPES[kind.kv_dtype]), torch.zeros(2).int()
-    for kernel in _STEP_KERNELS:
-        kernel.device_caches.clear()
-    for norms in (None, HeadNorms(weights, weights, 1e-6)):
-        rotate_and_write(qkv, norms, angles, angles, integers, integers, pool, layout, 1, q)
-    silu_and_multiply(torch.empty(2, 512, dtype=dtype), torch.empty(2, 256, dtype=dtype))
+
+    def launch() -> None:
+        for norms in (None, HeadNorms(weights, weights, 1e-6)):
+            rotate_and_write(qkv, norms, angles, angles, integers, integers, pool, layout, 1, q)
+        silu_and_multiply(torch.empty(2, 512, dtype=dtype), torch.empty(2, 256, dtype=dtype))
+        launch_sampling(128_256)
+
+    return compiled_by(launch, capability, rotate_and_write_kernel, silu_kernel, sample_kernel)
+
+
+def launch_sampling(vocab_size: int) -> None:
+    """Samples two rows of logits."""
     results = torch.zeros(2, dtype=torch.int64)
     numbers, likely = torch.empty(5, 2, dtype=torch.float64), torch.empty(2, SAMPLED_AT_A_TIME, dtype=torch.int32)
-    sample_rows(torch.empty(2, 128_256), numbers[:4], numbers[4], results, results, likely)
-    for kernel in _STEP_KERNELS:
+    sample_rows(torch.empty(2, vocab_size), numbers[:4], numbers[4], results, results, likely)
+
+
+def compiled_by(launch: Callable[[], None], capability: int, *kernels: Any) -> Iterator[Compiled]:
+    """Yields what ``kernels`` are compiled to for the launches of ``launch``."""
+    triton.runtime.driver.set_active(CompileOnlyDriver(capability))
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    launch()
+    for kernel in kernels:
         for compiled in kernel.device_caches[capability][0].values():
             yield _read(compiled, capability)
 
@@ -188,6 +202,18 @@ def _load_bytes(ptx: str) -> Iterator[int]:
         yield int(vector or 1) * int(bits) // 8
 
 
+def compiled_elsewhere(module: str, capability: int, *arguments: str) -> list[Any]:
+    """Runs ``module`` in a process of its own, as this one interprets kernels; returns one dict per kernel."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, str(capability), *arguments],
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("capability", type=int, choices=list(_SHARED_BYTES))
@@ -196,7 +222,7 @@ def main() -> None:
     )
     parser.add_argument("--step", action="store_true", help="the kernels beside attention")
     arguments = parser.parse_args()
-    compile_kind = compile_step_kernels if arguments.step else compile_all
+    compile_kind = compile_step_kernels if arguments.step else compile_attention
     for kind in arguments.kinds:
         for compiled in compile_kind(arguments.capability, kind):
             sys.stdout.write(json.dumps(asdict(kind) | asdict(compiled)) + "\n")

@@ -5,27 +5,21 @@ python -m tests.support.compiled_sampling 90 128256
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from dataclasses import asdict
 
-import torch
-import triton
-
-from muxmesh.engine.native.cuda.sampling_kernel import BLOCK, sample_kernel, sample_rows
-from tests.support.compiled_kernels import CompileOnlyDriver, _read
+from muxmesh.engine.native.cuda.sampling_kernel import sample_kernel
+from tests.support.compiled_kernels import compiled_by, launch_sampling
 
 
 def main() -> None:
     capability = int(sys.argv[1])
-    triton.runtime.driver.set_active(CompileOnlyDriver(capability))
     for vocab_size in map(int, sys.argv[2:]):
-        sample_kernel.device_caches.clear()
-        integers, numbers = torch.zeros(2, dtype=torch.int64), torch.zeros((4, 2), dtype=torch.float64)
-        likely = torch.zeros((2, BLOCK), dtype=torch.int32)
-        sample_rows(torch.zeros(2, vocab_size), numbers, numbers[0], integers, integers, likely)
-        for compiled in sample_kernel.device_caches[capability][0].values():
-            sys.stdout.write(json.dumps({"vocab_size": vocab_size} | asdict(_read(compiled, capability))) + "\n")
+        launch = functools.partial(launch_sampling, vocab_size)
+        for compiled in compiled_by(launch, capability, sample_kernel):
+            sys.stdout.write(json.dumps({"vocab_size": vocab_size} | asdict(compiled)) + "\n")
 
 
 if __name__ == "__main__":

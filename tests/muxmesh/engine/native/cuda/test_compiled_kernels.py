@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
 
+from tests.support.compiled_kernels import compiled_elsewhere
 from tests.support.triton_interpreter import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="this process compiles for the present device")
 
+COMPILER = "tests.support.compiled_kernels"
 KINDS = [  # dtype of q, dtype of the pool, head size, query heads per KV head
     *(f"bf16/bf16/{head_dim}/4" for head_dim in (64, 80, 128, 256)),
     "bf16/bf16/128/1",
@@ -24,22 +19,10 @@ KINDS = [  # dtype of q, dtype of the pool, head size, query heads per KV head
 ]
 
 
-def compiled(capability: int, kinds: Sequence[str], *options: str) -> list[Any]:
-    """Compiles in a process of its own, as this one interprets kernels; returns one dict per kernel."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.compiled_kernels", str(capability), *kinds, *options],
-        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_keep_to_registers_wide_loads_and_matrix_instructions(capability: int) -> None:
-    kernels = compiled(capability, KINDS)
+    kernels = compiled_elsewhere(COMPILER, capability, *KINDS)
     # Decode attention is compiled with and without a split.
     assert len(kernels) == 4 * len(KINDS)
     for kernel in kernels:
@@ -61,6 +44,6 @@ def test_kernels_keep_to_registers_wide_loads_and_matrix_instructions(capability
 @pytest.mark.timeout(600)
 def test_the_kernels_beside_attention_compile_for_each_pair_of_dtypes_and_do_not_spill() -> None:
     kinds = ["bf16/bf16/128/4", "f16/f16/80/1", "f32/f32/64/4", "f32/bf16/128/4", "bf16/f16/64/3"]
-    kernels = compiled(90, kinds, "--step")
+    kernels = compiled_elsewhere(COMPILER, 90, *kinds, "--step")
     assert len(kernels) == 4 * len(kinds)
     assert [kernel for kernel in kernels if kernel["spill_bytes"]] == []
