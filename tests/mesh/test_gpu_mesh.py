@@ -7,18 +7,15 @@ import signal
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import pytest_asyncio
-import torch
 
-from muxmesh.models.tokenizer import load_text_model
 from tests.support.fake_driver import UUID
 from tests.support.gpu_machine import gpu_machine, maps
 from tests.support.mesh import RunningMesh, collect, running_mesh
-from tests.support.tiny import TinyShape, reference, write_tiny_model
+from tests.support.tiny import TinyShape, greedy_tokens, write_tiny_model
 
 pytestmark = [pytest.mark.mesh, pytest.mark.asyncio(loop_scope="module")]
 
@@ -51,19 +48,11 @@ async def mesh(folder: Path, calls: Path, tmp_path_factory: pytest.TempPathFacto
             yield running
 
 
-def expected_tokens(folder: Path, prompt: str) -> list[int]:
-    prompt_ids = load_text_model(folder).encode(prompt, True)
-    generated: Any = reference(folder).generate(
-        torch.tensor([prompt_ids]), max_new_tokens=TOKENS, do_sample=False, pad_token_id=2
-    )
-    return [int(token) for token in generated[0, len(prompt_ids) :]]
-
-
 async def test_greedy_outputs_equal_those_of_transformers(mesh: RunningMesh, folder: Path) -> None:
     completions = await asyncio.gather(
         *(mesh.client.generate(prompt, max_new_tokens=TOKENS, temperature=0) for prompt in PROMPTS)
     )
-    assert [list(one.token_ids) for one in completions] == [expected_tokens(folder, prompt) for prompt in PROMPTS]
+    assert [list(one.token_ids) for one in completions] == [greedy_tokens(folder, prompt, TOKENS) for prompt in PROMPTS]
     await mesh.until_free()
 
 
@@ -121,6 +110,6 @@ async def test_a_killed_worker_loses_no_token(mesh: RunningMesh, folder: Path, n
     first = await anext(stream)
     os.kill(mesh.pid(name), signal.SIGKILL)
     _, tokens, _ = await collect(stream)
-    assert [*first.token_ids, *tokens] == expected_tokens(folder, prompt)
+    assert [*first.token_ids, *tokens] == greedy_tokens(folder, prompt, TOKENS)
     await mesh.until_free()
     assert (mesh.pid("kvstore/unit0"), _device_memory(mesh)) == (kvstore, memory)

@@ -15,7 +15,7 @@ import torch
 from muxmesh.models.tokenizer import load_text_model
 from muxmesh.v1 import inference_pb2
 from tests.support.mesh import RunningMesh, collect, running_mesh
-from tests.support.tiny import TinyShape, reference, write_tiny_model
+from tests.support.tiny import TinyShape, greedy_tokens, reference, write_tiny_model
 
 pytestmark = [pytest.mark.mesh, pytest.mark.asyncio(loop_scope="module")]
 
@@ -40,14 +40,6 @@ async def mesh(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
         yield running
 
 
-def expected_tokens(folder: Path, prompt: str) -> list[int]:
-    prompt_ids = load_text_model(folder).encode(prompt, True)
-    generated: Any = reference(folder).generate(
-        torch.tensor([prompt_ids]), max_new_tokens=TOKENS, do_sample=False, pad_token_id=2
-    )
-    return [int(token) for token in generated[0, len(prompt_ids) :]]
-
-
 async def test_greedy_outputs_of_both_models_side_by_side_equal_those_of_transformers(
     mesh: RunningMesh, folders: dict[str, Path]
 ) -> None:
@@ -56,7 +48,7 @@ async def test_greedy_outputs_of_both_models_side_by_side_equal_those_of_transfo
         *(mesh.client.generate(prompt, model=name, max_new_tokens=TOKENS, temperature=0) for name, prompt in requests)
     )
     for (name, prompt), completion in zip(requests, completions, strict=True):
-        assert list(completion.token_ids) == expected_tokens(folders[name], prompt), (name, prompt)
+        assert list(completion.token_ids) == greedy_tokens(folders[name], prompt, TOKENS), (name, prompt)
     await mesh.until_free()
 
 

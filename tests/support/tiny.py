@@ -16,7 +16,7 @@ from muxmesh.engine.native.cpu.forward import open_cpu_forward
 from muxmesh.engine.native.cpu.thread_team import Team
 from muxmesh.engine.native.logits_runner import LogitsRunner
 from muxmesh.models.model_spec import ModelSpec, read_model_spec
-from muxmesh.models.tokenizer import byte_tokenizer
+from muxmesh.models.tokenizer import byte_tokenizer, load_text_model
 from muxmesh.models.weight_image import ensure_image
 
 CHAT_TEMPLATE = (
@@ -108,6 +108,15 @@ def reference(folder: Path) -> Any:
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     return model.eval()
+
+
+def greedy_tokens(folder: Path, prompt: str, num_tokens: int) -> list[int]:
+    """The greedy output of the reference for a text."""
+    prompt_ids = load_text_model(folder).encode(prompt, True)
+    generated: Any = reference(folder).generate(
+        torch.tensor([prompt_ids]), max_new_tokens=num_tokens, do_sample=False, pad_token_id=2
+    )
+    return [int(token) for token in generated[0, len(prompt_ids) :]]
 
 
 def tiny_view(spec: ModelSpec, block_size: int = 16, num_slabs: int = 8) -> KvView:
