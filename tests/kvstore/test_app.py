@@ -23,7 +23,7 @@ from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, QueuedRequest, Role, SchedulingState
 from tests.support.cuda_unit import cuda_runtime
-from tests.support.fake_driver import OTHER_UUID, UUID, fake_driver_folder
+from tests.support.fake_driver import OTHER_UUID, UUID, fake_driver_library
 from worker.attachment import attach
 from worker.compute_grant import ComputeGrant
 from worker.lease_client import LeaseClient
@@ -167,7 +167,7 @@ async def test_a_slab_that_is_too_small_for_a_model_is_refused(tmp_path: Path) -
 @pytest.fixture(scope="module")
 def fake_driver() -> CudaDriver:
     """Loads the fake driver into this process, where `libcuda.so.1` is it from then on."""
-    return CudaDriver(str(fake_driver_folder() / "libcuda.so.1"))
+    return CudaDriver(fake_driver_library())
 
 
 @pytest.mark.parametrize(

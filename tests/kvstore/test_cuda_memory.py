@@ -10,7 +10,7 @@ from kvstore.device_memory import CUDA, Segment, Transport
 from muxmesh.cuda.driver import CudaDriver
 from muxmesh.device.cuda_mapping import map_segment
 from muxmesh.errors import DeviceError
-from tests.support.fake_driver import NUM_SMS, UUID, device_resources, fake_driver_folder, output_on_fake
+from tests.support.fake_driver import NUM_SMS, UUID, device_resources, fake_driver_library, output_on_fake
 
 MIB = 1 << 20
 WEIGHTS = {"a": 5 * MIB, "b": 1}
@@ -18,7 +18,7 @@ WEIGHTS = {"a": 5 * MIB, "b": 1}
 
 @pytest.fixture(scope="module")
 def driver() -> CudaDriver:
-    return CudaDriver(str(fake_driver_folder() / "libcuda.so.1"))
+    return CudaDriver(fake_driver_library())
 
 
 def segments_of(memory: CudaMemory) -> list[Segment]:

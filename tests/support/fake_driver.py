@@ -39,6 +39,11 @@ def fake_driver_folder() -> Path:
     return folder
 
 
+def fake_driver_library() -> str:
+    """The path of the fake driver, for a `CudaDriver` of this process."""
+    return str(fake_driver_folder() / "libcuda.so.1")
+
+
 def fake_driver_environment(**settings: str) -> dict[str, str]:
     """This process's environment with the fake driver as `libcuda.so.1`. ``settings``: see the fake's README."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "FAKE_CUDA_"))}

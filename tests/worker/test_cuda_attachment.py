@@ -36,7 +36,7 @@ from tests.support.cuda_unit import (
     start_python,
 )
 from tests.support.cuda_worker_kv import NUM_HEADS, SHAPE, random_kv, random_q
-from tests.support.fake_driver import NUM_SMS, OTHER_UUID, UUID, fake_driver_folder
+from tests.support.fake_driver import NUM_SMS, OTHER_UUID, UUID, fake_driver_library
 from tests.support.processes import ended
 from tests.support.served_unit import served
 from worker.attachment import WorkerDevice, map_pool
@@ -179,7 +179,7 @@ async def test_a_worker_on_another_device_is_refused_by_both_uuids_and_leaves_no
 async def test_a_worker_refuses_memory_of_another_size_than_the_unit_says(
     tmp_path: Path, legacy_ipc: bool, message: str
 ) -> None:
-    driver = CudaDriver(str(fake_driver_folder() / "libcuda.so.1"))
+    driver = CudaDriver(fake_driver_library())
     memory = CudaMemory(driver, 0, 4 * MIB, {"m": MIB}, legacy_ipc)
     (segment,) = memory.shards[0].segments
     memory.shards = (Shard((replace(segment, size_bytes=8 * MIB),)),)
@@ -196,7 +196,7 @@ async def test_a_worker_refuses_memory_of_another_size_than_the_unit_says(
 def device(monkeypatch: pytest.MonkeyPatch) -> WorkerDevice:
     """A device of this process: the fake driver, and tensors of the CPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    driver, interpreted = CudaDriver(str(fake_driver_folder() / "libcuda.so.1")), InterpretedDevice()
+    driver, interpreted = CudaDriver(fake_driver_library()), InterpretedDevice()
     return WorkerDevice(interpreted, CudaSegments(driver, interpreted.torch_device))
 
 

@@ -6,13 +6,13 @@ import pytest
 
 from muxmesh.cuda.driver import CudaDriver
 from tests.support.driver_memory import DriverMemory
-from tests.support.fake_driver import fake_driver_folder
+from tests.support.fake_driver import fake_driver_library
 
 
 @pytest.fixture(scope="session")
 def library() -> str:
     """The driver library under test: MUXMESH_TEST_LIBCUDA (libcuda.so.1 on a machine with a GPU), or the fake one."""
-    return os.environ.get("MUXMESH_TEST_LIBCUDA") or str(fake_driver_folder() / "libcuda.so.1")
+    return os.environ.get("MUXMESH_TEST_LIBCUDA") or fake_driver_library()
 
 
 @pytest.fixture(scope="session")

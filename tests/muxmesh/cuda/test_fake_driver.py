@@ -13,13 +13,13 @@ import pytest
 from muxmesh.cuda.driver import _FUNCTIONS, CudaDriver
 from muxmesh.errors import DeviceError
 from tests.support.driver_memory import SIZE, DriverMemory
-from tests.support.fake_driver import SOURCES, UUID, device_resources, fake_driver_environment, fake_driver_folder
+from tests.support.fake_driver import SOURCES, UUID, device_resources, fake_driver_environment, fake_driver_library
 from tests.support.mps import FakeDaemon, fake_daemon
 
 
 @pytest.fixture(scope="module")
 def library() -> str:
-    return str(fake_driver_folder() / "libcuda.so.1")
+    return fake_driver_library()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 from muxmesh.cuda.driver import CudaDriver
 from muxmesh.device.cuda_mapping import CudaSegments, map_segment
 from muxmesh.errors import DeviceError
-from tests.support.fake_driver import OTHER_UUID, UUID, device_resources, fake_driver_environment, fake_driver_folder
+from tests.support.fake_driver import OTHER_UUID, UUID, device_resources, fake_driver_environment, fake_driver_library
 
 SIZE = 4 << 20
 
@@ -49,7 +49,7 @@ print(second[:6].tolist(), first.data_ptr() != second.data_ptr(), flush=True)
 
 @pytest.fixture(scope="module")
 def driver() -> CudaDriver:
-    return CudaDriver(str(fake_driver_folder() / "libcuda.so.1"))
+    return CudaDriver(fake_driver_library())
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from muxmesh.device.pinned_swap import PinnedSwap, Register
 from muxmesh.device.torch_device import open_torch_device
 from muxmesh.errors import DeviceError
 from muxmesh.types import SWAP_PAGE_BYTES
-from tests.support.fake_driver import fake_driver_folder
+from tests.support.fake_driver import fake_driver_library
 
 PAGE = SWAP_PAGE_BYTES
 CHUNK = 4 * PAGE
@@ -102,7 +102,7 @@ def test_memory_that_cannot_be_pinned_is_an_error_with_advice_and_is_tried_again
 
 @pytest.mark.skipif(not DEVICE.is_interpreted, reason="the driver of this process is not the fake one")
 def test_the_driver_pins_each_chunk() -> None:
-    driver = CudaDriver(str(fake_driver_folder() / "libcuda.so.1"))
+    driver = CudaDriver(fake_driver_library())
     driver.use_primary_context(0)
     addresses: list[int] = []
 
