@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from muxmesh.config.runtime import MeshRuntime, MpsDaemons
+from muxmesh.config.schema import MeshConfig
 from muxmesh.cuda.mps import CONTROL_PROGRAM, MpsControl
 
 FAKE_FOLDER = Path(__file__).parent / "fake_mps"
@@ -70,12 +72,32 @@ def next_line(process: subprocess.Popen[bytes]) -> str:
     return process.stdout.readline().decode().strip()
 
 
+def mps_runtime(folder: Path, units: Sequence[Mapping[str, Any]], uuids: Mapping[str, str]) -> MeshRuntime:
+    """The runtime of a mesh in ``folder``, with the fake control program. ``uuids``: of the GPUs, by unit name.
+
+    Has no Redis and no prepared models.
+    """
+    return MeshRuntime(
+        config=MeshConfig.model_validate({"units": units}),
+        run_dir=folder,
+        cache_dir=folder,
+        redis_url="unix:///x",
+        prepared={},
+        device_uuids=dict(uuids),
+        mps=MpsDaemons(program=FAKE_PROGRAM, log_dir=folder / "logs"),
+    )
+
+
+def fake_daemon(folder: Path, answer_within_s: float = 5.0) -> contextlib.AbstractContextManager[FakeDaemon]:
+    """See `daemon_of`. Its directories are in ``folder``."""
+    return daemon_of(MpsControl(FAKE_PROGRAM, folder / "pipe", folder / "log", answer_within_s))
+
+
 @contextlib.contextmanager
-def fake_daemon(folder: Path, answer_within_s: float = 5.0) -> Iterator[FakeDaemon]:
-    """Runs a daemon with directories in ``folder`` until the block ends."""
-    control = MpsControl(FAKE_PROGRAM, folder / "pipe", folder / "log", answer_within_s)
+def daemon_of(control: MpsControl) -> Iterator[FakeDaemon]:
+    """Creates the directories of ``control``, and runs a daemon in them until the block ends."""
     for directory in control.environment.values():
-        Path(directory).mkdir(exist_ok=True)
+        Path(directory).mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **control.environment}
     with subprocess.Popen((FAKE_PROGRAM, "-f"), env=environment, stdout=subprocess.PIPE) as process:
         try:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from muxmesh.config.runtime import MeshRuntime, MpsDaemons, ProcessKey
-from muxmesh.config.schema import MeshConfig
+from muxmesh.config.runtime import MeshRuntime, ProcessKey
 from muxmesh.types import Role
 from tests.support.fake_driver import UUID
-from tests.support.mps import FAKE_PROGRAM
+from tests.support.mps import mps_runtime
 
 KEYS = {
     "kvstore": ProcessKey("kvstore", "u"),
@@ -23,16 +22,7 @@ KEYS = {
 @pytest.fixture
 def runtime(tmp_path: Path) -> MeshRuntime:
     model = {"name": "m", "compute_share": {"prefill": 60, "decode": 40}}
-    config = MeshConfig.model_validate({"units": [{"name": "u", "device": "cuda:0", "models": [model]}]})
-    return MeshRuntime(
-        config=config,
-        run_dir=tmp_path,
-        cache_dir=tmp_path,
-        redis_url="unix:///x",
-        prepared={},
-        device_uuids={"u": UUID},
-        mps=MpsDaemons(program=FAKE_PROGRAM, log_dir=tmp_path),
-    )
+    return mps_runtime(tmp_path, [{"name": "u", "device": "cuda:0", "models": [model]}], {"u": UUID})
 
 
 def last_line_of(module: str, runtime: MeshRuntime, without: str) -> str:

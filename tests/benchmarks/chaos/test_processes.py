@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.chaos.processes import MPS_QUESTION, MeshProcesses, names_of
-from muxmesh.config.runtime import MeshRuntime, MpsDaemons
-from muxmesh.config.schema import MeshConfig
+from muxmesh.config.runtime import MeshRuntime
 from tests.support.fake_driver import UUID
-from tests.support.mps import FAKE_PROGRAM, FakeDaemon, next_line
+from tests.support.mps import FAKE_PROGRAM, FakeDaemon, daemon_of, mps_runtime
 
 DAEMON = "mps/fa4ecada"
 OTHER_UUID = "GPU-0badcafe-0000-4000-8000-000000000000"
@@ -22,15 +21,7 @@ def runtime_in(folder: Path, uuids: dict[str, str]) -> MeshRuntime:
     units = [
         {"name": unit, "device": "cuda:0", "models": [{"name": f"model-{unit}", "engine": "sim"}]} for unit in uuids
     ]
-    return MeshRuntime(
-        config=MeshConfig.model_validate({"units": units}),
-        run_dir=folder,
-        cache_dir=folder,
-        redis_url="",
-        prepared={},
-        device_uuids=uuids,
-        mps=MpsDaemons(program=FAKE_PROGRAM, log_dir=folder / "logs"),
-    )
+    return mps_runtime(folder, units, uuids)
 
 
 @pytest.fixture
@@ -47,17 +38,8 @@ def processes(runtime: MeshRuntime) -> MeshProcesses:
 @pytest.fixture
 def daemon(runtime: MeshRuntime) -> Iterator[FakeDaemon]:
     """A daemon in the pipe directory of the mesh."""
-    control = runtime.mps_control("u")
-    for directory in control.environment.values():
-        Path(directory).mkdir(parents=True)
-    environment = {**os.environ, **control.environment}
-    with subprocess.Popen((FAKE_PROGRAM, "-f"), env=environment, stdout=subprocess.PIPE) as process:
-        try:
-            assert next_line(process) == "listening"
-            yield FakeDaemon(process, control)
-        finally:
-            subprocess.run(FAKE_PROGRAM, env=environment, input=b"quit\n", check=False, capture_output=True)
-            process.kill()
+    with daemon_of(runtime.mps_control("u")) as daemon:
+        yield daemon
 
 
 def test_units_on_one_gpu_have_one_daemon(tmp_path: Path) -> None:

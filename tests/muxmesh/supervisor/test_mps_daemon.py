@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
-from muxmesh.config.runtime import MeshRuntime, MpsDaemons
-from muxmesh.config.schema import MeshConfig
+from muxmesh.config.runtime import MeshRuntime
 from muxmesh.cuda.mps import MpsControl
 from muxmesh.errors import ConfigError
 from muxmesh.process_state import has_ended
 from muxmesh.supervisor.mps_daemon import check_mps, daemon_environment, end_leftovers, mps_answers, wait_for_mps
-from tests.support.mps import FAKE_PROGRAM, FakeDaemon, fake_daemon, next_line
+from tests.support.mps import FAKE_PROGRAM, FakeDaemon, fake_daemon, mps_runtime, next_line
 
 UUID = "GPU-5f4df884-095b-d388-4934-d4853eca3833"
 
@@ -29,16 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def runtime_in(folder: Path, device: str = "cuda:0") -> MeshRuntime:
-    config = MeshConfig.model_validate({"units": [{"name": "u", "device": device, "models": [{"name": "m"}]}]})
-    return MeshRuntime(
-        config=config,
-        run_dir=folder,
-        cache_dir=folder,
-        redis_url="unix:///x",
-        prepared={},
-        device_uuids={"u": UUID},
-        mps=MpsDaemons(program=FAKE_PROGRAM, log_dir=folder / "logs"),
-    )
+    return mps_runtime(folder, [{"name": "u", "device": device, "models": [{"name": "m"}]}], {"u": UUID})
 
 
 @contextmanager
