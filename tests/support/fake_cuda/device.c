@@ -162,28 +162,28 @@ CUresult cuDeviceGetCount(int *count) {
 
 CUresult cuDeviceGet(CUdevice *device, int ordinal) {
     ENTRY;
-    REQUIRE(ordinal >= 0 && ordinal < num_devices, CUDA_ERROR_INVALID_DEVICE);
+    REQUIRE_DEVICE(ordinal);
     *device = ordinal;
     return CUDA_SUCCESS;
 }
 
 CUresult cuDeviceGetName(char *name, int len, CUdevice device) {
     ENTRY;
-    REQUIRE(device >= 0 && device < num_devices, CUDA_ERROR_INVALID_DEVICE);
+    REQUIRE_DEVICE(device);
     snprintf(name, (size_t)len, "fake device %d", device);
     return CUDA_SUCCESS;
 }
 
 CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice device) {
     ENTRY;
-    REQUIRE(device >= 0 && device < num_devices, CUDA_ERROR_INVALID_DEVICE);
+    REQUIRE_DEVICE(device);
     *uuid = devices[device].uuid;
     return CUDA_SUCCESS;
 }
 
 CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice device) {
     ENTRY;
-    REQUIRE(device >= 0 && device < num_devices, CUDA_ERROR_INVALID_DEVICE);
+    REQUIRE_DEVICE(device);
     *bytes = device_bytes;
     return CUDA_SUCCESS;
 }
@@ -191,7 +191,7 @@ CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice device) {
 /* The attributes of an H100 or H200; FAKE_CUDA_ATTRIBUTES=103=0,102=0 replaces some. */
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
     ENTRY;
-    REQUIRE(device >= 0 && device < num_devices, CUDA_ERROR_INVALID_DEVICE);
+    REQUIRE_DEVICE(device);
     const int known[][2] = {{16, num_sms()}, {75, 9}, {76, 0}, {99, 1}, {102, 1}, {103, 1}, {133, mps_socket >= 0}};
     char text[256], *rest = text, *item;
     snprintf(text, sizeof text, "%s", getenv("FAKE_CUDA_ATTRIBUTES") ? getenv("FAKE_CUDA_ATTRIBUTES") : "");
@@ -210,7 +210,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
 
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
     ENTRY;
-    REQUIRE(device >= 0 && device < num_devices, CUDA_ERROR_INVALID_DEVICE);
+    REQUIRE_DEVICE(device);
     devices[device].num_retained++;
     *context = (CUcontext)(intptr_t)(device + 1);
     return CUDA_SUCCESS;
@@ -218,7 +218,7 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
 
 CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
     ENTRY;
-    REQUIRE(device >= 0 && device < num_devices, CUDA_ERROR_INVALID_DEVICE);
+    REQUIRE_DEVICE(device);
     REQUIRE(devices[device].num_retained, CUDA_ERROR_INVALID_CONTEXT);
     devices[device].num_retained--;
     return CUDA_SUCCESS;

@@ -77,7 +77,8 @@ void remove_range(Range *range) {
     free(range);
 }
 
-/* Addresses that nobody may touch. A mapping of an empty memfd, since anonymous ones have no name in the maps. */
+/* Addresses that can be neither read nor written. A mapping of an empty memfd, since anonymous ones have no name in the
+ * maps. */
 char *reserve(size_t size) {
     int fd = memfd_create("fake-cuda-addresses", MFD_CLOEXEC);
     char *wide = mmap(NULL, size + GRANULARITY, PROT_NONE, MAP_SHARED | MAP_NORESERVE, fd, 0);
@@ -119,7 +120,7 @@ static CUmemGenericAllocationHandle add_allocation(int fd, int device, int is_ow
 static CUresult check_properties(const CUmemAllocationProp *prop) {
     REQUIRE(prop->type == CU_MEM_ALLOCATION_TYPE_PINNED && prop->location.type == CU_MEM_LOCATION_TYPE_DEVICE,
             CUDA_ERROR_INVALID_VALUE);
-    REQUIRE(prop->location.id >= 0 && prop->location.id < num_devices, CUDA_ERROR_INVALID_DEVICE);
+    REQUIRE_DEVICE(prop->location.id);
     return CUDA_SUCCESS;
 }
 

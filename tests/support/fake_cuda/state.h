@@ -31,6 +31,7 @@ void unlock(int *unused);
     } while (0)
 #define ENTRY ENTRY_(1)
 #define REQUIRE(condition, error) do { if (!(condition)) return error; } while (0)
+#define REQUIRE_DEVICE(index) REQUIRE((index) >= 0 && (index) < num_devices, CUDA_ERROR_INVALID_DEVICE)
 
 int current_device(void); /* -1: no context is current in this thread */
 
