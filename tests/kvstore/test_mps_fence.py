@@ -14,7 +14,7 @@ from kvstore.mps_fence import MpsFence
 from muxmesh.background_task import background
 from muxmesh.clock import SystemClock
 from muxmesh.errors import Unavailable
-from tests.kvstore.test_fence import fail, has_exited, until_exited
+from tests.kvstore.test_fence import Child, fail, has_exited, until_exited
 from tests.support.mps import FakeDaemon, fake_daemon, next_line
 
 
@@ -69,6 +69,17 @@ async def until_listed(fence: MpsFence, pid: int) -> None:
                 is_listed = await fence.is_client(pid)
 
 
+@asynccontextmanager
+async def fenced_client(daemon: FakeDaemon, group: Group, **times: float) -> AsyncIterator[tuple[MpsFence, Child, int]]:
+    """A fence, a client that the daemon lists, and the fence's file descriptor for it. See `running_fence`."""
+    async with running_fence(daemon, group, **times) as fence:
+        with daemon.client() as client:
+            watch_fd = fence.watch(client.pid)
+            await until_listed(fence, client.pid)
+            yield fence, client, watch_fd
+            os.close(watch_fd)
+
+
 async def test_the_daemon_terminates_a_client_before_it_is_killed(daemon: FakeDaemon) -> None:
     async with running_fence(daemon, Group(), release_within_s=60) as fence:
         with daemon.client() as client, daemon.client() as neighbour:
@@ -83,97 +94,77 @@ async def test_the_daemon_terminates_a_client_before_it_is_killed(daemon: FakeDa
 
 async def test_a_client_that_has_exited_is_not_reported_while_the_daemon_lists_it(daemon: FakeDaemon) -> None:
     group = Group()
-    async with running_fence(daemon, group) as fence:
-        with daemon.client() as client:
-            watch_fd = fence.watch(client.pid)
-            await until_listed(fence, client.pid)
-            daemon.fail("keeps_clients")
-            client.kill()
-            client.wait()
-            reason, device_has_failed = await group.next_end()
-            assert reason == f"exited and not released in time: process {client.pid}: the MPS daemon still lists it"
-            assert not device_has_failed
-            assert await group.next_give_up() == reason
-            assert not has_exited(watch_fd)
-            daemon.recover("keeps_clients")
-            with daemon.client():  # the fake daemon forgets the dead when a connection ends
-                pass
-            await until_exited(watch_fd)
-            os.close(watch_fd)
+    async with fenced_client(daemon, group) as (_, client, watch_fd):
+        daemon.fail("keeps_clients")
+        client.kill()
+        client.wait()
+        reason, device_has_failed = await group.next_end()
+        assert reason == f"exited and not released in time: process {client.pid}: the MPS daemon still lists it"
+        assert not device_has_failed
+        assert await group.next_give_up() == reason
+        assert not has_exited(watch_fd)
+        daemon.recover("keeps_clients")
+        with daemon.client():  # the fake daemon forgets the dead when a connection ends
+            pass
+        await until_exited(watch_fd)
 
 
 @pytest.mark.parametrize(("how", "answer_within_s"), [("silent", 1.0), ("nonsense", 60)])
 async def test_a_client_is_in_quarantine_while_the_daemon_does_not_answer(daemon: FakeDaemon, how: str) -> None:
     group = Group()
-    async with running_fence(daemon, group) as fence:
-        with daemon.client() as client:
-            watch_fd = fence.watch(client.pid)
-            await until_listed(fence, client.pid)
-            daemon.fail(how)
-            fence.kill(watch_fd)
-            reason, device_has_failed = await group.next_end()
-            assert reason.startswith(f"exited and not released in time: process {client.pid}: the MPS daemon")
-            assert not device_has_failed
-            await group.next_give_up()
-            assert client.wait() == -signal.SIGKILL
-            assert not has_exited(watch_fd)
-            daemon.recover(how)
-            await until_exited(watch_fd)
-            os.close(watch_fd)
+    async with fenced_client(daemon, group) as (fence, client, watch_fd):
+        daemon.fail(how)
+        fence.kill(watch_fd)
+        reason, device_has_failed = await group.next_end()
+        assert reason.startswith(f"exited and not released in time: process {client.pid}: the MPS daemon")
+        assert not device_has_failed
+        await group.next_give_up()
+        assert client.wait() == -signal.SIGKILL
+        assert not has_exited(watch_fd)
+        daemon.recover(how)
+        await until_exited(watch_fd)
 
 
 async def test_a_fault_ends_the_group_once(daemon: FakeDaemon) -> None:
     group = Group()
-    async with running_fence(daemon, group, release_within_s=60) as fence:
-        with daemon.client() as client:
-            watch_fd = fence.watch(client.pid)
-            await until_listed(fence, client.pid)
-            assert group.ended.empty()
-            daemon.fail("fault")
-            reason, device_has_failed = await group.next_end()
-            assert reason.endswith("is in FAULT: the work of all its clients has failed")
-            assert device_has_failed
-            fence.kill(watch_fd)
-            await until_exited(watch_fd)
-            assert group.ended.empty() and group.given_up.empty()
-            os.close(watch_fd)
+    async with fenced_client(daemon, group, release_within_s=60) as (fence, _, watch_fd):
+        assert group.ended.empty()
+        daemon.fail("fault")
+        reason, device_has_failed = await group.next_end()
+        assert reason.endswith("is in FAULT: the work of all its clients has failed")
+        assert device_has_failed
+        fence.kill(watch_fd)
+        await until_exited(watch_fd)
+        assert group.ended.empty() and group.given_up.empty()
 
 
 async def test_a_fault_is_found_at_once_when_a_process_announces_its_end(daemon: FakeDaemon) -> None:
     """It would be over before the next regular question."""
     group = Group()
-    async with running_fence(daemon, group, release_within_s=60, poll_every_s=3600) as fence:
-        with daemon.client() as client:
-            watch_fd = fence.watch(client.pid)
-            await until_listed(fence, client.pid)
-            daemon.fail("fault")
-            fence.expect_exit()
-            reason, device_has_failed = await group.next_end()
-            assert "is in FAULT" in reason and device_has_failed
-            os.close(watch_fd)
+    async with fenced_client(daemon, group, release_within_s=60, poll_every_s=3600) as (fence, _, _):
+        daemon.fail("fault")
+        fence.expect_exit()
+        reason, device_has_failed = await group.next_end()
+        assert "is in FAULT" in reason and device_has_failed
 
 
 async def test_a_daemon_that_is_killed_and_started_again_ends_the_group(daemon: FakeDaemon) -> None:
     """Its server lives on without it: a client of that server is released only when the server has exited."""
     group = Group()
-    async with running_fence(daemon, group) as fence:
-        with daemon.client() as client:
-            watch_fd = fence.watch(client.pid)
-            await until_listed(fence, client.pid)
-            (server,) = await daemon.control.servers()
-            daemon.process.kill()
-            daemon.process.wait()
-            with fake_daemon(daemon.pipe_dir.parent):
-                reason, device_has_failed = await group.next_end()
-                assert reason == f"MPS server {server.pid} is gone: its daemon has restarted or stopped it"
-                assert device_has_failed
-                fence.kill(watch_fd)
-                assert await asyncio.to_thread(client.wait) == -signal.SIGKILL
-                assert "not released in time" in (await group.next_end())[0]
-                assert not has_exited(watch_fd)
-                os.kill(server.pid, signal.SIGKILL)
-                await until_exited(watch_fd)
-            os.close(watch_fd)
+    async with fenced_client(daemon, group) as (fence, client, watch_fd):
+        (server,) = await daemon.control.servers()
+        daemon.process.kill()
+        daemon.process.wait()
+        with fake_daemon(daemon.pipe_dir.parent):
+            reason, device_has_failed = await group.next_end()
+            assert reason == f"MPS server {server.pid} is gone: its daemon has restarted or stopped it"
+            assert device_has_failed
+            fence.kill(watch_fd)
+            assert await asyncio.to_thread(client.wait) == -signal.SIGKILL
+            assert "not released in time" in (await group.next_end())[0]
+            assert not has_exited(watch_fd)
+            os.kill(server.pid, signal.SIGKILL)
+            await until_exited(watch_fd)
 
 
 async def test_the_end_of_the_fence_leaves_processes_alone(daemon: FakeDaemon) -> None:
