@@ -7,7 +7,7 @@ copy gets as few runs of pages as possible.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
 from collections.abc import Iterable
 
 from muxmesh.types import SWAP_PAGE_BYTES, blocks_for
@@ -22,13 +22,15 @@ class SwapSpace:
     def __init__(self, num_bytes: int) -> None:
         """``num_bytes``: size of the region; a rest that is smaller than a page is not used."""
         self.num_pages = num_bytes // SWAP_PAGE_BYTES
-        self._starts = [0] if self.num_pages else []
-        """First page of each free run, ascending."""
-        self._ends = dict.fromkeys(self._starts, self.num_pages)
-        """First page of a free run → the page after its last."""
-        self._by_length = [(self.num_pages, first) for first in self._starts]
+        self._ends: dict[int, int] = {}
+        """First page of each free run → the page after its last."""
+        self._firsts: dict[int, int] = {}
+        """The page after the last of each free run → its first."""
+        self._by_length: list[tuple[int, int]] = []
         """Length and first page of each free run, ascending."""
         self.num_free_pages = self.num_pages
+        if self.num_pages:
+            self._add(0, self.num_pages)
 
     def allocate(self, num_bytes: int) -> tuple[int, ...] | None:
         """Returns pages that hold ``num_bytes``, or None if fewer are free.
@@ -64,31 +66,31 @@ class SwapSpace:
 
     def check_integrity(self, held: Iterable[int]) -> None:
         """Proves the invariant. ``held``: the pages of all leases. Raises AssertionError."""
-        free = [page for first in self._starts for page in range(first, self._ends[first])]
+        free = [page for first, end in self._ends.items() for page in range(first, end)]
         assert sorted([*free, *held]) == list(range(self.num_pages)), "a swap page is lost or held twice"
         assert len(free) == self.num_free_pages, "free swap pages are miscounted"
         runs = sorted((end - first, first) for first, end in self._ends.items())
-        assert runs == self._by_length and sorted(self._ends) == self._starts, "free swap pages are in two lists"
+        assert runs == self._by_length, "free swap pages are in two lists"
+        assert {end: first for first, end in self._ends.items()} == self._firsts, "free swap pages are in two lists"
         assert not set(self._ends) & set(self._ends.values()), "adjacent free swap pages are in two runs"
 
     def _add_joined(self, first: int, end: int) -> None:
         """Adds a free run, and joins it with the free runs that it is adjacent to."""
-        before = bisect_right(self._starts, first) - 1
-        if before >= 0 and self._ends[self._starts[before]] == first:
-            first = self._starts[before]
+        if first in self._firsts:
+            first = self._firsts[first]
             self._remove(first)
         if end in self._ends:
             end = self._remove(end)
         self._add(first, end)
 
     def _add(self, first: int, end: int) -> None:
-        insort(self._starts, first)
-        insort(self._by_length, (end - first, first))
         self._ends[first] = end
+        self._firsts[end] = first
+        insort(self._by_length, (end - first, first))
 
     def _remove(self, first: int) -> int:
         """Removes a free run; returns its end."""
         end = self._ends.pop(first)
-        del self._starts[bisect_left(self._starts, first)]
+        del self._firsts[end]
         del self._by_length[bisect_left(self._by_length, (end - first, first))]
         return end
