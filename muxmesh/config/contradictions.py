@@ -22,7 +22,6 @@ SAME_IN_ALL_UNITS = (
 )  # fmt: skip
 """Fields that clients can observe, or that identify the model. They are equal in every unit that serves the model."""
 
-
 GPU_SLAB_ALIGNMENT = 64
 """Bytes. 16 elements of float32: kernels load 16 bytes at a time from addresses that they know to be multiples."""
 _GPU_FIELDS = ("mps", "green_contexts", "require_ipc", "legacy_ipc")
@@ -121,7 +120,7 @@ def _device_problems(unit: UnitConfig, model: ModelConfig) -> Iterator[tuple[str
             yield "threads", f"has no effect with device: {unit.device}; it is for device: cpu"
         if model.compute_share.is_limit and unit.mps == "off" and not unit.green_contexts:
             yield "compute_share", "has no effect with mps: off; it is for mps: auto or on, or green_contexts: true"
-        if model.kv_cache_dtype not in ("auto", model.dtype) and model.kv_cache_dtype == "float32":
+        if model.kv_cache_dtype == "float32" and model.dtype != "float32":
             yield (
                 "kv_cache_dtype",
                 f"is float32, more exact than dtype: {model.dtype}; it may be auto, float16 or bfloat16",
