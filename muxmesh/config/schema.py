@@ -22,6 +22,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from muxmesh.quoting import quoted
 from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
@@ -176,10 +177,7 @@ class ModelConfig(Section):
             return value
         if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 100:
             return {"prefill": value, "decode": value}
-        found = quoted(value) if isinstance(value, str) else str(value).lower()
-        if value is None or isinstance(value, list):
-            found = "a list" if value else "empty"
-        raise ValueError(f"is {found}; must be percent from 1 to 100, or two like {{prefill: 60, decode: 40}}")
+        raise PydanticCustomError("share", "must be percent from 1 to 100, or two like {prefill: 60, decode: 40}")
 
     @property
     def kv_dtype(self) -> Dtype:
