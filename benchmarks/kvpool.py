@@ -16,7 +16,8 @@ from benchmarks.mesh_process import UpProcess, up
 from benchmarks.report import Report
 from kvstore.block_table import BlockTable
 from kvstore.slab_pool import SlabPool
-from kvstore.unit import Unit, UnitModel
+from kvstore.unit import Unit
+from kvstore.unit_model import UnitModel
 from muxmesh.block_hashes import block_hashes
 from muxmesh.client import Message
 from muxmesh.models.model_spec import KvShape

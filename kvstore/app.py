@@ -17,7 +17,8 @@ from kvstore.grant_table import GrantTable
 from kvstore.mps_fence import EndGroup, MpsFence
 from kvstore.service import KvStoreService
 from kvstore.share_proof import ShareProver
-from kvstore.unit import Unit, UnitModel, first_id
+from kvstore.unit import Unit, first_id
+from kvstore.unit_model import UnitModel
 from muxmesh.background_task import background
 from muxmesh.clock import Clock, SystemClock
 from muxmesh.config.runtime import MeshRuntime, ProcessKey

@@ -15,11 +15,10 @@ from kvstore.leases import Assignment, LeaseState, LeaseTable
 from kvstore.quotas import Quotas
 from kvstore.slab_pool import SlabPool
 from kvstore.swap_space import SwapSpace
+from kvstore.unit_model import UnitModel
 from kvstore.wait_times import EntryKey, WaitTimes
 from kvstore.worker_slots import WorkerRecord, WorkerSlots, ready_workers
-from muxmesh.config.schema import ModelConfig, UnitConfig
 from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
-from muxmesh.models.model_spec import KvShape, ModelSpec
 from muxmesh.quoting import named, quoted
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.step_cost import COSTS_EVERY_S
@@ -43,36 +42,6 @@ RECLAIM_AFTER_S = 1.0
 """Once an entry within its model's quota has waited for memory this long, loans are reclaimed by pre-emption."""
 RECLAIM_EVERY_S = 0.1
 """Minimum time between two pre-emption requests."""
-
-
-@dataclass(frozen=True, slots=True)
-class UnitModel:
-    """The shape and the limits of one model on a unit.
-
-    ``max_num_seqs``: sequences in the batch of each worker. ``max_resident_seqs``: sequences of each worker with token
-    blocks, paused ones included; None: as ``max_num_seqs``. ``guaranteed_slabs``: lower bound of the model's quota.
-    """
-
-    shape: KvShape
-    max_num_seqs: int
-    max_model_len: int
-    guaranteed_slabs: int = 0
-    max_resident_seqs: int | None = None
-
-    @property
-    def resident_limit(self) -> int:
-        """``max_resident_seqs`` with its default."""
-        return self.max_num_seqs if self.max_resident_seqs is None else self.max_resident_seqs
-
-    @staticmethod
-    def of(unit: UnitConfig, model: ModelConfig, spec: ModelSpec) -> UnitModel:
-        """The limits that the configuration sets for ``model``."""
-        return UnitModel(
-            shape=spec.kv_shape(model.block_size, model.kv_dtype),
-            max_num_seqs=model.max_num_seqs,
-            max_model_len=model.max_model_len or spec.context_len,
-            guaranteed_slabs=unit.guaranteed_slabs(model),
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from kvstore.unit import IssuedCredit, Unit, UnitModel
+from kvstore.unit import IssuedCredit, Unit
+from kvstore.unit_model import UnitModel
 from loadtest.record import OK, Record
 from muxmesh.block_hashes import demand_for
 from muxmesh.config.schema import ModelConfig, UnitConfig

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kvstore.unit import AdmissionDecisions, Unit, UnitModel
+from kvstore.unit import AdmissionDecisions, Unit
+from kvstore.unit_model import UnitModel
 from muxmesh.models.model_spec import KvShape
 from muxmesh.types import KvDemand, Lease, QueuedRequest, Role, SchedulingState
 

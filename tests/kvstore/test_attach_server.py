@@ -23,7 +23,8 @@ from kvstore.fence import Fence, HostFence
 from kvstore.grant_page import MAX_WORKERS, Word
 from kvstore.grant_table import GrantTable
 from kvstore.share_proof import ShareProver
-from kvstore.unit import IssuedCredit, Unit, UnitModel
+from kvstore.unit import IssuedCredit, Unit
+from kvstore.unit_model import UnitModel
 from muxmesh.block_hashes import block_hashes
 from muxmesh.device.kv_view import KvView
 from muxmesh.errors import Unavailable

@@ -3,8 +3,6 @@
 Random operations: `test_unit_random_operations`.
 """
 
-from dataclasses import replace
-
 import pytest
 
 from kvstore.unit import (
@@ -14,13 +12,11 @@ from kvstore.unit import (
     AdmissionDecisions,
     PreemptionRequest,
     Unit,
-    UnitModel,
     first_id,
 )
+from kvstore.unit_model import UnitModel
 from muxmesh.block_hashes import block_hashes
-from muxmesh.config.schema import ModelConfig, UnitConfig
 from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
-from muxmesh.models.model_spec import SIM_SPEC
 from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, Lease, QueuedRequest, Role, SchedulingState, Waits
 from tests.kvstore.small_unit import (
     SHAPES,
@@ -254,13 +250,6 @@ def test_after_a_failure_of_the_device_no_request_gets_kv_that_was_computed_befo
     attach_ready(unit, "a")
     assert offered(3).num_computed_tokens == 0
     unit.check_integrity()
-
-
-def test_without_a_limit_of_its_own_as_many_sequences_are_resident_as_the_batch_holds() -> None:
-    model = UnitModel(SHAPES["a"], 3, 512)
-    assert model.resident_limit == 3
-    assert replace(model, max_resident_seqs=0).resident_limit == 0
-    assert replace(model, max_resident_seqs=9).resident_limit == 9
 
 
 def test_a_paused_sequence_frees_its_slot_until_too_many_are_resident() -> None:
@@ -595,16 +584,6 @@ def test_a_model_that_was_refused_can_be_added_with_less() -> None:
     unit.check_integrity()
     unit.add_model("d", UnitModel(SHAPES["a"], 1, 512, guaranteed_slabs=4))
     assert unit.quotas.slabs == {"a": 0, "b": 0, "c": 0, "d": 4}
-
-
-@pytest.mark.parametrize(("max_model_len", "expected"), [(None, SIM_SPEC.context_len), (100, 100)])
-def test_the_limits_of_a_model_come_from_its_configuration(max_model_len: int | None, expected: int) -> None:
-    model = ModelConfig(
-        name="m", engine="sim", block_size=32, max_num_seqs=5, max_model_len=max_model_len, kv_guaranteed=2**20 + 1
-    )
-    limits = UnitModel.of(UnitConfig(models=(model,), slab=2**20), model, SIM_SPEC)
-    assert (limits.max_num_seqs, limits.max_model_len, limits.guaranteed_slabs) == (5, expected, 2)
-    assert limits.shape == SIM_SPEC.kv_shape(32, "float32")
 
 
 # Totals

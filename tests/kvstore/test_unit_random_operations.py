@@ -11,7 +11,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from kvstore.admission import AdmissionEntry
 from kvstore.leases import TRANSITIONS, LeaseState
-from kvstore.unit import CREDIT_TTL_S, IssuedCredit, UnitModel
+from kvstore.unit import CREDIT_TTL_S, IssuedCredit
+from kvstore.unit_model import UnitModel
 from muxmesh.block_hashes import block_hashes
 from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
 from muxmesh.scheduling_policy import FCFS

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from kvstore.unit import Unit, UnitModel
+from kvstore.unit import Unit
+from kvstore.unit_model import UnitModel
 from muxmesh.block_hashes import KvIdentity
 from muxmesh.clock import Clock, SystemClock
 from muxmesh.config.schema import ModelConfig

@@ -17,7 +17,8 @@ import torch
 from kvstore.attach_protocol import pool_description
 from kvstore.cuda_memory import CudaMemory
 from kvstore.device_memory import HostMemory, Shard, new_memfd
-from kvstore.unit import Unit, UnitModel
+from kvstore.unit import Unit
+from kvstore.unit_model import UnitModel
 from muxmesh.clock import SystemClock
 from muxmesh.cuda.driver import CudaDriver
 from muxmesh.device.cuda_mapping import CudaSegments
