@@ -17,7 +17,7 @@ Messages are JSON. The first one comes from the process that attaches, and kvsto
 closed connection instead of a reply is a refusal. Afterwards a worker sends
 
     {"num_sms": int, "mps": bool}    on a GPU, once its context exists: what its driver says of its share. The unit
-                                     answers {"refused": ""}, or {"refused": REASON} and takes the worker for not ready
+                                     replies {"refused": ""}, or {"refused": REASON} and counts the worker as not ready
     {"ready": bool}                  whenever that changes
 """
 

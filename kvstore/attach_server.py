@@ -124,7 +124,7 @@ class AttachServer:
 
     @property
     def transport(self) -> Transport:
-        """How workers get at the unit's memory."""
+        """How the unit's memory is passed to workers."""
         return self._memory.transport
 
     def cost_of(self, worker: str) -> StepCost | None:

@@ -40,7 +40,8 @@ class CudaMemory:
         weights_bytes: Mapping[str, int],
         legacy_ipc: bool = False,
     ) -> None:
-        """Allocates on device ``index``. ``weights_bytes``: size of the weights by model. ``legacy_ipc``: by choice.
+        """Allocates on device ``index``. ``weights_bytes``: size of the weights by model. ``legacy_ipc``: use
+        legacy IPC even if the device exports file descriptors.
 
         Raises DeviceError if the memory does not fit, or this process is a client of MPS; then nothing is allocated.
         """

@@ -19,7 +19,7 @@ CUDA = "cuda"
 
 
 class Transport(StrEnum):
-    """How workers get at the memory. Nothing is copied by any of them."""
+    """How the memory is passed to workers, which map it: no transport copies it."""
 
     HOST_SHM = "host shm"
     """A memfd in host memory, mapped by mmap."""
@@ -85,7 +85,7 @@ class DeviceMemory(Protocol):
 
     @property
     def transport(self) -> Transport:
-        """How workers get at the segments."""
+        """How the segments are passed to workers."""
 
     @property
     def num_sms(self) -> int:

@@ -26,7 +26,7 @@ class Fence(Protocol):
         """Ends the process, if it has not exited. Does not wait: ``watch_fd`` reports the exit."""
 
     def expect_exit(self) -> None:
-        """A process has announced that it ends: what the device reports of it while it lives is to be read now."""
+        """A process has announced that it will exit: looks now for a fault that the device reports only until then."""
 
 
 class HostFence:

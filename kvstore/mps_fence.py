@@ -33,7 +33,7 @@ TERMINATE_WITHIN_S = 5.0
 """A client that the daemon does not terminate within this time is killed without."""
 
 EndGroup = Callable[[str, bool], None]
-"""Called with a reason when all processes of the unit have to end; True: the device has failed, so KV is not valid."""
+"""Called with a reason when all workers of the unit have to end; True: the device has failed, so KV is not valid."""
 
 
 @dataclass(slots=True, eq=False)
@@ -155,7 +155,7 @@ class MpsFence:
         self._send_sigkill(watch)
 
     async def _server_of(self, client: WatchedClient) -> int | None:
-        """The server that lists a client; None if no one does. Raises Unavailable."""
+        """The server that lists a client; None if no server does. Raises Unavailable."""
         if client.server is None and client.exited_at_s is None:
             await self.is_client(client.pid)
         return client.server
@@ -177,7 +177,7 @@ class MpsFence:
             self._give_up(found.hopeless)
 
     def _remove(self, watch: _Watch) -> None:
-        """Ends the pipe, which reports the release, and closes what the fence has of the process."""
+        """Closes the write end of the pipe, which reports the release, and the pidfd."""
         self._clients.discard(watch.client)
         self._watches.discard(watch)
         if self._by_fd.get(watch.read_fd) is watch:

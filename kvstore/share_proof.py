@@ -50,7 +50,7 @@ class ConfiguredShare:
 def share_problem(reported: ReportedShare, configured: ConfiguredShare, is_listed: bool) -> str:
     """Why a worker is refused, and what would be right; "" if it is limited as configured. Pure.
 
-    ``is_listed``: the daemon lists the worker's process. At 100 % only that and the driver's word tell.
+    ``is_listed``: the daemon lists the worker's process. The number of SMs shows nothing at a share of 100 %.
     """
     if not configured.pipe_dir:
         if reported.is_mps_client:

@@ -96,7 +96,9 @@ class Attachment:
                 self._connection.send(message)
                 reply = await asyncio.get_running_loop().sock_recv(self._connection, MAX_MESSAGE_BYTES)
         except (OSError, TimeoutError) as error:
-            raise Unavailable(f"the unit did not answer to this worker's share: {error or 'no reply'}") from error
+            raise Unavailable(
+                f"the unit did not confirm this worker's share of the GPU: {error or 'no reply'}"
+            ) from error
         reason = json.loads(reply)["refused"] if reply else "the unit is lost"
         if reason:
             raise Unavailable(f"the unit refused {self.worker}: {reason}")

@@ -26,7 +26,7 @@ class Liveness:
     """What the checks of one instance of a process have found so far."""
 
     def __init__(self, extra_checks: int = 0) -> None:
-        """``extra_checks``: by how much a process may be stopped or silent for longer than others."""
+        """``extra_checks``: checks in a row that a process may be stopped or silent for beyond the limits above."""
         self._extra_checks = extra_checks
         self._has_responded = False
         self._num_stopped = 0

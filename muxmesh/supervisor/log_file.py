@@ -1,4 +1,4 @@
-"""Log files of bounded size. They never stop who writes them: on a full disk lines are lost, and nothing else."""
+"""Log files of bounded size. Writing to them never fails: on a full disk lines are lost, and nothing else."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ def test_a_pipe_without_an_end_is_refused_at_the_limit_of_a_file() -> None:
         endless.kill()
 
 
-def test_a_pipe_that_nobody_writes_to_is_refused_after_a_while(tmp_path: Path) -> None:
+def test_a_pipe_without_a_writer_is_refused_after_a_while(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match=r"pipe: cannot be read: nothing is written to this pipe for 0\.01 s"):
         read_text(tmp_path / "pipe", longest_wait_s=0.01)

@@ -130,7 +130,7 @@ class Daemon:
 
     def answer(self, connection: socket.socket, commands: str) -> None:
         if self.fails("silent"):
-            self.selector.unregister(connection)  # the one who asks waits
+            self.selector.unregister(connection)  # the control program waits
             return
         answers = "".join(self.answer_to(command) for command in commands.splitlines())
         with contextlib.suppress(OSError):
