@@ -1,16 +1,16 @@
 """A whole mesh under MPS, with a fake GPU and a fake control program: faults of the device and of the daemon."""
 
 import asyncio
-import os
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from muxmesh.cuda.mps import ServerStatus
 from muxmesh.process_state import has_ended
+from tests.support.fake_driver import device_resources
 from tests.support.gpu_machine import gpu_machine
 from tests.support.mesh import RunningMesh, collect, running_mesh
 from tests.support.tiny import TinyShape, write_tiny_model
@@ -36,11 +36,10 @@ async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Runnin
             yield running
 
 
-def pool_of(mesh: RunningMesh) -> list[str]:
+def pool_of(mesh: RunningMesh) -> tuple[int, Counter[str]]:
     """The kvstore process and the device memory that it owns."""
     pid = mesh.pid("kvstore/unit0")
-    links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
-    return [str(pid), *sorted(link for link in links if "memfd:fake-cuda" in link)]
+    return pid, device_resources(pid)
 
 
 def workers_of(mesh: RunningMesh) -> set[int | None]:
