@@ -276,10 +276,8 @@ class AttachServer:
     def _check_heartbeats(self) -> None:
         """Kills ready workers without a heartbeat in `MAX_SILENT_CHECKS` checks."""
         for attachment in list(self._attachments.values()):
-            if (
-                attachment.count_silent_checks(self._grants.page.read(attachment.slot, Word.HEARTBEATS))
-                == MAX_SILENT_CHECKS
-            ):
+            beat = self._grants.page.read(attachment.slot, Word.HEARTBEATS)
+            if attachment.count_silent_checks(beat) == MAX_SILENT_CHECKS:
                 self._kill(attachment, f"sent no heartbeat for {MAX_SILENT_CHECKS * self._check_every_s:g} s")
         self._check_timer = asyncio.get_running_loop().call_later(self._check_every_s, self._check_heartbeats)
 
