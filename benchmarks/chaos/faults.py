@@ -32,6 +32,10 @@ class NotRecovered(Exception):
     """The mesh did not do after a fault what it should. The message says what."""
 
 
+class NotSurvived(NotRecovered):
+    """A process ended that the fault should have left alone: a violation only if no other fault happened meanwhile."""
+
+
 @dataclass(frozen=True, slots=True)
 class Hit:
     """What a fault hit: the process ``pid`` of its target. ``others``: further processes by name, to be looked at."""
@@ -61,7 +65,7 @@ class Fault:
     ``weight``: how often, relative to others. ``roles``: of the processes that it hits. ``inject`` returns what it
     hit, and raises LookupError if the target does not run. After ``hold_s`` (least and most seconds), ``undo`` ends
     the fault. ``recovered`` returns when the mesh is as before, or raises NotRecovered. ``allows``: by target, the
-    names of the errors that clients may see until then. ``is_judged_alone``: see `history.InjectedFault`.
+    names of the errors that clients may see until then.
     """
 
     name: str
@@ -72,7 +76,6 @@ class Fault:
     undo: Callable[[MeshProcesses, str, Hit], Awaitable[None]] = _nothing
     hold_s: tuple[float, float] = (0.0, 0.0)
     allows: Callable[[str], frozenset[str]] = _unavailable_without_router
-    is_judged_alone: bool = False
 
 
 async def kill(processes: MeshProcesses, target: str) -> Hit:
@@ -98,7 +101,7 @@ async def _continue(processes: MeshProcesses, target: str, hit: Hit) -> None:
     try:
         os.kill(hit.pid, signal.SIGCONT)
     except ProcessLookupError:
-        raise NotRecovered("did not survive a stop that is shorter than the bound") from None
+        raise NotSurvived("did not survive a stop that is shorter than the bound") from None
 
 
 async def replaced(processes: MeshProcesses, target: str, hit: Hit) -> None:
@@ -120,7 +123,8 @@ async def until_ended(processes: MeshProcesses, name: str, pid: int) -> None:
             while processes.is_alive(pid):
                 await asyncio.sleep(0.05)
     except TimeoutError:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
         raise NotRecovered(f"{name} was not killed within {HANG_NOTICED_WITHIN_S:.0f} s") from None
 
 
@@ -132,8 +136,8 @@ async def _killed_and_replaced(processes: MeshProcesses, target: str, hit: Hit) 
 async def survived(processes: MeshProcesses, target: str, hit: Hit) -> None:
     """The target serves in the same process."""
     await require_serving(processes, [target], None)
-    if processes.pid(target) != hit.pid:
-        raise NotRecovered("was restarted after a stop that is shorter than the bound")
+    if processes.by_pid().get(hit.pid) != target:
+        raise NotSurvived("was restarted after a stop that is shorter than the bound")
 
 
 async def _vanishing_client(processes: MeshProcesses, target: str) -> Hit:
@@ -155,7 +159,7 @@ async def _vanishing_client(processes: MeshProcesses, target: str) -> Hit:
 
 FAULTS: tuple[Fault, ...] = (
     Fault("kill -9", 5, (*SERVICES, "redis"), kill, replaced),
-    Fault("stop", 3, (*SERVICES, "redis"), _stop, survived, _continue, SHORT_STOP_S, no_error, is_judged_alone=True),
+    Fault("stop", 3, (*SERVICES, "redis"), _stop, survived, _continue, SHORT_STOP_S, no_error),
     Fault("hang", 1, (*SERVICES, "redis"), _stop, _killed_and_replaced),
     Fault("end", 1, (*SERVICES, "redis"), _end, replaced),
     Fault("vanish", 1, (CLIENT,), _vanishing_client, _nothing, allows=no_error),

@@ -16,7 +16,7 @@ from benchmarks.chaos.faults import (
     FAULTS,
     Fault,
     Hit,
-    NotRecovered,
+    NotSurvived,
     kill,
     no_error,
     replaced,
@@ -78,13 +78,16 @@ async def _kill_daemon(processes: MeshProcesses, target: str) -> Hit:
 
 
 async def _group_replaced(processes: MeshProcesses, target: str, hit: Hit) -> None:
-    """All workers of the GPU are other processes, and every kvstore is the same."""
+    """All workers of the GPU are other processes, and every kvstore is the same.
+
+    A worker that goes on raises NotRecovered; what `group_problem` finds after that may come from another fault.
+    """
     for name, pid in hit.others.items():
         if not name.startswith("kvstore"):
             await until_ended(processes, name, pid)
     await require_serving(processes, [target, *processes.group_of(target)], None)
     if problem := group_problem(hit.others, {name: pid for pid, name in processes.by_pid().items()}):
-        raise NotRecovered(problem)
+        raise NotSurvived(problem)
 
 
 def group_problem(before: Mapping[str, int], now: Mapping[str, int]) -> str:
@@ -174,9 +177,9 @@ async def _swaps(client: MeshClient) -> bool:
 
 GPU_FAULTS: tuple[Fault, ...] = (
     *FAULTS,
-    Fault("fault", 5, (MPS,), _fail_device, _group_replaced, allows=no_error, is_judged_alone=True),
-    Fault("mps kill", 2, (MPS,), _kill_daemon, _daemon_and_group_replaced, allows=no_error, is_judged_alone=True),
-    Fault("silent", 2, (MPS,), _silence, survived, _end_silence, SILENT_S, no_error, is_judged_alone=True),
+    Fault("fault", 5, (MPS,), _fail_device, _group_replaced, allows=no_error),
+    Fault("mps kill", 2, (MPS,), _kill_daemon, _daemon_and_group_replaced, allows=no_error),
+    Fault("silent", 2, (MPS,), _silence, survived, _end_silence, SILENT_S, no_error),
     Fault("mute", 1, (MPS,), _silence, _killed_for_silence, allows=no_error),
     Fault("listed", 3, _WORKERS, _kill_listed, replaced, _end_listing, KEEPS_CLIENTS_S, no_error),
     Fault("loading", 2, _WORKERS, _kill_while_loading, replaced, allows=no_error),

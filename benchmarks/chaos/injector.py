@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 
-from benchmarks.chaos.faults import Fault, Hit, NotRecovered
+from benchmarks.chaos.faults import Fault, Hit, NotRecovered, NotSurvived
 from benchmarks.chaos.history import InjectedFault
 from benchmarks.chaos.plan import PlannedFault
 from benchmarks.chaos.processes import MeshProcesses
@@ -28,34 +28,36 @@ class Injector:
 
     async def _inject(self, fault: Fault, planned: PlannedFault) -> None:
         await asyncio.sleep(planned.at_s - self._now_s())
-        at_s, problem, note = self._now_s(), "", ""
+        at_s, note = self._now_s(), ""
+        problem: NotRecovered | None = None
         try:
             hit = await fault.inject(self._processes, planned.target)
         except (LookupError, ProcessLookupError):
             note = "did not run"
         else:
             problem = await self._problem(fault, planned, hit)
+        is_judged_alone = isinstance(problem, NotSurvived)
         happened = InjectedFault(
             fault.name,
             planned.target,
             at_s,
-            math.inf if problem and not fault.is_judged_alone else self._now_s(),
+            math.inf if problem and not is_judged_alone else self._now_s(),
             fault.allows(planned.target),
-            problem,
-            fault.is_judged_alone,
+            str(problem or ""),
+            is_judged_alone,
             note,
         )
         self.faults.append(happened)
         print(fault_line(happened), flush=True)
 
-    async def _problem(self, fault: Fault, planned: PlannedFault, hit: Hit) -> str:
-        """Undoes a fault, and waits until the mesh has recovered. Returns what went wrong, or ""."""
+    async def _problem(self, fault: Fault, planned: PlannedFault, hit: Hit) -> NotRecovered | None:
+        """Undoes a fault, and waits until the mesh has recovered. Returns what went wrong."""
         await asyncio.sleep(planned.hold_s)
         try:
             await fault.undo(self._processes, planned.target, hit)
             await fault.recovered(self._processes, planned.target, hit)
         except NotRecovered as error:
-            return str(error)
+            return error
         except (LookupError, ProcessLookupError):
-            return "does not run any more"
-        return ""
+            return NotRecovered("does not run any more")
+        return None
