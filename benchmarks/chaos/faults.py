@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from benchmarks.chaos.processes import MeshProcesses
+from muxmesh.process_state import has_ended
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, MAX_STOPPED_CHECKS
 
 BACK_WITHIN_S = 120.0
@@ -116,11 +117,11 @@ async def require_serving(processes: MeshProcesses, names: Iterable[str], not_pi
             raise NotRecovered(f"{name} does not serve {BACK_WITHIN_S:.0f} s later")
 
 
-async def until_ended(processes: MeshProcesses, name: str, pid: int) -> None:
+async def until_ended(name: str, pid: int) -> None:
     """Waits until the mesh has ended a process. Kills it itself after `HANG_NOTICED_WITHIN_S`: raises NotRecovered."""
     try:
         async with asyncio.timeout(HANG_NOTICED_WITHIN_S):
-            while processes.is_alive(pid):
+            while not has_ended(pid):
                 await asyncio.sleep(0.05)
     except TimeoutError:
         with contextlib.suppress(ProcessLookupError):
@@ -129,7 +130,7 @@ async def until_ended(processes: MeshProcesses, name: str, pid: int) -> None:
 
 
 async def _killed_and_replaced(processes: MeshProcesses, target: str, hit: Hit) -> None:
-    await until_ended(processes, target, hit.pid)
+    await until_ended(target, hit.pid)
     await replaced(processes, target, hit)
 
 

@@ -84,7 +84,7 @@ async def _group_replaced(processes: MeshProcesses, target: str, hit: Hit) -> No
     """
     for name, pid in hit.others.items():
         if not name.startswith("kvstore"):
-            await until_ended(processes, name, pid)
+            await until_ended(name, pid)
     await require_serving(processes, [target, *processes.group_of(target)], None)
     if problem := group_problem(hit.others, {name: pid for pid, name in processes.by_pid().items()}):
         raise NotSurvived(problem)
@@ -119,7 +119,7 @@ async def _end_silence(processes: MeshProcesses, target: str, hit: Hit) -> None:
 
 async def _killed_for_silence(processes: MeshProcesses, target: str, hit: Hit) -> None:
     try:
-        await until_ended(processes, target, hit.pid)
+        await until_ended(target, hit.pid)
     finally:
         _recover(processes, target, "silent")
     await replaced(processes, target, hit)

@@ -21,6 +21,7 @@ from benchmarks.mesh_process import children_of
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
 from muxmesh.cuda.mps import CONTROL_PROGRAM, PIPE_DIRECTORY, MpsControl
 from muxmesh.errors import Unavailable
+from muxmesh.process_state import has_ended
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.supervisor.mps_daemon import SERVER_PROGRAM, mps_answers
 from muxmesh.types import Role
@@ -69,13 +70,6 @@ class MeshProcesses:
         """
         return {pid: self._name(pid) for pid in children_of(self.supervisor_pid)}
 
-    def is_alive(self, pid: int) -> bool:
-        """Whether a process has neither ended nor become a zombie."""
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in ("Z", "X")
-        except OSError:
-            return False
-
     def restarted_with(self, name: str) -> list[str]:
         """The processes that restart if ``name`` ends: for a kvstore, all of its unit."""
         keys = self.runtime.endpoints()
@@ -107,14 +101,14 @@ class MeshProcesses:
         return frozenset(pid for server in servers for pid in server.clients)
 
     def remnants(self) -> dict[int, str]:
-        """Processes whose command line or environment names the folder of this mesh, whosever children they are."""
+        """Processes that name the folder of this mesh in their command line or environment, with any parent."""
         folder = str(self.runtime.run_dir).encode()
         found = {}
         for process in Path("/proc").glob("[0-9]*"):
             pid = int(process.name)
             with contextlib.suppress(OSError):
                 words = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
-                if any(folder in word for word in words) and pid != os.getpid() and self.is_alive(pid):
+                if any(folder in word for word in words) and pid != os.getpid() and not has_ended(pid):
                     found[pid] = self._name(pid)
         return found
 

@@ -26,6 +26,7 @@ from benchmarks.chaos.report import counts_line, recovery_lines
 from benchmarks.chaos.status_watch import StatusWatch
 from benchmarks.mesh_process import UpProcess
 from muxmesh.errors import DeadlineExceeded, InternalError, Unavailable
+from muxmesh.process_state import has_ended
 
 _SETTLED_WITHIN_S = 60.0
 _STOPPED_WITHIN_S = 60.0
@@ -106,7 +107,7 @@ class ChaosRun:
             return
         if code != 0:
             self.violations.append(Violation("other", f"exited with {code} on SIGINT"))
-        left = [name for pid, name in pids.items() if self._processes.is_alive(pid)]
+        left = [name for pid, name in pids.items() if not has_ended(pid)]
         left += self._processes.remnants().values()
         left += [path.name for path in state_dir.glob("run-*")]
         self.violations += [Violation("leaked", f"{name} is left after SIGINT") for name in dict.fromkeys(left)]

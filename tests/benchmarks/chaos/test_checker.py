@@ -148,7 +148,7 @@ def test_what_a_call_received_before_an_early_end_must_be_a_beginning(changes: d
     assert kinds(with_sequence(call, 0, **changes)) == ["altered"]
 
 
-def test_a_sequence_that_nobody_asked_for_is_altered() -> None:
+def test_a_sequence_that_was_not_requested_is_altered() -> None:
     call = ended(CANCELLED, 1.0, 2.0, cancel_after_s=1.0)
     assert kinds(replace(call, sequences={2: SequenceSeen()})) == ["altered"]
 

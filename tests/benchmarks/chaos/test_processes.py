@@ -91,7 +91,7 @@ async def test_a_daemon_that_does_not_run_cannot_be_asked_for_its_clients(proces
 def test_what_names_the_folder_of_the_mesh_is_found_wherever_it_is(
     processes: MeshProcesses, daemon: FakeDaemon
 ) -> None:
-    """The server of a daemon that was killed is nobody's child."""
+    """The server of a daemon that was killed has no parent in the mesh any more."""
     with daemon.client():
         server = server_of(processes)
         daemon.process.kill()
