@@ -59,8 +59,8 @@ class InjectedFault:
     """A fault as it happened. ``allows``: the names of the errors that clients may legitimately see meanwhile.
 
     ``ended_at_s``: when the target served again; infinite if it did not. ``problem``: what went wrong, or "".
-    ``is_judged_alone``: the problem counts only if no other fault happened meanwhile (`faults.NotSurvived`). ``note`` is
-    for people.
+    ``is_judged_alone``: the problem counts only if no other fault happened meanwhile (`faults.NotSurvived`).
+    ``note`` is for people.
     """
 
     fault: str

@@ -11,18 +11,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.gpu.peer import Peer
-from muxmesh.cuda.mps import MpsControl, find_control_program
+from muxmesh.cuda.mps import SHARE, MpsControl, find_control_program
 from muxmesh.errors import Unavailable
+from muxmesh.supervisor.mps_daemon import mps_answers
 
-SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+
+def control_program() -> Path:
+    """The control program of this machine. Raises Unavailable if it has none."""
+    program = find_control_program()
+    if program is None:
+        raise Unavailable("this machine has no MPS control program")
+    return program
 
 
 @contextlib.asynccontextmanager
 async def mps_daemon(*arguments: str) -> AsyncIterator[MpsControl]:
     """A daemon with directories of its own, in the foreground, until the block ends. Raises Unavailable without one."""
-    program = find_control_program()
-    if program is None:
-        raise Unavailable("this machine has no MPS control program")
+    program = control_program()
     with TemporaryDirectory(prefix="mps-") as folder:
         control = MpsControl(program, Path(folder) / "p", Path(folder) / "l")
         for directory in control.environment.values():
@@ -46,8 +51,7 @@ async def _until_it_answers(control: MpsControl, process: subprocess.Popen[bytes
     for _ in range(200):
         if process.poll() is not None:
             raise Unavailable(f"the MPS daemon exited with {process.returncode}")
-        with contextlib.suppress(Unavailable):
-            await control.ask("get_server_list")
+        if await mps_answers(control):
             return
         await asyncio.sleep(0.05)
     raise Unavailable("the MPS daemon does not answer")

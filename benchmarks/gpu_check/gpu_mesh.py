@@ -9,9 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.gpu.mps_daemon import control_program
 from benchmarks.gpu.random_model import SMALL, TINY, write_random_model
 from benchmarks.mesh_process import UpProcess, up
-from muxmesh.cuda.mps import PIPE_DIRECTORY, MpsControl, find_control_program
+from muxmesh.cuda.mps import LOG_DIRECTORY, PIPE_DIRECTORY, MpsControl
 from muxmesh.errors import Unavailable
 
 PROMPTS: tuple[list[int] | str, ...] = (
@@ -65,14 +66,11 @@ def environment_of(pid: int) -> dict[str, str]:
 
 def control_of(worker: int) -> MpsControl:
     """Control of the MPS daemon whose client a worker is, from the worker's environment."""
-    program = find_control_program()
-    if program is None:
-        raise Unavailable("this machine has no MPS control program")
     environment = environment_of(worker)
     if PIPE_DIRECTORY not in environment:
         raise Unavailable(f"worker {worker} has no {PIPE_DIRECTORY} in its environment")
     pipe_dir = Path(environment[PIPE_DIRECTORY])
-    return MpsControl(program, pipe_dir, Path(environment.get("CUDA_MPS_LOG_DIRECTORY", str(pipe_dir))))
+    return MpsControl(control_program(), pipe_dir, Path(environment.get(LOG_DIRECTORY, str(pipe_dir))))
 
 
 def differing(found: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> str:

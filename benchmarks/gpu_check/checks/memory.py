@@ -40,7 +40,7 @@ def ipc(findings: Findings, is_dry_run: bool) -> None:
         findings.expect("the descriptor is imported after its owner's death", seen == "from the first", seen)
         first.kill()
         seen = second.ask("read", name="pool", num_bytes=14)
-        findings.expect("an importer's death harms no other", seen == "from the first", seen)
+        findings.expect("memory outlives an importer", seen == "from the first", seen)
         os.close(made["fd"])
         for operation, arguments in (("unmap", {"name": "pool"}), ("create", {"name": "new", "num_bytes": SIZE})):
             second.ask(operation, **arguments)

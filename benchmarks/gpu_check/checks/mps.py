@@ -12,10 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.gpu.mps_daemon import mps_client, mps_daemon
+from benchmarks.gpu.mps_daemon import control_program, mps_client, mps_daemon
 from benchmarks.gpu.peer import Peer, PeerError
 from benchmarks.gpu_check.check import Findings
-from muxmesh.cuda.mps import MpsControl, ServerStatus, find_control_program
+from muxmesh.cuda.mps import PIPE_DIRECTORY, MpsControl, ServerStatus
 from muxmesh.errors import Unavailable
 
 SIZE = 64 << 20
@@ -164,11 +164,9 @@ def mps_answers(findings: Findings, is_dry_run: bool) -> None:
 
 
 async def _record(findings: Findings) -> None:
-    program = find_control_program()
-    if program is None:
-        raise Unavailable("this machine has no MPS control program")
+    program = control_program()
     with TemporaryDirectory(prefix="mps-") as empty:
-        findings.figure("no daemon", _raw(program, {"CUDA_MPS_PIPE_DIRECTORY": empty}, "get_server_list"))
+        findings.figure("no daemon", _raw(program, {PIPE_DIRECTORY: empty}, "get_server_list"))
     async with mps_daemon() as control:
         ask = {question: question.format(server=1) for question in QUESTIONS}
         findings.figure("no client", {name: _raw(program, control.environment, text) for name, text in ask.items()})
