@@ -6,8 +6,7 @@ import asyncio
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from benchmarks.gpu import random_model
 from benchmarks.gpu.attention_times import AttentionSizes, AttentionTimer
-from benchmarks.gpu.random_model import RandomModel
 from benchmarks.gpu.torch_operations import TorchOperations
 from benchmarks.gpu.whole_engine import LoadedRunner, serve
 from muxmesh.clock import SystemClock
@@ -25,7 +23,7 @@ from muxmesh.engine.api import EngineJob
 from muxmesh.engine.native.cuda.runner import CudaRunner, RunnerLimits
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import Chunk, SampleSpec, Step, StepOutcome
-from muxmesh.models.model_spec import ModelSpec, spec_from_config
+from muxmesh.models.model_spec import ModelSpec
 from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping, blocks_for
 
 MODELS = {
@@ -60,8 +58,8 @@ class EngineOperations(TorchOperations):
         max_steps: int = 1, graphs: bool = True, block_size: int = 16,
     ) -> Any:  # fmt: skip
         started_at_s = time.perf_counter()
-        sizes, kind = MODELS[model], getattr(torch, dtype)
-        self.spec = _spec(sizes)
+        kind = getattr(torch, dtype)
+        self.spec = MODELS[model].spec()
         shape = self.spec.kv_shape(block_size, dtype)
         blocks_per_slab = _SLAB_TOKENS // block_size
         geometry = KvGeometry(shape, blocks_per_slab * shape.token_block_bytes)
@@ -220,8 +218,3 @@ def random_weights(
             f"{layer}.gate_up": matrix(2 * inner, hidden), f"{layer}.down": matrix(hidden, inner),
         }  # fmt: skip
     return weights
-
-
-def _spec(sizes: RandomModel) -> ModelSpec:
-    config: Mapping[str, Any] = sizes.config("bfloat16")
-    return spec_from_config(Path("config.json"), config, {})

@@ -6,14 +6,15 @@ The weights are random and the sizes are real, so speed and exactness can be mea
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from muxmesh.models.model_spec import ModelSpec, spec_from_config
 from muxmesh.models.tokenizer import byte_tokenizer
+from muxmesh.models.weight_shapes import expected_weights
 
 SAFETENSORS = "model.safetensors"
 
@@ -44,27 +45,9 @@ class RandomModel:
             "tie_word_embeddings": self.tied, "bos_token_id": 1, "eos_token_id": 0, "torch_dtype": dtype,
         }  # fmt: skip
 
-    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and shape of every tensor of the checkpoint."""
-        hidden, q, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        yield "model.embed_tokens.weight", (self.vocab_size, hidden)
-        for layer in range(self.num_layers):
-            at = f"model.layers.{layer}"
-            for name, shape in (
-                ("input_layernorm", (hidden,)),
-                ("self_attn.q_proj", (q, hidden)),
-                ("self_attn.k_proj", (kv, hidden)),
-                ("self_attn.v_proj", (kv, hidden)),
-                ("self_attn.o_proj", (hidden, q)),
-                ("post_attention_layernorm", (hidden,)),
-                ("mlp.gate_proj", (self.intermediate_size, hidden)),
-                ("mlp.up_proj", (self.intermediate_size, hidden)),
-                ("mlp.down_proj", (hidden, self.intermediate_size)),
-            ):
-                yield f"{at}.{name}.weight", shape
-        yield "model.norm.weight", (hidden,)
-        if not self.tied:
-            yield "lm_head.weight", (self.vocab_size, hidden)
+    def spec(self) -> ModelSpec:
+        """The spec that the product reads from the config."""
+        return spec_from_config(Path("config.json"), self.config("bfloat16"), {})
 
 
 TINY = RandomModel(
@@ -95,7 +78,7 @@ def write_random_model(folder: Path, model: RandomModel, dtype: str, device: str
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.config(dtype), indent=1))
     chance = torch.Generator(device).manual_seed(model.seed)
-    tensors = {name: _random(shape, chance, device, dtype) for name, shape in model.shapes()}
+    tensors = {name: _random(shape, chance, device, dtype) for name, shape in expected_weights(model.spec()).items()}
     save_file(tensors, folder / SAFETENSORS, {"format": "pt"})
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
