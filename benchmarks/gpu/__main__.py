@@ -29,9 +29,9 @@ from benchmarks.gpu.peer import Peer, PeerError
 from benchmarks.gpu.random_model import BILLION
 from benchmarks.gpu_check.check import Findings
 from benchmarks.gpu_check.checks.meshes import hand_off
+from benchmarks.report import OUT
 from muxmesh.errors import MeshError
 
-OUT = Path(__file__).resolve().parent.parent.parent / "build" / "bench"
 DTYPE = "bfloat16"
 BATCHES, CONTEXTS, PROMPTS = (1, 4, 16, 64), (512, 2048), (512, 2048, 8192)
 RUN_STEPS = 16

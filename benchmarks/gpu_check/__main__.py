@@ -8,17 +8,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
-import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from benchmarks import report
 from benchmarks.gpu_check.check import Check, Result
 from benchmarks.gpu_check.runner import command_of, run_checks
 from benchmarks.gpu_check.table import CHECKS, dry_checks
 
-OUT = Path(__file__).resolve().parent.parent.parent / "build" / "gpu-check"
+OUT = report.OUT.parent / "gpu-check"
 BUDGET_S = 600.0
 
 
@@ -30,13 +31,13 @@ def chosen(checks: Sequence[Check], only: Sequence[str], skip: Sequence[str]) ->
     return [check for check in checks if (not only or check.name in only) and check.name not in skip]
 
 
-def dry_environment() -> dict[str, str]:
-    """Variables by which the fake driver and control program are found, and kernels are interpreted."""
-    from tests.support.fake_driver import fake_driver_environment  # noqa: PLC0415 - there is no fake outside a checkout
-    from tests.support.mps import FAKE_FOLDER  # noqa: PLC0415
+def machine(is_dry_run: bool) -> AbstractContextManager[None]:
+    """The GPU that checks find while the block runs: the real one, or the fake one with interpreted kernels."""
+    if not is_dry_run:
+        return nullcontext()
+    from tests.support.gpu_machine import gpu_machine  # noqa: PLC0415 - imports pytest, which not every check needs
 
-    path = f"{FAKE_FOLDER}{os.pathsep}{os.environ['PATH']}"
-    return fake_driver_environment(FAKE_CUDA_HOST_ACCESS="1", TRITON_INTERPRET="1", PATH=path)
+    return gpu_machine()
 
 
 def line(result: Result) -> str:
@@ -75,15 +76,14 @@ def main() -> int:
         print("\n".join(f"{check.name:22} {check.limit_s:4.0f} s  {check.use:7} {check.expected}" for check in checks))
         return 0
     arguments.output.mkdir(parents=True, exist_ok=True)
-    if arguments.dry_run:
-        os.environ.update(dry_environment())
     started_at_s = time.monotonic()
     command = functools.partial(command_of, is_dry_run=arguments.dry_run)
-    results = asyncio.run(
-        run_checks(
-            checks, arguments.output, arguments.budget_s, command, lambda result: print(line(result), flush=True)
+    with machine(arguments.dry_run):
+        results = asyncio.run(
+            run_checks(
+                checks, arguments.output, arguments.budget_s, command, lambda result: print(line(result), flush=True)
+            )
         )
-    )
     print(f"\n{summary(results)}; {time.monotonic() - started_at_s:.0f} s; {arguments.output}/gpu_check.json written")
     return 0 if all(result.state == "passed" for result in results) else 1
 
