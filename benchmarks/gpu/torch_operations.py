@@ -96,17 +96,6 @@ class TorchOperations:
         """What the card can do at most, see `benchmarks.gpu.ceilings`."""
         return dataclasses.asdict(measure_ceilings(copied_bytes, size))
 
-    def do_matmul(self, size: int, count: int) -> float:
-        """TFLOP/s of bf16 products of ``size``."""
-        a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-        return 2 * size**3 / _seconds(lambda: a @ b, count) / 1e12
-
-    def do_copy(self, num_bytes: int, count: int) -> float:
-        """GB/s of a copy on the device, counting bytes read and written."""
-        source = torch.randint(255, (num_bytes,), dtype=torch.uint8, device="cuda")
-        target = torch.empty_like(source)
-        return 2 * num_bytes / _seconds(lambda: target.copy_(source), count) / 1e9
-
     def do_spin(self, cycles: int) -> None:
         """Enqueues a kernel that runs for so many cycles of the clock; does not wait for it."""
         torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]

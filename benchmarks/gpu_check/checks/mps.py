@@ -54,15 +54,12 @@ async def _measure_shares(findings: Findings) -> None:
                 findings.expect(f"{share} %: SMs at most {most}", most - 2 <= info["num_sms"] <= most, info["num_sms"])
                 findings.expect(f"{share} %: torch sees as many", info["torch_sms"] == info["num_sms"])
             for share, client in clients.items():
-                rates[share] = {
-                    "matmul_tflop_s": client.ask("matmul", size=8192, count=20),
-                    "copy_gb_s": client.ask("copy", num_bytes=1 << 30, count=20),
-                }
+                rates[share] = client.ask("ceilings", copied_bytes=1 << 30, size=8192)
     findings.figure("rates", rates)
     for share, least in ((50, 0.35), (30, 0.18), (10, 0.05)):
-        part = rates[share]["matmul_tflop_s"] / rates[100]["matmul_tflop_s"]
+        part = rates[share]["flop_s"] / rates[100]["flop_s"]
         findings.expect(f"{share} %: product about in proportion", least <= part <= share / 100 * 1.35, part)
-    copied = rates[50]["copy_gb_s"] / rates[100]["copy_gb_s"]
+    copied = rates[50]["copy_bytes_s"] / rates[100]["copy_bytes_s"]
     findings.expect("50 %: copies slow down less than products", copied > 0.6, copied)
 
 
