@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Development needs torch for the reference that engines are compared with, and for the GPU path, whose kernels Triton
-# interprets in tests. It is installed first and pinned: what asks for it later finds it there. On Linux the default package index has a build with CUDA; point
-# PIP_EXTRA_INDEX_URL at PyTorch's CPU index for a smaller one.
+# interprets in tests. It is installed first and pinned: what asks for it later finds it there. On Linux the default
+# package index has a build with CUDA; point PIP_EXTRA_INDEX_URL at PyTorch's CPU index for a smaller one.
 TORCH ?= torch==2.13.0
 # For `make test-py312`: the oldest releases that the GPU path supports. This Triton's interpreter needs numpy < 2.4.
 PYTHON312 ?= python3.12

@@ -84,7 +84,7 @@ differently."""
 
 @dataclass(frozen=True, slots=True)
 class LoadSize:
-    """How much a mesh is asked for. ``output_tokens``: lengths of outputs, each as likely as the others.
+    """Size of the load. ``output_tokens``: lengths of outputs, each as likely as the others.
 
     A call that lasts longer than ``call_limit_s`` is lost. It leaves time for several restarts on a busy machine.
     """

@@ -1,6 +1,6 @@
 """The processes of a running mesh, found through /proc by the names that the mesh gives them.
 
-Starts nothing but questions to the MPS daemon.
+Starts only control programs, which ask the MPS daemon.
 """
 
 from __future__ import annotations

@@ -43,17 +43,17 @@ def machine(is_dry_run: bool) -> AbstractContextManager[None]:
 def line(result: Result) -> str:
     """One line for people: state, time, and every comparison that does not hold, or the expectation."""
     missed = [one for one in result.comparisons if not one["holds"]]
-    told = [f"{'aim missed' if one.get('is_aim') else 'NOT'}: {one['what']} ({one['value']})" for one in missed]
-    if result.state == "failed" and not told:
-        told = [result.output.strip().rpartition("\n")[2][:300]]
-    return f"{result.state:10} {result.seconds:6.1f} s  {result.name:22} {'; '.join(told) or result.expected}"
+    reasons = [f"{'aim missed' if one.get('is_aim') else 'NOT'}: {one['what']} ({one['value']})" for one in missed]
+    if result.state == "failed" and not reasons:
+        reasons = [result.output.strip().rpartition("\n")[2][:300]]
+    return f"{result.state:10} {result.seconds:6.1f} s  {result.name:22} {'; '.join(reasons) or result.expected}"
 
 
 def summary(results: Sequence[Result]) -> str:
     """The table of all results, and the end of the output of those that failed."""
     failed = [result for result in results if result.state != "passed"]
-    room = 9000 // max(1, len(failed))
-    parts = [f"--- {result.name}: {result.state}\n{result.output[-min(room, 3000) :]}" for result in failed]
+    chars = 9000 // max(1, len(failed))
+    parts = [f"--- {result.name}: {result.state}\n{result.output[-min(chars, 3000) :]}" for result in failed]
     counts = f"{len(results) - len(failed)} of {len(results)} checks passed"
     return "\n".join([*parts, *(line(result) for result in results), counts])
 

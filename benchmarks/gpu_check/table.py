@@ -27,7 +27,7 @@ CHECKS = (
     ),
     Check("mps-faults", "terminate_client harms no other client; else FAULT, then ACTIVE; bytes kept", 90, "mps"),
     Check("swap", "sequences are swapped to pinned memory and back, and no token changes", 60, "beside"),
-    Check("unlimited-worker", "a worker that MPS does not limit exits and says so", 60, "mps"),
+    Check("unlimited-worker", "a worker that MPS does not limit exits with an error that names MPS", 60, "mps"),
     Check("mps-answers", "answers of the control program as recorded", 40, "mps"),
     Check("sanitizer", "compute-sanitizer finds no bad access of the kernels", 120, "beside"),
     Check(

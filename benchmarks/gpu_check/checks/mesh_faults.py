@@ -74,7 +74,7 @@ async def _fault_and_compare(findings: Findings, unit: Mapping[str, Any], is_dry
         again = await requests(running.client)
         findings.expect("new requests have the same tokens", again == expected, differing(again, expected))
         status = (await running.client.status()).units[0]
-        findings.expect("nothing stays leased", status.pool.leased_bytes == 0, status.pool.leased_bytes)
+        findings.expect("no byte stays leased", status.pool.leased_bytes == 0, status.pool.leased_bytes)
 
 
 async def _streams(num_tokens: int, prompt_tokens: int, num_requests: int, client: MeshClient) -> list[list[int]]:

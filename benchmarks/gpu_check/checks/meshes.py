@@ -106,7 +106,8 @@ async def _swap(findings: Findings, unit: Mapping[str, Any]) -> None:
         findings.expect("no token changes", found == expected, differing(found, expected))
         (decode,) = (w for w in (await running.client.status()).units[0].workers if w.role == "decode")
         findings.expect("sequences were swapped", decode.swap_out_bytes > 0, decode.swap_out_bytes)
-        findings.expect("all of them back in", decode.swap_in_bytes == decode.swap_out_bytes, decode.swap_in_bytes)
+        is_complete = decode.swap_in_bytes == decode.swap_out_bytes
+        findings.expect("all of them were swapped in again", is_complete, decode.swap_in_bytes)
         findings.figure("swap_gb_s", (decode.swap_out_bytes + decode.swap_in_bytes) / max(decode.swap_s, 1e-9) / 1e9)
 
 

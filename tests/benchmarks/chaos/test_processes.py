@@ -1,4 +1,4 @@
-"""The processes of a mesh on a GPU, found by their names: the daemon of MPS, its server and who asks it."""
+"""The processes of a mesh on a GPU, found by their names: the MPS daemon, its server and the processes that ask it."""
 
 import os
 import signal

@@ -32,7 +32,7 @@ def test_the_first_token_of_a_run_of_steps_is_that_of_a_single_step(engine: Engi
     assert single["ms"] > 0
 
 
-def test_outputs_do_not_depend_on_who_is_computed_beside_them(engine: EngineOperations) -> None:
+def test_outputs_do_not_depend_on_the_other_sequences_of_a_step(engine: EngineOperations) -> None:
     (alone,) = run(engine, "generate", batch=1, prompt_tokens=9, num_tokens=3)
     together = run(engine, "generate", batch=2, prompt_tokens=9, num_tokens=3)
     assert len(alone) == 3
