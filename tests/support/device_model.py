@@ -83,7 +83,7 @@ class ForwardCase:
         last = hidden.index_select(0, uploaded["logit_rows"])
         logits = torch.empty((len(last), self._vocab_size), device=hidden.device)
         self.forward.logits(last, logits)
-        parts = logits.cpu().split([chunk.num_logit_rows for chunk in rows.chunks])
+        parts = torch.split(logits.cpu(), [chunk.num_logit_rows for chunk in rows.chunks])
         return {chunk.job_id: part for chunk, part in zip(rows.chunks, parts, strict=True)}
 
 

@@ -1,6 +1,9 @@
 """The rows of a step on the device, uploaded in one transfer."""
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -31,7 +34,7 @@ def tables_of(width: int) -> torch.Tensor:
 
 
 def test_uploaded_arrays_keep_dtype_shape_and_values() -> None:
-    arrays = {
+    arrays: dict[str, npt.NDArray[Any]] = {
         "matrix": np.arange(6, dtype=np.int32).reshape(2, 3),
         "transposed": np.arange(6, dtype=np.int64).reshape(3, 2).T,
         "numbers": np.array([0.1, -np.inf]),

@@ -14,8 +14,10 @@ DEVICE = open_torch_device()
 def scored(
     logits: np.ndarray, rows: list[int], token_ids: list[int], num_candidates: int
 ) -> tuple[list[float], list[int], list[list[int]], list[list[float]]]:
-    arrays = (logits, np.array(rows), np.array(token_ids))
-    logprobs, ranks, top_ids, top_logprobs = score_tokens(*map(DEVICE.upload, arrays), num_candidates)
+    uploaded_rows, uploaded_ids = DEVICE.upload(np.array(rows)), DEVICE.upload(np.array(token_ids))
+    logprobs, ranks, top_ids, top_logprobs = score_tokens(
+        DEVICE.upload(logits), uploaded_rows, uploaded_ids, num_candidates
+    )
     assert (logprobs.dtype, ranks.dtype, top_ids.dtype) == (torch.float64, torch.int64, torch.int64)
     return logprobs.tolist(), ranks.tolist(), top_ids.tolist(), top_logprobs.tolist()
 
@@ -28,7 +30,8 @@ def test_tokens_of_any_rows_are_scored_as_on_the_host(num_candidates: int) -> No
     logprobs, ranks, top_ids, top_logprobs = scored(logits, rows, token_ids, num_candidates)
     for i, (row, token_id) in enumerate(zip(rows, token_ids, strict=True)):
         expected = token_logprobs(logits[row], token_id, num_candidates)
-        assert (logprobs[i], ranks[i]) == (pytest.approx(expected.chosen.logprob, abs=1e-9), expected.chosen.rank)
+        assert logprobs[i] == pytest.approx(expected.chosen.logprob, abs=1e-9)
+        assert ranks[i] == expected.chosen.rank
         assert top_ids[i] == [candidate.token_id for candidate in expected.top]
         assert top_logprobs[i] == pytest.approx([candidate.logprob for candidate in expected.top], abs=1e-9)
 
