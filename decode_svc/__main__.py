@@ -1,4 +1,4 @@
-"""`python -m decode_svc --runtime FILE --unit NAME --model NAME --parent PID`: started by the supervisor."""
+"""`python -m decode_svc --runtime FILE --unit NAME --model NAME [--parent PID]`: with or without a supervisor."""
 
 from decode_svc.service import open_services
 from muxmesh.types import Role

@@ -1,4 +1,4 @@
-"""`python -m kvstore --runtime FILE --unit NAME --parent PID`: started by the supervisor."""
+"""`python -m kvstore --runtime FILE --unit NAME [--parent PID]`: with or without a supervisor."""
 
 import os
 
@@ -10,10 +10,11 @@ from muxmesh.lifecycle import Stop, run_service, service_arguments
 def main() -> None:
     """Serves the unit that the command line names, until SIGTERM or SIGINT."""
     arguments = service_arguments(__doc__, "unit")
-    runtime = MeshRuntime.read(arguments.runtime)
 
     async def serve_unit(stop: Stop) -> None:
-        runtime.check_environment(ProcessKey("kvstore", arguments.unit), os.environ)
+        runtime = MeshRuntime.read(arguments.runtime)
+        key = ProcessKey("kvstore", arguments.unit)
+        runtime.set_environment(key, os.environ, has_supervisor=arguments.parent is not None)
         await serve(runtime, arguments.unit, stop)
 
     run_service(serve_unit)

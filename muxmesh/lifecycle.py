@@ -13,8 +13,9 @@ import resource
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import uvloop
@@ -32,18 +33,26 @@ MAX_OPEN_FILES = 65_536
 _LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 
-def service_arguments(description: str | None, *own: str) -> argparse.Namespace:
-    """Parses ``--runtime``, ``--parent`` and the service's ``own`` options from the command line. All are required.
+def service_arguments(
+    description: str | None, *own: str, optional: Mapping[str, str] = MappingProxyType({})
+) -> argparse.Namespace:
+    """Parses ``--runtime``, ``--parent`` and the service's own options from the command line.
 
-    Also calls `die_with_parent`.
+    ``own`` options are required; ``optional`` ones, each with its help text, are None if they are not given. Without
+    ``--parent`` the process has no tie to the one that started it; with it, see `die_with_parent`.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--runtime", type=Path, required=True)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runtime", type=Path, required=True, metavar="FILE", help="what `muxmesh prepare` wrote")
     for name in own:
-        parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--parent", type=int, required=True)
+        parser.add_argument(f"--{name}", required=True, metavar="NAME", help=f"the {name} to serve, as in mesh.yaml")
+    for name, text in optional.items():
+        parser.add_argument(f"--{name}", metavar=name.upper(), help=text)
+    parser.add_argument(
+        "--parent", type=int, metavar="PID", help="the supervisor, with which this process dies (default: it does not)"
+    )
     arguments = parser.parse_args()
-    die_with_parent(arguments.parent)
+    if arguments.parent is not None:
+        die_with_parent(arguments.parent)
     return arguments
 
 
@@ -65,6 +74,7 @@ class Stop:
 
     def __init__(self, slow_shutdown_s: float = _SLOW_SHUTDOWN_S) -> None:
         """A shutdown that takes longer than ``slow_shutdown_s`` logs the stacks of all pending tasks."""
+        self.has_given_up = False
         self._slow_shutdown_s = slow_shutdown_s
         self._requested = asyncio.Event()
         self._serving = False
@@ -79,8 +89,9 @@ class Stop:
             self._starting.cancel()
 
     def give_up(self, reason: str) -> None:
-        """Logs the reason and requests the stop: this process cannot serve; the supervisor starts another."""
+        """Logs the reason and requests the stop: this process cannot serve, and has to be started again."""
         _log.error("giving up: %s", reason)
+        self.has_given_up = True
         self.set()
 
     async def wait(self) -> None:
@@ -124,23 +135,26 @@ def configure_logging(level: int) -> None:
 def run_service(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
     """Configures logging and runs ``main(stop)`` on uvloop until it returns. SIGTERM and SIGINT set ``stop``.
 
-    Raises the limit on open files before. A MeshError is logged in one line and ends the process with exit code 1.
+    Raises the limit on open files before. The exit code is 0 after a signal; 1 if the service gave up, or ended with an
+    error, which for a MeshError is one line.
     """
     configure_logging(logging.INFO)
     raise_file_limit()
 
-    async def supervised() -> bool:
+    async def until_stopped() -> tuple[bool, int]:
         stop = Stop()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        return await stop.run(main)
+        is_served = await stop.run(main)
+        return is_served, int(stop.has_given_up)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
-            is_served = runner.run(supervised())
+            is_served, code = runner.run(until_stopped())
         except MeshError as error:
             _log.error("cannot serve: %s", error)
             sys.exit(1)
         if not is_served:
-            os._exit(0)  # does not wait for threads that load a model or compile kernels
+            os._exit(code)  # does not wait for threads that load a model or compile kernels
+    sys.exit(code)

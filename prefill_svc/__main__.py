@@ -1,4 +1,4 @@
-"""`python -m prefill_svc --runtime FILE --unit NAME --model NAME --parent PID`: started by the supervisor."""
+"""`python -m prefill_svc --runtime FILE --unit NAME --model NAME [--parent PID]`: with or without a supervisor."""
 
 from muxmesh.types import Role
 from prefill_svc.service import open_services

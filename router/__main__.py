@@ -1,24 +1,38 @@
-"""`python -m router --runtime FILE --parent PID`: started by the supervisor."""
+"""`python -m router --runtime FILE [--name NAME] [--listen HOST:PORT] [--parent PID]`: with or without a supervisor,
+also several beside each other.
+"""
 
-import functools
 import os
+import socket
 import sys
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # predictor fits are background work: one core is enough
 
 from muxmesh.config.runtime import MeshRuntime
-from muxmesh.lifecycle import run_service, service_arguments
+from muxmesh.lifecycle import Stop, run_service, service_arguments
 from router.app import serve
 
 _SWITCH_S = 0.0005
 """Seconds after which a thread that predicts or tokenizes yields the GIL to the event loop. Python's own is 5 ms."""
+_OPTIONS = {
+    "name": "of this router in `muxmesh status`, unique in the mesh (default: router-HOSTNAME)",
+    "listen": "HOST:PORT of the public API (default: that of mesh.yaml)",
+}
 
 
 def main() -> None:
     """Reads the runtime file and serves until SIGTERM or SIGINT."""
-    arguments = service_arguments(__doc__)
+    arguments = service_arguments(__doc__, optional=_OPTIONS)
     sys.setswitchinterval(_SWITCH_S)
-    run_service(functools.partial(serve, MeshRuntime.read(arguments.runtime)))
+    default = "router" if arguments.parent is not None else f"router-{socket.gethostname()}"
+
+    async def serve_mesh(stop: Stop) -> None:
+        runtime = MeshRuntime.read(arguments.runtime)
+        if arguments.listen is not None:
+            runtime = runtime.with_listen(arguments.listen)
+        await serve(runtime, stop, arguments.name or default)
+
+    run_service(serve_mesh)
 
 
 if __name__ == "__main__":

@@ -41,17 +41,22 @@ _LONG_NICENESS = 10
 """Of the threads that tokenize long prompts, so that they take no core from the workers' compute."""
 
 
-async def serve(runtime: MeshRuntime, stop: Stop) -> None:
-    """Serves the public API until ``stop`` is set. Its health is SERVING once every unit is connected."""
+async def serve(runtime: MeshRuntime, stop: Stop, name: str = "router") -> None:
+    """Serves the public API until ``stop`` is set. Its health is SERVING once every unit is connected.
+
+    ``name``: of this router in the registry, and of its socket. Raises ConfigError, see `MeshRuntime.router_endpoint`;
+    InternalError if an address is in use.
+    """
     clock, config, rng = SystemClock(), runtime.config, random.SystemRandom()
+    endpoint = runtime.router_endpoint(name)
     policy, models = config.order.scheduling_policy(), load_models(runtime)
-    name = f"router-{rng.getrandbits(32):08x}"
+    incarnation = f"{name}-{rng.getrandbits(32):08x}"  # one that restarts is another router to units and workers
     async with AsyncExitStack() as stack:
         registry = ProcessRegistry(runtime.redis_url, config.mesh_id, clock)
         stack.push_async_callback(registry.close)
-        workers = WorkerChannels(name)
+        workers = WorkerChannels(incarnation)
         stack.push_async_callback(workers.close)
-        units = await _open_units(runtime, name, policy, clock, registry, stack)
+        units = await _open_units(runtime, incarnation, policy, clock, registry, stack)
         for unit in units:
             await stack.enter_async_context(background(unit.admission.run(), f"admission to {unit.name}", stop.give_up))
         driver = SequenceDriver(
@@ -72,7 +77,6 @@ async def serve(runtime: MeshRuntime, stop: Stop) -> None:
             MeshService(models, units, pipeline, forecaster, registry, policy),
             public_limits(config.router, models, raise_file_limit()),
         )
-        endpoint = runtime.endpoints()[ProcessKey("router")]
         await server.start([config.listen, endpoint.address])
         stack.push_async_callback(server.stop, _STOP_GRACE_S)
         await asyncio.gather(*(unit.admission.connected.wait() for unit in units))

@@ -56,7 +56,7 @@ class WorkerContext:
     """None if the unit has no swap region."""
     clock: Clock
     give_up: Callable[[str], None]
-    """Logs the reason and stops this process, which cannot continue to serve; the supervisor starts another."""
+    """Logs the reason and stops this process, which cannot continue to serve and has to be started again."""
 
     def sequence(self, request: EngineRequest, lease: Lease) -> SequenceRecord:
         """Returns the record of a request's sequence, whose ``lease`` this worker has. Raises ValueError, see there."""
@@ -78,12 +78,12 @@ OpenServices = Callable[[WorkerContext], AbstractAsyncContextManager[Services]]
 def worker_main(role: Role, description: str, open_services: OpenServices) -> None:
     """Parses the command line and runs a worker: the body of its ``__main__``."""
     arguments = service_arguments(description, "unit", "model")
-    runtime = MeshRuntime.read(arguments.runtime)
     key = ProcessKey(role, arguments.unit, arguments.model)
-    _set_up_threads(runtime, key)
 
     async def serve(stop: Stop) -> None:
-        runtime.check_environment(key, os.environ)
+        runtime = MeshRuntime.read(arguments.runtime)
+        _set_up_threads(runtime, key)
+        runtime.set_environment(key, os.environ, has_supervisor=arguments.parent is not None)
         await host_worker(runtime, key, open_services, stop)
 
     run_service(serve)

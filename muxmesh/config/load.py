@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from muxmesh.config.contradictions import ORDER_FIELDS, SAME_IN_ALL_UNITS, contradictions
-from muxmesh.config.field_errors import field_errors, shown
+from muxmesh.config.field_errors import field_errors
 from muxmesh.config.schema import Location, MeshConfig
 from muxmesh.config.yaml_reader import read_fields, read_text
 from muxmesh.errors import ConfigError
@@ -100,12 +100,8 @@ def parse_mesh_config(text: str, origin: str, *checks: Check) -> LoadedConfig:
 
 
 def with_listen(loaded: LoadedConfig, listen: str) -> LoadedConfig:
-    """Replaces the address of the public API. Raises ConfigError if ``listen`` is not HOST:PORT."""
-    try:
-        config = MeshConfig.model_validate({**loaded.config.model_dump(exclude_unset=True), "listen": listen})
-    except ValidationError as error:
-        raise ConfigError(f"listen: is {shown(listen)}; HOST:PORT is needed") from error
-    return LoadedConfig(config, loaded.origin, loaded.lines)
+    """See `MeshConfig.with_listen`."""
+    return LoadedConfig(loaded.config.with_listen(listen), loaded.origin, loaded.lines)
 
 
 def _validated(data: Any, omitted: Set[Location]) -> tuple[MeshConfig, list[Problem], set[Location]]:

@@ -1,19 +1,21 @@
-"""The runtime file of one mesh: configuration, socket paths, prepared models, Redis. The supervisor writes it, services
-read it.
+"""The runtime file of one mesh: configuration, socket paths, prepared models, Redis.
+
+The supervisor or `muxmesh prepare` writes it, services read it.
 
 Knows the processes of a mesh and their addresses. Starts nothing and opens no connection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from muxmesh.config.schema import MeshConfig, ModelConfig, UnitConfig
+from muxmesh.config.schema import NAME_PATTERN, MeshConfig, ModelConfig, UnitConfig
 from muxmesh.cuda.mps import LOG_DIRECTORY, PIPE_DIRECTORY, SHARE, MpsControl
 from muxmesh.errors import ConfigError
 from muxmesh.quoting import quoted
@@ -75,7 +77,7 @@ class Endpoint:
 
 
 class MeshRuntime(BaseModel):
-    """The configuration, and the paths and prepared models that the supervisor resolved."""
+    """The configuration, and the paths and prepared models that the supervisor or `muxmesh prepare` resolved."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -118,6 +120,10 @@ class MeshRuntime(BaseModel):
         """The files of ``model`` for the device of ``unit``, both of which the mesh has."""
         return self.prepared[unit][model]
 
+    def with_listen(self, listen: str) -> MeshRuntime:
+        """The same with another address of the public API. Raises ConfigError if ``listen`` is not HOST:PORT."""
+        return self.model_copy(update={"config": self.config.with_listen(listen)})
+
     def endpoints(self) -> dict[ProcessKey, Endpoint]:
         """All processes of this mesh in a fixed order: by unit, kvstore before workers; the router last."""
         return {key: Endpoint(self.display_name(key), self._address(key)) for key in self._process_keys()}
@@ -127,6 +133,20 @@ class MeshRuntime(BaseModel):
         if key.model and len(self.config.units_of(key.model)) == 1:
             return ProcessKey(key.role, "", key.model, key.replica).name
         return key.name
+
+    def router_endpoint(self, name: str) -> Endpoint:
+        """The endpoint of the router ``name``: `router` under a supervisor, any other for routers beside each other.
+
+        Raises ConfigError if the name is not one, or its socket is that of another process, or has too long a path.
+        """
+        if not re.fullmatch(NAME_PATTERN, name):
+            raise ConfigError(f"the name of a router is {quoted(name)}; needed are letters, digits, `.`, `_` and `-`")
+        endpoint = Endpoint(name, self._socket_address(name))
+        for key, other in self.endpoints().items():
+            if endpoint.address == other.address and key.role != "router":
+                raise ConfigError(f"a router with the name {name} would have the socket of {other.name}; rename it")
+        _check_length(endpoint.address.removeprefix("unix:"), "a shorter name of the router (--name)")
+        return endpoint
 
     def attach_path(self, unit: str) -> Path:
         """Socket over which a kvstore passes the shared memory to the workers of its unit."""
@@ -174,8 +194,15 @@ class MeshRuntime(BaseModel):
         unit, model = self.model(key.unit, key.model)
         return 100 if unit.green_contexts else model.compute_share.of(Role(key.role))
 
+    def set_environment(self, key: ProcessKey, environment: MutableMapping[str, str], has_supervisor: bool) -> None:
+        """Sets the variables that a process needs, or calls `check_environment` if a supervisor has set them."""
+        if has_supervisor:
+            self.check_environment(key, environment)
+        else:
+            environment.update(self.environment(key))
+
     def check_environment(self, key: ProcessKey, environment: Mapping[str, str]) -> None:
-        """Raises ConfigError unless a process has the variables that the supervisor, or else an operator, sets.
+        """Raises ConfigError unless a process has the variables that the supervisor sets.
 
         A worker that misses one could compute on another GPU, or without a limit.
         """
@@ -200,8 +227,7 @@ class MeshRuntime(BaseModel):
             *(f"{self.mps_directories(unit)[PIPE_DIRECTORY]}/control_privileged" for unit in mps),
         ]
         for path in [*names, *others]:
-            if len(path.encode()) > MAX_SOCKET_PATH:
-                raise ConfigError(f"socket path is longer than {MAX_SOCKET_PATH} bytes: {path}; use shorter names")
+            _check_length(path, "shorter names")
 
     def write(self, path: Path) -> None:
         """Writes the runtime file as JSON. It is there in full or not at all. Raises OSError."""
@@ -211,8 +237,16 @@ class MeshRuntime(BaseModel):
 
     @staticmethod
     def read(path: Path) -> MeshRuntime:
-        """Reads a runtime file that `write` wrote."""
-        return MeshRuntime.model_validate_json(path.read_text())
+        """Reads a runtime file that `write` wrote. Raises ConfigError if it cannot be read, or is none."""
+        try:
+            return MeshRuntime.model_validate_json(path.read_bytes())
+        except OSError as error:
+            hint = "; `muxmesh prepare` writes it" if isinstance(error, FileNotFoundError) else ""
+            raise ConfigError(f"{path}: the runtime file cannot be read: {error.strerror}{hint}") from error
+        except ValidationError as error:
+            raise ConfigError(
+                f"{path}: is no runtime file of this version of MuxMesh; write it again with `muxmesh prepare`"
+            ) from error
 
     def _process_keys(self) -> Iterator[ProcessKey]:
         for unit in self.config.units:
@@ -223,4 +257,12 @@ class MeshRuntime(BaseModel):
         yield ProcessKey("router")
 
     def _address(self, key: ProcessKey) -> str:
-        return f"unix:{self.run_dir / self.display_name(key).replace('/', '-')}.sock"
+        return self._socket_address(self.display_name(key))
+
+    def _socket_address(self, name: str) -> str:
+        return f"unix:{self.run_dir / name.replace('/', '-')}.sock"
+
+
+def _check_length(socket_path: str, hint: str) -> None:
+    if len(socket_path.encode()) > MAX_SOCKET_PATH:
+        raise ConfigError(f"socket path is longer than {MAX_SOCKET_PATH} bytes: {socket_path}; use {hint}")

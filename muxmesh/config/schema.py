@@ -18,17 +18,20 @@ from pydantic import (
     Field,
     IPvAnyNetwork,
     StringConstraints,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from muxmesh.errors import ConfigError
 from muxmesh.quoting import quoted
 from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
 from muxmesh.types import DEFAULT_ADDRESS, Dtype, KvFormat, Role
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=64)]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MIB = 1024 * 1024
@@ -333,6 +336,13 @@ class MeshConfig(Section):
         default=(UnitConfig(models=(ModelConfig(name=DEFAULT_MODEL),)),), min_length=1
     )
     """The units of the mesh."""
+
+    def with_listen(self, listen: str) -> MeshConfig:
+        """The same with another address of the public API. Raises ConfigError if ``listen`` is not HOST:PORT."""
+        try:
+            return MeshConfig.model_validate({**self.model_dump(exclude_unset=True), "listen": listen})
+        except ValidationError as error:
+            raise ConfigError(f"listen: is {quoted(listen)}; HOST:PORT is needed") from error
 
     def placements(self) -> Iterator[tuple[UnitConfig, ModelConfig]]:
         """All pairs of a unit and a model that it serves, in the order of the file."""

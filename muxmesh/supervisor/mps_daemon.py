@@ -1,9 +1,9 @@
 """`python -m muxmesh.supervisor.mps_daemon`: becomes the MPS daemon of a unit's GPU, after it has removed leftovers.
 
-    --runtime FILE --unit NAME --parent PID     as every service; any unit on the GPU will do
+    --runtime FILE --unit NAME [--parent PID]     as every service; any unit on the GPU will do
 
 Leftovers are an earlier daemon of the same pipe directory, the server of a daemon that was killed, and the files of
-both. The daemon is not in the background and dies with its parent. What prevents its start is one line of output.
+both. The daemon is not in the background. With `--parent` it dies with its parent. What prevents its start is one line.
 """
 
 from __future__ import annotations

@@ -178,9 +178,9 @@ def test_a_service_reads_its_options_from_the_command_line() -> None:
     assert stdout == f"{Path('a/b')!r} cpu0 {parent}\n"
 
 
-@pytest.mark.parametrize("missing", ["--runtime", "--unit", "--parent"])
-def test_every_option_of_a_service_is_required(missing: str) -> None:
-    options = {"--runtime": "x", "--unit": "u", "--parent": str(os.getpid())}
+@pytest.mark.parametrize("missing", ["--runtime", "--unit"])
+def test_a_service_needs_a_runtime_file_and_its_own_options(missing: str) -> None:
+    options = {"--runtime": "x", "--unit": "u"}
     del options[missing]
     with python(ARGUMENTS, *(text for option in options.items() for text in option)) as process:
         _, stderr = process.communicate(timeout=30)
@@ -188,11 +188,49 @@ def test_every_option_of_a_service_is_required(missing: str) -> None:
     assert f"required: {missing}" in stderr
 
 
-def test_a_service_whose_parent_is_dead_exits_at_once() -> None:
+def test_a_service_without_a_parent_has_no_tie_to_the_process_that_started_it() -> None:
+    script = ARGUMENTS + "import os; print(os.getppid(), flush=True); os.read(0, 1); print('lives', flush=True)"
+    command = [sys.executable, "-c", script, "--runtime", "x", "--unit", "u"]
+    starter = f"import subprocess; subprocess.Popen({command!r}).stdout; import time; time.sleep(600)"
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", starter], **pipe) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == f"{Path('x')!r} u None\n"
+        assert process.stdout.readline() == f"{process.pid}\n"
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        assert process.stdout.readline() == "lives\n"
+
+
+def test_optional_options_are_none_if_they_are_not_given() -> None:
+    script = (
+        "from muxmesh.lifecycle import service_arguments\n"
+        "arguments = service_arguments('description', optional={'name': 'help', 'listen': 'help'})\n"
+        "print(arguments.name, arguments.listen)"
+    )
+    with python(script, "--runtime", "x", "--listen", "here") as process:
+        assert process.communicate(timeout=30) == ("None here\n", "")
+
+
+def test_a_service_with_another_parent_ends_with_one_line() -> None:
     """The pid of this process's own parent is never that of a child's parent."""
-    with python(ARGUMENTS, "--runtime", "x", "--unit", "u", "--parent", str(os.getppid())) as process:
-        assert process.communicate(timeout=30) == ("", "")
-    assert process.returncode == 0
+    wrong = os.getppid()
+    with python(ARGUMENTS, "--runtime", "x", "--unit", "u", "--parent", str(wrong)) as process:
+        assert process.communicate(timeout=30) == (
+            "",
+            f"process {wrong} is not the parent of this one, or has exited; the parent is process {os.getpid()}\n",
+        )
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize(
+    "body", ["stop.give_up('no unit'); await stop.wait()", "stop.give_up('no unit'); await asyncio.Event().wait()"],
+    ids=["serving", "starting"],
+)  # fmt: skip
+def test_a_service_that_gives_up_exits_with_code_1_and_its_reason(body: str) -> None:
+    with python(SERVICE.format(body=body)) as process:
+        assert process.communicate(timeout=30) == ("", "ERROR muxmesh.lifecycle: giving up: no unit\n")
+    assert process.returncode == 1
 
 
 @pytest.mark.parametrize(("soft", "hard"), [(256, 900), (300, 300)])

@@ -71,10 +71,10 @@ class Setup:
 
 
 @asynccontextmanager
-async def router(runtime: MeshRuntime) -> AsyncIterator[Setup]:
+async def router(runtime: MeshRuntime, name: str = "router") -> AsyncIterator[Setup]:
     """A router that has started, without its units. It is stopped at the end, unless the test has stopped it."""
     stop = Stop()
-    running = asyncio.create_task(stop.run(functools.partial(serve, runtime)))
+    running = asyncio.create_task(stop.run(functools.partial(serve, runtime, name=name)))
     async with internal_channel(runtime.config.listen) as channel, AsyncExitStack() as servers:
         stubs = (
             health_pb2_grpc.HealthStub(channel),
@@ -161,6 +161,31 @@ async def test_a_router_is_registered_while_it_serves(tmp_path: Path, redis_url:
                 pass
         assert address == runtime.config.listen
     assert await registry.address_of("router") is None
+    await registry.close()
+
+
+async def test_two_routers_beside_each_other_are_registered_and_serve_on_sockets_of_their_own(
+    tmp_path: Path, redis_url: str
+) -> None:
+    registry = ProcessRegistry(redis_url, "default", SystemClock())
+    runtime = runtime_in(tmp_path, redis_url)
+    other = runtime.with_listen(free_listen_address("127.0.0.1:0"))
+    async with router(runtime, "router-a") as one, router(other, "router-b") as two:
+        for unit in one.kvstores:
+            await one.start_unit(unit)
+        await one.until_serving()
+        await two.until_serving()
+        async with asyncio.timeout(20):
+            while len(found := await registry.processes() or []) < 2:
+                pass
+        assert {record.name: record.address for record, _ in found} == {
+            "router-a": runtime.config.listen,
+            "router-b": other.config.listen,
+        }
+        for name in ("router-a", "router-b"):
+            async with internal_channel(f"unix:{tmp_path}/{name}.sock") as channel:
+                stub = health_pb2_grpc.HealthStub(channel)
+                assert (await stub.Check(health_pb2.HealthCheckRequest())).status is SERVING
     await registry.close()
 
 

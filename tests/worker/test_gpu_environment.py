@@ -1,4 +1,4 @@
-"""Services on a GPU that are started without a supervisor: they check the environment that they were given."""
+"""Services on a GPU that name their parent: they check the environment that it gave them."""
 
 import os
 import subprocess

@@ -96,6 +96,19 @@ def test_a_process_with_another_environment_is_refused(change: dict[str, str | N
     assert str(refused.value) == f"decode/m: {message}"
 
 
+def test_a_process_without_a_supervisor_sets_its_environment_itself() -> None:
+    runtime, environment = runtime_of(share=SHARES), {"CUDA_VISIBLE_DEVICES": "0", "HOME": "/root"}
+    runtime.set_environment(DECODE, environment, has_supervisor=False)
+    assert environment == {**inside_mps(40), "HOME": "/root"}
+
+
+def test_a_process_with_a_supervisor_only_checks_its_environment() -> None:
+    runtime, environment = runtime_of(share=SHARES), {"CUDA_VISIBLE_DEVICES": "0"}
+    with pytest.raises(ConfigError, match=f"CUDA_VISIBLE_DEVICES is '0'; must be {UUID}"):
+        runtime.set_environment(DECODE, environment, has_supervisor=True)
+    assert environment == {"CUDA_VISIBLE_DEVICES": "0"}
+
+
 def test_the_sockets_of_a_daemon_count_for_the_longest_path() -> None:
     """A control program does not report that a path is too long."""
     name = "/mps-5f4df884/control_privileged"

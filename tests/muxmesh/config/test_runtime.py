@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muxmesh.config.runtime import MAX_SOCKET_PATH, MeshRuntime, PreparedModel, ProcessKey
+from muxmesh.config.runtime import MAX_SOCKET_PATH, Endpoint, MeshRuntime, PreparedModel, ProcessKey
 from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import ConfigError
 from muxmesh.models.prepared_model import kv_identity
@@ -153,6 +153,47 @@ def test_the_runtime_file_keeps_which_fields_are_set(tmp_path: Path) -> None:
     runtime = runtime_of({"u": ["a"]}, order={"longest_lead": 100})
     runtime.write(tmp_path / "runtime.json")
     assert MeshRuntime.read(tmp_path / "runtime.json").config.order.model_fields_set == {"longest_lead"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "{path}: the runtime file cannot be read: No such file or directory; `muxmesh prepare` writes it"),
+        (b"{", "{path}: is no runtime file of this version of MuxMesh; write it again with `muxmesh prepare`"),
+        (b"\xff", "{path}: is no runtime file of this version of MuxMesh; write it again with `muxmesh prepare`"),
+        (b"{}", "{path}: is no runtime file of this version of MuxMesh; write it again with `muxmesh prepare`"),
+    ],
+)
+def test_a_runtime_file_that_is_missing_or_damaged_is_refused(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "runtime.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        MeshRuntime.read(path)
+    assert str(refused.value) == message.format(path=path)
+
+
+def test_routers_beside_each_other_have_names_and_sockets_of_their_own() -> None:
+    runtime = runtime_of({"u": ["m"]})
+    assert runtime.router_endpoint("router") == runtime.endpoints()[ProcessKey("router")]
+    assert runtime.router_endpoint("router-host.1") == Endpoint("router-host.1", "unix:/run/router-host.1.sock")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("", "the name of a router is ''; needed are letters, digits, `.`, `_` and `-`"),
+        ("a/b", "the name of a router is 'a/b'; needed are letters, digits, `.`, `_` and `-`"),
+        ("decode-m", "a router with the name decode-m would have the socket of decode/m; rename it"),
+        ("r" * 99, "socket path is longer than 107 bytes: /run/{name}.sock; use a shorter name of the router (--name)"),
+    ],
+)
+def test_a_name_that_no_router_can_have_is_refused(name: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        runtime_of({"u": ["m"]}).router_endpoint(name)
+    assert str(refused.value) == problem.format(name=name)
 
 
 def test_models_with_different_weights_share_no_kv() -> None:

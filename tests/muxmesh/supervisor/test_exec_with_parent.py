@@ -48,4 +48,5 @@ def test_the_program_gets_its_arguments_and_the_pid_of_the_launcher() -> None:
 def test_the_program_does_not_run_if_the_parent_is_dead() -> None:
     command = [*EXEC, str(os.getppid()), sys.executable, "-c", "print('runs')"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    assert (done.returncode, done.stdout) == (0, "")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"process {os.getppid()} is not the parent of this one, or has exited; ")
