@@ -68,15 +68,16 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
         prover=share_prover(runtime, unit_name, memory, fence),
     )
     register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
-    server = MeshServer({kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register})
     endpoint = runtime.endpoints()[ProcessKey("kvstore", unit_name)]
-    await server.start([endpoint.address])
+    services = {kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register}
+    server = MeshServer(services, is_on_network=endpoint.is_on_network)
+    await server.start(endpoint.listen)
     attach.start()
     asyncio.get_running_loop().add_reader(grants.doorbell_fd, grants.on_doorbell)
     await server.set_serving()
     registry = ProcessRegistry(runtime.redis_url, runtime.config.mesh_id, clock)
     watching = background(fence.run(), "MPS", stop.give_up) if isinstance(fence, MpsFence) else nullcontext()
-    async with watching, registry.registered(endpoint.name, endpoint.address):
+    async with watching, registry.registered(endpoint.name, endpoint.remote_address):
         await stop.wait()
     attach.close()
     if isinstance(fence, MpsFence):

@@ -16,9 +16,9 @@ class EndpointResolver:
         self._registry = registry
 
     async def address(self, key: ProcessKey) -> str:
-        """Address of the process. Raises Unavailable if neither the runtime file nor the registry contains it."""
+        """Address at which routers call the process. Raises Unavailable if runtime file and registry lack it."""
         if key in self._endpoints:
-            return self._endpoints[key].address
+            return self._endpoints[key].remote_address
         name = self._runtime.display_name(key)
         address = await self._registry.address_of(name)
         if address is None:

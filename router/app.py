@@ -77,7 +77,7 @@ async def serve(runtime: MeshRuntime, stop: Stop, name: str = "router") -> None:
             MeshService(models, units, pipeline, forecaster, registry, policy),
             public_limits(config.router, models, raise_file_limit()),
         )
-        await server.start([config.listen, endpoint.address])
+        await server.start([config.listen, *endpoint.listen])
         stack.push_async_callback(server.stop, _STOP_GRACE_S)
         await asyncio.gather(*(unit.admission.connected.wait() for unit in units))
         await server.set_serving()

@@ -95,7 +95,7 @@ async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: Open
     endpoints, clock = runtime.endpoints(), SystemClock()
     endpoint, role = endpoints[key], Role(key.role)
     device = open_worker_device(config.compute_share.of(role) if unit.green_contexts else 100) if unit.is_cuda else None
-    attachment = await attach(runtime.attach_path(key.unit), role, key.model, endpoint.address, device)
+    attachment = await attach(runtime.attach_path(key.unit), role, key.model, endpoint.remote_address, device)
     if device is not None:
         info = device.segments.device
         await attachment.prove_share(info.num_sms, info.is_mps_client)
@@ -124,12 +124,12 @@ async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: Open
             background(_send_heartbeats(attachment), "heartbeat", stop.give_up),
             open_services(context) as services,
         ):
-            server = MeshServer(services)
-            await server.start([endpoint.address])
+            server = MeshServer(services, is_on_network=endpoint.is_on_network)
+            await server.start(endpoint.listen)
             await server.set_serving()
             attachment.set_ready(True)
             registry = ProcessRegistry(runtime.redis_url, runtime.config.mesh_id, clock)
-            async with registry.registered(endpoint.name, endpoint.address):
+            async with registry.registered(endpoint.name, endpoint.remote_address):
                 await stop.wait()
                 attachment.set_ready(False)  # the unit issues no more credits for this worker
             await server.stop(grace_s=0.5)

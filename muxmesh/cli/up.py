@@ -40,7 +40,7 @@ from muxmesh.models.gpu_check import (
 )
 from muxmesh.models.model_check import local_path
 from muxmesh.models.prepared_model import machine_problems, model_problems, packing_of, prepare_model
-from muxmesh.supervisor.listen_address import public_listen_warning
+from muxmesh.supervisor.listen_address import listen_warnings
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, ShowLine, free_listen_address, make_runtime, state_lock
 from muxmesh.supervisor.redis_server import redis_url_problems
 
@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
     loaded = load_mesh_config(arguments.config, *checks) if arguments.config else default_config(*checks)
     if arguments.listen:
         loaded = with_listen(loaded, arguments.listen)
-    if (warning := public_listen_warning(loaded.config.listen)) is not None:
+    for warning in listen_warnings(loaded.config):
         print(f"muxmesh: {warning}", file=sys.stderr, flush=True)
     config = loaded.config.model_copy(update={"listen": free_listen_address(loaded.config.listen)})
     state_dir = local_path(str(arguments.state_dir or default_state_dir()), current_dir())

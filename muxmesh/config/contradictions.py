@@ -42,6 +42,7 @@ def contradictions(config: MeshConfig) -> Iterator[tuple[Location, str]]:
     if int(config.listen.rpartition(":")[2]) > MAX_PORT:
         yield ("listen",), f"port is larger than {MAX_PORT}"
     yield from _core_problems(config)
+    yield from _network_problems(config)
     units: set[str] = set()
     first_of: dict[str, tuple[UnitConfig, ModelConfig]] = {}
     for unit_index, unit in enumerate(config.units):
@@ -94,6 +95,33 @@ def _core_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
                     (*location, "models", model_index, "threads"),
                     f"is {model.threads}; the unit has {len(unit.cores)} cores",
                 )
+
+
+def _network_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
+    """Ports that exceed the last one or that two units of one host share, and unencrypted traffic nobody asked for."""
+    earlier: list[UnitConfig] = []
+    for unit_index, unit in enumerate(config.units):
+        if unit.network is None:
+            continue
+        location: Location = ("units", unit_index, "network")
+        ports = f"{unit.ports[0]} to {unit.ports[-1]}"
+        if unit.ports[-1] > MAX_PORT:
+            yield (*location, "base_port"), f"the unit needs the ports {ports}; the last one is {MAX_PORT}"
+        for other in earlier:
+            shared = range(max(unit.ports[0], other.ports[0]), min(unit.ports[-1], other.ports[-1]) + 1)
+            if other.network is not None and other.network.host == unit.network.host and shared:
+                yield (
+                    (*location, "base_port"),
+                    f"the unit needs the ports {ports}; port {shared[0]} of {unit.network.host} is that of unit "
+                    f"{other.name}",
+                )
+        if not unit.network.is_loopback and not unit.network.allow_unencrypted:
+            yield (
+                (*location, "host"),
+                f"{unit.network.host} may be reached from other hosts, and the unit's services have neither TLS nor "
+                "authentication; if a firewall or a NetworkPolicy admits routers only, set allow_unencrypted: true",
+            )
+        earlier.append(unit)
 
 
 def _model_problems(

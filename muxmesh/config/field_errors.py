@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from muxmesh.config.schema import NETWORK_NEEDED, SIZE_NEEDED, Location, ModelConfig
+from muxmesh.config.schema import HOST_NEEDED, NETWORK_NEEDED, SIZE_NEEDED, Location, ModelConfig
 
 _MAX_SHOWN = 60
 """Characters of a value in a message."""
@@ -43,6 +43,7 @@ _WORDS: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
 
 _PATTERNS = {
     "device": "must be cpu or cuda:N, such as cuda:0",
+    "host": HOST_NEEDED,
     "listen": "must be HOST:PORT",
     "redis_url": "must begin with redis://, rediss:// or unix://",
 }

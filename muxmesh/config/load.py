@@ -42,10 +42,11 @@ _DEPENDS_ON: Mapping[str, frozenset[str]] = {
     "threads": frozenset({"cores"}),
     "sim": frozenset({"engine"}),
     "engine": frozenset({"engine"}),
+    "host": frozenset({"allow_unencrypted"}),
     **dict.fromkeys(ORDER_FIELDS, frozenset({"policy"})),
 }
 """For the field of a problem: other fields of its section, or of one around or inside it, that the problem is about."""
-_COMPARED_IN_ALL_UNITS = frozenset({"cores", *SAME_IN_ALL_UNITS})
+_COMPARED_IN_ALL_UNITS = frozenset({"cores", "base_port", *SAME_IN_ALL_UNITS})
 """Fields whose problems may be about the same field of another unit."""
 
 _MAX_REPORTED = 100

@@ -70,10 +70,20 @@ class ProcessKey:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Display name of a process, and the address at which other processes of the mesh call it."""
+    """Display name of a process, and the addresses at which others call it."""
 
     name: str
     address: str
+    """Its unix socket: for processes with the same run folder."""
+    remote_address: str
+    """For routers, which may be on other hosts: HOST:PORT if its unit has `network`, else `address`."""
+    listen: tuple[str, ...]
+    """All addresses on which it listens, except the public one of a router."""
+
+    @property
+    def is_on_network(self) -> bool:
+        """Whether processes of other hosts call it."""
+        return self.remote_address != self.address
 
 
 class MeshRuntime(BaseModel):
@@ -126,7 +136,8 @@ class MeshRuntime(BaseModel):
 
     def endpoints(self) -> dict[ProcessKey, Endpoint]:
         """All processes of this mesh in a fixed order: by unit, kvstore before workers; the router last."""
-        return {key: Endpoint(self.display_name(key), self._address(key)) for key in self._process_keys()}
+        endpoints = {key: endpoint for unit in self.config.units for key, endpoint in self._unit_endpoints(unit)}
+        return {**endpoints, ProcessKey("router"): self._router_endpoint("router")}
 
     def display_name(self, key: ProcessKey) -> str:
         """The name of a process in logs, status and registry: without the unit if only one unit serves the model."""
@@ -141,7 +152,7 @@ class MeshRuntime(BaseModel):
         """
         if not re.fullmatch(NAME_PATTERN, name):
             raise ConfigError(f"the name of a router is {quoted(name)}; needed are letters, digits, `.`, `_` and `-`")
-        endpoint = Endpoint(name, self._socket_address(name))
+        endpoint = self._router_endpoint(name)
         for key, other in self.endpoints().items():
             if endpoint.address == other.address and key.role != "router":
                 raise ConfigError(f"a router with the name {name} would have the socket of {other.name}; rename it")
@@ -248,18 +259,22 @@ class MeshRuntime(BaseModel):
                 f"{path}: is no runtime file of this version of MuxMesh; write it again with `muxmesh prepare`"
             ) from error
 
-    def _process_keys(self) -> Iterator[ProcessKey]:
-        for unit in self.config.units:
-            yield ProcessKey("kvstore", unit.name)
-            for model in unit.models:
-                for role in Role:
-                    yield ProcessKey(role, unit.name, model.name)
-        yield ProcessKey("router")
+    def _unit_endpoints(self, unit: UnitConfig) -> Iterator[tuple[ProcessKey, Endpoint]]:
+        workers = (ProcessKey(role, unit.name, model.name) for model in unit.models for role in Role)
+        for index, key in enumerate((ProcessKey("kvstore", unit.name), *workers)):
+            name, network = self.display_name(key), unit.network
+            socket = self._socket(name)
+            if network is None:
+                yield key, Endpoint(name, socket, socket, (socket,))
+            else:
+                remote, listen = (f"{host}:{unit.ports[index]}" for host in (network.url_host, network.listen_host))
+                yield key, Endpoint(name, socket, remote, (socket, listen))
 
-    def _address(self, key: ProcessKey) -> str:
-        return self._socket_address(self.display_name(key))
+    def _router_endpoint(self, name: str) -> Endpoint:
+        socket = self._socket(name)
+        return Endpoint(name, socket, socket, (socket,))
 
-    def _socket_address(self, name: str) -> str:
+    def _socket(self, name: str) -> str:
         return f"unix:{self.run_dir / name.replace('/', '-')}.sock"
 
 

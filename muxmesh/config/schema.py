@@ -5,6 +5,7 @@ Knows no files, processes or models on disk, and not which cores this machine ha
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ MAX_BYTES = 2**60
 """Upper bound of every size."""
 _SIZE = re.compile(r"\d+(\.\d+)?\s*([kmgtp]i?)?b?", re.IGNORECASE)
 SIZE_NEEDED = "must be bytes, or a number and one of KiB, MiB, GiB, TiB, KB, MB, GB, TB"
+HOST_NEEDED = "must be a DNS name or an address, without a port"
 NETWORK_NEEDED = "must be an address or a network like 10.1.0.0/16"
 
 Location = tuple[str | int, ...]
@@ -198,6 +200,56 @@ class ModelConfig(Section):
         return max(self.prefill_token_budget, self.max_num_seqs)
 
 
+class NetworkConfig(Section):
+    """Addresses at which routers on other hosts reach the processes of a unit, beside their unix sockets.
+
+    These services have neither TLS nor authentication: who can connect to them can use the models, end the requests of
+    others and read what passes. A firewall or a NetworkPolicy has to admit routers only.
+    """
+
+    host: str = Field(pattern=r"^[A-Za-z0-9:][A-Za-z0-9._:-]*$", max_length=253)
+    """DNS name or address of the unit's host. The processes of the unit listen on it if it is an address, and on all
+    interfaces if it is a name."""
+    base_port: int = Field(default=50100, ge=1, le=MAX_PORT)
+    """Port of the unit's kvstore. The next ports are those of the workers, in the order of the models in the file: the
+    first model has `base_port + 1` for prefill and `base_port + 2` for decode."""
+    allow_unencrypted: bool = False
+    """Has to be true unless `host` is a loopback address: the traffic is not encrypted, and callers are not checked."""
+
+    @field_validator("host", mode="after")
+    @classmethod
+    def _refuse_a_port(cls, value: str) -> str:
+        if ":" in value:
+            try:
+                ipaddress.IPv6Address(value)
+            except ValueError:
+                raise ValueError(f"is {quoted(value)}; {HOST_NEEDED}") from None
+        return value
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this host can connect."""
+        address = self._address
+        return self.host == "localhost" if address is None else address.is_loopback
+
+    @property
+    def listen_host(self) -> str:
+        """The host part of the addresses on which the processes listen."""
+        return "0.0.0.0" if self._address is None and self.host != "localhost" else self.url_host
+
+    @property
+    def url_host(self) -> str:
+        """`host` as it stands before a colon and a port."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
+    def _address(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+        try:
+            return ipaddress.ip_address(self.host)
+        except ValueError:
+            return None
+
+
 class UnitConfig(Section):
     """Models that share one device and its KV memory."""
 
@@ -232,6 +284,8 @@ class UnitConfig(Section):
     used."""
     slab: ByteSize = Field(default=ByteSize(16 * MIB), ge=4096, le=MAX_BYTES)
     """Size of the pieces of the pool. Each slab is lent to one model at a time. On a GPU a multiple of 64 bytes."""
+    network: NetworkConfig | None = None
+    """For routers on other hosts. Unset: the unit's processes listen on unix sockets only, for this host."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     """At least one."""
 
@@ -249,6 +303,12 @@ class UnitConfig(Section):
     def device_index(self) -> int:
         """N of `cuda:N`; 0 for the CPU."""
         return int(self.device.partition(":")[2] or 0)
+
+    @property
+    def ports(self) -> range:
+        """The ports of the unit's processes, kvstore first; empty without `network`."""
+        first, num = (self.network.base_port, 1 + 2 * len(self.models)) if self.network else (0, 0)
+        return range(first, first + num)
 
     def capacity_tokens(self, model: ModelConfig, token_block_bytes: int) -> int:
         """Tokens of ``model`` that the whole pool holds, where a token block is ``token_block_bytes`` long."""

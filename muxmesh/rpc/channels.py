@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
+from muxmesh.rpc.limits import MAX_MESSAGE_BYTES, keepalive_options
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -18,8 +18,19 @@ _OPTIONS = (
     # Without it, channels to one address share a connection and its reconnect back-off.
     ("grpc.use_local_subchannel_pool", 1),
 )
+_NETWORK_OPTIONS = (
+    *_OPTIONS,
+    *keepalive_options(15.0, 5.0),
+    # A host that is gone does not respond either, and its successor has another address under the same name: the name
+    # is resolved again after an attempt has failed, at most this often. gRPC's own interval is 30 s.
+    ("grpc.min_reconnect_backoff_ms", 3000),
+    ("grpc.dns_min_time_between_resolutions_ms", 1000),
+    ("grpc.enable_http_proxy", 0),
+)
+"""For addresses that are no unix sockets. Of an option that is listed twice, the last value counts."""
 
 
 def internal_channel(address: str) -> grpc.aio.Channel:
-    """Opens a channel to a service of the mesh on this host."""
-    return grpc.aio.insecure_channel(address, options=_OPTIONS)
+    """Opens a channel to a service of the mesh: unix:PATH on this host, HOST:PORT on any."""
+    options = _OPTIONS if address.startswith("unix:") else tuple(dict(_NETWORK_OPTIONS).items())
+    return grpc.aio.insecure_channel(address, options=options)

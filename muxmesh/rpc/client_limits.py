@@ -20,6 +20,7 @@ from urllib.parse import unquote
 import grpc
 
 from muxmesh.errors import Overloaded, RequestAborted
+from muxmesh.rpc.limits import keepalive_options
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -70,10 +71,7 @@ class PublicLimits:
             ("grpc.server.max_pending_requests_hard_limit", 2 * self.max_calls),
             # Fixed windows: what a client sends before its message is read does not grow with the bandwidth.
             ("grpc.http2.bdp_probe", 0),
-            ("grpc.keepalive_time_ms", int(1000 * _KEEPALIVE_TIME_S)),
-            ("grpc.keepalive_timeout_ms", int(1000 * _KEEPALIVE_TIMEOUT_S)),
-            ("grpc.http2.ping_timeout_ms", int(1000 * _KEEPALIVE_TIMEOUT_S)),
-            ("grpc.http2.max_pings_without_data", 0),
+            *keepalive_options(_KEEPALIVE_TIME_S, _KEEPALIVE_TIMEOUT_S),
         )
 
 

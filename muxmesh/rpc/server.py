@@ -20,7 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from muxmesh.errors import InternalError, InvalidRequest, MeshError, RequestAborted
 from muxmesh.rpc.client_limits import CallLimiter, PublicLimits, RequestReader
-from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
+from muxmesh.rpc.limits import MAX_MESSAGE_BYTES, keepalive_options
 from muxmesh.rpc.message_parser import check_num_fields, parse
 from muxmesh.rpc.reflection import add_reflection
 from muxmesh.rpc.status_codes import to_status
@@ -36,6 +36,8 @@ _OPTIONS = (
 )
 
 _CANCEL_S = 5.0
+_KEEPALIVE_TIME_S = 15.0
+_KEEPALIVE_TIMEOUT_S = 5.0
 
 Register = Callable[[grpc.aio.Server], None]
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -44,12 +46,20 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class MeshServer:
     """A server whose health is NOT_SERVING until `set_serving`."""
 
-    def __init__(self, services: Mapping[ServiceDescriptor, Register], public: PublicLimits | None = None) -> None:
+    def __init__(
+        self,
+        services: Mapping[ServiceDescriptor, Register],
+        public: PublicLimits | None = None,
+        is_on_network: bool = False,
+    ) -> None:
         """``services`` maps a descriptor to the function that adds its servicer to a server.
 
-        ``public``: the limits on clients, which may be on other hosts. None: all clients are processes of the mesh.
+        ``public``: the limits on clients. None: all clients are processes of the mesh. ``is_on_network``: these may be
+        on other hosts, whose loss is noticed by pings.
         """
         options, interceptor = dict(_OPTIONS), _ErrorInterceptor(services)
+        if is_on_network:
+            options |= keepalive_options(_KEEPALIVE_TIME_S, _KEEPALIVE_TIMEOUT_S)
         if public is not None:
             options |= public.server_options()
             interceptor = _PublicInterceptor(services, public)

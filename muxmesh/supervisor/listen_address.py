@@ -1,9 +1,25 @@
-"""Who can reach the address of the public API."""
+"""Who can reach the addresses of a mesh."""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Iterator
+
+from muxmesh.config.schema import MeshConfig
+
+
+def listen_warnings(config: MeshConfig) -> Iterator[str]:
+    """The warnings about the addresses of a mesh that other machines may reach."""
+    if (warning := public_listen_warning(config.listen)) is not None:
+        yield warning
+    for unit in config.units:
+        if unit.network is not None and not unit.network.is_loopback:
+            yield (
+                f"WARNING: unit {unit.name} can be reached from other machines on the ports {unit.ports[0]} to "
+                f"{unit.ports[-1]}, without encryption and without a password: everyone who can connect to them can "
+                "use its models and end the requests of others. Let a firewall or a NetworkPolicy admit routers only"
+            )
 
 
 def public_listen_warning(listen: str) -> str | None:

@@ -4,7 +4,8 @@ import socket
 
 import pytest
 
-from muxmesh.supervisor.listen_address import public_listen_warning
+from muxmesh.config.schema import MeshConfig
+from muxmesh.supervisor.listen_address import listen_warnings, public_listen_warning
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,13 @@ def test_the_name_of_this_machine_counts_by_its_addresses() -> None:
         pytest.skip(f"the name of this machine has no address: {error}")
     is_public = any(not address.startswith("127.") and address != "::1" for address in addresses)
     assert (public_listen_warning(f"{socket.gethostname()}:1") is not None) is is_public
+
+
+def test_a_unit_on_the_network_is_warned_about() -> None:
+    def warnings(network: dict[str, object] | None) -> list[str]:
+        unit = {"name": "u", "network": network, "models": [{"name": "m", "engine": "sim"}]}
+        return list(listen_warnings(MeshConfig.model_validate({"listen": "127.0.0.1:1", "units": [unit]})))
+
+    assert warnings(None) == warnings({"host": "localhost"}) == []
+    (warning,) = warnings({"host": "unit-0.units", "base_port": 7000, "allow_unencrypted": True})
+    assert warning.startswith("WARNING: unit u can be reached from other machines on the ports 7000 to 7002")
