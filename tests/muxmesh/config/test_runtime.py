@@ -178,7 +178,8 @@ def test_a_runtime_file_that_is_missing_or_damaged_is_refused(
 def test_routers_beside_each_other_have_names_and_sockets_of_their_own() -> None:
     runtime = runtime_of({"u": ["m"]})
     assert runtime.router_endpoint("router") == runtime.endpoints()[ProcessKey("router")]
-    assert runtime.router_endpoint("router-host.1") == Endpoint("router-host.1", "unix:/run/router-host.1.sock")
+    socket = "unix:/run/router-host.1.sock"
+    assert runtime.router_endpoint("router-host.1") == Endpoint("router-host.1", socket, socket, (socket,))
 
 
 @pytest.mark.parametrize(
