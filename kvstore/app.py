@@ -51,7 +51,9 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
     memory = open_memory(runtime, config)
     grants = GrantTable(all_at_once if runtime.uses_mps(unit_name) else one_at_a_time)
     swap_fd = new_memfd("muxmesh-kv-swap", config.kv_swap) if config.kv_swap else None
-    service = KvStoreService(config, unit, grants, clock, runtime.config.order.trace)
+    prepared = runtime.prepared[unit_name]
+    fingerprints = {model.name: prepared[model.name].weights_fingerprint for model in config.models}
+    service = KvStoreService(config, unit, grants, clock, fingerprints, runtime.config.order.trace)
 
     def end_group(reason: str, device_has_failed: bool) -> None:
         attach.end_group(reason, device_has_failed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import grpc
@@ -41,13 +41,23 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     """
 
     def __init__(
-        self, config: UnitConfig, unit: Unit, grants: GrantTable, clock: Clock, trace_decisions: bool = False
+        self,
+        config: UnitConfig,
+        unit: Unit,
+        grants: GrantTable,
+        clock: Clock,
+        fingerprints: Mapping[str, str],
+        trace_decisions: bool = False,
     ) -> None:
-        """``trace_decisions``: logs each credit with the reason for its position in the order."""
+        """``fingerprints``: of the weights, by model. ``trace_decisions``: logs each credit with the reason for its
+        position in the order.
+        """
         self._config = config
         self._unit = unit
         self._grants = grants
         self._clock = clock
+        weights = (kvstore_pb2.ModelWeights(model=name, fingerprint=one) for name, one in fingerprints.items())
+        self._hello = kvstore_pb2.AdmitResponse(hello=kvstore_pb2.UnitHello(models=weights))
         self._trace_decisions = trace_decisions
         self.attach: AttachServer | None = None
         self._routers: dict[str, _Responses] = {}
@@ -106,6 +116,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         router = f"{named(first.hello.router)}#{number}"
         queue: _Responses = asyncio.Queue()
         self._routers[router] = queue
+        queue.put_nowait(self._hello)
         queue.put_nowait(kvstore_pb2.AdmitResponse(costs=self._costs()))
         reader = asyncio.create_task(self._read_router(router, queue, request_iterator))
         reader.add_done_callback(lambda _: queue.put_nowait(None))

@@ -63,6 +63,8 @@ class UnitAdmission:
         self._queue = RequestQueue(policy)
         self.costs: dict[str, ModelCosts] = {}
         """Step costs by model, as last reported by the unit."""
+        self.fingerprints: dict[str, str] = {}
+        """Fingerprints of the weights by model, as the unit has them. Empty before the first connection."""
         self._futures: dict[int, asyncio.Future[Credit]] = {}
         self._outbox: _Outbox = asyncio.Queue()
         self._last_entry_id = 0
@@ -127,12 +129,12 @@ class UnitAdmission:
         self._queue.hide_all()
         call = self._stub.Admit(self._messages(outbox), wait_for_ready=True)
         try:
-            await call.initial_metadata()
-            self.connected.set()
-            self._connected_at_s = self._clock.monotonic_s()
-            self._show_next()
             async for response in call:
                 self._on_response(response)
+                if not self.connected.is_set():  # the first message tells what the unit serves
+                    self.connected.set()
+                    self._connected_at_s = self._clock.monotonic_s()
+                    self._show_next()
         finally:
             call.cancel()
             outbox.put_nowait(None)
@@ -151,7 +153,9 @@ class UnitAdmission:
 
     def _on_response(self, response: kvstore_pb2.AdmitResponse) -> None:
         kind = response.WhichOneof("message")
-        if kind == "costs":
+        if kind == "hello":
+            self.fingerprints = {one.model: one.fingerprint for one in response.hello.models}
+        elif kind == "costs":
             self._on_costs(response.costs)
         elif kind == "refused":
             self._on_refused(response.refused)

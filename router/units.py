@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from muxmesh.block_hashes import KvIdentity, kv_demand
 from muxmesh.config.schema import ModelConfig
@@ -19,7 +19,10 @@ from router.unit_choice import unit_load
 
 @dataclass(frozen=True, slots=True)
 class PlacedModel:
-    """The configuration of a model on one unit, and the identity of its KV there."""
+    """The configuration of a model on one unit, and the identity of its KV there.
+
+    The unit tells the fingerprint of the weights, which the router need not have.
+    """
 
     config: ModelConfig
     identity: KvIdentity
@@ -39,8 +42,9 @@ class UnitLink:
 
     def kv_demand(self, request: EngineRequest) -> KvDemand:
         """What ``request`` needs of this unit's KV pool. Its model has to be served here."""
-        placed = self.models[request.model]
-        return kv_demand(request, placed.identity, placed.config.block_size, placed.config.kv_answer_tokens)
+        placed, weights = self.models[request.model], self.admission.fingerprints.get(request.model)
+        identity = None if weights is None else replace(placed.identity, weights=weights)
+        return kv_demand(request, identity, placed.config.block_size, placed.config.kv_answer_tokens)
 
 
 class Units:

@@ -102,7 +102,7 @@ async def test_a_request_passes_from_the_router_to_the_workers(tmp_path: Path) -
         await router.write(kvstore_pb2.AdmitRequest(hello=kvstore_pb2.RouterHello(router="r")))
         request = QueuedRequest(1, "m", SchedulingState(0, 0.0), KvDemand(16, 64))
         await router.write(kvstore_pb2.AdmitRequest(offer=convert.queued_to_wire(request)))
-        while (response := await router.read()).WhichOneof("message") == "costs":
+        while (response := await router.read()).WhichOneof("message") != "credit":
             pass
         assert response.credit.prefill.name == attached[0].worker
         prefill, decode = (LeaseClient(channel, attachment.worker) for attachment in attached)

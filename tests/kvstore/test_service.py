@@ -32,7 +32,7 @@ from tests.kvstore.small_unit import (
     queued,
     slab_tokens,
 )
-from tests.support.served_unit import LONGEST_WAIT_S, RouterStream, ServedUnit, served
+from tests.support.served_unit import FINGERPRINTS, LONGEST_WAIT_S, RouterStream, ServedUnit, served
 from tests.support.virtual_time import VirtualClock, run_virtually
 from worker.attachment import Attachment, attach
 from worker.lease_client import LeaseClient
@@ -256,6 +256,13 @@ async def test_a_decision_is_logged_with_its_reason_if_that_is_configured(
     assert "decision 1: request 5 of router0#1 for a overtakes 0: fcfs, priority 2: waited 2 s" in caplog.messages
 
 
+async def test_a_unit_first_tells_each_router_the_fingerprints_of_its_weights(served_unit: ServedUnit) -> None:
+    router = served_unit.router()
+    await router.next_message()
+    assert router.unit_hello is not None
+    assert {one.model: one.fingerprint for one in router.unit_hello.models} == FINGERPRINTS
+
+
 # Step costs
 
 
@@ -423,7 +430,7 @@ def test_an_unused_credit_expires_though_no_call_arrives() -> None:
 
     async def wait_for_expiry() -> float:
         grants, clock = GrantTable(), VirtualClock()
-        service = KvStoreService(config, unit, grants, clock)
+        service = KvStoreService(config, unit, grants, clock, {})
 
         async def messages() -> AsyncIterator[kvstore_pb2.AdmitRequest]:
             yield kvstore_pb2.AdmitRequest(hello=kvstore_pb2.RouterHello(router="r"))

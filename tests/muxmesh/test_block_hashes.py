@@ -56,6 +56,12 @@ def test_a_request_that_computes_its_whole_prompt_uses_no_cached_token(fields: d
     assert len(demand.block_hashes) == 2, "its own blocks are published"
 
 
+def test_without_the_identity_of_its_model_a_request_uses_and_publishes_no_cached_token() -> None:
+    demand = kv_demand(request(40), None, 16, 4)
+    assert (demand.num_tokens, demand.max_tokens) == (44, 50)
+    assert (demand.block_hashes, demand.max_cached_tokens) == ((), 0)
+
+
 @given(st.integers(1, 500), st.integers(0, 100), st.integers(0, 100))
 def test_the_initial_demand_never_exceeds_the_maximum(num_known: int, max_output: int, reserved: int) -> None:
     demand = demand_for(num_known, num_known + max_output, reserved, ())

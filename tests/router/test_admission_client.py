@@ -89,6 +89,17 @@ def credit_for(entry_id: int, lease_id: int = 7) -> kvstore_pb2.Credit:
     )
 
 
+async def test_a_connected_unit_has_told_the_fingerprints_of_its_weights(setup: Setup) -> None:
+    assert setup.admission.fingerprints == setup.kvstore.fingerprints
+
+
+async def test_the_fingerprints_of_a_restarted_unit_replace_those_before(setup: Setup) -> None:
+    setup.kvstore.fingerprints = {"m": "new weights"}
+    setup.stream.end()
+    await setup.kvstore.stream()
+    await until(lambda: setup.admission.fingerprints == {"m": "new weights"})
+
+
 async def test_a_queued_request_is_shown_and_gets_its_credit(setup: Setup) -> None:
     request = waiting(setup.admission, 3.0)
     offer = await setup.stream.next("offer")

@@ -50,6 +50,7 @@ async def setup() -> AsyncIterator[Setup]:
         def link(name: str, *models: str, block_size: int, kv_answer_tokens: int, identity: KvIdentity) -> UnitLink:
             admission = UnitAdmission("u", "r", channel, ManualClock(), FCFS)
             admission.connected.set()
+            admission.fingerprints = dict.fromkeys(models, IDENTITY.weights)
             placed = {
                 model: PlacedModel(
                     ModelConfig(name=model, block_size=cast(Any, block_size), kv_answer_tokens=kv_answer_tokens),
@@ -127,6 +128,19 @@ async def test_the_demand_follows_the_unit_s_own_block_size_and_reserve(setup: S
     assert on_a.max_tokens == on_b.max_tokens == 320
     assert (len(on_a.block_hashes), len(on_b.block_hashes)) == (2, 1)
     assert on_a.block_hashes == block_hashes(REQUEST.prompt_token_ids, 8, IDENTITY.root("t", "s"))
+
+
+async def test_hashes_are_of_the_weights_that_the_unit_has(setup: Setup) -> None:
+    link, prompt = setup.link("a"), REQUEST.prompt_token_ids
+    link.admission.fingerprints = {"m": "others", "n": IDENTITY.weights}
+    root = replace(IDENTITY, weights="others").root("t", "s")
+    assert link.kv_demand(REQUEST).block_hashes == block_hashes(prompt, 8, root)
+
+
+async def test_before_the_unit_has_told_its_weights_nothing_is_found_in_its_cache(setup: Setup) -> None:
+    link = setup.link("a")
+    link.admission.fingerprints = {}
+    assert link.kv_demand(REQUEST).block_hashes == ()
 
 
 async def test_a_request_for_a_model_of_another_unit_has_no_demand_here(setup: Setup) -> None:

@@ -70,13 +70,14 @@ class AdmitStream:
 
 
 class FakeKvStore(kvstore_pb2_grpc.KvStoreServiceServicer):
-    """A kvstore that admits nothing by itself: the test responds to each Admit call through its `AdmitStream`."""
+    """A kvstore that sends its hello and admits nothing: the test responds to each Admit call by its `AdmitStream`."""
 
     AcquireLease = MoveLease = ReleaseLease = GrowLease = WatchLeases = cast(Any, None)
     SwapOut = FinishSwapOut = SwapIn = FinishSwapIn = cast(Any, None)
 
     def __init__(self) -> None:
         self.status: kvstore_pb2.GetUnitStatusResponse | MeshError = kvstore_pb2.GetUnitStatusResponse()
+        self.fingerprints = {"m": "weights of m", "n": "weights of n"}
         self._streams: asyncio.Queue[AdmitStream] = asyncio.Queue()
 
     @property
@@ -92,7 +93,8 @@ class FakeKvStore(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def Admit(
         self, request_iterator: AsyncIterator[kvstore_pb2.AdmitRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[kvstore_pb2.AdmitResponse]:
-        await context.send_initial_metadata(())
+        weights = (kvstore_pb2.ModelWeights(model=name, fingerprint=one) for name, one in self.fingerprints.items())
+        yield kvstore_pb2.AdmitResponse(hello=kvstore_pb2.UnitHello(models=weights))
         stream = AdmitStream()
         self._streams.put_nowait(stream)
         reader = asyncio.create_task(stream.read(request_iterator))

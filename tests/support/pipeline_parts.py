@@ -76,6 +76,7 @@ class FakeAdmission:
         self.connected = asyncio.Event()
         self.connected.set()
         self.costs: dict[str, ModelCosts] = {}
+        self.fingerprints: dict[str, str] = {}
         self.num_issued = 0
         self.num_unreturned = 0
         self._queued: Counter[str] = Counter()

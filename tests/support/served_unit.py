@@ -31,6 +31,7 @@ from muxmesh.rpc.status_codes import from_rpc_error
 from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, QueuedRequest, Role, SchedulingState
 from worker.attachment import Attachment, attach
 
+FINGERPRINTS = {"a": "weights of a", "b": "weights of b"}
 LONGEST_WAIT_S = 15.0
 """Less than `CREDIT_TTL_S`, after which a timer of the unit schedules again."""
 
@@ -67,6 +68,8 @@ class RouterStream:
         if says_hello:
             self.send(hello=kvstore_pb2.RouterHello(router=router))
         self._call: Any = stub.Admit(self._messages())
+        self.unit_hello: kvstore_pb2.UnitHello | None = None
+        """The first message, once one after it has been read."""
 
     async def _messages(self) -> AsyncIterator[kvstore_pb2.AdmitRequest]:
         while (message := await self._outbox.get()) is not None:
@@ -79,7 +82,9 @@ class RouterStream:
         self.send(offer=convert.queued_to_wire(request))
 
     async def next_message(self) -> kvstore_pb2.AdmitResponse:
-        """The next message of any kind. Raises the error by which the stream ended; EOFError at its regular end."""
+        """The next message after the unit's hello. Raises the error by which the stream ended; EOFError at its regular
+        end.
+        """
         try:
             response = await asyncio.wait_for(self._call.read(), LONGEST_WAIT_S)
         except grpc.aio.AioRpcError as error:
@@ -87,6 +92,9 @@ class RouterStream:
         if response is grpc.aio.EOF:
             raise EOFError
         assert isinstance(response, kvstore_pb2.AdmitResponse)
+        if self.unit_hello is None:
+            self.unit_hello = response.hello
+            return await self.next_message()
         return response
 
     async def next(self) -> kvstore_pb2.AdmitResponse:
@@ -182,7 +190,7 @@ async def served(
         if swap_fd is not None:
             stack.callback(os.close, swap_fd)
         config = UnitConfig(name="unit7", models=tuple(ModelConfig(name=name) for name in unit.models))
-        service = KvStoreService(config, unit, grants, clock, trace)
+        service = KvStoreService(config, unit, grants, clock, FINGERPRINTS, trace)
         register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
         server = MeshServer({kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register})
         await server.start([address])

@@ -147,6 +147,7 @@ class AdmitResponse(_message.Message):
     CREDIT_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
     COSTS_FIELD_NUMBER: _builtins.int
+    HELLO_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def credit(self) -> Global___Credit: ...
     @_builtins.property
@@ -157,22 +158,67 @@ class AdmitResponse(_message.Message):
     def costs(self) -> Global___UnitCosts:
         """Step costs; sent with other messages, at most once a second."""
 
+    @_builtins.property
+    def hello(self) -> Global___UnitHello:
+        """The first message of every stream."""
+
     def __init__(
         self,
         *,
         credit: Global___Credit | None = ...,
         refused: Global___RequestRefused | None = ...,
         costs: Global___UnitCosts | None = ...,
+        hello: Global___UnitHello | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "credit", b"credit", "message", b"message", "refused", b"refused"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "credit", b"credit", "hello", b"hello", "message", b"message", "refused", b"refused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "credit", b"credit", "message", b"message", "refused", b"refused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "credit", b"credit", "hello", b"hello", "message", b"message", "refused", b"refused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["credit", "refused", "costs"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["credit", "refused", "costs", "hello"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___AdmitResponse: _TypeAlias = AdmitResponse  # noqa: Y015
+
+@_typing.final
+class UnitHello(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelWeights]: ...
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___ModelWeights] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___UnitHello: _TypeAlias = UnitHello  # noqa: Y015
+
+@_typing.final
+class ModelWeights(_message.Message):
+    """Identifies the weights of a model, so that routers, which have none, compute the hashes of its blocks. See
+    muxmesh/block_hashes.py.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    fingerprint: _builtins.str
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ModelWeights: _TypeAlias = ModelWeights  # noqa: Y015
 
 @_typing.final
 class UnitCosts(_message.Message):
