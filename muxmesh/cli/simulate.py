@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         yield from _without_times(config)
         yield from model_problems(config, base_dir, cache_dir())
 
-    config = load_mesh_config(arguments.config, check).config
+    config = load_mesh_config(arguments.config, check, variables=os.environ).config
     specs = {name: local_model_spec(model, base_dir, cache_dir()) for name, model in config.models().items()}
     spec = parse_spec(arguments.workload)
     sketches = requests_of(spec)

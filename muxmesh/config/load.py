@@ -80,17 +80,20 @@ def default_config(*checks: Check) -> LoadedConfig:
     return loaded
 
 
-def load_mesh_config(path: Path, *checks: Check) -> LoadedConfig:
+def load_mesh_config(path: Path, *checks: Check, variables: Mapping[str, str] | None = None) -> LoadedConfig:
     """Reads the configuration in ``path``. Raises ConfigError with one line for each problem, those of ``checks`` too.
 
-    What a check finds is not reported if it may follow from a field that is invalid by itself.
+    What a check finds is not reported if it may follow from a field that is invalid by itself. Values may name
+    ``variables``, as ``${NAME}`` or ``${NAME:-default}``.
     """
-    return parse_mesh_config(read_text(path), str(path), *checks)
+    return parse_mesh_config(read_text(path), str(path), *checks, variables=variables)
 
 
-def parse_mesh_config(text: str, origin: str, *checks: Check) -> LoadedConfig:
+def parse_mesh_config(
+    text: str, origin: str, *checks: Check, variables: Mapping[str, str] | None = None
+) -> LoadedConfig:
     """Like `load_mesh_config`, from text. Error messages start with ``origin``."""
-    fields = read_fields(text, origin)
+    fields = read_fields(text, origin, variables)
     if fields.data is not None and not isinstance(fields.data, dict):
         raise ConfigError(f"{origin}:1: must be a mapping with fields like `listen` and `units`")
     config, problems, invalid = _validated(fields.data or {}, fields.omitted)

@@ -1,5 +1,7 @@
 """Reads a YAML file of limited size into plain values, with the line of each field.
 
+A value may name variables (`muxmesh/config/variables.py`); what stands for one is a single value, whatever it contains.
+
 Bounded: size of the file, nesting, and the values that aliases expand to. Values are null, booleans, numbers, text,
 lists and mappings with text as keys; every other tag is refused. Knows no field of the configuration.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 import os
 import select
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import yaml
 
 from muxmesh.config.schema import Location
+from muxmesh.config.variables import with_variables
 from muxmesh.errors import ConfigError
 from muxmesh.quoting import named
 
@@ -83,11 +86,14 @@ def _read(fd: int, path: Path, longest_wait_s: float) -> bytes:
     return content
 
 
-def read_fields(text: str, origin: str) -> YamlFields:
-    """Parses ``text``. Raises ConfigError, which names ``origin`` and the line, if it is not YAML or not bounded."""
+def read_fields(text: str, origin: str, variables: Mapping[str, str] | None = None) -> YamlFields:
+    """Parses ``text``, whose values may name ``variables``.
+
+    Raises ConfigError, which names ``origin`` and the line, if it is not YAML or not bounded.
+    """
     try:
         root = _BoundedLoader(text).get_single_node()
-        expansion = _Expansion()
+        expansion = _Expansion(variables or {})
         if root is not None:
             expansion.found.data = expansion.value(root, (), ())
     except yaml.MarkedYAMLError as error:
@@ -149,11 +155,20 @@ class _BoundedLoader(yaml.SafeLoader):
         return _NotBoundedError(self.peek_event(), problem)  # type: ignore[no-untyped-call]
 
 
+def _with_variables(node: yaml.ScalarNode, variables: Mapping[str, str]) -> yaml.ScalarNode:
+    """The node as if the values of the variables stood in the file. Without quotes it may become a number."""
+    text = with_variables(node.value, variables)
+    is_plain = node.style is None and node.tag == _TAG + "str"
+    tag = _BoundedLoader("").resolve(yaml.ScalarNode, text, (True, False)) if is_plain else node.tag
+    return yaml.ScalarNode(tag, text, node.start_mark, node.end_mark, node.style)
+
+
 class _Expansion:
     """Turns nodes into values. Each alias becomes a value of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, variables: Mapping[str, str]) -> None:
         self.found = YamlFields()
+        self._variables = variables
         self._num_values = 0
 
     def value(self, node: yaml.Node, location: Location, parents: tuple[yaml.Node, ...]) -> Any:
@@ -238,6 +253,11 @@ class _Expansion:
             self._refuse((*location, "<<"), "must be an alias of a mapping, or a list of aliases")
 
     def _scalar(self, node: yaml.ScalarNode, location: Location) -> Any:
+        if "${" in node.value:
+            try:
+                node = _with_variables(node, self._variables)
+            except ValueError as error:
+                return self._refuse(location, str(error))
         kind, text = node.tag.removeprefix(_TAG), node.value
         if kind == "str":
             return text
