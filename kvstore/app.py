@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from kvstore.arbiter import all_at_once, one_at_a_time
 from kvstore.attach_server import AttachServer
 from kvstore.cuda_memory import CudaMemory
-from kvstore.device_memory import GPU_IPC, DeviceMemory, HostMemory, new_memfd
+from kvstore.device_memory import GPU_IPC, DeviceMemory, HostMemory, new_memfd, reserve
 from kvstore.fence import HostFence
 from kvstore.grant_table import GrantTable
 from kvstore.mps_fence import EndGroup, MpsFence
@@ -24,9 +24,11 @@ from muxmesh.clock import Clock, SystemClock
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
 from muxmesh.config.schema import UnitConfig
 from muxmesh.cuda.driver import CudaDriver
-from muxmesh.errors import DeviceError
+from muxmesh.errors import ConfigError, DeviceError
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.lifecycle import Stop
+from muxmesh.machine_limits import MemoryLimit, memory_limit
+from muxmesh.models.host_memory import kvstore_problem
 from muxmesh.models.prepared_model import model_spec
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.server import MeshServer
@@ -38,10 +40,13 @@ _log = logging.getLogger(__name__)
 async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
     """Serves one unit until ``stop`` is set.
 
-    Raises ConfigError if there is no such unit; ValueError if a slab is too small for a token block of a model;
-    DeviceError if the unit's memory cannot be had as the configuration wants it.
+    Raises ConfigError if there is no such unit or its pool exceeds the memory limit of this process; ValueError if a
+    slab is too small for a token block of a model; DeviceError if the unit's memory cannot be had as the configuration
+    wants it.
     """
-    config, clock = runtime.unit(unit_name), SystemClock()
+    config, clock, limit = runtime.unit(unit_name), SystemClock(), memory_limit()
+    if (problem := kvstore_problem(config, limit)) is not None:
+        raise ConfigError(f"unit {unit_name}: {problem}")
     models = {
         model.name: UnitModel.of(config, model, model_spec(runtime.prepared_model(unit_name, model.name).folder))
         for model in config.models
@@ -51,6 +56,7 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
     memory = open_memory(runtime, config)
     grants = GrantTable(all_at_once if runtime.uses_mps(unit_name) else one_at_a_time)
     swap_fd = new_memfd("muxmesh-kv-swap", config.kv_swap) if config.kv_swap else None
+    await reserve_host_memory(memory, swap_fd, limit)
     prepared = runtime.prepared[unit_name]
     fingerprints = {model.name: prepared[model.name].weights_fingerprint for model in config.models}
     service = KvStoreService(config, unit, grants, clock, fingerprints, runtime.config.order.trace)
@@ -132,6 +138,18 @@ def open_memory(runtime: MeshRuntime, config: UnitConfig) -> DeviceMemory:
     _log.info("unit %s: memory on %s (%s), shared by %s", config.name, device.name, uuid, memory.transport)
     check_transport(config, memory)
     return memory
+
+
+async def reserve_host_memory(memory: DeviceMemory, swap_fd: int | None, limit: MemoryLimit) -> None:
+    """Under a limit of a cgroup: allocates pool and swap region now.
+
+    They count to this process's container, for which they were checked, and not to that of the first worker to write a
+    page. Raises DeviceError if there is not enough.
+    """
+    segments = [segment for shard in memory.shards for segment in shard.segments if not segment.device_uuid]
+    pool_fds = [fd for segment in segments for fd in segment.fds]
+    if limit.is_of_cgroup:
+        await asyncio.to_thread(reserve, pool_fds if swap_fd is None else [*pool_fds, swap_fd])
 
 
 def check_transport(config: UnitConfig, memory: DeviceMemory) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from muxmesh.errors import DeviceError
+
 HOST = "host"
 """`DeviceMemory.kind` of a CPU unit."""
 CUDA = "cuda"
@@ -135,6 +137,20 @@ def new_memfd(name: str, num_bytes: int) -> int:
     fd = os.memfd_create(name, os.MFD_CLOEXEC)
     os.ftruncate(fd, num_bytes)
     return fd
+
+
+def reserve(fds: Iterable[int]) -> None:
+    """Allocates all memory of shared memory files, which else happens page by page at the first access. Blocks.
+
+    Memory counts to the cgroup of the process that allocates it. Raises DeviceError if there is not enough.
+    """
+    for fd in fds:
+        try:
+            os.posix_fallocate(fd, 0, os.fstat(fd).st_size)
+        except OSError as error:
+            raise DeviceError(
+                f"{os.fstat(fd).st_size} bytes of memory cannot be allocated: {error.strerror}"
+            ) from error
 
 
 def _split(num_bytes: int, part_bytes: int) -> Iterable[int]:

@@ -5,7 +5,6 @@ Imports numba only for the native engine on a CPU, torch and Triton only for tha
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.sim_runner import SimRunner
 from muxmesh.engine.step import Runner
 from muxmesh.engine.step_engine import StepEngine, StepObserver
+from muxmesh.machine_limits import num_usable_cores
 from muxmesh.models.model_spec import ModelSpec
 from muxmesh.models.prepared_model import model_spec
 from muxmesh.scheduling_policy import SchedulingPolicy
@@ -46,8 +46,8 @@ def build_engine(
 
 
 def num_threads(config: ModelConfig) -> int:
-    """Returns the threads of each worker of the model: as configured, or one for each core of this process."""
-    return config.threads or len(os.sched_getaffinity(0))
+    """Returns the threads of each worker of the model: as configured, or one for each core that it may use."""
+    return config.threads or num_usable_cores()
 
 
 def _runner(

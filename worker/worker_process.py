@@ -24,7 +24,10 @@ from muxmesh.config.schema import ModelConfig
 from muxmesh.engine.api import Engine
 from muxmesh.engine.native.kernel_cache import kernel_cache_dir
 from muxmesh.engine.sequence import SequenceRecord
+from muxmesh.errors import ConfigError
 from muxmesh.lifecycle import Stop, run_service, service_arguments
+from muxmesh.machine_limits import MemoryLimit, memory_limit
+from muxmesh.models.host_memory import worker_problem
 from muxmesh.models.prepared_model import kv_identity, model_spec
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.channels import internal_channel
@@ -84,9 +87,19 @@ def worker_main(role: Role, description: str, open_services: OpenServices) -> No
         runtime = MeshRuntime.read(arguments.runtime)
         _set_up_threads(runtime, key)
         runtime.set_environment(key, os.environ, has_supervisor=arguments.parent is not None)
+        check_memory(runtime, key, memory_limit())
         await host_worker(runtime, key, open_services, stop)
 
     run_service(serve)
+
+
+def check_memory(runtime: MeshRuntime, key: ProcessKey, limit: MemoryLimit) -> None:
+    """Raises ConfigError if the memory limit of this process does not hold the weights and what a worker needs."""
+    unit, config = runtime.model(key.unit, key.model)
+    image = runtime.prepared_model(key.unit, key.model).image
+    problem = worker_problem(unit, config, 0 if image is None else image.stat().st_size, limit)
+    if problem is not None:
+        raise ConfigError(f"{runtime.display_name(key)}: {problem}")
 
 
 async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: OpenServices, stop: Stop) -> None:

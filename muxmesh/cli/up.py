@@ -30,6 +30,7 @@ from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
 from muxmesh.cuda.device_list import DeviceList
 from muxmesh.errors import ConfigError, MeshError
 from muxmesh.lifecycle import configure_logging, raise_file_limit
+from muxmesh.machine_limits import memory_limit
 from muxmesh.models.gpu_check import (
     dtype_notice,
     gpu_software_problems,
@@ -39,7 +40,13 @@ from muxmesh.models.gpu_check import (
     unit_gpus,
 )
 from muxmesh.models.model_check import local_path
-from muxmesh.models.prepared_model import machine_problems, model_problems, packing_of, prepare_model
+from muxmesh.models.prepared_model import (
+    machine_problems,
+    model_problems,
+    packing_of,
+    prepare_model,
+    prepared_problems,
+)
 from muxmesh.supervisor.listen_address import listen_warnings
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, ShowLine, free_listen_address, make_runtime, state_lock
 from muxmesh.supervisor.redis_server import redis_url_problems
@@ -71,7 +78,10 @@ def _run(arguments: argparse.Namespace) -> int:
         yield from gpu_software_problems(config, os.environ)
         yield from machine_gpu_problems(config, gpus, base_dir, cache_dir())
 
-    checks = (order_without_effect, machine_problems, check_gpus, redis_url_problems, check_models)
+    def check_machine(config: MeshConfig) -> Iterator[tuple[Location, str]]:
+        return machine_problems(config, memory_limit())
+
+    checks = (order_without_effect, check_machine, check_gpus, redis_url_problems, check_models)
     loaded = load_mesh_config(arguments.config, *checks) if arguments.config else default_config(*checks)
     if arguments.listen:
         loaded = with_listen(loaded, arguments.listen)
@@ -83,7 +93,8 @@ def _run(arguments: argparse.Namespace) -> int:
         prepared = {
             unit.name: {model.name: _prepare(unit, model, base_dir) for model in unit.models} for unit in config.units
         }
-        loaded.refuse([*check_models(config), *check_gpus(config)])  # downloaded models are checked here
+        too_large = prepared_problems(config, prepared, memory_limit())
+        loaded.refuse([*check_models(config), *check_gpus(config), *too_large])  # downloaded models are checked here
         program = mps_program(config)
         for notice in (dtype_notice(config), mps_notice(config, program)):
             if notice is not None:

@@ -165,8 +165,8 @@ class ModelConfig(Section):
     which get smaller as the context grows. Other workers of the unit and cancelled requests wait until a step ends. 128
     suits a CPU; a GPU is fast from about 2048 on."""
     threads: int | None = Field(default=None, ge=1, le=MAX_COUNT)
-    """Threads of each worker on a CPU. Unset: one for each core of the unit. Only one worker of a unit computes at a
-    time."""
+    """Threads of each worker on a CPU. Unset: one for each core of the unit, and at most the quota of cores of its
+    cgroup (container, service), rounded up. Only one worker of a unit computes at a time."""
     sim: SimProfile = SimProfile()
     """Step times and output lengths of `engine: sim`. An error with other engines."""
 
@@ -276,8 +276,10 @@ class UnitConfig(Section):
     """CPU cores of the unit's workers, like `[0, 1]`. Unset: all cores. Required if several units are on one CPU; their
     cores must be disjoint."""
     kv_pool: ByteSize = Field(default=ByteSize(1024 * MIB), ge=MIB, le=MAX_BYTES)
-    """KV memory of all models of the unit, like `2GiB`. On a GPU it is device memory, beside one copy of the weights of
-    each model and 0.75 GiB for each worker, more if its batches or its vocabulary are large."""
+    """KV memory of all models of the unit, like `2GiB`. On a CPU it is memory of the machine, allocated as it is used.
+    If a cgroup (container, service) limits the memory of kvstore, all of it is allocated when kvstore starts, so that
+    it counts to that cgroup. On a GPU it is device memory, beside one copy of the weights of each model and 0.75 GiB
+    for each worker, more if its batches or its vocabulary are large."""
     kv_swap: ByteSize = Field(default=ByteSize(0), ge=0, le=MAX_BYTES)
     """Host memory for the KV of sequences that are pre-empted when `kv_pool` is full. 0: their KV is freed and computed
     again. On a CPU a larger `kv_pool` is better, unless `kv_swap_format` is int8. For a GPU it is pinned when first

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-from pydantic import ByteSize
 
 from muxmesh.block_hashes import KvIdentity
 from muxmesh.config.runtime import PreparedModel
 from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
 from muxmesh.errors import ConfigError
+from muxmesh.machine_limits import MemoryLimit
 from muxmesh.models.catalog import CATALOG, hub_hint
 from muxmesh.models.gguf_import import read_gguf
+from muxmesh.models.host_memory import mesh_problems, pool_problems
 from muxmesh.models.model_check import check_model, is_model, local_path
 from muxmesh.models.model_download import Progress, ensure_imported, ensure_model, model_folder
 from muxmesh.models.model_spec import SIM_SPEC, ModelSpec, read_model_spec
@@ -26,21 +26,28 @@ from muxmesh.models.weight_image import Packing, ensure_image, read_layout
 from muxmesh.quoting import quoted
 
 
-def machine_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
-    """Yields what the configured units need and this machine lacks, each with the path of its field."""
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def machine_problems(config: MeshConfig, limit: MemoryLimit) -> Iterator[tuple[Location, str]]:
+    """Yields what the configured units need and this machine lacks, each with the path of its field.
+
+    ``limit``: the memory for all processes of the mesh together.
+    """
     cores = os.sched_getaffinity(0)
     for unit_index, unit in enumerate(config.units):
         missing = sorted(set(unit.cores or ()) - cores)
         if missing:
             yield ("units", unit_index, "cores"), f"core {missing[0]} is not available; available: {sorted(cores)}"
-        host_bytes = unit.kv_swap if unit.is_cuda else unit.kv_pool + unit.kv_swap
-        if host_bytes > memory_bytes:
-            total, present = (ByteSize(n).human_readable() for n in (host_bytes, memory_bytes))
-            field, parts = (
-                ("kv_swap", "kv_swap is") if unit.is_cuda else ("kv_pool", "kv_pool and kv_swap are together")
-            )
-            yield ("units", unit_index, field), f"{parts} {total}; this machine has {present}"
+    yield from pool_problems(config, limit)
+
+
+def prepared_problems(
+    config: MeshConfig, prepared: Mapping[str, Mapping[str, PreparedModel]], limit: MemoryLimit
+) -> Iterator[tuple[Location, str]]:
+    """Yields a problem if all processes of the mesh in one container need more memory than ``limit``.
+
+    ``prepared``: each model of each unit.
+    """
+    images = [model.image for models in prepared.values() for model in models.values()]
+    return mesh_problems(config, {image: image.stat().st_size for image in images if image is not None}, limit)
 
 
 def model_problems(config: MeshConfig, base_dir: Path, cache_dir: Path) -> Iterator[tuple[Location, str]]:

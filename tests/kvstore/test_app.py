@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvstore.app import check_transport, open_memory, serve
-from kvstore.device_memory import CUDA, HostMemory, Transport
+from kvstore.app import check_transport, open_memory, reserve_host_memory, serve
+from kvstore.device_memory import CUDA, HostMemory, Transport, new_memfd
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime, PreparedModel, ProcessKey
 from muxmesh.config.schema import MeshConfig
@@ -19,6 +20,7 @@ from muxmesh.cuda.driver import CudaDriver
 from muxmesh.errors import ConfigError, DeviceError, Overloaded
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.lifecycle import Stop
+from muxmesh.machine_limits import MemoryLimit
 from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, QueuedRequest, Role, SchedulingState
@@ -212,3 +214,17 @@ async def test_the_status_names_the_transport(tmp_path: Path, fake_driver: CudaD
             stub: Any = kvstore_pb2_grpc.KvStoreServiceStub(channel)
             response = await stub.GetUnitStatus(kvstore_pb2.GetUnitStatusRequest())
             assert response.unit.transport == transport
+
+
+@pytest.mark.parametrize(("file", "is_reserved"), [(None, False), (Path("/sys/fs/cgroup/memory.max"), True)])
+async def test_pool_and_swap_are_allocated_at_the_start_under_a_limit_of_a_cgroup(
+    file: Path | None, is_reserved: bool
+) -> None:
+    memory, swap_fd = HostMemory(MIB), new_memfd("swap", MIB)
+    await reserve_host_memory(memory, swap_fd, MemoryLimit(1 << 40, file))
+    (segment,) = memory.shards[0].segments
+    assert segment.fd is not None
+    allocated = [os.fstat(fd).st_blocks * 512 for fd in (segment.fd, swap_fd)]
+    assert allocated == ([MIB, MIB] if is_reserved else [0, 0])
+    memory.close()
+    os.close(swap_fd)

@@ -3,10 +3,12 @@
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from kvstore.device_memory import HOST, DeviceMemory, HostMemory, Segment, Shard, new_memfd
+from kvstore.device_memory import HOST, DeviceMemory, HostMemory, Segment, Shard, new_memfd, reserve
+from muxmesh.errors import DeviceError
 
 NUM_BYTES = 7 * mmap.PAGESIZE
 MEMORIES: dict[str, Callable[[], DeviceMemory]] = {
@@ -95,4 +97,21 @@ def test_the_size_of_a_shard_is_that_of_its_segments() -> None:
 def test_new_shared_memory_carries_its_name() -> None:
     fd = new_memfd("muxmesh-test", 4096)
     assert os.readlink(f"/proc/self/fd/{fd}") == "/memfd:muxmesh-test (deleted)"
+    os.close(fd)
+
+
+def test_reserved_memory_is_allocated_at_once() -> None:
+    fds = [new_memfd("muxmesh-test", size) for size in (8192, 4096)]
+    assert [os.fstat(fd).st_blocks for fd in fds] == [0, 0]
+    reserve(fds)
+    assert [os.fstat(fd).st_blocks * 512 for fd in fds] == [8192, 4096]
+    for fd in fds:
+        os.close(fd)
+
+
+def test_memory_that_cannot_be_reserved_is_an_error_of_the_device(tmp_path: Path) -> None:
+    (tmp_path / "read-only").write_bytes(bytes(10))
+    fd = os.open(tmp_path / "read-only", os.O_RDONLY)
+    with pytest.raises(DeviceError, match=r"^10 bytes of memory cannot be allocated: Bad file descriptor$"):
+        reserve([fd])
     os.close(fd)

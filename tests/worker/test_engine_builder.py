@@ -116,7 +116,7 @@ async def on_gpu(folder: Path, cache: Path, use_graphs: bool) -> list[int]:
     return tokens
 
 
-def test_threads_are_as_configured_or_one_for_each_core_of_the_process() -> None:
+def test_threads_are_as_configured_or_one_for_each_core_that_the_process_may_use() -> None:
     counted: list[int] = []
 
     def count() -> None:

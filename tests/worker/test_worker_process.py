@@ -19,14 +19,20 @@ from muxmesh.block_hashes import block_hashes
 from muxmesh.config.runtime import MeshRuntime, PreparedModel, ProcessKey
 from muxmesh.config.schema import MeshConfig
 from muxmesh.engine.api import EngineJob
+from muxmesh.errors import ConfigError
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from muxmesh.lifecycle import Stop
+from muxmesh.machine_limits import MemoryLimit
+from muxmesh.models.host_memory import WORKER_BYTES
+from muxmesh.models.model_spec import read_model_spec
+from muxmesh.models.weight_image import ensure_image
 from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.types import EngineRequest, KvDemand, Lease, LeaseRef, Role, Sampling, SchedulingState, Stopping
 from tests.support.engines import running_engine
+from tests.support.tiny import TinyShape, write_tiny_model
 from tests.support.worker_unit import IDENTITY, RunningUnit, running_unit
-from worker.worker_process import OpenServices, Services, WorkerContext, _set_up_threads, host_worker
+from worker.worker_process import OpenServices, Services, WorkerContext, _set_up_threads, check_memory, host_worker
 
 OPEN: dict[Role, OpenServices] = {
     Role.PREFILL: prefill_svc.service.open_services,
@@ -232,3 +238,15 @@ def test_a_worker_runs_on_the_cores_of_its_unit_and_its_threads_sleep_while_they
     assert cores == [{core}]
     assert (os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]) == ("3", "PASSIVE")
     assert os.environ["NUMBA_CACHE_DIR"].startswith(str(tmp_path / "cache"))
+
+
+def test_a_worker_whose_memory_limit_is_too_small_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_tiny_model(folder, TinyShape())
+    image = ensure_image(folder, read_model_spec(folder), "panels", tmp_path, lambda done, total: None)
+    runtime = make_runtime(tmp_path, models=[{"name": "m", "source": str(folder)}])
+    runtime.prepared["unit0"]["m"] = PreparedModel(folder=folder, image=image, weights_fingerprint="w")
+    enough_bytes, file = image.stat().st_size + WORKER_BYTES, Path("/sys/fs/cgroup/memory.max")
+    check_memory(runtime, key(Role.DECODE), MemoryLimit(enough_bytes, file))
+    with pytest.raises(ConfigError, match=r"^decode/m: the weights of m are .*; the memory limit of this container"):
+        check_memory(runtime, key(Role.DECODE), MemoryLimit(enough_bytes - 1, file))

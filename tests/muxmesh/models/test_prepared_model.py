@@ -11,6 +11,7 @@ from muxmesh.block_hashes import KvIdentity
 from muxmesh.config.runtime import PreparedModel
 from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
 from muxmesh.errors import ConfigError, ModelUnsupported
+from muxmesh.machine_limits import MemoryLimit, size_text
 from muxmesh.models.catalog import CATALOG
 from muxmesh.models.model_download import model_folder
 from muxmesh.models.model_spec import SIM_SPEC, read_model_spec
@@ -22,6 +23,7 @@ from muxmesh.models.prepared_model import (
     model_spec,
     packing_of,
     prepare_model,
+    prepared_problems,
 )
 from muxmesh.models.weight_image import map_image
 from tests.support.gguf_files import write_gguf
@@ -30,6 +32,7 @@ from tests.support.tiny import TinyShape, write_tiny_model
 CATALOG_NAME = next(iter(CATALOG))
 TOKEN_BLOCK_BYTES = 2 * 1 * 2 * 16 * 32 * 4
 """Of the sim spec with a block size of 16."""
+MACHINE = MemoryLimit(64 << 30)
 
 
 def ignore_progress(phase: str, done: int, total: int) -> None:
@@ -62,7 +65,7 @@ def mesh(*models: dict[str, Any], **unit: Any) -> MeshConfig:
 
 def problems(config: MeshConfig, base_dir: Path, cache_dir: Path) -> dict[Location, str]:
     """Field below the unit, or below its model, → problem."""
-    found = [*machine_problems(config), *model_problems(config, base_dir, cache_dir)]
+    found = [*machine_problems(config, MACHINE), *model_problems(config, base_dir, cache_dir)]
     return {location[2:] if location[2] != "models" else location[3:]: problem for location, problem in found}
 
 
@@ -181,14 +184,15 @@ def test_pool_and_swap_have_to_fit_into_the_memory_of_the_machine(
 ) -> None:
     found = problems(mesh(sim(), kv_pool=kv_pool, kv_swap=kv_swap), base_dir, cache_dir)
     assert found.keys() == {("kv_pool",)}
-    assert found["kv_pool",].startswith("kv_pool and kv_swap are together ")
+    assert found["kv_pool",].startswith("kv_pool and kv_swap are together 9")
+    assert found["kv_pool",].endswith("; this machine has 64.0GiB")
 
 
 def test_only_the_swap_of_a_unit_on_a_gpu_is_memory_of_the_machine(base_dir: Path, cache_dir: Path) -> None:
     model = {"name": "m", "source": "llama"}
     assert problems(mesh(model, device="cuda:0", kv_pool="900TiB"), base_dir, cache_dir) == {}
     found = problems(mesh(model, device="cuda:0", kv_swap="900TiB"), base_dir, cache_dir)
-    assert found.keys() == {("kv_swap",)} and found["kv_swap",].startswith("kv_swap is 900.0TiB; this machine has ")
+    assert found.keys() == {("kv_swap",)} and found["kv_swap",] == "kv_swap is 900.0TiB; this machine has 64.0GiB"
 
 
 def test_every_problem_has_the_path_of_its_field(base_dir: Path, cache_dir: Path) -> None:
@@ -197,6 +201,20 @@ def test_every_problem_has_the_path_of_its_field(base_dir: Path, cache_dir: Path
     config = MeshConfig.model_validate({"units": [{**unit, "name": "a"}, {**unit, "name": "b"}]})
     found = [location for location, _ in model_problems(config, base_dir, cache_dir)]
     assert found == [("units", index, "models", 1, "source") for index in (0, 1)]
+
+
+def test_the_memory_of_a_container_has_to_hold_the_weights_of_prepared_models_once(
+    base_dir: Path, cache_dir: Path
+) -> None:
+    unit = {"kv_pool": "64MiB", "models": [{"name": "m", "source": "llama"}]}
+    config = MeshConfig.model_validate({"units": [{**unit, "name": name, "cores": [n]} for n, name in enumerate("ab")]})
+    model = prepare_model(config.units[0].models[0], "panels", base_dir, cache_dir, ignore_progress)
+    prepared = {"a": {"m": model}, "b": {"m": model}}
+    assert list(prepared_problems(config, prepared, MACHINE)) == []
+    ((location, problem),) = prepared_problems(config, prepared, MemoryLimit(128 << 20, Path("/memory.max")))
+    assert model.image is not None
+    assert location == ("units",)
+    assert f"the weights {size_text(model.image.stat().st_size)}, " in problem
 
 
 def test_a_native_model_is_prepared_once(base_dir: Path, cache_dir: Path) -> None:
