@@ -5,19 +5,21 @@ import os
 from kvstore.app import serve
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
 from muxmesh.lifecycle import Stop, run_service, service_arguments
+from muxmesh.metrics.monitor import Monitor
 
 
 def main() -> None:
     """Serves the unit that the command line names, until SIGTERM or SIGINT."""
     arguments = service_arguments(__doc__, "unit")
+    monitor = Monitor(arguments.metrics)
 
     async def serve_unit(stop: Stop) -> None:
         runtime = MeshRuntime.read(arguments.runtime)
         key = ProcessKey("kvstore", arguments.unit)
         runtime.set_environment(key, os.environ, has_supervisor=arguments.parent is not None)
-        await serve(runtime, arguments.unit, stop)
+        await serve(runtime, arguments.unit, stop, monitor)
 
-    run_service(serve_unit)
+    run_service(serve_unit, monitor)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from muxmesh.errors import ConfigError, DeviceError
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.lifecycle import Stop
 from muxmesh.machine_limits import MemoryLimit, memory_limit
+from muxmesh.metrics.monitor import Monitor
 from muxmesh.models.host_memory import kvstore_problem
 from muxmesh.models.prepared_model import model_spec
 from muxmesh.process_registry import ProcessRegistry
@@ -37,7 +38,7 @@ from muxmesh.types import Role
 _log = logging.getLogger(__name__)
 
 
-async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
+async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop, monitor: Monitor) -> None:
     """Serves one unit until ``stop`` is set.
 
     Raises ConfigError if there is no such unit or its pool exceeds the memory limit of this process; ValueError if a
@@ -78,7 +79,7 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop) -> None:
     register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
     endpoint = runtime.endpoints()[ProcessKey("kvstore", unit_name)]
     services = {kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register}
-    server = MeshServer(services, is_on_network=endpoint.is_on_network)
+    server = MeshServer(services, is_on_network=endpoint.is_on_network, on_health=monitor.set_ready)
     await server.start(endpoint.listen)
     attach.start()
     asyncio.get_running_loop().add_reader(grants.doorbell_fd, grants.on_doorbell)

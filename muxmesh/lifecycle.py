@@ -21,6 +21,7 @@ from typing import Any
 import uvloop
 
 from muxmesh.errors import MeshError
+from muxmesh.metrics.monitor import Monitor
 from muxmesh.parent_death import die_with_parent
 from muxmesh.quoting import OneLineFormatter
 
@@ -36,10 +37,11 @@ _LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 def service_arguments(
     description: str | None, *own: str, optional: Mapping[str, str] = MappingProxyType({})
 ) -> argparse.Namespace:
-    """Parses ``--runtime``, ``--parent`` and the service's own options from the command line.
+    """Parses ``--runtime``, ``--parent``, ``--metrics`` and the service's own options from the command line.
 
     ``own`` options are required; ``optional`` ones, each with its help text, are None if they are not given. Without
-    ``--parent`` the process has no tie to the one that started it; with it, see `die_with_parent`.
+    ``--parent`` the process has no tie to the one that started it; with it, see `die_with_parent`. Without
+    ``--metrics`` the variable MUXMESH_METRICS applies.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runtime", type=Path, required=True, metavar="FILE", help="what `muxmesh prepare` wrote")
@@ -49,6 +51,12 @@ def service_arguments(
         parser.add_argument(f"--{name}", metavar=name.upper(), help=text)
     parser.add_argument(
         "--parent", type=int, metavar="PID", help="the supervisor, with which this process dies (default: it does not)"
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="HOST:PORT",
+        default=os.environ.get("MUXMESH_METRICS") or None,
+        help="serves /metrics, /live and /ready there over HTTP (default: the variable MUXMESH_METRICS, else nowhere)",
     )
     arguments = parser.parse_args()
     if arguments.parent is not None:
@@ -132,11 +140,11 @@ def configure_logging(level: int) -> None:
     logging.basicConfig(level=level, handlers=[handler])
 
 
-def run_service(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
+def run_service(main: Callable[[Stop], Coroutine[Any, Any, None]], monitor: Monitor | None = None) -> None:
     """Configures logging and runs ``main(stop)`` on uvloop until it returns. SIGTERM and SIGINT set ``stop``.
 
-    Raises the limit on open files before. The exit code is 0 after a signal; 1 if the service gave up, or ended with an
-    error, which for a MeshError is one line.
+    Serves ``monitor`` meanwhile. Raises the limit on open files before. The exit code is 0 after a signal; 1 if the
+    service gave up, or ended with an error, which for a MeshError is one line.
     """
     configure_logging(logging.INFO)
     raise_file_limit()
@@ -146,7 +154,8 @@ def run_service(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        is_served = await stop.run(main)
+        async with (monitor or Monitor()).serving():
+            is_served = await stop.run(main)
         return is_served, int(stop.has_given_up)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

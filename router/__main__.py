@@ -10,6 +10,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # predictor fits are backgro
 
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.lifecycle import Stop, run_service, service_arguments
+from muxmesh.metrics.monitor import Monitor
 from router.app import serve
 
 _SWITCH_S = 0.0005
@@ -25,14 +26,15 @@ def main() -> None:
     arguments = service_arguments(__doc__, optional=_OPTIONS)
     sys.setswitchinterval(_SWITCH_S)
     default = "router" if arguments.parent is not None else f"router-{socket.gethostname()}"
+    monitor = Monitor(arguments.metrics)
 
     async def serve_mesh(stop: Stop) -> None:
         runtime = MeshRuntime.read(arguments.runtime)
         if arguments.listen is not None:
             runtime = runtime.with_listen(arguments.listen)
-        await serve(runtime, stop, arguments.name or default)
+        await serve(runtime, stop, monitor, arguments.name or default)
 
-    run_service(serve_mesh)
+    run_service(serve_mesh, monitor)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from muxmesh.config.runtime import MeshRuntime, ProcessKey
 from muxmesh.endpoint_resolver import EndpointResolver
 from muxmesh.internal.v1 import kvstore_pb2_grpc
 from muxmesh.lifecycle import Stop, raise_file_limit
+from muxmesh.metrics.monitor import Monitor
 from muxmesh.models.prepared_model import kv_identity
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.channels import internal_channel
@@ -41,7 +42,7 @@ _LONG_NICENESS = 10
 """Of the threads that tokenize long prompts, so that they take no core from the workers' compute."""
 
 
-async def serve(runtime: MeshRuntime, stop: Stop, name: str = "router") -> None:
+async def serve(runtime: MeshRuntime, stop: Stop, monitor: Monitor, name: str = "router") -> None:
     """Serves the public API until ``stop`` is set. Its health is SERVING once every unit is connected.
 
     ``name``: of this router in the registry, and of its socket. Raises ConfigError, see `MeshRuntime.router_endpoint`;
@@ -76,6 +77,7 @@ async def serve(runtime: MeshRuntime, stop: Stop, name: str = "router") -> None:
             InferenceService(pipeline, clock, rng),
             MeshService(models, units, pipeline, forecaster, registry, policy),
             public_limits(config.router, models, raise_file_limit()),
+            monitor,
         )
         await server.start([config.listen, *endpoint.listen])
         stack.push_async_callback(server.stop, _STOP_GRACE_S)
@@ -109,7 +111,7 @@ async def _open_units(
     return Units(links)
 
 
-def _server(inference: InferenceService, mesh: MeshService, limits: PublicLimits) -> MeshServer:
+def _server(inference: InferenceService, mesh: MeshService, limits: PublicLimits, monitor: Monitor) -> MeshServer:
     return MeshServer(
         {
             inference_pb2.DESCRIPTOR.services_by_name["Inference"]: functools.partial(
@@ -120,4 +122,5 @@ def _server(inference: InferenceService, mesh: MeshService, limits: PublicLimits
             ),
         },
         limits,
+        on_health=monitor.set_ready,
     )

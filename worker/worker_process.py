@@ -27,6 +27,7 @@ from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.errors import ConfigError
 from muxmesh.lifecycle import Stop, run_service, service_arguments
 from muxmesh.machine_limits import MemoryLimit, memory_limit
+from muxmesh.metrics.monitor import Monitor
 from muxmesh.models.host_memory import worker_problem
 from muxmesh.models.prepared_model import kv_identity, model_spec
 from muxmesh.process_registry import ProcessRegistry
@@ -81,6 +82,7 @@ OpenServices = Callable[[WorkerContext], AbstractAsyncContextManager[Services]]
 def worker_main(role: Role, description: str, open_services: OpenServices) -> None:
     """Parses the command line and runs a worker: the body of its ``__main__``."""
     arguments = service_arguments(description, "unit", "model")
+    monitor = Monitor(arguments.metrics)
     key = ProcessKey(role, arguments.unit, arguments.model)
 
     async def serve(stop: Stop) -> None:
@@ -88,9 +90,9 @@ def worker_main(role: Role, description: str, open_services: OpenServices) -> No
         _set_up_threads(runtime, key)
         runtime.set_environment(key, os.environ, has_supervisor=arguments.parent is not None)
         check_memory(runtime, key, memory_limit())
-        await host_worker(runtime, key, open_services, stop)
+        await host_worker(runtime, key, open_services, stop, monitor)
 
-    run_service(serve)
+    run_service(serve, monitor)
 
 
 def check_memory(runtime: MeshRuntime, key: ProcessKey, limit: MemoryLimit) -> None:
@@ -102,7 +104,9 @@ def check_memory(runtime: MeshRuntime, key: ProcessKey, limit: MemoryLimit) -> N
         raise ConfigError(f"{runtime.display_name(key)}: {problem}")
 
 
-async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: OpenServices, stop: Stop) -> None:
+async def host_worker(
+    runtime: MeshRuntime, key: ProcessKey, open_services: OpenServices, stop: Stop, monitor: Monitor
+) -> None:
     """Serves one phase of one model until ``stop`` is set. Sets it if the unit is lost or the engine is dead."""
     unit, config = runtime.model(key.unit, key.model)
     endpoints, clock = runtime.endpoints(), SystemClock()
@@ -137,7 +141,7 @@ async def host_worker(runtime: MeshRuntime, key: ProcessKey, open_services: Open
             background(_send_heartbeats(attachment), "heartbeat", stop.give_up),
             open_services(context) as services,
         ):
-            server = MeshServer(services, is_on_network=endpoint.is_on_network)
+            server = MeshServer(services, is_on_network=endpoint.is_on_network, on_health=monitor.set_ready)
             await server.start(endpoint.listen)
             await server.set_serving()
             attachment.set_ready(True)

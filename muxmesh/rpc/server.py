@@ -43,6 +43,10 @@ Register = Callable[[grpc.aio.Server], None]
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+def _ignore(not_serving: str) -> None:
+    pass
+
+
 class MeshServer:
     """A server whose health is NOT_SERVING until `set_serving`."""
 
@@ -51,12 +55,15 @@ class MeshServer:
         services: Mapping[ServiceDescriptor, Register],
         public: PublicLimits | None = None,
         is_on_network: bool = False,
+        on_health: Callable[[str], None] = _ignore,
     ) -> None:
         """``services`` maps a descriptor to the function that adds its servicer to a server.
 
         ``public``: the limits on clients. None: all clients are processes of the mesh. ``is_on_network``: these may be
-        on other hosts, whose loss is noticed by pings.
+        on other hosts, whose loss is noticed by pings. ``on_health`` is called when the health has changed, with the
+        reason for NOT_SERVING or an empty string.
         """
+        self._on_health = on_health
         options, interceptor = dict(_OPTIONS), _ErrorInterceptor(services)
         if is_on_network:
             options |= keepalive_options(_KEEPALIVE_TIME_S, _KEEPALIVE_TIMEOUT_S)
@@ -85,9 +92,11 @@ class MeshServer:
     async def set_serving(self) -> None:
         """Sets the health of the server and of each service to SERVING."""
         await self._set(health_pb2.HealthCheckResponse.SERVING)
+        self._on_health("")
 
     async def stop(self, grace_s: float) -> None:
         """Rejects new calls, waits up to ``grace_s`` for running ones, then cancels them."""
+        self._on_health("stopping")
         await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.stop(grace_s)
 

@@ -21,6 +21,7 @@ from muxmesh.errors import ConfigError, DeviceError, Overloaded
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.lifecycle import Stop
 from muxmesh.machine_limits import MemoryLimit
+from muxmesh.metrics.monitor import Monitor
 from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, QueuedRequest, Role, SchedulingState
@@ -51,7 +52,7 @@ def runtime_of(folder: Path, **unit: Any) -> MeshRuntime:
 async def serving(runtime: MeshRuntime) -> AsyncIterator[Any]:
     """Runs the unit until the block ends; a channel to it."""
     stop = Stop()
-    running = asyncio.create_task(stop.run(functools.partial(serve, runtime, "u")))
+    running = asyncio.create_task(stop.run(functools.partial(serve, runtime, "u", monitor=Monitor())))
     async with internal_channel(address_of(runtime)) as channel:
         request = health_pb2.HealthCheckRequest(service=SERVICE)
         watch = health_pb2_grpc.HealthStub(channel).Watch(request, wait_for_ready=True)
@@ -154,12 +155,12 @@ async def test_a_restarted_unit_issues_other_lease_ids_and_worker_names(tmp_path
 
 async def test_a_unit_that_is_not_configured_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no unit .*'other'"):
-        await serve(runtime_of(tmp_path), "other", Stop())
+        await serve(runtime_of(tmp_path), "other", Stop(), Monitor())
 
 
 async def test_a_slab_that_is_too_small_for_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a slab is too small for a token block of m"):
-        await serve(runtime_of(tmp_path, slab=4096), "u", Stop())
+        await serve(runtime_of(tmp_path, slab=4096), "u", Stop(), Monitor())
     assert not runtime_of(tmp_path).attach_path("u").exists()
 
 

@@ -2,6 +2,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -249,3 +250,39 @@ def test_an_error_of_the_mesh_ends_a_service_with_one_line() -> None:
         1,
         "ERROR muxmesh.lifecycle: cannot serve: /cache: No space left on device\n",
     )
+
+
+MEASURED_SERVICE = """
+import asyncio, sys
+from muxmesh.lifecycle import run_service
+from muxmesh.metrics.monitor import Monitor
+
+async def main(stop):
+    await stop.wait()
+
+run_service(main, Monitor(sys.argv[1]))
+"""
+
+
+def test_a_metrics_port_in_use_ends_a_service_with_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with python(MEASURED_SERVICE, address) as process:
+            _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (
+        1,
+        f"ERROR muxmesh.lifecycle: cannot serve: metrics cannot listen on {address}: Address already in use\n",
+    )
+
+
+def test_the_metrics_address_is_an_option_or_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "from muxmesh.lifecycle import service_arguments; print(service_arguments('x').metrics)"
+    options = ["--runtime", "x", "--parent", str(os.getpid())]
+    monkeypatch.delenv("MUXMESH_METRICS", raising=False)
+    found = []
+    for variable, more in ((None, []), ("", []), ("h:1", []), ("h:1", ["--metrics", "h:2"])):
+        if variable is not None:
+            monkeypatch.setenv("MUXMESH_METRICS", variable)
+        with python(script, *options, *more) as process:
+            found.append(process.communicate(timeout=30)[0].strip())
+    assert found == ["None", "None", "h:1", "h:2"]

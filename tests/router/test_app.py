@@ -18,6 +18,7 @@ from muxmesh.config.runtime import MeshRuntime, PreparedModel, ProcessKey
 from muxmesh.config.schema import MeshConfig
 from muxmesh.internal.v1 import kvstore_pb2, prefill_pb2
 from muxmesh.lifecycle import Stop
+from muxmesh.metrics.monitor import Monitor
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
@@ -74,7 +75,7 @@ class Setup:
 async def router(runtime: MeshRuntime, name: str = "router") -> AsyncIterator[Setup]:
     """A router that has started, without its units. It is stopped at the end, unless the test has stopped it."""
     stop = Stop()
-    running = asyncio.create_task(stop.run(functools.partial(serve, runtime, name=name)))
+    running = asyncio.create_task(stop.run(functools.partial(serve, runtime, monitor=Monitor(), name=name)))
     async with internal_channel(runtime.config.listen) as channel, AsyncExitStack() as servers:
         stubs = (
             health_pb2_grpc.HealthStub(channel),

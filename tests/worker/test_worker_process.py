@@ -23,6 +23,7 @@ from muxmesh.errors import ConfigError
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from muxmesh.lifecycle import Stop
 from muxmesh.machine_limits import MemoryLimit
+from muxmesh.metrics.monitor import Monitor
 from muxmesh.models.host_memory import WORKER_BYTES
 from muxmesh.models.model_spec import read_model_spec
 from muxmesh.models.weight_image import ensure_image
@@ -70,7 +71,7 @@ class RunningWorker:
     def __init__(self, runtime: MeshRuntime, role: Role, open_services: OpenServices | None = None) -> None:
         self.stop = Stop()
         self.address = runtime.endpoints()[key(role)].address
-        work = host_worker(runtime, key(role), open_services or OPEN[role], self.stop)
+        work = host_worker(runtime, key(role), open_services or OPEN[role], self.stop, Monitor())
         self.task = asyncio.create_task(work)
 
     async def end(self) -> None:
