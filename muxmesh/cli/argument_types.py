@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 
+from muxmesh.addresses import check_address
 from muxmesh.errors import InvalidRequest
 from muxmesh.quoting import quoted
 
@@ -70,8 +71,6 @@ def fraction(least: float, most: float) -> Callable[[str], float]:
 
 def address(text: str) -> str:
     """HOST:PORT or another address of gRPC."""
-    from muxmesh.client.addresses import check_address  # noqa: PLC0415 - loads gRPC, which other commands do not need
-
     try:
         return check_address(text)
     except InvalidRequest as error:

@@ -56,6 +56,8 @@ def command_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"muxmesh {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_up(commands)
+    _add_prepare(commands)
+    _add_health(commands)
     _add_status(commands)
     _add_generate(commands)
     _add_chat(commands)
@@ -95,15 +97,19 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    up = _command(commands, "up", "Start a mesh on this machine and serve until Ctrl-C.")
-    up.add_argument(
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "-c",
         "--config",
         type=Path,
         metavar="mesh.yaml",
         help="the units and models to serve (default: one small model on the CPU)",
     )
+
+
+def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    up = _command(commands, "up", "Start a mesh on this machine and serve until Ctrl-C.")
+    _add_config(up)
     up.add_argument(
         "--listen",
         metavar="HOST:PORT",
@@ -124,6 +130,33 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="when the mesh is ready, send one chat prompt and print the output",
     )
     up.add_argument("--quiet", action="store_true", help="print no log lines of the services")
+
+
+def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    prepare = _command(
+        commands,
+        "prepare",
+        "Check a mesh, download and convert its models, and write the runtime file with which its services start: "
+        "without `muxmesh up`, by a service manager or in containers. Starts nothing.",
+    )
+    _add_config(prepare)
+    prepare.add_argument(
+        "--run-dir", type=Path, metavar="DIR", required=True,
+        help="folder for runtime.json and the sockets, of one mesh; it is created for this user alone",
+    )  # fmt: skip
+    prepare.add_argument("--redis-url", metavar="URL", help="the Redis of the mesh (default: redis_url of mesh.yaml)")
+    prepare.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _add_health(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    health = _command(commands, "health", "Check that a service serves: exit code 0, or 1 and why not.")
+    health.add_argument(
+        "service",
+        metavar="ADDRESS",
+        help="HOST:PORT or unix:PATH; with --runtime the name of a process, as `muxmesh status` shows it",
+    )
+    health.add_argument("--runtime", type=Path, metavar="FILE", help="the runtime file of a mesh on this machine")
+    health.add_argument("--timeout", type=argument_types.seconds, default=2.0, metavar="SECONDS", help="default: 2")
 
 
 _STATUS_COLUMNS = """\

@@ -18,38 +18,17 @@ from pathlib import Path
 
 import uvloop
 
-from muxmesh.cli.common import ProgressBar, cache_dir, current_dir, default_state_dir, source_dir
+from muxmesh.cli.common import cache_dir, current_dir, default_state_dir
 from muxmesh.cli.console import Console
+from muxmesh.cli.preparation import MeshPreparation
 from muxmesh.cli.streamed_output import StreamedOutput
 from muxmesh.client import MeshClient, Message
 from muxmesh.clock import SystemClock
-from muxmesh.config.contradictions import order_without_effect
-from muxmesh.config.load import default_config, load_mesh_config, with_listen
-from muxmesh.config.runtime import MeshRuntime, PreparedModel
-from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
-from muxmesh.cuda.device_list import DeviceList
+from muxmesh.config.runtime import MeshRuntime
 from muxmesh.errors import ConfigError, MeshError
 from muxmesh.lifecycle import configure_logging, raise_file_limit
-from muxmesh.machine_limits import memory_limit
-from muxmesh.models.gpu_check import (
-    dtype_notice,
-    gpu_software_problems,
-    machine_gpu_problems,
-    mps_notice,
-    mps_program,
-    unit_gpus,
-)
 from muxmesh.models.model_check import local_path
-from muxmesh.models.prepared_model import (
-    machine_problems,
-    model_problems,
-    packing_of,
-    prepare_model,
-    prepared_problems,
-)
-from muxmesh.supervisor.listen_address import listen_warnings
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, ShowLine, free_listen_address, make_runtime, state_lock
-from muxmesh.supervisor.redis_server import redis_url_problems
 
 _HELLO_TOKENS = 64
 _MIN_OPEN_FILES = 256
@@ -67,51 +46,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     started_at_s = SystemClock().monotonic_s()
-    base_dir = source_dir(arguments.config)
-
-    def check_models(config: MeshConfig) -> Iterator[tuple[Location, str]]:
-        return model_problems(config, base_dir, cache_dir())
-
-    gpus = DeviceList()
-
-    def check_gpus(config: MeshConfig) -> Iterator[tuple[Location, str]]:
-        yield from gpu_software_problems(config, os.environ)
-        yield from machine_gpu_problems(config, gpus, base_dir, cache_dir())
-
-    def check_machine(config: MeshConfig) -> Iterator[tuple[Location, str]]:
-        return machine_problems(config, memory_limit())
-
-    checks = (order_without_effect, check_machine, check_gpus, redis_url_problems, check_models)
-    loaded = load_mesh_config(arguments.config, *checks) if arguments.config else default_config(*checks)
-    if arguments.listen:
-        loaded = with_listen(loaded, arguments.listen)
-    for warning in listen_warnings(loaded.config):
-        print(f"muxmesh: {warning}", file=sys.stderr, flush=True)
-    config = loaded.config.model_copy(update={"listen": free_listen_address(loaded.config.listen)})
+    preparation = MeshPreparation(arguments.config, arguments.listen)
+    config = preparation.config.model_copy(update={"listen": free_listen_address(preparation.config.listen)})
     state_dir = local_path(str(arguments.state_dir or default_state_dir()), current_dir())
     with state_lock(state_dir):
-        prepared = {
-            unit.name: {model.name: _prepare(unit, model, base_dir) for model in unit.models} for unit in config.units
-        }
-        too_large = prepared_problems(config, prepared, memory_limit())
-        loaded.refuse([*check_models(config), *check_gpus(config), *too_large])  # downloaded models are checked here
-        program = mps_program(config)
-        for notice in (dtype_notice(config), mps_notice(config, program)):
-            if notice is not None:
-                print(f"muxmesh: {notice}", file=sys.stderr, flush=True)
-        runtime = make_runtime(config, prepared, state_dir, cache_dir(), unit_gpus(config, gpus), program)
+        mesh = preparation.prepare()
+        runtime = make_runtime(config, mesh.prepared, state_dir, cache_dir(), mesh.device_uuids, mesh.mps_program)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             show_line = _line_printer(arguments.quiet)
             return runner.run(_serve(runtime, state_dir, show_line, arguments.hello, started_at_s))
-
-
-def _prepare(unit: UnitConfig, model: ModelConfig, base_dir: Path) -> PreparedModel:
-    """See `prepare_model`. Raises ConfigError if the cache cannot be written."""
-    try:
-        return prepare_model(model, packing_of(unit), base_dir, cache_dir(), ProgressBar(model.name))
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"{model.name} cannot be prepared in {cache_dir()}: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from muxmesh.client.addresses import check_address, is_loopback
+from muxmesh.addresses import check_address, is_loopback
 from muxmesh.client.retries import Attempts
 from muxmesh.errors import DeadlineExceeded, InvalidRequest, MeshError, RequestAborted, Unavailable
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from muxmesh.config.schema import NAME_PATTERN, MeshConfig, ModelConfig, UnitConfig
 from muxmesh.cuda.mps import LOG_DIRECTORY, PIPE_DIRECTORY, SHARE, MpsControl
 from muxmesh.errors import ConfigError
+from muxmesh.file_access import why_denied
+from muxmesh.private_file import replace_private_file
 from muxmesh.quoting import quoted
 from muxmesh.types import Role
 
@@ -241,10 +243,8 @@ class MeshRuntime(BaseModel):
             _check_length(path, "shorter names")
 
     def write(self, path: Path) -> None:
-        """Writes the runtime file as JSON. It is there in full or not at all. Raises OSError."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(self.model_dump_json(exclude_unset=True))
-        partial.replace(path)
+        """Writes the runtime file as JSON, which only this user can read: it has secrets. Raises OSError."""
+        replace_private_file(path, self.model_dump_json(exclude_unset=True))
 
     @staticmethod
     def read(path: Path) -> MeshRuntime:
@@ -252,6 +252,8 @@ class MeshRuntime(BaseModel):
         try:
             return MeshRuntime.model_validate_json(path.read_bytes())
         except OSError as error:
+            if isinstance(error, PermissionError):
+                raise ConfigError(why_denied(path)) from error
             hint = "; `muxmesh prepare` writes it" if isinstance(error, FileNotFoundError) else ""
             raise ConfigError(f"{path}: the runtime file cannot be read: {error.strerror}{hint}") from error
         except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The embedded Redis: a redis-server on a private unix socket, without persistence."""
+"""The embedded Redis: a redis-server on a private unix socket, without persistence. Checks of a Redis of others."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import redis.asyncio
-from redis.exceptions import RedisError
+from pydantic import ValidationError
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from muxmesh.config.schema import Location, MeshConfig
-from muxmesh.errors import ConfigError
+from muxmesh.errors import ConfigError, Unavailable
 from muxmesh.quoting import quoted
+
+ANSWER_WITHIN_S = 10.0
+"""Time limit for the first response of a Redis that others have started."""
 
 
 def redis_command(socket_path: Path, state_dir: Path) -> tuple[str, ...]:
@@ -39,6 +43,55 @@ def redis_command(socket_path: Path, state_dir: Path) -> tuple[str, ...]:
     return (*launcher, _binary(), *arguments)
 
 
+def with_redis_url(config: MeshConfig, url: str | None) -> MeshConfig:
+    """The same with another ``redis_url``; None keeps that of the file. Raises ConfigError if there is none, or no URL.
+
+    For a mesh without a supervisor, which starts no Redis.
+    """
+    if url is None:
+        if config.redis_url is None:
+            raise ConfigError("redis_url: is not set; name a Redis in mesh.yaml or with --redis-url")
+        return config
+    try:
+        changed = MeshConfig.model_validate({**config.model_dump(exclude_unset=True), "redis_url": url})
+    except ValidationError as error:
+        raise ConfigError(
+            f"--redis-url: is {quoted(without_password(url))}; needed is redis://HOST:PORT, rediss:// or unix://PATH"
+        ) from error
+    for _, problem in redis_url_problems(changed):
+        raise ConfigError(f"--redis-url: {problem}")
+    return changed
+
+
+async def check_redis(url: str, within_s: float = ANSWER_WITHIN_S) -> None:
+    """Waits until the Redis at ``url`` responds to a ping. Raises Unavailable if it refuses, or not in time."""
+    problem = "it does not respond"
+    connection = redis.asyncio.Redis.from_url(url, socket_connect_timeout=within_s, socket_timeout=within_s)
+    try:
+        async with asyncio.timeout(within_s):
+            while True:
+                try:
+                    await connection.ping()
+                    return
+                except (AuthenticationError, ResponseError) as error:
+                    raise Unavailable(f"Redis at {without_password(url)}: {error}") from error
+                except (RedisError, OSError) as error:
+                    problem = str(error) or problem
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        raise Unavailable(f"no Redis at {without_password(url)} within {within_s:g} s: {problem}") from None
+    finally:
+        with contextlib.suppress(RedisError, OSError):
+            await connection.aclose()
+
+
+def without_password(url: str) -> str:
+    """``url`` for a message: without what stands before the `@` of its host."""
+    scheme, separator, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+
+
 def redis_url_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
     """Yields why no client can open ``redis_url``: its port, its options or its path. Makes no connection."""
     url = config.redis_url
@@ -48,7 +101,7 @@ def redis_url_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
         connection = redis.asyncio.ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, RedisError) as error:  # TypeError: an option that connections do not have
         problem = str(error).rpartition("__init__() ")[2]
-        yield ("redis_url",), f"is {quoted(url)}, which cannot be opened: {problem}"
+        yield ("redis_url",), f"is {quoted(without_password(url))}, which cannot be opened: {problem}"
         return
     if isinstance(connection, redis.asyncio.UnixDomainSocketConnection) and not connection.path:
         yield ("redis_url",), f"is {quoted(url)}; a path is needed, such as unix:///run/redis.sock"

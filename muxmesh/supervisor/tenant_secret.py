@@ -6,10 +6,10 @@ It outlives the supervisor, so that a predictor's snapshot in an external Redis 
 from __future__ import annotations
 
 import logging
-import os
 import secrets
-import tempfile
 from pathlib import Path
+
+from muxmesh.private_file import replace_private_file
 
 _log = logging.getLogger(__name__)
 
@@ -31,19 +31,7 @@ def tenant_secret(state_dir: Path) -> str:
         pass
     secret = secrets.token_hex(_SECRET_BYTES)
     try:
-        _replace(path, secret)
+        replace_private_file(path, secret)
     except OSError as error:
         _log.warning("%s: the secret for tenants cannot be kept: %s", path, error)
     return secret
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replaces a file by one of mode 0600, as a whole or not at all. Raises OSError."""
-    descriptor, name = tempfile.mkstemp(prefix=f"{path.name}-", dir=path.parent)
-    try:
-        with open(descriptor, "w") as file:
-            file.write(text)
-        os.replace(name, path)
-    except OSError:
-        os.unlink(name)
-        raise

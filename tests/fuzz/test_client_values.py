@@ -6,9 +6,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from muxmesh.addresses import check_address, is_loopback
 from muxmesh.cli.message_lines import MessageLines, command_of
 from muxmesh.client import MeshClient, Message, RequestOptions
-from muxmesh.client.addresses import check_address, is_loopback
 from muxmesh.client.prompts import set_prompt
 from muxmesh.client.request_options import request_of
 from muxmesh.errors import InvalidRequest

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import subprocess
+import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Iterator
+
+
+def without_privileges(*arguments: str) -> list[str]:
+    """Command line of Python as root without the privileges of root, so that files of others are closed to it."""
+    program = shutil.which("setpriv")
+    assert program is not None, "setpriv is part of util-linux"
+    return [program, "--bounding-set=-all", "--inh-caps=-all", sys.executable, *arguments]
 
 
 @contextlib.asynccontextmanager

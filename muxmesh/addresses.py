@@ -1,4 +1,4 @@
-"""The address of a mesh: which forms a client takes, and which of them stay on this machine. Opens nothing."""
+"""The address of a mesh or a service: which forms are taken, and which of them stay on this machine. Opens nothing."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from muxmesh.addresses import check_address, is_loopback
 from muxmesh.client import MeshClient, SyncMeshClient
-from muxmesh.client.addresses import check_address, is_loopback
 from muxmesh.errors import InvalidRequest
 
 LOCAL = [

@@ -1,0 +1,169 @@
+"""`muxmesh prepare`: the runtime file that it writes, and what it refuses."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from muxmesh.cli.main import main
+from muxmesh.config.runtime import MeshRuntime
+from tests.support.processes import without_privileges
+from tests.support.tiny import TinyShape, write_tiny_model
+
+UNIT = "units:\n  - {name: u, kv_pool: 64MiB, models: [{name: m, engine: sim}]}\n"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "mesh.yaml"
+    path.write_text(UNIT)
+    return path
+
+
+def prepare(config: Path, redis_url: str | None, *more: str) -> int:
+    redis = () if redis_url is None else ("--redis-url", redis_url)
+    return main(["prepare", "-c", str(config), "--run-dir", str(config.parent / "run"), *redis, *more])
+
+
+def test_the_runtime_file_names_models_folders_and_redis_and_only_its_owner_can_read_it(
+    config: Path, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_model(config.parent / "tiny", TinyShape())
+    config.write_text("units:\n  - {name: u, kv_pool: 64MiB, models: [{name: m, source: ./tiny}]}\n")
+    assert prepare(config, redis_url) == 0
+    run_dir = config.parent / "run"
+    path = run_dir / "runtime.json"
+    assert capsys.readouterr().out == f"muxmesh: prepared {path}\n"
+    runtime = MeshRuntime.read(path)
+    assert (runtime.run_dir, runtime.redis_url) == (run_dir, redis_url)
+    assert runtime.cache_dir == Path(os.environ["MUXMESH_CACHE_DIR"])
+    image = runtime.prepared_model("u", "m").image
+    assert image is not None and image.is_file()
+    assert len(bytes.fromhex(runtime.tenant_secret)) == 32
+    assert (run_dir.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o700, 0o600)
+
+
+def test_a_second_run_changes_nothing_and_keeps_the_secret(
+    config: Path, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config.parent / "run" / "runtime.json"
+    assert prepare(config, redis_url) == 0
+    before = path.read_bytes()
+    assert prepare(config, redis_url, "--quiet") == 0
+    assert path.read_bytes() == before
+    assert capsys.readouterr().out.endswith(f"muxmesh: prepared {path}; nothing has changed\n")
+
+
+def test_a_changed_file_names_the_processes_that_have_to_restart(
+    config: Path, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(config, redis_url) == 0
+    config.write_text(UNIT.replace("64MiB", "32MiB"))
+    assert prepare(config, redis_url) == 0
+    assert capsys.readouterr().out.endswith(
+        "; it has changed: restart kvstore/u, prefill/m, decode/m, router, if they run\n"
+    )
+
+
+def test_a_runtime_file_that_cannot_be_read_is_replaced(config: Path, redis_url: str) -> None:
+    path = config.parent / "run" / "runtime.json"
+    path.parent.mkdir()
+    path.write_text("{")
+    assert prepare(config, redis_url) == 0
+    assert MeshRuntime.read(path).config.units[0].name == "u"
+
+
+def test_the_folder_of_another_mesh_is_refused(
+    config: Path, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(config, redis_url) == 0
+    config.write_text(f"mesh_id: other\n{UNIT}")
+    assert prepare(config, redis_url) == 1
+    assert capsys.readouterr().err == (
+        f"muxmesh: {config.parent}/run/runtime.json is of the mesh default, not of other; "
+        "give each mesh a folder of its own, or delete this file\n"
+    )
+
+
+def test_a_folder_that_exists_keeps_its_mode(config: Path, redis_url: str) -> None:
+    """An orchestrator's volume, which may belong to another user."""
+    folder = config.parent / "run"
+    folder.mkdir(mode=0o750)
+    assert prepare(config, redis_url) == 0
+    assert folder.stat().st_mode & 0o777 == 0o750
+
+
+def test_redis_has_to_be_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare(config, None) == 1
+    expected = "muxmesh: redis_url: is not set; name a Redis in mesh.yaml or with --redis-url\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("http://h", "--redis-url: is 'http://h'; needed is redis://HOST:PORT, rediss:// or unix://PATH"),
+        ("redis://:secret@h:x", "--redis-url: is 'redis://h:x', which cannot be opened: "),
+        ("unix://", "--redis-url: is 'unix://'; a path is needed, such as unix:///run/redis.sock"),
+    ],
+)
+def test_a_url_that_is_none_is_refused(
+    config: Path, capsys: pytest.CaptureFixture[str], url: str, problem: str
+) -> None:
+    assert prepare(config, url) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"muxmesh: {problem}") and "secret" not in error
+
+
+def test_a_free_port_is_for_a_supervisor_only(config: Path, redis_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(f"listen: 127.0.0.1:0\n{UNIT}")
+    assert prepare(config, redis_url) == 1
+    expected = "muxmesh: listen: is 127.0.0.1:0; a free port is for `muxmesh up` only, name one\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_wrong_configuration_is_reported_with_its_line(
+    config: Path, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text("units:\n  - models: [{name: a, source: ./nowhere}]")
+    assert prepare(config, redis_url) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"muxmesh: {config}:2: units[0].models[0].source: './nowhere' is neither a folder")
+    assert not (config.parent / "run").exists()
+
+
+def test_a_folder_whose_sockets_would_have_too_long_paths_is_refused(
+    config: Path, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["prepare", "-c", str(config), "--redis-url", redis_url]
+    assert main([*arguments, "--run-dir", str(config.parent / ("x" * 100))]) == 1
+    assert "socket path is longer than 107 bytes" in capsys.readouterr().err
+
+
+def test_a_path_that_is_no_folder_is_refused(config: Path, redis_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (config.parent / "run").touch()
+    assert prepare(config, redis_url) == 1
+    assert capsys.readouterr().err == f"muxmesh: {config.parent}/run: cannot be written: File exists\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_a_folder_of_another_user_is_named_with_both_users(config: Path, redis_url: str) -> None:
+    """As root without the privileges of root, like in a container."""
+    run_dir = config.parent / "run"
+    run_dir.mkdir(mode=0o700)
+    os.chown(run_dir, 10001, 10001)
+    command = ["prepare", "-c", str(config), "--run-dir", str(run_dir), "--redis-url", redis_url]
+    done = subprocess.run(without_privileges("-m", "muxmesh", *command), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"muxmesh: {run_dir}: permission denied: it is of uid 10001, mode 0700, this process runs as uid 0; "
+        "all processes of a mesh on one run folder have to run as one user\n",
+    )
+
+
+def test_the_file_has_no_field_that_a_service_cannot_read(config: Path, redis_url: str) -> None:
+    assert prepare(config, redis_url) == 0
+    content = json.loads((config.parent / "run" / "runtime.json").read_bytes())
+    assert set(content) <= set(MeshRuntime.model_fields)

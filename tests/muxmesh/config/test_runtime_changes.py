@@ -1,0 +1,41 @@
+"""Which processes a changed runtime file concerns: a table."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muxmesh.config.runtime import MeshRuntime, PreparedModel
+from muxmesh.config.runtime_changes import restarts_needed
+from muxmesh.config.schema import MeshConfig
+
+U, V = ["kvstore/u", "prefill/a", "decode/a"], ["kvstore/v", "prefill/b", "decode/b"]
+
+
+def runtime_of(v: dict[str, Any] | None = None, fingerprint: str = "w", redis: str = "x", **config: Any) -> MeshRuntime:
+    """Two units; ``v``: fields of the second one."""
+    first = {"name": "u", "cores": [0], "models": [{"name": "a"}]}
+    second = {"name": "v", "cores": [1], "models": [{"name": "b"}], **(v or {})}
+    parsed = MeshConfig.model_validate({"units": [first, second], **config})
+    prepared = {"v": {"b": PreparedModel(folder=None, image=None, weights_fingerprint=fingerprint)}}
+    return MeshRuntime(
+        config=parsed, run_dir=Path("/r"), cache_dir=Path("/c"), redis_url=f"unix:///{redis}", prepared=prepared
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({}, []),
+        ({"listen": "127.0.0.1:1"}, ["router"]),
+        ({"router": {"max_restarts": 1}}, ["router"]),
+        ({"v": {"kv_pool": "64MiB"}}, [*V, "router"]),
+        ({"v": {"models": [{"name": "b", "max_num_seqs": 1}]}}, [*V, "router"]),
+        ({"fingerprint": "other"}, [*V, "router"]),
+        ({"v": {"models": [{"name": "c"}]}}, [*V, "router", "prefill/c", "decode/c"]),
+        ({"order": {"policy": "fcfs"}}, [*U, *V, "router"]),
+        ({"redis": "y"}, [*U, *V, "router"]),
+    ],
+)
+def test_what_has_changed_concerns_these_processes(change: dict[str, Any], names: list[str]) -> None:
+    assert restarts_needed(runtime_of(), runtime_of(**change)) == names
