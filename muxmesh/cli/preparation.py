@@ -61,7 +61,7 @@ class MeshPreparation:
         checks = (
             order_without_effect, self._machine_problems, self._gpu_problems, redis_url_problems, self._model_problems
         )  # fmt: skip
-        loaded = load_mesh_config(file, *checks) if file else default_config(*checks)
+        loaded = load_mesh_config(file, *checks, variables=os.environ) if file else default_config(*checks)
         self._loaded: LoadedConfig = with_listen(loaded, listen) if listen else loaded
         for warning in listen_warnings(self.config):
             _notice(warning)
