@@ -35,9 +35,11 @@ class PreparedModel(BaseModel):
     folder: Path | None
     """Folder in Hugging Face format with config and tokenizer. None for a sim model without a source."""
     image: Path | None
-    """Weight image that all workers of a unit share, packed for the unit's device. None for the sim engine."""
+    """Weight image that all workers of a unit share, packed for the unit's device. None for the sim engine,
+    and in the runtime file of a router that was prepared without weights."""
     weights_fingerprint: str
-    """Differs between models with different weights or data types. Part of the identity of their KV."""
+    """Differs between models with different weights or data types. Part of the identity of their KV.
+    Empty where there are no weights: routers learn it from the units."""
 
 
 class MpsDaemons(BaseModel):
@@ -234,7 +236,8 @@ class MeshRuntime(BaseModel):
                     f"{names[path]} and {endpoint.name} have the same socket {path}; rename a unit or a model"
                 )
             names[path] = endpoint.name
-        mps = [unit.name for unit in self.config.units if self.uses_mps(unit.name)]
+        here = (unit.name for unit in self.config.units if unit.name in self.device_uuids)
+        mps = [name for name in here if self.uses_mps(name)]
         others = [
             *(str(self.attach_path(unit.name)) for unit in self.config.units),
             *(f"{self.mps_directories(unit)[PIPE_DIRECTORY]}/control_privileged" for unit in mps),

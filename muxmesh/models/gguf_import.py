@@ -95,10 +95,11 @@ def read_gguf(path: Path) -> GgufModel:
     return GgufModel(path, fields, list(reader.tensors), config, spec, _chat_template(found))
 
 
-def import_gguf(gguf: Path, folder: Path, progress: Callable[[int, int], None]) -> None:
+def import_gguf(gguf: Path, folder: Path, progress: Callable[[int, int], None], with_weights: bool = True) -> None:
     """Writes the new ``folder`` from the file ``gguf``; ``progress`` gets (tensors done, tensors in total).
 
-    Raises ModelUnsupported; after an error in the weights the folder is incomplete.
+    Without ``with_weights`` it has configs and tokenizer only. Raises ModelUnsupported; after an error in the weights
+    the folder is incomplete.
     """
     model = read_gguf(gguf)
     folder.mkdir(parents=True)
@@ -106,6 +107,8 @@ def import_gguf(gguf: Path, folder: Path, progress: Callable[[int, int], None]) 
     eos = eos_token_ids(model.fields)
     _write_json(folder / "generation_config.json", {"eos_token_id": eos if len(eos) > 1 else eos[0]} if eos else {})
     _write_tokenizer(folder, model.fields)
+    if not with_weights:
+        return
     kept = [tensor for tensor in model.tensors if tensor.name != ROPE_FACTORS]
     shapes = {_hf_name(tensor.name): (_dtype(tensor), _shape(tensor)) for tensor in kept}
 

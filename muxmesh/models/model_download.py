@@ -6,6 +6,7 @@ cache when it is complete, so a killed process leaves no partial model.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import shutil
@@ -31,27 +32,37 @@ _KEPT_OUTPUT_LINES = 12
 """Last lines of pip's output that an error message quotes."""
 
 
-def ensure_model(model: CatalogModel, cache_dir: Path, progress: Progress) -> Path:
+def ensure_model(model: CatalogModel, cache_dir: Path, progress: Progress, with_weights: bool = True) -> Path:
     """Returns the folder of a catalog model; downloads and converts it first if it is not in the cache.
 
-    Blocks. Raises ConfigError for a failed download or a wrong checksum, ModelUnsupported for the GGUF file.
+    Without ``with_weights``, for routers, a folder without them is enough. Blocks. Raises
+    ConfigError for a failed download or a wrong checksum, ModelUnsupported for the GGUF file.
     """
 
     def fetch(scratch: Path) -> Path:
         return _extract(model, _download(model, scratch, progress), scratch)
 
-    return _converted(model_folder(model, cache_dir), fetch, progress)
+    return _converted(model_folder(model, cache_dir), fetch, progress, with_weights)
 
 
-def ensure_imported(gguf: Path, cache_dir: Path, progress: Progress) -> Path:
+def ensure_imported(gguf: Path, cache_dir: Path, progress: Progress, with_weights: bool = True) -> Path:
     """Returns the folder of a GGUF file; converts the file first if it is not in the cache. Blocks.
+
+    Without ``with_weights``, for routers, a folder without them is enough.
 
     A GGUF file with another path, size or modification time has another folder. Raises ModelUnsupported.
     """
     status = gguf.stat()
     stamp = hashlib.sha256(f"{gguf.resolve()}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = cache_dir / "models" / f"{gguf.stem}-{stamp}-v{CONVERSION_VERSION}"
-    return _converted(folder, lambda scratch: gguf, progress)
+    return _converted(folder, lambda scratch: gguf, progress, with_weights)
+
+
+def present_folder(folder: Path, with_weights: bool) -> Path:
+    """``folder`` of the cache; without ``with_weights`` that of the same model without weights, unless ``folder`` is
+    there.
+    """
+    return folder if with_weights or folder.is_dir() else folder.with_name(f"{folder.name}-without-weights")
 
 
 def model_folder(model: CatalogModel, cache_dir: Path) -> Path:
@@ -59,14 +70,18 @@ def model_folder(model: CatalogModel, cache_dir: Path) -> Path:
     return cache_dir / "models" / f"{model.name}-{model.member_sha256[:12]}-v{CONVERSION_VERSION}"
 
 
-def _converted(folder: Path, fetch: Callable[[Path], Path], progress: Progress) -> Path:
-    """Returns ``folder``; if it does not exist, converts the GGUF file that ``fetch(scratch folder)`` returns."""
+def _converted(folder: Path, fetch: Callable[[Path], Path], progress: Progress, with_weights: bool) -> Path:
+    """Returns the `present_folder`; if it does not exist, converts the GGUF file that ``fetch(scratch folder)``
+    returns.
+    """
+    folder = present_folder(folder, with_weights)
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pull-") as scratch:
         fresh = Path(scratch) / "folder"
-        import_gguf(fetch(Path(scratch)), fresh, lambda done, total: progress("converting", done, total))
+        show = functools.partial(progress, "converting")
+        import_gguf(fetch(Path(scratch)), fresh, show, with_weights)
         try:
             fresh.rename(folder)
         except OSError:

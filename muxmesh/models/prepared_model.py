@@ -19,7 +19,7 @@ from muxmesh.models.catalog import CATALOG, hub_hint
 from muxmesh.models.gguf_import import read_gguf
 from muxmesh.models.host_memory import mesh_problems, pool_problems
 from muxmesh.models.model_check import check_model, is_model, local_path
-from muxmesh.models.model_download import Progress, ensure_imported, ensure_model, model_folder
+from muxmesh.models.model_download import Progress, ensure_imported, ensure_model, model_folder, present_folder
 from muxmesh.models.model_spec import SIM_SPEC, ModelSpec, read_model_spec
 from muxmesh.models.sampling_defaults import NO_DEFAULTS, SamplingDefaults, read_sampling_defaults
 from muxmesh.models.weight_image import Packing, ensure_image, read_layout
@@ -50,15 +50,17 @@ def prepared_problems(
     return mesh_problems(config, {image: image.stat().st_size for image in images if image is not None}, limit)
 
 
-def model_problems(config: MeshConfig, base_dir: Path, cache_dir: Path) -> Iterator[tuple[Location, str]]:
+def model_problems(
+    config: MeshConfig, base_dir: Path, cache_dir: Path, with_weights: bool = True
+) -> Iterator[tuple[Location, str]]:
     """Yields the problems of the configured models, each with the path of its field. Writes nothing.
 
     Relative sources start at ``base_dir``. A catalog model that is not downloaded yet is not checked: call again after
-    the download.
+    the download. Without ``with_weights``, for routers, they are neither needed nor checked.
     """
     for unit_index, unit in enumerate(config.units):
         for model_index, model in enumerate(unit.models):
-            for field, problem in _problems_of(model, unit, base_dir, cache_dir):
+            for field, problem in _problems_of(model, unit, base_dir, cache_dir, with_weights):
                 yield ("units", unit_index, "models", model_index, field), problem
 
 
@@ -68,22 +70,25 @@ def packing_of(unit: UnitConfig) -> Packing:
 
 
 def prepare_model(
-    model: ModelConfig, packing: Packing, base_dir: Path, cache_dir: Path, progress: Progress
+    model: ModelConfig, packing: Packing, base_dir: Path, cache_dir: Path, progress: Progress, with_weights: bool = True
 ) -> PreparedModel:
     """Downloads, converts and packs the files of ``model`` where they are missing. Blocks.
 
-    The weights get the model's dtype. Raises ConfigError or ModelUnsupported, which names the model.
+    The weights get the model's dtype. Without ``with_weights``, for routers, there is no image. Raises
+    ConfigError or ModelUnsupported, which names the model.
     """
     try:
         source = _catalog_name(model)
         if source:
-            folder: Path | None = ensure_model(CATALOG[source], cache_dir, progress)
+            folder: Path | None = ensure_model(CATALOG[source], cache_dir, progress, with_weights)
         else:
             folder = _local_source(model, base_dir)
             if folder is not None and folder.is_file():
-                folder = ensure_imported(folder, cache_dir, progress)
+                folder = ensure_imported(folder, cache_dir, progress, with_weights)
         if model.engine == "sim" or folder is None:
             return PreparedModel(folder=folder, image=None, weights_fingerprint=f"sim:{model.sim.model_dump_json()}")
+        if not with_weights:
+            return PreparedModel(folder=folder, image=None, weights_fingerprint="")
         show = functools.partial(progress, "preparing")
         image = ensure_image(folder, model_spec(folder), packing, cache_dir, show, model.dtype)
         return PreparedModel(folder=folder, image=image, weights_fingerprint=read_layout(image).fingerprint)
@@ -125,14 +130,17 @@ def local_model_spec(model: ModelConfig, base_dir: Path, cache_dir: Path) -> Mod
     return read_gguf(path).spec if path is not None and path.is_file() else model_spec(path)
 
 
-def _problems_of(model: ModelConfig, unit: UnitConfig, base_dir: Path, cache_dir: Path) -> Iterator[tuple[str, str]]:
+def _problems_of(
+    model: ModelConfig, unit: UnitConfig, base_dir: Path, cache_dir: Path, with_weights: bool
+) -> Iterator[tuple[str, str]]:
     """Yields (field, problem) of one model."""
     try:
         source = _catalog_name(model)
-        path = model_folder(CATALOG[source], cache_dir) if source else _local_source(model, base_dir)
+        folder = model_folder(CATALOG[source], cache_dir) if source else None
+        path = present_folder(folder, with_weights) if folder else _local_source(model, base_dir)
         if source and path is not None and not path.is_dir():
             return
-        spec = SIM_SPEC if path is None else check_model(path, with_weights=model.engine != "sim").spec
+        spec = SIM_SPEC if path is None else check_model(path, with_weights=with_weights and model.engine != "sim").spec
     except ConfigError as error:
         yield "source", str(error)
         return

@@ -106,6 +106,20 @@ def test_a_file_is_converted_once(gguf: Path, tmp_path: Path) -> None:
     assert ensure_imported(gguf, tmp_path / "cache", fail_on_progress) == folder
 
 
+def test_without_weights_a_folder_has_only_configs_and_tokenizer(gguf: Path, tmp_path: Path) -> None:
+    folder = ensure_imported(gguf, tmp_path / "cache", ignore_progress, with_weights=False)
+    names = {path.name for path in folder.iterdir()}
+    assert "tokenizer.json" in names and "config.json" in names and not names & {"model.safetensors"}
+    assert ensure_imported(gguf, tmp_path / "cache", fail_on_progress, with_weights=False) == folder
+    whole = ensure_imported(gguf, tmp_path / "cache", ignore_progress)
+    assert (whole / "model.safetensors").is_file() and whole != folder
+
+
+def test_a_folder_with_weights_serves_those_who_need_none(model: CatalogModel, tmp_path: Path) -> None:
+    folder = ensure_model(model, tmp_path / "cache", ignore_progress)
+    assert ensure_model(model, tmp_path / "cache", fail_on_progress, with_weights=False) == folder
+
+
 def change_time(gguf: Path) -> Path:
     os.utime(gguf, ns=(0, gguf.stat().st_mtime_ns + 1))
     return gguf

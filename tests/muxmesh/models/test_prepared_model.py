@@ -345,3 +345,31 @@ def test_kv_depends_on_the_rope_of_the_model(base_dir: Path, tmp_path: Path) -> 
     plain, linear = identity(base_dir / "llama"), identity(tmp_path / "linear")
     assert plain.rope != linear.rope
     assert replace(linear, rope=plain.rope) == plain
+
+
+@pytest.mark.parametrize("source", ["llama", "tiny.gguf"])
+def test_a_router_needs_no_weights_and_has_the_same_model_without_them(
+    base_dir: Path, cache_dir: Path, tmp_path: Path, source: str
+) -> None:
+    model = ModelConfig(name="m", source=source)
+    whole = prepare_model(model, "panels", base_dir, cache_dir, ignore_progress)
+    if source == "llama":
+        shutil.copytree(base_dir / source, tmp_path / source, ignore=shutil.ignore_patterns("*.safetensors"))
+    else:
+        shutil.copy(base_dir / source, tmp_path / source)
+    without = prepare_model(model, "panels", tmp_path, tmp_path / "other", ignore_progress, with_weights=False)
+    assert (without.image, without.weights_fingerprint) == (None, "")
+    assert not [path for path in (tmp_path / "other").rglob("*") if path.suffix in (".safetensors", ".f32")]
+    assert model_spec(without.folder) == model_spec(whole.folder)
+    unit = UnitConfig(models=(model,))
+    identities = [kv_identity(unit, model, prepared) for prepared in (whole, without)]
+    assert replace(identities[1], weights=identities[0].weights) == identities[0]
+
+
+def test_problems_of_a_router_are_those_without_weights(base_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(base_dir / "llama", tmp_path / "llama", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = mesh({"name": "m", "source": "llama"})
+    assert list(model_problems(config, tmp_path, cache_dir)) != []
+    assert list(model_problems(config, tmp_path, cache_dir, with_weights=False)) == []
+    (tmp_path / "llama" / "tokenizer.json").write_text("{")
+    assert len(list(model_problems(config, tmp_path, cache_dir, with_weights=False))) == 1
