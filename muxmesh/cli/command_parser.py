@@ -145,6 +145,14 @@ def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="folder for runtime.json and the sockets, of one mesh; it is created for this user alone",
     )  # fmt: skip
     prepare.add_argument("--redis-url", metavar="URL", help="the Redis of the mesh (default: redis_url of mesh.yaml)")
+    part = prepare.add_mutually_exclusive_group()
+    part.add_argument(
+        "--router", action="store_true",
+        help="prepare routers only: tokenizers without weights, no device (default: the whole mesh)",
+    )  # fmt: skip
+    part.add_argument(
+        "--unit", metavar="NAME", help="prepare the processes of this unit only, each in a container of its own"
+    )
     prepare.add_argument("--quiet", action="store_true", help="show no progress")
 
 

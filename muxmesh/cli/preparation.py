@@ -13,12 +13,12 @@ from pathlib import Path
 
 from muxmesh.cli.common import ProgressBar, cache_dir, source_dir
 from muxmesh.config.contradictions import order_without_effect
-from muxmesh.config.load import LoadedConfig, Problem, default_config, load_mesh_config, with_listen
+from muxmesh.config.load import Check, LoadedConfig, Problem, default_config, load_mesh_config, with_listen
 from muxmesh.config.runtime import PreparedModel
 from muxmesh.config.schema import MeshConfig, ModelConfig, UnitConfig
 from muxmesh.cuda.device_list import DeviceList
 from muxmesh.errors import ConfigError
-from muxmesh.machine_limits import memory_limit
+from muxmesh.machine_limits import machine_memory, memory_limit
 from muxmesh.models.gpu_check import (
     dtype_notice,
     gpu_software_problems,
@@ -34,6 +34,7 @@ from muxmesh.models.prepared_model import (
     prepare_model,
     prepared_problems,
 )
+from muxmesh.quoting import quoted
 from muxmesh.supervisor.listen_address import listen_warnings
 from muxmesh.supervisor.redis_server import redis_url_problems
 
@@ -47,10 +48,48 @@ class PreparedMesh:
     mps_program: Path | None
 
 
+@dataclass(frozen=True, slots=True)
+class MeshPart:
+    """The processes of a mesh that run on this machine. Default: all of them, in one container if in any."""
+
+    unit: str | None = None
+    """Only those of this unit, each in a container of its own."""
+    is_router: bool = False
+    """Only routers, which need no weights and no device."""
+
+    def units_of(self, config: MeshConfig) -> list[int]:
+        """Indices of the units whose processes are here."""
+        here = (not self.is_router and self.unit in (None, unit.name) for unit in config.units)
+        return [index for index, is_here in enumerate(here) if is_here]
+
+    def config_of(self, config: MeshConfig) -> MeshConfig:
+        """``config`` with these units only, maybe none."""
+        return config.model_copy(update={"units": tuple(config.units[index] for index in self.units_of(config))})
+
+    def problems(self, config: MeshConfig, check: Check) -> Iterator[Problem]:
+        """What ``check`` finds in these units, at its locations in ``config``."""
+        indices = self.units_of(config)
+        for location, problem in check(self.config_of(config)):
+            if location[0] == "units" and len(location) > 1:
+                yield ("units", indices[int(location[1])], *location[2:]), problem
+            else:
+                yield location, problem
+
+    @property
+    def is_all(self) -> bool:
+        return self == MeshPart()
+
+
 class MeshPreparation:
     """A configuration that has passed every check that needs no downloaded model. Warnings are printed."""
 
-    def __init__(self, file: Path | None, listen: str | None = None, shows_progress: bool = True) -> None:
+    def __init__(
+        self,
+        file: Path | None,
+        listen: str | None = None,
+        shows_progress: bool = True,
+        part: MeshPart = MeshPart(),
+    ) -> None:
         """``file``: mesh.yaml; None: the default configuration. ``listen`` replaces that of the file.
 
         Raises ConfigError with one line for each problem.
@@ -58,11 +97,15 @@ class MeshPreparation:
         self._base_dir = source_dir(file)
         self._gpus = DeviceList()
         self._shows_progress = shows_progress
+        self._part = part
         checks = (
             order_without_effect, self._machine_problems, self._gpu_problems, redis_url_problems, self._model_problems
         )  # fmt: skip
         loaded = load_mesh_config(file, *checks, variables=os.environ) if file else default_config(*checks)
         self._loaded: LoadedConfig = with_listen(loaded, listen) if listen else loaded
+        if part.unit is not None and not part.units_of(self.config):
+            names = ", ".join(unit.name for unit in self.config.units)
+            raise ConfigError(f"no unit has the name {quoted(part.unit)}; units: {names}")
         for warning in listen_warnings(self.config):
             _notice(warning)
 
@@ -75,33 +118,40 @@ class MeshPreparation:
 
         Raises ConfigError for a problem of a downloaded model, or a cache that cannot be written.
         """
-        config = self.config
+        config, here = self.config, self._part.config_of(self.config)
         prepared = {
-            unit.name: {model.name: self._prepare(unit, model) for model in unit.models} for unit in config.units
+            unit.name: {model.name: self._prepare(unit, model) for model in unit.models}
+            for unit in (config if self._part.is_router else here).units
         }
-        too_large = prepared_problems(config, prepared, memory_limit())
+        too_large = prepared_problems(config, prepared, memory_limit()) if self._part.is_all else ()
         self._loaded.refuse([*self._model_problems(config), *self._gpu_problems(config), *too_large])
-        program = mps_program(config)
-        for notice in (dtype_notice(config), mps_notice(config, program)):
+        program = mps_program(here)
+        for notice in (dtype_notice(here), mps_notice(here, program)):
             if notice is not None:
                 _notice(notice)
-        return PreparedMesh(prepared, unit_gpus(config, self._gpus), program)
+        return PreparedMesh(prepared, unit_gpus(here, self._gpus), program)
 
-    @staticmethod
-    def _machine_problems(config: MeshConfig) -> Iterator[Problem]:
-        return machine_problems(config, memory_limit())
+    def _machine_problems(self, config: MeshConfig) -> Iterator[Problem]:
+        limit = memory_limit() if self._part.is_all else machine_memory()  # not that of this container
+        return self._part.problems(config, lambda here: machine_problems(here, limit))
 
     def _model_problems(self, config: MeshConfig) -> Iterator[Problem]:
-        return model_problems(config, self._base_dir, cache_dir())
+        if self._part.is_router:
+            return model_problems(config, self._base_dir, cache_dir(), with_weights=False)
+        return self._part.problems(config, lambda here: model_problems(here, self._base_dir, cache_dir()))
 
     def _gpu_problems(self, config: MeshConfig) -> Iterator[Problem]:
-        yield from gpu_software_problems(config, os.environ)
-        yield from machine_gpu_problems(config, self._gpus, self._base_dir, cache_dir())
+        def check(here: MeshConfig) -> Iterator[Problem]:
+            yield from gpu_software_problems(here, os.environ)
+            yield from machine_gpu_problems(here, self._gpus, self._base_dir, cache_dir())
+
+        return self._part.problems(config, check)
 
     def _prepare(self, unit: UnitConfig, model: ModelConfig) -> PreparedModel:
         progress = ProgressBar(model.name) if self._shows_progress else _no_progress
         try:
-            return prepare_model(model, packing_of(unit), self._base_dir, cache_dir(), progress)
+            with_weights = not self._part.is_router
+            return prepare_model(model, packing_of(unit), self._base_dir, cache_dir(), progress, with_weights)
         except OSError as error:
             reason = error.strerror or error
             raise ConfigError(f"{model.name} cannot be prepared in {cache_dir()}: {reason}") from error

@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 from pathlib import Path
 
 from muxmesh.cli.common import cache_dir, current_dir
-from muxmesh.cli.preparation import MeshPreparation, PreparedMesh
+from muxmesh.cli.preparation import MeshPart, MeshPreparation, PreparedMesh
 from muxmesh.config.runtime import MeshRuntime, MpsDaemons
 from muxmesh.config.runtime_changes import restarts_needed
 from muxmesh.config.schema import MeshConfig
@@ -21,7 +22,7 @@ from muxmesh.lifecycle import configure_logging
 from muxmesh.models.model_check import local_path
 from muxmesh.supervisor.listen_address import check_port_is_fixed
 from muxmesh.supervisor.redis_server import check_redis, with_redis_url
-from muxmesh.supervisor.tenant_secret import tenant_secret
+from muxmesh.supervisor.tenant_secret import SECRET_VARIABLE, given_tenant_secret, tenant_secret
 
 RUNTIME_FILE = "runtime.json"
 
@@ -29,7 +30,8 @@ RUNTIME_FILE = "runtime.json"
 def run(arguments: argparse.Namespace) -> int:
     """Prepares one mesh; returns the exit code. Raises ConfigError or Unavailable with what is wrong."""
     configure_logging(logging.WARNING)
-    preparation = MeshPreparation(arguments.config, shows_progress=not arguments.quiet)
+    part = MeshPart(arguments.unit, arguments.router)
+    preparation = MeshPreparation(arguments.config, shows_progress=not arguments.quiet, part=part)
     config = with_redis_url(preparation.config, arguments.redis_url)
     check_port_is_fixed(config.listen)
     run_dir = local_path(str(arguments.run_dir), current_dir())
@@ -83,7 +85,7 @@ def _runtime(config: MeshConfig, mesh: PreparedMesh, run_dir: Path) -> MeshRunti
         prepared=mesh.prepared,
         device_uuids=mesh.device_uuids,
         mps=mesh.mps_program and MpsDaemons(program=mesh.mps_program, log_dir=run_dir / "logs"),
-        tenant_secret=tenant_secret(run_dir),
+        tenant_secret=given_tenant_secret(os.environ.get(SECRET_VARIABLE)) or tenant_secret(run_dir),
     )
 
 

@@ -71,12 +71,13 @@ def contradictions(config: MeshConfig) -> Iterator[tuple[Location, str]]:
 
 
 def _core_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
-    """Units on one CPU compute at the same time, so their cores must be disjoint."""
-    owners: dict[int, str] = {}
+    """Units on the CPU of one host compute at the same time, so their cores must be disjoint."""
+    owners: dict[tuple[str, int], str] = {}
     for unit_index, unit in enumerate(config.units):
         location: Location = ("units", unit_index)
+        host = _host(unit)
         if unit.cores is None:
-            on_cpu = sum(not other.is_cuda for other in config.units)
+            on_cpu = sum(not other.is_cuda and _host(other) == host for other in config.units)
             if on_cpu > 1 and not unit.is_cuda:
                 yield (
                     (*location, "cores"),
@@ -87,14 +88,19 @@ def _core_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
             if count > 1:
                 yield (*location, "cores"), f"lists core {core} {count} times"
         for core in unit.cores:
-            if owners.setdefault(core, unit.name) != unit.name:
-                yield (*location, "cores"), f"core {core} is also in unit {owners[core]}; units need disjoint cores"
+            if (owner := owners.setdefault((host, core), unit.name)) != unit.name:
+                yield (*location, "cores"), f"core {core} is also in unit {owner}; units need disjoint cores"
         for model_index, model in enumerate(unit.models):
             if model.threads is not None and model.threads > len(unit.cores):
                 yield (
                     (*location, "models", model_index, "threads"),
                     f"is {model.threads}; the unit has {len(unit.cores)} cores",
                 )
+
+
+def _host(unit: UnitConfig) -> str:
+    """The host of a unit. Empty: that of routers, as without `network` there is no other."""
+    return "" if unit.network is None or unit.network.is_loopback else unit.network.host
 
 
 def _network_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:

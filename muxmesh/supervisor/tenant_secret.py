@@ -9,12 +9,29 @@ import logging
 import secrets
 from pathlib import Path
 
+from muxmesh.errors import ConfigError
 from muxmesh.private_file import replace_private_file
 
 _log = logging.getLogger(__name__)
 
 SECRET_FILE = "tenant-secret"  # noqa: S105 - a file name
+SECRET_VARIABLE = "MUXMESH_TENANT_SECRET"  # noqa: S105 - its name
 _SECRET_BYTES = 32
+
+
+def given_tenant_secret(value: str | None) -> str | None:
+    """The secret in the variable `SECRET_VARIABLE`, the same for routers on several hosts; None if it is not set.
+
+    Raises ConfigError for anything but 32 bytes in hexadecimal.
+    """
+    if not value:
+        return None
+    try:
+        if len(bytes.fromhex(value)) == _SECRET_BYTES:
+            return value
+    except ValueError:
+        pass
+    raise ConfigError(f"{SECRET_VARIABLE}: must be {_SECRET_BYTES} bytes in hexadecimal (`openssl rand -hex 32`)")
 
 
 def tenant_secret(state_dir: Path) -> str:

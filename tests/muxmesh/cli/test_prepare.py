@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from muxmesh.cli.main import main
-from muxmesh.config.runtime import MeshRuntime
+from muxmesh.config.runtime import MeshRuntime, PreparedModel
 from tests.support.processes import without_privileges
 from tests.support.tiny import TinyShape, write_tiny_model
 
@@ -167,3 +168,72 @@ def test_the_file_has_no_field_that_a_service_cannot_read(config: Path, redis_ur
     assert prepare(config, redis_url) == 0
     content = json.loads((config.parent / "run" / "runtime.json").read_bytes())
     assert set(content) <= set(MeshRuntime.model_fields)
+
+
+def two_units(folder: Path) -> Path:
+    """A mesh with a unit on this machine and one on a GPU of another, each with weights that only its machine has."""
+    write_tiny_model(folder / "tiny", TinyShape())
+    path = folder / "mesh.yaml"
+    path.write_text(
+        """
+units:
+  - name: here
+    kv_pool: 64MiB
+    network: {host: here.example, allow_unencrypted: true}
+    models: [{name: m, source: ./tiny}]
+  - name: there
+    device: cuda:7
+    mps: on
+    kv_pool: 64MiB
+    network: {host: there.example, allow_unencrypted: true}
+    models: [{name: n, source: ./other}]
+"""
+    )
+    return path
+
+
+def test_a_unit_is_prepared_without_the_machines_and_models_of_others(
+    tmp_path: Path, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = two_units(tmp_path)
+    assert prepare(config, redis_url, "--unit", "here") == 0
+    runtime = MeshRuntime.read(tmp_path / "run" / "runtime.json")
+    assert list(runtime.prepared) == ["here"] and runtime.prepared_model("here", "m").image is not None
+    assert [unit.name for unit in runtime.config.units] == ["here", "there"]
+    capsys.readouterr()
+    assert prepare(config, redis_url, "--unit", "there") == 1
+    errors = capsys.readouterr().err
+    assert "units[1].device: is cuda:7" in errors and "units[1].models[0].source: './other' is neither" in errors
+
+
+def test_a_unit_that_does_not_exist_is_refused(
+    tmp_path: Path, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(two_units(tmp_path), redis_url, "--unit", "where") == 1
+    assert capsys.readouterr().err.endswith("muxmesh: no unit has the name 'where'; units: here, there\n")
+
+
+def test_a_router_is_prepared_without_weights_and_devices(tmp_path: Path, redis_url: str) -> None:
+    config = two_units(tmp_path)
+    shutil.copytree(tmp_path / "tiny", tmp_path / "other")
+    for name in ("tiny", "other"):
+        (tmp_path / name / "model.safetensors").unlink()
+    assert prepare(config, redis_url, "--router") == 0
+    runtime = MeshRuntime.read(tmp_path / "run" / "runtime.json")
+    assert runtime.prepared_model("there", "n") == PreparedModel(
+        folder=tmp_path / "other", image=None, weights_fingerprint=""
+    )
+
+
+def test_routers_on_several_hosts_share_the_secret_of_the_environment(
+    config: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MUXMESH_TENANT_SECRET", "ab" * 32)
+    assert prepare(config, redis_url, "--router") == 0
+    assert MeshRuntime.read(config.parent / "run" / "runtime.json").tenant_secret == "ab" * 32
+    for wrong in ("ab" * 31, "x" * 64):
+        monkeypatch.setenv("MUXMESH_TENANT_SECRET", wrong)
+        assert prepare(config, redis_url, "--router") == 1
+        assert capsys.readouterr().err == (
+            "muxmesh: MUXMESH_TENANT_SECRET: must be 32 bytes in hexadecimal (`openssl rand -hex 32`)\n"
+        )

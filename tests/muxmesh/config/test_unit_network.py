@@ -118,6 +118,27 @@ def test_units_of_one_host_that_share_a_port_are_refused() -> None:
     assert problems(first, "{host: 127.0.0.1, base_port: 7003}") == []
 
 
+def test_units_on_hosts_of_their_own_need_no_disjoint_cores() -> None:
+    def units(*hosts: str | None, cores: str = "") -> list[str]:
+        parts = (
+            f"{{name: u{number}, models: [{{name: m, engine: sim}}]{cores}"
+            + (f", network: {{host: {host}, base_port: {7000 + 10 * number}, {PUBLIC}}}" if host else "")
+            + "}"
+            for number, host in enumerate(hosts)
+        )
+        try:
+            parse_mesh_config(f"units: [{', '.join(parts)}]", "mesh.yaml")
+        except ConfigError as error:
+            return str(error).splitlines()
+        return []
+
+    assert units("unit-0.unit", "unit-1.unit") == units("unit-0.unit", None) == []
+    assert units("unit-0.unit", "unit-1.unit", cores=", cores: [0]") == []
+    for one_host in (("a", "a"), (None, "localhost"), (None, None)):
+        assert len(units(*one_host)) == 2, "cores is required"
+        assert len(units(*one_host, cores=", cores: [0]")) == 1, "core 0 is that of another unit"
+
+
 def fields(**values: Any) -> NetworkConfig:
     return NetworkConfig.model_validate(values)
 
