@@ -76,6 +76,10 @@ class UnitAdmission:
         """Requests for ``model`` that wait for a credit of this unit."""
         return self._queue.count(model)
 
+    def oldest_arrival_s(self, model: str) -> float | None:
+        """See `RequestQueue.oldest_arrival_s`."""
+        return self._queue.oldest_arrival_s(model)
+
     async def wait_for_credit(self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand) -> Credit:
         """Waits until the unit has reserved the request's initial demand. Cancelling the wait withdraws the request.
 

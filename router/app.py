@@ -26,12 +26,15 @@ from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grp
 from router.admission_client import UnitAdmission
 from router.api.inference_service import InferenceService
 from router.api.mesh_service import MeshService
+from router.api.request_observer import RequestObserver
 from router.attempt import WorkerChannels, run_attempt
 from router.length_forecast import LengthForecaster
 from router.pipeline import GenerationPipeline
 from router.predictor_snapshots import PredictorSnapshots
 from router.prompt_tokenizer import PromptTokenizer
 from router.public_limits import public_limits
+from router.request_metrics import RequestMetrics
+from router.router_metrics import router_families
 from router.sequence_driver import SequenceDriver
 from router.served_models import load_models
 from router.tenant_key import SECRET_BYTES
@@ -72,9 +75,14 @@ async def serve(runtime: MeshRuntime, stop: Stop, monitor: Monitor, name: str = 
         short = stack.enter_context(ThreadPoolExecutor(2, "tokenize"))
         long = stack.enter_context(ThreadPoolExecutor(2, "tokenize-long", functools.partial(os.nice, _LONG_NICENESS)))
         tokenizer = PromptTokenizer(short, long, config.router.max_waiting_prompt_bytes)
-        pipeline = GenerationPipeline(models, units, driver, forecaster, policy, config.router, clock, rng, tokenizer)
+        metrics = RequestMetrics({model.name: model.limits.max_model_len for model in models})
+        pipeline = GenerationPipeline(
+            models, units, driver, forecaster, policy, config.router, clock, rng, tokenizer, metrics
+        )
+        monitor.add(metrics.families)
+        monitor.add(lambda: router_families(models, pipeline, forecaster, units, clock.unix_s()))
         server = _server(
-            InferenceService(pipeline, clock, rng),
+            InferenceService(pipeline, clock, rng, RequestObserver(metrics, clock, config.router.log_requests)),
             MeshService(models, units, pipeline, forecaster, registry, policy),
             public_limits(config.router, models, raise_file_limit()),
             monitor,

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
 from muxmesh.clock import Clock
+from muxmesh.metrics.family import Histogram
 from muxmesh.predictor.checked_predictor import CheckedPrediction, CheckedPredictor
 from muxmesh.predictor.length_predictor import Fitted, Refit
 from muxmesh.types import LengthPrediction
@@ -27,6 +29,8 @@ _log = logging.getLogger(__name__)
 _MAX_PENDING_OBSERVATIONS = 1000
 FIT_FRACTION = 0.02
 """The fraction of one core that fits may use."""
+LENGTH_RATIOS = (0.1, 0.25, 0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0, 4.0, 10.0)
+"""Upper bounds of output lengths divided by the predicted median."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ class LengthForecaster:
         self._late: Future[CheckedPrediction] | None = None
         self._num_pending = 0
         self.num_late = 0
+        self._length_ratios: defaultdict[str, Histogram] = defaultdict(lambda: Histogram(LENGTH_RATIOS))
 
     async def predict(self, text: str, model: str, tenant: str, hint_tokens: int | None) -> LengthForecast:
         """Returns a forecast within the budget. ``hint_tokens``: the client's own estimate of the output length."""
@@ -87,9 +92,20 @@ class LengthForecaster:
         checked = forecast.checked
         if checked is None or num_tokens < 1 or self._num_pending >= _MAX_PENDING_OBSERVATIONS:
             return
+        if not censored:
+            self._length_ratios[checked.model].observe(num_tokens / forecast.prediction.p50_tokens)
         self._num_pending += 1
         observation = asyncio.wrap_future(self._predicting.submit(lambda: self._observe(checked, num_tokens, censored)))
         observation.add_done_callback(self._on_observed)
+
+    @property
+    def num_failures(self) -> int:
+        """See `CheckedPredictor`."""
+        return self._predictor.num_failures
+
+    def length_ratio(self, model: str) -> Histogram:
+        """Lengths of outputs, as multiples of the median that was predicted; without those that were cut off."""
+        return self._length_ratios[model]
 
     def tau(self, model: str) -> float | None:
         """See `CheckedPredictor.tau`."""

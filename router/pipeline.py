@@ -33,6 +33,8 @@ from router.generation import (
 from router.generation_reports import prompt_report, scheduling_report, timings_report
 from router.length_forecast import LengthForecast, LengthForecaster
 from router.prompt_tokenizer import PromptTokenizer
+from router.request_metrics import RequestMetrics
+from router.request_record import RequestRecord
 from router.request_validation import (
     check_count,
     check_overload,
@@ -63,7 +65,7 @@ class _Generation:
     model: ServedModel
     engine_request: EngineRequest
     forecast: LengthForecast
-    arrived_at_s: float
+    record: RequestRecord
     progress: list[Progress] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,6 +86,7 @@ class GenerationPipeline:
         clock: Clock,
         rng: random.Random,
         tokenizer: PromptTokenizer,
+        metrics: RequestMetrics,
     ) -> None:
         """``rng`` samples seeds."""
         self.counters: defaultdict[str, ModelCounters] = defaultdict(ModelCounters)
@@ -96,16 +99,21 @@ class GenerationPipeline:
         self._clock = clock
         self._rng = rng
         self._tokenizer = tokenizer
+        self._metrics = metrics
+
+    def model_name(self, name: str) -> str:
+        """The name of the model that a request for ``name`` means. Raises InvalidRequest or ModelNotFound."""
+        return self._models.find(name).name
 
     def validate(self, request: GenerationRequest) -> None:
         """Raises InvalidRequest or ModelNotFound for a request that can never be served."""
         validate(request, self._models.find(request.model), self._config.max_prompt_bytes)
 
-    async def start(self, request: GenerationRequest, arrived_at_s: float) -> AsyncGenerator[OutputDelta, None]:
+    async def start(self, request: GenerationRequest, record: RequestRecord) -> AsyncGenerator[OutputDelta, None]:
         """Prepares a validated request; returns the deltas of its sequences. Closing these aborts the request.
 
-        ``arrived_at_s``: monotonic time. Raises Overloaded or InvalidRequest. The deltas raise the error of a
-        sequence's last attempt.
+        Keeps ``record``, which has the time of the arrival, up to date. Raises Overloaded or InvalidRequest. The deltas
+        raise the error of a sequence's last attempt.
         """
         model = self._models.find(request.model)
         self._refuse_overload(request.num_sequences)
@@ -116,7 +124,7 @@ class GenerationPipeline:
             engine_request = resolve(request, model, token_ids, self._rng.getrandbits(_SEED_BITS), arrived_at_unix_s)
             forecast = await self._predict_length(request, model, engine_request)
         engine_request = self._with_expected_work(model, engine_request, forecast)
-        return self._serve(_Generation(request, model, engine_request, forecast, arrived_at_s))
+        return self._serve(_Generation(request, model, engine_request, forecast, record))
 
     async def tokenize(
         self, model_name: str, prompt: Prompt, add_special_tokens: bool | None, with_texts: bool
@@ -160,23 +168,28 @@ class GenerationPipeline:
 
     async def _serve(self, generation: _Generation) -> AsyncGenerator[OutputDelta, None]:
         """The deltas of all sequences: the first one with the reports, the last one with the timings."""
-        counters, progress = self.counters[generation.model.name], generation.progress
-        num_unfinished = len(progress)
+        counters, progress, record = self.counters[generation.model.name], generation.progress, generation.record
+        metrics, num_unfinished = self._metrics.of(generation.model.name), len(progress)
         counters.num_running += num_unfinished
         counters.prompt_tokens += len(generation.engine_request.prompt_token_ids)
+        record.begin(len(generation.engine_request.prompt_token_ids), progress, metrics.gap_s.observe)
         first_token_at_s: float | None = None
         try:
             async with aclosing(self._sequences(generation)) as deltas:
                 async for delta in deltas:
-                    counters.output_tokens += len(delta.new.token_ids)
+                    if num_tokens := len(delta.new.token_ids):
+                        counters.output_tokens += num_tokens
+                        record.add_tokens(delta.index, num_tokens, self._clock.monotonic_s())
                     if first_token_at_s is None:
-                        first_token_at_s = self._clock.monotonic_s()
+                        first_token_at_s = record.first_token_at_s = self._clock.monotonic_s()
+                        metrics.first_token(record, first_token_at_s)
                         delta = self._with_reports(delta, generation)  # noqa: PLW2901
                     if delta.new.finish is not None:
+                        record.finishes.append(delta.new.finish.kind)
                         num_unfinished -= 1
                         counters.num_running -= 1
                     if num_unfinished == 0:
-                        times = (generation.arrived_at_s, first_token_at_s, self._clock.monotonic_s())
+                        times = (record.arrived_at_s, first_token_at_s, self._clock.monotonic_s())
                         delta = replace(delta, timings=timings_report(progress, *times))  # noqa: PLW2901
                     yield delta
         finally:
@@ -276,7 +289,8 @@ class GenerationPipeline:
         delta = replace(delta, prompt=prompt_report(request, forecast, generation.progress[delta.index]))
         if not generation.request.output.scheduling:
             return delta
-        report = scheduling_report(request, forecast, generation.progress[0], generation.arrived_at_s, self._policy)
+        arrived_at_s = generation.record.arrived_at_s
+        report = scheduling_report(request, forecast, generation.progress[0], arrived_at_s, self._policy)
         return replace(delta, scheduling=report)
 
     def _refuse_overload(self, num_sequences: int) -> None:

@@ -56,6 +56,10 @@ class RequestQueue:
         """Number of queued requests for ``model``."""
         return len(self._ordered.get(model, ()))
 
+    def oldest_arrival_s(self, model: str) -> float | None:
+        """Arrival (unix time) of the queued request for ``model`` that arrived first; None without one. Linear."""
+        return min((key[-1] for key, _ in self._ordered.get(model, ())), default=None)
+
     def show_next(self, unix_s: float) -> list[QueuedRequest]:
         """Returns the best requests that are not shown yet, and marks them as shown."""
         if self._policy.changes_with_time and abs(unix_s - self._sorted_at_s) >= SORT_EVERY_S:  # the clock may jump

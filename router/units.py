@@ -74,6 +74,11 @@ class Units:
             ),
         )
 
+    def oldest_queued_s(self, model: str, unix_s: float) -> float:
+        """Seconds since the arrival of the oldest request for ``model`` that waits for a credit; 0 without one."""
+        arrivals = (link.admission.oldest_arrival_s(model) for link in self._links.values())
+        return max((unix_s - arrived_at_s for arrived_at_s in arrivals if arrived_at_s is not None), default=0.0)
+
     def num_queued(self, model: str) -> int:
         """Requests for ``model`` that wait for a credit, over all units."""
         return sum(link.admission.num_queued(model) for link in self._links.values())

@@ -354,6 +354,9 @@ class RouterConfig(Section):
     are the one client of many users. Clients of the router's unix socket are exempt too."""
     slow_client_s: float = Field(default=30, ge=0.1, le=3600)
     """Seconds after which a call ends whose request has not arrived, or whose output the client has not read."""
+    log_requests: bool = True
+    """If true, the router logs a line for each request that ends: tokens, seconds in queue, prefill and decode, what it
+    waited for, and how it ended. The line has no text of prompts or outputs."""
 
 
 class OrderConfig(Section):

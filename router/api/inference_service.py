@@ -14,9 +14,11 @@ import grpc
 from muxmesh.clock import Clock
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc
 from router.api.generate_messages import message_from_delta, request_from_message
+from router.api.request_observer import RequestObserver
 from router.api.tokenize_messages import message_from_tokenized, prompt_from_message
 from router.api.unknown_fields import refuse_unknown_fields
 from router.pipeline import GenerationPipeline
+from router.request_record import RequestRecord
 
 _MAX_LOGPROBS_ON_LOOP = 128
 """Positions of a prompt whose log-probabilities are converted at once: each takes up to 0.1 ms, with its candidates."""
@@ -27,8 +29,12 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Generate and GenerateStream, Tokenize and Detokenize."""
 
-    def __init__(self, pipeline: GenerationPipeline, clock: Clock, rng: random.Random) -> None:
+    def __init__(
+        self, pipeline: GenerationPipeline, clock: Clock, rng: random.Random, observer: RequestObserver
+    ) -> None:
+        """``observer`` is told of each request of GenerateStream and Generate."""
         self._pipeline = pipeline
+        self._observer = observer
         self._clock = clock
         self._rng = rng
 
@@ -38,16 +44,19 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """See the proto. Sends the request id as the initial metadata `x-request-id`."""
         arrived_at_s = self._clock.monotonic_s()
         request_id = _request_id(context) or f"{self._rng.getrandbits(64):016x}"
-        generation = request_from_message(request, request_id)
-        self._pipeline.validate(generation)
-        await context.send_initial_metadata((("x-request-id", generation.request_id),))
-        texts = self._pipeline.token_texts(generation.model)
-        async with aclosing(await self._pipeline.start(generation, arrived_at_s)) as deltas:
-            async for delta in deltas:
-                if delta.prompt is not None and len(delta.prompt.logprobs) > _MAX_LOGPROBS_ON_LOOP:
-                    yield await asyncio.to_thread(message_from_delta, delta, generation.output, texts)
-                else:
-                    yield message_from_delta(delta, generation.output, texts)
+        with self._observer.observed(RequestRecord(request_id, arrived_at_s)) as record:
+            generation = request_from_message(request, request_id)
+            record.request_id = generation.request_id
+            record.model = self._pipeline.model_name(generation.model)
+            self._pipeline.validate(generation)
+            await context.send_initial_metadata((("x-request-id", generation.request_id),))
+            texts = self._pipeline.token_texts(generation.model)
+            async with aclosing(await self._pipeline.start(generation, record)) as deltas:
+                async for delta in deltas:
+                    if delta.prompt is not None and len(delta.prompt.logprobs) > _MAX_LOGPROBS_ON_LOOP:
+                        yield await asyncio.to_thread(message_from_delta, delta, generation.output, texts)
+                    else:
+                        yield message_from_delta(delta, generation.output, texts)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context

@@ -37,6 +37,7 @@ from router.generation import (
     TextPrompt,
     TokensPrompt,
 )
+from router.request_record import RequestRecord
 from tests.support.pipeline_parts import (
     EOS,
     PipelineParts,
@@ -55,7 +56,7 @@ END = Finished(Finish(FinishReason.LENGTH))
 
 async def run(parts: PipelineParts, request: GenerationRequest, arrived_at_s: float = 100.0) -> list[OutputDelta]:
     parts.pipeline.validate(request)
-    return [delta async for delta in await parts.pipeline.start(request, arrived_at_s)]
+    return [delta async for delta in await parts.pipeline.start(request, RequestRecord("r", arrived_at_s))]
 
 
 async def run_alone(request: GenerationRequest, script: Script, **options: Any) -> list[OutputDelta]:
@@ -290,7 +291,7 @@ async def test_the_predictor_observes_the_length_of_every_output(finish: Finish,
 async def test_an_aborted_output_is_observed_as_cut_off() -> None:
     predictor = RecordingPredictor()
     async with pipeline_parts(writes("abc", Finish(FinishReason.EOS, EOS)), predictor=predictor) as parts:
-        async with aclosing(await parts.pipeline.start(REQUEST, 100.0)) as deltas:
+        async with aclosing(await parts.pipeline.start(REQUEST, RequestRecord("r", 100.0))) as deltas:
             await anext(deltas)
             await anext(deltas)
         await parts.forecaster.call(lambda: None)
@@ -391,7 +392,8 @@ async def test_closing_a_request_ends_every_attempt_and_returns_every_credit(num
         return [Prefilled(0), Tokens(0, (40,)), asyncio.Event()]
 
     async with pipeline_parts(script) as parts:
-        async with aclosing(await parts.pipeline.start(replace(REQUEST, num_sequences=num_sequences), 100.0)) as deltas:
+        request = replace(REQUEST, num_sequences=num_sequences)
+        async with aclosing(await parts.pipeline.start(request, RequestRecord("r", 100.0))) as deltas:
             for _ in range(num_sequences):
                 await anext(deltas)
             assert parts.attempts.num_running == parts.admission.num_unreturned == num_sequences

@@ -137,3 +137,14 @@ def test_a_policy_that_changes_with_time_is_sorted_at_most_every_tenth_of_a_seco
         queue.add(QueuedRequest(entry_id, "m", scheduling, KvDemand(10, 10)))
     assert [shown.entry_id for shown in queue.show_next(100.0 + SORT_EVERY_S / 2)] == [1]
     assert [shown.entry_id for shown in queue.show_next(100.0 + 2 * SORT_EVERY_S)] == [2]
+
+
+def test_the_oldest_arrival_is_that_of_any_position_in_the_order() -> None:
+    queue = RequestQueue()
+    assert queue.oldest_arrival_s("m") is None
+    for entry_id, priority in ((5, 0), (3, 1), (4, -1)):
+        queue.add(queued(entry_id, priority))
+    queue.add(queued(1, model="n"))
+    assert queue.oldest_arrival_s("m") == 3
+    queue.remove(3)
+    assert queue.oldest_arrival_s("m") == 4

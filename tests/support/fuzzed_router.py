@@ -21,6 +21,7 @@ from muxmesh.rpc.server import MeshServer
 from muxmesh.supervisor.mesh_supervisor import free_listen_address
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc
 from router.api.inference_service import InferenceService
+from router.api.request_observer import RequestObserver
 from router.public_limits import public_limits
 from tests.support.pipeline_parts import PipelineParts, pipeline_parts, served_model, writes
 
@@ -97,7 +98,9 @@ def fuzzed_router() -> Iterator[FuzzedRouter]:
             asyncio.Event(),
         )
         async with pipeline_parts(writes(OUTPUT), model, config=config) as parts:
-            service = InferenceService(parts.pipeline, parts.clock, random.Random(1))
+            service = InferenceService(
+                parts.pipeline, parts.clock, random.Random(1), RequestObserver(parts.metrics, parts.clock)
+            )
             register = functools.partial(inference_pb2_grpc.add_InferenceServicer_to_server, service)
             descriptor = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
             server = MeshServer({descriptor: register}, public_limits(config, [model], 1000))

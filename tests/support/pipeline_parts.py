@@ -30,6 +30,7 @@ from router.attempt import AttemptEvent, Prefilled
 from router.length_forecast import LengthForecaster
 from router.pipeline import GenerationPipeline
 from router.prompt_tokenizer import PromptTokenizer
+from router.request_metrics import RequestMetrics
 from router.sequence_driver import SequenceDriver
 from router.served_models import ModelLimits, ServedModel, ServedModels
 from router.units import PlacedModel, UnitLink, Units
@@ -80,16 +81,22 @@ class FakeAdmission:
         self.num_issued = 0
         self.num_unreturned = 0
         self._queued: Counter[str] = Counter()
+        self._arrivals: list[float] = []
 
     def num_queued(self, model: str) -> int:
         return self._queued[model]
 
+    def oldest_arrival_s(self, model: str) -> float | None:
+        return min(self._arrivals, default=None)
+
     async def wait_for_credit(self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand) -> Credit:
         self._queued[model] += 1
+        self._arrivals.append(scheduling.arrived_at_s)
         try:
             await self.open.wait()
         finally:
             self._queued[model] -= 1
+            self._arrivals.remove(scheduling.arrived_at_s)
         self.num_issued += 1
         self.num_unreturned += 1
         return Credit(
@@ -154,6 +161,7 @@ class PipelineParts:
     attempts: ScriptedAttempts
     forecaster: LengthForecaster
     clock: ManualClock
+    metrics: RequestMetrics
 
 
 @asynccontextmanager
@@ -180,12 +188,13 @@ async def pipeline_parts(
     driver = SequenceDriver(units.choose, attempts, clock, config.max_restarts, no_wait)
     checked = CheckedPredictor(predictor or LengthPredictor())
     forecaster = LengthForecaster(checked, config.predictor_budget_s, clock, bytes(32))
+    metrics = RequestMetrics({model.name: model.limits.max_model_len for model in served})
     with ThreadPoolExecutor(1) as short, ThreadPoolExecutor(2) as long:
         tokenizer = PromptTokenizer(short, long, config.max_waiting_prompt_bytes)
         pipeline = GenerationPipeline(
-            served, units, driver, forecaster, FCFS, config, clock, random.Random(7), tokenizer
+            served, units, driver, forecaster, FCFS, config, clock, random.Random(7), tokenizer, metrics
         )
         try:
-            yield PipelineParts(pipeline, served, units, admission, attempts, forecaster, clock)
+            yield PipelineParts(pipeline, served, units, admission, attempts, forecaster, clock, metrics)
         finally:
             forecaster.close()

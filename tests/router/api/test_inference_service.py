@@ -22,6 +22,7 @@ from muxmesh.rpc.status_codes import from_rpc_error
 from muxmesh.types import Candidate, EngineRequest, Finish, FinishReason, TokenLogprobs
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc
 from router.api.inference_service import InferenceService
+from router.api.request_observer import RequestObserver
 from router.attempt import Prefilled
 from router.served_models import ServedModel
 from tests.support.fake_unit import serving
@@ -51,7 +52,9 @@ class Setup:
 @asynccontextmanager
 async def service(tmp_path: Path, script: Script, *models: ServedModel, **options: Any) -> AsyncIterator[Setup]:
     async with pipeline_parts(script, *models, **options) as parts:
-        served = InferenceService(parts.pipeline, parts.clock, random.Random(3))
+        served = InferenceService(
+            parts.pipeline, parts.clock, random.Random(3), RequestObserver(parts.metrics, parts.clock)
+        )
         add = functools.partial(inference_pb2_grpc.add_InferenceServicer_to_server, served)
         async with (
             serving(tmp_path / "r.sock", {SERVICE: add}) as address,

@@ -28,6 +28,7 @@ from muxmesh.v1 import mesh_pb2, mesh_pb2_grpc
 from router.api.mesh_service import MeshService
 from router.attempt import Prefilled
 from router.generation import GenerationRequest, TextPrompt
+from router.request_record import RequestRecord
 from tests.support.fake_unit import FakeKvStore, serving
 from tests.support.pipeline_parts import (
     EOS,
@@ -172,7 +173,7 @@ async def test_requests_are_counted_as_waiting_or_running_and_then_as_finished_o
 
         async def run(num_sequences: int) -> None:
             request = GenerationRequest("m", TextPrompt("hello"), num_sequences=num_sequences)
-            _ = [delta async for delta in await parts.pipeline.start(request, 100.0)]
+            _ = [delta async for delta in await parts.pipeline.start(request, RequestRecord("r", 100.0))]
 
         parts.admission.open.clear()
         running = asyncio.create_task(run(3))

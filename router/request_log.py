@@ -1,0 +1,49 @@
+"""One log line for each request that ends, and the same values as fields of the log record. Pure but for the logging.
+
+It has neither prompts nor outputs, nor messages of errors, which may quote both. The line is stable:
+
+    request id='a' model=m finish=stop code=OK prompt_tokens=5 cached_tokens=0 output_tokens=9 queue_s=0.001
+    prefill_s=0.020 decode_s=0.300 waited_for=kv:0.001,device:0.010 restarts=0
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+
+from muxmesh.quoting import named, quoted
+from muxmesh.types import Waits
+from router.request_record import RequestRecord
+
+_log = logging.getLogger("router.requests")
+_CAUSES = tuple(field.name for field in fields(Waits))
+_SHORTEST_WAIT_S = 0.0005
+
+
+def log_request(record: RequestRecord, status: str, now_s: float) -> None:
+    """Logs the end of a request. ``status``: name of its gRPC status code."""
+    if not _log.isEnabledFor(logging.INFO):
+        return
+    queue_s, prefill_s, decode_s = record.phases_s(now_s)
+    finish = record.finish if status == "OK" else "abort" if status == "CANCELLED" else "error"
+    waited_for = _waited_for(record.waits)
+    values = {
+        "request_id": named(record.request_id), "model": record.model, "finish": finish, "code": status,
+        "prompt_tokens": record.num_prompt_tokens, "cached_tokens": record.num_cached_tokens,
+        "output_tokens": record.num_output_tokens, "queue_s": round(queue_s, 6), "prefill_s": round(prefill_s, 6),
+        "decode_s": round(decode_s, 6), "waited_for": waited_for, "restarts": record.num_restarts,
+    }  # fmt: skip
+    _log.info(
+        "request id=%s model=%s finish=%s code=%s prompt_tokens=%d cached_tokens=%d output_tokens=%d queue_s=%.3f "
+        "prefill_s=%.3f decode_s=%.3f waited_for=%s restarts=%d",
+        quoted(record.request_id), record.model or "-", finish, status, record.num_prompt_tokens,
+        record.num_cached_tokens, record.num_output_tokens, queue_s, prefill_s, decode_s,
+        ",".join(f"{cause}:{seconds:.3f}" for cause, seconds in waited_for.items()) or "-", record.num_restarts,
+        extra=values,
+    )  # fmt: skip
+
+
+def _waited_for(waits: Waits) -> dict[str, float]:
+    """Seconds by cause, without those that round to 0."""
+    found = {name.removesuffix("_s"): round(getattr(waits, name), 6) for name in _CAUSES}
+    return {cause: seconds for cause, seconds in found.items() if seconds >= _SHORTEST_WAIT_S}

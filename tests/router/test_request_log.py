@@ -1,0 +1,64 @@
+import logging
+
+import pytest
+
+from muxmesh.quoting import OneLineFormatter
+from muxmesh.types import Waits
+from router.attempt import Prefilled
+from router.generation import FinishKind
+from router.request_log import log_request
+from router.request_record import RequestRecord
+from router.sequence_driver import Progress
+
+
+def record(request_id: str = "r-1") -> RequestRecord:
+    found = RequestRecord(request_id, 100.0, "m")
+    waits = Waits(kv_s=0.75, device_s=0.0004, order_s=0.25)
+    found.begin(7, [Progress(credited_at_s=101.0, prefilled=Prefilled(3), num_restarts=2, waits=waits)])
+    found.first_token_at_s, found.num_output_tokens = 104.0, 5
+    found.finishes.append(FinishKind.LENGTH)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def info_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "router.requests")
+
+
+def test_a_request_is_one_line_with_all_that_matters(caplog: pytest.LogCaptureFixture) -> None:
+    log_request(record(), "OK", 112.0)
+    assert caplog.messages == [
+        "request id='r-1' model=m finish=length code=OK prompt_tokens=7 cached_tokens=3 output_tokens=5 queue_s=1.000 "
+        "prefill_s=3.000 decode_s=8.000 waited_for=kv:0.750,order:0.250 restarts=2"
+    ]
+
+
+def test_the_fields_of_a_log_record_have_the_same_values(caplog: pytest.LogCaptureFixture) -> None:
+    log_request(record(), "OK", 112.0)
+    fields = vars(caplog.records[0])
+    expected = {
+        "request_id": "r-1", "model": "m", "finish": "length", "code": "OK", "prompt_tokens": 7, "cached_tokens": 3,
+        "output_tokens": 5, "queue_s": 1.0, "prefill_s": 3.0, "decode_s": 8.0, "restarts": 2,
+        "waited_for": {"kv": 0.75, "order": 0.25},
+    }  # fmt: skip
+    assert {name: fields[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("status", "finish"), [("CANCELLED", "abort"), ("UNAVAILABLE", "error")])
+def test_a_request_that_did_not_finish_has_its_status(
+    caplog: pytest.LogCaptureFixture, status: str, finish: str
+) -> None:
+    log_request(RequestRecord("r", 100.0, ""), status, 101.0)
+    assert f"id='r' model=- finish={finish} code={status} prompt_tokens=0" in caplog.text
+    assert "queue_s=1.000 prefill_s=0.000 decode_s=0.000 waited_for=- restarts=0" in caplog.text
+
+
+def test_a_hostile_id_stays_in_one_short_line(caplog: pytest.LogCaptureFixture) -> None:
+    hostile = "a\nERROR router: pool full\x1b[31m' model=x " + "z" * 10_000
+    log_request(record(hostile), "OK", 112.0)
+    line = OneLineFormatter("%(message)s").format(caplog.records[0])
+    assert line.startswith("request id=\"a\\nERROR router: pool full\\x1b[31m' model=x zzz")
+    assert len(line) < 400
+    assert "\n" not in line and "\x1b" not in line
+    assert len(vars(caplog.records[0])["request_id"]) <= 103
+    assert "\n" not in vars(caplog.records[0])["request_id"]
