@@ -88,6 +88,10 @@ class Stop:
         self._serving = False
         self._starting: asyncio.Task[None] | None = None
 
+    def allow(self, seconds: float) -> None:
+        """A shutdown may take ``seconds``: only one that takes longer is slow."""
+        self._slow_shutdown_s += seconds
+
     def set(self) -> None:
         """Requests the stop. Further calls have no effect."""
         if not self._requested.is_set():

@@ -1,7 +1,8 @@
-"""`python -m router --runtime FILE [--name NAME] [--listen HOST:PORT] [--parent PID]`: with or without a supervisor,
-also several beside each other.
+"""`python -m router --runtime FILE [--name NAME] [--listen HOST:PORT] [--drain SECONDS] [--parent PID]`: with or without
+a supervisor, also several beside each other.
 """
 
+import math
 import os
 import socket
 import sys
@@ -9,16 +10,31 @@ import sys
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # predictor fits are background work: one core is enough
 
 from muxmesh.config.runtime import MeshRuntime
+from muxmesh.errors import ConfigError
 from muxmesh.lifecycle import Stop, run_service, service_arguments
 from muxmesh.metrics.monitor import Monitor
-from router.app import serve
+from muxmesh.quoting import quoted
+from router.app import DRAIN_S, serve
 
 _SWITCH_S = 0.0005
 """Seconds after which a thread that predicts or tokenizes yields the GIL to the event loop. Python's own is 5 ms."""
+MAX_DRAIN_S = 86_400
 _OPTIONS = {
     "name": "of this router in `muxmesh status`, unique in the mesh (default: router-HOSTNAME)",
     "listen": "HOST:PORT of the public API (default: that of mesh.yaml)",
+    "drain": "seconds for which a router that is stopped lets running requests finish (default: 2)",
 }
+
+
+def _drain_s(text: str | None) -> float:
+    """Seconds that the option names. Raises ConfigError."""
+    try:
+        seconds = DRAIN_S if text is None else float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= MAX_DRAIN_S:
+        raise ConfigError(f"--drain: is {quoted(text or '')}; must be seconds, from 0 to {MAX_DRAIN_S}")
+    return seconds
 
 
 def main() -> None:
@@ -32,7 +48,7 @@ def main() -> None:
         runtime = MeshRuntime.read(arguments.runtime)
         if arguments.listen is not None:
             runtime = runtime.with_listen(arguments.listen)
-        await serve(runtime, stop, monitor, arguments.name or default)
+        await serve(runtime, stop, monitor, arguments.name or default, _drain_s(arguments.drain))
 
     run_service(serve_mesh, monitor)
 

@@ -40,16 +40,20 @@ from router.served_models import load_models
 from router.tenant_key import SECRET_BYTES
 from router.units import PlacedModel, UnitLink, Units
 
-_STOP_GRACE_S = 2.0
+DRAIN_S = 2.0
+"""Less than the grace period of the supervisor."""
 _LONG_NICENESS = 10
 """Of the threads that tokenize long prompts, so that they take no core from the workers' compute."""
 
 
-async def serve(runtime: MeshRuntime, stop: Stop, monitor: Monitor, name: str = "router") -> None:
+async def serve(
+    runtime: MeshRuntime, stop: Stop, monitor: Monitor, name: str = "router", drain_s: float = DRAIN_S
+) -> None:
     """Serves the public API until ``stop`` is set. Its health is SERVING once every unit is connected.
 
-    ``name``: of this router in the registry, and of its socket. Raises ConfigError, see `MeshRuntime.router_endpoint`;
-    InternalError if an address is in use.
+    ``name``: of this router in the registry, and of its socket. A router that is stopped refuses new calls at once and
+    lets running ones finish for ``drain_s``. Raises ConfigError, see `MeshRuntime.router_endpoint`; InternalError if an
+    address is in use.
     """
     clock, config, rng = SystemClock(), runtime.config, random.SystemRandom()
     endpoint = runtime.router_endpoint(name)
@@ -88,7 +92,8 @@ async def serve(runtime: MeshRuntime, stop: Stop, monitor: Monitor, name: str = 
             monitor,
         )
         await server.start([config.listen, *endpoint.listen])
-        stack.push_async_callback(server.stop, _STOP_GRACE_S)
+        stack.push_async_callback(server.stop, drain_s)
+        stop.allow(drain_s)
         await asyncio.gather(*(unit.admission.connected.wait() for unit in units))
         await server.set_serving()
         own_registry = ProcessRegistry(runtime.redis_url, config.mesh_id, clock)

@@ -92,6 +92,12 @@ async def test_a_service_may_end_without_a_request_to_stop() -> None:
     assert await Stop().run(serve) is True
 
 
+async def test_a_shutdown_is_slow_only_after_the_time_that_it_may_take() -> None:
+    stop = Stop(slow_shutdown_s=1.0)
+    stop.allow(60.0)
+    assert stop._slow_shutdown_s == 61.0
+
+
 async def test_a_slow_shutdown_logs_the_stacks_of_pending_tasks() -> None:
     stop, serving, is_logged, lines = Stop(slow_shutdown_s=0.0), asyncio.Event(), asyncio.Event(), []
 

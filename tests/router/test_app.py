@@ -26,7 +26,7 @@ from muxmesh.supervisor.mesh_supervisor import free_listen_address
 from muxmesh.types import Finish, FinishReason, LeaseRef
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 from router.admission_client import UnitAdmission
-from router.app import serve
+from router.app import DRAIN_S, serve
 from tests.support.fake_unit import FakeKvStore, FakeWorker, serving
 
 NOT_SERVING, SERVING = health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVING
@@ -72,10 +72,12 @@ class Setup:
 
 
 @asynccontextmanager
-async def router(runtime: MeshRuntime, name: str = "router") -> AsyncIterator[Setup]:
+async def router(runtime: MeshRuntime, name: str = "router", drain_s: float = DRAIN_S) -> AsyncIterator[Setup]:
     """A router that has started, without its units. It is stopped at the end, unless the test has stopped it."""
     stop = Stop()
-    running = asyncio.create_task(stop.run(functools.partial(serve, runtime, monitor=Monitor(), name=name)))
+    running = asyncio.create_task(
+        stop.run(functools.partial(serve, runtime, monitor=Monitor(), name=name, drain_s=drain_s))
+    )
     async with internal_channel(runtime.config.listen) as channel, AsyncExitStack() as servers:
         stubs = (
             health_pb2_grpc.HealthStub(channel),
@@ -135,6 +137,38 @@ async def test_a_request_passes_from_the_public_api_through_a_unit_to_a_worker_a
         prefill.respond(prefill_pb2.PrefillResponse(token_ids=[0], finish=finish))
         assert (await call).outputs.finish_info.eos_token_id == 0
         assert await stream.next("return_credit") == lease
+
+
+async def test_a_router_that_is_stopped_refuses_new_calls_and_drains_those_that_run(tmp_path: Path) -> None:
+    worker = FakeWorker()
+    runtime = runtime_in(tmp_path)
+    async with (
+        router(runtime, drain_s=60) as setup,
+        serving(tmp_path / "w.sock", worker.services) as address,
+        internal_channel(runtime.config.listen) as later,
+    ):
+        for unit in setup.kvstores:
+            await setup.start_unit(unit)
+        call = setup.inference.Generate(inference_pb2.GenerateRequest(model="n", text="hello"), wait_for_ready=True)
+        stream = await setup.kvstores["u1"].stream()
+        await stream.next("hello")
+        offer = await stream.next("offer")
+        setup.stop.set()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            while True:
+                await health_pb2_grpc.HealthStub(later).Check(health_pb2.HealthCheckRequest(), timeout=20)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        reference = kvstore_pb2.WorkerRef(name="w.1", address=address)
+        lease = convert.ref_to_wire(LeaseRef(7, 1))
+        stream.send(
+            credit=kvstore_pb2.Credit(entry_id=offer.entry_id, lease=lease, prefill=reference, decode=reference)
+        )
+        prefill, _ = await worker.calls()
+        assert not setup.running.done()
+        prefill.respond(
+            prefill_pb2.PrefillResponse(token_ids=[0], finish=convert.finish_to_wire(Finish(FinishReason.EOS, 0)))
+        )
+        assert (await call).outputs.finish_info.eos_token_id == 0
 
 
 async def test_status_reports_both_units_and_the_missing_redis(tmp_path: Path) -> None:
