@@ -1,5 +1,6 @@
-"""`python -m router --runtime FILE [--name NAME] [--listen HOST:PORT] [--drain SECONDS] [--parent PID]`: with or without
-a supervisor, also several beside each other.
+"""`python -m router --runtime FILE [--name NAME] [--listen HOST:PORT] [--drain SECONDS] [--parent PID]`.
+
+With or without a supervisor, also several beside each other.
 """
 
 import math
