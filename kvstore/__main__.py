@@ -1,10 +1,11 @@
 """`python -m kvstore --runtime FILE --unit NAME [--parent PID]`: with or without a supervisor."""
 
+import logging
 import os
 
 from kvstore.app import serve
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
-from muxmesh.lifecycle import Stop, run_service, service_arguments
+from muxmesh.lifecycle import Stop, configure_logging, run_service, service_arguments
 from muxmesh.metrics.monitor import Monitor
 
 
@@ -12,14 +13,15 @@ def main() -> None:
     """Serves the unit that the command line names, until SIGTERM or SIGINT."""
     arguments = service_arguments(__doc__, "unit")
     monitor = Monitor(arguments.metrics)
+    key = ProcessKey("kvstore", arguments.unit)
 
     async def serve_unit(stop: Stop) -> None:
         runtime = MeshRuntime.read(arguments.runtime)
-        key = ProcessKey("kvstore", arguments.unit)
+        configure_logging(logging.INFO, runtime.config.log_format, runtime.display_name(key))
         runtime.set_environment(key, os.environ, has_supervisor=arguments.parent is not None)
         await serve(runtime, arguments.unit, stop, monitor)
 
-    run_service(serve_unit, monitor)
+    run_service(serve_unit, key.name, monitor)
 
 
 if __name__ == "__main__":

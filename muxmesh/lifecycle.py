@@ -12,18 +12,19 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import uvloop
 
 from muxmesh.errors import MeshError
+from muxmesh.log_format import LogFormat, format_of, formatter_of
 from muxmesh.metrics.monitor import Monitor
 from muxmesh.parent_death import die_with_parent
-from muxmesh.quoting import OneLineFormatter
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ _SLOW_SHUTDOWN_S = 3.0
 """Shorter than the grace period of the supervisor, which ends with SIGKILL."""
 _MAX_LOGGED_STACKS = 20
 MAX_OPEN_FILES = 65_536
-_LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 
 def service_arguments(
@@ -137,20 +137,53 @@ def _await_stack(task: asyncio.Task[Any]) -> str:
     return " > ".join(lines)
 
 
-def configure_logging(level: int) -> None:
-    """Logs to stderr, a message in a line."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLineFormatter(_LOG_FORMAT))
-    logging.basicConfig(level=level, handlers=[handler])
+class _StderrHandler(logging.StreamHandler[Any]):
+    """The handler of `configure_logging`."""
 
 
-def run_service(main: Callable[[Stop], Coroutine[Any, Any, None]], monitor: Monitor | None = None) -> None:
+def configure_logging(level: int, log_format: LogFormat | None, process: str) -> LogFormat:
+    """Logs to stderr, a record in a line, with the name ``process``. A later call replaces an earlier one.
+
+    ``log_format`` None: as the environment names. With json, warnings and uncaught exceptions are records too. Returns
+    the format. Raises ConfigError if the environment names another one; then records are logged as text.
+    """
+    root, handler = logging.getLogger(), _StderrHandler(sys.stderr)
+    for earlier in [one for one in root.handlers if isinstance(one, _StderrHandler)]:
+        root.removeHandler(earlier)
+    root.addHandler(handler)
+    root.setLevel(level)
+    handler.setFormatter(formatter_of("text", process))
+    chosen = log_format or format_of(os.environ)
+    handler.setFormatter(formatter_of(chosen, process))
+    logging.captureWarnings(chosen == "json")
+    sys.excepthook = _log_uncaught if chosen == "json" else sys.__excepthook__
+    threading.excepthook = _log_uncaught_in_thread if chosen == "json" else threading.__excepthook__
+    return chosen
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _log.critical("uncaught exception: %s", error, exc_info=(kind, error, trace))
+
+
+def _log_uncaught_in_thread(arguments: threading.ExceptHookArgs) -> None:
+    if arguments.exc_value is not None:
+        _log_uncaught(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
+
+
+def run_service(
+    main: Callable[[Stop], Coroutine[Any, Any, None]], process: str, monitor: Monitor | None = None
+) -> None:
     """Configures logging and runs ``main(stop)`` on uvloop until it returns. SIGTERM and SIGINT set ``stop``.
 
-    Serves ``monitor`` meanwhile. Raises the limit on open files before. The exit code is 0 after a signal; 1 if the
-    service gave up, or ended with an error, which for a MeshError is one line.
+    ``process``: its name in logs until ``main`` has read the runtime file and calls `configure_logging` itself. Serves
+    ``monitor`` meanwhile. Raises the limit on open files before. The exit code is 0 after a signal; 1 if the service
+    gave up, or ended with an error, which for a MeshError is one line.
     """
-    configure_logging(logging.INFO)
+    try:
+        configure_logging(logging.INFO, None, process)
+    except MeshError as error:
+        _log.error("cannot serve: %s", error)
+        sys.exit(1)
     raise_file_limit()
 
     async def until_stopped() -> tuple[bool, int]:

@@ -3,6 +3,7 @@
 With or without a supervisor, also several beside each other.
 """
 
+import logging
 import math
 import os
 import socket
@@ -12,7 +13,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # predictor fits are backgro
 
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.errors import ConfigError
-from muxmesh.lifecycle import Stop, run_service, service_arguments
+from muxmesh.lifecycle import Stop, configure_logging, run_service, service_arguments
 from muxmesh.metrics.monitor import Monitor
 from muxmesh.quoting import quoted
 from router.app import DRAIN_S, serve
@@ -42,16 +43,17 @@ def main() -> None:
     """Reads the runtime file and serves until SIGTERM or SIGINT."""
     arguments = service_arguments(__doc__, optional=_OPTIONS)
     sys.setswitchinterval(_SWITCH_S)
-    default = "router" if arguments.parent is not None else f"router-{socket.gethostname()}"
+    name = arguments.name or ("router" if arguments.parent is not None else f"router-{socket.gethostname()}")
     monitor = Monitor(arguments.metrics)
 
     async def serve_mesh(stop: Stop) -> None:
         runtime = MeshRuntime.read(arguments.runtime)
+        configure_logging(logging.INFO, runtime.config.log_format, name)
         if arguments.listen is not None:
             runtime = runtime.with_listen(arguments.listen)
-        await serve(runtime, stop, monitor, arguments.name or default, _drain_s(arguments.drain))
+        await serve(runtime, stop, monitor, name, _drain_s(arguments.drain))
 
-    run_service(serve_mesh, monitor)
+    run_service(serve_mesh, name, monitor)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Knows which parts a worker has and in which order they start and end. The servic
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from muxmesh.engine.api import Engine
 from muxmesh.engine.native.kernel_cache import kernel_cache_dir
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.errors import ConfigError
-from muxmesh.lifecycle import Stop, run_service, service_arguments
+from muxmesh.lifecycle import Stop, configure_logging, run_service, service_arguments
 from muxmesh.machine_limits import MemoryLimit, memory_limit
 from muxmesh.metrics.monitor import Monitor
 from muxmesh.models.host_memory import worker_problem
@@ -87,12 +88,13 @@ def worker_main(role: Role, description: str, open_services: OpenServices) -> No
 
     async def serve(stop: Stop) -> None:
         runtime = MeshRuntime.read(arguments.runtime)
+        configure_logging(logging.INFO, runtime.config.log_format, runtime.display_name(key))
         _set_up_threads(runtime, key)
         runtime.set_environment(key, os.environ, has_supervisor=arguments.parent is not None)
         check_memory(runtime, key, memory_limit())
         await host_worker(runtime, key, open_services, stop, monitor)
 
-    run_service(serve, monitor)
+    run_service(serve, key.name, monitor)
 
 
 def check_memory(runtime: MeshRuntime, key: ProcessKey, limit: MemoryLimit) -> None:

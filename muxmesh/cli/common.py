@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,19 @@ def print_json(content: Any) -> None:
 
 
 class ProgressBar:
-    """Progress on stderr: a bar on a terminal, one line per quarter elsewhere."""
+    """Progress on stderr: a bar on a terminal, one line per quarter elsewhere.
 
-    def __init__(self, label: str) -> None:
+    ``print_line``: gets these lines instead, also on a terminal.
+    """
+
+    def __init__(self, label: str, print_line: Callable[[str], None] | None = None) -> None:
         self._label = label
+        self._print_line = print_line
         self._shown: tuple[str, int] | None = None
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Shows that ``done`` of ``total`` is done, in bytes if ``total`` is above a million."""
-        terminal = sys.stderr.isatty()
+        terminal = self._print_line is None and sys.stderr.isatty()
         steps = 100 if terminal else 4
         part = (phase, done * steps // max(total, 1))
         if part == self._shown:
@@ -111,6 +116,8 @@ class ProgressBar:
             print(f"\r{self._label}: {phase} [{bar}] {amount}\x1b[K", end="", file=sys.stderr, flush=True)
             if done >= total:
                 print(file=sys.stderr)
+        elif self._print_line is not None:
+            self._print_line(f"{self._label}: {phase} {amount}")
         else:
             print(f"{self._label}: {phase} {amount}", file=sys.stderr, flush=True)
 

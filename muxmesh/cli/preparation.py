@@ -6,19 +6,19 @@ Starts no process and writes no runtime file.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from muxmesh.cli.common import ProgressBar, cache_dir, source_dir
+from muxmesh.cli.operator_messages import OperatorMessages
 from muxmesh.config.contradictions import order_without_effect
 from muxmesh.config.load import Check, LoadedConfig, Problem, default_config, load_mesh_config, with_listen
 from muxmesh.config.runtime import PreparedModel
 from muxmesh.config.schema import MeshConfig, ModelConfig, UnitConfig
 from muxmesh.cuda.device_list import DeviceList
 from muxmesh.errors import ConfigError
-from muxmesh.machine_limits import machine_memory, memory_limit
+from muxmesh.machine_limits import MemoryLimit
 from muxmesh.models.gpu_check import (
     dtype_notice,
     gpu_software_problems,
@@ -86,15 +86,20 @@ class MeshPreparation:
     def __init__(
         self,
         file: Path | None,
+        messages: OperatorMessages,
+        limit: MemoryLimit,
         listen: str | None = None,
         shows_progress: bool = True,
         part: MeshPart = MeshPart(),
     ) -> None:
         """``file``: mesh.yaml; None: the default configuration. ``listen`` replaces that of the file.
 
+        ``limit``: the memory for all processes of the mesh together. ``messages`` get the format that the file names.
         Raises ConfigError with one line for each problem.
         """
         self._base_dir = source_dir(file)
+        self._messages = messages
+        self._limit = limit
         self._gpus = DeviceList()
         self._shows_progress = shows_progress
         self._part = part
@@ -102,12 +107,13 @@ class MeshPreparation:
             order_without_effect, self._machine_problems, self._gpu_problems, redis_url_problems, self._model_problems
         )  # fmt: skip
         loaded = load_mesh_config(file, *checks, variables=os.environ) if file else default_config(*checks)
+        messages.use(loaded.config.log_format)
         self._loaded: LoadedConfig = with_listen(loaded, listen) if listen else loaded
         if part.unit is not None and not part.units_of(self.config):
             names = ", ".join(unit.name for unit in self.config.units)
             raise ConfigError(f"no unit has the name {quoted(part.unit)}; units: {names}")
         for warning in listen_warnings(self.config):
-            _notice(warning)
+            messages.notice(warning)
 
     @property
     def config(self) -> MeshConfig:
@@ -123,17 +129,16 @@ class MeshPreparation:
             unit.name: {model.name: self._prepare(unit, model) for model in unit.models}
             for unit in (config if self._part.is_router else here).units
         }
-        too_large = prepared_problems(config, prepared, memory_limit()) if self._part.is_all else ()
+        too_large = prepared_problems(config, prepared, self._limit) if self._part.is_all else ()
         self._loaded.refuse([*self._model_problems(config), *self._gpu_problems(config), *too_large])
         program = mps_program(here)
         for notice in (dtype_notice(here), mps_notice(here, program)):
             if notice is not None:
-                _notice(notice)
+                self._messages.notice(notice)
         return PreparedMesh(prepared, unit_gpus(here, self._gpus), program)
 
     def _machine_problems(self, config: MeshConfig) -> Iterator[Problem]:
-        limit = memory_limit() if self._part.is_all else machine_memory()  # not that of this container
-        return self._part.problems(config, lambda here: machine_problems(here, limit))
+        return self._part.problems(config, lambda here: machine_problems(here, self._limit))
 
     def _model_problems(self, config: MeshConfig) -> Iterator[Problem]:
         if self._part.is_router:
@@ -148,7 +153,9 @@ class MeshPreparation:
         return self._part.problems(config, check)
 
     def _prepare(self, unit: UnitConfig, model: ModelConfig) -> PreparedModel:
-        progress = ProgressBar(model.name) if self._shows_progress else _no_progress
+        messages = self._messages
+        bar = ProgressBar(model.name, messages.progress if messages.are_json else None)
+        progress = bar if self._shows_progress else _no_progress
         try:
             with_weights = not self._part.is_router
             return prepare_model(model, packing_of(unit), self._base_dir, cache_dir(), progress, with_weights)
@@ -159,7 +166,3 @@ class MeshPreparation:
 
 def _no_progress(phase: str, done: int, total: int) -> None:
     pass
-
-
-def _notice(text: str) -> None:
-    print(f"muxmesh: {text}", file=sys.stderr, flush=True)

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import os
 from pathlib import Path
 
 from muxmesh.cli.common import cache_dir, current_dir
+from muxmesh.cli.operator_messages import OperatorMessages
 from muxmesh.cli.preparation import MeshPart, MeshPreparation, PreparedMesh
+from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime, MpsDaemons
 from muxmesh.config.runtime_changes import restarts_needed
 from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import ConfigError
 from muxmesh.file_access import why_denied
-from muxmesh.lifecycle import configure_logging
+from muxmesh.machine_limits import machine_memory
 from muxmesh.models.model_check import local_path
 from muxmesh.supervisor.listen_address import check_port_is_fixed
 from muxmesh.supervisor.redis_server import check_redis, with_redis_url
@@ -29,9 +30,19 @@ RUNTIME_FILE = "runtime.json"
 
 def run(arguments: argparse.Namespace) -> int:
     """Prepares one mesh; returns the exit code. Raises ConfigError or Unavailable with what is wrong."""
-    configure_logging(logging.WARNING)
-    part = MeshPart(arguments.unit, arguments.router)
-    preparation = MeshPreparation(arguments.config, shows_progress=not arguments.quiet, part=part)
+    messages = OperatorMessages("prepare", SystemClock())
+    return messages.run(lambda: _run(arguments, messages))
+
+
+def _run(arguments: argparse.Namespace, messages: OperatorMessages) -> int:
+    """The services have containers of their own, whose limits they check when they start."""
+    preparation = MeshPreparation(
+        arguments.config,
+        messages,
+        machine_memory(),
+        shows_progress=not arguments.quiet,
+        part=MeshPart(arguments.unit, arguments.router),
+    )
     config = with_redis_url(preparation.config, arguments.redis_url)
     check_port_is_fixed(config.listen)
     run_dir = local_path(str(arguments.run_dir), current_dir())
@@ -47,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(why_denied(Path(error.filename or run_dir))) from error
     except OSError as error:
         raise ConfigError(f"{run_dir}: cannot be written: {error.strerror}") from error
-    print(_summary(path, before, runtime))
+    messages.result(_summary(path, before, runtime))
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import logging
 import os
 import shutil
 import signal
@@ -20,15 +19,17 @@ import uvloop
 
 from muxmesh.cli.common import cache_dir, current_dir, default_state_dir
 from muxmesh.cli.console import Console
+from muxmesh.cli.operator_messages import OperatorMessages
 from muxmesh.cli.preparation import MeshPreparation
 from muxmesh.cli.streamed_output import StreamedOutput
 from muxmesh.client import MeshClient, Message
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.errors import ConfigError, MeshError
-from muxmesh.lifecycle import configure_logging, raise_file_limit
+from muxmesh.lifecycle import raise_file_limit
+from muxmesh.machine_limits import memory_limit
 from muxmesh.models.model_check import local_path
-from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, ShowLine, free_listen_address, make_runtime, state_lock
+from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, free_listen_address, make_runtime, state_lock
 
 _HELLO_TOKENS = 64
 _MIN_OPEN_FILES = 256
@@ -40,21 +41,21 @@ def run(arguments: argparse.Namespace) -> int:
     if (limit := raise_file_limit()) < _MIN_OPEN_FILES:
         raise ConfigError(f"the limit on open files is {limit}; a mesh needs {_MIN_OPEN_FILES} or more (`ulimit -n`)")
     with _consoles():
-        configure_logging(logging.WARNING)
-        return _run(arguments)
+        messages = OperatorMessages("supervisor", SystemClock(), shows_lines=not arguments.quiet)
+        return messages.run(lambda: _run(arguments, messages))
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, messages: OperatorMessages) -> int:
     started_at_s = SystemClock().monotonic_s()
-    preparation = MeshPreparation(arguments.config, arguments.listen)
-    config = preparation.config.model_copy(update={"listen": free_listen_address(preparation.config.listen)})
+    preparation = MeshPreparation(arguments.config, messages, memory_limit(), arguments.listen)
+    chosen = {"listen": free_listen_address(preparation.config.listen), "log_format": messages.log_format}
+    config = preparation.config.model_copy(update=chosen)
     state_dir = local_path(str(arguments.state_dir or default_state_dir()), current_dir())
     with state_lock(state_dir):
         mesh = preparation.prepare()
         runtime = make_runtime(config, mesh.prepared, state_dir, cache_dir(), mesh.device_uuids, mesh.mps_program)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            show_line = _line_printer(arguments.quiet)
-            return runner.run(_serve(runtime, state_dir, show_line, arguments.hello, started_at_s))
+            return runner.run(_serve(runtime, state_dir, messages, arguments.hello, started_at_s))
 
 
 @contextlib.contextmanager
@@ -70,15 +71,15 @@ def _consoles() -> Iterator[None]:
 
 
 async def _serve(
-    runtime: MeshRuntime, state_dir: Path, show_line: ShowLine, hello: str | None, started_at_s: float
+    runtime: MeshRuntime, state_dir: Path, messages: OperatorMessages, hello: str | None, started_at_s: float
 ) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    mesh = MeshSupervisor(runtime, state_dir, show_line, SystemClock())
+    mesh = MeshSupervisor(runtime, state_dir, messages.show_line, SystemClock())
     stopped = asyncio.create_task(stop.wait())
-    starting = asyncio.create_task(_start(mesh, hello, started_at_s))
+    starting = asyncio.create_task(_start(mesh, messages, hello, started_at_s))
     try:
         await asyncio.wait({stopped, starting}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
@@ -87,21 +88,21 @@ async def _serve(
     finally:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
-        print("stopping", file=sys.stderr)
+        messages.progress("stopping")
         await mesh.stop()
     return 0
 
 
-async def _start(mesh: MeshSupervisor, hello: str | None, started_at_s: float) -> None:
+async def _start(mesh: MeshSupervisor, messages: OperatorMessages, hello: str | None, started_at_s: float) -> None:
     await mesh.start()
     listen = mesh.runtime.config.listen
-    print(f"muxmesh ready on {listen}", flush=True)
-    print(f"started in {SystemClock().monotonic_s() - started_at_s:.1f} s", file=sys.stderr, flush=True)
+    messages.result(f"muxmesh ready on {listen}")
+    messages.progress(f"started in {SystemClock().monotonic_s() - started_at_s:.1f} s")
     if hello is not None:
         try:
             await _send_hello(listen, next(iter(mesh.runtime.config.models())), hello)
         except MeshError as error:  # a failed greeting does not stop the mesh
-            print(f"muxmesh: {error}", file=sys.stderr, flush=True)
+            messages.notice(str(error))
         _print_how_to_call(listen)
 
 
@@ -126,11 +127,3 @@ Call it:
 or generate stubs for any language from protos/muxmesh/v1. Ctrl-C stops the mesh.""",
         flush=True,
     )
-
-
-def _line_printer(quiet: bool) -> ShowLine:
-    def show(name: str, line: str) -> None:
-        if not quiet and name != "redis":  # its lines are in the log file only
-            print(f"{name} | {line}", file=sys.stderr)
-
-    return show

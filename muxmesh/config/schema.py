@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from muxmesh.errors import ConfigError
+from muxmesh.log_format import LogFormat
 from muxmesh.quoting import quoted
 from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
 from muxmesh.types import DEFAULT_ADDRESS, Dtype, KvFormat, Role
@@ -393,6 +394,9 @@ class MeshConfig(Section):
     """HOST:PORT of the public API."""
     redis_url: str | None = Field(default=None, pattern=r"^(redis|rediss|unix)://")
     """URL of an existing Redis. Unset: the supervisor starts a redis-server on a private socket."""
+    log_format: LogFormat | None = None
+    """Format of the logs of all processes: `text`, or `json` with one object per line. Unset: that in the environment
+    variable MUXMESH_LOG_FORMAT, which also applies to what is logged before this file is read; else text."""
     router: RouterConfig = RouterConfig()
     """Limits of the router on requests."""
     order: OrderConfig = OrderConfig()

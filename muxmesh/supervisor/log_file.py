@@ -12,18 +12,21 @@ _log = logging.getLogger("supervisor")
 _MAX_BYTES = 10 * 1024 * 1024
 _STAT_BLOCK_BYTES = 512
 """Unit of `st_blocks`, whatever the file system."""
+WITH_TIME = logging.Formatter("%(asctime)s %(message)s")
+"""For lines that do not say when they were written."""
+AS_IT_IS = logging.Formatter("%(message)s")
 
 
 class LogFile(RotatingFileHandler):
-    """A rotating log file that keeps the last 10 to 20 MB. Each line starts with the time.
+    """A rotating log file that keeps the last 10 to 20 MB.
 
     Errors of writing and closing are not raised. The first of them is logged, and again the first after a success.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, formatter: logging.Formatter = WITH_TIME) -> None:
         """The file is opened with the first line."""
         super().__init__(path, maxBytes=_MAX_BYTES, backupCount=1, delay=True)
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.setFormatter(formatter)
         self._has_failed = self._fails = False
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -26,10 +26,11 @@ from muxmesh.config.runtime import Endpoint, MeshRuntime, MpsDaemons, PreparedMo
 from muxmesh.config.schema import MAX_PORT, MeshConfig
 from muxmesh.cuda.mps import LOG_DIRECTORY, MpsControl
 from muxmesh.errors import ConfigError, Unavailable
+from muxmesh.log_format import formatter_of
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.supervisor.health_probe import HealthProbe, wait_until_serving
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, FENCED_EXTRA_CHECKS, MAX_STARTING_CHECKS
-from muxmesh.supervisor.log_file import LogFile
+from muxmesh.supervisor.log_file import WITH_TIME, LogFile
 from muxmesh.supervisor.mps_daemon import check_mps, end_leftovers, wait_for_mps
 from muxmesh.supervisor.redis_server import RedisProbe, redis_command, wait_for_redis
 from muxmesh.supervisor.run_folder import (
@@ -162,13 +163,15 @@ class MeshSupervisor:
         except OSError as error:
             delete_run_folder(runtime.run_dir, state_dir)
             raise ConfigError(f"{state_dir}: cannot be written: {error.strerror}") from error
-        self._log_file = LogFile(logs / "supervisor.log")
+        log_format = runtime.config.log_format or "text"
+        formatter = formatter_of(log_format, "supervisor") if log_format == "json" else WITH_TIME
+        self._log_file = LogFile(logs / "supervisor.log", formatter)
         logging.getLogger("supervisor").addHandler(self._log_file)
         self._registry = ProcessRegistry(runtime.redis_url, runtime.config.mesh_id, clock)
         self._restarted = asyncio.Event()
         self._restarted.set()  # an own Redis may have the counts of an earlier supervisor
         self._stages = [
-            [SupervisedProcess(spec, logs, clock, show_line, self._before_restart) for spec in stage]
+            [SupervisedProcess(spec, logs, clock, show_line, self._before_restart, log_format) for spec in stage]
             for stage in stages
         ]
         self._counting = start_watched(self._publish_restarts(), "restart counts")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -20,9 +21,11 @@ from typing import NoReturn
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.cuda.mps import CONTROL_PROGRAM, LOG_DIRECTORY, PIPE_DIRECTORY, SHARE, MpsControl
 from muxmesh.errors import MeshError, Unavailable
-from muxmesh.lifecycle import service_arguments
+from muxmesh.lifecycle import configure_logging, service_arguments
 from muxmesh.process_state import has_ended
 from muxmesh.supervisor.log_file import bound_log
+
+_log = logging.getLogger("mps")
 
 SERVER_PROGRAM = "nvidia-cuda-mps-server"
 _PID_FILE = "nvidia-cuda-mps-control.pid"
@@ -59,10 +62,15 @@ async def wait_for_mps(control: MpsControl) -> None:
 def main() -> None:
     """Becomes the daemon, or ends with one line and code 1."""
     arguments = service_arguments(__doc__, "unit")
+    process = f"mps/{arguments.unit}"
     try:
-        become_daemon(MeshRuntime.read(arguments.runtime), arguments.unit)
+        configure_logging(logging.INFO, None, process)
+        runtime = MeshRuntime.read(arguments.runtime)
+        configure_logging(logging.INFO, runtime.config.log_format, process)
+        become_daemon(runtime, arguments.unit)
     except (MeshError, OSError) as error:
-        sys.exit(f"the MPS daemon of unit {arguments.unit} cannot start: {error}")
+        _log.error("the MPS daemon of unit %s cannot start: %s", arguments.unit, error)
+        sys.exit(1)
 
 
 def become_daemon(runtime: MeshRuntime, unit: str) -> NoReturn:

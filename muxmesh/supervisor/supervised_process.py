@@ -19,9 +19,10 @@ from typing import Any
 from muxmesh.background_task import end, start_watched
 from muxmesh.clock import Clock
 from muxmesh.errors import Unavailable
+from muxmesh.log_format import LogFormat, output_as_json
 from muxmesh.process_state import process_state
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, Liveness
-from muxmesh.supervisor.log_file import LogFile
+from muxmesh.supervisor.log_file import AS_IT_IS, WITH_TIME, LogFile
 
 _log = logging.getLogger("supervisor")
 
@@ -65,7 +66,8 @@ class ProcessSpec:
 class SupervisedProcess:
     """Owns one process and its restarts. Invariant: at most one instance runs at a time, and none after `stop`.
 
-    ``show_line`` is called with the name and each line of output, ``on_restart`` before each restart.
+    ``show_line`` is called with the name and each line of output, ``on_restart`` before each restart. With
+    ``log_format`` json each line of output is an object: the process's own, or one made of the line.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class SupervisedProcess:
         clock: Clock,
         show_line: Callable[[str, str], None],
         on_restart: Callable[[], None],
+        log_format: LogFormat,
     ) -> None:
         self.spec = spec
         self.num_restarts = 0
@@ -87,7 +90,9 @@ class SupervisedProcess:
         self._stopping = False
         self._gave_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._file = LogFile(logs / f"{spec.name.replace('/', '-')}.log")
+        self._log_format = log_format
+        file = logs / f"{spec.name.replace('/', '-')}.log"
+        self._file = LogFile(file, AS_IT_IS if log_format == "json" else WITH_TIME)
 
     @property
     def pid(self) -> int | None:
@@ -235,6 +240,8 @@ class SupervisedProcess:
     def _keep_line(self, raw: bytes) -> None:
         line = raw.decode(errors="replace").rstrip()
         self._last_lines.append(line)
+        if self._log_format == "json":
+            line = output_as_json(self.spec.name, line, self._clock.unix_s())
         self._file.write_line(self.spec.name, line)
         self._show_line(self.spec.name, line)
 

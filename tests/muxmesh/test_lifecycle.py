@@ -1,4 +1,5 @@
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -18,7 +19,7 @@ from muxmesh.lifecycle import run_service
 async def main(stop):
     {body}
 
-run_service(main)
+run_service(main, "kvstore/u")
 """
 
 
@@ -266,7 +267,7 @@ from muxmesh.metrics.monitor import Monitor
 async def main(stop):
     await stop.wait()
 
-run_service(main, Monitor(sys.argv[1]))
+run_service(main, "kvstore/u", Monitor(sys.argv[1]))
 """
 
 
@@ -292,3 +293,65 @@ def test_the_metrics_address_is_an_option_or_a_variable(monkeypatch: pytest.Monk
         with python(script, *options, *more) as process:
             found.append(process.communicate(timeout=30)[0].strip())
     assert found == ["None", "None", "h:1", "h:2"]
+
+
+def python_with(environment: dict[str, str], body: str) -> tuple[int, str]:
+    """Exit code and stderr of a service with this body."""
+    run = subprocess.run(
+        [sys.executable, "-c", SERVICE.format(body=body)],
+        env={**os.environ, **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return run.returncode, run.stderr
+
+
+def objects(stderr: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in stderr.splitlines()]
+
+
+def test_a_service_logs_json_if_the_environment_says_so_with_warnings_and_uncaught_exceptions() -> None:
+    body = (
+        "import logging, warnings; logging.getLogger('x').info('up'); warnings.warn('old'); raise LookupError('gone')"
+    )
+    code, stderr = python_with({"MUXMESH_LOG_FORMAT": "json"}, body)
+    up, warning, error = objects(stderr)
+    assert code == 1
+    assert (up["message"], up["level"], up["logger"], up["process"]) == ("up", "INFO", "x", "kvstore/u")
+    assert "UserWarning: old" in str(warning["message"]) and warning["logger"] == "py.warnings"
+    assert error["message"] == "uncaught exception: gone" and error["level"] == "CRITICAL"
+    assert str(error["exception"]).endswith("LookupError: gone")
+
+
+@pytest.mark.parametrize("before", ["text", "json"])
+def test_the_format_and_the_name_that_the_service_configures_replace_those_of_its_start(before: str) -> None:
+    body = "import logging; from muxmesh.lifecycle import configure_logging\n"
+    body += "    configure_logging(logging.INFO, 'json', 'kvstore'); logging.getLogger('x').info('one')\n"
+    body += "    configure_logging(logging.INFO, 'text', 'kvstore'); logging.getLogger('x').info('two')"
+    code, stderr = python_with({"MUXMESH_LOG_FORMAT": before}, body)
+    first, second = stderr.splitlines()
+    assert code == 0
+    assert json.loads(first)["process"] == "kvstore"
+    assert second == "INFO x: two"
+
+
+def test_an_error_of_the_start_is_one_object() -> None:
+    body = "from muxmesh.errors import ConfigError; raise ConfigError('two\\nlines')"
+    code, stderr = python_with({"MUXMESH_LOG_FORMAT": "json"}, body)
+    (error,) = objects(stderr)
+    assert (code, error["message"]) == (1, "cannot serve: two\nlines")
+
+
+def test_a_format_that_does_not_exist_is_an_error_in_one_line() -> None:
+    code, stderr = python_with({"MUXMESH_LOG_FORMAT": "yaml"}, "raise AssertionError('is not run')")
+    assert code == 1
+    assert stderr == "ERROR muxmesh.lifecycle: cannot serve: MUXMESH_LOG_FORMAT is 'yaml'; must be text or json\n"
+
+
+def test_an_uncaught_exception_of_a_thread_is_one_object_too() -> None:
+    body = "import threading; t = threading.Thread(target=lambda: 1 / 0); t.start(); t.join()"
+    code, stderr = python_with({"MUXMESH_LOG_FORMAT": "json"}, body)
+    (error,) = objects(stderr)
+    assert (code, error["message"]) == (0, "uncaught exception: division by zero")

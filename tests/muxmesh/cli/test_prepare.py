@@ -237,3 +237,16 @@ def test_routers_on_several_hosts_share_the_secret_of_the_environment(
         assert capsys.readouterr().err == (
             "muxmesh: MUXMESH_TENANT_SECRET: must be 32 bytes in hexadecimal (`openssl rand -hex 32`)\n"
         )
+
+
+def test_with_json_the_result_and_an_error_are_objects(
+    config: Path, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(f"log_format: json\n{UNIT}")
+    assert prepare(config, redis_url) == 0
+    output = capsys.readouterr()
+    (line,) = output.out.splitlines()
+    assert json.loads(line)["message"] == f"muxmesh: prepared {config.parent / 'run' / 'runtime.json'}"
+    assert prepare(config, None) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (json.loads(line)["level"], json.loads(line)["process"]) == ("ERROR", "prepare")

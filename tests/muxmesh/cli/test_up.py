@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -52,7 +53,7 @@ def config(tmp_path: Path) -> Path:
         (
             "units:\n  - {kv_pool: 1MiB, slab: 64KiB, kv_swap: 900TiB, models: [{name: a, engine: sim}]}",
             "2: units[0].kv_pool: ",
-            "kv_pool and kv_swap are together 900.0TiB; this machine has ",
+            "kv_pool and kv_swap are together 900.0TiB; ",
         ),
         (
             "units:\n  - {slab: 4096, models: [{name: a, engine: sim, block_size: 32}]}",
@@ -187,6 +188,43 @@ async def test_up_serves_until_ctrl_c_and_leaves_no_process(config: Path, when: 
     assert b"redis | " not in errors, "redis writes to its log file only"
     assert processes_that_name(config.parent) == set()
     assert list((config.parent / "state").glob("run-*")) == []
+
+
+@pytest.mark.mesh
+async def test_with_json_all_that_up_prints_and_every_log_file_is_one_object_per_line(config: Path) -> None:
+    config.write_text(f"log_format: json\n{SIM_MESH}")
+    started = await asyncio.create_subprocess_exec(
+        *up(config), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    async with ended(started) as process:
+        assert process.stdout is not None
+        ready = json.loads(await process.stdout.readline())
+        (worker,) = processes_that_name(config.parent, "decode_svc")
+        os.kill(worker, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while processes_that_name(config.parent, "decode_svc") in (set(), {worker}):
+                await asyncio.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = await process.communicate()
+    assert ready["message"].startswith("muxmesh ready on 127.0.0.1:")
+    printed = [json.loads(line) for line in errors.splitlines()]
+    assert {one["process"] for one in printed} == {"supervisor", "kvstore/unit0"}
+    assert "stopping" in {one["message"] for one in printed}
+    for name in ("supervisor", "redis", "kvstore-unit0"):
+        lines = (config.parent / "state" / "logs" / f"{name}.log").read_text().splitlines()
+        assert {json.loads(line)["process"] for line in lines} == {name.replace("-", "/")}
+
+
+def test_an_error_before_anything_starts_is_one_object_if_the_environment_says_so(
+    config: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MUXMESH_LOG_FORMAT", "json")
+    config.write_text("listen: 5\nunits: 3")
+    assert main(["up", "-c", str(config)]) == 1
+    output = capfd.readouterr()
+    (line,) = output.err.splitlines()
+    assert json.loads(line)["level"] == "ERROR" and "mesh.yaml:2: units: " in json.loads(line)["message"]
+    assert output.out == ""
 
 
 @pytest.mark.mesh

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from muxmesh.supervisor.log_file import LogFile, bound_log
+from muxmesh.supervisor.log_file import AS_IT_IS, LogFile, bound_log
 
 
 @pytest.fixture
@@ -24,6 +24,13 @@ def test_a_line_has_the_time(tmp_path: Path) -> None:
     file.write_line("a", "up")
     file.close()
     assert re.fullmatch(r"[-\d]+ [:,\d]+ up\n", (tmp_path / "a.log").read_text())
+
+
+def test_a_line_that_has_a_time_of_its_own_stays_as_it_is(tmp_path: Path) -> None:
+    file = LogFile(tmp_path / "a.log", AS_IT_IS)
+    file.write_line("a", '{"message": "up"}')
+    file.close()
+    assert (tmp_path / "a.log").read_text() == '{"message": "up"}\n'
 
 
 def test_a_log_that_cannot_be_written_raises_nothing_and_is_reported_once(

@@ -65,7 +65,7 @@ def test_a_daemon_that_cannot_start_ends_with_one_line(folder: Path) -> None:
     with daemon_process(folder, os.getpid(), stderr=subprocess.PIPE) as (process, _):
         assert process.stderr is not None
         (line,) = process.stderr.read().decode().splitlines()
-        assert line.startswith("the MPS daemon of unit u cannot start: ")
+        assert line.startswith("ERROR mps: the MPS daemon of unit u cannot start: ")
         assert line.endswith(f"'{folder}/logs/mps-5f4df884'")
         assert process.wait() == 1
 
@@ -95,7 +95,7 @@ async def test_the_logs_of_the_daemon_are_bounded_whenever_it_is_asked(folder: P
 
 def test_the_daemon_does_not_outlive_a_parent_that_is_gone(folder: Path) -> None:
     with daemon_process(folder, parent=2**22 - 1) as (process, _):
-        assert process.wait() == 0
+        assert process.wait() == 1
 
 
 async def test_a_daemon_that_starts_again_ends_the_earlier_one(folder: Path) -> None:

@@ -132,7 +132,9 @@ async def test_a_daemon_that_cannot_start_names_its_logs_and_how_to_do_without_i
         "mps-5f4df884 exited 3 times before it was ready, last: exit code 1; "
         f"see {state_dir}/logs/mps-5f4df884, or set mps: off; its last output:"
     )
-    line = "the MPS daemon of unit u cannot start: [Errno 2] No such file or directory: '/nonexistent/control'"
+    line = (
+        "ERROR mps: the MPS daemon of unit u cannot start: [Errno 2] No such file or directory: '/nonexistent/control'"
+    )
     assert output[-1].strip() == line
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from muxmesh.clock import Clock, ManualClock, SystemClock
 from muxmesh.errors import Unavailable
+from muxmesh.log_format import LogFormat
 from muxmesh.supervisor import supervised_process
 from muxmesh.supervisor.liveness import MAX_SILENT_CHECKS
 from muxmesh.supervisor.supervised_process import HEALTHY_AFTER_S, ProcessSpec, SupervisedProcess
@@ -52,6 +53,7 @@ class Observed:
         command: tuple[str, ...] | None = None,
         ask: Callable[[], Coroutine[Any, Any, bool]] | None = None,
         quit_process: Callable[[], Awaitable[None]] | None = None,
+        log_format: LogFormat = "text",
     ) -> None:
         self.lines: list[str] = []
         self.num_restarting = self.num_asked = 0
@@ -65,7 +67,7 @@ class Observed:
             environment or {},
             quit=quit_process,
         )
-        self.process = SupervisedProcess(spec, logs, clock or SystemClock(), self._show, self._on_restart)
+        self.process = SupervisedProcess(spec, logs, clock or SystemClock(), self._show, self._on_restart, log_format)
 
     async def _first_line(self) -> None:
         await self.has_output.wait()
@@ -81,6 +83,13 @@ class Observed:
         """Waits for a line of output."""
         async with asyncio.timeout(20):
             while line not in self.lines:
+                self.has_output.clear()
+                await self.has_output.wait()
+
+    async def until_lines(self, count: int) -> None:
+        """Waits for ``count`` lines of output."""
+        async with asyncio.timeout(20):
+            while len(self.lines) < count:
                 self.has_output.clear()
                 await self.has_output.wait()
 
@@ -483,3 +492,26 @@ async def test_a_process_that_cannot_be_asked_to_quit_gets_sigterm(tmp_path: Pat
     async with started(observed) as process:
         await process.stop(grace_s=20)
     assert observed.lines[-1] == "a/process: stopped"
+
+
+async def test_with_json_each_line_of_output_is_an_object_as_printed_or_made_of_the_line(tmp_path: Path) -> None:
+    script = (
+        """print('{"message": "own", "process": "p"}'); print("of a {library}"); print('["no object"]', flush=True)"""
+    )
+    observed = Observed(f"{script}\nimport time; time.sleep(600)", tmp_path, log_format="json")
+    async with started(observed):
+        await observed.until_lines(3)
+    own, library, other = (json.loads(line.removeprefix("a/process: ")) for line in observed.lines)
+    assert own == {"message": "own", "process": "p"}
+    assert (library["message"], library["logger"], library["process"]) == ("of a {library}", "output", "a/process")
+    assert other["message"] == '["no object"]'
+    in_file = (tmp_path / "a-process.log").read_text().splitlines()
+    assert [f"a/process: {line}" for line in in_file] == observed.lines
+
+
+async def test_an_early_failure_shows_the_output_as_printed_in_json_too(tmp_path: Path) -> None:
+    observed = Observed("raise SystemExit('no such unit')", tmp_path, wait_ready=never, log_format="json")
+    observed.process.start()
+    with pytest.raises(Unavailable, match="\n  no such unit"):
+        await observed.process.wait_ready(20)
+    await observed.process.stop(5)

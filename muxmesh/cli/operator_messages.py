@@ -1,0 +1,72 @@
+"""What `muxmesh up` and `muxmesh prepare` print, as text for people or as JSON for collectors of logs.
+
+The result goes to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+from muxmesh.clock import Clock
+from muxmesh.errors import MeshError
+from muxmesh.lifecycle import configure_logging
+from muxmesh.log_format import LogFormat, json_line
+
+_LOGGER = "muxmesh"
+
+
+class OperatorMessages:
+    """Prints at once. ``shows_lines``: whether lines of other processes are printed; they are in log files anyway."""
+
+    def __init__(self, process: str, clock: Clock, shows_lines: bool = False) -> None:
+        """``process``: the name of this process in JSON."""
+        self.log_format: LogFormat = "text"
+        self._process = process
+        self._clock = clock
+        self._shows_lines = shows_lines
+
+    @property
+    def are_json(self) -> bool:
+        return self.log_format == "json"
+
+    def use(self, log_format: LogFormat | None) -> None:
+        """Sets the format, also that of logs; None: that of the environment. Raises ConfigError if it has no such."""
+        self.log_format = configure_logging(logging.WARNING, log_format, self._process)
+
+    def run(self, command: Callable[[], int]) -> int:
+        """Runs ``command`` in the format of the environment, until it knows that of mesh.yaml; returns its exit code.
+
+        An error of the mesh or of a file is raised, or in JSON an object of its own and exit code 1.
+        """
+        self.use(None)
+        try:
+            return command()
+        except (MeshError, OSError) as error:
+            if not self.are_json or isinstance(error, BrokenPipeError):
+                raise
+            self._print("ERROR", str(error), "", sys.stderr)
+            return 1
+
+    def result(self, text: str) -> None:
+        self._print("INFO", text, "", sys.stdout)
+
+    def progress(self, text: str) -> None:
+        self._print("INFO", text, "", sys.stderr)
+
+    def notice(self, text: str) -> None:
+        """Prints what an operator should know or mend."""
+        self._print("WARNING", text, "muxmesh: ", sys.stderr)
+
+    def show_line(self, process: str, line: str) -> None:
+        """Prints a line of a process. Those of Redis are in its log file only. A JSON object names its process."""
+        if self._shows_lines and process != "redis":
+            print(line if self.are_json else f"{process} | {line}", file=sys.stderr)
+
+    def _print(self, level: str, text: str, prefix: str, stream: TextIO) -> None:
+        if self.are_json:
+            print(json_line(self._clock.unix_s(), level, _LOGGER, self._process, text), file=stream, flush=True)
+        else:
+            print(f"{prefix}{text}", file=stream, flush=True)
