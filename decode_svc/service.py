@@ -77,6 +77,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                     finish = convert.finish_to_wire(event.finish)
                     return decode_pb2.DecodeResponse(finish=finish, num_output_tokens=kv.sequence.num_output_tokens)
                 elif isinstance(event, Preempted):
+                    self._context.counters.num_preemptions += 1
                     await kv.on_preempted()
                 elif isinstance(event, Failed):
                     is_sound = False

@@ -18,6 +18,7 @@ from kvstore.mps_fence import EndGroup, MpsFence
 from kvstore.service import KvStoreService
 from kvstore.share_proof import ShareProver
 from kvstore.unit import Unit, first_id
+from kvstore.unit_metrics import unit_families
 from kvstore.unit_model import UnitModel
 from muxmesh.background_task import background
 from muxmesh.clock import Clock, SystemClock
@@ -83,6 +84,7 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop, monitor: Monit
     await server.start(endpoint.listen)
     attach.start()
     asyncio.get_running_loop().add_reader(grants.doorbell_fd, grants.on_doorbell)
+    monitor.add(lambda: unit_families(config, unit, memory.transport, service.num_overtaken))
     await server.set_serving()
     registry = ProcessRegistry(runtime.redis_url, runtime.config.mesh_id, clock)
     watching = background(fence.run(), "MPS", stop.give_up) if isinstance(fence, MpsFence) else nullcontext()

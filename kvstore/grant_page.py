@@ -39,7 +39,7 @@ class Word(IntEnum):
     SLACK_US = 4
     """Microseconds until the first of these sequences misses its latency target; 0: no target."""
     NUM_STEPS = 8
-    """This word and those up to SWAP_NS are counters since the worker attached."""
+    """This word and those up to NUM_GRANTS are counters since the worker attached."""
     NUM_COMPUTED_TOKENS = 9
     KV_BYTES_WRITTEN = 10
     BUSY_NS = 11
@@ -47,6 +47,7 @@ class Word(IntEnum):
     SWAP_OUT_BYTES = 13
     SWAP_IN_BYTES = 14
     SWAP_NS = 15
+    NUM_GRANTS = 16
     FIRST_COST = 24
 
 

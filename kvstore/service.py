@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -59,6 +60,8 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         weights = (kvstore_pb2.ModelWeights(model=name, fingerprint=one) for name, one in fingerprints.items())
         self._hello = kvstore_pb2.AdmitResponse(hello=kvstore_pb2.UnitHello(models=weights))
         self._trace_decisions = trace_decisions
+        self.num_overtaken: Counter[str] = Counter()
+        """Model → requests that were overtaken, once for each credit that overtook them."""
         self.attach: AttachServer | None = None
         self._routers: dict[str, _Responses] = {}
         self._watchers: dict[str, asyncio.Queue[Lease | int]] = {}
@@ -72,6 +75,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         decisions = self._unit.schedule(now_s, self._clock.unix_s())
         for credit in decisions.credits:
             self._routers[credit.router].put_nowait(_credit_to_wire(credit))
+            self.num_overtaken[credit.lease.model] += credit.num_overtaken
             if self._trace_decisions:
                 self._log_decision(credit)
         for swap_in in decisions.swap_ins:

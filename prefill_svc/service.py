@@ -64,9 +64,11 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
                     is_done = True
                     return response
                 elif isinstance(event, JobDone):
+                    moved_at_s = self._clock.monotonic_s()
                     await self._leases.move(
                         lease.ref, request.decode_worker, sequence.num_computed_tokens, tuple(response.token_ids)
                     )
+                    self._context.counters.handoff_s.observe(self._clock.monotonic_s() - moved_at_s)
                     is_done = True
                     return response
                 elif isinstance(event, Failed):

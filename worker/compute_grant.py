@@ -46,6 +46,7 @@ class ComputeGrant:
                 await self._granted.wait()
                 self._granted.clear()
             self._page.write(self._slot, Word.DEMAND, 0)
+            self._page.add(self._slot, Word.NUM_GRANTS, 1)
             self._num_steps = 0
         self._acquired_at_s = self._clock.monotonic_s()
 

@@ -40,6 +40,7 @@ from worker.compute_grant import ComputeGrant
 from worker.engine_builder import build_engine, num_threads
 from worker.kv_swapper import KvSwapper
 from worker.lease_client import LeaseClient
+from worker.worker_metrics import WorkerCounters, WorkerMetrics
 
 _SWITCH_INTERVAL_S = 0.0001
 """How long the engine's thread, back from the device, waits for the interpreter while the event loop computes.
@@ -60,6 +61,7 @@ class WorkerContext:
     swapper: KvSwapper | None
     """None if the unit has no swap region."""
     clock: Clock
+    counters: WorkerCounters
     give_up: Callable[[str], None]
     """Logs the reason and stops this process, which cannot continue to serve and has to be started again."""
 
@@ -125,6 +127,19 @@ async def host_worker(
     policy = runtime.config.order.scheduling_policy()
     engine = build_engine(config, prepared, attachment.pool, attachment.weights, grant, policy, grant.count_step)
     await engine.start()
+    counters = WorkerCounters()
+    monitor.add(
+        WorkerMetrics(
+            key.unit,
+            key.model,
+            role,
+            attachment.transport,
+            attachment.page,
+            attachment.slot,
+            shape.kv_bytes_per_token,
+            counters,
+        ).families
+    )
     async with internal_channel(endpoints[ProcessKey("kvstore", key.unit)].address) as channel:
         leases = LeaseClient(channel, attachment.worker)
         swapper = KvSwapper(attachment, shape, leases, clock) if attachment.pool.has_swap else None
@@ -136,6 +151,7 @@ async def host_worker(
             kv_identity(unit, config, prepared),
             swapper,
             clock,
+            counters,
             stop.give_up,
         )
         async with (

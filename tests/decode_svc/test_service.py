@@ -304,6 +304,7 @@ async def test_a_pre_empted_request_that_cannot_be_swapped_ends(tmp_path: Path) 
         with pytest.raises(RequestPreempted, match="not swapped: the unit has no swap region"):
             await result(worker.decode(lease, replace(REQUEST, stopping=Stopping(40))))
         await worker.unit.until(lambda: len(worker.unit.state.leases) == 1)
+        assert worker.unit.counters.num_preemptions == 1
 
 
 @pytest.mark.parametrize("kv_format", [None, "int8"])

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from kvstore.grant_page import Word
 from kvstore.grant_table import GrantTable
 from kvstore.leases import LeaseState
 from kvstore.service import KvStoreService
-from kvstore.unit import CREDIT_TTL_S, RECLAIM_AFTER_S, RECLAIM_EVERY_S
+from kvstore.unit import CREDIT_TTL_S, RECLAIM_AFTER_S, RECLAIM_EVERY_S, Unit
+from kvstore.unit_model import UnitModel
 from muxmesh.block_hashes import block_hashes
 from muxmesh.clock import ManualClock
 from muxmesh.config.schema import ModelConfig, UnitConfig
@@ -22,6 +24,7 @@ from muxmesh.errors import InternalError, InvalidRequest, LeaseLost, MeshError, 
 from muxmesh.internal.v1 import kvstore_pb2
 from muxmesh.rpc import convert
 from muxmesh.rpc.status_codes import from_rpc_error
+from muxmesh.scheduling_policy import FCFS
 from muxmesh.step_cost import COSTS_EVERY_S, StepCost
 from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, Lease, LeaseRef, QueuedRequest, Role, SchedulingState
 from tests.kvstore.small_unit import (
@@ -254,6 +257,19 @@ async def test_a_decision_is_logged_with_its_reason_if_that_is_configured(
         router.offer(queued(5, priority=2, arrived_at_s=1.0))
         await router.credit()
     assert "decision 1: request 5 of router0#1 for a overtakes 0: fcfs, priority 2: waited 2 s" in caplog.messages
+
+
+async def test_requests_that_are_overtaken_are_counted(tmp_path: Path, clock: ManualClock) -> None:
+    one_at_a_time = {"a": UnitModel(SHAPES["a"], 1, 512)}
+    unit = Unit(4 * SLAB_BYTES, SLAB_BYTES, one_at_a_time, policy=replace(FCFS, name="sjf"))
+    async with served(tmp_path, unit, clock) as running:
+        router = running.router()
+        for entry_id, work_s in ((1, 50.0), (2, 1.0)):
+            router.offer(QueuedRequest(entry_id, "a", SchedulingState(0, entry_id, 0.0, work_s), KvDemand(8, 8)))
+        await router.no_credit()
+        await running.attach_ready("a")
+        assert (await router.credit()).entry_id == 2
+        assert running.service.num_overtaken == {"a": 1}
 
 
 async def test_a_unit_first_tells_each_router_the_fingerprints_of_its_weights(served_unit: ServedUnit) -> None:

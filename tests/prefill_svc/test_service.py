@@ -139,6 +139,7 @@ async def test_a_lease_is_handed_off_after_the_first_tokens(
         assert lease.ref.lease_id == ref.lease_id
         assert lease.num_computed_tokens == len(PROMPT) + num_sampled - 1, "the last token's KV is not computed"
         assert lease.sampled_token_ids == tuple(response.token_ids)
+        assert worker.unit.counters.handoff_s.value.cumulative[-1] == 1
 
 
 async def test_the_prompt_of_a_handed_off_lease_is_in_the_prefix_cache(worker: PrefillWorker) -> None:

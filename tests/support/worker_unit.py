@@ -20,6 +20,7 @@ from tests.support.served_unit import ServedUnit, served
 from worker.attachment import Attachment
 from worker.kv_swapper import KvSwapper
 from worker.lease_client import LeaseClient
+from worker.worker_metrics import WorkerCounters
 from worker.worker_process import WorkerContext
 
 IDENTITY = KvIdentity("weights", "float32", "float32", "layout", "rope")
@@ -40,6 +41,7 @@ class RunningUnit:
         self.attachments = served_unit.attachments
         self.router = served_unit.router()
         self.given_up: list[str] = []
+        self.counters = WorkerCounters()
         self._num_offers = 0
 
     async def attach(self, role: Role, model: str = "m") -> Attachment:
@@ -54,7 +56,15 @@ class RunningUnit:
     ) -> WorkerContext:
         """The parts of a worker of model ``m``. Why it gives up is in `given_up`."""
         return WorkerContext(
-            engine, leases, attachment.progress, CONFIG, IDENTITY, swapper, SystemClock(), self.given_up.append
+            engine,
+            leases,
+            attachment.progress,
+            CONFIG,
+            IDENTITY,
+            swapper,
+            SystemClock(),
+            self.counters,
+            self.given_up.append,
         )
 
     def offer(self, demand: KvDemand, model: str = "m") -> None:
