@@ -88,7 +88,13 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop, monitor: Monit
     await server.set_serving()
     registry = ProcessRegistry(runtime.redis_url, runtime.config.mesh_id, clock)
     watching = background(fence.run(), "MPS", stop.give_up) if isinstance(fence, MpsFence) else nullcontext()
-    async with watching, registry.registered(endpoint.name, endpoint.remote_address):
+    registered = registry.registered(
+        endpoint.name,
+        endpoint.remote_address,
+        counts_restarts=runtime.counts_own_restarts(endpoint.name),
+        has_failed=lambda: stop.has_given_up,
+    )
+    async with watching, registered:
         await stop.wait()
     attach.close()
     if isinstance(fence, MpsFence):

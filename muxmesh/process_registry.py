@@ -1,5 +1,10 @@
 """The process registry in Redis: name, pid and address of each process of a mesh, kept alive by heartbeats.
 
+It counts restarts too. A process that stops as asked removes its record. One that crashed leaves it, so the next
+instance that registers under the name finds it and counts a restart, whatever has started it. A supervisor also sees
+processes that end before they register, so it counts those that it started instead. Counts are as old as the data of
+Redis; a Redis that lost them gets them back from the processes that live.
+
 It is not on the path of a request. Redis may be unreachable at any time: heartbeats are retried, and readers get None.
 """
 
@@ -10,8 +15,8 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 
 import redis.asyncio
 from redis.exceptions import RedisError
@@ -25,6 +30,37 @@ HEARTBEAT_S = 5.0
 """Interval between heartbeats of a process."""
 LIFETIME_S = 15.0
 """Age of the last heartbeat up to which a process counts as alive."""
+
+_HEARTBEAT = """
+local known = redis.call('HGET', KEYS[2], ARGV[1])
+local before = tonumber(redis.call('HGET', KEYS[3], ARGV[1]) or '')
+local count = before or tonumber(ARGV[5])
+if known and known ~= ARGV[3] then
+    if ARGV[4] == 'again' then
+        return -1
+    end
+    if ARGV[4] == 'counted' then
+        count = count + 1
+    end
+end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
+if count ~= (before or 0) then
+    redis.call('HSET', KEYS[3], ARGV[1], string.format('%d', count))
+end
+return count
+"""
+"""Writes a record, unless another instance has registered after this one. Returns the number of restarts, or -1.
+
+Arguments: name, record, instance, `counted` or `first` or `again`, the number of restarts known to the process.
+"""
+_REMOVE = """
+if redis.call('HGET', KEYS[2], ARGV[1]) == ARGV[2] then
+    redis.call('HDEL', KEYS[1], ARGV[1])
+    redis.call('HDEL', KEYS[2], ARGV[1])
+end
+"""
+"""Removes the record of an instance, unless it is another's by now. Arguments: name, instance."""
 
 _MAX_UNIX_S = 1e12
 _MAX_PID = (1 << 31) - 1
@@ -46,6 +82,11 @@ class ProcessRecord:
     started_at_unix_s: float
     seen_at_unix_s: float
 
+    @property
+    def instance(self) -> str:
+        """Differs between the processes that have had this name. In containers all of them may have the same pid."""
+        return f"{self.pid} {self.started_at_unix_s!r}"
+
 
 class ProcessRegistry:
     """A connection to the registry of one mesh. Without Redis, writes have no effect and reads return None.
@@ -58,29 +99,35 @@ class ProcessRegistry:
             url, decode_responses=True, encoding_errors="replace", socket_timeout=2.0, socket_connect_timeout=2.0
         )
         self._processes = redis_key(mesh_id, "processes")
+        self._instances = redis_key(mesh_id, "instances")
         self._restarts = redis_key(mesh_id, "restarts")
+        self._heartbeat = self._redis.register_script(_HEARTBEAT)
+        self._remove = self._redis.register_script(_REMOVE)
         self._clock = clock
 
     @contextlib.asynccontextmanager
-    async def registered(self, name: str, address: str) -> AsyncIterator[None]:
-        """Sends heartbeats of this process while the block runs, then removes it and closes the connection."""
-        started_at_s = self._clock.unix_s()
+    async def registered(
+        self, name: str, address: str, counts_restarts: bool = False, has_failed: Callable[[], bool] = lambda: False
+    ) -> AsyncIterator[None]:
+        """Sends heartbeats of this process while the block runs, then removes it and closes the connection.
+
+        ``counts_restarts``: no supervisor counts the restarts of this process. If ``has_failed()`` at the end of the
+        block, or the block raises an error, the record stays, as after a crash.
+        """
+        record = ProcessRecord(name, os.getpid(), address, self._clock.unix_s(), 0.0)
         try:
-            async with background(self._send_heartbeats(name, address, started_at_s), "registry heartbeat"):
+            async with background(self._send_heartbeats(record, counts_restarts), "registry heartbeat"):
                 yield
+            if not has_failed():
+                with contextlib.suppress(RedisError, OSError):
+                    await self._remove(keys=[self._processes, self._instances], args=[name, record.instance])
         finally:
-            with contextlib.suppress(RedisError, OSError):
-                await self._redis.hdel(self._processes, name)
             await self.close()
 
     async def set_restarts(self, counts: Mapping[str, int]) -> bool:
-        """Replaces the numbers of restarts of all processes. Returns False if Redis is unreachable."""
+        """Sets the numbers of restarts of processes by name; there is at least one. False if Redis is unreachable."""
         try:
-            async with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.delete(self._restarts)
-                if counts:
-                    pipeline.hset(self._restarts, items=[part for pair in counts.items() for part in pair])
-                await pipeline.execute()
+            await self._redis.hset(self._restarts, items=[part for pair in counts.items() for part in pair])
         except (RedisError, OSError):
             return False
         return True
@@ -92,8 +139,7 @@ class ProcessRegistry:
             restarts = await self._redis.hgetall(self._restarts)
         except (RedisError, OSError):
             return None
-        oldest_s = self._clock.unix_s() - LIFETIME_S
-        alive = [record for text in records.values() if (record := _parse(text)) and record.seen_at_unix_s >= oldest_s]
+        alive = [record for text in records.values() if (record := _parse(text)) and self._is_alive(record)]
         return [(record, _count(restarts.get(record.name, "0"))) for record in sorted(alive, key=lambda r: r.name)]
 
     async def address_of(self, name: str) -> str | None:
@@ -105,18 +151,46 @@ class ProcessRegistry:
         with contextlib.suppress(RedisError, OSError):
             await self._redis.aclose()
 
-    async def _send_heartbeats(self, name: str, address: str, started_at_s: float) -> None:
-        connected = True
+    async def _send_heartbeats(self, record: ProcessRecord, counts_restarts: bool) -> None:
+        first = "counted" if counts_restarts else "first"
+        order, num_restarts, connected, alone = first, 0, True, True
         while True:
-            record = ProcessRecord(name, os.getpid(), address, started_at_s, self._clock.unix_s())
             try:
-                await self._redis.hset(self._processes, name, json.dumps(asdict(record)))
+                found = await self._send_heartbeat(record, order, num_restarts)
                 connected = True
+                if found >= 0:
+                    order, num_restarts, alone = "again", found, True
+                elif (other := await self._record_of(record.name)) is None:
+                    order = first  # the other instance has ended: this one takes its place in the next heartbeat
+                elif alone:
+                    alone = False
+                    _log.error("%s", _same_name(other))
             except (RedisError, OSError) as error:
                 if connected:
                     _log.warning("Redis is unreachable: %s; heartbeats are retried every %.0f s", error, HEARTBEAT_S)
                 connected = False
             await asyncio.sleep(HEARTBEAT_S)
+
+    async def _send_heartbeat(self, record: ProcessRecord, order: str, num_restarts: int) -> int:
+        """See `_HEARTBEAT`. Raises RedisError or OSError."""
+        text = json.dumps(asdict(replace(record, seen_at_unix_s=self._clock.unix_s())))
+        keys = [self._processes, self._instances, self._restarts]
+        return int(await self._heartbeat(keys=keys, args=[record.name, text, record.instance, order, num_restarts]))
+
+    async def _record_of(self, name: str) -> ProcessRecord | None:
+        """The record of a live process; None if there is none. Raises RedisError or OSError."""
+        record = _parse(await self._redis.hget(self._processes, name) or "")
+        return record if record is not None and self._is_alive(record) else None
+
+    def _is_alive(self, record: ProcessRecord) -> bool:
+        return record.seen_at_unix_s >= self._clock.unix_s() - LIFETIME_S
+
+
+def _same_name(other: ProcessRecord) -> str:
+    return (
+        f"another process has registered as {other.name} while this one runs: pid {other.pid} at {other.address}; "
+        "stop one of the two, or give each router a name of its own (--name)"
+    )
 
 
 def _parse(text: str | bytes) -> ProcessRecord | None:

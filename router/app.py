@@ -97,7 +97,12 @@ async def serve(
         await asyncio.gather(*(unit.admission.connected.wait() for unit in units))
         await server.set_serving()
         own_registry = ProcessRegistry(runtime.redis_url, config.mesh_id, clock)
-        async with own_registry.registered(endpoint.name, config.listen):
+        async with own_registry.registered(
+            endpoint.name,
+            config.listen,
+            counts_restarts=runtime.counts_own_restarts(endpoint.name),
+            has_failed=lambda: stop.has_given_up,
+        ):
             await stop.wait()
 
 

@@ -164,7 +164,12 @@ async def host_worker(
             await server.set_serving()
             attachment.set_ready(True)
             registry = ProcessRegistry(runtime.redis_url, runtime.config.mesh_id, clock)
-            async with registry.registered(endpoint.name, endpoint.remote_address):
+            async with registry.registered(
+                endpoint.name,
+                endpoint.remote_address,
+                counts_restarts=runtime.counts_own_restarts(endpoint.name),
+                has_failed=lambda: stop.has_given_up,
+            ):
                 await stop.wait()
                 attachment.set_ready(False)  # the unit issues no more credits for this worker
             await server.stop(grace_s=0.5)

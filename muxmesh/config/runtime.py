@@ -110,9 +110,16 @@ class MeshRuntime(BaseModel):
     their device has index 0."""
     mps: MpsDaemons | None = None
     """None: this machine has no MPS, or no unit is to use it."""
+    has_supervisor: bool = False
+    """Whether `muxmesh up` has written the file: it starts the processes that the file names and counts their
+    restarts."""
     tenant_secret: str = Field(default="", repr=False)
     """Key of the hashes under which the length predictor knows tenants, in hexadecimal. Empty: a router makes its own,
     and what it learned of tenants ends with it."""
+
+    def counts_own_restarts(self, process: str) -> bool:
+        """Whether the process of this display name counts its restarts itself, since no supervisor starts it."""
+        return not (self.has_supervisor and process in {endpoint.name for endpoint in self.endpoints().values()})
 
     def unit(self, name: str) -> UnitConfig:
         """The unit of this name. Raises ConfigError if there is none."""

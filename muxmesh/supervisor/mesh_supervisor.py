@@ -127,6 +127,7 @@ def make_runtime(
             cache_dir=cache_dir,
             redis_url=redis_url,
             prepared=prepared,
+            has_supervisor=True,
             device_uuids=device_uuids or {},
             mps=mps_program and MpsDaemons(program=mps_program, log_dir=state_dir / "logs"),
             tenant_secret=secret,
@@ -229,7 +230,7 @@ class MeshSupervisor:
         while True:
             await self._restarted.wait()
             self._restarted.clear()
-            counts = {process.spec.name: process.num_restarts for process in self.processes if process.num_restarts}
+            counts = {process.spec.name: process.num_restarts for process in self.processes}
             if not await self._registry.set_restarts(counts):
                 self._restarted.set()
                 await asyncio.sleep(_RETRY_S)

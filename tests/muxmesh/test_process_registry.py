@@ -1,6 +1,7 @@
 """The process registry, with a real redis-server where Redis is reachable."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -95,14 +96,14 @@ async def test_heartbeats_carry_the_present_time_and_the_start_of_the_process(
         await until(seen_at_1005)
 
 
-async def test_restarts_are_counted_by_process(redis_url: str) -> None:
+async def test_a_supervisor_sets_the_restarts_of_its_processes_only(redis_url: str) -> None:
     await write_record(redis_url, "decode/chat")
     await write_record(redis_url, "prefill/chat")
     async with open_registry(redis_url) as registry:
         assert await registry.set_restarts({"decode/chat": 7})
         assert await registry.set_restarts({"prefill/chat": 2, "gone": 1})
         found = await registry.processes()
-    assert found == [(_record("decode/chat"), 0), (_record("prefill/chat"), 2)]
+    assert found == [(_record("decode/chat"), 7), (_record("prefill/chat"), 2)]
 
 
 async def test_processes_are_sorted_by_name(redis_url: str) -> None:
@@ -140,7 +141,7 @@ async def test_every_redis_key_has_the_mesh_id_as_its_hash_tag(redis_url: str) -
         await until(reader.processes)
         assert await reader.set_restarts({"router": 1})
         keys = await client.keys("*")
-    assert sorted(keys) == ["muxmesh:{blue}:processes", "muxmesh:{blue}:restarts"]
+    assert sorted(keys) == [f"muxmesh:{{blue}}:{name}" for name in ("instances", "processes", "restarts")]
 
 
 @pytest.mark.parametrize(
@@ -302,3 +303,128 @@ def test_the_end_of_a_registration_is_never_lost(
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(register_and_end())
+
+
+class Instances:
+    """Processes that register one after another as ``decode/m`` of the mesh ``m``, each a second after the last."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._clock = ManualClock(1000.0)
+
+    def registered(self, **options: Any) -> contextlib.AbstractAsyncContextManager[None]:
+        self._clock.advance(1.0)
+        registry = ProcessRegistry(self._url, "m", self._clock)
+        return registry.registered("decode/m", f"unix:/{self._clock.unix_s():.0f}", **options)
+
+    async def restarts(self, started_at_unix_s: float | None = None) -> int:
+        """The restarts that are shown once the instance of that start, by default the latest, has registered."""
+        started_at_unix_s = started_at_unix_s or self._clock.unix_s()
+        async with open_registry(self._url, clock=self._clock) as reader, asyncio.timeout(20):
+            while True:
+                for record, num_restarts in await reader.processes() or ():
+                    if record.started_at_unix_s == started_at_unix_s:
+                        return num_restarts
+                await asyncio.sleep(0)
+
+    async def crash(self, **options: Any) -> None:
+        """An instance registers and ends with an error."""
+        with contextlib.suppress(LookupError):
+            async with self.registered(**options):
+                await self.restarts()
+                raise LookupError("crashed")
+
+
+async def test_a_process_that_registers_after_a_crash_counts_a_restart(redis_url: str) -> None:
+    instances = Instances(redis_url)
+    for expected in (0, 1, 2):
+        async with instances.registered(counts_restarts=True, has_failed=lambda: True):
+            assert await instances.restarts() == expected
+
+
+async def test_a_stop_as_asked_is_no_restart_and_keeps_the_count(redis_url: str) -> None:
+    instances = Instances(redis_url)
+    await instances.crash(counts_restarts=True)
+    for _ in range(2):
+        async with instances.registered(counts_restarts=True):
+            assert await instances.restarts() == 1
+
+
+async def test_under_a_supervisor_only_the_supervisor_counts(redis_url: str) -> None:
+    instances = Instances(redis_url)
+    async with open_registry(redis_url) as supervisor:
+        await instances.crash()
+        assert await supervisor.set_restarts({"decode/m": 3})  # two of them before it registered
+        async with instances.registered():
+            assert await instances.restarts() == 3
+
+
+async def test_a_redis_that_lost_its_data_gets_the_count_back(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_registry, "HEARTBEAT_S", 0.001)
+    instances = Instances(redis_url)
+    await instances.crash(counts_restarts=True)
+    async with instances.registered(counts_restarts=True), open_redis(redis_url) as client:
+        assert await instances.restarts() == 1
+        await client.flushall()
+        assert await instances.restarts() == 1
+
+
+async def test_of_two_processes_with_one_name_the_later_is_listed_and_the_earlier_reports_it_once(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process_registry, "HEARTBEAT_S", 0.001)
+    instances = Instances(redis_url)
+
+    async def is_reported() -> bool:
+        return bool(caplog.records)
+
+    async with instances.registered(counts_restarts=True):
+        await instances.restarts()
+        async with instances.registered(counts_restarts=True):
+            await until(is_reported)
+            assert await instances.restarts() == 1
+            assert await instances.restarts(1002.0) == 1, "the earlier one does not take the name back"
+        assert await instances.restarts(1001.0) == 1, "until the later one has ended"
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == (
+        f"another process has registered as decode/m while this one runs: pid {os.getpid()} at unix:/1002; "
+        "stop one of the two, or give each router a name of its own (--name)"
+    )
+
+
+async def test_a_process_takes_its_name_back_when_the_other_has_crashed(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_registry, "HEARTBEAT_S", 0.001)
+    instances, clock = Instances(redis_url), ManualClock(1000.0)
+    process = ProcessRegistry(redis_url, "m", clock)
+    async with process.registered("decode/m", "unix:/first", counts_restarts=True):
+        await instances.restarts()
+        await instances.crash(counts_restarts=True)
+        clock.advance(LIFETIME_S + 2.0)
+        async with open_registry(redis_url, clock=clock) as reader:
+
+            async def is_back() -> bool:
+                return await reader.address_of("decode/m") == "unix:/first"
+
+            await until(is_back)
+
+
+async def test_a_number_of_restarts_that_is_none_does_not_keep_a_process_from_registering(redis_url: str) -> None:
+    instances = Instances(redis_url)
+    async with open_redis(redis_url) as client:
+        await instances.crash(counts_restarts=True)
+        await client.hset(redis_key("m", "restarts"), "decode/m", "many")
+        async with instances.registered(counts_restarts=True):
+            assert await instances.restarts() == 1
+
+
+async def test_the_end_of_a_process_does_not_remove_the_one_that_has_its_name_by_now(redis_url: str) -> None:
+    instances = Instances(redis_url)
+    first = instances.registered(counts_restarts=True)
+    await first.__aenter__()
+    await instances.restarts()
+    async with instances.registered(counts_restarts=True):
+        await instances.restarts()
+        await first.__aexit__(None, None, None)
+        assert await instances.restarts() == 1
