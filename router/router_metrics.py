@@ -23,6 +23,7 @@ def router_families(
     yield gauge("vllm:num_requests_waiting", "Sequences that wait for tokenization or a credit.", MODEL, waiting)
     yield gauge("vllm:num_requests_running", "Sequences that workers compute.", MODEL, running)
     yield gauge("muxmesh_requests_waiting", "As vllm:num_requests_waiting, for autoscalers.", MODEL, waiting)
+    yield gauge("muxmesh_requests_running", "As vllm:num_requests_running, for autoscalers.", MODEL, running)
     yield gauge(
         "muxmesh_oldest_waiting_seconds", "Age of the oldest request that waits for a credit.", MODEL,
         {(name,): units.oldest_queued_s(name, unix_s) for name in names},

@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, messages: OperatorMessages) -> int:
     started_at_s = SystemClock().monotonic_s()
     preparation = MeshPreparation(arguments.config, messages, memory_limit(), arguments.listen)
+    if preparation.config.metrics is not None:
+        free_listen_address(preparation.config.metrics.listen)  # refused before models are prepared
     chosen = {"listen": free_listen_address(preparation.config.listen), "log_format": messages.log_format}
     config = preparation.config.model_copy(update=chosen)
     state_dir = local_path(str(arguments.state_dir or default_state_dir()), current_dir())
@@ -97,6 +99,8 @@ async def _start(mesh: MeshSupervisor, messages: OperatorMessages, hello: str | 
     await mesh.start()
     listen = mesh.runtime.config.listen
     messages.result(f"muxmesh ready on {listen}")
+    if mesh.metrics_address:
+        messages.progress(f"metrics on http://{mesh.metrics_address}/metrics")
     messages.progress(f"started in {SystemClock().monotonic_s() - started_at_s:.1f} s")
     if hello is not None:
         try:

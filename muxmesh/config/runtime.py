@@ -170,6 +170,10 @@ class MeshRuntime(BaseModel):
         _check_length(endpoint.address.removeprefix("unix:"), "a shorter name of the router (--name)")
         return endpoint
 
+    def metrics_address(self, name: str) -> str:
+        """Address of the HTTP endpoint that a supervisor gives a process by display name: a unix socket."""
+        return self._socket(name).removesuffix(".sock") + ".http"  # of equal length, see `check_socket_paths`
+
     def attach_path(self, unit: str) -> Path:
         """Socket over which a kvstore passes the shared memory to the workers of its unit."""
         return self.run_dir / f"kv-{unit}.attach"

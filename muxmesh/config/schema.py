@@ -385,6 +385,14 @@ class OrderConfig(Section):
         return SchedulingPolicy(self.policy, self.longest_lead, longest_s, self.mlfq_quantum_s)
 
 
+class MetricsConfig(Section):
+    """The HTTP endpoint of `muxmesh up`, with the metrics of all of its processes."""
+
+    listen: str = Field(pattern=r"^.+:\d{1,5}$")
+    """HOST:PORT of `/metrics` for Prometheus, `/live` and `/ready`, like `127.0.0.1:9464`. Port 0 is a free one, which
+    is printed at the start. It has neither encryption nor a password, and no text of prompts or outputs."""
+
+
 class MeshConfig(Section):
     """The root of `mesh.yaml`."""
 
@@ -397,14 +405,22 @@ class MeshConfig(Section):
     log_format: LogFormat | None = None
     """Format of the logs of all processes: `text`, or `json` with one object per line. Unset: that in the environment
     variable MUXMESH_LOG_FORMAT, which also applies to what is logged before this file is read; else text."""
+    metrics: MetricsConfig | None = None
+    """The HTTP endpoint of `muxmesh up`. Unset: none. Services that run without it have their own, by `--metrics`."""
     router: RouterConfig = RouterConfig()
-    """Limits of the router on requests."""
+    """Limits of the router on requests, and its log of them."""
     order: OrderConfig = OrderConfig()
     """The scheduling policy."""
     units: tuple[UnitConfig, ...] = Field(
         default=(UnitConfig(models=(ModelConfig(name=DEFAULT_MODEL),)),), min_length=1
     )
     """The units of the mesh."""
+
+    @model_validator(mode="after")
+    def _metrics_need_a_port_of_their_own(self) -> Self:
+        if self.metrics is not None and self.metrics.listen == self.listen and not self.listen.endswith(":0"):
+            raise ValueError(f"metrics.listen: {self.listen} is the address of the public API; choose another port")
+        return self
 
     def with_listen(self, listen: str) -> MeshConfig:
         """The same with another address of the public API. Raises ConfigError if ``listen`` is not HOST:PORT."""

@@ -27,7 +27,7 @@ class Monitor:
     def __init__(self, address: str | None = None) -> None:
         """``address``: HOST:PORT or unix:PATH of the endpoint. None: there is none."""
         self._address = address
-        self._collectors: list[Collect] = [_build_info]
+        self._collectors: list[Collect] = [lambda: [build_info()]]
         self._not_ready = "starting"
         self._rendering = asyncio.Lock()
 
@@ -76,5 +76,6 @@ class Monitor:
         return http_endpoint.HttpEndpoint({"/metrics": metrics, "/live": live, "/ready": ready})
 
 
-def _build_info() -> list[Family]:
-    return [gauge("muxmesh_build_info", "1; the label has the version of MuxMesh.", ("version",), {(__version__,): 1})]
+def build_info() -> Family:
+    """The version as a label, as is usual."""
+    return gauge("muxmesh_build_info", "1; the label has the version of MuxMesh.", ("version",), {(__version__,): 1})

@@ -17,6 +17,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
 from errno import EADDRINUSE
 from pathlib import Path
 
@@ -50,6 +51,8 @@ READY_TIMEOUT_S = MAX_STARTING_CHECKS * CHECK_EVERY_S
 """Includes the time to compile kernels on a slow machine."""
 _STOP_GRACE_S = 5.0
 _RETRY_S = 1.0
+_NO_METRICS = {"MUXMESH_METRICS": ""}
+"""A port that the environment of the supervisor names is not for each of its services."""
 _CLIENT_FACING_ROLES = frozenset({"router"})
 
 ShowLine = Callable[[str, str], None]
@@ -156,6 +159,9 @@ class MeshSupervisor:
         self._runtime_file = runtime.run_dir / "runtime.json"
         self._probes: list[HealthProbe | RedisProbe] = []
         self._mps: list[MpsControl] = []
+        self._metrics = AsyncExitStack()
+        self.metrics_address = ""
+        """HOST:PORT of the HTTP endpoint, once the mesh starts; empty if there is none."""
         stages = self._specs()
         logs = state_dir / "logs"
         try:
@@ -183,7 +189,11 @@ class MeshSupervisor:
         return [process for stage in self._stages for process in stage]
 
     async def start(self) -> None:
-        """Starts all processes and waits until they serve. Raises Unavailable with the output of one that does not."""
+        """Starts all processes and waits until they serve.
+
+        Raises Unavailable with the output of one that does not; ConfigError if the address of metrics is in use.
+        """
+        await self._serve_metrics()
         for stage in self._stages:
             for process in stage:
                 process.start()
@@ -204,12 +214,27 @@ class MeshSupervisor:
             with contextlib.suppress(Unavailable):
                 await end_leftovers(control)  # of a daemon that had to be killed
         await end(self._counting)
+        await self._metrics.aclose()
         for probe in self._probes:
             await probe.close()
         await self._registry.close()
         logging.getLogger("supervisor").removeHandler(self._log_file)
         self._log_file.close()
         delete_run_folder(self.runtime.run_dir, self._state_dir)
+
+    async def _serve_metrics(self) -> None:
+        config = self.runtime.config.metrics
+        if config is None:
+            return
+        from muxmesh.supervisor.mesh_metrics import MeshMetrics, ProcessCount  # noqa: PLC0415 - only if they are on
+
+        endpoints = {one.name: self.runtime.metrics_address(one.name) for one in self.runtime.endpoints().values()}
+
+        def processes() -> list[ProcessCount]:
+            return [ProcessCount(one.spec.name, one.pid is not None, one.num_restarts) for one in self.processes]
+
+        serving = MeshMetrics(endpoints, processes).serving(config.listen)
+        self.metrics_address = await self._metrics.enter_async_context(serving)
 
     def _write_run_folder(self) -> None:
         """Writes the folder of the sockets with the runtime file, as far as they do not exist. Raises OSError."""
@@ -253,12 +278,14 @@ class MeshSupervisor:
         ]
         probe = HealthProbe(endpoint.address)
         self._probes.append(probe)
+        if self.runtime.config.metrics is not None:
+            named += ["--metrics", self.runtime.metrics_address(endpoint.name)]
         return ProcessSpec(
             endpoint.name,
             self._command(module, *named),
             functools.partial(wait_until_serving, endpoint.address),
             probe.ask,
-            self.runtime.environment(key),
+            {**_NO_METRICS, **self.runtime.environment(key)},
             faces_clients=key.role in _CLIENT_FACING_ROLES,
             extra_checks=FENCED_EXTRA_CHECKS if isinstance(key.role, Role) and self.runtime.uses_mps(key.unit) else 0,
         )

@@ -131,6 +131,16 @@ def test_a_listen_address_in_use_is_refused(config: Path, capsys: pytest.Capture
     assert f"cannot listen on {listen}" in capsys.readouterr().err
 
 
+def test_a_metrics_address_in_use_is_refused_before_anything_starts(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        listen = f"127.0.0.1:{other.getsockname()[1]}"
+        config.write_text(f"metrics: {{listen: '{listen}'}}\n" + config.read_text())
+        assert main(["up", "-c", str(config), "--listen", "127.0.0.1:0"]) == 1
+    assert f"cannot listen on {listen}: Address already in use; choose another port" in capsys.readouterr().err
+
+
 def test_a_state_directory_serves_one_mesh_at_a_time(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,8 @@ IN_UNIT = "units: [{models: [{name: m}], %s}]"
     ("text", "expected"),
     [
         ("lisen: a:1", "lisen: unknown field; did you mean `listen`?"),
-        ("model: a", "model: unknown field; known: mesh_id, listen, redis_url, log_format, router, order, units"),
+        ("model: a", "model: unknown field; known: mesh_id, listen, redis_url, log_format, metrics, router, order, "
+         "units"),
         ("Units: []", "Units: unknown field; did you mean `units`?"),
         ("units: [{modles: []}]", "units[0].modles: unknown field; did you mean `models`?"),
         (IN_MODEL % "maxnumseqs: 3", "units[0].models[0].maxnumseqs: unknown field; did you mean `max_num_seqs`?"),
@@ -74,6 +75,11 @@ IN_UNIT = "units: [{models: [{name: m}], %s}]"
          "a network like 10.1.0.0/16"),
         ("router: {exempt_clients: [0]}", "router.exempt_clients[0]: is 0; must be an address or a network like "
          "10.1.0.0/16"),
+        ("metrics: {}", "metrics.listen: is required"),
+        ("metrics: {listen: 9464}", "metrics.listen: is 9464; must be text, in quotes if it looks like a number"),
+        ("metrics: {listen: here}", "metrics.listen: is 'here'; must be HOST:PORT"),
+        ("metrics: {listen: '127.0.0.1:50051'}", "metrics.listen: 127.0.0.1:50051 is the address of the public API; "
+         "choose another port"),
         ("order: {trace: 2}", "order.trace: is 2; must be true or false"),
         ("order: {trace: maybe}", "order.trace: is 'maybe'; must be true or false"),
         ("order: {longest_lead: .nan}", "order.longest_lead: is nan; must be a finite number"),

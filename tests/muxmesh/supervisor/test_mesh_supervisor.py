@@ -304,6 +304,36 @@ async def test_a_service_gets_the_runtime_file_its_parent_its_unit_and_its_model
     await mesh.stop()
 
 
+async def test_each_service_has_a_metrics_socket_of_its_own_if_the_mesh_has_metrics(state_dir: Path) -> None:
+    runtime = make(state_dir, **TWO_UNITS, metrics={"listen": "127.0.0.1:0"})
+    mesh = MeshSupervisor(runtime, state_dir, lambda name, line: None, SystemClock())
+    options = {
+        process.spec.name: process.spec.command[-2:] for process in mesh.processes if process.spec.name != "redis"
+    }
+    assert options["router"] == ("--metrics", f"unix:{runtime.run_dir}/router.http")
+    assert {option for option, _ in options.values()} == {"--metrics"}
+    assert len({address for _, address in options.values()}) == len(options) == 9
+    assert all(len(address.removeprefix("unix:").encode()) <= MAX_SOCKET_PATH for _, address in options.values())
+    await mesh.stop()
+
+
+async def test_a_metrics_port_in_the_environment_is_not_that_of_each_service(state_dir: Path) -> None:
+    mesh = MeshSupervisor(make(state_dir), state_dir, lambda name, line: None, SystemClock())
+    services = [process.spec for process in mesh.processes if process.spec.name != "redis"]
+    assert [spec.environment["MUXMESH_METRICS"] for spec in services] == [""] * len(services)
+    await mesh.stop()
+
+
+async def test_a_metrics_port_in_use_prevents_the_start(state_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        mesh = Mesh(state_dir, metrics={"listen": address})
+        with pytest.raises(ConfigError, match=f"metrics cannot listen on {address}: Address already in use"):
+            async with started(mesh):
+                pass
+    assert mesh.lines == []
+
+
 async def test_only_the_user_of_the_mesh_can_enter_the_folder_of_the_sockets(state_dir: Path) -> None:
     runtime = make(state_dir)
     runtime.run_dir.mkdir(mode=0o755)
