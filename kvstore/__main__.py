@@ -5,6 +5,7 @@ import os
 
 from kvstore.app import serve
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
+from muxmesh.file_lock import only_process
 from muxmesh.lifecycle import Stop, configure_logging, run_service, service_arguments
 from muxmesh.metrics.monitor import Monitor
 
@@ -19,7 +20,8 @@ def main() -> None:
         runtime = MeshRuntime.read(arguments.runtime)
         configure_logging(logging.INFO, runtime.config.log_format, runtime.display_name(key))
         runtime.set_environment(key, os.environ, has_supervisor=arguments.parent is not None)
-        await serve(runtime, arguments.unit, stop, monitor)
+        with only_process(runtime.run_dir, runtime.display_name(key)):
+            await serve(runtime, arguments.unit, stop, monitor)
 
     run_service(serve_unit, key.name, monitor)
 

@@ -31,7 +31,7 @@ from muxmesh.lifecycle import Stop
 from muxmesh.machine_limits import MemoryLimit, memory_limit
 from muxmesh.metrics.monitor import Monitor
 from muxmesh.models.host_memory import kvstore_problem
-from muxmesh.models.prepared_model import model_spec
+from muxmesh.models.prepared_model import kv_identity, model_spec
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.server import MeshServer
 from muxmesh.types import Role
@@ -61,6 +61,7 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop, monitor: Monit
     await reserve_host_memory(memory, swap_fd, limit)
     prepared = runtime.prepared[unit_name]
     fingerprints = {model.name: prepared[model.name].weights_fingerprint for model in config.models}
+    identities = {model.name: kv_identity(config, model, prepared[model.name]).text for model in config.models}
     service = KvStoreService(config, unit, grants, clock, fingerprints, runtime.config.order.trace)
 
     def end_group(reason: str, device_has_failed: bool) -> None:
@@ -76,6 +77,7 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop, monitor: Monit
         fence,
         service.changed,
         prover=share_prover(runtime, unit_name, memory, fence),
+        identities=identities,
     )
     register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
     endpoint = runtime.endpoints()[ProcessKey("kvstore", unit_name)]

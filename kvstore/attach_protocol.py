@@ -2,9 +2,12 @@
 
 Messages are JSON. The first one comes from the process that attaches, and kvstore replies with file descriptors:
 
-    first message                    reply                                               file descriptors
-    {"role", "model", "address"}     {"worker", "slot", "progress", "pool", "weights"}   pool, swap, weights, worker
-    {"writer_for": WORKER}           {"worker", "pool"}                                  pool, swap
+    first message                        reply                                               file descriptors
+    {"role", "model", "address", "kv"}   {"worker", "slot", "progress", "pool", "weights"}   pool, swap, weights, worker
+    {"writer_for": WORKER}               {"worker", "pool"}                                  pool, swap
+    any that is refused                  {"refused": REASON}
+
+    kv        what the KV of the model depends on (`KvIdentity.text`); every worker sends it
 
     pool      the segments of the pool, in the order of `pool_description`, each unless it has an IPC handle
     swap      the swap region, if the unit has one
@@ -13,8 +16,8 @@ Messages are JSON. The first one comes from the process that attaches, and kvsto
 
     A segment is described as [size in bytes, device UUID or "", IPC handle in hexadecimal or ""].
 
-``writer_for`` is for a further process that writes into the pool for an attached worker, such as an engine core. A
-closed connection instead of a reply is a refusal. Afterwards a worker sends
+``writer_for`` is for a further process that writes into the pool for an attached worker, such as an engine core. After
+a reply a worker sends
 
     {"num_sms": int, "mps": bool}    on a GPU, once its context exists: what its driver says of its share. The unit
                                      replies {"refused": ""}, or {"refused": REASON} and counts the worker as not ready

@@ -17,12 +17,13 @@ import json
 import logging
 import os
 import socket
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from kvstore.attach_peer import identify_peer
 from kvstore.attach_protocol import (
     BEAT_EVERY_S,
     MAX_MESSAGE_BYTES,
@@ -63,8 +64,11 @@ class AttachServer:
         changed: Callable[[], None],
         check_every_s: float = BEAT_EVERY_S,
         prover: ShareProver | None = None,
+        identities: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """``prover``: None on a CPU, whose workers prove nothing."""
+        """``prover``: None on a CPU, whose workers prove nothing. ``identities``: `KvIdentity.text` of models; a worker
+        of one of them has to have the same.
+        """
         self._path = path
         self._unit = unit
         self._memory = memory
@@ -73,6 +77,7 @@ class AttachServer:
         self._changed = changed
         self._fence = fence
         self._prover = prover
+        self._identities = identities
         self._device_has_failed = False
         self._attachments: dict[str, AttachmentRecord] = {}
         self._check_every_s = check_every_s
@@ -150,13 +155,13 @@ class AttachServer:
         if self._device_has_failed:
             connection.close()  # with its message unread, which resets it: the worker tries again
             return
-        pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        pid = 0
         with ExitStack() as undo:
             undo.callback(connection.close)
             try:
-                if uid != os.getuid():
-                    raise ValueError(f"it runs as uid {uid}, the mesh as uid {os.getuid()}")
-                hello = json.loads(connection.recv(MAX_MESSAGE_BYTES))
+                message = connection.recv(MAX_MESSAGE_BYTES)  # read first: an unread one would reset the connection
+                pid = identify_peer(connection)
+                hello = json.loads(message)
                 watch_fd = self._fence.watch(pid)
                 undo.callback(os.close, watch_fd)
                 if "writer_for" in hello:
@@ -165,6 +170,8 @@ class AttachServer:
                     attachment = self._add_worker(connection, hello, pid, undo)
             except (OSError, ValueError, KeyError, TypeError, MeshError) as error:
                 _log.warning("refused to attach process %d: %s", pid, error)
+                with contextlib.suppress(OSError):
+                    connection.send(json.dumps({"refused": str(error)}).encode())
                 return
             undo.pop_all()
         self._add_process(attachment, watch_fd, connection)
@@ -179,6 +186,7 @@ class AttachServer:
         role, model_name, address = hello["role"], hello["model"], hello["address"]
         if not (isinstance(model_name, str) and isinstance(address, str)):
             raise TypeError("model and address must be strings")
+        self._check_identity(model_name, hello.get("kv"))
         worker = self._unit.attach(Role(role), model_name, address, pid)
         undo.callback(self._unit.worker_exited, worker.name)
         slot, bell_fd = self._grants.allocate_slot(worker.role, worker.model)
@@ -196,6 +204,14 @@ class AttachServer:
             os.close(progress_fd)
         attachment = self._attachments[worker.name] = AttachmentRecord(worker, slot, progress)
         return attachment
+
+    def _check_identity(self, model: str, found: object) -> None:
+        """Raises ValueError if the worker would read and write other KV than the unit has."""
+        if found is not None and found != self._identities.get(model, found):
+            raise ValueError(
+                f"its KV of {model} is not that of the unit: mesh.yaml or the model has changed since kvstore started; "
+                "restart kvstore"
+            )
 
     def _add_writer(self, connection: socket.socket, hello: dict[str, Any]) -> AttachmentRecord:
         attachment = self._attachments.get(hello["writer_for"])

@@ -33,6 +33,11 @@ class KvIdentity:
     layout: str
     rope: str
 
+    @property
+    def text(self) -> str:
+        """The same for equal identities only. In hexadecimal."""
+        return self.root().hex()
+
     def root(self, tenant: str = "", cache_salt: str = "") -> bytes:
         """Root of the hash chains of one tenant and salt. Sequences share KV only if their roots are equal."""
         digest = blake2b(digest_size=HASH_BYTES, person=b"root")

@@ -13,6 +13,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # predictor fits are backgro
 
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.errors import ConfigError
+from muxmesh.file_lock import only_process
 from muxmesh.lifecycle import Stop, configure_logging, run_service, service_arguments
 from muxmesh.metrics.monitor import Monitor
 from muxmesh.quoting import quoted
@@ -51,7 +52,9 @@ def main() -> None:
         configure_logging(logging.INFO, runtime.config.log_format, name)
         if arguments.listen is not None:
             runtime = runtime.with_listen(arguments.listen)
-        await serve(runtime, stop, monitor, name, _drain_s(arguments.drain))
+            runtime.config.check_port_is_fixed()
+        with only_process(runtime.run_dir, runtime.router_endpoint(name).name):
+            await serve(runtime, stop, monitor, name, _drain_s(arguments.drain))
 
     run_service(serve_mesh, name, monitor)
 

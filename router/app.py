@@ -52,8 +52,8 @@ async def serve(
     """Serves the public API until ``stop`` is set. Its health is SERVING once every unit is connected.
 
     ``name``: of this router in the registry, and of its socket. A router that is stopped refuses new calls at once and
-    lets running ones finish for ``drain_s``. Raises ConfigError, see `MeshRuntime.router_endpoint`; InternalError if an
-    address is in use.
+    lets running ones finish for ``drain_s``. Raises ConfigError, see `MeshRuntime.router_endpoint`, also if an address
+    is in use.
     """
     clock, config, rng = SystemClock(), runtime.config, random.SystemRandom()
     endpoint = runtime.router_endpoint(name)

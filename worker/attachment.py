@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +23,17 @@ from kvstore.device_memory import CUDA, HOST, Transport
 from kvstore.grant_page import GrantPage, Word
 from kvstore.progress_page import ProgressPage
 from muxmesh.device.device_pool import DevicePool, HostPool
-from muxmesh.errors import Unavailable
+from muxmesh.errors import ConfigError, Unavailable
+from muxmesh.file_access import why_denied
 from muxmesh.types import Role
 
 if TYPE_CHECKING:  # only units on a GPU load torch
     from muxmesh.device.cuda_mapping import CudaSegments, MappedWeights
     from muxmesh.device.torch_device import TorchDevice
 
+_log = logging.getLogger(__name__)
+
 _RETRY_S = 0.1
-_NUM_RETRIES = 300
 _REPLY_TIMEOUT_S = 5.0
 _PROOF_TIMEOUT_S = 30.0
 """Longer than the unit waits for the answers of an MPS daemon."""
@@ -197,12 +200,15 @@ def _parse_segment(description: Sequence[Any]) -> tuple[int, str, bytes]:
     return num_bytes, device_uuid, bytes.fromhex(ipc_handle)
 
 
-async def attach(path: Path, role: Role, model: str, address: str, device: WorkerDevice | None = None) -> Attachment:
-    """Attaches to the unit that listens on ``path``; waits up to 30 s until it does. ``device``: None on a CPU.
+async def attach(
+    path: Path, role: Role, model: str, address: str, device: WorkerDevice | None = None, kv: str = ""
+) -> Attachment:
+    """Attaches to the unit that listens on ``path``; waits until one does. ``device``: None on a CPU.
 
-    Raises Unavailable if no unit listens, or the unit refuses the worker; or an error of `map_pool`.
+    ``kv``: `KvIdentity.text` of the model; empty: not checked. Raises Unavailable if the unit refuses the worker;
+    ConfigError if this process may not use the socket; or an error of `map_pool`.
     """
-    hello = {"role": role.value, "model": model, "address": address}
+    hello = {"role": role.value, "model": model, "address": address} | ({"kv": kv} if kv else {})
     connection, reply, fds = await _connect(path, hello, f"{role.value} of {model}")
     return Attachment(connection, reply, fds, device)
 
@@ -227,21 +233,27 @@ async def _connect(
     path: Path, hello: Mapping[str, str], description: str
 ) -> tuple[socket.socket, dict[str, Any], list[int]]:
     message = json.dumps(hello).encode()
-    for _ in range(_NUM_RETRIES):
+    is_waiting = False
+    while True:
         try:
             connection, reply, fds = await asyncio.to_thread(_exchange_hello, path, message)
-        except OSError:
+        except PermissionError as error:
+            raise ConfigError(why_denied(path)) from error
+        except OSError as error:
+            if not is_waiting:
+                _log.info("%s waits for the kvstore of its unit at %s: %s", description, path, error.strerror or error)
+                is_waiting = True
             await asyncio.sleep(_RETRY_S)
             continue
-        if not reply:
+        content = json.loads(reply) if reply else {"refused": "the connection was closed"}
+        if reason := content.get("refused"):
             connection.close()
-            raise Unavailable(f"the unit at {path} refused {description}; see its log")
-        return connection, json.loads(reply), fds
-    raise Unavailable(f"no unit listens on {path}")
+            raise Unavailable(f"the unit at {path} refused {description}: {reason}")
+        return connection, content, fds
 
 
 def _exchange_hello(path: Path, hello: bytes) -> tuple[socket.socket, bytes, list[int]]:
-    """Sends ``hello`` and blocks until the unit replies; an empty reply is a refusal. Raises OSError."""
+    """Sends ``hello`` and blocks until the unit replies, or closes the connection. Raises OSError."""
     with ExitStack() as undo:
         connection = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         connection.settimeout(_REPLY_TIMEOUT_S)

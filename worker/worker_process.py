@@ -26,6 +26,7 @@ from muxmesh.engine.api import Engine
 from muxmesh.engine.native.kernel_cache import kernel_cache_dir
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.errors import ConfigError
+from muxmesh.file_lock import only_process
 from muxmesh.lifecycle import Stop, configure_logging, run_service, service_arguments
 from muxmesh.machine_limits import MemoryLimit, memory_limit
 from muxmesh.metrics.monitor import Monitor
@@ -94,7 +95,8 @@ def worker_main(role: Role, description: str, open_services: OpenServices) -> No
         _set_up_threads(runtime, key)
         runtime.set_environment(key, os.environ, has_supervisor=arguments.parent is not None)
         check_memory(runtime, key, memory_limit())
-        await host_worker(runtime, key, open_services, stop, monitor)
+        with only_process(runtime.run_dir, runtime.display_name(key)):
+            await host_worker(runtime, key, open_services, stop, monitor)
 
     run_service(serve, key.name, monitor)
 
@@ -116,12 +118,14 @@ async def host_worker(
     endpoints, clock = runtime.endpoints(), SystemClock()
     endpoint, role = endpoints[key], Role(key.role)
     device = open_worker_device(config.compute_share.of(role) if unit.green_contexts else 100) if unit.is_cuda else None
-    attachment = await attach(runtime.attach_path(key.unit), role, key.model, endpoint.remote_address, device)
+    prepared = runtime.prepared_model(key.unit, key.model)
+    identity = kv_identity(unit, config, prepared)
+    path = runtime.attach_path(key.unit)
+    attachment = await attach(path, role, key.model, endpoint.remote_address, device, identity.text)
     if device is not None:
         info = device.segments.device
         await attachment.prove_share(info.num_sms, info.is_mps_client)
     attachment.on_unit_lost(lambda: stop.give_up("the unit is lost"))
-    prepared = runtime.prepared_model(key.unit, key.model)
     shape = model_spec(prepared.folder).kv_shape(config.block_size, config.kv_dtype)
     grant = ComputeGrant(attachment, clock)
     policy = runtime.config.order.scheduling_policy()
@@ -148,7 +152,7 @@ async def host_worker(
             leases,
             attachment.progress,
             config,
-            kv_identity(unit, config, prepared),
+            identity,
             swapper,
             clock,
             counters,

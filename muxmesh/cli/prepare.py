@@ -21,7 +21,6 @@ from muxmesh.errors import ConfigError
 from muxmesh.file_access import why_denied
 from muxmesh.machine_limits import machine_memory
 from muxmesh.models.model_check import local_path
-from muxmesh.supervisor.listen_address import check_port_is_fixed
 from muxmesh.supervisor.redis_server import check_redis, with_redis_url
 from muxmesh.supervisor.tenant_secret import SECRET_VARIABLE, given_tenant_secret, tenant_secret
 
@@ -44,7 +43,7 @@ def _run(arguments: argparse.Namespace, messages: OperatorMessages) -> int:
         part=MeshPart(arguments.unit, arguments.router),
     )
     config = with_redis_url(preparation.config, arguments.redis_url)
-    check_port_is_fixed(config.listen)
+    config.check_port_is_fixed()
     run_dir = local_path(str(arguments.run_dir), current_dir())
     path = run_dir / RUNTIME_FILE
     try:

@@ -429,6 +429,11 @@ class MeshConfig(Section):
         except ValidationError as error:
             raise ConfigError(f"listen: is {quoted(listen)}; HOST:PORT is needed") from error
 
+    def check_port_is_fixed(self) -> None:
+        """Raises ConfigError if ``listen`` has port 0, a free one: without a supervisor nobody can know which it is."""
+        if int(self.listen.rpartition(":")[2]) == 0:
+            raise ConfigError(f"listen: is {self.listen}; a free port is for `muxmesh up` only, name one")
+
     def placements(self) -> Iterator[tuple[UnitConfig, ModelConfig]]:
         """All pairs of a unit and a model that it serves, in the order of the file."""
         return ((unit, model) for unit in self.units for model in unit.models)

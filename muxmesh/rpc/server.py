@@ -18,7 +18,8 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from muxmesh.errors import InternalError, InvalidRequest, MeshError, RequestAborted
+from muxmesh.errors import ConfigError, InternalError, InvalidRequest, MeshError, RequestAborted
+from muxmesh.rpc.bindable_port import bindable_port
 from muxmesh.rpc.client_limits import CallLimiter, PublicLimits, RequestReader
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES, keepalive_options
 from muxmesh.rpc.message_parser import check_num_fields, parse
@@ -80,12 +81,14 @@ class MeshServer:
         add_reflection([*self._names[1:], health_name], self._server)
 
     async def start(self, addresses: Iterable[str]) -> None:
-        """Listens on all addresses (HOST:PORT or unix:PATH). Raises InternalError if one is in use or invalid."""
+        """Listens on all addresses (HOST:PORT or unix:PATH). Raises ConfigError if one is in use or invalid."""
         for address in addresses:
             try:
                 self._server.add_insecure_port(address)
             except RuntimeError as error:
-                raise InternalError(f"cannot listen on {address}: {error}") from error
+                if not address.startswith("unix:"):
+                    bindable_port(address)  # raises the reason, which gRPC does not name
+                raise ConfigError(f"cannot listen on {address}: {error}") from error
         await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
 

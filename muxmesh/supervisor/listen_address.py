@@ -1,4 +1,4 @@
-"""The addresses of a mesh: who can reach them, and whether clients can know them."""
+"""Who can reach the addresses of a mesh."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import socket
 from collections.abc import Iterator
 
 from muxmesh.config.schema import MeshConfig
-from muxmesh.errors import ConfigError
 
 
 def listen_warnings(config: MeshConfig) -> Iterator[str]:
@@ -41,12 +40,6 @@ def public_listen_warning(listen: str) -> str | None:
         "everyone who can connect to it can use the models, and prompts and outputs cross the network unencrypted. "
         "Use 127.0.0.1 for this machine only, or put a proxy with TLS and authentication before it"
     )
-
-
-def check_port_is_fixed(listen: str) -> None:
-    """Raises ConfigError for port 0, a free one: without a supervisor nothing tells clients which one it is."""
-    if int(listen.rpartition(":")[2]) == 0:
-        raise ConfigError(f"listen: is {listen}; a free port is for `muxmesh up` only, name one")
 
 
 def _is_loopback(address: str) -> bool:

@@ -10,25 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import functools
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
-from errno import EADDRINUSE
 from pathlib import Path
 
 from muxmesh.background_task import end, start_watched
 from muxmesh.clock import Clock
 from muxmesh.config.runtime import Endpoint, MeshRuntime, MpsDaemons, PreparedModel, ProcessKey
-from muxmesh.config.schema import MAX_PORT, MeshConfig
+from muxmesh.config.schema import MeshConfig
 from muxmesh.cuda.mps import LOG_DIRECTORY, MpsControl
 from muxmesh.errors import ConfigError, Unavailable
+from muxmesh.file_lock import LockHeldError, file_lock
 from muxmesh.log_format import formatter_of
 from muxmesh.process_registry import ProcessRegistry
+from muxmesh.rpc.bindable_port import bindable_port
 from muxmesh.supervisor.health_probe import HealthProbe, wait_until_serving
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, FENCED_EXTRA_CHECKS, MAX_STARTING_CHECKS
 from muxmesh.supervisor.log_file import WITH_TIME, LogFile
@@ -63,48 +62,25 @@ ShowLine = Callable[[str, str], None]
 def state_lock(state_dir: Path) -> Iterator[None]:
     """Holds the lock on a state directory while the block runs.
 
-    Raises ConfigError if another mesh holds it or the directory cannot be written. The kernel frees the lock with its
-    process, so the pid in the file is for people only.
+    Raises ConfigError if another mesh holds it or the directory cannot be written.
     """
-    try:
-        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(state_dir / "mesh.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise ConfigError(f"state directory {state_dir} cannot be written: {error.strerror}") from error
-    try:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(lock, 20).decode(errors="replace").strip()
+            state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            held.enter_context(file_lock(state_dir / "mesh.lock"))
+        except LockHeldError as error:
             raise ConfigError(
-                f"a mesh is already running with state directory {state_dir} (pid {holder}); "
+                f"a mesh is already running with state directory {state_dir} (pid {error.pid}); "
                 "stop it, or give another --state-dir"
             ) from None
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without the pid
-            os.ftruncate(lock, 0)
-            os.write(lock, str(os.getpid()).encode())
+        except OSError as error:
+            raise ConfigError(f"state directory {state_dir} cannot be written: {error.strerror}") from error
         yield
-    finally:
-        os.close(lock)
 
 
 def free_listen_address(listen: str) -> str:
     """Replaces port 0 in ``listen`` by a free port. Raises ConfigError if the address is invalid or in use."""
-    host, _, port = listen.rpartition(":")
-    try:
-        if int(port) > MAX_PORT:
-            raise ValueError(f"port is larger than {MAX_PORT}")
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return f"{host}:{probe.getsockname()[1]}"
-    except (OSError, OverflowError, ValueError) as error:
-        problem = error.strerror if isinstance(error, OSError) and error.strerror else error
-        hint = "; choose another port, or 0 for a free one" if getattr(error, "errno", None) == EADDRINUSE else ""
-        raise ConfigError(f"cannot listen on {listen}: {problem}{hint}") from error
+    return f"{listen.rpartition(':')[0]}:{bindable_port(listen)}"
 
 
 def make_runtime(

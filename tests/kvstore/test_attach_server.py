@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,7 @@ class Server:
         fence: Fence | None = None,
         check_every_s: float = 0.05,
         prover: ShareProver | None = None,
+        identities: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
         self.unit = Unit(4 * SLAB_BYTES, SLAB_BYTES, {"m": UnitModel(SHAPE, 4, 512)})
@@ -127,6 +128,7 @@ class Server:
             self.changes.set,
             check_every_s,
             prover,
+            identities or {},
         )
         self.attach.start()
 
@@ -277,10 +279,43 @@ async def test_a_worker_that_is_not_ready_serves_no_more(server: Server) -> None
 
 
 async def test_a_worker_of_an_unknown_model_is_refused(server: Server) -> None:
-    with pytest.raises(Unavailable, match="refused decode of other"):
+    with pytest.raises(
+        Unavailable, match=r"a\.sock refused decode of other: model: 'other' is not served by this unit"
+    ):
         await attach(server.path, Role.DECODE, "other", "unix:x")
     assert server.unit.workers == {}
     assert server.grants.allocate_slot(Role.DECODE, "m")[0] == 0
+
+
+async def test_a_worker_whose_kv_is_not_that_of_the_unit_is_refused(tmp_path: Path) -> None:
+    """The runtime file was written again with another block size, and the worker alone restarted."""
+    server = Server(tmp_path / "a.sock", identities={"m": "one"})
+    with pytest.raises(Unavailable, match=r"its KV of m is not that of the unit: mesh\.yaml .*; restart kvstore"):
+        await attach(server.path, Role.DECODE, "m", "unix:x", kv="other")
+    assert server.unit.workers == {}
+    (await attach(server.path, Role.DECODE, "m", "unix:x", kv="one")).close()
+    server.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_a_worker_of_another_user_is_refused_by_both_users(
+    tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o755)
+    server.path.chmod(0o777)
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        os.seteuid(65534)
+        try:
+            connection.connect(server.path.name)
+        finally:
+            os.seteuid(0)
+        connection.setblocking(False)
+        connection.send(b"{}")
+        reply = await asyncio.get_running_loop().sock_recv(connection, MAX_MESSAGE_BYTES)
+    expected = "it runs as uid 65534, kvstore as uid 0; all processes of a unit have to run as one user"
+    assert json.loads(reply) == {"refused": expected}
+    assert caplog.messages[-1].endswith(f": {expected}")
 
 
 async def test_a_worker_for_which_there_is_no_slot_is_refused_and_leaves_nothing(server: Server) -> None:
@@ -538,7 +573,7 @@ def test_a_lost_worker_takes_no_further_writer(tmp_path: Path) -> None:
         scenario.fence.exit(0)
         while scenario.server.attach._attachments[worker].is_owner_alive:
             await asyncio.sleep(0)
-        with pytest.raises(json.JSONDecodeError):
+        with pytest.raises(KeyError, match="worker"):
             await scenario.attach(writer_for=worker)
         assert worker in scenario.server.unit.workers, "its writer has not exited"
         scenario.fence.exit(1)

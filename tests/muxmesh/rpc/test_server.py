@@ -366,7 +366,7 @@ async def test_an_address_in_use_is_named() -> None:
     first, second = mesh_server(Servicer()), mesh_server(Servicer())
     address = free_listen_address("127.0.0.1:0")
     await first.start([address])
-    with pytest.raises(errors.InternalError, match=f"cannot listen on {address}: "):
+    with pytest.raises(errors.ConfigError, match=f"cannot listen on {address}: Address already in use; choose another"):
         await second.start([address])
     await first.stop(0)
     await second.stop(0)
@@ -374,7 +374,7 @@ async def test_an_address_in_use_is_named() -> None:
 
 async def test_a_socket_in_a_missing_folder_is_named(tmp_path: Path) -> None:
     server, address = mesh_server(Servicer()), f"unix:{tmp_path / 'missing' / 'a.sock'}"
-    with pytest.raises(errors.InternalError, match=f"cannot listen on {address}"):
+    with pytest.raises(errors.ConfigError, match=f"cannot listen on {address}"):
         await server.start([address])
     await server.stop(0)
 
