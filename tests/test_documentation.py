@@ -16,7 +16,14 @@ from muxmesh.supervisor.listen_address import public_listen_warning
 from muxmesh.types import Role
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/glossary.md", "docs/python_client.md")
+PAGES = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "docs/glossary.md",
+    "docs/metrics.md",
+    "docs/python_client.md",
+)
 """Pages that describe the present. The log and the decisions keep the names of their day."""
 PACKAGES = ("muxmesh", "kvstore", "worker", "prefill_svc", "decode_svc", "router", "simulator", "loadtest")
 OTHER_FOLDERS = ("benchmarks", "scripts", "tests", "protos", "docs", "compose")
