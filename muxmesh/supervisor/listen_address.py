@@ -13,6 +13,11 @@ def listen_warnings(config: MeshConfig) -> Iterator[str]:
     """The warnings about the addresses of a mesh that other machines may reach."""
     if (warning := public_listen_warning(config.listen)) is not None:
         yield warning
+    if config.metrics is not None and _is_public(config.metrics.listen):
+        yield (
+            f"WARNING: metrics.listen: {config.metrics.listen} can be reached from other machines, without encryption "
+            "and without a password: everyone who can connect to it reads the names of models and their load"
+        )
     for unit in config.units:
         if unit.network is not None and not unit.network.is_loopback:
             yield (
@@ -25,21 +30,25 @@ def listen_warnings(config: MeshConfig) -> Iterator[str]:
 def public_listen_warning(listen: str) -> str | None:
     """The warning about an address that other machines may reach; None for one of this machine only.
 
-    The public API has neither TLS nor authentication. A name counts as public if any of its addresses is, or if it has
-    none.
+    The public API has neither TLS nor authentication.
     """
-    host = listen.rpartition(":")[0].strip("[]")
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        if all(_is_loopback(str(address[0])) for *_, address in found):
-            return None
-    except (OSError, ValueError):  # ValueError: a name that IDNA cannot encode
-        pass
+    if not _is_public(listen):
+        return None
     return (
         f"WARNING: listen: {listen} can be reached from other machines, without encryption and without a password: "
         "everyone who can connect to it can use the models, and prompts and outputs cross the network unencrypted. "
         "Use 127.0.0.1 for this machine only, or put a proxy with TLS and authentication before it"
     )
+
+
+def _is_public(listen: str) -> bool:
+    """Whether other machines may reach HOST:PORT. A name is public if any of its addresses is, or if it has none."""
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return not all(_is_loopback(str(address[0])) for *_, address in found)
+    except (OSError, ValueError):  # ValueError: a name that IDNA cannot encode
+        return True
 
 
 def _is_loopback(address: str) -> bool:

@@ -49,3 +49,12 @@ def test_a_unit_on_the_network_is_warned_about() -> None:
     assert warnings(None) == warnings({"host": "localhost"}) == []
     (warning,) = warnings({"host": "unit-0.units", "base_port": 7000, "allow_unencrypted": True})
     assert warning.startswith("WARNING: unit u can be reached from other machines on the ports 7000 to 7002")
+
+
+def test_metrics_that_others_can_read_are_warned_about() -> None:
+    def warnings(listen: str) -> list[str]:
+        return list(listen_warnings(MeshConfig.model_validate({"metrics": {"listen": listen}})))
+
+    assert warnings("127.0.0.1:9464") == []
+    (warning,) = warnings("0.0.0.0:9464")
+    assert warning.startswith("WARNING: metrics.listen: 0.0.0.0:9464 can be reached from other machines")
