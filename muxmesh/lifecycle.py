@@ -25,6 +25,7 @@ from muxmesh.errors import MeshError
 from muxmesh.log_format import LogFormat, format_of, formatter_of
 from muxmesh.metrics.monitor import Monitor
 from muxmesh.parent_death import die_with_parent
+from muxmesh.stderr_handler import StderrHandler
 
 _log = logging.getLogger(__name__)
 
@@ -137,18 +138,14 @@ def _await_stack(task: asyncio.Task[Any]) -> str:
     return " > ".join(lines)
 
 
-class _StderrHandler(logging.StreamHandler[Any]):
-    """The handler of `configure_logging`."""
-
-
 def configure_logging(level: int, log_format: LogFormat | None, process: str) -> LogFormat:
     """Logs to stderr, a record in a line, with the name ``process``. A later call replaces an earlier one.
 
     ``log_format`` None: as the environment names. With json, warnings and uncaught exceptions are records too. Returns
     the format. Raises ConfigError if the environment names another one; then records are logged as text.
     """
-    root, handler = logging.getLogger(), _StderrHandler(sys.stderr)
-    for earlier in [one for one in root.handlers if isinstance(one, _StderrHandler)]:
+    root, handler = logging.getLogger(), StderrHandler(sys.stderr)
+    for earlier in [one for one in root.handlers if isinstance(one, StderrHandler)]:
         root.removeHandler(earlier)
     root.addHandler(handler)
     root.setLevel(level)
