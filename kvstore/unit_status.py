@@ -19,12 +19,16 @@ def unit_status(
 ) -> mesh_pb2.UnitStatus:
     """``slot_of``: slot of a worker, by its name, in the grant page."""
     counts = unit.leases.count_by_owner()
+    copied_bytes = sum(
+        _copied_bytes(page, slot_of(worker.name), unit.models[worker.model].shape.kv_bytes_per_token)
+        for worker in unit.workers.values()
+    )
     return mesh_pb2.UnitStatus(
         unit=config.name,
         device=config.device,
         transport=transport,
         connected=True,
-        pool=_pool_status(unit),
+        pool=_pool_status(unit, copied_bytes),
         models=[_model_status(unit, name) for name in unit.models],
         workers=[
             _worker_status(worker, counts[worker.name], page, slot_of(worker.name)) for worker in unit.workers.values()
@@ -32,7 +36,13 @@ def unit_status(
     )
 
 
-def _pool_status(unit: Unit) -> mesh_pb2.PoolStatus:
+def _copied_bytes(page: GrantPage, slot: int, kv_bytes_per_token: int) -> int:
+    """KV that a worker has written and not computed. An engine without KV writes none."""
+    written = page.read(slot, Word.KV_BYTES_WRITTEN)  # read first, as it is counted last
+    return max(0, written - page.read(slot, Word.NUM_COMPUTED_TOKENS) * kv_bytes_per_token)
+
+
+def _pool_status(unit: Unit, copied_bytes: int) -> mesh_pb2.PoolStatus:
     leases, pool, swap = unit.leases, unit.pool, unit.swap
     leased_bytes, cached_bytes = unit.leased_bytes(), unit.cached_bytes()
     lent_bytes = (pool.num_slabs - pool.num_free_slabs) * unit.slab_bytes
@@ -50,6 +60,7 @@ def _pool_status(unit: Unit) -> mesh_pb2.PoolStatus:
         num_swapped_leases=sum(leases.count_states(model)[LeaseState.SWAPPED] for model in unit.models),
         num_leases_expired=leases.num_expired,
         num_leases_orphaned=leases.num_orphaned,
+        kv_bytes_copied=copied_bytes,
     )
 
 

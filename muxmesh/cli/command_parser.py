@@ -176,6 +176,8 @@ columns:
   QUOTA MIB         part of the KV pool that the model can claim; it uses more while others use less
   BLOCKS LEASED, CACHED, FREE  token blocks of sequences, of the prefix cache, and to allocate (cached ones included)
   PREFIX HITS       share of the prompt tokens that were in the prefix cache
+  HAND-OFFS         sequences that passed from prefill to decode since the unit started; BYTES COPIED: KV that the
+                    present workers have written and not computed, 0 as long as hand-offs copy nothing
   LEASES            sequences whose KV a worker writes
   STEPS, TOKENS     computed since the worker started
   BUSY S            seconds for which the worker held the grant to compute"""

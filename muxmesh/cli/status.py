@@ -80,10 +80,12 @@ def _print_unit(unit: mesh_pb2.UnitStatus) -> None:
     print(
         f"\nunit {unit.unit} on {unit.device}: KV pool {pool.pool_bytes / _MIB:.0f} MiB, leased "
         f"{pool.leased_bytes / _MIB:.1f} MiB, cached {pool.cached_bytes / _MIB:.1f} MiB, {pool.num_free_slabs} of "
-        f"{pool.num_slabs} slabs free, {pool.fragmented_bytes / _MIB:.1f} MiB fragmented, {pool.num_handoffs} hand-offs"
+        f"{pool.num_slabs} slabs free, {pool.fragmented_bytes / _MIB:.1f} MiB fragmented"
     )
-    if unit.transport:
-        print(f"memory shared by {unit.transport}")
+    print(
+        f"memory shared by {unit.transport or 'unknown'}; {pool.num_handoffs} hand-offs, "
+        f"{pool.kv_bytes_copied} bytes copied"
+    )
     if pool.swap_bytes:
         copied = sum(worker.swap_out_bytes + worker.swap_in_bytes for worker in unit.workers)
         seconds = sum(worker.swap_s for worker in unit.workers)

@@ -344,6 +344,7 @@ class PoolStatus(_message.Message):
     NUM_SWAPPED_LEASES_FIELD_NUMBER: _builtins.int
     NUM_LEASES_EXPIRED_FIELD_NUMBER: _builtins.int
     NUM_LEASES_ORPHANED_FIELD_NUMBER: _builtins.int
+    KV_BYTES_COPIED_FIELD_NUMBER: _builtins.int
     pool_bytes: _builtins.int
     slab_bytes: _builtins.int
     num_slabs: _builtins.int
@@ -362,6 +363,8 @@ class PoolStatus(_message.Message):
     num_leases_expired: _builtins.int
     """Since the unit started: credits that expired unused, and leases whose owner died."""
     num_leases_orphaned: _builtins.int
+    kv_bytes_copied: _builtins.int
+    """KV that the present workers have written and not computed, as a hand-off that copies would. It is 0."""
     def __init__(
         self,
         *,
@@ -378,8 +381,9 @@ class PoolStatus(_message.Message):
         num_swapped_leases: _builtins.int = ...,
         num_leases_expired: _builtins.int = ...,
         num_leases_orphaned: _builtins.int = ...,
+        kv_bytes_copied: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_bytes", b"cached_bytes", "fragmented_bytes", b"fragmented_bytes", "leased_bytes", b"leased_bytes", "num_free_slabs", b"num_free_slabs", "num_handoffs", b"num_handoffs", "num_leases_expired", b"num_leases_expired", "num_leases_orphaned", b"num_leases_orphaned", "num_slabs", b"num_slabs", "num_swapped_leases", b"num_swapped_leases", "pool_bytes", b"pool_bytes", "slab_bytes", b"slab_bytes", "swap_bytes", b"swap_bytes", "swap_used_bytes", b"swap_used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_bytes", b"cached_bytes", "fragmented_bytes", b"fragmented_bytes", "kv_bytes_copied", b"kv_bytes_copied", "leased_bytes", b"leased_bytes", "num_free_slabs", b"num_free_slabs", "num_handoffs", b"num_handoffs", "num_leases_expired", b"num_leases_expired", "num_leases_orphaned", b"num_leases_orphaned", "num_slabs", b"num_slabs", "num_swapped_leases", b"num_swapped_leases", "pool_bytes", b"pool_bytes", "slab_bytes", b"slab_bytes", "swap_bytes", b"swap_bytes", "swap_used_bytes", b"swap_used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___PoolStatus: _TypeAlias = PoolStatus  # noqa: Y015

@@ -125,6 +125,21 @@ def test_leases_that_ended_without_a_release_are_counted(page: GrantPage) -> Non
     assert (pool.num_leases_expired, pool.num_leases_orphaned, pool.num_handoffs) == (1, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("num_computed_tokens", "excess", "copied"), [(60, 0, 0), (60, 512, 512), (0, 0, 0)], ids=["none", "some", "idle"]
+)
+def test_kv_that_was_written_and_not_computed_counts_as_copied(
+    page: GrantPage, num_computed_tokens: int, excess: int, copied: int
+) -> None:
+    unit = make_unit()
+    prefill, decode = attach_ready(unit, "a")
+    per_token = unit.models["a"].shape.kv_bytes_per_token
+    page.write(3, Word.NUM_COMPUTED_TOKENS, num_computed_tokens)
+    page.write(3, Word.KV_BYTES_WRITTEN, num_computed_tokens * per_token + excess)
+    page.write(0, Word.NUM_COMPUTED_TOKENS, 500)  # an engine without KV
+    assert status_of(unit, page, {prefill: 0, decode: 3}).pool.kv_bytes_copied == copied
+
+
 def test_a_worker_is_shown_with_the_words_of_its_slot(page: GrantPage) -> None:
     unit = make_unit()
     prefill, decode = attach_ready(unit, "a")

@@ -66,8 +66,8 @@ muxmesh 1.2.3, Redis connected, order srtf-aged
 MODEL  WAITING  RUNNING  FINISHED  ABORTED  RESTARTS  PROMPT TOKENS  OUTPUT TOKENS  PREDICTED TAU
 sim    1        2        30        4        5         600            700            -
 
-unit unit0 on cpu: KV pool 64 MiB, leased 1.0 MiB, cached 0.5 MiB, 30 of 32 slabs free, 1.5 MiB fragmented, 5 hand-offs
-memory shared by host shm
+unit unit0 on cpu: KV pool 64 MiB, leased 1.0 MiB, cached 0.5 MiB, 30 of 32 slabs free, 1.5 MiB fragmented
+memory shared by host shm; 5 hand-offs, 0 bytes copied
 
 MODEL  QUOTA MIB  BLOCKS LEASED  BLOCKS CACHED  BLOCKS FREE  PREFIX HITS  WAITING
 sim    32         4              2              100          25 %         3
@@ -117,6 +117,14 @@ def test_swap_and_lost_leases_have_a_line_only_where_there_are_any(capsys: pytes
     lines = shown(mesh_pb2.GetStatusResponse(units=[unit]), capsys)
     assert "swap 1.0 of 8 MiB, 2 leases swapped out, 2.0 MiB copied in 0.75 s" in lines
     assert "leases: 0 expired, 3 orphaned" in lines
+
+
+def test_kv_that_was_copied_is_shown_in_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    unit = mesh_pb2.UnitStatus()
+    unit.CopyFrom(UNIT)
+    unit.pool.kv_bytes_copied = 4096
+    lines = shown(mesh_pb2.GetStatusResponse(units=[unit]), capsys)
+    assert "memory shared by host shm; 5 hand-offs, 4096 bytes copied" in lines
 
 
 def test_json_has_every_field_without_presence_even_if_it_is_zero(
