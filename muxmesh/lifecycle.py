@@ -25,6 +25,7 @@ from muxmesh.errors import MeshError
 from muxmesh.log_format import LogFormat, format_of, formatter_of
 from muxmesh.metrics.monitor import Monitor
 from muxmesh.parent_death import die_with_parent
+from muxmesh.service_manager import ServiceManager
 from muxmesh.stderr_handler import StderrHandler
 
 _log = logging.getLogger(__name__)
@@ -173,8 +174,8 @@ def run_service(
     """Configures logging and runs ``main(stop)`` on uvloop until it returns. SIGTERM and SIGINT set ``stop``.
 
     ``process``: its name in logs until ``main`` has read the runtime file and calls `configure_logging` itself. Serves
-    ``monitor`` meanwhile. Raises the limit on open files before. The exit code is 0 after a signal; 1 if the service
-    gave up, or ended with an error, which for a MeshError is one line.
+    ``monitor`` meanwhile, and tells its changes to the service manager. Raises the limit on open files before. The exit
+    code is 0 after a signal; 1 if the service gave up, or ended with an error, which for a MeshError is one line.
     """
     try:
         configure_logging(logging.INFO, None, process)
@@ -182,13 +183,15 @@ def run_service(
         _log.error("cannot serve: %s", error)
         sys.exit(1)
     raise_file_limit()
+    monitor = monitor or Monitor()
+    monitor.watch(ServiceManager(os.environ).tell)
 
     async def until_stopped() -> tuple[bool, int]:
         stop = Stop()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        async with (monitor or Monitor()).serving():
+        async with monitor.serving():
             is_served = await stop.run(main)
         return is_served, int(stop.has_given_up)
 

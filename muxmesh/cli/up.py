@@ -29,6 +29,7 @@ from muxmesh.errors import ConfigError, MeshError
 from muxmesh.lifecycle import raise_file_limit
 from muxmesh.machine_limits import memory_limit
 from muxmesh.models.model_check import local_path
+from muxmesh.service_manager import ServiceManager
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, free_listen_address, make_runtime, state_lock
 
 _HELLO_TOKENS = 64
@@ -79,9 +80,10 @@ async def _serve(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    manager = ServiceManager(os.environ)
     mesh = MeshSupervisor(runtime, state_dir, messages.show_line, SystemClock())
     stopped = asyncio.create_task(stop.wait())
-    starting = asyncio.create_task(_start(mesh, messages, hello, started_at_s))
+    starting = asyncio.create_task(_start(mesh, messages, manager, hello, started_at_s))
     try:
         await asyncio.wait({stopped, starting}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
@@ -91,12 +93,16 @@ async def _serve(
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         messages.progress("stopping")
+        manager.stopping()
         await mesh.stop()
     return 0
 
 
-async def _start(mesh: MeshSupervisor, messages: OperatorMessages, hello: str | None, started_at_s: float) -> None:
+async def _start(
+    mesh: MeshSupervisor, messages: OperatorMessages, manager: ServiceManager, hello: str | None, started_at_s: float
+) -> None:
     await mesh.start()
+    manager.tell("")
     listen = mesh.runtime.config.listen
     messages.result(f"muxmesh ready on {listen}")
     if mesh.metrics_address:

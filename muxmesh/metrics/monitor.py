@@ -30,6 +30,7 @@ class Monitor:
         self._collectors: list[Collect] = [lambda: [build_info()]]
         self._not_ready = "starting"
         self._rendering = asyncio.Lock()
+        self._watchers: list[Callable[[str], None]] = []
 
     def add(self, collect: Collect) -> None:
         """Adds a collector to `/metrics`."""
@@ -38,6 +39,12 @@ class Monitor:
     def set_ready(self, not_ready: str = "") -> None:
         """Reports the service as ready or, with a reason, as not ready."""
         self._not_ready = not_ready
+        for watcher in self._watchers:
+            watcher(not_ready)
+
+    def watch(self, watcher: Callable[[str], None]) -> None:
+        """Calls ``watcher`` like `set_ready`, with each later change."""
+        self._watchers.append(watcher)
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[str]:

@@ -355,3 +355,27 @@ def test_an_uncaught_exception_of_a_thread_is_one_object_too() -> None:
     code, stderr = python_with({"MUXMESH_LOG_FORMAT": "json"}, body)
     (error,) = objects(stderr)
     assert (code, error["message"]) == (0, "uncaught exception: division by zero")
+
+
+def test_the_service_manager_is_told_when_a_service_is_ready(tmp_path: Path) -> None:
+    script = """
+import asyncio, os
+from muxmesh.lifecycle import run_service
+from muxmesh.metrics.monitor import Monitor
+
+monitor = Monitor()
+
+async def main(stop):
+    monitor.set_ready()
+    monitor.set_ready("stopping")
+    assert "NOTIFY_SOCKET" not in os.environ
+
+run_service(main, "kvstore/u", monitor)
+"""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        listener.settimeout(60)
+        environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        run = subprocess.run([sys.executable, "-c", script], env=environment, timeout=60, check=False)
+        assert [listener.recv(100) for _ in range(2)] == [b"READY=1\nSTATUS=ready", b"STATUS=not ready: stopping"]
+    assert run.returncode == 0

@@ -174,6 +174,10 @@ def test_a_mount_point_may_have_a_space_in_its_name(tmp_path: Path) -> None:
     assert memory_limit(root_of(tmp_path, tree)) == MemoryLimit(4096, Path("/my groups/memory.max"))
 
 
+def test_without_meminfo_the_kernel_says_how_much_memory_there_is(tmp_path: Path) -> None:
+    assert machine_memory(tmp_path) == MemoryLimit(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
 def test_a_limit_names_where_it_comes_from() -> None:
     assert str(MemoryLimit(2 << 30)) == "this machine has 2.0GiB"
     assert str(MemoryLimit(512 * MIB, Path("/sys/fs/cgroup/memory.max"))) == (
