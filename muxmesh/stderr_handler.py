@@ -1,7 +1,7 @@
 """The handler of logs on stderr: a reader that does not read them stops no service.
 
-A pipe holds 64 KiB. Without this, a supervisor that is stopped, or a collector of logs that hangs, would stop every
-service that logs a line for each request.
+A pipe or a socket holds some ten KiB. Without this, a supervisor that is stopped, or a collector of logs that hangs,
+would stop every service that logs a line for each request.
 """
 
 from __future__ import annotations

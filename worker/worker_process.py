@@ -31,6 +31,7 @@ from muxmesh.lifecycle import Stop, configure_logging, run_service, service_argu
 from muxmesh.machine_limits import MemoryLimit, memory_limit
 from muxmesh.metrics.monitor import Monitor
 from muxmesh.models.host_memory import worker_problem
+from muxmesh.models.model_spec import KvShape
 from muxmesh.models.prepared_model import kv_identity, model_spec
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.channels import internal_channel
@@ -131,19 +132,7 @@ async def host_worker(
     policy = runtime.config.order.scheduling_policy()
     engine = build_engine(config, prepared, attachment.pool, attachment.weights, grant, policy, grant.count_step)
     await engine.start()
-    counters = WorkerCounters()
-    monitor.add(
-        WorkerMetrics(
-            key.unit,
-            key.model,
-            role,
-            attachment.transport,
-            attachment.page,
-            attachment.slot,
-            shape.kv_bytes_per_token,
-            counters,
-        ).families
-    )
+    counters = _measured(monitor, key, attachment, shape)
     async with internal_channel(endpoints[ProcessKey("kvstore", key.unit)].address) as channel:
         leases = LeaseClient(channel, attachment.worker)
         swapper = KvSwapper(attachment, shape, leases, clock) if attachment.pool.has_swap else None
@@ -182,6 +171,17 @@ async def host_worker(
         if swapper:
             swapper.close()
     attachment.close()
+
+
+def _measured(monitor: Monitor, key: ProcessKey, attachment: Attachment, shape: KvShape) -> WorkerCounters:
+    """Adds the worker's metrics to ``monitor``. Returns the counters that its services keep."""
+    counters = WorkerCounters()
+    page, slot, transport = attachment.page, attachment.slot, attachment.transport
+    metrics = WorkerMetrics(
+        key.unit, key.model, Role(key.role), transport, page, slot, shape.kv_bytes_per_token, counters
+    )
+    monitor.add(metrics.families)
+    return counters
 
 
 async def _send_heartbeats(attachment: Attachment) -> None:
