@@ -1,9 +1,10 @@
-"""`python -m muxmesh.supervisor.mps_daemon`: becomes the MPS daemon of a unit's GPU, after it has removed leftovers.
+"""`python -m muxmesh.supervisor.mps_daemon`: the MPS daemon of a unit's GPU, after leftovers have been removed.
 
     --runtime FILE --unit NAME [--parent PID]     as every service; any unit on the GPU will do
 
 Leftovers are an earlier daemon of the same pipe directory, the server of a daemon that was killed, and the files of
-both. The daemon is not in the background. With `--parent` it dies with its parent. What prevents its start is one line.
+both. With `--parent` this process becomes the daemon, and dies with its parent, which stops and checks it. Without, it
+keeps the daemon (`mps_keeper`). What prevents its start, or ends it, is one line.
 """
 
 from __future__ import annotations
@@ -60,27 +61,36 @@ async def wait_for_mps(control: MpsControl) -> None:
 
 
 def main() -> None:
-    """Becomes the daemon, or ends with one line and code 1."""
+    """Becomes or keeps the daemon. Ends with code 0 after a signal, else with one line and code 1."""
     arguments = service_arguments(__doc__, "unit")
     process = f"mps/{arguments.unit}"
     try:
         configure_logging(logging.INFO, None, process)
         runtime = MeshRuntime.read(arguments.runtime)
         configure_logging(logging.INFO, runtime.config.log_format, process)
-        become_daemon(runtime, arguments.unit)
+        if arguments.parent is not None:
+            become_daemon(runtime, arguments.unit)
+        from muxmesh.supervisor.mps_keeper import keep_until_signal  # noqa: PLC0415 - it imports this module
+
+        asyncio.run(keep_until_signal(*_prepare(runtime, arguments.unit)))
     except (MeshError, OSError) as error:
-        _log.error("the MPS daemon of unit %s cannot start: %s", arguments.unit, error)
+        _log.error("the MPS daemon of unit %s cannot run: %s", arguments.unit, error)
         sys.exit(1)
 
 
 def become_daemon(runtime: MeshRuntime, unit: str) -> NoReturn:
-    """Ends leftovers, creates the directories, and replaces this process by the daemon. Raises MeshError or OSError."""
+    """Replaces this process by the daemon. Raises MeshError or OSError."""
+    control, environment = _prepare(runtime, unit)
+    os.execve(control.program, (CONTROL_PROGRAM, "-f"), environment)  # noqa: S606
+
+
+def _prepare(runtime: MeshRuntime, unit: str) -> tuple[MpsControl, dict[str, str]]:
+    """Ends leftovers and creates the directories; returns the daemon's control program and environment."""
     control = runtime.mps_control(unit)
     asyncio.run(end_leftovers(control))
     for directory in control.environment.values():
         Path(directory).mkdir(parents=True, exist_ok=True, mode=0o700)
-    environment = daemon_environment(control, runtime.device_uuids[unit], os.environ)
-    os.execve(control.program, (CONTROL_PROGRAM, "-f"), environment)  # noqa: S606
+    return control, daemon_environment(control, runtime.device_uuids[unit], os.environ)
 
 
 def daemon_environment(control: MpsControl, device_uuid: str, inherited: Mapping[str, str]) -> dict[str, str]:

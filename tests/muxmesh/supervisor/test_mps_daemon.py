@@ -32,11 +32,14 @@ def runtime_in(folder: Path, device: str = "cuda:0") -> MeshRuntime:
 
 
 @contextmanager
-def daemon_process(folder: Path, parent: int, **options: Any) -> Iterator[tuple[subprocess.Popen[bytes], MpsControl]]:
-    """The process as the supervisor starts it."""
+def daemon_process(
+    folder: Path, parent: int | None, **options: Any
+) -> Iterator[tuple[subprocess.Popen[bytes], MpsControl]]:
+    """The process as the supervisor starts it; as an operator does if ``parent`` is None."""
     runtime = runtime_in(folder)
     runtime.write(folder / "runtime.json")
-    named = ("--runtime", str(folder / "runtime.json"), "--unit", "u", "--parent", str(parent))
+    named = ("--runtime", str(folder / "runtime.json"), "--unit", "u")
+    named += () if parent is None else ("--parent", str(parent))
     command = (sys.executable, "-m", "muxmesh.supervisor.mps_daemon", *named)
     with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as process:
         try:
@@ -65,7 +68,7 @@ def test_a_daemon_that_cannot_start_ends_with_one_line(folder: Path) -> None:
     with daemon_process(folder, os.getpid(), stderr=subprocess.PIPE) as (process, _):
         assert process.stderr is not None
         (line,) = process.stderr.read().decode().splitlines()
-        assert line.startswith("ERROR mps: the MPS daemon of unit u cannot start: ")
+        assert line.startswith("ERROR mps: the MPS daemon of unit u cannot run: ")
         assert line.endswith(f"'{folder}/logs/mps-5f4df884'")
         assert process.wait() == 1
 
