@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from muxmesh.cli.command_parser import command_parser
 from muxmesh.config.contradictions import order_without_effect
 from muxmesh.config.load import load_mesh_config
 from muxmesh.cuda.driver import DeviceInfo
@@ -22,6 +24,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "docs/glossary.md",
     "docs/metrics.md",
+    "docs/operations.md",
     "docs/python_client.md",
 )
 """Pages that describe the present. The log and the decisions keep the names of their day."""
@@ -51,6 +54,22 @@ def test_every_link_leads_somewhere(name: str) -> None:
         assert file.exists(), f"{name} links to {target}, which does not exist"
         if anchor:
             assert anchor in headings(file), f"{name} links to {target}#{anchor}, and there is no such heading"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_command_line_of_muxmesh_can_be_parsed(name: str) -> None:
+    text = (ROOT / name).read_text().replace("\\\n", " ")
+    for line in re.findall(r"^\$ (?:\S+/)?muxmesh (.*)$", text, re.MULTILINE):
+        words = shlex.split(line, comments=True)
+        command_parser().parse_args(words[:-1] if words[-1:] == ["&"] else words)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_option_of_a_service_exists(name: str) -> None:
+    options = {"--runtime", "--unit", "--model", "--name", "--listen", "--parent", "--metrics", "--drain"}
+    for line in re.findall(r"python -m (?:kvstore|prefill_svc|decode_svc|router|muxmesh\.supervisor\.\w+) ([^\n`]*)",
+                           (ROOT / name).read_text()):  # fmt: skip
+        assert set(re.findall(r"--[a-z]+", line)) <= options
 
 
 @pytest.mark.parametrize("name", PAGES)

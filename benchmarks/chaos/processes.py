@@ -23,7 +23,8 @@ from muxmesh.cuda.mps import CONTROL_PROGRAM, PIPE_DIRECTORY, MpsControl
 from muxmesh.errors import Unavailable
 from muxmesh.process_state import has_ended
 from muxmesh.rpc.channels import internal_channel
-from muxmesh.supervisor.mps_daemon import SERVER_PROGRAM, mps_answers
+from muxmesh.supervisor.mps_checks import mps_answers
+from muxmesh.supervisor.mps_leftovers import SERVER_PROGRAM
 from muxmesh.types import Role
 
 REDIS = "redis"

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from benchmarks.gpu.peer import Peer
 from muxmesh.cuda.mps import SHARE, MpsControl, find_control_program
 from muxmesh.errors import Unavailable
-from muxmesh.supervisor.mps_daemon import mps_answers
+from muxmesh.supervisor.mps_checks import mps_answers
 
 
 def control_program() -> Path:

@@ -31,7 +31,8 @@ from muxmesh.rpc.bindable_port import bindable_port
 from muxmesh.supervisor.health_probe import HealthProbe, wait_until_serving
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, FENCED_EXTRA_CHECKS, MAX_STARTING_CHECKS
 from muxmesh.supervisor.log_file import WITH_TIME, LogFile
-from muxmesh.supervisor.mps_daemon import check_mps, end_leftovers, wait_for_mps
+from muxmesh.supervisor.mps_checks import check_mps, wait_for_mps
+from muxmesh.supervisor.mps_leftovers import end_leftovers
 from muxmesh.supervisor.redis_server import RedisProbe, redis_command, wait_for_redis
 from muxmesh.supervisor.run_folder import (
     create_run_folder,

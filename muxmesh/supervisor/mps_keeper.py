@@ -14,7 +14,8 @@ from collections.abc import Mapping
 
 from muxmesh.cuda.mps import MpsControl
 from muxmesh.errors import Unavailable
-from muxmesh.supervisor.mps_daemon import check_mps, end_leftovers
+from muxmesh.supervisor.mps_checks import check_mps
+from muxmesh.supervisor.mps_leftovers import end_leftovers
 
 CHECK_EVERY_S = 5.0
 MAX_SILENT_CHECKS = 3

@@ -15,7 +15,9 @@ from muxmesh.config.runtime import MeshRuntime
 from muxmesh.cuda.mps import MpsControl
 from muxmesh.errors import ConfigError
 from muxmesh.process_state import has_ended
-from muxmesh.supervisor.mps_daemon import check_mps, daemon_environment, end_leftovers, mps_answers, wait_for_mps
+from muxmesh.supervisor.mps_checks import check_mps, mps_answers, wait_for_mps
+from muxmesh.supervisor.mps_daemon import daemon_environment
+from muxmesh.supervisor.mps_leftovers import end_leftovers
 from tests.support.mps import FAKE_PROGRAM, FakeDaemon, fake_daemon, mps_runtime, next_line
 
 UUID = "GPU-5f4df884-095b-d388-4934-d4853eca3833"
@@ -32,14 +34,11 @@ def runtime_in(folder: Path, device: str = "cuda:0") -> MeshRuntime:
 
 
 @contextmanager
-def daemon_process(
-    folder: Path, parent: int | None, **options: Any
-) -> Iterator[tuple[subprocess.Popen[bytes], MpsControl]]:
-    """The process as the supervisor starts it; as an operator does if ``parent`` is None."""
+def daemon_process(folder: Path, parent: int, **options: Any) -> Iterator[tuple[subprocess.Popen[bytes], MpsControl]]:
+    """The process as the supervisor starts it."""
     runtime = runtime_in(folder)
     runtime.write(folder / "runtime.json")
-    named = ("--runtime", str(folder / "runtime.json"), "--unit", "u")
-    named += () if parent is None else ("--parent", str(parent))
+    named = ("--runtime", str(folder / "runtime.json"), "--unit", "u", "--parent", str(parent))
     command = (sys.executable, "-m", "muxmesh.supervisor.mps_daemon", *named)
     with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as process:
         try:

@@ -15,7 +15,7 @@ import pytest
 from muxmesh.cuda.mps import LOG_DIRECTORY, MpsControl
 from muxmesh.errors import Unavailable
 from muxmesh.process_state import has_ended
-from muxmesh.supervisor.mps_daemon import mps_answers, wait_for_mps
+from muxmesh.supervisor.mps_checks import mps_answers, wait_for_mps
 from muxmesh.supervisor.mps_keeper import keep_daemon
 from tests.support.mps import FAKE_PROGRAM, client_of, mps_runtime, next_line
 

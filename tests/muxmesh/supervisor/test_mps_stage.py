@@ -11,7 +11,7 @@ from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import Unavailable
 from muxmesh.process_state import has_ended
 from muxmesh.supervisor.mesh_supervisor import make_runtime
-from muxmesh.supervisor.mps_daemon import mps_answers
+from muxmesh.supervisor.mps_checks import mps_answers
 from tests.muxmesh.supervisor.test_mesh_supervisor import PREPARED, Mesh, started
 from tests.support.mps import FAKE_PROGRAM, client_of
 
@@ -132,9 +132,7 @@ async def test_a_daemon_that_cannot_start_names_its_logs_and_how_to_do_without_i
         "mps-5f4df884 exited 3 times before it was ready, last: exit code 1; "
         f"see {state_dir}/logs/mps-5f4df884, or set mps: off; its last output:"
     )
-    line = (
-        "ERROR mps: the MPS daemon of unit u cannot start: [Errno 2] No such file or directory: '/nonexistent/control'"
-    )
+    line = "ERROR mps: the MPS daemon of unit u cannot run: [Errno 2] No such file or directory: '/nonexistent/control'"
     assert output[-1].strip() == line
 
 
