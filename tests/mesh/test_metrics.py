@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from muxmesh.errors import ModelNotFound
 from muxmesh.metrics.scrape import fetch
-from tests.support.mesh import SIM_MODEL, RunningMesh, running_mesh
+from tests.support.mesh import SIM_MODEL, RunningMesh, Scrape, running_mesh
 
 pytestmark = [pytest.mark.mesh, pytest.mark.asyncio(loop_scope="module")]
 
@@ -39,24 +39,13 @@ class Metric:
 
 
 @dataclass
-class Scraped:
+class ScrapedMesh:
     mesh: RunningMesh
-    text: str
-
-    def value(self, name: str, **labels: str) -> float:
-        """The sum of the samples of ``name`` with these labels."""
-        found = [
-            sample.value
-            for family in text_string_to_metric_families(self.text)
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        ]
-        assert found, f"no sample of {name} has {labels}"
-        return sum(found)
+    metrics: Scrape
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def scraped(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scraped]:
+async def scraped(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ScrapedMesh]:
     """A mesh that has served some requests, and its metrics."""
     async with running_mesh(tmp_path_factory.mktemp("metrics"), **CONFIG) as mesh:
         for _ in range(3):
@@ -64,9 +53,7 @@ async def scraped(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scr
         with pytest.raises(ModelNotFound):
             await mesh.client.generate(PROMPT, model=PROMPT)
         await mesh.until_free()
-        status, body = await fetch(mesh.mesh.metrics_address, "/metrics", 20.0)
-        assert status == 200
-        yield Scraped(mesh, body.decode())
+        yield ScrapedMesh(mesh, await mesh.metrics())
 
 
 def documented() -> dict[str, Metric]:
@@ -97,8 +84,8 @@ def exported(text: str) -> dict[str, Metric]:
     return dict(found)
 
 
-async def test_every_metric_is_documented_and_every_documented_metric_is_there(scraped: Scraped) -> None:
-    expected, found = documented(), exported(scraped.text)
+async def test_every_metric_is_documented_and_every_documented_metric_is_there(scraped: ScrapedMesh) -> None:
+    expected, found = documented(), exported(scraped.metrics.text)
     assert found.keys() == expected.keys()
     for name, metric in found.items():
         if metric.processes:
@@ -108,20 +95,20 @@ async def test_every_metric_is_documented_and_every_documented_metric_is_there(s
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian package prometheus)")
-async def test_promtool_dislikes_nothing_but_the_names_of_vllm(scraped: Scraped) -> None:
+async def test_promtool_dislikes_nothing_but_the_names_of_vllm(scraped: ScrapedMesh) -> None:
     checked = subprocess.run(
-        ["promtool", "check", "metrics"], input=scraped.text, capture_output=True, text=True, check=False
+        ["promtool", "check", "metrics"], input=scraped.metrics.text, capture_output=True, text=True, check=False
     )
     problems = (checked.stdout + checked.stderr).splitlines()
     assert [line for line in problems if not re.fullmatch(r"vllm:\w+ metric names should not contain ':'", line)] == []
 
 
-async def test_nothing_of_a_prompt_is_in_the_metrics(scraped: Scraped) -> None:
-    assert "words that only" not in scraped.text
+async def test_nothing_of_a_prompt_is_in_the_metrics(scraped: ScrapedMesh) -> None:
+    assert "words that only" not in scraped.metrics.text
 
 
-async def test_the_values_are_those_of_the_requests(scraped: Scraped) -> None:
-    value = scraped.value
+async def test_the_values_are_those_of_the_requests(scraped: ScrapedMesh) -> None:
+    value = scraped.metrics.value
     assert value("vllm:request_success_total", model_name="sim", finished_reason="length") == 3
     assert value("muxmesh_requests_total", model_name="sim", code="OK") == 3
     assert value("muxmesh_requests_total", model_name="", code="NOT_FOUND") == 1
@@ -140,15 +127,16 @@ async def test_the_values_are_those_of_the_requests(scraped: Scraped) -> None:
     assert value("muxmesh_process_up") == 7, "with Redis"
 
 
-async def test_the_metrics_agree_with_the_status(scraped: Scraped) -> None:
+async def test_the_metrics_agree_with_the_status(scraped: ScrapedMesh) -> None:
     (unit,) = (await scraped.mesh.client.status()).units
-    assert scraped.value("muxmesh_handoff_seconds_count") == unit.pool.num_handoffs
-    assert scraped.value("muxmesh_pool_bytes", state="cached") == unit.pool.cached_bytes
-    assert scraped.value("vllm:prefix_cache_hits_total") == sum(one.num_prefix_tokens_hit for one in unit.models)
-    assert scraped.value("muxmesh_worker_steps_total") == sum(worker.num_steps for worker in unit.workers)
+    value = scraped.metrics.value
+    assert value("muxmesh_handoff_seconds_count") == unit.pool.num_handoffs
+    assert value("muxmesh_pool_bytes", state="cached") == unit.pool.cached_bytes
+    assert value("vllm:prefix_cache_hits_total") == sum(one.num_prefix_tokens_hit for one in unit.models)
+    assert value("muxmesh_worker_steps_total") == sum(worker.num_steps for worker in unit.workers)
 
 
-async def test_a_mesh_is_ready_and_after_the_end_of_a_worker_says_which_one_is_not(scraped: Scraped) -> None:
+async def test_a_mesh_is_ready_and_after_the_end_of_a_worker_says_which_one_is_not(scraped: ScrapedMesh) -> None:
     mesh = scraped.mesh
     address = mesh.mesh.metrics_address
     assert await fetch(address, "/ready", 20.0) == (200, b"ready\n")
@@ -167,5 +155,4 @@ async def test_a_mesh_is_ready_and_after_the_end_of_a_worker_says_which_one_is_n
         return (await fetch(address, "/ready", 20.0))[0] == 200
 
     await mesh.until(is_restarted)
-    _, text = await fetch(address, "/metrics", 20.0)
-    assert Scraped(mesh, text.decode()).value("muxmesh_process_restarts_total", process="decode/other") == 1
+    assert (await mesh.metrics()).value("muxmesh_process_restarts_total", process="decode/other") == 1

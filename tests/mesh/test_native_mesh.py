@@ -36,7 +36,8 @@ async def mesh(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
         for name, folder in folders.items()
     ]
     unit = {"kv_pool": "8MiB", "slab": "256KiB", "models": models}
-    async with running_mesh(tmp_path_factory.mktemp("mesh"), units=[unit]) as running:
+    metrics = {"listen": "127.0.0.1:0"}
+    async with running_mesh(tmp_path_factory.mktemp("mesh"), units=[unit], metrics=metrics) as running:
         yield running
 
 
@@ -89,6 +90,23 @@ async def test_a_hand_off_copies_no_kv_byte(mesh: RunningMesh) -> None:
         computed = worker.num_computed_tokens - workers[worker.role].num_computed_tokens
         assert computed == {"prefill": 186, "decode": 299}[worker.role]
         assert worker.kv_bytes_written - workers[worker.role].kv_bytes_written == computed * info.kv_bytes_per_token
+
+
+async def test_the_metrics_show_what_was_written_and_that_nothing_was_copied(mesh: RunningMesh) -> None:
+    before = await mesh.metrics()
+    await mesh.client.generate("Hello", model="gqa", max_new_tokens=TOKENS, temperature=0, ignore_eos=True)
+    await mesh.until_free()
+    after = await mesh.metrics()
+    info = next(one for one in await mesh.client.list_models() if one.name == "gqa")
+
+    def added(name: str, **labels: str) -> float:
+        return after.value(name, **labels) - before.value(name, **labels)
+
+    computed = added("muxmesh_worker_computed_tokens_total", model_name="gqa")
+    assert computed >= TOKENS
+    assert added("muxmesh_kv_written_bytes_total", model_name="gqa") == computed * info.kv_bytes_per_token
+    assert added("muxmesh_handoff_seconds_count", model_name="gqa", transport="host shm") == 1
+    assert after.value("muxmesh_kv_copied_bytes_total") == 0
 
 
 async def test_prefill_and_decode_worker_map_the_same_memory(mesh: RunningMesh) -> None:

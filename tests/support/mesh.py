@@ -7,15 +7,18 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from muxmesh.client import Delta, Finish, MeshClient
 from muxmesh.clock import SystemClock
 from muxmesh.config.schema import MeshConfig
 from muxmesh.cuda.device_list import DeviceList
 from muxmesh.errors import MeshError
+from muxmesh.metrics.scrape import fetch
 from muxmesh.models.gpu_check import mps_program, unit_gpus
 from muxmesh.models.prepared_model import packing_of, prepare_model
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, free_listen_address, make_runtime
@@ -25,6 +28,24 @@ from muxmesh.v1 import mesh_pb2
 SIM_MODEL = {
     "name": "sim", "engine": "sim", "sim": {"base_s": 0.002}, "max_num_seqs": 8, "continuous_decode_steps": 4
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """The metrics of a mesh at one time, as Prometheus text."""
+
+    text: str
+
+    def value(self, name: str, **labels: str) -> float:
+        """The sum of the samples of ``name`` with these labels. There is at least one."""
+        found = [
+            sample.value
+            for family in text_string_to_metric_families(self.text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        ]
+        assert found, f"no sample of {name} has {labels}"
+        return sum(found)
 
 
 class RunningMesh:
@@ -42,6 +63,12 @@ class RunningMesh:
         pid = self.process(name).pid
         assert pid is not None
         return pid
+
+    async def metrics(self) -> Scrape:
+        """A scrape of a mesh whose configuration has `metrics`."""
+        status, body = await fetch(self.mesh.metrics_address, "/metrics", 20.0)
+        assert status == 200
+        return Scrape(body.decode())
 
     async def restart(self, name: str) -> None:
         """Ends a process in order, and waits until another serves in its place."""
