@@ -3,6 +3,8 @@
 import logging
 import os
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for numpy, which computes no products here
+
 from kvstore.app import serve
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
 from muxmesh.file_lock import only_process

@@ -1,5 +1,9 @@
 """`python -m prefill_svc --runtime FILE --unit NAME --model NAME [--parent PID]`: with or without a supervisor."""
 
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for numpy, which computes no products here
+
 from muxmesh.types import Role
 from prefill_svc.service import open_services
 from worker.worker_process import worker_main

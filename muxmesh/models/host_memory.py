@@ -20,7 +20,7 @@ SIM_WORKER_BYTES = 96 * MIB
 """What a worker of the sim engine needs; measured: 46 MiB."""
 WORKER_BYTES = 384 * MIB
 """What a worker of the native engine needs besides the weights; measured on a CPU: 108 MiB, and 195 MiB more while the
-kernels are compiled at the first start."""
+kernels are compiled at the first start. On a GPU, where torch and the driver take more, it has not been measured."""
 ROUTER_BYTES = 96 * MIB
 """What the router, its processes of chat templates and the supervisor need together for a sim model."""
 TOKENIZER_BYTES = 128 * MIB
