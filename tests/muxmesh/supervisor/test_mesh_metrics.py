@@ -75,7 +75,7 @@ async def test_a_scrape_has_the_metrics_of_all_processes(tmp_path: Path) -> None
 async def test_a_process_that_hangs_costs_only_its_own_metrics(tmp_path: Path) -> None:
     async with services(tmp_path, "a") as served, hung(tmp_path) as hanging:
         endpoints = {"a": served["a"][0], "b": hanging, "gone": f"unix:{tmp_path}/gone.http"}
-        async with MeshMetrics(endpoints, lambda: RUNNING, timeout_s=0.05).serving("127.0.0.1:0") as address:
+        async with MeshMetrics(endpoints, lambda: RUNNING, timeout_s=2.0).serving("127.0.0.1:0") as address:
             _, text = await fetch(address, "/metrics", 20.0)
             status, reasons = await fetch(address, "/ready", 20.0)
     assert [labels["process"] for _, labels, _ in samples(text, "g")] == ["a"]
@@ -85,7 +85,7 @@ async def test_a_process_that_hangs_costs_only_its_own_metrics(tmp_path: Path) -
         ("gone", 0),
     ]
     assert status == 503
-    assert f"not ready: b: {hanging} did not respond within 0.05 s\n" in reasons.decode()
+    assert f"not ready: b: {hanging} did not respond within 2 s\n" in reasons.decode()
 
 
 async def test_a_mesh_is_ready_when_all_of_its_processes_are(tmp_path: Path) -> None:
