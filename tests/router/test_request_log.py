@@ -1,7 +1,9 @@
+import json
 import logging
 
 import pytest
 
+from muxmesh.log_format import JsonFormatter
 from muxmesh.quoting import OneLineFormatter
 from muxmesh.types import Waits
 from router.attempt import Prefilled
@@ -62,3 +64,11 @@ def test_a_hostile_id_stays_in_one_short_line(caplog: pytest.LogCaptureFixture) 
     assert "\n" not in line and "\x1b" not in line
     assert len(vars(caplog.records[0])["request_id"]) <= 103
     assert "\n" not in vars(caplog.records[0])["request_id"]
+
+
+def test_in_json_the_values_are_fields_of_the_object(caplog: pytest.LogCaptureFixture) -> None:
+    log_request(record(), "OK", 112.0)
+    written = json.loads(JsonFormatter("router").format(caplog.records[0]))
+    assert written["message"] == caplog.messages[0]
+    assert (written["request_id"], written["output_tokens"], written["decode_s"]) == ("r-1", 5, 8.0)
+    assert written["waited_for"] == {"kv": 0.75, "order": 0.25}
