@@ -24,6 +24,7 @@ from tests.compose.engine_parts import FOLDER, PYTHON_IMAGE, SERVICES_IMAGE, pro
 
 _START = """
 rm -rf "$1/dockerd.pid" "$1/exec"  # of an engine in the same folder that was killed
+rm -rf "$1/dockerd.pid" "$1/exec"  # of an engine in the same folder that was killed
 mount --bind "$1/resolv.conf" /etc/resolv.conf
 ip link set lo up
 exec dockerd --data-root "$1/data" --exec-root "$1/exec" --pidfile "$1/dockerd.pid" --host "unix://$1/docker.sock" \

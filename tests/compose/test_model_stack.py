@@ -1,0 +1,52 @@
+"""The stack of compose/ as it is committed: SmolLM2, downloaded by prepare into the cache volume."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from tests.compose.docker_engine import DockerEngine
+from tests.compose.stack import Stack, running_stack
+
+MODEL = "smollm2-135m-instruct"
+WARM_START_S = 60
+"""The most that `docker compose up -d --wait` may take when the model and the kernels are in the cache volume."""
+READ_METRICS = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:9464/metrics').read().decode())"
+
+
+@pytest.fixture(scope="module")
+def smollm(engine: DockerEngine, images: str, index_values: Mapping[str, str]) -> Iterator[tuple[Stack, float]]:
+    """The stack, and the seconds that its second start took: the first one filled the cache."""
+    values = {"PORT": "50066", "START_PERIOD": "180s", **index_values}
+    with running_stack(Stack(engine, "muxmesh-model", values)) as stack:
+        cold_s = stack.up()
+        assert stack.compose("down", "--timeout", "5").code == 0
+        warm_s = stack.up()
+        print(f"\nSmolLM2 healthy after {cold_s:.1f} s with an empty cache, {warm_s:.1f} s with a warm one")
+        yield stack, warm_s
+
+
+def test_it_serves_within_a_minute_with_a_warm_cache(smollm: tuple[Stack, float]) -> None:
+    _, warm_s = smollm
+    assert warm_s < WARM_START_S
+
+
+def test_a_chat_is_answered_over_the_published_port(smollm: tuple[Stack, float]) -> None:
+    stack, _ = smollm
+    result = stack.muxmesh("generate", "--chat", "--temperature", "0", "What is the capital of France?")
+    assert result.code == 0 and "The capital of France is Paris." in result.output
+
+
+def test_no_byte_of_kv_is_copied_from_container_to_container(smollm: tuple[Stack, float]) -> None:
+    stack, _ = smollm
+    with stack.streams(MODEL, 4, 24) as streams:
+        pass
+    assert all(one.tokens and not one.error for one in streams)
+    (unit,) = stack.status()["units"]
+    assert unit["transport"] == "host shm"
+    assert int(unit["pool"]["num_handoffs"]) >= 4
+    metrics = stack.compose("exec", "-T", "kvstore", "python", "-c", READ_METRICS)
+    copied = re.findall(r"^muxmesh_kv_copied_bytes_total(?:\{.*\})? (\S+)$", metrics.output, re.MULTILINE)
+    assert copied and set(map(float, copied)) == {0.0}
