@@ -26,6 +26,7 @@ PAGES = (
     "docs/metrics.md",
     "docs/operations.md",
     "docs/python_client.md",
+    "compose/README.md",
 )
 """Pages that describe the present. The log and the decisions keep the names of their day."""
 PACKAGES = ("muxmesh", "kvstore", "worker", "prefill_svc", "decode_svc", "router", "simulator", "loadtest")
