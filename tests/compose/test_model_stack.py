@@ -47,6 +47,13 @@ def test_no_byte_of_kv_is_copied_from_container_to_container(smollm: tuple[Stack
     (unit,) = stack.status()["units"]
     assert unit["transport"] == "host shm"
     assert int(unit["pool"]["num_handoffs"]) >= 4
-    metrics = stack.compose("exec", "-T", "kvstore", "python", "-c", READ_METRICS)
-    copied = re.findall(r"^muxmesh_kv_copied_bytes_total(?:\{.*\})? (\S+)$", metrics.output, re.MULTILINE)
-    assert copied and set(map(float, copied)) == {0.0}
+    for service in ("prefill", "decode"):
+        metrics = stack.compose("exec", "-T", service, "python", "-c", READ_METRICS).output
+        assert metric("muxmesh_worker_computed_tokens_total", metrics) > 0
+        assert metric("muxmesh_kv_copied_bytes_total", metrics) == 0
+
+
+def metric(name: str, text: str) -> float:
+    """The one value of a metric."""
+    (value,) = re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
+    return float(value)

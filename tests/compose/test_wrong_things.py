@@ -83,7 +83,7 @@ def test_profile_gpu_without_a_gpu_says_so(stack: MakeStack, engine: DockerEngin
 
 @pytest.mark.parametrize(("service", "what"), [("kvstore", "kv_pool"), ("decode", "a worker needs")])
 def test_a_memory_limit_that_is_too_small_is_named(stack: MakeStack, tmp_path: Path, service: str, what: str) -> None:
-    one = stack({}, override(tmp_path, f"  {service}: {{mem_limit: 60m}}"))
+    one = stack({"START_PERIOD": "5s"}, override(tmp_path, f"  {service}: {{mem_limit: 60m}}"))
     assert one.compose(*UP).code != 0
     (line,) = lines_of(one, service)
     assert what in line and "memory limit" in line and line.endswith(" is 60.0MiB")
