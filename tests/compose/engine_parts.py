@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "docker-engine"
@@ -97,10 +98,14 @@ def _make_services_image(image: Path) -> None:
         "--variant=extract",
         "--include=redis-server,redis-tools",
         *_WITHOUT_DOCUMENTATION,
-        f"--customize-hook=copy-in {FOLDER}/prometheus/usr/bin/prometheus /usr/bin",
         _SUITE,
         str(partial),
     )
+    with tarfile.open(partial, "a") as files:
+        files.add(FOLDER / "prometheus" / "usr" / "bin" / "prometheus", "./usr/bin/prometheus")
+        data = tarfile.TarInfo("./prometheus")  # a new volume takes owner and mode from it, as in Prometheus' image
+        data.type, data.mode, data.uid, data.gid = tarfile.DIRTYPE, 0o755, 65534, 65534
+        files.addfile(data)
     shutil.rmtree(FOLDER / "prometheus")
     partial.rename(image)
 

@@ -23,7 +23,7 @@ from tests.compose.stream_client import Stream
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "compose"
-_LONGEST_WAIT_S = 240
+_LONGEST_WAIT_S = 150
 
 
 @dataclass(frozen=True, slots=True)

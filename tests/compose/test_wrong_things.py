@@ -46,7 +46,7 @@ def test_a_volume_of_another_user_is_named_with_both_uids(stack: MakeStack, engi
     engine.docker("run", "--rm", "--user", "0", "-v", f"{volume}:/v", "muxmesh-control:dev", "sh", "-c", script)
     try:
         assert one.compose(*UP).code != 0
-        (line,) = lines_of(one, "prepare")
+        (line,) = [line for line in lines_of(one, "prepare") if line.startswith("muxmesh: ")]
         assert "/run/muxmesh" in line and "uid 0" in line and "uid 10001" in line
     finally:
         one.down()
