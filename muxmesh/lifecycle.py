@@ -21,6 +21,7 @@ from typing import Any
 
 import uvloop
 
+from muxmesh.background_task import background
 from muxmesh.errors import MeshError
 from muxmesh.log_format import LogFormat, format_of, formatter_of
 from muxmesh.metrics.monitor import Monitor
@@ -184,14 +185,15 @@ def run_service(
         sys.exit(1)
     raise_file_limit()
     monitor = monitor or Monitor()
-    monitor.watch(ServiceManager(os.environ).tell)
+    manager = ServiceManager(os.environ)
+    monitor.watch(manager.tell)
 
     async def until_stopped() -> tuple[bool, int]:
         stop = Stop()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        async with monitor.serving():
+        async with monitor.serving(), background(manager.keep_alive(), "watchdog"):
             is_served = await stop.run(main)
         return is_served, int(stop.has_given_up)
 

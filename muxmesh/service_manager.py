@@ -1,22 +1,37 @@
-"""Tells the service manager that started this process how it is: sd_notify(3) of systemd, for units of Type=notify."""
+"""Tells the service manager that started this process how it is: sd_notify(3) and sd_watchdog_enabled(3) of systemd.
+
+For units of Type=notify, and those with WatchdogSec, whose process is killed when it sends nothing for so long.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import socket
 from collections.abc import MutableMapping
 
 _log = logging.getLogger(__name__)
 
-_VARIABLE = "NOTIFY_SOCKET"
+_PARTS_OF_WATCHDOG = 3
+"""Messages in the time after which a silent process is killed."""
 
 
 class ServiceManager:
     """Sends messages to the socket that the environment names, if there is one."""
 
     def __init__(self, environment: MutableMapping[str, str]) -> None:
-        """Removes the variable, so that no child of this process sends messages in its name."""
-        self._address = environment.pop(_VARIABLE, "")
+        """Removes the variables, so that no child of this process sends messages in its name."""
+        self._address = environment.pop("NOTIFY_SOCKET", "")
+        watchdog_us, pid = environment.pop("WATCHDOG_USEC", ""), environment.pop("WATCHDOG_PID", str(os.getpid()))
+        is_watched = watchdog_us.isdigit() and pid == str(os.getpid())
+        self._alive_every_s = int(watchdog_us) / 1e6 / _PARTS_OF_WATCHDOG if is_watched else None
+
+    async def keep_alive(self) -> None:
+        """Reports until it is cancelled that the event loop runs. Returns at once if nobody watches this process."""
+        while self._alive_every_s is not None:
+            self._send("WATCHDOG=1")
+            await asyncio.sleep(self._alive_every_s)
 
     def tell(self, not_ready: str) -> None:
         """Reports this process as ready or, with a reason, as not ready. An error is logged."""

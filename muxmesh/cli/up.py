@@ -17,6 +17,7 @@ from pathlib import Path
 
 import uvloop
 
+from muxmesh.background_task import background
 from muxmesh.cli.common import cache_dir, current_dir, default_state_dir
 from muxmesh.cli.console import Console
 from muxmesh.cli.operator_messages import OperatorMessages
@@ -84,17 +85,18 @@ async def _serve(
     mesh = MeshSupervisor(runtime, state_dir, messages.show_line, SystemClock())
     stopped = asyncio.create_task(stop.wait())
     starting = asyncio.create_task(_start(mesh, messages, manager, hello, started_at_s))
-    try:
-        await asyncio.wait({stopped, starting}, return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            await starting  # raises the error of a failed start
-            await stopped
-    finally:
-        starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
-        messages.progress("stopping")
-        manager.stopping()
-        await mesh.stop()
+    async with background(manager.keep_alive(), "watchdog"):
+        try:
+            await asyncio.wait({stopped, starting}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                await starting  # raises the error of a failed start
+                await stopped
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            messages.progress("stopping")
+            manager.stopping()
+            await mesh.stop()
     return 0
 
 

@@ -1,4 +1,6 @@
+import asyncio
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from muxmesh.background_task import background
 from muxmesh.service_manager import ServiceManager
 
 
@@ -41,3 +44,25 @@ def test_a_socket_that_is_gone_is_logged(tmp_path: Path, caplog: pytest.LogCaptu
         ServiceManager({"NOTIFY_SOCKET": str(tmp_path / "none")}).tell("")
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("the service manager cannot be told 'READY=1': ")
+
+
+@pytest.mark.parametrize(
+    ("watchdog_us", "pid", "is_watched"), [("3000", "", True), ("3000", "1", False), ("", "", False)]
+)
+async def test_a_watched_process_reports_that_its_event_loop_runs(
+    tmp_path: Path, watchdog_us: str, pid: str, is_watched: bool
+) -> None:
+    path = str(tmp_path / "notify")
+    environment = {"NOTIFY_SOCKET": path, "WATCHDOG_USEC": watchdog_us, "WATCHDOG_PID": pid or str(os.getpid())}
+    with listening(path) as listener:
+        listener.setblocking(False)
+        manager = ServiceManager(environment)
+        async with background(manager.keep_alive(), "watchdog"), asyncio.timeout(20):
+            if is_watched:
+                loop = asyncio.get_running_loop()
+                assert [await loop.sock_recv(listener, 100) for _ in range(3)] == [b"WATCHDOG=1"] * 3
+            else:
+                await manager.keep_alive()
+                with pytest.raises(BlockingIOError):
+                    listener.recv(100)
+    assert environment == {}
