@@ -23,12 +23,11 @@ class LockHeldError(Exception):
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[None]:
     """Creates the file and holds the lock on it while the block runs. Raises OSError or LockHeldError."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    lock = _locked(path)
+    while not _is_at(lock, path):  # its last holder has deleted it in between
+        os.close(lock)
+        lock = _locked(path)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LockHeldError(os.read(lock, 20).decode(errors="replace").strip()) from None
         with contextlib.suppress(OSError):  # a full disk: the lock holds without the pid
             os.ftruncate(lock, 0)
             os.write(lock, str(os.getpid()).encode())
@@ -37,10 +36,34 @@ def file_lock(path: Path) -> Iterator[None]:
         os.close(lock)
 
 
+def _locked(path: Path) -> int:
+    """A file descriptor of the file, with the lock. Raises OSError or LockHeldError."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(lock, 20).decode(errors="replace").strip()
+        os.close(lock)
+        raise LockHeldError(holder) from None
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether the open file is the one at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def only_process(run_dir: Path, name: str) -> Iterator[None]:
     """Holds the name of a process on a run folder while the block runs, so that no other takes its sockets.
 
+    Deletes the file afterwards, since names of routers in containers are used once.
     Raises ConfigError if another process has the name, or this one may not create sockets in the folder.
     """
     path = run_dir / f"{name.replace('/', '-')}.lock"
@@ -56,4 +79,8 @@ def only_process(run_dir: Path, name: str) -> Iterator[None]:
             raise ConfigError(why_denied(path)) from error
         except OSError as error:
             raise ConfigError(f"{run_dir}: no socket can be created there: {error.strerror}") from error
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()

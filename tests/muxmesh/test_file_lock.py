@@ -56,6 +56,20 @@ def test_a_second_process_of_one_name_on_a_run_folder_is_refused(tmp_path: Path)
         pass
 
 
+def test_the_name_of_a_process_leaves_no_file(tmp_path: Path) -> None:
+    with only_process(tmp_path, "router-0f3a"):
+        assert [path.name for path in tmp_path.iterdir()] == ["router-0f3a.lock"]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_lock_on_a_file_that_has_been_deleted_is_not_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    with file_lock(path):
+        path.unlink()
+        with file_lock(path), pytest.raises(LockHeldError), file_lock(path):
+            pass
+
+
 def test_a_run_folder_that_is_missing_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "none"
     expected = re.escape(f"{folder}: no socket can be created there: No such file or directory")
