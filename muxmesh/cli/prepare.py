@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from muxmesh.cli.common import cache_dir, current_dir
@@ -46,19 +48,28 @@ def _run(arguments: argparse.Namespace, messages: OperatorMessages) -> int:
     config.check_port_is_fixed()
     run_dir = local_path(str(arguments.run_dir), current_dir())
     path = run_dir / RUNTIME_FILE
-    try:
+    with _named(run_dir):
         _create(run_dir)
         before = _earlier_runtime(path, config)
-        asyncio.run(check_redis(config.redis_url or ""))
-        runtime = _runtime(config, preparation.prepare(), run_dir)
+    asyncio.run(check_redis(config.redis_url or ""))
+    mesh = preparation.prepare()
+    with _named(run_dir):
+        runtime = _runtime(config, mesh, run_dir)
         runtime.check_socket_paths()
         runtime.write(path)
+    messages.result(_summary(path, before, runtime))
+    return 0
+
+
+@contextlib.contextmanager
+def _named(run_dir: Path) -> Iterator[None]:
+    """Turns an OSError of the block, which uses the run folder, into a ConfigError."""
+    try:
+        yield
     except PermissionError as error:
         raise ConfigError(why_denied(Path(error.filename or run_dir))) from error
     except OSError as error:
         raise ConfigError(f"{run_dir}: cannot be written: {error.strerror}") from error
-    messages.result(_summary(path, before, runtime))
-    return 0
 
 
 def _create(run_dir: Path) -> None:
