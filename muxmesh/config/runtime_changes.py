@@ -8,6 +8,8 @@ from muxmesh.config.runtime import MeshRuntime
 
 _OF_ROUTERS = frozenset({"listen", "router"})
 """Fields of mesh.yaml that only routers read."""
+_OF_THE_SUPERVISOR = {"metrics"}
+"""Fields of mesh.yaml that no service reads."""
 _BY_UNIT = ("prepared", "device_uuids")
 
 
@@ -16,23 +18,28 @@ def restarts_needed(before: MeshRuntime, after: MeshRuntime) -> list[str]:
 
     Routers read everything. The processes of a unit read what is about their unit, and what is not about one unit.
     """
-    if before == after:
+    if _of_services(before) == _of_services(after):
         return []
     endpoints = {**before.endpoints(), **after.endpoints()}
     common_has_changed = _common(before) != _common(after)
     return [
-        endpoint.name
+        "every router" if key.role == "router" else endpoint.name
         for key, endpoint in endpoints.items()
         if key.role == "router" or common_has_changed or _of_unit(before, key.unit) != _of_unit(after, key.unit)
     ]
 
 
+def _of_services(runtime: MeshRuntime) -> dict[str, Any]:
+    return runtime.model_dump(exclude={"config": _OF_THE_SUPERVISOR})
+
+
 def _common(runtime: MeshRuntime) -> dict[str, Any]:
     """What concerns the processes of every unit."""
-    content = runtime.model_dump(exclude={"tenant_secret", *_BY_UNIT})
-    content["config"] = {
-        field: value for field, value in content["config"].items() if field != "units" and field not in _OF_ROUTERS
-    }
+    content = _of_services(runtime)
+    for field in ("tenant_secret", *_BY_UNIT):
+        del content[field]
+    for field in ("units", *_OF_ROUTERS):
+        del content["config"][field]
     return content
 
 

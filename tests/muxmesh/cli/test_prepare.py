@@ -64,7 +64,7 @@ def test_a_changed_file_names_the_processes_that_have_to_restart(
     config.write_text(UNIT.replace("64MiB", "32MiB"))
     assert prepare(config, redis_url) == 0
     assert capsys.readouterr().out.endswith(
-        "; it has changed: restart kvstore/u, prefill/m, decode/m, router, if they run\n"
+        "; it has changed: restart kvstore/u, prefill/m, decode/m, every router, if they run\n"
     )
 
 

@@ -9,6 +9,7 @@ from muxmesh.config.runtime import MeshRuntime, PreparedModel
 from muxmesh.config.runtime_changes import restarts_needed
 from muxmesh.config.schema import MeshConfig
 
+ROUTERS = "every router"
 U, V = ["kvstore/u", "prefill/a", "decode/a"], ["kvstore/v", "prefill/b", "decode/b"]
 
 
@@ -27,14 +28,15 @@ def runtime_of(v: dict[str, Any] | None = None, fingerprint: str = "w", redis: s
     ("change", "names"),
     [
         ({}, []),
-        ({"listen": "127.0.0.1:1"}, ["router"]),
-        ({"router": {"max_restarts": 1}}, ["router"]),
-        ({"v": {"kv_pool": "64MiB"}}, [*V, "router"]),
-        ({"v": {"models": [{"name": "b", "max_num_seqs": 1}]}}, [*V, "router"]),
-        ({"fingerprint": "other"}, [*V, "router"]),
-        ({"v": {"models": [{"name": "c"}]}}, [*V, "router", "prefill/c", "decode/c"]),
-        ({"order": {"policy": "fcfs"}}, [*U, *V, "router"]),
-        ({"redis": "y"}, [*U, *V, "router"]),
+        ({"metrics": {"listen": "127.0.0.1:9464"}}, []),
+        ({"listen": "127.0.0.1:1"}, [ROUTERS]),
+        ({"router": {"max_restarts": 1}}, [ROUTERS]),
+        ({"v": {"kv_pool": "64MiB"}}, [*V, ROUTERS]),
+        ({"v": {"models": [{"name": "b", "max_num_seqs": 1}]}}, [*V, ROUTERS]),
+        ({"fingerprint": "other"}, [*V, ROUTERS]),
+        ({"v": {"models": [{"name": "c"}]}}, [*V, ROUTERS, "prefill/c", "decode/c"]),
+        ({"order": {"policy": "fcfs"}}, [*U, *V, ROUTERS]),
+        ({"redis": "y"}, [*U, *V, ROUTERS]),
     ],
 )
 def test_what_has_changed_concerns_these_processes(change: dict[str, Any], names: list[str]) -> None:
