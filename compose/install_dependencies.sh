@@ -12,6 +12,5 @@ $build -m pip --python /opt/muxmesh/bin/python install --quiet "$(echo /tmp/empt
 $build -m pip --python /opt/muxmesh/bin/python uninstall --quiet --yes muxmesh
 rm -r /tmp/empty
 # Tests of the libraries with native code are a tenth of an image.
-for library in numpy numba llvmlite; do
-    find /opt/muxmesh/lib/python3*/site-packages/$library -type d -name tests -prune -exec rm -r {} + 2>/dev/null || true
-done
+find /opt/muxmesh/lib/python3*/site-packages -type d -name tests \
+    \( -path '*/numpy/*' -o -path '*/numba/*' -o -path '*/llvmlite/*' \) -prune -exec rm -r {} +

@@ -10,6 +10,7 @@ import pytest
 from tests.compose.docker_engine import DockerEngine
 from tests.compose.stack import Stack, running_stack
 
+pytestmark = pytest.mark.timeout(600)  # the first test also waits for engine and images
 MODEL = "smollm2-135m-instruct"
 WARM_START_S = 60
 """The most that `docker compose up -d --wait` may take when the model and the kernels are in the cache volume."""

@@ -11,6 +11,7 @@ import pytest
 from tests.compose.docker_engine import DockerEngine
 from tests.compose.stack import Stack, running_stack
 
+pytestmark = pytest.mark.timeout(600)  # the first test also waits for engine and images
 NUM_STREAMS, NUM_TOKENS = 20, 150
 START_S = 15
 """The most that `docker compose up -d --wait` may take, images built."""

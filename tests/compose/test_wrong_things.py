@@ -13,6 +13,7 @@ from tests.compose.conftest import WRONG_PORT, MakeStack
 from tests.compose.docker_engine import DockerEngine
 from tests.compose.stack import Stack
 
+pytestmark = pytest.mark.timeout(600)  # the first test also waits for engine and images
 LISTEN = f"import socket, sys; s = socket.create_server(('127.0.0.1', {WRONG_PORT})); print('bound', flush=True)"
 UP = ("up", "-d", "--wait")
 
