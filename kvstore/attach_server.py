@@ -161,7 +161,7 @@ class AttachServer:
             try:
                 message = connection.recv(MAX_MESSAGE_BYTES)  # read first: an unread one would reset the connection
                 pid = identify_peer(connection)
-                hello = json.loads(message)
+                hello = _parsed_hello(message)
                 watch_fd = self._fence.watch(pid)
                 undo.callback(os.close, watch_fd)
                 if "writer_for" in hello:
@@ -182,10 +182,8 @@ class AttachServer:
     ) -> AttachmentRecord:
         missing = [field for field in ("role", "model", "address") if field not in hello]
         if missing:
-            raise ValueError(f"its hello lacks {', '.join(missing)}; a worker sends role, model and address")
+            raise ValueError(f"its first message lacks {', '.join(missing)}; a worker sends role, model and address")
         role, model_name, address = hello["role"], hello["model"], hello["address"]
-        if not (isinstance(model_name, str) and isinstance(address, str)):
-            raise TypeError("model and address must be strings")
         self._check_identity(model_name, hello.get("kv"))
         worker = self._unit.attach(Role(role), model_name, address, pid)
         undo.callback(self._unit.worker_exited, worker.name)
@@ -320,3 +318,17 @@ class AttachServer:
         self._grants.free_slot(attachment.slot)
         _log.info("%s exited; %d leases reclaimed", attachment.worker.name, num_leases)
         self._changed()
+
+
+def _parsed_hello(message: bytes) -> dict[str, Any]:
+    """The first message of a process. Raises ValueError if it is no JSON object, or a name in it is no string."""
+    try:
+        hello = json.loads(message)
+    except ValueError:
+        hello = None
+    if not isinstance(hello, dict):
+        raise ValueError("its first message is no JSON object")
+    for field in ("role", "model", "address", "writer_for"):
+        if not isinstance(hello.get(field, ""), str):
+            raise ValueError(f"its first message has {field}: {quoted(str(hello[field]))}; a string is needed")
+    return hello

@@ -187,27 +187,30 @@ async def test_the_reply_to_a_writer_comes_with_the_pool_only(
 
 
 @pytest.mark.parametrize(
-    "message",
+    ("message", "reason"),
     [
-        b"",
-        b"no json",
-        b"\xff",
-        b"[]",
-        b"5",
-        b"{}",
-        b'{"role": "decode", "model": "a"}',
-        b'{"role": "other", "model": "a", "address": ""}',
-        b'{"role": "decode", "model": ["a"], "address": ""}',
-        b'{"role": "decode", "model": "unknown", "address": ""}',
-        b'{"role": "decode", "model": "a", "address": 5}',
-        b'{"writer_for": "unknown"}',
-        b'{"writer_for": ["decode-a#1"]}',
+        (b"", "no JSON object"),
+        (b"no json", "no JSON object"),
+        (b"\xff", "no JSON object"),
+        (b"[]", "no JSON object"),
+        (b"5", "no JSON object"),
+        (b"{}", "lacks role, model, address;"),
+        (b'{"role": "decode", "model": "a"}', "lacks address;"),
+        (b'{"role": "other", "model": "a", "address": ""}', "'other' is not a valid Role"),
+        (b'{"role": "decode", "model": ["a"], "address": ""}', "model: \"['a']\"; a string is needed"),
+        (b'{"role": "decode", "model": "unknown", "address": ""}', "unknown"),
+        (b'{"role": "decode", "model": "a", "address": 5}', "address: '5'; a string is needed"),
+        (b'{"writer_for": "unknown"}', "no worker 'unknown' is attached"),
+        (b'{"writer_for": ["decode-a#1"]}', "writer_for"),
     ],
 )
-async def test_a_bad_first_message_is_refused_and_leaves_nothing(
-    served_unit: ServedUnit, peers: tuple[Peer, Peer], message: bytes
+async def test_a_bad_first_message_is_refused_with_the_reason_and_leaves_nothing(
+    served_unit: ServedUnit, peers: tuple[Peer, Peer], message: bytes, reason: str
 ) -> None:
-    assert await peers[0].hello(message) is None
+    refusal = await peers[0].hello(message)
+    assert refusal is not None
+    assert refusal.keys() == {"refused"}
+    assert reason in refusal["refused"]
     assert served_unit.unit.workers == {}
     reply = await peers[1].hello(json.dumps(HELLO).encode())
     assert reply is not None
