@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from pathlib import Path
 from tests.compose.engine_parts import FOLDER, PYTHON_IMAGE, SERVICES_IMAGE, problem, search_path
 
 _START = """
-rm -rf "$1/dockerd.pid" "$1/exec"  # of an engine in the same folder that was killed
 rm -rf "$1/dockerd.pid" "$1/exec"  # of an engine in the same folder that was killed
 mount --bind "$1/resolv.conf" /etc/resolv.conf
 ip link set lo up
@@ -58,7 +56,7 @@ class DockerEngine:
         }
 
     def docker(self, *arguments: str, timeout_s: float = 60) -> str:
-        """What `docker ARGUMENTS` prints. Raises CalledProcessError, with its words, if it fails."""
+        """What `docker ARGUMENTS` prints. Raises AssertionError, with its words, if it fails."""
         done = subprocess.run(
             ("docker", *arguments),
             env={**os.environ, **self.environment},
@@ -194,11 +192,6 @@ def main() -> None:
 def kept_engine(folder: Path) -> DockerEngine:
     """The engine that `main` runs in this folder."""
     return DockerEngine(folder, json.loads((folder / "engine.json").read_text())["pid"])
-
-
-def remove(folder: Path) -> None:
-    """Removes the folder of an engine that has ended."""
-    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
