@@ -22,6 +22,7 @@ def unit_status(
     copied_bytes = sum(
         _copied_bytes(page, slot_of(worker.name), unit.models[worker.model].shape.kv_bytes_per_token)
         for worker in unit.workers.values()
+        if worker.model in unit.models  # it may outlive its model
     )
     return mesh_pb2.UnitStatus(
         unit=config.name,
