@@ -98,7 +98,11 @@ class MeshServer:
         self._on_health("")
 
     async def stop(self, grace_s: float) -> None:
-        """Rejects new calls, waits up to ``grace_s`` for running ones, then cancels them."""
+        """Rejects new calls, waits up to ``grace_s`` for running ones, then cancels them.
+
+        A call that arrives at the moment of the stop ends with CANCELLED, later ones with UNAVAILABLE: gRPC cancels
+        what it has received and not yet passed on.
+        """
         self._on_health("stopping")
         await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.stop(grace_s)
