@@ -33,7 +33,8 @@ LIFETIME_S = 15.0
 
 _HEARTBEAT = """
 local known = redis.call('HGET', KEYS[2], ARGV[1])
-local before = tonumber(redis.call('HGET', KEYS[3], ARGV[1]) or '')
+local stored = redis.call('HGET', KEYS[3], ARGV[1]) or ''
+local before = #stored <= 9 and tonumber(string.match(stored, '^%d+$') or '')
 local count = before or tonumber(ARGV[5])
 if known and known ~= ARGV[3] then
     if ARGV[4] == 'again' then
@@ -65,6 +66,7 @@ end
 _MAX_UNIX_S = 1e12
 _MAX_PID = (1 << 31) - 1
 _MAX_DIGITS = 9
+"""Of a number of restarts; `_HEARTBEAT` has the same limit."""
 
 
 def redis_key(mesh_id: str, name: str) -> str:

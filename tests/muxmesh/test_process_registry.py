@@ -410,11 +410,14 @@ async def test_a_process_takes_its_name_back_when_the_other_has_crashed(
             await until(is_back)
 
 
-async def test_a_number_of_restarts_that_is_none_does_not_keep_a_process_from_registering(redis_url: str) -> None:
+@pytest.mark.parametrize("stored", ["many", "nan", "inf", "-1", "1e99", "9" * 400, ""])
+async def test_a_number_of_restarts_that_is_none_does_not_keep_a_process_from_registering(
+    redis_url: str, stored: str
+) -> None:
     instances = Instances(redis_url)
     async with open_redis(redis_url) as client:
         await instances.crash(counts_restarts=True)
-        await client.hset(redis_key("m", "restarts"), "decode/m", "many")
+        await client.hset(redis_key("m", "restarts"), "decode/m", stored)
         async with instances.registered(counts_restarts=True):
             assert await instances.restarts() == 1
 
