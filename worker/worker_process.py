@@ -103,10 +103,19 @@ def worker_main(role: Role, description: str, open_services: OpenServices) -> No
 
 
 def check_memory(runtime: MeshRuntime, key: ProcessKey, limit: MemoryLimit) -> None:
-    """Raises ConfigError if the memory limit of this process does not hold the weights and what a worker needs."""
+    """Raises ConfigError if the memory limit of this process does not hold the weights and what a worker needs.
+
+    Also if the weights are not there, as in a container that does not mount the cache.
+    """
     unit, config = runtime.model(key.unit, key.model)
     image = runtime.prepared_model(key.unit, key.model).image
-    problem = worker_problem(unit, config, 0 if image is None else image.stat().st_size, limit)
+    try:
+        weights_bytes = 0 if image is None else image.stat().st_size
+    except OSError as error:
+        raise ConfigError(
+            f"{runtime.display_name(key)}: the weights cannot be read: {image}: {error.strerror}"
+        ) from error
+    problem = worker_problem(unit, config, weights_bytes, limit)
     if problem is not None:
         raise ConfigError(f"{runtime.display_name(key)}: {problem}")
 

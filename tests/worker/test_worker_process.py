@@ -251,3 +251,11 @@ def test_a_worker_whose_memory_limit_is_too_small_is_refused(tmp_path: Path) -> 
     check_memory(runtime, key(Role.DECODE), MemoryLimit(enough_bytes, file))
     with pytest.raises(ConfigError, match=r"^decode/m: the weights of m are .*; the memory limit of this container"):
         check_memory(runtime, key(Role.DECODE), MemoryLimit(enough_bytes - 1, file))
+
+
+def test_a_worker_whose_weights_are_not_there_names_the_file(tmp_path: Path) -> None:
+    runtime, image = make_runtime(tmp_path), tmp_path / "image.f32"
+    runtime.prepared["unit0"]["m"] = PreparedModel(folder=None, image=image, weights_fingerprint="w")
+    with pytest.raises(ConfigError) as error:
+        check_memory(runtime, key(Role.DECODE), MemoryLimit(1 << 40))
+    assert str(error.value) == f"decode/m: the weights cannot be read: {image}: No such file or directory"
