@@ -33,13 +33,16 @@ class OperatorMessages:
         return self.log_format == "json"
 
     def use(self, log_format: LogFormat | None) -> None:
-        """Sets the format, also that of logs; None: that of the environment. Raises ConfigError if it has no such."""
+        """Sets the format, also that of logs. None: the one that the environment names.
+
+        Raises ConfigError if that is neither text nor json.
+        """
         self.log_format = configure_logging(logging.WARNING, log_format, self._process)
 
     def run(self, command: Callable[[], int]) -> int:
-        """Runs ``command`` in the format of the environment, until it knows that of mesh.yaml; returns its exit code.
+        """Runs ``command`` and returns its exit code. The format is that of the environment until ``command`` sets it.
 
-        An error of the mesh or of a file is raised, or in JSON an object of its own and exit code 1.
+        In text, MeshError and OSError are raised; in JSON they are printed as an object, and the exit code is 1.
         """
         self.use(None)
         try:
