@@ -1,4 +1,4 @@
-"""Two units as the Pods of a StatefulSet: one mesh.yaml, the same ports, a host and a run folder of its own for each."""
+"""Two units as the Pods of a StatefulSet: the same mesh.yaml and ports, but a host and a run folder of their own."""
 
 from __future__ import annotations
 
