@@ -21,8 +21,9 @@ from kvstore.unit import Unit, first_id
 from kvstore.unit_metrics import unit_families
 from kvstore.unit_model import UnitModel
 from muxmesh.background_task import background
+from muxmesh.block_hashes import KvIdentity
 from muxmesh.clock import Clock, SystemClock
-from muxmesh.config.runtime import MeshRuntime, ProcessKey
+from muxmesh.config.runtime import Endpoint, MeshRuntime, ProcessKey
 from muxmesh.config.schema import UnitConfig
 from muxmesh.cuda.driver import CudaDriver
 from muxmesh.errors import ConfigError, DeviceError
@@ -32,8 +33,8 @@ from muxmesh.machine_limits import MemoryLimit, memory_limit
 from muxmesh.metrics.monitor import Monitor
 from muxmesh.models.host_memory import kvstore_problem
 from muxmesh.models.prepared_model import kv_identity, model_spec
-from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.server import MeshServer
+from muxmesh.service_registration import registered_service
 from muxmesh.types import Role
 
 _log = logging.getLogger(__name__)
@@ -49,19 +50,12 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop, monitor: Monit
     config, clock, limit = runtime.unit(unit_name), SystemClock(), memory_limit()
     if (problem := kvstore_problem(config, limit)) is not None:
         raise ConfigError(f"unit {unit_name}: {problem}")
-    models = {
-        model.name: UnitModel.of(config, model, model_spec(runtime.prepared_model(unit_name, model.name).folder))
-        for model in config.models
-    }
-    policy = runtime.config.order.scheduling_policy()
-    unit = Unit(config.kv_pool, config.slab, models, first_id(clock.unix_s()), config.kv_swap, policy)
+    unit, identities = new_unit(runtime, config, clock), kv_identities(runtime, config)
     memory = open_memory(runtime, config)
     grants = GrantTable(all_at_once if runtime.uses_mps(unit_name) else one_at_a_time)
     swap_fd = new_memfd("muxmesh-kv-swap", config.kv_swap) if config.kv_swap else None
     await reserve_host_memory(memory, swap_fd, limit)
-    prepared = runtime.prepared[unit_name]
-    fingerprints = {model.name: prepared[model.name].weights_fingerprint for model in config.models}
-    identities = {model.name: kv_identity(config, model, prepared[model.name]).text for model in config.models}
+    fingerprints = {name: identity.weights for name, identity in identities.items()}
     service = KvStoreService(config, unit, grants, clock, fingerprints, runtime.config.order.trace)
 
     def end_group(reason: str, device_has_failed: bool) -> None:
@@ -77,32 +71,47 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop, monitor: Monit
         fence,
         service.changed,
         prover=share_prover(runtime, unit_name, memory, fence),
-        identities=identities,
+        identities={name: identity.text for name, identity in identities.items()},
     )
-    register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
     endpoint = runtime.endpoints()[ProcessKey("kvstore", unit_name)]
-    services = {kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register}
-    server = MeshServer(services, is_on_network=endpoint.is_on_network, on_health=monitor.set_ready)
+    server = _server(service, endpoint, monitor)
     await server.start(endpoint.listen)
     attach.start()
     asyncio.get_running_loop().add_reader(grants.doorbell_fd, grants.on_doorbell)
     monitor.add(lambda: unit_families(config, unit, memory.transport, service.num_overtaken))
     await server.set_serving()
-    registry = ProcessRegistry(runtime.redis_url, runtime.config.mesh_id, clock)
     watching = background(fence.run(), "MPS", stop.give_up) if isinstance(fence, MpsFence) else nullcontext()
-    registered = registry.registered(
-        endpoint.name,
-        endpoint.remote_address,
-        counts_restarts=runtime.counts_own_restarts(endpoint.name),
-        has_failed=lambda: stop.has_given_up,
-    )
-    async with watching, registered:
+    async with watching, registered_service(runtime, endpoint, stop, clock):
         await stop.wait()
     attach.close()
     if isinstance(fence, MpsFence):
         fence.close()
     await server.stop(grace_s=0.5)
     memory.close()
+
+
+def new_unit(runtime: MeshRuntime, config: UnitConfig, clock: Clock) -> Unit:
+    """The state of a unit that starts. Raises ValueError if a slab is too small for a token block of a model."""
+    models = {
+        model.name: UnitModel.of(config, model, model_spec(runtime.prepared_model(config.name, model.name).folder))
+        for model in config.models
+    }
+    policy = runtime.config.order.scheduling_policy()
+    return Unit(config.kv_pool, config.slab, models, first_id(clock.unix_s()), config.kv_swap, policy)
+
+
+def kv_identities(runtime: MeshRuntime, config: UnitConfig) -> dict[str, KvIdentity]:
+    """The identity of the KV of each model of a unit."""
+    return {
+        model.name: kv_identity(config, model, runtime.prepared_model(config.name, model.name))
+        for model in config.models
+    }
+
+
+def _server(service: KvStoreService, endpoint: Endpoint, monitor: Monitor) -> MeshServer:
+    register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
+    services = {kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register}
+    return MeshServer(services, is_on_network=endpoint.is_on_network, on_health=monitor.set_ready)
 
 
 def open_fence(

@@ -22,6 +22,7 @@ from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.client_limits import PublicLimits
 from muxmesh.rpc.server import MeshServer
 from muxmesh.scheduling_policy import SchedulingPolicy
+from muxmesh.service_registration import registered_service
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 from router.admission_client import UnitAdmission
 from router.api.inference_service import InferenceService
@@ -70,15 +71,8 @@ async def serve(
         driver = SequenceDriver(
             units.choose, functools.partial(run_attempt, workers, clock), clock, config.router.max_restarts
         )
-        snapshots = PredictorSnapshots(runtime.redis_url, config.mesh_id)
-        predictor, checked = await snapshots.load()
-        secret = bytes.fromhex(runtime.tenant_secret) or rng.randbytes(SECRET_BYTES)
-        forecaster = LengthForecaster(checked, config.router.predictor_budget_s, clock, secret)
-        stack.callback(forecaster.close)
-        await stack.enter_async_context(snapshots.saved(forecaster, predictor, checked))
-        short = stack.enter_context(ThreadPoolExecutor(2, "tokenize"))
-        long = stack.enter_context(ThreadPoolExecutor(2, "tokenize-long", functools.partial(os.nice, _LONG_NICENESS)))
-        tokenizer = PromptTokenizer(short, long, config.router.max_waiting_prompt_bytes)
+        forecaster = await _open_forecaster(runtime, clock, rng, stack)
+        tokenizer = _open_tokenizer(config.router.max_waiting_prompt_bytes, stack)
         metrics = RequestMetrics({model.name: model.limits.max_model_len for model in models})
         pipeline = GenerationPipeline(
             models, units, driver, forecaster, policy, config.router, clock, rng, tokenizer, metrics
@@ -96,13 +90,7 @@ async def serve(
         stop.allow(drain_s)
         await asyncio.gather(*(unit.admission.connected.wait() for unit in units))
         await server.set_serving()
-        own_registry = ProcessRegistry(runtime.redis_url, config.mesh_id, clock)
-        async with own_registry.registered(
-            endpoint.name,
-            config.listen,
-            counts_restarts=runtime.counts_own_restarts(endpoint.name),
-            has_failed=lambda: stop.has_given_up,
-        ):
+        async with registered_service(runtime, endpoint, stop, clock, config.listen):
             await stop.wait()
 
 
@@ -127,6 +115,26 @@ async def _open_units(
         }
         links.append(UnitLink(unit.name, admission, kvstore_pb2_grpc.KvStoreServiceStub(channel), placed))
     return Units(links)
+
+
+async def _open_forecaster(
+    runtime: MeshRuntime, clock: Clock, rng: random.Random, stack: AsyncExitStack
+) -> LengthForecaster:
+    """Opens the predictor of lengths from its last snapshot in Redis. ``stack`` saves and closes it."""
+    snapshots = PredictorSnapshots(runtime.redis_url, runtime.config.mesh_id)
+    predictor, checked = await snapshots.load()
+    secret = bytes.fromhex(runtime.tenant_secret) or rng.randbytes(SECRET_BYTES)
+    forecaster = LengthForecaster(checked, runtime.config.router.predictor_budget_s, clock, secret)
+    stack.callback(forecaster.close)
+    await stack.enter_async_context(snapshots.saved(forecaster, predictor, checked))
+    return forecaster
+
+
+def _open_tokenizer(max_waiting_bytes: int, stack: AsyncExitStack) -> PromptTokenizer:
+    """Starts the threads that tokenize. ``stack`` ends them."""
+    short = stack.enter_context(ThreadPoolExecutor(2, "tokenize"))
+    long = stack.enter_context(ThreadPoolExecutor(2, "tokenize-long", functools.partial(os.nice, _LONG_NICENESS)))
+    return PromptTokenizer(short, long, max_waiting_bytes)
 
 
 def _server(inference: InferenceService, mesh: MeshService, limits: PublicLimits, monitor: Monitor) -> MeshServer:

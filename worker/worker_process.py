@@ -20,7 +20,7 @@ from kvstore.progress_page import ProgressPage
 from muxmesh.background_task import background
 from muxmesh.block_hashes import KvIdentity
 from muxmesh.clock import Clock, SystemClock
-from muxmesh.config.runtime import MeshRuntime, ProcessKey
+from muxmesh.config.runtime import Endpoint, MeshRuntime, ProcessKey
 from muxmesh.config.schema import ModelConfig
 from muxmesh.engine.api import Engine
 from muxmesh.engine.native.kernel_cache import kernel_cache_dir
@@ -33,9 +33,9 @@ from muxmesh.metrics.monitor import Monitor
 from muxmesh.models.host_memory import worker_problem
 from muxmesh.models.model_spec import KvShape
 from muxmesh.models.prepared_model import kv_identity, model_spec
-from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.server import MeshServer, Register
+from muxmesh.service_registration import registered_service
 from muxmesh.types import EngineRequest, Lease, Role
 from worker.attachment import Attachment, attach, open_worker_device
 from worker.compute_grant import ComputeGrant
@@ -126,15 +126,9 @@ async def host_worker(
     """Serves one phase of one model until ``stop`` is set. Sets it if the unit is lost or the engine is dead."""
     unit, config = runtime.model(key.unit, key.model)
     endpoints, clock = runtime.endpoints(), SystemClock()
-    endpoint, role = endpoints[key], Role(key.role)
-    device = open_worker_device(config.compute_share.of(role) if unit.green_contexts else 100) if unit.is_cuda else None
     prepared = runtime.prepared_model(key.unit, key.model)
     identity = kv_identity(unit, config, prepared)
-    path = runtime.attach_path(key.unit)
-    attachment = await attach(path, role, key.model, endpoint.remote_address, device, identity.text)
-    if device is not None:
-        info = device.segments.device
-        await attachment.prove_share(info.num_sms, info.is_mps_client)
+    attachment = await _attach(runtime, key, endpoints[key], identity)
     attachment.on_unit_lost(lambda: stop.give_up("the unit is lost"))
     shape = model_spec(prepared.folder).kv_shape(config.block_size, config.kv_dtype)
     grant = ComputeGrant(attachment, clock)
@@ -146,32 +140,19 @@ async def host_worker(
         leases = LeaseClient(channel, attachment.worker)
         swapper = KvSwapper(attachment, shape, leases, clock) if attachment.pool.has_swap else None
         context = WorkerContext(
-            engine,
-            leases,
-            attachment.progress,
-            config,
-            identity,
-            swapper,
-            clock,
-            counters,
-            stop.give_up,
+            engine, leases, attachment.progress, config, identity, swapper, clock, counters, stop.give_up
         )
         async with (
             background(_watch_engine(engine, stop.give_up), "engine watch", stop.give_up),
             background(_send_heartbeats(attachment), "heartbeat", stop.give_up),
             open_services(context) as services,
         ):
+            endpoint = endpoints[key]
             server = MeshServer(services, is_on_network=endpoint.is_on_network, on_health=monitor.set_ready)
             await server.start(endpoint.listen)
             await server.set_serving()
             attachment.set_ready(True)
-            registry = ProcessRegistry(runtime.redis_url, runtime.config.mesh_id, clock)
-            async with registry.registered(
-                endpoint.name,
-                endpoint.remote_address,
-                counts_restarts=runtime.counts_own_restarts(endpoint.name),
-                has_failed=lambda: stop.has_given_up,
-            ):
+            async with registered_service(runtime, endpoint, stop, clock):
                 await stop.wait()
                 attachment.set_ready(False)  # the unit issues no more credits for this worker
             await server.stop(grace_s=0.5)
@@ -180,6 +161,19 @@ async def host_worker(
         if swapper:
             swapper.close()
     attachment.close()
+
+
+async def _attach(runtime: MeshRuntime, key: ProcessKey, endpoint: Endpoint, identity: KvIdentity) -> Attachment:
+    """Attaches to the unit. On a GPU: opens the device first, and proves this process's share of it."""
+    unit, config = runtime.model(key.unit, key.model)
+    role, path = Role(key.role), runtime.attach_path(key.unit)
+    if not unit.is_cuda:
+        return await attach(path, role, key.model, endpoint.remote_address, None, identity.text)
+    device = open_worker_device(config.compute_share.of(role) if unit.green_contexts else 100)
+    attachment = await attach(path, role, key.model, endpoint.remote_address, device, identity.text)
+    info = device.segments.device
+    await attachment.prove_share(info.num_sms, info.is_mps_client)
+    return attachment
 
 
 def _measured(monitor: Monitor, key: ProcessKey, attachment: Attachment, shape: KvShape) -> WorkerCounters:
