@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from muxmesh.config.runtime import MeshRuntime
+from muxmesh.config.runtime import MeshRuntime, ProcessKey
 
 _OF_ROUTERS = frozenset({"listen", "router"})
 """Fields of mesh.yaml that only routers read."""
@@ -20,12 +20,19 @@ def restarts_needed(before: MeshRuntime, after: MeshRuntime) -> list[str]:
     """
     if _of_services(before) == _of_services(after):
         return []
-    endpoints = {**before.endpoints(), **after.endpoints()}
+    earlier, later = before.endpoints(), after.endpoints()
     common_has_changed = _common(before) != _common(after)
+
+    def has_changed(key: ProcessKey) -> bool:
+        if key.role == "router" or common_has_changed or earlier.get(key) != later.get(key):
+            return True  # a worker has another name and socket if the model is on another number of units
+        return bool(_of_unit(before, key.unit) != _of_unit(after, key.unit))
+
+    endpoints = {**earlier, **later}
     return [
         "every router" if key.role == "router" else endpoint.name
         for key, endpoint in endpoints.items()
-        if key.role == "router" or common_has_changed or _of_unit(before, key.unit) != _of_unit(after, key.unit)
+        if has_changed(key)
     ]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import inf, isinf
 
 from prometheus_client import ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from muxmesh.metrics.family import Family, HistogramValue
@@ -26,12 +27,22 @@ class _Families(Collector):
 
 def render(families: Iterable[Family]) -> bytes:
     """The text of ``families`` and of ``process_*`` of this process. Reads /proc; takes about 10 us for a sample."""
-    return render_metrics([*map(_metric, families), *_PROCESS.collect()])
+    return generate_latest(_Families([*map(_metric, families), *_PROCESS.collect()]))
 
 
-def render_metrics(metrics: Iterable[Metric]) -> bytes:
-    """The text of metrics of prometheus_client."""
-    return generate_latest(_Families(metrics))
+def merge(texts: Mapping[str, bytes]) -> bytes:
+    """The metrics of several processes as one text: each family once, each sample with the label ``process``.
+
+    ``texts``: name of the process → its text. A sample that has the label already keeps it.
+    """
+    merged: dict[str, Metric] = {}
+    for process, text in texts.items():
+        for family in text_string_to_metric_families(text.decode()):
+            metric = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            metric.samples += [
+                sample._replace(labels={"process": process, **sample.labels}) for sample in family.samples
+            ]
+    return generate_latest(_Families(merged.values()))
 
 
 def _metric(family: Family) -> Metric:

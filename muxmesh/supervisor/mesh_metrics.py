@@ -12,11 +12,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from prometheus_client.metrics_core import Metric
-from prometheus_client.parser import text_string_to_metric_families
-
 from muxmesh.errors import Unavailable
-from muxmesh.metrics.exposition import CONTENT_TYPE, render, render_metrics
+from muxmesh.metrics.exposition import CONTENT_TYPE, merge, render
 from muxmesh.metrics.family import Family, Labels, counter, gauge
 from muxmesh.metrics.http_endpoint import HttpEndpoint, Response
 from muxmesh.metrics.monitor import build_info
@@ -105,18 +102,3 @@ class MeshMetrics:
             counter("muxmesh_process_restarts_total", "Restarts by the supervisor.", _PROCESS, num_restarts),
             gauge("muxmesh_scrape_ok", "1 if the process gave its metrics for this scrape.", _PROCESS, was_scraped),
         ]
-
-
-def merge(texts: Mapping[str, bytes]) -> bytes:
-    """The metrics of several processes as one text: each family once, each sample with the label ``process``.
-
-    ``texts``: name of the process → its text. A sample that has the label already keeps it.
-    """
-    merged: dict[str, Metric] = {}
-    for process, text in texts.items():
-        for family in text_string_to_metric_families(text.decode()):
-            metric = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            metric.samples += [
-                sample._replace(labels={"process": process, **sample.labels}) for sample in family.samples
-            ]
-    return render_metrics(merged.values())

@@ -37,6 +37,10 @@ def runtime_of(v: dict[str, Any] | None = None, fingerprint: str = "w", redis: s
         ({"v": {"models": [{"name": "c"}]}}, [*V, ROUTERS, "prefill/c", "decode/c"]),
         ({"order": {"policy": "fcfs"}}, [*U, *V, ROUTERS]),
         ({"redis": "y"}, [*U, *V, ROUTERS]),
+        (
+            {"v": {"models": [{"name": "b"}, {"name": "a"}]}},
+            ["prefill/u/a", "decode/u/a", *V, ROUTERS, "prefill/v/a", "decode/v/a"],
+        ),
     ],
 )
 def test_what_has_changed_concerns_these_processes(change: dict[str, Any], names: list[str]) -> None:

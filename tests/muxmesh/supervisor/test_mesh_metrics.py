@@ -10,7 +10,7 @@ from muxmesh.errors import ConfigError
 from muxmesh.metrics.family import gauge
 from muxmesh.metrics.monitor import Monitor
 from muxmesh.metrics.scrape import fetch
-from muxmesh.supervisor.mesh_metrics import MeshMetrics, ProcessCount, merge
+from muxmesh.supervisor.mesh_metrics import MeshMetrics, ProcessCount
 
 RUNNING = [ProcessCount("a", True, 0), ProcessCount("b", True, 2), ProcessCount("redis", True, 0)]
 
@@ -112,15 +112,3 @@ async def test_an_address_in_use_is_refused() -> None:
         with pytest.raises(ConfigError, match="Address already in use"):
             async with MeshMetrics({}, lambda: RUNNING).serving(address):
                 pass
-
-
-def test_a_family_of_several_processes_has_one_type_and_hostile_labels_stay_labels() -> None:
-    one = b'# HELP c_total Help.\n# TYPE c_total counter\nc_total{code="a\\"b\\\\\\n}"} 2\n'
-    other = b'# HELP c_total Help.\n# TYPE c_total counter\nc_total{code="x"} 3\nc_total{code="y",process="z"} 4\n'
-    text = merge({"p": one, "q": other})
-    assert text.count(b"# TYPE c_total counter") == 1
-    assert samples(text, "c_total") == [
-        ("c_total", {"code": 'a"b\\\n}', "process": "p"}, 2),
-        ("c_total", {"code": "x", "process": "q"}, 3),
-        ("c_total", {"code": "y", "process": "z"}, 4),
-    ]
