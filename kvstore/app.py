@@ -111,7 +111,7 @@ def kv_identities(runtime: MeshRuntime, config: UnitConfig) -> dict[str, KvIdent
 def _server(service: KvStoreService, endpoint: Endpoint, monitor: Monitor) -> MeshServer:
     register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
     services = {kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register}
-    return MeshServer(services, is_on_network=endpoint.is_on_network, on_health=monitor.set_ready)
+    return MeshServer(services, is_on_network=endpoint.is_on_network, on_health=monitor.report)
 
 
 def open_fence(

@@ -175,8 +175,8 @@ def run_service(
     """Configures logging and runs ``main(stop)`` on uvloop until it returns. SIGTERM and SIGINT set ``stop``.
 
     ``process``: its name in logs until ``main`` has read the runtime file and calls `configure_logging` itself. Serves
-    ``monitor`` meanwhile, and tells its changes to the service manager. Raises the limit on open files before. The exit
-    code is 0 after a signal; 1 if the service gave up, or ended with an error, which for a MeshError is one line.
+    ``monitor`` meanwhile, and reports its changes to the service manager. Raises the limit on open files before. The
+    exit code is 0 after a signal; 1 if the service gave up, or ended with an error, which for a MeshError is one line.
     """
     try:
         configure_logging(logging.INFO, None, process)
@@ -186,7 +186,7 @@ def run_service(
     raise_file_limit()
     monitor = monitor or Monitor()
     manager = ServiceManager(os.environ)
-    monitor.watch(manager.tell)
+    monitor.watch(manager.report)
 
     async def until_stopped() -> tuple[bool, int]:
         stop = Stop()

@@ -1,4 +1,4 @@
-"""Tells the service manager that started this process how it is: sd_notify(3) and sd_watchdog_enabled(3) of systemd.
+"""Reports the state of this process to the service manager: sd_notify(3) and sd_watchdog_enabled(3) of systemd.
 
 For units of Type=notify, and those with WatchdogSec, whose process is killed when it sends nothing for so long.
 """
@@ -33,7 +33,7 @@ class ServiceManager:
             self._send("WATCHDOG=1")
             await asyncio.sleep(self._alive_every_s)
 
-    def tell(self, not_ready: str) -> None:
+    def report(self, not_ready: str) -> None:
         """Reports this process as ready or, with a reason, as not ready. An error is logged."""
         self._send(f"STATUS=not ready: {not_ready}" if not_ready else "READY=1\nSTATUS=ready")
 
@@ -49,4 +49,4 @@ class ServiceManager:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
                 connection.sendto(message.encode(), address)
         except OSError as error:
-            _log.warning("the service manager cannot be told %r: %s", message.partition("\n")[0], error)
+            _log.warning("the service manager did not get %r: %s", message.partition("\n")[0], error)

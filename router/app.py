@@ -148,5 +148,5 @@ def _server(inference: InferenceService, mesh: MeshService, limits: PublicLimits
             ),
         },
         limits,
-        on_health=monitor.set_ready,
+        on_health=monitor.report,
     )

@@ -148,7 +148,7 @@ async def host_worker(
             open_services(context) as services,
         ):
             endpoint = endpoints[key]
-            server = MeshServer(services, is_on_network=endpoint.is_on_network, on_health=monitor.set_ready)
+            server = MeshServer(services, is_on_network=endpoint.is_on_network, on_health=monitor.report)
             await server.start(endpoint.listen)
             await server.set_serving()
             attachment.set_ready(True)

@@ -104,7 +104,7 @@ async def _start(
     mesh: MeshSupervisor, messages: OperatorMessages, manager: ServiceManager, hello: str | None, started_at_s: float
 ) -> None:
     await mesh.start()
-    manager.tell("")
+    manager.report("")
     listen = mesh.runtime.config.listen
     messages.result(f"muxmesh ready on {listen}")
     if mesh.metrics_address:

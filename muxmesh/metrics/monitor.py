@@ -36,14 +36,14 @@ class Monitor:
         """Adds a collector to `/metrics`."""
         self._collectors.append(collect)
 
-    def set_ready(self, not_ready: str = "") -> None:
+    def report(self, not_ready: str = "") -> None:
         """Reports the service as ready or, with a reason, as not ready."""
         self._not_ready = not_ready
         for watcher in self._watchers:
             watcher(not_ready)
 
     def watch(self, watcher: Callable[[str], None]) -> None:
-        """Calls ``watcher`` like `set_ready`, with each later change."""
+        """Calls ``watcher`` like `report`, with each later change."""
         self._watchers.append(watcher)
 
     @asynccontextmanager

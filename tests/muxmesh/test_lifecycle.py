@@ -366,8 +366,8 @@ from muxmesh.metrics.monitor import Monitor
 monitor = Monitor()
 
 async def main(stop):
-    monitor.set_ready()
-    monitor.set_ready("stopping")
+    monitor.report()
+    monitor.report("stopping")
     assert "NOTIFY_SOCKET" not in os.environ
 
 run_service(main, "kvstore/u", monitor)

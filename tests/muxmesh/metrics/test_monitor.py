@@ -32,9 +32,9 @@ async def test_readiness_has_its_reason() -> None:
     async with monitor.serving() as address:
         assert (await sent(address, get("/live"))).startswith(b"HTTP/1.1 200 ")
         starting = await sent(address, get("/ready"))
-        monitor.set_ready()
+        monitor.report()
         ready = await sent(address, get("/ready"))
-        monitor.set_ready("stopping")
+        monitor.report("stopping")
         stopping = await sent(address, get("/ready"))
     assert starting.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
     assert body(starting) == "not ready: starting\n"

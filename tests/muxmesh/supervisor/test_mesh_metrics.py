@@ -97,7 +97,7 @@ async def test_a_mesh_is_ready_when_all_of_its_processes_are(tmp_path: Path) -> 
             found = [await fetch(address, "/ready", 20.0)]
             processes[1] = ProcessCount("redis", True, 2)
             found.append(await fetch(address, "/ready", 20.0))
-            monitor.set_ready()
+            monitor.report()
             found.append(await fetch(address, "/ready", 20.0))
             assert await fetch(address, "/live", 20.0) == (200, b"live\n")
     assert found == [
