@@ -34,17 +34,20 @@ async def test_a_call_without_a_server_is_unavailable_at_once(tmp_path: Path) ->
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[tuple[socket.socket, str]]:
-    """A socket that speaks no HTTP/2, with its address."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+def listening(path: Path | None) -> Iterator[tuple[socket.socket, str]]:
+    """A unix socket at ``path``, or a TCP port, that speaks no HTTP/2, with its address."""
+    with socket.socket(socket.AF_INET if path is None else socket.AF_UNIX) as listener:
+        listener.bind(("127.0.0.1", 0) if path is None else str(path))
+        listener.listen()
         listener.setblocking(False)
-        yield listener, f"127.0.0.1:{listener.getsockname()[1]}"
+        yield listener, f"127.0.0.1:{listener.getsockname()[1]}" if path is None else f"unix:{path}"
 
 
-async def test_a_channel_makes_seven_attempts_to_connect_within_seconds() -> None:
+@pytest.mark.parametrize("is_on_network", [False, True])
+async def test_a_channel_makes_seven_attempts_to_connect_within_seconds(tmp_path: Path, is_on_network: bool) -> None:
     """With the default options of gRPC, the back-off makes it 20 seconds or more."""
     loop = asyncio.get_running_loop()
-    with listening() as (listener, address):
+    with listening(None if is_on_network else tmp_path / "a.sock") as (listener, address):
         async with internal_channel(address) as channel:
             call = asyncio.create_task(is_serving(channel, wait_for_ready=True))
             async with asyncio.timeout(15):
@@ -56,9 +59,12 @@ async def test_a_channel_makes_seven_attempts_to_connect_within_seconds() -> Non
             await asyncio.gather(call, return_exceptions=True)
 
 
-async def test_a_call_to_a_process_that_is_stopped_waits_and_does_not_fail() -> None:
-    """The kernel accepts the connection, and nobody responds, until the process continues or is killed."""
-    with listening() as (_, address):
+async def test_a_call_to_a_process_that_is_stopped_waits_and_does_not_fail(tmp_path: Path) -> None:
+    """The kernel accepts the connection, and nobody responds, until the process continues or is killed.
+
+    On the network a call fails after 3 s, since a host that is gone does not respond either.
+    """
+    with listening(tmp_path / "a.sock") as (_, address):
         async with internal_channel(address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
