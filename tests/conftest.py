@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["PATH"] = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))
 # Read when a Triton kernel is imported: kernels run in Triton's interpreter, on CPU tensors. With 0, on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Under nohup it is ignored, and `muxmesh up` would go on ignoring it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from muxmesh.engine.native.kernel_cache import kernel_cache_dir
 
