@@ -153,6 +153,11 @@ def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     part.add_argument(
         "--unit", metavar="NAME", help="prepare the processes of this unit only, each in a container of its own"
     )
+    prepare.add_argument(
+        "--published-at", metavar="HOST:PORT",
+        help="where the listen address of a container is published; prepare warns if other machines may reach that "
+        "(default: the listen address itself)",
+    )  # fmt: skip
     prepare.add_argument("--quiet", action="store_true", help="show no progress")
 
 

@@ -91,10 +91,12 @@ class MeshPreparation:
         listen: str | None = None,
         shows_progress: bool = True,
         part: MeshPart = MeshPart(),
+        published_at: str | None = None,
     ) -> None:
         """``file``: mesh.yaml; None: the default configuration. ``listen`` replaces that of the file.
 
-        ``limit``: the memory for all processes of the mesh together. ``messages`` get the format that the file names.
+        ``limit``: the memory for all processes of the mesh together. ``published_at``: see `listen_warnings`.
+        ``messages`` get the format that the file names.
         Raises ConfigError with one line for each problem.
         """
         self._base_dir = source_dir(file)
@@ -112,7 +114,7 @@ class MeshPreparation:
         if part.unit is not None and not part.units_of(self.config):
             names = ", ".join(unit.name for unit in self.config.units)
             raise ConfigError(f"no unit has the name {quoted(part.unit)}; units: {names}")
-        for warning in listen_warnings(self.config):
+        for warning in listen_warnings(self.config, published_at):
             messages.notice(warning)
 
     @property

@@ -43,6 +43,7 @@ def _run(arguments: argparse.Namespace, messages: OperatorMessages) -> int:
         machine_memory(),
         shows_progress=not arguments.quiet,
         part=MeshPart(arguments.unit, arguments.router),
+        published_at=arguments.published_at,
     )
     config = with_redis_url(preparation.config, arguments.redis_url)
     config.check_port_is_fixed()

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from muxmesh.config.schema import MeshConfig
 
 
-def listen_warnings(config: MeshConfig) -> Iterator[str]:
-    """The warnings about the addresses of a mesh that other machines may reach."""
-    if (warning := public_listen_warning(config.listen)) is not None:
+def listen_warnings(config: MeshConfig, published_at: str | None = None) -> Iterator[str]:
+    """The warnings about the addresses of a mesh that other machines may reach.
+
+    ``published_at``: the HOST:PORT at which the listen address of a container is published; it decides who reaches it.
+    """
+    if (warning := public_listen_warning(config.listen, published_at)) is not None:
         yield warning
     if config.metrics is not None and _is_public(config.metrics.listen):
         yield (
@@ -27,17 +30,18 @@ def listen_warnings(config: MeshConfig) -> Iterator[str]:
             )
 
 
-def public_listen_warning(listen: str) -> str | None:
+def public_listen_warning(listen: str, published_at: str | None = None) -> str | None:
     """The warning about an address that other machines may reach; None for one of this machine only.
 
     The public API has neither TLS nor authentication.
     """
-    if not _is_public(listen):
+    if not _is_public(published_at or listen):
         return None
+    published = f", published at {published_at}," if published_at else ""
     return (
-        f"WARNING: listen: {listen} can be reached from other machines, without encryption and without a password: "
-        "everyone who can connect to it can use the models, and prompts and outputs cross the network unencrypted. "
-        "Use 127.0.0.1 for this machine only, or put a proxy with TLS and authentication before it"
+        f"WARNING: listen: {listen}{published} can be reached from other machines, without encryption and without a "
+        "password: everyone who can connect to it can use the models, and prompts and outputs cross the network "
+        "unencrypted. Use 127.0.0.1 for this machine only, or put a proxy with TLS and authentication before it"
     )
 
 

@@ -96,6 +96,16 @@ def test_a_folder_that_exists_keeps_its_mode(config: Path, redis_url: str) -> No
     assert folder.stat().st_mode & 0o777 == 0o750
 
 
+def test_an_address_that_is_published_to_this_machine_only_is_not_warned_about(
+    config: Path, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(f"listen: 0.0.0.0:50051\n{UNIT}")
+    assert prepare(config, redis_url, "--published-at", "127.0.0.1:7000") == 0
+    assert capsys.readouterr().err == ""
+    assert prepare(config, redis_url) == 0
+    assert "WARNING: listen: 0.0.0.0:50051 can be reached from other machines" in capsys.readouterr().err
+
+
 def test_redis_has_to_be_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert prepare(config, None) == 1
     expected = "muxmesh: redis_url: is not set; name a Redis in mesh.yaml or with --redis-url\n"

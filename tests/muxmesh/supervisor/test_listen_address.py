@@ -41,6 +41,13 @@ def test_the_name_of_this_machine_counts_by_its_addresses() -> None:
     assert (public_listen_warning(f"{socket.gethostname()}:1") is not None) is is_public
 
 
+def test_where_a_listen_address_is_published_decides_who_reaches_it() -> None:
+    assert public_listen_warning("0.0.0.0:50051", "127.0.0.1:7000") is None
+    warning = public_listen_warning("0.0.0.0:50051", "0.0.0.0:7000")
+    assert warning is not None
+    assert warning.startswith("WARNING: listen: 0.0.0.0:50051, published at 0.0.0.0:7000, can be reached from other")
+
+
 def test_a_unit_on_the_network_is_warned_about() -> None:
     def warnings(network: dict[str, object] | None) -> list[str]:
         unit = {"name": "u", "network": network, "models": [{"name": "m", "engine": "sim"}]}
