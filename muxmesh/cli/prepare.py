@@ -51,6 +51,8 @@ def _run(arguments: argparse.Namespace, messages: OperatorMessages) -> int:
     path = run_dir / RUNTIME_FILE
     with _named(run_dir):
         _create(run_dir)
+        if not os.access(run_dir, os.W_OK | os.X_OK, effective_ids=True):  # before models are downloaded
+            raise ConfigError(why_denied(run_dir))
         before = _earlier_runtime(path, config)
     asyncio.run(check_redis(config.redis_url or ""))
     mesh = preparation.prepare()

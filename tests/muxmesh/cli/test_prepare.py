@@ -174,6 +174,24 @@ def test_a_folder_of_another_user_is_named_with_both_users(config: Path, redis_u
     )
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another user, which needs root")
+def test_a_run_folder_that_cannot_be_written_is_named_alone_and_before_a_model_is_prepared(
+    config: Path, redis_url: str
+) -> None:
+    config.write_text("units:\n  - {name: u, kv_pool: 64MiB, models: [{name: m, source: ./tiny}]}\n")
+    write_tiny_model(config.parent / "tiny", TinyShape())
+    run_dir = config.parent / "run"
+    run_dir.mkdir(mode=0o755)
+    os.chown(run_dir, 10001, 10001)
+    command = ["prepare", "-c", str(config), "--run-dir", str(run_dir), "--redis-url", redis_url]
+    done = subprocess.run(without_privileges("-m", "muxmesh", *command), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"muxmesh: {run_dir}: permission denied: it is of uid 10001, mode 0755, this process runs as uid 0; "
+        "all processes of a mesh on one run folder have to run as one user\n",
+    )
+
+
 def test_the_file_has_no_field_that_a_service_cannot_read(config: Path, redis_url: str) -> None:
     assert prepare(config, redis_url) == 0
     content = json.loads((config.parent / "run" / "runtime.json").read_bytes())
