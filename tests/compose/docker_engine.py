@@ -174,6 +174,8 @@ def _remove_cgroups(name: str) -> None:
 
 def main() -> None:
     """Runs an engine in the folder of the command line until SIGINT or SIGTERM."""
+    if (why := problem()) is not None:
+        sys.exit(why)
     folder = Path(sys.argv[1]).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
