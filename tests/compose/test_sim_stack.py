@@ -105,6 +105,35 @@ def test_a_mesh_serves_after_docker_restart(
     assert tokens_of_streams(stack) == undisturbed
 
 
+def test_a_router_that_has_just_started_stops_when_asked(sim: tuple[Stack, float]) -> None:
+    stack, _ = sim
+    router = stack.container("router")
+    stack.engine.docker("restart", router)
+    stack.engine.docker("stop", router)
+    assert stack.inspect("router")["State"]["ExitCode"] != 137  # SIGKILL, after the grace period
+    stack.engine.docker("start", router)
+    stack.until_all_serve(SERVICES)
+
+
+def test_a_changed_setting_restarts_the_services_that_read_it(sim: tuple[Stack, float]) -> None:
+    stack, _ = sim
+    unit = stack.inspect("unit")["State"]["StartedAt"]
+    changed = Stack(stack.engine, stack.name, {**stack.values, "KV_POOL": "128MiB"})
+    for one, kv_pool_mib in ((changed, 128), (stack, 64)):
+        one.up()
+        assert int(one.status()["units"][0]["pool"]["pool_bytes"]) == kv_pool_mib << 20
+    assert stack.inspect("unit")["State"]["StartedAt"] == unit
+
+
+def test_a_setting_of_all_services_recreates_them(sim: tuple[Stack, float], undisturbed: list[list[int]]) -> None:
+    stack, _ = sim
+    unit = stack.inspect("unit")["Id"]
+    Stack(stack.engine, stack.name, {**stack.values, "LOG_FORMAT": "json"}).up()
+    assert stack.inspect("unit")["Id"] != unit
+    stack.up()
+    assert tokens_of_streams(stack) == undisturbed
+
+
 def test_a_second_router_serves_beside_the_first(sim: tuple[Stack, float], undisturbed: list[list[int]]) -> None:
     stack, _ = sim
     first = stack.inspect("router")["Id"]
