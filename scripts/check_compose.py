@@ -4,6 +4,7 @@ The last needs compose itself, of this machine or of ``build/docker-engine``; wh
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,8 @@ def commands(folder: Path) -> Iterator[list[str]]:
     files = []
     for name in (MAIN, *OTHERS):
         files.append(folder / f"{name}.json")
-        files[-1].write_text(json.dumps(yaml.load((COMPOSE / name).read_text(), _Loader)))
+        text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (COMPOSE / name).read_text())  # variables have their defaults
+        files[-1].write_text(json.dumps(yaml.load(text, _Loader)))
     schema = [str(programs / "check-jsonschema"), "--quiet", "--builtin-schema", "vendor.compose-spec"]
     yield [*schema, *map(str, files)]
     compose = compose_command()
