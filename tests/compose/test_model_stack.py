@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
+from tests.compose.conftest import MakeStack
 from tests.compose.docker_engine import DockerEngine
 from tests.compose.stack import Stack, running_stack
+from tests.support.tiny import TinyShape, write_tiny_model
 
 pytestmark = pytest.mark.timeout(600)  # the first test also waits for engine and images
 MODEL = "smollm2-135m-instruct"
@@ -52,6 +55,17 @@ def test_no_byte_of_kv_is_copied_from_container_to_container(smollm: tuple[Stack
         metrics = stack.compose("exec", "-T", service, "python", "-c", READ_METRICS).output
         assert metric("muxmesh_worker_computed_tokens_total", metrics) > 0
         assert metric("muxmesh_kv_copied_bytes_total", metrics) == 0
+
+
+def test_a_model_folder_of_ones_own_is_served(stack: MakeStack, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    write_tiny_model(models / "tiny", TinyShape())
+    source = {"MODELS_DIR": str(models), "MODEL": "own", "SOURCE": "/models/tiny", "MESH_FILE": "./mesh.yaml"}
+    one = stack({**source, "START_PERIOD": "180s"})
+    one.up()
+    result = one.muxmesh("generate", "--model", "own", "--max-new-tokens", "4", "Hi")
+    assert result.code == 0 and "4 output tokens" in result.output
 
 
 def metric(name: str, text: str) -> float:
