@@ -61,6 +61,8 @@ def test_a_model_folder_of_ones_own_is_served(stack: MakeStack, tmp_path: Path) 
     models = tmp_path / "models"
     models.mkdir()
     write_tiny_model(models / "tiny", TinyShape())
+    for file in (models / "tiny").iterdir():
+        file.chmod(0o644)  # transformers writes weights for their owner alone
     source = {"MODELS_DIR": str(models), "MODEL": "own", "SOURCE": "/models/tiny", "MESH_FILE": "./mesh.yaml"}
     one = stack({**source, "START_PERIOD": "180s"})
     one.up()
