@@ -33,7 +33,7 @@ def memory_cgroup(limit_bytes: int) -> Iterator[MemoryCgroup]:
         if version1.is_dir()
         else (version2, ("memory.max", "memory.current"))
     )
-    folder = parent / f"muxmesh-test-{os.getpid()}"
+    folder = parent / f"muxmesh-memory-test-{os.getpid()}"
     try:
         folder.mkdir()
     except OSError as error:
