@@ -10,6 +10,7 @@ from pathlib import Path
 
 from muxmesh.errors import ConfigError
 from muxmesh.file_access import why_denied
+from muxmesh.process_files import process_file
 
 
 class LockHeldError(Exception):
@@ -66,7 +67,7 @@ def only_process(run_dir: Path, name: str) -> Iterator[None]:
     Deletes the file afterwards, since names of routers in containers are used once.
     Raises ConfigError if another process has the name, or this one may not create sockets in the folder.
     """
-    path = run_dir / f"{name.replace('/', '-')}.lock"
+    path = run_dir / process_file(name, ".lock")
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(file_lock(path))

@@ -28,7 +28,7 @@ class ServiceManager:
         self._alive_every_s = int(watchdog_us) / 1e6 / _PARTS_OF_WATCHDOG if is_watched else None
 
     async def keep_alive(self) -> None:
-        """Reports until it is cancelled that the event loop runs. Returns at once if nobody watches this process."""
+        """Reports until it is cancelled that the event loop runs. Returns at once if the watchdog is off."""
         while self._alive_every_s is not None:
             self._send("WATCHDOG=1")
             await asyncio.sleep(self._alive_every_s)

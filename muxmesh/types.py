@@ -24,6 +24,7 @@ Z90 = _NORMAL.inv_cdf(0.9)
 _MAX_QUANTILE = 6.0
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+MAX_PORT = 65535
 """HOST:PORT of the public API unless another is configured."""
 
 

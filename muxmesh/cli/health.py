@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from muxmesh.addresses import check_address
 from muxmesh.errors import ConfigError, Unavailable
+from muxmesh.process_files import process_file
 
 _OPTIONS = (("grpc.enable_http_proxy", 0),)
 
@@ -46,7 +47,7 @@ def _address_of(name: str, runtime_file: Path) -> str:
     """The address of the process ``name`` of a mesh. Raises ConfigError, with the names of its processes."""
     try:
         run_dir = Path(json.loads(runtime_file.read_bytes())["run_dir"])
-        socket = run_dir / f"{name.replace('/', '-')}.sock"
+        socket = run_dir / process_file(name, ".sock")
         if socket.exists():  # so that the schema of the whole file need not be loaded
             return f"unix:{socket}"
     except (OSError, ValueError, KeyError, TypeError):

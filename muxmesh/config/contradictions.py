@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from muxmesh.config.schema import MAX_PORT, Location, MeshConfig, ModelConfig, UnitConfig
+from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
 from muxmesh.quoting import quoted
 from muxmesh.scheduling_policy import PolicyName
+from muxmesh.types import MAX_PORT
 
 ORDER_FIELDS: dict[str, PolicyName] = {
     "longest_lead": "srtf-aged",
@@ -104,7 +105,7 @@ def _host(unit: UnitConfig) -> str:
 
 
 def _network_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
-    """Ports that exceed the last one or that two units of one host share, and unencrypted traffic nobody asked for."""
+    """Ports above the last one, ports of two units on one host, and unencrypted traffic that is not allowed."""
     earlier: list[UnitConfig] = []
     for unit_index, unit in enumerate(config.units):
         if unit.network is None:

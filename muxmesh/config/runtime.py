@@ -20,6 +20,7 @@ from muxmesh.cuda.mps import LOG_DIRECTORY, PIPE_DIRECTORY, SHARE, MpsControl
 from muxmesh.errors import ConfigError
 from muxmesh.file_access import why_denied
 from muxmesh.private_file import replace_private_file
+from muxmesh.process_files import process_file
 from muxmesh.quoting import quoted
 from muxmesh.types import Role
 
@@ -291,7 +292,7 @@ class MeshRuntime(BaseModel):
         return Endpoint(name, socket, socket, (socket,))
 
     def _socket(self, name: str) -> str:
-        return f"unix:{self.run_dir / name.replace('/', '-')}.sock"
+        return f"unix:{self.run_dir / process_file(name, '.sock')}"
 
 
 def _check_length(socket_path: str, hint: str) -> None:

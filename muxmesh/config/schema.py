@@ -30,14 +30,13 @@ from muxmesh.errors import ConfigError
 from muxmesh.log_format import LogFormat
 from muxmesh.quoting import quoted
 from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
-from muxmesh.types import DEFAULT_ADDRESS, Dtype, KvFormat, Role
+from muxmesh.types import DEFAULT_ADDRESS, MAX_PORT, Dtype, KvFormat, Role
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=64)]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MIB = 1024 * 1024
-MAX_PORT = 65535
 MAX_COUNT = 2**31 - 1
 """Upper bound of every number of tokens, threads or requests."""
 MAX_BYTES = 2**60
@@ -430,7 +429,7 @@ class MeshConfig(Section):
             raise ConfigError(f"listen: is {quoted(listen)}; HOST:PORT is needed") from error
 
     def check_port_is_fixed(self) -> None:
-        """Raises ConfigError if ``listen`` has port 0, a free one: without a supervisor nobody can know which it is."""
+        """Raises ConfigError if ``listen`` has port 0, a free one: only a supervisor can say which it is."""
         if int(self.listen.rpartition(":")[2]) == 0:
             raise ConfigError(f"listen: is {self.listen}; a free port is for `muxmesh up` only, name one")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from muxmesh.errors import ConfigError
 from muxmesh.quoting import quoted
+from muxmesh.types import MAX_PORT
 
 UNIX = "unix:"
-_MAX_PORT = 65535
 
 
 def host_and_port(address: str) -> tuple[str, int]:
@@ -15,6 +15,6 @@ def host_and_port(address: str) -> tuple[str, int]:
     bracketed = host.startswith("[") and host.endswith("]")
     if not separator or not host or (":" in host and not bracketed) or not port.isascii() or not port.isdigit():
         raise ConfigError(f"metrics: {quoted(address)} must be HOST:PORT, like 127.0.0.1:9464, or unix:PATH")
-    if int(port[:6]) > _MAX_PORT:
-        raise ConfigError(f"metrics: the port of {quoted(address)} is larger than {_MAX_PORT}")
+    if int(port[:6]) > MAX_PORT:
+        raise ConfigError(f"metrics: the port of {quoted(address)} is larger than {MAX_PORT}")
     return host.strip("[]"), int(port)

@@ -6,16 +6,15 @@ import socket
 from errno import EADDRINUSE
 
 from muxmesh.errors import ConfigError
-
-_MAX_PORT = 65535
+from muxmesh.types import MAX_PORT
 
 
 def bindable_port(address: str) -> int:
     """The port of HOST:PORT, or a free one for port 0. Raises ConfigError if the address is invalid or in use."""
     host, _, port = address.rpartition(":")
     try:
-        if int(port) > _MAX_PORT:
-            raise ValueError(f"port is larger than {_MAX_PORT}")
+        if int(port) > MAX_PORT:
+            raise ValueError(f"port is larger than {MAX_PORT}")
         family, kind, protocol, _, found = socket.getaddrinfo(
             host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]

@@ -20,6 +20,7 @@ from muxmesh.background_task import end, start_watched
 from muxmesh.clock import Clock
 from muxmesh.errors import Unavailable
 from muxmesh.log_format import LogFormat, output_as_json
+from muxmesh.process_files import process_file
 from muxmesh.process_state import process_state
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, Liveness
 from muxmesh.supervisor.log_file import AS_IT_IS, WITH_TIME, LogFile
@@ -91,7 +92,7 @@ class SupervisedProcess:
         self._gave_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._log_format = log_format
-        file = logs / f"{spec.name.replace('/', '-')}.log"
+        file = logs / process_file(spec.name, ".log")
         self._file = LogFile(file, AS_IT_IS if log_format == "json" else WITH_TIME)
 
     @property

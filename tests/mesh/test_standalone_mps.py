@@ -86,7 +86,7 @@ async def until_others_serve(mesh: StandaloneMesh, before: set[int]) -> None:
 async def test_workers_set_their_environment_and_become_clients_of_the_daemon(mesh: StandaloneMesh) -> None:
     assert await clients_of_the_daemon(mesh) == workers_of(mesh)
     environment = Path(f"/proc/{mesh.services['decode/tiny'].pid}/environ").read_text()
-    assert "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE" not in environment, "nobody has set it for the process"
+    assert "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE" not in environment, "the environment at the start does not have it"
     assert len(await tokens_of(mesh)) == 6
 
 

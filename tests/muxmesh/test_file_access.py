@@ -31,7 +31,7 @@ def folder() -> Iterator[Path]:
 
 
 def why(path: Path) -> str:
-    """What the user nobody is told."""
+    """The reason that a process of the user `nobody` is given."""
     return subprocess.run([sys.executable, "-c", SCRIPT, path], capture_output=True, text=True, check=True).stdout
 
 

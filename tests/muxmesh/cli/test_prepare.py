@@ -159,19 +159,27 @@ def test_a_path_that_is_no_folder_is_refused(config: Path, redis_url: str, capsy
     assert capsys.readouterr().err == f"muxmesh: {config.parent}/run: cannot be written: File exists\n"
 
 
+def prepare_without_privileges(config: Path, redis_url: str) -> tuple[int, str]:
+    """Exit code and error output as root without the privileges of root, like in a container."""
+    command = ["prepare", "-c", str(config), "--run-dir", str(config.parent / "run"), "--redis-url", redis_url]
+    done = subprocess.run(without_privileges("-m", "muxmesh", *command), capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+def not_owned(run_dir: Path, mode: str) -> str:
+    """The message about a run folder of uid 10001."""
+    return (
+        f"muxmesh: {run_dir}: permission denied: it is of uid 10001, mode {mode}, this process runs as uid 0; "
+        "all processes of a mesh on one run folder have to run as one user\n"
+    )
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
 def test_a_folder_of_another_user_is_named_with_both_users(config: Path, redis_url: str) -> None:
-    """As root without the privileges of root, like in a container."""
     run_dir = config.parent / "run"
     run_dir.mkdir(mode=0o700)
     os.chown(run_dir, 10001, 10001)
-    command = ["prepare", "-c", str(config), "--run-dir", str(run_dir), "--redis-url", redis_url]
-    done = subprocess.run(without_privileges("-m", "muxmesh", *command), capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (
-        1,
-        f"muxmesh: {run_dir}: permission denied: it is of uid 10001, mode 0700, this process runs as uid 0; "
-        "all processes of a mesh on one run folder have to run as one user\n",
-    )
+    assert prepare_without_privileges(config, redis_url) == (1, not_owned(run_dir, "0700"))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another user, which needs root")
@@ -183,13 +191,7 @@ def test_a_run_folder_that_cannot_be_written_is_named_alone_and_before_a_model_i
     run_dir = config.parent / "run"
     run_dir.mkdir(mode=0o755)
     os.chown(run_dir, 10001, 10001)
-    command = ["prepare", "-c", str(config), "--run-dir", str(run_dir), "--redis-url", redis_url]
-    done = subprocess.run(without_privileges("-m", "muxmesh", *command), capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (
-        1,
-        f"muxmesh: {run_dir}: permission denied: it is of uid 10001, mode 0755, this process runs as uid 0; "
-        "all processes of a mesh on one run folder have to run as one user\n",
-    )
+    assert prepare_without_privileges(config, redis_url) == (1, not_owned(run_dir, "0755"))
 
 
 def test_the_file_has_no_field_that_a_service_cannot_read(config: Path, redis_url: str) -> None:

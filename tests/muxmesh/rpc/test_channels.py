@@ -60,7 +60,7 @@ async def test_a_channel_makes_seven_attempts_to_connect_within_seconds(tmp_path
 
 
 async def test_a_call_to_a_process_that_is_stopped_waits_and_does_not_fail(tmp_path: Path) -> None:
-    """The kernel accepts the connection, and nobody responds, until the process continues or is killed.
+    """The kernel accepts the connection, and the process does not respond, until the process continues or is killed.
 
     On the network a call fails after 3 s, since a host that is gone does not respond either.
     """
