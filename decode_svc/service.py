@@ -59,7 +59,9 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         """Decodes one sequence. However the call ends, the lease is released."""
         engine_request = convert.request_from_wire(request.request)
         outbox = self._outboxes.outbox(request.watcher)
+        called_at_s = self._context.clock.monotonic_s()
         lease = await self._arrivals.wait_for(request.lease_id)
+        engine_request = engine_request.after_wait(self._context.clock.monotonic_s() - called_at_s)
         try:
             kv = self._sequence_kv(lease, self._context.sequence(engine_request, lease))
         except ValueError:

@@ -9,8 +9,10 @@ reserved: the caller of `Admission.admit` passes that in as functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from heapq import heapify, heappop, heapreplace
 
 from kvstore.wait_times import EntryKey
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy, SortKey
@@ -43,33 +45,46 @@ class AdmissionEntry:
         return self.source if self.swapped else None
 
 
+_Order = tuple[SortKey, EntryKey]
+"""The lowest goes first."""
+
+
 class Admission:
     """Owns the waiting entries of all routers and workers of a unit.
 
-    Invariant: there is one entry for each source and id. It stays until it is admitted, withdrawn or dropped.
+    Invariant: there is one entry for each source and id. It stays until it is admitted, withdrawn or dropped. The
+    entries of one queue need a slot of the same workers: the queue of a model, or of a worker's swapped leases.
     """
 
     def __init__(self, policy: SchedulingPolicy = FCFS) -> None:
         self._policy = policy
         self._entries: dict[EntryKey, AdmissionEntry] = {}
-        self._first: dict[str, AdmissionEntry] = {}
-        """Cache of `first_entries`."""
+        self._orders: dict[EntryKey, _Order] = {}
+        """Order of each entry when it was offered: its present one too, unless the policy changes with time."""
+        self._queues: dict[tuple[str, str | None], list[_Order]] = {}
+        """Model and worker → the orders of their entries, at least one, sorted."""
 
     def offer(self, entry: AdmissionEntry) -> None:
         """Adds an entry; replaces an earlier one with the same source and id."""
-        self._entries[entry.key] = entry
-        self._first.pop(entry.model, None)
+        self.withdraw(*entry.key)
+        order = self._order(entry, 0.0)
+        self._entries[entry.key], self._orders[entry.key] = entry, order
+        insort(self._queues.setdefault((entry.model, entry.worker), []), order)
 
     def withdraw(self, source: str, entry_id: int) -> None:
         """Removes an entry; an unknown one is ignored."""
         entry = self._entries.pop((source, entry_id), None)
-        if entry is not None and self._first.get(entry.model) is entry:
-            del self._first[entry.model]
+        if entry is None:
+            return
+        queue = self._queues[entry.model, entry.worker]
+        del queue[bisect_left(queue, self._orders.pop(entry.key))]
+        if not queue:
+            del self._queues[entry.model, entry.worker]
 
     def drop_source(self, source: str) -> None:
         """Removes all entries of one router or worker."""
-        self._entries = {key: entry for key, entry in self._entries.items() if entry.source != source}
-        self._first.clear()
+        for key in [key for key in self._entries if key[0] == source]:
+            self.withdraw(*key)
 
     def take_requests(self, model: str) -> list[AdmissionEntry]:
         """Removes and returns the queued requests of ``model``. Its swapped leases stay."""
@@ -85,12 +100,17 @@ class Admission:
 
     def count(self, model: str) -> int:
         """Queued requests and waiting swapped leases of ``model``."""
-        return sum(entry.model == model for entry in self._entries.values())
+        return sum(len(queue) for (of_model, _), queue in self._queues.items() if of_model == model)
+
+    def count_requests(self) -> dict[str, int]:
+        """Model → number of its queued requests, without swapped leases; no entry without any."""
+        return {model: len(queue) for (model, worker), queue in self._queues.items() if worker is None}
 
     def num_overtaken(self, admitted: AdmissionEntry) -> int:
         """Waiting entries of the same model and priority that arrived before ``admitted``."""
         first = admitted.request.scheduling
-        waiting = (e.request.scheduling for e in self._entries.values() if e.model == admitted.model)
+        queues = (queue for (model, _), queue in self._queues.items() if model == admitted.model)
+        waiting = (self._entries[key].request.scheduling for queue in queues for _, key in queue)
         return sum(state.priority == first.priority and state.arrived_at_s < first.arrived_at_s for state in waiting)
 
     def admit(
@@ -113,12 +133,9 @@ class Admission:
 
         Returns True if an entry within its model's quota lacks memory: the caller has to reclaim loans.
         """
-        entries = sorted(filter(has_slot, self._entries.values()), key=self._order_at(unix_s))
         blocked: set[str] = set()
         lacks_memory = False
-        for entry in entries:
-            if entry.model in blocked or not has_slot(entry):
-                continue
+        for entry in self._in_order(unix_s, lambda entry: entry.model not in blocked and has_slot(entry)):
             if not is_within_quota(entry):
                 blocked.add(entry.model)
             elif try_admit(entry, False):
@@ -128,22 +145,41 @@ class Admission:
                 lacks_memory = True
         if lacks_memory:
             return True
-        for entry in entries:
-            if entry.key in self._entries and has_slot(entry):
-                if not try_admit(entry, True):
-                    break
-                self.withdraw(*entry.key)
+        for entry in self._in_order(unix_s, has_slot):
+            if not try_admit(entry, True):
+                break
+            self.withdraw(*entry.key)
         return False
 
     def first_entries(self, unix_s: float) -> list[AdmissionEntry]:
         """The first waiting entry of each model. It waits for capacity, and the others of its model wait for it."""
-        if self._policy.changes_with_time:
-            self._first.clear()
-        stale = {entry.model for entry in self._entries.values()} - self._first.keys()
-        for model in stale:
-            entries = (entry for entry in self._entries.values() if entry.model == model)
-            self._first[model] = min(entries, key=self._order_at(unix_s))
-        return list(self._first.values())
+        first: dict[str, _Order] = {}
+        for (model, _), queue in self._queues.items():
+            order = self._sorted(queue, unix_s)[0]
+            first[model] = min(order, first.get(model, order))
+        return [self._entries[key] for _, key in first.values()]
 
-    def _order_at(self, unix_s: float) -> Callable[[AdmissionEntry], tuple[SortKey, EntryKey]]:
-        return lambda entry: (self._policy.sort_key(entry.request.scheduling, unix_s), entry.key)
+    def _in_order(self, unix_s: float, is_open: Callable[[AdmissionEntry], bool]) -> Iterator[AdmissionEntry]:
+        """Yields entries in order, which the caller may withdraw. A queue ends at an entry that is not open."""
+        nexts = [(queue[0], 0, queue) for queue in (self._sorted(one, unix_s) for one in self._queues.values())]
+        heapify(nexts)
+        while nexts:
+            (_, key), index, queue = nexts[0]
+            entry = self._entries[key]
+            if not is_open(entry):
+                heappop(nexts)
+                continue
+            yield entry
+            if index + 1 == len(queue):
+                heappop(nexts)
+            else:
+                heapreplace(nexts, (queue[index + 1], index + 1, queue))
+
+    def _sorted(self, queue: Sequence[_Order], unix_s: float) -> list[_Order]:
+        """The orders of a queue's entries at ``unix_s``, sorted."""
+        if not self._policy.changes_with_time:
+            return list(queue)
+        return sorted(self._order(self._entries[key], unix_s) for _, key in queue)
+
+    def _order(self, entry: AdmissionEntry, unix_s: float) -> _Order:
+        return self._policy.sort_key(entry.request.scheduling, unix_s), entry.key

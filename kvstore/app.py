@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
-from kvstore.arbiter import all_at_once, one_at_a_time
 from kvstore.attach_server import AttachServer
 from kvstore.cuda_memory import CudaMemory
 from kvstore.device_memory import GPU_IPC, DeviceMemory, HostMemory, new_memfd, reserve
 from kvstore.fence import HostFence
 from kvstore.grant_table import GrantTable
+from kvstore.model_service import ModelService, PlacedModel, PlacedModels
+from kvstore.model_states import AwakeLimits
 from kvstore.mps_fence import EndGroup, MpsFence
 from kvstore.service import KvStoreService
 from kvstore.share_proof import ShareProver
@@ -21,8 +22,9 @@ from kvstore.unit import Unit, first_id
 from kvstore.unit_metrics import unit_families
 from kvstore.unit_model import UnitModel
 from muxmesh.background_task import background
-from muxmesh.block_hashes import KvIdentity
 from muxmesh.clock import Clock, SystemClock
+from muxmesh.config.arbiter_config import ArbiterConfig
+from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.runtime import Endpoint, MeshRuntime, ProcessKey
 from muxmesh.config.schema import UnitConfig
 from muxmesh.cuda.driver import CudaDriver
@@ -50,13 +52,14 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop, monitor: Monit
     config, clock, limit = runtime.unit(unit_name), SystemClock(), memory_limit()
     if (problem := kvstore_problem(config, limit)) is not None:
         raise ConfigError(f"unit {unit_name}: {problem}")
-    unit, identities = new_unit(runtime, config, clock), kv_identities(runtime, config)
+    models = {model.name: placed_model(runtime, unit_name, model.name) for model in config.models}
+    unit, placed = new_unit(runtime, config, models, clock), PlacedModels(models)
     memory = open_memory(runtime, config)
-    grants = GrantTable(all_at_once if runtime.uses_mps(unit_name) else one_at_a_time)
+    grants = GrantTable(resolved_arbiter(runtime, config, placed.configs), clock)
+    placed.on_changed = lambda: grants.configure(resolved_arbiter(runtime, config, placed.configs))
     swap_fd = new_memfd("muxmesh-kv-swap", config.kv_swap) if config.kv_swap else None
     await reserve_host_memory(memory, swap_fd, limit)
-    fingerprints = {name: identity.weights for name, identity in identities.items()}
-    service = KvStoreService(config, unit, grants, clock, fingerprints, runtime.config.order.trace)
+    service = KvStoreService(config, unit, grants, clock, placed.fingerprints, runtime.config.order.trace)
 
     def end_group(reason: str, device_has_failed: bool) -> None:
         attach.end_group(reason, device_has_failed)
@@ -71,14 +74,18 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop, monitor: Monit
         fence,
         service.changed,
         prover=share_prover(runtime, unit_name, memory, fence),
-        identities={name: identity.text for name, identity in identities.items()},
+        identities=placed.identities,
+        share_of=arbiter_shares(runtime, config, placed.configs),
     )
     endpoint = runtime.endpoints()[ProcessKey("kvstore", unit_name)]
-    server = _server(service, endpoint, monitor)
+    commands = ModelService(
+        config, unit, clock, service, lambda name: placed_model(MeshRuntime.read(runtime.path), unit_name, name), placed
+    )
+    server = _server(service, commands, endpoint, monitor)
     await server.start(endpoint.listen)
     attach.start()
     asyncio.get_running_loop().add_reader(grants.doorbell_fd, grants.on_doorbell)
-    monitor.add(lambda: unit_families(config, unit, memory.transport, service.num_overtaken))
+    monitor.add(lambda: unit_families(config, unit, memory.transport, service.num_overtaken, grants.num_revoked))
     await server.set_serving()
     watching = background(fence.run(), "MPS", stop.give_up) if isinstance(fence, MpsFence) else nullcontext()
     async with watching, registered_service(runtime, endpoint, stop, clock):
@@ -90,27 +97,34 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop, monitor: Monit
     memory.close()
 
 
-def new_unit(runtime: MeshRuntime, config: UnitConfig, clock: Clock) -> Unit:
+def placed_model(runtime: MeshRuntime, unit: str, model: str) -> PlacedModel:
+    """A model of a unit as the runtime has it. Raises ConfigError if it has no such model."""
+    config, model_config = runtime.model(unit, model)
+    prepared = runtime.prepared_model(unit, model)
+    limits = UnitModel.of(config, model_config, model_spec(prepared.folder))
+    return PlacedModel(model_config, limits, kv_identity(config, model_config, prepared))
+
+
+def new_unit(runtime: MeshRuntime, config: UnitConfig, models: Mapping[str, PlacedModel], clock: Clock) -> Unit:
     """The state of a unit that starts. Raises ValueError if a slab is too small for a token block of a model."""
-    models = {
-        model.name: UnitModel.of(config, model, model_spec(runtime.prepared_model(config.name, model.name).folder))
-        for model in config.models
+    return Unit(
+        config.kv_pool,
+        config.slab,
+        {name: model.limits for name, model in models.items()},
+        first_id(clock.unix_s()),
+        config.kv_swap,
+        runtime.config.order.scheduling_policy(),
+        AwakeLimits(config.max_awake_models, config.idle_sleep_s),
+        clock.monotonic_s(),
+    )
+
+
+def _server(service: KvStoreService, models: ModelService, endpoint: Endpoint, monitor: Monitor) -> MeshServer:
+    by_name = kvstore_pb2.DESCRIPTOR.services_by_name
+    services = {
+        by_name["KvStoreService"]: functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service),
+        by_name["UnitModelService"]: functools.partial(kvstore_pb2_grpc.add_UnitModelServiceServicer_to_server, models),
     }
-    policy = runtime.config.order.scheduling_policy()
-    return Unit(config.kv_pool, config.slab, models, first_id(clock.unix_s()), config.kv_swap, policy)
-
-
-def kv_identities(runtime: MeshRuntime, config: UnitConfig) -> dict[str, KvIdentity]:
-    """The identity of the KV of each model of a unit."""
-    return {
-        model.name: kv_identity(config, model, runtime.prepared_model(config.name, model.name))
-        for model in config.models
-    }
-
-
-def _server(service: KvStoreService, endpoint: Endpoint, monitor: Monitor) -> MeshServer:
-    register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
-    services = {kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register}
     return MeshServer(services, is_on_network=endpoint.is_on_network, on_health=monitor.report)
 
 
@@ -136,6 +150,19 @@ def share_prover(
     if isinstance(fence, MpsFence):
         return ShareProver(share_of, memory.num_sms, str(fence.pipe_dir), fence.is_client)
     return ShareProver(share_of, memory.num_sms, "", None)
+
+
+def resolved_arbiter(runtime: MeshRuntime, config: UnitConfig, models: Mapping[str, ModelConfig]) -> ArbiterConfig:
+    """The settings of the arbiter while the unit has ``models``: what they leave open depends on these."""
+    return config.model_copy(update={"models": tuple(models.values())}).resolved_arbiter(runtime.uses_mps(config.name))
+
+
+def arbiter_shares(
+    runtime: MeshRuntime, config: UnitConfig, models: Mapping[str, ModelConfig]
+) -> Callable[[Role, str], float]:
+    """The part of the device that a worker of a role and model uses, as the arbiter counts it."""
+    uses_mps = runtime.uses_mps(config.name)
+    return lambda role, model: config.arbiter_share(models[model], role, uses_mps)
 
 
 def open_memory(runtime: MeshRuntime, config: UnitConfig) -> DeviceMemory:

@@ -3,7 +3,8 @@
 Messages are JSON. The first one comes from the process that attaches, and kvstore replies with file descriptors:
 
     first message                        reply                                               file descriptors
-    {"role", "model", "address", "kv"}   {"worker", "slot", "progress", "pool", "weights"}   pool, swap, weights, worker
+    {"role", "model", "address", "kv"}   {"worker", "slot", "progress", "pool", "weights",   pool, swap, weights, worker
+                                          "engine"}
     {"writer_for": WORKER}               {"worker", "pool"}                                  pool, swap
     any that is refused                  {"refused": REASON}
 
@@ -13,6 +14,7 @@ Messages are JSON. The first one comes from the process that attaches, and kvsto
     swap      the swap region, if the unit has one
     weights   the segment of the model's weights, unless it has an IPC handle, and the weights page; or nothing
     worker    grant page, doorbell, the worker's bell, its progress page
+    engine    an `EngineState`: a worker that is to start asleep loads no model
 
     A segment is described as [size in bytes, device UUID or "", IPC handle in hexadecimal or ""].
 
@@ -22,10 +24,18 @@ a reply a worker sends
     {"num_sms": int, "mps": bool}    on a GPU, once its context exists: what its driver says of its share. The unit
                                      replies {"refused": ""}, or {"refused": REASON} and counts the worker as not ready
     {"ready": bool}                  whenever that changes
+    {"done": int}                    its engine is what the command of this number told it to be
+
+and kvstore sends it, whenever its engine is to change,
+
+    {"engine": STATE, "number": int}
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +48,12 @@ BEAT_EVERY_S = 0.5
 """Interval of a worker's heartbeats, and of kvstore's checks of them."""
 MAX_SILENT_CHECKS = 20
 """A ready worker is killed after this many checks in a row without a heartbeat: 10 s."""
+
+
+def send_message(connection: socket.socket, message: Mapping[str, Any]) -> None:
+    """Sends a message without file descriptors. Does nothing if the other side is gone."""
+    with contextlib.suppress(OSError):
+        connection.send(json.dumps(message).encode())
 
 
 def pool_description(memory: DeviceMemory, slab_bytes: int, has_swap: bool) -> dict[str, Any]:

@@ -5,14 +5,13 @@ the peer (SO_PEERCRED), and the unit's fence reports its exit.
 
 An attachment is one worker, which owns leases, together with every process that writes into the pool for it. Its leases
 and its slot are reclaimed only when all of these processes have exited, since no software stops a store that has begun.
-kvstore kills a worker that closes its connection and does not exit, and a ready worker whose heartbeats stop: otherwise
-their leases would block other requests.
+kvstore kills a worker that closes its connection and does not exit, a ready worker whose heartbeats stop, and one that
+hangs in a step: otherwise their leases would block other requests.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -30,22 +29,27 @@ from kvstore.attach_protocol import (
     MAX_SILENT_CHECKS,
     pool_description,
     segment_description,
+    send_message,
 )
 from kvstore.attachment_record import AttachmentRecord
 from kvstore.device_memory import DeviceMemory, Transport
 from kvstore.fence import Fence
 from kvstore.grant_page import Word
 from kvstore.grant_table import GrantTable
+from kvstore.model_states import WorkerCommand
 from kvstore.progress_page import ProgressPage, new_progress_fd
 from kvstore.share_proof import ShareProver
 from kvstore.unit import Unit
 from muxmesh.background_task import start_watched
 from muxmesh.errors import MeshError
+from muxmesh.process_state import ProcessState, process_state
 from muxmesh.quoting import quoted
 from muxmesh.step_cost import StepCost
 from muxmesh.types import Role
 
 _log = logging.getLogger(__name__)
+_LONG_GRANT_S = 2.0
+"""Grants that are revoked after less than this are checked more often than heartbeats, so that they are not late."""
 _LINGER_S = 5.0
 """A worker that has closed its connection is killed if it has not exited after this."""
 
@@ -65,9 +69,10 @@ class AttachServer:
         check_every_s: float = BEAT_EVERY_S,
         prover: ShareProver | None = None,
         identities: Mapping[str, str] = MappingProxyType({}),
+        share_of: Callable[[Role, str], float] = lambda role, model: 1.0,
     ) -> None:
         """``prover``: None on a CPU, whose workers prove nothing. ``identities``: `KvIdentity.text` of models; a worker
-        of one of them has to have the same.
+        of one of them has to have the same. ``share_of``: a worker's part of the device, in (0, 1].
         """
         self._path = path
         self._unit = unit
@@ -78,27 +83,29 @@ class AttachServer:
         self._fence = fence
         self._prover = prover
         self._identities = identities
+        self._share_of = share_of
         self._device_has_failed = False
         self._attachments: dict[str, AttachmentRecord] = {}
         self._check_every_s = check_every_s
-        self._check_timer: asyncio.TimerHandle | None = None
+        self._timers: dict[str, asyncio.TimerHandle] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
 
     def start(self) -> None:
-        """Binds the socket, listens, and starts to check heartbeats. Needs a running event loop."""
+        """Binds the socket, listens, and starts to check heartbeats and grants. Needs a running event loop."""
         self._path.unlink(missing_ok=True)
         self._listener.bind(str(self._path))
         self._listener.listen()
         asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
         self._check_heartbeats()
+        self._check_grants()
 
     def close(self) -> None:
         """Stops listening and closes every connection: workers take that as the end of the unit."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._listener.fileno())
         self._listener.close()
-        if self._check_timer is not None:
-            self._check_timer.cancel()
+        for timer in self._timers.values():
+            timer.cancel()
         for attachment in self._attachments.values():
             for watch_fd in list(attachment.processes):
                 attachment.remove_process(watch_fd)
@@ -117,7 +124,6 @@ class AttachServer:
             _log.warning("prefix cache emptied, %d credits ended", num_credits)
             self._forget_weights_after_failure()
         for attachment in self._attachments.values():
-            attachment.worker.ready = False
             self._kill(attachment, "ends with its group")
         self._changed()
 
@@ -126,6 +132,14 @@ class AttachServer:
         if self._device_has_failed and not self._attachments:
             self._memory.forget_weights()
             self._device_has_failed = False
+
+    def tell(self, command: WorkerCommand) -> None:
+        """Tells a worker what its engine is to be. Does nothing if the worker has exited, or is about to."""
+        attachment = self._attachments.get(command.worker)
+        if attachment is None or not attachment.is_owner_alive or attachment.is_ending:
+            return
+        connection = next(iter(attachment.processes.values()))
+        send_message(connection, {"engine": command.engine, "number": command.number})
 
     @property
     def transport(self) -> Transport:
@@ -170,8 +184,7 @@ class AttachServer:
                     attachment = self._add_worker(connection, hello, pid, undo)
             except (OSError, ValueError, KeyError, TypeError, MeshError) as error:
                 _log.warning("refused to attach process %d: %s", pid, error)
-                with contextlib.suppress(OSError):
-                    connection.send(json.dumps({"refused": str(error)}).encode())
+                send_message(connection, {"refused": str(error)})
                 return
             undo.pop_all()
         self._add_process(attachment, watch_fd, connection)
@@ -187,7 +200,7 @@ class AttachServer:
         self._check_identity(model_name, hello.get("kv"))
         worker = self._unit.attach(Role(role), model_name, address, pid)
         undo.callback(self._unit.worker_exited, worker.name)
-        slot, bell_fd = self._grants.allocate_slot(worker.role, worker.model)
+        slot, bell_fd = self._grants.allocate_slot(worker.role, worker.model, self._share_of(worker.role, worker.model))
         undo.callback(self._grants.free_slot, slot)
         model = self._unit.models[worker.model]
         size = (model.resident_limit, model.max_model_len // model.shape.block_size)
@@ -195,7 +208,9 @@ class AttachServer:
         try:
             progress = ProgressPage(progress_fd, *size)
             weights, weights_fds = self._describe_weights(worker.model)
-            reply = {"worker": worker.name, "slot": slot, "progress": size, "weights": weights}
+            reply = {
+                "worker": worker.name, "slot": slot, "progress": size, "weights": weights, "engine": worker.told
+            }  # fmt: skip
             own_fds = (self._grants.page_fd, self._grants.doorbell_fd, bell_fd, progress_fd)
             self._send(connection, reply, (*weights_fds, *own_fds))
         finally:
@@ -267,6 +282,9 @@ class AttachServer:
             check = self._check_share(self._prover, attachment, connection, message)
             attachment.proof = start_watched(check, "share of a worker")
             return
+        if "done" in message:
+            attachment.worker.report(int(message["done"]))
+            return
         ready = bool(message["ready"])
         if ready and self._prover is not None and not attachment.is_limited:
             _log.warning("%s is not ready: it has not proved its share of the GPU", attachment.worker.name)
@@ -284,20 +302,40 @@ class AttachServer:
         if reason:
             attachment.worker.ready = False
             _log.error("refused %s (pid %d): %s", attachment.worker.name, attachment.worker.pid, reason)
-        with contextlib.suppress(OSError):
-            connection.send(json.dumps({"refused": reason}).encode())
+        send_message(connection, {"refused": reason})
 
     def _check_heartbeats(self) -> None:
         """Kills ready workers without a heartbeat in `MAX_SILENT_CHECKS` checks."""
         for attachment in list(self._attachments.values()):
             beat = self._grants.page.read(attachment.slot, Word.HEARTBEATS)
             if attachment.count_silent_checks(beat) == MAX_SILENT_CHECKS:
-                self._kill(attachment, f"sent no heartbeat for {MAX_SILENT_CHECKS * self._check_every_s:g} s")
-        self._check_timer = asyncio.get_running_loop().call_later(self._check_every_s, self._check_heartbeats)
+                self._end(attachment, f"sent no heartbeat for {MAX_SILENT_CHECKS * self._check_every_s:g} s")
+        self._timers["heartbeats"] = asyncio.get_running_loop().call_later(self._check_every_s, self._check_heartbeats)
+
+    def _check_grants(self) -> None:
+        """Revokes the grants of workers that do not return them, and kills those that hang in a step.
+
+        A worker that a debugger has stopped is not killed. One whose grant is revoked may still return it.
+        """
+        check_every_s = self._check_every_s * min(1.0, self._grants.longest_grant_s / _LONG_GRANT_S)
+        self._timers["grants"] = asyncio.get_running_loop().call_later(check_every_s, self._check_grants)
+        stalled = self._grants.revoke_stalled(check_every_s)
+        by_slot = {attachment.slot: attachment for attachment in self._attachments.values()}
+        for slot in stalled.revoked:
+            _log.warning("%s has not returned its recalled grant: revoked", by_slot[slot].worker.name)
+        for attachment in (by_slot[slot] for slot in stalled.to_kill):
+            if not attachment.is_ending and process_state(attachment.worker.pid) is not ProcessState.TRACED:
+                self._end(attachment, "hangs in a step")
+
+    def _end(self, attachment: AttachmentRecord, reason: str) -> None:
+        """Kills a worker, which gets no request from now on: under MPS its exit may take a while."""
+        self._kill(attachment, reason)
+        self._changed()
 
     def _kill(self, attachment: AttachmentRecord, reason: str) -> None:
         _log.warning("%s %s: killed", attachment.worker.name, reason)
-        attachment.is_ending = True
+        attachment.is_ending, attachment.worker.ready = True, False
+        self._grants.end_grants(attachment.slot)
         for watch_fd in attachment.processes:
             self._fence.kill(watch_fd)
 

@@ -121,9 +121,11 @@ class BlockTable:
         """
         blocks = self._models[model]
         self._use_counter += 1
+        freed: list[int] = []
         for block_id in reversed(block_ids):
-            blocks.references[block_id] -= 1
-            if blocks.references[block_id] > 0:
+            num_left = blocks.references[block_id] - 1
+            if num_left > 0:
+                blocks.references[block_id] = num_left
                 continue
             del blocks.references[block_id]
             if block_id in blocks.hash_of:
@@ -132,15 +134,21 @@ class BlockTable:
                 blocks.cached_in_slab[slab] += 1
                 blocks.last_use_of_slab[slab] = self._use_counter
             else:
-                self._pool.free(model, (block_id,))
+                freed.append(block_id)
+        self._pool.free(model, freed)
 
     def drop_prefixes(self) -> None:
         """Empties the prefix cache of all models. Blocks in use stay, but no later allocation finds them by a hash."""
-        for model, blocks in self._models.items():
-            for block_id in list(blocks.cached):
-                self._evict(model, block_id)
-            blocks.by_hash.clear()
-            blocks.hash_of.clear()
+        for model in self._models:
+            self.drop_prefixes_of(model)
+
+    def drop_prefixes_of(self, model: str) -> None:
+        """Empties the prefix cache of one model, see `drop_prefixes`."""
+        blocks = self._models[model]
+        for block_id in list(blocks.cached):
+            self._evict(model, block_id)
+        blocks.by_hash.clear()
+        blocks.hash_of.clear()
 
     def num_in_use(self, model: str) -> int:
         """Blocks with at least one reference; a shared block counts once."""
@@ -226,7 +234,8 @@ class BlockTable:
 
     def _num_unused_slabs(self) -> int:
         """Free slabs, and slabs that hold cached blocks only."""
-        return self._pool.num_free_slabs + sum(len(self._unused_slabs_of(model)) for model in self._models)
+        cached = sum(len(self._unused_slabs_of(model)) for model, blocks in self._models.items() if blocks.cached)
+        return self._pool.num_free_slabs + cached
 
     def _fits(self, model: str, num_blocks: int, max_new_slabs: int) -> bool:
         slabs = min(max_new_slabs, self._pool.num_free_slabs)

@@ -28,26 +28,35 @@ _COST_WORDS = 5
 class Word(IntEnum):
     """Indices of the words of a slot. From ``FIRST_COST`` on the words are floats: the fields of a `StepCost`."""
 
-    DEMAND = 0
-    """1: the worker has something to compute."""
-    GRANTED_STEPS = 1
+    GRANTED_STEPS = 0
     """Steps that the worker may compute before it reads ``RECALLED``; 0: it may not compute."""
+    DEMAND = 1
+    """1: the worker has something to compute. It stays 1 until the worker has seen its grant."""
     RECALLED = 2
     """1: the worker returns its grant after these steps. 0: it keeps the grant."""
     PRIORITY = 3
     """Best priority class of the sequences to compute."""
-    SLACK_US = 4
-    """Microseconds until the first of these sequences misses its latency target; 0: no target."""
+    DUE_US = 4
+    """Monotonic time, in microseconds, at which the first of these sequences that can still meet its latency target has
+    to compute; 0: no target.
+    """
+    LOST_US = 5
+    """Monotonic time, in microseconds, from which on that sequence has missed its target; in the past if all have. 0:
+    never.
+    """
+    ARRIVED_US = 6
+    """Unix time, in microseconds, at which the oldest request among these sequences arrived; 0: not known."""
+    BUSY_NS = 7
+    """This word and those up to GRANT_WAIT_NS are counters since the worker attached."""
     NUM_STEPS = 8
-    """This word and those up to NUM_GRANTS are counters since the worker attached."""
     NUM_COMPUTED_TOKENS = 9
     KV_BYTES_WRITTEN = 10
-    BUSY_NS = 11
-    HEARTBEATS = 12
-    SWAP_OUT_BYTES = 13
-    SWAP_IN_BYTES = 14
-    SWAP_NS = 15
-    NUM_GRANTS = 16
+    HEARTBEATS = 11
+    SWAP_OUT_BYTES = 12
+    SWAP_IN_BYTES = 13
+    SWAP_NS = 14
+    NUM_GRANTS = 15
+    GRANT_WAIT_NS = 16
     FIRST_COST = 24
 
 
@@ -61,6 +70,15 @@ class GrantPage:
 
     def read(self, slot: int, word: Word) -> int:
         return self._words[slot * _WORDS_PER_SLOT + word]
+
+    def read_demand(self, slot: int) -> list[int]:
+        """The words GRANTED_STEPS to BUSY_NS of a slot, read in this order. Not atomic.
+
+        The order matters: without a grant DEMAND changes from 0 to 1 only. Were it read first, a whole step between the
+        two reads would make the demand that was granted look like one that waits.
+        """
+        first = slot * _WORDS_PER_SLOT
+        return self._words[first : first + Word.BUSY_NS + 1].tolist()
 
     def write(self, slot: int, word: Word, value: int) -> None:
         self._words[slot * _WORDS_PER_SLOT + word] = value

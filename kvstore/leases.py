@@ -115,6 +115,12 @@ class LeaseTable:
         self._blocks = blocks
         self._swap = swap
         self._records: dict[int, LeaseRecord] = {}
+        self._credits: dict[int, LeaseRecord] = {}
+        """Those of the records whose state is CREDIT."""
+        self._batched = Counter[str]()
+        self._resident = Counter[str]()
+        """See `count_assigned`."""
+        self._by_model = Counter[str]()
         self._last_id = last_id
         self.num_handoffs = 0
         self.num_expired = 0
@@ -143,15 +149,18 @@ class LeaseTable:
             return None
         self._last_id += 1
         lease = Lease(LeaseRef(self._last_id, 1), model, allocated.block_ids, allocated.num_cached * block_size)
-        self._records[self._last_id] = LeaseRecord(
+        record = LeaseRecord(
             lease, LeaseState.CREDIT, router, assignment, demand.block_hashes, block_size, scheduling, expires_at_s
         )
+        self._records[self._last_id] = self._credits[self._last_id] = record
+        _add(self._by_model, model, 1)
+        self._count(record, 1)
         return lease
 
     def acquire(self, ref: LeaseRef, worker: str) -> Lease:
         """Makes a credit the lease of ``worker``. Raises LeaseLost."""
         record = self._at(ref)
-        record.state = self._after("acquire", record)
+        self._set_state(record, self._after("acquire", record))
         return self._change_owner(record, worker)
 
     def move(self, ref: LeaseRef, owner: str, to: str, num_computed_tokens: int, sampled: tuple[int, ...]) -> Lease:
@@ -160,12 +169,12 @@ class LeaseTable:
         Publishes the blocks that ``num_computed_tokens`` fill: other requests may share them.
         """
         record = self._owned(ref, owner)
-        record.state = self._after("move", record)
+        self._set_state(record, self._after("move", record))
         self._publish(record, record.block_hashes[: num_computed_tokens // record.block_size])
-        record.lease = replace(record.lease, num_computed_tokens=num_computed_tokens, sampled_token_ids=sampled)
-        record.assignment = replace(record.assignment, decode=to)
+        lease = record.lease
+        record.lease = Lease(lease.ref, lease.model, lease.block_ids, num_computed_tokens, sampled)
         self.num_handoffs += 1
-        return self._change_owner(record, to)
+        return self._change_owner(record, to, replace(record.assignment, decode=to))
 
     def grow(
         self, ref: LeaseRef, owner: str, num_blocks: int, max_new_slabs: int | None = None
@@ -176,18 +185,19 @@ class LeaseTable:
         allocated = self._blocks.allocate(record.lease.model, num_blocks, max_new_slabs=max_new_slabs)
         if allocated is None:
             return None
-        record.lease = replace(record.lease, block_ids=record.lease.block_ids + allocated.block_ids)
+        lease, block_ids = record.lease, record.lease.block_ids + allocated.block_ids
+        record.lease = Lease(lease.ref, lease.model, block_ids, lease.num_computed_tokens, lease.sampled_token_ids)
         return allocated.block_ids
 
     def pause(self, ref: LeaseRef, owner: str) -> None:
         """Takes the sequence out of the batch; it keeps its blocks. Raises LeaseLost."""
         record = self._owned(ref, owner)
-        record.state = self._after("pause", record)
+        self._set_state(record, self._after("pause", record))
 
     def resume(self, ref: LeaseRef, owner: str) -> None:
         """Returns a paused sequence to the batch. Raises LeaseLost."""
         record = self._owned(ref, owner)
-        record.state = self._after("resume", record)
+        self._set_state(record, self._after("resume", record))
 
     def begin_swap_out(self, ref: LeaseRef, owner: str, num_bytes: int) -> tuple[int, ...] | None:
         """Returns swap pages for a copy of the lease's KV; None if the swap region is full. Raises LeaseLost."""
@@ -195,7 +205,8 @@ class LeaseTable:
         state = self._after("begin_swap_out", record)
         pages = self._swap.allocate(num_bytes)
         if pages is not None:
-            record.state, record.swap_pages = state, pages
+            self._set_state(record, state)
+            record.swap_pages = pages
         return pages
 
     def finish_swap_out(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
@@ -208,7 +219,8 @@ class LeaseTable:
         self._publish(record, computed)
         self._blocks.free(record.lease.model, record.lease.block_ids)
         record.lease = replace(record.lease, block_ids=())
-        record.state, record.num_preemption_requests = state, 0
+        self._set_state(record, state)
+        record.num_preemption_requests = 0
 
     def begin_swap_in(
         self, ref: LeaseRef, demand: KvDemand, max_new_slabs: int | None = None
@@ -222,13 +234,13 @@ class LeaseTable:
         allocated = self._allocate(record.lease.model, record.block_size, demand, max_new_slabs)
         if allocated is not None:
             record.lease = replace(record.lease, block_ids=allocated.block_ids)
-            record.state = state
+            self._set_state(record, state)
         return allocated
 
     def finish_swap_in(self, ref: LeaseRef, owner: str) -> None:
         """The KV is in the token blocks again: frees the swap pages. Raises LeaseLost."""
         record = self._owned(ref, owner)
-        record.state = self._after("finish_swap_in", record)
+        self._set_state(record, self._after("finish_swap_in", record))
         self._swap.free(record.swap_pages)
         record.swap_pages = ()
 
@@ -251,13 +263,13 @@ class LeaseTable:
             record = self._records.get(lease_id)
             if record is not None and record.owner == owner and record.state in _HAS_VALID_BLOCKS:
                 self._publish(record, hashes)
-        num_ended = self._end_all(lambda record: record.owner == owner)
+        num_ended = self._end_all([one for one, record in self._records.items() if record.owner == owner])
         self.num_orphaned += num_ended
         return num_ended
 
     def drop_expired(self, now_s: float) -> int:
         """Ends the credits that have expired; returns their number."""
-        num_ended = self._end_all(lambda record: _is_credit(record) and record.expires_at_s <= now_s)
+        num_ended = self._end_all([one for one, credit in self._credits.items() if credit.expires_at_s <= now_s])
         self.num_expired += num_ended
         return num_ended
 
@@ -265,11 +277,11 @@ class LeaseTable:
         """Ends all credits; returns their number. What the other leases have computed is never published."""
         for record in self._records.values():
             record.has_valid_kv = False
-        return self._end_all(_is_credit)
+        return self._end_all(list(self._credits))
 
     def next_expiry_s(self) -> float | None:
         """When the next credit expires; None without credits."""
-        return min((r.expires_at_s for r in self._records.values() if _is_credit(r)), default=None)
+        return min((credit.expires_at_s for credit in self._credits.values()), default=None)
 
     def of_owner(self, owner: str) -> list[Lease]:
         return [record.lease for record in self._records.values() if record.owner == owner]
@@ -286,6 +298,10 @@ class LeaseTable:
         """Owner → number of its leases."""
         return Counter(record.owner for record in self._records.values())
 
+    def count_by_model(self) -> dict[str, int]:
+        """Model → number of its leases, in any state; no entry without any."""
+        return dict(self._by_model)
+
     def count_states(self, model: str) -> Counter[LeaseState]:
         """State → number of leases of ``model``."""
         return Counter(record.state for record in self._records.values() if record.lease.model == model)
@@ -294,13 +310,7 @@ class LeaseTable:
         """Two counts of the leases assigned to each worker: those that take a slot of its batch (`BATCHED`), and those
         that hold token blocks. After the hand-off a lease counts for its decode worker only.
         """
-        batched, resident = Counter[str](), Counter[str]()
-        for record in self._records.values():
-            prefill, decode = record.assignment.prefill, record.assignment.decode
-            for worker in (decode,) if record.owner == decode else (prefill, decode):
-                batched[worker] += record.state in BATCHED
-                resident[worker] += record.state is not LeaseState.SWAPPED
-        return batched, resident
+        return self._batched.copy(), self._resident.copy()
 
     def choose_victim(
         self, owners: Collection[str], models: Collection[str], sort_key: Callable[[SchedulingState], SortKey]
@@ -336,6 +346,13 @@ class LeaseTable:
             assert bool(record.swap_pages) is has_pages, f"lease {lease_id} is {state}: wrong swap pages"
             held.setdefault(record.lease.model, Counter()).update(record.lease.block_ids)
         self._blocks.check_integrity(held)
+        assert self.count_by_model() == Counter(record.lease.model for record in self._records.values())
+        assert self._credits == {one: r for one, r in self._records.items() if r.state is LeaseState.CREDIT}
+        batched, resident = self._batched, self._resident
+        self._batched, self._resident = Counter[str](), Counter[str]()
+        for record in self._records.values():
+            self._count(record, 1)
+        assert (batched, resident) == (self._batched, self._resident), "counts of assigned leases are wrong"
         self._swap.check_integrity(page for record in self._records.values() for page in record.swap_pages)
 
     def _allocate(
@@ -371,24 +388,47 @@ class LeaseTable:
         if record.has_valid_kv:
             self._blocks.insert_prefix(record.lease.model, record.lease.block_ids, hashes)
 
-    @staticmethod
-    def _change_owner(record: LeaseRecord, owner: str) -> Lease:
+    def _count(self, record: LeaseRecord, number: int) -> None:
+        """Adds ``number`` to the counts of the workers that a lease is assigned to."""
+        prefill, decode = record.assignment.prefill, record.assignment.decode
+        for worker in (decode,) if record.owner == decode else (prefill, decode):
+            if record.state in BATCHED:
+                _add(self._batched, worker, number)
+            if record.state is not LeaseState.SWAPPED:
+                _add(self._resident, worker, number)
+
+    def _set_state(self, record: LeaseRecord, state: LeaseState) -> None:
+        self._count(record, -1)
+        record.state = state
+        self._count(record, 1)
+        if state is not LeaseState.CREDIT:
+            self._credits.pop(record.lease.ref.lease_id, None)
+
+    def _change_owner(self, record: LeaseRecord, owner: str, assignment: Assignment | None = None) -> Lease:
         ref = record.lease.ref
-        record.owner = owner
-        record.lease = replace(record.lease, ref=replace(ref, epoch=ref.epoch + 1))
+        self._count(record, -1)
+        record.owner, record.assignment = owner, assignment or record.assignment
+        self._count(record, 1)
+        lease, ref = record.lease, LeaseRef(ref.lease_id, ref.epoch + 1)
+        record.lease = Lease(ref, lease.model, lease.block_ids, lease.num_computed_tokens, lease.sampled_token_ids)
         return record.lease
 
     def _end(self, lease_id: int) -> None:
         record = self._records.pop(lease_id)
+        self._credits.pop(lease_id, None)
+        _add(self._by_model, record.lease.model, -1)
+        self._count(record, -1)
         self._blocks.free(record.lease.model, record.lease.block_ids)
         self._swap.free(record.swap_pages)
 
-    def _end_all(self, is_ending: Callable[[LeaseRecord], bool]) -> int:
-        ending = [lease_id for lease_id, record in self._records.items() if is_ending(record)]
+    def _end_all(self, ending: Sequence[int]) -> int:
         for lease_id in ending:
             self._end(lease_id)
         return len(ending)
 
 
-def _is_credit(record: LeaseRecord) -> bool:
-    return record.state is LeaseState.CREDIT
+def _add(counts: Counter[str], key: str, number: int) -> None:
+    """Adds to a count, which has no entry while it is 0: each worker that starts has another name."""
+    counts[key] += number
+    if not counts[key]:
+        del counts[key]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -50,15 +50,14 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         fingerprints: Mapping[str, str],
         trace_decisions: bool = False,
     ) -> None:
-        """``fingerprints``: of the weights, by model. ``trace_decisions``: logs each credit with the reason for its
-        position in the order.
+        """``fingerprints``: of the weights, by model; see `model_added`. ``trace_decisions``: logs each credit with the
+        reason for its position in the order.
         """
         self._config = config
         self._unit = unit
         self._grants = grants
         self._clock = clock
-        weights = (kvstore_pb2.ModelWeights(model=name, fingerprint=one) for name, one in fingerprints.items())
-        self._hello = kvstore_pb2.AdmitResponse(hello=kvstore_pb2.UnitHello(models=weights))
+        self._fingerprints = fingerprints
         self._trace_decisions = trace_decisions
         self.num_overtaken: Counter[str] = Counter()
         """Model → requests that were overtaken, once for each credit that overtook them."""
@@ -66,6 +65,8 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         self._routers: dict[str, _Responses] = {}
         self._watchers: dict[str, asyncio.Queue[Lease | int]] = {}
         self._swap_ins: dict[int, asyncio.Future[IssuedSwapIn]] = {}
+        self.on_changed: list[Callable[[], None]] = []
+        """Called after each change, when its decisions are sent."""
         self._num_streams = 0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -84,6 +85,11 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         for preemption in decisions.preemptions:
             if preemption.worker in self._watchers:
                 self._watchers[preemption.worker].put_nowait(preemption.lease_id)
+        for command in decisions.commands:
+            if self.attach is not None:
+                self.attach.tell(command)
+        for call in self.on_changed:
+            call()
         self._set_timer()
         if self._unit.costs_are_due(now_s):
             for queue in self._routers.values():
@@ -96,6 +102,16 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
                 self._routers[entry.source], entry.request.entry_id, "model", f"{quoted(model)} is no longer served"
             )
         self.changed()
+
+    def model_added(self) -> None:
+        """To be called when ``fingerprints`` has one more model: tells all routers."""
+        for queue in self._routers.values():
+            queue.put_nowait(self._hello())
+        self.changed()
+
+    def _hello(self) -> kvstore_pb2.AdmitResponse:
+        weights = (kvstore_pb2.ModelWeights(model=name, fingerprint=one) for name, one in self._fingerprints.items())
+        return kvstore_pb2.AdmitResponse(hello=kvstore_pb2.UnitHello(models=weights))
 
     def _log_decision(self, credit: IssuedCredit) -> None:
         _log.info(
@@ -120,7 +136,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         router = f"{named(first.hello.router)}#{number}"
         queue: _Responses = asyncio.Queue()
         self._routers[router] = queue
-        queue.put_nowait(self._hello)
+        queue.put_nowait(self._hello())
         queue.put_nowait(kvstore_pb2.AdmitResponse(costs=self._costs()))
         reader = asyncio.create_task(self._read_router(router, queue, request_iterator))
         reader.add_done_callback(lambda _: queue.put_nowait(None))
@@ -279,7 +295,15 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         """See the proto. First checks the integrity of the unit's state."""
         assert self.attach is not None
         self._unit.check_integrity()
-        status = unit_status(self._config, self._unit, self.attach.transport, self._grants.page, self.attach.slot_of)
+        status = unit_status(
+            self._config,
+            self._unit,
+            self.attach.transport,
+            self._grants.page,
+            self.attach.slot_of,
+            self._clock.monotonic_s(),
+            self._clock.unix_s(),
+        )
         return kvstore_pb2.GetUnitStatusResponse(unit=status)
 
     def _set_timer(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 
 
 @dataclass(slots=True)
@@ -48,11 +49,10 @@ class _Holding:
                 self.num_free -= count
         return ids
 
-    def free(self, slab: int, index: int) -> None:
-        indices = self.free_indices[slab]
-        indices[index] = None
-        self._recount(slab, len(indices) - 1)
-        self.num_free += 1
+    def on_freed(self, slab: int, num_free_before: int) -> None:
+        """To be called after blocks of a slab were added to `free_indices`."""
+        self._recount(slab, num_free_before)
+        self.num_free += len(self.free_indices[slab]) - num_free_before
 
     def _recount(self, slab: int, num_free_before: int) -> None:
         slabs = self.by_num_free[num_free_before]
@@ -138,12 +138,15 @@ class SlabPool:
     def free(self, model: str, block_ids: Iterable[int]) -> None:
         """Frees token blocks; a slab without allocated blocks becomes free. Raises ValueError for a free block."""
         holding = self._holdings[model]
-        for block_id in block_ids:
-            slab, index = divmod(block_id, holding.blocks_per_slab)
-            indices = holding.free_indices.get(slab)
-            if indices is None or index in indices:
-                raise ValueError(f"token block {block_id} of {model} is not allocated")
-            holding.free(slab, index)
+        for slab, blocks in groupby(block_ids, key=lambda block_id: block_id // holding.blocks_per_slab):
+            indices = holding.free_indices.get(slab, {})
+            num_free = len(indices)
+            for block_id in blocks:
+                index = block_id % holding.blocks_per_slab
+                if slab not in holding.free_indices or index in indices:
+                    raise ValueError(f"token block {block_id} of {model} is not allocated")
+                indices[index] = None
+            holding.on_freed(slab, num_free)
             if len(indices) == holding.blocks_per_slab:
                 holding.remove(slab)
                 self._free_slabs.append(slab)

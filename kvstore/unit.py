@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from kvstore.admission import Admission, AdmissionEntry
 from kvstore.block_table import BlockTable
 from kvstore.leases import Assignment, LeaseState, LeaseTable
+from kvstore.model_states import NO_LIMITS, AwakeLimits, ModelState, ModelStates, ModelUse, WorkerCommand
 from kvstore.quotas import Quotas
 from kvstore.slab_pool import SlabPool
 from kvstore.swap_space import SwapSpace
@@ -88,6 +89,7 @@ class AdmissionDecisions:
     credits: list[IssuedCredit] = field(default_factory=list)
     swap_ins: list[IssuedSwapIn] = field(default_factory=list)
     preemptions: list[PreemptionRequest] = field(default_factory=list)
+    commands: list[WorkerCommand] = field(default_factory=list)
 
 
 def first_id(unix_s: float) -> int:
@@ -113,8 +115,10 @@ class Unit:
         last_id: int = 0,
         swap_bytes: int = 0,
         policy: SchedulingPolicy = FCFS,
+        awake: AwakeLimits = NO_LIMITS,
+        now_s: float = 0.0,
     ) -> None:
-        """Raises ValueError as `add_model` does.
+        """Raises ValueError as `add_model` does. ``now_s``: monotonic time of the start.
 
         ``last_id``: lease ids continue from here, and incarnations of workers from its upper bits; see `first_id`.
         ``swap_bytes``: size of the swap region; 0: nothing can be swapped.
@@ -130,16 +134,18 @@ class Unit:
         self.admission = Admission(policy)
         self._waits = WaitTimes()
         self.quotas = Quotas(self.pool.num_slabs)
+        self.states = ModelStates(awake)
         self.workers: dict[str, WorkerRecord] = {}
         self._removing: set[str] = set()
         self._reclaim_at_s: float | None = None
         self._costs_due_s = 0.0
         self._incarnations = last_id >> _ID_BITS
-        for name, model in models.items():
-            self.add_model(name, model)
+        for name, model in sorted(models.items(), key=lambda one: not one[1].is_pinned):
+            self.add_model(name, model, now_s)
+        self.models = {name: self.models[name] for name in models}
 
-    def add_model(self, name: str, model: UnitModel) -> None:
-        """Adds a model and resets all quotas to their initial values.
+    def add_model(self, name: str, model: UnitModel, now_s: float = 0.0) -> None:
+        """Adds a model and resets all quotas to their initial values. It sleeps if no more models may be awake.
 
         Raises ValueError if the name is taken, the guaranteed slabs of all models exceed the pool, or a slab does not
         hold one token block of the model.
@@ -150,11 +156,14 @@ class Unit:
             )
         self.blocks.add_model(name, self.slab_bytes // model.shape.token_block_bytes)
         try:
-            self.quotas.add_model(name, model.guaranteed_slabs)
+            self.quotas.add_model(name, model.guaranteed_slabs, model.kv_need)
         except ValueError:
             self.blocks.remove_model(name)
             raise
         self.models[name] = model
+        self.states.add_model(name, model.is_pinned, model.starts_asleep, now_s)
+        if not self.states.admits(name):
+            self.quotas.sleep(name)
 
     def remove_model(self, name: str) -> list[AdmissionEntry]:
         """Stops admitting requests of a model. Its leases continue; after the last one has ended, the model is removed.
@@ -167,10 +176,15 @@ class Unit:
         return refused
 
     def attach(self, role: Role, model: str, address: str, pid: int) -> WorkerRecord:
-        """Adds a worker that is not ready. Raises InvalidRequest for a model that the unit does not serve."""
+        """Adds a worker that is not ready. Raises InvalidRequest for a model that the unit does not serve.
+
+        The worker has to be told what its engine is to be (``told``): one that starts asleep loads nothing.
+        """
         self._check_served(model)
         self._incarnations += 1
-        worker = WorkerRecord(f"{role.value}-{model}#{self._incarnations:x}", role, model, address, pid)
+        engine = self.states.engine_of(model)
+        name = f"{role.value}-{model}#{self._incarnations:x}"
+        worker = WorkerRecord(name, role, model, address, pid, told=engine, engine=engine)
         self.workers[worker.name] = worker
         return worker
 
@@ -219,12 +233,14 @@ class Unit:
         self.quotas.count_use(now_s, self.blocks.num_used_slabs)
         self.leases.drop_expired(now_s)
         self._remove_drained_models()
-        self.quotas.adapt(now_s, self.admission.count)
         decisions = AdmissionDecisions()
+        self._update_states(now_s, decisions.commands)
+        self.quotas.adapt(now_s, self.admission.count)
         slots = WorkerSlots(tuple(self.workers.values()), self.models, *self.leases.count_assigned())
 
         def has_slot(entry: AdmissionEntry) -> bool:
-            return slots.has_slot(entry.model, entry.worker)
+            is_admitted = entry.swapped is not None or self.states.admits(entry.model)
+            return is_admitted and slots.has_slot(entry.model, entry.worker)
 
         def is_within_quota(entry: AdmissionEntry) -> bool:
             needed = blocks_for(entry.request.demand.num_tokens, self.models[entry.model].shape.block_size)
@@ -252,11 +268,25 @@ class Unit:
         self._waits.update(self.admission.waiting, self._first_causes(unix_s, slots), now_s)
         return decisions
 
+    def _update_states(self, now_s: float, commands: list[WorkerCommand]) -> None:
+        """Lets models fall asleep and wake. One that falls asleep returns its KV memory, one that wakes gets it."""
+        leases, requests = self.leases.count_by_model(), self.admission.count_requests()
+        use = {name: ModelUse(leases.get(name, 0), requests.get(name, 0)) for name in {**leases, **requests}}
+        changes = self.states.update(now_s, use, self.workers.values())
+        for model in changes.returned:
+            self.blocks.drop_prefixes_of(model)
+            self.quotas.sleep(model)
+        for model in changes.claiming:
+            self.quotas.wake(model)
+        commands.extend(changes.commands)
+
     def _first_causes(self, unix_s: float, slots: WorkerSlots) -> dict[EntryKey, WaitCause]:
         """What the first waiting entry of each model waits for."""
         causes = {}
         for entry in self.admission.first_entries(unix_s):
-            if slots.has_slot(entry.model, entry.worker):
+            if entry.swapped is None and not self.states.admits(entry.model):
+                causes[entry.key] = WaitCause.WORKER
+            elif slots.has_slot(entry.model, entry.worker):
                 causes[entry.key] = WaitCause.KV
             else:
                 causes[entry.key] = WaitCause.SLOT if slots.has_workers(entry.model) else WaitCause.WORKER
@@ -264,7 +294,7 @@ class Unit:
 
     def next_change_s(self) -> float | None:
         """Monotonic time at which `schedule` has to be called even if nothing changes; None: at no time."""
-        times = (self.leases.next_expiry_s(), self._reclaim_at_s)
+        times = (self.leases.next_expiry_s(), self._reclaim_at_s, self.states.next_change_s())
         return min((time for time in times if time is not None), default=None)
 
     def costs_are_due(self, now_s: float) -> bool:
@@ -323,6 +353,16 @@ class Unit:
         self.leases.check_integrity()
         assert self.models.keys() == self.quotas.slabs.keys() >= self._removing, "models and quotas differ"
         self.quotas.check_integrity()
+        self.states.check_integrity()
+        assert self.models.keys() == self.states.models.keys(), "models and their states differ"
+        for name, record in self.states.models.items():
+            if record.state is ModelState.ASLEEP:
+                assert not self.blocks.num_cached(name), f"{name} sleeps, but has cached blocks"
+                assert not self.blocks.num_in_use(name), f"{name} sleeps, but has blocks in use"
+
+    def serves(self, model: str) -> bool:
+        """Whether requests of a model are admitted, at once or when it wakes."""
+        return model in self._served()
 
     def _served(self) -> set[str]:
         return self.models.keys() - self._removing
@@ -340,6 +380,7 @@ class Unit:
                 worker.is_retired |= worker.model == name
             self.blocks.remove_model(name)
             self.quotas.remove_model(name)
+            self.states.remove_model(name)
             del self.models[name]
 
     def _with_cached_fraction(self, request: QueuedRequest) -> QueuedRequest:

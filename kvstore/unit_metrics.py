@@ -6,9 +6,11 @@ What a worker counts by itself (steps, busy seconds, swap copies) its own proces
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from kvstore.device_memory import Transport
 from kvstore.leases import LeaseState
+from kvstore.model_states import ModelState
 from kvstore.unit import Unit
 from muxmesh.config.schema import UnitConfig
 from muxmesh.metrics.family import Family, Labels, counter, gauge
@@ -19,9 +21,13 @@ _MODEL = ("unit", "model_name")
 
 
 def unit_families(
-    config: UnitConfig, unit: Unit, transport: Transport, num_overtaken: Mapping[str, int]
+    config: UnitConfig,
+    unit: Unit,
+    transport: Transport,
+    num_overtaken: Mapping[str, int],
+    num_revoked: Mapping[tuple[Role, str], int] = MappingProxyType({}),
 ) -> Iterator[Family]:
-    """``num_overtaken``: by model, see `KvStoreService`."""
+    """``num_overtaken``: by model, see `KvStoreService`. ``num_revoked``: see `GrantTable`."""
     name = config.name
     yield gauge(
         "muxmesh_unit_info", "1; the labels have the device, and how its memory is passed to workers.",
@@ -37,7 +43,16 @@ def unit_families(
             for model in unit.models for role in Role
         },
     )  # fmt: skip
+    yield from _state_families(name, unit)
     yield counter("muxmesh_credits_total", "Credits issued to requests.", _UNIT, {(name,): unit.num_decisions})
+    yield counter(
+        "muxmesh_grants_revoked_total", "Recalled compute grants that a worker did not return in time.",
+        ("unit", "model_name", "role"),
+        {
+            (name, model, role.value): num_revoked.get((role, model), 0)
+            for model in unit.models for role in Role
+        },
+    )  # fmt: skip
     yield counter(
         "muxmesh_overtaken_requests_total", "Earlier requests that still waited when a later one got its credit.",
         _MODEL, {(name, model): num_overtaken.get(model, 0) for model in unit.models},
@@ -81,6 +96,27 @@ def _lease_families(name: str, unit: Unit) -> Iterator[Family]:
     yield counter(
         "muxmesh_leases_orphaned_total", "Leases that ended because their owner did.", _UNIT,
         {(name,): unit.leases.num_orphaned},
+    )  # fmt: skip
+
+
+def _state_families(name: str, unit: Unit) -> Iterator[Family]:
+    records = unit.states.models
+    states: dict[Labels, float] = {
+        (name, model, state.value): int(record.state is state)
+        for model, record in records.items()
+        for state in ModelState
+    }
+    yield gauge(
+        "muxmesh_model_state", "1 for the state that the model is in, 0 for the others.",
+        ("unit", "model_name", "state"), states,
+    )  # fmt: skip
+    yield counter(
+        "muxmesh_model_wakes_total", "How often the model was woken.", _MODEL,
+        {(name, model): record.num_wakes for model, record in records.items()},
+    )  # fmt: skip
+    yield counter(
+        "muxmesh_model_waking_seconds_total", "Seconds for which the model was waking.", _MODEL,
+        {(name, model): record.waking_s for model, record in records.items()},
     )  # fmt: skip
 
 

@@ -10,14 +10,23 @@ from kvstore.leases import LeaseState
 from kvstore.unit import Unit
 from kvstore.worker_slots import WorkerRecord
 from muxmesh.config.schema import UnitConfig
+from muxmesh.process_state import own_memory_bytes
 from muxmesh.types import SWAP_PAGE_BYTES
 from muxmesh.v1 import mesh_pb2
 
 
 def unit_status(
-    config: UnitConfig, unit: Unit, transport: Transport, page: GrantPage, slot_of: Callable[[str], int]
+    config: UnitConfig,
+    unit: Unit,
+    transport: Transport,
+    page: GrantPage,
+    slot_of: Callable[[str], int],
+    now_s: float,
+    unix_s: float,
 ) -> mesh_pb2.UnitStatus:
-    """``slot_of``: slot of a worker, by its name, in the grant page."""
+    """``slot_of``: slot of a worker, by its name, in the grant page. ``now_s``, ``unix_s``: the same moment, on the
+    unit's monotonic clock and on that of all machines.
+    """
     counts = unit.leases.count_by_owner()
     copied_bytes = sum(
         _copied_bytes(page, slot_of(worker.name), unit.models[worker.model].shape.kv_bytes_per_token)
@@ -30,7 +39,7 @@ def unit_status(
         transport=transport,
         connected=True,
         pool=_pool_status(unit, copied_bytes),
-        models=[_model_status(unit, name) for name in unit.models],
+        models=[_model_status(unit, name, now_s, unix_s) for name in unit.models],
         workers=[
             _worker_status(worker, counts[worker.name], page, slot_of(worker.name)) for worker in unit.workers.values()
         ],
@@ -65,7 +74,8 @@ def _pool_status(unit: Unit, copied_bytes: int) -> mesh_pb2.PoolStatus:
     )
 
 
-def _model_status(unit: Unit, model: str) -> mesh_pb2.UnitModelStatus:
+def _model_status(unit: Unit, model: str, now_s: float, unix_s: float) -> mesh_pb2.UnitModelStatus:
+    record = unit.states.models[model]
     limits, states = unit.models[model], unit.leases.count_states(model)
     queried, hit = unit.blocks.queried_and_hit(model)
     return mesh_pb2.UnitModelStatus(
@@ -80,6 +90,14 @@ def _model_status(unit: Unit, model: str) -> mesh_pb2.UnitModelStatus:
         num_credits=states[LeaseState.CREDIT],
         num_queued_requests=unit.admission.count(model),
         max_num_seqs=limits.max_num_seqs,
+        state=record.state,
+        state_since_unix_s=unix_s - (now_s - record.since_s),
+        last_used_unix_s=unix_s - (now_s - record.last_used_s),
+        pinned=record.is_pinned,
+        num_wakes=record.num_wakes,
+        waking_s=record.waking_s,
+        last_waking_s=record.last_waking_s,
+        token_block_bytes=limits.shape.token_block_bytes,
     )
 
 
@@ -98,4 +116,6 @@ def _worker_status(worker: WorkerRecord, num_leases: int, page: GrantPage, slot:
         swap_out_bytes=page.read(slot, Word.SWAP_OUT_BYTES),
         swap_in_bytes=page.read(slot, Word.SWAP_IN_BYTES),
         swap_s=page.read(slot, Word.SWAP_NS) / 1e9,
+        engine=worker.engine or "",
+        own_memory_bytes=own_memory_bytes(worker.pid),
     )

@@ -45,10 +45,11 @@ class WaitTimes:
 
     def update(self, waiting: Set[EntryKey], first: Mapping[EntryKey, WaitCause], now_s: float) -> None:
         """Records what the ``waiting`` entries wait for from now on: those of ``first`` for the cause that is given."""
-        for key in self._waits.keys() - waiting:
-            del self._waits[key]
-        for key in waiting - self._waits.keys():
-            self._waits[key] = _Wait(WaitCause.ORDER, now_s)
+        if self._waits.keys() != waiting:
+            for key in self._waits.keys() - waiting:
+                del self._waits[key]
+            for key in waiting - self._waits.keys():
+                self._waits[key] = _Wait(WaitCause.ORDER, now_s)
         for key in self._first - first.keys():
             if key in self._waits:
                 self._waits[key].change(WaitCause.ORDER, now_s)

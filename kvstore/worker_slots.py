@@ -5,9 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from muxmesh.types import Role
+
+_ROLES = tuple(Role)
+
+
+class EngineState(StrEnum):
+    """What the engine of a worker is told to be, and what it reports to be."""
+
+    AWAKE = "awake"
+    """It computes."""
+    ASLEEP = "asleep"
+    """It computes nothing; its weights stay mapped, if they were."""
+    DROPPED = "dropped"
+    """As asleep, and its weights are not mapped."""
+
+
+ASLEEP = frozenset({EngineState.ASLEEP, EngineState.DROPPED})
 
 
 @dataclass(slots=True)
@@ -15,7 +32,9 @@ class WorkerRecord:
     """An attached worker. ``name`` includes its incarnation, so a restarted worker has another name.
 
     ``ready``: the worker has reported that it accepts requests. ``is_retired``: its model has been removed, so it
-    serves none, even if a model of that name is added later.
+    serves none, even if a model of that name is added later. ``told``: what its engine was told last to be, when
+    it attached or by one of ``num_told`` commands. ``engine``: what its engine is; None until it has reported that it
+    followed the latest command.
     """
 
     name: str
@@ -25,6 +44,24 @@ class WorkerRecord:
     pid: int
     ready: bool = False
     is_retired: bool = False
+    told: EngineState = EngineState.AWAKE
+    engine: EngineState | None = EngineState.AWAKE
+    num_told: int = 0
+
+    def tell(self, engine: EngineState) -> None:
+        """Records a command to the engine. The state of the engine is unknown until `report`."""
+        self.told, self.engine = engine, None
+        self.num_told += 1
+
+    def report(self, number: int) -> None:
+        """Records that the engine followed command ``number``. Has no effect if there was a later command."""
+        if number == self.num_told:
+            self.engine = self.told
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether it can compute requests of its model."""
+        return self.ready and not self.is_retired and self.engine is EngineState.AWAKE
 
 
 class SlotLimits(Protocol):
@@ -40,9 +77,10 @@ class SlotLimits(Protocol):
 
 
 def ready_workers(workers: Iterable[WorkerRecord], role: Role, model: str) -> list[WorkerRecord]:
-    """The ready workers of a role and model, the youngest first if ``workers`` are in the order of attachment."""
-    serving = [worker for worker in workers if worker.ready and not worker.is_retired]
-    return [worker for worker in serving if worker.role is role and worker.model == model][::-1]
+    """The workers of a role and model that can compute, the youngest first if ``workers`` are in the order of their
+    attachment.
+    """
+    return [worker for worker in workers if worker.model == model and worker.role is role and worker.is_serving][::-1]
 
 
 class WorkerSlots:
@@ -59,22 +97,24 @@ class WorkerSlots:
         self._limits = limits
         self._batched = batched
         self._resident = resident
-        self._ready = {model: [ready_workers(workers, role, model) for role in Role] for model in limits}
+        self._workers = workers
+        self._ready_of: dict[str, list[list[WorkerRecord]]] = {}
+        """Model → its ready workers by role, once asked for."""
 
     def has_slot(self, model: str, worker: str | None = None) -> bool:
         """Whether ``worker`` can take one more sequence; None: whether any pair of workers of the model can."""
         if worker is not None:
             return self._is_free(worker, model)
-        prefills, decodes = self._ready[model]
+        prefills, decodes = self._ready(model)
         return bool(prefills) and any(self._is_free(decode.name, model) for decode in decodes)
 
     def has_workers(self, model: str) -> bool:
         """Whether a prefill and a decode worker of the model are ready."""
-        return all(self._ready[model])
+        return all(self._ready(model))
 
     def choose(self, model: str) -> tuple[WorkerRecord, WorkerRecord]:
         """The prefill and the decode worker for one more sequence: the least loaded, the youngest of equals."""
-        prefills, decodes = self._ready[model]
+        prefills, decodes = self._ready(model)
         free = [decode for decode in decodes if self._is_free(decode.name, model)]
         return self._least_loaded(prefills), self._least_loaded(free)
 
@@ -82,6 +122,12 @@ class WorkerSlots:
         """Counts one more sequence of each worker."""
         self._batched.update(workers)
         self._resident.update(workers)
+
+    def _ready(self, model: str) -> list[list[WorkerRecord]]:
+        ready = self._ready_of.get(model)
+        if ready is None:
+            ready = self._ready_of[model] = [ready_workers(self._workers, role, model) for role in _ROLES]
+        return ready
 
     def _is_free(self, worker: str, model: str) -> bool:
         limits = self._limits[model]

@@ -84,7 +84,8 @@ def page(documents: Sequence[Mapping[str, Any]]) -> str:
         parts += ["<h2>Latency against load</h2><div class=plots>", *_sweep_plots(sweeps), "</div>"]
     parts += ["<h2>How latency is distributed</h2><div class=plots>", *_distributions(reports), "</div>"]
     if any("slo" in report for report in reports):
-        parts += ["<h2>Within a multiple of the unloaded latency</h2><div class=plots>", _slo_plot(reports), "</div>"]
+        parts += ["<h2>Within a multiple of the unloaded latency</h2><div class=plots>", _slo_plot(reports)]
+        parts += [*(_slo_plot_of_models(one) for one in reports if "by_model" in one.get("slo", ())), "</div>"]
     parts += ["<h2>Over time</h2><div class=plots>", *_time_plots(reports), "</div>"]
     for report in reports:
         parts += _groups(report)
@@ -180,20 +181,22 @@ def _time_plots(reports: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _slo_plot(reports: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        Line(
-            label(report),
-            [float(scale) for scale in report["slo"]["attainment"]],
-            [100 * share for share in report["slo"]["attainment"].values()],
-            marks=True,
-        )
-        for report in reports
-        if "slo" in report
-    ]
+    lines = [_attainment_line(label(report), report["slo"]) for report in reports if "slo" in report]
     svg = plot("SLO attainment", "multiple of the unloaded latency", "% of requests within", lines)
     return _figure(
         svg, "The share of the requests whose latency is at most this multiple of the latency on an idle server."
     )
+
+
+def _slo_plot_of_models(report: Mapping[str, Any]) -> str:
+    lines = [_attainment_line(name, own) for name, own in report["slo"]["by_model"].items()]
+    svg = plot("SLO attainment by model", "multiple of the unloaded latency", "% of requests within", lines)
+    return _figure(svg, f"{label(report)}: each model against multiples of its own latency on an idle server.")
+
+
+def _attainment_line(name: str, slo: Mapping[str, Any]) -> Line:
+    shares = slo["attainment"]
+    return Line(name, [float(scale) for scale in shares], [100 * share for share in shares.values()], marks=True)
 
 
 def _sweep_plots(sweeps: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -9,8 +9,17 @@ from loadtest.workload import PlannedRequest
 from muxmesh.client import NO_RETRIES, MeshClient, Message, Prompt
 from muxmesh.errors import InternalError, MeshError, Unavailable
 from muxmesh.rpc.status_codes import status_code
+from muxmesh.slo import Slo
+from muxmesh.v1 import mesh_pb2
 
 _CONNECT_TIMEOUT_S = 10.0
+
+
+def _slo(info: mesh_pb2.ModelInfo) -> Slo | None:
+    if not info.HasField("slo"):
+        return None
+    limits = {name: getattr(info.slo, name) for name in ("ttft_s", "tpot_s", "scale") if info.slo.HasField(name)}
+    return Slo(**limits)
 
 
 class MeshTarget:
@@ -25,7 +34,10 @@ class MeshTarget:
     async def models(self) -> list[ServedModel]:
         infos = await self._client.list_models(timeout_s=_CONNECT_TIMEOUT_S)
         # Special tokens are among the first and the last ids of most vocabularies.
-        return [ServedModel(info.name, range(info.vocab_size // 8, info.vocab_size * 3 // 4)) for info in infos]
+        return [
+            ServedModel(info.name, range(info.vocab_size // 8, info.vocab_size * 3 // 4), slo=_slo(info))
+            for info in infos
+        ]
 
     async def stream(self, request: PlannedRequest) -> AsyncIterator[Piece | StreamEnd]:
         prompt: Prompt = [Message("user", str(request.prompt))] if request.is_chat else request.prompt

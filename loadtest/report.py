@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from loadtest.record import INTERRUPTED, Record, Run
-from loadtest.slo import Unloaded, attainment
+from loadtest.slo import Objectives, attainment_figures
 
 FORMAT = 1
 METRICS = ("ttft", "tpot", "itl", "e2el")
@@ -61,15 +61,29 @@ class About:
     rate: float | None = None
 
 
+NO_OBJECTIVES = Objectives()
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What requests are judged by: the limits of `--goodput`, and SLOs."""
+
+    goodput: Goodput | None = None
+    objectives: Objectives = NO_OBJECTIVES
+
+
+NOT_JUDGED = Judged()
+
+
 def build_report(
-    about: About, run: Run, goodput: Goodput | None = None, unloaded: Unloaded | None = None
+    about: About, run: Run, goodput: Goodput | None = None, objectives: Objectives = NO_OBJECTIVES
 ) -> dict[str, Any]:
     """Returns the report of a run.
 
-    With ``goodput`` it has the rate of good requests, with ``unloaded`` the SLO attainment. A run with several models,
-    tenants or priorities has the figures of each.
+    With ``goodput`` it has the rate of good requests, with unloaded latencies the SLO attainment at multiples of them,
+    with SLOs the attainment of those. A run with several models, tenants or priorities has the figures of each.
     """
-    records = run.records
+    records, judged = run.records, Judged(goodput, objectives)
     done = [record for record in records if record.is_ok]
     report: dict[str, Any] = {
         "muxmesh_loadtest": FORMAT,
@@ -77,7 +91,8 @@ def build_report(
         "models": list(about.models),
         "rate": None if about.rate == math.inf else about.rate,  # JSON has no infinity
         "partial": run.partial or None,
-        **figures(records, run.duration_s, goodput, run.token_times),
+        **figures(records, run.duration_s, judged, run.token_times),
+        "rate_weighted_throughput": _rate_weighted_throughput(records, run.duration_s),
         "errors": _errors(records),
         "finish_reasons": dict(Counter(record.finish for record in done)),
         "driver": _driver(run),
@@ -89,16 +104,29 @@ def build_report(
         if len(groups) > 1:
             report[f"by_{name}"] = {
                 group: figures(
-                    [record for record in records if key(record) == group], run.duration_s, goodput, run.token_times
+                    [record for record in records if key(record) == group], run.duration_s, judged, run.token_times
                 )
                 for group in groups
             }
     if goodput is not None:
         report["goodput_slo"] = {name: limit for name, limit in asdict(goodput).items() if limit is not None}
-    if unloaded is not None:
-        counted = [record for record in records if record.status != INTERRUPTED]
-        report["slo"] = {"unloaded": asdict(unloaded), "attainment": attainment(counted, unloaded)}
+    if objectives.unloaded:
+        report["slo"] = objectives.by_scale(records)
+    if objectives.slos:
+        report["configured_slo"] = objectives.limits
     return report
+
+
+def _rate_weighted_throughput(records: Sequence[Record], duration_s: float) -> float | None:
+    """Requests per second of each model, weighted by the rate at which it was requested; None with one model.
+
+    It is the throughput of MuxServe (ICML'24, section 4.1): sum of rate_i * tpt_i / sum of rate_i.
+    """
+    requested = Counter(record.model for record in records)
+    if len(requested) < 2 or duration_s <= 0:
+        return None
+    done = Counter(record.model for record in records if record.is_ok)
+    return sum(count * done[model] / duration_s for model, count in requested.items()) / requested.total()
 
 
 _GROUPS: Mapping[str, Callable[[Record], str]] = {
@@ -109,9 +137,11 @@ _GROUPS: Mapping[str, Callable[[Record], str]] = {
 
 
 def figures(
-    records: Sequence[Record], duration_s: float, goodput: Goodput | None = None, token_times: bool = True
+    records: Sequence[Record], duration_s: float, judged: Judged = NOT_JUDGED, token_times: bool = True
 ) -> dict[str, Any]:
-    """Returns the columns of `vllm bench serve` and the normalized latency. Throughputs are over ``duration_s``.
+    """Returns the columns of `vllm bench serve`, the normalized latency and the attainment of the configured SLO.
+
+    Throughputs are over ``duration_s``.
 
     Without ``token_times`` there is no inter-token latency and no peak throughput.
     """
@@ -129,7 +159,8 @@ def figures(
         else sum(r.num_cached or 0 for r in done),
         "total_output_tokens": num_output,
         "request_throughput": len(done) * per_s,
-        "request_goodput": None if goodput is None else sum(map(goodput.is_met, records)) * per_s,
+        "request_goodput": None if judged.goodput is None else sum(map(judged.goodput.is_met, records)) * per_s,
+        **attainment_figures([judged.objectives.verdict(record) for record in records]),
         "output_throughput": num_output * per_s,
         "total_token_throughput": (num_input + num_output) * per_s,
         "max_output_tokens_per_s": max(_tokens_per_s(done, duration_s), default=0.0) if token_times else None,

@@ -14,7 +14,12 @@ COLUMNS = (
     ("Total cached input tokens", "total_cached_tokens"),
     ("Total generated tokens", "total_output_tokens"),
     ("Request throughput (req/s)", "request_throughput"),
+    ("Rate-weighted throughput (req/s)", "rate_weighted_throughput"),
     ("Request goodput (req/s)", "request_goodput"),
+    ("SLO attainment (share)", "slo_attainment"),
+    ("SLO attainment, TTFT only (share)", "slo_ttft_attainment"),
+    ("SLO attainment, TPOT only (share)", "slo_tpot_attainment"),
+    ("SLO attainment, end to end (share)", "slo_e2el_attainment"),
     ("Output token throughput (tok/s)", "output_throughput"),
     ("Peak output token throughput (tok/s)", "max_output_tokens_per_s"),
     ("Peak concurrent requests", "max_concurrent_requests"),
@@ -78,8 +83,10 @@ def render(report: Mapping[str, Any]) -> str:
     lines += [f"WARNING: {warning}" for warning in report.get("warnings", ())]
     lines += [f"{text + ':':<{_WIDTH}} {value}" for text, value in rows_of(report)]
     if slo := report.get("slo"):
-        parts = (f"{scale}x {part:.0%}" for scale, part in slo["attainment"].items() if int(scale) in {1, 2, 4, 8, 16})
-        lines.append(f"{'Within a multiple of unloaded latency:':<{_WIDTH}} {', '.join(parts)}")
+        lines.append(f"{'Within a multiple of unloaded latency:':<{_WIDTH}} {_scales(slo)}")
+        lines += [f"{f'  {name}:':<{_WIDTH}} {_scales(own)}" for name, own in slo.get("by_model", {}).items()]
+    for name, limits in report.get("configured_slo", {}).items():
+        lines.append(f"{f'SLO of {name}:':<{_WIDTH}} {', '.join(f'{key} {value:g}' for key, value in limits.items())}")
     if "simulation" not in report:  # a simulation has no driver
         driver = report["driver"]
         usage = f"{driver['cpu_share']:.1%} of a core, {driver['p99_lag_ms']:.1f} ms late (p99)"
@@ -92,9 +99,19 @@ def render(report: Mapping[str, Any]) -> str:
                 f"{name} {group}: {figures['completed']} done, {figures['failed']} failed, "
                 f"TTFT {format_value(figures['median_ttft_ms'])} / {format_value(figures['p99_ttft_ms'])} ms, "
                 f"E2EL {format_value(figures['median_e2el_ms'])} / {format_value(figures['p99_e2el_ms'])} ms "
-                "(median / p99)"
+                f"(median / p99){_attained(figures)}"
             )
     return "\n".join(lines)
+
+
+def _scales(slo: Mapping[str, Any]) -> str:
+    parts = (f"{scale}x {part:.0%}" for scale, part in slo["attainment"].items() if int(scale) in {1, 2, 4, 8, 16})
+    return ", ".join(parts)
+
+
+def _attained(figures: Mapping[str, Any]) -> str:
+    share = figures.get("slo_attainment")
+    return "" if share is None else f", SLO met by {share:.1%}"
 
 
 def compare(reports: Sequence[Mapping[str, Any]]) -> str:

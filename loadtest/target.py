@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from loadtest.workload import PlannedRequest
+from muxmesh.slo import Slo
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +48,13 @@ class ServedModel:
     """A model that a server lists.
 
     ``vocabulary``: the token ids for random prompts. ``takes_cache_salt``: requests with different salts share no
-    cached prefix.
+    cached prefix. ``slo``: what the server itself judges its requests by, if it reports that.
     """
 
     name: str
     vocabulary: range
     takes_cache_salt: bool = True
+    slo: Slo | None = None
 
 
 class Target(Protocol):

@@ -30,6 +30,12 @@ def has_ended(pid: int) -> bool:
     return _status(pid).get("State", "Z").strip().startswith(("Z", "X"))
 
 
+def own_memory_bytes(pid: int) -> int:
+    """Memory of a process that is in no file and shared with no other process; 0 if there is no such process."""
+    kib = _status(pid).get("RssAnon", "").split()
+    return int(kib[0]) * 1024 if kib else 0
+
+
 def _status(pid: int) -> dict[str, str]:
     """The fields of a process; none if there is no such process."""
     try:

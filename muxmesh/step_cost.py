@@ -9,7 +9,7 @@ prompt quadratic in its length.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from muxmesh.running_mean import RunningMean
@@ -72,6 +72,25 @@ class StepCost:
         return num_tokens * step_s + self.per_context_s * own
 
 
+def share_factor(share: float, scaling: float) -> float:
+    """How many times as long a step takes on ``share`` of the device, in (0, 1], as on the whole device.
+
+    ``scaling``: the part of the step's time that is inversely proportional to the share, in [0, 1] (Amdahl's law).
+    """
+    return (1 - scaling) + scaling / share
+
+
+def at_share(cost: StepCost, share: float, scaling: float) -> StepCost:
+    """The step cost of a worker that has ``share`` of the device. See `share_factor`."""
+    factor = share_factor(share, scaling)
+    return replace(
+        cost,
+        base_s=cost.base_s * factor,
+        per_token_s=cost.per_token_s * factor,
+        per_context_s=cost.per_context_s * factor,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
     """Step costs of the prefill and the decode worker of one model on one unit."""
@@ -125,6 +144,20 @@ class CostFit:
         weight = min(1.0, _OUTLIER * self._deviation / error) if error else 1.0
         self._deviation += 0.02 * (min(error, 4 * self._deviation) - self._deviation) + 1e-6
         return weight
+
+
+def least_squares_cost(measured: Sequence[tuple[float, float, float, float]]) -> StepCost:
+    """The non-negative cost that fits ``measured`` with the least squares of relative errors.
+
+    Each is (number of steps, tokens, context, seconds), over all of its steps; seconds are positive.
+    """
+    products, targets = [[0.0] * 3 for _ in range(3)], [0.0] * 3
+    for *row, seconds in measured:
+        for i in range(3):
+            targets[i] += row[i] / seconds
+            for j in range(3):
+                products[i][j] += row[i] * row[j] / seconds**2
+    return StepCost(*_non_negative(products, targets))
 
 
 def _non_negative(products: Sequence[Sequence[float]], targets: Sequence[float]) -> tuple[float, float, float]:

@@ -24,8 +24,8 @@ Z90 = _NORMAL.inv_cdf(0.9)
 _MAX_QUANTILE = 6.0
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-MAX_PORT = 65535
 """HOST:PORT of the public API unless another is configured."""
+MAX_PORT = 65535
 
 
 class Role(StrEnum):
@@ -247,12 +247,31 @@ NO_WAITS = Waits()
 
 
 @dataclass(frozen=True, slots=True)
+class SloTargets:
+    """The latency that one request is to have, in seconds; None: no target. `muxmesh.slo` computes and uses it.
+
+    ``ttft_s`` counts from the arrival at the router, ``tpot_s`` is for each token after the first. ``waited_s``: from
+    the arrival until the router sent the request to a worker, by the router's clock, and in a decode worker until the
+    hand-off. A worker counts on from there by its own clock, so the clocks of two hosts need not agree.
+    """
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    waited_s: float = 0.0
+
+    def after_wait(self, seconds: float) -> SloTargets:
+        """The targets of a request that has waited for ``seconds`` more."""
+        return replace(self, waited_s=self.waited_s + seconds)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One sequence for the workers: tokens, no text.
 
     ``resume_token_ids`` are output tokens that the client received from an earlier attempt. Their KV is computed again,
     but they are not sampled again. ``sequence_index`` numbers the output sequences of one prompt. Requests share cached
     prefixes only within one ``tenant`` and ``cache_salt``. ``kv_swap_format`` None is the model's default.
+    ``slo`` is None for a model without one.
     """
 
     request_id: str
@@ -268,11 +287,16 @@ class EngineRequest:
     cache_salt: str = ""
     bypass_prefix_cache: bool = False
     kv_swap_format: KvFormat | None = None
+    slo: SloTargets | None = None
 
     @property
     def max_tokens(self) -> int:
         """Length of the prompt and the longest possible output."""
         return len(self.prompt_token_ids) + self.stopping.max_new_tokens
+
+    def after_wait(self, seconds: float) -> EngineRequest:
+        """The request after it has waited for ``seconds`` more, which its SLO counts."""
+        return self if self.slo is None else replace(self, slo=self.slo.after_wait(seconds))
 
 
 @dataclass(frozen=True, slots=True)

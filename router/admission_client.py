@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from muxmesh.rpc import convert
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.step_cost import ModelCosts
 from muxmesh.types import NO_WAITS, KvDemand, LeaseRef, QueuedRequest, SchedulingState, Waits
+from muxmesh.unloaded_latency import UnloadedCosts
 from router.request_queue import RequestQueue
 
 _log = logging.getLogger(__name__)
@@ -63,6 +65,8 @@ class UnitAdmission:
         self._queue = RequestQueue(policy)
         self.costs: dict[str, ModelCosts] = {}
         """Step costs by model, as last reported by the unit."""
+        self.unloaded: defaultdict[str, UnloadedCosts] = defaultdict(UnloadedCosts)
+        """Step costs by model from which SLOs are computed."""
         self.fingerprints: dict[str, str] = {}
         """Fingerprints of the weights by model, as the unit has them. Empty before the first connection."""
         self._futures: dict[int, asyncio.Future[Credit]] = {}
@@ -172,6 +176,7 @@ class UnitAdmission:
         for cost in costs.models:
             both = ModelCosts(convert.cost_from_wire(cost.prefill), convert.cost_from_wire(cost.decode))
             self.costs[cost.model] = both
+            self.unloaded[cost.model].observe(both)
 
     def _on_refused(self, refused: kvstore_pb2.RequestRefused) -> None:
         future = self._futures.get(refused.entry_id)

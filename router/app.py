@@ -13,10 +13,9 @@ from muxmesh.background_task import background
 from muxmesh.clock import Clock, SystemClock
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
 from muxmesh.endpoint_resolver import EndpointResolver
-from muxmesh.internal.v1 import kvstore_pb2_grpc
+from muxmesh.internal.v1 import admin_pb2, admin_pb2_grpc, kvstore_pb2_grpc
 from muxmesh.lifecycle import Stop, raise_file_limit
 from muxmesh.metrics.monitor import Monitor
-from muxmesh.models.prepared_model import kv_identity
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.client_limits import PublicLimits
@@ -24,12 +23,14 @@ from muxmesh.rpc.server import MeshServer
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.service_registration import registered_service
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
+from router.admin_service import RouterAdminService
 from router.admission_client import UnitAdmission
 from router.api.inference_service import InferenceService
 from router.api.mesh_service import MeshService
 from router.api.request_observer import RequestObserver
 from router.attempt import WorkerChannels, run_attempt
 from router.length_forecast import LengthForecaster
+from router.model_changes import ModelChanges, placed_model
 from router.pipeline import GenerationPipeline
 from router.predictor_snapshots import PredictorSnapshots
 from router.prompt_tokenizer import PromptTokenizer
@@ -39,7 +40,7 @@ from router.router_metrics import router_families
 from router.sequence_driver import SequenceDriver
 from router.served_models import load_models
 from router.tenant_key import SECRET_BYTES
-from router.units import PlacedModel, UnitLink, Units
+from router.units import UnitLink, Units
 
 DRAIN_S = 2.0
 """Less than the grace period of the supervisor."""
@@ -79,9 +80,15 @@ async def serve(
         )
         monitor.add(metrics.families)
         monitor.add(lambda: router_families(models, pipeline, forecaster, units, clock.unix_s()))
+        mesh_service = MeshService(models, units, pipeline, forecaster, registry, policy, metrics, clock)
+        changes = ModelChanges(runtime.path, models, units, metrics)
+        admin = _admin_server(RouterAdminService(units, changes), mesh_service)
+        await admin.start([runtime.admin_address(name)])
+        await admin.set_serving()
+        stack.push_async_callback(admin.stop, 0)
         server = _server(
             InferenceService(pipeline, clock, rng, RequestObserver(metrics, clock, config.router.log_requests)),
-            MeshService(models, units, pipeline, forecaster, registry, policy),
+            mesh_service,
             public_limits(config.router, models, raise_file_limit()),
             monitor,
         )
@@ -109,11 +116,9 @@ async def _open_units(
         address = await resolver.address(ProcessKey("kvstore", unit.name))
         channel = await stack.enter_async_context(internal_channel(address))
         admission = UnitAdmission(unit.name, router, channel, clock, policy)
-        placed = {
-            model.name: PlacedModel(model, kv_identity(unit, model, runtime.prepared_model(unit.name, model.name)))
-            for model in unit.models
-        }
-        links.append(UnitLink(unit.name, admission, kvstore_pb2_grpc.KvStoreServiceStub(channel), placed))
+        placed = {model.name: placed_model(runtime, unit.name, model.name) for model in unit.models}
+        kvstore, commands = kvstore_pb2_grpc.KvStoreServiceStub(channel), kvstore_pb2_grpc.UnitModelServiceStub(channel)
+        links.append(UnitLink(unit.name, admission, kvstore, commands, placed))
     return Units(links)
 
 
@@ -149,4 +154,18 @@ def _server(inference: InferenceService, mesh: MeshService, limits: PublicLimits
         },
         limits,
         on_health=monitor.report,
+    )
+
+
+def _admin_server(admin: RouterAdminService, mesh: MeshService) -> MeshServer:
+    """The server on the private socket for the commands of an operator."""
+    return MeshServer(
+        {
+            admin_pb2.DESCRIPTOR.services_by_name["RouterAdminService"]: functools.partial(
+                admin_pb2_grpc.add_RouterAdminServiceServicer_to_server, admin
+            ),
+            mesh_pb2.DESCRIPTOR.services_by_name["Mesh"]: functools.partial(
+                mesh_pb2_grpc.add_MeshServicer_to_server, mesh
+            ),
+        }
     )

@@ -19,7 +19,7 @@ from muxmesh.errors import InternalError
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
-from muxmesh.rpc.status_codes import from_rpc_error
+from muxmesh.rpc.status_codes import from_rpc_error, response_of
 from muxmesh.types import EngineRequest, TokenLogprobs
 from router.admission_client import Credit
 from router.token_stream import TokenMailbox, TokenStream
@@ -92,6 +92,7 @@ async def run_attempt(
     """
     called_at_s = clock.monotonic_s()
     stream = await workers.tokens(credit.decode_address)
+    request = request.after_wait(clock.unix_s() - request.scheduling.arrived_at_s)
     wire, lease_id = convert.request_to_wire(request), credit.lease.lease_id
     with stream.mailbox(lease_id) as mailbox, ExitStack() as calls:
         decode = workers.decode(credit.decode_address).Decode(
@@ -105,7 +106,7 @@ async def run_attempt(
         )
         calls.callback(prefill.cancel)
         decoded = asyncio.create_task(_forward_end(decode, mailbox))
-        prefilled = asyncio.create_task(_result(prefill))
+        prefilled = asyncio.create_task(response_of(prefill))
         for task in (decoded, prefilled):
             calls.callback(task.add_done_callback, _retrieve_exception)
         either: set[asyncio.Future[Any]] = {prefilled, mailbox.lost}
@@ -146,13 +147,6 @@ async def _forward_end(decode: grpc.aio.UnaryUnaryCall[Any, decode_pb2.DecodeRes
         mailbox.put(await decode)
     except grpc.aio.AioRpcError as error:
         mailbox.put(from_rpc_error(error))
-
-
-async def _result(call: grpc.aio.UnaryUnaryCall[Any, prefill_pb2.PrefillResponse]) -> prefill_pb2.PrefillResponse:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error) from error
 
 
 def _retrieve_exception(task: asyncio.Task[Any]) -> None:

@@ -171,6 +171,7 @@ class TimingsReport:
     e2e_s: float
     num_restarts: int
     router_s: float
+    met_slo: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

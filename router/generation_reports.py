@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from muxmesh.scheduling_policy import SchedulingPolicy
+from muxmesh.slo import Verdict
 from muxmesh.types import EngineRequest
 from router.expected_work import ExpectedOutput
 from router.generation import PromptReport, SchedulingReport, TimingsReport
@@ -57,7 +58,11 @@ def scheduling_report(
 
 
 def timings_report(
-    sequences: Sequence[Progress], arrived_at_s: float, first_token_at_s: float, ended_at_s: float
+    sequences: Sequence[Progress],
+    arrived_at_s: float,
+    first_token_at_s: float,
+    ended_at_s: float,
+    verdict: Verdict | None = None,
 ) -> TimingsReport:
     """The times of a request, in monotonic time. ``router_s`` is the TTFT without the waits for credits and prefill."""
     first = sequences[0]
@@ -67,4 +72,5 @@ def timings_report(
         e2e_s=ended_at_s - arrived_at_s,
         num_restarts=sum(sequence.num_restarts for sequence in sequences),
         router_s=max(0.0, first_token_at_s - arrived_at_s - first.waited_s),
+        met_slo=None if verdict is None else verdict.met,
     )

@@ -47,6 +47,7 @@ from router.request_validation import (
 from router.sequence_driver import Progress, SequenceDriver
 from router.sequence_output import SequenceOutput
 from router.served_models import ServedModel, ServedModels
+from router.slo_counts import verdict_of
 from router.stop_strings import StopStrings
 from router.units import Units
 
@@ -116,7 +117,9 @@ class GenerationPipeline:
         raise the error of a sequence's last attempt.
         """
         model = self._models.find(request.model)
-        self._refuse_overload(request.num_sequences)
+        if model.config.slo is not None:
+            record.slo = self._units.choose(model.name).request_slo(model.name)
+        self._refuse_overload(model.name, request.num_sequences)
         arrived_at_unix_s = self._clock.unix_s()
         max_tokens = None if request.truncate_prompt_tokens is not None else model.limits.max_model_len - 1
         with self._preparing(model.name, request.num_sequences):
@@ -124,6 +127,8 @@ class GenerationPipeline:
             engine_request = resolve(request, model, token_ids, self._rng.getrandbits(_SEED_BITS), arrived_at_unix_s)
             forecast = await self._predict_length(request, model, engine_request)
         engine_request = self._with_expected_work(model, engine_request, forecast)
+        if record.slo is not None:
+            engine_request = replace(engine_request, slo=record.slo.targets(len(engine_request.prompt_token_ids)))
         return self._serve(_Generation(request, model, engine_request, forecast, record))
 
     async def tokenize(
@@ -189,8 +194,11 @@ class GenerationPipeline:
                         num_unfinished -= 1
                         counters.num_running -= 1
                     if num_unfinished == 0:
-                        times = (record.arrived_at_s, first_token_at_s, self._clock.monotonic_s())
-                        delta = replace(delta, timings=timings_report(progress, *times))  # noqa: PLW2901
+                        now_s = self._clock.monotonic_s()
+                        times = (record.arrived_at_s, first_token_at_s, now_s)
+                        record.verdict = verdict_of(record, "OK", now_s)
+                        timings = timings_report(progress, *times, record.verdict)
+                        delta = replace(delta, timings=timings)  # noqa: PLW2901
                     yield delta
         finally:
             counters.num_running -= num_unfinished
@@ -293,9 +301,9 @@ class GenerationPipeline:
         report = scheduling_report(request, forecast, generation.progress[0], arrived_at_s, self._policy)
         return replace(delta, scheduling=report)
 
-    def _refuse_overload(self, num_sequences: int) -> None:
-        num_waiting = sum(self.num_waiting(model.name) for model in self._models)
-        check_overload(num_waiting, num_sequences, self._config.max_waiting_requests)
+    def _refuse_overload(self, model: str, num_sequences: int) -> None:
+        waiting = {served.name: self.num_waiting(served.name) for served in self._models}
+        check_overload(waiting, model, num_sequences, self._config.max_waiting_requests)
 
 
 def _sibling(request: EngineRequest, index: int) -> EngineRequest:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from muxmesh.metrics.family import Family, Histogram, bounds_1_2_5, counter, histogram
 from muxmesh.types import NO_WAITS, Waits
 from router.request_record import RequestRecord
+from router.slo_counts import SloCounts, verdict_of
 
 MODEL = ("model_name",)
 FIRST_TOKEN_S = (
@@ -29,6 +30,7 @@ REQUEST_S = (
     1920.0, 7680.0,
 )  # fmt: skip
 OVERHEAD_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.05, 0.1, 0.5, 1.0)
+_SLO_TARGETS = {"ttft": "ttft_met", "tpot": "tpot_met", "both": "met", "e2e": "e2el_met"}
 FINISHES = ("stop", "length", "abort", "error")
 
 
@@ -53,6 +55,7 @@ class ModelRequestMetrics:
     """By gRPC status code."""
     num_restarts: int = 0
     waits: Waits = NO_WAITS
+    slo: SloCounts = field(default_factory=SloCounts)
 
     def __post_init__(self) -> None:
         self.prompt_tokens, self.output_tokens = Histogram(self.lengths), Histogram(self.lengths)
@@ -68,6 +71,10 @@ class ModelRequestMetrics:
         self.num_ended[status] += 1
         self.num_restarts += record.num_restarts
         self.waits = self.waits.plus(record.waits)
+        if status != "OK" or record.verdict is None:  # else it is in the timings, which the client has
+            record.verdict = verdict_of(record, status, now_s)
+        if record.verdict is not None:
+            self.slo.add(record.verdict, now_s)
         if status != "OK":
             self.num_finished["abort" if status == "CANCELLED" else "error"] += 1
             return
@@ -92,6 +99,13 @@ class RequestMetrics:
             name: ModelRequestMetrics(bounds_1_2_5(max_tokens)) for name, max_tokens in max_model_lens.items()
         }
         self._not_served = ModelRequestMetrics(())
+
+    def add_model(self, model: str, max_model_len: int) -> None:
+        self._models[model] = ModelRequestMetrics(bounds_1_2_5(max_model_len))
+
+    def remove_model(self, model: str) -> None:
+        """Its running requests count as those of models that are not served."""
+        del self._models[model]
 
     def of(self, model: str) -> ModelRequestMetrics:
         """The metrics of ``model``, or of all models that are not served."""
@@ -120,6 +134,20 @@ class RequestMetrics:
                 (name, cause.name.removesuffix("_s")): getattr(one.waits, cause.name)
                 for name, one in self._models.items()
                 for cause in fields(Waits)
+            },
+        )  # fmt: skip
+        totals = {name: one.slo.total for name, one in self._models.items()}
+        yield counter(
+            "muxmesh_slo_requests_total", "Requests that count for the SLO of their model.", MODEL,
+            {(name,): total.num_requests for name, total in totals.items()},
+        )  # fmt: skip
+        yield counter(
+            "muxmesh_slo_met_total", "Those among them that met a target: ttft, tpot, both, or the end-to-end rule.",
+            ("model_name", "target"),
+            {
+                (name, target): getattr(total, f"num_{attribute}")
+                for name, total in totals.items()
+                for target, attribute in _SLO_TARGETS.items()
             },
         )  # fmt: skip
 

@@ -26,6 +26,8 @@ class RequestQueue:
         self._requests: dict[int, QueuedRequest] = {}
         self._ordered: dict[str, list[tuple[SortKey, int]]] = {}
         self._shown: set[int] = set()
+        self._changed: set[str] = set()
+        """Models of which a request may have to be shown."""
         self._sorted_at_s = 0.0
 
     def __len__(self) -> int:
@@ -33,6 +35,7 @@ class RequestQueue:
 
     def add(self, request: QueuedRequest) -> None:
         self._requests[request.entry_id] = request
+        self._changed.add(request.model)
         bisect.insort(self._ordered.setdefault(request.model, []), self._sort_entry(request))
 
     def remove(self, entry_id: int) -> bool:
@@ -40,6 +43,7 @@ class RequestQueue:
         request = self._requests.pop(entry_id, None)
         if request is None:
             return False
+        self._changed.add(request.model)
         ordered = self._ordered[request.model]
         del ordered[bisect.bisect_left(ordered, self._sort_entry(request))]
         if not ordered:
@@ -51,6 +55,7 @@ class RequestQueue:
     def hide_all(self) -> None:
         """Marks every request as not shown: the unit was restarted."""
         self._shown.clear()
+        self._changed.update(self._ordered)
 
     def count(self, model: str) -> int:
         """Number of queued requests for ``model``."""
@@ -66,7 +71,10 @@ class RequestQueue:
             self._sorted_at_s = unix_s
             for model, ordered in self._ordered.items():
                 self._ordered[model] = sorted(self._sort_entry(self._requests[entry_id]) for _, entry_id in ordered)
-        best = (entry_id for ordered in self._ordered.values() for _, entry_id in ordered[: self._limit])
+            self._changed.update(self._ordered)
+        changed = [ordered for model, ordered in self._ordered.items() if model in self._changed]
+        self._changed.clear()
+        best = (entry_id for ordered in changed for _, entry_id in ordered[: self._limit])
         fresh = [self._requests[entry_id] for entry_id in best if entry_id not in self._shown]
         self._shown.update(request.entry_id for request in fresh)
         return fresh

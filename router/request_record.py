@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from muxmesh.slo import RequestSlo, Verdict
 from muxmesh.types import NO_WAITS, Waits
 from router.generation import FinishKind
 from router.sequence_driver import Progress
@@ -36,21 +37,33 @@ class RequestRecord:
     first_token_at_s: float | None = None
     finishes: list[FinishKind] = field(default_factory=list)
     """Of the sequences that have finished."""
+    slo: RequestSlo | None = None
+    """None: its model has no SLO, or one that is not known yet."""
+    verdict: Verdict | None = None
+    """Whether it met its SLO, once it has ended; None: it does not count."""
     _on_gap: OnGap = _ignore
+    _num_tokens: list[int] = field(default_factory=list)
+    """Of each sequence."""
     _last_token_at_s: list[float] = field(default_factory=list)
 
     def begin(self, num_prompt_tokens: int, progress: Sequence[Progress], on_gap: OnGap = _ignore) -> None:
         """The prompt is tokenized, and its sequences start."""
         self.num_prompt_tokens, self.progress, self._on_gap = num_prompt_tokens, progress, on_gap
-        self._last_token_at_s = [0.0] * len(progress)
+        self._num_tokens, self._last_token_at_s = [0] * len(progress), [0.0] * len(progress)
 
     def add_tokens(self, index: int, num_tokens: int, now_s: float) -> None:
         """Sequence ``index`` has ``num_tokens`` new tokens, at least one. Called for each message."""
         self.num_output_tokens += num_tokens
+        self._num_tokens[index] += num_tokens
         last_at_s = self._last_token_at_s[index]
         self._last_token_at_s[index] = now_s
         if last_at_s:
             self._on_gap((now_s - last_at_s) / num_tokens, num_tokens)
+
+    @property
+    def longest_output(self) -> int:
+        """Output tokens of the longest sequence; 0 before the first token."""
+        return max(self._num_tokens, default=0)
 
     @property
     def has_finished(self) -> bool:

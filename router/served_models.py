@@ -6,8 +6,9 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.runtime import MeshRuntime
-from muxmesh.config.schema import ModelConfig, UnitConfig
+from muxmesh.config.schema import UnitConfig
 from muxmesh.errors import InvalidRequest, ModelNotFound
 from muxmesh.models.model_spec import ModelSpec
 from muxmesh.models.prepared_model import model_spec, sampling_defaults
@@ -97,17 +98,27 @@ class ServedModels:
 def load_models(runtime: MeshRuntime) -> ServedModels:
     """Loads the tokenizer and limits of every model of the mesh. Raises ModelUnsupported for an unusable folder."""
     served = ServedModels()
-    for name, config in runtime.config.models().items():
-        units = [runtime.model(unit.name, name) for unit in runtime.config.units_of(name)]
-        folder = runtime.prepared_model(units[0][0].name, name).folder
-        text = load_text_model(folder)
-        spec = model_spec(folder).ended_by(text.eos_token_id)
-        defaults = sampling_defaults(config, folder)
-        limits = ModelLimits.of(config, spec, units, defaults)
-        unit_names = tuple(unit.name for unit, _ in units)
-        text.start_chat()  # here, so that the templates of all models are compiled at the same time
-        served.add(ServedModel(name, unit_names, config, spec, text, limits, defaults))
+    for name in runtime.config.models():
+        served.add(load_model(runtime, name))  # with it the templates of all models are compiled at the same time
     for model in served:
-        if model.text.chat_template is not None and not model.text.has_chat_template:
-            _log.warning("%s: chat is refused: %s", model.name, model.text.chat_template.problem)
+        warn_of_chat(model)
     return served
+
+
+def load_model(runtime: MeshRuntime, name: str) -> ServedModel:
+    """Loads the tokenizer and limits of a model. Raises ModelUnsupported for an unusable folder."""
+    config = runtime.config.models()[name]
+    units = [runtime.model(unit.name, name) for unit in runtime.config.units_of(name)]
+    folder = runtime.prepared_model(units[0][0].name, name).folder
+    text = load_text_model(folder)
+    spec = model_spec(folder).ended_by(text.eos_token_id)
+    defaults = sampling_defaults(config, folder)
+    limits = ModelLimits.of(config, spec, units, defaults)
+    text.start_chat()
+    return ServedModel(name, tuple(unit.name for unit, _ in units), config, spec, text, limits, defaults)
+
+
+def warn_of_chat(model: ServedModel) -> None:
+    """Logs why the model refuses chat, if its template is the reason."""
+    if model.text.chat_template is not None and not model.text.has_chat_template:
+        _log.warning("%s: chat is refused: %s", model.name, model.text.chat_template.problem)

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from muxmesh.block_hashes import KvIdentity, kv_demand
-from muxmesh.config.schema import ModelConfig
+from muxmesh.config.model_config import ModelConfig
 from muxmesh.errors import ModelNotFound
 from muxmesh.internal.v1 import kvstore_pb2_grpc
 from muxmesh.quoting import quoted
+from muxmesh.slo import RequestSlo
 from muxmesh.types import EngineRequest, KvDemand
+from muxmesh.unloaded_latency import unloaded
 from router.admission_client import UnitAdmission
 from router.expected_work import ExpectedWork
 from router.unit_choice import unit_load
@@ -35,10 +37,29 @@ class UnitLink:
     name: str
     admission: UnitAdmission
     kvstore: kvstore_pb2_grpc.KvStoreServiceAsyncStub
+    commands: kvstore_pb2_grpc.UnitModelServiceAsyncStub
     models: dict[str, PlacedModel]
     expected_work: ExpectedWork = field(default_factory=ExpectedWork)
     num_running: Counter[str] = field(default_factory=Counter)
     """Sequences of this router that have a credit of the unit, by model."""
+
+    def add_model(self, model: str, placed: PlacedModel) -> None:
+        """Adds a model, without the step costs of an earlier one of its name.
+
+        The unit reports those until the last sequence of that one has ended, after `remove_model`.
+        """
+        self.admission.costs.pop(model, None)
+        self.admission.unloaded.pop(model, None)
+        self.models[model] = placed
+
+    def remove_model(self, model: str) -> None:
+        """Removes a model. Its running sequences continue."""
+        self.models.pop(model, None)
+
+    def request_slo(self, model: str) -> RequestSlo | None:
+        """What a request for ``model`` that arrives now is judged by."""
+        config = self.models[model].config
+        return RequestSlo.of(config.slo, unloaded(config, self.admission.unloaded[model].costs))
 
     def kv_demand(self, request: EngineRequest) -> KvDemand:
         """What ``request`` needs of this unit's KV pool. Its model has to be served here."""

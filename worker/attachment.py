@@ -7,7 +7,6 @@ worker has exited; a worker whose socket closes has lost its unit. What the pool
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -18,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvstore.attach_protocol import MAX_FDS, MAX_MESSAGE_BYTES, num_pool_fds, num_segment_fds
+from kvstore.attach_protocol import MAX_FDS, MAX_MESSAGE_BYTES, num_pool_fds, num_segment_fds, send_message
 from kvstore.device_memory import CUDA, HOST, Transport
 from kvstore.grant_page import GrantPage, Word
 from kvstore.progress_page import ProgressPage
+from kvstore.worker_slots import EngineState
 from muxmesh.device.device_pool import DevicePool, HostPool
 from muxmesh.errors import ConfigError, Unavailable
 from muxmesh.file_access import why_denied
@@ -45,6 +45,14 @@ class WorkerDevice:
 
     torch: TorchDevice
     segments: CudaSegments
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCommand:
+    """What the unit told the engine to be. ``number`` counts the commands of this worker; 0: with its attachment."""
+
+    engine: EngineState
+    number: int
 
 
 class Attachment:
@@ -82,6 +90,9 @@ class Attachment:
         self.num_sms = int(reply["pool"]["num_sms"])
         self.worker = str(reply["worker"])
         self.slot = int(reply["slot"])
+        self.command = EngineCommand(EngineState(reply.get("engine", EngineState.AWAKE)), 0)
+        """What the engine is to be, as told last."""
+        self._is_told = asyncio.Event()
         self._connection = connection
 
     def beat(self) -> None:
@@ -98,6 +109,8 @@ class Attachment:
             async with asyncio.timeout(_PROOF_TIMEOUT_S):
                 self._connection.send(message)
                 reply = await asyncio.get_running_loop().sock_recv(self._connection, MAX_MESSAGE_BYTES)
+                while self._read_command(reply):
+                    reply = await asyncio.get_running_loop().sock_recv(self._connection, MAX_MESSAGE_BYTES)
         except (OSError, TimeoutError) as error:
             raise Unavailable(
                 f"the unit did not confirm this worker's share of the GPU: {error or 'no reply'}"
@@ -108,8 +121,26 @@ class Attachment:
 
     def set_ready(self, ready: bool) -> None:
         """Reports to the unit whether this worker accepts requests. Does nothing if the unit is gone."""
-        with contextlib.suppress(OSError):
-            self._connection.send(json.dumps({"ready": ready}).encode())
+        send_message(self._connection, {"ready": ready})
+
+    async def next_command(self) -> EngineCommand:
+        """Waits until the engine has to be something else. A later command replaces an earlier one."""
+        await self._is_told.wait()
+        self._is_told.clear()
+        return self.command
+
+    def report_done(self, command: EngineCommand) -> None:
+        """Reports that the engine is what ``command`` told it to be. Does nothing if the unit is gone."""
+        send_message(self._connection, {"done": command.number})
+
+    def _read_command(self, message: bytes) -> bool:
+        """Takes over a command; False if the message is none."""
+        content = json.loads(message) if message else {}
+        if "engine" not in content:
+            return False
+        self.command = EngineCommand(EngineState(content["engine"]), int(content["number"]))
+        self._is_told.set()
+        return True
 
     def close(self) -> None:
         """Detaches from the unit. The process has to exit soon: a worker that detaches and lives on is killed."""
@@ -117,12 +148,16 @@ class Attachment:
         self._connection.close()
 
     def on_unit_lost(self, callback: Callable[[], None]) -> None:
-        """Calls ``callback`` once when kvstore closes the socket or exits: nothing manages the mapped pool then."""
+        """Calls ``callback`` once when kvstore closes the socket or exits: nothing manages the mapped pool then.
+
+        From then on commands are read, see `next_command`.
+        """
         loop = asyncio.get_running_loop()
 
         def readable() -> None:
             try:
-                if self._connection.recv(MAX_MESSAGE_BYTES):
+                if message := self._connection.recv(MAX_MESSAGE_BYTES):
+                    self._read_command(message)
                     return
             except BlockingIOError:
                 return

@@ -17,7 +17,7 @@ from muxmesh.block_hashes import join_hashes
 from muxmesh.errors import LeaseLost, MeshError
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
-from muxmesh.rpc.status_codes import from_rpc_error
+from muxmesh.rpc.status_codes import from_rpc_error, response_of
 from muxmesh.types import KvDemand, Lease, LeaseRef, SchedulingState
 
 _log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class LeaseClient:
     async def acquire(self, ref: LeaseRef) -> Lease:
         """Turns the credit ``ref`` into a lease of this worker."""
         request = kvstore_pb2.AcquireLeaseRequest(lease=convert.ref_to_wire(ref), owner=self._worker)
-        call = self._spawn(_result(self._stub.AcquireLease(request)))
+        call = self._spawn(response_of(self._stub.AcquireLease(request)))
         try:
             response = await asyncio.shield(call)
         except asyncio.CancelledError:
@@ -64,26 +64,26 @@ class LeaseClient:
             num_computed_tokens=num_computed_tokens,
             sampled_token_ids=sampled,
         )
-        await _result(self._stub.MoveLease(request))
+        await response_of(self._stub.MoveLease(request))
 
     async def grow(self, ref: LeaseRef, num_blocks: int) -> tuple[int, ...]:
         """Returns the ids of ``num_blocks`` more token blocks of the lease. Raises Overloaded if the pool is full."""
         request = kvstore_pb2.GrowLeaseRequest(
             lease=convert.ref_to_wire(ref), owner=self._worker, num_blocks=num_blocks
         )
-        return tuple((await _result(self._stub.GrowLease(request))).block_ids)
+        return tuple((await response_of(self._stub.GrowLease(request))).block_ids)
 
     async def begin_swap_out(self, ref: LeaseRef, num_bytes: int) -> tuple[int, ...]:
         """Returns the pages of the swap region for a copy of ``num_bytes``. Raises Overloaded if the region is full."""
         request = kvstore_pb2.SwapOutRequest(lease=convert.ref_to_wire(ref), owner=self._worker, num_bytes=num_bytes)
-        return tuple((await _result(self._stub.SwapOut(request))).pages)
+        return tuple((await response_of(self._stub.SwapOut(request))).pages)
 
     async def finish_swap_out(self, ref: LeaseRef, computed: Sequence[bytes]) -> None:
         """Frees the lease's token blocks, whose copy is complete. ``computed``: see `release_after`."""
         request = kvstore_pb2.FinishSwapOutRequest(
             lease=convert.ref_to_wire(ref), owner=self._worker, block_hashes=join_hashes(computed)
         )
-        await _result(self._stub.FinishSwapOut(request))
+        await response_of(self._stub.FinishSwapOut(request))
 
     async def begin_swap_in(
         self, ref: LeaseRef, scheduling: SchedulingState, demand: KvDemand
@@ -95,13 +95,13 @@ class LeaseClient:
             scheduling=convert.scheduling_to_wire(scheduling),
             demand=convert.demand_to_wire(demand),
         )
-        response = await _result(self._stub.SwapIn(request))
+        response = await response_of(self._stub.SwapIn(request))
         return tuple(response.block_ids), response.num_cached_blocks
 
     async def finish_swap_in(self, ref: LeaseRef) -> None:
         """Frees the swap pages of the lease, whose KV is copied back to the pool."""
         request = kvstore_pb2.FinishSwapInRequest(lease=convert.ref_to_wire(ref), owner=self._worker)
-        await _result(self._stub.FinishSwapIn(request))
+        await response_of(self._stub.FinishSwapIn(request))
 
     def release_after(
         self, quiesce: Callable[[], Awaitable[None]], ref: LeaseRef, computed: Sequence[bytes] = ()
@@ -128,7 +128,7 @@ class LeaseClient:
         request = kvstore_pb2.ReleaseLeaseRequest(
             lease=convert.ref_to_wire(ref), owner=self._worker, block_hashes=join_hashes(computed)
         )
-        await _result(self._stub.ReleaseLease(request))
+        await response_of(self._stub.ReleaseLease(request))
 
     async def watch(self) -> AsyncIterator[Lease | PreemptLease]:
         """Yields leases that arrive at this worker and those that it has to pre-empt, for as long as the unit serves.
@@ -164,10 +164,3 @@ class LeaseClient:
 
 async def _nothing_to_quiesce() -> None:
     """Quiesces a lease whose memory was never accessed."""
-
-
-async def _result(call: Awaitable[Any]) -> Any:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error) from error

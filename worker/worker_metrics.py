@@ -46,6 +46,10 @@ class WorkerMetrics:
             "muxmesh_worker_busy_seconds_total", "Seconds under a compute grant.", self._s(Word.BUSY_NS)
         )
         yield self._counter("muxmesh_worker_grants_total", "Compute grants received.", self._read(Word.NUM_GRANTS))
+        yield self._counter(
+            "muxmesh_worker_grant_wait_seconds_total", "Seconds waited for a compute grant.",
+            self._s(Word.GRANT_WAIT_NS),
+        )  # fmt: skip
         yield self._counter("muxmesh_worker_steps_total", "Steps computed.", steps)
         yield self._counter("muxmesh_worker_computed_tokens_total", "Tokens computed.", tokens)
         yield self._counter("muxmesh_kv_written_bytes_total", "Bytes of KV written into the pool.", written)

@@ -17,11 +17,12 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from kvstore.attach_protocol import BEAT_EVERY_S
 from kvstore.progress_page import ProgressPage
+from kvstore.worker_slots import EngineState
 from muxmesh.background_task import background
 from muxmesh.block_hashes import KvIdentity
 from muxmesh.clock import Clock, SystemClock
+from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.runtime import Endpoint, MeshRuntime, ProcessKey
-from muxmesh.config.schema import ModelConfig
 from muxmesh.engine.api import Engine
 from muxmesh.engine.native.kernel_cache import kernel_cache_dir
 from muxmesh.engine.sequence import SequenceRecord
@@ -39,10 +40,12 @@ from muxmesh.service_registration import registered_service
 from muxmesh.types import EngineRequest, Lease, Role
 from worker.attachment import Attachment, attach, open_worker_device
 from worker.compute_grant import ComputeGrant
-from worker.engine_builder import build_engine, num_threads
+from worker.engine_builder import build_engine, build_pacer, num_threads
 from worker.kv_swapper import KvSwapper
 from worker.lease_client import LeaseClient
 from worker.worker_metrics import WorkerCounters, WorkerMetrics
+
+_log = logging.getLogger(__name__)
 
 _SWITCH_INTERVAL_S = 0.0001
 """How long the engine's thread, back from the device, waits for the interpreter while the event loop computes.
@@ -93,7 +96,7 @@ def worker_main(role: Role, description: str, open_services: OpenServices) -> No
     async def serve(stop: Stop) -> None:
         runtime = MeshRuntime.read(arguments.runtime)
         configure_logging(logging.INFO, runtime.config.log_format, runtime.display_name(key))
-        _set_up_threads(runtime, key)
+        set_up_threads(runtime, key)
         runtime.set_environment(key, os.environ, has_supervisor=arguments.parent is not None)
         check_memory(runtime, key, memory_limit())
         with only_process(runtime.run_dir, runtime.display_name(key)):
@@ -131,10 +134,11 @@ async def host_worker(
     attachment = await _attach(runtime, key, endpoints[key], identity)
     attachment.on_unit_lost(lambda: stop.give_up("the unit is lost"))
     shape = model_spec(prepared.folder).kv_shape(config.block_size, config.kv_dtype)
-    grant = ComputeGrant(attachment, clock)
+    role = Role(key.role)
+    grant = ComputeGrant(attachment, clock, build_pacer(config, role, unit.is_cuda))
     policy = runtime.config.order.scheduling_policy()
-    engine = build_engine(config, prepared, attachment.pool, attachment.weights, grant, policy, grant.count_step)
-    await engine.start()
+    engine = build_engine(config, prepared, attachment.pool, attachment.weights, grant, policy, grant.count_step, role)
+    await engine.start(asleep=attachment.command.engine is not EngineState.AWAKE)
     counters = _measured(monitor, key, attachment, shape)
     async with internal_channel(endpoints[ProcessKey("kvstore", key.unit)].address) as channel:
         leases = LeaseClient(channel, attachment.worker)
@@ -145,6 +149,7 @@ async def host_worker(
         async with (
             background(_watch_engine(engine, stop.give_up), "engine watch", stop.give_up),
             background(_send_heartbeats(attachment), "heartbeat", stop.give_up),
+            background(follow_commands(attachment, engine, grant.restart_pacing), "sleep of the engine", stop.give_up),
             open_services(context) as services,
         ):
             endpoint = endpoints[key]
@@ -187,6 +192,19 @@ def _measured(monitor: Monitor, key: ProcessKey, attachment: Attachment, shape: 
     return counters
 
 
+async def follow_commands(attachment: Attachment, engine: Engine, on_awake: Callable[[], None] = lambda: None) -> None:
+    """Lets the engine sleep and wake as the unit tells it. Calls ``on_awake`` each time that it has woken."""
+    while True:
+        command = await attachment.next_command()
+        if command.engine is EngineState.AWAKE:
+            await engine.wake()
+            on_awake()
+        else:
+            await engine.sleep(drop_weights=command.engine is EngineState.DROPPED)
+        _log.info("the engine is %s", command.engine)
+        attachment.report_done(command)
+
+
 async def _send_heartbeats(attachment: Attachment) -> None:
     while True:
         attachment.beat()
@@ -197,7 +215,7 @@ async def _watch_engine(engine: Engine, give_up: Callable[[str], None]) -> None:
     give_up(f"the engine is dead: {await engine.wait_dead()}")
 
 
-def _set_up_threads(runtime: MeshRuntime, key: ProcessKey) -> None:
+def set_up_threads(runtime: MeshRuntime, key: ProcessKey) -> None:
     """Sets this process's cores, the interpreter's switching, and the variables that libraries read when loaded.
 
     PASSIVE makes OpenMP's waiting threads sleep: an idle worker takes no time from the others.
@@ -207,7 +225,7 @@ def _set_up_threads(runtime: MeshRuntime, key: ProcessKey) -> None:
         os.sched_setaffinity(0, unit.cores)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     os.environ.update(
-        OMP_NUM_THREADS=str(num_threads(config)),
+        OMP_NUM_THREADS=str(num_threads(config, None if unit.is_cuda else Role(key.role))),
         OMP_WAIT_POLICY="PASSIVE",
         NUMBA_CACHE_DIR=str(kernel_cache_dir(runtime.cache_dir)),
         TRITON_CACHE_DIR=str(runtime.cache_dir / "triton"),

@@ -14,6 +14,9 @@ from muxmesh.quoting import cut_to_bytes
 from muxmesh.scheduling_policy import PolicyName
 from muxmesh.types import DEFAULT_ADDRESS, Dtype
 
+_ARBITER_MODES = ("auto", "adbs", "fcfs", "roundrobin", "temporal", "spatial")
+"""`muxmesh.config.arbiter_config.ArbiterMode`, which imports pydantic."""
+
 _MAX_MESSAGE_BYTES = 500
 """Of an error about arguments, which lists what is possible."""
 _OPTIONS_ELSEWHERE = {"--num-predict": "--max-new-tokens", "--port": "--listen", "--host": "--listen"}
@@ -67,6 +70,8 @@ def command_parser() -> argparse.ArgumentParser:
     _add_address(load)
     _add_json(load)
     _add_json(loadtest_options.add_to(load))
+    _add_profile(commands)
+    _add_plan(commands)
     _add_simulate(commands)
     _add_predictor(commands)
     return parser
@@ -178,6 +183,9 @@ columns:
   FINISHED ... OUTPUT TOKENS  since the router started; RESTARTS: further attempts after a worker was lost
   PREDICTED TAU     rank correlation of predicted and true output lengths (Kendall's; 1 is perfect), of the last 256
                     outputs; "-": there are fewer than 100; "not used": predictions rank too badly to set the order
+  SLO MET           share of the requests that met the SLO of their model since the router started; RECENTLY: in the
+                    last 60 s. Failed and refused requests missed it; those that a client cancelled do not count
+  STATE             awake, falling_asleep, asleep or waking; requests wake a model
   QUOTA MIB         part of the KV pool that the model can claim; it uses more while others use less
   BLOCKS LEASED, CACHED, FREE  token blocks of sequences, of the prefix cache, and to allocate (cached ones included)
   PREFIX HITS       share of the prompt tokens that were in the prefix cache
@@ -326,6 +334,134 @@ def _add_tokenize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     tokenize.add_argument("text", metavar="TEXT", help="`-` reads it from standard input")
 
 
+def _add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    profile = _command(
+        commands,
+        "profile",
+        "Measure the step times of models on this machine into a file: prefill and decode by batch, length and share "
+        "of the device, and how much workers slow each other down. A file that is there is continued.",
+    )
+    profile.add_argument(
+        "models", nargs="*", metavar="MODEL",
+        help="a catalog name, a folder in Hugging Face style or a GGUF file (default: the models of --config, "
+        "else the default model)",
+    )  # fmt: skip
+    profile.add_argument("-c", "--config", type=Path, metavar="mesh.yaml", help="measure the models of this file")
+    profile.add_argument("--unit", metavar="NAME", help="only the models of this unit of --config")
+    profile.add_argument(
+        "-o", "--output", type=Path, default=Path("profile.yaml"), metavar="FILE",
+        help="the file to write or to continue (default: %(default)s)",
+    )  # fmt: skip
+    profile.add_argument(
+        "--restart", action="store_true", help="measure all again; what FILE holds is lost with the first measurement"
+    )
+    profile.add_argument("--show", type=Path, metavar="FILE", help="print a profile as a table, and measure nothing")
+    profile.add_argument(
+        "--device", type=argument_types.device, metavar="cpu|cuda:N", help="where MODELs are measured (default: cpu)"
+    )
+    _add_dtype(profile, "data type of MODELs on a GPU (default: float32)")
+    counts = argument_types.counts
+    profile.add_argument(
+        "--shares", type=counts(100), metavar="LIST",
+        help="percent of the device (default: 25,50,75,100; 100 if nothing limits a worker)",
+    )  # fmt: skip
+    profile.add_argument(
+        "--batches", type=counts(), metavar="LIST", help="sequences (default: 1,2,4,... up to max_num_seqs)"
+    )
+    profile.add_argument(
+        "--lengths", type=counts(), metavar="LIST",
+        help="tokens of a prompt, or of context (default: 64,256,1024,4096 as far as they fit)",
+    )  # fmt: skip
+    profile.add_argument(
+        "--max-prefill-tokens", type=argument_types.count, metavar="N",
+        help="leave out prefills of more tokens over all prompts (default: 2048, on a GPU 16384)",
+    )  # fmt: skip
+    profile.add_argument(
+        "--repeats", type=argument_types.count, default=5, metavar="N",
+        help="measure each cell at least so often, unless that takes long (default: %(default)s)",
+    )  # fmt: skip
+    profile.add_argument(
+        "--cell-seconds", type=argument_types.seconds, default=2.0, metavar="S",
+        help="begin no further repetition of a cell after S seconds (default: %(default)g)",
+    )  # fmt: skip
+    profile.add_argument(
+        "--budget", type=argument_types.seconds, metavar="S",
+        help="begin no measurement after S seconds; the same command continues later",
+    )  # fmt: skip
+    profile.add_argument("--no-interference", action="store_true", help="measure no workers side by side")
+    profile.add_argument("--quiet", action="store_true", help="show no progress")
+    _add_json(profile)
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = _command(
+        commands,
+        "plan",
+        "Choose which models share which devices, their shares and batch caps, and write them as mesh.yaml with the "
+        "reasons and the estimate beside them.",
+    )
+    plan.add_argument(
+        "--profile", type=Path, required=True, metavar="FILE",
+        help="step times of `muxmesh profile`, or MuxServe's profile (.json, .json.gz)",
+    )  # fmt: skip
+    source = plan.add_mutually_exclusive_group()
+    source.add_argument(
+        "--workload", type=Path, metavar="workload.yaml", help="the models with rates, mean lengths and SLOs"
+    )
+    source.add_argument("--muxserve", type=Path, metavar="FILE", help="a placement input of MuxServe instead")
+    plan.add_argument(
+        "--load", metavar="SPEC",
+        help="rates and lengths of the workload's models from a load, as in `muxmesh loadtest --help`",
+    )  # fmt: skip
+    plan.add_argument(
+        "--cluster", metavar="SPEC",
+        help="NODESxDEVICESxMEMORY like 4x8x80GiB, or a file (default: the workload's, else the profiled machine)",
+    )  # fmt: skip
+    plan.add_argument("-o", "--output", type=Path, metavar="mesh.yaml", help="write the plan (default: print it)")
+    plan.add_argument("--explain", action="store_true", help="for each model its next best place and what it costs")
+    plan.add_argument(
+        "--compare", type=Path, metavar="PLAN", help="estimate this mesh.yaml, or MuxServe's published plan, beside it"
+    )
+    plan.add_argument(
+        "--live", metavar="ADDRESS",
+        help="plan for the rates and lengths of the mesh at ADDRESS, whose mesh.yaml is --compare, and print the moves "
+        "with their costs; nothing is changed",
+    )  # fmt: skip
+    plan.add_argument(
+        "--seconds", type=argument_types.seconds, default=10.0, metavar="S",
+        help="how long --live watches (default: %(default)g)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--threshold", type=argument_types.fraction(0, 1), default=0.05, metavar="F",
+        help="gain in throughput or SLO attainment from which moves are worth it (default: %(default)g)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--objective", choices=("corrected", "reference", "both"), default="corrected",
+        help="the estimator that decides: the corrected one, MuxServe's, or their sum (default: %(default)s)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--simulate", type=argument_types.seconds, metavar="S",
+        help="choose among the three best plans by simulating S seconds of requests in virtual time",
+    )  # fmt: skip
+    plan.add_argument(
+        "--max-tensor-parallel", type=argument_types.count, metavar="N",
+        help="devices of a unit at most (default: as profiled). `muxmesh up` runs 1 only",
+    )  # fmt: skip
+    plan.add_argument(
+        "--contention", type=argument_types.fraction(0, 10), metavar="F", help="instead of that of the profile"
+    )
+    plan.add_argument(
+        "--moves", type=argument_types.count, default=20_000, metavar="N",
+        help="moves of the local search (default: %(default)s)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--budget", type=argument_types.seconds, default=600.0, metavar="S",
+        help="end the search after S seconds; only a search that ends before is repeatable (default: %(default)g)",
+    )  # fmt: skip
+    plan.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default: %(default)s)")
+    _add_json(plan)
+
+
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     simulate = _command(
         commands,
@@ -333,10 +469,23 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "Run a workload in virtual time: scheduling without computing. The workload sets the output lengths.",
     )
     simulate.add_argument(
-        "-c", "--config", type=Path, metavar="mesh.yaml", required=True, help="every model needs `engine: sim`"
-    )
+        "-c", "--config", type=Path, metavar="mesh.yaml", required=True,
+        help="every model needs `engine: sim`, or step times in --profile",
+    )  # fmt: skip
+    simulate.add_argument(
+        "--profile", type=Path, metavar="FILE",
+        help="step times and contention that `muxmesh profile` measured, for models that are not of `engine: sim`",
+    )  # fmt: skip
     simulate.add_argument("--workload", required=True, metavar="SPEC", help="as in `muxmesh loadtest --help`")
     simulate.add_argument("--policy", choices=get_args(PolicyName), help="scheduling policy (default: as configured)")
+    simulate.add_argument(
+        "--arbiter", choices=_ARBITER_MODES, help="mode of the arbiter of every unit (default: as configured)"
+    )
+    simulate.add_argument(
+        "--contention", type=argument_types.fraction(0, 10), metavar="F",
+        help="a step takes 1 + F x S times as long beside workers whose shares of the device sum to S "
+        "(default: that of --profile, else 0)",
+    )  # fmt: skip
     simulate.add_argument(
         "--tau", type=argument_types.fraction(0, 1), metavar="T",
         help="for natural outputs: predict lengths with random errors, so that Kendall's tau between predicted and "
@@ -365,10 +514,22 @@ def _add_predictor(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     _add_json(evaluate)
 
 
+_PS_COLUMNS = """\
+columns:
+  STATE           awake, falling_asleep (its sequences finish), asleep or waking; "pinned": only by command
+  FOR             how long it has been in this state
+  LAST USED       since its last request
+  LEASES, QUEUED  sequences with KV memory, and requests that wait
+  KV MIB          leased and cached KV memory
+  WORKERS MIB     own memory of its workers, without weights that they map from a file
+  WEIGHTS         mapped, kept (asleep, but mapped) or dropped
+  WAKES           since the unit started; with the seconds that the last one took"""
+
+
 def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    model = commands.add_parser("model", help="List, download and inspect models.").add_subparsers(
-        required=True, metavar="ACTION"
-    )
+    model = commands.add_parser(
+        "model", help="List, download and inspect models; load, unload, wake and put to sleep those of a running mesh."
+    ).add_subparsers(required=True, metavar="ACTION")
     listing = _command(model, "list", "List the models of the catalog.", "model")
     listing.set_defaults(action="list")
     _add_json(listing)
@@ -377,6 +538,7 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     pull.add_argument("name", metavar="NAME", help="a name that `muxmesh model list` shows")
     _add_dtype(pull, "prepare the weights for a GPU in this data type (default: for a CPU, in float32)")
     _add_json(pull)
+    _add_running_models(model)
     inspect = _command(
         model, "inspect", "Show what an engine would load from a model, or why it cannot load it.", "model"
     )
@@ -388,6 +550,60 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     _add_dtype(inspect, "sizes on a GPU with this `dtype` (default: on a CPU, in float32)")
     _add_json(inspect)
+
+
+def _add_running_models(model: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The commands for a mesh that runs. They find it by its folder, and reach it over its private sockets."""
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        parser = _command(model, name, text, "running_model")
+        parser.set_defaults(action=name)
+        place = parser.add_mutually_exclusive_group()
+        place.add_argument(
+            "--runtime", type=Path, metavar="FILE",
+            help="the runtime file of the mesh (default: MUXMESH_RUNTIME, else that of --state-dir)",
+        )  # fmt: skip
+        place.add_argument(
+            "--state-dir", type=Path, metavar="DIR",
+            help="the folder that `muxmesh up` uses (default: MUXMESH_STATE_DIR, else ~/.local/state/muxmesh)",
+        )  # fmt: skip
+        _add_json(parser)
+        return parser
+
+    def with_timeout(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--timeout", type=argument_types.seconds, default=600.0, metavar="SECONDS",
+            help="how long to wait until it is done (default 600); the mesh goes on with it afterwards",
+        )  # fmt: skip
+
+    ps = command("ps", "Show which models of a running mesh are awake, and their memory.")
+    ps.formatter_class = argparse.RawDescriptionHelpFormatter
+    ps.epilog = _PS_COLUMNS
+    for name, text in (
+        ("sleep", "Let a model fall asleep: it returns its KV memory, and the next request wakes it."),
+        ("wake", "Wake a model before a request does."),
+    ):
+        parser = command(name, text)
+        parser.add_argument("name", metavar="NAME", help="a name that `muxmesh model ps` shows")
+        parser.add_argument("--unit", default="", metavar="UNIT", help="only on this unit (default: wherever it is)")
+        with_timeout(parser)
+        if name == "sleep":
+            parser.add_argument(
+                "--drop-weights", action="store_true",
+                help="also free the memory of the weights, which are read from the disk when it wakes; not on a GPU",
+            )  # fmt: skip
+    load = command("load", "Add a model to a mesh that `muxmesh up` runs, until it stops; mesh.yaml stays as it is.")
+    load.add_argument("source", metavar="SOURCE", help="as `source` in mesh.yaml: a catalog name, a folder or a file")
+    load.add_argument("--name", metavar="NAME", help="its name in the mesh (default: that of the source)")
+    load.add_argument("--unit", default="", metavar="UNIT", help="needed if the mesh has several")
+    load.add_argument(
+        "--set", action="append", default=[], type=argument_types.setting, metavar="FIELD=VALUE", dest="settings",
+        help="a field of the model as in mesh.yaml, such as max_num_seqs=4; repeatable",
+    )  # fmt: skip
+    with_timeout(load)
+    unload = command("unload", "Remove a model from a mesh that `muxmesh up` runs, when its sequences have finished.")
+    unload.add_argument("name", metavar="NAME", help="a name that `muxmesh model ps` shows")
+    with_timeout(unload)
 
 
 def _add_dtype(command: argparse.ArgumentParser, meaning: str) -> None:

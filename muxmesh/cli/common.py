@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 from muxmesh.cli.standard_streams import can_encode_all
 from muxmesh.errors import ConfigError
+from muxmesh.local_path import local_path
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
 
 _BAR_WIDTH = 32
@@ -29,6 +31,11 @@ def default_state_dir() -> Path:
     if chosen := os.environ.get("MUXMESH_STATE_DIR"):
         return Path(os.path.expanduser(chosen))
     return Path(os.environ.get("XDG_STATE_HOME") or _home("MUXMESH_STATE_DIR") / ".local" / "state") / "muxmesh"
+
+
+def state_dir_of(given: Path | None) -> Path:
+    """The state directory of a command: ``given`` by --state-dir, else the default."""
+    return local_path(str(given or default_state_dir()), current_dir())
 
 
 def current_dir() -> Path:
@@ -84,10 +91,21 @@ def _decoded(content: bytes) -> str:
 
 
 def print_json(content: Any) -> None:
-    """Prints one JSON document: indented on a terminal, one line elsewhere. All control characters are escaped."""
+    """Prints one JSON document: indented on a terminal, one line elsewhere. All control characters are escaped.
+
+    A number that is not finite is null, since JSON has none.
+    """
     indent = 2 if sys.stdout.isatty() else None
-    text = json.dumps(content, ensure_ascii=not can_encode_all(sys.stdout), indent=indent)
+    text = json.dumps(_finite(content), ensure_ascii=not can_encode_all(sys.stdout), indent=indent, allow_nan=False)
     print(text.translate(_ESCAPED_CONTROLS), flush=True)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    return [_finite(one) for one in content] if isinstance(content, list | tuple) else content
 
 
 class ProgressBar:
@@ -99,17 +117,21 @@ class ProgressBar:
     def __init__(self, label: str, print_line: Callable[[str], None] | None = None) -> None:
         self._label = label
         self._print_line = print_line
-        self._shown: tuple[str, int] | None = None
+        self._shown: tuple[str, int, str] | None = None
 
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        """Shows that ``done`` of ``total`` is done, in bytes if ``total`` is above a million."""
+    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
+        """Shows that ``done`` of ``total`` is done, in bytes if ``total`` is above a million.
+
+        ``note``: what else is shown. On a terminal the line is written again when it changes.
+        """
         terminal = self._print_line is None and sys.stderr.isatty()
         steps = 100 if terminal else 4
-        part = (phase, done * steps // max(total, 1))
+        part = (phase, done * steps // max(total, 1), note if terminal else "")
         if part == self._shown:
             return
         self._shown = part
         amount = f"{done / 1e6:.1f}/{total / 1e6:.1f} MB" if total > 1_000_000 else f"{done}/{total}"
+        amount += f", {note}" if note else ""
         if terminal:
             filled = _BAR_WIDTH * done // max(total, 1)
             bar = "#" * filled + "-" * (_BAR_WIDTH - filled)

@@ -134,13 +134,18 @@ def _goodput(pairs: Sequence[str]) -> Goodput | None:
     return Goodput(**{f"{name}_ms": limit for name, limit in limits.items()}) if limits else None
 
 
-def _unloaded(path: Path | None) -> Unloaded | None:
+def _unloaded(path: Path | None) -> dict[str, Unloaded] | Unloaded | None:
+    """The unloaded latency in a report: that of its model, or by name if it has several."""
     if path is None:
         return None
     (document,) = read_documents([path])
     report = document.get("reports", [document])[0]
     if "slo" not in report:
         raise ConfigError(f"{path}: has no unloaded latency; the report was made with --calibrate 0")
+    if "simulation" in report:
+        raise ConfigError(f"{path}: is the report of a simulation, which measured no latency of an idle server")
+    if "by_model" in report["slo"]:
+        return {name: Unloaded(**one["unloaded"]) for name, one in report["slo"]["by_model"].items()}
     return Unloaded(**report["slo"]["unloaded"])
 
 

@@ -81,7 +81,8 @@ def add_to(load: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--calibrate",
         type=_number_from(0, 1000),
         metavar="N",
-        help="requests sent one by one before the test, to measure the unloaded latency (default 5; 0: no SLO)",
+        help="requests of each model sent one by one before the test, to measure the unloaded latency (default 5; 0: "
+        "none, and no attainment of multiples of it)",
     )
     load.add_argument(
         "--unloaded", type=Path, metavar="JSON", help="read the unloaded latency from this report instead"

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from muxmesh.cli.common import ProgressBar, cache_dir, current_dir, print_json
-from muxmesh.config.schema import ModelConfig
+from muxmesh.config.model_config import ModelConfig
 from muxmesh.errors import ConfigError
+from muxmesh.local_path import local_path
 from muxmesh.models.catalog import CATALOG, find_catalog_model, hub_hint
-from muxmesh.models.model_check import check_model, is_model, local_path
+from muxmesh.models.model_check import check_model, is_model
 from muxmesh.models.model_download import model_folder
 from muxmesh.models.model_spec import DTYPE_BYTES, ModelSpec
 from muxmesh.models.prepared_model import prepare_model

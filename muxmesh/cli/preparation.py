@@ -12,10 +12,19 @@ from pathlib import Path
 
 from muxmesh.cli.common import ProgressBar, cache_dir, source_dir
 from muxmesh.cli.operator_messages import OperatorMessages
-from muxmesh.config.contradictions import order_without_effect
-from muxmesh.config.load import Check, LoadedConfig, Problem, default_config, load_mesh_config, with_listen
+from muxmesh.config.contradictions import order_without_effect, tensor_parallel_problems
+from muxmesh.config.load import (
+    Check,
+    LoadedConfig,
+    Problem,
+    checked_config,
+    default_config,
+    load_mesh_config,
+    with_listen,
+)
+from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.runtime import PreparedModel
-from muxmesh.config.schema import MeshConfig, ModelConfig, UnitConfig
+from muxmesh.config.schema import MeshConfig, UnitConfig
 from muxmesh.cuda.device_list import DeviceList
 from muxmesh.errors import ConfigError
 from muxmesh.machine_limits import MemoryLimit
@@ -92,8 +101,10 @@ class MeshPreparation:
         shows_progress: bool = True,
         part: MeshPart = MeshPart(),
         published_at: str | None = None,
+        config: MeshConfig | None = None,
     ) -> None:
-        """``file``: mesh.yaml; None: the default configuration. ``listen`` replaces that of the file.
+        """``file``: mesh.yaml; None: ``config``, or else the default configuration. ``listen`` replaces that of the
+        file.
 
         ``limit``: the memory for all processes of the mesh together. ``published_at``: see `listen_warnings`.
         ``messages`` get the format that the file names.
@@ -106,9 +117,15 @@ class MeshPreparation:
         self._shows_progress = shows_progress
         self._part = part
         checks = (
-            order_without_effect, self._machine_problems, self._gpu_problems, redis_url_problems, self._model_problems
+            order_without_effect, self._tensor_parallel_problems, self._machine_problems, self._gpu_problems,
+            redis_url_problems, self._model_problems,
         )  # fmt: skip
-        loaded = load_mesh_config(file, *checks, variables=os.environ) if file else default_config(*checks)
+        if file is not None:
+            loaded = load_mesh_config(file, *checks, variables=os.environ)
+        elif config is not None:
+            loaded = checked_config(config, "(command line)", *checks)
+        else:
+            loaded = default_config(*checks)
         messages.use(loaded.config.log_format)
         self._loaded: LoadedConfig = with_listen(loaded, listen) if listen else loaded
         if part.unit is not None and not part.units_of(self.config):
@@ -120,6 +137,9 @@ class MeshPreparation:
     @property
     def config(self) -> MeshConfig:
         return self._loaded.config
+
+    def _tensor_parallel_problems(self, config: MeshConfig) -> Iterator[Problem]:
+        return self._part.problems(config, tensor_parallel_problems)
 
     def prepare(self) -> PreparedMesh:
         """Downloads and converts the models, unless they are in the cache.

@@ -16,17 +16,15 @@ from muxmesh.cli.common import cache_dir, current_dir
 from muxmesh.cli.operator_messages import OperatorMessages
 from muxmesh.cli.preparation import MeshPart, MeshPreparation, PreparedMesh
 from muxmesh.clock import SystemClock
-from muxmesh.config.runtime import MeshRuntime, MpsDaemons
+from muxmesh.config.runtime import RUNTIME_FILE, MeshRuntime, MpsDaemons
 from muxmesh.config.runtime_changes import restarts_needed
 from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import ConfigError
 from muxmesh.file_access import why_denied
+from muxmesh.local_path import local_path
 from muxmesh.machine_limits import machine_memory
-from muxmesh.models.model_check import local_path
 from muxmesh.supervisor.redis_server import check_redis, with_redis_url
 from muxmesh.supervisor.tenant_secret import SECRET_VARIABLE, given_tenant_secret, tenant_secret
-
-RUNTIME_FILE = "runtime.json"
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def show(status: mesh_pb2.GetStatusResponse) -> None:
     """Prints one table each for the models, the workers of each unit, and the processes."""
     redis = "connected" if status.redis_connected else "NOT CONNECTED"
     print(f"muxmesh {status.version}, Redis {redis}, order {status.order_policy}\n")
-    _table(
+    print_table(
         (
             "MODEL",
             "WAITING",
@@ -47,6 +48,8 @@ def show(status: mesh_pb2.GetStatusResponse) -> None:
             "PROMPT TOKENS",
             "OUTPUT TOKENS",
             "PREDICTED TAU",
+            "SLO MET",
+            "RECENTLY",
         ),
         (
             (
@@ -59,6 +62,8 @@ def show(status: mesh_pb2.GetStatusResponse) -> None:
                 model.prompt_tokens,
                 model.output_tokens,
                 _tau(model),
+                _attainment(model.slo.total),
+                _attainment(model.slo.recent),
             )
             for model in status.models
         ),
@@ -66,7 +71,7 @@ def show(status: mesh_pb2.GetStatusResponse) -> None:
     for unit in status.units:
         _print_unit(unit)
     print()
-    _table(
+    print_table(
         ("PROCESS", "PID", "RESTARTS", "ADDRESS"),
         ((process.name, process.pid, process.num_restarts, process.address) for process in status.processes),
     )
@@ -96,11 +101,12 @@ def _print_unit(unit: mesh_pb2.UnitStatus) -> None:
     if pool.num_leases_expired or pool.num_leases_orphaned:
         print(f"leases: {pool.num_leases_expired} expired, {pool.num_leases_orphaned} orphaned")
     print()
-    _table(
-        ("MODEL", "QUOTA MIB", "BLOCKS LEASED", "BLOCKS CACHED", "BLOCKS FREE", "PREFIX HITS", "WAITING"),
+    print_table(
+        ("MODEL", "STATE", "QUOTA MIB", "BLOCKS LEASED", "BLOCKS CACHED", "BLOCKS FREE", "PREFIX HITS", "WAITING"),
         (
             (
                 model.model,
+                model.state or "-",
                 f"{model.quota_bytes / _MIB:.0f}",
                 model.num_leased_token_blocks,
                 model.num_cached_token_blocks,
@@ -112,7 +118,7 @@ def _print_unit(unit: mesh_pb2.UnitStatus) -> None:
         ),
     )
     print()
-    _table(
+    print_table(
         ("WORKER", "PID", "READY", "LEASES", "STEPS", "TOKENS", "BUSY S"),
         (
             (
@@ -135,11 +141,19 @@ def _tau(model: mesh_pb2.RouterModelStatus) -> str:
     return f"{model.prediction_tau:.2f}" + ("" if model.predictions_used else ", not used")
 
 
+def _attainment(tally: mesh_pb2.SloTally) -> str:
+    """The share of the requests that met the SLO, rounded down: 100 % means that none missed it."""
+    if not tally.num_requests:
+        return "-"
+    return f"{math.floor(1000 * tally.num_met / tally.num_requests) / 10:g} %"
+
+
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "-"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Prints a table with columns of equal width."""
     lines = [header, *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:

@@ -13,25 +13,27 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import uvloop
 
 from muxmesh.background_task import background
-from muxmesh.cli.common import cache_dir, current_dir, default_state_dir
+from muxmesh.cli.common import cache_dir, state_dir_of
 from muxmesh.cli.console import Console
 from muxmesh.cli.operator_messages import OperatorMessages
 from muxmesh.cli.preparation import MeshPreparation
 from muxmesh.cli.streamed_output import StreamedOutput
 from muxmesh.client import MeshClient, Message
 from muxmesh.clock import SystemClock
-from muxmesh.config.runtime import MeshRuntime
+from muxmesh.config.runtime import SUPERVISOR, MeshRuntime
 from muxmesh.errors import ConfigError, MeshError
 from muxmesh.lifecycle import raise_file_limit
 from muxmesh.machine_limits import memory_limit
-from muxmesh.models.model_check import local_path
 from muxmesh.service_manager import ServiceManager
+from muxmesh.supervisor.admin_service import serving_commands
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, free_listen_address, make_runtime, state_lock
+from muxmesh.supervisor.model_loading import ModelLoading
 
 _HELLO_TOKENS = 64
 _MIN_OPEN_FILES = 256
@@ -54,7 +56,7 @@ def _run(arguments: argparse.Namespace, messages: OperatorMessages) -> int:
         free_listen_address(preparation.config.metrics.listen)  # refused before models are prepared
     chosen = {"listen": free_listen_address(preparation.config.listen), "log_format": messages.log_format}
     config = preparation.config.model_copy(update=chosen)
-    state_dir = local_path(str(arguments.state_dir or default_state_dir()), current_dir())
+    state_dir = state_dir_of(arguments.state_dir)
     with state_lock(state_dir):
         mesh = preparation.prepare()
         runtime = make_runtime(config, mesh.prepared, state_dir, cache_dir(), mesh.device_uuids, mesh.mps_program)
@@ -84,7 +86,8 @@ async def _serve(
     manager = ServiceManager(os.environ)
     mesh = MeshSupervisor(runtime, state_dir, messages.show_line, SystemClock())
     stopped = asyncio.create_task(stop.wait())
-    starting = asyncio.create_task(_start(mesh, messages, manager, hello, started_at_s))
+    commands = AsyncExitStack()
+    starting = asyncio.create_task(_start(mesh, commands, messages, manager, hello, started_at_s))
     async with background(manager.keep_alive(), "watchdog"):
         try:
             await asyncio.wait({stopped, starting}, return_when=asyncio.FIRST_COMPLETED)
@@ -96,14 +99,21 @@ async def _serve(
             await asyncio.gather(starting, return_exceptions=True)
             messages.progress("stopping")
             manager.stopping()
+            await commands.aclose()
             await mesh.stop()
     return 0
 
 
 async def _start(
-    mesh: MeshSupervisor, messages: OperatorMessages, manager: ServiceManager, hello: str | None, started_at_s: float
+    mesh: MeshSupervisor,
+    commands: AsyncExitStack,
+    messages: OperatorMessages,
+    manager: ServiceManager,
+    hello: str | None,
+    started_at_s: float,
 ) -> None:
     await mesh.start()
+    await commands.enter_async_context(serving_commands(ModelLoading(mesh), mesh.runtime.admin_address(SUPERVISOR)))
     manager.report("")
     listen = mesh.runtime.config.listen
     messages.result(f"muxmesh ready on {listen}")

@@ -54,7 +54,8 @@ class Timings:
     """Measured at the router, in seconds from arrival.
 
     ``num_restarts`` counts further attempts after a worker was lost or the KV pool was full. ``router_s`` is the part
-    of ``ttft_s`` that the router itself took.
+    of ``ttft_s`` that the router itself took. ``met_slo``: whether the request met the SLO of its model; None: it has
+    none.
     """
 
     queue_s: float
@@ -62,6 +63,7 @@ class Timings:
     e2e_s: float
     num_restarts: int
     router_s: float = 0.0
+    met_slo: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,8 @@ def delta_of(response: inference_pb2.GenerateResponse, num_candidates: int, num_
     if response.HasField("prompt_info"):
         prompt = _prompt_facts(response, num_prompt_candidates)
     if response.HasField("timings"):
-        timings = Timings(wire.queue_s, wire.ttft_s, wire.e2e_s, wire.num_restarts, wire.router_s)
+        met_slo = wire.met_slo if wire.HasField("met_slo") else None
+        timings = Timings(wire.queue_s, wire.ttft_s, wire.e2e_s, wire.num_restarts, wire.router_s, met_slo)
     return Delta(
         index=outputs.index,
         text=outputs.text,

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import MeshConfig, UnitConfig
+from muxmesh.config.section import Location
+from muxmesh.config.slo_config import NO_OBJECTIVE
 from muxmesh.quoting import quoted
 from muxmesh.scheduling_policy import PolicyName
 from muxmesh.types import MAX_PORT
@@ -19,16 +22,26 @@ ORDER_FIELDS: dict[str, PolicyName] = {
 
 SAME_IN_ALL_UNITS = (
     "source", "engine", "dtype", "kv_cache_dtype", "sim", "max_model_len", "default_max_new_tokens",
-    "generation_config",
+    "generation_config", "slo",
 )  # fmt: skip
 """Fields that clients can observe, or that identify the model. They are equal in every unit that serves the model."""
 
+MAX_UNIT_MODELS = 64
+"""Models of a unit, each with a worker for each role: half of `MAX_WORKERS` in kvstore/grant_page.py."""
 GPU_SLAB_ALIGNMENT = 64
 """Bytes. 16 elements of float32: kernels load 16 bytes at a time from addresses that they know to be multiples."""
 _GPU_FIELDS = ("mps", "green_contexts", "require_ipc", "legacy_ipc")
 """Fields of a unit that apply to GPUs only."""
-_GPU_MODEL_FIELDS = ("compute_share", "cuda_graphs")
+_GPU_MODEL_FIELDS = ("cuda_graphs",)
 """Fields of a model that apply to GPUs only."""
+
+_ARBITER_FIELDS = {
+    "over_subscription": ("temporal", "spatial"),
+    "urgent_slack_s": ("fcfs", "roundrobin", "temporal", "spatial"),
+    "max_overtakes": ("spatial",),
+    "longest_grant_s": ("spatial",),
+}
+"""Fields of the arbiter, and the modes that ignore them."""
 
 
 def order_without_effect(config: MeshConfig) -> Iterator[tuple[Location, str]]:
@@ -36,6 +49,17 @@ def order_without_effect(config: MeshConfig) -> Iterator[tuple[Location, str]]:
     for field, policy in ORDER_FIELDS.items():
         if field in config.order.model_fields_set and config.order.policy != policy:
             yield ("order", field), f"has no effect with policy: {config.order.policy}; it is for {policy}"
+
+
+def tensor_parallel_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
+    """(location, problem) of units that no engine can run."""
+    for index, unit in enumerate(config.units):
+        if unit.tensor_parallel > 1:
+            yield (
+                ("units", index, "tensor_parallel"),
+                f"is {unit.tensor_parallel}; no engine can compute a model on several devices yet, so only "
+                "`muxmesh simulate` accepts it; plan with --max-tensor-parallel 1",
+            )
 
 
 def contradictions(config: MeshConfig) -> Iterator[tuple[Location, str]]:
@@ -64,11 +88,50 @@ def contradictions(config: MeshConfig) -> Iterator[tuple[Location, str]]:
         for field in _GPU_FIELDS:
             if not unit.is_cuda and field in unit.model_fields_set:
                 yield (*location, field), f"has no effect with device: {unit.device}; it is for device: cuda:N"
+        for field, problem in _arbiter_problems(unit):
+            yield (*location, "arbiter", field), problem
         if unit.is_cuda and unit.green_contexts and not any(model.compute_share.is_limit for model in unit.models):
             yield (*location, "green_contexts"), "has no effect: no model of the unit has a compute_share below 100"
+        if len(unit.models) > MAX_UNIT_MODELS:
+            yield (*location, "models"), f"has {len(unit.models)} models; a unit has at most {MAX_UNIT_MODELS}"
+        for field, problem in _awake_problems(unit):
+            yield (*location, field), problem
         for model_index, model in enumerate(unit.models):
             for field, problem in _model_problems(unit, model, model_index, first_of):
                 yield (*location, "models", model_index, field), problem
+
+
+def _awake_problems(unit: UnitConfig) -> Iterator[tuple[str, str]]:
+    """(field, problem) of limits on awake models that some model of the unit could never meet."""
+    limit, num_pinned = unit.max_awake_models, sum(model.pinned for model in unit.models)
+    if limit is None:
+        return
+    num_started = sum(model.start == "awake" or (model.pinned and model.start is None) for model in unit.models)
+    if num_pinned > limit or (num_pinned == limit and num_pinned < len(unit.models)):
+        needed = min(num_pinned + 1, len(unit.models))
+        yield (
+            "max_awake_models",
+            f"is {limit}, but {num_pinned} models are pinned: the others could never wake; must be at least {needed}",
+        )
+    elif num_started > limit:
+        yield (
+            "max_awake_models",
+            f"is {limit}, but {num_started} models start awake or are pinned; must be at least {num_started}",
+        )
+
+
+def _arbiter_problems(unit: UnitConfig) -> Iterator[tuple[str, str]]:
+    """(field, problem) of each setting that the chosen mode, or the unit, ignores."""
+    mode, is_set = unit.arbiter.mode, unit.arbiter.model_fields_set
+    for field, ignored_by in _ARBITER_FIELDS.items():
+        if field not in is_set:
+            continue
+        if mode in ignored_by:
+            yield field, f"has no effect with mode: {mode}"
+        elif field == "over_subscription" and unit.is_cuda and unit.mps == "off":
+            yield field, "has no effect with mps: off; it is for mps: auto or on"
+        elif field == "urgent_slack_s" and all(model.slo is None for model in unit.models):
+            yield field, "has no effect: no model of the unit has an slo"
 
 
 def _core_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
@@ -141,7 +204,11 @@ def _model_problems(
     for field in SAME_IN_ALL_UNITS:
         if first_unit is not unit and getattr(first, field) != getattr(model, field):
             yield field, f"differs from {quoted(model.name)} in unit {first_unit.name}; must be equal in all units"
+    if model.expected_rate is not None and any(other.expected_rate is None for other in unit.models):
+        yield "expected_rate", "has no effect: other models of the unit have none; set it for all of them or for none"
     yield from _device_problems(unit, model)
+    if model.slo is not None and model.slo.is_empty:
+        yield "slo", NO_OBJECTIVE
     if model.engine != "sim" and "sim" in model.model_fields_set:
         yield "sim", f"has no effect with engine: {model.engine}; it is for sim"
 

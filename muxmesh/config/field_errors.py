@@ -11,7 +11,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from muxmesh.config.schema import HOST_NEEDED, NETWORK_NEEDED, SIZE_NEEDED, Location, ModelConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.section import HOST_NEEDED, NETWORK_NEEDED, SIZE_NEEDED, Location
 
 _MAX_SHOWN = 60
 """Characters of a value in a message."""
@@ -51,7 +52,8 @@ _NAMES_ELSEWHERE = {
     **dict.fromkeys(("gpu_memory_utilization", "mem_fraction_static"), "it is `kv_pool` of the unit, such as 24GiB"),
     **dict.fromkeys(("max_num_batched_tokens", "chunked_prefill_size"), "it is `prefill_token_budget` of the model"),
     **dict.fromkeys(("enforce_eager", "disable_cuda_graph"), "it is `cuda_graphs: false` of the model"),
-    **dict.fromkeys(("tensor_parallel_size", "tp_size", "pipeline_parallel_size"), "a unit computes on one GPU"),
+    **dict.fromkeys(("tensor_parallel_size", "tp_size"), "it is `tensor_parallel` of the unit"),
+    "pipeline_parallel_size": "a unit computes on one GPU",
     **dict.fromkeys(("host", "port"), "it is `listen` of the mesh, HOST:PORT"),
     "context_length": "it is `max_model_len` of the model",
     "max_running_requests": "it is `max_num_seqs` of the model",

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from muxmesh.config.contradictions import ORDER_FIELDS, SAME_IN_ALL_UNITS, contradictions
 from muxmesh.config.field_errors import field_errors
-from muxmesh.config.schema import Location, MeshConfig
+from muxmesh.config.schema import MeshConfig
+from muxmesh.config.section import Location
 from muxmesh.config.yaml_reader import read_fields, read_text
 from muxmesh.errors import ConfigError
 from muxmesh.quoting import named, one_line
@@ -75,8 +76,13 @@ class LoadedConfig:
 
 def default_config(*checks: Check) -> LoadedConfig:
     """The configuration if there is no mesh.yaml. Raises ConfigError for what ``checks`` find."""
-    loaded = LoadedConfig(MeshConfig(), "(default configuration)", {})
-    loaded.refuse(problem for check in checks for problem in check(loaded.config))
+    return checked_config(MeshConfig(), "(default configuration)", *checks)
+
+
+def checked_config(config: MeshConfig, origin: str, *checks: Check) -> LoadedConfig:
+    """A configuration that is from no file. Raises ConfigError, with ``origin``, for its problems."""
+    loaded = LoadedConfig(config, origin, {})
+    loaded.refuse(problem for check in (contradictions, *checks) for problem in check(config))
     return loaded
 
 

@@ -15,7 +15,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from muxmesh.config.schema import NAME_PATTERN, MeshConfig, ModelConfig, UnitConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import MeshConfig, UnitConfig
+from muxmesh.config.section import NAME_PATTERN
 from muxmesh.cuda.mps import LOG_DIRECTORY, PIPE_DIRECTORY, SHARE, MpsControl
 from muxmesh.errors import ConfigError
 from muxmesh.file_access import why_denied
@@ -24,6 +26,12 @@ from muxmesh.process_files import process_file
 from muxmesh.quoting import quoted
 from muxmesh.types import Role
 
+RUNTIME_FILE = "runtime.json"
+"""Name of the runtime file in the run folder."""
+ADMIN_SUFFIX = ".ctrl"
+"""Ends the paths of the sockets for commands of an operator."""
+SUPERVISOR = "supervisor"
+"""Name of the supervisor among them. It is no process of the runtime file."""
 MAX_SOCKET_PATH = 107
 """Bytes that ``sockaddr_un.sun_path`` holds on Linux, without the final zero."""
 
@@ -118,6 +126,11 @@ class MeshRuntime(BaseModel):
     """Key of the hashes under which the length predictor knows tenants, in hexadecimal. Empty: a router makes its own,
     and what it learned of tenants ends with it."""
 
+    @property
+    def path(self) -> Path:
+        """Where the runtime file is."""
+        return self.run_dir / RUNTIME_FILE
+
     def counts_own_restarts(self, process: str) -> bool:
         """Whether the process of this display name counts its restarts itself, since no supervisor starts it."""
         return not (self.has_supervisor and process in {endpoint.name for endpoint in self.endpoints().values()})
@@ -164,6 +177,10 @@ class MeshRuntime(BaseModel):
         """
         if not re.fullmatch(NAME_PATTERN, name):
             raise ConfigError(f"the name of a router is {quoted(name)}; needed are letters, digits, `.`, `_` and `-`")
+        if name == SUPERVISOR:
+            raise ConfigError(
+                f"a router with the name {name} would have the control socket of the supervisor; rename it"
+            )
         endpoint = self._router_endpoint(name)
         for key, other in self.endpoints().items():
             if endpoint.address == other.address and key.role != "router":
@@ -173,7 +190,11 @@ class MeshRuntime(BaseModel):
 
     def metrics_address(self, name: str) -> str:
         """Address of the HTTP endpoint that a supervisor gives a process by display name: a unix socket."""
-        return self._socket(name).removesuffix(".sock") + ".http"  # of equal length, see `check_socket_paths`
+        return self._socket(name, ".http")
+
+    def admin_address(self, name: str) -> str:
+        """Address at which a router, or the supervisor, takes the commands of an operator: a unix socket."""
+        return self._socket(name, ADMIN_SUFFIX)
 
     def attach_path(self, unit: str) -> Path:
         """Socket over which a kvstore passes the shared memory to the workers of its unit."""
@@ -291,8 +312,9 @@ class MeshRuntime(BaseModel):
         socket = self._socket(name)
         return Endpoint(name, socket, socket, (socket,))
 
-    def _socket(self, name: str) -> str:
-        return f"unix:{self.run_dir / process_file(name, '.sock')}"
+    def _socket(self, name: str, suffix: str = ".sock") -> str:
+        """``suffix``: as long as the default, with which `check_socket_paths` measures the paths."""
+        return f"unix:{self.run_dir / process_file(name, suffix)}"
 
 
 def _check_length(socket_path: str, hint: str) -> None:

@@ -1,203 +1,28 @@
 """The fields of mesh.yaml with their units, defaults and limits. Frozen; every default is defined here only.
 
-Knows no files, processes or models on disk, and not which cores this machine has.
+The settings of a model are in `model_config`. Knows no files, processes or models on disk, and not which cores this
+machine has.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import math
-import re
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Field,
-    IPvAnyNetwork,
-    StringConstraints,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, ByteSize, Field, IPvAnyNetwork, ValidationError, field_validator, model_validator
 
+from muxmesh.config.arbiter_config import ArbiterConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.section import HOST_NEEDED, MAX_BYTES, MAX_COUNT, MIB, NETWORK_NEEDED, Name, Section
 from muxmesh.errors import ConfigError
 from muxmesh.log_format import LogFormat
 from muxmesh.quoting import quoted
 from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
-from muxmesh.types import DEFAULT_ADDRESS, MAX_PORT, Dtype, KvFormat, Role
-
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=64)]
+from muxmesh.types import DEFAULT_ADDRESS, MAX_PORT, Role
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-MIB = 1024 * 1024
-MAX_COUNT = 2**31 - 1
-"""Upper bound of every number of tokens, threads or requests."""
-MAX_BYTES = 2**60
-"""Upper bound of every size."""
-_SIZE = re.compile(r"\d+(\.\d+)?\s*([kmgtp]i?)?b?", re.IGNORECASE)
-SIZE_NEEDED = "must be bytes, or a number and one of KiB, MiB, GiB, TiB, KB, MB, GB, TB"
-HOST_NEEDED = "must be a DNS name or an address, without a port"
-NETWORK_NEEDED = "must be an address or a network like 10.1.0.0/16"
-
-Location = tuple[str | int, ...]
-"""Path of a field: names and list indices."""
-
-
-class Section(BaseModel):
-    """Base of all parts of the configuration. Unknown fields are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_what_pydantic_misreads(cls, value: object, field: ValidationInfo) -> object:
-        """YAML's `yes` and `on` are True, which would become 1; of a size only the beginning would be read."""
-        kind = cls.model_fields[field.field_name or ""].annotation
-        if isinstance(value, bool) and any(one in (int, float, ByteSize) for one in (kind, *get_args(kind))):
-            raise ValueError(f"is {str(value).lower()}; must be a number")
-        if kind is ByteSize and isinstance(value, str) and not _SIZE.fullmatch(value.strip()):
-            raise ValueError(f"is {quoted(value)}; {SIZE_NEEDED}")
-        return value
-
-
-class SimProfile(Section):
-    """Step times of the sim engine, in seconds.
-
-    A step that computes n tokens, which together attend to c earlier tokens, takes
-    ``base_s + per_token_s * n + per_context_s * c``.
-    """
-
-    base_s: float = Field(default=0.0, ge=0, le=3600)
-    """Seconds of each step."""
-    per_token_s: float = Field(default=0.0, ge=0, le=3600)
-    """Additional seconds for each token that the step computes."""
-    per_context_s: float = Field(default=0.0, ge=0, le=3600)
-    """Additional seconds for each earlier token that a token of the step attends to."""
-    output_tokens: int = Field(default=0, ge=0, le=MAX_COUNT)
-    """Output length in tokens at which the engine samples EOS. 0: outputs end at max_new_tokens only."""
-    output_lengths: Literal["equal", "geometric"] = "equal"
-    """`equal`: all outputs have `output_tokens` tokens. `geometric`: each token is the last one with probability
-    `1 / output_tokens`, computed from the previous token, the index and the seed."""
-
-    @model_validator(mode="after")
-    def _geometric_needs_a_mean(self) -> Self:
-        if self.output_lengths == "geometric" and self.output_tokens == 0:
-            raise ValueError("output_lengths: geometric needs output_tokens, the mean length")
-        return self
-
-
-class ComputeShare(Section):
-    """The largest part of the device's streaming multiprocessors (SMs) that a worker may use, in percent."""
-
-    prefill: int = Field(default=100, ge=1, le=100)
-    """Of the prefill worker."""
-    decode: int = Field(default=100, ge=1, le=100)
-    """Of the decode worker."""
-
-    def of(self, role: Role) -> int:
-        return self.prefill if role == Role.PREFILL else self.decode
-
-    @property
-    def is_limit(self) -> bool:
-        """Whether a worker may use less than the whole device."""
-        return min(self.prefill, self.decode) < 100
-
-
-class ModelConfig(Section):
-    """One model of a unit, served there by a prefill and a decode worker."""
-
-    name: Name
-    """The value of GenerateRequest.model for this model."""
-    source: str | None = None
-    """A catalog name (`muxmesh model list`), a folder in Hugging Face format or a GGUF file. Unset: the catalog name
-    `name`."""
-    engine: Literal["native", "sim"] = "native"
-    """`native` computes the model. `sim` generates deterministic tokens with the step times in `sim`, for tests.
-    `torch` is an alias of `native`."""
-    dtype: Dtype = "float32"
-    """Data type of weights and activations: `float32`, `float16` or `bfloat16`. A CPU computes in float32 only. On a
-    GPU float32 is exact (no TF32), and bfloat16 is what most models are published in."""
-    kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Data type of KV. `auto`: that of `dtype`. On a GPU a model in float32 may keep its KV in half the memory."""
-    compute_share: ComputeShare = ComputeShare()
-    """Part of the GPU that each worker of the model may use, like `{prefill: 60, decode: 40}`, or one number for both.
-    A limit, not a reservation: the sum of all workers may exceed 100."""
-    cuda_graphs: bool = True
-    """On a GPU: decode steps are captured once for each batch size (1, 2, 4, ... `max_num_seqs`) and replayed."""
-    continuous_decode_steps: int | None = Field(default=None, ge=1, le=256)
-    """On a GPU, or with `engine: sim`: how many decode steps a worker computes in a row before it schedules again, so
-    that the device does not wait for the host after each token. Their tokens are sent together. A run ends early when
-    another worker waits for the device, when a request arrives, is cancelled or pre-empted, and after 20 ms. 1: each
-    token is sent by itself. Unset: 16, with `engine: sim` 1."""
-    block_size: Literal[8, 16, 32] = 16
-    """Tokens in a KV block."""
-    max_model_len: int | None = Field(default=None, ge=2, le=MAX_COUNT)
-    """Limit on prompt and output together, in tokens. Unset: the context length of the model."""
-    default_max_new_tokens: int = Field(default=512, ge=1, le=MAX_COUNT)
-    """Longest output, in tokens, of a request without max_new_tokens. Context length and KV pool limit it further."""
-    generation_config: Literal["auto", "ignore"] = "auto"
-    """`auto`: where a request leaves a sampling parameter unset, the value in the model's `generation_config.json`
-    applies, and its `max_new_tokens` limits `default_max_new_tokens`. `ignore`: sampling is unmodified unless a request
-    asks for more. Ids of end-of-sequence tokens are read from the file in both cases."""
-    max_num_seqs: int = Field(default=16, ge=1, le=1024)
-    """Sequences in prefill and decode at the same time."""
-    kv_answer_tokens: int = Field(default=128, ge=1, le=MAX_COUNT)
-    """Output tokens for which KV memory is reserved before a request starts. More is allocated as the output grows. If
-    the pool is full, the sequence is pre-empted: its KV is swapped to `kv_swap` or freed, and the sequence resumes when
-    memory is free."""
-    kv_guaranteed: ByteSize = Field(default=ByteSize(0), ge=0, le=MAX_BYTES)
-    """KV memory that this model can always claim from the unit's pool, like `512MiB`, rounded up to whole slabs. Unused
-    slabs are lent to other models. They return as the requests of these models end, and by pre-emption after a second.
-    The rest of the pool is divided equally at first and by use later."""
-    kv_swap_format: KvFormat = "raw"
-    """Format of KV in `kv_swap`. `raw` is exact. `int8` needs a quarter of the memory of float32, half of that of
-    the other types, but slightly changes the output of a swapped sequence, and its KV does not enter the prefix
-    cache."""
-    prefill_token_budget: int = Field(default=128, ge=1, le=MAX_COUNT)
-    """Prompt tokens computed in one step, or `max_num_seqs` if that is larger. A longer prompt is computed in chunks,
-    which get smaller as the context grows. Other workers of the unit and cancelled requests wait until a step ends. 128
-    suits a CPU; a GPU is fast from about 2048 on."""
-    threads: int | None = Field(default=None, ge=1, le=MAX_COUNT)
-    """Threads of each worker on a CPU. Unset: one for each core of the unit, and at most the quota of cores of its
-    cgroup (container, service), rounded up. Only one worker of a unit computes at a time."""
-    sim: SimProfile = SimProfile()
-    """Step times and output lengths of `engine: sim`. An error with other engines."""
-
-    @field_validator("engine", mode="before")
-    @classmethod
-    def _accept_torch_as_native(cls, value: object) -> object:
-        return "native" if value == "torch" else value
-
-    @field_validator("compute_share", mode="before")
-    @classmethod
-    def _accept_one_share_for_both(cls, value: object) -> object:
-        if isinstance(value, (dict, ComputeShare)):
-            return value
-        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 100:
-            return {"prefill": value, "decode": value}
-        raise PydanticCustomError("share", "must be percent from 1 to 100, or two like {prefill: 60, decode: 40}")
-
-    @property
-    def kv_dtype(self) -> Dtype:
-        """Data type of KV: `kv_cache_dtype` resolved."""
-        return self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
-
-    @property
-    def max_decode_steps(self) -> int:
-        """`continuous_decode_steps` resolved."""
-        return self.continuous_decode_steps or (1 if self.engine == "sim" else 16)
-
-    @property
-    def step_token_budget(self) -> int:
-        """Tokens computed in one step. At least `max_num_seqs`, so that each step has a token of every sequence."""
-        return max(self.prefill_token_budget, self.max_num_seqs)
 
 
 class NetworkConfig(Section):
@@ -272,22 +97,35 @@ class UnitConfig(Section):
     legacy_ipc: bool = False
     """If true, device memory is shared by legacy IPC handles instead of file descriptors, as it always is if the device
     exports none. kvstore then needs a context on the GPU, and the processes of the unit one PID namespace."""
+    tensor_parallel: int = Field(default=1, ge=1, le=1024)
+    """Devices that compute each step together, from `device` on, each with a part of every model. More than 1: for
+    `muxmesh plan` and `muxmesh simulate`. No engine can run it yet: `muxmesh up` and `muxmesh prepare` refuse it."""
     cores: tuple[Annotated[int, Field(ge=0, strict=True)], ...] | None = Field(default=None, min_length=1)
     """CPU cores of the unit's workers, like `[0, 1]`. Unset: all cores. Required if several units are on one CPU; their
     cores must be disjoint."""
     kv_pool: ByteSize = Field(default=ByteSize(1024 * MIB), ge=MIB, le=MAX_BYTES)
-    """KV memory of all models of the unit, like `2GiB`. On a CPU it is memory of the machine, allocated as it is used.
-    If a cgroup (container, service) limits the memory of kvstore, all of it is allocated when kvstore starts, so that
-    it counts to that cgroup. On a GPU it is device memory, beside one copy of the weights of each model and 0.75 GiB
-    for each worker, more if its batches or its vocabulary are large."""
+    """KV memory of all models of the unit, like `2GiB`; with `tensor_parallel` on each device. On a CPU it is memory of
+    the machine, allocated as it is used. If a cgroup (container, service) limits the memory of kvstore, all of it is
+    allocated when kvstore starts, so that it counts to that cgroup. On a GPU it is device memory, beside one copy of
+    the weights of each model and 0.75 GiB for each worker, more if its batches or its vocabulary are large."""
     kv_swap: ByteSize = Field(default=ByteSize(0), ge=0, le=MAX_BYTES)
     """Host memory for the KV of sequences that are pre-empted when `kv_pool` is full. 0: their KV is freed and computed
     again. On a CPU a larger `kv_pool` is better, unless `kv_swap_format` is int8. For a GPU it is pinned when first
     used."""
     slab: ByteSize = Field(default=ByteSize(16 * MIB), ge=4096, le=MAX_BYTES)
-    """Size of the pieces of the pool. Each slab is lent to one model at a time. On a GPU a multiple of 64 bytes."""
+    """Size of the pieces of the pool, with `tensor_parallel` on each device. Each slab is lent to one model at a time.
+    On a GPU a multiple of 64 bytes."""
+    arbiter: ArbiterConfig = ArbiterConfig()
+    """Which workers of the unit compute at the same time, and in which order."""
     network: NetworkConfig | None = None
     """For routers on other hosts. Unset: the unit's processes listen on unix sockets only, for this host."""
+    max_awake_models: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    """How many models of the unit are awake at the same time. Unset: all may be. A request for a model that sleeps
+    wakes it; if no more may be awake, the model that has not been used for longest falls asleep first, once its
+    running sequences have finished. Those with `pinned` stay awake."""
+    idle_sleep_s: float | None = Field(default=None, gt=0, le=1e9)
+    """Seconds without a request after which a model falls asleep, so that its KV memory is free for the others. Unset:
+    only when another one has to wake."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     """At least one."""
 
@@ -306,15 +144,39 @@ class UnitConfig(Section):
         """N of `cuda:N`; 0 for the CPU."""
         return int(self.device.partition(":")[2] or 0)
 
+    def resolved_arbiter(self, uses_mps: bool) -> ArbiterConfig:
+        """`arbiter` with nothing left open. ``uses_mps``: the workers are clients of an MPS daemon."""
+        has_limits = any(model.compute_share.is_limit for model in self.models)
+        has_slos = any(model.slo is not None for model in self.models)
+        return self.arbiter.resolved(
+            is_cuda=self.is_cuda,
+            uses_mps=uses_mps,
+            has_limits=has_limits,
+            has_slos=has_slos,
+            num_models=len(self.models),
+        )
+
+    def arbiter_share(self, model: ModelConfig, role: Role, uses_mps: bool) -> float:
+        """The part of the device that a worker uses while it computes, in (0, 1].
+
+        On a GPU without MPS processes take turns on the whole device, whatever their `compute_share`.
+        """
+        return model.compute_share.of(role) / 100 if uses_mps or not self.is_cuda else 1.0
+
     @property
     def ports(self) -> range:
         """The ports of the unit's processes, kvstore first; empty without `network`."""
         first, num = (self.network.base_port, 1 + 2 * len(self.models)) if self.network else (0, 0)
         return range(first, first + num)
 
+    @property
+    def total_slab(self) -> int:
+        """Bytes of a slab on all of the unit's devices: each holds a part of every token block."""
+        return self.slab * self.tensor_parallel
+
     def capacity_tokens(self, model: ModelConfig, token_block_bytes: int) -> int:
         """Tokens of ``model`` that the whole pool holds, where a token block is ``token_block_bytes`` long."""
-        return self.kv_pool // self.slab * (self.slab // token_block_bytes) * model.block_size
+        return self.kv_pool // self.slab * (self.total_slab // token_block_bytes) * model.block_size
 
     def guaranteed_slabs(self, model: ModelConfig) -> int:
         """`ModelConfig.kv_guaranteed` in slabs, rounded up."""
@@ -332,7 +194,8 @@ class RouterConfig(Section):
     """Limits of the router on requests."""
 
     max_waiting_requests: int = Field(default=4096, ge=1, le=MAX_COUNT)
-    """Capacity of the queue. While it is full, new requests fail with RESOURCE_EXHAUSTED."""
+    """Capacity of the queue. While it is full, new requests fail with RESOURCE_EXHAUSTED. Half of it is divided equally
+    among the models and kept for them, so that requests of one model do not fill it for the others."""
     max_prompt_bytes: ByteSize = Field(default=ByteSize(1 * MIB), ge=1, le=32 * MIB)
     """Longest prompt text in bytes of UTF-8, checked before tokenization. The size limit of a request message follows
     from it: the text, the token ids of the longest context and of the largest vocabulary, and every other field."""

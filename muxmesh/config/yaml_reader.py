@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from muxmesh.config.schema import Location
+from muxmesh.config.section import Location
 from muxmesh.config.variables import with_variables
 from muxmesh.errors import ConfigError
 from muxmesh.quoting import named

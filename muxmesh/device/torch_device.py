@@ -272,6 +272,15 @@ def finished(device: TorchDevice) -> Iterator[None]:
         device.record().wait()
 
 
+def device_bytes(device: TorchDevice, num_bytes: int) -> Tensor:
+    """Returns new memory on the device (uint8, one dimension), of this process alone. Raises DeviceError if it is full.
+
+    Its content is undefined.
+    """
+    with device_errors(f"allocating {num_bytes} bytes"):
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device.torch_device)
+
+
 def _first_line(error: RuntimeError) -> str:
     return str(error).partition("\n")[0]
 

@@ -7,6 +7,7 @@ sequence samples what the uninterrupted job would have sampled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -87,8 +88,24 @@ Event = Tokens | PromptLogprobs | JobDone | Finished | Preempted | Failed
 class Engine(Protocol):
     """Runs the jobs of one model in one process. All methods are called on one event loop."""
 
-    async def start(self) -> None:
-        """Loads the model and warms up. Raises ModelUnsupported if the model cannot be loaded."""
+    async def start(self, asleep: bool = False) -> None:
+        """Loads the model and warms up. Raises ModelUnsupported if the model cannot be loaded.
+
+        ``asleep``: loads nothing; the engine is as after ``sleep(drop_weights=True)``.
+        """
+
+    async def sleep(self, drop_weights: bool) -> None:
+        """Ends its threads, and frees what only a computing engine needs. Returns when nothing reads or writes KV.
+
+        ``drop_weights``: also unmaps the weights, or frees its copy of them; may follow a `sleep` without. Raises
+        ValueError if a job has not ended. Until `wake`, `submit` raises WorkerLost.
+        """
+
+    async def wake(self) -> None:
+        """Undoes `sleep`: loads what is not loaded, and warms up. Does nothing in an engine that is awake.
+
+        Raises what `start` raises.
+        """
 
     async def stop(self) -> None:
         """Ends every job with Failed and frees what `start` allocated."""
@@ -122,6 +139,32 @@ class Engine(Protocol):
         """Waits until the engine cannot continue, and returns the reason. By then all jobs have ended with Failed."""
 
 
+_SLACK_STEP_S = 0.001
+"""Smaller differences of slack do not matter."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeDemand:
+    """What the sequences that an engine is about to compute need, for the choice between workers.
+
+    ``priority``: their best class, lower is sooner. ``arrived_at_s``: unix time at which the oldest request among them
+    arrived; 0: not known. ``slack_s``: seconds until the first of those that can still meet their latency target has to
+    compute, negative if it is late; infinite without a target. ``lost_s``: seconds until that one has missed its
+    target, which is later where it may catch up; negative if all have missed theirs.
+    """
+
+    priority: int = 0
+    arrived_at_s: float = 0.0
+    slack_s: float = math.inf
+    lost_s: float = math.inf
+
+    def is_more_urgent_than(self, earlier: ComputeDemand, passed_s: float) -> bool:
+        """Whether a sequence more urgent than those of ``earlier`` has come in the ``passed_s`` seconds since then."""
+        was_met, left_s = earlier.lost_s >= passed_s, earlier.slack_s - passed_s
+        is_due_sooner = self.lost_s >= 0 and (not was_met or self.slack_s < left_s - _SLACK_STEP_S)
+        return self.priority < earlier.priority or self.arrived_at_s < earlier.arrived_at_s or is_due_sooner
+
+
 class Grant(Protocol):
     """The right to compute on the device, acquired for each run of steps. See `kvstore.grant_page`."""
 
@@ -129,13 +172,16 @@ class Grant(Protocol):
     def is_recalled(self) -> bool:
         """True while another worker waits for the right. Cheap, and may be read from any thread."""
 
-    async def acquire(self) -> None:
-        """Waits until this worker may compute."""
+    async def acquire(self, demand: ComputeDemand) -> None:
+        """Waits until this worker may compute. ``demand``: what for."""
+
+    def revise(self, demand: ComputeDemand) -> None:
+        """The demand of the `acquire` in progress is more urgent now: a sequence was added."""
 
     def release(self, num_steps: int) -> None:
-        """Called after ``num_steps`` steps, 0 if none was left to compute.
+        """Called after ``num_steps`` steps, 0 if none was left to compute. `acquire` or `drop` follows at once.
 
-        The worker keeps the right unless another worker waits for it.
+        The worker keeps the right unless another worker waits for it. Else it is returned with the call that follows.
         """
 
     def drop(self) -> None:
@@ -147,7 +193,9 @@ class FreeGrant:
 
     is_recalled = False
 
-    async def acquire(self) -> None: ...
+    async def acquire(self, demand: ComputeDemand) -> None: ...
+
+    def revise(self, demand: ComputeDemand) -> None: ...
 
     def release(self, num_steps: int) -> None: ...
 

@@ -6,61 +6,32 @@ There is no prefill phase and no decode phase here, only sequences with tokens t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
 
-from muxmesh.engine.api import EngineJob, Event, Failed, Finished, JobDone, Preempted, PromptLogprobs, Tokens
+from muxmesh.engine.api import (
+    ComputeDemand,
+    EngineJob,
+    Event,
+    Failed,
+    Finished,
+    JobDone,
+    Preempted,
+    PromptLogprobs,
+    Tokens,
+)
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import Chunk, PromptScoring, SampledToken, SampleSpec, Step, StepOutcome
+from muxmesh.engine.token_budget import divide_token_budget
+from muxmesh.engine.urgency import Urgency
 from muxmesh.errors import SequenceFailed
+from muxmesh.running_mean import RunningMean
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
+from muxmesh.slo import catch_up_s, first_token_due_s, next_token_due_s
 from muxmesh.types import SchedulingState
 
-_TOKENS_PER_COST = 1024
-"""Attention over this many earlier tokens takes about as long as everything else that is computed for one token."""
-
-
-class Schedulable(Protocol):
-    """What `divide_token_budget` reads of a job."""
-
-    @property
-    def scheduling(self) -> SchedulingState:
-        """The scheduling state of the job's request."""
-
-    @property
-    def num_computed_tokens(self) -> int:
-        """Tokens whose KV is computed."""
-
-    @property
-    def num_uncomputed_tokens(self) -> int:
-        """Known tokens whose KV is not computed; at least 1."""
-
-
-_Item = TypeVar("_Item", bound=Schedulable)
-
-
-def divide_token_budget(
-    items: Iterable[_Item], policy: SchedulingPolicy, now_s: float, max_num_seqs: int, token_budget: int
-) -> list[tuple[_Item, int]]:
-    """Returns the items of the next step, each with its number of tokens to compute.
-
-    Items that need one token go first, all of them up to ``max_num_seqs``. The rest of ``token_budget`` is filled with
-    chunks of longer runs. Both are in the order of ``policy`` at ``now_s`` (unix time). A token of a chunk costs more
-    the more tokens it attends to, so that a step takes about as long at the end of a long prompt as at its start. At
-    least one token is scheduled if there are items.
-    """
-    ready = sorted(items, key=lambda item: (item.num_uncomputed_tokens > 1, policy.sort_key(item.scheduling, now_s)))
-    planned: list[tuple[_Item, int]] = []
-    for item in ready[:max_num_seqs]:
-        uncomputed = item.num_uncomputed_tokens
-        cost = 1 + item.num_computed_tokens // _TOKENS_PER_COST if uncomputed > 1 else 1
-        count = min(uncomputed, max(token_budget // cost, 0 if planned else 1))
-        if count == 0:
-            break
-        planned.append((item, count))
-        token_budget -= count * cost
-    return planned
+TOKEN_TIME_RATE = 0.02
+"""The seconds for a prompt token are a mean over about the last 50 steps with prompts."""
 
 
 @dataclass(slots=True)
@@ -71,6 +42,10 @@ class _ScheduledJob:
     sequence: SequenceRecord
     max_output_tokens: int | None
     """The job ends when its sequence has this many output tokens; None: it ends with its sequence."""
+    due_at_s: float
+    """When its next token is due by its SLO (unix time); inf without one."""
+    lost_after_s: float
+    """Seconds after ``due_at_s`` at which its SLO is missed; 0 as long as its prompt is computed here."""
     paused: bool = False
     pause_requested: bool = False
 
@@ -122,18 +97,30 @@ class Scheduler:
     policy: SchedulingPolicy = FCFS
     _jobs: dict[int, _ScheduledJob] = field(default_factory=dict)
     _in_flight: Step | None = None
+    _now_s: float = 0.0
+    """Unix time of the latest step: when it was planned, or else when it ended."""
+    _urgency: Urgency = field(default_factory=Urgency)
+    _prompt_token_s: RunningMean = field(default_factory=lambda: RunningMean(TOKEN_TIME_RATE))
+    """Seconds for each token of steps with prompts."""
     _events: list[tuple[int, Event]] = field(default_factory=list)
 
-    def add(self, job: EngineJob) -> None:
+    def add(self, job: EngineJob, now_s: float = 0.0) -> None:
         """Adds a job. Raises ValueError if its id is already known, and InvalidRequest as `Engine.submit` does.
 
-        Every token id of a sequence passes here or, if the runner sampled it, `_append_tokens`.
+        Every token id of a sequence passes here or, if the runner sampled it, `_append_tokens`. By its SLO, the next
+        token of a sequence that comes from prefill is due its TPOT target after ``now_s`` (unix time), the first one of
+        any other its TTFT target after its arrival.
         """
         if job.job_id in self._jobs:
             raise ValueError(f"job {job.job_id} is known already")
         job.sequence.check_token_ids(self.vocab_size)
         limit = None if job.max_new_tokens is None else job.sequence.num_output_tokens + job.max_new_tokens
-        self._jobs[job.job_id] = _ScheduledJob(job.job_id, job.sequence, limit)
+        slo = job.sequence.request.slo
+        due_at_s, lost_after_s = first_token_due_s(slo, now_s), 0.0
+        if job.sequence.num_output_tokens and job.sequence.num_uncomputed_tokens == 1:
+            due_at_s, lost_after_s = next_token_due_s(slo, now_s), catch_up_s(slo)
+        added = self._jobs[job.job_id] = _ScheduledJob(job.job_id, job.sequence, limit, due_at_s, lost_after_s)
+        self._note(added)
 
     def cancel(self, job_id: int) -> bool:
         """Removes the job without an event. Returns True if the step in flight still accesses its KV."""
@@ -154,6 +141,7 @@ class Scheduler:
         """Lets a paused job run again."""
         if job := self._jobs.get(job_id):
             job.paused = job.pause_requested = False
+            self._note(job)
 
     def is_in_flight(self, job_id: int) -> bool:
         """True if the job is part of the step in flight."""
@@ -162,6 +150,19 @@ class Scheduler:
     def has_work(self) -> bool:
         """True if `next_step` would return a step."""
         return any(job.is_ready for job in self._jobs.values())
+
+    def demand(self, now_s: float) -> ComputeDemand:
+        """What the arbiter is to know of the ready jobs at ``now_s`` (unix time), of which there is at least one.
+
+        It is of the jobs that were ready at the latest step or were added or resumed since. One that was cancelled or
+        paused since then counts until the next step.
+        """
+        if self._urgency.is_empty or self._urgency.is_outdated(now_s):
+            self._now_s, self._urgency = now_s, Urgency()
+            for job in self._jobs.values():
+                if job.is_ready:
+                    self._note(job)
+        return self._urgency.demand(now_s)
 
     def next_step(self, now_s: float, max_steps: int = 1) -> Step | None:
         """Plans the next step, which is in flight from then on; None if no job is ready. ``now_s``: unix time.
@@ -172,6 +173,7 @@ class Scheduler:
         assert self._in_flight is None, "the step in flight is applied first"
         ready = [job for job in self._jobs.values() if job.is_ready]
         planned = divide_token_budget(ready, self.policy, now_s, self.max_num_seqs, self.token_budget)
+        self._begin_urgency(ready, planned, now_s)
         num_steps = 1
         if max_steps > 1 and len(planned) == len(ready):
             num_steps = min((job.max_steps for job in ready), default=1)
@@ -184,6 +186,9 @@ class Scheduler:
         step, self._in_flight = self._in_flight, None
         assert step is not None, "a step is in flight"
         step_s = run_s / outcome.num_steps
+        self._now_s += run_s
+        if run_s > 0 and (num_tokens := step.num_tokens) > len(step.chunks):
+            self._prompt_token_s.add(step_s / num_tokens)
         for chunk in step.chunks:
             job = self._jobs.get(chunk.job_id)
             if job is None:  # cancelled while the step was in flight
@@ -192,6 +197,8 @@ class Scheduler:
                 self._end(job, end)
             elif job.pause_requested:
                 self._pause(job)
+            else:
+                self._note(job)
 
     def fail_all(self, failed: Failed) -> None:
         """Ends every job with ``failed``: the engine ends."""
@@ -203,6 +210,24 @@ class Scheduler:
         """Returns the events since the last call, oldest first, each with its job id."""
         events, self._events = self._events, []
         return events
+
+    def _begin_urgency(
+        self, ready: Sequence[_ScheduledJob], planned: Sequence[tuple[_ScheduledJob, int]], now_s: float
+    ) -> None:
+        """Begins the demand after a step with the ready jobs that are not in it; `apply` adds those that are."""
+        self._now_s, self._urgency = now_s, Urgency()
+        if len(planned) < len(ready):
+            planned_ids = {job.job_id for job, _ in planned}
+            for job in ready:
+                if job.job_id not in planned_ids:
+                    self._note(job)
+
+    def _note(self, job: _ScheduledJob) -> None:
+        """Counts a ready job for `demand`. A prompt has to begin before its token is due, by the time that it needs."""
+        start_by_s, lost_at_s = job.due_at_s, job.due_at_s + job.lost_after_s
+        if not job.lost_after_s:
+            start_by_s -= job.sequence.num_uncomputed_tokens * self._prompt_token_s.mean
+        self._urgency.note(job.sequence.scheduling, start_by_s, lost_at_s, self._now_s)
 
     def _pause(self, job: _ScheduledJob) -> None:
         job.paused, job.pause_requested = True, False
@@ -240,6 +265,9 @@ class Scheduler:
         elif end is None and sequence.num_output_tokens == job.max_output_tokens:
             end = JobDone()
         if kept := sampled[: sequence.num_output_tokens - first_index]:
+            slo, is_first = sequence.request.slo, not job.lost_after_s
+            job.due_at_s = next_token_due_s(slo, self._now_s if is_first else job.due_at_s, len(kept))
+            job.lost_after_s = catch_up_s(slo)
             num_fed_back = len(kept) - 1
             sequence.advance(num_fed_back, num_fed_back * step_s)
             logprobs = tuple(token.logprobs for token in kept if token.logprobs is not None)

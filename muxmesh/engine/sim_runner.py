@@ -6,14 +6,20 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 
-from muxmesh.config.schema import SimProfile
+from muxmesh.config.model_config import ModelConfig, SimProfile
 from muxmesh.engine.step import Chunk, SampledToken, SampleSpec, Step, StepOutcome
-from muxmesh.step_cost import StepCost
+from muxmesh.step_cost import StepCost, at_share
+from muxmesh.types import Role
 
 
 def sim_step_cost(profile: SimProfile) -> StepCost:
-    """Returns the profile as a step cost."""
+    """Returns the profile as a step cost on the whole device."""
     return StepCost(profile.base_s, profile.per_token_s, profile.per_context_s)
+
+
+def sim_worker_cost(config: ModelConfig, role: Role) -> StepCost:
+    """Returns the step cost of a worker of a sim model, on its share of the device."""
+    return at_share(sim_step_cost(config.sim), config.compute_share.of(role) / 100, config.sim.scaling_of(role))
 
 
 class SimRunner:
@@ -30,16 +36,22 @@ class SimRunner:
         eos_token_id: int,
         sleep: Callable[[float], None] = time.sleep,
         max_steps: int = 1,
+        cost: StepCost | None = None,
     ) -> None:
-        """``token_ids``: the tokens that are sampled, unless the request allows others. ``sleep``: takes seconds."""
+        """``token_ids``: the tokens that are sampled, unless the request allows others. ``sleep``: takes seconds.
+
+        ``cost``: step times of the worker; None: those of the profile, on the whole device.
+        """
         self.max_steps = max_steps
         self._profile = profile
-        self._cost = sim_step_cost(profile)
+        self._cost = cost or sim_step_cost(profile)
         self._token_ids = token_ids
         self._eos_token_id = eos_token_id
         self._sleep = sleep
 
     def load(self) -> None: ...
+
+    def unload(self, drop_weights: bool) -> None: ...
 
     def run(self, step: Step, may_continue: Callable[[], bool] = lambda: True) -> StepOutcome:
         sampled = {chunk.job_id: [token] for chunk, token in self._compute(step)}

@@ -134,7 +134,13 @@ class Runner(Protocol):
         """The longest run of steps that `run` computes; 1 if every token passes through the host."""
 
     def load(self) -> None:
-        """Loads the model and warms up. Raises ModelUnsupported if it cannot be loaded."""
+        """Loads the model and warms up, unless it is loaded. Raises ModelUnsupported if it cannot be loaded."""
+
+    def unload(self, drop_weights: bool) -> None:
+        """Ends its threads and frees what only `run` needs. `load` makes it usable again.
+
+        ``drop_weights``: also the weights. The runner may not be loaded, or be unloaded already.
+        """
 
     def run(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:
         """Computes ``step.num_steps`` steps, or fewer. The device has finished all of it when this returns or raises.

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from muxmesh.clock import Clock
-from muxmesh.engine.api import EngineJob, Event, Failed, Finished, Grant, JobDone
+from muxmesh.engine.api import ComputeDemand, EngineJob, Event, Failed, Finished, Grant, JobDone
 from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.step import Runner, SampledToken, Step, StepOutcome
 from muxmesh.errors import DeviceLost, EngineFailed, WorkerLost
@@ -41,18 +41,43 @@ class StepEngine:
         self._grant = grant
         self._clock = clock
         self._observe = observe
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._thread: ThreadPoolExecutor | None = None
+        """None while nothing is loaded, or the engine sleeps."""
+        self._is_asleep = False
         self._queues: dict[int, asyncio.Queue[Event]] = {}
         self._wake = asyncio.Event()
         self._has_change = threading.Event()
         """Set when a job changed since the step in flight was planned: its run of steps ends early."""
         self._step_done = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
+        self._demanded: tuple[ComputeDemand, float] | None = None
+        """While the loop waits for the grant: its demand, and the unix time of that."""
         self._death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-    async def start(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.load)
+    async def start(self, asleep: bool = False) -> None:
+        self._is_asleep = asleep
+        if not asleep:
+            await self.wake()
         self._loop_task = asyncio.create_task(self._loop(), name="engine loop")
+
+    async def sleep(self, drop_weights: bool) -> None:
+        if self._queues:
+            raise ValueError(f"{len(self._queues)} jobs have not ended")
+        thread = self._thread or _new_thread()
+        self._thread, self._is_asleep = None, True
+        await asyncio.get_running_loop().run_in_executor(thread, self._runner.unload, drop_weights)
+        thread.shutdown()
+
+    async def wake(self) -> None:
+        if self._thread is not None:
+            return
+        thread = _new_thread()
+        try:
+            await asyncio.get_running_loop().run_in_executor(thread, self._runner.load)
+        except BaseException:
+            thread.shutdown(wait=False)
+            raise
+        self._thread, self._is_asleep = thread, False
 
     async def stop(self) -> None:
         """See `Engine`. Blocks the event loop until the step in flight is done."""
@@ -60,14 +85,18 @@ class StepEngine:
         if self._loop_task is not None:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
-        self._thread.shutdown(wait=True)
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+        self._grant.drop()  # the exit of the process, which returns it too, may take a while
         self._scheduler.fail_all(Failed("the engine was stopped", WorkerLost))
         self._deliver()
         self._step_done.set()
 
     def submit(self, job: EngineJob) -> AsyncIterator[Event]:
         """See `Engine`. Raises ValueError if a job with this id has not ended."""
-        self._scheduler.add(job)
+        if self._is_asleep:
+            raise WorkerLost("the engine sleeps")
+        self._scheduler.add(job, self._clock.unix_s())
         queue: asyncio.Queue[Event] = asyncio.Queue()
         self._queues[job.job_id] = queue
         self._on_change()
@@ -127,7 +156,10 @@ class StepEngine:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
-            await self._grant.acquire()
+            now_s = self._clock.unix_s()
+            self._demanded = self._scheduler.demand(now_s), now_s
+            await self._grant.acquire(self._demanded[0])
+            self._demanded = None
             self._grant.release(await self._run_step())
 
     async def _run_step(self) -> int:
@@ -155,6 +187,7 @@ class StepEngine:
         return outcome.num_steps
 
     async def _run(self, step: Step) -> StepOutcome:
+        assert self._thread is not None, "no job is submitted to an engine that sleeps"
         may_continue = functools.partial(self._may_continue, self._clock.monotonic_s() + _LONGEST_RUN_S)
         run = asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, step, may_continue)
         return await asyncio.shield(run)
@@ -168,6 +201,13 @@ class StepEngine:
     def _on_change(self) -> None:
         self._has_change.set()
         self._wake.set()
+        if self._demanded is not None and self._scheduler.has_work():
+            earlier, at_s = self._demanded
+            now_s = self._clock.unix_s()
+            demand = self._scheduler.demand(now_s)
+            if demand.is_more_urgent_than(earlier, now_s - at_s):
+                self._demanded = demand, now_s
+                self._grant.revise(demand)
 
     async def _run_one_by_one(self, step: Step, error: Exception) -> StepOutcome:
         """Computes each chunk of a step that raised ``error`` alone, so that only the sequences that raise alone fail.
@@ -201,6 +241,10 @@ class StepEngine:
             queue.put_nowait(event)
             if isinstance(event, JobDone | Finished | Failed):
                 del self._queues[job_id]
+
+
+def _new_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="engine")
 
 
 def _failed(error: Exception) -> Failed:

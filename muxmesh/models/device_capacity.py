@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 from pydantic import ByteSize
 
-from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import MeshConfig, UnitConfig
+from muxmesh.config.section import Location
 from muxmesh.cuda.driver import DeviceInfo
 from muxmesh.models.model_spec import DTYPE_BYTES, ModelSpec
 from muxmesh.models.weight_image import image_bytes

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from muxmesh.config.schema import Location, MeshConfig, ModelConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import MeshConfig
+from muxmesh.config.section import Location
 from muxmesh.cuda.device_list import DeviceList
 from muxmesh.cuda.mps import CONTROL_FOLDERS, CONTROL_PROGRAM, find_control_program
 from muxmesh.errors import ConfigError, DeviceError

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import MeshConfig, UnitConfig
+from muxmesh.config.section import Location
 from muxmesh.machine_limits import MemoryLimit, size_text
 from muxmesh.types import Role
 
@@ -21,6 +23,8 @@ SIM_WORKER_BYTES = 96 * MIB
 WORKER_BYTES = 384 * MIB
 """What a worker of the native engine needs besides the weights; measured on a CPU: 108 MiB, and 195 MiB more while the
 kernels are compiled at the first start. On a GPU, where torch and the driver take more, it has not been measured."""
+SLEEPING_WORKER_BYTES = 128 * MIB
+"""What a worker of the native engine needs while its model sleeps; measured on a CPU: 90 MiB once it was awake."""
 ROUTER_BYTES = 96 * MIB
 """What the router, its processes of chat templates and the supervisor need together for a sim model."""
 TOKENIZER_BYTES = 128 * MIB
@@ -44,7 +48,8 @@ def mesh_problems(
 ) -> Iterator[tuple[Location, str]]:
     """Yields a problem if all processes of the mesh, in one container, exceed the limit of its cgroup.
 
-    ``image_bytes``: size of each weight image, which all workers of its model share. Without such a limit there is no
+    ``image_bytes``: size of each weight image that is in use at the same time as the others. All workers of a model
+    share its image. Without such a limit there is no
     problem: the machine may swap, and the pool is allocated as it is used.
     """
     if not limit.is_of_cgroup:
@@ -52,8 +57,8 @@ def mesh_problems(
     pools = sum(map(_pool_bytes, config.units))
     weights = sum(image_bytes.values())
     own = len(config.units) * KVSTORE_BYTES + ROUTER_BYTES
-    for unit, model in config.placements():
-        own += len(Role) * _worker_bytes(unit, model) + (0 if model.engine == "sim" else TOKENIZER_BYTES)
+    own += sum(len(Role) * size for unit in config.units for size in _largest_worker_bytes(unit))
+    own += sum(TOKENIZER_BYTES for _, model in config.placements() if model.engine != "sim")
     if pools + weights + own > limit.num_bytes:
         yield (
             ("units",),
@@ -82,6 +87,13 @@ def worker_problem(unit: UnitConfig, model: ModelConfig, weights_bytes: int, lim
     weights = f"the weights of {model.name} are {size_text(mapped)}, and " if mapped else ""
     needs = f"a worker needs {size_text(own)} besides" if mapped else f"a worker needs {size_text(own)}"
     return f"{weights}{needs}; {limit}"
+
+
+def _largest_worker_bytes(unit: UnitConfig) -> list[int]:
+    """What a worker of each model needs, with as many models awake as may be, and those that need most."""
+    sizes = sorted((_worker_bytes(unit, model) for model in unit.models), reverse=True)
+    num_awake = len(sizes) if unit.max_awake_models is None else unit.max_awake_models
+    return [*sizes[:num_awake], *(min(size, SLEEPING_WORKER_BYTES) for size in sizes[num_awake:])]
 
 
 def _pool_bytes(unit: UnitConfig) -> int:

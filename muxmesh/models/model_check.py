@@ -29,11 +29,6 @@ class ModelFacts:
     weight_dtypes: tuple[str, ...]
 
 
-def local_path(given: str, base_dir: Path) -> Path:
-    """The path that a person gave, from ``base_dir`` if it is relative. Unlike `Path.resolve` it accepts any text."""
-    return Path(os.path.realpath(base_dir / os.path.expanduser(given.replace("\0", "\ufffd"))))
-
-
 def is_model(path: Path) -> bool:
     """True for a folder or a .gguf file, the kinds that `check_model` checks. False for a path that cannot be read."""
     return os.path.isdir(path) or (os.path.isfile(path) and path.suffix == ".gguf")

@@ -11,14 +11,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from muxmesh.block_hashes import KvIdentity
+from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.runtime import PreparedModel
-from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
+from muxmesh.config.schema import MeshConfig, UnitConfig
+from muxmesh.config.section import Location
 from muxmesh.errors import ConfigError
+from muxmesh.local_path import local_path
 from muxmesh.machine_limits import MemoryLimit
 from muxmesh.models.catalog import CATALOG, hub_hint
 from muxmesh.models.gguf_import import read_gguf
 from muxmesh.models.host_memory import mesh_problems, pool_problems
-from muxmesh.models.model_check import check_model, is_model, local_path
+from muxmesh.models.model_check import check_model, is_model
 from muxmesh.models.model_download import Progress, ensure_imported, ensure_model, model_folder, present_folder
 from muxmesh.models.model_spec import SIM_SPEC, ModelSpec, read_model_spec
 from muxmesh.models.sampling_defaults import NO_DEFAULTS, SamplingDefaults, read_sampling_defaults
@@ -44,10 +47,15 @@ def prepared_problems(
 ) -> Iterator[tuple[Location, str]]:
     """Yields a problem if all processes of the mesh in one container need more memory than ``limit``.
 
-    ``prepared``: each model of each unit.
+    ``prepared``: each model of each unit. Of the weights only those count that may be in use at the same time: the
+    kernel takes the pages of others, which are in their files.
     """
-    images = [model.image for models in prepared.values() for model in models.values()]
-    return mesh_problems(config, {image: image.stat().st_size for image in images if image is not None}, limit)
+    in_use: dict[Path, int] = {}
+    for unit in config.units:
+        images = {model.image for model in prepared[unit.name].values() if model.image is not None}
+        sizes = {image: image.stat().st_size for image in images}
+        in_use |= dict(sorted(sizes.items(), key=lambda one: -one[1])[: unit.max_awake_models])
+    return mesh_problems(config, in_use, limit)
 
 
 def model_problems(
@@ -86,7 +94,7 @@ def prepare_model(
             if folder is not None and folder.is_file():
                 folder = ensure_imported(folder, cache_dir, progress, with_weights)
         if model.engine == "sim" or folder is None:
-            return PreparedModel(folder=folder, image=None, weights_fingerprint=f"sim:{model.sim.model_dump_json()}")
+            return PreparedModel(folder=folder, image=None, weights_fingerprint=model.sim.fingerprint)
         if not with_weights:
             return PreparedModel(folder=folder, image=None, weights_fingerprint="")
         show = functools.partial(progress, "preparing")
@@ -150,10 +158,10 @@ def _problems_of(
     capacity = unit.capacity_tokens(model, needed)
     if model.max_model_len is not None and model.max_model_len > capacity > 0:
         yield "max_model_len", f"is {model.max_model_len}; the unit's kv_pool holds {capacity} tokens of this model"
-    if needed > unit.slab:
+    if needed > unit.total_slab:
         yield (
             "block_size",
-            f"a token block of {model.block_size} tokens is {needed} bytes, a slab of the unit {unit.slab}; "
+            f"a token block of {model.block_size} tokens is {needed} bytes, a slab of the unit {unit.total_slab}; "
             "use a larger slab or a smaller block_size",
         )
 

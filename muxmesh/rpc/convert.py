@@ -21,6 +21,7 @@ from muxmesh.types import (
     QueuedRequest,
     Sampling,
     SchedulingState,
+    SloTargets,
     Stopping,
     TokenLogprobs,
     Waits,
@@ -60,6 +61,8 @@ def request_to_wire(request: EngineRequest) -> request_pb2.EngineRequest:
     if prediction is not None:
         wire.prediction.p50_tokens = prediction.p50_tokens
         wire.prediction.p90_tokens = prediction.p90_tokens
+    if (slo := request.slo) is not None:
+        wire.slo.CopyFrom(request_pb2.SloTargets(ttft_s=slo.ttft_s, tpot_s=slo.tpot_s, waited_s=slo.waited_s))
     return wire
 
 
@@ -88,7 +91,13 @@ def request_from_wire(wire: request_pb2.EngineRequest) -> EngineRequest:
         cache_salt=wire.cache_salt,
         bypass_prefix_cache=wire.bypass_prefix_cache,
         kv_swap_format=_KV_FORMATS.get(wire.kv_swap_format),
+        slo=_slo_from_wire(wire.slo) if wire.HasField("slo") else None,
     )
+
+
+def _slo_from_wire(wire: request_pb2.SloTargets) -> SloTargets:
+    ttft_s = wire.ttft_s if wire.HasField("ttft_s") else None
+    return SloTargets(ttft_s, wire.tpot_s if wire.HasField("tpot_s") else None, wire.waited_s)
 
 
 def scheduling_to_wire(scheduling: SchedulingState) -> request_pb2.SchedulingState:

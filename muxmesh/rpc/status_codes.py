@@ -7,8 +7,8 @@ invalid field, and RetryInfo the delay before a retry.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -19,12 +19,15 @@ from grpc_status import rpc_status
 from muxmesh import errors
 from muxmesh.quoting import cut_to_bytes
 
+_Response = TypeVar("_Response")
+
 DOMAIN = "muxmesh"
 _MAX_MESSAGE_BYTES = 1024
 """The message is sent up to three times, once with each byte as three. Clients take at most 8 KiB of metadata."""
 _MAX_FIELD_BYTES = 256
 
 STATUS_CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
+    errors.ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ModelNotFound: grpc.StatusCode.NOT_FOUND,
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -106,6 +109,14 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> errors.MeshError:
         size, limit = too_large.groups()
         return errors.InvalidRequest("request", f"is {size} bytes; at most {limit}" if size else "is too large")
     return _BY_CODE.get(error.code(), errors.InternalError)(message)
+
+
+async def response_of(call: Awaitable[_Response]) -> _Response:
+    """The response of a unary call. Raises the error of `from_rpc_error`."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error
 
 
 def _rich_status(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:

@@ -14,7 +14,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -133,10 +133,13 @@ class MeshSupervisor:
     def __init__(self, runtime: MeshRuntime, state_dir: Path, show_line: ShowLine, clock: Clock) -> None:
         self.runtime = runtime
         self._state_dir = state_dir
-        self._runtime_file = runtime.run_dir / "runtime.json"
-        self._probes: list[HealthProbe | RedisProbe] = []
+        self._runtime_file = runtime.path
+        self._probes: dict[str, HealthProbe | RedisProbe] = {}
+        """By name of the process."""
         self._mps: list[MpsControl] = []
         self._metrics = AsyncExitStack()
+        self._metrics_of = self._metrics_addresses()
+        """Name of each service → address of its own endpoint; changes with the models."""
         self.metrics_address = ""
         """HOST:PORT of the HTTP endpoint, once the mesh starts; empty if there is none."""
         stages = self._specs()
@@ -154,10 +157,15 @@ class MeshSupervisor:
         self._registry = ProcessRegistry(runtime.redis_url, runtime.config.mesh_id, clock)
         self._restarted = asyncio.Event()
         self._restarted.set()  # an own Redis may have the counts of an earlier supervisor
-        self._stages = [
-            [SupervisedProcess(spec, logs, clock, show_line, self._before_restart, log_format) for spec in stage]
-            for stage in stages
-        ]
+        self._new_process = functools.partial(
+            SupervisedProcess,
+            logs=logs,
+            clock=clock,
+            show_line=show_line,
+            on_restart=self._before_restart,
+            log_format=log_format,
+        )
+        self._stages = [[self._new_process(spec) for spec in stage] for stage in stages]
         self._counting = start_watched(self._publish_restarts(), "restart counts")
 
     @property
@@ -192,12 +200,57 @@ class MeshSupervisor:
                 await end_leftovers(control)  # of a daemon that had to be killed
         await end(self._counting)
         await self._metrics.aclose()
-        for probe in self._probes:
+        for probe in self._probes.values():
             await probe.close()
         await self._registry.close()
         logging.getLogger("supervisor").removeHandler(self._log_file)
         self._log_file.close()
         delete_run_folder(self.runtime.run_dir, self._state_dir)
+
+    def set_runtime(self, runtime: MeshRuntime) -> None:
+        """Replaces the runtime file: processes that start from now on read this one.
+
+        Raises Unavailable if it cannot be written: nothing has changed then.
+        """
+        try:
+            runtime.write(self._runtime_file)
+        except OSError as error:
+            raise Unavailable(f"{self._runtime_file} cannot be written: {error.strerror}") from error
+        self.runtime = runtime
+        self._metrics_of.clear()
+        self._metrics_of.update(self._metrics_addresses())
+
+    async def start_workers(self, unit: str, model: str) -> None:
+        """Starts the workers of a model that the runtime file names now, and waits until they serve.
+
+        Raises Unavailable with the output of one that does not; then they are stopped again.
+        """
+        endpoints = self.runtime.endpoints()
+        keys = [ProcessKey(role, unit, model) for role in Role]
+        specs = [self._service(key, endpoints[key]) for key in keys]
+        started = [self._new_process(spec) for spec in specs]
+        self._stages[-1].extend(started)
+        self._restarted.set()  # workers of these names may have been counted before their model was unloaded
+        for process in started:
+            process.start()
+        try:
+            await asyncio.gather(*(process.wait_ready(READY_TIMEOUT_S) for process in started))
+        except BaseException:
+            await self.stop_processes(spec.name for spec in specs)
+            raise
+
+    async def stop_processes(self, names: Iterable[str]) -> None:
+        """Stops processes of these names for good."""
+        names = set(names)
+        ended = [process for process in self._stages[-1] if process.spec.name in names]
+        await asyncio.gather(*(process.stop(_STOP_GRACE_S) for process in ended))
+        self._stages[-1] = [process for process in self._stages[-1] if process not in ended]
+        for process in ended:
+            if (probe := self._probes.pop(process.spec.name, None)) is not None:
+                await probe.close()
+
+    def _metrics_addresses(self) -> dict[str, str]:
+        return {one.name: self.runtime.metrics_address(one.name) for one in self.runtime.endpoints().values()}
 
     async def _serve_metrics(self) -> None:
         config = self.runtime.config.metrics
@@ -205,12 +258,10 @@ class MeshSupervisor:
             return
         from muxmesh.supervisor.mesh_metrics import MeshMetrics, ProcessCount  # noqa: PLC0415 - only if they are on
 
-        endpoints = {one.name: self.runtime.metrics_address(one.name) for one in self.runtime.endpoints().values()}
-
         def processes() -> list[ProcessCount]:
             return [ProcessCount(one.spec.name, one.pid is not None, one.num_restarts) for one in self.processes]
 
-        serving = MeshMetrics(endpoints, processes).serving(config.listen)
+        serving = MeshMetrics(self._metrics_of, processes).serving(config.listen)
         self.metrics_address = await self._metrics.enter_async_context(serving)
 
     def _write_run_folder(self) -> None:
@@ -253,8 +304,7 @@ class MeshSupervisor:
         named = [
             text for name, value in (("--unit", key.unit), ("--model", key.model)) if value for text in (name, value)
         ]
-        probe = HealthProbe(endpoint.address)
-        self._probes.append(probe)
+        probe = self._probes[endpoint.name] = HealthProbe(endpoint.address)
         if self.runtime.config.metrics is not None:
             named += ["--metrics", self.runtime.metrics_address(endpoint.name)]
         return ProcessSpec(
@@ -287,6 +337,5 @@ class MeshSupervisor:
     def _redis(self) -> ProcessSpec:
         url = self.runtime.redis_url
         command = redis_command(Path(url.removeprefix("unix://")), self._state_dir)
-        probe = RedisProbe(url)
-        self._probes.append(probe)
+        probe = self._probes["redis"] = RedisProbe(url)
         return ProcessSpec("redis", command, functools.partial(wait_for_redis, url), probe.ask)

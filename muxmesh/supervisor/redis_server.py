@@ -15,7 +15,8 @@ import redis.asyncio
 from pydantic import ValidationError
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
-from muxmesh.config.schema import Location, MeshConfig
+from muxmesh.config.schema import MeshConfig
+from muxmesh.config.section import Location
 from muxmesh.errors import ConfigError, Unavailable
 from muxmesh.quoting import quoted
 

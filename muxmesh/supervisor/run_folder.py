@@ -55,12 +55,17 @@ def delete_run_folder(folder: Path, state_dir: Path) -> None:
         (state_dir / TEMPORARY_FOLDER_FILE).unlink()
 
 
+def run_folders(state_dir: Path) -> list[Path]:
+    """Where folders of supervisors with ``state_dir`` may be, earlier ones included. What is there is not checked."""
+    folders = list(state_dir.glob("run-*"))
+    with contextlib.suppress(OSError, ValueError):  # there is no note, or its content is not text
+        folders.append(Path((state_dir / TEMPORARY_FOLDER_FILE).read_text()))
+    return folders
+
+
 def delete_earlier_run_folders(state_dir: Path) -> None:
     """Deletes the folders of earlier supervisors: of this user, marked, and no links."""
-    folders = [mark.parent for mark in state_dir.glob(f"run-*/{RUN_MARK}")]
-    with contextlib.suppress(OSError, ValueError):  # there is none, or its content is not text
-        folders.append(Path((state_dir / TEMPORARY_FOLDER_FILE).read_text()))
-    for folder in filter(_is_run_folder, folders):
+    for folder in filter(_is_run_folder, run_folders(state_dir)):
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
         (state_dir / TEMPORARY_FOLDER_FILE).unlink()

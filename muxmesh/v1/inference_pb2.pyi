@@ -876,6 +876,7 @@ class RequestTimings(_message.Message):
     E2E_S_FIELD_NUMBER: _builtins.int
     NUM_RESTARTS_FIELD_NUMBER: _builtins.int
     ROUTER_S_FIELD_NUMBER: _builtins.int
+    MET_SLO_FIELD_NUMBER: _builtins.int
     queue_s: _builtins.float
     """Seconds from arrival at the router to the admission of the first attempt."""
     ttft_s: _builtins.float
@@ -888,6 +889,10 @@ class RequestTimings(_message.Message):
     """The part of ttft_s that the router itself took, without waiting for admission and for prefill. A wait ends when
     the router's event loop resumes the request, so time in which the loop serves other requests counts as waiting.
     """
+    met_slo: _builtins.bool
+    """Whether the request met the SLO of its model, TTFT and TPOT. Unset: it has none, or its unloaded latency is not
+    known yet.
+    """
     def __init__(
         self,
         *,
@@ -896,9 +901,15 @@ class RequestTimings(_message.Message):
         e2e_s: _builtins.float = ...,
         num_restarts: _builtins.int = ...,
         router_s: _builtins.float = ...,
+        met_slo: _builtins.bool | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["e2e_s", b"e2e_s", "num_restarts", b"num_restarts", "queue_s", b"queue_s", "router_s", b"router_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_met_slo", b"_met_slo", "met_slo", b"met_slo"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_met_slo", b"_met_slo", "e2e_s", b"e2e_s", "met_slo", b"met_slo", "num_restarts", b"num_restarts", "queue_s", b"queue_s", "router_s", b"router_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__met_slo: _TypeAlias = _typing.Literal["met_slo"]  # noqa: Y015
+    _WhichOneofArgType__met_slo: _TypeAlias = _typing.Literal["_met_slo", b"_met_slo"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__met_slo) -> _WhichOneofReturnType__met_slo | None: ...
 
 Global___RequestTimings: _TypeAlias = RequestTimings  # noqa: Y015
 

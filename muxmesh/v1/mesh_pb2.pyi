@@ -97,6 +97,7 @@ class ModelInfo(_message.Message):
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     SAMPLING_DEFAULTS_FIELD_NUMBER: _builtins.int
+    SLO_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     architecture: _builtins.str
     engine: _builtins.str
@@ -113,6 +114,10 @@ class ModelInfo(_message.Message):
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def sampling_defaults(self) -> Global___SamplingDefaults: ...
+    @_builtins.property
+    def slo(self) -> Global___Slo:
+        """Unset: the model has no SLO."""
+
     def __init__(
         self,
         *,
@@ -128,13 +133,56 @@ class ModelInfo(_message.Message):
         kv_bytes_per_token: _builtins.int = ...,
         dtype: _builtins.str = ...,
         sampling_defaults: Global___SamplingDefaults | None = ...,
+        slo: Global___Slo | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling_defaults", b"sampling_defaults"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling_defaults", b"sampling_defaults", "slo", b"slo"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "default_max_new_tokens", b"default_max_new_tokens", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "kv_bytes_per_token", b"kv_bytes_per_token", "max_model_len", b"max_model_len", "name", b"name", "sampling_defaults", b"sampling_defaults", "unit", b"unit", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "default_max_new_tokens", b"default_max_new_tokens", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "kv_bytes_per_token", b"kv_bytes_per_token", "max_model_len", b"max_model_len", "name", b"name", "sampling_defaults", b"sampling_defaults", "slo", b"slo", "unit", b"unit", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ModelInfo: _TypeAlias = ModelInfo  # noqa: Y015
+
+@_typing.final
+class Slo(_message.Message):
+    """The service level objective of a model: limits in seconds, or a multiple of the latency of a request that has the
+    device for itself. Unset: no limit.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    TPOT_S_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    ttft_s: _builtins.float
+    """From the arrival to the first token."""
+    tpot_s: _builtins.float
+    """Mean of each token after the first."""
+    scale: _builtins.float
+    def __init__(
+        self,
+        *,
+        ttft_s: _builtins.float | None = ...,
+        tpot_s: _builtins.float | None = ...,
+        scale: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "scale", b"scale", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "scale", b"scale", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    _WhichOneofReturnType__tpot_s: _TypeAlias = _typing.Literal["tpot_s"]  # noqa: Y015
+    _WhichOneofArgType__tpot_s: _TypeAlias = _typing.Literal["_tpot_s", b"_tpot_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_s: _TypeAlias = _typing.Literal["ttft_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_s: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_s) -> _WhichOneofReturnType__tpot_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_s) -> _WhichOneofReturnType__ttft_s | None: ...
+
+Global___Slo: _TypeAlias = Slo  # noqa: Y015
 
 @_typing.final
 class SamplingDefaults(_message.Message):
@@ -250,6 +298,7 @@ class RouterModelStatus(_message.Message):
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     PREDICTION_TAU_FIELD_NUMBER: _builtins.int
     PREDICTIONS_USED_FIELD_NUMBER: _builtins.int
+    SLO_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     num_requests_waiting: _builtins.int
     num_requests_running: _builtins.int
@@ -262,6 +311,10 @@ class RouterModelStatus(_message.Message):
     """Kendall's tau between predicted and true output lengths, over the last 256 outputs; unset with fewer than 100."""
     predictions_used: _builtins.bool
     """False: predictions rank too badly to be used, and all outputs count as equally long."""
+    @_builtins.property
+    def slo(self) -> Global___SloStatus:
+        """Unset: the model has no SLO."""
+
     def __init__(
         self,
         *,
@@ -275,16 +328,82 @@ class RouterModelStatus(_message.Message):
         output_tokens: _builtins.int = ...,
         prediction_tau: _builtins.float | None = ...,
         predictions_used: _builtins.bool = ...,
+        slo: Global___SloStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_prediction_tau", b"_prediction_tau", "prediction_tau", b"prediction_tau"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prediction_tau", b"_prediction_tau", "prediction_tau", b"prediction_tau", "slo", b"slo"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prediction_tau", b"_prediction_tau", "model", b"model", "num_requests_aborted", b"num_requests_aborted", "num_requests_finished", b"num_requests_finished", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_restarts", b"num_restarts", "output_tokens", b"output_tokens", "prediction_tau", b"prediction_tau", "predictions_used", b"predictions_used", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prediction_tau", b"_prediction_tau", "model", b"model", "num_requests_aborted", b"num_requests_aborted", "num_requests_finished", b"num_requests_finished", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_restarts", b"num_restarts", "output_tokens", b"output_tokens", "prediction_tau", b"prediction_tau", "predictions_used", b"predictions_used", "prompt_tokens", b"prompt_tokens", "slo", b"slo"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prediction_tau: _TypeAlias = _typing.Literal["prediction_tau"]  # noqa: Y015
     _WhichOneofArgType__prediction_tau: _TypeAlias = _typing.Literal["_prediction_tau", b"_prediction_tau"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prediction_tau) -> _WhichOneofReturnType__prediction_tau | None: ...
 
 Global___RouterModelStatus: _TypeAlias = RouterModelStatus  # noqa: Y015
+
+@_typing.final
+class SloStatus(_message.Message):
+    """How many requests met the SLO of their model: since the router started, and within the last `window_s` seconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_FIELD_NUMBER: _builtins.int
+    RECENT_FIELD_NUMBER: _builtins.int
+    WINDOW_S_FIELD_NUMBER: _builtins.int
+    window_s: _builtins.float
+    @_builtins.property
+    def total(self) -> Global___SloTally: ...
+    @_builtins.property
+    def recent(self) -> Global___SloTally: ...
+    def __init__(
+        self,
+        *,
+        total: Global___SloTally | None = ...,
+        recent: Global___SloTally | None = ...,
+        window_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["recent", b"recent", "total", b"total"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["recent", b"recent", "total", b"total", "window_s", b"window_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SloStatus: _TypeAlias = SloStatus  # noqa: Y015
+
+@_typing.final
+class SloTally(_message.Message):
+    """Requests that ended, judged by their SLO. A request that failed or was refused, as by an overload, missed all
+    targets. Requests that the client cancelled and invalid requests do not count. With an SLO that is a multiple of the
+    unloaded latency, requests count from the first measured step on.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    NUM_MET_FIELD_NUMBER: _builtins.int
+    NUM_TTFT_MET_FIELD_NUMBER: _builtins.int
+    NUM_TPOT_MET_FIELD_NUMBER: _builtins.int
+    NUM_E2EL_MET_FIELD_NUMBER: _builtins.int
+    num_requests: _builtins.int
+    num_met: _builtins.int
+    """Both targets, which is the SLO. A target that is not set is met."""
+    num_ttft_met: _builtins.int
+    num_tpot_met: _builtins.int
+    num_e2el_met: _builtins.int
+    """The end-to-end rule of MuxServe: at most scale * (prefill + output tokens * decode step). With limits in seconds:
+    ttft_s + tpot_s for each token after the first.
+    """
+    def __init__(
+        self,
+        *,
+        num_requests: _builtins.int = ...,
+        num_met: _builtins.int = ...,
+        num_ttft_met: _builtins.int = ...,
+        num_tpot_met: _builtins.int = ...,
+        num_e2el_met: _builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_e2el_met", b"num_e2el_met", "num_met", b"num_met", "num_requests", b"num_requests", "num_tpot_met", b"num_tpot_met", "num_ttft_met", b"num_ttft_met"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SloTally: _TypeAlias = SloTally  # noqa: Y015
 
 @_typing.final
 class UnitStatus(_message.Message):
@@ -403,6 +522,14 @@ class UnitModelStatus(_message.Message):
     NUM_PREFIX_TOKENS_QUERIED_FIELD_NUMBER: _builtins.int
     NUM_PREFIX_TOKENS_HIT_FIELD_NUMBER: _builtins.int
     QUOTA_BYTES_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    STATE_SINCE_UNIX_S_FIELD_NUMBER: _builtins.int
+    LAST_USED_UNIX_S_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    NUM_WAKES_FIELD_NUMBER: _builtins.int
+    WAKING_S_FIELD_NUMBER: _builtins.int
+    LAST_WAKING_S_FIELD_NUMBER: _builtins.int
+    TOKEN_BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     num_leased_token_blocks: _builtins.int
     num_free_token_blocks: _builtins.int
@@ -418,6 +545,19 @@ class UnitModelStatus(_message.Message):
     num_prefix_tokens_hit: _builtins.int
     quota_bytes: _builtins.int
     """The part of the pool that the model can claim. It may use more while other models use less."""
+    state: _builtins.str
+    """awake, falling_asleep, asleep or waking. Requests for a model that is not awake wait, and wake it."""
+    state_since_unix_s: _builtins.float
+    """When the state began, and when the model last had a request."""
+    last_used_unix_s: _builtins.float
+    pinned: _builtins.bool
+    """It falls asleep only on command."""
+    num_wakes: _builtins.int
+    """Since the unit started: how often it was woken, and the seconds that this took in all and the last time."""
+    waking_s: _builtins.float
+    last_waking_s: _builtins.float
+    token_block_bytes: _builtins.int
+    """Bytes of a token block, of which num_leased_token_blocks and others are numbers."""
     def __init__(
         self,
         *,
@@ -432,8 +572,16 @@ class UnitModelStatus(_message.Message):
         num_prefix_tokens_queried: _builtins.int = ...,
         num_prefix_tokens_hit: _builtins.int = ...,
         quota_bytes: _builtins.int = ...,
+        state: _builtins.str = ...,
+        state_since_unix_s: _builtins.float = ...,
+        last_used_unix_s: _builtins.float = ...,
+        pinned: _builtins.bool = ...,
+        num_wakes: _builtins.int = ...,
+        waking_s: _builtins.float = ...,
+        last_waking_s: _builtins.float = ...,
+        token_block_bytes: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_num_seqs", b"max_num_seqs", "model", b"model", "num_cached_token_blocks", b"num_cached_token_blocks", "num_credits", b"num_credits", "num_free_token_blocks", b"num_free_token_blocks", "num_leased_token_blocks", b"num_leased_token_blocks", "num_leases", b"num_leases", "num_prefix_tokens_hit", b"num_prefix_tokens_hit", "num_prefix_tokens_queried", b"num_prefix_tokens_queried", "num_queued_requests", b"num_queued_requests", "quota_bytes", b"quota_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_used_unix_s", b"last_used_unix_s", "last_waking_s", b"last_waking_s", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_cached_token_blocks", b"num_cached_token_blocks", "num_credits", b"num_credits", "num_free_token_blocks", b"num_free_token_blocks", "num_leased_token_blocks", b"num_leased_token_blocks", "num_leases", b"num_leases", "num_prefix_tokens_hit", b"num_prefix_tokens_hit", "num_prefix_tokens_queried", b"num_prefix_tokens_queried", "num_queued_requests", b"num_queued_requests", "num_wakes", b"num_wakes", "pinned", b"pinned", "quota_bytes", b"quota_bytes", "state", b"state", "state_since_unix_s", b"state_since_unix_s", "token_block_bytes", b"token_block_bytes", "waking_s", b"waking_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___UnitModelStatus: _TypeAlias = UnitModelStatus  # noqa: Y015
@@ -455,6 +603,8 @@ class WorkerStatus(_message.Message):
     SWAP_OUT_BYTES_FIELD_NUMBER: _builtins.int
     SWAP_IN_BYTES_FIELD_NUMBER: _builtins.int
     SWAP_S_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    OWN_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     role: _builtins.str
     model: _builtins.str
@@ -473,6 +623,10 @@ class WorkerStatus(_message.Message):
     """Bytes copied to host memory and back, and the seconds that the copies took."""
     swap_in_bytes: _builtins.int
     swap_s: _builtins.float
+    engine: _builtins.str
+    """What its engine is: awake, asleep (weights kept) or dropped (asleep without weights); empty while it changes."""
+    own_memory_bytes: _builtins.int
+    """Memory that is the worker's own: without the pool, and without weights that it maps from their file."""
     def __init__(
         self,
         *,
@@ -489,8 +643,10 @@ class WorkerStatus(_message.Message):
         swap_out_bytes: _builtins.int = ...,
         swap_in_bytes: _builtins.int = ...,
         swap_s: _builtins.float = ...,
+        engine: _builtins.str = ...,
+        own_memory_bytes: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "kv_bytes_written", b"kv_bytes_written", "model", b"model", "name", b"name", "num_computed_tokens", b"num_computed_tokens", "num_leases", b"num_leases", "num_steps", b"num_steps", "pid", b"pid", "ready", b"ready", "role", b"role", "swap_in_bytes", b"swap_in_bytes", "swap_out_bytes", b"swap_out_bytes", "swap_s", b"swap_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "engine", b"engine", "kv_bytes_written", b"kv_bytes_written", "model", b"model", "name", b"name", "num_computed_tokens", b"num_computed_tokens", "num_leases", b"num_leases", "num_steps", b"num_steps", "own_memory_bytes", b"own_memory_bytes", "pid", b"pid", "ready", b"ready", "role", b"role", "swap_in_bytes", b"swap_in_bytes", "swap_out_bytes", b"swap_out_bytes", "swap_s", b"swap_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015

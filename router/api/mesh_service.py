@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import grpc
 
 from muxmesh import __version__
+from muxmesh.clock import Clock
 from muxmesh.internal.v1 import kvstore_pb2
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.status_codes import from_rpc_error
@@ -15,7 +17,9 @@ from muxmesh.v1 import mesh_pb2, mesh_pb2_grpc
 from router.api.unknown_fields import refuse_unknown_fields
 from router.length_forecast import LengthForecaster
 from router.pipeline import GenerationPipeline
+from router.request_metrics import RequestMetrics
 from router.served_models import ServedModel, ServedModels
+from router.slo_counts import WINDOW_S, SloTally
 from router.units import UnitLink, Units
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -33,6 +37,8 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
         forecaster: LengthForecaster,
         registry: ProcessRegistry,
         policy: SchedulingPolicy,
+        metrics: RequestMetrics,
+        clock: Clock,
     ) -> None:
         self._models = models
         self._units = units
@@ -40,6 +46,8 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
         self._forecaster = forecaster
         self._registry = registry
         self._policy = policy
+        self._metrics = metrics
+        self._clock = clock
 
     async def ListModels(self, request: mesh_pb2.ListModelsRequest, context: Context) -> mesh_pb2.ListModelsResponse:
         """See the proto."""
@@ -89,7 +97,13 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
             output_tokens=counters.output_tokens,
             prediction_tau=self._forecaster.tau(model.name),
             predictions_used=self._forecaster.is_ranking(model.name),
+            slo=None if model.config.slo is None else self._slo_status(model.name),
         )
+
+    def _slo_status(self, model: str) -> mesh_pb2.SloStatus:
+        counts = self._metrics.of(model).slo
+        recent = counts.recent(self._clock.monotonic_s())
+        return mesh_pb2.SloStatus(total=_slo_tally(counts.total), recent=_slo_tally(recent), window_s=WINDOW_S)
 
 
 async def _unit_status(link: UnitLink) -> mesh_pb2.UnitStatus:
@@ -100,6 +114,10 @@ async def _unit_status(link: UnitLink) -> mesh_pb2.UnitStatus:
         if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
             raise from_rpc_error(error) from error  # a failed integrity check must not be hidden
     return mesh_pb2.UnitStatus(unit=link.name, connected=False)
+
+
+def _slo_tally(tally: SloTally) -> mesh_pb2.SloTally:
+    return mesh_pb2.SloTally(**dataclasses.asdict(tally))
 
 
 def _model_info(model: ServedModel) -> mesh_pb2.ModelInfo:
@@ -117,4 +135,5 @@ def _model_info(model: ServedModel) -> mesh_pb2.ModelInfo:
         kv_bytes_per_token=spec.kv_shape(config.block_size, config.kv_dtype).kv_bytes_per_token,
         dtype=config.dtype,
         sampling_defaults=mesh_pb2.SamplingDefaults(**model.sampling_defaults.sampling()),
+        slo=None if config.slo is None else mesh_pb2.Slo(**config.slo.model_dump()),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvstore.model_states import NO_LIMITS, AwakeLimits
 from kvstore.unit import AdmissionDecisions, Unit
 from kvstore.unit_model import UnitModel
 from muxmesh.models.model_spec import KvShape
@@ -15,12 +16,13 @@ SHAPES = {
 SLAB_BYTES = 64 * 1024
 
 
-def make_unit(num_slabs: int = 4, max_num_seqs: int = 3, swap_bytes: int = 0) -> Unit:
+def make_unit(num_slabs: int = 4, max_num_seqs: int = 3, swap_bytes: int = 0, awake: AwakeLimits = NO_LIMITS) -> Unit:
     return Unit(
         num_slabs * SLAB_BYTES,
         SLAB_BYTES,
         {name: UnitModel(shape, max_num_seqs, 512) for name, shape in SHAPES.items()},
         swap_bytes=swap_bytes,
+        awake=awake,
     )
 
 

@@ -306,3 +306,81 @@ def test_of_each_model_the_first_entries_in_order_are_admitted(
             first = waiting[order[len(admitted)]]
             has_memory = first.request.demand.num_tokens <= capacity.free
             assert not (capacity.has_slot(first) and capacity.is_within_quota(first) and has_memory)
+
+
+def admit_by_sorting(entries: list[AdmissionEntry], policy: SchedulingPolicy, unix_s: float, of: Capacity) -> bool:
+    """What `Admission.admit` promises, of all entries in one sorted list, from which it removes the admitted ones."""
+    entries.sort(key=lambda one: (policy.sort_key(one.request.scheduling, unix_s), one.key))
+    blocked, lacks_memory = set[str](), False
+    for one in list(entries):
+        if one.model in blocked or not of.has_slot(one):
+            continue
+        if of.is_within_quota(one) and of.try_admit(one, False):
+            entries.remove(one)
+        else:
+            blocked.add(one.model)
+            lacks_memory |= of.is_within_quota(one)
+    if lacks_memory:
+        return True
+    for one in list(entries):
+        if of.has_slot(one):
+            if not of.try_admit(one, True):
+                break
+            entries.remove(one)
+    return False
+
+
+SWAPPED = st.builds(
+    lambda one, lease_id, worker: entry(
+        lease_id, worker, one.model, one.request.demand.num_tokens, swapped=LeaseRef(lease_id, 1)
+    ),
+    ENTRIES,
+    st.integers(0, 9),
+    st.sampled_from(["d1", "d2"]),
+)
+OPERATIONS = st.lists(
+    st.one_of(
+        ENTRIES,
+        SWAPPED,
+        st.tuples(st.sampled_from(["r1", "r2", "d1"]), st.integers(0, 30)),
+        st.sampled_from(["r1", "d2"]),
+        st.builds(Capacity, st.integers(0, 40), st.fixed_dictionaries(dict.fromkeys(MODELS, st.integers(0, 20)))),
+    ),
+    max_size=30,
+)
+
+
+@pytest.mark.parametrize("name", ["fcfs", "srtf", "hrrn"])
+@given(OPERATIONS, st.fixed_dictionaries(dict.fromkeys(MODELS, st.integers(0, 4))))
+def test_entries_that_come_and_go_between_admissions_are_admitted_as_from_one_sorted_list(
+    name: PolicyName, operations: list[AdmissionEntry | tuple[str, int] | str | Capacity], slots: dict[str, int]
+) -> None:
+    """Offers, replacements by an entry of another model, withdrawals, sources that are lost, and admissions."""
+    policy = SchedulingPolicy(name, longest_lead=0.0, longest_lead_s=0.0, quantum_s=1.0)
+    admission, waiting = Admission(policy), dict[tuple[str, int], AdmissionEntry]()
+    for unix_s, operation in enumerate([*operations, Capacity()]):
+        if isinstance(operation, AdmissionEntry):
+            admission.offer(operation)
+            waiting[operation.key] = operation
+        elif isinstance(operation, tuple):
+            admission.withdraw(*operation)
+            waiting.pop(operation, None)
+        elif isinstance(operation, str):
+            admission.drop_source(operation)
+            waiting = {key: one for key, one in waiting.items() if one.source != operation}
+        else:
+            expected, entries = Capacity(operation.free, operation.quotas, dict(slots)), list(waiting.values())
+            found = Capacity(operation.free, operation.quotas, dict(slots))
+            assert found.admit(admission, unix_s) is admit_by_sorting(entries, policy, unix_s, expected)
+            assert (found.admitted, found.lent) == (expected.admitted, expected.lent)
+            waiting = {one.key: one for one in entries}
+        assert admission.waiting == waiting.keys()
+        first = {
+            model: min(
+                (policy.sort_key(one.request.scheduling, unix_s), key)
+                for key, one in waiting.items()
+                if one.model == model
+            )[1]
+            for model in {one.model for one in waiting.values()}
+        }
+        assert {one.model: one.key for one in admission.first_entries(unix_s)} == first

@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvstore.app import check_transport, open_memory, reserve_host_memory, serve
+from kvstore.app import check_transport, open_memory, reserve_host_memory, resolved_arbiter, serve
 from kvstore.device_memory import CUDA, HostMemory, Transport, new_memfd
 from muxmesh.clock import SystemClock
+from muxmesh.config.arbiter_config import MAX_OVERTAKES_WITH_SLOS
+from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.runtime import MeshRuntime, PreparedModel, ProcessKey
 from muxmesh.config.schema import MeshConfig
+from muxmesh.config.slo_config import SloConfig
 from muxmesh.cuda.driver import CudaDriver
+from muxmesh.engine.api import ComputeDemand
 from muxmesh.errors import ConfigError, DeviceError, Overloaded
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.lifecycle import Stop
@@ -126,8 +130,18 @@ async def test_a_demand_to_compute_is_granted(tmp_path: Path) -> None:
     async with serving(runtime):
         attachment = await attach(runtime.attach_path("u"), Role.DECODE, "m", "unix:x")
         grant = ComputeGrant(attachment, SystemClock())
-        await grant.acquire()
+        await grant.acquire(ComputeDemand())
     attachment.close()
+
+
+def test_the_arbiter_depends_on_the_models_that_the_unit_has_now(tmp_path: Path) -> None:
+    runtime = runtime_of(tmp_path)
+    config = runtime.unit("u")
+    (model,) = config.models
+    assert resolved_arbiter(runtime, config, {"m": model}).mode == "roundrobin"
+    with_slo = ModelConfig(name="n", slo=SloConfig(scale=8))
+    more = resolved_arbiter(runtime, config, {"m": model, "n": with_slo})
+    assert (more.mode, more.max_overtakes) == ("adbs", MAX_OVERTAKES_WITH_SLOS)
 
 
 async def test_the_end_of_a_unit_closes_its_connections_and_sockets(tmp_path: Path) -> None:

@@ -1,135 +1,284 @@
-"""Which slots compute, situation by situation and over many rounds."""
+"""The rules of the arbiter, one by one. `test_arbiter_scenarios` has whole situations."""
 
-from collections.abc import Collection
+import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.arbiter import Demand, all_at_once, decide, one_at_a_time, slots_of
+from kvstore.arbiter import Arbiter, Decision, Demand, slots_of
+from muxmesh.config.arbiter_config import ArbiterConfig, ArbiterMode
 from muxmesh.types import Role
 
-SLOTS = st.sets(st.integers(0, 7))
+GATING_MODES: tuple[ArbiterMode, ...] = ("adbs", "fcfs", "roundrobin", "temporal")
 
 
-def demands(*slots: int) -> list[Demand]:
-    return [Demand(slot, Role.DECODE, "m") for slot in slots]
+def arbiter(mode: ArbiterMode = "adbs", **options: float) -> Arbiter:
+    return Arbiter(ArbiterConfig.model_validate({"mode": mode, **options}))
 
 
-@pytest.mark.parametrize(
-    ("waiting", "last_granted", "expected"),
-    [((), 0, ()), ((3,), 3, (3,)), ((1, 2, 5), 2, (5,)), ((1, 2), 5, (1,)), ((0, 4), -1, (0,)), ((2, 3), 2, (3,))],
-)
-def test_an_idle_device_is_granted_round_robin(
-    waiting: tuple[int, ...], last_granted: int, expected: tuple[int, ...]
-) -> None:
-    granted, kept = decide(one_at_a_time, demands(*waiting), (), last_granted)
-    assert granted == set(expected)
-    assert kept == (set(expected) if len(waiting) == 1 else set()), "while others wait, a grant is recalled at once"
+def prefill(slot: int, model: str = "", share: float = 1.0, **options: float) -> Demand:
+    return Demand(slot, Role.PREFILL, model or f"model{slot}", share, **options)  # type: ignore[arg-type]
 
 
-def test_the_order_of_the_demands_does_not_matter() -> None:
-    assert one_at_a_time(demands(5, 1, 3), (), 2) == one_at_a_time(demands(1, 3, 5), (), 2) == {3}
+def decode(slot: int, model: str = "", share: float = 1.0, **options: float) -> Demand:
+    return Demand(slot, Role.DECODE, model or f"model{slot}", share, **options)  # type: ignore[arg-type]
+
+
+def decided(granted: set[int], kept: set[int]) -> Decision:
+    return Decision(frozenset(granted), frozenset(kept))
+
+
+def turns(one: Arbiter, waiting: list[Demand], num_turns: int) -> list[int]:
+    """The slots that compute, one after another, if every worker demands again at once."""
+    result = []
+    for _ in range(num_turns):
+        (slot,) = one.decide(waiting, ()).granted
+        result.append(slot)
+    return result
 
 
 def test_a_worker_that_computes_alone_keeps_its_grant() -> None:
-    assert decide(one_at_a_time, (), demands(2), 2) == (frozenset(), frozenset({2}))
+    assert arbiter().decide([decode(2)], ()) == decided({2}, {2})
+    assert arbiter().decide((), [decode(2)]) == decided(set(), {2})
 
 
-def test_the_grant_of_a_computing_worker_is_recalled_when_another_demands() -> None:
-    assert decide(one_at_a_time, demands(1, 3), demands(2), 2) == (frozenset(), frozenset())
+def test_a_grant_is_recalled_from_its_start_if_another_worker_waits_already() -> None:
+    assert arbiter().decide([decode(1), decode(2)], ()) == decided({1}, set())
 
 
-def first_two(waiting: Collection[Demand], computing: Collection[Demand], last_granted: int) -> frozenset[int]:
-    """A policy that lets the two lowest slots compute."""
-    return frozenset(sorted(slots_of(waiting) | slots_of(computing))[:2])
+def test_workers_compute_together_as_long_as_their_shares_fit() -> None:
+    waiting = [decode(0, share=0.5), decode(1, share=0.3), decode(2, share=0.2)]
+    assert arbiter().decide(waiting, ()) == decided({0, 1, 2}, {0, 1, 2})
 
 
-def test_a_policy_may_let_several_workers_compute() -> None:
-    assert decide(first_two, demands(1, 2, 3), (), -1) == (frozenset({1, 2}), frozenset({1, 2}))
-    assert decide(first_two, demands(1), demands(2, 3), -1) == (frozenset({1}), frozenset({1, 2}))
+def test_sums_of_shares_are_compared_without_rounding_errors() -> None:
+    waiting = [decode(slot, share=0.1) for slot in range(10)]
+    assert sum(one.share for one in waiting) != 1.0
+    assert len(arbiter().decide(waiting, ()).granted) == 10
 
 
-def test_the_second_pass_of_a_policy_sees_the_new_grants_as_computing() -> None:
-    calls: list[tuple[frozenset[int], frozenset[int], int]] = []
-
-    def recorded(waiting: Collection[Demand], computing: Collection[Demand], last_granted: int) -> frozenset[int]:
-        calls.append((slots_of(waiting), slots_of(computing), last_granted))
-        return first_two(waiting, computing, last_granted)
-
-    decide(recorded, demands(1, 4, 6), demands(2), 0)
-    assert calls == [(frozenset({1, 4, 6}), frozenset({2}), 0), (frozenset({4, 6}), frozenset({1, 2}), 1)]
+@pytest.mark.parametrize(("percent", "num"), [(0, 1), (19, 1), (20, 2)])
+def test_over_subscription_lets_the_sum_of_shares_exceed_the_device(percent: int, num: int) -> None:
+    waiting = [decode(0, share=0.6), decode(1, share=0.6)]
+    assert len(arbiter(over_subscription=percent).decide(waiting, ()).granted) == num
 
 
-def shares(waiting: Collection[Demand], computing: Collection[Demand], last_granted: int) -> frozenset[int]:
-    """A policy that fills the device with workers, by their shares, in the order of their slots."""
-    used, result = sum(one.share for one in computing), set(slots_of(computing))
-    for demand in sorted(waiting, key=lambda one: one.slot):
-        if used + demand.share <= 1:
-            used += demand.share
-            result.add(demand.slot)
-    return frozenset(result)
+def test_no_more_is_recalled_than_the_waiting_worker_needs() -> None:
+    computing = [decode(0, share=0.1), decode(1, share=0.5), decode(2, share=0.4)]
+    one = arbiter()
+    one.decide(computing, ())
+    assert one.decide([prefill(3, share=0.5)], computing).kept == {0, 2}, "without 0, which was tried first"
 
 
-def test_a_policy_sees_the_shares_of_the_computing_workers() -> None:
-    small, large = Demand(1, Role.DECODE, "m", 0.25), Demand(2, Role.PREFILL, "m", 0.75)
-    assert decide(shares, [small], [large], 2) == (frozenset({1}), frozenset({1, 2}))
-    assert decide(shares, [small], [Demand(2, Role.PREFILL, "m", 0.8)], 2) == (frozenset(), frozenset({2}))
+def test_a_drain_goes_on_with_the_grants_that_it_recalled_first() -> None:
+    one = arbiter()
+    computing = [decode(0, share=0.5), decode(1, share=0.25), decode(2, share=0.25)]
+    one.decide(computing, ())
+    waiting = [prefill(3, share=0.75)]
+    assert one.decide(waiting, computing).kept == {2}
+    assert one.decide(waiting, computing[:1] + computing[2:]).kept == {2}
 
 
-@given(SLOTS, SLOTS, st.integers(-1, 7))
-def test_only_demands_are_granted_and_only_computing_slots_keep_a_grant(
-    waiting: set[int], computing: set[int], last_granted: int
+def test_prefill_grants_are_recalled_only_when_decodes_do_not_suffice() -> None:
+    one = arbiter()
+    computing = [prefill(0, share=0.5), decode(1, share=0.5)]
+    one.decide(computing, ())
+    assert one.decide([decode(2, share=0.5)], computing).kept == {0}
+    assert one.decide([decode(2, share=0.6)], computing).kept == set()
+
+
+def test_replicas_of_a_model_share_its_turn() -> None:
+    waiting = [prefill(0, "a"), prefill(1, "a"), prefill(2, "b")]
+    assert turns(arbiter(), waiting, 8) == [0, 2, 1, 2, 0, 2, 1, 2]
+
+
+@pytest.mark.parametrize("mode", ["fcfs", "temporal"])
+def test_fcfs_has_prefills_first_and_each_role_by_its_oldest_request(mode: ArbiterMode) -> None:
+    waiting = [
+        prefill(0, "a", arrived_at_s=30.0),
+        prefill(1, "b", arrived_at_s=20.0),
+        decode(2, "b", arrived_at_s=10.0),
+        decode(3, "a", arrived_at_s=5.0),
+    ]
+    assert turns(arbiter(mode), waiting, 2) == [1, 1]
+    assert turns(arbiter(mode), waiting[:1] + waiting[2:], 1) == [0]
+    assert turns(arbiter(mode), waiting[2:], 2) == [3, 3]
+
+
+def test_while_a_prefill_computes_decodes_fill_the_rest_before_the_next_prefill() -> None:
+    waiting = [prefill(0, share=0.8), decode(1, share=0.2), decode(2, share=0.2)]
+    computing = [prefill(3, share=0.8)]
+    assert arbiter().decide(waiting[:1], computing) == decided(set(), set()), "they take turns, step by step"
+    assert arbiter().decide(waiting, computing) == decided({1}, set()), "1 and 2 take turns too"
+    assert arbiter().decide(waiting[:2], computing) == decided({1}, {1})
+
+
+def test_while_a_prefill_waits_for_decodes_no_decode_starts() -> None:
+    assert arbiter().decide([prefill(0, share=0.8), decode(1, share=0.2)], [decode(2, share=0.8)]).granted == set()
+    assert arbiter().decide([decode(0, share=0.8), decode(1, share=0.2)], [decode(2, share=0.8)]).granted == {1}
+
+
+def test_temporal_ignores_shares_and_spatial_ignores_their_sum() -> None:
+    waiting = [decode(0, share=0.1), decode(1, share=0.1)]
+    assert len(arbiter("temporal").decide(waiting, ()).granted) == 1
+    everything = [*waiting, decode(2), prefill(3)]
+    assert arbiter("spatial").decide(everything, [decode(4)]) == decided({0, 1, 2, 3}, {0, 1, 2, 3, 4})
+
+
+def test_roundrobin_serves_all_workers_alike() -> None:
+    waiting = [prefill(0, "a"), decode(1, "a"), prefill(2, "b"), decode(3, "b")]
+    assert turns(arbiter("roundrobin"), waiting, 6) == [0, 1, 2, 3, 0, 1]
+
+
+def test_auto_and_an_unset_over_subscription_are_adbs_without_any() -> None:
+    waiting = [decode(0, share=0.6), prefill(1, share=0.6)]
+    assert arbiter("auto").decide(waiting, ()) == arbiter("adbs", over_subscription=0).decide(waiting, ())
+
+
+def due(demand: Demand, in_s: float, lost_in_s: float | None = None) -> Demand:
+    """A worker one of whose sequences is due in some seconds, and lost then or later."""
+    return replace(demand, due_at_s=in_s, lost_at_s=in_s if lost_in_s is None else lost_in_s)
+
+
+def test_a_missed_target_gives_no_precedence() -> None:
+    assert turns(arbiter(), [prefill(0), due(decode(1), -0.1)], 1) == [0]
+    assert turns(arbiter(), [prefill(0), due(decode(1), 0.01)], 1) == [1]
+    assert turns(arbiter(), [prefill(0), due(decode(1), 0.2)], 1) == [0]
+
+
+def test_a_late_sequence_that_can_still_catch_up_is_due() -> None:
+    assert turns(arbiter(), [prefill(0), due(decode(1), -0.1, 0.4)], 1) == [1]
+    assert turns(arbiter(), [due(prefill(0), 0.01), due(decode(1), -0.1, 0.4)], 1) == [1]
+
+
+def test_time_passes_between_decisions() -> None:
+    waiting = [prefill(0), due(decode(1), 105.0)]
+    granted = [arbiter().decide(waiting, (), now_s).granted for now_s in (100.0, 104.99, 105.01)]
+    assert granted == [{0}, {1}, {0}], "due in 5 s, due soon, missed"
+
+
+def test_of_two_urgent_workers_the_earliest_due_goes_first() -> None:
+    assert turns(arbiter(), [due(prefill(0), 0.019), due(decode(1), 0.01)], 1) == [1]
+    assert turns(arbiter(), [due(prefill(0), 0.01), due(decode(1), 0.019)], 1) == [0]
+    assert turns(arbiter(), [due(decode(1), 0.01), due(prefill(0), 0.01)], 1) == [0]
+
+
+@pytest.mark.parametrize(
+    ("flooded", "other", "gives_way"),
+    [
+        (due(prefill(0, "a"), 0.001), due(decode(1, "b"), 0.002), True),
+        (due(prefill(0, "a"), -1.0), decode(1, "b"), True),
+        (prefill(0, "a"), decode(1, "b"), False),
+        (due(decode(0, "a"), 0.001), due(decode(1, "b"), 0.002), False),
+    ],
+)
+def test_urgent_and_late_prefills_of_a_model_above_its_part_give_way(
+    flooded: Demand, other: Demand, gives_way: bool
 ) -> None:
-    for policy in (one_at_a_time, first_two):
-        granted, kept = decide(policy, demands(*waiting - computing), demands(*computing), last_granted)
-        assert granted <= waiting - computing
-        assert kept <= computing | granted
+    """As long as no model has used the device, the flooded one goes first in all of these."""
+    one = arbiter()
+    assert turns(one, [flooded, other], 1) == [0]
+    one = arbiter()
+    for model, seconds in (("a", 1.8), ("b", 0.6)):
+        one.count_use(model, seconds, 0.0)
+    assert turns(one, [flooded, other], 1) == [1 if gives_way else 0]
 
 
-@given(SLOTS, st.integers(-1, 7), st.integers(1, 40))
-def test_over_time_all_slots_that_demand_are_granted_equally_often(
-    waiting: set[int], last_granted: int, rounds: int
+def test_late_prompts_of_a_flooded_model_give_way_for_a_while() -> None:
+    one = arbiter(max_overtakes=32)
+    for model, seconds in (("a", 1.8), ("b", 0.6)):
+        one.count_use(model, seconds, 0.0)
+    waiting = [due(prefill(0, "a"), -1.0), decode(1, "b")]
+    # The first grant to a worker is not an overtake, only further ones are.
+    assert turns(one, waiting, 12) == [1] * 9 + [0] + [1] * 2
+
+
+def test_a_worker_is_overtaken_at_most_as_often_as_the_setting_allows() -> None:
+    waiting = [prefill(0, "a"), prefill(1, "b"), decode(2, "c")]
+    assert turns(arbiter(max_overtakes=3), waiting, 12) == [0, 1, 0, 1, 0, 2, 1, 0, 1, 0, 1, 2]
+
+
+DEMANDS = st.builds(
+    Demand,
+    st.just(0),
+    st.sampled_from([Role.PREFILL, Role.DECODE]),
+    st.sampled_from("abc"),
+    st.integers(1, 10).map(lambda tenths: tenths / 10),
+    st.integers(0, 1),
+    st.sampled_from([math.inf, 1.0, 0.01, -1.0]),
+    st.sampled_from([math.inf, 1.0, -1.0]),
+)
+WORKERS = st.lists(DEMANDS, min_size=1, max_size=6).map(
+    lambda all_of: [replace(one, slot=slot) for slot, one in enumerate(all_of)]
+)
+
+
+class Unit:
+    """Workers as in a unit: each returns its grant at the end of a step if it was recalled, and demands again."""
+
+    def __init__(self, workers: list[Demand], mode: ArbiterMode, percent: int, max_overtakes: int) -> None:
+        self.arbiter = arbiter(mode, over_subscription=percent, max_overtakes=max_overtakes)
+        self.limit = 1 + percent / 100 + 1e-6 if mode != "temporal" else math.inf
+        self.most = 1 if mode == "temporal" else 6
+        self.workers = {one.slot: one for one in workers}
+        self.waiting, self.computing, self.recalled = set(self.workers), set[int](), set[int]()
+        self.granted: frozenset[int] = frozenset()
+
+    def end_step(self, slot: int, has_more_work: bool) -> None:
+        if slot not in self.computing:
+            return
+        self.workers[slot] = replace(self.workers[slot], arrived_at_s=self.workers[slot].arrived_at_s + 1)
+        if slot in self.recalled or not has_more_work:
+            self.computing.remove(slot)
+            if has_more_work:
+                self.waiting.add(slot)
+
+    def arbitrate(self) -> None:
+        waiting = [self.workers[slot] for slot in sorted(self.waiting)]
+        decision = self.arbiter.decide(waiting, [self.workers[slot] for slot in sorted(self.computing)])
+        assert decision.granted <= self.waiting and decision.kept <= self.computing | decision.granted
+        self.granted = decision.granted
+        self.waiting -= decision.granted
+        self.computing |= decision.granted
+        self.recalled = self.computing - decision.kept
+        assert self.computing or not self.waiting, "the device is idle while a worker waits"
+        assert bool(self.recalled) <= bool(self.waiting), "a grant is recalled that no worker needs"
+        used = sum(self.workers[slot].share for slot in self.computing)
+        assert used <= self.limit and len(self.computing) <= self.most
+
+
+@given(WORKERS, st.sampled_from(GATING_MODES), st.sampled_from([0, 20]), st.lists(st.integers(0, 17), max_size=60))
+def test_shares_are_never_exceeded_and_no_worker_waits_for_ever(
+    workers: list[Demand], mode: ArbiterMode, percent: int, events: list[int]
 ) -> None:
-    counts = dict.fromkeys(waiting, 0)
-    for _ in range(rounds):
-        granted, _ = decide(one_at_a_time, demands(*waiting), (), last_granted)
-        assert len(granted) == bool(waiting)
-        for slot in granted:
-            counts[slot] += 1
-            last_granted = slot
-    assert max(counts.values(), default=0) - min(counts.values(), default=0) <= 1
+    """An event below 6 ends a step of a worker, one below 12 its work too, and the others let it demand again."""
+    unit = Unit(workers, mode, percent, max_overtakes=2)
+    unit.arbitrate()
+    for event in events:
+        slot = event % 6
+        if event >= 12 and slot in unit.workers and slot not in unit.computing:
+            unit.waiting.add(slot)
+        unit.end_step(slot, has_more_work=event < 6)
+        unit.arbitrate()
+    unit.waiting |= unit.workers.keys() - unit.computing
+    unit.arbitrate()
+    last_round = dict.fromkeys(unit.workers, 0)
+    for number in range(60):
+        for slot in sorted(unit.computing):
+            last_round[slot] = number
+            unit.end_step(slot, has_more_work=True)
+        unit.arbitrate()
+        assert min(last_round.values()) >= number - 20, "a worker starves"
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["demand", "step", "finish"])), max_size=60))
-def test_one_worker_computes_at_a_time_and_each_waits_for_at_most_one_turn_of_the_others(
-    events: list[tuple[int, str]],
-) -> None:
-    """Workers as in a unit: one returns its grant if it was recalled, or when it has nothing more to compute."""
-    waiting: set[int] = set()
-    computing: set[int] = set()
-    recalled: set[int] = set()
-    num_passed_over = dict.fromkeys(range(6), 0)
-    last_granted = -1
-    for slot, event in events:
-        if event == "demand" and slot not in computing:
-            waiting.add(slot)
-        elif slot in computing and (event == "finish" or slot in recalled):
-            computing.remove(slot)
-        granted, kept = decide(one_at_a_time, demands(*waiting), demands(*computing), last_granted)
-        for new in granted:
-            last_granted = new
-            num_passed_over = {one: count + 1 if one in waiting else 0 for one, count in num_passed_over.items()}
-            num_passed_over[new] = 0
-        waiting -= granted
-        computing |= granted
-        recalled = computing - kept
-        assert len(computing) <= 1
-        assert computing or not waiting, "the device is idle while a worker waits"
-        assert max(num_passed_over.values()) < 6, "a worker waits for more than one turn of each other worker"
+@given(WORKERS, st.data())
+def test_the_order_of_the_demands_does_not_matter(workers: list[Demand], data: st.DataObject) -> None:
+    shuffled = data.draw(st.permutations(workers))
+    for mode in GATING_MODES:
+        assert arbiter(mode).decide(shuffled, ()) == arbiter(mode).decide(workers, ())
 
 
-@given(SLOTS, SLOTS)
-def test_all_at_once_grants_every_demand_and_recalls_nothing(waiting: set[int], computing: set[int]) -> None:
-    wait, compute = demands(*(waiting - computing)), demands(*computing)
-    assert decide(all_at_once, wait, compute, 3) == (slots_of(wait), frozenset(waiting | computing))
+def test_slots_of_names_the_slots() -> None:
+    assert slots_of([decode(3), prefill(1)]) == {1, 3}

@@ -170,7 +170,7 @@ async def test_the_reply_to_a_worker_comes_with_the_pool_and_its_own_pages(
     (worker,) = served_unit.unit.workers.values()
     max_seqs, max_blocks = 3, 512 // SHAPES["a"].block_size
     own = {"worker": worker.name, "slot": 0, "progress": [max_seqs, max_blocks]}
-    assert reply == {**own, "pool": DESCRIPTION, "weights": None}
+    assert reply == {**own, "pool": DESCRIPTION, "weights": None, "engine": "awake"}
     assert peers[0].file_sizes() == [*POOL_SIZES, PAGE_BYTES, 0, 0, page_bytes(max_seqs, max_blocks)]
     assert (worker.role, worker.model, worker.address, worker.pid) == ("decode", "a", "unix:x", os.getpid())
 

@@ -26,7 +26,10 @@ from kvstore.share_proof import ShareProver
 from kvstore.unit import IssuedCredit, Unit
 from kvstore.unit_model import UnitModel
 from muxmesh.block_hashes import block_hashes
+from muxmesh.clock import SystemClock
+from muxmesh.config.arbiter_config import ArbiterConfig
 from muxmesh.device.kv_view import KvView
+from muxmesh.engine.api import ComputeDemand
 from muxmesh.errors import Unavailable
 from muxmesh.models.model_spec import KvShape
 from muxmesh.step_cost import StepCost
@@ -34,6 +37,7 @@ from muxmesh.types import KvDemand, QueuedRequest, Role, SchedulingState
 from tests.support.debugged_process import debugged_process
 from tests.support.virtual_time import run_virtually
 from worker.attachment import attach, attach_writer
+from worker.compute_grant import ComputeGrant
 
 SLAB_BYTES = 64 * 1024
 SHAPE = KvShape(num_layers=2, num_kv_heads=1, head_dim=16, block_size=8, dtype_bytes=4)
@@ -113,10 +117,11 @@ class Server:
         check_every_s: float = 0.05,
         prover: ShareProver | None = None,
         identities: Mapping[str, str] | None = None,
+        arbiter: ArbiterConfig | None = None,
     ) -> None:
         self.path = path
         self.unit = Unit(4 * SLAB_BYTES, SLAB_BYTES, {"m": UnitModel(SHAPE, 4, 512)})
-        self.memory, self.grants = Memory(4 * SLAB_BYTES), GrantTable()
+        self.memory, self.grants = Memory(4 * SLAB_BYTES), GrantTable(arbiter)
         self.changes = asyncio.Event()
         self.attach = AttachServer(
             path,
@@ -425,6 +430,52 @@ async def test_all_workers_end_as_a_group_and_the_pool_stays(server: Server, dev
         assert np.memmap(server.pool_path, dtype=np.float32, mode="r")[5] == 42.0
 
 
+HUNG_WORKER = """
+import asyncio, sys, threading, time
+from pathlib import Path
+from worker.attachment import attach
+from worker.compute_grant import ComputeGrant
+from muxmesh.clock import SystemClock
+from muxmesh.engine.api import ComputeDemand
+from muxmesh.types import Role
+async def main():
+    attachment = await attach(Path(sys.argv[1]), Role(sys.argv[2]), "m", "unix:x")
+    grant = ComputeGrant(attachment, SystemClock())
+    attachment.set_ready(True)
+    await grant.acquire(ComputeDemand())
+    print("computing", flush=True)
+    threading.Thread(target=sys.stdin.readline).start()  # its step, which never ends
+    while True:
+        attachment.beat()
+        await asyncio.sleep(0.01)
+asyncio.run(main())
+"""
+"""Hangs in its first step, while its heartbeats go on."""
+
+
+async def test_a_process_that_hangs_in_its_grant_loses_it_and_is_killed_and_the_others_go_on(tmp_path: Path) -> None:
+    arbiter = ArbiterConfig(longest_grant_s=0.2, kill_after_s=0.4)
+    server = Server(tmp_path / "a.sock", check_every_s=0.02, arbiter=arbiter)
+    loop = asyncio.get_running_loop()
+    loop.add_reader(server.grants.doorbell_fd, server.grants.on_doorbell)
+    try:
+        with worker_process(server, "prefill", HUNG_WORKER) as hung:
+            assert hung.stdout and await asyncio.to_thread(hung.stdout.readline) == b"computing\n"
+            other = await attach(server.path, Role.DECODE, "m", "unix:x")
+            grant = ComputeGrant(other, SystemClock())
+            async with asyncio.timeout(20):
+                await grant.acquire(ComputeDemand())  # the device is free for it without the return of the other
+                assert hung.poll() is None
+                await server.until_attached(1)
+            assert await asyncio.to_thread(hung.wait) == -signal.SIGKILL
+            assert server.grants.num_revoked == {(Role.PREFILL, "m"): 1}
+            grant.release(1)
+            other.close()
+    finally:
+        loop.remove_reader(server.grants.doorbell_fd)
+        server.close()
+
+
 # Timers, under virtual time
 
 
@@ -456,9 +507,9 @@ class ManualFence:
 class Scenario:
     """A server under virtual time, and processes that attach by messages alone."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, arbiter: ArbiterConfig | None = None) -> None:
         self.fence = ManualFence()
-        self.server = Server(path, self.fence, BEAT_EVERY_S)
+        self.server = Server(path, self.fence, BEAT_EVERY_S, arbiter=arbiter)
         self.connections: list[socket.socket] = []
 
     async def attach(self, **hello: str) -> str:
@@ -483,9 +534,11 @@ class Scenario:
             connection.close()
 
 
-def play(path: Path, story: Callable[[Scenario], Coroutine[Any, Any, None]]) -> Scenario:
+def play(
+    path: Path, story: Callable[[Scenario], Coroutine[Any, Any, None]], arbiter: ArbiterConfig | None = None
+) -> Scenario:
     async def run() -> Scenario:
-        scenario = Scenario(path)
+        scenario = Scenario(path, arbiter)
         try:
             await story(scenario)
         finally:
@@ -527,6 +580,59 @@ def test_a_worker_with_a_heartbeat_in_every_tenth_check_is_not_killed(tmp_path: 
             scenario.server.grants.page.add(scenario.server.attach.slot_of(worker), Word.HEARTBEATS, 1)
 
     assert play(tmp_path / "a.sock", story).fence.killed_at_s == {}
+
+
+@pytest.mark.parametrize(("longest_s", "kill_s", "late_s"), [(10, 60, 2 * BEAT_EVERY_S), (1, 4, BEAT_EVERY_S)])
+def test_a_hung_worker_is_revoked_and_killed_after_the_times_of_the_settings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, longest_s: float, kill_s: float, late_s: float
+) -> None:
+    revoked_at_s: list[float] = []
+
+    async def story(scenario: Scenario) -> None:
+        page, loop, slots = scenario.server.grants.page, asyncio.get_running_loop(), list[int]()
+        for role in Role:
+            name = await scenario.attach(role=role, model="m", address="")
+            slots.append(scenario.server.attach.slot_of(name))
+            page.write(slots[-1], Word.DEMAND, 1)
+            scenario.server.grants.arbitrate()
+        while not page.read(slots[1], Word.GRANTED_STEPS):
+            await asyncio.sleep(0.1)
+        revoked_at_s.append(loop.time())
+        while loop.time() < 100:
+            page.add(slots[1], Word.BUSY_NS, 1)
+            await asyncio.sleep(1)
+        assert list(scenario.server.unit.workers) == [name]
+
+    arbiter = ArbiterConfig(longest_grant_s=longest_s, kill_after_s=kill_s)
+    killed_at_s = play(tmp_path / "a.sock", story, arbiter).fence.killed_at_s
+    assert longest_s <= revoked_at_s[0] <= longest_s + late_s
+    assert list(killed_at_s) == [0]
+    assert kill_s <= killed_at_s[0] <= kill_s + late_s
+    assert "prefill-m#1 has not returned its recalled grant: revoked" in caplog.text
+    assert "prefill-m#1 hangs in a step: killed" in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["no heartbeats", "hangs in a step"])
+def test_a_worker_that_was_killed_and_has_not_exited_gets_no_request(tmp_path: Path, fault: str) -> None:
+    async def story(scenario: Scenario) -> None:
+        scenario.fence.survives_kill = True
+        name = await scenario.attach_ready()
+        page, slot = scenario.server.grants.page, scenario.server.attach.slot_of(name)
+        if fault == "hangs in a step":
+            page.write(slot, Word.DEMAND, 1)
+            scenario.server.grants.arbitrate()
+        while not scenario.fence.killed_at_s:
+            page.add(slot, Word.HEARTBEATS, int(fault == "hangs in a step"))
+            scenario.server.changes.clear()
+            await asyncio.sleep(BEAT_EVERY_S)
+        assert not scenario.server.unit.workers[name].ready
+        assert scenario.server.changes.is_set(), "the unit schedules without it"
+        page.write(slot, Word.DEMAND, 1)
+        page.write(slot, Word.GRANTED_STEPS, 0)
+        scenario.server.grants.arbitrate()
+        assert not page.read(slot, Word.GRANTED_STEPS), "it gets no grant"
+
+    play(tmp_path / "a.sock", story)
 
 
 def test_a_worker_that_is_not_ready_needs_no_heartbeats(tmp_path: Path) -> None:

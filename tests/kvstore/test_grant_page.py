@@ -39,6 +39,22 @@ def test_all_mappings_of_a_page_see_the_same_words(page: GrantPage, page_fd: int
     assert (page.read(3, Word.DEMAND), other.read(3, Word.NUM_STEPS)) == (1, 7)
 
 
+def test_a_grant_is_read_before_the_demand_that_a_step_under_it_may_have_ended(page: GrantPage) -> None:
+    for word in (
+        Word.GRANTED_STEPS,
+        Word.DEMAND,
+        Word.RECALLED,
+        Word.PRIORITY,
+        Word.DUE_US,
+        Word.LOST_US,
+        Word.ARRIVED_US,
+        Word.BUSY_NS,
+    ):
+        page.write(2, word, 100 + word)
+    assert page.read_demand(2) == list(range(100, 108))
+    assert Word.GRANTED_STEPS < Word.DEMAND, "words are read in the order of their indices"
+
+
 def test_a_step_cost_is_read_as_it_was_written_and_overwrites_no_counter(page: GrantPage) -> None:
     cost = StepCost(0.01, 0.002, 0.0003, 4.5, 321.0)
     page.write(7, Word.SWAP_NS, 99)

@@ -441,6 +441,15 @@ def test_after_the_hand_off_a_lease_counts_for_the_worker_that_has_it(unit: Smal
         assert counts["decode2"] == 1 and counts["prefill"] == counts["decode"] == 0
 
 
+def test_workers_and_models_without_leases_are_not_counted(unit: SmallUnit) -> None:
+    for name in ("decode#1", "decode#2", "decode#3"):  # each start has another name
+        lease = unit.table.acquire(unit.credit(assignment=Assignment("prefill", name)).ref, "prefill")
+        unit.table.move(lease.ref, "prefill", name, 24, ())
+        unit.table.drop_owner(name)
+    assert [len(counts) for counts in unit.table.count_assigned()] == [0, 0]
+    assert unit.table.count_by_model() == {}
+
+
 # Victims
 
 

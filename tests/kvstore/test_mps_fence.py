@@ -15,7 +15,7 @@ from muxmesh.background_task import background
 from muxmesh.clock import SystemClock
 from muxmesh.errors import Unavailable
 from tests.kvstore.test_fence import Child, fail, has_exited, until_exited
-from tests.support.mps import FakeDaemon, fake_daemon, next_line
+from tests.support.mps import FakeDaemon, fake_daemon
 
 
 class Group:
@@ -87,7 +87,7 @@ async def test_the_daemon_terminates_a_client_before_it_is_killed(daemon: FakeDa
             fence.kill(watch_fd)
             await until_exited(watch_fd)
             assert client.wait() == -signal.SIGKILL
-            assert next_line(client) == "terminated"
+            assert f"TERMINATED {client.pid}" in daemon.log
             assert neighbour.poll() is None
             os.close(watch_fd)
 

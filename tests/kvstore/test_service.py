@@ -19,7 +19,8 @@ from kvstore.unit import CREDIT_TTL_S, RECLAIM_AFTER_S, RECLAIM_EVERY_S, Unit
 from kvstore.unit_model import UnitModel
 from muxmesh.block_hashes import block_hashes
 from muxmesh.clock import ManualClock
-from muxmesh.config.schema import ModelConfig, UnitConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import UnitConfig
 from muxmesh.errors import InternalError, InvalidRequest, LeaseLost, MeshError, Overloaded, WorkerLost
 from muxmesh.internal.v1 import kvstore_pb2
 from muxmesh.rpc import convert

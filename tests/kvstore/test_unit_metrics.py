@@ -8,8 +8,9 @@ from kvstore.device_memory import Transport
 from kvstore.unit import CREDIT_TTL_S, Unit
 from kvstore.unit_metrics import unit_families
 from muxmesh.block_hashes import block_hashes
-from muxmesh.config.schema import ModelConfig, UnitConfig
-from muxmesh.types import SWAP_PAGE_BYTES
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import UnitConfig
+from muxmesh.types import SWAP_PAGE_BYTES, Role
 from tests.kvstore.small_unit import SHAPES, SLAB_BYTES, attach_ready, decoding, make_unit, queued, schedule
 
 CONFIG = UnitConfig(name="u", models=(ModelConfig(name="a"),))
@@ -17,7 +18,8 @@ CONFIG = UnitConfig(name="u", models=(ModelConfig(name="a"),))
 
 def metrics(unit: Unit, num_overtaken: dict[str, int] | None = None) -> dict[str, dict[Any, Any]]:
     """The samples of each metric, by the values of their labels after the unit."""
-    families = unit_families(CONFIG, unit, Transport.VMM_FD, num_overtaken or {})
+    num_revoked = {(Role.DECODE, "a"): 3}
+    families = unit_families(CONFIG, unit, Transport.VMM_FD, num_overtaken or {}, num_revoked)
     return {one.name: {labels[1:]: value for labels, value in one.samples.items()} for one in families}
 
 
@@ -79,4 +81,6 @@ def test_quotas_overtaken_requests_and_the_transport_are_shown() -> None:
     found = metrics(unit, {"a": 5})
     assert sum(found["muxmesh_quota_bytes"].values()) == 7 * SLAB_BYTES
     assert found["muxmesh_overtaken_requests_total"] == {("a",): 5, ("b",): 0, ("c",): 0}
+    revoked = {labels: value for labels, value in found["muxmesh_grants_revoked_total"].items() if value}
+    assert revoked == {("a", "decode"): 3}
     assert found["muxmesh_unit_info"] == {("cpu", "vmm fd"): 1}

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from kvstore.unit_model import UnitModel
-from muxmesh.config.schema import ModelConfig, UnitConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import UnitConfig
 from muxmesh.models.model_spec import SIM_SPEC
 from tests.kvstore.small_unit import SHAPES
 
@@ -24,4 +25,10 @@ def test_the_limits_of_a_model_come_from_its_configuration(max_model_len: int | 
     )
     limits = UnitModel.of(UnitConfig(models=(model,), slab=2**20), model, SIM_SPEC)
     assert (limits.max_num_seqs, limits.max_model_len, limits.guaranteed_slabs) == (5, expected, 2)
-    assert limits.shape == SIM_SPEC.kv_shape(32, "float32")
+    assert limits.shape == SIM_SPEC.kv_shape(32, "float32") and limits.kv_need is None
+
+
+def test_the_need_of_kv_is_the_rate_of_requests_times_the_size_of_a_token_block() -> None:
+    model = ModelConfig(name="m", engine="sim", expected_rate=2.5)
+    limits = UnitModel.of(UnitConfig(models=(model,)), model, SIM_SPEC)
+    assert limits.kv_need == 2.5 * limits.shape.token_block_bytes

@@ -11,6 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from kvstore.admission import AdmissionEntry
 from kvstore.leases import TRANSITIONS, LeaseState
+from kvstore.model_states import AwakeLimits
 from kvstore.unit import CREDIT_TTL_S, IssuedCredit
 from kvstore.unit_model import UnitModel
 from muxmesh.block_hashes import block_hashes
@@ -38,9 +39,9 @@ class UnitMachine(RuleBasedStateMachine):
     held = Bundle("held")
     ended = Bundle("ended")
 
-    @initialize()
-    def start(self) -> None:
-        self.unit = make_unit(num_slabs=3, max_num_seqs=4, swap_bytes=6 * SWAP_PAGE_BYTES)
+    @initialize(max_awake=st.sampled_from([None, None, 1, 2]))
+    def start(self, max_awake: int | None) -> None:
+        self.unit = make_unit(num_slabs=3, max_num_seqs=4, swap_bytes=6 * SWAP_PAGE_BYTES, awake=AwakeLimits(max_awake))
         self.now_s = 0.0
         self.last_entry = 0
         self.just_scheduled = False
@@ -135,6 +136,7 @@ class UnitMachine(RuleBasedStateMachine):
         self.now_s += seconds
         self.just_scheduled = True
         decisions = self.unit.schedule(self.now_s, self.now_s)
+        assert all(self.unit.states.admits(credit.lease.model) for credit in decisions.credits)
         for credit in decisions.credits:
             self.hashes_of_lease[credit.lease.ref.lease_id] = self.hashes_of_entry[credit.entry_id]
             num_cached = credit.lease.num_computed_tokens // SHAPES[credit.lease.model].block_size
@@ -249,6 +251,25 @@ class UnitMachine(RuleBasedStateMachine):
 
     # Workers and models
 
+    @rule(model=st.sampled_from(sorted(SHAPES)), drop_weights=st.booleans())
+    def a_model_is_told_to_sleep(self, model: str, drop_weights: bool) -> None:
+        self.just_scheduled = False
+        if model in self.unit.models:
+            self.unit.states.sleep(model, self.now_s, drop_weights)
+
+    @rule(model=st.sampled_from(sorted(SHAPES)))
+    def a_model_is_told_to_wake(self, model: str) -> None:
+        self.just_scheduled = False
+        if model in self.unit.models:
+            self.unit.states.wake(model)
+
+    @rule(age=st.integers(0, 1))
+    def the_workers_do_what_they_were_told(self, age: int) -> None:
+        """``age``: 1 for a report that is too late."""
+        self.just_scheduled = False
+        for worker in self.unit.workers.values():
+            worker.report(worker.num_told - age)
+
     @rule(model=st.sampled_from(sorted(SHAPES)), index=st.integers(0, 1))
     def a_worker_is_restarted(self, model: str, index: int) -> None:
         self.just_scheduled = False
@@ -300,6 +321,10 @@ class UnitMachine(RuleBasedStateMachine):
 
         for entry in unit.admission._entries.values():
             limits = unit.models[entry.model]
+            if not all(unit.ready_workers(role, entry.model) for role in Role):
+                continue  # its model sleeps, or wakes
+            if entry.swapped is None and not unit.states.admits(self.first_waiting(entry.model).model):
+                continue
             decode = entry.source if entry.swapped else self.workers[entry.model][1]
             first = self.first_waiting(entry.model)
             needed = blocks_for(first.request.demand.num_tokens, SHAPES[entry.model].block_size)

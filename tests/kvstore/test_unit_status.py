@@ -10,7 +10,8 @@ from kvstore.grant_table import GrantTable
 from kvstore.unit import CREDIT_TTL_S, Unit
 from kvstore.unit_status import unit_status
 from muxmesh.block_hashes import block_hashes
-from muxmesh.config.schema import ModelConfig, UnitConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import UnitConfig
 from muxmesh.types import SWAP_PAGE_BYTES, Role
 from muxmesh.v1 import mesh_pb2
 from tests.kvstore.small_unit import (
@@ -36,7 +37,7 @@ def page() -> Iterator[GrantPage]:
 
 def status_of(unit: Unit, page: GrantPage, slots: dict[str, int] | None = None) -> mesh_pb2.UnitStatus:
     numbers = slots or {worker: index for index, worker in enumerate(unit.workers)}
-    return unit_status(CONFIG, unit, Transport.VMM_FD, page, numbers.__getitem__)
+    return unit_status(CONFIG, unit, Transport.VMM_FD, page, numbers.__getitem__, 100.0, 1_000.0)
 
 
 def test_the_transport_of_the_memory_is_named(page: GrantPage) -> None:

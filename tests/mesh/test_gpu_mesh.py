@@ -8,10 +8,13 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
 
+from muxmesh.internal.v1 import admin_pb2, admin_pb2_grpc
+from muxmesh.rpc.channels import internal_channel
 from tests.support.fake_driver import UUID
 from tests.support.gpu_machine import gpu_machine, maps
 from tests.support.mesh import RunningMesh, collect, running_mesh
@@ -53,6 +56,19 @@ async def test_greedy_outputs_equal_those_of_transformers(mesh: RunningMesh, fol
         *(mesh.client.generate(prompt, max_new_tokens=TOKENS, temperature=0) for prompt in PROMPTS)
     )
     assert [list(one.token_ids) for one in completions] == [greedy_tokens(folder, prompt, TOKENS) for prompt in PROMPTS]
+    await mesh.until_free()
+
+
+async def test_a_model_sleeps_and_wakes_and_its_weights_stay_on_the_device(mesh: RunningMesh, folder: Path) -> None:
+    async with internal_channel(mesh.mesh.runtime.admin_address("router")) as channel:
+        stub = admin_pb2_grpc.RouterAdminServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError, match="unit0 is on a GPU, where one copy of the weights"):
+            await stub.PutModelToSleep(admin_pb2.PutModelToSleepRequest(model="tiny", drop_weights=True))
+        await stub.PutModelToSleep(admin_pb2.PutModelToSleepRequest(model="tiny"))
+    assert (await mesh.unit()).models[0].state == "asleep"
+    completion = await mesh.client.generate(PROMPTS[0], max_new_tokens=TOKENS, temperature=0)
+    assert list(completion.token_ids) == greedy_tokens(folder, PROMPTS[0], TOKENS)
+    assert (await mesh.unit()).models[0].num_wakes == 1
     await mesh.until_free()
 
 

@@ -22,9 +22,13 @@ pytestmark = [pytest.mark.mesh, pytest.mark.asyncio(loop_scope="module")]
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 PROMPT = "words that only this prompt has"
+SLO = {"ttft_s": 600, "tpot_s": 1e-9}
+"""The first target is always met, the second one never."""
 CONFIG: dict[str, Any] = {
     "metrics": {"listen": "127.0.0.1:0"},
-    "units": [{"kv_pool": "16MiB", "slab": "1MiB", "models": [SIM_MODEL, {**SIM_MODEL, "name": "other"}]}],
+    "units": [
+        {"kv_pool": "16MiB", "slab": "1MiB", "models": [{**SIM_MODEL, "slo": SLO}, {**SIM_MODEL, "name": "other"}]}
+    ],
 }
 SERVICES = {"router", "kvstore", "prefill", "decode"}
 
@@ -125,6 +129,18 @@ async def test_the_values_are_those_of_the_requests(scraped: ScrapedMesh) -> Non
     assert value("muxmesh_workers_ready") == 4
     assert value("muxmesh_scrape_ok") == 6
     assert value("muxmesh_process_up") == 7, "with Redis"
+
+
+async def test_the_requests_of_a_model_with_an_slo_are_counted_by_what_they_met(scraped: ScrapedMesh) -> None:
+    met = {
+        one: scraped.metrics.value("muxmesh_slo_met_total", model_name="sim", target=one) for one in ("ttft", "both")
+    }
+    assert met == {"ttft": 3, "both": 0}
+    sim, other = (await scraped.mesh.client.status()).models
+    assert (sim.slo.total.num_requests, sim.slo.total.num_ttft_met, sim.slo.total.num_tpot_met) == (3, 3, 0)
+    assert not other.HasField("slo")
+    info, _ = await scraped.mesh.client.list_models()
+    assert (info.slo.ttft_s, info.slo.HasField("scale")) == (600, False)
 
 
 async def test_the_metrics_agree_with_the_status(scraped: ScrapedMesh) -> None:

@@ -31,8 +31,9 @@ UNIT = {"kv_pool": "4MiB", "slab": "64KiB", "models": [SIM_MODEL, SLOW]}
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RunningMesh]:
+    """Of 53 sequences 13 are kept for the other model, so 40 of one may wait."""
     async with running_mesh(
-        tmp_path_factory.mktemp("mesh"), units=[UNIT], router={"max_prompt_bytes": "64KiB", "max_waiting_requests": 40}
+        tmp_path_factory.mktemp("mesh"), units=[UNIT], router={"max_prompt_bytes": "64KiB", "max_waiting_requests": 53}
     ) as running:
         yield running
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from muxmesh.cli.main import main
 from muxmesh.client import MeshClient
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
 from muxmesh.errors import MeshError
@@ -99,6 +100,22 @@ async def test_both_routers_and_all_services_are_listed_and_have_no_parent(runni
             pass
     pids = {process.name: process.pid for process in (await running.a.status()).processes}
     assert pids == {name: running.mesh.services[name].pid for name in names}
+
+
+async def test_models_sleep_and_wake_without_a_supervisor_and_a_new_one_is_refused_by_name(
+    running: RunningMesh, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def model(action: str, *more: str) -> int:
+        arguments = ["model", action, *more, "--runtime", str(running.mesh.runtime_file)]
+        return await asyncio.to_thread(main, arguments)
+
+    assert await model("sleep", "m") == 0
+    assert await model("ps") == 0
+    assert "asleep" in capsys.readouterr().out
+    assert await model("wake", "m") == 0
+    for action in ("load", "unload"):
+        assert await model(action, "m") == 1
+        assert f"model {action}: this mesh has no supervisor" in capsys.readouterr().err
 
 
 async def test_routers_beside_each_other_serve_one_unit_and_a_hand_off_copies_nothing(running: RunningMesh) -> None:

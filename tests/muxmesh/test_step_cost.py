@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muxmesh.engine.step import Chunk, Step
-from muxmesh.step_cost import CostFit, StepCost, StepShape, context_of
+from muxmesh.step_cost import CostFit, StepCost, StepShape, at_share, context_of, least_squares_cost, share_factor
 
 TRUE = StepCost(0.012, 0.0004, 2e-7)
 
@@ -155,3 +155,22 @@ def test_the_context_of_a_step_is_the_sum_over_its_chunks() -> None:
     chunks = (Chunk(1, 3, (7, 7, 7), ()), Chunk(2, 10, (7,), ()))
     shape = Step(chunks).shape
     assert (shape.num_tokens, shape.num_context, shape.num_seqs) == (4, 3 + 4 + 5 + 10, 2)
+
+
+def test_a_step_takes_longer_on_a_smaller_share_as_far_as_it_scales() -> None:
+    assert [share_factor(share, 1.0) for share in (1.0, 0.5, 0.25)] == [1.0, 2.0, 4.0]
+    assert share_factor(0.5, 0.2) == pytest.approx(1.2)
+    assert share_factor(0.1, 0.0) == 1.0
+
+
+def test_the_cost_of_a_worker_at_a_share_keeps_its_mean_step() -> None:
+    cost = at_share(StepCost(0.01, 0.002, 0.0003, 4.0, 50.0), 0.5, 0.6)
+    assert (cost.base_s, cost.per_token_s, cost.per_context_s) == pytest.approx((0.016, 0.0032, 0.00048))
+    assert (cost.mean_seqs, cost.mean_context) == (4.0, 50.0)
+
+
+def test_a_cost_is_found_from_runs_of_steps() -> None:
+    cost = StepCost(0.01, 0.002, 1e-6)
+    runs = [(1, 100, 4950), (4, 400, 80_000), (2, 10, 3000), (1, 1, 0)]
+    found = least_squares_cost([(n, t, c, n * cost.base_s + cost.step_s(t, c) - cost.base_s) for n, t, c in runs])
+    assert (found.base_s, found.per_token_s, found.per_context_s) == pytest.approx((0.01, 0.002, 1e-6))

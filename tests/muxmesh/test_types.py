@@ -13,6 +13,7 @@ from muxmesh.types import (
     Role,
     Sampling,
     SchedulingState,
+    SloTargets,
     Stopping,
     blocks_for,
 )
@@ -183,3 +184,12 @@ def test_blocks_hold_all_tokens_and_none_is_empty(num_tokens: int, block_size: i
 
 def test_the_name_of_a_role_is_its_text() -> None:
     assert [f"{role}" for role in Role] == ["prefill", "decode"]
+
+
+def test_what_a_request_waits_for_adds_up_for_its_slo_and_changes_nothing_else() -> None:
+    request = EngineRequest("r", "m", (1,), Sampling(), STOPPING, SchedulingState(0, 0.0), slo=SloTargets(2.0, 0.1))
+    later = request.after_wait(0.5).after_wait(0.25)
+    assert later.slo == SloTargets(2.0, 0.1, waited_s=0.75)
+    assert later.after_wait(-0.75) == request
+    without = EngineRequest("r", "m", (1,), Sampling(), STOPPING, SchedulingState(0, 0.0))
+    assert without.after_wait(0.5) is without

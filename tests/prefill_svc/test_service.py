@@ -224,6 +224,8 @@ class ScoringRunner:
 
     max_steps = 1
 
+    def unload(self, drop_weights: bool) -> None: ...
+
     def load(self) -> None: ...
 
     def run(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:

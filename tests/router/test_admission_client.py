@@ -196,6 +196,7 @@ async def test_step_costs_are_those_that_the_unit_reported_last(setup: Setup) ->
         setup.stream.send(costs=kvstore_pb2.UnitCosts(models=[cost]))
     await until(lambda: "n" in setup.admission.costs)
     assert setup.admission.costs == {"m": costs(2.0), "n": costs(3.0)}
+    assert {model: one.costs for model, one in setup.admission.unloaded.items()} == setup.admission.costs
 
 
 async def test_queued_requests_are_shown_again_after_the_stream_broke(setup: Setup) -> None:

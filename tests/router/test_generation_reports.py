@@ -6,6 +6,7 @@ import pytest
 
 from muxmesh.predictor.checked_predictor import CheckedPrediction
 from muxmesh.scheduling_policy import FCFS
+from muxmesh.slo import Verdict
 from muxmesh.types import (
     Candidate,
     EngineRequest,
@@ -101,3 +102,9 @@ def test_times_count_from_the_arrival() -> None:
 
 def test_the_routers_own_time_is_never_negative() -> None:
     assert timings_report([progress(52.0, waited_s=4.5)], 50.0, 54.0, 70.0).router_s == 0.0
+
+
+@pytest.mark.parametrize("met", [True, False, None])
+def test_a_request_says_whether_it_met_its_slo(met: bool | None) -> None:
+    verdict = None if met is None else Verdict(ttft=True, tpot=met, e2el=True)
+    assert timings_report([progress(52.0)], 50.0, 54.0, 70.0, verdict).met_slo is met

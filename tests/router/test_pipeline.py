@@ -15,12 +15,14 @@ from tokenizers.processors import TemplateProcessing
 
 from muxmesh.clock import ManualClock
 from muxmesh.config.schema import RouterConfig
+from muxmesh.config.slo_config import SloConfig
 from muxmesh.engine.api import Finished, Tokens
 from muxmesh.errors import EngineFailed, InternalError, InvalidRequest, ModelNotFound, Overloaded, WorkerLost
 from muxmesh.models.chat_template import ChatTemplate
 from muxmesh.models.tokenizer import TextModel, byte_tokenizer
 from muxmesh.predictor.length_predictor import COLD_TOKENS, LengthPredictor
-from muxmesh.step_cost import UNMEASURED
+from muxmesh.slo import RequestSlo
+from muxmesh.step_cost import UNMEASURED, ModelCosts, StepCost
 from muxmesh.types import Candidate, EngineRequest, Finish, FinishReason, Sampling, TokenLogprobs
 from router.attempt import Prefilled
 from router.generation import (
@@ -445,6 +447,40 @@ async def test_requests_beyond_the_queue_s_limit_are_refused_over_all_models() -
         parts.admission.open.set()
         await waiting
         assert await run(parts, replace(REQUEST, model="b"))
+
+
+async def test_workers_get_the_targets_of_a_request_and_its_record_what_it_is_judged_by() -> None:
+    record, slo = RequestRecord("r", 100.0), SloConfig(scale=4)
+    async with pipeline_parts(writes("x"), served_model(slo=slo)) as parts:
+        parts.admission.unloaded["m"].observe(ModelCosts(StepCost(0.1, 0.01, 0.0), StepCost(0.2, 0.0, 0.001, 9.0)))
+        async with aclosing(await parts.pipeline.start(REQUEST, record)) as deltas:
+            *_, last = [delta async for delta in deltas]
+    assert last.timings is not None and last.timings.met_slo is True
+    (request,) = parts.attempts.requests
+    num_prompt = len(request.prompt_token_ids)
+    assert request.slo is not None and record.slo is not None
+    assert request.slo.ttft_s == pytest.approx(4 * (0.1 + num_prompt * 0.01))
+    assert request.slo.tpot_s == pytest.approx(4 * (0.2 + num_prompt * 0.001))
+    assert record.slo.targets(num_prompt) == request.slo
+
+
+async def test_a_request_has_no_slo_before_its_unloaded_latency_is_known() -> None:
+    record = RequestRecord("r", 100.0)
+    async with (
+        pipeline_parts(writes("x"), served_model(slo=SloConfig(scale=4))) as parts,
+        aclosing(await parts.pipeline.start(REQUEST, record)) as deltas,
+    ):
+        await anext(deltas)
+    assert record.slo is None and parts.attempts.requests[0].slo is None
+
+
+async def test_a_request_that_is_refused_has_an_slo_that_it_missed() -> None:
+    record, config = RequestRecord("r", 100.0, "m"), RouterConfig(max_waiting_requests=1, predictor_budget_s=60)
+    async with pipeline_parts(writes("x"), served_model(slo=SloConfig(tpot_s=1)), config=config) as parts:
+        request = replace(REQUEST, num_sequences=2)
+        with pytest.raises(Overloaded):
+            await parts.pipeline.start(request, record)
+    assert record.slo == RequestSlo(SloConfig(tpot_s=1))
 
 
 async def test_requests_that_arrive_together_do_not_exceed_the_queue_s_limit() -> None:

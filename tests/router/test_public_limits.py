@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from muxmesh.config.schema import MIB, RouterConfig
+from muxmesh.config.schema import RouterConfig
+from muxmesh.config.section import MIB
 from muxmesh.v1 import inference_pb2
 from router import request_validation as valid
 from router.public_limits import public_limits

@@ -5,6 +5,7 @@ import pytest
 
 from muxmesh.log_format import JsonFormatter
 from muxmesh.quoting import OneLineFormatter
+from muxmesh.slo import Verdict
 from muxmesh.types import Waits
 from router.attempt import Prefilled
 from router.generation import FinishKind
@@ -31,7 +32,7 @@ def test_a_request_is_one_line_with_all_that_matters(caplog: pytest.LogCaptureFi
     log_request(record(), "OK", 112.0)
     assert caplog.messages == [
         "request id='r-1' model=m finish=length code=OK prompt_tokens=7 cached_tokens=3 output_tokens=5 queue_s=1.000 "
-        "prefill_s=3.000 decode_s=8.000 waited_for=kv:0.750,order:0.250 restarts=2"
+        "prefill_s=3.000 decode_s=8.000 waited_for=kv:0.750,order:0.250 restarts=2 slo=-"
     ]
 
 
@@ -46,13 +47,31 @@ def test_the_fields_of_a_log_record_have_the_same_values(caplog: pytest.LogCaptu
     assert {name: fields[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("ttft", "tpot", "text"),
+    [
+        (True, True, "met"),
+        (False, True, "missed:ttft"),
+        (True, False, "missed:tpot"),
+        (False, False, "missed:ttft,tpot"),
+    ],
+)
+def test_a_request_that_has_an_slo_met_it_or_missed_something(
+    caplog: pytest.LogCaptureFixture, ttft: bool, tpot: bool, text: str
+) -> None:
+    found = record()
+    found.verdict = Verdict(ttft, tpot, e2el=True)
+    log_request(found, "OK", 112.0)
+    assert caplog.text.rstrip().endswith(f" slo={text}")
+
+
 @pytest.mark.parametrize(("status", "finish"), [("CANCELLED", "abort"), ("UNAVAILABLE", "error")])
 def test_a_request_that_did_not_finish_has_its_status(
     caplog: pytest.LogCaptureFixture, status: str, finish: str
 ) -> None:
     log_request(RequestRecord("r", 100.0, ""), status, 101.0)
     assert f"id='r' model=- finish={finish} code={status} prompt_tokens=0" in caplog.text
-    assert "queue_s=1.000 prefill_s=0.000 decode_s=0.000 waited_for=- restarts=0" in caplog.text
+    assert "queue_s=1.000 prefill_s=0.000 decode_s=0.000 waited_for=- restarts=0 slo=-" in caplog.text
 
 
 def test_a_hostile_id_stays_in_one_short_line(caplog: pytest.LogCaptureFixture) -> None:

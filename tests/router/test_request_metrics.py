@@ -1,7 +1,9 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from muxmesh.config.slo_config import SloConfig
 from muxmesh.metrics.exposition import render
+from muxmesh.slo import RequestSlo, Verdict
 from muxmesh.types import Waits
 from router.attempt import Prefilled
 from router.generation import FinishKind
@@ -29,7 +31,8 @@ def record(num_output_tokens: int = 0, *finishes: FinishKind, num_sequences: int
     progress = [Progress(credited_at_s=101.0, waited_s=2.5, prefilled=Prefilled(3)) for _ in range(num_sequences)]
     progress[0].waits, progress[-1].num_restarts = Waits(kv_s=0.75, device_s=0.5), 2
     found.begin(7, progress)
-    found.first_token_at_s, found.num_output_tokens = 104.0, num_output_tokens
+    found.first_token_at_s = 104.0
+    found.add_tokens(0, num_output_tokens, 104.0)
     found.finishes.extend(finishes)
     return found
 
@@ -57,6 +60,33 @@ def test_a_request_that_has_finished_is_measured() -> None:
     assert samples(metrics, "muxmesh_request_restarts_total") == {("m",): 2, ("n",): 0}
     waits = samples(metrics, "muxmesh_request_wait_seconds_total")
     assert (waits["m", "kv"], waits["m", "device"], waits["m", "order"]) == (0.75, 0.5, 0)
+
+
+def test_a_request_with_an_slo_counts_for_each_target_that_it_met() -> None:
+    metrics = RequestMetrics({"m": 100, "n": 100})
+    done = record(5, FinishKind.EOS)  # TTFT 4 s, 8 s for the four tokens after it
+    done.slo = RequestSlo(SloConfig(ttft_s=4.0, tpot_s=1.9))
+    metrics.of("m").ended(done, "OK", 112.0)
+    assert samples(metrics, "muxmesh_slo_requests_total") == {("m",): 1, ("n",): 0}
+    met = {
+        target: value for (model, target), value in samples(metrics, "muxmesh_slo_met_total").items() if model == "m"
+    }
+    assert met == {"ttft": 1, "tpot": 0, "both": 0, "e2e": 0}
+    assert done.verdict == Verdict(ttft=True, tpot=False, e2el=False)
+
+
+@pytest.mark.parametrize(("status", "num_counted"), [("OK", 1), ("CANCELLED", 0)])
+def test_the_outcome_that_the_client_was_sent_counts_unless_the_request_was_cancelled(
+    status: str, num_counted: int
+) -> None:
+    metrics = RequestMetrics({"m": 100})
+    done = record(5, FinishKind.EOS)
+    done.slo = RequestSlo(SloConfig(ttft_s=4.0, tpot_s=1.9))
+    done.verdict = Verdict(ttft=True, tpot=True, e2el=True)  # with the last token; now it is later
+    metrics.of("m").ended(done, status, 112.0)
+    assert samples(metrics, "muxmesh_slo_requests_total") == {("m",): num_counted}
+    assert samples(metrics, "muxmesh_slo_met_total")["m", "both"] == num_counted
+    assert (done.verdict is None) == (num_counted == 0)
 
 
 @pytest.mark.parametrize(

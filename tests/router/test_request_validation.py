@@ -439,9 +439,20 @@ def test_prompt_and_output_always_fit_the_context(
 
 
 def test_a_full_queue_refuses_a_request_with_all_its_sequences() -> None:
-    check_overload(7, 3, 10)
+    check_overload({"m": 7}, "m", 3, 10)
     with pytest.raises(Overloaded, match=r"^7 sequences are waiting and 4 would be added; at most 10 may wait$"):
-        check_overload(7, 4, 10)
+        check_overload({"m": 7}, "m", 4, 10)
+
+
+def test_a_flooded_model_does_not_fill_the_queue_for_others() -> None:
+    check_overload({"flooded": 6, "other": 1}, "flooded", 2, 10)
+    with pytest.raises(Overloaded, match=r"; at most 10 may wait, with 1 kept for other models$"):
+        check_overload({"flooded": 6, "other": 1}, "flooded", 3, 10)
+    with pytest.raises(Overloaded, match=r"2 kept for other models$"):
+        check_overload({"flooded": 8, "other": 0}, "flooded", 1, 10)
+    check_overload({"flooded": 8, "other": 0}, "other", 2, 10)
+    with pytest.raises(Overloaded, match=r"at most 10 may wait$"):
+        check_overload({"flooded": 8, "other": 2}, "other", 1, 10)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.runtime import MeshRuntime, PreparedModel
-from muxmesh.config.schema import MeshConfig, ModelConfig, UnitConfig
+from muxmesh.config.schema import MeshConfig, UnitConfig
 from muxmesh.errors import InvalidRequest, ModelNotFound, ModelUnsupported
 from muxmesh.models.model_check import check_model
 from muxmesh.models.model_spec import SIM_SPEC

@@ -10,10 +10,11 @@ import pytest_asyncio
 
 from muxmesh.block_hashes import KvIdentity, block_hashes
 from muxmesh.clock import ManualClock
-from muxmesh.config.schema import ModelConfig
+from muxmesh.config.model_config import ModelConfig
 from muxmesh.errors import ModelNotFound
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.scheduling_policy import FCFS
+from muxmesh.step_cost import ModelCosts, StepCost
 from muxmesh.types import EngineRequest, KvDemand, Sampling, SchedulingState, Stopping
 from router.admission_client import UnitAdmission
 from router.units import PlacedModel, UnitLink, Units
@@ -58,7 +59,7 @@ async def setup() -> AsyncIterator[Setup]:
                 )
                 for model in models
             }
-            return UnitLink(name, admission, cast(Any, None), placed)
+            return UnitLink(name, admission, cast(Any, None), cast(Any, None), placed)
 
         units = Units(
             [
@@ -159,3 +160,17 @@ async def test_running_sequences_count_like_queued_ones(setup: Setup) -> None:
     assert setup.units.choose("m").name == "a"
     setup.link("a").num_running["n"] = 9
     assert setup.units.choose("m").name == "a", "sequences of other models do not count"
+
+
+async def test_a_model_that_is_removed_leaves_no_step_costs_to_another_one_of_its_name(setup: Setup) -> None:
+    link, costs = setup.link("a"), ModelCosts(StepCost(1.0, 0.0, 0.0), StepCost(2.0, 0.0, 0.0))
+    placed = link.models["m"]
+    link.remove_model("m")
+    for model in ("m", "n"):  # the sequences of m still run
+        link.admission.costs[model] = costs
+        link.admission.unloaded[model].observe(costs)
+    link.add_model("m", placed)
+    assert (list(link.models), list(link.admission.costs), list(link.admission.unloaded)) == (["n", "m"], ["n"], ["n"])
+    for _ in range(2):
+        link.remove_model("m")
+    assert list(link.models) == ["n"]

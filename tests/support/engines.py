@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from muxmesh.clock import Clock, SystemClock
-from muxmesh.config.schema import SimProfile
+from muxmesh.config.model_config import SimProfile
 from muxmesh.engine.api import Failed, FreeGrant
 from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.sim_runner import SimRunner
@@ -70,6 +70,8 @@ class GatedRunner(StepGate):
     def max_steps(self) -> int:
         return self._inner.max_steps
 
+    def unload(self, drop_weights: bool) -> None: ...
+
     def load(self) -> None:
         self._inner.load()
 
@@ -93,6 +95,8 @@ class FailingRunner:
     def max_steps(self) -> int:
         return self._inner.max_steps
 
+    def unload(self, drop_weights: bool) -> None: ...
+
     def load(self) -> None:
         self._inner.load()
 
@@ -109,6 +113,8 @@ class UncomputableRunner:
 
     def __init__(self, after: int) -> None:
         self._num_left = after
+
+    def unload(self, drop_weights: bool) -> None: ...
 
     def load(self) -> None: ...
 

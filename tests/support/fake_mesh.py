@@ -85,8 +85,8 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
     """Replays ``script`` on every GenerateStream call and records the requests.
 
     The first calls replay one each of ``scripts`` instead. ``script``, ``scripts``, ``models``, ``vocab_sizes``,
-    ``without_chat_template``, ``status`` and ``unary_error`` may be replaced between calls. A vocabulary has 259 tokens
-    if ``vocab_sizes`` has no number for its model.
+    ``slos``, ``without_chat_template``, ``status`` and ``unary_error`` may be replaced between calls. A vocabulary has
+    259 tokens if ``vocab_sizes`` has no number for its model.
     """
 
     def __init__(self, address: str, script: Sequence[Step]) -> None:
@@ -96,6 +96,7 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
         self.models = ["m"]
         self.without_chat_template: set[str] = set()
         self.vocab_sizes: dict[str, int] = {}
+        self.slos: dict[str, mesh_pb2.Slo] = {}
         self.status = mesh_pb2.GetStatusResponse(version="1.2.3", redis_connected=True, order_policy="fcfs")
         self.unary_error: Exception | None = None
         self.requests: list[inference_pb2.GenerateRequest] = []
@@ -178,6 +179,7 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
                     engine="sim",
                     vocab_size=self.vocab_sizes.get(name, 259),
                     has_chat_template=name not in self.without_chat_template,
+                    slo=self.slos.get(name),
                 )
                 for name in self.models
             ]

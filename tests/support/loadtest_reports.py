@@ -7,8 +7,9 @@ from typing import Any
 
 from loadtest.record import OK, Record, Run
 from loadtest.report import About, Goodput, build_report
-from loadtest.slo import Unloaded
+from loadtest.slo import Objectives, Unloaded
 from loadtest.sweep import build_sweep
+from muxmesh.slo import Slo
 
 NAME = 'A <script>alert("x")</script> & B'
 
@@ -48,7 +49,8 @@ def make_report(name: str = NAME, rate: float | None = 2.0, num_failed: int = 3,
         )  # fmt: skip
     run = Run(records, 31.0, partial="interrupted <i>by</i> the user" if num_failed else "", loop_lags_s=[0.001])
     about = About(name, "a stub", ["a", "b"], "rate=2 lengths=D(1,1)", "2026-01-01", rate=rate)
-    return build_report(about, run, Goodput(ttft_ms=200.0), Unloaded(0.1, 0.001, 0.03))
+    objectives = Objectives({"a": Unloaded(0.1, 0.001, 0.03), "b": Unloaded(0.1, 0.001, 0.03)}, {"b": Slo(ttft_s=0.2)})
+    return build_report(about, run, Goodput(ttft_ms=200.0), objectives)
 
 
 def make_sweep(rates: tuple[float, ...] = (1.0, 2.0, 4.0), num_failed: int = 0) -> dict[str, Any]:

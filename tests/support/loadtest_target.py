@@ -16,6 +16,7 @@ from loadtest.workload import PlannedRequest, plan
 from tests.support.virtual_time import VirtualClock, run_virtually
 
 VOCABULARY = range(10, 100)
+SERVED = (ServedModel("m", VOCABULARY),)
 WORKLOAD = "rate=20 lengths=U(10,50)/(2,40) requests=2000 seed=3"
 
 
@@ -39,7 +40,7 @@ class StubTarget:
     stall_at_s: float = math.inf
     stall_s: float = 0.0
     name: str = "stub"
-    served_models: tuple[ServedModel, ...] = (ServedModel("m", VOCABULARY),)
+    served_models: tuple[ServedModel, ...] = SERVED
     failure: Callable[[PlannedRequest], TargetError | None] = lambda request: None
     served: dict[int, Served] = field(default_factory=dict)
     received: list[PlannedRequest] = field(default_factory=list)
@@ -82,8 +83,8 @@ class StubTarget:
 class LinearTarget(StubTarget):
     """Takes 0.1 s, 1 ms per prompt token and 20 ms per output token; longer by ``slowdown`` per concurrent request."""
 
-    def __init__(self, slowdown: float = 0.0) -> None:
-        super().__init__()
+    def __init__(self, slowdown: float = 0.0, served_models: tuple[ServedModel, ...] = SERVED) -> None:
+        super().__init__(served_models=served_models)
         self.num_running = 0
         self.slowdown = slowdown
 

@@ -15,13 +15,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from muxmesh.client import Delta, Finish, MeshClient
 from muxmesh.clock import SystemClock
+from muxmesh.config.runtime import SUPERVISOR
 from muxmesh.config.schema import MeshConfig
 from muxmesh.cuda.device_list import DeviceList
 from muxmesh.errors import MeshError
 from muxmesh.metrics.scrape import fetch
 from muxmesh.models.gpu_check import mps_program, unit_gpus
 from muxmesh.models.prepared_model import packing_of, prepare_model
+from muxmesh.supervisor.admin_service import serving_commands
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, free_listen_address, make_runtime
+from muxmesh.supervisor.model_loading import ModelLoading
 from muxmesh.supervisor.supervised_process import SupervisedProcess
 from muxmesh.v1 import mesh_pb2
 
@@ -140,7 +143,8 @@ async def running_mesh(
     pids: set[int] = set()
     try:
         await mesh.start()
-        async with MeshClient(parsed.listen) as client:
+        commands = serving_commands(ModelLoading(mesh), runtime.admin_address(SUPERVISOR))
+        async with commands, MeshClient(parsed.listen) as client:
             yield RunningMesh(mesh, client)
     except BaseException:
         print("\n".join(lines[-60:]))

@@ -13,7 +13,7 @@ from typing import Any
 
 from muxmesh.config.runtime import MeshRuntime, MpsDaemons
 from muxmesh.config.schema import MeshConfig
-from muxmesh.cuda.mps import CONTROL_PROGRAM, MpsControl
+from muxmesh.cuda.mps import CONTROL_PROGRAM, LOG_DIRECTORY, MpsControl
 
 FAKE_FOLDER = Path(__file__).parent / "fake_mps"
 """To be put first in PATH."""
@@ -48,6 +48,11 @@ class FakeDaemon:
 
     def recover(self, how: str) -> None:
         (self.pipe_dir / f"fake.{how}").unlink()
+
+    @property
+    def log(self) -> list[str]:
+        """What the daemon has done: `control_program.Daemon`."""
+        return (Path(self.control.environment[LOG_DIRECTORY]) / "control.log").read_text().splitlines()
 
     def client(self) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
         """See `client_of`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -13,7 +13,9 @@ from typing import Any, cast
 
 from muxmesh.block_hashes import KvIdentity
 from muxmesh.clock import ManualClock
-from muxmesh.config.schema import ModelConfig, RouterConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import RouterConfig
+from muxmesh.config.slo_config import SloConfig
 from muxmesh.engine.api import Finished, Tokens
 from muxmesh.errors import MeshError
 from muxmesh.internal.v1 import kvstore_pb2_grpc
@@ -25,6 +27,7 @@ from muxmesh.predictor.length_predictor import LengthPredictor
 from muxmesh.scheduling_policy import FCFS
 from muxmesh.step_cost import ModelCosts
 from muxmesh.types import EngineRequest, Finish, FinishReason, KvDemand, LeaseRef, SchedulingState
+from muxmesh.unloaded_latency import UnloadedCosts
 from router.admission_client import Credit
 from router.attempt import AttemptEvent, Prefilled
 from router.length_forecast import LengthForecaster
@@ -61,9 +64,10 @@ def served_model(
     default_max_new_tokens: int = 20,
     text: TextModel = TEXT,
     defaults: SamplingDefaults = NO_DEFAULTS,
+    slo: SloConfig | None = None,
 ) -> ServedModel:
     """A model with the byte tokenizer: 259 tokens, of which 0 ends the output."""
-    config = ModelConfig(name=name, engine=cast(Any, engine), default_max_new_tokens=default_max_new_tokens)
+    config = ModelConfig(name=name, engine=cast(Any, engine), default_max_new_tokens=default_max_new_tokens, slo=slo)
     limits = ModelLimits(max_model_len, capacity_tokens, default_max_new_tokens, SIM_SPEC.eos_token_ids)
     return ServedModel(name, ("u",), config, SIM_SPEC, text, limits, defaults)
 
@@ -77,6 +81,7 @@ class FakeAdmission:
         self.connected = asyncio.Event()
         self.connected.set()
         self.costs: dict[str, ModelCosts] = {}
+        self.unloaded: defaultdict[str, UnloadedCosts] = defaultdict(UnloadedCosts)
         self.fingerprints: dict[str, str] = {}
         self.num_issued = 0
         self.num_unreturned = 0
@@ -180,7 +185,7 @@ async def pipeline_parts(
         served.add(model)
     clock, admission, attempts = clock or ManualClock(100.0), FakeAdmission(), ScriptedAttempts(script)
     placed = {model.name: PlacedModel(model.config, IDENTITY) for model in served}
-    units = Units([UnitLink("u", cast(Any, admission), cast(Any, kvstore), placed)])
+    units = Units([UnitLink("u", cast(Any, admission), cast(Any, kvstore), cast(Any, None), placed)])
 
     async def no_wait(seconds: float) -> None:
         await asyncio.sleep(0)

@@ -19,21 +19,32 @@ import grpc
 from kvstore.attach_server import AttachServer
 from kvstore.device_memory import DeviceMemory, HostMemory, new_memfd
 from kvstore.grant_table import GrantTable
+from kvstore.model_service import ModelService, PlacedModel, PlacedModels
 from kvstore.service import KvStoreService
 from kvstore.unit import Unit
+from kvstore.unit_model import UnitModel
+from muxmesh.block_hashes import KvIdentity
 from muxmesh.clock import Clock
-from muxmesh.config.schema import ModelConfig, UnitConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import UnitConfig
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.server import MeshServer
 from muxmesh.rpc.status_codes import from_rpc_error
 from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, QueuedRequest, Role, SchedulingState
+from tests.kvstore.small_unit import SHAPES
 from worker.attachment import Attachment, attach
 
 FINGERPRINTS = {"a": "weights of a", "b": "weights of b"}
 LONGEST_WAIT_S = 15.0
 """Less than `CREDIT_TTL_S`, after which a timer of the unit schedules again."""
+
+
+def read_model(name: str) -> PlacedModel:
+    """A model that a unit may get, of the shape of `a` in `small_unit`."""
+    identity = KvIdentity(f"weights of {name}", "float32", "float32", "layout", "rope")
+    return PlacedModel(ModelConfig(name=name), UnitModel(SHAPES["a"], 3, 512), identity)
 
 
 class PipeFence:
@@ -136,6 +147,7 @@ class ServedUnit:
     server: MeshServer
     channel: grpc.aio.Channel
     changed: asyncio.Event
+    placed: PlacedModels
     attachments: list[Attachment] = field(default_factory=list)
     """Closed with the unit."""
 
@@ -190,9 +202,17 @@ async def served(
         if swap_fd is not None:
             stack.callback(os.close, swap_fd)
         config = UnitConfig(name="unit7", models=tuple(ModelConfig(name=name) for name in unit.models))
-        service = KvStoreService(config, unit, grants, clock, FINGERPRINTS, trace)
-        register = functools.partial(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, service)
-        server = MeshServer({kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: register})
+        placed = PlacedModels({})
+        placed.fingerprints.update(FINGERPRINTS)
+        service = KvStoreService(config, unit, grants, clock, placed.fingerprints, trace)
+        models = ModelService(config, unit, clock, service, read_model, placed)
+        by_name, add = kvstore_pb2.DESCRIPTOR.services_by_name, kvstore_pb2_grpc
+        server = MeshServer(
+            {
+                by_name["KvStoreService"]: functools.partial(add.add_KvStoreServiceServicer_to_server, service),
+                by_name["UnitModelService"]: functools.partial(add.add_UnitModelServiceServicer_to_server, models),
+            }
+        )
         await server.start([address])
         stack.push_async_callback(server.stop, 0)
         attachments: list[Attachment] = []
@@ -210,7 +230,7 @@ async def served(
         loop.add_reader(grants.doorbell_fd, grants.on_doorbell)
         stack.callback(loop.remove_reader, grants.doorbell_fd)
         channel = await stack.enter_async_context(internal_channel(address))
-        yield ServedUnit(unit, address, attach_path, service, server, channel, changed, attachments)
+        yield ServedUnit(unit, address, attach_path, service, server, channel, changed, placed, attachments)
 
 
 def _close_all(attachments: Sequence[Attachment]) -> None:

@@ -23,10 +23,15 @@ def sim_model(name: str = "m", slots: int = 4, **fields: Any) -> dict[str, Any]:
 
 
 def sim_mesh(
-    *models: dict[str, Any], policy: str = "fcfs", pool: str = "64MiB", slab: str | None = None, num_units: int = 1
+    *models: dict[str, Any],
+    policy: str = "fcfs",
+    pool: str = "64MiB",
+    slab: str | None = None,
+    num_units: int = 1,
+    **fields: Any,
 ) -> MeshConfig:
-    """A mesh whose units all serve ``models``, by default one."""
-    unit: dict[str, Any] = {"kv_pool": pool, "models": list(models or [sim_model()])}
+    """A mesh whose units all serve ``models``, by default one. ``fields``: further ones of the units."""
+    unit: dict[str, Any] = {"kv_pool": pool, "models": list(models or [sim_model()])} | fields
     if slab is not None:
         unit["slab"] = slab
     units = [unit | {"name": f"unit{index}"} for index in range(num_units)]

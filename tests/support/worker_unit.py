@@ -11,7 +11,7 @@ from kvstore.unit import Unit
 from kvstore.unit_model import UnitModel
 from muxmesh.block_hashes import KvIdentity
 from muxmesh.clock import Clock, SystemClock
-from muxmesh.config.schema import ModelConfig
+from muxmesh.config.model_config import ModelConfig
 from muxmesh.engine.api import Engine
 from muxmesh.models.model_spec import SIM_SPEC
 from muxmesh.rpc import convert

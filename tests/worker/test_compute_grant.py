@@ -11,8 +11,8 @@ import pytest
 from kvstore.grant_page import GrantPage, Word
 from kvstore.grant_table import GrantTable
 from muxmesh.clock import ManualClock
-from muxmesh.config.schema import SimProfile
-from muxmesh.engine.api import EngineJob
+from muxmesh.config.model_config import SimProfile
+from muxmesh.engine.api import ComputeDemand, EngineJob
 from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.sim_runner import SimRunner
@@ -21,6 +21,7 @@ from muxmesh.engine.step_engine import StepEngine
 from muxmesh.step_cost import StepCost
 from muxmesh.types import EngineRequest, Role, Sampling, SchedulingState, Stopping
 from worker.compute_grant import ComputeGrant
+from worker.share_pacer import SharePacer
 
 
 class SharedWords:
@@ -51,11 +52,11 @@ def grant_for(table: GrantTable, clock: ManualClock | None = None) -> tuple[Comp
 
 async def test_a_worker_that_computes_alone_keeps_the_grant_and_rings_no_bell(table: GrantTable) -> None:
     grant, _ = grant_for(table)
-    await grant.acquire()
+    await grant.acquire(ComputeDemand())
     asyncio.get_running_loop().remove_reader(table.doorbell_fd)
     for _ in range(5):
         grant.release(1)
-        await grant.acquire()
+        await grant.acquire(ComputeDemand())
     with pytest.raises(BlockingIOError):
         os.eventfd_read(table.doorbell_fd)
 
@@ -66,7 +67,7 @@ async def test_workers_take_turns_and_never_have_the_grant_together(table: Grant
 
     async def work(name: str, grant: ComputeGrant) -> None:
         for _ in range(20):
-            await grant.acquire()
+            await grant.acquire(ComputeDemand())
             holding.add(name)
             assert holding == {name}
             order.append(name)
@@ -83,23 +84,104 @@ async def test_workers_take_turns_and_never_have_the_grant_together(table: Grant
     assert longest_run <= 2
 
 
-async def test_a_recalled_grant_is_returned_after_the_steps_that_it_covers(table: GrantTable) -> None:
+async def test_a_recalled_grant_is_returned_with_the_next_demand_after_the_steps_that_it_covers(
+    table: GrantTable,
+) -> None:
     grant, attachment = grant_for(table)
-    await grant.acquire()
-    table.page.write(attachment.slot, Word.GRANTED_STEPS, 3)
+    await grant.acquire(ComputeDemand())
+    for num_steps in (1, 1, 1):
+        table.page.write(attachment.slot, Word.GRANTED_STEPS, 3)
+        table.page.write(attachment.slot, Word.RECALLED, 1)
+        grant.release(num_steps)
+    asyncio.get_running_loop().remove_reader(table.doorbell_fd)
+    waiting = asyncio.create_task(grant.acquire(ComputeDemand()))
+    await asyncio.sleep(0)
+    words = [table.page.read(attachment.slot, word) for word in (Word.DEMAND, Word.GRANTED_STEPS)]
+    assert words == [1, 0], "the arbiter sees the return and the demand together"
+    table.on_doorbell()
+    await waiting
+
+
+async def test_a_recalled_grant_is_returned_once_by_a_worker_that_has_nothing_more_to_compute(
+    table: GrantTable,
+) -> None:
+    grant, attachment = grant_for(table)
+    await grant.acquire(ComputeDemand())
     table.page.write(attachment.slot, Word.RECALLED, 1)
-    left = []
-    for _ in range(3):
+    grant.release(1)
+    grant.drop()
+    words = [table.page.read(attachment.slot, word) for word in (Word.DEMAND, Word.GRANTED_STEPS)]
+    assert words == [0, 0]
+
+
+async def test_the_arbiter_sees_what_the_sequences_need(table: GrantTable) -> None:
+    clock = ManualClock(50.0)
+    grant, attachment = grant_for(table, clock)
+    await grant.acquire(ComputeDemand(-3, 1234.5, 0.25, 2.0))
+    words = (Word.PRIORITY, Word.ARRIVED_US, Word.DUE_US)
+    assert [table.page.read(attachment.slot, word) for word in words] == [-3, 1_234_500_000, 50_250_000]
+    grant.release(1)
+    await grant.acquire(ComputeDemand())
+    assert [table.page.read(attachment.slot, word) for word in words] == [0, 0, 0], "also for a grant that it keeps"
+
+
+async def test_a_worker_waits_for_its_share_without_the_grant(table: GrantTable) -> None:
+    clock, used_s, slept_s, attachment = ManualClock(), 0.0, list[float](), SharedWords(table)
+
+    async def sleep(seconds: float) -> None:
+        assert not table.page.read(attachment.slot, Word.GRANTED_STEPS)
+        slept_s.append(seconds)
+        clock.advance(seconds)
+
+    grant = ComputeGrant(attachment, clock, SharePacer(0.5), lambda: used_s, sleep)  # type: ignore[arg-type]
+    for _ in range(10):
+        await grant.acquire(ComputeDemand())
+        clock.advance(0.1)
+        used_s += 0.1
         grant.release(1)
-        left.append(table.page.read(attachment.slot, Word.GRANTED_STEPS))
-    assert left == [3, 3, 0]
+    assert len(slept_s) == 8 and clock.monotonic_s() == pytest.approx(2 * used_s, abs=0.3)
+
+
+async def test_while_a_worker_waits_for_its_share_its_time_runs_and_a_more_urgent_demand_replaces_the_first(
+    table: GrantTable,
+) -> None:
+    clock, used_s, attachment = ManualClock(50.0), 0.0, SharedWords(table)
+
+    async def sleep(seconds: float) -> None:
+        assert table.page.read(attachment.slot, Word.DUE_US) == 51_500_000, "half a second from the demand on"
+        clock.advance(seconds)
+        grant.revise(ComputeDemand(priority=-1, slack_s=0.25, lost_s=0.5))
+
+    grant = ComputeGrant(attachment, clock, SharePacer(0.5), lambda: used_s, sleep)  # type: ignore[arg-type]
+    await grant.acquire(ComputeDemand())
+    clock.advance(1.0)
+    used_s += 0.75
+    grant.release(1)
+    await grant.acquire(ComputeDemand(slack_s=0.5, lost_s=0.5))
+    due_us, lost_us = (int((clock.monotonic_s() + in_s) * 1e6) for in_s in (0.25, 0.5))
+    assert clock.monotonic_s() > 51.0, "it had to wait"
+    written = [table.page.read(attachment.slot, word) for word in (Word.PRIORITY, Word.DUE_US, Word.LOST_US)]
+    assert written == [-1, due_us, lost_us]
+
+
+async def test_a_worker_that_is_stopped_while_it_waits_demands_nothing_any_more(table: GrantTable) -> None:
+    (holder, _), (stopped, attachment) = grant_for(table), grant_for(table)
+    await holder.acquire(ComputeDemand())
+    waiting = asyncio.create_task(stopped.acquire(ComputeDemand()))
+    while not table.page.read(attachment.slot, Word.DEMAND):
+        await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    holder.drop()
+    table.on_doorbell()
+    assert not table.page.read(attachment.slot, Word.GRANTED_STEPS)
 
 
 async def test_an_idle_worker_returns_the_grant(table: GrantTable) -> None:
     first, _ = grant_for(table)
     second, _ = grant_for(table)
-    await first.acquire()
-    waiting = asyncio.create_task(second.acquire())
+    await first.acquire(ComputeDemand())
+    waiting = asyncio.create_task(second.acquire(ComputeDemand()))
     await asyncio.sleep(0)
     first.release(1)
     first.drop()
@@ -110,8 +192,8 @@ async def test_an_idle_worker_returns_the_grant(table: GrantTable) -> None:
 async def test_the_grant_of_a_dead_worker_passes_to_another(table: GrantTable) -> None:
     first, attachment = grant_for(table)
     second, _ = grant_for(table)
-    await first.acquire()
-    waiting = asyncio.create_task(second.acquire())
+    await first.acquire(ComputeDemand())
+    waiting = asyncio.create_task(second.acquire(ComputeDemand()))
     await asyncio.sleep(0)
     table.free_slot(attachment.slot)
     async with asyncio.timeout(30):
@@ -130,7 +212,7 @@ async def test_busy_time_is_the_time_between_acquire_and_release(table: GrantTab
     clock = ManualClock()
     grant, attachment = grant_for(table, clock)
     for seconds in (0.25, 0.5):
-        await grant.acquire()
+        await grant.acquire(ComputeDemand())
         clock.advance(seconds)
         grant.release(1)
         clock.advance(100)
@@ -174,14 +256,18 @@ async def test_a_run_of_steps_counts_each_step_and_its_mean_step_is_what_the_cos
 
 async def test_a_run_of_steps_counts_towards_the_steps_of_the_grant(table: GrantTable) -> None:
     grant, attachment = grant_for(table)
-    await grant.acquire()
+    await grant.acquire(ComputeDemand())
     table.page.write(attachment.slot, Word.GRANTED_STEPS, 5)
     assert not grant.is_recalled
     table.page.write(attachment.slot, Word.RECALLED, 1)
     assert grant.is_recalled
-    for num_steps, left in ((4, 5), (0, 5), (1, 0)):
+    for num_steps in (4, 0):
         grant.release(num_steps)
-        assert table.page.read(attachment.slot, Word.GRANTED_STEPS) == left
+        await grant.acquire(ComputeDemand())
+        assert table.page.read(attachment.slot, Word.NUM_GRANTS) == 1
+    grant.release(1)
+    await grant.acquire(ComputeDemand())
+    assert table.page.read(attachment.slot, Word.NUM_GRANTS) == 2
 
 
 async def test_a_worker_that_waits_waits_for_one_step_however_long_the_runs_of_the_other_are(table: GrantTable) -> None:
@@ -210,7 +296,7 @@ async def test_a_worker_that_waits_waits_for_one_step_however_long_the_runs_of_t
         while max(outcomes, default=0) < 64:
             await anext(events)
         while turn < 30:
-            await waiting.acquire()
+            await waiting.acquire(ComputeDemand())
             turn += 1
             assert not table.page.read(attachment.slot, Word.GRANTED_STEPS)
             waiting.release(1)
@@ -228,8 +314,8 @@ def _decoding(num_seqs: int, start: int) -> tuple[Chunk, ...]:
 async def test_a_waiting_worker_shows_its_demand_until_it_is_granted(table: GrantTable) -> None:
     first, _ = grant_for(table)
     second, attachment = grant_for(table)
-    await first.acquire()
-    waiting = asyncio.create_task(second.acquire())
+    await first.acquire(ComputeDemand())
+    waiting = asyncio.create_task(second.acquire(ComputeDemand()))
     await asyncio.sleep(0)
     assert table.page.read(attachment.slot, Word.DEMAND) == 1
     first.drop()
@@ -241,8 +327,8 @@ async def test_a_waiting_worker_shows_its_demand_until_it_is_granted(table: Gran
 async def test_a_bell_without_a_grant_leaves_the_worker_waiting(table: GrantTable) -> None:
     first, _ = grant_for(table)
     second, attachment = grant_for(table)
-    await first.acquire()
-    waiting = asyncio.create_task(second.acquire())
+    await first.acquire(ComputeDemand())
+    waiting = asyncio.create_task(second.acquire(ComputeDemand()))
     await asyncio.sleep(0)
     os.eventfd_write(attachment.bell_fd, 1)
     for _ in range(5):
@@ -268,3 +354,30 @@ def _runs(names: list[str]) -> Iterator[list[str]]:
             run = []
         run.append(name)
     yield run
+
+
+async def test_a_worker_that_waits_is_decided_upon_again_when_its_demand_is_more_urgent(table: GrantTable) -> None:
+    (holder, _), (other, _), (revised, attachment) = grant_for(table), grant_for(table), grant_for(table)
+    await holder.acquire(ComputeDemand())
+    waiting = [asyncio.create_task(one.acquire(ComputeDemand(priority=5))) for one in (other, revised)]
+    while not table.page.read(attachment.slot, Word.DEMAND):
+        await asyncio.sleep(0)
+    revised.revise(ComputeDemand(priority=-1))
+    assert table.page.read(attachment.slot, Word.PRIORITY) == -1
+    while not holder.is_recalled:
+        await asyncio.sleep(0)
+    holder.release(1)
+    holder.drop()
+    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    assert done == {waiting[1]}, "it has the better class"
+    waiting[0].cancel()
+
+
+async def test_the_demand_of_a_worker_that_computes_rings_no_bell(table: GrantTable) -> None:
+    grant, attachment = grant_for(table)
+    await grant.acquire(ComputeDemand())
+    asyncio.get_running_loop().remove_reader(table.doorbell_fd)
+    grant.revise(ComputeDemand(priority=-1))
+    assert table.page.read(attachment.slot, Word.PRIORITY) == -1
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(table.doorbell_fd)

@@ -20,6 +20,7 @@ WORDS = {
     Word.SWAP_OUT_BYTES: 90,
     Word.SWAP_IN_BYTES: 80,
     Word.SWAP_NS: 250_000_000,
+    Word.GRANT_WAIT_NS: 250_000_000,
 }
 
 
@@ -44,6 +45,7 @@ def test_the_words_of_the_slot_are_shown(page: GrantPage, role: Role) -> None:
     assert values == {
         "muxmesh_worker_busy_seconds_total": 8.5,
         "muxmesh_worker_grants_total": 2,
+        "muxmesh_worker_grant_wait_seconds_total": 0.25,
         "muxmesh_worker_steps_total": 5,
         "muxmesh_worker_computed_tokens_total": 60,
         "muxmesh_kv_written_bytes_total": 600,

@@ -22,7 +22,7 @@ from muxmesh.engine.api import EngineJob
 from muxmesh.errors import ConfigError
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from muxmesh.lifecycle import Stop
-from muxmesh.machine_limits import MemoryLimit
+from muxmesh.machine_limits import MemoryLimit, num_usable_cores
 from muxmesh.metrics.monitor import Monitor
 from muxmesh.models.host_memory import WORKER_BYTES
 from muxmesh.models.model_spec import read_model_spec
@@ -33,7 +33,7 @@ from muxmesh.types import EngineRequest, KvDemand, Lease, LeaseRef, Role, Sampli
 from tests.support.engines import running_engine
 from tests.support.tiny import TinyShape, write_tiny_model
 from tests.support.worker_unit import IDENTITY, RunningUnit, running_unit
-from worker.worker_process import OpenServices, Services, WorkerContext, _set_up_threads, check_memory, host_worker
+from worker.worker_process import OpenServices, Services, WorkerContext, check_memory, host_worker, set_up_threads
 
 OPEN: dict[Role, OpenServices] = {
     Role.PREFILL: prefill_svc.service.open_services,
@@ -181,8 +181,8 @@ async def test_a_worker_whose_engine_is_dead_ends(tmp_path: Path, caplog: pytest
         worker = RunningWorker(runtime, Role.DECODE, no_services)
         await unit.until(lambda: ready(unit, Role.DECODE))
         sequence = contexts[0].sequence(request, Lease(LeaseRef(1, 1), "m", (0, 1, 2)))
-        sequence.scheduling = None  # type: ignore[assignment]
         contexts[0].engine.submit(EngineJob(1, sequence))
+        sequence.scheduling = None  # type: ignore[assignment]
         async with asyncio.timeout(20):
             await worker.task
     assert "giving up: the engine is dead: AttributeError: 'NoneType' object" in caplog.text
@@ -230,7 +230,7 @@ def test_a_worker_runs_on_the_cores_of_its_unit_and_its_threads_sleep_while_they
     cores: list[set[int]] = []
 
     def set_up() -> None:
-        _set_up_threads(make_runtime(tmp_path, cores=[core]), key(Role.DECODE))
+        set_up_threads(make_runtime(tmp_path, cores=[core]), key(Role.DECODE))
         cores.append(os.sched_getaffinity(0))
 
     thread = threading.Thread(target=set_up)  # affinity is a thread's own
@@ -259,3 +259,12 @@ def test_a_worker_whose_weights_are_not_there_names_the_file(tmp_path: Path) -> 
     with pytest.raises(ConfigError) as error:
         check_memory(runtime, key(Role.DECODE), MemoryLimit(1 << 40))
     assert str(error.value) == f"decode/m: the weights cannot be read: {image}: No such file or directory"
+
+
+def test_the_share_of_a_gpu_limits_no_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "unset")
+    for name in ("OMP_WAIT_POLICY", "NUMBA_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "unset")
+    models = [{"name": "m", "compute_share": 1}]
+    set_up_threads(make_runtime(tmp_path, device="cuda:0", models=models), key(Role.DECODE))
+    assert os.environ["OMP_NUM_THREADS"] == str(num_usable_cores())

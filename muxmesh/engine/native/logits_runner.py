@@ -22,6 +22,9 @@ class Forward(Protocol):
     def logits(self, layout: StepLayout) -> np.ndarray:
         """Computes the rows of a step; returns f32 [len(logit_rows), vocab_size], which the caller may change."""
 
+    def rest(self) -> None:
+        """Ends its threads and frees its activations, until `logits` is called again."""
+
 
 OpenForward = Callable[[KvView], Forward]
 """Opens a compiled and warm forward pass over a pool. Raises ModelUnsupported."""
@@ -35,14 +38,26 @@ class LogitsRunner:
 
     max_steps = 1
 
-    def __init__(self, view: KvView, open_forward: OpenForward) -> None:
+    def __init__(self, view: KvView, open_forward: OpenForward, on_dropped: Callable[[], None] = lambda: None) -> None:
+        """``on_dropped`` is called when nothing here uses the weights any more."""
         self._view = view
         self._open_forward = open_forward
+        self._on_dropped = on_dropped
+        self._forward: Forward | None = None
 
     def load(self) -> None:
-        self._forward = self._open_forward(self._view)
+        if self._forward is None:
+            self._forward = self._open_forward(self._view)
+
+    def unload(self, drop_weights: bool) -> None:
+        if self._forward is not None:
+            self._forward.rest()
+        if drop_weights:
+            self._forward = None
+            self._on_dropped()
 
     def run(self, step: Step, may_continue: Callable[[], bool] = lambda: False) -> StepOutcome:
+        assert self._forward is not None, "it is loaded"
         logits = self._forward.logits(lay_out(step, self._view))
         # The maximum is finite unless the row has NaN or inf, or nothing but -inf.
         is_finite = np.isfinite(logits.max(axis=1, initial=-np.inf))

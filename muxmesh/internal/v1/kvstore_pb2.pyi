@@ -160,7 +160,7 @@ class AdmitResponse(_message.Message):
 
     @_builtins.property
     def hello(self) -> Global___UnitHello:
-        """The first message of every stream."""
+        """The first message of every stream. Again when the models change."""
 
     def __init__(
         self,
@@ -826,6 +826,114 @@ class WatchLeasesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WatchLeasesResponse: _TypeAlias = WatchLeasesResponse  # noqa: Y015
+
+@_typing.final
+class SleepModelRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    DROP_WEIGHTS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    drop_weights: _builtins.bool
+    """Also frees the memory of its weights, as far as no other process uses them. INVALID_ARGUMENT on a GPU."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        drop_weights: _builtins.bool = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drop_weights", b"drop_weights", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SleepModelRequest: _TypeAlias = SleepModelRequest  # noqa: Y015
+
+@_typing.final
+class SleepModelResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___SleepModelResponse: _TypeAlias = SleepModelResponse  # noqa: Y015
+
+@_typing.final
+class WakeModelRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___WakeModelRequest: _TypeAlias = WakeModelRequest  # noqa: Y015
+
+@_typing.final
+class WakeModelResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___WakeModelResponse: _TypeAlias = WakeModelResponse  # noqa: Y015
+
+@_typing.final
+class AddModelRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___AddModelRequest: _TypeAlias = AddModelRequest  # noqa: Y015
+
+@_typing.final
+class AddModelResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___AddModelResponse: _TypeAlias = AddModelResponse  # noqa: Y015
+
+@_typing.final
+class RemoveModelRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___RemoveModelRequest: _TypeAlias = RemoveModelRequest  # noqa: Y015
+
+@_typing.final
+class RemoveModelResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___RemoveModelResponse: _TypeAlias = RemoveModelResponse  # noqa: Y015
 
 @_typing.final
 class GetUnitStatusRequest(_message.Message):

@@ -535,3 +535,212 @@ class KvStoreService(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class UnitModelServiceStub(object):
+    """Commands for the models of a unit.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.SleepModel = channel.unary_unary(
+                '/muxmesh.internal.v1.UnitModelService/SleepModel',
+                request_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SleepModelRequest.SerializeToString,
+                response_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SleepModelResponse.FromString,
+                _registered_method=True)
+        self.WakeModel = channel.unary_unary(
+                '/muxmesh.internal.v1.UnitModelService/WakeModel',
+                request_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.WakeModelRequest.SerializeToString,
+                response_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.WakeModelResponse.FromString,
+                _registered_method=True)
+        self.AddModel = channel.unary_unary(
+                '/muxmesh.internal.v1.UnitModelService/AddModel',
+                request_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.AddModelRequest.SerializeToString,
+                response_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.AddModelResponse.FromString,
+                _registered_method=True)
+        self.RemoveModel = channel.unary_unary(
+                '/muxmesh.internal.v1.UnitModelService/RemoveModel',
+                request_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.RemoveModelRequest.SerializeToString,
+                response_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.RemoveModelResponse.FromString,
+                _registered_method=True)
+
+
+class UnitModelServiceServicer(object):
+    """Commands for the models of a unit.
+    """
+
+    def SleepModel(self, request, context):
+        """The model falls asleep when its running sequences have finished. The response waits until it sleeps.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WakeModel(self, request, context):
+        """The model wakes as for a request. The response waits until it is awake.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddModel(self, request, context):
+        """Reads the runtime file again, and admits requests of a model that it names from now on. INVALID_ARGUMENT if its KV
+        does not fit into the pool, or the unit is on a GPU.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveModel(self, request, context):
+        """Refuses queued requests of the model. The response waits until its last running sequence has finished.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_UnitModelServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'SleepModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.SleepModel,
+                    request_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SleepModelRequest.FromString,
+                    response_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SleepModelResponse.SerializeToString,
+            ),
+            'WakeModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.WakeModel,
+                    request_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.WakeModelRequest.FromString,
+                    response_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.WakeModelResponse.SerializeToString,
+            ),
+            'AddModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddModel,
+                    request_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.AddModelRequest.FromString,
+                    response_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.AddModelResponse.SerializeToString,
+            ),
+            'RemoveModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveModel,
+                    request_deserializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.RemoveModelRequest.FromString,
+                    response_serializer=muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.RemoveModelResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'muxmesh.internal.v1.UnitModelService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('muxmesh.internal.v1.UnitModelService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class UnitModelService(object):
+    """Commands for the models of a unit.
+    """
+
+    @staticmethod
+    def SleepModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxmesh.internal.v1.UnitModelService/SleepModel',
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SleepModelRequest.SerializeToString,
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.SleepModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WakeModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxmesh.internal.v1.UnitModelService/WakeModel',
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.WakeModelRequest.SerializeToString,
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.WakeModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxmesh.internal.v1.UnitModelService/AddModel',
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.AddModelRequest.SerializeToString,
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.AddModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxmesh.internal.v1.UnitModelService/RemoveModel',
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.RemoveModelRequest.SerializeToString,
+            muxmesh_dot_internal_dot_v1_dot_kvstore__pb2.RemoveModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

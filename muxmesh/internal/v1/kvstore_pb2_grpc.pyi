@@ -172,3 +172,76 @@ class KvStoreServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_kvstore_pb2.GetUnitStatusResponse, _abc.Awaitable[_kvstore_pb2.GetUnitStatusResponse]]: ...
 
 def add_KvStoreServiceServicer_to_server(servicer: KvStoreServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class UnitModelServiceStub:
+    """Commands for the models of a unit."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> UnitModelServiceAsyncStub: ...
+    SleepModel: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.SleepModelRequest, _kvstore_pb2.SleepModelResponse]
+    """The model falls asleep when its running sequences have finished. The response waits until it sleeps."""
+    WakeModel: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.WakeModelRequest, _kvstore_pb2.WakeModelResponse]
+    """The model wakes as for a request. The response waits until it is awake."""
+    AddModel: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.AddModelRequest, _kvstore_pb2.AddModelResponse]
+    """Reads the runtime file again, and admits requests of a model that it names from now on. INVALID_ARGUMENT if its KV
+    does not fit into the pool, or the unit is on a GPU.
+    """
+    RemoveModel: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.RemoveModelRequest, _kvstore_pb2.RemoveModelResponse]
+    """Refuses queued requests of the model. The response waits until its last running sequence has finished."""
+
+@_typing.type_check_only
+class UnitModelServiceAsyncStub(UnitModelServiceStub):
+    """Commands for the models of a unit."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    SleepModel: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.SleepModelRequest, _kvstore_pb2.SleepModelResponse]  # type: ignore[assignment]
+    """The model falls asleep when its running sequences have finished. The response waits until it sleeps."""
+    WakeModel: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.WakeModelRequest, _kvstore_pb2.WakeModelResponse]  # type: ignore[assignment]
+    """The model wakes as for a request. The response waits until it is awake."""
+    AddModel: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.AddModelRequest, _kvstore_pb2.AddModelResponse]  # type: ignore[assignment]
+    """Reads the runtime file again, and admits requests of a model that it names from now on. INVALID_ARGUMENT if its KV
+    does not fit into the pool, or the unit is on a GPU.
+    """
+    RemoveModel: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.RemoveModelRequest, _kvstore_pb2.RemoveModelResponse]  # type: ignore[assignment]
+    """Refuses queued requests of the model. The response waits until its last running sequence has finished."""
+
+class UnitModelServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Commands for the models of a unit."""
+
+    @_abc_1.abstractmethod
+    def SleepModel(
+        self,
+        request: _kvstore_pb2.SleepModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.SleepModelResponse, _abc.Awaitable[_kvstore_pb2.SleepModelResponse]]:
+        """The model falls asleep when its running sequences have finished. The response waits until it sleeps."""
+
+    @_abc_1.abstractmethod
+    def WakeModel(
+        self,
+        request: _kvstore_pb2.WakeModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.WakeModelResponse, _abc.Awaitable[_kvstore_pb2.WakeModelResponse]]:
+        """The model wakes as for a request. The response waits until it is awake."""
+
+    @_abc_1.abstractmethod
+    def AddModel(
+        self,
+        request: _kvstore_pb2.AddModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.AddModelResponse, _abc.Awaitable[_kvstore_pb2.AddModelResponse]]:
+        """Reads the runtime file again, and admits requests of a model that it names from now on. INVALID_ARGUMENT if its KV
+        does not fit into the pool, or the unit is on a GPU.
+        """
+
+    @_abc_1.abstractmethod
+    def RemoveModel(
+        self,
+        request: _kvstore_pb2.RemoveModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.RemoveModelResponse, _abc.Awaitable[_kvstore_pb2.RemoveModelResponse]]:
+        """Refuses queued requests of the model. The response waits until its last running sequence has finished."""
+
+def add_UnitModelServiceServicer_to_server(servicer: UnitModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -55,6 +55,7 @@ class EngineRequest(_message.Message):
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     KV_SWAP_FORMAT_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    SLO_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     sequence_index: _builtins.int
@@ -78,6 +79,10 @@ class EngineRequest(_message.Message):
     def scheduling(self) -> Global___SchedulingState: ...
     @_builtins.property
     def prediction(self) -> Global___LengthPrediction: ...
+    @_builtins.property
+    def slo(self) -> Global___SloTargets:
+        """Unset: the model has no SLO."""
+
     def __init__(
         self,
         *,
@@ -94,16 +99,54 @@ class EngineRequest(_message.Message):
         bypass_prefix_cache: _builtins.bool = ...,
         kv_swap_format: _builtins.str = ...,
         tenant: _builtins.str = ...,
+        slo: Global___SloTargets | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "prediction", b"prediction", "sampling", b"sampling", "scheduling", b"scheduling", "stopping", b"stopping"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "prediction", b"prediction", "sampling", b"sampling", "scheduling", b"scheduling", "slo", b"slo", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "kv_swap_format", b"kv_swap_format", "model", b"model", "prediction", b"prediction", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "scheduling", b"scheduling", "sequence_index", b"sequence_index", "stopping", b"stopping", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "kv_swap_format", b"kv_swap_format", "model", b"model", "prediction", b"prediction", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "scheduling", b"scheduling", "sequence_index", b"sequence_index", "slo", b"slo", "stopping", b"stopping", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prediction: _TypeAlias = _typing.Literal["prediction"]  # noqa: Y015
     _WhichOneofArgType__prediction: _TypeAlias = _typing.Literal["_prediction", b"_prediction"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prediction) -> _WhichOneofReturnType__prediction | None: ...
 
 Global___EngineRequest: _TypeAlias = EngineRequest  # noqa: Y015
+
+@_typing.final
+class SloTargets(_message.Message):
+    """The latency that the request is to have, in seconds. Unset: no target."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    TPOT_S_FIELD_NUMBER: _builtins.int
+    WAITED_S_FIELD_NUMBER: _builtins.int
+    ttft_s: _builtins.float
+    """From the arrival at the router to the first token."""
+    tpot_s: _builtins.float
+    """Of each token after the first."""
+    waited_s: _builtins.float
+    """From the arrival until the router sent this message, by the router's clock. The worker counts on by its own."""
+    def __init__(
+        self,
+        *,
+        ttft_s: _builtins.float | None = ...,
+        tpot_s: _builtins.float | None = ...,
+        waited_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s", "waited_s", b"waited_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tpot_s: _TypeAlias = _typing.Literal["tpot_s"]  # noqa: Y015
+    _WhichOneofArgType__tpot_s: _TypeAlias = _typing.Literal["_tpot_s", b"_tpot_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_s: _TypeAlias = _typing.Literal["ttft_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_s: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_s) -> _WhichOneofReturnType__tpot_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_s) -> _WhichOneofReturnType__ttft_s | None: ...
+
+Global___SloTargets: _TypeAlias = SloTargets  # noqa: Y015
 
 @_typing.final
 class SchedulingState(_message.Message):

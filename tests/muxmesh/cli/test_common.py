@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,11 @@ def test_json_is_one_line_for_programs_and_indented_for_people(
     assert len(terminal.getvalue().splitlines()) > 1 and json.loads(terminal.getvalue()) == content
 
 
+def test_json_has_null_for_what_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"ttft_s": math.inf, "all": [(1.5, math.nan)]})
+    assert capsys.readouterr().out == '{"ttft_s": null, "all": [[1.5, null]]}\n'
+
+
 def test_progress_off_a_terminal_is_a_line_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:
     bar = ProgressBar("model")
     for done in range(101):
@@ -97,6 +103,20 @@ def test_progress_begins_again_with_each_phase(capsys: pytest.CaptureFixture[str
         bar(phase, 1, 2)
         bar(phase, 1, 2)
     assert capsys.readouterr().err == "model: downloading 1/2\nmodel: converting 1/2\n"
+
+
+def test_a_note_follows_the_amount_and_only_a_terminal_shows_each_change(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bar = ProgressBar("profile")
+    bar("measured", 1, 8, "3 min left")
+    bar("measured", 1, 8, "2 min left")
+    assert capsys.readouterr().err == "profile: measured 1/8, 3 min left\n"
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    on_terminal = ProgressBar("profile")
+    for note in ("3 min left", "2 min left", "2 min left"):
+        on_terminal("measured", 1, 8, note)
+    assert terminal.getvalue().count("1/8, ") == 2
 
 
 def test_large_totals_are_megabytes(capsys: pytest.CaptureFixture[str]) -> None:

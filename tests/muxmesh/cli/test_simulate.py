@@ -1,10 +1,19 @@
 import json
 import random
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from muxmesh.cli.main import main
+from muxmesh.config.arbiter_config import ArbiterMode
+from muxmesh.placement.measured_cells import Cell
+from muxmesh.placement.profile import ModelProfile, Profile
+from muxmesh.placement.profile_file import format_profile
+from muxmesh.profiler.recorder import table_of
+from muxmesh.types import Role
+from tests.support.profiles import MACHINE, cells
+from tests.support.tiny import TinyShape, write_tiny_model
 
 MESH = """
 units:
@@ -12,6 +21,7 @@ units:
     models:
       - {name: a, engine: sim, max_num_seqs: 4, sim: {base_s: 0.02}}
 """
+BOTH = ((Role.PREFILL, 50), (Role.DECODE, 100))
 LOAD = "rate=5 lengths=U(5,50)/(5,60) requests=60 seed=1"
 
 
@@ -32,6 +42,68 @@ def test_the_report_has_the_columns_of_a_load_test(config: Path, capsys: pytest.
     assert report["completed"] == 60 and report["failed"] == 0
     assert report["median_ttft_ms"] > 0 and report["median_itl_ms"] is None
     assert report["simulation"]["policy"] == "srtf-aged" and report["simulation"]["num_events"] > 60
+
+
+def test_the_report_has_what_the_workers_of_each_unit_were_granted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "two.yaml"
+    config.write_text(
+        f"{MESH}      - {{name: b, engine: sim, sim: {{base_s: 0.01}}, compute_share: {{prefill: 60, decode: 40}}}}\n"
+        "    max_awake_models: 1\n    arbiter: {mode: roundrobin}\n"
+    )
+    assert simulate("-c", config, "--workload", f"{LOAD} models=a,b") == 0
+    text = capsys.readouterr().out
+    assert "Unit unit0: busy" in text and "b                        decode     40%" in text and "woke" in text
+    assert simulate("-c", config, "--workload", f"{LOAD} models=a,b", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    unit = report["simulation"]["units"]["unit0"]
+    assert [(one["model"], one["role"], one["share"]) for one in unit["workers"]] == [
+        ("a", "prefill", 1.0), ("a", "decode", 1.0), ("b", "prefill", 0.6), ("b", "decode", 0.4)
+    ]  # fmt: skip
+    assert all(one["num_grants"] > 0 and one["granted_s"] > 0 for one in unit["workers"])
+    assert unit["share_s"] <= unit["busy_s"] <= report["duration"] and unit["num_swapped"] == 0
+    assert unit["switches"]["b"]["num_wakes"] > 0
+
+
+def test_modes_of_the_arbiter_and_contention_are_compared_without_a_change_of_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "two.yaml"
+    model = "{{name: {}, engine: sim, compute_share: 60, sim: {{base_s: 0.01, decode_scaling: 0}}}}"
+    config.write_text(f"units: [{{kv_pool: 64MiB, models: [{model.format('a')}, {model.format('b')}]}}]")
+    latencies, warned = {}, set[tuple[str | None, str]]()
+    for mode, contention in (("temporal", "0"), ("spatial", "0"), ("spatial", "0.5"), (None, "0.5")):
+        options = ("--contention", contention) if mode is None else ("--arbiter", mode, "--contention", contention)
+        assert simulate("-c", config, "--workload", f"{LOAD} models=a,b", *options, "--json") == 0
+        report = json.loads(capsys.readouterr().out)
+        latencies[mode, contention] = report["mean_e2el_ms"]
+        if report["warnings"]:
+            warned.add((mode, contention))
+            assert "without slowing each other down" in report["warnings"][0]
+    assert latencies["spatial", "0"] < latencies["spatial", "0.5"] < latencies["temporal", "0"]
+    assert latencies[None, "0.5"] > latencies["spatial", "0.5"]
+    assert warned == {("spatial", "0")}  # shares of 60% each, all at once
+
+
+def test_every_mode_of_the_arbiter_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate("--help") == 0
+    assert "{" + ",".join(get_args(ArbiterMode)) + "}" in capsys.readouterr().out
+
+
+def test_a_report_has_the_attainment_of_each_model_and_their_rate_weighted_throughput(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "two.yaml"
+    config.write_text(f"{MESH}      - {{name: b, engine: sim, sim: {{base_s: 0.01}}, slo: {{scale: 16}}}}\n")
+    assert simulate("-c", config, "--workload", f"{LOAD} models=a:3,b", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["slo"]["by_model"].keys() == {"a", "b"}
+    assert report["by_model"]["a"]["slo_attainment"] is None
+    assert 0 <= report["by_model"]["b"]["slo_attainment"] == report["slo_attainment"] <= 1
+    assert report["configured_slo"] == {"b": {"scale": 16}}
+    throughputs = {name: one["request_throughput"] for name, one in report["by_model"].items()}
+    assert min(throughputs.values()) < report["rate_weighted_throughput"] < max(throughputs.values())
 
 
 def test_table_page_trace_and_report_are_written(
@@ -85,7 +157,7 @@ BAD = {
     "an engine without times": (
         MESH.replace("engine: sim, ", "").replace(", sim: {base_s: 0.02}", ""),
         LOAD,
-        "units[0].models[0].engine: has no step times to simulate with; set `engine: sim` and the times in `sim`",
+        "units[0].models[0].engine: has no step times to simulate with; measure them with `muxmesh profile`",
     ),
     "steps of no time": (
         MESH.replace("{base_s: 0.02}", "{base_s: 0}"),
@@ -174,3 +246,21 @@ def test_a_report_is_named_after_its_policy_unless_it_has_a_name(
     assert simulate("-c", config, "--workload", LOAD, "--policy", "sjf", *name, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["name"], report["target"]) == (expected, "simulated mesh.yaml, sjf")
+
+
+def test_models_that_compute_are_simulated_with_the_step_times_of_a_profile(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_tiny_model(tmp_path / "tiny", TinyShape())
+    path, mesh = tmp_path / "profile.yaml", tmp_path / "mesh.yaml"
+    measured = {name: ModelProfile(name, 1, 1, {1: table_of(cells(name))}) for name in (str(folder), "other")}
+    path.write_text(format_profile(Profile(MACHINE, measured)))
+    mesh.write_text(f"units: [{{models: [{{name: a, source: {folder}}}, {{name: b, source: other, engine: sim}}]}}]")
+    load = "rate=0.1 lengths=D(64,2) requests=10 seed=1 models=a"
+    assert simulate("-c", mesh, "--workload", load, "--profile", path) == 1
+    assert "models[1].sim: every step takes no time" in capsys.readouterr().err
+    mesh.write_text(f"units: [{{models: [{{name: a, source: {folder}, compute_share: {{prefill: 50}}}}]}}]")
+    assert simulate("-c", mesh, "--workload", load, "--profile", path, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    steps_ms = sum(1000 * cells("a")[Cell("a", role, share, 1, 64)].seconds for role, share in BOTH)
+    assert steps_ms < report["median_e2el_ms"] < steps_ms + 25  # what messages take

@@ -20,10 +20,10 @@ UNIT = mesh_pb2.UnitStatus(
     ),
     models=[
         mesh_pb2.UnitModelStatus(
-            model="sim", quota_bytes=32 * MIB, num_leased_token_blocks=4, num_cached_token_blocks=2,
+            model="sim", state="awake", quota_bytes=32 * MIB, num_leased_token_blocks=4, num_cached_token_blocks=2,
             num_free_token_blocks=100, num_prefix_tokens_queried=64, num_prefix_tokens_hit=16, num_queued_requests=3,
         ),
-        mesh_pb2.UnitModelStatus(model="idle"),
+        mesh_pb2.UnitModelStatus(model="idle", state="asleep"),
     ],
     workers=[
         mesh_pb2.WorkerStatus(
@@ -41,6 +41,7 @@ STATUS = mesh_pb2.GetStatusResponse(
         mesh_pb2.RouterModelStatus(
             model="sim", num_requests_waiting=1, num_requests_running=2, num_requests_finished=30,
             num_requests_aborted=4, num_restarts=5, prompt_tokens=600, output_tokens=700, predictions_used=True,
+            slo=mesh_pb2.SloStatus(total=mesh_pb2.SloTally(num_requests=2000, num_met=1999), window_s=60),
         )
     ],
     units=[UNIT],
@@ -63,15 +64,15 @@ def test_a_status_is_one_table_each_for_models_units_workers_and_processes(
         == """\
 muxmesh 1.2.3, Redis connected, order srtf-aged
 
-MODEL  WAITING  RUNNING  FINISHED  ABORTED  RESTARTS  PROMPT TOKENS  OUTPUT TOKENS  PREDICTED TAU
-sim    1        2        30        4        5         600            700            -
+MODEL  WAITING  RUNNING  FINISHED  ABORTED  RESTARTS  PROMPT TOKENS  OUTPUT TOKENS  PREDICTED TAU  SLO MET  RECENTLY
+sim    1        2        30        4        5         600            700            -              99.9 %   -
 
 unit unit0 on cpu: KV pool 64 MiB, leased 1.0 MiB, cached 0.5 MiB, 30 of 32 slabs free, 1.5 MiB fragmented
 memory shared by host shm; 5 hand-offs, 0 bytes copied
 
-MODEL  QUOTA MIB  BLOCKS LEASED  BLOCKS CACHED  BLOCKS FREE  PREFIX HITS  WAITING
-sim    32         4              2              100          25 %         3
-idle   0          0              0              0            -            0
+MODEL  STATE   QUOTA MIB  BLOCKS LEASED  BLOCKS CACHED  BLOCKS FREE  PREFIX HITS  WAITING
+sim    awake   32         4              2              100          25 %         3
+idle   asleep  0          0              0              0            -            0
 
 WORKER       PID  READY  LEASES  STEPS  TOKENS  BUSY S
 prefill/sim  11   yes    1       20     300     1.2
@@ -86,7 +87,17 @@ router   10   1         127.0.0.1:50051
 def test_the_help_text_explains_the_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--help"]) == 0
     printed = capsys.readouterr().out
-    for column in ("WAITING", "PREDICTED TAU", "QUOTA MIB", "BLOCKS LEASED", "PREFIX HITS", "LEASES", "BUSY S"):
+    for column in (
+        "WAITING",
+        "PREDICTED TAU",
+        "SLO MET",
+        "STATE",
+        "QUOTA MIB",
+        "BLOCKS LEASED",
+        "PREFIX HITS",
+        "LEASES",
+        "BUSY S",
+    ):
         assert f"\n  {column}" in printed or f", {column}" in printed
 
 
@@ -97,7 +108,7 @@ def test_the_tau_of_predictions_is_shown_with_whether_they_are_used(capsys: pyte
         mesh_pb2.RouterModelStatus(model="bad", predictions_used=False, prediction_tau=-0.02),
     ]
     lines = shown(mesh_pb2.GetStatusResponse(models=models), capsys)
-    taus = {line.split()[0]: line.split(maxsplit=8)[-1] for line in lines[3:6]}
+    taus = {line.split()[0]: " ".join(line.split()[8:-2]) for line in lines[3:6]}
     assert taus == {"new": "-", "good": "0.61", "bad": "-0.02, not used"}
 
 

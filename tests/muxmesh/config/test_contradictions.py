@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muxmesh.config.contradictions import order_without_effect
+from kvstore.grant_page import MAX_WORKERS
+from muxmesh.config.contradictions import MAX_UNIT_MODELS, order_without_effect, tensor_parallel_problems
 from muxmesh.config.load import parse_mesh_config
 from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import ConfigError
@@ -16,6 +17,15 @@ from tests.support.mesh_yaml import placed_twice, problems, units
 
 def test_a_port_above_the_largest_is_invalid() -> None:
     assert problems("listen: 127.0.0.1:65536") == ["1: listen: port is larger than 65535"]
+
+
+def test_units_on_several_devices_are_valid_but_cannot_be_run() -> None:
+    config = parse_mesh_config(
+        units("name: a, device: cuda:0, tensor_parallel: 2", "name: b, device: cuda:2"), "m"
+    ).config
+    ((location, problem),) = tensor_parallel_problems(config)
+    assert location == ("units", 0, "tensor_parallel")
+    assert problem.startswith("is 2; no engine can compute a model on several devices yet")
 
 
 def test_cores_of_units_on_one_cpu_are_disjoint() -> None:
@@ -156,10 +166,6 @@ def test_a_setting_of_another_policy_has_no_effect(order: dict[str, Any], withou
             "models[0].kv_cache_dtype: is float16; a CPU computes in float32 only",
         ),
         (
-            "{models: [{name: a, compute_share: 50}]}",
-            "models[0].compute_share: has no effect with device: cpu; it is for device: cuda:N",
-        ),
-        (
             "{models: [{name: a, continuous_decode_steps: 4}]}",
             "models[0].continuous_decode_steps: has no effect with engine: native on device: cpu; "
             "it is for device: cuda:N and for engine: sim",
@@ -207,6 +213,45 @@ def test_a_share_is_accepted_where_something_limits_workers_to_it(unit: str) -> 
     assert problems(f"units: [{{device: 'cuda:0', {unit}}}]") == []
 
 
+@pytest.mark.parametrize(
+    ("arbiter", "expected"),
+    [
+        ("mode: spatial, max_overtakes: 3", ["max_overtakes: has no effect with mode: spatial"]),
+        ("mode: temporal, over_subscription: 0", ["over_subscription: has no effect with mode: temporal"]),
+        ("mode: fcfs, urgent_slack_s: 0.1", ["urgent_slack_s: has no effect with mode: fcfs"]),
+        ("mode: adbs, urgent_slack_s: 0.1, over_subscription: 10, max_overtakes: 3, longest_grant_s: 5", []),
+        ("mode: auto, urgent_slack_s: 0.1, over_subscription: 10", []),
+    ],
+)
+def test_a_setting_that_the_mode_of_the_arbiter_ignores_is_named(arbiter: str, expected: list[str]) -> None:
+    found = problems(f"units: [{{arbiter: {{{arbiter}}}, models: [{{name: a, slo: {{scale: 4}}}}]}}]")
+    assert found == [f"1: units[0].arbiter.{one}" for one in expected]
+
+
+def test_settings_of_the_arbiter_that_its_unit_has_no_use_for_are_named() -> None:
+    assert problems("units: [{arbiter: {urgent_slack_s: 0.1}, models: [{name: a}]}]") == [
+        "1: units[0].arbiter.urgent_slack_s: has no effect: no model of the unit has an slo"
+    ]
+    gpu = "units: [{device: 'cuda:0', mps: %s, arbiter: {over_subscription: 10}, models: [{name: a}]}]"
+    assert problems(gpu % "auto") == []
+    assert problems(gpu % "off") == [
+        "1: units[0].arbiter.over_subscription: has no effect with mps: off; it is for mps: auto or on"
+    ]
+
+
+def test_all_models_of_a_unit_have_an_expected_rate_or_none() -> None:
+    models = "[{name: a, expected_rate: 2}, {name: b%s}]"
+    assert problems(f"units: [{{models: {models % ', expected_rate: 0.5'}}}]") == []
+    assert problems(f"units: [{{models: {models % ''}}}]") == [
+        "1: units[0].models[0].expected_rate: has no effect: other models of the unit have none; set it for all of "
+        "them or for none"
+    ]
+
+
+def test_a_share_is_accepted_on_a_cpu() -> None:
+    assert problems("units: [{models: [{name: a, compute_share: 50, threads: 2}]}]") == []
+
+
 def test_slabs_on_a_gpu_are_aligned_for_its_loads() -> None:
     text = "units: [{device: %s, slab: %d, models: [{name: a}]}]"
     assert problems(text % ("'cuda:0'", 65600)) == [] == problems(text % ("cpu", 65608))
@@ -233,3 +278,35 @@ def test_one_number_is_the_share_of_both_workers() -> None:
     model = parse_mesh_config(text, "mesh.yaml").config.units[0].models[0]
     assert [model.compute_share.of(role) for role in Role] == [40, 40]
     assert model.kv_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("models", "problem"),
+    [
+        (
+            "{name: a, pinned: true}, {name: b}",
+            "is 1, but 1 models are pinned: the others could never wake; must be at least 2",
+        ),
+        (
+            "{name: a, pinned: true}, {name: b, pinned: true}",
+            "is 1, but 2 models are pinned: the others could never wake; must be at least 2",
+        ),
+        (
+            "{name: a, start: awake}, {name: b, start: awake}",
+            "is 1, but 2 models start awake or are pinned; must be at least 2",
+        ),
+        ("{name: a, start: awake}, {name: b, start: asleep}, {name: c}", ""),
+        ("{name: a, pinned: true}", ""),
+    ],
+)
+def test_every_model_can_be_awake_at_some_time(models: str, problem: str) -> None:
+    found = problems(units(f"max_awake_models: 1, models: [{models}]"))
+    assert found == ([f"2: units[0].max_awake_models: {problem}"] if problem else [])
+
+
+@pytest.mark.parametrize("num_models", [MAX_UNIT_MODELS, MAX_UNIT_MODELS + 1])
+def test_a_unit_has_a_slot_for_each_worker_of_its_models(num_models: int) -> None:
+    models = ", ".join(f"{{name: m{index}}}" for index in range(num_models))
+    problem = "2: units[0].models: has 65 models; a unit has at most 64"
+    assert problems(units(f"models: [{models}]")) == ([problem] if num_models > MAX_UNIT_MODELS else [])
+    assert len(Role) * MAX_UNIT_MODELS == MAX_WORKERS

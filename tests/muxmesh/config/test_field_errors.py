@@ -4,7 +4,8 @@ import pytest
 
 from muxmesh.config.field_errors import closest, section_at, shown
 from muxmesh.config.load import parse_mesh_config
-from muxmesh.config.schema import MeshConfig, ModelConfig, SimProfile, UnitConfig
+from muxmesh.config.model_config import ModelConfig, SimProfile
+from muxmesh.config.schema import MeshConfig, UnitConfig
 from muxmesh.errors import ConfigError
 
 IN_MODEL = "units: [{models: [{name: m, %s}]}]"
@@ -25,10 +26,10 @@ IN_UNIT = "units: [{models: [{name: m}], %s}]"
         (IN_MODEL % "max_num_batched_tokens: 2048", "units[0].models[0].max_num_batched_tokens: unknown field; it is "
          "`prefill_token_budget` of the model"),
         (IN_MODEL % "model: /models/a", "units[0].models[0].model: unknown field; it is `source`"),
-        (IN_MODEL % "tensor_parallel_size: 2", "units[0].models[0].tensor_parallel_size: unknown field; a unit "
-         "computes on one GPU"),
+        (IN_MODEL % "tensor_parallel_size: 2", "units[0].models[0].tensor_parallel_size: unknown field; it is "
+         "`tensor_parallel` of the unit"),
         (IN_MODEL % "sim: {colour: 1}", "units[0].models[0].sim.colour: unknown field; known: base_s, per_token_s, "
-         "per_context_s, output_tokens, output_lengths"),
+         "per_context_s, prefill_scaling, decode_scaling, output_tokens, output_lengths"),
         (IN_UNIT % "device: gpu", "units[0].device: is 'gpu'; must be cpu or cuda:N, such as cuda:0"),
         (IN_UNIT % "device: cuda", "units[0].device: is 'cuda'; must be cpu or cuda:N, such as cuda:0"),
         (IN_MODEL % "engine: simm", "units[0].models[0].engine: is 'simm'; must be native or sim; did you mean sim?"),

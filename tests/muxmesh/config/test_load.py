@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from muxmesh.config.contradictions import order_without_effect
-from muxmesh.config.load import default_config, load_mesh_config, parse_mesh_config, with_listen
-from muxmesh.config.schema import DEFAULT_MODEL, Location, MeshConfig
+from muxmesh.config.load import checked_config, default_config, load_mesh_config, parse_mesh_config, with_listen
+from muxmesh.config.schema import DEFAULT_MODEL, MeshConfig
+from muxmesh.config.section import Location
 from muxmesh.errors import ConfigError
 
 GOOD = """
@@ -273,3 +274,9 @@ def test_a_replaced_listen_address_keeps_which_fields_are_set() -> None:
 def test_a_replaced_listen_address_is_host_and_port(listen: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"listen: is {listen!r}; HOST:PORT is needed")):
         with_listen(default_config(), listen)
+
+
+def test_a_configuration_that_is_from_no_file_is_checked_too() -> None:
+    config = MeshConfig.model_validate({"units": [{"models": [{"name": "m", "dtype": "float16"}]}]})
+    with pytest.raises(ConfigError, match=r"^\(command line\):1: units\[0\].models\[0\].dtype: "):
+        checked_config(config, "(command line)")

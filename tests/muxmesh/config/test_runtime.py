@@ -188,6 +188,7 @@ def test_routers_beside_each_other_have_names_and_sockets_of_their_own() -> None
         ("", "the name of a router is ''; needed are letters, digits, `.`, `_` and `-`"),
         ("a/b", "the name of a router is 'a/b'; needed are letters, digits, `.`, `_` and `-`"),
         ("decode-m", "a router with the name decode-m would have the socket of decode/m; rename it"),
+        ("supervisor", "a router with the name supervisor would have the control socket of the supervisor; rename it"),
         ("r" * 99, "socket path is longer than 107 bytes: /run/{name}.sock; use a shorter name of the router (--name)"),
     ],
 )

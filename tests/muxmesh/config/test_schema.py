@@ -8,7 +8,9 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from muxmesh.config.load import parse_mesh_config
-from muxmesh.config.schema import MIB, MeshConfig, ModelConfig, OrderConfig, Section, UnitConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import MeshConfig, OrderConfig, UnitConfig
+from muxmesh.config.section import MIB, Section
 from tests.support.mesh_yaml import placed_twice, problems, units
 
 

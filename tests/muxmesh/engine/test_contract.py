@@ -25,7 +25,7 @@ from muxmesh.engine.api import (
 )
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import Runner
-from muxmesh.errors import InvalidRequest
+from muxmesh.errors import InvalidRequest, WorkerLost
 from muxmesh.models.model_spec import KvShape, read_model_spec
 from muxmesh.types import EngineRequest, FinishReason, Sampling, SchedulingState, Stopping
 from tests.support.device_model import MAX_NUM_SEQS, device_runner, nan_pool, tiny_geometry
@@ -335,3 +335,23 @@ async def test_a_token_id_that_the_model_does_not_have_is_refused_before_anythin
 async def test_the_last_token_id_of_the_model_is_computed(engine: Engine) -> None:
     tokens, _ = await collect(engine.submit(job(1, resume=(VOCAB_SIZE - 1, 0))))
     assert len(tokens) == 10
+
+
+@pytest.mark.parametrize("drop_weights", [False, True])
+async def test_an_engine_that_has_slept_samples_the_same_tokens(engine: Engine, drop_weights: bool) -> None:
+    whole, _ = await collect(engine.submit(job()))
+    await engine.sleep(drop_weights)
+    await engine.sleep(drop_weights=True)
+    with pytest.raises(WorkerLost, match="sleeps"):
+        engine.submit(job())
+    await engine.wake()
+    await engine.wake()
+    assert (await collect(engine.submit(job())))[0] == whole
+
+
+async def test_an_engine_with_a_job_does_not_fall_asleep(engine: Engine) -> None:
+    events = engine.submit(job(max_new_tokens=40))
+    with pytest.raises(ValueError, match="1 jobs have not ended"):
+        await engine.sleep(drop_weights=False)
+    await collect(events)
+    await engine.sleep(drop_weights=False)

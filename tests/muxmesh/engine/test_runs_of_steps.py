@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muxmesh.config.schema import SimProfile
+from muxmesh.config.model_config import SimProfile
 from muxmesh.engine.api import EngineJob, Event, Failed, Finished, JobDone, Preempted, Tokens
 from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.sequence import SequenceRecord
@@ -257,6 +257,8 @@ class KvRunner:
         self._sequences = sequences
         self.slots: dict[tuple[int, int], int] = {}
         """(block id, offset) → the token whose KV is there."""
+
+    def unload(self, drop_weights: bool) -> None: ...
 
     def load(self) -> None: ...
 

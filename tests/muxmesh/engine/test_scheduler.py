@@ -1,18 +1,15 @@
 """Which jobs run in the next step, and the events of its outcome."""
 
-from dataclasses import dataclass
+import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from muxmesh.engine.api import EngineJob, Failed, Finished, JobDone, Preempted, Tokens
-from muxmesh.engine.scheduler import Scheduler, divide_token_budget
+from muxmesh.engine.api import ComputeDemand, EngineJob, Failed, Finished, JobDone, Preempted, Tokens
+from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import PromptScoring, SampledToken, Step, StepOutcome
 from muxmesh.errors import InvalidRequest, SequenceFailed
-from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.types import (
     Candidate,
     EngineRequest,
@@ -20,6 +17,7 @@ from muxmesh.types import (
     FinishReason,
     Sampling,
     SchedulingState,
+    SloTargets,
     Stopping,
     TokenLogprobs,
 )
@@ -38,6 +36,7 @@ def job(
     resume: tuple[int, ...] = (),
     blocks: tuple[int, ...] = tuple(range(5000)),
     sampling: Sampling | None = None,
+    slo: SloTargets | None = None,
 ) -> EngineJob:
     request = EngineRequest(
         request_id=str(job_id),
@@ -47,6 +46,7 @@ def job(
         stopping=stopping or Stopping(max_new_tokens=3, eos_token_ids=frozenset({0}), stop_token_ids=frozenset({9})),
         scheduling=SchedulingState(priority, float(job_id)),
         resume_token_ids=resume,
+        slo=slo,
     )
     return EngineJob(job_id, SequenceRecord(request, 16, b"root", blocks, computed, sampled), limit)
 
@@ -366,50 +366,111 @@ def test_requested_log_probabilities_are_in_the_event_of_their_token() -> None:
     assert jobs.drain_events() == [(1, Tokens(0, (7,), (logprobs,)))]
 
 
-@dataclass(frozen=True)
-class Item:
-    """What the budget is divided by."""
-
-    scheduling: SchedulingState
-    num_computed_tokens: int
-    num_uncomputed_tokens: int
+ENDLESS = Stopping(max_new_tokens=1000)
+SLO = SloTargets(ttft_s=2.0, tpot_s=0.5, waited_s=0.25)
 
 
-items = st.lists(
-    st.builds(
-        lambda priority, arrived, computed, uncomputed: Item(SchedulingState(priority, arrived), computed, uncomputed),
-        st.integers(-1, 1),
-        st.integers(0, 5).map(float),
-        st.integers(0, 5000),
-        st.integers(1, 40),
-    ),
-    max_size=12,
-)
+def decoding(job_id: int, slo: SloTargets | None = SLO, priority: int = 0) -> EngineJob:
+    """A job as the decode worker gets it from prefill: its first output token is sampled."""
+    return job(job_id, computed=4, sampled=(7,), slo=slo, stopping=ENDLESS, priority=priority)
 
 
-@given(items, st.integers(1, 8), st.integers(1, 64))
-def test_a_divided_budget_is_kept_and_in_order(of: list[Item], max_num_seqs: int, token_budget: int) -> None:
-    shares = divide_token_budget(of, FCFS, 0.0, max_num_seqs, token_budget)
-    assert bool(shares) is bool(of)
-    assert len(shares) <= min(max_num_seqs, len(of))
-    assert all(1 <= count <= item.num_uncomputed_tokens for item, count in shares)
-    assert len(shares) == 1 or sum(count for _, count in shares) <= token_budget
-    keys = [
-        (item.num_uncomputed_tokens > 1, item.scheduling.priority, item.scheduling.arrived_at_s) for item, _ in shares
-    ]
-    assert keys == sorted(keys)
+def timed(jobs: Scheduler, now_s: float, run_s: float) -> Step:
+    """Plans a step at ``now_s`` and applies it after ``run_s``."""
+    step = jobs.next_step(now_s)
+    assert step is not None
+    sampled = {chunk.job_id: (SampledToken(7),) for chunk in step.chunks if chunk.sample}
+    jobs.apply(StepOutcome(sampled), run_s)
+    return step
 
 
-@given(items, st.integers(1, 8))
-def test_no_sequence_that_decodes_waits_while_a_prompt_is_computed(of: list[Item], max_num_seqs: int) -> None:
-    shares = divide_token_budget(of, FCFS, 0.0, max_num_seqs, token_budget=max_num_seqs)
-    decoding = sum(item.num_uncomputed_tokens == 1 for item in of)
-    assert sum(item.num_uncomputed_tokens == 1 for item, _ in shares) == min(decoding, max_num_seqs)
+def test_a_demand_has_the_best_class_and_the_oldest_request_of_the_ready_jobs() -> None:
+    jobs = scheduler()
+    jobs.add(decoding(3, slo=None, priority=1))
+    jobs.add(decoding(5, slo=None, priority=-2))
+    assert jobs.demand(100.0) == ComputeDemand(-2, 3.0, math.inf)
+    timed(jobs, 100.0, 0.1)
+    assert jobs.demand(100.1) == ComputeDemand(-2, 3.0, math.inf)
+    jobs.preempt(5)
+    timed(jobs, 100.1, 0.1)
+    assert jobs.demand(100.2) == ComputeDemand(1, 3.0, math.inf)
+    jobs.resume(5)
+    assert jobs.demand(100.2).priority == -2
+    jobs.cancel(3)
+    timed(jobs, 100.2, 0.1)
+    assert jobs.demand(100.3) == ComputeDemand(-2, 5.0, math.inf)
 
 
-def test_the_order_is_that_of_the_policy_at_the_time_of_the_step() -> None:
-    policy = SchedulingPolicy("hrrn", longest_lead=0.0, longest_lead_s=0.0, quantum_s=1.0)
-    old = Item(SchedulingState(0, arrived_at_s=0.0, decode_s=100.0), 9, 1)
-    short = Item(SchedulingState(0, arrived_at_s=9.0, decode_s=1.0), 9, 1)
-    assert divide_token_budget([old, short], policy, 9.05, 1, 8) == [(old, 1)]
-    assert divide_token_budget([old, short], policy, 10.0, 1, 8) == [(short, 1)]
+def test_the_slack_of_a_prompt_is_the_time_to_its_target_less_the_time_it_needs() -> None:
+    jobs = scheduler(token_budget=10)
+    jobs.add(job(1, prompt=30, slo=SLO), 100.0)  # it had waited for 0.25 s when the router sent it
+    assert jobs.demand(100.0).slack_s == pytest.approx(1.75)
+    timed(jobs, 100.0, 0.2)  # 0.02 s for each token
+    assert jobs.demand(100.2).slack_s == pytest.approx(101.75 - 100.2 - 20 * 0.02)
+    timed(jobs, 100.2, 0.2)
+    assert jobs.demand(100.4).slack_s == pytest.approx(101.75 - 100.4 - 10 * 0.02)
+
+
+def test_a_prompt_that_did_not_fit_into_the_step_counts_too() -> None:
+    jobs = scheduler(token_budget=10)
+    jobs.add(job(1, prompt=30, priority=-1), 100.0)
+    jobs.add(job(2, prompt=5, slo=SLO), 100.0)
+    timed(jobs, 100.0, 0.1)
+    assert shape(timed(jobs, 100.1, 0.1)) == [(1, 10, 10, False)]
+    assert jobs.demand(100.2).slack_s == pytest.approx(101.75 - 100.2 - 5 * 0.01)
+
+
+def test_each_token_of_a_decoding_sequence_is_due_its_target_after_the_one_before() -> None:
+    jobs = scheduler()
+    jobs.add(decoding(1), 100.0)
+    for num_tokens in (1, 2, 3):
+        now_s = 100.0 + 0.1 * num_tokens
+        assert jobs.demand(now_s).slack_s == pytest.approx(0.5 * num_tokens - 0.1 * num_tokens)
+        timed(jobs, now_s, 0.1)
+
+
+def test_a_run_of_steps_moves_the_time_due_by_all_its_tokens() -> None:
+    jobs = scheduler()
+    jobs.add(decoding(1), 100.0)
+    assert jobs.next_step(100.0, 4) is not None
+    jobs.apply(StepOutcome({1: tuple(SampledToken(7) for _ in range(4))}, num_steps=4), 0.4)
+    assert jobs.demand(100.4).slack_s == pytest.approx(0.5 * 5 - 0.4)
+
+
+def test_a_sequence_whose_first_token_comes_here_is_due_from_that_token_on() -> None:
+    jobs = scheduler()
+    jobs.add(job(1, prompt=4, slo=SLO, stopping=ENDLESS), 100.0)
+    timed(jobs, 100.0, 0.3)
+    assert jobs.demand(100.3).slack_s == pytest.approx(0.5)
+
+
+def test_a_sequence_that_is_computed_again_after_a_fault_is_as_late_as_its_first_token() -> None:
+    jobs = scheduler()
+    jobs.add(job(1, resume=(7, 8), slo=SloTargets(2.0, 0.5, waited_s=5.0)), 100.0)
+    assert jobs.demand(100.0).slack_s == pytest.approx(-3.0)
+
+
+def test_a_sequence_that_has_missed_its_slo_does_not_hide_one_that_can_meet_it() -> None:
+    jobs = scheduler()
+    jobs.add(decoding(1), 80.0)  # 19.5 s late
+    jobs.add(decoding(2), 100.0)
+    assert jobs.demand(100.0).slack_s == pytest.approx(0.5)
+    timed(jobs, 100.0, 0.1)
+    assert jobs.demand(100.1).slack_s == pytest.approx(0.9)
+    late = jobs.demand(105.0)
+    assert late.slack_s == pytest.approx(-4.0) and late.lost_s == pytest.approx(0.0), "it may still catch up"
+    assert jobs.demand(120.0).lost_s < 0, "both have missed it"
+
+
+def test_a_job_that_waited_for_blocks_is_in_the_demand_when_it_has_them() -> None:
+    jobs = scheduler()
+    waiting = job(1, computed=16, prompt=16, sampled=(7,), blocks=(0,) * 2, stopping=ENDLESS)
+    jobs.add(waiting, 100.0)
+    for step in range(15):
+        timed(jobs, 100.0 + step, 0.1)
+    assert jobs.has_work()
+    timed(jobs, 120.0, 0.1)
+    assert not jobs.has_work()
+    assert jobs.next_step(121.0) is None
+    waiting.sequence.add_blocks((1,))
+    assert jobs.demand(122.0) == ComputeDemand(0, 1.0, math.inf)

@@ -5,7 +5,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from muxmesh.config.schema import SimProfile
+from muxmesh.config.model_config import SimProfile
 from muxmesh.engine.sim_runner import SimRunner, sim_step_cost
 from muxmesh.engine.step import Chunk, SampleSpec, Step
 from muxmesh.types import Sampling

@@ -9,8 +9,19 @@ from typing import Any
 import pytest
 
 from muxmesh.clock import ManualClock, SystemClock
-from muxmesh.config.schema import SimProfile
-from muxmesh.engine.api import EngineJob, Event, Failed, Finished, FreeGrant, Grant, JobDone, Preempted, Tokens
+from muxmesh.config.model_config import SimProfile
+from muxmesh.engine.api import (
+    ComputeDemand,
+    EngineJob,
+    Event,
+    Failed,
+    Finished,
+    FreeGrant,
+    Grant,
+    JobDone,
+    Preempted,
+    Tokens,
+)
 from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.sim_runner import SimRunner
@@ -46,11 +57,15 @@ class CountingGrant:
         self.is_recalled = False
         self.given = asyncio.Event()
         self.calls: list[str] = []
+        self.revised: list[ComputeDemand] = []
         self.num_released_steps: list[int] = []
 
-    async def acquire(self) -> None:
+    async def acquire(self, demand: ComputeDemand) -> None:
         self.calls.append("acquire")
         await self.given.wait()
+
+    def revise(self, demand: ComputeDemand) -> None:
+        self.revised.append(demand)
 
     def release(self, num_steps: int) -> None:
         self.calls.append("release")
@@ -207,11 +222,34 @@ async def test_a_job_that_is_cancelled_while_the_engine_waits_for_the_grant_is_n
     await engine.stop()
 
 
+async def test_a_worker_that_waits_for_the_grant_says_when_something_more_urgent_has_come() -> None:
+    runner, grant = GatedRunner(), CountingGrant()
+    runner.open()
+    engine = await started(runner, grant)
+    engine.submit(job(5))
+    await grant.called("acquire")
+    engine.submit(job(7))
+    assert grant.revised == [], "it is younger"
+    urgent = job(3)
+    urgent.sequence.scheduling = SchedulingState(-1, 3.0)
+    engine.submit(urgent)
+    assert grant.revised == [ComputeDemand(-1, 3.0)]
+    engine.resume(5)
+    assert len(grant.revised) == 1
+    for job_id in (3, 5, 7):
+        await engine.cancel(job_id)
+    engine.sequence_changed(5)
+    assert len(grant.revised) == 1, "nothing is left to compute"
+    await engine.stop()
+
+
 async def test_each_step_is_observed_with_its_duration() -> None:
     clock = ManualClock()
 
     class SlowRunner:
         max_steps = 1
+
+        def unload(self, drop_weights: bool) -> None: ...
 
         def load(self) -> None: ...
 
@@ -299,6 +337,18 @@ async def test_an_engine_whose_loop_fails_is_dead_and_all_its_jobs_fail(caplog: 
     assert "the engine loop failed" in caplog.text
 
 
+async def test_an_engine_that_is_stopped_under_the_grant_returns_it_after_its_step() -> None:
+    grant, runner = CountingGrant(), GatedRunner(sim_runner())
+    grant.given.set()
+    engine = await started(runner, grant)
+    engine.submit(job())
+    await runner.begun(1)
+    assert grant.calls[-1] == "acquire"
+    runner.let()
+    await engine.stop()
+    assert grant.calls[-1] == "drop", "the process may take a while to exit"
+
+
 async def test_an_engine_whose_device_is_lost_is_dead_and_its_jobs_continue_in_another_worker(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -366,6 +416,8 @@ async def test_an_engine_that_was_never_started_can_be_stopped() -> None:
 
 async def test_a_model_that_cannot_be_loaded_fails_the_start() -> None:
     class BadRunner(FailingRunner):
+        def unload(self, drop_weights: bool) -> None: ...
+
         def load(self) -> None:
             raise ModelUnsupported("no such architecture")
 
@@ -379,6 +431,8 @@ async def test_the_runner_is_loaded_and_run_in_one_thread_of_the_engine() -> Non
     threads: set[str] = set()
 
     class NamingRunner(FailingRunner):
+        def unload(self, drop_weights: bool) -> None: ...
+
         def load(self) -> None:
             threads.add(threading.current_thread().name)
 

@@ -2,7 +2,8 @@ import re
 
 import pytest
 
-from muxmesh.config.schema import DEFAULT_MODEL, ModelConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import DEFAULT_MODEL
 from muxmesh.errors import ConfigError
 from muxmesh.models.catalog import CATALOG, CatalogModel, find_catalog_model
 

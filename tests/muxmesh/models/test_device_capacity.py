@@ -3,7 +3,9 @@ from typing import Any
 
 import pytest
 
-from muxmesh.config.schema import Location, MeshConfig, ModelConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import MeshConfig
+from muxmesh.config.section import Location
 from muxmesh.cuda.driver import DeviceInfo
 from muxmesh.models.device_capacity import MAX_LOGIT_ROWS, WORKER_RESERVE_BYTES, gpu_problems, worker_bytes
 from muxmesh.models.model_spec import SIM_SPEC, ModelSpec

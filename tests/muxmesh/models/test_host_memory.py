@@ -9,6 +9,7 @@ from muxmesh.models.host_memory import (
     KVSTORE_BYTES,
     ROUTER_BYTES,
     SIM_WORKER_BYTES,
+    SLEEPING_WORKER_BYTES,
     TOKENIZER_BYTES,
     WORKER_BYTES,
     kvstore_problem,
@@ -98,6 +99,15 @@ def test_all_processes_of_a_mesh_have_to_fit_into_one_container() -> None:
         "kv_pool and kv_swap are together 512.0MiB, the weights 100.0MiB, and the processes need 1.3GiB besides; "
         f"{LIMIT_TEXT} 1.9GiB"
     )
+
+
+def test_of_models_that_sleep_only_the_processes_count() -> None:
+    models = [{"name": name} for name in "abc"]
+    config = mesh({"kv_pool": "64MiB", "models": models, "max_awake_models": 1})
+    enough = 64 * MIB + KVSTORE_BYTES + ROUTER_BYTES + 3 * TOKENIZER_BYTES
+    enough += 2 * WORKER_BYTES + 4 * SLEEPING_WORKER_BYTES
+    assert list(mesh_problems(config, {}, MemoryLimit(enough, FILE))) == []
+    assert list(mesh_problems(config, {}, MemoryLimit(enough - MIB, FILE)))
 
 
 def test_without_a_limit_of_a_cgroup_no_process_is_refused() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from muxmesh.block_hashes import KvIdentity
+from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.runtime import PreparedModel
-from muxmesh.config.schema import Location, MeshConfig, ModelConfig, UnitConfig
+from muxmesh.config.schema import MeshConfig, UnitConfig
+from muxmesh.config.section import Location
 from muxmesh.errors import ConfigError, ModelUnsupported
 from muxmesh.machine_limits import MemoryLimit, size_text
 from muxmesh.models.catalog import CATALOG

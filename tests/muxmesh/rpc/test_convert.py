@@ -23,6 +23,7 @@ from muxmesh.types import (
     QueuedRequest,
     Sampling,
     SchedulingState,
+    SloTargets,
     Stopping,
     TokenLogprobs,
 )
@@ -66,6 +67,7 @@ REQUESTS = st.builds(
     cache_salt=st.text(max_size=9),
     bypass_prefix_cache=st.booleans(),
     kv_swap_format=st.sampled_from([None, "raw", "int8"]),
+    slo=st.none() | st.builds(SloTargets, st.none() | FLOAT, st.none() | FLOAT, FLOAT),
 )
 REFS = st.builds(LeaseRef, st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
 LEASES = st.builds(Lease, REFS, st.text(max_size=5), IDS, TOKEN, IDS)
@@ -122,6 +124,7 @@ def test_a_finish_survives_the_round_trip(reason: FinishReason, token_id: int) -
         (Stopping, request_pb2.Stopping, {}),
         (SchedulingState, request_pb2.SchedulingState, {"arrived_at_s": "arrived_at_unix_s"}),
         (LengthPrediction, request_pb2.LengthPrediction, {}),
+        (SloTargets, request_pb2.SloTargets, {}),
         (Finish, request_pb2.Finish, {}),
         (LeaseRef, request_pb2.LeaseRef, {}),
         (Lease, kvstore_pb2.Lease, {}),

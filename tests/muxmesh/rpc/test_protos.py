@@ -8,10 +8,13 @@ import pytest
 from google.protobuf.descriptor import ServiceDescriptor
 
 from decode_svc.service import DecodeService
+from kvstore.model_service import ModelService
 from kvstore.service import KvStoreService
-from muxmesh.internal.v1 import decode_pb2, kvstore_pb2, prefill_pb2
+from muxmesh.internal.v1 import admin_pb2, decode_pb2, kvstore_pb2, prefill_pb2
+from muxmesh.supervisor.admin_service import SupervisorAdminService
 from muxmesh.v1 import inference_pb2, mesh_pb2
 from prefill_svc.service import PrefillService
+from router.admin_service import RouterAdminService
 from router.api.inference_service import InferenceService
 from router.api.mesh_service import MeshService
 
@@ -22,6 +25,9 @@ SERVED = {
     prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"]: PrefillService,
     decode_pb2.DESCRIPTOR.services_by_name["DecodeService"]: DecodeService,
     kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"]: KvStoreService,
+    kvstore_pb2.DESCRIPTOR.services_by_name["UnitModelService"]: ModelService,
+    admin_pb2.DESCRIPTOR.services_by_name["RouterAdminService"]: RouterAdminService,
+    admin_pb2.DESCRIPTOR.services_by_name["SupervisorAdminService"]: SupervisorAdminService,
 }
 
 

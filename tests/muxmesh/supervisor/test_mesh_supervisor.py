@@ -438,6 +438,16 @@ async def test_a_deleted_folder_of_sockets_is_there_again_before_a_restart(
     assert not folder.exists()
 
 
+async def test_a_runtime_file_that_cannot_be_written_changes_nothing(state_dir: Path) -> None:
+    supervisor = Mesh(state_dir).supervisor
+    before = supervisor.runtime
+    shutil.rmtree(before.run_dir)
+    with pytest.raises(Unavailable, match=f"{before.path} cannot be written: No such file"):
+        supervisor.set_runtime(before.model_copy(update={"cache_dir": state_dir}))
+    assert supervisor.runtime is before
+    await supervisor.stop()
+
+
 async def test_logs_are_kept_by_process(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervised_process, "FIRST_BACKOFF_S", 0.01)
     mesh = Mesh(state_dir)

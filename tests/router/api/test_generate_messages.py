@@ -238,7 +238,7 @@ DELTA = OutputDelta(
     scheduling=SchedulingReport(
         "srtf", "because", 10.5, 20.5, "hint", 0.25, 0.5, 0.75, 6, 5, Waits(1.5, 2.5, 3.5, 4.5, 5.5)
     ),
-    timings=TimingsReport(0.125, 0.25, 0.5, 3, 0.0625),
+    timings=TimingsReport(0.125, 0.25, 0.5, 3, 0.0625, met_slo=True),
 )
 TEXTS = {3: TokenText(" é", " é".encode()), 4: TokenText("\ufffd", b"\xc3"), 40: TokenText("p", b"p")}
 EVERYTHING = OutputOptions(text=True, token_ids=True, prompt_token_ids=True, prompt_logprobs=True)
@@ -288,7 +288,14 @@ def test_every_part_of_a_delta_is_in_its_message() -> None:
             "num_overtaken": 5,
             "waited_for": {"slot_s": 1.5, "kv_s": 2.5, "order_s": 3.5, "worker_s": 4.5, "device_s": 5.5},
         },
-        timings={"queue_s": 0.125, "ttft_s": 0.25, "e2e_s": 0.5, "num_restarts": 3, "router_s": 0.0625},
+        timings={
+            "queue_s": 0.125,
+            "ttft_s": 0.25,
+            "e2e_s": 0.5,
+            "num_restarts": 3,
+            "router_s": 0.0625,
+            "met_slo": True,
+        },
     )
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from muxmesh import __version__
 from muxmesh.clock import ManualClock
+from muxmesh.config.slo_config import SloConfig
 from muxmesh.engine.api import Tokens
 from muxmesh.errors import InternalError, Overloaded, Unavailable
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
@@ -23,6 +24,7 @@ from muxmesh.models.sampling_defaults import SamplingDefaults
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.scheduling_policy import FCFS
+from muxmesh.slo import Verdict
 from muxmesh.types import EngineRequest
 from muxmesh.v1 import mesh_pb2, mesh_pb2_grpc
 from router.api.mesh_service import MeshService
@@ -44,6 +46,7 @@ from tests.support.pipeline_parts import (
 SERVICE = mesh_pb2.DESCRIPTOR.services_by_name["Mesh"]
 NO_REDIS = "unix:///nowhere/redis.sock"
 TOP_K = SamplingDefaults(top_k=20)
+SLO = SloConfig(ttft_s=0.5)
 
 
 @dataclass
@@ -62,7 +65,7 @@ async def service(
 ) -> AsyncIterator[Setup]:
     kvstore, models = (
         FakeKvStore(),
-        (served_model(), served_model("n", engine="sim", max_model_len=50, defaults=TOP_K)),
+        (served_model(), served_model("n", engine="sim", max_model_len=50, defaults=TOP_K, slo=SLO)),
     )
     async with (
         serving(tmp_path / ("kv.sock" if has_kvstore else "another.sock"), kvstore.services),
@@ -70,7 +73,9 @@ async def service(
         pipeline_parts(script or writes("x"), *models, kvstore=kvstore_pb2_grpc.KvStoreServiceStub(unit)) as parts,
     ):
         registry = ProcessRegistry(redis_url, "mesh", ManualClock(1000.0))
-        served = MeshService(parts.models, parts.units, parts.pipeline, parts.forecaster, registry, FCFS)
+        served = MeshService(
+            parts.models, parts.units, parts.pipeline, parts.forecaster, registry, FCFS, parts.metrics, parts.clock
+        )
         add = functools.partial(mesh_pb2_grpc.add_MeshServicer_to_server, served)
         async with serving(tmp_path / "r.sock", {SERVICE: add}) as address, internal_channel(address) as channel:
             yield Setup(parts, kvstore, mesh_pb2_grpc.MeshStub(channel))
@@ -96,6 +101,7 @@ async def test_model_info_has_what_a_client_needs_to_know_of_a_model(tmp_path: P
         kv_bytes_per_token=2 * 2 * 1 * 32 * 4,  # K and V, layers, heads, head size, bytes
         dtype="float32",
         sampling_defaults=mesh_pb2.SamplingDefaults(top_k=20),
+        slo=mesh_pb2.Slo(ttft_s=0.5),
     )
 
 
@@ -192,7 +198,20 @@ async def test_requests_are_counted_as_waiting_or_running_and_then_as_finished_o
         first, other = (await setup.status()).models
     assert counts(first) == (0, 0, 1, 1, 10, 7)
     assert counts(other) == (0, 0, 0, 0, 0, 0)
+    assert not first.HasField("slo")
+    assert other.slo == mesh_pb2.SloStatus(total=mesh_pb2.SloTally(), recent=mesh_pb2.SloTally(), window_s=60)
     assert not first.HasField("prediction_tau") and first.predictions_used
+
+
+async def test_the_requests_that_met_their_slo_are_counted_since_the_start_and_recently(tmp_path: Path) -> None:
+    async with service(tmp_path) as setup:
+        counted, clock = setup.parts.metrics.of("n").slo, setup.parts.clock
+        counted.add(Verdict(ttft=True, tpot=False, e2el=True), clock.monotonic_s())
+        clock.advance(90.0)
+        counted.add(Verdict(ttft=True, tpot=True, e2el=True), clock.monotonic_s())
+        slo = (await setup.status()).models[1].slo
+    assert slo.total == mesh_pb2.SloTally(num_requests=2, num_met=1, num_ttft_met=2, num_tpot_met=1, num_e2el_met=2)
+    assert slo.recent == mesh_pb2.SloTally(num_requests=1, num_met=1, num_ttft_met=1, num_tpot_met=1, num_e2el_met=1)
 
 
 def counts(status: mesh_pb2.RouterModelStatus) -> tuple[int, ...]:

@@ -164,6 +164,7 @@ class Daemon:
             if str(client) == numbers[1] and connection.fileno() != -1:
                 with contextlib.suppress(OSError):
                     connection.sendall(b"terminated\n")
+                    self.log.write(f"TERMINATED {client}\n")
                 return recorded("terminate", f"terminate_client {SERVER} {CLIENT}")
         answer = recorded("with_clients", f"terminate_client {SERVER} {UNKNOWN_CLIENT}")
         return answer.replace(UNKNOWN_CLIENT, numbers[1])

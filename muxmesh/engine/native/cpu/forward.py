@@ -183,6 +183,11 @@ class CpuForward:
         self._tile_rows = max(1, attention.QUERIES_PER_TILE // self._group)
         self._counters = new_counters(_PHASES_PER_LAYER * spec.num_layers + 3)
         self._most_rows = 0
+        self._activations: list[np.ndarray] = []
+
+    def rest(self) -> None:
+        self._team.rest()
+        self._most_rows, self._activations = 0, []
 
     def logits(self, layout: StepLayout) -> np.ndarray:
         batch = self._batch(layout)

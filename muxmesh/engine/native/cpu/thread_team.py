@@ -65,12 +65,23 @@ class Team:
     """A fixed team: the caller of `run` and ``num_threads - 1`` threads of its own."""
 
     def __init__(self, num_threads: int) -> None:
+        """Raises ValueError if ``num_threads`` is below 1."""
+        if num_threads < 1:
+            raise ValueError(f"num_threads is {num_threads}; a team has at least 1 thread")
         self._others = num_threads - 1
-        self._pool = ThreadPoolExecutor(self._others, thread_name_prefix="team") if self._others else None
+        self._pool: ThreadPoolExecutor | None = None
 
     def run(self, function: Callable[[], None]) -> None:
         """Runs ``function`` once in every thread of the team; returns when all are done. One call at a time."""
+        if self._pool is None and self._others:
+            self._pool = ThreadPoolExecutor(self._others, thread_name_prefix="team")
         futures = [self._pool.submit(function) for _ in range(self._others)] if self._pool else []
         function()
         for future in futures:
             future.result()
+
+    def rest(self) -> None:
+        """Ends the threads of its own, until `run` is called again."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None

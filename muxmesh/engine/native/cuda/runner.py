@@ -79,9 +79,17 @@ class CudaRunner:
         self._clock = clock
         self._use_graphs = use_graphs
         self._buckets = decode_buckets(limits.max_num_seqs)
+        self._is_loaded = False
+
+    def unload(self, drop_weights: bool) -> None:
+        """Frees nothing: the weights and the memory of the graphs are on the device, where the unit counts them."""
 
     def load(self) -> None:
-        """Allocates, compiles the kernels and captures the graphs. Raises DeviceError, see `device_errors`."""
+        """Allocates, compiles the kernels and captures the graphs, at the first call. Raises DeviceError, see
+        `device_errors`.
+        """
+        if self._is_loaded:
+            return
         started_at_s = self._clock.monotonic_s()
         with torch.inference_mode(), self._device.compute(), device_errors("loading the model"):
             weights = self._open_weights()
@@ -89,6 +97,7 @@ class CudaRunner:
             self._graphs.prepare(self._buckets)
             self._warm_up()  # after the graphs: a capture frees the memory that is reserved and unused
             self._device.record().wait()
+        self._is_loaded = True
         _log.info(
             "ready after %.1f s: %d batch sizes of decode %s graphs; device memory: %.0f MiB of weights and %.0f MiB "
             "of pool are shared, %.0f MiB are this worker's own beside CUDA's context",

@@ -26,6 +26,8 @@ class SuccessorForward:
     def __init__(self) -> None:
         self.layouts: list[StepLayout] = []
 
+    def rest(self) -> None: ...
+
     def logits(self, layout: StepLayout) -> np.ndarray:
         self.layouts.append(layout)
         return successor_logits(layout.token_ids[layout.logit_rows])
@@ -132,6 +134,8 @@ class ChosenForward:
 
     def __init__(self, *rows: list[float]) -> None:
         self._rows = np.array(rows, dtype=np.float32)
+
+    def rest(self) -> None: ...
 
     def logits(self, layout: StepLayout) -> np.ndarray:
         return self._rows[: len(layout.logit_rows)]

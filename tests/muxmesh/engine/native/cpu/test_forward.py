@@ -46,6 +46,7 @@ class Case:
 
 
 def logits_of(runner: LogitsRunner, step: Step) -> np.ndarray:
+    assert runner._forward is not None
     return runner._forward.logits(lay_out(step, runner._view))
 
 

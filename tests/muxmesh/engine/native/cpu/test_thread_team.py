@@ -110,5 +110,5 @@ def test_an_error_in_a_thread_of_the_team_reaches_the_caller() -> None:
 
 
 def test_a_team_needs_a_thread() -> None:
-    with pytest.raises(ValueError, match="max_workers"):
+    with pytest.raises(ValueError, match="num_threads is 0; a team has at least 1 thread"):
         Team(0)
