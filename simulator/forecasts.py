@@ -13,8 +13,6 @@ from muxmesh.predictor.checked_predictor import CheckedPrediction, CheckedPredic
 from muxmesh.predictor.length_predictor import fit_now
 from muxmesh.types import Z90, LengthPrediction
 
-"""The 0.9 quantile of the standard normal distribution."""
-
 
 @dataclass(frozen=True, slots=True)
 class ForecastInput:

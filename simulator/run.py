@@ -14,7 +14,8 @@ from zlib import crc32
 from loadtest.record import Record, Run
 from loadtest.spec import Spec
 from loadtest.workload import Body, Sketch, sketch
-from muxmesh.config.schema import MeshConfig, ModelConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import ConfigError, InvalidRequest, Overloaded
 from muxmesh.models.model_spec import ModelSpec
 from muxmesh.quoting import named
@@ -27,8 +28,11 @@ from router.request_validation import check_overload, check_prompt_length, resol
 from router.served_models import ModelLimits
 from router.unit_choice import unit_load
 from simulator.forecasts import ForecastInput, Forecasts
-from simulator.simulated_unit import Decision, SimulatedRequest, SimulatedUnit
+from simulator.simulated_request import SimulatedRequest
+from simulator.simulated_unit import Decision, SimulatedUnit
+from simulator.step_times import Slowdown, StepTimes, no_slowdown
 from simulator.timeline import NO_DELAYS, Delays, Timeline
+from simulator.unit_use import UnitUse
 
 _BYTES_PER_TOKEN = 4
 """Of a text whose tokens were not counted."""
@@ -40,10 +44,17 @@ class SimulationResult:
 
     run: Run
     num_events: int
-    num_requeued: int
-    """Pre-emptions: sequences whose KV was freed and computed again."""
-    busy_s: Mapping[str, float]
-    """Unit → seconds in which its device computed."""
+    units: Mapping[str, UnitUse]
+
+    @property
+    def num_requeued(self) -> int:
+        """Pre-empted sequences whose KV was freed and computed again."""
+        return sum(unit.num_requeued for unit in self.units.values())
+
+    @property
+    def busy_s(self) -> dict[str, float]:
+        """Unit → seconds in which its device computed."""
+        return {name: unit.busy_s for name, unit in self.units.items()}
 
 
 def requests_of(spec: Spec) -> list[Sketch]:
@@ -69,24 +80,33 @@ def simulate(
     policy: PolicyName | None = None,
     on_decision: Callable[[Decision], None] | None = None,
     delays: Delays = NO_DELAYS,
+    slowdown: Slowdown = no_slowdown,
+    times: Mapping[tuple[str, str], StepTimes] | None = None,
 ) -> SimulationResult:
     """Simulates from the first arrival to the last end.
 
     ``specs`` has one entry for each model of ``config``. ``policy`` None: the configured one. ``on_decision`` is called
-    at each admission. Raises ConfigError for a request for a model that ``config`` does not serve.
+    at each admission. ``slowdown``: of the workers of a device beside each other. ``times``: (unit, model) → step
+    times; a model without an entry has those of the sim engine. Raises ConfigError for a request for a model that
+    ``config`` does not serve.
     """
     order = config.order.scheduling_policy()
     order = order if policy is None else replace(order, name=policy)
     timeline = Timeline()
-    units = {unit.name: SimulatedUnit(timeline, unit, specs, order, on_decision, delays) for unit in config.units}
+    units = {
+        unit.name: SimulatedUnit(
+            timeline, unit, specs, order, on_decision, delays, slowdown,
+            {model: found for (name, model), found in (times or {}).items() if name == unit.name},
+        )
+        for unit in config.units
+    }  # fmt: skip
     router = _Router(timeline, config, units, specs, forecasts)
     records = [Record(one.index, one.at_s, one.model, one.tenant, one.priority) for one in sketches]
     router.schedule_arrivals(sketches, records)
     timeline.run()
     ended_s = max((record.ended_s or 0.0 for record in records), default=0.0)
-    requeued = sum(unit.num_requeued for unit in units.values())
-    busy_s = {name: unit.busy_s for name, unit in units.items()}
-    return SimulationResult(Run(records, ended_s, token_times=False), timeline.num_events, requeued, busy_s)
+    use = {name: unit.use for name, unit in units.items()}
+    return SimulationResult(Run(records, ended_s, token_times=False), timeline.num_events, use)
 
 
 class _Router:
@@ -113,6 +133,13 @@ class _Router:
         }
         self._default = next(iter(self._placements))
 
+    def _waiting(self) -> dict[str, int]:
+        """Queued requests of each model."""
+        return {
+            name: sum(self._units[unit.name].num_queued(name) for unit, _ in placed)
+            for name, placed in self._placements.items()
+        }
+
     def schedule_arrivals(self, sketches: Sequence[Sketch], records: Sequence[Record]) -> None:
         """Schedules all arrivals; only the next one is on the timeline. Raises ConfigError, see `simulate`."""
         served = ", ".join(self._placements)
@@ -137,11 +164,10 @@ class _Router:
         record.sent_s = self._timeline.now_s
         name = request.model or self._default
         num_prompt, num_output = _num_prompt(request.body), true_length(request)
-        num_waiting = sum(unit.num_waiting for unit in self._units.values())
         try:
             check_prompt_length("prompt", num_prompt, self._limits[name])
             stopping = resolve_stopping(StoppingOptions(request.max_new_tokens), self._limits[name], num_prompt)
-            check_overload(num_waiting, 1, self._max_waiting)
+            check_overload(self._waiting(), name, 1, self._max_waiting)
         except (InvalidRequest, Overloaded) as error:
             record.status, record.error = status_code(error).name, str(error)
             record.ended_s = self._timeline.now_s
@@ -169,6 +195,7 @@ class _Router:
                 prediction=known.prediction,
                 record=record,
                 on_end=on_end,
+                slo=unit.slo_targets(name, num_prompt),
                 hashes=_block_hashes(request.body, num_prompt, model),
             )
         )

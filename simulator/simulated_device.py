@@ -1,293 +1,317 @@
-"""The workers of one unit, and the device on which they compute, in virtual time.
+"""The device of one unit in virtual time: which workers compute, and how fast.
 
-The code of the mesh decides what they compute: the arbiter (`kvstore.arbiter`) and the engine's division of a step's
-token budget (`muxmesh.engine.scheduler.divide_token_budget`). Steps only take time. Consecutive decode steps in which
-nothing changes except the number of tokens are one run of steps, whose time is computed in closed form. This module
-knows no requests, no leases and no KV blocks.
+The mesh's own arbiter (`kvstore.arbiter.Arbiter`) decides who computes. A worker with a grant computes one run of steps
+after the other until its grant is recalled or it has no work. A run has an amount of work: the seconds that it takes
+while no other worker computes. Its speed depends on who else computes (`simulator.step_times.Slowdown`), so whenever
+that changes, the ends of all runs are computed again.
+
+    state of a worker    grant    run    next
+    idle                 -        -      waits, once it has work (`Device.wake`)
+    waits                -        -      computes, once the arbiter grants it the device
+    computes             yes      yes    at the end of the run: idle without work, waits if recalled, else computes
+
+A recall, and a change of the worker's own work, end a run with its current step. This module knows no requests, no
+leases and no KV blocks.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
-from kvstore.arbiter import STEPS_PER_GRANT, ArbiterPolicy, Demand, decide, one_at_a_time
-from muxmesh.engine.scheduler import divide_token_budget
-from muxmesh.scheduling_policy import SchedulingPolicy
-from muxmesh.step_cost import CostFit, StepCost, StepShape, context_of
-from muxmesh.types import Role, SchedulingState
+from kvstore.arbiter import STEPS_PER_GRANT, Arbiter, Demand
+from muxmesh.engine.api import ComputeDemand
+from simulator.simulated_workers import Worker
+from simulator.step_times import Slowdown, no_slowdown
 from simulator.timeline import NO_DELAYS, Delays, Timeline
 
-_OBSERVE_EVERY = 16
-"""Of this many runs of steps, the cost fit observes one. A real worker observes each step; the fits hardly differ."""
-
-
-class Worker(Protocol):
-    """A prefill or a decode worker. For each run of steps, the device calls `plan`, `duration_s` and `apply`."""
-
-    role: Role
-    fit: CostFit
-
-    def has_work(self) -> bool:
-        """True if there is something to compute."""
-
-    def plan(self, now_s: float) -> None:
-        """Plans the next step."""
-
-    def max_steps(self) -> int:
-        """Steps from the planned one on until something other than the number of tokens changes; at least 1."""
-
-    def duration_s(self, num_steps: int) -> float:
-        """Seconds of the planned step and those after it, ``num_steps`` in all."""
-
-    def apply(self, num_steps: int) -> None:
-        """Ends the run after ``num_steps`` steps. Calls back the jobs that end or need attention then."""
+_NO_NEEDS = ComputeDemand()
+_EPSILON_S = 1e-12
+"""A step that ends this long after now has ended."""
 
 
 @dataclass(slots=True)
-class PrefillJob:
-    """A prompt to compute. ``done`` is called when it is computed and its first token sampled."""
+class _Slot:
+    """One worker, its grant and its run of steps.
 
-    scheduling: SchedulingState
-    num_computed_tokens: int
-    num_uncomputed_tokens: int
-    done: Callable[[], None]
-
-
-class PrefillWorker:
-    """Computes prompts in single steps, divided as by the engine's scheduler."""
-
-    role = Role.PREFILL
-
-    def __init__(self, cost: StepCost, policy: SchedulingPolicy, token_budget: int, max_num_seqs: int) -> None:
-        self.fit = CostFit()
-        self._cost = cost
-        self._policy = policy
-        self._token_budget = token_budget
-        self._max_num_seqs = max_num_seqs
-        self._jobs: list[PrefillJob] = []
-        self._planned: list[tuple[PrefillJob, int]] = []
-        self._shape = StepShape(0, 0, 0)
-
-    def add(self, job: PrefillJob) -> None:
-        self._jobs.append(job)
-
-    def has_work(self) -> bool:
-        return bool(self._jobs)
-
-    def max_steps(self) -> int:
-        return 1
-
-    def plan(self, now_s: float) -> None:
-        self._planned = divide_token_budget(self._jobs, self._policy, now_s, self._max_num_seqs, self._token_budget)
-        context = sum(context_of(job.num_computed_tokens, count) for job, count in self._planned)
-        self._shape = StepShape(sum(count for _, count in self._planned), context, len(self._planned))
-
-    def duration_s(self, num_steps: int) -> float:
-        return self._cost.step_s(self._shape.num_tokens, self._shape.num_context)
-
-    def apply(self, num_steps: int) -> None:
-        self.fit.observe(self._shape, self.duration_s(1))
-        for job, count in self._planned:
-            job.num_computed_tokens += count
-            job.num_uncomputed_tokens -= count
-        finished = [job for job, _ in self._planned if job.num_uncomputed_tokens == 0]
-        self._jobs = [job for job in self._jobs if job.num_uncomputed_tokens]
-        for job in finished:
-            job.done()
-
-
-@dataclass(slots=True)
-class DecodeJob:
-    """A sequence after its first token, with ``num_context`` computed tokens and ``num_left`` tokens to sample."""
-
-    num_context: int
-    num_left: int
-    done: Callable[[], None]
-    """Called when the last token is sampled."""
-    next_check: Callable[[], int | None]
-    """Returns after how many more tokens the sequence needs attention; None: never."""
-    check: Callable[[], None]
-    """Called then. May remove the job."""
-    joined_at: int = -1
-    """The worker's step before the first one that includes the job; -1 before that step is planned."""
-    is_removed: bool = False
-
-
-class DecodeWorker:
-    """Samples one token of every sequence in each step.
-
-    Invariant: ``_num_jobs`` and ``_context`` are the number and the context of the sequences that are in the steps.
+    Invariant: a worker that computes has a grant. ``done_s`` is the work of the run that was done at ``updated_at_s``;
+    since then a second of it takes ``slowdown`` seconds.
     """
 
-    role = Role.DECODE
+    number: int
+    worker: Worker
+    demand: Demand
+    """As the worker wrote it when it began to wait or started its last run."""
+    needs: ComputeDemand = _NO_NEEDS
+    """What it wrote then."""
+    needs_at_s: float = 0.0
+    waits: bool = False
+    has_grant: bool = False
+    is_recalled: bool = False
+    is_used: bool = False
+    """At least one step was computed under the grant."""
+    granted_at_s: float = 0.0
+    computes: bool = False
+    num_steps: int = 0
+    turn_s: float = 0.0
+    """Of the run; see `Delays`."""
+    started_at_s: float = 0.0
+    work_s: float = 0.0
+    done_s: float = 0.0
+    updated_at_s: float = 0.0
+    slowdown: float = 1.0
+    ends_at_s: float = 0.0
 
-    def __init__(self, cost: StepCost) -> None:
-        self.fit = CostFit()
-        self._cost = cost
-        self._num_steps = 0
-        self._num_runs = 0
-        self._num_jobs = 0
-        self._context = 0
-        self._added: list[DecodeJob] = []
-        """Sequences that the next plan includes."""
-        self._stops: list[tuple[int, int, bool, DecodeJob]] = []
-        """A heap of (step, order of insertion, is the end, job): ends and checks of the jobs."""
-        self._num_stops = 0
+    def read_demand(self, now_s: float) -> None:
+        """Reads what the worker's sequences need, as a worker writes it to the grant page for each run of steps."""
+        self._set_needs(self.worker.demand(now_s), now_s)
 
-    def add(self, job: DecodeJob) -> None:
-        """Includes a sequence from the next plan on."""
-        self._added.append(job)
+    def revise_demand(self, now_s: float) -> bool:
+        """As a worker that waits and gets a sequence: writes what they need now if that is more urgent. True if so."""
+        needs = self.worker.demand(now_s)
+        if not needs.is_more_urgent_than(self.needs, now_s - self.needs_at_s):
+            return False
+        self._set_needs(needs, now_s)
+        return True
 
-    def num_tokens(self, job: DecodeJob) -> int:
-        """Tokens that the job has sampled here."""
-        return self._num_steps - job.joined_at
+    def _set_needs(self, needs: ComputeDemand, now_s: float) -> None:
+        old = self.demand
+        if needs.slack_s == math.inf == old.due_at_s and (needs.priority, needs.arrived_at_s) == (
+            old.priority, old.arrived_at_s
+        ):  # fmt: skip
+            return
+        self.needs, self.needs_at_s = needs, now_s
+        self.demand = Demand(
+            old.slot, old.role, old.model, old.share, needs.priority, now_s + needs.slack_s, now_s + needs.lost_s,
+            needs.arrived_at_s,
+        )  # fmt: skip
 
-    def schedule_check(self, job: DecodeJob) -> None:
-        """Schedules the job's next check, if it has one."""
-        if (after := job.next_check()) is not None:
-            self._push(self._num_steps + max(1, after), False, job)
+    def done_at(self, now_s: float) -> float:
+        """Seconds of the run's work that are done at ``now_s``."""
+        return self.done_s + (now_s - self.updated_at_s) / self.slowdown
 
-    def check_soon(self, job: DecodeJob) -> None:
-        """Schedules a check of the job at the end of the current step, or of the next one if none runs."""
-        self._push(self._num_steps + 1, False, job)
+    def mean_slowdown(self, now_s: float) -> float:
+        """The time that the run took until ``now_s``, relative to its work."""
+        return round((now_s - self.started_at_s) / self.work_s, 9) if self.work_s else 1.0  # exactly 1 without any
 
-    def remove(self, job: DecodeJob) -> None:
-        """Removes a job that is in the steps. Its ``done`` is not called."""
-        job.is_removed = True
-        self._num_jobs -= 1
-        self._context -= job.num_context + self.num_tokens(job)
+    def advance(self, now_s: float, slowdown: float) -> None:
+        """From ``now_s`` on, the run has another speed or another amount of work."""
+        self.done_s = self.done_at(now_s)
+        self.updated_at_s, self.slowdown = now_s, slowdown
+        self.ends_at_s = now_s + max(0.0, self.work_s - self.done_s) * slowdown
 
-    def has_work(self) -> bool:
-        return bool(self._num_jobs or self._added)
 
-    def max_steps(self) -> int:
-        self._pop_removed()
-        return self._stops[0][0] - self._num_steps
+@dataclass(slots=True)
+class DeviceUse:
+    """What the device was used for, in seconds.
 
-    def plan(self, now_s: float) -> None:
-        for job in self._added:
-            job.joined_at = self._num_steps
-            self._num_jobs += 1
-            self._context += job.num_context
-            self._push(self._num_steps + job.num_left, True, job)
-            self.schedule_check(job)
-        self._added.clear()
+    ``busy_s``: at least one worker computed. ``share_s``: the sum of the shares of the computing workers, over time.
+    ``peak_share``: the largest sum of them. ``granted_s`` and ``num_grants``: by slot.
+    """
 
-    def duration_s(self, num_steps: int) -> float:
-        """See `Worker`. Each step attends to one more token of each sequence than the step before."""
-        growing = self._cost.per_context_s * self._num_jobs * num_steps * (num_steps - 1) / 2
-        return num_steps * self._cost.step_s(self._num_jobs, self._context) + growing
-
-    def apply(self, num_steps: int) -> None:
-        self._num_runs += 1
-        if self._num_runs % _OBSERVE_EVERY == 1:
-            self.fit.observe(StepShape(self._num_jobs, self._context, self._num_jobs), self.duration_s(1))
-        self._num_steps += num_steps
-        self._context += num_steps * self._num_jobs
-        self._pop_removed()
-        while self._stops and self._stops[0][0] <= self._num_steps:
-            _, _, is_end, job = heapq.heappop(self._stops)
-            if is_end:
-                self.remove(job)
-                job.done()
-            else:
-                job.check()
-            self._pop_removed()
-
-    def _push(self, step: int, is_end: bool, job: DecodeJob) -> None:
-        self._num_stops += 1
-        heapq.heappush(self._stops, (step, self._num_stops, is_end, job))
-
-    def _pop_removed(self) -> None:
-        while self._stops and self._stops[0][3].is_removed:
-            heapq.heappop(self._stops)
+    busy_s: float = 0.0
+    share_s: float = 0.0
+    peak_share: float = 0.0
+    granted_s: list[float] = field(default_factory=list)
+    num_grants: list[int] = field(default_factory=list)
 
 
 class Device:
-    """Owns the grant of the device, and its runs of steps.
+    """Owns the grants of the device, and the runs of steps of the workers that have one.
 
-    `wake` has to be called after each change of the workers' work. The current run then ends with its current step.
+    `wake` has to be called after each change of a worker's work. Its run then ends with its current step.
+
+    Invariant: between two events, every slot with a grant computes, and every other one with work waits.
     """
 
     def __init__(
         self,
         timeline: Timeline,
         workers: Sequence[Worker],
+        arbiter: Arbiter,
         delays: Delays = NO_DELAYS,
-        policy: ArbiterPolicy = one_at_a_time,
+        slowdown: Slowdown = no_slowdown,
     ) -> None:
-        """``policy`` has to grant one worker at a time. The index of a worker is its slot."""
+        """The index of a worker is its slot."""
         self._timeline = timeline
         self._delays = delays
-        self._policy = policy
-        self._turn_s = 0.0
-        self._workers = workers
-        self._demands = [Demand(slot, worker.role, "") for slot, worker in enumerate(workers)]
-        self._last_slot = -1
-        self._computing: int | None = None
-        """The slot of the worker that computes, or ``_BETWEEN_STEPS``; None: the device is idle."""
-        self._started_at_s = 0.0
-        self._num_steps = 0
-        self._end_id = 0
-        self.busy_s = 0.0
+        self._arbiter = arbiter
+        self._slowdown = slowdown
+        self._slots = [
+            _Slot(number, worker, Demand(number, worker.role, worker.model, worker.share))
+            for number, worker in enumerate(workers)
+        ]
+        self._slot_of = {id(slot.worker): slot for slot in self._slots}
+        self._granted: list[_Slot] = []
+        """In the order of their slots."""
+        self._waiting: list[_Slot] = []
+        self._is_decided = True
+        """No grant has ended and no worker has begun to wait since the arbiter's last decision."""
+        self._last_granted = -1
+        self._shares = 0.0
+        """Of the slots with a grant."""
+        self._accounted_until_s = 0.0
+        self._is_settling = False
+        self._event_id = 0
+        self._event_at_s = -1.0
+        """When the next run ends; negative: no event is scheduled."""
+        self.use = DeviceUse(granted_s=[0.0] * len(workers), num_grants=[0] * len(workers))
 
-    def wake(self) -> None:
-        """Work was added or removed."""
-        if self._computing is None:
-            self._start()
-        elif self._computing != _BETWEEN_STEPS and self._num_steps > 1:
-            self._shorten(self._workers[self._computing])
+    def wake(self, worker: Worker) -> None:
+        """Work of ``worker`` was added or removed."""
+        slot = self._slot_of[id(worker)]
+        if slot.computes:
+            if slot.num_steps > 1:
+                self._end_with_current_step(slot)
+                if not self._is_settling:
+                    self._schedule_event()
+        elif not slot.has_grant and worker.has_work():
+            if not slot.waits:
+                self._begin_to_wait(slot)
+            elif slot.revise_demand(self._timeline.now_s):
+                self._is_decided = False
+            if not self._is_decided and not self._is_settling:
+                self._settle()
 
-    def _start(self) -> None:
-        demands = [demand for demand in self._demands if self._workers[demand.slot].has_work()]
-        granted, kept = decide(self._policy, demands, (), self._last_slot)
-        self._computing = next(iter(granted), None)
-        if self._computing is None:
+    def _settle(self) -> None:
+        """Decides who computes from now on, starts their runs, and schedules the next end of a run."""
+        self._is_settling = False
+        now_s = self._timeline.now_s
+        stopped = [slot for slot in self._granted if not slot.computes]
+        self._end_grants(stopped, now_s)
+        if not self._is_decided:
+            self._decide(now_s)
+            if self._end_grants(stopped, now_s):  # between two runs: they need not compute another step
+                self._decide(now_s)
+            self._update_speeds(now_s)
+        for slot in self._granted:
+            if not slot.computes:
+                self._start_run(slot, now_s)
+        self._schedule_event()
+
+    def _begin_to_wait(self, slot: _Slot) -> None:
+        slot.waits, self._is_decided = True, False
+        slot.read_demand(self._timeline.now_s)
+        self._waiting.append(slot)
+
+    def _end_grants(self, stopped: Sequence[_Slot], now_s: float) -> bool:
+        """Of slots that do not compute, ends the grants that are recalled and used, and those of workers without work.
+        True if there were any.
+        """
+        ended = [
+            slot
+            for slot in stopped
+            if slot.has_grant and ((slot.is_recalled and slot.is_used) or not slot.worker.has_work())
+        ]
+        if not ended:
+            return False
+        self._account(now_s)
+        for slot in ended:
+            self._granted.remove(slot)
+            slot.has_grant = slot.is_recalled = self._is_decided = False
+            self.use.granted_s[slot.number] += now_s - slot.granted_at_s
+            if slot.worker.has_work():
+                self._begin_to_wait(slot)
+        return True
+
+    def _decide(self, now_s: float) -> None:
+        """Lets the arbiter decide, and applies its decision. If no worker waits, there is nothing to decide."""
+        self._is_decided = True
+        if not self._waiting:
             return
-        worker = self._workers[self._computing]
-        self._turn_s = self._delays.turn_s if self._computing != self._last_slot else 0.0
-        self._last_slot = self._computing
-        worker.plan(self._timeline.now_s)
-        self._started_at_s = self._timeline.now_s
-        num_steps = worker.max_steps()
-        self._schedule_end(worker, num_steps if self._computing in kept else min(num_steps, STEPS_PER_GRANT))
+        self._account(now_s)
+        self._waiting.sort(key=_number)
+        decision = self._arbiter.decide(
+            [slot.demand for slot in self._waiting], [slot.demand for slot in self._granted], now_s
+        )
+        if decision.granted:
+            for slot in [slot for slot in self._waiting if slot.number in decision.granted]:
+                self._begin_grant(slot, now_s)
+            self._granted.sort(key=_number)
+        for slot in self._granted:
+            slot.is_recalled = slot.number not in decision.kept
+            if slot.is_recalled and slot.computes and slot.num_steps > STEPS_PER_GRANT:
+                self._end_with_current_step(slot)
 
-    def _schedule_end(self, worker: Worker, num_steps: int) -> None:
-        """The run takes ``num_steps`` steps. An end that was scheduled for it before has no effect."""
-        self._num_steps = num_steps
-        self._end_id += 1
-        end_id = self._end_id
-        ends_at_s = self._started_at_s + self._duration_s(worker, num_steps)
-        self._timeline.at(ends_at_s, lambda: self._end(worker, end_id))
+    def _begin_grant(self, slot: _Slot, now_s: float) -> None:
+        self._waiting.remove(slot)
+        self._granted.append(slot)
+        slot.waits, slot.has_grant, slot.is_used, slot.granted_at_s = False, True, False, now_s
+        slot.turn_s = self._delays.turn_s if slot.number != self._last_granted else 0.0
+        self._last_granted = slot.number
+        self.use.num_grants[slot.number] += 1
 
-    def _duration_s(self, worker: Worker, num_steps: int) -> float:
-        return self._turn_s + num_steps * self._delays.step_s + worker.duration_s(num_steps)
+    def _start_run(self, slot: _Slot, now_s: float) -> None:
+        slot.read_demand(now_s)
+        slot.worker.plan(now_s)
+        num_steps = slot.worker.max_steps()
+        slot.num_steps = min(num_steps, STEPS_PER_GRANT) if slot.is_recalled else num_steps
+        slot.computes = True
+        slot.started_at_s = slot.updated_at_s = now_s
+        slot.work_s, slot.done_s = self._work_s(slot, slot.num_steps), 0.0
+        slot.ends_at_s = now_s + slot.work_s * slot.slowdown
 
-    def _shorten(self, worker: Worker) -> None:
-        """Ends the run with its current step, which is found by bisection."""
-        passed_s = self._timeline.now_s - self._started_at_s
-        first, last = 1, self._num_steps
+    def _work_s(self, slot: _Slot, num_steps: int) -> float:
+        return slot.turn_s + num_steps * self._delays.step_s + slot.worker.duration_s(num_steps)
+
+    def _end_with_current_step(self, slot: _Slot) -> None:
+        """Shortens a run to its current step, which is found by bisection."""
+        now_s = self._timeline.now_s
+        done_s = slot.done_at(now_s) - _EPSILON_S
+        first, last = 1, slot.num_steps
         while first < last:
             middle = (first + last) // 2
-            if self._duration_s(worker, middle) >= passed_s - 1e-12:
+            if self._work_s(slot, middle) >= done_s:
                 last = middle
             else:
                 first = middle + 1
-        if first < self._num_steps:
-            self._schedule_end(worker, first)
+        if first < slot.num_steps:
+            slot.num_steps, slot.work_s = first, self._work_s(slot, first)
+            slot.advance(now_s, slot.slowdown)
 
-    def _end(self, worker: Worker, end_id: int) -> None:
-        if end_id != self._end_id:
+    def _update_speeds(self, now_s: float) -> None:
+        """Sets the speed of each worker beside those that compute now."""
+        self._shares = sum(slot.worker.share for slot in self._granted)
+        self.use.peak_share = max(self.use.peak_share, self._shares)
+        for slot in self._granted:
+            slowdown = self._slowdown(self._shares - slot.worker.share if len(self._granted) > 1 else 0.0)
+            if slowdown != slot.slowdown:
+                slot.advance(now_s, slowdown)
+
+    def _account(self, now_s: float) -> None:
+        """Adds the time since the last change of the grants to `use`."""
+        if self._granted:
+            self.use.busy_s += now_s - self._accounted_until_s
+            self.use.share_s += (now_s - self._accounted_until_s) * self._shares
+        self._accounted_until_s = now_s
+
+    def _schedule_event(self) -> None:
+        """Schedules the earliest end of a run. An event that was scheduled for another time has no effect."""
+        next_s = min([slot.ends_at_s for slot in self._granted], default=-1.0)
+        if next_s == self._event_at_s:
             return
-        self.busy_s += self._timeline.now_s - self._started_at_s
-        self._computing = _BETWEEN_STEPS
-        worker.apply(self._num_steps)
-        self._computing = None
-        self._start()
+        self._event_at_s = next_s
+        self._event_id += 1
+        if next_s >= 0:
+            self._timeline.at(next_s, partial(self._on_event, self._event_id))
+
+    def _on_event(self, event_id: int) -> None:
+        if event_id != self._event_id:
+            return
+        now_s = self._timeline.now_s
+        self._event_at_s = -1.0
+        self._is_settling = True
+        for slot in self._granted:
+            if slot.ends_at_s <= now_s:
+                slot.computes, slot.is_used = False, True
+                slot.turn_s = 0.0
+                used_s = (now_s - slot.started_at_s) * slot.worker.share
+                self._arbiter.count_use(slot.worker.model, used_s, now_s)
+                slot.worker.apply(slot.num_steps, slot.mean_slowdown(now_s))
+        self._settle()
 
 
-_BETWEEN_STEPS = -1
-"""A run has ended and the next one is not chosen yet. The choice will see all changes, so `Device.wake` returns."""
+def _number(slot: _Slot) -> int:
+    return slot.number

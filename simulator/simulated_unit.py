@@ -1,67 +1,42 @@
 """One unit in virtual time: the mesh's own unit state, router queue and block growth, around simulated workers.
 
-Takes the steps of a request from the queue to the release of its lease. It knows no swap tier and no network: a
-pre-empted sequence is computed again, and `Delays` stand for the messages.
+Takes the steps of a request from the queue to the release of its lease; `simulated_decoding` has those from hand-off to
+last token. It knows no network: `Delays` stand for the messages.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
+from kvstore.arbiter import Arbiter
+from kvstore.model_states import NO_LIMITS, AwakeLimits, WorkerCommand
 from kvstore.unit import IssuedCredit, Unit
 from kvstore.unit_model import UnitModel
-from loadtest.record import OK, Record
+from kvstore.worker_slots import EngineState
+from loadtest.record import OK
 from muxmesh.block_hashes import demand_for
-from muxmesh.config.schema import ModelConfig, UnitConfig
-from muxmesh.engine.sim_runner import sim_step_cost
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import UnitConfig
 from muxmesh.errors import InvalidRequest
-from muxmesh.models.model_spec import ModelSpec
+from muxmesh.models.model_spec import KvShape, ModelSpec
 from muxmesh.scheduling_policy import SchedulingPolicy
+from muxmesh.slo import RequestSlo, first_token_due_s
 from muxmesh.step_cost import ModelCosts
-from muxmesh.types import Lease, LengthPrediction, QueuedRequest, Role, SchedulingState, blocks_for
+from muxmesh.types import Lease, QueuedRequest, Role, SloTargets
 from router.expected_work import ExpectedWork, ModelService
 from router.request_queue import RequestQueue
-from simulator.simulated_device import DecodeJob, DecodeWorker, Device, PrefillJob, PrefillWorker, Worker
+from simulator.simulated_decoding import ServedModel, SimulatedDecoding
+from simulator.simulated_device import Device
+from simulator.simulated_request import SimulatedRequest
+from simulator.simulated_workers import DecodeWorker, PrefillJob, PrefillWorker, Worker
+from simulator.step_times import LinearStepTimes, Slowdown, StepTimes, no_slowdown, unloaded_latency
+from simulator.swap_copies import SwapCopies
 from simulator.timeline import NO_DELAYS, Delays, Timeline
-from worker.block_growth import BlockGrowth
+from simulator.unit_use import ModelSwitches, UnitUse, WorkerUse
 
 _ROUTER = "router"
-
-
-@dataclass(slots=True)
-class SimulatedRequest:
-    """One request with its progress. All numbers are tokens."""
-
-    index: int
-    model: str
-    num_prompt: int
-    num_output: int
-    """The length that the output will have."""
-    max_new_tokens: int
-    arrived: SchedulingState
-    """Before anything was computed."""
-    prediction: LengthPrediction
-    record: Record
-    """Filled in with times, tokens and status."""
-    on_end: Callable[[SimulatedRequest], None]
-    """Called once, when the record is complete."""
-    hashes: tuple[bytes, ...] = ()
-    """Block hashes of the prompt; empty: it does not use the prefix cache."""
-    num_sent: int = 0
-    """Output tokens sampled so far."""
-    entry_id: int = 0
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of the prompt and the longest possible output."""
-        return self.num_prompt + self.max_new_tokens
-
-    @property
-    def scheduling(self) -> SchedulingState:
-        """The state while the request is queued: the KV of its prompt has to be computed, again after a pre-emption."""
-        return self.arrived.after_output(self.num_sent, self.prediction, prefill_again=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,30 +51,6 @@ class Decision:
     reason: str
 
 
-@dataclass(slots=True)
-class _ServedModel:
-    """One model of the unit, with its workers and their names."""
-
-    config: ModelConfig
-    prefill: PrefillWorker
-    decode: DecodeWorker
-    prefill_name: str
-    decode_name: str
-    costs: ModelCosts | None = None
-
-
-@dataclass(slots=True)
-class _DecodingSequence:
-    """A sequence between its hand-off and its last token. ``num_blocks``: token blocks of its lease."""
-
-    request: SimulatedRequest
-    lease: Lease
-    num_blocks: int
-    growth: BlockGrowth
-    is_preempted: bool = False
-    job: DecodeJob = field(init=False)
-
-
 class SimulatedUnit:
     """Owns a `kvstore.unit.Unit`, a router's queue for it, and the device."""
 
@@ -111,23 +62,35 @@ class SimulatedUnit:
         policy: SchedulingPolicy,
         on_decision: Callable[[Decision], None] | None = None,
         delays: Delays = NO_DELAYS,
+        slowdown: Slowdown = no_slowdown,
+        times: Mapping[str, StepTimes] | None = None,
     ) -> None:
+        """``times``: model → step times; a model without an entry has those of the sim engine."""
         models = {model.name: UnitModel.of(config, model, specs[model.name]) for model in config.models}
-        self.unit = Unit(config.kv_pool, config.slab, models, policy=policy)
+        awake = AwakeLimits(config.max_awake_models, config.idle_sleep_s)
+        pool_bytes = config.kv_pool * config.tensor_parallel
+        self.unit = Unit(pool_bytes, config.total_slab, models, swap_bytes=config.kv_swap, policy=policy, awake=awake)
+        self._limits = awake
+        self._never_awake: set[str] = set()
+        """Workers that have not been awake yet."""
         self.expected_work = ExpectedWork()
-        self.num_requeued = 0
         self._timeline = timeline
         self._policy = policy
         self._on_decision = on_decision
         self._queue = RequestQueue(policy)
         self._waiting: dict[int, SimulatedRequest] = {}
-        self._decoding: dict[int, _DecodingSequence] = {}
-        self._served = {model.name: self._attach(model, policy) for model in config.models}
+        self._served = {
+            model.name: self._attach(config, model, models[model.name].shape, (times or {}).get(model.name), delays)
+            for model in config.models
+        }
         workers: list[Worker] = []
         for served in self._served.values():  # slots in the order in which the supervisor starts workers
             workers += [served.prefill, served.decode]
         self._delays = delays
-        self._device = Device(timeline, workers, delays)
+        self._device = Device(timeline, workers, Arbiter(config.resolved_arbiter(_uses_mps(config))), delays, slowdown)
+        self._decoding = SimulatedDecoding(
+            timeline, self.unit, self._device, self._schedule, self._finish, self._requeue
+        )
         self.num_running: Counter[str] = Counter()
         """Sequences with a credit, by model."""
         self._last_entry_id = 0
@@ -143,14 +106,34 @@ class SimulatedUnit:
         return self._queue.count(model)
 
     @property
-    def busy_s(self) -> float:
-        """Seconds in which the device computed."""
-        return self._device.busy_s
+    def use(self) -> UnitUse:
+        """What the unit has done so far."""
+        device, models = self._device.use, self._served.values()
+        workers = [worker for served in models for worker in (served.prefill, served.decode)]
+        states = self.unit.states.models if self._limits != NO_LIMITS else {}
+        return UnitUse(
+            device.busy_s,
+            device.share_s,
+            device.peak_share,
+            tuple(
+                WorkerUse(worker.model, worker.role, worker.share, granted_s, num_grants)
+                for worker, granted_s, num_grants in zip(workers, device.granted_s, device.num_grants, strict=True)
+            ),
+            self._decoding.num_requeued,
+            self._decoding.num_swapped,
+            sum(served.swap.copied_bytes for served in models),
+            {name: ModelSwitches(record.num_wakes, record.waking_s) for name, record in states.items()},
+        )
 
     def service(self, model: str) -> ModelService:
         """The router's view of a model on this unit, with the step costs that the workers reported last."""
         served = self._served[model]
         return ModelService(model, served.costs, served.config.step_token_budget)
+
+    def slo_targets(self, model: str, num_prompt: int) -> SloTargets | None:
+        """The targets of a request with ``num_prompt`` prompt tokens; None for a model without an SLO."""
+        slo = self._served[model].slo
+        return None if slo is None else slo.targets(num_prompt)
 
     def enqueue(self, request: SimulatedRequest) -> None:
         """Queues a request for a credit. A request that the unit can never serve ends at once, with an error."""
@@ -165,16 +148,29 @@ class SimulatedUnit:
         self._show_next()
         self._schedule()
 
-    def _attach(self, model: ModelConfig, policy: SchedulingPolicy) -> _ServedModel:
+    def _attach(
+        self, unit: UnitConfig, model: ModelConfig, shape: KvShape, given: StepTimes | None, delays: Delays
+    ) -> ServedModel:
         """Attaches the workers of a model, which are ready at once."""
         names = []
         for role in Role:
             worker = self.unit.attach(role, model.name, "", 0)
             worker.ready = True
+            if worker.told is not EngineState.AWAKE:
+                self._never_awake.add(worker.name)
             names.append(worker.name)
-        cost = sim_step_cost(model.sim)
-        prefill = PrefillWorker(cost, policy, model.step_token_budget, model.max_num_seqs)
-        return _ServedModel(model, prefill, DecodeWorker(cost), names[0], names[1])
+        times = given or LinearStepTimes.of(model.sim)
+        prefill_share, decode_share = (unit.arbiter_share(model, role, _uses_mps(unit)) for role in Role)
+        return ServedModel(
+            model,
+            PrefillWorker(times, self._policy, model.step_token_budget, model.max_num_seqs, model.name, prefill_share),
+            DecodeWorker(times, model.name, decode_share),
+            names[0],
+            names[1],
+            shape,
+            RequestSlo.of(model.slo, unloaded_latency(times, model.step_token_budget)),
+            SwapCopies(self._timeline, delays.swap_bytes_per_s),
+        )
 
     def _show_next(self) -> bool:
         """Shows the unit the next requests of the queue; True if there were any."""
@@ -198,11 +194,11 @@ class SimulatedUnit:
         for credit in decisions.credits:
             self._admit(credit)
         for preemption in decisions.preemptions:
-            sequence = self._decoding.get(preemption.lease_id)
-            if sequence is not None and sequence.job.joined_at >= 0:
-                sequence.is_preempted = True
-                self._served[sequence.request.model].decode.check_soon(sequence.job)
-                self._device.wake()
+            self._decoding.preempt(preemption.lease_id)
+        for command in decisions.commands:
+            self._tell(command)
+        for swap_in in decisions.swap_ins:
+            self._decoding.swap_in(swap_in)
         if self.unit.costs_are_due(now_s):
             for served in self._served.values():
                 if served.prefill.fit.cost and served.decode.fit.cost:
@@ -214,13 +210,32 @@ class SimulatedUnit:
         if decisions.credits and self._show_next():
             self._schedule()
 
+    def _tell(self, command: WorkerCommand) -> None:
+        """A worker does as it is told after a delay, and the unit is scheduled again."""
+        worker = self.unit.workers[command.worker]
+
+        def report() -> None:
+            worker.report(command.number)
+            self._schedule()
+
+        delays = self._delays
+        if command.engine is not EngineState.AWAKE:
+            delay_s = delays.sleep_s
+        elif worker.name in self._never_awake:
+            self._never_awake.discard(worker.name)
+            delay_s = delays.load_s
+        else:
+            delay_s = delays.wake_s
+        self._timeline.at(self._timeline.now_s + delay_s, report)
+
     def _admit(self, credit: IssuedCredit) -> None:
         request = self._waiting.pop(credit.entry_id)
         self._queue.remove(credit.entry_id)
         self.num_running[request.model] += 1
-        served = self._served[request.model]
+        served, now_s = self._served[request.model], self._timeline.now_s
+        if request.slo is not None:
+            request.slo = replace(request.slo, waited_s=now_s - request.arrived.arrived_at_s)
         if self._on_decision is not None:
-            now_s = self._timeline.now_s
             reason = self._policy.reason(credit.scheduling, now_s)
             self._on_decision(
                 Decision(now_s, credit.decision, request.index, request.model, credit.num_overtaken, reason)
@@ -230,7 +245,11 @@ class SimulatedUnit:
         if request.num_sent == 0:
             request.record.num_cached = lease.num_computed_tokens
         job = PrefillJob(
-            credit.scheduling, lease.num_computed_tokens, num_uncomputed, lambda: self._on_prefilled(request, lease)
+            credit.scheduling,
+            lease.num_computed_tokens,
+            num_uncomputed,
+            lambda: self._on_prefilled(request, lease),
+            first_token_due_s(request.slo, now_s),
         )
         self._timeline.after(self._delays.admit_s, lambda: self._add_prefill(served, job))
 
@@ -241,75 +260,22 @@ class SimulatedUnit:
             request.record.pieces.append((self._timeline.now_s, 1))
         request.num_sent += 1
         if request.num_sent >= request.num_output:
-            self._finish(request, lease, served.prefill_name)
+            self._finish(request, lease, served.prefill_name, request.hashes)
             return
-        num_known, block_size = request.num_prompt + request.num_sent, served.config.block_size
+        num_known = request.num_prompt + request.num_sent
         lease = self.unit.move(lease.ref, served.prefill_name, served.decode_name, num_known - 1, (0,))
-        growth = BlockGrowth(block_size, blocks_for(request.max_tokens, block_size))
-        sequence = _DecodingSequence(request, lease, len(lease.block_ids), growth)
-        sequence.job = DecodeJob(
-            num_known - 1,
-            request.num_output - request.num_sent,
-            done=lambda: self._on_decoded(sequence),
-            next_check=lambda: growth.tokens_until_request(sequence.num_blocks, self._num_free_slots(sequence)),
-            check=lambda: self._check(sequence),
-        )
-        self._decoding[lease.ref.lease_id] = sequence
-        self._timeline.after(self._delays.hand_off_s, lambda: self._add_decode(served, sequence.job))
+        self._decoding.hand_off(request, served, lease, self._delays.hand_off_s)
 
-    def _add_prefill(self, served: _ServedModel, job: PrefillJob) -> None:
+    def _add_prefill(self, served: ServedModel, job: PrefillJob) -> None:
         served.prefill.add(job)
-        self._device.wake()
+        self._device.wake(served.prefill)
 
-    def _add_decode(self, served: _ServedModel, job: DecodeJob) -> None:
-        served.decode.add(job)
-        self._device.wake()
-
-    def _num_free_slots(self, sequence: _DecodingSequence) -> int:
-        request, served = sequence.request, self._served[sequence.request.model]
-        num_tokens = request.num_prompt + request.num_sent + served.decode.num_tokens(sequence.job)
-        return sequence.num_blocks * served.config.block_size - num_tokens
-
-    def _check(self, sequence: _DecodingSequence) -> None:
-        """Grows the lease of a sequence, or pre-empts it if the unit recalls its blocks or the pool is full."""
-        served, growth = self._served[sequence.request.model], sequence.growth
-        num_free = self._num_free_slots(sequence)
-        num_wanted = growth.blocks_to_request(sequence.num_blocks, num_free)
-        if sequence.is_preempted:
-            self._preempt(sequence)
-            return
-        if num_wanted:
-            while num_wanted:
-                blocks = self.unit.grow(sequence.lease.ref, served.decode_name, num_wanted)
-                if blocks is not None:
-                    sequence.num_blocks += len(blocks)
-                    growth.on_granted()
-                    break
-                num_wanted = growth.smaller_request(num_wanted)
-            if not num_wanted and growth.on_pool_full(num_free):
-                self._preempt(sequence)
-                return
-        served.decode.schedule_check(sequence.job)
-
-    def _preempt(self, sequence: _DecodingSequence) -> None:
-        """Frees the KV of a sequence and queues its request again. Its tokens are kept, their KV is computed again."""
-        request, served = sequence.request, self._served[sequence.request.model]
-        request.num_sent += served.decode.num_tokens(sequence.job)
-        served.decode.remove(sequence.job)
-        del self._decoding[sequence.lease.ref.lease_id]
-        self.unit.release(sequence.lease.ref, served.decode_name, request.hashes)
-        self.num_requeued += 1
+    def _requeue(self, request: SimulatedRequest) -> None:
+        """The KV of a pre-empted request was freed: it needs a credit again."""
         self.num_running[request.model] -= 1
-        self._device.wake()
         self.enqueue(request)
 
-    def _on_decoded(self, sequence: _DecodingSequence) -> None:
-        request = sequence.request
-        request.num_sent = request.num_output
-        del self._decoding[sequence.lease.ref.lease_id]
-        self._finish(request, sequence.lease, self._served[request.model].decode_name)
-
-    def _finish(self, request: SimulatedRequest, lease: Lease, owner: str) -> None:
+    def _finish(self, request: SimulatedRequest, lease: Lease, owner: str, hashes: tuple[bytes, ...]) -> None:
         """The client has the last token. The slot is free ``end_s`` later."""
         record = request.record
         record.status, record.num_output, record.num_input = OK, request.num_output, request.num_prompt
@@ -318,12 +284,17 @@ class SimulatedUnit:
             record.pieces.append((self._timeline.now_s, request.num_output - 1))
         self.num_running[request.model] -= 1
         self._end(request)
-        self._timeline.after(self._delays.end_s, lambda: self._release(request, lease, owner))
+        self._timeline.after(self._delays.end_s, lambda: self._release(lease, owner, hashes))
 
-    def _release(self, request: SimulatedRequest, lease: Lease, owner: str) -> None:
-        self.unit.release(lease.ref, owner, request.hashes)
+    def _release(self, lease: Lease, owner: str, hashes: tuple[bytes, ...]) -> None:
+        self.unit.release(lease.ref, owner, hashes)
         self._schedule()
 
     def _end(self, request: SimulatedRequest) -> None:
         request.record.ended_s = self._timeline.now_s
         request.on_end(request)
+
+
+def _uses_mps(unit: UnitConfig) -> bool:
+    """Whether the workers of a unit would share a GPU by MPS or green contexts, on a machine that has them."""
+    return unit.is_cuda and (unit.mps != "off" or unit.green_contexts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,12 +22,24 @@ class Delays:
     """From the first token to the decode worker."""
     end_s: float = 0.0
     """From the last token until the slot of the sequence is free."""
+    swap_bytes_per_s: float = math.inf
+    """Speed of copies of KV to and from the swap region, in bytes per second."""
+    sleep_s: float = 0.0
+    """From the command to sleep until the engine of a worker has stopped."""
+    wake_s: float = 0.0
+    """From the command to wake until a worker computes that has mapped its weights before."""
+    load_s: float = 0.0
+    """The same for a worker that has never been awake."""
 
 
 NO_DELAYS = Delays()
-MEASURED = Delays(step_s=0.0011, turn_s=0.001, admit_s=0.005, hand_off_s=0.003, end_s=0.003)
-"""On two cores of a small virtual machine: ``step_s`` is measured by `make bench-fidelity`, the others are fitted to a
-run of their own. A larger machine takes less."""
+MEASURED = Delays(
+    step_s=0.0011, turn_s=0.001, admit_s=0.005, hand_off_s=0.003, end_s=0.003, swap_bytes_per_s=2.2e9, sleep_s=0.002,
+    wake_s=0.002, load_s=2.4,
+)  # fmt: skip
+"""On two cores of a small virtual machine: ``step_s`` is measured by `make bench-fidelity`, ``swap_bytes_per_s`` by
+`make bench-swap`, waking by `make bench-many-models`, the others are fitted to a run of their own. A larger machine
+takes less; a GPU copies to pinned memory at about 5e10 bytes per second."""
 
 
 class Timeline:

@@ -10,10 +10,12 @@ from loadtest.workload import Body
 from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import ConfigError
 from muxmesh.scheduling_policy import PolicyName
+from muxmesh.step_cost import StepCost
 from muxmesh.types import LengthPrediction
 from simulator.forecasts import ForecastInput, TrueLengths
 from simulator.run import requests_of, true_length
 from simulator.simulated_unit import Decision
+from simulator.step_times import LinearStepTimes, linear_slowdown
 from simulator.timeline import Delays
 from tests.support.simulations import STEP_S, make_sketch, random_sketches, run_simulation, sim_mesh, sim_model
 
@@ -47,11 +49,11 @@ def test_one_request_takes_its_steps() -> None:
     assert (record.scheduled_s, record.sent_s) == (1.0, 1.0)
 
 
-def test_prefill_and_decode_take_turns() -> None:
-    first, second = run_simulation(
-        [make_sketch(0, 0.0, num_output=101), make_sketch(1, 0.5, num_input=128 * 5)]
-    ).run.records
-    assert second.ttft_s == pytest.approx(10 * STEP_S, abs=STEP_S)  # five steps, each after one of the other's
+@pytest.mark.parametrize(("mode", "num_steps"), [("adbs", 5), ("roundrobin", 10)])
+def test_a_prompt_is_computed_first_or_in_turns_with_decode_steps(mode: str, num_steps: int) -> None:
+    sketches = [make_sketch(0, 0.0, num_output=101), make_sketch(1, 0.505, num_input=128 * 5)]
+    first, second = run_simulation(sketches, sim_mesh(arbiter={"mode": mode})).run.records
+    assert second.ttft_s == pytest.approx(num_steps * STEP_S, abs=STEP_S)
     assert first.e2el_s == pytest.approx((101 + 5) * STEP_S)
 
 
@@ -230,6 +232,37 @@ def test_two_models_share_the_device_in_turns() -> None:
     assert result.busy_s["unit0"] == pytest.approx(100 * STEP_S)
 
 
+def test_models_with_shares_compute_at_the_same_time_and_slow_each_other_down() -> None:
+    models = [sim_model(name, compute_share={"prefill": 60, "decode": 40}) for name in "ab"]
+    sketches = [make_sketch(index, 0.0, num_output=50, model=model) for index, model in enumerate("ab")]
+    alone, beside = (
+        run_simulation(sketches, sim_mesh(*models), slowdown=linear_slowdown(contention)) for contention in (0.0, 0.5)
+    )
+    step_s = STEP_S / 0.4
+    assert alone.run.records[1].e2el_s == pytest.approx(2 * STEP_S / 0.6 + 49 * step_s)  # one prefill after the other
+    assert beside.run.records[1].e2el_s == pytest.approx(1.2 * 49 * step_s, rel=0.05)
+
+
+def test_a_decode_that_is_about_to_miss_its_slo_goes_before_a_prompt() -> None:
+    slow, fast = (
+        run_simulation(
+            [make_sketch(0, 0.0, num_output=60, model="a"), make_sketch(1, 0.1, num_input=4000, model="b")],
+            sim_mesh(sim_model("a", slo=slo), sim_model("b"), arbiter={"urgent_slack_s": 0.012}),
+        ).run.records
+        for slo in (None, {"tpot_s": 1.5 * STEP_S})
+    )
+    assert slow[0].tpot_s is not None and slow[0].tpot_s > 0.02
+    assert fast[0].tpot_s is not None and fast[0].tpot_s <= 0.016
+    assert fast[1].ttft_s > slow[1].ttft_s
+
+
+def test_step_times_can_be_given_for_a_model_of_a_unit() -> None:
+    times = {("unit1", "m"): LinearStepTimes(StepCost(3 * STEP_S, 0.0, 0.0))}
+    sketches = [make_sketch(index, 0.0, num_output=11) for index in range(2)]
+    result = run_simulation(sketches, sim_mesh(num_units=2), times=times)
+    assert [one.e2el_s for one in result.run.records] == pytest.approx([0.11, 0.33])
+
+
 def test_a_model_that_is_not_served_is_named() -> None:
     with pytest.raises(ConfigError, match="models=other: not served; these are: a, b"):
         run_simulation([make_sketch(0, 0.0, model="other")], sim_mesh(sim_model("a"), sim_model("b")))
@@ -252,3 +285,10 @@ def test_a_workload_with_output_lengths_is_read(tmp_path: Path) -> None:
     path.write_text('{"prompt": "hello", "n_out": 12}\n')
     (request,) = requests_of(parse_spec(f"rate=1 requests=1 prompts={path} output=natural"))
     assert (request.body.text, true_length(request)) == ("hello", 12)
+
+
+@pytest.mark.parametrize(("tensor_parallel", "status"), [(1, "INVALID_ARGUMENT"), (4, "OK")])
+def test_a_unit_on_several_devices_has_the_kv_memory_of_all(tensor_parallel: int, status: str) -> None:
+    config = sim_mesh(sim_model(max_model_len=8192), pool="1MiB", slab="64KiB", tensor_parallel=tensor_parallel)
+    (record,) = run_simulation([make_sketch(0, 0.0, num_input=7000)], config).run.records
+    assert record.status == status

@@ -1,61 +1,19 @@
 import itertools
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadtest.record import Record
-from muxmesh.config.schema import MeshConfig
-from muxmesh.models.model_spec import SIM_SPEC
-from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
-from muxmesh.types import LengthPrediction, SchedulingState
-from simulator.simulated_unit import Decision, SimulatedRequest, SimulatedUnit
-from simulator.timeline import NO_DELAYS, Delays, Timeline
+from kvstore.model_states import PATIENCE_S
+from muxmesh.config.arbiter_config import ArbiterMode
+from muxmesh.scheduling_policy import SchedulingPolicy
+from simulator.timeline import Delays
+from simulator.unit_use import ModelSwitches
 from tests.support.simulations import STEP_S, sim_mesh, sim_model
+from tests.support.unit_bench import TOKENS_PER_MIB, Bench
 
 SRTF = SchedulingPolicy("srtf", 0.0, 0.0, 1.0)
-TOKENS_PER_MIB = 2**20 // SIM_SPEC.kv_shape(16, "float32").token_block_bytes * 16
-
-
-class Bench:
-    """One unit on a timeline, with its decisions and the requests that have ended."""
-
-    def __init__(
-        self, config: MeshConfig | None = None, policy: SchedulingPolicy = FCFS, delays: Delays = NO_DELAYS
-    ) -> None:
-        config = config or sim_mesh()
-        self.timeline = Timeline()
-        self.decisions: list[Decision] = []
-        specs = dict.fromkeys(config.models(), SIM_SPEC)
-        self.unit = SimulatedUnit(self.timeline, config.units[0], specs, policy, self.decisions.append, delays)
-        self.ended: list[int] = []
-        self.requests: list[SimulatedRequest] = []
-
-    def request_at(
-        self, at_s: float, num_prompt: int = 10, num_output: int = 10, model: str = "m", **fields: Any
-    ) -> SimulatedRequest:
-        index = len(self.requests)
-        arrived = SchedulingState(fields.pop("priority", 0), at_s, decode_s=fields.pop("work_s", 0.0))
-        request = SimulatedRequest(
-            index, model, num_prompt, num_output, fields.pop("max_new_tokens", num_output), arrived,
-            LengthPrediction(num_output, num_output), Record(index, at_s), lambda one: self.ended.append(one.index),
-            **fields,
-        )  # fmt: skip
-        self.requests.append(request)
-        self.timeline.at(at_s, lambda: self.unit.enqueue(request))
-        return request
-
-    def run(self) -> None:
-        """Runs to the end, and checks that nothing is left over."""
-        self.timeline.run()
-        assert sorted(self.ended) == list(range(len(self.requests)))
-        assert self.unit.num_waiting == 0 and self.unit.unit.leased_bytes() == 0
-        self.unit.unit.check_integrity()
-
-    @property
-    def records(self) -> list[Record]:
-        return [request.record for request in self.requests]
 
 
 def test_a_request_takes_its_prefill_steps_and_a_step_for_each_further_token() -> None:
@@ -175,51 +133,6 @@ def test_a_request_without_hashes_shares_no_blocks() -> None:
     assert [record.num_cached for record in bench.records] == [0, 0, 0]
 
 
-def test_a_full_pool_preempts_sequences_and_loses_no_token() -> None:
-    bench = Bench(sim_mesh(sim_model(slots=64, kv_answer_tokens=1), pool="1MiB", slab="1MiB"))
-    num_output = TOKENS_PER_MIB // 8  # eight of them fill the pool
-    for _ in range(24):
-        bench.request_at(0.0, 16, num_output)
-    bench.run()
-    assert bench.unit.num_requeued > 0
-    for record in bench.records:
-        assert record.is_ok and sum(count for _, count in record.pieces) == record.num_output == num_output
-    assert len(bench.decisions) == 24 + bench.unit.num_requeued
-
-
-@pytest.mark.parametrize("num_cached", [0, 96])
-def test_a_preempted_request_keeps_its_tokens_and_computes_their_kv_again(num_cached: int) -> None:
-    bench, num_sent = Bench(sim_mesh(sim_model(slots=2, kv_answer_tokens=1), pool="1MiB", slab="1MiB")), list[int]()
-    num_output = TOKENS_PER_MIB - 248  # one fits the pool, two do not
-    for _ in range(2):
-        hashes = tuple(bytes([len(bench.requests), index]) for index in range(num_cached // 16))
-        bench.request_at(0.0, 100, num_output, hashes=hashes)
-    first, second = bench.records
-    bench.timeline.at(15.0, lambda: num_sent.append(bench.requests[1].num_sent))
-    bench.run()
-    assert bench.unit.num_requeued == 1 and 500 < num_sent[0] < 1000
-    assert [first.ttft_s, second.ttft_s] == pytest.approx([STEP_S, 3 * STEP_S])
-    assert (second.num_cached, second.pieces[0][1]) == (0, 1)
-    num_prefill_steps = -(-(100 + num_sent[0] - num_cached) // 128)
-    num_steps = num_prefill_steps + num_output - num_sent[0] - 1
-    assert second.e2el_s == pytest.approx(first.e2el_s + num_steps * STEP_S)
-
-
-def test_a_loan_returns_to_the_model_that_it_was_guaranteed_to() -> None:
-    """One model fills the pool. When the other's request waits for a second, sequences of the first are pre-empted."""
-    models = [
-        sim_model(name, slots=64, kv_answer_tokens=3000, **fields)
-        for name, fields in (("lent", {}), ("owner", {"kv_guaranteed": "1MiB"}))
-    ]
-    bench = Bench(sim_mesh(*models, pool="2MiB", slab="1MiB"))
-    for _ in range(64):
-        bench.request_at(0.0, 16, 3000, "lent")
-    owner = bench.request_at(5.0, 16, 200, "owner")
-    bench.run()
-    assert all(record.is_ok for record in bench.records)
-    assert 1.0 < owner.record.ttft_s < 3.0 and bench.unit.num_requeued > 0
-
-
 def test_step_costs_are_reported_after_both_workers_have_run() -> None:
     bench = Bench()
     before = bench.unit.service("m")
@@ -237,19 +150,29 @@ def test_the_device_is_busy_for_the_steps_of_all_models() -> None:
     for model in "ab":
         bench.request_at(0.0, num_output=50, model=model)
     bench.run()
-    assert bench.unit.busy_s == pytest.approx(100 * STEP_S)
+    assert bench.unit.use.busy_s == pytest.approx(100 * STEP_S)
     assert [record.e2el_s for record in bench.records] == pytest.approx([99 * STEP_S, 100 * STEP_S], abs=2 * STEP_S)
 
 
-def test_a_queued_request_that_was_preempted_has_its_prefill_to_do_again() -> None:
-    arrived = SchedulingState(0, 0.0, prefill_s=2.0, decode_s=10.0)
-    request = SimulatedRequest(
-        0, "m", 10, 100, 100, arrived, LengthPrediction(100, 100), Record(0, 0.0), lambda one: None
-    )
-    assert request.scheduling == arrived and request.max_tokens == 110
-    request.num_sent = 40
-    assert request.scheduling.prefill_s == 2.0
-    assert request.scheduling.decode_s == pytest.approx(6.0) and request.scheduling.served_s == pytest.approx(6.0)
+def test_a_model_that_sleeps_wakes_for_its_request_and_the_idle_one_falls_asleep() -> None:
+    models = [sim_model(name) for name in "ab"]
+    bench = Bench(sim_mesh(*models, max_awake_models=1), delays=Delays(sleep_s=0.25, wake_s=0.5, load_s=2.0))
+    for at_s, model in ((0.0, "a"), (5.0, "b"), (10.0, "b"), (15.0, "a")):
+        bench.request_at(at_s, model=model)
+    bench.run()
+    ttfts_s = [record.ttft_s for record in bench.records]
+    assert ttfts_s == pytest.approx([STEP_S, 2.25 + STEP_S, STEP_S, 0.75 + STEP_S])  # b had never been awake
+    assert bench.unit.use.switches == {"a": ModelSwitches(1, 0.5), "b": ModelSwitches(1, 2.0)}
+
+
+def test_a_busy_model_lets_another_one_wake_after_a_while() -> None:
+    models = [sim_model(name, slots=1) for name in "ab"]
+    bench = Bench(sim_mesh(*models, max_awake_models=1), delays=Delays(wake_s=0.5))
+    for _ in range(40):
+        bench.request_at(0.0, num_output=100, model="a")
+    bench.request_at(1.0, model="b")
+    bench.run()
+    assert PATIENCE_S < bench.records[-1].ttft_s < PATIENCE_S + 2.5
 
 
 @settings(max_examples=25)
@@ -271,5 +194,50 @@ def test_every_request_ends_once_and_the_slots_are_never_exceeded(
     assert all(sum(count for _, count in record.pieces) == record.num_output for record in bench.records)
     changes = [(one.at_s, 1, 1) for one in bench.decisions]
     changes += [(record.ended_s or 0.0, 0, -1) for record in bench.records]
-    if bench.unit.num_requeued == 0:
+    if bench.unit.use.num_requeued == 0:
         assert max(itertools.accumulate(change for *_, change in sorted(changes))) <= 3
+
+
+MODELS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "slots": st.sampled_from([1, 3, 16]),
+            "kv_answer_tokens": st.sampled_from([1, 200]),
+            "compute_share": st.sampled_from([40, 100]),
+            "slo": st.sampled_from([None, {"scale": 2}, {"ttft_s": 0.5, "tpot_s": 0.02}]),
+        }
+    ),
+    min_size=2,
+    max_size=3,
+)
+UNITS = st.fixed_dictionaries(
+    {
+        "arbiter": st.fixed_dictionaries({"mode": st.sampled_from(get_args(ArbiterMode))}),
+        "max_awake_models": st.sampled_from([None, 1, 2]),
+        "kv_swap": st.sampled_from(["0", "128KiB", "4MiB"]),
+    }
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    MODELS,
+    UNITS,
+    st.lists(
+        st.tuples(st.floats(0, 3), st.integers(1, 300), st.integers(1, 200), st.integers(0, 2)), min_size=1, max_size=20
+    ),
+)
+def test_every_request_of_several_models_ends_in_each_mode_with_swap_sleep_and_slos(
+    models: list[dict[str, Any]], unit: dict[str, Any], requests: list[tuple[float, int, int, int]]
+) -> None:
+    named = [sim_model(f"m{index}", **model) for index, model in enumerate(models)]
+    bench = Bench(sim_mesh(*named, pool="1MiB", slab="256KiB", **unit), delays=Delays(0.001, 0.001, wake_s=0.01))
+    for at_s, num_prompt, num_output, model in requests:
+        name = f"m{model % len(models)}"
+        bench.request_at(at_s, num_prompt, num_output, name, slo=bench.unit.slo_targets(name, num_prompt))
+    bench.run()
+    assert all(sum(count for _, count in record.pieces) == record.num_output for record in bench.records)
+    granted_s = sum(worker.granted_s for worker in bench.unit.use.workers)
+    assert bench.unit.use.busy_s <= granted_s * (1 + 1e-9)
+    if unit["arbiter"]["mode"] == "temporal":
+        assert bench.unit.use.busy_s == pytest.approx(granted_s)

@@ -1,0 +1,229 @@
+"""The sequences of one unit between their hand-off and their last token, in virtual time: growth, pre-emption, swap.
+
+A pre-empted sequence is swapped out, or computed again if too few swap pages are free. The changes of a lease are those
+of `worker.sequence_kv`, through the unit's own methods. This module knows no queue and no arbiter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from kvstore.unit import IssuedSwapIn, Unit
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.device.kv_codec import encoded_bytes
+from muxmesh.models.model_spec import KvShape
+from muxmesh.slo import RequestSlo, catch_up_s, next_token_due_s
+from muxmesh.step_cost import ModelCosts
+from muxmesh.types import KvDemand, Lease, blocks_for
+from simulator.simulated_device import Device
+from simulator.simulated_request import SimulatedRequest
+from simulator.simulated_workers import DecodeJob, DecodeWorker, PrefillWorker
+from simulator.swap_copies import SwapCopies
+from simulator.timeline import Timeline
+from worker.block_growth import GROWTH_TOKENS, BlockGrowth
+
+
+@dataclass(slots=True)
+class ServedModel:
+    """One model of the unit, with its workers and their names."""
+
+    config: ModelConfig
+    prefill: PrefillWorker
+    decode: DecodeWorker
+    prefill_name: str
+    decode_name: str
+    shape: KvShape
+    slo: RequestSlo | None
+    swap: SwapCopies
+    costs: ModelCosts | None = None
+
+
+@dataclass(slots=True)
+class _DecodingSequence:
+    """A sequence between its hand-off and its last token. ``num_blocks``: token blocks of its lease."""
+
+    request: SimulatedRequest
+    served: ServedModel
+    lease: Lease
+    num_blocks: int
+    growth: BlockGrowth
+    job: DecodeJob = field(init=False)
+    is_preempted: bool = False
+    """The unit recalls its blocks."""
+    due_at_s: float = math.inf
+    """When the next token is due, while the sequence is swapped out."""
+    is_exact: bool = True
+    """False after its KV was quantized: it is not shared then."""
+
+    @property
+    def hashes(self) -> tuple[bytes, ...]:
+        """Hashes of its first blocks, for the prefix cache."""
+        return self.request.hashes if self.is_exact else ()
+
+
+class SimulatedDecoding:
+    """Owns the sequences that a unit's decode workers have, computing, pre-empted or swapped out."""
+
+    def __init__(
+        self,
+        timeline: Timeline,
+        unit: Unit,
+        device: Device,
+        schedule: Callable[[], None],
+        finish: Callable[[SimulatedRequest, Lease, str, tuple[bytes, ...]], None],
+        requeue: Callable[[SimulatedRequest], None],
+    ) -> None:
+        """``schedule``: schedules the unit. ``finish`` gets a request that has its last token, its lease, the owner of
+        that and the hashes of its computed blocks. ``requeue`` gets a request whose KV was freed.
+        """
+        self.num_requeued = 0
+        self.num_swapped = 0
+        self._timeline = timeline
+        self._unit = unit
+        self._device = device
+        self._schedule = schedule
+        self._finish = finish
+        self._requeue_request = requeue
+        self._sequences: dict[int, _DecodingSequence] = {}
+        """By the id of their lease."""
+
+    def hand_off(self, request: SimulatedRequest, served: ServedModel, lease: Lease, delay_s: float) -> None:
+        """A prefill worker has moved the lease of a request, which the decode worker learns after ``delay_s``."""
+        block_size = served.config.block_size
+        growth = BlockGrowth(block_size, blocks_for(request.max_tokens, block_size))
+        sequence = _DecodingSequence(request, served, lease, len(lease.block_ids), growth)
+        self._sequences[lease.ref.lease_id] = sequence
+        sequence.job = self._decode_job(sequence)
+        self._timeline.after(delay_s, lambda: self._add(sequence))
+
+    def preempt(self, lease_id: int) -> None:
+        """Pre-empts a sequence after its current step, if it computes."""
+        sequence = self._sequences.get(lease_id)
+        if sequence is not None and sequence.job.joined_at >= 0 and not sequence.job.is_removed:
+            sequence.is_preempted = True
+            sequence.served.decode.check_soon(sequence.job)
+            self._device.wake(sequence.served.decode)
+
+    def _decode_job(self, sequence: _DecodingSequence) -> DecodeJob:
+        """The job of a sequence for the rest of its output."""
+        request, growth = sequence.request, sequence.growth
+        tpot_s = request.slo.tpot_s if request.slo else None
+        return DecodeJob(
+            request.num_prompt + request.num_sent - 1,
+            request.num_output - request.num_sent,
+            done=lambda: self._on_decoded(sequence),
+            next_check=lambda: growth.tokens_until_request(sequence.num_blocks, self._num_free_slots(sequence)),
+            check=lambda: self._check(sequence),
+            scheduling=request.arrived,
+            tpot_s=math.inf if tpot_s is None else tpot_s,
+            lost_after_s=catch_up_s(request.slo),
+        )
+
+    def _add(self, sequence: _DecodingSequence) -> None:
+        """Adds the job of a sequence that comes from prefill."""
+        if (slo := sequence.request.slo) is not None:
+            now_s = self._timeline.now_s
+            slo = replace(slo, waited_s=now_s - sequence.request.arrived.arrived_at_s)
+            sequence.job.due_at_s = next_token_due_s(slo, now_s)
+        decode = sequence.served.decode
+        decode.add(sequence.job)
+        self._device.wake(decode)
+
+    def _num_free_slots(self, sequence: _DecodingSequence) -> int:
+        request, served = sequence.request, sequence.served
+        num_tokens = request.num_prompt + request.num_sent + served.decode.num_tokens(sequence.job)
+        return sequence.num_blocks * served.config.block_size - num_tokens
+
+    def _check(self, sequence: _DecodingSequence) -> None:
+        """Grows the lease of a sequence, or pre-empts it if the unit recalls its blocks or the pool is full."""
+        if sequence.is_preempted:
+            self._preempt(sequence)
+            return
+        growth, num_free = sequence.growth, self._num_free_slots(sequence)
+        num_wanted = growth.blocks_to_request(sequence.num_blocks, num_free)
+        if num_wanted and not self._grow(sequence, num_wanted) and growth.on_pool_full(num_free):
+            self._preempt(sequence)
+            return
+        sequence.served.decode.schedule_check(sequence.job)
+
+    def _grow(self, sequence: _DecodingSequence, num_wanted: int) -> bool:
+        """Grows the lease by ``num_wanted`` token blocks or fewer; False if the pool has none."""
+        while num_wanted:
+            blocks = self._unit.grow(sequence.lease.ref, sequence.served.decode_name, num_wanted)
+            if blocks is not None:
+                sequence.num_blocks += len(blocks)
+                sequence.growth.on_granted()
+                return True
+            num_wanted = sequence.growth.smaller_request(num_wanted)
+        return False
+
+    def _preempt(self, sequence: _DecodingSequence) -> None:
+        """Swaps a sequence out, or frees its KV and queues its request again. Its tokens are kept in both cases."""
+        request, served = sequence.request, sequence.served
+        sequence.due_at_s = served.decode.next_due_s(sequence.job)
+        request.num_sent += served.decode.num_tokens(sequence.job)
+        served.decode.remove(sequence.job)
+        self._device.wake(served.decode)
+        if not self._swap_out(sequence):
+            self._requeue(sequence)
+
+    def _requeue(self, sequence: _DecodingSequence) -> None:
+        del self._sequences[sequence.lease.ref.lease_id]
+        self._unit.release(sequence.lease.ref, sequence.served.decode_name, sequence.hashes)
+        self.num_requeued += 1
+        self._requeue_request(sequence.request)
+
+    def _swap_out(self, sequence: _DecodingSequence) -> bool:
+        """Begins to swap a sequence out; False if the unit has too few free swap pages."""
+        request, lease, served = sequence.request, sequence.lease, sequence.served
+        num_computed = request.num_prompt + request.num_sent - 1
+        num_bytes = encoded_bytes(served.shape, num_computed, served.config.kv_swap_format)
+        if self._unit.leases.begin_swap_out(lease.ref, served.decode_name, num_bytes) is None:
+            return False
+        self.num_swapped += 1
+        served.swap.copy(num_bytes, lambda: self._on_swapped_out(sequence))
+        return True
+
+    def _on_swapped_out(self, sequence: _DecodingSequence) -> None:
+        """The copy is complete: its token blocks are free, and the sequence waits for others."""
+        request, ref, served = sequence.request, sequence.lease.ref, sequence.served
+        self._unit.leases.finish_swap_out(ref, served.decode_name, sequence.hashes)
+        sequence.is_preempted = False
+        num_known = request.num_prompt + request.num_sent
+        demand = KvDemand(
+            num_tokens=min(request.max_tokens, num_known + GROWTH_TOKENS),
+            max_tokens=request.max_tokens,
+            block_hashes=sequence.hashes,
+            max_cached_tokens=num_known - 1 if request.hashes else 0,
+        )
+        scheduling = request.arrived.after_output(request.num_sent, request.prediction)
+        self._unit.request_swap_in(ref, served.decode_name, demand, scheduling)
+        self._schedule()
+
+    def swap_in(self, issued: IssuedSwapIn) -> None:
+        """Copies the KV of a swapped sequence to its new blocks, except to those that hold it already."""
+        sequence = self._sequences[issued.lease_id]
+        request, served = sequence.request, sequence.served
+        sequence.num_blocks = len(issued.block_ids)
+        num_tokens = request.num_prompt + request.num_sent - 1 - issued.num_cached * served.config.block_size
+        num_bytes = encoded_bytes(served.shape, max(0, num_tokens), served.config.kv_swap_format)
+        served.swap.copy(num_bytes, lambda: self._on_swapped_in(sequence))
+
+    def _on_swapped_in(self, sequence: _DecodingSequence) -> None:
+        served = sequence.served
+        self._unit.leases.finish_swap_in(sequence.lease.ref, served.decode_name)
+        sequence.growth.on_granted()
+        sequence.is_exact &= served.config.kv_swap_format == "raw"
+        sequence.job = self._decode_job(sequence)
+        sequence.job.due_at_s = sequence.due_at_s
+        served.decode.add(sequence.job)
+        self._device.wake(served.decode)
+        self._schedule()
+
+    def _on_decoded(self, sequence: _DecodingSequence) -> None:
+        request = sequence.request
+        request.num_sent = request.num_output
+        del self._sequences[sequence.lease.ref.lease_id]
+        self._finish(request, sequence.lease, sequence.served.decode_name, sequence.hashes)

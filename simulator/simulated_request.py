@@ -1,0 +1,44 @@
+"""One request in virtual time. Knows no unit and no worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from loadtest.record import Record
+from muxmesh.types import LengthPrediction, SchedulingState, SloTargets
+
+
+@dataclass(slots=True)
+class SimulatedRequest:
+    """One request with its progress. All numbers are tokens."""
+
+    index: int
+    model: str
+    num_prompt: int
+    num_output: int
+    """The length that the output will have."""
+    max_new_tokens: int
+    arrived: SchedulingState
+    """Before anything was computed."""
+    prediction: LengthPrediction
+    record: Record
+    """Filled in with times, tokens and status."""
+    on_end: Callable[[SimulatedRequest], None]
+    """Called once, when the record is complete."""
+    slo: SloTargets | None = None
+    hashes: tuple[bytes, ...] = ()
+    """Block hashes of the prompt; empty: it does not use the prefix cache."""
+    num_sent: int = 0
+    """Output tokens sampled so far."""
+    entry_id: int = 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the prompt and the longest possible output."""
+        return self.num_prompt + self.max_new_tokens
+
+    @property
+    def scheduling(self) -> SchedulingState:
+        """The state while the request is queued: the KV of its prompt has to be computed, again after a pre-emption."""
+        return self.arrived.after_output(self.num_sent, self.prediction, prefill_again=True)

@@ -1,0 +1,295 @@
+"""The prefill and decode workers of one unit in virtual time: which jobs a step computes, and how long it takes alone.
+
+The engine's division of a step's token budget (`muxmesh.engine.token_budget.divide_token_budget`) chooses the jobs of a
+prefill step. Consecutive decode steps in which nothing changes except the number of tokens are one run of steps, whose
+time is computed in closed form. This module knows no device, no arbiter, no leases and no KV blocks.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from muxmesh.engine.api import ComputeDemand
+from muxmesh.engine.scheduler import TOKEN_TIME_RATE
+from muxmesh.engine.token_budget import divide_token_budget
+from muxmesh.engine.urgency import Urgency
+from muxmesh.running_mean import RunningMean
+from muxmesh.scheduling_policy import SchedulingPolicy
+from muxmesh.step_cost import CostFit, StepShape, context_of
+from muxmesh.types import Role, SchedulingState
+from simulator.step_times import StepTimes
+
+_OBSERVE_EVERY = 16
+"""Of this many runs of steps, the cost fit observes one. A real worker observes each step; the fits hardly differ."""
+
+_OLDEST = SchedulingState(0, 0.0)
+
+
+class Worker(Protocol):
+    """A prefill or a decode worker. For each run of steps, the device calls `plan`, `duration_s` and `apply`."""
+
+    role: Role
+    model: str
+    share: float
+    """Of the device, in (0, 1]."""
+    fit: CostFit
+
+    def has_work(self) -> bool:
+        """True if there is something to compute."""
+
+    def plan(self, now_s: float) -> None:
+        """Plans the next step."""
+
+    def max_steps(self) -> int:
+        """Steps from the planned one on until something other than the number of tokens changes; at least 1."""
+
+    def duration_s(self, num_steps: int) -> float:
+        """Seconds of the planned step and those after it, ``num_steps`` in all, while no other worker computes."""
+
+    def apply(self, num_steps: int, slowdown: float = 1.0) -> None:
+        """Ends the run after ``num_steps`` steps. Calls back the jobs that end or need attention then.
+
+        ``slowdown``: the time that the run took, relative to `duration_s`.
+        """
+
+    def demand(self, now_s: float) -> ComputeDemand:
+        """What the jobs need, as `muxmesh.engine.scheduler` reports it."""
+
+
+@dataclass(slots=True)
+class PrefillJob:
+    """A prompt to compute. ``done`` is called when it is computed and its first token sampled."""
+
+    scheduling: SchedulingState
+    num_computed_tokens: int
+    num_uncomputed_tokens: int
+    done: Callable[[], None]
+    due_at_s: float = math.inf
+    """When its token is due by its SLO."""
+
+
+class PrefillWorker:
+    """Computes prompts in single steps, divided as by the engine's scheduler."""
+
+    role = Role.PREFILL
+
+    def __init__(
+        self,
+        times: StepTimes,
+        policy: SchedulingPolicy,
+        token_budget: int,
+        max_num_seqs: int,
+        model: str = "",
+        share: float = 1.0,
+    ) -> None:
+        self.model = model
+        self.share = share
+        self.fit = CostFit()
+        self._times = times
+        self._policy = policy
+        self._token_budget = token_budget
+        self._max_num_seqs = max_num_seqs
+        self._jobs: list[PrefillJob] = []
+        self._planned: list[tuple[PrefillJob, int]] = []
+        self._shape = StepShape(0, 0, 0)
+        self._step_s = 0.0
+        self._prompt_token_s = RunningMean(TOKEN_TIME_RATE)
+
+    def add(self, job: PrefillJob) -> None:
+        self._jobs.append(job)
+
+    def has_work(self) -> bool:
+        return bool(self._jobs)
+
+    def max_steps(self) -> int:
+        return 1
+
+    def plan(self, now_s: float) -> None:
+        self._planned = divide_token_budget(self._jobs, self._policy, now_s, self._max_num_seqs, self._token_budget)
+        context = sum(context_of(job.num_computed_tokens, count) for job, count in self._planned)
+        self._shape = StepShape(sum(count for _, count in self._planned), context, len(self._planned))
+        self._step_s = self._times.prefill_s(self._shape, self.share)
+
+    def duration_s(self, num_steps: int) -> float:
+        return self._step_s
+
+    def apply(self, num_steps: int, slowdown: float = 1.0) -> None:
+        step_s, num_tokens = self._step_s * slowdown, self._shape.num_tokens
+        self.fit.observe(self._shape, step_s)
+        if step_s > 0 and num_tokens > self._shape.num_seqs:
+            self._prompt_token_s.add(step_s / num_tokens)
+        for job, count in self._planned:
+            job.num_computed_tokens += count
+            job.num_uncomputed_tokens -= count
+        finished = [job for job, _ in self._planned if job.num_uncomputed_tokens == 0]
+        self._jobs = [job for job in self._jobs if job.num_uncomputed_tokens]
+        for job in finished:
+            job.done()
+
+    def demand(self, now_s: float) -> ComputeDemand:
+        urgency, token_s = Urgency(), self._prompt_token_s.mean
+        for job in self._jobs:
+            start_by_s = job.due_at_s - job.num_uncomputed_tokens * token_s
+            urgency.note(job.scheduling, start_by_s, job.due_at_s, now_s)
+        return urgency.demand(now_s)
+
+
+@dataclass(slots=True)
+class DecodeJob:
+    """A sequence after its first token, with ``num_context`` computed tokens and ``num_left`` tokens to sample."""
+
+    num_context: int
+    num_left: int
+    done: Callable[[], None]
+    """Called when the last token is sampled."""
+    next_check: Callable[[], int | None]
+    """Returns after how many more tokens the sequence needs attention; None: never."""
+    check: Callable[[], None]
+    """Called then. May remove the job."""
+    scheduling: SchedulingState = _OLDEST
+    due_at_s: float = math.inf
+    """When the first of the tokens is due by its SLO."""
+    tpot_s: float = math.inf
+    """By its SLO, how much later each further token is due."""
+    lost_after_s: float = math.inf
+    """How much later than due a token may be before the SLO is missed."""
+    joined_at: int = -1
+    """The worker's step before the first one that includes the job; -1 before that step is planned."""
+    is_removed: bool = False
+
+
+class DecodeWorker:
+    """Samples one token of every sequence in each step.
+
+    Invariant: ``_num_jobs`` and ``_context`` are the number and the context of the sequences that are in the steps.
+    """
+
+    role = Role.DECODE
+
+    def __init__(self, times: StepTimes, model: str = "", share: float = 1.0) -> None:
+        self.model = model
+        self.share = share
+        self.fit = CostFit()
+        self._times = times
+        self._num_steps = 0
+        self._num_runs = 0
+        self._num_jobs = 0
+        self._context = 0
+        self._costs: dict[int, tuple[float, float]] = {}
+        """Number of sequences → cost of a step."""
+        self._cost = (0.0, 0.0)
+        """Of the planned step."""
+        self._added: list[DecodeJob] = []
+        """Sequences that the next plan includes."""
+        self._stops: list[tuple[int, int, bool, DecodeJob]] = []
+        """A heap of (step, order of insertion, is the end, job): ends and checks of the jobs."""
+        self._num_stops = 0
+        self._arrivals: list[tuple[float, int, DecodeJob]] = []
+        """A heap of (arrival, order of insertion, job). Removed jobs stay until they are first."""
+        self._priorities = Counter[int]()
+        """Priority → number of jobs."""
+        self._with_slo: dict[int, DecodeJob] = {}
+        """The jobs whose tokens are due at some time, by their identity."""
+
+    def add(self, job: DecodeJob) -> None:
+        """Includes a sequence from the next plan on."""
+        self._added.append(job)
+        self._num_stops += 1
+        heapq.heappush(self._arrivals, (job.scheduling.arrived_at_s, self._num_stops, job))
+        self._priorities[job.scheduling.priority] += 1
+        if job.due_at_s < math.inf:
+            self._with_slo[id(job)] = job
+
+    def num_tokens(self, job: DecodeJob) -> int:
+        """Tokens that the job has sampled here."""
+        return self._num_steps - job.joined_at if job.joined_at >= 0 else 0
+
+    def next_due_s(self, job: DecodeJob) -> float:
+        """When the next token of the job is due."""
+        return job.due_at_s + self.num_tokens(job) * job.tpot_s if job.due_at_s < math.inf else math.inf
+
+    def schedule_check(self, job: DecodeJob) -> None:
+        """Schedules the job's next check, if it has one."""
+        if (after := job.next_check()) is not None:
+            self._push(self._num_steps + max(1, after), False, job)
+
+    def check_soon(self, job: DecodeJob) -> None:
+        """Schedules a check of the job at the end of the current step, or of the next one if none runs."""
+        self._push(self._num_steps + 1, False, job)
+
+    def remove(self, job: DecodeJob) -> None:
+        """Removes a job that is in the steps. Its ``done`` is not called."""
+        job.is_removed = True
+        self._num_jobs -= 1
+        self._context -= job.num_context + self.num_tokens(job)
+        self._with_slo.pop(id(job), None)
+        self._priorities[job.scheduling.priority] -= 1
+        if not self._priorities[job.scheduling.priority]:
+            del self._priorities[job.scheduling.priority]
+
+    def has_work(self) -> bool:
+        return bool(self._num_jobs or self._added)
+
+    def max_steps(self) -> int:
+        self._pop_removed()
+        return self._stops[0][0] - self._num_steps
+
+    def plan(self, now_s: float) -> None:
+        for job in self._added:
+            job.joined_at = self._num_steps
+            self._num_jobs += 1
+            self._context += job.num_context
+            self._push(self._num_steps + job.num_left, True, job)
+            self.schedule_check(job)
+        self._added.clear()
+        cost = self._costs.get(self._num_jobs)
+        if cost is None:
+            cost = self._costs[self._num_jobs] = self._times.decode_cost(self._num_jobs, self.share)
+        self._cost = cost
+
+    def duration_s(self, num_steps: int) -> float:
+        """See `Worker`. Each step attends to one more token of each sequence than the step before."""
+        base_s, per_context_s = self._cost
+        context = num_steps * self._context + self._num_jobs * num_steps * (num_steps - 1) / 2
+        return num_steps * base_s + per_context_s * context
+
+    def apply(self, num_steps: int, slowdown: float = 1.0) -> None:
+        self._num_runs += 1
+        if self._num_runs % _OBSERVE_EVERY == 1:
+            self.fit.observe(StepShape(self._num_jobs, self._context, self._num_jobs), self.duration_s(1) * slowdown)
+        self._num_steps += num_steps
+        self._context += num_steps * self._num_jobs
+        self._pop_removed()
+        while self._stops and self._stops[0][0] <= self._num_steps:
+            _, _, is_end, job = heapq.heappop(self._stops)
+            if is_end:
+                self.remove(job)
+                job.done()
+            else:
+                job.check()
+            self._pop_removed()
+
+    def demand(self, now_s: float) -> ComputeDemand:
+        while self._arrivals[0][2].is_removed:
+            heapq.heappop(self._arrivals)
+        priority, arrived_at_s = min(self._priorities), self._arrivals[0][0]
+        if not self._with_slo:
+            return ComputeDemand(priority, arrived_at_s)
+        urgency = Urgency()
+        for job in self._with_slo.values():
+            due_s = self.next_due_s(job)
+            urgency.note(job.scheduling, due_s, due_s + job.lost_after_s, now_s)
+        return replace(urgency.demand(now_s), priority=priority, arrived_at_s=arrived_at_s)
+
+    def _push(self, step: int, is_end: bool, job: DecodeJob) -> None:
+        self._num_stops += 1
+        heapq.heappush(self._stops, (step, self._num_stops, is_end, job))
+
+    def _pop_removed(self) -> None:
+        while self._stops and self._stops[0][3].is_removed:
+            heapq.heappop(self._stops)
