@@ -1,0 +1,1 @@
+"""Measures the step times of models on this machine, for `muxmesh profile`."""
