@@ -20,7 +20,7 @@ SECONDS ?= 60
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-kvpool bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu
+.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-profile bench-kvpool bench-arbiter bench-shares bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-muxserve bench-muxserve-measured bench-muxserve-scale bench-floods bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu bench-many-models bench-plans
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,8 +47,10 @@ dev: $(VENV)/.dev ## Set up .venv for development too
 run: $(VENV)/.serve ## Download the default model, start a mesh, send it a prompt, serve until Ctrl-C
 	@$(BIN)/muxmesh up --hello
 
+# Files of tests run two at a time, those of compose/ one after another: they share a Docker engine.
 test: $(VENV)/.dev ## Run all tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/compose $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/compose $(PYTEST_ARGS)
 
 $(VENV312)/.dev: pyproject.toml
 	$(PYTHON312) -c 'import sys; sys.exit(None if sys.version_info[:2] == (3, 12) else "Python 3.12 is needed, this is " + sys.version.split()[0])'
@@ -115,6 +117,9 @@ bench-stopped: $(VENV)/.dev ## Every kind of process stopped by a signal under 2
 bench-engine: $(VENV)/.dev ## The engine alone; with vLLM's too if VLLM_PYTHON names an interpreter that has it
 	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m benchmarks.engine
 
+bench-profile: $(VENV)/.dev ## A quick profile of the default model, and how well it predicts steps between its cells
+	$(BIN)/python -m benchmarks.profile_fidelity
+
 bench-swap: $(VENV)/.dev ## The swap space: size, speed, quality over DATA, a jsonl of {prompt, output} such as GSM8K
 	$(BIN)/python -m benchmarks.swap $(DATA)
 
@@ -133,14 +138,38 @@ bench-attention: $(VENV)/.dev ## The attention kernel alone, compared with the r
 bench-kvpool: $(VENV)/.dev ## The KV pool: speed, utilization, hand-off, prefix hits, metadata
 	$(BIN)/python -m benchmarks.kvpool
 
+bench-arbiter: $(VENV)/.dev ## Cost of a round of the arbiter with 2, 6 and 40 workers, while every core computes
+	$(BIN)/python -m benchmarks.arbiter
+
+bench-shares: $(VENV)/.dev ## CPU time of workers of the default model against their compute_share
+	$(BIN)/python -m benchmarks.shares
+
 bench-predictor: $(VENV)/.dev ## The length predictor over DATA, a folder of public outputs; OWN: a jsonl from own-outputs
 	$(BIN)/python -m benchmarks.predictor $(DATA) $(if $(OWN),--own $(OWN))
 
 own-outputs: $(VENV)/.dev ## Output lengths of the served model for the prompts of DATA (jsonl files), into OWN
 	$(BIN)/python -m benchmarks.own_outputs $(OWN) $(DATA)
 
+bench-plans: $(VENV)/.dev ## Placement: MuxServe's published plans beside ours, and large searches; DATA: a folder with its profile; ARGS: other inputs
+	$(BIN)/python -m benchmarks.plans $(DATA) $(ARGS)
+
 bench-policies: $(VENV)/.dev ## Scheduling policies compared in virtual time, over DATA, a folder of public outputs
 	$(BIN)/python -m benchmarks.policies $(DATA)
+
+bench-many-models: $(VENV)/.dev ## 20 small models with 3 awake, and SmolLM2: wake times, memory, idle CPU; ARGS, such as --models 6 --skip-large
+	$(BIN)/python -m benchmarks.many_models $(ARGS)
+
+bench-muxserve: $(VENV)/.dev ## Several models on two cores, shared (adbs, temporal) or apart; DATA: jsonl files of prompts; beside vLLM with VLLM_PYTHON; ARGS, such as --quick or --cases all
+	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m benchmarks.shared_device $(DATA) $(ARGS)
+
+bench-muxserve-measured: $(VENV)/.dev ## The simulator compared with MuxServe's runs on 32 A100s; DATA: folder of its files; FILES: other measured runs; ARGS, such as --fit
+	$(BIN)/python -m benchmarks.muxserve measured $(or $(FILES),$(DATA)/muxserve_synthetic_alpha1.3_measured.json.gz $(DATA)/muxserve_chatlmsys_800_measured.json) --profile $(DATA)/muxserve_profile_llama.json.gz --lengths $(DATA)/sharegpt_lengths.csv.gz $(ARGS)
+
+bench-muxserve-scale: $(VENV)/.dev ## In virtual time at the size of MuxServe's evaluation: ours, spatial, temporal, ablations; DATA: folder of its files; QUICK=1
+	$(BIN)/python -m benchmarks.muxserve scale $(DATA) $(if $(QUICK),--quick) $(ARGS)
+
+bench-floods: $(VENV)/.dev ## One model flooded, popularity swapped, a worker that hangs or dies in its grant: what the others keep; ARGS, such as --native
+	$(BIN)/python -m benchmarks.shared_device.floods $(ARGS)
 
 bench-fidelity: $(VENV)/.dev ## The simulator compared with a real mesh of sim engines
 	$(BIN)/python -m benchmarks.fidelity

@@ -1,27 +1,26 @@
 """The simulator against a real mesh of sim engines, on the same arrivals, lengths and policies.
 
-`python -m benchmarks.fidelity` compares mean latencies and the order of first tokens, for each policy. The time that
-processes add to a step differs between machines and changes within minutes, and near saturation 1 % of a step is 10 %
-of the latency. So it is measured on each mesh, with another workload before and after the compared one, and the load is
-below saturation.
+`python -m benchmarks.fidelity [CASE...]` compares mean latencies and the order of first tokens, for each case: one
+model under three policies, and two models that compute at the same time, by their shares. The time that processes add
+to a step differs between machines and changes within minutes, and near saturation 1 % of a step is 10 % of the latency.
+So it is measured on each mesh, with another workload before and after the compared one, and the load is below
+saturation.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import uvloop
 
-from benchmarks.mesh_process import up
-from benchmarks.report import OUT, Report
+from benchmarks.mesh_process import mesh_target
+from benchmarks.report import Report
 from loadtest.drive import Driver
-from loadtest.mesh_target import MeshTarget
 from loadtest.record import Record
 from loadtest.spec import parse_spec
 from loadtest.workload import plan, sketch
@@ -33,42 +32,70 @@ from simulator.forecasts import TrueLengths
 from simulator.run import simulate
 from simulator.timeline import MEASURED, Delays
 
-WORKLOAD = "rate=1.7 burstiness=0.25 lengths=U(20,200)/(5,120) requests=100 seed=5"
-TOGETHER = "rate=inf lengths=D(20,100) requests=8 seed=4"
-POLICIES = ("fcfs", "srtf-aged", "hrrn")
 SLOTS = 8
 STEP_S, PER_TOKEN_S = 0.05, 0.0001
 NUM_RUNS = 3
 _AFTER_S = 60.0
 """Virtual seconds from the start of one workload to the next; more than the first one takes."""
+_LENGTHS = "burstiness=0.25 lengths=U(20,200)/(5,120)"
 
 
-def config(policy: str) -> dict[str, Any]:
-    """One model with a few slots, and steps of 50 ms plus 0.1 ms for each token."""
-    model = {"name": "m", "engine": "sim", "max_num_seqs": SLOTS, "sim": {"base_s": STEP_S, "per_token_s": PER_TOKEN_S}}
-    return {"order": {"policy": policy}, "units": [{"kv_pool": "64MiB", "models": [model]}]}
+@dataclass(frozen=True)
+class Case:
+    """One mesh with one unit. ``shares``: of prefill and decode, in percent. ``rate``: requests per second."""
+
+    models: tuple[str, ...]
+    policy: str
+    rate: float
+    num_requests: int
+    shares: tuple[int, int] = (100, 100)
+
+    @property
+    def workload(self) -> str:
+        models = ",".join(self.models)
+        return f"rate={self.rate} {_LENGTHS} requests={self.num_requests} seed=5 models={models}"
+
+    @property
+    def together(self) -> str:
+        """A workload that fills the batch of the first model."""
+        return f"rate=inf lengths=D(20,100) requests={SLOTS} seed=4 models={self.models[0]}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Models with a few slots, and steps of 50 ms plus 0.1 ms for each token, whatever the share."""
+        prefill, decode = self.shares
+        steps = {"base_s": STEP_S * decode / 100, "per_token_s": PER_TOKEN_S * decode / 100}
+        models = [
+            {
+                "name": name,
+                "engine": "sim",
+                "max_num_seqs": SLOTS,
+                "sim": steps,
+                "compute_share": {"prefill": prefill, "decode": decode},
+            }
+            for name in self.models
+        ]
+        unit = {"kv_pool": "64MiB", "arbiter": {"mode": "adbs", "over_subscription": 0}, "models": models}
+        return {"order": {"policy": self.policy}, "units": [unit]}
 
 
-async def _real(policy: str) -> list[list[Record]]:
-    OUT.mkdir(parents=True, exist_ok=True)
-    path = OUT / "fidelity_mesh.yaml"
-    path.write_text(json.dumps(config(policy)))
-    async with up("-c", str(path)) as mesh:
-        target = MeshTarget(mesh.address, 0.0, None)
-        try:
-            (model,) = await target.models()
-            return [
-                (await Driver(target, plan(parse_spec(text), model.vocabulary), SystemClock()).run()).records
-                for text in (TOGETHER, WORKLOAD, TOGETHER)
-            ]
-        finally:
-            await target.close()
+CASES = {policy: Case(("m",), policy, 1.7, 100) for policy in ("fcfs", "srtf-aged", "hrrn")}
+CASES["two models, shares 60/40"] = Case(("a", "b"), "fcfs", 2.8, 140, (60, 40))
 
 
-def real(policy: str) -> tuple[list[Record], Delays]:
+async def _real(case: Case) -> list[list[Record]]:
+    async with mesh_target("fidelity_mesh", case.config, 0.0) as (_, target):
+        model, *_ = await target.models()
+        return [
+            (await Driver(target, plan(parse_spec(text), model.vocabulary), SystemClock()).run()).records
+            for text in (case.together, case.workload, case.together)
+        ]
+
+
+def real(case: Case) -> tuple[list[Record], Delays]:
     """The workload on a real mesh, and the time that its processes added to a step of a full batch around it."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        before, measured, after = runner.run(_real(policy))
+        before, measured, after = runner.run(_real(case))
     assert all(record.is_ok for record in (*before, *measured, *after))
     step_s = statistics.fmean((_step_s(before), _step_s(after)))
     return measured, replace(MEASURED, step_s=step_s - STEP_S - SLOTS * PER_TOKEN_S)
@@ -82,12 +109,12 @@ def _step_s(records: list[Record]) -> float:
     )  # fmt: skip
 
 
-def simulated(policy: str, delays: Delays) -> list[Record]:
+def simulated(case: Case, delays: Delays) -> list[Record]:
     """The workload in virtual time, after the workload that precedes it on the real mesh."""
-    before, measured = sketch(parse_spec(TOGETHER)), sketch(parse_spec(WORKLOAD))
+    before, measured = sketch(parse_spec(case.together)), sketch(parse_spec(case.workload))
     both = before + [replace(one, index=one.index + len(before), at_s=one.at_s + _AFTER_S) for one in measured]
-    parsed = MeshConfig.model_validate(config(policy))
-    records = simulate(parsed, {"m": SIM_SPEC}, both, TrueLengths(), delays=delays).run.records
+    parsed, specs = MeshConfig.model_validate(case.config), dict.fromkeys(case.models, SIM_SPEC)
+    records = simulate(parsed, specs, both, TrueLengths(), delays=delays).run.records
     assert all(record.is_ok for record in records)
     assert all(record.ended_s is not None and record.ended_s < _AFTER_S for record in records[: len(before)])
     return records[len(before) :]
@@ -95,25 +122,26 @@ def simulated(policy: str, delays: Delays) -> list[Record]:
 
 def main() -> int:
     """Runs both in alternation, since the machine's speed changes; the bars are on medians."""
+    chosen = sys.argv[1:] or list(CASES)
     bench = Report("fidelity")
-    found: dict[str, dict[str, list[float]]] = {policy: {"e2el_s": [], "ttft_s": [], "tau": []} for policy in POLICIES}
+    found: dict[str, dict[str, list[float]]] = {name: {"e2el_s": [], "ttft_s": [], "tau": []} for name in chosen}
     steps_s: list[float] = []
     for _ in range(NUM_RUNS):
-        for policy in POLICIES:
-            measured, delays = real(policy)
-            virtual = simulated(policy, delays)
+        for name in chosen:
+            measured, delays = real(CASES[name])
+            virtual = simulated(CASES[name], delays)
             steps_s.append(delays.step_s)
-            for name in ("e2el_s", "ttft_s"):
-                found[policy][name].append(_mean(virtual, name) / _mean(measured, name) - 1)
+            for column in ("e2el_s", "ttft_s"):
+                found[name][column].append(_mean(virtual, column) / _mean(measured, column) - 1)
             firsts = [np.array([one.pieces[0][0] for one in records]) for records in (virtual, measured)]
-            found[policy]["tau"].append(kendall_tau(*firsts))
+            found[name]["tau"].append(kendall_tau(*firsts))
     bench.figures.update(step_s=steps_s, found=found)
     bench.bar("processes add to a step, ms", statistics.median(steps_s) * 1000)
-    for policy, runs in found.items():
+    for name, runs in found.items():
         error = statistics.median(runs["e2el_s"])
-        bench.bar(f"{policy}: mean E2EL, simulated / real - 1", error, "within 5 %", abs(error) <= 0.05)
-        bench.bar(f"{policy}: mean TTFT, simulated / real - 1", statistics.median(runs["ttft_s"]))
-        bench.bar(f"{policy}: order of first tokens, tau", statistics.median(runs["tau"]))
+        bench.bar(f"{name}: mean E2EL, simulated / real - 1", error, "within 5 %", abs(error) <= 0.05)
+        bench.bar(f"{name}: mean TTFT, simulated / real - 1", statistics.median(runs["ttft_s"]))
+        bench.bar(f"{name}: order of first tokens, tau", statistics.median(runs["tau"]))
     return 0 if bench.write() else 1
 
 

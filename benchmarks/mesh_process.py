@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from benchmarks.report import OUT
+from loadtest.mesh_target import MeshTarget
 from muxmesh.client import MeshClient
 from muxmesh.errors import Unavailable
 
@@ -67,6 +71,22 @@ async def up(*arguments: str) -> AsyncIterator[UpProcess]:
             await process.wait()
 
 
+@asynccontextmanager
+async def mesh_target(
+    name: str, config: Mapping[str, Any], temperature: float
+) -> AsyncIterator[tuple[UpProcess, MeshTarget]]:
+    """Runs a mesh with ``config``, written to ``name``.yaml in `OUT`; yields it and a target that sends to it."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    path = OUT / f"{name}.yaml"
+    path.write_text(json.dumps(config, indent=1))
+    async with up("-c", str(path)) as mesh:
+        target = MeshTarget(mesh.address, temperature, None)
+        try:
+            yield mesh, target
+        finally:
+            await target.close()
+
+
 def cpu_s(pid: int) -> float:
     """CPU seconds of a process: user and system, all threads."""
     parts = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -110,17 +130,24 @@ def _children() -> dict[int, list[int]]:
     return children
 
 
+def proportional_bytes(pid: int) -> int:
+    """Memory of a process, in which shared pages are divided among the processes that map them."""
+    return _bytes_of(pid, "smaps_rollup", "Pss")
+
+
 def anonymous_bytes(pid: int) -> int:
     """Anonymous memory of a process, by proportional set size."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss_Anon:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError("smaps_rollup of this kernel has no Pss_Anon")
+    return _bytes_of(pid, "smaps_rollup", "Pss_Anon")
 
 
 def peak_mb(pid: int) -> float:
     """The largest resident set of a process since its start, in MB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise LookupError("this kernel reports no VmHWM")
+    return _bytes_of(pid, "status", "VmHWM") / 1e6
+
+
+def _bytes_of(pid: int, file: str, field: str) -> int:
+    """A field in kB of a file of /proc/PID."""
+    for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(f"{file} of this kernel has no {field}")

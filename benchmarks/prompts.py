@@ -1,4 +1,14 @@
-"""Fifty chat prompts: short and long, ordinary and unusual, in several languages."""
+"""Fifty chat prompts: short and long, ordinary and unusual, in several languages; and files of prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from loadtest.files import read_jsonl
+
+_MOST_OF_A_FILE = 300
 
 PROMPTS = (
     "What is the capital of France?",
@@ -52,3 +62,13 @@ PROMPTS = (
     "Here is a list: milk, bread, eggs, butter, cheese, apples, rice, beans, coffee, tea. Sort it by alphabet.",
     "The following text repeats. " * 20 + "What does the text do?",
 )
+
+
+def prompts_of(files: Sequence[Path]) -> list[str]:
+    """The prompts of all JSONL files, at most 300 of each."""
+    return [item["prompt"] for path in files for _, item in list(read_jsonl(path))[:_MOST_OF_A_FILE]]
+
+
+def write_prompts(path: Path, prompts: Sequence[str]) -> None:
+    """Writes a JSONL file for a workload with ``prompts=FILE``."""
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))

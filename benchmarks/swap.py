@@ -27,7 +27,8 @@ from benchmarks.report import Report
 from kvstore.swap_space import SwapSpace
 from muxmesh.cli.common import cache_dir
 from muxmesh.client import Message
-from muxmesh.config.schema import DEFAULT_MODEL, ModelConfig
+from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.schema import DEFAULT_MODEL
 from muxmesh.device.kv_codec import decode, encode, encoded_bytes
 from muxmesh.device.kv_view import KvView
 from muxmesh.device.swap_region import SwapCopy

@@ -27,11 +27,10 @@ from urllib.request import urlopen
 
 import uvloop
 
-from benchmarks.mesh_process import children_of, up
+from benchmarks.mesh_process import children_of, mesh_target
+from benchmarks.prompts import prompts_of, write_prompts
 from benchmarks.report import OUT, Report
-from loadtest.files import read_jsonl
 from loadtest.html import page
-from loadtest.mesh_target import MeshTarget
 from loadtest.openai_target import OpenAiTarget
 from loadtest.report import bottleneck
 from loadtest.session import Options, Session
@@ -120,15 +119,12 @@ async def our_mesh() -> AsyncIterator[System]:
             "models": [{"name": DEFAULT_MODEL, "max_num_seqs": BATCH_CAP, "max_model_len": MAX_MODEL_LEN}],
         }]
     }  # fmt: skip
-    path = OUT / "vs_vllm_mesh.yaml"
-    path.write_text(json.dumps(config))
-    async with up("-c", str(path)) as mesh:
-        system = System("muxmesh", MeshTarget(mesh.address, TEMPERATURE, None), [mesh.process.pid])
+    async with mesh_target("vs_vllm_mesh", config, TEMPERATURE) as (mesh, target):
+        system = System("muxmesh", target, [mesh.process.pid])
         try:
             yield system
         finally:
             system.freeze(False)
-            await system.target.close()
 
 
 async def measure(
@@ -275,8 +271,7 @@ def main() -> int:
     arguments = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     mixed = OUT / "vs_vllm_prompts.jsonl"
-    lines = [item for path in arguments.prompts for _, item in list(read_jsonl(path))[:300]]
-    mixed.write_text("".join(json.dumps({"prompt": item["prompt"]}) + "\n" for item in lines))
+    write_prompts(mixed, prompts_of(arguments.prompts))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(bench(mixed, arguments.pd, arguments.minutes))
 

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+import grpc
+
 from benchmarks.chaos.processes import MeshProcesses
+from muxmesh.internal.v1 import admin_pb2, admin_pb2_grpc
 from muxmesh.process_state import has_ended
+from muxmesh.rpc.channels import internal_channel
 from muxmesh.supervisor.liveness import CHECK_EVERY_S, MAX_STOPPED_CHECKS
 
 BACK_WITHIN_S = 120.0
@@ -27,6 +32,9 @@ SHORT_STOP_S = (0.2, (MAX_STOPPED_CHECKS - 1.5) * CHECK_EVERY_S)
 SERVICES = ("router", "kvstore", "prefill", "decode")
 CLIENT = "client"
 """The role, and the name, of a client process of its own."""
+MODEL = "model"
+"""The role of a model, which is named model/ and its name."""
+_SLEEPS = itertools.count()
 
 
 class NotRecovered(Exception):
@@ -158,12 +166,27 @@ async def _vanishing_client(processes: MeshProcesses, target: str) -> Hit:
     return Hit(client.pid)
 
 
+async def _put_to_sleep(processes: MeshProcesses, target: str) -> Hit:
+    """Lets a model fall asleep, with weights kept or, each second time, dropped. Requests wake it again.
+
+    The command may fail, if another fault hits what carries it out.
+    """
+    pid = processes.pid("router")
+    drops = next(_SLEEPS) % 2 == 1
+    request = admin_pb2.PutModelToSleepRequest(model=target.removeprefix(f"{MODEL}/"), drop_weights=drops)
+    async with internal_channel(processes.runtime.admin_address("router")) as channel:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await admin_pb2_grpc.RouterAdminServiceStub(channel).PutModelToSleep(request, timeout=BACK_WITHIN_S)
+    return Hit(pid)
+
+
 FAULTS: tuple[Fault, ...] = (
     Fault("kill -9", 5, (*SERVICES, "redis"), kill, replaced),
     Fault("stop", 3, (*SERVICES, "redis"), _stop, survived, _continue, SHORT_STOP_S, no_error),
     Fault("hang", 1, (*SERVICES, "redis"), _stop, _killed_and_replaced),
     Fault("end", 1, (*SERVICES, "redis"), _end, replaced),
     Fault("vanish", 1, (CLIENT,), _vanishing_client, _nothing, allows=no_error),
+    Fault("sleep", 3, (MODEL,), _put_to_sleep, _nothing, allows=no_error),
 )
 """kill -9; SIGSTOP, then SIGCONT before the mesh may restart the process; SIGSTOP for ever; SIGTERM; a client that is
-killed."""
+killed; a model that has to sleep."""

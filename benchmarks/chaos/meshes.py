@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.cases import FULL_LOAD, GPU_LOAD, LoadSize
-from benchmarks.chaos.faults import CLIENT, FAULTS, Fault
+from benchmarks.chaos.faults import CLIENT, FAULTS, MODEL, Fault
 from benchmarks.chaos.gpu_faults import GPU_FAULTS
 from benchmarks.chaos.plan import PlannedFault, plan_faults
 from benchmarks.chaos.processes import names_of
@@ -58,7 +58,7 @@ def plan_of(kind: ChaosMesh, seed: int, seconds: float, config: dict[str, Any]) 
         device_uuids={unit.name: UUID for unit in parsed.units if unit.is_cuda},
         mps=MpsDaemons(program=FAKE_PROGRAM, log_dir=Path()),
     )
-    names = [*names_of(runtime), CLIENT]
+    names = [*names_of(runtime), CLIENT, *(f"{MODEL}/{model}" for model in runtime.config.models())]
     return list(plan_faults(random.Random(f"{seed} faults"), seconds, kind.faults, names, kind.pace))
 
 

@@ -20,6 +20,8 @@ class LoadedRunner:
     inner: Runner
     max_steps: int
 
+    def unload(self, drop_weights: bool) -> None: ...
+
     def load(self) -> None: ...
 
     def run(self, step: Step, may_continue: Callable[[], bool]) -> StepOutcome:

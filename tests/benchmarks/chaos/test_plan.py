@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 
-from benchmarks.chaos.faults import CLIENT, FAULTS
+from benchmarks.chaos.faults import CLIENT, FAULTS, MODEL
 from benchmarks.chaos.plan import PlannedFault, plan_faults, role_of, show_plan
 
-NAMES = ["kvstore/unit0", "prefill/a", "decode/a", "prefill/b", "decode/b", "router", "redis", CLIENT]
+NAMES = ["kvstore/unit0", "prefill/a", "decode/a", "prefill/b", "decode/b", "router", "redis", CLIENT, f"{MODEL}/a"]
 
 
 def plan(seed: int, seconds: float = 300.0) -> list[PlannedFault]:
