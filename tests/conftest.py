@@ -1,3 +1,4 @@
+import logging
 import os
 import signal
 import sys
@@ -15,6 +16,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Under nohup it is ignored, and `muxmesh up` would go on ignoring it.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# In a job that a shell script starts in the background it is ignored, and so are the interrupts that tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from muxmesh.engine.native.kernel_cache import kernel_cache_dir
 
@@ -27,11 +31,36 @@ import pytest
 import redis
 from hypothesis import settings
 
+from muxmesh.stderr_handler import StderrHandler
 from tests.support.redis_process import running_redis
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("long", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+_LONGEST_FIRST = ("compose", "mesh", "deploy")
+
+
+@pytest.fixture(autouse=True)
+def own_root_logger() -> Iterator[None]:
+    """A command that a test runs in this process logs to the stderr of that test, not of later ones."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
+    for handler in [one for one in root.handlers if isinstance(one, StderrHandler)]:
+        root.removeHandler(handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest starts first, since `make test` runs two files at a time."""
+
+    def position(item: pytest.Item) -> int:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return _LONGEST_FIRST.index(folder) if folder in _LONGEST_FIRST else len(_LONGEST_FIRST)
+
+    items.sort(key=position)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,7 @@ import pytest
 
 from muxmesh.cli.command_parser import command_parser
 from muxmesh.config.contradictions import order_without_effect
-from muxmesh.config.load import load_mesh_config
+from muxmesh.config.load import load_mesh_config, parse_mesh_config
 from muxmesh.cuda.driver import DeviceInfo
 from muxmesh.models.device_capacity import gpu_problems
 from muxmesh.models.prepared_model import model_problems
@@ -22,10 +22,16 @@ PAGES = (
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
+    "docs/arbiter.md",
     "docs/glossary.md",
+    "docs/load_and_simulation.md",
+    "docs/many_models.md",
     "docs/metrics.md",
     "docs/operations.md",
+    "docs/plan.md",
+    "docs/profile.md",
     "docs/python_client.md",
+    "docs/slo.md",
     "compose/README.md",
 )
 """Pages that describe the present. The log and the decisions keep the names of their day."""
@@ -85,10 +91,15 @@ def test_every_python_file_that_is_named_exists(name: str) -> None:
 def test_the_reading_lists_of_the_architecture_count_what_they_list(title: str) -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
     listed = re.search(rf"^\*\*{title}\*\*: (.+?)\.$", text, re.MULTILINE | re.DOTALL)
-    row = re.search(rf"^\| {title.lower()} \| (\d+) /", text, re.MULTILINE)
+    row = re.search(rf"^\| {title.lower()} \| (\d+) / ([\d,]+) ", text, re.MULTILINE)
     assert listed is not None
     assert row is not None
-    assert len(re.findall(r"`[^`]+\.py`", listed.group(1))) == int(row.group(1))
+    files = re.findall(r"`([^`]+\.py)`", listed.group(1))
+    assert len(set(files)) == len(files) == int(row.group(1))
+    num_lines = sum(len((ROOT / file).read_text().splitlines()) for file in files)
+    assert abs(int(row.group(2).replace(",", "")) - num_lines) <= 0.03 * num_lines, (
+        f"the files have {num_lines:,} lines"
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
@@ -99,6 +110,19 @@ def test_every_example_is_valid_and_every_setting_in_it_has_an_effect(path: Path
     assert all(unit.is_cuda for unit in config.units) and all(share < 100 for share in shares)
     memory = DeviceInfo(0, "GPU-0", "80 GB", 132, (9, 0), 80 * 10**9, True, True, False)
     assert list(gpu_problems(config, {0: memory}, lambda model: None)) == []
+
+
+def test_the_configuration_to_simulate_is_valid() -> None:
+    text = (ROOT / "docs/load_and_simulation.md").read_text()
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (unit,) = parse_mesh_config(text, "docs/load_and_simulation.md").config.units
+    assert all(model.engine == "sim" for model in unit.models)
+
+
+def test_the_configuration_of_many_models_is_valid() -> None:
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs/many_models.md").read_text(), re.MULTILINE | re.DOTALL)
+    (unit,) = parse_mesh_config(text, "docs/many_models.md").config.units
+    assert (unit.max_awake_models, len(unit.models)) == (3, 3)
 
 
 def test_the_examples_say_how_to_start_them_and_are_listed() -> None:

@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from muxmesh.config.contradictions import order_without_effect as check
 from muxmesh.config.field_errors import section_at
 from muxmesh.config.load import parse_mesh_config
-from muxmesh.config.schema import MeshConfig, ModelConfig, OrderConfig, RouterConfig, SimProfile, UnitConfig
+from muxmesh.config.model_config import ModelConfig, SimProfile
+from muxmesh.config.schema import MeshConfig, OrderConfig, RouterConfig, UnitConfig
 from muxmesh.errors import ConfigError
 from tests.support.fuzzing import fuzz
 

@@ -95,6 +95,13 @@ def test_only_sweeps_are_plotted_against_the_rate() -> None:
     assert "Latency against load" in headings(page([make_sweep()]))
 
 
+def test_the_attainment_of_each_model_is_plotted() -> None:
+    text = page([make_report("ours")])
+    assert "SLO attainment by model" in text
+    assert "ours at 2/s: each model against multiples of its own latency on an idle server." in text
+    assert "<tr><td>SLO attainment (share)<td>" in text
+
+
 def test_the_slo_is_plotted_for_the_runs_that_have_it() -> None:
     with_slo, without = make_report("with"), make_report("without")
     del without["slo"]
@@ -102,7 +109,7 @@ def test_the_slo_is_plotted_for_the_runs_that_have_it() -> None:
     assert heading not in headings(page([without]))
     text = page([with_slo, without])
     assert heading in headings(text)
-    (svg,) = re.findall(r"<svg[^>]*SLO attainment.*?</svg>", text)
+    svg = re.findall(r"<svg[^>]*SLO attainment.*?</svg>", text)[0]
     assert "with at 2/s" in svg
     assert "without" not in svg
 

@@ -20,7 +20,8 @@ from muxmesh.errors import (
     Unavailable,
     WorkerLost,
 )
-from muxmesh.v1 import inference_pb2
+from muxmesh.slo import Slo
+from muxmesh.v1 import inference_pb2, mesh_pb2
 from tests.support.fake_mesh import FakeMesh, fake_mesh, first, last, tokens
 
 REQUEST = PlannedRequest(0, 0.0, (5, 6, 7), False, 4, True, 42, "m", "tenant", -2)
@@ -48,6 +49,12 @@ async def sent(mesh: FakeMesh, target: MeshTarget, **changes: Any) -> inference_
     mesh.script = [first(3, 0, (1,)), last(1)]
     await events(target, replace(REQUEST, **changes))
     return mesh.requests[-1]
+
+
+async def test_models_have_the_slo_that_the_mesh_counts_by(mesh: FakeMesh, target: MeshTarget) -> None:
+    mesh.models = ["none", "limits", "scale"]
+    mesh.slos = {"limits": mesh_pb2.Slo(ttft_s=0.5, tpot_s=0.05), "scale": mesh_pb2.Slo(scale=8)}
+    assert [model.slo for model in await target.models()] == [None, Slo(0.5, 0.05), Slo(scale=8)]
 
 
 async def test_pieces_have_the_tokens_of_each_message(mesh: FakeMesh, target: MeshTarget) -> None:

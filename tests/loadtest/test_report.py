@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from loadtest.record import INTERRUPTED, Record, Run
 from loadtest.report import METRICS, PERCENTILES, About, Goodput, bottleneck, build_report, figures
-from loadtest.slo import Unloaded
+from loadtest.slo import Objectives, Unloaded
 from loadtest.target import TargetError
 from loadtest.workload import PlannedRequest
+from muxmesh.slo import Slo
 from tests.support.loadtest_reports import make_record
 from tests.support.loadtest_target import StubTarget, drive
 
@@ -319,12 +320,34 @@ def test_the_load_of_the_driver_is_reported() -> None:
 def test_a_report_is_strict_json(rate: float | None) -> None:
     about = About("n", "t", ("a", "b"), "w", "d", 4, rate)
     run = Run([make_record(0, 0.0, (1.0, 2.0), finish="stop"), make_record(1, 0.0, status=INTERRUPTED)], 2.0)
-    report = build_report(about, run, Goodput(ttft_ms=1.0), Unloaded(0.1, 0.2, 0.3))
+    report = build_report(about, run, Goodput(ttft_ms=1.0), Objectives({"a": Unloaded(0.1, 0.2, 0.3)}, default="a"))
     read = json.loads(json.dumps(report, allow_nan=False))
     assert (read["name"], read["target"], read["models"], read["max_concurrency"]) == ("n", "t", ["a", "b"], 4)
     assert read["rate"] == (None if rate == math.inf else rate)
-    assert read["slo"]["unloaded"] == {"base_s": 0.1, "per_input_s": 0.2, "per_output_s": 0.3}
+    assert Unloaded(**read["slo"]["unloaded"]) == Unloaded(0.1, 0.2, 0.3)
     assert read["slo"]["attainment"].keys() == {str(scale) for scale in range(1, 17)}
+
+
+def test_the_rate_weighted_throughput_is_that_of_muxserve() -> None:
+    # In 10 s: 6 requests for a, of which 3 succeed, and 2 for b, of which both do.
+    records = [make_record(i, 0.0, (1.0,), status="OK" if i < 3 else "UNAVAILABLE", model="a") for i in range(6)]
+    records += [make_record(6 + i, 0.0, (1.0,), model="b") for i in range(2)]
+    found = report_of(*records, duration_s=10.0)["rate_weighted_throughput"]
+    assert found == pytest.approx((0.6 * 0.3 + 0.2 * 0.2) / (0.6 + 0.2))
+
+
+def test_one_model_has_no_rate_weighted_throughput() -> None:
+    assert report_of(make_record(0, 0.0, (1.0,)), duration_s=10.0)["rate_weighted_throughput"] is None
+
+
+def test_the_attainment_of_the_configured_slo_is_a_figure_of_all_and_of_each_model() -> None:
+    records = [make_record(i, 0.0, (1.0 + i,), model="ab"[i % 2]) for i in range(4)]
+    objectives = Objectives(slos={"a": Slo(ttft_s=2.0), "b": Slo(ttft_s=9.0)})
+    report = build_report(ABOUT, Run(records, 10.0), objectives=objectives)
+    assert report["slo_attainment"] == 0.75
+    assert [report["by_model"][name]["slo_attainment"] for name in "ab"] == [0.5, 1.0]
+    assert report["configured_slo"] == {"a": {"ttft_s": 2.0}, "b": {"ttft_s": 9.0}}
+    assert "slo" not in report, "without a latency of the idle server there are no multiples of it"
 
 
 @pytest.mark.parametrize(("partial", "reported"), [("", None), ("interrupted", "interrupted")])

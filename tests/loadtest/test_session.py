@@ -14,6 +14,7 @@ from loadtest.spec import parse_spec
 from loadtest.target import Piece, ServedModel, StreamEnd, TargetError
 from loadtest.workload import PlannedRequest
 from muxmesh.errors import ConfigError, Unavailable
+from muxmesh.slo import Slo
 from tests.support.loadtest_target import VOCABULARY, LinearTarget, StubTarget
 from tests.support.virtual_time import VirtualClock, run_virtually
 
@@ -33,7 +34,7 @@ def test_calibration_fits_the_unloaded_latency_and_the_attainment_follows() -> N
     line = "rate=5 lengths=U(10,500)/(5,50) requests=300"
     alone = report_of(LinearTarget(), line, calibrate=20)
     unloaded = alone["slo"]["unloaded"]
-    assert list(unloaded.values()) == pytest.approx([0.1, 0.001, 0.02], rel=1e-6)
+    assert list(unloaded.values()) == pytest.approx([0.1, 0.001, 0.02, 0.12, 0.001, 0.02], rel=1e-6)
     assert alone["slo"]["attainment"][2] == 1.0
     crowded = report_of(LinearTarget(slowdown=0.1), line, calibrate=20)
     shares = list(crowded["slo"]["attainment"].values())
@@ -69,7 +70,7 @@ def test_a_known_unloaded_latency_replaces_the_calibration() -> None:
     target, unloaded = LinearTarget(), Unloaded(0.5, 0.0, 0.0)
     report = report_of(target, unloaded=unloaded)
     assert len(target.received) == 10
-    assert report["slo"]["unloaded"] == {"base_s": 0.5, "per_input_s": 0.0, "per_output_s": 0.0}
+    assert Unloaded(**report["slo"]["unloaded"]) == unloaded
 
 
 def test_without_calibration_there_is_no_slo() -> None:
@@ -272,3 +273,44 @@ def test_a_report_warns_of_prompts_that_an_earlier_run_may_have_cached(
     warnings = report_of(CachingTarget(num_cached, takes_salt), **options)["warnings"]
     assert len(warnings) == (warning is not None)
     assert all((warning or "") in one for one in warnings)
+
+
+def test_each_model_is_calibrated_by_requests_of_its_own() -> None:
+    target = LinearTarget(served_models=TWO_MODELS)
+    report = report_of(target, "rate=5 lengths=D(20,5) requests=60 models=a:9,b:1", calibrate=3)
+    assert [request.model for request in target.received[:6]] == ["a"] * 3 + ["b"] * 3
+    assert report["slo"]["by_model"].keys() == {"a", "b"}
+
+
+def test_a_model_without_a_request_in_the_calibration_is_calibrated_by_those_of_others() -> None:
+    target = LinearTarget(served_models=TWO_MODELS)
+    report_of(target, "rate=5 lengths=D(20,5) requests=1 models=a,b", calibrate=3)
+    assert {request.model for request in target.received[:2]} == {"a", "b"}
+
+
+def test_requests_are_judged_by_the_slo_that_the_server_has() -> None:
+    served = (ServedModel("a", VOCABULARY, slo=Slo(ttft_s=100.0)), ServedModel("b", VOCABULARY))
+    report = report_of(LinearTarget(served_models=served), f"{LINE} models=a,b")
+    assert report["configured_slo"] == {"a": {"ttft_s": 100.0}}
+    assert report["slo_attainment"] == report["by_model"]["a"]["slo_attainment"] == 1.0
+    assert report["by_model"]["b"]["slo_attainment"] is None
+
+
+def test_an_slo_that_is_a_multiple_of_a_latency_which_was_not_measured_has_a_warning() -> None:
+    served = (ServedModel("a", VOCABULARY, slo=Slo(scale=8.0)), ServedModel("b", VOCABULARY, slo=Slo(ttft_s=1.0)))
+    target, line = LinearTarget(served_models=served), f"{LINE} models=a,b"
+    measured, unknown = report_of(target, line), report_of(target, line, calibrate=0)
+    assert not any("SLO" in one for one in measured["warnings"]) and measured["by_model"]["a"]["slo_attainment"] == 1.0
+    assert [one for one in unknown["warnings"] if "SLO" in one] == [
+        "the SLO of a is a multiple of its unloaded latency, which is unknown: use --calibrate or --unloaded"
+    ]
+    assert unknown["by_model"]["a"]["slo_attainment"] is None
+
+
+def test_a_known_latency_of_each_model_has_to_name_those_in_use() -> None:
+    known = {"a": Unloaded(0.5, 0.0, 0.0), "c": Unloaded(1.0, 0.0, 0.0)}
+    target = LinearTarget(served_models=TWO_MODELS)
+    report = report_of(target, f"{LINE} models=a", unloaded=known)
+    assert report["slo"]["unloaded"]["base_s"] == 0.5
+    with pytest.raises(ConfigError, match="--unloaded: has no latency of b; it has: a, c"):
+        report_of(target, f"{LINE} models=a,b", unloaded=known)
