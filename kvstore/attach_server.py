@@ -50,6 +50,8 @@ from muxmesh.types import Role
 _log = logging.getLogger(__name__)
 _LONG_GRANT_S = 2.0
 """Grants that are revoked after less than this are checked more often than heartbeats, so that they are not late."""
+_ACCEPT_AGAIN_S = 1.0
+"""Pause after an error of `accept`, such as too many open files. The socket stays readable meanwhile."""
 _LINGER_S = 5.0
 """A worker that has closed its connection is killed if it has not exited after this."""
 
@@ -95,7 +97,7 @@ class AttachServer:
         self._path.unlink(missing_ok=True)
         self._listener.bind(str(self._path))
         self._listener.listen()
-        asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
+        self._listen()
         self._check_heartbeats()
         self._check_grants()
 
@@ -155,10 +157,19 @@ class AttachServer:
         """The worker's slot in the grant page. Raises KeyError if it is not attached."""
         return self._attachments[worker].slot
 
+    def _listen(self) -> None:
+        asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
+
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
         except BlockingIOError:
+            return
+        except OSError as error:
+            _log.error("no process can attach: %s; tried again after %g s", error, _ACCEPT_AGAIN_S)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listener.fileno())
+            self._timers["accept"] = loop.call_later(_ACCEPT_AGAIN_S, self._listen)
             return
         connection.setblocking(False)
         asyncio.get_running_loop().add_reader(connection.fileno(), self._on_hello, connection)

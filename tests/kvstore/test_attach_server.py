@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -351,6 +352,31 @@ async def test_a_worker_for_which_there_is_no_slot_is_refused_and_leaves_nothing
     attachment = await attach(server.path, Role.DECODE, "m", "unix:x")
     assert attachment.slot == 7
     attachment.close()
+
+
+async def test_without_a_free_file_descriptor_processes_wait_and_the_unit_does_not_spin(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstore.attach_server._ACCEPT_AGAIN_S", 0.1)
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(str(server.path))
+        os.close(lowest_free := os.dup(connection.fileno()))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard_limit))
+        try:
+            await asyncio.sleep(0.3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard_limit))
+        connection.setblocking(False)
+        connection.send(b"{}")
+        async with asyncio.timeout(20):
+            reply = await asyncio.get_running_loop().sock_recv(connection, MAX_MESSAGE_BYTES)
+    assert json.loads(reply) == {
+        "refused": "its first message lacks role, model, address; a worker sends role, model and address"
+    }
+    failures = [message for message in caplog.messages if "no process can attach" in message]
+    assert 1 <= len(failures) < 10
+    assert failures[0] == "no process can attach: [Errno 24] Too many open files; tried again after 0.1 s"
 
 
 async def test_a_worker_notices_that_the_unit_is_gone(server: Server) -> None:
