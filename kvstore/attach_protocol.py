@@ -48,6 +48,10 @@ BEAT_EVERY_S = 0.5
 """Interval of a worker's heartbeats, and of kvstore's checks of them."""
 MAX_SILENT_CHECKS = 20
 """A ready worker is killed after this many checks in a row without a heartbeat: 10 s."""
+MAX_UNANSWERED_CHECKS = 600
+"""A worker whose engine has not fallen asleep or woken as told after this many checks is killed: 300 s, far longer than
+it takes to load weights again.
+"""
 
 
 def send_message(connection: socket.socket, message: Mapping[str, Any]) -> None:

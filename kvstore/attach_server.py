@@ -6,7 +6,8 @@ the peer (SO_PEERCRED), and the unit's fence reports its exit.
 An attachment is one worker, which owns leases, together with every process that writes into the pool for it. Its leases
 and its slot are reclaimed only when all of these processes have exited, since no software stops a store that has begun.
 kvstore kills a worker that closes its connection and does not exit, a ready worker whose heartbeats stop, and one that
-hangs in a step: otherwise their leases would block other requests.
+hangs in a step, or while its engine falls asleep or wakes: otherwise their leases or their place among the models that
+are awake would block other requests.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from kvstore.attach_protocol import (
     BEAT_EVERY_S,
     MAX_MESSAGE_BYTES,
     MAX_SILENT_CHECKS,
+    MAX_UNANSWERED_CHECKS,
     pool_description,
     segment_description,
     send_message,
@@ -316,11 +318,16 @@ class AttachServer:
         send_message(connection, {"refused": reason})
 
     def _check_heartbeats(self) -> None:
-        """Kills ready workers without a heartbeat in `MAX_SILENT_CHECKS` checks."""
+        """Kills ready workers without a heartbeat in `MAX_SILENT_CHECKS` checks, and those whose engine hangs while it
+        falls asleep or wakes.
+        """
         for attachment in list(self._attachments.values()):
             beat = self._grants.page.read(attachment.slot, Word.HEARTBEATS)
             if attachment.count_silent_checks(beat) == MAX_SILENT_CHECKS:
                 self._end(attachment, f"sent no heartbeat for {MAX_SILENT_CHECKS * self._check_every_s:g} s")
+            if attachment.count_unanswered_checks() == MAX_UNANSWERED_CHECKS:
+                unanswered_s = MAX_UNANSWERED_CHECKS * self._check_every_s
+                self._end(attachment, f"was told to be {attachment.worker.told} {unanswered_s:g} s ago and is not")
         self._timers["heartbeats"] = asyncio.get_running_loop().call_later(self._check_every_s, self._check_heartbeats)
 
     def _check_grants(self) -> None:

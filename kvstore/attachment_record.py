@@ -32,6 +32,8 @@ class AttachmentRecord:
     proof: asyncio.Task[None] | None = None
     last_beat: int = -1
     num_silent_checks: int = 0
+    last_command: int = 0
+    num_unanswered_checks: int = 0
 
     def count_silent_checks(self, beat: int) -> int:
         """Adds a check, which found ``beat`` heartbeats; returns the checks in a row without a new one.
@@ -45,6 +47,18 @@ class AttachmentRecord:
         else:
             self.last_beat, self.num_silent_checks = beat, 0
         return self.num_silent_checks
+
+    def count_unanswered_checks(self) -> int:
+        """Adds a check; returns the checks in a row in which the worker has not followed its latest command.
+
+        They do not count while a debugger is attached to it.
+        """
+        worker = self.worker
+        if worker.engine is None and worker.num_told == self.last_command:
+            self.num_unanswered_checks += process_state(worker.pid) is not ProcessState.TRACED
+        else:
+            self.last_command, self.num_unanswered_checks = worker.num_told, 0
+        return self.num_unanswered_checks
 
     def remove_process(self, watch_fd: int) -> None:
         """Stops watching a process, and closes its connection and ``watch_fd``."""

@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvstore.attach_protocol import BEAT_EVERY_S, MAX_MESSAGE_BYTES, MAX_SILENT_CHECKS
+from kvstore.attach_protocol import BEAT_EVERY_S, MAX_MESSAGE_BYTES, MAX_SILENT_CHECKS, MAX_UNANSWERED_CHECKS
 from kvstore.attach_server import AttachServer
 from kvstore.device_memory import HostMemory
 from kvstore.fence import Fence, HostFence
 from kvstore.grant_page import MAX_WORKERS, Word
 from kvstore.grant_table import GrantTable
+from kvstore.model_states import WorkerCommand
 from kvstore.share_proof import ShareProver
 from kvstore.unit import IssuedCredit, Unit
 from kvstore.unit_model import UnitModel
+from kvstore.worker_slots import EngineState
 from muxmesh.block_hashes import block_hashes
 from muxmesh.clock import SystemClock
 from muxmesh.config.arbiter_config import ArbiterConfig
@@ -655,6 +657,42 @@ def test_a_hung_worker_is_revoked_and_killed_after_the_times_of_the_settings(
     assert kill_s <= killed_at_s[0] <= kill_s + late_s
     assert "prefill-m#1 has not returned its recalled grant: revoked" in caplog.text
     assert "prefill-m#1 hangs in a step: killed" in caplog.text
+
+
+@pytest.mark.parametrize("follows_the_first", [False, True])
+def test_a_worker_that_hangs_while_it_wakes_is_killed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, follows_the_first: bool
+) -> None:
+    told_at_s: list[float] = []
+
+    async def story(scenario: Scenario) -> None:
+        worker = scenario.server.unit.workers[await scenario.attach()]
+        for engine in (EngineState.ASLEEP, EngineState.AWAKE):
+            worker.tell(engine)
+            told_at_s.append(asyncio.get_running_loop().time())
+            scenario.server.attach.tell(WorkerCommand(worker.name, worker.told, worker.num_told))
+            if follows_the_first and engine is EngineState.ASLEEP:
+                scenario.connections[-1].send(b'{"done": 1}')
+            await asyncio.sleep(200)
+        await asyncio.sleep(1000)
+        assert scenario.server.unit.workers == {}
+
+    (killed_at_s,) = play(tmp_path / "a.sock", story).fence.killed_at_s.values()
+    waited_s = killed_at_s - told_at_s[1]
+    assert 0 <= waited_s - MAX_UNANSWERED_CHECKS * BEAT_EVERY_S <= 2 * BEAT_EVERY_S
+    assert "decode-m#1 was told to be awake 300 s ago and is not: killed" in caplog.text
+
+
+def test_a_worker_that_follows_its_commands_in_time_is_not_killed(tmp_path: Path) -> None:
+    async def story(scenario: Scenario) -> None:
+        worker = scenario.server.unit.workers[await scenario.attach()]
+        for number in range(1, 5):
+            worker.tell(EngineState.ASLEEP if number % 2 else EngineState.AWAKE)
+            await asyncio.sleep((MAX_UNANSWERED_CHECKS - 2) * BEAT_EVERY_S)
+            scenario.connections[-1].send(b'{"done": %d}' % number)
+            await asyncio.sleep(1000 * (number % 2))
+
+    assert play(tmp_path / "a.sock", story).fence.killed_at_s == {}
 
 
 @pytest.mark.parametrize("fault", ["no heartbeats", "hangs in a step"])
