@@ -217,8 +217,9 @@ def lasting(unit: UnitCase, duration_s: float) -> UnitCase:
 
 
 def variants(unit: UnitCase) -> list[UnitCase]:
-    """The unit with other decode shares, and with other SLOs or none."""
-    return [*share_variants(unit), *(replace(unit, slo_scale=one) for one in SLO_SCALES_TRIED if one != unit.slo_scale)]
+    """The unit with other decode shares, with one share for all, and with other SLOs or none."""
+    shares = dict.fromkeys([*share_variants(unit), phases_together(unit)])
+    return [*shares, *(replace(unit, slo_scale=one) for one in SLO_SCALES_TRIED if one != unit.slo_scale)]
 
 
 def share_variants(unit: UnitCase) -> list[UnitCase]:
@@ -240,7 +241,7 @@ def share_variants(unit: UnitCase) -> list[UnitCase]:
 
 
 def phases_together(unit: UnitCase) -> UnitCase:
-    """Ablation: both phases of a model have one share, an equal part of the device for each model."""
+    """Both phases of all models have one share: an equal part of the device, with its over-subscription."""
     share = min(100, (100 + unit.over_subscription) // len(unit.models))
     return replace(unit, models=tuple(replace(one, prefill_share=share, decode_share=share) for one in unit.models))
 

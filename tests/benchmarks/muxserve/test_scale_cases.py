@@ -39,6 +39,7 @@ def test_variants_change_shares_or_the_slo() -> None:
     assert unit in found
     assert len(set(found)) == len(found)
     assert {one.slo_scale for one in found} == set(scale_cases.SLO_SCALES_TRIED)
+    assert scale_cases.phases_together(unit) in found
 
 
 def test_a_longer_unit_has_more_requests() -> None:
