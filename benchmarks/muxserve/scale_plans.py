@@ -1,8 +1,9 @@
 """Plans chosen by replays: of a pool of units, the best set for each goal, found exactly.
 
 Units do not influence each other, so each is replayed alone, and the figures of a plan are the sums of those of its
-units. Each stage replays longer and keeps the units of the plans that its replays prefer. The judge's arrivals are not
-those of the study.
+units. Each stage keeps the units of the plans that its replays prefer; the last one replays the whole duration. Variants
+are tried twice, since each changes the shares or the SLO of a unit alone. The judge's arrivals are not those of the
+study.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ _WIDER_GOALS = (*GOALS.values(), Goal(1.0, {}), *(Goal(1.0, {scale: 1.0}) for sc
 """Units of plans for these are kept until the last stage."""
 _STAGES: tuple[tuple[float, Callable[[UnitCase], list[UnitCase]]], ...] = (
     (0.2, lambda unit: [unit]),
+    (0.33, variants),
     (0.33, variants),
     (1.0, lambda unit: [unit]),
 )
