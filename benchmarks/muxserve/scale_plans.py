@@ -1,9 +1,9 @@
 """Plans chosen by replays: of a pool of units, the best set for each goal, found exactly.
 
 Units do not influence each other, so each is replayed alone, and the figures of a plan are the sums of those of its
-units. Each stage keeps the units of the plans that its replays prefer; the last one replays the whole duration. Variants
-are tried twice, since each changes the shares or the SLO of a unit alone. The judge's arrivals are not those of the
-study.
+units. Each stage keeps the units of the plans that its replays prefer; the last one replays the whole duration.
+Variants are tried twice, since each changes the shares or the SLO of a unit alone. The judge's arrivals are not those
+of the study.
 """
 
 from __future__ import annotations
