@@ -26,7 +26,6 @@ from muxmesh.placement.muxserve_files import LLAMA_SIZES, MeasuredModel, Measure
 
 HIGHEST_RATE = 40.0
 """Requests per second of the first model at scale 1."""
-PREFILL_SHARE = {"llama-7b": 80, "llama-13b": 90, "llama-30b": 100, "llama-65b": 100}
 DECODE_SHARE = 30
 SPATIAL_SHARES = (100, 90)
 FEWEST_DEVICES = {"llama-7b": 1, "llama-13b": 1, "llama-30b": 2, "llama-65b": 4}
@@ -97,7 +96,7 @@ def _shares(system: str, model: MeasuredModel) -> tuple[int, int]:
         return 100, 100
     if model.prefill_share is not None and model.decode_share is not None:
         return model.prefill_share, model.decode_share
-    return SPATIAL_SHARES if system == "spatial" else (PREFILL_SHARE[model.kind], DECODE_SHARE)
+    return SPATIAL_SHARES if system == "spatial" else (LLAMA_SIZES[model.kind].prototype.prefill_share, DECODE_SHARE)
 
 
 def _rate(model: MeasuredModel, placement: PlacementInput | None) -> float:

@@ -25,7 +25,7 @@ from benchmarks.plan_search import searched_plans
 from muxmesh.placement.corrected_estimator import CorrectedEstimator
 from muxmesh.placement.muxserve_files import LLAMA_SIZES, PlacementInput
 from muxmesh.placement.plan import Cluster, ModelLoad, Plan
-from muxmesh.placement.profile import ModelProfile, Profile
+from muxmesh.placement.profile import Profile
 from muxmesh.placement.reference_estimator import ReferenceEstimator
 from muxmesh.placement.search import search
 from muxmesh.placement.step_table import StepTable
@@ -90,9 +90,7 @@ def slowed(profile: Profile, constants: Constants) -> Profile:
         return replace(one, prefill=one.prefill * factor, decode=one.decode * factor)
 
     models = {
-        name: ModelProfile(
-            one.name, one.weights_bytes, one.kv_bytes_per_token, {k: table(t) for k, t in one.tables.items()}
-        )
+        name: replace(one, tables={degree: table(of_degree) for degree, of_degree in one.tables.items()})
         for name, one in profile.models.items()
     }
     return replace(profile, models=models, contention=constants.contention)

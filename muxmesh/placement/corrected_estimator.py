@@ -144,7 +144,7 @@ class CorrectedEstimator:
             ]
         )
         estimates = tuple(
-            self._model_estimate(one.load, one_steps, cap, slowdown, part, num_devices)
+            self._model_estimate(one.load, one_steps, cap, slowdown, part)
             for one, one_steps, cap, slowdown in zip(models, steps, caps, slowdowns, strict=True)
         )
         return UnitEstimate(estimates, part, kv_bytes, tuple(caps))
@@ -227,9 +227,7 @@ class CorrectedEstimator:
         found = caps(low)
         return found if holds(found) else [0] * len(found)
 
-    def _model_estimate(
-        self, load: ModelLoad, steps: _Steps, cap: int, slowdown: float, part: float, num_devices: int
-    ) -> ModelEstimate:
+    def _model_estimate(self, load: ModelLoad, steps: _Steps, cap: int, slowdown: float, part: float) -> ModelEstimate:
         possible = (1 - part) * float(steps.best_rate[cap - 1]) / slowdown
         throughput = min(load.rate, possible)
         index = int(np.searchsorted(steps.best_rate[: cap - 1], throughput * slowdown / (1 - part) * (1 - 1e-9)))
@@ -248,12 +246,14 @@ class CorrectedEstimator:
         With the capacity ``possible`` a request waits with the probability rho = rate / possible, on average as in an
         M/M/1 queue. If the latency without a wait is past the objective, no request is within it.
         """
-        latency_s = steps.first_token_s + wait_s + tpot_s * max(0.0, load.output_tokens - 1)
-        slack_s = load.slo_scale * self.idle_latency_s(load) - latency_s
-        if load.slo_ttft_s is not None or load.slo_tpot_s is not None:
-            slack_s = (load.slo_ttft_s or math.inf) - steps.first_token_s - wait_s
-            if tpot_s > (load.slo_tpot_s or math.inf):
-                slack_s = 0.0
+        ttft_s = steps.first_token_s + wait_s
+        latency_s = ttft_s + tpot_s * max(0.0, load.output_tokens - 1)
+        if load.slo_ttft_s is None and load.slo_tpot_s is None:
+            slack_s = load.slo_scale * self.idle_latency_s(load) - latency_s
+        elif tpot_s > (load.slo_tpot_s or math.inf):
+            slack_s = 0.0
+        else:
+            slack_s = (load.slo_ttft_s or math.inf) - ttft_s
         if slack_s <= 0:
             return 0.0
         rho = min(1.0, load.rate / possible)

@@ -50,15 +50,15 @@ def _alternatives(
 ) -> Iterator[tuple[str, dict[int, list[Unit]]]]:
     """(description, index of a unit → what takes its place) of the other places of a model."""
     size, models = units[number]
-    left = [(size, models - {model})] if len(models) > 1 else []
+    is_shared = len(models) > 1
+    left = [(size, models - {model})] if is_shared else []
     for other, (other_size, others) in enumerate(units):
         if other != number and len(others) < choices.models_per_unit:
             grown = (other_size, others | {model})
             yield _place(choices, grown, model), {number: left, other: [grown]}
-    for alone in choices.cluster.unit_sizes:
-        if len(models) > 1:
-            unit = (alone, frozenset({model}))
-            yield _place(choices, unit, model), {number: [*left, unit]}
+    for alone in choices.cluster.unit_sizes if is_shared else ():
+        unit = (alone, frozenset({model}))
+        yield _place(choices, unit, model), {number: [*left, unit]}
 
 
 def _place(choices: UnitChoices, unit: Unit, model: int) -> str:

@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 import yaml
 
 from muxmesh.config.model_config import ModelConfig, SimProfile
+from muxmesh.config.schema import UnitConfig
+from muxmesh.config.section import MIB
 from muxmesh.config.slo_config import SloConfig
 from muxmesh.placement.corrected_estimator import CorrectedEstimator, ModelEstimate, UnitEstimate
 from muxmesh.placement.measured_cells import MeasuredSettings
 from muxmesh.placement.plan import Cluster, ModelLoad, PlacedModel, PlacedUnit, Plan
 from muxmesh.quoting import one_line
 
-_MIB = 2**20
-_SLAB = 16 * _MIB
-_BLOCK_TOKENS = 16
+_SLAB: int = UnitConfig.model_fields["slab"].default
+_BLOCK_TOKENS: int = ModelConfig.model_fields["block_size"].default
 _POOL_HEADROOM = 4
 """On a CPU: the pool is this multiple of what the batch caps need at mean lengths. Sequences differ in length."""
 _FIRST_PORT = 50100
@@ -30,7 +31,7 @@ _GPU_DTYPE = "float16"
 _GPU_PREFILL = 2048
 """Their prefill token budget: about the fewest prompt tokens in a step that keep a GPU busy."""
 _LEAST_SLABS = 2
-"""Of a pool on a CPU for each model, since a slab holds blocks of one model."""
+"""Of each model in a pool on a CPU at least, since a slab holds blocks of one model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +54,14 @@ def mesh_yaml(plan: Plan, corrected: CorrectedEstimator, target: MeshTarget, rea
     """The text of mesh.yaml for ``plan``. ``reasons`` are lines of the comment at its head."""
     lines = [f"# {one_line(reason)}" for reason in reasons]
     lines.append("units:")
-    for index, (unit, node, device) in enumerate(located(plan, target.cluster)):
+    for index, (unit, node, device) in enumerate(_located(plan, target.cluster)):
         needed = sum(one.max_num_seqs * corrected.sequence_bytes(one.load) for one in unit.models)
         block = _BLOCK_TOKENS * max(corrected.kv_bytes_per_token(one.load.kind) for one in unit.models)
         lines += _unit_lines(index, unit, node, device, corrected.estimate(unit), needed, block, target)
     return "\n".join(lines) + "\n"
 
 
-def located(plan: Plan, cluster: Cluster) -> Iterator[tuple[PlacedUnit, int, int]]:
+def _located(plan: Plan, cluster: Cluster) -> Iterator[tuple[PlacedUnit, int, int]]:
     """Units with their node and first device, the largest first, so that powers of two fit without gaps."""
     units = sorted(plan.units, key=lambda one: -one.num_devices)
     places = cluster.first_fit(unit.num_devices for unit in units)
@@ -89,14 +90,15 @@ def _unit_lines(
         yield f"  device: cuda:{device}"
         if unit.num_devices > 1:
             yield f"  tensor_parallel: {unit.num_devices}"
-    slab = slab_bytes(block_bytes / (1 if target.is_cpu else unit.num_devices))
-    pool = kv_pool_bytes(estimate.kv_bytes // (1 if target.is_cpu else unit.num_devices), slab)
+    num_parts = 1 if target.is_cpu else unit.num_devices
+    slab = _slab_bytes(block_bytes / num_parts)
+    pool = _kv_pool_bytes(estimate.kv_bytes // num_parts, slab)
     if target.is_cpu:  # memory that others of the machine use too
         least = _LEAST_SLABS * len(unit.models) * slab
-        pool = kv_pool_bytes(min(pool // 2, max(least, int(_POOL_HEADROOM * needed_bytes))), slab)
-    yield f"  kv_pool: {pool // _MIB}MiB"
+        pool = _kv_pool_bytes(min(pool // 2, max(least, int(_POOL_HEADROOM * needed_bytes))), slab)
+    yield f"  kv_pool: {pool // MIB}MiB"
     if slab != _SLAB:
-        yield f"  slab: {slab // _MIB}MiB"
+        yield f"  slab: {slab // MIB}MiB"
     if target.cluster.num_nodes > 1:
         host = target.hosts[node] if target.hosts else f"node{node}"
         yield f"  network: {{host: {host}, base_port: {_FIRST_PORT + 64 * index}, allow_unencrypted: true}}"
@@ -111,7 +113,7 @@ def _model_lines(model: PlacedModel, estimate: ModelEstimate, guaranteed: int, t
     """``guaranteed``: bytes of KV; 0: none."""
     name = model.load.name
     yield f"  - name: {_scalar(name)}"
-    yield f"    # {described(model.load, estimate)}"
+    yield f"    # {_described(model.load, estimate)}"
     if target.sources.get(name, name) != name:
         yield f"    source: {_quoted(target.sources[name])}"
     for key, value in _settings(target, name).items():
@@ -120,7 +122,7 @@ def _model_lines(model: PlacedModel, estimate: ModelEstimate, guaranteed: int, t
     yield f"    max_num_seqs: {model.max_num_seqs}"
     yield f"    expected_rate: {model.load.rate:.6g}"
     if guaranteed:
-        yield f"    kv_guaranteed: {guaranteed // _MIB}MiB"
+        yield f"    kv_guaranteed: {guaranteed // MIB}MiB"
     slo = target.slos.get(name)
     if slo is not None:
         fields = ", ".join(f"{key}: {value:g}" for key, value in slo.model_dump(exclude_none=True).items())
@@ -148,12 +150,12 @@ def _settings(target: MeshTarget, name: str) -> dict[str, object]:
     return found
 
 
-def kv_pool_bytes(free_bytes: int, slab: int) -> int:
+def _kv_pool_bytes(free_bytes: int, slab: int) -> int:
     """The pool of a unit: what is free, in whole slabs."""
     return max(slab, free_bytes // slab * slab)
 
 
-def slab_bytes(block_bytes: float) -> int:
+def _slab_bytes(block_bytes: float) -> int:
     """A slab that holds at least four of a unit's largest token blocks: of the default size, or 2, 4, ... times it."""
     slab = _SLAB
     while slab < 4 * block_bytes:
@@ -162,14 +164,14 @@ def slab_bytes(block_bytes: float) -> int:
 
 
 def _guaranteed(unit: PlacedUnit, pool: int, slab: int) -> list[int]:
-    """Half of the pool, divided by what the models' sequences need; the other half is lent by use."""
+    """Half of the pool, in proportion to the tokens of the models' sequences; the other half is lent by use."""
     needs = [one.max_num_seqs * (one.load.prompt_tokens + one.load.output_tokens) for one in unit.models]
     if len(needs) == 1:
         return [0]
     return [int(pool / 2 * need / sum(needs)) // slab * slab for need in needs]
 
 
-def described(load: ModelLoad, estimate: ModelEstimate) -> str:
+def _described(load: ModelLoad, estimate: ModelEstimate) -> str:
     """The load and the estimate of a model in one line."""
     ttft = "grows without limit" if math.isinf(estimate.ttft_s) else f"{estimate.ttft_s:.3g} s"
     return (

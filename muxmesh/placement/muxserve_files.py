@@ -16,7 +16,7 @@ from typing import Any
 
 from muxmesh.errors import ConfigError
 from muxmesh.placement.plan import SHAREGPT_OUTPUT_TOKENS, SHAREGPT_PROMPT_TOKENS
-from muxmesh.placement.profile import MachineFacts, ModelProfile, Profile, PrototypeCosts
+from muxmesh.placement.profile import MachineFacts, ModelProfile, Profile, PrototypeConstants
 from muxmesh.placement.step_table import NO_VALUE, StepTable, table_from_cells
 from muxmesh.quoting import named, quoted
 
@@ -32,7 +32,7 @@ class LlamaSize:
     num_parameters: int
     num_layers: int
     num_heads: int
-    prototype: PrototypeCosts
+    prototype: PrototypeConstants
     head_dim: int = 128
 
     @property
@@ -45,10 +45,10 @@ class LlamaSize:
 
 
 LLAMA_SIZES: Mapping[str, LlamaSize] = {
-    "llama-7b": LlamaSize(6_738_415_616, 32, 32, PrototypeCosts(14.0, 0.0001)),
-    "llama-13b": LlamaSize(13_015_864_320, 40, 40, PrototypeCosts(26.0, 0.00008)),
-    "llama-30b": LlamaSize(32_528_943_616, 60, 52, PrototypeCosts(60.0, 0.00007)),
-    "llama-65b": LlamaSize(65_285_660_672, 80, 64, PrototypeCosts(130.0, 0.00007)),
+    "llama-7b": LlamaSize(6_738_415_616, 32, 32, PrototypeConstants(14.0, 0.0001, 80)),
+    "llama-13b": LlamaSize(13_015_864_320, 40, 40, PrototypeConstants(26.0, 0.00008, 90)),
+    "llama-30b": LlamaSize(32_528_943_616, 60, 52, PrototypeConstants(60.0, 0.00007, 100)),
+    "llama-65b": LlamaSize(65_285_660_672, 80, 64, PrototypeConstants(130.0, 0.00007, 100)),
 }
 
 
@@ -83,7 +83,7 @@ class PublishedUnit:
 
 @dataclass(frozen=True, slots=True)
 class PlacementInput:
-    """A cluster, models with rates, and what MuxServe made of them, if the file has that."""
+    """A cluster, models with rates, and the plan that MuxServe's authors published for them, if the file has one."""
 
     what: str
     num_nodes: int

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 SHAREGPT_PROMPT_TOKENS = 161
-"""Mean length of the prompts of ShareGPT, as MuxServe's estimator has it: of models whose lengths are not given."""
+"""Mean prompt length of ShareGPT in MuxServe's estimator. The default of models whose lengths are not given."""
 SHAREGPT_OUTPUT_TOKENS = 337
-"""Mean length of the outputs."""
+"""Mean output length, likewise."""
 DEFAULT_SLO_SCALE = 8.0
-"""Of models without an SLO, for estimates of attainment: that of MuxServe's evaluation."""
+"""Scale by which the attainment of models without an SLO is estimated: that of MuxServe's evaluation."""
 
 
 @dataclass(frozen=True, slots=True)

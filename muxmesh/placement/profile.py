@@ -27,13 +27,15 @@ class MachineFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class PrototypeCosts:
+class PrototypeConstants:
     """What MuxServe's prototype assumes of a model of its profile, see `reference_estimator`."""
 
     weights_gb: float
     """Of the whole model: 2 GB for each nominal billion of parameters."""
     sequence_overhead_s: float
     """Added to a decode step for each sequence of its batch."""
+    prefill_share: int
+    """Percent of the device, in the published plans."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class ModelProfile:
     samples: Mapping[Cell, SampleSummary] = field(default_factory=dict)
     """The samples of each cell that was measured here, at tensor-parallel degree 1."""
 
-    prototype: PrototypeCosts | None = None
+    prototype: PrototypeConstants | None = None
     """None if the profile is not MuxServe's."""
 
     @property

@@ -25,7 +25,7 @@ without slowing each other down.
     score   rate-weighted mean of x_m, in that state of each unit in which it is largest. A state in which all batches
             are at their limits ends the growth and does not count
 
-`PrototypeCosts` of a model has its weights and its overhead. A model without them, as in profiles of other models than
+`PrototypeConstants` of a model has its weights and its overhead. A model without them, as in all profiles but
 MuxServe's, has no overhead, and its unit no memory limit. Lengths are in ascending order here; the prototype's file has
 another order in some rows of 7B on 8 devices, which changes c there.
 """

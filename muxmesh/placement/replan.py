@@ -18,7 +18,7 @@ class Move:
 
     model: str
     change: str
-    """`moves` to other neighbours, devices or number of devices; `restarts` with other shares or another batch cap."""
+    """`moves` to another unit; `restarts` in its unit with other shares or another batch cap."""
     before: str
     after: str
     load_bytes: int
@@ -33,8 +33,8 @@ def moves(
 ) -> list[Move]:
     """The moves from ``before`` to ``after``. ``running``: model → sequences that run now.
 
-    Units are matched by what they share: each unit of ``after`` continues the unit of ``before`` with as many devices
-    that has the most bytes of weights in common, and a model stays if it is in both.
+    A unit of ``after`` continues the unit of ``before`` that has as many devices and the most bytes of weights in
+    common with it. A model that is in both stays.
     """
     matched = _matched(before, after, profile)
     was = {model.load.name: (unit, model) for unit in before.units for model in unit.models}

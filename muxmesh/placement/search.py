@@ -30,13 +30,8 @@ _NUM_BEST = 8
 
 Group = tuple[int, ...]
 """Numbers of devices of the units, descending."""
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """Units as (number of devices, models)."""
-
-    units: tuple[Unit, ...]
+State = tuple[Unit, ...]
+"""All units of a plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +53,7 @@ def search(
 ) -> Found:
     """Searches until ``max_moves`` moves were tried or ``is_late``. Raises ConfigError if no plan holds all models."""
     random = Random(seed)
-    refuse_unplaceable(choices)
+    _refuse_unplaceable(choices)
     best: dict[State, float] = {}
 
     def keep(state: State, value: float) -> None:
@@ -83,7 +78,7 @@ def search(
     return Found(plans, tuple(best[one] for one in ranked), greedy_value, choices.num_tried, num_moves)
 
 
-def refuse_unplaceable(choices: UnitChoices) -> None:
+def _refuse_unplaceable(choices: UnitChoices) -> None:
     """Raises ConfigError, which names the first model that fits no unit of the cluster even alone."""
     for index, load in enumerate(choices.loads):
         if not any(choices.best(size, frozenset({index})) for size in choices.cluster.unit_sizes):
@@ -93,7 +88,7 @@ def refuse_unplaceable(choices: UnitChoices) -> None:
             )
 
 
-def greedy(choices: UnitChoices, group: Group) -> tuple[float, State] | None:
+def _greedy(choices: UnitChoices, group: Group) -> tuple[float, State] | None:
     """Alg. 1 for one group: models by rate times size, each to the unit whose value grows most. None: one fits none."""
     units: list[Unit] = [(size, frozenset()) for size in group]
     values = [0.0] * len(units)
@@ -111,7 +106,7 @@ def greedy(choices: UnitChoices, group: Group) -> tuple[float, State] | None:
         size, models = units[index]
         units[index] = (size, models | {model})
         values[index] += gain
-    return sum(values), State(tuple(unit for unit in units if unit[1]))
+    return sum(values), tuple(unit for unit in units if unit[1])
 
 
 def groups(cluster: Cluster) -> Iterator[Group]:
@@ -139,17 +134,17 @@ def _splits(devices: int, largest: int) -> Iterator[Group]:
 
 def _starts(choices: UnitChoices, random: Random, is_late: Callable[[], bool]) -> list[tuple[float, State]]:
     """States to start from, best first: the constructed one, and for small workloads those of the greedy search."""
-    found = [one for one in (_constructed(choices, random),) if one is not None]
+    found = [_constructed(choices, random)]
     if len(choices.loads) <= _GREEDY_MODELS and choices.cluster.num_nodes <= 8:
         enumerated = list(groups(choices.cluster))
         if len(enumerated) > _MAX_GROUPS:
             enumerated = random.sample(enumerated, _MAX_GROUPS)
-        for group in enumerated:
-            if len(group) * choices.models_per_unit >= len(choices.loads) and not is_late():
-                state = greedy(choices, group)
-                found += [state] if state is not None else []
-    found.sort(key=lambda one: one[0], reverse=True)
-    return found
+        found += [
+            _greedy(choices, group)
+            for group in enumerated
+            if len(group) * choices.models_per_unit >= len(choices.loads) and not is_late()
+        ]
+    return sorted((start for start in found if start is not None), key=lambda start: start[0], reverse=True)
 
 
 def _constructed(choices: UnitChoices, random: Random) -> tuple[float, State] | None:
@@ -164,14 +159,10 @@ def _constructed(choices: UnitChoices, random: Random) -> tuple[float, State] | 
             return None
         first, second, unit = merged
         units = [one for index, one in enumerate(units) if index not in (first, second)] + [unit]
-    while True:
-        doubled = _best_doubling(choices, units)
-        if doubled is None:
-            break
+    while (doubled := _best_doubling(choices, units)) is not None:
         index, unit = doubled
         units[index] = unit
-    state = State(tuple(units))
-    return sum(_value(choices, unit) for unit in units), state
+    return sum(_chosen(choices, unit).value for unit in units), tuple(units)
 
 
 def _cheapest_merge(choices: UnitChoices, units: Units, random: Random) -> tuple[int, int, Unit] | None:
@@ -187,7 +178,7 @@ def _cheapest_merge(choices: UnitChoices, units: Units, random: Random) -> tuple
         if choice is None:
             continue
         saved = units[first][0] + units[second][0] - size
-        cost = (_value(choices, units[first]) + _value(choices, units[second]) - choice.value) / saved
+        cost = (_chosen(choices, units[first]).value + _chosen(choices, units[second]).value - choice.value) / saved
         if best is None or cost < best[0]:
             best = (cost, first, second, (size, models))
     return None if best is None else best[1:]
@@ -202,7 +193,7 @@ def _best_doubling(choices: UnitChoices, units: Units) -> tuple[int, Unit] | Non
         if size > free or 2 * size > choices.cluster.unit_sizes[-1]:
             continue
         choice = choices.best(2 * size, models)
-        gain = 0.0 if choice is None else (choice.value - _value(choices, units[index])) / size
+        gain = 0.0 if choice is None else (choice.value - _chosen(choices, units[index]).value) / size
         if gain > 1e-9 and (best is None or gain > best[0]):
             best = (gain, index)
     if best is None:
@@ -231,7 +222,7 @@ def _anneal(
     is_late: Callable[[], bool],
 ) -> int:
     """Anneals from ``state``, and gives every new best state to ``keep``. Returns the number of moves."""
-    units = list(state.units)
+    units = list(state)
     best = value
     start = max(value, 1e-9)
     for move in range(max_moves):
@@ -251,7 +242,7 @@ def _anneal(
         value -= cost
         if value > best + 1e-12:
             best = value
-            keep(State(tuple(units)), value)
+            keep(tuple(units), value)
     return max_moves
 
 
@@ -266,7 +257,7 @@ def cost_of(choices: UnitChoices, units: Units, gone: Collection[int], added: Un
     found = [choices.best(*one) for one in added]
     if any(one is None for one in found):
         return None
-    return sum(_value(choices, units[index]) for index in gone) - sum(one.value for one in found if one)
+    return sum(_chosen(choices, units[index]).value for index in gone) - sum(one.value for one in found if one)
 
 
 def _by_demand(choices: UnitChoices) -> list[int]:
@@ -276,13 +267,13 @@ def _by_demand(choices: UnitChoices) -> list[int]:
     )
 
 
-def _value(choices: UnitChoices, unit: Unit) -> float:
+def _chosen(choices: UnitChoices, unit: Unit) -> UnitChoice:
+    """The best shares of a unit of a state, which fits its memory."""
     choice = choices.best(*unit)
     assert choice is not None, unit
-    return choice.value
+    return choice
 
 
 def _plan(choices: UnitChoices, state: State) -> Plan:
-    found: list[UnitChoice | None] = [choices.best(*unit) for unit in state.units]
-    units = [choice.unit for choice in found if choice]
+    units = [_chosen(choices, unit).unit for unit in state]
     return Plan(tuple(sorted(units, key=lambda unit: (-unit.num_devices, unit.models[0].load.name))))

@@ -51,7 +51,7 @@ class UnitChoices:
     ) -> None:
         self.loads = loads
         self.cluster = cluster
-        self.objective = objective
+        self._objective = objective
         self._profile = profile
         self._reference = reference
         self._corrected = corrected
@@ -110,10 +110,10 @@ class UnitChoices:
             load.rate * (one.throughput + _ATTAINMENT_WEIGHT * load.rate * one.attainment)
             for load, one in zip(loads, estimate.models, strict=True)
         )
-        value = self.objective.corrected * corrected
-        if self.objective.reference:
+        value = self._objective.corrected * corrected
+        if self._objective.reference:
             found = self._reference.throughputs_of(num_devices, [(one.load, one.decode_share) for one in candidates])
-            value += self.objective.reference * sum(
+            value += self._objective.reference * sum(
                 load.rate * throughput for load, throughput in zip(loads, found, strict=True)
             )
         placed = tuple(
@@ -136,7 +136,7 @@ def decode_shares(
 
     def extended(chosen: tuple[int, ...], left: int) -> Iterator[tuple[int, ...]]:
         if len(chosen) == num_models:
-            if is_thorough or all(larger(shares, one) > one + left for one in chosen):
+            if is_thorough or all(_larger(shares, one) > one + left for one in chosen):
                 yield chosen
             return
         others = (num_models - len(chosen) - 1) * shares[0]
@@ -147,7 +147,7 @@ def decode_shares(
     yield from extended((), limit)
 
 
-def larger(shares: Sequence[int], share: int) -> float:
+def _larger(shares: Sequence[int], share: int) -> float:
     """The next profiled share above ``share``; infinite above the largest."""
     return next((one for one in shares if one > share), float("inf"))
 
@@ -155,14 +155,12 @@ def larger(shares: Sequence[int], share: int) -> float:
 def prefill_share(profile: Profile, kind: str) -> int:
     """The smallest profiled share at which prefills of ``kind`` are at most 10 % slower than on the whole device.
 
-    For the models of MuxServe it is the share of their published plans: 80, 90 or 100 by size.
+    For the models of MuxServe's profile it is the share of the published plans: 80, 90 or 100 by size.
     """
-    if kind in _PUBLISHED_PREFILL_SHARES:
-        return _PUBLISHED_PREFILL_SHARES[kind]
-    table = profile.models[kind].smoothed[min(profile.models[kind].tables)]
+    model = profile.models[kind]
+    if model.prototype is not None:
+        return model.prototype.prefill_share
+    table = model.smoothed[min(model.tables)]
     full = table.prefill[-1]
     fits = [share for index, share in enumerate(table.shares) if (table.prefill[index] <= 1.1 * full).all()]
     return fits[0] if fits else table.shares[-1]
-
-
-_PUBLISHED_PREFILL_SHARES = {"llama-7b": 80, "llama-13b": 90, "llama-30b": 100, "llama-65b": 100}

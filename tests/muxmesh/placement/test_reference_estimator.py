@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from muxmesh.placement.muxserve_files import LLAMA_SIZES
 from muxmesh.placement.plan import ModelLoad, PlacedModel, PlacedUnit, Plan
-from muxmesh.placement.profile import MachineFacts, ModelProfile, Profile, PrototypeCosts
+from muxmesh.placement.profile import MachineFacts, ModelProfile, Profile, PrototypeConstants
 from muxmesh.placement.reference_estimator import ReferenceEstimator
 from muxmesh.placement.step_table import StepTable, table_from_cells
 from tests.support.placement import load, profile
@@ -74,7 +74,7 @@ def test_a_unit_whose_memory_holds_one_sequence_of_each_model_has_no_throughput(
     assert estimator.throughputs_of(1, [(load("a", 1.0, "llama-30b"), 100)] * 2) == [0.0, 0.0]
 
 
-def small(table: StepTable, prototype: PrototypeCosts | None = None) -> ReferenceEstimator:
+def small(table: StepTable, prototype: PrototypeConstants | None = None) -> ReferenceEstimator:
     """The estimator of one model on one device."""
     models = {"small": ModelProfile("small", 1, 2**20, {1: table}, prototype=prototype)}
     return ReferenceEstimator(Profile(MachineFacts("cuda", "made up", 1, 1), models))
@@ -99,7 +99,7 @@ def test_a_missing_prefill_is_that_of_the_longest_shorter_prompt() -> None:
 
 def test_the_overhead_of_a_step_grows_with_the_batch_and_not_with_its_profiled_batch() -> None:
     table = table_from_cells((100,), (1, 64), (512,), [[[1.0]] * 2], [[[0.01]] * 2])
-    found = small(table, PrototypeCosts(1.0, 0.001)).throughputs_of(1, [(load("a", 1e9), 100)])
+    found = small(table, PrototypeConstants(1.0, 0.001, 100)).throughputs_of(1, [(load("a", 1e9), 100)])
     # 71.4 GB hold more than 64 sequences of 498 MiB, so the last state that counts is a batch of 63.
     assert found == [pytest.approx(63 / (1 + 337 * (0.01 + 0.063)))]
 
