@@ -16,26 +16,25 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from benchmarks.muxserve.constants import Constants, read_constants
+from benchmarks.muxserve.constants import read_constants
+from benchmarks.muxserve.estimators import Estimators, cluster_of
 from benchmarks.muxserve.lengths import read_lengths
 from benchmarks.muxserve.outcome import Outcome, outcome_of
 from benchmarks.muxserve.replay import Replayer
 from benchmarks.muxserve.scale import LENGTHS, PROFILE
 from benchmarks.muxserve.scale_bars import SLO_SCALE
-from benchmarks.muxserve.scale_cases import Workload, cluster_of, planned_units, slowed, traced
+from benchmarks.muxserve.scale_cases import Workload, planned_units, traced
 from benchmarks.plan_pool import Gains, PlanPool, UnitFigures, preference
 from benchmarks.plan_search import searched_plans
 from benchmarks.report import Report
 from muxmesh.cli.plan_inputs import published_plan
 from muxmesh.clock import SystemClock
-from muxmesh.placement.corrected_estimator import CorrectedEstimator
 from muxmesh.placement.muxserve_files import read_muxserve_profile, read_placement_input
-from muxmesh.placement.plan import Cluster, ModelLoad, PlacedUnit, Plan
+from muxmesh.placement.plan import ModelLoad, PlacedUnit, Plan
 from muxmesh.placement.profile import Profile
-from muxmesh.placement.reference_estimator import ReferenceEstimator
 from muxmesh.placement.search import search
 from muxmesh.placement.throughput_bound import throughput_bound
-from muxmesh.placement.unit_choices import Objective, UnitChoices
+from muxmesh.placement.unit_choices import Objective
 
 INPUTS = ("muxserve_chatlmsys_800.json", "muxserve_chatlmsys_2000.json")
 MUST_GAIN = {"muxserve_chatlmsys_800": (0.10, 0.116), "muxserve_chatlmsys_2000": (0.13, 0.150)}
@@ -62,31 +61,19 @@ class Judged:
     attainment: float
 
 
-class Judge:
-    """Both estimators over one profile: MuxServe's as published, the corrected one with what was fitted to its runs."""
+def judged(plan: Plan, estimators: Estimators) -> Judged:
+    """The estimates of a plan."""
+    corrected = estimators.corrected
+    return Judged(plan, estimators.reference.score(plan), corrected.score(plan), corrected.attainment(plan))
 
-    def __init__(
-        self, profile: Profile, cluster: Cluster, constants: Constants, prompt_tokens: int, output_tokens: int
-    ) -> None:
-        self.profile = slowed(profile, constants)
-        self.cluster = cluster
-        self.reference = ReferenceEstimator(profile, prompt_tokens, output_tokens)
-        self.corrected = CorrectedEstimator(self.profile, cluster)
 
-    def judged(self, plan: Plan) -> Judged:
-        corrected = self.corrected
-        return Judged(plan, self.reference.score(plan), corrected.score(plan), corrected.attainment(plan))
-
-    def estimates(self, unit: PlacedUnit) -> tuple[float, float]:
-        """Sums of rate * throughput of the models of ``unit`` on both estimators."""
-        models, found = self.reference.throughputs(unit), self.corrected.estimates(Plan((unit,)))
-        return (
-            sum(one.load.rate * throughput for one, throughput in zip(unit.models, models, strict=True)),
-            sum(load.rate * one.throughput for load, one in found),
-        )
-
-    def choices(self, loads: Sequence[ModelLoad], objective: Objective) -> UnitChoices:
-        return UnitChoices(loads, self.profile, self.cluster, objective, self.reference, self.corrected)
+def unit_estimates(unit: PlacedUnit, estimators: Estimators) -> tuple[float, float]:
+    """Sums of rate * throughput of the models of ``unit`` on both estimators."""
+    models, found = estimators.reference.throughputs(unit), estimators.corrected.estimates(Plan((unit,)))
+    return (
+        sum(one.load.rate * throughput for one, throughput in zip(unit.models, models, strict=True)),
+        sum(load.rate * one.throughput for load, one in found),
+    )
 
 
 def estimated_best(plans: Sequence[Judged], published: Judged, gains: Sequence[float]) -> Judged:
@@ -108,20 +95,20 @@ class Simulation:
     def run(self, plan: Plan) -> Outcome:
         return outcome_of([one for unit in planned_units(plan, self._workload) for one in self._replayer.replay(unit)])
 
-    def figures(self, unit: PlacedUnit, judge: Judge) -> UnitFigures:
+    def figures(self, unit: PlacedUnit, estimators: Estimators) -> UnitFigures:
         """The estimates and the replay of one unit."""
         (case,) = planned_units(Plan((unit,)), self._workload)
         models = self._replayer.replay(case)
         num_requests = sum(max(1, round(load.rate * self._workload.duration_s)) for load in self._workload.loads)
         return UnitFigures(
-            *judge.estimates(unit),
+            *unit_estimates(unit, estimators),
             sum(one.rate * one.throughput for one in models),
             sum(one.within_slo[SLO_SCALE] for one in models) / num_requests,
         )
 
 
 def replayed_best(
-    simulations: Sequence[Simulation], judge: Judge, published: Plan, plans: Sequence[Plan], must: float
+    simulations: Sequence[Simulation], estimators: Estimators, published: Plan, plans: Sequence[Plan], must: float
 ) -> Plan:
     """The preferred plan of those that can be made of the units of ``plans``, each replayed alone.
 
@@ -131,8 +118,8 @@ def replayed_best(
     loads = [model.load for unit in published.units for model in unit.models]
     found: list[tuple[Plan, Gains]] = []
     for simulation in simulations:
-        figures = {unit: simulation.figures(unit, judge) for unit in units}
-        found = PlanPool(loads, judge.cluster.num_devices, figures, published).plans()
+        figures = {unit: simulation.figures(unit, estimators) for unit in units}
+        found = PlanPool(loads, estimators.cluster.num_devices, figures, published).plans()
         near = [plan for plan, gains in found if gains.reference >= must - MARGIN and gains.corrected >= 0]
         units = list(dict.fromkeys(unit for plan in (published, *near) for unit in plan.units))
     return max(found, key=lambda one: preference(one[1], must))[0]
@@ -148,32 +135,32 @@ def compare(path: Path, data: Path, profile: Profile, report: Report, moves: int
         for one in given.models
     ]
     cluster = replace(cluster_of(constants), num_nodes=given.num_nodes, devices_per_node=given.devices_per_node)
-    judge = Judge(profile, cluster, constants, given.mean_prompt_tokens, given.mean_output_tokens)
+    estimators = Estimators(profile, constants, cluster, given.mean_prompt_tokens, given.mean_output_tokens)
     plan = published_plan(given, loads)
     if plan is None:
         raise SystemExit(f"{path}: has no published plan to compare with")
-    published = judge.judged(plan)
+    published = judged(plan, estimators)
     if given.published_score is not None:
         error = abs(published.reference - given.published_score)
         report.bar(f"{name}: reference score", published.reference, f"{given.published_score:.3f}", error < 0.0005)
     started_s = SystemClock().monotonic_s()
-    plans = searched_plans(partial(judge.choices, loads), NUM_SEEDS, moves)
+    plans = searched_plans(partial(estimators.choices, loads), NUM_SEEDS, moves)
     must, aim = MUST_GAIN.get(name, OTHER_GAIN)
     report.bar(f"{name}: search, s", SystemClock().monotonic_s() - started_s)
     if simulated_s:
         replayer = Replayer(profile, read_lengths(data / LENGTHS), constants)
         other = replace(replayer, seed=replayer.seed + 1000)
         judges = [Simulation(other, traced(given, simulated_s * part)) for part in JUDGED_PARTS]
-        ours = judge.judged(replayed_best(judges, judge, plan, plans, must))
+        ours = judged(replayed_best(judges, estimators, plan, plans, must), estimators)
         report.bar(f"{name}: search and choice by replay, s", SystemClock().monotonic_s() - started_s)
         add_simulated(report, name, Simulation(replayer, traced(given, simulated_s)), plan, ours.plan)
     else:
-        ours = estimated_best(list(map(judge.judged, plans)), published, (aim, must))
+        ours = estimated_best([judged(one, estimators) for one in plans], published, (aim, must))
     gain = ours.reference / published.reference - 1
     report.bar(f"{name}: reference gain", gain, f">= {must:g}", gain >= must, f">= {aim:g}", gain >= aim)
     gain = ours.corrected / published.corrected - 1
     report.bar(f"{name}: corrected gain", gain, ">= 0", gain >= 0)
-    bound = throughput_bound(loads, judge.profile, cluster, judge.corrected)
+    bound = throughput_bound(loads, estimators.profile, cluster, estimators.corrected)
     report.bar(f"{name}: gap to the bound", 1 - ours.corrected / bound)
     print(f"\n{name}: {given.what}")
     for title, one in (("published", published), ("ours", ours)):
@@ -216,15 +203,17 @@ def large(num_devices: int, num_models: int, profile: Profile, report: Report, m
     ]
     constants = read_constants()
     cluster = replace(cluster_of(constants), num_nodes=num_devices // 8)
-    judge = Judge(profile, cluster, constants, 161, 337)
+    estimators = Estimators(profile, constants, cluster)
     clock = SystemClock()
     started_s = clock.monotonic_s()
     found = search(
-        judge.choices(loads, Objective()), max_moves=moves, is_late=lambda: clock.monotonic_s() - started_s > SECONDS
+        estimators.choices(loads, Objective()),
+        max_moves=moves,
+        is_late=lambda: clock.monotonic_s() - started_s > SECONDS,
     )
     took_s = clock.monotonic_s() - started_s
-    value = judge.corrected.score(found.plans[0])
-    bound = throughput_bound(loads, judge.profile, cluster, judge.corrected)
+    value = estimators.corrected.score(found.plans[0])
+    bound = throughput_bound(loads, estimators.profile, cluster, estimators.corrected)
     name = f"{num_devices} GPUs x {num_models} models"
     report.bar(f"{name}: search, s", took_s, "<= 600", took_s <= SECONDS)
     report.bar(f"{name}: gap to the bound", 1 - value / bound)

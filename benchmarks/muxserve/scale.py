@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.muxserve import scale_bars, scale_cases
 from benchmarks.muxserve.cases import ModelCase, UnitCase
 from benchmarks.muxserve.constants import Constants, read_constants
+from benchmarks.muxserve.estimators import Estimators, cluster_of
 from benchmarks.muxserve.lengths import read_lengths
 from benchmarks.muxserve.measured_cases import mean_lengths
 from benchmarks.muxserve.outcome import Outcome, outcome_of
@@ -66,6 +67,11 @@ class Study:
     def constants(self) -> Constants:
         return self.replayer.constants
 
+    @cached_property
+    def estimators(self) -> Estimators:
+        """Shared by all searches, as they keep what they compute of single models."""
+        return Estimators(self.profile, self.constants, cluster_of(self.constants))
+
     @property
     def judge(self) -> Replayer:
         """For the replays that choose plans: it has other arrivals."""
@@ -82,13 +88,13 @@ class Study:
     def plans(self, workload: Workload, more: Sequence[UnitCase] = ()) -> dict[int, list[UnitCase]]:
         """SLO scale → our plan for it. ``more``: units beside those that searches find."""
         pool = scale_cases.pool_of_units(
-            workload, self.profile, self.constants, self.size.num_seeds, self.size.max_moves
+            workload, self.estimators, self.constants, self.size.num_seeds, self.size.max_moves
         )
         return self.chosen(workload, [*pool, *more])
 
     def chosen(self, workload: Workload, pool: Sequence[UnitCase]) -> dict[int, list[UnitCase]]:
         """SLO scale → the best plan of units of ``pool`` and their variants."""
-        return chosen_plans(workload, pool, scale_cases.cluster_of(self.constants).num_devices, self.judge)
+        return chosen_plans(workload, pool, self.estimators.cluster.num_devices, self.judge)
 
     def systems(self, workload: Workload, placement: PlacementInput | None = None) -> dict[str, list[UnitCase]]:
         """Ours and the baselines. ``placement`` has a published plan, whose units are in our pool, too."""
@@ -128,9 +134,9 @@ class Study:
         """Our plan for all SLO scales, and what it is without one part."""
         workload = scale_cases.synthetic(*ABLATED, self.size.duration_s)
         ours = self.plans(workload)[FOR_ALL]
-        alone = scale_cases.alone_units(workload, self.profile, self.constants)
-        searched = scale_cases.searched_plan(workload, self.profile, self.constants, self.size.max_moves)
-        greedy = scale_cases.greedy_plan(workload, self.profile, self.constants)
+        alone = scale_cases.alone_units(workload, self.estimators, self.constants)
+        searched = scale_cases.searched_plan(workload, self.estimators, self.size.max_moves)
+        greedy = scale_cases.greedy_plan(workload, self.estimators)
         greedy_units = scale_cases.planned_units(greedy, workload, OUR_SLO_SCALE)
         return {
             scale_bars.ours(FOR_ALL): ours,
@@ -160,9 +166,9 @@ def run(options: argparse.Namespace) -> int:
     """Runs the study; writes build/bench/muxserve-scale.json."""
     profile = read_muxserve_profile(options.data / PROFILE)
     replayer = Replayer(profile, read_lengths(options.data / LENGTHS), read_constants(), options.seed)
-    for model in profile.models.values():
-        model.smoothed  # noqa: B018 - computed before the processes are forked
     study = Study(profile, replayer, QUICK if options.quick else FULL)
+    for model in (*profile.models.values(), *study.estimators.profile.models.values()):
+        model.smoothed  # noqa: B018 - computed here once, and not for every workload
     report = Report("muxserve-scale")
     report.figures["constants"] = asdict(replayer.constants)
     all_jobs = list(_jobs(study, options.data))

@@ -13,6 +13,7 @@ from functools import partial
 
 from benchmarks.muxserve.cases import ModelCase, UnitCase
 from benchmarks.muxserve.constants import Constants
+from benchmarks.muxserve.estimators import Estimators
 from benchmarks.muxserve.measured_cases import (
     HIGHEST_RATE,
     MAX_NUM_SEQS,
@@ -22,18 +23,13 @@ from benchmarks.muxserve.measured_cases import (
     spatial_devices,
 )
 from benchmarks.plan_search import searched_plans
-from muxmesh.placement.corrected_estimator import CorrectedEstimator
 from muxmesh.placement.muxserve_files import LLAMA_SIZES, PlacementInput
-from muxmesh.placement.plan import Cluster, ModelLoad, Plan
-from muxmesh.placement.profile import Profile
-from muxmesh.placement.reference_estimator import ReferenceEstimator
+from muxmesh.placement.plan import ModelLoad, Plan
 from muxmesh.placement.search import search
-from muxmesh.placement.step_table import StepTable
-from muxmesh.placement.unit_choices import Objective, UnitChoices
+from muxmesh.placement.unit_choices import Objective
 
 KINDS = ("llama-7b",) * 12 + ("llama-13b",) * 4 + ("llama-30b",) * 2 + ("llama-65b",)
 """The models of the synthetic workloads, by falling rate."""
-NUM_NODES, DEVICES_PER_NODE = 4, 8
 ALPHAS = (0.7, 0.9, 1.3, 1.7, 2.1)
 SCALES = (0.5, 0.75, 1.0, 1.25)
 MEAN_PROMPT, MEAN_OUTPUT = 161.0, 338.0
@@ -76,60 +72,32 @@ def traced(
     return Workload(placement.what.partition(":")[0], loads, duration_s, spatial_devices(placement))
 
 
-def cluster_of(constants: Constants) -> Cluster:
-    """32 devices, with the memory that weights and KV have."""
-    memory = int(constants.device_memory_bytes * constants.memory_fraction)
-    return Cluster(NUM_NODES, DEVICES_PER_NODE, memory, over_subscription=OVER_SUBSCRIPTION)
-
-
-def slowed(profile: Profile, constants: Constants) -> Profile:
-    """The profile as the planner has to see it: with the overhead of every step, and the contention."""
-    factor = 1 + constants.overhead
-
-    def table(one: StepTable) -> StepTable:
-        return replace(one, prefill=one.prefill * factor, decode=one.decode * factor)
-
-    models = {
-        name: replace(one, tables={degree: table(of_degree) for degree, of_degree in one.tables.items()})
-        for name, one in profile.models.items()
-    }
-    return replace(profile, models=models, contention=constants.contention)
-
-
-def unit_choices(workload: Workload, profile: Profile, constants: Constants, objective: Objective) -> UnitChoices:
-    """For searches: both estimators, the corrected one with overhead and contention."""
-    cluster, seen = cluster_of(constants), slowed(profile, constants)
-    return UnitChoices(
-        workload.loads, seen, cluster, objective, ReferenceEstimator(profile), CorrectedEstimator(seen, cluster)
-    )
-
-
-def greedy_plan(workload: Workload, profile: Profile, constants: Constants) -> Plan:
+def greedy_plan(workload: Workload, estimators: Estimators) -> Plan:
     """MuxServe's Alg. 1 and 2 on its own estimator, without local search."""
-    choices = unit_choices(workload, profile, constants, Objective(reference=1.0, corrected=0.0))
+    choices = estimators.choices(workload.loads, Objective(reference=1.0, corrected=0.0))
     return search(choices, max_moves=0).plans[0]
 
 
-def searched_plan(workload: Workload, profile: Profile, constants: Constants, max_moves: int) -> Plan:
+def searched_plan(workload: Workload, estimators: Estimators, max_moves: int) -> Plan:
     """The best plan of one search on the corrected estimator."""
-    return search(unit_choices(workload, profile, constants, Objective()), max_moves=max_moves).plans[0]
+    return search(estimators.choices(workload.loads, Objective()), max_moves=max_moves).plans[0]
 
 
 def pool_of_units(
-    workload: Workload, profile: Profile, constants: Constants, num_seeds: int, max_moves: int
+    workload: Workload, estimators: Estimators, constants: Constants, num_seeds: int, max_moves: int
 ) -> list[UnitCase]:
     """Units to make plans of: those of `spatial`, every model alone on more or fewer devices, and those of searches."""
-    plans = searched_plans(partial(unit_choices, workload, profile, constants), num_seeds, max_moves)
+    plans = searched_plans(partial(estimators.choices, workload.loads), num_seeds, max_moves)
     placed = tuple(dict.fromkeys(unit for plan in plans for unit in plan.units))
     shared = planned_units(Plan(placed), workload, OUR_SLO_SCALE)
-    return [*spatial_units(workload, constants), *alone_units(workload, profile, constants), *shared]
+    return [*spatial_units(workload, constants), *alone_units(workload, estimators, constants), *shared]
 
 
-def alone_units(workload: Workload, profile: Profile, constants: Constants) -> list[UnitCase]:
+def alone_units(workload: Workload, estimators: Estimators, constants: Constants) -> list[UnitCase]:
     """Every model alone, on each number of devices that holds it."""
-    choices = unit_choices(workload, profile, constants, Objective())
+    choices = estimators.choices(workload.loads, Objective())
     alone: list[UnitCase] = []
-    for num_devices in choices.cluster.unit_sizes:
+    for num_devices in estimators.cluster.unit_sizes:
         fitting = [load for index, load in enumerate(workload.loads) if choices.best(num_devices, frozenset({index}))]
         devices = {load.name: num_devices for load in fitting}
         alone += spatial_units(replace(workload, loads=tuple(fitting), spatial_devices=devices), constants)

@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
-import pytest
-
 from benchmarks.muxserve import scale_cases
 from benchmarks.muxserve.cases import UnitCase
 from benchmarks.muxserve.constants import read_constants
+from benchmarks.muxserve.estimators import Estimators, cluster_of
 from tests.benchmarks.muxserve.miniature import model, profile
 
 UNIT = UnitCase("u", 1, (model("a"), model("b", decode_share=40)))
@@ -48,7 +47,9 @@ def test_a_longer_unit_has_more_requests() -> None:
 
 def test_the_pool_has_every_model_alone() -> None:
     workload = scale_cases.synthetic(1.0, 0.5, 1.0)
-    pool = scale_cases.pool_of_units(workload, profile(), read_constants(), 1, 1)
+    constants = read_constants()
+    estimators = Estimators(profile(), constants, cluster_of(constants))
+    pool = scale_cases.pool_of_units(workload, estimators, constants, 1, 1)
     assert {unit.models[0].name for unit in pool if len(unit.models) == 1} == {one.name for one in workload.loads}
     assert any(len(unit.models) > 1 for unit in pool)
 
@@ -59,10 +60,3 @@ def test_ablations_change_shares_and_sequences() -> None:
     tokens = 100 + 51
     pool = 2 * 10 * tokens * 2 * 2 * 32 * 32 * 128
     assert [one.max_num_seqs for one in scale_cases.static_pool(UNIT, pool).models] == [10, 10]
-
-
-def test_the_planner_sees_the_overhead_and_the_contention() -> None:
-    constants = replace(read_constants(), contention=0.7, overhead=1.0)
-    seen = scale_cases.slowed(profile(), constants)
-    assert seen.contention == 0.7
-    assert seen.models["llama-7b"].tables[1].decode == pytest.approx(2 * profile().models["llama-7b"].tables[1].decode)
