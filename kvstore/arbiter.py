@@ -10,8 +10,7 @@ A worker returns a recalled grant after the steps of the grant; its share of the
 
 All modes but `spatial` work alike. The waiting workers, in the mode's order, are planned to compute together as far as
 the sum of their shares allows. Those that fit beside the workers that compute are granted at once. Of the computing
-ones as many are recalled as the others need, and no more. While a prefill waits for decodes to stop and no other
-prefill computes, no worker after it in the order starts (the drain rule of MuxServe).
+ones as many are recalled as the others need, and no more.
 
 In each of these modes workers that others have overtaken `max_overtakes` times go first, the longest waiting first.
 This bounds the wait: one of n workers is planned after at most n - 1 + max_overtakes grants of others, not counting
@@ -25,6 +24,9 @@ those of overdue workers that have waited for longer. After them:
     3. prefill workers, round-robin over models
     4. decode workers, round-robin over models
 
+While a prefill waits for decodes to stop and no other prefill computes, no worker after it in the order starts (the
+drain rule of MuxServe).
+
 A flooded model is not to make others miss their targets: of a model that has used more than an equal part of the device
 lately (`recent_use`), an urgent prefill worker goes after the other urgent workers, and one whose prompts have all
 missed their target after the decode workers, until others have overtaken it `_OVERTAKES_OF_A_FLOOD` times.
@@ -35,7 +37,7 @@ due now, once others have overtaken it `_OVERTAKES_AFTER_A_MISS` times.
 
 `fcfs` has prefills before decodes, so that batches form, and each in the order of the worker's oldest request; the
 published runs of MuxServe's temporal baseline show this order. `temporal` is `fcfs` with one worker at a time whatever
-the shares. `roundrobin`: the least recently granted worker. `spatial` grants everything and recalls nothing.
+the shares. `roundrobin` has the least recently granted worker first. `spatial` grants everything and recalls nothing.
 """
 
 from __future__ import annotations
@@ -92,8 +94,8 @@ class Decision:
 
 @dataclass(slots=True)
 class _Wait:
-    """``since``: number of the latest grant when the worker began to wait. ``overtaken``: grants since then to workers
-    that had been granted since then before.
+    """``since``: number of the latest grant when the worker began to wait. ``overtaken``: grants since then, except the
+    first one to each worker.
     """
 
     since: int
@@ -103,6 +105,7 @@ class _Wait:
 _Order = tuple[float, ...]
 _OVERDUE, _NOT_OVERDUE = 0.0, 1.0
 _LEAST_SHARE = 0.01
+"""`compute_share` is in whole percent."""
 _NONE: frozenset[int] = frozenset()
 _URGENT, _URGENT_FLOOD, _PREFILL, _DECODE, _MISSED_FLOOD = 0.0, 1.0, 2.0, 3.0, 4.0
 
@@ -154,10 +157,9 @@ class Arbiter:
         for one in granted_now:
             self._count_grant(one)
         granted = slots_of(granted_now)
-        # Recalls are planned with the new grants in effect: one is recalled from its start if the next worker needs it.
-        left = [one for one in ordered if one.slot not in granted]
         now_computing = [*computing, *granted_now]
-        if granted_now:
+        if granted_now:  # one is recalled from its start if the next worker needs it
+            left = [one for one in ordered if one.slot not in granted]
             plan, _ = self._plan(left, now_computing)
         kept = self._kept(plan, now_computing)
         self._draining = slots_of(now_computing) - kept

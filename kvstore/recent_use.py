@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 MEMORY_S = 3.0
-"""Use counts 1/e of its time after so many seconds."""
+"""After so many seconds, use counts for 1/e of what it was."""
 _LEAST_PART = 0.01
 """A model with less of the device is not counted as one that uses it."""
 
@@ -15,7 +15,7 @@ class RecentUse:
 
     def __init__(self) -> None:
         self._used: dict[str, tuple[float, float]] = {}
-        """Model → seconds of the device, as they counted at a time."""
+        """Model → seconds of the device, as they counted at the time beside them."""
 
     def count(self, model: str, seconds: float, now_s: float) -> None:
         """Adds ``seconds`` of the whole device that end at ``now_s``."""
