@@ -44,6 +44,15 @@ class _Slot:
     recalled_s: float = 0.0
     """The part of them since the recall."""
 
+    def demand_by(self, words: list[int]) -> Demand:
+        """As described by the words PRIORITY to ARRIVED_US that the worker has written."""
+        if words != self.words:
+            old, (priority, due_us, lost_us, arrived_us) = self.demand, words
+            due_s, lost_s = due_us / 1e6 or math.inf, lost_us / 1e6 or math.inf
+            self.words = words
+            self.demand = Demand(old.slot, old.role, old.model, old.share, priority, due_s, lost_s, arrived_us / 1e6)
+        return self.demand
+
     def count_stalled(self, elapsed_s: float) -> None:
         self.stalled_s += elapsed_s
         self.recalled_s = self.recalled_s + elapsed_s if self.is_recalled else 0.0
@@ -128,17 +137,18 @@ class GrantTable:
                 self._count_use(slot, busy_ns, now_s)
             if num_steps:
                 if not slot.is_revoked:
-                    computing.append(_described(slot, words))
+                    computing.append(slot.demand_by(words))
                 continue
             slot.is_revoked = False
             if has_demand and not slot.is_killed:
-                waiting.append(_described(slot, words))
+                waiting.append(slot.demand_by(words))
         decision = self._arbiter.decide(waiting, computing, now_s)
         for number in decision.granted:
             self._grant(number, number not in decision.kept)
         for demand in computing:
-            if self._slots[demand.slot].is_recalled == (demand.slot in decision.kept):
-                self._recall(demand.slot, demand.slot not in decision.kept)
+            is_recalled = demand.slot not in decision.kept
+            if is_recalled != self._slots[demand.slot].is_recalled:
+                self._recall(demand.slot, is_recalled)
 
     def _count_use(self, slot: _Slot, busy_ns: int, now_s: float) -> None:
         demand = slot.demand
@@ -184,13 +194,3 @@ class GrantTable:
         """Closes the file descriptors of the page, the doorbell and all bells."""
         for fd in (self.page_fd, self.doorbell_fd, *(slot.bell_fd for slot in self._slots.values())):
             os.close(fd)
-
-
-def _described(slot: _Slot, words: list[int]) -> Demand:
-    """The worker's demand by its words PRIORITY to ARRIVED_US."""
-    if words != slot.words:
-        old, (priority, due_us, lost_us, arrived_us) = slot.demand, words
-        due_s, lost_s = due_us / 1e6 or math.inf, lost_us / 1e6 or math.inf
-        slot.words = words
-        slot.demand = Demand(old.slot, old.role, old.model, old.share, priority, due_s, lost_s, arrived_us / 1e6)
-    return slot.demand
