@@ -44,14 +44,13 @@ from kvstore.share_proof import ShareProver
 from kvstore.unit import Unit
 from muxmesh.background_task import start_watched
 from muxmesh.errors import MeshError
-from muxmesh.process_state import ProcessState, process_state
 from muxmesh.quoting import quoted
 from muxmesh.step_cost import StepCost
 from muxmesh.types import Role
 
 _log = logging.getLogger(__name__)
 _LONG_GRANT_S = 2.0
-"""Grants that are revoked after less than this are checked more often than heartbeats, so that they are not late."""
+"""If grants are revoked after less than this, they are checked more often than heartbeats, so as not to be late."""
 _ACCEPT_AGAIN_S = 1.0
 """Pause after an error of `accept`, such as too many open files. The socket stays readable meanwhile."""
 _LINGER_S = 5.0
@@ -342,7 +341,7 @@ class AttachServer:
         for slot in stalled.revoked:
             _log.warning("%s has not returned its recalled grant: revoked", by_slot[slot].worker.name)
         for attachment in (by_slot[slot] for slot in stalled.to_kill):
-            if not attachment.is_ending and process_state(attachment.worker.pid) is not ProcessState.TRACED:
+            if not attachment.is_ending and not attachment.is_traced:
                 self._end(attachment, "hangs in a step")
 
     def _end(self, attachment: AttachmentRecord, reason: str) -> None:

@@ -35,6 +35,11 @@ class AttachmentRecord:
     last_command: int = 0
     num_unanswered_checks: int = 0
 
+    @property
+    def is_traced(self) -> bool:
+        """A debugger is attached to the worker, and may stop it at any time."""
+        return process_state(self.worker.pid) is ProcessState.TRACED
+
     def count_silent_checks(self, beat: int) -> int:
         """Adds a check, which found ``beat`` heartbeats; returns the checks in a row without a new one.
 
@@ -42,7 +47,7 @@ class AttachmentRecord:
         count while the worker is not ready or a debugger is attached to it.
         """
         is_silent = beat == self.last_beat and self.worker.ready
-        if is_silent and process_state(self.worker.pid) is not ProcessState.TRACED:
+        if is_silent and not self.is_traced:
             self.num_silent_checks += 1
         else:
             self.last_beat, self.num_silent_checks = beat, 0
@@ -55,7 +60,7 @@ class AttachmentRecord:
         """
         worker = self.worker
         if worker.engine is None and worker.num_told == self.last_command:
-            self.num_unanswered_checks += process_state(worker.pid) is not ProcessState.TRACED
+            self.num_unanswered_checks += not self.is_traced
         else:
             self.last_command, self.num_unanswered_checks = worker.num_told, 0
         return self.num_unanswered_checks
