@@ -3,13 +3,14 @@
     state            its workers                                   its queued requests
     awake            compute                                       get credits
     falling_asleep   finish its leases, then are told to sleep     wait
-    asleep           have stopped to compute; KV is returned       wake it
+    asleep           compute nothing; its KV memory is free        wake it
     waking           load or map the weights                       wait
 
     from             to               when
     awake            falling_asleep   idle for `AwakeLimits.idle_sleep_s`; evicted by a model that has to wake; `sleep`
     waking           falling_asleep   evicted after `STUCK_S`; `sleep`
     falling_asleep   asleep           no lease is left, and all of its workers report that they sleep
+    falling_asleep   awake            evicted, has leases, and no model needs its space any more
     asleep           waking           a request is queued, or `wake`; and fewer than `max_awake` models are not asleep
     waking           awake            a prefill and a decode worker are ready and report that they are awake
 
@@ -25,6 +26,7 @@ This module knows workers by what they report. It does not know leases, memory o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -82,7 +84,7 @@ class WorkerCommand:
     worker: str
     engine: EngineState
     number: int
-    """Counts the commands of the worker. Its report has the same number, so a report of an earlier one is known."""
+    """Counts the commands of the worker. Its report has the same number: a report of an earlier one does not count."""
 
 
 @dataclass(slots=True)
@@ -90,7 +92,7 @@ class ModelRecord:
     """One model. ``since_s``: monotonic time at which its state began. ``waiting_since_s``: since when it has to wake;
     None: it does not. ``sleeping``: what its workers are to be while it sleeps. ``is_drained``: it falls asleep, and
     its last lease has ended. ``is_evicted``: it falls asleep for another model. ``was_used``: it was not idle at the
-    last update.
+    last update. ``wanted_by_command``: it is to wake by command, and is not awake yet.
     """
 
     name: str
@@ -113,15 +115,15 @@ class ModelRecord:
     @property
     def engine(self) -> EngineState:
         """What its workers are to be now."""
-        is_computing = self.state in (ModelState.AWAKE, ModelState.WAKING) or (
-            self.state is ModelState.FALLING_ASLEEP and not self.is_drained
-        )
-        return EngineState.AWAKE if is_computing else self.sleeping
+        has_to_sleep = self.is_drained or self.state is ModelState.ASLEEP
+        return self.sleeping if has_to_sleep else EngineState.AWAKE
 
     def enter(self, state: ModelState, now_s: float) -> None:
         self.state, self.since_s, self.is_drained, self.is_evicted = state, now_s, False, False
         if state is ModelState.AWAKE:
             self.waiting_since_s, self.wanted_by_command = None, False
+        elif state is ModelState.FALLING_ASLEEP:
+            self.sleeping = EngineState.ASLEEP
 
 
 @dataclass(slots=True)
@@ -141,9 +143,8 @@ class ModelStates:
     Invariant: at most ``limits.max_awake`` models are not asleep. The head of this module has the transitions.
     """
 
-    def __init__(self, limits: AwakeLimits = NO_LIMITS, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, limits: AwakeLimits = NO_LIMITS) -> None:
         self._limits = limits
-        self._patience_s = patience_s
         self.models: dict[str, ModelRecord] = {}
         self._due_s: float | None = None
 
@@ -171,7 +172,7 @@ class ModelStates:
         record = self.models[model]
         record.wanted_by_command = record.is_evicted = False
         if record.state in (ModelState.AWAKE, ModelState.WAKING):
-            self._begin_sleep(record, now_s)
+            record.enter(ModelState.FALLING_ASLEEP, now_s)
         if drop_weights:
             record.sleeping = EngineState.DROPPED
 
@@ -223,7 +224,7 @@ class ModelStates:
         for record in self.models.values():
             idle_until_s = self._idle_until_s(record)
             if idle_until_s is not None and idle_until_s <= now_s:
-                self._begin_sleep(record, now_s)
+                record.enter(ModelState.FALLING_ASLEEP, now_s)
 
     def _idle_until_s(self, record: ModelRecord) -> float | None:
         """When the model falls asleep if it stays idle; None: it does not."""
@@ -231,10 +232,6 @@ class ModelStates:
         if limit_s is None or record.is_pinned or record.was_used or record.state is not ModelState.AWAKE:
             return None
         return record.last_used_s + limit_s
-
-    def _begin_sleep(self, record: ModelRecord, now_s: float) -> None:
-        record.enter(ModelState.FALLING_ASLEEP, now_s)
-        record.sleeping = EngineState.ASLEEP
 
     def _settle(
         self, now_s: float, use: Mapping[str, ModelUse], workers: Collection[WorkerRecord], changes: StateChanges
@@ -277,36 +274,36 @@ class ModelStates:
         draining = [record for record in self.models.values() if record.is_evicted and not record.is_drained]
         num_needed = len(draining) + len(self._waiting()) - self._num_coming()
         for index, record in enumerate(draining):
-            idle = self._choose_idle(use) if index < num_needed else None
+            idle = self._choose_idle() if index < num_needed else None
             if index >= num_needed or idle is not None:
                 record.enter(ModelState.AWAKE, now_s)
             if idle is not None:
                 self._evict(idle, now_s)
         for waiting in self._without_space():
-            victim = self._choose_idle(use) or self._choose_busy(waiting, now_s, use)
+            victim = self._choose_idle() or self._choose_busy(waiting, now_s, use)
             if victim is None:
                 break
             self._evict(victim, now_s)
 
     def _evict(self, record: ModelRecord, now_s: float) -> None:
-        self._begin_sleep(record, now_s)
+        record.enter(ModelState.FALLING_ASLEEP, now_s)
         record.is_evicted = True
         if record.waiting_since_s is not None:  # it was waking
             record.waiting_since_s = now_s
 
-    def _choose_idle(self, use: Mapping[str, ModelUse]) -> ModelRecord | None:
+    def _choose_idle(self) -> ModelRecord | None:
         """The least recently used idle model."""
         idle = [
             record
             for record in self.models.values()
-            if record.state is ModelState.AWAKE and not record.is_pinned and use.get(record.name, _UNUSED).is_idle
+            if record.state is ModelState.AWAKE and not record.is_pinned and not record.was_used
         ]
         return min(idle, key=lambda record: record.last_used_s, default=None)
 
     def _choose_busy(self, waiting: ModelRecord, now_s: float, use: Mapping[str, ModelUse]) -> ModelRecord | None:
         """After the patience of the waiting model, the one with the fewest requests that may be evicted."""
         assert waiting.waiting_since_s is not None
-        if now_s < waiting.waiting_since_s + self._patience_s:
+        if now_s < waiting.waiting_since_s + PATIENCE_S:
             return None
         busy = (
             record
@@ -324,7 +321,7 @@ class ModelStates:
         """From when it may be evicted though it is not idle; None: not in this state."""
         if record.is_pinned or record.state not in (ModelState.AWAKE, ModelState.WAKING):
             return None
-        return record.since_s + (self._patience_s if record.state is ModelState.AWAKE else STUCK_S)
+        return record.since_s + (PATIENCE_S if record.state is ModelState.AWAKE else STUCK_S)
 
     def _wake_models(self, now_s: float, changes: StateChanges) -> None:
         for record in self._waiting():
@@ -336,7 +333,7 @@ class ModelStates:
     def _num_free(self) -> float:
         """How many more models may be awake."""
         if self._limits.max_awake is None:
-            return float("inf")
+            return math.inf
         return self._limits.max_awake - sum(r.state is not ModelState.ASLEEP for r in self.models.values())
 
     def _num_coming(self) -> float:
@@ -349,7 +346,7 @@ class ModelStates:
         evictable_s = [from_s for one in self.models.values() if (from_s := self._evictable_from_s(one)) is not None]
         if evictable_s:
             times += [
-                max(record.waiting_since_s + self._patience_s, min(evictable_s))
+                max(record.waiting_since_s + PATIENCE_S, min(evictable_s))
                 for record in self._without_space()
                 if record.waiting_since_s is not None
             ]
