@@ -79,11 +79,11 @@ class ModelService(kvstore_pb2_grpc.UnitModelServiceServicer):
         self._unit = unit
         self._clock = clock
         self._service = service
-        self._changed = service.changed
         self._read_model = read_model
         self._placed = placed
         service.on_changed.append(self.end_waits)
-        self._waits: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self._waits: dict[asyncio.Future[None], Callable[[], bool]] = {}
+        """Call that waits → whether its command is done."""
 
     async def SleepModel(
         self, request: kvstore_pb2.SleepModelRequest, context: Context
@@ -136,7 +136,8 @@ class ModelService(kvstore_pb2_grpc.UnitModelServiceServicer):
         try:
             self._unit.add_model(name, model.limits, self._clock.monotonic_s())
         except ValueError as error:
-            raise InvalidRequest("model", f"{quoted(name)} does not fit unit {self._config.name}: {error}") from error
+            problem = f"{quoted(name)} cannot be added to unit {self._config.name}: {error}"
+            raise InvalidRequest("model", problem) from error
         self._placed.add(name, model)
         self._service.model_added()
         return kvstore_pb2.AddModelResponse()
@@ -154,7 +155,7 @@ class ModelService(kvstore_pb2_grpc.UnitModelServiceServicer):
 
     def end_waits(self) -> None:
         """Ends the calls whose command is done."""
-        for is_done, future in self._waits:
+        for future, is_done in self._waits.items():
             if not future.done() and is_done():
                 future.set_result(None)
 
@@ -168,16 +169,16 @@ class ModelService(kvstore_pb2_grpc.UnitModelServiceServicer):
         record = self._unit.states.models.get(model)
         is_asleep = record is None or record.state is ModelState.ASLEEP
         own = workers_of(model, self._unit.workers.values())
-        return is_asleep and all(worker.engine is not None and worker.engine is worker.told for worker in own)
+        return is_asleep and all(worker.engine is worker.told for worker in own)
 
     async def _until(self, is_done: Callable[[], bool]) -> None:
-        wait = is_done, asyncio.get_running_loop().create_future()
-        self._waits.append(wait)
+        future = asyncio.get_running_loop().create_future()
+        self._waits[future] = is_done
         try:
-            self._changed()
-            await wait[1]
+            self._service.changed()
+            await future
         finally:
-            self._waits.remove(wait)
+            del self._waits[future]
 
 
 def _check_is_local(context: Context) -> None:

@@ -60,8 +60,7 @@ async def test_a_model_sleeps_and_wakes_on_command_and_for_a_request(tmp_path: P
             router.offer(queued(1, "c"))
             assert (await router.credit()).entry_id == 1
             assert record["c"].state is ModelState.AWAKE
-            waking = asyncio.create_task(command(unit, "WakeModel", model="a"))  # it evicts b, which has no workers
-            await waking
+            await command(unit, "WakeModel", model="a")  # it evicts b, which has no workers
             assert [record[name].state for name in "abc"] == [ModelState.AWAKE, ModelState.ASLEEP, ModelState.AWAKE]
 
 
