@@ -66,10 +66,8 @@ class BlockTable:
 
     def remove_model(self, model: str) -> None:
         """Removes a model that has no block in use, and evicts its cache."""
-        blocks = self._models[model]
-        assert not blocks.references, f"{model} has blocks in use"
-        for block_id in list(blocks.cached):
-            self._evict(model, block_id)
+        assert not self._models[model].references, f"{model} has blocks in use"
+        self.drop_prefixes_of(model)
         del self._models[model]
         self._pool.remove_model(model)
 

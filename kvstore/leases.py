@@ -405,11 +405,11 @@ class LeaseTable:
             self._credits.pop(record.lease.ref.lease_id, None)
 
     def _change_owner(self, record: LeaseRecord, owner: str, assignment: Assignment | None = None) -> Lease:
-        ref = record.lease.ref
         self._count(record, -1)
         record.owner, record.assignment = owner, assignment or record.assignment
         self._count(record, 1)
-        lease, ref = record.lease, LeaseRef(ref.lease_id, ref.epoch + 1)
+        lease = record.lease
+        ref = LeaseRef(lease.ref.lease_id, lease.ref.epoch + 1)
         record.lease = Lease(ref, lease.model, lease.block_ids, lease.num_computed_tokens, lease.sampled_token_ids)
         return record.lease
 
