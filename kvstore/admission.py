@@ -60,7 +60,7 @@ class Admission:
         self._policy = policy
         self._entries: dict[EntryKey, AdmissionEntry] = {}
         self._orders: dict[EntryKey, _Order] = {}
-        """Order of each entry when it was offered: its present one too, unless the policy changes with time."""
+        """Order of each entry at time 0: its present one too, unless the policy changes with time."""
         self._queues: dict[tuple[str, str | None], list[_Order]] = {}
         """Model and worker → the orders of their entries, at least one, sorted."""
 

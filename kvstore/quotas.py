@@ -22,7 +22,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 ADAPT_EVERY_S = 2.0
-"""MuxServe has 8 s. The reading of use, and so of a shift in popularity, is as late as this."""
+"""A shift in popularity is noticed with this delay. MuxServe has 8 s."""
 _FULL = 0.9
 """A model that uses this fraction of its quota or more can gain slabs; one that uses less can lose slabs."""
 _HEADROOM = 0.95
@@ -137,7 +137,7 @@ class Quotas:
         self._guaranteed = guaranteed
         self._initial = initial_quotas(self._num_slabs, guaranteed, self._needs)
         self.slabs = dict(self._initial)
-        for model in self._asleep:
+        for model in sorted(self._asleep):  # the order decides how parts are rounded
             self._return(model)
         self._slab_seconds = dict.fromkeys(guaranteed, 0.0)
         self._adapted_at_s = self._counted_until_s = None
@@ -170,7 +170,7 @@ def adapted(
     waits = {model for model, quota in quotas.items() if _filled(use[model], quota) >= _FULL and use[model].num_waiting}
     changed = dict(quotas)
     if waits:
-        _return_loans(changed, waits, initial or quotas)
+        _restore_initial(changed, waits, initial or quotas)
         _move_unused(changed, waits, guaranteed, use)
     return changed
 
@@ -179,13 +179,13 @@ def _filled(use: Use, quota: int) -> float:
     return use.mean_slabs / quota if quota else 1.0
 
 
-def _return_loans(quotas: dict[str, int], waits: AbstractSet[str], initial: Mapping[str, int]) -> None:
-    """Lets the models that wait have what they had at first."""
-    lent = {model: initial[model] - quotas[model] for model in waits if quotas[model] < initial[model]}
-    borrowed = {model: quota - initial[model] for model, quota in quotas.items() if quota > initial[model]}
-    amount = min(sum(lent.values()), sum(borrowed.values()))
-    _distribute(quotas, borrowed, -amount)
-    _distribute(quotas, lent, amount)
+def _restore_initial(quotas: dict[str, int], waits: AbstractSet[str], initial: Mapping[str, int]) -> None:
+    """Gives the models that wait what they had at first, from those that have more than at first."""
+    missing = {model: initial[model] - quotas[model] for model in waits if quotas[model] < initial[model]}
+    excess = {model: quota - initial[model] for model, quota in quotas.items() if quota > initial[model]}
+    amount = min(sum(missing.values()), sum(excess.values()))
+    _distribute(quotas, excess, -amount)
+    _distribute(quotas, missing, amount)
 
 
 def _move_unused(

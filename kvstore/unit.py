@@ -140,7 +140,7 @@ class Unit:
         self._reclaim_at_s: float | None = None
         self._costs_due_s = 0.0
         self._incarnations = last_id >> _ID_BITS
-        for name, model in sorted(models.items(), key=lambda one: not one[1].is_pinned):
+        for name, model in sorted(models.items(), key=lambda one: not one[1].is_pinned):  # the first ones are awake
             self.add_model(name, model, now_s)
         self.models = {name: self.models[name] for name in models}
 
@@ -239,8 +239,7 @@ class Unit:
         slots = WorkerSlots(tuple(self.workers.values()), self.models, *self.leases.count_assigned())
 
         def has_slot(entry: AdmissionEntry) -> bool:
-            is_admitted = entry.swapped is not None or self.states.admits(entry.model)
-            return is_admitted and slots.has_slot(entry.model, entry.worker)
+            return self._admits(entry) and slots.has_slot(entry.model, entry.worker)
 
         def is_within_quota(entry: AdmissionEntry) -> bool:
             needed = blocks_for(entry.request.demand.num_tokens, self.models[entry.model].shape.block_size)
@@ -269,7 +268,7 @@ class Unit:
         return decisions
 
     def _update_states(self, now_s: float, commands: list[WorkerCommand]) -> None:
-        """Lets models fall asleep and wake. One that falls asleep returns its KV memory, one that wakes gets it."""
+        """Lets models fall asleep, which returns cached KV and quota once no lease is left, and wake."""
         leases, requests = self.leases.count_by_model(), self.admission.count_requests()
         use = {name: ModelUse(leases.get(name, 0), requests.get(name, 0)) for name in {**leases, **requests}}
         changes = self.states.update(now_s, use, self.workers.values())
@@ -280,11 +279,15 @@ class Unit:
             self.quotas.wake(model)
         commands.extend(changes.commands)
 
+    def _admits(self, entry: AdmissionEntry) -> bool:
+        """Whether its model may continue it: one that falls asleep finishes its leases, swapped ones too."""
+        return entry.swapped is not None or self.states.admits(entry.model)
+
     def _first_causes(self, unix_s: float, slots: WorkerSlots) -> dict[EntryKey, WaitCause]:
         """What the first waiting entry of each model waits for."""
         causes = {}
         for entry in self.admission.first_entries(unix_s):
-            if entry.swapped is None and not self.states.admits(entry.model):
+            if not self._admits(entry):
                 causes[entry.key] = WaitCause.WORKER
             elif slots.has_slot(entry.model, entry.worker):
                 causes[entry.key] = WaitCause.KV

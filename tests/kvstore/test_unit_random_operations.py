@@ -323,7 +323,7 @@ class UnitMachine(RuleBasedStateMachine):
             limits = unit.models[entry.model]
             if not all(unit.ready_workers(role, entry.model) for role in Role):
                 continue  # its model sleeps, or wakes
-            if entry.swapped is None and not unit.states.admits(self.first_waiting(entry.model).model):
+            if entry.swapped is None and not unit.states.admits(entry.model):
                 continue
             decode = entry.source if entry.swapped else self.workers[entry.model][1]
             first = self.first_waiting(entry.model)
