@@ -1,6 +1,7 @@
 """Plays the transcripts in `tests/scenarios` on a grant table. Each is documentation: what happens, and who computes.
 
-# prose                                      arbiter SETTINGS       a new unit with these settings of the arbiter
+# PROSE
+arbiter SETTINGS                             a new unit with these settings of the arbiter
 worker NAME SHARE%                           NAME is MODEL.ROLE, and /2 and so on for further ones
 NAME waits [class N] [due in N ms] [lost in N ms] [request N]
                                              it has work: of a priority class, with a latency target, which is missed

@@ -143,13 +143,19 @@ def test_a_model_that_finishes_its_sequences_stays_awake_if_another_one_is_idle_
     assert models.awake == "ac" and not any(worker.num_told for worker in models.workers if worker.model == "a")
 
 
-def test_a_model_stays_awake_if_the_requests_that_it_should_make_space_for_are_withdrawn() -> None:
+def falling_asleep_for_b() -> Models:
+    """One of two models may be awake: a, which has a lease, falls asleep since b has waited for its patience."""
     models = Models("ab", max_awake=1)
     models.run("a", num_leases=1)
     models.run("b", num_queued=1)
     models.update()
     models.update(PATIENCE_S)
     assert models.state("a") is FALLING
+    return models
+
+
+def test_a_model_stays_awake_if_the_requests_that_it_should_make_space_for_are_withdrawn() -> None:
+    models = falling_asleep_for_b()
     models.run("b")
     models.update(1)
     assert models.awake == "a" and models.states.admits("a")
@@ -237,12 +243,7 @@ def test_the_command_wakes_a_model_that_has_no_request() -> None:
 
 
 def test_a_model_that_stays_awake_after_all_is_not_woken_by_an_earlier_command() -> None:
-    models = Models("ab", max_awake=1)
-    models.run("a", num_leases=1)
-    models.run("b", num_queued=1)
-    models.update()
-    models.update(PATIENCE_S)
-    assert models.state("a") is FALLING
+    models = falling_asleep_for_b()
     models.states.wake("a")
     models.run("b")
     models.update(1)
