@@ -8,7 +8,7 @@ import pytest
 
 from kvstore.attachment_record import AttachmentRecord
 from kvstore.progress_page import ProgressPage, new_progress_fd
-from kvstore.worker_slots import WorkerRecord
+from kvstore.worker_slots import EngineState, WorkerRecord
 from muxmesh.types import Role
 from tests.support.debugged_process import debugged_process
 
@@ -40,6 +40,16 @@ def test_checks_do_not_count_while_a_debugger_is_attached() -> None:
     with debugged_process() as pid:
         record = record_of(pid)
         assert [record.count_silent_checks(0) for _ in range(3)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("is_debugged", "counts"), [(False, [0, 1, 2]), (True, [0, 0, 0])])
+def test_checks_of_a_command_that_is_not_followed_count_unless_a_debugger_is_attached(
+    is_debugged: bool, counts: list[int]
+) -> None:
+    with debugged_process() as pid:
+        record = record_of(pid if is_debugged else None)
+        record.worker.tell(EngineState.ASLEEP)
+        assert [record.count_unanswered_checks() for _ in range(3)] == counts
 
 
 async def test_a_process_that_is_removed_is_not_watched_and_nothing_of_it_stays_open() -> None:
