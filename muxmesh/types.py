@@ -15,6 +15,9 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 KvFormat = Literal["raw", "int8"]
 """Format of swapped KV: the exact bits, or quantized to 8 bits."""
 
+ArbiterMode = Literal["auto", "adbs", "fcfs", "roundrobin", "temporal", "spatial"]
+"""The rule by which the arbiter of a unit chooses who computes. `ArbiterConfig.mode` describes each."""
+
 SWAP_PAGE_BYTES = 16 * 1024
 """Allocation granularity of the swap region."""
 

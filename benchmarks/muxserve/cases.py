@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from random import Random
 
 from benchmarks.muxserve.lengths import MAX_TOKENS, Lengths, OutputSpread
-from muxmesh.config.arbiter_config import ArbiterMode
+from muxmesh.types import ArbiterMode
 
 
 @dataclass(frozen=True, slots=True)

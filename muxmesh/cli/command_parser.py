@@ -12,10 +12,7 @@ from muxmesh import __version__
 from muxmesh.cli import argument_types, loadtest_options
 from muxmesh.quoting import cut_to_bytes
 from muxmesh.scheduling_policy import PolicyName
-from muxmesh.types import DEFAULT_ADDRESS, Dtype
-
-_ARBITER_MODES = ("auto", "adbs", "fcfs", "roundrobin", "temporal", "spatial")
-"""`muxmesh.config.arbiter_config.ArbiterMode`, which imports pydantic."""
+from muxmesh.types import DEFAULT_ADDRESS, ArbiterMode, Dtype
 
 _MAX_MESSAGE_BYTES = 500
 """Of an error about arguments, which lists what is possible."""
@@ -479,7 +476,7 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     simulate.add_argument("--workload", required=True, metavar="SPEC", help="as in `muxmesh loadtest --help`")
     simulate.add_argument("--policy", choices=get_args(PolicyName), help="scheduling policy (default: as configured)")
     simulate.add_argument(
-        "--arbiter", choices=_ARBITER_MODES, help="mode of the arbiter of every unit (default: as configured)"
+        "--arbiter", choices=get_args(ArbiterMode), help="mode of the arbiter of every unit (default: as configured)"
     )
     simulate.add_argument(
         "--contention", type=argument_types.fraction(0, 10), metavar="F",

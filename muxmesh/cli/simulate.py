@@ -23,7 +23,6 @@ from loadtest.spec import Spec, parse_spec
 from loadtest.workload import Sketch
 from muxmesh.cli.common import cache_dir, print_json, refuse_unwritable, source_dir
 from muxmesh.clock import SystemClock
-from muxmesh.config.arbiter_config import ArbiterMode
 from muxmesh.config.contradictions import order_without_effect
 from muxmesh.config.load import load_mesh_config
 from muxmesh.config.schema import MeshConfig
@@ -34,6 +33,7 @@ from muxmesh.placement.profile import Profile
 from muxmesh.placement.profile_file import read_profile
 from muxmesh.predictor.checked_predictor import CheckedPredictor
 from muxmesh.predictor.length_predictor import LengthPredictor
+from muxmesh.types import ArbiterMode
 from simulator.forecasts import Forecasts, LearnedLengths, NoisyLengths, TrueLengths
 from simulator.measured_times import measured_times, profile_problems
 from simulator.objectives import objectives_of

@@ -5,15 +5,15 @@ Knows no device and no worker. `kvstore.arbiter` has the rules.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
 from muxmesh.config.section import Section
+from muxmesh.types import ArbiterMode
 
 MAX_OVERTAKES = 8
 MAX_OVERTAKES_WITH_SLOS = 32
-ArbiterMode = Literal["auto", "adbs", "fcfs", "roundrobin", "temporal", "spatial"]
 
 
 class ArbiterConfig(Section):

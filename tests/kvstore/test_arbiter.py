@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.arbiter import Arbiter, Decision, Demand, slots_of
-from muxmesh.config.arbiter_config import ArbiterConfig, ArbiterMode
-from muxmesh.types import Role
+from muxmesh.config.arbiter_config import ArbiterConfig
+from muxmesh.types import ArbiterMode, Role
 
 GATING_MODES: tuple[ArbiterMode, ...] = ("adbs", "fcfs", "roundrobin", "temporal")
 

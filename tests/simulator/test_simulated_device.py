@@ -7,8 +7,9 @@ from typing import Any, get_args
 import pytest
 
 from kvstore.arbiter import Arbiter
-from muxmesh.config.arbiter_config import ArbiterConfig, ArbiterMode
+from muxmesh.config.arbiter_config import ArbiterConfig
 from muxmesh.step_cost import StepCost
+from muxmesh.types import ArbiterMode
 from simulator.simulated_device import Device
 from simulator.simulated_workers import DecodeJob, DecodeWorker, PrefillJob
 from simulator.step_times import LinearStepTimes, linear_slowdown

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.model_states import PATIENCE_S
-from muxmesh.config.arbiter_config import ArbiterMode
 from muxmesh.scheduling_policy import SchedulingPolicy
+from muxmesh.types import ArbiterMode
 from simulator.timeline import Delays
 from simulator.unit_use import ModelSwitches
 from tests.support.simulations import STEP_S, sim_mesh, sim_model

@@ -6,12 +6,11 @@ from typing import get_args
 import pytest
 
 from muxmesh.cli.main import main
-from muxmesh.config.arbiter_config import ArbiterMode
 from muxmesh.placement.measured_cells import Cell
 from muxmesh.placement.profile import ModelProfile, Profile
 from muxmesh.placement.profile_file import format_profile
 from muxmesh.profiler.recorder import table_of
-from muxmesh.types import Role
+from muxmesh.types import ArbiterMode, Role
 from tests.support.profiles import MACHINE, cells
 from tests.support.tiny import TinyShape, write_tiny_model
 
