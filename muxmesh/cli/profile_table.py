@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
+from muxmesh.cli.text_table import aligned
 from muxmesh.placement.profile import ModelProfile, Profile
 from muxmesh.placement.step_table import StepTable
 from muxmesh.types import Role
@@ -32,7 +33,7 @@ def _model_lines(model: ModelProfile) -> Iterator[str]:
         on = f" on {degree} devices" if degree > 1 else ""
         for role in Role:
             yield f"  {_TITLES[role]}{on}, ms"
-            yield from (f"  {line}" for line in _aligned(list(_rows(table, role)), str.rjust))
+            yield from (f"  {line}" for line in aligned(list(_rows(table, role)), str.rjust))
     if model.samples:
         total = sum(one.repeats for one in model.samples.values())
         yield (
@@ -55,12 +56,6 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.0f}" if seconds >= 0.1 else f"{seconds * 1000:.3g}"
 
 
-def _aligned(rows: Sequence[Sequence[str]], justified: Callable[[str, int], str]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(map(justified, row, widths)).rstrip()
-
-
 def _contention_lines(profile: Profile) -> Iterator[str]:
     if profile.contention_error is None:
         yield f"contention {profile.contention:.2f}" if profile.contention else "contention: not measured"
@@ -73,4 +68,4 @@ def _contention_lines(profile: Profile) -> Iterator[str]:
     for one in profile.slowdowns:
         worker, *others = (f"{cell.model} {cell.role} {cell.share} %" for cell in (one.worker, *one.beside))
         rows.append([f"{one.ratio:.2f}", worker, ", ".join(others)])
-    yield from (f"  {line}" for line in _aligned(rows, str.ljust))
+    yield from (f"  {line}" for line in aligned(rows))

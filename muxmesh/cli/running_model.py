@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from muxmesh.cli.common import ProgressBar, current_dir, print_json, state_dir_of
-from muxmesh.cli.status import message_dict, print_table
+from muxmesh.cli.status import message_dict
+from muxmesh.cli.text_table import print_table
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import ADMIN_SUFFIX, RUNTIME_FILE, SUPERVISOR, MeshRuntime
 from muxmesh.errors import ConfigError, DeadlineExceeded, InvalidRequest, Unavailable

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from muxmesh.cli.common import print_json
+from muxmesh.cli.text_table import print_table
 from muxmesh.client import NO_RETRIES, MeshClient
 from muxmesh.v1 import mesh_pb2
 
@@ -150,14 +150,6 @@ def _attainment(tally: mesh_pb2.SloTally) -> str:
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "-"
-
-
-def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table with columns of equal width."""
-    lines = [header, *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def message_dict(message: Message) -> dict[str, Any]:
