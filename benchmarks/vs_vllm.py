@@ -20,7 +20,6 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -39,7 +38,7 @@ from loadtest.spec import Spec, parse_spec
 from loadtest.sweep import build_sweep
 from loadtest.table import compare
 from loadtest.target import Target
-from muxmesh.cli.common import cache_dir
+from muxmesh.cli.common import cache_dir, date_now
 from muxmesh.clock import SystemClock
 from muxmesh.config.schema import DEFAULT_MODEL
 from muxmesh.models.catalog import CATALOG
@@ -134,8 +133,7 @@ async def measure(
     for other in others:
         other.freeze(True)
     try:
-        date = datetime.fromtimestamp(SystemClock().unix_s(), UTC).isoformat(timespec="seconds")
-        options = Options(system.name, date, calibrate=calibrate, unloaded=unloaded)
+        options = Options(system.name, date_now(), calibrate=calibrate, unloaded=unloaded)
         report = await Session(system.target, options, SystemClock()).run(spec)
     finally:
         for other in others:

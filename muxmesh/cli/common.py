@@ -1,4 +1,4 @@
-"""What the commands share: directories of this machine, progress bars, JSON output, checks of output files."""
+"""What the commands share: directories of this machine, progress bars, JSON output, dates, checks of output files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from muxmesh.cli.standard_streams import can_encode_all
+from muxmesh.clock import SystemClock
 from muxmesh.errors import ConfigError
 from muxmesh.local_path import local_path
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
@@ -142,6 +144,11 @@ class ProgressBar:
             self._print_line(f"{self._label}: {phase} {amount}")
         else:
             print(f"{self._label}: {phase} {amount}", file=sys.stderr, flush=True)
+
+
+def date_now() -> str:
+    """The date and time in UTC, to the second, as reports and profiles have it (ISO 8601)."""
+    return datetime.fromtimestamp(SystemClock().unix_s(), UTC).isoformat(timespec="seconds")
 
 
 def refuse_unwritable(*paths: Path | None) -> None:

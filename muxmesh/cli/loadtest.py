@@ -12,7 +12,6 @@ import secrets
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from loadtest.session import Options, Session
 from loadtest.slo import Unloaded
 from loadtest.spec import parse_spec
 from loadtest.target import Target
-from muxmesh.cli.common import print_json, refuse_unwritable
+from muxmesh.cli.common import date_now, print_json, refuse_unwritable
 from muxmesh.clock import SystemClock
 from muxmesh.errors import ConfigError
 from muxmesh.quoting import named
@@ -87,7 +86,7 @@ async def _test(arguments: argparse.Namespace) -> dict[str, Any]:
     target = _target(arguments)
     options = Options(
         name=arguments.name or target.name,
-        date=datetime.fromtimestamp(SystemClock().unix_s(), UTC).isoformat(timespec="seconds"),
+        date=date_now(),
         max_concurrency=arguments.max_concurrency,
         goodput=_goodput(arguments.goodput),
         calibrate=_CALIBRATE if arguments.calibrate is None else arguments.calibrate,

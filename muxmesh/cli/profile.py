@@ -13,12 +13,11 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from muxmesh import __version__
-from muxmesh.cli.common import ProgressBar, cache_dir, print_json, refuse_unwritable
+from muxmesh.cli.common import ProgressBar, cache_dir, date_now, print_json, refuse_unwritable
 from muxmesh.cli.operator_messages import OperatorMessages
 from muxmesh.cli.preparation import MeshPreparation
 from muxmesh.cli.profile_table import render
@@ -97,7 +96,7 @@ def _profile(arguments: argparse.Namespace, messages: OperatorMessages) -> int:
     grid = _grid(arguments, models, is_limited)
     devices = DeviceList().devices if unit.is_cuda else ()
     machine = gpu_facts(devices, unit.device_index) if unit.is_cuda else cpu_facts()
-    recorder = ProfileRecorder(arguments.output, machine, models, __version__, _now, before)
+    recorder = ProfileRecorder(arguments.output, machine, models, __version__, date_now, before)
     num_sms = devices[unit.device_index].num_sms if unit.is_cuda else 0
     timers = TimerMesh(models, cache_dir(), mesh.device_uuids, mesh.mps_program, num_sms)
     return _measure(arguments, recorder, grid, models, timers)
@@ -227,10 +226,6 @@ def _summary(path: Path, profile: Profile) -> dict[str, Any]:
             if model.samples
         },
     }
-
-
-def _now() -> str:
-    return datetime.fromtimestamp(SystemClock().unix_s(), UTC).isoformat(timespec="seconds")
 
 
 def _end_line(quiet: bool) -> None:

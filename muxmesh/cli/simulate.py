@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
 from loadtest import table
@@ -21,7 +20,7 @@ from loadtest.report import About, build_report
 from loadtest.slo import Objectives
 from loadtest.spec import Spec, parse_spec
 from loadtest.workload import Sketch
-from muxmesh.cli.common import cache_dir, print_json, refuse_unwritable, source_dir
+from muxmesh.cli.common import cache_dir, date_now, print_json, refuse_unwritable, source_dir
 from muxmesh.clock import SystemClock
 from muxmesh.config.contradictions import order_without_effect
 from muxmesh.config.load import load_mesh_config
@@ -161,9 +160,8 @@ def _finish(
     objectives: Objectives,
     contention: float,
 ) -> int:
-    date = datetime.fromtimestamp(SystemClock().unix_s(), UTC).isoformat(timespec="seconds")
-    about = About(arguments.name or policy, f"simulated {arguments.config.name}, {policy}", models, spec.text, date,
-                  rate=spec.rate)  # fmt: skip
+    about = About(arguments.name or policy, f"simulated {arguments.config.name}, {policy}", models, spec.text,
+                  date_now(), rate=spec.rate)  # fmt: skip
     report = build_report(about, simulated.run, objectives=objectives)
     report["simulation"] = {
         "policy": policy,
