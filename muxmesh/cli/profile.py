@@ -90,8 +90,7 @@ def _profile(arguments: argparse.Namespace, messages: OperatorMessages) -> int:
     )
     mesh = preparation.prepare()
     models = profiled_models(preparation.config, mesh.prepared, arguments.unit)
-    units = {model.unit.name: model.unit for model in models}
-    unit = next(iter(units.values()))
+    unit = models[0].unit
     is_limited = not unit.is_cuda or unit.green_contexts or mesh.mps_program is not None
     grid = _grid(arguments, models, is_limited)
     devices = DeviceList().devices if unit.is_cuda else ()
@@ -163,7 +162,7 @@ def _measure(
     effort = Effort(arguments.repeats, arguments.cell_seconds, _INTERVAL_S, arguments.budget)
     clock = SystemClock()
     started_at_s = clock.monotonic_s()
-    session = Session(timers.open, recorder, effort, clock, _shown(arguments.quiet, num_left))
+    session = Session(timers.open, recorder, effort, clock, _shown(arguments.quiet))
 
     async def measure() -> int:
         async with timers:
@@ -234,7 +233,7 @@ def _end_line(quiet: bool) -> None:
         print(file=sys.stderr)
 
 
-def _shown(quiet: bool, total: int) -> Show:
+def _shown(quiet: bool) -> Show:
     if quiet:
         return lambda what, done, total, left_s: None
     bar, is_terminal = ProgressBar("profile"), sys.stderr.isatty()
