@@ -17,6 +17,7 @@ from muxmesh.cli.status import message_dict
 from muxmesh.cli.text_table import print_table
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import ADMIN_SUFFIX, RUNTIME_FILE, SUPERVISOR, MeshRuntime
+from muxmesh.durations import duration_text
 from muxmesh.errors import ConfigError, DeadlineExceeded, InvalidRequest, Unavailable
 from muxmesh.internal.v1 import admin_pb2, admin_pb2_grpc
 from muxmesh.local_path import local_path
@@ -68,8 +69,8 @@ def _ps(runtime: MeshRuntime, arguments: argparse.Namespace) -> int:
                 row["model"],
                 row["unit"],
                 row["state"] + (", pinned" if row["pinned"] else ""),
-                _ago(now_s - row["state_since_unix_s"]),
-                _ago(now_s - row["last_used_unix_s"]),
+                duration_text(max(0.0, now_s - row["state_since_unix_s"])),
+                duration_text(max(0.0, now_s - row["last_used_unix_s"])),
                 row["num_leases"],
                 row["num_queued_requests"],
                 f"{row['kv_bytes'] / _MIB:.1f}",
@@ -152,8 +153,10 @@ def model_of(arguments: argparse.Namespace) -> dict[str, Any]:
     source = local_path(arguments.source, current_dir())
     name = arguments.name or Path(arguments.source).name.removesuffix(".gguf")
     model: dict[str, Any] = {"name": name, **dict(arguments.settings)}
-    if model.get("engine") != "sim" or os.path.lexists(source):
-        model["source"] = str(source) if os.path.lexists(source) else arguments.source
+    if os.path.lexists(source):
+        model["source"] = str(source)
+    elif model.get("engine") != "sim":
+        model["source"] = arguments.source
     return model
 
 
@@ -215,11 +218,3 @@ async def _call(address: str, stub: Any, method: str, request: Any, timeout_s: f
             return await response_of(getattr(stub(channel), method)(request, timeout=timeout_s))
         except DeadlineExceeded as error:
             raise DeadlineExceeded(f"{method} was not done within {timeout_s:g} s; the mesh goes on with it") from error
-
-
-def _ago(seconds: float) -> str:
-    """A duration in its largest unit."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
