@@ -15,7 +15,7 @@ from typing import Any
 
 from muxmesh.cli.common import print_json, refuse_unwritable
 from muxmesh.cli.plan_inputs import LEAST_RATE, Counts, PlanInputs, compared_plan, live_loads, plan_inputs
-from muxmesh.cli.plan_simulation import PlanSimulation
+from muxmesh.cli.plan_simulation import PlanSimulation, Simulated
 from muxmesh.client import NO_RETRIES, MeshClient
 from muxmesh.clock import SystemClock
 from muxmesh.config.load import parse_mesh_config
@@ -73,17 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
     planner = _Planner(inputs, _OBJECTIVES[arguments.objective])
     compared = _compared(arguments, planner)
     found, took_s = _searched(planner, arguments)
-    best = found.plans[0]
-    simulation = None
-    if arguments.simulate is not None:
-        simulation = PlanSimulation(inputs, planner.corrected, arguments.simulate, arguments.seed)
-        best = max(found.plans[:_NUM_SIMULATED], key=lambda plan: _simulated_value(simulation, plan))
+    best, simulated = _best(planner, found, compared, arguments)
     text = mesh_yaml(best, planner.corrected, inputs.target, _head(planner, best, found, took_s))
     parse_mesh_config(text, str(arguments.output or "plan"))
     result = _result(planner, best, found, took_s, compared)
-    if simulation is not None:
-        for name, plan in {"plan": best, **compared}.items():
-            result["estimates"][name]["simulated"] = asdict(simulation.run(plan))
+    for name, one in simulated.items():
+        result["estimates"][name]["simulated"] = asdict(one)
     why = reasons(best, planner.choices) if arguments.explain else []
     costs = _costs(planner, compared.get("running"), best, counts, arguments) if live is not None else None
     if arguments.output is not None:
@@ -141,9 +136,20 @@ _NUM_SIMULATED = 3
 """Of the best plans: so many are simulated with --simulate."""
 
 
-def _simulated_value(simulation: PlanSimulation, plan: Plan) -> float:
+def _best(
+    planner: _Planner, found: Found, compared: Mapping[str, Plan], arguments: argparse.Namespace
+) -> tuple[Plan, dict[str, Simulated]]:
+    """The best plan; with --simulate in virtual time, and what it and those beside it served there."""
+    if arguments.simulate is None:
+        return found.plans[0], {}
+    simulation = PlanSimulation(planner.inputs, planner.corrected, arguments.simulate, arguments.seed)
+    tried = [(plan, simulation.run(plan)) for plan in found.plans[:_NUM_SIMULATED]]
+    best, served = max(tried, key=lambda one: _simulated_value(one[1]))
+    return best, {"plan": served, **{name: simulation.run(plan) for name, plan in compared.items()}}
+
+
+def _simulated_value(simulated: Simulated) -> float:
     """Throughput decides, and between plans that serve all, the SLOs."""
-    simulated = simulation.run(plan)
     return simulated.throughput * (1 + 0.01 * simulated.attainment)
 
 
