@@ -80,11 +80,12 @@ def run(arguments: argparse.Namespace) -> int:
     for name, one in simulated.items():
         result["estimates"][name]["simulated"] = asdict(one)
     why = reasons(best, planner.choices) if arguments.explain else []
-    costs = _costs(planner, compared.get("running"), best, counts, arguments) if live is not None else None
+    costs = None if live is None else _costs(planner, compared["running"], best, counts, arguments.threshold)
     if arguments.output is not None:
         arguments.output.write_text(text)
     if arguments.json:
-        print_json(result | {"mesh_yaml": text, "reasons": [asdict(one) for one in why]} | (costs or {}))
+        details = {"mesh_yaml": text, "reasons": [asdict(one) for one in why]}
+        print_json(result | details | (asdict(costs) if costs else {}))
         return 0
     if arguments.output is None:
         print(text, end="")
@@ -213,25 +214,27 @@ def _result(planner: _Planner, best: Plan, found: Found, took_s: float, compared
     }
 
 
-def _costs(
-    planner: _Planner, running: Plan | None, best: Plan, counts: Mapping[str, Counts], arguments: argparse.Namespace
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """What has to change in the running mesh, and what that gains. ``gain``: of throughput, relative."""
+
+    moves: list[Move]
+    gain: float
+    gain_attainment: float
+    is_worth_it: bool
+
+
+def _costs(planner: _Planner, running: Plan, best: Plan, counts: Mapping[str, Counts], threshold: float) -> _Costs:
     """The moves from the running plan to the new one, what they cost, and whether they are worth it."""
-    assert running is not None, "checked at the start"
     found = moves(running, best, planner.inputs.profile, {name: one.running for name, one in counts.items()})
     now, then = planner.estimates(running), planner.estimates(best)
     gain = then.corrected / now.corrected - 1 if now.corrected else float("inf")
-    gain_slo = then.attainment - now.attainment
-    return {
-        "moves": [asdict(one) for one in found],
-        "gain": gain,
-        "gain_attainment": gain_slo,
-        "is_worth_it": bool(found) and max(gain, gain_slo) >= arguments.threshold,
-    }
+    gain_attainment = then.attainment - now.attainment
+    return _Costs(found, gain, gain_attainment, bool(found) and max(gain, gain_attainment) >= threshold)
 
 
 def _show(
-    result: Mapping[str, Any], why: Sequence[Reason], costs: Mapping[str, Any] | None, arguments: argparse.Namespace
+    result: Mapping[str, Any], why: Sequence[Reason], costs: _Costs | None, arguments: argparse.Namespace
 ) -> None:
     """Tables on standard error if the plan itself is on standard output, else on standard output."""
     out = sys.stdout if arguments.output is not None else sys.stderr
@@ -251,18 +254,17 @@ def _show(
         print(f"\n{arguments.output} written", file=out)
 
 
-def _show_moves(costs: Mapping[str, Any], threshold: float) -> None:
+def _show_moves(costs: _Costs, threshold: float) -> None:
     """Prints what has to change in the running mesh, which stays as it is."""
-    for fields in costs["moves"]:
-        move = Move(**fields)
+    for move in costs.moves:
         print(
             f"\n{move.model} {move.change}: {move.before}\n  to {move.after}\n  loads "
             f"{move.load_bytes / 2**20:.0f} MiB in about {move.load_s:.1f} s, "
             f"{move.drained_sequences:.0f} running sequences to drain"
         )
-    verdict = "worth it" if costs["is_worth_it"] else f"not worth it: below the threshold of {threshold:.0%}"
+    verdict = "worth it" if costs.is_worth_it else f"not worth it: below the threshold of {threshold:.0%}"
     print(
-        f"\n{len(costs['moves'])} moves for {costs['gain']:+.1%} throughput and {costs['gain_attainment']:+.1%} of "
+        f"\n{len(costs.moves)} moves for {costs.gain:+.1%} throughput and {costs.gain_attainment:+.1%} of "
         f"requests within their SLO: {verdict}. Nothing was changed."
     )
 
