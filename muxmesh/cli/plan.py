@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TextIO
 
 from muxmesh.cli.common import print_json, refuse_unwritable
 from muxmesh.cli.plan_inputs import LEAST_RATE, Counts, PlanInputs, compared_plan, live_loads, plan_inputs
@@ -249,23 +249,25 @@ def _show(
         cost = "not possible" if reason.cost == float("inf") else f"costs {reason.cost:.3g} requests/s"
         print(f"\n{reason.model}: on {reason.place}\n  next best: {reason.runner_up} ({cost})", file=out)
     if costs is not None:
-        _show_moves(costs, arguments.threshold)
+        _show_moves(costs, arguments.threshold, out)
     if arguments.output is not None:
         print(f"\n{arguments.output} written", file=out)
 
 
-def _show_moves(costs: _Costs, threshold: float) -> None:
+def _show_moves(costs: _Costs, threshold: float, out: TextIO) -> None:
     """Prints what has to change in the running mesh, which stays as it is."""
     for move in costs.moves:
         print(
             f"\n{move.model} {move.change}: {move.before}\n  to {move.after}\n  loads "
             f"{move.load_bytes / 2**20:.0f} MiB in about {move.load_s:.1f} s, "
-            f"{move.drained_sequences:.0f} running sequences to drain"
+            f"{move.drained_sequences:.0f} running sequences to drain",
+            file=out,
         )
     verdict = "worth it" if costs.is_worth_it else f"not worth it: below the threshold of {threshold:.0%}"
     print(
         f"\n{len(costs.moves)} moves for {costs.gain:+.1%} throughput and {costs.gain_attainment:+.1%} of "
-        f"requests within their SLO: {verdict}. Nothing was changed."
+        f"requests within their SLO: {verdict}. Nothing was changed.",
+        file=out,
     )
 
 

@@ -84,9 +84,10 @@ def last(
 class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer):
     """Replays ``script`` on every GenerateStream call and records the requests.
 
-    The first calls replay one each of ``scripts`` instead. ``script``, ``scripts``, ``models``, ``vocab_sizes``,
-    ``slos``, ``without_chat_template``, ``status`` and ``unary_error`` may be replaced between calls. A vocabulary has
-    259 tokens if ``vocab_sizes`` has no number for its model.
+    The first calls replay one each of ``scripts`` instead, and the first calls for a status return one each of
+    ``statuses``. ``script``, ``scripts``, ``models``, ``vocab_sizes``, ``slos``, ``without_chat_template``, ``status``,
+    ``statuses`` and ``unary_error`` may be replaced between calls. A vocabulary has 259 tokens if ``vocab_sizes`` has no
+    number for its model.
     """
 
     def __init__(self, address: str, script: Sequence[Step]) -> None:
@@ -98,6 +99,7 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
         self.vocab_sizes: dict[str, int] = {}
         self.slos: dict[str, mesh_pb2.Slo] = {}
         self.status = mesh_pb2.GetStatusResponse(version="1.2.3", redis_connected=True, order_policy="fcfs")
+        self.statuses: list[mesh_pb2.GetStatusResponse] = []
         self.unary_error: Exception | None = None
         self.requests: list[inference_pb2.GenerateRequest] = []
         self.token_requests: list[inference_pb2.TokenizeRequest | inference_pb2.DetokenizeRequest] = []
@@ -193,7 +195,7 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
     async def GetStatus(self, request: mesh_pb2.GetStatusRequest, context: Context) -> mesh_pb2.GetStatusResponse:
         if self.unary_error is not None:
             raise self.unary_error
-        return self.status
+        return self.statuses.pop(0) if self.statuses else self.status
 
     async def _notify(self) -> None:
         async with self._changed:

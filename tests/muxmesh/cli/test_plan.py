@@ -9,13 +9,15 @@ import pytest
 
 from muxmesh.cli.main import main
 from muxmesh.cli.plan_inputs import Counts, live_loads
-from muxmesh.config.load import load_mesh_config
+from muxmesh.config.load import load_mesh_config, parse_mesh_config
 from muxmesh.config.model_config import SimProfile
 from muxmesh.placement.measured_cells import MeasuredSettings
 from muxmesh.placement.plan import PlacedModel, PlacedUnit, Plan
 from muxmesh.placement.profile import MachineFacts, ModelProfile, Profile
 from muxmesh.placement.profile_file import format_profile
 from muxmesh.placement.replan import moves
+from muxmesh.v1 import mesh_pb2
+from tests.support.fake_mesh import FakeMesh
 from tests.support.placement import load, profile, table
 
 WORKLOAD = """
@@ -253,3 +255,26 @@ def test_moves_are_what_changes_between_two_plans() -> None:
     assert set(found) == {"b", "c"}
     assert (found["c"].change, found["c"].load_bytes) == ("restarts", 0)
     assert (found["b"].change, found["b"].load_s, found["b"].drained_sequences) == ("moves", 1.0, 3.0)
+
+
+def test_the_moves_of_a_running_mesh_are_shown_beside_the_plan_and_not_in_it(
+    folder: Path, mesh: FakeMesh, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert planned("--profile", "gpu.yaml", "-o", "running.yaml") == 0
+    capsys.readouterr()
+    mesh.statuses = [
+        mesh_pb2.GetStatusResponse(
+            models=[
+                mesh_pb2.RouterModelStatus(
+                    model=name, num_requests_finished=num, prompt_tokens=200 * num, output_tokens=100 * num
+                )
+                for name in "ab"
+            ]
+        )
+        for num in (20, 21)
+    ]
+    live = ("--live", mesh.address, "--seconds", "0.05", "--compare", "running.yaml")
+    assert planned("--profile", "gpu.yaml", *live) == 0
+    out, error = capsys.readouterr()
+    assert set(parse_mesh_config(out, "the plan").config.models()) == {"a", "b"}
+    assert "requests within their SLO" in error and "Nothing was changed." in error
