@@ -14,7 +14,15 @@ from functools import cached_property
 from typing import Any, TextIO
 
 from muxmesh.cli.common import print_json, refuse_unwritable
-from muxmesh.cli.plan_inputs import LEAST_RATE, Counts, PlanInputs, compared_plan, live_loads, plan_inputs
+from muxmesh.cli.plan_inputs import (
+    LEAST_RATE,
+    Counts,
+    ObservedLoad,
+    PlanInputs,
+    compared_plan,
+    live_loads,
+    plan_inputs,
+)
 from muxmesh.cli.plan_simulation import PlanSimulation, Simulated
 from muxmesh.client import NO_RETRIES, MeshClient
 from muxmesh.clock import SystemClock
@@ -105,9 +113,7 @@ def _refuse_options(arguments: argparse.Namespace) -> None:
                 raise ConfigError(f"--{option}: contradicts --muxserve, whose file has the rates and the cluster")
 
 
-def _observed(
-    arguments: argparse.Namespace,
-) -> tuple[dict[str, tuple[float, float, float]] | None, dict[str, Counts]]:
+def _observed(arguments: argparse.Namespace) -> tuple[dict[str, ObservedLoad] | None, dict[str, Counts]]:
     """Rates and lengths of the mesh of --live, and its counters; without --live None and no counters.
 
     Raises ConfigError if no request arrived.
@@ -115,7 +121,7 @@ def _observed(
     if arguments.live is None:
         return None, {}
     live, counts = asyncio.run(_watched(arguments.live, arguments.seconds))
-    if all(rate <= LEAST_RATE for rate, _, _ in live.values()):
+    if all(load.rate <= LEAST_RATE for load in live.values()):
         raise ConfigError(
             f"--live: no request arrived at {arguments.live} in {arguments.seconds:g} s; watch longer by --seconds"
         )
@@ -271,7 +277,7 @@ def _show_moves(costs: _Costs, threshold: float, out: TextIO) -> None:
     )
 
 
-async def _watched(address: str, seconds: float) -> tuple[dict[str, tuple[float, float, float]], dict[str, Counts]]:
+async def _watched(address: str, seconds: float) -> tuple[dict[str, ObservedLoad], dict[str, Counts]]:
     """Rates and lengths of a running mesh over ``seconds``, and its last counters."""
     clock = SystemClock()
     async with MeshClient(address, retries=NO_RETRIES) as client:

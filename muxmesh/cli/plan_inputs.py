@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from loadtest.spec import parse_spec
 from loadtest.workload import sketch
@@ -70,8 +71,16 @@ class Counts:
     output_tokens: int
 
 
-def plan_inputs(arguments: argparse.Namespace, live: Mapping[str, tuple[float, float, float]] | None) -> PlanInputs:
-    """Reads all files. ``live``: model → (rate, prompt tokens, output tokens) of a running mesh.
+class ObservedLoad(NamedTuple):
+    """The load of one model by `--load` or `--live`: requests per second, and mean lengths in tokens."""
+
+    rate: float
+    prompt_tokens: float
+    output_tokens: float
+
+
+def plan_inputs(arguments: argparse.Namespace, live: Mapping[str, ObservedLoad] | None) -> PlanInputs:
+    """Reads all files. ``live``: the load of each model of a running mesh.
 
     Raises ConfigError, which names the file or option, what is wrong and what would be right.
     """
@@ -112,7 +121,7 @@ def _is_json(path: Path) -> bool:
     return path.name.endswith((".json", ".json.gz"))
 
 
-def _workload(arguments: argparse.Namespace, live: Mapping[str, tuple[float, float, float]] | None) -> WorkloadSection:
+def _workload(arguments: argparse.Namespace, live: Mapping[str, ObservedLoad] | None) -> WorkloadSection:
     if live is not None and arguments.workload is None:
         config = mesh_config(arguments.compare)
         models = tuple(
@@ -128,8 +137,8 @@ def _workload(arguments: argparse.Namespace, live: Mapping[str, tuple[float, flo
     return workload if observed is None else _with_observed(workload, observed, origin)
 
 
-def _of_load(text: str) -> dict[str, tuple[float, float, float]]:
-    """Model → (rate, mean prompt, mean output) of the requests of a load, as in `muxmesh loadtest`."""
+def _of_load(text: str) -> dict[str, ObservedLoad]:
+    """The load of each model among the requests of a load, as in `muxmesh loadtest`."""
     requests = sketch(parse_spec(text))
     span_s = max((one.at_s for one in requests), default=0.0) or 1.0
     by_model: dict[str, list[tuple[int, int]]] = {}
@@ -137,7 +146,9 @@ def _of_load(text: str) -> dict[str, tuple[float, float, float]]:
         lengths = (one.body.num_input or len(one.body.text or "") // 4 or 1, one.body.num_output or one.max_new_tokens)
         by_model.setdefault(one.model or "", []).append(lengths)
     return {
-        name: (len(found) / span_s, _mean([one for one, _ in found]), _mean([one for _, one in found]))
+        name: ObservedLoad(
+            len(found) / span_s, _mean([prompt for prompt, _ in found]), _mean([output for _, output in found])
+        )
         for name, found in by_model.items()
     }
 
@@ -146,9 +157,7 @@ def _mean(values: Sequence[int]) -> float:
     return max(1.0, sum(values) / len(values))
 
 
-def _with_observed(
-    workload: WorkloadSection, observed: Mapping[str, tuple[float, float, float]], origin: str
-) -> WorkloadSection:
+def _with_observed(workload: WorkloadSection, observed: Mapping[str, ObservedLoad], origin: str) -> WorkloadSection:
     """Rates and lengths as observed. A load of one model without a name is that of the only model."""
     if set(observed) == {""} and len(workload.models) == 1:
         observed = {workload.models[0].name: observed[""]}
@@ -160,16 +169,13 @@ def _with_observed(
         )
     models = []
     for model in workload.models:
-        rate, prompt, output = observed.get(model.name, (LEAST_RATE, model.prompt_tokens, model.output_tokens))
-        update = {"rate": max(rate, LEAST_RATE), "prompt_tokens": prompt, "output_tokens": output}
-        models.append(model.model_copy(update=update))
+        load = observed.get(model.name, ObservedLoad(LEAST_RATE, model.prompt_tokens, model.output_tokens))
+        models.append(model.model_copy(update=load._asdict() | {"rate": max(load.rate, LEAST_RATE)}))
     return workload.model_copy(update={"models": tuple(models)})
 
 
-def live_loads(
-    before: Mapping[str, Counts], after: Mapping[str, Counts], seconds: float
-) -> dict[str, tuple[float, float, float]]:
-    """Model → (rate, mean prompt, mean output) between two readings of a mesh's counters.
+def live_loads(before: Mapping[str, Counts], after: Mapping[str, Counts], seconds: float) -> dict[str, ObservedLoad]:
+    """The load of each model between two readings of a mesh's counters.
 
     Arrivals are what ended and what is there more than before. Lengths are those of all requests so far where fewer
     than ten ended in between.
@@ -183,7 +189,7 @@ def live_loads(
         num = max(1, late.finished - base.finished)
         prompt = (late.prompt_tokens - base.prompt_tokens) / num if late.finished else SHAREGPT_PROMPT_TOKENS
         output = (late.output_tokens - base.output_tokens) / num if late.finished else SHAREGPT_OUTPUT_TOKENS
-        loads[name] = (max(arrived / seconds, LEAST_RATE), max(1.0, prompt), max(1.0, output))
+        loads[name] = ObservedLoad(max(arrived / seconds, LEAST_RATE), max(1.0, prompt), max(1.0, output))
     return loads
 
 
