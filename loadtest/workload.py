@@ -21,6 +21,8 @@ from loadtest.traces import MOONCAKE_BLOCK, Arrival, read_trace
 from muxmesh.errors import ConfigError
 from muxmesh.quoting import quoted
 
+_BYTES_PER_TOKEN = 4
+"""Of a text whose tokens were not counted."""
 DEFAULT_CAP = 1024
 """Maximum output tokens of a natural output without ``cap``."""
 
@@ -65,6 +67,13 @@ class Body:
     hash_ids: tuple[int, ...] = ()
     hash_tokens: int = MOONCAKE_BLOCK
     model: str | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt, at least 1; of a text whose tokens were not counted, an estimate."""
+        if self.num_input or self.text is None:
+            return max(1, self.num_input)
+        return max(1, math.ceil(len(self.text.encode()) / _BYTES_PER_TOKEN))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ Holds the router's part: validation, overload, length forecasts and the choice o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from zlib import crc32
@@ -33,9 +32,6 @@ from simulator.simulated_unit import Decision, SimulatedUnit
 from simulator.step_times import Slowdown, StepTimes, no_slowdown
 from simulator.timeline import NO_DELAYS, Delays, Timeline
 from simulator.unit_use import UnitUse
-
-_BYTES_PER_TOKEN = 4
-"""Of a text whose tokens were not counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +159,7 @@ class _Router:
     def _arrive(self, request: Sketch, record: Record) -> None:
         record.sent_s = self._timeline.now_s
         name = request.model or self._default
-        num_prompt, num_output = _num_prompt(request.body), true_length(request)
+        num_prompt, num_output = request.body.prompt_tokens, true_length(request)
         try:
             check_prompt_length("prompt", num_prompt, self._limits[name])
             stopping = resolve_stopping(StoppingOptions(request.max_new_tokens), self._limits[name], num_prompt)
@@ -208,13 +204,6 @@ class _Router:
                 is_connected=True, num_queued=one[0].num_queued(model), num_running=one[0].num_running[model]
             ),
         )
-
-
-def _num_prompt(body: Body) -> int:
-    """Tokens of a prompt; of a text whose tokens were not counted, an estimate."""
-    if body.num_input or body.text is None:
-        return max(1, body.num_input)
-    return max(1, math.ceil(len(body.text.encode()) / _BYTES_PER_TOKEN))
 
 
 def _block_hashes(body: Body, num_prompt: int, model: ModelConfig) -> tuple[bytes, ...]:

@@ -143,7 +143,7 @@ def _of_load(text: str) -> dict[str, ObservedLoad]:
     span_s = max((one.at_s for one in requests), default=0.0) or 1.0
     by_model: dict[str, list[tuple[int, int]]] = {}
     for one in requests:
-        lengths = (one.body.num_input or len(one.body.text or "") // 4 or 1, one.body.num_output or one.max_new_tokens)
+        lengths = one.body.prompt_tokens, min(one.body.num_output or one.max_new_tokens, one.max_new_tokens)
         by_model.setdefault(one.model or "", []).append(lengths)
     return {
         name: ObservedLoad(

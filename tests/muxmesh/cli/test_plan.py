@@ -238,6 +238,13 @@ def test_a_plan_that_does_not_fit_the_cluster_is_compared_but_not_simulated(
     assert "old.yaml: its units need more devices or memory" in capsys.readouterr().err
 
 
+def test_a_load_gives_the_lengths_that_it_sends(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "x" * 399, "output_tokens": 300}))
+    for lengths in ("lengths=D(100,300)", "prompts=prompts.jsonl output=forced"):
+        assert planned("--profile", "gpu.yaml", "--load", f"models=a rate=1 requests=3 {lengths} cap=50") == 0
+        assert "requests/s of 100 + 50 tokens" in capsys.readouterr().out
+
+
 def test_rates_and_lengths_of_a_running_mesh_are_differences_of_its_counters() -> None:
     early, late = Counts(100, 2, 0, 1000, 2000), Counts(120, 4, 6, 1400, 3000)
     assert live_loads({"a": early}, {"a": late}, 10.0)["a"] == (2.8, 20.0, 50.0)
