@@ -13,11 +13,12 @@ from loadtest.record import Record
 from loadtest.workload import Body, Sketch
 from muxmesh.cli.plan_inputs import PlanInputs
 from muxmesh.config.load import parse_mesh_config
+from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.schema import MeshConfig
 from muxmesh.models.model_spec import DTYPE_BYTES, SIM_SPEC, ModelSpec
 from muxmesh.placement.corrected_estimator import CorrectedEstimator
 from muxmesh.placement.mesh_writer import mesh_yaml
-from muxmesh.placement.plan import ModelLoad, Plan
+from muxmesh.placement.plan import ModelLoad, Plan, weighted_mean
 from simulator.forecasts import TrueLengths
 from simulator.measured_times import MeasuredStepTimes
 from simulator.run import simulate
@@ -34,7 +35,7 @@ class Simulated:
     throughput: float
     """Rate-weighted mean of completed requests per second, until each model's last request ended."""
     attainment: float
-    """Part of the requests within the multiple of their unloaded latency that is their SLO; 8 if that is in seconds."""
+    """Share of the requests within `slo_scale` times their unloaded latency; that scale is 8 for an SLO in seconds."""
 
 
 class PlanSimulation:
@@ -50,7 +51,7 @@ class PlanSimulation:
     def run(self, plan: Plan) -> Simulated:
         config = _config(mesh_yaml(plan, self._corrected, self._inputs.target, ()))
         loads = {load.name: load for load in self._inputs.loads}
-        specs = {name: self._spec(config, loads[name]) for name in config.models()}
+        specs = {name: self._spec(model, loads[name]) for name, model in config.models().items()}
         result = simulate(
             config,
             specs,
@@ -61,9 +62,8 @@ class PlanSimulation:
         )
         return self._judged(loads, result.run.records)
 
-    def _spec(self, config: MeshConfig, load: ModelLoad) -> ModelSpec:
+    def _spec(self, model: ModelConfig, load: ModelLoad) -> ModelSpec:
         """A spec with the KV of the profile."""
-        model = config.models()[load.name]
         kv_bytes = self._inputs.profile.models[load.kind].kv_bytes_per_token
         head_dim = max(1, round(kv_bytes / (2 * DTYPE_BYTES[model.kv_dtype])))
         return replace(SIM_SPEC, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=head_dim, context_len=1 << 20)
@@ -82,17 +82,16 @@ class PlanSimulation:
         return found
 
     def _judged(self, loads: Mapping[str, ModelLoad], records: list[Record]) -> Simulated:
-        within, weighted = 0, 0.0
+        within, throughputs = 0, list[tuple[ModelLoad, float]]()
         for name, load in loads.items():
             own = [one for one in records if one.model == name]
             done = [one for one in own if one.is_ok]
             last_s = max((one.ended_s or 0.0 for one in done), default=1.0)
-            weighted += load.rate * len(done) / max(last_s, 1e-9)
+            throughputs.append((load, len(done) / max(last_s, 1e-9)))
             for one in done:
                 alone = replace(load, prompt_tokens=max(1, one.num_input), output_tokens=max(2, one.num_output))
                 within += one.e2el_s <= load.slo_scale * self._corrected.idle_latency_s(alone)
-        total = sum(load.rate for load in loads.values())
-        return Simulated(weighted / total, within / max(1, len(records)))
+        return Simulated(weighted_mean(throughputs), within / max(1, len(records)))
 
 
 def _config(text: str) -> MeshConfig:
