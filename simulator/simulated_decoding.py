@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from kvstore.unit import IssuedSwapIn, Unit
 from muxmesh.config.model_config import ModelConfig
@@ -123,10 +123,8 @@ class SimulatedDecoding:
 
     def _add(self, sequence: _DecodingSequence) -> None:
         """Adds the job of a sequence that comes from prefill."""
-        if (slo := sequence.request.slo) is not None:
-            now_s = self._timeline.now_s
-            slo = replace(slo, waited_s=now_s - sequence.request.arrived.arrived_at_s)
-            sequence.job.due_at_s = next_token_due_s(slo, now_s)
+        now_s = self._timeline.now_s
+        sequence.job.due_at_s = next_token_due_s(sequence.request.slo_at(now_s), now_s)
         decode = sequence.served.decode
         decode.add(sequence.job)
         self._device.wake(decode)

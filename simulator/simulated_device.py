@@ -69,7 +69,7 @@ class _Slot:
         self._set_needs(self.worker.demand(now_s), now_s)
 
     def revise_demand(self, now_s: float) -> bool:
-        """As a worker that waits and gets a sequence: writes what they need now if that is more urgent. True if so."""
+        """A waiting worker got a sequence: writes what its sequences need now if that is more urgent. True if it is."""
         needs = self.worker.demand(now_s)
         if not needs.is_more_urgent_than(self.needs, now_s - self.needs_at_s):
             return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loadtest.record import Record
 from muxmesh.types import LengthPrediction, SchedulingState, SloTargets
@@ -27,6 +27,7 @@ class SimulatedRequest:
     on_end: Callable[[SimulatedRequest], None]
     """Called once, when the record is complete."""
     slo: SloTargets | None = None
+    """As it arrived; see `slo_at`."""
     hashes: tuple[bytes, ...] = ()
     """Block hashes of the prompt; empty: it does not use the prefix cache."""
     num_sent: int = 0
@@ -42,3 +43,7 @@ class SimulatedRequest:
     def scheduling(self) -> SchedulingState:
         """The state while the request is queued: the KV of its prompt has to be computed, again after a pre-emption."""
         return self.arrived.after_output(self.num_sent, self.prediction, prefill_again=True)
+
+    def slo_at(self, now_s: float) -> SloTargets | None:
+        """Its targets, as a worker gets them at ``now_s``."""
+        return None if self.slo is None else replace(self.slo, waited_s=now_s - self.arrived.arrived_at_s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kvstore.arbiter import Arbiter
 from kvstore.model_states import NO_LIMITS, AwakeLimits, WorkerCommand
@@ -233,8 +233,6 @@ class SimulatedUnit:
         self._queue.remove(credit.entry_id)
         self.num_running[request.model] += 1
         served, now_s = self._served[request.model], self._timeline.now_s
-        if request.slo is not None:
-            request.slo = replace(request.slo, waited_s=now_s - request.arrived.arrived_at_s)
         if self._on_decision is not None:
             reason = self._policy.reason(credit.scheduling, now_s)
             self._on_decision(
@@ -249,7 +247,7 @@ class SimulatedUnit:
             lease.num_computed_tokens,
             num_uncomputed,
             lambda: self._on_prefilled(request, lease),
-            first_token_due_s(request.slo, now_s),
+            first_token_due_s(request.slo_at(now_s), now_s),
         )
         self._timeline.after(self._delays.admit_s, lambda: self._add_prefill(served, job))
 
