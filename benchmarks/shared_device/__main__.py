@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +31,7 @@ from benchmarks.report import OUT, Report
 from benchmarks.shared_device.loads import from_trace, numbered, planned, rates_of, streams
 from benchmarks.shared_device.measure import capacity, drive, in_turn, unloaded_of
 from benchmarks.shared_device.models import cut_model, full_model, small_model
-from benchmarks.shared_device.outcome import SCALES, Outcome, median_of, median_ratio, outcome
+from benchmarks.shared_device.outcome import SCALES, Outcome, median_of, median_ratio, of_the_best, outcome
 from benchmarks.shared_device.systems import Model, VllmServers, mesh, mesh_config
 from benchmarks.shared_device.three import add_three
 from benchmarks.shared_device.tight import add_real, add_virtual
@@ -181,14 +182,12 @@ class Bench:
 
 
 def most_used(trace: Path | None, num_models: int) -> tuple[Path, float]:
-    """The part of a trace that its most used models have, as a file, and its requests per second."""
+    """The requests of a trace for its most used models, as a file, and how many there are per second."""
     if trace is None:
         raise SystemExit("cases lmsys-*: --trace has to name the file lmsys_arena_multimodel.jsonl.gz")
     arrivals = read_trace(trace)
-    counts: dict[str, int] = {}
-    for one in arrivals:
-        counts[one.model or ""] = counts.get(one.model or "", 0) + 1
-    kept = sorted(counts, key=lambda name: -counts[name])[:num_models]
+    counts = Counter(one.model or "" for one in arrivals)
+    kept = [name for name, _ in counts.most_common(num_models)]
     lines = [
         json.dumps({"t": one.at_s, "model": one.model, "n_in": one.num_input, "n_out": one.num_output})
         for one in arrivals if one.model in kept
@@ -216,8 +215,7 @@ def _add_bars(report: Report, name: str, outcomes: Sequence[Outcome]) -> None:
         report.bar(f"{name}: p99 TPOT, adbs / {other}", ratio, *(("below 1", ratio < 1) if is_needed else ("", None)))
     for scale in SCALES:
         attained = {system: median_of(outcomes, system, f"attainment@{scale}") for system in systems}
-        best = max(value for system, value in attained.items() if system != VLLM)
-        ratio = attained["adbs"] / best if best else 1.0
+        ratio = of_the_best({system: value for system, value in attained.items() if system != VLLM})
         needs = ("at least 0.95", ratio >= 0.95) if is_must and scale >= 8 else ("", None)
         report.bar(f"{name}: attainment at {scale}, adbs / best mode", ratio, *needs)
         print(f"  attainment at {scale}: {_shown(attained)}")

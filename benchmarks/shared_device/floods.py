@@ -59,7 +59,7 @@ _DRAIN_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """A unit of several models: its configuration, what is sent to each, and for how long a run takes."""
+    """A unit of several models: its configuration, what is sent to each, and how long and how often it is measured."""
 
     name: str
     config: dict[str, Any]

@@ -46,9 +46,9 @@ def planned(of: Sequence[Stream], duration_s: float, seed: int, vocabulary: rang
     return numbered(found)
 
 
-def from_trace(trace: str, contents: Sequence[str], settings: str, duration_s: float) -> list[PlannedRequest]:
-    """The requests of a trace: its n-th most used model is the n-th of ``contents``. Lengths are those of the trace."""
-    line = f"trace={trace} models={','.join(contents)} duration={duration_s} {settings}"
+def from_trace(trace: str, models: Sequence[str], settings: str, duration_s: float) -> list[PlannedRequest]:
+    """The requests of a trace: its n-th most used model is the n-th of ``models``. Lengths are those of the trace."""
+    line = f"trace={trace} models={','.join(models)} duration={duration_s} {settings}"
     return numbered(plan(parse_spec(line), VOCABULARY))
 
 

@@ -102,6 +102,12 @@ def median_ratio(outcomes: Sequence[Outcome], system: str, other: str, figure: s
     return float(statistics.median(mine / theirs for mine, theirs in pairs))
 
 
+def of_the_best(attained: Mapping[str, float]) -> float:
+    """What `adbs` attains, relative to the best of these modes; 1 if none attains anything."""
+    best = max(attained.values())
+    return attained["adbs"] / best if best else 1.0
+
+
 def _per_second(records: Sequence[Record], model: str, window: tuple[float, float]) -> dict[str, float]:
     """Requests that ended in the window, and tokens that arrived in it, per second."""
     start_s, end_s = window

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,11 +87,9 @@ def sim_config(mode: str, models: Sequence[Mapping[str, Any]], kv_mib: int) -> d
     }  # fmt: skip
 
 
-@asynccontextmanager
-async def mesh(name: str, config: Mapping[str, Any]) -> AsyncIterator[tuple[UpProcess, Target]]:
+def mesh(name: str, config: Mapping[str, Any]) -> AbstractAsyncContextManager[tuple[UpProcess, Target]]:
     """A new mesh, and the target that sends to it."""
-    async with mesh_target(f"shared_device_{name}", config, TEMPERATURE) as running:
-        yield running
+    return mesh_target(f"shared_device_{name}", config, TEMPERATURE)
 
 
 class RoutedTarget:

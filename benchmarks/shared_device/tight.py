@@ -17,6 +17,7 @@ from benchmarks.report import Report
 from benchmarks.shared_device.disturbance import attained
 from benchmarks.shared_device.loads import planned, streams
 from benchmarks.shared_device.measure import drive, in_turn, unloaded_of
+from benchmarks.shared_device.outcome import of_the_best
 from benchmarks.shared_device.systems import mesh, sim_config
 from benchmarks.shared_device.virtual_time import in_virtual_time, unloaded_in_virtual_time
 from loadtest.record import Record
@@ -77,7 +78,7 @@ def add_virtual(report: Report) -> None:
                 found = {mode: attained(virtual(mode, scale, requests), unloaded, scale) for mode in MODES}
                 report.figures[f"tight, virtual, alpha {alpha}, {rate:g} requests/s, scale {scale}"] = found
                 if max(found.values()) >= USABLE:
-                    worst[scale] = min(worst[scale], _of_the_best(found))
+                    worst[scale] = min(worst[scale], of_the_best(found))
                 print(
                     f"  tight, virtual, alpha {alpha}, {rate:g} requests/s, scale {scale}: {_shown(found)}", flush=True
                 )
@@ -104,13 +105,8 @@ async def add_real(report: Report, duration_s: float, rounds: int) -> None:
         medians = {mode: statistics.median(values) for mode, values in rows.items()}
         report.figures[f"tight, real, scale {scale}"] = rows
         print(f"  tight, real, scale {scale}: {_shown(medians)}", flush=True)
-        ratio = _of_the_best(medians)
+        ratio = of_the_best(medians)
         report.bar(f"tight, real, scale {scale}: adbs / best mode", ratio, f"at least {KEPT}", ratio >= KEPT)
-
-
-def _of_the_best(found: Mapping[str, float]) -> float:
-    best = max(found.values())
-    return found["adbs"] / best if best else 1.0
 
 
 def _shown(values: Mapping[str, float]) -> str:

@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.shared_device.outcome import Outcome, median_of, median_ratio, outcome, weighted
+from benchmarks.shared_device.outcome import Outcome, median_of, median_ratio, of_the_best, outcome, weighted
 from loadtest.record import INTERRUPTED, OK, Record, Run
 from loadtest.slo import Unloaded
 
@@ -67,3 +67,8 @@ def as_system(one: Outcome) -> Outcome:
 
 def test_a_weighted_mean_of_equal_values_is_that_value() -> None:
     assert weighted({"a": 2.0, "b": 2.0}, RATES) == 2.0
+
+
+def test_adbs_is_compared_with_the_best_mode_and_equal_to_it_if_none_attains_anything() -> None:
+    assert of_the_best({"adbs": 0.6, "spatial": 0.8}) == pytest.approx(0.75)
+    assert of_the_best({"adbs": 0.0, "spatial": 0.0}) == 1.0
