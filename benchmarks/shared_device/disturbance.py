@@ -9,7 +9,7 @@ from loadtest.record import Record
 from loadtest.slo import Unloaded
 
 _WINDOW_S = 5.0
-"""Attainment has recovered when the requests of so many seconds attain it."""
+"""Attainment has recovered when the requests of this many seconds attain the level again."""
 _STEP_S = 0.5
 
 

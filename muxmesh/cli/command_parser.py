@@ -336,7 +336,7 @@ def _add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         commands,
         "profile",
         "Measure the step times of models on this machine into a file: prefill and decode by batch, length and share "
-        "of the device, and how much workers slow each other down. A file that is there is continued.",
+        "of the device, and how much workers slow each other down. An existing file is continued.",
     )
     profile.add_argument(
         "models", nargs="*", metavar="MODEL",
@@ -375,7 +375,7 @@ def _add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )  # fmt: skip
     profile.add_argument(
         "--repeats", type=argument_types.count, default=5, metavar="N",
-        help="measure each cell at least so often, unless that takes long (default: %(default)s)",
+        help="measure each cell at least N times, unless that takes long (default: %(default)s)",
     )  # fmt: skip
     profile.add_argument(
         "--cell-seconds", type=argument_types.seconds, default=2.0, metavar="S",

@@ -140,7 +140,7 @@ def _searched(planner: _Planner, arguments: argparse.Namespace) -> tuple[Found, 
 
 
 _NUM_SIMULATED = 3
-"""Of the best plans: so many are simulated with --simulate."""
+"""How many of the best plans --simulate simulates."""
 
 
 def _best(

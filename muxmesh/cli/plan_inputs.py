@@ -177,8 +177,8 @@ def _with_observed(workload: WorkloadSection, observed: Mapping[str, ObservedLoa
 def live_loads(before: Mapping[str, Counts], after: Mapping[str, Counts], seconds: float) -> dict[str, ObservedLoad]:
     """The load of each model between two readings of a mesh's counters.
 
-    Arrivals are what ended and what is there more than before. Lengths are those of all requests so far where fewer
-    than ten ended in between.
+    Arrivals are the requests that ended, and those that run or wait now less those that did before. Lengths are those
+    of all requests so far where fewer than ten ended in between.
     """
     loads = {}
     for name, late in after.items():
