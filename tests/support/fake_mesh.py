@@ -86,8 +86,8 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
 
     The first calls replay one each of ``scripts`` instead, and the first calls for a status return one each of
     ``statuses``. ``script``, ``scripts``, ``models``, ``vocab_sizes``, ``slos``, ``without_chat_template``, ``status``,
-    ``statuses`` and ``unary_error`` may be replaced between calls. A vocabulary has 259 tokens if ``vocab_sizes`` has no
-    number for its model.
+    ``statuses`` and ``unary_error`` may be replaced between calls. A vocabulary has 259 tokens if ``vocab_sizes`` has
+    no number for its model.
     """
 
     def __init__(self, address: str, script: Sequence[Step]) -> None:
