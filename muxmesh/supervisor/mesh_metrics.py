@@ -38,11 +38,11 @@ class MeshMetrics:
 
     def __init__(
         self,
-        endpoints: Mapping[str, str],
+        endpoints: Callable[[], Mapping[str, str]],
         processes: Callable[[], Iterable[ProcessCount]],
         timeout_s: float = _TIMEOUT_S,
     ) -> None:
-        """``endpoints``: name of each service → address of its own endpoint. ``processes``: all, also other ones."""
+        """``endpoints``: name of each service → address of its own endpoint, now. ``processes``: all, also others."""
         self._endpoints = endpoints
         self._processes = processes
         self._timeout_s = timeout_s
@@ -62,7 +62,7 @@ class MeshMetrics:
         async with self._merging:
             pages = await self._fetch_all("/metrics")
             texts = {name: body for name, (status, body) in pages.items() if status == HTTPStatus.OK}
-            own = [build_info(), *self._families(texts.keys())]
+            own = [build_info(), *self._families({name: name in texts for name in pages})]
             body = await asyncio.to_thread(lambda: merge({**texts, _OWN: render(own)}))
         return Response(HTTPStatus.OK, body, CONTENT_TYPE)
 
@@ -89,14 +89,16 @@ class MeshMetrics:
             except Unavailable as error:
                 return 0, str(error).encode()
 
-        pages = await asyncio.gather(*map(page, self._endpoints.values()))
-        return dict(zip(self._endpoints, pages, strict=True))
+        endpoints = self._endpoints()  # once: a model may be loaded meanwhile
+        pages = await asyncio.gather(*map(page, endpoints.values()))
+        return dict(zip(endpoints, pages, strict=True))
 
-    def _families(self, scraped: Iterable[str]) -> list[Family]:
-        processes, responded = list(self._processes()), set(scraped)
+    def _families(self, responded: Mapping[str, bool]) -> list[Family]:
+        """``responded``: whether each service gave its metrics."""
+        processes = list(self._processes())
         is_up: dict[Labels, float] = {(one.name,): int(one.is_up) for one in processes}
         num_restarts: dict[Labels, float] = {(one.name,): one.num_restarts for one in processes}
-        was_scraped: dict[Labels, float] = {(name,): int(name in responded) for name in self._endpoints}
+        was_scraped: dict[Labels, float] = {(name,): int(has) for name, has in responded.items()}
         return [
             gauge("muxmesh_process_up", "1 if the process runs.", _PROCESS, is_up),
             counter("muxmesh_process_restarts_total", "Restarts by the supervisor.", _PROCESS, num_restarts),

@@ -133,13 +133,10 @@ class MeshSupervisor:
     def __init__(self, runtime: MeshRuntime, state_dir: Path, show_line: ShowLine, clock: Clock) -> None:
         self.runtime = runtime
         self._state_dir = state_dir
-        self._runtime_file = runtime.path
         self._probes: dict[str, HealthProbe | RedisProbe] = {}
         """By name of the process."""
         self._mps: list[MpsControl] = []
         self._metrics = AsyncExitStack()
-        self._metrics_of = self._metrics_addresses()
-        """Name of each service → address of its own endpoint; changes with the models."""
         self.metrics_address = ""
         """HOST:PORT of the HTTP endpoint, once the mesh starts; empty if there is none."""
         stages = self._specs()
@@ -213,12 +210,10 @@ class MeshSupervisor:
         Raises Unavailable if it cannot be written: nothing has changed then.
         """
         try:
-            runtime.write(self._runtime_file)
+            runtime.write(runtime.path)
         except OSError as error:
-            raise Unavailable(f"{self._runtime_file} cannot be written: {error.strerror}") from error
+            raise Unavailable(f"{runtime.path} cannot be written: {error.strerror}") from error
         self.runtime = runtime
-        self._metrics_of.clear()
-        self._metrics_of.update(self._metrics_addresses())
 
     async def start_workers(self, unit: str, model: str) -> None:
         """Starts the workers of a model that the runtime file names now, and waits until they serve.
@@ -249,26 +244,26 @@ class MeshSupervisor:
             if (probe := self._probes.pop(process.spec.name, None)) is not None:
                 await probe.close()
 
-    def _metrics_addresses(self) -> dict[str, str]:
-        return {one.name: self.runtime.metrics_address(one.name) for one in self.runtime.endpoints().values()}
-
     async def _serve_metrics(self) -> None:
         config = self.runtime.config.metrics
         if config is None:
             return
         from muxmesh.supervisor.mesh_metrics import MeshMetrics, ProcessCount  # noqa: PLC0415 - only if they are on
 
+        def endpoints() -> dict[str, str]:
+            return {one.name: self.runtime.metrics_address(one.name) for one in self.runtime.endpoints().values()}
+
         def processes() -> list[ProcessCount]:
             return [ProcessCount(one.spec.name, one.pid is not None, one.num_restarts) for one in self.processes]
 
-        serving = MeshMetrics(self._metrics_of, processes).serving(config.listen)
+        serving = MeshMetrics(endpoints, processes).serving(config.listen)
         self.metrics_address = await self._metrics.enter_async_context(serving)
 
     def _write_run_folder(self) -> None:
         """Writes the folder of the sockets with the runtime file, as far as they do not exist. Raises OSError."""
         create_run_folder(self.runtime.run_dir)
-        if not self._runtime_file.exists():
-            self.runtime.write(self._runtime_file)
+        if not self.runtime.path.exists():
+            self.runtime.write(self.runtime.path)
 
     def _before_restart(self) -> None:
         """The folder may have been deleted, by a cleaner of temporary files for example: no process could start."""
@@ -319,7 +314,7 @@ class MeshSupervisor:
 
     def _command(self, module: str, *arguments: str) -> tuple[str, ...]:
         parent = str(os.getpid())
-        return (sys.executable, "-m", module, "--runtime", str(self._runtime_file), "--parent", parent, *arguments)
+        return (sys.executable, "-m", module, "--runtime", str(self.runtime.path), "--parent", parent, *arguments)
 
     def _mps_daemon(self, unit: str) -> ProcessSpec:
         """The daemon of the unit's GPU, which serves the other units on that GPU too."""

@@ -51,7 +51,7 @@ async def hung(folder: Path) -> AsyncIterator[str]:
 async def test_a_scrape_has_the_metrics_of_all_processes(tmp_path: Path) -> None:
     async with services(tmp_path, "a", "b") as served:
         endpoints = {name: address for name, (address, _) in served.items()}
-        async with MeshMetrics(endpoints, lambda: RUNNING).serving("127.0.0.1:0") as address:
+        async with MeshMetrics(lambda: endpoints, lambda: RUNNING).serving("127.0.0.1:0") as address:
             status, text = await fetch(address, "/metrics", 20.0)
     assert status == 200
     assert samples(text, "g") == [
@@ -75,7 +75,7 @@ async def test_a_scrape_has_the_metrics_of_all_processes(tmp_path: Path) -> None
 async def test_a_process_that_hangs_costs_only_its_own_metrics(tmp_path: Path) -> None:
     async with services(tmp_path, "a") as served, hung(tmp_path) as hanging:
         endpoints = {"a": served["a"][0], "b": hanging, "gone": f"unix:{tmp_path}/gone.http"}
-        async with MeshMetrics(endpoints, lambda: RUNNING, timeout_s=2.0).serving("127.0.0.1:0") as address:
+        async with MeshMetrics(lambda: endpoints, lambda: RUNNING, timeout_s=2.0).serving("127.0.0.1:0") as address:
             _, text = await fetch(address, "/metrics", 20.0)
             status, reasons = await fetch(address, "/ready", 20.0)
     assert [labels["process"] for _, labels, _ in samples(text, "g")] == ["a"]
@@ -88,12 +88,24 @@ async def test_a_process_that_hangs_costs_only_its_own_metrics(tmp_path: Path) -
     assert f"not ready: b: {hanging} did not respond within 2 s\n" in reasons.decode()
 
 
+async def test_a_scrape_is_of_the_processes_that_the_mesh_had_when_it_began(tmp_path: Path) -> None:
+    async with services(tmp_path, "a") as served:
+        before = iter([{"a": served["a"][0], "b": f"unix:{tmp_path}/unloaded.http"}])
+        async with MeshMetrics(lambda: next(before), lambda: RUNNING).serving("127.0.0.1:0") as address:
+            status, text = await fetch(address, "/metrics", 20.0)
+    assert status == 200 and next(before, None) is None, "a model that is loaded meanwhile is in the next one"
+    assert [(labels["process"], value) for _, labels, value in samples(text, "muxmesh_scrape_ok")] == [
+        ("a", 1),
+        ("b", 0),
+    ]
+
+
 async def test_a_mesh_is_ready_when_all_of_its_processes_are(tmp_path: Path) -> None:
     processes = [ProcessCount("a", True, 0), ProcessCount("redis", False, 1)]
     async with services(tmp_path, "a") as served:
         monitor = served["a"][1]
         endpoints = {"a": served["a"][0]}
-        async with MeshMetrics(endpoints, lambda: processes).serving("127.0.0.1:0") as address:
+        async with MeshMetrics(lambda: endpoints, lambda: processes).serving("127.0.0.1:0") as address:
             found = [await fetch(address, "/ready", 20.0)]
             processes[1] = ProcessCount("redis", True, 2)
             found.append(await fetch(address, "/ready", 20.0))
@@ -108,7 +120,7 @@ async def test_a_mesh_is_ready_when_all_of_its_processes_are(tmp_path: Path) -> 
 
 
 async def test_an_address_in_use_is_refused() -> None:
-    async with MeshMetrics({}, lambda: RUNNING).serving("127.0.0.1:0") as address:
+    async with MeshMetrics(dict, lambda: RUNNING).serving("127.0.0.1:0") as address:
         with pytest.raises(ConfigError, match="Address already in use"):
-            async with MeshMetrics({}, lambda: RUNNING).serving(address):
+            async with MeshMetrics(dict, lambda: RUNNING).serving(address):
                 pass
