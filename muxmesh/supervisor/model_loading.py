@@ -88,7 +88,7 @@ class ModelLoading:
         """
         async with self._changing:
             before = after = self._mesh.runtime
-            units = [unit for unit in before.config.units if any(one.name == model for one in unit.models)]
+            units = before.config.units_of(model)
             if not units:
                 names = ", ".join(before.config.models())
                 raise ModelNotFound(f"model: {quoted(model)} is not in this mesh; it has: {names}")
