@@ -38,11 +38,11 @@ def build_engine(
     grant: Grant,
     policy: SchedulingPolicy,
     observe: StepObserver,
-    role: Role | None = None,
+    role: Role,
 ) -> Engine:
     """Returns the engine of one worker, not started. ``observe`` is called after each of its steps.
 
-    ``weights``: the memory on the GPU for the model's weights; None on a CPU. ``role``: see `build_runner`.
+    ``weights``: the memory on the GPU for the model's weights; None on a CPU.
     """
     scheduler, runner = build_scheduler(config, prepared, policy), build_runner(config, prepared, pool, weights, role)
     return StepEngine(scheduler, runner, grant, SystemClock(), observe)
@@ -54,7 +54,10 @@ def build_scheduler(config: ModelConfig, prepared: PreparedModel, policy: Schedu
 
 
 def num_threads(config: ModelConfig, role: Role | None = None) -> int:
-    """Returns the threads of a worker of the model: as configured, or one for each core of its share, rounded up."""
+    """Returns the threads of a worker of the model: as configured, or one for each core of its share, rounded up.
+
+    ``role``: None on a GPU, whose share is none of the cores.
+    """
     return config.threads or -(-_percent(config, role) * num_usable_cores() // 100)
 
 
@@ -74,18 +77,14 @@ def build_runner(
     prepared: PreparedModel,
     pool: DevicePool,
     weights: MappedWeights | None,
-    role: Role | None = None,
+    role: Role,
 ) -> Runner:
-    """Returns the runner of one worker, not loaded. ``weights``: see `build_engine`.
-
-    ``role``: that of the worker, whose share of a CPU it uses; None: all of it.
-    """
+    """Returns the runner of one worker, not loaded. ``weights``: see `build_engine`."""
     spec = model_spec(prepared.folder)
     if config.engine == "sim":
         # In the built-in byte tokenizer these are printable characters; in others, what follows the special tokens.
         token_ids = range(35, 93) if prepared.folder is None else range(min(256, spec.vocab_size - 1), spec.vocab_size)
-        cost = None if role is None else sim_worker_cost(config, role)
-        eos_token_id = min(spec.eos_token_ids, default=0)
+        eos_token_id, cost = min(spec.eos_token_ids, default=0), sim_worker_cost(config, role)
         return SimRunner(config.sim, token_ids, eos_token_id, max_steps=config.max_decode_steps, cost=cost)
     assert prepared.image is not None, "a native model is prepared with its image"
     max_model_len = config.max_model_len or spec.context_len

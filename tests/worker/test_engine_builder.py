@@ -54,7 +54,7 @@ async def run(
     def observe(step: Step, outcome: StepOutcome, seconds: float) -> None:
         num_tokens.append(step.num_tokens * outcome.num_steps)
 
-    engine = build_engine(config, prepared, pool, weights, FreeGrant(), FCFS, observe)
+    engine = build_engine(config, prepared, pool, weights, FreeGrant(), FCFS, observe, Role.DECODE)
     await engine.start()
     async with asyncio.timeout(60):
         events = [event async for event in engine.submit(EngineJob(1, sequence))]
@@ -164,7 +164,9 @@ async def test_a_native_engine_that_starts_asleep_reads_no_weights(tmp_path: Pat
     shape = spec.kv_shape(16, "float32")
     pool = HostPool(np.zeros(8 * shape.token_block_bytes // 4, dtype=np.float32), 4 * shape.token_block_bytes, None)
     config = ModelConfig(name="m", threads=1, max_model_len=64)
-    engine = build_engine(config, prepared, pool, None, FreeGrant(), FCFS, lambda step, outcome, seconds: None)
+    engine = build_engine(
+        config, prepared, pool, None, FreeGrant(), FCFS, lambda step, outcome, seconds: None, Role.DECODE
+    )
     await engine.start(asleep=True)
     with pytest.raises(WorkerLost, match="sleeps"):
         engine.submit(EngineJob(1, record(3, Sampling())))

@@ -44,7 +44,7 @@ def test_a_model_on_a_gpu_is_timed_in_its_own_memory(tmp_path: Path) -> None:
     shape = spec.kv_shape(16, "float32")
     pool, weights = cuda_timer_memory(unit, unit.models[0], prepared, shape, open_torch_device())
     assert torch.isfinite(pool.elements(torch.float32)).all() and weights is not None
-    runner = build_runner(unit.models[0], prepared, pool, weights)
+    runner = build_runner(unit.models[0], prepared, pool, weights, Role.DECODE)
     runner.load()
     timer = StepTimer(build_scheduler(unit.models[0], prepared, FCFS), runner, 16, 32, SystemClock())
     assert timer.samples(Role.DECODE, 1, 20, repeats=1, longest_s=1e-6)[0] > 0
