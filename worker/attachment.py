@@ -49,7 +49,7 @@ class WorkerDevice:
 
 @dataclass(frozen=True, slots=True)
 class EngineCommand:
-    """What the unit told the engine to be. ``number`` counts the commands of this worker; 0: with its attachment."""
+    """The state that the engine is to be in. ``number`` counts the commands of this worker; 0: in the attach reply."""
 
     engine: EngineState
     number: int
@@ -90,9 +90,9 @@ class Attachment:
         self.num_sms = int(reply["pool"]["num_sms"])
         self.worker = str(reply["worker"])
         self.slot = int(reply["slot"])
-        self.command = EngineCommand(EngineState(reply.get("engine", EngineState.AWAKE)), 0)
-        """What the engine is to be, as told last."""
-        self._is_told = asyncio.Event()
+        self.command = EngineCommand(EngineState(reply["engine"]), 0)
+        """The latest one."""
+        self._has_command = asyncio.Event()
         self._connection = connection
 
     def beat(self) -> None:
@@ -105,12 +105,13 @@ class Attachment:
         Raises Unavailable if the unit refuses it, with what would be right, or is gone.
         """
         message = json.dumps({"num_sms": num_sms, "mps": is_mps_client}).encode()
+        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_PROOF_TIMEOUT_S):
                 self._connection.send(message)
-                reply = await asyncio.get_running_loop().sock_recv(self._connection, MAX_MESSAGE_BYTES)
-                while self._read_command(reply):
-                    reply = await asyncio.get_running_loop().sock_recv(self._connection, MAX_MESSAGE_BYTES)
+                reply = await loop.sock_recv(self._connection, MAX_MESSAGE_BYTES)
+                while self._read_command(reply):  # which the unit may send at any time
+                    reply = await loop.sock_recv(self._connection, MAX_MESSAGE_BYTES)
         except (OSError, TimeoutError) as error:
             raise Unavailable(
                 f"the unit did not confirm this worker's share of the GPU: {error or 'no reply'}"
@@ -124,22 +125,22 @@ class Attachment:
         send_message(self._connection, {"ready": ready})
 
     async def next_command(self) -> EngineCommand:
-        """Waits until the engine has to be something else. A later command replaces an earlier one."""
-        await self._is_told.wait()
-        self._is_told.clear()
+        """Waits for a command of the unit. A later one replaces an earlier one."""
+        await self._has_command.wait()
+        self._has_command.clear()
         return self.command
 
     def report_done(self, command: EngineCommand) -> None:
-        """Reports that the engine is what ``command`` told it to be. Does nothing if the unit is gone."""
+        """Reports that the engine is in the state of ``command``. Does nothing if the unit is gone."""
         send_message(self._connection, {"done": command.number})
 
     def _read_command(self, message: bytes) -> bool:
-        """Takes over a command; False if the message is none."""
+        """Keeps a command for `next_command`; False if the message is none."""
         content = json.loads(message) if message else {}
         if "engine" not in content:
             return False
         self.command = EngineCommand(EngineState(content["engine"]), int(content["number"]))
-        self._is_told.set()
+        self._has_command.set()
         return True
 
     def close(self) -> None:
