@@ -30,8 +30,9 @@ REQUEST_S = (
     1920.0, 7680.0,
 )  # fmt: skip
 OVERHEAD_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.05, 0.1, 0.5, 1.0)
-_SLO_TARGETS = {"ttft": "ttft_met", "tpot": "tpot_met", "both": "met", "e2e": "e2el_met"}
 FINISHES = ("stop", "length", "abort", "error")
+_SLO_TARGETS = {"ttft": "num_ttft_met", "tpot": "num_tpot_met", "both": "num_met", "e2e": "num_e2el_met"}
+"""Value of the label `target` → field of `SloTally`."""
 
 
 @dataclass(slots=True)
@@ -71,7 +72,7 @@ class ModelRequestMetrics:
         self.num_ended[status] += 1
         self.num_restarts += record.num_restarts
         self.waits = self.waits.plus(record.waits)
-        if status != "OK" or record.verdict is None:  # else it is in the timings, which the client has
+        if status != "OK" or record.verdict is None:  # else the client has got it, in the timings
             record.verdict = verdict_of(record, status, now_s)
         if record.verdict is not None:
             self.slo.add(record.verdict, now_s)
@@ -145,9 +146,9 @@ class RequestMetrics:
             "muxmesh_slo_met_total", "Those among them that met a target: ttft, tpot, both, or the end-to-end rule.",
             ("model_name", "target"),
             {
-                (name, target): getattr(total, f"num_{attribute}")
+                (name, target): getattr(total, counted)
                 for name, total in totals.items()
-                for target, attribute in _SLO_TARGETS.items()
+                for target, counted in _SLO_TARGETS.items()
             },
         )  # fmt: skip
 

@@ -32,7 +32,6 @@ class RequestRecord:
     arrived_at_s: float
     model: str = ""
     num_prompt_tokens: int = 0
-    num_output_tokens: int = 0
     progress: Sequence[Progress] = ()
     first_token_at_s: float | None = None
     finishes: list[FinishKind] = field(default_factory=list)
@@ -53,12 +52,16 @@ class RequestRecord:
 
     def add_tokens(self, index: int, num_tokens: int, now_s: float) -> None:
         """Sequence ``index`` has ``num_tokens`` new tokens, at least one. Called for each message."""
-        self.num_output_tokens += num_tokens
         self._num_tokens[index] += num_tokens
         last_at_s = self._last_token_at_s[index]
         self._last_token_at_s[index] = now_s
         if last_at_s:
             self._on_gap((now_s - last_at_s) / num_tokens, num_tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Of all sequences."""
+        return sum(self._num_tokens)
 
     @property
     def longest_output(self) -> int:

@@ -99,7 +99,7 @@ def load_models(runtime: MeshRuntime) -> ServedModels:
     """Loads the tokenizer and limits of every model of the mesh. Raises ModelUnsupported for an unusable folder."""
     served = ServedModels()
     for name in runtime.config.models():
-        served.add(load_model(runtime, name))  # with it the templates of all models are compiled at the same time
+        served.add(load_model(runtime, name))
     for model in served:
         warn_of_chat(model)
     return served
@@ -114,7 +114,7 @@ def load_model(runtime: MeshRuntime, name: str) -> ServedModel:
     spec = model_spec(folder).ended_by(text.eos_token_id)
     defaults = sampling_defaults(config, folder)
     limits = ModelLimits.of(config, spec, units, defaults)
-    text.start_chat()
+    text.start_chat()  # in a process: the templates of all models are compiled at the same time
     return ServedModel(name, tuple(unit.name for unit, _ in units), config, spec, text, limits, defaults)
 
 

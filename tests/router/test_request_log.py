@@ -18,7 +18,8 @@ def record(request_id: str = "r-1") -> RequestRecord:
     found = RequestRecord(request_id, 100.0, "m")
     waits = Waits(kv_s=0.75, device_s=0.0004, order_s=0.25)
     found.begin(7, [Progress(credited_at_s=101.0, prefilled=Prefilled(3), num_restarts=2, waits=waits)])
-    found.first_token_at_s, found.num_output_tokens = 104.0, 5
+    found.first_token_at_s = 104.0
+    found.add_tokens(0, 5, 104.0)
     found.finishes.append(FinishKind.LENGTH)
     return found
 
