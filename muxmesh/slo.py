@@ -81,7 +81,7 @@ class Verdict:
 
 
 FAILED = Verdict(ttft=False, tpot=False, e2el=False)
-"""Of a request without an output."""
+"""Of a request that failed or was refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,21 +136,23 @@ def first_token_due_s(targets: SloTargets | None, sent_at_s: float) -> float:
     return sent_at_s - targets.waited_s + targets.ttft_s
 
 
-def next_token_due_s(targets: SloTargets | None, first_token_at_s: float, num_tokens: int = 1) -> float:
-    """When the token after ``num_tokens`` output tokens is due; inf without a target.
+def next_token_due_s(targets: SloTargets | None, since_s: float, num_tokens: int = 1) -> float:
+    """When the token ``num_tokens`` after an earlier one is due; inf without a target.
 
-    A sequence may use up what it is ahead of its schedule, since the SLO is on the mean of its steps. No token is due
-    if the first token came later than the TTFT target: the request has missed its SLO. Else the sequences of a flooded
-    model, all of them late, would compete with those that can still meet theirs.
+    ``since_s``: when the earlier one was due or, if it is the first, when it was sampled. A sequence may use up what it
+    is ahead of its schedule, since the SLO is on the mean of its steps. No token is due if the first token came later
+    than the TTFT target: the request has missed its SLO. Else the sequences of a flooded model, all of them late, would
+    compete with those that can still meet theirs.
     """
     if targets is None or targets.tpot_s is None or (targets.ttft_s is not None and targets.waited_s > targets.ttft_s):
         return math.inf
-    return first_token_at_s + targets.tpot_s * num_tokens
+    return since_s + targets.tpot_s * num_tokens
 
 
 def catch_up_s(targets: SloTargets | None) -> float:
     """How late a token after the first may be before its sequence counts as one that misses its SLO.
 
-    A first token that is late is a miss. For a later one faster steps may make up, of at most `_CATCH_UP_TOKENS` here.
+    A first token that is late is a miss. Faster steps make up for a later one, if it is late by at most the target of
+    `_CATCH_UP_TOKENS` tokens.
     """
     return math.inf if targets is None or targets.tpot_s is None else targets.tpot_s * _CATCH_UP_TOKENS

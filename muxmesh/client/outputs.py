@@ -55,7 +55,7 @@ class Timings:
 
     ``num_restarts`` counts further attempts after a worker was lost or the KV pool was full. ``router_s`` is the part
     of ``ttft_s`` that the router itself took. ``met_slo``: whether the request met the SLO of its model; None: it has
-    none.
+    none, or its unloaded latency is not known yet.
     """
 
     queue_s: float

@@ -1,4 +1,4 @@
-"""What a profile says of the machine that it is measured on."""
+"""What a profile records of the machine that it is measured on."""
 
 from __future__ import annotations
 
