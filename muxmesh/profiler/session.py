@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 from muxmesh.clock import Clock
@@ -105,15 +106,15 @@ class Session:
 
     async def _measure_cells(self, cells: Sequence[Cell]) -> None:
         """Measures ``cells``, with one timer for neighbours of the same model and share."""
-        effort, first = self._effort, 0
-        while first < len(cells) and self._has_time:
-            model, share = cells[first].model, cells[first].share
-            same = [cell for cell in cells if (cell.model, cell.share) == (model, share)]
+        effort = self._effort
+        for _, group in groupby(cells, key=lambda cell: (cell.model, cell.share)):
+            if not self._has_time:
+                return
+            same = list(group)
             async with self._open_timer(same) as timer:
-                while first < len(cells) and (cells[first].model, cells[first].share) == (model, share):
+                for cell in same:
                     if not self._has_time:
                         return
-                    cell = cells[first]
                     self._show_next(str(cell))
                     began_s = self._clock.monotonic_s()
                     samples = await timer.times(
@@ -121,7 +122,6 @@ class Session:
                     )
                     self._recorder.record_cell(cell, summarize(samples))
                     self._remaining.cell_done(cell, self._clock.monotonic_s() - began_s)
-                    first += 1
 
     async def _measure_groups(self, groups: Sequence[Group]) -> None:
         for group in groups:
