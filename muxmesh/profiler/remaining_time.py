@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from muxmesh.placement.measured_cells import Cell
 from muxmesh.types import Role
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Measurements whose time is proportional to their size."""
+
+    left: float
+    """Sizes that are left, in all."""
+    assumed_s: float = 0.0
+    """Seconds of size 1 until one was measured."""
+    done: float = 0.0
+    done_s: float = 0.0
+
+    def add(self, size: float, seconds: float) -> None:
+        self.left -= size
+        self.done += size
+        self.done_s += seconds
+
+    @property
+    def left_s(self) -> float:
+        return self.left * (self.done_s / self.done if self.done else self.assumed_s)
 
 
 class RemainingTime:
@@ -13,13 +35,10 @@ class RemainingTime:
 
     def __init__(self, cells: Sequence[Cell], num_groups: int, group_s: float) -> None:
         """``group_s``: seconds of a group until one was measured."""
-        self._group_s = group_s
         self.num_total = len(cells) + num_groups
         self.num_done = 0
-        self._left = {role: sum(_size(cell) for cell in cells if cell.role == role) for role in Role}
-        self._done = dict.fromkeys(Role, 0.0)
-        self._cells_s = dict.fromkeys(Role, 0.0)
-        self._groups_left, self._groups_done, self._groups_s = num_groups, 0, 0.0
+        self._cells = {role: _Kind(sum(_size(cell) for cell in cells if cell.role == role)) for role in Role}
+        self._groups = _Kind(num_groups, group_s)
 
     @property
     def num_left(self) -> int:
@@ -27,26 +46,18 @@ class RemainingTime:
 
     def cell_done(self, cell: Cell, seconds: float) -> None:
         self.num_done += 1
-        self._left[cell.role] -= _size(cell)
-        self._done[cell.role] += _size(cell)
-        self._cells_s[cell.role] += seconds
+        self._cells[cell.role].add(_size(cell), seconds)
 
     def group_done(self, seconds: float) -> None:
         self.num_done += 1
-        self._groups_left -= 1
-        self._groups_done += 1
-        self._groups_s += seconds
+        self._groups.add(1, seconds)
 
     @property
     def seconds(self) -> float | None:
         """None before the first measurement."""
         if not self.num_done:
             return None
-        rates = [
-            (self._left[role], self._cells_s[role] / self._done[role] if self._done[role] else 0.0) for role in Role
-        ]
-        rates.append((self._groups_left, self._groups_s / self._groups_done if self._groups_done else self._group_s))
-        return sum(left * rate for left, rate in rates)
+        return sum(kind.left_s for kind in (*self._cells.values(), self._groups))
 
 
 def _size(cell: Cell) -> float:
