@@ -57,7 +57,7 @@ class TimerMesh:
             for model in on_device.values():  # any unit on a GPU names its daemon
                 runtime = self._runtime(model, 100, model.unit.slab)
                 if runtime.uses_mps(model.unit.name):
-                    file = self._file(model, 100, model.unit.slab)
+                    file = self._write(runtime, model, 100)
                     await self._stack.enter_async_context(_mps_daemon(file, runtime, model.unit.name))
             self._stack = self._stack.pop_all()
         return self
@@ -72,14 +72,16 @@ class TimerMesh:
         Raises EngineFailed if the model cannot be loaded, or the share of the process is not enforced.
         """
         model, share = self._models[cells[0].model], cells[0].share
-        file = self._file(model, share, pool_bytes(model, cells))
+        runtime = self._runtime(model, share, pool_bytes(model, cells))
+        file = self._write(runtime, model, share)
         async with timer_process(file, model.unit.name, model.config.name, share) as timer:
-            await self._check_share(model, share, timer)
+            await self._check_share(runtime, model, share, timer)
             yield timer
 
-    def _file(self, model: ProfiledModel, share: int, kv_pool: int) -> Path:
+    def _write(self, runtime: MeshRuntime, model: ProfiledModel, share: int) -> Path:
+        """Writes the file of a process of ``model`` on ``share``; returns its path."""
         path = self._folder / f"{model.unit.name}-{model.config.name}-{share}.json"
-        self._runtime(model, share, kv_pool).write(path)
+        runtime.write(path)
         return path
 
     def _runtime(self, model: ProfiledModel, share: int, kv_pool: int) -> MeshRuntime:
@@ -95,11 +97,10 @@ class TimerMesh:
             mps=self._mps_program and MpsDaemons(program=self._mps_program, log_dir=self._folder / "logs"),
         )
 
-    async def _check_share(self, model: ProfiledModel, share: int, timer: TimerClient) -> None:
+    async def _check_share(self, runtime: MeshRuntime, model: ProfiledModel, share: int, timer: TimerClient) -> None:
         """Raises EngineFailed unless a GPU's driver and daemon confirm the share; see `kvstore.share_proof`."""
         if not model.unit.is_cuda:
             return
-        runtime = self._runtime(model, share, model.unit.slab)
         pipe_dir, is_listed = "", False
         if runtime.uses_mps(model.unit.name):
             control = runtime.mps_control(model.unit.name)
