@@ -21,7 +21,7 @@ from muxmesh.config.section import NAME_PATTERN
 from muxmesh.cuda.mps import LOG_DIRECTORY, PIPE_DIRECTORY, SHARE, MpsControl
 from muxmesh.errors import ConfigError
 from muxmesh.file_access import why_denied
-from muxmesh.private_file import replace_private_file
+from muxmesh.file_replacement import replace_file
 from muxmesh.process_files import process_file
 from muxmesh.quoting import quoted
 from muxmesh.types import Role
@@ -280,7 +280,7 @@ class MeshRuntime(BaseModel):
 
     def write(self, path: Path) -> None:
         """Writes the runtime file as JSON, which only this user can read: it has secrets. Raises OSError."""
-        replace_private_file(path, self.model_dump_json(exclude_unset=True))
+        replace_file(path, self.model_dump_json(exclude_unset=True))
 
     @staticmethod
     def read(path: Path) -> MeshRuntime:

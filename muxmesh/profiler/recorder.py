@@ -7,7 +7,6 @@ other models stay in it.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
@@ -17,6 +16,7 @@ import numpy as np
 
 from muxmesh.errors import ConfigError
 from muxmesh.file_lock import LockHeldError, file_lock
+from muxmesh.file_replacement import replace_file
 from muxmesh.placement.measured_cells import Cell, MeasuredSettings, SampleSummary, Slowdown, each_beside
 from muxmesh.placement.profile import MachineFacts, ModelProfile, Profile
 from muxmesh.placement.profile_file import format_profile, read_profile
@@ -90,7 +90,7 @@ class ProfileRecorder:
         if not profile.models:
             return
         try:
-            _replace_file(self._path, format_profile(profile))
+            _replace_keeping_mode(self._path, format_profile(profile))
         except OSError as error:
             raise ConfigError(f"{self._path}: cannot be written: {error.strerror or error}") from error
 
@@ -205,21 +205,11 @@ def _changed(before: Iterable[tuple[str, object]], now: dict[str, object]) -> It
             yield f"{name} was {value}, and is {now[name]} now"
 
 
-def _replace_file(path: Path, text: str) -> None:
-    """Replaces a file as a whole or not at all; it may be a link. Raises OSError."""
+def _replace_keeping_mode(path: Path, text: str) -> None:
+    """Replaces a file, which keeps its mode; ``path`` may be a link to it. Raises OSError."""
     target = Path(os.path.realpath(path))
     mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
-    descriptor, name = tempfile.mkstemp(prefix=f"{target.name}-", dir=target.parent)
-    try:
-        with open(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # else the file may be empty after a power cut
-        os.chmod(name, mode)
-        os.replace(name, target)
-    except OSError:
-        os.unlink(name)
-        raise
+    replace_file(target, text, mode, sync=True)
 
 
 def _umask() -> int:

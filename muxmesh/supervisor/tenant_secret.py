@@ -10,7 +10,7 @@ import secrets
 from pathlib import Path
 
 from muxmesh.errors import ConfigError
-from muxmesh.private_file import replace_private_file
+from muxmesh.file_replacement import replace_file
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def tenant_secret(state_dir: Path) -> str:
         pass
     secret = secrets.token_hex(_SECRET_BYTES)
     try:
-        replace_private_file(path, secret)
+        replace_file(path, secret)
     except OSError as error:
         _log.warning("%s: the secret for tenants cannot be kept: %s", path, error)
     return secret
