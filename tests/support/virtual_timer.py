@@ -23,12 +23,11 @@ def step_timer(
     clock: ManualClock,
     sleep: Callable[[float], None] | None = None,
     max_steps: int = 1,
-    token_budget: int = 128,
     pause: Callable[[], None] = lambda: None,
 ) -> StepTimer:
     """Times steps that advance ``clock``, or call ``sleep``."""
     runner = SimRunner(PROFILE, range(35, 93), 0, sleep or clock.advance, max_steps)
-    return StepTimer(Scheduler(16, token_budget, 259), runner, BLOCK_SIZE, MAX_MODEL_LEN, clock, pause=pause)
+    return StepTimer(Scheduler(16, 128, 259), runner, BLOCK_SIZE, MAX_MODEL_LEN, clock, pause=pause)
 
 
 class VirtualTimers:
@@ -63,7 +62,7 @@ class VirtualTimer:
 
     async def times(self, role: Role, batch: int, length: int, repeats: int, longest_s: float) -> list[float]:
         self._timers.before_cell()
-        return self._timer(self._factor).samples(role, batch, length, repeats, longest_s)
+        return _slower_timer(self._clock, self._factor).samples(role, batch, length, repeats, longest_s)
 
     async def intervals(
         self, role: Role, batch: int, length: int, from_s: float, until_s: float
@@ -74,10 +73,10 @@ class VirtualTimer:
         factor = self._factor * (timers.slower if timers.num_computing > 1 else 1.0)
         await asyncio.sleep(0)
         timers.num_computing -= 1
-        timer = step_timer(clock, lambda seconds: clock.advance(seconds * factor))
-        found = timer.intervals(role, batch, length, from_s, until_s)
+        found = _slower_timer(clock, factor).intervals(role, batch, length, from_s, until_s)
         self._clock.advance(max(0.0, until_s - self._clock.monotonic_s()))
         return found
 
-    def _timer(self, factor: float) -> StepTimer:
-        return step_timer(self._clock, lambda seconds: self._clock.advance(seconds * factor))
+
+def _slower_timer(clock: ManualClock, factor: float) -> StepTimer:
+    return step_timer(clock, lambda seconds: clock.advance(seconds * factor))
