@@ -47,10 +47,9 @@ dev: $(VENV)/.dev ## Set up .venv for development too
 run: $(VENV)/.serve ## Download the default model, start a mesh, send it a prompt, serve until Ctrl-C
 	@$(BIN)/muxmesh up --hello
 
-# Files of tests run two at a time, those of compose/ one after another: they share a Docker engine.
+# Three processes on two cores: the one of compose/ waits much of its time. Its files share an engine, see conftest.py.
 test: $(VENV)/.dev ## Run all tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/compose $(PYTEST_ARGS)
-	$(BIN)/python -m pytest tests/compose $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 $(VENV312)/.dev: pyproject.toml
 	$(PYTHON312) -c 'import sys; sys.exit(None if sys.version_info[:2] == (3, 12) else "Python 3.12 is needed, this is " + sys.version.split()[0])'

@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Read when grpc is loaded: meshes are started from this process, which watches their health over gRPC.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
@@ -30,6 +31,7 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(kernel_cache_dir(_CACHE)))
 import pytest
 import redis
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 from muxmesh.stderr_handler import StderrHandler
 from tests.support.redis_process import running_redis
@@ -53,8 +55,20 @@ def own_root_logger() -> Iterator[None]:
         root.removeHandler(handler)
 
 
+class OneEngineScheduling(LoadFileScheduling):
+    """One process for all files of tests/compose, which share a Docker engine; each other file goes to any process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "tests/compose" if file.startswith("tests/compose/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneEngineScheduling:
+    return OneEngineScheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest starts first, since `make test` runs two files at a time."""
+    """What takes longest starts first, since `make test` runs three files at a time."""
 
     def position(item: pytest.Item) -> int:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
