@@ -55,7 +55,7 @@ def own_root_logger() -> Iterator[None]:
         root.removeHandler(handler)
 
 
-class OneEngineScheduling(LoadFileScheduling):
+class OneEngineScheduling(LoadFileScheduling):  # type: ignore[misc]
     """One process for all files of tests/compose, which share a Docker engine; each other file goes to any process."""
 
     def _split_scope(self, nodeid: str) -> str:
