@@ -31,8 +31,8 @@ class ArbiterConfig(Section):
     urgent_slack_s: float = Field(default=0.02, ge=0, le=60)
     """With `adbs`: a worker whose next sequence misses its latency target within this time goes before a prefill that
     has more time left. Larger: fewer misses while the unit keeps up. Smaller: fewer at tight SLOs under high load.
-    Sequences that have missed it have no precedence, but a decode worker with no others has it after two repeated
-    grants to others."""
+    Sequences that have missed it have no precedence, but a decode worker whose sequences have all missed it counts as
+    urgent after two repeated grants to others."""
     max_overtakes: int | None = Field(default=None, ge=1, le=1_000_000)
     """A waiting worker goes next after this many repeated grants to others. It bounds how long prefill first,
     priorities, urgency, or older requests of others hold a worker back. Unset: 8, so that a storm of prompts stops no

@@ -133,8 +133,8 @@ class ModelConfig(Section):
     slabs are lent to other models. They return as the requests of these models end, and by pre-emption after a second.
     The rest of the pool is divided by `expected_rate` at first and by use later."""
     expected_rate: float | None = Field(default=None, gt=0, le=1e6)
-    """Requests per second, as expected. The models of a unit have the KV memory that is not guaranteed in proportion to
-    it and to the size of their KV at first. Unset: in equal parts. All models of a unit have it, or none."""
+    """Requests per second, as expected. At first the KV memory that is not guaranteed is divided in proportion to it
+    and to the size of the models' KV. Unset: in equal parts. Set it for all models of a unit, or for none."""
     kv_swap_format: KvFormat = "raw"
     """Format of KV in `kv_swap`. `raw` is exact. `int8` needs a quarter of the memory of float32, half of that of
     the other types, but slightly changes the output of a swapped sequence, and its KV does not enter the prefix

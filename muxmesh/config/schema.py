@@ -121,8 +121,9 @@ class UnitConfig(Section):
     """For routers on other hosts. Unset: the unit's processes listen on unix sockets only, for this host."""
     max_awake_models: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     """How many models of the unit are awake at the same time. Unset: all may be. A request for a model that sleeps
-    wakes it; if no more may be awake, the model that has not been used for longest falls asleep first, once its
-    running sequences have finished. Those with `pinned` stay awake."""
+    wakes it; if no more may be awake, the least recently used idle one falls asleep for it. If none becomes idle within
+    5 s, the one with the fewest requests does, once its running sequences have finished. Those with `pinned` stay
+    awake."""
     idle_sleep_s: float | None = Field(default=None, gt=0, le=1e9)
     """Seconds without a request after which a model falls asleep, so that its KV memory is free for the others. Unset:
     only when another one has to wake."""

@@ -84,7 +84,7 @@ def test_models_start_awake_as_far_as_the_limit_permits(settings: dict[str, obje
     models = Models(**settings)  # type: ignore[arg-type]
     assert models.awake == awake
     assert all((worker.engine is EngineState.AWAKE) == (worker.model in awake) for worker in models.workers)
-    assert not models.update(), "nobody is told what it was told when it attached"
+    assert not models.update(), "no command repeats what a worker learned at its attachment"
 
 
 def test_a_request_wakes_a_model_and_the_least_recently_used_idle_one_sleeps_for_it() -> None:
