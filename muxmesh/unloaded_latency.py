@@ -15,8 +15,8 @@ from muxmesh.engine.sim_runner import sim_step_cost
 from muxmesh.step_cost import ModelCosts, StepCost
 
 _SETTLING_FITS = 30
-"""How many fits of a worker its unloaded cost follows at first. A worker fits its first steps and then every 16th, and a
-unit reports once a second, so it is half a minute of steps or longer, and about 400 steps if these are slow.
+"""How many fits of a worker its unloaded cost follows at first. A worker fits its first steps and then every 16th, and
+a unit reports once a second, so they take half a minute of steps or longer, and about 400 steps if these are slow.
 """
 _SMALLER_BATCH = 0.8
 """Later it is replaced only by a fit of steps whose mean batch is this part of that before, or less."""
