@@ -63,7 +63,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ModelService(kvstore_pb2_grpc.UnitModelServiceServicer):
-    """Serves UnitModelService of one unit. `end_waits` is called after each change of the unit."""
+    """Serves UnitModelService of one unit. `on_changed` is called after each change of the unit."""
 
     def __init__(
         self,
@@ -74,14 +74,14 @@ class ModelService(kvstore_pb2_grpc.UnitModelServiceServicer):
         read_model: ReadModel,
         placed: PlacedModels,
     ) -> None:
-        """``read_model`` reads the runtime file again. ``placed``: to which models are added."""
+        """``read_model`` reads the runtime file again. ``placed``: has the models of ``unit``."""
         self._config = config
         self._unit = unit
         self._clock = clock
         self._service = service
         self._read_model = read_model
         self._placed = placed
-        service.on_changed.append(self.end_waits)
+        service.on_changed.append(self.on_changed)
         self._waits: dict[asyncio.Future[None], Callable[[], bool]] = {}
         """Call that waits → whether its command is done."""
 
@@ -150,11 +150,12 @@ class ModelService(kvstore_pb2_grpc.UnitModelServiceServicer):
         self._record(request.model)
         self._service.remove_model(request.model)
         await self._until(lambda: request.model not in self._unit.models)
-        self._placed.remove(request.model)
         return kvstore_pb2.RemoveModelResponse()
 
-    def end_waits(self) -> None:
-        """Ends the calls whose command is done."""
+    def on_changed(self) -> None:
+        """Removes the models that the unit has removed, whose call may have ended, and ends calls that are done."""
+        for model in self._placed.configs.keys() - self._unit.models.keys():
+            self._placed.remove(model)
         for future, is_done in self._waits.items():
             if not future.done() and is_done():
                 future.set_result(None)

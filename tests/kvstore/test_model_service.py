@@ -132,6 +132,25 @@ async def test_what_depends_on_the_models_is_told_when_they_change(tmp_path: Pat
         assert changes == [["d"], []]
 
 
+async def test_a_model_is_removed_also_if_the_command_is_cancelled_before_its_last_lease_ends(tmp_path: Path) -> None:
+    async with served(tmp_path, make_unit(), SystemClock()) as unit:
+        await command(unit, "AddModel", model="d")
+        await unit.attach_ready("d")
+        router = unit.router()
+        router.offer(queued(1, "d"))
+        credit = await router.credit()
+        removing = asyncio.create_task(command(unit, "RemoveModel", model="d"))
+        while unit.unit.serves("d"):
+            await asyncio.sleep(0)
+        removing.cancel()
+        await asyncio.gather(removing, return_exceptions=True)
+        assert "d" in unit.placed.configs, "it has a lease"
+        router.send(return_credit=credit.lease)
+        unit.unit.router_gone(next(iter(unit.service._routers)))
+        unit.service.changed()
+        assert "d" not in unit.unit.models and "d" not in unit.placed.configs
+
+
 async def test_on_a_gpu_weights_are_not_dropped_and_no_model_is_added(tmp_path: Path) -> None:
     config = UnitConfig(name="gpu0", device="cuda:0", models=(ModelConfig(name="a"),))
     async with served(tmp_path, make_unit(), SystemClock()) as unit:
