@@ -37,7 +37,7 @@ class ArbiterConfig(Section):
     """A waiting worker goes next after this many repeated grants to others. It bounds how long prefill first,
     priorities, urgency, or older requests of others hold a worker back. Unset: 8, so that a storm of prompts stops no
     stream for long; if models of the unit have SLOs, 32, since these say how long a stream can wait."""
-    longest_grant_s: float = Field(default=10, gt=0, le=86400)
+    longest_grant_s: float = Field(default=10, ge=0.01, le=86400)
     """If a worker does not return its grant within this time after the arbiter recalled it, the grant is revoked: its
     share counts as free, and the worker gets no other grant before it returns this one. Longer than any step."""
     kill_after_s: float = Field(default=60, gt=0, le=86400)

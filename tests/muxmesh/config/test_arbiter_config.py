@@ -59,5 +59,11 @@ def test_a_worker_is_not_killed_before_its_grant_is_revoked() -> None:
         ArbiterConfig(kill_after_s=5)
 
 
+def test_grants_that_would_be_checked_without_a_pause_are_refused() -> None:
+    assert ArbiterConfig(longest_grant_s=0.01).longest_grant_s == 0.01
+    with pytest.raises(ValidationError, match=r"longest_grant_s\n.*greater than or equal to 0\.01"):
+        ArbiterConfig(longest_grant_s=0.001)
+
+
 def test_the_time_until_the_kill_is_free_in_a_mode_that_revokes_nothing() -> None:
     assert ArbiterConfig(mode="spatial", kill_after_s=5).kill_after_s == 5
