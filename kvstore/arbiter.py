@@ -224,8 +224,8 @@ class Arbiter:
             return (_URGENT, demand.due_at_s) if self._is_urgent(demand) else (_DECODE, 0.0)
         if self._is_urgent(demand):
             return _URGENT_FLOOD if self._is_flooded(demand) else _URGENT, demand.due_at_s
-        gives_way = is_missed and overtaken < _OVERTAKES_OF_A_FLOOD and self._is_flooded(demand)
-        return _MISSED_FLOOD if gives_way else _PREFILL, 0.0
+        is_deferred = is_missed and overtaken < _OVERTAKES_OF_A_FLOOD and self._is_flooded(demand)
+        return _MISSED_FLOOD if is_deferred else _PREFILL, 0.0
 
     def _is_flooded(self, demand: Demand) -> bool:
         if self._flooded is None:

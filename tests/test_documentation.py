@@ -22,17 +22,8 @@ PAGES = (
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
-    "docs/arbiter.md",
-    "docs/glossary.md",
-    "docs/load_and_simulation.md",
-    "docs/many_models.md",
-    "docs/metrics.md",
-    "docs/operations.md",
-    "docs/plan.md",
-    "docs/profile.md",
-    "docs/python_client.md",
-    "docs/slo.md",
     "compose/README.md",
+    *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md"),
 )
 """Pages that describe the present. The log and the decisions keep the names of their day."""
 PACKAGES = ("muxmesh", "kvstore", "worker", "prefill_svc", "decode_svc", "router", "simulator", "loadtest")

@@ -166,7 +166,7 @@ def test_of_two_urgent_workers_the_earliest_due_goes_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flooded", "other", "gives_way"),
+    ("flooded", "other", "is_deferred"),
     [
         (due(prefill(0, "a"), 0.001), due(decode(1, "b"), 0.002), True),
         (due(prefill(0, "a"), -1.0), decode(1, "b"), True),
@@ -175,7 +175,7 @@ def test_of_two_urgent_workers_the_earliest_due_goes_first() -> None:
     ],
 )
 def test_urgent_and_late_prefills_of_a_model_above_its_part_give_way(
-    flooded: Demand, other: Demand, gives_way: bool
+    flooded: Demand, other: Demand, is_deferred: bool
 ) -> None:
     """As long as no model has used the device, the flooded one goes first in all of these."""
     one = arbiter()
@@ -183,7 +183,7 @@ def test_urgent_and_late_prefills_of_a_model_above_its_part_give_way(
     one = arbiter()
     for model, seconds in (("a", 1.8), ("b", 0.6)):
         one.count_use(model, seconds, 0.0)
-    assert turns(one, [flooded, other], 1) == [1 if gives_way else 0]
+    assert turns(one, [flooded, other], 1) == [1 if is_deferred else 0]
 
 
 def test_late_prompts_of_a_flooded_model_give_way_for_a_while() -> None:
