@@ -20,7 +20,7 @@ SECONDS ?= 60
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-profile bench-kvpool bench-arbiter bench-shares bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-muxserve bench-muxserve-measured bench-muxserve-scale bench-floods bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu bench-many-models bench-plans
+.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check check-code check-compose fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-profile bench-kvpool bench-arbiter bench-shares bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-muxserve bench-muxserve-measured bench-muxserve-scale bench-floods bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu bench-many-models bench-plans
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -71,13 +71,17 @@ chaos: $(VENV)/.dev ## Random faults under load on tiny real models (GPU=1: on a
 test-clients: $(VENV)/.dev ## Clients in other languages and libraries against a mesh; needs node, or ARGS=--without-node
 	$(BIN)/python -m tests.clients.run $(ARGS)
 
-check: $(VENV)/.dev ## Lint, types, import rules, protos, generated code
+check: check-code check-compose ## Lint, types, import rules, protos, generated code, files of compose/ and deploy/
+
+check-code: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	cd protos && ../$(BIN)/buf lint
 	$(BIN)/python scripts/gen_protos.py --check
+
+check-compose: $(VENV)/.dev
 	$(BIN)/python scripts/check_compose.py
 
 compose-up: ## Build the images and start the stack of compose/ with the Docker engine of this machine, until all of it serves

@@ -10,7 +10,7 @@
     awake            falling_asleep   idle for `AwakeLimits.idle_sleep_s`; evicted by a model that has to wake; `sleep`
     waking           falling_asleep   evicted after `STUCK_S`; `sleep`
     falling_asleep   asleep           no lease is left, and all of its workers report that they sleep
-    falling_asleep   awake            evicted, has leases, and no model needs its space any more
+    falling_asleep   awake            evicted, has leases, and no model needs its space, or another one is idle
     asleep           waking           a request is queued, or `wake`; and fewer than `max_awake` models are not asleep
     waking           awake            a prefill and a decode worker are ready and report that they are awake
 

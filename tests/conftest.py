@@ -31,7 +31,6 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(kernel_cache_dir(_CACHE)))
 import pytest
 import redis
 from hypothesis import settings
-from xdist.scheduler import LoadFileScheduling
 
 from muxmesh.stderr_handler import StderrHandler
 from tests.support.redis_process import running_redis
@@ -55,15 +54,13 @@ def own_root_logger() -> Iterator[None]:
         root.removeHandler(handler)
 
 
-class OneEngineScheduling(LoadFileScheduling):  # type: ignore[misc]
-    """One process for all files of tests/compose, which share a Docker engine; each other file goes to any process."""
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of `--dist loadfile`, as in `make test`; the other ways are those of pytest-xdist."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from tests.support.one_engine_scheduling import OneEngineScheduling  # noqa: PLC0415 - needs pytest-xdist
 
-    def _split_scope(self, nodeid: str) -> str:
-        file: str = super()._split_scope(nodeid)
-        return "tests/compose" if file.startswith("tests/compose/") else file
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneEngineScheduling:
     return OneEngineScheduling(config, log)
 
 

@@ -69,7 +69,7 @@ class Study:
 
     @cached_property
     def estimators(self) -> Estimators:
-        """Shared by all searches, as they keep what they compute of single models."""
+        """Shared by the searches of a workload, as they keep what they compute of single models."""
         return Estimators(self.profile, self.constants, cluster_of(self.constants))
 
     @property

@@ -30,7 +30,7 @@ def test_a_model_that_fits_no_other_unit_has_no_runner_up() -> None:
     assert math.isinf(reason.cost)
 
 
-def test_in_the_best_plan_every_runner_up_costs_something() -> None:
+def test_in_the_best_plan_no_runner_up_gains_anything() -> None:
     tried = choices(Cluster(2, 2, 100_000), "a", "b", "c", "d")
     plan = search(tried, max_moves=1500).plans[0]
     found = reasons(plan, tried)
