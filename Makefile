@@ -47,9 +47,10 @@ dev: $(VENV)/.dev ## Set up .venv for development too
 run: $(VENV)/.serve ## Download the default model, start a mesh, send it a prompt, serve until Ctrl-C
 	@$(BIN)/muxmesh up --hello
 
-# Three processes on two cores: the one of compose/ waits much of its time. Its files share an engine, see conftest.py.
-test: $(VENV)/.dev ## Run all tests
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+# Files of tests run two at a time, those of compose/ one after another: they share a Docker engine.
+test: $(VENV)/.dev ## Run all tests but the long ones
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/compose $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/compose $(PYTEST_ARGS)
 
 $(VENV312)/.dev: pyproject.toml
 	$(PYTHON312) -c 'import sys; sys.exit(None if sys.version_info[:2] == (3, 12) else "Python 3.12 is needed, this is " + sys.version.split()[0])'
@@ -61,7 +62,8 @@ $(VENV312)/.dev: pyproject.toml
 test-py312: $(VENV312)/.dev ## The tests of engines and the GPU path with Python 3.12, torch 2.11 and Triton 3.6
 	$(VENV312)/bin/python -m pytest -W 'ignore:Conversion of an array with ndim:DeprecationWarning' $(GPU_TESTS) $(PYTEST_ARGS)
 
-test-long: $(VENV)/.dev ## Run the property tests with many more examples, and the fuzz tests with 200,000 inputs
+test-long: $(VENV)/.dev ## Run the long tests, the property tests with many more examples, and the fuzz tests with 200,000 inputs
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/kvstore tests/router $(PYTEST_ARGS)
 	FUZZ_INPUTS=200000 $(BIN)/python -m pytest --timeout 3600 tests/fuzz $(PYTEST_ARGS)
 

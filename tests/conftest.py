@@ -4,7 +4,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 # Read when grpc is loaded: meshes are started from this process, which watches their health over gRPC.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
@@ -54,18 +53,8 @@ def own_root_logger() -> Iterator[None]:
         root.removeHandler(handler)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of `--dist loadfile`, as in `make test`; the other ways are those of pytest-xdist."""
-    if config.getoption("dist") != "loadfile":
-        return None
-    from tests.support.one_engine_scheduling import OneEngineScheduling  # noqa: PLC0415 - needs pytest-xdist
-
-    return OneEngineScheduling(config, log)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest starts first, since `make test` runs three files at a time."""
+    """What takes longest starts first, since `make test` runs two files at a time."""
 
     def position(item: pytest.Item) -> int:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]

@@ -57,6 +57,7 @@ def test_no_byte_of_kv_is_copied_from_container_to_container(smollm: tuple[Stack
         assert metric("muxmesh_kv_copied_bytes_total", metrics) == 0
 
 
+@pytest.mark.long
 def test_a_model_folder_of_ones_own_is_served(stack: MakeStack, tmp_path: Path) -> None:
     models = tmp_path / "models"
     models.mkdir()

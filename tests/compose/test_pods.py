@@ -63,7 +63,9 @@ def test_the_router_calls_the_unit_by_the_name_and_ports_of_its_pod(engine: Dock
     assert "memory shared by host shm" in status
 
 
-@pytest.mark.parametrize("container", UNIT_PROCESSES)
+@pytest.mark.parametrize(
+    "container", [UNIT_PROCESSES[0], *(pytest.param(one, marks=pytest.mark.long) for one in UNIT_PROCESSES[1:])]
+)
 def test_a_stream_survives_the_loss_of_a_container_of_the_unit(
     engine: DockerEngine, pods: Pods, undisturbed: str, container: str
 ) -> None:

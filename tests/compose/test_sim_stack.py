@@ -95,7 +95,9 @@ def test_kvstore_can_be_recreated_under_streams(sim: tuple[Stack, float], undist
     assert [one.tokens for one in streams] == undisturbed
 
 
-@pytest.mark.parametrize("service", ["kvstore", "decode", "unit"])
+@pytest.mark.parametrize(
+    "service", ["kvstore", *(pytest.param(one, marks=pytest.mark.long) for one in ("decode", "unit"))]
+)
 def test_a_mesh_serves_after_docker_restart(
     sim: tuple[Stack, float], undisturbed: list[list[int]], service: str
 ) -> None:

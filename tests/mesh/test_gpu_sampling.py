@@ -62,7 +62,7 @@ async def test_the_gpu_samples_and_scores_as_the_cpu(mesh: RunningMesh, options:
         assert ours.chosen.logprob == pytest.approx(expected.chosen.logprob, abs=1e-4)
 
 
-@pytest.mark.parametrize("kv_format", ["raw", "int8"])
+@pytest.mark.parametrize("kv_format", ["raw", pytest.param("int8", marks=pytest.mark.long)])
 async def test_sequences_that_do_not_fit_are_swapped_and_continue(mesh: RunningMesh, kv_format: KvFormat) -> None:
     before = await swapped_bytes(mesh)
     outputs = await asyncio.gather(

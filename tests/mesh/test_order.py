@@ -90,7 +90,9 @@ def decisions_of_simulator(policy: str) -> list[int]:
     return decided[num_before:]
 
 
-@pytest.mark.parametrize("policy", ORDERS)
+@pytest.mark.parametrize(
+    "policy", [*(pytest.param(one, marks=pytest.mark.long) for one in ("fcfs", "srtf")), "srtf-aged"]
+)
 async def test_the_simulator_admits_in_the_order_of_the_mesh(tmp_path: Path, policy: str) -> None:
     simulated = decisions_of_simulator(policy)
     assert simulated == ORDERS[policy]
@@ -115,7 +117,9 @@ async def test_scheduling_is_reported_on_request_and_traced_in_the_log(tmp_path:
         await mesh.until(traced_twice)
 
 
-@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize(
+    "kind", [one if one in ("crash", "hang", "random") else pytest.param(one, marks=pytest.mark.long) for one in BAD]
+)
 async def test_no_request_fails_because_of_a_bad_predictor(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -570,7 +570,7 @@ async def test_a_thousand_random_cancels_leave_nothing_leased(mesh: RunningMesh)
 
 
 @pytest.mark.parametrize("victim", ["decode/slow", "prefill/slow", "kvstore/unit0"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.long), 1.0])
 async def test_a_killed_process_delays_requests_and_loses_no_token(
     mesh: RunningMesh, victim: str, temperature: float
 ) -> None:

@@ -90,6 +90,7 @@ async def test_workers_set_their_environment_and_become_clients_of_the_daemon(me
     assert len(await tokens_of(mesh)) == 6
 
 
+@pytest.mark.long
 async def test_a_fault_of_the_gpu_needs_no_more_than_that_workers_that_exit_are_started_again(
     mesh: StandaloneMesh,
 ) -> None:
@@ -100,7 +101,7 @@ async def test_a_fault_of_the_gpu_needs_no_more_than_that_workers_that_exit_are_
     assert mesh.services["kvstore/gpu0"].pid == kvstore
 
 
-@pytest.mark.parametrize("victim", ["the daemon", "its keeper"])
+@pytest.mark.parametrize("victim", ["the daemon", pytest.param("its keeper", marks=pytest.mark.long)])
 async def test_a_killed_daemon_needs_no_more_than_that_what_exits_is_started_again(
     mesh: StandaloneMesh, victim: str
 ) -> None:
@@ -114,6 +115,7 @@ async def test_a_killed_daemon_needs_no_more_than_that_what_exits_is_started_aga
     assert await tokens_of(mesh) == expected
 
 
+@pytest.mark.long
 async def test_a_killed_kvstore_takes_its_workers_along_and_all_serve_again(mesh: StandaloneMesh) -> None:
     expected, workers = await tokens_of(mesh), workers_of(mesh)
     mesh.services["kvstore/gpu0"].kill()

@@ -149,7 +149,7 @@ async def test_cancelling_a_swapped_request_frees_its_pages(folder: Path, tmp_pa
         assert (await mesh.unit()).pool.swap_used_bytes == 0
 
 
-@pytest.mark.parametrize("swap", ["0", "8MiB"])
+@pytest.mark.parametrize("swap", [pytest.param("0", marks=pytest.mark.long), "8MiB"])
 async def test_a_model_reclaims_its_quota_from_long_outputs_of_another(tmp_path: Path, swap: str) -> None:
     greedy = {"name": "greedy", "engine": "sim", "kv_answer_tokens": 1000, "sim": {"base_s": 0.01}}
     modest = {
