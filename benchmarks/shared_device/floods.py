@@ -171,6 +171,10 @@ class Floods:
                     runs[name] = await drive(target, quiet if name == "quiet" else loud, setup.duration_s, _DRAIN_S)
             rounds.append(others_kept(runs["quiet"].records, runs["loud"].records, others, self._unloaded, SCALE))
             self._plot("flood", runs["loud"], [third, 2 * third])
+            for model in setup.models:
+                of_model = {name: [r for r in run.records if r.model == model] for name, run in runs.items()}
+                shown = {name: round(attained(of, self._unloaded, SCALE), 3) for name, of in of_model.items()}
+                print(f"  {setup.name}, flood, round {number}, {model}: attained {shown}", flush=True)
         kept = statistics.median(rounds)
         errors = sorted({f"{r.model} {r.status}: {r.error}"[:120] for r in runs["loud"].records if not r.is_ok})
         self._report.figures[setup.name]["flood"] = {"kept": rounds, "errors": errors[:5]}
