@@ -20,7 +20,7 @@ SECONDS ?= 60
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check check-code check-compose fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-profile bench-kvpool bench-arbiter bench-shares bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-muxserve bench-muxserve-measured bench-muxserve-scale bench-floods bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu bench-many-models bench-plans
+.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check check-code check-compose fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-profile bench-kvpool bench-arbiter bench-shares bench-swap bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-muxserve bench-muxserve-measured bench-muxserve-scale bench-floods bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu bench-many-models bench-plans bench-alise
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -133,6 +133,9 @@ bench-router: $(VENV)/.dev ## The control plane alone: time in the router, CPU p
 
 bench-vs-vllm: $(VENV)/.dev ## Compared with vLLM's server (VLLM_PYTHON) under one load; DATA: jsonl files of prompts; PD=--pd adds its prefill-decode pair
 	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m benchmarks.vs_vllm $(DATA) $(PD)
+
+bench-alise: $(VENV)/.dev ## What predictions and pre-emption gain over FCFS at equal latency, real outputs; DATA: jsonl files of prompts; beside vLLM with VLLM_PYTHON; ARGS, such as --systems
+	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m benchmarks.alise $(DATA) $(ARGS)
 
 bench-hostile: $(VENV)/.dev ## A small request beside hostile clients, and the router's memory; ATTACK: only those whose name contains it
 	$(BIN)/python -m benchmarks.hostile $(ATTACK)

@@ -233,7 +233,7 @@ def _alise(bench: Report, folder: Path) -> None:
             curves[label] = [one.normalized_s for one in outcomes]
         bench.figures[f"alise {name}"] = {"rates": rates, "capacity": best, "normalized_s": curves}
         for level in (0.1, 0.2, 0.5, 1.0):
-            reached = {label: _rate_at(rates, curve, level) for label, curve in curves.items()}
+            reached = {label: rate_at(rates, curve, level) for label, curve in curves.items()}
             for label in list(reached)[1:]:
                 ratio = reached[label] / reached["fcfs"]
                 figure = f"{name}, {label}: rate at {level} s/token, ours / fcfs"
@@ -243,7 +243,7 @@ def _alise(bench: Report, folder: Path) -> None:
                     bench.bar(figure, ratio)
 
 
-def _rate_at(rates: Sequence[float], latencies: Sequence[float], level: float) -> float:
+def rate_at(rates: Sequence[float], latencies: Sequence[float], level: float) -> float:
     """The highest rate whose latency is at most ``level``, with linear interpolation between the rates."""
     above = next((index for index, one in enumerate(latencies) if one > level), None)
     if above is None:

@@ -157,7 +157,7 @@ async def bench(prompts: Path, with_pair: bool, minutes: float) -> int:
         systems[0].freeze(True)
         print("starting vLLM, which takes two minutes ...", flush=True)
         pid = stack.enter_context(vllm_server(python, folder, 8123, KV_GIB, OUT / "vllm.log"))
-        systems.append(await _openai(stack, "vllm", 8123, [pid]))
+        systems.append(await openai_system(stack, "vllm", 8123, [pid]))
         if with_pair:
             try:
                 systems.append(await _pair(stack, python, folder))
@@ -184,7 +184,8 @@ async def bench(prompts: Path, with_pair: bool, minutes: float) -> int:
     return _finish(at_once, runs)
 
 
-async def _openai(stack: AsyncExitStack, name: str, port: int, roots: Sequence[int]) -> System:
+async def openai_system(stack: AsyncExitStack, name: str, port: int, roots: Sequence[int]) -> System:
+    """A target for the OpenAI server at ``port`` of loopback, whose processes are those of ``roots``."""
     target = OpenAiTarget(f"http://127.0.0.1:{port}", range(1000, 30_000), TEMPERATURE, None)
     stack.push_async_callback(target.close)
     await target.models()
@@ -216,7 +217,7 @@ async def _pair(stack: AsyncExitStack, python: str, folder: Path) -> System:
         if proxy.poll() is not None:
             raise SystemExit("the proxy of the vLLM pair did not start")
         await asyncio.sleep(0.2)
-    return await _openai(stack, "vllm p/d", 8126, [*roots, proxy.pid])
+    return await openai_system(stack, "vllm p/d", 8126, [*roots, proxy.pid])
 
 
 def _finish(at_once: Mapping[str, dict[str, Any]], runs: Mapping[str, Sequence[dict[str, Any]]]) -> int:
