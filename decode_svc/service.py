@@ -12,7 +12,7 @@ import grpc
 from decode_svc.lease_arrivals import LeaseArrivals
 from decode_svc.token_outbox import TokenOutboxes
 from muxmesh.background_task import background
-from muxmesh.engine.api import EngineJob, Failed, Finished, Preempted, Tokens
+from muxmesh.engine.api import Batched, Displaced, EngineJob, Failed, Finished, Preempted, Tokens
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.errors import InternalError, MeshError
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc
@@ -78,6 +78,9 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 elif isinstance(event, Finished):
                     finish = convert.finish_to_wire(event.finish)
                     return decode_pb2.DecodeResponse(finish=finish, num_output_tokens=kv.sequence.num_output_tokens)
+                elif isinstance(event, Displaced | Batched):
+                    self._context.counters.num_displaced += isinstance(event, Displaced) and event.had_slot
+                    kv.on_batch_changed(isinstance(event, Batched))
                 elif isinstance(event, Preempted):
                     self._context.counters.num_preemptions += 1
                     await kv.on_preempted()

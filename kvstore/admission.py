@@ -9,6 +9,7 @@ reserved: the caller of `Admission.admit` passes that in as functions.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -60,15 +61,18 @@ class Admission:
         self._policy = policy
         self._entries: dict[EntryKey, AdmissionEntry] = {}
         self._orders: dict[EntryKey, _Order] = {}
-        """Order of each entry at time 0: its present one too, unless the policy changes with time."""
+        """Order of each entry at time 0: its present one too, unless the policy changes with time or one is overdue."""
         self._queues: dict[tuple[str, str | None], list[_Order]] = {}
         """Model and worker → the orders of their entries, at least one, sorted."""
+        self._oldest_s = math.inf
+        """No entry arrived before this."""
 
     def offer(self, entry: AdmissionEntry) -> None:
         """Adds an entry; replaces an earlier one with the same source and id."""
         self.withdraw(*entry.key)
         order = self._order(entry, 0.0)
         self._entries[entry.key], self._orders[entry.key] = entry, order
+        self._oldest_s = min(self._oldest_s, entry.request.scheduling.arrived_at_s)
         insort(self._queues.setdefault((entry.model, entry.worker), []), order)
 
     def withdraw(self, source: str, entry_id: int) -> None:
@@ -122,7 +126,8 @@ class Admission:
     ) -> bool:
         """Admits entries in scheduling order while there is free capacity.
 
-        ``has_slot(entry)``: a worker of its model can batch one more sequence. ``is_within_quota(entry)``: its model
+        ``has_slot(entry)``: a worker of its model can batch it; of two entries of one queue the later one may have a
+        slot and the earlier one not, since it displaces a running sequence. ``is_within_quota(entry)``: its model
         would use no more slabs than its quota. ``try_admit(entry, lend)``: reserves the token blocks, or returns False
         if there are too few; only with ``lend`` may the model exceed its quota.
 
@@ -135,7 +140,7 @@ class Admission:
         """
         blocked: set[str] = set()
         lacks_memory = False
-        for entry in self._in_order(unix_s, lambda entry: entry.model not in blocked and has_slot(entry)):
+        for entry in self._in_order(unix_s, lambda model: model in blocked, has_slot):
             if not is_within_quota(entry):
                 blocked.add(entry.model)
             elif try_admit(entry, False):
@@ -145,7 +150,7 @@ class Admission:
                 lacks_memory = True
         if lacks_memory:
             return True
-        for entry in self._in_order(unix_s, has_slot):
+        for entry in self._in_order(unix_s, lambda model: False, has_slot):
             if not try_admit(entry, True):
                 break
             self.withdraw(*entry.key)
@@ -159,17 +164,20 @@ class Admission:
             first[model] = min(order, first.get(model, order))
         return [self._entries[key] for _, key in first.values()]
 
-    def _in_order(self, unix_s: float, is_open: Callable[[AdmissionEntry], bool]) -> Iterator[AdmissionEntry]:
-        """Yields entries in order, which the caller may withdraw. A queue ends at an entry that is not open."""
+    def _in_order(
+        self, unix_s: float, is_blocked: Callable[[str], bool], has_slot: Callable[[AdmissionEntry], bool]
+    ) -> Iterator[AdmissionEntry]:
+        """Yields the entries with a slot in order, which the caller may withdraw. The queue of a blocked model ends."""
         nexts = [(queue[0], 0, queue) for queue in (self._sorted(one, unix_s) for one in self._queues.values())]
         heapify(nexts)
         while nexts:
             (_, key), index, queue = nexts[0]
             entry = self._entries[key]
-            if not is_open(entry):
+            if is_blocked(entry.model):
                 heappop(nexts)
                 continue
-            yield entry
+            if has_slot(entry):
+                yield entry
             if index + 1 == len(queue):
                 heappop(nexts)
             else:
@@ -177,8 +185,9 @@ class Admission:
 
     def _sorted(self, queue: Sequence[_Order], unix_s: float) -> list[_Order]:
         """The orders of a queue's entries at ``unix_s``, sorted."""
-        if not self._policy.changes_with_time:
+        if not self._policy.changes_with_time and unix_s - self._oldest_s < self._policy.max_wait_s:
             return list(queue)
+        self._oldest_s = min(entry.request.scheduling.arrived_at_s for entry in self._entries.values())
         return sorted(self._order(self._entries[key], unix_s) for _, key in queue)
 
     def _order(self, entry: AdmissionEntry, unix_s: float) -> _Order:

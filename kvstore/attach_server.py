@@ -40,6 +40,7 @@ from kvstore.grant_page import Word
 from kvstore.grant_table import GrantTable
 from kvstore.model_states import WorkerCommand
 from kvstore.progress_page import ProgressPage, new_progress_fd
+from kvstore.sequence_progress import SequenceProgress
 from kvstore.share_proof import ShareProver
 from kvstore.unit import Unit
 from muxmesh.background_task import start_watched
@@ -315,6 +316,14 @@ class AttachServer:
             attachment.worker.ready = False
             _log.error("refused %s (pid %d): %s", attachment.worker.name, attachment.worker.pid, reason)
         send_message(connection, {"refused": reason})
+
+    def progress(self) -> dict[int, SequenceProgress]:
+        """What decode workers report of their sequences, by lease id."""
+        found: dict[int, SequenceProgress] = {}
+        for attachment in self._attachments.values():
+            if attachment.worker.role is Role.DECODE:
+                found |= attachment.progress.reports()
+        return found
 
     def _check_heartbeats(self) -> None:
         """Kills ready workers without a heartbeat in `MAX_SILENT_CHECKS` checks, and those whose engine hangs while it

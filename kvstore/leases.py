@@ -10,6 +10,7 @@ without the transition raises LeaseLost and changes nothing.
     acquire          credit              resident        blocks, with a new owner
     move             resident            resident        blocks, with a new owner
     grow             resident            resident        more blocks
+    grow             paused              paused          more blocks
     pause            resident            paused          blocks, but no slot of the batch
     resume           paused              resident        blocks
     begin_swap_out   resident, paused    swapping_out    blocks and swap pages
@@ -30,6 +31,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from kvstore.block_table import AllocatedBlocks, BlockTable
+from kvstore.sequence_progress import SequenceProgress
 from kvstore.swap_space import SwapSpace
 from muxmesh.errors import LeaseLost
 from muxmesh.quoting import named
@@ -54,7 +56,7 @@ class LeaseState(StrEnum):
 TRANSITIONS: Mapping[str, Mapping[LeaseState, LeaseState]] = {
     "acquire": {LeaseState.CREDIT: LeaseState.RESIDENT},
     "move": {LeaseState.RESIDENT: LeaseState.RESIDENT},
-    "grow": {LeaseState.RESIDENT: LeaseState.RESIDENT},
+    "grow": {LeaseState.RESIDENT: LeaseState.RESIDENT, LeaseState.PAUSED: LeaseState.PAUSED},
     "pause": {LeaseState.RESIDENT: LeaseState.PAUSED},
     "resume": {LeaseState.PAUSED: LeaseState.RESIDENT},
     "begin_swap_out": {
@@ -86,7 +88,8 @@ class LeaseRecord:
     """One lease and what it holds.
 
     ``block_hashes``: hashes of its first blocks, valid once these are computed. ``expires_at_s`` applies to a credit
-    only. ``swap_pages``: pages for the copy of its KV, filled or not. ``has_valid_kv``: the device has not failed.
+    only. ``swap_pages``: pages for the copy of its KV, filled or not. ``num_preemptions``,
+    ``is_nearly_done``: as its decode worker reports them. ``has_valid_kv``: the device has not failed.
     """
 
     lease: Lease
@@ -99,7 +102,14 @@ class LeaseRecord:
     expires_at_s: float
     swap_pages: tuple[int, ...] = ()
     num_preemption_requests: int = 0
+    num_preemptions: int = 0
+    is_nearly_done: bool = False
     has_valid_kv: bool = True
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether it has a slot of the batch of its decode worker, or will soon."""
+        return self.state in BATCHED
 
 
 class LeaseTable:
@@ -199,6 +209,30 @@ class LeaseTable:
         record = self._owned(ref, owner)
         self._set_state(record, self._after("resume", record))
 
+    def report(self, lease_id: int, progress: SequenceProgress) -> None:
+        """What its decode worker reports of a sequence, which may be some steps old: pauses or resumes its lease.
+
+        Ignored if the lease has ended or is not that worker's.
+        """
+        record = self._records.get(lease_id)
+        if record is None or record.owner != record.assignment.decode:
+            return
+        if record.state is LeaseState.RESIDENT and not progress.is_batched:
+            self.pause(record.lease.ref, record.owner)
+        elif record.state is LeaseState.PAUSED and progress.is_batched:
+            self.resume(record.lease.ref, record.owner)
+        record.num_preemptions, record.is_nearly_done = progress.num_preemptions, progress.is_nearly_done
+        if (decode_s := progress.decode_s) is not None and decode_s != record.scheduling.decode_s:
+            record.scheduling = replace(record.scheduling, prefill_s=0.0, decode_s=decode_s, served_s=progress.served_s)
+
+    def decoding_in(self, decode_worker: str) -> list[LeaseRecord]:
+        """The leases of the sequences that a decode worker computes."""
+        return [
+            record
+            for record in self._records.values()
+            if record.owner == decode_worker and record.state is LeaseState.RESIDENT
+        ]
+
     def begin_swap_out(self, ref: LeaseRef, owner: str, num_bytes: int) -> tuple[int, ...] | None:
         """Returns swap pages for a copy of the lease's KV; None if the swap region is full. Raises LeaseLost."""
         record = self._owned(ref, owner)
@@ -290,6 +324,10 @@ class LeaseTable:
         """The state of a lease of ``owner``. Raises LeaseLost."""
         return self._owned(ref, owner).state
 
+    def scheduling_of(self, ref: LeaseRef, owner: str) -> SchedulingState:
+        """What a lease of ``owner`` is ordered by. Raises LeaseLost."""
+        return self._owned(ref, owner).scheduling
+
     def model_of(self, ref: LeaseRef, owner: str) -> str:
         """The model of a lease of ``owner``. Raises LeaseLost."""
         return self._owned(ref, owner).lease.model
@@ -317,19 +355,47 @@ class LeaseTable:
     ) -> tuple[str, int] | None:
         """Chooses a lease to pre-empt, among those of ``owners`` and ``models``: its owner and id, or None.
 
-        That is the last resident one in order. It is chosen again until its token blocks are freed, but at most
-        `MAX_PREEMPTION_REQUESTS` times, since its worker may wait for a client that does not read its stream.
+        That is the last one in order of those that no batch has, else of the others. It is chosen again until its token
+        blocks are freed, but at most `MAX_PREEMPTION_REQUESTS` times, since its worker may wait for a client that does
+        not read its stream.
         """
+        candidates = [one for one in self._preemptible(models) if one.owner in owners]
+        return self._choose(candidates, (LeaseState.PAUSED, LeaseState.RESIDENT), sort_key)
+
+    def choose_paused_victim(
+        self, models: Collection[str], sort_key: Callable[[SchedulingState], SortKey], after: SortKey
+    ) -> tuple[str, int] | None:
+        """As `choose_victim`, but only of leases that no batch has and whose key is above ``after``.
+
+        None while one of them is being swapped out.
+        """
+        states = (LeaseState.PAUSED, LeaseState.SWAPPING_OUT)
         candidates = [
+            one for one in self._preemptible(models) if one.state in states and sort_key(one.scheduling) > after
+        ]
+        if any(one.state is LeaseState.SWAPPING_OUT and one.num_preemption_requests for one in candidates):
+            return None
+        return self._choose(candidates, (LeaseState.PAUSED,), sort_key)
+
+    def _preemptible(self, models: Collection[str]) -> list[LeaseRecord]:
+        return [
             record
             for record in self._records.values()
-            if record.owner in owners
-            and record.lease.model in models
-            and record.num_preemption_requests < MAX_PREEMPTION_REQUESTS
+            if record.lease.model in models and record.num_preemption_requests < MAX_PREEMPTION_REQUESTS
         ]
+
+    @staticmethod
+    def _choose(
+        candidates: Sequence[LeaseRecord],
+        states: Collection[LeaseState],
+        sort_key: Callable[[SchedulingState], SortKey],
+    ) -> tuple[str, int] | None:
         requested = next((record for record in candidates if record.num_preemption_requests), None)
-        resident = (record for record in candidates if record.state is LeaseState.RESIDENT)
-        victim = requested or max(resident, key=lambda record: sort_key(record.scheduling), default=None)
+        victim = requested or max(
+            (record for record in candidates if record.state in states),
+            key=lambda record: (record.state is LeaseState.PAUSED, sort_key(record.scheduling)),
+            default=None,
+        )
         if victim is None:
             return None
         victim.num_preemption_requests += 1

@@ -73,6 +73,8 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     def changed(self) -> None:
         """Schedules, sends the decisions, and sets the timer for the next change. Called after each change."""
         now_s = self._clock.monotonic_s()
+        if self.attach is not None and self._unit.admission.waiting:
+            self._unit.report(self.attach.progress())
         decisions = self._unit.schedule(now_s, self._clock.unix_s())
         for credit in decisions.credits:
             self._routers[credit.router].put_nowait(_credit_to_wire(credit))
@@ -205,6 +207,8 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         )
         if request.to_worker in self._watchers:
             self._watchers[request.to_worker].put_nowait(lease)
+        if self._unit.admission.waiting:  # one of them may displace the sequence from the batch
+            self.changed()
         return kvstore_pb2.MoveLeaseResponse(lease=convert.ref_to_wire(lease.ref))
 
     async def ReleaseLease(
@@ -221,6 +225,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def GrowLease(self, request: kvstore_pb2.GrowLeaseRequest, context: Context) -> kvstore_pb2.GrowLeaseResponse:
         block_ids = self._unit.grow(convert.ref_from_wire(request.lease), request.owner, request.num_blocks)
         if block_ids is None:
+            self.changed()
             raise Overloaded(
                 f"{request.num_blocks} token blocks are not available to this lease: the KV pool is full, or its model "
                 "is past its quota while another one waits"
@@ -294,6 +299,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     ) -> kvstore_pb2.GetUnitStatusResponse:
         """See the proto. First checks the integrity of the unit's state."""
         assert self.attach is not None
+        self._unit.report(self.attach.progress())
         self._unit.check_integrity()
         status = unit_status(
             self._config,

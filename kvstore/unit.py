@@ -14,6 +14,7 @@ from kvstore.block_table import BlockTable
 from kvstore.leases import Assignment, LeaseState, LeaseTable
 from kvstore.model_states import NO_LIMITS, AwakeLimits, ModelState, ModelStates, ModelUse, WorkerCommand
 from kvstore.quotas import Quotas
+from kvstore.sequence_progress import SequenceProgress
 from kvstore.slab_pool import SlabPool
 from kvstore.swap_space import SwapSpace
 from kvstore.unit_model import UnitModel
@@ -43,6 +44,8 @@ RECLAIM_AFTER_S = 1.0
 """Once an entry within its model's quota has waited for memory this long, loans are reclaimed by pre-emption."""
 RECLAIM_EVERY_S = 0.1
 """Minimum time between two pre-emption requests."""
+SLOT_CHECK_EVERY_S = 0.1
+"""While a request waits for a slot, what workers report of their sequences is looked at this often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,11 @@ class Unit:
         self.workers: dict[str, WorkerRecord] = {}
         self._removing: set[str] = set()
         self._reclaim_at_s: float | None = None
+        self._reclaim_paused_at_s: float | None = None
+        self._slots_due_s: float | None = None
+        """While a request waits for a slot: when running sequences may have changed so that it displaces one."""
+        self._growth_lacks: dict[str, SchedulingState] = {}
+        """Model → the first of its sequences in order that could not grow since the last `schedule`."""
         self._costs_due_s = 0.0
         self._incarnations = last_id >> _ID_BITS
         for name, model in sorted(models.items(), key=lambda one: not one[1].is_pinned):  # the first ones are awake
@@ -236,10 +244,13 @@ class Unit:
         decisions = AdmissionDecisions()
         self._update_states(now_s, decisions.commands)
         self.quotas.adapt(now_s, self.admission.count)
-        slots = WorkerSlots(tuple(self.workers.values()), self.models, *self.leases.count_assigned())
+        batched, resident = self.leases.count_assigned()
+        slots = WorkerSlots(
+            tuple(self.workers.values()), self.models, batched, resident, self.leases.decoding_in, self.policy, unix_s
+        )
 
         def has_slot(entry: AdmissionEntry) -> bool:
-            return self._admits(entry) and slots.has_slot(entry.model, entry.worker)
+            return self._admits(entry) and slots.has_slot(entry.model, entry.request.scheduling, entry.worker)
 
         def is_within_quota(entry: AdmissionEntry) -> bool:
             needed = blocks_for(entry.request.demand.num_tokens, self.models[entry.model].shape.block_size)
@@ -254,17 +265,29 @@ class Unit:
                 decisions.swap_ins.append(swap_in)
                 slots.take(entry.source)
                 return True
-            prefill, decode = slots.choose(entry.model)
+            prefill, decode = slots.choose(entry.model, entry.request.scheduling)
             credit = self._issue_credit(entry, prefill, decode, max_new_slabs, now_s)
             if credit is None:
+                lacking[entry.model] = min(
+                    entry.request.scheduling,
+                    lacking.get(entry.model, entry.request.scheduling),
+                    key=lambda state: self.policy.sort_key(state, unix_s),
+                )
                 return False
             decisions.credits.append(credit)
             slots.take(prefill.name, decode.name)
             return True
 
+        lacking, self._growth_lacks = self._growth_lacks, {}
         lacks_memory = self.admission.admit(unix_s, has_slot, is_within_quota, try_admit)
         self._reclaim_loans(lacks_memory, now_s, unix_s, decisions.preemptions)
-        self._waits.update(self.admission.waiting, self._first_causes(unix_s, slots), now_s)
+        causes = self._first_causes(unix_s, slots)
+        self._reclaim_paused(lacking, now_s, unix_s, decisions.preemptions)
+        if WaitCause.SLOT not in causes.values():
+            self._slots_due_s = None
+        elif self._slots_due_s is None or now_s >= self._slots_due_s:
+            self._slots_due_s = now_s + SLOT_CHECK_EVERY_S
+        self._waits.update(self.admission.waiting, causes, now_s)
         return decisions
 
     def _update_states(self, now_s: float, commands: list[WorkerCommand]) -> None:
@@ -289,15 +312,26 @@ class Unit:
         for entry in self.admission.first_entries(unix_s):
             if not self._admits(entry):
                 causes[entry.key] = WaitCause.WORKER
-            elif slots.has_slot(entry.model, entry.worker):
+            elif slots.has_slot(entry.model, entry.request.scheduling, entry.worker):
                 causes[entry.key] = WaitCause.KV
             else:
                 causes[entry.key] = WaitCause.SLOT if slots.has_workers(entry.model) else WaitCause.WORKER
         return causes
 
+    def report(self, progress: Mapping[int, SequenceProgress]) -> None:
+        """What decode workers report of their sequences, by lease id. To be called before `schedule`."""
+        for lease_id, one in progress.items():
+            self.leases.report(lease_id, one)
+
     def next_change_s(self) -> float | None:
         """Monotonic time at which `schedule` has to be called even if nothing changes; None: at no time."""
-        times = (self.leases.next_expiry_s(), self._reclaim_at_s, self.states.next_change_s())
+        times = (
+            self.leases.next_expiry_s(),
+            self._reclaim_at_s,
+            self._reclaim_paused_at_s,
+            self._slots_due_s,
+            self.states.next_change_s(),
+        )
         return min((time for time in times if time is not None), default=None)
 
     def costs_are_due(self, now_s: float) -> bool:
@@ -320,11 +354,16 @@ class Unit:
     def grow(self, ref: LeaseRef, owner: str, num_blocks: int) -> tuple[int, ...] | None:
         """Adds token blocks to a lease and returns them; None if it may have no more now. Raises LeaseLost.
 
+        After None the caller calls `schedule`, which pre-empts a paused sequence that the lease precedes.
+
         While an entry within its model's quota waits for memory, leases do not grow past the quota of their own model.
         """
         model = self.leases.model_of(ref, owner)
         max_new_slabs = None if self._reclaim_at_s is None else max(0, self._num_spare_slabs(model))
-        return self.leases.grow(ref, owner, num_blocks, max_new_slabs)
+        block_ids = self.leases.grow(ref, owner, num_blocks, max_new_slabs)
+        if block_ids is None and max_new_slabs is None:
+            self._growth_lacks[model] = self.leases.scheduling_of(ref, owner)
+        return block_ids
 
     def release(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
         """Ends a lease in any state. Raises LeaseLost. ``computed``: see `LeaseTable.release`."""
@@ -446,6 +485,28 @@ class Unit:
             past_quota = [model for model in self.models if self._num_spare_slabs(model) < 0]
             victim = self.leases.choose_victim(decoding, past_quota, lambda state: self.policy.sort_key(state, unix_s))
             preemptions.extend([PreemptionRequest(*victim)] if victim else [])
+
+    def _reclaim_paused(
+        self,
+        lacking: Mapping[str, SchedulingState],
+        now_s: float,
+        unix_s: float,
+        preemptions: list[PreemptionRequest],
+    ) -> None:
+        """Pre-empts at once the last paused sequence of each model that lacks memory for one that precedes it.
+
+        ``lacking``: model → the first in order of its requests and growing sequences for which the pool had no memory.
+        """
+        due_s = self._reclaim_paused_at_s
+        if lacking and due_s is not None and now_s < due_s:
+            return
+        self._reclaim_paused_at_s = None
+        for model, state in lacking.items():
+            after = self.policy.sort_key(state, unix_s)
+            victim = self.leases.choose_paused_victim([model], lambda one: self.policy.sort_key(one, unix_s), after)
+            if victim is not None:
+                preemptions.append(PreemptionRequest(*victim))
+                self._reclaim_paused_at_s = now_s + RECLAIM_EVERY_S
 
     def _num_spare_slabs(self, model: str) -> int:
         """Slabs of the model's quota that it does not use; negative if it has borrowed some."""

@@ -42,6 +42,7 @@ class UnitModel:
             max_num_seqs=model.max_num_seqs,
             max_model_len=model.max_model_len or spec.context_len,
             guaranteed_slabs=unit.guaranteed_slabs(model),
+            max_resident_seqs=model.max_num_seqs + model.paused_limit,
             kv_need=None if model.expected_rate is None else model.expected_rate * shape.token_block_bytes,
             is_pinned=model.pinned,
             starts_asleep=model.start == "asleep",

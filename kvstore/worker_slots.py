@@ -1,14 +1,21 @@
-"""The workers of a unit, and how many more sequences each of them can take. Pure."""
+"""The workers of a unit, and whether each of them can take one more sequence. Pure.
+
+A decode worker whose batch is full takes a sequence that would displace another one there. Until it does, after its
+prefill, the displaced one computes; so more sequences than slots may count as batched, each with a victim of its own.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from typing import Protocol
 
-from muxmesh.types import Role
+from muxmesh.batch_choice import Batchable, Reach, displaces
+from muxmesh.scheduling_policy import SchedulingPolicy
+from muxmesh.types import Role, SchedulingState
 
 _ROLES = tuple(Role)
 
@@ -92,31 +99,45 @@ class WorkerSlots:
         limits: Mapping[str, SlotLimits],
         batched: Counter[str],
         resident: Counter[str],
+        decoding_in: Callable[[str], Sequence[Batchable]],
+        policy: SchedulingPolicy,
+        unix_s: float,
     ) -> None:
-        """``limits``: by model. ``batched``, ``resident``: leases by worker, see `LeaseTable.count_assigned`."""
+        """``limits``: by model. ``batched``, ``resident``: leases by worker, see `LeaseTable.count_assigned`.
+
+        ``decoding_in``: the sequences that a decode worker computes.
+        """
         self._limits = limits
         self._batched = batched
         self._resident = resident
         self._workers = workers
+        self._decoding_in = decoding_in
+        self._held: dict[str, Sequence[Batchable]] = {}
+        self._reach: dict[str, Reach] = {}
+        self._policy, self._unix_s = policy, unix_s
         self._ready_of: dict[str, list[list[WorkerRecord]]] = {}
         """Model → its ready workers by role, once asked for."""
 
-    def has_slot(self, model: str, worker: str | None = None) -> bool:
-        """Whether ``worker`` can take one more sequence; None: whether any pair of workers of the model can."""
+    def has_slot(self, model: str, scheduling: SchedulingState, worker: str | None = None) -> bool:
+        """Whether ``worker`` can batch one more sequence; None: whether any pair of workers of the model can.
+
+        That is so if a slot is free that no paused sequence will take, or if the sequence would displace another one
+        from the batch.
+        """
         if worker is not None:
-            return self._is_free(worker, model)
+            return self._can_batch(worker, model, scheduling)
         prefills, decodes = self._ready(model)
-        return bool(prefills) and any(self._is_free(decode.name, model) for decode in decodes)
+        return bool(prefills) and any(self._can_batch(decode.name, model, scheduling) for decode in decodes)
 
     def has_workers(self, model: str) -> bool:
         """Whether a prefill and a decode worker of the model are ready."""
         return all(self._ready(model))
 
-    def choose(self, model: str) -> tuple[WorkerRecord, WorkerRecord]:
+    def choose(self, model: str, scheduling: SchedulingState) -> tuple[WorkerRecord, WorkerRecord]:
         """The prefill and the decode worker for one more sequence: the least loaded, the youngest of equals."""
         prefills, decodes = self._ready(model)
-        free = [decode for decode in decodes if self._is_free(decode.name, model)]
-        return self._least_loaded(prefills), self._least_loaded(free)
+        able = [decode for decode in decodes if self._can_batch(decode.name, model, scheduling)]
+        return self._least_loaded(prefills), self._least_loaded(able)
 
     def take(self, *workers: str) -> None:
         """Counts one more sequence of each worker."""
@@ -129,9 +150,31 @@ class WorkerSlots:
             ready = self._ready_of[model] = [ready_workers(self._workers, role, model) for role in _ROLES]
         return ready
 
-    def _is_free(self, worker: str, model: str) -> bool:
+    def _can_batch(self, worker: str, model: str, scheduling: SchedulingState) -> bool:
         limits = self._limits[model]
-        return self._batched[worker] < limits.max_num_seqs and self._resident[worker] < limits.resident_limit
+        num_batched, num_resident = self._batched[worker], self._resident[worker]
+        if num_resident >= limits.resident_limit:
+            return False
+        if num_resident < limits.max_num_seqs:
+            return True
+        num_claimed = max(0, num_batched - limits.max_num_seqs)
+        if num_claimed >= max(1, limits.max_num_seqs // 2):
+            return False
+        held = self._held_by(worker)
+        reach = self._reach.get(worker)
+        if reach is None:
+            reach = self._reach[worker] = Reach(held, self._policy, self._unix_s)
+        if not reach.may_displace(scheduling):
+            return False
+        victims = (one for one in held if displaces(scheduling, one, self._policy, self._unix_s))
+        return next(islice(victims, num_claimed, None), None) is not None
+
+    def _held_by(self, worker: str) -> Sequence[Batchable]:
+        """The sequences that a decode worker computes."""
+        held = self._held.get(worker)
+        if held is None:
+            held = self._held[worker] = self._decoding_in(worker)
+        return held
 
     def _least_loaded(self, workers: Sequence[WorkerRecord]) -> WorkerRecord:
         return min(workers, key=lambda worker: self._batched[worker.name])

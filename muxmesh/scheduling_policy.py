@@ -1,7 +1,7 @@
 """The order of requests: a pure sort key that router, unit, engine and simulator share.
 
-A request with a lower priority value always precedes one with a higher value. Within one priority, the policy computes
-a score. The lowest score is first, and equal scores are ordered by arrival:
+A request with a lower priority value precedes one with a higher value. Within one priority, the policy computes a
+score. The lowest score is first, and equal scores are ordered by arrival:
 
 - ``fcfs``: time of arrival.
 - ``sjf``: predicted work of the whole request (shortest job first).
@@ -12,7 +12,11 @@ a score. The lowest score is first, and equal scores are ordered by arrival:
 - ``mlfq``: skip-join multi-level feedback queue (FastServe, Wu et al. 2023) with quanta that double with each level. A
   request starts at the first level whose quantum holds its prefill, and sinks one level for each quantum it used.
 
-The policy orders queued requests. It does not reorder running sequences.
+A request that is overdue, because it has waited for `max_wait_s`, precedes all others whatever their priority is;
+overdue requests are ordered by arrival. So neither better classes nor shorter requests starve one.
+
+The policy orders queued requests, and the sequences of a worker that has more of them than its batch holds
+(`muxmesh.batch_choice`).
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ _MIN_WORK_S = 1e-6
 _NO_HANDICAP, _FULL_HANDICAP = 0.1, 1.5
 """Remaining work relative to the mean work: the handicap is 0 up to the first value, and maximal from the second on."""
 _MLFQ_LEVELS = 16
+_OVERDUE = -(2**32)
+"""Before every priority class."""
 
 SortKey = tuple[int, float, float]
 """Priority, score, time of arrival. The lowest key is first."""
@@ -40,25 +46,38 @@ class SchedulingPolicy:
     """A policy with its settings. The module docstring defines the policies.
 
     ``longest_lead`` and ``longest_lead_s`` are for ``srtf-aged``, see `handicap_s`. ``quantum_s`` is for ``mlfq``.
+    ``max_wait_s``: how long a request has waited when it is overdue; infinite: it never is.
     """
 
     name: PolicyName
     longest_lead: float
     longest_lead_s: float
     quantum_s: float
+    max_wait_s: float = math.inf
 
     @property
     def changes_with_time(self) -> bool:
-        """True if the order of two queued requests can change while neither runs."""
+        """True if the order of two queued requests can change while neither runs nor becomes overdue."""
         return self.name == "hrrn"
+
+    def is_overdue(self, state: SchedulingState, now_s: float) -> bool:
+        """Whether a request is overdue at ``now_s`` (unix time).
+
+        Its wait is the time since its arrival, less that of its service.
+        """
+        return now_s - state.arrived_at_s - state.served_s >= self.max_wait_s
 
     def sort_key(self, state: SchedulingState, now_s: float) -> SortKey:
         """The key of a request at ``now_s`` (unix time)."""
+        if self.is_overdue(state, now_s):
+            return (_OVERDUE, state.arrived_at_s, state.arrived_at_s)
         return (state.priority, self._score(state, now_s), state.arrived_at_s)
 
     def reason(self, state: SchedulingState, now_s: float) -> str:
         """The values that determine the position of a request, as text for people."""
         wait_s = max(0.0, now_s - state.arrived_at_s)
+        if self.is_overdue(state, now_s):
+            return f"overdue, before all others: waited {duration_text(wait_s)} of {duration_text(self.max_wait_s)}"
         waited, left = f"waited {duration_text(wait_s)}", f"{duration_text(state.remaining_s)} of work left"
         details = {
             "fcfs": waited,

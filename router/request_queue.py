@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy, SortKey
 from muxmesh.types import QueuedRequest
@@ -10,14 +11,15 @@ from muxmesh.types import QueuedRequest
 SHOWN_PER_MODEL = 64
 """Queued requests that a unit sees of a model: at least as many as it can issue credits for at once."""
 SORT_EVERY_S = 0.1
-"""Maximum age of the order under a policy that changes with time."""
+"""Maximum age of the order under a policy that changes with time, or while a request is overdue."""
 
 
 class RequestQueue:
     """Owns the requests that wait for a credit of one unit, ordered for each model.
 
     Invariant: after `show_next`, the first ``shown_per_model`` requests of each model are shown, in the order of the
-    last sorting. Under a policy that does not change with time, that is the current order.
+    last sorting. Under a policy that does not change with time, that is the current order unless a request has become
+    overdue since.
     """
 
     def __init__(self, policy: SchedulingPolicy = FCFS, shown_per_model: int = SHOWN_PER_MODEL) -> None:
@@ -29,6 +31,8 @@ class RequestQueue:
         self._changed: set[str] = set()
         """Models of which a request may have to be shown."""
         self._sorted_at_s = 0.0
+        self._oldest_s = math.inf
+        """No queued request arrived before this."""
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -36,6 +40,7 @@ class RequestQueue:
     def add(self, request: QueuedRequest) -> None:
         self._requests[request.entry_id] = request
         self._changed.add(request.model)
+        self._oldest_s = min(self._oldest_s, request.scheduling.arrived_at_s)
         bisect.insort(self._ordered.setdefault(request.model, []), self._sort_entry(request))
 
     def remove(self, entry_id: int) -> bool:
@@ -67,8 +72,9 @@ class RequestQueue:
 
     def show_next(self, unix_s: float) -> list[QueuedRequest]:
         """Returns the best requests that are not shown yet, and marks them as shown."""
-        if self._policy.changes_with_time and abs(unix_s - self._sorted_at_s) >= SORT_EVERY_S:  # the clock may jump
+        if abs(unix_s - self._sorted_at_s) >= SORT_EVERY_S and self._order_changes(unix_s):  # the clock may jump
             self._sorted_at_s = unix_s
+            self._oldest_s = min((one.scheduling.arrived_at_s for one in self._requests.values()), default=math.inf)
             for model, ordered in self._ordered.items():
                 self._ordered[model] = sorted(self._sort_entry(self._requests[entry_id]) for _, entry_id in ordered)
             self._changed.update(self._ordered)
@@ -78,6 +84,10 @@ class RequestQueue:
         fresh = [self._requests[entry_id] for entry_id in best if entry_id not in self._shown]
         self._shown.update(request.entry_id for request in fresh)
         return fresh
+
+    def _order_changes(self, unix_s: float) -> bool:
+        """Whether the order may be another one at ``unix_s``, because time has passed."""
+        return self._policy.changes_with_time or unix_s - self._oldest_s >= self._policy.max_wait_s
 
     def _sort_entry(self, request: QueuedRequest) -> tuple[SortKey, int]:
         return self._policy.sort_key(request.scheduling, self._sorted_at_s), request.entry_id

@@ -10,10 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kvstore.sequence_progress import SequenceProgress
 from kvstore.unit import IssuedSwapIn, Unit
 from muxmesh.config.model_config import ModelConfig
 from muxmesh.device.kv_codec import encoded_bytes
 from muxmesh.models.model_spec import KvShape
+from muxmesh.remaining_work import RemainingWork
 from muxmesh.slo import RequestSlo, catch_up_s, next_token_due_s
 from muxmesh.step_cost import ModelCosts
 from muxmesh.types import KvDemand, Lease, blocks_for
@@ -49,6 +51,7 @@ class _DecodingSequence:
     lease: Lease
     num_blocks: int
     growth: BlockGrowth
+    work: RemainingWork
     job: DecodeJob = field(init=False)
     is_preempted: bool = False
     """The unit recalls its blocks."""
@@ -93,7 +96,9 @@ class SimulatedDecoding:
         """A prefill worker has moved the lease of a request, which the decode worker learns after ``delay_s``."""
         block_size = served.config.block_size
         growth = BlockGrowth(block_size, blocks_for(request.max_tokens, block_size))
-        sequence = _DecodingSequence(request, served, lease, len(lease.block_ids), growth)
+        work = RemainingWork(request.arrived, request.prediction, 0, request.max_new_tokens)
+        work.update(request.num_sent)
+        sequence = _DecodingSequence(request, served, lease, len(lease.block_ids), growth, work)
         self._sequences[lease.ref.lease_id] = sequence
         sequence.job = self._decode_job(sequence)
         self._timeline.after(delay_s, lambda: self._add(sequence))
@@ -101,10 +106,26 @@ class SimulatedDecoding:
     def preempt(self, lease_id: int) -> None:
         """Pre-empts a sequence after its current step, if it computes."""
         sequence = self._sequences.get(lease_id)
-        if sequence is not None and sequence.job.joined_at >= 0 and not sequence.job.is_removed:
+        if sequence is None or sequence.job.is_removed:
+            return
+        if sequence.job.is_batched:
             sequence.is_preempted = True
             sequence.served.decode.check_soon(sequence.job)
             self._device.wake(sequence.served.decode)
+        elif sequence.job.is_displaced:
+            self._timeline.after(0.0, lambda: self._preempt_displaced(sequence))
+
+    def progress(self) -> dict[int, SequenceProgress]:
+        """What the decode workers report to the unit, by lease id."""
+        found = {}
+        for lease_id, sequence in self._sequences.items():
+            job = sequence.job
+            if not job.is_removed:
+                state = sequence.served.decode.update(job)
+                found[lease_id] = SequenceProgress(
+                    not job.is_displaced, state.decode_s, state.served_s, job.is_nearly_done, job.num_preemptions
+                )
+        return found
 
     def _decode_job(self, sequence: _DecodingSequence) -> DecodeJob:
         """The job of a sequence for the rest of its output."""
@@ -116,7 +137,8 @@ class SimulatedDecoding:
             done=lambda: self._on_decoded(sequence),
             next_check=lambda: growth.tokens_until_request(sequence.num_blocks, self._num_free_slots(sequence)),
             check=lambda: self._check(sequence),
-            scheduling=request.arrived,
+            work=sequence.work,
+            num_output=request.num_sent,
             tpot_s=math.inf if tpot_s is None else tpot_s,
             lost_after_s=catch_up_s(request.slo),
         )
@@ -155,7 +177,12 @@ class SimulatedDecoding:
                 sequence.growth.on_granted()
                 return True
             num_wanted = sequence.growth.smaller_request(num_wanted)
+        self._schedule()
         return False
+
+    def _preempt_displaced(self, sequence: _DecodingSequence) -> None:
+        if sequence.job.is_displaced and not sequence.job.is_removed:
+            self._preempt(sequence)
 
     def _preempt(self, sequence: _DecodingSequence) -> None:
         """Swaps a sequence out, or frees its KV and queues its request again. Its tokens are kept in both cases."""
@@ -196,8 +223,8 @@ class SimulatedDecoding:
             block_hashes=sequence.hashes,
             max_cached_tokens=num_known - 1 if request.hashes else 0,
         )
-        scheduling = request.arrived.after_output(request.num_sent, request.prediction)
-        self._unit.request_swap_in(ref, served.decode_name, demand, scheduling)
+        sequence.work.update(request.num_sent)
+        self._unit.request_swap_in(ref, served.decode_name, demand, sequence.work.state)
         self._schedule()
 
     def swap_in(self, issued: IssuedSwapIn) -> None:
@@ -214,8 +241,9 @@ class SimulatedDecoding:
         self._unit.leases.finish_swap_in(sequence.lease.ref, served.decode_name)
         sequence.growth.on_granted()
         sequence.is_exact &= served.config.kv_swap_format == "raw"
+        num_preemptions = sequence.job.num_preemptions
         sequence.job = self._decode_job(sequence)
-        sequence.job.due_at_s = sequence.due_at_s
+        sequence.job.due_at_s, sequence.job.num_preemptions = sequence.due_at_s, num_preemptions
         served.decode.add(sequence.job)
         self._device.wake(served.decode)
         self._schedule()

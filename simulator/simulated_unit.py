@@ -164,7 +164,7 @@ class SimulatedUnit:
         return ServedModel(
             model,
             PrefillWorker(times, self._policy, model.step_token_budget, model.max_num_seqs, model.name, prefill_share),
-            DecodeWorker(times, model.name, decode_share),
+            DecodeWorker(times, model.name, decode_share, self._policy, model.max_num_seqs),
             names[0],
             names[1],
             shape,
@@ -190,6 +190,8 @@ class SimulatedUnit:
         changed, or when the unit has to act on time that has passed.
         """
         now_s = self._timeline.now_s
+        if self.unit.admission.waiting:
+            self.unit.report(self._decoding.progress())
         decisions = self.unit.schedule(now_s, now_s)
         for credit in decisions.credits:
             self._admit(credit)
@@ -263,6 +265,8 @@ class SimulatedUnit:
         num_known = request.num_prompt + request.num_sent
         lease = self.unit.move(lease.ref, served.prefill_name, served.decode_name, num_known - 1, (0,))
         self._decoding.hand_off(request, served, lease, self._delays.hand_off_s)
+        if self.unit.admission.waiting:
+            self._schedule()
 
     def _add_prefill(self, served: ServedModel, job: PrefillJob) -> None:
         served.prefill.add(job)

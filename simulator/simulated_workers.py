@@ -1,25 +1,29 @@
 """The prefill and decode workers of one unit in virtual time: which jobs a step computes, and how long it takes alone.
 
 The engine's division of a step's token budget (`muxmesh.engine.token_budget.divide_token_budget`) chooses the jobs of a
-prefill step. Consecutive decode steps in which nothing changes except the number of tokens are one run of steps, whose
-time is computed in closed form. This module knows no device, no arbiter, no leases and no KV blocks.
+prefill step, its choice of a batch (`muxmesh.batch_choice`) those of a decode step. Consecutive decode steps in
+which nothing changes except the number of tokens are one run of steps, whose time is computed in closed form. This
+module knows no device, no arbiter, no leases and no KV blocks.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from muxmesh.batch_choice import NEARLY_DONE, choose_batch
 from muxmesh.engine.api import ComputeDemand
 from muxmesh.engine.scheduler import TOKEN_TIME_RATE
 from muxmesh.engine.token_budget import divide_token_budget
 from muxmesh.engine.urgency import Urgency
+from muxmesh.remaining_work import RemainingWork
 from muxmesh.running_mean import RunningMean
-from muxmesh.scheduling_policy import SchedulingPolicy
+from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.step_cost import CostFit, StepShape, context_of
 from muxmesh.types import Role, SchedulingState
 from simulator.step_times import StepTimes
@@ -151,31 +155,61 @@ class DecodeJob:
     """Returns after how many more tokens the sequence needs attention; None: never."""
     check: Callable[[], None]
     """Called then. May remove the job."""
-    scheduling: SchedulingState = _OLDEST
+    work: RemainingWork = field(default_factory=lambda: RemainingWork(_OLDEST, None))
+    num_output: int = 0
+    """Output tokens before the job."""
     due_at_s: float = math.inf
     """When the first of the tokens is due by its SLO."""
     tpot_s: float = math.inf
     """By its SLO, how much later each further token is due."""
     lost_after_s: float = math.inf
     """How much later than due a token may be before the SLO is missed."""
+    num_sampled: int = 0
+    """Tokens that it sampled before it joined the batch last."""
     joined_at: int = -1
-    """The worker's step before the first one that includes the job; -1 before that step is planned."""
+    """The worker's step before the first one that includes the job; -1 while it is not in the batch."""
+    num_joins: int = 0
+    is_displaced: bool = False
+    """Whether the last choice of a batch left it out."""
+    num_preemptions: int = 0
+    """How often others displaced it from the batch."""
     is_removed: bool = False
+
+    @property
+    def scheduling(self) -> SchedulingState:
+        return self.work.state
+
+    @property
+    def is_batched(self) -> bool:
+        return self.joined_at >= 0
+
+    @property
+    def is_nearly_done(self) -> bool:
+        return self.work.is_past(NEARLY_DONE)
 
 
 class DecodeWorker:
-    """Samples one token of every sequence in each step.
+    """Samples one token of every sequence of its batch in each step.
 
-    Invariant: ``_num_jobs`` and ``_context`` are the number and the context of the sequences that are in the steps.
+    Invariant: ``_num_jobs`` and ``_context`` are the number and the context of the sequences of the batch.
     """
 
     role = Role.DECODE
 
-    def __init__(self, times: StepTimes, model: str = "", share: float = 1.0) -> None:
+    def __init__(
+        self,
+        times: StepTimes,
+        model: str = "",
+        share: float = 1.0,
+        policy: SchedulingPolicy = FCFS,
+        max_num_seqs: int = sys.maxsize,
+    ) -> None:
         self.model = model
         self.share = share
         self.fit = CostFit()
         self._times = times
+        self._policy = policy
+        self._max_num_seqs = max_num_seqs
         self._num_steps = 0
         self._num_runs = 0
         self._num_jobs = 0
@@ -184,11 +218,17 @@ class DecodeWorker:
         """Number of sequences → cost of a step."""
         self._cost = (0.0, 0.0)
         """Of the planned step."""
-        self._added: list[DecodeJob] = []
-        """Sequences that the next plan includes."""
-        self._stops: list[tuple[int, int, bool, DecodeJob]] = []
-        """A heap of (step, order of insertion, is the end, job): ends and checks of the jobs."""
+        self._batch: dict[int, DecodeJob] = {}
+        """The sequences of the batch, by their identity."""
+        self._waiting: list[DecodeJob] = []
+        """Sequences that are not in the batch: added since the last plan, or displaced."""
+        self._stops: list[tuple[int, int, bool, DecodeJob, int]] = []
+        """A heap of (step, order of insertion, is the end, job, its joins by then): ends and checks of the jobs. Those
+        of a job that left the batch since then are outdated.
+        """
         self._num_stops = 0
+        self._replans = False
+        """Whether the next step has to be planned, as the last plan displaced as many sequences as it may."""
         self._arrivals: list[tuple[float, int, DecodeJob]] = []
         """A heap of (arrival, order of insertion, job). Removed jobs stay until they are first."""
         self._priorities = Counter[int]()
@@ -197,8 +237,8 @@ class DecodeWorker:
         """The jobs whose tokens are due at some time, by their identity."""
 
     def add(self, job: DecodeJob) -> None:
-        """Includes a sequence from the next plan on."""
-        self._added.append(job)
+        """Considers a sequence from the next plan on."""
+        self._waiting.append(job)
         self._num_stops += 1
         heapq.heappush(self._arrivals, (job.scheduling.arrived_at_s, self._num_stops, job))
         self._priorities[job.scheduling.priority] += 1
@@ -207,46 +247,56 @@ class DecodeWorker:
 
     def num_tokens(self, job: DecodeJob) -> int:
         """Tokens that the job has sampled here."""
-        return self._num_steps - job.joined_at if job.joined_at >= 0 else 0
+        return job.num_sampled + (self._num_steps - job.joined_at if job.is_batched else 0)
 
     def next_due_s(self, job: DecodeJob) -> float:
         """When the next token of the job is due."""
         return job.due_at_s + self.num_tokens(job) * job.tpot_s if job.due_at_s < math.inf else math.inf
 
+    def update(self, job: DecodeJob) -> SchedulingState:
+        """The state of the job with its remaining work of now."""
+        job.work.update(job.num_output + self.num_tokens(job))
+        return job.scheduling
+
     def schedule_check(self, job: DecodeJob) -> None:
-        """Schedules the job's next check, if it has one."""
+        """Schedules the next check of a job of the batch, if it has one."""
         if (after := job.next_check()) is not None:
             self._push(self._num_steps + max(1, after), False, job)
 
     def check_soon(self, job: DecodeJob) -> None:
-        """Schedules a check of the job at the end of the current step, or of the next one if none runs."""
+        """Schedules a check of a job of the batch at the end of the current step, or of the next one if none runs."""
         self._push(self._num_steps + 1, False, job)
 
     def remove(self, job: DecodeJob) -> None:
-        """Removes a job that is in the steps. Its ``done`` is not called."""
+        """Removes a job. Its ``done`` is not called."""
+        if job.is_batched:
+            self._leave(job)
+        else:
+            self._waiting.remove(job)
         job.is_removed = True
-        self._num_jobs -= 1
-        self._context -= job.num_context + self.num_tokens(job)
         self._with_slo.pop(id(job), None)
         self._priorities[job.scheduling.priority] -= 1
         if not self._priorities[job.scheduling.priority]:
             del self._priorities[job.scheduling.priority]
 
     def has_work(self) -> bool:
-        return bool(self._num_jobs or self._added)
+        return bool(self._batch or self._waiting)
 
     def max_steps(self) -> int:
-        self._pop_removed()
-        return self._stops[0][0] - self._num_steps
+        """See `Worker`. While a sequence waits, a new prediction for one of the batch may change the choice."""
+        self._pop_outdated()
+        steps = self._stops[0][0] - self._num_steps
+        if self._waiting:
+            if self._replans:
+                return 1
+            for job in self._batch.values():
+                if (after := job.work.tokens_until_prediction(job.num_output + self.num_tokens(job))) is not None:
+                    steps = min(steps, after)
+        return steps
 
     def plan(self, now_s: float) -> None:
-        for job in self._added:
-            job.joined_at = self._num_steps
-            self._num_jobs += 1
-            self._context += job.num_context
-            self._push(self._num_steps + job.num_left, True, job)
-            self.schedule_check(job)
-        self._added.clear()
+        if self._waiting:
+            self._choose(now_s)
         cost = self._costs.get(self._num_jobs)
         if cost is None:
             cost = self._costs[self._num_jobs] = self._times.decode_cost(self._num_jobs, self.share)
@@ -264,15 +314,15 @@ class DecodeWorker:
             self.fit.observe(StepShape(self._num_jobs, self._context, self._num_jobs), self.duration_s(1) * slowdown)
         self._num_steps += num_steps
         self._context += num_steps * self._num_jobs
-        self._pop_removed()
+        self._pop_outdated()
         while self._stops and self._stops[0][0] <= self._num_steps:
-            _, _, is_end, job = heapq.heappop(self._stops)
+            _, _, is_end, job, _ = heapq.heappop(self._stops)
             if is_end:
                 self.remove(job)
                 job.done()
             else:
                 job.check()
-            self._pop_removed()
+            self._pop_outdated()
 
     def demand(self, now_s: float) -> ComputeDemand:
         while self._arrivals[0][2].is_removed:
@@ -286,10 +336,49 @@ class DecodeWorker:
             urgency.note(job.scheduling, due_s, due_s + job.lost_after_s, now_s)
         return replace(urgency.demand(now_s), priority=priority, arrived_at_s=arrived_at_s)
 
+    def _choose(self, now_s: float) -> None:
+        """Chooses the batch as the engine's scheduler does."""
+        if self._num_jobs + len(self._waiting) <= self._max_num_seqs:
+            joining, self._waiting = self._waiting, []
+        else:
+            jobs = [*self._batch.values(), *self._waiting]
+            for job in jobs:
+                self.update(job)
+            chosen = choose_batch(jobs, self._policy, now_s, self._max_num_seqs)
+            chosen_ids = {id(job) for job in chosen}
+            num_displaced = 0
+            for job in [job for one, job in self._batch.items() if one not in chosen_ids]:
+                self._leave(job)
+                job.num_preemptions += 1
+                num_displaced += 1
+            self._replans = num_displaced >= max(1, self._max_num_seqs // 2)
+            joining = [job for job in chosen if not job.is_batched]
+            self._waiting = [job for job in jobs if id(job) not in chosen_ids]
+            for job in self._waiting:
+                job.is_displaced = True
+        for job in joining:
+            self._join(job)
+
+    def _join(self, job: DecodeJob) -> None:
+        job.joined_at, job.is_displaced = self._num_steps, False
+        job.num_joins += 1
+        self._batch[id(job)] = job
+        self._num_jobs += 1
+        self._context += job.num_context + job.num_sampled
+        self._push(self._num_steps + job.num_left - job.num_sampled, True, job)
+        self.schedule_check(job)
+
+    def _leave(self, job: DecodeJob) -> None:
+        del self._batch[id(job)]
+        job.num_sampled = self.num_tokens(job)
+        job.joined_at = -1
+        self._num_jobs -= 1
+        self._context -= job.num_context + job.num_sampled
+
     def _push(self, step: int, is_end: bool, job: DecodeJob) -> None:
         self._num_stops += 1
-        heapq.heappush(self._stops, (step, self._num_stops, is_end, job))
+        heapq.heappush(self._stops, (step, self._num_stops, is_end, job, job.num_joins))
 
-    def _pop_removed(self) -> None:
-        while self._stops and self._stops[0][3].is_removed:
+    def _pop_outdated(self) -> None:
+        while self._stops and (not self._stops[0][3].is_batched or self._stops[0][4] != self._stops[0][3].num_joins):
             heapq.heappop(self._stops)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 
 from kvstore.progress_page import ProgressPage
+from kvstore.sequence_progress import SequenceProgress
+from muxmesh.batch_choice import NEARLY_DONE
 from muxmesh.engine.api import Engine
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.errors import InternalError, MeshError, Overloaded, RequestPreempted
@@ -47,16 +49,25 @@ class SequenceKv:
         self._growing: asyncio.Task[None] | None = None
         self._error: MeshError | None = None
         self._num_committed_blocks = 0
+        self._is_batched = True
+        self._reported = sequence.request.scheduling
         progress.begin(ref.lease_id)
 
     def on_tokens(self) -> None:
         """To be called after new tokens: commits full blocks, and requests more blocks ahead of need."""
         self._commit()
         sequence = self.sequence
+        if sequence.scheduling is not self._reported:
+            self._report()
         num_blocks = self._growth.blocks_to_request(len(sequence.block_ids), sequence.num_free_slots)
         if num_blocks and self._growing is None:
             self._growing = asyncio.create_task(self._grow(num_blocks), name="lease growth")
             self._growing.add_done_callback(self._on_growth_ended)
+
+    def on_batch_changed(self, is_batched: bool) -> None:
+        """To be called when the job leaves the batch of the engine, with its KV in place, or is in it again."""
+        self._is_batched = is_batched
+        self._report()
 
     async def on_preempted(self) -> None:
         """To be called when the job is paused: swaps its KV out, waits for token blocks, swaps it in, resumes the job.
@@ -130,6 +141,19 @@ class SequenceKv:
             self._progress.commit(self._ref.lease_id, first, self.sequence.block_hashes(first, num_blocks))
             self._num_committed_blocks = num_blocks
 
+    def _report(self) -> None:
+        """Reports the sequence's remaining work to the unit, and whether it is in the batch."""
+        self._reported = state = self.sequence.scheduling
+        sequence = self.sequence
+        progress = SequenceProgress(
+            self._is_batched,
+            state.decode_s,
+            state.served_s,
+            sequence.work.is_past(NEARLY_DONE),
+            sequence.num_preemptions,
+        )
+        self._progress.report(self._ref.lease_id, progress)
+
     async def _swap_out(self, swapper: KvSwapper) -> None:
         sequence = self.sequence
         await swapper.copy_out(self._ref, sequence.block_ids, sequence.num_computed_tokens, self._kv_format)
@@ -147,12 +171,12 @@ class SequenceKv:
             block_hashes=sequence.block_hashes(0, sequence.num_hashable_blocks),
             max_cached_tokens=0 if request.bypass_prefix_cache else sequence.num_computed_tokens,
         )
-        num_resumed = len(request.resume_token_ids)
-        scheduling = request.scheduling.after_output(sequence.num_output_tokens, request.prediction, num_resumed)
-        block_ids, num_cached = await self._leases.begin_swap_in(self._ref, scheduling, demand)
+        block_ids, num_cached = await self._leases.begin_swap_in(self._ref, sequence.scheduling, demand)
         await swapper.copy_in(self._ref, block_ids, num_cached)
         await self._leases.finish_swap_in(self._ref)
         sequence.swap_in(block_ids, is_exact=self._kv_format == "raw")
         self._growth.on_granted()
         self._progress.begin(self._ref.lease_id)
+        self._is_batched = True
+        self._report()
         self._commit()

@@ -21,7 +21,9 @@ class WorkerCounters:
     """What the services of a phase count."""
 
     num_preemptions: int = 0
-    """Sequences that were pre-empted."""
+    """Sequences that were pre-empted for memory: their KV was swapped or freed."""
+    num_displaced: int = 0
+    """Sequences that others displaced from the batch; they kept their KV."""
     handoff_s: Histogram = field(default_factory=lambda: Histogram(HAND_OFF_S))
     """Seconds of each hand-off: of the call that moves the lease."""
 
@@ -68,9 +70,16 @@ class WorkerMetrics:
 
     def _decode_families(self) -> Iterator[Family]:
         labels = (self.unit, self.model)
+        counters = self.counters
         yield counter(
             "vllm:num_preemptions_total", "Sequences that were pre-empted.", ("unit", "model_name"),
-            {labels: self.counters.num_preemptions},
+            {labels: counters.num_preemptions + counters.num_displaced},
+        )  # fmt: skip
+        yield counter(
+            "muxmesh_preemptions_total",
+            "Sequences that were pre-empted: by others that precede them in the batch (order), or for memory (kv).",
+            ("unit", "model_name", "reason"),
+            {(*labels, "order"): counters.num_displaced, (*labels, "kv"): counters.num_preemptions},
         )  # fmt: skip
         yield counter(
             "muxmesh_swap_copied_bytes_total", "Bytes copied to and from the swap region.",

@@ -123,7 +123,11 @@ class ModelConfig(Section):
     applies, and its `max_new_tokens` limits `default_max_new_tokens`. `ignore`: sampling is unmodified unless a request
     asks for more. Ids of end-of-sequence tokens are read from the file in both cases."""
     max_num_seqs: int = Field(default=16, ge=1, le=1024)
-    """Sequences in prefill and decode at the same time."""
+    """Sequences in the batch of each worker. A decode worker has up to `max_paused_seqs` more that it does not
+    compute."""
+    max_paused_seqs: int | None = Field(default=None, ge=0, le=4096)
+    """Sequences that others pre-empt from the batch of a decode worker and that keep their KV in the pool. While it has
+    so many, queued requests pre-empt no more. 0: none is pre-empted for others. Unset: `max_num_seqs`."""
     kv_answer_tokens: int = Field(default=128, ge=1, le=MAX_COUNT)
     """Output tokens for which KV memory is reserved before a request starts. More is allocated as the output grows. If
     the pool is full, the sequence is pre-empted: its KV is swapped to `kv_swap` or freed, and the sequence resumes when
@@ -177,6 +181,11 @@ class ModelConfig(Section):
     def kv_dtype(self) -> Dtype:
         """Data type of KV: `kv_cache_dtype` resolved."""
         return self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+
+    @property
+    def paused_limit(self) -> int:
+        """`max_paused_seqs` resolved."""
+        return self.max_num_seqs if self.max_paused_seqs is None else self.max_paused_seqs
 
     @property
     def max_decode_steps(self) -> int:

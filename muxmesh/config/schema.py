@@ -230,14 +230,20 @@ class OrderConfig(Section):
     """`fcfs`: by arrival. `sjf`: least predicted work first. `srtf`: least predicted remaining work first. `srtf-aged`:
     `srtf` with aging, so that ever fewer later requests overtake a waiting one. `hrrn`: highest ratio of waiting time
     to remaining work first. `mlfq`: least work done first, without predictions.
-    A policy does not pre-empt running sequences. So among requests that have not started, `srtf` equals `sjf`, and
-    `mlfq` equals `fcfs` except for long prompts."""
+    The same order decides which sequences a decode worker computes when it has more than `max_num_seqs`: a queued
+    request with less than half of the remaining work of a running one, or of a better priority class, pre-empts it
+    (`max_paused_seqs` of a model limits that)."""
     longest_lead: float = Field(default=100.0, ge=0, le=1e6)
     """For `srtf-aged`: the largest difference in arrival time at which a later request overtakes an earlier one of the
     same priority, in multiples of the mean work of a request. 0 is `fcfs`."""
     longest_lead_s: float | None = Field(default=None, ge=0, le=1e9)
     """For `srtf-aged`: the same limit in seconds. The smaller limit applies. A value far below `longest_lead` times
     the mean work makes the order that of arrival."""
+    max_wait_s: float | None = Field(default=None, gt=0, le=1e9)
+    """Seconds of waiting after which a request is overdue: it precedes all others, of better priority classes too, and
+    is not pre-empted. It bounds starvation by others; under overload overdue requests wait for each other, in the order
+    of arrival. Unset: better classes always go first, so set it above the longest queue that a class of offline work
+    may have."""
     mlfq_quantum_s: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     """For `mlfq`: quantum of the first level, in seconds of work. The quantum doubles with each level."""
     trace: bool = False
@@ -245,7 +251,8 @@ class OrderConfig(Section):
 
     def scheduling_policy(self) -> SchedulingPolicy:
         longest_s = math.inf if self.longest_lead_s is None else self.longest_lead_s
-        return SchedulingPolicy(self.policy, self.longest_lead, longest_s, self.mlfq_quantum_s)
+        max_wait_s = math.inf if self.max_wait_s is None else self.max_wait_s
+        return SchedulingPolicy(self.policy, self.longest_lead, longest_s, self.mlfq_quantum_s, max_wait_s)
 
 
 class MetricsConfig(Section):

@@ -66,6 +66,21 @@ class Preempted:
 
 
 @dataclass(frozen=True, slots=True)
+class Displaced:
+    """The job is not in the batch, because other jobs precede it. It keeps its KV, and runs again by itself.
+
+    ``had_slot``: it was in the batch before.
+    """
+
+    had_slot: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Batched:
+    """The job is in the batch again."""
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """Last event of a job that is lost.
 
@@ -82,7 +97,7 @@ class Failed:
         return self.kind(self.reason)
 
 
-Event = Tokens | PromptLogprobs | JobDone | Finished | Preempted | Failed
+Event = Tokens | PromptLogprobs | JobDone | Finished | Preempted | Displaced | Batched | Failed
 
 
 class Engine(Protocol):
@@ -130,7 +145,7 @@ class Engine(Protocol):
         """Lets a paused job run again, in the token blocks that its sequence has by then."""
 
     def sequence_changed(self, job_id: int) -> None:
-        """To be called after the record's blocks or scheduling state changed.
+        """To be called after the record's blocks changed.
 
         A job whose last known token has no slot in its blocks does not run until this call.
         """

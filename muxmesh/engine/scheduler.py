@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from muxmesh.batch_choice import NEARLY_DONE, choose_batch
 from muxmesh.engine.api import (
+    Batched,
     ComputeDemand,
+    Displaced,
     EngineJob,
     Event,
     Failed,
@@ -48,6 +51,10 @@ class _ScheduledJob:
     """Seconds after ``due_at_s`` at which its SLO is missed; 0 as long as its prompt is computed here."""
     paused: bool = False
     pause_requested: bool = False
+    is_batched: bool = False
+    """Whether the batch of the last step had its sequence. Of sequences that decode only."""
+    is_displaced: bool = False
+    """Whether the last event about that was `Displaced`."""
 
     @property
     def scheduling(self) -> SchedulingState:
@@ -60,6 +67,14 @@ class _ScheduledJob:
     @property
     def num_uncomputed_tokens(self) -> int:
         return self.sequence.num_uncomputed_tokens
+
+    @property
+    def num_preemptions(self) -> int:
+        return self.sequence.num_preemptions
+
+    @property
+    def is_nearly_done(self) -> bool:
+        return self.sequence.work.is_past(NEARLY_DONE)
 
     @property
     def max_steps(self) -> int:
@@ -87,7 +102,8 @@ class _ScheduledJob:
 class Scheduler:
     """Owns the jobs of one engine: `next_step` → the runner computes it → `apply`.
 
-    `divide_token_budget` chooses the jobs of a step. At most one step is in flight. Events wait for `drain_events`.
+    `choose_batch` chooses the sequences that decode, `divide_token_budget` the jobs of a step. At most one step is in
+    flight. Events wait for `drain_events`.
     """
 
     max_num_seqs: int
@@ -167,16 +183,17 @@ class Scheduler:
     def next_step(self, now_s: float, max_steps: int = 1) -> Step | None:
         """Plans the next step, which is in flight from then on; None if no job is ready. ``now_s``: unix time.
 
-        It is a run of up to ``max_steps`` steps if every ready job is in the first and none needs a decision between
-        them. So every sequence has the same tokens for each ``max_steps``.
+        It is a run of up to ``max_steps`` steps if no prompt waits and none of its jobs needs a decision between them.
+        So every sequence has the same tokens for each ``max_steps``.
         """
         assert self._in_flight is None, "the step in flight is applied first"
         ready = [job for job in self._jobs.values() if job.is_ready]
-        planned = divide_token_budget(ready, self.policy, now_s, self.max_num_seqs, self.token_budget)
+        chosen = self._choose(ready, now_s)
+        planned = divide_token_budget(chosen, self.policy, now_s, self.max_num_seqs, self.token_budget)
         self._begin_urgency(ready, planned, now_s)
         num_steps = 1
-        if max_steps > 1 and len(planned) == len(ready):
-            num_steps = min((job.max_steps for job in ready), default=1)
+        if max_steps > 1 and len(planned) == len(chosen):
+            num_steps = min((job.max_steps for job in chosen), default=1)
         chunks = [_chunk(job, count) for job, count in planned]
         self._in_flight = Step(tuple(chunks), min(num_steps, max_steps)) if chunks else None
         return self._in_flight
@@ -211,6 +228,40 @@ class Scheduler:
         events, self._events = self._events, []
         return events
 
+    def _choose(self, ready: list[_ScheduledJob], now_s: float) -> list[_ScheduledJob]:
+        """The jobs that may be in the next step: all prompts, and of the sequences that decode those of the batch.
+
+        A job that cannot run, for want of a token block, loses its slot.
+        """
+        for job in self._jobs.values():
+            job.is_batched &= job.is_ready
+        decoding = [job for job in ready if job.num_uncomputed_tokens == 1]
+        if len(decoding) <= self.max_num_seqs:
+            for job in decoding:
+                self._batch(job)
+            return ready
+        batch = choose_batch(decoding, self.policy, now_s, self.max_num_seqs)
+        batch_ids = {job.job_id for job in batch}
+        for job in decoding:
+            if job.job_id in batch_ids:
+                self._batch(job)
+            else:
+                self._displace(job)
+        return batch + [job for job in ready if job.num_uncomputed_tokens > 1]
+
+    def _batch(self, job: _ScheduledJob) -> None:
+        job.is_batched = True
+        if job.is_displaced:
+            job.is_displaced = False
+            self._events.append((job.job_id, Batched()))
+
+    def _displace(self, job: _ScheduledJob) -> None:
+        job.sequence.num_preemptions += job.is_batched
+        if not job.is_displaced:
+            job.is_displaced = True
+            self._events.append((job.job_id, Displaced(had_slot=job.is_batched)))
+        job.is_batched = False
+
     def _begin_urgency(
         self, ready: Sequence[_ScheduledJob], planned: Sequence[tuple[_ScheduledJob, int]], now_s: float
     ) -> None:
@@ -231,6 +282,7 @@ class Scheduler:
 
     def _pause(self, job: _ScheduledJob) -> None:
         job.paused, job.pause_requested = True, False
+        job.is_batched = job.is_displaced = False
         self._events.append((job.job_id, Preempted()))
 
     def _apply_chunk(self, job: _ScheduledJob, chunk: Chunk, outcome: StepOutcome, step_s: float) -> Event | None:

@@ -16,7 +16,8 @@ import numpy as np
 
 from muxmesh.block_hashes import BlockHashChain
 from muxmesh.errors import InvalidRequest
-from muxmesh.types import EngineRequest, Finish, blocks_for
+from muxmesh.remaining_work import RemainingWork
+from muxmesh.types import EngineRequest, Finish, SchedulingState, blocks_for
 
 
 class SequenceRecord:
@@ -43,8 +44,15 @@ class SequenceRecord:
         Raises ValueError if no token is left to compute, or the blocks do not hold the known tokens.
         """
         self.request = request
-        self.scheduling = request.scheduling
-        """May be replaced at any time: an engine reads it for each step."""
+        self.work = RemainingWork(
+            request.scheduling,
+            request.prediction,
+            len(request.resume_token_ids),
+            request.stopping.max_new_tokens,
+        )
+        """Updated with each output token."""
+        self.num_preemptions = 0
+        """How often its engine displaced it from the batch."""
         self.block_size = block_size
         self.block_ids = block_ids
         self.finish: Finish | None = None
@@ -57,11 +65,17 @@ class SequenceRecord:
         self._chain = BlockHashChain(block_size, kv_root)
         self._num_hashed_tokens = 0
         self._is_exact = True
+        self.work.update(self.num_output_tokens)
         if not 0 <= num_computed_tokens < len(self._token_ids):
             raise ValueError(f"{num_computed_tokens} of {len(self._token_ids)} tokens are computed")
         if self.num_free_slots < 0:
             needed = blocks_for(len(self._token_ids), block_size)
             raise ValueError(f"{len(block_ids)} token blocks, needs {needed}")
+
+    @property
+    def scheduling(self) -> SchedulingState:
+        """What the sequence is ordered by: its remaining work of now, or of a few tokens ago."""
+        return self.work.state
 
     @property
     def num_tokens(self) -> int:
@@ -135,6 +149,7 @@ class SequenceRecord:
                 token_ids = token_ids[:num_kept]
                 break
         self._token_ids += token_ids
+        self.work.update(self.num_output_tokens)
         return self.finish
 
     def add_blocks(self, block_ids: tuple[int, ...]) -> None:

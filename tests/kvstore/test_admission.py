@@ -1,6 +1,7 @@
 """The order in which entries are admitted, quotas, and entries that come and go."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -105,6 +106,21 @@ def test_the_time_of_admission_enters_a_policy_that_depends_on_it() -> None:
         capacity.admit(admission_of(*entries, policy=hrrn), unix_s)
         orders.append(capacity.ids)
     assert orders == [[1, 2], [2, 1]]
+
+
+def test_an_overdue_entry_precedes_better_classes_and_shorter_ones() -> None:
+    policy = replace(SRTF, max_wait_s=60.0)
+    entries = (
+        entry(1, priority=5, arrived_at_s=10.0, decode_s=99.0),
+        entry(2, priority=-1, arrived_at_s=20.0, decode_s=1.0),
+        entry(3, priority=5, arrived_at_s=9.0, decode_s=100.0),
+    )
+    orders = []
+    for unix_s in (68.9, 69.0, 70.0):
+        capacity = Capacity()
+        capacity.admit(admission_of(*entries, policy=policy), unix_s)
+        orders.append(capacity.ids)
+    assert orders == [[2, 1, 3], [3, 2, 1], [3, 1, 2]]
 
 
 def test_entries_of_several_routers_form_one_queue() -> None:

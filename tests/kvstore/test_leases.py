@@ -15,6 +15,7 @@ from kvstore.leases import (
     LeaseState,
     LeaseTable,
 )
+from kvstore.sequence_progress import SequenceProgress
 from kvstore.slab_pool import SlabPool
 from kvstore.swap_space import SwapSpace
 from muxmesh.block_hashes import block_hashes
@@ -128,7 +129,7 @@ def documented_transitions() -> dict[str, dict[LeaseState, LeaseState]]:
         columns = re.split(r"\s{2,}", line.strip())
         if columns[0] in OPERATIONS:
             before, after = columns[1].split(", "), LeaseState(columns[2])
-            found[columns[0]] = {LeaseState(state): after for state in before}
+            found.setdefault(columns[0], {}).update({LeaseState(state): after for state in before})
     return found
 
 
@@ -338,6 +339,70 @@ def test_a_lease_that_cannot_grow_stays_as_it_is(unit: SmallUnit) -> None:
     assert unit.table.of_owner("decode") == [lease]
 
 
+def decoding(unit: SmallUnit) -> LeaseRef:
+    """A lease that prefill has handed off to its decode worker."""
+    lease = unit.table.acquire(unit.credit().ref, "prefill")
+    return unit.table.move(lease.ref, "prefill", "decode", 24, (7,)).ref
+
+
+def test_a_decode_worker_reports_what_its_batch_has_and_how_much_is_left(unit: SmallUnit) -> None:
+    ref = decoding(unit)
+    (computed,) = unit.table.decoding_in("decode")
+    unit.table.report(ref.lease_id, SequenceProgress(False, 3.5, 1.5, True, 2))
+    assert unit.table.state_of(ref, "decode") is LeaseState.PAUSED
+    assert unit.table.decoding_in("decode") == []
+    state = unit.table.scheduling_of(ref, "decode")
+    assert (state.decode_s, state.served_s, state.prefill_s) == (3.5, 1.5, 0.0)
+    assert (computed.num_preemptions, computed.is_nearly_done, computed.is_batched) == (2, True, False)
+    unit.table.report(ref.lease_id, SequenceProgress(True))
+    assert unit.table.decoding_in("decode") == [computed] and computed.is_batched
+    assert unit.table.scheduling_of(ref, "decode").decode_s == 3.5, "an unknown rest changes nothing"
+    unit.table.check_integrity()
+
+
+@pytest.mark.parametrize("state", LeaseState)
+def test_a_report_of_a_lease_that_its_decode_worker_does_not_have_is_ignored(
+    unit: SmallUnit, state: LeaseState
+) -> None:
+    ref, owner = unit.in_state(state)
+    unit.table.report(ref.lease_id, SequenceProgress(False, 3.5, 1.5))
+    unit.table.report(99, SequenceProgress(False, 3.5, 1.5))
+    assert unit.table.state_of(ref, owner) is state
+
+
+def test_a_lease_between_pool_and_swap_region_is_neither_paused_nor_resumed(unit: SmallUnit) -> None:
+    ref = decoding(unit)
+    unit.table.begin_swap_out(ref, "decode", SWAP_PAGE_BYTES)
+    unit.table.report(ref.lease_id, SequenceProgress(False, 3.5, 1.5))
+    assert unit.table.state_of(ref, "decode") is LeaseState.SWAPPING_OUT
+
+
+def test_only_sequences_that_a_decode_worker_computes_are_decoding_in_it(unit: SmallUnit) -> None:
+    unit.table.acquire(unit.credit().ref, "prefill")
+    assert unit.table.decoding_in("decode") == []
+    ref = decoding(unit)
+    assert [record.lease.ref for record in unit.table.decoding_in("decode")] == [ref]
+    unit.table.begin_swap_out(ref, "decode", SWAP_PAGE_BYTES)
+    assert unit.table.decoding_in("decode") == []
+
+
+def test_one_paused_lease_at_a_time_is_swapped_out_for_those_that_precede_it(unit: SmallUnit) -> None:
+    first, second = (unit.resident(num_tokens=8, arrived_at_s=arrived_at_s) for arrived_at_s in (1.0, 2.0))
+    for lease in (first, second):
+        unit.table.pause(lease.ref, "decode")
+
+    def victim_after(arrived_at_s: float) -> int | None:
+        chosen = unit.table.choose_paused_victim(["m"], by_arrival, by_arrival(SchedulingState(0, arrived_at_s)))
+        return None if chosen is None else chosen[1]
+
+    assert victim_after(2.0) is None
+    assert victim_after(0.5) == second.ref.lease_id
+    unit.table.begin_swap_out(second.ref, "decode", SWAP_PAGE_BYTES)
+    assert victim_after(0.5) is None, "its memory is on the way"
+    unit.table.finish_swap_out(second.ref, "decode")
+    assert victim_after(0.5) == first.ref.lease_id
+
+
 def test_a_paused_lease_keeps_its_blocks_and_frees_its_slot_of_the_batch(unit: SmallUnit) -> None:
     lease = unit.resident()
     unit.table.pause(lease.ref, "decode")
@@ -466,10 +531,16 @@ def victim(unit: SmallUnit, *owners: str, models: tuple[str, ...] = ("m",)) -> i
 def test_the_victim_is_the_last_resident_lease_in_order(unit: SmallUnit) -> None:
     for arrived_at_s in (3.0, 5.0, 4.0):
         unit.resident(num_tokens=8, arrived_at_s=arrived_at_s)
-    paused = unit.resident(num_tokens=8, arrived_at_s=9.0)
-    unit.table.pause(paused.ref, "decode")
     unit.credit(num_tokens=8, arrived_at_s=9.0, router="decode")
     assert unit.table.choose_victim(["decode"], ["m"], by_arrival) == ("decode", 2)
+
+
+def test_a_paused_lease_is_the_victim_before_one_that_computes(unit: SmallUnit) -> None:
+    paused = [unit.resident(num_tokens=8, arrived_at_s=arrived_at_s) for arrived_at_s in (1.0, 2.0)]
+    unit.resident(num_tokens=8, arrived_at_s=9.0)
+    for lease in paused:
+        unit.table.pause(lease.ref, "decode")
+    assert victim(unit, "decode") == paused[1].ref.lease_id
 
 
 def test_only_leases_of_the_given_owners_and_models_are_victims(unit: SmallUnit) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.progress_page import ProgressPage, new_progress_fd, page_bytes
+from kvstore.sequence_progress import SequenceProgress
 from muxmesh.block_hashes import HASH_BYTES, block_hashes
 
 NUM_SLOTS, MAX_BLOCKS = 2, 6
@@ -36,6 +37,31 @@ def test_kvstore_reads_what_the_worker_committed(pages: tuple[ProgressPage, Prog
     assert unit.read() == {7: HASHES[:3], 8: HASHES[4:5]}
     worker.end(7)
     assert unit.read() == {8: HASHES[4:5]}
+
+
+def test_kvstore_reads_the_remaining_work_and_who_is_in_the_batch(pages: tuple[ProgressPage, ProgressPage]) -> None:
+    worker, unit = pages
+    assert unit.reports() == {}
+    worker.begin(7)
+    worker.begin(8)
+    assert unit.reports()[7] == SequenceProgress(True, None, 0.0)
+    worker.report(7, SequenceProgress(False, 2.5, 0.75, True, 5))
+    worker.report(9, SequenceProgress(False, 1.0, 1.0))  # has no slot
+    assert unit.reports() == {7: SequenceProgress(False, 2.5, 0.75, True, 5), 8: SequenceProgress(True, None, 0.0)}
+    worker.end(7)
+    worker.begin(10)
+    assert unit.reports()[10] == SequenceProgress(True, None, 0.0), "nothing is left of the slot's last sequence"
+
+
+def test_a_report_and_the_hashes_do_not_overwrite_each_other(pages: tuple[ProgressPage, ProgressPage]) -> None:
+    worker, unit = pages
+    worker.begin(7)
+    worker.begin(8)
+    for lease_id in (7, 8):
+        worker.commit(lease_id, 0, HASHES[:MAX_BLOCKS])
+        worker.report(lease_id, SequenceProgress(False, float(lease_id), 1.0))
+    assert unit.read() == {7: HASHES[:MAX_BLOCKS], 8: HASHES[:MAX_BLOCKS]}
+    assert unit.reports() == {one: SequenceProgress(False, float(one), 1.0) for one in (7, 8)}
 
 
 def test_a_slot_begins_empty_for_its_next_lease(pages: tuple[ProgressPage, ProgressPage]) -> None:
@@ -87,7 +113,7 @@ def test_lease_ids_of_64_bits_are_kept(pages: tuple[ProgressPage, ProgressPage])
 
 def test_the_size_of_a_page_holds_all_slots() -> None:
     fd = new_progress_fd(NUM_SLOTS, MAX_BLOCKS)
-    assert os.fstat(fd).st_size == page_bytes(NUM_SLOTS, MAX_BLOCKS) == NUM_SLOTS * (16 + MAX_BLOCKS * HASH_BYTES)
+    assert os.fstat(fd).st_size == page_bytes(NUM_SLOTS, MAX_BLOCKS) == NUM_SLOTS * (40 + MAX_BLOCKS * HASH_BYTES)
     os.close(fd)
 
 

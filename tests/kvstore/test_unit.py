@@ -3,12 +3,17 @@
 Random operations: `test_unit_random_operations`.
 """
 
+from dataclasses import replace
+
 import pytest
 
+from kvstore.admission import Admission
+from kvstore.sequence_progress import SequenceProgress
 from kvstore.unit import (
     CREDIT_TTL_S,
     RECLAIM_AFTER_S,
     RECLAIM_EVERY_S,
+    SLOT_CHECK_EVERY_S,
     AdmissionDecisions,
     PreemptionRequest,
     Unit,
@@ -17,6 +22,7 @@ from kvstore.unit import (
 from kvstore.unit_model import UnitModel
 from muxmesh.block_hashes import block_hashes
 from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
+from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, Lease, QueuedRequest, Role, SchedulingState, Waits
 from tests.kvstore.small_unit import (
     SHAPES,
@@ -250,23 +256,6 @@ def test_after_a_failure_of_the_device_no_request_gets_kv_that_was_computed_befo
     attach_ready(unit, "a")
     assert offered(3).num_computed_tokens == 0
     unit.check_integrity()
-
-
-def test_a_paused_sequence_frees_its_slot_until_too_many_are_resident() -> None:
-    unit = Unit(4 * SLAB_BYTES, SLAB_BYTES, {"a": UnitModel(SHAPES["a"], 1, 512, max_resident_seqs=2)})
-    attach_ready(unit, "a")
-    first, worker = decoding(unit, 1, 40)
-    unit.offer("router", queued(3))
-    assert admitted_ids(unit) == []
-    unit.admission.withdraw("router", 3)
-    unit.leases.pause(first.ref, worker)
-    second, _ = decoding(unit, 2, 8)
-    unit.leases.pause(second.ref, worker)
-    unit.offer("router", queued(3))
-    assert admitted_ids(unit) == [], "two sequences are resident"
-    assert unit.leases.of_owner(worker)[0].block_ids == first.block_ids
-    unit.release(second.ref, worker)
-    assert admitted_ids(unit) == [3]
 
 
 # Quotas and loans
@@ -679,3 +668,158 @@ def test_a_request_that_a_better_one_overtakes_waits_for_it() -> None:
     (urgent,) = schedule(unit, 4.0).credits
     unit.release(urgent.lease.ref, "r")
     assert waits_of(unit, 12, 5.0) == Waits(slot_s=2.0, order_s=2.0)
+
+
+# Pre-emption from a full batch
+
+
+def unit_with_paused(max_num_seqs: int = 2, paused: int = 2, policy: str = "srtf") -> Unit:
+    order = SchedulingPolicy(policy, 0.0, 0.0, 1.0)  # type: ignore[arg-type]
+    model = UnitModel(SHAPES["a"], max_num_seqs, 512, max_resident_seqs=max_num_seqs + paused)
+    unit = Unit(8 * SLAB_BYTES, SLAB_BYTES, {"a": model}, policy=order)
+    attach_ready(unit, "a")
+    return unit
+
+
+def with_work(entry_id: int, remaining_s: float, priority: int = 0) -> QueuedRequest:
+    return QueuedRequest(entry_id, "a", SchedulingState(priority, 0.0, decode_s=remaining_s), KvDemand(8, 8))
+
+
+def full_batch(unit: Unit, *remaining_s: float) -> list[Lease]:
+    """Decoding sequences with this work."""
+    prefill, decode = (unit.ready_workers(role, "a")[0].name for role in Role)
+    leases = []
+    for number, work_s in enumerate(remaining_s, 100):
+        unit.offer("router", with_work(number, work_s))
+        (issued,) = schedule(unit).credits
+        acquired = unit.acquire(issued.lease.ref, prefill)
+        leases.append(unit.move(acquired.ref, prefill, decode, 7, (1,)))
+    return leases
+
+
+def test_a_request_with_less_than_half_of_the_work_is_admitted_to_a_full_batch() -> None:
+    unit = unit_with_paused()
+    full_batch(unit, 10.0, 10.0)
+    unit.offer("router", with_work(1, 5.0))
+    assert admitted_ids(unit) == []
+    unit.offer("router", with_work(2, 4.9))
+    assert admitted_ids(unit) == [2]
+    unit.check_integrity()
+
+
+def test_a_request_of_a_better_class_is_admitted_to_a_full_batch_under_any_policy() -> None:
+    unit = unit_with_paused(policy="fcfs")
+    full_batch(unit, 1.0, 1.0)
+    unit.offer("router", with_work(1, 0.1))
+    assert admitted_ids(unit) == []
+    unit.offer("router", with_work(2, 99.0, priority=-1))
+    assert admitted_ids(unit) == [2]
+
+
+def test_what_running_sequences_have_left_decides_about_a_request() -> None:
+    unit = unit_with_paused()
+    leases = full_batch(unit, 10.0, 10.0)
+    unit.offer("router", with_work(1, 4.0))
+    unit.report({lease.ref.lease_id: SequenceProgress(True, 7.0, 3.0) for lease in leases})
+    assert admitted_ids(unit) == []
+    unit.report({leases[0].ref.lease_id: SequenceProgress(True, 9.0, 3.0)})  # predicted again
+    assert admitted_ids(unit) == [1]
+
+
+def test_displaced_sequences_are_limited_and_return_before_requests_that_follow_them() -> None:
+    unit = unit_with_paused(paused=1)
+    first, second = full_batch(unit, 10.0, 10.0)
+    unit.offer("router", with_work(1, 1.0))
+    unit.offer("router", with_work(2, 1.5))
+    assert admitted_ids(unit) == [1], "one more sequence may be resident"
+    unit.report({first.ref.lease_id: SequenceProgress(False, 6.0, 4.0)})
+    decode = unit.ready_workers(Role.DECODE, "a")[0].name
+    unit.admission.withdraw("router", 2)
+    unit.release(second.ref, decode)
+    unit.offer("router", with_work(3, 5.0))
+    assert admitted_ids(unit) == [], "the free slot is the displaced sequence's"
+    unit.check_integrity()
+
+
+def test_a_displaced_sequence_grows() -> None:
+    unit = unit_with_paused()
+    (lease, _) = full_batch(unit, 10.0, 10.0)
+    unit.report({lease.ref.lease_id: SequenceProgress(False, 6.0, 4.0)})
+    decode = unit.ready_workers(Role.DECODE, "a")[0].name
+    assert unit.grow(lease.ref, decode, 1) is not None
+    unit.check_integrity()
+
+
+def test_reports_of_leases_that_have_ended_are_ignored() -> None:
+    unit = unit_with_paused()
+    unit.report({99: SequenceProgress(False, 1.0, 1.0)})
+    unit.check_integrity()
+
+
+def test_a_paused_sequence_gives_its_memory_to_a_request_that_precedes_it() -> None:
+    unit = unit_with_paused()
+    first, second = full_batch(unit, 10.0, 10.0)
+    unit.report({first.ref.lease_id: SequenceProgress(False, 6.0, 4.0)})
+    decode = unit.ready_workers(Role.DECODE, "a")[0].name
+    assert unit.grow(second.ref, decode, num_free_blocks(unit)) is not None
+    assert schedule(unit).preemptions == []
+    unit.offer("router", with_work(2, 4.0))
+    decisions = schedule(unit, now_s=RECLAIM_EVERY_S)
+    assert decisions.preemptions == [PreemptionRequest(decode, first.ref.lease_id)]
+    assert decisions.credits == []
+    assert schedule(unit, now_s=1.5 * RECLAIM_EVERY_S).preemptions == [], "it is told once, and again if it stays"
+    assert unit.next_change_s() == 2 * RECLAIM_EVERY_S
+    unit.release(first.ref, decode)
+    assert admitted_ids(unit) == [2]
+    unit.check_integrity()
+
+
+def num_free_blocks(unit: Unit) -> int:
+    return unit.pool.capacity_blocks("a") - unit.blocks.num_in_use("a")
+
+
+def test_a_long_request_does_not_keep_short_ones_from_a_full_batch() -> None:
+    """Under an aged order the oldest is first, though it displaces none."""
+    unit = unit_with_paused(policy="srtf-aged")
+    unit.policy = SchedulingPolicy("srtf-aged", 100.0, 1e9, 1.0)
+    unit.admission = Admission(unit.policy)
+    full_batch(unit, 20.0, 20.0)
+    old = SchedulingState(0, -500.0, decode_s=15.0, mean_work_s=1.0)
+    unit.offer("router", QueuedRequest(1, "a", old, KvDemand(8, 8)))
+    unit.offer("router", QueuedRequest(2, "a", replace(old, arrived_at_s=0.0, decode_s=0.1), KvDemand(8, 8)))
+    assert admitted_ids(unit) == [2]
+
+
+def test_a_growing_sequence_takes_the_memory_of_a_paused_one_that_follows_it() -> None:
+    unit = unit_with_paused()
+    first, second = full_batch(unit, 10.0, 5.0)
+    unit.report({first.ref.lease_id: SequenceProgress(False, 9.0, 1.0)})
+    decode = unit.ready_workers(Role.DECODE, "a")[0].name
+    assert unit.grow(second.ref, decode, num_free_blocks(unit)) is not None
+    assert unit.grow(second.ref, decode, 1) is None
+    assert schedule(unit).preemptions == [PreemptionRequest(decode, first.ref.lease_id)]
+    unit.leases.release(first.ref, decode)
+    assert unit.grow(second.ref, decode, 1) is not None
+    assert schedule(unit, now_s=1.0).preemptions == []
+
+
+def test_a_growing_sequence_that_follows_all_paused_ones_takes_no_memory_of_them() -> None:
+    unit = unit_with_paused()
+    first, second = full_batch(unit, 4.0, 5.0)
+    unit.report({first.ref.lease_id: SequenceProgress(False, 3.0, 1.0)})
+    decode = unit.ready_workers(Role.DECODE, "a")[0].name
+    assert unit.grow(second.ref, decode, num_free_blocks(unit)) is not None
+    assert unit.grow(second.ref, decode, 1) is None
+    assert schedule(unit).preemptions == []
+
+
+def test_while_a_request_waits_for_a_slot_the_unit_looks_again_what_has_changed() -> None:
+    unit = unit_with_paused()
+    leases = full_batch(unit, 10.0, 10.0)
+    unit.offer("router", with_work(1, 6.0))
+    assert schedule(unit).credits == [] and unit.next_change_s() == SLOT_CHECK_EVERY_S
+    schedule(unit, now_s=0.05)
+    assert unit.next_change_s() == SLOT_CHECK_EVERY_S, "other changes do not put it off"
+    unit.report({leases[0].ref.lease_id: SequenceProgress(True, 12.5, 3.0)})
+    assert admitted_ids(unit, SLOT_CHECK_EVERY_S) == [1]
+    assert unit.next_change_s() != SLOT_CHECK_EVERY_S

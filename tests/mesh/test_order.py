@@ -34,7 +34,7 @@ ORDERS: dict[str, list[int]] = {
 
 
 def config(policy: str) -> dict[str, Any]:
-    model = {"name": "sim", "engine": "sim", "sim": {"base_s": STEP_S}, "max_num_seqs": 1}
+    model = {"name": "sim", "engine": "sim", "sim": {"base_s": STEP_S}, "max_num_seqs": 1, "max_paused_seqs": 0}
     return {"order": {"policy": policy}, "units": [{"kv_pool": "16MiB", "models": [model]}]}
 
 

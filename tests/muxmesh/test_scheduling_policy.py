@@ -1,5 +1,6 @@
 import math
 import random
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -66,6 +67,17 @@ def test_an_aged_request_is_not_overtaken_after_its_handicap() -> None:
     later, much_later = (SchedulingState(0, at_s, 0.0, 0.5, mean_work_s=10.0) for at_s in (199.0, 201.0))
     assert order(aged, long, later) == [1, 0]
     assert order(aged, long, much_later) == [0, 1]
+
+
+@pytest.mark.parametrize("name", get_args(PolicyName))
+def test_an_overdue_request_precedes_all_others_and_overdue_ones_are_in_order_of_arrival(name: PolicyName) -> None:
+    policy = replace(policy_of(name), max_wait_s=50.0)
+    fresh = SchedulingState(-9, 60.0, decode_s=1.0)
+    older, newer = (SchedulingState(9, at_s, decode_s=99.0) for at_s in (10.0, 20.0))
+    assert not policy.is_overdue(newer, 69.9) and policy.is_overdue(newer, 70.0)
+    keys = {state.arrived_at_s: policy.sort_key(state, 70.0) for state in (fresh, newer, older)}
+    assert sorted(keys, key=lambda at_s: keys[at_s]) == [10.0, 20.0, 60.0]
+    assert policy.reason(newer, 70.0) == "overdue, before all others: waited 50 s of 50 s"
 
 
 WORKS_S = st.floats(0, 1e6)

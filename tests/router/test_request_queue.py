@@ -38,6 +38,16 @@ def test_a_clock_that_was_set_back_does_not_stop_the_sorting() -> None:
     assert [shown.entry_id for shown in queue.show_next(101.0)] == [1]
 
 
+def test_an_overdue_request_is_shown_before_better_classes() -> None:
+    queue = RequestQueue(replace(FCFS, max_wait_s=60.0), shown_per_model=1)
+    queue.add(QueuedRequest(1, "m", SchedulingState(5, 100.0), KvDemand(10, 10)))
+    queue.add(QueuedRequest(2, "m", SchedulingState(0, 120.0), KvDemand(10, 10)))
+    assert [shown.entry_id for shown in queue.show_next(121.0)] == [2]
+    assert [shown.entry_id for shown in queue.show_next(159.9)] == []
+    assert [shown.entry_id for shown in queue.show_next(160.1)] == [1]
+    assert queue.remove(1) and queue.remove(2)
+
+
 def test_the_next_request_is_shown_when_a_shown_one_is_removed() -> None:
     queue = RequestQueue(shown_per_model=1)
     queue.add(queued(1))

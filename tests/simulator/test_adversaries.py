@@ -97,7 +97,7 @@ def advantage_of_b(records: Sequence[Record]) -> float:
 @pytest.mark.parametrize("kind", USELESS)
 def test_a_useless_predictor_costs_no_more_than_hrrn(kind: str) -> None:
     records = late_records(LearnedLengths(CheckedPredictor(ScriptedPredictor(USELESS[kind]))))
-    assert mean_s(records) == pytest.approx(hrrn_mean_s(), rel=0.05)
+    assert mean_s(records) <= 1.05 * hrrn_mean_s()
 
 
 def test_a_good_predictor_is_better_than_hrrn() -> None:

@@ -117,7 +117,8 @@ def test_a_policy_that_is_given_replaces_the_configured_one() -> None:
 
 
 def test_a_lower_priority_value_goes_first() -> None:
-    sketches = [make_sketch(0, 0.0, num_output=100), make_sketch(1, 0.1), make_sketch(2, 0.2, priority=-1)]
+    sketches = [make_sketch(0, 0.0, num_output=100), make_sketch(1, 0.1, num_output=90)]
+    sketches.append(make_sketch(2, 0.2, num_output=90, priority=-1))
     assert decided_order(sketches, sim_mesh(sim_model(slots=1), policy="srtf-aged")) == [0, 2, 1]
 
 

@@ -97,11 +97,30 @@ def test_decisions_are_numbered_and_give_a_reason() -> None:
 
 
 def test_a_lower_priority_value_is_admitted_first() -> None:
-    bench = Bench(sim_mesh(sim_model(slots=1)))
+    bench = Bench(sim_mesh(sim_model(slots=1, max_paused_seqs=0)))
     for priority in (0, 0, -1):
         bench.request_at(0.01 * len(bench.requests), priority=priority)
     bench.run()
     assert bench.ended == [0, 2, 1]
+
+
+def test_a_better_class_pre_empts_a_full_batch_and_its_victim_loses_no_token() -> None:
+    bench = Bench(sim_mesh(sim_model(slots=1)))
+    long = bench.request_at(0.0, num_output=200)
+    urgent = bench.request_at(0.5, num_output=10, priority=-1)
+    bench.run()
+    assert bench.ended == [1, 0]
+    assert urgent.record.e2el_s == pytest.approx(10 * STEP_S, abs=3 * STEP_S), "it waits for no slot"
+    assert sum(count for _, count in long.record.pieces) == 200
+    assert long.record.e2el_s == pytest.approx(210 * STEP_S, abs=3 * STEP_S)
+
+
+def test_a_short_request_pre_empts_a_long_one_and_a_long_one_does_not() -> None:
+    bench = Bench(sim_mesh(sim_model(slots=1)), policy=SRTF)
+    for at_s, num_output in ((0.0, 200), (0.5, 190), (0.6, 10)):
+        bench.request_at(at_s, num_output=num_output, work_s=num_output * STEP_S)
+    bench.run()
+    assert bench.ended == [2, 0, 1]
 
 
 def test_a_request_that_never_fits_the_pool_ends_with_an_error_and_the_others_are_served() -> None:
@@ -186,7 +205,7 @@ def test_a_busy_model_lets_another_one_wake_after_a_while() -> None:
 def test_every_request_ends_once_and_the_slots_are_never_exceeded(
     requests: list[tuple[float, int, int, int]],
 ) -> None:
-    config = sim_mesh(sim_model(slots=3, kv_answer_tokens=16), pool="1MiB", slab="1MiB")
+    config = sim_mesh(sim_model(slots=3, kv_answer_tokens=16, max_paused_seqs=2), pool="1MiB", slab="1MiB")
     bench = Bench(config, delays=Delays(admit_s=0.003, hand_off_s=0.002, end_s=0.001))
     for at_s, num_prompt, num_output, priority in requests:
         bench.request_at(at_s, num_prompt, num_output, priority=priority)
@@ -195,7 +214,7 @@ def test_every_request_ends_once_and_the_slots_are_never_exceeded(
     changes = [(one.at_s, 1, 1) for one in bench.decisions]
     changes += [(record.ended_s or 0.0, 0, -1) for record in bench.records]
     if bench.unit.use.num_requeued == 0:
-        assert max(itertools.accumulate(change for *_, change in sorted(changes))) <= 3
+        assert max(itertools.accumulate(change for *_, change in sorted(changes))) <= 3 + 2
 
 
 MODELS = st.lists(

@@ -1,11 +1,15 @@
 import math
+from collections.abc import Callable
 
 import pytest
 
 from muxmesh.engine.api import ComputeDemand
+from muxmesh.remaining_work import RemainingWork
+from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.step_cost import StepCost
-from muxmesh.types import SchedulingState
+from muxmesh.types import LengthPrediction, SchedulingState
 from simulator.simulated_workers import DecodeJob, DecodeWorker, PrefillJob, PrefillWorker
+from simulator.step_times import LinearStepTimes
 from tests.support.simulated_workers import STEP_S, decode_job, decode_worker, nothing, prefill_job, prefill_worker
 
 
@@ -157,7 +161,7 @@ def test_a_worker_demands_for_the_best_class_and_the_oldest_request() -> None:
     for priority, arrived_at_s in ((0, 5.0), (2, 1.0), (-1, 7.0)):
         prefill.add(PrefillJob(SchedulingState(priority, arrived_at_s), 0, 10, nothing))
         job = decode_job(priority + 2)
-        job.scheduling = SchedulingState(priority, arrived_at_s)
+        job.work = RemainingWork(SchedulingState(priority, arrived_at_s), None)
         decode.add(job)
     assert prefill.demand(9.0) == decode.demand(9.0) == ComputeDemand(-1, 1.0)
     run_steps(decode, 1)  # the job of the best class ends
@@ -195,3 +199,89 @@ def test_each_token_of_a_sequence_is_due_its_tpot_after_the_one_before() -> None
     assert worker.demand(1.0).slack_s == pytest.approx(4.0)
     worker.remove(job)
     assert worker.demand(1.0).slack_s == math.inf
+
+
+# More sequences than the batch holds
+
+
+def small_batch(max_num_seqs: int = 1) -> DecodeWorker:
+    return DecodeWorker(LinearStepTimes(StepCost(0.0, 1.0, 1.0)), "m", 1.0, SRTF, max_num_seqs)
+
+
+SRTF = SchedulingPolicy("srtf", 0.0, 0.0, 1.0)
+
+
+def predicted_job(
+    num_left: int, remaining_s: float, done: Callable[[], None] = nothing, priority: int = 0, length: float = 1000.0
+) -> DecodeJob:
+    state = SchedulingState(priority, 0.0, decode_s=remaining_s)
+    return DecodeJob(10, num_left, done, lambda: None, nothing, RemainingWork(state, LengthPrediction(length, length)))
+
+
+def test_a_displaced_sequence_continues_where_it_was() -> None:
+    worker, done = small_batch(), list[str]()
+    long = predicted_job(20, 100.0, lambda: done.append("long"))
+    worker.add(long)
+    run_steps(worker, 6)
+    worker.add(predicted_job(3, 2.0, lambda: done.append("short")))
+    worker.plan(0.0)
+    assert (long.is_batched, long.num_preemptions, worker.num_tokens(long)) == (False, 1, 6)
+    assert worker.duration_s(1) == 1 + 10, "one sequence and its context"
+    assert worker.max_steps() == 1, "another one may displace what is left of the batch"
+    worker.apply(1)
+    run_steps(worker, 2)
+    assert done == ["short"] and worker.num_tokens(long) == 6
+    worker.plan(0.0)
+    assert worker.max_steps() == 14 and worker.duration_s(1) == 1 + 16
+    worker.apply(14)
+    assert done == ["short", "long"] and not worker.has_work()
+
+
+def test_the_checks_of_a_displaced_sequence_wait_too() -> None:
+    worker, checked_after = small_batch(), list[int]()
+    state = SchedulingState(0, 0.0, decode_s=100.0)
+    job = DecodeJob(
+        10, 50, nothing, lambda: 10 - worker.num_tokens(job), lambda: checked_after.append(worker.num_tokens(job)),
+        RemainingWork(state, LengthPrediction(1000.0, 1000.0)),
+    )  # fmt: skip
+    worker.add(job)
+    run_steps(worker, 6)
+    worker.add(predicted_job(8, 2.0))
+    run_steps(worker, 1)
+    run_steps(worker, 7)
+    assert checked_after == []
+    run_steps(worker, 4)
+    assert checked_after == [10]
+
+
+def test_a_sequence_without_a_slot_waits_and_may_be_removed() -> None:
+    worker = small_batch()
+    waiting = predicted_job(9, 90.0)
+    worker.add(predicted_job(3, 80.0))
+    worker.add(waiting)
+    run_steps(worker, 1)
+    assert not waiting.is_batched and worker.num_tokens(waiting) == 0
+    worker.remove(waiting)
+    run_steps(worker, 2)
+    assert not worker.has_work()
+
+
+def test_a_new_prediction_ends_a_run_while_a_sequence_waits() -> None:
+    worker = small_batch()
+    worker.add(predicted_job(400, 80.0, length=100.0))
+    worker.plan(0.0)
+    assert worker.max_steps() == 400
+    worker.add(predicted_job(9, 70.0))
+    worker.plan(0.0)
+    assert worker.max_steps() == 25, "a quarter of the predicted length"
+
+
+def test_a_better_class_is_in_the_next_step() -> None:
+    worker = small_batch(max_num_seqs=2)
+    for _ in range(2):
+        worker.add(predicted_job(50, 1.0))
+    run_steps(worker, 5)
+    urgent = predicted_job(50, 99.0, priority=-1)
+    worker.add(urgent)
+    worker.plan(0.0)
+    assert urgent.is_batched

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from muxmesh.remaining_work import RemainingWork
 from muxmesh.scheduling_policy import FCFS
 from muxmesh.step_cost import StepCost
 from muxmesh.types import SchedulingState
@@ -22,7 +23,8 @@ def decode_job(
     num_left: int, done: Callable[[], None] = nothing, num_context: int = 10, arrived_at_s: float = 0.0
 ) -> DecodeJob:
     """A sequence that never needs attention."""
-    return DecodeJob(num_context, num_left, done, lambda: None, nothing, SchedulingState(0, arrived_at_s))
+    work = RemainingWork(SchedulingState(0, arrived_at_s), None)
+    return DecodeJob(num_context, num_left, done, lambda: None, nothing, work)
 
 
 def prefill_job(num_tokens: int, done: Callable[[], None] = nothing, arrived_at_s: float = 0.0) -> PrefillJob:

@@ -17,6 +17,7 @@ import pytest
 
 from kvstore.grant_page import Word
 from kvstore.leases import LeaseState
+from kvstore.sequence_progress import SequenceProgress
 from muxmesh.block_hashes import block_hashes
 from muxmesh.clock import SystemClock
 from muxmesh.device.device_pool import DevicePool, HostPool, KvCopy
@@ -325,6 +326,22 @@ async def test_full_blocks_are_committed_as_they_are_computed(worker: DecodeWork
     assert worker.progress(sequence.lease) == sequence.hashes and len(sequence.hashes) == 3
     sequence.kv.end()
     assert worker.progress(sequence.lease) is None
+
+
+async def test_the_unit_knows_what_is_left_and_whether_the_batch_has_the_sequence(worker: DecodeWorker) -> None:
+    sequence = await worker.sequence(max_new_tokens=12)
+    reports = worker.attachment.progress.reports
+    lease_id = sequence.lease.ref.lease_id
+    assert reports()[lease_id] == SequenceProgress(is_batched=True)
+    sequence.record.num_preemptions = 1
+    sequence.kv.on_batch_changed(False)
+    state = sequence.record.scheduling
+    expected = SequenceProgress(False, state.decode_s, state.served_s, False, 1)
+    assert reports()[lease_id] == expected
+    sequence.kv.on_batch_changed(True)
+    assert reports()[lease_id].is_batched
+    sequence.kv.end()
+    assert lease_id not in reports()
 
 
 async def test_a_released_sequence_leaves_its_full_blocks_in_the_prefix_cache(worker: DecodeWorker) -> None:

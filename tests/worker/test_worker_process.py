@@ -182,7 +182,7 @@ async def test_a_worker_whose_engine_is_dead_ends(tmp_path: Path, caplog: pytest
         await unit.until(lambda: ready(unit, Role.DECODE))
         sequence = contexts[0].sequence(request, Lease(LeaseRef(1, 1), "m", (0, 1, 2)))
         contexts[0].engine.submit(EngineJob(1, sequence))
-        sequence.scheduling = None  # type: ignore[assignment]
+        sequence.work.state = None  # type: ignore[assignment]
         async with asyncio.timeout(20):
             await worker.task
     assert "giving up: the engine is dead: AttributeError: 'NoneType' object" in caplog.text

@@ -203,7 +203,6 @@ async def test_a_pre_empted_job_waits_and_continues(engine: Engine) -> None:
                 if len(got) == 3:
                     engine.preempt(1)
             elif isinstance(event, Preempted):
-                waiting.sequence.scheduling = SchedulingState(-1, 0.0)
                 engine.sequence_changed(1)
                 engine.resume(1)
     assert tuple(got) == whole

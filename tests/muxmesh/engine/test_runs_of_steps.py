@@ -74,9 +74,14 @@ def test_a_step_with_a_prompt_is_a_single_one() -> None:
     assert step is not None and (len(step.chunks), step.num_steps) == (2, 1)
 
 
-def test_while_a_ready_job_waits_for_its_turn_each_step_is_planned() -> None:
+def test_a_job_that_waits_for_a_slot_does_not_shorten_a_run() -> None:
     jobs = scheduler(decoding(1), decoding(2), decoding(3), max_num_seqs=2)
-    assert planned(jobs) == 1
+    assert planned(jobs) == 16
+
+
+def test_a_prompt_that_waits_ends_the_runs() -> None:
+    prompt = EngineJob(3, SequenceRecord(decoding().sequence.request, BLOCK_SIZE, b"", tuple(range(20))))
+    assert planned(scheduler(decoding(1), decoding(2), prompt, max_num_seqs=2)) == 1
 
 
 def test_a_job_that_cannot_run_does_not_shorten_a_run() -> None:

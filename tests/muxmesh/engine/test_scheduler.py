@@ -5,16 +5,28 @@ import math
 import numpy as np
 import pytest
 
-from muxmesh.engine.api import ComputeDemand, EngineJob, Failed, Finished, JobDone, Preempted, Tokens
+from muxmesh.engine.api import (
+    Batched,
+    ComputeDemand,
+    Displaced,
+    EngineJob,
+    Failed,
+    Finished,
+    JobDone,
+    Preempted,
+    Tokens,
+)
 from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import PromptScoring, SampledToken, Step, StepOutcome
 from muxmesh.errors import InvalidRequest, SequenceFailed
+from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.types import (
     Candidate,
     EngineRequest,
     Finish,
     FinishReason,
+    LengthPrediction,
     Sampling,
     SchedulingState,
     SloTargets,
@@ -99,15 +111,6 @@ def test_order_is_priority_then_arrival() -> None:
     for job_id, priority in ((1, 0), (2, 0), (3, -1)):
         jobs.add(job(job_id, priority=priority))
     assert [chunk[0] for chunk in shape(jobs.next_step(0.0))] == [3, 1]
-
-
-def test_another_scheduling_state_takes_effect_with_the_next_step() -> None:
-    jobs = scheduler(max_num_seqs=1)
-    late = job(2)
-    jobs.add(job(1))
-    jobs.add(late)
-    late.sequence.scheduling = SchedulingState(-5, 0.0)
-    assert [chunk[0] for chunk in shape(jobs.next_step(0.0))] == [2]
 
 
 @pytest.mark.parametrize(
@@ -474,3 +477,154 @@ def test_a_job_that_waited_for_blocks_is_in_the_demand_when_it_has_them() -> Non
     assert jobs.next_step(121.0) is None
     waiting.sequence.add_blocks((1,))
     assert jobs.demand(122.0) == ComputeDemand(0, 1.0, math.inf)
+
+
+# More sequences than the batch holds
+
+
+def decode_job(job_id: int, remaining_s: float, priority: int = 0, length: float = 100.0) -> EngineJob:
+    """A sequence with one output token of ``length`` expected ones, which have ``remaining_s`` of work."""
+    request = EngineRequest(
+        request_id=str(job_id),
+        model="m",
+        prompt_token_ids=(1, 2, 3, 4),
+        sampling=Sampling(seed=5),
+        stopping=Stopping(max_new_tokens=1000),
+        scheduling=SchedulingState(priority, float(job_id), decode_s=remaining_s),
+        prediction=LengthPrediction(length, 2 * length),
+    )
+    return EngineJob(job_id, SequenceRecord(request, 16, b"root", tuple(range(500)), 4, (7,)))
+
+
+def srtf_scheduler(max_num_seqs: int = 2) -> Scheduler:
+    return Scheduler(max_num_seqs, 10, VOCAB_SIZE, SchedulingPolicy("srtf", 0.0, 0.0, 1.0))
+
+
+def batch_of(jobs: Scheduler) -> list[int]:
+    """Computes a step; the ids of its jobs."""
+    step = jobs.next_step(0.0)
+    assert step is not None
+    jobs.apply(StepOutcome({chunk.job_id: (SampledToken(50),) for chunk in step.chunks}))
+    return sorted(chunk.job_id for chunk in step.chunks)
+
+
+def batch_changes(jobs: Scheduler) -> list[tuple[int, object]]:
+    return [(job_id, event) for job_id, event in jobs.drain_events() if isinstance(event, Displaced | Batched)]
+
+
+def test_a_sequence_with_less_work_displaces_another_which_returns_when_a_slot_is_free() -> None:
+    jobs = srtf_scheduler()
+    jobs.add(decode_job(1, 100.0))
+    jobs.add(decode_job(2, 80.0))
+    assert batch_of(jobs) == [1, 2]
+    jobs.add(decode_job(3, 10.0))
+    assert batch_of(jobs) == [2, 3]
+    assert batch_changes(jobs) == [(1, Displaced(had_slot=True))]
+    assert batch_of(jobs) == [2, 3]
+    assert batch_changes(jobs) == [], "an event is sent once"
+    jobs.cancel(3)
+    assert batch_of(jobs) == [1, 2]
+    assert batch_changes(jobs) == [(1, Batched())]
+
+
+def test_a_sequence_that_finds_the_batch_full_is_displaced_at_once() -> None:
+    jobs = srtf_scheduler(max_num_seqs=1)
+    jobs.add(decode_job(1, 10.0))
+    jobs.add(decode_job(2, 9.0))
+    assert batch_of(jobs) == [2], "both come before the first step"
+    assert batch_changes(jobs) == [(1, Displaced(had_slot=False))]
+    jobs.add(decode_job(3, 8.0))
+    assert batch_of(jobs) == [2]
+    assert batch_changes(jobs) == [(3, Displaced(had_slot=False))]
+
+
+def test_a_displaced_sequence_continues_with_the_tokens_that_it_has() -> None:
+    jobs = srtf_scheduler(max_num_seqs=1)
+    jobs.add(decode_job(1, 100.0))
+    for _ in range(3):
+        batch_of(jobs)
+    jobs.add(decode_job(2, 1.0))
+    batch_of(jobs)
+    jobs.cancel(2)
+    jobs.drain_events()
+    batch_of(jobs)
+    assert (1, Tokens(4, (50,))) in jobs.drain_events()
+
+
+def test_a_displaced_sequence_that_is_paused_for_memory_returns_by_its_order() -> None:
+    jobs = srtf_scheduler(max_num_seqs=1)
+    jobs.add(decode_job(1, 100.0))
+    batch_of(jobs)
+    jobs.add(decode_job(2, 1.0))
+    batch_of(jobs)
+    jobs.drain_events()
+    jobs.preempt(1)
+    assert jobs.drain_events() == [(1, Preempted())]
+    jobs.resume(1)
+    assert batch_of(jobs) == [2]
+    assert batch_changes(jobs) == [(1, Displaced(had_slot=False))], "the event follows again: its KV has moved since"
+
+
+def test_a_sequence_is_displaced_by_its_class_three_times_only() -> None:
+    jobs = srtf_scheduler(max_num_seqs=1)
+    jobs.add(decode_job(1, 1000.0, length=900.0))
+    batch_of(jobs)
+    for job_id in range(2, 5):
+        jobs.add(decode_job(job_id, 1.0))
+        assert batch_of(jobs) == [job_id]
+        jobs.cancel(job_id)
+        assert batch_of(jobs) == [1]
+    jobs.add(decode_job(5, 1.0))
+    assert batch_of(jobs) == [1]
+    jobs.add(decode_job(6, 1.0, priority=-1))
+    assert batch_of(jobs) == [6], "a better class displaces it still"
+
+
+def test_the_remaining_work_of_a_running_sequence_decides_and_not_that_of_its_arrival() -> None:
+    jobs = srtf_scheduler(max_num_seqs=1)
+    jobs.add(decode_job(1, 100.0))
+    for _ in range(60):
+        assert batch_of(jobs) == [1]
+    jobs.add(decode_job(2, 45.0))  # less than half of 100, but not of what is left
+    assert batch_of(jobs) == [1]
+
+
+def test_a_run_of_steps_goes_on_while_others_wait_for_a_slot() -> None:
+    jobs = srtf_scheduler(max_num_seqs=1)
+    jobs.add(decode_job(1, 10.0))
+    jobs.add(decode_job(2, 9.0))
+    step = jobs.next_step(0.0, max_steps=8)
+    assert step is not None and step.num_steps == 8
+    assert [chunk.job_id for chunk in step.chunks] == [2]
+
+
+def test_a_sequence_that_waits_for_a_token_block_loses_its_slot_and_returns_by_its_order() -> None:
+    jobs = srtf_scheduler(max_num_seqs=2)
+    growing = decode_job(1, 10.0)
+    jobs.add(growing)
+    jobs.add(decode_job(2, 11.0))
+    jobs.add(decode_job(3, 12.0))
+    assert batch_of(jobs) == [1, 2]
+    blocks, growing.sequence.block_ids = growing.sequence.block_ids, ()
+    assert batch_of(jobs) == [2, 3]
+    growing.sequence.block_ids = blocks
+    assert batch_of(jobs) == [2, 3], "it has no slot, and less work than half of none"
+    jobs.cancel(2)
+    assert batch_of(jobs) == [1, 3]
+    assert growing.sequence.num_preemptions == 0
+
+
+def test_a_prompt_is_not_computed_while_the_sequences_that_decode_fill_the_batch() -> None:
+    jobs = srtf_scheduler(max_num_seqs=2)
+    for job_id in (1, 2, 3):
+        jobs.add(decode_job(job_id, 10.0 + job_id))
+    jobs.add(job(9, prompt=20))
+    assert [chunk[0] for chunk in shape(jobs.next_step(0.0))] == [1, 2]
+
+
+def test_a_prompt_is_computed_beside_the_batch_as_far_as_the_budget_goes() -> None:
+    jobs = srtf_scheduler(max_num_seqs=3)
+    for job_id in (1, 2):
+        jobs.add(decode_job(job_id, 10.0 + job_id))
+    jobs.add(job(9, prompt=20))
+    assert shape(jobs.next_step(0.0)) == [(1, 4, 1, True), (2, 4, 1, True), (9, 0, 8, False)]

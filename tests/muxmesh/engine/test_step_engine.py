@@ -231,7 +231,7 @@ async def test_a_worker_that_waits_for_the_grant_says_when_something_more_urgent
     engine.submit(job(7))
     assert grant.revised == [], "it is younger"
     urgent = job(3)
-    urgent.sequence.scheduling = SchedulingState(-1, 3.0)
+    urgent.sequence.work.state = SchedulingState(-1, 3.0)
     engine.submit(urgent)
     assert grant.revised == [ComputeDemand(-1, 3.0)]
     engine.resume(5)

@@ -1,0 +1,24 @@
+"""What a decode worker reports of one of its sequences. Pure.
+
+It travels in shared memory (`kvstore.progress_page`); the simulator's workers report the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceProgress:
+    """The state of one sequence.
+
+    ``is_batched``: whether the batch has it. ``decode_s``: remaining decode work in seconds; None: as in its request.
+    ``served_s``: work done in seconds. ``is_nearly_done``: whether it is past `muxmesh.batch_choice.NEARLY_DONE` of its
+    expected output. ``num_preemptions``: how often it was displaced from the batch.
+    """
+
+    is_batched: bool
+    decode_s: float | None = None
+    served_s: float = 0.0
+    is_nearly_done: bool = False
+    num_preemptions: int = 0

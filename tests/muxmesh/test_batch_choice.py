@@ -1,0 +1,136 @@
+"""Which sequences form the batch when there are more of them than slots."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from muxmesh.batch_choice import MAX_CLASS_PREEMPTIONS, MAX_PREEMPTIONS, choose_batch, displaces
+from muxmesh.scheduling_policy import SchedulingPolicy
+from muxmesh.types import SchedulingState
+
+SRTF = SchedulingPolicy("srtf", 0.0, 0.0, 1.0, max_wait_s=1000.0)
+FCFS = replace(SRTF, name="fcfs")
+NOW_S = 100.0
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What a batch is chosen from."""
+
+    scheduling: SchedulingState
+    is_batched: bool = False
+    num_preemptions: int = 0
+    is_nearly_done: bool = False
+
+
+def running(remaining_s: float, arrived_at_s: float = 0.0, priority: int = 0, **more: int) -> Sequence:
+    state = SchedulingState(priority, arrived_at_s, decode_s=remaining_s)
+    return replace(Sequence(state, is_batched=True), **more)  # type: ignore[arg-type]
+
+
+def waiting(remaining_s: float, arrived_at_s: float = 1.0, priority: int = 0) -> Sequence:
+    return Sequence(SchedulingState(priority, arrived_at_s, decode_s=remaining_s))
+
+
+def chosen(sequences: list[Sequence], max_num_seqs: int, policy: SchedulingPolicy = SRTF) -> list[float]:
+    """Remaining seconds of the sequences of the batch."""
+    return sorted(one.scheduling.remaining_s for one in choose_batch(sequences, policy, NOW_S, max_num_seqs))
+
+
+def test_all_sequences_are_in_a_batch_with_enough_slots() -> None:
+    assert chosen([running(5), waiting(9)], 2) == [5, 9]
+
+
+def test_free_slots_go_to_the_first_that_wait() -> None:
+    assert chosen([running(5), waiting(9), waiting(7), waiting(8)], 3) == [5, 7, 8]
+
+
+def test_a_sequence_with_less_than_half_of_the_work_displaces_the_last_one() -> None:
+    assert chosen([running(5), running(20), waiting(9)], 2) == [5, 9]
+    assert chosen([running(5), running(20), waiting(10)], 2) == [5, 20]
+
+
+def test_a_sequence_that_comes_later_in_the_order_displaces_none() -> None:
+    assert chosen([running(20, arrived_at_s=0.0), waiting(1, arrived_at_s=1.0)], 1, FCFS) == [20]
+
+
+def test_a_sequence_that_is_nearly_done_is_not_displaced_by_its_class() -> None:
+    assert chosen([running(20, is_nearly_done=True), waiting(1)], 1) == [20]
+    assert chosen([running(20, is_nearly_done=True), waiting(1, priority=-1)], 1) == [1]
+
+
+def test_a_sequence_is_displaced_a_limited_number_of_times() -> None:
+    assert chosen([running(20, num_preemptions=MAX_PREEMPTIONS - 1), waiting(1)], 1) == [1]
+    assert chosen([running(20, num_preemptions=MAX_PREEMPTIONS), waiting(1)], 1) == [20]
+    assert chosen([running(20, num_preemptions=MAX_PREEMPTIONS), waiting(1, priority=-1)], 1) == [1]
+    assert chosen([running(20, num_preemptions=MAX_CLASS_PREEMPTIONS), waiting(1, priority=-1)], 1) == [20]
+
+
+@pytest.mark.parametrize("policy", [SRTF, FCFS])
+def test_a_better_class_displaces_whatever_its_work_is(policy: SchedulingPolicy) -> None:
+    assert chosen([running(5), running(6, arrived_at_s=0.5), waiting(99, priority=-1)], 2, policy) == [5, 99]
+
+
+def test_a_worse_class_displaces_none() -> None:
+    assert chosen([running(500), waiting(1, priority=1)], 1) == [500]
+
+
+def test_an_overdue_sequence_displaces_and_is_not_displaced() -> None:
+    policy = replace(SRTF, max_wait_s=50.0)
+    overdue, fresh = SchedulingState(9, NOW_S - 50, decode_s=80.0), SchedulingState(0, NOW_S - 49, decode_s=1.0)
+    assert displaces(overdue, Sequence(fresh, is_batched=True), policy, NOW_S)
+    assert not displaces(fresh, Sequence(overdue, is_batched=True), policy, NOW_S)
+
+
+def test_at_most_half_of_the_batch_is_displaced_at_once() -> None:
+    sequences = [running(100 + number) for number in range(4)] + [waiting(1 + number) for number in range(4)]
+    assert chosen(sequences, 4) == [1, 2, 100, 101]
+
+
+def test_one_slot_can_be_taken_at_once() -> None:
+    assert chosen([running(100), waiting(1)], 1) == [1]
+
+
+def test_a_waiting_sequence_that_displaces_none_does_not_hold_up_the_next() -> None:
+    older = Sequence(SchedulingState(0, 0.0, decode_s=60.0))
+    aged = SchedulingPolicy("srtf-aged", 10.0, 1000.0, 1.0)
+    held = Sequence(SchedulingState(0, 90.0, decode_s=100.0, mean_work_s=50.0), is_batched=True)
+    short = Sequence(SchedulingState(0, 95.0, decode_s=1.0, mean_work_s=50.0))
+    assert chosen([held, older, short], 1, aged) == [1]
+
+
+sequences_of = st.lists(
+    st.builds(
+        lambda priority, arrived_at_s, work_s, preemptions, done: Sequence(
+            SchedulingState(priority, arrived_at_s, decode_s=work_s), False, preemptions, done
+        ),
+        st.integers(-1, 1),
+        st.floats(0, 99),
+        st.floats(0.1, 100),
+        st.integers(0, 9),
+        st.booleans(),
+    ),
+    max_size=20,
+)
+
+
+@given(sequences_of, st.integers(1, 8), st.integers(0, 8), st.sampled_from(["fcfs", "srtf", "srtf-aged", "hrrn"]))
+def test_no_slot_is_left_free_and_the_limits_hold(
+    of: list[Sequence], max_num_seqs: int, num_running: int, name: str
+) -> None:
+    policy = SchedulingPolicy(name, 10.0, 50.0, 1.0, max_wait_s=90.0)  # type: ignore[arg-type]
+    count = min(num_running, max_num_seqs)
+    of = [replace(one, is_batched=index < count) for index, one in enumerate(of)]
+    batch = choose_batch(of, policy, NOW_S, max_num_seqs)
+    assert len(batch) == len({id(one) for one in batch}) == min(len(of), max_num_seqs)
+    displaced = [one for one in of if one.is_batched and not any(one is other for other in batch)]
+    assert len(displaced) <= max(1, max_num_seqs // 2)
+    for victim in displaced:
+        assert victim.num_preemptions < MAX_CLASS_PREEMPTIONS
+        assert any(displaces(one.scheduling, victim, policy, NOW_S) for one in batch if not one.is_batched)
+    settled = [replace(one, is_batched=any(one is other for other in batch)) for one in of]
+    again = choose_batch(settled, policy, NOW_S, max_num_seqs)
+    for one in again:  # what was displaced does not come back at the cost of what displaced it
+        assert one.is_batched or not any(one.scheduling is victim.scheduling for victim in displaced)
