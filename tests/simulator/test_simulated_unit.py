@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -6,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.model_states import PATIENCE_S
-from muxmesh.scheduling_policy import SchedulingPolicy
+from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.types import ArbiterMode
+from simulator.simulated_request import SimulatedRequest
 from simulator.timeline import Delays
 from simulator.unit_use import ModelSwitches
 from tests.support.simulations import STEP_S, sim_mesh, sim_model
@@ -121,6 +123,30 @@ def test_a_short_request_pre_empts_a_long_one_and_a_long_one_does_not() -> None:
         bench.request_at(at_s, num_output=num_output, work_s=num_output * STEP_S)
     bench.run()
     assert bench.ended == [2, 0, 1]
+
+
+def starving_requests(bench: Bench) -> list[SimulatedRequest]:
+    """Three requests behind 1,000 of a better class, of which some are always queued, but none for long."""
+    for number in range(1000):
+        bench.request_at(max(0.0, 0.055 * (number - 25)), num_output=10, priority=-1)
+    return [bench.request_at(3.0 + number, num_output=50) for number in range(3)]
+
+
+def test_a_thousand_better_requests_in_a_row_starve_nobody_past_the_bound() -> None:
+    bench = Bench(sim_mesh(sim_model(slots=2)), policy=replace(FCFS, max_wait_s=5.0))
+    starving = starving_requests(bench)
+    bench.run()
+    for request in starving:
+        assert 5.0 < request.record.ttft_s <= 5.0 + 20 * STEP_S
+        assert request.record.e2el_s <= 5.0 + (20 + 2 * 50) * STEP_S
+    assert max(record.ttft_s for record in bench.records[:1000]) < 5.0
+
+
+def test_without_a_bound_better_requests_go_first_for_ever() -> None:
+    bench = Bench(sim_mesh(sim_model(slots=2)))
+    starving = starving_requests(bench)
+    bench.run()
+    assert min(request.record.ttft_s for request in starving) > 30.0
 
 
 def test_a_request_that_never_fits_the_pool_ends_with_an_error_and_the_others_are_served() -> None:
