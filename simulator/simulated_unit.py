@@ -119,6 +119,7 @@ class SimulatedUnit:
                 WorkerUse(worker.model, worker.role, worker.share, granted_s, num_grants)
                 for worker, granted_s, num_grants in zip(workers, device.granted_s, device.num_grants, strict=True)
             ),
+            sum(served.decode.num_displaced for served in models),
             self._decoding.num_requeued,
             self._decoding.num_swapped,
             sum(served.swap.copied_bytes for served in models),

@@ -207,6 +207,8 @@ class DecodeWorker:
         self.model = model
         self.share = share
         self.fit = CostFit()
+        self.num_displaced = 0
+        """Sequences that others displaced from the batch, each time."""
         self._times = times
         self._policy = policy
         self._max_num_seqs = max_num_seqs
@@ -351,6 +353,7 @@ class DecodeWorker:
                 self._leave(job)
                 job.num_preemptions += 1
                 num_displaced += 1
+            self.num_displaced += num_displaced
             self._replans = num_displaced >= max(1, self._max_num_seqs // 2)
             joining = [job for job in chosen if not job.is_batched]
             self._waiting = [job for job in jobs if id(job) not in chosen_ids]

@@ -32,13 +32,15 @@ class UnitUse:
     that 1 s of it is the whole device for a second; more than ``busy_s`` with over-subscription. ``peak_share``: the
     largest of these sums.
 
-    ``num_requeued``: pre-empted sequences that were computed again. ``num_swapped``: those that were swapped out.
+    ``num_displaced``: sequences that others pre-empted from the batch; they kept their KV. ``num_requeued``: those that
+    were pre-empted for memory and computed again. ``num_swapped``: those that were swapped out for it.
     """
 
     busy_s: float
     share_s: float
     peak_share: float
     workers: tuple[WorkerUse, ...]
+    num_displaced: int
     num_requeued: int
     num_swapped: int
     swapped_bytes: int

@@ -204,7 +204,8 @@ def _unit_lines(simulated: SimulationResult) -> Iterator[str]:
         busy, used = unit.busy_s / duration_s, unit.share_s / duration_s
         yield (
             f"\nUnit {name}: busy {busy:.0%} of the time, {used:.0%} of the device in use; "
-            f"pre-empted {unit.num_requeued + unit.num_swapped}, of which swapped out {unit.num_swapped}"
+            f"pre-empted for others {unit.num_displaced}, for memory {unit.num_requeued + unit.num_swapped}, of which "
+            f"swapped out {unit.num_swapped}"
         )
         yield f"{'model':<24} {'role':<8} {'share':>5} {'granted (s)':>12} {'grants':>9}"
         for one in unit.workers:
