@@ -185,9 +185,10 @@ class Admission:
 
     def _sorted(self, queue: Sequence[_Order], unix_s: float) -> list[_Order]:
         """The orders of a queue's entries at ``unix_s``, sorted."""
-        if not self._policy.changes_with_time and unix_s - self._oldest_s < self._policy.max_wait_s:
+        if unix_s - self._oldest_s >= self._policy.max_wait_s:
+            self._oldest_s = min(entry.request.scheduling.arrived_at_s for entry in self._entries.values())
+        elif not self._policy.changes_with_time:
             return list(queue)
-        self._oldest_s = min(entry.request.scheduling.arrived_at_s for entry in self._entries.values())
         return sorted(self._order(self._entries[key], unix_s) for _, key in queue)
 
     def _order(self, entry: AdmissionEntry, unix_s: float) -> _Order:

@@ -8,7 +8,6 @@ In between the work decreases with each token. Decode workers and the simulator 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from muxmesh.types import LengthPrediction, SchedulingState
 
@@ -55,25 +54,19 @@ class RemainingWork:
         """Whether ``fraction`` of the expected output is sampled."""
         return self._num_output_tokens >= fraction * self._expected_tokens
 
-    def update(self, num_output_tokens: int) -> bool:
-        """The output has ``num_output_tokens`` now. Returns True if that changed `state`."""
+    def update(self, num_output_tokens: int) -> None:
+        """The output has ``num_output_tokens`` now."""
         self._num_output_tokens = num_output_tokens
         if num_output_tokens < self._refresh_at or self._prediction is None:
-            return False
+            return
         if num_output_tokens >= self._repredict_at:
             remaining = self._prediction.remaining_tokens(num_output_tokens)
             self._expected_tokens = min(num_output_tokens + remaining, self._max_output_tokens)
             self._repredict_at = self._next_prediction(self._prediction, num_output_tokens)
             self.num_repredictions += 1
-        start, per_token_s = self._start, self._per_token_s
-        self.state = replace(
-            start,
-            prefill_s=0.0,
-            decode_s=per_token_s * max(1.0, self._expected_tokens - num_output_tokens),
-            served_s=start.served_s + start.prefill_s + per_token_s * (num_output_tokens - self._since),
-        )
+        remaining = max(1.0, self._expected_tokens - num_output_tokens)
+        self.state = self._start.after_tokens(num_output_tokens - self._since, self._per_token_s, remaining)
         self._refresh_at = min(num_output_tokens + REFRESH_TOKENS, self._repredict_at)
-        return True
 
     def tokens_until_prediction(self, num_output_tokens: int) -> int | None:
         """After how many more tokens `update` will compute the expected length again; None: never."""

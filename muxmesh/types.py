@@ -205,9 +205,14 @@ class SchedulingState:
         if prediction is None or num_output_tokens <= since:
             return self
         per_token_s = self.decode_s / prediction.remaining_tokens(since)
-        decode_s = per_token_s * prediction.remaining_tokens(num_output_tokens)
-        served_s = self.served_s + self.prefill_s + per_token_s * (num_output_tokens - since)
-        return replace(self, prefill_s=self.prefill_s if prefill_again else 0.0, decode_s=decode_s, served_s=served_s)
+        remaining = prediction.remaining_tokens(num_output_tokens)
+        after = self.after_tokens(num_output_tokens - since, per_token_s, remaining)
+        return replace(after, prefill_s=self.prefill_s) if prefill_again else after
+
+    def after_tokens(self, num_tokens: int, per_token_s: float, remaining_tokens: float) -> SchedulingState:
+        """The state after the prefill and ``num_tokens`` more tokens, each ``per_token_s`` seconds of work."""
+        served_s = self.served_s + self.prefill_s + per_token_s * num_tokens
+        return replace(self, prefill_s=0.0, decode_s=per_token_s * remaining_tokens, served_s=served_s)
 
 
 class WaitCause(StrEnum):

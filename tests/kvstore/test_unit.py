@@ -790,26 +790,28 @@ def test_a_long_request_does_not_keep_short_ones_from_a_full_batch() -> None:
     assert admitted_ids(unit) == [2]
 
 
-def test_a_growing_sequence_takes_the_memory_of_a_paused_one_that_follows_it() -> None:
+def full_pool(*remaining_s: float, left_s: float) -> tuple[Unit, str, Lease, Lease]:
+    """A paused sequence with ``left_s`` of work, and one that has all other memory; their unit and decode worker."""
     unit = unit_with_paused()
-    first, second = full_batch(unit, 10.0, 5.0)
-    unit.report({first.ref.lease_id: SequenceProgress(False, 9.0, 1.0)})
+    paused, computing = full_batch(unit, *remaining_s)
+    unit.report({paused.ref.lease_id: SequenceProgress(False, left_s, 1.0)})
     decode = unit.ready_workers(Role.DECODE, "a")[0].name
-    assert unit.grow(second.ref, decode, num_free_blocks(unit)) is not None
-    assert unit.grow(second.ref, decode, 1) is None
-    assert schedule(unit).preemptions == [PreemptionRequest(decode, first.ref.lease_id)]
-    unit.leases.release(first.ref, decode)
-    assert unit.grow(second.ref, decode, 1) is not None
+    assert unit.grow(computing.ref, decode, num_free_blocks(unit)) is not None
+    return unit, decode, paused, computing
+
+
+def test_a_growing_sequence_takes_the_memory_of_a_paused_one_that_follows_it() -> None:
+    unit, decode, paused, computing = full_pool(10.0, 5.0, left_s=9.0)
+    assert unit.grow(computing.ref, decode, 1) is None
+    assert schedule(unit).preemptions == [PreemptionRequest(decode, paused.ref.lease_id)]
+    unit.leases.release(paused.ref, decode)
+    assert unit.grow(computing.ref, decode, 1) is not None
     assert schedule(unit, now_s=1.0).preemptions == []
 
 
 def test_a_growing_sequence_that_follows_all_paused_ones_takes_no_memory_of_them() -> None:
-    unit = unit_with_paused()
-    first, second = full_batch(unit, 4.0, 5.0)
-    unit.report({first.ref.lease_id: SequenceProgress(False, 3.0, 1.0)})
-    decode = unit.ready_workers(Role.DECODE, "a")[0].name
-    assert unit.grow(second.ref, decode, num_free_blocks(unit)) is not None
-    assert unit.grow(second.ref, decode, 1) is None
+    unit, decode, _, computing = full_pool(4.0, 5.0, left_s=3.0)
+    assert unit.grow(computing.ref, decode, 1) is None
     assert schedule(unit).preemptions == []
 
 
