@@ -125,8 +125,10 @@ async def test_no_request_fails_because_of_a_bad_predictor(
 ) -> None:
     monkeypatch.setenv("BAD_PREDICTOR", kind)
     model = {"name": "sim", "engine": "sim", "sim": {"base_s": 0.001, "output_tokens": 5}, "max_num_seqs": 4}
-    options = {"router": "tests.support.bad_router"}
-    async with running_mesh(tmp_path, modules=options, units=[{"kv_pool": "16MiB", "models": [model]}]) as mesh:
+    options, router = {"router": "tests.support.bad_router"}, {"predictor_budget_s": 0.05 if kind == "hang" else 60}
+    async with running_mesh(
+        tmp_path, modules=options, router=router, units=[{"kv_pool": "16MiB", "models": [model]}]
+    ) as mesh:
         completions = await asyncio.gather(
             *(mesh.client.generate(f"prompt {n}", max_new_tokens=40) for n in range(160))
         )

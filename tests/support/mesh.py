@@ -120,9 +120,11 @@ async def running_mesh(
 ) -> AsyncIterator[RunningMesh]:
     """Starts a mesh with this configuration; afterwards checks that no process is left.
 
-    ``modules``: what runs instead of a process's own module.
+    ``modules``: what runs instead of a process's own module. The length predictor has a minute for each request unless
+    ``config`` says otherwise, so that a busy machine does not change forecasts.
     """
-    parsed = MeshConfig.model_validate({"listen": "127.0.0.1:0", **config})
+    router = {"predictor_budget_s": 60, **config.pop("router", {})}
+    parsed = MeshConfig.model_validate({"listen": "127.0.0.1:0", "router": router, **config})
     parsed = parsed.model_copy(update={"listen": free_listen_address(parsed.listen)})
     cache_dir = Path(os.environ["MUXMESH_CACHE_DIR"])
     prepared = {
