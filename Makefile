@@ -134,7 +134,7 @@ bench-router: $(VENV)/.dev ## The control plane alone: time in the router, CPU p
 bench-vs-vllm: $(VENV)/.dev ## Compared with vLLM's server (VLLM_PYTHON) under one load; DATA: jsonl files of prompts; PD=--pd adds its prefill-decode pair
 	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m benchmarks.vs_vllm $(DATA) $(PD)
 
-bench-alise: $(VENV)/.dev ## What predictions and pre-emption gain over FCFS at equal latency, real outputs; DATA: jsonl files of prompts; beside vLLM with VLLM_PYTHON; ARGS, such as --systems
+bench-alise: $(VENV)/.dev ## What predictions and pre-emption gain over FCFS at equal latency, real outputs; DATA: jsonl files of prompts; beside vLLM with VLLM_PYTHON; ARGS, such as --minutes 1.5 or --within 40
 	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m benchmarks.alise $(DATA) $(ARGS)
 
 bench-hostile: $(VENV)/.dev ## A small request beside hostile clients, and the router's memory; ATTACK: only those whose name contains it

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from loadtest.files import read_jsonl
 
-_MOST_OF_A_FILE = 300
-
 PROMPTS = (
     "What is the capital of France?",
     "Why is the sky blue?",
@@ -64,9 +62,9 @@ PROMPTS = (
 )
 
 
-def prompts_of(files: Sequence[Path]) -> list[str]:
-    """The prompts of all JSONL files, at most 300 of each."""
-    return [item["prompt"] for path in files for _, item in list(read_jsonl(path))[:_MOST_OF_A_FILE]]
+def prompts_of(files: Sequence[Path], most_of_a_file: int = 300) -> list[str]:
+    """The prompts of all JSONL files, of each at most ``most_of_a_file``."""
+    return [item["prompt"] for path in files for _, item in list(read_jsonl(path))[:most_of_a_file]]
 
 
 def write_prompts(path: Path, prompts: Sequence[str]) -> None:

@@ -52,13 +52,18 @@ class Report:
 
     def write(self) -> bool:
         """Prints the table and writes the JSON; returns `holds`."""
+        path = self.save()
+        print(f"\n{self.table()}\n\n{path.relative_to(OUT.parent.parent)} written")
+        return self.holds()
+
+    def save(self) -> Path:
+        """Writes the JSON, also that of a benchmark that still runs; returns its path."""
         OUT.mkdir(parents=True, exist_ok=True)
         machine = {"cpu": _cpu(), "python": platform.python_version()}
         content: Mapping[str, Any] = {"name": self.name, "machine": machine, "bars": self.bars, "figures": self.figures}
         path = OUT / f"{self.name}.json"
         path.write_text(json.dumps(content, indent=1) + "\n")
-        print(f"\n{self.table()}\n\n{path.relative_to(OUT.parent.parent)} written")
-        return self.holds()
+        return path
 
 
 def _cpu() -> str:

@@ -66,7 +66,8 @@ class System:
         """Stops all processes of the system, or continues them."""
         for root in self.roots:
             for pid in (root, *children_of(root)):
-                os.kill(pid, signal.SIGSTOP if stop else signal.SIGCONT)
+                with suppress(ProcessLookupError):  # a child has ended meanwhile
+                    os.kill(pid, signal.SIGSTOP if stop else signal.SIGCONT)
 
 
 @contextmanager
