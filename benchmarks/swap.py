@@ -49,7 +49,7 @@ _MIB = 1 << 20
 _SLAB_BYTES = 16 * _MIB
 _SWAP_BYTES = 256 * _MIB
 _MAX_TOKENS = 2048
-_STEP_TOKENS = 128
+STEP_TOKENS = 128
 
 
 class Scorer:
@@ -79,6 +79,21 @@ class Scorer:
         self._compute(known[turn:-1], turn, blocks, scored, output[swap_after or 0 :])
         return scored
 
+    def prefault(self) -> None:
+        """Writes to all pages of the swap region, so that no later copy waits for the kernel."""
+        self._region.fill(1)
+
+    def times(self, num_tokens: int) -> dict[str, float]:
+        """Seconds to compute ``num_tokens`` tokens, and to swap them out and in, raw and int8."""
+        blocks = self._some_blocks(num_tokens)
+        started_s = time.perf_counter()
+        self._compute([3 + number % 1000 for number in range(num_tokens)], 0, blocks, [])
+        seconds = {"prefill": time.perf_counter() - started_s}
+        for kv_format in FORMATS:
+            blocks = self._swapped(blocks, num_tokens, num_tokens, kv_format)
+            seconds |= {f"{kv_format} {way}": self.copied[kv_format, way][-1] * num_tokens for way in ("out", "in")}
+        return seconds
+
     def _some_blocks(self, num_tokens: int) -> list[int]:
         most = self._view.pool.nbytes // _SLAB_BYTES * self._view.blocks_per_slab
         return self._rng.sample(range(most), blocks_for(num_tokens, self.shape.block_size))
@@ -86,14 +101,14 @@ class Scorer:
     def _compute(
         self, tokens: list[int], start: int, blocks: list[int], scored: list[float], following: list[int] | None = None
     ) -> None:
-        for first in range(0, len(tokens), _STEP_TOKENS):
-            part = tuple(tokens[first : first + _STEP_TOKENS])
+        for first in range(0, len(tokens), STEP_TOKENS):
+            part = tuple(tokens[first : first + STEP_TOKENS])
             score = PromptScoring(tuple(following[first : first + len(part)]), 0) if following else None
             started_s = time.perf_counter()
             outcome = self._runner.run(Step((Chunk(1, start + first, part, tuple(blocks), None, score),)))
             if score:
                 scored += [-entry.chosen.logprob for entry in outcome.prompt_logprobs[1]]
-            elif len(part) == _STEP_TOKENS:
+            elif len(part) == STEP_TOKENS:
                 self.computed_s_per_token.append((time.perf_counter() - started_s) / len(part))
 
     def _swapped(self, blocks: list[int], num_computed: int, num_tokens: int, kv_format: KvFormat) -> list[int]:

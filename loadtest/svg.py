@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 560, 320
@@ -22,26 +22,32 @@ _MAX_NAME = 75
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One curve. ``marks``: draws a circle at each point."""
+    """One curve. ``marks``: draws a circle at each point.
+
+    ``is_limit``: a level that curves are compared with, dashed and grey, with its name beside it. Limits are last.
+    """
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
     marks: bool = False
+    is_limit: bool = False
 
 
-def plot(title: str, x_label: str, y_label: str, lines: Sequence[Line], log_x: bool = False) -> str:
+def plot(
+    title: str, x_label: str, y_label: str, lines: Sequence[Line], log_x: bool = False, log_y: bool = False
+) -> str:
     """Returns the plot as an ``<svg>`` element. It omits points that are not finite, or not above 0 on a log axis."""
-    cleaned = [_clean(line, log_x) for line in lines]
+    cleaned = [_clean(line, log_x, log_y) for line in lines]
     cleaned = [line for line in cleaned if line.xs]
     body = [
         f'<text x="{WIDTH / 2}" y="18" class="title" text-anchor="middle">{escape(title)}</text>',
         f'<text x="{(WIDTH + _LEFT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>',
         f'<text x="4" y="{_TOP - 10}">{escape(y_label)}</text>',
     ]
-    num_names = len(cleaned) if len(cleaned) > 1 else 0
+    num_names = sum(not line.is_limit for line in cleaned) if len(cleaned) > 1 else 0
     if cleaned:
-        body += _curves(cleaned, log_x)
+        body += _curves(cleaned, log_x, log_y)
     else:
         body.append(f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">no data</text>')
     height = HEIGHT + _LEGEND_LINE * num_names
@@ -52,20 +58,29 @@ def plot(title: str, x_label: str, y_label: str, lines: Sequence[Line], log_x: b
     )
 
 
-def _clean(line: Line, log_x: bool) -> Line:
+def svg_file(svg: str) -> str:
+    """The text of a file with a plot, on a white background whatever the page around it has."""
+    style = "text{font:11px sans-serif;fill:#1f2937}.title{font-size:13px;font-weight:600}.grid{stroke:#e5e7eb}"
+    head, _, rest = svg.partition(">")
+    background = '<rect width="100%" height="100%" fill="#fff"/>'
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{background}{rest}\n'
+
+
+def _clean(line: Line, log_x: bool, log_y: bool) -> Line:
     points = [
         (x, y)
         for x, y in zip(line.xs, line.ys, strict=True)
-        if math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x)
+        if math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x) and (y > 0 or not log_y)
     ]
-    return Line(line.name, [x for x, _ in points], [y for _, y in points], line.marks)
+    return replace(line, xs=[x for x, _ in points], ys=[y for _, y in points])
 
 
-def _curves(lines: Sequence[Line], log_x: bool) -> list[str]:
-    x_ticks = _log_ticks(lines) if log_x else _ticks([x for line in lines for x in line.xs], from_zero=False)
-    y_ticks = _ticks([y for line in lines for y in line.ys], from_zero=True)
+def _curves(lines: Sequence[Line], log_x: bool, log_y: bool) -> list[str]:
+    all_x, all_y = [x for line in lines for x in line.xs], [y for line in lines for y in line.ys]
+    x_ticks = _log_ticks(all_x) if log_x else _ticks(all_x, from_zero=False)
+    y_ticks = _log_ticks(all_y) if log_y else _ticks(all_y, from_zero=True)
     pixel_x = _scale(x_ticks[0], x_ticks[-1], _LEFT, WIDTH - _RIGHT, log_x)
-    pixel_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP, False)
+    pixel_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP, log_y)
     parts = []
     for tick in x_ticks:
         x = pixel_x(tick)
@@ -77,6 +92,9 @@ def _curves(lines: Sequence[Line], log_x: bool) -> list[str]:
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
     for number, line in enumerate(lines):
         colour, dash = COLOURS[number % len(COLOURS)], _DASHES[number // len(COLOURS) % len(_DASHES)]
+        if line.is_limit:
+            parts += _limit(line, pixel_x, pixel_y)
+            continue
         of_series = f"s{number % len(COLOURS)}"
         points = " ".join(f"{pixel_x(x):.1f},{pixel_y(y):.1f}" for x, y in zip(line.xs, line.ys, strict=True))
         parts.append(
@@ -96,6 +114,16 @@ def _curves(lines: Sequence[Line], log_x: bool) -> list[str]:
             name = line.name if len(line.name) <= _MAX_NAME else f"{line.name[: _MAX_NAME - 3]}..."
             parts.append(f'<text x="22" y="{y}">{escape(name)}</text>')
     return parts
+
+
+def _limit(line: Line, pixel_x: Callable[[float], float], pixel_y: Callable[[float], float]) -> list[str]:
+    """A dashed line with its name above its end."""
+    points = " ".join(f"{pixel_x(x):.1f},{pixel_y(y):.1f}" for x, y in zip(line.xs, line.ys, strict=True))
+    end_x, end_y = pixel_x(line.xs[-1]), pixel_y(line.ys[-1])
+    return [
+        f'<polyline points="{points}" class="limit" fill="none" stroke="#6b7280" stroke-dasharray="8 4"/>',
+        f'<text x="{end_x:.1f}" y="{end_y - 4:.1f}" text-anchor="end" class="limit">{escape(line.name)}</text>',
+    ]
 
 
 def _scale(low: float, high: float, at_low: float, at_high: float, log: bool) -> Callable[[float], float]:
@@ -119,9 +147,9 @@ def _ticks(values: Sequence[float], from_zero: bool) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def _log_ticks(lines: Sequence[Line]) -> list[float]:
+def _log_ticks(values: Sequence[float]) -> list[float]:
     """1, 2 and 5 times powers of ten that enclose all values, at least two. A wide range has powers of ten only."""
-    low, high = (pick(x for line in lines for x in line.xs) for pick in (min, max))
+    low, high = min(values), max(values)
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
     marks = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
     first = max(index for index, mark in enumerate(marks) if mark <= low * (1 + 1e-9))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.svg import HEIGHT, WIDTH, Line, plot
+from loadtest.svg import HEIGHT, WIDTH, Line, plot, svg_file
 
 FINITE = st.floats(-1e9, 1e9).map(lambda value: round(value, 3))
 POINTS = st.lists(st.tuples(FINITE, FINITE), min_size=1, max_size=6)
@@ -68,6 +68,25 @@ def test_larger_values_are_further_right_and_higher(values: list[float], log_x: 
     assert low_y >= high_y
     if high > 1.01 * low:
         assert low_x < high_x
+
+
+@given(st.floats(0.001, 1e6), st.floats(1.1, 100))
+def test_on_a_log_y_axis_equal_ratios_are_equal_distances(low: float, factor: float) -> None:
+    line = Line("l", [1, 2, 3], [low, low * factor, low * factor**2])
+    first, second, third = (y for _, y in curve(plot("t", "x", "y", [line], log_y=True)))
+    assert first - second == pytest.approx(second - third, abs=0.21)
+    assert 34 <= third < second < first <= HEIGHT - 48
+
+
+def test_a_file_is_the_plot_on_white_with_dashed_limits_that_have_their_names_beside_them() -> None:
+    lines = [Line("curve", [1, 2], [1, 2]), Line("limit", [1, 2], [1.5, 1.5], is_limit=True)]
+    text = svg_file(plot("t", "x", "y", lines))
+    root = ElementTree.fromstring(text)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    curves = root.findall("{*}polyline")
+    assert [bool(one.get("stroke-dasharray")) for one in curves] == [False, True]
+    (name,) = (one for one in root.findall("{*}text") if one.text == "limit")
+    assert 34 <= float(name.get("y") or 0) <= HEIGHT - 48
 
 
 @given(st.floats(0.01, 1e5), st.floats(1.01, 1e4))
