@@ -174,6 +174,7 @@ def figures(
     }
     for name in METRICS:
         columns |= _statistics(name, values_s[name])
+    columns["max_itl_ms"] = 1000 * max(values_s["itl"]) if values_s["itl"] else None
     if router_s := [r.router_s for r in done if r.router_s is not None]:
         columns |= _statistics("router", router_s)
     normalized = [r.normalized_s for r in done]

@@ -29,6 +29,7 @@ COLUMNS = (
         for metric in ("ttft", "tpot", "itl", "e2el")
         for word, key in (("Mean", "mean"), ("Median", "median"), ("P90", "p90"), ("P99", "p99"))
     ),
+    ("Longest ITL (ms)", "max_itl_ms"),
     ("Median time inside the router (ms)", "median_router_ms"),
     ("P99 time inside the router (ms)", "p99_router_ms"),
     ("Mean normalized latency (s/token)", "mean_normalized_latency_s_per_token"),

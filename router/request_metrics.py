@@ -43,6 +43,7 @@ class ModelRequestMetrics:
     """Upper bounds of numbers of tokens."""
     first_token_s: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_S))
     gap_s: Histogram = field(default_factory=lambda: Histogram(TOKEN_GAP_S))
+    longest_gap_s: Histogram = field(default_factory=lambda: Histogram(TOKEN_GAP_S))
     per_token_s: Histogram = field(default_factory=lambda: Histogram(TOKEN_GAP_S))
     e2e_s: Histogram = field(default_factory=lambda: Histogram(REQUEST_S))
     queue_s: Histogram = field(default_factory=lambda: Histogram(REQUEST_S))
@@ -90,6 +91,7 @@ class ModelRequestMetrics:
         tokens_after_first = record.num_output_tokens / len(record.progress) - 1
         if tokens_after_first > 0:
             self.per_token_s.observe(decode_s / tokens_after_first)
+            self.longest_gap_s.observe(record.longest_gap_s)
 
 
 class RequestMetrics:
@@ -160,6 +162,7 @@ class RequestMetrics:
         for name, help_text, attribute in (
             ("vllm:time_to_first_token_seconds", "Seconds from the arrival to the first token.", "first_token_s"),
             ("vllm:inter_token_latency_seconds", "Seconds between two tokens of a sequence.", "gap_s"),
+            ("muxmesh_longest_token_gap_seconds", "Longest gap in the tokens of finished requests.", "longest_gap_s"),
             ("vllm:request_time_per_output_token_seconds", "Seconds for each token after the first.", "per_token_s"),
             ("vllm:e2e_request_latency_seconds", "Seconds from the arrival to the last token.", "e2e_s"),
             ("vllm:request_queue_time_seconds", "Seconds from the arrival to the first credit.", "queue_s"),

@@ -38,6 +38,10 @@ class RequestRecord:
     """Of the sequences that have finished."""
     slo: RequestSlo | None = None
     """None: its model has no SLO, or one that is not known yet."""
+    longest_gap_s: float = 0.0
+    """Between two messages with tokens of one of its sequences, whatever the cause: a step of others, a pre-emption, a
+    fault. 0 with one message of each.
+    """
     verdict: Verdict | None = None
     """Whether it met its SLO, once it has ended; None: it does not count."""
     _on_gap: OnGap = _ignore
@@ -56,6 +60,7 @@ class RequestRecord:
         last_at_s = self._last_token_at_s[index]
         self._last_token_at_s[index] = now_s
         if last_at_s:
+            self.longest_gap_s = max(self.longest_gap_s, now_s - last_at_s)
             self._on_gap((now_s - last_at_s) / num_tokens, num_tokens)
 
     @property

@@ -128,7 +128,18 @@ def test_the_gaps_between_tokens_are_those_of_each_sequence() -> None:
     for index, num_tokens, now_s in ((0, 1, 101.0), (1, 1, 102.0), (0, 1, 103.0), (1, 4, 104.0)):
         both.add_tokens(index, num_tokens, now_s)
     assert gaps == [(2.0, 1), (0.5, 4)]
+    assert both.longest_gap_s == 2.0
     assert both.num_output_tokens == 7
+
+
+def test_the_longest_gap_of_a_finished_request_is_measured() -> None:
+    metrics, done = RequestMetrics({"m": 100}), record(1, FinishKind.EOS)
+    for at_s in (104.5, 107.5, 108.0):
+        done.add_tokens(0, 1, at_s)
+    metrics.of("m").ended(done, "OK", 108.0)
+    metrics.of("m").ended(record(1, FinishKind.EOS), "OK", 108.0)
+    assert samples(metrics, "muxmesh_longest_token_gap_seconds_sum") == {("m",): 3.0}
+    assert samples(metrics, "muxmesh_longest_token_gap_seconds_count") == {("m",): 1}, "one token has no gap"
 
 
 def test_one_token_has_no_time_for_each_further_token() -> None:
