@@ -127,7 +127,8 @@ class Admission:
         """Admits entries in scheduling order while there is free capacity.
 
         ``has_slot(entry)``: a worker of its model can batch it; of two entries of one queue the later one may have a
-        slot and the earlier one not, since it displaces a running sequence. ``is_within_quota(entry)``: its model
+        slot and the earlier one not, since it displaces a running sequence. An entry that has none is not asked for again:
+        admitting others frees none. ``is_within_quota(entry)``: its model
         would use no more slabs than its quota. ``try_admit(entry, lend)``: reserves the token blocks, or returns False
         if there are too few; only with ``lend`` may the model exceed its quota.
 
@@ -139,8 +140,18 @@ class Admission:
         Returns True if an entry within its model's quota lacks memory: the caller has to reclaim loans.
         """
         blocked: set[str] = set()
+        without_slot: set[EntryKey] = set()
         lacks_memory = False
-        for entry in self._in_order(unix_s, lambda model: model in blocked, has_slot):
+
+        def has_slot_yet(entry: AdmissionEntry) -> bool:
+            if entry.key in without_slot:
+                return False
+            if has_slot(entry):
+                return True
+            without_slot.add(entry.key)
+            return False
+
+        for entry in self._in_order(unix_s, lambda model: model in blocked, has_slot_yet):
             if not is_within_quota(entry):
                 blocked.add(entry.model)
             elif try_admit(entry, False):
@@ -150,7 +161,7 @@ class Admission:
                 lacks_memory = True
         if lacks_memory:
             return True
-        for entry in self._in_order(unix_s, lambda model: False, has_slot):
+        for entry in self._in_order(unix_s, lambda model: False, has_slot_yet):
             if not try_admit(entry, True):
                 break
             self.withdraw(*entry.key)

@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import islice
 from typing import Protocol
 
-from muxmesh.batch_choice import Batchable, Reach, displaces
+from muxmesh.batch_choice import Batchable, Reach
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.types import Role, SchedulingState
 
@@ -112,7 +111,6 @@ class WorkerSlots:
         self._resident = resident
         self._workers = workers
         self._decoding_in = decoding_in
-        self._held: dict[str, Sequence[Batchable]] = {}
         self._reach: dict[str, Reach] = {}
         self._policy, self._unix_s = policy, unix_s
         self._ready_of: dict[str, list[list[WorkerRecord]]] = {}
@@ -160,21 +158,10 @@ class WorkerSlots:
         num_claimed = max(0, num_batched - limits.max_num_seqs)
         if num_claimed >= max(1, limits.max_num_seqs // 2):
             return False
-        held = self._held_by(worker)
         reach = self._reach.get(worker)
         if reach is None:
-            reach = self._reach[worker] = Reach(held, self._policy, self._unix_s)
-        if not reach.may_displace(scheduling):
-            return False
-        victims = (one for one in held if displaces(scheduling, one, self._policy, self._unix_s))
-        return next(islice(victims, num_claimed, None), None) is not None
-
-    def _held_by(self, worker: str) -> Sequence[Batchable]:
-        """The sequences that a decode worker computes."""
-        held = self._held.get(worker)
-        if held is None:
-            held = self._held[worker] = self._decoding_in(worker)
-        return held
+            reach = self._reach[worker] = Reach(self._decoding_in(worker), self._policy, self._unix_s)
+        return reach.may_displace_more_than(num_claimed, scheduling)
 
     def _least_loaded(self, workers: Sequence[WorkerRecord]) -> WorkerRecord:
         return min(workers, key=lambda worker: self._batched[worker.name])

@@ -13,10 +13,12 @@ less than half of the other's, and the other has sampled at most 80 % of its exp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import islice
 from typing import Protocol, TypeVar
 
-from muxmesh.scheduling_policy import SchedulingPolicy
+from muxmesh.scheduling_policy import SchedulingPolicy, SortKey
 from muxmesh.types import SchedulingState
 
 DISPLACING_RATIO = 0.5
@@ -100,21 +102,45 @@ def choose_batch(items: Sequence[_Item], policy: SchedulingPolicy, now_s: float,
 
 
 class Reach:
-    """A quick answer to whether a sequence may displace any of a batch, without looking at each: it errs to yes."""
+    """Which sequences may displace others of one batch at one time, without looking at each of it again.
 
-    def __init__(self, batch: Iterable[Batchable], policy: SchedulingPolicy, now_s: float) -> None:
-        self._policy, self._now_s = policy, now_s
-        self._worst_class, self._longest_s = -math.inf, 0.0
-        for item in batch:
-            state = item.scheduling
-            self._worst_class = max(self._worst_class, state.priority)
-            if item.num_preemptions < MAX_PREEMPTIONS and not item.is_nearly_done:
-                self._longest_s = max(self._longest_s, state.remaining_s)
+    Of the batch's sequences that their own class may displace it keeps the remaining work, the longest first, and the
+    last position in the order up to each.
+    """
+
+    def __init__(self, batch: Sequence[Batchable], policy: SchedulingPolicy, now_s: float) -> None:
+        """``now_s``: unix time."""
+        self._batch, self._policy, self._now_s = batch, policy, now_s
+        self._worst_class = max((item.scheduling.priority for item in batch), default=-math.inf)
+        states = [
+            item.scheduling for item in batch if item.num_preemptions < MAX_PREEMPTIONS and not item.is_nearly_done
+        ]
+        self._states = sorted(states, key=lambda state: -state.remaining_s)
+        self._negated_bounds = [-DISPLACING_RATIO * state.remaining_s for state in self._states]
+        """Negated, so that they increase: the newcomer's remaining work has to be less."""
+        self._keys: list[SortKey] = []
+        """Of the first of ``_states``, as far as they were needed."""
+        self._last_keys: list[SortKey] = []
+        """The maximum of the keys up to each."""
 
     def may_displace(self, newcomer: SchedulingState) -> bool:
-        """False only if ``newcomer`` displaces none of the batch."""
-        return (
-            newcomer.remaining_s < DISPLACING_RATIO * self._longest_s
-            or newcomer.priority < self._worst_class
-            or self._policy.is_overdue(newcomer, self._now_s)
-        )
+        """Whether ``newcomer`` displaces at least one of the batch."""
+        return self.may_displace_more_than(0, newcomer)
+
+    def may_displace_more_than(self, number: int, newcomer: SchedulingState) -> bool:
+        """Whether there are more than ``number`` sequences of which ``newcomer`` displaces any one."""
+        policy, now_s = self._policy, self._now_s
+        if newcomer.priority < self._worst_class or policy.is_overdue(newcomer, now_s):
+            victims = (one for one in self._batch if displaces(newcomer, one, policy, now_s))
+            return next(islice(victims, number, None), None) is not None
+        num_longer = bisect_left(self._negated_bounds, -newcomer.remaining_s)
+        if num_longer <= number:
+            return False
+        for state in self._states[len(self._keys) : num_longer]:
+            key = policy.sort_key(state, now_s)
+            self._last_keys.append(max(key, self._last_keys[-1]) if self._last_keys else key)
+            self._keys.append(key)
+        own = policy.sort_key(newcomer, now_s)
+        if not own < self._last_keys[num_longer - 1]:
+            return False
+        return number == 0 or sum(own < key for key in self._keys[:num_longer]) > number

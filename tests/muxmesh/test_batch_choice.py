@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muxmesh.batch_choice import MAX_CLASS_PREEMPTIONS, MAX_PREEMPTIONS, choose_batch, displaces
-from muxmesh.scheduling_policy import SchedulingPolicy
+from muxmesh.batch_choice import MAX_CLASS_PREEMPTIONS, MAX_PREEMPTIONS, Reach, choose_batch, displaces
+from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
 from muxmesh.types import SchedulingState
 
 SRTF = SchedulingPolicy("srtf", 0.0, 0.0, 1.0, max_wait_s=1000.0)
@@ -134,3 +134,28 @@ def test_no_slot_is_left_free_and_the_limits_hold(
     again = choose_batch(settled, policy, NOW_S, max_num_seqs)
     for one in again:  # what was displaced does not come back at the cost of what displaced it
         assert one.is_batched or not any(one.scheduling is victim.scheduling for victim in displaced)
+
+
+_STATES = st.builds(
+    lambda priority, arrived_at_s, decode_s: SchedulingState(priority, arrived_at_s, decode_s=decode_s, mean_work_s=8.0),
+    st.integers(-1, 1), st.integers(-1000, 100).map(float), st.integers(0, 20).map(float),
+)  # fmt: skip
+
+
+@given(
+    st.lists(
+        st.builds(Sequence, _STATES, st.just(True), st.integers(0, MAX_CLASS_PREEMPTIONS), st.booleans()), max_size=12
+    ),
+    st.lists(_STATES, max_size=6),
+    st.sampled_from(("fcfs", "sjf", "srtf", "srtf-aged", "hrrn", "mlfq")),
+    st.integers(0, 4),
+)
+def test_reach_is_what_looking_at_each_sequence_of_the_batch_finds(
+    batch: list[Sequence], newcomers: list[SchedulingState], name: PolicyName, number: int
+) -> None:
+    policy = replace(SRTF, name=name, longest_lead=100.0, longest_lead_s=600.0)
+    reach = Reach(batch, policy, NOW_S)
+    for newcomer in newcomers:
+        num_victims = sum(displaces(newcomer, one, policy, NOW_S) for one in batch)
+        assert reach.may_displace_more_than(number, newcomer) == (num_victims > number)
+        assert reach.may_displace(newcomer) == (num_victims > 0)
