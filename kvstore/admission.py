@@ -127,10 +127,10 @@ class Admission:
         """Admits entries in scheduling order while there is free capacity.
 
         ``has_slot(entry)``: a worker of its model can batch it; of two entries of one queue the later one may have a
-        slot and the earlier one not, since it displaces a running sequence. An entry that has none is not asked for again:
-        admitting others frees none. ``is_within_quota(entry)``: its model
-        would use no more slabs than its quota. ``try_admit(entry, lend)``: reserves the token blocks, or returns False
-        if there are too few; only with ``lend`` may the model exceed its quota.
+        slot and the earlier one not, since it displaces a running sequence. An entry that has none is not asked for
+        again: admitting others frees none. ``is_within_quota(entry)``: its model would use no more slabs than its
+        quota. ``try_admit(entry, lend)``: reserves the token blocks, or returns False if there are too few; only with
+        ``lend`` may the model exceed its quota.
 
         The first pass admits entries within their model's quota. An entry that lacks memory blocks the later entries
         of its model. If no entry of the first pass lacks memory, a second pass lends free slabs to models that are

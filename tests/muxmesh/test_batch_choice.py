@@ -137,7 +137,7 @@ def test_no_slot_is_left_free_and_the_limits_hold(
 
 
 _STATES = st.builds(
-    lambda priority, arrived_at_s, decode_s: SchedulingState(priority, arrived_at_s, decode_s=decode_s, mean_work_s=8.0),
+    lambda priority, arrived_at_s, work_s: SchedulingState(priority, arrived_at_s, decode_s=work_s, mean_work_s=8.0),
     st.integers(-1, 1), st.integers(-1000, 100).map(float), st.integers(0, 20).map(float),
 )  # fmt: skip
 
