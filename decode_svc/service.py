@@ -14,9 +14,10 @@ from decode_svc.token_outbox import TokenOutboxes
 from muxmesh.background_task import background
 from muxmesh.engine.api import Batched, Displaced, EngineJob, Failed, Finished, Preempted, Tokens
 from muxmesh.engine.sequence import SequenceRecord
-from muxmesh.errors import InternalError, MeshError
+from muxmesh.errors import InternalError, MeshError, RequestPreempted
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc
 from muxmesh.rpc import convert
+from muxmesh.sequence_states import SequenceState
 from muxmesh.types import Lease
 from worker.sequence_kv import SequenceKv
 from worker.worker_process import Services, WorkerContext
@@ -67,7 +68,9 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         except ValueError:
             self._release_unused(lease)
             raise
-        is_sound = False
+        is_sound, counters, job_id = False, self._context.counters, lease.ref.lease_id
+        states, clock = counters.states, self._context.clock
+        states.begin(job_id, SequenceState.BATCHED, clock.monotonic_s())
         try:
             events = self._engine.submit(EngineJob(request.lease_id, kv.sequence))
             is_sound = True
@@ -78,17 +81,28 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 elif isinstance(event, Finished):
                     finish = convert.finish_to_wire(event.finish)
                     return decode_pb2.DecodeResponse(finish=finish, num_output_tokens=kv.sequence.num_output_tokens)
-                elif isinstance(event, Displaced | Batched):
-                    self._context.counters.num_displaced += isinstance(event, Displaced) and event.had_slot
-                    kv.on_batch_changed(isinstance(event, Batched))
+                elif isinstance(event, Displaced):
+                    counters.num_displaced += event.had_slot
+                    states.displace(job_id, clock.monotonic_s(), event.had_slot)
+                    kv.on_batch_changed(is_batched=False)
+                elif isinstance(event, Batched):
+                    states.enter(job_id, SequenceState.BATCHED, clock.monotonic_s())
+                    kv.on_batch_changed(is_batched=True)
                 elif isinstance(event, Preempted):
-                    self._context.counters.num_preemptions += 1
+                    counters.num_preemptions += 1
+                    states.enter(job_id, SequenceState.PAUSED, clock.monotonic_s())
                     await kv.on_preempted()
+                    states.enter(job_id, SequenceState.BATCHED, clock.monotonic_s())
                 elif isinstance(event, Failed):
                     is_sound = False
                     raise event.error
             raise InternalError(f"job {request.lease_id}: the engine sent no final event")
+        except RequestPreempted:
+            counters.num_recomputed += 1
+            raise
         finally:
+            counters.num_repredictions += kv.sequence.work.num_repredictions
+            states.end(job_id, clock.monotonic_s())
             kv.end(publishes=is_sound)
 
     def _sequence_kv(self, lease: Lease, sequence: SequenceRecord) -> SequenceKv:

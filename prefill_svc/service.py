@@ -14,6 +14,7 @@ from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.errors import InternalError
 from muxmesh.internal.v1 import prefill_pb2, prefill_pb2_grpc
 from muxmesh.rpc import convert
+from muxmesh.sequence_states import SequenceState
 from muxmesh.types import LeaseRef
 from worker.worker_process import Services, WorkerContext
 
@@ -43,6 +44,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         engine_request = convert.request_from_wire(request.request)
         lease = await self._leases.acquire(convert.ref_from_wire(request.lease))
         job_id, is_done = lease.ref.lease_id, False
+        states = self._context.counters.states
+        states.begin(job_id, SequenceState.PREFILL, self._clock.monotonic_s())
         try:
             sequence = self._context.sequence(engine_request, lease)
             response = prefill_pb2.PrefillResponse(num_cached_tokens=lease.num_computed_tokens)
@@ -75,6 +78,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
                     raise event.error
             raise InternalError(f"job {job_id}: the engine sent no final event")
         finally:
+            states.end(job_id, self._clock.monotonic_s())
             if not is_done:
                 self._leases.release_after(functools.partial(self._engine.cancel, job_id), lease.ref)
 

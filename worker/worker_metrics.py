@@ -5,15 +5,39 @@ kvstore does not export the same words: a worker's counters start at 0 with its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from kvstore.device_memory import Transport
 from kvstore.grant_page import GrantPage, Word
-from muxmesh.metrics.family import Family, Histogram, counter, histogram
-from muxmesh.types import Role
+from muxmesh.clock import Clock
+from muxmesh.metrics.family import Family, Histogram, Labels, counter, histogram
+from muxmesh.sequence_states import SequenceState, SequenceStates
+from muxmesh.types import KvFormat, Role
 
+SwapKind = tuple[Literal["out", "in"], KvFormat]
+"""Direction and format of a copy of KV."""
 HAND_OFF_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
+
+
+@dataclass(slots=True)
+class SwapCount:
+    """Copies of KV of one kind: their number, bytes and seconds."""
+
+    num_copies: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, num_bytes: int, seconds: float) -> None:
+        """One more copy."""
+        self.num_copies, self.num_bytes, self.seconds = (
+            self.num_copies + 1, self.num_bytes + num_bytes, self.seconds + seconds,
+        )  # fmt: skip
+
+
+def _no_swaps() -> dict[SwapKind, SwapCount]:
+    return {(direction, kv_format): SwapCount() for direction in ("out", "in") for kv_format in ("raw", "int8")}
 
 
 @dataclass(slots=True)
@@ -24,6 +48,13 @@ class WorkerCounters:
     """Sequences that were pre-empted for memory: their KV was swapped or freed."""
     num_displaced: int = 0
     """Sequences that others displaced from the batch; they kept their KV."""
+    num_recomputed: int = 0
+    """Sequences among those whose KV was freed without a copy: the next attempt computes it again."""
+    num_repredictions: int = 0
+    """How often the length of a sequence was predicted again, of the sequences that have ended."""
+    states: SequenceStates = field(default_factory=SequenceStates)
+    swaps: dict[SwapKind, SwapCount] = field(default_factory=_no_swaps)
+    """Copies that are complete."""
     handoff_s: Histogram = field(default_factory=lambda: Histogram(HAND_OFF_S))
     """Seconds of each hand-off: of the call that moves the lease."""
 
@@ -40,6 +71,7 @@ class WorkerMetrics:
     slot: int
     kv_bytes_per_token: int
     counters: WorkerCounters
+    clock: Clock
 
     def families(self) -> Iterator[Family]:
         """All metrics, with the values of now."""
@@ -59,6 +91,7 @@ class WorkerMetrics:
             "muxmesh_kv_copied_bytes_total", "Bytes of KV written beyond those of computed tokens: copies.",
             max(0, written - tokens * self.kv_bytes_per_token),
         )  # fmt: skip
+        yield self._states()
         if self.role is Role.PREFILL:
             yield histogram(
                 "muxmesh_handoff_seconds", "Seconds of each hand-off of a sequence to decode, by transport.",
@@ -82,13 +115,42 @@ class WorkerMetrics:
             {(*labels, "order"): counters.num_displaced, (*labels, "kv"): counters.num_preemptions},
         )  # fmt: skip
         yield counter(
-            "muxmesh_swap_copied_bytes_total", "Bytes copied to and from the swap region.",
-            ("unit", "model_name", "direction"),
-            {(*labels, "out"): self._read(Word.SWAP_OUT_BYTES), (*labels, "in"): self._read(Word.SWAP_IN_BYTES)},
+            "muxmesh_recomputed_sequences_total",
+            "Sequences that were pre-empted for memory and not swapped: their KV is computed again.",
+            ("unit", "model_name"), {labels: counters.num_recomputed},
         )  # fmt: skip
         yield counter(
-            "muxmesh_swap_seconds_total", "Seconds of these copies.", ("unit", "model_name"),
-            {labels: self._s(Word.SWAP_NS)},
+            "muxmesh_repredictions_total", "How often the lengths of sequences that have ended were predicted again.",
+            ("unit", "model_name"), {labels: counters.num_repredictions},
+        )  # fmt: skip
+        swaps = {(*labels, *kind): swap for kind, swap in counters.swaps.items()}
+        yield self._swaps(
+            "muxmesh_swap_copies_total", "Copies of sequences to and from the swap region.",
+            {key: swap.num_copies for key, swap in swaps.items()},
+        )  # fmt: skip
+        yield self._swaps(
+            "muxmesh_swap_copied_bytes_total", "Bytes of these copies, as they are in the swap region.",
+            {key: swap.num_bytes for key, swap in swaps.items()},
+        )  # fmt: skip
+        yield self._swaps(
+            "muxmesh_swap_seconds_total", "Seconds of these copies.", {key: one.seconds for key, one in swaps.items()}
+        )
+
+    @staticmethod
+    def _swaps(name: str, help_text: str, samples: Mapping[Labels, float]) -> Family:
+        return counter(name, help_text, ("unit", "model_name", "direction", "format"), samples)
+
+    def _states(self) -> Family:
+        """Seconds by state; prefill is the one state of the sequences of a prefill worker."""
+        seconds = self.counters.states.seconds(self.clock.monotonic_s())
+        return counter(
+            "muxmesh_sequence_seconds_total", "Seconds that sequences were in a state.",
+            ("unit", "model_name", "state"),
+            {
+                (self.unit, self.model, state): seconds[state]
+                for state in SequenceState
+                if (state is SequenceState.PREFILL) is (self.role is Role.PREFILL)
+            },
         )  # fmt: skip
 
     def _read(self, word: Word) -> int:

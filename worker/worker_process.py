@@ -139,10 +139,10 @@ async def host_worker(
     policy = runtime.config.order.scheduling_policy()
     engine = build_engine(config, prepared, attachment.pool, attachment.weights, grant, policy, grant.count_step, role)
     await engine.start(asleep=attachment.command.engine is not EngineState.AWAKE)
-    counters = _measured(monitor, key, attachment, shape)
+    counters = _measured(monitor, key, attachment, shape, clock)
     async with internal_channel(endpoints[ProcessKey("kvstore", key.unit)].address) as channel:
         leases = LeaseClient(channel, attachment.worker)
-        swapper = KvSwapper(attachment, shape, leases, clock) if attachment.pool.has_swap else None
+        swapper = KvSwapper(attachment, shape, leases, clock, counters) if attachment.pool.has_swap else None
         context = WorkerContext(
             engine, leases, attachment.progress, config, identity, swapper, clock, counters, stop.give_up
         )
@@ -181,12 +181,14 @@ async def _attach(runtime: MeshRuntime, key: ProcessKey, endpoint: Endpoint, ide
     return attachment
 
 
-def _measured(monitor: Monitor, key: ProcessKey, attachment: Attachment, shape: KvShape) -> WorkerCounters:
+def _measured(
+    monitor: Monitor, key: ProcessKey, attachment: Attachment, shape: KvShape, clock: Clock
+) -> WorkerCounters:
     """Adds the worker's metrics to ``monitor``. Returns the counters that its services keep."""
     counters = WorkerCounters()
     page, slot, transport = attachment.page, attachment.slot, attachment.transport
     metrics = WorkerMetrics(
-        key.unit, key.model, Role(key.role), transport, page, slot, shape.kv_bytes_per_token, counters
+        key.unit, key.model, Role(key.role), transport, page, slot, shape.kv_bytes_per_token, counters, clock
     )
     monitor.add(metrics.families)
     return counters

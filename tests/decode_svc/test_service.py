@@ -24,6 +24,7 @@ from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.server import MeshServer
 from muxmesh.rpc.status_codes import from_rpc_error
+from muxmesh.sequence_states import SequenceState
 from muxmesh.types import (
     EngineRequest,
     Finish,
@@ -44,6 +45,7 @@ from worker.lease_client import LeaseClient
 
 PROMPT = tuple(range(40, 60))
 REQUEST = EngineRequest("r", "m", PROMPT, Sampling(seed=1), Stopping(12), SchedulingState(0, 0.0))
+DECODE_STATES = set(SequenceState) - {SequenceState.PREFILL}
 DEMAND = KvDemand(len(PROMPT) + 4, len(PROMPT) + 12)
 
 
@@ -114,7 +116,7 @@ async def decode_worker(directory: Path, runner: Runner | None = None, **options
         stack.push_async_callback(leases.close)
         swapper = None
         if attachment.pool.has_swap:
-            swapper = KvSwapper(attachment, SHAPE, leases, SystemClock())
+            swapper = KvSwapper(attachment, SHAPE, leases, SystemClock(), unit.counters)
             stack.callback(swapper.close)
         engine = await stack.enter_async_context(running_engine(runner))
         services = await stack.enter_async_context(open_services(unit.context(attachment, engine, leases, swapper)))
@@ -304,7 +306,8 @@ async def test_a_pre_empted_request_that_cannot_be_swapped_ends(tmp_path: Path) 
         with pytest.raises(RequestPreempted, match="not swapped: the unit has no swap region"):
             await result(worker.decode(lease, replace(REQUEST, stopping=Stopping(40))))
         await worker.unit.until(lambda: len(worker.unit.state.leases) == 1)
-        assert worker.unit.counters.num_preemptions == 1
+        counters = worker.unit.counters
+        assert (counters.num_preemptions, counters.num_recomputed) == (1, 1)
 
 
 @pytest.mark.parametrize("kv_format", [None, "int8"])
@@ -336,6 +339,13 @@ async def test_a_sequence_whose_blocks_another_model_claims_is_swapped_and_conti
         await other.release(claimed.ref, ())
         runner.open()
         assert (await result(call)).num_output_tokens == request.stopping.max_new_tokens
+        swaps, states = unit.counters.swaps, unit.counters.states
+        assert swaps["out", kv_format or "raw"].num_bytes == num_bytes
+        copies = {kind: swap.num_copies for kind, swap in swaps.items() if swap.num_copies}
+        assert copies == {("out", kv_format or "raw"): 1, ("in", kv_format or "raw"): 1}
+        assert all(states.seconds(SystemClock().monotonic_s())[state] > 0 for state in DECODE_STATES) and not len(
+            states
+        )
 
 
 async def test_a_worker_that_gets_no_more_leases_gives_up(worker: DecodeWorker) -> None:

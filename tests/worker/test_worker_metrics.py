@@ -7,7 +7,9 @@ import pytest
 from kvstore.device_memory import Transport
 from kvstore.grant_page import GrantPage, Word
 from kvstore.grant_table import GrantTable
+from muxmesh.clock import ManualClock
 from muxmesh.metrics.family import Family, HistogramValue
+from muxmesh.sequence_states import SequenceState
 from muxmesh.types import Role
 from worker.worker_metrics import WorkerCounters, WorkerMetrics
 
@@ -17,9 +19,6 @@ WORDS = {
     Word.NUM_COMPUTED_TOKENS: 60,
     Word.KV_BYTES_WRITTEN: 600,
     Word.BUSY_NS: 8_500_000_000,
-    Word.SWAP_OUT_BYTES: 90,
-    Word.SWAP_IN_BYTES: 80,
-    Word.SWAP_NS: 250_000_000,
     Word.GRANT_WAIT_NS: 250_000_000,
 }
 
@@ -34,7 +33,9 @@ def page() -> Iterator[GrantPage]:
 
 
 def families(page: GrantPage, role: Role, counters: WorkerCounters | None = None) -> dict[str, Family]:
-    metrics = WorkerMetrics("u", "m", role, Transport.VMM_FD, page, 3, 10, counters or WorkerCounters())
+    metrics = WorkerMetrics(
+        "u", "m", role, Transport.VMM_FD, page, 3, 10, counters or WorkerCounters(), ManualClock(9.0)
+    )
     return {family.name: family for family in metrics.families()}
 
 
@@ -59,11 +60,40 @@ def test_bytes_that_no_computed_token_wrote_are_copies(page: GrantPage) -> None:
 
 
 def test_only_decode_swaps_and_is_preempted(page: GrantPage) -> None:
-    found = families(page, Role.DECODE, WorkerCounters(num_preemptions=4))
-    assert found["vllm:num_preemptions_total"].samples == {("u", "m"): 4}
-    assert found["muxmesh_swap_copied_bytes_total"].samples == {("u", "m", "out"): 90, ("u", "m", "in"): 80}
-    assert found["muxmesh_swap_seconds_total"].samples == {("u", "m"): 0.25}
+    counters = WorkerCounters(num_preemptions=4, num_displaced=3, num_recomputed=2, num_repredictions=6)
+    counters.swaps["out", "raw"].add(90, 0.5)
+    counters.swaps["out", "raw"].add(60, 0.25)
+    counters.swaps["in", "int8"].add(80, 0.125)
+    found = families(page, Role.DECODE, counters)
+    assert found["vllm:num_preemptions_total"].samples == {("u", "m"): 7}
+    assert found["muxmesh_preemptions_total"].samples == {("u", "m", "order"): 3, ("u", "m", "kv"): 4}
+    assert found["muxmesh_recomputed_sequences_total"].samples == {("u", "m"): 2}
+    assert found["muxmesh_repredictions_total"].samples == {("u", "m"): 6}
+    swapped = {
+        name: {labels[2:]: value for labels, value in found[f"muxmesh_swap_{name}_total"].samples.items() if value}
+        for name in ("copies", "copied_bytes", "seconds")
+    }
+    assert swapped == {
+        "copies": {("out", "raw"): 2, ("in", "int8"): 1},
+        "copied_bytes": {("out", "raw"): 150, ("in", "int8"): 80},
+        "seconds": {("out", "raw"): 0.75, ("in", "int8"): 0.125},
+    }
+    assert len(found["muxmesh_swap_copies_total"].samples) == 4, "all kinds are there from the start"
     assert "vllm:num_preemptions_total" not in families(page, Role.PREFILL)
+
+
+def test_the_seconds_of_states_are_those_until_the_scrape(page: GrantPage) -> None:
+    counters = WorkerCounters()
+    counters.states.begin(1, SequenceState.BATCHED, 2.0)
+    counters.states.displace(1, 5.0, had_slot=True)
+    counters.states.begin(2, SequenceState.PREFILL, 8.0)
+    name = "muxmesh_sequence_seconds_total"
+    decode, prefill = (families(page, role, counters)[name].samples for role in (Role.DECODE, Role.PREFILL))
+    assert prefill == {("u", "m", "prefill"): 1.0}
+    assert decode == {
+        ("u", "m", state): {"batched": 3.0, "paused": 4.0}.get(state, 0.0)
+        for state in ("batched", "paused", "swapping_out", "swapped", "swapping_in")
+    }
 
 
 def test_only_prefill_hands_off(page: GrantPage) -> None:
