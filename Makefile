@@ -20,7 +20,7 @@ SECONDS ?= 60
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check check-code check-compose fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-profile bench-kvpool bench-arbiter bench-shares bench-swap bench-swap-cost bench-pressure bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-muxserve bench-muxserve-measured bench-muxserve-scale bench-floods bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu bench-many-models bench-plans bench-alise
+.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check check-code check-compose fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-profile bench-kvpool bench-arbiter bench-shares bench-swap bench-preemption-modes bench-swap-cost bench-pressure bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-muxserve bench-muxserve-measured bench-muxserve-scale bench-floods bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu bench-many-models bench-plans bench-alise
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -133,6 +133,9 @@ bench-swap-cost: $(VENV)/.dev ## Swap against recompute by context, here and by 
 
 bench-pressure: $(VENV)/.dev ## 48 chats with a tenth of the KV memory that they need: tokens, swaps, recomputes, throughput
 	$(BIN)/python -m benchmarks.pressure
+
+bench-preemption-modes: $(VENV)/.dev ## In virtual time: KV of pre-empted sequences kept, swapped, computed again, or chosen by cost; DATA: csv of prompt and output lengths
+	$(BIN)/python -m benchmarks.preemption_modes $(DATA) $(ARGS)
 
 bench-router: $(VENV)/.dev ## The control plane alone: time in the router, CPU per relayed message
 	$(BIN)/python -m benchmarks.router

@@ -17,7 +17,7 @@ from heapq import heapify, heappop, heapreplace
 
 from kvstore.wait_times import EntryKey
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy, SortKey
-from muxmesh.types import LeaseRef, QueuedRequest
+from muxmesh.types import LeaseRef, QueuedRequest, SchedulingState
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,10 @@ class Admission:
     def count(self, model: str) -> int:
         """Queued requests and waiting swapped leases of ``model``."""
         return sum(len(queue) for (of_model, _), queue in self._queues.items() if of_model == model)
+
+    def requests_of(self, model: str) -> list[SchedulingState]:
+        """The states of the queued requests of ``model``, without swapped leases."""
+        return [self._entries[key].request.scheduling for _, key in self._queues.get((model, None), ())]
 
     def count_requests(self) -> dict[str, int]:
         """Model → number of its queued requests, without swapped leases; no entry without any."""

@@ -116,6 +116,7 @@ def new_unit(runtime: MeshRuntime, config: UnitConfig, models: Mapping[str, Plac
         runtime.config.order.scheduling_policy(),
         AwakeLimits(config.max_awake_models, config.idle_sleep_s),
         clock.monotonic_s(),
+        config.preemption_mode,
     )
 
 

@@ -155,6 +155,15 @@ class AttachServer:
         attachment = self._attachments.get(worker)
         return self._grants.page.read_cost(attachment.slot) if attachment else None
 
+    def copy_rate_of(self, worker: str) -> float | None:
+        """Bytes per second of a worker's copies to and from the swap region; None before the first one."""
+        if (attachment := self._attachments.get(worker)) is None:
+            return None
+        page, slot = self._grants.page, attachment.slot
+        num_bytes = page.read(slot, Word.SWAP_OUT_BYTES) + page.read(slot, Word.SWAP_IN_BYTES)
+        copying_ns = page.read(slot, Word.SWAP_NS)
+        return num_bytes / copying_ns * 1e9 if num_bytes and copying_ns else None
+
     def slot_of(self, worker: str) -> int:
         """The worker's slot in the grant page. Raises KeyError if it is not attached."""
         return self._attachments[worker].slot

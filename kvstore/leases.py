@@ -26,7 +26,7 @@ to pre-empt or to swap, nor which processes live: its callers decide that.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -35,11 +35,7 @@ from kvstore.sequence_progress import SequenceProgress
 from kvstore.swap_space import SwapSpace
 from muxmesh.errors import LeaseLost
 from muxmesh.quoting import named
-from muxmesh.scheduling_policy import SortKey
 from muxmesh.types import KvDemand, Lease, LeaseRef, SchedulingState, blocks_for
-
-MAX_PREEMPTION_REQUESTS = 20
-"""A lease is chosen as victim at most this often, until its token blocks are freed."""
 
 
 class LeaseState(StrEnum):
@@ -88,8 +84,9 @@ class LeaseRecord:
     """One lease and what it holds.
 
     ``block_hashes``: hashes of its first blocks, valid once these are computed. ``expires_at_s`` applies to a credit
-    only. ``swap_pages``: pages for the copy of its KV, filled or not. ``num_preemptions``,
-    ``is_nearly_done``: as its decode worker reports them. ``has_valid_kv``: the device has not failed.
+    only. ``swap_pages``: pages for the copy of its KV, filled or not. ``num_preemption_requests``:
+    how often its worker was asked to free its token blocks, until it did. ``num_preemptions``, ``is_nearly_done``: as
+    its decode worker reports them. ``has_valid_kv``: the device has not failed.
     """
 
     lease: Lease
@@ -324,9 +321,13 @@ class LeaseTable:
         """The state of a lease of ``owner``. Raises LeaseLost."""
         return self._owned(ref, owner).state
 
-    def scheduling_of(self, ref: LeaseRef, owner: str) -> SchedulingState:
-        """What a lease of ``owner`` is ordered by. Raises LeaseLost."""
-        return self._owned(ref, owner).scheduling
+    def owned(self, ref: LeaseRef, owner: str) -> LeaseRecord:
+        """The record of a lease of ``owner``, to read. Raises LeaseLost."""
+        return self._owned(ref, owner)
+
+    def of_models(self, models: Collection[str]) -> list[LeaseRecord]:
+        """The records of all leases of ``models``, to read."""
+        return [record for record in self._records.values() if record.lease.model in models]
 
     def model_of(self, ref: LeaseRef, owner: str) -> str:
         """The model of a lease of ``owner``. Raises LeaseLost."""
@@ -349,57 +350,6 @@ class LeaseTable:
         that hold token blocks. After the hand-off a lease counts for its decode worker only.
         """
         return self._batched.copy(), self._resident.copy()
-
-    def choose_victim(
-        self, owners: Collection[str], models: Collection[str], sort_key: Callable[[SchedulingState], SortKey]
-    ) -> tuple[str, int] | None:
-        """Chooses a lease to pre-empt, among those of ``owners`` and ``models``: its owner and id, or None.
-
-        That is the last one in order of those that no batch has, else of the others. It is chosen again until its token
-        blocks are freed, but at most `MAX_PREEMPTION_REQUESTS` times, since its worker may wait for a client that does
-        not read its stream.
-        """
-        candidates = [one for one in self._preemptible(models) if one.owner in owners]
-        return self._choose(candidates, (LeaseState.PAUSED, LeaseState.RESIDENT), sort_key)
-
-    def choose_paused_victim(
-        self, models: Collection[str], sort_key: Callable[[SchedulingState], SortKey], after: SortKey
-    ) -> tuple[str, int] | None:
-        """As `choose_victim`, but only of leases that no batch has and whose key is above ``after``.
-
-        None while one of them is being swapped out.
-        """
-        states = (LeaseState.PAUSED, LeaseState.SWAPPING_OUT)
-        candidates = [
-            one for one in self._preemptible(models) if one.state in states and sort_key(one.scheduling) > after
-        ]
-        if any(one.state is LeaseState.SWAPPING_OUT and one.num_preemption_requests for one in candidates):
-            return None
-        return self._choose(candidates, (LeaseState.PAUSED,), sort_key)
-
-    def _preemptible(self, models: Collection[str]) -> list[LeaseRecord]:
-        return [
-            record
-            for record in self._records.values()
-            if record.lease.model in models and record.num_preemption_requests < MAX_PREEMPTION_REQUESTS
-        ]
-
-    @staticmethod
-    def _choose(
-        candidates: Sequence[LeaseRecord],
-        states: Collection[LeaseState],
-        sort_key: Callable[[SchedulingState], SortKey],
-    ) -> tuple[str, int] | None:
-        requested = next((record for record in candidates if record.num_preemption_requests), None)
-        victim = requested or max(
-            (record for record in candidates if record.state in states),
-            key=lambda record: (record.state is LeaseState.PAUSED, sort_key(record.scheduling)),
-            default=None,
-        )
-        if victim is None:
-            return None
-        victim.num_preemption_requests += 1
-        return victim.owner, victim.lease.ref.lease_id
 
     def check_integrity(self) -> None:
         """Proves the invariant. Raises AssertionError."""

@@ -10,12 +10,14 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import grpc
 
 from kvstore.attach_server import AttachServer
 from kvstore.grant_table import GrantTable
+from kvstore.preemption_costs import CALLS_S, KvCosts
 from kvstore.unit import IssuedCredit, IssuedSwapIn, Unit
 from kvstore.unit_status import unit_status
 from kvstore.worker_slots import WorkerRecord
@@ -24,6 +26,7 @@ from muxmesh.clock import Clock
 from muxmesh.config.schema import UnitConfig
 from muxmesh.errors import InvalidRequest, LeaseLost, Overloaded, WorkerLost
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
+from muxmesh.preemption_cost import CopyRates
 from muxmesh.quoting import named, quoted
 from muxmesh.rpc import convert
 from muxmesh.types import Lease, Role
@@ -69,6 +72,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         """Called after each change, when its decisions are sent."""
         self._num_streams = 0
         self._timer: asyncio.TimerHandle | None = None
+        unit.reclaim.costs_of = self._kv_costs
 
     def changed(self) -> None:
         """Schedules, sends the decisions, and sets the timer for the next change. Called after each change."""
@@ -185,6 +189,17 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
                 costs.models.append(kvstore_pb2.ModelCost(model=model, prefill=measured[0], decode=measured[1]))
         return costs
 
+    def _kv_costs(self, model: str) -> KvCosts:
+        """What moving and computing the KV of a model costs, as its workers have measured."""
+        assert self.attach is not None
+        costs = KvCosts(prefill_chunk=self._unit.models[model].prefill_token_budget)
+        prefills, decodes = (self._unit.ready_workers(role, model) for role in (Role.PREFILL, Role.DECODE))
+        if prefills and (prefill := self.attach.cost_of(prefills[0].name)) is not None:
+            costs = replace(costs, prefill=prefill)
+        if decodes and (rate := self.attach.copy_rate_of(decodes[0].name)) is not None:
+            costs = replace(costs, rates=CopyRates(rate, rate, CALLS_S))
+        return costs
+
     def _return_credit(self, router: str, wire: Any) -> None:
         """Releases a credit that the router still owns; a worker may have acquired it, or it may have expired."""
         ref = convert.ref_from_wire(wire)
@@ -223,9 +238,12 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         return kvstore_pb2.ReleaseLeaseResponse()
 
     async def GrowLease(self, request: kvstore_pb2.GrowLeaseRequest, context: Context) -> kvstore_pb2.GrowLeaseResponse:
-        block_ids = self._unit.grow(convert.ref_from_wire(request.lease), request.owner, request.num_blocks)
+        ref, unix_s = convert.ref_from_wire(request.lease), self._clock.unix_s()
+        block_ids = self._unit.grow(ref, request.owner, request.num_blocks, request.claims, unix_s)
         if block_ids is None:
             self.changed()
+            if self._unit.reclaim.serves(ref):
+                return kvstore_pb2.GrowLeaseResponse(is_pending=True)
             raise Overloaded(
                 f"{request.num_blocks} token blocks are not available to this lease: the KV pool is full, or its model "
                 "is past its quota while another one waits"
@@ -233,9 +251,8 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         return kvstore_pb2.GrowLeaseResponse(block_ids=block_ids)
 
     async def SwapOut(self, request: kvstore_pb2.SwapOutRequest, context: Context) -> kvstore_pb2.SwapOutResponse:
-        pages = self._unit.leases.begin_swap_out(convert.ref_from_wire(request.lease), request.owner, request.num_bytes)
-        if pages is None:
-            raise Overloaded(f"the swap region has fewer than {request.num_bytes} free bytes")
+        ref, unix_s = convert.ref_from_wire(request.lease), self._clock.unix_s()
+        pages = self._unit.reclaim.begin_swap_out(ref, request.owner, request.num_bytes, unix_s)
         return kvstore_pb2.SwapOutResponse(pages=pages)
 
     async def FinishSwapOut(

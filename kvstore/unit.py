@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from kvstore.admission import Admission, AdmissionEntry
 from kvstore.block_table import BlockTable
-from kvstore.leases import Assignment, LeaseState, LeaseTable
+from kvstore.leases import Assignment, LeaseRecord, LeaseState, LeaseTable
+from kvstore.memory_reclaim import MemoryLack, MemoryReclaim, PreemptionRequest
 from kvstore.model_states import NO_LIMITS, AwakeLimits, ModelState, ModelStates, ModelUse, WorkerCommand
 from kvstore.quotas import Quotas
 from kvstore.sequence_progress import SequenceProgress
@@ -28,6 +29,7 @@ from muxmesh.types import (
     KvDemand,
     Lease,
     LeaseRef,
+    PreemptionMode,
     QueuedRequest,
     Role,
     SchedulingState,
@@ -40,10 +42,6 @@ _ID_BITS = 16
 """Lease ids start at a multiple of 2**16: see `first_id`."""
 CREDIT_TTL_S = 30.0
 """A credit expires if no worker acquires it within this time."""
-RECLAIM_AFTER_S = 1.0
-"""Once an entry within its model's quota has waited for memory this long, loans are reclaimed by pre-emption."""
-RECLAIM_EVERY_S = 0.1
-"""Minimum time between two pre-emption requests."""
 SLOT_CHECK_EVERY_S = 0.1
 """While a request waits for a slot, what workers report of their sequences is looked at this often."""
 
@@ -75,14 +73,6 @@ class IssuedSwapIn:
     lease_id: int
     block_ids: tuple[int, ...]
     num_cached: int
-
-
-@dataclass(frozen=True, slots=True)
-class PreemptionRequest:
-    """A request that ``worker`` frees the token blocks of a lease, by swapping them out or by releasing the lease."""
-
-    worker: str
-    lease_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +110,12 @@ class Unit:
         policy: SchedulingPolicy = FCFS,
         awake: AwakeLimits = NO_LIMITS,
         now_s: float = 0.0,
+        preemption_mode: PreemptionMode = "auto",
     ) -> None:
         """Raises ValueError as `add_model` does. ``now_s``: monotonic time of the start.
 
         ``last_id``: lease ids continue from here, and incarnations of workers from its upper bits; see `first_id`.
-        ``swap_bytes``: size of the swap region; 0: nothing can be swapped.
+        ``swap_bytes``: size of the swap region; 0: nothing can be swapped. ``preemption_mode``: see `PreemptionMode`.
         """
         self.models: dict[str, UnitModel] = {}
         self.slab_bytes = slab_bytes
@@ -138,19 +129,20 @@ class Unit:
         self._waits = WaitTimes()
         self.quotas = Quotas(self.pool.num_slabs)
         self.states = ModelStates(awake)
+        self.reclaim = MemoryReclaim(
+            self.leases, self.blocks, self.swap, self.admission, self.models, policy, preemption_mode
+        )
         self.workers: dict[str, WorkerRecord] = {}
         self._removing: set[str] = set()
-        self._reclaim_at_s: float | None = None
-        self._reclaim_paused_at_s: float | None = None
         self._slots_due_s: float | None = None
         """While a request waits for a slot: when running sequences may have changed so that it displaces one."""
-        self._growth_lacks: dict[str, SchedulingState] = {}
-        """Model → the first of its sequences in order that could not grow since the last `schedule`."""
         self._costs_due_s = 0.0
         self._incarnations = last_id >> _ID_BITS
         for name, model in sorted(models.items(), key=lambda one: not one[1].is_pinned):  # the first ones are awake
             self.add_model(name, model, now_s)
-        self.models = {name: self.models[name] for name in models}
+        ordered = {name: self.models[name] for name in models}
+        self.models.clear()
+        self.models.update(ordered)
 
     def add_model(self, name: str, model: UnitModel, now_s: float = 0.0) -> None:
         """Adds a model and resets all quotas to their initial values. It sleeps if no more models may be awake.
@@ -256,11 +248,20 @@ class Unit:
             needed = blocks_for(entry.request.demand.num_tokens, self.models[entry.model].shape.block_size)
             return self.blocks.num_slabs_with(entry.model, needed) <= self.quotas.slabs[entry.model]
 
+        lacking: dict[str, MemoryLack] = {}
+
+        def note_lack(entry: AdmissionEntry) -> None:
+            """Of the entries of a model, the first in order that lacks memory is the first that is tried."""
+            needed = blocks_for(entry.request.demand.num_tokens, self.models[entry.model].shape.block_size)
+            lack = MemoryLack(entry.model, entry.request.scheduling, needed, self.admission.count(entry.model))
+            lacking.setdefault(entry.model, lack)
+
         def try_admit(entry: AdmissionEntry, lend: bool) -> bool:
             max_new_slabs = None if lend else self._num_spare_slabs(entry.model)
             if entry.swapped is not None:
                 swap_in = self._begin_swap_in(entry, entry.swapped, max_new_slabs)
                 if swap_in is None:
+                    note_lack(entry)
                     return False
                 decisions.swap_ins.append(swap_in)
                 slots.take(entry.source)
@@ -268,21 +269,17 @@ class Unit:
             prefill, decode = slots.choose(entry.model, entry.request.scheduling)
             credit = self._issue_credit(entry, prefill, decode, max_new_slabs, now_s)
             if credit is None:
-                lacking[entry.model] = min(
-                    entry.request.scheduling,
-                    lacking.get(entry.model, entry.request.scheduling),
-                    key=lambda state: self.policy.sort_key(state, unix_s),
-                )
+                note_lack(entry)
                 return False
             decisions.credits.append(credit)
             slots.take(prefill.name, decode.name)
             return True
 
-        lacking, self._growth_lacks = self._growth_lacks, {}
         lacks_memory = self.admission.admit(unix_s, has_slot, is_within_quota, try_admit)
-        self._reclaim_loans(lacks_memory, now_s, unix_s, decisions.preemptions)
+        preemptions = self.reclaim.reclaim_loans(lacks_memory, self._borrowed_leases, now_s, unix_s)
+        preemptions += self.reclaim.reclaim_followers(lacking.values(), now_s, unix_s)
+        decisions.preemptions.extend(preemptions)
         causes = self._first_causes(unix_s, slots)
-        self._reclaim_paused(lacking, now_s, unix_s, decisions.preemptions)
         if WaitCause.SLOT not in causes.values():
             self._slots_due_s = None
         elif self._slots_due_s is None or now_s >= self._slots_due_s:
@@ -327,8 +324,7 @@ class Unit:
         """Monotonic time at which `schedule` has to be called even if nothing changes; None: at no time."""
         times = (
             self.leases.next_expiry_s(),
-            self._reclaim_at_s,
-            self._reclaim_paused_at_s,
+            *self.reclaim.next_change_s(),
             self._slots_due_s,
             self.states.next_change_s(),
         )
@@ -351,18 +347,23 @@ class Unit:
         self._check_attached(to)
         return self.leases.move(ref, owner, to, num_computed_tokens, sampled)
 
-    def grow(self, ref: LeaseRef, owner: str, num_blocks: int) -> tuple[int, ...] | None:
+    def grow(
+        self, ref: LeaseRef, owner: str, num_blocks: int, claims: bool = False, unix_s: float = 0.0
+    ) -> tuple[int, ...] | None:
         """Adds token blocks to a lease and returns them; None if it may have no more now. Raises LeaseLost.
 
-        After None the caller calls `schedule`, which pre-empts a paused sequence that the lease precedes.
+        After None the caller calls `schedule`, which pre-empts a sequence that the lease precedes; with ``claims`` one
+        of a batch too. Then `MemoryReclaim.serves` tells whether one frees its blocks for it.
 
         While an entry within its model's quota waits for memory, leases do not grow past the quota of their own model.
         """
-        model = self.leases.model_of(ref, owner)
-        max_new_slabs = None if self._reclaim_at_s is None else max(0, self._num_spare_slabs(model))
+        record = self.leases.owned(ref, owner)
+        model = record.lease.model
+        max_new_slabs = max(0, self._num_spare_slabs(model)) if self.reclaim.is_claimed else None
         block_ids = self.leases.grow(ref, owner, num_blocks, max_new_slabs)
         if block_ids is None and max_new_slabs is None:
-            self._growth_lacks[model] = self.leases.scheduling_of(ref, owner)
+            lack = MemoryLack(model, record.scheduling, num_blocks, lease_id=ref.lease_id, claims_batched=claims)
+            self.reclaim.growth_failed(lack, unix_s)
         return block_ids
 
     def release(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
@@ -471,42 +472,11 @@ class Unit:
             return None
         return IssuedSwapIn(entry.source, ref.lease_id, allocated.block_ids, allocated.num_cached)
 
-    def _reclaim_loans(
-        self, lacks_memory: bool, now_s: float, unix_s: float, preemptions: list[PreemptionRequest]
-    ) -> None:
-        """Waits for loans to return as requests end; after `RECLAIM_AFTER_S`, pre-empts the last sequence in order."""
-        if not lacks_memory:
-            self._reclaim_at_s = None
-        elif self._reclaim_at_s is None:
-            self._reclaim_at_s = now_s + RECLAIM_AFTER_S
-        elif now_s >= self._reclaim_at_s:
-            self._reclaim_at_s = now_s + RECLAIM_EVERY_S
-            decoding = {worker.name for worker in self.workers.values() if worker.role is Role.DECODE}
-            past_quota = [model for model in self.models if self._num_spare_slabs(model) < 0]
-            victim = self.leases.choose_victim(decoding, past_quota, lambda state: self.policy.sort_key(state, unix_s))
-            preemptions.extend([PreemptionRequest(*victim)] if victim else [])
-
-    def _reclaim_paused(
-        self,
-        lacking: Mapping[str, SchedulingState],
-        now_s: float,
-        unix_s: float,
-        preemptions: list[PreemptionRequest],
-    ) -> None:
-        """Pre-empts at once the last paused sequence of each model that lacks memory for one that precedes it.
-
-        ``lacking``: model → the first in order of its requests and growing sequences for which the pool had no memory.
-        """
-        due_s = self._reclaim_paused_at_s
-        if lacking and due_s is not None and now_s < due_s:
-            return
-        self._reclaim_paused_at_s = None
-        for model, state in lacking.items():
-            after = self.policy.sort_key(state, unix_s)
-            victim = self.leases.choose_paused_victim([model], lambda one: self.policy.sort_key(one, unix_s), after)
-            if victim is not None:
-                preemptions.append(PreemptionRequest(*victim))
-                self._reclaim_paused_at_s = now_s + RECLAIM_EVERY_S
+    def _borrowed_leases(self) -> list[LeaseRecord]:
+        """The leases of decode workers of models that use more than their quota."""
+        past_quota = [model for model in self.models if self._num_spare_slabs(model) < 0]
+        decoding = {worker.name for worker in self.workers.values() if worker.role is Role.DECODE}
+        return [record for record in self.leases.of_models(past_quota) if record.owner in decoding]
 
     def _num_spare_slabs(self, model: str) -> int:
         """Slabs of the model's quota that it does not use; negative if it has borrowed some."""

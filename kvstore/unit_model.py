@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.schema import UnitConfig
 from muxmesh.models.model_spec import KvShape, ModelSpec
+from muxmesh.preemption_cost import PREFILL_CHUNK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class UnitModel:
     ``max_num_seqs``: sequences in the batch of each worker. ``max_resident_seqs``: sequences of each worker with token
     blocks, paused ones included; None: as ``max_num_seqs``. ``guaranteed_slabs``: lower bound of the model's quota
     while it is awake. ``kv_need``: expected rate of requests x bytes of a token block; None: not known. ``is_pinned``,
-    ``starts_asleep``: see `ModelStates`.
+    ``starts_asleep``: see `ModelStates`. ``prefill_token_budget``: prompt tokens of a prefill step.
     """
 
     shape: KvShape
@@ -27,6 +28,7 @@ class UnitModel:
     kv_need: float | None = None
     is_pinned: bool = False
     starts_asleep: bool = False
+    prefill_token_budget: int = PREFILL_CHUNK_TOKENS
 
     @property
     def resident_limit(self) -> int:
@@ -46,4 +48,5 @@ class UnitModel:
             kv_need=None if model.expected_rate is None else model.expected_rate * shape.token_block_bytes,
             is_pinned=model.pinned,
             starts_asleep=model.start == "asleep",
+            prefill_token_budget=model.step_token_budget,
         )

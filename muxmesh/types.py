@@ -14,6 +14,8 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 KvFormat = Literal["raw", "int8"]
 """Format of swapped KV: the exact bits, or quantized to 8 bits."""
+PreemptionMode = Literal["auto", "swap", "recompute", "keep"]
+"""What becomes of the KV of a sequence whose memory another one needs: see `preemption_mode` of a unit."""
 
 ArbiterMode = Literal["auto", "adbs", "fcfs", "roundrobin", "temporal", "spatial"]
 """The rule by which the arbiter of a unit chooses who computes. `ArbiterConfig.mode` describes each."""

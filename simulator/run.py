@@ -28,7 +28,7 @@ from router.served_models import ModelLimits
 from router.unit_choice import unit_load
 from simulator.forecasts import ForecastInput, Forecasts
 from simulator.simulated_request import SimulatedRequest
-from simulator.simulated_unit import Decision, SimulatedUnit
+from simulator.simulated_unit import Decision, KvChoice, SimulatedUnit
 from simulator.step_times import Slowdown, StepTimes, no_slowdown
 from simulator.timeline import NO_DELAYS, Delays, Timeline
 from simulator.unit_use import UnitUse
@@ -78,13 +78,14 @@ def simulate(
     delays: Delays = NO_DELAYS,
     slowdown: Slowdown = no_slowdown,
     times: Mapping[tuple[str, str], StepTimes] | None = None,
+    on_kv_choice: Callable[[KvChoice], None] | None = None,
 ) -> SimulationResult:
     """Simulates from the first arrival to the last end.
 
     ``specs`` has one entry for each model of ``config``. ``policy`` None: the configured one. ``on_decision`` is called
     at each admission. ``slowdown``: of the workers of a device beside each other. ``times``: (unit, model) → step
-    times; a model without an entry has those of the sim engine. Raises ConfigError for a request for a model that
-    ``config`` does not serve.
+    times; a model without an entry has those of the sim engine. ``on_kv_choice``: see `SimulatedUnit`. Raises
+    ConfigError for a request for a model that ``config`` does not serve.
     """
     order = config.order.scheduling_policy()
     order = order if policy is None else replace(order, name=policy)
@@ -93,6 +94,7 @@ def simulate(
         unit.name: SimulatedUnit(
             timeline, unit, specs, order, on_decision, delays, slowdown,
             {model: found for (name, model), found in (times or {}).items() if name == unit.name},
+            on_kv_choice,
         )
         for unit in config.units
     }  # fmt: skip

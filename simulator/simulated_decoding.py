@@ -7,24 +7,27 @@ of `worker.sequence_kv`, through the unit's own methods. This module knows no qu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
+from kvstore.leases import LeaseRecord
 from kvstore.sequence_progress import SequenceProgress
 from kvstore.unit import IssuedSwapIn, Unit
 from muxmesh.config.model_config import ModelConfig
 from muxmesh.device.kv_codec import encoded_bytes
+from muxmesh.errors import Overloaded
 from muxmesh.models.model_spec import KvShape
 from muxmesh.remaining_work import RemainingWork
 from muxmesh.slo import RequestSlo, catch_up_s, next_token_due_s
 from muxmesh.step_cost import ModelCosts
-from muxmesh.types import KvDemand, Lease, blocks_for
+from muxmesh.types import KvDemand, Lease, SchedulingState, blocks_for
 from simulator.simulated_device import Device
 from simulator.simulated_request import SimulatedRequest
 from simulator.simulated_workers import DecodeJob, DecodeWorker, PrefillWorker
 from simulator.swap_copies import SwapCopies
 from simulator.timeline import Timeline
-from worker.block_growth import GROWTH_TOKENS, BlockGrowth
+from worker.block_growth import CLAIM_RETRY_S, GROWTH_TOKENS, BlockGrowth
 
 
 @dataclass(slots=True)
@@ -127,6 +130,25 @@ class SimulatedDecoding:
                 )
         return found
 
+    @contextmanager
+    def true_work(self) -> Iterator[None]:
+        """While it is entered, the unit's leases have the true remaining work of their sequences."""
+        predicted: list[tuple[LeaseRecord, SchedulingState]] = []
+        for sequence in self._sequences.values():
+            record, request = self._unit.leases.owned(sequence.lease.ref, sequence.served.decode_name), sequence.request
+            predicted.append((record, record.scheduling))
+            num_sent = request.num_sent
+            if not sequence.job.is_removed:
+                num_sent += sequence.served.decode.num_tokens(sequence.job)
+            expected = max(1.0, sequence.work.expected_tokens - num_sent)
+            share = (request.num_output - num_sent) / expected
+            record.scheduling = replace(record.scheduling, decode_s=record.scheduling.decode_s * share)
+        try:
+            yield
+        finally:
+            for record, scheduling in predicted:
+                record.scheduling = scheduling
+
     def _decode_job(self, sequence: _DecodingSequence) -> DecodeJob:
         """The job of a sequence for the rest of its output."""
         request, growth = sequence.request, sequence.growth
@@ -163,22 +185,64 @@ class SimulatedDecoding:
             return
         growth, num_free = sequence.growth, self._num_free_slots(sequence)
         num_wanted = growth.blocks_to_request(sequence.num_blocks, num_free)
-        if num_wanted and not self._grow(sequence, num_wanted) and growth.on_pool_full(num_free):
-            self._preempt(sequence)
-            return
+        if num_wanted and not self._grow(sequence, num_wanted):
+            if growth.is_claim(num_free) and self._claim(sequence, num_wanted):
+                return
+            if growth.on_pool_full(num_free):
+                self._preempt(sequence)
+                return
         sequence.served.decode.schedule_check(sequence.job)
 
     def _grow(self, sequence: _DecodingSequence, num_wanted: int) -> bool:
         """Grows the lease by ``num_wanted`` token blocks or fewer; False if the pool has none."""
         while num_wanted:
-            blocks = self._unit.grow(sequence.lease.ref, sequence.served.decode_name, num_wanted)
-            if blocks is not None:
-                sequence.num_blocks += len(blocks)
-                sequence.growth.on_granted()
+            if self._try_grow(sequence, num_wanted):
                 return True
             num_wanted = sequence.growth.smaller_request(num_wanted)
         self._schedule()
         return False
+
+    def _try_grow(self, sequence: _DecodingSequence, num_wanted: int, claims: bool = False) -> bool:
+        ref, owner = sequence.lease.ref, sequence.served.decode_name
+        blocks = self._unit.grow(ref, owner, num_wanted, claims, self._timeline.now_s)
+        if blocks is None:
+            return False
+        sequence.num_blocks += len(blocks)
+        sequence.growth.on_granted()
+        return True
+
+    def _claim(self, sequence: _DecodingSequence, num_wanted: int) -> bool:
+        """Claims blocks of sequences that follow it; False if none frees its blocks for it.
+
+        While one does, the sequence goes on as long as it has free slots, and asks again after `CLAIM_RETRY_S`.
+        """
+        if self._try_grow(sequence, num_wanted, claims=True):
+            sequence.served.decode.schedule_check(sequence.job)
+            return True
+        self._schedule()
+        if not self._unit.reclaim.serves(sequence.lease.ref):
+            return False
+        decode = sequence.served.decode
+        if self._num_free_slots(sequence) > 0:
+            decode.schedule_check(sequence.job)
+        else:
+            sequence.due_at_s = decode.next_due_s(sequence.job)
+            self._stop(sequence)
+            self._timeline.after(CLAIM_RETRY_S, lambda: self._claim_again(sequence, num_wanted))
+        return True
+
+    def _claim_again(self, sequence: _DecodingSequence, num_wanted: int) -> None:
+        """Goes on with a sequence that has no free slot left, once it has its blocks."""
+        if sequence.is_preempted:
+            self._free_blocks(sequence)
+        elif self._try_grow(sequence, num_wanted, claims=True):
+            self._continue(sequence)
+        else:
+            self._schedule()
+            if self._unit.reclaim.serves(sequence.lease.ref):
+                self._timeline.after(CLAIM_RETRY_S, lambda: self._claim_again(sequence, num_wanted))
+            else:
+                self._free_blocks(sequence)
 
     def _preempt_displaced(self, sequence: _DecodingSequence) -> None:
         if sequence.job.is_displaced and not sequence.job.is_removed:
@@ -186,11 +250,26 @@ class SimulatedDecoding:
 
     def _preempt(self, sequence: _DecodingSequence) -> None:
         """Swaps a sequence out, or frees its KV and queues its request again. Its tokens are kept in both cases."""
-        request, served = sequence.request, sequence.served
-        sequence.due_at_s = served.decode.next_due_s(sequence.job)
-        request.num_sent += served.decode.num_tokens(sequence.job)
-        served.decode.remove(sequence.job)
-        self._device.wake(served.decode)
+        sequence.due_at_s = sequence.served.decode.next_due_s(sequence.job)
+        self._stop(sequence)
+        self._free_blocks(sequence)
+
+    def _stop(self, sequence: _DecodingSequence) -> None:
+        """Takes a sequence out of its worker, with its tokens."""
+        decode = sequence.served.decode
+        sequence.request.num_sent += decode.num_tokens(sequence.job)
+        decode.remove(sequence.job)
+        self._device.wake(decode)
+
+    def _continue(self, sequence: _DecodingSequence) -> None:
+        """Adds a new job for the rest of the output of a sequence that was stopped."""
+        num_preemptions, decode = sequence.job.num_preemptions, sequence.served.decode
+        sequence.job = self._decode_job(sequence)
+        sequence.job.due_at_s, sequence.job.num_preemptions = sequence.due_at_s, num_preemptions
+        decode.add(sequence.job)
+        self._device.wake(decode)
+
+    def _free_blocks(self, sequence: _DecodingSequence) -> None:
         if not self._swap_out(sequence):
             self._requeue(sequence)
 
@@ -201,11 +280,13 @@ class SimulatedDecoding:
         self._requeue_request(sequence.request)
 
     def _swap_out(self, sequence: _DecodingSequence) -> bool:
-        """Begins to swap a sequence out; False if the unit has too few free swap pages."""
+        """Begins to swap a sequence out; False if its KV has to be freed instead."""
         request, lease, served = sequence.request, sequence.lease, sequence.served
         num_computed = request.num_prompt + request.num_sent - 1
         num_bytes = encoded_bytes(served.shape, num_computed, served.config.kv_swap_format)
-        if self._unit.leases.begin_swap_out(lease.ref, served.decode_name, num_bytes) is None:
+        try:
+            self._unit.reclaim.begin_swap_out(lease.ref, served.decode_name, num_bytes, self._timeline.now_s)
+        except Overloaded:
             return False
         self.num_swapped += 1
         served.swap.copy(num_bytes, lambda: self._on_swapped_out(sequence))
@@ -241,11 +322,7 @@ class SimulatedDecoding:
         self._unit.leases.finish_swap_in(sequence.lease.ref, served.decode_name)
         sequence.growth.on_granted()
         sequence.is_exact &= served.config.kv_swap_format == "raw"
-        num_preemptions = sequence.job.num_preemptions
-        sequence.job = self._decode_job(sequence)
-        sequence.job.due_at_s, sequence.job.num_preemptions = sequence.due_at_s, num_preemptions
-        served.decode.add(sequence.job)
-        self._device.wake(served.decode)
+        self._continue(sequence)
         self._schedule()
 
     def _on_decoded(self, sequence: _DecodingSequence) -> None:

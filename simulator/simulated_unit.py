@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvstore.arbiter import Arbiter
+from kvstore.leases import LeaseRecord
+from kvstore.memory_reclaim import MemoryLack
 from kvstore.model_states import NO_LIMITS, AwakeLimits, WorkerCommand
+from kvstore.preemption_costs import CALLS_S, KvCosts, WayCosts
 from kvstore.unit import IssuedCredit, Unit
 from kvstore.unit_model import UnitModel
 from kvstore.worker_slots import EngineState
@@ -21,6 +24,7 @@ from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.schema import UnitConfig
 from muxmesh.errors import InvalidRequest
 from muxmesh.models.model_spec import KvShape, ModelSpec
+from muxmesh.preemption_cost import CopyRates
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.slo import RequestSlo, first_token_due_s
 from muxmesh.step_cost import ModelCosts
@@ -51,6 +55,19 @@ class Decision:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class KvChoice:
+    """What became of a paused sequence's KV: costs as expected, and with the true lengths of outputs.
+
+    ``for_arrival_s``: arrival of the one that needed its memory. The costs have the same copies, prefill and order.
+    """
+
+    lease_id: int
+    for_arrival_s: float
+    expected: WayCosts
+    true: WayCosts
+
+
 class SimulatedUnit:
     """Owns a `kvstore.unit.Unit`, a router's queue for it, and the device."""
 
@@ -64,12 +81,28 @@ class SimulatedUnit:
         delays: Delays = NO_DELAYS,
         slowdown: Slowdown = no_slowdown,
         times: Mapping[str, StepTimes] | None = None,
+        on_kv_choice: Callable[[KvChoice], None] | None = None,
     ) -> None:
-        """``times``: model → step times; a model without an entry has those of the sim engine."""
+        """``times``: model → step times; a model without an entry has those of the sim engine.
+
+        ``on_kv_choice`` is called with each choice of what becomes of a paused sequence's KV.
+        """
         models = {model.name: UnitModel.of(config, model, specs[model.name]) for model in config.models}
         awake = AwakeLimits(config.max_awake_models, config.idle_sleep_s)
         pool_bytes = config.kv_pool * config.tensor_parallel
-        self.unit = Unit(pool_bytes, config.total_slab, models, swap_bytes=config.kv_swap, policy=policy, awake=awake)
+        self.unit = Unit(
+            pool_bytes,
+            config.total_slab,
+            models,
+            swap_bytes=config.kv_swap,
+            policy=policy,
+            awake=awake,
+            preemption_mode=config.preemption_mode,
+        )
+        self.unit.reclaim.costs_of = self._kv_costs
+        self._on_kv_choice = on_kv_choice
+        if on_kv_choice is not None:
+            self.unit.reclaim.on_choice = self._kv_chosen
         self._limits = awake
         self._never_awake: set[str] = set()
         """Workers that have not been awake yet."""
@@ -130,6 +163,20 @@ class SimulatedUnit:
         """The router's view of a model on this unit, with the step costs that the workers reported last."""
         served = self._served[model]
         return ModelService(model, served.costs, served.config.step_token_budget)
+
+    def _kv_costs(self, model: str) -> KvCosts:
+        """What moving and computing the KV of a model costs, as its workers have measured."""
+        served = self._served[model]
+        rate = self._delays.swap_bytes_per_s
+        costs = KvCosts(CopyRates(rate, rate, CALLS_S), prefill_chunk=served.config.step_token_budget)
+        return replace(costs, prefill=served.prefill.fit.cost) if served.prefill.fit.cost else costs
+
+    def _kv_chosen(self, victim: LeaseRecord, lack: MemoryLack, expected: WayCosts) -> None:
+        assert self._on_kv_choice is not None
+        reclaim, num_bytes = self.unit.reclaim, self.unit.reclaim.kv_bytes(victim)
+        with self._decoding.true_work():
+            true = reclaim.way_costs(victim, num_bytes, lack, self._timeline.now_s)
+        self._on_kv_choice(KvChoice(victim.lease.ref.lease_id, lack.scheduling.arrived_at_s, expected, true))
 
     def slo_targets(self, model: str, num_prompt: int) -> SloTargets | None:
         """The targets of a request with ``num_prompt`` prompt tokens; None for a model without an SLO."""

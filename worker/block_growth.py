@@ -9,6 +9,10 @@ from muxmesh.types import blocks_for
 
 AHEAD_TOKENS = 64
 """A sequence requests more blocks when it has fewer free slots than this. A slot holds the KV of one token."""
+CLAIM_TOKENS = 8
+"""A sequence with no more free slots than this claims blocks that the pool does not have from others that follow it."""
+CLAIM_RETRY_S = 0.02
+"""Interval at which it asks for them while the other one frees its blocks."""
 GROWTH_TOKENS = 128
 """Slots requested at a time. If the pool does not have them, the request is halved, down to one block."""
 
@@ -43,6 +47,11 @@ class BlockGrowth:
     def smaller_request(num_blocks: int) -> int:
         """Returns how many blocks to request after the pool did not have ``num_blocks``; 0 if it has not even one."""
         return num_blocks // 2
+
+    @staticmethod
+    def is_claim(num_free_slots: int) -> bool:
+        """Whether a sequence that the pool has no block for claims those of another one."""
+        return num_free_slots <= CLAIM_TOKENS
 
     def on_granted(self) -> None:
         """Resets the threshold: the sequence has more blocks, or others."""

@@ -68,13 +68,27 @@ class LeaseClient:
 
     async def grow(self, ref: LeaseRef, num_blocks: int) -> tuple[int, ...]:
         """Returns the ids of ``num_blocks`` more token blocks of the lease. Raises Overloaded if the pool is full."""
+        return tuple((await self._grow(ref, num_blocks, claims=False)).block_ids)
+
+    async def claim(self, ref: LeaseRef, num_blocks: int) -> tuple[int, ...] | None:
+        """As `grow`, but another sequence may be pre-empted for the blocks.
+
+        None: one is freeing its blocks, so a later call succeeds.
+        """
+        response = await self._grow(ref, num_blocks, claims=True)
+        return None if response.is_pending else tuple(response.block_ids)
+
+    async def _grow(self, ref: LeaseRef, num_blocks: int, claims: bool) -> kvstore_pb2.GrowLeaseResponse:
         request = kvstore_pb2.GrowLeaseRequest(
-            lease=convert.ref_to_wire(ref), owner=self._worker, num_blocks=num_blocks
+            lease=convert.ref_to_wire(ref), owner=self._worker, num_blocks=num_blocks, claims=claims
         )
-        return tuple((await response_of(self._stub.GrowLease(request))).block_ids)
+        return await response_of(self._stub.GrowLease(request))
 
     async def begin_swap_out(self, ref: LeaseRef, num_bytes: int) -> tuple[int, ...]:
-        """Returns the pages of the swap region for a copy of ``num_bytes``. Raises Overloaded if the region is full."""
+        """Returns the pages of the swap region for a copy of ``num_bytes``.
+
+        Raises Overloaded if the KV has to be freed instead: the region is full, or to compute it again costs less.
+        """
         request = kvstore_pb2.SwapOutRequest(lease=convert.ref_to_wire(ref), owner=self._worker, num_bytes=num_bytes)
         return tuple((await response_of(self._stub.SwapOut(request))).pages)
 

@@ -15,7 +15,7 @@ from muxmesh.engine.api import Engine
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.errors import InternalError, MeshError, Overloaded, RequestPreempted
 from muxmesh.types import KvDemand, KvFormat, LeaseRef
-from worker.block_growth import GROWTH_TOKENS, BlockGrowth
+from worker.block_growth import CLAIM_RETRY_S, GROWTH_TOKENS, BlockGrowth
 from worker.kv_swapper import KvSwapper
 from worker.lease_client import LeaseClient
 
@@ -48,6 +48,8 @@ class SequenceKv:
         self._growth = BlockGrowth(sequence.block_size, sequence.max_blocks)
         self._growing: asyncio.Task[None] | None = None
         self._error: MeshError | None = None
+        self._is_leaving = False
+        """Whether the sequence is about to give its blocks up."""
         self._num_committed_blocks = 0
         self._is_batched = True
         self._reported = sequence.request.scheduling
@@ -108,24 +110,45 @@ class SequenceKv:
             await self._swapper.quiesce(self._ref.lease_id)
 
     async def _wait_for_growth(self) -> None:
-        """Waits for the growth in progress: it adds blocks to the lease."""
+        """Waits for the growth in progress, which adds blocks to the lease; it claims none any more."""
         if self._growing is not None:
+            self._is_leaving = True
             await asyncio.gather(self._growing, return_exceptions=True)
+            self._is_leaving = False
 
     async def _grow(self, num_blocks: int) -> None:
         sequence, job_id = self.sequence, self._ref.lease_id
-        while num_blocks:
-            try:
-                sequence.add_blocks(await self._leases.grow(self._ref, num_blocks))
-                break
-            except Overloaded:
-                num_blocks = self._growth.smaller_request(num_blocks)
+        block_ids = await self._free_blocks(num_blocks)
+        if block_ids is None and self._growth.is_claim(sequence.num_free_slots):
+            block_ids = await self._claimed_blocks(num_blocks)
         self._growing = None
-        if num_blocks:
+        if block_ids is not None:
+            sequence.add_blocks(block_ids)
             self._growth.on_granted()
             self._engine.sequence_changed(job_id)
         elif self._growth.on_pool_full(sequence.num_free_slots):
             self._engine.preempt(job_id)
+
+    async def _free_blocks(self, num_blocks: int) -> tuple[int, ...] | None:
+        """Up to ``num_blocks`` more blocks that are free; None if there are none."""
+        while num_blocks:
+            try:
+                return await self._leases.grow(self._ref, num_blocks)
+            except Overloaded:
+                num_blocks = self._growth.smaller_request(num_blocks)
+        return None
+
+    async def _claimed_blocks(self, num_blocks: int) -> tuple[int, ...] | None:
+        """As `_free_blocks`, of sequences that follow in the order; waits while one of them frees its blocks."""
+        while not self._is_leaving:
+            try:
+                block_ids = await self._leases.claim(self._ref, num_blocks)
+            except Overloaded:
+                return None
+            if block_ids is not None:
+                return block_ids
+            await asyncio.sleep(CLAIM_RETRY_S)
+        return None
 
     def _on_growth_ended(self, growth: asyncio.Task[None]) -> None:
         """Ends the attempt if the growth failed: without blocks its job would wait for ever."""

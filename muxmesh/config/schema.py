@@ -20,7 +20,7 @@ from muxmesh.errors import ConfigError
 from muxmesh.log_format import LogFormat
 from muxmesh.quoting import quoted
 from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
-from muxmesh.types import DEFAULT_ADDRESS, MAX_PORT, Role
+from muxmesh.types import DEFAULT_ADDRESS, MAX_PORT, PreemptionMode, Role
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -112,6 +112,11 @@ class UnitConfig(Section):
     """Host memory for the KV of sequences that are pre-empted when `kv_pool` is full. 0: their KV is freed and computed
     again. On a CPU a larger `kv_pool` is better, unless `kv_swap_format` is int8. For a GPU it is pinned when first
     used."""
+    preemption_mode: PreemptionMode = "auto"
+    """What becomes of the KV of a sequence whose memory another one needs. `auto`: by expected cost, from the measured
+    speed of copies and prefill and the time that the sequence will wait, it is swapped to `kv_swap`, freed and computed
+    again, or kept while other memory will be free soon. `swap` and `recompute`: always that, as far as `kv_swap` has
+    room. `keep`: paused sequences keep their KV; only a growing sequence takes that of others."""
     slab: ByteSize = Field(default=ByteSize(16 * MIB), ge=4096, le=MAX_BYTES)
     """Size of the pieces of the pool, with `tensor_parallel` on each device. Each slab is lent to one model at a time.
     On a GPU a multiple of 64 bytes."""

@@ -9,7 +9,6 @@ import pytest
 from kvstore import leases
 from kvstore.block_table import BlockTable
 from kvstore.leases import (
-    MAX_PREEMPTION_REQUESTS,
     TRANSITIONS,
     Assignment,
     LeaseState,
@@ -18,6 +17,7 @@ from kvstore.leases import (
 from kvstore.sequence_progress import SequenceProgress
 from kvstore.slab_pool import SlabPool
 from kvstore.swap_space import SwapSpace
+from kvstore.victim_choice import MAX_PREEMPTION_REQUESTS, Victim, last_after, last_in_order
 from muxmesh.block_hashes import block_hashes
 from muxmesh.errors import LeaseLost
 from muxmesh.scheduling_policy import FCFS, SortKey
@@ -351,12 +351,12 @@ def test_a_decode_worker_reports_what_its_batch_has_and_how_much_is_left(unit: S
     unit.table.report(ref.lease_id, SequenceProgress(False, 3.5, 1.5, True, 2))
     assert unit.table.state_of(ref, "decode") is LeaseState.PAUSED
     assert unit.table.decoding_in("decode") == []
-    state = unit.table.scheduling_of(ref, "decode")
+    state = unit.table.owned(ref, "decode").scheduling
     assert (state.decode_s, state.served_s, state.prefill_s) == (3.5, 1.5, 0.0)
     assert (computed.num_preemptions, computed.is_nearly_done, computed.is_batched) == (2, True, False)
     unit.table.report(ref.lease_id, SequenceProgress(True))
     assert unit.table.decoding_in("decode") == [computed] and computed.is_batched
-    assert unit.table.scheduling_of(ref, "decode").decode_s == 3.5, "an unknown rest changes nothing"
+    assert unit.table.owned(ref, "decode").scheduling.decode_s == 3.5, "an unknown rest changes nothing"
     unit.table.check_integrity()
 
 
@@ -392,13 +392,13 @@ def test_one_paused_lease_at_a_time_is_swapped_out_for_those_that_precede_it(uni
         unit.table.pause(lease.ref, "decode")
 
     def victim_after(arrived_at_s: float) -> int | None:
-        chosen = unit.table.choose_paused_victim(["m"], by_arrival, by_arrival(SchedulingState(0, arrived_at_s)))
-        return None if chosen is None else chosen[1]
+        after = by_arrival(SchedulingState(0, arrived_at_s))
+        return preempted(last_after(unit.table.of_models(["m"]), by_arrival, after, takes_batched=False))
 
     assert victim_after(2.0) is None
     assert victim_after(0.5) == second.ref.lease_id
     unit.table.begin_swap_out(second.ref, "decode", SWAP_PAGE_BYTES)
-    assert victim_after(0.5) is None, "its memory is on the way"
+    assert victim_after(0.5) == second.ref.lease_id, "its memory is on the way, so no other one has to leave"
     unit.table.finish_swap_out(second.ref, "decode")
     assert victim_after(0.5) == first.ref.lease_id
 
@@ -524,15 +524,23 @@ def by_arrival(state: SchedulingState) -> SortKey:
 
 def victim(unit: SmallUnit, *owners: str, models: tuple[str, ...] = ("m",)) -> int | None:
     """Id of the chosen victim among the leases of ``owners``."""
-    chosen = unit.table.choose_victim(owners, models, by_arrival)
-    return None if chosen is None else chosen[1]
+    return preempted(last_in_order([one for one in unit.table.of_models(models) if one.owner in owners], by_arrival))
+
+
+def preempted(victim: Victim | None) -> int | None:
+    """Id of a victim's lease, whose worker is asked once more to free its blocks."""
+    if victim is None:
+        return None
+    assert victim.is_new == (victim.record.num_preemption_requests == 0)
+    victim.record.num_preemption_requests += 1
+    return victim.record.lease.ref.lease_id
 
 
 def test_the_victim_is_the_last_resident_lease_in_order(unit: SmallUnit) -> None:
     for arrived_at_s in (3.0, 5.0, 4.0):
         unit.resident(num_tokens=8, arrived_at_s=arrived_at_s)
     unit.credit(num_tokens=8, arrived_at_s=9.0, router="decode")
-    assert unit.table.choose_victim(["decode"], ["m"], by_arrival) == ("decode", 2)
+    assert victim(unit, "decode") == 2
 
 
 def test_a_paused_lease_is_the_victim_before_one_that_computes(unit: SmallUnit) -> None:

@@ -14,8 +14,9 @@ import pytest_asyncio
 from kvstore.grant_page import Word
 from kvstore.grant_table import GrantTable
 from kvstore.leases import LeaseState
+from kvstore.memory_reclaim import RECLAIM_AFTER_S, RECLAIM_EVERY_S
 from kvstore.service import KvStoreService
-from kvstore.unit import CREDIT_TTL_S, RECLAIM_AFTER_S, RECLAIM_EVERY_S, Unit
+from kvstore.unit import CREDIT_TTL_S, Unit
 from kvstore.unit_model import UnitModel
 from muxmesh.block_hashes import block_hashes
 from muxmesh.clock import ManualClock

@@ -7,15 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from kvstore.admission import Admission
+from kvstore.memory_reclaim import RECLAIM_AFTER_S, RECLAIM_EVERY_S, PreemptionRequest
 from kvstore.sequence_progress import SequenceProgress
 from kvstore.unit import (
     CREDIT_TTL_S,
-    RECLAIM_AFTER_S,
-    RECLAIM_EVERY_S,
     SLOT_CHECK_EVERY_S,
     AdmissionDecisions,
-    PreemptionRequest,
     Unit,
     first_id,
 )
@@ -673,8 +670,10 @@ def test_a_request_that_a_better_one_overtakes_waits_for_it() -> None:
 # Pre-emption from a full batch
 
 
-def unit_with_paused(max_num_seqs: int = 2, paused: int = 2, policy: str = "srtf") -> Unit:
-    order = SchedulingPolicy(policy, 0.0, 0.0, 1.0)  # type: ignore[arg-type]
+def unit_with_paused(
+    max_num_seqs: int = 2, paused: int = 2, policy: str = "srtf", order: SchedulingPolicy | None = None
+) -> Unit:
+    order = order or SchedulingPolicy(policy, 0.0, 0.0, 1.0)  # type: ignore[arg-type]
     model = UnitModel(SHAPES["a"], max_num_seqs, 512, max_resident_seqs=max_num_seqs + paused)
     unit = Unit(8 * SLAB_BYTES, SLAB_BYTES, {"a": model}, policy=order)
     attach_ready(unit, "a")
@@ -780,9 +779,7 @@ def num_free_blocks(unit: Unit) -> int:
 
 def test_a_long_request_does_not_keep_short_ones_from_a_full_batch() -> None:
     """Under an aged order the oldest is first, though it displaces none."""
-    unit = unit_with_paused(policy="srtf-aged")
-    unit.policy = SchedulingPolicy("srtf-aged", 100.0, 1e9, 1.0)
-    unit.admission = Admission(unit.policy)
+    unit = unit_with_paused(order=SchedulingPolicy("srtf-aged", 100.0, 1e9, 1.0))
     full_batch(unit, 20.0, 20.0)
     old = SchedulingState(0, -500.0, decode_s=15.0, mean_work_s=1.0)
     unit.offer("router", QueuedRequest(1, "a", old, KvDemand(8, 8)))

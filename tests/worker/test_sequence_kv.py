@@ -272,6 +272,31 @@ async def test_a_sequence_in_a_full_pool_uses_all_of_its_slots_and_is_pre_empted
     sequence.kv.end()
 
 
+async def test_a_sequence_without_slots_waits_for_the_blocks_of_one_that_follows_it(worker: DecodeWorker) -> None:
+    sequence, other = await worker.sequence(), await worker.fill_pool()
+    leases = worker.unit.state.leases
+    leases.owned(other.ref, worker.attachment.worker).scheduling = SchedulingState(0, 1e12)
+    running = asyncio.create_task(sequence.run())
+    await worker.unit.until(lambda: leases.owned(other.ref, worker.attachment.worker).num_preemption_requests > 0)
+    await worker.leases.round_trips()
+    assert worker.state_of(sequence) is LeaseState.RESIDENT and not running.done()
+    await worker.leases.release(other.ref, ())
+    assert (await running).finish.reason is FinishReason.LENGTH
+    assert worker.state_of(sequence) is LeaseState.RESIDENT, "it was never swapped"
+
+
+async def test_a_sequence_that_ends_while_it_waits_for_another_one_claims_no_more(worker: DecodeWorker) -> None:
+    sequence, other = await worker.sequence(), await worker.fill_pool()
+    record = worker.unit.state.leases.owned(other.ref, worker.attachment.worker)
+    record.scheduling = SchedulingState(0, 1e12)
+    running = asyncio.create_task(sequence.run())
+    await worker.unit.until(lambda: record.num_preemption_requests > 0)
+    running.cancel()
+    sequence.kv.end()
+    await worker.leases.close()
+    assert len(worker.unit.state.leases) == 1, "only that of the other one"
+
+
 async def test_a_failed_growth_is_raised_when_the_job_is_paused(tmp_path: Path) -> None:
     async with decode_worker(tmp_path, num_swap_pages=0) as worker:
         sequence = await worker.sequence()

@@ -583,8 +583,11 @@ class GrowLeaseRequest(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    CLAIMS_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
     num_blocks: _builtins.int
+    claims: _builtins.bool
+    """The sequence has nearly no slot left: one that follows it in the order may be pre-empted for it."""
     @_builtins.property
     def lease(self) -> _request_pb2.LeaseRef: ...
     def __init__(
@@ -593,10 +596,11 @@ class GrowLeaseRequest(_message.Message):
         lease: _request_pb2.LeaseRef | None = ...,
         owner: _builtins.str = ...,
         num_blocks: _builtins.int = ...,
+        claims: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "num_blocks", b"num_blocks", "owner", b"owner"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claims", b"claims", "lease", b"lease", "num_blocks", b"num_blocks", "owner", b"owner"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GrowLeaseRequest: _TypeAlias = GrowLeaseRequest  # noqa: Y015
@@ -606,6 +610,9 @@ class GrowLeaseResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    IS_PENDING_FIELD_NUMBER: _builtins.int
+    is_pending: _builtins.bool
+    """With `claims`, without blocks: another sequence is freeing its blocks, so the same call succeeds soon."""
     @_builtins.property
     def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The additional blocks. They follow those that the lease has."""
@@ -614,8 +621,9 @@ class GrowLeaseResponse(_message.Message):
         self,
         *,
         block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        is_pending: _builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "is_pending", b"is_pending"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GrowLeaseResponse: _TypeAlias = GrowLeaseResponse  # noqa: Y015

@@ -130,7 +130,8 @@ class KvStoreServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SwapOut(self, request, context):
-        """Swap pages for a copy of a lease's KV. RESOURCE_EXHAUSTED if the swap region is full.
+        """Swap pages for a copy of a lease's KV. RESOURCE_EXHAUSTED if its KV has to be freed instead, because the swap region
+        is full or to compute it again costs less.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

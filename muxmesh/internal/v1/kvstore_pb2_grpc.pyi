@@ -45,7 +45,9 @@ class KvStoreServiceStub:
     GrowLease: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.GrowLeaseRequest, _kvstore_pb2.GrowLeaseResponse]
     """More token blocks for a lease, requested before they are needed. RESOURCE_EXHAUSTED if the pool is full."""
     SwapOut: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.SwapOutRequest, _kvstore_pb2.SwapOutResponse]
-    """Swap pages for a copy of a lease's KV. RESOURCE_EXHAUSTED if the swap region is full."""
+    """Swap pages for a copy of a lease's KV. RESOURCE_EXHAUSTED if its KV has to be freed instead, because the swap region
+    is full or to compute it again costs less.
+    """
     FinishSwapOut: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.FinishSwapOutRequest, _kvstore_pb2.FinishSwapOutResponse]
     """The copy is complete: the lease's token blocks are freed."""
     SwapIn: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.SwapInRequest, _kvstore_pb2.SwapInResponse]
@@ -71,7 +73,9 @@ class KvStoreServiceAsyncStub(KvStoreServiceStub):
     GrowLease: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.GrowLeaseRequest, _kvstore_pb2.GrowLeaseResponse]  # type: ignore[assignment]
     """More token blocks for a lease, requested before they are needed. RESOURCE_EXHAUSTED if the pool is full."""
     SwapOut: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.SwapOutRequest, _kvstore_pb2.SwapOutResponse]  # type: ignore[assignment]
-    """Swap pages for a copy of a lease's KV. RESOURCE_EXHAUSTED if the swap region is full."""
+    """Swap pages for a copy of a lease's KV. RESOURCE_EXHAUSTED if its KV has to be freed instead, because the swap region
+    is full or to compute it again costs less.
+    """
     FinishSwapOut: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.FinishSwapOutRequest, _kvstore_pb2.FinishSwapOutResponse]  # type: ignore[assignment]
     """The copy is complete: the lease's token blocks are freed."""
     SwapIn: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.SwapInRequest, _kvstore_pb2.SwapInResponse]  # type: ignore[assignment]
@@ -130,7 +134,9 @@ class KvStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kvstore_pb2.SwapOutRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kvstore_pb2.SwapOutResponse, _abc.Awaitable[_kvstore_pb2.SwapOutResponse]]:
-        """Swap pages for a copy of a lease's KV. RESOURCE_EXHAUSTED if the swap region is full."""
+        """Swap pages for a copy of a lease's KV. RESOURCE_EXHAUSTED if its KV has to be freed instead, because the swap region
+        is full or to compute it again costs less.
+        """
 
     @_abc_1.abstractmethod
     def FinishSwapOut(
