@@ -83,7 +83,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                     return decode_pb2.DecodeResponse(finish=finish, num_output_tokens=kv.sequence.num_output_tokens)
                 elif isinstance(event, Displaced):
                     counters.num_displaced += event.had_slot
-                    states.displace(job_id, clock.monotonic_s(), event.had_slot)
+                    states.enter(job_id, SequenceState.PAUSED, clock.monotonic_s())
                     kv.on_batch_changed(is_batched=False)
                 elif isinstance(event, Batched):
                     states.enter(job_id, SequenceState.BATCHED, clock.monotonic_s())

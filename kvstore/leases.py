@@ -85,7 +85,7 @@ class LeaseRecord:
 
     ``block_hashes``: hashes of its first blocks, valid once these are computed. ``expires_at_s`` applies to a credit
     only. ``swap_pages``: pages for the copy of its KV, filled or not. ``num_preemption_requests``:
-    how often its worker was asked to free its token blocks, until it did. ``num_preemptions``, ``is_nearly_done``: as
+    how often its worker was asked to free its token blocks, until it did. ``num_preemptions``, ``is_protected``: as
     its decode worker reports them. ``has_valid_kv``: the device has not failed.
     """
 
@@ -100,7 +100,7 @@ class LeaseRecord:
     swap_pages: tuple[int, ...] = ()
     num_preemption_requests: int = 0
     num_preemptions: int = 0
-    is_nearly_done: bool = False
+    is_protected: bool = False
     has_valid_kv: bool = True
 
     @property
@@ -218,7 +218,7 @@ class LeaseTable:
             self.pause(record.lease.ref, record.owner)
         elif record.state is LeaseState.PAUSED and progress.is_batched:
             self.resume(record.lease.ref, record.owner)
-        record.num_preemptions, record.is_nearly_done = progress.num_preemptions, progress.is_nearly_done
+        record.num_preemptions, record.is_protected = progress.num_preemptions, progress.is_protected
         if (decode_s := progress.decode_s) is not None and decode_s != record.scheduling.decode_s:
             record.scheduling = replace(record.scheduling, prefill_s=0.0, decode_s=decode_s, served_s=progress.served_s)
 
@@ -320,6 +320,10 @@ class LeaseTable:
     def state_of(self, ref: LeaseRef, owner: str) -> LeaseState:
         """The state of a lease of ``owner``. Raises LeaseLost."""
         return self._owned(ref, owner).state
+
+    def find(self, lease_id: int) -> LeaseRecord | None:
+        """The record of a lease, to read; None if it has ended."""
+        return self._records.get(lease_id)
 
     def owned(self, ref: LeaseRef, owner: str) -> LeaseRecord:
         """The record of a lease of ``owner``, to read. Raises LeaseLost."""

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from kvstore.admission import Admission
+from kvstore.admission import Admission, AdmissionEntry
 from kvstore.block_table import BlockTable
 from kvstore.leases import LeaseRecord, LeaseState, LeaseTable
 from kvstore.preemption_costs import (
@@ -33,11 +33,14 @@ from kvstore.swap_space import SwapSpace
 from kvstore.unit_model import UnitModel
 from kvstore.victim_choice import Order, Victim, last_after, last_in_order
 from muxmesh.errors import Overloaded
+from muxmesh.preemption_cost import copy_s
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.types import SWAP_PAGE_BYTES, LeaseRef, PreemptionMode, SchedulingState, blocks_for
 
 RECLAIM_AFTER_S = 1.0
 """Once an entry within its model's quota has waited for memory this long, loans are reclaimed by pre-emption."""
+SPARE_TOKENS = 128
+"""Free slots for each sequence that precedes one that was pre-empted and returns: `MemoryReclaim.spare_blocks`."""
 RECLAIM_EVERY_S = 0.1
 """Minimum time between two pre-emption requests."""
 
@@ -88,14 +91,19 @@ class MemoryReclaim:
         self._loans_at_s: float | None = None
         self._followers_at_s: float | None = None
         self._growth_lacks: dict[str, MemoryLack] = {}
-        """Model → the first of its sequences in order that could not grow since the last `take_growth_lacks`."""
-        self._served_lease_ids: set[int] = set()
-        """Growing sequences for which a victim frees its blocks."""
+        """Model → the first of its sequences in order that could not grow since the last `reclaim_followers`."""
+        self._claims: dict[int, str] = {}
+        """Growing leases for which a victim frees its blocks → their models."""
 
     @property
     def is_claimed(self) -> bool:
         """Whether an entry within its model's quota waits for memory: no model grows past its quota then."""
         return self._loans_at_s is not None
+
+    @property
+    def has_growth_lacks(self) -> bool:
+        """Whether the next `reclaim_followers` looks for blocks for a growing sequence."""
+        return bool(self._growth_lacks)
 
     def next_change_s(self) -> Iterable[float | None]:
         """Monotonic times at which `Unit.schedule` has to be called."""
@@ -103,7 +111,37 @@ class MemoryReclaim:
 
     def serves(self, ref: LeaseRef) -> bool:
         """Whether a victim frees its blocks for a growing lease, as of the last call of `reclaim_followers`."""
-        return ref.lease_id in self._served_lease_ids
+        return ref.lease_id in self._claims
+
+    def claim_ends(self, ref: LeaseRef) -> None:
+        """To be called when a lease got blocks, or may have none: it claims none any more."""
+        self._claims.pop(ref.lease_id, None)
+
+    def follows_a_claim(self, model: str, scheduling: SchedulingState, unix_s: float) -> bool:
+        """Whether a growing sequence of ``model`` that precedes ``scheduling`` waits for blocks that a victim frees.
+
+        They are not for others: the victim itself would take them back.
+        """
+        key = None
+        for lease_id, of_model in list(self._claims.items()):
+            record = self._leases.find(lease_id)
+            if record is None or record.state not in (LeaseState.RESIDENT, LeaseState.PAUSED):
+                del self._claims[lease_id]
+            elif of_model == model:
+                key = key or self._policy.sort_key(scheduling, unix_s)
+                if self._policy.sort_key(record.scheduling, unix_s) < key:
+                    return True
+        return False
+
+    def spare_blocks(self, model: str, scheduling: SchedulingState, unix_s: float) -> int:
+        """Blocks that stay free when a sequence that was pre-empted returns, for those of the batch that precede it.
+
+        Without them it would be pre-empted again as soon as they grow.
+        """
+        order, block_size = self._order(unix_s), self._models[model].shape.block_size
+        key = order(scheduling)
+        running = [one for one in self._leases.of_models([model]) if one.state is LeaseState.RESIDENT]
+        return blocks_for(SPARE_TOKENS, block_size) * sum(order(one.scheduling) < key for one in running)
 
     def growth_failed(self, lack: MemoryLack, unix_s: float) -> None:
         """A lease could not grow. The next `reclaim_followers` looks for blocks for the first such in the order."""
@@ -139,7 +177,9 @@ class MemoryReclaim:
         """
         growing = list(self._growth_lacks.values())
         self._growth_lacks.clear()
-        self._served_lease_ids.clear()
+        for lack in growing:
+            if lack.lease_id is not None:
+                self._claims.pop(lack.lease_id, None)
         lacks = [*growing, *lacking]
         due_s = self._followers_at_s
         is_early = due_s is not None and now_s < due_s
@@ -154,14 +194,13 @@ class MemoryReclaim:
             has_victim = True
             if self._is_kept(victim, lack, unix_s):
                 continue
-            if lack.lease_id is not None:
-                self._served_lease_ids.add(lack.lease_id)
-            if victim.is_new or not is_early:
+            if lack.lease_id is not None and lack.claims_batched:
+                self._claims[lack.lease_id] = lack.model
+            is_leaving = victim.record.state is LeaseState.SWAPPING_OUT
+            if victim.is_new or not (is_early or is_leaving):
                 requests += self._preempt(victim)
-        if has_victim and not is_early:
-            self._followers_at_s = now_s + RECLAIM_EVERY_S
-        elif not lacks or not is_early:
-            self._followers_at_s = None
+        if not is_early:
+            self._followers_at_s = now_s + RECLAIM_EVERY_S if has_victim else None
         return requests
 
     def begin_swap_out(self, ref: LeaseRef, owner: str, num_bytes: int, unix_s: float) -> tuple[int, ...]:
@@ -179,8 +218,23 @@ class MemoryReclaim:
         assert pages is not None, "enough pages are free"
         return pages
 
-    def expected_wait_s(self, worker: str, model: str, scheduling: SchedulingState, unix_s: float) -> float:
-        """Seconds until a sequence of ``worker`` that is not in its batch gets a slot there, by the order of now."""
+    def is_due_soon(self, entry: AdmissionEntry, ahead_s: float, unix_s: float) -> bool:
+        """Whether a swapped lease that waits gets a slot within the time of its copy in and ``ahead_s``."""
+        assert entry.swapped is not None
+        record = self._leases.owned(entry.swapped, entry.source)
+        model = entry.model
+        copying_s = copy_s(len(record.swap_pages) * SWAP_PAGE_BYTES, self.costs_of(model).rates.in_bytes_per_s)
+        wait_s = self.expected_wait_s(entry.source, model, entry.request.scheduling, unix_s)
+        return wait_s <= copying_s + ahead_s
+
+    def expected_wait_s(
+        self, worker: str, model: str, scheduling: SchedulingState, unix_s: float, lease_id: int | None = None
+    ) -> float:
+        """Seconds until a sequence of ``worker`` gets a slot in its batch again, by the order of now.
+
+        ``lease_id``: its lease, if the batch still has it. The work of sequences without a prediction is not known, so
+        the wait for their slots is infinite.
+        """
         order = self._order(unix_s)
         key = order(scheduling)
         before = [
@@ -189,8 +243,12 @@ class MemoryReclaim:
             if one.owner == worker and one.state in (LeaseState.PAUSED, LeaseState.SWAPPED)
         ]
         before += self._admission.requests_of(model)
-        preceding = sorted((order(one), one.remaining_s) for one in before if order(one) < key)
-        running = [one.scheduling.remaining_s for one in self._leases.decoding_in(worker)]
+        preceding = sorted((order(one), one.remaining_s or math.inf) for one in before if order(one) < key)
+        running = [
+            one.scheduling.remaining_s or math.inf
+            for one in self._leases.decoding_in(worker)
+            if one.lease.ref.lease_id != lease_id
+        ]
         return expected_wait_s(self._models[model].max_num_seqs, running, [work_s for _, work_s in preceding])
 
     def _victim_for(self, lack: MemoryLack, unix_s: float) -> Victim | None:
@@ -198,8 +256,14 @@ class MemoryReclaim:
         if self._mode == "keep" and not lack.claims_batched:
             return None
         order = self._order(unix_s)
-        records = [one for one in self._leases.of_models([lack.model]) if one.owner == one.assignment.decode]
-        return last_after(records, order, order(lack.scheduling), lack.claims_batched)
+        growing = None if lack.lease_id is None else self._leases.find(lack.lease_id)
+        after = order(lack.scheduling if growing is None else growing.scheduling)  # it may have reported since
+        records = [
+            one
+            for one in self._leases.of_models([lack.model])
+            if one.owner == one.assignment.decode and one is not growing
+        ]
+        return last_after(records, order, after, lack.claims_batched)
 
     def _is_kept(self, victim: Victim, lack: MemoryLack, unix_s: float) -> bool:
         """Whether it costs less to wait for other memory. A claim does not wait, since its sequence cannot go on."""
@@ -214,42 +278,45 @@ class MemoryReclaim:
         kept_s = math.inf
         if lack is not None:
             missing = lack.num_blocks - self._blocks.num_available(lack.model)
-            kept_s = keep_cost_s(free_after_s(missing, self._running(lack.model, beside=record)), lack.num_waiting)
+            freed_s = free_after_s(missing, self._running(lack.model, lack.lease_id))
+            kept_s = keep_cost_s(freed_s, lack.num_waiting)
         swapped_s = self._swap_cost_s(record, num_bytes, unix_s)
         return WayCosts(kept_s, swapped_s, self._recompute_cost_s(record))
 
     def _recompute_cost_s(self, record: LeaseRecord) -> float:
         costs = self.costs_of(record.lease.model)
         num_tokens = len(record.lease.block_ids) * record.block_size
-        num_others = sum(len(self._running(model)) for model in self._models)
-        return recompute_cost_s(num_tokens, max(0, num_others - 1), costs)
+        num_others = sum(len(self._running(model, record.lease.ref.lease_id)) for model in self._models)
+        return recompute_cost_s(num_tokens, num_others, costs)
 
     def _swap_cost_s(self, record: LeaseRecord, num_bytes: int, unix_s: float) -> float:
         model = record.lease.model
         if not self._swap.num_pages:
             return math.inf
-        wait_s = self.expected_wait_s(record.owner, model, record.scheduling, unix_s)
+        wait_s = self.expected_wait_s(record.owner, model, record.scheduling, unix_s, record.lease.ref.lease_id)
         queued = sum(
             self.kv_bytes(one)
             for one in self._leases.of_models([model])
             if one.state in (LeaseState.SWAPPING_OUT, LeaseState.SWAPPING_IN)
         )
-        returns_s = free_after_s(len(record.lease.block_ids), self._running(model, beside=record))
+        returns_s = free_after_s(len(record.lease.block_ids), self._running(model, record.lease.ref.lease_id))
         return swap_cost_s(num_bytes, max(wait_s, returns_s), self.costs_of(model), queued)
 
     def kv_bytes(self, record: LeaseRecord) -> int:
         """Bytes of the token blocks of a lease."""
         return len(record.lease.block_ids) * self._models[record.lease.model].shape.token_block_bytes
 
-    def _running(self, model: str, beside: LeaseRecord | None = None) -> list[tuple[float, int]]:
+    def _running(self, model: str, beside: int | None = None) -> list[tuple[float, int]]:
         """Remaining seconds and token blocks of the sequences that decode workers have in their batches.
 
-        Those of a sequence without a prediction are infinite, since its work is not known. Without ``beside``.
+        Those of a sequence without a prediction are infinite, since its work is not known. Without lease ``beside``.
         """
         return [
             (one.scheduling.decode_s or math.inf, len(one.lease.block_ids))
             for one in self._leases.of_models([model])
-            if one.state is LeaseState.RESIDENT and one.owner == one.assignment.decode and one is not beside
+            if one.state is LeaseState.RESIDENT
+            and one.owner == one.assignment.decode
+            and one.lease.ref.lease_id != beside
         ]
 
     def _order(self, unix_s: float) -> Order:

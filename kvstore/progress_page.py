@@ -28,7 +28,7 @@ from muxmesh.block_hashes import HASH_BYTES
 
 _HEADER_WORDS = 5
 _LEASE, _COUNT, _FLAGS, _REMAINING, _SERVED = range(_HEADER_WORDS)
-_IS_BATCHED, _IS_NEARLY_DONE, _PREEMPTIONS_SHIFT = 1, 2, 8
+_IS_BATCHED, _IS_PROTECTED, _PREEMPTIONS_SHIFT = 1, 2, 8
 
 
 class ProgressPage:
@@ -78,7 +78,7 @@ class ProgressPage:
         if (slot := self._slots.get(lease_id)) is None:
             return
         word = slot * self._slot_bytes // 8
-        flags = _IS_BATCHED * progress.is_batched | _IS_NEARLY_DONE * progress.is_nearly_done
+        flags = _IS_BATCHED * progress.is_batched | _IS_PROTECTED * progress.is_protected
         self._words[word + _FLAGS] = flags | progress.num_preemptions << _PREEMPTIONS_SHIFT
         self._seconds[word + _SERVED] = progress.served_s
         self._seconds[word + _REMAINING] = math.nan if progress.decode_s is None else progress.decode_s
@@ -112,7 +112,7 @@ class ProgressPage:
                     is_batched=bool(flags & _IS_BATCHED),
                     decode_s=None if math.isnan(decode_s) else decode_s,
                     served_s=served_s,
-                    is_nearly_done=bool(flags & _IS_NEARLY_DONE),
+                    is_protected=bool(flags & _IS_PROTECTED),
                     num_preemptions=flags >> _PREEMPTIONS_SHIFT,
                 )
         return found

@@ -13,12 +13,12 @@ class SequenceProgress:
     """The state of one sequence.
 
     ``is_batched``: whether the batch has it. ``decode_s``: remaining decode work in seconds; None: as in its request.
-    ``served_s``: work done in seconds. ``is_nearly_done``: whether it is past `muxmesh.batch_choice.NEARLY_DONE` of its
-    expected output. ``num_preemptions``: how often it was displaced from the batch.
+    ``served_s``: work done in seconds. ``is_protected``: see
+    `muxmesh.batch_choice.is_protected`. ``num_preemptions``: how often it was displaced from the batch.
     """
 
     is_batched: bool
     decode_s: float | None = None
     served_s: float = 0.0
-    is_nearly_done: bool = False
+    is_protected: bool = False
     num_preemptions: int = 0

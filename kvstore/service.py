@@ -77,8 +77,8 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     def changed(self) -> None:
         """Schedules, sends the decisions, and sets the timer for the next change. Called after each change."""
         now_s = self._clock.monotonic_s()
-        if self.attach is not None and self._unit.admission.waiting:
-            self._unit.report(self.attach.progress())
+        if self._unit.admission.waiting or self._unit.reclaim.has_growth_lacks:
+            self._report()
         decisions = self._unit.schedule(now_s, self._clock.unix_s())
         for credit in decisions.credits:
             self._routers[credit.router].put_nowait(_credit_to_wire(credit))
@@ -100,6 +100,11 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         if self._unit.costs_are_due(now_s):
             for queue in self._routers.values():
                 queue.put_nowait(kvstore_pb2.AdmitResponse(costs=self._costs()))
+
+    def _report(self) -> None:
+        """Tells the unit what decode workers report of their sequences."""
+        if self.attach is not None:
+            self._unit.report(self.attach.progress())
 
     def remove_model(self, model: str) -> None:
         """Stops admitting requests of a model: refuses its queued requests, and lets its leases continue."""
@@ -242,7 +247,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         block_ids = self._unit.grow(ref, request.owner, request.num_blocks, request.claims, unix_s)
         if block_ids is None:
             self.changed()
-            if self._unit.reclaim.serves(ref):
+            if request.claims and self._unit.reclaim.serves(ref):
                 return kvstore_pb2.GrowLeaseResponse(is_pending=True)
             raise Overloaded(
                 f"{request.num_blocks} token blocks are not available to this lease: the KV pool is full, or its model "
@@ -252,6 +257,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
 
     async def SwapOut(self, request: kvstore_pb2.SwapOutRequest, context: Context) -> kvstore_pb2.SwapOutResponse:
         ref, unix_s = convert.ref_from_wire(request.lease), self._clock.unix_s()
+        self._report()
         pages = self._unit.reclaim.begin_swap_out(ref, request.owner, request.num_bytes, unix_s)
         return kvstore_pb2.SwapOutResponse(pages=pages)
 
@@ -316,7 +322,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     ) -> kvstore_pb2.GetUnitStatusResponse:
         """See the proto. First checks the integrity of the unit's state."""
         assert self.attach is not None
-        self._unit.report(self.attach.progress())
+        self._report()
         self._unit.check_integrity()
         status = unit_status(
             self._config,

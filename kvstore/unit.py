@@ -242,7 +242,12 @@ class Unit:
         )
 
         def has_slot(entry: AdmissionEntry) -> bool:
-            return self._admits(entry) and slots.has_slot(entry.model, entry.request.scheduling, entry.worker)
+            state = entry.request.scheduling
+            if not self._admits(entry) or self.reclaim.follows_a_claim(entry.model, state, unix_s):
+                return False
+            return slots.has_slot(entry.model, entry.request.scheduling, entry.worker) or (
+                entry.swapped is not None and self._is_due_soon(entry, slots, unix_s)
+            )
 
         def is_within_quota(entry: AdmissionEntry) -> bool:
             needed = blocks_for(entry.request.demand.num_tokens, self.models[entry.model].shape.block_size)
@@ -258,6 +263,8 @@ class Unit:
 
         def try_admit(entry: AdmissionEntry, lend: bool) -> bool:
             max_new_slabs = None if lend else self._num_spare_slabs(entry.model)
+            if not self._may_return(entry, unix_s):
+                return False
             if entry.swapped is not None:
                 swap_in = self._begin_swap_in(entry, entry.swapped, max_new_slabs)
                 if swap_in is None:
@@ -298,6 +305,19 @@ class Unit:
         for model in changes.claiming:
             self.quotas.wake(model)
         commands.extend(changes.commands)
+
+    def _is_due_soon(self, entry: AdmissionEntry, slots: WorkerSlots, unix_s: float) -> bool:
+        """Whether a swapped lease gets a slot so soon that its KV is copied back now."""
+        has_room = slots.has_room(entry.source, entry.model)
+        return has_room and self.reclaim.is_due_soon(entry, SLOT_CHECK_EVERY_S, unix_s)
+
+    def _may_return(self, entry: AdmissionEntry, unix_s: float) -> bool:
+        """Whether a sequence that was pre-empted has memory that those which precede it do not need at once."""
+        state, model = entry.request.scheduling, entry.model
+        if entry.swapped is None and not state.served_s:
+            return True
+        needed = blocks_for(entry.request.demand.num_tokens, self.models[model].shape.block_size)
+        return self.blocks.num_available(model) >= needed + self.reclaim.spare_blocks(model, state, unix_s)
 
     def _admits(self, entry: AdmissionEntry) -> bool:
         """Whether its model may continue it: one that falls asleep finishes its leases, swapped ones too."""
@@ -359,9 +379,14 @@ class Unit:
         """
         record = self.leases.owned(ref, owner)
         model = record.lease.model
-        max_new_slabs = max(0, self._num_spare_slabs(model)) if self.reclaim.is_claimed else None
-        block_ids = self.leases.grow(ref, owner, num_blocks, max_new_slabs)
-        if block_ids is None and max_new_slabs is None:
+        num_spare = self._num_spare_slabs(model)
+        max_new_slabs = max(0, num_spare) if self.reclaim.is_claimed else None
+        block_ids = None
+        if not self.reclaim.follows_a_claim(model, record.scheduling, unix_s):
+            block_ids = self.leases.grow(ref, owner, num_blocks, max_new_slabs)
+        if block_ids is not None or (self.reclaim.is_claimed and num_spare < 0):
+            self.reclaim.claim_ends(ref)
+        else:
             lack = MemoryLack(model, record.scheduling, num_blocks, lease_id=ref.lease_id, claims_batched=claims)
             self.reclaim.growth_failed(lack, unix_s)
         return block_ids

@@ -131,6 +131,10 @@ class WorkerSlots:
         """Whether a prefill and a decode worker of the model are ready."""
         return all(self._ready(model))
 
+    def has_room(self, worker: str, model: str) -> bool:
+        """Whether ``worker`` may have token blocks of one more sequence, with a slot or without."""
+        return self._resident[worker] < self._limits[model].resident_limit
+
     def choose(self, model: str, scheduling: SchedulingState) -> tuple[WorkerRecord, WorkerRecord]:
         """The prefill and the decode worker for one more sequence: the least loaded, the youngest of equals."""
         prefills, decodes = self._ready(model)

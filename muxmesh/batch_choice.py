@@ -8,6 +8,12 @@ the simulator choose the batch here. Admission asks the same rules whether a que
 Within one priority class a sequence displaces another one only if it precedes it by the policy, its remaining work is
 less than half of the other's, and the other has sampled at most 80 % of its expected output (TRAIL, Shahout et al.
 2025: pre-empting shortly before the end costs more than it gains). A better class displaces without these conditions.
+
+**Slack goes before remaining work.** A sequence with a TPOT target that could miss it by waiting is not displaced by
+its own class: its slack has to be at least the longest work of a sequence that may displace it. One that waits and
+whose next token is due goes before the others that wait, and displaces a sequence of its class that is not protected,
+however much work it has. Once it is ahead of its target, remaining work decides again. One that has missed its SLO is
+treated as if it had none.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Protocol, TypeVar
 
+from muxmesh.remaining_work import RemainingWork
 from muxmesh.scheduling_policy import SchedulingPolicy, SortKey
 from muxmesh.types import SchedulingState
 
@@ -47,22 +54,40 @@ class Batchable(Protocol):
         """How often it was displaced."""
 
     @property
-    def is_nearly_done(self) -> bool:
-        """Whether it has sampled more than `NEARLY_DONE` of its expected output."""
+    def is_protected(self) -> bool:
+        """Whether its own class does not displace it, see `is_protected`."""
 
 
-_Item = TypeVar("_Item", bound=Batchable)
+class Computable(Batchable, Protocol):
+    """What `choose_batch` reads of a sequence of its own worker."""
+
+    @property
+    def slack_s(self) -> float:
+        """Seconds until its next token is due by its SLO, see `muxmesh.slo.slack_s`."""
 
 
-def displaces(newcomer: SchedulingState, victim: Batchable, policy: SchedulingPolicy, now_s: float) -> bool:
-    """Whether a sequence that waits takes the slot of ``victim``, which is in the batch, at ``now_s`` (unix time)."""
+_Item = TypeVar("_Item", bound=Computable)
+
+
+def is_protected(work: RemainingWork, slack_s: float) -> bool:
+    """Whether its own class does not displace a sequence: it is nearly done, or it could miss its SLO."""
+    return work.is_past(NEARLY_DONE) or slack_s < DISPLACING_RATIO * work.state.remaining_s
+
+
+def displaces(
+    newcomer: SchedulingState, victim: Batchable, policy: SchedulingPolicy, now_s: float, is_due: bool = False
+) -> bool:
+    """Whether a sequence that waits takes the slot of ``victim``, which is in the batch, at ``now_s`` (unix time).
+
+    ``is_due``: whether the next token of the one that waits is due.
+    """
     held = victim.scheduling
     if newcomer.priority == held.priority and not policy.is_overdue(newcomer, now_s):
-        if newcomer.remaining_s >= DISPLACING_RATIO * held.remaining_s:  # first, as it decides most often
+        if newcomer.remaining_s >= DISPLACING_RATIO * held.remaining_s and not is_due:  # it decides most often
             return False
-        if victim.num_preemptions >= MAX_PREEMPTIONS or victim.is_nearly_done or policy.is_overdue(held, now_s):
+        if victim.num_preemptions >= MAX_PREEMPTIONS or victim.is_protected or policy.is_overdue(held, now_s):
             return False
-        return policy.sort_key(newcomer, now_s) < policy.sort_key(held, now_s)
+        return is_due or policy.sort_key(newcomer, now_s) < policy.sort_key(held, now_s)
     if victim.num_preemptions >= MAX_CLASS_PREEMPTIONS or policy.is_overdue(held, now_s):
         return False
     return newcomer.priority < held.priority or policy.is_overdue(newcomer, now_s)
@@ -71,16 +96,20 @@ def displaces(newcomer: SchedulingState, victim: Batchable, policy: SchedulingPo
 def choose_batch(items: Sequence[_Item], policy: SchedulingPolicy, now_s: float, max_num_seqs: int) -> list[_Item]:
     """Returns the ``max_num_seqs`` items, or all if they are fewer, that the next step computes.
 
-    At most ``max_num_seqs`` of the items are in the batch already. Free slots go to the first of those that wait. Then,
+    At most ``max_num_seqs`` of the items are in the batch already. Free slots go to the first of those that wait, of
+    each class those whose next token is due before the others. Then,
     in one step, at most half of the batch is displaced, the last in the order first. ``now_s``: unix time.
     """
     if len(items) <= max_num_seqs:
         return list(items)
     batch = [item for item in items if item.is_batched]
     assert len(batch) <= max_num_seqs, "more sequences are in the batch than it holds"
-    waiting = sorted(
-        (item for item in items if not item.is_batched), key=lambda item: policy.sort_key(item.scheduling, now_s)
-    )
+
+    def position(item: _Item) -> tuple[int, bool, SortKey]:
+        key = policy.sort_key(item.scheduling, now_s)
+        return key[0], item.slack_s > 0, key
+
+    waiting = sorted((item for item in items if not item.is_batched), key=position)
     num_free = max_num_seqs - len(batch)
     batch, waiting = batch + waiting[:num_free], waiting[num_free:]
     reach = Reach(batch, policy, now_s)
@@ -89,11 +118,12 @@ def choose_batch(items: Sequence[_Item], policy: SchedulingPolicy, now_s: float,
     for newcomer in waiting:
         if num_displaced >= max(1, max_num_seqs // 2):
             break
-        if not reach.may_displace(newcomer.scheduling):
+        is_due = newcomer.slack_s <= 0
+        if not is_due and not reach.may_displace(newcomer.scheduling):
             continue
         if held is None:
             held = sorted(batch, key=lambda item: policy.sort_key(item.scheduling, now_s), reverse=True)
-        victim = next((item for item in held if displaces(newcomer.scheduling, item, policy, now_s)), None)
+        victim = next((item for item in held if displaces(newcomer.scheduling, item, policy, now_s, is_due)), None)
         if victim is not None:
             held.remove(victim)
             batch[batch.index(victim)] = newcomer
@@ -112,9 +142,7 @@ class Reach:
         """``now_s``: unix time."""
         self._batch, self._policy, self._now_s = batch, policy, now_s
         self._worst_class = max((item.scheduling.priority for item in batch), default=-math.inf)
-        states = [
-            item.scheduling for item in batch if item.num_preemptions < MAX_PREEMPTIONS and not item.is_nearly_done
-        ]
+        states = [item.scheduling for item in batch if item.num_preemptions < MAX_PREEMPTIONS and not item.is_protected]
         self._states = sorted(states, key=lambda state: -state.remaining_s)
         self._negated_bounds = [-DISPLACING_RATIO * state.remaining_s for state in self._states]
         """Negated, so that they increase: the newcomer's remaining work has to be less."""

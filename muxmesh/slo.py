@@ -149,6 +149,13 @@ def next_token_due_s(targets: SloTargets | None, since_s: float, num_tokens: int
     return since_s + targets.tpot_s * num_tokens
 
 
+def slack_s(due_at_s: float, lost_after_s: float, now_s: float) -> float:
+    """Seconds until a token is due, negative if it is late; infinite if it is never due, or later than
+    ``lost_after_s`` after that, so that its SLO is missed.
+    """
+    return due_at_s - now_s if now_s <= due_at_s + lost_after_s else math.inf
+
+
 def catch_up_s(targets: SloTargets | None) -> float:
     """How late a token after the first may be before its sequence counts as one that misses its SLO.
 

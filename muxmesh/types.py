@@ -155,21 +155,21 @@ class LengthPrediction:
     p50_tokens: float
     p90_tokens: float
 
-    def remaining_tokens(self, num_output_tokens: int) -> float:
+    def remaining_tokens(self, num_output_tokens: int, exceeded_by: float = 0.5) -> float:
         """Median of the remaining output of a sequence that has ``num_output_tokens`` so far, in tokens; at least 1.
 
         It is the median of the distribution's tail. Past the predicted length, it grows with the spread of the
-        distribution.
+        distribution. ``exceeded_by``: the fraction of outputs that are longer, 0.1 for the 0.9 quantile.
         """
-        if num_output_tokens < 1:
-            return max(1.0, self.p50_tokens)
         spread = math.log(max(self.p90_tokens / self.p50_tokens, 1.0 + 1e-6)) / Z90
+        if num_output_tokens < 1:
+            return max(1.0, self.p50_tokens * math.exp(spread * -_NORMAL.inv_cdf(exceeded_by)))
         quantile = math.log(num_output_tokens / self.p50_tokens) / spread
         if quantile > _MAX_QUANTILE:  # asymptotic tail of the normal distribution, where 1 - cdf underflows
-            return max(1.0, num_output_tokens * math.expm1(spread * math.log(2) / quantile))
+            return max(1.0, num_output_tokens * math.expm1(spread * -math.log(exceeded_by) / quantile))
         tail = 1 - _NORMAL.cdf(quantile)
-        median = self.p50_tokens * math.exp(spread * -_NORMAL.inv_cdf(tail / 2))
-        return max(1.0, median - num_output_tokens)
+        length = self.p50_tokens * math.exp(spread * -_NORMAL.inv_cdf(tail * exceeded_by))
+        return max(1.0, length - num_output_tokens)
 
 
 @dataclass(frozen=True, slots=True)

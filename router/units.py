@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from muxmesh.block_hashes import KvIdentity, kv_demand
-from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.model_config import ModelConfig, reserved_output_tokens
 from muxmesh.errors import ModelNotFound
 from muxmesh.internal.v1 import kvstore_pb2_grpc
 from muxmesh.quoting import quoted
@@ -65,7 +65,9 @@ class UnitLink:
         """What ``request`` needs of this unit's KV pool. Its model has to be served here."""
         placed, weights = self.models[request.model], self.admission.fingerprints.get(request.model)
         identity = None if weights is None else replace(placed.identity, weights=weights)
-        return kv_demand(request, identity, placed.config.block_size, placed.config.kv_answer_tokens)
+        num_sent = len(request.resume_token_ids)
+        reserved = reserved_output_tokens(placed.config, request.prediction, num_sent)
+        return kv_demand(request, identity, placed.config.block_size, reserved)
 
 
 class Units:

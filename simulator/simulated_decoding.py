@@ -1,7 +1,7 @@
 """The sequences of one unit between their hand-off and their last token, in virtual time: growth, pre-emption, swap.
 
-A pre-empted sequence is swapped out, or computed again if too few swap pages are free. The changes of a lease are those
-of `worker.sequence_kv`, through the unit's own methods. This module knows no queue and no arbiter.
+A pre-empted sequence is swapped out, or computed again if that costs less or too few swap pages are free. The changes
+of a lease are those of `worker.sequence_kv`, through the unit's own methods. This module knows no queue and no arbiter.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class _DecodingSequence:
     job: DecodeJob = field(init=False)
     is_preempted: bool = False
     """The unit recalls its blocks."""
+    waits_for_block: bool = False
+    """It has no free slot, and another sequence frees its blocks for it."""
     due_at_s: float = math.inf
     """When the next token is due, while the sequence is swapped out."""
     is_exact: bool = True
@@ -109,7 +111,10 @@ class SimulatedDecoding:
     def preempt(self, lease_id: int) -> None:
         """Pre-empts a sequence after its current step, if it computes."""
         sequence = self._sequences.get(lease_id)
-        if sequence is None or sequence.job.is_removed:
+        if sequence is None or (sequence.job.is_removed and not sequence.waits_for_block):
+            return
+        if sequence.waits_for_block:
+            sequence.is_preempted = True
             return
         if sequence.job.is_batched:
             sequence.is_preempted = True
@@ -125,8 +130,9 @@ class SimulatedDecoding:
             job = sequence.job
             if not job.is_removed:
                 state = sequence.served.decode.update(job)
+                sequence.served.decode.update_slack(job, self._timeline.now_s)
                 found[lease_id] = SequenceProgress(
-                    not job.is_displaced, state.decode_s, state.served_s, job.is_nearly_done, job.num_preemptions
+                    not job.is_displaced, state.decode_s, state.served_s, job.is_protected, job.num_preemptions
                 )
         return found
 
@@ -186,7 +192,7 @@ class SimulatedDecoding:
         growth, num_free = sequence.growth, self._num_free_slots(sequence)
         num_wanted = growth.blocks_to_request(sequence.num_blocks, num_free)
         if num_wanted and not self._grow(sequence, num_wanted):
-            if growth.is_claim(num_free) and self._claim(sequence, num_wanted):
+            if growth.is_claim(num_free) and self._claim(sequence):
                 return
             if growth.on_pool_full(num_free):
                 self._preempt(sequence)
@@ -211,12 +217,13 @@ class SimulatedDecoding:
         sequence.growth.on_granted()
         return True
 
-    def _claim(self, sequence: _DecodingSequence, num_wanted: int) -> bool:
-        """Claims blocks of sequences that follow it; False if none frees its blocks for it.
+    def _claim(self, sequence: _DecodingSequence) -> bool:
+        """Claims a block of a sequence that follows it; False if none frees its blocks for it.
 
-        While one does, the sequence goes on as long as it has free slots, and asks again after `CLAIM_RETRY_S`.
+        While one does, the sequence goes on as long as it has free slots, and asks again with each token, without slots
+        after `CLAIM_RETRY_S`.
         """
-        if self._try_grow(sequence, num_wanted, claims=True):
+        if self._try_grow(sequence, 1, claims=True):
             sequence.served.decode.schedule_check(sequence.job)
             return True
         self._schedule()
@@ -228,19 +235,20 @@ class SimulatedDecoding:
         else:
             sequence.due_at_s = decode.next_due_s(sequence.job)
             self._stop(sequence)
-            self._timeline.after(CLAIM_RETRY_S, lambda: self._claim_again(sequence, num_wanted))
+            sequence.waits_for_block = True
+            self._timeline.after(CLAIM_RETRY_S, lambda: self._claim_again(sequence))
         return True
 
-    def _claim_again(self, sequence: _DecodingSequence, num_wanted: int) -> None:
-        """Goes on with a sequence that has no free slot left, once it has its blocks."""
+    def _claim_again(self, sequence: _DecodingSequence) -> None:
+        """Goes on with a sequence that has no free slot left, once it has a block."""
         if sequence.is_preempted:
             self._free_blocks(sequence)
-        elif self._try_grow(sequence, num_wanted, claims=True):
+        elif self._try_grow(sequence, 1, claims=True):
             self._continue(sequence)
         else:
             self._schedule()
             if self._unit.reclaim.serves(sequence.lease.ref):
-                self._timeline.after(CLAIM_RETRY_S, lambda: self._claim_again(sequence, num_wanted))
+                self._timeline.after(CLAIM_RETRY_S, lambda: self._claim_again(sequence))
             else:
                 self._free_blocks(sequence)
 
@@ -263,6 +271,7 @@ class SimulatedDecoding:
 
     def _continue(self, sequence: _DecodingSequence) -> None:
         """Adds a new job for the rest of the output of a sequence that was stopped."""
+        sequence.waits_for_block = False
         num_preemptions, decode = sequence.job.num_preemptions, sequence.served.decode
         sequence.job = self._decode_job(sequence)
         sequence.job.due_at_s, sequence.job.num_preemptions = sequence.due_at_s, num_preemptions
@@ -270,6 +279,7 @@ class SimulatedDecoding:
         self._device.wake(decode)
 
     def _free_blocks(self, sequence: _DecodingSequence) -> None:
+        sequence.waits_for_block = False
         if not self._swap_out(sequence):
             self._requeue(sequence)
 
@@ -284,6 +294,7 @@ class SimulatedDecoding:
         request, lease, served = sequence.request, sequence.lease, sequence.served
         num_computed = request.num_prompt + request.num_sent - 1
         num_bytes = encoded_bytes(served.shape, num_computed, served.config.kv_swap_format)
+        self._unit.report(self.progress())
         try:
             self._unit.reclaim.begin_swap_out(lease.ref, served.decode_name, num_bytes, self._timeline.now_s)
         except Overloaded:

@@ -20,7 +20,7 @@ from kvstore.unit_model import UnitModel
 from kvstore.worker_slots import EngineState
 from loadtest.record import OK
 from muxmesh.block_hashes import demand_for
-from muxmesh.config.model_config import ModelConfig
+from muxmesh.config.model_config import ModelConfig, reserved_output_tokens
 from muxmesh.config.schema import UnitConfig
 from muxmesh.errors import InvalidRequest
 from muxmesh.models.model_spec import KvShape, ModelSpec
@@ -59,7 +59,7 @@ class Decision:
 class KvChoice:
     """What became of a paused sequence's KV: costs as expected, and with the true lengths of outputs.
 
-    ``for_arrival_s``: arrival of the one that needed its memory. The costs have the same copies, prefill and order.
+    ``for_arrival_s``: arrival of the one that needed its memory. The costs have the same speeds of copies and prefill.
     """
 
     lease_id: int
@@ -190,7 +190,11 @@ class SimulatedUnit:
         self._waiting[request.entry_id] = request
         num_known, config = request.num_prompt + request.num_sent, self._served[request.model].config
         demand = demand_for(
-            num_known, request.max_tokens, config.kv_answer_tokens, request.hashes, use_cache=bool(request.hashes)
+            num_known,
+            request.max_tokens,
+            reserved_output_tokens(config, request.prediction, request.num_sent),
+            request.hashes,
+            use_cache=bool(request.hashes),
         )
         self._queue.add(QueuedRequest(request.entry_id, request.model, request.scheduling, demand))
         self._show_next()
@@ -238,7 +242,7 @@ class SimulatedUnit:
         changed, or when the unit has to act on time that has passed.
         """
         now_s = self._timeline.now_s
-        if self.unit.admission.waiting:
+        if self.unit.admission.waiting or self.unit.reclaim.has_growth_lacks:
             self.unit.report(self._decoding.progress())
         decisions = self.unit.schedule(now_s, now_s)
         for credit in decisions.credits:

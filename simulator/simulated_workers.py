@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from muxmesh.batch_choice import NEARLY_DONE, choose_batch
+from muxmesh.batch_choice import choose_batch, is_protected
 from muxmesh.engine.api import ComputeDemand
 from muxmesh.engine.scheduler import TOKEN_TIME_RATE
 from muxmesh.engine.step_limit import StepLimit
@@ -25,6 +25,7 @@ from muxmesh.engine.urgency import Urgency
 from muxmesh.remaining_work import RemainingWork
 from muxmesh.running_mean import RunningMean
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
+from muxmesh.slo import slack_s
 from muxmesh.step_cost import CostFit, StepShape, context_of
 from muxmesh.types import Role, SchedulingState
 from simulator.step_times import StepTimes
@@ -176,6 +177,8 @@ class DecodeJob:
     """Whether the last choice of a batch left it out."""
     num_preemptions: int = 0
     """How often others displaced it from the batch."""
+    slack_s: float = math.inf
+    """Seconds until its next token is due, as noted when a batch was chosen or its progress reported."""
     is_removed: bool = False
 
     @property
@@ -187,8 +190,8 @@ class DecodeJob:
         return self.joined_at >= 0
 
     @property
-    def is_nearly_done(self) -> bool:
-        return self.work.is_past(NEARLY_DONE)
+    def is_protected(self) -> bool:
+        return is_protected(self.work, self.slack_s)
 
 
 class DecodeWorker:
@@ -258,6 +261,11 @@ class DecodeWorker:
         """When the next token of the job is due."""
         return job.due_at_s + self.num_tokens(job) * job.tpot_s if job.due_at_s < math.inf else math.inf
 
+    def update_slack(self, job: DecodeJob, now_s: float) -> None:
+        """Notes the slack of the job."""
+        if job.due_at_s < math.inf:
+            job.slack_s = slack_s(self.next_due_s(job), job.lost_after_s, now_s)
+
     def update(self, job: DecodeJob) -> SchedulingState:
         """The state of the job with its remaining work of now."""
         job.work.update(job.num_output + self.num_tokens(job))
@@ -292,7 +300,7 @@ class DecodeWorker:
         self._pop_outdated()
         steps = self._stops[0][0] - self._num_steps
         if self._waiting:
-            if self._replans:
+            if self._replans or any(job.due_at_s < math.inf for job in self._waiting):
                 return 1
             for job in self._batch.values():
                 if (after := job.work.tokens_until_prediction(job.num_output + self.num_tokens(job))) is not None:
@@ -349,6 +357,7 @@ class DecodeWorker:
             jobs = [*self._batch.values(), *self._waiting]
             for job in jobs:
                 self.update(job)
+                self.update_slack(job, now_s)
             chosen = choose_batch(jobs, self._policy, now_s, self._max_num_seqs)
             chosen_ids = {id(job) for job in chosen}
             num_displaced = 0

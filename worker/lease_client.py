@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PreemptLease:
-    """The unit claims the token blocks of this lease for another model."""
+    """The unit claims the token blocks of this lease for a sequence that precedes it, or for another model."""
 
     lease_id: int
 
@@ -73,7 +73,7 @@ class LeaseClient:
     async def claim(self, ref: LeaseRef, num_blocks: int) -> tuple[int, ...] | None:
         """As `grow`, but another sequence may be pre-empted for the blocks.
 
-        None: one is freeing its blocks, so a later call succeeds.
+        None: one is freeing its blocks, so a call soon after may succeed.
         """
         response = await self._grow(ref, num_blocks, claims=True)
         return None if response.is_pending else tuple(response.block_ids)

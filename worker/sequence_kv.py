@@ -10,7 +10,6 @@ import asyncio
 
 from kvstore.progress_page import ProgressPage
 from kvstore.sequence_progress import SequenceProgress
-from muxmesh.batch_choice import NEARLY_DONE
 from muxmesh.engine.api import Engine
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.errors import InternalError, MeshError, Overloaded, RequestPreempted
@@ -120,7 +119,7 @@ class SequenceKv:
         sequence, job_id = self.sequence, self._ref.lease_id
         block_ids = await self._free_blocks(num_blocks)
         if block_ids is None and self._growth.is_claim(sequence.num_free_slots):
-            block_ids = await self._claimed_blocks(num_blocks)
+            block_ids = await self._claimed_block()
         self._growing = None
         if block_ids is not None:
             sequence.add_blocks(block_ids)
@@ -138,11 +137,11 @@ class SequenceKv:
                 num_blocks = self._growth.smaller_request(num_blocks)
         return None
 
-    async def _claimed_blocks(self, num_blocks: int) -> tuple[int, ...] | None:
-        """As `_free_blocks`, of sequences that follow in the order; waits while one of them frees its blocks."""
+    async def _claimed_block(self) -> tuple[int, ...] | None:
+        """One block of a sequence that follows in the order; waits while that one frees its blocks. None: none does."""
         while not self._is_leaving:
             try:
-                block_ids = await self._leases.claim(self._ref, num_blocks)
+                block_ids = await self._leases.claim(self._ref, 1)
             except Overloaded:
                 return None
             if block_ids is not None:
@@ -172,7 +171,7 @@ class SequenceKv:
             self._is_batched,
             state.decode_s,
             state.served_s,
-            sequence.work.is_past(NEARLY_DONE),
+            sequence.is_protected,
             sequence.num_preemptions,
         )
         self._progress.report(self._ref.lease_id, progress)

@@ -5,6 +5,7 @@ Knows no units, files or models on disk.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import ByteSize, Field, field_validator, model_validator
@@ -12,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from muxmesh.config.section import MAX_BYTES, MAX_COUNT, Name, Section
 from muxmesh.config.slo_config import SloConfig
-from muxmesh.types import Dtype, KvFormat, Role
+from muxmesh.types import Dtype, KvFormat, LengthPrediction, Role
 
 _SIM_PREFIX = "sim:"
 
@@ -132,6 +133,9 @@ class ModelConfig(Section):
     """Output tokens for which KV memory is reserved before a request starts. More is allocated as the output grows. If
     the pool is full, the sequence is pre-empted: its KV is swapped to `kv_swap` or freed, and the sequence resumes when
     memory is free."""
+    kv_reserve: Literal["answer_tokens", "p90"] = "answer_tokens"
+    """Of `p90`, the memory reserved before a request starts is for the 0.9 quantile of its predicted output instead of
+    `kv_answer_tokens`. Fewer requests start at once then, and fewer are pre-empted for memory."""
     kv_guaranteed: ByteSize = Field(default=ByteSize(0), ge=0, le=MAX_BYTES)
     """KV memory that this model can always claim from the unit's pool, like `512MiB`, rounded up to whole slabs. Unused
     slabs are lent to other models. They return as the requests of these models end, and by pre-emption after a second.
@@ -196,3 +200,16 @@ class ModelConfig(Section):
     def step_token_budget(self) -> int:
         """Tokens computed in one step. At least `max_num_seqs`, so that each step has a token of every sequence."""
         return max(self.prefill_token_budget, self.max_num_seqs)
+
+
+_P90_EXCEEDED_BY = 0.1
+
+
+def reserved_output_tokens(config: ModelConfig, prediction: LengthPrediction | None, num_sent: int) -> int:
+    """Output tokens, beyond the known ones, for which a request has KV memory reserved when it starts; at least 1.
+
+    ``num_sent``: tokens of its output that are known already.
+    """
+    if config.kv_reserve == "answer_tokens" or prediction is None:
+        return config.kv_answer_tokens
+    return min(math.ceil(prediction.remaining_tokens(num_sent, _P90_EXCEEDED_BY)), MAX_COUNT)

@@ -116,7 +116,8 @@ class UnitConfig(Section):
     """What becomes of the KV of a sequence whose memory another one needs. `auto`: by expected cost, from the measured
     speed of copies and prefill and the time that the sequence will wait, it is swapped to `kv_swap`, freed and computed
     again, or kept while other memory will be free soon. `swap` and `recompute`: always that, as far as `kv_swap` has
-    room. `keep`: paused sequences keep their KV; only a growing sequence takes that of others."""
+    room. `keep`: paused sequences keep their KV, but growing sequences and models within their quota take that
+    of others."""
     slab: ByteSize = Field(default=ByteSize(16 * MIB), ge=4096, le=MAX_BYTES)
     """Size of the pieces of the pool, with `tensor_parallel` on each device. Each slab is lent to one model at a time.
     On a GPU a multiple of 64 bytes."""

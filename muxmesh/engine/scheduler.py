@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from muxmesh.batch_choice import NEARLY_DONE, choose_batch
+from muxmesh.batch_choice import choose_batch
 from muxmesh.engine.api import (
     Batched,
     ComputeDemand,
@@ -31,7 +31,7 @@ from muxmesh.engine.urgency import Urgency
 from muxmesh.errors import SequenceFailed
 from muxmesh.running_mean import RunningMean
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
-from muxmesh.slo import catch_up_s, first_token_due_s, next_token_due_s
+from muxmesh.slo import catch_up_s, first_token_due_s, next_token_due_s, slack_s
 from muxmesh.types import SchedulingState
 
 TOKEN_TIME_RATE = 0.02
@@ -74,8 +74,16 @@ class _ScheduledJob:
         return self.sequence.num_preemptions
 
     @property
-    def is_nearly_done(self) -> bool:
-        return self.sequence.work.is_past(NEARLY_DONE)
+    def is_protected(self) -> bool:
+        return self.sequence.is_protected
+
+    @property
+    def slack_s(self) -> float:
+        return self.sequence.slack_s
+
+    def update_slack(self, now_s: float) -> None:
+        """To be called with each token, and before a batch is chosen."""
+        self.sequence.slack_s = slack_s(self.due_at_s, self.lost_after_s, now_s)
 
     @property
     def max_steps(self) -> int:
@@ -243,6 +251,8 @@ class Scheduler:
             for job in decoding:
                 self._batch(job)
             return ready
+        for job in decoding:
+            job.update_slack(now_s)
         batch = choose_batch(decoding, self.policy, now_s, self.max_num_seqs)
         batch_ids = {job.job_id for job in batch}
         for job in decoding:
@@ -323,6 +333,7 @@ class Scheduler:
             slo, is_first = sequence.request.slo, not job.lost_after_s
             job.due_at_s = next_token_due_s(slo, self._now_s if is_first else job.due_at_s, len(kept))
             job.lost_after_s = catch_up_s(slo)
+            job.update_slack(self._now_s)
             num_fed_back = len(kept) - 1
             sequence.advance(num_fed_back, num_fed_back * step_s)
             logprobs = tuple(token.logprobs for token in kept if token.logprobs is not None)

@@ -10,10 +10,12 @@ any part of it. The record knows no lease and touches no KV.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from muxmesh.batch_choice import is_protected
 from muxmesh.block_hashes import BlockHashChain
 from muxmesh.errors import InvalidRequest
 from muxmesh.remaining_work import RemainingWork
@@ -51,6 +53,8 @@ class SequenceRecord:
             request.stopping.max_new_tokens,
         )
         """Updated with each output token."""
+        self.slack_s = math.inf
+        """Seconds until its next token is due by its SLO, as its engine noted last; see `muxmesh.slo.slack_s`."""
         self.num_preemptions = 0
         """How often its engine displaced it from the batch."""
         self.block_size = block_size
@@ -71,6 +75,11 @@ class SequenceRecord:
         if self.num_free_slots < 0:
             needed = blocks_for(len(self._token_ids), block_size)
             raise ValueError(f"{len(block_ids)} token blocks, needs {needed}")
+
+    @property
+    def is_protected(self) -> bool:
+        """Whether others of its class do not displace it from the batch."""
+        return is_protected(self.work, self.slack_s)
 
     @property
     def scheduling(self) -> SchedulingState:

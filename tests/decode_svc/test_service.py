@@ -302,7 +302,10 @@ async def test_a_pre_empted_request_that_cannot_be_swapped_ends(tmp_path: Path) 
     async with decode_worker(tmp_path) as worker:
         await worker.watch()
         lease = await worker.hand_off(replace(DEMAND, max_tokens=SLAB_TOKENS))
-        await worker.hand_off(KvDemand(SLAB_TOKENS - 24, SLAB_TOKENS - 24))
+        first = await worker.hand_off(KvDemand(SLAB_TOKENS - 24, SLAB_TOKENS - 24))
+        for record in worker.unit.state.leases.of_models(["m"]):
+            if record.lease.ref.lease_id == first.ref.lease_id:
+                record.scheduling = SchedulingState(-1, 0.0)  # it gives its blocks to nobody
         with pytest.raises(RequestPreempted, match="not swapped: the unit has no swap region"):
             await result(worker.decode(lease, replace(REQUEST, stopping=Stopping(40))))
         await worker.unit.until(lambda: len(worker.unit.state.leases) == 1)

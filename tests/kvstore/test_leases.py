@@ -353,7 +353,7 @@ def test_a_decode_worker_reports_what_its_batch_has_and_how_much_is_left(unit: S
     assert unit.table.decoding_in("decode") == []
     state = unit.table.owned(ref, "decode").scheduling
     assert (state.decode_s, state.served_s, state.prefill_s) == (3.5, 1.5, 0.0)
-    assert (computed.num_preemptions, computed.is_nearly_done, computed.is_batched) == (2, True, False)
+    assert (computed.num_preemptions, computed.is_protected, computed.is_batched) == (2, True, False)
     unit.table.report(ref.lease_id, SequenceProgress(True))
     assert unit.table.decoding_in("decode") == [computed] and computed.is_batched
     assert unit.table.owned(ref, "decode").scheduling.decode_s == 3.5, "an unknown rest changes nothing"

@@ -29,20 +29,23 @@ SLOW = CopyRates(1.0, 1.0)
 class FullUnit:
     """Two sequences of the batch hold the pool: ``first`` precedes ``second``."""
 
-    def __init__(self, mode: PreemptionMode = "auto", first_s: float = 10.0, second_s: float = 20.0) -> None:
+    def __init__(
+        self, mode: PreemptionMode = "auto", first_s: float = 10.0, second_s: float = 20.0, max_paused_seqs: int = 2
+    ) -> None:
         policy = SchedulingPolicy("srtf", 0.0, 0.0, 1.0)
-        model = UnitModel(SHAPES["a"], 2, 512, max_resident_seqs=4)
+        model = UnitModel(SHAPES["a"], 2, 512, max_resident_seqs=2 + max_paused_seqs)
         self.unit = Unit(
             8 * SLAB_BYTES, SLAB_BYTES, {"a": model}, swap_bytes=64 * SWAP_PAGE_BYTES, policy=policy,
             preemption_mode=mode,
         )  # fmt: skip
         attach_ready(self.unit, "a")
         self.prefill, self.decode = (self.unit.ready_workers(role, "a")[0].name for role in Role)
-        self.first, self.second = self._decoding(100, first_s), self._decoding(101, second_s)
+        self.first, self.second = self.decoding(100, first_s), self.decoding(101, second_s)
         num_free = self.unit.pool.capacity_blocks("a") - self.unit.blocks.num_in_use("a")
         assert self.unit.grow(self.first.ref, self.decode, num_free) is not None
 
-    def _decoding(self, number: int, work_s: float) -> Lease:
+    def decoding(self, number: int, work_s: float) -> Lease:
+        """A sequence of the batch."""
         state = SchedulingState(0, 0.0, decode_s=work_s)
         self.unit.offer("router", QueuedRequest(number, "a", state, KvDemand(8, 8)))
         (issued,) = schedule(self.unit).credits
@@ -157,3 +160,119 @@ def test_the_expected_wait_counts_those_that_precede_it() -> None:
     assert expect(full.decode, "a", SchedulingState(0, 0.0, decode_s=1.0), 0.0) == 0.0, "a slot is free"
     assert expect(full.decode, "a", SchedulingState(0, 0.0, decode_s=4.0), 0.0) == 3.0
     assert expect(full.decode, "a", SchedulingState(0, 0.0, decode_s=9.0), 0.0) == 4.0
+
+
+def swapped_beside(full: FullUnit, batch_s: float, num_free_slabs: int = 8) -> int:
+    """The second sequence is swapped and waits, two others fill the batch with ``batch_s`` to do: its lease's id."""
+    unit = full.unit
+    pages = unit.reclaim.begin_swap_out(full.second.ref, full.decode, SWAP_PAGE_BYTES, 0.0)
+    assert pages
+    unit.leases.finish_swap_out(full.second.ref, full.decode)
+    unit.release(full.first.ref, full.decode)
+    if num_free_slabs < 8:
+        unit.blocks.allocate("a", (8 - num_free_slabs) * unit.pool.blocks_per_slab("a"))
+    for number in (1, 2):
+        full.decoding(number, batch_s)
+    unit.request_swap_in(full.second.ref, full.decode, KvDemand(8, 8), SchedulingState(0, 0.0, decode_s=19.0))
+    return full.second.ref.lease_id
+
+
+@pytest.mark.parametrize(
+    ("batch_s", "num_free_slabs", "is_copied"), [(0.05, 8, True), (9.0, 8, False), (0.05, 1, False)]
+)
+def test_a_swapped_sequence_is_copied_back_shortly_before_its_turn(
+    batch_s: float, num_free_slabs: int, is_copied: bool
+) -> None:
+    full = FullUnit("swap")
+    lease_id = swapped_beside(full, batch_s, num_free_slabs)
+    assert [one.lease_id for one in schedule(full.unit).swap_ins] == ([lease_id] if is_copied else [])
+
+
+def test_a_slow_copy_back_begins_earlier() -> None:
+    full = FullUnit("swap")
+    full.set_costs(CopyRates(SWAP_PAGE_BYTES / 10, SWAP_PAGE_BYTES / 10), 1.0)
+    lease_id = swapped_beside(full, 9.0)
+    assert [one.lease_id for one in schedule(full.unit).swap_ins] == [lease_id], "10 s for the copy"
+
+
+def test_a_sequence_is_not_copied_back_early_where_no_more_may_be_resident() -> None:
+    full = FullUnit("swap", max_paused_seqs=0)
+    swapped_beside(full, 0.05)
+    assert schedule(full.unit).swap_ins == []
+
+
+def test_nothing_is_copied_back_early_while_the_work_of_the_batch_is_not_known() -> None:
+    full = FullUnit("swap")
+    swapped_beside(full, 0.0)
+    assert schedule(full.unit).swap_ins == []
+
+
+def test_only_a_claim_is_told_to_wait() -> None:
+    full = FullUnit()
+    full.pause(full.second, 19.0)
+    assert full.unit.grow(full.first.ref, full.decode, 1) is None
+    assert schedule(full.unit).preemptions == [PreemptionRequest(full.decode, full.second.ref.lease_id)]
+    assert not full.unit.reclaim.serves(full.first.ref)
+    assert full.claim(full.first, RECLAIM_EVERY_S / 2) == ([], True), "the same one frees its blocks"
+
+
+def test_a_victim_does_not_take_its_blocks_back_before_the_claim_has_them() -> None:
+    full = FullUnit("swap")
+    unit = full.unit
+    assert full.claim(full.first)[1]
+    unit.reclaim.begin_swap_out(full.second.ref, full.decode, SWAP_PAGE_BYTES, 0.0)
+    unit.leases.finish_swap_out(full.second.ref, full.decode)
+    unit.request_swap_in(full.second.ref, full.decode, KvDemand(8, 8), SchedulingState(0, 0.0, decode_s=19.0))
+    unit.offer("router", QueuedRequest(1, "a", SchedulingState(0, 0.0, decode_s=15.0), KvDemand(8, 8)))
+    unit.offer("router", QueuedRequest(2, "a", SchedulingState(-1, 0.0, decode_s=9.0), KvDemand(8, 8)))
+    decisions = schedule(unit)
+    assert [one.entry_id for one in decisions.credits] == [2] and not decisions.swap_ins, "it precedes the claim"
+    unit.release(decisions.credits[0].lease.ref, "router")
+    assert unit.grow(full.first.ref, full.decode, 1, claims=True) is not None
+    unit.check_integrity()
+
+
+def test_a_claim_whose_lease_has_ended_keeps_nobody_waiting() -> None:
+    full = FullUnit()
+    assert full.claim(full.first)[1]
+    full.unit.release(full.first.ref, full.decode)
+    full.unit.offer("router", QueuedRequest(1, "a", SchedulingState(0, 0.0, decode_s=15.0), KvDemand(8, 8)))
+    assert admitted_ids(full.unit) == [1]
+
+
+def test_other_changes_between_two_claims_do_not_ask_the_victim_more_often() -> None:
+    full = FullUnit()
+    assert full.claim(full.first)[0]
+    for now_s in (0.02, 0.04, 0.06):
+        schedule(full.unit, now_s)
+        assert full.claim(full.first, now_s) == ([], True)
+    assert full.unit.leases.owned(full.second.ref, full.decode).num_preemption_requests == 1
+
+
+def test_a_victim_whose_copy_takes_long_is_not_asked_again_and_no_other_one_is() -> None:
+    full = FullUnit("swap")
+    assert full.claim(full.first)[0]
+    full.unit.reclaim.begin_swap_out(full.second.ref, full.decode, SWAP_PAGE_BYTES, 0.0)
+    for step in range(1, 60):
+        assert full.claim(full.first, step * RECLAIM_EVERY_S) == ([], True)
+
+
+def test_a_sequence_claims_nothing_from_itself_after_a_new_prediction() -> None:
+    full = FullUnit()
+    assert full.unit.grow(full.first.ref, full.decode, 1, claims=True) is None
+    full.unit.report({full.first.ref.lease_id: SequenceProgress(True, 30.0, 1.0)})
+    assert schedule(full.unit).preemptions == [] and not full.unit.reclaim.serves(full.first.ref)
+
+
+@pytest.mark.parametrize(("num_free_tokens", "returns"), [(8 + 128, True), (8 + 120, False)])
+def test_a_swapped_sequence_returns_if_those_before_it_can_still_grow(num_free_tokens: int, returns: bool) -> None:
+    full = FullUnit("swap")
+    unit = full.unit
+    unit.reclaim.begin_swap_out(full.second.ref, full.decode, SWAP_PAGE_BYTES, 0.0)
+    unit.leases.finish_swap_out(full.second.ref, full.decode)
+    unit.release(full.first.ref, full.decode)
+    before = full.decoding(1, 10.0)
+    num_free = unit.blocks.num_available("a") - num_free_tokens // SHAPES["a"].block_size
+    assert unit.grow(before.ref, full.decode, num_free) is not None
+    unit.request_swap_in(full.second.ref, full.decode, KvDemand(8, 8), SchedulingState(0, 0.0, decode_s=19.0))
+    assert bool(schedule(unit).swap_ins) is returns

@@ -123,7 +123,7 @@ class Held:
     scheduling: SchedulingState
     is_batched: bool = True
     num_preemptions: int = 0
-    is_nearly_done: bool = False
+    is_protected: bool = False
 
 
 def state(remaining_s: float, priority: int = 0) -> SchedulingState:

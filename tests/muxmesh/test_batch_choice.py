@@ -1,14 +1,16 @@
 """Which sequences form the batch when there are more of them than slots."""
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muxmesh.batch_choice import MAX_CLASS_PREEMPTIONS, MAX_PREEMPTIONS, Reach, choose_batch, displaces
+from muxmesh.batch_choice import MAX_CLASS_PREEMPTIONS, MAX_PREEMPTIONS, Reach, choose_batch, displaces, is_protected
+from muxmesh.remaining_work import RemainingWork
 from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
-from muxmesh.types import SchedulingState
+from muxmesh.types import LengthPrediction, SchedulingState
 
 SRTF = SchedulingPolicy("srtf", 0.0, 0.0, 1.0, max_wait_s=1000.0)
 FCFS = replace(SRTF, name="fcfs")
@@ -22,7 +24,8 @@ class Sequence:
     scheduling: SchedulingState
     is_batched: bool = False
     num_preemptions: int = 0
-    is_nearly_done: bool = False
+    is_protected: bool = False
+    slack_s: float = math.inf
 
 
 def running(remaining_s: float, arrived_at_s: float = 0.0, priority: int = 0, **more: int) -> Sequence:
@@ -56,9 +59,35 @@ def test_a_sequence_that_comes_later_in_the_order_displaces_none() -> None:
     assert chosen([running(20, arrived_at_s=0.0), waiting(1, arrived_at_s=1.0)], 1, FCFS) == [20]
 
 
-def test_a_sequence_that_is_nearly_done_is_not_displaced_by_its_class() -> None:
-    assert chosen([running(20, is_nearly_done=True), waiting(1)], 1) == [20]
-    assert chosen([running(20, is_nearly_done=True), waiting(1, priority=-1)], 1) == [1]
+def test_a_sequence_that_is_protected_is_not_displaced_by_its_class() -> None:
+    assert chosen([running(20, is_protected=True), waiting(1)], 1) == [20]
+    assert chosen([running(20, is_protected=True), waiting(1, priority=-1)], 1) == [1]
+
+
+@pytest.mark.parametrize(("slack_s", "is_kept"), [(9.9, True), (10.0, False), (-3.0, True), (math.inf, False)])
+def test_a_sequence_that_could_miss_its_slo_by_waiting_is_protected_until_it_is_safe(
+    slack_s: float, is_kept: bool
+) -> None:
+    work = RemainingWork(SchedulingState(0, 0.0, decode_s=20.0), LengthPrediction(100.0, 200.0))
+    assert is_protected(work, slack_s) is is_kept, "the longest one that may displace it has 10 s to do"
+
+
+def test_a_waiting_sequence_whose_token_is_due_displaces_one_with_less_work() -> None:
+    held = [running(5), running(6)]
+    assert chosen([*held, replace(waiting(30), slack_s=0.5)], 2) == [5, 6]
+    assert chosen([*held, replace(waiting(30), slack_s=0.0)], 2) == [5, 30], "the last in the order gives way"
+    assert chosen([replace(one, is_protected=True) for one in held] + [replace(waiting(30), slack_s=-1.0)], 2) == [5, 6]
+
+
+def test_a_token_that_is_due_is_no_reason_to_displace_a_better_class() -> None:
+    assert chosen([running(5, priority=-1), replace(waiting(1), slack_s=-1.0)], 1) == [5]
+
+
+def test_a_free_slot_goes_to_the_sequence_whose_token_is_due_unless_a_better_class_waits() -> None:
+    due = replace(waiting(9), slack_s=-1.0, is_protected=True)
+    held = running(1.5, is_protected=True)
+    assert chosen([held, waiting(1), due], 2) == [1.5, 9]
+    assert chosen([held, waiting(1, priority=-1), due], 2) == [1, 1.5]
 
 
 def test_a_sequence_is_displaced_a_limited_number_of_times() -> None:

@@ -1,11 +1,11 @@
-"""Seconds by state, of each sequence and of all, with times that are exact in binary."""
+"""Seconds by state, of all sequences together, with times that are exact in binary."""
 
 import random
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muxmesh.sequence_states import NO_HISTORY, SequenceHistory, SequenceState, SequenceStates
+from muxmesh.sequence_states import SequenceState, SequenceStates
 
 BATCHED, PAUSED, SWAPPED = SequenceState.BATCHED, SequenceState.PAUSED, SequenceState.SWAPPED
 SWAPPING_OUT, SWAPPING_IN = SequenceState.SWAPPING_OUT, SequenceState.SWAPPING_IN
@@ -14,25 +14,14 @@ SWAPPING_OUT, SWAPPING_IN = SequenceState.SWAPPING_OUT, SequenceState.SWAPPING_I
 def test_a_sequence_that_is_displaced_and_swapped_has_the_seconds_of_each_state() -> None:
     states = SequenceStates()
     states.begin(7, BATCHED, 100.0)
-    states.displace(7, 101.0, had_slot=True)
-    for at_s, state in ((103.0, BATCHED), (104.0, PAUSED), (104.5, SWAPPING_OUT), (105.0, SWAPPED)):
+    for at_s, state in ((101.0, PAUSED), (103.0, BATCHED), (104.0, PAUSED), (104.5, SWAPPING_OUT), (105.0, SWAPPED)):
         states.enter(7, state, at_s)
-    assert states.history(7) == SequenceHistory(1, 1, paused_s=2.5, swapped_s=0.5, copying_s=0.5)
-    assert states.history(7, now_s=106.0) == SequenceHistory(1, 1, paused_s=2.5, swapped_s=1.5, copying_s=0.5)
     for at_s, state in ((109.0, SWAPPING_IN), (109.25, PAUSED), (109.25, BATCHED)):
         states.enter(7, state, at_s)
-    assert states.history(7, 3) == SequenceHistory(1, 1, 0, 3, paused_s=2.5, swapped_s=4.75, copying_s=0.75)
     assert states.seconds(111.0) == {
         SequenceState.PREFILL: 0.0, BATCHED: 1 + 1 + 1.75, PAUSED: 2.5, SWAPPING_OUT: 0.5, SWAPPED: 4.0,
         SWAPPING_IN: 0.25,
     }  # fmt: skip
-
-
-def test_a_sequence_that_had_no_slot_yet_is_paused_and_not_displaced() -> None:
-    states = SequenceStates()
-    states.begin(1, BATCHED, 0.0)
-    states.displace(1, 0.0, had_slot=False)
-    assert states.history(1, now_s=2.0) == SequenceHistory(paused_s=2.0)
 
 
 def test_a_state_that_is_entered_twice_is_one_stay() -> None:
@@ -40,7 +29,7 @@ def test_a_state_that_is_entered_twice_is_one_stay() -> None:
     states.begin(1, BATCHED, 0.0)
     states.enter(1, SWAPPED, 1.0)
     states.enter(1, SWAPPED, 2.0)
-    assert states.history(1, now_s=4.0) == SequenceHistory(num_swapped=1, swapped_s=3.0)
+    assert states.seconds(4.0)[SWAPPED] == 3.0
 
 
 def test_a_sequence_that_has_ended_enters_no_state() -> None:
@@ -50,12 +39,6 @@ def test_a_sequence_that_has_ended_enters_no_state() -> None:
     states.enter(1, SWAPPED, 3.0)
     assert len(states) == 0
     assert {state: s for state, s in states.seconds(9.0).items() if s} == {BATCHED: 2.0}
-
-
-def test_histories_are_added_field_by_field() -> None:
-    one = SequenceHistory(1, 2, 3, 4, 0.5, 0.25, 0.125)
-    assert one.plus(one) == SequenceHistory(2, 4, 6, 8, 1.0, 0.5, 0.25)
-    assert one.plus(NO_HISTORY) == one
 
 
 @given(st.integers(0, 2**32))

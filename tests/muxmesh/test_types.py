@@ -90,6 +90,15 @@ def test_remaining_tokens_are_the_median_of_the_tail(p50: float, ratio: float, n
         assert 1 - lengths.cdf(math.log(num_output + remaining)) == pytest.approx(tail / 2, rel=0.02)
 
 
+@given(st.floats(1, 1e4), st.floats(1.01, 50), st.integers(0, 10_000), st.sampled_from([0.1, 0.25, 0.9]))
+def test_any_fraction_of_the_tail_may_be_longer(p50: float, ratio: float, num_output: int, exceeded_by: float) -> None:
+    remaining = LengthPrediction(p50, p50 * ratio).remaining_tokens(num_output, exceeded_by)
+    lengths = NormalDist(math.log(p50), math.log(ratio) / NormalDist().inv_cdf(0.9))
+    tail = 1 - lengths.cdf(math.log(num_output)) if num_output else 1.0
+    if tail > 1e-6 and remaining > 1:
+        assert 1 - lengths.cdf(math.log(num_output + remaining)) == pytest.approx(tail * exceeded_by, rel=0.02)
+
+
 def test_past_the_predicted_length_an_uncertain_prediction_leaves_more_tokens() -> None:
     certain, uncertain = LengthPrediction(100, 110), LengthPrediction(100, 1000)
     assert certain.remaining_tokens(150) < 10 < 80 < uncertain.remaining_tokens(150)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -15,7 +16,7 @@ from muxmesh.errors import ModelNotFound
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.scheduling_policy import FCFS
 from muxmesh.step_cost import ModelCosts, StepCost
-from muxmesh.types import EngineRequest, KvDemand, Sampling, SchedulingState, Stopping
+from muxmesh.types import EngineRequest, KvDemand, LengthPrediction, Sampling, SchedulingState, Stopping
 from router.admission_client import UnitAdmission
 from router.units import PlacedModel, UnitLink, Units
 from tests.support.pipeline_parts import IDENTITY
@@ -174,3 +175,15 @@ async def test_a_model_that_is_removed_leaves_no_step_costs_to_another_one_of_it
     for _ in range(2):
         link.remove_model("m")
     assert list(link.models) == ["n"]
+
+
+async def test_with_p90_the_memory_of_nearly_all_predicted_outputs_is_reserved(setup: Setup) -> None:
+    link, predicted = setup.link("a"), replace(REQUEST, prediction=LengthPrediction(50.0, 120.4))
+    assert link.kv_demand(predicted).num_tokens == 20 + 100, "kv_answer_tokens"
+    placed = link.models["m"]
+    link.models["m"] = replace(placed, config=placed.config.model_copy(update={"kv_reserve": "p90"}))
+    assert link.kv_demand(predicted).num_tokens == 20 + 121
+    assert link.kv_demand(replace(REQUEST, prediction=None)).num_tokens == 20 + 100, "there is no prediction"
+    resumed = replace(predicted, resume_token_ids=tuple(range(100)))
+    remaining = math.ceil(LengthPrediction(50.0, 120.4).remaining_tokens(100, 0.1))
+    assert link.kv_demand(resumed).num_tokens == 120 + remaining > 120 + 21

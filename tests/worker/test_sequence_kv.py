@@ -15,6 +15,7 @@ import grpc
 import numpy as np
 import pytest
 
+import kvstore.victim_choice
 from kvstore.grant_page import Word
 from kvstore.leases import LeaseState
 from kvstore.sequence_progress import SequenceProgress
@@ -272,7 +273,10 @@ async def test_a_sequence_in_a_full_pool_uses_all_of_its_slots_and_is_pre_empted
     sequence.kv.end()
 
 
-async def test_a_sequence_without_slots_waits_for_the_blocks_of_one_that_follows_it(worker: DecodeWorker) -> None:
+async def test_a_sequence_without_slots_waits_for_the_blocks_of_one_that_follows_it(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvstore.victim_choice, "MAX_PREEMPTION_REQUESTS", 10**9)
     sequence, other = await worker.sequence(), await worker.fill_pool()
     leases = worker.unit.state.leases
     leases.owned(other.ref, worker.attachment.worker).scheduling = SchedulingState(0, 1e12)

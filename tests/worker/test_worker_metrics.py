@@ -85,7 +85,7 @@ def test_only_decode_swaps_and_is_preempted(page: GrantPage) -> None:
 def test_the_seconds_of_states_are_those_until_the_scrape(page: GrantPage) -> None:
     counters = WorkerCounters()
     counters.states.begin(1, SequenceState.BATCHED, 2.0)
-    counters.states.displace(1, 5.0, had_slot=True)
+    counters.states.enter(1, SequenceState.PAUSED, 5.0)
     counters.states.begin(2, SequenceState.PREFILL, 8.0)
     name = "muxmesh_sequence_seconds_total"
     decode, prefill = (families(page, role, counters)[name].samples for role in (Role.DECODE, Role.PREFILL))

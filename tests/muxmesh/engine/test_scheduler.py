@@ -482,7 +482,9 @@ def test_a_job_that_waited_for_blocks_is_in_the_demand_when_it_has_them() -> Non
 # More sequences than the batch holds
 
 
-def decode_job(job_id: int, remaining_s: float, priority: int = 0, length: float = 100.0) -> EngineJob:
+def decode_job(
+    job_id: int, remaining_s: float, priority: int = 0, length: float = 100.0, tpot_s: float | None = None
+) -> EngineJob:
     """A sequence with one output token of ``length`` expected ones, which have ``remaining_s`` of work."""
     request = EngineRequest(
         request_id=str(job_id),
@@ -492,6 +494,7 @@ def decode_job(job_id: int, remaining_s: float, priority: int = 0, length: float
         stopping=Stopping(max_new_tokens=1000),
         scheduling=SchedulingState(priority, float(job_id), decode_s=remaining_s),
         prediction=LengthPrediction(length, 2 * length),
+        slo=None if tpot_s is None else SloTargets(None, tpot_s),
     )
     return EngineJob(job_id, SequenceRecord(request, 16, b"root", tuple(range(500)), 4, (7,)))
 
@@ -500,9 +503,9 @@ def srtf_scheduler(max_num_seqs: int = 2) -> Scheduler:
     return Scheduler(max_num_seqs, 10, VOCAB_SIZE, SchedulingPolicy("srtf", 0.0, 0.0, 1.0))
 
 
-def batch_of(jobs: Scheduler) -> list[int]:
+def batch_of(jobs: Scheduler, now_s: float = 0.0) -> list[int]:
     """Computes a step; the ids of its jobs."""
-    step = jobs.next_step(0.0)
+    step = jobs.next_step(now_s)
     assert step is not None
     jobs.apply(StepOutcome({chunk.job_id: (SampledToken(50),) for chunk in step.chunks}))
     return sorted(chunk.job_id for chunk in step.chunks)
@@ -525,6 +528,31 @@ def test_a_sequence_with_less_work_displaces_another_which_returns_when_a_slot_i
     jobs.cancel(3)
     assert batch_of(jobs) == [1, 2]
     assert batch_changes(jobs) == [(1, Batched())]
+
+
+def test_slack_goes_before_remaining_work_until_the_sequence_is_safe() -> None:
+    """Its token is due every second and it gets one every 0.1 s. To have 50 s of slack takes 55 tokens."""
+    jobs = srtf_scheduler(max_num_seqs=1)
+    jobs.add(decode_job(1, 100.0, length=1000.0, tpot_s=1.0), 0.0)
+    assert batch_of(jobs, 0.0) == [1]
+    jobs.add(decode_job(2, 10.0), 0.0)
+    now_s, num_tokens = 0.1, 1
+    while batch_of(jobs, now_s) == [1]:
+        now_s += 0.1
+        num_tokens += 1
+    assert 45 <= num_tokens <= 60
+    due_s = num_tokens + 1.0
+    assert batch_of(jobs, due_s - 0.1) == [2], "it is ahead of its target"
+    assert batch_of(jobs, due_s) == [1], "its token is due, however much it has left"
+    assert batch_of(jobs, due_s + 0.1) == [1], "and one token leaves it no slack"
+
+
+def test_a_sequence_that_has_missed_its_slo_is_displaced_as_any_other() -> None:
+    jobs = srtf_scheduler(max_num_seqs=1)
+    jobs.add(decode_job(1, 100.0, length=1000.0, tpot_s=0.1), 0.0)
+    assert batch_of(jobs, 0.0) == [1]
+    jobs.add(decode_job(2, 10.0), 50.0)
+    assert batch_of(jobs, 50.0) == [2]
 
 
 def test_a_sequence_that_finds_the_batch_full_is_displaced_at_once() -> None:
