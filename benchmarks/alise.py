@@ -117,12 +117,15 @@ class Bench:
             print("interrupted: the report has the runs so far")
             if all(one.points for one in measured):
                 self._conclude(measured, is_complete=False)
-                self._report.write()
+                self._print(measured)
             raise
         if not measured[0].points:
             raise SystemExit("no load was measured")
+        return 0 if self._print(measured) else 1
+
+    def _print(self, measured: Sequence[Measured]) -> bool:
         print(f"\n{table({one.system.name: one.points for one in measured})}")
-        return 0 if self._report.write() else 1
+        return self._report.write()
 
     async def _at_once_runs(self, systems: Sequence[System]) -> list[Measured]:
         """The capacity of each engine. Our systems share one: the mean of what they show."""
@@ -264,8 +267,11 @@ def main() -> int:
     if len(prompts) <= effort.num_first:
         parser.error(f"{len(prompts)} prompts; more than {effort.num_first} are needed")
     OUT.mkdir(parents=True, exist_ok=True)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(bench(prompts, names, effort))
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(bench(prompts, names, effort))
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
