@@ -35,12 +35,6 @@ A missed target gives no precedence: the worker would gain nothing by it, and ot
 load some worker is urgent most of the time. So a decode worker whose sequences have all missed theirs counts as urgent,
 due now, once others have overtaken it `_OVERTAKES_AFTER_A_MISS` times.
 
-A step is never interrupted, so `adbs` and `roundrobin` also say when the step of a prefill worker has to end: before
-the first decode worker that waits for it is due, and that decode worker would go next. A decode worker is due when the
-next token of its most urgent sequence is, and at the latest after prefills have held it up for `max_stall_s`, which
-`adbs` counts as urgent. A worker of a worse class, or one due later than an urgent prefill, does not go next, so no
-step is cut for it; nor is that of a prefill that has been overtaken `max_overtakes` times.
-
 `fcfs` has prefills before decodes, so that batches form, and each in the order of the worker's oldest request; the
 published runs of MuxServe's temporal baseline show this order. `temporal` is `fcfs` with one worker at a time whatever
 the shares. `roundrobin` has the least recently granted worker first. `spatial` grants everything and recalls nothing.
@@ -49,8 +43,8 @@ the shares. `roundrobin` has the least recently granted worker first. `spatial` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from kvstore.recent_use import RecentUse
 from muxmesh.config.arbiter_config import MAX_OVERTAKES, ArbiterConfig
@@ -92,26 +86,20 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """``granted``: the slots to grant now. ``kept``: of all that compute then, those whose grant is not recalled.
-
-    ``step_ends_s``: of those prefill workers that compute then and that decode workers wait for, the time by which
-    their step has to end, which may have passed.
-    """
+    """``granted``: the slots to grant now. ``kept``: of all that compute then, those whose grant is not recalled."""
 
     granted: frozenset[int]
     kept: frozenset[int]
-    step_ends_s: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Wait:
     """``since``: number of the latest grant when the worker began to wait. ``overtaken``: grants since then, except the
-    first one to each worker. ``held_up_at_s``: since when prefill workers have computed meanwhile; infinite: none has.
+    first one to each worker.
     """
 
     since: int
     overtaken: int = 0
-    held_up_at_s: float = math.inf
 
 
 _Order = tuple[float, ...]
@@ -119,8 +107,6 @@ _OVERDUE, _NOT_OVERDUE = 0.0, 1.0
 _LEAST_SHARE = 0.01
 """`compute_share` is in whole percent."""
 _NONE: frozenset[int] = frozenset()
-_BOUNDED_MODES = ("adbs", "roundrobin")
-"""Those that bound the steps of prefill workers. The others are baselines, or let all workers compute."""
 _URGENT, _URGENT_FLOOD, _PREFILL, _DECODE, _MISSED_FLOOD = 0.0, 1.0, 2.0, 3.0, 4.0
 
 
@@ -148,15 +134,8 @@ class Arbiter:
         self._last_turn: dict[tuple[Role, str], int] = {}
         """Number of the latest grant of each role and model."""
         self._waits: dict[int, _Wait] = {}
-        self._granted_overdue = set[int]()
-        """Slots that got their latest grant because others had overtaken them `max_overtakes` times."""
         self._draining: frozenset[int] = frozenset()
         """Slots whose grants are recalled. A drain that has begun goes on with the same, as long as they are enough."""
-
-    @property
-    def longest_step_s(self) -> float:
-        """The longest that a prefill step may take, in seconds; infinite: as long as it takes."""
-        return self._config.max_stall_s if self._mode in _BOUNDED_MODES else math.inf
 
     def count_use(self, model: str, seconds: float, now_s: float) -> None:
         """A worker of ``model`` has computed for ``seconds`` of the whole device, until ``now_s``."""
@@ -184,8 +163,7 @@ class Arbiter:
             plan, _ = self._plan(left, now_computing)
         kept = self._kept(plan, now_computing)
         self._draining = slots_of(now_computing) - kept
-        waits_on = [one for one in ordered if one.slot not in granted]
-        return Decision(granted, kept, self._step_ends_s(waits_on, now_computing))
+        return Decision(granted, kept)
 
     def _plan(self, ordered: Sequence[Demand], computing: Sequence[Demand]) -> tuple[list[Demand], list[Demand]]:
         """Which of the waiting workers, in order, are to compute together, and those of them that fit right now."""
@@ -220,36 +198,6 @@ class Arbiter:
                 kept.append(one.slot)
         return frozenset(kept)
 
-    def _step_ends_s(self, waiting: Sequence[Demand], computing: Sequence[Demand]) -> dict[int, float]:
-        """By when the steps of the computing prefill workers have to end, for the workers that still wait."""
-        prefills = [one for one in computing if one.role is Role.PREFILL]
-        if self._mode not in _BOUNDED_MODES or not prefills or not waiting:
-            return {}
-        for wait in self._waits.values():
-            wait.held_up_at_s = min(wait.held_up_at_s, self._now_s)
-        decodes = [one for one in waiting if one.role is Role.DECODE]
-        ends_s = {
-            one.slot: min((self._needed_at_s(decode, one) for decode in decodes), default=math.inf) for one in prefills
-        }
-        return {slot: end_s for slot, end_s in ends_s.items() if end_s < math.inf}
-
-    def _needed_at_s(self, decode: Demand, prefill: Demand) -> float:
-        """When ``decode``, which waits, needs what ``prefill`` computes on; infinite if it would not go next then."""
-        if prefill.share + decode.share <= self._capacity:
-            return math.inf
-        due_at_s = self._stalled_at_s(decode)
-        if self._mode == "roundrobin":
-            return due_at_s
-        if decode.lost_at_s >= self._now_s:
-            due_at_s = min(due_at_s, decode.due_at_s)
-        is_sooner = self._is_urgent(prefill) and prefill.due_at_s < due_at_s
-        goes_first = prefill.priority < decode.priority or prefill.slot in self._granted_overdue or is_sooner
-        return math.inf if goes_first else due_at_s
-
-    def _stalled_at_s(self, decode: Demand) -> float:
-        """When prefills will have held up a waiting decode worker for `max_stall_s`."""
-        return self._waits[decode.slot].held_up_at_s + self._config.max_stall_s
-
     def _sum_shares(self, demands: Sequence[Demand]) -> float:
         return self._whole * len(demands) or sum([one.share for one in demands])
 
@@ -273,10 +221,7 @@ class Arbiter:
         if demand.role is Role.DECODE:
             if is_missed and overtaken >= _OVERTAKES_AFTER_A_MISS:
                 return _URGENT, self._now_s
-            due_at_s = demand.due_at_s if self._is_urgent(demand) else math.inf
-            if (stalled_at_s := self._stalled_at_s(demand)) < self._now_s + self._config.urgent_slack_s:
-                due_at_s = min(due_at_s, stalled_at_s)
-            return (_URGENT, due_at_s) if due_at_s < math.inf else (_DECODE, 0.0)
+            return (_URGENT, demand.due_at_s) if self._is_urgent(demand) else (_DECODE, 0.0)
         if self._is_urgent(demand):
             return _URGENT_FLOOD if self._is_flooded(demand) else _URGENT, demand.due_at_s
         is_deferred = is_missed and overtaken < _OVERTAKES_OF_A_FLOOD and self._is_flooded(demand)
@@ -293,10 +238,7 @@ class Arbiter:
 
     def _count_grant(self, granted: Demand) -> None:
         last = self._last_grant.get(granted.slot, 0)
-        if self._waits.pop(granted.slot).overtaken >= self._max_overtakes:
-            self._granted_overdue.add(granted.slot)
-        else:
-            self._granted_overdue.discard(granted.slot)
+        self._waits.pop(granted.slot)
         for wait in self._waits.values():
             wait.overtaken += last > wait.since
         self._num_grants += 1

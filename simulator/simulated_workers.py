@@ -19,7 +19,6 @@ from typing import Protocol
 from muxmesh.batch_choice import choose_batch, is_protected
 from muxmesh.engine.api import ComputeDemand
 from muxmesh.engine.scheduler import TOKEN_TIME_RATE
-from muxmesh.engine.step_limit import StepLimit
 from muxmesh.engine.token_budget import divide_token_budget
 from muxmesh.engine.urgency import Urgency
 from muxmesh.remaining_work import RemainingWork
@@ -48,8 +47,8 @@ class Worker(Protocol):
     def has_work(self) -> bool:
         """True if there is something to compute."""
 
-    def plan(self, now_s: float, longest_s: float = math.inf) -> None:
-        """Plans the next step, with prompts one of at most ``longest_s`` seconds, see `StepLimit`."""
+    def plan(self, now_s: float) -> None:
+        """Plans the next step."""
 
     def max_steps(self) -> int:
         """Steps from the planned one on until something other than the number of tokens changes; at least 1."""
@@ -115,10 +114,8 @@ class PrefillWorker:
     def max_steps(self) -> int:
         return 1
 
-    def plan(self, now_s: float, longest_s: float = math.inf) -> None:
-        cost, budget = self.fit.cost, self._token_budget
-        limit = None if cost is None or longest_s == math.inf else StepLimit(cost, longest_s)
-        self._planned = divide_token_budget(self._jobs, self._policy, now_s, self._max_num_seqs, budget, limit)
+    def plan(self, now_s: float) -> None:
+        self._planned = divide_token_budget(self._jobs, self._policy, now_s, self._max_num_seqs, self._token_budget)
         context = sum(context_of(job.num_computed_tokens, count) for job, count in self._planned)
         self._shape = StepShape(sum(count for _, count in self._planned), context, len(self._planned))
         self._step_s = self._times.prefill_s(self._shape, self.share)
@@ -307,7 +304,7 @@ class DecodeWorker:
                     steps = min(steps, after)
         return steps
 
-    def plan(self, now_s: float, longest_s: float = math.inf) -> None:
+    def plan(self, now_s: float) -> None:
         if self._waiting:
             self._choose(now_s)
         cost = self._costs.get(self._num_jobs)

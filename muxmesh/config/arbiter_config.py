@@ -37,12 +37,6 @@ class ArbiterConfig(Section):
     """A waiting worker goes next after this many repeated grants to others. It bounds how long prefill first,
     priorities, urgency, or older requests of others hold a worker back. Unset: 8, so that a storm of prompts stops no
     stream for long; if models of the unit have SLOs, 32, since these say how long a stream can wait."""
-    max_stall_s: float = Field(default=0.5, ge=0.001, le=3600)
-    """With `adbs` and `roundrobin`: longest time for which prefill steps hold up a decode worker that waits. No prefill
-    step takes longer, and one that others wait for ends in time: its chunk gets smaller, down to what takes about twice
-    as long as a step of one token. Of two prompts in a row the second one counts too; after this time the decode worker
-    goes next. With an SLO the next token may be due sooner, and that holds. Smaller: more even gaps between tokens.
-    Larger: prompts are computed in fewer steps, which takes less time."""
     longest_grant_s: float = Field(default=10, ge=0.01, le=86400)
     """If a worker does not return its grant within this time after the arbiter recalled it, the grant is revoked: its
     share counts as free, and the worker gets no other grant before it returns this one. Longer than any step."""

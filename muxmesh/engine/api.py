@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from muxmesh.engine.sequence import SequenceRecord
-from muxmesh.engine.step_limit import StepLimit
 from muxmesh.errors import EngineFailed, MeshError
 from muxmesh.types import Finish, TokenLogprobs
 
@@ -188,12 +187,6 @@ class Grant(Protocol):
     def is_recalled(self) -> bool:
         """True while another worker waits for the right. Cheap, and may be read from any thread."""
 
-    @property
-    def step_limit(self) -> StepLimit | None:
-        """How long the next step may take if it has prompts, for the sake of workers that wait; None: as long as it
-        takes. To be read when the step is planned.
-        """
-
     async def acquire(self, demand: ComputeDemand) -> None:
         """Waits until this worker may compute. ``demand``: what for."""
 
@@ -214,7 +207,6 @@ class FreeGrant:
     """`Grant` of a device that only one worker uses: always granted."""
 
     is_recalled = False
-    step_limit: StepLimit | None = None
 
     async def acquire(self, demand: ComputeDemand) -> None: ...
 

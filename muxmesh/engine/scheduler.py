@@ -25,7 +25,6 @@ from muxmesh.engine.api import (
 )
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import Chunk, PromptScoring, SampledToken, SampleSpec, Step, StepOutcome
-from muxmesh.engine.step_limit import StepLimit
 from muxmesh.engine.token_budget import divide_token_budget
 from muxmesh.engine.urgency import Urgency
 from muxmesh.errors import SequenceFailed
@@ -189,10 +188,8 @@ class Scheduler:
                     self._note(job)
         return self._urgency.demand(now_s)
 
-    def next_step(self, now_s: float, max_steps: int = 1, limit: StepLimit | None = None) -> Step | None:
+    def next_step(self, now_s: float, max_steps: int = 1) -> Step | None:
         """Plans the next step, which is in flight from then on; None if no job is ready. ``now_s``: unix time.
-
-        ``limit``: how long the step may take, if it has prompts.
 
         It is a run of up to ``max_steps`` steps if no prompt waits and none of its jobs needs a decision between them.
         So every sequence has the same tokens for each ``max_steps``.
@@ -200,7 +197,7 @@ class Scheduler:
         assert self._in_flight is None, "the step in flight is applied first"
         ready = [job for job in self._jobs.values() if job.is_ready]
         chosen = self._choose(ready, now_s)
-        planned = divide_token_budget(chosen, self.policy, now_s, self.max_num_seqs, self.token_budget, limit)
+        planned = divide_token_budget(chosen, self.policy, now_s, self.max_num_seqs, self.token_budget)
         self._begin_urgency(ready, planned, now_s)
         num_steps = 1
         if max_steps > 1 and len(planned) == len(chosen):

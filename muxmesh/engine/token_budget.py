@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
-from muxmesh.engine.step_limit import StepLimit
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.types import SchedulingState
 
@@ -36,51 +35,23 @@ _Item = TypeVar("_Item", bound=Schedulable)
 
 
 def divide_token_budget(
-    items: Iterable[_Item],
-    policy: SchedulingPolicy,
-    now_s: float,
-    max_num_seqs: int,
-    token_budget: int,
-    limit: StepLimit | None = None,
+    items: Iterable[_Item], policy: SchedulingPolicy, now_s: float, max_num_seqs: int, token_budget: int
 ) -> list[tuple[_Item, int]]:
     """Returns the items of the next step, each with its number of tokens to compute.
 
     Items that need one token go first, all of them up to ``max_num_seqs``. The rest of ``token_budget`` is filled with
-    chunks of longer runs, as far as the step ends within ``limit``; the first of them has `StepLimit.min_tokens`, if it
-    needs so many, whatever the limit is. Both are in the order of ``policy`` at ``now_s`` (unix time). A token of a
-    chunk costs more the more tokens it attends to, so that a step takes about as long at the end of a long prompt as at
-    its start. At least one token is scheduled if there are items.
+    chunks of longer runs. Both are in the order of ``policy`` at ``now_s`` (unix time). A token of a chunk costs more
+    the more tokens it attends to, so that a step takes about as long at the end of a long prompt as at its start. At
+    least one token is scheduled if there are items.
     """
     ready = sorted(items, key=lambda item: (item.num_uncomputed_tokens > 1, policy.sort_key(item.scheduling, now_s)))
-    time = None if limit is None else _StepTime(limit.resolved(token_budget))
     planned: list[tuple[_Item, int]] = []
     for item in ready[:max_num_seqs]:
         uncomputed = item.num_uncomputed_tokens
         cost = 1 + item.num_computed_tokens // _TOKENS_PER_COST if uncomputed > 1 else 1
         count = min(uncomputed, max(token_budget // cost, 0 if planned else 1))
-        if time is not None:
-            count = time.take(item.num_computed_tokens, count, uncomputed > 1)
         if count == 0:
             break
         planned.append((item, count))
         token_budget -= count * cost
     return planned
-
-
-class _StepTime:
-    """Counts the time of a step while it is planned."""
-
-    def __init__(self, limit: StepLimit) -> None:
-        self._limit = limit
-        self._used_s = 0.0
-        self._has_prompt = False
-
-    def take(self, start: int, num_tokens: int, is_prompt: bool) -> int:
-        """Adds up to ``num_tokens`` tokens of a sequence from ``start`` on. Returns how many, of a prompt perhaps 0."""
-        limit = self._limit
-        if is_prompt:
-            least = 0 if self._has_prompt else limit.min_tokens
-            num_tokens = int(min(num_tokens, max(least, limit.num_tokens(start, self._used_s))))
-            self._has_prompt = True
-        self._used_s += limit.chunk_s(start, num_tokens)
-        return num_tokens

@@ -8,7 +8,7 @@ import pytest
 
 from kvstore.arbiter import Arbiter
 from muxmesh.config.arbiter_config import ArbiterConfig
-from muxmesh.step_cost import StepCost, StepShape
+from muxmesh.step_cost import StepCost
 from muxmesh.types import ArbiterMode
 from simulator.simulated_device import Device
 from simulator.simulated_workers import DecodeJob, DecodeWorker, PrefillJob
@@ -295,33 +295,3 @@ def test_a_check_during_a_run_is_made_at_the_end_of_the_current_step() -> None:
     recorder.timeline.at(0.234, check)
     recorder.timeline.run()
     assert checked_at_s == [pytest.approx(0.24)] and recorder.timeline.now_s == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize(("max_stall_s", "longest_gap_s"), [(0.5, 0.41), (0.2, 0.21), (0.1, 0.11)])
-def test_a_long_prompt_stalls_the_tokens_of_others_for_a_limited_time(max_stall_s: float, longest_gap_s: float) -> None:
-    """A chunk of 400 tokens takes 0.4 s, a decode step 10 ms."""
-    timeline, gaps_s, times = Timeline(), [0.0], [0.0]
-    prefill, decode = prefill_worker(StepCost(0.0, 0.001, 0.0), token_budget=400), decode_worker()
-    prefill.fit.observe(StepShape(400, 0, 1), 0.4)  # a first step is not cut: its cost is not known
-    config = ArbiterConfig(mode="roundrobin", max_stall_s=max_stall_s)
-    device = Device(timeline, [prefill, decode], Arbiter(config))
-
-    def token() -> None:
-        gaps_s.append(timeline.now_s - times[-1])
-        times.append(timeline.now_s)
-        if len(times) < 200:
-            decode.add(decode_job(1, token))
-            device.wake(decode)
-
-    decode.add(decode_job(1, token))
-    device.wake(decode)
-
-    def prompt() -> None:
-        prefill.add(prefill_job(4000))
-        device.wake(prefill)
-
-    for at_s in (0.105, 0.505):
-        timeline.at(at_s, prompt)
-    timeline.run()
-    assert not prefill.has_work() and len(times) == 200
-    assert max(gaps_s) == pytest.approx(longest_gap_s, abs=0.011)
