@@ -39,8 +39,6 @@ from muxmesh.types import SWAP_PAGE_BYTES, LeaseRef, PreemptionMode, SchedulingS
 
 RECLAIM_AFTER_S = 1.0
 """Once an entry within its model's quota has waited for memory this long, loans are reclaimed by pre-emption."""
-SPARE_TOKENS = 128
-"""Free slots for each sequence that precedes one that was pre-empted and returns: `MemoryReclaim.spare_blocks`."""
 RECLAIM_EVERY_S = 0.1
 """Minimum time between two pre-emption requests."""
 
@@ -132,16 +130,6 @@ class MemoryReclaim:
                 if self._policy.sort_key(record.scheduling, unix_s) < key:
                     return True
         return False
-
-    def spare_blocks(self, model: str, scheduling: SchedulingState, unix_s: float) -> int:
-        """Blocks that stay free when a sequence that was pre-empted returns, for those of the batch that precede it.
-
-        Without them it would be pre-empted again as soon as they grow.
-        """
-        order, block_size = self._order(unix_s), self._models[model].shape.block_size
-        key = order(scheduling)
-        running = [one for one in self._leases.of_models([model]) if one.state is LeaseState.RESIDENT]
-        return blocks_for(SPARE_TOKENS, block_size) * sum(order(one.scheduling) < key for one in running)
 
     def growth_failed(self, lack: MemoryLack, unix_s: float) -> None:
         """A lease could not grow. The next `reclaim_followers` looks for blocks for the first such in the order."""

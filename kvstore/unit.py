@@ -263,8 +263,6 @@ class Unit:
 
         def try_admit(entry: AdmissionEntry, lend: bool) -> bool:
             max_new_slabs = None if lend else self._num_spare_slabs(entry.model)
-            if not self._may_return(entry, unix_s):
-                return False
             if entry.swapped is not None:
                 swap_in = self._begin_swap_in(entry, entry.swapped, max_new_slabs)
                 if swap_in is None:
@@ -310,14 +308,6 @@ class Unit:
         """Whether a swapped lease gets a slot so soon that its KV is copied back now."""
         has_room = slots.has_room(entry.source, entry.model)
         return has_room and self.reclaim.is_due_soon(entry, SLOT_CHECK_EVERY_S, unix_s)
-
-    def _may_return(self, entry: AdmissionEntry, unix_s: float) -> bool:
-        """Whether a sequence that was pre-empted has memory that those which precede it do not need at once."""
-        state, model = entry.request.scheduling, entry.model
-        if entry.swapped is None and not state.served_s:
-            return True
-        needed = blocks_for(entry.request.demand.num_tokens, self.models[model].shape.block_size)
-        return self.blocks.num_available(model) >= needed + self.reclaim.spare_blocks(model, state, unix_s)
 
     def _admits(self, entry: AdmissionEntry) -> bool:
         """Whether its model may continue it: one that falls asleep finishes its leases, swapped ones too."""

@@ -177,9 +177,7 @@ def swapped_beside(full: FullUnit, batch_s: float, num_free_slabs: int = 8) -> i
     return full.second.ref.lease_id
 
 
-@pytest.mark.parametrize(
-    ("batch_s", "num_free_slabs", "is_copied"), [(0.05, 8, True), (9.0, 8, False), (0.05, 1, False)]
-)
+@pytest.mark.parametrize(("batch_s", "num_free_slabs", "is_copied"), [(0.05, 8, True), (9.0, 8, False)])
 def test_a_swapped_sequence_is_copied_back_shortly_before_its_turn(
     batch_s: float, num_free_slabs: int, is_copied: bool
 ) -> None:
@@ -262,17 +260,3 @@ def test_a_sequence_claims_nothing_from_itself_after_a_new_prediction() -> None:
     assert full.unit.grow(full.first.ref, full.decode, 1, claims=True) is None
     full.unit.report({full.first.ref.lease_id: SequenceProgress(True, 30.0, 1.0)})
     assert schedule(full.unit).preemptions == [] and not full.unit.reclaim.serves(full.first.ref)
-
-
-@pytest.mark.parametrize(("num_free_tokens", "returns"), [(8 + 128, True), (8 + 120, False)])
-def test_a_swapped_sequence_returns_if_those_before_it_can_still_grow(num_free_tokens: int, returns: bool) -> None:
-    full = FullUnit("swap")
-    unit = full.unit
-    unit.reclaim.begin_swap_out(full.second.ref, full.decode, SWAP_PAGE_BYTES, 0.0)
-    unit.leases.finish_swap_out(full.second.ref, full.decode)
-    unit.release(full.first.ref, full.decode)
-    before = full.decoding(1, 10.0)
-    num_free = unit.blocks.num_available("a") - num_free_tokens // SHAPES["a"].block_size
-    assert unit.grow(before.ref, full.decode, num_free) is not None
-    unit.request_swap_in(full.second.ref, full.decode, KvDemand(8, 8), SchedulingState(0, 0.0, decode_s=19.0))
-    assert bool(schedule(unit).swap_ins) is returns
