@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loadtest.svg import Line
-from muxmesh.preemption_cost import CopyRates, break_even_bytes_per_s, crossover_tokens, recompute_s, swap_s
+from muxmesh.kv_cost import CopyRates, break_even_bytes_per_s, crossover_tokens, recompute_s, swap_s
 from muxmesh.step_cost import StepCost
 
 H100_FLOPS = 989e12

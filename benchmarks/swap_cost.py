@@ -22,8 +22,8 @@ from muxmesh.cli.common import cache_dir
 from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.schema import DEFAULT_MODEL
 from muxmesh.device.kv_codec import encoded_bytes
+from muxmesh.kv_cost import CopyRates, break_even_bytes_per_s, crossover_tokens, recompute_s, swap_s
 from muxmesh.models.prepared_model import prepare_model
-from muxmesh.preemption_cost import CopyRates, break_even_bytes_per_s, crossover_tokens, recompute_s, swap_s
 from muxmesh.step_cost import StepCost, context_of, least_squares_cost
 from muxmesh.types import KvFormat
 

@@ -84,9 +84,9 @@ class LeaseRecord:
     """One lease and what it holds.
 
     ``block_hashes``: hashes of its first blocks, valid once these are computed. ``expires_at_s`` applies to a credit
-    only. ``swap_pages``: pages for the copy of its KV, filled or not. ``num_preemption_requests``:
-    how often its worker was asked to free its token blocks, until it did. ``num_preemptions``, ``is_protected``: as
-    its decode worker reports them. ``has_valid_kv``: the device has not failed.
+    only. ``swap_pages``: pages for the copy of its KV, filled or not. ``num_preemption_requests``: how often its worker
+    was asked to free its token blocks, until it did. ``num_preemptions``, ``is_protected``: as its decode worker
+    reports them. ``has_valid_kv``: the device has not failed.
     """
 
     lease: Lease
@@ -175,7 +175,7 @@ class LeaseTable:
 
         Publishes the blocks that ``num_computed_tokens`` fill: other requests may share them.
         """
-        record = self._owned(ref, owner)
+        record = self.owned(ref, owner)
         self._set_state(record, self._after("move", record))
         self._publish(record, record.block_hashes[: num_computed_tokens // record.block_size])
         lease = record.lease
@@ -187,7 +187,7 @@ class LeaseTable:
         self, ref: LeaseRef, owner: str, num_blocks: int, max_new_slabs: int | None = None
     ) -> tuple[int, ...] | None:
         """Adds token blocks to a lease and returns them; None if the pool is full. Raises LeaseLost."""
-        record = self._owned(ref, owner)
+        record = self.owned(ref, owner)
         self._after("grow", record)
         allocated = self._blocks.allocate(record.lease.model, num_blocks, max_new_slabs=max_new_slabs)
         if allocated is None:
@@ -198,12 +198,12 @@ class LeaseTable:
 
     def pause(self, ref: LeaseRef, owner: str) -> None:
         """Takes the sequence out of the batch; it keeps its blocks. Raises LeaseLost."""
-        record = self._owned(ref, owner)
+        record = self.owned(ref, owner)
         self._set_state(record, self._after("pause", record))
 
     def resume(self, ref: LeaseRef, owner: str) -> None:
         """Returns a paused sequence to the batch. Raises LeaseLost."""
-        record = self._owned(ref, owner)
+        record = self.owned(ref, owner)
         self._set_state(record, self._after("resume", record))
 
     def report(self, lease_id: int, progress: SequenceProgress) -> None:
@@ -232,7 +232,7 @@ class LeaseTable:
 
     def begin_swap_out(self, ref: LeaseRef, owner: str, num_bytes: int) -> tuple[int, ...] | None:
         """Returns swap pages for a copy of the lease's KV; None if the swap region is full. Raises LeaseLost."""
-        record = self._owned(ref, owner)
+        record = self.owned(ref, owner)
         state = self._after("begin_swap_out", record)
         pages = self._swap.allocate(num_bytes)
         if pages is not None:
@@ -245,7 +245,7 @@ class LeaseTable:
 
         Raises LeaseLost.
         """
-        record = self._owned(ref, owner)
+        record = self.owned(ref, owner)
         state = self._after("finish_swap_out", record)
         self._publish(record, computed)
         self._blocks.free(record.lease.model, record.lease.block_ids)
@@ -270,7 +270,7 @@ class LeaseTable:
 
     def finish_swap_in(self, ref: LeaseRef, owner: str) -> None:
         """The KV is in the token blocks again: frees the swap pages. Raises LeaseLost."""
-        record = self._owned(ref, owner)
+        record = self.owned(ref, owner)
         self._set_state(record, self._after("finish_swap_in", record))
         self._swap.free(record.swap_pages)
         record.swap_pages = ()
@@ -280,7 +280,7 @@ class LeaseTable:
 
         ``computed``: hashes of its first blocks whose KV is computed; these blocks stay in the prefix cache.
         """
-        record = self._owned(ref, owner)
+        record = self.owned(ref, owner)
         if record.state in _HAS_VALID_BLOCKS:
             self._publish(record, computed)
         self._end(ref.lease_id)
@@ -319,15 +319,11 @@ class LeaseTable:
 
     def state_of(self, ref: LeaseRef, owner: str) -> LeaseState:
         """The state of a lease of ``owner``. Raises LeaseLost."""
-        return self._owned(ref, owner).state
+        return self.owned(ref, owner).state
 
     def find(self, lease_id: int) -> LeaseRecord | None:
         """The record of a lease, to read; None if it has ended."""
         return self._records.get(lease_id)
-
-    def owned(self, ref: LeaseRef, owner: str) -> LeaseRecord:
-        """The record of a lease of ``owner``, to read. Raises LeaseLost."""
-        return self._owned(ref, owner)
 
     def of_models(self, models: Collection[str]) -> list[LeaseRecord]:
         """The records of all leases of ``models``, to read."""
@@ -335,7 +331,7 @@ class LeaseTable:
 
     def model_of(self, ref: LeaseRef, owner: str) -> str:
         """The model of a lease of ``owner``. Raises LeaseLost."""
-        return self._owned(ref, owner).lease.model
+        return self.owned(ref, owner).lease.model
 
     def count_by_owner(self) -> Counter[str]:
         """Owner → number of its leases."""
@@ -389,7 +385,8 @@ class LeaseTable:
             raise LeaseLost(f"lease {ref.lease_id} is at epoch {record.lease.ref.epoch}, not {ref.epoch}")
         return record
 
-    def _owned(self, ref: LeaseRef, owner: str) -> LeaseRecord:
+    def owned(self, ref: LeaseRef, owner: str) -> LeaseRecord:
+        """The record of a lease of ``owner``, which only this table changes. Raises LeaseLost."""
         record = self._at(ref)
         if record.owner != owner:
             raise LeaseLost(f"lease {ref.lease_id} belongs to {record.owner}, not {named(owner)}")

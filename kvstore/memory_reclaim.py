@@ -33,7 +33,7 @@ from kvstore.swap_space import SwapSpace
 from kvstore.unit_model import UnitModel
 from kvstore.victim_choice import Order, Victim, last_after, last_in_order
 from muxmesh.errors import Overloaded
-from muxmesh.preemption_cost import copy_s
+from muxmesh.kv_cost import copy_s
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.types import SWAP_PAGE_BYTES, LeaseRef, PreemptionMode, SchedulingState, blocks_for
 
@@ -262,7 +262,10 @@ class MemoryReclaim:
         return costs.best == "keep"
 
     def way_costs(self, record: LeaseRecord, num_bytes: int, lack: MemoryLack | None, unix_s: float) -> WayCosts:
-        """Cost of each way to deal with the KV of a sequence that ``lack`` needs the memory of; None: nobody waits."""
+        """Cost of keeping, swapping or recomputing the KV of a victim.
+
+        ``lack``: what needs its memory; None: it is freed in any case, so it cannot be kept.
+        """
         kept_s = math.inf
         if lack is not None:
             missing = lack.num_blocks - self._blocks.num_available(lack.model)

@@ -1,12 +1,12 @@
 """What it costs to free the token blocks of a sequence in each way, and which way costs least. Pure.
 
 A cost is delay in seconds, summed over the sequences that are delayed. It depends on how long the sequence will wait
-anyway, its expected waiting time (EWT; Zhao et al., ALISE, ICCAD 2024): a copy back that ends before its turn delays
-nobody. InferCept (Abhyankar et al., ICML 2024) weighs the same three ways by the memory that they waste.
+anyway, its expected waiting time (EWT; Zhao et al., ALISE, ICCAD 2024): a copy back that ends before its turn delays no
+sequence. InferCept (Abhyankar et al., ICML 2024) compares the same three by the memory that they waste.
 
     keep        those that need the memory wait until enough sequences of the batch have ended
     swap        they wait for the copy out; the sequence is late if both copies take longer than it waits
-    recompute   nobody waits for memory; the prefill delays the sequence and all others that the device computes
+    recompute   no sequence waits for memory; the prefill delays the sequence and all others that the device computes
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 
-from muxmesh.preemption_cost import PREFILL_CHUNK_TOKENS, CopyRates, copy_s, recompute_s
+from muxmesh.kv_cost import PREFILL_CHUNK_TOKENS, CopyRates, copy_s, recompute_s, swap_s
 from muxmesh.step_cost import UNMEASURED, StepCost
 
 ASSUMED_BYTES_PER_S = 4e9
@@ -84,9 +84,9 @@ def keep_cost_s(freed_after_s: float, num_waiting: int) -> float:
 
 def swap_cost_s(num_bytes: int, wait_s: float, costs: KvCosts, queued_bytes: int = 0) -> float:
     """Cost of a swap of ``num_bytes``. ``wait_s``: see `expected_wait_s`. ``queued_bytes``: copies before this one."""
-    out_s = copy_s(queued_bytes + num_bytes, costs.rates.out_bytes_per_s)
-    in_s = copy_s(num_bytes, costs.rates.in_bytes_per_s)
-    return out_s + max(0.0, out_s + in_s + costs.rates.fixed_s - wait_s)
+    rates = costs.rates
+    queued_s = copy_s(queued_bytes, rates.out_bytes_per_s)
+    return queued_s + copy_s(num_bytes, rates.out_bytes_per_s) + max(0.0, queued_s + swap_s(num_bytes, rates) - wait_s)
 
 
 def recompute_cost_s(num_tokens: int, num_others: int, costs: KvCosts) -> float:

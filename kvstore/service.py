@@ -26,7 +26,7 @@ from muxmesh.clock import Clock
 from muxmesh.config.schema import UnitConfig
 from muxmesh.errors import InvalidRequest, LeaseLost, Overloaded, WorkerLost
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
-from muxmesh.preemption_cost import CopyRates
+from muxmesh.kv_cost import CopyRates
 from muxmesh.quoting import named, quoted
 from muxmesh.rpc import convert
 from muxmesh.types import Lease, Role

@@ -129,9 +129,6 @@ class Unit:
         self._waits = WaitTimes()
         self.quotas = Quotas(self.pool.num_slabs)
         self.states = ModelStates(awake)
-        self.reclaim = MemoryReclaim(
-            self.leases, self.blocks, self.swap, self.admission, self.models, policy, preemption_mode
-        )
         self.workers: dict[str, WorkerRecord] = {}
         self._removing: set[str] = set()
         self._slots_due_s: float | None = None
@@ -140,9 +137,10 @@ class Unit:
         self._incarnations = last_id >> _ID_BITS
         for name, model in sorted(models.items(), key=lambda one: not one[1].is_pinned):  # the first ones are awake
             self.add_model(name, model, now_s)
-        ordered = {name: self.models[name] for name in models}
-        self.models.clear()
-        self.models.update(ordered)
+        self.models = {name: self.models[name] for name in models}
+        self.reclaim = MemoryReclaim(
+            self.leases, self.blocks, self.swap, self.admission, self.models, policy, preemption_mode
+        )
 
     def add_model(self, name: str, model: UnitModel, now_s: float = 0.0) -> None:
         """Adds a model and resets all quotas to their initial values. It sleeps if no more models may be awake.
@@ -250,16 +248,15 @@ class Unit:
             )
 
         def is_within_quota(entry: AdmissionEntry) -> bool:
-            needed = blocks_for(entry.request.demand.num_tokens, self.models[entry.model].shape.block_size)
-            return self.blocks.num_slabs_with(entry.model, needed) <= self.quotas.slabs[entry.model]
+            return self.blocks.num_slabs_with(entry.model, self._num_blocks(entry)) <= self.quotas.slabs[entry.model]
 
         lacking: dict[str, MemoryLack] = {}
 
         def note_lack(entry: AdmissionEntry) -> None:
             """Of the entries of a model, the first in order that lacks memory is the first that is tried."""
-            needed = blocks_for(entry.request.demand.num_tokens, self.models[entry.model].shape.block_size)
-            lack = MemoryLack(entry.model, entry.request.scheduling, needed, self.admission.count(entry.model))
-            lacking.setdefault(entry.model, lack)
+            if entry.model not in lacking:
+                num_blocks, num_waiting = self._num_blocks(entry), self.admission.count(entry.model)
+                lacking[entry.model] = MemoryLack(entry.model, entry.request.scheduling, num_blocks, num_waiting)
 
         def try_admit(entry: AdmissionEntry, lend: bool) -> bool:
             max_new_slabs = None if lend else self._num_spare_slabs(entry.model)
@@ -303,6 +300,10 @@ class Unit:
         for model in changes.claiming:
             self.quotas.wake(model)
         commands.extend(changes.commands)
+
+    def _num_blocks(self, entry: AdmissionEntry) -> int:
+        """Token blocks that are reserved when it is admitted."""
+        return blocks_for(entry.request.demand.num_tokens, self.models[entry.model].shape.block_size)
 
     def _is_due_soon(self, entry: AdmissionEntry, slots: WorkerSlots, unix_s: float) -> bool:
         """Whether a swapped lease gets a slot so soon that its KV is copied back now."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.schema import UnitConfig
+from muxmesh.kv_cost import PREFILL_CHUNK_TOKENS
 from muxmesh.models.model_spec import KvShape, ModelSpec
-from muxmesh.preemption_cost import PREFILL_CHUNK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)

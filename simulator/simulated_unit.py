@@ -23,8 +23,8 @@ from muxmesh.block_hashes import demand_for
 from muxmesh.config.model_config import ModelConfig, reserved_output_tokens
 from muxmesh.config.schema import UnitConfig
 from muxmesh.errors import InvalidRequest
+from muxmesh.kv_cost import CopyRates
 from muxmesh.models.model_spec import KvShape, ModelSpec
-from muxmesh.preemption_cost import CopyRates
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.slo import RequestSlo, first_token_due_s
 from muxmesh.step_cost import ModelCosts

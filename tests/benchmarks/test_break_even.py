@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.break_even import FIXED_SWAP_S, H100_FLOPS, LINKS, MODELS, UTILIZATION, KnownModel, curves, table
-from muxmesh.preemption_cost import CopyRates, recompute_s, swap_s
+from muxmesh.kv_cost import CopyRates, recompute_s, swap_s
 
 BY_NAME = {model.name: model for model in MODELS}
 PAGE = Path(__file__).parents[2] / "docs" / "swap.md"

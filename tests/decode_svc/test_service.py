@@ -305,7 +305,7 @@ async def test_a_pre_empted_request_that_cannot_be_swapped_ends(tmp_path: Path) 
         first = await worker.hand_off(KvDemand(SLAB_TOKENS - 24, SLAB_TOKENS - 24))
         for record in worker.unit.state.leases.of_models(["m"]):
             if record.lease.ref.lease_id == first.ref.lease_id:
-                record.scheduling = SchedulingState(-1, 0.0)  # it gives its blocks to nobody
+                record.scheduling = SchedulingState(-1, 0.0)  # it precedes the other one, so it is no victim of it
         with pytest.raises(RequestPreempted, match="not swapped: the unit has no swap region"):
             await result(worker.decode(lease, replace(REQUEST, stopping=Stopping(40))))
         await worker.unit.until(lambda: len(worker.unit.state.leases) == 1)

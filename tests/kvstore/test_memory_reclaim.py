@@ -8,7 +8,7 @@ from kvstore.sequence_progress import SequenceProgress
 from kvstore.unit import Unit
 from kvstore.unit_model import UnitModel
 from muxmesh.errors import Overloaded
-from muxmesh.preemption_cost import CopyRates
+from muxmesh.kv_cost import CopyRates
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.step_cost import StepCost
 from muxmesh.types import (
@@ -162,27 +162,23 @@ def test_the_expected_wait_counts_those_that_precede_it() -> None:
     assert expect(full.decode, "a", SchedulingState(0, 0.0, decode_s=9.0), 0.0) == 4.0
 
 
-def swapped_beside(full: FullUnit, batch_s: float, num_free_slabs: int = 8) -> int:
+def swapped_beside(full: FullUnit, batch_s: float) -> int:
     """The second sequence is swapped and waits, two others fill the batch with ``batch_s`` to do: its lease's id."""
     unit = full.unit
     pages = unit.reclaim.begin_swap_out(full.second.ref, full.decode, SWAP_PAGE_BYTES, 0.0)
     assert pages
     unit.leases.finish_swap_out(full.second.ref, full.decode)
     unit.release(full.first.ref, full.decode)
-    if num_free_slabs < 8:
-        unit.blocks.allocate("a", (8 - num_free_slabs) * unit.pool.blocks_per_slab("a"))
     for number in (1, 2):
         full.decoding(number, batch_s)
     unit.request_swap_in(full.second.ref, full.decode, KvDemand(8, 8), SchedulingState(0, 0.0, decode_s=19.0))
     return full.second.ref.lease_id
 
 
-@pytest.mark.parametrize(("batch_s", "num_free_slabs", "is_copied"), [(0.05, 8, True), (9.0, 8, False)])
-def test_a_swapped_sequence_is_copied_back_shortly_before_its_turn(
-    batch_s: float, num_free_slabs: int, is_copied: bool
-) -> None:
+@pytest.mark.parametrize(("batch_s", "is_copied"), [(0.05, True), (9.0, False)])
+def test_a_swapped_sequence_is_copied_back_shortly_before_its_turn(batch_s: float, is_copied: bool) -> None:
     full = FullUnit("swap")
-    lease_id = swapped_beside(full, batch_s, num_free_slabs)
+    lease_id = swapped_beside(full, batch_s)
     assert [one.lease_id for one in schedule(full.unit).swap_ins] == ([lease_id] if is_copied else [])
 
 

@@ -15,7 +15,7 @@ from kvstore.preemption_costs import (
     recompute_cost_s,
     swap_cost_s,
 )
-from muxmesh.preemption_cost import CopyRates
+from muxmesh.kv_cost import CopyRates
 from muxmesh.step_cost import StepCost
 
 SECONDS = st.integers(0, 50).map(float)

@@ -75,7 +75,7 @@ def test_a_sequence_that_could_miss_its_slo_by_waiting_is_protected_until_it_is_
 def test_a_waiting_sequence_whose_token_is_due_displaces_one_with_less_work() -> None:
     held = [running(5), running(6)]
     assert chosen([*held, replace(waiting(30), slack_s=0.5)], 2) == [5, 6]
-    assert chosen([*held, replace(waiting(30), slack_s=0.0)], 2) == [5, 30], "the last in the order gives way"
+    assert chosen([*held, replace(waiting(30), slack_s=0.0)], 2) == [5, 30], "the last in the order is displaced"
     assert chosen([replace(one, is_protected=True) for one in held] + [replace(waiting(30), slack_s=-1.0)], 2) == [5, 6]
 
 

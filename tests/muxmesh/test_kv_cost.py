@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muxmesh.preemption_cost import (
+from muxmesh.kv_cost import (
     CopyRates,
     break_even_bytes_per_s,
     copy_s,
