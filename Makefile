@@ -20,7 +20,7 @@ SECONDS ?= 60
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check check-code check-compose fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-profile bench-kvpool bench-arbiter bench-shares bench-swap bench-preemption-modes bench-swap-cost bench-pressure bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-muxserve bench-muxserve-measured bench-muxserve-scale bench-floods bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu bench-many-models bench-plans bench-alise
+.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check check-code check-compose fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-profile bench-kvpool bench-arbiter bench-shares bench-swap bench-preemption-modes bench-swap-cost bench-pressure bench-router bench-hostile bench-vs-vllm bench-predictor bench-policies bench-muxserve bench-muxserve-measured bench-muxserve-scale bench-floods bench-fidelity bench-adversaries bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu bench-many-models bench-plans bench-alise bench-alise-virtual
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -146,6 +146,9 @@ bench-vs-vllm: $(VENV)/.dev ## Compared with vLLM's server (VLLM_PYTHON) under o
 bench-alise: $(VENV)/.dev ## What predictions and pre-emption gain over FCFS at equal latency, real outputs; DATA: jsonl files of prompts; beside vLLM with VLLM_PYTHON; ARGS, such as --minutes 1.5 or --within 40
 	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m benchmarks.alise $(DATA) $(ARGS)
 
+bench-alise-virtual: $(VENV)/.dev ## ALISE's own setting and the share of each part in virtual time; DATA: a folder of public outputs; ARGS, such as --only Alpaca
+	$(BIN)/python -m benchmarks.alise_virtual $(DATA) $(ARGS)
+
 bench-hostile: $(VENV)/.dev ## A small request beside hostile clients, and the router's memory; ATTACK: only those whose name contains it
 	$(BIN)/python -m benchmarks.hostile $(ATTACK)
 
@@ -194,8 +197,8 @@ bench-fidelity: $(VENV)/.dev ## The simulator compared with a real mesh of sim e
 bench-adversaries: $(VENV)/.dev ## Useless and hostile predictors in a real mesh, compared with HRRN
 	$(BIN)/python -m benchmarks.adversaries
 
-bench-simulator: $(VENV)/.dev ## A million simulated requests on one core
-	$(BIN)/python -m benchmarks.million
+bench-simulator: $(VENV)/.dev ## A million simulated requests on one core; COUNT: fewer
+	$(BIN)/python -m benchmarks.million $(COUNT)
 
 bench-before-after: $(VENV)/.dev ## Benchmark BENCH (router, kvpool, ...) in the checkout BEFORE and in this one, by turns
 	$(BIN)/python -m benchmarks.before_after $(BENCH) $(BEFORE) $(ROUNDS)

@@ -1,17 +1,19 @@
 """What speculation and pre-emption gain over FCFS, ours and vLLM's, at equal latency, with real outputs.
 
 `python -m benchmarks.alise JSONL ...` serves SmolLM2 with 16 slots and sends the prompts as chats; outputs end by
-themselves or at 256 tokens. The metric is ALISE's (Zhao et al., ICCAD 2024): the rate of requests at which the mean
+themselves or at 512 tokens. The metric is ALISE's (Zhao et al., ICCAD 2024): the rate of requests at which the mean
 normalized latency (seconds per output token) reaches a given level, interpolated between the rates of each system.
 
 First all systems serve a number of requests at once: that gives the capacity of their engine and, for those that
 predict, the output lengths to learn from. The rates are fractions (loads) of it. Our systems have one engine, so their
 loads are equal rates; vLLM's are fractions of its own capacity. After the first loads, which all systems share, each
-system goes on where its own curve crosses the levels. Each round has prompts of its own: a system takes as many of them
-as it has requests at its rate. Above the capacity latency grows with time, so arrivals last equally long in all runs.
+system goes on where its own curve crosses the levels. Each run has prompts of its own, the same for all systems: a
+system takes as many of them as it has requests at its rate. Above the capacity latency grows with time, so arrivals
+last equally long in all runs. A machine that is a tenth slower for one system's run changes its tails by more than
+that: with ``--repeats 2`` the rates that our systems share are measured twice, in both orders.
 
 With VLLM_PYTHON, which names an interpreter that has vLLM, its server is a system too. Every system stays up, and only
-the measured one is not stopped (SIGSTOP). The report is written after each run, the report of each load test into
+the measured one is not stopped (SIGSTOP). The report is written after each rate, the report of each load test into
 alise_runs.jsonl beside it.
 """
 
@@ -44,12 +46,13 @@ from benchmarks.vs_vllm import BATCH_CAP, KV_GIB, MAX_MODEL_LEN, System, measure
 from loadtest.spec import parse_spec
 from loadtest.workload import arrival_times
 from muxmesh.cli.common import cache_dir
+from muxmesh.client import MeshClient
 from muxmesh.config.schema import DEFAULT_MODEL
 from muxmesh.models.catalog import CATALOG
 from muxmesh.models.model_download import ensure_model
 
 TEMPERATURE = 0.7
-LOADS = (0.7, 1.0, 1.2, 1.5)
+LOADS = (1.0, 1.4, 1.8, 2.3)
 SYSTEMS: Mapping[str, Mapping[str, Any]] = {
     "ours": {},
     "no pre-emption": {"max_paused_seqs": 0},
@@ -77,15 +80,30 @@ class Measured:
         return next_load({one.load: one.normalized_s for one in self.points}, LEVELS_S, MAIN_LEVEL_S, MAX_LOAD)
 
 
+@dataclass
+class OurSystem(System):
+    """A mesh. ``tau``: of its predictor (None before 100 outputs), ``is_predicting``: it ranks, so it is used."""
+
+    client: MeshClient
+    tau: float | None = None
+    is_predicting: bool = True
+
+    async def note_predictor(self) -> None:
+        """Reads both from the running mesh."""
+        model = (await self.client.status()).models[0]
+        self.tau = model.prediction_tau if model.HasField("prediction_tau") else None
+        self.is_predicting = model.predictions_used
+
+
 @asynccontextmanager
-async def our_system(name: str) -> AsyncIterator[System]:
+async def our_system(name: str) -> AsyncIterator[OurSystem]:
     """A mesh of one of `SYSTEMS`."""
     settings = dict(SYSTEMS[name])
     policy = settings.pop("policy", "srtf-aged")
     model = {"name": DEFAULT_MODEL, "max_num_seqs": BATCH_CAP, "max_model_len": MAX_MODEL_LEN, **settings}
     config = {"order": {"policy": policy}, "units": [{"kv_pool": f"{KV_GIB}GiB", "models": [model]}]}
     async with mesh_target(f"alise_{name.replace(' ', '_')}", config, TEMPERATURE) as (mesh, target):
-        system = System(name, target, [mesh.process.pid])
+        system = OurSystem(name, target, [mesh.process.pid], mesh.client)
         try:
             yield system
         finally:
@@ -107,7 +125,7 @@ class Bench:
     async def run(self, systems: Sequence[System]) -> int:
         """Runs every system at every load, in alternating order; returns the exit status."""
         measured = await self._at_once_runs(systems)
-        left_s = sum(one.speed.all_runs_s(self._effort) for one in measured)
+        left_s = sum(one.speed.all_runs_s(one.system.name, self._effort) for one in measured)
         print(f"expected from here: at most {left_s / 60:.0f} minutes", flush=True)
         try:
             for turn in range(self._effort.num_points):
@@ -150,30 +168,39 @@ class Bench:
         return measured
 
     async def _round(self, turn: int, measured: Sequence[Measured]) -> bool:
-        """One run of each system; False if there are too few prompts or minutes left for it."""
+        """One rate of each system; False if there are too few prompts or minutes left for it."""
         arrivals_s = self._effort.arrivals_s
         loads = [one.next_load(self._effort.loads) for one in measured]
-        ends_s = time.monotonic() - self._started_s
-        ends_s += sum(one.speed.run_s(load, arrivals_s) for one, load in zip(measured, loads, strict=True))
+        repeats = [self._effort.repeats_of(one.system.name, turn) for one in measured]
+        runs_s = sum(
+            count * one.speed.run_s(load, arrivals_s) for one, load, count in zip(measured, loads, repeats, strict=True)
+        )
+        ends_s = time.monotonic() - self._started_s + runs_s
         if self._effort.within_s is not None and ends_s > self._effort.within_s:
             print(f"no time for round {turn + 1}, which would end after {ends_s / 60:.1f} minutes")
             return False
         rates = [load * one.speed.requests_per_s for one, load in zip(measured, loads, strict=True)]
         counts = [max(8, round(rate * arrivals_s)) for rate in rates]
-        if len(self._prompts) < max(counts):
-            print(f"{len(self._prompts)} prompts are left, {max(counts)} are needed for round {turn + 1}")
+        if len(self._prompts) < (needed := max(repeats) * max(counts)):
+            print(f"{len(self._prompts)} prompts are left, {needed} are needed for round {turn + 1}")
             return False
-        prompts = self._take(max(counts))
-        seed = arrival_seed(counts, 1000 * turn, _arrivals)
-        runs = list(zip(measured, loads, rates, counts, strict=True))
-        for one, load, rate, count in runs[:: 1 if turn % 2 == 0 else -1]:
-            path = OUT / f"alise_prompts_{turn}.jsonl"
-            write_prompts(path, prompts[:count])
-            text = f"rate={rate:.4f} prompts={path} chat=yes cap={CAP} requests={count} seed={seed}"
-            one.points.append(Point.of(load, rate, await self._measure(one.system, text)))
-            _show(one.points[-1])
-            if all(other.points for other in measured):
-                self._conclude(measured, is_complete=False)
+        runs = list(zip(measured, loads, rates, counts, repeats, strict=True))
+        found: list[list[Point]] = [[] for _ in runs]
+        for repeat in range(max(repeats)):
+            number = turn * self._effort.num_repeats + repeat
+            prompts = self._take(max(counts))
+            seed = arrival_seed(counts, 1000 * number, _arrivals)
+            in_order = list(zip(runs, found, strict=True))[:: 1 - 2 * ((turn + repeat) % 2)]
+            for (one, load, rate, count, num_runs), points in in_order:
+                if repeat >= num_runs:
+                    continue
+                path = OUT / f"alise_prompts_{number}.jsonl"
+                write_prompts(path, prompts[:count])
+                text = f"rate={rate:.4f} prompts={path} chat=yes cap={CAP} requests={count} seed={seed}"
+                points.append(Point.of(load, rate, await self._measure(one.system, text)))
+                _show(points[-1])
+        for one, points in zip(measured, found, strict=True):
+            one.points.append(Point.mean(points))
         self._conclude(measured, is_complete=turn + 1 == self._effort.num_points)
         return True
 
@@ -187,6 +214,8 @@ class Bench:
         try:
             await asyncio.sleep(SETTLE_S)
             report = await measure(system, [], parse_spec(text), None)
+            if isinstance(system, OurSystem):
+                await system.note_predictor()
         finally:
             system.freeze(True)
         with self._raw.open("a") as file:
@@ -200,8 +229,13 @@ class Bench:
             "minutes_of_arrivals": self._effort.arrivals_s / 60,
             "sustained_requests_per_s": self._at_once,
             "elapsed_minutes": (time.monotonic() - self._started_s) / 60,
+            "predictor_tau": {one.system.name: one.system.tau for one in measured if isinstance(one.system, OurSystem)},
         }
         judged(self._report, {one.system.name: one.points for one in measured}, about)
+        mine = measured[0].system
+        if isinstance(mine, OurSystem):
+            is_used = mine.is_predicting
+            self._report.bar(f"predictions are used, {mine.name}", float(is_used), "1", is_used)
         self._report.save()
 
 
@@ -248,7 +282,10 @@ def main() -> int:
     parser.add_argument("prompts", nargs="+", type=Path)
     parser.add_argument("--systems", default="ours,fcfs", help=f"of {', '.join(SYSTEMS)}; the first is compared")
     parser.add_argument("--minutes", type=float, default=1.0, help="of arrivals in each run")
-    parser.add_argument("--points", type=int, default=6, help="runs of each system")
+    parser.add_argument("--points", type=int, default=6, help="rates of each system")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="runs of our systems at each of --loads; a point is the mean"
+    )
     parser.add_argument(
         "--loads",
         type=_loads,
@@ -261,8 +298,13 @@ def main() -> int:
     names = [name.strip() for name in arguments.systems.split(",")]
     if unknown := [name for name in names if name not in SYSTEMS]:
         parser.error(f"--systems: {unknown[0]}: is none of {', '.join(SYSTEMS)}")
+    for option in ("points", "repeats"):
+        if getattr(arguments, option) < 1:
+            parser.error(f"--{option}: is {getattr(arguments, option)}; at least 1 is needed")
     within_s = None if arguments.within is None else arguments.within * 60
-    effort = Effort(arguments.loads, arguments.points, arguments.minutes * 60, arguments.first, within_s)
+    effort = Effort(
+        arguments.loads, arguments.points, arguments.minutes * 60, arguments.first, within_s, arguments.repeats
+    )
     prompts = prompts_of(arguments.prompts, _MOST_OF_A_FILE)
     if len(prompts) <= effort.num_first:
         parser.error(f"{len(prompts)} prompts; more than {effort.num_first} are needed")

@@ -23,7 +23,7 @@ MAX_TAIL, AIMED_TAIL = 1.10, 1.0
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One run of one system. ``load``: its rate as a fraction of the capacity of its engine."""
+    """The runs of one system at one rate. ``load``: its rate as a fraction of the capacity of its engine."""
 
     load: float
     requests_per_s: float
@@ -46,6 +46,21 @@ class Point:
             report["total_output_tokens"] / report["completed"],
             report["completed"],
             report["failed"],
+        )
+
+    @classmethod
+    def mean(cls, points: Sequence[Point]) -> Point:
+        """One point of several runs at the same rate: means of their figures, and all their requests."""
+        first = points[0]
+        return cls(
+            first.load,
+            first.requests_per_s,
+            statistics.fmean(one.normalized_s for one in points),
+            {key: statistics.fmean(one.tails_ms[key] for one in points) for key in first.tails_ms},
+            statistics.fmean(one.median_ttft_ms for one in points),
+            statistics.fmean(one.mean_output_tokens for one in points),
+            sum(one.num_completed for one in points),
+            sum(one.num_failed for one in points),
         )
 
 

@@ -32,6 +32,7 @@ from loadtest.spec import parse_spec
 from loadtest.workload import plan, sketch
 from muxmesh.clock import SystemClock
 from muxmesh.config.schema import MeshConfig
+from muxmesh.execution import PreemptionReason
 from muxmesh.metrics.scrape import fetch
 from muxmesh.models.model_spec import SIM_SPEC
 from muxmesh.predictor.rank_correlation import kendall_tau
@@ -132,7 +133,9 @@ async def _real(case: Case, number: int) -> tuple[Outcome, Delays]:
         _, text = await fetch(config["metrics"]["listen"], "/metrics", 10.0)
     assert all(record.is_ok for record in (*before, *measured, *after))
     step_s = statistics.fmean((_step_s(before), _step_s(after)))
-    counts = {reason.decode(): float(count) for reason, count in _PREEMPTIONS.findall(text)}
+    counts = {"order": 0.0, "kv": 0.0}
+    for reason, count in _PREEMPTIONS.findall(text):
+        counts["kv" if PreemptionReason(reason.decode()).is_memory else "order"] += float(count)
     counts["swapped MiB"] = sum(map(float, _SWAPPED.findall(text))) / 2**20
     return Outcome(measured, counts), replace(MEASURED, step_s=step_s - STEP_S - SLOTS * PER_TOKEN_S)
 

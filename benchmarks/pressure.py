@@ -117,7 +117,7 @@ def _figures(
 ) -> dict[str, Any]:
     workers = unit.workers
     num_tokens = sum(len(one.token_ids) for one in completions)
-    num_preemptions = int(sample_of(scraped, "muxmesh_preemptions_total", 'reason="kv"'))
+    num_preemptions = int(sample_of(scraped, "muxmesh_preemptions_total", 'reason="kv_'))
     num_recomputed = sum(one.timings.num_restarts for one in completions)
     return {
         "s": seconds,

@@ -10,14 +10,15 @@ from typing import Any
 import grpc
 
 from decode_svc.lease_arrivals import LeaseArrivals
+from decode_svc.sequence_execution import SequenceExecution
 from decode_svc.token_outbox import TokenOutboxes
 from muxmesh.background_task import background
 from muxmesh.engine.api import Batched, Displaced, EngineJob, Failed, Finished, Preempted, Tokens
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.errors import InternalError, MeshError, RequestPreempted
-from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc
+from muxmesh.execution import Execution
+from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc, request_pb2
 from muxmesh.rpc import convert
-from muxmesh.sequence_states import SequenceState
 from muxmesh.types import Lease
 from worker.sequence_kv import SequenceKv
 from worker.worker_process import Services, WorkerContext
@@ -34,6 +35,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self._leases = context.leases
         self._arrivals = LeaseArrivals(self._release_unused)
         self._outboxes = TokenOutboxes()
+        self._executions: dict[int, SequenceExecution] = {}
+        """By lease id, of the sequences that the engine has."""
 
     async def watch_leases(self) -> None:
         """Receives leases and pre-emptions for as long as the unit serves; then gives up, as no lease can arrive."""
@@ -43,6 +46,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 if isinstance(event, Lease):
                     self._arrivals.lease_arrived(event)
                 else:
+                    if event.lease_id in self._executions:
+                        self._executions[event.lease_id].kv_claimed(event.reason)
                     self._engine.preempt(event.lease_id)
         except MeshError as error:
             reason = str(error)
@@ -57,7 +62,11 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 yield decode_pb2.WatchTokensResponse(sequences=await outbox.take())
 
     async def Decode(self, request: decode_pb2.DecodeRequest, context: Context) -> decode_pb2.DecodeResponse:
-        """Decodes one sequence. However the call ends, the lease is released."""
+        """Decodes one sequence. However the call ends, the lease is released.
+
+        A sequence whose KV is freed before its end is no error: the response has all of its tokens, so that none that
+        is on its way is lost.
+        """
         engine_request = convert.request_from_wire(request.request)
         outbox = self._outboxes.outbox(request.watcher)
         called_at_s = self._context.clock.monotonic_s()
@@ -68,42 +77,45 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         except ValueError:
             self._release_unused(lease)
             raise
-        is_sound, counters, job_id = False, self._context.counters, lease.ref.lease_id
-        states, clock = counters.states, self._context.clock
-        states.begin(job_id, SequenceState.BATCHED, clock.monotonic_s())
+        is_sound, sequence = False, kv.sequence
+        execution = self._executions[request.lease_id] = self._execution(request.lease_id, sequence)
         try:
             events = self._engine.submit(EngineJob(request.lease_id, kv.sequence))
             is_sound = True
             async for event in events:
                 if isinstance(event, Tokens):
                     kv.on_tokens()
-                    outbox.put(_new_tokens(request.lease_id, event))
+                    outbox.put(_new_tokens(request.lease_id, event, execution.news()))
                 elif isinstance(event, Finished):
                     finish = convert.finish_to_wire(event.finish)
-                    return decode_pb2.DecodeResponse(finish=finish, num_output_tokens=kv.sequence.num_output_tokens)
+                    return _ended(sequence, execution, finish=finish)
                 elif isinstance(event, Displaced):
-                    counters.num_displaced += event.had_slot
-                    states.enter(job_id, SequenceState.PAUSED, clock.monotonic_s())
+                    execution.displaced(event.reason)
                     kv.on_batch_changed(is_batched=False)
                 elif isinstance(event, Batched):
-                    states.enter(job_id, SequenceState.BATCHED, clock.monotonic_s())
+                    execution.batched()
                     kv.on_batch_changed(is_batched=True)
                 elif isinstance(event, Preempted):
-                    counters.num_preemptions += 1
-                    states.enter(job_id, SequenceState.PAUSED, clock.monotonic_s())
+                    execution.kv_preempted()
                     await kv.on_preempted()
-                    states.enter(job_id, SequenceState.BATCHED, clock.monotonic_s())
+                    execution.kv_restored()
                 elif isinstance(event, Failed):
                     is_sound = False
                     raise event.error
             raise InternalError(f"job {request.lease_id}: the engine sent no final event")
-        except RequestPreempted:
-            counters.num_recomputed += 1
-            raise
+        except RequestPreempted as error:
+            execution.recomputed()
+            return _ended(sequence, execution, preempted=str(error))
         finally:
-            counters.num_repredictions += kv.sequence.work.num_repredictions
-            states.end(job_id, clock.monotonic_s())
+            del self._executions[request.lease_id]
+            execution.end()
             kv.end(publishes=is_sound)
+
+    def _execution(self, lease_id: int, sequence: SequenceRecord) -> SequenceExecution:
+        context = self._context
+        return SequenceExecution(
+            lease_id, sequence, context.counters, context.clock, context.policy, context.traces_decisions
+        )
 
     def _sequence_kv(self, lease: Lease, sequence: SequenceRecord) -> SequenceKv:
         context = self._context
@@ -116,12 +128,27 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self._leases.release_after(functools.partial(self._engine.cancel, lease.ref.lease_id), lease.ref)
 
 
-def _new_tokens(lease_id: int, event: Tokens) -> decode_pb2.NewTokens:
+def _ended(
+    sequence: SequenceRecord,
+    execution: SequenceExecution,
+    finish: request_pb2.Finish | None = None,
+    preempted: str = "",
+) -> decode_pb2.DecodeResponse:
+    return decode_pb2.DecodeResponse(
+        finish=finish,
+        num_output_tokens=sequence.num_output_tokens,
+        execution=convert.execution_to_wire(execution.report()),
+        preempted=preempted,
+    )
+
+
+def _new_tokens(lease_id: int, event: Tokens, execution: Execution | None) -> decode_pb2.NewTokens:
     return decode_pb2.NewTokens(
         lease_id=lease_id,
         start_index=event.start_index,
         token_ids=event.token_ids,
         logprobs=convert.logprobs_to_wire(event.logprobs) if event.logprobs else None,
+        execution=None if execution is None else convert.execution_to_wire(execution),
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 
@@ -127,6 +127,7 @@ class Admission:
         has_slot: Callable[[AdmissionEntry], bool],
         is_within_quota: Callable[[AdmissionEntry], bool],
         try_admit: Callable[[AdmissionEntry, bool], bool],
+        ends: Callable[[AdmissionEntry, SortKey], bool],
     ) -> bool:
         """Admits entries in scheduling order while there is free capacity.
 
@@ -134,7 +135,8 @@ class Admission:
         slot and the earlier one not, since it displaces a running sequence. An entry that has none is not asked for
         again: admitting others frees none. ``is_within_quota(entry)``: its model would use no more slabs than its
         quota. ``try_admit(entry, lend)``: reserves the token blocks, or returns False if there are too few; only with
-        ``lend`` may the model exceed its quota.
+        ``lend`` may the model exceed its quota. ``ends(entry, key)``: ``entry``, at ``key`` in the order, has no
+        slot, nor has any later entry of its queue.
 
         The first pass admits entries within their model's quota. An entry that lacks memory blocks the later entries
         of its model. If no entry of the first pass lacks memory, a second pass lends free slabs to models that are
@@ -155,7 +157,7 @@ class Admission:
             without_slot.add(entry.key)
             return False
 
-        for entry in self._in_order(unix_s, lambda model: model in blocked, has_slot_yet):
+        for entry in self._in_order(unix_s, lambda model: model in blocked, has_slot_yet, ends):
             if not is_within_quota(entry):
                 blocked.add(entry.model)
             elif try_admit(entry, False):
@@ -165,7 +167,9 @@ class Admission:
                 lacks_memory = True
         if lacks_memory:
             return True
-        for entry in self._in_order(unix_s, lambda model: False, has_slot_yet):
+        if not blocked:  # those that are left have no slot
+            return False
+        for entry in self._in_order(unix_s, lambda model: False, has_slot_yet, ends):
             if not try_admit(entry, True):
                 break
             self.withdraw(*entry.key)
@@ -180,30 +184,37 @@ class Admission:
         return [self._entries[key] for _, key in first.values()]
 
     def _in_order(
-        self, unix_s: float, is_blocked: Callable[[str], bool], has_slot: Callable[[AdmissionEntry], bool]
+        self,
+        unix_s: float,
+        is_blocked: Callable[[str], bool],
+        has_slot: Callable[[AdmissionEntry], bool],
+        ends: Callable[[AdmissionEntry, SortKey], bool],
     ) -> Iterator[AdmissionEntry]:
         """Yields the entries with a slot in order, which the caller may withdraw. The queue of a blocked model ends."""
-        nexts = [(queue[0], 0, queue) for queue in (self._sorted(one, unix_s) for one in self._queues.values())]
+        nexts = [(queue[0], 0, queue) for queue in (list(self._sorted(one, unix_s)) for one in self._queues.values())]
         heapify(nexts)
         while nexts:
-            (_, key), index, queue = nexts[0]
+            (sort_key, key), index, queue = nexts[0]
             entry = self._entries[key]
             if is_blocked(entry.model):
                 heappop(nexts)
                 continue
             if has_slot(entry):
                 yield entry
+            elif ends(entry, sort_key):
+                heappop(nexts)
+                continue
             if index + 1 == len(queue):
                 heappop(nexts)
             else:
                 heapreplace(nexts, (queue[index + 1], index + 1, queue))
 
-    def _sorted(self, queue: Sequence[_Order], unix_s: float) -> list[_Order]:
+    def _sorted(self, queue: list[_Order], unix_s: float) -> list[_Order]:
         """The orders of a queue's entries at ``unix_s``, sorted."""
         if unix_s - self._oldest_s >= self._policy.max_wait_s:
             self._oldest_s = min(entry.request.scheduling.arrived_at_s for entry in self._entries.values())
         elif not self._policy.changes_with_time:
-            return list(queue)
+            return queue
         return sorted(self._order(self._entries[key], unix_s) for _, key in queue)
 
     def _order(self, entry: AdmissionEntry, unix_s: float) -> _Order:

@@ -85,7 +85,11 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop, monitor: Monit
     await server.start(endpoint.listen)
     attach.start()
     asyncio.get_running_loop().add_reader(grants.doorbell_fd, grants.on_doorbell)
-    monitor.add(lambda: unit_families(config, unit, memory.transport, service.num_overtaken, grants.num_revoked))
+    monitor.add(
+        lambda: unit_families(
+            config, unit, memory.transport, service.num_overtaken, grants.num_revoked, grants.num_held_up
+        )
+    )
     await server.set_serving()
     watching = background(fence.run(), "MPS", stop.give_up) if isinstance(fence, MpsFence) else nullcontext()
     async with watching, registered_service(runtime, endpoint, stop, clock):

@@ -35,6 +35,16 @@ A missed target gives no precedence: the worker would gain nothing by it, and ot
 load some worker is urgent most of the time. So a decode worker whose sequences have all missed theirs counts as urgent,
 due now, once others have overtaken it `_OVERTAKES_AFTER_A_MISS` times.
 
+A prefill is not to stall tokens for long. With `adbs` a decode worker that prefills have held up for `max_stall_s`
+counts as urgent, due then, and computes one step. Such steps have small batches, so they have a budget (`StallBudget`).
+When it is used up, the rules above hold alone, and `num_held_up` counts what went later.
+
+A step is never interrupted, so `adbs` and `roundrobin` also say when the step of a prefill worker has to end: before
+the first decode worker that waits for it is due, if that decode worker would go next. A decode worker is due when the
+next token of its most urgent sequence is, and at the latest after prefills have held it up for `max_stall_s`. A worker
+of a worse class, or one due later than the prefill itself, does not go next, so no step is cut for it; nor is that of a
+prefill that has been overtaken `max_overtakes` times.
+
 `fcfs` has prefills before decodes, so that batches form, and each in the order of the worker's oldest request; the
 published runs of MuxServe's temporal baseline show this order. `temporal` is `fcfs` with one worker at a time whatever
 the shares. `roundrobin` has the least recently granted worker first. `spatial` grants everything and recalls nothing.
@@ -43,10 +53,11 @@ the shares. `roundrobin` has the least recently granted worker first. `spatial` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from kvstore.recent_use import RecentUse
+from kvstore.stall_budget import StallBudget
 from muxmesh.config.arbiter_config import MAX_OVERTAKES, ArbiterConfig
 from muxmesh.types import Role
 
@@ -59,6 +70,10 @@ step while another one is urgent. Chosen in virtual time on the loads of `benchm
 _OVERTAKES_OF_A_FLOOD = 8
 """With fewer, models beside a flooded one miss more targets. With more, a unit that stays overloaded completes less,
 and late prompts of the model that uses most wait for longer. Chosen likewise.
+"""
+_STALL_SLACK = 0.1
+"""A decode worker counts as held up for `max_stall_s` when less than this part of it is left: a further prefill step
+would hardly end in time.
 """
 _ROUNDING = 1e-9
 """Shares are sums of floats."""
@@ -86,20 +101,26 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """``granted``: the slots to grant now. ``kept``: of all that compute then, those whose grant is not recalled."""
+    """``granted``: the slots to grant now. ``kept``: of all that compute then, those whose grant is not recalled.
+
+    ``step_ends_s``: of those prefill workers that compute then and that decode workers wait for, the time by which
+    their step has to end, which may have passed.
+    """
 
     granted: frozenset[int]
     kept: frozenset[int]
+    step_ends_s: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Wait:
     """``since``: number of the latest grant when the worker began to wait. ``overtaken``: grants since then, except the
-    first one to each worker.
+    first one to each worker. ``held_up_at_s``: since when prefill workers have computed meanwhile; infinite: none has.
     """
 
     since: int
     overtaken: int = 0
+    held_up_at_s: float = math.inf
 
 
 _Order = tuple[float, ...]
@@ -107,6 +128,8 @@ _OVERDUE, _NOT_OVERDUE = 0.0, 1.0
 _LEAST_SHARE = 0.01
 """`compute_share` is in whole percent."""
 _NONE: frozenset[int] = frozenset()
+_BOUNDED_MODES = ("adbs", "roundrobin")
+"""Those that bound the steps of prefill workers. The others are baselines, or let all workers compute."""
 _URGENT, _URGENT_FLOOD, _PREFILL, _DECODE, _MISSED_FLOOD = 0.0, 1.0, 2.0, 3.0, 4.0
 
 
@@ -134,8 +157,19 @@ class Arbiter:
         self._last_turn: dict[tuple[Role, str], int] = {}
         """Number of the latest grant of each role and model."""
         self._waits: dict[int, _Wait] = {}
+        self._stall_slack_s = _STALL_SLACK * config.max_stall_s
+        self._stall_budget = StallBudget(config.stall_budget)
+        self.num_held_up: dict[str, int] = {}
+        """Model → grants to its decode worker after prefills had held it up for `max_stall_s`, budget used up."""
+        self._granted_overdue = set[int]()
+        """Slots that got their latest grant because others had overtaken them `max_overtakes` times."""
         self._draining: frozenset[int] = frozenset()
         """Slots whose grants are recalled. A drain that has begun goes on with the same, as long as they are enough."""
+
+    @property
+    def longest_step_s(self) -> float:
+        """The longest that a prefill step may take, in seconds; infinite: as long as it takes."""
+        return self._config.max_stall_s if self._mode in _BOUNDED_MODES else math.inf
 
     def count_use(self, model: str, seconds: float, now_s: float) -> None:
         """A worker of ``model`` has computed for ``seconds`` of the whole device, until ``now_s``."""
@@ -145,6 +179,7 @@ class Arbiter:
     def decide(self, waiting: Sequence[Demand], computing: Sequence[Demand], now_s: float = 0.0) -> Decision:
         """Returns the slots to grant at ``now_s``, and those that compute then and keep their grants."""
         self._now_s, self._flooded = now_s, None
+        self._stall_budget.end((one.slot for one in computing), now_s)
         if self._mode == "spatial":
             granted = slots_of(waiting)
             return Decision(granted, granted | slots_of(computing))
@@ -154,6 +189,7 @@ class Arbiter:
         self._waits = {one.slot: self._waits.get(one.slot) or _Wait(self._num_grants) for one in waiting}
         ordered = sorted(waiting, key=self._order)
         plan, granted_now = self._plan(ordered, computing)
+        early = [one for one in granted_now if self._goes_early(one)]
         for one in granted_now:
             self._count_grant(one)
         granted = slots_of(granted_now)
@@ -163,7 +199,11 @@ class Arbiter:
             plan, _ = self._plan(left, now_computing)
         kept = self._kept(plan, now_computing)
         self._draining = slots_of(now_computing) - kept
-        return Decision(granted, kept)
+        for one in early:
+            if one.slot not in kept:
+                self._stall_budget.begin(one.slot, one.share, now_s)
+        waits_on = [one for one in ordered if one.slot not in granted]
+        return Decision(granted, kept, self._step_ends_s(waits_on, now_computing))
 
     def _plan(self, ordered: Sequence[Demand], computing: Sequence[Demand]) -> tuple[list[Demand], list[Demand]]:
         """Which of the waiting workers, in order, are to compute together, and those of them that fit right now."""
@@ -198,6 +238,57 @@ class Arbiter:
                 kept.append(one.slot)
         return frozenset(kept)
 
+    def _step_ends_s(self, waiting: Sequence[Demand], computing: Sequence[Demand]) -> dict[int, float]:
+        """By when the steps of the computing prefill workers have to end, for the workers that still wait."""
+        prefills = [one for one in computing if one.role is Role.PREFILL]
+        if self._mode not in _BOUNDED_MODES or not prefills:
+            return {}
+        ends_s = dict[int, float]()
+        for decode in waiting:
+            if decode.role is not Role.DECODE:
+                continue
+            for prefill in prefills:
+                if prefill.share + decode.share <= self._capacity:
+                    continue
+                wait = self._waits[decode.slot]
+                wait.held_up_at_s = min(wait.held_up_at_s, self._now_s)
+                end_s = min(ends_s.get(prefill.slot, math.inf), self._needed_at_s(decode, prefill))
+                if end_s < math.inf:
+                    ends_s[prefill.slot] = end_s
+        return ends_s
+
+    def _needed_at_s(self, decode: Demand, prefill: Demand) -> float:
+        """When ``decode``, which waits, needs what ``prefill`` computes on; infinite if it would not go next then."""
+        due_at_s = self._stalled_at_s(decode)
+        if self._mode == "roundrobin":
+            return due_at_s
+        if decode.lost_at_s >= self._now_s:
+            due_at_s = min(due_at_s, decode.due_at_s)
+        is_sooner = prefill.due_at_s < due_at_s and prefill.lost_at_s >= self._now_s
+        goes_first = prefill.priority < decode.priority or prefill.slot in self._granted_overdue or is_sooner
+        return math.inf if goes_first else due_at_s
+
+    def _stalled_at_s(self, decode: Demand) -> float:
+        """When prefills will have held up a waiting decode worker for `max_stall_s`; infinite without budget."""
+        if self._mode == "adbs" and self._stall_budget.is_used_up(self._now_s):
+            return math.inf
+        return self._waits[decode.slot].held_up_at_s + self._config.max_stall_s
+
+    def _goes_early(self, demand: Demand) -> bool:
+        """Whether a waiting worker that is granted goes before others only for the sake of `max_stall_s`. Counts those
+        that prefills have held up for longer, as the budget was used up.
+        """
+        if self._mode != "adbs" or demand.role is Role.PREFILL:
+            return False
+        wait, now_s = self._waits[demand.slot], self._now_s
+        if wait.held_up_at_s + self._config.max_stall_s >= now_s + self._stall_slack_s:
+            return False
+        if self._stall_budget.is_used_up(now_s):
+            self.num_held_up[demand.model] = self.num_held_up.get(demand.model, 0) + 1
+            return False
+        is_due_anyway = demand.lost_at_s < now_s and wait.overtaken >= _OVERTAKES_AFTER_A_MISS
+        return not (is_due_anyway or self._is_urgent(demand) or wait.overtaken >= self._max_overtakes)
+
     def _sum_shares(self, demands: Sequence[Demand]) -> float:
         return self._whole * len(demands) or sum([one.share for one in demands])
 
@@ -221,7 +312,10 @@ class Arbiter:
         if demand.role is Role.DECODE:
             if is_missed and overtaken >= _OVERTAKES_AFTER_A_MISS:
                 return _URGENT, self._now_s
-            return (_URGENT, demand.due_at_s) if self._is_urgent(demand) else (_DECODE, 0.0)
+            due_at_s = demand.due_at_s if self._is_urgent(demand) else math.inf
+            if (stalled_at_s := self._stalled_at_s(demand)) < min(due_at_s, self._now_s + self._stall_slack_s):
+                return _URGENT, stalled_at_s
+            return (_URGENT, due_at_s) if due_at_s < math.inf else (_DECODE, 0.0)
         if self._is_urgent(demand):
             return _URGENT_FLOOD if self._is_flooded(demand) else _URGENT, demand.due_at_s
         is_deferred = is_missed and overtaken < _OVERTAKES_OF_A_FLOOD and self._is_flooded(demand)
@@ -238,7 +332,10 @@ class Arbiter:
 
     def _count_grant(self, granted: Demand) -> None:
         last = self._last_grant.get(granted.slot, 0)
-        self._waits.pop(granted.slot)
+        if self._waits.pop(granted.slot).overtaken >= self._max_overtakes:
+            self._granted_overdue.add(granted.slot)
+        else:
+            self._granted_overdue.discard(granted.slot)
         for wait in self._waits.values():
             wait.overtaken += last > wait.since
         self._num_grants += 1

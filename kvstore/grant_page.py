@@ -5,6 +5,8 @@ Each attached worker has a slot of 64-bit words:
     word              set by     cleared by
     GRANTED_STEPS     kvstore    the worker; kvstore after the exit of its processes
     RECALLED          kvstore    kvstore
+    STEP_END_US       kvstore    kvstore
+    LONGEST_STEP_US   kvstore    kvstore
     all others        the worker
 
 Eventfds carry the wake-ups: the doorbell wakes kvstore, and each worker has a bell. A worker that keeps its grant makes
@@ -57,6 +59,10 @@ class Word(IntEnum):
     SWAP_NS = 14
     NUM_GRANTS = 15
     GRANT_WAIT_NS = 16
+    STEP_END_US = 17
+    """Monotonic time, in microseconds, by which a step with prompts has to end for those that wait; 0: none."""
+    LONGEST_STEP_US = 18
+    """Longest that a step with prompts may take, in microseconds, whoever waits; 0: as long as it takes."""
     FIRST_COST = 24
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kvstore.arbiter import STEPS_PER_GRANT, Arbiter, Demand
@@ -37,6 +38,8 @@ class _Slot:
     is_revoked: bool = False
     is_killed: bool = False
     is_recalled: bool = False
+    step_end_us: int = 0
+    """STEP_END_US as it was written last."""
     busy_ns: int = 0
     """BUSY_NS at the latest check: it grows with each step."""
     stalled_s: float = 0.0
@@ -87,6 +90,11 @@ class GrantTable:
         self._arbiter = Arbiter(self._config)
         self._clock = clock or SystemClock()
         self._slots: dict[int, _Slot] = {}
+
+    @property
+    def num_held_up(self) -> Mapping[str, int]:
+        """See `Arbiter`; since the arbiter was configured."""
+        return self._arbiter.num_held_up
 
     @property
     def longest_grant_s(self) -> float:
@@ -143,12 +151,22 @@ class GrantTable:
             if has_demand and not slot.is_killed:
                 waiting.append(slot.demand_by(words))
         decision = self._arbiter.decide(waiting, computing, now_s)
+        self._bound_steps(decision.granted.union(demand.slot for demand in computing), decision.step_ends_s)
         for number in decision.granted:
             self._grant(number, number not in decision.kept)
         for demand in computing:
             is_recalled = demand.slot not in decision.kept
             if is_recalled != self._slots[demand.slot].is_recalled:
                 self._recall(demand.slot, is_recalled)
+
+    def _bound_steps(self, computing: Iterable[int], step_ends_s: Mapping[int, float]) -> None:
+        """Writes when the next steps of the computing workers have to end."""
+        for number in computing:
+            slot = self._slots[number]
+            end_us = max(1, int(step_ends_s[number] * 1e6)) if number in step_ends_s else 0
+            if end_us != slot.step_end_us:
+                slot.step_end_us = end_us
+                self.page.write(number, Word.STEP_END_US, end_us)
 
     def _count_use(self, slot: _Slot, busy_ns: int, now_s: float) -> None:
         demand = slot.demand
@@ -159,6 +177,9 @@ class GrantTable:
         slot = self._slots[number]
         slot.restart_count()
         self._recall(number, is_recalled)
+        if slot.demand.role is Role.PREFILL:
+            longest_s = self._arbiter.longest_step_s
+            self.page.write(number, Word.LONGEST_STEP_US, int(longest_s * 1e6) if longest_s < math.inf else 0)
         self.page.write(number, Word.GRANTED_STEPS, STEPS_PER_GRANT)
         os.eventfd_write(slot.bell_fd, 1)
 

@@ -65,6 +65,8 @@ TRANSITIONS: Mapping[str, Mapping[LeaseState, LeaseState]] = {
 }
 """Operation → state before → state after."""
 
+_MAX_CHANGES = 64
+"""If so many leases of a worker have changed, it takes less time to read all of them."""
 BATCHED = frozenset({LeaseState.CREDIT, LeaseState.RESIDENT, LeaseState.SWAPPING_OUT, LeaseState.SWAPPING_IN})
 """States in which a lease takes a slot of its workers' batches, at once or soon."""
 _HAS_VALID_BLOCKS = frozenset({LeaseState.RESIDENT, LeaseState.PAUSED, LeaseState.SWAPPING_OUT})
@@ -85,8 +87,9 @@ class LeaseRecord:
 
     ``block_hashes``: hashes of its first blocks, valid once these are computed. ``expires_at_s`` applies to a credit
     only. ``swap_pages``: pages for the copy of its KV, filled or not. ``num_preemption_requests``: how often its worker
-    was asked to free its token blocks, until it did. ``num_preemptions``, ``is_protected``: as its decode worker
-    reports them. ``has_valid_kv``: the device has not failed.
+    was asked to free its token blocks, until it did. ``num_preemptions``: how often it was displaced from a batch, in
+    earlier attempts too; that and ``is_protected`` are as its decode worker reports them. ``has_valid_kv``: the device
+    has not failed.
     """
 
     lease: Lease
@@ -127,7 +130,12 @@ class LeaseTable:
         self._batched = Counter[str]()
         self._resident = Counter[str]()
         """See `count_assigned`."""
-        self._by_model = Counter[str]()
+        self._of_model: dict[str, dict[int, LeaseRecord]] = {}
+        """Model → its records by id, in the order of their ids; no entry without any."""
+        self._computing: dict[str, dict[int, LeaseRecord]] = {}
+        """Owner → its records whose state is RESIDENT, by id; no entry without any."""
+        self._changed: dict[str, set[int]] = {}
+        """See `changes_in`. No entry: it was not called for that worker, or too many have changed."""
         self._last_id = last_id
         self.num_handoffs = 0
         self.num_expired = 0
@@ -157,11 +165,19 @@ class LeaseTable:
         self._last_id += 1
         lease = Lease(LeaseRef(self._last_id, 1), model, allocated.block_ids, allocated.num_cached * block_size)
         record = LeaseRecord(
-            lease, LeaseState.CREDIT, router, assignment, demand.block_hashes, block_size, scheduling, expires_at_s
+            lease,
+            LeaseState.CREDIT,
+            router,
+            assignment,
+            demand.block_hashes,
+            block_size,
+            scheduling,
+            expires_at_s,
+            num_preemptions=scheduling.num_preemptions,
         )
         self._records[self._last_id] = self._credits[self._last_id] = record
-        _add(self._by_model, model, 1)
-        self._count(record, 1)
+        self._of_model.setdefault(model, {})[self._last_id] = record
+        self._enter(record)
         return lease
 
     def acquire(self, ref: LeaseRef, worker: str) -> Lease:
@@ -218,17 +234,28 @@ class LeaseTable:
             self.pause(record.lease.ref, record.owner)
         elif record.state is LeaseState.PAUSED and progress.is_batched:
             self.resume(record.lease.ref, record.owner)
-        record.num_preemptions, record.is_protected = progress.num_preemptions, progress.is_protected
+        num_preemptions = max(record.num_preemptions, progress.num_preemptions)  # the page begins at 0
+        if (num_preemptions, progress.is_protected) != (record.num_preemptions, record.is_protected):
+            record.num_preemptions, record.is_protected = num_preemptions, progress.is_protected
+            self._note_change(record)
         if (decode_s := progress.decode_s) is not None and decode_s != record.scheduling.decode_s:
-            record.scheduling = replace(record.scheduling, prefill_s=0.0, decode_s=decode_s, served_s=progress.served_s)
+            record.scheduling = record.scheduling.with_work(decode_s, progress.served_s)
+            self._note_change(record)
 
     def decoding_in(self, decode_worker: str) -> list[LeaseRecord]:
         """The leases of the sequences that a decode worker computes."""
-        return [
-            record
-            for record in self._records.values()
-            if record.owner == decode_worker and record.state is LeaseState.RESIDENT
-        ]
+        return list(self._computing.get(decode_worker, {}).values())
+
+    def changes_in(self, decode_worker: str) -> dict[int, LeaseRecord | None] | None:
+        """What may have changed in `decoding_in` since the last call, by lease id: leases that are new, whose worker
+        has reported something else, or (None) that are no longer there. None: read all of it.
+        """
+        changed = self._changed.get(decode_worker)
+        self._changed[decode_worker] = set()
+        if changed is None:
+            return None
+        computing = self._computing.get(decode_worker, {})
+        return {lease_id: computing.get(lease_id) for lease_id in changed}
 
     def begin_swap_out(self, ref: LeaseRef, owner: str, num_bytes: int) -> tuple[int, ...] | None:
         """Returns swap pages for a copy of the lease's KV; None if the swap region is full. Raises LeaseLost."""
@@ -295,6 +322,7 @@ class LeaseTable:
             if record is not None and record.owner == owner and record.state in _HAS_VALID_BLOCKS:
                 self._publish(record, hashes)
         num_ended = self._end_all([one for one, record in self._records.items() if record.owner == owner])
+        self._changed.pop(owner, None)
         self.num_orphaned += num_ended
         return num_ended
 
@@ -326,8 +354,9 @@ class LeaseTable:
         return self._records.get(lease_id)
 
     def of_models(self, models: Collection[str]) -> list[LeaseRecord]:
-        """The records of all leases of ``models``, to read."""
-        return [record for record in self._records.values() if record.lease.model in models]
+        """The records of all leases of ``models``, to read, in the order of their ids."""
+        found = [record for model in models for record in self._of_model.get(model, {}).values()]
+        return found if len(models) == 1 else sorted(found, key=lambda record: record.lease.ref.lease_id)
 
     def model_of(self, ref: LeaseRef, owner: str) -> str:
         """The model of a lease of ``owner``. Raises LeaseLost."""
@@ -339,11 +368,11 @@ class LeaseTable:
 
     def count_by_model(self) -> dict[str, int]:
         """Model → number of its leases, in any state; no entry without any."""
-        return dict(self._by_model)
+        return {model: len(records) for model, records in self._of_model.items()}
 
     def count_states(self, model: str) -> Counter[LeaseState]:
         """State → number of leases of ``model``."""
-        return Counter(record.state for record in self._records.values() if record.lease.model == model)
+        return Counter(record.state for record in self._of_model.get(model, {}).values())
 
     def count_assigned(self) -> tuple[Counter[str], Counter[str]]:
         """Two counts of the leases assigned to each worker: those that take a slot of its batch (`BATCHED`), and those
@@ -364,6 +393,8 @@ class LeaseTable:
         self._blocks.check_integrity(held)
         assert self.count_by_model() == Counter(record.lease.model for record in self._records.values())
         assert self._credits == {one: r for one, r in self._records.items() if r.state is LeaseState.CREDIT}
+        computing = [(r.owner, one) for one, r in self._records.items() if r.state is LeaseState.RESIDENT]
+        assert sorted(computing) == sorted((owner, one) for owner, of in self._computing.items() for one in of)
         batched, resident = self._batched, self._resident
         self._batched, self._resident = Counter[str](), Counter[str]()
         for record in self._records.values():
@@ -414,17 +445,42 @@ class LeaseTable:
             if record.state is not LeaseState.SWAPPED:
                 _add(self._resident, worker, number)
 
-    def _set_state(self, record: LeaseRecord, state: LeaseState) -> None:
-        self._count(record, -1)
-        record.state = state
+    def _enter(self, record: LeaseRecord) -> None:
+        """Counts a lease with its owner and state of now."""
         self._count(record, 1)
+        if record.state is LeaseState.RESIDENT:
+            self._computing.setdefault(record.owner, {})[record.lease.ref.lease_id] = record
+            self._note_change(record)
+
+    def _leave(self, record: LeaseRecord) -> None:
+        """The reverse of `_enter`."""
+        self._count(record, -1)
+        if record.state is LeaseState.RESIDENT:
+            computing = self._computing[record.owner]
+            del computing[record.lease.ref.lease_id]
+            if not computing:
+                del self._computing[record.owner]
+            self._note_change(record)
+
+    def _note_change(self, record: LeaseRecord) -> None:
+        """For `changes_in`."""
+        changed = self._changed.get(record.owner)
+        if changed is not None:
+            changed.add(record.lease.ref.lease_id)
+            if len(changed) > _MAX_CHANGES:
+                del self._changed[record.owner]
+
+    def _set_state(self, record: LeaseRecord, state: LeaseState) -> None:
+        self._leave(record)
+        record.state = state
+        self._enter(record)
         if state is not LeaseState.CREDIT:
             self._credits.pop(record.lease.ref.lease_id, None)
 
     def _change_owner(self, record: LeaseRecord, owner: str, assignment: Assignment | None = None) -> Lease:
-        self._count(record, -1)
+        self._leave(record)
         record.owner, record.assignment = owner, assignment or record.assignment
-        self._count(record, 1)
+        self._enter(record)
         lease = record.lease
         ref = LeaseRef(lease.ref.lease_id, lease.ref.epoch + 1)
         record.lease = Lease(ref, lease.model, lease.block_ids, lease.num_computed_tokens, lease.sampled_token_ids)
@@ -433,8 +489,11 @@ class LeaseTable:
     def _end(self, lease_id: int) -> None:
         record = self._records.pop(lease_id)
         self._credits.pop(lease_id, None)
-        _add(self._by_model, record.lease.model, -1)
-        self._count(record, -1)
+        self._leave(record)
+        of_model = self._of_model[record.lease.model]
+        del of_model[lease_id]
+        if not of_model:
+            del self._of_model[record.lease.model]
         self._blocks.free(record.lease.model, record.lease.block_ids)
         self._swap.free(record.swap_pages)
 

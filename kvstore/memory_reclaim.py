@@ -31,10 +31,11 @@ from kvstore.preemption_costs import (
 )
 from kvstore.swap_space import SwapSpace
 from kvstore.unit_model import UnitModel
-from kvstore.victim_choice import Order, Victim, last_after, last_in_order
+from kvstore.victim_choice import NO_LEASE, Order, Victim, last_after, last_in_order, lease_order
 from muxmesh.errors import Overloaded
+from muxmesh.execution import PreemptionReason
 from muxmesh.kv_cost import copy_s
-from muxmesh.scheduling_policy import SchedulingPolicy
+from muxmesh.scheduling_policy import SchedulingPolicy, SortKey
 from muxmesh.types import SWAP_PAGE_BYTES, LeaseRef, PreemptionMode, SchedulingState, blocks_for
 
 RECLAIM_AFTER_S = 1.0
@@ -49,6 +50,7 @@ class PreemptionRequest:
 
     worker: str
     lease_id: int
+    reason: PreemptionReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,11 @@ class MemoryLack:
     num_waiting: int = 1
     lease_id: int | None = None
     claims_batched: bool = False
+
+    @property
+    def reason(self) -> PreemptionReason:
+        """Why its victim is pre-empted."""
+        return PreemptionReason.KV_ADMISSION if self.lease_id is None else PreemptionReason.KV_GROWTH
 
 
 class MemoryReclaim:
@@ -115,19 +122,21 @@ class MemoryReclaim:
         """To be called when a lease got blocks, or may have none: it claims none any more."""
         self._claims.pop(ref.lease_id, None)
 
-    def follows_a_claim(self, model: str, scheduling: SchedulingState, unix_s: float) -> bool:
+    def follows_a_claim(
+        self, model: str, scheduling: SchedulingState, unix_s: float, lease_id: float = NO_LEASE
+    ) -> bool:
         """Whether a growing sequence of ``model`` that precedes ``scheduling`` waits for blocks that a victim frees.
 
-        They are not for others: the victim itself would take them back.
+        They are not for others: the victim itself would take them back. ``lease_id``: the lease of ``scheduling``.
         """
-        key = None
-        for lease_id, of_model in list(self._claims.items()):
-            record = self._leases.find(lease_id)
+        own = None
+        for claiming, of_model in list(self._claims.items()):
+            record = self._leases.find(claiming)
             if record is None or record.state not in (LeaseState.RESIDENT, LeaseState.PAUSED):
-                del self._claims[lease_id]
+                del self._claims[claiming]
             elif of_model == model:
-                key = key or self._policy.sort_key(scheduling, unix_s)
-                if self._policy.sort_key(record.scheduling, unix_s) < key:
+                own = own or (self._policy.sort_key(scheduling, unix_s), lease_id)
+                if lease_order(record, self._order(unix_s)) < own:
                     return True
         return False
 
@@ -135,10 +144,11 @@ class MemoryReclaim:
         """A lease could not grow. The next `reclaim_followers` looks for blocks for the first such in the order."""
         known = self._growth_lacks.get(lack.model)
         order = self._order(unix_s)
-        if known is None or (not lack.claims_batched, order(lack.scheduling)) < (
-            not known.claims_batched,
-            order(known.scheduling),
-        ):
+
+        def position(one: MemoryLack) -> tuple[bool, SortKey, float]:
+            return not one.claims_batched, order(one.scheduling), NO_LEASE if one.lease_id is None else one.lease_id
+
+        if known is None or position(lack) < position(known):
             self._growth_lacks[lack.model] = lack
 
     def reclaim_loans(
@@ -155,7 +165,7 @@ class MemoryReclaim:
             self._loans_at_s = now_s + RECLAIM_AFTER_S
         elif now_s >= self._loans_at_s:
             self._loans_at_s = now_s + RECLAIM_EVERY_S
-            return self._preempt(last_in_order(borrowed(), self._order(unix_s)))
+            return self._preempt(last_in_order(borrowed(), self._order(unix_s)), PreemptionReason.KV_QUOTA)
         return []
 
     def reclaim_followers(self, lacking: Iterable[MemoryLack], now_s: float, unix_s: float) -> list[PreemptionRequest]:
@@ -186,7 +196,7 @@ class MemoryReclaim:
                 self._claims[lack.lease_id] = lack.model
             is_leaving = victim.record.state is LeaseState.SWAPPING_OUT
             if victim.is_new or not (is_early or is_leaving):
-                requests += self._preempt(victim)
+                requests += self._preempt(victim, lack.reason)
         if not is_early:
             self._followers_at_s = now_s + RECLAIM_EVERY_S if has_victim else None
         return requests
@@ -245,7 +255,7 @@ class MemoryReclaim:
             return None
         order = self._order(unix_s)
         growing = None if lack.lease_id is None else self._leases.find(lack.lease_id)
-        after = order(lack.scheduling if growing is None else growing.scheduling)  # it may have reported since
+        after = (order(lack.scheduling), NO_LEASE) if growing is None else lease_order(growing, order)  # as of now
         records = [
             one
             for one in self._leases.of_models([lack.model])
@@ -314,8 +324,8 @@ class MemoryReclaim:
         return lambda state: self._policy.sort_key(state, unix_s)
 
     @staticmethod
-    def _preempt(victim: Victim | None) -> list[PreemptionRequest]:
+    def _preempt(victim: Victim | None, reason: PreemptionReason) -> list[PreemptionRequest]:
         if victim is None:
             return []
         victim.record.num_preemption_requests += 1
-        return [PreemptionRequest(victim.record.owner, victim.record.lease.ref.lease_id)]
+        return [PreemptionRequest(victim.record.owner, victim.record.lease.ref.lease_id, reason)]

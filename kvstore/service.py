@@ -17,6 +17,7 @@ import grpc
 
 from kvstore.attach_server import AttachServer
 from kvstore.grant_table import GrantTable
+from kvstore.memory_reclaim import PreemptionRequest
 from kvstore.preemption_costs import CALLS_S, KvCosts
 from kvstore.unit import IssuedCredit, IssuedSwapIn, Unit
 from kvstore.unit_status import unit_status
@@ -66,7 +67,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         """Model → requests that were overtaken, once for each credit that overtook them."""
         self.attach: AttachServer | None = None
         self._routers: dict[str, _Responses] = {}
-        self._watchers: dict[str, asyncio.Queue[Lease | int]] = {}
+        self._watchers: dict[str, asyncio.Queue[Lease | PreemptionRequest]] = {}
         self._swap_ins: dict[int, asyncio.Future[IssuedSwapIn]] = {}
         self.on_changed: list[Callable[[], None]] = []
         """Called after each change, when its decisions are sent."""
@@ -90,7 +91,14 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
                 waiting.set_result(swap_in)
         for preemption in decisions.preemptions:
             if preemption.worker in self._watchers:
-                self._watchers[preemption.worker].put_nowait(preemption.lease_id)
+                self._watchers[preemption.worker].put_nowait(preemption)
+            if self._trace_decisions:
+                _log.info(
+                    "lease %d of %s has to free its memory: %s",
+                    preemption.lease_id,
+                    preemption.worker,
+                    preemption.reason,
+                )
         for command in decisions.commands:
             if self.attach is not None:
                 self.attach.tell(command)
@@ -312,7 +320,8 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
                 if isinstance(event, Lease):
                     yield kvstore_pb2.WatchLeasesResponse(arrived=convert.lease_to_wire(event))
                 else:
-                    yield kvstore_pb2.WatchLeasesResponse(preempt=event)
+                    preempt = kvstore_pb2.LeasePreemption(lease_id=event.lease_id, reason=event.reason)
+                    yield kvstore_pb2.WatchLeasesResponse(preempt=preempt)
         finally:
             if self._watchers.get(request.owner) is queue:
                 del self._watchers[request.owner]

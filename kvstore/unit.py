@@ -15,15 +15,17 @@ from kvstore.leases import Assignment, LeaseRecord, LeaseState, LeaseTable
 from kvstore.memory_reclaim import MemoryLack, MemoryReclaim, PreemptionRequest
 from kvstore.model_states import NO_LIMITS, AwakeLimits, ModelState, ModelStates, ModelUse, WorkerCommand
 from kvstore.quotas import Quotas
+from kvstore.reaches import Reaches
 from kvstore.sequence_progress import SequenceProgress
 from kvstore.slab_pool import SlabPool
 from kvstore.swap_space import SwapSpace
 from kvstore.unit_model import UnitModel
+from kvstore.victim_choice import NO_LEASE
 from kvstore.wait_times import EntryKey, WaitTimes
 from kvstore.worker_slots import WorkerRecord, WorkerSlots, ready_workers
 from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
 from muxmesh.quoting import named, quoted
-from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
+from muxmesh.scheduling_policy import FCFS, SchedulingPolicy, SortKey
 from muxmesh.step_cost import COSTS_EVERY_S
 from muxmesh.types import (
     KvDemand,
@@ -126,6 +128,7 @@ class Unit:
         self.policy = policy
         self.num_decisions = 0
         self.admission = Admission(policy)
+        self._reaches = Reaches(self.leases, policy)
         self._waits = WaitTimes()
         self.quotas = Quotas(self.pool.num_slabs)
         self.states = ModelStates(awake)
@@ -192,6 +195,7 @@ class Unit:
         ``computed``: lease id → hashes of the blocks that it had computed, which stay in the prefix cache.
         """
         self.workers.pop(name, None)
+        self._reaches.drop(name)
         self.admission.drop_source(name)
         return self.leases.drop_owner(name, computed)
 
@@ -228,66 +232,101 @@ class Unit:
         First drops expired credits and adapts the quotas if that is due; at the end reclaims loans. ``now_s`` is
         monotonic time; ``unix_s`` is the same moment on the clock of the requests' arrivals.
         """
+        decisions = AdmissionDecisions()
+        self._pass_time(now_s, decisions)
+        batched, resident = self.leases.count_assigned()
+        slots = WorkerSlots(
+            tuple(self.workers.values()),
+            self.models,
+            batched,
+            resident,
+            lambda worker: self._reaches.of(worker, unix_s),
+        )
+        lacks_memory, lacking = self._admit(slots, decisions, now_s, unix_s)
+        decisions.preemptions.extend(
+            self.reclaim.reclaim_loans(lacks_memory, self._borrowed_leases, now_s, unix_s)
+            + self.reclaim.reclaim_followers(lacking, now_s, unix_s)
+        )
+        self._note_waits(slots, now_s, unix_s)
+        return decisions
+
+    def _pass_time(self, now_s: float, decisions: AdmissionDecisions) -> None:
+        """Makes the changes that are due by ``now_s``: of credits, removed models, models' states and quotas."""
         self.quotas.count_use(now_s, self.blocks.num_used_slabs)
         self.leases.drop_expired(now_s)
         self._remove_drained_models()
-        decisions = AdmissionDecisions()
         self._update_states(now_s, decisions.commands)
         self.quotas.adapt(now_s, self.admission.count)
-        batched, resident = self.leases.count_assigned()
-        slots = WorkerSlots(
-            tuple(self.workers.values()), self.models, batched, resident, self.leases.decoding_in, self.policy, unix_s
-        )
+
+    def _admit(
+        self, slots: WorkerSlots, decisions: AdmissionDecisions, now_s: float, unix_s: float
+    ) -> tuple[bool, list[MemoryLack]]:
+        """Admits waiting entries as far as there are slots and memory.
+
+        Returns whether an entry within its model's quota lacks memory, and the first of each model that does.
+        """
+        lacking: dict[str, MemoryLack] = {}
 
         def has_slot(entry: AdmissionEntry) -> bool:
-            state = entry.request.scheduling
-            if not self._admits(entry) or self.reclaim.follows_a_claim(entry.model, state, unix_s):
+            state, lease_id = entry.request.scheduling, entry.swapped.lease_id if entry.swapped else NO_LEASE
+            if not self._admits(entry) or self.reclaim.follows_a_claim(entry.model, state, unix_s, lease_id):
                 return False
-            return slots.has_slot(entry.model, entry.request.scheduling, entry.worker) or (
+            return slots.has_slot(entry.model, state, entry.worker) or (
                 entry.swapped is not None and self._is_due_soon(entry, slots, unix_s)
             )
+
+        def ends(entry: AdmissionEntry, key: SortKey) -> bool:
+            if entry.swapped is not None:
+                return False
+            return not self._admits(entry) or slots.ends_before(entry.model, key)
 
         def is_within_quota(entry: AdmissionEntry) -> bool:
             return self.blocks.num_slabs_with(entry.model, self._num_blocks(entry)) <= self.quotas.slabs[entry.model]
 
-        lacking: dict[str, MemoryLack] = {}
-
-        def note_lack(entry: AdmissionEntry) -> None:
-            """Of the entries of a model, the first in order that lacks memory is the first that is tried."""
-            if entry.model not in lacking:
-                num_blocks, num_waiting = self._num_blocks(entry), self.admission.count(entry.model)
-                lacking[entry.model] = MemoryLack(entry.model, entry.request.scheduling, num_blocks, num_waiting)
-
         def try_admit(entry: AdmissionEntry, lend: bool) -> bool:
             max_new_slabs = None if lend else self._num_spare_slabs(entry.model)
-            if entry.swapped is not None:
-                swap_in = self._begin_swap_in(entry, entry.swapped, max_new_slabs)
-                if swap_in is None:
-                    note_lack(entry)
-                    return False
-                decisions.swap_ins.append(swap_in)
-                slots.take(entry.source)
+            if self._try_admit(entry, max_new_slabs, slots, decisions, now_s):
                 return True
-            prefill, decode = slots.choose(entry.model, entry.request.scheduling)
-            credit = self._issue_credit(entry, prefill, decode, max_new_slabs, now_s)
-            if credit is None:
-                note_lack(entry)
-                return False
-            decisions.credits.append(credit)
-            slots.take(prefill.name, decode.name)
-            return True
+            if entry.model not in lacking:  # the first in order that lacks memory is the first that is tried
+                num_blocks, num_waiting = self._num_blocks(entry), self.admission.count(entry.model)
+                lacking[entry.model] = MemoryLack(entry.model, entry.request.scheduling, num_blocks, num_waiting)
+            return False
 
-        lacks_memory = self.admission.admit(unix_s, has_slot, is_within_quota, try_admit)
-        preemptions = self.reclaim.reclaim_loans(lacks_memory, self._borrowed_leases, now_s, unix_s)
-        preemptions += self.reclaim.reclaim_followers(lacking.values(), now_s, unix_s)
-        decisions.preemptions.extend(preemptions)
+        lacks_memory = self.admission.admit(unix_s, has_slot, is_within_quota, try_admit, ends)
+        return lacks_memory, list(lacking.values())
+
+    def _try_admit(
+        self,
+        entry: AdmissionEntry,
+        max_new_slabs: int | None,
+        slots: WorkerSlots,
+        decisions: AdmissionDecisions,
+        now_s: float,
+    ) -> bool:
+        """Reserves token blocks and a slot for an entry that has one; False if the pool has too few blocks."""
+        if entry.swapped is not None:
+            swap_in = self._begin_swap_in(entry, entry.swapped, max_new_slabs)
+            if swap_in is None:
+                return False
+            decisions.swap_ins.append(swap_in)
+            slots.take(entry.source)
+            return True
+        prefill, decode = slots.choose(entry.model, entry.request.scheduling)
+        credit = self._issue_credit(entry, prefill, decode, max_new_slabs, now_s)
+        if credit is None:
+            return False
+        decisions.credits.append(credit)
+        slots.take(prefill.name, decode.name)
+        return True
+
+    def _note_waits(self, slots: WorkerSlots, now_s: float, unix_s: float) -> None:
+        """Notes what waiting entries wait for from now on, and when to look again at sequences for a slot."""
         causes = self._first_causes(unix_s, slots)
         if WaitCause.SLOT not in causes.values():
             self._slots_due_s = None
         elif self._slots_due_s is None or now_s >= self._slots_due_s:
             self._slots_due_s = now_s + SLOT_CHECK_EVERY_S
         self._waits.update(self.admission.waiting, causes, now_s)
-        return decisions
 
     def _update_states(self, now_s: float, commands: list[WorkerCommand]) -> None:
         """Lets models fall asleep, which returns cached KV and quota once no lease is left, and wake."""
@@ -373,7 +412,7 @@ class Unit:
         num_spare = self._num_spare_slabs(model)
         max_new_slabs = max(0, num_spare) if self.reclaim.is_claimed else None
         block_ids = None
-        if not self.reclaim.follows_a_claim(model, record.scheduling, unix_s):
+        if not self.reclaim.follows_a_claim(model, record.scheduling, unix_s, ref.lease_id):
             block_ids = self.leases.grow(ref, owner, num_blocks, max_new_slabs)
         if block_ids is not None or (self.reclaim.is_claimed and num_spare < 0):
             self.reclaim.claim_ends(ref)

@@ -26,8 +26,9 @@ def unit_families(
     transport: Transport,
     num_overtaken: Mapping[str, int],
     num_revoked: Mapping[tuple[Role, str], int] = MappingProxyType({}),
+    num_held_up: Mapping[str, int] = MappingProxyType({}),
 ) -> Iterator[Family]:
-    """``num_overtaken``: by model, see `KvStoreService`. ``num_revoked``: see `GrantTable`."""
+    """``num_overtaken``: by model, see `KvStoreService`. ``num_revoked``, ``num_held_up``: see `GrantTable`."""
     name = config.name
     yield gauge(
         "muxmesh_unit_info", "1; the labels have the device, and how its memory is passed to workers.",
@@ -52,6 +53,10 @@ def unit_families(
             (name, model, role.value): num_revoked.get((role, model), 0)
             for model in unit.models for role in Role
         },
+    )  # fmt: skip
+    yield counter(
+        "muxmesh_decodes_held_up_total", "Times that prefills held up a decode worker too long, stall budget used up.",
+        _MODEL, {(name, model): num_held_up.get(model, 0) for model in unit.models},
     )  # fmt: skip
     yield counter(
         "muxmesh_overtaken_requests_total", "Earlier requests that still waited when a later one got its credit.",

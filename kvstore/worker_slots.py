@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from muxmesh.batch_choice import Batchable, Reach
-from muxmesh.scheduling_policy import SchedulingPolicy
+from muxmesh.batch_choice import Reach
+from muxmesh.scheduling_policy import SortKey
 from muxmesh.types import Role, SchedulingState
 
 _ROLES = tuple(Role)
@@ -98,21 +98,18 @@ class WorkerSlots:
         limits: Mapping[str, SlotLimits],
         batched: Counter[str],
         resident: Counter[str],
-        decoding_in: Callable[[str], Sequence[Batchable]],
-        policy: SchedulingPolicy,
-        unix_s: float,
+        reach_of: Callable[[str], Reach],
     ) -> None:
         """``limits``: by model. ``batched``, ``resident``: leases by worker, see `LeaseTable.count_assigned`.
 
-        ``decoding_in``: the sequences that a decode worker computes.
+        ``reach_of``: which sequences displace those that a decode worker computes.
         """
         self._limits = limits
         self._batched = batched
         self._resident = resident
         self._workers = workers
-        self._decoding_in = decoding_in
-        self._reach: dict[str, Reach] = {}
-        self._policy, self._unix_s = policy, unix_s
+        self._reach_of = reach_of
+        self._reaches: dict[str, Reach] = {}
         self._ready_of: dict[str, list[list[WorkerRecord]]] = {}
         """Model → its ready workers by role, once asked for."""
 
@@ -126,6 +123,11 @@ class WorkerSlots:
             return self._can_batch(worker, model, scheduling)
         prefills, decodes = self._ready(model)
         return bool(prefills) and any(self._can_batch(decode.name, model, scheduling) for decode in decodes)
+
+    def ends_before(self, model: str, key: SortKey) -> bool:
+        """Whether `has_slot` is False for each sequence of ``model`` at ``key`` in the order, or later."""
+        prefills, decodes = self._ready(model)
+        return not prefills or not any(self._may_batch(decode.name, model, key) for decode in decodes)
 
     def has_workers(self, model: str) -> bool:
         """Whether a prefill and a decode worker of the model are ready."""
@@ -143,8 +145,9 @@ class WorkerSlots:
 
     def take(self, *workers: str) -> None:
         """Counts one more sequence of each worker."""
-        self._batched.update(workers)
-        self._resident.update(workers)
+        for worker in workers:
+            self._batched[worker] += 1
+            self._resident[worker] += 1
 
     def _ready(self, model: str) -> list[list[WorkerRecord]]:
         ready = self._ready_of.get(model)
@@ -154,18 +157,33 @@ class WorkerSlots:
 
     def _can_batch(self, worker: str, model: str, scheduling: SchedulingState) -> bool:
         limits = self._limits[model]
-        num_batched, num_resident = self._batched[worker], self._resident[worker]
+        if (is_free := self._has_free_slot(worker, limits)) is not None:
+            return is_free
+        return self._reach(worker).may_displace_more_than(self._num_claimed(worker, limits), scheduling)
+
+    def _may_batch(self, worker: str, model: str, key: SortKey) -> bool:
+        """Whether it may be that ``worker`` can batch a sequence at ``key`` in the order, or later."""
+        is_free = self._has_free_slot(worker, self._limits[model])
+        return not self._reach(worker).ends_before(key) if is_free is None else is_free
+
+    def _has_free_slot(self, worker: str, limits: SlotLimits) -> bool | None:
+        """Whether any sequence has a slot; None: only one that displaces another one."""
+        num_resident = self._resident[worker]
         if num_resident >= limits.resident_limit:
             return False
         if num_resident < limits.max_num_seqs:
             return True
-        num_claimed = max(0, num_batched - limits.max_num_seqs)
-        if num_claimed >= max(1, limits.max_num_seqs // 2):
-            return False
-        reach = self._reach.get(worker)
+        return False if self._num_claimed(worker, limits) >= max(1, limits.max_num_seqs // 2) else None
+
+    def _num_claimed(self, worker: str, limits: SlotLimits) -> int:
+        """Sequences that will displace others once their prefill is done."""
+        return max(0, self._batched[worker] - limits.max_num_seqs)
+
+    def _reach(self, worker: str) -> Reach:
+        reach = self._reaches.get(worker)
         if reach is None:
-            reach = self._reach[worker] = Reach(self._decoding_in(worker), self._policy, self._unix_s)
-        return reach.may_displace_more_than(num_claimed, scheduling)
+            reach = self._reaches[worker] = self._reach_of(worker)
+        return reach
 
     def _least_loaded(self, workers: Sequence[WorkerRecord]) -> WorkerRecord:
         return min(workers, key=lambda worker: self._batched[worker.name])

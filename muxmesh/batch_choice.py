@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Protocol, TypeVar
 
+from muxmesh.execution import PreemptionReason
 from muxmesh.remaining_work import RemainingWork
 from muxmesh.scheduling_policy import SchedulingPolicy, SortKey
 from muxmesh.types import SchedulingState
@@ -93,12 +95,34 @@ def displaces(
     return newcomer.priority < held.priority or policy.is_overdue(newcomer, now_s)
 
 
-def choose_batch(items: Sequence[_Item], policy: SchedulingPolicy, now_s: float, max_num_seqs: int) -> list[_Item]:
+def displacement_reason(
+    newcomer: SchedulingState, victim: Batchable, policy: SchedulingPolicy, now_s: float, is_due: bool
+) -> PreemptionReason:
+    """Why a sequence that waits takes the slot of ``victim``; `displaces` holds for the same arguments."""
+    if policy.is_overdue(newcomer, now_s):
+        return PreemptionReason.OVERDUE
+    if newcomer.priority < victim.scheduling.priority:
+        return PreemptionReason.PRIORITY
+    return PreemptionReason.SLO if is_due else PreemptionReason.ORDER
+
+
+def _ignore(victim: object, reason: PreemptionReason) -> None:
+    pass
+
+
+def choose_batch(
+    items: Sequence[_Item],
+    policy: SchedulingPolicy,
+    now_s: float,
+    max_num_seqs: int,
+    on_displaced: Callable[[_Item, PreemptionReason], None] = _ignore,
+) -> list[_Item]:
     """Returns the ``max_num_seqs`` items, or all if they are fewer, that the next step computes.
 
     At most ``max_num_seqs`` of the items are in the batch already. Free slots go to the first of those that wait, of
     each class those whose next token is due before the others. Then,
-    in one step, at most half of the batch is displaced, the last in the order first. ``now_s``: unix time.
+    in one step, at most half of the batch is displaced, the last in the order first; ``on_displaced`` is called with
+    each of them. ``now_s``: unix time.
     """
     if len(items) <= max_num_seqs:
         return list(items)
@@ -112,7 +136,7 @@ def choose_batch(items: Sequence[_Item], policy: SchedulingPolicy, now_s: float,
     waiting = sorted((item for item in items if not item.is_batched), key=position)
     num_free = max_num_seqs - len(batch)
     batch, waiting = batch + waiting[:num_free], waiting[num_free:]
-    reach = Reach(batch, policy, now_s)
+    reach = Reach(dict(enumerate(batch)), policy, now_s)
     held: list[_Item] | None = None
     num_displaced = 0
     for newcomer in waiting:
@@ -125,6 +149,7 @@ def choose_batch(items: Sequence[_Item], policy: SchedulingPolicy, now_s: float,
             held = sorted(batch, key=lambda item: policy.sort_key(item.scheduling, now_s), reverse=True)
         victim = next((item for item in held if displaces(newcomer.scheduling, item, policy, now_s, is_due)), None)
         if victim is not None:
+            on_displaced(victim, displacement_reason(newcomer.scheduling, victim, policy, now_s, is_due))
             held.remove(victim)
             batch[batch.index(victim)] = newcomer
             num_displaced += 1
@@ -132,24 +157,49 @@ def choose_batch(items: Sequence[_Item], policy: SchedulingPolicy, now_s: float,
 
 
 class Reach:
-    """Which sequences may displace others of one batch at one time, without looking at each of it again.
+    """Which sequences may displace others of one batch, without looking at each of it again.
 
     Of the batch's sequences that their own class may displace it keeps the remaining work, the longest first, and the
     last position in the order up to each.
     """
 
-    def __init__(self, batch: Sequence[Batchable], policy: SchedulingPolicy, now_s: float) -> None:
-        """``now_s``: unix time."""
-        self._batch, self._policy, self._now_s = batch, policy, now_s
-        self._worst_class = max((item.scheduling.priority for item in batch), default=-math.inf)
-        states = [item.scheduling for item in batch if item.num_preemptions < MAX_PREEMPTIONS and not item.is_protected]
-        self._states = sorted(states, key=lambda state: -state.remaining_s)
-        self._negated_bounds = [-DISPLACING_RATIO * state.remaining_s for state in self._states]
-        """Negated, so that they increase: the newcomer's remaining work has to be less."""
-        self._keys: list[SortKey] = []
-        """Of the first of ``_states``, as far as they were needed."""
+    def __init__(self, batch: Mapping[int, Batchable], policy: SchedulingPolicy, now_s: float) -> None:
+        """``batch``: number, at least 0, → sequence. ``now_s``: unix time.
+
+        It is right at other times too if the policy's order is (`SchedulingPolicy.is_timeless`).
+        """
+        self._policy, self._now_s = policy, now_s
+        self._batch = dict(batch)
+        self._states = {number: item.scheduling for number, item in batch.items()}
+        self._classes = Counter(state.priority for state in self._states.values())
+        self._worst_class = max(self._classes, default=-math.inf)
+        self._bounds = {number: _bound(item.scheduling) for number, item in batch.items() if _is_displaceable(item)}
+        self._longest = sorted((bound, number) for number, bound in self._bounds.items())
+        self._keys: dict[int, SortKey] = {}
+        """Of those of ``_longest`` for which they were needed."""
         self._last_keys: list[SortKey] = []
-        """The maximum of the keys up to each."""
+        """The maximum of the keys up to each of the first of ``_longest``, as far as they were needed."""
+
+    def update(self, number: int, item: Batchable | None) -> None:
+        """The sequence ``number`` has changed, is new in the batch, or (None) has left it."""
+        if (old := self._states.pop(number, None)) is not None:
+            del self._batch[number]
+            self._classes[old.priority] -= 1
+            if not self._classes[old.priority]:
+                del self._classes[old.priority]
+            self._keys.pop(number, None)
+            if (bound := self._bounds.pop(number, None)) is not None:
+                position = bisect_left(self._longest, (bound, number))
+                del self._longest[position], self._last_keys[position:]
+        if item is not None:
+            self._batch[number], self._states[number] = item, item.scheduling
+            self._classes[item.scheduling.priority] += 1
+            if _is_displaceable(item):
+                bound = self._bounds[number] = _bound(item.scheduling)
+                position = bisect_left(self._longest, (bound, number))
+                self._longest.insert(position, (bound, number))
+                del self._last_keys[position:]
+        self._worst_class = max(self._classes, default=-math.inf)
 
     def may_displace(self, newcomer: SchedulingState) -> bool:
         """Whether ``newcomer`` displaces at least one of the batch."""
@@ -159,16 +209,43 @@ class Reach:
         """Whether there are more than ``number`` sequences of which ``newcomer`` displaces any one."""
         policy, now_s = self._policy, self._now_s
         if newcomer.priority < self._worst_class or policy.is_overdue(newcomer, now_s):
-            victims = (one for one in self._batch if displaces(newcomer, one, policy, now_s))
+            victims = (one for one in self._batch.values() if displaces(newcomer, one, policy, now_s))
             return next(islice(victims, number, None), None) is not None
-        num_longer = bisect_left(self._negated_bounds, -newcomer.remaining_s)
+        num_longer = bisect_left(self._longest, (-newcomer.remaining_s, -1))
         if num_longer <= number:
             return False
-        for state in self._states[len(self._keys) : num_longer]:
-            key = policy.sort_key(state, now_s)
-            self._last_keys.append(max(key, self._last_keys[-1]) if self._last_keys else key)
-            self._keys.append(key)
         own = policy.sort_key(newcomer, now_s)
-        if not own < self._last_keys[num_longer - 1]:
+        if not own < self._last_key(num_longer):
             return False
-        return number == 0 or sum(own < key for key in self._keys[:num_longer]) > number
+        return number == 0 or sum(own < self._key_of(one) for _, one in self._longest[:num_longer]) > number
+
+    def ends_before(self, key: SortKey) -> bool:
+        """Whether no sequence that is at ``key`` in the order, or later, displaces any."""
+        return not (key[0] < self._worst_class or (self._longest and key < self._last_key(len(self._longest))))
+
+    def _last_key(self, num_longest: int) -> SortKey:
+        """The last position in the order of the first ones of ``_longest``; at least 1 of them."""
+        keys, last_keys = self._keys, self._last_keys
+        last = last_keys[-1] if last_keys else None
+        for _, number in self._longest[len(last_keys) : num_longest]:
+            key = keys.get(number) or self._key_of(number)
+            if last is None or last < key:
+                last = key
+            last_keys.append(last)
+        return last_keys[num_longest - 1]
+
+    def _key_of(self, number: int) -> SortKey:
+        key = self._keys.get(number)
+        if key is None:
+            key = self._keys[number] = self._policy.sort_key(self._states[number], self._now_s)
+        return key
+
+
+def _is_displaceable(item: Batchable) -> bool:
+    """Whether its own class may displace a sequence."""
+    return item.num_preemptions < MAX_PREEMPTIONS and not item.is_protected
+
+
+def _bound(held: SchedulingState) -> float:
+    """The work that a sequence has to have less of to displace ``held``; negated, so that the longest is first."""
+    return -DISPLACING_RATIO * held.remaining_s

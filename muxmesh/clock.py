@@ -15,6 +15,9 @@ class Clock(Protocol):
     def unix_s(self) -> float:
         """Seconds since 1970-01-01 UTC. Comparable between machines; jumps when the system clock is set."""
 
+    def thread_cpu_s(self) -> float:
+        """CPU seconds of the calling thread: time in which it waits, or is stopped by SIGSTOP, does not count."""
+
 
 class SystemClock:
     """The clocks of the operating system."""
@@ -24,6 +27,9 @@ class SystemClock:
 
     def unix_s(self) -> float:
         return time.time()  # noqa: TID251 - the only caller
+
+    def thread_cpu_s(self) -> float:
+        return time.thread_time()
 
 
 class ManualClock:
@@ -40,4 +46,7 @@ class ManualClock:
         return self._now_s
 
     def unix_s(self) -> float:
+        return self._now_s
+
+    def thread_cpu_s(self) -> float:
         return self._now_s

@@ -72,6 +72,12 @@ class RemainingWork:
         """After how many more tokens `update` will compute the expected length again; None: never."""
         return None if self._prediction is None else max(1, math.ceil(self._repredict_at - num_output_tokens))
 
+    def tokens_until_change(self, num_output_tokens: int, fraction: float) -> int | None:
+        """After how many more tokens `update` changes ``state``, or `is_past` of ``fraction``; None: never."""
+        past = fraction * self._expected_tokens
+        point = self._refresh_at if num_output_tokens >= past else min(self._refresh_at, past)
+        return None if point == math.inf else max(1, math.ceil(point) - num_output_tokens)
+
     def _next_prediction(self, prediction: LengthPrediction, num_output_tokens: int) -> float:
         points = (fraction * prediction.p50_tokens for fraction in REPREDICT_AT)
         point = next((one for one in points if one > num_output_tokens), None)

@@ -31,8 +31,12 @@ from muxmesh.types import SchedulingState
 PolicyName = Literal["fcfs", "sjf", "srtf", "srtf-aged", "hrrn", "mlfq"]
 
 _MIN_WORK_S = 1e-6
-_NO_HANDICAP, _FULL_HANDICAP = 0.1, 1.5
-"""Remaining work relative to the mean work: the handicap is 0 up to the first value, and maximal from the second on."""
+_NO_HANDICAP = 0.1
+"""Remaining work relative to the mean work, up to which the handicap is 0."""
+_LONG, _LONG_AT_BACKLOG = 0.75, 1.5
+"""Remaining work relative to the mean work, from which on the handicap no longer grows: without a backlog, with one."""
+_NO_BACKLOG, _BACKLOG = 0.5, 50.0
+"""Requests that were queued at the arrival, per slot of the batch: up to the first value there is no backlog."""
 _MLFQ_LEVELS = 16
 _OVERDUE = -(2**32)
 """Before every priority class."""
@@ -59,6 +63,11 @@ class SchedulingPolicy:
     def changes_with_time(self) -> bool:
         """True if the order of two queued requests can change while neither runs nor becomes overdue."""
         return self.name == "hrrn"
+
+    @property
+    def is_timeless(self) -> bool:
+        """True if no position in the order ever changes while the request's state does not."""
+        return not self.changes_with_time and self.max_wait_s == math.inf
 
     def is_overdue(self, state: SchedulingState, now_s: float) -> bool:
         """Whether a request is overdue at ``now_s`` (unix time).
@@ -96,17 +105,23 @@ class SchedulingPolicy:
 
         SRTF with linear aging orders by ``remaining work - aging * wait``, which is a handicap of
         ``remaining work / aging``; ALISE (Zhao et al. 2024) also ages its queues. Normalized latency depends on ratios
-        of work, so this handicap grows with the logarithm of the work. It grows only between 0.1 and 1.5 times the mean
-        work: separating very long outputs from long ones gains little and delays the longest requests most. Its maximum
-        is the smaller of ``longest_lead`` times the mean work and ``longest_lead_s``. No request is overtaken by one
-        that arrives later than that, which bounds starvation.
+        of work, so this handicap grows with the logarithm of the work, from a tenth of the mean work on. Requests above
+        a limit are ordered by arrival: separating long outputs from very long ones gains little and delays the longest
+        requests most. While few requests wait, that costs the 99th percentile of latency more than the gain is worth,
+        so the limit is 0.75 times the mean work then; it rises with the logarithm of the queue at the arrival, to 1.5
+        times.
+
+        The maximum is the smaller of the state's ``longest_lead_s``, about ``longest_lead`` times the mean work, and
+        the policy's ``longest_lead_s``. No request is overtaken by one that arrives later than that, which bounds
+        starvation.
         """
         mean_work_s = state.mean_work_s or state.remaining_s
         if mean_work_s <= 0:
             return 0.0
-        ratio = min(max(state.remaining_s / mean_work_s, _NO_HANDICAP), _FULL_HANDICAP)
-        fraction = math.log(ratio / _NO_HANDICAP) / math.log(_FULL_HANDICAP / _NO_HANDICAP)
-        return fraction * min(self.longest_lead * mean_work_s, self.longest_lead_s)
+        limit = _long_work(state.queued_per_slot)
+        ratio = min(max(state.remaining_s / mean_work_s, _NO_HANDICAP), limit)
+        fraction = math.log(ratio / _NO_HANDICAP) / math.log(limit / _NO_HANDICAP)
+        return fraction * min(state.longest_lead_s or self.longest_lead * mean_work_s, self.longest_lead_s)
 
     def _score(self, state: SchedulingState, now_s: float) -> float:
         match self.name:
@@ -130,6 +145,13 @@ class SchedulingPolicy:
             used_s -= quantum_s if quantum_s >= state.prefill_s else 0.0
             level, quantum_s = level + 1, quantum_s * 2
         return level
+
+
+def _long_work(queued_per_slot: float) -> float:
+    """The remaining work relative to the mean work, from which on requests are ordered by arrival."""
+    backlog = min(max(queued_per_slot, _NO_BACKLOG), _BACKLOG)
+    part = math.log(backlog / _NO_BACKLOG) / math.log(_BACKLOG / _NO_BACKLOG)
+    return _LONG * float((_LONG_AT_BACKLOG / _LONG) ** part)
 
 
 FCFS = SchedulingPolicy("fcfs", longest_lead=0.0, longest_lead_s=0.0, quantum_s=1.0)

@@ -141,6 +141,8 @@ class Stopping:
         return self.eos_token_ids | self.stop_token_ids
 
 
+SOURCES = ("retrieved", "regressed", "median", "cold", "hint", "fixed", "floor", "failed", "late")
+"""Origins of an expected output length, as `muxmesh.v1.SchedulingInfo` describes them."""
 UNPREDICTED = frozenset({"floor", "failed", "late", "cold", "median"})
 """Sources whose prediction is the same for every request of a model. It changes fast while few outputs are observed."""
 
@@ -179,6 +181,10 @@ class SchedulingState:
     Work is predicted, in seconds of the request's own prefill and decode steps. ``prefill_s`` and ``decode_s`` are the
     remaining work, ``served_s`` the work already done. ``mean_work_s`` is the mean work of a request at the time of
     arrival (`router.expected_work`). Without a prediction all four are 0, so that all requests have equal work.
+    ``longest_lead_s``: for ``srtf-aged``, how much later a request may arrive at most and overtake this one; 0: as long
+    as the policy says for the mean work.
+    ``queued_per_slot``: requests of its model that were queued at its arrival, divided by ``max_num_seqs``.
+    ``num_preemptions``: how often others displaced it from a batch before its KV was freed, over all such times.
     """
 
     priority: int
@@ -187,6 +193,9 @@ class SchedulingState:
     decode_s: float = 0.0
     served_s: float = 0.0
     mean_work_s: float = 0.0
+    num_preemptions: int = 0
+    queued_per_slot: float = 0.0
+    longest_lead_s: float = 0.0
 
     @property
     def remaining_s(self) -> float:
@@ -214,7 +223,21 @@ class SchedulingState:
     def after_tokens(self, num_tokens: int, per_token_s: float, remaining_tokens: float) -> SchedulingState:
         """The state after the prefill and ``num_tokens`` more tokens, each ``per_token_s`` seconds of work."""
         served_s = self.served_s + self.prefill_s + per_token_s * num_tokens
-        return replace(self, prefill_s=0.0, decode_s=per_token_s * remaining_tokens, served_s=served_s)
+        return self.with_work(per_token_s * remaining_tokens, served_s)
+
+    def with_work(self, decode_s: float, served_s: float) -> SchedulingState:
+        """The state after the prefill, with this work left and done."""
+        return SchedulingState(
+            self.priority,
+            self.arrived_at_s,
+            0.0,
+            decode_s,
+            served_s,
+            self.mean_work_s,
+            self.num_preemptions,
+            self.queued_per_slot,
+            self.longest_lead_s,
+        )
 
 
 class WaitCause(StrEnum):

@@ -29,6 +29,7 @@ from router.api.inference_service import InferenceService
 from router.api.mesh_service import MeshService
 from router.api.request_observer import RequestObserver
 from router.attempt import WorkerChannels, run_attempt
+from router.expected_work import ExpectedWork
 from router.length_forecast import LengthForecaster
 from router.model_changes import ModelChanges, placed_model
 from router.pipeline import GenerationPipeline
@@ -118,7 +119,8 @@ async def _open_units(
         admission = UnitAdmission(unit.name, router, channel, clock, policy)
         placed = {model.name: placed_model(runtime, unit.name, model.name) for model in unit.models}
         kvstore, commands = kvstore_pb2_grpc.KvStoreServiceStub(channel), kvstore_pb2_grpc.UnitModelServiceStub(channel)
-        links.append(UnitLink(unit.name, admission, kvstore, commands, placed))
+        work = ExpectedWork(policy.longest_lead)
+        links.append(UnitLink(unit.name, admission, kvstore, commands, placed, work))
     return Units(links)
 
 

@@ -15,7 +15,8 @@ import grpc
 
 from muxmesh.clock import Clock
 from muxmesh.engine.api import Finished, Tokens
-from muxmesh.errors import InternalError
+from muxmesh.errors import InternalError, RequestPreempted
+from muxmesh.execution import Execution
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
@@ -39,8 +40,16 @@ class Prefilled:
     device_wait_s: float = 0.0
 
 
-AttemptEvent = Prefilled | Tokens | Finished
-"""Prefilled first, Finished last."""
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """What became of the sequence in the decode worker so far. ``is_final``: the worker does not have it any more."""
+
+    execution: Execution
+    is_final: bool = False
+
+
+AttemptEvent = Prefilled | Tokens | Reported | Finished
+"""Prefilled first, Finished last. Reported after pre-emptions, and before the end if the sequence ends in decode."""
 
 
 class WorkerChannels:
@@ -87,8 +96,9 @@ async def run_attempt(
 ) -> AsyncGenerator[AttemptEvent, None]:
     """Yields Prefilled, then the tokens from output index ``len(request.resume_token_ids)`` on, then Finished.
 
-    Raises the error that ended the attempt (WorkerLost, Unavailable, LeaseLost, EngineFailed, ...). Closing the
-    generator cancels both calls, and the workers drop the sequence.
+    Raises the error that ended the attempt (WorkerLost, Unavailable, LeaseLost, EngineFailed, ...), RequestPreempted
+    if the sequence has to be computed again. Closing the generator cancels both calls, and the workers drop the
+    sequence.
     """
     called_at_s = clock.monotonic_s()
     stream = await workers.tokens(credit.decode_address)
@@ -136,8 +146,13 @@ async def run_attempt(
             if message.start_index != index:
                 raise InternalError(f"decode sent the token at index {message.start_index}, expected {index}")
             index += len(message.token_ids)
+            if message.HasField("execution"):
+                yield Reported(convert.execution_from_wire(message.execution))
             logprobs = convert.logprobs_from_wire(message.logprobs) if message.HasField("logprobs") else ()
             yield Tokens(message.start_index, tuple(message.token_ids), logprobs)
+        yield Reported(convert.execution_from_wire(end.execution), is_final=True)
+        if not end.HasField("finish"):
+            raise RequestPreempted(end.preempted)
         yield Finished(convert.finish_from_wire(end.finish))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from muxmesh.execution import Execution
 from muxmesh.models.token_texts import TokenText
 from muxmesh.types import NO_WAITS, KvFormat, Sampling, TokenLogprobs, Waits
 
@@ -176,13 +177,18 @@ class TimingsReport:
 
 @dataclass(frozen=True, slots=True)
 class OutputDelta:
-    """New output of sequence ``index``. The first delta of a request has the reports, the last one has the timings."""
+    """New output of sequence ``index``.
+
+    The first delta of a request has the reports, the last one has the timings and, as ``scheduling``, if it is
+    requested, what became of the request.
+    """
 
     index: int
     new: SequenceDelta
     prompt: PromptReport | None = None
     scheduling: SchedulingReport | None = None
     timings: TimingsReport | None = None
+    execution: Execution | None = None
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,7 +19,7 @@ from muxmesh.clock import Clock
 from muxmesh.metrics.family import Histogram
 from muxmesh.predictor.checked_predictor import CheckedPrediction, CheckedPredictor
 from muxmesh.predictor.length_predictor import Fitted, Refit
-from muxmesh.types import LengthPrediction
+from muxmesh.types import SOURCES, LengthPrediction
 from router.daemon_thread import DaemonThread
 from router.tenant_key import tenant_key
 
@@ -31,6 +32,11 @@ FIT_FRACTION = 0.02
 """The fraction of one core that fits may use."""
 LENGTH_RATIOS = (0.1, 0.25, 0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0, 4.0, 10.0)
 """Upper bounds of output lengths divided by the predicted median."""
+
+LOG_ERRORS = (0.1, 0.25, 0.5, 0.75, 1.0, 2.0)
+"""Upper bounds of the absolute logarithm of these ratios."""
+OBSERVED_SOURCES = tuple(source for source in SOURCES if source not in ("fixed", "late"))
+"""Sources of forecasts that are compared with the outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,7 @@ class LengthForecaster:
         self._num_pending = 0
         self.num_late = 0
         self._length_ratios: defaultdict[str, Histogram] = defaultdict(lambda: Histogram(LENGTH_RATIOS))
+        self._log_errors: defaultdict[tuple[str, str], Histogram] = defaultdict(lambda: Histogram(LOG_ERRORS))
 
     async def predict(self, text: str, model: str, tenant: str, hint_tokens: int | None) -> LengthForecast:
         """Returns a forecast within the budget. ``hint_tokens``: the client's own estimate of the output length."""
@@ -93,7 +100,9 @@ class LengthForecaster:
         if checked is None or num_tokens < 1 or self._num_pending >= _MAX_PENDING_OBSERVATIONS:
             return
         if not censored:
-            self._length_ratios[checked.model].observe(num_tokens / forecast.prediction.p50_tokens)
+            ratio = num_tokens / forecast.prediction.p50_tokens
+            self._length_ratios[checked.model].observe(ratio)
+            self._log_errors[checked.model, checked.source].observe(abs(math.log(ratio)))
         self._num_pending += 1
         observation = asyncio.wrap_future(self._predicting.submit(lambda: self._observe(checked, num_tokens, censored)))
         observation.add_done_callback(self._on_observed)
@@ -106,6 +115,10 @@ class LengthForecaster:
     def length_ratio(self, model: str) -> Histogram:
         """Lengths of outputs, as multiples of the median that was predicted; without those that were cut off."""
         return self._length_ratios[model]
+
+    def log_error(self, model: str, source: str) -> Histogram:
+        """The absolute logarithms of these multiples, of the predictions of one source of `OBSERVED_SOURCES`."""
+        return self._log_errors[model, source]
 
     def tau(self, model: str) -> float | None:
         """See `CheckedPredictor.tau`."""
@@ -138,12 +151,12 @@ class LengthForecaster:
 
     def _timed(self, refit: Refit) -> Fitted:
         """Fits, and postpones the next fit so that fits use at most `FIT_FRACTION` of a core."""
-        began_at_s = self._clock.monotonic_s()
+        began_at_s = self._clock.thread_cpu_s()
         try:
             return refit.run()
         finally:
-            ended_at_s = self._clock.monotonic_s()
-            self._next_fit_s = ended_at_s + (ended_at_s - began_at_s) / FIT_FRACTION
+            used_s = self._clock.thread_cpu_s() - began_at_s
+            self._next_fit_s = self._clock.monotonic_s() + used_s / FIT_FRACTION
 
     def _on_fitted(self, done: Future[Fitted]) -> None:
         if done.cancelled():

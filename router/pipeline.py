@@ -13,10 +13,12 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from muxmesh.clock import Clock
 from muxmesh.config.schema import RouterConfig
 from muxmesh.models.token_texts import TokenTexts
+from muxmesh.predictor.start_order import StartOrder
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.types import EngineRequest, LengthPrediction
 from router.expected_work import ExpectedOutput, ModelService, fixed_length
@@ -58,6 +60,14 @@ _SEED_BITS = 53
 """Sampled seeds are exact as doubles, which is what JavaScript and jq read numbers as."""
 
 
+class _KnownLength(NamedTuple):
+    """The length of an output, for the predictor."""
+
+    forecast: LengthForecast
+    num_tokens: int
+    is_censored: bool
+
+
 @dataclass(slots=True)
 class _Generation:
     """A request in progress. ``progress`` has one entry for each sequence."""
@@ -91,6 +101,7 @@ class GenerationPipeline:
     ) -> None:
         """``rng`` samples seeds."""
         self.counters: defaultdict[str, ModelCounters] = defaultdict(ModelCounters)
+        self._start_orders: defaultdict[str, StartOrder[_KnownLength]] = defaultdict(StartOrder)
         self._models = models
         self._units = units
         self._driver = driver
@@ -117,6 +128,7 @@ class GenerationPipeline:
         raise the error of a sequence's last attempt.
         """
         model = self._models.find(request.model)
+        record.max_wait_s = self._policy.max_wait_s
         if model.config.slo is not None:
             record.slo = self._units.choose(model.name).request_slo(model.name)
         self._refuse_overload(model.name, request.num_sequences)
@@ -126,6 +138,8 @@ class GenerationPipeline:
             token_ids = await self._tokenizer.encode(request.prompt, model, max_tokens=max_tokens)
             engine_request = resolve(request, model, token_ids, self._rng.getrandbits(_SEED_BITS), arrived_at_unix_s)
             forecast = await self._predict_length(request, model, engine_request)
+        record.source, record.predicted_tokens = forecast.source, forecast.prediction.p50_tokens
+        self._metrics.of(model.name).num_predictions[forecast.source] += 1
         engine_request = self._with_expected_work(model, engine_request, forecast)
         if record.slo is not None:
             engine_request = replace(engine_request, slo=record.slo.targets(len(engine_request.prompt_token_ids)))
@@ -198,7 +212,8 @@ class GenerationPipeline:
                         times = (record.arrived_at_s, first_token_at_s, now_s)
                         record.verdict = verdict_of(record, "OK", now_s)
                         timings = timings_report(progress, *times, record.verdict)
-                        delta = replace(delta, timings=timings)  # noqa: PLW2901
+                        execution = record.execution(now_s) if generation.request.output.scheduling else None
+                        delta = replace(delta, timings=timings, execution=execution)  # noqa: PLW2901
                     yield delta
         finally:
             counters.num_running -= num_unfinished
@@ -249,15 +264,20 @@ class GenerationPipeline:
 
     async def _sequence(self, generation: _Generation, index: int) -> AsyncGenerator[OutputDelta, None]:
         """The deltas of one sequence. Its length is reported to the predictor, even if the sequence is aborted."""
+        lengths, number = self._start_orders[generation.model.name], 0
         request = generation.engine_request if index == 0 else _sibling(generation.engine_request, index)
         output = _open_output(generation.request, generation.model, request)
         try:
             async with aclosing(self._driver.run(request, output, generation.progress[index])) as deltas:
                 async for delta in deltas:
+                    number = number or lengths.start()
                     yield OutputDelta(index, delta)
         finally:
-            is_censored = output.finish is None or output.finish.kind is FinishKind.LENGTH
-            self._forecaster.observe(generation.forecast, len(output.token_ids), is_censored)
+            if number:
+                is_censored = output.finish is None or output.finish.kind is FinishKind.LENGTH
+                known = _KnownLength(generation.forecast, len(output.token_ids), is_censored)
+                for one in lengths.end(number, known):
+                    self._forecaster.observe(*one)
 
     async def _predict_length(
         self, request: GenerationRequest, model: ServedModel, engine_request: EngineRequest
@@ -285,7 +305,8 @@ class GenerationPipeline:
         self, model: ServedModel, request: EngineRequest, forecast: LengthForecast
     ) -> EngineRequest:
         unit, name = self._units.choose(model.name), model.name
-        service = ModelService(name, unit.admission.costs.get(name), unit.models[name].config.step_token_budget)
+        config = unit.models[name].config
+        service = ModelService(name, unit.admission.costs.get(name), config.step_token_budget, config.max_num_seqs)
         expected = ExpectedOutput(forecast.prediction, forecast.source, request.stopping)
         known = unit.expected_work.expect(
             request.scheduling, expected, len(request.prompt_token_ids), service, unit.admission.num_queued(name)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 
 from muxmesh.metrics.family import Family, Histogram, bounds_1_2_5, counter, histogram
-from muxmesh.types import NO_WAITS, Waits
+from muxmesh.types import NO_WAITS, SOURCES, Waits
 from router.request_record import RequestRecord
 from router.slo_counts import SloCounts, verdict_of
 
@@ -56,6 +56,9 @@ class ModelRequestMetrics:
     num_ended: Counter[str] = field(default_factory=lambda: Counter(OK=0))
     """By gRPC status code."""
     num_restarts: int = 0
+    num_overdue: int = 0
+    num_predictions: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(SOURCES, 0)))
+    """Requests by the origin of their expected output length."""
     waits: Waits = NO_WAITS
     slo: SloCounts = field(default_factory=SloCounts)
 
@@ -73,6 +76,7 @@ class ModelRequestMetrics:
         self.num_ended[status] += 1
         self.num_restarts += record.num_restarts
         self.waits = self.waits.plus(record.waits)
+        self.num_overdue += record.execution(now_s).is_overdue
         if status != "OK" or record.verdict is None:  # else the client has got it, in the timings
             record.verdict = verdict_of(record, status, now_s)
         if record.verdict is not None:
@@ -138,6 +142,15 @@ class RequestMetrics:
                 for name, one in self._models.items()
                 for cause in fields(Waits)
             },
+        )  # fmt: skip
+        yield counter(
+            "muxmesh_overdue_requests_total", "Requests that waited for order.max_wait_s before they ended.", MODEL,
+            {(name,): one.num_overdue for name, one in self._models.items()},
+        )  # fmt: skip
+        yield counter(
+            "muxmesh_predictions_total", "Requests by the origin of their expected output length.",
+            ("model_name", "source"),
+            {(name, source): n for name, one in self._models.items() for source, n in one.num_predictions.items()},
         )  # fmt: skip
         totals = {name: one.slo.total for name, one in self._models.items()}
         yield counter(

@@ -5,9 +5,11 @@ It has no text and no token, and what a client chose freely is in `request_id` o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from muxmesh.execution import Execution
 from muxmesh.slo import RequestSlo, Verdict
 from muxmesh.types import NO_WAITS, Waits
 from router.generation import FinishKind
@@ -36,6 +38,12 @@ class RequestRecord:
     first_token_at_s: float | None = None
     finishes: list[FinishKind] = field(default_factory=list)
     """Of the sequences that have finished."""
+    max_wait_s: float = math.inf
+    """After this wait it is overdue."""
+    source: str = ""
+    """Origin of its expected output length; empty until there is one."""
+    predicted_tokens: float = 0.0
+    """Median of its expected output length."""
     slo: RequestSlo | None = None
     """None: its model has no SLO, or one that is not known yet."""
     longest_gap_s: float = 0.0
@@ -97,6 +105,17 @@ class RequestRecord:
     def waits(self) -> Waits:
         """What the first sequence waited for until its first token."""
         return self.progress[0].waits if self.progress else NO_WAITS
+
+    def execution(self, now_s: float) -> Execution:
+        """What became of all sequences together, as far as workers have reported it. Overdue in the queue counts."""
+        total = Execution(is_overdue=self._is_overdue_in_queue(now_s))
+        for one in self.progress:
+            total = total.plus(one.execution(now_s))
+        return total
+
+    def _is_overdue_in_queue(self, now_s: float) -> bool:
+        credited = [one.credited_at_s for one in self.progress] or [None]
+        return any((now_s if at_s is None else at_s) - self.arrived_at_s >= self.max_wait_s for at_s in credited)
 
     @property
     def credited_at_s(self) -> float | None:

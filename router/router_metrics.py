@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from muxmesh.metrics.family import Family, Labels, counter, gauge, histogram
-from router.length_forecast import LengthForecaster
+from router.length_forecast import OBSERVED_SOURCES, LengthForecaster
 from router.pipeline import GenerationPipeline
 from router.request_metrics import MODEL
 from router.served_models import ServedModels
@@ -56,6 +56,11 @@ def _predictor(forecaster: LengthForecaster, names: list[str]) -> Iterator[Famil
     yield histogram(
         "muxmesh_output_length_ratio", "Output tokens divided by the predicted median, of outputs that ended by "
         "themselves.", MODEL, {(name,): forecaster.length_ratio(name) for name in names},
+    )  # fmt: skip
+    yield histogram(
+        "muxmesh_prediction_log_error", "Absolute logarithm of output tokens divided by the predicted median.",
+        ("model_name", "source"),
+        {(name, source): forecaster.log_error(name, source) for name in names for source in OBSERVED_SOURCES},
     )  # fmt: skip
     yield counter(
         "muxmesh_predictions_late_total", "Requests that got the mean length, as the predictor was too slow.", (),

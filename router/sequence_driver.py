@@ -22,9 +22,10 @@ from muxmesh.errors import (
     RequestPreempted,
     Unavailable,
 )
+from muxmesh.execution import NO_EXECUTION, Execution
 from muxmesh.types import NO_WAITS, EngineRequest, Waits
 from router.admission_client import Credit
-from router.attempt import AttemptEvent, Prefilled
+from router.attempt import AttemptEvent, Prefilled, Reported
 from router.generation import SequenceDelta
 from router.sequence_output import SequenceOutput
 from router.units import UnitLink
@@ -43,6 +44,29 @@ Attempt = Callable[[EngineRequest, Credit], AsyncGenerator[AttemptEvent, None]]
 """One attempt, see `router.attempt.run_attempt`."""
 
 
+_NO_REPORT = Reported(NO_EXECUTION)
+
+
+@dataclass(slots=True)
+class Decoding:
+    """One attempt after its prefill, which ended at ``begun_at_s`` (monotonic), and its worker's latest report."""
+
+    begun_at_s: float
+    reported: Reported = _NO_REPORT
+
+    def execution(self, now_s: float) -> Execution:
+        """What became of the sequence until ``now_s``.
+
+        Without a final report, of a worker that is lost or an output that a stop string ended, the time since the
+        latest one counts as in the batch: it is of a return there.
+        """
+        execution = self.reported.execution
+        if self.reported.is_final:
+            return execution
+        batched_s = now_s - self.begun_at_s - execution.paused_s - execution.swapped_s
+        return replace(execution, batched_s=max(execution.batched_s, batched_s))
+
+
 @dataclass(slots=True)
 class Progress:
     """The state of one running sequence. ``credit`` is that of its first attempt, ``prefilled`` that of its last."""
@@ -55,6 +79,36 @@ class Progress:
     """Seconds that the sequence has waited for credits and for prefill until its first token."""
     waits: Waits = NO_WAITS
     """What it has waited for until its first token, over all attempts."""
+    ended: Execution = NO_EXECUTION
+    """What became of it in the attempts that have ended."""
+    decoding: Decoding | None = None
+    """The present attempt, once it has computed the prompt."""
+    _lost_at_s: float | None = None
+    """When the sequence lost its KV, until it is computed again."""
+
+    def execution(self, now_s: float) -> Execution:
+        """What became of the sequence over all attempts, until ``now_s`` (monotonic)."""
+        return self.ended if self.decoding is None else self.ended.plus(self.decoding.execution(now_s))
+
+    def note(self, event: Prefilled | Reported, has_output: bool, now_s: float) -> None:
+        """What an attempt yields beside tokens. ``has_output``: the sequence has tokens of an attempt before."""
+        if isinstance(event, Reported):
+            assert self.decoding is not None, "decode follows prefill"
+            self.decoding.reported = event
+            return
+        self.prefilled, self.decoding = event, Decoding(now_s)
+        if self._lost_at_s is not None:
+            self.ended = self.ended.plus(Execution(recomputed_s=now_s - self._lost_at_s))
+            self._lost_at_s = None
+        if not has_output:
+            self.waited_s += event.waited_s
+            self.waits = self.waits.plus(Waits(device_s=event.device_wait_s))
+
+    def attempt_ended(self, has_output: bool, now_s: float) -> None:
+        """To be called at the end of each attempt. ``has_output``: the sequence has tokens."""
+        self.ended, self.decoding = self.execution(now_s), None
+        if has_output and self._lost_at_s is None:
+            self._lost_at_s = now_s
 
     def queued_s(self, arrived_at_s: float) -> float:
         """Seconds from the arrival to the first credit; 0 without a credit."""
@@ -111,7 +165,7 @@ class SequenceDriver:
         failures = _Failures(self._max_restarts)
         while output.finish is None:
             num_before = len(output.token_ids)
-            attempt = _resumed(request, output)
+            attempt = _resumed(request, output, progress.ended.num_displaced)
             try:
                 async with (
                     self._credit(attempt, progress) as credit,
@@ -119,11 +173,8 @@ class SequenceDriver:
                     aclosing(self._run_attempt(replace(attempt, scheduling=credit.scheduling), credit)) as events,
                 ):
                     async for event in events:
-                        if isinstance(event, Prefilled):
-                            progress.prefilled = event
-                            if not output.token_ids:
-                                progress.waited_s += event.waited_s
-                                progress.waits = progress.waits.plus(Waits(device_s=event.device_wait_s))
+                        if isinstance(event, Prefilled | Reported):
+                            progress.note(event, bool(output.token_ids), self._clock.monotonic_s())
                         elif isinstance(event, Tokens):
                             yield output.append(event.token_ids, event.logprobs)
                         else:
@@ -136,6 +187,8 @@ class SequenceDriver:
                         raise _final(error) from error
                     progress.num_restarts += 1
                     _log.warning("%s: retried after %d tokens: %s", request.request_id, len(output.token_ids), error)
+            finally:
+                progress.attempt_ended(bool(output.token_ids), self._clock.monotonic_s())
             if (finish := output.token_finish) is not None:  # only the report of the finish was lost
                 yield output.complete(finish)
                 return
@@ -143,32 +196,42 @@ class SequenceDriver:
 
     @asynccontextmanager
     async def _credit(self, request: EngineRequest, progress: Progress) -> AsyncIterator[Credit]:
-        """Waits for a credit of the unit that is chosen now. The credit is returned when the block ends."""
+        """Waits for a credit of the unit that is chosen now. The credit is returned when the block ends.
+
+        The sequence counts as assigned to the unit throughout: a credit arrives before its task goes on, and another
+        sequence may choose a unit in between.
+        """
         unit, requested_at_s = self._choose_unit(request.model), self._clock.monotonic_s()
         demand = unit.kv_demand(request)
-        credit = await unit.admission.wait_for_credit(request.model, request.tenant, request.scheduling, demand)
-        unit.num_running[request.model] += 1
+        unit.num_assigned[request.model] += 1
         try:
-            credited_at_s = self._clock.monotonic_s()
-            if progress.credited_at_s is None:
-                progress.credited_at_s = credited_at_s
-                progress.credit = credit
-            if not request.resume_token_ids:
-                progress.waited_s += credited_at_s - requested_at_s
-                progress.waits = progress.waits.plus(credit.waits)
-            yield credit
+            credit = await unit.admission.wait_for_credit(request.model, request.tenant, request.scheduling, demand)
+            try:
+                credited_at_s = self._clock.monotonic_s()
+                if progress.credited_at_s is None:
+                    progress.credited_at_s = credited_at_s
+                    progress.credit = credit
+                if not request.resume_token_ids:
+                    progress.waited_s += credited_at_s - requested_at_s
+                    progress.waits = progress.waits.plus(credit.waits)
+                yield credit
+            finally:
+                unit.admission.return_credit(credit)
         finally:
-            unit.num_running[request.model] -= 1
-            unit.admission.return_credit(credit)
+            unit.num_assigned[request.model] -= 1
 
 
-def _resumed(request: EngineRequest, output: SequenceOutput) -> EngineRequest:
-    """The request without what the client already has: output tokens, and log-probabilities of the prompt."""
+def _resumed(request: EngineRequest, output: SequenceOutput, num_preemptions: int) -> EngineRequest:
+    """The request without what the client already has: output tokens, and log-probabilities of the prompt.
+
+    ``num_preemptions``: how often it was displaced from a batch.
+    """
     if not output.token_ids:
         return request
     sampling = replace(request.sampling, prompt_logprobs=None)
     num_tokens = len(output.token_ids)
     scheduling = request.scheduling.after_output(num_tokens, request.prediction, prefill_again=True)
+    scheduling = replace(scheduling, num_preemptions=num_preemptions)
     return replace(request, resume_token_ids=tuple(output.token_ids), sampling=sampling, scheduling=scheduling)
 
 

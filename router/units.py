@@ -39,9 +39,9 @@ class UnitLink:
     kvstore: kvstore_pb2_grpc.KvStoreServiceAsyncStub
     commands: kvstore_pb2_grpc.UnitModelServiceAsyncStub
     models: dict[str, PlacedModel]
-    expected_work: ExpectedWork = field(default_factory=ExpectedWork)
-    num_running: Counter[str] = field(default_factory=Counter)
-    """Sequences of this router that have a credit of the unit, by model."""
+    expected_work: ExpectedWork
+    num_assigned: Counter[str] = field(default_factory=Counter)
+    """Sequences of this router that wait for a credit of the unit or have one, by model."""
 
     def add_model(self, model: str, placed: PlacedModel) -> None:
         """Adds a model, without the step costs of an earlier one of its name.
@@ -91,9 +91,7 @@ class Units:
         return min(
             serving,
             key=lambda link: unit_load(
-                is_connected=link.admission.connected.is_set(),
-                num_queued=link.admission.num_queued(model),
-                num_running=link.num_running[model],
+                is_connected=link.admission.connected.is_set(), num_assigned=link.num_assigned[model]
             ),
         )
 

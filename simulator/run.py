@@ -6,6 +6,7 @@ Holds the router's part: validation, overload, length forecasts and the choice o
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from zlib import crc32
@@ -17,6 +18,7 @@ from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import ConfigError, InvalidRequest, Overloaded
 from muxmesh.models.model_spec import ModelSpec
+from muxmesh.predictor.start_order import StartOrder
 from muxmesh.quoting import named
 from muxmesh.rpc.status_codes import status_code
 from muxmesh.scheduling_policy import PolicyName
@@ -121,6 +123,7 @@ class _Router:
         self._timeline = timeline
         self._units = units
         self._forecasts = forecasts
+        self._start_orders: defaultdict[str, StartOrder[tuple[object, int, bool]]] = defaultdict(StartOrder)
         self._max_waiting = config.router.max_waiting_requests
         self._placements = {
             name: [(unit, model) for unit, model in config.placements() if model.name == name]
@@ -178,9 +181,17 @@ class _Router:
         scheduling = SchedulingState(request.priority, self._timeline.now_s)
         known = unit.expected_work.expect(scheduling, expected, num_prompt, unit.service(name), unit.num_queued(name))
 
+        lengths, number = self._start_orders[name], 0
+
+        def on_first_token() -> None:
+            nonlocal number
+            number = lengths.start()
+
         def on_end(ended: SimulatedRequest) -> None:
-            if ended.record.is_ok:
-                self._forecasts.observe(forecast, num_output, num_output >= request.max_new_tokens)
+            if not number:
+                return
+            for known in lengths.end(number, (forecast, num_output, num_output >= request.max_new_tokens)):
+                self._forecasts.observe(*known)
 
         unit.enqueue(
             SimulatedRequest(
@@ -192,6 +203,7 @@ class _Router:
                 arrived=known.scheduling,
                 prediction=known.prediction,
                 record=record,
+                on_first_token=on_first_token,
                 on_end=on_end,
                 slo=unit.slo_targets(name, num_prompt),
                 hashes=_block_hashes(request.body, num_prompt, model),
@@ -203,7 +215,7 @@ class _Router:
         return min(
             placed,
             key=lambda one: unit_load(
-                is_connected=True, num_queued=one[0].num_queued(model), num_running=one[0].num_running[model]
+                is_connected=True, num_assigned=one[0].num_queued(model) + one[0].num_running[model]
             ),
         )
 

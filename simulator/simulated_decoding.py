@@ -7,9 +7,10 @@ of a lease are those of `worker.sequence_kv`, through the unit's own methods. Th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from kvstore.leases import LeaseRecord
 from kvstore.sequence_progress import SequenceProgress
@@ -79,6 +80,7 @@ class SimulatedDecoding:
         timeline: Timeline,
         unit: Unit,
         device: Device,
+        workers: Sequence[DecodeWorker],
         schedule: Callable[[], None],
         finish: Callable[[SimulatedRequest, Lease, str, tuple[bytes, ...]], None],
         requeue: Callable[[SimulatedRequest], None],
@@ -91,6 +93,7 @@ class SimulatedDecoding:
         self._timeline = timeline
         self._unit = unit
         self._device = device
+        self._workers = workers
         self._schedule = schedule
         self._finish = finish
         self._requeue_request = requeue
@@ -124,17 +127,9 @@ class SimulatedDecoding:
             self._timeline.after(0.0, lambda: self._preempt_displaced(sequence))
 
     def progress(self) -> dict[int, SequenceProgress]:
-        """What the decode workers report to the unit, by lease id."""
-        found = {}
-        for lease_id, sequence in self._sequences.items():
-            job = sequence.job
-            if not job.is_removed:
-                state = sequence.served.decode.update(job)
-                sequence.served.decode.update_slack(job, self._timeline.now_s)
-                found[lease_id] = SequenceProgress(
-                    not job.is_displaced, state.decode_s, state.served_s, job.is_protected, job.num_preemptions
-                )
-        return found
+        """What decode workers report, by lease id: of the sequences that may have changed since the last call."""
+        now_s = self._timeline.now_s
+        return {job.key: _progress_of(job) for worker in self._workers for job in worker.changed(now_s)}
 
     @contextmanager
     def true_work(self) -> Iterator[None]:
@@ -159,7 +154,7 @@ class SimulatedDecoding:
         """The job of a sequence for the rest of its output."""
         request, growth = sequence.request, sequence.growth
         tpot_s = request.slo.tpot_s if request.slo else None
-        return DecodeJob(
+        job = DecodeJob(
             request.num_prompt + request.num_sent - 1,
             request.num_output - request.num_sent,
             done=lambda: self._on_decoded(sequence),
@@ -169,7 +164,11 @@ class SimulatedDecoding:
             num_output=request.num_sent,
             tpot_s=math.inf if tpot_s is None else tpot_s,
             lost_after_s=catch_up_s(request.slo),
+            num_preemptions=request.num_preemptions,
+            key=sequence.lease.ref.lease_id,
         )
+        sequence.served.decode.note_change(job)
+        return job
 
     def _add(self, sequence: _DecodingSequence) -> None:
         """Adds the job of a sequence that comes from prefill."""
@@ -223,14 +222,10 @@ class SimulatedDecoding:
         While one does, the sequence goes on as long as it has free slots, and asks again with each token, without slots
         after `CLAIM_RETRY_S`.
         """
-        if self._try_grow(sequence, 1, claims=True):
-            sequence.served.decode.schedule_check(sequence.job)
-            return True
-        self._schedule()
-        if not self._unit.reclaim.serves(sequence.lease.ref):
+        claim, decode = self._claim_block(sequence), sequence.served.decode
+        if claim == "refused":
             return False
-        decode = sequence.served.decode
-        if self._num_free_slots(sequence) > 0:
+        if claim == "granted" or self._num_free_slots(sequence) > 0:
             decode.schedule_check(sequence.job)
         else:
             sequence.due_at_s = decode.next_due_s(sequence.job)
@@ -239,18 +234,22 @@ class SimulatedDecoding:
             self._timeline.after(CLAIM_RETRY_S, lambda: self._claim_again(sequence))
         return True
 
+    def _claim_block(self, sequence: _DecodingSequence) -> Literal["granted", "awaited", "refused"]:
+        """Asks for a block of a sequence that follows it; "awaited": one frees its blocks for it."""
+        if self._try_grow(sequence, 1, claims=True):
+            return "granted"
+        self._schedule()
+        return "awaited" if self._unit.reclaim.serves(sequence.lease.ref) else "refused"
+
     def _claim_again(self, sequence: _DecodingSequence) -> None:
         """Goes on with a sequence that has no free slot left, once it has a block."""
-        if sequence.is_preempted:
-            self._free_blocks(sequence)
-        elif self._try_grow(sequence, 1, claims=True):
+        claim = "refused" if sequence.is_preempted else self._claim_block(sequence)
+        if claim == "granted":
             self._continue(sequence)
+        elif claim == "awaited":
+            self._timeline.after(CLAIM_RETRY_S, lambda: self._claim_again(sequence))
         else:
-            self._schedule()
-            if self._unit.reclaim.serves(sequence.lease.ref):
-                self._timeline.after(CLAIM_RETRY_S, lambda: self._claim_again(sequence))
-            else:
-                self._free_blocks(sequence)
+            self._free_blocks(sequence)
 
     def _preempt_displaced(self, sequence: _DecodingSequence) -> None:
         if sequence.job.is_displaced and not sequence.job.is_removed:
@@ -287,6 +286,7 @@ class SimulatedDecoding:
         del self._sequences[sequence.lease.ref.lease_id]
         self._unit.release(sequence.lease.ref, sequence.served.decode_name, sequence.hashes)
         self.num_requeued += 1
+        sequence.request.num_preemptions = sequence.job.num_preemptions
         self._requeue_request(sequence.request)
 
     def _swap_out(self, sequence: _DecodingSequence) -> bool:
@@ -341,3 +341,8 @@ class SimulatedDecoding:
         request.num_sent = request.num_output
         del self._sequences[sequence.lease.ref.lease_id]
         self._finish(request, sequence.lease, sequence.served.decode_name, sequence.hashes)
+
+
+def _progress_of(job: DecodeJob) -> SequenceProgress:
+    state = job.scheduling
+    return SequenceProgress(not job.is_displaced, state.decode_s, state.served_s, job.is_protected, job.num_preemptions)

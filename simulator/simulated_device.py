@@ -53,6 +53,8 @@ class _Slot:
     is_used: bool = False
     """At least one step was computed under the grant."""
     granted_at_s: float = 0.0
+    step_end_s: float = math.inf
+    """By when its step has to end for those that wait, by the arbiter."""
     computes: bool = False
     num_steps: int = 0
     turn_s: float = 0.0
@@ -220,6 +222,8 @@ class Device:
         """Lets the arbiter decide, and applies its decision. If no worker waits, there is nothing to decide."""
         self._is_decided = True
         if not self._waiting:
+            for slot in self._granted:
+                slot.step_end_s = math.inf
             return
         self._account(now_s)
         self._waiting.sort(key=_number)
@@ -231,6 +235,7 @@ class Device:
                 self._begin_grant(slot, now_s)
             self._granted.sort(key=_number)
         for slot in self._granted:
+            slot.step_end_s = decision.step_ends_s.get(slot.number, math.inf)
             slot.is_recalled = slot.number not in decision.kept
             if slot.is_recalled and slot.computes and slot.num_steps > STEPS_PER_GRANT:
                 self._end_with_current_step(slot)
@@ -245,7 +250,7 @@ class Device:
 
     def _start_run(self, slot: _Slot, now_s: float) -> None:
         slot.read_demand(now_s)
-        slot.worker.plan(now_s)
+        slot.worker.plan(now_s, min(slot.step_end_s - now_s, self._arbiter.longest_step_s))
         num_steps = slot.worker.max_steps()
         slot.num_steps = min(num_steps, STEPS_PER_GRANT) if slot.is_recalled else num_steps
         slot.computes = True

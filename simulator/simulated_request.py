@@ -9,6 +9,10 @@ from loadtest.record import Record
 from muxmesh.types import LengthPrediction, SchedulingState, SloTargets
 
 
+def _ignore() -> None:
+    pass
+
+
 @dataclass(slots=True)
 class SimulatedRequest:
     """One request with its progress. All numbers are tokens."""
@@ -26,12 +30,16 @@ class SimulatedRequest:
     """Filled in with times, tokens and status."""
     on_end: Callable[[SimulatedRequest], None]
     """Called once, when the record is complete."""
+    on_first_token: Callable[[], None] = _ignore
+    """Called once, when the first token is sampled."""
     slo: SloTargets | None = None
     """As it arrived; see `slo_at`."""
     hashes: tuple[bytes, ...] = ()
     """Block hashes of the prompt; empty: it does not use the prefix cache."""
     num_sent: int = 0
     """Output tokens sampled so far."""
+    num_preemptions: int = 0
+    """How often others displaced it from a batch before its KV was freed."""
     entry_id: int = 0
 
     @property
@@ -42,7 +50,8 @@ class SimulatedRequest:
     @property
     def scheduling(self) -> SchedulingState:
         """The state while the request is queued: the KV of its prompt has to be computed, again after a pre-emption."""
-        return self.arrived.after_output(self.num_sent, self.prediction, prefill_again=True)
+        state = self.arrived.after_output(self.num_sent, self.prediction, prefill_again=True)
+        return replace(state, num_preemptions=self.num_preemptions) if self.num_preemptions else state
 
     def slo_at(self, now_s: float) -> SloTargets | None:
         """Its targets, as a worker gets them at ``now_s``."""

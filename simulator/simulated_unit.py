@@ -106,7 +106,7 @@ class SimulatedUnit:
         self._limits = awake
         self._never_awake: set[str] = set()
         """Workers that have not been awake yet."""
-        self.expected_work = ExpectedWork()
+        self.expected_work = ExpectedWork(policy.longest_lead)
         self._timeline = timeline
         self._policy = policy
         self._on_decision = on_decision
@@ -121,8 +121,9 @@ class SimulatedUnit:
             workers += [served.prefill, served.decode]
         self._delays = delays
         self._device = Device(timeline, workers, Arbiter(config.resolved_arbiter(_uses_mps(config))), delays, slowdown)
+        decode_workers = [served.decode for served in self._served.values()]
         self._decoding = SimulatedDecoding(
-            timeline, self.unit, self._device, self._schedule, self._finish, self._requeue
+            timeline, self.unit, self._device, decode_workers, self._schedule, self._finish, self._requeue
         )
         self.num_running: Counter[str] = Counter()
         """Sequences with a credit, by model."""
@@ -162,7 +163,7 @@ class SimulatedUnit:
     def service(self, model: str) -> ModelService:
         """The router's view of a model on this unit, with the step costs that the workers reported last."""
         served = self._served[model]
-        return ModelService(model, served.costs, served.config.step_token_budget)
+        return ModelService(model, served.costs, served.config.step_token_budget, served.config.max_num_seqs)
 
     def _kv_costs(self, model: str) -> KvCosts:
         """What moving and computing the KV of a model costs, as its workers have measured."""
@@ -310,6 +311,7 @@ class SimulatedUnit:
         served = self._served[request.model]
         if request.num_sent == 0:
             request.record.pieces.append((self._timeline.now_s, 1))
+            request.on_first_token()
         request.num_sent += 1
         if request.num_sent >= request.num_output:
             self._finish(request, lease, served.prefill_name, request.hashes)

@@ -16,9 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from muxmesh.batch_choice import choose_batch, is_protected
+from muxmesh.batch_choice import NEARLY_DONE, choose_batch, is_protected
 from muxmesh.engine.api import ComputeDemand
 from muxmesh.engine.scheduler import TOKEN_TIME_RATE
+from muxmesh.engine.step_limit import StepLimit
 from muxmesh.engine.token_budget import divide_token_budget
 from muxmesh.engine.urgency import Urgency
 from muxmesh.remaining_work import RemainingWork
@@ -47,8 +48,8 @@ class Worker(Protocol):
     def has_work(self) -> bool:
         """True if there is something to compute."""
 
-    def plan(self, now_s: float) -> None:
-        """Plans the next step."""
+    def plan(self, now_s: float, longest_s: float = math.inf) -> None:
+        """Plans the next step, with prompts one of at most ``longest_s`` seconds, see `StepLimit`."""
 
     def max_steps(self) -> int:
         """Steps from the planned one on until something other than the number of tokens changes; at least 1."""
@@ -114,8 +115,10 @@ class PrefillWorker:
     def max_steps(self) -> int:
         return 1
 
-    def plan(self, now_s: float) -> None:
-        self._planned = divide_token_budget(self._jobs, self._policy, now_s, self._max_num_seqs, self._token_budget)
+    def plan(self, now_s: float, longest_s: float = math.inf) -> None:
+        cost, budget = self.fit.cost, self._token_budget
+        limit = None if cost is None or longest_s == math.inf else StepLimit(cost, longest_s)
+        self._planned = divide_token_budget(self._jobs, self._policy, now_s, self._max_num_seqs, budget, limit)
         context = sum(context_of(job.num_computed_tokens, count) for job, count in self._planned)
         self._shape = StepShape(sum(count for _, count in self._planned), context, len(self._planned))
         self._step_s = self._times.prefill_s(self._shape, self.share)
@@ -159,6 +162,8 @@ class DecodeJob:
     work: RemainingWork = field(default_factory=lambda: RemainingWork(_OLDEST, None))
     num_output: int = 0
     """Output tokens before the job."""
+    key: int = 0
+    """Identifies the sequence to the caller of `DecodeWorker.changed`."""
     due_at_s: float = math.inf
     """When the first of the tokens is due by its SLO."""
     tpot_s: float = math.inf
@@ -176,6 +181,8 @@ class DecodeJob:
     """How often others displaced it from the batch."""
     slack_s: float = math.inf
     """Seconds until its next token is due, as noted when a batch was chosen or its progress reported."""
+    update_step: int = -1
+    """The worker's step from which on its remaining work has to be updated; -1: it is not known."""
     is_removed: bool = False
 
     @property
@@ -240,6 +247,10 @@ class DecodeWorker:
         """Priority → number of jobs."""
         self._with_slo: dict[int, DecodeJob] = {}
         """The jobs whose tokens are due at some time, by their identity."""
+        self._changed: dict[int, DecodeJob] = {}
+        """The jobs whose progress has changed since the last call of `changed`, by their identity."""
+        self._updates: list[tuple[int, int, DecodeJob]] = []
+        """A heap of (`DecodeJob.update_step`, order of insertion, job); those with another step are outdated."""
 
     def add(self, job: DecodeJob) -> None:
         """Considers a sequence from the next plan on."""
@@ -268,6 +279,29 @@ class DecodeWorker:
         job.work.update(job.num_output + self.num_tokens(job))
         return job.scheduling
 
+    def note_change(self, job: DecodeJob) -> None:
+        """`changed` will return the job. To be called for one that is not added yet; for others the worker does it."""
+        self._changed[id(job)] = job
+
+    def changed(self, now_s: float) -> list[DecodeJob]:
+        """The jobs whose progress may have changed since the last call, with their remaining work and slack of now.
+
+        That is so if one entered or left the batch, if its remaining work has to be updated, or if it has an SLO.
+        """
+        while self._updates and self._updates[0][0] <= self._num_steps:
+            step, _, job = heapq.heappop(self._updates)
+            if job.update_step == step and not job.is_removed:
+                self._changed[id(job)] = job
+        jobs = list({**self._changed, **self._with_slo}.values() if self._with_slo else self._changed.values())
+        self._changed.clear()
+        for job in jobs:
+            num_output_tokens = job.num_output + self.num_tokens(job)
+            job.work.update(num_output_tokens)
+            self.update_slack(job, now_s)
+            if job.is_batched:
+                self._schedule_update(job, num_output_tokens)
+        return jobs
+
     def schedule_check(self, job: DecodeJob) -> None:
         """Schedules the next check of a job of the batch, if it has one."""
         if (after := job.next_check()) is not None:
@@ -284,6 +318,7 @@ class DecodeWorker:
         else:
             self._waiting.remove(job)
         job.is_removed = True
+        self._changed.pop(id(job), None)
         self._with_slo.pop(id(job), None)
         self._priorities[job.scheduling.priority] -= 1
         if not self._priorities[job.scheduling.priority]:
@@ -304,7 +339,7 @@ class DecodeWorker:
                     steps = min(steps, after)
         return steps
 
-    def plan(self, now_s: float) -> None:
+    def plan(self, now_s: float, longest_s: float = math.inf) -> None:
         if self._waiting:
             self._choose(now_s)
         cost = self._costs.get(self._num_jobs)
@@ -353,7 +388,10 @@ class DecodeWorker:
         else:
             jobs = [*self._batch.values(), *self._waiting]
             for job in jobs:
-                self.update(job)
+                if not job.is_batched or job.update_step <= self._num_steps:
+                    state = job.scheduling
+                    if self.update(job) is not state:
+                        self.note_change(job)
                 self.update_slack(job, now_s)
             chosen = choose_batch(jobs, self._policy, now_s, self._max_num_seqs)
             chosen_ids = {id(job) for job in chosen}
@@ -367,6 +405,8 @@ class DecodeWorker:
             joining = [job for job in chosen if not job.is_batched]
             self._waiting = [job for job in jobs if id(job) not in chosen_ids]
             for job in self._waiting:
+                if not job.is_displaced:
+                    self.note_change(job)
                 job.is_displaced = True
         for job in joining:
             self._join(job)
@@ -374,6 +414,7 @@ class DecodeWorker:
     def _join(self, job: DecodeJob) -> None:
         job.joined_at, job.is_displaced = self._num_steps, False
         job.num_joins += 1
+        self.note_change(job)
         self._batch[id(job)] = job
         self._num_jobs += 1
         self._context += job.num_context + job.num_sampled
@@ -386,6 +427,16 @@ class DecodeWorker:
         job.joined_at = -1
         self._num_jobs -= 1
         self._context -= job.num_context + job.num_sampled
+
+    def _schedule_update(self, job: DecodeJob, num_output_tokens: int) -> None:
+        """Lets `changed` return a job of the batch once its remaining work has to be updated."""
+        after = job.work.tokens_until_change(num_output_tokens, NEARLY_DONE)
+        step = -1 if after is None else self._num_steps + after
+        if step != job.update_step:
+            job.update_step = step
+            if after is not None:
+                self._num_stops += 1
+                heapq.heappush(self._updates, (step, self._num_stops, job))
 
     def _push(self, step: int, is_end: bool, job: DecodeJob) -> None:
         self._num_stops += 1

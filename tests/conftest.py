@@ -29,7 +29,7 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(kernel_cache_dir(_CACHE)))
 
 import pytest
 import redis
-from hypothesis import settings
+from hypothesis import is_hypothesis_test, settings
 
 from muxmesh.stderr_handler import StderrHandler
 from tests.support.redis_process import running_redis
@@ -40,6 +40,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 _LONGEST_FIRST = ("compose", "mesh", "deploy")
+_PROPERTY_TIMEOUT_S = 3600
+"""Of a property test. Hypothesis shrinks a failing example for up to 300 s, and would take a timeout of pytest for
+another failure, which it then reports as inconsistent since it does not replay.
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +59,9 @@ def own_root_logger() -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest starts first, since `make test` runs two files at a time."""
+    for item in items:
+        if is_hypothesis_test(getattr(item, "obj", None)) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(_PROPERTY_TIMEOUT_S))
 
     def position(item: pytest.Item) -> int:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]

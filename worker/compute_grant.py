@@ -15,6 +15,7 @@ from kvstore.grant_page import Word
 from muxmesh.clock import Clock
 from muxmesh.engine.api import ComputeDemand
 from muxmesh.engine.step import Step, StepOutcome
+from muxmesh.engine.step_limit import StepLimit
 from muxmesh.step_cost import CostFit, StepCost
 from worker.attachment import Attachment
 from worker.share_pacer import SharePacer
@@ -58,6 +59,15 @@ class ComputeGrant:
     @property
     def is_recalled(self) -> bool:
         return self._page.read(self._slot, Word.RECALLED) != 0
+
+    @property
+    def step_limit(self) -> StepLimit | None:
+        longest_us, end_us = (self._page.read(self._slot, word) for word in (Word.LONGEST_STEP_US, Word.STEP_END_US))
+        if self._cost is None or not (longest_us or end_us):
+            return None
+        longest_s = longest_us / 1e6 or math.inf
+        left_s = end_us / 1e6 - self._clock.monotonic_s() if end_us else math.inf
+        return StepLimit(self._cost, min(longest_s, left_s))
 
     async def acquire(self, demand: ComputeDemand) -> None:
         self._write_demand(demand)  # first: while it pauses the demand may be revised

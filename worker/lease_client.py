@@ -15,6 +15,7 @@ import grpc
 
 from muxmesh.block_hashes import join_hashes
 from muxmesh.errors import LeaseLost, MeshError
+from muxmesh.execution import PreemptionReason
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.rpc.status_codes import from_rpc_error, response_of
@@ -28,6 +29,7 @@ class PreemptLease:
     """The unit claims the token blocks of this lease for a sequence that precedes it, or for another model."""
 
     lease_id: int
+    reason: PreemptionReason
 
 
 class LeaseClient:
@@ -156,7 +158,7 @@ class LeaseClient:
                 if response.WhichOneof("event") == "arrived":
                     yield convert.lease_from_wire(response.arrived)
                 else:
-                    yield PreemptLease(response.preempt)
+                    yield PreemptLease(response.preempt.lease_id, PreemptionReason(response.preempt.reason))
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
 

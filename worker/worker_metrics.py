@@ -5,6 +5,7 @@ kvstore does not export the same words: a worker's counters start at 0 with its 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,6 +13,7 @@ from typing import Literal
 from kvstore.device_memory import Transport
 from kvstore.grant_page import GrantPage, Word
 from muxmesh.clock import Clock
+from muxmesh.execution import PreemptionReason
 from muxmesh.metrics.family import Family, Histogram, Labels, counter, histogram
 from muxmesh.sequence_states import SequenceState, SequenceStates
 from muxmesh.types import KvFormat, Role
@@ -44,12 +46,10 @@ def _no_swaps() -> dict[SwapKind, SwapCount]:
 class WorkerCounters:
     """What the services of a phase count."""
 
-    num_preemptions: int = 0
-    """Sequences that were pre-empted for memory: their KV was swapped or freed."""
-    num_displaced: int = 0
-    """Sequences that others displaced from the batch; they kept their KV."""
+    preemptions: Counter[PreemptionReason] = field(default_factory=Counter)
+    """How often sequences were pre-empted."""
     num_recomputed: int = 0
-    """Sequences among those whose KV was freed without a copy: the next attempt computes it again."""
+    """How often the KV of one was freed without a copy: the next attempt computes it again."""
     num_repredictions: int = 0
     """How often the length of a sequence was predicted again, of the sequences that have ended."""
     states: SequenceStates = field(default_factory=SequenceStates)
@@ -106,13 +106,13 @@ class WorkerMetrics:
         counters = self.counters
         yield counter(
             "vllm:num_preemptions_total", "Sequences that were pre-empted.", ("unit", "model_name"),
-            {labels: counters.num_preemptions + counters.num_displaced},
+            {labels: counters.preemptions.total()},
         )  # fmt: skip
         yield counter(
             "muxmesh_preemptions_total",
-            "Sequences that were pre-empted: by others that precede them in the batch (order), or for memory (kv).",
+            "Sequences that were pre-empted, by reason; those for memory begin with kv.",
             ("unit", "model_name", "reason"),
-            {(*labels, "order"): counters.num_displaced, (*labels, "kv"): counters.num_preemptions},
+            {(*labels, reason): counters.preemptions[reason] for reason in PreemptionReason},
         )  # fmt: skip
         yield counter(
             "muxmesh_recomputed_sequences_total",

@@ -36,6 +36,7 @@ from muxmesh.models.model_spec import KvShape
 from muxmesh.models.prepared_model import kv_identity, model_spec
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.server import MeshServer, Register
+from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.service_registration import registered_service
 from muxmesh.types import EngineRequest, Lease, Role
 from worker.attachment import Attachment, attach, open_worker_device
@@ -69,6 +70,9 @@ class WorkerContext:
     counters: WorkerCounters
     give_up: Callable[[str], None]
     """Logs the reason and stops this process, which cannot continue to serve and has to be started again."""
+    policy: SchedulingPolicy = FCFS
+    traces_decisions: bool = False
+    """Whether pre-emptions are logged."""
 
     def sequence(self, request: EngineRequest, lease: Lease) -> SequenceRecord:
         """Returns the record of a request's sequence, whose ``lease`` this worker has. Raises ValueError, see there."""
@@ -143,8 +147,19 @@ async def host_worker(
     async with internal_channel(endpoints[ProcessKey("kvstore", key.unit)].address) as channel:
         leases = LeaseClient(channel, attachment.worker)
         swapper = KvSwapper(attachment, shape, leases, clock, counters) if attachment.pool.has_swap else None
+        traces = runtime.config.order.trace
         context = WorkerContext(
-            engine, leases, attachment.progress, config, identity, swapper, clock, counters, stop.give_up
+            engine,
+            leases,
+            attachment.progress,
+            config,
+            identity,
+            swapper,
+            clock,
+            counters,
+            stop.give_up,
+            policy,
+            traces,
         )
         async with (
             background(_watch_engine(engine, stop.give_up), "engine watch", stop.give_up),

@@ -61,6 +61,8 @@ class UnitCase:
     over_subscription: int = 20
     max_overtakes: int = 1_000_000
     """Of the arbiter. The prototype has no such bound."""
+    stall_budget: float = 0.0
+    """Of the arbiter. The prototype never lets a decode go first because prefills have held it up for long."""
     strict_order: bool = False
     """Requests are admitted in order of arrival over all models, as MuxServe's temporal baseline does: while the first
     one has to wait for a slot or for memory, so do the others."""

@@ -190,6 +190,7 @@ def unit_config(
     ]
     arbiter = {
         "mode": case.mode, "over_subscription": case.over_subscription, "max_overtakes": case.max_overtakes,
+        "stall_budget": case.stall_budget,
     }  # fmt: skip
     content = {
         "name": case.name, "device": "cuda:0", "mps": "on", "kv_pool": pool, "slab": _SLAB_BYTES, "arbiter": arbiter,

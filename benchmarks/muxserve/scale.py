@@ -122,7 +122,7 @@ class Study:
             )
             for name, kind, rate, share, degree in (("l65", "llama-65b", 1.0, 30, 8), ("l30", "llama-30b", 8.0, 90, 4))
         )  # fmt: skip
-        unit = UnitCase("orders", 4, models, max_overtakes=8)
+        unit = UnitCase("orders", 4, models, max_overtakes=8, stall_budget=0.1)
         return {
             "adbs": [unit],
             "fcfs": scale_cases.temporal_units([unit], self.constants),

@@ -115,6 +115,7 @@ def planned_units(plan: Plan, workload: Workload, slo_scale: float | None = None
             ),
             over_subscription=OVER_SUBSCRIPTION,
             max_overtakes=8,
+            stall_budget=0.1,
             slo_scale=slo_scale,
         )
         for index, unit in enumerate(plan.units)
@@ -134,6 +135,7 @@ def published_units(placement: PlacementInput, workload: Workload) -> list[UnitC
             ),
             over_subscription=OVER_SUBSCRIPTION,
             max_overtakes=8,
+            stall_budget=0.1,
         )
         for index, unit in enumerate(placement.published_units)
     ]

@@ -87,6 +87,8 @@ def _content(completion: Completion) -> dict[str, Any]:
     }
     if prompt.scheduling is not None:
         content["scheduling"] = dataclasses.asdict(prompt.scheduling)
+    if completion.execution is not None:
+        content["execution"] = dataclasses.asdict(completion.execution)
     for name, positions in (("logprobs", completion.logprobs), ("prompt_logprobs", prompt.logprobs)):
         if positions:
             content[name] = [

@@ -10,6 +10,7 @@ from muxmesh.cli.terminal_text import harmless
 from muxmesh.client import Delta, MeshClient, Prompt, PromptFacts, RequestOptions, Scheduling
 from muxmesh.durations import duration_text
 from muxmesh.errors import RequestAborted, Unavailable
+from muxmesh.execution import Execution, PreemptionReason
 from muxmesh.types import UNPREDICTED
 
 _SOURCES = {
@@ -24,6 +25,16 @@ _SOURCES = {
     "late": "late: the predictor took too long",
 }
 """The explanation of each source of an expected length."""
+_REASONS = {
+    PreemptionReason.ORDER: "by one that precedes it",
+    PreemptionReason.SLO: "by one whose next token was due",
+    PreemptionReason.PRIORITY: "by a better class",
+    PreemptionReason.OVERDUE: "by an overdue request",
+    PreemptionReason.KV_GROWTH: "for memory of a growing sequence",
+    PreemptionReason.KV_ADMISSION: "for memory of a waiting request",
+    PreemptionReason.KV_QUOTA: "for memory of another model",
+    PreemptionReason.KV_FULL: "as it lacked memory itself",
+}
 _WAITS = ("decode slot", "KV memory", "order", "worker", "device")
 """Names of the fields of `muxmesh.types.Waits`."""
 _MIN_WAIT_S = 0.001
@@ -75,6 +86,8 @@ class StreamedOutput:
         print(f"{line}, finish: {last.finish.reason}]", file=sys.stderr, flush=True)
         if prompt.scheduling is not None:
             print(_explanation(prompt.scheduling), file=sys.stderr, flush=True)
+        if last.execution is not None:
+            print(_execution(last.execution), file=sys.stderr, flush=True)
 
 
 def _explanation(info: Scheduling) -> str:
@@ -95,4 +108,18 @@ def _explanation(info: Scheduling) -> str:
         f"waited {duration_text(info.waited_s)} for admission {info.decision}, which overtook {info.num_overtaken} "
         f"earlier requests; waited for: {waits or 'nothing'}\n"
         f"{info.reason}]"
+    )
+
+
+def _execution(info: Execution) -> str:
+    preemptions = ", ".join(
+        f"{info.preemptions[one]} {text}" for one, text in _REASONS.items() if one in info.preemptions
+    )
+    seconds = {"in the batch": info.batched_s, "paused": info.paused_s, "swapped": info.swapped_s,
+               "computed again": info.recomputed_s}  # fmt: skip
+    times = ", ".join(f"{name} {duration_text(s)}" for name, s in seconds.items() if s >= _MIN_WAIT_S)
+    overdue = ", overdue" if info.is_overdue else ""
+    return (
+        f"[pre-empted: {preemptions or 'never'}; length predicted again: {info.num_repredictions} times\n"
+        f"{times or 'decoded at once'}{overdue}]"
     )

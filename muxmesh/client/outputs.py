@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from muxmesh.errors import InternalError
+from muxmesh.execution import Execution, PreemptionReason
 from muxmesh.quoting import quoted
 from muxmesh.types import NO_WAITS, Waits
 from muxmesh.v1 import inference_pb2
@@ -110,7 +111,7 @@ class Delta:
     """New text and tokens of the output sequence ``index``. ``logprobs`` has one entry per token if requested.
 
     ``prompt`` is set in the first delta of the stream, ``finish`` in the last delta of each sequence, ``timings`` in
-    the last delta of the stream.
+    the last delta of the stream, and ``execution`` too, if it is requested.
     """
 
     index: int
@@ -121,11 +122,15 @@ class Delta:
     prompt: PromptFacts | None = None
     finish: Finish | None = None
     timings: Timings | None = None
+    execution: Execution | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A complete output sequence."""
+    """A complete output sequence.
+
+    ``execution`` is filled only on request: the pre-emptions of the request and their time, of all its sequences.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -133,6 +138,7 @@ class Completion:
     finish: Finish
     timings: Timings
     logprobs: tuple[TokenLogprobs, ...] = ()
+    execution: Execution | None = None
 
 
 def completions_of(deltas: Sequence[Delta]) -> tuple[Completion, ...]:
@@ -143,10 +149,13 @@ def completions_of(deltas: Sequence[Delta]) -> tuple[Completion, ...]:
     sequences: dict[int, list[Delta]] = {}
     for delta in deltas:
         sequences.setdefault(delta.index, []).append(delta)
-    return tuple(_completion(sequences[index], facts, timings) for index in sorted(sequences))
+    execution = deltas[-1].execution
+    return tuple(_completion(sequences[index], facts, timings, execution) for index in sorted(sequences))
 
 
-def _completion(deltas: Sequence[Delta], prompt: PromptFacts, timings: Timings) -> Completion:
+def _completion(
+    deltas: Sequence[Delta], prompt: PromptFacts, timings: Timings, execution: Execution | None
+) -> Completion:
     finish = deltas[-1].finish
     if finish is None:
         raise InternalError("the mesh ended the stream without a finish")
@@ -157,6 +166,7 @@ def _completion(deltas: Sequence[Delta], prompt: PromptFacts, timings: Timings) 
         finish=finish,
         timings=timings,
         logprobs=tuple(position for delta in deltas for position in delta.logprobs),
+        execution=execution,
     )
 
 
@@ -180,7 +190,15 @@ def delta_of(response: inference_pb2.GenerateResponse, num_candidates: int, num_
         prompt=prompt,
         finish=_finish(outputs.finish_info) if outputs.HasField("finish_info") else None,
         timings=timings,
+        execution=_execution(response.execution) if response.HasField("execution") else None,
     )
+
+
+def _execution(wire: inference_pb2.ExecutionInfo) -> Execution:
+    """Reasons that this client does not know are left out."""
+    known = {reason: wire.preemptions[reason] for reason in PreemptionReason if reason in wire.preemptions}
+    values = {one.name: getattr(wire, one.name) for one in fields(Execution)}
+    return Execution(**values | {"preemptions": known})
 
 
 def _prompt_facts(response: inference_pb2.GenerateResponse, num_candidates: int) -> PromptFacts:

@@ -90,7 +90,7 @@ class OutputOptions(TypedDict, total=False):
     expected_output_tokens: int | None
     """Your own estimate; its weight depends on how accurate earlier ones with the same ``cache_salt`` were."""
     explain_scheduling: bool | None
-    """Fills ``prompt.scheduling``."""
+    """Fills ``prompt.scheduling`` and ``execution``."""
     request_id: str | None
     """Names the request in logs. Default: chosen by the mesh."""
     timeout_s: float | None

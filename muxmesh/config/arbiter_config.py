@@ -37,6 +37,15 @@ class ArbiterConfig(Section):
     """A waiting worker goes next after this many repeated grants to others. It bounds how long prefill first,
     priorities, urgency, or older requests of others hold a worker back. Unset: 8, so that a storm of prompts stops no
     stream for long; if models of the unit have SLOs, 32, since these say how long a stream can wait."""
+    max_stall_s: float = Field(default=0.5, ge=0.001, le=3600)
+    """With `adbs` and `roundrobin`: longest time for which prefill steps hold up a decode worker that waits. After it
+    the decode worker computes one step, with `adbs` within `stall_budget`. No prefill step is planned to take longer,
+    and one that would is cut, if the pieces of its prompt are not too small. With an SLO the next token may be due
+    sooner, and that holds. Smaller: more even gaps between tokens. Larger: prompts are computed sooner."""
+    stall_budget: float = Field(default=0.1, ge=0, le=1)
+    """With `adbs`: the part of the device's time that decode steps may take that go before prefills only for
+    `max_stall_s`, as such steps have small batches. When it is used up, a decode worker waits for longer; the metric
+    `muxmesh_decodes_held_up_total` counts that. 0: `max_stall_s` changes no order; 1: it always holds."""
     longest_grant_s: float = Field(default=10, ge=0.01, le=86400)
     """If a worker does not return its grant within this time after the arbiter recalled it, the grant is revoked: its
     share counts as free, and the worker gets no other grant before it returns this one. Longer than any step."""

@@ -39,6 +39,8 @@ _ARBITER_FIELDS = {
     "over_subscription": ("temporal", "spatial"),
     "urgent_slack_s": ("fcfs", "roundrobin", "temporal", "spatial"),
     "max_overtakes": ("spatial",),
+    "max_stall_s": ("fcfs", "temporal", "spatial"),
+    "stall_budget": ("fcfs", "roundrobin", "temporal", "spatial"),
     "longest_grant_s": ("spatial",),
 }
 """Fields of the arbiter, and the modes that ignore them."""

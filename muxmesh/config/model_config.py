@@ -135,7 +135,8 @@ class ModelConfig(Section):
     memory is free."""
     kv_reserve: Literal["answer_tokens", "p90"] = "answer_tokens"
     """Of `p90`, the memory reserved before a request starts is for the 0.9 quantile of its predicted output instead of
-    `kv_answer_tokens`. Fewer requests start at once then, and fewer are pre-empted for memory."""
+    `kv_answer_tokens`. Fewer requests start at once then, and hardly one is pre-empted for memory, but in virtual time
+    throughput under memory pressure was a third to a half lower: see docs/swap.md."""
     kv_guaranteed: ByteSize = Field(default=ByteSize(0), ge=0, le=MAX_BYTES)
     """KV memory that this model can always claim from the unit's pool, like `512MiB`, rounded up to whole slabs. Unused
     slabs are lent to other models. They return as the requests of these models end, and by pre-emption after a second.

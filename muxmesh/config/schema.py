@@ -253,7 +253,8 @@ class OrderConfig(Section):
     mlfq_quantum_s: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     """For `mlfq`: quantum of the first level, in seconds of work. The quantum doubles with each level."""
     trace: bool = False
-    """If true, kvstore logs each admitted request with the number of requests that it overtook and the reason."""
+    """If true, kvstore logs each admitted request with the number of requests that it overtook and the reason, and each
+    sequence that has to free its memory for another; decode workers log each pre-emption with its reason."""
 
     def scheduling_policy(self) -> SchedulingPolicy:
         longest_s = math.inf if self.longest_lead_s is None else self.longest_lead_s

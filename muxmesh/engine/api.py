@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from muxmesh.engine.sequence import SequenceRecord
+from muxmesh.engine.step_limit import StepLimit
 from muxmesh.errors import EngineFailed, MeshError
+from muxmesh.execution import PreemptionReason
 from muxmesh.types import Finish, TokenLogprobs
 
 
@@ -69,10 +71,10 @@ class Preempted:
 class Displaced:
     """The job is not in the batch, because other jobs precede it. It keeps its KV, and runs again by itself.
 
-    ``had_slot``: it was in the batch before.
+    ``reason``: why it lost its slot; None: it had none.
     """
 
-    had_slot: bool
+    reason: PreemptionReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +162,9 @@ _SLACK_STEP_S = 0.001
 
 @dataclass(frozen=True, slots=True)
 class ComputeDemand:
-    """What the sequences that an engine is about to compute need, for the choice between workers.
+    """What the sequences that an engine can compute need, for the choice between workers.
 
+    Those that the batch has no slot for count too: the sooner its worker computes, the sooner they have one.
     ``priority``: their best class, lower is sooner. ``arrived_at_s``: unix time at which the oldest request among them
     arrived; 0: not known. ``slack_s``: seconds until the first of those that can still meet their latency target has to
     compute, negative if it is late; infinite without a target. ``lost_s``: seconds until that one has missed its
@@ -187,6 +190,12 @@ class Grant(Protocol):
     def is_recalled(self) -> bool:
         """True while another worker waits for the right. Cheap, and may be read from any thread."""
 
+    @property
+    def step_limit(self) -> StepLimit | None:
+        """How long the next step may take if it has prompts, for the sake of workers that wait; None: as long as it
+        takes. To be read when the step is planned.
+        """
+
     async def acquire(self, demand: ComputeDemand) -> None:
         """Waits until this worker may compute. ``demand``: what for."""
 
@@ -207,6 +216,7 @@ class FreeGrant:
     """`Grant` of a device that only one worker uses: always granted."""
 
     is_recalled = False
+    step_limit: StepLimit | None = None
 
     async def acquire(self, demand: ComputeDemand) -> None: ...
 

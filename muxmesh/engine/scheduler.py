@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from muxmesh.batch_choice import choose_batch
 from muxmesh.engine.api import (
@@ -25,9 +26,11 @@ from muxmesh.engine.api import (
 )
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import Chunk, PromptScoring, SampledToken, SampleSpec, Step, StepOutcome
+from muxmesh.engine.step_limit import StepLimit
 from muxmesh.engine.token_budget import divide_token_budget
 from muxmesh.engine.urgency import Urgency
 from muxmesh.errors import SequenceFailed
+from muxmesh.execution import PreemptionReason
 from muxmesh.running_mean import RunningMean
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.slo import catch_up_s, first_token_due_s, next_token_due_s, slack_s
@@ -35,6 +38,23 @@ from muxmesh.types import SchedulingState
 
 TOKEN_TIME_RATE = 0.02
 """The seconds for a prompt token are a mean over about the last 50 steps with prompts."""
+
+
+class _JobState(Enum):
+    """What a job waits for. Only sequences that decode are batched or displaced.
+
+    WAITING ⇄ BATCHED ⇄ DISPLACED; a slot is taken from a job that lacks a token block too: BATCHED → WAITING.
+    Any → PAUSED → WAITING.
+    """
+
+    WAITING = auto()
+    """For a step: a prompt, or a sequence that no batch has had since it was added, resumed or lacked a block."""
+    BATCHED = auto()
+    """The batch of the last step had it."""
+    DISPLACED = auto()
+    """For a slot of the batch, which others have; the last event about that was `Displaced`."""
+    PAUSED = auto()
+    """For `Scheduler.resume`."""
 
 
 @dataclass(slots=True)
@@ -49,12 +69,13 @@ class _ScheduledJob:
     """When its next token is due by its SLO (unix time); inf without one."""
     lost_after_s: float
     """Seconds after ``due_at_s`` at which its SLO is missed; 0 as long as its prompt is computed here."""
-    paused: bool = False
+    state: _JobState = _JobState.WAITING
     pause_requested: bool = False
-    is_batched: bool = False
-    """Whether the batch of the last step had its sequence. Of sequences that decode only."""
-    is_displaced: bool = False
-    """Whether the last event about that was `Displaced`."""
+    """Whether it is to be paused after the step in flight."""
+
+    @property
+    def is_batched(self) -> bool:
+        return self.state is _JobState.BATCHED
 
     @property
     def scheduling(self) -> SchedulingState:
@@ -103,7 +124,7 @@ class _ScheduledJob:
     @property
     def is_ready(self) -> bool:
         """Neither paused nor waiting for token blocks."""
-        return not self.paused and self.sequence.num_free_slots >= 0
+        return self.state is not _JobState.PAUSED and self.sequence.num_free_slots >= 0
 
 
 @dataclass(slots=True)
@@ -154,7 +175,7 @@ class Scheduler:
     def preempt(self, job_id: int) -> None:
         """Pauses the job: after the step in flight if the job is part of it, else at once."""
         job = self._jobs.get(job_id)
-        if job is None or job.paused:
+        if job is None or job.state is _JobState.PAUSED:
             return
         if self.is_in_flight(job_id):
             job.pause_requested = True
@@ -164,7 +185,9 @@ class Scheduler:
     def resume(self, job_id: int) -> None:
         """Lets a paused job run again."""
         if job := self._jobs.get(job_id):
-            job.paused = job.pause_requested = False
+            job.pause_requested = False
+            if job.state is _JobState.PAUSED:
+                job.state = _JobState.WAITING
             self._note(job)
 
     def is_in_flight(self, job_id: int) -> bool:
@@ -188,8 +211,10 @@ class Scheduler:
                     self._note(job)
         return self._urgency.demand(now_s)
 
-    def next_step(self, now_s: float, max_steps: int = 1) -> Step | None:
+    def next_step(self, now_s: float, max_steps: int = 1, limit: StepLimit | None = None) -> Step | None:
         """Plans the next step, which is in flight from then on; None if no job is ready. ``now_s``: unix time.
+
+        ``limit``: how long the step may take, if it has prompts.
 
         It is a run of up to ``max_steps`` steps if no prompt waits and none of its jobs needs a decision between them.
         So every sequence has the same tokens for each ``max_steps``.
@@ -197,7 +222,7 @@ class Scheduler:
         assert self._in_flight is None, "the step in flight is applied first"
         ready = [job for job in self._jobs.values() if job.is_ready]
         chosen = self._choose(ready, now_s)
-        planned = divide_token_budget(chosen, self.policy, now_s, self.max_num_seqs, self.token_budget)
+        planned = divide_token_budget(chosen, self.policy, now_s, self.max_num_seqs, self.token_budget, limit)
         self._begin_urgency(ready, planned, now_s)
         num_steps = 1
         if max_steps > 1 and len(planned) == len(chosen):
@@ -242,7 +267,8 @@ class Scheduler:
         A job that cannot run, for want of a token block, loses its slot.
         """
         for job in self._jobs.values():
-            job.is_batched &= job.is_ready
+            if job.is_batched and not job.is_ready:
+                job.state = _JobState.WAITING
         decoding = [job for job in ready if job.num_uncomputed_tokens == 1]
         if len(decoding) <= self.max_num_seqs:
             for job in decoding:
@@ -250,27 +276,30 @@ class Scheduler:
             return ready
         for job in decoding:
             job.update_slack(now_s)
-        batch = choose_batch(decoding, self.policy, now_s, self.max_num_seqs)
+        reasons: dict[int, PreemptionReason] = {}
+
+        def on_displaced(job: _ScheduledJob, reason: PreemptionReason) -> None:
+            reasons[job.job_id] = reason
+
+        batch = choose_batch(decoding, self.policy, now_s, self.max_num_seqs, on_displaced)
         batch_ids = {job.job_id for job in batch}
         for job in decoding:
             if job.job_id in batch_ids:
                 self._batch(job)
             else:
-                self._displace(job)
+                self._displace(job, reasons.get(job.job_id))
         return batch + [job for job in ready if job.num_uncomputed_tokens > 1]
 
     def _batch(self, job: _ScheduledJob) -> None:
-        job.is_batched = True
-        if job.is_displaced:
-            job.is_displaced = False
+        if job.state is _JobState.DISPLACED:
             self._events.append((job.job_id, Batched()))
+        job.state = _JobState.BATCHED
 
-    def _displace(self, job: _ScheduledJob) -> None:
+    def _displace(self, job: _ScheduledJob, reason: PreemptionReason | None) -> None:
         job.sequence.num_preemptions += job.is_batched
-        if not job.is_displaced:
-            job.is_displaced = True
-            self._events.append((job.job_id, Displaced(had_slot=job.is_batched)))
-        job.is_batched = False
+        if job.state is not _JobState.DISPLACED:
+            self._events.append((job.job_id, Displaced(reason if job.is_batched else None)))
+        job.state = _JobState.DISPLACED
 
     def _begin_urgency(
         self, ready: Sequence[_ScheduledJob], planned: Sequence[tuple[_ScheduledJob, int]], now_s: float
@@ -291,8 +320,7 @@ class Scheduler:
         self._urgency.note(job.sequence.scheduling, start_by_s, lost_at_s, self._now_s)
 
     def _pause(self, job: _ScheduledJob) -> None:
-        job.paused, job.pause_requested = True, False
-        job.is_batched = job.is_displaced = False
+        job.state, job.pause_requested = _JobState.PAUSED, False
         self._events.append((job.job_id, Preempted()))
 
     def _apply_chunk(self, job: _ScheduledJob, chunk: Chunk, outcome: StepOutcome, step_s: float) -> Event | None:

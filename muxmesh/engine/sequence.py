@@ -55,8 +55,8 @@ class SequenceRecord:
         """Updated with each output token."""
         self.slack_s = math.inf
         """Seconds until its next token is due by its SLO, as its engine noted last; see `muxmesh.slo.slack_s`."""
-        self.num_preemptions = 0
-        """How often its engine displaced it from the batch."""
+        self.num_preemptions = request.scheduling.num_preemptions
+        """How often it was displaced from a batch, in earlier attempts too."""
         self.block_size = block_size
         self.block_ids = block_ids
         self.finish: Finish | None = None

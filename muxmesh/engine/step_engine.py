@@ -165,7 +165,7 @@ class StepEngine:
     async def _run_step(self) -> int:
         """Plans, computes and applies a step or a run of steps. Returns how many were computed."""
         self._has_change.clear()
-        step = self._scheduler.next_step(self._clock.unix_s(), self._runner.max_steps)
+        step = self._scheduler.next_step(self._clock.unix_s(), self._runner.max_steps, self._grant.step_limit)
         if step is None:  # every job was cancelled while the loop waited for the grant
             return 0
         self._step_done.clear()

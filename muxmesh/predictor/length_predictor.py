@@ -20,7 +20,7 @@ import numpy as np
 
 from muxmesh.predictor.conformal_bound import ConformalBound
 from muxmesh.predictor.prompt_features import FeatureExtractor, PromptFeatures
-from muxmesh.predictor.rank_correlation import kendall_tau
+from muxmesh.predictor.rank_correlation import kendall_tau, tau_deviation
 from muxmesh.predictor.regression import Examples, Fit, fit
 from muxmesh.predictor.retrieval import History
 
@@ -34,12 +34,19 @@ _REFIT_FRACTION = 1 / 12
 _PRIOR_VARIANCE = 0.4
 _OUTPUT_VARIANCE = 0.4
 _MAX_TAU_LOSS = 0.02
-"""A fit is published though its tau is lower than the published one's by this much."""
+"""A fit is published though its tau is lower than the published one's by this much, or by the standard deviation that
+tau has by chance over the prompts on which both are compared: a fit of more outputs is better unless it is shown to be
+worse."""
 _DEVIATION_OF_MEAN_ERROR = math.sqrt(math.pi / 2)
 """Standard deviation of a normal variable over its mean absolute error."""
 COLD_TOKENS = 128.0
 """Predicted median before the first output."""
 _COLD_SPREAD = 1.0
+_REGRESSED = ("regressed", "retrieved")
+"""Sources of predictions that begin with the regression. `retrieved` does so from the first fit on."""
+_MAX_SHIFT, _MAX_SCORE = 1.5, 6.0
+"""Bounds of one output's evidence on the median's shift and on the 0.9 quantile. Scores are relative to the spread of
+the past: after a time of nearly equal lengths, the first others have scores of 20 and more."""
 _MIN_CENSORED_SCORE = -1.0
 """Below this score, about five in six outputs are longer, so a censored length carries no information."""
 _MAX_TOKENS = 1e6
@@ -89,12 +96,18 @@ class Predictor(Learner, Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
-    """The outcome of a `Refit`, with Kendall's tau of it and of the published fit on the same held-out prompts."""
+    """The outcome of a `Refit`, with tau of it and of the published fit on the same ``num_held_out`` prompts."""
 
     fit: Fit
     num_rows: int
     tau: float
     published_tau: float
+    num_held_out: int
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether it ranks worse than the published fit, by more than chance explains."""
+        return self.tau < self.published_tau - max(_MAX_TAU_LOSS, tau_deviation(self.num_held_out))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,11 +128,12 @@ class Refit:
         held_out = min(-(-self.num_new // 2), len(self.examples) // 2)
         fitted, expected = fit(self.examples, held_out)
         if self.published is None or held_out == 0:
-            return Fitted(fitted, self.num_rows, 1.0, 0.0)
+            return Fitted(fitted, self.num_rows, 1.0, 0.0, held_out)
         examples, targets = self.examples, self.examples.targets[-held_out:]
         features = zip(examples.lexical[-held_out:], examples.words[-held_out:], strict=True)
         before = np.array([self.published.predict(PromptFeatures(*one))[0] for one in features])
-        return Fitted(fitted, self.num_rows, kendall_tau(expected, targets), kendall_tau(before, targets))
+        taus = kendall_tau(expected, targets), kendall_tau(before, targets)
+        return Fitted(fitted, self.num_rows, *taus, held_out)
 
 
 class LengthPredictor:
@@ -172,9 +186,11 @@ class LengthPredictor:
         log_median = math.log(raw.p50_tokens)
         score = (log_length - log_median) / raw.log_spread
         if not censored or score > raw.bound:
-            self.conformal.observe(score, raw.bound)
-        if not censored or score > 0:
-            self._median_shift(model).observe(score + raw.median_shift, raw.median_shift)
+            self.conformal.observe(min(score, _MAX_SCORE), raw.bound)
+        is_regressed = raw.source in _REGRESSED
+        if is_regressed == (self._fit is not None) and (not censored or score > 0):
+            shift = max(-_MAX_SHIFT, min(score + raw.median_shift, _MAX_SHIFT))
+            self._median_shift(model).observe(shift, raw.median_shift)
         if censored:
             if score < _MIN_CENSORED_SCORE:
                 return
@@ -226,9 +242,11 @@ class LengthPredictor:
 
     def publish(self, fitted: Fitted | None) -> bool:
         self._refitting = False
-        if fitted is None or fitted.tau < fitted.published_tau - _MAX_TAU_LOSS:
+        if fitted is None or fitted.is_worse:
             self.num_rejected += 1
             return False
+        if self._fit is None:  # the shifts so far are errors of the geometric mean, not of a regression
+            self._median_shifts.clear()
         self._fit = fitted.fit
         self._published_rows = fitted.num_rows
         self.num_published += 1

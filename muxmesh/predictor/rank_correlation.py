@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,3 +16,8 @@ def kendall_tau(left: Floats, right: Floats) -> float:
     b = np.sign(np.subtract.outer(np.asarray(right, np.float64), np.asarray(right, np.float64)))
     untied = float(np.abs(a).sum()) * float(np.abs(b).sum())
     return float((a * b).sum()) / untied**0.5 if untied else 0.0
+
+
+def tau_deviation(num: int) -> float:
+    """Standard deviation of Kendall's tau of ``num`` independent pairs (Kendall, 1938); infinite below two."""
+    return math.sqrt(2 * (2 * num + 5) / (9 * num * (num - 1))) if num > 1 else math.inf

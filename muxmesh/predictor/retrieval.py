@@ -30,6 +30,8 @@ _MAX_NEIGHBOURS = 16
 _MIN_SHARED_OUTPUTS = 8
 """The mean of fewer outputs would show a tenant the lengths of another one."""
 _PRIOR_OUTPUTS = 4
+_PRIOR_VARIANCE = 1.0
+"""Of log lengths, as long as few are known."""
 _MIN_RATE = 1 / 500
 _MIN_DEVIATION = 0.05
 
@@ -59,11 +61,16 @@ class LengthStats:
         self.variance += rate * ((1 - rate) * difference**2 - self.variance)
 
     def shrunk_towards(self, prior: LengthStats) -> tuple[float, float]:
-        """Mean and standard deviation; ``prior`` weighs as much as a few outputs."""
+        """Mean and standard deviation of the mixture with ``prior``."""
+        mixed = self.mixed_with(prior)
+        return mixed.mean, max(math.sqrt(mixed.variance), _MIN_DEVIATION)
+
+    def mixed_with(self, prior: LengthStats) -> LengthStats:
+        """With the mean and the variance of the mixture with ``prior``, which weighs as much as a few outputs."""
         own = self.count / (self.count + _PRIOR_OUTPUTS)
-        mean = own * self.mean + (1 - own) * prior.mean
-        variance = own * self.variance + (1 - own) * prior.variance
-        return mean, max(math.sqrt(variance), _MIN_DEVIATION)
+        return LengthStats(
+            self.count, own * self.mean + (1 - own) * prior.mean, own * self.variance + (1 - own) * prior.variance
+        )
 
 
 @dataclass(slots=True)
@@ -119,8 +126,12 @@ class History:
         return not (self._tenants[: len(self)] == tenant_id).any()
 
     def scale(self, model: str) -> tuple[float, float]:
-        """Mean and standard deviation of the model's log lengths; those of all models if it is new."""
-        return self._stats.get(model, LengthStats()).shrunk_towards(self._all_models)
+        """Mean and standard deviation of the model's log lengths; those of all models if it is new.
+
+        A few outputs of about equal length say little about the lengths to come, so the deviation begins at 1.
+        """
+        pooled = self._all_models.mixed_with(LengthStats(mean=self._all_models.mean, variance=_PRIOR_VARIANCE))
+        return self._stats.get(model, LengthStats()).shrunk_towards(pooled)
 
     def add(
         self, prompt_hash: int, features: PromptFeatures, model: str, log_length: float, tenant_id: int = 0

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from muxmesh.block_hashes import join_hashes, split_hashes
+from muxmesh.execution import Execution, PreemptionReason
 from muxmesh.internal.v1 import kvstore_pb2, request_pb2
 from muxmesh.step_cost import StepCost
 from muxmesh.types import (
@@ -109,13 +110,24 @@ def scheduling_to_wire(scheduling: SchedulingState) -> request_pb2.SchedulingSta
         decode_s=scheduling.decode_s,
         served_s=scheduling.served_s,
         mean_work_s=scheduling.mean_work_s,
+        num_preemptions=scheduling.num_preemptions,
+        queued_per_slot=scheduling.queued_per_slot,
+        longest_lead_s=scheduling.longest_lead_s,
     )
 
 
 def scheduling_from_wire(wire: request_pb2.SchedulingState) -> SchedulingState:
     """Decodes a scheduling state."""
     return SchedulingState(
-        wire.priority, wire.arrived_at_unix_s, wire.prefill_s, wire.decode_s, wire.served_s, wire.mean_work_s
+        wire.priority,
+        wire.arrived_at_unix_s,
+        wire.prefill_s,
+        wire.decode_s,
+        wire.served_s,
+        wire.mean_work_s,
+        wire.num_preemptions,
+        wire.queued_per_slot,
+        wire.longest_lead_s,
     )
 
 
@@ -239,6 +251,32 @@ def finish_from_wire(wire: request_pb2.Finish) -> Finish:
     """Decodes a finish."""
     reason = _FINISH_REASONS[wire.reason]
     return Finish(reason, None if reason is FinishReason.LENGTH else wire.token_id)
+
+
+def execution_to_wire(execution: Execution) -> request_pb2.Execution:
+    """Encodes what became of a sequence in a decode worker."""
+    return request_pb2.Execution(
+        preemptions={str(reason): count for reason, count in execution.preemptions.items()},
+        num_repredictions=execution.num_repredictions,
+        num_recomputed=execution.num_recomputed,
+        batched_s=execution.batched_s,
+        paused_s=execution.paused_s,
+        swapped_s=execution.swapped_s,
+        is_overdue=execution.is_overdue,
+    )
+
+
+def execution_from_wire(wire: request_pb2.Execution) -> Execution:
+    """Decodes what became of a sequence in a decode worker. Raises ValueError for an unknown reason."""
+    return Execution(
+        {PreemptionReason(reason): count for reason, count in wire.preemptions.items()},
+        wire.num_repredictions,
+        wire.num_recomputed,
+        wire.batched_s,
+        wire.paused_s,
+        wire.swapped_s,
+        is_overdue=wire.is_overdue,
+    )
 
 
 def ref_to_wire(ref: LeaseRef) -> request_pb2.LeaseRef:

@@ -390,7 +390,7 @@ class ResponseOptions(_message.Message):
     skip_special_tokens: _builtins.bool
     """Unset is true."""
     scheduling: _builtins.bool
-    """Fills GenerateResponse.scheduling."""
+    """Fills GenerateResponse.scheduling and GenerateResponse.execution."""
     @_builtins.property
     def prompt_candidates(self) -> Global___CandidateTokens:
         """With prompt_logprobs: which other tokens to report at each position. Unset is none."""
@@ -491,6 +491,7 @@ class GenerateResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     ALL_OUTPUTS_FIELD_NUMBER: _builtins.int
     SCHEDULING_FIELD_NUMBER: _builtins.int
+    EXECUTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prompt_info(self) -> Global___PromptInfo:
         """In the first message only."""
@@ -509,6 +510,10 @@ class GenerateResponse(_message.Message):
     def scheduling(self) -> Global___SchedulingInfo:
         """In the first message only, if response.scheduling is set."""
 
+    @_builtins.property
+    def execution(self) -> Global___ExecutionInfo:
+        """In the last message only, if response.scheduling is set."""
+
     def __init__(
         self,
         *,
@@ -517,17 +522,22 @@ class GenerateResponse(_message.Message):
         timings: Global___RequestTimings | None = ...,
         all_outputs: _abc.Iterable[Global___SequenceOutput] | None = ...,
         scheduling: Global___SchedulingInfo | None = ...,
+        execution: Global___ExecutionInfo | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_info", b"_prompt_info", "_scheduling", b"_scheduling", "_timings", b"_timings", "outputs", b"outputs", "prompt_info", b"prompt_info", "scheduling", b"scheduling", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_execution", b"_execution", "_prompt_info", b"_prompt_info", "_scheduling", b"_scheduling", "_timings", b"_timings", "execution", b"execution", "outputs", b"outputs", "prompt_info", b"prompt_info", "scheduling", b"scheduling", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_info", b"_prompt_info", "_scheduling", b"_scheduling", "_timings", b"_timings", "all_outputs", b"all_outputs", "outputs", b"outputs", "prompt_info", b"prompt_info", "scheduling", b"scheduling", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_execution", b"_execution", "_prompt_info", b"_prompt_info", "_scheduling", b"_scheduling", "_timings", b"_timings", "all_outputs", b"all_outputs", "execution", b"execution", "outputs", b"outputs", "prompt_info", b"prompt_info", "scheduling", b"scheduling", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__execution: _TypeAlias = _typing.Literal["execution"]  # noqa: Y015
+    _WhichOneofArgType__execution: _TypeAlias = _typing.Literal["_execution", b"_execution"]  # noqa: Y015
     _WhichOneofReturnType__prompt_info: _TypeAlias = _typing.Literal["prompt_info"]  # noqa: Y015
     _WhichOneofArgType__prompt_info: _TypeAlias = _typing.Literal["_prompt_info", b"_prompt_info"]  # noqa: Y015
     _WhichOneofReturnType__scheduling: _TypeAlias = _typing.Literal["scheduling"]  # noqa: Y015
     _WhichOneofArgType__scheduling: _TypeAlias = _typing.Literal["_scheduling", b"_scheduling"]  # noqa: Y015
     _WhichOneofReturnType__timings: _TypeAlias = _typing.Literal["timings"]  # noqa: Y015
     _WhichOneofArgType__timings: _TypeAlias = _typing.Literal["_timings", b"_timings"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__execution) -> _WhichOneofReturnType__execution | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_info) -> _WhichOneofReturnType__prompt_info | None: ...
     @_typing.overload
@@ -602,6 +612,80 @@ class SchedulingInfo(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SchedulingInfo: _TypeAlias = SchedulingInfo  # noqa: Y015
+
+@_typing.final
+class ExecutionInfo(_message.Message):
+    """What became of a request once it was admitted: the sum over its sequences and over all attempts. Of an attempt whose
+    worker was lost, or whose output ended with a stop string, the time since the last pre-emption counts as batched_s.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class PreemptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    NUM_REPREDICTIONS_FIELD_NUMBER: _builtins.int
+    NUM_RECOMPUTED_FIELD_NUMBER: _builtins.int
+    BATCHED_S_FIELD_NUMBER: _builtins.int
+    PAUSED_S_FIELD_NUMBER: _builtins.int
+    SWAPPED_S_FIELD_NUMBER: _builtins.int
+    RECOMPUTED_S_FIELD_NUMBER: _builtins.int
+    IS_OVERDUE_FIELD_NUMBER: _builtins.int
+    num_repredictions: _builtins.int
+    """How often the output length was predicted again while the sequence decoded."""
+    num_recomputed: _builtins.int
+    """Pre-emptions after which KV was computed again."""
+    batched_s: _builtins.float
+    """Seconds in the batch of a decode worker, the waits for the device included."""
+    paused_s: _builtins.float
+    """Seconds without a slot in the batch, with the KV in the pool."""
+    swapped_s: _builtins.float
+    """Seconds with the KV swapped out, the copies included."""
+    recomputed_s: _builtins.float
+    """Seconds from the end of an attempt until the next one had computed the KV again, the wait for memory included."""
+    is_overdue: _builtins.bool
+    """Whether the request has waited for order.max_wait_s, and preceded all others from then on."""
+    @_builtins.property
+    def preemptions(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Number of pre-emptions by reason, without reasons that did not occur.
+        The sequence gave up its slot of a full batch: order (another one of its priority class precedes it), slo (the next
+        token of one of its class is due), priority (one of a better class has come), overdue (another one is overdue).
+        It gave up its KV memory: kv_growth (to a growing sequence that precedes it), kv_admission (to a queued request or a
+        swapped sequence that precedes it), kv_quota (to another model, within the quota of that), kv_full (the memory that
+        it needed itself was not there).
+        """
+
+    def __init__(
+        self,
+        *,
+        preemptions: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        num_repredictions: _builtins.int = ...,
+        num_recomputed: _builtins.int = ...,
+        batched_s: _builtins.float = ...,
+        paused_s: _builtins.float = ...,
+        swapped_s: _builtins.float = ...,
+        recomputed_s: _builtins.float = ...,
+        is_overdue: _builtins.bool = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batched_s", b"batched_s", "is_overdue", b"is_overdue", "num_recomputed", b"num_recomputed", "num_repredictions", b"num_repredictions", "paused_s", b"paused_s", "preemptions", b"preemptions", "recomputed_s", b"recomputed_s", "swapped_s", b"swapped_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ExecutionInfo: _TypeAlias = ExecutionInfo  # noqa: Y015
 
 @_typing.final
 class Waits(_message.Message):

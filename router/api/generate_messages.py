@@ -107,6 +107,8 @@ def message_from_delta(
         message.scheduling.CopyFrom(inference_pb2.SchedulingInfo(**dataclasses.asdict(delta.scheduling)))
     if delta.timings is not None:
         message.timings.CopyFrom(inference_pb2.RequestTimings(**dataclasses.asdict(delta.timings)))
+    if delta.execution is not None:
+        message.execution.CopyFrom(inference_pb2.ExecutionInfo(**dataclasses.asdict(delta.execution)))
     return message
 
 

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -81,6 +82,11 @@ def test_a_later_judgement_replaces_the_earlier_one_and_is_json() -> None:
     assert json.loads(json.dumps(report.figures))["normalized_s"] == {"ours": [0.1, 0.6], "fcfs": [0.2, 0.9]}
 
 
+def test_a_point_of_several_runs_has_their_means_and_all_their_requests() -> None:
+    mean = Point.mean([point(2.0, 0.1, tail_ms=1000), point(2.0, 0.3, tail_ms=3000, failed=1)])
+    assert mean == replace(point(2.0, 0.2, tail_ms=2000, failed=1), num_completed=120)
+
+
 def test_the_table_has_a_row_for_each_run_by_rising_load() -> None:
     rows = table({"ours": [point(1.5, 0.3), point(1.0, 0.1)], "fcfs": [point(1.0, 0.2)]}).splitlines()
     assert [row.split("|")[1].strip() for row in rows[2:]] == ["ours, 1", "ours, 1.5", "fcfs, 1"]
@@ -101,6 +107,17 @@ def test_the_expected_time_grows_with_everything_that_is_measured() -> None:
     assert expected_s(["ours", "fcfs"], Effort(effort.loads, 7, 60, 96)) > base_s
     assert expected_s(["ours", "fcfs"], Effort(effort.loads, 6, 90, 96)) > base_s
     assert expected_s(["ours", "fcfs"], Effort(effort.loads, 6, 60, 160)) > base_s
+
+
+def test_only_rates_that_our_systems_share_are_repeated() -> None:
+    effort = Effort((0.7, 1.0), 3, 60, 96, num_repeats=2)
+    assert [effort.repeats_of("ours", turn) for turn in range(3)] == [2, 2, 1]
+    assert [effort.repeats_of("vllm", turn) for turn in range(3)] == [1, 1, 1]
+    once = Effort((0.7, 1.0), 3, 60, 96)
+    speed = Speed(1.0, 145)
+    shared_s = sum(speed.run_s(load, 60) for load in effort.loads)
+    assert speed.all_runs_s("fcfs", effort) - speed.all_runs_s("fcfs", once) == pytest.approx(shared_s)
+    assert speed.all_runs_s("vllm", effort) == speed.all_runs_s("vllm", once)
 
 
 def test_a_slower_system_needs_longer_for_its_last_outputs() -> None:

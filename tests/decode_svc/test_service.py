@@ -18,7 +18,8 @@ from muxmesh.block_hashes import block_hashes
 from muxmesh.clock import ManualClock, SystemClock
 from muxmesh.device.kv_codec import encoded_bytes
 from muxmesh.engine.step import Runner
-from muxmesh.errors import EngineFailed, InternalError, InvalidRequest, RequestPreempted, SequenceFailed, Unavailable
+from muxmesh.errors import EngineFailed, InternalError, InvalidRequest, SequenceFailed, Unavailable
+from muxmesh.execution import PreemptionReason
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
@@ -300,17 +301,22 @@ async def test_a_lease_whose_call_does_not_arrive_is_released(
 
 async def test_a_pre_empted_request_that_cannot_be_swapped_ends(tmp_path: Path) -> None:
     async with decode_worker(tmp_path) as worker:
-        await worker.watch()
+        watch = await worker.watch()
         lease = await worker.hand_off(replace(DEMAND, max_tokens=SLAB_TOKENS))
         first = await worker.hand_off(KvDemand(SLAB_TOKENS - 24, SLAB_TOKENS - 24))
         for record in worker.unit.state.leases.of_models(["m"]):
             if record.lease.ref.lease_id == first.ref.lease_id:
                 record.scheduling = SchedulingState(-1, 0.0)  # it precedes the other one, so it is no victim of it
-        with pytest.raises(RequestPreempted, match="not swapped: the unit has no swap region"):
-            await result(worker.decode(lease, replace(REQUEST, stopping=Stopping(40))))
+        ended = await result(worker.decode(lease, replace(REQUEST, stopping=Stopping(40))))
+        assert not ended.HasField("finish") and "not swapped: the unit has no swap region" in ended.preempted
+        tokens = await watch.tokens(ended.num_output_tokens - 1)
+        assert [index for _, index, _ in tokens] == list(range(1, ended.num_output_tokens)), "none is lost"
+        execution = convert.execution_from_wire(ended.execution)
+        assert (execution.preemptions, execution.num_recomputed) == ({PreemptionReason.KV_FULL: 1}, 1)
+        assert execution.batched_s > 0 and execution.swapped_s == 0
         await worker.unit.until(lambda: len(worker.unit.state.leases) == 1)
         counters = worker.unit.counters
-        assert (counters.num_preemptions, counters.num_recomputed) == (1, 1)
+        assert (counters.preemptions, counters.num_recomputed) == ({PreemptionReason.KV_FULL: 1}, 1)
 
 
 @pytest.mark.parametrize("kv_format", [None, "int8"])

@@ -61,7 +61,9 @@ class Capacity:
         return True
 
     def admit(self, admission: Admission, unix_s: float = 0.0) -> bool:
-        return admission.admit(unix_s, self.has_slot, self.is_within_quota, self.try_admit)
+        return admission.admit(
+            unix_s, self.has_slot, self.is_within_quota, self.try_admit, lambda one, key: not self.has_slot(one)
+        )
 
     @property
     def ids(self) -> list[int]:

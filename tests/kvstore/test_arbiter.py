@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.arbiter import Arbiter, Decision, Demand, slots_of
+from kvstore.stall_budget import WINDOW_S
 from muxmesh.config.arbiter_config import ArbiterConfig
 from muxmesh.types import ArbiterMode, Role
 
@@ -282,3 +284,117 @@ def test_the_order_of_the_demands_does_not_matter(workers: list[Demand], data: s
 
 def test_slots_of_names_the_slots() -> None:
     assert slots_of([decode(3), prefill(1)]) == {1, 3}
+
+
+# The end of a prefill step
+
+
+def test_a_prefill_step_ends_before_the_first_token_of_the_waiting_decodes_is_due() -> None:
+    waiting = [prefill(0), decode(1, due_at_s=10.2, lost_at_s=12), decode(2, due_at_s=10.1, lost_at_s=12)]
+    assert arbiter().decide(waiting, (), 10.0).step_ends_s == {0: 10.1}
+    missed = [prefill(0), decode(1, due_at_s=9.0, lost_at_s=9.5), decode(2, due_at_s=10.2, lost_at_s=12)]
+    assert arbiter().decide(missed, (), 10.0).step_ends_s == {0: 10.2}, "a missed target is not waited for"
+
+
+@pytest.mark.parametrize("mode", ["adbs", "roundrobin"])
+def test_without_targets_prefills_hold_up_a_decode_worker_for_a_limited_time(mode: ArbiterMode) -> None:
+    one = arbiter(mode, max_stall_s=0.25)
+    assert one.longest_step_s == 0.25
+    assert one.decide([prefill(0), decode(1)], (), 10.0).step_ends_s == {0: 10.25}
+    assert one.decide([decode(1)], [prefill(0)], 10.2).step_ends_s == {0: 10.25}, "from the first prefill step on"
+
+
+def test_a_decode_worker_that_prefills_have_held_up_for_so_long_goes_next() -> None:
+    one = arbiter(max_stall_s=0.25)
+    assert one.decide([prefill(0), decode(1)], (), 10.0).granted == {0}
+    assert one.decide([prefill(0), decode(1)], (), 10.2).granted == {0}
+    assert one.decide([prefill(0), decode(1)], (), 10.24).granted == {1}, "within the slack that counts as urgent"
+    assert one.decide([prefill(0), decode(1)], (), 10.3).granted == {0}, "its wait begins again"
+
+
+def test_a_decode_worker_that_waits_for_other_decodes_is_not_held_up_by_prefills() -> None:
+    one = arbiter(max_stall_s=0.25)
+    assert one.decide([decode(1), decode(2)], (), 10.0).granted == {1}
+    assert one.decide([prefill(0), decode(2)], (), 11.0).granted == {0}
+
+
+def test_no_step_is_cut_for_a_worker_that_would_not_go_next() -> None:
+    due: dict[str, Any] = {"due_at_s": 10.2, "lost_at_s": 12}
+    better = arbiter().decide([prefill(0, priority=-1), decode(1, **due)], (), 10.0)
+    sooner = arbiter().decide([prefill(0, due_at_s=10.01, lost_at_s=10.01), decode(1, **due)], (), 10.0)
+    beside = arbiter().decide([prefill(0, share=0.5), decode(1, share=0.6, **due)], (), 10.0)
+    assert (better.step_ends_s, sooner.step_ends_s) == ({}, {})
+    assert beside.granted == {0} and beside.step_ends_s == {0: 10.2}
+    fits = arbiter().decide([decode(1, share=0.6, **due), decode(2, share=0.6)], [prefill(0, share=0.3)], 10.0)
+    assert fits.step_ends_s == {}, "they wait for each other"
+
+
+def test_the_step_of_a_prefill_that_was_overtaken_too_often_is_not_cut() -> None:
+    one = arbiter(max_overtakes=1)
+    late: dict[str, Any] = {"due_at_s": 9.9, "lost_at_s": 12.0}
+    turns_ = [one.decide([prefill(0), decode(1, **late)], (), 10.0) for _ in range(4)]
+    assert [sorted(turn.granted) for turn in turns_] == [[1], [1], [0], [1]]
+    assert turns_[2].step_ends_s == {}
+
+
+@pytest.mark.parametrize("mode", ["fcfs", "temporal", "spatial"])
+def test_other_modes_bound_no_step(mode: ArbiterMode) -> None:
+    one = arbiter(mode)
+    assert one.longest_step_s == math.inf
+    assert one.decide([prefill(0), decode(1)], (), 10.0).step_ends_s == {}
+
+
+def test_steps_that_go_early_have_a_budget_and_without_it_prefills_go_first_again() -> None:
+    """Of 2 % of the device, 0.1 s are saved up: a decode step of 60 ms may begin twice."""
+    one, now_s, granted = arbiter(max_stall_s=0.25, max_overtakes=1000, stall_budget=0.02), 0.0, list[int]()
+    for _ in range(40):
+        (slot,) = one.decide([prefill(0), decode(1)], (), now_s).granted
+        granted.append(slot)
+        now_s += 0.06 if slot else 0.25
+    assert [at for at, slot in enumerate(granted) if slot][:2] == [1, 3]
+    assert sum(granted) == 5, "the others as the budget is filled again"
+    assert one.num_held_up == {}
+    late = [decode(1, due_at_s=now_s + 0.001, lost_at_s=now_s + 9)]
+    assert one.decide([prefill(0), *late], (), now_s).granted == {1}, "due by its SLO"
+    assert one.num_held_up == {"model1": 1}
+
+
+def test_a_decode_worker_that_goes_on_alone_uses_up_no_budget() -> None:
+    one = arbiter(max_stall_s=0.25, stall_budget=0.01)
+    assert one.decide([prefill(0), decode(1)], (), 0.0).granted == {0}
+    assert one.decide([decode(1)], (), 0.3).granted == {1}
+    for at_s in (9.0, 9.3):
+        assert one.decide([prefill(0), decode(1)], (), at_s).granted == {0 if at_s == 9.0 else 1}
+
+
+@pytest.mark.parametrize("stall_budget", [1.0, 0.1])
+@given(st.lists(st.floats(0.001, 0.6), min_size=60, max_size=60), st.integers(1, 3), st.integers(1, 3))
+def test_prefills_never_hold_up_a_decode_for_longer_than_the_bound_and_one_step(
+    stall_budget: float, steps_s: list[float], num_prefills: int, num_decodes: int
+) -> None:
+    """Every worker always has work. A prefill step takes what it would, or as long as it may, at least 50 ms."""
+    one, now_s, least_s, step_s = (
+        arbiter(max_stall_s=0.25, max_overtakes=1000, stall_budget=stall_budget),
+        0.0,
+        0.05,
+        0.01,
+    )
+    workers = [prefill(slot) for slot in range(num_prefills)] + [decode(10 + slot) for slot in range(num_decodes)]
+    held_up_s = dict.fromkeys((worker.slot for worker in workers if worker.role is Role.DECODE), 0.0)
+    early_s = 0.0
+    for whole_s in steps_s:
+        decision = one.decide(workers, (), now_s)
+        (slot,) = decision.granted
+        if slot >= 10:
+            held_up_s[slot] = 0.0
+            now_s += step_s
+            early_s += step_s
+        else:
+            taken_s = min(
+                whole_s, max(least_s, min(decision.step_ends_s.get(slot, math.inf) - now_s, one.longest_step_s))
+            )
+            now_s += taken_s
+            for waiting in held_up_s:
+                held_up_s[waiting] += taken_s
+        assert early_s <= stall_budget * (now_s + WINDOW_S) + step_s
+        assert stall_budget < 1 or max(held_up_s.values()) <= 0.25 + least_s + 1e-9

@@ -358,3 +358,20 @@ def test_the_page_of_the_table_is_shared_by_its_file_descriptor(table: GrantTabl
     other = GrantPage(table.page_fd)
     other.write(3, Word.DEMAND, 1)
     assert table.page.read(3, Word.DEMAND) == 1
+
+
+def test_the_page_has_the_end_of_a_prefill_step_only_while_a_decode_waits_for_it() -> None:
+    clock = ManualClock(50.0)
+    table = GrantTable(ArbiterConfig(mode="adbs", max_stall_s=0.25), clock)
+    prefill, decode = (table.allocate_slot(role, "m")[0] for role in (Role.PREFILL, Role.DECODE))
+    table.page.write(prefill, Word.DEMAND, 1)
+    table.arbitrate()
+    words = [table.page.read(prefill, word) for word in (Word.LONGEST_STEP_US, Word.STEP_END_US)]
+    assert words == [250_000, 0]
+    table.page.write(decode, Word.DEMAND, 1)
+    table.arbitrate()
+    assert table.page.read(prefill, Word.STEP_END_US) == 50_250_000
+    table.page.write(decode, Word.DEMAND, 0)
+    table.arbitrate()
+    assert table.page.read(prefill, Word.STEP_END_US) == 0
+    table.close()

@@ -7,114 +7,22 @@ from collections.abc import Callable
 import pytest
 
 from kvstore import leases
-from kvstore.block_table import BlockTable
-from kvstore.leases import (
-    TRANSITIONS,
-    Assignment,
-    LeaseState,
-    LeaseTable,
-)
+from kvstore.leases import TRANSITIONS, Assignment, LeaseState, LeaseTable
 from kvstore.sequence_progress import SequenceProgress
-from kvstore.slab_pool import SlabPool
-from kvstore.swap_space import SwapSpace
-from kvstore.victim_choice import MAX_PREEMPTION_REQUESTS, Victim, last_after, last_in_order
 from muxmesh.block_hashes import block_hashes
 from muxmesh.errors import LeaseLost
-from muxmesh.scheduling_policy import FCFS, SortKey
-from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, Lease, LeaseRef, SchedulingState
+from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, LeaseRef
+from tests.kvstore.small_lease_table import BLOCK_SIZE, NUM_PAGES, OPERATIONS, SmallUnit
 
-BLOCK_SIZE = 8
-NUM_PAGES = 8
 HASHES = block_hashes(range(10 * BLOCK_SIZE), BLOCK_SIZE, b"root")
-WORKERS = Assignment("prefill", "decode")
 
-OPERATIONS: dict[str, Callable[[LeaseTable, LeaseRef, str], object]] = {
-    "acquire": lambda table, ref, owner: table.acquire(ref, "prefill"),
-    "move": lambda table, ref, owner: table.move(ref, owner, "decode", 24, (7,)),
-    "grow": lambda table, ref, owner: table.grow(ref, owner, 1),
-    "pause": lambda table, ref, owner: table.pause(ref, owner),
-    "resume": lambda table, ref, owner: table.resume(ref, owner),
-    "begin_swap_out": lambda table, ref, owner: table.begin_swap_out(ref, owner, 2 * SWAP_PAGE_BYTES),
-    "finish_swap_out": lambda table, ref, owner: table.finish_swap_out(ref, owner),
-    "begin_swap_in": lambda table, ref, owner: table.begin_swap_in(ref, KvDemand(24, 24)),
-    "finish_swap_in": lambda table, ref, owner: table.finish_swap_in(ref, owner),
-}
 CALLS: dict[str, Callable[[LeaseTable, LeaseRef, str], object]] = {
     **OPERATIONS,
     "release": lambda table, ref, owner: table.release(ref, owner),
 }
 OWNER_CALLS = [name for name in CALLS if name not in ("acquire", "begin_swap_in")]
-OPERATIONS_BEFORE = {
-    LeaseState.CREDIT: (),
-    LeaseState.RESIDENT: ("acquire",),
-    LeaseState.PAUSED: ("acquire", "pause"),
-    LeaseState.SWAPPING_OUT: ("acquire", "begin_swap_out"),
-    LeaseState.SWAPPED: ("acquire", "begin_swap_out", "finish_swap_out"),
-    LeaseState.SWAPPING_IN: ("acquire", "begin_swap_out", "finish_swap_out", "begin_swap_in"),
-}
 HAS_PAGES = (LeaseState.SWAPPING_OUT, LeaseState.SWAPPED, LeaseState.SWAPPING_IN)
 HAS_COMPUTED_BLOCKS = (LeaseState.RESIDENT, LeaseState.PAUSED, LeaseState.SWAPPING_OUT)
-
-
-class SmallUnit:
-    """A lease table over two slabs, each of 8 blocks of `m` or 4 of `other`, and 8 swap pages."""
-
-    def __init__(self, last_id: int = 0) -> None:
-        self.blocks = BlockTable(SlabPool(2))
-        self.blocks.add_model("m", 8)
-        self.blocks.add_model("other", 4)
-        self.swap = SwapSpace(NUM_PAGES * SWAP_PAGE_BYTES)
-        self.table = LeaseTable(self.blocks, self.swap, last_id)
-
-    def try_credit(
-        self,
-        num_tokens: int = 24,
-        router: str = "router",
-        model: str = "m",
-        hashes: tuple[bytes, ...] = (),
-        assignment: Assignment = WORKERS,
-        expires_at_s: float = 30.0,
-        arrived_at_s: float = 0.0,
-        max_new_slabs: int | None = None,
-    ) -> Lease | None:
-        demand = KvDemand(num_tokens, num_tokens, hashes, max(0, num_tokens - 1))
-        scheduling = SchedulingState(0, arrived_at_s)
-        return self.table.issue_credit(
-            model, BLOCK_SIZE, demand, scheduling, router, assignment, expires_at_s, max_new_slabs
-        )
-
-    def credit(self, num_tokens: int = 24, router: str = "router", model: str = "m",
-        hashes: tuple[bytes, ...] = (), assignment: Assignment = WORKERS, expires_at_s: float = 30.0,
-        arrived_at_s: float = 0.0) -> Lease:  # fmt: skip
-        lease = self.try_credit(num_tokens, router, model, hashes, assignment, expires_at_s, arrived_at_s)
-        assert lease is not None
-        return lease
-
-    def resident(
-        self, num_tokens: int = 24, worker: str = "decode", model: str = "m", arrived_at_s: float = 0.0
-    ) -> Lease:
-        return self.table.acquire(self.credit(num_tokens, model=model, arrived_at_s=arrived_at_s).ref, worker)
-
-    def in_state(self, state: LeaseState) -> tuple[LeaseRef, str]:
-        """A lease of three blocks in ``state``, and its owner."""
-        ref, owner = self.credit().ref, "router"
-        for operation in OPERATIONS_BEFORE[state]:
-            OPERATIONS[operation](self.table, ref, owner)
-            ref, owner = self.table.of_owner("prefill")[0].ref, "prefill"
-        assert self.table.state_of(ref, owner) is state
-        return ref, owner
-
-    def swapped(self, num_tokens: int = 24, computed: tuple[bytes, ...] = ()) -> Lease:
-        lease = self.resident(num_tokens)
-        assert self.table.begin_swap_out(lease.ref, "decode", SWAP_PAGE_BYTES) is not None
-        self.table.finish_swap_out(lease.ref, "decode", computed)
-        return lease
-
-    def check(self, blocks: int, pages: int, num_leases: int) -> None:
-        """Token blocks in use, allocated swap pages, and leases."""
-        self.table.check_integrity()
-        num_pages = NUM_PAGES - self.swap.num_free_pages
-        assert (self.blocks.num_in_use("m"), num_pages, len(self.table)) == (blocks, pages, num_leases)
 
 
 @pytest.fixture
@@ -386,23 +294,6 @@ def test_only_sequences_that_a_decode_worker_computes_are_decoding_in_it(unit: S
     assert unit.table.decoding_in("decode") == []
 
 
-def test_one_paused_lease_at_a_time_is_swapped_out_for_those_that_precede_it(unit: SmallUnit) -> None:
-    first, second = (unit.resident(num_tokens=8, arrived_at_s=arrived_at_s) for arrived_at_s in (1.0, 2.0))
-    for lease in (first, second):
-        unit.table.pause(lease.ref, "decode")
-
-    def victim_after(arrived_at_s: float) -> int | None:
-        after = by_arrival(SchedulingState(0, arrived_at_s))
-        return preempted(last_after(unit.table.of_models(["m"]), by_arrival, after, takes_batched=False))
-
-    assert victim_after(2.0) is None
-    assert victim_after(0.5) == second.ref.lease_id
-    unit.table.begin_swap_out(second.ref, "decode", SWAP_PAGE_BYTES)
-    assert victim_after(0.5) == second.ref.lease_id, "its memory is on the way, so no other one has to leave"
-    unit.table.finish_swap_out(second.ref, "decode")
-    assert victim_after(0.5) == first.ref.lease_id
-
-
 def test_a_paused_lease_keeps_its_blocks_and_frees_its_slot_of_the_batch(unit: SmallUnit) -> None:
     lease = unit.resident()
     unit.table.pause(lease.ref, "decode")
@@ -513,82 +404,6 @@ def test_workers_and_models_without_leases_are_not_counted(unit: SmallUnit) -> N
         unit.table.drop_owner(name)
     assert [len(counts) for counts in unit.table.count_assigned()] == [0, 0]
     assert unit.table.count_by_model() == {}
-
-
-# Victims
-
-
-def by_arrival(state: SchedulingState) -> SortKey:
-    return FCFS.sort_key(state, 0.0)
-
-
-def victim(unit: SmallUnit, *owners: str, models: tuple[str, ...] = ("m",)) -> int | None:
-    """Id of the chosen victim among the leases of ``owners``."""
-    return preempted(last_in_order([one for one in unit.table.of_models(models) if one.owner in owners], by_arrival))
-
-
-def preempted(victim: Victim | None) -> int | None:
-    """Id of a victim's lease, whose worker is asked once more to free its blocks."""
-    if victim is None:
-        return None
-    assert victim.is_new == (victim.record.num_preemption_requests == 0)
-    victim.record.num_preemption_requests += 1
-    return victim.record.lease.ref.lease_id
-
-
-def test_the_victim_is_the_last_resident_lease_in_order(unit: SmallUnit) -> None:
-    for arrived_at_s in (3.0, 5.0, 4.0):
-        unit.resident(num_tokens=8, arrived_at_s=arrived_at_s)
-    unit.credit(num_tokens=8, arrived_at_s=9.0, router="decode")
-    assert victim(unit, "decode") == 2
-
-
-def test_a_paused_lease_is_the_victim_before_one_that_computes(unit: SmallUnit) -> None:
-    paused = [unit.resident(num_tokens=8, arrived_at_s=arrived_at_s) for arrived_at_s in (1.0, 2.0)]
-    unit.resident(num_tokens=8, arrived_at_s=9.0)
-    for lease in paused:
-        unit.table.pause(lease.ref, "decode")
-    assert victim(unit, "decode") == paused[1].ref.lease_id
-
-
-def test_only_leases_of_the_given_owners_and_models_are_victims(unit: SmallUnit) -> None:
-    unit.resident(num_tokens=8, worker="d1", model="other")
-    unit.resident(num_tokens=8, worker="d2", arrived_at_s=1.0)
-    assert victim(unit, "d1") is None
-    assert victim(unit, "d2", models=("other",)) is None
-    assert victim(unit, "d1", "d2", models=("m", "other")) == 2
-
-
-def test_the_same_victim_is_chosen_until_its_blocks_are_freed(unit: SmallUnit) -> None:
-    first, second = unit.resident(arrived_at_s=1.0), unit.resident(arrived_at_s=2.0)
-    assert victim(unit, "decode") == second.ref.lease_id
-    unit.resident(arrived_at_s=3.0)
-    assert victim(unit, "decode") == second.ref.lease_id, "not the one that is last by now"
-    unit.table.begin_swap_out(second.ref, "decode", 1)
-    assert victim(unit, "decode") == second.ref.lease_id, "its blocks are not free yet"
-    unit.table.finish_swap_out(second.ref, "decode")
-    assert victim(unit, "decode") == 3
-    unit.table.release(LeaseRef(3, 2), "decode")
-    assert victim(unit, "decode") == first.ref.lease_id
-
-
-def test_another_victim_is_chosen_when_one_was_requested_too_often(unit: SmallUnit) -> None:
-    unit.resident(arrived_at_s=1.0)
-    unit.resident(arrived_at_s=2.0)
-    chosen = [victim(unit, "decode") for _ in range(2 * MAX_PREEMPTION_REQUESTS + 1)]
-    assert chosen == [2] * MAX_PREEMPTION_REQUESTS + [1] * MAX_PREEMPTION_REQUESTS + [None]
-
-
-def test_a_swapped_lease_can_be_a_victim_again(unit: SmallUnit) -> None:
-    lease = unit.resident()
-    for _ in range(MAX_PREEMPTION_REQUESTS):
-        victim(unit, "decode")
-    assert victim(unit, "decode") is None
-    unit.table.begin_swap_out(lease.ref, "decode", 1)
-    unit.table.finish_swap_out(lease.ref, "decode")
-    unit.table.begin_swap_in(lease.ref, KvDemand(24, 24))
-    unit.table.finish_swap_in(lease.ref, "decode")
-    assert victim(unit, "decode") == lease.ref.lease_id
 
 
 # Integrity

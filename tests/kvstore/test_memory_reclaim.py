@@ -8,6 +8,7 @@ from kvstore.sequence_progress import SequenceProgress
 from kvstore.unit import Unit
 from kvstore.unit_model import UnitModel
 from muxmesh.errors import Overloaded
+from muxmesh.execution import PreemptionReason
 from muxmesh.kv_cost import CopyRates
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.step_cost import StepCost
@@ -24,6 +25,8 @@ from tests.kvstore.small_unit import SHAPES, SLAB_BYTES, admitted_ids, attach_re
 
 FAST = CopyRates(1e12, 1e12)
 SLOW = CopyRates(1.0, 1.0)
+
+KV_GROWTH, KV_ADMISSION = PreemptionReason.KV_GROWTH, PreemptionReason.KV_ADMISSION
 
 
 class FullUnit:
@@ -68,10 +71,13 @@ class FullUnit:
 
 def test_a_growing_sequence_claims_the_blocks_of_the_last_of_the_batch() -> None:
     full = FullUnit()
-    assert full.claim(full.first) == ([PreemptionRequest(full.decode, full.second.ref.lease_id)], True)
+    assert full.claim(full.first) == (
+        [PreemptionRequest(full.decode, full.second.ref.lease_id, KV_GROWTH)],
+        True,
+    )
     assert full.claim(full.first) == ([], True), "it is being freed"
     asked_again = full.claim(full.first, RECLAIM_EVERY_S)
-    assert asked_again == ([PreemptionRequest(full.decode, full.second.ref.lease_id)], True)
+    assert asked_again == ([PreemptionRequest(full.decode, full.second.ref.lease_id, KV_GROWTH)], True)
     full.unit.release(full.second.ref, full.decode)
     assert full.unit.grow(full.first.ref, full.decode, 1, claims=True) is not None
     full.unit.check_integrity()
@@ -80,6 +86,17 @@ def test_a_growing_sequence_claims_the_blocks_of_the_last_of_the_batch() -> None
 def test_the_last_in_order_claims_nothing() -> None:
     full = FullUnit()
     assert full.claim(full.second) == ([], False)
+
+
+def test_of_two_outputs_of_one_request_the_first_claims_the_blocks_of_the_second() -> None:
+    full = FullUnit("recompute", first_s=5.0, second_s=5.0)
+    assert full.claim(full.second) == ([], False)
+    assert full.claim(full.first) == ([PreemptionRequest(full.decode, full.second.ref.lease_id, KV_GROWTH)], True)
+    full.unit.release(full.second.ref, full.decode)
+    full.unit.offer("router", QueuedRequest(1, "a", SchedulingState(0, 0.0, decode_s=5.0), KvDemand(8, 8)))
+    assert admitted_ids(full.unit) == [], "it would take its blocks back"
+    assert full.unit.grow(full.first.ref, full.decode, 1, claims=True) is not None
+    full.unit.check_integrity()
 
 
 def test_without_a_claim_a_sequence_of_the_batch_keeps_its_blocks() -> None:
@@ -135,7 +152,7 @@ def test_a_request_waits_where_memory_will_be_free_sooner_than_a_victim_can_leav
     full.pause(full.second, 19.0)
     state = SchedulingState(0, 0.0, decode_s=first_s / 3)
     full.unit.offer("router", QueuedRequest(1, "a", state, KvDemand(8, 8)))
-    preemptions = [] if is_kept else [PreemptionRequest(full.decode, full.second.ref.lease_id)]
+    preemptions = [] if is_kept else [PreemptionRequest(full.decode, full.second.ref.lease_id, KV_ADMISSION)]
     decisions = schedule(full.unit)
     assert (decisions.credits, decisions.preemptions) == ([], preemptions)
     if mode == "auto":
@@ -149,7 +166,7 @@ def test_the_work_of_sequences_without_a_prediction_is_not_known_so_none_waits_f
     full.set_costs(SLOW, 1.0)
     full.pause(full.second, 0.0)
     full.unit.offer("router", QueuedRequest(1, "a", SchedulingState(-1, 0.0), KvDemand(8, 8)))
-    assert schedule(full.unit).preemptions == [PreemptionRequest(full.decode, full.second.ref.lease_id)]
+    assert schedule(full.unit).preemptions == [PreemptionRequest(full.decode, full.second.ref.lease_id, KV_ADMISSION)]
 
 
 def test_the_expected_wait_counts_those_that_precede_it() -> None:
@@ -205,7 +222,7 @@ def test_only_a_claim_is_told_to_wait() -> None:
     full = FullUnit()
     full.pause(full.second, 19.0)
     assert full.unit.grow(full.first.ref, full.decode, 1) is None
-    assert schedule(full.unit).preemptions == [PreemptionRequest(full.decode, full.second.ref.lease_id)]
+    assert schedule(full.unit).preemptions == [PreemptionRequest(full.decode, full.second.ref.lease_id, KV_GROWTH)]
     assert not full.unit.reclaim.serves(full.first.ref)
     assert full.claim(full.first, RECLAIM_EVERY_S / 2) == ([], True), "the same one frees its blocks"
 

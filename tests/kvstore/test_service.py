@@ -68,7 +68,7 @@ class LeaseWatch:
         """A lease that has arrived, or the id of one to pre-empt."""
         response = await asyncio.wait_for(self._call.read(), LONGEST_WAIT_S)
         assert isinstance(response, kvstore_pb2.WatchLeasesResponse), response
-        return convert.lease_from_wire(response.arrived) if response.HasField("arrived") else response.preempt
+        return convert.lease_from_wire(response.arrived) if response.HasField("arrived") else response.preempt.lease_id
 
     def cancel(self) -> None:
         self._call.cancel()
@@ -490,8 +490,10 @@ async def test_a_later_watch_of_a_worker_replaces_the_earlier_one(served_unit: S
 
 
 async def test_a_watching_worker_is_asked_to_preempt_a_lease_whose_memory_another_model_claims(
-    served_unit: ServedUnit, clock: ManualClock
+    served_unit: ServedUnit, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "kvstore.service")
+    served_unit.service._trace_decisions = True
     unit = served_unit.unit
     unit.quotas.slabs |= {"a": 2, "b": 2, "c": 0}
     borrower, claimant = await Workers.of(served_unit, "a"), await Workers.of(served_unit, "b")
@@ -506,6 +508,8 @@ async def test_a_watching_worker_is_asked_to_preempt_a_lease_whose_memory_anothe
     for victim in (leases[3], leases[2]):
         served_unit.service.changed()
         assert await watch.next() == victim.ref.lease_id
+        named = f"lease {victim.ref.lease_id} of {borrower.decode_name}"
+        assert f"{named} has to free its memory: kv_quota" in caplog.messages
         await borrower.decode.release(victim.ref, ())
         clock.advance(RECLAIM_EVERY_S)
     credit = await router.credit()

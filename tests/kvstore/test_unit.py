@@ -17,8 +17,10 @@ from kvstore.unit import (
     first_id,
 )
 from kvstore.unit_model import UnitModel
+from muxmesh.batch_choice import MAX_PREEMPTIONS
 from muxmesh.block_hashes import block_hashes
 from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
+from muxmesh.execution import PreemptionReason
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, Lease, QueuedRequest, Role, SchedulingState, Waits
 from tests.kvstore.small_unit import (
@@ -307,7 +309,7 @@ def test_a_loan_that_does_not_return_is_reclaimed_from_the_last_sequence_in_orde
     assert unit.next_change_s() == 5.0 + RECLAIM_AFTER_S
     now_s = 5.0 + RECLAIM_AFTER_S
     for lease, worker in (loans[3], loans[2]):
-        requested = [PreemptionRequest(worker, lease.ref.lease_id)]
+        requested = [PreemptionRequest(worker, lease.ref.lease_id, PreemptionReason.KV_QUOTA)]
         assert schedule(unit, now_s).preemptions == requested
         assert schedule(unit, now_s).preemptions == [], "the interval has not passed"
         now_s += RECLAIM_EVERY_S
@@ -725,6 +727,19 @@ def test_what_running_sequences_have_left_decides_about_a_request() -> None:
     assert admitted_ids(unit) == [1]
 
 
+def test_a_sequence_that_was_displaced_often_in_earlier_attempts_is_no_victim() -> None:
+    unit = unit_with_paused(max_num_seqs=1)
+    prefill, decode = (unit.ready_workers(role, "a")[0].name for role in Role)
+    again = with_work(1, 10.0)
+    unit.offer("router", replace(again, scheduling=replace(again.scheduling, num_preemptions=MAX_PREEMPTIONS)))
+    (issued,) = schedule(unit).credits
+    lease = unit.move(unit.acquire(issued.lease.ref, prefill).ref, prefill, decode, 7, (1,))
+    unit.offer("router", with_work(2, 1.0))
+    assert admitted_ids(unit) == []
+    unit.report({lease.ref.lease_id: SequenceProgress(True, 9.0, 1.0)})  # its worker has not reported the number yet
+    assert admitted_ids(unit) == []
+
+
 def test_displaced_sequences_are_limited_and_return_before_requests_that_follow_them() -> None:
     unit = unit_with_paused(paused=1)
     first, second = full_batch(unit, 10.0, 10.0)
@@ -764,7 +779,7 @@ def test_a_paused_sequence_gives_its_memory_to_a_request_that_precedes_it() -> N
     assert schedule(unit).preemptions == []
     unit.offer("router", with_work(2, 4.0))
     decisions = schedule(unit, now_s=RECLAIM_EVERY_S)
-    assert decisions.preemptions == [PreemptionRequest(decode, first.ref.lease_id)]
+    assert decisions.preemptions == [PreemptionRequest(decode, first.ref.lease_id, PreemptionReason.KV_ADMISSION)]
     assert decisions.credits == []
     assert schedule(unit, now_s=1.5 * RECLAIM_EVERY_S).preemptions == [], "it is told once, and again if it stays"
     assert unit.next_change_s() == 2 * RECLAIM_EVERY_S
@@ -800,7 +815,7 @@ def full_pool(*remaining_s: float, left_s: float) -> tuple[Unit, str, Lease, Lea
 def test_a_growing_sequence_takes_the_memory_of_a_paused_one_that_follows_it() -> None:
     unit, decode, paused, computing = full_pool(10.0, 5.0, left_s=9.0)
     assert unit.grow(computing.ref, decode, 1) is None
-    assert schedule(unit).preemptions == [PreemptionRequest(decode, paused.ref.lease_id)]
+    assert schedule(unit).preemptions == [PreemptionRequest(decode, paused.ref.lease_id, PreemptionReason.KV_GROWTH)]
     unit.leases.release(paused.ref, decode)
     assert unit.grow(computing.ref, decode, 1) is not None
     assert schedule(unit, now_s=1.0).preemptions == []

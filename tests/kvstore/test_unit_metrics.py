@@ -19,7 +19,7 @@ CONFIG = UnitConfig(name="u", models=(ModelConfig(name="a"),))
 def metrics(unit: Unit, num_overtaken: dict[str, int] | None = None) -> dict[str, dict[Any, Any]]:
     """The samples of each metric, by the values of their labels after the unit."""
     num_revoked = {(Role.DECODE, "a"): 3}
-    families = unit_families(CONFIG, unit, Transport.VMM_FD, num_overtaken or {}, num_revoked)
+    families = unit_families(CONFIG, unit, Transport.VMM_FD, num_overtaken or {}, num_revoked, {"b": 2})
     return {one.name: {labels[1:]: value for labels, value in one.samples.items()} for one in families}
 
 
@@ -83,4 +83,5 @@ def test_quotas_overtaken_requests_and_the_transport_are_shown() -> None:
     assert found["muxmesh_overtaken_requests_total"] == {("a",): 5, ("b",): 0, ("c",): 0}
     revoked = {labels: value for labels, value in found["muxmesh_grants_revoked_total"].items() if value}
     assert revoked == {("a", "decode"): 3}
+    assert found["muxmesh_decodes_held_up_total"] == {("a",): 0, ("b",): 2, ("c",): 0}
     assert found["muxmesh_unit_info"] == {("cpu", "vmm fd"): 1}

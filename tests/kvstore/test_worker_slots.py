@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from kvstore.worker_slots import WorkerRecord, WorkerSlots, ready_workers
+from muxmesh.batch_choice import Reach
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.types import Role, SchedulingState
 
@@ -31,7 +32,11 @@ def slots(
     counted = Counter(batched.split())
     counted_resident = Counter((batched if resident is None else resident).split())
     return WorkerSlots(
-        workers, {"m": limits or Limits(), "other": Limits()}, counted, counted_resident, lambda worker: (), FCFS, 0.0
+        workers,
+        {"m": limits or Limits(), "other": Limits()},
+        counted,
+        counted_resident,
+        lambda worker: Reach({}, FCFS, 0.0),
     )
 
 
@@ -134,8 +139,8 @@ def held(*sequences: Held, num_paused: int = 0, num_in_prefill: int = 0, limits:
     """Workers p1 and d1, which computes ``sequences``."""
     num_batched = len(sequences) + num_in_prefill
     batched, resident = Counter(d1=num_batched), Counter(d1=num_batched + num_paused)
-    of_worker = {"d1": sequences}
-    return WorkerSlots((PREFILL, DECODE), {"m": limits}, batched, resident, of_worker.__getitem__, SRTF, 0.0)
+    of_worker = {"d1": Reach(dict(enumerate(sequences)), SRTF, 0.0)}
+    return WorkerSlots((PREFILL, DECODE), {"m": limits}, batched, resident, of_worker.__getitem__)
 
 
 def test_a_full_worker_takes_a_sequence_that_would_displace_another() -> None:
@@ -159,6 +164,19 @@ def test_at_most_half_of_a_batch_is_to_be_displaced_at_once() -> None:
         slots.take("p1", "d1")
         num_taken += 1
     assert num_taken == 2
+
+
+def test_the_order_ends_where_none_that_is_later_has_a_slot() -> None:
+    full = held(*[Held(state(10.0))] * 4)
+    assert not full.ends_before("m", SRTF.sort_key(state(4.9), 0.0))
+    assert not full.ends_before("m", SRTF.sort_key(state(9.9), 0.0)), "it looks at the order only"
+    assert full.ends_before("m", SRTF.sort_key(state(10.0), 0.0))
+    assert not full.ends_before("m", SRTF.sort_key(state(10.0, priority=-1), 0.0))
+    for _ in range(2):
+        full.take("p1", "d1")
+    assert full.ends_before("m", SRTF.sort_key(state(1.0), 0.0)), "half of the batch is to be displaced"
+    assert not held(Held(state(10.0))).ends_before("m", SRTF.sort_key(state(99.0), 0.0)), "a slot is free"
+    assert slots(DECODE).ends_before("m", SRTF.sort_key(state(1.0), 0.0)), "there is no prefill worker"
 
 
 def test_sequences_in_prefill_are_not_displaced() -> None:

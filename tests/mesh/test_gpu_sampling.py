@@ -30,7 +30,7 @@ async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Runnin
     slab = 2 * 2 * 2 * 16 * 256 * 4  # one token block: two layers, two heads, K and V
     gpu = {
         "name": "device", "device": "cuda:0", "kv_pool": POOL_BLOCKS * slab, "slab": slab, "kv_swap": "4MiB",
-        "models": [{"name": "gpu", **model}],
+        "preemption_mode": "swap", "models": [{"name": "gpu", **model}],
     }  # fmt: skip
     with gpu_machine():
         async with running_mesh(tmp_path_factory.mktemp("mesh"), units=[cpu, gpu]) as running:

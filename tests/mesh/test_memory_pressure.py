@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 
 from muxmesh.client import Completion
+from muxmesh.execution import NO_EXECUTION, PreemptionReason
 from muxmesh.types import blocks_for
 from tests.support.mesh import RunningMesh, running_mesh
 from tests.support.tiny import TinyShape, write_tiny_model
@@ -63,7 +64,8 @@ def config_of(folders: dict[str, Path], num_slabs: int, swap: str) -> dict[str, 
         }
         for name, folder in folders.items()
     ]  # fmt: skip
-    unit = {"kv_pool": num_slabs * SLAB_BYTES, "slab": SLAB_BYTES, "kv_swap": swap, "models": models}
+    pool = {"kv_pool": num_slabs * SLAB_BYTES, "slab": SLAB_BYTES, "kv_swap": swap}
+    unit = {**pool, "preemption_mode": "auto" if swap == "0" else "swap", "models": models}
     return {"units": [unit], "metrics": {"listen": "127.0.0.1:0"}}
 
 
@@ -79,6 +81,7 @@ async def serve_all(mesh: RunningMesh) -> list[Completion]:
                     ignore_eos=True,
                     temperature=float(number % 2),
                     seed=number,
+                    explain_scheduling=True,
                 )
                 for number in range(NUM_REQUESTS)
                 for name in SHAPES
@@ -97,7 +100,7 @@ async def expected(
         infos = await mesh.client.list_models()
         assert {one.name: one.kv_bytes_per_token for one in infos} == KV_BYTES_PER_TOKEN
         completions = await serve_all(mesh)
-        assert (await mesh.metrics()).value("muxmesh_preemptions_total", reason="kv") == 0
+        assert (await mesh.metrics()).value("vllm:num_preemptions_total") == 0
     yield [one.token_ids for one in completions]
 
 
@@ -117,7 +120,15 @@ async def test_every_request_completes_with_the_tokens_of_a_run_without_pressure
         completions = await serve_all(mesh)
         assert [one.token_ids for one in completions] == expected
         scrape = await mesh.metrics()
-        assert scrape.value("muxmesh_preemptions_total", reason="kv") > 0
+        by_reason = {one: scrape.value("muxmesh_preemptions_total", reason=one) for one in PreemptionReason}
+        assert sum(count for reason, count in by_reason.items() if reason.is_memory) > 0
+        total = NO_EXECUTION
+        for one in completions:
+            assert one.execution is not None
+            total = total.plus(one.execution)
+        assert total.preemptions == {reason: count for reason, count in by_reason.items() if count}
+        assert total.num_recomputed == scrape.value("muxmesh_recomputed_sequences_total")
+        assert (total.swapped_s > 0, total.recomputed_s > 0) == (swap != "0", total.num_recomputed > 0)
         for direction in ("out", "in"):
             assert (scrape.value("muxmesh_swap_copied_bytes_total", direction=direction) > 0) is (swap != "0")
         if swap != "16MiB":

@@ -20,9 +20,10 @@ NUM_OUTPUTS = 5
 
 
 def unit_of(folder: Path, swap: str, **model: Any) -> dict[str, Any]:
-    """A unit whose pool holds the KV of one and a half outputs of `options_of`."""
+    """A unit whose pool holds the KV of one and a half outputs of `options_of`, and that swaps whatever it costs."""
     served = {"name": "tiny", "source": str(folder), "threads": 1, "kv_answer_tokens": 64, "max_num_seqs": 8, **model}
-    return {"name": "unit0", "kv_pool": POOL_BYTES, "slab": "64KiB", "kv_swap": swap, "models": [served]}
+    unit = {"name": "unit0", "kv_pool": POOL_BYTES, "slab": "64KiB", "kv_swap": swap, "preemption_mode": "swap"}
+    return {**unit, "models": [served]}
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +157,8 @@ async def test_a_model_reclaims_its_quota_from_long_outputs_of_another(tmp_path:
         "name": "modest", "engine": "sim", "kv_answer_tokens": 1000, "sim": {"output_tokens": 5},
         "kv_guaranteed": "512KiB",
     }  # fmt: skip
-    unit = {"kv_pool": POOL_BYTES, "slab": "64KiB", "kv_swap": swap, "models": [greedy, modest]}
-    async with running_mesh(tmp_path, units=[unit]) as mesh:
+    unit = {"kv_pool": POOL_BYTES, "slab": "64KiB", "kv_swap": swap, "preemption_mode": "swap"}
+    async with running_mesh(tmp_path, units=[{**unit, "models": [greedy, modest]}]) as mesh:
         info = {model.name: model for model in await mesh.client.list_models()}["greedy"]
         num_tokens = POOL_BYTES // info.kv_bytes_per_token // 4 - 8
         options: dict[str, Any] = {"model": "greedy", "max_new_tokens": num_tokens, "temperature": 0}

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muxmesh.batch_choice import MAX_CLASS_PREEMPTIONS, MAX_PREEMPTIONS, Reach, choose_batch, displaces, is_protected
+from muxmesh.execution import PreemptionReason
 from muxmesh.remaining_work import RemainingWork
 from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
 from muxmesh.types import LengthPrediction, SchedulingState
@@ -113,6 +114,27 @@ def test_an_overdue_sequence_displaces_and_is_not_displaced() -> None:
     assert not displaces(fresh, Sequence(overdue, is_batched=True), policy, NOW_S)
 
 
+@pytest.mark.parametrize(
+    ("newcomer", "slack_s", "reason"),
+    [
+        (waiting(1, arrived_at_s=70), math.inf, PreemptionReason.ORDER),
+        (waiting(30, arrived_at_s=70), -1.0, PreemptionReason.SLO),
+        (waiting(99, arrived_at_s=70, priority=-1), math.inf, PreemptionReason.PRIORITY),
+        (waiting(99, arrived_at_s=NOW_S - 51), math.inf, PreemptionReason.OVERDUE),
+        (waiting(99, arrived_at_s=NOW_S - 51, priority=-1), math.inf, PreemptionReason.OVERDUE),
+    ],
+    ids=lambda value: str(value) if isinstance(value, PreemptionReason) else None,
+)
+def test_the_reason_for_which_a_sequence_is_displaced_is_known(
+    newcomer: Sequence, slack_s: float, reason: PreemptionReason
+) -> None:
+    policy, found = replace(SRTF, max_wait_s=50.0), list[tuple[Sequence, PreemptionReason]]()
+    kept, victim = running(5, arrived_at_s=60.0), running(6, arrived_at_s=60.0)
+    items = [kept, victim, replace(newcomer, slack_s=slack_s)]
+    choose_batch(items, policy, NOW_S, 2, lambda one, why: found.append((one, why)))
+    assert found == [(victim, reason)]
+
+
 def test_at_most_half_of_the_batch_is_displaced_at_once() -> None:
     sequences = [running(100 + number) for number in range(4)] + [waiting(1 + number) for number in range(4)]
     assert chosen(sequences, 4) == [1, 2, 100, 101]
@@ -183,8 +205,62 @@ def test_reach_is_what_looking_at_each_sequence_of_the_batch_finds(
     batch: list[Sequence], newcomers: list[SchedulingState], name: PolicyName, number: int
 ) -> None:
     policy = replace(SRTF, name=name, longest_lead=100.0, longest_lead_s=600.0)
-    reach = Reach(batch, policy, NOW_S)
+    reach = Reach(dict(enumerate(batch)), policy, NOW_S)
     for newcomer in newcomers:
         num_victims = sum(displaces(newcomer, one, policy, NOW_S) for one in batch)
         assert reach.may_displace_more_than(number, newcomer) == (num_victims > number)
         assert reach.may_displace(newcomer) == (num_victims > 0)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 5),
+            st.one_of(st.none(), st.builds(Sequence, _STATES, st.just(True), st.integers(0, 4), st.booleans())),
+        ),
+        max_size=20,
+    ),
+    st.lists(_STATES, min_size=1, max_size=6),
+    st.sampled_from(("fcfs", "srtf", "srtf-aged")),
+    st.integers(0, 2),
+)
+def test_reach_follows_the_changes_of_its_batch(
+    changes: list[tuple[int, Sequence | None]], newcomers: list[SchedulingState], name: PolicyName, number: int
+) -> None:
+    policy = replace(SRTF, name=name, longest_lead=100.0, longest_lead_s=600.0, max_wait_s=math.inf)
+    batch, reach = dict[int, Sequence](), Reach({}, policy, NOW_S)
+    for changed, item in changes:
+        reach.update(changed, item)
+        if item is None:
+            batch.pop(changed, None)
+        else:
+            batch[changed] = item
+        anew = Reach(batch, policy, NOW_S)
+        for newcomer in newcomers:
+            key = policy.sort_key(newcomer, NOW_S)
+            assert reach.may_displace_more_than(number, newcomer) == anew.may_displace_more_than(number, newcomer)
+            assert reach.ends_before(key) == anew.ends_before(key)
+
+
+@given(
+    st.lists(st.builds(Sequence, _STATES, st.just(True), st.integers(0, 4), st.booleans()), max_size=8),
+    st.lists(_STATES, min_size=1, max_size=12),
+    st.sampled_from(("fcfs", "sjf", "srtf", "srtf-aged", "hrrn", "mlfq")),
+)
+def test_no_newcomer_displaces_a_sequence_of_a_batch_that_ends_before_it(
+    batch: list[Sequence], newcomers: list[SchedulingState], name: PolicyName
+) -> None:
+    policy = replace(SRTF, name=name, longest_lead=100.0, longest_lead_s=600.0)
+    reach = Reach(dict(enumerate(batch)), policy, NOW_S)
+    newcomers.sort(key=lambda one: policy.sort_key(one, NOW_S))
+    for index, first in enumerate(newcomers):
+        if reach.ends_before(policy.sort_key(first, NOW_S)):
+            assert not any(reach.may_displace(later) for later in newcomers[index:])
+
+
+def test_a_batch_ends_before_those_that_come_later_than_all_of_it() -> None:
+    reach = Reach({0: running(20, arrived_at_s=3.0), 1: running(20, arrived_at_s=5.0)}, FCFS, NOW_S)
+    assert not reach.ends_before((0, 4.0, 4.0))
+    assert reach.ends_before((0, 5.0, 5.0))
+    assert not reach.ends_before((-1, 9.0, 9.0)), "a better class"
+    assert Reach({}, FCFS, NOW_S).ends_before((-1, 0.0, 0.0))

@@ -90,3 +90,21 @@ def test_work_is_never_negative_and_what_is_served_only_grows(p50: float, spread
         after = work.tokens_until_prediction(number)
         assert after is not None and after >= 1
         served_s = work.state.served_s
+
+
+@given(p50=st.floats(1, 500), spread=st.floats(1, 20), start=st.integers(1, 600))
+def test_nothing_changes_before_the_next_change(p50: float, spread: float, start: int) -> None:
+    work = RemainingWork(START, LengthPrediction(p50, p50 * spread))
+    work.update(start)
+    state, is_past = work.state, work.is_past(0.8)
+    after = work.tokens_until_change(start, 0.8)
+    assert after is not None and after >= 1
+    for number in range(start + 1, start + after):
+        work.update(number)
+        assert work.state is state and work.is_past(0.8) is is_past
+    work.update(start + after)
+    assert work.state is not state or work.is_past(0.8) is not is_past
+
+
+def test_without_a_prediction_nothing_changes() -> None:
+    assert decoded(20, None).tokens_until_change(20, 0.8) is None

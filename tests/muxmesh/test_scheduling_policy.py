@@ -97,12 +97,33 @@ def test_the_handicap_grows_with_the_ratio_of_work_between_two_bounds() -> None:
     aged = policy_of("srtf-aged", longest_lead=100.0, longest_lead_s=math.inf)
 
     def handicap_s(work_s: float, mean_work_s: float) -> float:
-        return aged.handicap_s(SchedulingState(0, 0.0, work_s / 2, work_s / 2, 0.0, mean_work_s))
+        half_s = work_s / 2
+        return aged.handicap_s(SchedulingState(0, 0.0, half_s, half_s, 0.0, mean_work_s, queued_per_slot=1e9))
 
     fractions = [handicap_s(work_s, 2.0) / 200 for work_s in (0.0, 0.01, 0.2, math.sqrt(0.2 * 3.0), 3.0, 1e6)]
     assert fractions == pytest.approx([0, 0, 0, 0.5, 1, 1])
     assert handicap_s(30.0, 20.0) == 10 * handicap_s(3.0, 2.0)  # scales with the speed of the machine
     assert handicap_s(7.0, 0.0) == handicap_s(7.0, 7.0) > handicap_s(0.0, 0.0) == 0  # the mean is unknown
+
+
+@given(st.floats(0, 1e6), st.floats(1e-3, 1e6), st.floats(0, 1e4), st.floats(0, 1e4))
+def test_a_longer_queue_lowers_no_handicap_of_very_short_and_very_long_requests(
+    work_s: float, mean_work_s: float, queued: float, more_queued: float
+) -> None:
+    state = SchedulingState(0, 0.0, 0.0, work_s, 0.0, mean_work_s, queued_per_slot=min(queued, more_queued))
+    aged = policy_of("srtf-aged", 100.0, math.inf)
+    before, after = (aged.handicap_s(replace(state, queued_per_slot=each)) for each in sorted((queued, more_queued)))
+    assert before >= after
+    if not 0.1 * mean_work_s < work_s < 1.5 * mean_work_s or max(queued, more_queued) <= 0.5:
+        assert before == after
+
+
+def test_requests_above_three_quarters_of_the_mean_work_are_ordered_by_arrival_unless_many_wait() -> None:
+    aged = policy_of("srtf-aged", 100.0, math.inf)
+    one, other = (SchedulingState(0, 0.0, 0.0, work_s, 0.0, mean_work_s=10.0) for work_s in (7.5, 14.0))
+    assert aged.handicap_s(one) == aged.handicap_s(other) == 1000
+    one, other = (replace(each, queued_per_slot=50.0) for each in (one, other))
+    assert aged.handicap_s(one) < aged.handicap_s(other) < aged.handicap_s(replace(other, decode_s=15.0)) == 1000
 
 
 def test_the_smaller_of_the_two_leads_bounds_the_handicap() -> None:

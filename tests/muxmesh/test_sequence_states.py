@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,6 +23,19 @@ def test_a_sequence_that_is_displaced_and_swapped_has_the_seconds_of_each_state(
         SequenceState.PREFILL: 0.0, BATCHED: 1 + 1 + 1.75, PAUSED: 2.5, SWAPPING_OUT: 0.5, SWAPPED: 4.0,
         SWAPPING_IN: 0.25,
     }  # fmt: skip
+
+
+def test_each_sequence_has_seconds_of_its_own() -> None:
+    states = SequenceStates()
+    states.begin(1, BATCHED, 0.0)
+    states.begin(2, BATCHED, 1.0)
+    states.enter(1, PAUSED, 2.0)
+    states.enter(1, BATCHED, 5.0)
+    assert states.seconds_of(1, 9.0) == {BATCHED: 2.0 + 4.0, PAUSED: 3.0}
+    assert states.seconds_of(2, 9.0) == {BATCHED: 8.0}
+    states.end(1, 9.0)
+    with pytest.raises(KeyError):
+        states.seconds_of(1, 9.0)
 
 
 def test_a_state_that_is_entered_twice_is_one_stay() -> None:

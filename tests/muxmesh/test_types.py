@@ -1,4 +1,5 @@
 import math
+from dataclasses import fields, replace
 from statistics import NormalDist
 
 import pytest
@@ -142,6 +143,11 @@ def test_output_turns_remaining_work_into_served_work() -> None:
     assert later.prefill_s == 0
     assert later.decode_s == pytest.approx(6.0)
     assert later.served_s == pytest.approx(2.0 + 4.0)
+
+
+def test_a_state_with_other_work_keeps_everything_else() -> None:
+    state = SchedulingState(*range(1, len(fields(SchedulingState)) + 1))
+    assert state.with_work(0.5, 0.25) == replace(state, prefill_s=0.0, decode_s=0.5, served_s=0.25)
 
 
 def test_work_after_output_does_not_depend_on_the_number_of_updates() -> None:

@@ -101,7 +101,7 @@ async def prefill_worker(
         attachment, decode = await unit.attach(Role.PREFILL), await unit.attach(Role.DECODE)
         leases = unit.lease_client(attachment)
         stack.push_async_callback(leases.close)
-        engine = await stack.enter_async_context(running_engine(runner, clock=clock, **engine_options))
+        engine = await stack.enter_async_context(running_engine(runner, clock=clock, grant=None, **engine_options))
         context = unit.context(attachment, engine, leases)
         if clock is not None:
             context = replace(context, clock=clock)

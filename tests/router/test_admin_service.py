@@ -10,6 +10,7 @@ from muxmesh.rpc.channels import internal_channel
 from muxmesh.scheduling_policy import FCFS
 from router.admin_service import units_with
 from router.admission_client import UnitAdmission
+from router.expected_work import ExpectedWork
 from router.units import PlacedModel, UnitLink, Units
 from tests.support.pipeline_parts import IDENTITY
 
@@ -19,7 +20,12 @@ async def test_a_command_names_a_model_and_a_unit_that_has_it() -> None:
         stubs = kvstore_pb2_grpc.KvStoreServiceStub(channel), kvstore_pb2_grpc.UnitModelServiceStub(channel)
         admission = UnitAdmission("u", "r", channel, ManualClock(), FCFS)
         placed = {name: PlacedModel(ModelConfig(name=name), IDENTITY) for name in "mn"}
-        units = Units([UnitLink("a", admission, *stubs, placed), UnitLink("b", admission, *stubs, {"m": placed["m"]})])
+        units = Units(
+            [
+                UnitLink("a", admission, *stubs, placed, ExpectedWork(0.0)),
+                UnitLink("b", admission, *stubs, {"m": placed["m"]}, ExpectedWork(0.0)),
+            ]
+        )
         assert [link.name for link in units_with(units, "m", "")] == ["a", "b"]
         assert [link.name for link in units_with(units, "m", "b")] == ["b"]
         with pytest.raises(ModelNotFound, match="'x' is not on any unit; there are: m, n"):

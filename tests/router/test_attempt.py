@@ -14,7 +14,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from muxmesh.clock import ManualClock
 from muxmesh.engine.api import Finished, Tokens
-from muxmesh.errors import EngineFailed, InternalError, LeaseLost, MeshError, RequestAborted, Unavailable, WorkerLost
+from muxmesh.errors import (
+    EngineFailed,
+    InternalError,
+    LeaseLost,
+    MeshError,
+    RequestAborted,
+    RequestPreempted,
+    Unavailable,
+    WorkerLost,
+)
+from muxmesh.execution import NO_EXECUTION, Execution, PreemptionReason
 from muxmesh.internal.v1 import decode_pb2, prefill_pb2
 from muxmesh.rpc import convert
 from muxmesh.rpc.channels import internal_channel
@@ -31,12 +41,13 @@ from muxmesh.types import (
     TokenLogprobs,
 )
 from router.admission_client import Credit
-from router.attempt import AttemptEvent, Prefilled, WorkerChannels, run_attempt
+from router.attempt import AttemptEvent, Prefilled, Reported, WorkerChannels, run_attempt
 from tests.support.fake_unit import FakeWorker, PendingCall, serving
 from tests.support.pipeline_parts import until
 
 REQUEST = EngineRequest("r", "m", (40, 41, 42), Sampling(seed=5), Stopping(9), SchedulingState(0, 1000.0))
 LENGTH = Finish(FinishReason.LENGTH)
+NOTHING_MORE = Reported(NO_EXECUTION, is_final=True)
 
 
 @dataclass
@@ -62,6 +73,14 @@ async def setup(tmp_path: Path) -> AsyncIterator[Setup]:
 async def collect(events: AsyncGenerator[AttemptEvent, None]) -> list[AttemptEvent]:
     async with aclosing(events):
         return [event async for event in events]
+
+
+async def collect_until_error(events: AsyncGenerator[AttemptEvent, None], found: list[AttemptEvent]) -> MeshError:
+    """Appends the events to ``found``. Returns the error that they end with."""
+    with pytest.raises(MeshError) as raised:
+        while True:
+            found.append(await anext(events))
+    return raised.value
 
 
 def prefilled(*token_ids: int, finish: Finish | None = None, num_cached_tokens: int = 0) -> prefill_pb2.PrefillResponse:
@@ -102,6 +121,7 @@ async def test_tokens_of_prefill_and_decode_are_one_stream(setup: Setup) -> None
         Tokens(0, (10,)),
         Tokens(1, (11,)),
         Tokens(2, (12, 13)),
+        NOTHING_MORE,
         Finished(Finish(FinishReason.EOS, 13)),
     ]
 
@@ -137,7 +157,7 @@ async def test_decode_s_response_may_overtake_the_last_tokens(setup: Setup) -> N
     setup.worker.send("router-1-1", new(1, 11))
     assert await pending == Tokens(1, (11,))
     setup.worker.send("router-1-1", new(2, 12))
-    assert await collect(events) == [Tokens(2, (12,)), Finished(LENGTH)]
+    assert await collect(events) == [Tokens(2, (12,)), NOTHING_MORE, Finished(LENGTH)]
 
 
 async def test_log_probabilities_of_prompt_and_output_are_passed_on(setup: Setup) -> None:
@@ -153,6 +173,7 @@ async def test_log_probabilities_of_prompt_and_output_are_passed_on(setup: Setup
         Prefilled(0, logprobs),
         Tokens(0, (10,), logprobs),
         Tokens(1, (11,), logprobs),
+        NOTHING_MORE,
         Finished(LENGTH),
     ]
 
@@ -169,7 +190,7 @@ async def test_a_resumed_attempt_begins_at_the_index_after_the_known_tokens(setu
     prefill.respond(prefilled(10))
     setup.worker.send("router-1-1", new(4, 11))
     decode.respond(ended(5))
-    assert (await running)[1:] == [Tokens(3, (10,)), Tokens(4, (11,)), Finished(LENGTH)]
+    assert (await running)[1:] == [Tokens(3, (10,)), Tokens(4, (11,)), NOTHING_MORE, Finished(LENGTH)]
 
 
 async def test_the_wait_for_prefill_is_measured_from_the_calls(setup: Setup) -> None:
@@ -211,6 +232,47 @@ async def test_an_error_of_decode_comes_after_the_tokens_before_it(setup: Setup)
     decode.fail(WorkerLost("gone"))
     with pytest.raises(WorkerLost, match="gone"):
         await anext(events)
+
+
+REPORT = Execution({PreemptionReason.ORDER: 2}, 3, 0, 4.0, 5.0, 6.0, is_overdue=True)
+LATER = replace(REPORT, batched_s=9.0, num_recomputed=1)
+
+
+async def test_what_became_of_the_sequence_comes_before_its_finish(setup: Setup) -> None:
+    running, prefill, decode = await begun(setup)
+    prefill.respond(prefilled(10))
+    early = new(1, 11)
+    early.execution.CopyFrom(convert.execution_to_wire(REPORT))
+    setup.worker.send("router-1-1", early)
+    end = ended(2)
+    end.execution.CopyFrom(convert.execution_to_wire(LATER))
+    decode.respond(end)
+    assert (await running)[2:] == [Reported(REPORT), Tokens(1, (11,)), Reported(LATER, True), Finished(LENGTH)]
+
+
+async def test_a_sequence_whose_kv_was_freed_has_all_of_its_tokens_and_its_report_first(setup: Setup) -> None:
+    report, events = convert.execution_to_wire(LATER), list[AttemptEvent]()
+    collecting = asyncio.create_task(collect_until_error(setup.attempt(), events))
+    prefill, decode = await setup.worker.calls()
+    prefill.respond(prefilled(10))
+    decode.respond(decode_pb2.DecodeResponse(num_output_tokens=3, execution=report, preempted="pool full"))
+    setup.worker.send("router-1-1", new(1, 11, 12))
+    assert isinstance(await collecting, RequestPreempted)
+    assert events[1:] == [Tokens(0, (10,)), Tokens(1, (11, 12)), Reported(LATER, True)]
+
+
+async def test_a_worker_that_is_lost_has_reported_what_became_of_the_sequence_before(setup: Setup) -> None:
+    events: list[AttemptEvent] = []
+    collecting = asyncio.create_task(collect_until_error(setup.attempt(), events))
+    prefill, decode = await setup.worker.calls()
+    prefill.respond(prefilled(10))
+    early = new(1, 11)
+    early.execution.CopyFrom(convert.execution_to_wire(REPORT))
+    setup.worker.send("router-1-1", early)
+    await until(lambda: Tokens(1, (11,)) in events)
+    decode.fail(WorkerLost("gone"))
+    assert isinstance(await collecting, WorkerLost)
+    assert events[2:] == [Reported(REPORT), Tokens(1, (11,))]
 
 
 async def test_a_gap_in_the_tokens_is_a_bug_of_the_mesh(setup: Setup) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,16 @@ async def test_an_observed_length_changes_the_next_forecast() -> None:
         again = await forecast_for(forecaster)
         assert again.source == "retrieved" and 30 < again.prediction.p50_tokens < 60
         assert again.checked is not None and again.checked.prediction == again.prediction
+
+
+async def test_the_error_of_each_source_is_measured_on_outputs_that_ended_by_themselves() -> None:
+    with forecaster_of(LengthPredictor()) as forecaster:
+        first = await forecast_for(forecaster)
+        for num_tokens, is_censored in ((64, False), (512, False), (7, True)):
+            forecaster.observe(first, num_tokens, is_censored)
+        cold = forecaster.log_error("m", "cold").value
+        assert cold.sum == pytest.approx(math.log(2) + math.log(4)), "half and four times of 128"
+        assert (cold.cumulative[-1], forecaster.log_error("m", "retrieved").value.cumulative[-1]) == (2, 0)
 
 
 async def test_hint_and_tenant_reach_the_predictor_s_checks() -> None:
@@ -246,6 +257,24 @@ async def test_fits_use_a_small_fraction_of_a_core_and_a_failed_one_is_logged(
         assert predictor.asked_at_s == [100.0, 202.0]
         await until(lambda: len(predictor.published) == 2)
     assert "a fit of the length predictor failed: no memory for a fit" in caplog.text
+
+
+class StopClock(ManualClock):
+    """A clock of threads that were stopped for all but a hundredth of the time."""
+
+    def thread_cpu_s(self) -> float:
+        return self.monotonic_s() / 100
+
+
+async def test_time_for_which_a_fit_was_stopped_does_not_postpone_the_next() -> None:
+    clock = StopClock(100.0)
+    predictor = FittingPredictor(clock)
+    with forecaster_of(predictor, clock=clock) as forecaster:
+        for num_fits in (1, 2):
+            forecaster.observe(await forecast_for(forecaster), 40, False)
+            await until(lambda num_fits=num_fits: len(predictor.published) == num_fits)  # type: ignore[misc]
+            clock.advance(0.02 / FIT_FRACTION)
+        assert predictor.asked_at_s == [100.0, 103.0]
 
 
 class NoRefitPredictor(LengthPredictor):

@@ -12,6 +12,7 @@ from muxmesh.internal.v1 import kvstore_pb2_grpc
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.scheduling_policy import FCFS
 from router.admission_client import UnitAdmission
+from router.expected_work import ExpectedWork
 from router.model_changes import ModelChanges
 from router.request_metrics import RequestMetrics
 from router.served_models import load_models
@@ -36,7 +37,7 @@ async def test_a_router_serves_the_models_that_the_runtime_file_names(tmp_path: 
     async with internal_channel("unix:/nowhere") as channel:
         admission = UnitAdmission("u", "r", channel, ManualClock(), FCFS)
         stubs = kvstore_pb2_grpc.KvStoreServiceStub(channel), kvstore_pb2_grpc.UnitModelServiceStub(channel)
-        link = UnitLink("u", admission, *stubs, {})
+        link = UnitLink("u", admission, *stubs, {}, ExpectedWork(0.0))
         changes = ModelChanges(before.path, models, Units([link]), metrics)
         runtime_of(tmp_path, "b", "c").write(before.path)
         await changes.read_runtime()

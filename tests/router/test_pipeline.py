@@ -18,13 +18,15 @@ from muxmesh.config.schema import RouterConfig
 from muxmesh.config.slo_config import SloConfig
 from muxmesh.engine.api import Finished, Tokens
 from muxmesh.errors import EngineFailed, InternalError, InvalidRequest, ModelNotFound, Overloaded, WorkerLost
+from muxmesh.execution import Execution, PreemptionReason
 from muxmesh.models.chat_template import ChatTemplate
 from muxmesh.models.tokenizer import TextModel, byte_tokenizer
 from muxmesh.predictor.length_predictor import COLD_TOKENS, LengthPredictor
+from muxmesh.scheduling_policy import FCFS
 from muxmesh.slo import RequestSlo
 from muxmesh.step_cost import UNMEASURED, ModelCosts, StepCost
 from muxmesh.types import Candidate, EngineRequest, Finish, FinishReason, Sampling, TokenLogprobs
-from router.attempt import Prefilled
+from router.attempt import Prefilled, Reported
 from router.generation import (
     ChatMessage,
     ChatPrompt,
@@ -219,6 +221,32 @@ async def test_the_scheduling_report_comes_only_if_requested() -> None:
     assert report.decode_s == UNMEASURED.decode.decode_s(COLD_TOKENS - 1, 0)
 
 
+async def test_what_became_of_a_request_is_in_its_last_delta_only_if_requested() -> None:
+    report = Execution({PreemptionReason.ORDER: 1}, 2, 0, 3.0, 4.0)
+
+    def script(request: EngineRequest) -> Iterable[Step]:
+        *steps, finish = writes("xy")(request)
+        return [*steps, Reported(report, is_final=True), finish]
+
+    assert [delta.execution for delta in await run_alone(REQUEST, script)] == [None] * 3
+    deltas = await run_alone(replace(REQUEST, output=OutputOptions(scheduling=True), num_sequences=2), script)
+    assert deltas[-1].execution == report.plus(report), "of both sequences"
+    assert all(delta.execution is None for delta in deltas[:-1])
+
+
+@pytest.mark.parametrize(("arrived_at_s", "is_overdue"), [(40.0, True), (60.0, False)])
+async def test_a_request_whose_credit_came_after_the_longest_wait_was_overdue(
+    arrived_at_s: float, is_overdue: bool
+) -> None:
+    """It gets its credit at 100 s."""
+    request, record = replace(REQUEST, output=OutputOptions(scheduling=True)), RequestRecord("r", arrived_at_s)
+    async with pipeline_parts(writes("x"), policy=replace(FCFS, max_wait_s=50.0)) as parts:
+        deltas = [delta async for delta in await parts.pipeline.start(request, record)]
+        assert parts.metrics.of("m").num_predictions["cold"] == 1
+    assert deltas[-1].execution is not None and deltas[-1].execution.is_overdue is is_overdue
+    assert (record.source, record.predicted_tokens) == ("cold", COLD_TOKENS)
+
+
 async def test_the_scheduling_report_has_the_work_by_which_the_unit_ordered_the_request() -> None:
     stopping = StoppingOptions(max_new_tokens=9, ignore_eos=True)
     request = replace(REQUEST, stopping=stopping, output=OutputOptions(scheduling=True))
@@ -298,6 +326,27 @@ async def test_an_aborted_output_is_observed_as_cut_off() -> None:
             await anext(deltas)
         await parts.forecaster.call(lambda: None)
     assert predictor.observed == [(2, True)]
+
+
+async def test_lengths_are_learned_in_the_order_in_which_the_outputs_started() -> None:
+    predictor, goes_on = RecordingPredictor(), asyncio.Event()
+
+    def script(request: EngineRequest) -> Iterable[Any]:
+        if request.prompt_token_ids == tokens_of("short"):
+            return writes("x", Finish(FinishReason.EOS, EOS))(request)
+        *tokens, end = writes("long", Finish(FinishReason.EOS, EOS))(request)
+        return [*tokens, goes_on, end]
+
+    async with pipeline_parts(script, predictor=predictor) as parts:
+        long = asyncio.create_task(run(parts, REQUEST))
+        await until(lambda: parts.pipeline.counters["m"].output_tokens == 4)
+        await run(parts, replace(REQUEST, prompt=TokensPrompt(tokens_of("short"))))
+        await parts.forecaster.call(lambda: None)
+        assert predictor.observed == []
+        goes_on.set()
+        await long
+        await parts.forecaster.call(lambda: None)
+    assert predictor.observed == [(4, False), (1, False)]
 
 
 async def test_several_sequences_share_prompt_and_seed_and_differ_by_their_index() -> None:

@@ -3,6 +3,7 @@ import logging
 
 import pytest
 
+from muxmesh.execution import Execution, PreemptionReason
 from muxmesh.log_format import JsonFormatter
 from muxmesh.quoting import OneLineFormatter
 from muxmesh.slo import Verdict
@@ -17,7 +18,10 @@ from router.sequence_driver import Progress
 def record(request_id: str = "r-1") -> RequestRecord:
     found = RequestRecord(request_id, 100.0, "m")
     waits = Waits(kv_s=0.75, device_s=0.0004, order_s=0.25)
-    found.begin(7, [Progress(credited_at_s=101.0, prefilled=Prefilled(3), num_restarts=2, waits=waits)])
+    execution = Execution({PreemptionReason.ORDER: 2, PreemptionReason.KV_FULL: 1}, is_overdue=True)
+    progress = Progress(101.0, prefilled=Prefilled(3), num_restarts=2, waits=waits, ended=execution)
+    found.begin(7, [progress])
+    found.source, found.predicted_tokens = "hint", 40.25
     found.first_token_at_s = 104.0
     found.add_tokens(0, 5, 104.0)
     found.finishes.append(FinishKind.LENGTH)
@@ -33,7 +37,8 @@ def test_a_request_is_one_line_with_all_that_matters(caplog: pytest.LogCaptureFi
     log_request(record(), "OK", 112.0)
     assert caplog.messages == [
         "request id='r-1' model=m finish=length code=OK prompt_tokens=7 cached_tokens=3 output_tokens=5 queue_s=1.000 "
-        "prefill_s=3.000 decode_s=8.000 waited_for=kv:0.750,order:0.250 restarts=2 slo=-"
+        "prefill_s=3.000 decode_s=8.000 waited_for=kv:0.750,order:0.250 restarts=2 "
+        "preemptions=order:2,kv_full:1 overdue=yes predicted=hint:40 slo=-"
     ]
 
 
@@ -43,7 +48,8 @@ def test_the_fields_of_a_log_record_have_the_same_values(caplog: pytest.LogCaptu
     expected = {
         "request_id": "r-1", "model": "m", "finish": "length", "code": "OK", "prompt_tokens": 7, "cached_tokens": 3,
         "output_tokens": 5, "queue_s": 1.0, "prefill_s": 3.0, "decode_s": 8.0, "restarts": 2,
-        "waited_for": {"kv": 0.75, "order": 0.25},
+        "waited_for": {"kv": 0.75, "order": 0.25}, "preemptions": {"order": 2, "kv_full": 1}, "overdue": True,
+        "source": "hint", "predicted_tokens": 40.25,
     }  # fmt: skip
     assert {name: fields[name] for name in expected} == expected
 
@@ -72,7 +78,8 @@ def test_a_request_that_did_not_finish_has_its_status(
 ) -> None:
     log_request(RequestRecord("r", 100.0, ""), status, 101.0)
     assert f"id='r' model=- finish={finish} code={status} prompt_tokens=0" in caplog.text
-    assert "queue_s=1.000 prefill_s=0.000 decode_s=0.000 waited_for=- restarts=0 slo=-" in caplog.text
+    assert "queue_s=1.000 prefill_s=0.000 decode_s=0.000 waited_for=- restarts=0 preemptions=- " in caplog.text
+    assert caplog.text.rstrip().endswith(" overdue=no predicted=- slo=-")
 
 
 def test_a_hostile_id_stays_in_one_short_line(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,9 +2,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from muxmesh.config.slo_config import SloConfig
+from muxmesh.execution import Execution
 from muxmesh.metrics.exposition import render
 from muxmesh.slo import RequestSlo, Verdict
-from muxmesh.types import Waits
+from muxmesh.types import SOURCES, Waits
 from router.attempt import Prefilled
 from router.generation import FinishKind
 from router.request_metrics import RequestMetrics
@@ -146,3 +147,33 @@ def test_one_token_has_no_time_for_each_further_token() -> None:
     metrics = RequestMetrics({"m": 100})
     metrics.of("m").ended(record(1, FinishKind.LENGTH), "OK", 112.0)
     assert samples(metrics, "vllm:request_time_per_output_token_seconds_count") == {("m",): 0}
+
+
+@pytest.mark.parametrize(
+    ("max_wait_s", "in_worker", "is_overdue"), [(1.5, False, False), (1.0, False, True), (50.0, True, True)]
+)
+def test_a_request_is_overdue_from_its_wait_for_a_credit_or_from_what_its_worker_reports(
+    max_wait_s: float, in_worker: bool, is_overdue: bool
+) -> None:
+    """It got its credit after 1 s."""
+    metrics, done = RequestMetrics({"m": 100, "n": 100}), record(5, FinishKind.EOS)
+    done.max_wait_s = max_wait_s
+    done.progress[0].ended = Execution(is_overdue=in_worker)
+    metrics.of("m").ended(done, "OK", 112.0)
+    assert samples(metrics, "muxmesh_overdue_requests_total") == {("m",): is_overdue, ("n",): 0}
+
+
+def test_a_request_that_ends_in_the_queue_is_overdue_too() -> None:
+    metrics, waiting = RequestMetrics({"m": 100}), RequestRecord("r", 100.0, "m", max_wait_s=10.0)
+    metrics.of("m").ended(waiting, "CANCELLED", 109.0)
+    assert samples(metrics, "muxmesh_overdue_requests_total") == {("m",): 0}
+    metrics.of("m").ended(waiting, "CANCELLED", 110.0)
+    assert samples(metrics, "muxmesh_overdue_requests_total") == {("m",): 1}
+
+
+def test_requests_are_counted_by_the_source_of_their_length() -> None:
+    metrics = RequestMetrics({"m": 100})
+    metrics.of("m").num_predictions["hint"] += 2
+    counted = samples(metrics, "muxmesh_predictions_total")
+    assert {source: n for (_, source), n in counted.items() if n} == {"hint": 2}
+    assert {source for _, source in counted} == set(SOURCES), "all are there from the start"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from muxmesh.errors import (
     SequenceFailed,
     WorkerLost,
 )
+from muxmesh.execution import NO_EXECUTION, Execution, PreemptionReason
 from muxmesh.types import (
     EngineRequest,
     Finish,
@@ -35,7 +37,7 @@ from muxmesh.types import (
     Waits,
 )
 from router.admission_client import Credit
-from router.attempt import AttemptEvent, Prefilled
+from router.attempt import AttemptEvent, Prefilled, Reported
 from router.generation import FinishKind, OutputFinish, SequenceDelta
 from router.sequence_driver import Progress, SequenceDriver
 from router.sequence_output import SequenceOutput
@@ -44,7 +46,7 @@ REQUEST = EngineRequest("r", "m", (40, 41), Sampling(prompt_logprobs=0), Stoppin
                         prediction=LengthPrediction(6, 6))  # fmt: skip
 END = Finished(Finish(FinishReason.LENGTH))
 DISCOUNTED = SchedulingState(0, 0.0, 0.5, 6.0)
-Script = list[list[int | MeshError | Finished | Prefilled]]
+Script = list[list[int | float | MeshError | Finished | Prefilled | Reported]]
 
 
 @dataclass
@@ -52,7 +54,7 @@ class FakeUnit:
     """A unit that issues every credit at once, and counts those that are not returned."""
 
     num_unreturned: int = 0
-    num_running: Counter[str] = field(default_factory=Counter)
+    num_assigned: Counter[str] = field(default_factory=Counter)
     queued: list[tuple[str, str, SchedulingState, KvDemand]] = field(default_factory=list)
 
     @property
@@ -63,6 +65,7 @@ class FakeUnit:
         return KvDemand(len(request.resume_token_ids), request.max_tokens)
 
     async def wait_for_credit(self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand) -> Credit:
+        assert self.num_assigned == {model: 1}, "a sequence that waits for a credit counts on its unit"
         self.queued.append((model, tenant, scheduling, demand))
         self.num_unreturned += 1
         return Credit(LeaseRef(self.num_unreturned, 1), "p", "", "d", "", 1, 0, DISCOUNTED, Waits(slot_s=1.0))
@@ -85,18 +88,24 @@ class Outcome:
         return [token for delta in self.deltas for token in delta.token_ids]
 
 
-async def run(script: Script, max_restarts: int = 2) -> Outcome:
-    """Runs the driver; each attempt follows a line of ``script``. Records the waits between attempts."""
+async def run(script: Script, max_restarts: int = 2, wait_s: float = 0.0) -> Outcome:
+    """Runs the driver; each attempt follows a line of ``script``, in which a float is seconds that pass.
+
+    Records the waits between attempts, each of which takes ``wait_s`` by the driver's clock.
+    """
     attempts, requests, waits_s, unit = iter(script), list[EngineRequest](), list[float](), FakeUnit()
+    clock = ManualClock(5.0)
 
     async def attempt(request: EngineRequest, credit: Credit) -> AsyncGenerator[AttemptEvent, None]:
         requests.append(request)
-        assert unit.num_running == {"m": 1}, "a sequence with a credit counts as running on its unit"
+        assert unit.num_assigned == {"m": 1}, "a sequence with a credit counts on its unit"
         index = len(request.resume_token_ids)
         for act in next(attempts):
             if isinstance(act, int):
                 yield Tokens(index, (act,))
                 index += 1
+            elif isinstance(act, float):
+                clock.advance(act)
             elif isinstance(act, MeshError):
                 raise act
             else:
@@ -104,17 +113,37 @@ async def run(script: Script, max_restarts: int = 2) -> Outcome:
 
     async def record_wait(seconds: float) -> None:
         waits_s.append(seconds)
+        clock.advance(wait_s)
 
     progress, output = Progress(), SequenceOutput(REQUEST.stopping)
     choose: Any = lambda model: unit  # noqa: E731
-    driver = SequenceDriver(choose, attempt, ManualClock(5.0), max_restarts, record_wait)
+    driver = SequenceDriver(choose, attempt, clock, max_restarts, record_wait)
     try:
         deltas = [delta async for delta in driver.run(REQUEST, output, progress)]
     finally:
         assert unit.num_unreturned == 0, "a credit was not returned"
-        assert not unit.num_running["m"]
+        assert not unit.num_assigned["m"]
     assert progress.credited_at_s == 5.0
     return Outcome(deltas, output, progress, unit, requests, waits_s)
+
+
+async def test_a_sequence_that_waits_for_a_credit_counts_until_it_is_cancelled() -> None:
+    class FullUnit(FakeUnit):
+        async def wait_for_credit(self, *_: object) -> Credit:
+            never: asyncio.Future[Credit] = asyncio.get_running_loop().create_future()
+            return await never
+
+    unit = FullUnit()
+    choose: Any = lambda model: unit  # noqa: E731
+    attempt: Any = None
+    driver = SequenceDriver(choose, attempt, ManualClock(5.0), 2, asyncio.sleep)
+    deltas = driver.run(REQUEST, SequenceOutput(REQUEST.stopping), Progress())
+    waiting = asyncio.ensure_future(anext(deltas))
+    await asyncio.sleep(0)
+    assert unit.num_assigned == {"m": 1}
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert not unit.num_assigned["m"]
 
 
 async def test_a_lost_worker_costs_no_token_and_repeats_none() -> None:
@@ -199,10 +228,78 @@ async def test_an_attempt_with_two_tokens_resets_the_count_of_failures() -> None
     assert (await run(script)).progress.num_restarts == 4
 
 
+async def test_what_became_of_a_sequence_is_added_over_its_attempts() -> None:
+    order, full = PreemptionReason.ORDER, PreemptionReason.KV_FULL
+    first = Execution({order: 1, full: 1}, 2, 1, 10.0, 3.0, 0.0)
+    outcome = await run(
+        [
+            [Prefilled(0), 1, 2, Reported(first, is_final=True), RequestPreempted("pool full")],
+            [WorkerLost("gone")],
+            [Prefilled(0), 3, 4, 5, 6, Reported(Execution({order: 1}, 1, 0, 5.0, 0.0, 2.0), is_final=True), END],
+        ],
+        wait_s=8.0,
+    )
+    total = Execution({order: 2, full: 1}, 3, 1, 15.0, 3.0, 2.0, recomputed_s=16.0)
+    assert outcome.progress.ended == total, "it was computed again after two waits"
+
+
+async def test_an_attempt_that_failed_before_its_first_token_computes_nothing_again() -> None:
+    outcome = await run([[WorkerLost("gone")], [Prefilled(0), 1, 2, 3, 4, 5, 6, END]], wait_s=8.0)
+    assert outcome.progress.ended == NO_EXECUTION
+
+
+async def test_of_an_attempt_without_a_final_report_the_time_since_the_latest_one_counts_as_in_the_batch() -> None:
+    report = Execution({PreemptionReason.ORDER: 1}, 1, 0, 2.0, 3.0, 4.0)
+    outcome = await run(
+        [
+            [Prefilled(0), 1, 9.0, Reported(report), 2, 16.0, WorkerLost("gone")],
+            [Prefilled(0), 3, 0.5, 4, 5, 6, END],
+        ],
+        wait_s=8.0,
+    )
+    total = Execution({PreemptionReason.ORDER: 1}, 1, 0, 9.0 + 16.0 - 3.0 - 4.0 + 0.5, 3.0, 4.0, recomputed_s=8.0)
+    assert outcome.progress.ended == total
+
+
+async def test_an_output_that_a_stop_string_ends_is_reported_with_its_last_delta() -> None:
+    """The attempt is closed before its worker has reported the end."""
+    progress, clock = Progress(), ManualClock(5.0)
+    output = SequenceOutput(REQUEST.stopping)
+
+    async def attempt(request: EngineRequest, credit: Credit) -> AsyncGenerator[AttemptEvent, None]:
+        yield Prefilled(0)
+        yield Reported(Execution({PreemptionReason.SLO: 2}, paused_s=1.0))
+        clock.advance(4.0)
+        output.finish = OutputFinish(FinishKind.STOP_STRING, 1, stop_string="x")
+        yield Tokens(0, (1,))
+
+    unit: Any = FakeUnit()
+    driver = SequenceDriver(lambda model: unit, attempt, clock, 0)
+    deltas = driver.run(REQUEST, output, progress)
+    await anext(deltas)
+    expected = Execution({PreemptionReason.SLO: 2}, batched_s=3.0, paused_s=1.0)
+    assert progress.execution(clock.monotonic_s()) == expected
+    assert [delta async for delta in deltas] == [] and progress.ended == expected
+
+
 async def test_preemption_is_no_failure() -> None:
     preempted: Script = [[RequestPreempted("pool full")] for _ in range(5)]
     script: Script = [*preempted, [1, 2, 3, 4, 5, 6, END]]
     assert (await run(script, max_restarts=0)).progress.num_restarts == 5
+
+
+async def test_the_count_of_pre_emptions_travels_with_the_request() -> None:
+    def displaced(number: int) -> Reported:
+        return Reported(Execution({PreemptionReason.ORDER: number, PreemptionReason.KV_FULL: 1}))
+
+    script: Script = [
+        [Prefilled(0), 1, displaced(2), RequestPreempted("pool full")],
+        [Prefilled(0), 2, WorkerLost("gone")],
+        [Prefilled(0), 3, displaced(1), WorkerLost("gone")],
+        [Prefilled(0), 4, 5, 6, END],
+    ]
+    queued = (await run(script)).unit.queued
+    assert [scheduling.num_preemptions for _, _, scheduling, _ in queued] == [0, 2, 2, 3], "only those from the batch"
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("stopping.max_new_tokens", "too many"), ModelNotFound("gone")])

@@ -18,6 +18,7 @@ from muxmesh.scheduling_policy import FCFS
 from muxmesh.step_cost import ModelCosts, StepCost
 from muxmesh.types import EngineRequest, KvDemand, LengthPrediction, Sampling, SchedulingState, Stopping
 from router.admission_client import UnitAdmission
+from router.expected_work import ExpectedWork
 from router.units import PlacedModel, UnitLink, Units
 from tests.support.pipeline_parts import IDENTITY
 
@@ -37,8 +38,9 @@ class Setup:
         return next(link for link in self.units if link.name == name)
 
     async def wait_on(self, name: str, model: str, count: int = 1) -> None:
-        """Queues requests for ``model`` on a unit."""
+        """Queues requests for ``model`` on a unit, as the driver does."""
         admission = self.link(name).admission
+        self.link(name).num_assigned[model] += count
         for _ in range(count):
             credit = admission.wait_for_credit(model, "", SchedulingState(0, 0.0), KvDemand(1, 1))
             self.waiting.append(asyncio.create_task(credit))
@@ -60,7 +62,7 @@ async def setup() -> AsyncIterator[Setup]:
                 )
                 for model in models
             }
-            return UnitLink(name, admission, cast(Any, None), cast(Any, None), placed)
+            return UnitLink(name, admission, cast(Any, None), cast(Any, None), placed, ExpectedWork(0.0))
 
         units = Units(
             [
@@ -154,12 +156,12 @@ async def test_each_unit_has_its_own_mean_work(setup: Setup) -> None:
     assert setup.link("a").expected_work is not setup.link("b").expected_work
 
 
-async def test_running_sequences_count_like_queued_ones(setup: Setup) -> None:
-    setup.link("a").num_running["m"] = 2
+async def test_sequences_with_credits_count_like_queued_ones(setup: Setup) -> None:
+    setup.link("a").num_assigned["m"] = 2  # of which the unit has issued the credits
     assert setup.units.choose("m").name == "b"
     await setup.wait_on("b", "m", 3)
     assert setup.units.choose("m").name == "a"
-    setup.link("a").num_running["n"] = 9
+    setup.link("a").num_assigned["n"] = 9
     assert setup.units.choose("m").name == "a", "sequences of other models do not count"
 
 

@@ -2,16 +2,20 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvstore.arbiter import Arbiter
 from muxmesh.config.arbiter_config import ArbiterConfig
-from muxmesh.step_cost import StepCost
+from muxmesh.engine.step_limit import StepLimit
+from muxmesh.step_cost import StepCost, StepShape
 from muxmesh.types import ArbiterMode
 from simulator.simulated_device import Device
-from simulator.simulated_workers import DecodeJob, DecodeWorker, PrefillJob
+from simulator.simulated_workers import DecodeJob, DecodeWorker, PrefillJob, PrefillWorker
 from simulator.step_times import LinearStepTimes, linear_slowdown
 from simulator.timeline import Delays, Timeline
 from tests.support.simulated_workers import (
@@ -295,3 +299,81 @@ def test_a_check_during_a_run_is_made_at_the_end_of_the_current_step() -> None:
     recorder.timeline.at(0.234, check)
     recorder.timeline.run()
     assert checked_at_s == [pytest.approx(0.24)] and recorder.timeline.now_s == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "longest_gap_s"),
+    [
+        (ArbiterConfig(mode="roundrobin", max_stall_s=0.5), 0.41),
+        (ArbiterConfig(mode="roundrobin", max_stall_s=0.2), 0.21),
+        (ArbiterConfig(mode="roundrobin", max_stall_s=0.1), 0.11),
+        (ArbiterConfig(mode="adbs"), 0.51),
+        (ArbiterConfig(mode="adbs", max_stall_s=0.2), 0.21),
+        (ArbiterConfig(mode="adbs", max_stall_s=0.2, stall_budget=0), 1.81),
+        (ArbiterConfig(mode="adbs", max_stall_s=0.2, stall_budget=0.01), 1.07),
+    ],
+)
+def test_a_long_prompt_stalls_the_tokens_of_others_for_a_limited_time(
+    config: ArbiterConfig, longest_gap_s: float
+) -> None:
+    """A chunk of 400 tokens takes 0.4 s, the smallest of 50 tokens 0.05 s, a decode step 10 ms."""
+    timeline, gaps_s, times = Timeline(), [0.0], [0.0]
+    prefill, decode = prefill_worker(StepCost(0.0, 0.001, 0.0), token_budget=400), decode_worker()
+    prefill.fit.observe(StepShape(400, 0, 1), 0.4)  # a first step is not cut: its cost is not known
+    device = Device(timeline, [prefill, decode], Arbiter(config))
+
+    def token() -> None:
+        gaps_s.append(timeline.now_s - times[-1])
+        times.append(timeline.now_s)
+        if len(times) < 200:
+            decode.add(decode_job(1, token))
+            device.wake(decode)
+
+    decode.add(decode_job(1, token))
+    device.wake(decode)
+
+    def prompt() -> None:
+        prefill.add(prefill_job(4000))
+        device.wake(prefill)
+
+    for at_s in (0.105, 0.505):
+        timeline.at(at_s, prompt)
+    timeline.run()
+    assert not prefill.has_work() and len(times) == 200
+    assert max(gaps_s) == pytest.approx(longest_gap_s, abs=0.02)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(2, 3000), st.integers(0, 1)), max_size=5),
+    st.floats(0, 0.05),
+    st.sampled_from([0.2, 0.5, 1.0]),
+)
+def test_no_gap_between_tokens_is_longer_than_the_bound_a_smallest_chunk_and_a_step(
+    prompts: list[tuple[int, int, int]], base_s: float, max_stall_s: float
+) -> None:
+    """Arrival in seconds, tokens and model of each prompt. The budget holds all that a decode worker may need."""
+    timeline, cost, decode = Timeline(), StepCost(base_s, 0.001, 0.0), decode_worker()
+    workers = [prefill_worker(cost, token_budget=400, model=model) for model in "ab"]
+    for worker, num_tokens in itertools.product(workers, (400, 300, 200, 100, 50, 25)):
+        worker.fit.observe(StepShape(num_tokens, 0, 1), cost.step_s(num_tokens, 0))
+    device = Device(timeline, [*workers, decode], Arbiter(ArbiterConfig(max_stall_s=max_stall_s, stall_budget=1)))
+    times = list[float]()
+
+    def token() -> None:
+        times.append(timeline.now_s)
+        if len(times) < 500:
+            decode.add(decode_job(1, token))
+            device.wake(decode)
+
+    def arrive(worker: PrefillWorker, num_tokens: int) -> None:
+        worker.add(prefill_job(num_tokens))
+        device.wake(worker)
+
+    timeline.at(0.0, token)
+    for at_s, num_tokens, model in prompts:
+        timeline.at(float(at_s), partial(arrive, workers[model], num_tokens))
+    timeline.run()
+    assert len(times) == 500 and not any(worker.has_work() for worker in workers)
+    smallest = 2 * StepLimit(cost, 0.0).min_tokens(400)
+    longest_s = max_stall_s + cost.step_s(smallest, 0) + STEP_S
+    assert max(after - before for before, after in itertools.pairwise(times)) <= 1.01 * longest_s

@@ -117,6 +117,24 @@ def test_a_better_class_pre_empts_a_full_batch_and_its_victim_loses_no_token() -
     assert long.record.e2el_s == pytest.approx(210 * STEP_S, abs=3 * STEP_S)
 
 
+@pytest.mark.parametrize(("num_prompt", "mode"), [(10, "auto"), (300, "adbs")])
+@pytest.mark.parametrize("slots", [1, 16])
+@pytest.mark.parametrize("at_s", [1.0, 1.003, 1.0099])
+def test_a_better_class_starts_within_two_decode_steps_and_its_prefill(
+    slots: int, num_prompt: int, mode: ArbiterMode, at_s: float
+) -> None:
+    """``auto`` of one model is ``roundrobin``, where the chunks of a long prompt take turns with decode steps."""
+    bench = Bench(sim_mesh(sim_model(slots=slots), arbiter={"mode": mode}))
+    for _ in range(slots):
+        bench.request_at(0.0, num_output=400)
+    urgent = bench.request_at(at_s, num_prompt, num_output=2, priority=-1)
+    bench.run()
+    assert bench.ended[0] == urgent.index, "the batch was full all the time"
+    num_prefill_steps = -(-num_prompt // 128)
+    assert urgent.record.ttft_s <= (2 + num_prefill_steps) * STEP_S + 1e-9
+    assert urgent.record.e2el_s <= (4 + num_prefill_steps) * STEP_S + 1e-9, "the next token is as soon"
+
+
 def test_a_short_request_pre_empts_a_long_one_and_a_long_one_does_not() -> None:
     bench = Bench(sim_mesh(sim_model(slots=1)), policy=SRTF)
     for at_s, num_output in ((0.0, 200), (0.5, 190), (0.6, 10)):

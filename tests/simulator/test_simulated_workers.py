@@ -1,4 +1,5 @@
 import math
+import random
 from collections.abc import Callable
 
 import pytest
@@ -285,3 +286,70 @@ def test_a_better_class_is_in_the_next_step() -> None:
     worker.add(urgent)
     worker.plan(0.0)
     assert urgent.is_batched
+
+
+# Progress
+
+
+def test_a_sequence_has_progress_when_it_joins_when_its_work_is_updated_and_when_it_is_nearly_done() -> None:
+    worker, steps = small_batch(2), list[int]()
+    worker.add(predicted_job(500, 80.0, length=100.0))
+    worker.add(decode_job(500))
+    for step in range(120):
+        run_steps(worker, 1)
+        steps += [step + 1] * any(job.num_left == 500 and job.work.expected_tokens < 500 for job in worker.changed(0.0))
+    updates = [1, 17, 25, 41, 50, 66, 80, 82, 98, 100, 116]
+    assert steps == updates, "every 16 tokens, at 25, 50 and 100 % of the prediction, and at 80 % of what is expected"
+
+
+def test_a_sequence_has_progress_when_it_is_displaced_and_none_once_it_is_removed() -> None:
+    worker = small_batch()
+    long, short = predicted_job(200, 100.0), predicted_job(3, 2.0)
+    worker.note_change(long)
+    assert worker.changed(0.0) == [long] and worker.changed(0.0) == []
+    worker.add(long)
+    run_steps(worker, 6)
+    assert worker.changed(0.0) == [long]
+    worker.add(short)
+    run_steps(worker, 1)
+    assert worker.changed(0.0) == [long, short] or worker.changed(0.0) == [short, long]
+    run_steps(worker, 1)
+    worker.remove(long)
+    assert worker.changed(0.0) == []
+
+
+def test_a_sequence_with_an_slo_always_has_progress() -> None:
+    """Its slack changes with time."""
+    worker, job = small_batch(), predicted_job(200, 100.0)
+    job.due_at_s, job.tpot_s, job.lost_after_s = 5.0, 1.0, 100.0
+    worker.add(job)
+    run_steps(worker, 1)
+    for now_s in (1.0, 2.0):
+        assert worker.changed(now_s) == [job]
+        assert job.slack_s == 6.0 - now_s
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_changed_returns_is_all_that_differs_from_a_look_at_every_sequence(seed: int) -> None:
+    rng, worker, reported = random.Random(seed), small_batch(3), dict[int, tuple[object, ...]]()
+    jobs: list[DecodeJob] = []
+
+    def progress(job: DecodeJob) -> tuple[object, ...]:
+        return job.is_displaced, job.scheduling, job.is_protected, job.num_preemptions
+
+    for _ in range(300):
+        if rng.random() < 0.15:
+            length = rng.randint(5, 200)
+            jobs.append(predicted_job(rng.randint(1, 200), float(length), length=float(length)))
+            worker.note_change(jobs[-1])
+            worker.add(jobs[-1])
+        if worker.has_work():
+            worker.plan(0.0)
+            worker.apply(rng.randint(1, min(8, worker.max_steps())))
+        if rng.random() < 0.5:
+            reported |= {id(job): progress(job) for job in worker.changed(0.0)}
+            for job in jobs:
+                if not job.is_removed:
+                    worker.update(job)
+                    assert reported[id(job)] == progress(job)
+    assert worker.num_displaced

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from muxmesh.clock import Clock, SystemClock
 from muxmesh.config.model_config import SimProfile
-from muxmesh.engine.api import Failed, FreeGrant
+from muxmesh.engine.api import Failed, FreeGrant, Grant
 from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.sim_runner import SimRunner
 from muxmesh.engine.step import Runner, Step, StepOutcome
@@ -133,10 +133,11 @@ async def running_engine(
     token_budget: int = 64,
     vocab_size: int = 1000,
     clock: Clock | None = None,
+    grant: Grant | None = None,
 ) -> AsyncIterator[StepEngine]:
-    """A started engine on a device of its own; a gated runner is opened at the end."""
+    """A started engine, on a device of its own unless ``grant`` is another's; a gated runner is opened at the end."""
     scheduler = Scheduler(max_num_seqs, token_budget, vocab_size)
-    engine = StepEngine(scheduler, runner or sim_runner(), FreeGrant(), clock or SystemClock())
+    engine = StepEngine(scheduler, runner or sim_runner(), grant or FreeGrant(), clock or SystemClock())
     await engine.start()
     try:
         yield engine

@@ -24,12 +24,13 @@ from muxmesh.models.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from muxmesh.models.tokenizer import TextModel, load_text_model
 from muxmesh.predictor.checked_predictor import CheckedPredictor
 from muxmesh.predictor.length_predictor import LengthPredictor
-from muxmesh.scheduling_policy import FCFS
+from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.step_cost import ModelCosts
 from muxmesh.types import EngineRequest, Finish, FinishReason, KvDemand, LeaseRef, SchedulingState
 from muxmesh.unloaded_latency import UnloadedCosts
 from router.admission_client import Credit
-from router.attempt import AttemptEvent, Prefilled
+from router.attempt import AttemptEvent, Prefilled, Reported
+from router.expected_work import ExpectedWork
 from router.length_forecast import LengthForecaster
 from router.pipeline import GenerationPipeline
 from router.prompt_tokenizer import PromptTokenizer
@@ -134,7 +135,7 @@ class ScriptedAttempts:
                     raise step
                 if isinstance(step, asyncio.Event):
                     await step.wait()
-                elif isinstance(step, Prefilled | Tokens | Finished):
+                elif isinstance(step, Prefilled | Tokens | Reported | Finished):
                     yield step
                 else:
                     step()
@@ -177,6 +178,7 @@ async def pipeline_parts(
     predictor: LengthPredictor | None = None,
     clock: ManualClock | None = None,
     kvstore: kvstore_pb2_grpc.KvStoreServiceAsyncStub | None = None,
+    policy: SchedulingPolicy = FCFS,
 ) -> AsyncIterator[PipelineParts]:
     """A pipeline over one unit, on a clock that stands at 100 s. Retries do not wait."""
     config = config or RouterConfig(max_restarts=2, predictor_budget_s=60)
@@ -185,7 +187,8 @@ async def pipeline_parts(
         served.add(model)
     clock, admission, attempts = clock or ManualClock(100.0), FakeAdmission(), ScriptedAttempts(script)
     placed = {model.name: PlacedModel(model.config, IDENTITY) for model in served}
-    units = Units([UnitLink("u", cast(Any, admission), cast(Any, kvstore), cast(Any, None), placed)])
+    work = ExpectedWork(policy.longest_lead)
+    units = Units([UnitLink("u", cast(Any, admission), cast(Any, kvstore), cast(Any, None), placed, work)])
 
     async def no_wait(seconds: float) -> None:
         await asyncio.sleep(0)
@@ -197,7 +200,7 @@ async def pipeline_parts(
     with ThreadPoolExecutor(1) as short, ThreadPoolExecutor(2) as long:
         tokenizer = PromptTokenizer(short, long, config.max_waiting_prompt_bytes)
         pipeline = GenerationPipeline(
-            served, units, driver, forecaster, FCFS, config, clock, random.Random(7), tokenizer, metrics
+            served, units, driver, forecaster, policy, config, clock, random.Random(7), tokenizer, metrics
         )
         try:
             yield PipelineParts(pipeline, served, units, admission, attempts, forecaster, clock, metrics)

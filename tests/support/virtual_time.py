@@ -33,6 +33,9 @@ class VirtualClock:
     def unix_s(self) -> float:
         return self.monotonic_s()
 
+    def thread_cpu_s(self) -> float:
+        return 0.0
+
 
 def run_virtually(work: Coroutine[Any, Any, T]) -> T:
     """Runs ``work``; its sleeps take no time."""

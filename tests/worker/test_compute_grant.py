@@ -381,3 +381,20 @@ async def test_the_demand_of_a_worker_that_computes_rings_no_bell(table: GrantTa
     assert table.page.read(attachment.slot, Word.PRIORITY) == -1
     with pytest.raises(BlockingIOError):
         os.eventfd_read(table.doorbell_fd)
+
+
+async def test_a_step_may_take_until_those_that_wait_need_the_device(table: GrantTable) -> None:
+    clock = ManualClock(100.0)
+    grant, attachment = grant_for(table, clock)
+    page, slot = attachment.page, attachment.slot
+    page.write(slot, Word.LONGEST_STEP_US, 500_000)
+    assert grant.step_limit is None, "its steps have no cost yet"
+    step = Step((Chunk(1, 0, (5,) * 100, ()),))
+    grant.count_step(step, StepOutcome({}), 0.2)
+    assert grant.step_limit is not None and grant.step_limit.longest_s == 0.5
+    page.write(slot, Word.STEP_END_US, 100_250_000)
+    clock.advance(0.125)
+    assert grant.step_limit is not None and grant.step_limit.longest_s == pytest.approx(0.125)
+    page.write(slot, Word.STEP_END_US, 0)
+    page.write(slot, Word.LONGEST_STEP_US, 0)
+    assert grant.step_limit is None

@@ -11,6 +11,7 @@ from kvstore.leases import LeaseState
 from muxmesh.block_hashes import block_hashes
 from muxmesh.clock import ManualClock
 from muxmesh.errors import LeaseLost, Overloaded, Unavailable, WorkerLost
+from muxmesh.execution import PreemptionReason
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.types import KvDemand, Lease, LeaseRef, Role, SchedulingState
 from tests.support.worker_unit import SHAPE, SLAB_TOKENS, RunningUnit, running_unit
@@ -280,7 +281,7 @@ async def test_a_watch_reports_a_lease_that_another_model_claims(tmp_path: Path)
         clock.advance(1.5)
         unit.service.changed()
         async with asyncio.timeout(20):
-            assert await anext(events) == PreemptLease(lease.ref.lease_id)
+            assert await anext(events) == PreemptLease(lease.ref.lease_id, PreemptionReason.KV_QUOTA)
 
 
 async def test_a_watch_ends_with_the_unit(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The metrics of a worker, from its slot of the grant page and its own counters."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,7 @@ from kvstore.device_memory import Transport
 from kvstore.grant_page import GrantPage, Word
 from kvstore.grant_table import GrantTable
 from muxmesh.clock import ManualClock
+from muxmesh.execution import PreemptionReason
 from muxmesh.metrics.family import Family, HistogramValue
 from muxmesh.sequence_states import SequenceState
 from muxmesh.types import Role
@@ -60,13 +62,17 @@ def test_bytes_that_no_computed_token_wrote_are_copies(page: GrantPage) -> None:
 
 
 def test_only_decode_swaps_and_is_preempted(page: GrantPage) -> None:
-    counters = WorkerCounters(num_preemptions=4, num_displaced=3, num_recomputed=2, num_repredictions=6)
+    counters = WorkerCounters(
+        Counter({PreemptionReason.ORDER: 3, PreemptionReason.KV_FULL: 4}), num_recomputed=2, num_repredictions=6
+    )
     counters.swaps["out", "raw"].add(90, 0.5)
     counters.swaps["out", "raw"].add(60, 0.25)
     counters.swaps["in", "int8"].add(80, 0.125)
     found = families(page, Role.DECODE, counters)
     assert found["vllm:num_preemptions_total"].samples == {("u", "m"): 7}
-    assert found["muxmesh_preemptions_total"].samples == {("u", "m", "order"): 3, ("u", "m", "kv"): 4}
+    by_reason = found["muxmesh_preemptions_total"].samples
+    assert {labels[2]: n for labels, n in by_reason.items() if n} == {"order": 3, "kv_full": 4}
+    assert {labels[2] for labels in by_reason} == set(PreemptionReason), "all reasons are there from the start"
     assert found["muxmesh_recomputed_sequences_total"].samples == {("u", "m"): 2}
     assert found["muxmesh_repredictions_total"].samples == {("u", "m"): 6}
     swapped = {

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from muxmesh.internal.v1 import request_pb2 as muxmesh_dot_internal_dot_v1_dot_request__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n muxmesh/internal/v1/decode.proto\x12\x13muxmesh.internal.v1\x1a!muxmesh/internal/v1/request.proto\"g\n\rDecodeRequest\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".muxmesh.internal.v1.EngineRequest\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x0f\n\x07watcher\x18\x03 \x01(\t\"X\n\x0e\x44\x65\x63odeResponse\x12+\n\x06\x66inish\x18\x01 \x01(\x0b\x32\x1b.muxmesh.internal.v1.Finish\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\"%\n\x12WatchTokensRequest\x12\x0f\n\x07watcher\x18\x01 \x01(\t\"H\n\x13WatchTokensResponse\x12\x31\n\tsequences\x18\x01 \x03(\x0b\x32\x1e.muxmesh.internal.v1.NewTokens\"\x88\x01\n\tNewTokens\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x13\n\x0bstart_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x34\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LogprobsH\x00\x88\x01\x01\x42\x0b\n\t_logprobs2\xc6\x01\n\rDecodeService\x12Q\n\x06\x44\x65\x63ode\x12\".muxmesh.internal.v1.DecodeRequest\x1a#.muxmesh.internal.v1.DecodeResponse\x12\x62\n\x0bWatchTokens\x12\'.muxmesh.internal.v1.WatchTokensRequest\x1a(.muxmesh.internal.v1.WatchTokensResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n muxmesh/internal/v1/decode.proto\x12\x13muxmesh.internal.v1\x1a!muxmesh/internal/v1/request.proto\"g\n\rDecodeRequest\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".muxmesh.internal.v1.EngineRequest\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x0f\n\x07watcher\x18\x03 \x01(\t\"\xae\x01\n\x0e\x44\x65\x63odeResponse\x12\x30\n\x06\x66inish\x18\x01 \x01(\x0b\x32\x1b.muxmesh.internal.v1.FinishH\x00\x88\x01\x01\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\x12\x31\n\texecution\x18\x03 \x01(\x0b\x32\x1e.muxmesh.internal.v1.Execution\x12\x11\n\tpreempted\x18\x04 \x01(\tB\t\n\x07_finish\"%\n\x12WatchTokensRequest\x12\x0f\n\x07watcher\x18\x01 \x01(\t\"H\n\x13WatchTokensResponse\x12\x31\n\tsequences\x18\x01 \x03(\x0b\x32\x1e.muxmesh.internal.v1.NewTokens\"\xce\x01\n\tNewTokens\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x13\n\x0bstart_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x34\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1d.muxmesh.internal.v1.LogprobsH\x00\x88\x01\x01\x12\x36\n\texecution\x18\x05 \x01(\x0b\x32\x1e.muxmesh.internal.v1.ExecutionH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x0c\n\n_execution2\xc6\x01\n\rDecodeService\x12Q\n\x06\x44\x65\x63ode\x12\".muxmesh.internal.v1.DecodeRequest\x1a#.muxmesh.internal.v1.DecodeResponse\x12\x62\n\x0bWatchTokens\x12\'.muxmesh.internal.v1.WatchTokensRequest\x1a(.muxmesh.internal.v1.WatchTokensResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,14 +34,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DECODEREQUEST']._serialized_start=92
   _globals['_DECODEREQUEST']._serialized_end=195
-  _globals['_DECODERESPONSE']._serialized_start=197
-  _globals['_DECODERESPONSE']._serialized_end=285
-  _globals['_WATCHTOKENSREQUEST']._serialized_start=287
-  _globals['_WATCHTOKENSREQUEST']._serialized_end=324
-  _globals['_WATCHTOKENSRESPONSE']._serialized_start=326
-  _globals['_WATCHTOKENSRESPONSE']._serialized_end=398
-  _globals['_NEWTOKENS']._serialized_start=401
-  _globals['_NEWTOKENS']._serialized_end=537
-  _globals['_DECODESERVICE']._serialized_start=540
-  _globals['_DECODESERVICE']._serialized_end=738
+  _globals['_DECODERESPONSE']._serialized_start=198
+  _globals['_DECODERESPONSE']._serialized_end=372
+  _globals['_WATCHTOKENSREQUEST']._serialized_start=374
+  _globals['_WATCHTOKENSREQUEST']._serialized_end=411
+  _globals['_WATCHTOKENSRESPONSE']._serialized_start=413
+  _globals['_WATCHTOKENSRESPONSE']._serialized_end=485
+  _globals['_NEWTOKENS']._serialized_start=488
+  _globals['_NEWTOKENS']._serialized_end=694
+  _globals['_DECODESERVICE']._serialized_start=697
+  _globals['_DECODESERVICE']._serialized_end=895
 # @@protoc_insertion_point(module_scope)

@@ -51,20 +51,33 @@ class DecodeResponse(_message.Message):
 
     FINISH_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    EXECUTION_FIELD_NUMBER: _builtins.int
+    PREEMPTED_FIELD_NUMBER: _builtins.int
     num_output_tokens: _builtins.int
     """Tokens of the complete output. WatchTokens sends all of them, some perhaps after this response."""
+    preempted: _builtins.str
+    """Why the KV of a sequence that was pre-empted was freed. It has to be computed again, from the tokens so far."""
     @_builtins.property
-    def finish(self) -> _request_pb2.Finish: ...
+    def finish(self) -> _request_pb2.Finish:
+        """Unset if the sequence was pre-empted."""
+
+    @_builtins.property
+    def execution(self) -> _request_pb2.Execution: ...
     def __init__(
         self,
         *,
         finish: _request_pb2.Finish | None = ...,
         num_output_tokens: _builtins.int = ...,
+        execution: _request_pb2.Execution | None = ...,
+        preempted: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "execution", b"execution", "finish", b"finish"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "num_output_tokens", b"num_output_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish", b"_finish", "execution", b"execution", "finish", b"finish", "num_output_tokens", b"num_output_tokens", "preempted", b"preempted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__finish: _TypeAlias = _typing.Literal["finish"]  # noqa: Y015
+    _WhichOneofArgType__finish: _TypeAlias = _typing.Literal["_finish", b"_finish"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__finish) -> _WhichOneofReturnType__finish | None: ...
 
 Global___DecodeResponse: _TypeAlias = DecodeResponse  # noqa: Y015
 
@@ -110,6 +123,7 @@ class NewTokens(_message.Message):
     START_INDEX_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    EXECUTION_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.int
     start_index: _builtins.int
     """Output index of token_ids[0]."""
@@ -119,6 +133,10 @@ class NewTokens(_message.Message):
     def logprobs(self) -> _request_pb2.Logprobs:
         """One entry per token, if requested."""
 
+    @_builtins.property
+    def execution(self) -> _request_pb2.Execution:
+        """Set after a pre-emption: what became of the sequence so far, for the case that the worker is lost."""
+
     def __init__(
         self,
         *,
@@ -126,13 +144,19 @@ class NewTokens(_message.Message):
         start_index: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _request_pb2.Logprobs | None = ...,
+        execution: _request_pb2.Execution | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_execution", b"_execution", "_logprobs", b"_logprobs", "execution", b"execution", "logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "lease_id", b"lease_id", "logprobs", b"logprobs", "start_index", b"start_index", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_execution", b"_execution", "_logprobs", b"_logprobs", "execution", b"execution", "lease_id", b"lease_id", "logprobs", b"logprobs", "start_index", b"start_index", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__execution: _TypeAlias = _typing.Literal["execution"]  # noqa: Y015
+    _WhichOneofArgType__execution: _TypeAlias = _typing.Literal["_execution", b"_execution"]  # noqa: Y015
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__execution) -> _WhichOneofReturnType__execution | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
 
 Global___NewTokens: _TypeAlias = NewTokens  # noqa: Y015

@@ -815,15 +815,15 @@ class WatchLeasesResponse(_message.Message):
 
     ARRIVED_FIELD_NUMBER: _builtins.int
     PREEMPT_FIELD_NUMBER: _builtins.int
-    preempt: _builtins.int
-    """Id of a lease whose token blocks another model claims. The worker has to swap it out or release it."""
     @_builtins.property
     def arrived(self) -> Global___Lease: ...
+    @_builtins.property
+    def preempt(self) -> Global___LeasePreemption: ...
     def __init__(
         self,
         *,
         arrived: Global___Lease | None = ...,
-        preempt: _builtins.int = ...,
+        preempt: Global___LeasePreemption | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "event", b"event", "preempt", b"preempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -834,6 +834,28 @@ class WatchLeasesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WatchLeasesResponse: _TypeAlias = WatchLeasesResponse  # noqa: Y015
+
+@_typing.final
+class LeasePreemption(_message.Message):
+    """The token blocks of a lease are needed by others. The worker has to swap it out or release it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.int
+    reason: _builtins.str
+    """One of PreemptionReason in muxmesh/execution.py."""
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___LeasePreemption: _TypeAlias = LeasePreemption  # noqa: Y015
 
 @_typing.final
 class SleepModelRequest(_message.Message):

@@ -160,6 +160,9 @@ class SchedulingState(_message.Message):
     DECODE_S_FIELD_NUMBER: _builtins.int
     SERVED_S_FIELD_NUMBER: _builtins.int
     MEAN_WORK_S_FIELD_NUMBER: _builtins.int
+    NUM_PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    QUEUED_PER_SLOT_FIELD_NUMBER: _builtins.int
+    LONGEST_LEAD_S_FIELD_NUMBER: _builtins.int
     priority: _builtins.int
     """Lower is sooner."""
     arrived_at_unix_s: _builtins.float
@@ -169,6 +172,14 @@ class SchedulingState(_message.Message):
     served_s: _builtins.float
     mean_work_s: _builtins.float
     """Mean work of a request."""
+    num_preemptions: _builtins.int
+    """How often others displaced it from a batch before its KV was freed."""
+    queued_per_slot: _builtins.float
+    """Requests of its model that were queued at its arrival, divided by the slots of a batch."""
+    longest_lead_s: _builtins.float
+    """For srtf-aged: how much later a request may arrive at most and overtake this one. 0: as long as the policy says for
+    the mean work.
+    """
     def __init__(
         self,
         *,
@@ -178,8 +189,11 @@ class SchedulingState(_message.Message):
         decode_s: _builtins.float = ...,
         served_s: _builtins.float = ...,
         mean_work_s: _builtins.float = ...,
+        num_preemptions: _builtins.int = ...,
+        queued_per_slot: _builtins.float = ...,
+        longest_lead_s: _builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at_unix_s", b"arrived_at_unix_s", "decode_s", b"decode_s", "mean_work_s", b"mean_work_s", "prefill_s", b"prefill_s", "priority", b"priority", "served_s", b"served_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at_unix_s", b"arrived_at_unix_s", "decode_s", b"decode_s", "longest_lead_s", b"longest_lead_s", "mean_work_s", b"mean_work_s", "num_preemptions", b"num_preemptions", "prefill_s", b"prefill_s", "priority", b"priority", "queued_per_slot", b"queued_per_slot", "served_s", b"served_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SchedulingState: _TypeAlias = SchedulingState  # noqa: Y015
@@ -371,6 +385,62 @@ class LengthPrediction(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___LengthPrediction: _TypeAlias = LengthPrediction  # noqa: Y015
+
+@_typing.final
+class Execution(_message.Message):
+    """What became of a sequence in a decode worker, see muxmesh/execution.py."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class PreemptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    NUM_REPREDICTIONS_FIELD_NUMBER: _builtins.int
+    NUM_RECOMPUTED_FIELD_NUMBER: _builtins.int
+    BATCHED_S_FIELD_NUMBER: _builtins.int
+    PAUSED_S_FIELD_NUMBER: _builtins.int
+    SWAPPED_S_FIELD_NUMBER: _builtins.int
+    IS_OVERDUE_FIELD_NUMBER: _builtins.int
+    num_repredictions: _builtins.int
+    num_recomputed: _builtins.int
+    batched_s: _builtins.float
+    paused_s: _builtins.float
+    swapped_s: _builtins.float
+    is_overdue: _builtins.bool
+    @_builtins.property
+    def preemptions(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """By reason."""
+
+    def __init__(
+        self,
+        *,
+        preemptions: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        num_repredictions: _builtins.int = ...,
+        num_recomputed: _builtins.int = ...,
+        batched_s: _builtins.float = ...,
+        paused_s: _builtins.float = ...,
+        swapped_s: _builtins.float = ...,
+        is_overdue: _builtins.bool = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batched_s", b"batched_s", "is_overdue", b"is_overdue", "num_recomputed", b"num_recomputed", "num_repredictions", b"num_repredictions", "paused_s", b"paused_s", "preemptions", b"preemptions", "swapped_s", b"swapped_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Execution: _TypeAlias = Execution  # noqa: Y015
 
 @_typing.final
 class Finish(_message.Message):

@@ -43,6 +43,14 @@ def test_with_an_slo_tokens_that_are_due_go_before_prompts() -> None:
     assert with_slo.latency_s < 0.5 * plain.latency_s
 
 
+def test_a_bounded_stall_costs_streams_little_and_outputs_of_few_tokens_gain() -> None:
+    models = (model("streams", 4, duration_s=10.0), model("prompts", 80, duration_s=10.0, mean_output=2.0))
+    case = UnitCase("u", 1, models, over_subscription=0)
+    without, bounded = (replayer().replay(replace(case, stall_budget=part)) for part in (0.0, 0.1))
+    assert bounded[0].latency_s < 1.03 * without[0].latency_s
+    assert bounded[1].latency_s < 0.5 * without[1].latency_s
+
+
 def test_a_unit_without_memory_for_kv_is_refused_by_name() -> None:
     case = UnitCase("u", 1, tuple(model(name) for name in "abcd"))
     assert kv_pool_bytes(case, replayer().constants) < 0

@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import io
 import json
 from typing import Any
@@ -7,8 +8,9 @@ import grpc
 import pytest
 
 from muxmesh.cli.main import main
-from muxmesh.cli.streamed_output import _WAITS
+from muxmesh.cli.streamed_output import _REASONS, _WAITS
 from muxmesh.errors import InvalidRequest, WorkerLost
+from muxmesh.execution import Execution, PreemptionReason
 from muxmesh.v1 import inference_pb2
 from tests.support.fake_mesh import FakeMesh, output
 
@@ -228,6 +230,44 @@ def test_json_has_the_scheduling_on_request(mesh: FakeMesh, capsys: pytest.Captu
     scheduling = json.loads(capsys.readouterr().out)["scheduling"]
     waits = {"slot_s": 0.2, "kv_s": 0.0, "order_s": 0.05, "worker_s": 0.0, "device_s": 0.041}
     assert scheduling == {field.name: value for field, value in SCHEDULING.ListFields()} | {"waited_for": waits}
+
+
+EXECUTION = Execution({PreemptionReason.ORDER: 2, PreemptionReason.KV_FULL: 1}, 4, 1, 2.5, 0.041, 0.0, 1.5, True)
+
+
+def test_what_became_of_a_request_is_printed_after_its_scheduling(
+    mesh: FakeMesh, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mesh.script = output("abc")
+    mesh.script[-1].execution.CopyFrom(inference_pb2.ExecutionInfo(**dataclasses.asdict(EXECUTION)))
+    assert generate("--explain", "hi") == 0
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "[pre-empted: 2 by one that precedes it, 1 as it lacked memory itself; length predicted again: 4 times",
+        "in the batch 2.5 s, paused 41 ms, computed again 1.5 s, overdue]",
+    ]
+
+
+def test_a_request_that_was_never_pre_empted_is_explained_too(
+    mesh: FakeMesh, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mesh.script = output("abc")
+    mesh.script[-1].execution.SetInParent()
+    assert generate("--explain", "hi") == 0
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "[pre-empted: never; length predicted again: 0 times", "decoded at once]"
+    ]  # fmt: skip
+
+
+def test_every_reason_of_a_pre_emption_is_named() -> None:
+    assert set(_REASONS) == set(PreemptionReason)
+
+
+def test_json_has_what_became_of_the_request_on_request(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:
+    mesh.script = output("abc")
+    mesh.script[-1].execution.CopyFrom(inference_pb2.ExecutionInfo(**dataclasses.asdict(EXECUTION)))
+    assert generate("--explain", "--json", "hi") == 0
+    found = json.loads(capsys.readouterr().out)["execution"]
+    assert found == dataclasses.asdict(EXECUTION)
 
 
 @pytest.mark.parametrize("lost", [grpc.StatusCode.UNAVAILABLE, WorkerLost("decode/m died")])

@@ -23,6 +23,7 @@ from muxmesh.client import (
     TokenLogprobs,
 )
 from muxmesh.errors import InternalError, InvalidRequest, MeshError, RequestAborted, Unavailable
+from muxmesh.execution import Execution, PreemptionReason
 from muxmesh.types import Waits
 from muxmesh.v1 import inference_pb2, mesh_pb2
 from tests.support.fake_mesh import FakeMesh, fake_mesh, output
@@ -211,6 +212,18 @@ async def test_every_field_of_the_scheduling_info_reaches_the_client(mesh: FakeM
     response.scheduling.CopyFrom(inference_pb2.SchedulingInfo(**{name: values[name] for name in fields}))
     mesh.script = [response]
     assert (await client.generate("x", model="m", explain_scheduling=True)).prompt.scheduling == expected
+
+
+async def test_what_became_of_a_request_reaches_the_client_without_reasons_that_it_does_not_know(
+    mesh: FakeMesh, client: MeshClient
+) -> None:
+    expected = Execution({PreemptionReason.SLO: 3}, 1, 2, 4.0, 5.0, 6.0, 7.0, is_overdue=True)
+    (response,) = mesh.script = output("a")
+    response.execution.CopyFrom(inference_pb2.ExecutionInfo(**dataclasses.asdict(expected)))
+    response.execution.preemptions["a new reason"] = 1
+    assert (await client.generate("x", model="m", explain_scheduling=True)).execution == expected
+    response.ClearField("execution")
+    assert (await client.generate("x", model="m")).execution is None
 
 
 # --- requests ---

@@ -19,14 +19,17 @@ from muxmesh.engine.api import (
     Event,
     Failed,
     Finished,
+    FreeGrant,
     JobDone,
     Preempted,
     Tokens,
 )
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import Runner
+from muxmesh.engine.step_limit import StepLimit
 from muxmesh.errors import InvalidRequest, WorkerLost
 from muxmesh.models.model_spec import KvShape, read_model_spec
+from muxmesh.step_cost import StepCost
 from muxmesh.types import EngineRequest, FinishReason, Sampling, SchedulingState, Stopping
 from tests.support.device_model import MAX_NUM_SEQS, device_runner, nan_pool, tiny_geometry
 from tests.support.engines import running_engine, sim_runner
@@ -47,6 +50,7 @@ MoveKv = Callable[[Sequence[int], Sequence[int]], None]
 class Opened:
     engine: Engine
     move_kv: MoveKv
+    grant: FreeGrant
 
 
 @pytest.fixture(scope="module")
@@ -68,18 +72,21 @@ def device_runner_and_pool(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ru
 
 @pytest.fixture(params=["sim", "sim in runs of steps", "native", "native on a GPU"])
 async def opened(request: pytest.FixtureRequest) -> AsyncIterator[Opened]:
+    grant = FreeGrant()
     if request.param == "native on a GPU":
         on_device, pool = request.getfixturevalue("device_runner_and_pool")
-        async with running_engine(on_device, MAX_NUM_SEQS, token_budget=32, vocab_size=VOCAB_SIZE) as engine:
-            yield Opened(engine, functools.partial(move_on_device, pool))
+        async with running_engine(
+            on_device, MAX_NUM_SEQS, token_budget=32, vocab_size=VOCAB_SIZE, grant=grant
+        ) as engine:
+            yield Opened(engine, functools.partial(move_on_device, pool), grant)
     elif request.param != "native":
         runner = sim_runner(1 if request.param == "sim" else 5)
-        async with running_engine(runner, token_budget=32, vocab_size=VOCAB_SIZE) as engine:
-            yield Opened(engine, lambda old, new: None)
+        async with running_engine(runner, token_budget=32, vocab_size=VOCAB_SIZE, grant=grant) as engine:
+            yield Opened(engine, lambda old, new: None, grant)
     else:
         native, view = request.getfixturevalue("native_runner")
-        async with running_engine(native, token_budget=32, vocab_size=VOCAB_SIZE) as engine:
-            yield Opened(engine, functools.partial(move_in_host_memory, view))
+        async with running_engine(native, token_budget=32, vocab_size=VOCAB_SIZE, grant=grant) as engine:
+            yield Opened(engine, functools.partial(move_in_host_memory, view), grant)
 
 
 @pytest.fixture
@@ -181,6 +188,16 @@ async def test_jobs_in_one_batch_sample_the_tokens_that_they_sample_alone(engine
     alone = [(await collect(engine.submit(job(number))))[0] for number in (1, 2, 3)]
     together = await asyncio.gather(*(collect(engine.submit(job(number))) for number in (1, 2, 3)))
     assert [tokens for tokens, _ in together] == alone
+
+
+@pytest.mark.parametrize("longest_s", [0.0, 17.5, 19.5])
+async def test_a_prompt_in_chunks_of_any_size_has_the_same_tokens(opened: Opened, longest_s: float) -> None:
+    resumed = tuple(range(60, 76))
+    whole, _ = await collect(opened.engine.submit(job(max_new_tokens=28, resume=resumed)))
+    assert len(whole) == 12
+    opened.grant.step_limit = StepLimit(StepCost(0.0, 1.0, 0.0), longest_s)  # 16, 17 or 19 of 36 tokens in a step
+    cut, _ = await collect(opened.engine.submit(job(max_new_tokens=28, resume=resumed)))
+    assert cut == whole
 
 
 async def test_the_id_of_a_cancelled_job_may_be_used_again(engine: Engine) -> None:

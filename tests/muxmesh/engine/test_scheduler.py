@@ -20,6 +20,7 @@ from muxmesh.engine.scheduler import Scheduler
 from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.step import PromptScoring, SampledToken, Step, StepOutcome
 from muxmesh.errors import InvalidRequest, SequenceFailed
+from muxmesh.execution import PreemptionReason
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.types import (
     Candidate,
@@ -483,16 +484,22 @@ def test_a_job_that_waited_for_blocks_is_in_the_demand_when_it_has_them() -> Non
 
 
 def decode_job(
-    job_id: int, remaining_s: float, priority: int = 0, length: float = 100.0, tpot_s: float | None = None
+    job_id: int,
+    remaining_s: float,
+    priority: int = 0,
+    length: float = 100.0,
+    tpot_s: float | None = None,
+    num_preemptions: int = 0,
 ) -> EngineJob:
     """A sequence with one output token of ``length`` expected ones, which have ``remaining_s`` of work."""
+    state = SchedulingState(priority, float(job_id), decode_s=remaining_s, num_preemptions=num_preemptions)
     request = EngineRequest(
         request_id=str(job_id),
         model="m",
         prompt_token_ids=(1, 2, 3, 4),
         sampling=Sampling(seed=5),
         stopping=Stopping(max_new_tokens=1000),
-        scheduling=SchedulingState(priority, float(job_id), decode_s=remaining_s),
+        scheduling=state,
         prediction=LengthPrediction(length, 2 * length),
         slo=None if tpot_s is None else SloTargets(None, tpot_s),
     )
@@ -522,7 +529,7 @@ def test_a_sequence_with_less_work_displaces_another_which_returns_when_a_slot_i
     assert batch_of(jobs) == [1, 2]
     jobs.add(decode_job(3, 10.0))
     assert batch_of(jobs) == [2, 3]
-    assert batch_changes(jobs) == [(1, Displaced(had_slot=True))]
+    assert batch_changes(jobs) == [(1, Displaced(PreemptionReason.ORDER))]
     assert batch_of(jobs) == [2, 3]
     assert batch_changes(jobs) == [], "an event is sent once"
     jobs.cancel(3)
@@ -560,10 +567,10 @@ def test_a_sequence_that_finds_the_batch_full_is_displaced_at_once() -> None:
     jobs.add(decode_job(1, 10.0))
     jobs.add(decode_job(2, 9.0))
     assert batch_of(jobs) == [2], "both come before the first step"
-    assert batch_changes(jobs) == [(1, Displaced(had_slot=False))]
+    assert batch_changes(jobs) == [(1, Displaced())]
     jobs.add(decode_job(3, 8.0))
     assert batch_of(jobs) == [2]
-    assert batch_changes(jobs) == [(3, Displaced(had_slot=False))]
+    assert batch_changes(jobs) == [(3, Displaced())]
 
 
 def test_a_displaced_sequence_continues_with_the_tokens_that_it_has() -> None:
@@ -590,7 +597,7 @@ def test_a_displaced_sequence_that_is_paused_for_memory_returns_by_its_order() -
     assert jobs.drain_events() == [(1, Preempted())]
     jobs.resume(1)
     assert batch_of(jobs) == [2]
-    assert batch_changes(jobs) == [(1, Displaced(had_slot=False))], "the event follows again: its KV has moved since"
+    assert batch_changes(jobs) == [(1, Displaced())], "the event follows again: its KV has moved since"
 
 
 def test_a_sequence_is_displaced_by_its_class_three_times_only() -> None:
@@ -606,6 +613,21 @@ def test_a_sequence_is_displaced_by_its_class_three_times_only() -> None:
     assert batch_of(jobs) == [1]
     jobs.add(decode_job(6, 1.0, priority=-1))
     assert batch_of(jobs) == [6], "a better class displaces it still"
+
+
+def test_a_sequence_counts_on_from_its_earlier_attempts_how_often_it_was_displaced() -> None:
+    jobs = srtf_scheduler(max_num_seqs=1)
+    jobs.add(decode_job(1, 1000.0, length=900.0, num_preemptions=2))
+    batch_of(jobs)
+    jobs.add(decode_job(2, 1.0))
+    assert batch_of(jobs) == [2]
+    jobs.cancel(2)
+    jobs.add(decode_job(3, 1.0))
+    assert batch_of(jobs) == [3], "it takes a free slot"
+    jobs.cancel(3)
+    batch_of(jobs)
+    jobs.add(decode_job(4, 1.0))
+    assert batch_of(jobs) == [1]
 
 
 def test_the_remaining_work_of_a_running_sequence_decides_and_not_that_of_its_arrival() -> None:

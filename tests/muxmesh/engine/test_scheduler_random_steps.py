@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -33,6 +33,9 @@ class Worker:
     paused: set[int] = field(default_factory=set)
     num_ended: int = 0
     num_preemptions: int = 0
+    num_preemptions_of: Counter[str] = field(default_factory=Counter)
+    """By request, over all of its attempts."""
+    num_attempts: int = 0
 
     def arrive(self) -> None:
         """A sequence with its first output token; the prediction of its length is often wrong."""
@@ -57,11 +60,11 @@ class Worker:
         self.next_id += 1
 
     def disturb(self) -> None:
-        """Cancels a sequence, pauses or resumes one, or takes or returns its token blocks."""
+        """Cancels a sequence, pauses or resumes one, frees its KV, or takes or returns its token blocks."""
         if not self.running:
             return
         job_id = self.rng.choice(list(self.running))
-        match self.rng.randrange(4):
+        match self.rng.randrange(8):
             case 0:
                 self.scheduler.cancel(job_id)
                 self.forget(job_id)
@@ -71,9 +74,25 @@ class Worker:
             case 2:
                 self.scheduler.resume(job_id)
                 self.paused.discard(job_id)
+            case 3 | 4 | 5:
+                self.compute_again(job_id)
             case _:
                 record = self.running[job_id]
                 record.block_ids = () if record.block_ids else tuple(range(100))
+
+    def compute_again(self, job_id: int) -> None:
+        """The KV of a sequence was freed and is computed again: it comes back as another job with its tokens."""
+        record = self.running[job_id]
+        scheduling = replace(record.request.scheduling, num_preemptions=record.num_preemptions)
+        request = replace(record.request, resume_token_ids=record.output_token_ids, scheduling=scheduling)
+        again = SequenceRecord(request, BLOCK_SIZE, b"root", tuple(range(100)), record.num_tokens - 1)
+        self.scheduler.cancel(job_id)
+        self.scheduler.add(EngineJob(self.next_id, again), self.now_s)
+        self.running[self.next_id], self.lengths[self.next_id] = again, self.lengths[job_id]
+        self.num_tokens[self.next_id] = self.num_tokens[job_id]
+        self.forget(job_id)
+        self.next_id += 1
+        self.num_attempts += 1
 
     def settle(self) -> None:
         """Returns what sequences lack."""
@@ -107,7 +126,10 @@ class Worker:
             elif isinstance(event, Displaced):
                 assert job_id not in self.displaced
                 self.displaced.add(job_id)
-                self.num_preemptions += event.had_slot
+                self.num_preemptions += event.reason is not None
+                request_id = self.running[job_id].request.request_id
+                self.num_preemptions_of[request_id] += event.reason is not None
+                assert self.num_preemptions_of[request_id] <= MAX_CLASS_PREEMPTIONS, "over all attempts"
             elif isinstance(event, Batched):
                 self.displaced.remove(job_id)
             elif isinstance(event, Preempted):
@@ -148,7 +170,7 @@ def walk(policy: PolicyName, num_steps: int, seed: int) -> Worker:
 def test_no_sequence_is_lost_and_pre_emptions_are_bounded(policy: PolicyName) -> None:
     worker = walk(policy, 20_000, seed=1)
     assert worker.running == {}, "everything finishes"
-    assert worker.num_ended > 500 and worker.num_preemptions > 20
+    assert worker.num_ended > 500 and worker.num_preemptions > 20 and worker.num_attempts > 100
 
 
 @pytest.mark.long

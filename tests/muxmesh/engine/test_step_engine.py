@@ -27,6 +27,7 @@ from muxmesh.engine.sequence import SequenceRecord
 from muxmesh.engine.sim_runner import SimRunner
 from muxmesh.engine.step import Runner, Step, StepOutcome
 from muxmesh.engine.step_engine import StepEngine
+from muxmesh.engine.step_limit import StepLimit
 from muxmesh.errors import DeviceLost, ModelUnsupported, SequenceFailed, WorkerLost
 from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping
 from tests.support.engines import FailingRunner, GatedRunner, GatedSteps, running_engine, sim_runner
@@ -55,6 +56,7 @@ class CountingGrant:
 
     def __init__(self) -> None:
         self.is_recalled = False
+        self.step_limit: StepLimit | None = None
         self.given = asyncio.Event()
         self.calls: list[str] = []
         self.revised: list[ComputeDemand] = []

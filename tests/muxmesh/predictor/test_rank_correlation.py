@@ -1,3 +1,4 @@
+import math
 from itertools import combinations
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muxmesh.predictor.rank_correlation import kendall_tau
+from muxmesh.predictor.rank_correlation import kendall_tau, tau_deviation
 
 PAIRS = st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=2, max_size=12)
 
@@ -47,3 +48,10 @@ def test_tau_is_that_of_the_definition_with_ties(pairs: list[tuple[int, int]]) -
 def test_tau_depends_on_ranks_only_and_is_symmetric(pairs: list[tuple[int, int]]) -> None:
     left, right = np.array(pairs, float).T
     assert kendall_tau(np.exp(left), 3 * right - 7) == pytest.approx(kendall_tau(right, left), abs=1e-12)
+
+
+def test_the_deviation_of_tau_is_that_of_shuffled_values() -> None:
+    rng, values = np.random.default_rng(1), np.arange(16.0)
+    taus = [kendall_tau(values, rng.permutation(values)) for _ in range(4000)]
+    assert tau_deviation(16) == pytest.approx(np.std(taus), rel=0.05)
+    assert tau_deviation(1) == math.inf > tau_deviation(2)

@@ -8,6 +8,7 @@ from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
+from muxmesh.execution import Execution, PreemptionReason
 from muxmesh.internal.v1 import kvstore_pb2, request_pb2
 from muxmesh.rpc import convert
 from muxmesh.step_cost import StepCost
@@ -47,7 +48,7 @@ SAMPLING = st.builds(
     st.none() | TOKEN,
     st.none() | TOKEN,
 )
-STATES = st.builds(SchedulingState, st.integers(-(2**31), 2**31 - 1), *[st.floats(0, 1e10)] * 5)
+STATES = st.builds(SchedulingState, st.integers(-(2**31), 2**31 - 1), *[st.floats(0, 1e10)] * 5, TOKEN)
 DEMANDS = st.builds(KvDemand, TOKEN, TOKEN, st.lists(st.binary(min_size=16, max_size=16), max_size=4).map(tuple), TOKEN)
 QUEUED = st.builds(QueuedRequest, TOKEN, st.text(max_size=9), STATES, DEMANDS, st.text(max_size=9))
 COSTS = st.builds(StepCost, *[st.floats(0, 1e3)] * 5)
@@ -69,6 +70,8 @@ REQUESTS = st.builds(
     kv_swap_format=st.sampled_from([None, "raw", "int8"]),
     slo=st.none() | st.builds(SloTargets, st.none() | FLOAT, st.none() | FLOAT, FLOAT),
 )
+REASONS = st.dictionaries(st.sampled_from(PreemptionReason), st.integers(1, 9))
+EXECUTIONS = st.builds(Execution, REASONS, TOKEN, TOKEN, FLOAT, FLOAT, FLOAT, is_overdue=st.booleans())
 REFS = st.builds(LeaseRef, st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
 LEASES = st.builds(Lease, REFS, st.text(max_size=5), IDS, TOKEN, IDS)
 POSITIONS = st.builds(TokenLogprobs, CANDIDATES, st.lists(CANDIDATES, max_size=3).map(tuple))
@@ -108,6 +111,12 @@ def test_log_probabilities_survive_the_round_trip(positions: list[TokenLogprobs]
 def test_a_lease_survives_the_round_trip(lease: Lease) -> None:
     assert convert.lease_from_wire(convert.lease_to_wire(lease)) == lease
     assert convert.ref_from_wire(convert.ref_to_wire(lease.ref)) == lease.ref
+
+
+@given(EXECUTIONS)
+def test_an_execution_survives_the_round_trip(execution: Execution) -> None:
+    """Without ``recomputed_s``, which the router measures."""
+    assert convert.execution_from_wire(convert.execution_to_wire(execution)) == execution
 
 
 @given(st.sampled_from(FinishReason), TOKEN)

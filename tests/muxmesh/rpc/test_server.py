@@ -121,7 +121,7 @@ async def echo(request: kvstore_pb2.AcquireLeaseRequest, context: object) -> kvs
 
 async def preempt_twice(request: kvstore_pb2.WatchLeasesRequest, context: object) -> AsyncGenerator[Any]:
     for lease_id in (1, 2):
-        yield kvstore_pb2.WatchLeasesResponse(preempt=lease_id)
+        yield kvstore_pb2.WatchLeasesResponse(preempt=kvstore_pb2.LeasePreemption(lease_id=lease_id))
 
 
 async def refuse_each(requests: AsyncIterator[kvstore_pb2.AdmitRequest], context: object) -> AsyncGenerator[Any]:
@@ -134,7 +134,7 @@ async def test_requests_and_responses_of_each_kind_are_messages(tmp_path: Path, 
     async with running(tmp_path, Servicer(echo, preempt_twice, refuse_each), public) as mesh:
         assert (await mesh.stub.AcquireLease(request("decode/m"))).lease.model == "decode/m"
         watched = await collect(mesh.stub.WatchLeases(kvstore_pb2.WatchLeasesRequest()))
-        assert [message.preempt for message in watched] == [1, 2]
+        assert [message.preempt.lease_id for message in watched] == [1, 2]
         offers = [kvstore_pb2.AdmitRequest(withdraw=entry_id) for entry_id in (7, 8)]
         refused = await collect(mesh.stub.Admit(iter(offers)))
         assert [message.refused.entry_id for message in refused] == [7, 8]
@@ -180,12 +180,12 @@ async def test_an_error_reaches_the_client_of_each_kind_of_call(
 @both
 async def test_responses_before_an_error_are_delivered(tmp_path: Path, public: PublicLimits | None) -> None:
     async def stream(request: object, context: object) -> AsyncGenerator[Any]:
-        yield kvstore_pb2.WatchLeasesResponse(preempt=5)
+        yield kvstore_pb2.WatchLeasesResponse(preempt=kvstore_pb2.LeasePreemption(lease_id=5))
         raise errors.Unavailable("the unit stops")
 
     async with running(tmp_path, Servicer(stream=stream), public) as mesh:
         watch = mesh.stub.WatchLeases(kvstore_pb2.WatchLeasesRequest())
-        assert (await watch.read()).preempt == 5
+        assert (await watch.read()).preempt.lease_id == 5
         assert str(await mesh.error_of(watch.read())) == "the unit stops"
 
 

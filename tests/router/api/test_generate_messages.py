@@ -11,6 +11,7 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from muxmesh.errors import InvalidRequest
+from muxmesh.execution import Execution, PreemptionReason
 from muxmesh.models.token_texts import TokenText
 from muxmesh.types import Candidate, Sampling, TokenLogprobs, Waits
 from muxmesh.v1 import inference_pb2
@@ -239,6 +240,9 @@ DELTA = OutputDelta(
         "srtf", "because", 10.5, 20.5, "hint", 0.25, 0.5, 0.75, 6, 5, Waits(1.5, 2.5, 3.5, 4.5, 5.5)
     ),
     timings=TimingsReport(0.125, 0.25, 0.5, 3, 0.0625, met_slo=True),
+    execution=Execution(
+        {PreemptionReason.ORDER: 2, PreemptionReason.KV_FULL: 1}, 4, 1, 6.5, 7.5, 8.5, 9.5, is_overdue=True
+    ),
 )
 TEXTS = {3: TokenText(" é", " é".encode()), 4: TokenText("\ufffd", b"\xc3"), 40: TokenText("p", b"p")}
 EVERYTHING = OutputOptions(text=True, token_ids=True, prompt_token_ids=True, prompt_logprobs=True)
@@ -296,13 +300,23 @@ def test_every_part_of_a_delta_is_in_its_message() -> None:
             "router_s": 0.0625,
             "met_slo": True,
         },
+        execution={
+            "preemptions": {"order": 2, "kv_full": 1},
+            "num_repredictions": 4,
+            "num_recomputed": 1,
+            "batched_s": 6.5,
+            "paused_s": 7.5,
+            "swapped_s": 8.5,
+            "recomputed_s": 9.5,
+            "is_overdue": True,
+        },
     )
 
 
 def set_paths(message: Message, path: str = "") -> Iterator[str]:
     """Paths of the fields that are set and are no messages."""
     for field, value in message.ListFields():
-        if field.message_type is None:
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
             yield path + field.name
         else:
             for inner in value if field.is_repeated else (value,):

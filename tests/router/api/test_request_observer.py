@@ -77,7 +77,7 @@ async def test_a_request_that_fails(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert ended(setup) == {("m", "INTERNAL"): 1}
     (line,) = lines(caplog)
     assert "model=m finish=error code=INTERNAL prompt_tokens=5 " in line
-    assert line.endswith(" restarts=1 slo=-")
+    assert " restarts=1 preemptions=- " in line and line.endswith(" slo=-")
 
 
 @pytest.mark.parametrize(
