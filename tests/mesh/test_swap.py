@@ -32,6 +32,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"), shape)
 
 
+@pytest.fixture(scope="module")
+def slow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same KV for each token, but a step takes some 10 ms: sequences stay swapped out for seconds."""
+    shape = TinyShape(num_heads=4, num_kv_heads=4, head_dim=32, hidden_size=2048)
+    return write_tiny_model(tmp_path_factory.mktemp("slow"), shape)
+
+
 async def options_of(mesh: RunningMesh) -> dict[str, Any]:
     """Options for outputs that take two thirds of the pool each."""
     (model,) = (await mesh.unit()).models
@@ -116,8 +123,8 @@ async def test_a_pre_empted_request_restarts_if_the_swap_space_is_full(folder: P
         assert (await mesh.unit()).pool.swap_used_bytes == 0
 
 
-async def test_a_worker_killed_while_kv_is_swapped_out_changes_no_token(folder: Path, tmp_path: Path) -> None:
-    async with running_mesh(tmp_path, units=[unit_of(folder, "8MiB")]) as mesh:
+async def test_a_worker_killed_while_kv_is_swapped_out_changes_no_token(slow_folder: Path, tmp_path: Path) -> None:
+    async with running_mesh(tmp_path, units=[unit_of(slow_folder, "8MiB")]) as mesh:
         options = await options_of(mesh)
         expected = await alone(mesh, **options)
         running = asyncio.ensure_future(together(mesh, **options))
@@ -136,8 +143,8 @@ async def test_a_worker_killed_while_kv_is_swapped_out_changes_no_token(folder: 
         assert pool.num_leases_orphaned > 0
 
 
-async def test_cancelling_a_swapped_request_frees_its_pages(folder: Path, tmp_path: Path) -> None:
-    async with running_mesh(tmp_path, units=[unit_of(folder, "8MiB")]) as mesh:
+async def test_cancelling_a_swapped_request_frees_its_pages(slow_folder: Path, tmp_path: Path) -> None:
+    async with running_mesh(tmp_path, units=[unit_of(slow_folder, "8MiB")]) as mesh:
         options = await options_of(mesh)
         running = asyncio.ensure_future(together(mesh, **options))
 
