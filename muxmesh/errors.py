@@ -4,6 +4,7 @@ MeshError
 ├── InvalidRequest        the request is invalid and a retry fails too; names the field
 ├── ModelNotFound         the mesh serves no model of this name
 ├── Overloaded            no free capacity; a later retry may succeed
+│   └── QuotaExceeded     the tenant has used what it may for now; names the quota
 ├── DeadlineExceeded      the caller's deadline passed
 ├── RequestAborted        the request was cancelled
 │   └── RequestPreempted  its KV memory was reclaimed; the request resumes when memory is free
@@ -15,6 +16,7 @@ MeshError
 ├── DeviceError           the device or its driver refused an operation; names it and the driver's error
 │   └── DeviceLost        the device accepts no more work of this process, which has to end
 ├── Unauthenticated       the credentials are missing or invalid
+├── PermissionDenied      the tenant may not do this
 ├── InternalError         a bug in the mesh
 └── ConfigError           mesh.yaml or a command line argument is invalid
     └── ModelUnsupported  no engine can load the model; names the unsupported part
@@ -55,6 +57,21 @@ class Overloaded(MeshError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QuotaExceeded(Overloaded):
+    """A tenant has used what it may for now. ``quota`` is the limit: a field of `muxmesh.tenants.tenant.TenantLimits`.
+
+    ``retry_after_s``: when the request would be granted, if the tenant sends no other one before.
+    """
+
+    def __init__(self, quota: str, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s)
+        self.quota = quota
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str, float]]:
+        """See `InvalidRequest.__reduce__`."""
+        return type(self), (self.quota, str(self), self.retry_after_s)
 
 
 class DeadlineExceeded(MeshError):
@@ -99,6 +116,10 @@ class DeviceLost(DeviceError):
 
 class Unauthenticated(MeshError):
     """The credentials are missing or invalid."""
+
+
+class PermissionDenied(MeshError):
+    """The tenant may not do this, whatever its quota is."""
 
 
 class InternalError(MeshError):

@@ -18,11 +18,11 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
-import redis.asyncio
 from redis.exceptions import RedisError
 
 from muxmesh.background_task import background
 from muxmesh.clock import Clock
+from muxmesh.redis_connection import open_redis
 
 _log = logging.getLogger(__name__)
 
@@ -97,9 +97,7 @@ class ProcessRegistry:
     """
 
     def __init__(self, url: str, mesh_id: str, clock: Clock) -> None:
-        self._redis = redis.asyncio.Redis.from_url(
-            url, decode_responses=True, encoding_errors="replace", socket_timeout=2.0, socket_connect_timeout=2.0
-        )
+        self._redis = open_redis(url, decode_responses=True, encoding_errors="replace")
         self._processes = redis_key(mesh_id, "processes")
         self._instances = redis_key(mesh_id, "instances")
         self._restarts = redis_key(mesh_id, "restarts")

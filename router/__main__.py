@@ -11,6 +11,7 @@ import sys
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # predictor fits are background work: one core is enough
 
+from muxmesh.config.listen_address import check_open_access
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.errors import ConfigError
 from muxmesh.file_lock import only_process
@@ -53,6 +54,7 @@ def main() -> None:
         if arguments.listen is not None:
             runtime = runtime.with_listen(arguments.listen)
             runtime.config.check_port_is_fixed()
+            check_open_access(runtime.config)
         with only_process(runtime.run_dir, runtime.router_endpoint(name).name):
             await serve(runtime, stop, monitor, name, _drain_s(arguments.drain))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import random
@@ -13,13 +14,14 @@ from muxmesh.background_task import background
 from muxmesh.clock import Clock, SystemClock
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
 from muxmesh.endpoint_resolver import EndpointResolver
+from muxmesh.errors import Unavailable
 from muxmesh.internal.v1 import admin_pb2, admin_pb2_grpc, kvstore_pb2_grpc
 from muxmesh.lifecycle import Stop, raise_file_limit
 from muxmesh.metrics.monitor import Monitor
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.client_limits import PublicLimits
-from muxmesh.rpc.server import MeshServer
+from muxmesh.rpc.server import Identify, MeshServer
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.service_registration import registered_service
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
@@ -40,6 +42,7 @@ from router.request_metrics import RequestMetrics
 from router.router_metrics import router_families
 from router.sequence_driver import SequenceDriver
 from router.served_models import load_models
+from router.tenancy import OPEN_TENANCY, Tenancy, open_tenancy
 from router.tenant_key import SECRET_BYTES
 from router.units import UnitLink, Units
 
@@ -76,9 +79,11 @@ async def serve(
         forecaster = await _open_forecaster(runtime, clock, rng, stack)
         tokenizer = _open_tokenizer(config.router.max_waiting_prompt_bytes, stack)
         metrics = RequestMetrics({model.name: model.limits.max_model_len for model in models})
+        tenancy = await _open_tenancy(runtime, incarnation, clock, rng, stop, stack)
         pipeline = GenerationPipeline(
-            models, units, driver, forecaster, policy, config.router, clock, rng, tokenizer, metrics
+            models, units, driver, forecaster, policy, config.router, clock, rng, tokenizer, metrics, tenancy.quotas
         )
+        monitor.add(tenancy.families)
         monitor.add(metrics.families)
         monitor.add(lambda: router_families(models, pipeline, forecaster, units, clock.unix_s()))
         mesh_service = MeshService(models, units, pipeline, forecaster, registry, policy, metrics, clock)
@@ -92,6 +97,7 @@ async def serve(
             mesh_service,
             public_limits(config.router, models, raise_file_limit()),
             monitor,
+            tenancy.identify,
         )
         await server.start([config.listen, *endpoint.listen])
         stack.push_async_callback(server.stop, drain_s)
@@ -137,6 +143,20 @@ async def _open_forecaster(
     return forecaster
 
 
+async def _open_tenancy(
+    runtime: MeshRuntime, incarnation: str, clock: Clock, rng: random.Random, stop: Stop, stack: AsyncExitStack
+) -> Tenancy:
+    """Opens the tenants and their quotas, if callers need API keys. ``stack`` settles what is left and closes them."""
+    if runtime.config.access.mode == "open":
+        return OPEN_TENANCY
+    tenancy = open_tenancy(runtime, incarnation, clock, rng)
+    stack.push_async_callback(tenancy.close)
+    with contextlib.suppress(Unavailable):  # then keys are refused until Redis responds
+        await tenancy.refresh()
+    await stack.enter_async_context(background(tenancy.run(), "tenants", stop.give_up))
+    return tenancy
+
+
 def _open_tokenizer(max_waiting_bytes: int, stack: AsyncExitStack) -> PromptTokenizer:
     """Starts the threads that tokenize. ``stack`` ends them."""
     short = stack.enter_context(ThreadPoolExecutor(2, "tokenize"))
@@ -144,7 +164,9 @@ def _open_tokenizer(max_waiting_bytes: int, stack: AsyncExitStack) -> PromptToke
     return PromptTokenizer(short, long, max_waiting_bytes)
 
 
-def _server(inference: InferenceService, mesh: MeshService, limits: PublicLimits, monitor: Monitor) -> MeshServer:
+def _server(
+    inference: InferenceService, mesh: MeshService, limits: PublicLimits, monitor: Monitor, identify: Identify
+) -> MeshServer:
     return MeshServer(
         {
             inference_pb2.DESCRIPTOR.services_by_name["Inference"]: functools.partial(
@@ -156,6 +178,7 @@ def _server(inference: InferenceService, mesh: MeshService, limits: PublicLimits
         },
         limits,
         on_health=monitor.report,
+        identify=identify,
     )
 
 

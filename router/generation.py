@@ -13,6 +13,7 @@ from enum import Enum
 
 from muxmesh.execution import Execution
 from muxmesh.models.token_texts import TokenText
+from muxmesh.tenants.tenant import OPEN_TENANT, Tenant
 from muxmesh.types import NO_WAITS, KvFormat, Sampling, TokenLogprobs, Waits
 
 
@@ -100,7 +101,7 @@ class GenerationRequest:
     truncate_prompt_tokens: int | None = None
     priority: int = 0
     expected_output_tokens: int | None = None
-    tenant: str = ""
+    tenant: Tenant = OPEN_TENANT
     cache_salt: str = ""
     bypass_prefix_cache: bool = False
     kv_swap_format: KvFormat | None = None

@@ -8,6 +8,7 @@ validate → tokenize → resolve → predict the length → for each sequence: 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -35,6 +36,7 @@ from router.generation import (
 from router.generation_reports import prompt_report, scheduling_report, timings_report
 from router.length_forecast import LengthForecast, LengthForecaster
 from router.prompt_tokenizer import PromptTokenizer
+from router.quotas import NO_QUOTAS, Quotas, Settles
 from router.request_metrics import RequestMetrics
 from router.request_record import RequestRecord
 from router.request_validation import (
@@ -77,6 +79,7 @@ class _Generation:
     engine_request: EngineRequest
     forecast: LengthForecast
     record: RequestRecord
+    reservation: Settles
     progress: list[Progress] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,6 +101,7 @@ class GenerationPipeline:
         rng: random.Random,
         tokenizer: PromptTokenizer,
         metrics: RequestMetrics,
+        quotas: Quotas = NO_QUOTAS,
     ) -> None:
         """``rng`` samples seeds."""
         self.counters: defaultdict[str, ModelCounters] = defaultdict(ModelCounters)
@@ -112,20 +116,21 @@ class GenerationPipeline:
         self._rng = rng
         self._tokenizer = tokenizer
         self._metrics = metrics
+        self._quotas = quotas
 
     def model_name(self, name: str) -> str:
         """The name of the model that a request for ``name`` means. Raises InvalidRequest or ModelNotFound."""
         return self._models.find(name).name
 
     def validate(self, request: GenerationRequest) -> None:
-        """Raises InvalidRequest or ModelNotFound for a request that can never be served."""
+        """Raises InvalidRequest, ModelNotFound or PermissionDenied for a request that can never be served."""
         validate(request, self._models.find(request.model), self._config.max_prompt_bytes)
 
     async def start(self, request: GenerationRequest, record: RequestRecord) -> AsyncGenerator[OutputDelta, None]:
         """Prepares a validated request; returns the deltas of its sequences. Closing these aborts the request.
 
-        Keeps ``record``, which has the time of the arrival, up to date. Raises Overloaded or InvalidRequest. The deltas
-        raise the error of a sequence's last attempt.
+        Keeps ``record``, which has the time of the arrival, up to date. Raises Overloaded, QuotaExceeded, Unavailable
+        or InvalidRequest. The deltas raise the error of a sequence's last attempt.
         """
         model = self._models.find(request.model)
         record.max_wait_s = self._policy.max_wait_s
@@ -138,12 +143,32 @@ class GenerationPipeline:
             token_ids = await self._tokenizer.encode(request.prompt, model, max_tokens=max_tokens)
             engine_request = resolve(request, model, token_ids, self._rng.getrandbits(_SEED_BITS), arrived_at_unix_s)
             forecast = await self._predict_length(request, model, engine_request)
+            reservation = await self._quotas.reserve(
+                request.tenant, _expected_tokens(request, engine_request, forecast)
+            )
+        try:
+            generation = self._prepared(request, model, engine_request, forecast, record, reservation)
+        except BaseException:
+            reservation.settle(0, 0)
+            raise
+        return self._serve(generation)
+
+    def _prepared(
+        self,
+        request: GenerationRequest,
+        model: ServedModel,
+        engine_request: EngineRequest,
+        forecast: LengthForecast,
+        record: RequestRecord,
+        reservation: Settles,
+    ) -> _Generation:
+        """The request with its expected work and its SLO."""
         record.source, record.predicted_tokens = forecast.source, forecast.prediction.p50_tokens
         self._metrics.of(model.name).num_predictions[forecast.source] += 1
         engine_request = self._with_expected_work(model, engine_request, forecast)
         if record.slo is not None:
             engine_request = replace(engine_request, slo=record.slo.targets(len(engine_request.prompt_token_ids)))
-        return self._serve(_Generation(request, model, engine_request, forecast, record))
+        return _Generation(request, model, engine_request, forecast, record, reservation)
 
     async def tokenize(
         self, model_name: str, prompt: Prompt, add_special_tokens: bool | None, with_texts: bool
@@ -220,6 +245,9 @@ class GenerationPipeline:
             counters.num_finished += num_unfinished == 0
             counters.num_aborted += num_unfinished > 0
             counters.num_restarts += sum(one.num_restarts for one in progress)
+            was_computed = first_token_at_s is not None or any(one.prefilled is not None for one in progress)
+            num_prompt_tokens = record.num_prompt_tokens if was_computed else 0
+            generation.reservation.settle(num_prompt_tokens, record.num_output_tokens)
 
     def _sequences(self, generation: _Generation) -> AsyncGenerator[OutputDelta, None]:
         """The deltas of all sequences, in the order of their arrival."""
@@ -287,7 +315,8 @@ class GenerationPipeline:
             return LengthForecast(LengthPrediction(fixed, fixed), "fixed")
         text = await self._predictor_text(request, model, engine_request)
         hint_tokens = request.expected_output_tokens
-        return await self._forecaster.predict(text, model.name, engine_request.tenant, hint_tokens)
+        tenant = engine_request.tenant or engine_request.cache_salt  # without API keys, clients differ by their salt
+        return await self._forecaster.predict(text, model.name, tenant, hint_tokens)
 
     async def _predictor_text(
         self, request: GenerationRequest, model: ServedModel, engine_request: EngineRequest
@@ -325,6 +354,13 @@ class GenerationPipeline:
     def _refuse_overload(self, model: str, num_sequences: int) -> None:
         waiting = {served.name: self.num_waiting(served.name) for served in self._models}
         check_overload(waiting, model, num_sequences, self._config.max_waiting_requests)
+
+
+def _expected_tokens(request: GenerationRequest, engine_request: EngineRequest, forecast: LengthForecast) -> int:
+    """Prompt and expected output tokens of all sequences, by the 90th percentile of the predicted length."""
+    stopping = engine_request.stopping
+    output_tokens = min(max(forecast.prediction.p90_tokens, stopping.min_new_tokens, 1), stopping.max_new_tokens)
+    return len(engine_request.prompt_token_ids) + request.num_sequences * math.ceil(output_tokens)
 
 
 def _sibling(request: EngineRequest, index: int) -> EngineRequest:

@@ -11,7 +11,6 @@ import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-import redis.asyncio
 from redis.exceptions import RedisError
 
 from muxmesh.background_task import background
@@ -20,6 +19,7 @@ from muxmesh.predictor import snapshot
 from muxmesh.predictor.checked_predictor import CheckedPredictor
 from muxmesh.predictor.length_predictor import LengthPredictor
 from muxmesh.process_registry import redis_key
+from muxmesh.redis_connection import RedisClient, open_redis
 from router.length_forecast import LengthForecaster
 
 _log = logging.getLogger(__name__)
@@ -70,8 +70,8 @@ class PredictorSnapshots:
                         await save()
 
     @contextlib.asynccontextmanager
-    async def _connected(self) -> AsyncIterator[redis.asyncio.Redis]:
-        client = redis.asyncio.Redis.from_url(self._url, socket_timeout=2.0, socket_connect_timeout=2.0)
+    async def _connected(self) -> AsyncIterator[RedisClient]:
+        client = open_redis(self._url)
         try:
             yield client
         finally:
@@ -91,7 +91,7 @@ class PredictorSnapshots:
 
     async def _save(
         self,
-        client: redis.asyncio.Redis,
+        client: RedisClient,
         forecaster: LengthForecaster,
         predictor: LengthPredictor,
         checked: CheckedPredictor,

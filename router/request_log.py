@@ -2,7 +2,7 @@
 
 It has neither prompts nor outputs, nor messages of errors, which may quote both. The line is stable:
 
-    request id='a' model=m finish=stop code=OK prompt_tokens=5 cached_tokens=0 output_tokens=9 queue_s=0.001
+    request id='a' tenant=t model=m finish=stop code=OK prompt_tokens=5 cached_tokens=0 output_tokens=9 queue_s=0.001
     prefill_s=0.020 decode_s=0.300 waited_for=kv:0.001,device:0.010 restarts=0 preemptions=order:1 overdue=no
     predicted=regressed:12 slo=met
 """
@@ -33,7 +33,8 @@ def log_request(record: RequestRecord, status: str, now_s: float) -> None:
     execution = record.execution(now_s)
     preemptions = {str(reason): count for reason, count in execution.preemptions.items()}
     values = {
-        "request_id": named(record.request_id), "model": record.model, "finish": finish, "code": status,
+        "request_id": named(record.request_id), "tenant": record.tenant, "model": record.model, "finish": finish,
+        "code": status,
         "prompt_tokens": record.num_prompt_tokens, "cached_tokens": record.num_cached_tokens,
         "output_tokens": record.num_output_tokens, "queue_s": round(queue_s, 6), "prefill_s": round(prefill_s, 6),
         "decode_s": round(decode_s, 6), "waited_for": waited_for, "restarts": record.num_restarts,
@@ -41,12 +42,13 @@ def log_request(record: RequestRecord, status: str, now_s: float) -> None:
         "predicted_tokens": round(record.predicted_tokens, 3), "slo": slo,
     }  # fmt: skip
     _log.info(
-        "request id=%s model=%s finish=%s code=%s prompt_tokens=%d cached_tokens=%d output_tokens=%d queue_s=%.3f "
+        "request id=%s %smodel=%s finish=%s code=%s prompt_tokens=%d cached_tokens=%d output_tokens=%d queue_s=%.3f "
         "prefill_s=%.3f decode_s=%.3f waited_for=%s restarts=%d "
         "preemptions=%s overdue=%s predicted=%s slo=%s",
-        quoted(record.request_id), record.model or "-", finish, status, record.num_prompt_tokens,
-        record.num_cached_tokens, record.num_output_tokens, queue_s, prefill_s, decode_s,
-        ",".join(f"{cause}:{seconds:.3f}" for cause, seconds in waited_for.items()) or "-", record.num_restarts,
+        quoted(record.request_id), f"tenant={record.tenant} " if record.tenant else "", record.model or "-", finish,
+        status, record.num_prompt_tokens, record.num_cached_tokens, record.num_output_tokens, queue_s, prefill_s,
+        decode_s, ",".join(f"{cause}:{seconds:.3f}" for cause, seconds in waited_for.items()) or "-",
+        record.num_restarts,
         ",".join(f"{reason}:{count}" for reason, count in preemptions.items()) or "-",
         "yes" if execution.is_overdue else "no",
         f"{record.source}:{record.predicted_tokens:.0f}" if record.source else "-", slo,

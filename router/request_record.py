@@ -33,6 +33,8 @@ class RequestRecord:
     request_id: str
     arrived_at_s: float
     model: str = ""
+    tenant: str = ""
+    """Its name; empty without API keys."""
     num_prompt_tokens: int = 0
     progress: Sequence[Progress] = ()
     first_token_at_s: float | None = None

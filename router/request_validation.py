@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from muxmesh.errors import InvalidRequest, Overloaded
+from muxmesh.errors import InvalidRequest, Overloaded, PermissionDenied
 from muxmesh.quoting import quoted
 from muxmesh.types import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, EngineRequest, Sampling, SchedulingState, Stopping
 from router.generation import ChatPrompt, GenerationRequest, Prompt, StoppingOptions, TextPrompt, TokensPrompt
@@ -51,6 +51,7 @@ def validate(request: GenerationRequest, model: ServedModel, max_prompt_bytes: i
     _check_stopping(request, model)
     if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
         raise InvalidRequest("sampling.seed", f"is {request.seed}; at least 0, or unset for a random one")
+    check_priority(request)
     if not 1 <= request.num_sequences <= MAX_SEQUENCES:
         raise InvalidRequest(
             "sampling.num_sequences", f"is {request.num_sequences}; at least 1, at most {MAX_SEQUENCES}"
@@ -92,13 +93,57 @@ def resolve(
         model=model.name,
         prompt_token_ids=tuple(token_ids),
         sampling=_resolved_sampling(request, model, seed),
-        stopping=resolve_stopping(request.stopping, model.limits, len(token_ids)),
-        scheduling=SchedulingState(request.priority, arrived_at_unix_s),
-        tenant=request.tenant,
+        stopping=_stopping_of_tenant(request, model.limits, field, len(token_ids)),
+        scheduling=SchedulingState(check_priority(request), arrived_at_unix_s),
+        tenant=request.tenant.tenant_id,
         cache_salt=request.cache_salt,
         bypass_prefix_cache=request.bypass_prefix_cache,
         kv_swap_format=request.kv_swap_format,
     )
+
+
+def check_priority(request: GenerationRequest) -> int:
+    """The priority of a request; raises PermissionDenied if its tenant may not ask for it.
+
+    Of a request with priority 0, which is also what one without has, it is the best that the tenant may ask for.
+    """
+    best = request.tenant.limits.best_priority
+    if best is None or request.priority >= best:
+        return request.priority
+    if request.priority == 0:
+        return best
+    raise PermissionDenied(
+        f"priority: is {request.priority}; tenant {request.tenant.name} may ask for {best} or a higher number, which "
+        "is later"
+    )
+
+
+def _stopping_of_tenant(
+    request: GenerationRequest, limits: ModelLimits, field: str, num_prompt_tokens: int
+) -> Stopping:
+    """When an output ends, so that the request keeps to the longest one that its tenant may send.
+
+    A default length is cut to it. Raises InvalidRequest for one that the client has named, or without any left.
+    """
+    most = request.tenant.limits.max_request_tokens
+    options = request.stopping
+    if most is None:
+        return resolve_stopping(options, limits, num_prompt_tokens)
+    per_sequence = (most - num_prompt_tokens) // request.num_sequences
+    whose = f"requests of tenant {request.tenant.name} have at most {most} tokens with all outputs"
+    if per_sequence < 1:
+        raise InvalidRequest(field, f"is {num_prompt_tokens} tokens; {whose}, at least 1 for each output")
+    if options.max_new_tokens is not None and options.max_new_tokens > per_sequence:
+        raise InvalidRequest(
+            "stopping.max_new_tokens",
+            f"is {options.max_new_tokens}; {whose} and the prompt is {num_prompt_tokens}, so at most {per_sequence}",
+        )
+    stopping = resolve_stopping(options, limits, num_prompt_tokens)
+    if stopping.min_new_tokens > per_sequence:
+        raise InvalidRequest(
+            "stopping.min_new_tokens", f"is {stopping.min_new_tokens}; {whose}, so at most {per_sequence}"
+        )
+    return replace(stopping, max_new_tokens=min(stopping.max_new_tokens, per_sequence))
 
 
 def check_prompt_length(field: str, num_tokens: int, limits: ModelLimits) -> None:

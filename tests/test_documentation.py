@@ -10,11 +10,11 @@ import pytest
 
 from muxmesh.cli.command_parser import command_parser
 from muxmesh.config.contradictions import order_without_effect
+from muxmesh.config.listen_address import public_listen_warning
 from muxmesh.config.load import load_mesh_config, parse_mesh_config
 from muxmesh.cuda.driver import DeviceInfo
 from muxmesh.models.device_capacity import gpu_problems
 from muxmesh.models.prepared_model import model_problems
-from muxmesh.supervisor.listen_address import public_listen_warning
 from muxmesh.types import Role
 
 ROOT = Path(__file__).parent.parent

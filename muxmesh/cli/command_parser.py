@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from muxmesh import __version__
-from muxmesh.cli import argument_types, loadtest_options
+from muxmesh.cli import argument_types, loadtest_options, tenant_options
+from muxmesh.cli.running_mesh_options import add_place
 from muxmesh.quoting import cut_to_bytes
 from muxmesh.scheduling_policy import PolicyName
 from muxmesh.types import DEFAULT_ADDRESS, ArbiterMode, Dtype
@@ -63,6 +64,7 @@ def command_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_tokenize(commands)
     _add_model(commands)
+    tenant_options.add_to(_group(commands, "tenant", tenant_options.DESCRIPTION), _add_json)
     load = _command(commands, "loadtest", loadtest_options.DESCRIPTION)
     _add_address(load)
     _add_json(load)
@@ -83,13 +85,22 @@ def _command(
     return parser
 
 
+def _group(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
+) -> argparse.ArgumentParser:
+    """Adds a command with actions of its own."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    return parser
+
+
 def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address",
         type=argument_types.address,
         default=os.environ.get("MUXMESH_ADDRESS") or DEFAULT_ADDRESS,
         metavar="HOST:PORT",
-        help="address of the mesh (default: MUXMESH_ADDRESS, else %(default)s)",
+        help="address of the mesh (default: MUXMESH_ADDRESS, else %(default)s); an API key, where one is needed, is "
+        "read from MUXMESH_API_KEY",
     )
 
 
@@ -555,15 +566,7 @@ def _add_running_models(model: argparse._SubParsersAction[argparse.ArgumentParse
     def command(name: str, text: str) -> argparse.ArgumentParser:
         parser = _command(model, name, text, "running_model")
         parser.set_defaults(action=name)
-        place = parser.add_mutually_exclusive_group()
-        place.add_argument(
-            "--runtime", type=Path, metavar="FILE",
-            help="the runtime file of the mesh (default: MUXMESH_RUNTIME, else that of --state-dir)",
-        )  # fmt: skip
-        place.add_argument(
-            "--state-dir", type=Path, metavar="DIR",
-            help="the folder that `muxmesh up` uses (default: MUXMESH_STATE_DIR, else ~/.local/state/muxmesh)",
-        )  # fmt: skip
+        add_place(parser)
         _add_json(parser)
         return parser
 

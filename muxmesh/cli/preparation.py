@@ -13,6 +13,7 @@ from pathlib import Path
 from muxmesh.cli.common import ProgressBar, cache_dir, source_dir
 from muxmesh.cli.operator_messages import OperatorMessages
 from muxmesh.config.contradictions import order_without_effect, tensor_parallel_problems
+from muxmesh.config.listen_address import check_open_access, listen_warnings
 from muxmesh.config.load import (
     Check,
     LoadedConfig,
@@ -44,7 +45,6 @@ from muxmesh.models.prepared_model import (
     prepared_problems,
 )
 from muxmesh.quoting import quoted
-from muxmesh.supervisor.listen_address import listen_warnings
 from muxmesh.supervisor.redis_server import redis_url_problems
 
 
@@ -131,6 +131,7 @@ class MeshPreparation:
         if part.unit is not None and not part.units_of(self.config):
             names = ", ".join(unit.name for unit in self.config.units)
             raise ConfigError(f"no unit has the name {quoted(part.unit)}; units: {names}")
+        check_open_access(self.config, published_at)
         for warning in listen_warnings(self.config, published_at):
             messages.notice(warning)
 

@@ -12,18 +12,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-from muxmesh.cli.common import ProgressBar, current_dir, print_json, state_dir_of
+from muxmesh.cli.common import ProgressBar, current_dir, print_json
+from muxmesh.cli.running_mesh import running_mesh
 from muxmesh.cli.status import message_dict
 from muxmesh.cli.text_table import print_table
 from muxmesh.clock import SystemClock
-from muxmesh.config.runtime import ADMIN_SUFFIX, RUNTIME_FILE, SUPERVISOR, MeshRuntime
+from muxmesh.config.runtime import ADMIN_SUFFIX, SUPERVISOR, MeshRuntime
 from muxmesh.durations import duration_text
 from muxmesh.errors import ConfigError, DeadlineExceeded, InvalidRequest, Unavailable
 from muxmesh.internal.v1 import admin_pb2, admin_pb2_grpc
 from muxmesh.local_path import local_path
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.status_codes import response_of
-from muxmesh.supervisor.run_folder import run_folders
 from muxmesh.v1 import mesh_pb2, mesh_pb2_grpc
 
 _MIB = 1024 * 1024
@@ -35,25 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises ConfigError if there is no such mesh, Unavailable if it does not run, and the error of the command.
     """
-    runtime = MeshRuntime.read(_runtime_file(arguments))
+    runtime = running_mesh(arguments)
     actions = {"ps": _ps, "sleep": _sleep, "wake": _wake, "load": _load, "unload": _unload}
     return actions[arguments.action](runtime, arguments)
-
-
-def _runtime_file(arguments: argparse.Namespace) -> Path:
-    """The runtime file that the arguments name. Raises Unavailable if no mesh runs with the state directory."""
-    if arguments.runtime is not None:
-        return Path(arguments.runtime)
-    if arguments.state_dir is None and (named := os.environ.get("MUXMESH_RUNTIME")):
-        return Path(named)
-    state_dir = state_dir_of(arguments.state_dir)
-    files = [file for folder in run_folders(state_dir) if (file := folder / RUNTIME_FILE).is_file()]
-    if not files:
-        raise Unavailable(
-            f"no mesh runs with the state directory {state_dir}; name another with --state-dir, or the runtime file of "
-            "a mesh without `muxmesh up` with --runtime"
-        )
-    return max(files, key=lambda file: file.stat().st_mtime)
 
 
 def _ps(runtime: MeshRuntime, arguments: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from random import Random
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
+from muxmesh.client.api_keys import key_metadata
 from muxmesh.client.connection import MeshConnection, Stubs
 from muxmesh.client.option_values import Unfit, number
 from muxmesh.client.outputs import Completion, Delta, completions_of, delta_of
@@ -46,18 +47,21 @@ class MeshClient:
         connect_timeout_s: float | None = DEFAULT_CONNECT_TIMEOUT_S,
         retries: Retries | None = None,
         rng: Random | None = None,
+        api_key: str | None = None,
     ) -> None:
         """``address``: HOST:PORT, or any gRPC target such as ``ipv4:10.0.0.1:50051,10.0.0.2:50051``.
 
         Calls are spread over several addresses in turn; an address that cannot be reached gets none. The connection to
         an address of this machine goes through no HTTP proxy; others honour gRPC's environment variables for proxies.
         ``retries`` repeats calls that failed before their first token because the mesh could not be reached; by default
-        as `Retries` says. ``rng`` spreads the retries of many clients. Raises InvalidRequest.
+        as `Retries` says. ``rng`` spreads the retries of many clients. ``api_key``: of a mesh that needs one; default:
+        the environment variable MUXMESH_API_KEY. Raises InvalidRequest.
         """
         _check_seconds("connect_timeout_s", connect_timeout_s)
         self._connection = MeshConnection(address, connect_timeout_s)
         self._retries = Retries() if retries is None else retries
         self._rng = Random() if rng is None else rng
+        self._metadata = key_metadata(api_key)
 
     async def __aenter__(self) -> Self:
         return self
@@ -77,7 +81,8 @@ class MeshClient:
         `RequestOptions` describes the options. Nothing is sent before the first delta is asked for.
 
         Raises InvalidRequest at once for what cannot be sent, and TypeError for an unknown option; while it streams,
-        InvalidRequest, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable, RequestAborted, InternalError.
+        InvalidRequest, ModelNotFound, Overloaded, QuotaExceeded, Unauthenticated, PermissionDenied, DeadlineExceeded,
+        Unavailable, RequestAborted, InternalError.
         """
         timeout_s = options.get("timeout_s")
         _check_seconds("timeout_s", timeout_s)
@@ -104,7 +109,9 @@ class MeshClient:
         attempts = self._attempts(timeout_s)
         while True:
             stubs = await self._connection.ready(attempts.remaining_s(_now_s()))
-            call = stubs.inference.GenerateStream(request, timeout=attempts.remaining_s(_now_s()))
+            call = stubs.inference.GenerateStream(
+                request, timeout=attempts.remaining_s(_now_s()), metadata=self._metadata
+            )
             try:
                 with self._connection.errors(attempts):
                     async for response in call:
@@ -120,7 +127,9 @@ class MeshClient:
     async def list_models(self, timeout_s: float | None = None) -> list[mesh_pb2.ModelInfo]:
         """Returns the models that the mesh serves."""
         response = await self._unary(
-            lambda stubs, remaining_s: stubs.mesh.ListModels(mesh_pb2.ListModelsRequest(), timeout=remaining_s),
+            lambda stubs, remaining_s: stubs.mesh.ListModels(
+                mesh_pb2.ListModelsRequest(), timeout=remaining_s, metadata=self._metadata
+            ),
             timeout_s,
         )
         return list(response.models)
@@ -142,7 +151,7 @@ class MeshClient:
         """
         request = tokenize_request(prompt, model, add_special_tokens, with_texts)
         response = await self._unary(
-            lambda stubs, remaining_s: stubs.inference.Tokenize(request, timeout=remaining_s),
+            lambda stubs, remaining_s: stubs.inference.Tokenize(request, timeout=remaining_s, metadata=self._metadata),
             timeout_s,
         )
         return tokenized_of(response)
@@ -158,7 +167,9 @@ class MeshClient:
         """Returns the text of token ids, at most as many as the context holds. Raises the errors of `stream`."""
         request = detokenize_request(token_ids, model, skip_special_tokens)
         response = await self._unary(
-            lambda stubs, remaining_s: stubs.inference.Detokenize(request, timeout=remaining_s),
+            lambda stubs, remaining_s: stubs.inference.Detokenize(
+                request, timeout=remaining_s, metadata=self._metadata
+            ),
             timeout_s,
         )
         return response.text
@@ -166,7 +177,9 @@ class MeshClient:
     async def status(self, timeout_s: float | None = 5.0) -> mesh_pb2.GetStatusResponse:
         """Returns the state of models, units and processes, as the router that is called sees it."""
         return await self._unary(
-            lambda stubs, remaining_s: stubs.mesh.GetStatus(mesh_pb2.GetStatusRequest(), timeout=remaining_s),
+            lambda stubs, remaining_s: stubs.mesh.GetStatus(
+                mesh_pb2.GetStatusRequest(), timeout=remaining_s, metadata=self._metadata
+            ),
             timeout_s,
         )
 

@@ -40,9 +40,12 @@ class SyncMeshClient:
         connect_timeout_s: float | None = DEFAULT_CONNECT_TIMEOUT_S,
         retries: Retries | None = None,
         rng: Random | None = None,
+        api_key: str | None = None,
     ) -> None:
         """See `MeshClient`."""
-        self._client = MeshClient(address, connect_timeout_s=connect_timeout_s, retries=retries, rng=rng)
+        self._client = MeshClient(
+            address, connect_timeout_s=connect_timeout_s, retries=retries, rng=rng, api_key=api_key
+        )
         self._lock = threading.RLock()  # reentrant: garbage collection may close a stream while it is held
         self._is_closed = False  # guarded by the lock; once true, nothing more is submitted to the loop
         self._thread: _LoopThread | None = None  # guarded by the lock

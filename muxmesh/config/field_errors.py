@@ -46,7 +46,7 @@ _PATTERNS = {
     "device": "must be cpu or cuda:N, such as cuda:0",
     "host": HOST_NEEDED,
     "listen": "must be HOST:PORT",
-    "redis_url": "must begin with redis://, rediss:// or unix://",
+    "redis_url": "must begin with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://",
 }
 _NAMES_ELSEWHERE = {
     **dict.fromkeys(("gpu_memory_utilization", "mem_fraction_static"), "it is `kv_pool` of the unit, such as 24GiB"),

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, ByteSize, Field, IPvAnyNetwork, ValidationError, field_validator, model_validator
 
+from muxmesh.config.access_config import AccessConfig
 from muxmesh.config.arbiter_config import ArbiterConfig
 from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.section import HOST_NEEDED, MAX_BYTES, MAX_COUNT, MIB, NETWORK_NEEDED, Name, Section
@@ -277,13 +278,17 @@ class MeshConfig(Section):
     """Part of every Redis key. Meshes that share a Redis need different ids."""
     listen: str = Field(default=DEFAULT_ADDRESS, pattern=r"^.+:\d{1,5}$")
     """HOST:PORT of the public API."""
-    redis_url: str | None = Field(default=None, pattern=r"^(redis|rediss|unix)://")
-    """URL of an existing Redis. Unset: the supervisor starts a redis-server on a private socket."""
+    redis_url: str | None = Field(default=None, pattern=r"^(rediss?(\+sentinel|\+cluster)?|unix)://")
+    """URL of an existing Redis: `redis://HOST:PORT`, `rediss://` with TLS, `unix://PATH`,
+    `redis+sentinel://HOST:PORT,HOST:PORT/SERVICE` or `redis+cluster://HOST:PORT,HOST:PORT`. Unset: the supervisor
+    starts a redis-server on a private socket."""
     log_format: LogFormat | None = None
     """Format of the logs of all processes: `text`, or `json` with one object per line. Unset: that in the environment
     variable MUXMESH_LOG_FORMAT, which also applies to what is logged before this file is read; else text."""
     metrics: MetricsConfig | None = None
     """The HTTP endpoint of `muxmesh up`. Unset: none. Services that run without it have their own, by `--metrics`."""
+    access: AccessConfig = AccessConfig()
+    """Who may send requests: everybody who can connect, or the tenants with an API key."""
     router: RouterConfig = RouterConfig()
     """Limits of the router on requests, and its log of them."""
     order: OrderConfig = OrderConfig()

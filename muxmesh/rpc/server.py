@@ -44,7 +44,15 @@ Register = Callable[[grpc.aio.Server], None]
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+Identify = Callable[[Iterable[tuple[str, str | bytes]]], None]
+"""Called with the metadata of a call before its request is read, in the task that serves it. Raises MeshError."""
+
+
 def _ignore(not_serving: str) -> None:
+    pass
+
+
+def _admit(metadata: Iterable[tuple[str, str | bytes]]) -> None:
     pass
 
 
@@ -57,12 +65,14 @@ class MeshServer:
         public: PublicLimits | None = None,
         is_on_network: bool = False,
         on_health: Callable[[str], None] = _ignore,
+        identify: Identify = _admit,
     ) -> None:
         """``services`` maps a descriptor to the function that adds its servicer to a server.
 
         ``public``: the limits on clients. None: all clients are processes of the mesh. ``is_on_network``: these may be
         on other hosts, whose loss is noticed by pings. ``on_health`` is called when the health has changed, with the
-        reason for NOT_SERVING or an empty string.
+        reason for NOT_SERVING or an empty string. ``identify``: who calls a public server; health and reflection are
+        for everyone.
         """
         self._on_health = on_health
         options, interceptor = dict(_OPTIONS), _ErrorInterceptor(services)
@@ -70,7 +80,7 @@ class MeshServer:
             options |= keepalive_options(_KEEPALIVE_TIME_S, _KEEPALIVE_TIMEOUT_S)
         if public is not None:
             options |= public.server_options()
-            interceptor = _PublicInterceptor(services, public)
+            interceptor = _PublicInterceptor(services, public, identify)
         self._server = grpc.aio.server(options=tuple(options.items()), interceptors=[interceptor])
         self._names = ["", *(descriptor.full_name for descriptor in services)]
         self._health = health.aio.HealthServicer()
@@ -161,8 +171,9 @@ class _PublicInterceptor(_ErrorInterceptor):
     message is in memory. On the wire there is no difference.
     """
 
-    def __init__(self, services: Iterable[ServiceDescriptor], limits: PublicLimits) -> None:
+    def __init__(self, services: Iterable[ServiceDescriptor], limits: PublicLimits, identify: Identify) -> None:
         super().__init__(services)
+        self._identify = identify
         self._limits = limits
         self._calls = CallLimiter(limits.max_calls, limits.exempt)
         self._reader = RequestReader(limits)
@@ -176,6 +187,8 @@ class _PublicInterceptor(_ErrorInterceptor):
         async def call(_: object, context: Context) -> None:
             try:
                 with self._calls.counted(context.peer()):
+                    if kind is not None:
+                        self._identify(context.invocation_metadata() or ())
                     await self._serve(handler, parsed, context)
             except grpc.aio.AbortError:  # the servicer has set the status
                 raise

@@ -1,7 +1,7 @@
 """The table of the gRPC status code of each error, and the conversion in both directions.
 
 Details are sent as google.rpc.Status in the trailing metadata: ErrorInfo has the name of the error, BadRequest the
-invalid field, and RetryInfo the delay before a retry.
+invalid field, RetryInfo the delay before a retry, and QuotaFailure the exceeded limit of the tenant.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ STATUS_CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ModelNotFound: grpc.StatusCode.NOT_FOUND,
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.RequestAborted: grpc.StatusCode.CANCELLED,
     errors.RequestPreempted: grpc.StatusCode.CANCELLED,
@@ -42,6 +43,7 @@ STATUS_CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
     errors.DeviceLost: grpc.StatusCode.UNAVAILABLE,
     errors.DeviceError: grpc.StatusCode.INTERNAL,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.InternalError: grpc.StatusCode.INTERNAL,
 }
 
@@ -56,6 +58,7 @@ _BY_CODE: dict[grpc.StatusCode, Callable[[str], errors.MeshError]] = {
     grpc.StatusCode.CANCELLED: errors.RequestAborted,
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
     grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
 }
 
 
@@ -74,6 +77,9 @@ def to_status(error: errors.MeshError) -> Any:
             description=cut_to_bytes(error.problem, _MAX_MESSAGE_BYTES),
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, errors.QuotaExceeded):
+        exceeded = error_details_pb2.QuotaFailure.Violation(subject=f"limit:{error.quota}", description=message)
+        details.append(error_details_pb2.QuotaFailure(violations=[exceeded]))
     if isinstance(error, errors.Overloaded):
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
@@ -99,10 +105,13 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> errors.MeshError:
             bad = _detail(status, error_details_pb2.BadRequest())
             if bad is not None and bad.field_violations:
                 return errors.InvalidRequest(bad.field_violations[0].field, bad.field_violations[0].description)
-        elif kind is errors.Overloaded:
+        elif kind in (errors.Overloaded, errors.QuotaExceeded):
             retry = _detail(status, error_details_pb2.RetryInfo())
-            if retry is not None:
-                return errors.Overloaded(message, retry.retry_delay.ToNanoseconds() / 1e9)
+            delay_s = 1.0 if retry is None else retry.retry_delay.ToNanoseconds() / 1e9
+            failure = _detail(status, error_details_pb2.QuotaFailure())
+            if kind is errors.QuotaExceeded and failure is not None and failure.violations:
+                return errors.QuotaExceeded(failure.violations[0].subject.removeprefix("limit:"), message, delay_s)
+            return errors.Overloaded(message, delay_s)
         else:
             return kind(message)
     elif error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and (too_large := _TOO_LARGE.search(message)):

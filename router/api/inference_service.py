@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ from router.api.generate_messages import message_from_delta, request_from_messag
 from router.api.request_observer import RequestObserver
 from router.api.tokenize_messages import message_from_tokenized, prompt_from_message
 from router.api.unknown_fields import refuse_unknown_fields
+from router.caller import caller
 from router.pipeline import GenerationPipeline
 from router.request_record import RequestRecord
 
@@ -45,7 +47,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         arrived_at_s = self._clock.monotonic_s()
         request_id = _request_id(context) or f"{self._rng.getrandbits(64):016x}"
         with self._observer.observed(RequestRecord(request_id, arrived_at_s)) as record:
-            generation = request_from_message(request, request_id)
+            generation = replace(request_from_message(request, request_id), tenant=caller())
+            record.tenant = generation.tenant.name
             record.request_id = generation.request_id
             record.model = self._pipeline.model_name(generation.model)
             self._pipeline.validate(generation)

@@ -9,12 +9,14 @@ import grpc
 
 from muxmesh import __version__
 from muxmesh.clock import Clock
+from muxmesh.errors import PermissionDenied
 from muxmesh.internal.v1 import kvstore_pb2
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.status_codes import from_rpc_error
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.v1 import mesh_pb2, mesh_pb2_grpc
 from router.api.unknown_fields import refuse_unknown_fields
+from router.caller import caller
 from router.length_forecast import LengthForecaster
 from router.pipeline import GenerationPipeline
 from router.request_metrics import RequestMetrics
@@ -62,7 +64,14 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
         return mesh_pb2.GetModelInfoResponse(model=_model_info(self._models.find(request.model)))
 
     async def GetStatus(self, request: mesh_pb2.GetStatusRequest, context: Context) -> mesh_pb2.GetStatusResponse:
-        """See the proto. A unit whose kvstore does not respond is reported as not connected."""
+        """See the proto. A unit whose kvstore does not respond is reported as not connected.
+
+        Raises PermissionDenied for a tenant that is no operator: the state shows what others do.
+        """
+        if not caller().is_operator:
+            raise PermissionDenied(
+                "the state of the mesh is for operators; ask for a key of one (tenant set --operator)"
+            )
         refuse_unknown_fields(request)
         processes = await self._registry.processes()
         return mesh_pb2.GetStatusResponse(

@@ -552,7 +552,11 @@ async def test_a_hint_and_the_tenant_reach_the_predictor_s_checks() -> None:
             deltas = await run(
                 parts,
                 replace(
-                    REQUEST, prompt=prompt, tenant="t", expected_output_tokens=15, output=OutputOptions(scheduling=True)
+                    REQUEST,
+                    prompt=prompt,
+                    cache_salt="t",
+                    expected_output_tokens=15,
+                    output=OutputOptions(scheduling=True),
                 ),
             )
             await parts.forecaster.call(lambda: None)

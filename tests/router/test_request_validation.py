@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from muxmesh.errors import InvalidRequest, Overloaded
 from muxmesh.models.sampling_defaults import SamplingDefaults
+from muxmesh.tenants.tenant import Tenant
 from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping
 from router.generation import (
     ChatMessage,
@@ -321,7 +322,7 @@ def test_every_field_is_passed_on_to_the_workers() -> None:
         REQUEST,
         request_id="r",
         priority=-3,
-        tenant="t",
+        tenant=Tenant("name", "t"),
         cache_salt="s",
         bypass_prefix_cache=True,
         kv_swap_format="int8",
@@ -333,7 +334,7 @@ def test_every_field_is_passed_on_to_the_workers() -> None:
         sampling=Sampling(seed=5),
         stopping=Stopping(20, eos_token_ids=frozenset({EOS})),
         scheduling=SchedulingState(-3, 1000.0),
-        tenant="t",
+        tenant=Tenant("name", "t"),
         cache_salt="s",
         bypass_prefix_cache=True,
         kv_swap_format="int8",

@@ -14,7 +14,12 @@ from muxmesh.rpc.status_codes import DOMAIN, STATUS_CODES, from_rpc_error, statu
 EXAMPLES: list[errors.MeshError] = [
     errors.InvalidRequest("stopping.max_new_tokens", "is 0; at least 1"),
     errors.Overloaded("full", retry_after_s=2.5),
-    *(kind("the reason") for kind in STATUS_CODES if kind not in (errors.InvalidRequest, errors.Overloaded)),
+    errors.QuotaExceeded("tokens_per_minute", "no tokens are left", retry_after_s=7.25),
+    *(
+        kind("the reason")
+        for kind in STATUS_CODES
+        if kind not in (errors.InvalidRequest, errors.Overloaded, errors.QuotaExceeded)
+    ),
 ]
 
 

@@ -117,7 +117,7 @@ REQUEST_FIELDS: dict[str, tuple[dict[str, Any], GenerationRequest]] = {
     "response.skip_special_tokens": ({"response": {"skip_special_tokens": False}}, output(skip_special_tokens=False)),
     "response.scheduling": ({"response": {"scheduling": True}}, output(scheduling=True)),
     "kv.bypass_prefix_cache": ({"kv": {"bypass_prefix_cache": True}}, replace(REQUEST, bypass_prefix_cache=True)),
-    "kv.cache_salt": ({"kv": {"cache_salt": "s"}}, replace(REQUEST, cache_salt="s", tenant="s")),
+    "kv.cache_salt": ({"kv": {"cache_salt": "s"}}, replace(REQUEST, cache_salt="s")),
     "kv.swap_format": (
         {"kv": {"swap_format": inference_pb2.KV_SWAP_FORMAT_INT8}},
         replace(REQUEST, kv_swap_format="int8"),

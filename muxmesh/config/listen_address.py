@@ -7,6 +7,22 @@ import socket
 from collections.abc import Iterator
 
 from muxmesh.config.schema import MeshConfig
+from muxmesh.errors import ConfigError
+
+
+def check_open_access(config: MeshConfig, published_at: str | None = None) -> None:
+    """Raises ConfigError if other machines may use the mesh without an API key, and the file does not say so twice.
+
+    ``published_at``: see `listen_warnings`.
+    """
+    access = config.access
+    if access.mode == "open" and not access.open_on_network and _is_public(published_at or config.listen):
+        raise ConfigError(
+            f"listen: other machines may connect to {published_at or config.listen}, and every caller may use the "
+            "models, as access.mode is open. Set access: {mode: keys} and give out API keys (`muxmesh tenant add`), or "
+            "access: {open_on_network: true} if a firewall or a proxy decides who may connect; 127.0.0.1 is for this "
+            "machine only"
+        )
 
 
 def listen_warnings(config: MeshConfig, published_at: str | None = None) -> Iterator[str]:
@@ -14,7 +30,7 @@ def listen_warnings(config: MeshConfig, published_at: str | None = None) -> Iter
 
     ``published_at``: the HOST:PORT at which the listen address of a container is published; it decides who reaches it.
     """
-    if (warning := public_listen_warning(config.listen, published_at)) is not None:
+    if (warning := public_listen_warning(config.listen, published_at, config.access.mode == "keys")) is not None:
         yield warning
     if config.metrics is not None and _is_public(config.metrics.listen):
         yield (
@@ -30,14 +46,19 @@ def listen_warnings(config: MeshConfig, published_at: str | None = None) -> Iter
             )
 
 
-def public_listen_warning(listen: str, published_at: str | None = None) -> str | None:
+def public_listen_warning(listen: str, published_at: str | None = None, needs_keys: bool = False) -> str | None:
     """The warning about an address that other machines may reach; None for one of this machine only.
 
-    The public API has neither TLS nor authentication.
+    ``needs_keys``: whether callers need an API key. The public API has no TLS.
     """
     if not _is_public(published_at or listen):
         return None
     published = f", published at {published_at}," if published_at else ""
+    if needs_keys:
+        return (
+            f"WARNING: listen: {listen}{published} can be reached from other machines, without encryption: API keys, "
+            "prompts and outputs cross the network as they are. Put a proxy with TLS before it"
+        )
     return (
         f"WARNING: listen: {listen}{published} can be reached from other machines, without encryption and without a "
         "password: everyone who can connect to it can use the models, and prompts and outputs cross the network "

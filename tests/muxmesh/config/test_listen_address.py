@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
+from muxmesh.config.listen_address import listen_warnings, public_listen_warning
 from muxmesh.config.schema import MeshConfig
-from muxmesh.supervisor.listen_address import listen_warnings, public_listen_warning
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,142 @@
+"""The quotas of all tenants in Redis: reservations of open requests, token buckets, and totals of what was used.
+
+`muxmesh.tenants.quota_scripts` has the rules. This module sends the scripts; it keeps no state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from redis.exceptions import RedisError
+
+from muxmesh.errors import Unavailable
+from muxmesh.process_registry import redis_key
+from muxmesh.redis_connection import RedisClient
+from muxmesh.tenants import quota_scripts
+from muxmesh.tenants.tenant import Tenant, quota_exceeded
+
+OWNER_TTL_S = 30.0
+"""A router whose last renewal is older counts as dead: its reservations are given back."""
+_KEYS = ("quota", "open", "owners", "settled", "usage")
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What one request used. ``seconds``: from its admission to its end."""
+
+    prompt_tokens: int
+    output_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """``num_added``: open reservations that Redis had lost. ``num_owners``: routers with reservations of the tenant."""
+
+    num_added: int
+    num_owners: int
+
+
+@dataclass(frozen=True, slots=True)
+class TenantUsage:
+    """What a tenant has used since it was added, and what of its limits is left now. None: no limit."""
+
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+    refused: int
+    last_used_unix_s: float | None
+    open_requests: int
+    reserved_tokens: int
+    requests_left: int | None
+    tokens_left: int | None
+    """Negative after a request that used more than was predicted."""
+
+
+class QuotaBook:
+    """The quotas of one mesh. Every method raises Unavailable if Redis does not respond."""
+
+    def __init__(self, client: RedisClient, mesh_id: str, owner_ttl_s: float = OWNER_TTL_S) -> None:
+        self._client, self._mesh_id, self._owner_ttl_s = client, mesh_id, owner_ttl_s
+        self._reserve = client.register_script(quota_scripts.RESERVE)
+        self._settle = client.register_script(quota_scripts.SETTLE)
+        self._renew = client.register_script(quota_scripts.RENEW)
+        self._read = client.register_script(quota_scripts.READ)
+
+    async def reserve(self, tenant: Tenant, owner: str, reservation_id: str, num_tokens: int) -> None:
+        """Reserves a request and its tokens. A second call with the same id changes nothing.
+
+        Raises QuotaExceeded with the seconds until it would be granted, if no other request comes before.
+        """
+        limits = tenant.limits
+        all_limits = (limits.requests_per_minute, limits.tokens_per_minute, limits.max_concurrent_requests)
+        arguments = [reservation_id, owner, self._owner_ttl_s, num_tokens, *map(_limit, all_limits)]
+        try:
+            granted, *refusal = await self._reserve(keys=self._keys(tenant.tenant_id), args=arguments)
+        except (RedisError, OSError) as error:
+            raise _unavailable(error) from error
+        if not granted:
+            quota, wait_s, left, needed = refusal
+            raise quota_exceeded(tenant, quota.decode(), int(left), int(needed), float(wait_s))
+
+    async def settle(self, tenant: Tenant, reservation_id: str, used: Used) -> None:
+        """Charges what was used and gives the reservation back. A second call with the same id changes nothing."""
+        arguments = [reservation_id, used.prompt_tokens, used.output_tokens, used.seconds, *_bucket_limits(tenant)]
+        try:
+            await self._settle(keys=self._keys(tenant.tenant_id), args=arguments)
+        except (RedisError, OSError) as error:
+            raise _unavailable(error) from error
+
+    async def renew(self, tenant: Tenant, owner: str, next_number: int, tokens_of: Mapping[str, int]) -> Renewal:
+        """Keeps the open reservations of ``owner``: ``tokens_of`` has all whose number is below ``next_number``.
+
+        An id ends with its number. Those that Redis has lost are charged again.
+        """
+        pairs = [part for pair in tokens_of.items() for part in pair]
+        arguments = [owner, self._owner_ttl_s, *_bucket_limits(tenant), next_number, *pairs]
+        try:
+            return Renewal(*await self._renew(keys=self._keys(tenant.tenant_id), args=arguments))
+        except (RedisError, OSError) as error:
+            raise _unavailable(error) from error
+
+    async def usage(self, tenant: Tenant) -> TenantUsage:
+        """What a tenant has used."""
+        try:
+            found = await self._read(keys=self._keys(tenant.tenant_id), args=_bucket_limits(tenant))
+        except (RedisError, OSError) as error:
+            raise _unavailable(error) from error
+        requests_left, tokens_left, num_open, reserved, pairs = found
+        totals = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        last = totals.get(b"last_used_unix_s")
+        counts = [int(totals.get(name, 0)) for name in (b"requests", b"prompt_tokens", b"output_tokens", b"refused")]
+        last_used_unix_s = None if last is None else float(last)
+        return TenantUsage(*counts, last_used_unix_s, num_open, reserved, _left(requests_left), _left(tokens_left))
+
+    async def remove(self, tenant_id: str) -> None:
+        """Removes all that is known of a tenant that is no more."""
+        try:
+            await self._client.delete(*self._keys(tenant_id))
+        except (RedisError, OSError) as error:
+            raise _unavailable(error) from error
+
+    def _keys(self, tenant_id: str) -> list[str]:
+        """One slot of a Redis Cluster for each tenant."""
+        return [redis_key(f"{self._mesh_id}/{tenant_id}", name) for name in _KEYS]
+
+
+def _left(level: bytes) -> int | None:
+    return math.floor(float(level)) if level else None
+
+
+def _bucket_limits(tenant: Tenant) -> list[int | str]:
+    return [_limit(tenant.limits.requests_per_minute), _limit(tenant.limits.tokens_per_minute)]
+
+
+def _limit(value: int | None) -> int | str:
+    return "" if value is None else value
+
+
+def _unavailable(error: Exception) -> Unavailable:
+    return Unavailable(f"Redis does not respond: {error}")

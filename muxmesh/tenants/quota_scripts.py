@@ -1,0 +1,216 @@
+"""The Lua scripts of the quotas of one tenant. Each is one atomic change, by the clock of Redis.
+
+Keys, all in one slot of a Redis Cluster:
+
+1. ``quota``: hash with the levels of the token buckets (``requests``, ``tokens``), the time ``at`` which they are
+   true, and ``mean_s``, the mean duration of recent requests. It expires when the buckets are full again.
+2. ``open``: hash, id of an open reservation → tokens and owner.
+3. ``owners``: sorted set of the routers that hold reservations, by the time at which they count as dead.
+4. ``settled``: sorted set of ids that were settled, by the time until which they are kept. So a settlement or a
+   renewal that arrives twice, or late, changes nothing.
+5. ``usage``: hash with totals since the tenant was added. It expires when the tenant was idle for `KEEP_USAGE_S`.
+
+**A reservation that is not in ``open`` is not charged**: it is added and charged in one script, and given back and
+removed in one script. So a Redis that lost the last writes, in a failover or a restart, needs no more than the open
+reservations again (`RENEW`), and nothing is charged twice.
+"""
+
+from __future__ import annotations
+
+SETTLED_S = 600
+"""How long the id of a settled reservation is kept: longer than any repetition of its settlement may take."""
+KEEP_S = 3600
+"""How long the state of an idle tenant is kept. Its buckets are full after 60 s."""
+KEEP_USAGE_S = 400 * 86_400
+"""How long the totals of an idle tenant are kept."""
+
+_PRELUDE = f"""
+local quota, open, owners, settled, usage = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local time = redis.call('TIME')
+local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
+local at = tonumber(redis.call('HGET', quota, 'at') or '') or now
+local elapsed = math.max(0, now - at)
+
+local function limit_of(text)
+    return tonumber(text)
+end
+
+local function level_of(name, limit)
+    if not limit then
+        return nil
+    end
+    local level = tonumber(redis.call('HGET', quota, name) or '') or limit
+    return math.min(limit, level + elapsed * limit / 60)
+end
+
+local function keep(requests, tokens)
+    redis.call('HSET', quota, 'at', string.format('%.6f', now))
+    for name, level in pairs({{requests = requests, tokens = tokens}}) do
+        redis.call('HSET', quota, name, string.format('%.6f', level))
+    end
+    for _, key in ipairs({{quota, open, owners, settled}}) do
+        redis.call('EXPIRE', key, {KEEP_S})
+    end
+end
+
+local function tokens_of(entry)
+    return tonumber(string.match(entry, '^%d+')) or 0
+end
+
+-- Gives back what routers hold that have not renewed it in time.
+local function given_back()
+    redis.call('ZREMRANGEBYSCORE', settled, '-inf', now)
+    local dead = redis.call('ZRANGEBYSCORE', owners, '-inf', now)
+    if #dead == 0 then
+        return 0
+    end
+    local is_dead = {{}}
+    for _, owner in ipairs(dead) do
+        is_dead[owner] = true
+    end
+    redis.call('ZREMRANGEBYSCORE', owners, '-inf', now)
+    local sum, entries = 0, redis.call('HGETALL', open)
+    for index = 1, #entries, 2 do
+        if is_dead[string.match(entries[index + 1], ' (.*)$')] then
+            redis.call('HDEL', open, entries[index])
+            sum = sum + tokens_of(entries[index + 1])
+        end
+    end
+    return sum
+end
+
+local function capped(level, limit)
+    return level and math.min(limit, level)
+end
+"""
+
+RESERVE = (
+    _PRELUDE
+    + """
+local id, owner, ttl, tokens = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local request_limit, token_limit, max_open = limit_of(ARGV[5]), limit_of(ARGV[6]), limit_of(ARGV[7])
+local back = given_back()
+local request_level, token_level = level_of('requests', request_limit), level_of('tokens', token_limit)
+token_level = token_level and capped(token_level + back, token_limit)
+local function refuse(name, wait, left, needed)
+    keep(request_level, token_level)
+    redis.call('HINCRBY', usage, 'refused', 1)
+    return {0, name, string.format('%.6f', wait), math.floor(left), needed}
+end
+if redis.call('HEXISTS', open, id) == 0 then
+    local num_open = redis.call('HLEN', open)
+    if max_open and num_open >= max_open then
+        local mean = tonumber(redis.call('HGET', quota, 'mean_s') or '') or 1
+        return refuse('max_concurrent_requests', mean / max_open, 0, 1)
+    end
+    if request_level and request_level < 1 then
+        return refuse('requests_per_minute', (1 - request_level) * 60 / request_limit, 0, 1)
+    end
+    local needed = token_limit and math.min(tokens, token_limit)
+    if token_level and token_level < needed then
+        return refuse('tokens_per_minute', (needed - token_level) * 60 / token_limit, token_level, needed)
+    end
+    request_level = request_level and request_level - 1
+    token_level = token_level and token_level - tokens
+    redis.call('HSET', open, id, string.format('%d %s', tokens, owner))
+end
+redis.call('ZADD', owners, now + ttl, owner)
+keep(request_level, token_level)
+return {1}
+"""
+)
+"""Arguments: id, owner, TTL of the owner in s, tokens, then the limits on requests, tokens and open reservations.
+
+An empty limit is none. Returns 1, or 0 with the exceeded limit, seconds until it would be granted, what is left of it
+and what is needed. More tokens than the bucket holds are granted when it is full; its level is negative then.
+"""
+
+SETTLE = (
+    _PRELUDE
+    + f"""
+local id, prompt, output, seconds = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local request_limit, token_limit = limit_of(ARGV[5]), limit_of(ARGV[6])
+local change = given_back() - prompt - output
+local entry = redis.call('HGET', open, id)
+if entry then
+    redis.call('HDEL', open, id)
+    change = change + tokens_of(entry)
+elseif redis.call('ZSCORE', settled, id) then
+    change = change + prompt + output
+    prompt = -1
+end
+local token_level = level_of('tokens', token_limit)
+redis.call('ZADD', settled, now + {SETTLED_S}, id)
+if prompt >= 0 and (entry or prompt + output > 0) then
+    redis.call('HINCRBY', usage, 'requests', 1)
+    redis.call('HINCRBY', usage, 'prompt_tokens', prompt)
+    redis.call('HINCRBY', usage, 'output_tokens', output)
+    redis.call('HSET', usage, 'last_used_unix_s', string.format('%.3f', now))
+    redis.call('EXPIRE', usage, {KEEP_USAGE_S})
+    local mean = tonumber(redis.call('HGET', quota, 'mean_s') or '') or seconds
+    redis.call('HSET', quota, 'mean_s', string.format('%.6f', mean + 0.1 * (seconds - mean)))
+end
+keep(level_of('requests', request_limit), token_level and capped(token_level + change, token_limit))
+return 1
+"""
+)
+"""Arguments: id, prompt tokens, output tokens, duration in s, limits on requests and tokens.
+
+Charges what was used and gives the reservation back. One that was never made is charged as well: a router grants
+requests itself while Redis is away.
+"""
+
+RENEW = (
+    _PRELUDE
+    + """
+local owner, ttl, request_limit, token_limit = ARGV[1], tonumber(ARGV[2]), limit_of(ARGV[3]), limit_of(ARGV[4])
+local next_number = tonumber(ARGV[5])
+redis.call('ZREM', owners, owner)
+local change, num_added, is_listed = given_back(), 0, {}
+redis.call('ZADD', owners, now + ttl, owner)
+for index = 6, #ARGV, 2 do
+    local id, tokens = ARGV[index], tonumber(ARGV[index + 1])
+    is_listed[id] = true
+    if redis.call('HEXISTS', open, id) == 0 and not redis.call('ZSCORE', settled, id) then
+        redis.call('HSET', open, id, string.format('%d %s', tokens, owner))
+        change = change - tokens
+        num_added = num_added + 1
+    end
+end
+local entries = redis.call('HGETALL', open)
+for index = 1, #entries, 2 do
+    local id, entry = entries[index], entries[index + 1]
+    local is_older = tonumber(string.match(id, '(%d+)$')) < next_number
+    if string.match(entry, ' (.*)$') == owner and is_older and not is_listed[id] then
+        redis.call('HDEL', open, id)
+        change = change + tokens_of(entry)
+    end
+end
+local token_level = level_of('tokens', token_limit)
+keep(level_of('requests', request_limit), token_level and capped(token_level + change, token_limit))
+return {num_added, redis.call('ZCARD', owners)}
+"""
+)
+"""Arguments: owner, its TTL in s, limits on requests and tokens, the number that the owner's next id will end with,
+then id and tokens of each of its open reservations.
+
+Adds and charges those that Redis has lost, and gives back older ones of the owner that are not listed: a failover lost
+their settlement. Returns their number, and that of the routers with reservations.
+"""
+
+READ = (
+    _PRELUDE
+    + """
+local request_limit, token_limit = limit_of(ARGV[1]), limit_of(ARGV[2])
+local function text(level)
+    return level and string.format('%.6f', level) or ''
+end
+local entries, reserved = redis.call('HVALS', open), 0
+for _, entry in ipairs(entries) do
+    reserved = reserved + tokens_of(entry)
+end
+return {text(level_of('requests', request_limit)), text(level_of('tokens', token_limit)), #entries, reserved,
+        redis.call('HGETALL', usage)}
+"""
+)
+"""Arguments: limits on requests and tokens. Returns the levels, open reservations, their tokens, and the totals."""

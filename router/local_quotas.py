@@ -1,0 +1,79 @@
+"""The limits of tenants as one router keeps them by itself while Redis is away. Pure.
+
+Each router grants its part: the limit divided by the number of routers that had reservations of the tenant. The
+buckets stay, and refill, when Redis returns, so an unsteady Redis does not grant a tenant a full bucket each time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from muxmesh.tenants.tenant import Tenant, quota_exceeded
+
+_MINUTE_S = 60.0
+_UNKNOWN_DURATION_S = 1.0
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """``level`` of ``limit`` units at ``at_s``; it refills in a minute."""
+
+    limit: float
+    level: float
+    at_s: float
+
+    def refill(self, limit: float, now_s: float) -> None:
+        self.limit = limit
+        self.level = min(limit, self.level + max(0.0, now_s - self.at_s) * limit / _MINUTE_S)
+        self.at_s = now_s
+
+    def wait_s(self, needed: float) -> float:
+        """Seconds until ``needed``, at most a full bucket, is there; 0: now."""
+        return max(0.0, needed - self.level) * _MINUTE_S / self.limit
+
+
+class LocalQuotas:
+    """Owns the buckets of all tenants, by tenant id and limit."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[tuple[str, str], _Bucket] = {}
+
+    def grant(self, tenant: Tenant, num_tokens: int, num_open: int, num_routers: int, now_s: float) -> None:
+        """Grants a request of ``num_tokens`` beside ``num_open`` ones of this router. Raises QuotaExceeded.
+
+        ``num_routers``: at least 1.
+        """
+        limits = tenant.limits
+        max_open = limits.max_concurrent_requests
+        if max_open is not None and num_open >= max(1, max_open // num_routers):
+            raise quota_exceeded(tenant, "max_concurrent_requests", 0, 1, _UNKNOWN_DURATION_S)
+        asked = (("requests_per_minute", limits.requests_per_minute, 1), (
+            "tokens_per_minute", limits.tokens_per_minute, num_tokens))  # fmt: skip
+        buckets = []
+        for name, limit, amount in asked:
+            if limit is None:
+                continue
+            bucket = self._bucket(tenant.tenant_id, name, limit / num_routers, now_s)
+            needed = min(amount, bucket.limit)
+            wait_s = bucket.wait_s(needed)
+            if wait_s > 0:
+                raise quota_exceeded(tenant, name, int(bucket.level), int(needed), wait_s)
+            buckets.append((bucket, amount))
+        for bucket, amount in buckets:
+            bucket.level -= amount
+
+    def settle(self, tenant: Tenant, num_reserved: int, num_used: int, now_s: float) -> None:
+        """Gives back what a local grant reserved and did not use; takes what it used beyond it."""
+        bucket = self._buckets.get((tenant.tenant_id, "tokens_per_minute"))
+        if bucket is not None:
+            bucket.refill(bucket.limit, now_s)
+            bucket.level = min(bucket.limit, bucket.level + num_reserved - num_used)
+
+    def drop(self, tenant_ids: set[str]) -> None:
+        """Removes the buckets of tenants that are no more."""
+        self._buckets = {key: bucket for key, bucket in self._buckets.items() if key[0] not in tenant_ids}
+
+    def _bucket(self, tenant_id: str, name: str, limit: float, now_s: float) -> _Bucket:
+        bucket = self._buckets.setdefault((tenant_id, name), _Bucket(limit, limit, now_s))
+        bucket.refill(limit, now_s)
+        return bucket

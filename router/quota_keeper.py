@@ -1,0 +1,256 @@
+"""Reserves the quota of each request before it is queued, and settles it when the request has ended, in whatever way.
+
+The quotas are in Redis (`muxmesh.tenants.quota_book`). While it is away, this router grants its part of them by itself
+(`router.local_quotas`), or refuses; requests that ended meanwhile are settled when it returns, and those that still run
+are reserved again. Both are idempotent, so nothing is charged twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter, defaultdict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from muxmesh.clock import Clock
+from muxmesh.errors import QuotaExceeded, Unavailable
+from muxmesh.tenants.quota_book import Renewal, Used
+from muxmesh.tenants.tenant import Tenant
+from router.local_quotas import LocalQuotas
+
+_log = logging.getLogger(__name__)
+
+RENEW_EVERY_S = 10.0
+"""A third of the time after which reservations that are not renewed are given back."""
+RETRY_S = 1.0
+RESERVE_TIMEOUT_S = 0.5
+"""How long a request waits for Redis; then this router treats Redis as away."""
+_MAX_SETTLING = 32
+"""Settlements in flight."""
+MAX_UNSETTLED = 200_000
+"""Settlements that wait for Redis. Beyond it the oldest ones are added up to one for each tenant."""
+
+OnRedisLoss = Literal["open", "closed"]
+
+
+class Book(Protocol):
+    """See `QuotaBook`."""
+
+    async def reserve(self, tenant: Tenant, owner: str, reservation_id: str, num_tokens: int) -> None: ...
+    async def settle(self, tenant: Tenant, reservation_id: str, used: Used) -> None: ...
+    async def renew(self, tenant: Tenant, owner: str, next_number: int, tokens_of: Mapping[str, int]) -> Renewal: ...
+
+
+@dataclass(slots=True)
+class Reservation:
+    """What is reserved for one request. `settle` has to be called once, however the request ends."""
+
+    keeper: QuotaKeeper
+    tenant: Tenant
+    reservation_id: str
+    num_tokens: int
+    started_at_s: float
+    is_local: bool = False
+
+    def settle(self, prompt_tokens: int, output_tokens: int) -> None:
+        """Charges what was used and gives back the rest. Returns at once: Redis is called in the background."""
+        self.keeper.end(self, prompt_tokens, output_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Settlement:
+    tenant: Tenant
+    reservation_id: str
+    used: Used
+
+
+class QuotaKeeper:
+    """Owns the open reservations of this router, and the settlements that Redis does not know yet.
+
+    Invariant: a reservation is open until it has ended, then a settlement until Redis has confirmed it.
+    """
+
+    def __init__(self, book: Book, owner: str, on_redis_loss: OnRedisLoss, clock: Clock) -> None:
+        """``owner``: this incarnation of this router, unique in the mesh."""
+        self._book, self._owner, self._clock = book, owner, clock
+        self._on_redis_loss: OnRedisLoss = on_redis_loss
+        self._local = LocalQuotas()
+        self._last_number = 0
+        self._open: defaultdict[str, dict[str, Reservation]] = defaultdict(dict)
+        """Tenant id → reservation id → reservation."""
+        self._unsettled: deque[_Settlement] = deque()
+        self._work = asyncio.Event()
+        self._num_routers: dict[str, int] = {}
+        """Tenant id → routers that had reservations of it at the last renewal."""
+        self.is_away = False
+        """Whether Redis did not respond when it was called last."""
+        self.num_refused: Counter[tuple[str, str]] = Counter()
+        """Tenant name, limit → requests that this router refused."""
+        self.num_local = 0
+        """Requests granted without Redis."""
+
+    @property
+    def num_open(self) -> int:
+        """Reservations of requests that have not ended."""
+        return sum(map(len, self._open.values()))
+
+    @property
+    def num_unsettled(self) -> int:
+        """Settlements that Redis has not confirmed."""
+        return len(self._unsettled)
+
+    async def reserve(self, tenant: Tenant, num_tokens: int) -> Reservation:
+        """Reserves one request of ``num_tokens``, prompt and expected output.
+
+        Raises QuotaExceeded, or Unavailable while Redis is away if that is to refuse requests.
+        """
+        self._last_number += 1
+        now_s = self._clock.monotonic_s()
+        one = Reservation(self, tenant, f"{self._owner}-{self._last_number}", num_tokens, now_s)
+        opened = self._open[tenant.tenant_id]
+        opened[one.reservation_id] = one
+        try:
+            if self.is_away or not await self._reserve_in_redis(one):
+                self._reserve_here(one, len(opened) - 1, now_s)
+        except QuotaExceeded as error:
+            self._remove(one)
+            self.num_refused[tenant.name, error.quota] += 1
+            raise
+        except BaseException:  # cancelled, or refused as Redis is away: it may have been reserved nevertheless
+            self.end(one, 0, 0)
+            raise
+        return one
+
+    def end(self, one: Reservation, prompt_tokens: int, output_tokens: int) -> None:
+        """See `Reservation.settle`. A second call has no effect."""
+        if not self._remove(one):
+            return
+        now_s = self._clock.monotonic_s()
+        if one.is_local:
+            self._local.settle(one.tenant, one.num_tokens, prompt_tokens + output_tokens, now_s)
+        used = Used(prompt_tokens, output_tokens, now_s - one.started_at_s)
+        self._unsettled.append(_Settlement(one.tenant, one.reservation_id, used))
+        self._work.set()
+
+    async def run(self) -> None:
+        """Settles and renews until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._renew_repeatedly())
+            group.create_task(self._settle_repeatedly())
+
+    async def settle_all(self, within_s: float) -> None:
+        """Sends the settlements that wait, as far as Redis takes them within ``within_s``. Before the router ends."""
+        with contextlib.suppress(TimeoutError, Unavailable):
+            async with asyncio.timeout(within_s):
+                while self._unsettled:
+                    await self._settle_some()
+
+    async def _reserve_in_redis(self, one: Reservation) -> bool:
+        """False if Redis does not respond in time."""
+        try:
+            async with asyncio.timeout(RESERVE_TIMEOUT_S):
+                await self._book.reserve(one.tenant, self._owner, one.reservation_id, one.num_tokens)
+        except (Unavailable, TimeoutError) as error:
+            self._note_away(error)
+            return False
+        return True
+
+    def _reserve_here(self, one: Reservation, num_open: int, now_s: float) -> None:
+        if self._on_redis_loss == "closed":
+            raise Unavailable("quotas cannot be checked: Redis does not respond")
+        num_routers = max(1, self._num_routers.get(one.tenant.tenant_id, 1))
+        self._local.grant(one.tenant, one.num_tokens, num_open, num_routers, now_s)
+        one.is_local = True
+        self.num_local += 1
+
+    def _remove(self, one: Reservation) -> bool:
+        opened = self._open.get(one.tenant.tenant_id, {})
+        if opened.pop(one.reservation_id, None) is None:
+            return False
+        if not opened:
+            del self._open[one.tenant.tenant_id]
+        return True
+
+    async def _renew_repeatedly(self) -> None:
+        while True:
+            await asyncio.sleep(RETRY_S if self.is_away else RENEW_EVERY_S)
+            with contextlib.suppress(Unavailable):
+                await self.renew()
+
+    async def renew(self) -> None:
+        """Renews all open reservations. Redis counts as present again if it responds. Raises Unavailable."""
+        num_lost = 0
+        for tenant_id, opened in list(self._open.items()):
+            tokens_of = {one.reservation_id: one.num_tokens for one in opened.values()}
+            next_number, tenant = self._last_number + 1, next(iter(opened.values())).tenant
+            try:
+                renewal = await self._book.renew(tenant, self._owner, next_number, tokens_of)
+            except Unavailable as error:
+                self._note_away(error)
+                raise
+            self._num_routers[tenant_id] = renewal.num_owners
+            num_lost += renewal.num_added
+        if num_lost and not self.is_away:
+            _log.warning("Redis had lost %d reservations; they are reserved again", num_lost)
+        if self._open or not self.is_away or not self._unsettled:
+            self._note_present()
+
+    async def _settle_repeatedly(self) -> None:
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            while self._unsettled:
+                try:
+                    await self._settle_some()
+                except Unavailable as error:
+                    self._note_away(error)
+                    self._limit_unsettled()
+                    await asyncio.sleep(RETRY_S)
+
+    async def _settle_some(self) -> None:
+        """Settles the oldest ones, several at a time. Those that fail stay. Raises Unavailable if one failed."""
+        batch = [self._unsettled.popleft() for _ in range(min(_MAX_SETTLING, len(self._unsettled)))]
+        results: list[BaseException | None] = [asyncio.CancelledError()] * len(batch)
+        try:
+            results = list(
+                await asyncio.gather(
+                    *(self._book.settle(one.tenant, one.reservation_id, one.used) for one in batch),
+                    return_exceptions=True,
+                )
+            )
+        finally:
+            failed = [one for one, result in zip(batch, results, strict=True) if result is not None]
+            self._unsettled.extendleft(reversed(failed))
+        for result in results:
+            if result is not None:
+                raise result
+        self._note_present()
+
+    def _limit_unsettled(self) -> None:
+        """Adds the oldest settlements up, so that a long absence of Redis does not fill the memory."""
+        if len(self._unsettled) <= MAX_UNSETTLED:
+            return
+        sums: dict[str, _Settlement] = {}
+        for one in self._unsettled:
+            key, before = one.tenant.tenant_id, sums.get(one.tenant.tenant_id)
+            used = one.used if before is None else _sum(before.used, one.used)
+            sums[key] = _Settlement(one.tenant, one.reservation_id if before is None else before.reservation_id, used)
+        self._unsettled = deque(sums.values())
+
+    def _note_away(self, error: Exception) -> None:
+        if not self.is_away:
+            what = "granted by this router alone" if self._on_redis_loss == "open" else "refused"
+            _log.warning("quotas: %s; new requests are %s until it does", error or "Redis does not respond", what)
+        self.is_away = True
+
+    def _note_present(self) -> None:
+        if self.is_away:
+            _log.info("quotas: Redis responds again")
+        self.is_away = False
+
+
+def _sum(first: Used, second: Used) -> Used:
+    return Used(first.prompt_tokens + second.prompt_tokens, first.output_tokens + second.output_tokens, second.seconds)

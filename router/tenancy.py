@@ -1,0 +1,126 @@
+"""The tenants of a router: who calls, what each may use, and their metrics. Opens the connections to Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Protocol
+
+from redis.exceptions import RedisError
+
+from muxmesh.clock import Clock
+from muxmesh.config.runtime import MeshRuntime
+from muxmesh.metrics.family import Family, counter, gauge
+from muxmesh.redis_connection import RedisClient, open_redis
+from muxmesh.tenants.quota_book import QuotaBook
+from muxmesh.tenants.tenant_directory import TenantDirectory
+from router.caller import set_caller
+from router.quota_keeper import QuotaKeeper
+from router.quotas import NO_QUOTAS, Quotas
+from router.tenant_access import Metadata, TenantAccess
+from router.tenant_refresh import refresh, refresh_repeatedly
+
+_LAST_SETTLEMENTS_S = 1.0
+
+
+class Tenancy(Protocol):
+    """Who calls, and what they may use."""
+
+    @property
+    def quotas(self) -> Quotas:
+        """For the pipeline."""
+
+    def identify(self, metadata: Metadata) -> None:
+        """Sets the caller of this task (`router.caller`). Raises Unauthenticated or Unavailable."""
+
+    def families(self) -> Iterator[Family]:
+        """The metrics."""
+
+    async def refresh(self) -> None:
+        """Reads the tenants. Raises Unavailable."""
+
+    async def run(self) -> None:
+        """Keeps all of it up to date until cancelled."""
+
+    async def close(self) -> None:
+        """Settles what has ended, and disconnects."""
+
+
+class _OpenTenancy:
+    """Everybody may use everything."""
+
+    quotas = NO_QUOTAS
+
+    def identify(self, metadata: Metadata) -> None:
+        pass
+
+    def families(self) -> Iterator[Family]:
+        return iter(())
+
+    async def refresh(self) -> None:
+        pass
+
+    async def run(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+OPEN_TENANCY: Tenancy = _OpenTenancy()
+
+
+class KeyedTenancy:
+    """Callers need an API key."""
+
+    def __init__(
+        self, client: RedisClient, directory: TenantDirectory, access: TenantAccess, keeper: QuotaKeeper
+    ) -> None:
+        self._client, self._directory, self._access, self._keeper = client, directory, access, keeper
+
+    @property
+    def quotas(self) -> Quotas:
+        return self._keeper
+
+    def identify(self, metadata: Metadata) -> None:
+        set_caller(self._access.identify(metadata))
+
+    async def refresh(self) -> None:
+        await refresh(self._directory, self._access)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(refresh_repeatedly(self._directory, self._access))
+            group.create_task(self._keeper.run())
+
+    async def close(self) -> None:
+        await self._keeper.settle_all(_LAST_SETTLEMENTS_S)
+        with contextlib.suppress(RedisError, OSError):
+            await self._client.aclose()
+
+    def families(self) -> Iterator[Family]:
+        keeper = self._keeper
+        yield counter(
+            "muxmesh_quota_refusals_total", "Requests refused as the tenant had used what it may.",
+            ("tenant", "limit"), {(name, limit): count for (name, limit), count in keeper.num_refused.items()},
+        )  # fmt: skip
+        yield gauge("muxmesh_quota_reservations", "Reservations of running requests.", (), {(): keeper.num_open})
+        yield gauge(
+            "muxmesh_quota_unsettled", "Requests that have ended and that Redis has not settled yet.", (),
+            {(): keeper.num_unsettled},
+        )  # fmt: skip
+        yield gauge("muxmesh_quota_redis_away", "1 while Redis does not respond.", (), {(): int(keeper.is_away)})
+        yield counter(
+            "muxmesh_quota_local_grants_total", "Requests that this router granted by itself, without Redis.", (),
+            {(): keeper.num_local},
+        )  # fmt: skip
+
+
+def open_tenancy(runtime: MeshRuntime, owner: str, clock: Clock, rng: random.Random) -> KeyedTenancy:
+    """``owner``: this incarnation of the router, unique in the mesh."""
+    mesh_id = runtime.config.mesh_id
+    client = open_redis(runtime.redis_url)
+    keeper = QuotaKeeper(QuotaBook(client, mesh_id), owner, runtime.config.access.on_redis_loss, clock)
+    return KeyedTenancy(client, TenantDirectory(client, mesh_id, rng), TenantAccess(clock), keeper)
