@@ -334,7 +334,7 @@ def test_every_field_is_passed_on_to_the_workers() -> None:
         sampling=Sampling(seed=5),
         stopping=Stopping(20, eos_token_ids=frozenset({EOS})),
         scheduling=SchedulingState(-3, 1000.0),
-        tenant=Tenant("name", "t"),
+        tenant="t",
         cache_salt="s",
         bypass_prefix_cache=True,
         kv_swap_format="int8",

@@ -73,9 +73,7 @@ async def test_a_record_that_cannot_be_read_is_reported_and_can_be_removed(
     assert (await directory.read()).unreadable == ("renamed",)
 
 
-async def test_a_copy_is_restored_only_into_a_redis_without_a_directory(
-    directory: TenantDirectory, client: Any
-) -> None:
+async def test_a_copy_is_restored_only_where_there_is_no_directory(directory: TenantDirectory, client: Any) -> None:
     await directory.add(record("acme", "k"))
     copy = await directory.read()
     assert not await directory.restore(copy)

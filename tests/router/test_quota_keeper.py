@@ -1,0 +1,329 @@
+"""Reservations and settlements of one router, with a book in memory and a real one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from muxmesh.clock import ManualClock
+from muxmesh.errors import QuotaExceeded, Unavailable
+from muxmesh.redis_connection import open_redis
+from muxmesh.tenants.quota_book import QuotaBook, Renewal, Used
+from muxmesh.tenants.tenant import Tenant, quota_exceeded
+from router import quota_keeper
+from router.local_quotas import LocalQuotas
+from router.quota_keeper import QuotaKeeper
+from tests.support.redis_process import running_redis
+from tests.support.tenants import tenant
+
+ONE = tenant(tokens_per_minute=1000)
+
+
+class FakeBook:
+    """Quotas in memory. ``error``: raised instead of an answer. ``loses_answers``: it is raised after the change."""
+
+    def __init__(self) -> None:
+        self.open: dict[str, int] = {}
+        self.settled: dict[str, Used] = {}
+        self.charged = 0
+        self.error: Exception | None = None
+        self.loses_answers = False
+        self.gate: asyncio.Event | None = None
+        self.num_calls = 0
+        self.num_renewals = 0
+
+    async def _answer(self) -> None:
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+
+    async def reserve(self, of: Tenant, owner: str, reservation_id: str, num_tokens: int) -> None:
+        self.num_calls += 1
+        if not self.loses_answers:
+            await self._answer()
+        limit = of.limits.tokens_per_minute
+        if limit is not None and self.charged + sum(self.open.values()) + num_tokens > limit:
+            raise quota_exceeded(of, "tokens_per_minute", 0, num_tokens, 3.0)
+        self.open[reservation_id] = num_tokens
+        if self.loses_answers:
+            await self._answer()
+
+    async def settle(self, of: Tenant, reservation_id: str, used: Used) -> None:
+        self.num_calls += 1
+        if not self.loses_answers:
+            await self._answer()
+        self.open.pop(reservation_id, None)
+        if reservation_id not in self.settled:
+            self.settled[reservation_id] = used
+            self.charged += used.prompt_tokens + used.output_tokens
+        if self.loses_answers:
+            await self._answer()
+
+    async def renew(self, of: Tenant, owner: str, next_number: int, tokens_of: Mapping[str, int]) -> Renewal:
+        self.num_renewals += 1
+        await self._answer()
+        lost = {key: value for key, value in tokens_of.items() if key not in self.open and key not in self.settled}
+        self.open |= lost
+        return Renewal(len(lost), 2)
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+@pytest.fixture
+def book() -> FakeBook:
+    return FakeBook()
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock(100.0)
+
+
+@pytest.fixture
+def keeper(book: FakeBook, clock: ManualClock) -> QuotaKeeper:
+    return QuotaKeeper(book, "r", "open", clock)
+
+
+async def test_a_request_is_reserved_and_settled_once(keeper: QuotaKeeper, book: FakeBook, clock: ManualClock) -> None:
+    one = await keeper.reserve(ONE, 400)
+    assert (book.open, keeper.num_open) == ({"r-1": 400}, 1)
+    clock.advance(2.5)
+    one.settle(100, 50)
+    one.settle(7, 7)
+    assert (keeper.num_open, keeper.num_unsettled) == (0, 1)
+    await keeper.settle_all(20)
+    assert book.settled == {"r-1": Used(100, 50, 2.5)}
+    assert (book.open, keeper.num_unsettled) == ({}, 0)
+
+
+async def test_a_refused_request_leaves_nothing_and_is_counted(keeper: QuotaKeeper, book: FakeBook) -> None:
+    with pytest.raises(QuotaExceeded, match="needs 2000 tokens") as caught:
+        await keeper.reserve(ONE, 2000)
+    assert caught.value.retry_after_s == 3.0
+    assert (keeper.num_open, keeper.num_unsettled) == (0, 0)
+    assert keeper.num_refused == {("acme", "tokens_per_minute"): 1}
+
+
+async def test_a_request_that_is_cancelled_while_redis_answers_is_given_back(
+    keeper: QuotaKeeper, book: FakeBook
+) -> None:
+    book.gate, book.loses_answers = asyncio.Event(), True
+    task = asyncio.ensure_future(keeper.reserve(ONE, 400))
+    await until(lambda: book.open)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert keeper.num_open == 0
+    book.gate.set()
+    await keeper.settle_all(20)
+    assert (book.open, book.charged) == ({}, 0)
+
+
+async def test_while_redis_is_away_requests_are_granted_here_and_settled_when_it_returns(
+    keeper: QuotaKeeper, book: FakeBook
+) -> None:
+    before = await keeper.reserve(ONE, 100)
+    book.error = Unavailable("Redis does not respond: gone")
+    here = await keeper.reserve(ONE, 400)
+    assert keeper.is_away and keeper.num_local == 1
+    num_calls = book.num_calls
+    with pytest.raises(QuotaExceeded):
+        await keeper.reserve(ONE, 700)
+    assert book.num_calls == num_calls, "a Redis that is away is not asked for each request"
+    here.settle(50, 50)
+    before.settle(10, 10)
+    await keeper.settle_all(0.01)
+    assert keeper.num_unsettled == 2
+    book.error = None
+    await keeper.settle_all(20)
+    assert not keeper.is_away
+    assert (book.charged, book.open) == (120, {})
+
+
+async def test_an_answer_that_is_lost_charges_nothing_twice(keeper: QuotaKeeper, book: FakeBook) -> None:
+    book.loses_answers, book.error = True, Unavailable("lost")
+    one = await keeper.reserve(ONE, 400)
+    assert book.open == {"r-1": 400}
+    book.error = None
+    await keeper.renew()
+    assert book.open == {"r-1": 400}
+    book.error = Unavailable("lost")
+    one.settle(30, 20)
+    await keeper.settle_all(0.01)
+    assert (book.charged, keeper.num_unsettled) == (50, 1)
+    book.error = None
+    await keeper.settle_all(20)
+    assert (book.charged, keeper.num_unsettled) == (50, 0)
+
+
+async def test_closed_refuses_while_redis_is_away(book: FakeBook, clock: ManualClock) -> None:
+    keeper = QuotaKeeper(book, "r", "closed", clock)
+    book.error = Unavailable("Redis does not respond: gone")
+    with pytest.raises(Unavailable, match="quotas cannot be checked"):
+        await keeper.reserve(ONE, 1)
+    assert keeper.num_open == 0
+    book.error = None
+    await keeper.settle_all(20)
+    assert book.charged == 0
+    await keeper.reserve(ONE, 1)
+
+
+async def test_a_redis_that_hangs_counts_as_away(
+    keeper: QuotaKeeper, book: FakeBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quota_keeper, "RESERVE_TIMEOUT_S", 0.0)
+    book.gate = asyncio.Event()
+    await keeper.reserve(ONE, 400)
+    assert keeper.is_away and keeper.num_open == 1
+
+
+async def test_renewals_reserve_again_what_redis_has_lost(
+    keeper: QuotaKeeper, book: FakeBook, caplog: pytest.LogCaptureFixture
+) -> None:
+    await keeper.reserve(ONE, 400)
+    await keeper.reserve(tenant("other"), 5)
+    book.open.clear()
+    await keeper.renew()
+    assert book.open == {"r-1": 400, "r-2": 5}
+    assert "Redis had lost 2 reservations" in caplog.text
+
+
+async def test_after_a_renewal_the_local_part_is_that_of_one_router(keeper: QuotaKeeper, book: FakeBook) -> None:
+    first = await keeper.reserve(ONE, 100)
+    await keeper.renew()
+    book.error = Unavailable("gone")
+    await keeper.reserve(ONE, 100)
+    with pytest.raises(QuotaExceeded, match="400 of 1000 per minute are left"):
+        await keeper.reserve(ONE, 450)
+    first.settle(0, 0)
+
+
+async def test_the_background_tasks_settle_and_renew(
+    keeper: QuotaKeeper, book: FakeBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quota_keeper, "RENEW_EVERY_S", 0.0)
+    monkeypatch.setattr(quota_keeper, "RETRY_S", 0.0)
+    running = asyncio.ensure_future(keeper.run())
+    one, stays = await keeper.reserve(ONE, 400), await keeper.reserve(ONE, 1)
+    one.settle(1, 1)
+    await until(lambda: "r-1" in book.settled and book.num_renewals > 2)
+    book.error = Unavailable("gone")
+    stays.settle(2, 2)
+    await until(lambda: keeper.is_away)
+    book.error = None
+    await until(lambda: "r-2" in book.settled and not keeper.is_away)
+    assert book.charged == 6
+    running.cancel()
+
+
+async def test_very_many_unsettled_requests_are_added_up(
+    keeper: QuotaKeeper, book: FakeBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quota_keeper, "MAX_UNSETTLED", 10)
+    monkeypatch.setattr(quota_keeper, "RETRY_S", 0.0)
+    book.error = Unavailable("gone")
+    running = asyncio.ensure_future(keeper.run())
+    for _ in range(30):
+        (await keeper.reserve(tenant(), 10)).settle(3, 2)
+    await until(lambda: keeper.num_unsettled == 1)
+    book.error = None
+    await until(lambda: keeper.num_unsettled == 0)
+    assert book.charged == 150
+    running.cancel()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["reserve", "settle", "renew", "flush", "away", "back", "lose"]), st.integers(0, 9))))  # fmt: skip  # noqa: E501
+def test_whatever_happens_each_request_is_charged_once(steps: list[tuple[str, int]]) -> None:
+    async def play() -> None:
+        book = FakeBook()
+        keeper, opened, used = QuotaKeeper(book, "r", "open", ManualClock()), [], 0
+        for what, number in steps:
+            if what == "reserve":
+                opened.append(await keeper.reserve(tenant(), number))
+            elif what == "settle" and opened:
+                opened.pop(number % len(opened)).settle(number, 1)
+                used += number + 1
+            elif what == "renew":
+                try:
+                    await keeper.renew()
+                except Unavailable:
+                    pass
+            elif what == "flush":
+                book.open.clear()  # Redis has restarted empty, but what was settled is charged
+            elif what in ("away", "lose"):
+                book.error, book.loses_answers = Unavailable("gone"), what == "lose"
+            elif what == "back":
+                book.error, book.loses_answers = None, False
+            await keeper.settle_all(0.001)
+        book.error = None
+        for one in opened:
+            one.settle(0, 0)
+        await keeper.renew()
+        await keeper.settle_all(20)
+        assert (book.charged, keeper.num_open, keeper.num_unsettled) == (used, 0, 0)
+
+    asyncio.run(play())
+
+
+async def test_a_real_redis_ends_as_the_book_in_memory(tmp_path: Path, clock: ManualClock) -> None:
+    with running_redis(tmp_path) as url:
+        client = open_redis(url)
+        book = QuotaBook(client, "mesh")
+        keeper = QuotaKeeper(book, "r", "open", clock)
+        one, other = await keeper.reserve(ONE, 400), await keeper.reserve(ONE, 500)
+        with pytest.raises(QuotaExceeded, match=r"needs 200 tokens, and 1\d\d of 1000 per minute are left"):
+            await keeper.reserve(ONE, 200)
+        one.settle(10, 20)
+        await keeper.settle_all(20)
+        await client.flushall()
+        await keeper.renew()
+        other.settle(5, 5)
+        await keeper.settle_all(20)
+        usage = await book.usage(ONE)
+        assert (usage.requests, usage.prompt_tokens, usage.output_tokens, usage.open_requests) == (1, 5, 5, 0)
+        await client.aclose()
+
+
+def test_local_buckets_refill_with_time_and_hold_a_part() -> None:
+    local, one = LocalQuotas(), tenant(requests_per_minute=6, tokens_per_minute=600, max_concurrent_requests=4)
+    for now_s in (0.0, 0.0, 0.0):
+        local.grant(one, 50, 0, 2, now_s)
+    with pytest.raises(QuotaExceeded) as caught:
+        local.grant(one, 50, 0, 2, 1.0)
+    assert (caught.value.quota, caught.value.retry_after_s) == ("requests_per_minute", pytest.approx(19.0))
+    local.grant(one, 50, 0, 2, 20.1)
+    with pytest.raises(QuotaExceeded) as caught:
+        local.grant(one, 50, 2, 2, 60.0)
+    assert caught.value.quota == "max_concurrent_requests"
+    local.settle(one, 50, 350, 60.0)
+    with pytest.raises(QuotaExceeded) as caught:
+        local.grant(one, 50, 0, 2, 60.0)
+    assert caught.value.quota == "tokens_per_minute"
+    local.drop({one.tenant_id})
+    local.grant(one, 50, 0, 2, 60.0)
+
+
+def test_a_local_request_larger_than_the_bucket_waits_until_it_is_full() -> None:
+    local, one = LocalQuotas(), tenant(tokens_per_minute=60)
+    local.grant(one, 100, 0, 1, 0.0)
+    with pytest.raises(QuotaExceeded) as caught:
+        local.grant(one, 100, 0, 1, 0.0)
+    assert caught.value.retry_after_s == pytest.approx(100.0)
+
+
+def test_a_tenant_without_limits_is_granted_everything() -> None:
+    local = LocalQuotas()
+    for _ in range(1000):
+        local.grant(tenant(), 10**6, 1000, 1, 0.0)
