@@ -13,6 +13,7 @@ import logging
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, Protocol
 
 from muxmesh.clock import Clock
@@ -212,18 +213,13 @@ class QuotaKeeper:
 
     async def _settle_some(self) -> None:
         """Settles the oldest ones, several at a time. Those that fail stay. Raises Unavailable if one failed."""
-        batch = [self._unsettled.popleft() for _ in range(min(_MAX_SETTLING, len(self._unsettled)))]
-        results: list[BaseException | None] = [asyncio.CancelledError()] * len(batch)
-        try:
-            results = list(
-                await asyncio.gather(
-                    *(self._book.settle(one.tenant, one.reservation_id, one.used) for one in batch),
-                    return_exceptions=True,
-                )
-            )
-        finally:
-            failed = [one for one, result in zip(batch, results, strict=True) if result is not None]
-            self._unsettled.extendleft(reversed(failed))
+        batch = list(islice(self._unsettled, _MAX_SETTLING))
+        results = await asyncio.gather(
+            *(self._book.settle(one.tenant, one.reservation_id, one.used) for one in batch), return_exceptions=True
+        )
+        for _ in batch:
+            self._unsettled.popleft()
+        self._unsettled.extendleft(one for one, result in zip(batch, results, strict=True) if result is not None)
         for result in results:
             if result is not None:
                 raise result

@@ -107,11 +107,12 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> errors.MeshError:
                 return errors.InvalidRequest(bad.field_violations[0].field, bad.field_violations[0].description)
         elif kind in (errors.Overloaded, errors.QuotaExceeded):
             retry = _detail(status, error_details_pb2.RetryInfo())
-            delay_s = 1.0 if retry is None else retry.retry_delay.ToNanoseconds() / 1e9
             failure = _detail(status, error_details_pb2.QuotaFailure())
-            if kind is errors.QuotaExceeded and failure is not None and failure.violations:
-                return errors.QuotaExceeded(failure.violations[0].subject.removeprefix("limit:"), message, delay_s)
-            return errors.Overloaded(message, delay_s)
+            if retry is not None:
+                delay_s = retry.retry_delay.ToNanoseconds() / 1e9
+                if kind is errors.QuotaExceeded and failure is not None and failure.violations:
+                    return errors.QuotaExceeded(failure.violations[0].subject.removeprefix("limit:"), message, delay_s)
+                return errors.Overloaded(message, delay_s)
         else:
             return kind(message)
     elif error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and (too_large := _TOO_LARGE.search(message)):

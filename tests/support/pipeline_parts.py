@@ -34,6 +34,7 @@ from router.expected_work import ExpectedWork
 from router.length_forecast import LengthForecaster
 from router.pipeline import GenerationPipeline
 from router.prompt_tokenizer import PromptTokenizer
+from router.quotas import NO_QUOTAS, Quotas
 from router.request_metrics import RequestMetrics
 from router.sequence_driver import SequenceDriver
 from router.served_models import ModelLimits, ServedModel, ServedModels
@@ -179,6 +180,7 @@ async def pipeline_parts(
     clock: ManualClock | None = None,
     kvstore: kvstore_pb2_grpc.KvStoreServiceAsyncStub | None = None,
     policy: SchedulingPolicy = FCFS,
+    quotas: Quotas = NO_QUOTAS,
 ) -> AsyncIterator[PipelineParts]:
     """A pipeline over one unit, on a clock that stands at 100 s. Retries do not wait."""
     config = config or RouterConfig(max_restarts=2, predictor_budget_s=60)
@@ -200,7 +202,7 @@ async def pipeline_parts(
     with ThreadPoolExecutor(1) as short, ThreadPoolExecutor(2) as long:
         tokenizer = PromptTokenizer(short, long, config.max_waiting_prompt_bytes)
         pipeline = GenerationPipeline(
-            served, units, driver, forecaster, policy, config, clock, random.Random(7), tokenizer, metrics
+            served, units, driver, forecaster, policy, config, clock, random.Random(7), tokenizer, metrics, quotas
         )
         try:
             yield PipelineParts(pipeline, served, units, admission, attempts, forecaster, clock, metrics)

@@ -4,8 +4,9 @@ import socket
 
 import pytest
 
-from muxmesh.config.listen_address import listen_warnings, public_listen_warning
+from muxmesh.config.listen_address import check_open_access, listen_warnings, public_listen_warning
 from muxmesh.config.schema import MeshConfig
+from muxmesh.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -65,3 +66,30 @@ def test_metrics_that_others_can_read_are_warned_about() -> None:
     assert warnings("127.0.0.1:9464") == []
     (warning,) = warnings("0.0.0.0:9464")
     assert warning.startswith("WARNING: metrics.listen: 0.0.0.0:9464 can be reached from other machines")
+
+
+@pytest.mark.parametrize(
+    ("listen", "published_at", "access", "is_refused"),
+    [
+        ("127.0.0.1:1", None, {}, False),
+        ("0.0.0.0:1", None, {}, True),
+        ("0.0.0.0:1", "127.0.0.1:1", {}, False),
+        ("127.0.0.1:1", "0.0.0.0:1", {}, True),
+        ("0.0.0.0:1", None, {"open_on_network": True}, False),
+        ("0.0.0.0:1", None, {"mode": "keys"}, False),
+    ],
+)
+def test_a_mesh_without_keys_is_open_to_other_machines_only_if_the_file_says_so(
+    listen: str, published_at: str | None, access: dict[str, object], is_refused: bool
+) -> None:
+    config = MeshConfig.model_validate({"listen": listen, "access": access})
+    if not is_refused:
+        check_open_access(config, published_at)
+        return
+    with pytest.raises(ConfigError, match=r"access: \{mode: keys\}.*access: \{open_on_network: true\}"):
+        check_open_access(config, published_at)
+
+
+def test_with_keys_the_warning_is_about_their_encryption() -> None:
+    warning = public_listen_warning("0.0.0.0:1", needs_keys=True)
+    assert warning is not None and "API keys, prompts and outputs cross the network as they are" in warning

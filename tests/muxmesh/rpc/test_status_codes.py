@@ -101,6 +101,10 @@ def test_clients_of_any_language_find_the_field_and_the_retry_delay_in_the_detai
     assert (invalid["ErrorInfo"].reason, invalid["ErrorInfo"].domain) == ("InvalidRequest", DOMAIN)
     assert details_of(EXAMPLES[1])["RetryInfo"].retry_delay.ToMilliseconds() == 2500
     assert set(details_of(errors.LeaseLost("x"))) == {"ErrorInfo"}
+    exceeded = details_of(EXAMPLES[2])
+    (quota,) = exceeded["QuotaFailure"].violations
+    assert (quota.subject, quota.description) == ("limit:tokens_per_minute", "no tokens are left")
+    assert exceeded["RetryInfo"].retry_delay.ToMilliseconds() == 7250
 
 
 @pytest.mark.parametrize(
@@ -112,6 +116,7 @@ def test_clients_of_any_language_find_the_field_and_the_retry_delay_in_the_detai
         (grpc.StatusCode.CANCELLED, errors.RequestAborted),
         (grpc.StatusCode.UNAVAILABLE, errors.Unavailable),
         (grpc.StatusCode.UNAUTHENTICATED, errors.Unauthenticated),
+        (grpc.StatusCode.PERMISSION_DENIED, errors.PermissionDenied),
         (grpc.StatusCode.UNKNOWN, errors.InternalError),
         (grpc.StatusCode.INVALID_ARGUMENT, errors.InternalError),
     ],
@@ -135,7 +140,7 @@ def test_details_of_another_domain_are_ignored() -> None:
 
 
 def test_an_error_that_this_version_does_not_know_is_an_internal_error() -> None:
-    info = error_details_pb2.ErrorInfo(reason="QuotaExceeded", domain=DOMAIN)
+    info = error_details_pb2.ErrorInfo(reason="ErrorOfALaterVersion", domain=DOMAIN)
     error = from_rpc_error(foreign(grpc.StatusCode.RESOURCE_EXHAUSTED, info))
     assert type(error) is errors.InternalError
     assert str(error) == "no route"

