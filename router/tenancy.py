@@ -12,12 +12,13 @@ from redis.exceptions import RedisError
 
 from muxmesh.clock import Clock
 from muxmesh.config.runtime import MeshRuntime
-from muxmesh.metrics.family import Family, counter, gauge
+from muxmesh.metrics.family import Family
 from muxmesh.redis_connection import RedisClient, open_redis
 from muxmesh.tenants.quota_book import QuotaBook
 from muxmesh.tenants.tenant_directory import TenantDirectory
 from router.caller import set_caller
 from router.quota_keeper import QuotaKeeper
+from router.quota_metrics import quota_families
 from router.quotas import NO_QUOTAS, Quotas
 from router.tenant_access import Metadata, TenantAccess
 from router.tenant_refresh import refresh, refresh_repeatedly
@@ -57,7 +58,7 @@ class _OpenTenancy:
         pass
 
     def families(self) -> Iterator[Family]:
-        return iter(())
+        return quota_families(None)
 
     async def refresh(self) -> None:
         pass
@@ -101,21 +102,7 @@ class KeyedTenancy:
             await self._client.aclose()
 
     def families(self) -> Iterator[Family]:
-        keeper = self._keeper
-        yield counter(
-            "muxmesh_quota_refusals_total", "Requests refused as the tenant had used what it may.",
-            ("tenant", "limit"), {(name, limit): count for (name, limit), count in keeper.num_refused.items()},
-        )  # fmt: skip
-        yield gauge("muxmesh_quota_reservations", "Reservations of running requests.", (), {(): keeper.num_open})
-        yield gauge(
-            "muxmesh_quota_unsettled", "Requests that have ended and that Redis has not settled yet.", (),
-            {(): keeper.num_unsettled},
-        )  # fmt: skip
-        yield gauge("muxmesh_quota_redis_away", "1 while Redis does not respond.", (), {(): int(keeper.is_away)})
-        yield counter(
-            "muxmesh_quota_local_grants_total", "Requests that this router granted by itself, without Redis.", (),
-            {(): keeper.num_local},
-        )  # fmt: skip
+        return quota_families(self._keeper)
 
 
 def open_tenancy(runtime: MeshRuntime, owner: str, clock: Clock, rng: random.Random) -> KeyedTenancy:

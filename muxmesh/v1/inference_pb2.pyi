@@ -85,11 +85,11 @@ class GenerateRequest(_message.Message):
     truncate_prompt_tokens: _builtins.int
     """Keeps only the last N tokens of the prompt, N at least 1. Unset keeps all."""
     priority: _builtins.int
-    """LOWER IS SOONER. Unset is 0. The configured scheduling policy orders requests of the same priority."""
+    """LOWER IS SOONER. Unset is 0, or the best that the tenant may have. The configured scheduling policy orders requests of the same priority."""
     session_id: _builtins.str
     expected_output_tokens: _builtins.int
     """The client's own estimate of the output length in tokens, at least 1. Its weight depends on how accurate earlier
-    estimates of the tenant were. kv.cache_salt identifies the tenant; all clients without one are one tenant.
+    estimates of the tenant were: that of the API key, or in a mesh without keys all clients with the same kv.cache_salt.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
@@ -467,7 +467,7 @@ class KvOptions(_message.Message):
     bypass_prefix_cache: _builtins.bool
     """Computes every prompt token, even if its KV is in the prefix cache."""
     cache_salt: _builtins.str
-    """Requests share cached prefixes only with requests that have the same salt."""
+    """Requests share cached prefixes only with requests of the same tenant that have the same salt."""
     swap_format: Global___KvSwapFormat.ValueType
     """Format of the KV of these sequences while it is swapped out. Unset: as the model is configured."""
     def __init__(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from muxmesh.engine.api import Finished, Tokens
-from muxmesh.errors import EngineFailed, InvalidRequest, PermissionDenied, QuotaExceeded
+from muxmesh.errors import InvalidRequest, PermissionDenied, QuotaExceeded, SequenceFailed
 from muxmesh.tenants.tenant import Tenant
 from muxmesh.types import EngineRequest, Finish, FinishReason
 from router.attempt import Prefilled
@@ -100,11 +100,11 @@ async def test_a_request_that_fails_on_the_way_is_charged_for_what_was_computed(
         yield Prefilled(0)
         if not request.resume_token_ids:
             yield Tokens(0, tokens_of("ab"))
-        yield EngineFailed("x")
+        yield SequenceFailed("x")
 
     _, settled, outcome = await run(fails)
     assert settled == [(5, 2)]
-    assert isinstance(outcome, EngineFailed)
+    assert isinstance(outcome, SequenceFailed)
 
 
 async def test_a_request_that_the_client_cancels_is_charged_for_what_was_computed() -> None:

@@ -244,8 +244,11 @@ async def test_very_many_unsettled_requests_are_added_up(
     running.cancel()
 
 
+_STEPS = ("reserve", "settle", "renew", "flush", "away", "back", "lose")
+
+
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["reserve", "settle", "renew", "flush", "away", "back", "lose"]), st.integers(0, 9))))  # fmt: skip  # noqa: E501
+@given(st.lists(st.tuples(st.sampled_from(_STEPS), st.integers(0, 9))))
 def test_whatever_happens_each_request_is_charged_once(steps: list[tuple[str, int]]) -> None:
     async def play() -> None:
         book = FakeBook()

@@ -102,6 +102,9 @@ def test_an_address_that_is_published_to_this_machine_only_is_not_warned_about(
     config.write_text(f"listen: 0.0.0.0:50051\n{UNIT}")
     assert prepare(config, redis_url, "--published-at", "127.0.0.1:7000") == 0
     assert capsys.readouterr().err == ""
+    assert prepare(config, redis_url) == 1
+    assert "listen: other machines may connect to 0.0.0.0:50051" in capsys.readouterr().err
+    config.write_text(f"listen: 0.0.0.0:50051\naccess: {{open_on_network: true}}\n{UNIT}")
     assert prepare(config, redis_url) == 0
     assert "WARNING: listen: 0.0.0.0:50051 can be reached from other machines" in capsys.readouterr().err
 
@@ -115,9 +118,9 @@ def test_redis_has_to_be_named(config: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
-        ("http://h", "--redis-url: is 'http://h'; needed is redis://HOST:PORT, rediss:// or unix://PATH"),
+        ("http://h", "--redis-url: is 'http://h'; needed is redis://HOST:PORT, rediss://, unix://PATH, "),
         ("redis://:secret@h:x", "--redis-url: is 'redis://h:x', which cannot be opened: "),
-        ("unix://", "--redis-url: is 'unix://'; a path is needed, such as unix:///run/redis.sock"),
+        ("unix://", "--redis-url: is 'unix://', which has no path; needed is a URL such as unix:///run/redis.sock"),
     ],
 )
 def test_a_url_that_is_none_is_refused(

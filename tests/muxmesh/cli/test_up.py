@@ -410,6 +410,9 @@ def test_an_address_that_others_reach_is_warned_of_even_if_quiet(
     with state_lock(tmp_path / "state"):  # so that nothing starts
         arguments = ["--listen", "0.0.0.0:0", "--quiet", "--state-dir", str(tmp_path / "state")]
         assert main(["up", "-c", str(config), *arguments]) == 1
+        assert "every caller may use the models, as access.mode is open" in capfd.readouterr().err
+        config.write_text(f"{config.read_text()}\naccess: {{open_on_network: true}}\n")
+        assert main(["up", "-c", str(config), *arguments]) == 1
     assert "muxmesh: WARNING: listen: 0.0.0.0:0 can be reached from other machines" in capfd.readouterr().err
 
 

@@ -16,8 +16,8 @@ IN_UNIT = "units: [{models: [{name: m}], %s}]"
     ("text", "expected"),
     [
         ("lisen: a:1", "lisen: unknown field; did you mean `listen`?"),
-        ("model: a", "model: unknown field; known: mesh_id, listen, redis_url, log_format, metrics, router, order, "
-         "units"),
+        ("model: a", "model: unknown field; known: mesh_id, listen, redis_url, log_format, metrics, access, "
+         "router, order, units"),
         ("Units: []", "Units: unknown field; did you mean `units`?"),
         ("units: [{modles: []}]", "units[0].modles: unknown field; did you mean `models`?"),
         (IN_MODEL % "maxnumseqs: 3", "units[0].models[0].maxnumseqs: unknown field; did you mean `max_num_seqs`?"),
@@ -68,7 +68,8 @@ IN_UNIT = "units: [{models: [{name: m}], %s}]"
         ("units: [5]", "units[0]: is 5; must be a mapping with fields like `name`, `device`, `mps`"),
         ("listen: 50051", "listen: is 50051; must be text, in quotes if it looks like a number"),
         ("listen: here", "listen: is 'here'; must be HOST:PORT"),
-        ("redis_url: tcp://h", "redis_url: is 'tcp://h'; must begin with redis://, rediss:// or unix://"),
+        ("redis_url: tcp://h", "redis_url: is 'tcp://h'; must begin with redis://, rediss://, unix://, "
+         "redis+sentinel:// or redis+cluster://"),
         ("mesh_id: a b", "mesh_id: is 'a b'; must begin with a letter or a digit and have only letters, digits, '.', "
          "'_' and '-'"),
         (f"mesh_id: {'x' * 99}", "mesh_id: has 99 characters; at most 64"),

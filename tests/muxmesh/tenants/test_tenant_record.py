@@ -65,6 +65,9 @@ def test_a_key_is_valid_until_it_expires() -> None:
     assert ApiKeyRecord(hash="0" * 64, created_at_unix_s=1.0).is_valid(1e11)
 
 
-@pytest.mark.parametrize(("name", "fits"), [("a", True), ("a.b-c_1", True), ("a" * 65, False), ("", False), ("a b", False), ("-a", False), ("a\n", False)])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [("a", True), ("a.b-c_1", True), ("a" * 65, False), ("", False), ("a b", False), ("-a", False), ("a\n", False)],
+)
 def test_names(name: str, fits: bool) -> None:
     assert is_tenant_name(name) is fits
