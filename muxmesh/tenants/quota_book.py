@@ -110,9 +110,18 @@ class QuotaBook:
         requests_left, tokens_left, num_open, reserved, pairs = found
         totals = dict(zip(pairs[::2], pairs[1::2], strict=True))
         last = totals.get(b"last_used_unix_s")
-        counts = [int(totals.get(name, 0)) for name in (b"requests", b"prompt_tokens", b"output_tokens", b"refused")]
         last_used_unix_s = None if last is None else float(last)
-        return TenantUsage(*counts, last_used_unix_s, num_open, reserved, _left(requests_left), _left(tokens_left))
+        return TenantUsage(
+            requests=int(totals.get(b"requests", 0)),
+            prompt_tokens=int(totals.get(b"prompt_tokens", 0)),
+            output_tokens=int(totals.get(b"output_tokens", 0)),
+            refused=int(totals.get(b"refused", 0)),
+            last_used_unix_s=last_used_unix_s,
+            open_requests=num_open,
+            reserved_tokens=reserved,
+            requests_left=_left(requests_left),
+            tokens_left=_left(tokens_left),
+        )
 
     async def remove(self, tenant_id: str) -> None:
         """Removes all that is known of a tenant that is no more."""

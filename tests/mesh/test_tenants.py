@@ -60,7 +60,7 @@ class Tenants:
         async def is_settled() -> bool:
             (found,) = await self.run("usage", name)
             usage.update(found)
-            return found["open_requests"] == 0
+            return bool(found["open_requests"] == 0)
 
         await self.mesh.until(is_settled)
         return usage

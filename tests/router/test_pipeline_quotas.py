@@ -153,7 +153,7 @@ async def test_a_request_that_is_cancelled_in_the_queue_is_charged_nothing() -> 
     ],
 )
 async def test_what_a_tenant_may_not_ask_for_is_refused(
-    limits: dict[str, int], changes: dict[str, Any], problem: str
+    limits: dict[str, Any], changes: dict[str, Any], problem: str
 ) -> None:
     reserved, _, outcome = await run(writes("abc"), replace(REQUEST, tenant=tenant(**limits), **changes))
     assert isinstance(outcome, PermissionDenied if "best_priority" in limits else InvalidRequest)
