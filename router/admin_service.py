@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import grpc
@@ -12,6 +12,7 @@ from muxmesh.errors import ModelNotFound
 from muxmesh.internal.v1 import admin_pb2, admin_pb2_grpc, kvstore_pb2
 from muxmesh.quoting import quoted
 from muxmesh.rpc.status_codes import response_of
+from muxmesh.v1 import mesh_pb2
 from router.model_changes import ModelChanges
 from router.units import UnitLink, Units
 
@@ -21,9 +22,13 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class RouterAdminService(admin_pb2_grpc.RouterAdminServiceServicer):
     """See the proto. A command for a model on several units goes to all of them at once."""
 
-    def __init__(self, units: Units, changes: ModelChanges) -> None:
+    def __init__(
+        self, units: Units, changes: ModelChanges, counts: Callable[[], list[mesh_pb2.RouterModelStatus]]
+    ) -> None:
+        """``counts``: those of this router, by model."""
         self._units = units
         self._changes = changes
+        self._counts = counts
 
     async def PutModelToSleep(
         self, request: admin_pb2.PutModelToSleepRequest, context: Context
@@ -49,6 +54,12 @@ class RouterAdminService(admin_pb2_grpc.RouterAdminServiceServicer):
         """See the proto. Raises ConfigError."""
         await self._changes.read_runtime()
         return admin_pb2.ReadRuntimeResponse()
+
+    async def GetRouterCounts(
+        self, request: admin_pb2.GetRouterCountsRequest, context: Context
+    ) -> admin_pb2.GetRouterCountsResponse:
+        """See the proto."""
+        return admin_pb2.GetRouterCountsResponse(models=self._counts())
 
 
 def units_with(units: Units, model: str, unit: str) -> list[UnitLink]:

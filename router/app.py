@@ -34,6 +34,7 @@ from router.attempt import WorkerChannels, run_attempt
 from router.expected_work import ExpectedWork
 from router.length_forecast import LengthForecaster
 from router.model_changes import ModelChanges, placed_model
+from router.peer_routers import PeerRouters
 from router.pipeline import GenerationPipeline
 from router.predictor_snapshots import PredictorSnapshots
 from router.prompt_tokenizer import PromptTokenizer
@@ -87,17 +88,20 @@ async def serve(
         monitor.add(metrics.families)
         monitor.add(lambda: router_families(models, pipeline, forecaster, units, clock.unix_s()))
         mesh_service = MeshService(models, units, pipeline, forecaster, registry, policy, metrics, clock)
+        peers = PeerRouters(runtime, name)
+        stack.push_async_callback(peers.close)
         changes = ModelChanges(runtime.path, models, units, metrics)
-        admin = _admin_server(RouterAdminService(units, changes), mesh_service)
+        admin = _admin_server(RouterAdminService(units, changes, mesh_service.own_counts), mesh_service)
         await admin.start([runtime.admin_address(name)])
         await admin.set_serving()
         stack.push_async_callback(admin.stop, 0)
         server = _server(
             InferenceService(pipeline, clock, rng, RequestObserver(metrics, clock, config.router.log_requests)),
-            mesh_service,
+            MeshService(models, units, pipeline, forecaster, registry, policy, metrics, clock, peers.counts),
             public_limits(config.router, models, raise_file_limit()),
             monitor,
             tenancy.identify,
+            runtime.has_supervisor and config.routers > 1,
         )
         await server.start([config.listen, *endpoint.listen])
         stack.push_async_callback(server.stop, drain_s)
@@ -165,7 +169,12 @@ def _open_tokenizer(max_waiting_bytes: int, stack: AsyncExitStack) -> PromptToke
 
 
 def _server(
-    inference: InferenceService, mesh: MeshService, limits: PublicLimits, monitor: Monitor, identify: Identify
+    inference: InferenceService,
+    mesh: MeshService,
+    limits: PublicLimits,
+    monitor: Monitor,
+    identify: Identify,
+    shares_port: bool,
 ) -> MeshServer:
     return MeshServer(
         {
@@ -179,6 +188,7 @@ def _server(
         limits,
         on_health=monitor.report,
         identify=identify,
+        shares_port=shares_port,
     )
 
 

@@ -76,7 +76,12 @@ class ProcessKey:
 
     @property
     def name(self) -> str:
-        """Name of the process, unique in the mesh: ``role/unit/model#replica`` without empty parts."""
+        """Name of the process, unique in the mesh: ``role/unit/model#replica`` without empty parts.
+
+        Routers are ``router``, ``router-2``, ``router-3``, ...
+        """
+        if self.role == "router":
+            return f"router-{self.replica + 1}" if self.replica else "router"
         parts = [part for part in (str(self.role), self.unit, self.model) if part]
         return "/".join(parts) + (f"#{self.replica}" if self.replica else "")
 
@@ -160,9 +165,13 @@ class MeshRuntime(BaseModel):
         return self.model_copy(update={"config": self.config.with_listen(listen)})
 
     def endpoints(self) -> dict[ProcessKey, Endpoint]:
-        """All processes of this mesh in a fixed order: by unit, kvstore before workers; the router last."""
+        """All processes of this mesh in a fixed order: by unit, kvstore before workers; the routers last."""
         endpoints = {key: endpoint for unit in self.config.units for key, endpoint in self._unit_endpoints(unit)}
-        return {**endpoints, ProcessKey("router"): self._router_endpoint("router")}
+        return {**endpoints, **{key: self._router_endpoint(key.name) for key in self.router_keys()}}
+
+    def router_keys(self) -> list[ProcessKey]:
+        """The routers that a supervisor starts."""
+        return [ProcessKey("router", replica=index) for index in range(self.config.routers)]
 
     def display_name(self, key: ProcessKey) -> str:
         """The name of a process in logs, status and registry: without the unit if only one unit serves the model."""
@@ -171,7 +180,7 @@ class MeshRuntime(BaseModel):
         return key.name
 
     def router_endpoint(self, name: str) -> Endpoint:
-        """The endpoint of the router ``name``: `router` under a supervisor, any other for routers beside each other.
+        """The endpoint of the router ``name``: `router_keys` under a supervisor, any other name without one.
 
         Raises ConfigError if the name is not one, or its socket is that of another process, or has too long a path.
         """

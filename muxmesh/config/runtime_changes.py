@@ -8,7 +8,7 @@ from muxmesh.config.arbiter_config import ArbiterConfig
 from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.runtime import MeshRuntime, PreparedModel, ProcessKey
 
-_OF_ROUTERS = frozenset({"listen", "router"})
+_OF_ROUTERS = frozenset({"access", "listen", "router", "routers"})
 """Fields of mesh.yaml that only routers read."""
 _OF_THE_SUPERVISOR = {"metrics"}
 """Fields of mesh.yaml that no service reads."""
@@ -32,12 +32,12 @@ def restarts_needed(before: MeshRuntime, after: MeshRuntime) -> list[str]:
             return True
         return bool(_of_unit(before, key.unit) != _of_unit(after, key.unit))
 
-    endpoints = {**earlier, **later}
-    return [
-        "every router" if key.role == "router" else endpoint.name
-        for key, endpoint in endpoints.items()
+    changed = {
+        "every router" if key.role == "router" else endpoint.name: None
+        for key, endpoint in {**earlier, **later}.items()
         if has_changed(key)
-    ]
+    }
+    return list(changed)
 
 
 def with_model(runtime: MeshRuntime, unit: str, model: ModelConfig, prepared: PreparedModel) -> MeshRuntime:

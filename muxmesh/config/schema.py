@@ -24,6 +24,7 @@ from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
 from muxmesh.types import DEFAULT_ADDRESS, MAX_PORT, PreemptionMode, Role
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+MAX_ROUTERS = 64
 
 
 class NetworkConfig(Section):
@@ -289,6 +290,9 @@ class MeshConfig(Section):
     """The HTTP endpoint of `muxmesh up`. Unset: none. Services that run without it have their own, by `--metrics`."""
     access: AccessConfig = AccessConfig()
     """Who may send requests: everybody who can connect, or the tenants with an API key."""
+    routers: int = Field(default=1, ge=1, le=MAX_ROUTERS)
+    """Routers that `muxmesh up` starts. They share `listen`: the kernel divides connections among them, and a client
+    whose router is lost connects to another one. All of them order requests together."""
     router: RouterConfig = RouterConfig()
     """Limits of the router on requests, and its log of them."""
     order: OrderConfig = OrderConfig()

@@ -66,18 +66,21 @@ class MeshServer:
         is_on_network: bool = False,
         on_health: Callable[[str], None] = _ignore,
         identify: Identify = _admit,
+        shares_port: bool = False,
     ) -> None:
         """``services`` maps a descriptor to the function that adds its servicer to a server.
 
         ``public``: the limits on clients. None: all clients are processes of the mesh. ``is_on_network``: these may be
         on other hosts, whose loss is noticed by pings. ``on_health`` is called when the health has changed, with the
         reason for NOT_SERVING or an empty string. ``identify``: who calls a public server; health and reflection are
-        for everyone.
+        for everyone. ``shares_port``: whether other processes of this user may listen on the same port.
         """
         self._on_health = on_health
         options, interceptor = dict(_OPTIONS), _ErrorInterceptor(services)
         if is_on_network:
             options |= keepalive_options(_KEEPALIVE_TIME_S, _KEEPALIVE_TIMEOUT_S)
+        if shares_port:
+            options["grpc.so_reuseport"] = 1
         if public is not None:
             options |= public.server_options()
             interceptor = _PublicInterceptor(services, public, identify)

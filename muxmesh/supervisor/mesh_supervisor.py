@@ -1,7 +1,7 @@
 """The supervisor of a mesh on one machine: the processes of the mesh, and the order in which they start and stop.
 
-    start    Redis > MPS daemons > kvstores > workers and router
-    stop     router > workers > kvstores > MPS daemons > Redis
+    start    Redis > MPS daemons > kvstores > workers and routers
+    stop     routers > workers > kvstores > MPS daemons > Redis
 
 Knows command lines and health checks. `supervised_process` runs one process.
 """
@@ -300,6 +300,8 @@ class MeshSupervisor:
         named = [
             text for name, value in (("--unit", key.unit), ("--model", key.model)) if value for text in (name, value)
         ]
+        if key.role == "router":
+            named += ["--name", endpoint.name]
         probe = self._probes[endpoint.name] = HealthProbe(endpoint.address)
         if self.runtime.config.metrics is not None:
             named += ["--metrics", self.runtime.metrics_address(endpoint.name)]

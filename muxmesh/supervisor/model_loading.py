@@ -75,7 +75,7 @@ class ModelLoading:
                 undo.push_async_callback(self._remove_from_unit, unit, model)
                 await self._mesh.start_workers(unit, model)
                 undo.push_async_callback(self._mesh.stop_processes, _workers(after, unit, model))
-                await self._router_call()
+                await asyncio.gather(*(self._router_call(key.name) for key in after.router_keys()))
             except asyncio.CancelledError:  # the mesh stops: there is nothing to undo
                 undo.pop_all()
                 raise
@@ -105,10 +105,13 @@ class ModelLoading:
     async def _publish(self, runtime: MeshRuntime) -> None:
         """Makes ``runtime`` that of the mesh. A router that is not reached reads it when it starts."""
         self._mesh.set_runtime(runtime)
+        await asyncio.gather(*(self._tell_router(key.name) for key in runtime.router_keys()))
+
+    async def _tell_router(self, name: str) -> None:
         try:
-            await self._router_call()
+            await self._router_call(name)
         except MeshError as error:
-            _log.warning("the router has not read the runtime file: %s", error)
+            _log.warning("the %s has not read the runtime file: %s", name, error)
 
     async def _remove_from_unit(self, unit: str, model: str, timeout_s: float | None = _CALL_S) -> None:
         """Returns when the unit does not have the model, or cannot say so: the caller goes on in any case."""
@@ -125,8 +128,8 @@ class ModelLoading:
             call = getattr(kvstore_pb2_grpc.UnitModelServiceStub(channel), method)
             await response_of(call(request, timeout=timeout_s, wait_for_ready=True))
 
-    async def _router_call(self) -> None:
-        async with internal_channel(self._mesh.runtime.admin_address("router")) as channel:
+    async def _router_call(self, name: str) -> None:
+        async with internal_channel(self._mesh.runtime.admin_address(name)) as channel:
             stub = admin_pb2_grpc.RouterAdminServiceStub(channel)
             request = admin_pb2.ReadRuntimeRequest()
             await response_of(stub.ReadRuntime(request, timeout=_CALL_S, wait_for_ready=True))

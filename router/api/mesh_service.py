@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import grpc
@@ -18,6 +19,7 @@ from muxmesh.v1 import mesh_pb2, mesh_pb2_grpc
 from router.api.unknown_fields import refuse_unknown_fields
 from router.caller import caller
 from router.length_forecast import LengthForecaster
+from router.peer_routers import with_peers
 from router.pipeline import GenerationPipeline
 from router.request_metrics import RequestMetrics
 from router.served_models import ServedModel, ServedModels
@@ -25,7 +27,12 @@ from router.slo_counts import WINDOW_S, SloTally
 from router.units import UnitLink, Units
 
 Context = grpc.aio.ServicerContext[Any, Any]
+PeerCounts = Callable[[], Awaitable[Iterable[mesh_pb2.RouterModelStatus]]]
 _STATUS_TIMEOUT_S = 2.0
+
+
+async def _no_peers() -> Iterable[mesh_pb2.RouterModelStatus]:
+    return ()
 
 
 class MeshService(mesh_pb2_grpc.MeshServicer):
@@ -41,7 +48,9 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
         policy: SchedulingPolicy,
         metrics: RequestMetrics,
         clock: Clock,
+        peer_counts: PeerCounts = _no_peers,
     ) -> None:
+        """``peer_counts``: the counts of the other routers, which `GetStatus` adds to those of this one."""
         self._models = models
         self._units = units
         self._pipeline = pipeline
@@ -50,6 +59,11 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
         self._policy = policy
         self._metrics = metrics
         self._clock = clock
+        self._peer_counts = peer_counts
+
+    def own_counts(self) -> list[mesh_pb2.RouterModelStatus]:
+        """The counts of this router, by model."""
+        return [self._router_status(model) for model in self._models]
 
     async def ListModels(self, request: mesh_pb2.ListModelsRequest, context: Context) -> mesh_pb2.ListModelsResponse:
         """See the proto."""
@@ -76,7 +90,7 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
         processes = await self._registry.processes()
         return mesh_pb2.GetStatusResponse(
             version=__version__,
-            models=[self._router_status(model) for model in self._models],
+            models=with_peers(self.own_counts(), await self._peer_counts()),
             units=[await _unit_status(link) for link in self._units],
             processes=[
                 mesh_pb2.ProcessStatus(

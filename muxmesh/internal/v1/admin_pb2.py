@@ -22,37 +22,42 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from muxmesh.v1 import mesh_pb2 as muxmesh_dot_v1_dot_mesh__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmuxmesh/internal/v1/admin.proto\x12\x13muxmesh.internal.v1\"K\n\x16PutModelToSleepRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04unit\x18\x02 \x01(\t\x12\x14\n\x0c\x64rop_weights\x18\x03 \x01(\x08\"\x19\n\x17PutModelToSleepResponse\"1\n\x12\x41wakenModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04unit\x18\x02 \x01(\t\"\x15\n\x13\x41wakenModelResponse\"\x14\n\x12ReadRuntimeRequest\"\x15\n\x13ReadRuntimeResponse\"4\n\x10LoadModelRequest\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12\x12\n\nmodel_json\x18\x02 \x01(\t\"!\n\x11LoadModelResponse\x12\x0c\n\x04unit\x18\x01 \x01(\t\"#\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse2\xc6\x02\n\x12RouterAdminService\x12l\n\x0fPutModelToSleep\x12+.muxmesh.internal.v1.PutModelToSleepRequest\x1a,.muxmesh.internal.v1.PutModelToSleepResponse\x12`\n\x0b\x41wakenModel\x12\'.muxmesh.internal.v1.AwakenModelRequest\x1a(.muxmesh.internal.v1.AwakenModelResponse\x12`\n\x0bReadRuntime\x12\'.muxmesh.internal.v1.ReadRuntimeRequest\x1a(.muxmesh.internal.v1.ReadRuntimeResponse2\xd6\x01\n\x16SupervisorAdminService\x12Z\n\tLoadModel\x12%.muxmesh.internal.v1.LoadModelRequest\x1a&.muxmesh.internal.v1.LoadModelResponse\x12`\n\x0bUnloadModel\x12\'.muxmesh.internal.v1.UnloadModelRequest\x1a(.muxmesh.internal.v1.UnloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmuxmesh/internal/v1/admin.proto\x12\x13muxmesh.internal.v1\x1a\x15muxmesh/v1/mesh.proto\"K\n\x16PutModelToSleepRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04unit\x18\x02 \x01(\t\x12\x14\n\x0c\x64rop_weights\x18\x03 \x01(\x08\"\x19\n\x17PutModelToSleepResponse\"1\n\x12\x41wakenModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04unit\x18\x02 \x01(\t\"\x15\n\x13\x41wakenModelResponse\"\x14\n\x12ReadRuntimeRequest\"\x15\n\x13ReadRuntimeResponse\"\x18\n\x16GetRouterCountsRequest\"H\n\x17GetRouterCountsResponse\x12-\n\x06models\x18\x01 \x03(\x0b\x32\x1d.muxmesh.v1.RouterModelStatus\"4\n\x10LoadModelRequest\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12\x12\n\nmodel_json\x18\x02 \x01(\t\"!\n\x11LoadModelResponse\x12\x0c\n\x04unit\x18\x01 \x01(\t\"#\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse2\xb4\x03\n\x12RouterAdminService\x12l\n\x0fPutModelToSleep\x12+.muxmesh.internal.v1.PutModelToSleepRequest\x1a,.muxmesh.internal.v1.PutModelToSleepResponse\x12`\n\x0b\x41wakenModel\x12\'.muxmesh.internal.v1.AwakenModelRequest\x1a(.muxmesh.internal.v1.AwakenModelResponse\x12`\n\x0bReadRuntime\x12\'.muxmesh.internal.v1.ReadRuntimeRequest\x1a(.muxmesh.internal.v1.ReadRuntimeResponse\x12l\n\x0fGetRouterCounts\x12+.muxmesh.internal.v1.GetRouterCountsRequest\x1a,.muxmesh.internal.v1.GetRouterCountsResponse2\xd6\x01\n\x16SupervisorAdminService\x12Z\n\tLoadModel\x12%.muxmesh.internal.v1.LoadModelRequest\x1a&.muxmesh.internal.v1.LoadModelResponse\x12`\n\x0bUnloadModel\x12\'.muxmesh.internal.v1.UnloadModelRequest\x1a(.muxmesh.internal.v1.UnloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'muxmesh.internal.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PUTMODELTOSLEEPREQUEST']._serialized_start=56
-  _globals['_PUTMODELTOSLEEPREQUEST']._serialized_end=131
-  _globals['_PUTMODELTOSLEEPRESPONSE']._serialized_start=133
-  _globals['_PUTMODELTOSLEEPRESPONSE']._serialized_end=158
-  _globals['_AWAKENMODELREQUEST']._serialized_start=160
-  _globals['_AWAKENMODELREQUEST']._serialized_end=209
-  _globals['_AWAKENMODELRESPONSE']._serialized_start=211
-  _globals['_AWAKENMODELRESPONSE']._serialized_end=232
-  _globals['_READRUNTIMEREQUEST']._serialized_start=234
-  _globals['_READRUNTIMEREQUEST']._serialized_end=254
-  _globals['_READRUNTIMERESPONSE']._serialized_start=256
-  _globals['_READRUNTIMERESPONSE']._serialized_end=277
-  _globals['_LOADMODELREQUEST']._serialized_start=279
-  _globals['_LOADMODELREQUEST']._serialized_end=331
-  _globals['_LOADMODELRESPONSE']._serialized_start=333
-  _globals['_LOADMODELRESPONSE']._serialized_end=366
-  _globals['_UNLOADMODELREQUEST']._serialized_start=368
-  _globals['_UNLOADMODELREQUEST']._serialized_end=403
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=405
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=426
-  _globals['_ROUTERADMINSERVICE']._serialized_start=429
-  _globals['_ROUTERADMINSERVICE']._serialized_end=755
-  _globals['_SUPERVISORADMINSERVICE']._serialized_start=758
-  _globals['_SUPERVISORADMINSERVICE']._serialized_end=972
+  _globals['_PUTMODELTOSLEEPREQUEST']._serialized_start=79
+  _globals['_PUTMODELTOSLEEPREQUEST']._serialized_end=154
+  _globals['_PUTMODELTOSLEEPRESPONSE']._serialized_start=156
+  _globals['_PUTMODELTOSLEEPRESPONSE']._serialized_end=181
+  _globals['_AWAKENMODELREQUEST']._serialized_start=183
+  _globals['_AWAKENMODELREQUEST']._serialized_end=232
+  _globals['_AWAKENMODELRESPONSE']._serialized_start=234
+  _globals['_AWAKENMODELRESPONSE']._serialized_end=255
+  _globals['_READRUNTIMEREQUEST']._serialized_start=257
+  _globals['_READRUNTIMEREQUEST']._serialized_end=277
+  _globals['_READRUNTIMERESPONSE']._serialized_start=279
+  _globals['_READRUNTIMERESPONSE']._serialized_end=300
+  _globals['_GETROUTERCOUNTSREQUEST']._serialized_start=302
+  _globals['_GETROUTERCOUNTSREQUEST']._serialized_end=326
+  _globals['_GETROUTERCOUNTSRESPONSE']._serialized_start=328
+  _globals['_GETROUTERCOUNTSRESPONSE']._serialized_end=400
+  _globals['_LOADMODELREQUEST']._serialized_start=402
+  _globals['_LOADMODELREQUEST']._serialized_end=454
+  _globals['_LOADMODELRESPONSE']._serialized_start=456
+  _globals['_LOADMODELRESPONSE']._serialized_end=489
+  _globals['_UNLOADMODELREQUEST']._serialized_start=491
+  _globals['_UNLOADMODELREQUEST']._serialized_end=526
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=528
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=549
+  _globals['_ROUTERADMINSERVICE']._serialized_start=552
+  _globals['_ROUTERADMINSERVICE']._serialized_end=988
+  _globals['_SUPERVISORADMINSERVICE']._serialized_start=991
+  _globals['_SUPERVISORADMINSERVICE']._serialized_end=1205
 # @@protoc_insertion_point(module_scope)

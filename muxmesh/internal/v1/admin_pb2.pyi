@@ -5,8 +5,11 @@ Commands of an operator for the models of a running mesh. Both services listen o
 which only the user of the mesh can reach (see muxmesh/config/runtime.py), and never on a port.
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
+from muxmesh.v1 import mesh_pb2 as _mesh_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -100,6 +103,33 @@ class ReadRuntimeResponse(_message.Message):
     ) -> None: ...
 
 Global___ReadRuntimeResponse: _TypeAlias = ReadRuntimeResponse  # noqa: Y015
+
+@_typing.final
+class GetRouterCountsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___GetRouterCountsRequest: _TypeAlias = GetRouterCountsRequest  # noqa: Y015
+
+@_typing.final
+class GetRouterCountsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[_mesh_pb2.RouterModelStatus]: ...
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[_mesh_pb2.RouterModelStatus] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___GetRouterCountsResponse: _TypeAlias = GetRouterCountsResponse  # noqa: Y015
 
 @_typing.final
 class LoadModelRequest(_message.Message):

@@ -50,6 +50,11 @@ class RouterAdminServiceStub(object):
                 request_serializer=muxmesh_dot_internal_dot_v1_dot_admin__pb2.ReadRuntimeRequest.SerializeToString,
                 response_deserializer=muxmesh_dot_internal_dot_v1_dot_admin__pb2.ReadRuntimeResponse.FromString,
                 _registered_method=True)
+        self.GetRouterCounts = channel.unary_unary(
+                '/muxmesh.internal.v1.RouterAdminService/GetRouterCounts',
+                request_serializer=muxmesh_dot_internal_dot_v1_dot_admin__pb2.GetRouterCountsRequest.SerializeToString,
+                response_deserializer=muxmesh_dot_internal_dot_v1_dot_admin__pb2.GetRouterCountsResponse.FromString,
+                _registered_method=True)
 
 
 class RouterAdminServiceServicer(object):
@@ -78,6 +83,13 @@ class RouterAdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetRouterCounts(self, request, context):
+        """The counts of this router alone, for the others beside it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterAdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +107,11 @@ def add_RouterAdminServiceServicer_to_server(servicer, server):
                     servicer.ReadRuntime,
                     request_deserializer=muxmesh_dot_internal_dot_v1_dot_admin__pb2.ReadRuntimeRequest.FromString,
                     response_serializer=muxmesh_dot_internal_dot_v1_dot_admin__pb2.ReadRuntimeResponse.SerializeToString,
+            ),
+            'GetRouterCounts': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRouterCounts,
+                    request_deserializer=muxmesh_dot_internal_dot_v1_dot_admin__pb2.GetRouterCountsRequest.FromString,
+                    response_serializer=muxmesh_dot_internal_dot_v1_dot_admin__pb2.GetRouterCountsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +196,33 @@ class RouterAdminService(object):
             '/muxmesh.internal.v1.RouterAdminService/ReadRuntime',
             muxmesh_dot_internal_dot_v1_dot_admin__pb2.ReadRuntimeRequest.SerializeToString,
             muxmesh_dot_internal_dot_v1_dot_admin__pb2.ReadRuntimeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRouterCounts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxmesh.internal.v1.RouterAdminService/GetRouterCounts',
+            muxmesh_dot_internal_dot_v1_dot_admin__pb2.GetRouterCountsRequest.SerializeToString,
+            muxmesh_dot_internal_dot_v1_dot_admin__pb2.GetRouterCountsResponse.FromString,
             options,
             channel_credentials,
             insecure,

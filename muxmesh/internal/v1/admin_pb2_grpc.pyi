@@ -43,6 +43,8 @@ class RouterAdminServiceStub:
     """On each unit that has the model. The response waits until it is awake."""
     ReadRuntime: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ReadRuntimeRequest, _admin_pb2.ReadRuntimeResponse]
     """Reads the runtime file again: the router serves the models that it names."""
+    GetRouterCounts: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetRouterCountsRequest, _admin_pb2.GetRouterCountsResponse]
+    """The counts of this router alone, for the others beside it."""
 
 @_typing.type_check_only
 class RouterAdminServiceAsyncStub(RouterAdminServiceStub):
@@ -57,6 +59,8 @@ class RouterAdminServiceAsyncStub(RouterAdminServiceStub):
     """On each unit that has the model. The response waits until it is awake."""
     ReadRuntime: _aio.UnaryUnaryMultiCallable[_admin_pb2.ReadRuntimeRequest, _admin_pb2.ReadRuntimeResponse]  # type: ignore[assignment]
     """Reads the runtime file again: the router serves the models that it names."""
+    GetRouterCounts: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetRouterCountsRequest, _admin_pb2.GetRouterCountsResponse]  # type: ignore[assignment]
+    """The counts of this router alone, for the others beside it."""
 
 class RouterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Of each router, beside muxmesh.v1.Mesh."""
@@ -86,6 +90,14 @@ class RouterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ReadRuntimeResponse, _abc.Awaitable[_admin_pb2.ReadRuntimeResponse]]:
         """Reads the runtime file again: the router serves the models that it names."""
+
+    @_abc_1.abstractmethod
+    def GetRouterCounts(
+        self,
+        request: _admin_pb2.GetRouterCountsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetRouterCountsResponse, _abc.Awaitable[_admin_pb2.GetRouterCountsResponse]]:
+        """The counts of this router alone, for the others beside it."""
 
 def add_RouterAdminServiceServicer_to_server(servicer: RouterAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
