@@ -51,11 +51,20 @@ def open_redis(url: str, *, timeout_s: float = TIMEOUT_S, **options: Any) -> Red
         is_tls = {"ssl": settings["ssl"]} if "ssl" in settings else {}
         sentinel_options = {**of_sentinel, **is_tls, "socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
         sentinel = Sentinel(nodes, sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call]
-        return sentinel.master_for(path, **{**settings, **options, **again})
+        return sentinel.master_for(path, **{"redis_class": _Primary, **settings, **options, **again})
     pool = redis.asyncio.BlockingConnectionPool.from_url(
         url, max_connections=_MAX_CONNECTIONS, timeout=timeout_s, **options, **again
     )
     return redis.asyncio.Redis.from_pool(pool)
+
+
+class _Primary(redis.asyncio.Redis):
+    """A client of the primary. Closing it closes its connections to the Sentinels too, which redis-py leaves open."""
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        await super().aclose(close_connection_pool)
+        for sentinel in self.connection_pool.sentinel_manager.sentinels:  # type: ignore[attr-defined]
+            await sentinel.aclose()
 
 
 def redis_url_problem(url: str) -> str | None:

