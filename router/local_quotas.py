@@ -1,11 +1,12 @@
 """The limits of tenants as one router keeps them by itself while Redis is away. Pure.
 
-Each router grants its part: the limit divided by the number of routers that had reservations of the tenant. The
-buckets stay, and refill, when Redis returns, so an unsteady Redis does not grant a tenant a full bucket each time.
+Each router grants its part: the limit, and what Redis said was left of it, divided by the number of routers that had
+reservations of the tenant. When Redis returns it is charged for all that was granted, and says again what is left.
 """
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from muxmesh.tenants.tenant import Tenant, quota_exceeded
@@ -33,10 +34,21 @@ class _Bucket:
 
 
 class LocalQuotas:
-    """Owns the buckets of all tenants, by tenant id and limit."""
+    """Owns the buckets of all tenants, by tenant id and limit.
+
+    A bucket is made when Redis is away and the tenant sends a request, and dropped with the next word of Redis.
+    """
 
     def __init__(self) -> None:
         self._buckets: dict[tuple[str, str], _Bucket] = {}
+        self._left: dict[tuple[str, str], tuple[float, float]] = {}
+        """What Redis said last is left in all, and when."""
+
+    def note(self, tenant: Tenant, requests_left: float, tokens_left: float, now_s: float) -> None:
+        """Redis has said what is left of the tenant's limits."""
+        for name, left in (("requests_per_minute", requests_left), ("tokens_per_minute", tokens_left)):
+            self._left[tenant.tenant_id, name] = left, now_s
+            self._buckets.pop((tenant.tenant_id, name), None)
 
     def grant(self, tenant: Tenant, num_tokens: int, num_open: int, num_routers: int, now_s: float) -> None:
         """Grants a request of ``num_tokens`` beside ``num_open`` ones of this router. Raises QuotaExceeded.
@@ -53,7 +65,7 @@ class LocalQuotas:
         for name, limit, amount in asked:
             if limit is None:
                 continue
-            bucket = self._bucket(tenant.tenant_id, name, limit / num_routers, now_s)
+            bucket = self._bucket(tenant.tenant_id, name, num_routers, limit, now_s)
             needed = min(amount, bucket.limit)
             wait_s = bucket.wait_s(needed)
             if wait_s > 0:
@@ -69,11 +81,16 @@ class LocalQuotas:
             bucket.refill(bucket.limit, now_s)
             bucket.level = min(bucket.limit, bucket.level + num_reserved - num_used)
 
-    def drop(self, tenant_ids: set[str]) -> None:
-        """Removes the buckets of tenants that are no more."""
-        self._buckets = {key: bucket for key, bucket in self._buckets.items() if key[0] not in tenant_ids}
+    def keep_only(self, tenant_ids: Set[str]) -> None:
+        """Removes what is known of all other tenants: they were removed."""
+        self._buckets = {key: bucket for key, bucket in self._buckets.items() if key[0] in tenant_ids}
+        self._left = {key: left for key, left in self._left.items() if key[0] in tenant_ids}
 
-    def _bucket(self, tenant_id: str, name: str, limit: float, now_s: float) -> _Bucket:
-        bucket = self._buckets.setdefault((tenant_id, name), _Bucket(limit, limit, now_s))
+    def _bucket(self, tenant_id: str, name: str, num_routers: int, whole: int, now_s: float) -> _Bucket:
+        limit, key = whole / num_routers, (tenant_id, name)
+        if key not in self._buckets:
+            left, at_s = self._left.get(key, (whole, now_s))
+            self._buckets[key] = _Bucket(limit, left / num_routers, at_s)
+        bucket = self._buckets[key]
         bucket.refill(limit, now_s)
         return bucket

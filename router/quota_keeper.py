@@ -11,14 +11,14 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, Protocol
 
 from muxmesh.clock import Clock
 from muxmesh.errors import QuotaExceeded, Unavailable
-from muxmesh.tenants.quota_book import Renewal, Used
+from muxmesh.tenants.quota_book import Left, Renewal, Used
 from muxmesh.tenants.tenant import Tenant
 from router.local_quotas import LocalQuotas
 
@@ -40,7 +40,7 @@ OnRedisLoss = Literal["open", "closed"]
 class Book(Protocol):
     """See `QuotaBook`."""
 
-    async def reserve(self, tenant: Tenant, owner: str, reservation_id: str, num_tokens: int) -> None: ...
+    async def reserve(self, tenant: Tenant, owner: str, reservation_id: str, num_tokens: int) -> Left: ...
     async def settle(self, tenant: Tenant, reservation_id: str, used: Used) -> None: ...
     async def renew(self, tenant: Tenant, owner: str, next_number: int, tokens_of: Mapping[str, int]) -> Renewal: ...
 
@@ -136,6 +136,11 @@ class QuotaKeeper:
         self._unsettled.append(_Settlement(one.tenant, one.reservation_id, used))
         self._work.set()
 
+    def keep_only(self, tenant_ids: Set[str]) -> None:
+        """Removes what is known of all other tenants, but for requests that still run."""
+        self._local.keep_only(tenant_ids)
+        self._num_routers = {one: number for one, number in self._num_routers.items() if one in tenant_ids}
+
     async def run(self) -> None:
         """Settles and renews until cancelled."""
         async with asyncio.TaskGroup() as group:
@@ -153,10 +158,11 @@ class QuotaKeeper:
         """False if Redis does not respond in time."""
         try:
             async with asyncio.timeout(RESERVE_TIMEOUT_S):
-                await self._book.reserve(one.tenant, self._owner, one.reservation_id, one.num_tokens)
+                left = await self._book.reserve(one.tenant, self._owner, one.reservation_id, one.num_tokens)
         except (Unavailable, TimeoutError) as error:
             self._note_away(error)
             return False
+        self._local.note(one.tenant, left.requests, left.tokens, self._clock.monotonic_s())
         return True
 
     def _reserve_here(self, one: Reservation, num_open: int, now_s: float) -> None:

@@ -93,7 +93,7 @@ class KeyedTenancy:
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(refresh_repeatedly(self._directory, self._access))
+            group.create_task(refresh_repeatedly(self._directory, self._access, self._keeper.keep_only))
             group.create_task(self._keeper.run())
 
     async def close(self) -> None:

@@ -27,7 +27,6 @@ class TenantAccess:
         self.copy: DirectoryCopy | None = None
         """None: the directory was not read yet."""
         self._by_hash: dict[str, tuple[ApiKeyRecord, Tenant]] = {}
-        self._by_id: dict[str, Tenant] = {}
 
     def use(self, copy: DirectoryCopy) -> None:
         """Replaces the copy. Keys that are no longer in it are refused from now on."""
@@ -36,7 +35,6 @@ class TenantAccess:
                 _log.error("the record of tenant %s is of another version of MuxMesh or damaged: it is refused", name)
         self.copy = copy
         self._by_hash = {key.hash: (key, tenant) for key, tenant in _keys_of(copy)}
-        self._by_id = {record.tenant_id: record.tenant for record in copy.records.values()}
 
     def identify(self, metadata: Metadata) -> Tenant:
         """The tenant of a call with this metadata. Raises Unauthenticated, or Unavailable before the first copy.
@@ -51,9 +49,10 @@ class TenantAccess:
             raise Unauthenticated("the API key is not valid")
         return found[1]
 
-    def tenant_of(self, tenant_id: str) -> Tenant | None:
-        """The tenant of this id, with its present limits; None if it was removed."""
-        return self._by_id.get(tenant_id)
+    @property
+    def tenant_ids(self) -> set[str]:
+        """Of all tenants."""
+        return {record.tenant_id for record in self.copy.records.values()} if self.copy else set()
 
 
 def _keys_of(copy: DirectoryCopy) -> Iterator[tuple[ApiKeyRecord, Tenant]]:

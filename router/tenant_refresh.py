@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Set
 
 from muxmesh.errors import Unavailable
 from muxmesh.tenants.tenant_directory import TenantDirectory
@@ -31,12 +32,20 @@ async def refresh(directory: TenantDirectory, access: TenantAccess) -> None:
     access.use(await directory.read())
 
 
-async def refresh_repeatedly(directory: TenantDirectory, access: TenantAccess) -> None:
-    """Calls `refresh` every `REFRESH_S` until cancelled. An unreachable Redis is logged once."""
+async def refresh_repeatedly(
+    directory: TenantDirectory, access: TenantAccess, on_change: Callable[[Set[str]], None]
+) -> None:
+    """Calls `refresh` every `REFRESH_S` until cancelled. An unreachable Redis is logged once.
+
+    ``on_change`` is called with the ids of all tenants when they were read again.
+    """
     is_reachable = True
     while True:
         try:
+            before = access.copy
             await refresh(directory, access)
+            if access.copy is not before:
+                on_change(access.tenant_ids)
             is_reachable = True
         except Unavailable as error:
             if is_reachable:

@@ -32,6 +32,14 @@ class Used:
 
 
 @dataclass(frozen=True, slots=True)
+class Left:
+    """What a tenant has left of its buckets; of a limit that is none, nothing that counts."""
+
+    requests: float
+    tokens: float
+
+
+@dataclass(frozen=True, slots=True)
 class Renewal:
     """``num_added``: open reservations that Redis had lost. ``num_owners``: routers with reservations of the tenant."""
 
@@ -65,8 +73,8 @@ class QuotaBook:
         self._renew = client.register_script(quota_scripts.RENEW)
         self._read = client.register_script(quota_scripts.READ)
 
-    async def reserve(self, tenant: Tenant, owner: str, reservation_id: str, num_tokens: int) -> None:
-        """Reserves a request and its tokens. A second call with the same id changes nothing.
+    async def reserve(self, tenant: Tenant, owner: str, reservation_id: str, num_tokens: int) -> Left:
+        """Reserves a request and its tokens; returns what is left. A second call with the same id changes nothing.
 
         Raises QuotaExceeded with the seconds until it would be granted, if no other request comes before.
         """
@@ -74,12 +82,13 @@ class QuotaBook:
         all_limits = (limits.requests_per_minute, limits.tokens_per_minute, limits.max_concurrent_requests)
         arguments = [reservation_id, owner, self._owner_ttl_s, num_tokens, *map(_limit, all_limits)]
         try:
-            granted, *refusal = await self._reserve(keys=self._keys(tenant.tenant_id), args=arguments)
+            granted, *details = await self._reserve(keys=self._keys(tenant.tenant_id), args=arguments)
         except (RedisError, OSError) as error:
             raise _unavailable(error) from error
-        if not granted:
-            quota, wait_s, left, needed = refusal
-            raise quota_exceeded(tenant, quota.decode(), int(left), int(needed), float(wait_s))
+        if granted:
+            return Left(*map(float, details))
+        quota, wait_s, left, needed = details
+        raise quota_exceeded(tenant, quota.decode(), int(left), int(needed), float(wait_s))
 
     async def settle(self, tenant: Tenant, reservation_id: str, used: Used) -> None:
         """Charges what was used and gives the reservation back. A second call with the same id changes nothing."""

@@ -116,13 +116,14 @@ if redis.call('HEXISTS', open, id) == 0 then
 end
 redis.call('ZADD', owners, now + ttl, owner)
 keep(request_level, token_level)
-return {1}
+return {1, string.format('%.6f', request_level or 0), string.format('%.6f', token_level or 0)}
 """
 )
 """Arguments: id, owner, TTL of the owner in s, tokens, then the limits on requests, tokens and open reservations.
 
-An empty limit is none. Returns 1, or 0 with the exceeded limit, seconds until it would be granted, what is left of it
-and what is needed. More tokens than the bucket holds are granted when it is full; its level is negative then.
+An empty limit is none. Returns 1 with the levels of the buckets of requests and tokens, or 0 with the exceeded limit,
+seconds until it would be granted, what is left of it and what is needed. More tokens than the bucket holds are granted
+when it is full; its level is negative then.
 """
 
 SETTLE = (

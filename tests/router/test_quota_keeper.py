@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from muxmesh.clock import ManualClock
 from muxmesh.errors import QuotaExceeded, Unavailable
 from muxmesh.redis_connection import open_redis
-from muxmesh.tenants.quota_book import QuotaBook, Renewal, Used
+from muxmesh.tenants.quota_book import Left, QuotaBook, Renewal, Used
 from muxmesh.tenants.tenant import Tenant, quota_exceeded
 from router import quota_keeper
 from router.local_quotas import LocalQuotas
@@ -45,7 +45,7 @@ class FakeBook:
         if self.error is not None:
             raise self.error
 
-    async def reserve(self, of: Tenant, owner: str, reservation_id: str, num_tokens: int) -> None:
+    async def reserve(self, of: Tenant, owner: str, reservation_id: str, num_tokens: int) -> Left:
         self.num_calls += 1
         if not self.loses_answers:
             await self._answer()
@@ -55,6 +55,7 @@ class FakeBook:
         self.open[reservation_id] = num_tokens
         if self.loses_answers:
             await self._answer()
+        return Left(0.0, 0.0 if limit is None else limit - self.charged - sum(self.open.values()))
 
     async def settle(self, of: Tenant, reservation_id: str, used: Used) -> None:
         self.num_calls += 1
@@ -205,7 +206,7 @@ async def test_after_a_renewal_the_local_part_is_that_of_one_router(keeper: Quot
     await keeper.renew()
     book.error = Unavailable("gone")
     await keeper.reserve(ONE, 100)
-    with pytest.raises(QuotaExceeded, match="400 of 1000 per minute are left"):
+    with pytest.raises(QuotaExceeded, match="350 of 1000 per minute are left"):
         await keeper.reserve(ONE, 450)
     first.settle(0, 0)
 
@@ -319,8 +320,19 @@ def test_local_buckets_refill_with_time_and_hold_a_part() -> None:
     with pytest.raises(QuotaExceeded) as caught:
         local.grant(one, 50, 0, 2, 60.0)
     assert caught.value.quota == "tokens_per_minute"
-    local.drop({one.tenant_id})
+    local.keep_only({"id-other"})
     local.grant(one, 50, 0, 2, 60.0)
+
+
+def test_local_buckets_begin_with_what_redis_said_is_left() -> None:
+    local, one = LocalQuotas(), tenant(tokens_per_minute=600)
+    local.note(one, 0.0, 200.0, 0.0)
+    local.grant(one, 100, 0, 2, 0.0)
+    with pytest.raises(QuotaExceeded) as caught:
+        local.grant(one, 100, 0, 2, 0.0)
+    assert caught.value.retry_after_s == pytest.approx(20.0)
+    local.note(one, 0.0, 600.0, 1.0)
+    local.grant(one, 300, 0, 2, 1.0)
 
 
 def test_a_local_request_larger_than_the_bucket_waits_until_it_is_full() -> None:

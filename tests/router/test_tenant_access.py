@@ -148,7 +148,8 @@ async def test_while_redis_is_away_the_copy_stays_and_one_warning_is_logged(
     monkeypatch.setattr("router.tenant_refresh.REFRESH_S", 0.0)
     directory = FakeDirectory(DirectoryCopy("1", {"acme": record("acme", "k1")}))
     access = TenantAccess(ManualClock())
-    task = asyncio.ensure_future(refresh_repeatedly(cast(Any, directory), access))
+    ids: list[Any] = []
+    task = asyncio.ensure_future(refresh_repeatedly(cast(Any, directory), access, ids.append))
     while directory.num_reads == 0:
         await asyncio.sleep(0)
     directory.error = Unavailable("Redis does not respond: gone")
@@ -158,6 +159,7 @@ async def test_while_redis_is_away_the_copy_stays_and_one_warning_is_logged(
     assert access.identify(bearer("k1")).name == "acme"
     assert caplog.text.count("the tenants stay as they were read last") == 1
     directory.error, directory.copy = None, DirectoryCopy("2", {})
-    while directory.num_reads < 2:
+    while len(ids) < 2:
         await asyncio.sleep(0)
+    assert ids == [{"0000000000000001"}, set()]
     task.cancel()
