@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -69,16 +70,17 @@ class QuotaRun:
         self.num_sent = 0
 
     async def send(self, num_requests: int, on_sent: Callable[[int], Awaitable[None]]) -> float:
-        """Sends requests of all tenants until there were ``num_requests``; returns the seconds that it took."""
+        """Sends ``num_requests``, as many of each tenant; returns the seconds that it took."""
         started_s = time.monotonic()
-        first = self.num_sent
+        left = dict.fromkeys(self.keys, num_requests // len(self.keys))
 
         async def client(name: str) -> None:
             tally = self.tallies[name]
             async with MeshClient(self.mesh.address, api_key=self.keys[name], retries=NO_RETRIES) as one:
-                while self.num_sent - first < num_requests:
+                while left[name] > 0:
+                    left[name] -= 1
                     self.num_sent += 1
-                    await on_sent(self.num_sent - first)
+                    await on_sent(self.num_sent)
                     await self._request(one, tally)
 
         await asyncio.gather(*(client(name) for name in self.keys for _ in range(CLIENTS)))
@@ -117,12 +119,13 @@ class QuotaRun:
 
 
 async def tenant_command(mesh: UpProcess, *arguments: str) -> Any:
+    """What `muxmesh tenant` prints with --json."""
     process = await asyncio.create_subprocess_exec(
-        str(Path(os.sys.executable).parent / "muxmesh"), "tenant", *arguments, "--state-dir", str(mesh.state_dir),
+        str(Path(sys.executable).parent / "muxmesh"), "tenant", *arguments, "--state-dir", str(mesh.state_dir),
         "--json", stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     out, _ = await process.communicate()
-    assert process.returncode == 0, arguments
+    assert process.returncode == 0, (arguments, out.decode())
     return json.loads(out)
 
 
@@ -163,6 +166,8 @@ def check(report: Report, run: QuotaRun, usages: dict[str, dict[str, Any]], seco
 
 
 async def run_steadily(report: Report, redis_url: str, name: str, num_requests: int) -> None:
+    """All requests of one run, and what the limits say of them."""
+
     async def nothing(number: int) -> None:
         pass
 
@@ -222,6 +227,7 @@ async def run_through_a_failover(report: Report, watched: Watched, num_requests:
 
 
 async def main() -> int:
+    """Runs the benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--kinds", default="one,cluster,sentinel")
@@ -239,7 +245,7 @@ async def main() -> int:
             (Path(folder) / "sentinel").mkdir()
             async with running_sentinels(Path(folder) / "sentinel") as watched:
                 await run_through_a_failover(report, watched, arguments.requests)
-    return report.finish()
+    return 0 if report.write() else 1
 
 
 if __name__ == "__main__":
