@@ -62,6 +62,9 @@ _NAMES_ELSEWHERE = {
     "quantization": "weights are computed in `dtype`; of quantized files, GGUF is read",
     "page_size": "it is `block_size` of the model",
     "served_model_name": "it is `name` of the model",
+    "ssl_certfile": "it is `cert` of `tls`",
+    "ssl_keyfile": "it is `key` of `tls`",
+    "ssl_ca_certs": "it is `client_ca` of `tls`",
     "swap_space": "it is `kv_swap` of the unit, such as 4GiB",
 }
 """Settings of vLLM and SGLang that have another name here, or none."""

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, ByteSize, Field, IPvAnyNetwork, Validation
 from muxmesh.config.arbiter_config import ArbiterConfig
 from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.section import HOST_NEEDED, MAX_BYTES, MAX_COUNT, MIB, NETWORK_NEEDED, Name, Section
+from muxmesh.config.tls_config import TlsConfig
 from muxmesh.errors import ConfigError
 from muxmesh.log_format import LogFormat
 from muxmesh.quoting import quoted
@@ -277,6 +278,9 @@ class MeshConfig(Section):
     """Part of every Redis key. Meshes that share a Redis need different ids."""
     listen: str = Field(default=DEFAULT_ADDRESS, pattern=r"^.+:\d{1,5}$")
     """HOST:PORT of the public API."""
+    tls: TlsConfig | None = None
+    """TLS on `listen`. Unset: the public API is served in plain text. The unix sockets of the mesh have no TLS: only the
+    user who runs the mesh can connect to them."""
     redis_url: str | None = Field(default=None, pattern=r"^(redis|rediss|unix)://")
     """URL of an existing Redis. Unset: the supervisor starts a redis-server on a private socket."""
     log_format: LogFormat | None = None
