@@ -18,6 +18,7 @@ from muxmesh.client.outputs import Completion, Delta
 from muxmesh.client.prompts import Conversation, Prompt
 from muxmesh.client.request_options import OutputOptions, RequestOptions
 from muxmesh.client.retries import Retries
+from muxmesh.client.tls import Tls
 from muxmesh.client.tokens import Tokenized
 from muxmesh.errors import RequestAborted
 from muxmesh.types import DEFAULT_ADDRESS
@@ -40,9 +41,10 @@ class SyncMeshClient:
         connect_timeout_s: float | None = DEFAULT_CONNECT_TIMEOUT_S,
         retries: Retries | None = None,
         rng: Random | None = None,
+        tls: Tls | bool = False,
     ) -> None:
         """See `MeshClient`."""
-        self._client = MeshClient(address, connect_timeout_s=connect_timeout_s, retries=retries, rng=rng)
+        self._client = MeshClient(address, connect_timeout_s=connect_timeout_s, retries=retries, rng=rng, tls=tls)
         self._lock = threading.RLock()  # reentrant: garbage collection may close a stream while it is held
         self._is_closed = False  # guarded by the lock; once true, nothing more is submitted to the loop
         self._thread: _LoopThread | None = None  # guarded by the lock

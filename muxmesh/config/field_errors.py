@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
+from types import UnionType
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -120,6 +121,8 @@ def section_at(location: Location, root: type[BaseModel]) -> type[BaseModel] | N
         else:
             found = section.model_fields.get(part) if _is_section(section) else None
             section = found.annotation if found else None
+            if isinstance(section, UnionType):  # a section that may be left out
+                section = next(filter(_is_section, get_args(section)), None)
     return section if _is_section(section) else None
 
 

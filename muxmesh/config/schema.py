@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, ByteSize, Field, IPvAnyNetwork, ValidationError, field_validator, model_validator
@@ -309,6 +310,10 @@ class MeshConfig(Section):
             return MeshConfig.model_validate({**self.model_dump(exclude_unset=True), "listen": listen})
         except ValidationError as error:
             raise ConfigError(f"listen: is {quoted(listen)}; HOST:PORT is needed") from error
+
+    def with_absolute_paths(self, base_dir: Path) -> MeshConfig:
+        """The same with the files of `tls` from ``base_dir``. Sources of models are resolved when they are prepared."""
+        return self if self.tls is None else self.model_copy(update={"tls": self.tls.absolute(base_dir)})
 
     def check_port_is_fixed(self) -> None:
         """Raises ConfigError if ``listen`` has port 0, a free one: only a supervisor can say which it is."""

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 
 from muxmesh.config.schema import MeshConfig
+from muxmesh.config.tls_config import TlsConfig
 
 
 def listen_warnings(config: MeshConfig, published_at: str | None = None) -> Iterator[str]:
@@ -14,7 +15,7 @@ def listen_warnings(config: MeshConfig, published_at: str | None = None) -> Iter
 
     ``published_at``: the HOST:PORT at which the listen address of a container is published; it decides who reaches it.
     """
-    if (warning := public_listen_warning(config.listen, published_at)) is not None:
+    if (warning := public_listen_warning(config.listen, published_at, config.tls)) is not None:
         yield warning
     if config.metrics is not None and _is_public(config.metrics.listen):
         yield (
@@ -30,18 +31,25 @@ def listen_warnings(config: MeshConfig, published_at: str | None = None) -> Iter
             )
 
 
-def public_listen_warning(listen: str, published_at: str | None = None) -> str | None:
-    """The warning about an address that other machines may reach; None for one of this machine only.
+def public_listen_warning(listen: str, published_at: str | None = None, tls: TlsConfig | None = None) -> str | None:
+    """The warning about an address that other machines may reach.
 
-    The public API has neither TLS nor authentication.
+    None for one of this machine only, and for one at which clients need a certificate.
     """
-    if not _is_public(published_at or listen):
+    if not _is_public(published_at or listen) or (tls is not None and tls.client_ca is not None):
         return None
-    published = f", published at {published_at}," if published_at else ""
+    address = f"{listen}, published at {published_at}," if published_at else listen
+    if tls is not None:
+        return (
+            f"WARNING: listen: {address} can be reached from other machines, without a password: everyone who can "
+            "connect to it can use the models. Use 127.0.0.1 for this machine only, set tls.client_ca, so that clients "
+            "need a certificate, or put a proxy with authentication before it"
+        )
     return (
-        f"WARNING: listen: {listen}{published} can be reached from other machines, without encryption and without a "
-        "password: everyone who can connect to it can use the models, and prompts and outputs cross the network "
-        "unencrypted. Use 127.0.0.1 for this machine only, or put a proxy with TLS and authentication before it"
+        f"WARNING: listen: {address} can be reached from other machines, without encryption and without a password: "
+        "everyone who can connect to it can use the models, and prompts and outputs cross the network unencrypted. Use "
+        "127.0.0.1 for this machine only, set `tls` with `client_ca`, or put a proxy with TLS and authentication "
+        "before it"
     )
 
 
