@@ -40,6 +40,9 @@ _OPTIONS = {
     "output_logprobs": "--logprobs",
     "prompt_candidates": "--prompt-logprobs",
     "timeout_s": "--timeout",
+    "ca": "--tls-ca",
+    "cert": "--tls-cert",
+    "key": "--tls-key",
 }  # fmt: skip
 """The option that sets a field of a request, by the field's name."""
 

@@ -15,16 +15,21 @@ _BUNDLES = (
 )
 
 
-def system_roots(environment: Mapping[str, str], bundles: tuple[str, ...] = _BUNDLES) -> bytes | None:
+def system_roots(environment: Mapping[str, str]) -> bytes | None:
     """The certificates of the system's CAs, in PEM format: those of SSL_CERT_FILE, of OpenSSL, or a known bundle.
 
     None: gRPC is to use its own, or those that GRPC_DEFAULT_SSL_ROOTS_FILE_PATH in ``environment`` names.
     """
     if environment.get(_GRPC_VARIABLE):
         return None
-    for name in (environment.get("SSL_CERT_FILE"), ssl.get_default_verify_paths().cafile, *bundles):
+    return first_bundle(ssl.get_default_verify_paths().cafile, *_BUNDLES)
+
+
+def first_bundle(*paths: str | None) -> bytes | None:
+    """The content of the first of these files that has certificates; None if none has."""
+    for path in filter(None, paths):
         try:
-            content = Path(name).read_bytes() if name else b""
+            content = Path(path).read_bytes()
         except OSError:
             continue
         if b"-----BEGIN CERTIFICATE-----" in content:

@@ -34,8 +34,10 @@ class Tls:
 
     def __post_init__(self) -> None:
         if (self.cert is None) is not (self.key is None):
-            given, missing = ("cert", "key") if self.key is None else ("key", "cert")
-            raise InvalidRequest(f"tls.{missing}", f"is needed with {given}: a client shows a certificate with its key")
+            missing, given = ("key", "cert") if self.key is None else ("cert", "key")
+            raise InvalidRequest(
+                f"tls.{missing}", f"is missing beside {given}: a certificate and its key are used together"
+            )
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self | None:

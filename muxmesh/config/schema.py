@@ -280,8 +280,8 @@ class MeshConfig(Section):
     listen: str = Field(default=DEFAULT_ADDRESS, pattern=r"^.+:\d{1,5}$")
     """HOST:PORT of the public API."""
     tls: TlsConfig | None = None
-    """TLS on `listen`. Unset: the public API is served in plain text. The unix sockets of the mesh have no TLS: only the
-    user who runs the mesh can connect to them."""
+    """TLS on `listen`. Unset: the public API is served in plain text. The unix sockets of the mesh have no TLS, since
+    only the user who runs the mesh can connect to them."""
     redis_url: str | None = Field(default=None, pattern=r"^(redis|rediss|unix)://")
     """URL of an existing Redis. Unset: the supervisor starts a redis-server on a private socket."""
     log_format: LogFormat | None = None

@@ -1,4 +1,4 @@
-"""The fields of the section `tls` of mesh.yaml. Knows no files: what they hold is checked in `rpc.server_certificates`."""
+"""The section `tls` of mesh.yaml. Opens no files: `rpc.server_certificates` checks what they hold."""
 
 from __future__ import annotations
 
