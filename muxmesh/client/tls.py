@@ -77,5 +77,5 @@ def read_credentials(tls: Tls | bool) -> TlsCredentials | None:
             pair = read_key_pair(Path(tls.cert), Path(tls.key), "client")
     except PemFileError as error:
         raise InvalidRequest(f"tls.{error.kind}", str(error)) from error
-    credentials = grpc.ssl_channel_credentials(roots, pair and pair.key, pair and pair.cert)
-    return TlsCredentials(tls, credentials, pair)
+    key, cert = (None, None) if pair is None else (pair.key, pair.cert)
+    return TlsCredentials(tls, grpc.ssl_channel_credentials(roots, key, cert), pair)

@@ -127,9 +127,7 @@ def _check_key(path: Path, content: bytes) -> None:
     if not begin:
         raise PemFileError("key", path, "has no private key; a PEM file with `-----BEGIN PRIVATE KEY-----` is needed")
     if b"ENCRYPTED" in content:
-        raise PemFileError(
-            "key", path, "is encrypted; a key without a passphrase is needed (`openssl pkey -in … -out …`)"
-        )
+        raise PemFileError("key", path, "is encrypted; a key without a passphrase is needed")
     try:
         der = binascii.a2b_base64(rest.partition(b"-----")[0])
     except binascii.Error:

@@ -47,7 +47,9 @@ class ReloadedCredentials:
         """What `_contents` are."""
         self._reload = CertificateReload(first)
         self.credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
-            _configuration(first), self._take, require_client_authentication=first.client_ca is not None
+            _configuration(first),
+            self._take,  # type: ignore[arg-type] # the stub does not know that None means "no change"
+            require_client_authentication=first.client_ca is not None,
         )
 
     def look(self) -> None:
