@@ -21,6 +21,8 @@ Side = Literal["server", "client"]
 _BEGIN_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
 _NO_CHECK_TIME = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME of OpenSSL: a certificate that has expired can be read too."""
+_MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
+"""OpenSSL's reasons for a key that is not that of the certificate; the last one: the key is of another algorithm."""
 _HANDSHAKE_FLIGHTS = 3
 _MAX_BYTES = 1 << 20
 _EDWARDS_CURVES = (bytes.fromhex("300506032b6570"), bytes.fromhex("300506032b6571"))
@@ -152,7 +154,7 @@ def _load(cert: Path, key: Path, protocol: int) -> ssl.SSLContext:
     try:
         context.load_cert_chain(cert, key, password="")
     except ssl.SSLError as error:
-        if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
+        if error.reason in _MISMATCHES:
             raise PemFileError("key", key, f"is not the key of the certificate in {cert}") from error
         if error.reason is None:
             raise PemFileError("key", key, "has a private key that is incomplete or damaged") from error
