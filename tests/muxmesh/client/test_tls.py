@@ -86,6 +86,7 @@ async def test_a_client_with_a_certificate_and_no_ca_trusts_the_system_and_shows
     mine = ca.issue("me")
     async with tls_mesh(ca.issue("a"), ca.pem) as mesh:
         assert "not signed by a CA" in await tls_failure(mesh.address, Tls(cert=mine.cert, key=mine.key))
+        monkeypatch.delenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", raising=False)
         monkeypatch.setenv("SSL_CERT_FILE", str(ca.pem))
         async with MeshClient(mesh.address, tls=Tls(cert=mine.cert, key=mine.key)) as client:
             assert len(await client.list_models()) == 1
@@ -167,8 +168,7 @@ def test_a_file_that_cannot_be_used_is_named_when_the_client_is_made(ca: Authori
         (Tls(ca=missing), "tls.ca", absent),
         (Tls(cert=missing, key=mine.key), "tls.cert", absent),
         (Tls(cert=mine.cert, key=missing), "tls.key", absent),
-        (Tls(ca=mine.cert), "tls.ca", f"{mine.cert}: has certificates, but none of a CA; the CA that signed them is needed"),
-    ):  # fmt: skip
+    ):
         for make in (MeshClient, SyncMeshClient):
             with pytest.raises(InvalidRequest) as caught:
                 make("127.0.0.1:1", tls=tls)
