@@ -111,7 +111,14 @@ async def test_commands_take_the_files_as_options_or_variables(running: TlsMesh)
     ca, cert, key = (str(path) for path in (running.ca.pem, running.mine.cert, running.mine.key))
     options = ("--tls-ca", ca, "--tls-cert", cert, "--tls-key", key)
     variables = {"MUXMESH_TLS_CA": ca, "MUXMESH_TLS_CERT": cert, "MUXMESH_TLS_KEY": key}
-    workload = ("--workload", "rate=50 lengths=U(8,9)/(4,5) requests=3", "--calibrate", "0", "--allow-slow-driver", "--quiet")
+    workload = (
+        "--workload",
+        "rate=50 lengths=U(8,9)/(4,5) requests=3",
+        "--calibrate",
+        "0",
+        "--allow-slow-driver",
+        "--quiet",
+    )
     health, status, generated, loaded = await asyncio.gather(
         running.command("health", running.mesh.address, *options),
         running.command("status", "--json", *options),

@@ -5,6 +5,7 @@ import socket
 import pytest
 
 from muxmesh.config.schema import MeshConfig
+from muxmesh.config.tls_config import TlsConfig
 from muxmesh.supervisor.listen_address import listen_warnings, public_listen_warning
 
 
@@ -25,6 +26,18 @@ def test_an_address_that_others_reach_has_a_warning_with_what_to_do(listen: str)
     assert warning.startswith(f"WARNING: listen: {listen} can be reached from other machines")
     assert "127.0.0.1" in warning and "TLS" in warning
     assert "\n" not in warning
+
+
+def test_with_tls_the_warning_is_about_who_may_connect_and_with_certificates_of_clients_there_is_none() -> None:
+    tls = TlsConfig(cert="/a.pem", key="/a.key")
+    warning = public_listen_warning("0.0.0.0:50051", tls=tls)
+    assert warning is not None
+    assert warning.startswith("WARNING: listen: 0.0.0.0:50051 can be reached from other machines, without a password:")
+    assert "unencrypted" not in warning and "tls.client_ca" in warning
+    both = tls.model_copy(update={"client_ca": "/ca.pem"})
+    assert public_listen_warning("0.0.0.0:50051", tls=both) is None
+    assert list(listen_warnings(MeshConfig(listen="0.0.0.0:1", tls=both))) == []
+    assert len(list(listen_warnings(MeshConfig(listen="0.0.0.0:1", tls=tls)))) == 1
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 300, "*", "\ud800"])
