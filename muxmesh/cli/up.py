@@ -19,6 +19,7 @@ from pathlib import Path
 import uvloop
 
 from muxmesh.background_task import background
+from muxmesh.cli.call_hint import call_hint
 from muxmesh.cli.common import cache_dir, state_dir_of
 from muxmesh.cli.console import Console
 from muxmesh.cli.operator_messages import OperatorMessages
@@ -27,7 +28,6 @@ from muxmesh.cli.streamed_output import StreamedOutput
 from muxmesh.client import MeshClient, Message
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import SUPERVISOR, MeshRuntime
-from muxmesh.config.tls_config import TlsConfig
 from muxmesh.errors import ConfigError, MeshError
 from muxmesh.lifecycle import raise_file_limit
 from muxmesh.machine_limits import memory_limit
@@ -126,7 +126,7 @@ async def _start(
             await _send_hello(_own_address(mesh.runtime), next(iter(mesh.runtime.config.models())), hello)
         except MeshError as error:  # a failed greeting does not stop the mesh
             messages.notice(str(error))
-        _print_how_to_call(listen, mesh.runtime.config.tls)
+        print(f"\n{call_hint(listen, mesh.runtime.config.tls, _programs())}", flush=True)
 
 
 def _own_address(runtime: MeshRuntime) -> str:
@@ -141,30 +141,7 @@ async def _send_hello(address: str, model: str, prompt: str) -> None:
         await StreamedOutput().stream(client, messages, model=model, temperature=0.0, max_new_tokens=_HELLO_TOKENS)
 
 
-def _print_how_to_call(listen: str, tls: TlsConfig | None) -> None:
-    """Prints example commands. Their paths are right whether or not the virtual environment is activated."""
+def _programs() -> str:
+    """The folder of this environment's programs as a command names it: empty if the environment is activated."""
     on_path = Path(shutil.which("python") or "").parent == Path(sys.executable).parent
-    programs = "" if on_path else f"{os.path.relpath(Path(sys.executable).parent)}/"
-    options, imported, argument, note = _tls_words(tls)
-    script = f'SyncMeshClient("{listen}"{argument}).generate("Hello", max_new_tokens=16, temperature=0).text'
-    print(
-        f"""
-Call it:
-  {programs}muxmesh generate --address {listen}{options} --chat "Name three colours."
-  {programs}muxmesh chat --address {listen}{options}
-  {programs}python -c 'from muxmesh.client import {imported}; print({script})'
-{note}or generate stubs for any language from protos/muxmesh/v1. Ctrl-C stops the mesh.""",
-        flush=True,
-    )
-
-
-def _tls_words(tls: TlsConfig | None) -> tuple[str, str, str, str]:
-    """What the examples need with TLS: options of a command, what a program imports and passes, and a note."""
-    if tls is None:
-        return "", "SyncMeshClient", "", ""
-    options, files, note = " --tls-ca ca.pem", 'ca="ca.pem"', f"ca.pem: the CA that signed {tls.cert}"
-    if tls.client_ca is not None:
-        options += " --tls-cert my.pem --tls-key my.key"
-        files += ', cert="my.pem", key="my.key"'
-        note += f"; my.pem: a certificate signed by {tls.client_ca}"
-    return options, "SyncMeshClient, Tls", f", tls=Tls({files})", f"{note}\n"
+    return "" if on_path else f"{os.path.relpath(Path(sys.executable).parent)}/"

@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from muxmesh.cli import up
 from muxmesh.cli.main import main
-from muxmesh.config.tls_config import TlsConfig
 from muxmesh.supervisor.mesh_supervisor import state_lock
 from tests.support.fake_driver import fake_driver_folder
 from tests.support.gpu_machine import gpu_machine
@@ -452,21 +450,3 @@ def processes_that_name(folder: Path, module: str = "") -> set[int]:
             except OSError:
                 continue
     return found
-
-
-def test_the_commands_that_up_shows_have_what_a_client_needs(capsys: pytest.CaptureFixture[str]) -> None:
-    def shown(tls: TlsConfig | None) -> list[str]:
-        up._print_how_to_call("127.0.0.1:7", tls)
-        return capsys.readouterr().out.splitlines()
-
-    plain, tls = shown(None), TlsConfig(cert="/a.pem", key="/a.key")
-    assert plain[2].endswith('muxmesh generate --address 127.0.0.1:7 --chat "Name three colours."')
-    assert 'import SyncMeshClient; print(SyncMeshClient("127.0.0.1:7").generate(' in plain[4]
-    encrypted = shown(tls)
-    assert encrypted[3].endswith("muxmesh chat --address 127.0.0.1:7 --tls-ca ca.pem")
-    assert 'import SyncMeshClient, Tls; print(SyncMeshClient("127.0.0.1:7", tls=Tls(ca="ca.pem")).gen' in encrypted[4]
-    assert encrypted[5] == "ca.pem: the CA that signed /a.pem"
-    mutual = shown(tls.model_copy(update={"client_ca": "/clients.pem"}))
-    assert mutual[3].endswith("--tls-ca ca.pem --tls-cert my.pem --tls-key my.key")
-    assert 'tls=Tls(ca="ca.pem", cert="my.pem", key="my.key")' in mutual[4]
-    assert mutual[5].endswith("; my.pem: a certificate signed by /clients.pem")
