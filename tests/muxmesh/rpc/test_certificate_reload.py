@@ -68,7 +68,8 @@ def test_a_mixture_of_old_and_new_that_is_gone_at_the_next_look_is_no_error() ->
 
 def test_another_problem_and_the_same_one_after_a_repair_are_reported_again() -> None:
     reload, errors = CertificateReload(OLD), []
-    for second, seen in enumerate(["one", "one", "two", "two", OLD, "two", "two"]):
+    looks: list[ServerCertificates | str] = ["one", "one", "two", "two", OLD, "two", "two"]
+    for second, seen in enumerate(looks):
         line = reload.observe(seen, float(second))
         errors += [] if line is None else [line.text.split(": ")[1].split(";")[0]]
     assert errors == ["one", "two", "two"]
