@@ -24,7 +24,8 @@ class Tls:
     """How a client uses TLS. Files are in PEM format. Raises InvalidRequest for a certificate without a key."""
 
     ca: FilePath | None = None
-    """Certificates of the CAs of which one has signed the server's. None: the CAs that this system trusts."""
+    """Certificates of the CAs of which one has signed the server's, or the server's own. None: the CAs that this system
+    trusts."""
     cert: FilePath | None = None
     """The client's own certificate, for a mesh with `tls.client_ca`."""
     key: FilePath | None = None

@@ -315,7 +315,11 @@ def test_only_what_serves_the_public_api_needs_the_certificates(
             "tls.key: {}/ca-late.key: is not the key of the certificate",
             "ca-a.pem",
         ),
-        ("{cert: ca-a.pem, key: ca-a.key, client_ca: ca-a.pem}", "tls.client_ca: {}/ca-a.pem: has certificates", "CA"),
+        (
+            "{cert: ca-a.pem, key: ca-a.key, client_ca: ca-a.key}",
+            "tls.client_ca: {}/ca-a.key: has no certificate",
+            "PEM",
+        ),
     ],
 )
 def test_certificates_that_no_client_could_use_are_refused(

@@ -70,6 +70,14 @@ async def test_a_server_name_stands_in_for_the_host_of_the_address(ca: Authority
         assert len(await client.list_models()) == 1
 
 
+async def test_a_client_may_trust_one_certificate_alone(ca: Authority) -> None:
+    trusted, other = ca.issue("a"), ca.issue("b")
+    async with tls_mesh(trusted) as mesh:
+        async with MeshClient(mesh.address, tls=Tls(ca=trusted.cert)) as client:
+            assert len(await client.list_models()) == 1
+        assert "not signed by a CA" in await tls_failure(mesh.address, Tls(ca=other.cert))
+
+
 async def test_a_certificate_of_another_ca_is_reported_with_the_remedy(ca: Authority, tmp_path: Path) -> None:
     expected = (
         "the server's certificate is not signed by a CA that this client trusts; name the CA's certificate as `ca` "

@@ -194,9 +194,16 @@ def test_certificates_of_several_cas_are_one_file(tmp_path: Path) -> None:
     assert read_ca_certificates(both) == both.read_bytes()
 
 
-def test_a_ca_file_without_a_ca_is_refused(authority: Authority, tmp_path: Path) -> None:
+def test_the_certificate_of_a_peer_may_stand_for_its_ca(authority: Authority) -> None:
+    cert = authority.issue("a").cert
+    assert read_ca_certificates(cert) == cert.read_bytes()
+
+
+def test_a_ca_file_without_a_certificate_is_refused(authority: Authority, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.pem"
+    damaged.write_bytes(authority.pem.read_bytes()[:300])
     for path, problem in (
-        (authority.issue("a").cert, "has certificates, but none of a CA; the CA that signed them is needed"),
+        (damaged, DAMAGED),
         (authority.issue("a").key, f"has no certificate; {CERTIFICATE}"),
         (tmp_path / "none", "cannot be read: No such file or directory"),
     ):
