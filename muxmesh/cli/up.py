@@ -130,8 +130,10 @@ async def _start(
 
 
 def _own_address(runtime: MeshRuntime) -> str:
-    """Where this process calls the router: with TLS at its unix socket, for which it needs no certificate."""
-    return runtime.config.listen if runtime.config.tls is None else runtime.router_endpoint("router").address
+    """Where this process calls a router: with TLS at its unix socket, for which it needs no certificate."""
+    if runtime.config.tls is None:
+        return runtime.config.listen
+    return next(endpoint.address for key, endpoint in runtime.endpoints().items() if key.role == "router")
 
 
 async def _send_hello(address: str, model: str, prompt: str) -> None:
