@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -36,10 +37,11 @@ class UpProcess:
 
     def pids(self) -> dict[int, str]:
         """Process id → command line of every process of the mesh, including the supervisor."""
-        return {
-            pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            for pid in (self.process.pid, *children_of(self.process.pid))
-        }
+        found = {}
+        for pid in (self.process.pid, *children_of(self.process.pid)):
+            with contextlib.suppress(FileNotFoundError):  # it has ended
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        return found
 
     def pid_of(self, what: str) -> int:
         """The id of a process whose command line contains ``what``."""

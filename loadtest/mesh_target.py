@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 from loadtest.target import Piece, ServedModel, StreamEnd, TargetError
 from loadtest.workload import PlannedRequest
-from muxmesh.client import NO_RETRIES, MeshClient, Message, Prompt
+from muxmesh.client import NO_RETRIES, MeshClient, Message, Prompt, Tls
 from muxmesh.errors import InternalError, MeshError, Unavailable
 from muxmesh.rpc.status_codes import status_code
 from muxmesh.slo import Slo
@@ -25,9 +25,18 @@ def _slo(info: mesh_pb2.ModelInfo) -> Slo | None:
 class MeshTarget:
     """See `Target`. A request's tenant is its cache salt, so tenants share no cached prefix."""
 
-    def __init__(self, address: str, temperature: float | None, timeout_s: float | None) -> None:
+    def __init__(
+        self,
+        address: str,
+        temperature: float | None,
+        timeout_s: float | None,
+        tls: Tls | bool = False,
+        api_key: str | None = None,
+    ) -> None:
         self.name = f"mesh at {address}"
-        self._client = MeshClient(address, connect_timeout_s=_CONNECT_TIMEOUT_S, retries=NO_RETRIES)
+        self._client = MeshClient(
+            address, connect_timeout_s=_CONNECT_TIMEOUT_S, retries=NO_RETRIES, tls=tls, api_key=api_key
+        )
         self._temperature = temperature
         self._timeout_s = timeout_s
 

@@ -9,7 +9,8 @@ MeshError
 ├── RequestAborted        the request was cancelled
 │   └── RequestPreempted  its KV memory was reclaimed; the request resumes when memory is free
 ├── Unavailable           a service cannot be reached
-│   └── WorkerLost        a worker died, or restarted without the request
+│   ├── WorkerLost        a worker died, or restarted without the request
+│   └── TlsFailed         no TLS connection: a certificate is not accepted, or one side does not use TLS
 ├── LeaseLost             the caller does not hold the lease
 ├── EngineFailed          a step of the engine raised an exception; a retry may succeed
 ├── SequenceFailed        the engine cannot compute this sequence, and a retry fails too
@@ -92,6 +93,13 @@ class Unavailable(MeshError):
 
 class WorkerLost(Unavailable):
     """A worker died, or restarted and has no record of the request."""
+
+
+class TlsFailed(Unavailable):
+    """There is no TLS connection to the mesh: a certificate is not accepted, or one side does not use TLS.
+
+    The message names the cause and the remedy. A retry fails too.
+    """
 
 
 class LeaseLost(MeshError):

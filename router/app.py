@@ -10,9 +10,12 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
+import grpc
+
 from muxmesh.background_task import background
 from muxmesh.clock import Clock, SystemClock
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
+from muxmesh.config.schema import MeshConfig
 from muxmesh.endpoint_resolver import EndpointResolver
 from muxmesh.errors import Unavailable
 from muxmesh.internal.v1 import admin_pb2, admin_pb2_grpc, kvstore_pb2_grpc
@@ -22,6 +25,7 @@ from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.client_limits import PublicLimits
 from muxmesh.rpc.server import Identify, MeshServer
+from muxmesh.rpc.server_credentials import ReloadedCredentials
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.service_registration import registered_service
 from muxmesh.v1 import inference_pb2, inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
@@ -103,13 +107,25 @@ async def serve(
             tenancy.identify,
             runtime.has_supervisor and config.routers > 1,
         )
-        await server.start([config.listen, *endpoint.listen])
+        credentials = await _open_credentials(config, clock, stop, stack)
+        await server.start([config.listen, *endpoint.listen], credentials)
         stack.push_async_callback(server.stop, drain_s)
         stop.allow(drain_s)
         await asyncio.gather(*(unit.admission.connected.wait() for unit in units))
         await server.set_serving()
         async with registered_service(runtime, endpoint, stop, clock, config.listen):
             await stop.wait()
+
+
+async def _open_credentials(
+    config: MeshConfig, clock: Clock, stop: Stop, stack: AsyncExitStack
+) -> dict[str, grpc.ServerCredentials]:
+    """The TLS credentials by address: none without `tls`. Until ``stack`` is closed, certificates are reloaded."""
+    if config.tls is None:
+        return {}
+    reloaded = ReloadedCredentials(config.tls, clock)
+    await stack.enter_async_context(background(reloaded.watch(), "certificates", stop.give_up))
+    return {config.listen: reloaded.credentials}
 
 
 async def _open_units(

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPOSE = ROOT / "compose"
 PLUGIN = ROOT / "build" / "docker-engine" / "config" / "cli-plugins" / "docker-compose"
 MAIN = "compose.yaml"
-OTHERS = ("three-models.yaml", "two-routers.yaml", "external-redis.yaml")
+OTHERS = ("three-models.yaml", "two-routers.yaml", "external-redis.yaml", "tls.yaml")
 """Each is used together with MAIN."""
 
 

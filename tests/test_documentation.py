@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from muxmesh.cli.command_parser import command_parser
+from muxmesh.clock import SystemClock
 from muxmesh.config.contradictions import order_without_effect
 from muxmesh.config.listen_address import public_listen_warning
 from muxmesh.config.load import load_mesh_config, parse_mesh_config
 from muxmesh.cuda.driver import DeviceInfo
 from muxmesh.models.device_capacity import gpu_problems
 from muxmesh.models.prepared_model import model_problems
+from muxmesh.rpc.pem_files import read_key_pair
+from muxmesh.rpc.server_certificates import certificate_problems
 from muxmesh.types import Role
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +102,7 @@ def test_the_reading_lists_of_the_architecture_count_what_they_list(title: str) 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_example_is_valid_and_every_setting_in_it_has_an_effect(path: Path) -> None:
     config = load_mesh_config(path, order_without_effect).config
-    assert public_listen_warning(config.listen) is None
+    assert public_listen_warning(config) is None
     shares = [model.compute_share.of(role) for _, model in config.placements() for role in Role]
     assert all(unit.is_cuda for unit in config.units) and all(share < 100 for share in shares)
     memory = DeviceInfo(0, "GPU-0", "80 GB", 132, (9, 0), 80 * 10**9, True, True, False)
@@ -131,4 +137,27 @@ def test_the_example_of_mesh_yaml_is_valid_and_listens_on_this_machine_only(tmp_
     loaded = load_mesh_config(
         tmp_path / "mesh.yaml", order_without_effect, lambda config: model_problems(config, tmp_path, tmp_path)
     )
-    assert public_listen_warning(loaded.config.listen) is None
+    assert public_listen_warning(loaded.config) is None
+
+
+def test_the_commands_for_a_certificate_make_what_the_configuration_beside_them_needs(tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl")
+    page = (ROOT / "docs/operations.md").read_text()
+    (example,) = re.findall(r"^```yaml\n(listen: .*?tls:.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    tls = parse_mesh_config(example, "docs/operations.md").config.tls
+    assert tls is not None
+    (commands,) = re.findall(r"^\$ (new\(\) .*?\n)\$ muxmesh", page, re.MULTILINE | re.DOTALL)
+    subprocess.run(["bash", "-ec", commands.replace("\n$ ", "\n")], cwd=tmp_path, check=True, capture_output=True)
+    assert list(certificate_problems(tls.absolute(tmp_path), SystemClock().unix_s())) == []
+    read_key_pair(tmp_path / "client.pem", tmp_path / "client.key", "client")
+
+
+def test_the_certificates_of_the_containers_are_in_the_folder_that_is_mounted() -> None:
+    variables = {"MODEL": "m", "SOURCE": "smollm2-135m-instruct"}
+    tls = load_mesh_config(ROOT / "compose/mesh-tls.yaml", variables=variables).config.tls
+    services = yaml.safe_load((ROOT / "compose/tls.yaml").read_text())["services"]
+    assert tls is not None
+    for name in ("prepare", "router"):
+        mounted = {mount["target"] for mount in services[name]["volumes"]}
+        assert {str(Path(file).parent) for file in (tls.cert, tls.key)} <= mounted

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, get_args
 from muxmesh import __version__
 from muxmesh.cli import argument_types, loadtest_options, tenant_options
 from muxmesh.cli.running_mesh_options import add_place
+from muxmesh.cli.tls_options import add_tls
 from muxmesh.quoting import cut_to_bytes
 from muxmesh.scheduling_policy import PolicyName
 from muxmesh.types import DEFAULT_ADDRESS, ArbiterMode, Dtype
@@ -102,6 +103,7 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
         help="address of the mesh (default: MUXMESH_ADDRESS, else %(default)s); an API key, where one is needed, is "
         "read from MUXMESH_API_KEY",
     )
+    add_tls(parser)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -183,6 +185,7 @@ def _add_health(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     health.add_argument("--runtime", type=Path, metavar="FILE", help="the runtime file of a mesh on this machine")
     health.add_argument("--timeout", type=argument_types.seconds, default=2.0, metavar="SECONDS", help="default: 2")
+    add_tls(health)
 
 
 _STATUS_COLUMNS = """\
@@ -467,6 +470,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="end the search after S seconds; only a search that ends before is repeatable (default: %(default)g)",
     )  # fmt: skip
     plan.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default: %(default)s)")
+    add_tls(plan)
     _add_json(plan)
 
 

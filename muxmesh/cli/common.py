@@ -35,6 +35,11 @@ def default_state_dir() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or _home("MUXMESH_STATE_DIR") / ".local" / "state") / "muxmesh"
 
 
+def api_key() -> str | None:
+    """The API key of the caller: MUXMESH_API_KEY, since what stands on a command line is seen by other users."""
+    return os.environ.get("MUXMESH_API_KEY")
+
+
 def state_dir_of(given: Path | None) -> Path:
     """The state directory of a command: ``given`` by --state-dir, else the default."""
     return local_path(str(given or default_state_dir()), current_dir())

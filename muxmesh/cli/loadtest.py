@@ -24,7 +24,8 @@ from loadtest.session import Options, Session
 from loadtest.slo import Unloaded
 from loadtest.spec import parse_spec
 from loadtest.target import Target
-from muxmesh.cli.common import date_now, print_json, refuse_unwritable
+from muxmesh.cli.common import api_key, date_now, print_json, refuse_unwritable
+from muxmesh.cli.tls_options import given_tls_option, tls_of
 from muxmesh.clock import SystemClock
 from muxmesh.errors import ConfigError
 from muxmesh.quoting import named
@@ -59,6 +60,8 @@ def _refuse_without_effect(arguments: argparse.Namespace) -> None:
     ):
         if value is not None and not needed_value:
             raise ConfigError(f"{name}: has no effect without {needed}")
+    if arguments.openai is not None and (option := given_tls_option(arguments)) is not None:
+        raise ConfigError(f"{option}: has no effect with --openai, where an https URL means TLS")
     if arguments.calibrate is not None and arguments.unloaded is not None:
         raise ConfigError("--calibrate: has no effect with --unloaded, which replaces the measurement")
 
@@ -111,7 +114,8 @@ async def _test(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _target(arguments: argparse.Namespace) -> Target:
     if arguments.openai is None:
-        return MeshTarget(arguments.address, arguments.temperature, arguments.timeout)
+        tls = tls_of(arguments, arguments.address)
+        return MeshTarget(arguments.address, arguments.temperature, arguments.timeout, tls, api_key())
     from loadtest.openai_target import OpenAiTarget  # noqa: PLC0415 - only this target needs an HTTP client
 
     if not arguments.openai.startswith(("http://", "https://")):

@@ -14,6 +14,8 @@ from contextlib import suppress
 
 # gRPC reads it when it is loaded. The supervisor forks while it watches health, and no child uses the parent's gRPC.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+# Otherwise gRPC itself prints a line for each TLS handshake that fails. Errors name the cause.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 from muxmesh.cli import standard_streams
 from muxmesh.cli.command_parser import command_parser
@@ -40,6 +42,9 @@ _OPTIONS = {
     "output_logprobs": "--logprobs",
     "prompt_candidates": "--prompt-logprobs",
     "timeout_s": "--timeout",
+    "ca": "--tls-ca",
+    "cert": "--tls-cert",
+    "key": "--tls-key",
 }  # fmt: skip
 """The option that sets a field of a request, by the field's name."""
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, TextIO
 
-from muxmesh.cli.common import print_json, refuse_unwritable
+from muxmesh.cli.common import api_key, print_json, refuse_unwritable
 from muxmesh.cli.plan_inputs import (
     LEAST_RATE,
     Counts,
@@ -24,7 +24,8 @@ from muxmesh.cli.plan_inputs import (
     plan_inputs,
 )
 from muxmesh.cli.plan_simulation import PlanSimulation, Simulated
-from muxmesh.client import NO_RETRIES, MeshClient
+from muxmesh.cli.tls_options import given_tls_option, tls_of
+from muxmesh.client import NO_RETRIES, MeshClient, Tls
 from muxmesh.clock import SystemClock
 from muxmesh.config.load import parse_mesh_config
 from muxmesh.errors import ConfigError
@@ -105,6 +106,8 @@ def _refuse_options(arguments: argparse.Namespace) -> None:
     """Raises ConfigError for options that contradict each other or lack another one, so that none is ignored."""
     if arguments.live is not None and arguments.compare is None:
         raise ConfigError("--compare: is required with --live: the mesh.yaml of the running mesh")
+    if arguments.live is None and (option := given_tls_option(arguments)) is not None:
+        raise ConfigError(f"{option}: has no effect without --live, the address of a mesh")
     if arguments.live is not None and arguments.load is not None:
         raise ConfigError("--load: contradicts --live; rates and lengths are from one of them")
     if arguments.muxserve is not None:
@@ -120,7 +123,7 @@ def _observed(arguments: argparse.Namespace) -> tuple[dict[str, ObservedLoad] | 
     """
     if arguments.live is None:
         return None, {}
-    live, counts = asyncio.run(_watched(arguments.live, arguments.seconds))
+    live, counts = asyncio.run(_watched(arguments.live, tls_of(arguments, arguments.live), arguments.seconds))
     if all(load.rate <= LEAST_RATE for load in live.values()):
         raise ConfigError(
             f"--live: no request arrived at {arguments.live} in {arguments.seconds:g} s; watch longer by --seconds"
@@ -277,10 +280,10 @@ def _show_moves(costs: _Costs, threshold: float, out: TextIO) -> None:
     )
 
 
-async def _watched(address: str, seconds: float) -> tuple[dict[str, ObservedLoad], dict[str, Counts]]:
+async def _watched(address: str, tls: Tls | bool, seconds: float) -> tuple[dict[str, ObservedLoad], dict[str, Counts]]:
     """Rates and lengths of a running mesh over ``seconds``, and its last counters."""
     clock = SystemClock()
-    async with MeshClient(address, retries=NO_RETRIES) as client:
+    async with MeshClient(address, retries=NO_RETRIES, tls=tls, api_key=api_key()) as client:
         before, started_s = _counts(await client.status()), clock.monotonic_s()
         await asyncio.sleep(seconds)
         after, ended_s = _counts(await client.status()), clock.monotonic_s()

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from muxmesh.cli.common import ProgressBar, cache_dir, source_dir
 from muxmesh.cli.operator_messages import OperatorMessages
+from muxmesh.clock import SystemClock
 from muxmesh.config.contradictions import order_without_effect, tensor_parallel_problems
 from muxmesh.config.listen_address import check_open_access, listen_warnings
 from muxmesh.config.load import (
@@ -45,6 +46,7 @@ from muxmesh.models.prepared_model import (
     prepared_problems,
 )
 from muxmesh.quoting import quoted
+from muxmesh.rpc.server_certificates import certificate_problems
 from muxmesh.supervisor.redis_server import redis_url_problems
 
 
@@ -118,7 +120,7 @@ class MeshPreparation:
         self._part = part
         checks = (
             order_without_effect, self._tensor_parallel_problems, self._machine_problems, self._gpu_problems,
-            redis_url_problems, self._model_problems,
+            redis_url_problems, self._model_problems, self._certificate_problems,
         )  # fmt: skip
         if file is not None:
             loaded = load_mesh_config(file, *checks, variables=os.environ)
@@ -127,6 +129,7 @@ class MeshPreparation:
         else:
             loaded = default_config(*checks)
         messages.use(loaded.config.log_format)
+        loaded = replace(loaded, config=loaded.config.with_absolute_paths(self._base_dir))
         self._loaded: LoadedConfig = with_listen(loaded, listen) if listen else loaded
         if part.unit is not None and not part.units_of(self.config):
             names = ", ".join(unit.name for unit in self.config.units)
@@ -167,6 +170,13 @@ class MeshPreparation:
         if self._part.is_router:
             return model_problems(config, self._base_dir, cache_dir(), with_weights=False)
         return self._part.problems(config, lambda here: model_problems(here, self._base_dir, cache_dir()))
+
+    def _certificate_problems(self, config: MeshConfig) -> Iterator[Problem]:
+        """Those of the public server, where there is one: a machine with units alone needs no certificates."""
+        if config.tls is not None and (self._part.is_all or self._part.is_router):
+            tls = config.tls.absolute(self._base_dir)
+            for field, problem in certificate_problems(tls, SystemClock().unix_s()):
+                yield ("tls", field), problem
 
     def _gpu_problems(self, config: MeshConfig) -> Iterator[Problem]:
         def check(here: MeshConfig) -> Iterator[Problem]:

@@ -19,7 +19,8 @@ from pathlib import Path
 import uvloop
 
 from muxmesh.background_task import background
-from muxmesh.cli.common import cache_dir, state_dir_of
+from muxmesh.cli.call_hint import call_hint
+from muxmesh.cli.common import api_key, cache_dir, state_dir_of
 from muxmesh.cli.console import Console
 from muxmesh.cli.operator_messages import OperatorMessages
 from muxmesh.cli.preparation import MeshPreparation
@@ -122,30 +123,27 @@ async def _start(
     messages.progress(f"started in {SystemClock().monotonic_s() - started_at_s:.1f} s")
     if hello is not None:
         try:
-            await _send_hello(listen, next(iter(mesh.runtime.config.models())), hello)
+            await _send_hello(_own_address(mesh.runtime), next(iter(mesh.runtime.config.models())), hello)
         except MeshError as error:  # a failed greeting does not stop the mesh
             messages.notice(str(error))
-        _print_how_to_call(listen)
+        print(f"\n{call_hint(listen, mesh.runtime.config.tls, _programs())}", flush=True)
 
 
-async def _send_hello(listen: str, model: str, prompt: str) -> None:
+def _own_address(runtime: MeshRuntime) -> str:
+    """Where this process calls a router: with TLS at its unix socket, for which it needs no certificate."""
+    if runtime.config.tls is None:
+        return runtime.config.listen
+    return next(endpoint.address for key, endpoint in runtime.endpoints().items() if key.role == "router")
+
+
+async def _send_hello(address: str, model: str, prompt: str) -> None:
     print(f"\n> {prompt}\n", flush=True)
-    async with MeshClient(listen) as client:
+    async with MeshClient(address, api_key=api_key()) as client:
         messages = [Message("user", prompt)]
         await StreamedOutput().stream(client, messages, model=model, temperature=0.0, max_new_tokens=_HELLO_TOKENS)
 
 
-def _print_how_to_call(listen: str) -> None:
-    """Prints example commands. Their paths are right whether or not the virtual environment is activated."""
+def _programs() -> str:
+    """The folder of this environment's programs as a command names it: empty if the environment is activated."""
     on_path = Path(shutil.which("python") or "").parent == Path(sys.executable).parent
-    programs = "" if on_path else f"{os.path.relpath(Path(sys.executable).parent)}/"
-    script = f'SyncMeshClient("{listen}").generate("Hello", max_new_tokens=16, temperature=0).text'
-    print(
-        f"""
-Call it:
-  {programs}muxmesh generate --address {listen} --chat "Name three colours."
-  {programs}muxmesh chat --address {listen}
-  {programs}python -c 'from muxmesh.client import SyncMeshClient; print({script})'
-or generate stubs for any language from protos/muxmesh/v1. Ctrl-C stops the mesh.""",
-        flush=True,
-    )
+    return "" if on_path else f"{os.path.relpath(Path(sys.executable).parent)}/"

@@ -15,6 +15,7 @@ from muxmesh.client.prompts import Conversation, Message, Prompt
 from muxmesh.client.request_options import OutputOptions, RequestOptions
 from muxmesh.client.retries import NO_RETRIES, Retries
 from muxmesh.client.sync import SyncMeshClient
+from muxmesh.client.tls import Tls
 from muxmesh.client.tokens import Tokenized
 from muxmesh.types import Waits
 
@@ -35,6 +36,7 @@ __all__ = [
     "Scheduling",
     "SyncMeshClient",
     "Timings",
+    "Tls",
     "TokenLogprobs",
     "Tokenized",
     "Waits",

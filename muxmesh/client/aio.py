@@ -22,6 +22,7 @@ from muxmesh.client.outputs import Completion, Delta, completions_of, delta_of
 from muxmesh.client.prompts import Conversation, Prompt, set_prompt
 from muxmesh.client.request_options import OutputOptions, RequestOptions, request_of
 from muxmesh.client.retries import Attempts, Retries
+from muxmesh.client.tls import Tls
 from muxmesh.client.tokens import Tokenized, detokenize_request, tokenize_request, tokenized_of
 from muxmesh.errors import InvalidRequest, MeshError
 from muxmesh.quoting import quoted
@@ -48,17 +49,19 @@ class MeshClient:
         retries: Retries | None = None,
         rng: Random | None = None,
         api_key: str | None = None,
+        tls: Tls | bool = False,
     ) -> None:
         """``address``: HOST:PORT, or any gRPC target such as ``ipv4:10.0.0.1:50051,10.0.0.2:50051``.
 
         Calls are spread over several addresses in turn; an address that cannot be reached gets none. The connection to
         an address of this machine goes through no HTTP proxy; others honour gRPC's environment variables for proxies.
         ``retries`` repeats calls that failed before their first token because the mesh could not be reached; by default
-        as `Retries` says. ``rng`` spreads the retries of many clients. ``api_key``: of a mesh that needs one; default:
-        the environment variable MUXMESH_API_KEY. Raises InvalidRequest.
+        as `Retries` says. ``rng`` spreads the retries of many clients. ``api_key``: of a mesh that needs one. ``tls``:
+        True for TLS with the CAs that this system trusts, or `Tls` with files, which are read here and not again.
+        Raises InvalidRequest.
         """
         _check_seconds("connect_timeout_s", connect_timeout_s)
-        self._connection = MeshConnection(address, connect_timeout_s)
+        self._connection = MeshConnection(address, connect_timeout_s, tls)
         self._retries = Retries() if retries is None else retries
         self._rng = Random() if rng is None else rng
         self._metadata = key_metadata(api_key)

@@ -17,7 +17,9 @@ import grpc
 
 from muxmesh.addresses import check_address, is_loopback
 from muxmesh.client.retries import Attempts
-from muxmesh.errors import DeadlineExceeded, InvalidRequest, MeshError, RequestAborted, Unavailable
+from muxmesh.client.tls import Tls, read_credentials
+from muxmesh.client.tls_errors import closed_hint, tls_problem
+from muxmesh.errors import DeadlineExceeded, InvalidRequest, MeshError, RequestAborted, TlsFailed, Unavailable
 from muxmesh.rpc.limits import MAX_MESSAGE_BYTES
 from muxmesh.rpc.status_codes import from_rpc_error
 from muxmesh.v1 import inference_pb2_grpc, mesh_pb2_grpc
@@ -51,9 +53,13 @@ class Stubs:
 class MeshConnection:
     """Opens channels to one address, on the event loop that calls. Closed once, it stays closed."""
 
-    def __init__(self, address: str, connect_timeout_s: float | None) -> None:
-        """Raises InvalidRequest for an address that cannot be one. ``connect_timeout_s`` None waits without limit."""
+    def __init__(self, address: str, connect_timeout_s: float | None, tls: Tls | bool = False) -> None:
+        """Raises InvalidRequest for an address that cannot be one, and for files of ``tls`` that cannot be used.
+
+        ``connect_timeout_s`` None waits without limit.
+        """
         self.address = check_address(address)
+        self._tls = read_credentials(tls)
         self._connect_timeout_s = connect_timeout_s
         self._stubs: dict[asyncio.AbstractEventLoop, Stubs] = {}
         self._is_closed = False
@@ -108,11 +114,17 @@ class MeshConnection:
             for other in [other for other in self._stubs if other.is_closed()]:
                 del self._stubs[other]
             _connected_pids.add(os.getpid())
-            channel = grpc.aio.insecure_channel(self.address, options=self._options())
+            channel = self._channel()
             self._stubs[loop] = Stubs(
                 channel, inference_pb2_grpc.InferenceStub(channel), mesh_pb2_grpc.MeshStub(channel)
             )
         return self._stubs[loop]
+
+    def _channel(self) -> grpc.aio.Channel:
+        if self._tls is None:
+            return grpc.aio.insecure_channel(self.address, options=self._options())
+        options = (*self._options(), *self._tls.options)
+        return grpc.aio.secure_channel(self.address, self._tls.credentials, options=options)
 
     def _options(self) -> tuple[tuple[str, str | int], ...]:
         # An HTTP proxy of the environment cannot reach a mesh on this machine.
@@ -131,19 +143,21 @@ class MeshConnection:
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return _deadline_passed()
             case grpc.StatusCode.UNAVAILABLE if has_begun:
-                return Unavailable(f"the connection to {self.address} was lost ({_reason(details)})")
+                return Unavailable(f"the connection to {self.address} was lost ({connection_reason(details)})")
             case grpc.StatusCode.UNAVAILABLE:
-                return self._no_answer(_reason(details))
+                reason = connection_reason(details)
+                if (problem := tls_problem(reason)) is not None:
+                    return TlsFailed(f"no TLS connection to {self.address}: {problem}")
+                return self._no_answer(reason, closed_hint(reason, self._tls))
             case grpc.StatusCode.UNIMPLEMENTED:
                 return InvalidRequest(
                     "address", f"{self.address} is no MuxMesh router, or of another version ({details})"
                 )
         return from_rpc_error(error)
 
-    def _no_answer(self, reason: str) -> Unavailable:
-        return Unavailable(
-            f"no mesh answers at {self.address} ({reason}); start one with `muxmesh up`, or set another address"
-        )
+    def _no_answer(self, reason: str, hint: str | None = None) -> Unavailable:
+        remedy = hint or "start one with `muxmesh up`, or set another address"
+        return Unavailable(f"no mesh answers at {self.address} ({reason}); {remedy}")
 
 
 def refuse_inherited() -> None:
@@ -159,7 +173,7 @@ def _deadline_passed() -> DeadlineExceeded:
     return DeadlineExceeded("the deadline passed before the call was complete")
 
 
-def _reason(details: str) -> str:
+def connection_reason(details: str) -> str:
     """The cause in the details of gRPC, without what the message says already."""
     return _PREAMBLE.sub("", details.rpartition("last error: ")[2])
 

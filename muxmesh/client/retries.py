@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from muxmesh.errors import MeshError, Overloaded, Unavailable
+from muxmesh.errors import MeshError, Overloaded, TlsFailed, Unavailable
 
 _MAX_DOUBLINGS = 64
 
@@ -36,7 +36,7 @@ class Retries:
             * (1 + rng.random())
             / 2
         )
-        if isinstance(error, Unavailable):
+        if isinstance(error, Unavailable) and not isinstance(error, TlsFailed):
             return backoff_s
         if isinstance(error, Overloaded) and self.on_overload:
             return error.retry_after_s + backoff_s

@@ -18,6 +18,7 @@ from muxmesh.client.outputs import Completion, Delta
 from muxmesh.client.prompts import Conversation, Prompt
 from muxmesh.client.request_options import OutputOptions, RequestOptions
 from muxmesh.client.retries import Retries
+from muxmesh.client.tls import Tls
 from muxmesh.client.tokens import Tokenized
 from muxmesh.errors import RequestAborted
 from muxmesh.types import DEFAULT_ADDRESS
@@ -41,10 +42,11 @@ class SyncMeshClient:
         retries: Retries | None = None,
         rng: Random | None = None,
         api_key: str | None = None,
+        tls: Tls | bool = False,
     ) -> None:
         """See `MeshClient`."""
         self._client = MeshClient(
-            address, connect_timeout_s=connect_timeout_s, retries=retries, rng=rng, api_key=api_key
+            address, connect_timeout_s=connect_timeout_s, retries=retries, rng=rng, api_key=api_key, tls=tls
         )
         self._lock = threading.RLock()  # reentrant: garbage collection may close a stream while it is held
         self._is_closed = False  # guarded by the lock; once true, nothing more is submitted to the loop

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
+from types import UnionType
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -62,6 +63,9 @@ _NAMES_ELSEWHERE = {
     "quantization": "weights are computed in `dtype`; of quantized files, GGUF is read",
     "page_size": "it is `block_size` of the model",
     "served_model_name": "it is `name` of the model",
+    "ssl_certfile": "it is `cert` of `tls`",
+    "ssl_keyfile": "it is `key` of `tls`",
+    "ssl_ca_certs": "it is `client_ca` of `tls`",
     "swap_space": "it is `kv_swap` of the unit, such as 4GiB",
 }
 """Settings of vLLM and SGLang that have another name here, or none."""
@@ -117,6 +121,8 @@ def section_at(location: Location, root: type[BaseModel]) -> type[BaseModel] | N
         else:
             found = section.model_fields.get(part) if _is_section(section) else None
             section = found.annotation if found else None
+            if isinstance(section, UnionType):  # a section that may be left out
+                section = next(filter(_is_section, get_args(section)), None)
     return section if _is_section(section) else None
 
 

@@ -15,13 +15,14 @@ def check_open_access(config: MeshConfig, published_at: str | None = None) -> No
 
     ``published_at``: see `listen_warnings`.
     """
-    access = config.access
-    if access.mode == "open" and not access.open_on_network and _is_public(published_at or config.listen):
+    if _needs_keys(config) or _needs_certificates(config) or config.access.open_on_network:
+        return
+    if _is_public(published_at or config.listen):
         raise ConfigError(
             f"listen: other machines may connect to {published_at or config.listen}, and every caller may use the "
-            "models, as access.mode is open. Set access: {mode: keys} and give out API keys (`muxmesh tenant add`), or "
-            "access: {open_on_network: true} if a firewall or a proxy decides who may connect; 127.0.0.1 is for this "
-            "machine only"
+            "models, as access.mode is open. Set access: {mode: keys} and give out API keys (`muxmesh tenant add`), "
+            "tls.client_ca so that clients need a certificate, or access: {open_on_network: true} if a firewall or a "
+            "proxy decides who may connect; 127.0.0.1 is for this machine only"
         )
 
 
@@ -30,7 +31,7 @@ def listen_warnings(config: MeshConfig, published_at: str | None = None) -> Iter
 
     ``published_at``: the HOST:PORT at which the listen address of a container is published; it decides who reaches it.
     """
-    if (warning := public_listen_warning(config.listen, published_at, config.access.mode == "keys")) is not None:
+    if (warning := public_listen_warning(config, published_at)) is not None:
         yield warning
     if config.metrics is not None and _is_public(config.metrics.listen):
         yield (
@@ -46,24 +47,40 @@ def listen_warnings(config: MeshConfig, published_at: str | None = None) -> Iter
             )
 
 
-def public_listen_warning(listen: str, published_at: str | None = None, needs_keys: bool = False) -> str | None:
-    """The warning about an address that other machines may reach; None for one of this machine only.
+def public_listen_warning(config: MeshConfig, published_at: str | None = None) -> str | None:
+    """The warning about a public API that other machines may reach.
 
-    ``needs_keys``: whether callers need an API key. The public API has no TLS.
+    None if they need a key or a certificate over an encrypted connection, or cannot reach it.
     """
-    if not _is_public(published_at or listen):
+    if not _is_public(published_at or config.listen) or _needs_certificates(config):
         return None
-    published = f", published at {published_at}," if published_at else ""
+    listen = f"{config.listen}, published at {published_at}," if published_at else config.listen
+    address, is_encrypted, needs_keys = f"listen: {listen}", config.tls is not None, _needs_keys(config)
+    if is_encrypted and needs_keys:
+        return None
+    if is_encrypted:
+        return (
+            f"WARNING: {address} can be reached from other machines, without a password: everyone who can connect to "
+            "it can use the models. Set access: {mode: keys}, or tls.client_ca so that clients need a certificate"
+        )
     if needs_keys:
         return (
-            f"WARNING: listen: {listen}{published} can be reached from other machines, without encryption: API keys, "
-            "prompts and outputs cross the network as they are. Put a proxy with TLS before it"
+            f"WARNING: {address} can be reached from other machines, without encryption: API keys, prompts and outputs "
+            "cross the network as they are. Set `tls`, or put a proxy with TLS before it"
         )
     return (
-        f"WARNING: listen: {listen}{published} can be reached from other machines, without encryption and without a "
-        "password: everyone who can connect to it can use the models, and prompts and outputs cross the network "
-        "unencrypted. Use 127.0.0.1 for this machine only, or put a proxy with TLS and authentication before it"
+        f"WARNING: {address} can be reached from other machines, without encryption and without a password: everyone "
+        "who can connect to it can use the models, and prompts and outputs cross the network unencrypted. Set `tls` "
+        "and access: {mode: keys}, or put a proxy with TLS and authentication before it"
     )
+
+
+def _needs_keys(config: MeshConfig) -> bool:
+    return config.access.mode == "keys"
+
+
+def _needs_certificates(config: MeshConfig) -> bool:
+    return config.tls is not None and config.tls.client_ca is not None
 
 
 def _is_public(listen: str) -> bool:

@@ -126,7 +126,7 @@ def _validated(data: Any, omitted: Set[Location]) -> tuple[MeshConfig, list[Prob
             found = field_errors(error, MeshConfig)
         before = set(invalid)
         for location, problem in found:
-            if problem is not None and not any(location[: len(other)] == other for other in before):
+            if problem is not None and not _follows(location, before):
                 problems.append((location, problem))
             invalid |= {location, _repair(data, location, f"nameless-{next(names)}")}
     return MeshConfig(), problems, {()}
@@ -150,6 +150,14 @@ def _repair(data: dict[str, Any], location: Location, name: str) -> Location:
         required = {"name": name, "models": [{"name": name}]}
         section.update({field: value for field, value in required.items() if field == location[-1]})
     return location
+
+
+def _follows(location: Location, invalid: Set[Location]) -> bool:
+    """True for a problem inside a field that was repaired, or of the section around it: it may miss that field."""
+    return any(
+        location[: len(other)] == other or (len(location) > 0 and other[: len(location)] == location)
+        for other in invalid
+    )
 
 
 def _is_certain(location: Location, invalid: Set[Location]) -> bool:

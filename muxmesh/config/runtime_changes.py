@@ -8,7 +8,7 @@ from muxmesh.config.arbiter_config import ArbiterConfig
 from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.runtime import MeshRuntime, PreparedModel, ProcessKey
 
-_OF_ROUTERS = frozenset({"access", "listen", "router", "routers"})
+_OF_ROUTERS = frozenset({"access", "listen", "router", "routers", "tls"})
 """Fields of mesh.yaml that only routers read."""
 _OF_THE_SUPERVISOR = {"metrics"}
 """Fields of mesh.yaml that no service reads."""

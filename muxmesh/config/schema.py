@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, ByteSize, Field, IPvAnyNetwork, ValidationError, field_validator, model_validator
@@ -17,6 +18,7 @@ from muxmesh.config.access_config import AccessConfig
 from muxmesh.config.arbiter_config import ArbiterConfig
 from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.section import HOST_NEEDED, MAX_BYTES, MAX_COUNT, MIB, NETWORK_NEEDED, Name, Section
+from muxmesh.config.tls_config import TlsConfig
 from muxmesh.errors import ConfigError
 from muxmesh.log_format import LogFormat
 from muxmesh.quoting import quoted
@@ -279,6 +281,9 @@ class MeshConfig(Section):
     """Part of every Redis key. Meshes that share a Redis need different ids."""
     listen: str = Field(default=DEFAULT_ADDRESS, pattern=r"^.+:\d{1,5}$")
     """HOST:PORT of the public API."""
+    tls: TlsConfig | None = None
+    """TLS on `listen`. Unset: the public API is served in plain text. The unix sockets of the mesh have no TLS, since
+    only the user who runs the mesh can connect to them."""
     redis_url: str | None = Field(default=None, pattern=r"^(rediss?(\+sentinel|\+cluster)?|unix)://")
     """URL of an existing Redis: `redis://HOST:PORT`, `rediss://` with TLS, `unix://PATH`,
     `redis+sentinel://HOST:PORT,HOST:PORT/SERVICE` or `redis+cluster://HOST:PORT,HOST:PORT`. Unset: the supervisor
@@ -314,6 +319,10 @@ class MeshConfig(Section):
             return MeshConfig.model_validate({**self.model_dump(exclude_unset=True), "listen": listen})
         except ValidationError as error:
             raise ConfigError(f"listen: is {quoted(listen)}; HOST:PORT is needed") from error
+
+    def with_absolute_paths(self, base_dir: Path) -> MeshConfig:
+        """The same with the files of `tls` from ``base_dir``. Sources of models are resolved when they are prepared."""
+        return self if self.tls is None else self.model_copy(update={"tls": self.tls.absolute(base_dir)})
 
     def check_port_is_fixed(self) -> None:
         """Raises ConfigError if ``listen`` has port 0, a free one: only a supervisor can say which it is."""

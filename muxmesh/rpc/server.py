@@ -10,6 +10,7 @@ import functools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import grpc
@@ -93,11 +94,19 @@ class MeshServer:
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         add_reflection([*self._names[1:], health_name], self._server)
 
-    async def start(self, addresses: Iterable[str]) -> None:
-        """Listens on all addresses (HOST:PORT or unix:PATH). Raises ConfigError if one is in use or invalid."""
+    async def start(
+        self, addresses: Iterable[str], credentials: Mapping[str, grpc.ServerCredentials] = MappingProxyType({})
+    ) -> None:
+        """Listens on all addresses (HOST:PORT or unix:PATH). Raises ConfigError if one is in use or invalid.
+
+        ``credentials``: for the addresses that serve TLS. The others serve plain text.
+        """
         for address in addresses:
             try:
-                self._server.add_insecure_port(address)
+                if address in credentials:
+                    self._server.add_secure_port(address, credentials[address])
+                else:
+                    self._server.add_insecure_port(address)
             except RuntimeError as error:
                 if not address.startswith("unix:"):
                     bindable_port(address)  # raises the reason, which gRPC does not name

@@ -36,6 +36,7 @@ STATUS_CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
     errors.RequestAborted: grpc.StatusCode.CANCELLED,
     errors.RequestPreempted: grpc.StatusCode.CANCELLED,
     errors.WorkerLost: grpc.StatusCode.UNAVAILABLE,
+    errors.TlsFailed: grpc.StatusCode.UNAVAILABLE,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.LeaseLost: grpc.StatusCode.FAILED_PRECONDITION,
     errors.EngineFailed: grpc.StatusCode.INTERNAL,

@@ -212,6 +212,24 @@ def test_the_router_listens_where_its_service_leads_and_redis_is_where_the_mesh_
     assert mesh_of(objects, {"REDIS_URL": "rediss://other"}).redis_url == "rediss://other"
 
 
+def test_the_certificates_of_the_mesh_are_mounted_where_prepare_and_the_router_look_for_them() -> None:
+    objects = render("overlays/tls")
+    tls, router = mesh_of(objects).tls, objects.one("Deployment", "router")
+    assert tls is not None
+    (secret,) = [volume["secret"] for volume in router["spec"]["template"]["spec"]["volumes"] if "secret" in volume]
+    assert secret["secretName"] == "muxmesh-tls"
+    for container in containers(router):
+        (mount,) = [one for one in container["volumeMounts"] if one["name"] == "tls"]
+        assert mount["readOnly"] and "subPath" not in mount  # kubelet does not update a subPath
+        assert {str(Path(file).parent) for file in (tls.cert, tls.key)} == {mount["mountPath"]}
+    assert not any(
+        one["name"] == "tls" for one in objects.one("StatefulSet", "unit")["spec"]["template"]["spec"]["volumes"]
+    )
+    for name in ("router", "muxmesh"):
+        (port,) = objects.one("Service", name)["spec"]["ports"]
+        assert port["appProtocol"] == "https"
+
+
 @every_overlay
 def test_the_memory_limits_of_a_unit_hold_what_its_processes_need(overlay: str) -> None:
     """By the same rules by which the processes refuse to start."""

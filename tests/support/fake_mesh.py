@@ -203,10 +203,12 @@ class FakeMesh(inference_pb2_grpc.InferenceServicer, mesh_pb2_grpc.MeshServicer)
 
 
 @asynccontextmanager
-async def fake_mesh(address: str | Path, script: Sequence[Step] = ()) -> AsyncIterator[FakeMesh]:
+async def fake_mesh(
+    address: str | Path, script: Sequence[Step] = (), credentials: grpc.ServerCredentials | None = None
+) -> AsyncIterator[FakeMesh]:
     """Serves a `FakeMesh` on the running loop.
 
-    ``address`` is HOST:PORT, where port 0 picks a free port, or a folder for a unix socket.
+    ``address`` is HOST:PORT, where port 0 picks a free port, or a folder for a unix socket. ``credentials``: of TLS.
     """
     where = f"unix:{address / 'mesh.sock'}" if isinstance(address, Path) else free_listen_address(address)
     fake = FakeMesh(where, script or output("abc"))
@@ -220,7 +222,7 @@ async def fake_mesh(address: str | Path, script: Sequence[Step] = ()) -> AsyncIt
             ),
         }
     )
-    await server.start([where])
+    await server.start([where], {} if credentials is None else {where: credentials})
     try:
         yield fake
     finally:

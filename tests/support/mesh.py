@@ -121,7 +121,8 @@ async def running_mesh(
     """Starts a mesh with this configuration; afterwards checks that no process is left.
 
     ``modules``: what runs instead of a process's own module. The length predictor has a minute for each request unless
-    ``config`` says otherwise, so that a busy machine does not change forecasts.
+    ``config`` says otherwise, so that a busy machine does not change forecasts. With `tls` the client uses the unix
+    socket of a router.
     """
     router = {"predictor_budget_s": 60, **config.pop("router", {})}
     parsed = MeshConfig.model_validate({"listen": "127.0.0.1:0", "router": router, **config})
@@ -146,7 +147,9 @@ async def running_mesh(
     try:
         await mesh.start()
         commands = serving_commands(ModelLoading(mesh), runtime.admin_address(SUPERVISOR))
-        async with commands, MeshClient(parsed.listen) as client:
+        sockets = [endpoint.address for key, endpoint in runtime.endpoints().items() if key.role == "router"]
+        own = parsed.listen if parsed.tls is None else sockets[0]
+        async with commands, MeshClient(own) as client:
             yield RunningMesh(mesh, client)
     except BaseException:
         print("\n".join(lines[-60:]))

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 from muxmesh.cli.main import main
+from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.config.schema import MeshConfig
+from muxmesh.config.tls_config import TlsConfig
 from muxmesh.rpc.server import MeshServer
+from muxmesh.rpc.server_credentials import ReloadedCredentials
 from muxmesh.supervisor.mesh_supervisor import free_listen_address
+from tests.support.tls import Authority
 
 
 @pytest.fixture
@@ -114,3 +118,30 @@ def test_a_probe_loads_neither_the_serving_side_nor_the_schema_of_the_runtime_fi
     script = "import sys, muxmesh.cli.main, muxmesh.cli.health; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not {"pydantic", "numpy", "redis", "uvloop", "numba", "muxmesh.client"} & set(done.stdout.split())
+
+
+async def test_a_service_with_tls_is_asked_with_tls(tmp_path: Path) -> None:
+    ca, other = Authority(tmp_path), Authority(tmp_path, "other")
+    files, mine = ca.issue("a", "mesh.example.org"), ca.issue("me")
+    tls = TlsConfig(cert=str(files.cert), key=str(files.key), client_ca=str(ca.pem))
+    address, server = free_listen_address("127.0.0.1:0"), MeshServer({})
+    await server.start([address], {address: ReloadedCredentials(tls, SystemClock()).credentials})
+    await server.set_serving()
+    with_ca = ("--tls-ca", str(ca.pem), "--tls-server-name", "mesh.example.org")
+    pair = ("--tls-cert", str(mine.cert), "--tls-key", str(mine.key))
+    try:
+        assert await health(address, *with_ca, *pair) == (0, "SERVING\n")
+        assert await health(address) == (
+            1, f"muxmesh: {address}: Socket closed; if that server serves TLS, call it with `tls` (--tls or --tls-ca)\n"
+        )  # fmt: skip
+        code, printed = await health(address, *with_ca)
+        assert code == 1 and "set `cert` and `key` (--tls-cert, --tls-key)" in printed
+        code, printed = await health(address, "--tls-ca", str(other.pem))
+        assert code == 1 and "is not signed by a CA that this client trusts" in printed
+    finally:
+        await server.stop(0)
+
+
+def test_tls_is_not_for_the_sockets_of_a_mesh(runtime_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["health", "--runtime", str(runtime_file), "router", "--tls"]) == 1
+    assert capsys.readouterr().err == "muxmesh: --tls: has no effect with --runtime: its unix sockets have no TLS\n"

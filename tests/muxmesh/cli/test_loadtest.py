@@ -53,6 +53,8 @@ def test_a_test_needs_a_workload(capsys: pytest.CaptureFixture[str]) -> None:
         (["--vocabulary", "300"], "--vocabulary: has no effect without --openai"),
         (["--calibrate", "3", "--unloaded", "x.json"], "--calibrate: has no effect with --unloaded"),
         (["--openai", "localhost:80"], "--openai localhost:80: is not a URL"),
+        (["--openai", "http://h", "--tls"], "--tls: has no effect with --openai, where an https URL means TLS"),
+        (["--openai", "http://h", "--tls-ca", "x"], "--tls-ca: has no effect with --openai"),
         (["--goodput", "speed:3"], "--goodput speed:3: must be ttft:MS, tpot:MS or e2el:MS"),
         (["--goodput", "ttft"], "--goodput ttft: must be"),
         (["--goodput", "ttft:0"], "--goodput ttft:0: must be"),

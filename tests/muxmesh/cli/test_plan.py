@@ -188,6 +188,7 @@ def test_options_that_are_missing_or_wrong_are_refused(folder: Path, capsys: pyt
     for arguments, message in (
         (["--profile", "none.yaml"], "none.yaml: cannot be read"),
         (["--profile", "gpu.yaml", "--live", "127.0.0.1:1"], "--compare: is required with --live"),
+        (["--profile", "gpu.yaml", "--tls"], "--tls: has no effect without --live, the address of a mesh"),
         (["--profile", "gpu.yaml", "--cluster", "1x2x16GiX"], "--cluster 1x2x16GiX: memory: is"),
         (["--profile", "cpu.yaml", "--cluster", "1x8x1GiB"], "has 8 cores, the profiled machine 2"),
         (

@@ -10,8 +10,10 @@ import pytest
 
 from muxmesh.cli.main import main
 from muxmesh.config.runtime import MeshRuntime, PreparedModel
+from muxmesh.config.tls_config import TlsConfig
 from tests.support.processes import without_privileges
 from tests.support.tiny import TinyShape, write_tiny_model
+from tests.support.tls import Authority
 
 UNIT = "units:\n  - {name: u, kv_pool: 64MiB, models: [{name: m, engine: sim}]}\n"
 
@@ -283,3 +285,55 @@ def test_with_json_the_result_and_an_error_are_objects(
     assert prepare(config, None) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert (json.loads(line)["level"], json.loads(line)["process"]) == ("ERROR", "prepare")
+
+
+def test_certificates_are_named_by_their_absolute_paths(config: Path, redis_url: str) -> None:
+    """Routers may start in another folder than that of mesh.yaml."""
+    files = Authority(config.parent).issue("a")
+    config.write_text(f"tls: {{cert: ca-a.pem, key: ./ca-a.key}}\n{UNIT}")
+    assert prepare(config, redis_url) == 0
+    runtime = MeshRuntime.read(config.parent / "run" / "runtime.json")
+    assert runtime.config.tls == TlsConfig(cert=str(files.cert), key=str(files.key))
+
+
+def test_only_what_serves_the_public_api_needs_the_certificates(
+    config: Path, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(f"mesh_id: m\ntls: {{cert: a.pem, key: a.key}}\n{UNIT}")
+    expected = (
+        f"muxmesh: {config}:2: tls.cert: {config.parent}/a.pem: cannot be read: No such file or directory\n"
+    )  # fmt: skip
+    for part in ((), ("--router",)):
+        assert prepare(config, redis_url, *part) == 1
+        assert capsys.readouterr().err == expected
+    assert prepare(config, redis_url, "--unit", "u") == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "line", "problem"),
+    [
+        ("{cert: ca-late.pem, key: ca-late.key}", "tls.cert: {}/ca-late.pem: has expired on 2020-01-06", "renew it"),
+        (
+            "{cert: ca-a.pem, key: ca-late.key}",
+            "tls.key: {}/ca-late.key: is not the key of the certificate",
+            "ca-a.pem",
+        ),
+        (
+            "{cert: ca-a.pem, key: ca-a.key, client_ca: ca-a.key}",
+            "tls.client_ca: {}/ca-a.key: has no certificate",
+            "PEM",
+        ),
+    ],
+)
+def test_certificates_that_no_client_could_use_are_refused(
+    config: Path, redis_url: str, capsys: pytest.CaptureFixture[str], section: str, line: str, problem: str
+) -> None:
+    authority = Authority(config.parent)
+    authority.issue("a")
+    authority.issue_expired("late")
+    config.write_text(f"tls: {section}\n{UNIT}")
+    assert prepare(config, redis_url) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"muxmesh: {config}:1: {line.format(config.parent)}")
+    assert problem in error
+    assert len(error.splitlines()) == 1

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from muxmesh.client.retries import NO_RETRIES, Attempts, Retries
-from muxmesh.errors import InvalidRequest, MeshError, Overloaded, RequestAborted, Unavailable, WorkerLost
+from muxmesh.errors import InvalidRequest, MeshError, Overloaded, RequestAborted, TlsFailed, Unavailable, WorkerLost
 
 
 @pytest.mark.parametrize("error", [Unavailable("gone"), WorkerLost("died")])
@@ -35,7 +35,7 @@ def test_an_overloaded_mesh_is_asked_again_after_its_own_delay_and_only_on_reque
     assert delay_s is not None and 5.25 <= delay_s <= 5.5
 
 
-@pytest.mark.parametrize("error", [InvalidRequest("text", "is empty"), RequestAborted("closed")])
+@pytest.mark.parametrize("error", [InvalidRequest("text", "is empty"), RequestAborted("closed"), TlsFailed("x")])
 def test_other_errors_are_final(error: MeshError) -> None:
     assert Retries(on_overload=True).delay_s(error, 0, Random(0)) is None
 

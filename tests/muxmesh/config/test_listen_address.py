@@ -8,12 +8,18 @@ from muxmesh.config.listen_address import check_open_access, listen_warnings, pu
 from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import ConfigError
 
+TLS = {"cert": "/a.pem", "key": "/a.key"}
+
+
+def warning_of(listen: str, published_at: str | None = None, **config: object) -> str | None:
+    return public_listen_warning(MeshConfig.model_validate({"listen": listen, **config}), published_at)
+
 
 @pytest.mark.parametrize(
     "listen", ["127.0.0.1:1", "127.9.9.9:50051", "[::1]:1", "::1:1", "localhost:1", "[::ffff:127.0.0.1]:1"]
 )
 def test_an_address_of_this_machine_only_has_no_warning(listen: str) -> None:
-    assert public_listen_warning(listen) is None
+    assert warning_of(listen) is None
 
 
 @pytest.mark.parametrize(
@@ -21,16 +27,37 @@ def test_an_address_of_this_machine_only_has_no_warning(listen: str) -> None:
     ["0.0.0.0:50051", "[::]:50051", "192.0.2.1:1", "[2001:db8::1]:1", "[fe80::1]:1", "[::ffff:192.0.2.1]:1", "0:1"],
 )
 def test_an_address_that_others_reach_has_a_warning_with_what_to_do(listen: str) -> None:
-    warning = public_listen_warning(listen)
+    warning = warning_of(listen)
     assert warning is not None
     assert warning.startswith(f"WARNING: listen: {listen} can be reached from other machines")
-    assert "127.0.0.1" in warning and "TLS" in warning
+    assert "`tls`" in warning and "access: {mode: keys}" in warning
     assert "\n" not in warning
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({}, ", without encryption and without a password: everyone who can connect"),
+        ({"tls": TLS}, ", without a password: everyone who can connect"),
+        ({"access": {"mode": "keys"}}, ", without encryption: API keys, prompts and outputs cross the network"),
+        ({"tls": TLS, "access": {"mode": "keys"}}, None),
+        ({"tls": {**TLS, "client_ca": "/ca.pem"}}, None),
+    ],
+)
+def test_the_warning_names_what_is_missing(config: dict[str, object], problem: str | None) -> None:
+    warning = warning_of("0.0.0.0:50051", **config)
+    if problem is None:
+        assert warning is None
+    else:
+        assert warning is not None
+        assert warning.startswith(f"WARNING: listen: 0.0.0.0:50051 can be reached from other machines{problem}")
+    mesh = MeshConfig.model_validate({"listen": "0.0.0.0:50051", **config})
+    assert list(listen_warnings(mesh)) == ([] if warning is None else [warning])
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 300, "*", "\ud800"])
 def test_a_name_without_an_address_counts_as_public(host: str) -> None:
-    assert public_listen_warning(f"{host}:1") is not None
+    assert warning_of(f"{host}:1") is not None
 
 
 def test_the_name_of_this_machine_counts_by_its_addresses() -> None:
@@ -39,12 +66,12 @@ def test_the_name_of_this_machine_counts_by_its_addresses() -> None:
     except OSError as error:
         pytest.skip(f"the name of this machine has no address: {error}")
     is_public = any(not address.startswith("127.") and address != "::1" for address in addresses)
-    assert (public_listen_warning(f"{socket.gethostname()}:1") is not None) is is_public
+    assert (warning_of(f"{socket.gethostname()}:1") is not None) is is_public
 
 
 def test_where_a_listen_address_is_published_decides_who_reaches_it() -> None:
-    assert public_listen_warning("0.0.0.0:50051", "127.0.0.1:7000") is None
-    warning = public_listen_warning("0.0.0.0:50051", "0.0.0.0:7000")
+    assert warning_of("0.0.0.0:50051", "127.0.0.1:7000") is None
+    warning = warning_of("0.0.0.0:50051", "0.0.0.0:7000")
     assert warning is not None
     assert warning.startswith("WARNING: listen: 0.0.0.0:50051, published at 0.0.0.0:7000, can be reached from other")
 
@@ -83,13 +110,10 @@ def test_a_mesh_without_keys_is_open_to_other_machines_only_if_the_file_says_so(
     listen: str, published_at: str | None, access: dict[str, object], is_refused: bool
 ) -> None:
     config = MeshConfig.model_validate({"listen": listen, "access": access})
+    with_certificates = {"listen": listen, "access": access, "tls": {**TLS, "client_ca": "/ca.pem"}}
+    check_open_access(MeshConfig.model_validate(with_certificates), published_at)
     if not is_refused:
         check_open_access(config, published_at)
         return
     with pytest.raises(ConfigError, match=r"access: \{mode: keys\}.*access: \{open_on_network: true\}"):
         check_open_access(config, published_at)
-
-
-def test_with_keys_the_warning_is_about_their_encryption() -> None:
-    warning = public_listen_warning("0.0.0.0:1", needs_keys=True)
-    assert warning is not None and "API keys, prompts and outputs cross the network as they are" in warning

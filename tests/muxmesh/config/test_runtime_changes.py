@@ -31,6 +31,7 @@ def runtime_of(v: dict[str, Any] | None = None, fingerprint: str = "w", redis: s
         ({}, []),
         ({"metrics": {"listen": "127.0.0.1:9464"}}, []),
         ({"listen": "127.0.0.1:1"}, [ROUTERS]),
+        ({"tls": {"cert": "/a.pem", "key": "/a.key"}}, [ROUTERS]),
         ({"router": {"max_restarts": 1}}, [ROUTERS]),
         ({"v": {"kv_pool": "64MiB"}}, [*V, ROUTERS]),
         ({"v": {"models": [{"name": "b", "max_num_seqs": 1}]}}, [*V, ROUTERS]),

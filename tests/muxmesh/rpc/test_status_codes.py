@@ -60,7 +60,7 @@ def test_every_error_that_a_service_may_raise_has_a_code() -> None:
 @pytest.mark.parametrize(
     ("code", "kinds"),
     [
-        (grpc.StatusCode.UNAVAILABLE, {errors.Unavailable, errors.WorkerLost, errors.DeviceLost}),
+        (grpc.StatusCode.UNAVAILABLE, {errors.Unavailable, errors.WorkerLost, errors.TlsFailed, errors.DeviceLost}),
         (grpc.StatusCode.CANCELLED, {errors.RequestAborted, errors.RequestPreempted}),
         (
             grpc.StatusCode.INTERNAL,
