@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -29,6 +31,9 @@ from benchmarks.report import OUT, Report
 from muxmesh.client import MeshClient
 from muxmesh.client.retries import NO_RETRIES
 from muxmesh.errors import MeshError, QuotaExceeded, Unavailable
+from muxmesh.redis_connection import RedisClient, open_redis
+from muxmesh.tenants.quota_book import QuotaBook
+from muxmesh.tenants.tenant_directory import TenantDirectory
 from tests.support.redis_servers import Watched, free_ports, running_cluster, running_sentinels, server
 
 NUM_ROUTERS = 4
@@ -64,8 +69,10 @@ class Tally:
 class QuotaRun:
     """The mesh of one run, and `muxmesh tenant` for it."""
 
-    def __init__(self, mesh: UpProcess, keys: dict[str, str]) -> None:
+    def __init__(self, mesh: UpProcess, keys: dict[str, str], client: RedisClient, mesh_id: str) -> None:
         self.mesh, self.keys = mesh, keys
+        self.directory = TenantDirectory(client, mesh_id, random.SystemRandom())
+        self.book = QuotaBook(client, mesh_id)
         self.tallies = {name: Tally() for name in keys}
         self.num_sent = 0
 
@@ -104,8 +111,9 @@ class QuotaRun:
             tally.num_running -= 1
 
     async def usage(self, name: str) -> dict[str, Any]:
-        (found,) = await tenant_command(self.mesh, "usage", name)
-        return dict(found)
+        """What `muxmesh tenant usage` shows. No process is started for it: this one has connections of gRPC."""
+        record = (await self.directory.read()).records[name]
+        return dataclasses.asdict(await self.book.usage(record.tenant))
 
     async def settled(self, within_s: float) -> tuple[dict[str, dict[str, Any]], float]:
         """The usage of all tenants once nothing is reserved, and the seconds until then."""
@@ -144,7 +152,9 @@ async def quota_run(redis_url: str, name: str) -> AsyncIterator[QuotaRun]:
     async with up("-c", str(path)) as mesh:
         keys = {one: (await tenant_command(mesh, "add", one, *limits))["api_key"] for one, limits in TENANTS.items()}
         await asyncio.sleep(1.5)  # until every router has read the directory
-        yield QuotaRun(mesh, keys)
+        client = open_redis(redis_url)
+        yield QuotaRun(mesh, keys, client, name)
+        await client.aclose()
 
 
 def check(report: Report, run: QuotaRun, usages: dict[str, dict[str, Any]], seconds: float, name: str) -> None:

@@ -191,6 +191,8 @@ class QuotaKeeper:
         """Renews all open reservations. Redis counts as present again if it responds. Raises Unavailable."""
         num_lost = 0
         for tenant_id, opened in list(self._open.items()):
+            if not opened:  # the last one has ended since this call began
+                continue
             tokens_of = {one.reservation_id: one.num_tokens for one in opened.values()}
             next_number, tenant = self._last_number + 1, next(iter(opened.values())).tenant
             try:

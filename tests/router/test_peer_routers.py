@@ -1,5 +1,7 @@
 """The counts of several routers together. With processes: tests/mesh/test_several_routers.py."""
 
+from typing import Any
+
 from muxmesh.v1 import mesh_pb2
 from router.peer_routers import _SUMMED, _TALLIES, with_peers
 
@@ -7,7 +9,7 @@ from router.peer_routers import _SUMMED, _TALLIES, with_peers
 def status(model: str, number: int, has_slo: bool = True) -> mesh_pb2.RouterModelStatus:
     tally = mesh_pb2.SloTally(**dict.fromkeys(_TALLIES, number))
     slo = mesh_pb2.SloStatus(total=tally, recent=tally, window_s=60) if has_slo else None
-    counts = dict.fromkeys(_SUMMED, number)
+    counts: dict[str, Any] = dict.fromkeys(_SUMMED, number)
     return mesh_pb2.RouterModelStatus(model=model, prediction_tau=0.1 * number, slo=slo, **counts)
 
 

@@ -201,6 +201,18 @@ async def test_renewals_reserve_again_what_redis_has_lost(
     assert "Redis had lost 2 reservations" in caplog.text
 
 
+async def test_requests_that_end_while_others_are_renewed_need_no_renewal(keeper: QuotaKeeper, book: FakeBook) -> None:
+    await keeper.reserve(ONE, 400)
+    other = await keeper.reserve(tenant("other"), 5)
+    book.gate = asyncio.Event()
+    renewing = asyncio.ensure_future(keeper.renew())
+    await until(lambda: book.num_renewals)
+    other.settle(1, 1)
+    book.gate.set()
+    await renewing
+    assert book.num_renewals == 1
+
+
 async def test_after_a_renewal_the_local_part_is_that_of_one_router(keeper: QuotaKeeper, book: FakeBook) -> None:
     first = await keeper.reserve(ONE, 100)
     await keeper.renew()
