@@ -52,9 +52,14 @@ class Reservation:
     keeper: QuotaKeeper
     tenant: Tenant
     reservation_id: str
+    number: int
+    """The end of its id."""
     num_tokens: int
     started_at_s: float
+    is_granted: bool = False
+    """False while Redis is asked for it."""
     is_local: bool = False
+    """Whether this router has granted it by itself."""
 
     def settle(self, prompt_tokens: int, output_tokens: int) -> None:
         """Charges what was used and gives back the rest. Returns at once: Redis is called in the background."""
@@ -110,7 +115,7 @@ class QuotaKeeper:
         """
         self._last_number += 1
         now_s = self._clock.monotonic_s()
-        one = Reservation(self, tenant, f"{self._owner}-{self._last_number}", num_tokens, now_s)
+        one = Reservation(self, tenant, f"{self._owner}-{self._last_number}", self._last_number, num_tokens, now_s)
         opened = self._open[tenant.tenant_id]
         opened[one.reservation_id] = one
         try:
@@ -123,6 +128,7 @@ class QuotaKeeper:
         except BaseException:  # cancelled, or refused as Redis is away: it may have been reserved nevertheless
             self.end(one, 0, 0)
             raise
+        one.is_granted = True
         return one
 
     def end(self, one: Reservation, prompt_tokens: int, output_tokens: int) -> None:
@@ -193,8 +199,9 @@ class QuotaKeeper:
         for tenant_id, opened in list(self._open.items()):
             if not opened:  # the last one has ended since this call began
                 continue
-            tokens_of = {one.reservation_id: one.num_tokens for one in opened.values()}
-            next_number, tenant = self._last_number + 1, next(iter(opened.values())).tenant
+            tokens_of = {one.reservation_id: one.num_tokens for one in opened.values() if one.is_granted}
+            asked = (one.number for one in opened.values() if not one.is_granted)
+            next_number, tenant = min(asked, default=self._last_number + 1), next(iter(opened.values())).tenant
             try:
                 renewal = await self._book.renew(tenant, self._owner, next_number, tokens_of)
             except Unavailable as error:

@@ -97,7 +97,7 @@ local function refuse(name, wait, left, needed)
     redis.call('HINCRBY', usage, 'refused', 1)
     return {0, name, string.format('%.6f', wait), math.floor(left), needed}
 end
-if redis.call('HEXISTS', open, id) == 0 then
+if redis.call('HEXISTS', open, id) == 0 and not redis.call('ZSCORE', settled, id) then
     local num_open = redis.call('HLEN', open)
     if max_open and num_open >= max_open then
         local mean = tonumber(redis.call('HGET', quota, 'mean_s') or '') or 1
@@ -121,7 +121,8 @@ return {1, string.format('%.6f', request_level or 0), string.format('%.6f', toke
 )
 """Arguments: id, owner, TTL of the owner in s, tokens, then the limits on requests, tokens and open reservations.
 
-An empty limit is none. Returns 1 with the levels of the buckets of requests and tokens, or 0 with the exceeded limit,
+An empty limit is none. A reservation that was settled already, as its router did not wait for it, is not made.
+Returns 1 with the levels of the buckets of requests and tokens, or 0 with the exceeded limit,
 seconds until it would be granted, what is left of it and what is needed. More tokens than the bucket holds are granted
 when it is full; its level is negative then.
 """

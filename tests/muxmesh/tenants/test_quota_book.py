@@ -90,6 +90,15 @@ async def test_a_reservation_that_arrives_twice_is_charged_once(book: QuotaBook)
     assert (usage.requests_left, usage.open_requests, usage.reserved_tokens) == (59, 1, 1000)
 
 
+async def test_a_reservation_that_arrives_after_its_settlement_is_not_made(book: QuotaBook) -> None:
+    """The router has not waited for it."""
+    one = tenant(tokens_per_minute=6000)
+    await book.settle(one, "r-1", NOTHING)
+    await book.reserve(one, "r", "r-1", 1000)
+    assert (await book.usage(one)).open_requests == 0
+    assert await tokens_left(book, one) == 6000
+
+
 async def test_a_request_larger_than_the_bucket_is_granted_when_it_is_full(book: QuotaBook, client: Any) -> None:
     one = tenant(tokens_per_minute=600)
     await book.reserve(one, "r", "r-1", 1500)
