@@ -53,11 +53,19 @@ class ModelNotFound(MeshError):
 
 
 class Overloaded(MeshError):
-    """There is no free capacity. The caller should wait ``retry_after_s`` seconds before a retry."""
+    """There is no free capacity. The caller should wait ``retry_after_s`` seconds before a retry.
 
-    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+    ``ticket``: a retry after that time that sends it, as the metadata `x-muxmesh-ticket`, goes before newcomers.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0, ticket: str = "") -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.ticket = ticket
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, float, str]] | tuple[type[Self], tuple[str, str, float]]:
+        """See `InvalidRequest.__reduce__`."""
+        return type(self), (str(self), self.retry_after_s, self.ticket)
 
 
 class QuotaExceeded(Overloaded):

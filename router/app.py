@@ -43,6 +43,7 @@ from router.pipeline import GenerationPipeline
 from router.predictor_snapshots import PredictorSnapshots
 from router.prompt_tokenizer import PromptTokenizer
 from router.public_limits import public_limits
+from router.queue_limit import QueueLimit
 from router.request_metrics import RequestMetrics
 from router.router_metrics import router_families
 from router.sequence_driver import SequenceDriver
@@ -81,13 +82,16 @@ async def serve(
         driver = SequenceDriver(
             units.choose, functools.partial(run_attempt, workers, clock), clock, config.router.max_restarts
         )
-        forecaster = await _open_forecaster(runtime, clock, rng, stack)
+        secret = bytes.fromhex(runtime.tenant_secret) or rng.randbytes(SECRET_BYTES)
+        forecaster = await _open_forecaster(runtime, clock, secret, stack)
         tokenizer = _open_tokenizer(config.router.max_waiting_prompt_bytes, stack)
         metrics = RequestMetrics({model.name: model.limits.max_model_len for model in models})
         tenancy = await _open_tenancy(runtime, incarnation, clock, rng, stop, stack)
+        queue_limit = QueueLimit(config.router.max_waiting_requests, secret, config.access.mode == "keys")
         pipeline = GenerationPipeline(
-            models, units, driver, forecaster, policy, config.router, clock, rng, tokenizer, metrics, tenancy.quotas
-        )
+            models, units, driver, forecaster, policy, config.router, clock, rng, tokenizer, metrics, queue_limit,
+            tenancy.quotas,
+        )  # fmt: skip
         monitor.add(tenancy.families)
         monitor.add(metrics.families)
         monitor.add(lambda: router_families(models, pipeline, forecaster, units, clock.unix_s()))
@@ -151,12 +155,11 @@ async def _open_units(
 
 
 async def _open_forecaster(
-    runtime: MeshRuntime, clock: Clock, rng: random.Random, stack: AsyncExitStack
+    runtime: MeshRuntime, clock: Clock, secret: bytes, stack: AsyncExitStack
 ) -> LengthForecaster:
     """Opens the predictor of lengths from its last snapshot in Redis. ``stack`` saves and closes it."""
     snapshots = PredictorSnapshots(runtime.redis_url, runtime.config.mesh_id)
     predictor, checked = await snapshots.load()
-    secret = bytes.fromhex(runtime.tenant_secret) or rng.randbytes(SECRET_BYTES)
     forecaster = LengthForecaster(checked, runtime.config.router.predictor_budget_s, clock, secret)
     stack.callback(forecaster.close)
     await stack.enter_async_context(snapshots.saved(forecaster, predictor, checked))

@@ -105,6 +105,8 @@ class GenerationRequest:
     cache_salt: str = ""
     bypass_prefix_cache: bool = False
     kv_swap_format: KvFormat | None = None
+    ticket: str = ""
+    """Of an earlier refusal; see `router.queue_limit`."""
 
 
 class FinishKind(Enum):

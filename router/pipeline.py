@@ -36,12 +36,12 @@ from router.generation import (
 from router.generation_reports import prompt_report, scheduling_report, timings_report
 from router.length_forecast import LengthForecast, LengthForecaster
 from router.prompt_tokenizer import PromptTokenizer
+from router.queue_limit import Newcomer, QueueLimit, WaitingSequences
 from router.quotas import NO_QUOTAS, Quotas, Settles
 from router.request_metrics import RequestMetrics
 from router.request_record import RequestRecord
 from router.request_validation import (
     check_count,
-    check_overload,
     check_prompt,
     check_token_ids,
     check_tokenized,
@@ -80,6 +80,7 @@ class _Generation:
     forecast: LengthForecast
     record: RequestRecord
     reservation: Settles
+    waiting: WaitingSequences
     progress: list[Progress] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +102,7 @@ class GenerationPipeline:
         rng: random.Random,
         tokenizer: PromptTokenizer,
         metrics: RequestMetrics,
+        queue_limit: QueueLimit,
         quotas: Quotas = NO_QUOTAS,
     ) -> None:
         """``rng`` samples seeds."""
@@ -116,6 +118,7 @@ class GenerationPipeline:
         self._rng = rng
         self._tokenizer = tokenizer
         self._metrics = metrics
+        self._queue_limit = queue_limit
         self._quotas = quotas
 
     def model_name(self, name: str) -> str:
@@ -136,39 +139,37 @@ class GenerationPipeline:
         record.max_wait_s = self._policy.max_wait_s
         if model.config.slo is not None:
             record.slo = self._units.choose(model.name).request_slo(model.name)
-        self._refuse_overload(model.name, request.num_sequences)
+        self._refuse_overload(request, model.name)
         arrived_at_unix_s = self._clock.unix_s()
         max_tokens = None if request.truncate_prompt_tokens is not None else model.limits.max_model_len - 1
-        with self._preparing(model.name, request.num_sequences):
-            token_ids = await self._tokenizer.encode(request.prompt, model, max_tokens=max_tokens)
-            engine_request = resolve(request, model, token_ids, self._rng.getrandbits(_SEED_BITS), arrived_at_unix_s)
-            forecast = await self._predict_length(request, model, engine_request)
-            reservation = await self._quotas.reserve(
-                request.tenant, _expected_tokens(request, engine_request, forecast)
-            )
+        waiting = self._queue_limit.enter(request.tenant.tenant_id, request.num_sequences)
+        reservation: Settles | None = None
         try:
-            generation = self._prepared(request, model, engine_request, forecast, record, reservation)
+            with self._preparing(model.name, request.num_sequences):
+                token_ids = await self._tokenizer.encode(request.prompt, model, max_tokens=max_tokens)
+                seed = self._rng.getrandbits(_SEED_BITS)
+                engine_request = resolve(request, model, token_ids, seed, arrived_at_unix_s)
+                forecast = await self._predict_length(request, model, engine_request)
+                expected = _expected_tokens(request, engine_request, forecast)
+                reservation = await self._quotas.reserve(request.tenant, expected)
+            engine_request = self._prepared(model, engine_request, forecast, record)
         except BaseException:
-            reservation.settle(0, 0)
+            waiting.end()
+            if reservation is not None:
+                reservation.settle(0, 0)
             raise
-        return self._serve(generation)
+        return self._serve(_Generation(request, model, engine_request, forecast, record, reservation, waiting))
 
     def _prepared(
-        self,
-        request: GenerationRequest,
-        model: ServedModel,
-        engine_request: EngineRequest,
-        forecast: LengthForecast,
-        record: RequestRecord,
-        reservation: Settles,
-    ) -> _Generation:
+        self, model: ServedModel, engine_request: EngineRequest, forecast: LengthForecast, record: RequestRecord
+    ) -> EngineRequest:
         """The request with its expected work and its SLO."""
         record.source, record.predicted_tokens = forecast.source, forecast.prediction.p50_tokens
         self._metrics.of(model.name).num_predictions[forecast.source] += 1
         engine_request = self._with_expected_work(model, engine_request, forecast)
-        if record.slo is not None:
-            engine_request = replace(engine_request, slo=record.slo.targets(len(engine_request.prompt_token_ids)))
-        return _Generation(request, model, engine_request, forecast, record, reservation)
+        if record.slo is None:
+            return engine_request
+        return replace(engine_request, slo=record.slo.targets(len(engine_request.prompt_token_ids)))
 
     async def tokenize(
         self, model_name: str, prompt: Prompt, add_special_tokens: bool | None, with_texts: bool
@@ -247,6 +248,7 @@ class GenerationPipeline:
             counters.num_restarts += sum(one.num_restarts for one in progress)
             was_computed = first_token_at_s is not None or any(one.prefilled is not None for one in progress)
             num_prompt_tokens = record.num_prompt_tokens if was_computed else 0
+            generation.waiting.end()
             generation.reservation.settle(num_prompt_tokens, record.num_output_tokens)
 
     def _sequences(self, generation: _Generation) -> AsyncGenerator[OutputDelta, None]:
@@ -298,7 +300,9 @@ class GenerationPipeline:
         try:
             async with aclosing(self._driver.run(request, output, generation.progress[index])) as deltas:
                 async for delta in deltas:
-                    number = number or lengths.start()
+                    if not number:
+                        number = lengths.start()
+                        generation.waiting.start(self._clock.monotonic_s())
                     yield OutputDelta(index, delta)
         finally:
             if number:
@@ -351,9 +355,10 @@ class GenerationPipeline:
         report = scheduling_report(request, forecast, generation.progress[0], arrived_at_s, self._policy)
         return replace(delta, scheduling=report)
 
-    def _refuse_overload(self, model: str, num_sequences: int) -> None:
+    def _refuse_overload(self, request: GenerationRequest, model: str) -> None:
         waiting = {served.name: self.num_waiting(served.name) for served in self._models}
-        check_overload(waiting, model, num_sequences, self._config.max_waiting_requests)
+        newcomer = Newcomer(model, request.tenant.tenant_id, request.num_sequences, request.ticket)
+        self._queue_limit.check(newcomer, waiting, self._clock.monotonic_s(), self._clock.unix_s())
 
 
 def _expected_tokens(request: GenerationRequest, engine_request: EngineRequest, forecast: LengthForecast) -> int:

@@ -7,10 +7,10 @@ names the field by its path in `muxmesh.v1.GenerateRequest`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from muxmesh.errors import InvalidRequest, Overloaded, PermissionDenied
+from muxmesh.errors import InvalidRequest, PermissionDenied
 from muxmesh.quoting import quoted
 from muxmesh.types import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, EngineRequest, Sampling, SchedulingState, Stopping
 from router.generation import ChatPrompt, GenerationRequest, Prompt, StoppingOptions, TextPrompt, TokensPrompt
@@ -198,24 +198,6 @@ def resolve_stopping(options: StoppingOptions, limits: ModelLimits, num_prompt_t
         min_new_tokens=options.min_new_tokens,
         stop_token_ids=frozenset(options.stop_token_ids),
         eos_token_ids=frozenset() if options.ignore_eos else limits.eos_token_ids,
-    )
-
-
-def check_overload(waiting: Mapping[str, int], model: str, num_sequences: int, limit: int) -> None:
-    """Raises Overloaded if more than ``limit`` sequences would wait, with ``num_sequences`` further ones of ``model``.
-
-    ``waiting``: sequences of each served model. Half of the limit is divided equally among the models, so that requests
-    of one model cannot fill the queue for the others: the unused part of each other model counts as taken.
-    """
-    own_part = limit // (2 * len(waiting))
-    kept = sum(max(0, own_part - num) for name, num in waiting.items() if name != model)
-    num_waiting = sum(waiting.values())
-    if num_waiting + kept + num_sequences <= limit:
-        return
-    kept_for_others = f", with {kept} kept for other models" if kept else ""
-    raise Overloaded(
-        f"{num_waiting} sequences are waiting and {num_sequences} would be added; at most {limit} may wait"
-        f"{kept_for_others}"
     )
 
 

@@ -15,7 +15,7 @@ from random import Random
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
-from muxmesh.client.api_keys import key_metadata
+from muxmesh.client.call_metadata import key_metadata, ticket_metadata
 from muxmesh.client.connection import MeshConnection, Stubs
 from muxmesh.client.option_values import Unfit, number
 from muxmesh.client.outputs import Completion, Delta, completions_of, delta_of
@@ -109,12 +109,10 @@ class MeshClient:
         self, request: inference_pb2.GenerateRequest, timeout_s: float | None = None
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """Calls GenerateStream with a request message that the caller has built; no field is checked."""
-        attempts = self._attempts(timeout_s)
+        attempts, metadata = self._attempts(timeout_s), self._metadata
         while True:
             stubs = await self._connection.ready(attempts.remaining_s(_now_s()))
-            call = stubs.inference.GenerateStream(
-                request, timeout=attempts.remaining_s(_now_s()), metadata=self._metadata
-            )
+            call = stubs.inference.GenerateStream(request, timeout=attempts.remaining_s(_now_s()), metadata=metadata)
             try:
                 with self._connection.errors(attempts):
                     async for response in call:
@@ -123,6 +121,7 @@ class MeshClient:
                 return
             except MeshError as error:
                 delay_s = attempts.delay_before_retry_s(error, _now_s())
+                metadata = (*self._metadata, *ticket_metadata(error))
             finally:
                 call.cancel()
             await asyncio.sleep(delay_s)

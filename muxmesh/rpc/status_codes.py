@@ -1,7 +1,7 @@
 """The table of the gRPC status code of each error, and the conversion in both directions.
 
-Details are sent as google.rpc.Status in the trailing metadata: ErrorInfo has the name of the error, BadRequest the
-invalid field, RetryInfo the delay before a retry, and QuotaFailure the exceeded limit of the tenant.
+Details are sent as google.rpc.Status in the trailing metadata: ErrorInfo has the name of the error and a ticket,
+BadRequest the invalid field, RetryInfo the delay before a retry, and QuotaFailure the exceeded limit of the tenant.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from muxmesh.quoting import cut_to_bytes
 _Response = TypeVar("_Response")
 
 DOMAIN = "muxmesh"
+_TICKET = "ticket"
+"""In the metadata of ErrorInfo."""
 _MAX_MESSAGE_BYTES = 1024
 """The message is sent up to three times, once with each byte as three. Clients take at most 8 KiB of metadata."""
 _MAX_FIELD_BYTES = 256
@@ -71,7 +73,10 @@ def status_code(error: errors.MeshError) -> grpc.StatusCode:
 def to_status(error: errors.MeshError) -> Any:
     """Encodes an error as ``grpc.Status``: code, details and trailing metadata for `ServicerContext.abort`."""
     code, message = status_code(error), cut_to_bytes(str(error), _MAX_MESSAGE_BYTES)
-    details: list[Any] = [error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN)]
+    info = error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN)
+    if isinstance(error, errors.Overloaded) and error.ticket:
+        info.metadata[_TICKET] = error.ticket
+    details: list[Any] = [info]
     if isinstance(error, errors.InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=cut_to_bytes(error.field, _MAX_FIELD_BYTES),
@@ -113,7 +118,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> errors.MeshError:
                 delay_s = retry.retry_delay.ToNanoseconds() / 1e9
                 if kind is errors.QuotaExceeded and failure is not None and failure.violations:
                     return errors.QuotaExceeded(failure.violations[0].subject.removeprefix("limit:"), message, delay_s)
-                return errors.Overloaded(message, delay_s)
+                return errors.Overloaded(message, delay_s, info.metadata.get(_TICKET, ""))
         else:
             return kind(message)
     elif error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and (too_large := _TOO_LARGE.search(message)):

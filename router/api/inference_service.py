@@ -45,9 +45,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """See the proto. Sends the request id as the initial metadata `x-request-id`."""
         arrived_at_s = self._clock.monotonic_s()
-        request_id = _request_id(context) or f"{self._rng.getrandbits(64):016x}"
+        request_id = _metadata_value(context, "x-request-id") or f"{self._rng.getrandbits(64):016x}"
         with self._observer.observed(RequestRecord(request_id, arrived_at_s)) as record:
-            generation = replace(request_from_message(request, request_id), tenant=caller())
+            ticket = _metadata_value(context, "x-muxmesh-ticket")
+            generation = replace(request_from_message(request, request_id), tenant=caller(), ticket=ticket)
             record.tenant = generation.tenant.name
             record.request_id = generation.request_id
             record.model = self._pipeline.model_name(generation.model)
@@ -102,9 +103,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.DetokenizeResponse(text=text)
 
 
-def _request_id(context: Context) -> str:
-    """The request id in the call's metadata, or an empty string."""
+def _metadata_value(context: Context, name: str) -> str:
+    """A value in the call's metadata, or an empty string."""
     for key, value in context.invocation_metadata() or ():
-        if key == "x-request-id":
+        if key == name:
             return value if isinstance(value, str) else value.decode(errors="replace")
     return ""

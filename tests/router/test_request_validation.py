@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muxmesh.errors import InvalidRequest, Overloaded
+from muxmesh.errors import InvalidRequest
 from muxmesh.models.sampling_defaults import SamplingDefaults
 from muxmesh.tenants.tenant import Tenant
 from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping
@@ -20,7 +20,7 @@ from router.generation import (
     TextPrompt,
     TokensPrompt,
 )
-from router.request_validation import check_overload, check_tokenized, resolve, resolve_stopping, validate
+from router.request_validation import check_tokenized, resolve, resolve_stopping, validate
 from router.served_models import ModelLimits
 from tests.support.pipeline_parts import EOS, served_model
 
@@ -279,6 +279,7 @@ UNBOUNDED = {
         "bypass_prefix_cache",
         "kv_swap_format",
         "unset_sampling",
+        "ticket",
     },
     StoppingOptions: {"include_stop_strings", "ignore_eos", "min_new_tokens"},
     Sampling: {"seed", "top_k"},
@@ -437,23 +438,6 @@ def test_prompt_and_output_always_fit_the_context(
         assert max_new_tokens is not None and num_prompt_tokens + max_new_tokens > 100
     else:
         assert 1 <= result.max_new_tokens <= 100 - num_prompt_tokens
-
-
-def test_a_full_queue_refuses_a_request_with_all_its_sequences() -> None:
-    check_overload({"m": 7}, "m", 3, 10)
-    with pytest.raises(Overloaded, match=r"^7 sequences are waiting and 4 would be added; at most 10 may wait$"):
-        check_overload({"m": 7}, "m", 4, 10)
-
-
-def test_a_flooded_model_does_not_fill_the_queue_for_others() -> None:
-    check_overload({"flooded": 6, "other": 1}, "flooded", 2, 10)
-    with pytest.raises(Overloaded, match=r"; at most 10 may wait, with 1 kept for other models$"):
-        check_overload({"flooded": 6, "other": 1}, "flooded", 3, 10)
-    with pytest.raises(Overloaded, match=r"2 kept for other models$"):
-        check_overload({"flooded": 8, "other": 0}, "flooded", 1, 10)
-    check_overload({"flooded": 8, "other": 0}, "other", 2, 10)
-    with pytest.raises(Overloaded, match=r"at most 10 may wait$"):
-        check_overload({"flooded": 8, "other": 2}, "other", 1, 10)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from router.expected_work import ExpectedWork
 from router.length_forecast import LengthForecaster
 from router.pipeline import GenerationPipeline
 from router.prompt_tokenizer import PromptTokenizer
+from router.queue_limit import QueueLimit
 from router.quotas import NO_QUOTAS, Quotas
 from router.request_metrics import RequestMetrics
 from router.sequence_driver import SequenceDriver
@@ -201,8 +202,20 @@ async def pipeline_parts(
     metrics = RequestMetrics({model.name: model.limits.max_model_len for model in served})
     with ThreadPoolExecutor(1) as short, ThreadPoolExecutor(2) as long:
         tokenizer = PromptTokenizer(short, long, config.max_waiting_prompt_bytes)
+        queue_limit = QueueLimit(config.max_waiting_requests, bytes(32), limits_tenants=True)
         pipeline = GenerationPipeline(
-            served, units, driver, forecaster, policy, config, clock, random.Random(7), tokenizer, metrics, quotas
+            served,
+            units,
+            driver,
+            forecaster,
+            policy,
+            config,
+            clock,
+            random.Random(7),
+            tokenizer,
+            metrics,
+            queue_limit,
+            quotas,
         )
         try:
             yield PipelineParts(pipeline, served, units, admission, attempts, forecaster, clock, metrics)

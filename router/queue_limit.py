@@ -1,0 +1,299 @@
+"""How many sequences may wait, and what a request that is refused is promised. Pure; times are arguments.
+
+**Limits.** The queue of a router holds `limit` sequences. A part is kept for each model (`check_models`). With API keys
+a tenant may have as many waiting as are free, twice: the more the others queue, the less one of them may
+(dynamic threshold, Choudhury and Hahne 1998), so one tenant alone fills two thirds and never the whole.
+
+**Tickets.** A refusal is a position in a virtual queue behind the real one. Its delay is the number of sequences before
+it divided by the rate at which waiting sequences have started lately. Who comes back with the ticket, after the delay,
+goes before everyone without one: newcomers find the positions of tickets taken that are due before the queue has been
+served once. How many come back is measured, and of tickets that are out that part counts. A ticket is signed, so any
+router with the secret honours it, for its tenant and model, once at each router.
+"""
+
+from __future__ import annotations
+
+import hmac
+import math
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from heapq import heappop, heappush
+
+from muxmesh.errors import Overloaded
+
+_TENANT_FACTOR = 2
+"""A tenant may have this many sequences waiting for each position that is free."""
+_RATE_WINDOW_S = 10.0
+"""Over which the rate is measured at which waiting sequences start."""
+_MIN_DELAY_S, _MAX_DELAY_S = 0.05, 600.0
+_MIN_GRACE_S, _GRACE = 5.0, 0.5
+"""A ticket is valid from its delay on for half of it again, and for at least 5 s."""
+_MISSED_S = 2.0
+"""So long after its delay a position is given to others, though the ticket is still valid."""
+_EARLY_S = 0.1
+"""A clock of a client may be that much ahead."""
+_HEADROOM = 0.1
+"""Part of the limit by which holders of tickets may exceed it: the rate is an estimate."""
+_RETURN_WEIGHT = 0.05
+"""Of one ticket in the mean part that comes back."""
+_MAC_BYTES = 16
+_MAX_TICKETS = 100_000
+"""Tickets that are out, of a router. Beyond it refusals have none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Newcomer:
+    """A request that asks for positions in the queue. ``ticket``: of an earlier refusal, or empty."""
+
+    model: str
+    tenant_id: str
+    num_sequences: int
+    ticket: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ticket:
+    number: str
+    num_sequences: int
+    due_unix_s: float
+    expires_unix_s: float
+
+    def is_due(self, unix_s: float) -> bool:
+        return unix_s >= self.due_unix_s - _EARLY_S
+
+
+class DrainRate:
+    """Waiting sequences that start per second, over the last `_RATE_WINDOW_S`."""
+
+    def __init__(self) -> None:
+        self._left: deque[tuple[float, int]] = deque()
+        self._sum = 0
+        self._since_s: float | None = None
+
+    def observe(self, number: int, now_s: float) -> None:
+        """``number`` sequences have started at ``now_s`` (monotonic)."""
+        self._since_s = now_s if self._since_s is None else self._since_s
+        self._left.append((now_s, number))
+        self._sum += number
+        self._drop(now_s)
+
+    def per_s(self, now_s: float) -> float:
+        """0 before the first one."""
+        if self._since_s is None:
+            return 0.0
+        self._drop(now_s)
+        return self._sum / min(_RATE_WINDOW_S, max(1.0, now_s - self._since_s))
+
+    def _drop(self, now_s: float) -> None:
+        while self._left and self._left[0][0] < now_s - _RATE_WINDOW_S:
+            self._sum -= self._left.popleft()[1]
+
+
+class QueueLimit:
+    """Owns the counts of waiting sequences by tenant, and the tickets that are out.
+
+    Invariant: ``_num_out`` is the sum of the sequences of ``_tickets``, ``_num_near`` that of those in ``_near``.
+    """
+
+    def __init__(self, limit: int, secret: bytes, limits_tenants: bool) -> None:
+        """``limit``: sequences that may wait. ``secret``: signs tickets; the same for all routers of a mesh.
+
+        ``limits_tenants``: whether callers are told apart.
+        """
+        self._limit, self._secret, self._limits_tenants = limit, secret, limits_tenants
+        self._by_tenant: Counter[str] = Counter()
+        self._rate = DrainRate()
+        self._tickets: dict[str, _Ticket] = {}
+        """Those that are out and not missed."""
+        self._later: list[tuple[float, str]] = []
+        """A heap of the tickets that are due after the queue has been served once."""
+        self._near: list[tuple[float, str]] = []
+        """A heap of the others. Both may have tickets that came back."""
+        self._near_numbers: set[str] = set()
+        self._num_near = 0
+        self._num_out = 0
+        self._used: dict[str, float] = {}
+        """Those that came back, until they expire."""
+        self._used_checked_unix_s = 0.0
+        self._last_number = 0
+        self.return_rate = 1.0
+        """Mean part of the tickets that come back, the latest ones with the largest weight."""
+
+    def enter(self, tenant_id: str, num_sequences: int) -> WaitingSequences:
+        """Sequences of an admitted request begin to wait."""
+        self._by_tenant[tenant_id] += num_sequences
+        return WaitingSequences(self, tenant_id, num_sequences)
+
+    def leave(self, tenant_id: str, num_sequences: int) -> None:
+        """Sequences wait no longer."""
+        self._by_tenant[tenant_id] -= num_sequences
+        if not self._by_tenant[tenant_id]:
+            del self._by_tenant[tenant_id]
+
+    def start(self, now_s: float) -> None:
+        """A sequence has its first token at ``now_s`` (monotonic)."""
+        self._rate.observe(1, now_s)
+
+    @property
+    def num_out(self) -> int:
+        """Sequences of tickets that are out."""
+        return self._num_out
+
+    def check(self, newcomer: Newcomer, waiting: Mapping[str, int], now_s: float, unix_s: float) -> None:
+        """Raises Overloaded, with a ticket and its delay, unless the newcomer may enter the queue.
+
+        ``waiting``: sequences of each served model that wait.
+        """
+        self._pass_time(now_s, unix_s)
+        held = self._valid(newcomer, unix_s)
+        if held is not None and not held.is_due(unix_s):
+            raise _refused("the ticket is not due yet", held.due_unix_s - unix_s, newcomer.ticket)
+        num_waiting = sum(waiting.values())
+        if held is not None and num_waiting + newcomer.num_sequences <= self._limit * (1 + _HEADROOM):
+            self._take(held)
+            return
+        num_near, num_out = (
+            0 if held else math.ceil(number * self.return_rate) for number in (self._num_near, self._num_out)
+        )
+        excess, problem = self._excess(newcomer, waiting, num_waiting, num_near)
+        if excess <= 0:
+            return
+        if held is not None:
+            self._take(held)
+        delay_s = self._delay_s(excess + num_out - num_near, now_s)
+        raise _refused(problem, delay_s, self._issue(newcomer, delay_s, unix_s))
+
+    def _excess(
+        self, newcomer: Newcomer, waiting: Mapping[str, int], num_waiting: int, num_before: int
+    ) -> tuple[int, str]:
+        """How many sequences have to leave first, at most 0: none; and why."""
+        num_new = newcomer.num_sequences
+        kept = kept_for_models(waiting, newcomer.model, self._limit)
+        excess = num_waiting + kept + num_before + num_new - self._limit
+        if excess > 0:
+            parts = [f", with {kept} kept for other models" if kept else ""]
+            parts.append(f" and {num_before} for earlier requests that were told to come back" if num_before else "")
+            return excess, (
+                f"{num_waiting} sequences are waiting and {num_new} would be added; at most {self._limit} may wait"
+                f"{''.join(parts)}"
+            )
+        own = self._by_tenant[newcomer.tenant_id]
+        if self._limits_tenants and newcomer.tenant_id:
+            most = max(1, _TENANT_FACTOR * (self._limit - num_waiting))
+            if own and own + num_new > most:
+                return own + num_new - most, (
+                    f"{own} sequences of this tenant are waiting and {num_new} would be added; at most {most} may wait "
+                    "now"
+                )
+        return 0, ""
+
+    def _delay_s(self, excess: int, now_s: float) -> float:
+        rate = self._rate.per_s(now_s)
+        return min(max(excess / rate, _MIN_DELAY_S), _MAX_DELAY_S) if rate else 1.0
+
+    def _issue(self, newcomer: Newcomer, delay_s: float, unix_s: float) -> str:
+        if len(self._tickets) >= _MAX_TICKETS:
+            return ""
+        self._last_number += 1
+        due, valid_s = unix_s + delay_s, max(_MIN_GRACE_S, _GRACE * delay_s)
+        fields = f"{self._last_number:x}-{newcomer.num_sequences:x}-{int(due * 1000):x}-{int(valid_s * 1000):x}"
+        number = f"{fields}-{self._mac(fields, newcomer)}"
+        self._add(_Ticket(number, newcomer.num_sequences, due, due + valid_s))
+        return number
+
+    def _add(self, ticket: _Ticket) -> None:
+        self._tickets[ticket.number] = ticket
+        heappush(self._later, (ticket.due_unix_s, ticket.number))
+        self._num_out += ticket.num_sequences
+
+    def _take(self, ticket: _Ticket) -> None:
+        """A ticket is used up."""
+        self._drop(ticket.number)
+        self.return_rate += _RETURN_WEIGHT * (1 - self.return_rate)
+        self._used[ticket.number] = ticket.expires_unix_s
+
+    def _drop(self, number: str) -> bool:
+        """Whether the ticket was out."""
+        ticket = self._tickets.pop(number, None)
+        if ticket is None:
+            return False
+        self._num_out -= ticket.num_sequences
+        if number in self._near_numbers:
+            self._near_numbers.remove(number)
+            self._num_near -= ticket.num_sequences
+        return True
+
+    def _pass_time(self, now_s: float, unix_s: float) -> None:
+        """Tickets become near, and are missed if they do not come back in time."""
+        rate = self._rate.per_s(now_s)
+        served_once_s = min(self._limit / rate, _MAX_DELAY_S) if rate else _MAX_DELAY_S
+        while self._later and self._later[0][0] <= unix_s + served_once_s:
+            entry = heappop(self._later)
+            ticket = self._tickets.get(entry[1])
+            if ticket is not None:
+                heappush(self._near, entry)
+                self._near_numbers.add(ticket.number)
+                self._num_near += ticket.num_sequences
+        while self._near and self._near[0][0] <= unix_s - _MISSED_S:
+            if self._drop(heappop(self._near)[1]):
+                self.return_rate -= _RETURN_WEIGHT * self.return_rate
+        if len(self._used) > _MAX_TICKETS or unix_s >= self._used_checked_unix_s + _MISSED_S:
+            self._used_checked_unix_s = unix_s
+            self._used = {number: expires for number, expires in self._used.items() if expires > unix_s}
+
+    def _valid(self, newcomer: Newcomer, unix_s: float) -> _Ticket | None:
+        """The ticket of a newcomer; None if it has none that counts: then it is one without a ticket."""
+        fields, _, mac = newcomer.ticket.rpartition("-")
+        is_signed = hmac.compare_digest(_encoded(mac), _encoded(self._mac(fields, newcomer)))
+        if not is_signed or newcomer.ticket in self._used:
+            return None
+        _, num_sequences, due_ms, valid_ms = (int(part, 16) for part in fields.split("-"))  # signed, so well-formed
+        due_unix_s = due_ms / 1000
+        ticket = _Ticket(newcomer.ticket, num_sequences, due_unix_s, due_unix_s + valid_ms / 1000)
+        return ticket if ticket.expires_unix_s > unix_s and newcomer.num_sequences <= num_sequences else None
+
+    def _mac(self, fields: str, newcomer: Newcomer) -> str:
+        signed = _encoded(f"{fields} {newcomer.tenant_id} {newcomer.model}")
+        return blake2b(signed, key=self._secret, digest_size=_MAC_BYTES, person=b"ticket").hexdigest()
+
+
+@dataclass(slots=True)
+class WaitingSequences:
+    """The sequences of one request that wait. `end` has to be called, however the request ends."""
+
+    _limit: QueueLimit
+    _tenant_id: str
+    _num_left: int
+
+    def start(self, now_s: float) -> None:
+        """One of them has its first token at ``now_s`` (monotonic)."""
+        self._leave(1)
+        self._limit.start(now_s)
+
+    def end(self) -> None:
+        """None of them waits any longer."""
+        self._leave(self._num_left)
+
+    def _leave(self, number: int) -> None:
+        if number:
+            self._num_left -= number
+            self._limit.leave(self._tenant_id, number)
+
+
+def kept_for_models(waiting: Mapping[str, int], model: str, limit: int) -> int:
+    """Positions that newcomers of ``model`` do not get: half of the limit is divided equally among the models.
+
+    So requests of one model cannot fill the queue for the others: the unused part of each other model counts as taken.
+    """
+    own_part = limit // (2 * len(waiting))
+    return sum(max(0, own_part - num) for name, num in waiting.items() if name != model)
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _refused(problem: str, delay_s: float, ticket: str) -> Overloaded:
+    return Overloaded(f"{problem}; try again in {delay_s:.3g} s", delay_s, ticket)

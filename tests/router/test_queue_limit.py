@@ -1,0 +1,213 @@
+"""How many sequences may wait, and what a refused request is promised: decisions, and two minutes of overload."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from muxmesh.errors import Overloaded
+from router.queue_limit import DrainRate, Newcomer, QueueLimit, WaitingSequences
+
+SECRET = bytes(32)
+
+
+def newcomer(num: int = 1, model: str = "m", tenant: str = "", ticket: str = "") -> Newcomer:
+    return Newcomer(model, tenant, num, ticket)
+
+
+def refusal(limit: QueueLimit, one: Newcomer, waiting: dict[str, int], now_s: float = 0.0) -> Overloaded:
+    with pytest.raises(Overloaded) as caught:
+        limit.check(one, waiting, now_s, 1000.0 + now_s)
+    return caught.value
+
+
+def test_a_full_queue_refuses_a_request_with_all_its_sequences() -> None:
+    limit = QueueLimit(10, SECRET, limits_tenants=False)
+    limit.check(newcomer(3), {"m": 7}, 0.0, 0.0)
+    error = refusal(limit, newcomer(4), {"m": 7})
+    assert str(error) == "7 sequences are waiting and 4 would be added; at most 10 may wait; try again in 1 s"
+
+
+def test_a_flooded_model_does_not_fill_the_queue_for_others() -> None:
+    limit = QueueLimit(10, SECRET, limits_tenants=False)
+    limit.check(newcomer(2, "flooded"), {"flooded": 6, "other": 1}, 0.0, 0.0)
+    error = refusal(limit, newcomer(3, "flooded"), {"flooded": 6, "other": 1})
+    assert "; at most 10 may wait, with 1 kept for other models;" in str(error)
+    limit = QueueLimit(10, SECRET, limits_tenants=False)
+    assert "2 kept for other models" in str(refusal(limit, newcomer(1, "flooded"), {"flooded": 8, "other": 0}))
+    limit = QueueLimit(10, SECRET, limits_tenants=False)
+    limit.check(newcomer(2, "other"), {"flooded": 8, "other": 0}, 0.0, 0.0)
+    assert "kept" not in str(refusal(limit, newcomer(1, "other"), {"flooded": 8, "other": 2}))
+
+
+def test_one_tenant_fills_two_thirds_and_further_ones_share() -> None:
+    limit, waiting = QueueLimit(90, SECRET, limits_tenants=True), Counter({"m": 0})
+
+    def fill(tenant: str) -> int:
+        number = 0
+        while True:
+            try:
+                limit.check(newcomer(1, tenant=tenant), waiting, 0.0, 0.0)
+            except Overloaded as error:
+                problems.append(str(error))
+                return number
+            limit.enter(tenant, 1)
+            waiting["m"] += 1
+            number += 1
+
+    problems: list[str] = []
+    assert fill("a") == 60
+    assert fill("b") == 20
+    assert fill("c") > 0
+    assert all("sequences of this tenant are waiting" in problem for problem in problems)
+    unlimited = QueueLimit(90, SECRET, limits_tenants=False)
+    unlimited.enter("", 80)
+    unlimited.check(newcomer(1), {"m": 80}, 0.0, 0.0)
+
+
+def test_the_delay_is_the_number_before_it_divided_by_the_rate() -> None:
+    limit = QueueLimit(10, SECRET, limits_tenants=False)
+    one = limit.enter("", 10)
+    for second in range(10):
+        one.start(float(second))
+    assert refusal(limit, newcomer(1), {"m": 10}, 9.0).retry_after_s == pytest.approx(1 * 9 / 10, rel=0.2)
+    later = refusal(limit, newcomer(4), {"m": 10}, 9.0)
+    assert later.retry_after_s == pytest.approx(5 * 9 / 10, rel=0.2), "behind the ticket that is out"
+    assert limit.num_out == 5
+
+
+def test_who_comes_back_with_a_ticket_goes_before_newcomers() -> None:
+    limit = QueueLimit(10, SECRET, limits_tenants=False)
+    ticket = refusal(limit, newcomer(1), {"m": 10}).ticket
+    assert "1 for earlier requests that were told to come back" in str(refusal(limit, newcomer(1), {"m": 9}, 1.0))
+    limit.check(newcomer(1, ticket=ticket), {"m": 9}, 1.0, 1001.0)
+    limit.check(newcomer(1), {"m": 8}, 1.0, 1001.0)
+
+
+def test_a_ticket_is_good_once_for_its_tenant_model_and_size() -> None:
+    limit = QueueLimit(10, SECRET, limits_tenants=True)
+    ticket = refusal(limit, newcomer(2, tenant="t"), {"m": 10, "n": 0}).ticket
+    full = {"m": 10, "n": 0}
+    for other in (
+        newcomer(2, tenant="u", ticket=ticket), newcomer(2, "n", "t", ticket), newcomer(3, tenant="t", ticket=ticket),
+        newcomer(2, tenant="t", ticket=ticket[:-1] + "x"), newcomer(2, tenant="t", ticket="nonsense"),
+        newcomer(2, tenant="t", ticket="1-1-1-1-é"),
+    ):  # fmt: skip
+        assert refusal(limit, other, full, 1.0).ticket != ticket
+    limit.check(newcomer(2, tenant="t", ticket=ticket), {"m": 8, "n": 0}, 1.0, 1001.0)
+    assert refusal(limit, newcomer(2, tenant="t", ticket=ticket), full, 1.0).ticket != ticket
+
+
+def test_who_comes_too_early_keeps_the_position_and_who_comes_too_late_loses_it() -> None:
+    limit = QueueLimit(10, SECRET, limits_tenants=False)
+    first = refusal(limit, newcomer(1), {"m": 10})
+    early = refusal(limit, newcomer(1, ticket=first.ticket), {"m": 5}, 0.5)
+    assert (early.ticket, early.retry_after_s) == (first.ticket, pytest.approx(0.5))
+    late = refusal(limit, newcomer(1, ticket=first.ticket), {"m": 10}, 6.1)
+    assert late.ticket != first.ticket
+    assert limit.num_out == 1
+
+
+def test_another_router_honours_a_ticket() -> None:
+    first, second = (QueueLimit(10, SECRET, limits_tenants=False) for _ in range(2))
+    ticket = refusal(first, newcomer(1), {"m": 10}).ticket
+    second.check(newcomer(1, ticket=ticket), {"m": 10}, 1.0, 1001.0)
+    assert refusal(second, newcomer(1, ticket=ticket), {"m": 10}, 1.0).ticket != ticket
+    stranger = QueueLimit(10, bytes(31) + b"x", limits_tenants=False)
+    assert refusal(stranger, newcomer(1, ticket=ticket), {"m": 10}, 1.0).ticket != ticket
+
+
+def test_tickets_of_which_few_come_back_count_little() -> None:
+    limit = QueueLimit(10, SECRET, limits_tenants=False)
+    for second in range(200):
+        refusal(limit, newcomer(1), {"m": 10}, float(second))
+    assert limit.return_rate < 0.05
+    limit.check(newcomer(1), {"m": 8}, 200.0, 1200.0)
+    assert limit.num_out <= 4
+
+
+@given(st.text(max_size=80))
+def test_no_ticket_raises_anything_but_a_refusal(ticket: str) -> None:
+    limit = QueueLimit(1, SECRET, limits_tenants=True)
+    refusal(limit, newcomer(1, ticket=ticket), {"m": 1})
+
+
+def test_the_rate_is_that_of_the_last_seconds() -> None:
+    rate = DrainRate()
+    assert rate.per_s(5.0) == 0.0
+    rate.observe(3, 5.0)
+    assert rate.per_s(5.0) == 3.0
+    for second in range(6, 30):
+        rate.observe(2, float(second))
+    assert rate.per_s(29.0) == pytest.approx(2.0, rel=0.15)
+    assert rate.per_s(100.0) == 0.0
+
+
+class Overload:
+    """An open load in virtual time on a queue whose sequences start at ``capacity`` a second, in order of arrival."""
+
+    def __init__(self, load: float, capacity: float, limit: int, share_that_returns: float, seed: int) -> None:
+        self.limit, self.capacity = QueueLimit(limit, SECRET, limits_tenants=False), capacity
+        self.rng, self.returns = random.Random(seed), share_that_returns
+        self.events: list[tuple[float, int, str, str, float]] = []
+        self.waiting: list[tuple[float, WaitingSequences]] = []
+        self.counts: Counter[str] = Counter()
+        self.waits_s: list[float] = []
+        self.ratios: list[float] = []
+        self._number = 0
+        at_s = 0.0
+        while at_s < 120:
+            at_s += self.rng.expovariate(load * capacity)
+            self.push(at_s, "arrive")
+        for index in range(int(120 * capacity)):
+            self.push((index + 1) / capacity, "serve")
+
+    def push(self, at_s: float, what: str, ticket: str = "") -> None:
+        self._number += 1
+        heapq.heappush(self.events, (at_s, self._number, what, ticket, at_s))
+
+    def run(self) -> None:
+        while self.events and self.events[0][0] < 120:
+            now_s, _, what, ticket, _ = heapq.heappop(self.events)
+            if what == "serve":
+                if self.waiting:
+                    arrived_s, one = self.waiting.pop(0)
+                    one.start(now_s)
+                    self.waits_s.append(now_s - arrived_s)
+                continue
+            self.arrive(now_s, ticket)
+
+    def arrive(self, now_s: float, ticket: str) -> None:
+        kind = "holder" if ticket else "newcomer"
+        num_out = self.limit.num_out
+        try:
+            self.limit.check(newcomer(1, ticket=ticket), {"m": len(self.waiting)}, now_s, now_s)
+        except Overloaded as error:
+            self.counts[f"{kind} refused"] += 1
+            backlog = max(1.0, len(self.waiting) + num_out * self.limit.return_rate + 1 - 100)
+            if now_s > 20 and kind == "newcomer":
+                self.ratios.append(error.retry_after_s / (backlog / self.capacity))
+            if self.rng.random() < self.returns:
+                self.push(now_s + error.retry_after_s, "return", error.ticket)
+        else:
+            self.counts[f"{kind} admitted"] += 1
+            self.waiting.append((now_s, self.limit.enter("", 1)))
+
+
+@pytest.mark.parametrize(("load", "returns"), [(1.2, 1.0), (3.0, 1.0), (1.2, 0.3), (3.0, 0.3), (3.0, 0.0)])
+def test_under_overload_tickets_are_true_and_waits_bounded(load: float, returns: float) -> None:
+    overload = Overload(load, capacity=20.0, limit=100, share_that_returns=returns, seed=3)
+    overload.run()
+    counts = overload.counts
+    holders = counts["holder admitted"] + counts["holder refused"]
+    assert counts["newcomer refused"] > 100
+    if returns:
+        assert counts["holder admitted"] >= 0.95 * holders > 50
+    assert max(overload.waits_s) <= 1.15 * 100 / 20, "no more than a full queue and its headroom wait before it"
+    assert max(overload.ratios) <= 1.5
+    assert len(overload.waits_s) >= 0.97 * 120 * 20, "the capacity is used"
