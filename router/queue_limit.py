@@ -36,8 +36,12 @@ _EARLY_S = 0.1
 """A clock of a client may be that much ahead."""
 _HEADROOM = 0.1
 """Part of the limit by which holders of tickets may exceed it: the rate is an estimate."""
-_RETURN_WEIGHT = 0.05
+_ALWAYS_USED = 0.25
+"""Part of the queue that newcomers fill whatever tickets are out, so that the workers never lack requests."""
+_RETURN_WEIGHT = 0.01
 """Of one ticket in the mean part that comes back."""
+_RETURN_DEVIATIONS = 2.0
+"""Standard deviations of that mean that are added to it: too few positions would refuse those who come back."""
 _MAC_BYTES = 16
 _MAX_TICKETS = 100_000
 """Tickets that are out, of a router. Beyond it refusals have none."""
@@ -137,6 +141,12 @@ class QueueLimit:
         self._rate.observe(1, now_s)
 
     @property
+    def expected_return(self) -> float:
+        """The part of the tickets for which positions are kept."""
+        deviation = math.sqrt(self.return_rate * (1 - self.return_rate) * _RETURN_WEIGHT)
+        return min(1.0, self.return_rate + _RETURN_DEVIATIONS * deviation)
+
+    @property
     def num_out(self) -> int:
         """Sequences of tickets that are out."""
         return self._num_out
@@ -155,8 +165,10 @@ class QueueLimit:
             self._take(held)
             return
         num_near, num_out = (
-            0 if held else math.ceil(number * self.return_rate) for number in (self._num_near, self._num_out)
+            0 if held else math.ceil(number * self.expected_return) for number in (self._num_near, self._num_out)
         )
+        if num_waiting + newcomer.num_sequences <= self._limit * _ALWAYS_USED:
+            num_near = 0
         excess, problem = self._excess(newcomer, waiting, num_waiting, num_near)
         if excess <= 0:
             return
