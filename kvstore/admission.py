@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Set
+from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heapreplace
 
+from kvstore.tenant_service import TenantService
 from kvstore.wait_times import EntryKey
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy, SortKey
-from muxmesh.types import LeaseRef, QueuedRequest, SchedulingState
+from muxmesh.types import LeaseRef, QueuedRequest, SchedulingState, TenantStanding
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,10 @@ class Admission:
     entries of one queue need a slot of the same workers: the queue of a model, or of a worker's swapped leases.
     """
 
-    def __init__(self, policy: SchedulingPolicy = FCFS) -> None:
+    def __init__(self, policy: SchedulingPolicy = FCFS, tenants: TenantService | None = None) -> None:
+        """``tenants``: where queued requests are counted. Swapped leases are counted as leases."""
         self._policy = policy
+        self._tenants = tenants or TenantService()
         self._entries: dict[EntryKey, AdmissionEntry] = {}
         self._orders: dict[EntryKey, _Order] = {}
         """Order of each entry at time 0: its present one too, unless the policy changes with time or one is overdue."""
@@ -73,6 +76,9 @@ class Admission:
         order = self._order(entry, 0.0)
         self._entries[entry.key], self._orders[entry.key] = entry, order
         self._oldest_s = min(self._oldest_s, entry.request.scheduling.arrived_at_s)
+        if entry.swapped is None:
+            request = entry.request
+            self._tenants.queue(request.tenant, request.tenant_weight, request.scheduling.priority)
         insort(self._queues.setdefault((entry.model, entry.worker), []), order)
 
     def withdraw(self, source: str, entry_id: int) -> None:
@@ -80,10 +86,30 @@ class Admission:
         entry = self._entries.pop((source, entry_id), None)
         if entry is None:
             return
+        if entry.swapped is None:
+            self._tenants.unqueue(entry.request.tenant, entry.request.scheduling.priority)
         queue = self._queues[entry.model, entry.worker]
         del queue[bisect_left(queue, self._orders.pop(entry.key))]
         if not queue:
             del self._queues[entry.model, entry.worker]
+
+    def set_standings(self, standing_of: Callable[[AdmissionEntry], TenantStanding]) -> None:
+        """Gives each entry the standing of its tenant, and sorts the queues of those for which it is another one."""
+        changed: set[tuple[str, str | None]] = set()
+        for key, entry in self._entries.items():
+            scheduling, standing = entry.request.scheduling, standing_of(entry)
+            if standing != scheduling.standing:
+                request = replace(entry.request, scheduling=scheduling.with_standing(standing))
+                self._entries[key] = restood = replace(entry, request=request)
+                self._orders[key] = self._order(restood, 0.0)
+                changed.add((entry.model, entry.worker))
+        for queue in changed:
+            self._queues[queue] = sorted(self._orders[key] for _, key in self._queues[queue])
+
+    @property
+    def entries(self) -> Collection[AdmissionEntry]:
+        """All waiting entries."""
+        return self._entries.values()
 
     def drop_source(self, source: str) -> None:
         """Removes all entries of one router or worker."""
