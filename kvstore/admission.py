@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Set
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heapreplace
 
-from kvstore.tenant_service import TenantService
+from kvstore.tenant_service import Payer, TenantService
 from kvstore.wait_times import EntryKey
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy, SortKey
 from muxmesh.types import LeaseRef, QueuedRequest, SchedulingState, TenantStanding
@@ -40,6 +40,11 @@ class AdmissionEntry:
     def key(self) -> EntryKey:
         """Source and id, unique among the waiting entries."""
         return self.source, self.request.entry_id
+
+    @property
+    def payer(self) -> Payer:
+        """Who is charged for it."""
+        return Payer(self.request.tenant, self.request.model, self.request.tenant_weight)
 
     @property
     def worker(self) -> str | None:
@@ -77,8 +82,7 @@ class Admission:
         self._entries[entry.key], self._orders[entry.key] = entry, order
         self._oldest_s = min(self._oldest_s, entry.request.scheduling.arrived_at_s)
         if entry.swapped is None:
-            request = entry.request
-            self._tenants.queue(request.tenant, request.tenant_weight, request.scheduling.priority)
+            self._tenants.queue(entry.payer, entry.request.scheduling.priority)
         insort(self._queues.setdefault((entry.model, entry.worker), []), order)
 
     def withdraw(self, source: str, entry_id: int) -> None:
@@ -87,7 +91,7 @@ class Admission:
         if entry is None:
             return
         if entry.swapped is None:
-            self._tenants.unqueue(entry.request.tenant, entry.request.scheduling.priority)
+            self._tenants.unqueue(entry.payer, entry.request.scheduling.priority)
         queue = self._queues[entry.model, entry.worker]
         del queue[bisect_left(queue, self._orders.pop(entry.key))]
         if not queue:

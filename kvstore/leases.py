@@ -33,7 +33,7 @@ from enum import StrEnum
 from kvstore.block_table import AllocatedBlocks, BlockTable
 from kvstore.sequence_progress import SequenceProgress
 from kvstore.swap_space import SwapSpace
-from kvstore.tenant_service import Payer, TenantService
+from kvstore.tenant_service import NO_PAYER, Payer, TenantService
 from muxmesh.errors import LeaseLost
 from muxmesh.quoting import named
 from muxmesh.types import KvDemand, Lease, LeaseRef, SOLE_TENANT, SchedulingState, TenantStanding, blocks_for
@@ -100,7 +100,7 @@ class LeaseRecord:
     was asked to free its token blocks, until it did. ``num_preemptions``: how often it was displaced from a batch, in
     earlier attempts too; that and ``is_protected`` are as its decode worker reports them. ``has_valid_kv``: the device
     has not failed. ``charged_s``: work done, as in `SchedulingState.served_s`, for which ``payer`` has been charged or
-    that was charged to an earlier attempt. ``credited`` and ``told``: the tenant's standing that came with the credit,
+    that was charged to an earlier attempt. ``prefill_charge_s``: what its prefill costs. ``credited`` and ``told``: the tenant's standing that came with the credit,
     and that which the owner knows.
     """
 
@@ -117,7 +117,8 @@ class LeaseRecord:
     num_preemptions: int = 0
     is_protected: bool = False
     has_valid_kv: bool = True
-    payer: Payer = Payer()
+    payer: Payer = NO_PAYER
+    prefill_charge_s: float = 0.0
     charged_s: float = 0.0
     credited: TenantStanding = SOLE_TENANT
     told: TenantStanding = SOLE_TENANT
@@ -178,9 +179,12 @@ class LeaseTable:
         assignment: Assignment,
         expires_at_s: float,
         max_new_slabs: int | None = None,
-        payer: Payer = Payer(),
+        payer: Payer = NO_PAYER,
+        prefill_token_s: float = 0.0,
     ) -> Lease | None:
-        """Returns a new credit, owned by ``router``, or None if the pool is full. ``payer`` is charged for its service.
+        """Returns a new credit, owned by ``router``, or None if the pool is full.
+
+        ``payer`` is charged for its service, with ``prefill_token_s`` for each token that prefill has to compute.
 
         Tokens that are in the prefix cache count as computed. ``max_new_slabs``: see `BlockTable.allocate`.
         """
@@ -200,6 +204,7 @@ class LeaseTable:
             expires_at_s,
             num_preemptions=scheduling.num_preemptions,
             payer=payer,
+            prefill_charge_s=prefill_token_s * max(0, demand.num_known_tokens - lease.num_computed_tokens),
             charged_s=scheduling.served_s + scheduling.prefill_s,
             credited=scheduling.standing,
             told=scheduling.standing,
@@ -215,7 +220,7 @@ class LeaseTable:
         record = self._at(ref)
         self._set_state(record, self._after("acquire", record))
         if record.scheduling.served_s == 0:
-            self._tenants.charge(record.payer, record.scheduling.prefill_s, 0.0)
+            self._tenants.charge_prefill(record.payer, record.prefill_charge_s)
         return self._change_owner(record, worker)
 
     def move(self, ref: LeaseRef, owner: str, to: str, num_computed_tokens: int, sampled: tuple[int, ...]) -> Lease:
@@ -512,14 +517,12 @@ class LeaseTable:
     def _charge(self, record: LeaseRecord, served_s: float) -> None:
         """Charges the decode steps of a lease up to ``served_s``; 0 or less than was charged: none."""
         if served_s > record.charged_s:
-            self._tenants.charge(record.payer, 0.0, served_s - record.charged_s)
+            self._tenants.charge_decode(record.payer, served_s - record.charged_s)
             record.charged_s = served_s
 
     def _enter(self, record: LeaseRecord) -> None:
         """Counts a lease with its owner and state of now."""
         self._count(record, 1)
-        if record.state in BATCHED:
-            self._tenants.use_slots(record.payer, 1)
         if record.state is LeaseState.RESIDENT:
             self._computing.setdefault(record.owner, {})[record.lease.ref.lease_id] = record
             self._note_change(record)
@@ -527,8 +530,6 @@ class LeaseTable:
     def _leave(self, record: LeaseRecord) -> None:
         """The reverse of `_enter`."""
         self._count(record, -1)
-        if record.state in BATCHED:
-            self._tenants.use_slots(record.payer, -1)
         if record.state is LeaseState.RESIDENT:
             computing = self._computing[record.owner]
             del computing[record.lease.ref.lease_id]

@@ -1,7 +1,24 @@
-"""Keeps the standing of tenants in the states of their queued requests and leases. Pure; time is an argument.
+"""Turns the service of tenants into the order of their requests. Pure; time is an argument.
 
-`kvstore.tenant_service` determines how far each tenant is ahead, `kvstore.overdue_lane` which overdue requests precede
-all others. This module writes both into the scheduling states by which admission, memory and workers order requests.
+While several tenants have requests, those of each tenant and model are numbered in the tenant's own order, running ones
+included: by class, then by policy. The k-th of them, from 0 on, has
+
+    lead  = seconds of service that its tenant is ahead of the least served one (`kvstore.tenant_service`)
+    level = lead / band_s + HORIZON_BANDS * k / (slots of a batch * weight)     for k > 0
+    level = lead / band_s - 1                                                   for k = 0
+    group = floor(level)
+
+and a lower group precedes (`SchedulingState.precedence`). Within a group, class and policy decide between tenants too,
+otherwise the shortest request would never go first. So
+
+- tenants with equal service have equal groups, and divide the slots by their weights, give or take the quarter of a
+  batch that is a band;
+- a tenant that is a band ahead gets a quarter fewer slots than one that is not, four bands ahead at most one;
+- the first request of a tenant that is less than a band ahead precedes everything but the first ones of others.
+
+The level counts what a sequence that keeps its slot will have been served, as VTC with length prediction does, but from
+slots instead of lengths. By the counters alone a tenant could take all slots before it is charged for them, and then
+lose all of them at once. A group that was determined once ends half a band below the level at which it began.
 """
 
 from __future__ import annotations
@@ -9,25 +26,49 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 
 from kvstore.admission import Admission, AdmissionEntry
-from kvstore.leases import LeaseRecord, LeaseTable
+from kvstore.leases import LeaseTable
 from kvstore.overdue_lane import OverdueRequest, lane_capacity, lane_members
-from kvstore.tenant_service import UPDATE_EVERY_S, TenantService
+from kvstore.tenant_service import TenantService
 from kvstore.wait_times import EntryKey
 from muxmesh.fairness import Fairness
 from muxmesh.scheduling_policy import SchedulingPolicy
-from muxmesh.types import TenantStanding
+from muxmesh.types import SOLE_TENANT, QueuedRequest, SchedulingState, TenantStanding
 
-_LaneKey = EntryKey | int
+HORIZON_BANDS = 4.0
+"""Levels that the slots of one batch make up: a quarter of them is a band."""
+UPDATE_EVERY_S = 0.1
+"""Groups are determined again this often, and before that when many sequences have come or gone."""
+_MAX_CHURN = 1 / 8
+"""Of the slots of a batch: if so many were taken or left, groups are determined again."""
+_HYSTERESIS = 0.5
+"""In bands."""
+_MAX_GROUP = 2**16
+
+_Key = EntryKey | int
 """Of a queued request, or the id of a lease, swapped ones included."""
+_Sequence = tuple[_Key, SchedulingState]
+_Position = tuple[bool, int, float, float]
+"""In the order of one tenant."""
+
+
+def group_of(lead_bands: float, position: int, slot_share: float, weight: float, before: int | None = None) -> int:
+    """The group of a sequence, see the head of this module. ``before``: the group that it has; None: it is new.
+
+    ``slot_share``: one slot as part of the batch.
+    """
+    level = lead_bands + (HORIZON_BANDS * position * slot_share / weight if position else -1.0)
+    if before is not None and before - _HYSTERESIS <= level < before + 1:
+        return before
+    return math.floor(min(level, _MAX_GROUP))
 
 
 class TenantOrder:
-    """Owns the overdue lane of a unit.
+    """Owns when the standings of the queued requests and leases of a unit are determined again.
 
-    Invariant: after `update`, the state of each entry and lease has the standing of its tenant, as of the latest update
-    of `TenantService`.
+    Invariant: while at most one tenant is active, `update` leaves all states as they would be without tenants.
     """
 
     def __init__(
@@ -38,57 +79,111 @@ class TenantOrder:
         policy: SchedulingPolicy,
         fairness: Fairness | None,
         num_slots: Callable[[], Mapping[str, int]],
+        max_num_seqs: Callable[[str], int],
     ) -> None:
-        """``num_slots``: of the ready decode workers, by model."""
+        """``num_slots``: of the ready decode workers, by model. ``max_num_seqs``: slots of a batch of a model.
+
+        ``fairness`` None: tenants are not told apart.
+        """
         self._service, self._admission, self._leases, self._policy = service, admission, leases, policy
-        self._lane_share = fairness.overdue_share if fairness else 1.0
-        self._num_slots = num_slots
-        self._lane: set[_LaneKey] = set()
-        self._lane_due_s = -math.inf
+        self._fairness, self._num_slots, self._max_num_seqs = fairness, num_slots, max_num_seqs
+        self._has_rivals = False
+        self._updated_at_s = -math.inf
+        self._numbers: dict[str, int] = {}
+        """Active tenant → `TenantStanding.tenant_number`."""
+        self._last_number = 0
 
     def update(self, now_s: float, unix_s: float) -> None:
         """To be called before each admission. ``now_s`` is monotonic time, ``unix_s`` the same moment in unix time."""
-        has_changed = self._service.update(now_s)
-        lane: set[_LaneKey] = set()
-        if self._service.has_rivals and self._policy.max_wait_s < math.inf:
-            lane = self._lane
-            if has_changed or now_s >= self._lane_due_s:
-                self._lane_due_s = now_s + UPDATE_EVERY_S
-                lane = self._lane_members(unix_s)
-        if has_changed or lane != self._lane:
-            self._lane = lane
-            self._admission.set_standings(self._standing_of_entry)
-            self._leases.set_standings(self._standing_of_lease)
+        service = self._service
+        if self._fairness is None or (service.num_active < 2 and not self._has_rivals):
+            return
+        is_first = not self._has_rivals
+        is_due = is_first or service.has_better_class or service.churn >= _MAX_CHURN
+        if not is_due and now_s - self._updated_at_s < UPDATE_EVERY_S:
+            return
+        self._updated_at_s = now_s
+        service.settle(now_s)
+        self._has_rivals = service.num_active > 1
+        standings = self._determine(self._fairness, unix_s) if self._has_rivals else {}
+        self._admission.set_standings(lambda entry: standings.get(_entry_key(entry), SOLE_TENANT))
+        self._leases.set_standings(lambda record: standings.get(record.lease.ref.lease_id, SOLE_TENANT))
 
-    def next_change_s(self) -> float | None:
-        """Monotonic time at which `update` has something to do although nothing has happened; None: at no time."""
-        is_lane_used = self._service.has_rivals and self._policy.max_wait_s < math.inf and self._admission.waiting
-        return self._lane_due_s if is_lane_used else None
+    def with_standing(self, request: QueuedRequest) -> QueuedRequest:
+        """A request that is about to be queued, in the last position of its tenant until the next `update`."""
+        standing, tenant = SOLE_TENANT, request.tenant
+        if self._has_rivals and self._fairness is not None:
+            position, weight = self._service.count(tenant, request.model), request.tenant_weight
+            lead = self._service.lead_s(tenant) / self._fairness.band_s
+            group = group_of(lead, position, 1 / self._max_num_seqs(request.model), weight)
+            standing = _standing(group, request.scheduling.priority, False, self._number_of(tenant))
+        if request.scheduling.standing == standing:
+            return request
+        return replace(request, scheduling=request.scheduling.with_standing(standing))
 
-    def _lane_members(self, unix_s: float) -> set[_LaneKey]:
-        overdue: dict[str, list[OverdueRequest[_LaneKey]]] = {}
+    def _determine(self, fairness: Fairness, unix_s: float) -> dict[_Key, TenantStanding]:
+        """The standing of each queued request and lease."""
+        service, sequences = self._service, self._sequences()
+        self._numbers = {tenant: self._number_of(tenant) for tenant, _ in sequences}
+        lane = self._lane(sequences, fairness, unix_s)
+        standings: dict[_Key, TenantStanding] = {}
+        for (tenant, model), of_tenant in sequences.items():
+            lead, weight, best = service.lead_s(tenant) / fairness.band_s, service.weight(tenant), service.best_priority(tenant)
+            slot_share, number = 1 / self._max_num_seqs(model), self._numbers[tenant]
+            in_order = sorted(of_tenant, key=lambda one: self._position(one, lane, unix_s))
+            for position, (key, state) in enumerate(in_order):
+                before = state.standing.group if state.standing.has_rivals else None
+                group = group_of(lead, position, slot_share, weight, before)
+                standings[key] = _standing(group, best, key in lane, number)
+        return standings
+
+    def _sequences(self) -> dict[tuple[str, str], list[_Sequence]]:
+        """The queued requests and leases of each tenant and model."""
+        found: dict[tuple[str, str], list[_Sequence]] = {}
         for record in self._leases.records():
-            if self._policy.is_overdue(record.scheduling, unix_s):
-                key, arrived_at_s = record.lease.ref.lease_id, record.scheduling.arrived_at_s
-                request = OverdueRequest[_LaneKey](record.payer.tenant, arrived_at_s, key)
-                overdue.setdefault(record.lease.model, []).append(request)
+            payer = record.payer
+            found.setdefault((payer.tenant, payer.model), []).append((record.lease.ref.lease_id, record.scheduling))
         for entry in self._admission.entries:
-            if entry.swapped is None and self._policy.is_overdue(entry.request.scheduling, unix_s):
-                arrived_at_s = entry.request.scheduling.arrived_at_s
-                request = OverdueRequest[_LaneKey](entry.request.tenant, arrived_at_s, entry.key)
-                overdue.setdefault(entry.model, []).append(request)
+            if entry.swapped is None:
+                request = entry.request
+                found.setdefault((request.tenant, request.model), []).append((entry.key, request.scheduling))
+        return found
+
+    def _position(self, sequence: _Sequence, lane: set[_Key], unix_s: float) -> _Position:
+        key, state = sequence
+        return key not in lane, state.priority, self._policy.score(state, unix_s), state.arrived_at_s
+
+    def _lane(
+        self, sequences: Mapping[tuple[str, str], list[_Sequence]], fairness: Fairness, unix_s: float
+    ) -> set[_Key]:
+        """The sequences in the overdue lanes of all models."""
+        if self._policy.max_wait_s == math.inf:
+            return set()
+        overdue: dict[str, list[OverdueRequest[_Key]]] = {}
+        for (tenant, model), of_tenant in sequences.items():
+            for key, state in of_tenant:
+                if self._policy.is_overdue(state, unix_s):
+                    overdue.setdefault(model, []).append(OverdueRequest(tenant, state.arrived_at_s, key))
+        members: set[_Key] = set()
         num_slots = self._num_slots() if overdue else {}
-        members: set[_LaneKey] = set()
         for model, requests in overdue.items():
-            members |= lane_members(requests, lane_capacity(self._lane_share, num_slots.get(model, 0)))
+            members |= lane_members(requests, lane_capacity(fairness.overdue_share, num_slots.get(model, 0)))
         return members
 
-    def _standing_of_entry(self, entry: AdmissionEntry) -> TenantStanding:
-        return self._standing(entry.request.tenant, entry.swapped.lease_id if entry.swapped else entry.key)
+    def _number_of(self, tenant: str) -> int:
+        """The number of a tenant, a new one if it has none."""
+        number = self._numbers.get(tenant)
+        if number is None:
+            self._last_number += 1
+            number = self._numbers[tenant] = self._last_number
+        return number
 
-    def _standing_of_lease(self, record: LeaseRecord) -> TenantStanding:
-        return self._standing(record.payer.tenant, record.lease.ref.lease_id)
 
-    def _standing(self, tenant: str, key: _LaneKey) -> TenantStanding:
-        standing = self._service.standing(tenant)
-        return replace(standing, has_overdue_lane=True) if key in self._lane else standing
+@lru_cache(maxsize=4096)
+def _standing(group: int, best_priority: int, has_overdue_lane: bool, tenant_number: int) -> TenantStanding:
+    """Equal standings are one object, which the states of many sequences share."""
+    return TenantStanding(group, best_priority, True, has_overdue_lane, tenant_number)
+
+
+def _entry_key(entry: AdmissionEntry) -> _Key:
+    return entry.swapped.lease_id if entry.swapped else entry.key

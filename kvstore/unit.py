@@ -6,6 +6,7 @@ pre-empted. It knows neither sockets nor gRPC nor shared memory: `service` and `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -29,7 +30,7 @@ from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
 from muxmesh.fairness import Fairness
 from muxmesh.quoting import named, quoted
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy, SortKey
-from muxmesh.step_cost import COSTS_EVERY_S
+from muxmesh.step_cost import COSTS_EVERY_S, context_of
 from muxmesh.types import (
     KvDemand,
     Lease,
@@ -133,13 +134,20 @@ class Unit:
         self.pool = SlabPool(pool_bytes // slab_bytes)
         self.blocks = BlockTable(self.pool)
         self.swap = SwapSpace(swap_bytes)
-        self._tenants = TenantService(fairness)
+        self._fairness = fairness
+        self._tenants = TenantService()
         self.leases = LeaseTable(self.blocks, self.swap, last_id, self._tenants)
         self.policy = policy
         self.num_decisions = 0
         self.admission = Admission(policy, self._tenants)
         self._tenant_order = TenantOrder(
-            self._tenants, self.admission, self.leases, policy, fairness, self._num_decode_slots
+            self._tenants,
+            self.admission,
+            self.leases,
+            policy,
+            fairness,
+            self._num_slots,
+            lambda model: self.models[model].max_num_seqs,
         )
         self._reaches = Reaches(self.leases, policy)
         self._waits = WaitTimes()
@@ -150,6 +158,8 @@ class Unit:
         self._slots_due_s: float | None = None
         """While a request waits for a slot: when running sequences may have changed so that it displaces one."""
         self._costs_due_s = 0.0
+        self._prefill_token_costs: dict[str, tuple[float, float]] = {}
+        """Model → when its prefill cost was read, and the cost of a token."""
         self._incarnations = last_id >> _ID_BITS
         for name, model in sorted(models.items(), key=lambda one: not one[1].is_pinned):  # the first ones are awake
             self.add_model(name, model, now_s)
@@ -231,7 +241,7 @@ class Unit:
                 "stopping.max_new_tokens",
                 f"prompt and longest output are {max_tokens} tokens; the KV pool holds {capacity * block_size}",
             )
-        request = self._with_standing(self._with_cached_fraction(request))
+        request = self._tenant_order.with_standing(self._with_cached_fraction(request))
         self.admission.offer(AdmissionEntry(router, request))
 
     def request_swap_in(self, ref: LeaseRef, owner: str, demand: KvDemand, scheduling: SchedulingState) -> None:
@@ -396,7 +406,6 @@ class Unit:
             self.leases.next_expiry_s(),
             *self.reclaim.next_change_s(),
             self._slots_due_s,
-            self._tenant_order.next_change_s(),
             self.states.next_change_s(),
         )
         return min((time for time in times if time is not None), default=None)
@@ -416,15 +425,7 @@ class Unit:
     def move(self, ref: LeaseRef, owner: str, to: str, num_computed_tokens: int, sampled: tuple[int, ...]) -> Lease:
         """The hand-off. Raises LeaseLost; WorkerLost if ``to`` is not attached: then ``owner`` keeps the lease."""
         self._check_attached(to)
-        record = self.leases.owned(ref, owner)
-        num_new_tokens = num_computed_tokens - record.lease.num_computed_tokens
-        lease = self.leases.move(ref, owner, to, num_computed_tokens, sampled)
-        if record.scheduling.prefill_s == record.scheduling.served_s == 0 and num_new_tokens > 0:
-            # An unpredicted request has no expected prefill, so that all of them have equal work; it is not free.
-            costs = self.reclaim.costs_of(lease.model)
-            prefill_s = costs.prefill.prefill_s(num_new_tokens, chunk=costs.prefill_chunk)
-            self._tenants.charge(record.payer, prefill_s, 0.0)
-        return lease
+        return self.leases.move(ref, owner, to, num_computed_tokens, sampled)
 
     def grow(
         self, ref: LeaseRef, owner: str, num_blocks: int, claims: bool = False, unix_s: float = 0.0
@@ -470,7 +471,7 @@ class Unit:
 
     def tenant_use(self) -> Mapping[str, TenantUse]:
         """What each tenant with queued requests or leases uses."""
-        return self._tenants.use()
+        return self._tenants.use(self._fairness.band_s if self._fairness else math.inf)
 
     def leased_bytes(self) -> int:
         """Bytes of the token blocks in use; a block that several leases share counts once."""
@@ -521,14 +522,16 @@ class Unit:
         fraction = min(num_cached, demand.max_cached_tokens) / (demand.max_cached_tokens + 1)
         return replace(request, scheduling=request.scheduling.with_cached_fraction(fraction)) if fraction else request
 
-    def _with_standing(self, request: QueuedRequest) -> QueuedRequest:
-        """The request as its tenant stands now; the overdue lane is for the next update to give."""
-        standing = self._tenants.standing(request.tenant)
-        if request.scheduling.standing == standing:
-            return request
-        return replace(request, scheduling=request.scheduling.with_standing(standing))
+    def _prefill_token_s(self, model: str, now_s: float) -> float:
+        """Seconds of the device that a token of a prompt takes in a full step of ``model``."""
+        known = self._prefill_token_costs.get(model)
+        if known is None or now_s >= known[0] + COSTS_EVERY_S:
+            costs, num_tokens = self.reclaim.costs_of(model).prefill, self.models[model].prefill_token_budget
+            token_s = costs.step_s(num_tokens, context_of(0, num_tokens)) / num_tokens
+            known = self._prefill_token_costs[model] = (now_s, token_s)
+        return known[1]
 
-    def _num_decode_slots(self) -> dict[str, int]:
+    def _num_slots(self) -> dict[str, int]:
         """Model → slots of the batches of its ready decode workers."""
         return {
             name: model.max_num_seqs * len(self.ready_workers(Role.DECODE, name)) for name, model in self.models.items()
@@ -552,7 +555,8 @@ class Unit:
             Assignment(prefill.name, decode.name),
             now_s + CREDIT_TTL_S,
             max_new_slabs,
-            Payer(request.tenant, request.tenant_weight, 1 / self.models[request.model].max_num_seqs),
+            Payer(request.tenant, request.model, request.tenant_weight, 1 / self.models[request.model].max_num_seqs),
+            self._prefill_token_s(request.model, now_s),
         )
         if lease is None:
             return None

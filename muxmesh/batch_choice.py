@@ -8,8 +8,8 @@ the simulator choose the batch here. Admission asks the same rules whether a que
 Within one priority class a sequence displaces another one only if it precedes it by the policy, its remaining work is
 less than half of the other's, and the other has sampled at most 80 % of its expected output (TRAIL, Shahout et al.
 2025: pre-empting shortly before the end costs more than it gains). A better class displaces without these conditions,
-and so does a sequence whose tenant had less service (`SchedulingState.precedence`): what holds for classes below holds
-for groups of tenants too.
+and so does a sequence of a tenant that had less service (`SchedulingState.precedence`): what holds for classes below
+holds for groups of tenants too.
 
 **Slack goes before remaining work.** A sequence with a TPOT target that could miss it by waiting is not displaced by
 its own class: its slack has to be at least the longest work of a sequence that may displace it. One that waits and
@@ -86,7 +86,7 @@ def displaces(
     ``is_due``: whether the next token of the one that waits is due.
     """
     held = victim.scheduling
-    if newcomer.precedence == held.precedence and not policy.precedes_all(newcomer, now_s):
+    if _is_same_class(newcomer, held) and not policy.precedes_all(newcomer, now_s):
         if newcomer.remaining_s >= DISPLACING_RATIO * held.remaining_s and not is_due:  # it decides most often
             return False
         if victim.num_preemptions >= MAX_PREEMPTIONS or victim.is_protected or policy.precedes_all(held, now_s):
@@ -97,6 +97,14 @@ def displaces(
     return newcomer.precedence < held.precedence or policy.precedes_all(newcomer, now_s)
 
 
+def _is_same_class(newcomer: SchedulingState, held: SchedulingState) -> bool:
+    """Whether classes and tenants leave it to the policy which of the two goes first; of one tenant, classes alone."""
+    if newcomer.precedence == held.precedence:
+        return True
+    is_same_tenant = newcomer.standing.tenant_number == held.standing.tenant_number
+    return is_same_tenant and newcomer.class_rank == held.class_rank
+
+
 def displacement_reason(
     newcomer: SchedulingState, victim: Batchable, policy: SchedulingPolicy, now_s: float, is_due: bool
 ) -> PreemptionReason:
@@ -104,10 +112,9 @@ def displacement_reason(
     if policy.precedes_all(newcomer, now_s):
         return PreemptionReason.OVERDUE
     held = victim.scheduling
-    if newcomer.standing.group < held.standing.group:
-        return PreemptionReason.FAIRNESS
-    if newcomer.precedence < held.precedence:
-        return PreemptionReason.PRIORITY
+    if not _is_same_class(newcomer, held):
+        is_fairness = newcomer.standing.tenant_number != held.standing.tenant_number
+        return PreemptionReason.FAIRNESS if is_fairness else PreemptionReason.PRIORITY
     return PreemptionReason.SLO if is_due else PreemptionReason.ORDER
 
 

@@ -86,7 +86,7 @@ class SchedulingPolicy:
         """The key of a request at ``now_s`` (unix time)."""
         if self.precedes_all(state, now_s):
             return (_OVERDUE, state.arrived_at_s, state.arrived_at_s)
-        return (state.precedence, self._score(state, now_s), state.arrived_at_s)
+        return (state.precedence, self.score(state, now_s), state.arrived_at_s)
 
     def reason(self, state: SchedulingState, now_s: float) -> str:
         """The values that determine the position of a request, as text for people."""
@@ -100,7 +100,7 @@ class SchedulingPolicy:
             "srtf": left,
             "srtf-aged": f"{left}, {waited}; could be overtaken by requests that arrive up to "
             f"{duration_text(self.handicap_s(state))} later",
-            "hrrn": f"{left}, {waited}: ratio {-self._score(state, now_s):.3g}",
+            "hrrn": f"{left}, {waited}: ratio {-self.score(state, now_s):.3g}",
             "mlfq": f"level {self._level(state)}: {duration_text(state.prefill_s)} of prefill, "
             f"{duration_text(state.served_s)} served",
         }[self.name]
@@ -129,7 +129,8 @@ class SchedulingPolicy:
         fraction = math.log(ratio / _NO_HANDICAP) / math.log(limit / _NO_HANDICAP)
         return fraction * min(state.longest_lead_s or self.longest_lead * mean_work_s, self.longest_lead_s)
 
-    def _score(self, state: SchedulingState, now_s: float) -> float:
+    def score(self, state: SchedulingState, now_s: float) -> float:
+        """The position of a request within its class at ``now_s`` (unix time); the lowest is first."""
         match self.name:
             case "fcfs":
                 return state.arrived_at_s
@@ -158,10 +159,10 @@ def _standing_text(state: SchedulingState) -> str:
     standing = state.standing
     if not standing.has_rivals:
         return ""
-    if standing.group:
-        text = f"; its tenant is ahead of the least served one by {standing.group} or more bands, so others precede it"
+    if standing.group > 0:
+        text = f"; its tenant is ahead of others, by {standing.group} bands with its requests before this one"
     else:
-        text = "; its tenant is among the least served ones"
+        text = "; its tenant is behind others, or level with them"
     if state.class_rank > 0:
         return f"{text}; its priority puts it after better classes of its tenant"
     return f"{text}; its priority has no effect on requests of other tenants" if state.priority else text

@@ -182,8 +182,8 @@ _GROUP_SHIFT = 33
 class TenantStanding:
     """Where the tenant of a request stands beside the others of a unit. The unit alone determines it.
 
-    ``group``: how far the tenant is ahead of the least served one, in bands; a lower group goes first
-    (`kvstore.tenant_service`). ``best_priority``: the best priority class among the tenant's own requests, to which a
+    ``group``: how far the tenant is ahead of the least served one, its better requests included, in bands; a lower group
+    goes first (`kvstore.tenant_order`). ``best_priority``: the best priority class among the tenant's own requests, to which a
     class is relative while there are other tenants. ``has_rivals``: whether other tenants have requests; without any,
     group and class are what they would be without tenants. ``has_overdue_lane``: whether the request precedes all
     others once it is overdue.
@@ -193,6 +193,8 @@ class TenantStanding:
     best_priority: int = 0
     has_rivals: bool = False
     has_overdue_lane: bool = True
+    tenant_number: int = 0
+    """Two requests of one unit whose tenants are told apart have the same number if they have the same tenant."""
     offset: int = field(init=False, compare=False, repr=False)
     """Added to the priority class it gives the precedence."""
 
@@ -389,13 +391,15 @@ class KvDemand:
     """Token blocks that a request needs: for ``num_tokens`` at admission, and for ``max_tokens`` at most.
 
     ``block_hashes`` are those of the full blocks of the known tokens. The prefix cache may provide at most
-    ``max_cached_tokens`` of these tokens.
+    ``max_cached_tokens`` of these tokens. ``num_known_tokens``: those of prompt and output so far, which prefill
+    computes; 0: not known.
     """
 
     num_tokens: int
     max_tokens: int
     block_hashes: tuple[bytes, ...] = ()
     max_cached_tokens: int = 0
+    num_known_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
