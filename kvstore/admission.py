@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Collection, Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heapreplace
 
@@ -102,7 +102,7 @@ class Admission:
         changed: set[tuple[str, str | None]] = set()
         for key, entry in self._entries.items():
             scheduling, standing = entry.request.scheduling, standing_of(entry)
-            if standing != scheduling.standing:
+            if standing is not scheduling.standing and standing != scheduling.standing:
                 request = replace(entry.request, scheduling=scheduling.with_standing(standing))
                 self._entries[key] = restood = replace(entry, request=request)
                 self._orders[key] = self._order(restood, 0.0)
@@ -110,10 +110,13 @@ class Admission:
         for queue in changed:
             self._queues[queue] = sorted(self._orders[key] for _, key in self._queues[queue])
 
-    @property
-    def entries(self) -> Collection[AdmissionEntry]:
-        """All waiting entries."""
-        return self._entries.values()
+    def with_scores(self, unix_s: float) -> Iterator[tuple[AdmissionEntry, float]]:
+        """All waiting entries, each with its score by the policy at ``unix_s``."""
+        for key, entry in self._entries.items():
+            if self._policy.changes_with_time:
+                yield entry, self._policy.score(entry.request.scheduling, unix_s)
+            else:
+                yield entry, self._orders[key][0][1]
 
     def drop_source(self, source: str) -> None:
         """Removes all entries of one router or worker."""

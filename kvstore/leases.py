@@ -284,7 +284,8 @@ class LeaseTable:
         """Gives each lease the standing of its tenant."""
         for lease_id, record in self._records.items():
             standing = standing_of(record)
-            if standing != record.scheduling.standing:
+            held = record.scheduling.standing
+            if standing is not held and standing != held:
                 record.scheduling = record.scheduling.with_standing(standing)
                 self._untold.add(lease_id)
                 self._note_change(record)

@@ -43,15 +43,16 @@ UPDATE_EVERY_S = 0.1
 """Groups are determined again this often, and before that when many sequences have come or gone."""
 _MAX_CHURN = 1 / 8
 """Of the slots of a batch: if so many were taken or left, groups are determined again."""
+_MANY_SEQUENCES, _MANY_EVERY_S = 512, 0.02
+"""With more queued requests and leases, groups are determined again at most this often for that reason."""
 _HYSTERESIS = 0.5
 """In bands."""
 _MAX_GROUP = 2**16
 
 _Key = EntryKey | int
 """Of a queued request, or the id of a lease, swapped ones included."""
-_Sequence = tuple[_Key, SchedulingState]
-_Position = tuple[bool, int, float, float]
-"""In the order of one tenant."""
+_Sequence = tuple[_Key, SchedulingState, float]
+"""With its score by the policy."""
 
 
 def group_of(lead_bands: float, position: int, slot_share: float, weight: float, before: int | None = None) -> int:
@@ -98,9 +99,7 @@ class TenantOrder:
         service = self._service
         if self._fairness is None or (service.num_active < 2 and not self._has_rivals):
             return
-        is_first = not self._has_rivals
-        is_due = is_first or service.has_better_class or service.churn >= _MAX_CHURN
-        if not is_due and now_s - self._updated_at_s < UPDATE_EVERY_S:
+        if self._has_rivals and now_s - self._updated_at_s < self._interval_s():
             return
         self._updated_at_s = now_s
         service.settle(now_s)
@@ -108,6 +107,13 @@ class TenantOrder:
         standings = self._determine(self._fairness, unix_s) if self._has_rivals else {}
         self._admission.set_standings(lambda entry: standings.get(_entry_key(entry), SOLE_TENANT))
         self._leases.set_standings(lambda record: standings.get(record.lease.ref.lease_id, SOLE_TENANT))
+
+    def _interval_s(self) -> float:
+        """Seconds between two updates, as things have changed since the last one."""
+        service = self._service
+        if service.churn < _MAX_CHURN and not service.has_better_class:
+            return UPDATE_EVERY_S
+        return _MANY_EVERY_S if len(self._leases) + len(self._admission.waiting) > _MANY_SEQUENCES else 0.0
 
     def with_standing(self, request: QueuedRequest) -> QueuedRequest:
         """A request that is about to be queued, in the last position of its tenant until the next `update`."""
@@ -123,35 +129,41 @@ class TenantOrder:
 
     def _determine(self, fairness: Fairness, unix_s: float) -> dict[_Key, TenantStanding]:
         """The standing of each queued request and lease."""
-        service, sequences = self._service, self._sequences()
+        service, sequences = self._service, self._sequences(unix_s)
         self._numbers = {tenant: self._number_of(tenant) for tenant, _ in sequences}
         lane = self._lane(sequences, fairness, unix_s)
         standings: dict[_Key, TenantStanding] = {}
         for (tenant, model), of_tenant in sequences.items():
-            lead, weight, best = service.lead_s(tenant) / fairness.band_s, service.weight(tenant), service.best_priority(tenant)
+            lead, weight, best = (
+                service.lead_s(tenant) / fairness.band_s,
+                service.weight(tenant),
+                service.best_priority(tenant),
+            )
             slot_share, number = 1 / self._max_num_seqs(model), self._numbers[tenant]
-            in_order = sorted(of_tenant, key=lambda one: self._position(one, lane, unix_s))
-            for position, (key, state) in enumerate(in_order):
-                before = state.standing.group if state.standing.has_rivals else None
-                group = group_of(lead, position, slot_share, weight, before)
+            in_order = sorted(
+                (key not in lane, state.priority, score, state.arrived_at_s, index)
+                for index, (key, state, score) in enumerate(of_tenant)
+            )
+            for position, (*_, index) in enumerate(in_order):
+                key, state, _ = of_tenant[index]
+                held = state.standing
+                group = group_of(lead, position, slot_share, weight, held.group if held.has_rivals else None)
                 standings[key] = _standing(group, best, key in lane, number)
         return standings
 
-    def _sequences(self) -> dict[tuple[str, str], list[_Sequence]]:
+    def _sequences(self, unix_s: float) -> dict[tuple[str, str], list[_Sequence]]:
         """The queued requests and leases of each tenant and model."""
         found: dict[tuple[str, str], list[_Sequence]] = {}
         for record in self._leases.records():
             payer = record.payer
-            found.setdefault((payer.tenant, payer.model), []).append((record.lease.ref.lease_id, record.scheduling))
-        for entry in self._admission.entries:
+            lease_id, state = record.lease.ref.lease_id, record.scheduling
+            sequence = (lease_id, state, self._policy.score(state, unix_s))
+            found.setdefault((payer.tenant, payer.model), []).append(sequence)
+        for entry, score in self._admission.with_scores(unix_s):
             if entry.swapped is None:
                 request = entry.request
-                found.setdefault((request.tenant, request.model), []).append((entry.key, request.scheduling))
+                found.setdefault((request.tenant, request.model), []).append((entry.key, request.scheduling, score))
         return found
-
-    def _position(self, sequence: _Sequence, lane: set[_Key], unix_s: float) -> _Position:
-        key, state = sequence
-        return key not in lane, state.priority, self._policy.score(state, unix_s), state.arrived_at_s
 
     def _lane(
         self, sequences: Mapping[tuple[str, str], list[_Sequence]], fairness: Fairness, unix_s: float
@@ -161,7 +173,7 @@ class TenantOrder:
             return set()
         overdue: dict[str, list[OverdueRequest[_Key]]] = {}
         for (tenant, model), of_tenant in sequences.items():
-            for key, state in of_tenant:
+            for key, state, _ in of_tenant:
                 if self._policy.is_overdue(state, unix_s):
                     overdue.setdefault(model, []).append(OverdueRequest(tenant, state.arrived_at_s, key))
         members: set[_Key] = set()

@@ -190,7 +190,9 @@ class TenantService:
     def _enter(self, payer: Payer, priority: int) -> _Tenant:
         tenant = self._active.get(payer.tenant)
         if tenant is None:
-            tenant = self._active[payer.tenant] = _Tenant(self._idle.pop(payer.tenant, 0.0), payer.weight, best_priority=priority)
+            tenant = self._active[payer.tenant] = _Tenant(
+                self._idle.pop(payer.tenant, 0.0), payer.weight, best_priority=priority
+            )
         tenant.weight = payer.weight
         self.has_better_class |= priority < tenant.best_priority
         tenant.classes[priority] += 1
