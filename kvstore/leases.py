@@ -36,7 +36,7 @@ from kvstore.swap_space import SwapSpace
 from kvstore.tenant_service import NO_PAYER, Payer, TenantService
 from muxmesh.errors import LeaseLost
 from muxmesh.quoting import named
-from muxmesh.types import KvDemand, Lease, LeaseRef, SOLE_TENANT, SchedulingState, TenantStanding, blocks_for
+from muxmesh.types import SOLE_TENANT, KvDemand, Lease, LeaseRef, SchedulingState, TenantStanding, blocks_for
 
 
 class LeaseState(StrEnum):
@@ -100,8 +100,8 @@ class LeaseRecord:
     was asked to free its token blocks, until it did. ``num_preemptions``: how often it was displaced from a batch, in
     earlier attempts too; that and ``is_protected`` are as its decode worker reports them. ``has_valid_kv``: the device
     has not failed. ``charged_s``: work done, as in `SchedulingState.served_s`, for which ``payer`` has been charged or
-    that was charged to an earlier attempt. ``prefill_charge_s``: what its prefill costs. ``credited`` and ``told``: the tenant's standing that came with the credit,
-    and that which the owner knows.
+    that was charged to an earlier attempt. ``prefill_charge_s``: what its prefill costs. ``credited`` and ``told``: the
+    tenant's standing that came with the credit, and that which the owner knows.
     """
 
     lease: Lease
@@ -216,7 +216,10 @@ class LeaseTable:
         return lease
 
     def acquire(self, ref: LeaseRef, worker: str) -> Lease:
-        """Makes a credit the lease of ``worker``, and charges its prefill unless it is computed again. Raises LeaseLost."""
+        """Makes a credit the lease of ``worker``. Raises LeaseLost.
+
+        Charges its prefill, unless that computes again what others had freed.
+        """
         record = self._at(ref)
         self._set_state(record, self._after("acquire", record))
         if record.scheduling.served_s == 0:

@@ -31,7 +31,7 @@ def lane_capacity(share: float, num_slots: int) -> int:
 
 
 def lane_members(overdue: Iterable[OverdueRequest[_Key]], capacity: int) -> set[_Key]:
-    """The keys of the requests in the lane, at most ``capacity``. Of equal arrivals of a tenant the first given is first."""
+    """The keys of the requests in the lane, at most ``capacity``."""
     by_tenant: defaultdict[str, list[OverdueRequest[_Key]]] = defaultdict(list)
     for request in sorted(overdue, key=lambda one: one.arrived_at_s):
         by_tenant[request.tenant].append(request)

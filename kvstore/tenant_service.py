@@ -1,11 +1,11 @@
-"""How much service each tenant of a unit had, and how far each is ahead of the least served one. Pure; time is an argument.
+"""How much service each tenant of a unit had, and how far it is ahead of the least served one. Pure.
 
 The counters are those of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): a virtual token counter
 (VTC) for each tenant, charged while its sequences run. Two things differ:
 
-- **The unit of service** is a second of the whole device: for a prompt its part of full prefill steps, and for a sequence
-  the seconds of its decode steps, divided by the slots of the batch that it shares. So a token of a large model costs
-  more, and tokens of prompts and outputs cost what they cost the device.
+- **The unit of service** is a second of the whole device: for a prompt its part of full prefill steps, and for a
+  sequence the seconds of its decode steps, divided by the slots of the batch that it shares. So a token of a large
+  model costs more, and tokens of prompts and outputs cost what they cost the device.
 - **Weights.** A tenant's counter is its service divided by its weight.
 
 A tenant is active while it has queued requests or leases. One that becomes active is lifted to the least counter of the
@@ -31,7 +31,7 @@ _MAX_IDLE = 4096
 
 @dataclass(frozen=True, slots=True)
 class Payer:
-    """Who is charged for a sequence. ``slot_share``: one slot of its model's batch as part of all slots of that batch."""
+    """Who is charged for a sequence. ``slot_share``: one slot of its model's batch as part of all of these slots."""
 
     tenant: str = ""
     model: str = ""

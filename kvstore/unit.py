@@ -523,7 +523,9 @@ class Unit:
         return replace(request, scheduling=request.scheduling.with_cached_fraction(fraction)) if fraction else request
 
     def _prefill_token_s(self, model: str, now_s: float) -> float:
-        """Seconds of the device that a token of a prompt takes in a full step of ``model``."""
+        """Seconds of the device that a token of a prompt takes in a full step of ``model``; 0 without fairness."""
+        if self._fairness is None:
+            return 0.0
         known = self._prefill_token_costs.get(model)
         if known is None or now_s >= known[0] + COSTS_EVERY_S:
             costs, num_tokens = self.reclaim.costs_of(model).prefill, self.models[model].prefill_token_budget

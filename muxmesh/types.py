@@ -182,11 +182,11 @@ _GROUP_SHIFT = 33
 class TenantStanding:
     """Where the tenant of a request stands beside the others of a unit. The unit alone determines it.
 
-    ``group``: how far the tenant is ahead of the least served one, its better requests included, in bands; a lower group
-    goes first (`kvstore.tenant_order`). ``best_priority``: the best priority class among the tenant's own requests, to which a
-    class is relative while there are other tenants. ``has_rivals``: whether other tenants have requests; without any,
-    group and class are what they would be without tenants. ``has_overdue_lane``: whether the request precedes all
-    others once it is overdue.
+    ``group``: how far the tenant is ahead of the least served one, its better requests included, in bands; a lower
+    group goes first (`kvstore.tenant_order`). ``best_priority``: the best priority class among the tenant's own
+    requests, to which a class is relative while there are other tenants. ``has_rivals``: whether other tenants have
+    requests; without any, group and class are what they would be without tenants. ``has_overdue_lane``: whether the
+    request precedes all others once it is overdue.
     """
 
     group: int = 0

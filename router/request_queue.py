@@ -29,8 +29,8 @@ class RequestQueue:
     is.
 
     Invariant: after `show_next`, the first ``shown_per_model`` requests of each model and tenant are shown, or only the
-    first one where `MAX_SHOWN_PER_MODEL` is reached, in the order of the last sorting. Under a policy that does not change
-    with time, that is the current order unless a request has become overdue since.
+    first one where `MAX_SHOWN_PER_MODEL` is reached, in the order of the last sorting. Under a policy that does not
+    change with time, that is the current order unless a request has become overdue since.
     """
 
     def __init__(self, policy: SchedulingPolicy = FCFS, shown_per_model: int = SHOWN_PER_MODEL) -> None:

@@ -89,7 +89,8 @@ def simulate(
     ``specs`` has one entry for each model of ``config``. ``policy`` None: the configured one. ``on_decision`` is called
     at each admission. ``slowdown``: of the workers of a device beside each other. ``times``: (unit, model) → step
     times; a model without an entry has those of the sim engine. ``on_kv_choice``: see `SimulatedUnit`.
-    ``tenant_weights``: a tenant without an entry has weight 1. Raises ConfigError for a request for a model that ``config`` does not serve.
+    ``tenant_weights``: a tenant without an entry has weight 1. Raises ConfigError for a request for a model that
+    ``config`` does not serve.
     """
     order = config.order.scheduling_policy()
     order = order if policy is None else replace(order, name=policy)

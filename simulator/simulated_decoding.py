@@ -87,7 +87,8 @@ class SimulatedDecoding:
         requeue: Callable[[SimulatedRequest], None],
     ) -> None:
         """``schedule``: schedules the unit. ``finish`` gets a request that has its last token, its lease, the owner of
-        that, the hashes of its computed blocks and its work done in seconds. ``requeue`` gets a request whose KV was freed.
+        that, the hashes of its computed blocks and its work done in seconds. ``requeue`` gets a request whose KV was
+        freed.
         """
         self.num_requeued = 0
         self.num_swapped = 0
