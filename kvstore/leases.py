@@ -317,6 +317,14 @@ class LeaseTable:
         """The leases of the sequences that a decode worker computes."""
         return list(self._computing.get(decode_worker, {}).values())
 
+    def prefilling_for(self, model: str, decode_worker: str) -> list[int]:
+        """The precedence of each sequence that ``decode_worker`` will get from prefill, sorted, while tenants compete."""
+        return sorted(
+            record.scheduling.precedence
+            for record in self._of_model.get(model, {}).values()
+            if record.assignment.decode == decode_worker != record.owner and record.scheduling.standing.has_rivals
+        )
+
     def changes_in(self, decode_worker: str) -> dict[int, LeaseRecord | None] | None:
         """What may have changed in `decoding_in` since the last call, by lease id: leases that are new, whose worker
         has reported something else, or (None) that are no longer there. None: read all of it.

@@ -4,17 +4,17 @@ While several tenants have requests, those of each tenant and model are numbered
 included: by class, then by policy. The k-th of them, from 0 on, has
 
     lead  = seconds of service that its tenant is ahead of the least served one (`kvstore.tenant_service`)
-    level = lead / band_s + HORIZON_BANDS * k / (slots of a batch * weight)     for k > 0
-    level = lead / band_s - 1                                                   for k = 0
+    level = lead / band_s + HORIZON_BANDS * k / (slots of a batch * weight)
     group = floor(level)
 
-and a lower group precedes (`SchedulingState.precedence`). Within a group, class and policy decide between tenants too,
-otherwise the shortest request would never go first. So
+and a lower group precedes (`SchedulingState.precedence`). The first one of a tenant that has no slot but for this one
+is a band lower. Within a group, class and policy decide between tenants too, otherwise the shortest request would never
+go first. So
 
 - tenants with equal service have equal groups, and divide the slots by their weights, give or take the quarter of a
   batch that is a band;
 - a tenant that is a band ahead gets a quarter fewer slots than one that is not, four bands ahead at most one;
-- the first request of a tenant that is less than a band ahead precedes everything but the first ones of others.
+- a tenant that is less than a band ahead has a slot as soon as it has a request, however many others have.
 
 The level counts what a sequence that keeps its slot will have been served, as VTC with length prediction does, but from
 slots instead of lengths. By the counters alone a tenant could take all slots before it is charged for them, and then
@@ -55,12 +55,13 @@ _Sequence = tuple[_Key, SchedulingState, float]
 """With its score by the policy."""
 
 
-def group_of(lead_bands: float, position: int, slot_share: float, weight: float, before: int | None = None) -> int:
+def group_of(lead_bands: float, part: float, is_only: bool, before: int | None = None) -> int:
     """The group of a sequence, see the head of this module. ``before``: the group that it has; None: it is new.
 
-    ``slot_share``: one slot as part of the batch.
+    ``part``: the slots of the sequences before it, divided by those of a batch and the tenant's weight. ``is_only``: it
+    is the first one of a tenant that has no slot but for this one.
     """
-    level = lead_bands + (HORIZON_BANDS * position * slot_share / weight if position else -1.0)
+    level = lead_bands + HORIZON_BANDS * part - is_only
     if before is not None and before - _HYSTERESIS <= level < before + 1:
         return before
     return math.floor(min(level, _MAX_GROUP))
@@ -119,9 +120,9 @@ class TenantOrder:
         """A request that is about to be queued, in the last position of its tenant until the next `update`."""
         standing, tenant = SOLE_TENANT, request.tenant
         if self._has_rivals and self._fairness is not None:
-            position, weight = self._service.count(tenant, request.model), request.tenant_weight
-            lead = self._service.lead_s(tenant) / self._fairness.band_s
-            group = group_of(lead, position, 1 / self._max_num_seqs(request.model), weight)
+            position, lead = self._service.count(tenant, request.model), self._service.lead_s(tenant)
+            part = position / (self._max_num_seqs(request.model) * request.tenant_weight)
+            group = group_of(lead / self._fairness.band_s, part, is_only=position == 0)
             standing = _standing(group, request.scheduling.priority, False, self._number_of(tenant))
         if request.scheduling.standing == standing:
             return request
@@ -134,20 +135,21 @@ class TenantOrder:
         lane = self._lane(sequences, fairness, unix_s)
         standings: dict[_Key, TenantStanding] = {}
         for (tenant, model), of_tenant in sequences.items():
-            lead, weight, best = (
+            lead, best, number = (
                 service.lead_s(tenant) / fairness.band_s,
-                service.weight(tenant),
                 service.best_priority(tenant),
+                self._numbers[tenant],
             )
-            slot_share, number = 1 / self._max_num_seqs(model), self._numbers[tenant]
+            part_of_one = 1 / (self._max_num_seqs(model) * service.weight(tenant))
+            has_several = sum(isinstance(key, int) and self._is_batched(key) for key, *_ in of_tenant) > 1
             in_order = sorted(
                 (key not in lane, state.priority, score, state.arrived_at_s, index)
                 for index, (key, state, score) in enumerate(of_tenant)
             )
             for position, (*_, index) in enumerate(in_order):
                 key, state, _ = of_tenant[index]
-                held = state.standing
-                group = group_of(lead, position, slot_share, weight, held.group if held.has_rivals else None)
+                before = state.standing.group if state.standing.has_rivals else None
+                group = group_of(lead, position * part_of_one, position == 0 and not has_several, before)
                 standings[key] = _standing(group, best, key in lane, number)
         return standings
 
@@ -164,6 +166,10 @@ class TenantOrder:
                 request = entry.request
                 found.setdefault((request.tenant, request.model), []).append((entry.key, request.scheduling, score))
         return found
+
+    def _is_batched(self, lease_id: int) -> bool:
+        record = self._leases.find(lease_id)
+        return record is not None and record.is_batched
 
     def _lane(
         self, sequences: Mapping[tuple[str, str], list[_Sequence]], fairness: Fairness, unix_s: float

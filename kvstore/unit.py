@@ -270,6 +270,7 @@ class Unit:
             batched,
             resident,
             lambda worker: self._reaches.of(worker, unix_s),
+            self.leases.prefilling_for,
         )
         lacks_memory, lacking = self._admit(slots, decisions, now_s, unix_s)
         decisions.preemptions.extend(

@@ -14,5 +14,5 @@ class Fairness:
     may take before all others while several tenants compete.
     """
 
-    band_s: float = 1.0
+    band_s: float = 0.5
     overdue_share: float = 0.25

@@ -256,9 +256,9 @@ class OrderConfig(Section):
     fairness: bool = True
     """Whether tenants get equal service, by their weights, while they compete for a unit (docs/fairness.md). Priority
     classes then act within each tenant. With a single tenant it changes nothing."""
-    fairness_band_s: float = Field(default=1.0, ge=0.01, le=1e6)
-    """Seconds of the device by which a tenant may be ahead of the least served one before requests of others precede its
-    own; below that the policy decides between tenants too."""
+    fairness_band_s: float = Field(default=0.5, ge=0.01, le=1e6)
+    """Seconds of the device by which a tenant may be ahead of the least served one before the requests of others go
+    first; below that the policy decides between tenants too."""
     overdue_share: float = Field(default=0.25, gt=0, le=1)
     """With `max_wait_s`: the part of a model's slots that overdue requests may take before all others while several
     tenants compete. A tenant that is alone may take all."""
