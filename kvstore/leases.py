@@ -318,7 +318,7 @@ class LeaseTable:
         return list(self._computing.get(decode_worker, {}).values())
 
     def prefilling_for(self, model: str, decode_worker: str) -> list[int]:
-        """The precedence of each sequence that ``decode_worker`` will get from prefill, sorted, while tenants compete."""
+        """The precedence of each sequence that ``decode_worker`` gets from prefill, sorted; none of a sole tenant."""
         return sorted(
             record.scheduling.precedence
             for record in self._of_model.get(model, {}).values()

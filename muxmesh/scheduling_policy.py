@@ -160,7 +160,8 @@ def _standing_text(state: SchedulingState) -> str:
     if not standing.has_rivals:
         return ""
     if standing.group > 0:
-        text = f"; its tenant is ahead of others, by {standing.group} bands with its requests before this one"
+        bands = "a band" if standing.group == 1 else f"{standing.group} bands"
+        text = f"; its tenant is ahead of others, by {bands} with its requests before this one"
     else:
         text = "; its tenant is behind others, or level with them"
     if state.class_rank > 0:
