@@ -1,6 +1,6 @@
 """Fairness between tenants in virtual time, with `order.fairness` on and off: `python -m benchmarks.fairness`.
 
-One model with 16 slots and steps of 10 ms, as the unit, the router's queue and the choice of batches of the mesh serve it.
+One model with 16 slots and steps of 10 ms, served by the mesh's own unit, queue and choice of batches.
 Each row is a load of two tenants: Jain's index of their output tokens while both have requests, by weight; the largest
 distance of their services in seconds of the device; and for how many steps a small request of another tenant waits.
 """
@@ -23,7 +23,7 @@ from simulator.simulated_unit import SimulatedUnit
 from simulator.timeline import Timeline
 
 SLOTS, STEP_S, PROMPT_TOKENS = 16, 0.01, 20
-RUN_S, SMALL_AT_S, SMALL_TOKENS = 60.0, 20.0, 20
+RUN_S, SMALL_AT_S, SMALL_TOKENS = 70.0, 10.0, 20
 POLICY = SchedulingPolicy("srtf-aged", 100.0, 1e9, 0.5)
 
 
@@ -40,11 +40,11 @@ class Load:
 
 
 LOADS: Mapping[str, tuple[Load, Load]] = {
-    "one sends 10 times as much": (Load("a", 20, 0.2, 50), Load("b", 2, 0.2, 50)),
-    "flood of the best class": (Load("a", 20, 0.2, 50, priority=-5), Load("b", 2, 0.2, 80)),
-    "64 outputs for each request": (Load("a", 64, 1.0, 100), Load("b", 4, 0.2, 50)),
-    "short against long outputs": (Load("a", 20, 0.2, 20), Load("b", 2, 0.4, 500)),
-    "weights of 2 and 1": (Load("a", 20, 0.2, 50, weight=2.0), Load("b", 10, 0.2, 50)),
+    "10 times as many requests": (Load("a", 40, 0.5, 50), Load("b", 4, 0.5, 120)),
+    "flood of the best class": (Load("a", 20, 0.5, 50, priority=-5), Load("b", 5, 0.5, 100)),
+    "64 outputs for each request": (Load("a", 64, 1.0, 100), Load("b", 10, 0.5, 50)),
+    "short against long outputs": (Load("a", 30, 0.5, 20), Load("b", 2, 0.5, 500)),
+    "weights of 2 and 1": (Load("a", 15, 0.5, 50, weight=2.0), Load("b", 15, 0.5, 50)),
 }
 
 

@@ -293,7 +293,8 @@ def test_groups_do_not_pre_empt_sequences_of_the_same_tenant_and_class() -> None
     assert chosen([held, of_tenant(waiting(9), 1, group=0)], 1) == [9]
     protected = of_tenant(running(20, is_protected=True), 1, group=3)
     assert chosen([protected, of_tenant(waiting(9), 1, group=0)], 1) == [20]
-    assert chosen([protected, of_tenant(waiting(30, priority=-1), 1, 0, best_priority=-1)], 1) == [30]
+    lower = of_tenant(running(20, is_protected=True), 1, group=3, best_priority=-1)
+    assert chosen([lower, of_tenant(waiting(30, priority=-1), 1, group=0, best_priority=-1)], 1) == [30]
 
 
 def test_an_overdue_sequence_outside_of_the_lane_has_no_precedence() -> None:
