@@ -43,9 +43,9 @@ class Tenants:
     ) -> list[SimulatedRequest]:
         """Queues requests at once, in the order of their numbers."""
         work_s = (num_output - 1) * STEP_S
-        fields = {"num_prompt": 20, "tenant": tenant, "work_s": work_s} | fields
+        given: dict[str, Any] = {"num_prompt": 20, "tenant": tenant, "work_s": work_s, **fields}
         times = (at_s + index * 1e-6 for index in range(number))
-        return [self.bench.request_at(one, num_output=num_output, **fields) for one in times]
+        return [self.bench.request_at(one, num_output=num_output, **given) for one in times]
 
     def run_until(self, end_s: float) -> Mapping[str, int]:
         """Runs to ``end_s``, and returns the output tokens of each tenant by then."""
