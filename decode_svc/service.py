@@ -20,7 +20,9 @@ from muxmesh.execution import Execution
 from muxmesh.internal.v1 import decode_pb2, decode_pb2_grpc, request_pb2
 from muxmesh.rpc import convert
 from muxmesh.types import Lease
+from worker.lease_client import LeaseStandings
 from worker.sequence_kv import SequenceKv
+from worker.tenant_standings import TenantStandings
 from worker.worker_process import Services, WorkerContext
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -35,16 +37,21 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self._leases = context.leases
         self._arrivals = LeaseArrivals(self._release_unused)
         self._outboxes = TokenOutboxes()
+        self._standings = TenantStandings()
         self._executions: dict[int, SequenceExecution] = {}
         """By lease id, of the sequences that the engine has."""
 
     async def watch_leases(self) -> None:
-        """Receives leases and pre-emptions for as long as the unit serves; then gives up, as no lease can arrive."""
+        """Receives leases, pre-emptions and standings of tenants for as long as the unit serves; then gives up, as no
+        lease can arrive.
+        """
         reason = "the stream ended"
         try:
             async for event in self._leases.watch():
                 if isinstance(event, Lease):
                     self._arrivals.lease_arrived(event)
+                elif isinstance(event, LeaseStandings):
+                    self._standings.change(event)
                 else:
                     if event.lease_id in self._executions:
                         self._executions[event.lease_id].kv_claimed(event.reason)
@@ -78,6 +85,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             self._release_unused(lease)
             raise
         is_sound, sequence = False, kv.sequence
+        self._standings.begin(request.lease_id, sequence)
         execution = self._executions[request.lease_id] = self._execution(request.lease_id, sequence)
         try:
             events = self._engine.submit(EngineJob(request.lease_id, kv.sequence))
@@ -108,6 +116,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             return _ended(sequence, execution, preempted=str(error))
         finally:
             del self._executions[request.lease_id]
+            self._standings.end(request.lease_id)
             execution.end()
             kv.end(publishes=is_sound)
 

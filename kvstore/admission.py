@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heapreplace
 
+from kvstore.tenant_service import Payer, TenantService
 from kvstore.wait_times import EntryKey
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy, SortKey
-from muxmesh.types import LeaseRef, QueuedRequest, SchedulingState
+from muxmesh.types import LeaseRef, QueuedRequest, SchedulingState, TenantStanding
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,11 @@ class AdmissionEntry:
         return self.source, self.request.entry_id
 
     @property
+    def payer(self) -> Payer:
+        """Who is charged for it."""
+        return Payer(self.request.tenant, self.request.model, self.request.tenant_weight)
+
+    @property
     def worker(self) -> str | None:
         """The worker that has to continue it; None: any."""
         return self.source if self.swapped else None
@@ -57,8 +63,10 @@ class Admission:
     entries of one queue need a slot of the same workers: the queue of a model, or of a worker's swapped leases.
     """
 
-    def __init__(self, policy: SchedulingPolicy = FCFS) -> None:
+    def __init__(self, policy: SchedulingPolicy = FCFS, tenants: TenantService | None = None) -> None:
+        """``tenants``: where queued requests are counted. Swapped leases are counted as leases."""
         self._policy = policy
+        self._tenants = tenants or TenantService()
         self._entries: dict[EntryKey, AdmissionEntry] = {}
         self._orders: dict[EntryKey, _Order] = {}
         """Order of each entry at time 0: its present one too, unless the policy changes with time or one is overdue."""
@@ -73,6 +81,8 @@ class Admission:
         order = self._order(entry, 0.0)
         self._entries[entry.key], self._orders[entry.key] = entry, order
         self._oldest_s = min(self._oldest_s, entry.request.scheduling.arrived_at_s)
+        if entry.swapped is None:
+            self._tenants.queue(entry.payer, entry.request.scheduling.priority)
         insort(self._queues.setdefault((entry.model, entry.worker), []), order)
 
     def withdraw(self, source: str, entry_id: int) -> None:
@@ -80,10 +90,33 @@ class Admission:
         entry = self._entries.pop((source, entry_id), None)
         if entry is None:
             return
+        if entry.swapped is None:
+            self._tenants.unqueue(entry.payer, entry.request.scheduling.priority)
         queue = self._queues[entry.model, entry.worker]
         del queue[bisect_left(queue, self._orders.pop(entry.key))]
         if not queue:
             del self._queues[entry.model, entry.worker]
+
+    def set_standings(self, standing_of: Callable[[AdmissionEntry], TenantStanding]) -> None:
+        """Gives each entry the standing of its tenant, and sorts the queues of those for which it is another one."""
+        changed: set[tuple[str, str | None]] = set()
+        for key, entry in self._entries.items():
+            scheduling, standing = entry.request.scheduling, standing_of(entry)
+            if standing is not scheduling.standing and standing != scheduling.standing:
+                request = replace(entry.request, scheduling=scheduling.with_standing(standing))
+                self._entries[key] = restood = replace(entry, request=request)
+                self._orders[key] = self._order(restood, 0.0)
+                changed.add((entry.model, entry.worker))
+        for queue in changed:
+            self._queues[queue] = sorted(self._orders[key] for _, key in self._queues[queue])
+
+    def with_scores(self, unix_s: float) -> Iterator[tuple[AdmissionEntry, float]]:
+        """All waiting entries, each with its score by the policy at ``unix_s``."""
+        for key, entry in self._entries.items():
+            if self._policy.changes_with_time:
+                yield entry, self._policy.score(entry.request.scheduling, unix_s)
+            else:
+                yield entry, self._orders[key][0][1]
 
     def drop_source(self, source: str) -> None:
         """Removes all entries of one router or worker."""

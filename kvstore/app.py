@@ -121,6 +121,7 @@ def new_unit(runtime: MeshRuntime, config: UnitConfig, models: Mapping[str, Plac
         AwakeLimits(config.max_awake_models, config.idle_sleep_s),
         clock.monotonic_s(),
         config.preemption_mode,
+        runtime.config.order.fairness_settings(),
     )
 
 

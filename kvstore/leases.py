@@ -26,16 +26,17 @@ to pre-empt or to swap, nor which processes live: its callers decide that.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from kvstore.block_table import AllocatedBlocks, BlockTable
 from kvstore.sequence_progress import SequenceProgress
 from kvstore.swap_space import SwapSpace
+from kvstore.tenant_service import NO_PAYER, Payer, TenantService
 from muxmesh.errors import LeaseLost
 from muxmesh.quoting import named
-from muxmesh.types import KvDemand, Lease, LeaseRef, SchedulingState, blocks_for
+from muxmesh.types import SOLE_TENANT, KvDemand, Lease, LeaseRef, SchedulingState, TenantStanding, blocks_for
 
 
 class LeaseState(StrEnum):
@@ -81,6 +82,15 @@ class Assignment:
     decode: str
 
 
+@dataclass(frozen=True, slots=True)
+class StandingChange:
+    """The tenant of some leases of ``worker`` stands elsewhere beside other tenants than the worker knows."""
+
+    worker: str
+    standing: TenantStanding
+    lease_ids: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class LeaseRecord:
     """One lease and what it holds.
@@ -89,7 +99,9 @@ class LeaseRecord:
     only. ``swap_pages``: pages for the copy of its KV, filled or not. ``num_preemption_requests``: how often its worker
     was asked to free its token blocks, until it did. ``num_preemptions``: how often it was displaced from a batch, in
     earlier attempts too; that and ``is_protected`` are as its decode worker reports them. ``has_valid_kv``: the device
-    has not failed.
+    has not failed. ``charged_s``: work done, as in `SchedulingState.served_s`, for which ``payer`` has been charged or
+    that was charged to an earlier attempt. ``prefill_charge_s``: what its prefill costs. ``credited`` and ``told``: the
+    tenant's standing that came with the credit, and that which the owner knows.
     """
 
     lease: Lease
@@ -105,6 +117,11 @@ class LeaseRecord:
     num_preemptions: int = 0
     is_protected: bool = False
     has_valid_kv: bool = True
+    payer: Payer = NO_PAYER
+    prefill_charge_s: float = 0.0
+    charged_s: float = 0.0
+    credited: TenantStanding = SOLE_TENANT
+    told: TenantStanding = SOLE_TENANT
 
     @property
     def is_batched(self) -> bool:
@@ -120,8 +137,16 @@ class LeaseTable:
     head of this module lists for its state.
     """
 
-    def __init__(self, blocks: BlockTable, swap: SwapSpace, last_id: int = 0) -> None:
-        """``last_id``: ids continue from here, so that a restarted unit never issues the id of an earlier lease."""
+    def __init__(
+        self, blocks: BlockTable, swap: SwapSpace, last_id: int = 0, tenants: TenantService | None = None
+    ) -> None:
+        """``last_id``: ids continue from here, so that a restarted unit never issues the id of an earlier lease.
+
+        ``tenants``: where leases are counted and their service is charged.
+        """
+        self._tenants = tenants or TenantService()
+        self._untold: set[int] = set()
+        """Leases whose owner may have to be told of another standing of their tenant."""
         self._blocks = blocks
         self._swap = swap
         self._records: dict[int, LeaseRecord] = {}
@@ -154,8 +179,12 @@ class LeaseTable:
         assignment: Assignment,
         expires_at_s: float,
         max_new_slabs: int | None = None,
+        payer: Payer = NO_PAYER,
+        prefill_token_s: float = 0.0,
     ) -> Lease | None:
         """Returns a new credit, owned by ``router``, or None if the pool is full.
+
+        ``payer`` is charged for its service, with ``prefill_token_s`` for each token that prefill has to compute.
 
         Tokens that are in the prefix cache count as computed. ``max_new_slabs``: see `BlockTable.allocate`.
         """
@@ -174,16 +203,27 @@ class LeaseTable:
             scheduling,
             expires_at_s,
             num_preemptions=scheduling.num_preemptions,
+            payer=payer,
+            prefill_charge_s=prefill_token_s * max(0, demand.num_known_tokens - lease.num_computed_tokens),
+            charged_s=scheduling.served_s + scheduling.prefill_s,
+            credited=scheduling.standing,
+            told=scheduling.standing,
         )
+        self._tenants.lease(payer, scheduling.priority)
         self._records[self._last_id] = self._credits[self._last_id] = record
         self._of_model.setdefault(model, {})[self._last_id] = record
         self._enter(record)
         return lease
 
     def acquire(self, ref: LeaseRef, worker: str) -> Lease:
-        """Makes a credit the lease of ``worker``. Raises LeaseLost."""
+        """Makes a credit the lease of ``worker``. Raises LeaseLost.
+
+        Charges its prefill, unless that computes again what others had freed.
+        """
         record = self._at(ref)
         self._set_state(record, self._after("acquire", record))
+        if record.scheduling.served_s == 0:
+            self._tenants.charge_prefill(record.payer, record.prefill_charge_s)
         return self._change_owner(record, worker)
 
     def move(self, ref: LeaseRef, owner: str, to: str, num_computed_tokens: int, sampled: tuple[int, ...]) -> Lease:
@@ -234,6 +274,7 @@ class LeaseTable:
             self.pause(record.lease.ref, record.owner)
         elif record.state is LeaseState.PAUSED and progress.is_batched:
             self.resume(record.lease.ref, record.owner)
+        self._charge(record, progress.served_s)
         num_preemptions = max(record.num_preemptions, progress.num_preemptions)  # the page begins at 0
         if (num_preemptions, progress.is_protected) != (record.num_preemptions, record.is_protected):
             record.num_preemptions, record.is_protected = num_preemptions, progress.is_protected
@@ -242,9 +283,47 @@ class LeaseTable:
             record.scheduling = record.scheduling.with_work(decode_s, progress.served_s)
             self._note_change(record)
 
+    def set_standings(self, standing_of: Callable[[LeaseRecord], TenantStanding]) -> None:
+        """Gives each lease the standing of its tenant."""
+        for lease_id, record in self._records.items():
+            standing = standing_of(record)
+            held = record.scheduling.standing
+            if standing is not held and standing != held:
+                record.scheduling = record.scheduling.with_standing(standing)
+                self._untold.add(lease_id)
+                self._note_change(record)
+
+    def take_standing_changes(self) -> list[StandingChange]:
+        """What workers have to be told of the tenants of their leases, since the last call.
+
+        A credit is told with its lease: a worker learns the standing with the request, and changes since from here.
+        """
+        changes: dict[tuple[str, TenantStanding], list[int]] = {}
+        for lease_id in sorted(self._untold):
+            record = self._records.get(lease_id)
+            if record is None or record.scheduling.standing == record.told:
+                self._untold.discard(lease_id)
+            elif record.state is not LeaseState.CREDIT:
+                self._untold.discard(lease_id)
+                record.told = record.scheduling.standing
+                changes.setdefault((record.owner, record.told), []).append(lease_id)
+        return [StandingChange(worker, standing, tuple(ids)) for (worker, standing), ids in changes.items()]
+
+    def records(self) -> Collection[LeaseRecord]:
+        """The records of all leases, to read."""
+        return self._records.values()
+
     def decoding_in(self, decode_worker: str) -> list[LeaseRecord]:
         """The leases of the sequences that a decode worker computes."""
         return list(self._computing.get(decode_worker, {}).values())
+
+    def prefilling_for(self, model: str, decode_worker: str) -> list[int]:
+        """The precedence of each sequence that ``decode_worker`` gets from prefill, sorted; none of a sole tenant."""
+        return sorted(
+            record.scheduling.precedence
+            for record in self._of_model.get(model, {}).values()
+            if record.assignment.decode == decode_worker != record.owner and record.scheduling.standing.has_rivals
+        )
 
     def changes_in(self, decode_worker: str) -> dict[int, LeaseRecord | None] | None:
         """What may have changed in `decoding_in` since the last call, by lease id: leases that are new, whose worker
@@ -302,12 +381,14 @@ class LeaseTable:
         self._swap.free(record.swap_pages)
         record.swap_pages = ()
 
-    def release(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
+    def release(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = (), served_s: float = 0.0) -> None:
         """Ends the lease and frees what it holds. Raises LeaseLost.
 
         ``computed``: hashes of its first blocks whose KV is computed; these blocks stay in the prefix cache.
+        ``served_s``: work done by now, as in `SchedulingState.served_s`; 0: as reported last.
         """
         record = self.owned(ref, owner)
+        self._charge(record, served_s)
         if record.state in _HAS_VALID_BLOCKS:
             self._publish(record, computed)
         self._end(ref.lease_id)
@@ -445,6 +526,12 @@ class LeaseTable:
             if record.state is not LeaseState.SWAPPED:
                 _add(self._resident, worker, number)
 
+    def _charge(self, record: LeaseRecord, served_s: float) -> None:
+        """Charges the decode steps of a lease up to ``served_s``; 0 or less than was charged: none."""
+        if served_s > record.charged_s:
+            self._tenants.charge_decode(record.payer, served_s - record.charged_s)
+            record.charged_s = served_s
+
     def _enter(self, record: LeaseRecord) -> None:
         """Counts a lease with its owner and state of now."""
         self._count(record, 1)
@@ -481,6 +568,9 @@ class LeaseTable:
         self._leave(record)
         record.owner, record.assignment = owner, assignment or record.assignment
         self._enter(record)
+        record.told = record.credited
+        if record.scheduling.standing != record.told:
+            self._untold.add(record.lease.ref.lease_id)
         lease = record.lease
         ref = LeaseRef(lease.ref.lease_id, lease.ref.epoch + 1)
         record.lease = Lease(ref, lease.model, lease.block_ids, lease.num_computed_tokens, lease.sampled_token_ids)
@@ -490,6 +580,8 @@ class LeaseTable:
         record = self._records.pop(lease_id)
         self._credits.pop(lease_id, None)
         self._leave(record)
+        self._tenants.end_lease(record.payer, record.scheduling.priority)
+        self._untold.discard(lease_id)
         of_model = self._of_model[record.lease.model]
         del of_model[lease_id]
         if not of_model:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import grpc
 
 from kvstore.attach_server import AttachServer
 from kvstore.grant_table import GrantTable
+from kvstore.leases import StandingChange
 from kvstore.memory_reclaim import PreemptionRequest
 from kvstore.preemption_costs import CALLS_S, KvCosts
 from kvstore.unit import IssuedCredit, IssuedSwapIn, Unit
@@ -67,7 +68,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         """Model → requests that were overtaken, once for each credit that overtook them."""
         self.attach: AttachServer | None = None
         self._routers: dict[str, _Responses] = {}
-        self._watchers: dict[str, asyncio.Queue[Lease | PreemptionRequest]] = {}
+        self._watchers: dict[str, asyncio.Queue[Lease | PreemptionRequest | StandingChange]] = {}
         self._swap_ins: dict[int, asyncio.Future[IssuedSwapIn]] = {}
         self.on_changed: list[Callable[[], None]] = []
         """Called after each change, when its decisions are sent."""
@@ -99,6 +100,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
                     preemption.worker,
                     preemption.reason,
                 )
+        self._tell_standings(decisions.standings)
         for command in decisions.commands:
             if self.attach is not None:
                 self.attach.tell(command)
@@ -108,6 +110,11 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         if self._unit.costs_are_due(now_s):
             for queue in self._routers.values():
                 queue.put_nowait(kvstore_pb2.AdmitResponse(costs=self._costs()))
+
+    def _tell_standings(self, changes: Iterable[StandingChange]) -> None:
+        for change in changes:
+            if change.worker in self._watchers:
+                self._watchers[change.worker].put_nowait(change)
 
     def _report(self) -> None:
         """Tells the unit what decode workers report of their sequences."""
@@ -223,6 +230,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, request: kvstore_pb2.AcquireLeaseRequest, context: Context
     ) -> kvstore_pb2.AcquireLeaseResponse:
         lease = self._unit.acquire(convert.ref_from_wire(request.lease), request.owner)
+        self._tell_standings(self._unit.leases.take_standing_changes())
         return kvstore_pb2.AcquireLeaseResponse(lease=convert.lease_to_wire(lease))
 
     async def MoveLease(self, request: kvstore_pb2.MoveLeaseRequest, context: Context) -> kvstore_pb2.MoveLeaseResponse:
@@ -235,6 +243,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         )
         if request.to_worker in self._watchers:
             self._watchers[request.to_worker].put_nowait(lease)
+        self._tell_standings(self._unit.leases.take_standing_changes())
         if self._unit.admission.waiting:  # one of them may displace the sequence from the batch
             self.changed()
         return kvstore_pb2.MoveLeaseResponse(lease=convert.ref_to_wire(lease.ref))
@@ -243,7 +252,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, request: kvstore_pb2.ReleaseLeaseRequest, context: Context
     ) -> kvstore_pb2.ReleaseLeaseResponse:
         ref, computed = convert.ref_from_wire(request.lease), split_hashes(request.block_hashes)
-        self._unit.release(ref, request.owner, computed)
+        self._unit.release(ref, request.owner, computed, request.served_s)
         waiting = self._swap_ins.get(ref.lease_id)
         if waiting is not None and not waiting.done():
             waiting.set_exception(LeaseLost(f"lease {ref.lease_id} was released while it waited for memory"))
@@ -319,6 +328,10 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
                 event = await queue.get()
                 if isinstance(event, Lease):
                     yield kvstore_pb2.WatchLeasesResponse(arrived=convert.lease_to_wire(event))
+                elif isinstance(event, StandingChange):
+                    standing = convert.standing_to_wire(event.standing)
+                    standings = kvstore_pb2.LeaseStandings(lease_ids=event.lease_ids, standing=standing)
+                    yield kvstore_pb2.WatchLeasesResponse(standings=standings)
                 else:
                     preempt = kvstore_pb2.LeasePreemption(lease_id=event.lease_id, reason=event.reason)
                     yield kvstore_pb2.WatchLeasesResponse(preempt=preempt)

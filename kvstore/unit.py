@@ -6,12 +6,13 @@ pre-empted. It knows neither sockets nor gRPC nor shared memory: `service` and `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from kvstore.admission import Admission, AdmissionEntry
 from kvstore.block_table import BlockTable
-from kvstore.leases import Assignment, LeaseRecord, LeaseState, LeaseTable
+from kvstore.leases import Assignment, LeaseRecord, LeaseState, LeaseTable, StandingChange
 from kvstore.memory_reclaim import MemoryLack, MemoryReclaim, PreemptionRequest
 from kvstore.model_states import NO_LIMITS, AwakeLimits, ModelState, ModelStates, ModelUse, WorkerCommand
 from kvstore.quotas import Quotas
@@ -19,14 +20,17 @@ from kvstore.reaches import Reaches
 from kvstore.sequence_progress import SequenceProgress
 from kvstore.slab_pool import SlabPool
 from kvstore.swap_space import SwapSpace
+from kvstore.tenant_order import TenantOrder
+from kvstore.tenant_service import Payer, TenantService, TenantUse
 from kvstore.unit_model import UnitModel
 from kvstore.victim_choice import NO_LEASE
 from kvstore.wait_times import EntryKey, WaitTimes
 from kvstore.worker_slots import WorkerRecord, WorkerSlots, ready_workers
 from muxmesh.errors import InvalidRequest, LeaseLost, WorkerLost
+from muxmesh.fairness import Fairness
 from muxmesh.quoting import named, quoted
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy, SortKey
-from muxmesh.step_cost import COSTS_EVERY_S
+from muxmesh.step_cost import COSTS_EVERY_S, context_of
 from muxmesh.types import (
     KvDemand,
     Lease,
@@ -79,12 +83,16 @@ class IssuedSwapIn:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionDecisions:
-    """What `Unit.schedule` decided. The caller sends each part to the router or worker that it names."""
+    """What `Unit.schedule` decided. The caller sends each part to the router or worker that it names.
+
+    ``standings``: the worker has to order these leases by another standing of their tenant.
+    """
 
     credits: list[IssuedCredit] = field(default_factory=list)
     swap_ins: list[IssuedSwapIn] = field(default_factory=list)
     preemptions: list[PreemptionRequest] = field(default_factory=list)
     commands: list[WorkerCommand] = field(default_factory=list)
+    standings: list[StandingChange] = field(default_factory=list)
 
 
 def first_id(unix_s: float) -> int:
@@ -113,21 +121,34 @@ class Unit:
         awake: AwakeLimits = NO_LIMITS,
         now_s: float = 0.0,
         preemption_mode: PreemptionMode = "auto",
+        fairness: Fairness | None = None,
     ) -> None:
         """Raises ValueError as `add_model` does. ``now_s``: monotonic time of the start.
 
         ``last_id``: lease ids continue from here, and incarnations of workers from its upper bits; see `first_id`.
         ``swap_bytes``: size of the swap region; 0: nothing can be swapped. ``preemption_mode``: see `PreemptionMode`.
+        ``fairness``: between tenants; None: they are not told apart.
         """
         self.models: dict[str, UnitModel] = {}
         self.slab_bytes = slab_bytes
         self.pool = SlabPool(pool_bytes // slab_bytes)
         self.blocks = BlockTable(self.pool)
         self.swap = SwapSpace(swap_bytes)
-        self.leases = LeaseTable(self.blocks, self.swap, last_id)
+        self._fairness = fairness
+        self._tenants = TenantService()
+        self.leases = LeaseTable(self.blocks, self.swap, last_id, self._tenants)
         self.policy = policy
         self.num_decisions = 0
-        self.admission = Admission(policy)
+        self.admission = Admission(policy, self._tenants)
+        self._tenant_order = TenantOrder(
+            self._tenants,
+            self.admission,
+            self.leases,
+            policy,
+            fairness,
+            self._num_slots,
+            lambda model: self.models[model].max_num_seqs,
+        )
         self._reaches = Reaches(self.leases, policy)
         self._waits = WaitTimes()
         self.quotas = Quotas(self.pool.num_slabs)
@@ -137,6 +158,8 @@ class Unit:
         self._slots_due_s: float | None = None
         """While a request waits for a slot: when running sequences may have changed so that it displaces one."""
         self._costs_due_s = 0.0
+        self._prefill_token_costs: dict[str, tuple[float, float]] = {}
+        """Model → when its prefill cost was read, and the cost of a token."""
         self._incarnations = last_id >> _ID_BITS
         for name, model in sorted(models.items(), key=lambda one: not one[1].is_pinned):  # the first ones are awake
             self.add_model(name, model, now_s)
@@ -207,7 +230,8 @@ class Unit:
     def offer(self, router: str, request: QueuedRequest) -> None:
         """Adds a queued request of a router. Raises InvalidRequest if this unit can never serve it.
 
-        The part of its prompt that is in the prefix cache counts as work that is done.
+        The part of its prompt that is in the prefix cache counts as work that is done. Its tenant's standing is the
+        unit's to determine, whatever the router sends.
         """
         self._check_served(request.model)
         block_size = self.models[request.model].shape.block_size
@@ -217,14 +241,18 @@ class Unit:
                 "stopping.max_new_tokens",
                 f"prompt and longest output are {max_tokens} tokens; the KV pool holds {capacity * block_size}",
             )
-        self.admission.offer(AdmissionEntry(router, self._with_cached_fraction(request)))
+        request = self._tenant_order.with_standing(self._with_cached_fraction(request))
+        self.admission.offer(AdmissionEntry(router, request))
 
     def request_swap_in(self, ref: LeaseRef, owner: str, demand: KvDemand, scheduling: SchedulingState) -> None:
         """Adds a swapped lease that needs token blocks again; `schedule` issues them. Raises LeaseLost."""
-        state, model = self.leases.state_of(ref, owner), self.leases.model_of(ref, owner)
-        if state is not LeaseState.SWAPPED:
-            raise LeaseLost(f"lease {ref.lease_id} is {state}, not swapped")
-        self.admission.offer(AdmissionEntry(owner, QueuedRequest(ref.lease_id, model, scheduling, demand), ref))
+        record = self.leases.owned(ref, owner)
+        if record.state is not LeaseState.SWAPPED:
+            raise LeaseLost(f"lease {ref.lease_id} is {record.state}, not swapped")
+        if scheduling.standing != (standing := record.scheduling.standing):
+            scheduling = scheduling.with_standing(standing)
+        request = QueuedRequest(ref.lease_id, record.lease.model, scheduling, demand, record.payer.tenant)
+        self.admission.offer(AdmissionEntry(owner, request, ref))
 
     def schedule(self, now_s: float, unix_s: float) -> AdmissionDecisions:
         """Allocates free capacity in scheduling order: credits to queued requests, token blocks to swapped leases.
@@ -234,6 +262,7 @@ class Unit:
         """
         decisions = AdmissionDecisions()
         self._pass_time(now_s, decisions)
+        self._tenant_order.update(now_s, unix_s)
         batched, resident = self.leases.count_assigned()
         slots = WorkerSlots(
             tuple(self.workers.values()),
@@ -241,6 +270,7 @@ class Unit:
             batched,
             resident,
             lambda worker: self._reaches.of(worker, unix_s),
+            self.leases.prefilling_for,
         )
         lacks_memory, lacking = self._admit(slots, decisions, now_s, unix_s)
         decisions.preemptions.extend(
@@ -248,6 +278,7 @@ class Unit:
             + self.reclaim.reclaim_followers(lacking, now_s, unix_s)
         )
         self._note_waits(slots, now_s, unix_s)
+        decisions.standings.extend(self.leases.take_standing_changes())
         return decisions
 
     def _pass_time(self, now_s: float, decisions: AdmissionDecisions) -> None:
@@ -421,9 +452,9 @@ class Unit:
             self.reclaim.growth_failed(lack, unix_s)
         return block_ids
 
-    def release(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = ()) -> None:
-        """Ends a lease in any state. Raises LeaseLost. ``computed``: see `LeaseTable.release`."""
-        self.leases.release(ref, owner, computed)
+    def release(self, ref: LeaseRef, owner: str, computed: Sequence[bytes] = (), served_s: float = 0.0) -> None:
+        """Ends a lease in any state. Raises LeaseLost. ``computed``, ``served_s``: see `LeaseTable.release`."""
+        self.leases.release(ref, owner, computed, served_s)
         self.admission.withdraw(owner, ref.lease_id)
 
     def device_failed(self) -> int:
@@ -439,6 +470,10 @@ class Unit:
         """The ready workers of a role and model, the youngest first."""
         return ready_workers(self.workers.values(), role, model)
 
+    def tenant_use(self) -> Mapping[str, TenantUse]:
+        """What each tenant with queued requests or leases uses."""
+        return self._tenants.use(self._fairness.band_s if self._fairness else math.inf)
+
     def leased_bytes(self) -> int:
         """Bytes of the token blocks in use; a block that several leases share counts once."""
         return sum(self.blocks.num_in_use(name) * model.shape.token_block_bytes for name, model in self.models.items())
@@ -449,6 +484,7 @@ class Unit:
     def check_integrity(self) -> None:
         """Proves the invariants of the unit and of its parts. Raises AssertionError."""
         self.leases.check_integrity()
+        self._tenants.check_integrity()
         assert self.models.keys() == self.quotas.slabs.keys() >= self._removing, "models and quotas differ"
         self.quotas.check_integrity()
         self.states.check_integrity()
@@ -487,6 +523,23 @@ class Unit:
         fraction = min(num_cached, demand.max_cached_tokens) / (demand.max_cached_tokens + 1)
         return replace(request, scheduling=request.scheduling.with_cached_fraction(fraction)) if fraction else request
 
+    def _prefill_token_s(self, model: str, now_s: float) -> float:
+        """Seconds of the device that a token of a prompt takes in a full step of ``model``; 0 without fairness."""
+        if self._fairness is None:
+            return 0.0
+        known = self._prefill_token_costs.get(model)
+        if known is None or now_s >= known[0] + COSTS_EVERY_S:
+            costs, num_tokens = self.reclaim.costs_of(model).prefill, self.models[model].prefill_token_budget
+            token_s = costs.step_s(num_tokens, context_of(0, num_tokens)) / num_tokens
+            known = self._prefill_token_costs[model] = (now_s, token_s)
+        return known[1]
+
+    def _num_slots(self) -> dict[str, int]:
+        """Model → slots of the batches of its ready decode workers."""
+        return {
+            name: model.max_num_seqs * len(self.ready_workers(Role.DECODE, name)) for name, model in self.models.items()
+        }
+
     def _issue_credit(
         self,
         entry: AdmissionEntry,
@@ -505,6 +558,8 @@ class Unit:
             Assignment(prefill.name, decode.name),
             now_s + CREDIT_TTL_S,
             max_new_slabs,
+            Payer(request.tenant, request.model, request.tenant_weight, 1 / self.models[request.model].max_num_seqs),
+            self._prefill_token_s(request.model, now_s),
         )
         if lease is None:
             return None

@@ -2,10 +2,13 @@
 
 A decode worker whose batch is full takes a sequence that would displace another one there. Until it does, after its
 prefill, the displaced one computes; so more sequences than slots may count as batched, each with a victim of its own.
+Between tenants the other one may also be in prefill: otherwise one that fills all slots at once would keep the others
+waiting for all of its prompts.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,11 +102,15 @@ class WorkerSlots:
         batched: Counter[str],
         resident: Counter[str],
         reach_of: Callable[[str], Reach],
+        prefilling_of: Callable[[str, str], Sequence[int]] = lambda model, worker: (),
     ) -> None:
         """``limits``: by model. ``batched``, ``resident``: leases by worker, see `LeaseTable.count_assigned`.
 
-        ``reach_of``: which sequences displace those that a decode worker computes.
+        ``reach_of``: which sequences displace those that a decode worker computes. ``prefilling_of``: see
+        `LeaseTable.prefilling_for`.
         """
+        self._prefilling_of = prefilling_of
+        self._prefilling: dict[str, Sequence[int]] = {}
         self._limits = limits
         self._batched = batched
         self._resident = resident
@@ -159,12 +166,21 @@ class WorkerSlots:
         limits = self._limits[model]
         if (is_free := self._has_free_slot(worker, limits)) is not None:
             return is_free
-        return self._reach(worker).may_displace_more_than(self._num_claimed(worker, limits), scheduling)
+        num_claimed = self._num_claimed(worker, limits)
+        if self._reach(worker).may_displace_more_than(num_claimed, scheduling):
+            return True
+        if not scheduling.standing.has_rivals:
+            return False
+        prefilling = self._prefilling_for(worker, model)
+        return len(prefilling) - bisect_right(prefilling, scheduling.precedence) > num_claimed
 
     def _may_batch(self, worker: str, model: str, key: SortKey) -> bool:
         """Whether it may be that ``worker`` can batch a sequence at ``key`` in the order, or later."""
         is_free = self._has_free_slot(worker, self._limits[model])
-        return not self._reach(worker).ends_before(key) if is_free is None else is_free
+        if is_free is not None:
+            return is_free
+        prefilling = self._prefilling_for(worker, model)
+        return not self._reach(worker).ends_before(key) or (bool(prefilling) and key[0] < prefilling[-1])
 
     def _has_free_slot(self, worker: str, limits: SlotLimits) -> bool | None:
         """Whether any sequence has a slot; None: only one that displaces another one."""
@@ -184,6 +200,12 @@ class WorkerSlots:
         if reach is None:
             reach = self._reaches[worker] = self._reach_of(worker)
         return reach
+
+    def _prefilling_for(self, worker: str, model: str) -> Sequence[int]:
+        found = self._prefilling.get(worker)
+        if found is None:
+            found = self._prefilling[worker] = self._prefilling_of(model, worker)
+        return found
 
     def _least_loaded(self, workers: Sequence[WorkerRecord]) -> WorkerRecord:
         return min(workers, key=lambda worker: self._batched[worker.name])

@@ -7,7 +7,9 @@ the simulator choose the batch here. Admission asks the same rules whether a que
 
 Within one priority class a sequence displaces another one only if it precedes it by the policy, its remaining work is
 less than half of the other's, and the other has sampled at most 80 % of its expected output (TRAIL, Shahout et al.
-2025: pre-empting shortly before the end costs more than it gains). A better class displaces without these conditions.
+2025: pre-empting shortly before the end costs more than it gains). A better class displaces without these conditions,
+and so does a sequence of a tenant that had less service (`SchedulingState.precedence`): what holds for classes below
+holds for groups of tenants too.
 
 **Slack goes before remaining work.** A sequence with a TPOT target that could miss it by waiting is not displaced by
 its own class: its slack has to be at least the longest work of a sequence that may displace it. One that waits and
@@ -84,25 +86,35 @@ def displaces(
     ``is_due``: whether the next token of the one that waits is due.
     """
     held = victim.scheduling
-    if newcomer.priority == held.priority and not policy.is_overdue(newcomer, now_s):
+    if _is_same_class(newcomer, held) and not policy.precedes_all(newcomer, now_s):
         if newcomer.remaining_s >= DISPLACING_RATIO * held.remaining_s and not is_due:  # it decides most often
             return False
-        if victim.num_preemptions >= MAX_PREEMPTIONS or victim.is_protected or policy.is_overdue(held, now_s):
+        if victim.num_preemptions >= MAX_PREEMPTIONS or victim.is_protected or policy.precedes_all(held, now_s):
             return False
         return is_due or policy.sort_key(newcomer, now_s) < policy.sort_key(held, now_s)
-    if victim.num_preemptions >= MAX_CLASS_PREEMPTIONS or policy.is_overdue(held, now_s):
+    if victim.num_preemptions >= MAX_CLASS_PREEMPTIONS or policy.precedes_all(held, now_s):
         return False
-    return newcomer.priority < held.priority or policy.is_overdue(newcomer, now_s)
+    return newcomer.precedence < held.precedence or policy.precedes_all(newcomer, now_s)
+
+
+def _is_same_class(newcomer: SchedulingState, held: SchedulingState) -> bool:
+    """Whether classes and tenants leave it to the policy which of the two goes first; of one tenant, classes alone."""
+    if newcomer.precedence == held.precedence:
+        return True
+    is_same_tenant = newcomer.standing.tenant_number == held.standing.tenant_number
+    return is_same_tenant and newcomer.class_rank == held.class_rank
 
 
 def displacement_reason(
     newcomer: SchedulingState, victim: Batchable, policy: SchedulingPolicy, now_s: float, is_due: bool
 ) -> PreemptionReason:
     """Why a sequence that waits takes the slot of ``victim``; `displaces` holds for the same arguments."""
-    if policy.is_overdue(newcomer, now_s):
+    if policy.precedes_all(newcomer, now_s):
         return PreemptionReason.OVERDUE
-    if newcomer.priority < victim.scheduling.priority:
-        return PreemptionReason.PRIORITY
+    held = victim.scheduling
+    if not _is_same_class(newcomer, held):
+        is_fairness = newcomer.standing.tenant_number != held.standing.tenant_number
+        return PreemptionReason.FAIRNESS if is_fairness else PreemptionReason.PRIORITY
     return PreemptionReason.SLO if is_due else PreemptionReason.ORDER
 
 
@@ -171,7 +183,7 @@ class Reach:
         self._policy, self._now_s = policy, now_s
         self._batch = dict(batch)
         self._states = {number: item.scheduling for number, item in batch.items()}
-        self._classes = Counter(state.priority for state in self._states.values())
+        self._classes = Counter(state.precedence for state in self._states.values())
         self._worst_class = max(self._classes, default=-math.inf)
         self._bounds = {number: _bound(item.scheduling) for number, item in batch.items() if _is_displaceable(item)}
         self._longest = sorted((bound, number) for number, bound in self._bounds.items())
@@ -184,16 +196,16 @@ class Reach:
         """The sequence ``number`` has changed, is new in the batch, or (None) has left it."""
         if (old := self._states.pop(number, None)) is not None:
             del self._batch[number]
-            self._classes[old.priority] -= 1
-            if not self._classes[old.priority]:
-                del self._classes[old.priority]
+            self._classes[old.precedence] -= 1
+            if not self._classes[old.precedence]:
+                del self._classes[old.precedence]
             self._keys.pop(number, None)
             if (bound := self._bounds.pop(number, None)) is not None:
                 position = bisect_left(self._longest, (bound, number))
                 del self._longest[position], self._last_keys[position:]
         if item is not None:
             self._batch[number], self._states[number] = item, item.scheduling
-            self._classes[item.scheduling.priority] += 1
+            self._classes[item.scheduling.precedence] += 1
             if _is_displaceable(item):
                 bound = self._bounds[number] = _bound(item.scheduling)
                 position = bisect_left(self._longest, (bound, number))
@@ -208,7 +220,7 @@ class Reach:
     def may_displace_more_than(self, number: int, newcomer: SchedulingState) -> bool:
         """Whether there are more than ``number`` sequences of which ``newcomer`` displaces any one."""
         policy, now_s = self._policy, self._now_s
-        if newcomer.priority < self._worst_class or policy.is_overdue(newcomer, now_s):
+        if newcomer.precedence < self._worst_class or policy.precedes_all(newcomer, now_s):
             victims = (one for one in self._batch.values() if displaces(newcomer, one, policy, now_s))
             return next(islice(victims, number, None), None) is not None
         num_longer = bisect_left(self._longest, (-newcomer.remaining_s, -1))

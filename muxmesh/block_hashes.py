@@ -96,6 +96,7 @@ def demand_for(
         max_tokens=max_tokens,
         block_hashes=hashes,
         max_cached_tokens=num_known_tokens - 1 if use_cache else 0,
+        num_known_tokens=num_known_tokens,
     )
 
 

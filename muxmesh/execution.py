@@ -13,7 +13,7 @@ from enum import StrEnum
 
 
 class PreemptionReason(StrEnum):
-    """Why a sequence was pre-empted. The first four displace it from a full batch, and it keeps its KV."""
+    """Why a sequence was pre-empted. The first five displace it from a full batch, and it keeps its KV."""
 
     ORDER = "order"
     """A sequence of its own class precedes it."""
@@ -21,6 +21,8 @@ class PreemptionReason(StrEnum):
     """The next token of a sequence of its own class is due."""
     PRIORITY = "priority"
     """A sequence of a better class has come."""
+    FAIRNESS = "fairness"
+    """A sequence of a tenant that had less service precedes it."""
     OVERDUE = "overdue"
     """Another sequence is overdue."""
     KV_GROWTH = "kv_growth"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from muxmesh.types import LengthPrediction, SchedulingState
+from muxmesh.types import LengthPrediction, SchedulingState, TenantStanding
 
 REPREDICT_AT = (0.25, 0.5, 1.0)
 """Fractions of the predicted median at which the expected length is computed again from the tokens so far."""
@@ -44,6 +44,16 @@ class RemainingWork:
             self._per_token_s = start.decode_s / remaining
             self._repredict_at = self._next_prediction(prediction, num_output_tokens)
             self._refresh_at = num_output_tokens + 1  # the first token ends the prefill
+
+    def set_standing(self, standing: TenantStanding) -> None:
+        """The unit has determined another standing of the sequence's tenant."""
+        self._start = self._start.with_standing(standing)
+        self.state = self.state.with_standing(standing)
+
+    def served_s(self, num_output_tokens: int) -> float:
+        """Work done by ``num_output_tokens`` in seconds, as in `SchedulingState.served_s`; 0 without a prediction."""
+        num_tokens = num_output_tokens - self._since
+        return self._start.served_s + self._start.prefill_s + self._per_token_s * num_tokens if num_tokens > 0 else 0.0
 
     @property
     def expected_tokens(self) -> float:

@@ -1,7 +1,8 @@
 """The order of requests: a pure sort key that router, unit, engine and simulator share.
 
-A request with a lower priority value precedes one with a higher value. Within one priority, the policy computes a
-score. The lowest score is first, and equal scores are ordered by arrival:
+A request whose tenant had less service precedes those of tenants that are ahead of it (`SchedulingState.standing`).
+Within one group of tenants, a request with a lower priority value precedes one with a higher value. Within one
+priority, the policy computes a score. The lowest score is first, and equal scores are ordered by arrival:
 
 - ``fcfs``: time of arrival.
 - ``sjf``: predicted work of the whole request (shortest job first).
@@ -13,7 +14,8 @@ score. The lowest score is first, and equal scores are ordered by arrival:
   request starts at the first level whose quantum holds its prefill, and sinks one level for each quantum it used.
 
 A request that is overdue, because it has waited for `max_wait_s`, precedes all others whatever their priority is;
-overdue requests are ordered by arrival. So neither better classes nor shorter requests starve one.
+overdue requests are ordered by arrival. So neither better classes nor shorter requests starve one. While several
+tenants compete, the unit lets only some of the overdue requests do so (`kvstore.overdue_lane`).
 
 The policy orders queued requests, and the sequences of a worker that has more of them than its batch holds
 (`muxmesh.batch_choice`).
@@ -38,11 +40,11 @@ _LONG, _LONG_AT_BACKLOG = 0.75, 1.5
 _NO_BACKLOG, _BACKLOG = 0.5, 50.0
 """Requests that were queued at the arrival, per slot of the batch: up to the first value there is no backlog."""
 _MLFQ_LEVELS = 16
-_OVERDUE = -(2**32)
-"""Before every priority class."""
+_OVERDUE = -(2**62)
+"""Before every group of tenants and every priority class."""
 
 SortKey = tuple[int, float, float]
-"""Priority, score, time of arrival. The lowest key is first."""
+"""Precedence (`SchedulingState.precedence`), score, time of arrival. The lowest key is first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +78,20 @@ class SchedulingPolicy:
         """
         return now_s - state.arrived_at_s - state.served_s >= self.max_wait_s
 
+    def precedes_all(self, state: SchedulingState, now_s: float) -> bool:
+        """Whether a request is overdue at ``now_s`` (unix time), and its unit lets it precede those that are not."""
+        return state.standing.has_overdue_lane and self.is_overdue(state, now_s)
+
     def sort_key(self, state: SchedulingState, now_s: float) -> SortKey:
         """The key of a request at ``now_s`` (unix time)."""
-        if self.is_overdue(state, now_s):
+        if self.precedes_all(state, now_s):
             return (_OVERDUE, state.arrived_at_s, state.arrived_at_s)
-        return (state.priority, self._score(state, now_s), state.arrived_at_s)
+        return (state.precedence, self.score(state, now_s), state.arrived_at_s)
 
     def reason(self, state: SchedulingState, now_s: float) -> str:
         """The values that determine the position of a request, as text for people."""
         wait_s = max(0.0, now_s - state.arrived_at_s)
-        if self.is_overdue(state, now_s):
+        if self.precedes_all(state, now_s):
             return f"overdue, before all others: waited {duration_text(wait_s)} of {duration_text(self.max_wait_s)}"
         waited, left = f"waited {duration_text(wait_s)}", f"{duration_text(state.remaining_s)} of work left"
         details = {
@@ -94,11 +100,11 @@ class SchedulingPolicy:
             "srtf": left,
             "srtf-aged": f"{left}, {waited}; could be overtaken by requests that arrive up to "
             f"{duration_text(self.handicap_s(state))} later",
-            "hrrn": f"{left}, {waited}: ratio {-self._score(state, now_s):.3g}",
+            "hrrn": f"{left}, {waited}: ratio {-self.score(state, now_s):.3g}",
             "mlfq": f"level {self._level(state)}: {duration_text(state.prefill_s)} of prefill, "
             f"{duration_text(state.served_s)} served",
         }[self.name]
-        return f"{self.name}, priority {state.priority}: {details}"
+        return f"{self.name}, priority {state.priority}: {details}{_standing_text(state)}"
 
     def handicap_s(self, state: SchedulingState) -> float:
         """For ``srtf-aged``: the largest difference in arrival time at which a later request can overtake this one.
@@ -123,7 +129,8 @@ class SchedulingPolicy:
         fraction = math.log(ratio / _NO_HANDICAP) / math.log(limit / _NO_HANDICAP)
         return fraction * min(state.longest_lead_s or self.longest_lead * mean_work_s, self.longest_lead_s)
 
-    def _score(self, state: SchedulingState, now_s: float) -> float:
+    def score(self, state: SchedulingState, now_s: float) -> float:
+        """The position of a request within its class at ``now_s`` (unix time); the lowest is first."""
         match self.name:
             case "fcfs":
                 return state.arrived_at_s
@@ -145,6 +152,21 @@ class SchedulingPolicy:
             used_s -= quantum_s if quantum_s >= state.prefill_s else 0.0
             level, quantum_s = level + 1, quantum_s * 2
         return level
+
+
+def _standing_text(state: SchedulingState) -> str:
+    """What the other tenants mean for a request; empty without others."""
+    standing = state.standing
+    if not standing.has_rivals:
+        return ""
+    if standing.group > 0:
+        bands = "a band" if standing.group == 1 else f"{standing.group} bands"
+        text = f"; its tenant is ahead of others, by {bands} with its requests before this one"
+    else:
+        text = "; its tenant is behind others, or level with them"
+    if state.class_rank > 0:
+        return f"{text}; its priority puts it after better classes of its tenant"
+    return f"{text}; its priority has no effect on requests of other tenants" if state.priority else text
 
 
 def _long_work(queued_per_slot: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from statistics import NormalDist
 from typing import Literal
@@ -174,6 +174,38 @@ class LengthPrediction:
         return max(1.0, length - num_output_tokens)
 
 
+_GROUP_SHIFT = 33
+"""The difference of two priority classes has at most this many bits, so a group outweighs every class."""
+
+
+@dataclass(frozen=True, slots=True)
+class TenantStanding:
+    """Where the tenant of a request stands beside the others of a unit. The unit alone determines it.
+
+    ``group``: how far the tenant is ahead of the least served one, its better requests included, in bands; a lower
+    group goes first (`kvstore.tenant_order`). ``best_priority``: the best priority class among the tenant's own
+    requests, to which a class is relative while there are other tenants. ``has_rivals``: whether other tenants have
+    requests; without any, group and class are what they would be without tenants. ``has_overdue_lane``: whether the
+    request precedes all others once it is overdue.
+    """
+
+    group: int = 0
+    best_priority: int = 0
+    has_rivals: bool = False
+    has_overdue_lane: bool = True
+    tenant_number: int = 0
+    """Two requests of one unit whose tenants are told apart have the same number if they have the same tenant."""
+    offset: int = field(init=False, compare=False, repr=False)
+    """Added to the priority class it gives the precedence."""
+
+    def __post_init__(self) -> None:
+        offset = (self.group << _GROUP_SHIFT) - self.best_priority if self.has_rivals else 0
+        object.__setattr__(self, "offset", offset)
+
+
+SOLE_TENANT = TenantStanding()
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulingState:
     """The input of a scheduling policy for one request. ``arrived_at_s`` is unix time.
@@ -185,6 +217,7 @@ class SchedulingState:
     as the policy says for the mean work.
     ``queued_per_slot``: requests of its model that were queued at its arrival, divided by ``max_num_seqs``.
     ``num_preemptions``: how often others displaced it from a batch before its KV was freed, over all such times.
+    ``standing``: that of its tenant, as its unit has determined it.
     """
 
     priority: int
@@ -196,10 +229,29 @@ class SchedulingState:
     num_preemptions: int = 0
     queued_per_slot: float = 0.0
     longest_lead_s: float = 0.0
+    standing: TenantStanding = SOLE_TENANT
 
     @property
     def remaining_s(self) -> float:
         return self.prefill_s + self.decode_s
+
+    @property
+    def precedence(self) -> int:
+        """Group of its tenant, then class within the tenant, as one number. Lower goes first.
+
+        Without other tenants it is the priority class.
+        """
+        return self.priority + self.standing.offset
+
+    @property
+    def class_rank(self) -> int:
+        """Its priority class, relative to the best one of its tenant while there are other tenants."""
+        standing = self.standing
+        return self.priority - standing.best_priority if standing.has_rivals else self.priority
+
+    def with_standing(self, standing: TenantStanding) -> SchedulingState:
+        """The state under another standing of its tenant."""
+        return replace(self, standing=standing)
 
     def with_cached_fraction(self, fraction: float) -> SchedulingState:
         """The state if the prefix cache holds ``fraction`` of the prompt, in [0, 1]."""
@@ -237,6 +289,7 @@ class SchedulingState:
             self.num_preemptions,
             self.queued_per_slot,
             self.longest_lead_s,
+            self.standing,
         )
 
 
@@ -304,7 +357,7 @@ class EngineRequest:
     ``resume_token_ids`` are output tokens that the client received from an earlier attempt. Their KV is computed again,
     but they are not sampled again. ``sequence_index`` numbers the output sequences of one prompt. Requests share cached
     prefixes only within one ``tenant`` and ``cache_salt``. ``kv_swap_format`` None is the model's default.
-    ``slo`` is None for a model without one.
+    ``slo`` is None for a model without one. ``tenant_weight``: the service that the tenant is due, relative to others.
     """
 
     request_id: str
@@ -321,6 +374,7 @@ class EngineRequest:
     bypass_prefix_cache: bool = False
     kv_swap_format: KvFormat | None = None
     slo: SloTargets | None = None
+    tenant_weight: float = 1.0
 
     @property
     def max_tokens(self) -> int:
@@ -337,20 +391,23 @@ class KvDemand:
     """Token blocks that a request needs: for ``num_tokens`` at admission, and for ``max_tokens`` at most.
 
     ``block_hashes`` are those of the full blocks of the known tokens. The prefix cache may provide at most
-    ``max_cached_tokens`` of these tokens.
+    ``max_cached_tokens`` of these tokens. ``num_known_tokens``: those of prompt and output so far, which prefill
+    computes; 0: not known.
     """
 
     num_tokens: int
     max_tokens: int
     block_hashes: tuple[bytes, ...] = ()
     max_cached_tokens: int = 0
+    num_known_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class QueuedRequest:
     """A request in a router's queue, as a unit sees it: its order and its KV demand, without the prompt.
 
-    ``entry_id`` is chosen by the router and unique within its admission stream.
+    ``entry_id`` is chosen by the router and unique within its admission stream. ``tenant_weight``: the service that the
+    tenant is due, relative to others; above 0.
     """
 
     entry_id: int
@@ -358,6 +415,7 @@ class QueuedRequest:
     scheduling: SchedulingState
     demand: KvDemand
     tenant: str = ""
+    tenant_weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,16 @@ from typing import Any
 
 import grpc
 
+from muxmesh.background_task import background
 from muxmesh.engine.api import EngineJob, Failed, Finished, JobDone, PromptLogprobs, Tokens
 from muxmesh.engine.sequence import SequenceRecord
-from muxmesh.errors import InternalError
+from muxmesh.errors import InternalError, MeshError
 from muxmesh.internal.v1 import prefill_pb2, prefill_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.sequence_states import SequenceState
 from muxmesh.types import LeaseRef
+from worker.lease_client import LeaseStandings
+from worker.tenant_standings import TenantStandings
 from worker.worker_process import Services, WorkerContext
 
 TOKENS_BEFORE_HAND_OFF = 1
@@ -32,6 +35,18 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._leases = context.leases
         self._clock = context.clock
         self._num_tokens = num_tokens
+        self._standings = TenantStandings()
+
+    async def watch_standings(self) -> None:
+        """Receives the standings of tenants for as long as the unit serves; then gives up, as no credit is valid."""
+        reason = "the stream ended"
+        try:
+            async for event in self._leases.watch():
+                if isinstance(event, LeaseStandings):
+                    self._standings.change(event)
+        except MeshError as error:
+            reason = str(error)
+        self._context.give_up(f"no more leases from the unit: {reason}")
 
     async def Prefill(
         self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -48,6 +63,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         states.begin(job_id, SequenceState.PREFILL, self._clock.monotonic_s())
         try:
             sequence = self._context.sequence(engine_request, lease)
+            self._standings.begin(job_id, sequence)
             response = prefill_pb2.PrefillResponse(num_cached_tokens=lease.num_computed_tokens)
             submitted_at_s = self._clock.monotonic_s()
             async for event in self._engine.submit(EngineJob(job_id, sequence, self._num_tokens)):
@@ -78,6 +94,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
                     raise event.error
             raise InternalError(f"job {job_id}: the engine sent no final event")
         finally:
+            self._standings.end(job_id)
             states.end(job_id, self._clock.monotonic_s())
             if not is_done:
                 self._leases.release_after(functools.partial(self._engine.cancel, job_id), lease.ref)
@@ -88,6 +105,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
 
 @asynccontextmanager
 async def open_services(context: WorkerContext) -> AsyncIterator[Services]:
-    """Opens the services of a prefill worker."""
-    register = functools.partial(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, PrefillService(context))
-    yield {prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"]: register}
+    """Opens the services of a prefill worker, and watches the standings of its leases until the context ends."""
+    service = PrefillService(context)
+    register = functools.partial(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, service)
+    async with background(service.watch_standings(), "lease watch", context.give_up):
+        yield {prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"]: register}

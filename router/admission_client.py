@@ -34,7 +34,8 @@ class Credit:
 
     ``decision`` counts the credits of the unit from 1. ``num_overtaken``: queued requests of the same model and
     priority that arrived before this one and still wait. ``scheduling`` is the state by which the unit ordered the
-    request: cached prompt tokens are not part of its work. ``waits``: what it waited for, since it was queued here.
+    request: cached prompt tokens are not part of its work, and it has the standing of its tenant. ``waits``: what it
+    waited for, since it was queued here.
     """
 
     lease: LeaseRef
@@ -84,18 +85,20 @@ class UnitAdmission:
         """See `RequestQueue.oldest_arrival_s`."""
         return self._queue.oldest_arrival_s(model)
 
-    async def wait_for_credit(self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand) -> Credit:
+    async def wait_for_credit(
+        self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand, tenant_weight: float = 1.0
+    ) -> Credit:
         """Waits until the unit has reserved the request's initial demand. Cancelling the wait withdraws the request.
 
-        The unit issues credits in the mesh's order, over all routers. Raises InvalidRequest if even an empty unit could
-        not hold the request, ModelNotFound if the unit does not serve the model.
+        The unit issues credits in the mesh's order, over all routers and tenants. Raises InvalidRequest if even an
+        empty unit could not hold the request, ModelNotFound if the unit does not serve the model.
         """
         self._last_entry_id += 1
         entry_id = self._last_entry_id
         future: asyncio.Future[Credit] = asyncio.get_running_loop().create_future()
         self._futures[entry_id] = future
         queued_at_s = self._clock.monotonic_s()
-        self._queue.add(QueuedRequest(entry_id, model, scheduling, demand, tenant))
+        self._queue.add(QueuedRequest(entry_id, model, scheduling, demand, tenant, tenant_weight))
         self._show_next()
         try:
             credit = await future

@@ -4,32 +4,47 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections import Counter
 
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy, SortKey
 from muxmesh.types import QueuedRequest
 
 SHOWN_PER_MODEL = 64
-"""Queued requests that a unit sees of a model: at least as many as it can issue credits for at once."""
+"""Queued requests that a unit sees of each tenant of a model: at least as many as it can issue credits for at once."""
+MAX_SHOWN_PER_MODEL = 1024
+"""While a unit sees so many of a model, it is shown only the first one of each tenant. So it sees at most this many and
+one of each tenant."""
 SORT_EVERY_S = 0.1
 """Maximum age of the order under a policy that changes with time, or while a request is overdue."""
 
+_Lane = tuple[str, str]
+"""Model and tenant."""
+
 
 class RequestQueue:
-    """Owns the requests that wait for a credit of one unit, ordered for each model.
+    """Owns the requests that wait for a credit of one unit, ordered for each model and tenant.
 
-    Invariant: after `show_next`, the first ``shown_per_model`` requests of each model are shown, in the order of the
-    last sorting. Under a policy that does not change with time, that is the current order unless a request has become
-    overdue since.
+    The unit decides between tenants, as it alone knows their service, so no tenant's requests may hide those of
+    another. Within a tenant classes and policy order them as in the unit: the best of them precede whatever their class
+    is.
+
+    Invariant: after `show_next`, the first ``shown_per_model`` requests of each model and tenant are shown, or only the
+    first one where `MAX_SHOWN_PER_MODEL` is reached, in the order of the last sorting. Under a policy that does not
+    change with time, that is the current order unless a request has become overdue since.
     """
 
     def __init__(self, policy: SchedulingPolicy = FCFS, shown_per_model: int = SHOWN_PER_MODEL) -> None:
+        """``shown_per_model``: requests of a model that the unit sees if all are of one tenant."""
         self._policy = policy
         self._limit = shown_per_model
         self._requests: dict[int, QueuedRequest] = {}
-        self._ordered: dict[str, list[tuple[SortKey, int]]] = {}
+        self._ordered: dict[_Lane, list[tuple[SortKey, int]]] = {}
         self._shown: set[int] = set()
-        self._changed: set[str] = set()
-        """Models of which a request may have to be shown."""
+        self._num_queued: Counter[str] = Counter()
+        self._num_shown: Counter[str] = Counter()
+        """By model."""
+        self._changed: dict[_Lane, None] = {}
+        """Models and tenants of which a request may have to be shown, in the order of their change."""
         self._sorted_at_s = 0.0
         self._oldest_s = math.inf
         """No queued request arrived before this."""
@@ -38,51 +53,68 @@ class RequestQueue:
         return len(self._requests)
 
     def add(self, request: QueuedRequest) -> None:
+        lane = (request.model, request.tenant)
         self._requests[request.entry_id] = request
-        self._changed.add(request.model)
+        self._num_queued[request.model] += 1
+        self._changed[lane] = None
         self._oldest_s = min(self._oldest_s, request.scheduling.arrived_at_s)
-        bisect.insort(self._ordered.setdefault(request.model, []), self._sort_entry(request))
+        bisect.insort(self._ordered.setdefault(lane, []), self._sort_entry(request))
 
     def remove(self, entry_id: int) -> bool:
         """Removes a request, if it is queued. Returns True if the unit has been shown it."""
         request = self._requests.pop(entry_id, None)
         if request is None:
             return False
-        self._changed.add(request.model)
-        ordered = self._ordered[request.model]
+        lane = (request.model, request.tenant)
+        self._num_queued[request.model] -= 1
+        self._changed[lane] = None
+        ordered = self._ordered[lane]
         del ordered[bisect.bisect_left(ordered, self._sort_entry(request))]
         if not ordered:
-            del self._ordered[request.model]
+            del self._ordered[lane]
         shown = entry_id in self._shown
-        self._shown.discard(entry_id)
+        if shown:
+            self._shown.discard(entry_id)
+            self._num_shown[request.model] -= 1
         return shown
 
     def hide_all(self) -> None:
         """Marks every request as not shown: the unit was restarted."""
         self._shown.clear()
-        self._changed.update(self._ordered)
+        self._num_shown.clear()
+        self._changed.update(dict.fromkeys(self._ordered))
 
     def count(self, model: str) -> int:
         """Number of queued requests for ``model``."""
-        return len(self._ordered.get(model, ()))
+        return self._num_queued[model]
 
     def oldest_arrival_s(self, model: str) -> float | None:
         """Arrival (unix time) of the queued request for ``model`` that arrived first; None without one. Linear."""
-        return min((key[-1] for key, _ in self._ordered.get(model, ())), default=None)
+        of_model = (ordered for (name, _), ordered in self._ordered.items() if name == model)
+        return min((key[-1] for ordered in of_model for key, _ in ordered), default=None)
 
     def show_next(self, unix_s: float) -> list[QueuedRequest]:
         """Returns the best requests that are not shown yet, and marks them as shown."""
         if abs(unix_s - self._sorted_at_s) >= SORT_EVERY_S and self._order_changes(unix_s):  # the clock may jump
             self._sorted_at_s = unix_s
             self._oldest_s = min((one.scheduling.arrived_at_s for one in self._requests.values()), default=math.inf)
-            for model, ordered in self._ordered.items():
-                self._ordered[model] = sorted(self._sort_entry(self._requests[entry_id]) for _, entry_id in ordered)
-            self._changed.update(self._ordered)
-        changed = [ordered for model, ordered in self._ordered.items() if model in self._changed]
+            for lane, ordered in self._ordered.items():
+                self._ordered[lane] = sorted(self._sort_entry(self._requests[entry_id]) for _, entry_id in ordered)
+            self._changed.update(dict.fromkeys(self._ordered))
+        fresh = [request for lane in self._changed for request in self._show(lane)]
         self._changed.clear()
-        best = (entry_id for ordered in changed for _, entry_id in ordered[: self._limit])
-        fresh = [self._requests[entry_id] for entry_id in best if entry_id not in self._shown]
-        self._shown.update(request.entry_id for request in fresh)
+        return fresh
+
+    def _show(self, lane: _Lane) -> list[QueuedRequest]:
+        """Returns the best requests of one model and tenant that are not shown yet, and marks them as shown."""
+        fresh: list[QueuedRequest] = []
+        for position, (_, entry_id) in enumerate(self._ordered.get(lane, ())[: self._limit]):
+            if position and self._num_shown[lane[0]] >= MAX_SHOWN_PER_MODEL:
+                break
+            if entry_id not in self._shown:
+                self._shown.add(entry_id)
+                self._num_shown[lane[0]] += 1
+                fresh.append(self._requests[entry_id])
         return fresh
 
     def _order_changes(self, unix_s: float) -> bool:

@@ -205,7 +205,9 @@ class SequenceDriver:
         demand = unit.kv_demand(request)
         unit.num_assigned[request.model] += 1
         try:
-            credit = await unit.admission.wait_for_credit(request.model, request.tenant, request.scheduling, demand)
+            credit = await unit.admission.wait_for_credit(
+                request.model, request.tenant, request.scheduling, demand, request.tenant_weight
+            )
             try:
                 credited_at_s = self._clock.monotonic_s()
                 if progress.credited_at_s is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from zlib import crc32
 
 from loadtest.record import Record, Run
@@ -81,13 +82,15 @@ def simulate(
     slowdown: Slowdown = no_slowdown,
     times: Mapping[tuple[str, str], StepTimes] | None = None,
     on_kv_choice: Callable[[KvChoice], None] | None = None,
+    tenant_weights: Mapping[str, float] = MappingProxyType({}),
 ) -> SimulationResult:
     """Simulates from the first arrival to the last end.
 
     ``specs`` has one entry for each model of ``config``. ``policy`` None: the configured one. ``on_decision`` is called
     at each admission. ``slowdown``: of the workers of a device beside each other. ``times``: (unit, model) → step
-    times; a model without an entry has those of the sim engine. ``on_kv_choice``: see `SimulatedUnit`. Raises
-    ConfigError for a request for a model that ``config`` does not serve.
+    times; a model without an entry has those of the sim engine. ``on_kv_choice``: see `SimulatedUnit`.
+    ``tenant_weights``: a tenant without an entry has weight 1. Raises ConfigError for a request for a model that
+    ``config`` does not serve.
     """
     order = config.order.scheduling_policy()
     order = order if policy is None else replace(order, name=policy)
@@ -96,11 +99,11 @@ def simulate(
         unit.name: SimulatedUnit(
             timeline, unit, specs, order, on_decision, delays, slowdown,
             {model: found for (name, model), found in (times or {}).items() if name == unit.name},
-            on_kv_choice,
+            on_kv_choice, config.order.fairness_settings(),
         )
         for unit in config.units
     }  # fmt: skip
-    router = _Router(timeline, config, units, specs, forecasts)
+    router = _Router(timeline, config, units, specs, forecasts, tenant_weights)
     records = [Record(one.index, one.at_s, one.model, one.tenant, one.priority) for one in sketches]
     router.schedule_arrivals(sketches, records)
     timeline.run()
@@ -119,8 +122,10 @@ class _Router:
         units: Mapping[str, SimulatedUnit],
         specs: Mapping[str, ModelSpec],
         forecasts: Forecasts,
+        tenant_weights: Mapping[str, float],
     ) -> None:
         self._timeline = timeline
+        self._tenant_weights = tenant_weights
         self._units = units
         self._forecasts = forecasts
         self._start_orders: defaultdict[str, StartOrder[tuple[object, int, bool]]] = defaultdict(StartOrder)
@@ -207,6 +212,8 @@ class _Router:
                 on_end=on_end,
                 slo=unit.slo_targets(name, num_prompt),
                 hashes=_block_hashes(request.body, num_prompt, model),
+                tenant=request.tenant or "",
+                tenant_weight=self._tenant_weights.get(request.tenant or "", 1.0),
             )
         )
 

@@ -7,12 +7,13 @@ of a lease are those of `worker.sequence_kv`, through the unit's own methods. Th
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from kvstore.leases import LeaseRecord
+from kvstore.leases import LeaseRecord, StandingChange
 from kvstore.sequence_progress import SequenceProgress
 from kvstore.unit import IssuedSwapIn, Unit
 from muxmesh.config.model_config import ModelConfig
@@ -82,11 +83,12 @@ class SimulatedDecoding:
         device: Device,
         workers: Sequence[DecodeWorker],
         schedule: Callable[[], None],
-        finish: Callable[[SimulatedRequest, Lease, str, tuple[bytes, ...]], None],
+        finish: Callable[[SimulatedRequest, Lease, str, tuple[bytes, ...], float], None],
         requeue: Callable[[SimulatedRequest], None],
     ) -> None:
         """``schedule``: schedules the unit. ``finish`` gets a request that has its last token, its lease, the owner of
-        that and the hashes of its computed blocks. ``requeue`` gets a request whose KV was freed.
+        that, the hashes of its computed blocks and its work done in seconds. ``requeue`` gets a request whose KV was
+        freed.
         """
         self.num_requeued = 0
         self.num_swapped = 0
@@ -106,6 +108,7 @@ class SimulatedDecoding:
         growth = BlockGrowth(block_size, blocks_for(request.max_tokens, block_size))
         work = RemainingWork(request.arrived, request.prediction, 0, request.max_new_tokens)
         work.update(request.num_sent)
+        work.set_standing(self._unit.leases.owned(lease.ref, served.decode_name).scheduling.standing)
         sequence = _DecodingSequence(request, served, lease, len(lease.block_ids), growth, work)
         self._sequences[lease.ref.lease_id] = sequence
         sequence.job = self._decode_job(sequence)
@@ -125,6 +128,28 @@ class SimulatedDecoding:
             self._device.wake(sequence.served.decode)
         elif sequence.job.is_displaced:
             self._timeline.after(0.0, lambda: self._preempt_displaced(sequence))
+
+    def set_standing(self, change: StandingChange) -> None:
+        """Orders some sequences by another standing of their tenant from the next step on."""
+        workers: dict[int, DecodeWorker] = {}
+        for lease_id in change.lease_ids:
+            if (sequence := self._sequences.get(lease_id)) is not None:
+                decode = sequence.served.decode
+                decode.set_standing(sequence.job, change.standing)
+                workers[id(decode)] = decode
+        for decode in workers.values():
+            decode.plan_soon()
+            self._device.wake(decode)
+
+    def count_tokens(self) -> Counter[str]:
+        """Tenant → output tokens sampled so far, of the sequences that have not ended."""
+        tokens = Counter[str]()
+        for sequence in self._sequences.values():
+            request, job = sequence.request, sequence.job
+            tokens[request.tenant] += request.num_sent
+            if not job.is_removed:
+                tokens[request.tenant] += sequence.served.decode.num_tokens(job)
+        return tokens
 
     def progress(self) -> dict[int, SequenceProgress]:
         """What decode workers report, by lease id: of the sequences that may have changed since the last call."""
@@ -284,7 +309,8 @@ class SimulatedDecoding:
 
     def _requeue(self, sequence: _DecodingSequence) -> None:
         del self._sequences[sequence.lease.ref.lease_id]
-        self._unit.release(sequence.lease.ref, sequence.served.decode_name, sequence.hashes)
+        served_s = sequence.work.served_s(sequence.request.num_sent)
+        self._unit.release(sequence.lease.ref, sequence.served.decode_name, sequence.hashes, served_s)
         self.num_requeued += 1
         sequence.request.num_preemptions = sequence.job.num_preemptions
         self._requeue_request(sequence.request)
@@ -340,7 +366,8 @@ class SimulatedDecoding:
         request = sequence.request
         request.num_sent = request.num_output
         del self._sequences[sequence.lease.ref.lease_id]
-        self._finish(request, sequence.lease, sequence.served.decode_name, sequence.hashes)
+        served_s = sequence.work.served_s(request.num_output)
+        self._finish(request, sequence.lease, sequence.served.decode_name, sequence.hashes, served_s)
 
 
 def _progress_of(job: DecodeJob) -> SequenceProgress:

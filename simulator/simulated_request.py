@@ -41,6 +41,8 @@ class SimulatedRequest:
     num_preemptions: int = 0
     """How often others displaced it from a batch before its KV was freed."""
     entry_id: int = 0
+    tenant: str = ""
+    tenant_weight: float = 1.0
 
     @property
     def max_tokens(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from kvstore.arbiter import Arbiter
-from kvstore.leases import LeaseRecord
+from kvstore.leases import LeaseRecord, StandingChange
 from kvstore.memory_reclaim import MemoryLack
 from kvstore.model_states import NO_LIMITS, AwakeLimits, WorkerCommand
 from kvstore.preemption_costs import CALLS_S, KvCosts, WayCosts
@@ -23,6 +23,7 @@ from muxmesh.block_hashes import demand_for
 from muxmesh.config.model_config import ModelConfig, reserved_output_tokens
 from muxmesh.config.schema import UnitConfig
 from muxmesh.errors import InvalidRequest
+from muxmesh.fairness import Fairness
 from muxmesh.kv_cost import CopyRates
 from muxmesh.models.model_spec import KvShape, ModelSpec
 from muxmesh.scheduling_policy import SchedulingPolicy
@@ -82,10 +83,12 @@ class SimulatedUnit:
         slowdown: Slowdown = no_slowdown,
         times: Mapping[str, StepTimes] | None = None,
         on_kv_choice: Callable[[KvChoice], None] | None = None,
+        fairness: Fairness | None = None,
     ) -> None:
         """``times``: model → step times; a model without an entry has those of the sim engine.
 
-        ``on_kv_choice`` is called with each choice of what becomes of a paused sequence's KV.
+        ``on_kv_choice`` is called with each choice of what becomes of a paused sequence's KV. ``fairness``: between
+        tenants; None: they are not told apart.
         """
         models = {model.name: UnitModel.of(config, model, specs[model.name]) for model in config.models}
         awake = AwakeLimits(config.max_awake_models, config.idle_sleep_s)
@@ -98,6 +101,7 @@ class SimulatedUnit:
             policy=policy,
             awake=awake,
             preemption_mode=config.preemption_mode,
+            fairness=fairness,
         )
         self.unit.reclaim.costs_of = self._kv_costs
         self._on_kv_choice = on_kv_choice
@@ -112,6 +116,8 @@ class SimulatedUnit:
         self._on_decision = on_decision
         self._queue = RequestQueue(policy)
         self._waiting: dict[int, SimulatedRequest] = {}
+        self._prefills: dict[int, PrefillJob] = {}
+        """Prompts that a prefill worker has, by the id of their lease."""
         self._served = {
             model.name: self._attach(config, model, models[model.name].shape, (times or {}).get(model.name), delays)
             for model in config.models
@@ -127,6 +133,8 @@ class SimulatedUnit:
         )
         self.num_running: Counter[str] = Counter()
         """Sequences with a credit, by model."""
+        self._num_tokens: Counter[str] = Counter()
+        """Tenant → output tokens of its requests that have ended."""
         self._last_entry_id = 0
         self._timer_s: float | None = None
 
@@ -138,6 +146,10 @@ class SimulatedUnit:
     def num_queued(self, model: str) -> int:
         """Requests of one model without a credit."""
         return self._queue.count(model)
+
+    def count_tokens(self) -> Counter[str]:
+        """Tenant → output tokens so far. Requests whose KV was freed count again once it is computed again."""
+        return self._num_tokens + self._decoding.count_tokens()
 
     @property
     def use(self) -> UnitUse:
@@ -197,7 +209,8 @@ class SimulatedUnit:
             request.hashes,
             use_cache=bool(request.hashes),
         )
-        self._queue.add(QueuedRequest(request.entry_id, request.model, request.scheduling, demand))
+        tenant, weight = request.tenant, request.tenant_weight
+        self._queue.add(QueuedRequest(request.entry_id, request.model, request.scheduling, demand, tenant, weight))
         self._show_next()
         self._schedule()
 
@@ -254,6 +267,8 @@ class SimulatedUnit:
             self._tell(command)
         for swap_in in decisions.swap_ins:
             self._decoding.swap_in(swap_in)
+        for change in decisions.standings:
+            self._set_standing(change)
         if self.unit.costs_are_due(now_s):
             for served in self._served.values():
                 if served.prefill.fit.cost and served.decode.fit.cost:
@@ -264,6 +279,13 @@ class SimulatedUnit:
             self._timeline.at(due_s, self._schedule)
         if decisions.credits and self._show_next():
             self._schedule()
+
+    def _set_standing(self, change: StandingChange) -> None:
+        """A worker orders some of its sequences by another standing of their tenant."""
+        for lease_id in change.lease_ids:
+            if (job := self._prefills.get(lease_id)) is not None:
+                job.scheduling = job.scheduling.with_standing(change.standing)
+        self._decoding.set_standing(change)
 
     def _tell(self, command: WorkerCommand) -> None:
         """A worker does as it is told after a delay, and the unit is scheduled again."""
@@ -304,11 +326,13 @@ class SimulatedUnit:
             lambda: self._on_prefilled(request, lease),
             first_token_due_s(request.slo_at(now_s), now_s),
         )
+        self._prefills[lease.ref.lease_id] = job
         self._timeline.after(self._delays.admit_s, lambda: self._add_prefill(served, job))
 
     def _on_prefilled(self, request: SimulatedRequest, lease: Lease) -> None:
         """The known tokens are computed and one more is sampled: finishes, or hands off to the decode worker."""
         served = self._served[request.model]
+        del self._prefills[lease.ref.lease_id]
         if request.num_sent == 0:
             request.record.pieces.append((self._timeline.now_s, 1))
             request.on_first_token()
@@ -331,8 +355,11 @@ class SimulatedUnit:
         self.num_running[request.model] -= 1
         self.enqueue(request)
 
-    def _finish(self, request: SimulatedRequest, lease: Lease, owner: str, hashes: tuple[bytes, ...]) -> None:
+    def _finish(
+        self, request: SimulatedRequest, lease: Lease, owner: str, hashes: tuple[bytes, ...], served_s: float = 0.0
+    ) -> None:
         """The client has the last token. The slot is free ``end_s`` later."""
+        self._num_tokens[request.tenant] += request.num_output
         record = request.record
         record.status, record.num_output, record.num_input = OK, request.num_output, request.num_prompt
         record.finish = "LENGTH" if request.num_output >= request.max_new_tokens else "EOS"
@@ -340,10 +367,10 @@ class SimulatedUnit:
             record.pieces.append((self._timeline.now_s, request.num_output - 1))
         self.num_running[request.model] -= 1
         self._end(request)
-        self._timeline.after(self._delays.end_s, lambda: self._release(lease, owner, hashes))
+        self._timeline.after(self._delays.end_s, lambda: self._release(lease, owner, hashes, served_s))
 
-    def _release(self, lease: Lease, owner: str, hashes: tuple[bytes, ...]) -> None:
-        self.unit.release(lease.ref, owner, hashes)
+    def _release(self, lease: Lease, owner: str, hashes: tuple[bytes, ...], served_s: float) -> None:
+        self.unit.release(lease.ref, owner, hashes, served_s)
         self._schedule()
 
     def _end(self, request: SimulatedRequest) -> None:

@@ -27,7 +27,7 @@ from muxmesh.running_mean import RunningMean
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.slo import slack_s
 from muxmesh.step_cost import CostFit, StepShape, context_of
-from muxmesh.types import Role, SchedulingState
+from muxmesh.types import Role, SchedulingState, TenantStanding
 from simulator.step_times import StepTimes
 
 _OBSERVE_EVERY = 16
@@ -244,7 +244,7 @@ class DecodeWorker:
         self._arrivals: list[tuple[float, int, DecodeJob]] = []
         """A heap of (arrival, order of insertion, job). Removed jobs stay until they are first."""
         self._priorities = Counter[int]()
-        """Priority → number of jobs."""
+        """Class → number of jobs."""
         self._with_slo: dict[int, DecodeJob] = {}
         """The jobs whose tokens are due at some time, by their identity."""
         self._changed: dict[int, DecodeJob] = {}
@@ -257,7 +257,7 @@ class DecodeWorker:
         self._waiting.append(job)
         self._num_stops += 1
         heapq.heappush(self._arrivals, (job.scheduling.arrived_at_s, self._num_stops, job))
-        self._priorities[job.scheduling.priority] += 1
+        self._count_class(job, 1)
         if job.due_at_s < math.inf:
             self._with_slo[id(job)] = job
 
@@ -320,9 +320,27 @@ class DecodeWorker:
         job.is_removed = True
         self._changed.pop(id(job), None)
         self._with_slo.pop(id(job), None)
-        self._priorities[job.scheduling.priority] -= 1
-        if not self._priorities[job.scheduling.priority]:
-            del self._priorities[job.scheduling.priority]
+        self._count_class(job, -1)
+
+    def set_standing(self, job: DecodeJob, standing: TenantStanding) -> None:
+        """Orders a job by another standing of its tenant from the next plan on; it may not be added yet."""
+        is_counted = job.is_batched or job in self._waiting
+        if is_counted:
+            self._count_class(job, -1)
+        job.work.set_standing(standing)
+        if is_counted:
+            self._count_class(job, 1)
+
+    def plan_soon(self) -> None:
+        """Ends the current run of steps after its current step if sequences wait, so that a batch is chosen again."""
+        if self._waiting and self._batch:
+            self.check_soon(next(iter(self._batch.values())))
+
+    def _count_class(self, job: DecodeJob, number: int) -> None:
+        rank = job.scheduling.class_rank
+        self._priorities[rank] += number
+        if not self._priorities[rank]:
+            del self._priorities[rank]
 
     def has_work(self) -> bool:
         return bool(self._batch or self._waiting)

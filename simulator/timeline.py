@@ -64,9 +64,9 @@ class Timeline:
         else:
             event()
 
-    def run(self) -> None:
-        """Runs all scheduled events, including those that they schedule."""
-        while self._events:
+    def run(self, until_s: float = math.inf) -> None:
+        """Runs all events scheduled up to ``until_s``, including those that they schedule."""
+        while self._events and self._events[0][0] <= until_s:
             self.now_s, _, event = heapq.heappop(self._events)
             self.num_events += 1
             event()

@@ -19,7 +19,7 @@ from muxmesh.execution import PreemptionReason
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.rpc.status_codes import from_rpc_error, response_of
-from muxmesh.types import KvDemand, Lease, LeaseRef, SchedulingState
+from muxmesh.types import SOLE_TENANT, KvDemand, Lease, LeaseRef, SchedulingState, TenantStanding
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +30,14 @@ class PreemptLease:
 
     lease_id: int
     reason: PreemptionReason
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseStandings:
+    """The unit orders these leases by another standing of their tenant from now on."""
+
+    lease_ids: tuple[int, ...]
+    standing: TenantStanding
 
 
 class LeaseClient:
@@ -120,18 +128,23 @@ class LeaseClient:
         await response_of(self._stub.FinishSwapIn(request))
 
     def release_after(
-        self, quiesce: Callable[[], Awaitable[None]], ref: LeaseRef, computed: Sequence[bytes] = ()
+        self,
+        quiesce: Callable[[], Awaitable[None]],
+        ref: LeaseRef,
+        computed: Sequence[bytes] = (),
+        served_s: float = 0.0,
     ) -> None:
         """Releases the lease in the background, once ``quiesce`` has returned: nothing accesses its memory then.
 
-        ``computed``: hashes of its first blocks, whose KV other requests may use. Does nothing if the lease is not
-        this worker's; logs other errors.
+        ``computed``: hashes of its first blocks, whose KV other requests may use. ``served_s``: work done, as in
+        `SchedulingState.served_s`; 0: as reported last. Does nothing if the lease is not this worker's; logs other
+        errors.
         """
 
         async def release() -> None:
             await quiesce()
             try:
-                await self.release(ref, computed)
+                await self.release(ref, computed, served_s)
             except LeaseLost:
                 pass
             except MeshError as error:  # a unit that shuts down ends all of its leases
@@ -139,15 +152,16 @@ class LeaseClient:
 
         self._spawn(release())
 
-    async def release(self, ref: LeaseRef, computed: Sequence[bytes]) -> None:
-        """Releases the lease. ``computed``: see `release_after`."""
+    async def release(self, ref: LeaseRef, computed: Sequence[bytes], served_s: float = 0.0) -> None:
+        """Releases the lease. ``computed``, ``served_s``: see `release_after`."""
         request = kvstore_pb2.ReleaseLeaseRequest(
-            lease=convert.ref_to_wire(ref), owner=self._worker, block_hashes=join_hashes(computed)
+            lease=convert.ref_to_wire(ref), owner=self._worker, block_hashes=join_hashes(computed), served_s=served_s
         )
         await response_of(self._stub.ReleaseLease(request))
 
-    async def watch(self) -> AsyncIterator[Lease | PreemptLease]:
-        """Yields leases that arrive at this worker and those that it has to pre-empt, for as long as the unit serves.
+    async def watch(self) -> AsyncIterator[Lease | PreemptLease | LeaseStandings]:
+        """Yields leases that arrive at this worker, those that it has to pre-empt and those whose tenants' standing has
+        changed, for as long as the unit serves.
 
         Begins with the leases that this worker has already. Ends when the unit stops, or raises the error of the call
         (Unavailable, RequestAborted).
@@ -155,8 +169,11 @@ class LeaseClient:
         call = self._stub.WatchLeases(kvstore_pb2.WatchLeasesRequest(owner=self._worker))
         try:
             async for response in call:
-                if response.WhichOneof("event") == "arrived":
+                event = response.WhichOneof("event")
+                if event == "arrived":
                     yield convert.lease_from_wire(response.arrived)
+                elif event == "standings":
+                    yield _standings_from_wire(response.standings)
                 else:
                     yield PreemptLease(response.preempt.lease_id, PreemptionReason(response.preempt.reason))
         except grpc.aio.AioRpcError as error:
@@ -180,3 +197,8 @@ class LeaseClient:
 
 async def _nothing_to_quiesce() -> None:
     """Quiesces a lease whose memory was never accessed."""
+
+
+def _standings_from_wire(wire: kvstore_pb2.LeaseStandings) -> LeaseStandings:
+    standing = convert.standing_from_wire(wire.standing) if wire.HasField("standing") else SOLE_TENANT
+    return LeaseStandings(tuple(wire.lease_ids), standing)

@@ -99,7 +99,8 @@ class SequenceKv:
             if publishes:
                 hashes = self.sequence.block_hashes(0, self.sequence.num_shareable_blocks)
         finally:
-            self._leases.release_after(self._quiesce, self._ref, hashes)
+            served_s = self.sequence.work.served_s(self.sequence.num_output_tokens)
+            self._leases.release_after(self._quiesce, self._ref, hashes, served_s)
 
     async def _quiesce(self) -> None:
         """Waits until nothing accesses the lease's memory and no call adds to it."""

@@ -29,6 +29,7 @@ _REASONS = {
     PreemptionReason.ORDER: "by one that precedes it",
     PreemptionReason.SLO: "by one whose next token was due",
     PreemptionReason.PRIORITY: "by a better class",
+    PreemptionReason.FAIRNESS: "by one of a tenant that had less service",
     PreemptionReason.OVERDUE: "by an overdue request",
     PreemptionReason.KV_GROWTH: "for memory of a growing sequence",
     PreemptionReason.KV_ADMISSION: "for memory of a waiting request",

@@ -51,6 +51,13 @@ def order_without_effect(config: MeshConfig) -> Iterator[tuple[Location, str]]:
     for field, policy in ORDER_FIELDS.items():
         if field in config.order.model_fields_set and config.order.policy != policy:
             yield ("order", field), f"has no effect with policy: {config.order.policy}; it is for {policy}"
+    given = config.order.model_fields_set
+    if not config.order.fairness:
+        for field in ("fairness_band_s", "overdue_share"):
+            if field in given:
+                yield ("order", field), "has no effect with fairness: false"
+    elif "overdue_share" in given and config.order.max_wait_s is None:
+        yield ("order", "overdue_share"), "has no effect without max_wait_s"
 
 
 def tensor_parallel_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:

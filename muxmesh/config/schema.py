@@ -20,6 +20,7 @@ from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.section import HOST_NEEDED, MAX_BYTES, MAX_COUNT, MIB, NETWORK_NEEDED, Name, Section
 from muxmesh.config.tls_config import TlsConfig
 from muxmesh.errors import ConfigError
+from muxmesh.fairness import Fairness
 from muxmesh.log_format import LogFormat
 from muxmesh.quoting import quoted
 from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
@@ -256,9 +257,22 @@ class OrderConfig(Section):
     may have."""
     mlfq_quantum_s: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     """For `mlfq`: quantum of the first level, in seconds of work. The quantum doubles with each level."""
+    fairness: bool = True
+    """Whether tenants get equal service, by their weights, while they compete for a unit (docs/fairness.md). Priority
+    classes then act within each tenant. With a single tenant it changes nothing."""
+    fairness_band_s: float = Field(default=0.5, ge=0.01, le=1e6)
+    """Seconds of the device by which a tenant may be ahead of the least served one before the requests of others go
+    first; below that the policy decides between tenants too."""
+    overdue_share: float = Field(default=0.25, gt=0, le=1)
+    """With `max_wait_s`: the part of a model's slots that overdue requests may take before all others while several
+    tenants compete. A tenant that is alone may take all."""
     trace: bool = False
     """If true, kvstore logs each admitted request with the number of requests that it overtook and the reason, and each
     sequence that has to free its memory for another; decode workers log each pre-emption with its reason."""
+
+    def fairness_settings(self) -> Fairness | None:
+        """None: tenants are not told apart."""
+        return Fairness(self.fairness_band_s, self.overdue_share) if self.fairness else None
 
     def scheduling_policy(self) -> SchedulingPolicy:
         longest_s = math.inf if self.longest_lead_s is None else self.longest_lead_s

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from muxmesh.engine.api import ComputeDemand
 from muxmesh.types import SchedulingState
 
-_NO_CLASS = 2**31
+_NO_CLASS = 2**33
 """Later than every priority class."""
 
 
@@ -36,7 +36,7 @@ class Urgency:
 
     def note(self, scheduling: SchedulingState, start_by_s: float, lost_at_s: float, now_s: float) -> None:
         """Adds a sequence that has to be computed by ``start_by_s``, and has missed its SLO from ``lost_at_s`` on."""
-        self.priority = min(self.priority, scheduling.priority)
+        self.priority = min(self.priority, scheduling.class_rank)
         self.arrived_at_s = min(self.arrived_at_s, scheduling.arrived_at_s)
         if start_by_s < self.start_by_s:
             if lost_at_s >= now_s:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from muxmesh.block_hashes import join_hashes, split_hashes
@@ -10,6 +11,7 @@ from muxmesh.execution import Execution, PreemptionReason
 from muxmesh.internal.v1 import kvstore_pb2, request_pb2
 from muxmesh.step_cost import StepCost
 from muxmesh.types import (
+    SOLE_TENANT,
     Candidate,
     EngineRequest,
     Finish,
@@ -24,6 +26,7 @@ from muxmesh.types import (
     SchedulingState,
     SloTargets,
     Stopping,
+    TenantStanding,
     TokenLogprobs,
     Waits,
 )
@@ -55,6 +58,7 @@ def request_to_wire(request: EngineRequest) -> request_pb2.EngineRequest:
         scheduling=scheduling_to_wire(request.scheduling),
         sequence_index=request.sequence_index,
         tenant=request.tenant,
+        tenant_weight=request.tenant_weight,
         cache_salt=request.cache_salt,
         bypass_prefix_cache=request.bypass_prefix_cache,
         kv_swap_format=request.kv_swap_format or "",
@@ -93,6 +97,7 @@ def request_from_wire(wire: request_pb2.EngineRequest) -> EngineRequest:
         bypass_prefix_cache=wire.bypass_prefix_cache,
         kv_swap_format=_KV_FORMATS.get(wire.kv_swap_format),
         slo=_slo_from_wire(wire.slo) if wire.HasField("slo") else None,
+        tenant_weight=_weight_from_wire(wire.tenant_weight),
     )
 
 
@@ -113,6 +118,7 @@ def scheduling_to_wire(scheduling: SchedulingState) -> request_pb2.SchedulingSta
         num_preemptions=scheduling.num_preemptions,
         queued_per_slot=scheduling.queued_per_slot,
         longest_lead_s=scheduling.longest_lead_s,
+        standing=standing_to_wire(scheduling.standing),
     )
 
 
@@ -128,7 +134,30 @@ def scheduling_from_wire(wire: request_pb2.SchedulingState) -> SchedulingState:
         wire.num_preemptions,
         wire.queued_per_slot,
         wire.longest_lead_s,
+        standing_from_wire(wire.standing) if wire.HasField("standing") else SOLE_TENANT,
     )
+
+
+def standing_to_wire(standing: TenantStanding) -> request_pb2.TenantStanding | None:
+    """Encodes the standing of a tenant; None while there are no others."""
+    if not standing.has_rivals:
+        return None
+    return request_pb2.TenantStanding(
+        group=standing.group,
+        best_priority=standing.best_priority,
+        has_overdue_lane=standing.has_overdue_lane,
+        tenant_number=standing.tenant_number,
+    )
+
+
+def standing_from_wire(wire: request_pb2.TenantStanding) -> TenantStanding:
+    """Decodes the standing of a tenant beside others."""
+    return TenantStanding(wire.group, wire.best_priority, True, wire.has_overdue_lane, wire.tenant_number)
+
+
+def _weight_from_wire(weight: float) -> float:
+    """The weight of a tenant; 1 if it is not set or none."""
+    return weight if 0 < weight < math.inf else 1.0
 
 
 def waits_to_wire(waits: Waits) -> kvstore_pb2.Waits:
@@ -148,12 +177,14 @@ def demand_to_wire(demand: KvDemand) -> kvstore_pb2.KvDemand:
         max_tokens=demand.max_tokens,
         block_hashes=join_hashes(demand.block_hashes),
         max_cached_tokens=demand.max_cached_tokens,
+        num_known_tokens=demand.num_known_tokens,
     )
 
 
 def demand_from_wire(wire: kvstore_pb2.KvDemand) -> KvDemand:
     """Decodes a KV demand."""
-    return KvDemand(wire.num_tokens, wire.max_tokens, split_hashes(wire.block_hashes), wire.max_cached_tokens)
+    hashes = split_hashes(wire.block_hashes)
+    return KvDemand(wire.num_tokens, wire.max_tokens, hashes, wire.max_cached_tokens, wire.num_known_tokens)
 
 
 def queued_to_wire(request: QueuedRequest) -> kvstore_pb2.QueuedRequest:
@@ -164,13 +195,15 @@ def queued_to_wire(request: QueuedRequest) -> kvstore_pb2.QueuedRequest:
         scheduling=scheduling_to_wire(request.scheduling),
         demand=demand_to_wire(request.demand),
         tenant=request.tenant,
+        tenant_weight=request.tenant_weight,
     )
 
 
 def queued_from_wire(wire: kvstore_pb2.QueuedRequest) -> QueuedRequest:
     """Decodes a queued request."""
     scheduling, demand = scheduling_from_wire(wire.scheduling), demand_from_wire(wire.demand)
-    return QueuedRequest(wire.entry_id, wire.model, scheduling, demand, wire.tenant)
+    weight = _weight_from_wire(wire.tenant_weight)
+    return QueuedRequest(wire.entry_id, wire.model, scheduling, demand, wire.tenant, weight)
 
 
 def cost_to_wire(cost: StepCost) -> kvstore_pb2.StepCost:

@@ -664,7 +664,8 @@ class ExecutionInfo(_message.Message):
     def preemptions(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Number of pre-emptions by reason, without reasons that did not occur.
         The sequence gave up its slot of a full batch: order (another one of its priority class precedes it), slo (the next
-        token of one of its class is due), priority (one of a better class has come), overdue (another one is overdue).
+        token of one of its class is due), priority (one of a better class has come), fairness (one of a tenant that had
+        less service has come), overdue (another one is overdue).
         It gave up its KV memory: kv_growth (to a growing sequence that precedes it), kv_admission (to a queued request or a
         swapped sequence that precedes it), kv_quota (to another model, within the quota of that), kv_full (the memory that
         it needed itself was not there).

@@ -15,6 +15,7 @@ from kvstore.grant_page import Word
 from kvstore.grant_table import GrantTable
 from kvstore.leases import LeaseState
 from kvstore.memory_reclaim import RECLAIM_AFTER_S, RECLAIM_EVERY_S
+from kvstore.preemption_costs import KvCosts
 from kvstore.service import KvStoreService
 from kvstore.unit import CREDIT_TTL_S, Unit
 from kvstore.unit_model import UnitModel
@@ -23,6 +24,7 @@ from muxmesh.clock import ManualClock
 from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.schema import UnitConfig
 from muxmesh.errors import InternalError, InvalidRequest, LeaseLost, MeshError, Overloaded, WorkerLost
+from muxmesh.fairness import Fairness
 from muxmesh.internal.v1 import kvstore_pb2
 from muxmesh.rpc import convert
 from muxmesh.rpc.status_codes import from_rpc_error
@@ -40,7 +42,7 @@ from tests.kvstore.small_unit import (
 from tests.support.served_unit import FINGERPRINTS, LONGEST_WAIT_S, RouterStream, ServedUnit, served
 from tests.support.virtual_time import VirtualClock, run_virtually
 from worker.attachment import Attachment, attach
-from worker.lease_client import LeaseClient
+from worker.lease_client import LeaseClient, LeaseStandings
 
 FIRST = SchedulingState(0, 0.0)
 
@@ -487,6 +489,24 @@ async def test_a_later_watch_of_a_worker_replaces_the_earlier_one(served_unit: S
     await router.no_credit()
     another = await workers.decoding(router, 2, 8)
     assert await second.next() == another
+
+
+async def test_a_watching_worker_learns_where_the_tenants_of_its_leases_stand(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    unit = Unit(4 * SLAB_BYTES, SLAB_BYTES, {"a": UnitModel(SHAPES["a"], 4, 512)}, fairness=Fairness(1.0))
+    async with served(tmp_path, unit, clock) as running:
+        workers, router = await Workers.of(running), running.router()
+        running.service._unit.reclaim.costs_of = lambda model: KvCosts()
+        lease = await workers.decoding(router, 1, 8)
+        events = workers.decode.watch()
+        assert await anext(events) == lease
+        router.offer(replace(queued(2), tenant="b"))
+        await router.credit()
+        changed = await asyncio.wait_for(anext(events), LONGEST_WAIT_S)
+        assert isinstance(changed, LeaseStandings)
+        assert (changed.lease_ids, changed.standing.has_rivals) == ((lease.ref.lease_id,), True)
+        await events.aclose()  # type: ignore[attr-defined]
 
 
 async def test_a_watching_worker_is_asked_to_preempt_a_lease_whose_memory_another_model_claims(

@@ -11,7 +11,7 @@ from muxmesh.batch_choice import MAX_CLASS_PREEMPTIONS, MAX_PREEMPTIONS, Reach, 
 from muxmesh.execution import PreemptionReason
 from muxmesh.remaining_work import RemainingWork
 from muxmesh.scheduling_policy import PolicyName, SchedulingPolicy
-from muxmesh.types import LengthPrediction, SchedulingState
+from muxmesh.types import LengthPrediction, SchedulingState, TenantStanding
 
 SRTF = SchedulingPolicy("srtf", 0.0, 0.0, 1.0, max_wait_s=1000.0)
 FCFS = replace(SRTF, name="fcfs")
@@ -264,3 +264,65 @@ def test_a_batch_ends_before_those_that_come_later_than_all_of_it() -> None:
     assert reach.ends_before((0, 5.0, 5.0))
     assert not reach.ends_before((-1, 9.0, 9.0)), "a better class"
     assert Reach({}, FCFS, NOW_S).ends_before((-1, 0.0, 0.0))
+
+
+def of_tenant(sequence: Sequence, number: int, group: int, best_priority: int = 0) -> Sequence:
+    standing = TenantStanding(group, best_priority, True, False, number)
+    return replace(sequence, scheduling=sequence.scheduling.with_standing(standing))
+
+
+def test_a_sequence_of_a_tenant_that_had_less_service_displaces_others_whatever_their_class_is() -> None:
+    ahead = of_tenant(running(20, priority=-9, is_protected=True), 1, group=2, best_priority=-9)
+    behind = of_tenant(waiting(99, priority=5), 2, group=0, best_priority=5)
+    reasons: list[PreemptionReason] = []
+    batch = choose_batch([ahead, behind], SRTF, NOW_S, 1, lambda _, reason: reasons.append(reason))
+    assert (batch, reasons) == ([behind], [PreemptionReason.FAIRNESS])
+    assert choose_batch([replace(ahead, num_preemptions=MAX_CLASS_PREEMPTIONS), behind], SRTF, NOW_S, 1) != [behind]
+
+
+def test_within_a_group_the_policy_decides_between_tenants_and_classes_are_relative_to_the_best_one() -> None:
+    flood = of_tenant(running(20, priority=-9), 1, group=0, best_priority=-9)
+    assert chosen([flood, of_tenant(waiting(9, priority=3), 2, 0, best_priority=3)], 1) == [9]
+    assert chosen([flood, of_tenant(waiting(11, priority=3), 2, 0, best_priority=3)], 1) == [20]
+    assert chosen([flood, of_tenant(waiting(9, priority=4), 2, 0, best_priority=3)], 1) == [20]
+
+
+def test_groups_do_not_pre_empt_sequences_of_the_same_tenant_and_class() -> None:
+    held = of_tenant(running(20), 1, group=3)
+    assert chosen([held, of_tenant(waiting(11), 1, group=0)], 1) == [20], "not less than half of the work"
+    assert chosen([held, of_tenant(waiting(9), 1, group=0)], 1) == [9]
+    protected = of_tenant(running(20, is_protected=True), 1, group=3)
+    assert chosen([protected, of_tenant(waiting(9), 1, group=0)], 1) == [20]
+    lower = of_tenant(running(20, is_protected=True), 1, group=3, best_priority=-1)
+    assert chosen([lower, of_tenant(waiting(30, priority=-1), 1, group=0, best_priority=-1)], 1) == [30]
+
+
+def test_an_overdue_sequence_outside_of_the_lane_has_no_precedence() -> None:
+    policy = replace(FCFS, max_wait_s=10.0)
+    overdue = of_tenant(waiting(5, arrived_at_s=1.0), 1, group=4)
+    held = of_tenant(running(5, arrived_at_s=95.0), 2, group=0)
+    assert choose_batch([overdue, held], policy, NOW_S, 1) == [held]
+    lane = overdue.scheduling.with_standing(replace(overdue.scheduling.standing, has_overdue_lane=True))
+    in_lane = replace(overdue, scheduling=lane)
+    assert choose_batch([in_lane, held], policy, NOW_S, 1) == [in_lane]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(-1, 3), st.floats(0.1, 50), st.integers(-1, 1)), min_size=2,
+             max_size=8),
+    st.integers(0, 3),
+)  # fmt: skip
+def test_a_reach_says_the_same_as_the_rule_for_sequences_of_several_tenants(
+    sequences: list[tuple[int, int, float, int]], number: int
+) -> None:
+    (newcomer, *batch) = (
+        of_tenant(running(work_s, float(index), priority), tenant, group, best_priority=-1)
+        for index, (tenant, group, work_s, priority) in enumerate(sequences)
+    )
+    reach = Reach(dict(enumerate(batch)), SRTF, NOW_S)
+    num_victims = sum(displaces(newcomer.scheduling, one, SRTF, NOW_S) for one in batch)
+    assert reach.may_displace(newcomer.scheduling) or num_victims == 0
+    if num_victims == 0:
+        assert not reach.may_displace_more_than(number, newcomer.scheduling)
+    key = SRTF.sort_key(newcomer.scheduling, NOW_S)
+    assert not (reach.ends_before(key) and num_victims), "no sequence that displaces another one is skipped"

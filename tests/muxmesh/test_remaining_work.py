@@ -1,13 +1,14 @@
 """The remaining work of a sequence as it decodes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from muxmesh.remaining_work import REFRESH_TOKENS, REPREDICT_AT, RemainingWork
-from muxmesh.types import LengthPrediction, SchedulingState
+from muxmesh.types import LengthPrediction, SchedulingState, TenantStanding
 
 START = SchedulingState(0, 5.0, prefill_s=3.0, decode_s=100.0, mean_work_s=7.0)
 PREDICTION = LengthPrediction(100.0, 250.0)
@@ -108,3 +109,16 @@ def test_nothing_changes_before_the_next_change(p50: float, spread: float, start
 
 def test_without_a_prediction_nothing_changes() -> None:
     assert decoded(20, None).tokens_until_change(20, 0.8) is None
+
+
+def test_the_work_done_is_that_of_any_number_of_tokens_and_a_standing_stays() -> None:
+    start = SchedulingState(0, 0.0, prefill_s=2.0, decode_s=10.0, served_s=1.0)
+    work = RemainingWork(start, LengthPrediction(100.0, 100.0))
+    per_token_s = 10.0 / LengthPrediction(100.0, 100.0).remaining_tokens(0)
+    assert work.served_s(0) == 0.0
+    assert work.served_s(7) == pytest.approx(1.0 + 2.0 + 7 * per_token_s)
+    standing = TenantStanding(2, 0, True, False, 1)
+    work.set_standing(standing)
+    assert work.state == replace(start, standing=standing)
+    work.update(5)
+    assert work.state.standing == standing and work.state.served_s == pytest.approx(work.served_s(5))

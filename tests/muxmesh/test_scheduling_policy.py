@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muxmesh.scheduling_policy import FCFS, PolicyName, SchedulingPolicy
-from muxmesh.types import SchedulingState
+from muxmesh.types import SchedulingState, TenantStanding
 
 NOW_S = 1000.0
 
@@ -212,3 +212,34 @@ def test_the_reason_shows_the_values_that_the_policy_uses(name: PolicyName, reas
 
 def test_the_reason_shows_no_negative_wait() -> None:
     assert FCFS.reason(SchedulingState(0, NOW_S + 1), NOW_S) == "fcfs, priority 0: waited 0 s"
+
+
+@pytest.mark.parametrize(
+    ("standing", "text"),
+    [
+        (TenantStanding(0, -1, True), "its tenant is behind others, or level with them"),
+        (TenantStanding(1, -1, True), "its tenant is ahead of others, by a band with its requests before this one"),
+        (TenantStanding(7, -1, True), "its tenant is ahead of others, by 7 bands with its requests before this one"),
+    ],
+)
+def test_the_reason_says_whether_the_tenant_is_ahead(standing: TenantStanding, text: str) -> None:
+    best, later = (SchedulingState(priority, NOW_S, standing=standing) for priority in (-1, 0))
+    assert FCFS.reason(best, NOW_S) == (
+        f"fcfs, priority -1: waited 0 s; {text}; its priority has no effect on requests of other tenants"
+    )
+    assert FCFS.reason(later, NOW_S).endswith(f"{text}; its priority puts it after better classes of its tenant")
+
+
+def test_an_unset_priority_is_not_said_to_have_no_effect() -> None:
+    state = SchedulingState(0, NOW_S, standing=TenantStanding(0, 0, True))
+    assert FCFS.reason(state, NOW_S).endswith("level with them")
+
+
+def test_a_group_of_tenants_outweighs_every_class_and_classes_are_relative_to_the_best_of_the_tenant() -> None:
+    behind = SchedulingState(2**31 - 1, 5.0, standing=TenantStanding(0, -(2**31), True))
+    ahead = SchedulingState(-(2**31), 0.0, standing=TenantStanding(1, -(2**31), True))
+    assert order(FCFS, ahead, behind) == [1, 0]
+    flood = SchedulingState(-9, 1.0, standing=TenantStanding(0, -9, True))
+    first = SchedulingState(7, 0.0, standing=TenantStanding(0, 7, True))
+    assert order(FCFS, flood, first) == [1, 0]
+    assert (flood.class_rank, first.class_rank, behind.class_rank) == (0, 0, 2**32 - 1)

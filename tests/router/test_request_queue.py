@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from muxmesh.scheduling_policy import FCFS
 from muxmesh.types import KvDemand, QueuedRequest, SchedulingState
-from router.request_queue import SORT_EVERY_S, RequestQueue
+from router.request_queue import MAX_SHOWN_PER_MODEL, SORT_EVERY_S, RequestQueue
 
 
 def queued(entry_id: int, priority: int = 0, model: str = "m") -> QueuedRequest:
@@ -158,3 +158,33 @@ def test_the_oldest_arrival_is_that_of_any_position_in_the_order() -> None:
     assert queue.oldest_arrival_s("m") == 3
     queue.remove(3)
     assert queue.oldest_arrival_s("m") == 4
+
+
+def of_tenant(entry_id: int, tenant: str, priority: int = 0) -> QueuedRequest:
+    return replace(queued(entry_id, priority), tenant=tenant)
+
+
+def test_a_flood_hides_no_request_of_another_tenant() -> None:
+    queue = RequestQueue(shown_per_model=2)
+    for entry_id in range(1, 100):
+        queue.add(of_tenant(entry_id, "flood", priority=-1))
+    queue.add(of_tenant(100, "b", priority=5))
+    assert [shown.entry_id for shown in queue.show_next(0.0)] == [1, 2, 100]
+    queue.add(of_tenant(101, "c"))
+    assert [shown.entry_id for shown in queue.show_next(0.0)] == [101]
+    assert queue.count("m") == 101
+    assert queue.remove(2)
+    assert [shown.entry_id for shown in queue.show_next(0.0)] == [3]
+
+
+def test_of_many_tenants_a_unit_sees_one_request_each_once_it_sees_enough() -> None:
+    queue = RequestQueue(shown_per_model=64)
+    for entry_id in range(40 * 64):
+        queue.add(of_tenant(entry_id, f"tenant {entry_id % 40}"))
+    shown = queue.show_next(0.0)
+    assert MAX_SHOWN_PER_MODEL <= len(shown) <= MAX_SHOWN_PER_MODEL + 40
+    assert {one.tenant for one in shown} == {f"tenant {number}" for number in range(40)}
+    queue.add(of_tenant(9999, "late"))
+    assert [one.entry_id for one in queue.show_next(0.0)] == [9999]
+    queue.hide_all()
+    assert len(queue.show_next(0.0)) == len(shown) + 1

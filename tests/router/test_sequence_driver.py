@@ -64,7 +64,9 @@ class FakeUnit:
     def kv_demand(self, request: EngineRequest) -> KvDemand:
         return KvDemand(len(request.resume_token_ids), request.max_tokens)
 
-    async def wait_for_credit(self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand) -> Credit:
+    async def wait_for_credit(
+        self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand, tenant_weight: float = 1.0
+    ) -> Credit:
         assert self.num_assigned == {model: 1}, "a sequence that waits for a credit counts on its unit"
         self.queued.append((model, tenant, scheduling, demand))
         self.num_unreturned += 1

@@ -75,3 +75,13 @@ def test_time_never_decreases_and_every_event_runs_once(times: list[float], dela
     expected = len(times) + (len(delays) if times else 0)
     timeline.run()
     assert seen == sorted(seen) and len(seen) == expected
+
+
+def test_a_run_up_to_a_time_leaves_later_events() -> None:
+    timeline, ran = Timeline(), list[float]()
+    for at_s in (1.0, 2.0, 3.0):
+        timeline.at(at_s, lambda: ran.append(timeline.now_s))
+    timeline.run(2.0)
+    assert ran == [1.0, 2.0]
+    timeline.run()
+    assert ran == [1.0, 2.0, 3.0]

@@ -97,7 +97,9 @@ class FakeAdmission:
     def oldest_arrival_s(self, model: str) -> float | None:
         return min(self._arrivals, default=None)
 
-    async def wait_for_credit(self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand) -> Credit:
+    async def wait_for_credit(
+        self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand, tenant_weight: float = 1.0
+    ) -> Credit:
         self._queued[model] += 1
         self._arrivals.append(scheduling.arrived_at_s)
         try:

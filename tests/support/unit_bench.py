@@ -6,6 +6,7 @@ from typing import Any
 
 from loadtest.record import Record
 from muxmesh.config.schema import MeshConfig
+from muxmesh.fairness import Fairness
 from muxmesh.models.model_spec import SIM_SPEC
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.types import LengthPrediction, SchedulingState
@@ -22,13 +23,19 @@ class Bench:
     """One unit on a timeline, with its decisions and the requests that have ended."""
 
     def __init__(
-        self, config: MeshConfig | None = None, policy: SchedulingPolicy = FCFS, delays: Delays = NO_DELAYS
+        self,
+        config: MeshConfig | None = None,
+        policy: SchedulingPolicy = FCFS,
+        delays: Delays = NO_DELAYS,
+        fairness: Fairness | None = None,
     ) -> None:
         config = config or sim_mesh()
         self.timeline = Timeline()
         self.decisions: list[Decision] = []
         specs = dict.fromkeys(config.models(), SIM_SPEC)
-        self.unit = SimulatedUnit(self.timeline, config.units[0], specs, policy, self.decisions.append, delays)
+        self.unit = SimulatedUnit(
+            self.timeline, config.units[0], specs, policy, self.decisions.append, delays, fairness=fairness
+        )
         self.ended: list[int] = []
         self.requests: list[SimulatedRequest] = []
 

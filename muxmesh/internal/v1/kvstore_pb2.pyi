@@ -87,10 +87,13 @@ class QueuedRequest(_message.Message):
     SCHEDULING_FIELD_NUMBER: _builtins.int
     DEMAND_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    TENANT_WEIGHT_FIELD_NUMBER: _builtins.int
     entry_id: _builtins.int
     """Chosen by the router, unique within the stream."""
     model: _builtins.str
     tenant: _builtins.str
+    tenant_weight: _builtins.float
+    """The service that the tenant is due, relative to others. 0: 1."""
     @_builtins.property
     def scheduling(self) -> _request_pb2.SchedulingState: ...
     @_builtins.property
@@ -103,10 +106,11 @@ class QueuedRequest(_message.Message):
         scheduling: _request_pb2.SchedulingState | None = ...,
         demand: Global___KvDemand | None = ...,
         tenant: _builtins.str = ...,
+        tenant_weight: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["demand", b"demand", "scheduling", b"scheduling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand", b"demand", "entry_id", b"entry_id", "model", b"model", "scheduling", b"scheduling", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand", b"demand", "entry_id", b"entry_id", "model", b"model", "scheduling", b"scheduling", "tenant", b"tenant", "tenant_weight", b"tenant_weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___QueuedRequest: _TypeAlias = QueuedRequest  # noqa: Y015
@@ -119,6 +123,7 @@ class KvDemand(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     MAX_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_KNOWN_TOKENS_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
     """Tokens to reserve on admission: all known tokens and a part of the output."""
     max_tokens: _builtins.int
@@ -127,6 +132,8 @@ class KvDemand(_message.Message):
     """16 bytes for each full block of the prompt and of the resumed output, see muxmesh/block_hashes.py."""
     max_cached_tokens: _builtins.int
     """Maximum number of leading tokens that may come from the prefix cache."""
+    num_known_tokens: _builtins.int
+    """Tokens of prompt and output so far, which prefill computes. 0: not known."""
     def __init__(
         self,
         *,
@@ -134,8 +141,9 @@ class KvDemand(_message.Message):
         max_tokens: _builtins.int = ...,
         block_hashes: _builtins.bytes = ...,
         max_cached_tokens: _builtins.int = ...,
+        num_known_tokens: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "max_cached_tokens", b"max_cached_tokens", "max_tokens", b"max_tokens", "num_tokens", b"num_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "max_cached_tokens", b"max_cached_tokens", "max_tokens", b"max_tokens", "num_known_tokens", b"num_known_tokens", "num_tokens", b"num_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___KvDemand: _TypeAlias = KvDemand  # noqa: Y015
@@ -547,9 +555,12 @@ class ReleaseLeaseRequest(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    SERVED_S_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
     block_hashes: _builtins.bytes
     """Hashes of the full and computed blocks, which stay in the prefix cache."""
+    served_s: _builtins.float
+    """Work done in seconds, as in SchedulingState.served_s. 0: as reported last."""
     @_builtins.property
     def lease(self) -> _request_pb2.LeaseRef: ...
     def __init__(
@@ -558,10 +569,11 @@ class ReleaseLeaseRequest(_message.Message):
         lease: _request_pb2.LeaseRef | None = ...,
         owner: _builtins.str = ...,
         block_hashes: _builtins.bytes = ...,
+        served_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "lease", b"lease", "owner", b"owner"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "lease", b"lease", "owner", b"owner", "served_s", b"served_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ReleaseLeaseRequest: _TypeAlias = ReleaseLeaseRequest  # noqa: Y015
@@ -815,25 +827,56 @@ class WatchLeasesResponse(_message.Message):
 
     ARRIVED_FIELD_NUMBER: _builtins.int
     PREEMPT_FIELD_NUMBER: _builtins.int
+    STANDINGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def arrived(self) -> Global___Lease: ...
     @_builtins.property
     def preempt(self) -> Global___LeasePreemption: ...
+    @_builtins.property
+    def standings(self) -> Global___LeaseStandings: ...
     def __init__(
         self,
         *,
         arrived: Global___Lease | None = ...,
         preempt: Global___LeasePreemption | None = ...,
+        standings: Global___LeaseStandings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "event", b"event", "preempt", b"preempt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "event", b"event", "preempt", b"preempt", "standings", b"standings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "event", b"event", "preempt", b"preempt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "event", b"event", "preempt", b"preempt", "standings", b"standings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["arrived", "preempt"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["arrived", "preempt", "standings"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WatchLeasesResponse: _TypeAlias = WatchLeasesResponse  # noqa: Y015
+
+@_typing.final
+class LeaseStandings(_message.Message):
+    """The tenant of some leases stands elsewhere beside other tenants: the worker orders them by this from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_IDS_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def standing(self) -> _request_pb2.TenantStanding:
+        """Unset: there are no other tenants."""
+
+    def __init__(
+        self,
+        *,
+        lease_ids: _abc.Iterable[_builtins.int] | None = ...,
+        standing: _request_pb2.TenantStanding | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["standing", b"standing"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ids", b"lease_ids", "standing", b"standing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___LeaseStandings: _TypeAlias = LeaseStandings  # noqa: Y015
 
 @_typing.final
 class LeasePreemption(_message.Message):

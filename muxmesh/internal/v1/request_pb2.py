@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!muxmesh/internal/v1/request.proto\x12\x13muxmesh.internal.v1\"\xf0\x03\n\rEngineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x18\n\x10resume_token_ids\x18\x04 \x03(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.muxmesh.internal.v1.Sampling\x12/\n\x08stopping\x18\x06 \x01(\x0b\x32\x1d.muxmesh.internal.v1.Stopping\x12\x38\n\nscheduling\x18\x07 \x01(\x0b\x32$.muxmesh.internal.v1.SchedulingState\x12>\n\nprediction\x18\t \x01(\x0b\x32%.muxmesh.internal.v1.LengthPredictionH\x00\x88\x01\x01\x12\x16\n\x0esequence_index\x18\n \x01(\r\x12\x12\n\ncache_salt\x18\x0b \x01(\t\x12\x1b\n\x13\x62ypass_prefix_cache\x18\x0c \x01(\x08\x12\x16\n\x0ekv_swap_format\x18\r \x01(\t\x12\x0e\n\x06tenant\x18\x0e \x01(\t\x12,\n\x03slo\x18\x0f \x01(\x0b\x32\x1f.muxmesh.internal.v1.SloTargetsB\r\n\x0b_prediction\"^\n\nSloTargets\x12\x13\n\x06ttft_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06tpot_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x08waited_s\x18\x03 \x01(\x01\x42\t\n\x07_ttft_sB\t\n\x07_tpot_s\"\xd4\x01\n\x0fSchedulingState\x12\x10\n\x08priority\x18\x01 \x01(\x05\x12\x19\n\x11\x61rrived_at_unix_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x04 \x01(\x01\x12\x10\n\x08served_s\x18\x05 \x01(\x01\x12\x13\n\x0bmean_work_s\x18\x06 \x01(\x01\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\r\x12\x17\n\x0fqueued_per_slot\x18\x08 \x01(\x01\x12\x16\n\x0elongest_lead_s\x18\t \x01(\x01\"\xbb\x03\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12@\n\nlogit_bias\x18\t \x03(\x0b\x32,.muxmesh.internal.v1.Sampling.LogitBiasEntry\x12\x38\n\x07\x61llowed\x18\n \x01(\x0b\x32\".muxmesh.internal.v1.AllowedTokensH\x00\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0c \x01(\rH\x02\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\n\n\x08_allowedB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\"\n\rAllowedTokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"N\n\x08Logprobs\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\r\n\x05ranks\x18\x04 \x03(\r\"i\n\x08Stopping\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\x16\n\x0emin_new_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\":\n\x10LengthPrediction\x12\x12\n\np50_tokens\x18\x01 \x01(\x01\x12\x12\n\np90_tokens\x18\x02 \x01(\x01\"\x84\x02\n\tExecution\x12\x44\n\x0bpreemptions\x18\x01 \x03(\x0b\x32/.muxmesh.internal.v1.Execution.PreemptionsEntry\x12\x19\n\x11num_repredictions\x18\x02 \x01(\r\x12\x16\n\x0enum_recomputed\x18\x03 \x01(\r\x12\x11\n\tbatched_s\x18\x04 \x01(\x01\x12\x10\n\x08paused_s\x18\x05 \x01(\x01\x12\x11\n\tswapped_s\x18\x06 \x01(\x01\x12\x12\n\nis_overdue\x18\x07 \x01(\x08\x1a\x32\n\x10PreemptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"M\n\x06\x46inish\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.muxmesh.internal.v1.FinishReason\x12\x10\n\x08token_id\x18\x02 \x01(\r\"+\n\x08LeaseRef\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x02\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!muxmesh/internal/v1/request.proto\x12\x13muxmesh.internal.v1\"\x87\x04\n\rEngineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x18\n\x10resume_token_ids\x18\x04 \x03(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.muxmesh.internal.v1.Sampling\x12/\n\x08stopping\x18\x06 \x01(\x0b\x32\x1d.muxmesh.internal.v1.Stopping\x12\x38\n\nscheduling\x18\x07 \x01(\x0b\x32$.muxmesh.internal.v1.SchedulingState\x12>\n\nprediction\x18\t \x01(\x0b\x32%.muxmesh.internal.v1.LengthPredictionH\x00\x88\x01\x01\x12\x16\n\x0esequence_index\x18\n \x01(\r\x12\x12\n\ncache_salt\x18\x0b \x01(\t\x12\x1b\n\x13\x62ypass_prefix_cache\x18\x0c \x01(\x08\x12\x16\n\x0ekv_swap_format\x18\r \x01(\t\x12\x0e\n\x06tenant\x18\x0e \x01(\t\x12,\n\x03slo\x18\x0f \x01(\x0b\x32\x1f.muxmesh.internal.v1.SloTargets\x12\x15\n\rtenant_weight\x18\x10 \x01(\x01\x42\r\n\x0b_prediction\"^\n\nSloTargets\x12\x13\n\x06ttft_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06tpot_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x08waited_s\x18\x03 \x01(\x01\x42\t\n\x07_ttft_sB\t\n\x07_tpot_s\"\x8b\x02\n\x0fSchedulingState\x12\x10\n\x08priority\x18\x01 \x01(\x05\x12\x19\n\x11\x61rrived_at_unix_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x04 \x01(\x01\x12\x10\n\x08served_s\x18\x05 \x01(\x01\x12\x13\n\x0bmean_work_s\x18\x06 \x01(\x01\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\r\x12\x17\n\x0fqueued_per_slot\x18\x08 \x01(\x01\x12\x16\n\x0elongest_lead_s\x18\t \x01(\x01\x12\x35\n\x08standing\x18\n \x01(\x0b\x32#.muxmesh.internal.v1.TenantStanding\"g\n\x0eTenantStanding\x12\r\n\x05group\x18\x01 \x01(\x11\x12\x15\n\rbest_priority\x18\x02 \x01(\x05\x12\x18\n\x10has_overdue_lane\x18\x03 \x01(\x08\x12\x15\n\rtenant_number\x18\x04 \x01(\x04\"\xbb\x03\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12@\n\nlogit_bias\x18\t \x03(\x0b\x32,.muxmesh.internal.v1.Sampling.LogitBiasEntry\x12\x38\n\x07\x61llowed\x18\n \x01(\x0b\x32\".muxmesh.internal.v1.AllowedTokensH\x00\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0c \x01(\rH\x02\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\n\n\x08_allowedB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\"\n\rAllowedTokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"N\n\x08Logprobs\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\r\n\x05ranks\x18\x04 \x03(\r\"i\n\x08Stopping\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\x16\n\x0emin_new_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\":\n\x10LengthPrediction\x12\x12\n\np50_tokens\x18\x01 \x01(\x01\x12\x12\n\np90_tokens\x18\x02 \x01(\x01\"\x84\x02\n\tExecution\x12\x44\n\x0bpreemptions\x18\x01 \x03(\x0b\x32/.muxmesh.internal.v1.Execution.PreemptionsEntry\x12\x19\n\x11num_repredictions\x18\x02 \x01(\r\x12\x16\n\x0enum_recomputed\x18\x03 \x01(\r\x12\x11\n\tbatched_s\x18\x04 \x01(\x01\x12\x10\n\x08paused_s\x18\x05 \x01(\x01\x12\x11\n\tswapped_s\x18\x06 \x01(\x01\x12\x12\n\nis_overdue\x18\x07 \x01(\x08\x1a\x32\n\x10PreemptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"M\n\x06\x46inish\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.muxmesh.internal.v1.FinishReason\x12\x10\n\x08token_id\x18\x02 \x01(\r\"+\n\x08LeaseRef\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x02\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,32 +35,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_EXECUTION_PREEMPTIONSENTRY']._loaded_options = None
   _globals['_EXECUTION_PREEMPTIONSENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1984
-  _globals['_FINISHREASON']._serialized_end=2108
+  _globals['_FINISHREASON']._serialized_start=2167
+  _globals['_FINISHREASON']._serialized_end=2291
   _globals['_ENGINEREQUEST']._serialized_start=59
-  _globals['_ENGINEREQUEST']._serialized_end=555
-  _globals['_SLOTARGETS']._serialized_start=557
-  _globals['_SLOTARGETS']._serialized_end=651
-  _globals['_SCHEDULINGSTATE']._serialized_start=654
-  _globals['_SCHEDULINGSTATE']._serialized_end=866
-  _globals['_SAMPLING']._serialized_start=869
-  _globals['_SAMPLING']._serialized_end=1312
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=1219
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=1267
-  _globals['_ALLOWEDTOKENS']._serialized_start=1314
-  _globals['_ALLOWEDTOKENS']._serialized_end=1348
-  _globals['_LOGPROBS']._serialized_start=1350
-  _globals['_LOGPROBS']._serialized_end=1428
-  _globals['_STOPPING']._serialized_start=1430
-  _globals['_STOPPING']._serialized_end=1535
-  _globals['_LENGTHPREDICTION']._serialized_start=1537
-  _globals['_LENGTHPREDICTION']._serialized_end=1595
-  _globals['_EXECUTION']._serialized_start=1598
-  _globals['_EXECUTION']._serialized_end=1858
-  _globals['_EXECUTION_PREEMPTIONSENTRY']._serialized_start=1808
-  _globals['_EXECUTION_PREEMPTIONSENTRY']._serialized_end=1858
-  _globals['_FINISH']._serialized_start=1860
-  _globals['_FINISH']._serialized_end=1937
-  _globals['_LEASEREF']._serialized_start=1939
-  _globals['_LEASEREF']._serialized_end=1982
+  _globals['_ENGINEREQUEST']._serialized_end=578
+  _globals['_SLOTARGETS']._serialized_start=580
+  _globals['_SLOTARGETS']._serialized_end=674
+  _globals['_SCHEDULINGSTATE']._serialized_start=677
+  _globals['_SCHEDULINGSTATE']._serialized_end=944
+  _globals['_TENANTSTANDING']._serialized_start=946
+  _globals['_TENANTSTANDING']._serialized_end=1049
+  _globals['_SAMPLING']._serialized_start=1052
+  _globals['_SAMPLING']._serialized_end=1495
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=1402
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=1450
+  _globals['_ALLOWEDTOKENS']._serialized_start=1497
+  _globals['_ALLOWEDTOKENS']._serialized_end=1531
+  _globals['_LOGPROBS']._serialized_start=1533
+  _globals['_LOGPROBS']._serialized_end=1611
+  _globals['_STOPPING']._serialized_start=1613
+  _globals['_STOPPING']._serialized_end=1718
+  _globals['_LENGTHPREDICTION']._serialized_start=1720
+  _globals['_LENGTHPREDICTION']._serialized_end=1778
+  _globals['_EXECUTION']._serialized_start=1781
+  _globals['_EXECUTION']._serialized_end=2041
+  _globals['_EXECUTION_PREEMPTIONSENTRY']._serialized_start=1991
+  _globals['_EXECUTION_PREEMPTIONSENTRY']._serialized_end=2041
+  _globals['_FINISH']._serialized_start=2043
+  _globals['_FINISH']._serialized_end=2120
+  _globals['_LEASEREF']._serialized_start=2122
+  _globals['_LEASEREF']._serialized_end=2165
 # @@protoc_insertion_point(module_scope)

@@ -56,6 +56,7 @@ class EngineRequest(_message.Message):
     KV_SWAP_FORMAT_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     SLO_FIELD_NUMBER: _builtins.int
+    TENANT_WEIGHT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     sequence_index: _builtins.int
@@ -65,6 +66,8 @@ class EngineRequest(_message.Message):
     kv_swap_format: _builtins.str
     """"raw" or "int8". Empty: as the model is configured."""
     tenant: _builtins.str
+    tenant_weight: _builtins.float
+    """See QueuedRequest. 0: 1."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -100,10 +103,11 @@ class EngineRequest(_message.Message):
         kv_swap_format: _builtins.str = ...,
         tenant: _builtins.str = ...,
         slo: Global___SloTargets | None = ...,
+        tenant_weight: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "prediction", b"prediction", "sampling", b"sampling", "scheduling", b"scheduling", "slo", b"slo", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "kv_swap_format", b"kv_swap_format", "model", b"model", "prediction", b"prediction", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "scheduling", b"scheduling", "sequence_index", b"sequence_index", "slo", b"slo", "stopping", b"stopping", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prediction", b"_prediction", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "kv_swap_format", b"kv_swap_format", "model", b"model", "prediction", b"prediction", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "scheduling", b"scheduling", "sequence_index", b"sequence_index", "slo", b"slo", "stopping", b"stopping", "tenant", b"tenant", "tenant_weight", b"tenant_weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prediction: _TypeAlias = _typing.Literal["prediction"]  # noqa: Y015
     _WhichOneofArgType__prediction: _TypeAlias = _typing.Literal["_prediction", b"_prediction"]  # noqa: Y015
@@ -163,6 +167,7 @@ class SchedulingState(_message.Message):
     NUM_PREEMPTIONS_FIELD_NUMBER: _builtins.int
     QUEUED_PER_SLOT_FIELD_NUMBER: _builtins.int
     LONGEST_LEAD_S_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
     priority: _builtins.int
     """Lower is sooner."""
     arrived_at_unix_s: _builtins.float
@@ -180,6 +185,10 @@ class SchedulingState(_message.Message):
     """For srtf-aged: how much later a request may arrive at most and overtake this one. 0: as long as the policy says for
     the mean work.
     """
+    @_builtins.property
+    def standing(self) -> Global___TenantStanding:
+        """As the unit has determined it. Unset: there are no other tenants."""
+
     def __init__(
         self,
         *,
@@ -192,11 +201,45 @@ class SchedulingState(_message.Message):
         num_preemptions: _builtins.int = ...,
         queued_per_slot: _builtins.float = ...,
         longest_lead_s: _builtins.float = ...,
+        standing: Global___TenantStanding | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at_unix_s", b"arrived_at_unix_s", "decode_s", b"decode_s", "longest_lead_s", b"longest_lead_s", "mean_work_s", b"mean_work_s", "num_preemptions", b"num_preemptions", "prefill_s", b"prefill_s", "priority", b"priority", "queued_per_slot", b"queued_per_slot", "served_s", b"served_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["standing", b"standing"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at_unix_s", b"arrived_at_unix_s", "decode_s", b"decode_s", "longest_lead_s", b"longest_lead_s", "mean_work_s", b"mean_work_s", "num_preemptions", b"num_preemptions", "prefill_s", b"prefill_s", "priority", b"priority", "queued_per_slot", b"queued_per_slot", "served_s", b"served_s", "standing", b"standing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SchedulingState: _TypeAlias = SchedulingState  # noqa: Y015
+
+@_typing.final
+class TenantStanding(_message.Message):
+    """Where the tenant of a request stands beside the other tenants of a unit. Set only while there are others."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    BEST_PRIORITY_FIELD_NUMBER: _builtins.int
+    HAS_OVERDUE_LANE_FIELD_NUMBER: _builtins.int
+    TENANT_NUMBER_FIELD_NUMBER: _builtins.int
+    group: _builtins.int
+    """Lower goes first."""
+    best_priority: _builtins.int
+    """Best priority class among the requests of the tenant."""
+    has_overdue_lane: _builtins.bool
+    """The request precedes all others once it is overdue."""
+    tenant_number: _builtins.int
+    """The same for all requests of a tenant."""
+    def __init__(
+        self,
+        *,
+        group: _builtins.int = ...,
+        best_priority: _builtins.int = ...,
+        has_overdue_lane: _builtins.bool = ...,
+        tenant_number: _builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_priority", b"best_priority", "group", b"group", "has_overdue_lane", b"has_overdue_lane", "tenant_number", b"tenant_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___TenantStanding: _TypeAlias = TenantStanding  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):

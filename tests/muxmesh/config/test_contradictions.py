@@ -150,6 +150,9 @@ def test_guaranteed_memory_fits_into_the_pool_in_whole_slabs() -> None:
         ({"policy": "mlfq", "mlfq_quantum_s": 1.0}, []),
         ({"policy": "mlfq", "longest_lead": 100.0}, ["longest_lead"]),
         ({"policy": "fcfs", "longest_lead_s": 1.0, "mlfq_quantum_s": 1.0}, ["longest_lead_s", "mlfq_quantum_s"]),
+        ({"fairness_band_s": 2.0, "overdue_share": 0.5, "max_wait_s": 5.0}, []),
+        ({"fairness_band_s": 2.0, "overdue_share": 0.5}, ["overdue_share"]),
+        ({"fairness": False, "fairness_band_s": 2.0, "overdue_share": 0.5}, ["fairness_band_s", "overdue_share"]),
     ],
 )
 def test_a_setting_of_another_policy_has_no_effect(order: dict[str, Any], without_effect: list[str]) -> None:

@@ -13,6 +13,7 @@ from muxmesh.internal.v1 import kvstore_pb2, request_pb2
 from muxmesh.rpc import convert
 from muxmesh.step_cost import StepCost
 from muxmesh.types import (
+    SOLE_TENANT,
     Candidate,
     EngineRequest,
     Finish,
@@ -26,6 +27,7 @@ from muxmesh.types import (
     SchedulingState,
     SloTargets,
     Stopping,
+    TenantStanding,
     TokenLogprobs,
 )
 
@@ -49,8 +51,11 @@ SAMPLING = st.builds(
     st.none() | TOKEN,
 )
 STATES = st.builds(SchedulingState, st.integers(-(2**31), 2**31 - 1), *[st.floats(0, 1e10)] * 5, TOKEN)
-DEMANDS = st.builds(KvDemand, TOKEN, TOKEN, st.lists(st.binary(min_size=16, max_size=16), max_size=4).map(tuple), TOKEN)
-QUEUED = st.builds(QueuedRequest, TOKEN, st.text(max_size=9), STATES, DEMANDS, st.text(max_size=9))
+DEMANDS = st.builds(
+    KvDemand, TOKEN, TOKEN, st.lists(st.binary(min_size=16, max_size=16), max_size=4).map(tuple), TOKEN, TOKEN
+)
+WEIGHTS = st.floats(0.01, 100)
+QUEUED = st.builds(QueuedRequest, TOKEN, st.text(max_size=9), STATES, DEMANDS, st.text(max_size=9), WEIGHTS)
 COSTS = st.builds(StepCost, *[st.floats(0, 1e3)] * 5)
 CANDIDATES = st.builds(Candidate, TOKEN, FLOAT, TOKEN)
 REQUESTS = st.builds(
@@ -191,3 +196,22 @@ def test_columns_of_log_probabilities_that_differ_in_length_are_refused() -> Non
     wire = request_pb2.Logprobs(counts=[2], token_ids=[1, 2], logprobs=[-0.5, -1.5], ranks=[1])
     with pytest.raises(ValueError, match="zip"):
         convert.logprobs_from_wire(wire)
+
+
+STANDINGS = st.builds(
+    TenantStanding, st.integers(-1, 2**16), st.integers(-(2**31), 2**31 - 1), st.just(True), st.booleans(),
+    st.integers(0, 2**32),
+)  # fmt: skip
+
+
+@given(STATES, st.one_of(STANDINGS, st.just(SOLE_TENANT)))
+def test_the_standing_of_a_tenant_survives_the_round_trip(state: SchedulingState, standing: TenantStanding) -> None:
+    state = state.with_standing(standing)
+    found = convert.scheduling_from_wire(convert.scheduling_to_wire(state))
+    assert (found, found.precedence) == (state, state.precedence)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_weight_that_is_none_is_1(weight: float) -> None:
+    assert convert.queued_from_wire(kvstore_pb2.QueuedRequest(tenant_weight=weight)).tenant_weight == 1.0
+    assert convert.request_from_wire(request_pb2.EngineRequest(tenant_weight=weight)).tenant_weight == 1.0
