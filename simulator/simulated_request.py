@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from loadtest.record import Record
 from muxmesh.types import LengthPrediction, SchedulingState, SloTargets
+from router.assigned_work import AssignedSequence
 
 
 def _ignore() -> None:
@@ -41,6 +42,8 @@ class SimulatedRequest:
     num_preemptions: int = 0
     """How often others displaced it from a batch before its KV was freed."""
     entry_id: int = 0
+    assigned: AssignedSequence | None = None
+    """Its work, as counted at its unit."""
 
     @property
     def max_tokens(self) -> int:
