@@ -262,7 +262,8 @@ class _Router:
         if len(placed) == 1:
             unit, config = placed[0]
             return self._units[unit.name], _block_hashes(body, num_prompt, config), 0
-        chains = {size: _block_hashes(body, num_prompt, config) for _, config in placed if (size := config.block_size)}
+        distinct = {config.block_size: config for _, config in placed}
+        chains = {size: _block_hashes(body, num_prompt, config) for size, config in distinct.items()}
         matched = {size: self.residency.match(block_keys(model, hashes)) for size, hashes in chains.items()}
         measured = [found for unit, _ in placed if (found := self._units[unit.name].service(model).costs)]
         candidates = []
@@ -288,13 +289,13 @@ def _block_hashes(body: Body, num_prompt: int, model: ModelConfig) -> tuple[byte
     """
     size, num_full = model.block_size, num_prompt // model.block_size
     if body.text is not None:
-        text_hash = crc32(body.text.encode()).to_bytes(8)
-        return tuple(text_hash + index.to_bytes(8) for index in range(num_full))
+        text_hash = crc32(body.text.encode())
+        return tuple(_mixed_hash(text_hash, index) for index in range(num_full))
     num_known = min(num_full, len(body.hash_ids) * body.hash_tokens // size)
-    return tuple(_traced_hash(body.hash_ids[index * size // body.hash_tokens], index) for index in range(num_known))
+    return tuple(_mixed_hash(body.hash_ids[index * size // body.hash_tokens], index) for index in range(num_known))
 
 
-def _traced_hash(hash_id: int, index: int) -> bytes:
-    """16 bytes for the block at ``index`` of a traced prompt. The first 8 of them are as good as unique too."""
+def _mixed_hash(hash_id: int, index: int) -> bytes:
+    """16 bytes for the block at ``index`` of a prompt. The first 8 of them are as good as unique too."""
     mixed = (hash_id * _ODD + index) % 2**64
     return mixed.to_bytes(8) + index.to_bytes(8)
