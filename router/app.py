@@ -29,6 +29,7 @@ from router.api.inference_service import InferenceService
 from router.api.mesh_service import MeshService
 from router.api.request_observer import RequestObserver
 from router.attempt import WorkerChannels, run_attempt
+from router.credit_wait import CreditWait
 from router.expected_work import ExpectedWork
 from router.length_forecast import LengthForecaster
 from router.model_changes import ModelChanges, placed_model
@@ -37,6 +38,8 @@ from router.predictor_snapshots import PredictorSnapshots
 from router.prompt_tokenizer import PromptTokenizer
 from router.public_limits import public_limits
 from router.request_metrics import RequestMetrics
+from router.residency import ResidencyIndex
+from router.residency_reader import ResidencyReader
 from router.router_metrics import router_families
 from router.sequence_driver import SequenceDriver
 from router.served_models import load_models
@@ -67,11 +70,17 @@ async def serve(
         stack.push_async_callback(registry.close)
         workers = WorkerChannels(incarnation)
         stack.push_async_callback(workers.close)
-        units = await _open_units(runtime, incarnation, policy, clock, registry, stack)
+        residency = ResidencyIndex()
+        units = await _open_units(runtime, incarnation, policy, clock, registry, residency, stack)
+        if len(config.units) > 1:
+            names = [unit.name for unit in config.units]
+            reader = ResidencyReader(runtime.redis_url, config.mesh_id, names, residency, clock)
+            await stack.enter_async_context(background(reader.run(), "residency", stop.give_up))
         for unit in units:
             await stack.enter_async_context(background(unit.admission.run(), f"admission to {unit.name}", stop.give_up))
+        credit_wait = CreditWait(units, clock)
         driver = SequenceDriver(
-            units.choose, functools.partial(run_attempt, workers, clock), clock, config.router.max_restarts
+            credit_wait.credited, functools.partial(run_attempt, workers, clock), clock, config.router.max_restarts
         )
         forecaster = await _open_forecaster(runtime, clock, rng, stack)
         tokenizer = _open_tokenizer(config.router.max_waiting_prompt_bytes, stack)
@@ -108,6 +117,7 @@ async def _open_units(
     policy: SchedulingPolicy,
     clock: Clock,
     registry: ProcessRegistry,
+    residency: ResidencyIndex,
     stack: AsyncExitStack,
 ) -> Units:
     """Opens a link to each unit. ``stack`` closes them."""
@@ -121,7 +131,7 @@ async def _open_units(
         kvstore, commands = kvstore_pb2_grpc.KvStoreServiceStub(channel), kvstore_pb2_grpc.UnitModelServiceStub(channel)
         work = ExpectedWork(policy.longest_lead)
         links.append(UnitLink(unit.name, admission, kvstore, commands, placed, work))
-    return Units(links)
+    return Units(links, residency)
 
 
 async def _open_forecaster(
