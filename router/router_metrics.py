@@ -40,6 +40,14 @@ def router_families(
         "muxmesh_unit_connected", "1 if this router is connected to the unit.", ("unit",),
         {(unit.name,): int(unit.admission.connected.is_set()) for unit in units},
     )  # fmt: skip
+    yield counter(
+        "muxmesh_unit_choices_total", "Choices of a unit for an attempt, by reason; moves of queued requests count.",
+        ("unit", "reason"), dict(units.num_choices),
+    )  # fmt: skip
+    yield counter(
+        "muxmesh_unit_choice_cached_tokens_total", "Tokens that the attempts of these choices found in the prefix cache.",
+        ("unit", "reason"), dict(units.num_cached_tokens),
+    )  # fmt: skip
     yield from _predictor(forecaster, names)
 
 
