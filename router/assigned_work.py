@@ -16,6 +16,7 @@ class AssignedSequence:
     model: str
     prefill_s: float
     decode_s: float
+    has_credit: bool = False
 
 
 class AssignedWork:
@@ -26,6 +27,7 @@ class AssignedWork:
 
     def __init__(self) -> None:
         self._num = Counter[str]()
+        self._num_credited = Counter[str]()
         self._decode_s = defaultdict[str, float](float)
         self._prefill_s = 0.0
         self._num_to_prefill = 0
@@ -38,6 +40,10 @@ class AssignedWork:
     def num(self, model: str) -> int:
         """Sequences of one model."""
         return self._num[model]
+
+    def num_credited(self, model: str) -> int:
+        """Sequences of one model that have a credit of the unit."""
+        return self._num_credited[model]
 
     def mean_decode_s(self, model: str) -> float | None:
         """Mean seconds of decode of the sequences of one model; None without any."""
@@ -52,6 +58,12 @@ class AssignedWork:
         self._num_to_prefill += prefill_s > 0
         return AssignedSequence(model, prefill_s, decode_s)
 
+    def credited(self, sequence: AssignedSequence) -> None:
+        """A sequence has got its credit."""
+        assert not sequence.has_credit, "a sequence has one credit"
+        sequence.has_credit = True
+        self._num_credited[sequence.model] += 1
+
     def prefilled(self, sequence: AssignedSequence) -> None:
         """The prompt of a sequence is computed."""
         if sequence.prefill_s > 0:
@@ -63,6 +75,7 @@ class AssignedWork:
         """A sequence has ended, or leaves the unit."""
         self.prefilled(sequence)
         self._num[sequence.model] -= 1
+        self._num_credited[sequence.model] -= sequence.has_credit
         self._decode_s[sequence.model] -= sequence.decode_s
         if not self._num[sequence.model]:
             del self._num[sequence.model], self._decode_s[sequence.model]

@@ -63,6 +63,7 @@ class CreditWait:
         place = _Place(chosen, chosen.assign(request.model))
         try:
             credit = await self._wait(request, place)
+            place.chosen.link.assigned.credited(place.sequence)
             try:
                 yield CreditedAttempt(credit, place.chosen, self._units, place.sequence)
             finally:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from muxmesh.block_hashes import KvIdentity, block_hashes, demand_for
+from muxmesh.block_hashes import KvIdentity, known_hashes, kv_demand
 from muxmesh.config.model_config import ModelConfig, reserved_output_tokens
 from muxmesh.errors import ModelNotFound
 from muxmesh.internal.v1 import kvstore_pb2_grpc
@@ -75,23 +75,20 @@ class UnitLink:
         config = self.models[model].config
         return RequestSlo.of(config.slo, unloaded(config, self.admission.unloaded[model].costs))
 
-    def chain_root(self, request: EngineRequest) -> tuple[bytes, int] | None:
-        """Root of the hash chain of ``request`` on this unit, and the block size; None before the unit has told the
+    def chain_root(self, request: EngineRequest) -> tuple[int, bytes] | None:
+        """The block size and the root of the hash chain of ``request`` on this unit; None before the unit has told the
         fingerprint of its weights.
         """
         placed, weights = self.models[request.model], self.admission.fingerprints.get(request.model)
         if weights is None:
             return None
         root = replace(placed.identity, weights=weights).root(request.tenant, request.cache_salt)
-        return root, placed.config.block_size
+        return placed.config.block_size, root
 
-    def kv_demand(self, request: EngineRequest, hashes: tuple[bytes, ...]) -> KvDemand:
-        """What ``request``, whose full blocks have ``hashes``, needs of this unit's KV pool."""
+    def kv_demand(self, request: EngineRequest, hashes: tuple[bytes, ...] | None) -> KvDemand:
+        """What ``request`` needs of this unit's KV pool. ``hashes``: of its known tokens, with `chain_root`."""
         config, num_sent = self.models[request.model].config, len(request.resume_token_ids)
-        num_known = len(request.prompt_token_ids) + num_sent
-        reserved = reserved_output_tokens(config, request.prediction, num_sent)
-        uses_cache = bool(hashes) and not (request.bypass_prefix_cache or request.sampling.prompt_logprobs is not None)
-        return demand_for(num_known, request.max_tokens, reserved, hashes, uses_cache)
+        return kv_demand(request, hashes, reserved_output_tokens(config, request.prediction, num_sent))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +127,7 @@ class Units:
     def __init__(self, links: Iterable[UnitLink], residency: ResidencyIndex | None = None) -> None:
         """``residency``: what is known of the units' prefix caches; None: nothing."""
         self._links: Mapping[str, UnitLink] = {link.name: link for link in links}
-        self._residency = residency or ResidencyIndex()
+        self._residency = ResidencyIndex() if residency is None else residency
         self._turn = 0
         self.num_choices = Counter[tuple[str, ChoiceReason]]()
         """Attempts by unit and reason of the choice; those of requests that moved count at each unit."""
@@ -234,15 +231,16 @@ class Units:
         return cached
 
 
-def _hashes_of(links: Sequence[UnitLink], request: EngineRequest) -> list[tuple[bytes, ...]]:
-    """The hashes of the request's full blocks on each unit; computed once for units with equal KV."""
-    tokens = (*request.prompt_token_ids, *request.resume_token_ids)
-    chains: dict[tuple[bytes, int] | None, tuple[bytes, ...]] = {None: ()}
+def _hashes_of(links: Sequence[UnitLink], request: EngineRequest) -> list[tuple[bytes, ...] | None]:
+    """The hashes of the request's known tokens on each unit, computed once for units with equal KV; None: a unit whose
+    weights are not known.
+    """
+    chains: dict[tuple[int, bytes] | None, tuple[bytes, ...] | None] = {None: None}
     hashes = []
     for link in links:
         root = link.chain_root(request)
         if root is not None and root not in chains:
-            chains[root] = block_hashes(tokens, root[1], root[0])
+            chains[root] = known_hashes(request, *root)
         hashes.append(chains[root])
     return hashes
 
@@ -270,9 +268,9 @@ def _load_of(link: UnitLink, model: str, own_decode_s: float, costs: ModelCosts)
 
 def _load_before(load: UnitLoad, link: UnitLink, request: EngineRequest) -> UnitLoad:
     """The part of ``load`` that precedes a request which is queued already."""
-    num_queued = link.admission.num_queued(request.model)
+    num_queued = link.assigned.num(request.model) - link.assigned.num_credited(request.model)
     num_before = link.admission.num_before(request.model, request.scheduling)
-    num_sequences = max(0, load.num_sequences - num_queued + num_before)
+    num_sequences = load.num_sequences - max(0, num_queued - num_before)
     part = num_sequences / load.num_sequences if load.num_sequences else 0.0
     return replace(load, num_sequences=num_sequences, prefill_s=load.prefill_s * part)
 

@@ -18,6 +18,16 @@ def test_prefill_is_over_all_models_and_decode_of_one() -> None:
     assert (work.prefill_s, work.num("m"), work.mean_decode_s("n")) == (4.0, 1, None)
 
 
+def test_credits_are_counted_by_model() -> None:
+    work = AssignedWork()
+    first, second = work.add("m", 1.0, 1.0), work.add("n", 1.0, 1.0)
+    work.credited(first)
+    assert (work.num_credited("m"), work.num_credited("n")) == (1, 0)
+    work.remove(second)
+    work.remove(first)
+    assert (work.num_credited("m"), work.num_credited("n")) == (0, 0)
+
+
 def test_a_prompt_is_computed_once() -> None:
     work = AssignedWork()
     first, _ = work.add("m", 1.0, 1.0), work.add("m", 5.0, 1.0)
