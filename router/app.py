@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import random
@@ -48,6 +49,8 @@ from router.units import UnitLink, Units
 
 DRAIN_S = 2.0
 """Less than the grace period of the supervisor."""
+_RESIDENCY_WAIT_S = 1.0
+"""Longest wait of a router that starts for what is in the prefix caches of the units."""
 _LONG_NICENESS = 10
 """Of the threads that tokenize long prompts, so that they take no core from the workers' compute."""
 
@@ -73,9 +76,7 @@ async def serve(
         residency = ResidencyIndex()
         units = await _open_units(runtime, incarnation, policy, clock, registry, residency, stack)
         if len(config.units) > 1:
-            names = [unit.name for unit in config.units]
-            reader = ResidencyReader(runtime.redis_url, config.mesh_id, names, residency, clock)
-            await stack.enter_async_context(background(reader.run(), "residency", stop.give_up))
+            await _follow_residency(runtime, residency, clock, stop, stack)
         for unit in units:
             await stack.enter_async_context(background(unit.admission.run(), f"admission to {unit.name}", stop.give_up))
         credit_wait = CreditWait(units, clock)
@@ -132,6 +133,18 @@ async def _open_units(
         work = ExpectedWork(policy.longest_lead)
         links.append(UnitLink(unit.name, admission, kvstore, commands, placed, work))
     return Units(links, residency)
+
+
+async def _follow_residency(
+    runtime: MeshRuntime, residency: ResidencyIndex, clock: Clock, stop: Stop, stack: AsyncExitStack
+) -> None:
+    """Follows the units' prefix caches in Redis, and waits for what they hold now, unless Redis is unreachable."""
+    names = [unit.name for unit in runtime.config.units]
+    reader = ResidencyReader(runtime.redis_url, runtime.config.mesh_id, names, residency, clock)
+    await stack.enter_async_context(background(reader.run(), "residency", stop.give_up))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_RESIDENCY_WAIT_S):
+            await reader.has_read.wait()
 
 
 async def _open_forecaster(

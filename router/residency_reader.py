@@ -48,6 +48,8 @@ class ResidencyReader:
         self._units = {redis_key(mesh_id, changes_name(unit)).encode(): unit for unit in units}
         """Stream → unit."""
         self._read_at_s = clock.monotonic_s()
+        self.has_read = asyncio.Event()
+        """Set once the snapshots of all units have been looked for."""
 
     async def run(self) -> None:
         """Follows all units until cancelled."""
@@ -72,6 +74,7 @@ class ResidencyReader:
         positions = dict.fromkeys(self._units, b"0-0")
         for unit in self._units.values():
             await self._load(client, unit)
+        self.has_read.set()
         checked_at_s = self._clock.monotonic_s()
         while True:
             found = await client.xread(dict(positions), block=_BLOCK_MS)
