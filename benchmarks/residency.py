@@ -177,6 +177,7 @@ def compared(bench: Report, trace: str, load: float, outcomes: Mapping[str, Outc
 
 
 def main() -> int:
+    """Runs all strategies on all traces; 0 if every required figure is reached."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("traces", nargs="+", type=Path, help="Mooncake's JSONL; the first one has to reach the bars")
     parser.add_argument("--requests", type=int, default=2000, help="the first ones of each trace")

@@ -86,10 +86,10 @@ class LeaseRecord:
     """One lease and what it holds.
 
     ``block_hashes``: hashes of its first blocks, valid once these are computed. ``expires_at_s`` applies to a credit
-    only. ``router``: whose request it is. ``swap_pages``: pages for the copy of its KV, filled or not. ``num_preemption_requests``: how often its worker
-    was asked to free its token blocks, until it did. ``num_preemptions``: how often it was displaced from a batch, in
-    earlier attempts too; that and ``is_protected`` are as its decode worker reports them. ``has_valid_kv``: the device
-    has not failed.
+    only. ``router``: whose request it is. ``swap_pages``: pages for the copy of its KV, filled or not.
+    ``num_preemption_requests``: how often its worker was asked to free its token blocks, until it did.
+    ``num_preemptions``: how often it was displaced from a batch, in earlier attempts too; that and ``is_protected``
+    are as its decode worker reports them. ``has_valid_kv``: the device has not failed.
     """
 
     lease: Lease

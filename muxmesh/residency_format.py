@@ -1,4 +1,4 @@
-"""How a unit publishes in Redis which blocks its prefix cache holds: names of keys, and bytes of what they contain. Pure.
+"""How a unit publishes in Redis which blocks its prefix cache holds: names of keys, and their contents in bytes. Pure.
 
     Redis key (`redis_key`)      type      content
     residency:UNIT:snapshot      string    a `ResidencySnapshot`: everything that the unit holds
@@ -83,6 +83,7 @@ def block_keys(model: str, hashes: Sequence[bytes]) -> tuple[int, ...]:
 
 
 def encode_batch(batch: ResidencyBatch) -> bytes:
+    """What `decode_batch` decodes: a head, then 8 bytes for each key, little-endian."""
     head = _BATCH.pack(_VERSION, batch.incarnation, batch.first, len(batch.added), len(batch.removed))
     return head + _encode_keys((*batch.added, *batch.removed))
 
@@ -95,6 +96,7 @@ def decode_batch(data: bytes) -> ResidencyBatch:
 
 
 def encode_snapshot(snapshot: ResidencySnapshot) -> bytes:
+    """What `decode_snapshot` decodes: a head, then 8 bytes for each key, little-endian."""
     head = _SNAPSHOT.pack(_VERSION, snapshot.incarnation, snapshot.number, len(snapshot.keys))
     return head + _encode_keys(snapshot.keys)
 

@@ -1,4 +1,4 @@
-"""Waits for the credit of a sequence: at the unit that is chosen when it is queued, or at another that turns out better.
+"""Waits for the credit of a sequence: at the unit that is chosen when it is queued, or at one that turns out better.
 
 A sequence moves at once when the connection to its unit breaks, and later if another unit would clearly start it sooner
 (`router.unit_choice`). It keeps its arrival, so its position in the order of the next unit is that of its age.

@@ -1,7 +1,8 @@
 """Which units hold which blocks of prompts in their prefix caches, as far as this router knows. Pure.
 
-`router.residency_reader` fills it from Redis. It knows block keys (`muxmesh.residency_format`), no models and no tokens.
-What it has may be a tenth of a second old, or older without Redis: it serves to choose a unit, never to skip work.
+`router.residency_reader` fills it from Redis. It knows block keys (`muxmesh.residency_format`), no models and no
+tokens. What it has may be a tenth of a second old, or older without Redis: it serves to choose a unit, never to skip
+work.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
+from typing import Any, cast
 
 import redis.asyncio
 from redis.exceptions import RedisError
@@ -35,6 +36,8 @@ _BLOCK_MS = 1000
 _RETRY_S = 0.2
 _TIMEOUT_S = 2.0
 """More than `_BLOCK_MS`."""
+_Streams = list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]
+"""What XREAD returns: streams with their entries, each an id and fields."""
 
 
 class ResidencyReader:
@@ -55,7 +58,9 @@ class ResidencyReader:
         """Follows all units until cancelled."""
         is_connected = True
         while True:
-            client = redis.asyncio.Redis.from_url(self._url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+            client = redis.asyncio.Redis.from_url(
+                self._url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
+            )
             try:
                 await self._follow(client)
             except (RedisError, OSError) as error:
@@ -77,7 +82,7 @@ class ResidencyReader:
         self.has_read.set()
         checked_at_s = self._clock.monotonic_s()
         while True:
-            found = await client.xread(dict(positions), block=_BLOCK_MS)
+            found = cast(_Streams, await client.xread(cast(Any, dict(positions)), block=_BLOCK_MS))
             self._read_at_s = self._clock.monotonic_s()
             for stream, entries in found:
                 unit = self._units[stream]
@@ -101,7 +106,7 @@ class ResidencyReader:
         """Reads the snapshot of a unit. Without one that this version can read, nothing is known of the unit."""
         data = await client.get(self._snapshots[unit])
         try:
-            snapshot = decode_snapshot(data or b"")
+            snapshot = decode_snapshot(data if isinstance(data, bytes) else b"")
         except ValueError:
             self._index.drop(unit)
         else:

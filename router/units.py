@@ -127,7 +127,7 @@ class Units:
     def __init__(self, links: Iterable[UnitLink], residency: ResidencyIndex | None = None) -> None:
         """``residency``: what is known of the units' prefix caches; None: nothing."""
         self._links: Mapping[str, UnitLink] = {link.name: link for link in links}
-        self._residency = ResidencyIndex() if residency is None else residency
+        self.residency = ResidencyIndex() if residency is None else residency
         self._turn = 0
         self.num_choices = Counter[tuple[str, ChoiceReason]]()
         """Attempts by unit and reason of the choice; those of requests that moved count at each unit."""
@@ -224,7 +224,7 @@ class Units:
         for link, demand in zip(links, demands, strict=True):
             hashes = demand.block_hashes
             if hashes not in matched:
-                matched[hashes] = self._residency.match(block_keys(request.model, hashes))
+                matched[hashes] = self.residency.match(block_keys(request.model, hashes))
             num_blocks = matched[hashes].get(link.name, 0)
             block_size = link.models[request.model].config.block_size
             cached.append(min(demand.max_cached_tokens, num_blocks * block_size))

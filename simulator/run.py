@@ -29,8 +29,8 @@ from muxmesh.types import SchedulingState
 from router.expected_work import ExpectedOutput
 from router.generation import StoppingOptions
 from router.request_validation import check_overload, check_prompt_length, resolve_stopping
-from router.served_models import ModelLimits
 from router.residency import ResidencyIndex
+from router.served_models import ModelLimits
 from router.unit_choice import Candidate, choose
 from simulator.forecasts import ForecastInput, Forecasts
 from simulator.simulated_request import SimulatedRequest
@@ -38,7 +38,6 @@ from simulator.simulated_unit import Decision, KvChoice, SimulatedUnit
 from simulator.step_times import Slowdown, StepTimes, no_slowdown
 from simulator.timeline import NO_DELAYS, Delays, Timeline
 from simulator.unit_use import UnitUse
-
 
 ChooseUnit = Callable[[Sequence[Candidate], Sequence[bytes], int], int]
 """The index of the candidate that a request is sent to: of candidates, block hashes of the prompt, and the number of
@@ -271,9 +270,7 @@ class _Router:
             costs = self._units[unit.name].service(model).costs or (measured[0] if measured else UNMEASURED)
             num_cached = min(num_prompt - 1, matched[config.block_size].get(unit.name, 0) * config.block_size)
             decode_tokens = max(0.0, expected.prediction.p50_tokens - 1)
-            candidates.append(
-                self._units[unit.name].candidate(model, num_prompt, num_cached, decode_tokens, costs)
-            )
+            candidates.append(self._units[unit.name].candidate(model, num_prompt, num_cached, decode_tokens, costs))
         size = placed[0][1].block_size
         index = self._choose(candidates, chains[size], self._num_choices)
         self._num_choices += 1

@@ -185,9 +185,7 @@ class SimulatedUnit:
         served, num_tokens = self._served[request.model], request.num_prompt + request.num_sent
         costs, chunk = served.costs or UNMEASURED, served.config.step_token_budget
         decode_s = costs.decode.decode_s(max(0.0, request.prediction.p50_tokens - 1), num_tokens)
-        request.assigned = self._assigned.add(
-            request.model, prefill_s(costs, num_tokens, num_cached, chunk), decode_s
-        )
+        request.assigned = self._assigned.add(request.model, prefill_s(costs, num_tokens, num_cached, chunk), decode_s)
 
     def service(self, model: str) -> ModelService:
         """The router's view of a model on this unit, with the step costs that the workers reported last."""

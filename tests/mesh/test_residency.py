@@ -1,4 +1,4 @@
-"""Two units and two routers as real processes with a real Redis: requests follow their prefixes, and leave a lost unit."""
+"""Two units and two routers as real processes: requests follow their prefixes through Redis, and leave a lost unit."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import pytest
 
 from muxmesh.client import Completion, MeshClient
 from muxmesh.config.runtime import ProcessKey
+from muxmesh.metrics.scrape import fetch
 from muxmesh.supervisor.mesh_supervisor import free_listen_address
 from muxmesh.types import Role
+from tests.support.mesh import Scrape
 from tests.support.standalone_mesh import StandaloneMesh, output_of, standalone_mesh
 
 pytestmark = pytest.mark.mesh
@@ -25,6 +27,7 @@ ROUTER = ProcessKey("router")
 SLOTS = 2
 CONVERSATIONS = tuple(f"{number} " * 400 for number in range(4))
 """Prompts of 800 tokens that share no block."""
+FULL_BLOCKS = 800 // 16
 
 
 def keys(unit: str) -> tuple[ProcessKey, ...]:
@@ -58,7 +61,7 @@ async def running(folder: Path, redis_url: str) -> AsyncIterator[StandaloneMesh]
 async def router(mesh: StandaloneMesh, name: str) -> AsyncIterator[MeshClient]:
     """A client of a router that is started."""
     listen = free_listen_address("127.0.0.1:0")
-    mesh.start(ROUTER, "--name", name, "--listen", listen, name=name)
+    mesh.start(ROUTER, "--name", name, "--listen", listen, "--metrics", mesh.runtime.metrics_address(name), name=name)
     await mesh.until_healthy(name)
     async with MeshClient(listen) as client:
         yield client
@@ -79,6 +82,16 @@ async def ask(client: MeshClient, prompt: str, num_tokens: int = 4) -> Completio
     )
 
 
+async def until_known(mesh: StandaloneMesh, router: str, num_blocks: int) -> None:
+    """Waits until the router knows of so many cached blocks."""
+    async with asyncio.timeout(30):
+        while True:
+            _, body = await fetch(mesh.runtime.metrics_address(router), "/metrics", 20.0)
+            if Scrape(body.decode()).value("muxmesh_residency_blocks") >= num_blocks:
+                return
+            await asyncio.sleep(0.02)
+
+
 def unit_of(completion: Completion) -> str:
     scheduling = completion.prompt.scheduling
     assert scheduling is not None and scheduling.unit_reason.startswith(scheduling.unit)
@@ -92,11 +105,11 @@ async def test_a_conversation_stays_on_the_unit_that_caches_it_whichever_router_
         await until_ready(mesh, first)
         units = [unit_of(await ask(first, prompt)) for prompt in CONVERSATIONS]
         assert sorted(units) == sorted(UNITS * 2), "without any prefix, units take turns"
-        await asyncio.sleep(0.5)  # a batch is published within 0.1 s
+        await until_known(mesh, "router-a", len(CONVERSATIONS) * FULL_BLOCKS)
         for prompt, unit in zip(CONVERSATIONS, units, strict=True):
             second_turn = await ask(first, prompt + "and then?")
             assert unit_of(second_turn) == unit
-            assert second_turn.prompt.num_cached_tokens >= 784, "all full blocks of the first turn"
+            assert second_turn.prompt.num_cached_tokens >= 784, "nearly all of the first turn"
         async with router(mesh, "router-b") as fresh:
             for prompt, unit in zip(CONVERSATIONS, units, strict=True):
                 third_turn = await ask(fresh, prompt + "and again?")

@@ -35,12 +35,21 @@ def test_a_snapshot_is_what_was_encoded(incarnation: int, number: int, keys: tup
     assert decode_snapshot(encode_snapshot(snapshot)) == snapshot
 
 
-@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b"\x09" + data[1:], lambda _: b"", lambda _: b"text"])  # noqa: E501
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[:-1],
+        lambda data: data + b"x",
+        lambda data: b"\x09" + data[1:],
+        lambda _: b"",
+        lambda _: b"text",
+    ],
+)
 def test_other_bytes_are_refused(change: object) -> None:
     assert callable(change)
-    with pytest.raises(ValueError, match="version|bytes"):
+    with pytest.raises(ValueError, match=r"version|bytes"):
         decode_batch(change(encode_batch(ResidencyBatch(1, 2, (3,), (4,)))))
-    with pytest.raises(ValueError, match="version|bytes"):
+    with pytest.raises(ValueError, match=r"version|bytes"):
         decode_snapshot(change(encode_snapshot(ResidencySnapshot(1, 2, (3,)))))
 
 

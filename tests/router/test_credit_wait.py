@@ -1,4 +1,4 @@
-"""Sequences that wait for credits of two units, in virtual time. The units are fakes; the choice is the router's own."""
+"""Sequences that wait for credits of two units, in virtual time. Units are fakes; the choice is the router's own."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Unit:
     journal: ResidencyJournal
     held: set[bytes] = field(default_factory=set)
     stream: list[ResidencyBatch] = field(default_factory=list)
-    snapshot: ResidencySnapshot = ResidencySnapshot(0, 0)
+    snapshot: ResidencySnapshot = field(default_factory=lambda: ResidencySnapshot(0, 0))
 
 
 class Histories(RuleBasedStateMachine):

@@ -133,14 +133,13 @@ async def test_a_router_forgets_a_unit_whose_snapshot_has_expired(redis_url: str
 async def test_what_an_earlier_incarnation_cached_is_not_believed(redis_url: str) -> None:
     first, second = Unit(redis_url, 1), Unit(redis_url, 2)
     first.compute(0, 1)
-    async with following(redis_url) as router:
-        async with AsyncExitStack() as killed:
-            await killed.enter_async_context(first.publisher.published())
-            await router.until(lambda: router.held(0, 1) == 2)
-            second.compute(2)
-            async with second.publisher.published():
-                await router.until(lambda: router.held(2) == 1)
-                assert router.held(0, 1) == 0
+    async with following(redis_url) as router, AsyncExitStack() as killed:
+        await killed.enter_async_context(first.publisher.published())
+        await router.until(lambda: router.held(0, 1) == 2)
+        second.compute(2)
+        async with second.publisher.published():
+            await router.until(lambda: router.held(2) == 1)
+            assert router.held(0, 1) == 0
 
 
 async def test_a_gap_makes_the_router_read_the_snapshot_again(redis_url: str) -> None:

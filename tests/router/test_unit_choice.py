@@ -23,7 +23,9 @@ from router.unit_choice import (
 )
 
 
-def unit(name: str, cached: int = 0, wait_s: float = 0.0, seqs: int = 0, prefill: float | None = None, **state: Any) -> Candidate:  # noqa: E501
+def unit(
+    name: str, cached: int = 0, wait_s: float = 0.0, seqs: int = 0, prefill: float | None = None, **state: Any
+) -> Candidate:
     """A unit for a prompt of 1,000 tokens, of which each takes a millisecond."""
     computed_s = (1000 - cached) / 1000 if prefill is None else prefill
     return Candidate(name, 1000, cached, wait_s, computed_s, seqs, **state)
@@ -106,7 +108,9 @@ def test_it_leaves_a_unit_that_is_lost_whatever_it_gains() -> None:
     lost = unit("c", cached=1000, is_connected=False)
     better = choose_better([unit("a", wait_s=60.0)], lost, 0)
     assert better is not None and better.candidate.unit == "a"
-    assert choose_better([unit("a", is_connected=False, cached=1000, prefill=0.0)], replace(lost, wait_s=0.1), 0) is None
+    assert (
+        choose_better([unit("a", is_connected=False, cached=1000, prefill=0.0)], replace(lost, wait_s=0.1), 0) is None
+    )
 
 
 def test_it_does_not_move_to_a_unit_that_is_lost() -> None:

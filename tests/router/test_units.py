@@ -13,8 +13,8 @@ from muxmesh.block_hashes import KvIdentity, block_hashes, known_hashes
 from muxmesh.clock import ManualClock
 from muxmesh.config.model_config import ModelConfig
 from muxmesh.errors import ModelNotFound
-from muxmesh.rpc.channels import internal_channel
 from muxmesh.residency_format import ResidencySnapshot, block_keys
+from muxmesh.rpc.channels import internal_channel
 from muxmesh.scheduling_policy import FCFS
 from muxmesh.step_cost import ModelCosts, StepCost
 from muxmesh.types import EngineRequest, KvDemand, LengthPrediction, Sampling, SchedulingState, Stopping

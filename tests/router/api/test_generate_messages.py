@@ -237,9 +237,11 @@ DELTA = OutputDelta(
     new=SequenceDelta((3, 4), "ab", (POSITION, POSITION), OutputFinish(FinishKind.STOP_TOKEN, 9, token_id=4)),
     prompt=PromptReport((40, 41, 42), 2, 2**53 - 1, 12, (POSITION, POSITION)),
     scheduling=SchedulingReport(
-        "srtf", "because", 10.5, 20.5, "hint", 0.25, 0.5, 0.75, 6, 5, Waits(1.5, 2.5, 3.5, 4.5, 5.5),
-        "unit-0", "unit-0: free",
-    ),  # fmt: skip
+        *("srtf", "because", 10.5, 20.5, "hint", 0.25, 0.5, 0.75, 6, 5),
+        Waits(1.5, 2.5, 3.5, 4.5, 5.5),
+        unit="unit-0",
+        unit_reason="unit-0: free",
+    ),
     timings=TimingsReport(0.125, 0.25, 0.5, 3, 0.0625, met_slo=True),
     execution=Execution(
         {PreemptionReason.ORDER: 2, PreemptionReason.KV_FULL: 1}, 4, 1, 6.5, 7.5, 8.5, 9.5, is_overdue=True
