@@ -101,7 +101,7 @@ class CreditWait:
                 if waiting.done():
                     is_used = True
                     return waiting.result()
-                if (better := self._units.choose_better(request, chosen.link)) is not None:
+                if (better := self._units.choose_better(request, chosen)) is not None:
                     self._move(request, place, better)
                     return None
         finally:

@@ -144,6 +144,7 @@ class GenerationPipeline:
         self._metrics.of(model.name).num_predictions[forecast.source] += 1
         chosen = self._units.choose(replace(engine_request, prediction=forecast.prediction))
         engine_request = self._with_expected_work(chosen, engine_request, forecast)
+        chosen = chosen.with_prediction_of(engine_request)
         if record.slo is not None:
             engine_request = replace(engine_request, slo=record.slo.targets(len(engine_request.prompt_token_ids)))
         return self._serve(_Generation(request, model, engine_request, forecast, record, chosen))

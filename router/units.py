@@ -26,6 +26,10 @@ from router.residency import ResidencyIndex
 from router.unit_choice import Candidate, Choice, ChoiceReason, UnitLoad, choose, choose_better, prefill_s
 
 _UNLIMITED = 1 << 62
+ChainRoot = tuple[int, bytes]
+"""What the hashes of a request depend on beside its tokens: block size and root."""
+Chains = dict[ChainRoot | None, tuple[bytes, ...] | None]
+"""The hashes of a request's known tokens by root; of no root, none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ class UnitLink:
         config = self.models[model].config
         return RequestSlo.of(config.slo, unloaded(config, self.admission.unloaded[model].costs))
 
-    def chain_root(self, request: EngineRequest) -> tuple[int, bytes] | None:
+    def chain_root(self, request: EngineRequest) -> ChainRoot | None:
         """The block size and the root of the hash chain of ``request`` on this unit; None before the unit has told the
         fingerprint of its weights.
         """
@@ -100,6 +104,13 @@ class ChosenUnit:
     demand: KvDemand
     prefill_s: float
     decode_s: float
+    chains: Chains
+    """Of the units that were looked at: hashing a long prompt takes milliseconds."""
+
+    def with_prediction_of(self, request: EngineRequest) -> ChosenUnit:
+        """The same unit for a request with the same tokens and perhaps another prediction."""
+        hashes = self.chains.get(self.link.chain_root(request))
+        return replace(self, demand=self.link.kv_demand(request, hashes))
 
     def assign(self, model: str) -> AssignedSequence:
         """Counts the work as the unit's, from before it is queued there until `AssignedWork.remove`."""
@@ -114,11 +125,12 @@ class _View:
     demands: Sequence[KvDemand]
     candidates: Sequence[Candidate]
     decode_s: Sequence[float]
+    chains: Chains
 
     def chosen(self, choice: Choice) -> ChosenUnit:
         index = next(index for index, one in enumerate(self.candidates) if one is choice.candidate)
         prefill = choice.candidate.prefill_s
-        return ChosenUnit(self.links[index], choice, self.demands[index], prefill, self.decode_s[index])
+        return ChosenUnit(self.links[index], choice, self.demands[index], prefill, self.decode_s[index], self.chains)
 
 
 class Units:
@@ -154,15 +166,15 @@ class Units:
 
     def choose(self, request: EngineRequest) -> ChosenUnit:
         """The unit for the next attempt of a request. Raises ModelNotFound if no unit serves its model."""
-        view = self._view(self.serving(request.model), request)
+        view = self._view(self.serving(request.model), request, {None: None})
         return self._counted(view.chosen(choose(view.candidates, self._next_turn())))
 
-    def choose_better(self, request: EngineRequest, current: UnitLink) -> ChosenUnit | None:
-        """The unit to which a request that is queued at ``current`` moves, see `router.unit_choice`; None: it stays."""
-        links = [link for link in self._links.values() if request.model in link.models]
+    def choose_better(self, request: EngineRequest, chosen: ChosenUnit) -> ChosenUnit | None:
+        """The unit to which a request that is queued at ``chosen`` moves, see `router.unit_choice`; None: it stays."""
+        links, current = [link for link in self._links.values() if request.model in link.models], chosen.link
         if current not in links or not self._has_free_unit(request.model, links, current):
             return None
-        view = self._view(links, request, current)
+        view = self._view(links, request, chosen.chains, current)
         here = view.candidates[links.index(current)]
         others = [one for one in view.candidates if one is not here]
         better = choose_better(others, here, self._next_turn())
@@ -196,9 +208,13 @@ class Units:
             for link in links
         )
 
-    def _view(self, links: Sequence[UnitLink], request: EngineRequest, current: UnitLink | None = None) -> _View:
-        """``current``: the unit at which the request is queued already, behind those that precede it only."""
-        hashes = _hashes_of(links, request)
+    def _view(
+        self, links: Sequence[UnitLink], request: EngineRequest, chains: Chains, current: UnitLink | None = None
+    ) -> _View:
+        """``chains``: hashes that are known; others are added. ``current``: the unit at which the request is queued
+        already, behind those that precede it only.
+        """
+        hashes = _hashes_of(links, request, chains)
         demands = [link.kv_demand(request, one) for link, one in zip(links, hashes, strict=True)]
         cached = self._cached_tokens(links, request, demands)
         costs = _costs_of(links, request.model)
@@ -211,7 +227,7 @@ class Units:
                 load = _load_before(load, link, request)
             candidates.append(_candidate(link, request, num_known, num_cached, load, cost))
             decode_s.append(own_decode_s)
-        return _View(links, demands, candidates, decode_s)
+        return _View(links, demands, candidates, decode_s, chains)
 
     def _cached_tokens(
         self, links: Sequence[UnitLink], request: EngineRequest, demands: Sequence[KvDemand]
@@ -231,11 +247,10 @@ class Units:
         return cached
 
 
-def _hashes_of(links: Sequence[UnitLink], request: EngineRequest) -> list[tuple[bytes, ...] | None]:
+def _hashes_of(links: Sequence[UnitLink], request: EngineRequest, chains: Chains) -> list[tuple[bytes, ...] | None]:
     """The hashes of the request's known tokens on each unit, computed once for units with equal KV; None: a unit whose
-    weights are not known.
+    weights are not known. Adds those that ``chains`` does not have.
     """
-    chains: dict[tuple[int, bytes] | None, tuple[bytes, ...] | None] = {None: None}
     hashes = []
     for link in links:
         root = link.chain_root(request)

@@ -30,11 +30,11 @@ NUM_SESSIONS, NUM_TURNS = 40, 4
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
-    """Sessions that take turns; each turn adds a block of 512 tokens to the prompt."""
+    """Sessions one after the other; each turn adds a block of 512 tokens to the prompt."""
     path = tmp_path / "trace.jsonl"
     with path.open("w") as file:
         for number in range(NUM_SESSIONS * NUM_TURNS):
-            turn, session = divmod(number, NUM_SESSIONS)
+            session, turn = divmod(number, NUM_TURNS)
             hash_ids = [100 * session + index for index in range(turn + 1)]
             line = {"timestamp": number * 1000, "input_length": len(hash_ids) * MOONCAKE_BLOCK, "output_length": 5}
             file.write(json.dumps({**line, "hash_ids": hash_ids}) + "\n")

@@ -21,8 +21,8 @@ from muxmesh.types import EngineRequest, KvDemand, LengthPrediction, Sampling, S
 from router.admission_client import ReportedLoad, UnitAdmission
 from router.expected_work import ExpectedWork
 from router.residency import ResidencyIndex
-from router.unit_choice import ChoiceReason
-from router.units import PlacedModel, UnitLink, Units
+from router.unit_choice import Candidate, Choice, ChoiceReason
+from router.units import ChosenUnit, PlacedModel, UnitLink, Units
 from tests.support.pipeline_parts import IDENTITY
 
 REQUEST = EngineRequest(
@@ -58,6 +58,12 @@ class Setup:
 
     def choose(self, request: EngineRequest | None = None, model: str = "m") -> str:
         return self.units.choose(request or replace(REQUEST, model=model)).link.name
+
+    def chosen(self, name: str) -> ChosenUnit:
+        """A unit at which `REQUEST` is queued."""
+        candidate = Candidate(name, 20, 0, 0.0, 0.0, 0)
+        choice = Choice(candidate, ChoiceReason.LOAD, "")
+        return ChosenUnit(self.link(name), choice, demand(self.link(name), REQUEST), 0.0, 1.0, {None: None})
 
     def hold(self, name: str, num_blocks: int, request: EngineRequest) -> None:
         """Lets the unit be known to cache the first blocks of a request."""
@@ -151,6 +157,18 @@ async def test_the_unit_that_caches_most_of_the_prompt_is_chosen(setup: Setup) -
     assert setup.units.num_cached_tokens == {("b", ChoiceReason.PREFIX): 640}
 
 
+async def test_the_demand_follows_a_prediction_that_comes_after_the_choice(setup: Setup) -> None:
+    link = setup.link("a")
+    placed = link.models["m"]
+    link.models["m"] = replace(placed, config=placed.config.model_copy(update={"kv_reserve": "p90"}))
+    setup.link("b").remove_model("m")
+    chosen = setup.units.choose(REQUEST)
+    predicted = replace(REQUEST, prediction=LengthPrediction(20.0, 30.0))
+    later = chosen.with_prediction_of(predicted)
+    assert later.demand == demand(link, predicted) != chosen.demand
+    assert later.demand.block_hashes == chosen.demand.block_hashes != ()
+
+
 async def test_the_last_token_of_a_cached_prompt_is_computed(setup: Setup) -> None:
     request = replace(REQUEST, prompt_token_ids=tuple(range(64)))
     setup.hold("b", 4, request)
@@ -210,22 +228,23 @@ async def test_a_queued_request_moves_to_a_unit_that_idles(setup: Setup) -> None
         link.admission.costs = {"m": costs}
     for _ in range(slots):
         setup.link("a").assigned.credited(setup.link("a").assigned.add("m", 0.0, 10.0))
-    assert setup.units.choose_better(REQUEST, setup.link("b")) is None, "it is better off where it is"
+    assert setup.units.choose_better(REQUEST, setup.chosen("b")) is None, "it is better off where it is"
     await setup.wait_on("a", "m", 4)
-    better = setup.units.choose_better(replace(REQUEST, scheduling=SchedulingState(0, 1.0)), setup.link("a"))
+    better = setup.units.choose_better(replace(REQUEST, scheduling=SchedulingState(0, 1.0)), setup.chosen("a"))
     assert better is not None and better.link.name == "b"
     for _ in range(slots):
         setup.link("b").assigned.add("m", 0.0, 10.0)
-    assert setup.units.choose_better(REQUEST, setup.link("a")) is None, "no other unit has a free slot"
+    assert setup.units.choose_better(REQUEST, setup.chosen("a")) is None, "no other unit has a free slot"
 
 
 async def test_a_request_leaves_a_unit_that_is_lost_or_stays_if_it_is_the_only_one(setup: Setup) -> None:
     setup.link("a").admission.connected.clear()
-    better = setup.units.choose_better(REQUEST, setup.link("a"))
+    better = setup.units.choose_better(REQUEST, setup.chosen("a"))
     assert better is not None and better.link.name == "b"
+    was_at_b = setup.chosen("b")
     setup.link("b").remove_model("m")
-    assert setup.units.choose_better(REQUEST, setup.link("a")) is None
-    assert setup.units.choose_better(REQUEST, setup.link("b")) is None, "its unit does not serve the model any more"
+    assert setup.units.choose_better(REQUEST, setup.chosen("a")) is None
+    assert setup.units.choose_better(REQUEST, was_at_b) is None, "its unit does not serve the model any more"
 
 
 async def test_a_model_that_no_unit_serves_is_not_found(setup: Setup) -> None:
