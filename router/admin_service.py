@@ -13,7 +13,8 @@ from muxmesh.internal.v1 import admin_pb2, admin_pb2_grpc, kvstore_pb2
 from muxmesh.quoting import quoted
 from muxmesh.rpc.status_codes import response_of
 from router.model_changes import ModelChanges
-from router.units import UnitLink, Units
+from router.unit_link import UnitLink
+from router.units import Units
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

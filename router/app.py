@@ -45,7 +45,8 @@ from router.router_metrics import router_families
 from router.sequence_driver import SequenceDriver
 from router.served_models import load_models
 from router.tenant_key import SECRET_BYTES
-from router.units import UnitLink, Units
+from router.unit_link import UnitLink
+from router.units import Units
 
 DRAIN_S = 2.0
 """Less than the grace period of the supervisor."""

@@ -14,7 +14,8 @@ from muxmesh.config.runtime import MeshRuntime
 from muxmesh.models.prepared_model import kv_identity, model_spec
 from router.request_metrics import RequestMetrics
 from router.served_models import ServedModels, load_model, warn_of_chat
-from router.units import PlacedModel, Units
+from router.unit_link import PlacedModel
+from router.units import Units
 
 _log = logging.getLogger(__name__)
 

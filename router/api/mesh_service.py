@@ -20,7 +20,8 @@ from router.pipeline import GenerationPipeline
 from router.request_metrics import RequestMetrics
 from router.served_models import ServedModel, ServedModels
 from router.slo_counts import WINDOW_S, SloTally
-from router.units import UnitLink, Units
+from router.unit_link import UnitLink
+from router.units import Units
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _STATUS_TIMEOUT_S = 2.0

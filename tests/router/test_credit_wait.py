@@ -13,7 +13,8 @@ from router.admission_client import Credit, ReportedLoad, UnitLost
 from router.credit_wait import RECHOOSE_EVERY_S, CreditWait
 from router.expected_work import ExpectedWork
 from router.unit_choice import ChoiceReason
-from router.units import PlacedModel, UnitLink, Units
+from router.unit_link import PlacedModel, UnitLink
+from router.units import Units
 from tests.support.pipeline_parts import IDENTITY, served_model
 from tests.support.virtual_time import VirtualClock, run_virtually
 

@@ -22,7 +22,8 @@ from router.admission_client import ReportedLoad, UnitAdmission
 from router.expected_work import ExpectedWork
 from router.residency import ResidencyIndex
 from router.unit_choice import Candidate, Choice, ChoiceReason
-from router.units import ChosenUnit, PlacedModel, UnitLink, Units
+from router.unit_link import PlacedModel, UnitLink
+from router.units import ChosenUnit, Units
 from tests.support.pipeline_parts import IDENTITY
 
 REQUEST = EngineRequest(

@@ -38,7 +38,8 @@ from router.prompt_tokenizer import PromptTokenizer
 from router.request_metrics import RequestMetrics
 from router.sequence_driver import SequenceDriver
 from router.served_models import ModelLimits, ServedModel, ServedModels
-from router.units import PlacedModel, UnitLink, Units
+from router.unit_link import PlacedModel, UnitLink
+from router.units import Units
 
 
 async def until(condition: Callable[[], bool]) -> None:
