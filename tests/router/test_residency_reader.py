@@ -12,47 +12,21 @@ import redis
 
 import kvstore.residency_publisher
 import router.residency_reader
-from kvstore.block_table import BlockTable
-from kvstore.residency_journal import ResidencyJournal
-from kvstore.residency_publisher import ResidencyPublisher
-from kvstore.slab_pool import SlabPool
 from muxmesh.background_task import background
 from muxmesh.clock import ManualClock
-from muxmesh.process_registry import LIFETIME_S, redis_key
+from muxmesh.process_registry import LIFETIME_S
 from muxmesh.residency_format import (
     FIELD,
     ResidencyBatch,
     ResidencySnapshot,
     block_keys,
-    changes_name,
     encode_batch,
     encode_snapshot,
-    snapshot_name,
 )
 from router.residency import ResidencyIndex
 from router.residency_reader import CHECK_EVERY_S, ResidencyReader
+from tests.support.published_unit import CHANGES, HASHES, SNAPSHOT, PublishedUnit
 from tests.support.redis_process import running_redis_process
-
-HASHES = [bytes([value]) * 16 for value in range(10)]
-SNAPSHOT, CHANGES = (redis_key("mesh", name("u")) for name in (snapshot_name, changes_name))
-
-
-class Unit:
-    """A prefix cache of eight blocks, with its publisher."""
-
-    def __init__(self, url: str, incarnation: int = 1) -> None:
-        self.blocks = BlockTable(SlabPool(1))
-        self.blocks.add_model("m", 8)
-        self.journal = ResidencyJournal(incarnation)
-        self.blocks.on_published = self.journal.note
-        self.publisher = ResidencyPublisher(url, "mesh", "u", self.journal, self.blocks.published)
-
-    def compute(self, *values: int) -> None:
-        """Caches the blocks of a sequence whose hashes are ``HASHES[value]``, and evicts others for them if needed."""
-        allocated = self.blocks.allocate("m", len(values))
-        assert allocated is not None
-        self.blocks.insert_prefix("m", allocated.block_ids, [HASHES[value] for value in values])
-        self.blocks.free("m", allocated.block_ids)
 
 
 class Router:
@@ -86,7 +60,7 @@ async def following(url: str) -> AsyncIterator[Router]:
 
 
 async def test_a_router_follows_what_a_unit_caches_and_evicts(redis_url: str) -> None:
-    unit = Unit(redis_url)
+    unit = PublishedUnit(redis_url)
     async with unit.publisher.published(), following(redis_url) as router:
         unit.compute(0, 1, 2)
         await router.until(lambda: router.held(0, 1, 2) == 3)
@@ -99,7 +73,7 @@ async def test_a_router_follows_what_a_unit_caches_and_evicts(redis_url: str) ->
 
 
 async def test_a_fresh_router_begins_with_the_snapshot_and_the_changes_after_it(redis_url: str) -> None:
-    unit = Unit(redis_url)
+    unit = PublishedUnit(redis_url)
     unit.compute(0, 1)
     async with unit.publisher.published(), following(redis_url) as first:
         await first.until(lambda: first.held(0, 1) == 2)
@@ -107,17 +81,6 @@ async def test_a_fresh_router_begins_with_the_snapshot_and_the_changes_after_it(
         await first.until(lambda: first.held(2, 3) == 2)
         async with following(redis_url) as second:
             await second.until(lambda: second.held(0, 1) == second.held(2, 3) == 2)
-
-
-async def test_a_unit_that_ends_leaves_nothing_and_one_that_is_killed_expires(redis_url: str) -> None:
-    unit = Unit(redis_url)
-    unit.compute(0)
-    with redis.Redis.from_url(redis_url) as client:
-        async with unit.publisher.published(), following(redis_url) as router:
-            await router.until(lambda: router.held(0) == 1)
-            for key in (SNAPSHOT, CHANGES):
-                assert 0 < int(client.pttl(key)) <= LIFETIME_S * 1000
-        assert client.exists(SNAPSHOT, CHANGES) == 0
 
 
 async def test_a_router_forgets_a_unit_whose_snapshot_has_expired(redis_url: str) -> None:
@@ -131,7 +94,7 @@ async def test_a_router_forgets_a_unit_whose_snapshot_has_expired(redis_url: str
 
 
 async def test_what_an_earlier_incarnation_cached_is_not_believed(redis_url: str) -> None:
-    first, second = Unit(redis_url, 1), Unit(redis_url, 2)
+    first, second = PublishedUnit(redis_url, 1), PublishedUnit(redis_url, 2)
     first.compute(0, 1)
     async with following(redis_url) as router, AsyncExitStack() as killed:
         await killed.enter_async_context(first.publisher.published())
@@ -167,7 +130,7 @@ async def test_the_stream_is_bounded_and_the_snapshot_is_rewritten(
     monkeypatch.setattr(kvstore.residency_publisher, "MAX_BATCHES", 4)
     monkeypatch.setattr(kvstore.residency_publisher, "SNAPSHOT_EVERY", 2)
     monkeypatch.setattr(kvstore.residency_publisher, "BATCH_EVERY_S", 0.0)
-    unit = Unit(redis_url)
+    unit = PublishedUnit(redis_url)
     with redis.Redis.from_url(redis_url) as client:
         async with unit.publisher.published(), following(redis_url) as router:
             for value in range(8):
@@ -181,7 +144,7 @@ async def test_the_stream_is_bounded_and_the_snapshot_is_rewritten(
 async def test_without_redis_the_unit_goes_on_and_its_state_is_rebuilt_when_redis_returns(tmp_path: Path) -> None:
     with running_redis_process(tmp_path) as server:
         await server.start()
-        unit = Unit(server.url)
+        unit = PublishedUnit(server.url)
         unit.compute(0, 1)
         async with unit.publisher.published(), following(server.url) as router:
             await router.until(lambda: router.held(0, 1) == 2)
@@ -196,7 +159,7 @@ async def test_without_redis_the_unit_goes_on_and_its_state_is_rebuilt_when_redi
 
 
 async def test_a_redis_that_has_lost_its_data_gets_a_snapshot(redis_url: str) -> None:
-    unit = Unit(redis_url)
+    unit = PublishedUnit(redis_url)
     unit.compute(0)
     async with unit.publisher.published(), following(redis_url) as router:
         await router.until(lambda: router.held(0) == 1)
@@ -208,10 +171,3 @@ async def test_a_redis_that_has_lost_its_data_gets_a_snapshot(redis_url: str) ->
                     await asyncio.sleep(0.01)
         async with following(redis_url) as fresh:
             await fresh.until(lambda: fresh.held(0) == fresh.held(1) == 1)
-
-
-async def test_a_publisher_that_never_reaches_redis_ends_in_order(tmp_path: Path) -> None:
-    unit = Unit(f"unix://{tmp_path}/nowhere.sock")
-    async with unit.publisher.published():
-        unit.compute(0)
-        await asyncio.sleep(0)
