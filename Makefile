@@ -20,7 +20,7 @@ SECONDS ?= 60
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check check-code check-compose fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-profile bench-kvpool bench-arbiter bench-shares bench-swap bench-preemption-modes bench-swap-cost bench-pressure bench-router bench-tenant-quotas bench-hostile bench-vs-vllm bench-predictor bench-policies bench-muxserve bench-muxserve-measured bench-muxserve-scale bench-floods bench-fidelity bench-adversaries bench-fairness bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu bench-many-models bench-plans bench-alise bench-alise-virtual
+.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check check-code check-compose fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-profile bench-kvpool bench-arbiter bench-shares bench-swap bench-preemption-modes bench-swap-cost bench-pressure bench-residency bench-router bench-tenant-quotas bench-hostile bench-vs-vllm bench-predictor bench-policies bench-muxserve bench-muxserve-measured bench-muxserve-scale bench-floods bench-fidelity bench-adversaries bench-fairness bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu bench-many-models bench-plans bench-alise bench-alise-virtual
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -136,6 +136,9 @@ bench-pressure: $(VENV)/.dev ## 48 chats with a tenth of the KV memory that they
 
 bench-preemption-modes: $(VENV)/.dev ## In virtual time: KV of pre-empted sequences kept, swapped, computed again, or chosen by cost; DATA: csv of prompt and output lengths
 	$(BIN)/python -m benchmarks.preemption_modes $(DATA) $(ARGS)
+
+bench-residency: $(VENV)/.dev ## The choice of a unit by prefix-cache residency in virtual time, compared with round-robin, affinity, an oracle; DATA: Mooncake's traces; ARGS, such as --loads 0.4
+	$(BIN)/python -m benchmarks.residency $(DATA) $(ARGS)
 
 bench-router: $(VENV)/.dev ## The control plane alone: time in the router, CPU per relayed message
 	$(BIN)/python -m benchmarks.router

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heapreplace
 
@@ -129,6 +129,10 @@ class Admission:
         for entry in taken:
             self.withdraw(*entry.key)
         return taken
+
+    def entries(self) -> Iterable[AdmissionEntry]:
+        """All waiting entries, in no order."""
+        return self._entries.values()
 
     @property
     def waiting(self) -> Set[EntryKey]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
@@ -16,6 +17,8 @@ from kvstore.grant_table import GrantTable
 from kvstore.model_service import ModelService, PlacedModel, PlacedModels
 from kvstore.model_states import AwakeLimits
 from kvstore.mps_fence import EndGroup, MpsFence
+from kvstore.residency_journal import ResidencyJournal
+from kvstore.residency_publisher import ResidencyPublisher
 from kvstore.service import KvStoreService
 from kvstore.share_proof import ShareProver
 from kvstore.unit import Unit, first_id
@@ -92,7 +95,8 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop, monitor: Monit
     )
     await server.set_serving()
     watching = background(fence.run(), "MPS", stop.give_up) if isinstance(fence, MpsFence) else nullcontext()
-    async with watching, registered_service(runtime, endpoint, stop, clock):
+    publisher = residency_publisher(runtime, unit_name, unit)
+    async with watching, registered_service(runtime, endpoint, stop, clock), publisher.published():
         await stop.wait()
     attach.close()
     if isinstance(fence, MpsFence):
@@ -123,6 +127,13 @@ def new_unit(runtime: MeshRuntime, config: UnitConfig, models: Mapping[str, Plac
         config.preemption_mode,
         runtime.config.order.fairness_settings(),
     )
+
+
+def residency_publisher(runtime: MeshRuntime, name: str, unit: Unit) -> ResidencyPublisher:
+    """Publishes what the unit's prefix cache holds, under an incarnation that no earlier kvstore of the unit had."""
+    journal = ResidencyJournal(secrets.randbits(64))
+    unit.blocks.on_published = journal.note
+    return ResidencyPublisher(runtime.redis_url, runtime.config.mesh_id, name, journal, unit.blocks.published)
 
 
 def _server(service: KvStoreService, models: ModelService, endpoint: Endpoint, monitor: Monitor) -> MeshServer:

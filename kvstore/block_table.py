@@ -12,7 +12,7 @@ fail. This module knows blocks by id and prefixes by hash; it knows neither leas
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.slab_pool import SlabPool
@@ -25,6 +25,14 @@ class AllocatedBlocks:
 
     block_ids: tuple[int, ...]
     num_cached: int
+
+
+OnPublished = Callable[[str, bytes, bool], None]
+"""Called with a model, a hash, and whether a block is published under it from now on or no longer."""
+
+
+def _ignore(model: str, block_hash: bytes, is_held: bool) -> None:
+    pass
 
 
 @dataclass(slots=True)
@@ -58,6 +66,7 @@ class BlockTable:
         self._pool = pool
         self._models: dict[str, _ModelBlocks] = {}
         self._use_counter = 0
+        self.on_published: OnPublished = _ignore
 
     def add_model(self, model: str, blocks_per_slab: int) -> None:
         """Adds a model without blocks. Raises ValueError if a slab does not hold one of its token blocks."""
@@ -111,6 +120,7 @@ class BlockTable:
             if block_hash not in blocks.by_hash and block_id not in blocks.hash_of:
                 blocks.by_hash[block_hash] = block_id
                 blocks.hash_of[block_id] = block_hash
+                self.on_published(model, block_hash, True)
 
     def free(self, model: str, block_ids: Sequence[int]) -> None:
         """Removes one reference from each block. A published block without references becomes cached.
@@ -145,6 +155,8 @@ class BlockTable:
         blocks = self._models[model]
         for block_id in list(blocks.cached):
             self._evict(model, block_id)
+        for block_hash in blocks.by_hash:
+            self.on_published(model, block_hash, False)
         blocks.by_hash.clear()
         blocks.hash_of.clear()
 
@@ -158,6 +170,11 @@ class BlockTable:
     def count_cached(self, model: str, hashes: Sequence[bytes]) -> int:
         """Blocks that `allocate` would find in the prefix cache, whether in use or cached."""
         return len(self._match_prefix(model, hashes))
+
+    def published(self) -> Iterator[tuple[str, tuple[bytes, ...]]]:
+        """Each model with the hashes of its published blocks, in use or cached."""
+        for model, blocks in self._models.items():
+            yield model, tuple(blocks.by_hash)
 
     def num_available(self, model: str) -> int:
         """Blocks that can be allocated, cached blocks of all models included."""
@@ -270,5 +287,7 @@ class BlockTable:
     def _evict(self, model: str, block_id: int) -> None:
         blocks = self._models[model]
         self._remove_from_cache(model, block_id)
-        del blocks.by_hash[blocks.hash_of.pop(block_id)]
+        block_hash = blocks.hash_of.pop(block_id)
+        del blocks.by_hash[block_hash]
+        self.on_published(model, block_hash, False)
         self._pool.free(model, (block_id,))

@@ -26,7 +26,7 @@ to pre-empt or to swap, nor which processes live: its callers decide that.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -96,12 +96,13 @@ class LeaseRecord:
     """One lease and what it holds.
 
     ``block_hashes``: hashes of its first blocks, valid once these are computed. ``expires_at_s`` applies to a credit
-    only. ``swap_pages``: pages for the copy of its KV, filled or not. ``num_preemption_requests``: how often its worker
-    was asked to free its token blocks, until it did. ``num_preemptions``: how often it was displaced from a batch, in
-    earlier attempts too; that and ``is_protected`` are as its decode worker reports them. ``has_valid_kv``: the device
-    has not failed. ``charged_s``: work done, as in `SchedulingState.served_s`, for which ``payer`` has been charged or
-    that was charged to an earlier attempt. ``prefill_charge_s``: what its prefill costs. ``credited`` and ``told``: the
-    tenant's standing that came with the credit, and that which the owner knows.
+    only. ``router``: whose request it is. ``swap_pages``: pages for the copy of its KV, filled or not.
+    ``num_preemption_requests``: how often its worker was asked to free its token blocks, until it did.
+    ``num_preemptions``: how often it was displaced from a batch, in earlier attempts too; that and ``is_protected``
+    are as its decode worker reports them. ``has_valid_kv``: the device has not failed. ``charged_s``: work done, as in
+    `SchedulingState.served_s`, for which ``payer`` has been charged or that was charged to an earlier attempt.
+    ``prefill_charge_s``: what its prefill costs. ``credited`` and ``told``: the tenant's standing that came with the
+    credit, and that which the owner knows.
     """
 
     lease: Lease
@@ -112,6 +113,7 @@ class LeaseRecord:
     block_size: int
     scheduling: SchedulingState
     expires_at_s: float
+    router: str = ""
     swap_pages: tuple[int, ...] = ()
     num_preemption_requests: int = 0
     num_preemptions: int = 0
@@ -202,6 +204,7 @@ class LeaseTable:
             block_size,
             scheduling,
             expires_at_s,
+            router,
             num_preemptions=scheduling.num_preemptions,
             payer=payer,
             prefill_charge_s=prefill_token_s * max(0, demand.num_known_tokens - lease.num_computed_tokens),
@@ -433,6 +436,10 @@ class LeaseTable:
     def find(self, lease_id: int) -> LeaseRecord | None:
         """The record of a lease, to read; None if it has ended."""
         return self._records.get(lease_id)
+
+    def all(self) -> Iterable[LeaseRecord]:
+        """The records of all leases, to read."""
+        return self._records.values()
 
     def of_models(self, models: Collection[str]) -> list[LeaseRecord]:
         """The records of all leases of ``models``, to read, in the order of their ids."""

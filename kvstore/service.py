@@ -20,6 +20,7 @@ from kvstore.grant_table import GrantTable
 from kvstore.leases import StandingChange
 from kvstore.memory_reclaim import PreemptionRequest
 from kvstore.preemption_costs import CALLS_S, KvCosts
+from kvstore.router_loads import load_of_others, router_loads
 from kvstore.unit import IssuedCredit, IssuedSwapIn, Unit
 from kvstore.unit_status import unit_status
 from kvstore.worker_slots import WorkerRecord
@@ -35,6 +36,8 @@ from muxmesh.types import Lease, Role
 
 _log = logging.getLogger(__name__)
 
+LOADS_EVERY_S = 0.25
+"""Shortest interval between two reports of the loads of other routers."""
 Context = grpc.aio.ServicerContext[Any, Any]
 _Responses = asyncio.Queue[kvstore_pb2.AdmitResponse | None]
 
@@ -74,6 +77,9 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         """Called after each change, when its decisions are sent."""
         self._num_streams = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._loads_timer: asyncio.TimerHandle | None = None
+        self._sent_loads: dict[str, kvstore_pb2.UnitLoads] = {}
+        """Router → what was last sent to it."""
         unit.reclaim.costs_of = self._kv_costs
 
     def changed(self) -> None:
@@ -107,6 +113,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         for call in self.on_changed:
             call()
         self._set_timer()
+        self._send_loads_soon()
         if self._unit.costs_are_due(now_s):
             for queue in self._routers.values():
                 queue.put_nowait(kvstore_pb2.AdmitResponse(costs=self._costs()))
@@ -115,6 +122,35 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         for change in changes:
             if change.worker in self._watchers:
                 self._watchers[change.worker].put_nowait(change)
+
+    def _send_loads_soon(self) -> None:
+        """Sends the loads at the end of the interval, unless they are about to be sent."""
+        if self._loads_timer is None and self._routers:
+            self._loads_timer = asyncio.get_running_loop().call_later(LOADS_EVERY_S, self._send_loads)
+
+    def _send_loads(self) -> None:
+        """Sends each router the loads of the others, if they are not those that it knows.
+
+        They change without a call of `changed` too, by hand-offs: while there are any, the next report follows.
+        """
+        self._loads_timer = None
+        loads, states = router_loads(self._unit), self._unit.states
+        for router, queue in self._routers.items():
+            message = kvstore_pb2.UnitLoads()
+            for model, by_router in loads.items():
+                others = load_of_others(by_router, router)
+                message.models.add(
+                    model=model,
+                    is_asleep=not states.admits(model),
+                    num_sequences=others.num_sequences,
+                    prefill_tokens=others.prefill_tokens,
+                    prefill_context=others.prefill_context,
+                )
+            if message != self._sent_loads.get(router):
+                self._sent_loads[router] = message
+                queue.put_nowait(kvstore_pb2.AdmitResponse(loads=message))
+        if len(self._routers) > 1 and any(loads.values()):
+            self._send_loads_soon()
 
     def _report(self) -> None:
         """Tells the unit what decode workers report of their sequences."""
@@ -166,6 +202,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         queue.put_nowait(kvstore_pb2.AdmitResponse(costs=self._costs()))
         reader = asyncio.create_task(self._read_router(router, queue, request_iterator))
         reader.add_done_callback(lambda _: queue.put_nowait(None))
+        self._send_loads_soon()
         try:
             while (response := await queue.get()) is not None:
                 yield response
@@ -174,6 +211,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         finally:
             reader.cancel()
             del self._routers[router]
+            self._sent_loads.pop(router, None)
             self._unit.router_gone(router)
             self.changed()
 

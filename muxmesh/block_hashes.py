@@ -73,18 +73,20 @@ def block_hashes(token_ids: Sequence[int], block_size: int, root: bytes) -> tupl
     return tuple(chain.hashes)
 
 
-def kv_demand(request: EngineRequest, identity: KvIdentity | None, block_size: int, output_tokens: int) -> KvDemand:
+def known_hashes(request: EngineRequest, block_size: int, root: bytes) -> tuple[bytes, ...]:
+    """The hashes of the full blocks of the known tokens of ``request``: prompt and resumed output."""
+    return block_hashes((*request.prompt_token_ids, *request.resume_token_ids), block_size, root)
+
+
+def kv_demand(request: EngineRequest, hashes: tuple[bytes, ...] | None, output_tokens: int) -> KvDemand:
     """The KV demand of ``request``, which has blocks for ``output_tokens`` of output reserved at admission.
 
-    The prefix cache is not used if the request bypasses it, needs log-probabilities of its prompt, or if ``identity``
-    is not known.
+    ``hashes``: see `known_hashes`; None: the model identity is not known. The prefix cache is not used then, nor if the
+    request bypasses it or needs log-probabilities of its prompt.
     """
-    tokens = (*request.prompt_token_ids, *request.resume_token_ids)
-    if identity is None:
-        return demand_for(len(tokens), request.max_tokens, output_tokens, (), use_cache=False)
-    compute_all = request.bypass_prefix_cache or request.sampling.prompt_logprobs is not None
-    hashes = block_hashes(tokens, block_size, identity.root(request.tenant, request.cache_salt))
-    return demand_for(len(tokens), request.max_tokens, output_tokens, hashes, use_cache=not compute_all)
+    num_known = len(request.prompt_token_ids) + len(request.resume_token_ids)
+    compute_all = hashes is None or request.bypass_prefix_cache or request.sampling.prompt_logprobs is not None
+    return demand_for(num_known, request.max_tokens, output_tokens, hashes or (), use_cache=not compute_all)
 
 
 def demand_for(

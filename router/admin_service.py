@@ -14,7 +14,8 @@ from muxmesh.quoting import quoted
 from muxmesh.rpc.status_codes import response_of
 from muxmesh.v1 import mesh_pb2
 from router.model_changes import ModelChanges
-from router.units import UnitLink, Units
+from router.unit_link import UnitLink
+from router.units import Units
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

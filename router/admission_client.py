@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import grpc
 
 from muxmesh.clock import Clock
-from muxmesh.errors import InvalidRequest, ModelNotFound
+from muxmesh.errors import InvalidRequest, ModelNotFound, Unavailable
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.scheduling_policy import SchedulingPolicy
@@ -26,6 +26,23 @@ from router.request_queue import RequestQueue
 _log = logging.getLogger(__name__)
 _RECONNECT_S = 0.1
 _Outbox = asyncio.Queue[kvstore_pb2.AdmitRequest | None]
+
+
+class UnitLost(Unavailable):
+    """The connection to the unit broke while a request was queued there. It never leaves the router."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedLoad:
+    """What other routers have of a model on a unit, and whether the model is asleep; see `kvstore.router_loads`."""
+
+    is_asleep: bool = False
+    num_sequences: int = 0
+    prefill_tokens: int = 0
+    prefill_context: int = 0
+
+
+NO_REPORT = ReportedLoad()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +87,11 @@ class UnitAdmission:
         """Step costs by model from which SLOs are computed."""
         self.fingerprints: dict[str, str] = {}
         """Fingerprints of the weights by model, as the unit has them. Empty before the first connection."""
+        self.loads: dict[str, ReportedLoad] = {}
+        """By model, as last reported by the connected unit."""
         self._futures: dict[int, asyncio.Future[Credit]] = {}
+        self._leaving: set[int] = set()
+        """Those of ``_futures`` that do not wait until a lost unit is back."""
         self._outbox: _Outbox = asyncio.Queue()
         self._last_entry_id = 0
         self._shown_at_s: dict[int, float] = {}
@@ -81,22 +102,36 @@ class UnitAdmission:
         """Requests for ``model`` that wait for a credit of this unit."""
         return self._queue.count(model)
 
+    def num_before(self, model: str, scheduling: SchedulingState) -> int:
+        """See `RequestQueue.num_before`."""
+        return self._queue.num_before(model, scheduling)
+
     def oldest_arrival_s(self, model: str) -> float | None:
         """See `RequestQueue.oldest_arrival_s`."""
         return self._queue.oldest_arrival_s(model)
 
     async def wait_for_credit(
-        self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand, tenant_weight: float = 1.0
+        self,
+        model: str,
+        tenant: str,
+        scheduling: SchedulingState,
+        demand: KvDemand,
+        tenant_weight: float = 1.0,
+        leaves_when_lost: bool = False,
     ) -> Credit:
         """Waits until the unit has reserved the request's initial demand. Cancelling the wait withdraws the request.
 
         The unit issues credits in the mesh's order, over all routers and tenants. Raises InvalidRequest if even an
-        empty unit could not hold the request, ModelNotFound if the unit does not serve the model.
+        empty unit could not hold the request, ModelNotFound if the unit does not serve the model, and with
+        ``leaves_when_lost`` UnitLost when the connection breaks. Without it, the request is queued again when the unit
+        is back.
         """
         self._last_entry_id += 1
         entry_id = self._last_entry_id
         future: asyncio.Future[Credit] = asyncio.get_running_loop().create_future()
         self._futures[entry_id] = future
+        if leaves_when_lost:
+            self._leaving.add(entry_id)
         queued_at_s = self._clock.monotonic_s()
         self._queue.add(QueuedRequest(entry_id, model, scheduling, demand, tenant, tenant_weight))
         self._show_next()
@@ -110,6 +145,7 @@ class UnitAdmission:
             raise
         finally:
             del self._futures[entry_id]
+            self._leaving.discard(entry_id)
             self._shown_at_s.pop(entry_id, None)
             if self._queue.remove(entry_id):
                 self._outbox.put_nowait(kvstore_pb2.AdmitRequest(withdraw=entry_id))
@@ -132,8 +168,16 @@ class UnitAdmission:
             except grpc.aio.AioRpcError as error:
                 if self.connected.is_set():
                     _log.warning("unit %s is unreachable: %s", self._unit, error.details())
-            self.connected.clear()
+            if self.connected.is_set():
+                self._on_lost()
             await asyncio.sleep(_RECONNECT_S)
+
+    def _on_lost(self) -> None:
+        self.connected.clear()
+        self.loads = {}
+        for entry_id in self._leaving:
+            if not (future := self._futures[entry_id]).done():
+                future.set_exception(UnitLost(f"the connection to unit {self._unit} broke"))
 
     async def _run_stream(self) -> None:
         outbox = self._outbox = asyncio.Queue()  # with a stream, the unit drops its requests and credits
@@ -168,6 +212,8 @@ class UnitAdmission:
             self.fingerprints = {one.model: one.fingerprint for one in response.hello.models}
         elif kind == "costs":
             self._on_costs(response.costs)
+        elif kind == "loads":
+            self.loads = {one.model: _load_from_wire(one) for one in response.loads.models}
         elif kind == "refused":
             self._on_refused(response.refused)
             self._show_next()
@@ -207,3 +253,7 @@ class UnitAdmission:
             self.return_credit(credit)
         else:
             future.set_result(credit)
+
+
+def _load_from_wire(wire: kvstore_pb2.ModelLoad) -> ReportedLoad:
+    return ReportedLoad(wire.is_asleep, wire.num_sequences, wire.prefill_tokens, wire.prefill_context)

@@ -35,6 +35,7 @@ from router.api.inference_service import InferenceService
 from router.api.mesh_service import MeshService
 from router.api.request_observer import RequestObserver
 from router.attempt import WorkerChannels, run_attempt
+from router.credit_wait import CreditWait
 from router.expected_work import ExpectedWork
 from router.length_forecast import LengthForecaster
 from router.model_changes import ModelChanges, placed_model
@@ -45,15 +46,20 @@ from router.prompt_tokenizer import PromptTokenizer
 from router.public_limits import public_limits
 from router.queue_limit import QueueLimit
 from router.request_metrics import RequestMetrics
+from router.residency import ResidencyIndex
+from router.residency_reader import ResidencyReader
 from router.router_metrics import router_families
 from router.sequence_driver import SequenceDriver
 from router.served_models import load_models
 from router.tenancy import OPEN_TENANCY, Tenancy, open_tenancy
 from router.tenant_key import SECRET_BYTES
-from router.units import UnitLink, Units
+from router.unit_link import UnitLink
+from router.units import Units
 
 DRAIN_S = 2.0
 """Less than the grace period of the supervisor."""
+_RESIDENCY_WAIT_S = 1.0
+"""Longest wait of a router that starts for what is in the prefix caches of the units."""
 _LONG_NICENESS = 10
 """Of the threads that tokenize long prompts, so that they take no core from the workers' compute."""
 
@@ -76,11 +82,15 @@ async def serve(
         stack.push_async_callback(registry.close)
         workers = WorkerChannels(incarnation)
         stack.push_async_callback(workers.close)
-        units = await _open_units(runtime, incarnation, policy, clock, registry, stack)
+        residency = ResidencyIndex()
+        units = await _open_units(runtime, incarnation, policy, clock, registry, residency, stack)
+        if len(config.units) > 1:
+            await _follow_residency(runtime, residency, clock, stop, stack)
         for unit in units:
             await stack.enter_async_context(background(unit.admission.run(), f"admission to {unit.name}", stop.give_up))
+        credit_wait = CreditWait(units, clock)
         driver = SequenceDriver(
-            units.choose, functools.partial(run_attempt, workers, clock), clock, config.router.max_restarts
+            credit_wait.credited, functools.partial(run_attempt, workers, clock), clock, config.router.max_restarts
         )
         secret = bytes.fromhex(runtime.tenant_secret) or rng.randbytes(SECRET_BYTES)
         forecaster = await _open_forecaster(runtime, clock, secret, stack)
@@ -138,6 +148,7 @@ async def _open_units(
     policy: SchedulingPolicy,
     clock: Clock,
     registry: ProcessRegistry,
+    residency: ResidencyIndex,
     stack: AsyncExitStack,
 ) -> Units:
     """Opens a link to each unit. ``stack`` closes them."""
@@ -151,7 +162,19 @@ async def _open_units(
         kvstore, commands = kvstore_pb2_grpc.KvStoreServiceStub(channel), kvstore_pb2_grpc.UnitModelServiceStub(channel)
         work = ExpectedWork(policy.longest_lead)
         links.append(UnitLink(unit.name, admission, kvstore, commands, placed, work))
-    return Units(links)
+    return Units(links, residency)
+
+
+async def _follow_residency(
+    runtime: MeshRuntime, residency: ResidencyIndex, clock: Clock, stop: Stop, stack: AsyncExitStack
+) -> None:
+    """Follows the units' prefix caches in Redis, and waits for what they hold now, unless Redis is unreachable."""
+    names = [unit.name for unit in runtime.config.units]
+    reader = ResidencyReader(runtime.redis_url, runtime.config.mesh_id, names, residency, clock)
+    await stack.enter_async_context(background(reader.run(), "residency", stop.give_up))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_RESIDENCY_WAIT_S):
+            await reader.has_read.wait()
 
 
 async def _open_forecaster(

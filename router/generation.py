@@ -164,6 +164,8 @@ class SchedulingReport:
     decision: int
     num_overtaken: int
     waited_for: Waits = NO_WAITS
+    unit: str = ""
+    unit_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def scheduling_report(
 
     The work is that by which the unit ordered the request, and the lengths are those that it is the work of.
     """
-    credit, waited_s = progress.credit, progress.queued_s(arrived_at_s)
+    credit, chosen, waited_s = progress.credit, progress.chosen, progress.queued_s(arrived_at_s)
     scheduling = credit.scheduling if credit else request.scheduling
     prediction = request.prediction or forecast.prediction
     return SchedulingReport(
@@ -54,6 +54,8 @@ def scheduling_report(
         decision=credit.decision if credit else 0,
         num_overtaken=credit.num_overtaken if credit else 0,
         waited_for=progress.waits,
+        unit=chosen.link.name if chosen else "",
+        unit_reason=chosen.choice.text if chosen else "",
     )
 
 

@@ -11,10 +11,11 @@ import logging
 from pathlib import Path
 
 from muxmesh.config.runtime import MeshRuntime
-from muxmesh.models.prepared_model import kv_identity
+from muxmesh.models.prepared_model import kv_identity, model_spec
 from router.request_metrics import RequestMetrics
 from router.served_models import ServedModels, load_model, warn_of_chat
-from router.units import PlacedModel, Units
+from router.unit_link import PlacedModel
+from router.units import Units
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +23,10 @@ _log = logging.getLogger(__name__)
 def placed_model(runtime: MeshRuntime, unit: str, model: str) -> PlacedModel:
     """A model of a unit as the runtime has it."""
     unit_config, config = runtime.model(unit, model)
-    return PlacedModel(config, kv_identity(unit_config, config, runtime.prepared_model(unit, model)))
+    prepared = runtime.prepared_model(unit, model)
+    shape = model_spec(prepared.folder).kv_shape(config.block_size, config.kv_dtype)
+    capacity_tokens = unit_config.capacity_tokens(config, shape.token_block_bytes)
+    return PlacedModel(config, kv_identity(unit_config, config, prepared), capacity_tokens)
 
 
 class ModelChanges:

@@ -53,7 +53,7 @@ from router.sequence_output import SequenceOutput
 from router.served_models import ServedModel, ServedModels
 from router.slo_counts import verdict_of
 from router.stop_strings import StopStrings
-from router.units import Units
+from router.units import ChosenUnit, Units
 
 _MAX_PREDICTOR_TOKENS = 1000
 _MAX_LISTED_TOKENS = 65_536
@@ -81,6 +81,8 @@ class _Generation:
     record: RequestRecord
     reservation: Settles
     waiting: WaitingSequences
+    chosen: ChosenUnit
+    """For the first attempt of the first sequence."""
     progress: list[Progress] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -138,7 +140,7 @@ class GenerationPipeline:
         model = self._models.find(request.model)
         record.max_wait_s = self._policy.max_wait_s
         if model.config.slo is not None:
-            record.slo = self._units.choose(model.name).request_slo(model.name)
+            record.slo = self._units.least_loaded(model.name).request_slo(model.name)
         self._refuse_overload(request, model.name)
         arrived_at_unix_s = self._clock.unix_s()
         max_tokens = None if request.truncate_prompt_tokens is not None else model.limits.max_model_len - 1
@@ -152,24 +154,27 @@ class GenerationPipeline:
                 forecast = await self._predict_length(request, model, engine_request)
                 expected = _expected_tokens(request, engine_request, forecast)
                 reservation = await self._quotas.reserve(request.tenant, expected)
-            engine_request = self._prepared(model, engine_request, forecast, record)
+            engine_request, chosen = self._prepared(model, engine_request, forecast, record)
         except BaseException:
             waiting.end()
             if reservation is not None:
                 reservation.settle(0, 0)
             raise
-        return self._serve(_Generation(request, model, engine_request, forecast, record, reservation, waiting))
+        generation = _Generation(request, model, engine_request, forecast, record, reservation, waiting, chosen)
+        return self._serve(generation)
 
     def _prepared(
         self, model: ServedModel, engine_request: EngineRequest, forecast: LengthForecast, record: RequestRecord
-    ) -> EngineRequest:
-        """The request with its expected work and its SLO."""
+    ) -> tuple[EngineRequest, ChosenUnit]:
+        """The request with its expected work and its SLO, and the unit for its first attempt."""
         record.source, record.predicted_tokens = forecast.source, forecast.prediction.p50_tokens
         self._metrics.of(model.name).num_predictions[forecast.source] += 1
-        engine_request = self._with_expected_work(model, engine_request, forecast)
-        if record.slo is None:
-            return engine_request
-        return replace(engine_request, slo=record.slo.targets(len(engine_request.prompt_token_ids)))
+        chosen = self._units.choose(replace(engine_request, prediction=forecast.prediction))
+        engine_request = self._with_expected_work(chosen, engine_request, forecast)
+        chosen = chosen.with_prediction_of(engine_request)
+        if record.slo is not None:
+            engine_request = replace(engine_request, slo=record.slo.targets(len(engine_request.prompt_token_ids)))
+        return engine_request, chosen
 
     async def tokenize(
         self, model_name: str, prompt: Prompt, add_special_tokens: bool | None, with_texts: bool
@@ -298,7 +303,8 @@ class GenerationPipeline:
         request = generation.engine_request if index == 0 else _sibling(generation.engine_request, index)
         output = _open_output(generation.request, generation.model, request)
         try:
-            async with aclosing(self._driver.run(request, output, generation.progress[index])) as deltas:
+            first = generation.chosen if index == 0 else None
+            async with aclosing(self._driver.run(request, output, generation.progress[index], first)) as deltas:
                 async for delta in deltas:
                     if not number:
                         number = lengths.start()
@@ -334,10 +340,9 @@ class GenerationPipeline:
         token_ids = engine_request.prompt_token_ids[-_MAX_PREDICTOR_TOKENS:]
         return await self._tokenizer.decode(token_ids, model, True)
 
-    def _with_expected_work(
-        self, model: ServedModel, request: EngineRequest, forecast: LengthForecast
-    ) -> EngineRequest:
-        unit, name = self._units.choose(model.name), model.name
+    @staticmethod
+    def _with_expected_work(chosen: ChosenUnit, request: EngineRequest, forecast: LengthForecast) -> EngineRequest:
+        unit, name = chosen.link, request.model
         config = unit.models[name].config
         service = ModelService(name, unit.admission.costs.get(name), config.step_token_budget, config.max_num_seqs)
         expected = ExpectedOutput(forecast.prediction, forecast.source, request.stopping)

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy, SortKey
-from muxmesh.types import QueuedRequest
+from muxmesh.types import QueuedRequest, SchedulingState
 
 SHOWN_PER_MODEL = 64
 """Queued requests that a unit sees of each tenant of a model: at least as many as it can issue credits for at once."""
@@ -87,6 +87,11 @@ class RequestQueue:
     def count(self, model: str) -> int:
         """Number of queued requests for ``model``."""
         return self._num_queued[model]
+
+    def num_before(self, model: str, scheduling: SchedulingState) -> int:
+        """Queued requests for ``model`` that precede one with ``scheduling``, in the order of the last sorting."""
+        key = self._policy.sort_key(scheduling, self._sorted_at_s)
+        return bisect.bisect_left(self._ordered.get(model, []), (key, 0))
 
     def oldest_arrival_s(self, model: str) -> float | None:
         """Arrival (unix time) of the queued request for ``model`` that arrived first; None without one. Linear."""

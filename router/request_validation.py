@@ -96,6 +96,7 @@ def resolve(
         stopping=_stopping_of_tenant(request, model.limits, field, len(token_ids)),
         scheduling=SchedulingState(check_priority(request), arrived_at_unix_s),
         tenant=request.tenant.tenant_id,
+        tenant_weight=request.tenant.weight,
         cache_salt=request.cache_salt,
         bypass_prefix_cache=request.bypass_prefix_cache,
         kv_swap_format=request.kv_swap_format,

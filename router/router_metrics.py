@@ -40,6 +40,20 @@ def router_families(
         "muxmesh_unit_connected", "1 if this router is connected to the unit.", ("unit",),
         {(unit.name,): int(unit.admission.connected.is_set()) for unit in units},
     )  # fmt: skip
+    yield gauge(
+        "muxmesh_residency_blocks", "Token blocks in the unit's prefix cache, as far as this router knows.", ("unit",),
+        {(unit.name,): units.residency.num_blocks(unit.name) for unit in units},
+    )  # fmt: skip
+    yield counter(
+        "muxmesh_unit_choices_total", "Choices of a unit for an attempt, by reason; moves of queued requests count.",
+        ("unit", "reason"),
+        {(unit, reason.value): count for (unit, reason), count in units.num_choices.items()},
+    )  # fmt: skip
+    yield counter(
+        "muxmesh_unit_choice_cached_tokens_total", "Tokens that these attempts found in the prefix cache.",
+        ("unit", "reason"),
+        {(unit, reason.value): count for (unit, reason), count in units.num_cached_tokens.items()},
+    )  # fmt: skip
     yield from _predictor(forecaster, names)
 
 

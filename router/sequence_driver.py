@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from muxmesh.clock import Clock
@@ -26,9 +26,10 @@ from muxmesh.execution import NO_EXECUTION, Execution
 from muxmesh.types import NO_WAITS, EngineRequest, Waits
 from router.admission_client import Credit
 from router.attempt import AttemptEvent, Prefilled, Reported
+from router.credit_wait import CreditedAttempt
 from router.generation import SequenceDelta
 from router.sequence_output import SequenceOutput
-from router.units import UnitLink
+from router.units import ChosenUnit
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ _MAX_WAIT_S = 2.0
 Attempt = Callable[[EngineRequest, Credit], AsyncGenerator[AttemptEvent, None]]
 """One attempt, see `router.attempt.run_attempt`."""
 
+Credited = Callable[[EngineRequest, ChosenUnit | None], AbstractAsyncContextManager[CreditedAttempt]]
+"""Waits for a credit, see `router.credit_wait.CreditWait.credited`."""
 
 _NO_REPORT = Reported(NO_EXECUTION)
 
@@ -69,10 +72,14 @@ class Decoding:
 
 @dataclass(slots=True)
 class Progress:
-    """The state of one running sequence. ``credit`` is that of its first attempt, ``prefilled`` that of its last."""
+    """The state of one running sequence.
+
+    ``credit`` and ``chosen``, the unit, are those of its first attempt, ``prefilled`` that of its last.
+    """
 
     credited_at_s: float | None = None
     credit: Credit | None = None
+    chosen: ChosenUnit | None = None
     prefilled: Prefilled | None = None
     num_restarts: int = 0
     waited_s: float = 0.0
@@ -139,25 +146,25 @@ class SequenceDriver:
 
     def __init__(
         self,
-        choose_unit: Callable[[str], UnitLink],
+        credited: Credited,
         attempt: Attempt,
         clock: Clock,
         max_restarts: int,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """``choose_unit``: model → the unit for its next attempt. ``max_restarts``: how many attempts in a row may fail
-        without getting past their first token.
-        """
-        self._choose_unit = choose_unit
+        """``max_restarts``: how many attempts in a row may fail without getting past their first token."""
+        self._credited = credited
         self._run_attempt = attempt
         self._clock = clock
         self._max_restarts = max_restarts
         self._sleep = sleep
 
     async def run(
-        self, request: EngineRequest, output: SequenceOutput, progress: Progress
+        self, request: EngineRequest, output: SequenceOutput, progress: Progress, first: ChosenUnit | None = None
     ) -> AsyncGenerator[SequenceDelta, None]:
         """Yields every token once, in order; the last delta has the finish. Closing the generator aborts the sequence.
+
+        ``first``: the unit of the first attempt, if it is chosen already.
 
         Raises InvalidRequest if the unit can never hold the sequence, SequenceFailed if no engine can compute it, and
         the last attempt's error after ``max_restarts`` or if it is the same as that of the attempt before.
@@ -168,11 +175,12 @@ class SequenceDriver:
             attempt = _resumed(request, output, progress.ended.num_displaced)
             try:
                 async with (
-                    self._credit(attempt, progress) as credit,
-                    # Workers order the request by the same state as the unit.
-                    aclosing(self._run_attempt(replace(attempt, scheduling=credit.scheduling), credit)) as events,
+                    self._credit(attempt, progress, first) as credited,
+                    aclosing(self._attempt(attempt, credited.credit)) as events,
                 ):
                     async for event in events:
+                        if isinstance(event, Prefilled):
+                            credited.prefilled(event.num_cached_tokens)
                         if isinstance(event, Prefilled | Reported):
                             progress.note(event, bool(output.token_ids), self._clock.monotonic_s())
                         elif isinstance(event, Tokens):
@@ -188,39 +196,32 @@ class SequenceDriver:
                     progress.num_restarts += 1
                     _log.warning("%s: retried after %d tokens: %s", request.request_id, len(output.token_ids), error)
             finally:
+                first = None
                 progress.attempt_ended(bool(output.token_ids), self._clock.monotonic_s())
             if (finish := output.token_finish) is not None:  # only the report of the finish was lost
                 yield output.complete(finish)
                 return
             await self._sleep(min(_MAX_WAIT_S, _FIRST_WAIT_S * 2**failures.num_fruitless))
 
-    @asynccontextmanager
-    async def _credit(self, request: EngineRequest, progress: Progress) -> AsyncIterator[Credit]:
-        """Waits for a credit of the unit that is chosen now. The credit is returned when the block ends.
+    def _attempt(self, request: EngineRequest, credit: Credit) -> AsyncGenerator[AttemptEvent, None]:
+        """One attempt. Workers order the request by the same state as the unit."""
+        return self._run_attempt(replace(request, scheduling=credit.scheduling), credit)
 
-        The sequence counts as assigned to the unit throughout: a credit arrives before its task goes on, and another
-        sequence may choose a unit in between.
-        """
-        unit, requested_at_s = self._choose_unit(request.model), self._clock.monotonic_s()
-        demand = unit.kv_demand(request)
-        unit.num_assigned[request.model] += 1
-        try:
-            credit = await unit.admission.wait_for_credit(
-                request.model, request.tenant, request.scheduling, demand, request.tenant_weight
-            )
-            try:
-                credited_at_s = self._clock.monotonic_s()
-                if progress.credited_at_s is None:
-                    progress.credited_at_s = credited_at_s
-                    progress.credit = credit
-                if not request.resume_token_ids:
-                    progress.waited_s += credited_at_s - requested_at_s
-                    progress.waits = progress.waits.plus(credit.waits)
-                yield credit
-            finally:
-                unit.admission.return_credit(credit)
-        finally:
-            unit.num_assigned[request.model] -= 1
+    @asynccontextmanager
+    async def _credit(
+        self, request: EngineRequest, progress: Progress, first: ChosenUnit | None
+    ) -> AsyncIterator[CreditedAttempt]:
+        """Waits for a credit and notes the wait. The credit is returned when the block ends."""
+        requested_at_s = self._clock.monotonic_s()
+        async with self._credited(request, first) as credited:
+            credited_at_s = self._clock.monotonic_s()
+            if progress.credited_at_s is None:
+                progress.credited_at_s = credited_at_s
+                progress.credit, progress.chosen = credited.credit, credited.chosen
+            if not request.resume_token_ids:
+                progress.waited_s += credited_at_s - requested_at_s
+                progress.waits = progress.waits.plus(credited.credit.waits)
+            yield credited
 
 
 def _resumed(request: EngineRequest, output: SequenceOutput, num_preemptions: int) -> EngineRequest:

@@ -1,99 +1,115 @@
-"""Links to the units of the mesh, and the choice of the unit for the next attempt of a request."""
+"""The units of the mesh, and what this router knows of each when it chooses one for a request.
+
+The rule is `router.unit_choice`, the waiting is `router.credit_wait`.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from muxmesh.block_hashes import KvIdentity, kv_demand
-from muxmesh.config.model_config import ModelConfig, reserved_output_tokens
+from muxmesh.block_hashes import known_hashes
 from muxmesh.errors import ModelNotFound
-from muxmesh.internal.v1 import kvstore_pb2_grpc
 from muxmesh.quoting import quoted
-from muxmesh.slo import RequestSlo
+from muxmesh.residency_format import block_keys
+from muxmesh.step_cost import UNMEASURED, ModelCosts
 from muxmesh.types import EngineRequest, KvDemand
-from muxmesh.unloaded_latency import unloaded
-from router.admission_client import UnitAdmission
-from router.expected_work import ExpectedWork
-from router.unit_choice import unit_load
+from router.admission_client import NO_REPORT
+from router.assigned_work import AssignedSequence
+from router.residency import ResidencyIndex
+from router.unit_choice import Candidate, Choice, ChoiceReason, UnitLoad, choose, choose_better, prefill_s
+from router.unit_link import Chains, UnitLink
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedModel:
-    """The configuration of a model on one unit, and the identity of its KV there.
+class ChosenUnit:
+    """The unit for one attempt of a request, the KV that it needs there, and seconds of its prefill and decode."""
 
-    The unit tells the fingerprint of the weights, which the router need not have.
-    """
+    link: UnitLink
+    choice: Choice
+    demand: KvDemand
+    prefill_s: float
+    decode_s: float
+    chains: Chains
+    """Of the units that were looked at: hashing a long prompt takes milliseconds."""
 
-    config: ModelConfig
-    identity: KvIdentity
+    def with_prediction_of(self, request: EngineRequest) -> ChosenUnit:
+        """The same unit for a request with the same tokens and perhaps another prediction."""
+        hashes = self.chains.get(self.link.chain_root(request))
+        return replace(self, demand=self.link.kv_demand(request, hashes))
+
+    def assign(self, model: str) -> AssignedSequence:
+        """Counts the work as the unit's, from before it is queued there until `AssignedWork.remove`."""
+        return self.link.assigned.add(model, self.prefill_s, self.decode_s)
 
 
 @dataclass(frozen=True, slots=True)
-class UnitLink:
-    """The connections to one unit, and the models that it serves."""
+class _View:
+    """What one choice looks at: the units that serve the model, each with its candidate and the KV demand."""
 
-    name: str
-    admission: UnitAdmission
-    kvstore: kvstore_pb2_grpc.KvStoreServiceAsyncStub
-    commands: kvstore_pb2_grpc.UnitModelServiceAsyncStub
-    models: dict[str, PlacedModel]
-    expected_work: ExpectedWork
-    num_assigned: Counter[str] = field(default_factory=Counter)
-    """Sequences of this router that wait for a credit of the unit or have one, by model."""
+    links: Sequence[UnitLink]
+    demands: Sequence[KvDemand]
+    candidates: Sequence[Candidate]
+    decode_s: Sequence[float]
+    chains: Chains
 
-    def add_model(self, model: str, placed: PlacedModel) -> None:
-        """Adds a model, without the step costs of an earlier one of its name.
-
-        The unit reports those until the last sequence of that one has ended, after `remove_model`.
-        """
-        self.admission.costs.pop(model, None)
-        self.admission.unloaded.pop(model, None)
-        self.models[model] = placed
-
-    def remove_model(self, model: str) -> None:
-        """Removes a model. Its running sequences continue."""
-        self.models.pop(model, None)
-
-    def request_slo(self, model: str) -> RequestSlo | None:
-        """What a request for ``model`` that arrives now is judged by."""
-        config = self.models[model].config
-        return RequestSlo.of(config.slo, unloaded(config, self.admission.unloaded[model].costs))
-
-    def kv_demand(self, request: EngineRequest) -> KvDemand:
-        """What ``request`` needs of this unit's KV pool. Its model has to be served here."""
-        placed, weights = self.models[request.model], self.admission.fingerprints.get(request.model)
-        identity = None if weights is None else replace(placed.identity, weights=weights)
-        num_sent = len(request.resume_token_ids)
-        reserved = reserved_output_tokens(placed.config, request.prediction, num_sent)
-        return kv_demand(request, identity, placed.config.block_size, reserved)
+    def chosen(self, choice: Choice) -> ChosenUnit:
+        index = next(index for index, one in enumerate(self.candidates) if one is choice.candidate)
+        prefill = choice.candidate.prefill_s
+        return ChosenUnit(self.links[index], choice, self.demands[index], prefill, self.decode_s[index], self.chains)
 
 
 class Units:
-    """Owns the links to all units."""
+    """Owns the links to all units, and counts choices."""
 
-    def __init__(self, links: Iterable[UnitLink]) -> None:
+    def __init__(self, links: Iterable[UnitLink], residency: ResidencyIndex | None = None) -> None:
+        """``residency``: what is known of the units' prefix caches; None: nothing."""
         self._links: Mapping[str, UnitLink] = {link.name: link for link in links}
+        self.residency = ResidencyIndex() if residency is None else residency
+        self._turn = 0
+        self.num_choices = Counter[tuple[str, ChoiceReason]]()
+        """Attempts by unit and reason of the choice; those of requests that moved count at each unit."""
+        self.num_cached_tokens = Counter[tuple[str, ChoiceReason]]()
+        """Tokens that these attempts found in the prefix cache."""
 
     def __iter__(self) -> Iterator[UnitLink]:
         return iter(self._links.values())
 
-    def choose(self, model: str) -> UnitLink:
-        """Returns the unit with the least load of ``model`` (`router.unit_choice`).
-
-        Raises ModelNotFound if no unit serves the model.
-        """
+    def serving(self, model: str) -> list[UnitLink]:
+        """The units that serve a model, at least one. Raises ModelNotFound."""
         serving = [link for link in self._links.values() if model in link.models]
         if not serving:
             served = ", ".join(sorted({name for link in self for name in link.models}))
             raise ModelNotFound(f"model: {quoted(model)} is not served by any unit; served: {served}")
-        return min(
-            serving,
-            key=lambda link: unit_load(
-                is_connected=link.admission.connected.is_set(), num_assigned=link.num_assigned[model]
-            ),
-        )
+        return serving
+
+    def least_loaded(self, model: str) -> UnitLink:
+        """The connected unit with the fewest sequences of ``model``, for what is needed before the prompt is known.
+
+        Raises ModelNotFound if no unit serves the model.
+        """
+        return min(self.serving(model), key=lambda link: (not link.is_connected, link.assigned.num(model)))
+
+    def choose(self, request: EngineRequest) -> ChosenUnit:
+        """The unit for the next attempt of a request. Raises ModelNotFound if no unit serves its model."""
+        view = self._view(self.serving(request.model), request, {None: None})
+        return self._counted(view.chosen(choose(view.candidates, self._next_turn())))
+
+    def choose_better(self, request: EngineRequest, chosen: ChosenUnit) -> ChosenUnit | None:
+        """The unit to which a request that is queued at ``chosen`` moves, see `router.unit_choice`; None: it stays."""
+        links, current = [link for link in self._links.values() if request.model in link.models], chosen.link
+        if current not in links or not self._has_free_unit(request.model, links, current):
+            return None
+        view = self._view(links, request, chosen.chains, current)
+        here = view.candidates[links.index(current)]
+        others = [one for one in view.candidates if one is not here]
+        better = choose_better(others, here, self._next_turn())
+        return None if better is None else self._counted(view.chosen(better))
+
+    def note_cached(self, chosen: ChosenUnit, num_tokens: int) -> None:
+        """An attempt has found ``num_tokens`` tokens in the prefix cache of its unit."""
+        self.num_cached_tokens[chosen.link.name, chosen.choice.reason] += num_tokens
 
     def oldest_queued_s(self, model: str, unix_s: float) -> float:
         """Seconds since the arrival of the oldest request for ``model`` that waits for a credit; 0 without one."""
@@ -103,3 +119,132 @@ class Units:
     def num_queued(self, model: str) -> int:
         """Requests for ``model`` that wait for a credit, over all units."""
         return sum(link.admission.num_queued(model) for link in self._links.values())
+
+    def _next_turn(self) -> int:
+        self._turn += 1
+        return self._turn - 1
+
+    def _counted(self, chosen: ChosenUnit) -> ChosenUnit:
+        self.num_choices[chosen.link.name, chosen.choice.reason] += 1
+        return chosen
+
+    def _has_free_unit(self, model: str, links: Sequence[UnitLink], current: UnitLink) -> bool:
+        """Whether looking closer may pay: another unit has a free slot, or the current one is lost."""
+        return not current.is_connected or any(
+            link is not current and link.is_connected and _num_sequences(link, model) < _num_slots(link, model)
+            for link in links
+        )
+
+    def _view(
+        self, links: Sequence[UnitLink], request: EngineRequest, chains: Chains, current: UnitLink | None = None
+    ) -> _View:
+        """``chains``: hashes that are known; others are added. ``current``: the unit at which the request is queued
+        already, behind those that precede it only.
+        """
+        hashes = _hashes_of(links, request, chains)
+        demands = [link.kv_demand(request, one) for link, one in zip(links, hashes, strict=True)]
+        cached = self._cached_tokens(links, request, demands)
+        costs = _costs_of(links, request.model)
+        num_known = len(request.prompt_token_ids) + len(request.resume_token_ids)
+        candidates, decode_s = [], []
+        for link, num_cached, cost in zip(links, cached, costs, strict=True):
+            own_decode_s = cost.decode.decode_s(_decode_steps(request), num_known)
+            load = _load_of(link, request.model, own_decode_s, cost)
+            if link is current:
+                load = _load_before(load, link, request)
+            candidates.append(_candidate(link, request, num_known, num_cached, load, cost))
+            decode_s.append(own_decode_s)
+        return _View(links, demands, candidates, decode_s, chains)
+
+    def _cached_tokens(
+        self, links: Sequence[UnitLink], request: EngineRequest, demands: Sequence[KvDemand]
+    ) -> list[int]:
+        """Tokens of the request that each unit caches, as far as this router knows."""
+        if len(links) == 1:
+            return [0]
+        matched: dict[tuple[bytes, ...], dict[str, int]] = {}
+        cached = []
+        for link, demand in zip(links, demands, strict=True):
+            hashes = demand.block_hashes
+            if hashes not in matched:
+                matched[hashes] = self.residency.match(block_keys(request.model, hashes))
+            num_blocks = matched[hashes].get(link.name, 0)
+            block_size = link.models[request.model].config.block_size
+            cached.append(min(demand.max_cached_tokens, num_blocks * block_size))
+        return cached
+
+
+def _hashes_of(links: Sequence[UnitLink], request: EngineRequest, chains: Chains) -> list[tuple[bytes, ...] | None]:
+    """The hashes of the request's known tokens on each unit, computed once for units with equal KV; None: a unit whose
+    weights are not known. Adds those that ``chains`` does not have.
+    """
+    hashes = []
+    for link in links:
+        root = link.chain_root(request)
+        if root is not None and root not in chains:
+            chains[root] = known_hashes(request, *root)
+        hashes.append(chains[root])
+    return hashes
+
+
+def _costs_of(links: Sequence[UnitLink], model: str) -> list[ModelCosts]:
+    """Step costs of each unit. One that has not measured its own is taken to be as fast as another."""
+    measured = [link.admission.costs.get(model) for link in links]
+    assumed = next((costs for costs in measured if costs is not None), UNMEASURED)
+    return [costs or assumed for costs in measured]
+
+
+def _load_of(link: UnitLink, model: str, own_decode_s: float, costs: ModelCosts) -> UnitLoad:
+    """What is ahead of a new request: this router's sequences, and those of others as the unit reports them."""
+    others_s = sum(
+        costs.prefill.step_s(report.prefill_tokens, report.prefill_context) - costs.prefill.base_s
+        for report in link.admission.loads.values()
+    )
+    mean_decode_s = link.assigned.mean_decode_s(model)
+    return UnitLoad(
+        _num_sequences(link, model),
+        own_decode_s if mean_decode_s is None else mean_decode_s,
+        link.assigned.prefill_s + others_s,
+    )
+
+
+def _load_before(load: UnitLoad, link: UnitLink, request: EngineRequest) -> UnitLoad:
+    """The part of ``load`` that precedes a request which is queued already."""
+    num_queued = link.assigned.num(request.model) - link.assigned.num_credited(request.model)
+    num_before = link.admission.num_before(request.model, request.scheduling)
+    num_sequences = load.num_sequences - max(0, num_queued - num_before)
+    part = num_sequences / load.num_sequences if load.num_sequences else 0.0
+    return replace(load, num_sequences=num_sequences, prefill_s=load.prefill_s * part)
+
+
+def _candidate(
+    link: UnitLink, request: EngineRequest, num_known: int, num_cached: int, load: UnitLoad, costs: ModelCosts
+) -> Candidate:
+    placed, chunk = link.models[request.model], link.models[request.model].config.step_token_budget
+    return Candidate(
+        link.name,
+        num_known,
+        num_cached,
+        load.wait_s(placed.config.max_num_seqs),
+        prefill_s(costs, num_known, num_cached, chunk),
+        load.num_sequences,
+        fits=request.max_tokens <= placed.capacity_tokens,
+        is_connected=link.is_connected,
+        is_awake=not link.admission.loads.get(request.model, NO_REPORT).is_asleep,
+    )
+
+
+def _num_sequences(link: UnitLink, model: str) -> int:
+    """Sequences of a model that all routers have on a unit."""
+    return link.assigned.num(model) + link.admission.loads.get(model, NO_REPORT).num_sequences
+
+
+def _num_slots(link: UnitLink, model: str) -> int:
+    return link.models[model].config.max_num_seqs
+
+
+def _decode_steps(request: EngineRequest) -> float:
+    """Expected decode steps of the output that is left."""
+    if request.prediction is None:
+        return float(request.stopping.max_new_tokens)
+    return max(0.0, request.prediction.p50_tokens - len(request.resume_token_ids) - 1)

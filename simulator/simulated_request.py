@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from loadtest.record import Record
 from muxmesh.types import LengthPrediction, SchedulingState, SloTargets
+from router.assigned_work import AssignedSequence
 
 
 def _ignore() -> None:
@@ -43,6 +44,8 @@ class SimulatedRequest:
     entry_id: int = 0
     tenant: str = ""
     tenant_weight: float = 1.0
+    assigned: AssignedSequence | None = None
+    """Its work, as counted at its unit."""
 
     @property
     def max_tokens(self) -> int:

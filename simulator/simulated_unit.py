@@ -28,10 +28,12 @@ from muxmesh.kv_cost import CopyRates
 from muxmesh.models.model_spec import KvShape, ModelSpec
 from muxmesh.scheduling_policy import SchedulingPolicy
 from muxmesh.slo import RequestSlo, first_token_due_s
-from muxmesh.step_cost import ModelCosts
+from muxmesh.step_cost import UNMEASURED, ModelCosts
 from muxmesh.types import Lease, QueuedRequest, Role, SloTargets
+from router.assigned_work import AssignedWork
 from router.expected_work import ExpectedWork, ModelService
 from router.request_queue import RequestQueue
+from router.unit_choice import Candidate, UnitLoad, prefill_s
 from simulator.simulated_decoding import ServedModel, SimulatedDecoding
 from simulator.simulated_device import Device
 from simulator.simulated_request import SimulatedRequest
@@ -131,10 +133,10 @@ class SimulatedUnit:
         self._decoding = SimulatedDecoding(
             timeline, self.unit, self._device, decode_workers, self._schedule, self._finish, self._requeue
         )
-        self.num_running: Counter[str] = Counter()
-        """Sequences with a credit, by model."""
         self._num_tokens: Counter[str] = Counter()
         """Tenant → output tokens of its requests that have ended."""
+        self._name = config.name
+        self._assigned = AssignedWork()
         self._last_entry_id = 0
         self._timer_s: float | None = None
 
@@ -171,6 +173,32 @@ class SimulatedUnit:
             sum(served.swap.copied_bytes for served in models),
             {name: ModelSwitches(record.num_wakes, record.waking_s) for name, record in states.items()},
         )
+
+    def candidate(
+        self, model: str, num_tokens: int, num_cached: int, decode_tokens: float, costs: ModelCosts
+    ) -> Candidate:
+        """What a router knows of the unit for a request of ``num_tokens``; see `router.units`."""
+        config, assigned = self._served[model].config, self._assigned
+        decode_s = assigned.mean_decode_s(model)
+        if decode_s is None:
+            decode_s = costs.decode.decode_s(decode_tokens, num_tokens)
+        load = UnitLoad(assigned.num(model), decode_s, assigned.prefill_s)
+        return Candidate(
+            self._name,
+            num_tokens,
+            num_cached,
+            load.wait_s(config.max_num_seqs),
+            prefill_s(costs, num_tokens, num_cached, config.step_token_budget),
+            load.num_sequences,
+            is_awake=self.unit.states.admits(model),
+        )
+
+    def assign(self, request: SimulatedRequest, num_cached: int) -> None:
+        """Counts the work of a request that is about to be queued, of which ``num_cached`` tokens need no prefill."""
+        served, num_tokens = self._served[request.model], request.num_prompt + request.num_sent
+        costs, chunk = served.costs or UNMEASURED, served.config.step_token_budget
+        decode_s = costs.decode.decode_s(max(0.0, request.prediction.p50_tokens - 1), num_tokens)
+        request.assigned = self._assigned.add(request.model, prefill_s(costs, num_tokens, num_cached, chunk), decode_s)
 
     def service(self, model: str) -> ModelService:
         """The router's view of a model on this unit, with the step costs that the workers reported last."""
@@ -308,7 +336,6 @@ class SimulatedUnit:
     def _admit(self, credit: IssuedCredit) -> None:
         request = self._waiting.pop(credit.entry_id)
         self._queue.remove(credit.entry_id)
-        self.num_running[request.model] += 1
         served, now_s = self._served[request.model], self._timeline.now_s
         if self._on_decision is not None:
             reason = self._policy.reason(credit.scheduling, now_s)
@@ -333,6 +360,8 @@ class SimulatedUnit:
         """The known tokens are computed and one more is sampled: finishes, or hands off to the decode worker."""
         served = self._served[request.model]
         del self._prefills[lease.ref.lease_id]
+        if request.assigned is not None:
+            self._assigned.prefilled(request.assigned)
         if request.num_sent == 0:
             request.record.pieces.append((self._timeline.now_s, 1))
             request.on_first_token()
@@ -352,7 +381,8 @@ class SimulatedUnit:
 
     def _requeue(self, request: SimulatedRequest) -> None:
         """The KV of a pre-empted request was freed: it needs a credit again."""
-        self.num_running[request.model] -= 1
+        self._unassign(request)
+        self.assign(request, 0)
         self.enqueue(request)
 
     def _finish(
@@ -365,7 +395,6 @@ class SimulatedUnit:
         record.finish = "LENGTH" if request.num_output >= request.max_new_tokens else "EOS"
         if request.num_output > 1:
             record.pieces.append((self._timeline.now_s, request.num_output - 1))
-        self.num_running[request.model] -= 1
         self._end(request)
         self._timeline.after(self._delays.end_s, lambda: self._release(lease, owner, hashes, served_s))
 
@@ -373,7 +402,13 @@ class SimulatedUnit:
         self.unit.release(lease.ref, owner, hashes, served_s)
         self._schedule()
 
+    def _unassign(self, request: SimulatedRequest) -> None:
+        if request.assigned is not None:
+            self._assigned.remove(request.assigned)
+            request.assigned = None
+
     def _end(self, request: SimulatedRequest) -> None:
+        self._unassign(request)
         request.record.ended_s = self._timeline.now_s
         request.on_end(request)
 

@@ -103,12 +103,13 @@ def _explanation(info: Scheduling) -> str:
         work += ", the same for every such request of the model"
     else:
         work = f"{duration_text(info.prefill_s)} of prefill, {work}"
+    unit = f"\nchosen unit {info.unit_reason}" if info.unit_reason else ""
     return (
         f"[expected output: {info.p50_output_tokens:.0f} tokens, p90 {info.p90_output_tokens:.0f} ({origin}); "
         f"work: {work}\n"
         f"waited {duration_text(info.waited_s)} for admission {info.decision}, which overtook {info.num_overtaken} "
         f"earlier requests; waited for: {waits or 'nothing'}\n"
-        f"{info.reason}]"
+        f"{info.reason}{unit}]"
     )
 
 

@@ -73,7 +73,8 @@ class Scheduling:
 
     ``source`` names the origin of the expected length. ``decision`` numbers the unit's admissions from 1.
     ``num_overtaken`` requests of the same model and priority had arrived earlier and still waited. ``waited_for``:
-    what the request waited for until its first token.
+    what the request waited for until its first token. ``unit`` served its first attempt, and ``unit_reason`` says for
+    people why it was chosen.
     """
 
     policy: str
@@ -87,6 +88,8 @@ class Scheduling:
     decision: int
     num_overtaken: int
     waited_for: Waits = NO_WAITS
+    unit: str = ""
+    unit_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -564,6 +564,8 @@ class SchedulingInfo(_message.Message):
     DECISION_FIELD_NUMBER: _builtins.int
     NUM_OVERTAKEN_FIELD_NUMBER: _builtins.int
     WAITED_FOR_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    UNIT_REASON_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     """The scheduling policy: fcfs, sjf, srtf, srtf-aged, hrrn or mlfq."""
     reason: _builtins.str
@@ -587,6 +589,9 @@ class SchedulingInfo(_message.Message):
     """Numbers the admissions of the unit, from 1."""
     num_overtaken: _builtins.int
     """Requests of the same model and priority that arrived earlier and still wait, among those that the unit knows of."""
+    unit: _builtins.str
+    """The unit that served its first attempt, and why the router chose it. The reason is for people, not for programs."""
+    unit_reason: _builtins.str
     @_builtins.property
     def waited_for(self) -> Global___Waits:
         """What it waited for until its first token."""
@@ -605,10 +610,12 @@ class SchedulingInfo(_message.Message):
         decision: _builtins.int = ...,
         num_overtaken: _builtins.int = ...,
         waited_for: Global___Waits | None = ...,
+        unit: _builtins.str = ...,
+        unit_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["waited_for", b"waited_for"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "decode_s", b"decode_s", "num_overtaken", b"num_overtaken", "p50_output_tokens", b"p50_output_tokens", "p90_output_tokens", b"p90_output_tokens", "policy", b"policy", "prefill_s", b"prefill_s", "reason", b"reason", "source", b"source", "waited_for", b"waited_for", "waited_s", b"waited_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "decode_s", b"decode_s", "num_overtaken", b"num_overtaken", "p50_output_tokens", b"p50_output_tokens", "p90_output_tokens", b"p90_output_tokens", "policy", b"policy", "prefill_s", b"prefill_s", "reason", b"reason", "source", b"source", "unit", b"unit", "unit_reason", b"unit_reason", "waited_for", b"waited_for", "waited_s", b"waited_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SchedulingInfo: _TypeAlias = SchedulingInfo  # noqa: Y015

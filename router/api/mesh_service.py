@@ -24,7 +24,8 @@ from router.pipeline import GenerationPipeline
 from router.request_metrics import RequestMetrics
 from router.served_models import ServedModel, ServedModels
 from router.slo_counts import WINDOW_S, SloTally
-from router.units import UnitLink, Units
+from router.unit_link import UnitLink
+from router.units import Units
 
 Context = grpc.aio.ServicerContext[Any, Any]
 PeerCounts = Callable[[], Awaitable[Iterable[mesh_pb2.RouterModelStatus]]]

@@ -29,7 +29,7 @@ from muxmesh.internal.v1 import kvstore_pb2
 from muxmesh.rpc import convert
 from muxmesh.rpc.status_codes import from_rpc_error
 from muxmesh.scheduling_policy import FCFS
-from muxmesh.step_cost import COSTS_EVERY_S, StepCost
+from muxmesh.step_cost import COSTS_EVERY_S, StepCost, context_of
 from muxmesh.types import SWAP_PAGE_BYTES, KvDemand, Lease, LeaseRef, QueuedRequest, Role, SchedulingState
 from tests.kvstore.small_unit import (
     SHAPES,
@@ -308,7 +308,7 @@ async def test_step_costs_are_sent_at_most_once_in_their_interval(served_unit: S
         kinds: list[str | None] = []
         while kinds[-1:] != ["refused"]:
             kinds.append((await router.next_message()).WhichOneof("message"))
-        return kinds
+        return [kind for kind in kinds if kind != "loads"]
 
     assert await kinds_until_refused() == ["costs", "refused"]
     assert await kinds_until_refused() == ["costs", "refused"], "those of the first round"
@@ -316,6 +316,26 @@ async def test_step_costs_are_sent_at_most_once_in_their_interval(served_unit: S
     clock.advance(COSTS_EVERY_S)
     assert await kinds_until_refused() == ["refused"], "they follow the refusal"
     assert await kinds_until_refused() == ["costs", "refused"]
+
+
+# Loads of other routers
+
+
+async def test_a_router_is_told_what_other_routers_have_on_the_unit(served_unit: ServedUnit) -> None:
+    workers = await Workers.of(served_unit)
+    first, second = served_unit.router("first"), served_unit.router("second")
+    assert all(load.num_sequences == 0 for load in (await second.loads()).models)
+    await workers.decoding(first, 1, 8)
+    hashes = tuple(bytes([value]) * 16 for value in range(3))
+    first.offer(queued(2, "b", 48, hashes=hashes))
+    while (loads := {load.model: load for load in (await second.loads()).models})["b"].num_sequences == 0:
+        pass
+    assert (loads["a"].num_sequences, loads["a"].prefill_tokens) == (1, 0), "its prompt is computed"
+    assert (loads["b"].num_sequences, loads["b"].prefill_tokens) == (1, 48)
+    assert loads["b"].prefill_context == context_of(0, 48)
+    first.cancel()
+    while any(load.num_sequences for load in (await second.loads()).models if load.model == "b"):
+        pass
 
 
 # Models that are removed

@@ -15,6 +15,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from kvstore.admission import AdmissionEntry
 from kvstore.leases import TRANSITIONS, LeaseRecord, LeaseState
 from kvstore.model_states import AwakeLimits
+from kvstore.router_loads import router_loads
 from kvstore.sequence_progress import SequenceProgress
 from kvstore.unit import CREDIT_TTL_S, AdmissionDecisions, IssuedCredit, Unit
 from kvstore.unit_model import UnitModel
@@ -80,6 +81,8 @@ class UnitMachine(RuleBasedStateMachine):
             awake=AwakeLimits(max_awake),
             preemption_mode=mode,
         )
+        self.published = set[tuple[str, bytes]]()
+        self.unit.blocks.on_published = self.note_published
         self.now_s = 0.0
         self.waiting: dict[EntryKey, str] = {}
         self.leases: set[int] = set()
@@ -458,6 +461,24 @@ class UnitMachine(RuleBasedStateMachine):
     def the_state_is_consistent(self) -> None:
         if hasattr(self, "unit"):
             self.unit.check_integrity()
+
+    def note_published(self, model: str, block_hash: bytes, is_held: bool) -> None:
+        assert ((model, block_hash) in self.published) is not is_held, "each report is a change"
+        self.published ^= {(model, block_hash)}
+
+    @invariant()
+    def every_change_of_the_prefix_cache_is_reported(self) -> None:
+        if hasattr(self, "unit"):
+            held = {(model, block_hash) for model, hashes in self.unit.blocks.published() for block_hash in hashes}
+            assert held == self.published
+
+    @invariant()
+    def every_sequence_counts_in_the_load_of_one_router(self) -> None:
+        if hasattr(self, "unit"):
+            loads = router_loads(self.unit)
+            total = sum(load.num_sequences for by_router in loads.values() for load in by_router.values())
+            num_queued = sum(entry.swapped is None for entry in self.unit.admission.entries())
+            assert total == len(self.leases) + num_queued
 
     @invariant()
     def nothing_is_lost(self) -> None:

@@ -16,10 +16,11 @@ from muxmesh.block_hashes import (
     block_hashes,
     demand_for,
     join_hashes,
+    known_hashes,
     kv_demand,
     split_hashes,
 )
-from muxmesh.types import EngineRequest, Sampling, SchedulingState, Stopping
+from muxmesh.types import EngineRequest, KvDemand, Sampling, SchedulingState, Stopping
 
 IDENTITY = KvIdentity("weights", "float32", "float32", "layout", "rope")
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=40)
@@ -31,17 +32,23 @@ def request(num_prompt: int, **fields: Any) -> EngineRequest:
     return EngineRequest("r", "m", prompt, sampling, Stopping(10), SchedulingState(0, 0.0), **fields)
 
 
+def demand_of(one: EngineRequest, identity: KvIdentity | None) -> KvDemand:
+    """With blocks of 16 tokens, and 4 tokens of output reserved."""
+    root = None if identity is None else identity.root(one.tenant, one.cache_salt)
+    return kv_demand(one, None if root is None else known_hashes(one, 16, root), 4)
+
+
 @pytest.mark.parametrize(
     ("num_prompt", "num_blocks", "num_usable"), [(1, 0, 0), (15, 0, 0), (16, 1, 0), (17, 1, 1), (32, 2, 1)]
 )
 def test_the_last_token_of_a_prompt_is_always_computed(num_prompt: int, num_blocks: int, num_usable: int) -> None:
-    demand = kv_demand(request(num_prompt), IDENTITY, 16, 4)
+    demand = demand_of(request(num_prompt), IDENTITY)
     assert (demand.num_tokens, demand.max_tokens) == (num_prompt + 4, num_prompt + 10)
     assert (len(demand.block_hashes), demand.max_cached_tokens // 16) == (num_blocks, num_usable)
 
 
 def test_the_demand_of_a_resumed_request_includes_its_earlier_output() -> None:
-    demand = kv_demand(request(20, resume_token_ids=tuple(range(20, 28))), IDENTITY, 16, 4)
+    demand = demand_of(request(20, resume_token_ids=tuple(range(20, 28))), IDENTITY)
     assert (demand.num_tokens, demand.max_tokens) == (30, 30)
     assert demand.block_hashes == block_hashes(range(28), 16, IDENTITY.root())
     assert demand.max_cached_tokens == 27
@@ -51,13 +58,13 @@ def test_the_demand_of_a_resumed_request_includes_its_earlier_output() -> None:
     "fields", [{"bypass_prefix_cache": True}, {"sampling": Sampling(prompt_logprobs=0)}], ids=["bypass", "logprobs"]
 )
 def test_a_request_that_computes_its_whole_prompt_uses_no_cached_token(fields: dict[str, Any]) -> None:
-    demand = kv_demand(request(40, **fields), IDENTITY, 16, 4)
+    demand = demand_of(request(40, **fields), IDENTITY)
     assert demand.max_cached_tokens == 0
     assert len(demand.block_hashes) == 2, "its own blocks are published"
 
 
 def test_without_the_identity_of_its_model_a_request_uses_and_publishes_no_cached_token() -> None:
-    demand = kv_demand(request(40), None, 16, 4)
+    demand = demand_of(request(40), None)
     assert (demand.num_tokens, demand.max_tokens) == (44, 50)
     assert (demand.block_hashes, demand.max_cached_tokens) == ((), 0)
 
@@ -96,7 +103,7 @@ def test_tenants_and_salts_have_different_roots() -> None:
 
 
 def test_the_demand_is_hashed_for_the_tenant_and_its_salt() -> None:
-    demand = kv_demand(request(40, tenant="t", cache_salt="s"), IDENTITY, 16, 4)
+    demand = demand_of(request(40, tenant="t", cache_salt="s"), IDENTITY)
     assert demand.block_hashes == block_hashes(range(40), 16, IDENTITY.root("t", "s"))
 
 

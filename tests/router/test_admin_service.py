@@ -11,7 +11,8 @@ from muxmesh.scheduling_policy import FCFS
 from router.admin_service import units_with
 from router.admission_client import UnitAdmission
 from router.expected_work import ExpectedWork
-from router.units import PlacedModel, UnitLink, Units
+from router.unit_link import PlacedModel, UnitLink
+from router.units import Units
 from tests.support.pipeline_parts import IDENTITY
 
 

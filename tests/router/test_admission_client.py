@@ -20,7 +20,7 @@ from muxmesh.rpc.channels import internal_channel
 from muxmesh.scheduling_policy import FCFS
 from muxmesh.step_cost import ModelCosts, StepCost
 from muxmesh.types import KvDemand, LeaseRef, QueuedRequest, SchedulingState
-from router.admission_client import Credit, UnitAdmission
+from router.admission_client import Credit, ReportedLoad, UnitAdmission, UnitLost
 from router.request_queue import SHOWN_PER_MODEL
 from tests.support.fake_unit import AdmitStream, FakeKvStore, serving
 from tests.support.pipeline_parts import until
@@ -197,6 +197,34 @@ async def test_step_costs_are_those_that_the_unit_reported_last(setup: Setup) ->
     await until(lambda: "n" in setup.admission.costs)
     assert setup.admission.costs == {"m": costs(2.0), "n": costs(3.0)}
     assert {model: one.costs for model, one in setup.admission.unloaded.items()} == setup.admission.costs
+
+
+async def test_the_loads_of_other_routers_are_those_of_the_last_report_until_the_unit_is_lost(setup: Setup) -> None:
+    assert setup.admission.loads == {}
+    for number in (3, 2):
+        load = kvstore_pb2.ModelLoad(
+            model="m", is_asleep=True, num_sequences=number, prefill_tokens=4, prefill_context=5
+        )
+        setup.stream.send(loads=kvstore_pb2.UnitLoads(models=[load]))
+    await until(lambda: setup.admission.loads == {"m": ReportedLoad(True, 2, 4, 5)})
+    setup.stream.end()
+    await until(lambda: setup.admission.loads == {})
+
+
+async def test_a_request_that_leaves_a_lost_unit_is_not_shown_to_the_next_one(setup: Setup) -> None:
+    leaving = asyncio.create_task(
+        setup.admission.wait_for_credit("m", "", SchedulingState(0, 1.0), DEMAND, leaves_when_lost=True)
+    )
+    staying = waiting(setup.admission, 2.0)
+    assert [(await setup.stream.next("offer")).entry_id for _ in range(2)] == [1, 2]
+    assert setup.admission.num_before("m", SchedulingState(0, 2.5)) == 2
+    setup.stream.end()
+    with pytest.raises(UnitLost, match=r"^the connection to unit unit0 broke$"):
+        await leaving
+    stream = await setup.kvstore.stream()
+    await stream.next("hello")
+    assert (await stream.next("offer")).entry_id == 2
+    await ended(staying)
 
 
 async def test_queued_requests_are_shown_again_after_the_stream_broke(setup: Setup) -> None:

@@ -16,7 +16,8 @@ from router.expected_work import ExpectedWork
 from router.model_changes import ModelChanges
 from router.request_metrics import RequestMetrics
 from router.served_models import load_models
-from router.units import UnitLink, Units
+from router.unit_link import UnitLink
+from router.units import Units
 
 
 def runtime_of(folder: Path, *models: str) -> MeshRuntime:

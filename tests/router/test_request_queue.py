@@ -48,6 +48,15 @@ def test_an_overdue_request_is_shown_before_better_classes() -> None:
     assert queue.remove(1) and queue.remove(2)
 
 
+def test_those_that_precede_a_request_are_counted() -> None:
+    queue = RequestQueue()
+    for one in (queued(1), queued(4), queued(2, priority=1), queued(3, model="n")):
+        queue.add(one)
+    assert [queue.num_before("m", SchedulingState(0, at_s)) for at_s in (0.5, 1.0, 2.0, 5.0)] == [0, 0, 1, 2]
+    assert queue.num_before("m", SchedulingState(1, 9.0)) == 3
+    assert queue.num_before("x", SchedulingState(0, 9.0)) == 0
+
+
 def test_the_next_request_is_shown_when_a_shown_one_is_removed() -> None:
     queue = RequestQueue(shown_per_model=1)
     queue.add(queued(1))

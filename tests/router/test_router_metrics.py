@@ -40,6 +40,9 @@ async def test_sequences_wait_then_run_then_are_gone() -> None:
     assert idle["vllm:prompt_tokens_total"].samples == {("m",): 5, ("n",): 0}
     assert idle["vllm:generation_tokens_total"].samples == {("m",): 6, ("n",): 0}
     assert idle["muxmesh_unit_connected"].samples == {("u",): 1}
+    assert idle["muxmesh_residency_blocks"].samples == {("u",): 0}
+    assert idle["muxmesh_unit_choices_total"].samples == {("u", "only"): 2}, "one for each sequence"
+    assert idle["muxmesh_unit_choice_cached_tokens_total"].samples == {("u", "only"): 0}
 
 
 async def test_the_predictor_is_measured() -> None:

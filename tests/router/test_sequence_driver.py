@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -28,7 +27,6 @@ from muxmesh.types import (
     EngineRequest,
     Finish,
     FinishReason,
-    KvDemand,
     LeaseRef,
     LengthPrediction,
     Sampling,
@@ -38,9 +36,11 @@ from muxmesh.types import (
 )
 from router.admission_client import Credit
 from router.attempt import AttemptEvent, Prefilled, Reported
+from router.credit_wait import CreditedAttempt
 from router.generation import FinishKind, OutputFinish, SequenceDelta
 from router.sequence_driver import Progress, SequenceDriver
 from router.sequence_output import SequenceOutput
+from router.units import ChosenUnit
 
 REQUEST = EngineRequest("r", "m", (40, 41), Sampling(prompt_logprobs=0), Stopping(6), SchedulingState(0, 0.0, 2.0, 6.0),
                         prediction=LengthPrediction(6, 6))  # fmt: skip
@@ -49,31 +49,40 @@ DISCOUNTED = SchedulingState(0, 0.0, 0.5, 6.0)
 Script = list[list[int | float | MeshError | Finished | Prefilled | Reported]]
 
 
+CHOSEN = cast(ChosenUnit, "the unit that is chosen when a request is queued")
+
+
+@dataclass(frozen=True)
+class FakeAttempt:
+    """Stands for `CreditedAttempt`."""
+
+    credit: Credit
+    chosen: object
+    cached: list[int]
+
+    def prefilled(self, num_cached_tokens: int) -> None:
+        self.cached.append(num_cached_tokens)
+
+
 @dataclass
 class FakeUnit:
-    """A unit that issues every credit at once, and counts those that are not returned."""
+    """Stands for `CreditWait`: issues every credit at once, and counts those that are not returned."""
 
     num_unreturned: int = 0
-    num_assigned: Counter[str] = field(default_factory=Counter)
-    queued: list[tuple[str, str, SchedulingState, KvDemand]] = field(default_factory=list)
+    queued: list[EngineRequest] = field(default_factory=list)
+    firsts: list[ChosenUnit | None] = field(default_factory=list)
+    cached: list[int] = field(default_factory=list)
 
-    @property
-    def admission(self) -> FakeUnit:
-        return self
-
-    def kv_demand(self, request: EngineRequest) -> KvDemand:
-        return KvDemand(len(request.resume_token_ids), request.max_tokens)
-
-    async def wait_for_credit(
-        self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand, tenant_weight: float = 1.0
-    ) -> Credit:
-        assert self.num_assigned == {model: 1}, "a sequence that waits for a credit counts on its unit"
-        self.queued.append((model, tenant, scheduling, demand))
+    @asynccontextmanager
+    async def credited(self, request: EngineRequest, first: ChosenUnit | None) -> AsyncIterator[CreditedAttempt]:
+        self.queued.append(request)
+        self.firsts.append(first)
         self.num_unreturned += 1
-        return Credit(LeaseRef(self.num_unreturned, 1), "p", "", "d", "", 1, 0, DISCOUNTED, Waits(slot_s=1.0))
-
-    def return_credit(self, credit: Credit) -> None:
-        self.num_unreturned -= 1
+        credit = Credit(LeaseRef(self.num_unreturned, 1), "p", "", "d", "", 1, 0, DISCOUNTED, Waits(slot_s=1.0))
+        try:
+            yield cast(CreditedAttempt, FakeAttempt(credit, f"unit {len(self.queued)}", self.cached))
+        finally:
+            self.num_unreturned -= 1
 
 
 @dataclass
@@ -100,7 +109,7 @@ async def run(script: Script, max_restarts: int = 2, wait_s: float = 0.0) -> Out
 
     async def attempt(request: EngineRequest, credit: Credit) -> AsyncGenerator[AttemptEvent, None]:
         requests.append(request)
-        assert unit.num_assigned == {"m": 1}, "a sequence with a credit counts on its unit"
+        assert unit.num_unreturned == 1, "an attempt has a credit"
         index = len(request.resume_token_ids)
         for act in next(attempts):
             if isinstance(act, int):
@@ -118,34 +127,13 @@ async def run(script: Script, max_restarts: int = 2, wait_s: float = 0.0) -> Out
         clock.advance(wait_s)
 
     progress, output = Progress(), SequenceOutput(REQUEST.stopping)
-    choose: Any = lambda model: unit  # noqa: E731
-    driver = SequenceDriver(choose, attempt, clock, max_restarts, record_wait)
+    driver = SequenceDriver(unit.credited, attempt, clock, max_restarts, record_wait)
     try:
-        deltas = [delta async for delta in driver.run(REQUEST, output, progress)]
+        deltas = [delta async for delta in driver.run(REQUEST, output, progress, CHOSEN)]
     finally:
         assert unit.num_unreturned == 0, "a credit was not returned"
-        assert not unit.num_assigned["m"]
     assert progress.credited_at_s == 5.0
     return Outcome(deltas, output, progress, unit, requests, waits_s)
-
-
-async def test_a_sequence_that_waits_for_a_credit_counts_until_it_is_cancelled() -> None:
-    class FullUnit(FakeUnit):
-        async def wait_for_credit(self, *_: object) -> Credit:
-            never: asyncio.Future[Credit] = asyncio.get_running_loop().create_future()
-            return await never
-
-    unit = FullUnit()
-    choose: Any = lambda model: unit  # noqa: E731
-    attempt: Any = None
-    driver = SequenceDriver(choose, attempt, ManualClock(5.0), 2, asyncio.sleep)
-    deltas = driver.run(REQUEST, SequenceOutput(REQUEST.stopping), Progress())
-    waiting = asyncio.ensure_future(anext(deltas))
-    await asyncio.sleep(0)
-    assert unit.num_assigned == {"m": 1}
-    waiting.cancel()
-    await asyncio.gather(waiting, return_exceptions=True)
-    assert not unit.num_assigned["m"]
 
 
 async def test_a_lost_worker_costs_no_token_and_repeats_none() -> None:
@@ -160,11 +148,11 @@ async def test_an_attempt_continues_after_the_tokens_that_the_client_has() -> No
     first, second = outcome.requests
     assert (first.resume_token_ids, second.resume_token_ids) == ((), (7, 8))
     assert (first.sampling.prompt_logprobs, second.sampling.prompt_logprobs) == (0, None), "the client has them"
-    (_, _, before, _), (_, _, after, demand) = outcome.unit.queued
+    before, after = (request.scheduling for request in outcome.unit.queued)
     assert (before.decode_s, after.decode_s, after.prefill_s) == (6.0, 4.0, 2.0), (
         "less output remains, and the whole prompt"
     )
-    assert demand == KvDemand(2, 8)
+    assert [request.resume_token_ids for request in outcome.unit.queued] == [(), (7, 8)]
 
 
 async def test_workers_order_a_request_by_the_same_state_as_the_unit() -> None:
@@ -275,8 +263,7 @@ async def test_an_output_that_a_stop_string_ends_is_reported_with_its_last_delta
         output.finish = OutputFinish(FinishKind.STOP_STRING, 1, stop_string="x")
         yield Tokens(0, (1,))
 
-    unit: Any = FakeUnit()
-    driver = SequenceDriver(lambda model: unit, attempt, clock, 0)
+    driver = SequenceDriver(FakeUnit().credited, attempt, clock, 0)
     deltas = driver.run(REQUEST, output, progress)
     await anext(deltas)
     expected = Execution({PreemptionReason.SLO: 2}, batched_s=3.0, paused_s=1.0)
@@ -301,7 +288,7 @@ async def test_the_count_of_pre_emptions_travels_with_the_request() -> None:
         [Prefilled(0), 4, 5, 6, END],
     ]
     queued = (await run(script)).unit.queued
-    assert [scheduling.num_preemptions for _, _, scheduling, _ in queued] == [0, 2, 2, 3], "only those from the batch"
+    assert [request.scheduling.num_preemptions for request in queued] == [0, 2, 2, 3], "only those from the batch"
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("stopping.max_new_tokens", "too many"), ModelNotFound("gone")])
@@ -316,10 +303,16 @@ async def test_the_wait_before_an_attempt_doubles_with_each_failure_in_a_row_up_
     assert outcome.waits_s == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0, 0.05]
 
 
-async def test_each_attempt_asks_for_the_unit_anew_and_the_first_credit_is_reported() -> None:
+async def test_each_attempt_chooses_a_unit_anew_and_the_first_one_is_reported() -> None:
     outcome = await run([[1, 2, WorkerLost("gone")], [3, 4, 5, 6, END]])
-    assert len(outcome.unit.queued) == 2
+    assert outcome.unit.firsts == [CHOSEN, None], "the choice before the request was queued is for one attempt"
     assert outcome.progress.credit is not None and outcome.progress.credit.lease == LeaseRef(1, 1)
+    assert cast(Any, outcome.progress.chosen) == "unit 1"
+
+
+async def test_what_each_prefill_found_in_the_prefix_cache_is_noted() -> None:
+    outcome = await run([[Prefilled(3), 1, 2, WorkerLost("gone")], [Prefilled(5), 3, 4, 5, 6, END]])
+    assert outcome.unit.cached == [3, 5]
 
 
 def test_the_queue_time_of_a_sequence_without_a_credit_is_zero() -> None:
@@ -346,8 +339,7 @@ async def test_closing_a_sequence_closes_its_attempt_and_returns_its_credit() ->
         finally:
             closed.append("attempt")
 
-    choose: Any = lambda model: unit  # noqa: E731
-    driver = SequenceDriver(choose, attempt, ManualClock(), 0)
+    driver = SequenceDriver(unit.credited, attempt, ManualClock(), 0)
     deltas = driver.run(REQUEST, SequenceOutput(REQUEST.stopping), Progress())
     await anext(deltas)
     await deltas.aclose()

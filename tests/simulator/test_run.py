@@ -1,17 +1,19 @@
 import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from loadtest.spec import parse_spec
-from loadtest.workload import Body
+from loadtest.workload import Body, Sketch
 from muxmesh.config.schema import MeshConfig
 from muxmesh.errors import ConfigError
 from muxmesh.scheduling_policy import PolicyName
 from muxmesh.step_cost import StepCost
 from muxmesh.types import LengthPrediction
+from router.unit_choice import Candidate
 from simulator.forecasts import ForecastInput, TrueLengths
 from simulator.run import requests_of, true_length
 from simulator.simulated_unit import Decision
@@ -176,6 +178,33 @@ def test_forecasts_are_asked_at_arrival_and_learn_whole_outputs() -> None:
     run_simulation(sketches, forecasts=forecasts)
     assert forecasts.asked == [ForecastInput("hello", "m", "t", 7), ForecastInput(None, "m", "", 20)]
     assert forecasts.observed == [(1, 7, False), (2, 20, True)]
+
+
+def test_a_request_goes_to_the_unit_that_caches_its_prompt_unless_another_starts_it_sooner() -> None:
+    def turn(index: int, at_s: float) -> Sketch:
+        return make_sketch(index, at_s, 1024, body=Body(None, 1024, 10, hash_ids=(7, 8)))
+
+    config = sim_mesh(sim_model(slots=1), num_units=2)
+    apart = run_simulation([turn(index, 10.0 * index) for index in range(4)], config)
+    assert apart.busy_s["unit1"] == 0.0, "one unit has the prompt"
+    assert [one.num_cached for one in apart.run.records] == [0, 1008, 1008, 1008], "the last token is computed"
+    together = run_simulation([turn(index, 10.0) for index in range(2)], config)
+    assert all(busy_s > 0 for busy_s in together.busy_s.values())
+
+
+def test_a_router_knows_of_a_cached_prompt_after_a_delay() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def first(candidates: Sequence[Candidate], hashes: Sequence[bytes], turn: int) -> int:
+        assert len(hashes) == 16
+        seen.append(tuple(one.num_cached_tokens for one in candidates))
+        return turn
+
+    body = Body(None, 256, 1, hash_ids=(7,))
+    sketches = [make_sketch(index, at_s, 256, 1, body=body) for index, at_s in enumerate((0.0, 0.5))]
+    for delay_s in (0.1, 1.0):
+        run_simulation(sketches, sim_mesh(num_units=2), choose_unit=first, residency_delay_s=delay_s)
+    assert seen == [(0, 0), (255, 0), (0, 0), (0, 0)]
 
 
 def test_forecasts_do_not_learn_from_a_request_that_the_unit_refuses() -> None:

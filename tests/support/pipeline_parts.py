@@ -28,8 +28,9 @@ from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.step_cost import ModelCosts
 from muxmesh.types import EngineRequest, Finish, FinishReason, KvDemand, LeaseRef, SchedulingState
 from muxmesh.unloaded_latency import UnloadedCosts
-from router.admission_client import Credit
+from router.admission_client import Credit, ReportedLoad
 from router.attempt import AttemptEvent, Prefilled, Reported
+from router.credit_wait import CreditWait
 from router.expected_work import ExpectedWork
 from router.length_forecast import LengthForecaster
 from router.pipeline import GenerationPipeline
@@ -39,7 +40,8 @@ from router.quotas import NO_QUOTAS, Quotas
 from router.request_metrics import RequestMetrics
 from router.sequence_driver import SequenceDriver
 from router.served_models import ModelLimits, ServedModel, ServedModels
-from router.units import PlacedModel, UnitLink, Units
+from router.unit_link import PlacedModel, UnitLink
+from router.units import Units
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -86,6 +88,7 @@ class FakeAdmission:
         self.costs: dict[str, ModelCosts] = {}
         self.unloaded: defaultdict[str, UnloadedCosts] = defaultdict(UnloadedCosts)
         self.fingerprints: dict[str, str] = {}
+        self.loads: dict[str, ReportedLoad] = {}
         self.num_issued = 0
         self.num_unreturned = 0
         self._queued: Counter[str] = Counter()
@@ -98,7 +101,13 @@ class FakeAdmission:
         return min(self._arrivals, default=None)
 
     async def wait_for_credit(
-        self, model: str, tenant: str, scheduling: SchedulingState, demand: KvDemand, tenant_weight: float = 1.0
+        self,
+        model: str,
+        tenant: str,
+        scheduling: SchedulingState,
+        demand: KvDemand,
+        tenant_weight: float = 1.0,
+        leaves_when_lost: bool = False,
     ) -> Credit:
         self._queued[model] += 1
         self._arrivals.append(scheduling.arrived_at_s)
@@ -198,7 +207,7 @@ async def pipeline_parts(
     async def no_wait(seconds: float) -> None:
         await asyncio.sleep(0)
 
-    driver = SequenceDriver(units.choose, attempts, clock, config.max_restarts, no_wait)
+    driver = SequenceDriver(CreditWait(units, clock).credited, attempts, clock, config.max_restarts, no_wait)
     checked = CheckedPredictor(predictor or LengthPredictor())
     forecaster = LengthForecaster(checked, config.predictor_budget_s, clock, bytes(32))
     metrics = RequestMetrics({model.name: model.limits.max_model_len for model in served})

@@ -109,10 +109,16 @@ class RouterStream:
         return response
 
     async def next(self) -> kvstore_pb2.AdmitResponse:
-        """The next message that is not of step costs."""
-        while (response := await self.next_message()).WhichOneof("message") == "costs":
+        """The next message that is not of step costs or loads."""
+        while (response := await self.next_message()).WhichOneof("message") in {"costs", "loads"}:
             pass
         return response
+
+    async def loads(self) -> kvstore_pb2.UnitLoads:
+        """The next loads. Messages before them are dropped."""
+        while (response := await self.next_message()).WhichOneof("message") != "loads":
+            pass
+        return response.loads
 
     async def credit(self) -> kvstore_pb2.Credit:
         response = await self.next()

@@ -156,6 +156,7 @@ class AdmitResponse(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     COSTS_FIELD_NUMBER: _builtins.int
     HELLO_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def credit(self) -> Global___Credit: ...
     @_builtins.property
@@ -170,6 +171,10 @@ class AdmitResponse(_message.Message):
     def hello(self) -> Global___UnitHello:
         """The first message of every stream. Again when the models change."""
 
+    @_builtins.property
+    def loads(self) -> Global___UnitLoads:
+        """What other routers have on the unit; sent when it has changed, at most every quarter of a second."""
+
     def __init__(
         self,
         *,
@@ -177,12 +182,13 @@ class AdmitResponse(_message.Message):
         refused: Global___RequestRefused | None = ...,
         costs: Global___UnitCosts | None = ...,
         hello: Global___UnitHello | None = ...,
+        loads: Global___UnitLoads | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "credit", b"credit", "hello", b"hello", "message", b"message", "refused", b"refused"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "credit", b"credit", "hello", b"hello", "loads", b"loads", "message", b"message", "refused", b"refused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "credit", b"credit", "hello", b"hello", "message", b"message", "refused", b"refused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "credit", b"credit", "hello", b"hello", "loads", b"loads", "message", b"message", "refused", b"refused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["credit", "refused", "costs", "hello"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["credit", "refused", "costs", "hello", "loads"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -227,6 +233,55 @@ class ModelWeights(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ModelWeights: _TypeAlias = ModelWeights  # noqa: Y015
+
+@_typing.final
+class UnitLoads(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelLoad]: ...
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___ModelLoad] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___UnitLoads: _TypeAlias = UnitLoads  # noqa: Y015
+
+@_typing.final
+class ModelLoad(_message.Message):
+    """A model as a router needs it to choose a unit. The numbers are those of other routers' queued requests and leases."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    IS_ASLEEP_FIELD_NUMBER: _builtins.int
+    NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_CONTEXT_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    is_asleep: _builtins.bool
+    """The model is asleep, or falls asleep: a request waits until it is awake."""
+    num_sequences: _builtins.int
+    prefill_tokens: _builtins.int
+    """Prompt tokens that no worker has computed, and the earlier tokens that they attend to, summed."""
+    prefill_context: _builtins.int
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        is_asleep: _builtins.bool = ...,
+        num_sequences: _builtins.int = ...,
+        prefill_tokens: _builtins.int = ...,
+        prefill_context: _builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_asleep", b"is_asleep", "model", b"model", "num_sequences", b"num_sequences", "prefill_context", b"prefill_context", "prefill_tokens", b"prefill_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ModelLoad: _TypeAlias = ModelLoad  # noqa: Y015
 
 @_typing.final
 class UnitCosts(_message.Message):

@@ -18,6 +18,7 @@ SCHEDULING = inference_pb2.SchedulingInfo(
     policy="srtf", reason="srtf, priority 0: 2 s of work left", p50_output_tokens=40, p90_output_tokens=90,
     source="hint", prefill_s=0.5, decode_s=1.5, waited_s=0.25, decision=7, num_overtaken=3,
     waited_for=inference_pb2.Waits(slot_s=0.2, kv_s=0.0, order_s=0.05, worker_s=0.0, device_s=0.041),
+    unit="unit-0", unit_reason="unit-0: 2 of 3 tokens cached, free, prefill 0.5 s",
 )  # fmt: skip
 JSON_OF_ABC = {
     "text": "abc", "token_ids": [97, 98, 99], "num_prompt_tokens": 3, "num_cached_tokens": 0, "num_output_tokens": 3,
@@ -190,7 +191,8 @@ def test_the_scheduling_of_a_request_is_printed_beside_the_output(
         "decode",
         "waited 250 ms for admission 7, which overtook 3 earlier requests; waited for: decode slot 200 ms, order 50 "
         "ms, device 41 ms",
-        "srtf, priority 0: 2 s of work left]",
+        "srtf, priority 0: 2 s of work left",
+        "chosen unit unit-0: 2 of 3 tokens cached, free, prefill 0.5 s]",
     ]
     assert mesh.requests[0].response.scheduling
 

@@ -237,7 +237,10 @@ DELTA = OutputDelta(
     new=SequenceDelta((3, 4), "ab", (POSITION, POSITION), OutputFinish(FinishKind.STOP_TOKEN, 9, token_id=4)),
     prompt=PromptReport((40, 41, 42), 2, 2**53 - 1, 12, (POSITION, POSITION)),
     scheduling=SchedulingReport(
-        "srtf", "because", 10.5, 20.5, "hint", 0.25, 0.5, 0.75, 6, 5, Waits(1.5, 2.5, 3.5, 4.5, 5.5)
+        *("srtf", "because", 10.5, 20.5, "hint", 0.25, 0.5, 0.75, 6, 5),
+        Waits(1.5, 2.5, 3.5, 4.5, 5.5),
+        unit="unit-0",
+        unit_reason="unit-0: free",
     ),
     timings=TimingsReport(0.125, 0.25, 0.5, 3, 0.0625, met_slo=True),
     execution=Execution(
@@ -291,6 +294,8 @@ def test_every_part_of_a_delta_is_in_its_message() -> None:
             "decision": 6,
             "num_overtaken": 5,
             "waited_for": {"slot_s": 1.5, "kv_s": 2.5, "order_s": 3.5, "worker_s": 4.5, "device_s": 5.5},
+            "unit": "unit-0",
+            "unit_reason": "unit-0: free",
         },
         timings={
             "queue_s": 0.125,
