@@ -102,9 +102,9 @@ class UnitAdmission:
         """Requests for ``model`` that wait for a credit of this unit."""
         return self._queue.count(model)
 
-    def num_before(self, model: str, scheduling: SchedulingState) -> int:
+    def num_before(self, model: str, tenant: str, scheduling: SchedulingState) -> int:
         """See `RequestQueue.num_before`."""
-        return self._queue.num_before(model, scheduling)
+        return self._queue.num_before(model, tenant, scheduling)
 
     def oldest_arrival_s(self, model: str) -> float | None:
         """See `RequestQueue.oldest_arrival_s`."""

@@ -182,15 +182,9 @@ class QueueLimit:
     ) -> tuple[int, str]:
         """How many sequences have to leave first, at most 0: none; and why."""
         num_new = newcomer.num_sequences
-        kept = kept_for_models(waiting, newcomer.model, self._limit)
-        excess = num_waiting + kept + num_before + num_new - self._limit
-        if excess > 0:
-            parts = [f", with {kept} kept for other models" if kept else ""]
-            parts.append(f" and {num_before} for earlier requests that were told to come back" if num_before else "")
-            return excess, (
-                f"{num_waiting} sequences are waiting and {num_new} would be added; at most {self._limit} may wait"
-                f"{''.join(parts)}"
-            )
+        excess, problem = _full(waiting, newcomer.model, num_new, self._limit, num_before)
+        if problem is not None:
+            return excess, problem
         own = self._by_tenant[newcomer.tenant_id]
         if self._limits_tenants and newcomer.tenant_id:
             most = max(1, _TENANT_FACTOR * (self._limit - num_waiting))
@@ -294,6 +288,15 @@ class WaitingSequences:
             self._limit.leave(self._tenant_id, number)
 
 
+def check_total(waiting: Mapping[str, int], model: str, num_sequences: int, limit: int) -> None:
+    """Raises Overloaded unless ``num_sequences`` further ones of ``model`` may wait, whatever was promised to others.
+
+    ``waiting``: sequences of each served model that wait. The simulator refuses requests by it: none comes back.
+    """
+    if (problem := _full(waiting, model, num_sequences, limit)[1]) is not None:
+        raise Overloaded(problem)
+
+
 def kept_for_models(waiting: Mapping[str, int], model: str, limit: int) -> int:
     """Positions that newcomers of ``model`` do not get: half of the limit is divided equally among the models.
 
@@ -301,6 +304,22 @@ def kept_for_models(waiting: Mapping[str, int], model: str, limit: int) -> int:
     """
     own_part = limit // (2 * len(waiting))
     return sum(max(0, own_part - num) for name, num in waiting.items() if name != model)
+
+
+def _full(
+    waiting: Mapping[str, int], model: str, num_new: int, limit: int, num_promised: int = 0
+) -> tuple[int, str | None]:
+    """How many sequences have to leave before ``num_new`` ones of ``model`` may enter, and why; None: they may."""
+    num_waiting, kept = sum(waiting.values()), kept_for_models(waiting, model, limit)
+    excess = num_waiting + kept + num_promised + num_new - limit
+    if excess <= 0:
+        return 0, None
+    kept_for = [f"{kept} kept for other models"] if kept else []
+    kept_for += [f"{num_promised} for earlier requests that were told to come back"] if num_promised else []
+    with_kept = f", with {' and '.join(kept_for)}" if kept_for else ""
+    return excess, (
+        f"{num_waiting} sequences are waiting and {num_new} would be added; at most {limit} may wait{with_kept}"
+    )
 
 
 def _encoded(text: str) -> bytes:

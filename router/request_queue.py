@@ -88,10 +88,15 @@ class RequestQueue:
         """Number of queued requests for ``model``."""
         return self._num_queued[model]
 
-    def num_before(self, model: str, scheduling: SchedulingState) -> int:
-        """Queued requests for ``model`` that precede one with ``scheduling``, in the order of the last sorting."""
+    def num_before(self, model: str, tenant: str, scheduling: SchedulingState) -> int:
+        """Queued requests for ``model`` that precede one of ``tenant`` with ``scheduling``.
+
+        Of the tenant by the order of the last sorting; of each other one as many, since tenants get equal service.
+        """
         key = self._policy.sort_key(scheduling, self._sorted_at_s)
-        return bisect.bisect_left(self._ordered.get(model, []), (key, 0))
+        own = bisect.bisect_left(self._ordered.get((model, tenant), []), (key, 0))
+        others = (len(queue) for (name, other), queue in self._ordered.items() if name == model and other != tenant)
+        return own + sum(min(number, own) for number in others)
 
     def oldest_arrival_s(self, model: str) -> float | None:
         """Arrival (unix time) of the queued request for ``model`` that arrived first; None without one. Linear."""

@@ -211,7 +211,7 @@ def _load_of(link: UnitLink, model: str, own_decode_s: float, costs: ModelCosts)
 def _load_before(load: UnitLoad, link: UnitLink, request: EngineRequest) -> UnitLoad:
     """The part of ``load`` that precedes a request which is queued already."""
     num_queued = link.assigned.num(request.model) - link.assigned.num_credited(request.model)
-    num_before = link.admission.num_before(request.model, request.scheduling)
+    num_before = link.admission.num_before(request.model, request.tenant, request.scheduling)
     num_sequences = load.num_sequences - max(0, num_queued - num_before)
     part = num_sequences / load.num_sequences if load.num_sequences else 0.0
     return replace(load, num_sequences=num_sequences, prefill_s=load.prefill_s * part)

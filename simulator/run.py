@@ -29,7 +29,8 @@ from muxmesh.step_cost import UNMEASURED
 from muxmesh.types import SchedulingState
 from router.expected_work import ExpectedOutput
 from router.generation import StoppingOptions
-from router.request_validation import check_overload, check_prompt_length, resolve_stopping
+from router.queue_limit import check_total
+from router.request_validation import check_prompt_length, resolve_stopping
 from router.residency import ResidencyIndex
 from router.served_models import ModelLimits
 from router.unit_choice import Candidate, choose
@@ -217,7 +218,7 @@ class _Router:
         try:
             check_prompt_length("prompt", num_prompt, self._limits[name])
             stopping = resolve_stopping(StoppingOptions(request.max_new_tokens), self._limits[name], num_prompt)
-            check_overload(self._waiting(), name, 1, self._max_waiting)
+            check_total(self._waiting(), name, 1, self._max_waiting)
         except (InvalidRequest, Overloaded) as error:
             record.status, record.error = status_code(error).name, str(error)
             record.ended_s = self._timeline.now_s

@@ -213,11 +213,11 @@ async def test_the_loads_of_other_routers_are_those_of_the_last_report_until_the
 
 async def test_a_request_that_leaves_a_lost_unit_is_not_shown_to_the_next_one(setup: Setup) -> None:
     leaving = asyncio.create_task(
-        setup.admission.wait_for_credit("m", "", SchedulingState(0, 1.0), DEMAND, leaves_when_lost=True)
+        setup.admission.wait_for_credit("m", "t", SchedulingState(0, 1.0), DEMAND, leaves_when_lost=True)
     )
     staying = waiting(setup.admission, 2.0)
     assert [(await setup.stream.next("offer")).entry_id for _ in range(2)] == [1, 2]
-    assert setup.admission.num_before("m", SchedulingState(0, 2.5)) == 2
+    assert setup.admission.num_before("m", "t", SchedulingState(0, 2.5)) == 2
     setup.stream.end()
     with pytest.raises(UnitLost, match=r"^the connection to unit unit0 broke$"):
         await leaving

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muxmesh.errors import Overloaded
-from router.queue_limit import DrainRate, Newcomer, QueueLimit, WaitingSequences
+from router.queue_limit import DrainRate, Newcomer, QueueLimit, WaitingSequences, check_total
 
 SECRET = bytes(32)
 
@@ -44,6 +44,13 @@ def test_a_flooded_model_does_not_fill_the_queue_for_others() -> None:
     limit = QueueLimit(10, SECRET, limits_tenants=False)
     limit.check(newcomer(2, "other"), {"flooded": 8, "other": 0}, 0.0, 0.0)
     assert "kept" not in str(refusal(limit, newcomer(1, "other"), {"flooded": 8, "other": 2}))
+
+
+def test_without_tickets_the_same_limits_hold() -> None:
+    check_total({"m": 7}, "m", 3, 10)
+    check_total({"flooded": 8, "other": 0}, "other", 2, 10)
+    with pytest.raises(Overloaded, match=r"at most 10 may wait, with 2 kept for other models$"):
+        check_total({"flooded": 8, "other": 0}, "flooded", 1, 10)
 
 
 def test_one_tenant_fills_two_thirds_and_further_ones_share() -> None:
@@ -108,7 +115,8 @@ def test_who_comes_too_early_keeps_the_position_and_who_comes_too_late_loses_it(
     limit = QueueLimit(10, SECRET, limits_tenants=False)
     first = refusal(limit, newcomer(1), {"m": 10})
     early = refusal(limit, newcomer(1, ticket=first.ticket), {"m": 5}, 0.5)
-    assert (early.ticket, early.retry_after_s) == (first.ticket, pytest.approx(0.5))
+    assert early.ticket == first.ticket
+    assert early.retry_after_s == pytest.approx(0.5)
     late = refusal(limit, newcomer(1, ticket=first.ticket), {"m": 10}, 6.1)
     assert late.ticket != first.ticket
     assert limit.num_out == 1

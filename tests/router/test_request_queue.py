@@ -52,9 +52,18 @@ def test_those_that_precede_a_request_are_counted() -> None:
     queue = RequestQueue()
     for one in (queued(1), queued(4), queued(2, priority=1), queued(3, model="n")):
         queue.add(one)
-    assert [queue.num_before("m", SchedulingState(0, at_s)) for at_s in (0.5, 1.0, 2.0, 5.0)] == [0, 0, 1, 2]
-    assert queue.num_before("m", SchedulingState(1, 9.0)) == 3
-    assert queue.num_before("x", SchedulingState(0, 9.0)) == 0
+    tenant = queued(1).tenant
+
+    def num_before(state: SchedulingState, model: str = "m") -> int:
+        return queue.num_before(model, tenant, state)
+
+    assert [num_before(SchedulingState(0, at_s)) for at_s in (0.5, 1.0, 2.0, 5.0)] == [0, 0, 1, 2]
+    assert num_before(SchedulingState(1, 9.0)) == 3
+    assert num_before(SchedulingState(0, 9.0), "x") == 0
+    assert queue.num_before("m", "another", SchedulingState(0, 9.0)) == 0, "the first one of a tenant"
+    queue.add(replace(queued(5), tenant="another"))
+    queue.add(replace(queued(6), tenant="another"))
+    assert queue.num_before("m", "another", SchedulingState(0, 9.0)) == 4
 
 
 def test_the_next_request_is_shown_when_a_shown_one_is_removed() -> None:
