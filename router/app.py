@@ -97,7 +97,9 @@ async def serve(
         tokenizer = _open_tokenizer(config.router.max_waiting_prompt_bytes, stack)
         metrics = RequestMetrics({model.name: model.limits.max_model_len for model in models})
         tenancy = await _open_tenancy(runtime, incarnation, clock, rng, stop, stack)
-        queue_limit = QueueLimit(config.router.max_waiting_requests, secret, config.access.mode == "keys")
+        queue_limit = QueueLimit(
+            config.router.max_waiting_requests, secret, config.access.mode == "keys", config.order.longest_queue_s
+        )
         pipeline = GenerationPipeline(
             models, units, driver, forecaster, policy, config.router, clock, rng, tokenizer, metrics, queue_limit,
             tenancy.quotas,

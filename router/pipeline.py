@@ -144,7 +144,7 @@ class GenerationPipeline:
         self._refuse_overload(request, model.name)
         arrived_at_unix_s = self._clock.unix_s()
         max_tokens = None if request.truncate_prompt_tokens is not None else model.limits.max_model_len - 1
-        waiting = self._queue_limit.enter(request.tenant.tenant_id, request.num_sequences)
+        waiting = self._queue_limit.enter(request.tenant.tenant_id, request.num_sequences, self._clock.monotonic_s())
         reservation: Settles | None = None
         try:
             with self._preparing(model.name, request.num_sequences):
@@ -156,7 +156,7 @@ class GenerationPipeline:
                 reservation = await self._quotas.reserve(request.tenant, expected)
             engine_request, chosen = self._prepared(model, engine_request, forecast, record)
         except BaseException:
-            waiting.end()
+            waiting.end(self._clock.monotonic_s())
             if reservation is not None:
                 reservation.settle(0, 0)
             raise
@@ -253,7 +253,7 @@ class GenerationPipeline:
             counters.num_restarts += sum(one.num_restarts for one in progress)
             was_computed = first_token_at_s is not None or any(one.prefilled is not None for one in progress)
             num_prompt_tokens = record.num_prompt_tokens if was_computed else 0
-            generation.waiting.end()
+            generation.waiting.end(self._clock.monotonic_s())
             generation.reservation.settle(num_prompt_tokens, record.num_output_tokens)
 
     def _sequences(self, generation: _Generation) -> AsyncGenerator[OutputDelta, None]:

@@ -1,11 +1,12 @@
 """How many sequences may wait, and what a request that is refused is promised. Pure; times are arguments.
 
-**Limits.** The queue of a router holds `limit` sequences. A part is kept for each model (`check_models`). With API keys
-a tenant may have as many waiting as are free, twice: the more the others queue, the less one of them may
-(dynamic threshold, Choudhury and Hahne 1998), so one tenant alone fills two thirds and never the whole.
+**Limits.** The queue of a router holds a number of sequences; with a bound on waiting at most as many as start within
+half of it. A part is kept for each model (`kept_for_models`). With API keys a tenant may have as many waiting as are
+free, twice: the more the others queue, the less one of them may (dynamic threshold, Choudhury and Hahne 1998), so one
+tenant alone fills two thirds and never the whole.
 
 **Tickets.** A refusal is a position in a virtual queue behind the real one. Its delay is the number of sequences before
-it divided by the rate at which waiting sequences have started lately. Who comes back with the ticket, after the delay,
+it divided by the rate at which waiting sequences start. Who comes back with the ticket, after the delay,
 goes before everyone without one: newcomers find the positions of tickets taken that are due before the queue has been
 served once. How many come back is measured, and of tickets that are out that part counts. A ticket is signed, so any
 router with the secret honours it, for its tenant and model, once at each router.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import hmac
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -27,6 +28,7 @@ _TENANT_FACTOR = 2
 """A tenant may have this many sequences waiting for each position that is free."""
 _RATE_WINDOW_S = 10.0
 """Over which the rate is measured at which waiting sequences start."""
+_MIN_BUSY_S = 0.5
 _MIN_DELAY_S, _MAX_DELAY_S = 0.05, 600.0
 _MIN_GRACE_S, _GRACE = 5.0, 0.5
 """A ticket is valid from its delay on for half of it again, and for at least 5 s."""
@@ -68,31 +70,33 @@ class _Ticket:
         return unix_s >= self.due_unix_s - _EARLY_S
 
 
-class DrainRate:
-    """Waiting sequences that start per second, over the last `_RATE_WINDOW_S`."""
+class StartRate:
+    """Waiting sequences that start per second, while some wait: what the units can do, not what they are asked for.
+
+    Both are means over about `_RATE_WINDOW_S` of such time.
+    """
 
     def __init__(self) -> None:
-        self._left: deque[tuple[float, int]] = deque()
-        self._sum = 0
-        self._since_s: float | None = None
+        self._num_started = 0.0
+        self._busy_s = 0.0
+        self._last_s: float | None = None
 
-    def observe(self, number: int, now_s: float) -> None:
-        """``number`` sequences have started at ``now_s`` (monotonic)."""
-        self._since_s = now_s if self._since_s is None else self._since_s
-        self._left.append((now_s, number))
-        self._sum += number
-        self._drop(now_s)
+    def advance(self, now_s: float, is_waiting: bool) -> None:
+        """Time passes until ``now_s`` (monotonic). ``is_waiting``: whether sequences waited since the last call."""
+        if is_waiting and self._last_s is not None:
+            elapsed_s = max(0.0, now_s - self._last_s)
+            self._num_started *= math.exp(-elapsed_s / _RATE_WINDOW_S)
+            self._busy_s = self._busy_s * math.exp(-elapsed_s / _RATE_WINDOW_S) + elapsed_s
+        self._last_s = now_s
 
-    def per_s(self, now_s: float) -> float:
-        """0 before the first one."""
-        if self._since_s is None:
-            return 0.0
-        self._drop(now_s)
-        return self._sum / min(_RATE_WINDOW_S, max(1.0, now_s - self._since_s))
+    def start(self) -> None:
+        """A sequence starts."""
+        self._num_started += 1
 
-    def _drop(self, now_s: float) -> None:
-        while self._left and self._left[0][0] < now_s - _RATE_WINDOW_S:
-            self._sum -= self._left.popleft()[1]
+    @property
+    def per_s(self) -> float:
+        """0 until sequences have waited for `_MIN_BUSY_S`."""
+        return self._num_started / self._busy_s if self._busy_s >= _MIN_BUSY_S else 0.0
 
 
 class QueueLimit:
@@ -101,14 +105,17 @@ class QueueLimit:
     Invariant: ``_num_out`` is the sum of the sequences of ``_tickets``, ``_num_near`` that of those in ``_near``.
     """
 
-    def __init__(self, limit: int, secret: bytes, limits_tenants: bool) -> None:
+    def __init__(self, limit: int, secret: bytes, limits_tenants: bool, longest_wait_s: float = math.inf) -> None:
         """``limit``: sequences that may wait. ``secret``: signs tickets; the same for all routers of a mesh.
 
-        ``limits_tenants``: whether callers are told apart.
+        ``limits_tenants``: whether callers are told apart. ``longest_wait_s``: no more sequences may wait than start in
+        that time.
         """
-        self._limit, self._secret, self._limits_tenants = limit, secret, limits_tenants
+        self._most, self._secret, self._limits_tenants = limit, secret, limits_tenants
+        self._longest_wait_s = longest_wait_s
         self._by_tenant: Counter[str] = Counter()
-        self._rate = DrainRate()
+        self._num_waiting = 0
+        self._rate = StartRate()
         self._tickets: dict[str, _Ticket] = {}
         """Those that are out and not missed."""
         self._later: list[tuple[float, str]] = []
@@ -125,20 +132,32 @@ class QueueLimit:
         self.return_rate = 1.0
         """Mean part of the tickets that come back, the latest ones with the largest weight."""
 
-    def enter(self, tenant_id: str, num_sequences: int) -> WaitingSequences:
-        """Sequences of an admitted request begin to wait."""
+    def enter(self, tenant_id: str, num_sequences: int, now_s: float) -> WaitingSequences:
+        """Sequences of an admitted request begin to wait at ``now_s`` (monotonic)."""
+        self._rate.advance(now_s, self._num_waiting > 0)
         self._by_tenant[tenant_id] += num_sequences
+        self._num_waiting += num_sequences
         return WaitingSequences(self, tenant_id, num_sequences)
 
-    def leave(self, tenant_id: str, num_sequences: int) -> None:
+    def leave(self, tenant_id: str, num_sequences: int, now_s: float) -> None:
         """Sequences wait no longer."""
+        self._rate.advance(now_s, self._num_waiting > 0)
+        self._num_waiting -= num_sequences
         self._by_tenant[tenant_id] -= num_sequences
         if not self._by_tenant[tenant_id]:
             del self._by_tenant[tenant_id]
 
-    def start(self, now_s: float) -> None:
-        """A sequence has its first token at ``now_s`` (monotonic)."""
-        self._rate.observe(1, now_s)
+    def start(self) -> None:
+        """A sequence that has just left has its first token."""
+        self._rate.start()
+
+    @property
+    def limit(self) -> int:
+        """Sequences that may wait now."""
+        rate = self._rate.per_s
+        if self._longest_wait_s == math.inf or not rate:
+            return self._most
+        return min(self._most, max(1, math.floor(rate * self._longest_wait_s)))
 
     @property
     def expected_return(self) -> float:
@@ -156,38 +175,38 @@ class QueueLimit:
 
         ``waiting``: sequences of each served model that wait.
         """
-        self._pass_time(now_s, unix_s)
+        self._rate.advance(now_s, self._num_waiting > 0)
+        limit = self.limit
+        self._pass_time(limit, unix_s)
         held = self._valid(newcomer, unix_s)
         if held is not None and not held.is_due(unix_s):
             raise _refused("the ticket is not due yet", held.due_unix_s - unix_s, newcomer.ticket)
         num_waiting = sum(waiting.values())
-        if held is not None and num_waiting + newcomer.num_sequences <= self._limit * (1 + _HEADROOM):
+        if held is not None and num_waiting + newcomer.num_sequences <= limit * (1 + _HEADROOM):
             self._take(held)
             return
         num_near, num_out = (
             0 if held else math.ceil(number * self.expected_return) for number in (self._num_near, self._num_out)
         )
-        if num_waiting + newcomer.num_sequences <= self._limit * _ALWAYS_USED:
+        if num_waiting + newcomer.num_sequences <= limit * _ALWAYS_USED:
             num_near = 0
-        excess, problem = self._excess(newcomer, waiting, num_waiting, num_near)
+        excess, problem = self._excess(newcomer, waiting, limit, num_near)
         if excess <= 0:
             return
         if held is not None:
             self._take(held)
-        delay_s = self._delay_s(excess + num_out - num_near, now_s)
+        delay_s = self._delay_s(excess + num_out - num_near)
         raise _refused(problem, delay_s, self._issue(newcomer, delay_s, unix_s))
 
-    def _excess(
-        self, newcomer: Newcomer, waiting: Mapping[str, int], num_waiting: int, num_before: int
-    ) -> tuple[int, str]:
+    def _excess(self, newcomer: Newcomer, waiting: Mapping[str, int], limit: int, num_before: int) -> tuple[int, str]:
         """How many sequences have to leave first, at most 0: none; and why."""
         num_new = newcomer.num_sequences
-        excess, problem = _full(waiting, newcomer.model, num_new, self._limit, num_before)
+        excess, problem = _full(waiting, newcomer.model, num_new, limit, num_before)
         if problem is not None:
             return excess, problem
         own = self._by_tenant[newcomer.tenant_id]
         if self._limits_tenants and newcomer.tenant_id:
-            most = max(1, _TENANT_FACTOR * (self._limit - num_waiting))
+            most = max(1, _TENANT_FACTOR * (limit - sum(waiting.values())))
             if own and own + num_new > most:
                 return own + num_new - most, (
                     f"{own} sequences of this tenant are waiting and {num_new} would be added; at most {most} may wait "
@@ -195,8 +214,8 @@ class QueueLimit:
                 )
         return 0, ""
 
-    def _delay_s(self, excess: int, now_s: float) -> float:
-        rate = self._rate.per_s(now_s)
+    def _delay_s(self, excess: int) -> float:
+        rate = self._rate.per_s
         return min(max(excess / rate, _MIN_DELAY_S), _MAX_DELAY_S) if rate else 1.0
 
     def _issue(self, newcomer: Newcomer, delay_s: float, unix_s: float) -> str:
@@ -231,10 +250,10 @@ class QueueLimit:
             self._num_near -= ticket.num_sequences
         return True
 
-    def _pass_time(self, now_s: float, unix_s: float) -> None:
+    def _pass_time(self, limit: int, unix_s: float) -> None:
         """Tickets become near, and are missed if they do not come back in time."""
-        rate = self._rate.per_s(now_s)
-        served_once_s = min(self._limit / rate, _MAX_DELAY_S) if rate else _MAX_DELAY_S
+        rate = self._rate.per_s
+        served_once_s = min(limit / rate, _MAX_DELAY_S) if rate else _MAX_DELAY_S
         while self._later and self._later[0][0] <= unix_s + served_once_s:
             entry = heappop(self._later)
             ticket = self._tickets.get(entry[1])
@@ -267,25 +286,29 @@ class QueueLimit:
 
 @dataclass(slots=True)
 class WaitingSequences:
-    """The sequences of one request that wait. `end` has to be called, however the request ends."""
+    """The sequences of one request that wait. `end` has to be called, however the request ends.
+
+    Times are monotonic.
+    """
 
     _limit: QueueLimit
     _tenant_id: str
     _num_left: int
 
     def start(self, now_s: float) -> None:
-        """One of them has its first token at ``now_s`` (monotonic)."""
-        self._leave(1)
-        self._limit.start(now_s)
+        """One of them has its first token."""
+        if self._num_left:
+            self._leave(1, now_s)
+            self._limit.start()
 
-    def end(self) -> None:
+    def end(self, now_s: float) -> None:
         """None of them waits any longer."""
-        self._leave(self._num_left)
+        self._leave(self._num_left, now_s)
 
-    def _leave(self, number: int) -> None:
+    def _leave(self, number: int, now_s: float) -> None:
         if number:
             self._num_left -= number
-            self._limit.leave(self._tenant_id, number)
+            self._limit.leave(self._tenant_id, number, now_s)
 
 
 def check_total(waiting: Mapping[str, int], model: str, num_sequences: int, limit: int) -> None:

@@ -255,6 +255,10 @@ class OrderConfig(Section):
     is not pre-empted. It bounds starvation by others; under overload overdue requests wait for each other, in the order
     of arrival. Unset: better classes always go first, so set it above the longest queue that a class of offline work
     may have."""
+    wait_bound_s: float | None = Field(default=None, gt=0, le=1e9)
+    """Bound on the seconds that an admitted request waits for its first token, as long as the units keep their speed.
+    Requests are refused when more wait than start within half of it, and one that has waited for half of it is overdue,
+    as after `max_wait_s`. Unset: only `router.max_waiting_requests` limits the queue."""
     mlfq_quantum_s: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     """For `mlfq`: quantum of the first level, in seconds of work. The quantum doubles with each level."""
     fairness: bool = True
@@ -274,9 +278,14 @@ class OrderConfig(Section):
         """None: tenants are not told apart."""
         return Fairness(self.fairness_band_s, self.overdue_share) if self.fairness else None
 
+    @property
+    def longest_queue_s(self) -> float:
+        """Seconds within which all waiting requests should start; infinite without `wait_bound_s`."""
+        return math.inf if self.wait_bound_s is None else self.wait_bound_s / 2
+
     def scheduling_policy(self) -> SchedulingPolicy:
         longest_s = math.inf if self.longest_lead_s is None else self.longest_lead_s
-        max_wait_s = math.inf if self.max_wait_s is None else self.max_wait_s
+        max_wait_s = min(math.inf if self.max_wait_s is None else self.max_wait_s, self.longest_queue_s)
         return SchedulingPolicy(self.policy, self.longest_lead, longest_s, self.mlfq_quantum_s, max_wait_s)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muxmesh.errors import Overloaded
-from router.queue_limit import DrainRate, Newcomer, QueueLimit, WaitingSequences, check_total
+from router.queue_limit import Newcomer, QueueLimit, StartRate, WaitingSequences, check_total
 
 SECRET = bytes(32)
 
@@ -64,7 +64,7 @@ def test_one_tenant_fills_two_thirds_and_further_ones_share() -> None:
             except Overloaded as error:
                 problems.append(str(error))
                 return number
-            limit.enter(tenant, 1)
+            limit.enter(tenant, 1, 0.0)
             waiting["m"] += 1
             number += 1
 
@@ -74,19 +74,32 @@ def test_one_tenant_fills_two_thirds_and_further_ones_share() -> None:
     assert fill("c") > 0
     assert all("sequences of this tenant are waiting" in problem for problem in problems)
     unlimited = QueueLimit(90, SECRET, limits_tenants=False)
-    unlimited.enter("", 80)
+    unlimited.enter("", 80, 0.0)
     unlimited.check(newcomer(1), {"m": 80}, 0.0, 0.0)
 
 
 def test_the_delay_is_the_number_before_it_divided_by_the_rate() -> None:
     limit = QueueLimit(10, SECRET, limits_tenants=False)
-    one = limit.enter("", 10)
-    for second in range(10):
-        one.start(float(second))
-    assert refusal(limit, newcomer(1), {"m": 10}, 9.0).retry_after_s == pytest.approx(1 * 9 / 10, rel=0.2)
-    later = refusal(limit, newcomer(4), {"m": 10}, 9.0)
-    assert later.retry_after_s == pytest.approx(5 * 9 / 10, rel=0.2), "behind the ticket that is out"
+    one = limit.enter("", 20, 0.0)
+    for tenth in range(1, 11):
+        one.start(tenth / 2)
+    assert refusal(limit, newcomer(1), {"m": 10}, 5.0).retry_after_s == pytest.approx(1 / 2, rel=0.2)
+    later = refusal(limit, newcomer(4), {"m": 10}, 5.0)
+    assert later.retry_after_s == pytest.approx(5 / 2, rel=0.2), "behind the ticket that is out"
     assert limit.num_out == 5
+
+
+def test_with_a_bound_on_waiting_no_more_wait_than_start_in_its_time() -> None:
+    limit = QueueLimit(1000, SECRET, limits_tenants=False, longest_wait_s=8.0)
+    limit.check(newcomer(999), {"m": 0}, 0.0, 0.0)
+    one = limit.enter("", 100, 0.0)
+    for number in range(1, 41):
+        one.start(number / 4)
+    assert limit.limit == pytest.approx(32, abs=3)
+    assert "at most 3" in str(refusal(limit, newcomer(1), {"m": 60}, 10.0))
+    one.end(10.0)
+    limit.check(newcomer(20), {"m": 0}, 500.0, 500.0)
+    assert limit.limit == pytest.approx(32, abs=3), "time without a queue says nothing of the rate"
 
 
 def test_who_comes_back_with_a_ticket_goes_before_newcomers() -> None:
@@ -146,22 +159,29 @@ def test_no_ticket_raises_anything_but_a_refusal(ticket: str) -> None:
     refusal(limit, newcomer(1, ticket=ticket), {"m": 1})
 
 
-def test_the_rate_is_that_of_the_last_seconds() -> None:
-    rate = DrainRate()
-    assert rate.per_s(5.0) == 0.0
-    rate.observe(3, 5.0)
-    assert rate.per_s(5.0) == 3.0
-    for second in range(6, 30):
-        rate.observe(2, float(second))
-    assert rate.per_s(29.0) == pytest.approx(2.0, rel=0.15)
-    assert rate.per_s(100.0) == 0.0
+def test_the_rate_counts_the_time_in_which_sequences_wait() -> None:
+    rate = StartRate()
+    rate.advance(0.0, is_waiting=False)
+    assert rate.per_s == 0.0
+    for number in range(1, 101):
+        rate.advance(number / 10, is_waiting=True)
+        rate.start()
+    assert rate.per_s == pytest.approx(10.0, rel=0.05)
+    rate.advance(500.0, is_waiting=False)
+    assert rate.per_s == pytest.approx(10.0, rel=0.05)
+    for number in range(1, 101):
+        rate.advance(500.0 + number, is_waiting=True)
+        rate.start()
+    assert rate.per_s == pytest.approx(1.0, rel=0.1)
 
 
 class Overload:
     """An open load in virtual time on a queue whose sequences start at ``capacity`` a second, in order of arrival."""
 
-    def __init__(self, load: float, capacity: float, limit: int, share_that_returns: float, seed: int) -> None:
-        self.limit, self.capacity = QueueLimit(limit, SECRET, limits_tenants=False), capacity
+    def __init__(
+        self, load: float, capacity: float, limit: int, share_that_returns: float, seed: int, wait_s: float = math.inf
+    ) -> None:
+        self.limit, self.capacity = QueueLimit(limit, SECRET, False, wait_s), capacity
         self.rng, self.returns = random.Random(seed), share_that_returns
         self.events: list[tuple[float, int, str, str, float]] = []
         self.waiting: list[tuple[float, WaitingSequences]] = []
@@ -205,7 +225,7 @@ class Overload:
                 self.push(now_s + error.retry_after_s, "return", error.ticket)
         else:
             self.counts[f"{kind} admitted"] += 1
-            self.waiting.append((now_s, self.limit.enter("", 1)))
+            self.waiting.append((now_s, self.limit.enter("", 1, now_s)))
 
 
 @pytest.mark.parametrize(("load", "returns"), [(1.2, 1.0), (3.0, 1.0), (1.2, 0.3), (3.0, 0.3), (3.0, 0.7), (3.0, 0.0)])
@@ -220,3 +240,14 @@ def test_under_overload_tickets_are_true_and_waits_bounded(load: float, returns:
     assert max(overload.waits_s) <= 1.15 * 100 / 20, "no more than a full queue and its headroom wait before it"
     assert max(overload.ratios) <= 1.5
     assert len(overload.waits_s) >= 0.97 * 120 * 20, "the capacity is used"
+
+
+@pytest.mark.parametrize("load", [1.2, 3.0])
+def test_under_overload_no_wait_exceeds_the_bound(load: float) -> None:
+    """A queue of 10,000 would take 500 s; with a bound of 20 s no more wait than start in 10 s."""
+    overload = Overload(load, capacity=20.0, limit=10_000, share_that_returns=1.0, seed=4, wait_s=10.0)
+    overload.run()
+    assert max(overload.waits_s) <= 20.0
+    assert len(overload.waits_s) >= 0.97 * 120 * 20
+    holders = overload.counts["holder admitted"] + overload.counts["holder refused"]
+    assert overload.counts["holder admitted"] >= 0.95 * holders > 50
