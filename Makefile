@@ -20,7 +20,7 @@ SECONDS ?= 60
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check check-code check-compose fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-profile bench-kvpool bench-arbiter bench-shares bench-swap bench-preemption-modes bench-swap-cost bench-pressure bench-residency bench-router bench-tenant-quotas bench-overload bench-hostile bench-vs-vllm bench-predictor bench-policies bench-muxserve bench-muxserve-measured bench-muxserve-scale bench-floods bench-fidelity bench-adversaries bench-fairness bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu bench-many-models bench-plans bench-alise bench-alise-virtual
+.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check check-code check-compose fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-profile bench-kvpool bench-arbiter bench-shares bench-swap bench-preemption-modes bench-swap-cost bench-pressure bench-residency bench-router bench-tenant-quotas bench-overload bench-tenancy-overhead bench-hostile bench-vs-vllm bench-predictor bench-policies bench-muxserve bench-muxserve-measured bench-muxserve-scale bench-floods bench-fidelity bench-adversaries bench-fairness bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu bench-many-models bench-plans bench-alise bench-alise-virtual
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -148,6 +148,9 @@ bench-tenant-quotas: $(VENV)/.dev ## Quotas over four routers: one Redis, a Clus
 
 bench-overload: $(VENV)/.dev ## 1.2 and 3 times the load that a mesh can serve, for two minutes each
 	$(BIN)/python -m benchmarks.overload
+
+bench-tenancy-overhead: $(VENV)/.dev ## Time and CPU in the router with API keys, quotas and fairness, beside a mesh without
+	$(BIN)/python -m benchmarks.tenancy_overhead
 
 bench-vs-vllm: $(VENV)/.dev ## Compared with vLLM's server (VLLM_PYTHON) under one load; DATA: jsonl files of prompts; PD=--pd adds its prefill-decode pair
 	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m benchmarks.vs_vllm $(DATA) $(PD)

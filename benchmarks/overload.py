@@ -37,7 +37,6 @@ REQUEST = inference_pb2.GenerateRequest(
     text="Hello",
     stopping=inference_pb2.StoppingOptions(max_new_tokens=OUTPUT_TOKENS, ignore_eos=True),
 )
-Stub = inference_pb2_grpc.InferenceAsyncStub
 
 
 @dataclass
@@ -53,7 +52,7 @@ class Outcome:
     others: list[str] = field(default_factory=list)
 
 
-async def send(stub: Stub, outcome: Outcome, error: Overloaded | None = None) -> None:
+async def send(stub: inference_pb2_grpc.InferenceAsyncStub, outcome: Outcome, error: Overloaded | None = None) -> None:
     """One request; a refused one comes back once."""
     started_s = time.monotonic()
     try:
@@ -76,7 +75,7 @@ async def send(stub: Stub, outcome: Outcome, error: Overloaded | None = None) ->
             outcome.num_holders_admitted += 1
 
 
-async def first_token_s(stub: Stub, metadata: tuple[tuple[str, str], ...]) -> float:
+async def first_token_s(stub: inference_pb2_grpc.InferenceAsyncStub, metadata: tuple[tuple[str, str], ...]) -> float:
     """Seconds until the first token of a request, which is read to its end. Raises the error of the mesh."""
     started_s, first_s = time.monotonic(), math.nan
     try:
