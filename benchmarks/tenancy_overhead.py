@@ -1,4 +1,4 @@
-"""What tenants cost: a mesh with API keys, quotas and fairness beside one without, on the sim engine that takes no time.
+"""What tenants cost: a mesh with API keys, quotas and fairness beside one without, on a sim engine that takes no time.
 
 (a) 100 requests a second to each in turn: the time inside the router until the first token. (b) Long outputs, 64 at a
 time: CPU time of all routers for each relayed token, of the mesh without, with, and with two routers. The client runs

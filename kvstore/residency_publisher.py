@@ -10,12 +10,10 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 
-import redis.asyncio
-from redis.exceptions import RedisError
-
 from kvstore.residency_journal import Contents, ResidencyJournal
 from muxmesh.background_task import background
 from muxmesh.process_registry import HEARTBEAT_S, LIFETIME_S, redis_key
+from muxmesh.redis_connection import REDIS_ERRORS, RedisClient, open_redis
 from muxmesh.residency_format import (
     FIELD,
     ResidencyBatch,
@@ -34,6 +32,8 @@ MAX_BATCHES = 256
 """Length of the stream."""
 SNAPSHOT_EVERY = MAX_BATCHES // 2
 """Batches between two snapshots: the stream always has all batches since the last one."""
+SNAPSHOT_EVERY_S = 60.0
+"""A reader that has lost a batch knows nothing of a unit until its next snapshot."""
 _RETRY_S = 1.0
 _TIMEOUT_S = 2.0
 _LIFETIME_MS = int(LIFETIME_S * 1000)
@@ -78,6 +78,7 @@ class ResidencyPublisher:
         self._contents = contents
         self._num_batches = 0
         """Since the last snapshot."""
+        self._snapshot_at_s = 0.0
         self._needs_snapshot = True
         self._is_first = True
         self._has_changed = asyncio.Event()
@@ -86,24 +87,24 @@ class ResidencyPublisher:
     @contextlib.asynccontextmanager
     async def published(self) -> AsyncIterator[None]:
         """Publishes while the block runs, and removes what was published at its end."""
-        client = redis.asyncio.Redis.from_url(self._url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+        client = open_redis(self._url, timeout_s=_TIMEOUT_S)
         try:
             async with background(self._publish_repeatedly(client), "residency"):
                 yield
         finally:
-            with contextlib.suppress(RedisError, OSError, TimeoutError):
+            with contextlib.suppress(*REDIS_ERRORS, TimeoutError):
                 async with asyncio.timeout(_TIMEOUT_S):
                     await client.delete(*self._keys)
-            with contextlib.suppress(RedisError, OSError):
+            with contextlib.suppress(*REDIS_ERRORS):
                 await client.aclose()
 
-    async def _publish_repeatedly(self, client: redis.asyncio.Redis) -> None:
+    async def _publish_repeatedly(self, client: RedisClient) -> None:
         is_connected = True
         while True:
             try:
                 await self._publish(client)
                 is_connected = True
-            except (RedisError, OSError) as error:
+            except REDIS_ERRORS as error:
                 if is_connected:
                     _log.warning("Redis is unreachable: %s; residency is published again when it returns", error)
                 is_connected, self._needs_snapshot = False, True
@@ -114,7 +115,7 @@ class ResidencyPublisher:
                 async with asyncio.timeout(HEARTBEAT_S):
                     await self._has_changed.wait()
 
-    async def _publish(self, client: redis.asyncio.Redis) -> None:
+    async def _publish(self, client: RedisClient) -> None:
         """Writes what has changed, and prolongs the life of what was written. Raises RedisError or OSError."""
         self._has_changed.clear()
         if self._needs_snapshot or self._journal.has_lost_changes:
@@ -125,23 +126,26 @@ class ResidencyPublisher:
             await self._write_snapshot(client)
             return
         self._num_batches += batch is not None
-        if self._num_batches >= SNAPSHOT_EVERY:
+        now_s = asyncio.get_running_loop().time()
+        is_old = self._num_batches > 0 and now_s - self._snapshot_at_s >= SNAPSHOT_EVERY_S
+        if is_old or self._num_batches >= SNAPSHOT_EVERY:
             await self._write_snapshot(client)
 
-    async def _write_batch(self, client: redis.asyncio.Redis, batch: ResidencyBatch | None) -> bool:
+    async def _write_batch(self, client: RedisClient, batch: ResidencyBatch | None) -> bool:
         """False if Redis has lost the snapshot."""
         data = b"" if batch is None else encode_batch(batch)
         return bool(await client.eval(_EXTEND, 2, *self._keys, _LIFETIME_MS, data, MAX_BATCHES, FIELD))
 
-    async def _write_snapshot(self, client: redis.asyncio.Redis) -> None:
+    async def _write_snapshot(self, client: RedisClient) -> None:
         snapshot = self._journal.take_snapshot(self._contents())
         sign = ResidencyBatch(snapshot.incarnation, snapshot.number)
         order = "first" if self._is_first else "next"
         await self._eval_snapshot(client, sign, order, snapshot)
         self._needs_snapshot, self._is_first, self._num_batches = False, False, 0
+        self._snapshot_at_s = asyncio.get_running_loop().time()
 
     async def _eval_snapshot(
-        self, client: redis.asyncio.Redis, sign: ResidencyBatch, order: str, snapshot: ResidencySnapshot
+        self, client: RedisClient, sign: ResidencyBatch, order: str, snapshot: ResidencySnapshot
     ) -> None:
         arguments = (_LIFETIME_MS, encode_batch(sign), MAX_BATCHES, FIELD, order, encode_snapshot(snapshot))
         await client.eval(_REPLACE, 2, *self._keys, *arguments)

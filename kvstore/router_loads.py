@@ -53,11 +53,17 @@ def router_loads(unit: Unit) -> RouterLoads:
 
 
 def load_of_others(loads: Mapping[str, Load], router: str) -> Load:
-    """The load of all routers but ``router``, of one model."""
-    total = NO_LOAD
-    for load in loads.values():
-        total = total.plus(load)
-    return total.minus(loads.get(router, NO_LOAD))
+    """The load of all routers but ``router``, of one model. A router that has connected again is the same one."""
+    total, own = NO_LOAD, _incarnation(router)
+    for name, load in loads.items():
+        if _incarnation(name) != own:
+            total = total.plus(load)
+    return total
+
+
+def _incarnation(router: str) -> str:
+    """A router without the number of its connection, which kvstore adds to the name."""
+    return router.rpartition("#")[0] or router
 
 
 def _sequences(unit: Unit) -> Iterator[tuple[str, str, Load]]:

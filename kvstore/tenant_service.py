@@ -190,9 +190,10 @@ class TenantService:
     def _enter(self, payer: Payer, priority: int) -> _Tenant:
         tenant = self._active.get(payer.tenant)
         if tenant is None:
-            tenant = self._active[payer.tenant] = _Tenant(
-                self._idle.pop(payer.tenant, 0.0), payer.weight, best_priority=priority
-            )
+            is_alone = not self._active  # then the virtual time is exact, and need not be settled
+            counter_s = max(self._idle.pop(payer.tenant, 0.0), self._virtual_s if is_alone else 0.0)
+            tenant = _Tenant(counter_s, payer.weight, not is_alone, best_priority=priority)
+            self._active[payer.tenant] = tenant
         tenant.weight = payer.weight
         self.has_better_class |= priority < tenant.best_priority
         tenant.classes[priority] += 1

@@ -18,11 +18,9 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
-from redis.exceptions import RedisError
-
 from muxmesh.background_task import background
 from muxmesh.clock import Clock
-from muxmesh.redis_connection import open_redis
+from muxmesh.redis_connection import REDIS_ERRORS, open_redis
 
 _log = logging.getLogger(__name__)
 
@@ -119,7 +117,7 @@ class ProcessRegistry:
             async with background(self._send_heartbeats(record, counts_restarts), "registry heartbeat"):
                 yield
             if not has_failed():
-                with contextlib.suppress(RedisError, OSError):
+                with contextlib.suppress(*REDIS_ERRORS):
                     await self._remove(keys=[self._processes, self._instances], args=[name, record.instance])
         finally:
             await self.close()
@@ -128,7 +126,7 @@ class ProcessRegistry:
         """Sets the numbers of restarts of processes by name; there is at least one. False if Redis is unreachable."""
         try:
             await self._redis.hset(self._restarts, items=[part for pair in counts.items() for part in pair])
-        except (RedisError, OSError):
+        except REDIS_ERRORS:
             return False
         return True
 
@@ -137,7 +135,7 @@ class ProcessRegistry:
         try:
             records = await self._redis.hgetall(self._processes)
             restarts = await self._redis.hgetall(self._restarts)
-        except (RedisError, OSError):
+        except REDIS_ERRORS:
             return None
         alive = [record for text in records.values() if (record := _parse(text)) and self._is_alive(record)]
         return [(record, _count(restarts.get(record.name, "0"))) for record in sorted(alive, key=lambda r: r.name)]
@@ -148,7 +146,7 @@ class ProcessRegistry:
         return next((record.address for record, _ in found or () if record.name == name), None)
 
     async def close(self) -> None:
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(*REDIS_ERRORS):
             await self._redis.aclose()
 
     async def _send_heartbeats(self, record: ProcessRecord, counts_restarts: bool) -> None:
@@ -165,7 +163,7 @@ class ProcessRegistry:
                 elif alone:
                     alone = False
                     _log.error("%s", _same_name(other))
-            except (RedisError, OSError) as error:
+            except REDIS_ERRORS as error:
                 if connected:
                     _log.warning("Redis is unreachable: %s; heartbeats are retried every %.0f s", error, HEARTBEAT_S)
                 connected = False

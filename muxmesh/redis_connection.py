@@ -18,12 +18,15 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import redis.asyncio
 from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
+REDIS_ERRORS = (RedisError, RedisClusterException, OSError)
+"""What a command raises if Redis does not carry it out. `RedisClusterException` is no RedisError."""
 RedisClient = Any
 """A client of redis-py: `redis.asyncio.Redis` or `RedisCluster`. Their commands are the same, their types are not."""
 
@@ -42,16 +45,16 @@ def open_redis(url: str, *, timeout_s: float = TIMEOUT_S, **options: Any) -> Red
     URL that is none.
     """
     kind, nodes, path, settings = _split(url)
-    options = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, **options}
+    of_sentinel = {name.removeprefix("sentinel_"): settings.pop(name) for name in _sentinel_options(settings)}
+    options = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, **settings, **options}
     if kind == "cluster":
-        return RedisCluster(startup_nodes=[ClusterNode(*node) for node in nodes], **settings, **options)
+        return RedisCluster(startup_nodes=[ClusterNode(*node) for node in nodes], **options)
     again: dict[str, Any] = {"retry": Retry(NoBackoff(), 1), "retry_on_error": [RedisConnectionError]}
     if kind == "sentinel":
-        of_sentinel = {name.removeprefix("sentinel_"): settings.pop(name) for name in _sentinel_options(settings)}
-        is_tls = {"ssl": settings["ssl"]} if "ssl" in settings else {}
-        sentinel_options = {**of_sentinel, **is_tls, "socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+        tls = {name: value for name, value in settings.items() if name.startswith("ssl")}
+        sentinel_options = {**tls, **of_sentinel, "socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
         sentinel = Sentinel(nodes, sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call]
-        return sentinel.master_for(path, **{"redis_class": _Primary, **settings, **options, **again})
+        return sentinel.master_for(path, **{"redis_class": _Primary, **options, **again})
     pool = redis.asyncio.BlockingConnectionPool.from_url(
         url, max_connections=_MAX_CONNECTIONS, timeout=timeout_s, **options, **again
     )
@@ -70,11 +73,11 @@ class _Primary(redis.asyncio.Redis):
 def redis_url_problem(url: str) -> str | None:
     """Why no client can open ``url``: its nodes, its port, its options or its path. Makes no connection."""
     try:
-        kind, _, path, settings = _split(url)
+        kind, _, path, _ = _split(url)
         if kind:
-            plain = {name: value for name, value in settings.items() if name not in _sentinel_options(settings)}
-            plain.pop("ssl", None)
-            url = f"redis://localhost?{urlencode(plain)}"
+            parts = urlsplit(url)
+            scheme = url.partition("+")[0]
+            url = f"{scheme}://localhost?{urlencode(_split_query(parts.query)[1])}"
         connection = redis.asyncio.ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, RedisError) as error:  # TypeError: an option that connections do not have
         return f"cannot be opened: {str(error).rpartition('__init__() ')[2]}"
@@ -88,10 +91,10 @@ def redis_url_problem(url: str) -> str | None:
 def without_password(url: str) -> str:
     """``url`` for a message: without what stands before the `@` of its host, and without passwords of its query."""
     scheme, separator, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    path, question, query = path.partition("?")
+    rest = rest.rpartition("@")[2]  # a password may have any character
+    host, question, query = rest.partition("?")
     kept = "&".join(part for part in query.split("&") if "password" not in part.lower())
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}{question if kept else ''}{kept}"
+    return f"{scheme}{separator}{host}{question if kept else ''}{kept}"
 
 
 def _sentinel_options(settings: dict[str, Any]) -> list[str]:
@@ -106,7 +109,11 @@ def _split(url: str) -> tuple[str, list[tuple[str, int]], str, dict[str, Any]]:
     parts = urlsplit(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
     user, _, password = credentials.partition(":")
-    settings: dict[str, Any] = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
+    sentinel_settings, others = _split_query(parts.query)
+    typed = parse_url(f"{scheme}://localhost?{urlencode(others)}")
+    settings: dict[str, Any] = {
+        name: value for name, value in typed.items() if name not in ("host", "port", "connection_class")
+    } | sentinel_settings
     settings |= {"username": unquote(user)} if user else {}
     settings |= {"password": unquote(password)} if password else {}
     settings |= {"ssl": True} if scheme == "rediss" else {}
@@ -116,6 +123,13 @@ def _split(url: str) -> tuple[str, list[tuple[str, int]], str, dict[str, Any]]:
     if kind == "cluster" and service:
         raise ValueError("a Cluster has neither a service nor a database, so nothing follows its nodes")
     return kind, list(_nodes(hosts, _DEFAULT_PORTS[kind])), service, settings
+
+
+def _split_query(query: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The options for Sentinels, and the others. Raises ValueError."""
+    pairs = parse_qsl(query, strict_parsing=bool(query))
+    of_sentinel = {name: value for name, value in pairs if name.startswith("sentinel_")}
+    return of_sentinel, {name: value for name, value in pairs if name not in of_sentinel}
 
 
 def _nodes(hosts: str, default_port: int) -> Iterator[tuple[str, int]]:

@@ -73,14 +73,20 @@ class UnitAdmission:
     """
 
     def __init__(
-        self, unit: str, router: str, channel: grpc.aio.Channel, clock: Clock, policy: SchedulingPolicy
+        self,
+        unit: str,
+        router: str,
+        channel: grpc.aio.Channel,
+        clock: Clock,
+        policy: SchedulingPolicy,
+        is_fair: bool = True,
     ) -> None:
-        """``router``: name of this router, unique in the mesh."""
+        """``router``: name of this router, unique in the mesh. ``is_fair``: see `RequestQueue`."""
         self._unit = unit
         self._clock = clock
         self._router = router
         self._stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
-        self._queue = RequestQueue(policy)
+        self._queue = RequestQueue(policy, is_fair=is_fair)
         self.costs: dict[str, ModelCosts] = {}
         """Step costs by model, as last reported by the unit."""
         self.unloaded: defaultdict[str, UnloadedCosts] = defaultdict(UnloadedCosts)
@@ -102,9 +108,9 @@ class UnitAdmission:
         """Requests for ``model`` that wait for a credit of this unit."""
         return self._queue.count(model)
 
-    def num_before(self, model: str, tenant: str, scheduling: SchedulingState) -> int:
+    def num_before(self, model: str, tenant: str, scheduling: SchedulingState, weight: float = 1.0) -> int:
         """See `RequestQueue.num_before`."""
-        return self._queue.num_before(model, tenant, scheduling)
+        return self._queue.num_before(model, tenant, scheduling, weight)
 
     def oldest_arrival_s(self, model: str) -> float | None:
         """See `RequestQueue.oldest_arrival_s`."""

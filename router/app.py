@@ -98,8 +98,9 @@ async def serve(
         metrics = RequestMetrics({model.name: model.limits.max_model_len for model in models})
         tenancy = await _open_tenancy(runtime, incarnation, clock, rng, stop, stack)
         queue_limit = QueueLimit(
-            config.router.max_waiting_requests, secret, config.access.mode == "keys", config.order.longest_queue_s
-        )
+            config.router.max_waiting_requests, secret, config.access.mode == "keys", config.order.longest_queue_s,
+            lambda: sum(placed.config.max_num_seqs for unit in units for placed in unit.models.values()),
+        )  # fmt: skip
         pipeline = GenerationPipeline(
             models, units, driver, forecaster, policy, config.router, clock, rng, tokenizer, metrics, queue_limit,
             tenancy.quotas,
@@ -159,7 +160,7 @@ async def _open_units(
     for unit in runtime.config.units:
         address = await resolver.address(ProcessKey("kvstore", unit.name))
         channel = await stack.enter_async_context(internal_channel(address))
-        admission = UnitAdmission(unit.name, router, channel, clock, policy)
+        admission = UnitAdmission(unit.name, router, channel, clock, policy, runtime.config.order.fairness)
         placed = {model.name: placed_model(runtime, unit.name, model.name) for model in unit.models}
         kvstore, commands = kvstore_pb2_grpc.KvStoreServiceStub(channel), kvstore_pb2_grpc.UnitModelServiceStub(channel)
         work = ExpectedWork(policy.longest_lead)

@@ -11,15 +11,13 @@ import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from redis.exceptions import RedisError
-
 from muxmesh.background_task import background
 from muxmesh.errors import ConfigError
 from muxmesh.predictor import snapshot
 from muxmesh.predictor.checked_predictor import CheckedPredictor
 from muxmesh.predictor.length_predictor import LengthPredictor
 from muxmesh.process_registry import redis_key
-from muxmesh.redis_connection import RedisClient, open_redis
+from muxmesh.redis_connection import REDIS_ERRORS, RedisClient, open_redis
 from router.length_forecast import LengthForecaster
 
 _log = logging.getLogger(__name__)
@@ -45,11 +43,11 @@ class PredictorSnapshots:
                     predictor, checked = await asyncio.to_thread(snapshot.read, found)
                     _log.info("the length predictor continues from %d outputs", predictor.history.num_observed)
                     return predictor, checked
-            except (RedisError, OSError) as error:
+            except REDIS_ERRORS as error:
                 _log.warning("the length predictor starts empty, Redis is unreachable: %s", error)
             except ConfigError as error:
                 _log.warning("the length predictor starts empty: %s", error)
-                with contextlib.suppress(RedisError, OSError):
+                with contextlib.suppress(*REDIS_ERRORS):
                     await client.delete(self._key)  # earlier versions wrote tenants as they are
         predictor = LengthPredictor()
         return predictor, CheckedPredictor(predictor)
@@ -65,7 +63,7 @@ class PredictorSnapshots:
                 async with background(self._save_repeatedly(save, predictor), "predictor snapshots"):
                     yield
             finally:
-                with contextlib.suppress(RedisError, OSError, TimeoutError):
+                with contextlib.suppress(*REDIS_ERRORS, TimeoutError):
                     async with asyncio.timeout(_LAST_SAVE_TIMEOUT_S):
                         await save()
 
@@ -75,7 +73,7 @@ class PredictorSnapshots:
         try:
             yield client
         finally:
-            with contextlib.suppress(RedisError, OSError):
+            with contextlib.suppress(*REDIS_ERRORS):
                 await client.aclose()
 
     @staticmethod
@@ -85,7 +83,7 @@ class PredictorSnapshots:
             await asyncio.sleep(SAVE_EVERY_S)
             num_observed = predictor.history.num_observed
             if num_observed != num_saved:
-                with contextlib.suppress(RedisError, OSError):
+                with contextlib.suppress(*REDIS_ERRORS):
                     await save()
                     num_saved = num_observed
 

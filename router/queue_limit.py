@@ -17,7 +17,7 @@ from __future__ import annotations
 import hmac
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from heapq import heappop, heappush
@@ -62,6 +62,7 @@ class Newcomer:
 @dataclass(frozen=True, slots=True)
 class _Ticket:
     number: str
+    tenant_id: str
     num_sequences: int
     due_unix_s: float
     expires_unix_s: float
@@ -105,12 +106,20 @@ class QueueLimit:
     Invariant: ``_num_out`` is the sum of the sequences of ``_tickets``, ``_num_near`` that of those in ``_near``.
     """
 
-    def __init__(self, limit: int, secret: bytes, limits_tenants: bool, longest_wait_s: float = math.inf) -> None:
+    def __init__(
+        self,
+        limit: int,
+        secret: bytes,
+        limits_tenants: bool,
+        longest_wait_s: float = math.inf,
+        num_slots: Callable[[], int] = lambda: 1,
+    ) -> None:
         """``limit``: sequences that may wait. ``secret``: signs tickets; the same for all routers of a mesh.
 
         ``limits_tenants``: whether callers are told apart. ``longest_wait_s``: no more sequences may wait than start in
-        that time.
+        that time, or than the units have slots (``num_slots``): on an idle unit a request waits for its prefill too.
         """
+        self._num_slots = num_slots
         self._most, self._secret, self._limits_tenants = limit, secret, limits_tenants
         self._longest_wait_s = longest_wait_s
         self._by_tenant: Counter[str] = Counter()
@@ -123,8 +132,9 @@ class QueueLimit:
         self._near: list[tuple[float, str]] = []
         """A heap of the others. Both may have tickets that came back."""
         self._near_numbers: set[str] = set()
-        self._num_near = 0
-        self._num_out = 0
+        self._num_near: Counter[str] = Counter()
+        self._num_out: Counter[str] = Counter()
+        """By tenant: what one was promised keeps no other out."""
         self._used: dict[str, float] = {}
         """Those that came back, until they expire."""
         self._used_checked_unix_s = 0.0
@@ -157,7 +167,7 @@ class QueueLimit:
         rate = self._rate.per_s
         if self._longest_wait_s == math.inf or not rate:
             return self._most
-        return min(self._most, max(1, math.floor(rate * self._longest_wait_s)))
+        return min(self._most, max(self._num_slots(), math.floor(rate * self._longest_wait_s)))
 
     @property
     def expected_return(self) -> float:
@@ -168,7 +178,7 @@ class QueueLimit:
     @property
     def num_out(self) -> int:
         """Sequences of tickets that are out."""
-        return self._num_out
+        return self._num_out.total()
 
     def check(self, newcomer: Newcomer, waiting: Mapping[str, int], now_s: float, unix_s: float) -> None:
         """Raises Overloaded, with a ticket and its delay, unless the newcomer may enter the queue.
@@ -182,24 +192,26 @@ class QueueLimit:
         if held is not None and not held.is_due(unix_s):
             raise _refused("the ticket is not due yet", held.due_unix_s - unix_s, newcomer.ticket)
         num_waiting = sum(waiting.values())
-        if held is not None and num_waiting + newcomer.num_sequences <= limit * (1 + _HEADROOM):
-            self._take(held)
-            return
         num_near, num_out = (
-            0 if held else math.ceil(number * self.expected_return) for number in (self._num_near, self._num_out)
+            math.ceil(number[newcomer.tenant_id] * self.expected_return) for number in (self._num_near, self._num_out)
         )
         if num_waiting + newcomer.num_sequences <= limit * _ALWAYS_USED:
             num_near = 0
-        excess, problem = self._excess(newcomer, waiting, limit, num_near)
-        if excess <= 0:
-            return
+        num_before = num_near if held is None else -math.floor(limit * _HEADROOM)
+        excess, problem = self._excess(newcomer, waiting, limit, num_before)
         if held is not None:
             self._take(held)
-        delay_s = self._delay_s(excess + num_out - num_near)
+        if excess <= 0:
+            return
+        num_ahead = num_out if held is None else 0
+        delay_s = self._delay_s(excess - num_before + num_ahead)
         raise _refused(problem, delay_s, self._issue(newcomer, delay_s, unix_s))
 
     def _excess(self, newcomer: Newcomer, waiting: Mapping[str, int], limit: int, num_before: int) -> tuple[int, str]:
-        """How many sequences have to leave first, at most 0: none; and why."""
+        """How many sequences have to leave first, at most 0: none; and why.
+
+        ``num_before``: positions that are kept for others; negative: that the newcomer may have beyond the limit.
+        """
         num_new = newcomer.num_sequences
         excess, problem = _full(waiting, newcomer.model, num_new, limit, num_before)
         if problem is not None:
@@ -225,13 +237,13 @@ class QueueLimit:
         due, valid_s = unix_s + delay_s, max(_MIN_GRACE_S, _GRACE * delay_s)
         fields = f"{self._last_number:x}-{newcomer.num_sequences:x}-{int(due * 1000):x}-{int(valid_s * 1000):x}"
         number = f"{fields}-{self._mac(fields, newcomer)}"
-        self._add(_Ticket(number, newcomer.num_sequences, due, due + valid_s))
+        self._add(_Ticket(number, newcomer.tenant_id, newcomer.num_sequences, due, due + valid_s))
         return number
 
     def _add(self, ticket: _Ticket) -> None:
         self._tickets[ticket.number] = ticket
         heappush(self._later, (ticket.due_unix_s, ticket.number))
-        self._num_out += ticket.num_sequences
+        self._num_out[ticket.tenant_id] += ticket.num_sequences
 
     def _take(self, ticket: _Ticket) -> None:
         """A ticket is used up."""
@@ -244,10 +256,10 @@ class QueueLimit:
         ticket = self._tickets.pop(number, None)
         if ticket is None:
             return False
-        self._num_out -= ticket.num_sequences
+        _subtract(self._num_out, ticket)
         if number in self._near_numbers:
             self._near_numbers.remove(number)
-            self._num_near -= ticket.num_sequences
+            _subtract(self._num_near, ticket)
         return True
 
     def _pass_time(self, limit: int, unix_s: float) -> None:
@@ -260,7 +272,7 @@ class QueueLimit:
             if ticket is not None:
                 heappush(self._near, entry)
                 self._near_numbers.add(ticket.number)
-                self._num_near += ticket.num_sequences
+                self._num_near[ticket.tenant_id] += ticket.num_sequences
         while self._near and self._near[0][0] <= unix_s - _MISSED_S:
             if self._drop(heappop(self._near)[1]):
                 self.return_rate -= _RETURN_WEIGHT * self.return_rate
@@ -276,7 +288,7 @@ class QueueLimit:
             return None
         _, num_sequences, due_ms, valid_ms = (int(part, 16) for part in fields.split("-"))  # signed, so well-formed
         due_unix_s = due_ms / 1000
-        ticket = _Ticket(newcomer.ticket, num_sequences, due_unix_s, due_unix_s + valid_ms / 1000)
+        ticket = _Ticket(newcomer.ticket, newcomer.tenant_id, num_sequences, due_unix_s, due_unix_s + valid_ms / 1000)
         return ticket if ticket.expires_unix_s > unix_s and newcomer.num_sequences <= num_sequences else None
 
     def _mac(self, fields: str, newcomer: Newcomer) -> str:
@@ -338,11 +350,17 @@ def _full(
     if excess <= 0:
         return 0, None
     kept_for = [f"{kept} kept for other models"] if kept else []
-    kept_for += [f"{num_promised} for earlier requests that were told to come back"] if num_promised else []
+    kept_for += [f"{num_promised} for earlier requests that were told to come back"] if num_promised > 0 else []
     with_kept = f", with {' and '.join(kept_for)}" if kept_for else ""
     return excess, (
         f"{num_waiting} sequences are waiting and {num_new} would be added; at most {limit} may wait{with_kept}"
     )
+
+
+def _subtract(numbers: Counter[str], ticket: _Ticket) -> None:
+    numbers[ticket.tenant_id] -= ticket.num_sequences
+    if not numbers[ticket.tenant_id]:
+        del numbers[ticket.tenant_id]
 
 
 def _encoded(text: str) -> bytes:

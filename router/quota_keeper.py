@@ -58,6 +58,8 @@ class Reservation:
     started_at_s: float
     is_granted: bool = False
     """False while Redis is asked for it."""
+    was_asked_in_vain: bool = False
+    """Whether Redis has not answered."""
     is_local: bool = False
     """Whether this router has granted it by itself."""
 
@@ -122,7 +124,10 @@ class QuotaKeeper:
             if self.is_away or not await self._reserve_in_redis(one):
                 self._reserve_here(one, len(opened) - 1, now_s)
         except QuotaExceeded as error:
-            self._remove(one)
+            if one.was_asked_in_vain:  # Redis may have reserved it, and not said so in time
+                self.end(one, 0, 0)
+            else:
+                self._remove(one)
             self.num_refused[tenant.name, error.quota] += 1
             raise
         except BaseException:  # cancelled, or refused as Redis is away: it may have been reserved nevertheless
@@ -167,7 +172,9 @@ class QuotaKeeper:
                 left = await self._book.reserve(one.tenant, self._owner, one.reservation_id, one.num_tokens)
         except (Unavailable, TimeoutError) as error:
             self._note_away(error)
+            one.was_asked_in_vain = True
             return False
+        self._num_routers[one.tenant.tenant_id] = left.num_owners
         self._local.note(one.tenant, left.requests, left.tokens, self._clock.monotonic_s())
         return True
 
@@ -195,7 +202,7 @@ class QuotaKeeper:
 
     async def renew(self) -> None:
         """Renews all open reservations. Redis counts as present again if it responds. Raises Unavailable."""
-        num_lost = 0
+        num_lost, problem = 0, None
         for tenant_id, opened in list(self._open.items()):
             if not opened:  # the last one has ended since this call began
                 continue
@@ -204,11 +211,14 @@ class QuotaKeeper:
             next_number, tenant = min(asked, default=self._last_number + 1), next(iter(opened.values())).tenant
             try:
                 renewal = await self._book.renew(tenant, self._owner, next_number, tokens_of)
-            except Unavailable as error:
-                self._note_away(error)
-                raise
+            except Unavailable as error:  # of a Cluster, others may be on a node that responds
+                problem = error
+                continue
             self._num_routers[tenant_id] = renewal.num_owners
             num_lost += renewal.num_added
+        if problem is not None:
+            self._note_away(problem)
+            raise problem
         if num_lost and not self.is_away:
             _log.warning("Redis had lost %d reservations; they are reserved again", num_lost)
         if self._open or not self.is_away or not self._unsettled:
@@ -254,7 +264,7 @@ class QuotaKeeper:
     def _note_away(self, error: Exception) -> None:
         if not self.is_away:
             what = "granted by this router alone" if self._on_redis_loss == "open" else "refused"
-            _log.warning("quotas: %s; new requests are %s until it does", error or "Redis does not respond", what)
+            _log.warning("quotas: %s; new requests are %s until it does", str(error) or "Redis does not respond", what)
         self.is_away = True
 
     def _note_present(self) -> None:

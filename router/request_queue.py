@@ -33,8 +33,14 @@ class RequestQueue:
     change with time, that is the current order unless a request has become overdue since.
     """
 
-    def __init__(self, policy: SchedulingPolicy = FCFS, shown_per_model: int = SHOWN_PER_MODEL) -> None:
-        """``shown_per_model``: requests of a model that the unit sees if all are of one tenant."""
+    def __init__(
+        self, policy: SchedulingPolicy = FCFS, shown_per_model: int = SHOWN_PER_MODEL, is_fair: bool = True
+    ) -> None:
+        """``shown_per_model``: requests of a model that the unit sees if all are of one tenant.
+
+        ``is_fair``: whether the unit divides its service between tenants.
+        """
+        self._is_fair = is_fair
         self._policy = policy
         self._limit = shown_per_model
         self._requests: dict[int, QueuedRequest] = {}
@@ -88,15 +94,21 @@ class RequestQueue:
         """Number of queued requests for ``model``."""
         return self._num_queued[model]
 
-    def num_before(self, model: str, tenant: str, scheduling: SchedulingState) -> int:
-        """Queued requests for ``model`` that precede one of ``tenant`` with ``scheduling``.
+    def num_before(self, model: str, tenant: str, scheduling: SchedulingState, weight: float = 1.0) -> int:
+        """Queued requests for ``model`` that precede one of ``tenant``, of this weight, with ``scheduling``.
 
-        Of the tenant by the order of the last sorting; of each other one as many, since tenants get equal service.
+        Of the tenant by the order of the last sorting. If tenants share the unit (``is_fair``), of each other one as
+        many, in proportion to its weight: a router does not know which of them had more service until now.
         """
-        key = self._policy.sort_key(scheduling, self._sorted_at_s)
-        own = bisect.bisect_left(self._ordered.get((model, tenant), []), (key, 0))
-        others = (len(queue) for (name, other), queue in self._ordered.items() if name == model and other != tenant)
-        return own + sum(min(number, own) for number in others)
+        key, own = self._policy.sort_key(scheduling, self._sorted_at_s), 0
+        others = []
+        for (name, other), queue in self._ordered.items():
+            if name == model and (other == tenant or not self._is_fair):
+                own += bisect.bisect_left(queue, (key, 0))
+            elif name == model:
+                others.append(queue)
+        weights = (self._requests[queue[0][1]].tenant_weight for queue in others)
+        return own + sum(min(len(queue), int(own * one / weight)) for queue, one in zip(others, weights, strict=True))
 
     def oldest_arrival_s(self, model: str) -> float | None:
         """Arrival (unix time) of the queued request for ``model`` that arrived first; None without one. Linear."""

@@ -12,11 +12,9 @@ import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
-import redis.asyncio
-from redis.exceptions import RedisError
-
 from muxmesh.clock import Clock
 from muxmesh.process_registry import LIFETIME_S, redis_key
+from muxmesh.redis_connection import REDIS_ERRORS, RedisClient, open_redis
 from muxmesh.residency_format import (
     FIELD,
     ResidencyBatch,
@@ -58,23 +56,21 @@ class ResidencyReader:
         """Follows all units until cancelled."""
         is_connected = True
         while True:
-            client = redis.asyncio.Redis.from_url(
-                self._url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
-            )
+            client = open_redis(self._url, timeout_s=_TIMEOUT_S)
             try:
                 await self._follow(client)
-            except (RedisError, OSError) as error:
+            except REDIS_ERRORS as error:
                 if is_connected and self._clock.monotonic_s() - self._read_at_s > _TIMEOUT_S:
                     _log.warning("Redis is unreachable: %s; units are chosen without new residency", error)
                     is_connected = False
             finally:
-                with contextlib.suppress(RedisError, OSError):
+                with contextlib.suppress(*REDIS_ERRORS):
                     await client.aclose()
             if self._clock.monotonic_s() - self._read_at_s >= LIFETIME_S:
                 self._index.drop_all()
             await asyncio.sleep(_RETRY_S)
 
-    async def _follow(self, client: redis.asyncio.Redis) -> None:
+    async def _follow(self, client: RedisClient) -> None:
         """Follows all units until Redis is lost. Raises RedisError or OSError."""
         positions = dict.fromkeys(self._units, b"0-0")
         for unit in self._units.values():
@@ -93,7 +89,7 @@ class ResidencyReader:
                 checked_at_s = self._read_at_s
                 await self._drop_expired(client)
 
-    async def _apply(self, client: redis.asyncio.Redis, unit: str, data: bytes) -> None:
+    async def _apply(self, client: RedisClient, unit: str, data: bytes) -> None:
         """Applies a batch. After a gap it reads the snapshot, and drops the unit if that is older than the batch."""
         batch = _batch(data)
         if batch is not None and self._index.apply(unit, batch):
@@ -102,7 +98,7 @@ class ResidencyReader:
         if batch is None or not self._index.apply(unit, batch):
             self._index.drop(unit)
 
-    async def _load(self, client: redis.asyncio.Redis, unit: str) -> None:
+    async def _load(self, client: RedisClient, unit: str) -> None:
         """Reads the snapshot of a unit. Without one that this version can read, nothing is known of the unit."""
         data = await client.get(self._snapshots[unit])
         try:
@@ -112,7 +108,7 @@ class ResidencyReader:
         else:
             self._index.load(unit, snapshot)
 
-    async def _drop_expired(self, client: redis.asyncio.Redis) -> None:
+    async def _drop_expired(self, client: RedisClient) -> None:
         """Forgets units that are gone."""
         for unit, key in self._snapshots.items():
             if self._index.is_known(unit) and not await client.exists(key):

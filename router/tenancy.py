@@ -8,12 +8,10 @@ import random
 from collections.abc import Iterator
 from typing import Protocol
 
-from redis.exceptions import RedisError
-
 from muxmesh.clock import Clock
 from muxmesh.config.runtime import MeshRuntime
 from muxmesh.metrics.family import Family
-from muxmesh.redis_connection import RedisClient, open_redis
+from muxmesh.redis_connection import REDIS_ERRORS, RedisClient, open_redis
 from muxmesh.tenants.quota_book import QuotaBook
 from muxmesh.tenants.tenant_directory import TenantDirectory
 from router.caller import set_caller
@@ -98,7 +96,7 @@ class KeyedTenancy:
 
     async def close(self) -> None:
         await self._keeper.settle_all(_LAST_SETTLEMENTS_S)
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(*REDIS_ERRORS):
             await self._client.aclose()
 
     def families(self) -> Iterator[Family]:

@@ -15,7 +15,7 @@ from muxmesh.quoting import quoted
 from muxmesh.residency_format import block_keys
 from muxmesh.step_cost import UNMEASURED, ModelCosts
 from muxmesh.types import EngineRequest, KvDemand
-from router.admission_client import NO_REPORT
+from router.admission_client import NO_REPORT, ReportedLoad
 from router.assigned_work import AssignedSequence
 from router.residency import ResidencyIndex
 from router.unit_choice import Candidate, Choice, ChoiceReason, UnitLoad, choose, choose_better, prefill_s
@@ -197,8 +197,7 @@ def _costs_of(links: Sequence[UnitLink], model: str) -> list[ModelCosts]:
 def _load_of(link: UnitLink, model: str, own_decode_s: float, costs: ModelCosts) -> UnitLoad:
     """What is ahead of a new request: this router's sequences, and those of others as the unit reports them."""
     others_s = sum(
-        costs.prefill.step_s(report.prefill_tokens, report.prefill_context) - costs.prefill.base_s
-        for report in link.admission.loads.values()
+        _prefill_of(link.admission.costs.get(name, costs), report) for name, report in link.admission.loads.items()
     )
     mean_decode_s = link.assigned.mean_decode_s(model)
     return UnitLoad(
@@ -208,13 +207,18 @@ def _load_of(link: UnitLink, model: str, own_decode_s: float, costs: ModelCosts)
     )
 
 
+def _prefill_of(costs: ModelCosts, report: ReportedLoad) -> float:
+    return costs.prefill.step_s(report.prefill_tokens, report.prefill_context) - costs.prefill.base_s
+
+
 def _load_before(load: UnitLoad, link: UnitLink, request: EngineRequest) -> UnitLoad:
     """The part of ``load`` that precedes a request which is queued already."""
     num_queued = link.assigned.num(request.model) - link.assigned.num_credited(request.model)
-    num_before = link.admission.num_before(request.model, request.tenant, request.scheduling)
-    num_sequences = load.num_sequences - max(0, num_queued - num_before)
-    part = num_sequences / load.num_sequences if load.num_sequences else 0.0
-    return replace(load, num_sequences=num_sequences, prefill_s=load.prefill_s * part)
+    num_before = link.admission.num_before(request.model, request.tenant, request.scheduling, request.tenant_weight)
+    num_behind = max(0, num_queued - num_before)
+    behind_s = link.assigned.queued_prefill_s(request.model) * num_behind / num_queued if num_queued else 0.0
+    prefill_s = max(0.0, load.prefill_s - behind_s)
+    return replace(load, num_sequences=load.num_sequences - num_behind, prefill_s=prefill_s)
 
 
 def _candidate(

@@ -11,8 +11,6 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from redis.exceptions import RedisError
-
 from muxmesh.cli.common import print_json
 from muxmesh.cli.running_mesh import running_mesh
 from muxmesh.cli.tenant_options import LIMITS, NONE
@@ -22,7 +20,7 @@ from muxmesh.config.runtime import MeshRuntime
 from muxmesh.config.section import NAME_PATTERN
 from muxmesh.durations import duration_text
 from muxmesh.errors import InvalidRequest
-from muxmesh.redis_connection import open_redis
+from muxmesh.redis_connection import REDIS_ERRORS, open_redis
 from muxmesh.tenants.api_key import hash_of_api_key, new_api_key
 from muxmesh.tenants.quota_book import QuotaBook, TenantUsage
 from muxmesh.tenants.tenant_directory import TenantDirectory
@@ -76,7 +74,7 @@ async def _opened(runtime: MeshRuntime) -> AsyncIterator[_Mesh]:
         directory = TenantDirectory(client, mesh_id, rng)
         yield _Mesh(directory, QuotaBook(client, mesh_id), rng, SystemClock().unix_s())
     finally:
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(*REDIS_ERRORS):
             await client.aclose()
 
 

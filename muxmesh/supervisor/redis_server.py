@@ -13,13 +13,13 @@ from pathlib import Path
 
 import redis.asyncio
 from pydantic import ValidationError
-from redis.exceptions import AuthenticationError, RedisError, ResponseError
+from redis.exceptions import AuthenticationError, ResponseError
 
 from muxmesh.config.schema import MeshConfig
 from muxmesh.config.section import Location
 from muxmesh.errors import ConfigError, Unavailable
 from muxmesh.quoting import quoted
-from muxmesh.redis_connection import open_redis, redis_url_problem, without_password
+from muxmesh.redis_connection import REDIS_ERRORS, open_redis, redis_url_problem, without_password
 
 ANSWER_WITHIN_S = 10.0
 """Time limit for the first response of a Redis that others have started."""
@@ -80,13 +80,13 @@ async def check_redis(url: str, within_s: float = ANSWER_WITHIN_S) -> None:
                     return
                 except (AuthenticationError, ResponseError) as error:
                     raise Unavailable(f"Redis at {without_password(url)}: {error}") from error
-                except (RedisError, OSError) as error:
+                except REDIS_ERRORS as error:
                     problem = str(error) or problem
                 await asyncio.sleep(0.1)
     except TimeoutError:
         raise Unavailable(f"no Redis at {without_password(url)} within {within_s:g} s: {problem}") from None
     finally:
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(*REDIS_ERRORS):
             await connection.aclose()
 
 
@@ -124,13 +124,13 @@ class RedisProbe:
             return False
         try:
             await self._redis.ping()
-        except (RedisError, OSError):
+        except REDIS_ERRORS:
             return False
         return True
 
     async def close(self) -> None:
         """Closes the connection."""
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(*REDIS_ERRORS):
             await self._redis.aclose()
 
 

@@ -5,20 +5,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from redis.exceptions import RedisError
+from typing import Any
 
 from muxmesh.errors import Unavailable
 from muxmesh.process_registry import redis_key
-from muxmesh.redis_connection import RedisClient
+from muxmesh.redis_connection import REDIS_ERRORS, RedisClient
 from muxmesh.tenants import quota_scripts
 from muxmesh.tenants.tenant import Tenant, quota_exceeded
 
 OWNER_TTL_S = 30.0
 """A router whose last renewal is older counts as dead: its reservations are given back."""
+_MAX_CALLS = 48
+"""Calls in progress; fewer than the connections of a client."""
 _KEYS = ("quota", "open", "owners", "settled", "usage")
 
 
@@ -37,6 +39,8 @@ class Left:
 
     requests: float
     tokens: float
+    num_owners: int = 1
+    """Routers with reservations of the tenant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,7 @@ class QuotaBook:
 
     def __init__(self, client: RedisClient, mesh_id: str, owner_ttl_s: float = OWNER_TTL_S) -> None:
         self._client, self._mesh_id, self._owner_ttl_s = client, mesh_id, owner_ttl_s
+        self._free = asyncio.Semaphore(_MAX_CALLS)
         self._reserve = client.register_script(quota_scripts.RESERVE)
         self._settle = client.register_script(quota_scripts.SETTLE)
         self._renew = client.register_script(quota_scripts.RENEW)
@@ -82,11 +87,12 @@ class QuotaBook:
         all_limits = (limits.requests_per_minute, limits.tokens_per_minute, limits.max_concurrent_requests)
         arguments = [reservation_id, owner, self._owner_ttl_s, num_tokens, *map(_limit, all_limits)]
         try:
-            granted, *details = await self._reserve(keys=self._keys(tenant.tenant_id), args=arguments)
-        except (RedisError, OSError) as error:
+            granted, *details = await self._run(self._reserve, tenant, arguments)
+        except REDIS_ERRORS as error:
             raise _unavailable(error) from error
         if granted:
-            return Left(*map(float, details))
+            requests, tokens, num_owners = details
+            return Left(float(requests), float(tokens), num_owners)
         quota, wait_s, left, needed = details
         raise quota_exceeded(tenant, quota.decode(), int(left), int(needed), float(wait_s))
 
@@ -94,8 +100,8 @@ class QuotaBook:
         """Charges what was used and gives the reservation back. A second call with the same id changes nothing."""
         arguments = [reservation_id, used.prompt_tokens, used.output_tokens, used.seconds, *_bucket_limits(tenant)]
         try:
-            await self._settle(keys=self._keys(tenant.tenant_id), args=arguments)
-        except (RedisError, OSError) as error:
+            await self._run(self._settle, tenant, arguments)
+        except REDIS_ERRORS as error:
             raise _unavailable(error) from error
 
     async def renew(self, tenant: Tenant, owner: str, next_number: int, tokens_of: Mapping[str, int]) -> Renewal:
@@ -106,15 +112,15 @@ class QuotaBook:
         pairs = [part for pair in tokens_of.items() for part in pair]
         arguments = [owner, self._owner_ttl_s, *_bucket_limits(tenant), next_number, *pairs]
         try:
-            return Renewal(*await self._renew(keys=self._keys(tenant.tenant_id), args=arguments))
-        except (RedisError, OSError) as error:
+            return Renewal(*await self._run(self._renew, tenant, arguments))
+        except REDIS_ERRORS as error:
             raise _unavailable(error) from error
 
     async def usage(self, tenant: Tenant) -> TenantUsage:
         """What a tenant has used."""
         try:
-            found = await self._read(keys=self._keys(tenant.tenant_id), args=_bucket_limits(tenant))
-        except (RedisError, OSError) as error:
+            found = await self._run(self._read, tenant, _bucket_limits(tenant))
+        except REDIS_ERRORS as error:
             raise _unavailable(error) from error
         requests_left, tokens_left, num_open, reserved, pairs = found
         totals = dict(zip(pairs[::2], pairs[1::2], strict=True))
@@ -136,8 +142,13 @@ class QuotaBook:
         """Removes all that is known of a tenant that is no more."""
         try:
             await self._client.delete(*self._keys(tenant_id))
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             raise _unavailable(error) from error
+
+    async def _run(self, script: Any, tenant: Tenant, arguments: Sequence[Any]) -> Any:
+        """Clients of Sentinel and Cluster raise an error when they have no free connection; here calls wait for one."""
+        async with self._free:
+            return await script(keys=self._keys(tenant.tenant_id), args=arguments)
 
     def _keys(self, tenant_id: str) -> list[str]:
         """One slot of a Redis Cluster for each tenant."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 SETTLED_S = 600
 """How long the id of a settled reservation is kept: longer than any repetition of its settlement may take."""
 KEEP_S = 3600
-"""How long the state of an idle tenant is kept. Its buckets are full after 60 s."""
+"""How long the state of an idle tenant is kept, or until its buckets are full again, if that is longer."""
 KEEP_USAGE_S = 400 * 86_400
 """How long the totals of an idle tenant are kept."""
 
@@ -43,13 +43,14 @@ local function level_of(name, limit)
     return math.min(limit, level + elapsed * limit / 60)
 end
 
-local function keep(requests, tokens)
+local function keep(requests, tokens, token_limit)
+    local full_s = tokens and (token_limit - tokens) * 60 / token_limit or 0
     redis.call('HSET', quota, 'at', string.format('%.6f', now))
     for name, level in pairs({{requests = requests, tokens = tokens}}) do
         redis.call('HSET', quota, name, string.format('%.6f', level))
     end
     for _, key in ipairs({{quota, open, owners, settled}}) do
-        redis.call('EXPIRE', key, {KEEP_S})
+        redis.call('EXPIRE', key, math.ceil(math.max({KEEP_S}, full_s)))
     end
 end
 
@@ -93,7 +94,7 @@ local back = given_back()
 local request_level, token_level = level_of('requests', request_limit), level_of('tokens', token_limit)
 token_level = token_level and capped(token_level + back, token_limit)
 local function refuse(name, wait, left, needed)
-    keep(request_level, token_level)
+    keep(request_level, token_level, token_limit)
     redis.call('HINCRBY', usage, 'refused', 1)
     return {0, name, string.format('%.6f', wait), math.floor(left), needed}
 end
@@ -115,16 +116,17 @@ if redis.call('HEXISTS', open, id) == 0 and not redis.call('ZSCORE', settled, id
     redis.call('HSET', open, id, string.format('%d %s', tokens, owner))
 end
 redis.call('ZADD', owners, now + ttl, owner)
-keep(request_level, token_level)
-return {1, string.format('%.6f', request_level or 0), string.format('%.6f', token_level or 0)}
+keep(request_level, token_level, token_limit)
+local num_owners = redis.call('ZCARD', owners)
+return {1, string.format('%.6f', request_level or 0), string.format('%.6f', token_level or 0), num_owners}
 """
 )
 """Arguments: id, owner, TTL of the owner in s, tokens, then the limits on requests, tokens and open reservations.
 
-An empty limit is none. A reservation that was settled already, as its router did not wait for it, is not made.
-Returns 1 with the levels of the buckets of requests and tokens, or 0 with the exceeded limit,
-seconds until it would be granted, what is left of it and what is needed. More tokens than the bucket holds are granted
-when it is full; its level is negative then.
+An empty limit is none. A reservation that was settled already, as its router did not wait for it, is not made. Returns
+1 with the levels of the buckets of requests and tokens and the number of routers with reservations; or 0 with the
+exceeded limit, seconds until it would be granted, what is left of it and what is needed. More tokens than the bucket
+holds are granted when it is full; its level is negative then.
 """
 
 SETTLE = (
@@ -141,7 +143,10 @@ elseif redis.call('ZSCORE', settled, id) then
     change = change + prompt + output
     prompt = -1
 end
-local token_level = level_of('tokens', token_limit)
+local request_level, token_level = level_of('requests', request_limit), level_of('tokens', token_limit)
+if request_level and not entry and prompt > 0 then
+    request_level = request_level - 1
+end
 redis.call('ZADD', settled, now + {SETTLED_S}, id)
 if prompt >= 0 and (entry or prompt + output > 0) then
     redis.call('HINCRBY', usage, 'requests', 1)
@@ -152,7 +157,7 @@ if prompt >= 0 and (entry or prompt + output > 0) then
     local mean = tonumber(redis.call('HGET', quota, 'mean_s') or '') or seconds
     redis.call('HSET', quota, 'mean_s', string.format('%.6f', mean + 0.1 * (seconds - mean)))
 end
-keep(level_of('requests', request_limit), token_level and capped(token_level + change, token_limit))
+keep(request_level, token_level and capped(token_level + change, token_limit), token_limit)
 return 1
 """
 )
@@ -188,8 +193,9 @@ for index = 1, #entries, 2 do
         change = change + tokens_of(entry)
     end
 end
-local token_level = level_of('tokens', token_limit)
-keep(level_of('requests', request_limit), token_level and capped(token_level + change, token_limit))
+local request_level, token_level = level_of('requests', request_limit), level_of('tokens', token_limit)
+request_level = request_level and request_level - num_added
+keep(request_level, token_level and capped(token_level + change, token_limit), token_limit)
 return {num_added, redis.call('ZCARD', owners)}
 """
 )
@@ -208,7 +214,7 @@ local back = given_back()
 local request_level, token_level = level_of('requests', request_limit), level_of('tokens', token_limit)
 token_level = token_level and capped(token_level + back, token_limit)
 if back > 0 then
-    keep(request_level, token_level)
+    keep(request_level, token_level, token_limit)
 end
 local function text(level)
     return level and string.format('%.6f', level) or ''

@@ -5,12 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from redis.exceptions import RedisError
-
 from muxmesh.errors import InvalidRequest, Unavailable
 from muxmesh.process_registry import redis_key
 from muxmesh.quoting import quoted
-from muxmesh.redis_connection import RedisClient
+from muxmesh.redis_connection import REDIS_ERRORS, RedisClient
 from muxmesh.tenants.tenant_record import DirectoryCopy, TenantRecord, record_of
 
 _VERSION_BITS = 64
@@ -65,14 +63,14 @@ class TenantDirectory:
         """The version of the directory; empty if Redis has none."""
         try:
             return _text(await self._client.get(self._keys[1]) or b"")
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             raise _unavailable(error) from error
 
     async def read(self) -> DirectoryCopy:
         """All tenants."""
         try:
             version, pairs = await self._read(keys=self._keys)
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             raise _unavailable(error) from error
         texts: dict[str, bytes] = {_text(name): text for name, text in zip(pairs[::2], pairs[1::2], strict=True)}
         records = {name: record for name, text in texts.items() if (record := record_of(text)) and record.name == name}
@@ -83,7 +81,7 @@ class TenantDirectory:
         parts = [part for record in copy.records.values() for part in (record.name, record.to_text())]
         try:
             return bool(await self._restore(keys=self._keys, args=[copy.version, *parts]))
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             raise _unavailable(error) from error
 
     async def add(self, record: TenantRecord) -> None:
@@ -119,7 +117,7 @@ class TenantDirectory:
     async def _find(self, name: str) -> tuple[bytes, TenantRecord | None]:
         try:
             found = await self._client.hget(self._keys[0], name)
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             raise _unavailable(error) from error
         if found is None:
             raise InvalidRequest("name", f"there is no tenant {quoted(name)}; `muxmesh tenant list` shows them")
@@ -129,7 +127,7 @@ class TenantDirectory:
         version = f"{self._rng.getrandbits(_VERSION_BITS):016x}"
         try:
             return bool(await self._replace(keys=self._keys, args=[name, expected, text, version]))
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             raise _unavailable(error) from error
 
 

@@ -40,7 +40,7 @@ class FakeAdmission:
     def num_queued(self, model: str) -> int:
         return len(self.waiting)
 
-    def num_before(self, model: str, tenant: str, scheduling: SchedulingState) -> int:
+    def num_before(self, model: str, tenant: str, scheduling: SchedulingState, weight: float = 1.0) -> int:
         return 0
 
     async def wait_for_credit(

@@ -120,7 +120,7 @@ def test_a_ticket_is_good_once_for_its_tenant_model_and_size() -> None:
         newcomer(2, tenant="t", ticket="1-1-1-1-é"),
     ):  # fmt: skip
         assert refusal(limit, other, full, 1.0).ticket != ticket
-    limit.check(newcomer(2, tenant="t", ticket=ticket), {"m": 8, "n": 0}, 1.0, 1001.0)
+    limit.check(newcomer(2, tenant="t", ticket=ticket), {"m": 7, "n": 0}, 1.0, 1001.0)
     assert refusal(limit, newcomer(2, tenant="t", ticket=ticket), full, 1.0).ticket != ticket
 
 
@@ -133,6 +133,18 @@ def test_who_comes_too_early_keeps_the_position_and_who_comes_too_late_loses_it(
     late = refusal(limit, newcomer(1, ticket=first.ticket), {"m": 10}, 6.1)
     assert late.ticket != first.ticket
     assert limit.num_out == 1
+
+
+def test_tickets_of_one_tenant_keep_no_other_out_and_no_limit_is_passed_with_them() -> None:
+    limit, waiting = QueueLimit(30, SECRET, limits_tenants=True), {"m": 20, "n": 0}
+    limit.enter("a", 20, 0.0)
+    tickets = [refusal(limit, newcomer(1, tenant="a"), waiting).ticket for _ in range(40)]
+    limit.check(newcomer(1, tenant="b"), waiting, 0.5, 1000.5)
+    limit.enter("b", 1, 0.5)
+    with_ticket = newcomer(1, tenant="a", ticket=tickets[0])
+    assert "of this tenant are waiting" in str(refusal(limit, with_ticket, waiting, 1.0))
+    kept = refusal(limit, newcomer(1, tenant="a", ticket=tickets[1]), {"m": 28, "n": 0}, 1.0)
+    assert "kept for other models" in str(kept)
 
 
 def test_another_router_honours_a_ticket() -> None:

@@ -171,6 +171,19 @@ async def test_an_answer_that_is_lost_charges_nothing_twice(keeper: QuotaKeeper,
     assert (book.charged, keeper.num_unsettled) == (50, 0)
 
 
+async def test_a_request_that_is_refused_here_as_redis_did_not_answer_in_time_is_settled(
+    keeper: QuotaKeeper, book: FakeBook
+) -> None:
+    await keeper.reserve(ONE, 900)
+    book.loses_answers, book.error = True, Unavailable("lost")
+    with pytest.raises(QuotaExceeded):
+        await keeper.reserve(tenant(tokens_per_minute=100_000, max_concurrent_requests=1), 50)
+    assert "r-2" in book.open
+    book.error = None
+    await keeper.settle_all(20)
+    assert "r-2" not in book.open and book.charged == 0
+
+
 async def test_closed_refuses_while_redis_is_away(book: FakeBook, clock: ManualClock) -> None:
     keeper = QuotaKeeper(book, "r", "closed", clock)
     book.error = Unavailable("Redis does not respond: gone")

@@ -177,6 +177,23 @@ async def test_a_settlement_without_a_reservation_charges_what_was_used_once(boo
     assert 5000 <= await tokens_left(book, one) <= 5100
 
 
+async def test_requests_that_were_granted_elsewhere_count_as_requests(book: QuotaBook, client: Any) -> None:
+    one = tenant(requests_per_minute=60)
+    for number in range(10):
+        await book.settle(one, f"local-{number}", Used(1, 1, 1.0))
+    await book.settle(one, "never-granted", NOTHING)
+    assert (await book.usage(one)).requests_left == 50
+    await book.renew(one, "r", 9, {f"r-{number}": 5 for number in range(1, 9)})
+    assert (await book.usage(one)).requests_left == 42
+
+
+async def test_debt_is_kept_until_it_is_paid(book: QuotaBook, client: Any) -> None:
+    one = tenant(tokens_per_minute=100)
+    await book.reserve(one, "r", "r-1", 10)
+    await book.settle(one, "r-1", Used(100_000, 0, 1.0))
+    assert await client.ttl(key(one, "quota")) > 59_000
+
+
 async def test_a_renewal_that_arrives_after_the_settlement_adds_nothing(book: QuotaBook) -> None:
     one = tenant(tokens_per_minute=6000)
     await book.reserve(one, "r", "r-1", 1000)
