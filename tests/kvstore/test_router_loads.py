@@ -45,3 +45,8 @@ def test_the_load_of_others_leaves_out_the_router_s_own() -> None:
     assert load_of_others(loads, "r2") == Load(8, 10, 12)
     assert load_of_others(loads, "r4") == Load(12, 15, 18)
     assert load_of_others({}, "r1") == NO_LOAD
+
+
+def test_a_router_that_has_connected_again_is_not_another_one() -> None:
+    loads = {"r-1f#1": Load(1, 2, 3), "r-2e#1": Load(4, 5, 6)}
+    assert load_of_others(loads, "r-1f#2") == Load(4, 5, 6)

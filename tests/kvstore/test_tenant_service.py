@@ -46,6 +46,18 @@ def test_a_tenant_that_becomes_active_is_lifted_to_the_least_served_one() -> Non
     assert [service.lead_s(name) for name in "abc"] == [2.0, 0.0, 0.0]
 
 
+def test_a_tenant_that_had_the_unit_to_itself_has_no_lead_over_a_newcomer() -> None:
+    service = TenantService()
+    service.lease(payer("a"), 0)
+    service.charge_prefill(payer("a"), 600.0)
+    service.queue(payer("b"), 0)
+    service.settle(0.0)
+    assert (service.lead_s("a"), service.lead_s("b")) == (0.0, 0.0)
+    service.charge_prefill(payer("a"), 1.0)
+    service.settle(0.0)
+    assert (service.lead_s("a"), service.lead_s("b")) == (1.0, 0.0)
+
+
 def test_a_tenant_that_returns_has_no_credit_for_its_absence_and_keeps_its_lead() -> None:
     service = both_running()
     service.charge_prefill(payer("b"), 3.0)

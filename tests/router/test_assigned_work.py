@@ -28,6 +28,20 @@ def test_credits_are_counted_by_model() -> None:
     assert (work.num_credited("m"), work.num_credited("n")) == (0, 0)
 
 
+def test_the_prefill_of_those_that_wait_for_a_credit_is_known_by_model() -> None:
+    work = AssignedWork()
+    first, second, third = work.add("m", 1.0, 1.0), work.add("m", 2.0, 1.0), work.add("m", 4.0, 1.0)
+    work.add("n", 8.0, 1.0)
+    work.credited(first)
+    assert (work.queued_prefill_s("m"), work.queued_prefill_s("n"), work.prefill_s) == (6.0, 8.0, 15.0)
+    work.remove(second)
+    assert work.queued_prefill_s("m") == 4.0
+    work.credited(third)
+    work.prefilled(third)
+    assert (work.queued_prefill_s("m"), work.prefill_s) == (0.0, 9.0)
+    assert work.queued_prefill_s("x") == 0.0
+
+
 def test_a_prompt_is_computed_once() -> None:
     work = AssignedWork()
     first, _ = work.add("m", 1.0, 1.0), work.add("m", 5.0, 1.0)

@@ -62,8 +62,18 @@ def test_those_that_precede_a_request_are_counted() -> None:
     assert num_before(SchedulingState(0, 9.0), "x") == 0
     assert queue.num_before("m", "another", SchedulingState(0, 9.0)) == 0, "the first one of a tenant"
     queue.add(replace(queued(5), tenant="another"))
-    queue.add(replace(queued(6), tenant="another"))
+    queue.add(replace(queued(6), tenant="another", tenant_weight=2.0))
     assert queue.num_before("m", "another", SchedulingState(0, 9.0)) == 4
+    assert queue.num_before("m", "another", SchedulingState(0, 9.0), weight=2.0) == 3, (
+        "it has half of the others before"
+    )
+
+
+def test_without_fairness_all_that_precede_a_request_are_counted() -> None:
+    queue = RequestQueue(is_fair=False)
+    for number in range(500):
+        queue.add(queued(number))
+    assert queue.num_before("m", "another", SchedulingState(0, 900.0)) == 500
 
 
 def test_the_next_request_is_shown_when_a_shown_one_is_removed() -> None:
