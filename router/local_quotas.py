@@ -1,7 +1,8 @@
 """The limits of tenants as one router keeps them by itself while Redis is away. Pure.
 
-Each router grants its part: the limit, and what Redis said was left of it, divided by the number of routers that had
-reservations of the tenant. When Redis returns it is charged for all that was granted, and says again what is left.
+Each router grants its part: the limit, and what was left of it at the last response of Redis, divided by the number of
+routers that had reservations of the tenant. When Redis returns it is charged for all that was granted, and reports what
+is left.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ class _Bucket:
 class LocalQuotas:
     """Owns the buckets of all tenants, by tenant id and limit.
 
-    A bucket is made when Redis is away and the tenant sends a request, and dropped with the next word of Redis.
+    A bucket is created for the first request of a tenant while Redis is unavailable, and dropped when Redis responds.
     """
 
     def __init__(self) -> None:
         self._buckets: dict[tuple[str, str], _Bucket] = {}
         self._left: dict[tuple[str, str], tuple[float, float]] = {}
-        """What Redis said last is left in all, and when."""
+        """What was left at the last response of Redis, and its time."""
 
     def note(self, tenant: Tenant, requests_left: float, tokens_left: float, now_s: float) -> None:
-        """Redis has said what is left of the tenant's limits."""
+        """Redis has reported what is left of the tenant's limits."""
         for name, left in (("requests_per_minute", requests_left), ("tokens_per_minute", tokens_left)):
             self._left[tenant.tenant_id, name] = left, now_s
             self._buckets.pop((tenant.tenant_id, name), None)

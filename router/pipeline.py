@@ -36,7 +36,7 @@ from router.generation import (
 from router.generation_reports import prompt_report, scheduling_report, timings_report
 from router.length_forecast import LengthForecast, LengthForecaster
 from router.prompt_tokenizer import PromptTokenizer
-from router.queue_limit import Newcomer, QueueLimit, WaitingSequences
+from router.queue_limit import QueueLimit, WaitingSequences
 from router.quotas import NO_QUOTAS, Quotas, Settles
 from router.request_metrics import RequestMetrics
 from router.request_record import RequestRecord
@@ -53,6 +53,7 @@ from router.sequence_output import SequenceOutput
 from router.served_models import ServedModel, ServedModels
 from router.slo_counts import verdict_of
 from router.stop_strings import StopStrings
+from router.tickets import Newcomer
 from router.units import ChosenUnit, Units
 
 _MAX_PREDICTOR_TOKENS = 1000

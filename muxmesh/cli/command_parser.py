@@ -10,7 +10,7 @@ from typing import Any, NoReturn, get_args
 
 from muxmesh import __version__
 from muxmesh.cli import argument_types, loadtest_options, tenant_options
-from muxmesh.cli.running_mesh_options import add_place
+from muxmesh.cli.runtime_options import add_runtime_options
 from muxmesh.cli.tls_options import add_tls
 from muxmesh.quoting import cut_to_bytes
 from muxmesh.scheduling_policy import PolicyName
@@ -570,7 +570,7 @@ def _add_running_models(model: argparse._SubParsersAction[argparse.ArgumentParse
     def command(name: str, text: str) -> argparse.ArgumentParser:
         parser = _command(model, name, text, "running_model")
         parser.set_defaults(action=name)
-        add_place(parser)
+        add_runtime_options(parser)
         _add_json(parser)
         return parser
 

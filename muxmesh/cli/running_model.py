@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from muxmesh.cli.common import ProgressBar, current_dir, print_json
-from muxmesh.cli.running_mesh import running_mesh
+from muxmesh.cli.runtime_lookup import find_runtime
 from muxmesh.cli.status import message_dict
 from muxmesh.cli.text_table import print_table
 from muxmesh.clock import SystemClock
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises ConfigError if there is no such mesh, Unavailable if it does not run, and the error of the command.
     """
-    runtime = running_mesh(arguments)
+    runtime = find_runtime(arguments)
     actions = {"ps": _ps, "sleep": _sleep, "wake": _wake, "load": _load, "unload": _unload}
     return actions[arguments.action](runtime, arguments)
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from muxmesh.cli.common import print_json
-from muxmesh.cli.running_mesh import running_mesh
+from muxmesh.cli.runtime_lookup import find_runtime
 from muxmesh.cli.tenant_options import LIMITS, NONE
 from muxmesh.cli.text_table import print_table
 from muxmesh.clock import SystemClock
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     actions: dict[str, Callable[[_Mesh, argparse.Namespace], Awaitable[None]]] = {
         "add": _add, "list": _list, "set": _set, "remove": _remove, "usage": _usage, "rotate": _rotate,
     }  # fmt: skip
-    runtime = running_mesh(arguments)
+    runtime = find_runtime(arguments)
     if runtime.config.access.mode == "open":
         print(
             "muxmesh: the mesh has access.mode: open, so no request needs an API key; set access: {mode: keys} in "

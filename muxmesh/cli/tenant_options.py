@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from muxmesh.cli.running_mesh_options import add_place
+from muxmesh.cli.runtime_options import add_runtime_options
 
 NONE = "none"
 """The value of an option that removes a limit."""
@@ -33,7 +33,7 @@ def add_to(parser: argparse.ArgumentParser, add_json: Callable[[argparse.Argumen
         action.set_defaults(module="tenant", action=name)
         if named is not None:
             action.add_argument("name", metavar="NAME", help=named)
-        add_place(action)
+        add_runtime_options(action)
         add_json(action)
         return action
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muxmesh.errors import Overloaded
-from router.queue_limit import Newcomer, QueueLimit, StartRate, WaitingSequences, check_total
+from router.queue_limit import QueueLimit, StartRate, WaitingSequences, check_total
+from router.tickets import Newcomer
 
 SECRET = bytes(32)
 
@@ -86,7 +87,7 @@ def test_the_delay_is_the_number_before_it_divided_by_the_rate() -> None:
     assert refusal(limit, newcomer(1), {"m": 10}, 5.0).retry_after_s == pytest.approx(1 / 2, rel=0.2)
     later = refusal(limit, newcomer(4), {"m": 10}, 5.0)
     assert later.retry_after_s == pytest.approx(5 / 2, rel=0.2), "behind the ticket that is out"
-    assert limit.num_out == 5
+    assert limit.tickets.num_out == 5
 
 
 def test_with_a_bound_on_waiting_no_more_wait_than_start_in_its_time() -> None:
@@ -105,7 +106,7 @@ def test_with_a_bound_on_waiting_no_more_wait_than_start_in_its_time() -> None:
 def test_who_comes_back_with_a_ticket_goes_before_newcomers() -> None:
     limit = QueueLimit(10, SECRET, limits_tenants=False)
     ticket = refusal(limit, newcomer(1), {"m": 10}).ticket
-    assert "1 for earlier requests that were told to come back" in str(refusal(limit, newcomer(1), {"m": 9}, 1.0))
+    assert "1 for tickets of earlier requests" in str(refusal(limit, newcomer(1), {"m": 9}, 1.0))
     limit.check(newcomer(1, ticket=ticket), {"m": 9}, 1.0, 1001.0)
     limit.check(newcomer(1), {"m": 8}, 1.0, 1001.0)
 
@@ -127,12 +128,12 @@ def test_a_ticket_is_good_once_for_its_tenant_model_and_size() -> None:
 def test_who_comes_too_early_keeps_the_position_and_who_comes_too_late_loses_it() -> None:
     limit = QueueLimit(10, SECRET, limits_tenants=False)
     first = refusal(limit, newcomer(1), {"m": 10})
-    early = refusal(limit, newcomer(1, ticket=first.ticket), {"m": 5}, 0.5)
+    early = refusal(limit, newcomer(1, ticket=first.ticket), {"m": 10}, 0.5)
     assert early.ticket == first.ticket
     assert early.retry_after_s == pytest.approx(0.5)
     late = refusal(limit, newcomer(1, ticket=first.ticket), {"m": 10}, 6.1)
     assert late.ticket != first.ticket
-    assert limit.num_out == 1
+    assert limit.tickets.num_out == 1
 
 
 def test_tickets_of_one_tenant_keep_no_other_out_and_no_limit_is_passed_with_them() -> None:
@@ -145,6 +146,13 @@ def test_tickets_of_one_tenant_keep_no_other_out_and_no_limit_is_passed_with_the
     assert "of this tenant are waiting" in str(refusal(limit, with_ticket, waiting, 1.0))
     kept = refusal(limit, newcomer(1, tenant="a", ticket=tickets[1]), {"m": 28, "n": 0}, 1.0)
     assert "kept for other models" in str(kept)
+
+
+def test_a_ticket_that_is_not_due_is_no_hindrance_where_there_is_a_free_position() -> None:
+    limit = QueueLimit(10, SECRET, limits_tenants=False)
+    ticket = refusal(limit, newcomer(1), {"m": 10}).ticket
+    limit.check(newcomer(1, ticket=ticket), {"m": 1}, 0.2, 1000.2)
+    assert limit.tickets.num_out == 0
 
 
 def test_another_router_honours_a_ticket() -> None:
@@ -160,9 +168,9 @@ def test_tickets_of_which_few_come_back_count_little() -> None:
     limit = QueueLimit(10, SECRET, limits_tenants=False)
     for second in range(600):
         refusal(limit, newcomer(1), {"m": 10}, float(second))
-    assert limit.return_rate < 0.05
+    assert limit.tickets.return_rate < 0.05
     limit.check(newcomer(1), {"m": 8}, 600.0, 1600.0)
-    assert limit.num_out <= 4
+    assert limit.tickets.num_out <= 4
 
 
 @given(st.text(max_size=80))
@@ -225,12 +233,12 @@ class Overload:
 
     def arrive(self, now_s: float, ticket: str) -> None:
         kind = "holder" if ticket else "newcomer"
-        num_out = self.limit.num_out
+        num_out = self.limit.tickets.num_out
         try:
             self.limit.check(newcomer(1, ticket=ticket), {"m": len(self.waiting)}, now_s, now_s)
         except Overloaded as error:
             self.counts[f"{kind} refused"] += 1
-            backlog = max(1, len(self.waiting) + math.ceil(num_out * self.limit.expected_return) + 1 - 100)
+            backlog = max(1, len(self.waiting) + math.ceil(num_out * self.limit.tickets.expected_return) + 1 - 100)
             if now_s > 20 and kind == "newcomer":
                 self.ratios.append(error.retry_after_s / (backlog / self.capacity))
             if self.rng.random() < self.returns:

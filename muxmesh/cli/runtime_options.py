@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 
-def add_place(parser: argparse.ArgumentParser) -> None:
+def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that name the mesh."""
     place = parser.add_mutually_exclusive_group()
     place.add_argument(

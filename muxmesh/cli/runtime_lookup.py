@@ -12,8 +12,8 @@ from muxmesh.errors import Unavailable
 from muxmesh.supervisor.run_folder import run_folders
 
 
-def running_mesh(arguments: argparse.Namespace) -> MeshRuntime:
-    """The runtime file that the arguments name (`running_mesh_options`).
+def find_runtime(arguments: argparse.Namespace) -> MeshRuntime:
+    """The runtime file that the arguments name (`runtime_options`).
 
     Raises Unavailable if no mesh runs with the state directory, ConfigError if the file cannot be read.
     """
