@@ -75,13 +75,14 @@ class QueueLimit:
         """``limit``: sequences that may wait. ``secret``: signs tickets; the same for all routers of a mesh.
 
         ``limits_tenants``: whether callers are told apart. ``longest_wait_s``: no more sequences may wait than start in
-        that time, or than the units have slots (``num_slots``): on an idle unit a request waits for its prefill too.
+        that time, or than are free of the slots of all units (``num_slots``): on an idle unit a request waits for its
+        prefill too.
         """
         self._num_slots = num_slots
         self._most, self._limits_tenants, self._longest_wait_s = limit, limits_tenants, longest_wait_s
         self.tickets = Tickets(secret)
         self._by_tenant: Counter[str] = Counter()
-        self._num_waiting = 0
+        self._num_waiting = self._num_running = 0
         self._rate = StartRate()
 
     def enter(self, tenant_id: str, num_sequences: int, now_s: float) -> WaitingSequences:
@@ -101,7 +102,12 @@ class QueueLimit:
 
     def start(self) -> None:
         """A sequence that has just left has its first token."""
+        self._num_running += 1
         self._rate.start()
+
+    def end(self, num_sequences: int) -> None:
+        """Sequences that have started have ended."""
+        self._num_running -= num_sequences
 
     @property
     def limit(self) -> int:
@@ -109,7 +115,7 @@ class QueueLimit:
         rate = self._rate.per_s
         if self._longest_wait_s == math.inf or not rate:
             return self._most
-        return min(self._most, max(self._num_slots(), math.floor(rate * self._longest_wait_s)))
+        return min(self._most, max(1, self._num_slots() - self._num_running, math.floor(rate * self._longest_wait_s)))
 
     def check(self, newcomer: Newcomer, waiting: Mapping[str, int], now_s: float, unix_s: float) -> None:
         """Raises Overloaded, with a ticket and its delay, unless the newcomer may enter the queue.
@@ -171,16 +177,20 @@ class WaitingSequences:
     _limit: QueueLimit
     _tenant_id: str
     _num_left: int
+    _num_started: int = 0
 
     def start(self, now_s: float) -> None:
         """One of them has its first token."""
         if self._num_left:
             self._leave(1, now_s)
+            self._num_started += 1
             self._limit.start()
 
     def end(self, now_s: float) -> None:
-        """None of them waits any longer."""
+        """The request has ended."""
         self._leave(self._num_left, now_s)
+        self._limit.end(self._num_started)
+        self._num_started = 0
 
     def _leave(self, number: int, now_s: float) -> None:
         if number:

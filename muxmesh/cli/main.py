@@ -21,7 +21,7 @@ from muxmesh.cli import standard_streams
 from muxmesh.cli.command_parser import command_parser
 from muxmesh.cli.common import print_json
 from muxmesh.cli.terminal_text import harmless
-from muxmesh.errors import InvalidRequest, MeshError
+from muxmesh.errors import InvalidRequest, MeshError, Unauthenticated
 from muxmesh.quoting import quoted
 
 _EXTRAS = {"loadtest": "loadtest", "chat": "chat"}
@@ -42,6 +42,7 @@ _OPTIONS = {
     "output_logprobs": "--logprobs",
     "prompt_candidates": "--prompt-logprobs",
     "timeout_s": "--timeout",
+    "api_key": "MUXMESH_API_KEY",
     "ca": "--tls-ca",
     "cert": "--tls-cert",
     "key": "--tls-key",
@@ -109,6 +110,8 @@ def _report(parsed: argparse.Namespace, error: Exception, message: str) -> int:
 
 def _in_terms_of_options(error: MeshError) -> str:
     """The message of an error. A field of a request that an option sets is called by the option."""
+    if isinstance(error, Unauthenticated):
+        return f"{error} (commands read the API key from MUXMESH_API_KEY)"
     if not isinstance(error, InvalidRequest):
         return str(error)
     name = error.field.rpartition(".")[2].partition("[")[0]

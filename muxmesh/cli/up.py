@@ -28,7 +28,7 @@ from muxmesh.cli.streamed_output import StreamedOutput
 from muxmesh.client import MeshClient, Message
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import SUPERVISOR, MeshRuntime
-from muxmesh.errors import ConfigError, MeshError
+from muxmesh.errors import ConfigError, MeshError, Unauthenticated
 from muxmesh.lifecycle import raise_file_limit
 from muxmesh.machine_limits import memory_limit
 from muxmesh.service_manager import ServiceManager
@@ -122,11 +122,14 @@ async def _start(
         messages.progress(f"metrics on http://{mesh.metrics_address}/metrics")
     messages.progress(f"started in {SystemClock().monotonic_s() - started_at_s:.1f} s")
     if hello is not None:
+        needs_keys = mesh.runtime.config.access.mode == "keys"
         try:
+            if needs_keys and not api_key():
+                raise Unauthenticated("no prompt is sent: access.mode is keys, and MUXMESH_API_KEY is not set")
             await _send_hello(_own_address(mesh.runtime), next(iter(mesh.runtime.config.models())), hello)
         except MeshError as error:  # a failed greeting does not stop the mesh
             messages.notice(str(error))
-        print(f"\n{call_hint(listen, mesh.runtime.config.tls, _programs())}", flush=True)
+        print(f"\n{call_hint(listen, mesh.runtime.config.tls, _programs(), needs_keys)}", flush=True)
 
 
 def _own_address(runtime: MeshRuntime) -> str:

@@ -55,6 +55,6 @@ def quota_exceeded(tenant: Tenant, quota: str, left: int, needed: int, wait_s: f
     if quota == "max_concurrent_requests":
         problem = f"{limit} requests of tenant {tenant.name} are in progress, as many as may be"
     else:
-        noun = quota.partition("_")[0]
+        noun = quota.partition("_")[0].removesuffix("s") + ("s" if needed != 1 else "")
         problem = f"the request needs {needed} {noun}, and {max(0, left)} of {limit} per minute are left"
     return QuotaExceeded(quota, f"{problem}; try again in {wait_s:.3g} s", wait_s)

@@ -85,7 +85,7 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
         """
         if not caller().is_operator:
             raise PermissionDenied(
-                "the state of the mesh is for operators; ask for a key of one (tenant set --operator)"
+                "the state of the mesh is for operators; `muxmesh tenant set NAME --operator` makes a tenant one"
             )
         refuse_unknown_fields(request)
         processes = await self._registry.processes()

@@ -103,6 +103,20 @@ def test_with_a_bound_on_waiting_no_more_wait_than_start_in_its_time() -> None:
     assert limit.limit == pytest.approx(32, abs=3), "time without a queue says nothing of the rate"
 
 
+def test_free_slots_are_always_filled() -> None:
+    """Also a request that waits for nothing but its prefill has to be let in."""
+    limit = QueueLimit(1000, SECRET, limits_tenants=False, longest_wait_s=0.01, num_slots=lambda: 8)
+    running = [limit.enter("", 1, 0.0) for _ in range(6)]
+    for number, one in enumerate(running, 1):
+        one.start(float(number))
+    assert limit.limit == 8 - 6
+    limit.check(newcomer(2), {"m": 0}, 6.0, 6.0)
+    refusal(limit, newcomer(3), {"m": 0}, 6.0)
+    for one in running:
+        one.end(7.0)
+    assert limit.limit == 8
+
+
 def test_who_comes_back_with_a_ticket_goes_before_newcomers() -> None:
     limit = QueueLimit(10, SECRET, limits_tenants=False)
     ticket = refusal(limit, newcomer(1), {"m": 10}).ticket

@@ -29,3 +29,15 @@ def test_where_clients_need_a_certificate_it_names_that_too() -> None:
     assert lines[2] == "  muxmesh chat --address 127.0.0.1:7 --tls-ca ca.pem --tls-cert my.pem --tls-key my.key"
     assert 'tls=Tls(ca="ca.pem", cert="my.pem", key="my.key")' in lines[3]
     assert lines[4] == "ca.pem: the CA that signed /a.pem; my.pem: a certificate that /clients.pem has signed"
+
+
+def test_where_callers_need_a_key_the_first_command_makes_one() -> None:
+    lines = call_hint("127.0.0.1:7", None, "bin/", needs_keys=True).splitlines()
+    assert lines[1] == "  export MUXMESH_API_KEY=$(bin/muxmesh tenant add NAME)"
+    assert 'SyncMeshClient("127.0.0.1:7", api_key="mm-...").gen' in lines[4]
+
+
+def test_a_certificate_is_for_no_address_that_means_all() -> None:
+    assert "--address localhost:7 --tls-ca" in call_hint("0.0.0.0:7", TLS, "")
+    assert "--address localhost:7 --tls-ca" in call_hint("[::]:7", TLS, "")
+    assert "--address 0.0.0.0:7" in call_hint("0.0.0.0:7", None, "")
