@@ -29,4 +29,4 @@ def test_the_order_of_attempts_does_not_matter_and_nothing_adds_nothing(one: Exe
 
 def test_a_sequence_loses_its_memory_for_the_reasons_that_begin_with_kv() -> None:
     kept = {reason for reason in PreemptionReason if not reason.is_memory}
-    assert kept == {"order", "slo", "priority", "overdue"}
+    assert kept == {"order", "slo", "priority", "fairness", "overdue"}
