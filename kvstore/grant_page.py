@@ -62,7 +62,7 @@ class Word(IntEnum):
     STEP_END_US = 17
     """Monotonic time, in microseconds, by which a step with prompts has to end for those that wait; 0: none."""
     LONGEST_STEP_US = 18
-    """Longest that a step with prompts may take, in microseconds, whoever waits; 0: as long as it takes."""
+    """Maximum duration of a step with prompts, in microseconds, whichever worker waits; 0: no limit."""
     FIRST_COST = 24
 
 

@@ -26,7 +26,7 @@ to pre-empt or to swap, nor which processes live: its callers decide that.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -436,10 +436,6 @@ class LeaseTable:
     def find(self, lease_id: int) -> LeaseRecord | None:
         """The record of a lease, to read; None if it has ended."""
         return self._records.get(lease_id)
-
-    def all(self) -> Iterable[LeaseRecord]:
-        """The records of all leases, to read."""
-        return self._records.values()
 
     def of_models(self, models: Collection[str]) -> list[LeaseRecord]:
         """The records of all leases of ``models``, to read, in the order of their ids."""

@@ -31,13 +31,6 @@ class Load:
             self.prefill_context + other.prefill_context,
         )
 
-    def minus(self, other: Load) -> Load:
-        return Load(
-            self.num_sequences - other.num_sequences,
-            self.prefill_tokens - other.prefill_tokens,
-            self.prefill_context - other.prefill_context,
-        )
-
 
 NO_LOAD = Load()
 RouterLoads = Mapping[str, Mapping[str, Load]]
@@ -54,14 +47,14 @@ def router_loads(unit: Unit) -> RouterLoads:
 
 def load_of_others(loads: Mapping[str, Load], router: str) -> Load:
     """The load of all routers but ``router``, of one model. A router that has connected again is the same one."""
-    total, own = NO_LOAD, _incarnation(router)
+    total, own = NO_LOAD, incarnation(router)
     for name, load in loads.items():
-        if _incarnation(name) != own:
+        if incarnation(name) != own:
             total = total.plus(load)
     return total
 
 
-def _incarnation(router: str) -> str:
+def incarnation(router: str) -> str:
     """A router without the number of its connection, which kvstore adds to the name."""
     return router.rpartition("#")[0] or router
 
@@ -73,7 +66,7 @@ def _sequences(unit: Unit) -> Iterator[tuple[str, str, Load]]:
             num_cached = unit.blocks.count_cached(entry.model, demand.block_hashes) * block_size
             num_known = len(demand.block_hashes) * block_size
             yield entry.model, entry.source, _load(num_known, min(num_cached, demand.max_cached_tokens))
-    for record in unit.leases.all():
+    for record in unit.leases.records():
         yield record.lease.model, record.router, _load_of_lease(record)
 
 

@@ -20,7 +20,7 @@ from kvstore.grant_table import GrantTable
 from kvstore.leases import StandingChange
 from kvstore.memory_reclaim import PreemptionRequest
 from kvstore.preemption_costs import CALLS_S, KvCosts
-from kvstore.router_loads import Load, load_of_others, router_loads
+from kvstore.router_loads import Load, incarnation, load_of_others, router_loads
 from kvstore.unit import IssuedCredit, IssuedSwapIn, Unit
 from kvstore.unit_status import unit_status
 from kvstore.worker_slots import WorkerRecord
@@ -134,7 +134,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         They change without a call of `changed` too, by hand-offs: while there are any, the next report follows.
         """
         self._loads_timer = None
-        has_others = len({router.rpartition("#")[0] for router in self._routers}) > 1
+        has_others = len(set(map(incarnation, self._routers))) > 1
         loads = router_loads(self._unit) if has_others else dict[str, dict[str, Load]].fromkeys(self._unit.models, {})
         states = self._unit.states
         for router, queue in self._routers.items():

@@ -25,6 +25,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisClusterException, RedisError
 
+from muxmesh.errors import Unavailable
+
 REDIS_ERRORS = (RedisError, RedisClusterException, OSError)
 """What a command raises if Redis does not carry it out. `RedisClusterException` is no RedisError."""
 RedisClient = Any
@@ -86,6 +88,11 @@ def redis_url_problem(url: str) -> str | None:
     if isinstance(connection, redis.asyncio.UnixDomainSocketConnection) and not connection.path:
         return "has no path; needed is a URL such as unix:///run/redis.sock"
     return None
+
+
+def redis_unavailable(error: Exception) -> Unavailable:
+    """The error for a command that Redis has not carried out; ``error`` is one of `REDIS_ERRORS`."""
+    return Unavailable(f"Redis does not respond: {error}")
 
 
 def without_password(url: str) -> str:

@@ -10,7 +10,8 @@ import socket
 import sys
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # predictor fits are background work: one core is enough
-# Read when grpc is loaded. Otherwise whoever can connect makes gRPC print a line for each TLS handshake that fails.
+# gRPC reads it when it is loaded. With the default it prints a line for each TLS handshake that fails, so that any
+# client could fill the log.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 from muxmesh.config.listen_address import check_open_access

@@ -82,20 +82,18 @@ class QueueLimit:
         self._most, self._limits_tenants, self._longest_wait_s = limit, limits_tenants, longest_wait_s
         self.tickets = Tickets(secret)
         self._by_tenant: Counter[str] = Counter()
-        self._num_waiting = self._num_running = 0
+        self._num_running = 0
         self._rate = StartRate()
 
     def enter(self, tenant_id: str, num_sequences: int, now_s: float) -> WaitingSequences:
         """Sequences of an admitted request begin to wait at ``now_s`` (monotonic)."""
-        self._rate.advance(now_s, self._num_waiting > 0)
+        self._rate.advance(now_s, bool(self._by_tenant))
         self._by_tenant[tenant_id] += num_sequences
-        self._num_waiting += num_sequences
         return WaitingSequences(self, tenant_id, num_sequences)
 
     def leave(self, tenant_id: str, num_sequences: int, now_s: float) -> None:
         """Sequences wait no longer."""
-        self._rate.advance(now_s, self._num_waiting > 0)
-        self._num_waiting -= num_sequences
+        self._rate.advance(now_s, bool(self._by_tenant))
         self._by_tenant[tenant_id] -= num_sequences
         if not self._by_tenant[tenant_id]:
             del self._by_tenant[tenant_id]
@@ -122,7 +120,7 @@ class QueueLimit:
 
         ``waiting``: sequences of each served model that wait.
         """
-        self._rate.advance(now_s, self._num_waiting > 0)
+        self._rate.advance(now_s, bool(self._by_tenant))
         limit, rate = self.limit, self._rate.per_s
         self.tickets.pass_time(min(limit / rate, _MAX_DELAY_S) if rate else _MAX_DELAY_S, unix_s)
         held = self.tickets.valid(newcomer, unix_s)

@@ -23,6 +23,7 @@ from muxmesh.errors import InvalidRequest
 from muxmesh.redis_connection import REDIS_ERRORS, open_redis
 from muxmesh.tenants.api_key import hash_of_api_key, new_api_key
 from muxmesh.tenants.quota_book import QuotaBook, TenantUsage
+from muxmesh.tenants.tenant import MAX_NAME
 from muxmesh.tenants.tenant_directory import TenantDirectory
 from muxmesh.tenants.tenant_record import MAX_KEYS, ApiKeyRecord, LimitsRecord, TenantRecord, is_tenant_name
 
@@ -80,7 +81,9 @@ async def _opened(runtime: MeshRuntime) -> AsyncIterator[_Mesh]:
 
 async def _add(mesh: _Mesh, arguments: argparse.Namespace) -> None:
     if not is_tenant_name(arguments.name):
-        raise InvalidRequest("name", f"is {arguments.name!r}; at most 64 of the characters {NAME_PATTERN[1:-1]}")
+        raise InvalidRequest(
+            "name", f"is {arguments.name!r}; at most {MAX_NAME} of the characters {NAME_PATTERN[1:-1]}"
+        )
     key, record_of_key = _new_key(mesh, arguments.expires_in)
     record = TenantRecord(
         name=arguments.name,

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from muxmesh.cli.runtime_options import add_runtime_options
+from muxmesh.tenants.tenant import MAX_LIMIT, MAX_WEIGHT, MIN_WEIGHT
 
 NONE = "none"
 """The value of an option that removes a limit."""
@@ -16,8 +17,6 @@ LIMITS = {
     "max_request_tokens": "tokens of one request: its prompt and its longest possible outputs",
 }
 DEFAULT_GRACE_S = 3600.0
-_MAX_COUNT = 2**31 - 1
-_MIN_WEIGHT, _MAX_WEIGHT = 0.001, 1000.0
 DESCRIPTION = (
     "Manage the tenants of a running mesh with `access: {mode: keys}`: their API keys and what they may use. Routers "
     "know of a change within about a second."
@@ -79,9 +78,9 @@ def _add_lifetime(parser: argparse.ArgumentParser, option: str, what: str, defau
 def _limit(text: str) -> int | str:
     if text == NONE:
         return NONE
-    if text.isascii() and text.isdigit() and 0 < int(text) <= _MAX_COUNT:
+    if text.isascii() and text.isdigit() and 0 < int(text) <= MAX_LIMIT:
         return int(text)
-    raise argparse.ArgumentTypeError(f"is {text!r}; a whole number from 1 to {_MAX_COUNT}, or {NONE}")
+    raise argparse.ArgumentTypeError(f"is {text!r}; a whole number from 1 to {MAX_LIMIT}, or {NONE}")
 
 
 def _priority(text: str) -> int | str:
@@ -90,8 +89,8 @@ def _priority(text: str) -> int | str:
     try:
         value = int(text)
     except ValueError:
-        value = _MAX_COUNT + 1
-    if abs(value) <= _MAX_COUNT:
+        value = MAX_LIMIT + 1
+    if abs(value) <= MAX_LIMIT:
         return value
     raise argparse.ArgumentTypeError(f"is {text!r}; a whole number, or {NONE}")
 
@@ -101,9 +100,9 @@ def _weight(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if _MIN_WEIGHT <= value <= _MAX_WEIGHT:
+    if MIN_WEIGHT <= value <= MAX_WEIGHT:
         return value
-    raise argparse.ArgumentTypeError(f"is {text!r}; a number from {_MIN_WEIGHT:g} to {_MAX_WEIGHT:g}")
+    raise argparse.ArgumentTypeError(f"is {text!r}; a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}")
 
 
 def _seconds(text: str) -> float:

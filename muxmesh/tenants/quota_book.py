@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from muxmesh.errors import Unavailable
 from muxmesh.process_registry import redis_key
-from muxmesh.redis_connection import REDIS_ERRORS, RedisClient
+from muxmesh.redis_connection import REDIS_ERRORS, RedisClient, redis_unavailable
 from muxmesh.tenants import quota_scripts
 from muxmesh.tenants.tenant import Tenant, quota_exceeded
 
@@ -89,7 +88,7 @@ class QuotaBook:
         try:
             granted, *details = await self._run(self._reserve, tenant, arguments)
         except REDIS_ERRORS as error:
-            raise _unavailable(error) from error
+            raise redis_unavailable(error) from error
         if granted:
             requests, tokens, num_owners = details
             return Left(float(requests), float(tokens), num_owners)
@@ -102,7 +101,7 @@ class QuotaBook:
         try:
             await self._run(self._settle, tenant, arguments)
         except REDIS_ERRORS as error:
-            raise _unavailable(error) from error
+            raise redis_unavailable(error) from error
 
     async def renew(self, tenant: Tenant, owner: str, next_number: int, tokens_of: Mapping[str, int]) -> Renewal:
         """Keeps the open reservations of ``owner``: ``tokens_of`` has all whose number is below ``next_number``.
@@ -114,14 +113,14 @@ class QuotaBook:
         try:
             return Renewal(*await self._run(self._renew, tenant, arguments))
         except REDIS_ERRORS as error:
-            raise _unavailable(error) from error
+            raise redis_unavailable(error) from error
 
     async def usage(self, tenant: Tenant) -> TenantUsage:
         """What a tenant has used."""
         try:
             found = await self._run(self._read, tenant, _bucket_limits(tenant))
         except REDIS_ERRORS as error:
-            raise _unavailable(error) from error
+            raise redis_unavailable(error) from error
         requests_left, tokens_left, num_open, reserved, pairs = found
         totals = dict(zip(pairs[::2], pairs[1::2], strict=True))
         last = totals.get(b"last_used_unix_s")
@@ -143,7 +142,7 @@ class QuotaBook:
         try:
             await self._client.delete(*self._keys(tenant_id))
         except REDIS_ERRORS as error:
-            raise _unavailable(error) from error
+            raise redis_unavailable(error) from error
 
     async def _run(self, script: Any, tenant: Tenant, arguments: Sequence[Any]) -> Any:
         """Clients of Sentinel and Cluster raise an error when they have no free connection; here calls wait for one."""
@@ -165,7 +164,3 @@ def _bucket_limits(tenant: Tenant) -> list[int | str]:
 
 def _limit(value: int | None) -> int | str:
     return "" if value is None else value
-
-
-def _unavailable(error: Exception) -> Unavailable:
-    return Unavailable(f"Redis does not respond: {error}")

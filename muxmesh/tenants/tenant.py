@@ -6,6 +6,11 @@ from dataclasses import dataclass, fields
 
 from muxmesh.errors import QuotaExceeded
 
+MAX_LIMIT = 2**31 - 1
+"""Upper bound of every limit, and of the absolute value of a priority."""
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
+MAX_NAME = 64
+
 
 @dataclass(frozen=True, slots=True)
 class TenantLimits:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from muxmesh.errors import InvalidRequest, Unavailable
 from muxmesh.process_registry import redis_key
 from muxmesh.quoting import quoted
-from muxmesh.redis_connection import REDIS_ERRORS, RedisClient
+from muxmesh.redis_connection import REDIS_ERRORS, RedisClient, redis_unavailable
 from muxmesh.tenants.tenant_record import DirectoryCopy, TenantRecord, record_of
 
 _VERSION_BITS = 64
@@ -64,14 +64,14 @@ class TenantDirectory:
         try:
             return _text(await self._client.get(self._keys[1]) or b"")
         except REDIS_ERRORS as error:
-            raise _unavailable(error) from error
+            raise redis_unavailable(error) from error
 
     async def read(self) -> DirectoryCopy:
         """All tenants."""
         try:
             version, pairs = await self._read(keys=self._keys)
         except REDIS_ERRORS as error:
-            raise _unavailable(error) from error
+            raise redis_unavailable(error) from error
         texts: dict[str, bytes] = {_text(name): text for name, text in zip(pairs[::2], pairs[1::2], strict=True)}
         records = {name: record for name, text in texts.items() if (record := record_of(text)) and record.name == name}
         return DirectoryCopy(_text(version), records, tuple(sorted(texts.keys() - records.keys())))
@@ -82,7 +82,7 @@ class TenantDirectory:
         try:
             return bool(await self._restore(keys=self._keys, args=[copy.version, *parts]))
         except REDIS_ERRORS as error:
-            raise _unavailable(error) from error
+            raise redis_unavailable(error) from error
 
     async def add(self, record: TenantRecord) -> None:
         """Adds a tenant. Raises InvalidRequest if one has its name."""
@@ -118,7 +118,7 @@ class TenantDirectory:
         try:
             found = await self._client.hget(self._keys[0], name)
         except REDIS_ERRORS as error:
-            raise _unavailable(error) from error
+            raise redis_unavailable(error) from error
         if found is None:
             raise InvalidRequest("name", f"there is no tenant {quoted(name)}; `muxmesh tenant list` shows them")
         return found, record_of(found)
@@ -128,12 +128,8 @@ class TenantDirectory:
         try:
             return bool(await self._replace(keys=self._keys, args=[name, expected, text, version]))
         except REDIS_ERRORS as error:
-            raise _unavailable(error) from error
+            raise redis_unavailable(error) from error
 
 
 def _text(value: bytes) -> str:
     return value.decode("utf-8", "surrogateescape")
-
-
-def _unavailable(error: Exception) -> Unavailable:
-    return Unavailable(f"Redis does not respond: {error}")

@@ -8,16 +8,13 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from muxmesh.config.section import MAX_COUNT, NAME_PATTERN, Name
-from muxmesh.tenants.tenant import Tenant, TenantLimits
+from muxmesh.config.section import NAME_PATTERN, Name
+from muxmesh.tenants.tenant import MAX_LIMIT, MAX_NAME, MAX_WEIGHT, MIN_WEIGHT, Tenant, TenantLimits
 
 MAX_UNIX_S = 1e11
-MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
-MAX_PRIORITY = 2**31 - 1
 MAX_KEYS = 16
-MAX_NAME = 64
 
-_Limit = Annotated[int | None, Field(ge=1, le=MAX_COUNT)]
+_Limit = Annotated[int | None, Field(ge=1, le=MAX_LIMIT)]
 
 
 class _Part(BaseModel):
@@ -42,7 +39,7 @@ class LimitsRecord(_Part):
     tokens_per_minute: _Limit = None
     max_concurrent_requests: _Limit = None
     max_request_tokens: _Limit = None
-    best_priority: int | None = Field(default=None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    best_priority: int | None = Field(default=None, ge=-MAX_LIMIT, le=MAX_LIMIT)
 
 
 class TenantRecord(_Part):

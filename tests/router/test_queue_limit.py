@@ -104,7 +104,7 @@ def test_with_a_bound_on_waiting_no_more_wait_than_start_in_its_time() -> None:
 
 
 def test_free_slots_are_always_filled() -> None:
-    """Also a request that waits for nothing but its prefill has to be let in."""
+    """On an idle unit a request waits for its prefill only, and is admitted."""
     limit = QueueLimit(1000, SECRET, limits_tenants=False, longest_wait_s=0.01, num_slots=lambda: 8)
     running = [limit.enter("", 1, 0.0) for _ in range(6)]
     for number, one in enumerate(running, 1):
