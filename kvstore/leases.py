@@ -219,7 +219,8 @@ class LeaseTable:
         return lease
 
     def acquire(self, ref: LeaseRef, worker: str) -> Lease:
-        """Makes a credit the lease of ``worker``. Raises LeaseLost.
+        """Makes a credit the lease of ``worker``, which may be another prefill worker than the credit names: the one
+        that has taken its place. Raises LeaseLost.
 
         Charges its prefill, unless that computes again what others had freed.
         """
@@ -227,7 +228,7 @@ class LeaseTable:
         self._set_state(record, self._after("acquire", record))
         if record.scheduling.served_s == 0:
             self._tenants.charge_prefill(record.payer, record.prefill_charge_s)
-        return self._change_owner(record, worker)
+        return self._change_owner(record, worker, replace(record.assignment, prefill=worker))
 
     def move(self, ref: LeaseRef, owner: str, to: str, num_computed_tokens: int, sampled: tuple[int, ...]) -> Lease:
         """The hand-off: makes ``to`` the owner of the same blocks. Raises LeaseLost.
@@ -567,9 +568,9 @@ class LeaseTable:
         if state is not LeaseState.CREDIT:
             self._credits.pop(record.lease.ref.lease_id, None)
 
-    def _change_owner(self, record: LeaseRecord, owner: str, assignment: Assignment | None = None) -> Lease:
+    def _change_owner(self, record: LeaseRecord, owner: str, assignment: Assignment) -> Lease:
         self._leave(record)
-        record.owner, record.assignment = owner, assignment or record.assignment
+        record.owner, record.assignment = owner, assignment
         self._enter(record)
         record.told = record.credited
         if record.scheduling.standing != record.told:

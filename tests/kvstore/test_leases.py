@@ -397,6 +397,13 @@ def test_after_the_hand_off_a_lease_counts_for_the_worker_that_has_it(unit: Smal
         assert counts["decode2"] == 1 and counts["prefill"] == counts["decode"] == 0
 
 
+def test_a_credit_that_another_prefill_worker_takes_counts_for_that_one(unit: SmallUnit) -> None:
+    """A worker that has started again takes the credits of the one before it."""
+    unit.table.acquire(unit.credit(assignment=Assignment("prefill#1", "decode")).ref, "prefill#2")
+    for counts in unit.table.count_assigned():
+        assert counts == {"prefill#2": 1, "decode": 1}
+
+
 def test_workers_and_models_without_leases_are_not_counted(unit: SmallUnit) -> None:
     for name in ("decode#1", "decode#2", "decode#3"):  # each start has another name
         lease = unit.table.acquire(unit.credit(assignment=Assignment("prefill", name)).ref, "prefill")
