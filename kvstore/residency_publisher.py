@@ -17,7 +17,6 @@ from muxmesh.redis_connection import REDIS_ERRORS, RedisClient, open_redis
 from muxmesh.residency_format import (
     FIELD,
     ResidencyBatch,
-    ResidencySnapshot,
     changes_name,
     encode_batch,
     encode_snapshot,
@@ -138,14 +137,9 @@ class ResidencyPublisher:
 
     async def _write_snapshot(self, client: RedisClient) -> None:
         snapshot = self._journal.take_snapshot(self._contents())
-        sign = ResidencyBatch(snapshot.incarnation, snapshot.number)
+        sign = encode_batch(ResidencyBatch(snapshot.incarnation, snapshot.number))
         order = "first" if self._is_first else "next"
-        await self._eval_snapshot(client, sign, order, snapshot)
+        arguments = (_LIFETIME_MS, sign, MAX_BATCHES, FIELD, order, encode_snapshot(snapshot))
+        await client.eval(_REPLACE, 2, *self._keys, *arguments)
         self._needs_snapshot, self._is_first, self._num_batches = False, False, 0
         self._snapshot_at_s = asyncio.get_running_loop().time()
-
-    async def _eval_snapshot(
-        self, client: RedisClient, sign: ResidencyBatch, order: str, snapshot: ResidencySnapshot
-    ) -> None:
-        arguments = (_LIFETIME_MS, encode_batch(sign), MAX_BATCHES, FIELD, order, encode_snapshot(snapshot))
-        await client.eval(_REPLACE, 2, *self._keys, *arguments)

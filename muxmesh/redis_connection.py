@@ -11,6 +11,7 @@ Options of the connection follow as a query, such as ``?ssl_ca_certs=FILE``, and
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -32,7 +33,6 @@ REDIS_ERRORS = (RedisError, RedisClusterException, OSError)
 RedisClient = Any
 """A client of redis-py: `redis.asyncio.Redis` or `RedisCluster`. Their commands are the same, their types are not."""
 
-REDIS_URL_PATTERN = r"^(rediss?(\+sentinel|\+cluster)?|unix)://"
 TIMEOUT_S = 2.0
 _DEFAULT_PORTS = {"sentinel": 26379, "cluster": 6379}
 _MAX_CONNECTIONS = 64
@@ -90,9 +90,13 @@ def redis_url_problem(url: str) -> str | None:
     return None
 
 
-def redis_unavailable(error: Exception) -> Unavailable:
-    """The error for a command that Redis has not carried out; ``error`` is one of `REDIS_ERRORS`."""
-    return Unavailable(f"Redis does not respond: {error}")
+@contextlib.contextmanager
+def redis_required() -> Iterator[None]:
+    """Raises Unavailable for a command in the block that Redis does not carry out."""
+    try:
+        yield
+    except REDIS_ERRORS as error:
+        raise Unavailable(f"Redis does not respond: {error}") from error
 
 
 def without_password(url: str) -> str:

@@ -101,14 +101,13 @@ class RequestQueue:
         many, in proportion to its weight: a router does not know which of them had more service until now.
         """
         key, own = self._policy.sort_key(scheduling, self._sorted_at_s), 0
-        others = []
+        others: list[tuple[int, float]] = []  # length of the queue and weight of each other tenant
         for (name, other), queue in self._ordered.items():
             if name == model and (other == tenant or not self._is_fair):
                 own += bisect.bisect_left(queue, (key, 0))
             elif name == model:
-                others.append(queue)
-        weights = (self._requests[queue[0][1]].tenant_weight for queue in others)
-        return own + sum(min(len(queue), int(own * one / weight)) for queue, one in zip(others, weights, strict=True))
+                others.append((len(queue), self._requests[queue[0][1]].tenant_weight))
+        return own + sum(min(number, int(own * other_weight / weight)) for number, other_weight in others)
 
     def oldest_arrival_s(self, model: str) -> float | None:
         """Arrival (unix time) of the queued request for ``model`` that arrived first; None without one. Linear."""

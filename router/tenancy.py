@@ -37,15 +37,6 @@ class Tenancy(Protocol):
     def families(self) -> Iterator[Family]:
         """The metrics."""
 
-    async def refresh(self) -> None:
-        """Reads the tenants. Raises Unavailable."""
-
-    async def run(self) -> None:
-        """Keeps all of it up to date until cancelled."""
-
-    async def close(self) -> None:
-        """Settles what has ended, and disconnects."""
-
 
 class _OpenTenancy:
     """Everybody may use everything."""
@@ -57,15 +48,6 @@ class _OpenTenancy:
 
     def families(self) -> Iterator[Family]:
         return quota_families(None)
-
-    async def refresh(self) -> None:
-        pass
-
-    async def run(self) -> None:
-        pass
-
-    async def close(self) -> None:
-        pass
 
 
 OPEN_TENANCY: Tenancy = _OpenTenancy()
@@ -87,14 +69,17 @@ class KeyedTenancy:
         set_caller(self._access.identify(metadata))
 
     async def refresh(self) -> None:
+        """Reads the tenants. Raises Unavailable."""
         await refresh(self._directory, self._access)
 
     async def run(self) -> None:
+        """Keeps all of it up to date until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(refresh_repeatedly(self._directory, self._access, self._keeper.keep_only))
             group.create_task(self._keeper.run())
 
     async def close(self) -> None:
+        """Settles what has ended, and disconnects."""
         await self._keeper.settle_all(_LAST_SETTLEMENTS_S)
         with contextlib.suppress(*REDIS_ERRORS):
             await self._client.aclose()

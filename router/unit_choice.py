@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from muxmesh.step_cost import ModelCosts
+from muxmesh.step_cost import UNMEASURED, ModelCosts
 
 PREFILL_WEIGHT = 2.0
 """What is computed again delays the request itself, those behind it, and evicts what others would find. With 2 instead
@@ -147,6 +147,12 @@ def filtered(candidates: Sequence[Candidate]) -> list[Candidate]:
     for keeps in _FILTERS:
         left = [one for one in left if keeps(one)] or left
     return left
+
+
+def assumed_costs(measured: Sequence[ModelCosts | None]) -> list[ModelCosts]:
+    """Step costs of one model by unit. A unit that has not measured its own is taken to be as fast as another."""
+    assumed = next((costs for costs in measured if costs is not None), UNMEASURED)
+    return [costs or assumed for costs in measured]
 
 
 def prefill_s(costs: ModelCosts, num_tokens: int, num_cached_tokens: int, chunk: int) -> float:

@@ -13,12 +13,21 @@ from muxmesh.block_hashes import known_hashes
 from muxmesh.errors import ModelNotFound
 from muxmesh.quoting import quoted
 from muxmesh.residency_format import block_keys
-from muxmesh.step_cost import UNMEASURED, ModelCosts
+from muxmesh.step_cost import ModelCosts
 from muxmesh.types import EngineRequest, KvDemand
 from router.admission_client import NO_REPORT, ReportedLoad
 from router.assigned_work import AssignedSequence
 from router.residency import ResidencyIndex
-from router.unit_choice import Candidate, Choice, ChoiceReason, UnitLoad, choose, choose_better, prefill_s
+from router.unit_choice import (
+    Candidate,
+    Choice,
+    ChoiceReason,
+    UnitLoad,
+    assumed_costs,
+    choose,
+    choose_better,
+    prefill_s,
+)
 from router.unit_link import Chains, UnitLink
 
 
@@ -144,7 +153,7 @@ class Units:
         hashes = _hashes_of(links, request, chains)
         demands = [link.kv_demand(request, one) for link, one in zip(links, hashes, strict=True)]
         cached = self._cached_tokens(links, request, demands)
-        costs = _costs_of(links, request.model)
+        costs = assumed_costs([link.admission.costs.get(request.model) for link in links])
         num_known = len(request.prompt_token_ids) + len(request.resume_token_ids)
         candidates, decode_s = [], []
         for link, num_cached, cost in zip(links, cached, costs, strict=True):
@@ -185,13 +194,6 @@ def _hashes_of(links: Sequence[UnitLink], request: EngineRequest, chains: Chains
             chains[root] = known_hashes(request, *root)
         hashes.append(chains[root])
     return hashes
-
-
-def _costs_of(links: Sequence[UnitLink], model: str) -> list[ModelCosts]:
-    """Step costs of each unit. One that has not measured its own is taken to be as fast as another."""
-    measured = [link.admission.costs.get(model) for link in links]
-    assumed = next((costs for costs in measured if costs is not None), UNMEASURED)
-    return [costs or assumed for costs in measured]
 
 
 def _load_of(link: UnitLink, model: str, own_decode_s: float, costs: ModelCosts) -> UnitLoad:

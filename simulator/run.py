@@ -25,7 +25,6 @@ from muxmesh.quoting import named
 from muxmesh.residency_format import ResidencySnapshot, block_keys
 from muxmesh.rpc.status_codes import status_code
 from muxmesh.scheduling_policy import PolicyName
-from muxmesh.step_cost import UNMEASURED
 from muxmesh.types import SchedulingState
 from router.expected_work import ExpectedOutput
 from router.generation import StoppingOptions
@@ -33,7 +32,7 @@ from router.queue_limit import check_total
 from router.request_validation import check_prompt_length, resolve_stopping
 from router.residency import ResidencyIndex
 from router.served_models import ModelLimits
-from router.unit_choice import Candidate, choose
+from router.unit_choice import Candidate, assumed_costs, choose
 from simulator.forecasts import ForecastInput, Forecasts
 from simulator.simulated_request import SimulatedRequest
 from simulator.simulated_unit import Decision, KvChoice, SimulatedUnit
@@ -273,10 +272,9 @@ class _Router:
         distinct = {config.block_size: config for _, config in placed}
         chains = {size: _block_hashes(body, num_prompt, config) for size, config in distinct.items()}
         matched = {size: self.residency.match(block_keys(model, hashes)) for size, hashes in chains.items()}
-        measured = [found for unit, _ in placed if (found := self._units[unit.name].service(model).costs)]
+        all_costs = assumed_costs([self._units[unit.name].service(model).costs for unit, _ in placed])
         candidates = []
-        for unit, config in placed:
-            costs = self._units[unit.name].service(model).costs or (measured[0] if measured else UNMEASURED)
+        for (unit, config), costs in zip(placed, all_costs, strict=True):
             num_cached = min(num_prompt - 1, matched[config.block_size].get(unit.name, 0) * config.block_size)
             decode_tokens = max(0.0, expected.prediction.p50_tokens - 1)
             candidates.append(self._units[unit.name].candidate(model, num_prompt, num_cached, decode_tokens, costs))

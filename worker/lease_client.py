@@ -19,7 +19,7 @@ from muxmesh.execution import PreemptionReason
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.rpc import convert
 from muxmesh.rpc.status_codes import from_rpc_error, response_of
-from muxmesh.types import SOLE_TENANT, KvDemand, Lease, LeaseRef, SchedulingState, TenantStanding
+from muxmesh.types import KvDemand, Lease, LeaseRef, SchedulingState, TenantStanding
 
 _log = logging.getLogger(__name__)
 
@@ -173,7 +173,8 @@ class LeaseClient:
                 if event == "arrived":
                     yield convert.lease_from_wire(response.arrived)
                 elif event == "standings":
-                    yield _standings_from_wire(response.standings)
+                    lease_ids = tuple(response.standings.lease_ids)
+                    yield LeaseStandings(lease_ids, convert.standing_from_wire(response.standings))
                 else:
                     yield PreemptLease(response.preempt.lease_id, PreemptionReason(response.preempt.reason))
         except grpc.aio.AioRpcError as error:
@@ -197,8 +198,3 @@ class LeaseClient:
 
 async def _nothing_to_quiesce() -> None:
     """Quiesces a lease whose memory was never accessed."""
-
-
-def _standings_from_wire(wire: kvstore_pb2.LeaseStandings) -> LeaseStandings:
-    standing = convert.standing_from_wire(wire.standing) if wire.HasField("standing") else SOLE_TENANT
-    return LeaseStandings(tuple(wire.lease_ids), standing)

@@ -9,11 +9,11 @@ import argparse
 import asyncio
 import sys
 
-from muxmesh.cli.common import api_key, read_line
+from muxmesh.cli.common import read_line
 from muxmesh.cli.conversation import Turns, chat_models, converse, obey
 from muxmesh.cli.generate import sampling_options
+from muxmesh.cli.mesh_client import client_of
 from muxmesh.cli.message_lines import ENDS, QUOTES, MessageLines, command_of
-from muxmesh.cli.tls_options import tls_of
 from muxmesh.client import MeshClient
 from muxmesh.errors import ConfigError, InvalidRequest
 
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _chat_from_lines(arguments: argparse.Namespace) -> int:
     """Sends each line, or block of lines, of standard input as a message. Raises the first error."""
     lines, turns = MessageLines(), Turns(arguments.system)
-    client = MeshClient(arguments.address, tls=tls_of(arguments, arguments.address), api_key=api_key())
+    client = client_of(arguments, arguments.address)
     with asyncio.Runner() as runner:
         try:
             options = sampling_options(arguments)

@@ -8,11 +8,11 @@ import dataclasses
 import sys
 from typing import Any
 
-from muxmesh.cli.common import api_key, print_json, read_all
+from muxmesh.cli.common import print_json, read_all
+from muxmesh.cli.mesh_client import client_of
 from muxmesh.cli.streamed_output import StreamedOutput
 from muxmesh.cli.terminal_text import harmless
-from muxmesh.cli.tls_options import tls_of
-from muxmesh.client import Candidate, Completion, MeshClient, Message, Prompt, RequestOptions
+from muxmesh.client import Candidate, Completion, Message, Prompt, RequestOptions
 from muxmesh.errors import InvalidRequest
 
 
@@ -58,7 +58,7 @@ async def _generate(arguments: argparse.Namespace) -> int:
         logprobs=arguments.logprobs,
         prompt_logprobs=arguments.prompt_logprobs,
     )
-    async with MeshClient(arguments.address, tls=tls_of(arguments, arguments.address), api_key=api_key()) as client:
+    async with client_of(arguments, arguments.address) as client:
         if arguments.json:
             content = [_content(completion) for completion in await client.generate_many(prompt, **options)]
             print_json(content[0] if arguments.num_sequences <= 1 else content)

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, TextIO
 
-from muxmesh.cli.common import api_key, print_json, refuse_unwritable
+from muxmesh.cli.common import print_json, refuse_unwritable
+from muxmesh.cli.mesh_client import client_of
 from muxmesh.cli.plan_inputs import (
     LEAST_RATE,
     Counts,
@@ -24,8 +25,8 @@ from muxmesh.cli.plan_inputs import (
     plan_inputs,
 )
 from muxmesh.cli.plan_simulation import PlanSimulation, Simulated
-from muxmesh.cli.tls_options import given_tls_option, tls_of
-from muxmesh.client import NO_RETRIES, MeshClient, Tls
+from muxmesh.cli.tls_options import given_tls_option
+from muxmesh.client import NO_RETRIES
 from muxmesh.clock import SystemClock
 from muxmesh.config.load import parse_mesh_config
 from muxmesh.errors import ConfigError
@@ -123,7 +124,7 @@ def _observed(arguments: argparse.Namespace) -> tuple[dict[str, ObservedLoad] | 
     """
     if arguments.live is None:
         return None, {}
-    live, counts = asyncio.run(_watched(arguments.live, tls_of(arguments, arguments.live), arguments.seconds))
+    live, counts = asyncio.run(_watched(arguments))
     if all(load.rate <= LEAST_RATE for load in live.values()):
         raise ConfigError(
             f"--live: no request arrived at {arguments.live} in {arguments.seconds:g} s; watch longer by --seconds"
@@ -280,12 +281,12 @@ def _show_moves(costs: _Costs, threshold: float, out: TextIO) -> None:
     )
 
 
-async def _watched(address: str, tls: Tls | bool, seconds: float) -> tuple[dict[str, ObservedLoad], dict[str, Counts]]:
-    """Rates and lengths of a running mesh over ``seconds``, and its last counters."""
+async def _watched(arguments: argparse.Namespace) -> tuple[dict[str, ObservedLoad], dict[str, Counts]]:
+    """Rates and lengths of a running mesh over some seconds, and its last counters."""
     clock = SystemClock()
-    async with MeshClient(address, retries=NO_RETRIES, tls=tls, api_key=api_key()) as client:
+    async with client_of(arguments, arguments.live, NO_RETRIES) as client:
         before, started_s = _counts(await client.status()), clock.monotonic_s()
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(arguments.seconds)
         after, ended_s = _counts(await client.status()), clock.monotonic_s()
     return live_loads(before, after, ended_s - started_s), after
 

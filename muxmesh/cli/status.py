@@ -10,10 +10,10 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
-from muxmesh.cli.common import api_key, print_json
+from muxmesh.cli.common import print_json
+from muxmesh.cli.mesh_client import client_of
 from muxmesh.cli.text_table import print_table
-from muxmesh.cli.tls_options import tls_of
-from muxmesh.client import NO_RETRIES, MeshClient, Tls
+from muxmesh.client import NO_RETRIES
 from muxmesh.v1 import mesh_pb2
 
 _MIB = 1024 * 1024
@@ -21,7 +21,7 @@ _MIB = 1024 * 1024
 
 def run(arguments: argparse.Namespace) -> int:
     """Fetches the status and prints it; returns the exit code."""
-    status = asyncio.run(_fetch(arguments.address, tls_of(arguments, arguments.address)))
+    status = asyncio.run(_fetch(arguments))
     if arguments.json:
         print_json(message_dict(status))
     else:
@@ -29,8 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _fetch(address: str, tls: Tls | bool) -> mesh_pb2.GetStatusResponse:
-    async with MeshClient(address, retries=NO_RETRIES, tls=tls, api_key=api_key()) as client:
+async def _fetch(arguments: argparse.Namespace) -> mesh_pb2.GetStatusResponse:
+    async with client_of(arguments, arguments.address, NO_RETRIES) as client:
         return await client.status()
 
 

@@ -7,13 +7,12 @@ import asyncio
 import signal
 import sys
 
-from muxmesh.cli.common import api_key
 from muxmesh.cli.conversation import Turns, chat_models, converse, obey
 from muxmesh.cli.generate import sampling_options
 from muxmesh.cli.line_editor import LineCleared, LineEditor, open_history
+from muxmesh.cli.mesh_client import client_of
 from muxmesh.cli.message_lines import ENDS, MessageLines, command_of
 from muxmesh.cli.terminal_text import harmless
-from muxmesh.cli.tls_options import tls_of
 from muxmesh.client import MeshClient, RequestOptions
 from muxmesh.errors import ConfigError, InvalidRequest, MeshError
 from muxmesh.quoting import named
@@ -32,8 +31,7 @@ class TerminalChat:
 
     async def run(self) -> int:
         """Returns the exit code. Raises MeshError if the conversation cannot begin."""
-        address = self._arguments.address
-        async with MeshClient(address, tls=tls_of(self._arguments, address), api_key=api_key()) as client:
+        async with client_of(self._arguments, self._arguments.address) as client:
             options = sampling_options(self._arguments)
             options["model"] = await self._model(client)
             print(f"{options['model']}: /help shows the keys and commands, /bye ends", file=sys.stderr, flush=True)

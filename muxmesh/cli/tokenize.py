@@ -6,10 +6,10 @@ import argparse
 import asyncio
 import sys
 
-from muxmesh.cli.common import api_key, print_json, read_all
+from muxmesh.cli.common import print_json, read_all
+from muxmesh.cli.mesh_client import client_of
 from muxmesh.cli.terminal_text import harmless
-from muxmesh.cli.tls_options import tls_of
-from muxmesh.client import Conversation, MeshClient, Message, Tokenized
+from muxmesh.client import Conversation, Message, Tokenized
 from muxmesh.errors import InvalidRequest
 from muxmesh.quoting import quoted
 
@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _tokenize(arguments: argparse.Namespace) -> int:
     given = read_all() if arguments.text == "-" else arguments.text
-    async with MeshClient(arguments.address, tls=tls_of(arguments, arguments.address), api_key=api_key()) as client:
+    async with client_of(arguments, arguments.address) as client:
         if arguments.decode:
             if arguments.chat:
                 raise InvalidRequest("chat", "--decode takes token ids, no conversation")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from numbers import Integral
 from random import Random
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
+
+import grpc
 
 from muxmesh.client.call_metadata import key_metadata, ticket_metadata
 from muxmesh.client.connection import MeshConnection, Stubs
@@ -29,7 +31,8 @@ from muxmesh.quoting import quoted
 from muxmesh.types import DEFAULT_ADDRESS
 from muxmesh.v1 import inference_pb2, mesh_pb2
 
-T = TypeVar("T")
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
 
 DEFAULT_CONNECT_TIMEOUT_S = 5.0
 
@@ -128,12 +131,7 @@ class MeshClient:
 
     async def list_models(self, timeout_s: float | None = None) -> list[mesh_pb2.ModelInfo]:
         """Returns the models that the mesh serves."""
-        response = await self._unary(
-            lambda stubs, remaining_s: stubs.mesh.ListModels(
-                mesh_pb2.ListModelsRequest(), timeout=remaining_s, metadata=self._metadata
-            ),
-            timeout_s,
-        )
+        response = await self._unary(lambda stubs: stubs.mesh.ListModels, mesh_pb2.ListModelsRequest(), timeout_s)
         return list(response.models)
 
     async def tokenize(
@@ -152,10 +150,7 @@ class MeshClient:
         errors of `stream`.
         """
         request = tokenize_request(prompt, model, add_special_tokens, with_texts)
-        response = await self._unary(
-            lambda stubs, remaining_s: stubs.inference.Tokenize(request, timeout=remaining_s, metadata=self._metadata),
-            timeout_s,
-        )
+        response = await self._unary(lambda stubs: stubs.inference.Tokenize, request, timeout_s)
         return tokenized_of(response)
 
     async def detokenize(
@@ -168,22 +163,12 @@ class MeshClient:
     ) -> str:
         """Returns the text of token ids, at most as many as the context holds. Raises the errors of `stream`."""
         request = detokenize_request(token_ids, model, skip_special_tokens)
-        response = await self._unary(
-            lambda stubs, remaining_s: stubs.inference.Detokenize(
-                request, timeout=remaining_s, metadata=self._metadata
-            ),
-            timeout_s,
-        )
+        response = await self._unary(lambda stubs: stubs.inference.Detokenize, request, timeout_s)
         return response.text
 
     async def status(self, timeout_s: float | None = 5.0) -> mesh_pb2.GetStatusResponse:
         """Returns the state of models, units and processes, as the router that is called sees it."""
-        return await self._unary(
-            lambda stubs, remaining_s: stubs.mesh.GetStatus(
-                mesh_pb2.GetStatusRequest(), timeout=remaining_s, metadata=self._metadata
-            ),
-            timeout_s,
-        )
+        return await self._unary(lambda stubs: stubs.mesh.GetStatus, mesh_pb2.GetStatusRequest(), timeout_s)
 
     async def _stream(
         self, request: inference_pb2.GenerateRequest, timeout_s: float | None
@@ -193,13 +178,19 @@ class MeshClient:
             async for response in responses:
                 yield delta_of(response, wanted.output_candidates.top_n, wanted.prompt_candidates.top_n)
 
-    async def _unary(self, send: Callable[[Stubs, float | None], Awaitable[T]], timeout_s: float | None) -> T:
+    async def _unary(
+        self,
+        method: Callable[[Stubs], grpc.aio.UnaryUnaryMultiCallable[_Request, _Response]],
+        request: _Request,
+        timeout_s: float | None,
+    ) -> _Response:
         attempts = self._attempts(timeout_s)
         while True:
             stubs = await self._connection.ready(attempts.remaining_s(_now_s()))
             try:
                 with self._connection.errors(attempts):
-                    return await send(stubs, attempts.remaining_s(_now_s()))
+                    remaining_s = attempts.remaining_s(_now_s())
+                    return await method(stubs)(request, timeout=remaining_s, metadata=self._metadata)
             except MeshError as error:
                 delay_s = attempts.delay_before_retry_s(error, _now_s())
             await asyncio.sleep(delay_s)

@@ -134,7 +134,7 @@ def scheduling_from_wire(wire: request_pb2.SchedulingState) -> SchedulingState:
         wire.num_preemptions,
         wire.queued_per_slot,
         wire.longest_lead_s,
-        standing_from_wire(wire.standing) if wire.HasField("standing") else SOLE_TENANT,
+        standing_from_wire(wire),
     )
 
 
@@ -150,9 +150,14 @@ def standing_to_wire(standing: TenantStanding) -> request_pb2.TenantStanding | N
     )
 
 
-def standing_from_wire(wire: request_pb2.TenantStanding) -> TenantStanding:
-    """Decodes the standing of a tenant beside others."""
-    return TenantStanding(wire.group, wire.best_priority, True, wire.has_overdue_lane, wire.tenant_number)
+def standing_from_wire(wire: request_pb2.SchedulingState | kvstore_pb2.LeaseStandings) -> TenantStanding:
+    """Decodes the field ``standing``, which is not set while a tenant has no others beside it."""
+    if not wire.HasField("standing"):
+        return SOLE_TENANT
+    standing = wire.standing
+    return TenantStanding(
+        standing.group, standing.best_priority, True, standing.has_overdue_lane, standing.tenant_number
+    )
 
 
 def _weight_from_wire(weight: float) -> float:

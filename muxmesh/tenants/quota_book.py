@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from muxmesh.process_registry import redis_key
-from muxmesh.redis_connection import REDIS_ERRORS, RedisClient, redis_unavailable
+from muxmesh.redis_connection import RedisClient, redis_required
 from muxmesh.tenants import quota_scripts
 from muxmesh.tenants.tenant import Tenant, quota_exceeded
 
@@ -85,10 +85,7 @@ class QuotaBook:
         limits = tenant.limits
         all_limits = (limits.requests_per_minute, limits.tokens_per_minute, limits.max_concurrent_requests)
         arguments = [reservation_id, owner, self._owner_ttl_s, num_tokens, *map(_limit, all_limits)]
-        try:
-            granted, *details = await self._run(self._reserve, tenant, arguments)
-        except REDIS_ERRORS as error:
-            raise redis_unavailable(error) from error
+        granted, *details = await self._run(self._reserve, tenant, arguments)
         if granted:
             requests, tokens, num_owners = details
             return Left(float(requests), float(tokens), num_owners)
@@ -98,10 +95,7 @@ class QuotaBook:
     async def settle(self, tenant: Tenant, reservation_id: str, used: Used) -> None:
         """Charges what was used and gives the reservation back. A second call with the same id changes nothing."""
         arguments = [reservation_id, used.prompt_tokens, used.output_tokens, used.seconds, *_bucket_limits(tenant)]
-        try:
-            await self._run(self._settle, tenant, arguments)
-        except REDIS_ERRORS as error:
-            raise redis_unavailable(error) from error
+        await self._run(self._settle, tenant, arguments)
 
     async def renew(self, tenant: Tenant, owner: str, next_number: int, tokens_of: Mapping[str, int]) -> Renewal:
         """Keeps the open reservations of ``owner``: ``tokens_of`` has all whose number is below ``next_number``.
@@ -110,17 +104,11 @@ class QuotaBook:
         """
         pairs = [part for pair in tokens_of.items() for part in pair]
         arguments = [owner, self._owner_ttl_s, *_bucket_limits(tenant), next_number, *pairs]
-        try:
-            return Renewal(*await self._run(self._renew, tenant, arguments))
-        except REDIS_ERRORS as error:
-            raise redis_unavailable(error) from error
+        return Renewal(*await self._run(self._renew, tenant, arguments))
 
     async def usage(self, tenant: Tenant) -> TenantUsage:
         """What a tenant has used."""
-        try:
-            found = await self._run(self._read, tenant, _bucket_limits(tenant))
-        except REDIS_ERRORS as error:
-            raise redis_unavailable(error) from error
+        found = await self._run(self._read, tenant, _bucket_limits(tenant))
         requests_left, tokens_left, num_open, reserved, pairs = found
         totals = dict(zip(pairs[::2], pairs[1::2], strict=True))
         last = totals.get(b"last_used_unix_s")
@@ -139,15 +127,14 @@ class QuotaBook:
 
     async def remove(self, tenant_id: str) -> None:
         """Removes all that is known of a tenant that is no more."""
-        try:
+        with redis_required():
             await self._client.delete(*self._keys(tenant_id))
-        except REDIS_ERRORS as error:
-            raise redis_unavailable(error) from error
 
     async def _run(self, script: Any, tenant: Tenant, arguments: Sequence[Any]) -> Any:
         """Clients of Sentinel and Cluster raise an error when they have no free connection; here calls wait for one."""
         async with self._free:
-            return await script(keys=self._keys(tenant.tenant_id), args=arguments)
+            with redis_required():
+                return await script(keys=self._keys(tenant.tenant_id), args=arguments)
 
     def _keys(self, tenant_id: str) -> list[str]:
         """One slot of a Redis Cluster for each tenant."""

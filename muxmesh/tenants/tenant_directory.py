@@ -8,7 +8,7 @@ from collections.abc import Callable
 from muxmesh.errors import InvalidRequest, Unavailable
 from muxmesh.process_registry import redis_key
 from muxmesh.quoting import quoted
-from muxmesh.redis_connection import REDIS_ERRORS, RedisClient, redis_unavailable
+from muxmesh.redis_connection import RedisClient, redis_required
 from muxmesh.tenants.tenant_record import DirectoryCopy, TenantRecord, record_of
 
 _VERSION_BITS = 64
@@ -61,17 +61,13 @@ class TenantDirectory:
 
     async def version(self) -> str:
         """The version of the directory; empty if Redis has none."""
-        try:
+        with redis_required():
             return _text(await self._client.get(self._keys[1]) or b"")
-        except REDIS_ERRORS as error:
-            raise redis_unavailable(error) from error
 
     async def read(self) -> DirectoryCopy:
         """All tenants."""
-        try:
+        with redis_required():
             version, pairs = await self._read(keys=self._keys)
-        except REDIS_ERRORS as error:
-            raise redis_unavailable(error) from error
         texts: dict[str, bytes] = {_text(name): text for name, text in zip(pairs[::2], pairs[1::2], strict=True)}
         records = {name: record for name, text in texts.items() if (record := record_of(text)) and record.name == name}
         return DirectoryCopy(_text(version), records, tuple(sorted(texts.keys() - records.keys())))
@@ -79,10 +75,8 @@ class TenantDirectory:
     async def restore(self, copy: DirectoryCopy) -> bool:
         """Writes ``copy`` with its version if Redis has no directory at all; returns whether it had none."""
         parts = [part for record in copy.records.values() for part in (record.name, record.to_text())]
-        try:
+        with redis_required():
             return bool(await self._restore(keys=self._keys, args=[copy.version, *parts]))
-        except REDIS_ERRORS as error:
-            raise redis_unavailable(error) from error
 
     async def add(self, record: TenantRecord) -> None:
         """Adds a tenant. Raises InvalidRequest if one has its name."""
@@ -115,20 +109,16 @@ class TenantDirectory:
         raise Unavailable(f"tenant {quoted(name)} is changed by others all the time; try again")
 
     async def _find(self, name: str) -> tuple[bytes, TenantRecord | None]:
-        try:
+        with redis_required():
             found = await self._client.hget(self._keys[0], name)
-        except REDIS_ERRORS as error:
-            raise redis_unavailable(error) from error
         if found is None:
             raise InvalidRequest("name", f"there is no tenant {quoted(name)}; `muxmesh tenant list` shows them")
         return found, record_of(found)
 
     async def _write(self, name: str, expected: bytes, text: bytes) -> bool:
         version = f"{self._rng.getrandbits(_VERSION_BITS):016x}"
-        try:
+        with redis_required():
             return bool(await self._replace(keys=self._keys, args=[name, expected, text, version]))
-        except REDIS_ERRORS as error:
-            raise redis_unavailable(error) from error
 
 
 def _text(value: bytes) -> str:

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muxmesh.step_cost import ModelCosts, StepCost
+from muxmesh.step_cost import UNMEASURED, ModelCosts, StepCost
 from router.unit_choice import (
     CLEARLY_S,
     PREFILL_WEIGHT,
     Candidate,
     ChoiceReason,
     UnitLoad,
+    assumed_costs,
     choose,
     choose_better,
     filtered,
@@ -167,3 +168,9 @@ def test_a_request_never_moves_to_a_later_first_token_unless_its_unit_is_left_ou
     better = choose_better(others, current, turn)
     if better is not None and any(one is current for one in filtered([*others, current])):
         assert better.candidate.first_token_s < current.first_token_s
+
+
+def test_a_unit_without_costs_is_taken_to_be_as_fast_as_the_first_that_has_them() -> None:
+    slow, fast = (ModelCosts(StepCost(seconds, 0.0, 0.0), StepCost(seconds, 0.0, 0.0)) for seconds in (2.0, 1.0))
+    assert assumed_costs([None, slow, fast, None]) == [slow, slow, fast, slow]
+    assert assumed_costs([None, None]) == [UNMEASURED, UNMEASURED]
