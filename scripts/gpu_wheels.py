@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,20 @@ PLATFORM = (
 
 
 def needed_requirements(pyproject: Path) -> list[str]:
-    """Requirements of the serving side and of the tests that run on a GPU."""
+    """Requirements of the serving side and of the tests that run on a GPU, with those of the extras that it names."""
     project = tomllib.loads(pyproject.read_text())["project"]
-    return [*project["dependencies"], *project["optional-dependencies"]["serve"], *TEST_PACKAGES]
+    own_extras = re.compile(rf"{re.escape(project['name'])}\[(.+)\]")
+
+    def of_extra(extra: str) -> Iterator[str]:
+        for requirement in project["optional-dependencies"][extra]:
+            own = own_extras.fullmatch(requirement)
+            if own is None:
+                yield requirement
+            else:
+                for named in own[1].split(","):
+                    yield from of_extra(named.strip())
+
+    return [*project["dependencies"], *of_extra("serve"), *TEST_PACKAGES]
 
 
 def constraints(pip_list: str) -> list[str]:

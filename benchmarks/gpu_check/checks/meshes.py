@@ -88,6 +88,7 @@ def swap(findings: Findings, is_dry_run: bool) -> None:
             "kv_pool": 4 * MIB,
             "slab": "256KiB",
             "kv_swap": 64 * MIB,
+            "preemption_mode": "swap",
             "models": [model],
         }
         asyncio.run(_swap(findings, unit))

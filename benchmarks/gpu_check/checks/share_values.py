@@ -144,7 +144,7 @@ def shares_tokens(findings: Findings, is_dry_run: bool) -> None:
     with TemporaryDirectory(prefix="mm-") as scratch:
         models = [
             {
-                "name": dtype, "dtype": dtype, "max_num_seqs": 8, "compute_share": {"prefill": 40, "decode": 30},
+                "name": dtype, "dtype": dtype, "max_num_seqs": 8,
                 "source": str(write_random_model(Path(scratch) / dtype, sizes, dtype, device)),
             }
             for dtype in (("float32",) if is_dry_run else ("float32", "bfloat16"))
@@ -153,7 +153,10 @@ def shares_tokens(findings: Findings, is_dry_run: bool) -> None:
 
 
 async def _compare_tokens(findings: Findings, unit: Mapping[str, Any], is_dry_run: bool) -> None:
-    off, on = [await _greedy_tokens({**unit, "mps": mps}, 4 if is_dry_run else 32) for mps in ("off", "on")]
+    count = 4 if is_dry_run else 32
+    shared = [{**model, "compute_share": {"prefill": 40, "decode": 30}} for model in unit["models"]]
+    off = await _greedy_tokens({**unit, "mps": "off"}, count)
+    on = await _greedy_tokens({**unit, "mps": "on", "models": shared}, count)
     for dtype, expected in off.items():
         judge = findings.expect if dtype == "float32" else findings.aim
         found = on[dtype]
