@@ -415,4 +415,4 @@ class SimulatedUnit:
 
 def _uses_mps(unit: UnitConfig) -> bool:
     """Whether the workers of a unit would share a GPU by MPS or green contexts, on a machine that has them."""
-    return unit.is_cuda and (unit.mps != "off" or unit.green_contexts)
+    return unit.is_cuda and (unit.mps != "off" or unit.limits_by_green_contexts)

@@ -97,7 +97,9 @@ async def _three_models(figures: Figures, seconds: float, all_shares: tuple[tupl
     for shares in all_shares:
         async with mps_daemon() as control:
             with contextlib.ExitStack() as stack:
-                started = [stack.enter_context(mps_client(control, share, "engine")) for share in shares * NUM_MODELS]
+                started = [stack.enter_context(mps_client(control, 100, "engine")) for _ in works]
+                for peer, share in zip(started, shares * NUM_MODELS, strict=True):
+                    peer.ask("green", share=share)  # a percentage of MPS would make products wrong
                 peers = _loaded(started)
                 for peer, work in zip(peers, works, strict=True):
                     peer.tell("work_until", seconds=seconds, **work)

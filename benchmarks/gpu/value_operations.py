@@ -24,8 +24,6 @@ _POISON_BYTES = {64 << 10: 512, 32 << 20: 64}
 """Size of a piece of memory → how many: torch has one kind of blocks for tensors up to 1 MiB and one for larger."""
 _NUM_LARGEST = 8
 _PRODUCTS = ("0.qkv", "0.o", "0.gate_up", "0.down", "lm_head")
-_SUMS = {"bf16": (True, True), "f32": (False, True), "whole": (False, False)}
-"""Whether parts of a product may be added in bf16, and whether it may be split."""
 
 
 class ValueOperations(EngineOperations):
@@ -57,15 +55,6 @@ class ValueOperations(EngineOperations):
         """
         with torch.inference_mode():
             return [self._product(name, count) for count in rows for name in _PRODUCTS]
-
-    def do_multiply_by(self, library: str, sums: str) -> None:
-        """Makes torch compute products by ``library``: `cublas`, its default, or `cublaslt`.
-
-        ``sums``: where a product is split along its depth, the parts are added in `bf16`, the default, or in `f32`;
-        `whole`: it is not split, which only cuBLASLt obeys. Captured graphs stay as they are.
-        """
-        torch.backends.cuda.preferred_blas_library(library)
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = _SUMS[sums]
 
     def do_row_operations(self, rows: int) -> Any:
         """The norm and the gate against the same in f32; see `do_products`."""

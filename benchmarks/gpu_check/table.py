@@ -31,7 +31,7 @@ CHECKS = (
     Check("mps-answers", "answers of the control program as recorded", 40, "mps"),
     Check("sanitizer", "compute-sanitizer finds no bad access of the kernels", 120, "beside"),
     Check(
-        "torch-reference", "the reference in torch agrees with transformers on the GPU", 60, "beside",
+        "torch-reference", "the reference in torch agrees with transformers on the GPU", 120, "beside",
         ("tests/muxmesh/engine/native/test_torch_reference.py", "-k", "cuda"),
     ),
     Check("hand-off", "under 1 ms; kvstore is no MPS client", 60, "alone"),

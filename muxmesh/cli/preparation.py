@@ -37,6 +37,7 @@ from muxmesh.models.gpu_check import (
     mps_notice,
     mps_program,
     unit_gpus,
+    with_share_limits,
 )
 from muxmesh.models.prepared_model import (
     machine_problems,
@@ -85,6 +86,13 @@ class MeshPart:
                 yield ("units", indices[int(location[1])], *location[2:]), problem
             else:
                 yield location, problem
+
+    def with_share_limits(self, config: MeshConfig, gpus: DeviceList, program: Path | None) -> MeshConfig:
+        """``config`` in which these units have what limits their workers on this machine; see there."""
+        here = iter(with_share_limits(self.config_of(config), gpus, program).units)
+        indices = self.units_of(config)
+        units = tuple(next(here) if index in indices else unit for index, unit in enumerate(config.units))
+        return config.model_copy(update={"units": units})
 
     @property
     def is_all(self) -> bool:
@@ -146,7 +154,7 @@ class MeshPreparation:
         return self._part.problems(config, tensor_parallel_problems)
 
     def prepare(self) -> PreparedMesh:
-        """Downloads and converts the models, unless they are in the cache.
+        """Downloads and converts the models, unless they are in the cache. Decides what `config` leaves to the machine.
 
         Raises ConfigError for a problem of a downloaded model, or a cache that cannot be written.
         """
@@ -158,6 +166,7 @@ class MeshPreparation:
         too_large = prepared_problems(config, prepared, self._limit) if self._part.is_all else ()
         self._loaded.refuse([*self._model_problems(config), *self._gpu_problems(config), *too_large])
         program = mps_program(here)
+        self._loaded = replace(self._loaded, config=self._part.with_share_limits(config, self._gpus, program))
         for notice in (dtype_notice(here), mps_notice(here, program)):
             if notice is not None:
                 self._messages.notice(notice)

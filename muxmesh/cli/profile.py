@@ -91,7 +91,7 @@ def _profile(arguments: argparse.Namespace, messages: OperatorMessages) -> int:
     mesh = preparation.prepare()
     models = profiled_models(preparation.config, mesh.prepared, arguments.unit)
     unit = models[0].unit
-    is_limited = not unit.is_cuda or unit.green_contexts or mesh.mps_program is not None
+    is_limited = not unit.is_cuda or unit.limits_by_green_contexts or mesh.mps_program is not None
     grid = _grid(arguments, models, is_limited)
     devices = DeviceList().devices if unit.is_cuda else ()
     machine = gpu_facts(devices, unit.device_index) if unit.is_cuda else cpu_facts()

@@ -99,7 +99,11 @@ def contradictions(config: MeshConfig) -> Iterator[tuple[Location, str]]:
                 yield (*location, field), f"has no effect with device: {unit.device}; it is for device: cuda:N"
         for field, problem in _arbiter_problems(unit):
             yield (*location, "arbiter", field), problem
-        if unit.is_cuda and unit.green_contexts and not any(model.compute_share.is_limit for model in unit.models):
+        if (
+            unit.is_cuda
+            and unit.limits_by_green_contexts
+            and not any(model.compute_share.is_limit for model in unit.models)
+        ):
             yield (*location, "green_contexts"), "has no effect: no model of the unit has a compute_share below 100"
         if len(unit.models) > MAX_UNIT_MODELS:
             yield (*location, "models"), f"has {len(unit.models)} models; a unit has at most {MAX_UNIT_MODELS}"
@@ -229,7 +233,7 @@ def _device_problems(unit: UnitConfig, model: ModelConfig) -> Iterator[tuple[str
             yield "engine", f"sim computes on no GPU; the unit's device is {unit.device}"
         if model.threads is not None:
             yield "threads", f"has no effect with device: {unit.device}; it is for device: cpu"
-        if model.compute_share.is_limit and unit.mps == "off" and not unit.green_contexts:
+        if model.compute_share.is_limit and unit.mps == "off" and not unit.limits_by_green_contexts:
             yield "compute_share", "has no effect with mps: off; it is for mps: auto or on, or green_contexts: true"
         if model.kv_cache_dtype == "float32" and model.dtype != "float32":
             yield (

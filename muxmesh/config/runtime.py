@@ -249,7 +249,7 @@ class MeshRuntime(BaseModel):
     def share_of(self, key: ProcessKey) -> int:
         """Percentage of its GPU to which MPS limits a worker; 100 if green contexts limit it."""
         unit, model = self.model(key.unit, key.model)
-        return 100 if unit.green_contexts else model.compute_share.of(Role(key.role))
+        return 100 if unit.limits_by_green_contexts else model.compute_share.of(Role(key.role))
 
     def set_environment(self, key: ProcessKey, environment: MutableMapping[str, str], has_supervisor: bool) -> None:
         """Sets the variables that a process needs, or calls `check_environment` if a supervisor has set them."""

@@ -94,9 +94,11 @@ class UnitConfig(Section):
     its `compute_share`. `auto`: if this machine has nvidia-cuda-mps-control. `on`: the mesh does not start without it.
     The supervisor starts a daemon for each GPU. Without MPS one worker of the unit computes at a time, and
     `compute_share` needs `green_contexts`."""
-    green_contexts: bool = False
-    """Limits workers to their `compute_share` by green contexts of their own instead of by MPS percentages. Needs
-    compute capability 9.0."""
+    green_contexts: bool | Literal["auto"] = "auto"
+    """Limits workers to their `compute_share` by green contexts of their own instead of by MPS percentages, so in
+    eights of SMs. Needs compute capability 9.0. `auto`: for clients of MPS on such GPUs, because cuBLAS, which computes
+    matrix products, leaves out parts of them there under most percentages. With `false` a worker whose products are
+    wrong does not start."""
     require_ipc: bool = False
     """If true, the unit refuses to start unless its KV is handed over by GPU IPC (shared device memory)."""
     legacy_ipc: bool = False
@@ -150,6 +152,11 @@ class UnitConfig(Section):
     @property
     def is_cuda(self) -> bool:
         return self.device != "cpu"
+
+    @property
+    def limits_by_green_contexts(self) -> bool:
+        """Whether green contexts limit workers to their shares; `auto` is decided on the machine with the GPU."""
+        return self.green_contexts is True
 
     @property
     def device_index(self) -> int:

@@ -53,7 +53,7 @@ def gpu_problems(
             yield ("units", index, "device"), f"{_named(device)} is an instance of a GPU in MIG mode; use a whole GPU"
         elif device.compute_capability < MIN_CAPABILITY:
             yield ("units", index, "device"), _too_low(device, MIN_CAPABILITY)
-        elif unit.green_contexts and device.compute_capability < GREEN_CAPABILITY:
+        elif unit.limits_by_green_contexts and device.compute_capability < GREEN_CAPABILITY:
             yield ("units", index, "green_contexts"), _too_low(device, GREEN_CAPABILITY)
         else:
             earlier_bytes = used_bytes.get(device.index, 0)
@@ -66,6 +66,23 @@ def gpu_problems(
                     f"{parts}{others}: together {_size(used_bytes[device.index])}; {_named(device)} has "
                     f"{_size(device.total_bytes)}",
                 )
+
+
+def with_green_contexts(config: MeshConfig, devices: Mapping[int, DeviceInfo], has_mps: bool) -> MeshConfig:
+    """``config`` in which no unit of ``devices`` has ``green_contexts: auto``. ``has_mps``: the machine has MPS.
+
+    On compute capability 9.0 cuBLAS takes kernels with clusters of blocks. In a client of MPS that has a percentage of
+    the SMs, these leave out parts of a product, without any error (docs/arbiter.md).
+    """
+
+    def decided(unit: UnitConfig) -> UnitConfig:
+        device = devices.get(unit.device_index) if unit.is_cuda else None
+        if unit.green_contexts != "auto" or device is None:
+            return unit
+        is_green = has_mps and unit.mps != "off" and device.compute_capability >= GREEN_CAPABILITY
+        return unit.model_copy(update={"green_contexts": is_green})
+
+    return config.model_copy(update={"units": tuple(map(decided, config.units))})
 
 
 def _needed(unit: UnitConfig, spec_of: SpecOf) -> tuple[int, str]:

@@ -15,7 +15,7 @@ from muxmesh.config.section import Location
 from muxmesh.cuda.device_list import DeviceList
 from muxmesh.cuda.mps import CONTROL_FOLDERS, CONTROL_PROGRAM, find_control_program
 from muxmesh.errors import ConfigError, DeviceError
-from muxmesh.models.device_capacity import gpu_problems
+from muxmesh.models.device_capacity import gpu_problems, with_green_contexts
 from muxmesh.models.gpu_software import GpuSoftware, software_problems
 from muxmesh.models.model_spec import ModelSpec
 from muxmesh.models.prepared_model import local_model_spec
@@ -63,6 +63,16 @@ def gpu_software_problems(config: MeshConfig, environ: Mapping[str, str]) -> Ite
 def unit_gpus(config: MeshConfig, gpus: DeviceList) -> dict[str, str]:
     """Unit name → UUID of its GPU, for units on GPUs without `machine_gpu_problems`."""
     return {unit.name: gpus.devices[unit.device_index].uuid for unit in config.units if unit.is_cuda}
+
+
+def with_share_limits(config: MeshConfig, gpus: DeviceList, program: Path | None) -> MeshConfig:
+    """``config`` in which it is decided what limits workers on this machine's GPUs to their shares.
+
+    ``program``: see `mps_program`. The configuration has no `machine_gpu_problems`.
+    """
+    if not any(unit.is_cuda for unit in config.units):
+        return config
+    return with_green_contexts(config, {device.index: device for device in gpus.devices}, program is not None)
 
 
 def mps_program(config: MeshConfig) -> Path | None:

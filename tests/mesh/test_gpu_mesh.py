@@ -112,10 +112,12 @@ def _device_memory(mesh: RunningMesh) -> list[Path]:
     return [path for path in descriptors if re.search("memfd:fake-cuda", os.readlink(path))]
 
 
-async def test_workers_are_clients_of_the_daemon_with_their_share_of_the_device(mesh: RunningMesh) -> None:
-    for name, share in zip(WORKERS, ("60", "40"), strict=True):
+async def test_mps_leaves_the_share_to_green_contexts_where_percentages_make_products_wrong(mesh: RunningMesh) -> None:
+    """The fake GPU has compute capability 9.0."""
+    assert mesh.mesh.runtime.unit("unit0").limits_by_green_contexts
+    for name in WORKERS:
         environment = Path(f"/proc/{mesh.pid(name)}/environ").read_bytes().decode().split("\0")
-        assert f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE={share}" in environment
+        assert "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=100" in environment
         assert f"CUDA_VISIBLE_DEVICES={UUID}" in environment
 
 

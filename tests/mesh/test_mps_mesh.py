@@ -30,7 +30,10 @@ async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Runnin
         "name": "tiny", "source": str(folder), "max_num_seqs": 2, "max_model_len": 128, "prefill_token_budget": 16,
         "compute_share": {"prefill": 60, "decode": 40},
     }  # fmt: skip
-    unit = {"device": "cuda:0", "mps": "on", "kv_pool": "4MiB", "slab": "256KiB", "models": [model]}
+    unit = {
+        "device": "cuda:0", "mps": "on", "green_contexts": False, "kv_pool": "4MiB", "slab": "256KiB",
+        "models": [model],
+    }  # fmt: skip
     with gpu_machine():
         async with running_mesh(tmp_path_factory.mktemp("mesh"), units=[unit]) as running:
             yield running
@@ -64,7 +67,10 @@ async def expected(mesh: RunningMesh) -> list[int]:
     return list(completion.token_ids)
 
 
-async def test_workers_are_clients_of_the_daemon(mesh: RunningMesh) -> None:
+async def test_workers_are_clients_of_the_daemon_with_their_share_of_the_device(mesh: RunningMesh) -> None:
+    for name, share in zip(WORKERS, ("60", "40"), strict=False):
+        environment = Path(f"/proc/{mesh.process(name).pid}/environ").read_bytes().decode().split("\0")
+        assert f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE={share}" in environment
     control = mesh.mesh.runtime.mps_control("unit0")
     (server,) = await control.servers()
     assert server.status is ServerStatus.ACTIVE

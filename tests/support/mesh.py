@@ -20,7 +20,7 @@ from muxmesh.config.schema import MeshConfig
 from muxmesh.cuda.device_list import DeviceList
 from muxmesh.errors import MeshError
 from muxmesh.metrics.scrape import fetch
-from muxmesh.models.gpu_check import mps_program, unit_gpus
+from muxmesh.models.gpu_check import mps_program, unit_gpus, with_share_limits
 from muxmesh.models.prepared_model import packing_of, prepare_model
 from muxmesh.supervisor.admin_service import serving_commands
 from muxmesh.supervisor.mesh_supervisor import MeshSupervisor, free_listen_address, make_runtime
@@ -136,8 +136,9 @@ async def running_mesh(
         for unit in parsed.units
     }
     lines: list[str] = []
-    gpus = unit_gpus(parsed, DeviceList())
-    runtime = make_runtime(parsed, prepared, state_dir, cache_dir, gpus, mps_program(parsed))
+    devices, program = DeviceList(), mps_program(parsed)
+    parsed = with_share_limits(parsed, devices, program)
+    runtime = make_runtime(parsed, prepared, state_dir, cache_dir, unit_gpus(parsed, devices), program)
     mesh = MeshSupervisor(runtime, state_dir, lambda name, line: lines.append(f"{name} | {line}"), SystemClock())
     for process in mesh.processes:
         if (module := (modules or {}).get(process.spec.name)) is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.gpu.mps_daemon import mps_client, mps_daemon
 from benchmarks.gpu.operation_trace import TracedTensor, first_difference, first_not_finite
-from benchmarks.gpu.peer import Peer
+from benchmarks.gpu.peer import Peer, PeerError
 from benchmarks.gpu.random_model import SMALL, TINY, write_random_model
 from benchmarks.gpu_check.check import Findings
 from benchmarks.gpu_check.gpu_mesh import PROMPTS, differing, gpu_unit, mesh
@@ -26,8 +26,7 @@ DRY_LOAD: dict[str, Any] = {
 STEPS = {"prompt": 1024, "batch": 16, "context": 512, "repeats": 5}
 DRY_STEPS = {"prompt": 20, "batch": 2, "context": 20, "repeats": 1}
 SHARES, DRY_SHARES = (100, 40, 30, 40, 30), (100, 40)
-LIBRARIES = (("cublas", "f32"), ("cublaslt", "bf16"), ("cublaslt", "f32"), ("cublaslt", "whole"))
-"""See `ValueOperations.do_multiply_by`."""
+PERCENTAGES = (12, 24, 30, 40, 50, 70, 95)
 OUTSIDE = "outside MPS"
 MOST_ERROR = 0.02
 """Of a product in bf16, over its largest value. bf16 has 8 bits, and a split product adds parts that are rounded."""
@@ -41,7 +40,8 @@ Report = dict[str, Any]
 def shares_values(findings: Findings, is_dry_run: bool) -> None:
     """The same weights, prompt and KV in a process outside MPS and in clients with shares of 100, 40 and 30 percent.
 
-    Each client alone, all clients at once, and at last with NaN in all memory that torch has free.
+    The shares are those of green contexts. Each client alone, all clients at once, and at last with NaN in all memory
+    that torch has free. A client with a percentage of MPS either computes the same or refuses to load the model.
     """
     asyncio.run(_compare_shares(findings, is_dry_run))
 
@@ -51,7 +51,8 @@ async def _compare_shares(findings: Findings, is_dry_run: bool) -> None:
         with contextlib.ExitStack() as stack:
             peers = {OUTSIDE: stack.enter_context(Peer("values"))}
             for number, share in enumerate(DRY_SHARES if is_dry_run else SHARES, start=1):
-                peers[f"client {number}, {share} %"] = stack.enter_context(mps_client(control, share, "values"))
+                client = peers[f"client {number}, {share} %"] = stack.enter_context(mps_client(control, 100, "values"))
+                client.ask("green", share=share)
             _ask_all(peers, "load", **(DRY_LOAD if is_dry_run else LOAD))
             findings.figure("SMs", {name: one["torch_sms"] for name, one in _ask_all(peers, "info").items()})
             for name, bad in _ask_all(peers, "generated").items():
@@ -63,22 +64,28 @@ async def _compare_shares(findings: Findings, is_dry_run: bool) -> None:
                 _judge(findings, f"{name}, alone", alone[name], alone[OUTSIDE])
             for name, report in _reports(clients, is_dry_run).items():
                 _judge(findings, f"{name}, all at once", report, alone[OUTSIDE])
-            if not is_dry_run:
-                _try_libraries(findings, clients)
             _ask_all(peers, "poison")
             for name, report in _reports(peers, is_dry_run, with_decode=is_dry_run).items():
                 _judge(findings, f"{name}, free memory is NaN", report, alone[OUTSIDE])
+        if not is_dry_run:
+            with contextlib.ExitStack() as stack:
+                limited = {share: stack.enter_context(mps_client(control, share, "values")) for share in PERCENTAGES}
+                for peer in limited.values():
+                    peer.tell("load", **LOAD)
+                for share, peer in limited.items():
+                    _judge_percentage(findings, f"MPS percentage {share}", peer, alone[OUTSIDE])
 
 
-def _try_libraries(findings: Findings, peers: Mapping[str, Peer]) -> None:
-    """Records which products and prompts are right if torch computes products in another way."""
-    for library, sums in LIBRARIES:
-        _ask_all(peers, "multiply_by", library=library, sums=sums)
-        for name, report in _reports(peers, is_dry_run=False, with_decode=False).items():
-            wrong = [one for one in report["products"] if not _is_close(one)]
-            found = {"wrong": wrong, "failures": report["steps"]["failures"]}
-            findings.figure(f"{name}: products by {library}, sums {sums}", found)
-    _ask_all(peers, "multiply_by", library="cublas", sums="bf16")
+def _judge_percentage(findings: Findings, name: str, peer: Peer, expected: Report) -> None:
+    """A client that has loaded the model computes it as outside MPS; one that has not names what would be right."""
+    try:
+        peer.reply(90)
+    except PeerError as error:
+        findings.figure(name, str(error))
+        findings.expect(f"{name}: refused because products are wrong", "green_contexts" in str(error), str(error))
+    else:
+        (report,) = _reports({name: peer}, is_dry_run=False).values()
+        _judge(findings, name, report, expected)
 
 
 def _ask_all(peers: Mapping[str, Peer], operation: str, **arguments: Any) -> dict[str, Any]:

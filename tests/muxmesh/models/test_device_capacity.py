@@ -7,7 +7,13 @@ from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.schema import MeshConfig
 from muxmesh.config.section import Location
 from muxmesh.cuda.driver import DeviceInfo
-from muxmesh.models.device_capacity import MAX_LOGIT_ROWS, WORKER_RESERVE_BYTES, gpu_problems, worker_bytes
+from muxmesh.models.device_capacity import (
+    MAX_LOGIT_ROWS,
+    WORKER_RESERVE_BYTES,
+    gpu_problems,
+    with_green_contexts,
+    worker_bytes,
+)
 from muxmesh.models.model_spec import SIM_SPEC, ModelSpec
 from muxmesh.models.weight_image import image_bytes
 
@@ -52,6 +58,35 @@ def test_green_contexts_need_a_newer_gpu_than_the_kernels(capability: tuple[int,
     found = problems(unit(green_contexts=True), devices=[device(compute_capability=capability)])
     expected = "cuda:0 (Test GPU) has compute capability 8.9; 9.0 or higher is needed"
     assert found == ({("units", 0, "green_contexts"): expected} if refused else {})
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_mps", "settings", "expected"),
+    [
+        ((9, 0), True, {}, True),
+        ((12, 0), True, {"mps": "on"}, True),
+        ((8, 9), True, {}, False),
+        ((9, 0), False, {}, False),
+        ((9, 0), True, {"mps": "off"}, False),
+        ((9, 0), True, {"green_contexts": False}, False),
+        ((9, 0), False, {"green_contexts": True}, True),
+    ],
+)
+def test_clients_of_mps_are_limited_by_green_contexts_where_percentages_make_products_wrong(
+    capability: tuple[int, int], has_mps: bool, settings: dict[str, Any], expected: bool
+) -> None:
+    config = MeshConfig.model_validate({"units": [unit(**settings)]})
+    decided = with_green_contexts(config, {0: device(compute_capability=capability)}, has_mps)
+    assert decided.units[0].green_contexts is expected
+    assert decided.units[0].limits_by_green_contexts is expected
+
+
+def test_what_no_gpu_of_this_machine_decides_stays_open() -> None:
+    units = [{"name": "a", "models": [{"name": "a"}]}, unit("b", index=3)]
+    config = MeshConfig.model_validate({"units": units})
+    decided = with_green_contexts(config, {0: device()}, has_mps=True)
+    assert decided == config
+    assert not any(one.limits_by_green_contexts for one in decided.units)
 
 
 def test_an_instance_of_a_gpu_in_mig_mode_is_refused() -> None:

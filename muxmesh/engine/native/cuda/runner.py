@@ -23,6 +23,7 @@ from muxmesh.engine.native.cuda.device_rows import device_rows, upload
 from muxmesh.engine.native.cuda.forward import DeviceForward
 from muxmesh.engine.native.cuda.kv_layout import KvLayout
 from muxmesh.engine.native.cuda.logit_passes import joined_outcome, logit_passes
+from muxmesh.engine.native.cuda.product_check import check_products
 from muxmesh.engine.native.cuda.run_outcome import plain_outcome, run_outcome
 from muxmesh.engine.native.cuda.run_penalties import RunPenalties
 from muxmesh.engine.native.cuda.sampling import Sampler, UploadedPlan
@@ -93,6 +94,8 @@ class CudaRunner:
         started_at_s = self._clock.monotonic_s()
         with torch.inference_mode(), self._device.compute(), device_errors("loading the model"):
             weights = self._open_weights()
+            if not self._device.is_interpreted:
+                check_products(weights, self._limits.step_token_budget, self._device.num_sms)
             self._allocate(weights)
             self._graphs.prepare(self._buckets)
             self._warm_up()  # after the graphs: a capture frees the memory that is reserved and unused
