@@ -4,6 +4,7 @@ import asyncio
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -68,7 +69,7 @@ async def expected(mesh: RunningMesh) -> list[int]:
 
 
 async def test_workers_are_clients_of_the_daemon_with_their_share_of_the_device(mesh: RunningMesh) -> None:
-    for name, share in zip(WORKERS, ("60", "40"), strict=False):
+    for name, share in zip(WORKERS, ("60", "40"), strict=True):
         environment = Path(f"/proc/{mesh.process(name).pid}/environ").read_bytes().decode().split("\0")
         assert f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE={share}" in environment
     control = mesh.mesh.runtime.mps_control("unit0")
