@@ -20,7 +20,7 @@ SECONDS ?= 60
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check check-code check-compose fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-profile bench-kvpool bench-arbiter bench-shares bench-swap bench-preemption-modes bench-swap-cost bench-pressure bench-residency bench-router bench-tenant-quotas bench-overload bench-tenancy-overhead bench-hostile bench-vs-vllm bench-predictor bench-policies bench-muxserve bench-muxserve-measured bench-muxserve-scale bench-floods bench-fidelity bench-adversaries bench-fairness bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu bench-many-models bench-plans bench-alise bench-alise-virtual
+.PHONY: help venv dev run test test-py312 test-long test-clients compose-up compose-down compose-engine compose-test check check-code check-compose fix protos chaos clean bench-exact bench-start bench-abort bench-stopped bench-engine bench-attention bench-profile bench-kvpool bench-arbiter bench-shares bench-swap bench-preemption-modes bench-swap-cost bench-pressure bench-residency bench-router bench-tenant-quotas bench-overload bench-tenancy-overhead bench-hostile bench-vs-vllm bench-predictor bench-policies bench-muxserve bench-muxserve-measured bench-muxserve-scale bench-floods bench-fidelity bench-adversaries bench-fairness bench-fairness-mesh bench-simulator bench-before-after own-outputs gpu-wheels gpu-check bench-gpu bench-many-models bench-plans bench-alise bench-alise-virtual
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -208,6 +208,9 @@ bench-fidelity: $(VENV)/.dev ## The simulator compared with a real mesh of sim e
 
 bench-fairness: $(VENV)/.dev ## Service of tenants in virtual time with fairness on and off: Jain index, distance, start of a small request
 	$(BIN)/python -m benchmarks.fairness
+
+bench-fairness-mesh: $(VENV)/.dev ## The same on a real mesh with two routers, a minute for each load
+	$(BIN)/python -m benchmarks.fairness_mesh $(ARGS)
 
 bench-adversaries: $(VENV)/.dev ## Useless and hostile predictors in a real mesh, compared with HRRN
 	$(BIN)/python -m benchmarks.adversaries

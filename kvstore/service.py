@@ -20,6 +20,7 @@ from kvstore.grant_table import GrantTable
 from kvstore.leases import StandingChange
 from kvstore.memory_reclaim import PreemptionRequest
 from kvstore.preemption_costs import CALLS_S, KvCosts
+from kvstore.router_clock import RouterClock
 from kvstore.router_loads import Load, incarnation, load_of_others, router_loads
 from kvstore.unit import IssuedCredit, IssuedSwapIn, Unit
 from kvstore.unit_status import unit_status
@@ -32,7 +33,7 @@ from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
 from muxmesh.kv_cost import CopyRates
 from muxmesh.quoting import named, quoted
 from muxmesh.rpc import convert
-from muxmesh.types import Lease, Role
+from muxmesh.types import Lease, QueuedRequest, Role
 
 _log = logging.getLogger(__name__)
 
@@ -220,11 +221,14 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def _read_router(
         self, router: str, queue: _Responses, requests: AsyncIterator[kvstore_pb2.AdmitRequest]
     ) -> None:
+        clock = RouterClock()
         async for request in requests:
             kind = request.WhichOneof("message")
             if kind == "offer":
+                if request.sent_at_unix_s:
+                    clock.received(request.sent_at_unix_s, self._clock.unix_s())
                 try:
-                    self._unit.offer(router, convert.queued_from_wire(request.offer))
+                    self._unit.offer(router, _on_own_clock(convert.queued_from_wire(request.offer), clock))
                 except InvalidRequest as error:
                     self._refuse(queue, request.offer.entry_id, error.field, error.problem)
             elif kind == "withdraw":
@@ -406,6 +410,12 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         if change_at_s is not None:
             wait_s = max(0.0, change_at_s - self._clock.monotonic_s())
             self._timer = asyncio.get_running_loop().call_later(wait_s, self.changed)
+
+
+def _on_own_clock(request: QueuedRequest, clock: RouterClock) -> QueuedRequest:
+    """The request with its arrival on the unit's clock, by which it is ordered beside those of other routers."""
+    arrived_at_s = clock.here(request.scheduling.arrived_at_s)
+    return replace(request, scheduling=replace(request.scheduling, arrived_at_s=arrived_at_s))
 
 
 def _credit_to_wire(issued: IssuedCredit) -> kvstore_pb2.AdmitResponse:

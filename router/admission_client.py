@@ -51,7 +51,8 @@ class Credit:
 
     ``decision`` counts the credits of the unit from 1. ``num_overtaken``: queued requests of the same model and
     priority that arrived before this one and still wait. ``scheduling`` is the state by which the unit ordered the
-    request: cached prompt tokens are not part of its work, and it has the standing of its tenant. ``waits``: what it
+    request: cached prompt tokens are not part of its work, it has the standing of its tenant, and its arrival is by the
+    unit's clock. ``waits``: what it
     waited for, since it was queued here.
     """
 
@@ -208,9 +209,11 @@ class UnitAdmission:
     def _show_next(self) -> None:
         if not self.connected.is_set():
             return
-        for request in self._queue.show_next(self._clock.unix_s()):
+        unix_s = self._clock.unix_s()
+        for request in self._queue.show_next(unix_s):
             self._shown_at_s[request.entry_id] = self._clock.monotonic_s()
-            self._outbox.put_nowait(kvstore_pb2.AdmitRequest(offer=convert.queued_to_wire(request)))
+            offer = convert.queued_to_wire(request)
+            self._outbox.put_nowait(kvstore_pb2.AdmitRequest(offer=offer, sent_at_unix_s=unix_s))
 
     def _on_response(self, response: kvstore_pb2.AdmitResponse) -> None:
         kind = response.WhichOneof("message")

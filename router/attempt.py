@@ -102,7 +102,6 @@ async def run_attempt(
     """
     called_at_s = clock.monotonic_s()
     stream = await workers.tokens(credit.decode_address)
-    request = request.after_wait(clock.unix_s() - request.scheduling.arrived_at_s)
     wire, lease_id = convert.request_to_wire(request), credit.lease.lease_id
     with stream.mailbox(lease_id) as mailbox, ExitStack() as calls:
         decode = workers.decode(credit.decode_address).Decode(

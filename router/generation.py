@@ -7,6 +7,7 @@ request may be a view of the message: validation bounds its length before anythi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -107,6 +108,8 @@ class GenerationRequest:
     kv_swap_format: KvFormat | None = None
     ticket: str = ""
     """Of an earlier refusal; see `router.queue_limit`."""
+    deadline_s: float = math.inf
+    """When the client no longer wants the output. Monotonic time."""
 
 
 class FinishKind(Enum):

@@ -156,6 +156,7 @@ class GenerationPipeline:
                 expected = _expected_tokens(request, engine_request, forecast)
                 reservation = await self._quotas.reserve(request.tenant, expected)
             engine_request, chosen = self._prepared(model, engine_request, forecast, record)
+            self._refuse_lateness(request, model.name, chosen.num_before(engine_request))
         except BaseException:
             waiting.end(self._clock.monotonic_s())
             if reservation is not None:
@@ -363,8 +364,16 @@ class GenerationPipeline:
 
     def _refuse_overload(self, request: GenerationRequest, model: str) -> None:
         waiting = {served.name: self.num_waiting(served.name) for served in self._models}
-        newcomer = Newcomer(model, request.tenant.tenant_id, request.num_sequences, request.ticket)
-        self._queue_limit.check(newcomer, waiting, self._clock.monotonic_s(), self._clock.unix_s())
+        self._queue_limit.check(_newcomer(request, model), waiting, self._clock.monotonic_s(), self._clock.unix_s())
+
+    def _refuse_lateness(self, request: GenerationRequest, model: str, num_before: int) -> None:
+        """Raises Overloaded if the request would start after its deadline. ``num_before``: queued ones before it."""
+        left_s = request.deadline_s - self._clock.monotonic_s()
+        self._queue_limit.check_deadline(_newcomer(request, model), num_before, left_s, self._clock.unix_s())
+
+
+def _newcomer(request: GenerationRequest, model: str) -> Newcomer:
+    return Newcomer(model, request.tenant.tenant_id, request.num_sequences, request.ticket)
 
 
 def _expected_tokens(request: GenerationRequest, engine_request: EngineRequest, forecast: LengthForecast) -> int:

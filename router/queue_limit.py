@@ -28,6 +28,8 @@ _MIN_BUSY_S = 0.5
 _MIN_DELAY_S, _MAX_DELAY_S = 0.05, 600.0
 _HEADROOM = 0.1
 """Part of the limit by which requests with tickets may exceed it: the rate is an estimate."""
+_WAIT_HEADROOM = 0.5
+"""The same of a limit that follows from a bound on waiting, of which it is only half."""
 _ALWAYS_USED = 0.25
 """Part of the queue that newcomers fill whatever tickets are out, so that the workers never lack requests."""
 
@@ -110,10 +112,20 @@ class QueueLimit:
     @property
     def limit(self) -> int:
         """Sequences that may wait now."""
+        return min(self._most, self._limit_by_wait)
+
+    @property
+    def _limit_with_ticket(self) -> int:
+        """Sequences that may wait if the last of them has a ticket that is due."""
+        return math.floor(min(self._most * (1 + _HEADROOM), self._limit_by_wait * (1 + _WAIT_HEADROOM)))
+
+    @property
+    def _limit_by_wait(self) -> int:
+        """As many as start within the longest wait, or as are free slots; `_most` without such a bound."""
         rate = self._rate.per_s
         if self._longest_wait_s == math.inf or not rate:
             return self._most
-        return min(self._most, max(1, self._num_slots() - self._num_running, math.floor(rate * self._longest_wait_s)))
+        return max(1, self._num_slots() - self._num_running, math.floor(rate * self._longest_wait_s))
 
     def check(self, newcomer: Newcomer, waiting: Mapping[str, int], now_s: float, unix_s: float) -> None:
         """Raises Overloaded, with a ticket and its delay, unless the newcomer may enter the queue.
@@ -127,7 +139,7 @@ class QueueLimit:
         is_due = held is not None and held.is_due(unix_s)
         num_kept = 0
         if is_due:
-            num_kept = -math.floor(limit * _HEADROOM)
+            num_kept = limit - self._limit_with_ticket
         elif sum(waiting.values()) + newcomer.num_sequences > limit * _ALWAYS_USED:
             num_kept = self.tickets.num_kept(newcomer.tenant_id)
         excess, problem = self._excess(newcomer, waiting, limit, num_kept)
@@ -139,6 +151,22 @@ class QueueLimit:
             return
         num_ahead = 0 if is_due else self.tickets.num_ahead(newcomer.tenant_id)
         delay_s = self._delay_s(excess - num_kept + num_ahead)
+        raise _refused(problem, delay_s, self.tickets.issue(newcomer, delay_s, unix_s))
+
+    def check_deadline(self, newcomer: Newcomer, num_before: int, left_s: float, unix_s: float) -> None:
+        """Raises Overloaded, with a ticket and its delay, if the newcomer would start more than ``left_s`` from now.
+
+        ``num_before``: sequences of one model on one unit that start first. At the rate of all of them the start is
+        rather too early, so no request is refused that would be in time.
+        """
+        rate = self._rate.per_s
+        if not rate or num_before <= rate * left_s:
+            return
+        delay_s = self._delay_s(math.ceil(num_before - rate * left_s))
+        problem = (
+            f"{num_before} sequences start before it, so it would start in about {num_before / rate:.3g} s, after its "
+            f"deadline, which is in {left_s:.3g} s"
+        )
         raise _refused(problem, delay_s, self.tickets.issue(newcomer, delay_s, unix_s))
 
     def _excess(self, newcomer: Newcomer, waiting: Mapping[str, int], limit: int, num_kept: int) -> tuple[int, str]:

@@ -204,7 +204,8 @@ class SequenceDriver:
             await self._sleep(min(_MAX_WAIT_S, _FIRST_WAIT_S * 2**failures.num_fruitless))
 
     def _attempt(self, request: EngineRequest, credit: Credit) -> AsyncGenerator[AttemptEvent, None]:
-        """One attempt. Workers order the request by the same state as the unit."""
+        """One attempt. Workers order the request by the same state as the unit, whose clock they have."""
+        request = request.after_wait(self._clock.unix_s() - request.scheduling.arrived_at_s)
         return self._run_attempt(replace(request, scheduling=credit.scheduling), credit)
 
     @asynccontextmanager

@@ -48,6 +48,10 @@ class ChosenUnit:
         hashes = self.chains.get(self.link.chain_root(request))
         return replace(self, demand=self.link.kv_demand(request, hashes))
 
+    def num_before(self, request: EngineRequest) -> int:
+        """Requests of this router that are queued there and precede the request, which is not queued yet."""
+        return self.link.admission.num_before(request.model, request.tenant, request.scheduling, request.tenant_weight)
+
     def assign(self, model: str) -> AssignedSequence:
         """Counts the work as the unit's, from before it is queued there until `AssignedWork.remove`."""
         return self.link.assigned.add(model, self.prefill_s, self.decode_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import defaultdict
 from collections.abc import AsyncGenerator
@@ -48,7 +49,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         request_id = _metadata_value(context, "x-request-id") or f"{self._rng.getrandbits(64):016x}"
         with self._observer.observed(RequestRecord(request_id, arrived_at_s)) as record:
             ticket = _metadata_value(context, "x-muxmesh-ticket")
-            generation = replace(request_from_message(request, request_id), tenant=caller(), ticket=ticket)
+            left_s = context.time_remaining()
+            deadline_s = math.inf if left_s is None else arrived_at_s + left_s
+            generation = replace(
+                request_from_message(request, request_id), tenant=caller(), ticket=ticket, deadline_s=deadline_s
+            )
             record.tenant = generation.tenant.name
             record.request_id = generation.request_id
             record.model = self._pipeline.model_name(generation.model)

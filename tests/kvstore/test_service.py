@@ -488,6 +488,22 @@ def test_an_unused_credit_expires_though_no_call_arrives() -> None:
     assert unit.next_change_s() is None
 
 
+async def test_routers_whose_clocks_differ_get_credits_in_the_order_in_which_requests_came(
+    served_unit: ServedUnit, clock: ManualClock
+) -> None:
+    fast, slow, hour_s = served_unit.router("fast"), served_unit.router("slow"), 3600.0
+    for router, skew_s, age_s in ((slow, -hour_s, 1.0), (fast, hour_s, 5.0)):
+        now_s = clock.unix_s() + skew_s
+        router.offer(queued(1, arrived_at_s=now_s - age_s), sent_at_unix_s=now_s)
+        await router.no_credit()
+    workers = await Workers.of(served_unit)
+    first, second = await fast.credit(), await slow.credit()
+    assert first.decision < second.decision
+    assert clock.unix_s() - first.scheduling.arrived_at_unix_s == pytest.approx(5.0)
+    assert clock.unix_s() - second.scheduling.arrived_at_unix_s == pytest.approx(1.0)
+    assert workers
+
+
 # Watching
 
 

@@ -537,6 +537,27 @@ async def test_a_passed_deadline_leaves_nothing_leased(mesh: RunningMesh) -> Non
     await mesh.until_free()
 
 
+async def test_a_request_that_would_start_after_its_deadline_is_refused_at_once(mesh: RunningMesh) -> None:
+    """Four of the model run at once, for 0.8 s each or longer, so the last of so many starts after seconds."""
+    options: dict[str, Any] = {"model": "slow", "max_new_tokens": 40, "ignore_eos": True}
+    before = [asyncio.create_task(mesh.client.generate("Hello", **options)) for _ in range(24)]
+
+    async def some_have_started() -> bool:
+        return sum(task.done() for task in before) >= 8
+
+    await mesh.until(some_have_started)
+    more = [asyncio.create_task(mesh.client.generate("Hello", **options)) for _ in range(20)]
+    await asyncio.sleep(0)
+    try:
+        with pytest.raises(Overloaded, match=r"so it would start in about .* after its deadline") as caught:
+            await mesh.client.generate("Hello", timeout_s=0.2, priority=5, **options)
+        assert caught.value.retry_after_s > 0
+        assert caught.value.ticket
+    finally:
+        await asyncio.gather(*before, *more)
+    await mesh.until_free()
+
+
 async def test_a_killed_client_leaves_nothing_leased(mesh: RunningMesh) -> None:
     started = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "muxmesh", "generate", "--address", mesh.address, "--model", "slow",

@@ -36,7 +36,6 @@ from muxmesh.types import (
     LeaseRef,
     Sampling,
     SchedulingState,
-    SloTargets,
     Stopping,
     TokenLogprobs,
 )
@@ -133,15 +132,6 @@ async def test_both_workers_get_the_request_and_learn_of_each_other(setup: Setup
     assert convert.ref_from_wire(prefill.request.lease) == LeaseRef(7, 3)
     assert (prefill.request.decode_worker, decode.request.lease_id) == ("d.1", 7)
     assert decode.request.watcher in setup.worker.token_streams
-    prefill.respond(prefilled(10, finish=LENGTH))
-    await running
-
-
-async def test_workers_learn_how_long_a_request_with_an_slo_has_waited_by_the_router_s_clock(setup: Setup) -> None:
-    arrived = replace(REQUEST, scheduling=SchedulingState(0, 48.0), slo=SloTargets(5.0, 0.1))
-    running, prefill, decode = await begun(setup, arrived)
-    for call in (prefill, decode):
-        assert convert.request_from_wire(call.request.request).slo == SloTargets(5.0, 0.1, 2.0)
     prefill.respond(prefilled(10, finish=LENGTH))
     await running
 

@@ -103,6 +103,30 @@ def test_with_a_bound_on_waiting_no_more_wait_than_start_in_its_time() -> None:
     assert limit.limit == pytest.approx(32, abs=3), "time without a queue says nothing of the rate"
 
 
+def serving(per_s: int) -> QueueLimit:
+    """A queue of which so many sequences have started each second for ten seconds."""
+    limit = QueueLimit(1000, SECRET, limits_tenants=False)
+    one = limit.enter("", 10 * per_s + 1, 0.0)
+    for number in range(1, 10 * per_s + 1):
+        one.start(number / per_s)
+    return limit
+
+
+def test_a_request_that_would_start_after_its_deadline_is_refused_with_the_time_when_it_would_not() -> None:
+    limit = serving(per_s=4)
+    limit.check_deadline(newcomer(), 40, 10.5, 0.0)
+    limit.check_deadline(newcomer(), 10_000, math.inf, 0.0)
+    limit.check_deadline(newcomer(), 0, 0.0, 0.0)
+    with pytest.raises(Overloaded, match="40 sequences start before it, so it would start in about 1") as caught:
+        limit.check_deadline(newcomer(), 40, 4.0, 1000.0)
+    assert caught.value.retry_after_s == pytest.approx(6.0, rel=0.1)
+    limit.check(newcomer(1, ticket=caught.value.ticket), {"m": 999}, 10.0, 1010.0)
+
+
+def test_no_request_is_refused_for_its_deadline_before_the_rate_is_known() -> None:
+    QueueLimit(10, SECRET, limits_tenants=False).check_deadline(newcomer(), 10, 0.001, 0.0)
+
+
 def test_free_slots_are_always_filled() -> None:
     """On an idle unit a request waits for its prefill only, and is admitted."""
     limit = QueueLimit(1000, SECRET, limits_tenants=False, longest_wait_s=0.01, num_slots=lambda: 8)

@@ -280,6 +280,7 @@ UNBOUNDED = {
         "kv_swap_format",
         "unset_sampling",
         "ticket",
+        "deadline_s",
     },
     StoppingOptions: {"include_stop_strings", "ignore_eos", "min_new_tokens"},
     Sampling: {"seed", "top_k"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
@@ -31,6 +31,7 @@ from muxmesh.types import (
     LengthPrediction,
     Sampling,
     SchedulingState,
+    SloTargets,
     Stopping,
     Waits,
 )
@@ -99,7 +100,7 @@ class Outcome:
         return [token for delta in self.deltas for token in delta.token_ids]
 
 
-async def run(script: Script, max_restarts: int = 2, wait_s: float = 0.0) -> Outcome:
+async def run(script: Script, max_restarts: int = 2, wait_s: float = 0.0, request: EngineRequest = REQUEST) -> Outcome:
     """Runs the driver; each attempt follows a line of ``script``, in which a float is seconds that pass.
 
     Records the waits between attempts, each of which takes ``wait_s`` by the driver's clock.
@@ -129,7 +130,7 @@ async def run(script: Script, max_restarts: int = 2, wait_s: float = 0.0) -> Out
     progress, output = Progress(), SequenceOutput(REQUEST.stopping)
     driver = SequenceDriver(unit.credited, attempt, clock, max_restarts, record_wait)
     try:
-        deltas = [delta async for delta in driver.run(REQUEST, output, progress, CHOSEN)]
+        deltas = [delta async for delta in driver.run(request, output, progress, CHOSEN)]
     finally:
         assert unit.num_unreturned == 0, "a credit was not returned"
     assert progress.credited_at_s == 5.0
@@ -159,6 +160,13 @@ async def test_workers_order_a_request_by_the_same_state_as_the_unit() -> None:
     outcome = await run([[7, 8, 9, 10, 11, 12, END]])
     assert outcome.requests[0].scheduling == DISCOUNTED
     assert outcome.progress.credit is not None and outcome.progress.credit.scheduling == DISCOUNTED
+
+
+async def test_workers_learn_how_long_a_request_with_an_slo_has_waited_by_the_router_s_clock() -> None:
+    """The arrival by which the unit has ordered it is on the unit's clock."""
+    request = replace(REQUEST, scheduling=SchedulingState(0, 3.0), slo=SloTargets(5.0, 0.1))
+    outcome = await run([[7, 4.0, WorkerLost("gone")], [8, 9, 10, 11, 12, END]], request=request)
+    assert [one.slo for one in outcome.requests] == [SloTargets(5.0, 0.1, 2.0), SloTargets(5.0, 0.1, 6.0)]
 
 
 async def test_a_complete_output_whose_finish_was_lost_is_not_computed_again() -> None:

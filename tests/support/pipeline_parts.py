@@ -97,6 +97,9 @@ class FakeAdmission:
     def num_queued(self, model: str) -> int:
         return self._queued[model]
 
+    def num_before(self, model: str, tenant: str, scheduling: SchedulingState, weight: float = 1.0) -> int:
+        return self._queued[model]
+
     def oldest_arrival_s(self, model: str) -> float | None:
         return min(self._arrivals, default=None)
 

@@ -89,8 +89,8 @@ class RouterStream:
     def send(self, **message: Any) -> None:
         self._outbox.put_nowait(kvstore_pb2.AdmitRequest(**message))
 
-    def offer(self, request: QueuedRequest) -> None:
-        self.send(offer=convert.queued_to_wire(request))
+    def offer(self, request: QueuedRequest, sent_at_unix_s: float = 0.0) -> None:
+        self.send(offer=convert.queued_to_wire(request), sent_at_unix_s=sent_at_unix_s)
 
     async def next_message(self) -> kvstore_pb2.AdmitResponse:
         """The next message after the unit's hello. Raises the error by which the stream ended; EOFError at its regular

@@ -30,8 +30,11 @@ class AdmitRequest(_message.Message):
     OFFER_FIELD_NUMBER: _builtins.int
     WITHDRAW_FIELD_NUMBER: _builtins.int
     RETURN_CREDIT_FIELD_NUMBER: _builtins.int
+    SENT_AT_UNIX_S_FIELD_NUMBER: _builtins.int
     withdraw: _builtins.int
     """entry_id of a request that is removed from the queue."""
+    sent_at_unix_s: _builtins.float
+    """When the router sent this message, by its own clock. Set in offers; else the clocks are taken for the same."""
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """The first message of every stream."""
@@ -49,10 +52,11 @@ class AdmitRequest(_message.Message):
         offer: Global___QueuedRequest | None = ...,
         withdraw: _builtins.int = ...,
         return_credit: _request_pb2.LeaseRef | None = ...,
+        sent_at_unix_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message", "offer", b"offer", "return_credit", b"return_credit", "withdraw", b"withdraw"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message", "offer", b"offer", "return_credit", b"return_credit", "withdraw", b"withdraw"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message", "offer", b"offer", "return_credit", b"return_credit", "sent_at_unix_s", b"sent_at_unix_s", "withdraw", b"withdraw"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "offer", "withdraw", "return_credit"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
