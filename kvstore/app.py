@@ -38,6 +38,7 @@ from muxmesh.machine_limits import MemoryLimit, memory_limit
 from muxmesh.metrics.monitor import Monitor
 from muxmesh.models.host_memory import kvstore_problem
 from muxmesh.models.prepared_model import kv_identity, model_spec
+from muxmesh.rpc.internal_tls import internal_server_credentials
 from muxmesh.rpc.server import MeshServer
 from muxmesh.service_registration import registered_service
 from muxmesh.types import Role
@@ -85,24 +86,26 @@ async def serve(runtime: MeshRuntime, unit_name: str, stop: Stop, monitor: Monit
         config, unit, clock, service, lambda name: placed_model(MeshRuntime.read(runtime.path), unit_name, name), placed
     )
     server = _server(service, commands, endpoint, monitor)
-    await server.start(endpoint.listen)
-    attach.start()
-    asyncio.get_running_loop().add_reader(grants.doorbell_fd, grants.on_doorbell)
-    monitor.add(
-        lambda: unit_families(
-            config, unit, memory.transport, service.num_overtaken, grants.num_revoked, grants.num_held_up
+    tls = internal_server_credentials(runtime.config.internal_tls, endpoint, clock, stop.give_up)
+    async with tls as credentials:
+        await server.start(endpoint.listen, credentials)
+        attach.start()
+        asyncio.get_running_loop().add_reader(grants.doorbell_fd, grants.on_doorbell)
+        monitor.add(
+            lambda: unit_families(
+                config, unit, memory.transport, service.num_overtaken, grants.num_revoked, grants.num_held_up
+            )
         )
-    )
-    await server.set_serving()
-    watching = background(fence.run(), "MPS", stop.give_up) if isinstance(fence, MpsFence) else nullcontext()
-    publisher = residency_publisher(runtime, unit_name, unit)
-    async with watching, registered_service(runtime, endpoint, stop, clock), publisher.published():
-        await stop.wait()
-    attach.close()
-    if isinstance(fence, MpsFence):
-        fence.close()
-    await server.stop(grace_s=0.5)
-    memory.close()
+        await server.set_serving()
+        watching = background(fence.run(), "MPS", stop.give_up) if isinstance(fence, MpsFence) else nullcontext()
+        publisher = residency_publisher(runtime, unit_name, unit)
+        async with watching, registered_service(runtime, endpoint, stop, clock), publisher.published():
+            await stop.wait()
+        attach.close()
+        if isinstance(fence, MpsFence):
+            fence.close()
+        await server.stop(grace_s=0.5)
+        memory.close()
 
 
 def placed_model(runtime: MeshRuntime, unit: str, model: str) -> PlacedModel:

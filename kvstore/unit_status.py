@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Mapping
 
 from kvstore.device_memory import Transport
 from kvstore.grant_page import GrantPage, Word
 from kvstore.leases import LeaseState
+from kvstore.tenant_service import TenantUse
 from kvstore.unit import Unit
 from kvstore.worker_slots import WorkerRecord
 from muxmesh.config.schema import UnitConfig
 from muxmesh.process_state import own_memory_bytes
 from muxmesh.types import SWAP_PAGE_BYTES
 from muxmesh.v1 import mesh_pb2
+
+MAX_LISTED_TENANTS = 100
 
 
 def unit_status(
@@ -43,7 +47,23 @@ def unit_status(
         workers=[
             _worker_status(worker, counts[worker.name], page, slot_of(worker.name)) for worker in unit.workers.values()
         ],
+        tenants=_tenants(unit.tenant_use()),
     )
+
+
+def _tenants(use: Mapping[str, TenantUse]) -> list[mesh_pb2.TenantUse]:
+    """Named by their ids."""
+    most_served = heapq.nlargest(MAX_LISTED_TENANTS, use.items(), key=lambda item: (item[1].service_s, item[0]))
+    return [
+        mesh_pb2.TenantUse(
+            tenant=tenant,
+            service_s=one.service_s,
+            num_bands_ahead=one.group,
+            num_queued_requests=one.num_queued,
+            num_leases=one.num_running,
+        )
+        for tenant, one in most_served
+    ]
 
 
 def _copied_bytes(page: GrantPage, slot: int, kv_bytes_per_token: int) -> int:

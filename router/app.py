@@ -24,6 +24,7 @@ from muxmesh.metrics.monitor import Monitor
 from muxmesh.process_registry import ProcessRegistry
 from muxmesh.rpc.channels import internal_channel
 from muxmesh.rpc.client_limits import PublicLimits
+from muxmesh.rpc.internal_tls import internal_channel_credentials
 from muxmesh.rpc.server import Identify, MeshServer
 from muxmesh.rpc.server_credentials import ReloadedCredentials
 from muxmesh.scheduling_policy import SchedulingPolicy
@@ -80,10 +81,11 @@ async def serve(
     async with AsyncExitStack() as stack:
         registry = ProcessRegistry(runtime.redis_url, config.mesh_id, clock)
         stack.push_async_callback(registry.close)
-        workers = WorkerChannels(incarnation)
+        to_units = internal_channel_credentials(config.internal_tls)
+        workers = WorkerChannels(incarnation, to_units)
         stack.push_async_callback(workers.close)
         residency = ResidencyIndex()
-        units = await _open_units(runtime, incarnation, policy, clock, registry, residency, stack)
+        units = await _open_units(runtime, incarnation, policy, clock, registry, residency, to_units, stack)
         if len(config.units) > 1:
             await _follow_residency(runtime, residency, clock, stop, stack)
         for unit in units:
@@ -118,7 +120,9 @@ async def serve(
         stack.push_async_callback(admin.stop, 0)
         server = _server(
             InferenceService(pipeline, clock, rng, RequestObserver(metrics, clock, config.router.log_requests)),
-            MeshService(models, units, pipeline, forecaster, registry, policy, metrics, clock, peers.counts),
+            MeshService(
+                models, units, pipeline, forecaster, registry, policy, metrics, clock, peers.counts, tenancy.name_of
+            ),
             public_limits(config.router, models, raise_file_limit()),
             monitor,
             tenancy.identify,
@@ -152,14 +156,15 @@ async def _open_units(
     clock: Clock,
     registry: ProcessRegistry,
     residency: ResidencyIndex,
+    credentials: grpc.ChannelCredentials | None,
     stack: AsyncExitStack,
 ) -> Units:
-    """Opens a link to each unit. ``stack`` closes them."""
+    """Opens a link to each unit, over the network with ``credentials``. ``stack`` closes them."""
     resolver = EndpointResolver(runtime, registry)
     links = []
     for unit in runtime.config.units:
         address = await resolver.address(ProcessKey("kvstore", unit.name))
-        channel = await stack.enter_async_context(internal_channel(address))
+        channel = await stack.enter_async_context(internal_channel(address, credentials))
         admission = UnitAdmission(unit.name, router, channel, clock, policy, runtime.config.order.fairness)
         placed = {model.name: placed_model(runtime, unit.name, model.name) for model in unit.models}
         kvstore, commands = kvstore_pb2_grpc.KvStoreServiceStub(channel), kvstore_pb2_grpc.UnitModelServiceStub(channel)

@@ -55,9 +55,10 @@ AttemptEvent = Prefilled | Tokens | Reported | Finished
 class WorkerChannels:
     """Owns a channel for each worker address and a token stream for each decode worker, opened on first use."""
 
-    def __init__(self, router: str) -> None:
-        """``router``: name of this router, unique in the mesh."""
+    def __init__(self, router: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+        """``router``: name of this router, unique in the mesh. ``credentials``: for TLS with workers on the network."""
         self._router = router
+        self._credentials = credentials
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._streams: dict[str, TokenStream] = {}
         self._num_streams = 0
@@ -87,7 +88,7 @@ class WorkerChannels:
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
-            self._channels[address] = internal_channel(address)
+            self._channels[address] = internal_channel(address, self._credentials)
         return self._channels[address]
 
 

@@ -34,6 +34,9 @@ class Tenancy(Protocol):
     def identify(self, metadata: Metadata) -> None:
         """Sets the caller of this task (`router.caller`). Raises Unauthenticated or Unavailable."""
 
+    def name_of(self, tenant_id: str) -> str:
+        """The name of a tenant; its id if it is not known."""
+
     def families(self) -> Iterator[Family]:
         """The metrics."""
 
@@ -45,6 +48,9 @@ class _OpenTenancy:
 
     def identify(self, metadata: Metadata) -> None:
         pass
+
+    def name_of(self, tenant_id: str) -> str:
+        return tenant_id
 
     def families(self) -> Iterator[Family]:
         return quota_families(None)
@@ -67,6 +73,9 @@ class KeyedTenancy:
 
     def identify(self, metadata: Metadata) -> None:
         set_caller(self._access.identify(metadata))
+
+    def name_of(self, tenant_id: str) -> str:
+        return self._access.name_of(tenant_id)
 
     async def refresh(self) -> None:
         """Reads the tenants. Raises Unavailable."""

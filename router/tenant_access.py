@@ -49,6 +49,11 @@ class TenantAccess:
             raise Unauthenticated("the API key is not valid")
         return found[1]
 
+    def name_of(self, tenant_id: str) -> str:
+        """The name of a tenant; its id if it is not in the copy."""
+        records = self.copy.records.values() if self.copy else ()
+        return next((record.name for record in records if record.tenant_id == tenant_id), tenant_id)
+
     @property
     def tenant_ids(self) -> set[str]:
         """Of all tenants."""

@@ -35,6 +35,7 @@ from muxmesh.models.host_memory import worker_problem
 from muxmesh.models.model_spec import KvShape
 from muxmesh.models.prepared_model import kv_identity, model_spec
 from muxmesh.rpc.channels import internal_channel
+from muxmesh.rpc.internal_tls import internal_server_credentials
 from muxmesh.rpc.server import MeshServer, Register
 from muxmesh.scheduling_policy import FCFS, SchedulingPolicy
 from muxmesh.service_registration import registered_service
@@ -133,9 +134,10 @@ async def host_worker(
     """Serves one phase of one model until ``stop`` is set. Sets it if the unit is lost or the engine is dead."""
     unit, config = runtime.model(key.unit, key.model)
     endpoints, clock = runtime.endpoints(), SystemClock()
+    endpoint = endpoints[key]
     prepared = runtime.prepared_model(key.unit, key.model)
     identity = kv_identity(unit, config, prepared)
-    attachment = await _attach(runtime, key, endpoints[key], identity)
+    attachment = await _attach(runtime, key, endpoint, identity)
     attachment.on_unit_lost(lambda: stop.give_up("the unit is lost"))
     shape = model_spec(prepared.folder).kv_shape(config.block_size, config.kv_dtype)
     role = Role(key.role)
@@ -166,10 +168,10 @@ async def host_worker(
             background(_send_heartbeats(attachment), "heartbeat", stop.give_up),
             background(follow_commands(attachment, engine, grant.restart_pacing), "sleep of the engine", stop.give_up),
             open_services(context) as services,
+            internal_server_credentials(runtime.config.internal_tls, endpoint, clock, stop.give_up) as credentials,
         ):
-            endpoint = endpoints[key]
             server = MeshServer(services, is_on_network=endpoint.is_on_network, on_health=monitor.report)
-            await server.start(endpoint.listen)
+            await server.start(endpoint.listen, credentials)
             await server.set_serving()
             attachment.set_ready(True)
             async with registered_service(runtime, endpoint, stop, clock):

@@ -200,6 +200,8 @@ columns:
   QUOTA MIB         part of the KV pool that the model can claim; it uses more while others use less
   BLOCKS LEASED, CACHED, FREE  token blocks of sequences, of the prefix cache, and to allocate (cached ones included)
   PREFIX HITS       share of the prompt tokens that were in the prefix cache
+  SERVICE S         of a tenant: seconds of the device since it last had no requests
+  BANDS AHEAD       of the least served tenant, by their weights; from 1 on others precede it
   HAND-OFFS         sequences that passed from prefill to decode since the unit started; BYTES COPIED: KV that the
                     present workers have written and not computed, 0 as long as hand-offs copy nothing
   LEASES            sequences whose KV a worker writes

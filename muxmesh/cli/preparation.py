@@ -47,6 +47,7 @@ from muxmesh.models.prepared_model import (
     prepared_problems,
 )
 from muxmesh.quoting import quoted
+from muxmesh.rpc.internal_tls import internal_certificate_problems
 from muxmesh.rpc.server_certificates import certificate_problems
 from muxmesh.supervisor.redis_server import redis_url_problems
 
@@ -181,11 +182,15 @@ class MeshPreparation:
         return self._part.problems(config, lambda here: model_problems(here, self._base_dir, cache_dir()))
 
     def _certificate_problems(self, config: MeshConfig) -> Iterator[Problem]:
-        """Those of the public server, where there is one: a machine with units alone needs no certificates."""
+        """Those of the public server, where there is one, and those between the hosts of the mesh."""
         if config.tls is not None and (self._part.is_all or self._part.is_router):
             tls = config.tls.absolute(self._base_dir)
             for field, problem in certificate_problems(tls, SystemClock().unix_s()):
                 yield ("tls", field), problem
+        if config.internal_tls is not None:
+            internal = config.internal_tls.absolute(self._base_dir)
+            for field, problem in internal_certificate_problems(internal, SystemClock().unix_s()):
+                yield ("internal_tls", field), problem
 
     def _gpu_problems(self, config: MeshConfig) -> Iterator[Problem]:
         def check(here: MeshConfig) -> Iterator[Problem]:

@@ -118,6 +118,15 @@ def _print_unit(unit: mesh_pb2.UnitStatus) -> None:
             for model in unit.models
         ),
     )
+    if [one.tenant for one in unit.tenants] not in ([], [""]):  # the empty one: a mesh without API keys
+        print()
+        print_table(
+            ("TENANT", "SERVICE S", "BANDS AHEAD", "WAITING", "LEASES"),
+            (
+                (one.tenant, f"{one.service_s:.1f}", one.num_bands_ahead, one.num_queued_requests, one.num_leases)
+                for one in unit.tenants
+            ),
+        )
     print()
     print_table(
         ("WORKER", "PID", "READY", "LEASES", "STEPS", "TOKENS", "BUSY S"),

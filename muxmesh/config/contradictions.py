@@ -183,6 +183,8 @@ def _host(unit: UnitConfig) -> str:
 def _network_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
     """Ports above the last one, ports of two units on one host, and unencrypted traffic that is not allowed."""
     earlier: list[UnitConfig] = []
+    if config.internal_tls is not None and all(unit.network is None for unit in config.units):
+        yield ("internal_tls",), "has no effect: no unit has `network`, and unix sockets need no TLS"
     for unit_index, unit in enumerate(config.units):
         if unit.network is None:
             continue
@@ -198,11 +200,15 @@ def _network_problems(config: MeshConfig) -> Iterator[tuple[Location, str]]:
                     f"the unit needs the ports {ports}; port {shared[0]} of {unit.network.host} is that of unit "
                     f"{other.name}",
                 )
-        if not unit.network.is_loopback and not unit.network.allow_unencrypted:
+        if config.internal_tls is not None:
+            if unit.network.allow_unencrypted:
+                yield (*location, "allow_unencrypted"), "has no effect with internal_tls: all ports of units have TLS"
+        elif not unit.network.is_loopback and not unit.network.allow_unencrypted:
             yield (
                 (*location, "host"),
                 f"{unit.network.host} may be reached from other hosts, and the unit's services have neither TLS nor "
-                "authentication; if a firewall or a NetworkPolicy admits routers only, set allow_unencrypted: true",
+                "authentication; set internal_tls, or, if a firewall or a NetworkPolicy admits routers only, "
+                "allow_unencrypted: true",
             )
         earlier.append(unit)
 

@@ -39,11 +39,12 @@ def listen_warnings(config: MeshConfig, published_at: str | None = None) -> Iter
             "and without a password: everyone who can connect to it reads the names of models and their load"
         )
     for unit in config.units:
-        if unit.network is not None and not unit.network.is_loopback:
+        if unit.network is not None and not unit.network.is_loopback and config.internal_tls is None:
             yield (
                 f"WARNING: unit {unit.name} can be reached from other machines on the ports {unit.ports[0]} to "
                 f"{unit.ports[-1]}, without encryption and without a password: everyone who can connect to them can "
-                "use its models and end the requests of others. Let a firewall or a NetworkPolicy admit routers only"
+                "use its models and end the requests of others. Set internal_tls, or let a firewall or a NetworkPolicy "
+                "admit routers only"
             )
 
 

@@ -43,7 +43,9 @@ _DEPENDS_ON: Mapping[str, frozenset[str]] = {
     "threads": frozenset({"cores"}),
     "sim": frozenset({"engine"}),
     "engine": frozenset({"engine"}),
-    "host": frozenset({"allow_unencrypted"}),
+    "host": frozenset({"allow_unencrypted", "internal_tls"}),
+    "allow_unencrypted": frozenset({"internal_tls"}),
+    "internal_tls": frozenset({"network"}),
     **dict.fromkeys(ORDER_FIELDS, frozenset({"policy"})),
 }
 """For the field of a problem: other fields of its section, or of one around or inside it, that the problem is about."""

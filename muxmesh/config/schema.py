@@ -18,7 +18,7 @@ from muxmesh.config.access_config import AccessConfig
 from muxmesh.config.arbiter_config import ArbiterConfig
 from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.section import HOST_NEEDED, MAX_BYTES, MAX_COUNT, MIB, NETWORK_NEEDED, Name, Section
-from muxmesh.config.tls_config import TlsConfig
+from muxmesh.config.tls_config import InternalTlsConfig, TlsConfig
 from muxmesh.errors import ConfigError
 from muxmesh.fairness import Fairness
 from muxmesh.log_format import LogFormat
@@ -33,8 +33,8 @@ MAX_ROUTERS = 64
 class NetworkConfig(Section):
     """Addresses at which routers on other hosts reach the processes of a unit, beside their unix sockets.
 
-    These services have neither TLS nor authentication: who can connect to them can use the models, end the requests of
-    others and read what passes. A firewall or a NetworkPolicy has to admit routers only.
+    Without `internal_tls` these services have neither TLS nor authentication: who can connect to them can use the
+    models, end the requests of others and read what passes. A firewall or a NetworkPolicy has to admit routers only.
     """
 
     host: str = Field(pattern=r"^[A-Za-z0-9:][A-Za-z0-9._:-]*$", max_length=253)
@@ -44,7 +44,8 @@ class NetworkConfig(Section):
     """Port of the unit's kvstore. The next ports are those of the workers, in the order of the models in the file: the
     first model has `base_port + 1` for prefill and `base_port + 2` for decode."""
     allow_unencrypted: bool = False
-    """Has to be true unless `host` is a loopback address: the traffic is not encrypted, and callers are not checked."""
+    """Has to be true unless `host` is a loopback address or the mesh has `internal_tls`: the traffic is not encrypted,
+    and callers are not checked."""
 
     @field_validator("host", mode="after")
     @classmethod
@@ -314,6 +315,9 @@ class MeshConfig(Section):
     tls: TlsConfig | None = None
     """TLS on `listen`. Unset: the public API is served in plain text. The unix sockets of the mesh have no TLS, since
     only the user who runs the mesh can connect to them."""
+    internal_tls: InternalTlsConfig | None = None
+    """TLS on the ports of units (`network`), whose services then accept only the routers of this mesh. Unset: plain
+    text for everyone who can connect, which has to be allowed for each unit."""
     redis_url: str | None = Field(default=None, pattern=r"^(rediss?(\+sentinel|\+cluster)?|unix)://")
     """URL of an existing Redis: `redis://HOST:PORT`, `rediss://` with TLS, `unix://PATH`,
     `redis+sentinel://HOST:PORT,HOST:PORT/SERVICE` or `redis+cluster://HOST:PORT,HOST:PORT`. Unset: the supervisor
@@ -351,8 +355,9 @@ class MeshConfig(Section):
             raise ConfigError(f"listen: is {quoted(listen)}; HOST:PORT is needed") from error
 
     def with_absolute_paths(self, base_dir: Path) -> MeshConfig:
-        """The same with the files of `tls` from ``base_dir``. Sources of models are resolved when they are prepared."""
-        return self if self.tls is None else self.model_copy(update={"tls": self.tls.absolute(base_dir)})
+        """The same with the files of TLS from ``base_dir``. Sources of models are resolved when they are prepared."""
+        sections = {"tls": self.tls, "internal_tls": self.internal_tls}
+        return self.model_copy(update={name: one.absolute(base_dir) for name, one in sections.items() if one})
 
     def check_port_is_fixed(self) -> None:
         """Raises ConfigError if ``listen`` has port 0, a free one: only a supervisor can say which it is."""

@@ -1,9 +1,9 @@
-"""The section `tls` of mesh.yaml. Opens no files: `rpc.server_certificates` checks what they hold."""
+"""The sections `tls` and `internal_tls` of mesh.yaml. Opens no files: `rpc.server_certificates` checks them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,7 @@ from muxmesh.config.section import Section
 from muxmesh.local_path import replaceable_path
 
 _PAIR = ("cert", "key")
+_Files = TypeVar("_Files", bound=Section)
 
 
 class TlsConfig(Section):
@@ -39,7 +40,36 @@ class TlsConfig(Section):
             raise ValueError(f"has {given}; a TLS server needs {' and '.join(missing)} too")
         return data
 
-    def absolute(self, base_dir: Path) -> TlsConfig:
+    def absolute(self, base_dir: Path) -> Self:
         """The same with absolute paths. Symbolic links stay, since certificates are replaced by changing them."""
-        paths = {field: str(replaceable_path(given, base_dir)) for field, given in self.model_dump().items() if given}
-        return self.model_copy(update=paths)
+        return _absolute(self, base_dir)
+
+
+class InternalTlsConfig(Section):
+    """Files of TLS between routers and the ports of units (`network`), in PEM format. Relative paths start at the
+    folder of mesh.yaml; each host has its own files there.
+
+    Routers and services of units present the same kind of certificate, and each accepts only what `ca` has signed.
+    Services load files that have changed within about two seconds; routers read them when they start.
+    """
+
+    cert: str = Field(min_length=1)
+    """The certificate of this host, for servers and clients, followed by those of intermediate CAs. That of a unit's
+    host has to name the `network.host` of the unit."""
+    key: str = Field(min_length=1)
+    """The private key of `cert`, RSA or ECDSA, without a passphrase."""
+    ca: str = Field(min_length=1)
+    """Certificates of CAs for this mesh alone: whoever has a certificate of theirs may use and end all requests."""
+
+    def of_server(self) -> TlsConfig:
+        """The same for a server that asks clients for a certificate."""
+        return TlsConfig(cert=self.cert, key=self.key, client_ca=self.ca)
+
+    def absolute(self, base_dir: Path) -> Self:
+        """See `TlsConfig.absolute`."""
+        return _absolute(self, base_dir)
+
+
+def _absolute(tls: _Files, base_dir: Path) -> _Files:
+    paths = {field: str(replaceable_path(given, base_dir)) for field, given in tls.model_dump().items() if given}
+    return tls.model_copy(update=paths)

@@ -30,7 +30,14 @@ _NETWORK_OPTIONS = (
 """For addresses that are no unix sockets. Of an option that is listed twice, the last value counts."""
 
 
-def internal_channel(address: str) -> grpc.aio.Channel:
-    """Opens a channel to a service of the mesh: unix:PATH on this host, HOST:PORT on any."""
-    options = _OPTIONS if address.startswith("unix:") else tuple(dict(_NETWORK_OPTIONS).items())
-    return grpc.aio.insecure_channel(address, options=options)
+def internal_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
+    """Opens a channel to a service of the mesh: unix:PATH on this host, HOST:PORT on any.
+
+    ``credentials``: for TLS with the latter; None: plain text.
+    """
+    if address.startswith("unix:"):
+        return grpc.aio.insecure_channel(address, options=_OPTIONS)
+    options = tuple(dict(_NETWORK_OPTIONS).items())
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)

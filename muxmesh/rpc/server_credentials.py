@@ -1,4 +1,4 @@
-"""The TLS credentials of the public server, whose certificates may be replaced on disk while it serves.
+"""The TLS credentials of a server, whose certificates may be replaced on disk while it serves.
 
 gRPC asks for the certificates at the beginning of each connection, in threads of its own that Python has not started.
 So what it calls only takes a value that is there. Another thread reads the files once a second; `certificate_reload`
@@ -28,13 +28,14 @@ LOOK_EVERY_S = 1.0
 class ReloadedCredentials:
     """The credentials for one address, and the files that they come from."""
 
-    def __init__(self, tls: TlsConfig, clock: Clock) -> None:
-        """Raises ConfigError if the files cannot be used.
+    def __init__(self, tls: TlsConfig, clock: Clock, field: str = "tls") -> None:
+        """``field``: the section of mesh.yaml, for messages. Raises ConfigError if the files cannot be used.
 
         A certificate that has expired is used: its renewal is then loaded without a restart.
         """
         self._tls = tls
         self._clock = clock
+        self._field = field
         self._fresh: deque[grpc.ServerCertificateConfiguration] = deque(maxlen=1)
         """What gRPC has not taken yet. Its operations are atomic."""
         self._contents = unchecked_contents(tls)
@@ -42,7 +43,7 @@ class ReloadedCredentials:
         try:
             first = read_server_certificates(tls)
         except PemFileError as error:
-            raise ConfigError(f"tls: {error}") from error
+            raise ConfigError(f"{field}: {error}") from error
         self._seen: ServerCertificates | str = first
         """What `_contents` are."""
         self._reload = CertificateReload(first)
@@ -58,7 +59,7 @@ class ReloadedCredentials:
         if (contents := unchecked_contents(self._tls)) != self._contents:
             self._contents, self._seen = contents, self._read()
         if (line := self._reload.observe(self._seen, self._clock.unix_s())) is not None:
-            _log.log(line.level, "tls: %s: %s", self._tls.cert, line.text)
+            _log.log(line.level, "%s: %s: %s", self._field, self._tls.cert, line.text)
         if self._reload.in_use is not before:
             self._fresh.append(_configuration(self._reload.in_use))
 

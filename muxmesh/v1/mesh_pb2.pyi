@@ -416,6 +416,7 @@ class UnitStatus(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
     unit: _builtins.str
     device: _builtins.str
     connected: _builtins.bool
@@ -428,6 +429,10 @@ class UnitStatus(_message.Message):
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnitModelStatus]: ...
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]: ...
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantUse]:
+        """Tenants with queued requests or leases, those with the most service first; at most 100."""
+
     def __init__(
         self,
         *,
@@ -438,13 +443,49 @@ class UnitStatus(_message.Message):
         models: _abc.Iterable[Global___UnitModelStatus] | None = ...,
         workers: _abc.Iterable[Global___WorkerStatus] | None = ...,
         transport: _builtins.str = ...,
+        tenants: _abc.Iterable[Global___TenantUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected", b"connected", "device", b"device", "models", b"models", "pool", b"pool", "transport", b"transport", "unit", b"unit", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected", b"connected", "device", b"device", "models", b"models", "pool", b"pool", "tenants", b"tenants", "transport", b"transport", "unit", b"unit", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___UnitStatus: _TypeAlias = UnitStatus  # noqa: Y015
+
+@_typing.final
+class TenantUse(_message.Message):
+    """What a tenant uses of a unit now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    SERVICE_S_FIELD_NUMBER: _builtins.int
+    NUM_BANDS_AHEAD_FIELD_NUMBER: _builtins.int
+    NUM_QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
+    NUM_LEASES_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Name of the tenant; its id if the router does not know it. Empty: requests without a tenant."""
+    service_s: _builtins.float
+    """Seconds of the device since it became active."""
+    num_bands_ahead: _builtins.int
+    """By how many bands of service it is ahead of the least served one (`order.fairness_band_s`). 0: it competes by
+    policy.
+    """
+    num_queued_requests: _builtins.int
+    num_leases: _builtins.int
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        service_s: _builtins.float = ...,
+        num_bands_ahead: _builtins.int = ...,
+        num_queued_requests: _builtins.int = ...,
+        num_leases: _builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bands_ahead", b"num_bands_ahead", "num_leases", b"num_leases", "num_queued_requests", b"num_queued_requests", "service_s", b"service_s", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___TenantUse: _TypeAlias = TenantUse  # noqa: Y015
 
 @_typing.final
 class PoolStatus(_message.Message):

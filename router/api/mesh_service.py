@@ -50,8 +50,11 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
         metrics: RequestMetrics,
         clock: Clock,
         peer_counts: PeerCounts = _no_peers,
+        tenant_name: Callable[[str], str] = str,
     ) -> None:
-        """``peer_counts``: the counts of the other routers, which `GetStatus` adds to those of this one."""
+        """``peer_counts``: the counts of the other routers, which `GetStatus` adds to those of this one.
+        ``tenant_name``: the name of a tenant by its id.
+        """
         self._models = models
         self._units = units
         self._pipeline = pipeline
@@ -61,6 +64,7 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
         self._metrics = metrics
         self._clock = clock
         self._peer_counts = peer_counts
+        self._tenant_name = tenant_name
 
     def own_counts(self) -> list[mesh_pb2.RouterModelStatus]:
         """The counts of this router, by model."""
@@ -92,7 +96,7 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
         return mesh_pb2.GetStatusResponse(
             version=__version__,
             models=with_peers(self.own_counts(), await self._peer_counts()),
-            units=[await _unit_status(link) for link in self._units],
+            units=[await self._unit_status(link) for link in self._units],
             processes=[
                 mesh_pb2.ProcessStatus(
                     name=record.name,
@@ -106,6 +110,12 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
             redis_connected=processes is not None,
             order_policy=self._policy.name,
         )
+
+    async def _unit_status(self, link: UnitLink) -> mesh_pb2.UnitStatus:
+        status = await _unit_status(link)
+        for one in status.tenants:
+            one.tenant = self._tenant_name(one.tenant)
+        return status
 
     def _router_status(self, model: ServedModel) -> mesh_pb2.RouterModelStatus:
         counters = self._pipeline.counters[model.name]

@@ -1,14 +1,16 @@
 """The status of a unit, from its state and the words of its workers."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from kvstore.device_memory import Transport
 from kvstore.grant_page import GrantPage, Word
 from kvstore.grant_table import GrantTable
+from kvstore.tenant_service import TenantUse
 from kvstore.unit import CREDIT_TTL_S, Unit
-from kvstore.unit_status import unit_status
+from kvstore.unit_status import MAX_LISTED_TENANTS, unit_status
 from muxmesh.block_hashes import block_hashes
 from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.schema import UnitConfig
@@ -42,6 +44,30 @@ def status_of(unit: Unit, page: GrantPage, slots: dict[str, int] | None = None) 
 
 def test_the_transport_of_the_memory_is_named(page: GrantPage) -> None:
     assert status_of(make_unit(), page).transport == "vmm fd"
+
+
+def test_tenants_with_requests_are_listed_with_what_they_use(page: GrantPage) -> None:
+    unit = make_unit()
+    attach_ready(unit, "a")
+    assert not status_of(unit, page).tenants
+    for entry_id, tenant in ((1, "t"), (2, "t"), (3, "u")):
+        unit.offer("r", replace(queued(entry_id), tenant=tenant))
+    expected = {"t": 2, "u": 1}
+    assert {one.tenant: one.num_queued_requests for one in status_of(unit, page).tenants} == expected
+    schedule(unit)
+    listed = status_of(unit, page).tenants
+    assert {one.tenant: one.num_queued_requests + one.num_leases for one in listed} == expected
+    assert any(one.num_leases for one in listed)
+
+
+def test_of_many_tenants_the_most_served_ones_are_listed(page: GrantPage, monkeypatch: pytest.MonkeyPatch) -> None:
+    unit, number = make_unit(), MAX_LISTED_TENANTS + 5
+    use = {f"t{index}": TenantUse(float(index), index // 2, 1, 2) for index in range(number)}
+    monkeypatch.setattr(unit, "tenant_use", lambda: use)
+    listed = status_of(unit, page).tenants
+    assert [one.tenant for one in listed] == [f"t{index}" for index in reversed(range(5, number))]
+    most = listed[0]
+    assert (most.service_s, most.num_bands_ahead, most.num_queued_requests, most.num_leases) == (104.0, 52, 1, 2)
 
 
 def test_bytes_of_the_pool_are_leased_cached_fragmented_or_free(page: GrantPage) -> None:

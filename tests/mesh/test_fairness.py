@@ -67,6 +67,10 @@ async def test_a_request_of_another_tenant_overtakes_a_flood_of_the_best_class_i
         await mesh.until(batch_is_full)
         scheduling = (await send("b", 5, 3)).prompt.scheduling
         assert not any(one.done() for one in flood)
+        use = {one.tenant: one for one in (await clients["b"].status()).units[0].tenants}["flood"]
+        assert use.num_queued_requests + use.num_leases == len(flood)
+        assert use.num_leases >= NUM_SLOTS
+        assert use.service_s > 0
         assert scheduling.decision == NUM_SLOTS + 1
         assert "its tenant is behind others, or level with them" in scheduling.reason
         assert scheduling.reason.endswith("its priority has no effect on requests of other tenants")

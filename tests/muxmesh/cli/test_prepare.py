@@ -10,7 +10,7 @@ import pytest
 
 from muxmesh.cli.main import main
 from muxmesh.config.runtime import MeshRuntime, PreparedModel
-from muxmesh.config.tls_config import TlsConfig
+from muxmesh.config.tls_config import InternalTlsConfig, TlsConfig
 from tests.support.processes import without_privileges
 from tests.support.tiny import TinyShape, write_tiny_model
 from tests.support.tls import Authority
@@ -294,6 +294,24 @@ def test_certificates_are_named_by_their_absolute_paths(config: Path, redis_url:
     assert prepare(config, redis_url) == 0
     runtime = MeshRuntime.read(config.parent / "run" / "runtime.json")
     assert runtime.config.tls == TlsConfig(cert=str(files.cert), key=str(files.key))
+
+
+def test_certificates_between_hosts_are_checked_for_every_part_of_a_mesh(
+    config: Path, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    authority = Authority(config.parent)
+    files = authority.issue("a")
+    unit = UNIT.replace("{name: u,", "{name: u, network: {host: 10.0.0.1},")
+    config.write_text(f"mesh_id: m\ninternal_tls: {{cert: ca-a.pem, key: none.key, ca: ca.pem}}\n{unit}")
+    for part in ((), ("--router",), ("--unit", "u")):
+        assert prepare(config, redis_url, *part) == 1
+        expected = f"internal_tls.key: {config.parent}/none.key: cannot be read: No such file or directory\n"
+        assert capsys.readouterr().err == f"muxmesh: {config}:2: {expected}"
+    files.key.rename(config.parent / "none.key")
+    assert prepare(config, redis_url, "--unit", "u") == 0
+    runtime = MeshRuntime.read(config.parent / "run" / "runtime.json")
+    tls = InternalTlsConfig(cert=str(files.cert), key=f"{config.parent}/none.key", ca=str(authority.pem))
+    assert runtime.config.internal_tls == tls
 
 
 def test_only_what_serves_the_public_api_needs_the_certificates(

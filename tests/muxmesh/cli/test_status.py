@@ -95,6 +95,8 @@ def test_the_help_text_explains_the_columns(capsys: pytest.CaptureFixture[str]) 
         "QUOTA MIB",
         "BLOCKS LEASED",
         "PREFIX HITS",
+        "SERVICE S",
+        "BANDS AHEAD",
         "LEASES",
         "BUSY S",
     ):
@@ -128,6 +130,20 @@ def test_swap_and_lost_leases_have_a_line_only_where_there_are_any(capsys: pytes
     lines = shown(mesh_pb2.GetStatusResponse(units=[unit]), capsys)
     assert "swap 1.0 of 8 MiB, 2 leases swapped out, 2.0 MiB copied in 0.75 s" in lines
     assert "leases: 0 expired, 3 orphaned" in lines
+
+
+def test_tenants_have_a_table_where_requests_have_tenants(capsys: pytest.CaptureFixture[str]) -> None:
+    unit = mesh_pb2.UnitStatus(unit="u", connected=True, tenants=[mesh_pb2.TenantUse(service_s=1.0)])
+    assert not any("TENANT" in line for line in shown(mesh_pb2.GetStatusResponse(units=[unit]), capsys))
+    unit.tenants[0].tenant = "acme"
+    unit.tenants[0].num_leases = 3
+    unit.tenants.add(tenant="other", service_s=0.25, num_bands_ahead=2, num_queued_requests=40)
+    lines = shown(mesh_pb2.GetStatusResponse(units=[unit]), capsys)
+    at = lines.index("TENANT  SERVICE S  BANDS AHEAD  WAITING  LEASES")
+    assert [line.split() for line in lines[at + 1 : at + 3]] == [
+        ["acme", "1.0", "0", "0", "3"],
+        ["other", "0.2", "2", "40", "0"],
+    ]
 
 
 def test_kv_that_was_copied_is_shown_in_bytes(capsys: pytest.CaptureFixture[str]) -> None:

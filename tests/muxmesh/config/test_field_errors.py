@@ -16,8 +16,8 @@ IN_UNIT = "units: [{models: [{name: m}], %s}]"
     ("text", "expected"),
     [
         ("lisen: a:1", "lisen: unknown field; did you mean `listen`?"),
-        ("model: a", "model: unknown field; known: mesh_id, listen, tls, redis_url, log_format, metrics, access, "
-         "routers, router, order, units"),
+        ("model: a", "model: unknown field; known: mesh_id, listen, tls, internal_tls, redis_url, log_format, metrics, "
+         "access, routers, router, order, units"),
         ("Units: []", "Units: unknown field; did you mean `units`?"),
         ("units: [{modles: []}]", "units[0].modles: unknown field; did you mean `models`?"),
         (IN_MODEL % "maxnumseqs: 3", "units[0].models[0].maxnumseqs: unknown field; did you mean `max_num_seqs`?"),

@@ -62,7 +62,7 @@ def test_relative_paths_start_at_a_folder_and_links_stay(tmp_path: Path) -> None
 
 def test_a_mesh_without_tls_has_no_paths(tmp_path: Path) -> None:
     config = MeshConfig()
-    assert config.with_absolute_paths(tmp_path) is config
+    assert config.with_absolute_paths(tmp_path) == config
 
 
 def test_another_listen_address_keeps_tls() -> None:

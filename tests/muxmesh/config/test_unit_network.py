@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from muxmesh.config.listen_address import listen_warnings
 from muxmesh.config.load import parse_mesh_config
 from muxmesh.config.runtime import Endpoint, MeshRuntime, ProcessKey
 from muxmesh.config.schema import NetworkConfig
@@ -91,9 +92,36 @@ def test_a_loopback_address_needs_no_permission(host: str) -> None:
 def test_an_address_that_other_hosts_reach_needs_permission(host: str) -> None:
     assert problems(f'{{host: "{host}"}}') == [
         f"units[0].network.host: {host} may be reached from other hosts, and the unit's services have neither TLS nor "
-        "authentication; if a firewall or a NetworkPolicy admits routers only, set allow_unencrypted: true"
+        "authentication; set internal_tls, or, if a firewall or a NetworkPolicy admits routers only, "
+        "allow_unencrypted: true"
     ]
     assert problems(f'{{host: "{host}", {PUBLIC}}}') == []
+
+
+TLS = "internal_tls: {cert: a.pem, key: a.key, ca: ca.pem}\n"
+
+
+@pytest.mark.parametrize(
+    ("unit", "problem"),
+    [
+        ("network: {host: 10.0.0.1}, ", None),
+        ("network: {host: 127.0.0.1}, ", None),
+        (
+            f"network: {{host: 10.0.0.1, {PUBLIC}}}, ",
+            "2: units[0].network.allow_unencrypted: has no effect with internal_tls: all ports of units have TLS",
+        ),
+        ("", "1: internal_tls: has no effect: no unit has `network`, and unix sockets need no TLS"),
+    ],
+)
+def test_tls_between_hosts_needs_no_permission_and_a_port(unit: str, problem: str | None) -> None:
+    text = f"{TLS}units: [{{{unit}models: [{{name: m, engine: sim}}]}}]"
+    if problem is None:
+        config = parse_mesh_config(text, "mesh.yaml").config
+        assert not [warning for warning in listen_warnings(config) if "unit" in warning]
+    else:
+        with pytest.raises(ConfigError) as caught:
+            parse_mesh_config(text, "mesh.yaml")
+        assert str(caught.value) == f"mesh.yaml:{problem}"
 
 
 @pytest.mark.parametrize("host", ["a:1", "a b", "[::1]", "", "-a", "http://a", "a/b"])
