@@ -7,6 +7,7 @@ is left.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Set
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from muxmesh.tenants.tenant import Tenant, quota_exceeded
 
 _MINUTE_S = 60.0
 _UNKNOWN_DURATION_S = 1.0
+_FRESH_S, _MARGIN = 5.0, 4
+"""See `LocalQuotas.is_plenty`."""
 
 
 @dataclass(slots=True)
@@ -50,6 +53,23 @@ class LocalQuotas:
         for name, left in (("requests_per_minute", requests_left), ("tokens_per_minute", tokens_left)):
             self._left[tenant.tenant_id, name] = left, now_s
             self._buckets.pop((tenant.tenant_id, name), None)
+
+    def is_plenty(self, tenant: Tenant, num_tokens: int, num_open: int, num_routers: int, now_s: float) -> bool:
+        """Whether Redis would grant a request beside ``num_open`` ones of this router, whatever the others do now.
+
+        That is if it has said within `_FRESH_S` that a quarter of each limit is left, and four times the request.
+        """
+        limits, key = tenant.limits, tenant.tenant_id
+        max_open = limits.max_concurrent_requests
+        if max_open is not None and (num_open + 1) * num_routers * _MARGIN > max_open:
+            return False
+        asked = ((limits.requests_per_minute, "requests_per_minute", 1), (
+            limits.tokens_per_minute, "tokens_per_minute", num_tokens))  # fmt: skip
+        for limit, name, amount in asked:
+            left, at_s = self._left.get((key, name), (0.0, -math.inf))
+            if now_s - at_s > _FRESH_S or (limit is not None and left < max(limit / _MARGIN, _MARGIN * amount)):
+                return False
+        return True
 
     def grant(self, tenant: Tenant, num_tokens: int, num_open: int, num_routers: int, now_s: float) -> None:
         """Grants a request of ``num_tokens`` beside ``num_open`` ones of this router. Raises QuotaExceeded.

@@ -16,6 +16,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from muxmesh.background_task import end
 from muxmesh.clock import Clock
 from muxmesh.config.schema import RouterConfig
 from muxmesh.models.token_texts import TokenTexts
@@ -227,7 +228,9 @@ class GenerationPipeline:
         record.begin(len(generation.engine_request.prompt_token_ids), progress, metrics.gap_s.observe)
         first_token_at_s: float | None = None
         try:
-            async with aclosing(self._sequences(generation)) as deltas:
+            answer = generation.reservation.answer
+            sequences = self._sequences(generation)
+            async with aclosing(sequences if answer is None else _after(answer, sequences)) as deltas:
                 async for delta in deltas:
                     if num_tokens := len(delta.new.token_ids):
                         counters.output_tokens += num_tokens
@@ -374,6 +377,29 @@ class GenerationPipeline:
 
 def _newcomer(request: GenerationRequest, model: str) -> Newcomer:
     return Newcomer(model, request.tenant.tenant_id, request.num_sequences, request.ticket)
+
+
+async def _after(
+    answer: asyncio.Future[None], deltas: AsyncGenerator[OutputDelta, None]
+) -> AsyncGenerator[OutputDelta, None]:
+    """The deltas, of which none comes before the answer. Raises its error, which closes them."""
+
+    async def first_delta() -> OutputDelta:
+        return await anext(deltas)
+
+    async with aclosing(deltas):
+        begun = asyncio.create_task(first_delta())
+        try:
+            await asyncio.shield(answer)
+            first = await begun
+        except BaseException:
+            await end(begun)
+            if not begun.cancelled():
+                begun.exception()  # the first error counts
+            raise
+        yield first
+        async for delta in deltas:
+            yield delta
 
 
 def _expected_tokens(request: GenerationRequest, engine_request: EngineRequest, forecast: LengthForecast) -> int:

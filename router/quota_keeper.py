@@ -29,8 +29,12 @@ RENEW_EVERY_S = 10.0
 RETRY_S = 1.0
 RESERVE_TIMEOUT_S = 0.5
 """How long a request waits for Redis; then this router treats Redis as away."""
-_MAX_SETTLING = 32
+_ASK_AFTER_S = 0.001
+"""Redis is asked in the background after that: first the request is queued at a unit."""
+_MAX_SETTLING = 256
 """Settlements in flight."""
+SETTLE_AFTER_S = 0.05
+"""Settlements of this time are sent together."""
 MAX_UNSETTLED = 200_000
 """Settlements that wait for Redis. Beyond it the oldest ones are added up to one for each tenant."""
 
@@ -41,7 +45,7 @@ class Book(Protocol):
     """See `QuotaBook`."""
 
     async def reserve(self, tenant: Tenant, owner: str, reservation_id: str, num_tokens: int) -> Left: ...
-    async def settle(self, tenant: Tenant, reservation_id: str, used: Used) -> None: ...
+    async def settle(self, tenant: Tenant, used_of: Mapping[str, Used]) -> None: ...
     async def renew(self, tenant: Tenant, owner: str, next_number: int, tokens_of: Mapping[str, int]) -> Renewal: ...
 
 
@@ -62,6 +66,8 @@ class Reservation:
     """Whether Redis has not answered."""
     is_local: bool = False
     """Whether this router has granted it by itself."""
+    answer: asyncio.Future[None] | None = None
+    """Set while Redis is asked in the background, see `Settles`."""
 
     def settle(self, prompt_tokens: int, output_tokens: int) -> None:
         """Charges what was used and gives back the rest. Returns at once: Redis is called in the background."""
@@ -113,28 +119,46 @@ class QuotaKeeper:
     async def reserve(self, tenant: Tenant, num_tokens: int) -> Reservation:
         """Reserves one request of ``num_tokens``, prompt and expected output.
 
-        Raises QuotaExceeded, or Unavailable while Redis is away if that is to refuse requests.
+        If Redis has lately said that plenty is left, it is asked in the background: `Reservation.answer`. Raises
+        QuotaExceeded, or Unavailable while Redis is away if that is to refuse requests.
         """
         self._last_number += 1
         now_s = self._clock.monotonic_s()
         one = Reservation(self, tenant, f"{self._owner}-{self._last_number}", self._last_number, num_tokens, now_s)
         opened = self._open[tenant.tenant_id]
+        num_open, num_routers = len(opened), self._num_routers_of(tenant)
         opened[one.reservation_id] = one
+        if not self.is_away and self._local.is_plenty(tenant, num_tokens, num_open, num_routers, now_s):
+            one.answer = asyncio.ensure_future(self._ask_later(one, num_open, now_s))
+            one.answer.add_done_callback(_retrieve_exception)
+        else:
+            await self._ask(one, num_open, now_s)
+        return one
+
+    async def _ask_later(self, one: Reservation, num_open: int, now_s: float) -> None:
+        try:
+            await asyncio.sleep(_ASK_AFTER_S)
+        except BaseException:
+            self.end(one, 0, 0)
+            raise
+        await self._ask(one, num_open, now_s)
+
+    async def _ask(self, one: Reservation, num_open: int, now_s: float) -> None:
+        """Reserves ``one``, beside ``num_open`` others, in Redis or here. Raises QuotaExceeded or Unavailable."""
         try:
             if self.is_away or not await self._reserve_in_redis(one):
-                self._reserve_here(one, len(opened) - 1, now_s)
+                self._reserve_here(one, num_open, now_s)
         except QuotaExceeded as error:
             if one.was_asked_in_vain:  # Redis may have reserved it, and not said so in time
                 self.end(one, 0, 0)
             else:
                 self._remove(one)
-            self.num_refused[tenant.name, error.quota] += 1
+            self.num_refused[one.tenant.name, error.quota] += 1
             raise
         except BaseException:  # cancelled, or refused as Redis is away: it may have been reserved nevertheless
             self.end(one, 0, 0)
             raise
         one.is_granted = True
-        return one
 
     def end(self, one: Reservation, prompt_tokens: int, output_tokens: int) -> None:
         """See `Reservation.settle`. A second call has no effect."""
@@ -181,10 +205,12 @@ class QuotaKeeper:
     def _reserve_here(self, one: Reservation, num_open: int, now_s: float) -> None:
         if self._on_redis_loss == "closed":
             raise Unavailable("quotas cannot be checked: Redis does not respond")
-        num_routers = max(1, self._num_routers.get(one.tenant.tenant_id, 1))
-        self._local.grant(one.tenant, one.num_tokens, num_open, num_routers, now_s)
+        self._local.grant(one.tenant, one.num_tokens, num_open, self._num_routers_of(one.tenant), now_s)
         one.is_local = True
         self.num_local += 1
+
+    def _num_routers_of(self, tenant: Tenant) -> int:
+        return max(1, self._num_routers.get(tenant.tenant_id, 1))
 
     def _remove(self, one: Reservation) -> bool:
         opened = self._open.get(one.tenant.tenant_id, {})
@@ -227,6 +253,7 @@ class QuotaKeeper:
     async def _settle_repeatedly(self) -> None:
         while True:
             await self._work.wait()
+            await asyncio.sleep(SETTLE_AFTER_S)
             self._work.clear()
             while self._unsettled:
                 try:
@@ -237,14 +264,23 @@ class QuotaKeeper:
                     await asyncio.sleep(RETRY_S)
 
     async def _settle_some(self) -> None:
-        """Settles the oldest ones, several at a time. Those that fail stay. Raises Unavailable if one failed."""
+        """Settles the oldest ones, those of a tenant together. Those that fail stay. Raises Unavailable if any did."""
         batch = list(islice(self._unsettled, _MAX_SETTLING))
+        by_tenant = defaultdict[str, list[_Settlement]](list)
+        for one in batch:
+            by_tenant[one.tenant.tenant_id].append(one)
         results = await asyncio.gather(
-            *(self._book.settle(one.tenant, one.reservation_id, one.used) for one in batch), return_exceptions=True
+            *(
+                self._book.settle(of_tenant[-1].tenant, {one.reservation_id: one.used for one in of_tenant})
+                for of_tenant in by_tenant.values()
+            ),
+            return_exceptions=True,
         )
         for _ in batch:
             self._unsettled.popleft()
-        self._unsettled.extendleft(one for one, result in zip(batch, results, strict=True) if result is not None)
+        for of_tenant, result in zip(by_tenant.values(), results, strict=True):
+            if result is not None:
+                self._unsettled.extendleft(of_tenant)
         for result in results:
             if result is not None:
                 raise result
@@ -271,6 +307,12 @@ class QuotaKeeper:
         if self.is_away:
             _log.info("quotas: Redis responds again")
         self.is_away = False
+
+
+def _retrieve_exception(answer: asyncio.Future[None]) -> None:
+    """A request that has ended meanwhile does not read it."""
+    if not answer.cancelled():
+        answer.exception()
 
 
 def _sum(first: Used, second: Used) -> Used:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Protocol
 
 from muxmesh.tenants.tenant import Tenant
@@ -9,6 +10,10 @@ from muxmesh.tenants.tenant import Tenant
 
 class Settles(Protocol):
     """A reservation. `settle` is called once, however the request ends."""
+
+    @property
+    def answer(self) -> asyncio.Future[None] | None:
+        """Ends once the request is granted, or with why it is not. None: it is granted."""
 
     def settle(self, prompt_tokens: int, output_tokens: int) -> None:
         """Charges what was used and gives back the rest."""
@@ -18,11 +23,16 @@ class Quotas(Protocol):
     """Reserves what requests are expected to use; see `router.quota_keeper`."""
 
     async def reserve(self, tenant: Tenant, num_tokens: int) -> Settles:
-        """Reserves one request of ``num_tokens``. Raises QuotaExceeded or Unavailable."""
+        """Reserves one request of ``num_tokens``. Raises QuotaExceeded or Unavailable.
+
+        Where the answer is known to be a yes but for rare cases, it may still be awaited: no output may be sent before.
+        """
 
 
 class _Nothing:
     """A mesh without API keys has no quotas."""
+
+    answer = None
 
     async def reserve(self, tenant: Tenant, num_tokens: int) -> Settles:
         return self

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,10 +93,10 @@ class QuotaBook:
         quota, wait_s, left, needed = details
         raise quota_exceeded(tenant, quota.decode(), int(left), int(needed), float(wait_s))
 
-    async def settle(self, tenant: Tenant, reservation_id: str, used: Used) -> None:
-        """Charges what was used and gives the reservation back. A second call with the same id changes nothing."""
-        arguments = [reservation_id, used.prompt_tokens, used.output_tokens, used.seconds, *_bucket_limits(tenant)]
-        await self._run(self._settle, tenant, arguments)
+    async def settle(self, tenant: Tenant, used_of: Mapping[str, Used]) -> None:
+        """Charges what was used and gives the reservations back, by their ids; again it changes nothing."""
+        parts = ((key, used.prompt_tokens, used.output_tokens, used.seconds) for key, used in used_of.items())
+        await self._run(self._settle, tenant, [*_bucket_limits(tenant), *itertools.chain.from_iterable(parts)])
 
     async def renew(self, tenant: Tenant, owner: str, next_number: int, tokens_of: Mapping[str, int]) -> Renewal:
         """Keeps the open reservations of ``owner``: ``tokens_of`` has all whose number is below ``next_number``.

@@ -132,36 +132,43 @@ holds are granted when it is full; its level is negative then.
 SETTLE = (
     _PRELUDE
     + f"""
-local id, prompt, output, seconds = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local request_limit, token_limit = limit_of(ARGV[5]), limit_of(ARGV[6])
-local change = given_back() - prompt - output
-local entry = redis.call('HGET', open, id)
-if entry then
-    redis.call('HDEL', open, id)
-    change = change + tokens_of(entry)
-elseif redis.call('ZSCORE', settled, id) then
-    change = change + prompt + output
-    prompt = -1
-end
+local request_limit, token_limit = limit_of(ARGV[1]), limit_of(ARGV[2])
+local change = given_back()
 local request_level, token_level = level_of('requests', request_limit), level_of('tokens', token_limit)
-if request_level and not entry and prompt > 0 then
-    request_level = request_level - 1
+local mean = tonumber(redis.call('HGET', quota, 'mean_s') or '')
+local requests, prompts, outputs = 0, 0, 0
+for index = 3, #ARGV, 4 do
+    local id, seconds = ARGV[index], tonumber(ARGV[index + 3])
+    local prompt, output = tonumber(ARGV[index + 1]), tonumber(ARGV[index + 2])
+    local entry = redis.call('HGET', open, id)
+    if entry or not redis.call('ZSCORE', settled, id) then
+        change = change - prompt - output
+        if entry then
+            redis.call('HDEL', open, id)
+            change = change + tokens_of(entry)
+        elseif request_level and prompt > 0 then
+            request_level = request_level - 1
+        end
+        if entry or prompt + output > 0 then
+            requests, prompts, outputs = requests + 1, prompts + prompt, outputs + output
+            mean = mean and mean + 0.1 * (seconds - mean) or seconds
+        end
+    end
+    redis.call('ZADD', settled, now + {SETTLED_S}, id)
 end
-redis.call('ZADD', settled, now + {SETTLED_S}, id)
-if prompt >= 0 and (entry or prompt + output > 0) then
-    redis.call('HINCRBY', usage, 'requests', 1)
-    redis.call('HINCRBY', usage, 'prompt_tokens', prompt)
-    redis.call('HINCRBY', usage, 'output_tokens', output)
+if requests > 0 then
+    redis.call('HINCRBY', usage, 'requests', requests)
+    redis.call('HINCRBY', usage, 'prompt_tokens', prompts)
+    redis.call('HINCRBY', usage, 'output_tokens', outputs)
     redis.call('HSET', usage, 'last_used_unix_s', string.format('%.3f', now))
     redis.call('EXPIRE', usage, {KEEP_USAGE_S})
-    local mean = tonumber(redis.call('HGET', quota, 'mean_s') or '') or seconds
-    redis.call('HSET', quota, 'mean_s', string.format('%.6f', mean + 0.1 * (seconds - mean)))
+    redis.call('HSET', quota, 'mean_s', string.format('%.6f', mean))
 end
 keep(request_level, token_level and capped(token_level + change, token_limit), token_limit)
 return 1
 """
 )
-"""Arguments: id, prompt tokens, output tokens, duration in s, limits on requests and tokens.
+"""Arguments: limits on requests and tokens; then of each settlement id, prompt tokens, output tokens, duration in s.
 
 Charges what was used and gives the reservation back. One that was never made is charged as well: a router grants
 requests itself while Redis is away.

@@ -19,7 +19,7 @@ from muxmesh.tenants.quota_book import Left, QuotaBook, Renewal, Used
 from muxmesh.tenants.tenant import Tenant, quota_exceeded
 from router import quota_keeper
 from router.local_quotas import LocalQuotas
-from router.quota_keeper import QuotaKeeper
+from router.quota_keeper import QuotaKeeper, Reservation
 from tests.support.redis_process import running_redis
 from tests.support.tenants import tenant
 
@@ -51,6 +51,8 @@ class FakeBook:
         if not self.loses_answers:
             await self._answer()
         limit = of.limits.tokens_per_minute
+        if reservation_id in self.settled:
+            return Left(0.0, 0.0)
         if limit is not None and self.charged + sum(self.open.values()) + num_tokens > limit:
             raise quota_exceeded(of, "tokens_per_minute", 0, num_tokens, 3.0)
         self.open[reservation_id] = num_tokens
@@ -58,14 +60,15 @@ class FakeBook:
             await self._answer()
         return Left(0.0, 0.0 if limit is None else limit - self.charged - sum(self.open.values()))
 
-    async def settle(self, of: Tenant, reservation_id: str, used: Used) -> None:
+    async def settle(self, of: Tenant, used_of: Mapping[str, Used]) -> None:
         self.num_calls += 1
         if not self.loses_answers:
             await self._answer()
-        self.open.pop(reservation_id, None)
-        if reservation_id not in self.settled:
-            self.settled[reservation_id] = used
-            self.charged += used.prompt_tokens + used.output_tokens
+        for reservation_id, used in used_of.items():
+            self.open.pop(reservation_id, None)
+            if reservation_id not in self.settled:
+                self.settled[reservation_id] = used
+                self.charged += used.prompt_tokens + used.output_tokens
         if self.loses_answers:
             await self._answer()
 
@@ -97,6 +100,63 @@ def clock() -> ManualClock:
 @pytest.fixture
 def keeper(book: FakeBook, clock: ManualClock) -> QuotaKeeper:
     return QuotaKeeper(book, "r", "open", clock)
+
+
+async def reserved(keeper: QuotaKeeper, of: Tenant, num_tokens: int) -> Reservation:
+    """A reservation that has its answer."""
+    one = await keeper.reserve(of, num_tokens)
+    if one.answer is not None:
+        await one.answer
+    return one
+
+
+async def test_where_plenty_is_left_a_request_does_not_wait_for_the_answer(
+    keeper: QuotaKeeper, book: FakeBook, clock: ManualClock
+) -> None:
+    assert (await keeper.reserve(ONE, 10)).answer is None, "what is left is not known yet"
+    book.gate = asyncio.Event()
+    one = await keeper.reserve(ONE, 10)
+    assert one.answer is not None and not one.answer.done()
+    book.gate.set()
+    await one.answer
+    assert book.open == {"r-1": 10, "r-2": 10}
+    clock.advance(6.0)
+    assert (await keeper.reserve(ONE, 10)).answer is None, "others may have used it since"
+    assert (await keeper.reserve(ONE, 300)).answer is None, "less than four times as many are left"
+
+
+async def test_an_answer_that_refuses_leaves_nothing_and_is_counted(keeper: QuotaKeeper, book: FakeBook) -> None:
+    await keeper.reserve(ONE, 10)
+    book.charged = 990  # by other routers
+    one = await keeper.reserve(ONE, 10)
+    assert one.answer is not None
+    with pytest.raises(QuotaExceeded, match="needs 10 tokens"):
+        await one.answer
+    one.settle(0, 0)
+    assert (keeper.num_open, keeper.num_unsettled) == (1, 0)
+    assert keeper.num_refused == {("acme", "tokens_per_minute"): 1}
+
+
+async def test_a_request_that_ends_before_its_answer_is_charged_once(keeper: QuotaKeeper, book: FakeBook) -> None:
+    (await keeper.reserve(ONE, 10)).settle(0, 0)
+    book.gate = asyncio.Event()
+    one = await keeper.reserve(ONE, 10)
+    one.settle(3, 0)
+    book.gate.set()
+    await keeper.settle_all(20)
+    assert one.answer is not None
+    await one.answer
+    await keeper.settle_all(20)
+    assert (book.open, book.charged, keeper.num_open, keeper.num_unsettled) == ({}, 3, 0, 0)
+
+
+async def test_redis_that_goes_away_before_the_answer_leaves_the_grant_to_the_router(
+    keeper: QuotaKeeper, book: FakeBook
+) -> None:
+    await keeper.reserve(ONE, 10)
+    book.error = Unavailable("gone")
+    one = await reserved(keeper, ONE, 10)
+    assert (one.is_local, keeper.is_away) == (True, True)
 
 
 async def test_a_request_is_reserved_and_settled_once(keeper: QuotaKeeper, book: FakeBook, clock: ManualClock) -> None:
@@ -218,8 +278,8 @@ async def test_renewals_reserve_again_what_redis_has_lost(
 
 async def test_a_renewal_leaves_out_what_redis_has_not_granted_yet(keeper: QuotaKeeper, book: FakeBook) -> None:
     """Redis may refuse it: then a renewal that named it would have made it all the same."""
-    await keeper.reserve(ONE, 400)
-    await keeper.reserve(ONE, 100)
+    await reserved(keeper, ONE, 400)
+    await reserved(keeper, ONE, 100)
     book.gate = asyncio.Event()
     refused = asyncio.ensure_future(keeper.reserve(ONE, 5000))
     renewing = asyncio.ensure_future(keeper.renew())
@@ -248,7 +308,7 @@ async def test_after_a_renewal_the_local_part_is_that_of_one_router(keeper: Quot
     first = await keeper.reserve(ONE, 100)
     await keeper.renew()
     book.error = Unavailable("gone")
-    await keeper.reserve(ONE, 100)
+    await reserved(keeper, ONE, 100)
     with pytest.raises(QuotaExceeded, match="350 of 1000 per minute are left"):
         await keeper.reserve(ONE, 450)
     first.settle(0, 0)
@@ -345,6 +405,30 @@ async def test_a_real_redis_ends_as_the_book_in_memory(redis_url: str, clock: Ma
     usage = await book.usage(ONE)
     assert (usage.requests, usage.prompt_tokens, usage.output_tokens, usage.open_requests) == (1, 5, 5, 0)
     await client.aclose()
+
+
+@pytest.mark.parametrize(
+    ("limits", "left", "num_tokens", "num_open", "num_routers", "expected"),
+    [
+        ({}, (0.0, 0.0), 10**6, 10**6, 9, True),
+        ({"tokens_per_minute": 1000}, (0.0, 250.0), 62, 0, 1, True),
+        ({"tokens_per_minute": 1000}, (0.0, 250.0), 63, 0, 1, False),
+        ({"tokens_per_minute": 1000}, (0.0, 249.0), 1, 0, 1, False),
+        ({"requests_per_minute": 4}, (4.0, 0.0), 1, 0, 1, True),
+        ({"requests_per_minute": 4}, (3.0, 0.0), 1, 0, 1, False),
+        ({"max_concurrent_requests": 8}, (0.0, 0.0), 1, 1, 1, True),
+        ({"max_concurrent_requests": 8}, (0.0, 0.0), 1, 2, 1, False),
+        ({"max_concurrent_requests": 8}, (0.0, 0.0), 1, 1, 2, False),
+    ],
+)
+def test_what_is_plenty(
+    limits: dict[str, Any], left: tuple[float, float], num_tokens: int, num_open: int, num_routers: int, expected: bool
+) -> None:
+    local, of = LocalQuotas(), tenant(**limits)
+    assert not local.is_plenty(of, num_tokens, num_open, num_routers, 100.0), "nothing is known"
+    local.note(of, *left, 100.0)
+    assert local.is_plenty(of, num_tokens, num_open, num_routers, 105.0) is expected
+    assert not local.is_plenty(of, num_tokens, num_open, num_routers, 105.1), "it was long ago"
 
 
 def test_local_buckets_refill_with_time_and_hold_a_part() -> None:

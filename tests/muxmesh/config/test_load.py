@@ -234,8 +234,8 @@ def test_a_file_with_very_many_problems_lists_a_hundred() -> None:
 
 def test_a_problem_is_one_line_whatever_the_file_has() -> None:
     assert problems('"a\\nb\\e": 1') == [
-        "mesh.yaml:1: a\\nb\\x1b: unknown field; known: mesh_id, listen, tls, internal_tls, redis_url, log_format, metrics, "
-        "access, routers, router, order, units"
+        "mesh.yaml:1: a\\nb\\x1b: unknown field; known: mesh_id, listen, tls, internal_tls, redis_url, log_format, "
+        "metrics, access, routers, router, order, units"
     ]
 
 

@@ -67,7 +67,7 @@ async def test_tokens_are_reserved_and_settled_by_what_was_used(book: QuotaBook,
     assert error.quota == "tokens_per_minute"
     assert error.retry_after_s == pytest.approx(30, abs=1)
     assert "needs 5000 tokens" in str(error)
-    await book.settle(one, "r-1", Used(100, 400, 2.0))
+    await book.settle(one, {"r-1": Used(100, 400, 2.0)})
     assert 5500 <= await tokens_left(book, one) <= 5600
     usage = await book.usage(one)
     assert (usage.requests, usage.prompt_tokens, usage.output_tokens, usage.open_requests) == (1, 100, 400, 0)
@@ -77,7 +77,7 @@ async def test_a_settlement_that_arrives_twice_changes_nothing(book: QuotaBook) 
     one = tenant(tokens_per_minute=6000)
     await book.reserve(one, "r", "r-1", 1000)
     for _ in range(3):
-        await book.settle(one, "r-1", Used(1500, 1500, 1.0))
+        await book.settle(one, {"r-1": Used(1500, 1500, 1.0)})
     assert 3000 <= await tokens_left(book, one) <= 3100
     assert (await book.usage(one)).requests == 1
 
@@ -93,7 +93,7 @@ async def test_a_reservation_that_arrives_twice_is_charged_once(book: QuotaBook)
 async def test_a_reservation_that_arrives_after_its_settlement_is_not_made(book: QuotaBook) -> None:
     """The router has not waited for it."""
     one = tenant(tokens_per_minute=6000)
-    await book.settle(one, "r-1", NOTHING)
+    await book.settle(one, {"r-1": NOTHING})
     await book.reserve(one, "r", "r-1", 1000)
     assert (await book.usage(one)).open_requests == 0
     assert await tokens_left(book, one) == 6000
@@ -106,7 +106,7 @@ async def test_a_request_larger_than_the_bucket_is_granted_when_it_is_full(book:
     error = await refusal(book, one, "r-2", 1)
     assert 89 < error.retry_after_s < 91
     await pass_time(client, one, 60)
-    await book.settle(one, "r-1", Used(1500, 0, 1.0))
+    await book.settle(one, {"r-1": Used(1500, 0, 1.0)})
     assert -300 <= await tokens_left(book, one) <= -290
 
 
@@ -117,7 +117,7 @@ async def test_concurrent_requests_are_those_that_have_not_settled(book: QuotaBo
     error = await refusal(book, one, "r-2")
     assert error.quota == "max_concurrent_requests"
     assert error.retry_after_s == pytest.approx(0.5)
-    await book.settle(one, "s-1", Used(1, 1, 5.0))
+    await book.settle(one, {"s-1": Used(1, 1, 5.0)})
     await book.reserve(one, "r", "r-3", 10)
     assert (await refusal(book, one, "r-4")).retry_after_s == pytest.approx(2.5), "half of the mean duration"
 
@@ -154,7 +154,7 @@ async def test_a_router_that_was_too_late_with_its_renewal_is_charged_again(book
     assert await tokens_left(book, one) >= 5999
     assert (await book.renew(one, "r", 2, {"r-1": 2000})).num_added == 1
     assert 3999 <= await tokens_left(book, one) <= 4100
-    await book.settle(one, "r-1", Used(10, 10, 1.0))
+    await book.settle(one, {"r-1": Used(10, 10, 1.0)})
     assert await tokens_left(book, one) >= 5979
 
 
@@ -165,7 +165,7 @@ async def test_a_redis_that_lost_all_gets_the_open_reservations_again(book: Quot
     await client.flushall()
     assert (await book.renew(one, "r", 3, {"r-1": 1000, "r-2": 1000})).num_added == 2
     assert 4000 <= await tokens_left(book, one) <= 4100
-    await book.settle(one, "r-1", Used(100, 100, 1.0))
+    await book.settle(one, {"r-1": Used(100, 100, 1.0)})
     assert 4800 <= await tokens_left(book, one) <= 4900
 
 
@@ -173,15 +173,34 @@ async def test_a_settlement_without_a_reservation_charges_what_was_used_once(boo
     """A router grants requests itself while Redis is away."""
     one = tenant(tokens_per_minute=6000)
     for _ in range(2):
-        await book.settle(one, "r-1", Used(500, 500, 1.0))
+        await book.settle(one, {"r-1": Used(500, 500, 1.0)})
     assert 5000 <= await tokens_left(book, one) <= 5100
+
+
+async def test_settlements_that_arrive_together_count_as_those_that_arrive_one_by_one(book: QuotaBook) -> None:
+    limits = {"tokens_per_minute": 6000, "requests_per_minute": 60}
+    together, single = tenant("together", **limits), tenant("single", **limits)
+    used = {"r-1": Used(10, 20, 1.0), "r-2": NOTHING, "local-1": Used(5, 5, 3.0), "never-granted": NOTHING}
+    for one in (together, single):
+        for number in (1, 2, 3):
+            await book.reserve(one, "r", f"r-{number}", 100)
+    for _ in range(2):
+        await book.settle(together, used)
+        for key_, value in used.items():
+            await book.settle(single, {key_: value})
+    found, expected = [await book.usage(one) for one in (together, single)]
+    assert (found.requests, found.prompt_tokens, found.output_tokens) == (3, 15, 25)
+    assert (found.open_requests, found.reserved_tokens) == (1, 100)
+    assert (found.requests_left, expected.requests_left) == (56, 56)
+    assert (found.requests, found.open_requests) == (expected.requests, expected.open_requests)
+    assert abs((found.tokens_left or 0) - (expected.tokens_left or 0)) <= 100, "the buckets refill meanwhile"
 
 
 async def test_requests_that_were_granted_elsewhere_count_as_requests(book: QuotaBook, client: Any) -> None:
     one = tenant(requests_per_minute=60)
     for number in range(10):
-        await book.settle(one, f"local-{number}", Used(1, 1, 1.0))
-    await book.settle(one, "never-granted", NOTHING)
+        await book.settle(one, {f"local-{number}": Used(1, 1, 1.0)})
+    await book.settle(one, {"never-granted": NOTHING})
     assert (await book.usage(one)).requests_left == 50
     await book.renew(one, "r", 9, {f"r-{number}": 5 for number in range(1, 9)})
     assert (await book.usage(one)).requests_left == 42
@@ -190,14 +209,14 @@ async def test_requests_that_were_granted_elsewhere_count_as_requests(book: Quot
 async def test_debt_is_kept_until_it_is_paid(book: QuotaBook, client: Any) -> None:
     one = tenant(tokens_per_minute=100)
     await book.reserve(one, "r", "r-1", 10)
-    await book.settle(one, "r-1", Used(100_000, 0, 1.0))
+    await book.settle(one, {"r-1": Used(100_000, 0, 1.0)})
     assert await client.ttl(key(one, "quota")) > 59_000
 
 
 async def test_a_renewal_that_arrives_after_the_settlement_adds_nothing(book: QuotaBook) -> None:
     one = tenant(tokens_per_minute=6000)
     await book.reserve(one, "r", "r-1", 1000)
-    await book.settle(one, "r-1", NOTHING)
+    await book.settle(one, {"r-1": NOTHING})
     assert (await book.renew(one, "r", 2, {"r-1": 1000})).num_added == 0
     assert await tokens_left(book, one) == 6000
 
@@ -221,7 +240,7 @@ async def test_limits_that_change_apply_at_once(book: QuotaBook) -> None:
     assert 0 <= await tokens_left(book, large) <= 100
     unlimited = tenant()
     await book.reserve(unlimited, "r", "r-3", 10**9)
-    await book.settle(unlimited, "r-3", Used(10**9, 0, 1.0))
+    await book.settle(unlimited, {"r-3": Used(10**9, 0, 1.0)})
     assert (await book.usage(unlimited)).prompt_tokens == 10**9
 
 
@@ -230,7 +249,7 @@ async def test_a_clock_that_is_set_back_refills_nothing_and_takes_nothing(book: 
     await book.reserve(one, "r", "r-1", 6000)
     await pass_time(client, one, -1000)
     assert await tokens_left(book, one) == 0
-    await book.settle(one, "r-1", Used(3000, 0, 1.0))
+    await book.settle(one, {"r-1": Used(3000, 0, 1.0)})
     assert 3000 <= await tokens_left(book, one) <= 3100
 
 
@@ -245,7 +264,7 @@ async def test_the_tenants_of_two_meshes_and_two_tenants_are_apart(client: Any) 
 async def test_a_removed_tenant_leaves_nothing(book: QuotaBook, client: Any) -> None:
     one = tenant(tokens_per_minute=100)
     await book.reserve(one, "r", "r-1", 1)
-    await book.settle(one, "r-1", Used(1, 1, 1.0))
+    await book.settle(one, {"r-1": Used(1, 1, 1.0)})
     await book.remove(one.tenant_id)
     assert await client.keys("*") == []
 
@@ -253,7 +272,7 @@ async def test_a_removed_tenant_leaves_nothing(book: QuotaBook, client: Any) -> 
 async def test_every_key_of_an_idle_tenant_expires(book: QuotaBook, client: Any) -> None:
     one = tenant(tokens_per_minute=100, requests_per_minute=5)
     await book.reserve(one, "r", "r-1", 1)
-    await book.settle(one, "r-2", Used(1, 1, 1.0))
+    await book.settle(one, {"r-2": Used(1, 1, 1.0)})
     for name in ("quota", "open", "owners", "settled"):
         assert 0 < await client.ttl(key(one, name)) <= 3600, name
     assert await client.ttl(key(one, "usage")) > 3600
@@ -277,7 +296,7 @@ async def test_a_redis_that_does_not_respond_is_unavailable(tmp_path: Path) -> N
     nowhere = open_redis(f"unix://{tmp_path}/none.sock")
     book, one = QuotaBook(nowhere, "mesh"), tenant()
     for call in (
-        book.reserve(one, "r", "r-1", 1), book.settle(one, "r-1", NOTHING), book.renew(one, "r", 1, {}),
+        book.reserve(one, "r", "r-1", 1), book.settle(one, {"r-1": NOTHING}), book.renew(one, "r", 1, {}),
         book.usage(one), book.remove("x"),
     ):  # fmt: skip
         with pytest.raises(Unavailable, match="Redis does not respond"):
