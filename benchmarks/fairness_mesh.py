@@ -55,11 +55,10 @@ LOADS: Mapping[str, tuple[Load, Load]] = {
 
 
 class Served:
-    """Output tokens of each tenant that have reached its clients, and the errors."""
+    """Output tokens of each tenant that have reached its clients."""
 
     def __init__(self) -> None:
         self.tokens: Counter[str] = Counter()
-        self.errors: list[str] = []
 
     async def keep_sending(self, client: MeshClient, load: Load) -> None:
         """One request after another."""
@@ -128,7 +127,8 @@ async def measure(report: Report, name: str, loads: tuple[Load, Load], seconds: 
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     report.bar(f"{name}: requests that failed", len(ended), "0", not ended)
-    jain = sum(shares.values()) ** 2 / (len(shares) * sum(value**2 for value in shares.values()))
+    squares = sum(value**2 for value in shares.values())
+    jain = sum(shares.values()) ** 2 / (len(shares) * squares) if squares else 0.0
     report.bar(f"{name}: Jain index", jain, ">= 0.99", jain >= 0.99)
     bound_s = 1.5 * Fairness().band_s + max(load.num_output for load in loads) * STEP_S
     report.bar(f"{name}: services apart, s of the device", apart_s, f"<= {bound_s:g}", apart_s <= bound_s)

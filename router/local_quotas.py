@@ -54,16 +54,23 @@ class LocalQuotas:
             self._left[tenant.tenant_id, name] = left, now_s
             self._buckets.pop((tenant.tenant_id, name), None)
 
-    def is_plenty(self, tenant: Tenant, num_tokens: int, num_open: int, num_routers: int, now_s: float) -> bool:
-        """Whether Redis would grant a request beside ``num_open`` ones of this router, whatever the others do now.
+    def forget(self, tenant: Tenant) -> None:
+        """Redis has refused a request of the tenant: what it said before is not true any more."""
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            self._left.pop((tenant.tenant_id, name), None)
 
-        That is if it has said within `_FRESH_S` that a quarter of each limit is left, and four times the request.
+    def is_plenty(
+        self, tenant: Tenant, num_requests: int, num_tokens: int, num_open: int, num_routers: int, now_s: float
+    ) -> bool:
+        """Whether Redis would most likely grant requests beside ``num_open`` ones of this router.
+
+        That is if it has said within `_FRESH_S` that a quarter of each limit is left, and four times what they need.
         """
         limits, key = tenant.limits, tenant.tenant_id
         max_open = limits.max_concurrent_requests
         if max_open is not None and (num_open + 1) * num_routers * _MARGIN > max_open:
             return False
-        asked = ((limits.requests_per_minute, "requests_per_minute", 1), (
+        asked = ((limits.requests_per_minute, "requests_per_minute", num_requests), (
             limits.tokens_per_minute, "tokens_per_minute", num_tokens))  # fmt: skip
         for limit, name, amount in asked:
             left, at_s = self._left.get((key, name), (0.0, -math.inf))

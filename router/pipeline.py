@@ -155,9 +155,9 @@ class GenerationPipeline:
                 engine_request = resolve(request, model, token_ids, seed, arrived_at_unix_s)
                 forecast = await self._predict_length(request, model, engine_request)
                 expected = _expected_tokens(request, engine_request, forecast)
+                engine_request, chosen = self._prepared(model, engine_request, forecast, record)
+                self._refuse_lateness(request, chosen.num_before(engine_request))
                 reservation = await self._quotas.reserve(request.tenant, expected)
-            engine_request, chosen = self._prepared(model, engine_request, forecast, record)
-            self._refuse_lateness(request, model.name, chosen.num_before(engine_request))
         except BaseException:
             waiting.end(self._clock.monotonic_s())
             if reservation is not None:
@@ -369,10 +369,10 @@ class GenerationPipeline:
         waiting = {served.name: self.num_waiting(served.name) for served in self._models}
         self._queue_limit.check(_newcomer(request, model), waiting, self._clock.monotonic_s(), self._clock.unix_s())
 
-    def _refuse_lateness(self, request: GenerationRequest, model: str, num_before: int) -> None:
+    def _refuse_lateness(self, request: GenerationRequest, num_before: int) -> None:
         """Raises Overloaded if the request would start after its deadline. ``num_before``: queued ones before it."""
-        left_s = request.deadline_s - self._clock.monotonic_s()
-        self._queue_limit.check_deadline(_newcomer(request, model), num_before, left_s, self._clock.unix_s())
+        now_s = self._clock.monotonic_s()
+        self._queue_limit.check_deadline(num_before, request.deadline_s - now_s, now_s)
 
 
 def _newcomer(request: GenerationRequest, model: str) -> Newcomer:
@@ -382,7 +382,7 @@ def _newcomer(request: GenerationRequest, model: str) -> Newcomer:
 async def _after(
     answer: asyncio.Future[None], deltas: AsyncGenerator[OutputDelta, None]
 ) -> AsyncGenerator[OutputDelta, None]:
-    """The deltas, of which none comes before the answer. Raises its error, which closes them."""
+    """The deltas, of which none comes before the answer. The error of either one ends both."""
 
     async def first_delta() -> OutputDelta:
         return await anext(deltas)
@@ -390,8 +390,10 @@ async def _after(
     async with aclosing(deltas):
         begun = asyncio.create_task(first_delta())
         try:
-            await asyncio.shield(answer)
-            first = await begun
+            await asyncio.wait((answer, begun), return_when=asyncio.FIRST_EXCEPTION)
+            if answer.done():
+                answer.result()
+            first = begun.result()
         except BaseException:
             await end(begun)
             if not begun.cancelled():

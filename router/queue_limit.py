@@ -25,6 +25,7 @@ _TENANT_FACTOR = 2
 _RATE_WINDOW_S = 10.0
 """Over which the rate is measured at which waiting sequences start."""
 _MIN_BUSY_S = 0.5
+_FRESH_S = 2.0
 _MIN_DELAY_S, _MAX_DELAY_S = 0.05, 600.0
 _HEADROOM = 0.1
 """Part of the limit by which requests with tickets may exceed it: the rate is an estimate."""
@@ -44,6 +45,7 @@ class StartRate:
         self._num_started = 0.0
         self._busy_s = 0.0
         self._last_s: float | None = None
+        self._started_s: float | None = None
 
     def advance(self, now_s: float, is_waiting: bool) -> None:
         """Time passes until ``now_s`` (monotonic). ``is_waiting``: whether sequences waited since the last call."""
@@ -54,8 +56,13 @@ class StartRate:
         self._last_s = now_s
 
     def start(self) -> None:
-        """A sequence starts."""
+        """A sequence starts, at the time of the last `advance`."""
         self._num_started += 1
+        self._started_s = self._last_s
+
+    def is_fresh(self, now_s: float) -> bool:
+        """Whether a sequence has started within `_FRESH_S`."""
+        return self._started_s is not None and now_s - self._started_s <= _FRESH_S
 
     @property
     def per_s(self) -> float:
@@ -150,24 +157,24 @@ class QueueLimit:
         if excess <= 0:
             return
         num_ahead = 0 if is_due else self.tickets.num_ahead(newcomer.tenant_id)
-        delay_s = self._delay_s(excess - num_kept + num_ahead)
+        delay_s = self._delay_s(excess - num_kept + num_ahead)  # a refused holder: until the headroom is free again
         raise _refused(problem, delay_s, self.tickets.issue(newcomer, delay_s, unix_s))
 
-    def check_deadline(self, newcomer: Newcomer, num_before: int, left_s: float, unix_s: float) -> None:
-        """Raises Overloaded, with a ticket and its delay, if the newcomer would start more than ``left_s`` from now.
+    def check_deadline(self, num_before: int, left_s: float, now_s: float) -> None:
+        """Raises Overloaded, without a ticket, if a newcomer would start more than ``left_s`` from now.
 
-        ``num_before``: sequences of one model on one unit that start first. At the rate of all of them the start is
-        rather too early, so no request is refused that would be in time.
+        ``num_before``: sequences of one model on one unit that start first. The rate is that of all units, so the
+        estimate is rather too early. There is none if nothing has started lately, as of a model that wakes up.
         """
         rate = self._rate.per_s
-        if not rate or num_before <= rate * left_s:
+        if not rate or left_s <= 0 or num_before <= rate * left_s or not self._rate.is_fresh(now_s):
             return
         delay_s = self._delay_s(math.ceil(num_before - rate * left_s))
         problem = (
             f"{num_before} sequences start before it, so it would start in about {num_before / rate:.3g} s, after its "
             f"deadline, which is in {left_s:.3g} s"
         )
-        raise _refused(problem, delay_s, self.tickets.issue(newcomer, delay_s, unix_s))
+        raise _refused(problem, delay_s, "")
 
     def _excess(self, newcomer: Newcomer, waiting: Mapping[str, int], limit: int, num_kept: int) -> tuple[int, str]:
         """How many sequences have to leave first, at most 0: none; and why.
@@ -180,7 +187,7 @@ class QueueLimit:
             return excess, problem
         own = self._by_tenant[newcomer.tenant_id]
         if self._limits_tenants and newcomer.tenant_id:
-            most = max(1, _TENANT_FACTOR * (limit - sum(waiting.values())))
+            most = max(1, _TENANT_FACTOR * (limit - min(num_kept, 0) - sum(waiting.values())))
             if own and own + num_new > most:
                 return own + num_new - most, (
                     f"{own} sequences of this tenant are waiting and {num_new} would be added; at most {most} may wait "

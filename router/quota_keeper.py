@@ -32,7 +32,7 @@ RESERVE_TIMEOUT_S = 0.5
 _ASK_AFTER_S = 0.001
 """Redis is asked in the background after that: first the request is queued at a unit."""
 _MAX_SETTLING = 256
-"""Settlements in flight."""
+"""Settlements that are sent together, of all tenants."""
 SETTLE_AFTER_S = 0.05
 """Settlements of this time are sent together."""
 MAX_UNSETTLED = 200_000
@@ -95,6 +95,8 @@ class QuotaKeeper:
         self._last_number = 0
         self._open: defaultdict[str, dict[str, Reservation]] = defaultdict(dict)
         """Tenant id → reservation id → reservation."""
+        self._unanswered: defaultdict[str, dict[str, Reservation]] = defaultdict(dict)
+        """Of those, the ones for which Redis is asked in the background."""
         self._unsettled: deque[_Settlement] = deque()
         self._work = asyncio.Event()
         self._num_routers: dict[str, int] = {}
@@ -128,7 +130,10 @@ class QuotaKeeper:
         opened = self._open[tenant.tenant_id]
         num_open, num_routers = len(opened), self._num_routers_of(tenant)
         opened[one.reservation_id] = one
-        if not self.is_away and self._local.is_plenty(tenant, num_tokens, num_open, num_routers, now_s):
+        unanswered = [num_tokens, *(other.num_tokens for other in self._unanswered[tenant.tenant_id].values())]
+        needed = len(unanswered), sum(unanswered)
+        if not self.is_away and self._local.is_plenty(tenant, *needed, num_open, num_routers, now_s):
+            self._unanswered[tenant.tenant_id][one.reservation_id] = one
             one.answer = asyncio.ensure_future(self._ask_later(one, num_open, now_s))
             one.answer.add_done_callback(_retrieve_exception)
         else:
@@ -138,17 +143,25 @@ class QuotaKeeper:
     async def _ask_later(self, one: Reservation, num_open: int, now_s: float) -> None:
         try:
             await asyncio.sleep(_ASK_AFTER_S)
-        except BaseException:
+            if self._is_open(one):
+                await self._ask(one, num_open, now_s)
+        except asyncio.CancelledError:
             self.end(one, 0, 0)
             raise
-        await self._ask(one, num_open, now_s)
+        finally:
+            unanswered = self._unanswered[one.tenant.tenant_id]
+            del unanswered[one.reservation_id]
+            if not unanswered:
+                del self._unanswered[one.tenant.tenant_id]
 
     async def _ask(self, one: Reservation, num_open: int, now_s: float) -> None:
         """Reserves ``one``, beside ``num_open`` others, in Redis or here. Raises QuotaExceeded or Unavailable."""
         try:
-            if self.is_away or not await self._reserve_in_redis(one):
+            is_in_redis = not self.is_away and await self._reserve_in_redis(one)
+            if not is_in_redis and self._is_open(one):
                 self._reserve_here(one, num_open, now_s)
         except QuotaExceeded as error:
+            self._local.forget(one.tenant)
             if one.was_asked_in_vain:  # Redis may have reserved it, and not said so in time
                 self.end(one, 0, 0)
             else:
@@ -209,6 +222,9 @@ class QuotaKeeper:
         one.is_local = True
         self.num_local += 1
 
+    def _is_open(self, one: Reservation) -> bool:
+        return one.reservation_id in self._open.get(one.tenant.tenant_id, {})
+
     def _num_routers_of(self, tenant: Tenant) -> int:
         return max(1, self._num_routers.get(tenant.tenant_id, 1))
 
@@ -253,9 +269,10 @@ class QuotaKeeper:
     async def _settle_repeatedly(self) -> None:
         while True:
             await self._work.wait()
-            await asyncio.sleep(SETTLE_AFTER_S)
             self._work.clear()
             while self._unsettled:
+                if len(self._unsettled) < _MAX_SETTLING:
+                    await asyncio.sleep(SETTLE_AFTER_S)
                 try:
                     await self._settle_some()
                 except Unavailable as error:
@@ -280,7 +297,7 @@ class QuotaKeeper:
             self._unsettled.popleft()
         for of_tenant, result in zip(by_tenant.values(), results, strict=True):
             if result is not None:
-                self._unsettled.extendleft(of_tenant)
+                self._unsettled.extendleft(reversed(of_tenant))
         for result in results:
             if result is not None:
                 raise result

@@ -25,7 +25,7 @@ class Quotas(Protocol):
     async def reserve(self, tenant: Tenant, num_tokens: int) -> Settles:
         """Reserves one request of ``num_tokens``. Raises QuotaExceeded or Unavailable.
 
-        Where the answer is known to be a yes but for rare cases, it may still be awaited: no output may be sent before.
+        If `Settles.answer` is set, Redis may still refuse it: no output may be sent before that ends.
         """
 
 

@@ -552,7 +552,6 @@ async def test_a_request_that_would_start_after_its_deadline_is_refused_at_once(
         with pytest.raises(Overloaded, match=r"so it would start in about .* after its deadline") as caught:
             await mesh.client.generate("Hello", timeout_s=0.2, priority=5, **options)
         assert caught.value.retry_after_s > 0
-        assert caught.value.ticket
     finally:
         await asyncio.gather(*before, *more)
     await mesh.until_free()

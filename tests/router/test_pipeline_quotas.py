@@ -103,6 +103,17 @@ async def test_no_output_precedes_the_answer_and_the_work_does() -> None:
     assert "".join(texts) == "abc"
 
 
+async def test_a_request_that_fails_does_not_wait_for_the_answer() -> None:
+    def fails(request: EngineRequest) -> Iterable[Step]:
+        yield InvalidRequest("stopping.max_new_tokens", "is too long")
+
+    answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async with asyncio.timeout(20):
+        _, settled, outcome = await run(fails, quotas=RecordingQuotas(answer=answer))
+    assert isinstance(outcome, InvalidRequest)
+    assert settled == [(0, 0)]
+
+
 @pytest.mark.parametrize("is_queued", [True, False])
 async def test_an_answer_that_refuses_ends_the_request_at_once_wherever_it_is(is_queued: bool) -> None:
     refused = QuotaExceeded("tokens_per_minute", "no tokens are left", 5.0)

@@ -114,17 +114,39 @@ def serving(per_s: int) -> QueueLimit:
 
 def test_a_request_that_would_start_after_its_deadline_is_refused_with_the_time_when_it_would_not() -> None:
     limit = serving(per_s=4)
-    limit.check_deadline(newcomer(), 40, 10.5, 0.0)
-    limit.check_deadline(newcomer(), 10_000, math.inf, 0.0)
-    limit.check_deadline(newcomer(), 0, 0.0, 0.0)
+    limit.check_deadline(40, 10.5, 10.0)
+    limit.check_deadline(10_000, math.inf, 10.0)
+    limit.check_deadline(0, 0.001, 10.0)
     with pytest.raises(Overloaded, match="40 sequences start before it, so it would start in about 1") as caught:
-        limit.check_deadline(newcomer(), 40, 4.0, 1000.0)
+        limit.check_deadline(40, 4.0, 10.0)
     assert caught.value.retry_after_s == pytest.approx(6.0, rel=0.1)
-    limit.check(newcomer(1, ticket=caught.value.ticket), {"m": 999}, 10.0, 1010.0)
+    assert (caught.value.ticket, limit.tickets.num_out) == ("", 0)
 
 
-def test_no_request_is_refused_for_its_deadline_before_the_rate_is_known() -> None:
-    QueueLimit(10, SECRET, limits_tenants=False).check_deadline(newcomer(), 10, 0.001, 0.0)
+def test_no_request_is_refused_for_its_deadline_while_nothing_is_known_of_the_rate() -> None:
+    QueueLimit(10, SECRET, limits_tenants=False).check_deadline(10, 0.001, 0.0)
+    limit = serving(per_s=4)
+    with pytest.raises(Overloaded):
+        limit.check_deadline(40, 1.0, 11.9)
+    limit.check_deadline(40, 1.0, 12.1)  # a model that wakes up, or long outputs: nothing starts
+
+
+@pytest.mark.parametrize("limits_tenants", [False, True])
+def test_a_ticket_that_is_due_may_wait_for_three_quarters_of_the_bound(limits_tenants: bool) -> None:
+    """The rate is an estimate. A newcomer waits for half of the bound."""
+    limit = QueueLimit(1000, SECRET, limits_tenants, longest_wait_s=8.0)
+    one = limit.enter("t", 41, 0.0)
+    for number in range(1, 41):
+        one.start(number / 4)
+    assert 29 <= limit.limit <= 35
+    full = {"m": limit.limit + 2}
+    refused = refusal(limit, newcomer(1, tenant="t"), full, 10.0)
+    holder, due_unix_s = newcomer(1, tenant="t", ticket=refused.ticket), 1010.0 + refused.retry_after_s
+    limit.check(holder, full, 10.0, due_unix_s)
+    again = refusal(limit, newcomer(1, tenant="t"), full, 10.0)
+    holder = newcomer(1, tenant="t", ticket=again.ticket)
+    with pytest.raises(Overloaded):
+        limit.check(holder, {"m": 2 * limit.limit}, 10.0, 1010.0 + again.retry_after_s)
 
 
 def test_free_slots_are_always_filled() -> None:
@@ -175,8 +197,8 @@ def test_who_comes_too_early_keeps_the_position_and_who_comes_too_late_loses_it(
 
 
 def test_tickets_of_one_tenant_keep_no_other_out_and_no_limit_is_passed_with_them() -> None:
-    limit, waiting = QueueLimit(30, SECRET, limits_tenants=True), {"m": 20, "n": 0}
-    limit.enter("a", 20, 0.0)
+    limit, waiting = QueueLimit(30, SECRET, limits_tenants=True), {"m": 22, "n": 0}
+    limit.enter("a", 22, 0.0)
     tickets = [refusal(limit, newcomer(1, tenant="a"), waiting).ticket for _ in range(40)]
     limit.check(newcomer(1, tenant="b"), waiting, 0.5, 1000.5)
     limit.enter("b", 1, 0.5)

@@ -135,6 +135,34 @@ async def test_an_answer_that_refuses_leaves_nothing_and_is_counted(keeper: Quot
     one.settle(0, 0)
     assert (keeper.num_open, keeper.num_unsettled) == (1, 0)
     assert keeper.num_refused == {("acme", "tokens_per_minute"): 1}
+    with pytest.raises(QuotaExceeded):
+        await keeper.reserve(ONE, 10)  # what was left before is not true any more
+
+
+async def test_requests_whose_answers_are_awaited_count_against_what_is_plenty(
+    keeper: QuotaKeeper, book: FakeBook
+) -> None:
+    await keeper.reserve(ONE, 10)
+    book.gate = asyncio.Event()
+    asked = [await keeper.reserve(ONE, 100) for _ in range(2)]
+    waits = asyncio.ensure_future(keeper.reserve(ONE, 100))
+    await until(lambda: book.num_calls == 4)
+    assert all(one.answer is not None for one in asked) and not waits.done()
+    book.gate.set()
+    await asyncio.gather(*(one.answer for one in asked if one.answer is not None))
+    assert (await waits).answer is None
+
+
+async def test_a_request_that_ends_before_its_answer_takes_nothing_while_redis_is_away(
+    keeper: QuotaKeeper, book: FakeBook
+) -> None:
+    await keeper.reserve(ONE, 10)
+    book.error = Unavailable("gone")
+    one = await keeper.reserve(ONE, 10)
+    one.settle(0, 0)
+    assert one.answer is not None
+    await one.answer
+    assert (keeper.num_local, one.is_local) == (0, False)
 
 
 async def test_a_request_that_ends_before_its_answer_is_charged_once(keeper: QuotaKeeper, book: FakeBook) -> None:
@@ -425,10 +453,10 @@ def test_what_is_plenty(
     limits: dict[str, Any], left: tuple[float, float], num_tokens: int, num_open: int, num_routers: int, expected: bool
 ) -> None:
     local, of = LocalQuotas(), tenant(**limits)
-    assert not local.is_plenty(of, num_tokens, num_open, num_routers, 100.0), "nothing is known"
+    assert not local.is_plenty(of, 1, num_tokens, num_open, num_routers, 100.0), "nothing is known"
     local.note(of, *left, 100.0)
-    assert local.is_plenty(of, num_tokens, num_open, num_routers, 105.0) is expected
-    assert not local.is_plenty(of, num_tokens, num_open, num_routers, 105.1), "it was long ago"
+    assert local.is_plenty(of, 1, num_tokens, num_open, num_routers, 105.0) is expected
+    assert not local.is_plenty(of, 1, num_tokens, num_open, num_routers, 105.1), "it was long ago"
 
 
 def test_local_buckets_refill_with_time_and_hold_a_part() -> None:

@@ -32,18 +32,18 @@ def check_products(weights: Mapping[str, Tensor], max_rows: int, num_sms: int) -
     first, dtype = wrong[0], str(next(iter(weights.values())).dtype).removeprefix("torch.")
     raise DeviceError(
         f"{len(wrong)} products in {dtype} are wrong on {num_sms} SMs, such as {first}: the libraries of this GPU "
-        "leave out parts of them if MPS limits a process to a percentage of its SMs; leave green_contexts of the unit "
-        "at auto or true, set compute_share: 100, or set dtype: float32"
+        "leave out parts of them if MPS limits a process to a percentage of its SMs; if green_contexts of the unit is "
+        "false, set it to auto, else set compute_share: 100 of the model, or dtype: float32"
     )
 
 
 def wrong_products(weights: Mapping[str, Tensor], max_rows: int) -> Iterator[str]:
-    """Yields the products that differ from f32, one for each size and power of two of rows, as text like
-    `[16, 1024] x [1024, 4096]`.
+    """Yields the products that differ from f32, of each size with the powers of two of rows and the most rows, as
+    text like `[16, 1024] x [1024, 4096]`.
     """
     for name, weight in _of_each_size(weights):
         outputs, inputs = weight.shape
-        for rows in _powers_of_two(min(max_rows, MAX_LOGIT_ROWS) if name == "lm_head" else max_rows):
+        for rows in _numbers_of_rows(min(max_rows, MAX_LOGIT_ROWS) if name == "lm_head" else max_rows):
             chance = torch.Generator(device=weight.device).manual_seed(rows)
             x = torch.randn((rows, inputs), generator=chance, dtype=weight.dtype, device=weight.device)
             unwritten = torch.full((rows, outputs), torch.nan, dtype=weight.dtype, device=weight.device)
@@ -62,11 +62,12 @@ def _of_each_size(weights: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]
     return found.values()
 
 
-def _powers_of_two(most: int) -> Iterator[int]:
+def _numbers_of_rows(most: int) -> Iterator[int]:
     rows = 1
-    while rows <= most:
+    while rows < most:
         yield rows
         rows *= 2
+    yield most
 
 
 def _is_right(found: Tensor, x: Tensor, weight: Tensor, plus: float) -> bool:
