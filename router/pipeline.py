@@ -11,7 +11,7 @@ import asyncio
 import math
 import random
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -380,7 +380,7 @@ def _newcomer(request: GenerationRequest, model: str) -> Newcomer:
 
 
 async def _after(
-    answer: asyncio.Future[None], deltas: AsyncGenerator[OutputDelta, None]
+    awaited: Awaitable[None], deltas: AsyncGenerator[OutputDelta, None]
 ) -> AsyncGenerator[OutputDelta, None]:
     """The deltas, of which none comes before the answer. The error of either one ends both."""
 
@@ -388,6 +388,7 @@ async def _after(
         return await anext(deltas)
 
     async with aclosing(deltas):
+        answer = asyncio.ensure_future(awaited)
         begun = asyncio.create_task(first_delta())
         try:
             await asyncio.wait((answer, begun), return_when=asyncio.FIRST_EXCEPTION)

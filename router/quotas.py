@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Awaitable
 from typing import Protocol
 
 from muxmesh.tenants.tenant import Tenant
@@ -12,7 +12,7 @@ class Settles(Protocol):
     """A reservation. `settle` is called once, however the request ends."""
 
     @property
-    def answer(self) -> asyncio.Future[None] | None:
+    def answer(self) -> Awaitable[None] | None:
         """Ends once the request is granted, or with why it is not. None: it is granted."""
 
     def settle(self, prompt_tokens: int, output_tokens: int) -> None:
