@@ -21,7 +21,7 @@ import uvloop
 
 from benchmarks.mesh_process import UpProcess, up
 from benchmarks.report import OUT, Report
-from benchmarks.tenant_quotas import tenant_command
+from benchmarks.tenant_quotas import add_tenants
 from muxmesh.client import MeshClient
 from muxmesh.client.retries import NO_RETRIES
 from muxmesh.fairness import Fairness
@@ -29,8 +29,6 @@ from muxmesh.fairness import Fairness
 SLOTS, STEP_S, PROMPT = 16, 0.02, "Hello"
 WARM_UP_S, SMALL_TOKENS, NUM_SMALL = 8.0, 20, 3
 SMALL = "small"
-KNOWN_AFTER_S = 1.5
-"""Until every router has read the directory of tenants."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +90,8 @@ async def mesh_with_tenants(loads: tuple[Load, Load]) -> AsyncIterator[tuple[UpP
     path = OUT / "fairness_mesh.yaml"
     path.write_text(json.dumps(config))
     async with up("-c", str(path)) as mesh:
-        keys = {}
-        for name, weight in ((SMALL, 1.0), *((load.tenant, load.weight) for load in loads)):
-            keys[name] = (await tenant_command(mesh, "add", name, "--weight", str(weight)))["api_key"]
-        await asyncio.sleep(KNOWN_AFTER_S)
-        yield mesh, keys
+        weights = {SMALL: 1.0, **{load.tenant: load.weight for load in loads}}
+        yield mesh, await add_tenants(mesh, {name: ("--weight", str(weight)) for name, weight in weights.items()})
 
 
 async def measure(report: Report, name: str, loads: tuple[Load, Load], seconds: float) -> None:

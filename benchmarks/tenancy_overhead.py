@@ -8,7 +8,6 @@ in this process, on the same cores.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import statistics
 from collections.abc import AsyncIterator
@@ -19,7 +18,7 @@ import uvloop
 
 from benchmarks.mesh_process import UpProcess, cpu_s, up
 from benchmarks.report import OUT, Report
-from benchmarks.tenant_quotas import tenant_command
+from benchmarks.tenant_quotas import add_tenants
 from loadtest.mesh_target import MeshTarget
 from loadtest.session import Options, Session
 from loadtest.spec import parse_spec
@@ -78,9 +77,8 @@ async def measured(name: str) -> AsyncIterator[MeasuredMesh]:
         if "access" not in config:
             yield MeasuredMesh(mesh, None)
             return
-        added = await tenant_command(mesh, "add", "acme", *LIMITS)
-        await asyncio.sleep(1.5)  # until every router has read the directory
-        yield MeasuredMesh(mesh, added["api_key"])
+        keys = await add_tenants(mesh, {"acme": LIMITS})
+        yield MeasuredMesh(mesh, keys["acme"])
 
 
 async def bench(rounds: int) -> int:

@@ -17,7 +17,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,6 +137,13 @@ async def tenant_command(mesh: UpProcess, *arguments: str) -> Any:
     return json.loads(out)
 
 
+async def add_tenants(mesh: UpProcess, tenants: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Adds tenants with options of `muxmesh tenant add`; returns their API keys, which every router knows then."""
+    keys = {name: (await tenant_command(mesh, "add", name, *options))["api_key"] for name, options in tenants.items()}
+    await asyncio.sleep(1.5)  # until every router has read the directory
+    return keys
+
+
 @asynccontextmanager
 async def quota_run(redis_url: str, name: str) -> AsyncIterator[QuotaRun]:
     """A mesh of four routers on the Redis at ``redis_url``, with the three tenants."""
@@ -150,8 +157,7 @@ async def quota_run(redis_url: str, name: str) -> AsyncIterator[QuotaRun]:
     path = OUT / f"tenant_quotas_{name}.yaml"
     path.write_text(json.dumps(config))
     async with up("-c", str(path)) as mesh:
-        keys = {one: (await tenant_command(mesh, "add", one, *limits))["api_key"] for one, limits in TENANTS.items()}
-        await asyncio.sleep(1.5)  # until every router has read the directory
+        keys = await add_tenants(mesh, TENANTS)
         client = open_redis(redis_url)
         yield QuotaRun(mesh, keys, client, name)
         await client.aclose()

@@ -367,16 +367,13 @@ class GenerationPipeline:
 
     def _refuse_overload(self, request: GenerationRequest, model: str) -> None:
         waiting = {served.name: self.num_waiting(served.name) for served in self._models}
-        self._queue_limit.check(_newcomer(request, model), waiting, self._clock.monotonic_s(), self._clock.unix_s())
+        newcomer = Newcomer(model, request.tenant.tenant_id, request.num_sequences, request.ticket)
+        self._queue_limit.check(newcomer, waiting, self._clock.monotonic_s(), self._clock.unix_s())
 
     def _refuse_lateness(self, request: GenerationRequest, num_before: int) -> None:
         """Raises Overloaded if the request would start after its deadline. ``num_before``: queued ones before it."""
         now_s = self._clock.monotonic_s()
         self._queue_limit.check_deadline(num_before, request.deadline_s - now_s, now_s)
-
-
-def _newcomer(request: GenerationRequest, model: str) -> Newcomer:
-    return Newcomer(model, request.tenant.tenant_id, request.num_sequences, request.ticket)
 
 
 async def _after(

@@ -26,6 +26,7 @@ _RATE_WINDOW_S = 10.0
 """Over which the rate is measured at which waiting sequences start."""
 _MIN_BUSY_S = 0.5
 _FRESH_S = 2.0
+"""After the last start the rate counts for that long in the refusal of deadlines."""
 _MIN_DELAY_S, _MAX_DELAY_S = 0.05, 600.0
 _HEADROOM = 0.1
 """Part of the limit by which requests with tickets may exceed it: the rate is an estimate."""

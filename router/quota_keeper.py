@@ -95,7 +95,7 @@ class QuotaKeeper:
         self._last_number = 0
         self._open: defaultdict[str, dict[str, Reservation]] = defaultdict(dict)
         """Tenant id → reservation id → reservation."""
-        self._unanswered: defaultdict[str, dict[str, Reservation]] = defaultdict(dict)
+        self._unanswered: dict[str, dict[str, Reservation]] = {}
         """Of those, the ones for which Redis is asked in the background."""
         self._unsettled: deque[_Settlement] = deque()
         self._work = asyncio.Event()
@@ -130,10 +130,10 @@ class QuotaKeeper:
         opened = self._open[tenant.tenant_id]
         num_open, num_routers = len(opened), self._num_routers_of(tenant)
         opened[one.reservation_id] = one
-        unanswered = [num_tokens, *(other.num_tokens for other in self._unanswered[tenant.tenant_id].values())]
+        unanswered = [num_tokens, *(other.num_tokens for other in self._unanswered.get(tenant.tenant_id, {}).values())]
         needed = len(unanswered), sum(unanswered)
         if not self.is_away and self._local.is_plenty(tenant, *needed, num_open, num_routers, now_s):
-            self._unanswered[tenant.tenant_id][one.reservation_id] = one
+            self._unanswered.setdefault(tenant.tenant_id, {})[one.reservation_id] = one
             one.answer = asyncio.ensure_future(self._ask_later(one, num_open, now_s))
             one.answer.add_done_callback(_retrieve_exception)
         else:

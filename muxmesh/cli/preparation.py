@@ -54,8 +54,13 @@ from muxmesh.supervisor.redis_server import redis_url_problems
 
 @dataclass(frozen=True, slots=True)
 class PreparedMesh:
-    """What a runtime file needs beside its folders; see `MeshRuntime`. ``mps_program``: None if no unit uses MPS."""
+    """What a runtime file needs beside its folders; see `MeshRuntime`.
 
+    ``config``: that of the preparation, with what it leaves to the machine decided. ``mps_program``: None if no unit
+    uses MPS.
+    """
+
+    config: MeshConfig
     prepared: dict[str, dict[str, PreparedModel]]
     device_uuids: dict[str, str]
     mps_program: Path | None
@@ -89,7 +94,7 @@ class MeshPart:
                 yield location, problem
 
     def with_share_limits(self, config: MeshConfig, gpus: DeviceList, program: Path | None) -> MeshConfig:
-        """``config`` in which these units have what limits their workers on this machine; see there."""
+        """``config`` in which it is decided what limits the workers of these units, which are on this machine."""
         here = iter(with_share_limits(self.config_of(config), gpus, program).units)
         indices = self.units_of(config)
         units = tuple(next(here) if index in indices else unit for index, unit in enumerate(config.units))
@@ -155,7 +160,7 @@ class MeshPreparation:
         return self._part.problems(config, tensor_parallel_problems)
 
     def prepare(self) -> PreparedMesh:
-        """Downloads and converts the models, unless they are in the cache. Decides what `config` leaves to the machine.
+        """Downloads and converts the models, unless they are in the cache.
 
         Raises ConfigError for a problem of a downloaded model, or a cache that cannot be written.
         """
@@ -167,11 +172,11 @@ class MeshPreparation:
         too_large = prepared_problems(config, prepared, self._limit) if self._part.is_all else ()
         self._loaded.refuse([*self._model_problems(config), *self._gpu_problems(config), *too_large])
         program = mps_program(here)
-        self._loaded = replace(self._loaded, config=self._part.with_share_limits(config, self._gpus, program))
+        config = self._part.with_share_limits(config, self._gpus, program)
         for notice in (dtype_notice(here), mps_notice(here, program)):
             if notice is not None:
                 self._messages.notice(notice)
-        return PreparedMesh(prepared, unit_gpus(here, self._gpus), program)
+        return PreparedMesh(config, prepared, unit_gpus(here, self._gpus), program)
 
     def _machine_problems(self, config: MeshConfig) -> Iterator[Problem]:
         return self._part.problems(config, lambda here: machine_problems(here, self._limit))

@@ -43,7 +43,7 @@ def _run(arguments: argparse.Namespace, messages: OperatorMessages) -> int:
         part=MeshPart(arguments.unit, arguments.router),
         published_at=arguments.published_at,
     )
-    config = with_redis_url(preparation.config, arguments.redis_url)  # before `prepare`, to check it
+    config = with_redis_url(preparation.config, arguments.redis_url)
     config.check_port_is_fixed()
     run_dir = local_path(str(arguments.run_dir), current_dir())
     path = run_dir / RUNTIME_FILE
@@ -55,7 +55,7 @@ def _run(arguments: argparse.Namespace, messages: OperatorMessages) -> int:
     asyncio.run(check_redis(config.redis_url or ""))
     mesh = preparation.prepare()
     with _named(run_dir):
-        runtime = _runtime(with_redis_url(preparation.config, arguments.redis_url), mesh, run_dir)
+        runtime = _runtime(with_redis_url(mesh.config, arguments.redis_url), mesh, run_dir)
         runtime.check_socket_paths()
         runtime.write(path)
     messages.result(_summary(path, before, runtime))

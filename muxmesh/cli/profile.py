@@ -89,7 +89,7 @@ def _profile(arguments: argparse.Namespace, messages: OperatorMessages) -> int:
         arguments.config, messages, memory_limit(), shows_progress=not arguments.quiet, config=given
     )
     mesh = preparation.prepare()
-    models = profiled_models(preparation.config, mesh.prepared, arguments.unit)
+    models = profiled_models(mesh.config, mesh.prepared, arguments.unit)
     unit = models[0].unit
     is_limited = not unit.is_cuda or unit.limits_by_green_contexts or mesh.mps_program is not None
     grid = _grid(arguments, models, is_limited)

@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace, messages: OperatorMessages) -> int:
     state_dir = state_dir_of(arguments.state_dir)
     with state_lock(state_dir):
         mesh = preparation.prepare()
-        config = preparation.config.model_copy(update=chosen)
+        config = mesh.config.model_copy(update=chosen)
         runtime = make_runtime(config, mesh.prepared, state_dir, cache_dir(), mesh.device_uuids, mesh.mps_program)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(runtime, state_dir, messages, arguments.hello, started_at_s))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -11,10 +11,18 @@ from muxmesh.config.section import Section
 from muxmesh.local_path import replaceable_path
 
 _PAIR = ("cert", "key")
-_Files = TypeVar("_Files", bound=Section)
 
 
-class TlsConfig(Section):
+class _PemFiles(Section):
+    """A section all of whose fields are paths."""
+
+    def absolute(self, base_dir: Path) -> Self:
+        """The same with absolute paths. Symbolic links stay, since certificates are replaced by changing them."""
+        paths = {field: str(replaceable_path(given, base_dir)) for field, given in self.model_dump().items() if given}
+        return self.model_copy(update=paths)
+
+
+class TlsConfig(_PemFiles):
     """Files of the TLS server at `listen`, in PEM format. Relative paths start at the folder of mesh.yaml.
 
     A running router loads files that have changed within about two seconds; connections stay as they are.
@@ -40,12 +48,8 @@ class TlsConfig(Section):
             raise ValueError(f"has {given}; a TLS server needs {' and '.join(missing)} too")
         return data
 
-    def absolute(self, base_dir: Path) -> Self:
-        """The same with absolute paths. Symbolic links stay, since certificates are replaced by changing them."""
-        return _absolute(self, base_dir)
 
-
-class InternalTlsConfig(Section):
+class InternalTlsConfig(_PemFiles):
     """Files of TLS between routers and the ports of units (`network`), in PEM format. Relative paths start at the
     folder of mesh.yaml; each host has its own files there.
 
@@ -59,17 +63,9 @@ class InternalTlsConfig(Section):
     key: str = Field(min_length=1)
     """The private key of `cert`, RSA or ECDSA, without a passphrase."""
     ca: str = Field(min_length=1)
-    """Certificates of CAs for this mesh alone: whoever has a certificate of theirs may use and end all requests."""
+    """CA certificates. Use a CA for this mesh alone: the holder of any certificate that it has signed can send requests
+    to units and cancel those of others."""
 
     def of_server(self) -> TlsConfig:
         """The same for a server that asks clients for a certificate."""
         return TlsConfig(cert=self.cert, key=self.key, client_ca=self.ca)
-
-    def absolute(self, base_dir: Path) -> Self:
-        """See `TlsConfig.absolute`."""
-        return _absolute(self, base_dir)
-
-
-def _absolute(tls: _Files, base_dir: Path) -> _Files:
-    paths = {field: str(replaceable_path(given, base_dir)) for field, given in tls.model_dump().items() if given}
-    return tls.model_copy(update=paths)

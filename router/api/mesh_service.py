@@ -112,7 +112,13 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
         )
 
     async def _unit_status(self, link: UnitLink) -> mesh_pb2.UnitStatus:
-        status = await _unit_status(link)
+        request = kvstore_pb2.GetUnitStatusRequest()
+        try:
+            status = (await link.kvstore.GetUnitStatus(request, timeout=_STATUS_TIMEOUT_S)).unit
+        except grpc.aio.AioRpcError as error:
+            if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise from_rpc_error(error) from error  # a failed integrity check must not be hidden
+            return mesh_pb2.UnitStatus(unit=link.name, connected=False)
         for one in status.tenants:
             one.tenant = self._tenant_name(one.tenant)
         return status
@@ -138,16 +144,6 @@ class MeshService(mesh_pb2_grpc.MeshServicer):
         counts = self._metrics.of(model).slo
         recent = counts.recent(self._clock.monotonic_s())
         return mesh_pb2.SloStatus(total=_slo_tally(counts.total), recent=_slo_tally(recent), window_s=WINDOW_S)
-
-
-async def _unit_status(link: UnitLink) -> mesh_pb2.UnitStatus:
-    request = kvstore_pb2.GetUnitStatusRequest()
-    try:
-        return (await link.kvstore.GetUnitStatus(request, timeout=_STATUS_TIMEOUT_S)).unit
-    except grpc.aio.AioRpcError as error:
-        if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            raise from_rpc_error(error) from error  # a failed integrity check must not be hidden
-    return mesh_pb2.UnitStatus(unit=link.name, connected=False)
 
 
 def _slo_tally(tally: SloTally) -> mesh_pb2.SloTally:

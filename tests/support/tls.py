@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 import trustme
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 HOST = "127.0.0.1"
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
@@ -52,3 +54,14 @@ class Authority:
     def issue_expired(self, name: str, *hosts: str) -> PairFiles:
         """A certificate that was valid for five days in January 2020."""
         return self.issue(name, *hosts, not_before=LONG_AGO, not_after=LONG_AGO + timedelta(days=5))
+
+
+async def serves(channel: grpc.aio.Channel) -> bool:
+    """Whether a connection comes about and the server at its end is SERVING."""
+    try:
+        response = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+            raise
+        return False
+    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)

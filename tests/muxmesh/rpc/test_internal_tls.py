@@ -8,7 +8,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from muxmesh.clock import ManualClock
 from muxmesh.config.runtime import Endpoint
@@ -22,7 +21,7 @@ from muxmesh.rpc.internal_tls import (
 )
 from muxmesh.rpc.server import MeshServer
 from muxmesh.supervisor.mesh_supervisor import free_listen_address
-from tests.support.tls import NOW_S, Authority, PairFiles
+from tests.support.tls import NOW_S, Authority, PairFiles, serves
 
 
 def config(pair: PairFiles, ca: Authority) -> InternalTlsConfig:
@@ -45,13 +44,7 @@ async def unit(tls: InternalTlsConfig | None, folder: Path) -> AsyncIterator[End
 
 async def accepts(address: str, credentials: grpc.ChannelCredentials | None) -> bool:
     async with internal_channel(address, credentials) as channel:
-        try:
-            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.UNAVAILABLE:
-                raise
-            return False
-        return True
+        return await serves(channel)
 
 
 async def test_a_unit_accepts_a_router_with_a_certificate_of_the_mesh_and_nobody_else(tmp_path: Path) -> None:

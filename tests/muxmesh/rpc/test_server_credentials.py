@@ -19,7 +19,7 @@ from muxmesh.rpc import server_credentials
 from muxmesh.rpc.server import MeshServer
 from muxmesh.rpc.server_credentials import ReloadedCredentials
 from muxmesh.supervisor.mesh_supervisor import free_listen_address
-from tests.support.tls import NOW_S, Authority, PairFiles
+from tests.support.tls import NOW_S, Authority, PairFiles, serves
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -45,16 +45,6 @@ class Server:
         """Whether a new connection of a client that trusts ``ca`` comes about."""
         async with self.channel(ca, pair) as channel:
             return await serves(channel)
-
-
-async def serves(channel: grpc.aio.Channel) -> bool:
-    try:
-        response = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
-    except grpc.aio.AioRpcError as error:
-        if error.code() is not grpc.StatusCode.UNAVAILABLE:
-            raise
-        return False
-    return bool(response.status == SERVING)
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ Which products are wrong depends on the number of SMs and on the sizes, so each 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def wrong_products(weights: Mapping[str, Tensor], max_rows: int) -> Iterator[str
             unwritten = torch.full((rows, outputs), torch.nan, dtype=weight.dtype, device=weight.device)
             product = torch.mm(x, weight.t(), out=unwritten)
             added = torch.ones_like(product).addmm_(x, weight.t())
-            if not (_is_right(product, x, weight, 0.0) and _is_right(added, x, weight, 1.0)):
+            if not _are_right(((product, 0.0), (added, 1.0)), x, weight):
                 yield f"[{rows}, {inputs}] x [{inputs}, {outputs}]"
 
 
@@ -70,16 +70,17 @@ def _numbers_of_rows(most: int) -> Iterator[int]:
     yield most
 
 
-def _is_right(found: Tensor, x: Tensor, weight: Tensor, plus: float) -> bool:
-    """Whether ``found`` is ``plus`` and the product of ``x`` and the transposed ``weight``, nearly. Waits for it.
+def _are_right(results: Sequence[tuple[Tensor, float]], x: Tensor, weight: Tensor) -> bool:
+    """Whether each result is nearly the product of ``x`` and the transposed ``weight``, plus its number. Waits for it.
 
-    True if that is not finite, which is due to the weights.
+    True of a product that is not finite, which is due to the weights.
     """
-    largest, error = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
+    largest, error = (torch.zeros(len(results), device=x.device) for _ in range(2))
     exact_x = x.float()
     for begin in range(0, len(weight), _OUTPUTS_AT_ONCE):
-        exact = exact_x @ weight[begin : begin + _OUTPUTS_AT_ONCE].float().t() + plus
-        difference = (found[:, begin : begin + _OUTPUTS_AT_ONCE].float() - exact).abs().max()
-        error = torch.maximum(error, torch.nan_to_num(difference, nan=torch.inf))
-        largest = torch.maximum(largest, exact.abs().max())
-    return bool((error <= MAX_ERROR * largest) | ~largest.isfinite())
+        exact = exact_x @ weight[begin : begin + _OUTPUTS_AT_ONCE].float().t()
+        for index, (found, plus) in enumerate(results):
+            difference = (found[:, begin : begin + _OUTPUTS_AT_ONCE].float() - (exact + plus)).abs().max()
+            error[index] = torch.maximum(error[index], torch.nan_to_num(difference, nan=torch.inf))
+            largest[index] = torch.maximum(largest[index], (exact + plus).abs().max())
+    return bool(((error <= MAX_ERROR * largest) | ~largest.isfinite()).all())
