@@ -66,10 +66,16 @@ class OperatorMessages:
     def show_line(self, process: str, line: str) -> None:
         """Prints a line of a process. Those of Redis are in its log file only. A JSON object names its process."""
         if self._shows_lines and process != "redis":
-            print(line if self.are_json else f"{process} | {line}", file=sys.stderr)
+            _write_line(line if self.are_json else f"{process} | {line}", sys.stderr)
 
     def _print(self, level: str, text: str, prefix: str, stream: TextIO) -> None:
         if self.are_json:
-            print(json_line(self._clock.unix_s(), level, _LOGGER, self._process, text), file=stream, flush=True)
+            _write_line(json_line(self._clock.unix_s(), level, _LOGGER, self._process, text), stream)
         else:
-            print(f"{prefix}{text}", file=stream, flush=True)
+            _write_line(f"{prefix}{text}", stream)
+
+
+def _write_line(line: str, stream: TextIO) -> None:
+    """In one piece, unlike `print`: with `2>&1` nothing of the other stream comes between a line and its end."""
+    stream.write(f"{line}\n")
+    stream.flush()
