@@ -22,6 +22,7 @@ from kvstore.device_memory import CUDA, HOST, Transport
 from kvstore.grant_page import GrantPage, Word
 from kvstore.progress_page import ProgressPage
 from kvstore.worker_slots import EngineState
+from muxmesh.cuda.sm_groups import SmShare
 from muxmesh.device.device_pool import DevicePool, HostPool
 from muxmesh.errors import ConfigError, Unavailable
 from muxmesh.file_access import why_denied
@@ -170,13 +171,16 @@ class Attachment:
         loop.add_reader(self._connection.fileno(), readable)
 
 
-def open_worker_device(green_share: int = 100) -> WorkerDevice:
-    """Opens the GPU of this process for torch and for the driver. Raises DeviceError."""
+def open_worker_device(share: SmShare | None) -> WorkerDevice:
+    """Opens the GPU of this process for torch and for the driver. Raises DeviceError.
+
+    With ``share`` a green context limits what it computes to these SMs.
+    """
     from muxmesh.cuda.driver import CudaDriver  # noqa: PLC0415 - only units on a GPU need torch
     from muxmesh.device.cuda_mapping import CudaSegments  # noqa: PLC0415
     from muxmesh.device.torch_device import open_torch_device  # noqa: PLC0415
 
-    device = open_torch_device(green_share)
+    device = open_torch_device(share)
     return WorkerDevice(device, CudaSegments(CudaDriver(), device.torch_device))
 
 

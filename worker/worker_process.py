@@ -191,7 +191,7 @@ async def _attach(runtime: MeshRuntime, key: ProcessKey, endpoint: Endpoint, ide
     role, path = Role(key.role), runtime.attach_path(key.unit)
     if not unit.is_cuda:
         return await attach(path, role, key.model, endpoint.remote_address, None, identity.text)
-    device = open_worker_device(config.compute_share.of(role) if unit.limits_by_green_contexts else 100)
+    device = open_worker_device(unit.green_share(config, role))
     attachment = await attach(path, role, key.model, endpoint.remote_address, device, identity.text)
     info = device.segments.device
     await attachment.prove_share(info.num_sms, info.is_mps_client)

@@ -98,8 +98,8 @@ async def _three_models(figures: Figures, seconds: float, all_shares: tuple[tupl
         async with mps_daemon() as control:
             with contextlib.ExitStack() as stack:
                 started = [stack.enter_context(mps_client(control, 100, "engine")) for _ in works]
-                for peer, share in zip(started, shares * NUM_MODELS, strict=True):
-                    peer.ask("green", share=share)  # a percentage of MPS would make products wrong
+                for index, peer in enumerate(started):  # a percentage of MPS would make products wrong
+                    peer.ask("green", shares=shares * NUM_MODELS, index=index)
                 peers = _loaded(started)
                 for peer, work in zip(peers, works, strict=True):
                     peer.tell("work_until", seconds=seconds, **work)

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.gpu.ceilings import measure_ceilings
 from muxmesh.cuda.driver import CudaDriver
+from muxmesh.cuda.sm_groups import SmShare
 from muxmesh.device.cuda_mapping import map_segment
 from muxmesh.device.torch_device import TorchDevice, open_torch_device
 
@@ -24,7 +25,7 @@ class TorchOperations:
     """The device of this process, and the tensors that it has, by name."""
 
     def __init__(self) -> None:
-        self.green_share = 100
+        self.share: SmShare | None = None
         self.tensors: dict[str, torch.Tensor] = {}
 
     @functools.cached_property
@@ -35,7 +36,7 @@ class TorchOperations:
     @functools.cached_property
     def device(self) -> TorchDevice:
         """The device, opened by the first operation that needs it."""
-        return open_torch_device(self.green_share)
+        return open_torch_device(self.share)
 
     def run(self, operation: str, arguments: Mapping[str, Any], fds: Sequence[int]) -> Any:
         """Runs the operation of this name with ``arguments``; those that take a descriptor get the first of ``fds``."""
@@ -45,9 +46,12 @@ class TorchOperations:
         with self.device.compute():
             return method(*fds[:1], **arguments)
 
-    def do_green(self, share: int) -> None:
-        """Limits the compute stream to ``share`` percent of the SMs by a green context; before any other operation."""
-        self.green_share = share
+    def do_green(self, shares: Sequence[int], index: int) -> None:
+        """Limits the compute stream to its share of the SMs by a green context; before any other operation.
+
+        ``shares``: in percent, of all processes that are limited. ``index``: of this one's.
+        """
+        self.share = None if shares[index] == 100 else SmShare(tuple(shares), index)
 
     def do_product_times(self, size: int, count: int) -> Any:
         """Milliseconds of a product, enqueued and from a graph."""

@@ -19,6 +19,7 @@ from muxmesh.config.arbiter_config import ArbiterConfig
 from muxmesh.config.model_config import ModelConfig
 from muxmesh.config.section import HOST_NEEDED, MAX_BYTES, MAX_COUNT, MIB, NETWORK_NEEDED, Name, Section
 from muxmesh.config.tls_config import InternalTlsConfig, TlsConfig
+from muxmesh.cuda.sm_groups import SmShare
 from muxmesh.errors import ConfigError
 from muxmesh.fairness import Fairness
 from muxmesh.log_format import LogFormat
@@ -158,6 +159,14 @@ class UnitConfig(Section):
     def limits_by_green_contexts(self) -> bool:
         """Whether green contexts limit workers to their shares; `auto` is decided on the machine with the GPU."""
         return self.green_contexts is True
+
+    def green_share(self, model: ModelConfig, role: Role) -> SmShare | None:
+        """The SMs to which a green context limits a worker. None: it may use all, or MPS limits it."""
+        if not self.limits_by_green_contexts or model.compute_share.of(role) == 100:
+            return None
+        workers = [(each.name, its_role) for each in self.models for its_role in Role]
+        shares = tuple(each.compute_share.of(its_role) for each in self.models for its_role in Role)
+        return SmShare(shares, workers.index((model.name, role)))
 
     @property
     def device_index(self) -> int:

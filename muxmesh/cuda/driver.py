@@ -1,4 +1,4 @@
-"""The CUDA driver API: the functions that sharing device memory between processes needs, by ctypes, without torch.
+"""The CUDA driver API: what sharing a device's memory and its SMs between processes needs, by ctypes, without torch.
 
 This file knows names, versions, argument types and error codes of libcuda, and undoes what it had done when a later
 call of the same method fails. It knows nothing of pools, models or MPS. Pointers and handles are plain integers. An
@@ -15,10 +15,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Sequence
 from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
+from muxmesh.cuda.sm_groups import SmGroups
 from muxmesh.errors import DeviceError
 
 _LOCATION_DEVICE = 1
@@ -28,6 +30,12 @@ _HANDLE_POSIX_FD = 1
 _ACCESS_READ_WRITE = 3
 _IPC_LAZY_PEER_ACCESS = 1
 _IPC_HANDLE_BYTES = 64
+
+_RESOURCE_SM = 1
+_GROUP_SMS = 8
+"""The smallest group of SMs that keeps what clusters of blocks need together, from compute capability 9.0 on."""
+_GREEN_DEFAULT_STREAM = 1
+_STREAM_NON_BLOCKING = 1
 
 _ATTRIBUTE_NUM_SMS = 16
 _ATTRIBUTE_CC_MAJOR = 75
@@ -67,6 +75,12 @@ class _IpcHandle(ctypes.Structure):
     _fields_ = [("content", c_char * _IPC_HANDLE_BYTES)]
 
 
+class _Resource(ctypes.Structure):
+    """CUdevResource of SMs. The driver keeps more in the reserved parts."""
+
+    _fields_ = [("type", c_int), ("reserved", c_ubyte * 92), ("num_sms", c_uint), ("more", c_ubyte * 44)]
+
+
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
@@ -101,6 +115,17 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuMemHostUnregister": (c_void_p,),
 }
 
+_GREEN_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "cuDeviceGetDevResource": (c_int, POINTER(_Resource), c_int),
+    "cuDevSmResourceSplitByCount": (
+        POINTER(_Resource), POINTER(c_uint), POINTER(_Resource), POINTER(_Resource), c_uint, c_uint,
+    ),
+    "cuDevResourceGenerateDesc": (POINTER(c_void_p), POINTER(_Resource), c_uint),
+    "cuGreenCtxCreate": (POINTER(c_void_p), c_void_p, c_int, c_uint),
+    "cuGreenCtxStreamCreate": (POINTER(c_void_p), c_void_p, c_uint, c_int),
+}  # fmt: skip
+"""Drivers before CUDA 12.4 lack some of them."""
+
 _HINTS: dict[tuple[str, int], str] = {
     ("cuInit", 100): "no device is visible; compare CUDA_VISIBLE_DEVICES with the UUIDs of `nvidia-smi -L`",
     ("cuDeviceGet", 101): "CUDA_VISIBLE_DEVICES hides it, or the machine has fewer devices",
@@ -110,6 +135,7 @@ _HINTS: dict[tuple[str, int], str] = {
     ("cuMemAlloc_v2", 2): "the device has too little free memory",
     ("cuMemMap", 801): "the size differs from that of the allocation",
     ("cuMemImportFromShareableHandle", 999): "the file descriptor is not of device memory",
+    ("cuDevSmResourceSplitByCount", 915): "the device, or this share of it, has too few SMs for a green context",
     ("cuIpcGetMemHandle", 1): "only memory that `allocate` returned has a handle",
     ("cuIpcOpenMemHandle_v2", 1): "its owner has to live, in the same PID namespace",
     ("cuIpcOpenMemHandle_v2", 201): "a process cannot open a handle of its own memory",
@@ -154,6 +180,7 @@ class CudaDriver:
             raise DeviceError(f"cannot load {path}: {error}; a unit on CUDA needs NVIDIA's driver") from error
         except AttributeError as error:
             raise DeviceError(f"{path} lacks a function: {error}; NVIDIA's driver is too old") from error
+        self._path = path
         self._contexts: dict[int, c_void_p] = {}
         self._call("cuInit", 0)
 
@@ -196,6 +223,51 @@ class CudaDriver:
             self._call("cuDevicePrimaryCtxRetain", context, index)
             self._contexts[index] = context
         self._call("cuCtxSetCurrent", context)
+
+    # Green contexts: streams that are limited to a part of the SMs
+
+    def sm_groups(self, index: int) -> SmGroups:
+        """The groups of SMs that green contexts on this device are made of, the same in each process.
+
+        For a client of MPS they are groups of the SMs of its percentage.
+        """
+        groups = self._split(index)
+        return SmGroups(len(groups), int(groups[0].num_sms))
+
+    def green_stream(self, index: int, groups: Sequence[int]) -> int:
+        """Returns the handle of a new stream whose kernels run on these groups of SMs, for the life of the process.
+
+        ``groups``: their numbers, from 0 to below `SmGroups.count`; at least one. Retains the primary context, which
+        is also that of the stream's memory.
+        """
+        every = self._split(index)
+        chosen = (_Resource * len(groups))(*(every[group] for group in groups))
+        description, context, stream = c_void_p(), c_void_p(), c_void_p()
+        self._call("cuDevResourceGenerateDesc", description, chosen, len(groups))
+        self._call("cuGreenCtxCreate", context, description, index, _GREEN_DEFAULT_STREAM)
+        self._call("cuGreenCtxStreamCreate", stream, context, _STREAM_NON_BLOCKING, 0)
+        assert stream.value is not None
+        return stream.value
+
+    def _split(self, index: int) -> Sequence[_Resource]:
+        """All groups of the device. Raises DeviceError if it has too few SMs for one."""
+        self._bind_green_functions()
+        device, count = _Resource(), c_uint()
+        self._call("cuDeviceGetDevResource", index, device, _RESOURCE_SM)
+        self._call("cuDevSmResourceSplitByCount", None, count, device, None, 0, _GROUP_SMS)
+        groups = (_Resource * count.value)()
+        self._call("cuDevSmResourceSplitByCount", groups, count, device, None, 0, _GROUP_SMS)
+        return groups[: count.value]
+
+    def _bind_green_functions(self) -> None:
+        try:
+            for name, argument_types in _GREEN_FUNCTIONS.items():
+                function = getattr(self._library, name)
+                function.argtypes, function.restype = argument_types, c_int
+        except AttributeError as error:
+            raise DeviceError(
+                f"{self._path} has no green contexts ({error}); they need NVIDIA's driver for CUDA 12.4 or later"
+            ) from error
 
     # Virtual memory management
 

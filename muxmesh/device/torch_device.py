@@ -7,7 +7,6 @@ machines without a GPU and for tests, and it is thousands of times slower. Knows
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from muxmesh.cuda.driver import CudaDriver
+from muxmesh.cuda.sm_groups import SmShare
 from muxmesh.errors import DeviceError, DeviceLost
 
 _log = logging.getLogger(__name__)
@@ -85,11 +86,10 @@ class CudaDevice:
 
     is_interpreted = False
 
-    def __init__(self, green_share: int = 100) -> None:
-        """Creates torch's context. ``green_share`` < 100: the compute stream is limited to that percentage of the SMs
-        by a green context.
+    def __init__(self, share: SmShare | None = None) -> None:
+        """Creates torch's context. With ``share`` a green context limits the compute stream to these SMs.
 
-        Raises DeviceError if torch cannot use the GPU.
+        Raises DeviceError if torch cannot use the GPU, or the driver has no green contexts.
         """
         try:
             torch.cuda.init()  # type: ignore[no-untyped-call]
@@ -104,10 +104,10 @@ class CudaDevice:
         self.compute_capability = (int(properties.major), int(properties.minor))
         self._copy_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._graph_memory: Any = None
-        if green_share < 100:
-            self._green_context, self._compute_stream, self.num_sms = _green_stream(self.num_sms, green_share)
-        else:
+        if share is None:
             self._compute_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        else:
+            self._compute_stream, self.num_sms = _green_stream(share, self.num_sms)
 
     def upload(self, array: np.ndarray) -> Tensor:
         host = torch.from_numpy(np.ascontiguousarray(array)).pin_memory()
@@ -166,30 +166,18 @@ class _CudaEvent:
         self._event.synchronize()
 
 
-def _green_stream(num_sms: int, share: int) -> tuple[Any, torch.cuda.Stream, int]:
-    """Returns a stream whose kernels use at most ``share`` percent of the SMs, and the number of these SMs.
+def _green_stream(share: SmShare, num_sms: int) -> tuple[torch.cuda.Stream, int]:
+    """Returns a stream whose kernels use only the SMs of ``share``, and the number of these SMs.
 
-    The first value is the stream's context, with which the stream ends. Green contexts come in eights of SMs from
-    compute capability 9.0 on. Raises DeviceError if torch has none.
+    Not by torch's own green contexts, which are of the same SMs in each process. Raises DeviceError.
     """
-    try:
-        from torch.cuda.green_contexts import SUPPORTED, GreenContext  # noqa: PLC0415 - torch 2.10 and later
-    except ImportError:
-        SUPPORTED = False  # noqa: N806
-    if not SUPPORTED:
-        raise DeviceError(f"torch {torch.__version__} has no green contexts; use MPS, or torch 2.10 or later with CUDA")
-    granted = max(8, num_sms * share // 100 // 8 * 8)
-    context: Any = GreenContext.create(num_sms=granted, device_id=0)
-    if hasattr(context, "Stream"):  # torch 2.12 and later
-        return context, context.Stream(), granted
-    handle, runtime = ctypes.c_uint64(), torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    context.set_context()  # torch's stream there is the default one, which is another one after pop_context
-    try:
-        torch.cuda.check_error(runtime.cudaStreamCreate(ctypes.addressof(handle)))
-    finally:
-        context.pop_context()
-    stream = torch.cuda.ExternalStream(handle.value, torch.device("cuda", 0))  # type: ignore[no-untyped-call]
-    return context, stream, granted
+    driver = CudaDriver()
+    driver.use_primary_context(0)
+    gpu = driver.sm_groups(0)
+    groups = share.groups(gpu, num_sms)
+    handle = driver.green_stream(0, groups)
+    stream = torch.cuda.ExternalStream(handle, torch.device("cuda", 0))  # type: ignore[no-untyped-call]
+    return stream, gpu.num_sms * len(groups)
 
 
 class InterpretedDevice:
@@ -285,7 +273,7 @@ def _first_line(error: RuntimeError) -> str:
     return str(error).partition("\n")[0]
 
 
-def open_torch_device(green_share: int = 100) -> TorchDevice:
+def open_torch_device(share: SmShare | None = None) -> TorchDevice:
     """Returns the worker's device: the GPU, or CPU tensors if TRITON_INTERPRET=1 is in the environment.
 
     Triton reads the same variable, so kernels and tensors agree. Raises DeviceError.
@@ -293,4 +281,4 @@ def open_torch_device(green_share: int = 100) -> TorchDevice:
     if os.environ.get("TRITON_INTERPRET") == "1":
         _log.warning("TRITON_INTERPRET=1: kernels are interpreted on the CPU, thousands of times slower than on a GPU")
         return InterpretedDevice()
-    return CudaDevice(green_share)
+    return CudaDevice(share)

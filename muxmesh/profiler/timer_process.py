@@ -83,7 +83,7 @@ def open_timers(
     pool: DevicePool
     weights = None
     if unit.is_cuda:
-        device = open_worker_device(config.compute_share.decode if unit.limits_by_green_contexts else 100)
+        device = open_worker_device(unit.green_share(config, Role.DECODE))
         info = device.segments.device
         facts = {"num_sms": info.num_sms, "mps": info.is_mps_client}
         pool, weights = cuda_timer_memory(unit, config, prepared, shape, device.torch)

@@ -110,7 +110,7 @@ class Worker:
 
 
 async def serve(path: Path, role: Role) -> None:
-    device = open_worker_device()
+    device = open_worker_device(None)
     attachment = await attach(path, role, "m", f"unix:{role}", device)
     own = device.segments.device
     await attachment.prove_share(own.num_sms, own.is_mps_client)

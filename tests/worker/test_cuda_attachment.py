@@ -231,7 +231,7 @@ from muxmesh.errors import MeshError
 from muxmesh.types import Role
 from tests.support.fake_driver import device_resources
 from worker.attachment import attach, open_worker_device
-device = open_worker_device()
+device = open_worker_device(None)
 before = device_resources()
 results = {}
 for function in sys.argv[2].split(","):

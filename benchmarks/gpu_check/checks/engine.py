@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.gpu.mps_daemon import mps_client, mps_daemon
 from benchmarks.gpu.peer import Peer
 from benchmarks.gpu_check.check import Findings
+from muxmesh.cuda.mps import MpsControl
 
 LOAD: dict[str, Any] = {"pool_tokens": 65_536, "max_num_seqs": 16, "step_tokens": 512, "max_len": 2048}
 DRY_LOAD: dict[str, Any] = {"pool_tokens": 1024, "max_num_seqs": 2, "step_tokens": 64, "max_len": 128}
@@ -77,7 +78,10 @@ def attention(findings: Findings, is_dry_run: bool) -> None:
 
 
 def green(findings: Findings, is_dry_run: bool) -> None:
-    """Products on green streams of 32 and 64 SMs, enqueued and from a graph, outside MPS and as a client of it."""
+    """Products on green streams of 32 and 64 SMs, enqueued and from a graph, outside MPS and as a client of it.
+
+    Two clients beside each other have SMs of their own.
+    """
     asyncio.run(_green(findings))
 
 
@@ -89,13 +93,30 @@ async def _green(findings: Findings) -> None:
             inside = {share: stack.enter_context(mps_client(control, 100)) for share in shares}
             for place, peers in (("alone", outside), ("under MPS", inside)):
                 for share, peer in peers.items():
-                    peer.ask("green", share=share)
+                    peer.ask("green", shares=[share], index=0)
                 times = {s: peer.ask("product_times", size=4096, count=50) for s, peer in peers.items()}
                 findings.figure(place, times)
                 for share in shares[1:]:
                     _in_proportion(findings, f"{place}, {share} %", times[share], times[100])
             for peer in inside.values():
                 peer.close()
+            _beside_each_other(findings, control)
+
+
+def _beside_each_other(findings: Findings, control: MpsControl) -> None:
+    """Clients whose shares fit beside each other do not take turns on the same SMs."""
+    shares = (40, 30)
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(mps_client(control, 100)) for _ in shares]
+        for index, peer in enumerate(peers):
+            peer.ask("green", shares=shares, index=index)
+        alone = [peer.ask("product_times", size=4096, count=200) for peer in peers]
+        for peer in peers:
+            peer.tell("product_times", size=4096, count=200)
+        together = [peer.reply() for peer in peers]
+    for share, one, beside in zip(shares, alone, together, strict=True):
+        slower = beside["plain_ms"] / one["plain_ms"]
+        findings.expect(f"{share} %: hardly slower beside the other client", slower < 1.5, slower)
 
 
 def _in_proportion(findings: Findings, name: str, part: dict[str, float], whole: dict[str, float]) -> None:

@@ -90,6 +90,12 @@ def test_a_device_is_described_with_its_uuid_and_what_it_can_share(driver: CudaD
     assert device.has_vmm and device.has_posix_fd and not device.is_mps_client
 
 
+def test_green_streams_are_of_groups_of_the_devices_sms(driver: CudaDriver) -> None:
+    groups, num_sms = driver.sm_groups(0), driver.device(0).num_sms
+    assert groups.num_sms >= 8 and num_sms // 2 < groups.count * groups.num_sms <= num_sms
+    assert driver.green_stream(0, (0,)) != driver.green_stream(0, range(1, groups.count))
+
+
 def test_the_fake_device_says_that_it_is_fake(driver: CudaDriver, is_fake: bool) -> None:
     assert ("fake" in driver.device(0).name) is is_fake
 

@@ -41,6 +41,13 @@ def test_the_bindings_see_the_same_device(driver: CudaDriver) -> None:
     assert granularity == driver.granularity(0)
 
 
+def test_the_bindings_divide_the_sms_into_the_same_groups(driver: CudaDriver) -> None:
+    sms = checked(cuda.cuDeviceGetDevResource(0, cuda.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM))
+    assert sms.sm.smCount == driver.device(0).num_sms
+    groups, count, _ = checked(cuda.cuDevSmResourceSplitByCount(64, sms, 0, 8))
+    assert (count, groups[0].sm.smCount) == (driver.sm_groups(0).count, driver.sm_groups(0).num_sms)
+
+
 def test_memory_of_the_bindings_is_imported(in_context: CudaDriver, undo: ExitStack) -> None:
     kind = cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
     handle = checked(cuda.cuMemCreate(SIZE, bindings_properties(), 0))

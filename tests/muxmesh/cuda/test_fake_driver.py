@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from muxmesh.cuda.driver import _FUNCTIONS, CudaDriver
+from muxmesh.cuda.driver import _FUNCTIONS, _GREEN_FUNCTIONS, CudaDriver
+from muxmesh.cuda.sm_groups import SmGroups
 from muxmesh.errors import DeviceError
 from tests.support.driver_memory import SIZE, DriverMemory
 from tests.support.fake_driver import SOURCES, UUID, device_resources, fake_driver_environment, fake_driver_library
@@ -51,6 +52,7 @@ def use_everything(driver: CudaDriver, library: str) -> None:
         address = addressof(c_char.from_buffer(pages))
         driver.register_host(address, 4096)
         driver.unregister_host(address)
+        driver.green_stream(0, range(driver.sm_groups(0).count))
 
 
 def test_every_function_is_used_by_the_tests_of_errors(
@@ -59,11 +61,12 @@ def test_every_function_is_used_by_the_tests_of_errors(
     monkeypatch.setenv("FAKE_CUDA_LOG", str(tmp_path / "log"))
     use_everything(driver, library)
     called = {line.split()[1] for line in (tmp_path / "log").read_text().splitlines()}
-    assert set(_FUNCTIONS) - called == {"cuIpcCloseMemHandle"}, "which needs a second process"
+    assert {*_FUNCTIONS, *_GREEN_FUNCTIONS} - called == {"cuIpcCloseMemHandle"}, "which needs a second process"
 
 
 @pytest.mark.parametrize(
-    "function", sorted(set(_FUNCTIONS) - {"cuGetErrorName", "cuIpcCloseMemHandle", "cuIpcOpenMemHandle_v2"})
+    "function",
+    sorted({*_FUNCTIONS, *_GREEN_FUNCTIONS} - {"cuGetErrorName", "cuIpcCloseMemHandle", "cuIpcOpenMemHandle_v2"}),
 )
 def test_an_error_of_any_function_is_reported_by_name_and_nothing_leaks(
     driver: CudaDriver, library: str, function: str, monkeypatch: pytest.MonkeyPatch
@@ -129,6 +132,30 @@ def test_the_prototypes_of_the_fake_are_those_of_the_cuda_toolkit(tmp_path: Path
             str(source),
         ]
         subprocess.run(command, check=True)
+
+
+# Green contexts
+
+
+def test_a_stream_is_of_the_groups_that_it_was_asked_for(driver: CudaDriver) -> None:
+    assert driver.sm_groups(0) == SmGroups(15, 8)
+    assert driver.green_stream(0, (0, 3, 14)) == 1 << 0 | 1 << 3 | 1 << 14, "the fake's streams say their groups"
+
+
+def test_a_share_without_a_group_of_sms_is_refused(library: str) -> None:
+    script = "import sys; from muxmesh.cuda.driver import CudaDriver; CudaDriver(sys.argv[1]).sm_groups(0)"
+    environment = fake_driver_environment(FAKE_CUDA_SMS="6")
+    command = [sys.executable, "-c", script, library]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "cuDevSmResourceSplitByCount failed" in done.stderr and "too few SMs for a green context" in done.stderr
+
+
+def test_a_driver_without_green_contexts_is_said_to_be_too_old(
+    driver: CudaDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_GREEN_FUNCTIONS, "cuGreenCtxOfTheFuture", ())
+    with pytest.raises(DeviceError, match=r"no green contexts .*cuGreenCtxOfTheFuture.* CUDA 12\.4 or later"):
+        driver.sm_groups(0)
 
 
 # MPS

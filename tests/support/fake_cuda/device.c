@@ -91,7 +91,7 @@ static int is_terminated_by_mps(void) {
         && !strncmp(message, "terminated", strlen("terminated"));
 }
 
-static int num_sms(void) {
+int num_sms(void) {
     const char *share = getenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE");
     int sms = getenv("FAKE_CUDA_SMS") ? atoi(getenv("FAKE_CUDA_SMS")) : 132;
     return share && mps_socket >= 0 ? (int)(sms * atof(share) / 100) & ~1 : sms;
@@ -249,7 +249,8 @@ static const struct { int code; const char *name; } error_names[] = {
     {201, "CUDA_ERROR_INVALID_CONTEXT"}, {304, "CUDA_ERROR_OPERATING_SYSTEM"}, {500, "CUDA_ERROR_NOT_FOUND"},
     {700, "CUDA_ERROR_ILLEGAL_ADDRESS"}, {712, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED"},
     {713, "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED"}, {801, "CUDA_ERROR_NOT_SUPPORTED"},
-    {807, "CUDA_ERROR_MPS_SERVER_NOT_READY"}, {810, "CUDA_ERROR_MPS_CLIENT_TERMINATED"}, {999, "CUDA_ERROR_UNKNOWN"},
+    {807, "CUDA_ERROR_MPS_SERVER_NOT_READY"}, {810, "CUDA_ERROR_MPS_CLIENT_TERMINATED"}, {914, "CUDA_ERROR_INVALID_RESOURCE_TYPE"},
+    {915, "CUDA_ERROR_INVALID_RESOURCE_CONFIGURATION"}, {999, "CUDA_ERROR_UNKNOWN"},
 };
 
 CUresult cuGetErrorName(CUresult error, const char **name) {

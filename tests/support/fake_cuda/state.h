@@ -33,6 +33,7 @@ void unlock(int *unused);
 #define REQUIRE(condition, error) do { if (!(condition)) return error; } while (0)
 #define REQUIRE_DEVICE(index) REQUIRE((index) >= 0 && (index) < num_devices, CUDA_ERROR_INVALID_DEVICE)
 
+int num_sms(void); /* of this process: the share of a client of MPS */
 int current_device(void); /* -1: no context is current in this thread */
 
 typedef struct Range { /* a range of device addresses, or of registered host memory */
