@@ -62,6 +62,20 @@ def test_workers_get_their_gpu_and_their_share(
     assert runtime.environment(DECODE) == decode
 
 
+def test_green_contexts_get_the_shares_of_all_workers_of_the_unit() -> None:
+    runtime = runtime_of(share=SHARES, green_contexts=True)
+    unit, model = runtime.model(DECODE.unit, DECODE.model)
+    one, other = (unit.green_share(model, role) for role in Role)
+    assert one is not None and (one.shares, one.index, one.percent) == ((60, 40), 0, 60)
+    assert other is not None and (other.shares, other.index, other.percent) == ((60, 40), 1, 40)
+
+
+@pytest.mark.parametrize("settings", [{"share": 100, "green_contexts": True}, {"share": SHARES}])
+def test_without_a_limit_by_green_contexts_a_worker_has_none(settings: dict[str, Any]) -> None:
+    unit, model = runtime_of(**settings).model(DECODE.unit, DECODE.model)
+    assert unit.green_share(model, Role.DECODE) is None
+
+
 def test_a_unit_that_must_use_mps_gets_no_environment_without_it() -> None:
     """Its workers would not be limited."""
     with pytest.raises(ConfigError, match="unit u has mps: on, but the runtime file names no control program"):
