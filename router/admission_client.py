@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from muxmesh.clock import Clock
 from muxmesh.errors import InvalidRequest, ModelNotFound, Unavailable
@@ -25,6 +26,9 @@ from router.request_queue import RequestQueue
 
 _log = logging.getLogger(__name__)
 _RECONNECT_S = 0.1
+_EXPLAIN_AFTER_S = 10.0
+"""A unit that is not connected for so long gets a log line with the reason."""
+_EXPLAIN_TIMEOUT_S = 5.0
 _Outbox = asyncio.Queue[kvstore_pb2.AdmitRequest | None]
 
 
@@ -87,6 +91,7 @@ class UnitAdmission:
         self._clock = clock
         self._router = router
         self._stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
+        self._health = health_pb2_grpc.HealthStub(channel)
         self._queue = RequestQueue(policy, is_fair=is_fair)
         self.costs: dict[str, ModelCosts] = {}
         """Step costs by model, as last reported by the unit."""
@@ -169,6 +174,30 @@ class UnitAdmission:
 
     async def run(self) -> None:
         """Opens the stream, and opens it again whenever it breaks, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep_open())
+            group.create_task(self._explain_waiting())
+
+    async def _explain_waiting(self) -> None:
+        """Logs why the unit is not connected: once, and again if the reason changes."""
+        explained = ""
+        while True:
+            await asyncio.sleep(_EXPLAIN_AFTER_S)
+            if self.connected.is_set():
+                explained = ""
+            elif (reason := await self._reason_for_waiting()) != explained and not self.connected.is_set():
+                _log.warning("unit %s is not connected yet: %s", self._unit, reason)
+                explained = reason
+
+    async def _reason_for_waiting(self) -> str:
+        """The error of a call that does not wait until there is a connection, as the stream does."""
+        try:
+            await self._health.Check(health_pb2.HealthCheckRequest(), timeout=_EXPLAIN_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            return error.details() or error.code().name
+        return "it responds, but has not said yet what it serves"
+
+    async def _keep_open(self) -> None:
         while True:
             try:
                 await self._run_stream()

@@ -262,6 +262,26 @@ async def test_a_request_survives_the_restart_of_its_unit(tmp_path: Path, caplog
                 assert (await request).lease.lease_id == entry_id
 
 
+async def test_a_unit_that_cannot_be_reached_is_explained_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router.admission_client, "_EXPLAIN_AFTER_S", 0.01)
+    kvstore, socket = FakeKvStore(), tmp_path / "kv.sock"
+
+    def lines() -> list[str]:
+        return [one.getMessage() for one in caplog.records if "unit0 is not connected yet" in one.getMessage()]
+
+    async with client_of(f"unix:{socket}") as admission:
+        await until(lambda: len(lines()) > 0)
+        assert "No such file or directory" in lines()[0]
+        async with serving(socket, kvstore.services):
+            await admission.connected.wait()
+            shown = len(lines())
+            await asyncio.sleep(0.1)
+            assert len(lines()) == shown
+    assert len(lines()) == len(set(lines())), "each reason once"
+
+
 async def test_a_request_that_ends_while_the_unit_is_lost_is_not_shown_to_the_next_one(tmp_path: Path) -> None:
     kvstore, socket = FakeKvStore(), tmp_path / "kv.sock"
     async with client_of(f"unix:{socket}") as admission:
