@@ -12,11 +12,12 @@ from collections.abc import Set
 from dataclasses import dataclass
 
 from muxmesh.tenants.tenant import Tenant, quota_exceeded
+from router.reservation_stock import NOTHING_TO_SPARE, Spare
 
 _MINUTE_S = 60.0
 _UNKNOWN_DURATION_S = 1.0
-_FRESH_S, _MARGIN = 5.0, 4
-"""See `LocalQuotas.is_plenty`."""
+_FRESH_S, _PLENTY, _SPARE_PART = 5.0, 1 / 4, 1 / 64
+"""See `LocalQuotas.spare`."""
 
 
 @dataclass(slots=True)
@@ -59,24 +60,25 @@ class LocalQuotas:
         for name in ("requests_per_minute", "tokens_per_minute"):
             self._left.pop((tenant.tenant_id, name), None)
 
-    def is_plenty(
-        self, tenant: Tenant, num_requests: int, num_tokens: int, num_open: int, num_routers: int, now_s: float
-    ) -> bool:
-        """Whether Redis would most likely grant requests beside ``num_open`` ones of this router.
+    def spare(self, tenant: Tenant, num_routers: int, now_s: float) -> Spare:
+        """What this router may reserve ahead of requests, which takes it from other routers for that time.
 
-        That is if it has said within `_FRESH_S` that a quarter of each limit is left, and four times what they need.
+        A `_SPARE_PART` of each limit, divided by the routers; nothing unless Redis has said within `_FRESH_S` that
+        `_PLENTY` of each limit is left.
         """
         limits, key = tenant.limits, tenant.tenant_id
-        max_open = limits.max_concurrent_requests
-        if max_open is not None and (num_open + 1) * num_routers * _MARGIN > max_open:
-            return False
-        asked = ((limits.requests_per_minute, "requests_per_minute", num_requests), (
-            limits.tokens_per_minute, "tokens_per_minute", num_tokens))  # fmt: skip
-        for limit, name, amount in asked:
+        by_minute = {
+            "requests_per_minute": limits.requests_per_minute, "tokens_per_minute": limits.tokens_per_minute,
+        }  # fmt: skip
+        for name, limit in by_minute.items():
             left, at_s = self._left.get((key, name), (0.0, -math.inf))
-            if now_s - at_s > _FRESH_S or (limit is not None and left < max(limit / _MARGIN, _MARGIN * amount)):
-                return False
-        return True
+            if now_s - at_s > _FRESH_S or (limit is not None and left < _PLENTY * limit):
+                return NOTHING_TO_SPARE
+        requests, tokens, at_once = (
+            math.inf if limit is None else limit * _SPARE_PART / num_routers
+            for limit in (*by_minute.values(), limits.max_concurrent_requests)
+        )
+        return Spare(min(requests, at_once), tokens)
 
     def grant(self, tenant: Tenant, num_tokens: int, num_open: int, num_routers: int, now_s: float) -> None:
         """Grants a request of ``num_tokens`` beside ``num_open`` ones of this router. Raises QuotaExceeded.

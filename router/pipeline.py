@@ -11,12 +11,11 @@ import asyncio
 import math
 import random
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from muxmesh.background_task import end
 from muxmesh.clock import Clock
 from muxmesh.config.schema import RouterConfig
 from muxmesh.models.token_texts import TokenTexts
@@ -228,9 +227,7 @@ class GenerationPipeline:
         record.begin(len(generation.engine_request.prompt_token_ids), progress, metrics.gap_s.observe)
         first_token_at_s: float | None = None
         try:
-            answer = generation.reservation.answer
-            sequences = self._sequences(generation)
-            async with aclosing(sequences if answer is None else _after(answer, sequences)) as deltas:
+            async with aclosing(self._sequences(generation)) as deltas:
                 async for delta in deltas:
                     if num_tokens := len(delta.new.token_ids):
                         counters.output_tokens += num_tokens
@@ -374,32 +371,6 @@ class GenerationPipeline:
         """Raises Overloaded if the request would start after its deadline. ``num_before``: queued ones before it."""
         now_s = self._clock.monotonic_s()
         self._queue_limit.check_deadline(num_before, request.deadline_s - now_s, now_s)
-
-
-async def _after(
-    awaited: Awaitable[None], deltas: AsyncGenerator[OutputDelta, None]
-) -> AsyncGenerator[OutputDelta, None]:
-    """The deltas, of which none comes before the answer. The error of either one ends both."""
-
-    async def first_delta() -> OutputDelta:
-        return await anext(deltas)
-
-    async with aclosing(deltas):
-        answer = asyncio.ensure_future(awaited)
-        begun = asyncio.create_task(first_delta())
-        try:
-            await asyncio.wait((answer, begun), return_when=asyncio.FIRST_EXCEPTION)
-            if answer.done():
-                answer.result()
-            first = begun.result()
-        except BaseException:
-            await end(begun)
-            if not begun.cancelled():
-                begun.exception()  # the first error counts
-            raise
-        yield first
-        async for delta in deltas:
-            yield delta
 
 
 def _expected_tokens(request: GenerationRequest, engine_request: EngineRequest, forecast: LengthForecast) -> int:

@@ -20,7 +20,11 @@ from muxmesh.clock import Clock
 from muxmesh.errors import QuotaExceeded, Unavailable
 from muxmesh.tenants.quota_book import Left, Renewal, Used
 from muxmesh.tenants.tenant import Tenant
+from router import ahead_reservations
+from router.ahead_reservations import AheadReservations
 from router.local_quotas import LocalQuotas
+from router.reservation import Reservation
+from router.reservation_stock import Spare
 
 _log = logging.getLogger(__name__)
 
@@ -29,8 +33,6 @@ RENEW_EVERY_S = 10.0
 RETRY_S = 1.0
 RESERVE_TIMEOUT_S = 0.5
 """How long a request waits for Redis; then this router treats Redis as away."""
-_ASK_AFTER_S = 0.001
-"""Redis is asked in the background after that: first the request is queued at a unit."""
 _MAX_SETTLING = 256
 """Settlements that are sent together, of all tenants."""
 SETTLE_AFTER_S = 0.05
@@ -41,37 +43,12 @@ MAX_UNSETTLED = 200_000
 OnRedisLoss = Literal["open", "closed"]
 
 
-class Book(Protocol):
+class Book(ahead_reservations.Book, Protocol):
     """See `QuotaBook`."""
 
     async def reserve(self, tenant: Tenant, owner: str, reservation_id: str, num_tokens: int) -> Left: ...
     async def settle(self, tenant: Tenant, used_of: Mapping[str, Used]) -> None: ...
     async def renew(self, tenant: Tenant, owner: str, next_number: int, tokens_of: Mapping[str, int]) -> Renewal: ...
-
-
-@dataclass(slots=True)
-class Reservation:
-    """What is reserved for one request. `settle` has to be called once, however the request ends."""
-
-    keeper: QuotaKeeper
-    tenant: Tenant
-    reservation_id: str
-    number: int
-    """The end of its id."""
-    num_tokens: int
-    started_at_s: float
-    is_granted: bool = False
-    """False while Redis is asked for it."""
-    was_asked_in_vain: bool = False
-    """Whether Redis has not answered."""
-    is_local: bool = False
-    """Whether this router has granted it by itself."""
-    answer: asyncio.Future[None] | None = None
-    """Set while Redis is asked in the background, see `Settles`."""
-
-    def settle(self, prompt_tokens: int, output_tokens: int) -> None:
-        """Charges what was used and gives back the rest. Returns at once: Redis is called in the background."""
-        self.keeper.end(self, prompt_tokens, output_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +69,10 @@ class QuotaKeeper:
         self._book, self._owner, self._clock = book, owner, clock
         self._on_redis_loss: OnRedisLoss = on_redis_loss
         self._local = LocalQuotas()
+        self._ahead = AheadReservations(book, owner, self, clock)
         self._last_number = 0
         self._open: defaultdict[str, dict[str, Reservation]] = defaultdict(dict)
         """Tenant id → reservation id → reservation."""
-        self._unanswered: dict[str, dict[str, Reservation]] = {}
-        """Of those, the ones for which Redis is asked in the background."""
         self._unsettled: deque[_Settlement] = deque()
         self._work = asyncio.Event()
         self._num_routers: dict[str, int] = {}
@@ -119,40 +95,33 @@ class QuotaKeeper:
         return len(self._unsettled)
 
     async def reserve(self, tenant: Tenant, num_tokens: int) -> Reservation:
-        """Reserves one request of ``num_tokens``, prompt and expected output.
+        """Reserves one request of ``num_tokens``, prompt and expected output: one that was made ahead, or a new one.
 
-        If Redis has lately said that plenty is left, it is asked in the background: `Reservation.answer`. Raises
-        QuotaExceeded, or Unavailable while Redis is away if that is to refuse requests.
+        Raises QuotaExceeded, or Unavailable while Redis is away if that is to refuse requests.
         """
-        self._last_number += 1
-        now_s = self._clock.monotonic_s()
-        one = Reservation(self, tenant, f"{self._owner}-{self._last_number}", self._last_number, num_tokens, now_s)
         opened = self._open[tenant.tenant_id]
-        num_open, num_routers = len(opened), self._num_routers_of(tenant)
+        num_open, ahead = len(opened), self._ahead.take(tenant, num_tokens)
+        one = ahead or self.new_reservation(tenant, num_tokens)
+        one.started_at_s = self._clock.monotonic_s()
         opened[one.reservation_id] = one
-        unanswered = [num_tokens, *(other.num_tokens for other in self._unanswered.get(tenant.tenant_id, {}).values())]
-        needed = len(unanswered), sum(unanswered)
-        if not self.is_away and self._local.is_plenty(tenant, *needed, num_open, num_routers, now_s):
-            self._unanswered.setdefault(tenant.tenant_id, {})[one.reservation_id] = one
-            one.answer = asyncio.ensure_future(self._ask_later(one, num_open, now_s))
-            one.answer.add_done_callback(_retrieve_exception)
-        else:
-            await self._ask(one, num_open, now_s)
+        if ahead is None:
+            await self._ask(one, num_open, one.started_at_s)
         return one
 
-    async def _ask_later(self, one: Reservation, num_open: int, now_s: float) -> None:
-        try:
-            await asyncio.sleep(_ASK_AFTER_S)
-            if self._is_open(one):
-                await self._ask(one, num_open, now_s)
-        except asyncio.CancelledError:
-            self.end(one, 0, 0)
-            raise
-        finally:
-            unanswered = self._unanswered[one.tenant.tenant_id]
-            del unanswered[one.reservation_id]
-            if not unanswered:
-                del self._unanswered[one.tenant.tenant_id]
+    def new_reservation(self, tenant: Tenant, num_tokens: int) -> Reservation:
+        """One that Redis knows nothing of."""
+        self._last_number += 1
+        reservation_id = f"{self._owner}-{self._last_number}"
+        return Reservation(self, tenant, reservation_id, self._last_number, num_tokens, self._clock.monotonic_s())
+
+    def spare(self, tenant: Tenant) -> Spare:
+        """See `LocalQuotas.spare`."""
+        return self._local.spare(tenant, self._num_routers_of(tenant), self._clock.monotonic_s())
+
+    def note_left(self, tenant: Tenant, left: Left) -> None:
+        """Redis has said what is left of the tenant's limits."""
+        self._num_routers[tenant.tenant_id] = left.num_owners
+        self._local.note(tenant, left.requests, left.tokens, self._clock.monotonic_s())
 
     async def _ask(self, one: Reservation, num_open: int, now_s: float) -> None:
         """Reserves ``one``, beside ``num_open`` others, in Redis or here. Raises QuotaExceeded or Unavailable."""
@@ -187,18 +156,25 @@ class QuotaKeeper:
     def keep_only(self, tenant_ids: Set[str]) -> None:
         """Removes what is known of all other tenants, but for requests that still run."""
         self._local.keep_only(tenant_ids)
+        self._ahead.keep_only(tenant_ids)
         self._num_routers = {one: number for one, number in self._num_routers.items() if one in tenant_ids}
 
     async def run(self) -> None:
-        """Settles and renews until cancelled."""
+        """Settles, renews and reserves ahead until cancelled."""
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._ahead.run())
             group.create_task(self._renew_repeatedly())
             group.create_task(self._settle_repeatedly())
+
+    async def fill_ahead(self) -> None:
+        """See `AheadReservations.fill`. Raises Unavailable."""
+        await self._ahead.fill()
 
     async def settle_all(self, within_s: float) -> None:
         """Sends the settlements that wait, as far as Redis takes them within ``within_s``. Before the router ends."""
         with contextlib.suppress(TimeoutError, Unavailable):
             async with asyncio.timeout(within_s):
+                await self._ahead.release_all()
                 while self._unsettled:
                     await self._settle_some()
 
@@ -208,11 +184,10 @@ class QuotaKeeper:
             async with asyncio.timeout(RESERVE_TIMEOUT_S):
                 left = await self._book.reserve(one.tenant, self._owner, one.reservation_id, one.num_tokens)
         except (Unavailable, TimeoutError) as error:
-            self._note_away(error)
+            self.note_away(error)
             one.was_asked_in_vain = True
             return False
-        self._num_routers[one.tenant.tenant_id] = left.num_owners
-        self._local.note(one.tenant, left.requests, left.tokens, self._clock.monotonic_s())
+        self.note_left(one.tenant, left)
         return True
 
     def _reserve_here(self, one: Reservation, num_open: int, now_s: float) -> None:
@@ -245,12 +220,16 @@ class QuotaKeeper:
     async def renew(self) -> None:
         """Renews all open reservations. Redis counts as present again if it responds. Raises Unavailable."""
         num_lost, problem = 0, None
-        for tenant_id, opened in list(self._open.items()):
-            if not opened:  # the last one has ended since this call began
-                continue
+        for tenant_id in {**self._open, **dict.fromkeys(self._ahead.tenant_ids)}:
+            opened = self._open.get(tenant_id, {})
             tokens_of = {one.reservation_id: one.num_tokens for one in opened.values() if one.is_granted}
-            asked = (one.number for one in opened.values() if not one.is_granted)
-            next_number, tenant = min(asked, default=self._last_number + 1), next(iter(opened.values())).tenant
+            tokens_of |= self._ahead.tokens_of(tenant_id)
+            asked = [one.number for one in opened.values() if not one.is_granted]
+            asked += self._ahead.numbers_asked(tenant_id)
+            if not tokens_of and not asked:  # the last one has ended since this call began
+                continue
+            next_number = min(asked, default=self._last_number + 1)
+            tenant = next(iter(opened.values())).tenant if opened else self._ahead.tenant(tenant_id)
             try:
                 renewal = await self._book.renew(tenant, self._owner, next_number, tokens_of)
             except Unavailable as error:  # of a Cluster, others may be on a node that responds
@@ -259,7 +238,7 @@ class QuotaKeeper:
             self._num_routers[tenant_id] = renewal.num_owners
             num_lost += renewal.num_added
         if problem is not None:
-            self._note_away(problem)
+            self.note_away(problem)
             raise problem
         if num_lost and not self.is_away:
             _log.warning("Redis had lost %d reservations; they are reserved again", num_lost)
@@ -276,7 +255,7 @@ class QuotaKeeper:
                 try:
                     await self._settle_some()
                 except Unavailable as error:
-                    self._note_away(error)
+                    self.note_away(error)
                     self._limit_unsettled()
                     await asyncio.sleep(RETRY_S)
 
@@ -314,7 +293,8 @@ class QuotaKeeper:
             sums[key] = _Settlement(one.tenant, one.reservation_id if before is None else before.reservation_id, used)
         self._unsettled = deque(sums.values())
 
-    def _note_away(self, error: Exception) -> None:
+    def note_away(self, error: Exception) -> None:
+        """Redis has not responded."""
         if not self.is_away:
             what = "granted by this router alone" if self._on_redis_loss == "open" else "refused"
             _log.warning("quotas: %s; new requests are %s until it does", str(error) or "Redis does not respond", what)
@@ -324,12 +304,6 @@ class QuotaKeeper:
         if self.is_away:
             _log.info("quotas: Redis responds again")
         self.is_away = False
-
-
-def _retrieve_exception(answer: asyncio.Future[None]) -> None:
-    """A request that has ended meanwhile does not read it."""
-    if not answer.cancelled():
-        answer.exception()
 
 
 def _sum(first: Used, second: Used) -> Used:

@@ -74,6 +74,7 @@ class QuotaBook:
         self._client, self._mesh_id, self._owner_ttl_s = client, mesh_id, owner_ttl_s
         self._free = asyncio.Semaphore(_MAX_CALLS)
         self._reserve = client.register_script(quota_scripts.RESERVE)
+        self._release = client.register_script(quota_scripts.RELEASE)
         self._settle = client.register_script(quota_scripts.SETTLE)
         self._renew = client.register_script(quota_scripts.RENEW)
         self._read = client.register_script(quota_scripts.READ)
@@ -83,15 +84,23 @@ class QuotaBook:
 
         Raises QuotaExceeded with the seconds until it would be granted, if no other request comes before.
         """
-        limits = tenant.limits
-        all_limits = (limits.requests_per_minute, limits.tokens_per_minute, limits.max_concurrent_requests)
-        arguments = [reservation_id, owner, self._owner_ttl_s, num_tokens, *map(_limit, all_limits)]
-        granted, *details = await self._run(self._reserve, tenant, arguments)
+        granted, *details = await self._run_reserve(tenant, owner, [reservation_id], num_tokens, is_ahead=False)
         if granted:
-            requests, tokens, num_owners = details
-            return Left(float(requests), float(tokens), num_owners)
+            return _left_of(*details)
         quota, wait_s, left, needed = details
         raise quota_exceeded(tenant, quota.decode(), int(left), int(needed), float(wait_s))
+
+    async def reserve_ahead(self, tenant: Tenant, owner: str, ids: Sequence[str], num_tokens: int) -> Left | None:
+        """Reserves each of ``ids`` with ``num_tokens``, for requests that may come; none if not all are granted.
+
+        Returns what is left, or None.
+        """
+        granted, *details = await self._run_reserve(tenant, owner, ids, num_tokens, is_ahead=True)
+        return _left_of(*details) if granted else None
+
+    async def release(self, tenant: Tenant, ids: Sequence[str]) -> None:
+        """Gives reservations back that no request has used; again it changes nothing."""
+        await self._run(self._release, tenant, [*_bucket_limits(tenant), *ids])
 
     async def settle(self, tenant: Tenant, used_of: Mapping[str, Used]) -> None:
         """Charges what was used and gives the reservations back, by their ids; again it changes nothing."""
@@ -131,6 +140,13 @@ class QuotaBook:
         with redis_required():
             await self._client.delete(*self._keys(tenant_id))
 
+    async def _run_reserve(
+        self, tenant: Tenant, owner: str, ids: Sequence[str], num_tokens: int, is_ahead: bool
+    ) -> Any:
+        limits = [*_bucket_limits(tenant), _limit(tenant.limits.max_concurrent_requests)]
+        arguments = [owner, self._owner_ttl_s, num_tokens, *limits, int(is_ahead), *ids]
+        return await self._run(self._reserve, tenant, arguments)
+
     async def _run(self, script: Any, tenant: Tenant, arguments: Sequence[Any]) -> Any:
         """Clients of Sentinel and Cluster raise an error when they have no free connection; here calls wait for one."""
         async with self._free:
@@ -140,6 +156,10 @@ class QuotaBook:
     def _keys(self, tenant_id: str) -> list[str]:
         """One slot of a Redis Cluster for each tenant."""
         return [redis_key(f"{self._mesh_id}/{tenant_id}", name) for name in _KEYS]
+
+
+def _left_of(requests: bytes, tokens: bytes, num_owners: int) -> Left:
+    return Left(float(requests), float(tokens), num_owners)
 
 
 def _left(level: bytes) -> int | None:

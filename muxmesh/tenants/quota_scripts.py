@@ -88,32 +88,43 @@ end
 RESERVE = (
     _PRELUDE
     + """
-local id, owner, ttl, tokens = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local request_limit, token_limit, max_open = limit_of(ARGV[5]), limit_of(ARGV[6]), limit_of(ARGV[7])
+local owner, ttl, tokens = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local request_limit, token_limit, max_open = limit_of(ARGV[4]), limit_of(ARGV[5]), limit_of(ARGV[6])
+local is_ahead = ARGV[7] == '1'
 local back = given_back()
 local request_level, token_level = level_of('requests', request_limit), level_of('tokens', token_limit)
 token_level = token_level and capped(token_level + back, token_limit)
 local function refuse(name, wait, left, needed)
     keep(request_level, token_level, token_limit)
-    redis.call('HINCRBY', usage, 'refused', 1)
+    if not is_ahead then
+        redis.call('HINCRBY', usage, 'refused', 1)
+    end
     return {0, name, string.format('%.6f', wait), math.floor(left), needed}
 end
-if redis.call('HEXISTS', open, id) == 0 and not redis.call('ZSCORE', settled, id) then
+local ids = {}
+for index = 8, #ARGV do
+    if redis.call('HEXISTS', open, ARGV[index]) == 0 and not redis.call('ZSCORE', settled, ARGV[index]) then
+        ids[#ids + 1] = ARGV[index]
+    end
+end
+if #ids > 0 then
     local num_open = redis.call('HLEN', open)
-    if max_open and num_open >= max_open then
+    if max_open and num_open + #ids > max_open then
         local mean = tonumber(redis.call('HGET', quota, 'mean_s') or '') or 1
-        return refuse('max_concurrent_requests', mean / max_open, 0, 1)
+        return refuse('max_concurrent_requests', mean / max_open, 0, #ids)
     end
-    if request_level and request_level < 1 then
-        return refuse('requests_per_minute', (1 - request_level) * 60 / request_limit, 0, 1)
+    if request_level and request_level < #ids then
+        return refuse('requests_per_minute', (#ids - request_level) * 60 / request_limit, request_level, #ids)
     end
-    local needed = token_limit and math.min(tokens, token_limit)
+    local needed = token_limit and math.min(tokens * #ids, token_limit)
     if token_level and token_level < needed then
         return refuse('tokens_per_minute', (needed - token_level) * 60 / token_limit, token_level, needed)
     end
-    request_level = request_level and request_level - 1
-    token_level = token_level and token_level - tokens
-    redis.call('HSET', open, id, string.format('%d %s', tokens, owner))
+    request_level = request_level and request_level - #ids
+    token_level = token_level and token_level - tokens * #ids
+    for _, id in ipairs(ids) do
+        redis.call('HSET', open, id, string.format('%d %s', tokens, owner))
+    end
 end
 redis.call('ZADD', owners, now + ttl, owner)
 keep(request_level, token_level, token_limit)
@@ -121,13 +132,37 @@ local num_owners = redis.call('ZCARD', owners)
 return {1, string.format('%.6f', request_level or 0), string.format('%.6f', token_level or 0), num_owners}
 """
 )
-"""Arguments: id, owner, TTL of the owner in s, tokens, then the limits on requests, tokens and open reservations.
+"""Arguments: owner, its TTL in s, tokens of each reservation, the limits on requests, tokens and open reservations,
+whether it is ahead of requests (1), then the ids: all of them are reserved, or none.
 
 An empty limit is none. A reservation that was settled already, as its router did not wait for it, is not made. Returns
 1 with the levels of the buckets of requests and tokens and the number of routers with reservations; or 0 with the
 exceeded limit, seconds until it would be granted, what is left of it and what is needed. More tokens than the bucket
-holds are granted when it is full; its level is negative then.
+holds are granted when it is full; its level is negative then. A refusal ahead of requests is not counted.
 """
+
+RELEASE = (
+    _PRELUDE
+    + f"""
+local request_limit, token_limit = limit_of(ARGV[1]), limit_of(ARGV[2])
+local change, num_released = given_back(), 0
+for index = 3, #ARGV do
+    local id = ARGV[index]
+    local entry = redis.call('HGET', open, id)
+    if entry then
+        redis.call('HDEL', open, id)
+        change = change + tokens_of(entry)
+        num_released = num_released + 1
+    end
+    redis.call('ZADD', settled, now + {SETTLED_S}, id)
+end
+local request_level, token_level = level_of('requests', request_limit), level_of('tokens', token_limit)
+keep(request_level and capped(request_level + num_released, request_limit),
+     token_level and capped(token_level + change, token_limit), token_limit)
+return 1
+"""
+)
+"""Arguments: limits on requests and tokens, then ids of reservations that no request has used: they are given back."""
 
 SETTLE = (
     _PRELUDE
@@ -180,7 +215,7 @@ RENEW = (
 local owner, ttl, request_limit, token_limit = ARGV[1], tonumber(ARGV[2]), limit_of(ARGV[3]), limit_of(ARGV[4])
 local next_number = tonumber(ARGV[5])
 redis.call('ZREM', owners, owner)
-local change, num_added, is_listed = given_back(), 0, {}
+local change, num_added, num_removed, is_listed = given_back(), 0, 0, {}
 redis.call('ZADD', owners, now + ttl, owner)
 for index = 6, #ARGV, 2 do
     local id, tokens = ARGV[index], tonumber(ARGV[index + 1])
@@ -198,10 +233,11 @@ for index = 1, #entries, 2 do
     if string.match(entry, ' (.*)$') == owner and is_older and not is_listed[id] then
         redis.call('HDEL', open, id)
         change = change + tokens_of(entry)
+        num_removed = num_removed + 1
     end
 end
 local request_level, token_level = level_of('requests', request_limit), level_of('tokens', token_limit)
-request_level = request_level and request_level - num_added
+request_level = request_level and capped(request_level - num_added + num_removed, request_limit)
 keep(request_level, token_level and capped(token_level + change, token_limit), token_limit)
 return {num_added, redis.call('ZCARD', owners)}
 """
@@ -210,7 +246,8 @@ return {num_added, redis.call('ZCARD', owners)}
 then id and tokens of each of its open reservations.
 
 Adds and charges those that Redis has lost, and gives back older ones of the owner that are not listed: a failover lost
-their settlement. Returns their number, and that of the routers with reservations.
+their settlement, or it is on its way, and then charges their request again. Returns the number of those that were lost,
+and that of the routers with reservations.
 """
 
 READ = (

@@ -31,7 +31,6 @@ class RecordingQuotas:
     """Grants everything, unless there is an ``error``, and records it."""
 
     error: Exception | None = None
-    answer: asyncio.Future[None] | None = None
     reserved: list[tuple[str, int]] = field(default_factory=list)
     settled: list[tuple[int, int]] = field(default_factory=list)
 
@@ -40,13 +39,12 @@ class RecordingQuotas:
         if self.error is not None:
             raise self.error
         self.reserved.append((of.name, num_tokens))
-        return _Recorded(self, self.answer)
+        return _Recorded(self)
 
 
 @dataclass
 class _Recorded:
     quotas: RecordingQuotas
-    answer: asyncio.Future[None] | None = None
 
     def settle(self, prompt_tokens: int, output_tokens: int) -> None:
         self.quotas.settled.append((prompt_tokens, output_tokens))
@@ -86,51 +84,6 @@ async def test_a_refused_request_is_never_queued() -> None:
     refused = QuotaExceeded("tokens_per_minute", "no tokens are left", 5.0)
     reserved, settled, outcome = await run(writes("abc"), quotas=RecordingQuotas(refused))
     assert (reserved, settled, outcome) == ([], [], refused)
-
-
-async def test_no_output_precedes_the_answer_and_the_work_does() -> None:
-    answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    async with (
-        pipeline_parts(writes("abc"), quotas=RecordingQuotas(answer=answer)) as parts,
-        aclosing(await parts.pipeline.start(REQUEST, RequestRecord("r", 100.0))) as deltas,
-    ):
-        first = asyncio.ensure_future(anext(deltas))
-        await until(lambda: len(parts.attempts.requests) == 1)
-        await asyncio.sleep(0.05)
-        assert not first.done()
-        answer.set_result(None)
-        texts = [(await first).new.text, *[delta.new.text async for delta in deltas]]
-    assert "".join(texts) == "abc"
-
-
-async def test_a_request_that_fails_does_not_wait_for_the_answer() -> None:
-    def fails(request: EngineRequest) -> Iterable[Step]:
-        yield InvalidRequest("stopping.max_new_tokens", "is too long")
-
-    answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    async with asyncio.timeout(20):
-        _, settled, outcome = await run(fails, quotas=RecordingQuotas(answer=answer))
-    assert isinstance(outcome, InvalidRequest)
-    assert settled == [(0, 0)]
-
-
-@pytest.mark.parametrize("is_queued", [True, False])
-async def test_an_answer_that_refuses_ends_the_request_at_once_wherever_it_is(is_queued: bool) -> None:
-    refused = QuotaExceeded("tokens_per_minute", "no tokens are left", 5.0)
-    answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    quotas = RecordingQuotas(answer=answer)
-    async with pipeline_parts(writes("abc"), quotas=quotas) as parts:
-        if is_queued:
-            parts.admission.open.clear()
-        async with aclosing(await parts.pipeline.start(REQUEST, RequestRecord("r", 100.0))) as deltas:
-            first = asyncio.ensure_future(anext(deltas))
-            await until(lambda: parts.admission.num_queued("m") == 1 if is_queued else bool(parts.attempts.requests))
-            answer.set_exception(refused)
-            with pytest.raises(QuotaExceeded, match="no tokens are left"):
-                await first
-        assert parts.admission.num_queued("m") == parts.admission.num_unreturned == 0
-        assert parts.pipeline.counters["m"].num_running == 0
-    assert len(quotas.settled) == 1
 
 
 async def test_a_request_that_fails_before_its_prefill_is_charged_nothing() -> None:

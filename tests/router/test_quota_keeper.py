@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from muxmesh.tenants.quota_book import Left, QuotaBook, Renewal, Used
 from muxmesh.tenants.tenant import Tenant, quota_exceeded
 from router import quota_keeper
 from router.local_quotas import LocalQuotas
-from router.quota_keeper import QuotaKeeper, Reservation
+from router.quota_keeper import QuotaKeeper
+from router.reservation_stock import NOTHING_TO_SPARE, Spare
 from tests.support.redis_process import running_redis
 from tests.support.tenants import tenant
 
 ONE = tenant(tokens_per_minute=1000)
+LARGE = tenant(tokens_per_minute=100_000)
+"""It can spare reservations that no request has yet."""
 
 
 class FakeBook:
@@ -59,6 +63,15 @@ class FakeBook:
         if self.loses_answers:
             await self._answer()
         return Left(0.0, 0.0 if limit is None else limit - self.charged - sum(self.open.values()))
+
+    async def reserve_ahead(self, of: Tenant, owner: str, ids: Sequence[str], num_tokens: int) -> Left | None:
+        left = None
+        for reservation_id in ids:
+            left = await self.reserve(of, owner, reservation_id, num_tokens)
+        return left
+
+    async def release(self, of: Tenant, ids: Sequence[str]) -> None:
+        await self.settle(of, dict.fromkeys(ids, Used(0, 0, 0.0)))
 
     async def settle(self, of: Tenant, used_of: Mapping[str, Used]) -> None:
         self.num_calls += 1
@@ -102,89 +115,110 @@ def keeper(book: FakeBook, clock: ManualClock) -> QuotaKeeper:
     return QuotaKeeper(book, "r", "open", clock)
 
 
-async def reserved(keeper: QuotaKeeper, of: Tenant, num_tokens: int) -> Reservation:
-    """A reservation that has its answer."""
-    one = await keeper.reserve(of, num_tokens)
-    if one.answer is not None:
-        await one.answer
-    return one
+async def test_after_the_first_requests_the_next_ones_wait_for_no_answer(keeper: QuotaKeeper, book: FakeBook) -> None:
+    one = await keeper.reserve(LARGE, 10)
+    await keeper.fill_ahead()
+    assert book.open == {"r-1": 10, "r-2": 10}
+    book.gate = asyncio.Event()
+    other = await keeper.reserve(LARGE, 9)
+    assert (one.reservation_id, other.reservation_id, keeper.num_open) == ("r-1", "r-2", 2)
+    asks = asyncio.ensure_future(keeper.reserve(LARGE, 9))
+    await until(lambda: book.num_calls == 3)
+    book.gate.set()
+    assert (await asks).reservation_id == "r-3"
+    other.settle(3, 1)
+    await keeper.settle_all(20)
+    assert (book.open, book.charged) == ({"r-1": 10, "r-3": 9}, 4)
 
 
-async def test_where_plenty_is_left_a_request_does_not_wait_for_the_answer(
+async def test_a_reservation_made_ahead_is_for_requests_of_its_size(keeper: QuotaKeeper, book: FakeBook) -> None:
+    await keeper.reserve(LARGE, 10)
+    await keeper.fill_ahead()
+    assert (await keeper.reserve(LARGE, 11)).reservation_id == "r-3"
+    assert (await keeper.reserve(LARGE, 10)).reservation_id == "r-2"
+
+
+async def test_what_no_request_has_used_is_given_back_and_not_charged(
     keeper: QuotaKeeper, book: FakeBook, clock: ManualClock
 ) -> None:
-    assert (await keeper.reserve(ONE, 10)).answer is None, "what is left is not known yet"
-    book.gate = asyncio.Event()
-    one = await keeper.reserve(ONE, 10)
-    assert one.answer is not None and not one.answer.done()
-    book.gate.set()
-    await one.answer
-    assert book.open == {"r-1": 10, "r-2": 10}
-    clock.advance(6.0)
-    assert (await keeper.reserve(ONE, 10)).answer is None, "others may have used it since"
-    assert (await keeper.reserve(ONE, 300)).answer is None, "less than four times as many are left"
-
-
-async def test_an_answer_that_refuses_leaves_nothing_and_is_counted(keeper: QuotaKeeper, book: FakeBook) -> None:
-    await keeper.reserve(ONE, 10)
-    book.charged = 990  # by other routers
-    one = await keeper.reserve(ONE, 10)
-    assert one.answer is not None
-    with pytest.raises(QuotaExceeded, match="needs 10 tokens"):
-        await one.answer
-    one.settle(0, 0)
-    assert (keeper.num_open, keeper.num_unsettled) == (1, 0)
-    assert keeper.num_refused == {("acme", "tokens_per_minute"): 1}
-    with pytest.raises(QuotaExceeded):
-        await keeper.reserve(ONE, 10)  # what was left before is not true any more
-
-
-async def test_requests_whose_answers_are_awaited_count_against_what_is_plenty(
-    keeper: QuotaKeeper, book: FakeBook
-) -> None:
-    await keeper.reserve(ONE, 10)
-    book.gate = asyncio.Event()
-    asked = [await keeper.reserve(ONE, 100) for _ in range(2)]
-    waits = asyncio.ensure_future(keeper.reserve(ONE, 100))
-    await until(lambda: book.num_calls == 4)
-    assert all(one.answer is not None for one in asked) and not waits.done()
-    book.gate.set()
-    await asyncio.gather(*(one.answer for one in asked if one.answer is not None))
-    assert (await waits).answer is None
-
-
-async def test_a_request_that_ends_before_its_answer_takes_nothing_while_redis_is_away(
-    keeper: QuotaKeeper, book: FakeBook
-) -> None:
-    await keeper.reserve(ONE, 10)
-    book.error = Unavailable("gone")
-    one = await keeper.reserve(ONE, 10)
-    one.settle(0, 0)
-    assert one.answer is not None
-    await one.answer
-    assert (keeper.num_local, one.is_local) == (0, False)
-
-
-async def test_a_request_that_ends_before_its_answer_is_charged_once(keeper: QuotaKeeper, book: FakeBook) -> None:
-    (await keeper.reserve(ONE, 10)).settle(0, 0)
-    book.gate = asyncio.Event()
-    one = await keeper.reserve(ONE, 10)
-    one.settle(3, 0)
-    book.gate.set()
+    (await keeper.reserve(LARGE, 10)).settle(1, 1)
+    await keeper.fill_ahead()
+    assert len(book.open) == 2
+    for seconds in (0.0, 0.0, 2.0, 0.0):
+        clock.advance(seconds)
+        await keeper.fill_ahead()
+    assert list(book.open) == ["r-1"]
     await keeper.settle_all(20)
-    assert one.answer is not None
-    await one.answer
+    assert (book.open, book.charged, keeper.num_open) == ({}, 2, 0)
+
+
+async def test_a_router_that_ends_gives_back_what_it_has_reserved_ahead(keeper: QuotaKeeper, book: FakeBook) -> None:
+    (await keeper.reserve(LARGE, 10)).settle(0, 0)
+    await keeper.fill_ahead()
+    assert book.open
     await keeper.settle_all(20)
-    assert (book.open, book.charged, keeper.num_open, keeper.num_unsettled) == ({}, 3, 0, 0)
+    assert book.open == {}
 
 
-async def test_redis_that_goes_away_before_the_answer_leaves_the_grant_to_the_router(
-    keeper: QuotaKeeper, book: FakeBook
+async def test_what_was_reserved_ahead_is_used_while_redis_is_away_and_renewed_when_it_returns(
+    keeper: QuotaKeeper, book: FakeBook, clock: ManualClock
 ) -> None:
-    await keeper.reserve(ONE, 10)
+    for _ in range(2):
+        await keeper.reserve(LARGE, 10)
+    await keeper.fill_ahead()
     book.error = Unavailable("gone")
-    one = await reserved(keeper, ONE, 10)
-    assert (one.is_local, keeper.is_away) == (True, True)
+    here = await keeper.reserve(LARGE, 20)
+    clock.advance(60.0)
+    ahead = await keeper.reserve(LARGE, 10)
+    assert here.is_local and not ahead.is_local
+    await keeper.fill_ahead()
+    book.error = None
+    book.open.clear()
+    await keeper.renew()
+    assert book.open == {"r-1": 10, "r-2": 10, "r-3": 10, "r-4": 10, "r-5": 20}
+
+
+async def test_changed_limits_give_back_what_was_reserved_ahead(keeper: QuotaKeeper, book: FakeBook) -> None:
+    await keeper.reserve(LARGE, 10)
+    await keeper.fill_ahead()
+    changed = tenant(tokens_per_minute=99_999)
+    assert (await keeper.reserve(changed, 10)).reservation_id == "r-3"
+    await keeper.fill_ahead()
+    assert "r-2" not in book.open and "r-4" in book.open
+
+
+async def test_a_tenant_that_was_removed_is_not_written_to(keeper: QuotaKeeper, book: FakeBook) -> None:
+    await keeper.reserve(LARGE, 10)
+    await keeper.fill_ahead()
+    keeper.keep_only(set())
+    num_calls = book.num_calls
+    await keeper.fill_ahead()
+    assert book.num_calls == num_calls
+
+
+async def test_answers_that_are_lost_leave_nothing_reserved_ahead(keeper: QuotaKeeper, book: FakeBook) -> None:
+    (await keeper.reserve(LARGE, 10)).settle(0, 0)
+    book.loses_answers, book.error = True, Unavailable("lost")
+    with pytest.raises(Unavailable):
+        await keeper.fill_ahead()
+    book.loses_answers, book.error = False, None
+    assert "r-2" in book.open
+    await keeper.settle_all(20)
+    assert book.open == {}
+
+
+async def test_a_renewal_leaves_out_what_is_being_reserved_ahead(keeper: QuotaKeeper, book: FakeBook) -> None:
+    await keeper.reserve(LARGE, 10)
+    book.gate = asyncio.Event()
+    filling = asyncio.ensure_future(keeper.fill_ahead())
+    await until(lambda: book.num_calls == 2)
+    renewing = asyncio.ensure_future(keeper.renew())
+    await until(lambda: book.num_renewals)
+    book.gate.set()
+    await asyncio.gather(filling, renewing)
+    assert book.renewed == [(2, {"r-1": 10})]
+    await keeper.renew()
+    assert book.renewed[1] == (3, {"r-1": 10, "r-2": 10})
 
 
 async def test_a_request_is_reserved_and_settled_once(keeper: QuotaKeeper, book: FakeBook, clock: ManualClock) -> None:
@@ -306,8 +340,8 @@ async def test_renewals_reserve_again_what_redis_has_lost(
 
 async def test_a_renewal_leaves_out_what_redis_has_not_granted_yet(keeper: QuotaKeeper, book: FakeBook) -> None:
     """Redis may refuse it: then a renewal that named it would have made it all the same."""
-    await reserved(keeper, ONE, 400)
-    await reserved(keeper, ONE, 100)
+    await keeper.reserve(ONE, 400)
+    await keeper.reserve(ONE, 100)
     book.gate = asyncio.Event()
     refused = asyncio.ensure_future(keeper.reserve(ONE, 5000))
     renewing = asyncio.ensure_future(keeper.renew())
@@ -336,7 +370,7 @@ async def test_after_a_renewal_the_local_part_is_that_of_one_router(keeper: Quot
     first = await keeper.reserve(ONE, 100)
     await keeper.renew()
     book.error = Unavailable("gone")
-    await reserved(keeper, ONE, 100)
+    await keeper.reserve(ONE, 100)
     with pytest.raises(QuotaExceeded, match="350 of 1000 per minute are left"):
         await keeper.reserve(ONE, 450)
     first.settle(0, 0)
@@ -376,7 +410,7 @@ async def test_very_many_unsettled_requests_are_added_up(
     running.cancel()
 
 
-_STEPS = ("reserve", "settle", "renew", "flush", "away", "back", "lose")
+_STEPS = ("reserve", "settle", "renew", "fill", "flush", "away", "back", "lose")
 
 
 @settings(max_examples=30, deadline=None)
@@ -394,13 +428,17 @@ def test_whatever_happens_each_request_is_charged_once(steps: list[tuple[str, in
             elif what == "renew":
                 with contextlib.suppress(Unavailable):
                     await keeper.renew()
+            elif what == "fill":
+                with contextlib.suppress(Unavailable):
+                    await keeper.fill_ahead()
             elif what == "flush":
                 book.open.clear()  # Redis has restarted empty, but what was settled is charged
             elif what in ("away", "lose"):
                 book.error, book.loses_answers = Unavailable("gone"), what == "lose"
             elif what == "back":
                 book.error, book.loses_answers = None, False
-            await keeper.settle_all(0.001)
+            if number % 2:
+                await keeper.settle_all(0.001)
         book.error = None
         for one in opened:
             one.settle(0, 0)
@@ -436,27 +474,25 @@ async def test_a_real_redis_ends_as_the_book_in_memory(redis_url: str, clock: Ma
 
 
 @pytest.mark.parametrize(
-    ("limits", "left", "num_tokens", "num_open", "num_routers", "expected"),
+    ("limits", "left", "num_routers", "expected"),
     [
-        ({}, (0.0, 0.0), 10**6, 10**6, 9, True),
-        ({"tokens_per_minute": 1000}, (0.0, 250.0), 62, 0, 1, True),
-        ({"tokens_per_minute": 1000}, (0.0, 250.0), 63, 0, 1, False),
-        ({"tokens_per_minute": 1000}, (0.0, 249.0), 1, 0, 1, False),
-        ({"requests_per_minute": 4}, (4.0, 0.0), 1, 0, 1, True),
-        ({"requests_per_minute": 4}, (3.0, 0.0), 1, 0, 1, False),
-        ({"max_concurrent_requests": 8}, (0.0, 0.0), 1, 1, 1, True),
-        ({"max_concurrent_requests": 8}, (0.0, 0.0), 1, 2, 1, False),
-        ({"max_concurrent_requests": 8}, (0.0, 0.0), 1, 1, 2, False),
+        ({}, (0.0, 0.0), 9, Spare(math.inf, math.inf)),
+        ({"tokens_per_minute": 6400}, (0.0, 1600.0), 1, Spare(math.inf, 100.0)),
+        ({"tokens_per_minute": 6400}, (0.0, 1600.0), 2, Spare(math.inf, 50.0)),
+        ({"tokens_per_minute": 6400}, (0.0, 1599.0), 1, NOTHING_TO_SPARE),
+        ({"requests_per_minute": 640}, (160.0, 0.0), 1, Spare(10.0, math.inf)),
+        ({"requests_per_minute": 640}, (159.0, 0.0), 1, NOTHING_TO_SPARE),
+        ({"max_concurrent_requests": 64}, (0.0, 0.0), 1, Spare(1.0, math.inf)),
     ],
 )
-def test_what_is_plenty(
-    limits: dict[str, Any], left: tuple[float, float], num_tokens: int, num_open: int, num_routers: int, expected: bool
+def test_what_a_tenant_can_spare(
+    limits: dict[str, Any], left: tuple[float, float], num_routers: int, expected: Spare
 ) -> None:
     local, of = LocalQuotas(), tenant(**limits)
-    assert not local.is_plenty(of, 1, num_tokens, num_open, num_routers, 100.0), "nothing is known"
+    assert local.spare(of, num_routers, 100.0) == NOTHING_TO_SPARE, "nothing is known"
     local.note(of, *left, 100.0)
-    assert local.is_plenty(of, 1, num_tokens, num_open, num_routers, 105.0) is expected
-    assert not local.is_plenty(of, 1, num_tokens, num_open, num_routers, 105.1), "it was long ago"
+    assert local.spare(of, num_routers, 105.0) == expected
+    assert local.spare(of, num_routers, 105.1) == NOTHING_TO_SPARE, "it was long ago"
 
 
 def test_local_buckets_refill_with_time_and_hold_a_part() -> None:

@@ -99,6 +99,40 @@ async def test_a_reservation_that_arrives_after_its_settlement_is_not_made(book:
     assert await tokens_left(book, one) == 6000
 
 
+async def test_reservations_ahead_are_made_together_or_not_at_all(book: QuotaBook) -> None:
+    one = tenant(tokens_per_minute=6000, requests_per_minute=60, max_concurrent_requests=3)
+    left = await book.reserve_ahead(one, "r", ["r-1", "r-2"], 1000)
+    assert left is not None and 4000 <= left.tokens <= 4100 and 58 <= left.requests <= 59
+    usage = await book.usage(one)
+    assert (usage.open_requests, usage.reserved_tokens) == (2, 2000)
+    assert await book.reserve_ahead(one, "r", ["r-3", "r-4"], 10) is None, "four at once are too many"
+    assert await book.reserve_ahead(one, "r", ["r-3"], 5000) is None, "so many tokens are not left"
+    usage = await book.usage(one)
+    assert (usage.open_requests, usage.refused) == (2, 0)
+
+
+async def test_reservations_that_no_request_has_used_leave_no_trace(book: QuotaBook) -> None:
+    one = tenant(tokens_per_minute=6000, requests_per_minute=60)
+    await book.reserve_ahead(one, "r", ["r-1", "r-2"], 1000)
+    for _ in range(2):
+        await book.release(one, ["r-1", "r-2"])
+    usage = await book.usage(one)
+    assert (usage.requests_left, usage.tokens_left, usage.open_requests, usage.requests) == (60, 6000, 0, 0)
+    await book.reserve_ahead(one, "r", ["r-1"], 1000)
+    assert (await book.usage(one)).open_requests == 0, "it arrived after its release"
+
+
+async def test_a_settlement_that_comes_after_a_renewal_charges_its_request_once(book: QuotaBook) -> None:
+    """The request had ended before the renewal, which no longer names it."""
+    one = tenant(tokens_per_minute=6000, requests_per_minute=60)
+    await book.reserve(one, "r", "r-1", 1000)
+    await book.renew(one, "r", 2, {})
+    await book.settle(one, {"r-1": Used(100, 50, 1.0)})
+    usage = await book.usage(one)
+    assert (usage.requests_left, usage.requests, usage.open_requests) == (59, 1, 0)
+    assert usage.tokens_left is not None and 5850 <= usage.tokens_left <= 5950
+
+
 async def test_a_request_larger_than_the_bucket_is_granted_when_it_is_full(book: QuotaBook, client: Any) -> None:
     one = tenant(tokens_per_minute=600)
     await book.reserve(one, "r", "r-1", 1500)

@@ -1,0 +1,164 @@
+"""Makes reservations ahead of requests, so that most requests wait for no answer of Redis, and gives back unused ones.
+
+How many and how large they are is decided by `router.reservation_stock`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence, Set
+from itertools import islice
+from typing import Protocol
+
+from muxmesh.clock import Clock
+from muxmesh.errors import Unavailable
+from muxmesh.tenants.quota_book import Left
+from muxmesh.tenants.tenant import Tenant
+from router.reservation import Reservation
+from router.reservation_stock import STOCK_EVERY_S, ReservationStock, Spare
+
+_MAX_RELEASING = 256
+"""Reservations that are given back together."""
+
+
+class Book(Protocol):
+    """See `QuotaBook`."""
+
+    async def reserve_ahead(self, tenant: Tenant, owner: str, ids: Sequence[str], num_tokens: int) -> Left | None: ...
+    async def release(self, tenant: Tenant, ids: Sequence[str]) -> None: ...
+
+
+class Host(Protocol):
+    """What the owner of the reservations tells: `router.quota_keeper`."""
+
+    @property
+    def is_away(self) -> bool:
+        """Whether Redis did not respond when it was called last."""
+
+    def new_reservation(self, tenant: Tenant, num_tokens: int) -> Reservation: ...
+    def spare(self, tenant: Tenant) -> Spare: ...
+    def note_left(self, tenant: Tenant, left: Left) -> None: ...
+    def note_away(self, error: Exception) -> None: ...
+
+
+class AheadReservations:
+    """Owns the reservations of one router that no request has yet.
+
+    Invariant: each one that Redis may have is in a stock, asked for, or to be given back, until a request takes it.
+    """
+
+    def __init__(self, book: Book, owner: str, host: Host, clock: Clock) -> None:
+        self._book, self._owner, self._host, self._clock = book, owner, host, clock
+        self._tenants: dict[str, Tenant] = {}
+        """By id, as of the last request of each tenant that has a stock."""
+        self._stocks: defaultdict[str, ReservationStock[Reservation]] = defaultdict(ReservationStock)
+        self._asked: dict[str, list[Reservation]] = {}
+        """Those that Redis is asked for, by tenant id."""
+        self._unused: deque[Reservation] = deque()
+        self._has_work = asyncio.Event()
+
+    def take(self, tenant: Tenant, num_tokens: int) -> Reservation | None:
+        """The reservation for a request of ``num_tokens`` that is made now. None: there is none that is free."""
+        if tenant != self._tenants.get(tenant.tenant_id):  # new, or its limits were changed
+            self._unused.extend(self._stocks[tenant.tenant_id].clear())
+            self._tenants[tenant.tenant_id] = tenant
+        stock = self._stocks[tenant.tenant_id]
+        stock.note(num_tokens)
+        self._has_work.set()
+        return stock.take(num_tokens)
+
+    @property
+    def tenant_ids(self) -> Set[str]:
+        """Tenants of which there are reservations."""
+        return {tenant_id for tenant_id, stock in self._stocks.items() if next(iter(stock), None)} | set(self._asked)
+
+    def tenant(self, tenant_id: str) -> Tenant:
+        """One of ``tenant_ids``."""
+        return self._tenants[tenant_id]
+
+    def tokens_of(self, tenant_id: str) -> Mapping[str, int]:
+        """Reservation id → tokens of those that Redis has granted."""
+        stock = self._stocks.get(tenant_id, ())
+        return {one.reservation_id: one.num_tokens for one in stock}
+
+    def numbers_asked(self, tenant_id: str) -> Sequence[int]:
+        """The numbers of those that Redis is asked for."""
+        return [one.number for one in self._asked.get(tenant_id, ())]
+
+    def keep_only(self, tenant_ids: Set[str]) -> None:
+        """Forgets all of other tenants, which were removed with their reservations."""
+        for gone in set(self._stocks) - set(tenant_ids):
+            self._forget(gone)
+        self._unused = deque(one for one in self._unused if one.tenant.tenant_id in tenant_ids)
+
+    async def run(self) -> None:
+        """Fills the stocks while requests come, until cancelled."""
+        while True:
+            await self._has_work.wait()
+            self._has_work.clear()
+            while self._stocks or self._unused:
+                await asyncio.sleep(STOCK_EVERY_S)
+                try:
+                    await self.fill()
+                except Unavailable as error:
+                    self._host.note_away(error)
+
+    async def fill(self) -> None:
+        """Ends an interval: makes what is missing and gives back what is unused. Raises Unavailable."""
+        now_s = self._clock.monotonic_s()
+        for tenant_id, stock in list(self._stocks.items()):
+            stock.end_interval()
+            if self._host.is_away:
+                continue  # what it has granted is kept for requests
+            self._unused.extend(stock.unused(now_s))
+            if stock.is_idle and tenant_id not in self._asked:
+                self._forget(tenant_id)
+        if not self._host.is_away:
+            await asyncio.gather(*map(self._fill, list(self._stocks)))
+            await self._release_some()
+
+    async def release_all(self) -> None:
+        """Gives back all. Before the router ends. Raises Unavailable."""
+        for stock in self._stocks.values():
+            self._unused.extend(stock.clear())
+        while self._unused:
+            await self._release_some()
+
+    async def _fill(self, tenant_id: str) -> None:
+        stock, tenant = self._stocks[tenant_id], self._tenants[tenant_id]
+        number, num_tokens = stock.missing(self._host.spare(tenant))
+        if not number or tenant_id in self._asked:
+            return
+        asked = self._asked[tenant_id] = [self._host.new_reservation(tenant, num_tokens) for _ in range(number)]
+        ids = [one.reservation_id for one in asked]
+        try:
+            left = await self._book.reserve_ahead(tenant, self._owner, ids, num_tokens)
+        except BaseException:  # they may have been made
+            self._unused.extend(asked)
+            raise
+        finally:
+            del self._asked[tenant_id]
+        if left is None:
+            return
+        self._host.note_left(tenant, left)
+        if self._tenants.get(tenant_id) != tenant:  # it was changed meanwhile
+            self._unused.extend(asked)
+            return
+        for one in asked:
+            one.is_granted = True
+            stock.put(one, self._clock.monotonic_s())
+
+    async def _release_some(self) -> None:
+        """Gives back the oldest ones; those that fail stay. Raises Unavailable if any did."""
+        by_tenant = defaultdict[str, list[Reservation]](list)
+        for one in islice(self._unused, _MAX_RELEASING):
+            by_tenant[one.tenant.tenant_id].append(one)
+        for of_tenant in by_tenant.values():
+            await self._book.release(of_tenant[-1].tenant, [one.reservation_id for one in of_tenant])
+            released = {one.reservation_id for one in of_tenant}
+            self._unused = deque(one for one in self._unused if one.reservation_id not in released)
+
+    def _forget(self, tenant_id: str) -> None:
+        self._stocks.pop(tenant_id, None)
+        self._tenants.pop(tenant_id, None)
