@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from muxmesh.background_task import background
 from muxmesh.clock import Clock
 from muxmesh.errors import InvalidRequest, ModelNotFound, Unavailable
 from muxmesh.internal.v1 import kvstore_pb2, kvstore_pb2_grpc
@@ -174,9 +175,8 @@ class UnitAdmission:
 
     async def run(self) -> None:
         """Opens the stream, and opens it again whenever it breaks, until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._keep_open())
-            group.create_task(self._explain_waiting())
+        async with background(self._explain_waiting(), f"reasons why {self._unit} is not connected"):
+            await self._keep_open()
 
     async def _explain_waiting(self) -> None:
         """Logs why the unit is not connected: once, and again if the reason changes."""
