@@ -73,9 +73,15 @@ class AheadReservations:
         """Tenants of which there are reservations."""
         return {tenant_id for tenant_id, stock in self._stocks.items() if next(iter(stock), None)} | set(self._asked)
 
+    @property
+    def num_unused(self) -> int:
+        """Reservations that are to be given back."""
+        return len(self._unused)
+
     def tenant(self, tenant_id: str) -> Tenant:
         """One of ``tenant_ids``."""
-        return self._tenants[tenant_id]
+        asked = self._asked.get(tenant_id)
+        return asked[0].tenant if asked else self._tenants[tenant_id]
 
     def tokens_of(self, tenant_id: str) -> Mapping[str, int]:
         """Reservation id → tokens of those that Redis has granted."""
@@ -115,18 +121,18 @@ class AheadReservations:
             if stock.is_idle and tenant_id not in self._asked:
                 self._forget(tenant_id)
         if not self._host.is_away:
-            await asyncio.gather(*map(self._fill, list(self._stocks)))
-            await self._release_some()
+            await asyncio.gather(*(self._fill(stock, self._tenants[one]) for one, stock in self._stocks.items()))
+            await self.release_some()
 
     async def release_all(self) -> None:
         """Gives back all. Before the router ends. Raises Unavailable."""
         for stock in self._stocks.values():
             self._unused.extend(stock.clear())
         while self._unused:
-            await self._release_some()
+            await self.release_some()
 
-    async def _fill(self, tenant_id: str) -> None:
-        stock, tenant = self._stocks[tenant_id], self._tenants[tenant_id]
+    async def _fill(self, stock: ReservationStock[Reservation], tenant: Tenant) -> None:
+        tenant_id = tenant.tenant_id
         number, num_tokens = stock.missing(self._host.spare(tenant))
         if not number or tenant_id in self._asked:
             return
@@ -142,15 +148,15 @@ class AheadReservations:
         if left is None:
             return
         self._host.note_left(tenant, left)
-        if self._tenants.get(tenant_id) != tenant:  # it was changed meanwhile
+        if self._stocks.get(tenant_id) is not stock or self._tenants.get(tenant_id) != tenant:  # changed meanwhile
             self._unused.extend(asked)
             return
         for one in asked:
             one.is_granted = True
             stock.put(one, self._clock.monotonic_s())
 
-    async def _release_some(self) -> None:
-        """Gives back the oldest ones; those that fail stay. Raises Unavailable if any did."""
+    async def release_some(self) -> None:
+        """Gives back the oldest ones that are unused; those that fail stay. Raises Unavailable if any did."""
         by_tenant = defaultdict[str, list[Reservation]](list)
         for one in islice(self._unused, _MAX_RELEASING):
             by_tenant[one.tenant.tenant_id].append(one)

@@ -218,8 +218,8 @@ class QuotaKeeper:
                 await self.renew()
 
     async def renew(self) -> None:
-        """Renews all open reservations. Redis counts as present again if it responds. Raises Unavailable."""
-        num_lost, problem = 0, None
+        """Renews all reservations. Redis counts as present again if it responds. Raises Unavailable."""
+        num_lost, num_asked, problem = 0, 0, None
         for tenant_id in {**self._open, **dict.fromkeys(self._ahead.tenant_ids)}:
             opened = self._open.get(tenant_id, {})
             tokens_of = {one.reservation_id: one.num_tokens for one in opened.values() if one.is_granted}
@@ -230,6 +230,7 @@ class QuotaKeeper:
                 continue
             next_number = min(asked, default=self._last_number + 1)
             tenant = next(iter(opened.values())).tenant if opened else self._ahead.tenant(tenant_id)
+            num_asked += 1
             try:
                 renewal = await self._book.renew(tenant, self._owner, next_number, tokens_of)
             except Unavailable as error:  # of a Cluster, others may be on a node that responds
@@ -237,12 +238,18 @@ class QuotaKeeper:
                 continue
             self._num_routers[tenant_id] = renewal.num_owners
             num_lost += renewal.num_added
+        if self.is_away and problem is None and self._ahead.num_unused:
+            num_asked += 1
+            try:
+                await self._ahead.release_some()
+            except Unavailable as error:
+                problem = error
         if problem is not None:
             self.note_away(problem)
             raise problem
         if num_lost and not self.is_away:
             _log.warning("Redis had lost %d reservations; they are reserved again", num_lost)
-        if self._open or not self.is_away or not self._unsettled:
+        if num_asked or not self._unsettled:
             self._note_present()
 
     async def _settle_repeatedly(self) -> None:

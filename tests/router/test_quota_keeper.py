@@ -178,6 +178,39 @@ async def test_what_was_reserved_ahead_is_used_while_redis_is_away_and_renewed_w
     assert book.open == {"r-1": 10, "r-2": 10, "r-3": 10, "r-4": 10, "r-5": 20}
 
 
+async def test_redis_stays_away_until_it_takes_back_what_is_unused(keeper: QuotaKeeper, book: FakeBook) -> None:
+    """No request runs and none is unsettled, so that nothing else asks it."""
+    (await keeper.reserve(LARGE, 10)).settle(0, 0)
+    await keeper.settle_all(20)
+    book.error, book.loses_answers = Unavailable("gone"), True
+    with pytest.raises(Unavailable):
+        await keeper.fill_ahead()
+    keeper.note_away(book.error)
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            await keeper.renew()
+        assert keeper.is_away
+    book.error = None
+    await keeper.renew()
+    assert not keeper.is_away and book.open == {}
+
+
+async def test_a_tenant_that_is_removed_while_redis_is_asked_gets_nothing(keeper: QuotaKeeper, book: FakeBook) -> None:
+    (await keeper.reserve(LARGE, 10)).settle(0, 0)
+    book.gate = asyncio.Event()
+    filling = asyncio.ensure_future(keeper.fill_ahead())
+    await until(lambda: book.num_calls == 2)
+    keeper.keep_only(set())
+    again = asyncio.ensure_future(keeper.reserve(LARGE, 10))
+    renewing = asyncio.ensure_future(keeper.renew())
+    await until(lambda: book.num_calls == 3)
+    book.gate.set()
+    await asyncio.gather(filling, renewing)
+    assert (await again).reservation_id == "r-3", "that of the tenant before is not used"
+    await keeper.fill_ahead()
+    assert "r-2" not in book.open
+
+
 async def test_changed_limits_give_back_what_was_reserved_ahead(keeper: QuotaKeeper, book: FakeBook) -> None:
     await keeper.reserve(LARGE, 10)
     await keeper.fill_ahead()
