@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
@@ -26,7 +27,7 @@ class Book(Protocol):
     """See `QuotaBook`."""
 
     async def reserve_ahead(self, tenant: Tenant, owner: str, ids: Sequence[str], num_tokens: int) -> Left | None: ...
-    async def release(self, tenant: Tenant, ids: Sequence[str]) -> None: ...
+    async def release(self, tenant: Tenant, kept_of: Mapping[str, int]) -> None: ...
 
 
 class Host(Protocol):
@@ -38,8 +39,17 @@ class Host(Protocol):
 
     def new_reservation(self, tenant: Tenant, num_tokens: int) -> Reservation: ...
     def spare(self, tenant: Tenant) -> Spare: ...
-    def note_left(self, tenant: Tenant, left: Left) -> None: ...
+    def note_left(self, tenant: Tenant, left: Left | None) -> None: ...
     def note_away(self, error: Exception) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Excess:
+    """What a reservation has beyond ``num_kept`` tokens is to be given back; with 0 it was never used."""
+
+    tenant: Tenant
+    reservation_id: str
+    num_kept: int
 
 
 class AheadReservations:
@@ -55,18 +65,22 @@ class AheadReservations:
         self._stocks: defaultdict[str, ReservationStock[Reservation]] = defaultdict(ReservationStock)
         self._asked: dict[str, list[Reservation]] = {}
         """Those that Redis is asked for, by tenant id."""
-        self._unused: deque[Reservation] = deque()
+        self._excess: deque[_Excess] = deque()
         self._has_work = asyncio.Event()
 
     def take(self, tenant: Tenant, num_tokens: int) -> Reservation | None:
         """The reservation for a request of ``num_tokens`` that is made now. None: there is none that is free."""
         if tenant != self._tenants.get(tenant.tenant_id):  # new, or its limits were changed
-            self._unused.extend(self._stocks[tenant.tenant_id].clear())
+            self._give_back(self._stocks[tenant.tenant_id].clear())
             self._tenants[tenant.tenant_id] = tenant
         stock = self._stocks[tenant.tenant_id]
         stock.note(num_tokens)
         self._has_work.set()
-        return stock.take(num_tokens)
+        one = stock.take(num_tokens)
+        if one is not None and one.num_tokens > num_tokens:
+            self._excess.append(_Excess(tenant, one.reservation_id, num_tokens))
+            one.num_tokens = num_tokens
+        return one
 
     @property
     def tenant_ids(self) -> Set[str]:
@@ -74,9 +88,9 @@ class AheadReservations:
         return {tenant_id for tenant_id, stock in self._stocks.items() if next(iter(stock), None)} | set(self._asked)
 
     @property
-    def num_unused(self) -> int:
-        """Reservations that are to be given back."""
-        return len(self._unused)
+    def has_excess(self) -> bool:
+        """Whether something is to be given back."""
+        return bool(self._excess)
 
     def tenant(self, tenant_id: str) -> Tenant:
         """One of ``tenant_ids``."""
@@ -96,14 +110,14 @@ class AheadReservations:
         """Forgets all of other tenants, which were removed with their reservations."""
         for gone in set(self._stocks) - set(tenant_ids):
             self._forget(gone)
-        self._unused = deque(one for one in self._unused if one.tenant.tenant_id in tenant_ids)
+        self._excess = deque(one for one in self._excess if one.tenant.tenant_id in tenant_ids)
 
     async def run(self) -> None:
         """Fills the stocks while requests come, until cancelled."""
         while True:
             await self._has_work.wait()
             self._has_work.clear()
-            while self._stocks or self._unused:
+            while self._stocks or self._excess:
                 await asyncio.sleep(STOCK_EVERY_S)
                 try:
                     await self.fill()
@@ -117,53 +131,78 @@ class AheadReservations:
             stock.end_interval()
             if self._host.is_away:
                 continue  # what it has granted is kept for requests
-            self._unused.extend(stock.unused(now_s))
+            self._give_back(stock.unused(now_s))
             if stock.is_idle and tenant_id not in self._asked:
                 self._forget(tenant_id)
-        if not self._host.is_away:
-            await asyncio.gather(*(self._fill(stock, self._tenants[one]) for one, stock in self._stocks.items()))
-            await self.release_some()
+        if self._host.is_away:
+            return
+        fills = [
+            self._fill(tenant, stock, *missing)
+            for tenant_id, stock in self._stocks.items()
+            if tenant_id not in self._asked
+            and (missing := stock.missing(self._host.spare(tenant := self._tenants[tenant_id])))[0]
+        ]
+        results = await asyncio.gather(*fills, return_exceptions=True)
+        await self.release_some()
+        for result in results:
+            if result is not None:
+                raise result
 
     async def release_all(self) -> None:
         """Gives back all. Before the router ends. Raises Unavailable."""
         for stock in self._stocks.values():
-            self._unused.extend(stock.clear())
-        while self._unused:
+            self._give_back(stock.clear())
+        while self._excess:
             await self.release_some()
 
-    async def _fill(self, stock: ReservationStock[Reservation], tenant: Tenant) -> None:
+    async def _fill(self, tenant: Tenant, stock: ReservationStock[Reservation], number: int, num_tokens: int) -> None:
         tenant_id = tenant.tenant_id
-        number, num_tokens = stock.missing(self._host.spare(tenant))
-        if not number or tenant_id in self._asked:
-            return
         asked = self._asked[tenant_id] = [self._host.new_reservation(tenant, num_tokens) for _ in range(number)]
         ids = [one.reservation_id for one in asked]
         try:
             left = await self._book.reserve_ahead(tenant, self._owner, ids, num_tokens)
         except BaseException:  # they may have been made
-            self._unused.extend(asked)
+            self._give_back(asked)
             raise
         finally:
             del self._asked[tenant_id]
+        self._host.note_left(tenant, left)
         if left is None:
             return
-        self._host.note_left(tenant, left)
         if self._stocks.get(tenant_id) is not stock or self._tenants.get(tenant_id) != tenant:  # changed meanwhile
-            self._unused.extend(asked)
+            self._give_back(asked)
             return
         for one in asked:
             one.is_granted = True
             stock.put(one, self._clock.monotonic_s())
 
     async def release_some(self) -> None:
-        """Gives back the oldest ones that are unused; those that fail stay. Raises Unavailable if any did."""
-        by_tenant = defaultdict[str, list[Reservation]](list)
-        for one in islice(self._unused, _MAX_RELEASING):
+        """Gives back the oldest excess, that of a tenant together. What fails stays. Raises Unavailable if any did."""
+        by_tenant = defaultdict[str, list[_Excess]](list)
+        for one in islice(self._excess, _MAX_RELEASING):
             by_tenant[one.tenant.tenant_id].append(one)
-        for of_tenant in by_tenant.values():
-            await self._book.release(of_tenant[-1].tenant, [one.reservation_id for one in of_tenant])
-            released = {one.reservation_id for one in of_tenant}
-            self._unused = deque(one for one in self._unused if one.reservation_id not in released)
+        results = await asyncio.gather(
+            *(
+                self._book.release(of_tenant[-1].tenant, {one.reservation_id: one.num_kept for one in of_tenant})
+                for of_tenant in by_tenant.values()
+            ),
+            return_exceptions=True,
+        )
+        done = {
+            id(one)
+            for of_tenant, result in zip(by_tenant.values(), results, strict=True)
+            for one in of_tenant
+            if result is None
+        }
+        failed = [one for of_tenant in by_tenant.values() for one in of_tenant if id(one) not in done]
+        tried = done.union(map(id, failed))
+        self._excess = deque([*(one for one in self._excess if id(one) not in tried), *failed])
+        for result in results:
+            if result is not None:
+                raise result
+
+    def _give_back(self, unused: Iterable[Reservation]) -> None:
+        self._excess.extend(_Excess(one.tenant, one.reservation_id, 0) for one in unused)
 
     def _forget(self, tenant_id: str) -> None:
         self._stocks.pop(tenant_id, None)

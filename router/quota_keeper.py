@@ -118,8 +118,13 @@ class QuotaKeeper:
         """See `LocalQuotas.spare`."""
         return self._local.spare(tenant, self._num_routers_of(tenant), self._clock.monotonic_s())
 
-    def note_left(self, tenant: Tenant, left: Left) -> None:
-        """Redis has said what is left of the tenant's limits."""
+    def note_left(self, tenant: Tenant, left: Left | None) -> None:
+        """Redis has said what is left of the tenant's limits. None: too little."""
+        if left is None:
+            self._local.forget(tenant)
+            return
+        if self.is_away:  # an answer of before: what was granted here since is not part of it
+            return
         self._num_routers[tenant.tenant_id] = left.num_owners
         self._local.note(tenant, left.requests, left.tokens, self._clock.monotonic_s())
 
@@ -172,11 +177,13 @@ class QuotaKeeper:
 
     async def settle_all(self, within_s: float) -> None:
         """Sends the settlements that wait, as far as Redis takes them within ``within_s``. Before the router ends."""
-        with contextlib.suppress(TimeoutError, Unavailable):
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                await self._ahead.release_all()
-                while self._unsettled:
-                    await self._settle_some()
+                with contextlib.suppress(Unavailable):
+                    while self._unsettled:
+                        await self._settle_some()
+                with contextlib.suppress(Unavailable):
+                    await self._ahead.release_all()
 
     async def _reserve_in_redis(self, one: Reservation) -> bool:
         """False if Redis does not respond in time."""
@@ -238,7 +245,7 @@ class QuotaKeeper:
                 continue
             self._num_routers[tenant_id] = renewal.num_owners
             num_lost += renewal.num_added
-        if self.is_away and problem is None and self._ahead.num_unused:
+        if self.is_away and problem is None and self._ahead.has_excess:
             num_asked += 1
             try:
                 await self._ahead.release_some()

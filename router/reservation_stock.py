@@ -13,8 +13,13 @@ STOCK_EVERY_S = 0.05
 _KEEP_S = 2.0
 """A reservation that no request has taken for so long is given back."""
 _MOST = 64
-_DECAY = 0.95
-"""Of the size of reservations, in each interval."""
+_DECAY = 0.9
+"""Of the number of recent requests, in each interval: half of them are of the last 0.35 s. Of their size, in each that
+has requests."""
+_AHEAD = 0.2
+"""Of these requests so many are expected in two intervals."""
+_FEW = 1.5
+"""So few recent requests are too few to expect another one."""
 
 
 class Reserved(Protocol):
@@ -40,7 +45,7 @@ R = TypeVar("R", bound=Reserved)
 
 
 class ReservationStock(Generic[R]):
-    """Owns the free reservations of a tenant: about as many as it needs in two intervals, each for its larger requests.
+    """Owns the free reservations of a tenant: as many as it needs in two intervals, each for its largest requests.
 
     `note` and `take` are called for each request, `end_interval` every `STOCK_EVERY_S`, then the others.
     """
@@ -54,7 +59,7 @@ class ReservationStock(Generic[R]):
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left, and hardly a request has come lately."""
-        return not self._free and not self._num_new and self._demand < 0.5
+        return not self._free and not self._num_new and self._demand < 0.1
 
     def __iter__(self) -> Iterator[R]:
         return (one for _, one in self._free)
@@ -78,15 +83,19 @@ class ReservationStock(Generic[R]):
 
     def end_interval(self) -> None:
         """The requests since the last call are those of one interval."""
-        self._demand = self._demand / 2 + self._num_new
-        self._num_tokens = max(self._largest_new, self._num_tokens * _DECAY)
+        self._demand = self._demand * _DECAY + self._num_new
+        if self._num_new:
+            self._num_tokens = max(self._largest_new, self._num_tokens * _DECAY)
         self._num_new = self._largest_new = 0
 
     def missing(self, spare: Spare) -> tuple[int, int]:
-        """How many reservations to make now, of how many tokens each."""
+        """How many reservations to make now, of how many tokens each. None for one request that came alone."""
+        if self._demand < _FEW:
+            return 0, 0
         num_tokens = max(1, math.ceil(self._num_tokens))
-        most = min(_MOST, self._demand + 0.5, spare.num_requests, spare.num_tokens / num_tokens)
-        return max(0, int(most) - len(self._free)), num_tokens
+        spare_tokens = spare.num_tokens - sum(one.num_tokens for one in self)
+        most = min(_MOST, math.ceil(_AHEAD * self._demand), spare.num_requests) - len(self._free)
+        return max(0, int(min(most, spare_tokens / num_tokens))), num_tokens
 
     def unused(self, now_s: float) -> list[R]:
         """Removes and returns what no request has taken for too long."""

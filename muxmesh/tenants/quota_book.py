@@ -98,9 +98,12 @@ class QuotaBook:
         granted, *details = await self._run_reserve(tenant, owner, ids, num_tokens, is_ahead=True)
         return _left_of(*details) if granted else None
 
-    async def release(self, tenant: Tenant, ids: Sequence[str]) -> None:
-        """Gives reservations back that no request has used; again it changes nothing."""
-        await self._run(self._release, tenant, [*_bucket_limits(tenant), *ids])
+    async def release(self, tenant: Tenant, kept_of: Mapping[str, int]) -> None:
+        """Gives back what reservations have beyond the tokens that each keeps; with 0 all of it, as no request used it.
+
+        Again it changes nothing, nor after their settlement.
+        """
+        await self._run(self._release, tenant, [*_bucket_limits(tenant), *itertools.chain(*kept_of.items())])
 
     async def settle(self, tenant: Tenant, used_of: Mapping[str, Used]) -> None:
         """Charges what was used and gives the reservations back, by their ids; again it changes nothing."""

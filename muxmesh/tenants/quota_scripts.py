@@ -58,26 +58,26 @@ local function tokens_of(entry)
     return tonumber(string.match(entry, '^%d+')) or 0
 end
 
--- Gives back what routers hold that have not renewed it in time.
+-- Gives back what routers hold that have not renewed it in time. Returns its tokens and the number of reservations.
 local function given_back()
     redis.call('ZREMRANGEBYSCORE', settled, '-inf', now)
     local dead = redis.call('ZRANGEBYSCORE', owners, '-inf', now)
     if #dead == 0 then
-        return 0
+        return 0, 0
     end
     local is_dead = {{}}
     for _, owner in ipairs(dead) do
         is_dead[owner] = true
     end
     redis.call('ZREMRANGEBYSCORE', owners, '-inf', now)
-    local sum, entries = 0, redis.call('HGETALL', open)
+    local sum, count, entries = 0, 0, redis.call('HGETALL', open)
     for index = 1, #entries, 2 do
         if is_dead[string.match(entries[index + 1], ' (.*)$')] then
             redis.call('HDEL', open, entries[index])
-            sum = sum + tokens_of(entries[index + 1])
+            sum, count = sum + tokens_of(entries[index + 1]), count + 1
         end
     end
-    return sum
+    return sum, count
 end
 
 local function capped(level, limit)
@@ -91,8 +91,9 @@ RESERVE = (
 local owner, ttl, tokens = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local request_limit, token_limit, max_open = limit_of(ARGV[4]), limit_of(ARGV[5]), limit_of(ARGV[6])
 local is_ahead = ARGV[7] == '1'
-local back = given_back()
+local back, num_back = given_back()
 local request_level, token_level = level_of('requests', request_limit), level_of('tokens', token_limit)
+request_level = request_level and capped(request_level + num_back, request_limit)
 token_level = token_level and capped(token_level + back, token_limit)
 local function refuse(name, wait, left, needed)
     keep(request_level, token_level, token_limit)
@@ -145,16 +146,21 @@ RELEASE = (
     _PRELUDE
     + f"""
 local request_limit, token_limit = limit_of(ARGV[1]), limit_of(ARGV[2])
-local change, num_released = given_back(), 0
-for index = 3, #ARGV do
-    local id = ARGV[index]
+local change, num_released = given_back()
+for index = 3, #ARGV, 2 do
+    local id, kept = ARGV[index], tonumber(ARGV[index + 1])
     local entry = redis.call('HGET', open, id)
-    if entry then
+    if entry and kept > 0 then
+        redis.call('HSET', open, id, string.format('%d %s', kept, string.match(entry, ' (.*)$')))
+        change = change + tokens_of(entry) - kept
+    elseif entry then
         redis.call('HDEL', open, id)
         change = change + tokens_of(entry)
         num_released = num_released + 1
     end
-    redis.call('ZADD', settled, now + {SETTLED_S}, id)
+    if kept == 0 then
+        redis.call('ZADD', settled, now + {SETTLED_S}, id)
+    end
 end
 local request_level, token_level = level_of('requests', request_limit), level_of('tokens', token_limit)
 keep(request_level and capped(request_level + num_released, request_limit),
@@ -162,14 +168,18 @@ keep(request_level and capped(request_level + num_released, request_limit),
 return 1
 """
 )
-"""Arguments: limits on requests and tokens, then ids of reservations that no request has used: they are given back."""
+"""Arguments: limits on requests and tokens, then ids of reservations and the tokens that each of them keeps.
+
+The rest is given back; with 0 the whole reservation, which no request has used.
+"""
 
 SETTLE = (
     _PRELUDE
     + f"""
 local request_limit, token_limit = limit_of(ARGV[1]), limit_of(ARGV[2])
-local change = given_back()
+local change, num_back = given_back()
 local request_level, token_level = level_of('requests', request_limit), level_of('tokens', token_limit)
+request_level = request_level and capped(request_level + num_back, request_limit)
 local mean = tonumber(redis.call('HGET', quota, 'mean_s') or '')
 local requests, prompts, outputs = 0, 0, 0
 for index = 3, #ARGV, 4 do
@@ -215,7 +225,8 @@ RENEW = (
 local owner, ttl, request_limit, token_limit = ARGV[1], tonumber(ARGV[2]), limit_of(ARGV[3]), limit_of(ARGV[4])
 local next_number = tonumber(ARGV[5])
 redis.call('ZREM', owners, owner)
-local change, num_added, num_removed, is_listed = given_back(), 0, 0, {}
+local change, num_removed = given_back()
+local num_added, is_listed = 0, {}
 redis.call('ZADD', owners, now + ttl, owner)
 for index = 6, #ARGV, 2 do
     local id, tokens = ARGV[index], tonumber(ARGV[index + 1])
@@ -254,10 +265,11 @@ READ = (
     _PRELUDE
     + """
 local request_limit, token_limit = limit_of(ARGV[1]), limit_of(ARGV[2])
-local back = given_back()
+local back, num_back = given_back()
 local request_level, token_level = level_of('requests', request_limit), level_of('tokens', token_limit)
+request_level = request_level and capped(request_level + num_back, request_limit)
 token_level = token_level and capped(token_level + back, token_limit)
-if back > 0 then
+if num_back > 0 then
     keep(request_level, token_level, token_limit)
 end
 local function text(level)

@@ -18,9 +18,10 @@ from muxmesh.errors import QuotaExceeded, Unavailable
 from muxmesh.redis_connection import open_redis
 from muxmesh.tenants.quota_book import Left, QuotaBook, Renewal, Used
 from muxmesh.tenants.tenant import Tenant, quota_exceeded
-from router import quota_keeper
+from router import ahead_reservations, quota_keeper
 from router.local_quotas import LocalQuotas
 from router.quota_keeper import QuotaKeeper
+from router.reservation import Reservation
 from router.reservation_stock import NOTHING_TO_SPARE, Spare
 from tests.support.redis_process import running_redis
 from tests.support.tenants import tenant
@@ -35,6 +36,7 @@ class FakeBook:
 
     def __init__(self) -> None:
         self.open: dict[str, int] = {}
+        self.tenant_of: dict[str, str] = {}
         self.settled: dict[str, Used] = {}
         self.charged = 0
         self.error: Exception | None = None
@@ -60,18 +62,29 @@ class FakeBook:
         if limit is not None and self.charged + sum(self.open.values()) + num_tokens > limit:
             raise quota_exceeded(of, "tokens_per_minute", 0, num_tokens, 3.0)
         self.open[reservation_id] = num_tokens
+        self.tenant_of[reservation_id] = of.tenant_id
         if self.loses_answers:
             await self._answer()
         return Left(0.0, 0.0 if limit is None else limit - self.charged - sum(self.open.values()))
 
     async def reserve_ahead(self, of: Tenant, owner: str, ids: Sequence[str], num_tokens: int) -> Left | None:
-        left = None
-        for reservation_id in ids:
-            left = await self.reserve(of, owner, reservation_id, num_tokens)
-        return left
+        limit = of.limits.tokens_per_minute
+        needed = num_tokens * len(ids)
+        if limit is not None and self.charged + sum(self.open.values()) + needed > limit:
+            self.num_calls += 1
+            await self._answer()
+            return None
+        return [await self.reserve(of, owner, one, num_tokens) for one in ids][-1]
 
-    async def release(self, of: Tenant, ids: Sequence[str]) -> None:
-        await self.settle(of, dict.fromkeys(ids, Used(0, 0, 0.0)))
+    async def release(self, of: Tenant, kept_of: Mapping[str, int]) -> None:
+        self.num_calls += 1
+        await self._answer()
+        for reservation_id, kept in kept_of.items():
+            if kept and reservation_id in self.open:
+                self.open[reservation_id] = kept
+            elif not kept:
+                self.open.pop(reservation_id, None)
+                self.settled.setdefault(reservation_id, Used(0, 0, 0.0))
 
     async def settle(self, of: Tenant, used_of: Mapping[str, Used]) -> None:
         self.num_calls += 1
@@ -90,7 +103,9 @@ class FakeBook:
         self.renewed.append((next_number, dict(tokens_of)))
         await self._answer()
         lost = {key: value for key, value in tokens_of.items() if key not in self.open and key not in self.settled}
-        self.open |= lost
+        own = {key for key in self.open if self.tenant_of[key] == of.tenant_id}
+        unlisted = {key for key in own if int(key.rpartition("-")[2]) < next_number} - set(tokens_of)
+        self.open = {key: value for key, value in self.open.items() if key not in unlisted} | lost
         return Renewal(len(lost), 2)
 
 
@@ -115,56 +130,116 @@ def keeper(book: FakeBook, clock: ManualClock) -> QuotaKeeper:
     return QuotaKeeper(book, "r", "open", clock)
 
 
+async def warm(keeper: QuotaKeeper) -> list[Reservation]:
+    """Two requests of 10 tokens (r-1, r-2), for which a stock expects a third one (r-3)."""
+    return [await keeper.reserve(LARGE, 10) for _ in range(2)]
+
+
 async def test_after_the_first_requests_the_next_ones_wait_for_no_answer(keeper: QuotaKeeper, book: FakeBook) -> None:
-    one = await keeper.reserve(LARGE, 10)
+    await warm(keeper)
     await keeper.fill_ahead()
-    assert book.open == {"r-1": 10, "r-2": 10}
+    assert book.open == {"r-1": 10, "r-2": 10, "r-3": 10}
     book.gate = asyncio.Event()
-    other = await keeper.reserve(LARGE, 9)
-    assert (one.reservation_id, other.reservation_id, keeper.num_open) == ("r-1", "r-2", 2)
-    asks = asyncio.ensure_future(keeper.reserve(LARGE, 9))
-    await until(lambda: book.num_calls == 3)
+    ahead = await keeper.reserve(LARGE, 10)
+    assert (ahead.reservation_id, keeper.num_open) == ("r-3", 3)
+    asks = asyncio.ensure_future(keeper.reserve(LARGE, 10))
+    await until(lambda: book.num_calls == 4)
     book.gate.set()
-    assert (await asks).reservation_id == "r-3"
-    other.settle(3, 1)
+    assert (await asks).reservation_id == "r-4"
+    ahead.settle(3, 1)
     await keeper.settle_all(20)
-    assert (book.open, book.charged) == ({"r-1": 10, "r-3": 9}, 4)
+    assert (book.open, book.charged) == ({"r-1": 10, "r-2": 10, "r-4": 10}, 4)
 
 
 async def test_a_reservation_made_ahead_is_for_requests_of_its_size(keeper: QuotaKeeper, book: FakeBook) -> None:
-    await keeper.reserve(LARGE, 10)
+    await warm(keeper)
     await keeper.fill_ahead()
-    assert (await keeper.reserve(LARGE, 11)).reservation_id == "r-3"
-    assert (await keeper.reserve(LARGE, 10)).reservation_id == "r-2"
+    assert (await keeper.reserve(LARGE, 11)).reservation_id == "r-4"
+    assert (await keeper.reserve(LARGE, 10)).reservation_id == "r-3"
+
+
+async def test_what_a_request_does_not_need_of_its_reservation_is_given_back(
+    keeper: QuotaKeeper, book: FakeBook
+) -> None:
+    await warm(keeper)
+    await keeper.fill_ahead()
+    assert (await keeper.reserve(LARGE, 4)).num_tokens == 4
+    await keeper.fill_ahead()
+    assert book.open["r-3"] == 4
 
 
 async def test_what_no_request_has_used_is_given_back_and_not_charged(
     keeper: QuotaKeeper, book: FakeBook, clock: ManualClock
 ) -> None:
-    (await keeper.reserve(LARGE, 10)).settle(1, 1)
+    for one in await warm(keeper):
+        one.settle(1, 1)
     await keeper.fill_ahead()
-    assert len(book.open) == 2
-    for seconds in (0.0, 0.0, 2.0, 0.0):
-        clock.advance(seconds)
+    assert "r-3" in book.open
+    for _ in range(40):
+        clock.advance(0.1)
         await keeper.fill_ahead()
-    assert list(book.open) == ["r-1"]
+    assert list(book.open) == ["r-1", "r-2"]
     await keeper.settle_all(20)
-    assert (book.open, book.charged, keeper.num_open) == ({}, 2, 0)
+    assert (book.open, book.charged, keeper.num_open) == ({}, 4, 0)
+
+
+async def test_a_refusal_ahead_of_requests_is_not_repeated_at_once(keeper: QuotaKeeper, book: FakeBook) -> None:
+    await warm(keeper)
+    book.charged = 99_990
+    num_calls = book.num_calls
+    for _ in range(3):
+        await keeper.fill_ahead()
+    assert book.num_calls == num_calls + 1
 
 
 async def test_a_router_that_ends_gives_back_what_it_has_reserved_ahead(keeper: QuotaKeeper, book: FakeBook) -> None:
-    (await keeper.reserve(LARGE, 10)).settle(0, 0)
+    for one in await warm(keeper):
+        one.settle(0, 0)
     await keeper.fill_ahead()
     assert book.open
     await keeper.settle_all(20)
     assert book.open == {}
 
 
+async def test_a_router_that_ends_settles_although_nothing_can_be_given_back(
+    keeper: QuotaKeeper, book: FakeBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(*_: Any) -> None:
+        raise Unavailable("a node is down")
+
+    for one in await warm(keeper):
+        one.settle(1, 1)
+    await keeper.fill_ahead()
+    monkeypatch.setattr(book, "release", fails)
+    await keeper.settle_all(20)
+    assert (book.charged, list(book.open)) == (4, ["r-3"])
+
+
+async def test_a_tenant_whose_reservations_cannot_be_given_back_holds_up_no_other(
+    keeper: QuotaKeeper, book: FakeBook, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails_for_acme(of: Tenant, kept_of: Mapping[str, int]) -> None:
+        if of.name == "acme":
+            raise Unavailable("a node is down")
+        await release(of, kept_of)
+
+    release = book.release
+    monkeypatch.setattr(book, "release", fails_for_acme)
+    await warm(keeper)
+    for _ in range(2):
+        await keeper.reserve(tenant("other"), 10)
+    await keeper.fill_ahead()
+    assert {"r-5", "r-6"} <= set(book.open)
+    clock.advance(2.0)
+    with pytest.raises(Unavailable):
+        await keeper.fill_ahead()
+    assert "r-5" in book.open and "r-6" not in book.open
+
+
 async def test_what_was_reserved_ahead_is_used_while_redis_is_away_and_renewed_when_it_returns(
     keeper: QuotaKeeper, book: FakeBook, clock: ManualClock
 ) -> None:
-    for _ in range(2):
-        await keeper.reserve(LARGE, 10)
+    await warm(keeper)
     await keeper.fill_ahead()
     book.error = Unavailable("gone")
     here = await keeper.reserve(LARGE, 20)
@@ -175,12 +250,13 @@ async def test_what_was_reserved_ahead_is_used_while_redis_is_away_and_renewed_w
     book.error = None
     book.open.clear()
     await keeper.renew()
-    assert book.open == {"r-1": 10, "r-2": 10, "r-3": 10, "r-4": 10, "r-5": 20}
+    assert book.open == {"r-1": 10, "r-2": 10, "r-3": 10, "r-4": 20}
 
 
 async def test_redis_stays_away_until_it_takes_back_what_is_unused(keeper: QuotaKeeper, book: FakeBook) -> None:
     """No request runs and none is unsettled, so that nothing else asks it."""
-    (await keeper.reserve(LARGE, 10)).settle(0, 0)
+    for one in await warm(keeper):
+        one.settle(0, 0)
     await keeper.settle_all(20)
     book.error, book.loses_answers = Unavailable("gone"), True
     with pytest.raises(Unavailable):
@@ -196,32 +272,33 @@ async def test_redis_stays_away_until_it_takes_back_what_is_unused(keeper: Quota
 
 
 async def test_a_tenant_that_is_removed_while_redis_is_asked_gets_nothing(keeper: QuotaKeeper, book: FakeBook) -> None:
-    (await keeper.reserve(LARGE, 10)).settle(0, 0)
+    for one in await warm(keeper):
+        one.settle(0, 0)
     book.gate = asyncio.Event()
     filling = asyncio.ensure_future(keeper.fill_ahead())
-    await until(lambda: book.num_calls == 2)
+    await until(lambda: book.num_calls == 3)
     keeper.keep_only(set())
     again = asyncio.ensure_future(keeper.reserve(LARGE, 10))
     renewing = asyncio.ensure_future(keeper.renew())
-    await until(lambda: book.num_calls == 3)
+    await until(lambda: book.num_calls == 4)
     book.gate.set()
     await asyncio.gather(filling, renewing)
-    assert (await again).reservation_id == "r-3", "that of the tenant before is not used"
+    assert (await again).reservation_id == "r-4", "that of the tenant before is not used"
     await keeper.fill_ahead()
-    assert "r-2" not in book.open
+    assert "r-3" not in book.open
 
 
 async def test_changed_limits_give_back_what_was_reserved_ahead(keeper: QuotaKeeper, book: FakeBook) -> None:
-    await keeper.reserve(LARGE, 10)
+    await warm(keeper)
     await keeper.fill_ahead()
     changed = tenant(tokens_per_minute=99_999)
-    assert (await keeper.reserve(changed, 10)).reservation_id == "r-3"
+    assert (await keeper.reserve(changed, 10)).reservation_id == "r-4"
     await keeper.fill_ahead()
-    assert "r-2" not in book.open and "r-4" in book.open
+    assert "r-3" not in book.open and "r-5" in book.open
 
 
 async def test_a_tenant_that_was_removed_is_not_written_to(keeper: QuotaKeeper, book: FakeBook) -> None:
-    await keeper.reserve(LARGE, 10)
+    await warm(keeper)
     await keeper.fill_ahead()
     keeper.keep_only(set())
     num_calls = book.num_calls
@@ -230,28 +307,46 @@ async def test_a_tenant_that_was_removed_is_not_written_to(keeper: QuotaKeeper, 
 
 
 async def test_answers_that_are_lost_leave_nothing_reserved_ahead(keeper: QuotaKeeper, book: FakeBook) -> None:
-    (await keeper.reserve(LARGE, 10)).settle(0, 0)
+    for one in await warm(keeper):
+        one.settle(0, 0)
     book.loses_answers, book.error = True, Unavailable("lost")
     with pytest.raises(Unavailable):
         await keeper.fill_ahead()
     book.loses_answers, book.error = False, None
-    assert "r-2" in book.open
+    assert "r-3" in book.open
     await keeper.settle_all(20)
     assert book.open == {}
 
 
 async def test_a_renewal_leaves_out_what_is_being_reserved_ahead(keeper: QuotaKeeper, book: FakeBook) -> None:
-    await keeper.reserve(LARGE, 10)
+    await warm(keeper)
     book.gate = asyncio.Event()
     filling = asyncio.ensure_future(keeper.fill_ahead())
-    await until(lambda: book.num_calls == 2)
+    await until(lambda: book.num_calls == 3)
     renewing = asyncio.ensure_future(keeper.renew())
     await until(lambda: book.num_renewals)
     book.gate.set()
     await asyncio.gather(filling, renewing)
-    assert book.renewed == [(2, {"r-1": 10})]
+    assert book.renewed == [(3, {"r-1": 10, "r-2": 10})]
     await keeper.renew()
-    assert book.renewed[1] == (3, {"r-1": 10, "r-2": 10})
+    assert book.renewed[1] == (4, {"r-1": 10, "r-2": 10, "r-3": 10})
+
+
+async def test_the_background_task_reserves_ahead_and_bears_a_redis_that_goes_away(
+    keeper: QuotaKeeper, book: FakeBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead_reservations, "STOCK_EVERY_S", 0.0)
+    monkeypatch.setattr(quota_keeper, "RETRY_S", 0.0)
+    running = asyncio.ensure_future(keeper.run())
+    await warm(keeper)
+    await until(lambda: "r-3" in book.open)
+    await warm(keeper)
+    book.error = Unavailable("gone")
+    await until(lambda: keeper.is_away)
+    book.error = None
+    await until(lambda: not keeper.is_away)
+    await warm(keeper)
+    running.cancel()
 
 
 async def test_a_request_is_reserved_and_settled_once(keeper: QuotaKeeper, book: FakeBook, clock: ManualClock) -> None:
@@ -477,7 +572,7 @@ def test_whatever_happens_each_request_is_charged_once(steps: list[tuple[str, in
             one.settle(0, 0)
         await keeper.renew()
         await keeper.settle_all(20)
-        assert (book.charged, keeper.num_open, keeper.num_unsettled) == (used, 0, 0)
+        assert (book.charged, keeper.num_open, keeper.num_unsettled, book.open) == (used, 0, 0, {})
 
     asyncio.run(play())
 

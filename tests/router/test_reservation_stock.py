@@ -25,21 +25,29 @@ def stock_after(*intervals: list[int]) -> ReservationStock[One]:
 
 
 def test_a_steady_load_has_a_stock_for_two_intervals() -> None:
-    assert stock_after(*[[10] * 5] * 8).missing(PLENTY) == (10, 10)
+    assert stock_after(*[[10] * 5] * 60).missing(PLENTY) == (10, 10)
+
+
+def test_a_few_requests_a_second_have_one_reservation() -> None:
+    assert stock_after(*[[10], [], [], []] * 20).missing(PLENTY) == (1, 10)
+
+
+def test_a_request_that_comes_alone_has_none() -> None:
+    assert stock_after([10]).missing(PLENTY) == (0, 0)
+    assert stock_after([10], *[[]] * 40, [10]).missing(PLENTY) == (0, 0)
 
 
 def test_what_is_there_is_not_made_again() -> None:
-    stock = stock_after([10] * 4)
+    stock = stock_after([10] * 20)
     for _ in range(3):
         stock.put(One(10), 0.0)
     assert stock.missing(PLENTY) == (1, 10)
 
 
 def test_a_stock_is_for_the_largest_request_and_slowly_forgets_it() -> None:
-    assert stock_after([10, 400, 30]).missing(PLENTY) == (3, 400)
-    assert stock_after([10, 400, 30], [10]).missing(PLENTY) == (3, 380)
-    later = stock_after([400], *[[10]] * 100)
-    assert later.missing(PLENTY)[1] == 10
+    assert stock_after([10, 400, 30]).missing(PLENTY) == (1, 400)
+    assert stock_after([10, 400, 30], [10]).missing(PLENTY) == (1, 360)
+    assert stock_after([400], *[[10]] * 100).missing(PLENTY) == (2, 10)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +55,13 @@ def test_a_stock_is_for_the_largest_request_and_slowly_forgets_it() -> None:
     [(NOTHING_TO_SPARE, 0), (Spare(2.9, math.inf), 2), (Spare(math.inf, 35), 3), (Spare(math.inf, 9), 0)],
 )
 def test_no_more_is_made_than_can_be_spared(spare: Spare, expected: int) -> None:
-    assert stock_after([10] * 8).missing(spare) == (expected, 10)
+    assert stock_after([10] * 40).missing(spare) == (expected, 10)
+
+
+def test_what_is_there_counts_with_its_tokens_against_what_can_be_spared() -> None:
+    stock = stock_after([10] * 40)
+    stock.put(One(30), 0.0)
+    assert stock.missing(Spare(math.inf, 55)) == (2, 10)
 
 
 def test_a_flood_makes_no_more_than_64() -> None:
@@ -77,7 +91,7 @@ def test_what_nobody_takes_for_two_seconds_is_unused() -> None:
 def test_a_stock_is_idle_when_it_is_empty_and_requests_have_stopped() -> None:
     assert stock_after().is_idle
     assert not stock_after([10]).is_idle
-    assert stock_after([10], [], []).is_idle
-    stock = stock_after([10], [], [])
-    stock.put(One(10), 0.0)
-    assert not stock.is_idle
+    long_after = stock_after([10], *[[]] * 30)
+    assert long_after.is_idle
+    long_after.put(One(10), 0.0)
+    assert not long_after.is_idle

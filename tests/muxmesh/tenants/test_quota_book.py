@@ -115,11 +115,40 @@ async def test_reservations_that_no_request_has_used_leave_no_trace(book: QuotaB
     one = tenant(tokens_per_minute=6000, requests_per_minute=60)
     await book.reserve_ahead(one, "r", ["r-1", "r-2"], 1000)
     for _ in range(2):
-        await book.release(one, ["r-1", "r-2"])
+        await book.release(one, {"r-1": 0, "r-2": 0})
     usage = await book.usage(one)
     assert (usage.requests_left, usage.tokens_left, usage.open_requests, usage.requests) == (60, 6000, 0, 0)
     await book.reserve_ahead(one, "r", ["r-1"], 1000)
     assert (await book.usage(one)).open_requests == 0, "it arrived after its release"
+
+
+async def test_what_a_reservation_has_too_much_is_given_back(book: QuotaBook) -> None:
+    one = tenant(tokens_per_minute=6000, requests_per_minute=60)
+    await book.reserve_ahead(one, "r", ["r-1"], 1000)
+    for _ in range(2):
+        await book.release(one, {"r-1": 200})
+    usage = await book.usage(one)
+    assert (usage.requests_left, usage.open_requests, usage.reserved_tokens) == (59, 1, 200)
+    assert usage.tokens_left is not None and 5800 <= usage.tokens_left <= 5900
+    await book.settle(one, {"r-1": Used(100, 0, 1.0)})
+    await book.release(one, {"r-1": 200})
+    assert 5900 <= await tokens_left(book, one) < 6000
+    assert (await book.usage(one)).open_requests == 0
+
+
+async def test_requests_of_a_router_that_was_too_late_are_charged_once(book: QuotaBook, client: Any) -> None:
+    """Their reservations were given back meanwhile, requests too."""
+    one = tenant(tokens_per_minute=6000, requests_per_minute=60)
+    for number in (1, 2, 3):
+        await book.reserve(one, "r", f"r-{number}", 1000)
+    await client.hset(key(one, "quota"), mapping={"requests": 30, "tokens": 1000})
+    for member in await client.zrange(key(one, "owners"), 0, -1):
+        await client.zadd(key(one, "owners"), {member: 1})
+    await book.settle(one, {"r-1": Used(100, 0, 1.0)})
+    await book.renew(one, "r", 4, {"r-2": 1000, "r-3": 1000})
+    usage = await book.usage(one)
+    assert (usage.open_requests, usage.requests_left) == (2, 30)
+    assert usage.tokens_left is not None and 1900 <= usage.tokens_left <= 2000
 
 
 async def test_a_settlement_that_comes_after_a_renewal_charges_its_request_once(book: QuotaBook) -> None:
