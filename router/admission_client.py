@@ -27,8 +27,8 @@ from router.request_queue import RequestQueue
 
 _log = logging.getLogger(__name__)
 _RECONNECT_S = 0.1
-_EXPLAIN_AFTER_S = 10.0
-"""A unit that is not connected for so long gets a log line with the reason."""
+_LOOK_EVERY_S, _EXPLAIN_AFTER = 1.0, 10
+"""A unit that is not connected at so many looks in a row gets a log line with the reason."""
 _EXPLAIN_TIMEOUT_S = 5.0
 _Outbox = asyncio.Queue[kvstore_pb2.AdmitRequest | None]
 
@@ -180,14 +180,17 @@ class UnitAdmission:
 
     async def _explain_waiting(self) -> None:
         """Logs why the unit is not connected: once, and again if the reason changes."""
-        explained = ""
+        explained, num_looks = "", 0
         while True:
-            await asyncio.sleep(_EXPLAIN_AFTER_S)
+            await asyncio.sleep(_LOOK_EVERY_S)
+            num_looks += 1
             if self.connected.is_set():
-                explained = ""
-            elif (reason := await self._reason_for_waiting()) != explained and not self.connected.is_set():
-                _log.warning("unit %s is not connected yet: %s", self._unit, reason)
-                explained = reason
+                explained, num_looks = "", 0
+            elif num_looks % _EXPLAIN_AFTER == 0:
+                reason = await self._reason_for_waiting()
+                if reason != explained and not self.connected.is_set():
+                    _log.warning("unit %s is not connected yet: %s", self._unit, reason)
+                    explained = reason
 
     async def _reason_for_waiting(self) -> str:
         """The error of a call that does not wait until there is a connection, as the stream does."""

@@ -122,6 +122,7 @@ _GREEN_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     ),
     "cuDevResourceGenerateDesc": (POINTER(c_void_p), POINTER(_Resource), c_uint),
     "cuGreenCtxCreate": (POINTER(c_void_p), c_void_p, c_int, c_uint),
+    "cuGreenCtxDestroy": (c_void_p,),
     "cuGreenCtxStreamCreate": (POINTER(c_void_p), c_void_p, c_uint, c_int),
 }  # fmt: skip
 """Drivers before CUDA 12.4 lack some of them."""
@@ -245,7 +246,11 @@ class CudaDriver:
         description, context, stream = c_void_p(), c_void_p(), c_void_p()
         self._call("cuDevResourceGenerateDesc", description, chosen, len(groups))
         self._call("cuGreenCtxCreate", context, description, index, _GREEN_DEFAULT_STREAM)
-        self._call("cuGreenCtxStreamCreate", stream, context, _STREAM_NON_BLOCKING, 0)
+        try:
+            self._call("cuGreenCtxStreamCreate", stream, context, _STREAM_NON_BLOCKING, 0)
+        except DeviceError:
+            self._call_quietly("cuGreenCtxDestroy", context)
+            raise
         assert stream.value is not None
         return stream.value
 

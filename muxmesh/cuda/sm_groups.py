@@ -25,7 +25,7 @@ class SmShare:
     """The part of a GPU's SMs to which one worker is limited, among those of the unit's other workers."""
 
     shares: tuple[int, ...]
-    """Of each worker of the unit, in percent of the SMs, in the same order in each of its processes. 100: no limit."""
+    """Of each worker of the unit, in percent of the SMs, in the order of its models. 100: no limit."""
     index: int
     """Of this worker in ``shares``."""
 
@@ -44,25 +44,42 @@ def alone(percent: int) -> SmShare:
 
 
 def divide(shares: Sequence[int], gpu: SmGroups, num_sms: int) -> list[tuple[int, ...]]:
-    """Chooses the groups of each share, as many as it pays for, at least one, at most all of them.
+    """Chooses the groups of each share. If all are at most 100 together, and as many as groups, none has two workers.
 
-    The largest shares choose first, one group after the other. Each takes the group that the fewest workers have beside
-    which it may compute (the shares of both are at most 100 together), then that which the fewest have at all, then
-    that of workers with which it has the fewest in common so far, then the first.
+    Otherwise they meet as little as possible. One share after the other takes one group after the other: that which the
+    fewest workers have beside which it may compute (the shares of both are at most 100 together), then that which the
+    fewest have at all, then that of workers with which it has the fewest in common so far, then the first. So a model
+    that is added changes nothing for those before it, but for one group of some if the sum comes to exceed 100.
     """
-    chosen: dict[int, set[int]] = {}
-    for index in sorted(range(len(shares)), key=lambda each: -shares[each]):
-        share, own = shares[index], set[int]()
-        if share >= 100:
-            chosen[index] = set(range(gpu.count))
-            continue
+    chosen: list[set[int]] = []
+    for share, wanted in zip(shares, _numbers(shares, gpu, num_sms), strict=True):
+        own = set[int]()
 
         def contention(group: int, share: int = share, own: set[int] = own) -> tuple[int, int, int, int]:
-            others = [other for other, groups in chosen.items() if group in groups and shares[other] < 100]
+            others = [other for other, groups in enumerate(chosen) if group in groups and shares[other] < 100]
             beside = sum(share + shares[other] <= 100 for other in others)
             return beside, len(others), sum(len(own & chosen[other]) for other in others), group
 
-        for _ in range(min(gpu.count, max(1, num_sms * share // 100 // gpu.num_sms))):
+        for _ in range(wanted):
             own.add(min(set(range(gpu.count)) - own, key=contention))
-        chosen[index] = own
-    return [tuple(sorted(chosen[index])) for index in range(len(shares))]
+        chosen.append(own)
+    return [tuple(sorted(own)) for own in chosen]
+
+
+def _numbers(shares: Sequence[int], gpu: SmGroups, num_sms: int) -> list[int]:
+    """How many groups each share has: what it pays for, at least one. The SMs that are left over count for that.
+
+    If all are at most 100 together, they get no more than there are: what rounding leaves goes to the largest
+    remainders (Hamilton's method).
+    """
+    paid = (max(1, num_sms * share // 100 // gpu.num_sms) for share in shares)
+    most = [gpu.count if share >= 100 else min(gpu.count, number) for share, number in zip(shares, paid, strict=True)]
+    if sum(shares) > 100:
+        return most
+    numbers = [max(1, gpu.count * share // 100) for share in shares]
+    left = gpu.count * sum(shares) // 100 - sum(numbers)
+    for index in sorted(range(len(shares)), key=lambda each: -(gpu.count * shares[each] % 100)):
+        if left > 0 and numbers[index] < most[index]:
+            numbers[index] += 1
+            left -= 1
+    return numbers

@@ -41,7 +41,8 @@ class Timer(Protocol):
     ) -> list[tuple[float, float]]: ...
 
 
-OpenTimer = Callable[[Sequence[Cell]], AbstractAsyncContextManager[Timer]]
+OpenTimer = Callable[[Sequence[Cell], Sequence[int]], AbstractAsyncContextManager[Timer]]
+"""Opens a timer for cells. The numbers: shares of timers that compute beside it and have been opened before it."""
 """Starts a timer for cells of one model and share, which ends with the context. Raises EngineFailed if it cannot."""
 Show = Callable[[str, int, int, float | None], None]
 """Shows what is measured next, how many measurements of how many are done, and the seconds that remain, if known."""
@@ -111,7 +112,7 @@ class Session:
             if not self._has_time:
                 return
             same = list(group)
-            async with self._open_timer(same) as timer:
+            async with self._open_timer(same, ()) as timer:
                 for cell in same:
                     if not self._has_time:
                         return
@@ -132,7 +133,11 @@ class Session:
             began_s = self._clock.monotonic_s()
             async with AsyncExitStack() as stack:
                 try:
-                    timers = [await stack.enter_async_context(self._open_timer([cell])) for cell in group]
+                    shares = [cell.share for cell in group]
+                    timers = [
+                        await stack.enter_async_context(self._open_timer([cell], shares[:index]))
+                        for index, cell in enumerate(group)
+                    ]
                 except EngineFailed as error:  # each of them was measured alone
                     self.left_out.append(f"{name}: {error}")
                     continue

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -85,15 +85,19 @@ class TimerClient:
 
 
 @asynccontextmanager
-async def timer_process(runtime_file: Path, unit: str, model: str, share: int) -> AsyncIterator[TimerClient]:
+async def timer_process(
+    runtime_file: Path, unit: str, model: str, share: int, beside: Sequence[int] = ()
+) -> AsyncIterator[TimerClient]:
     """Starts the process of ``model``, which has ``share`` in the runtime file, and ends it with the block.
+
+    ``beside``: shares of the processes that compute at the same time and were started before.
 
     It does not get Ctrl-C from the terminal, since this process decides what happens then. Raises EngineFailed if it
     cannot load the model.
     """
     command = (
         sys.executable, "-m", "muxmesh.profiler.timer_process", "--runtime", str(runtime_file), "--unit", unit,
-        "--model", model, "--parent", str(os.getpid()),
+        "--model", model, "--parent", str(os.getpid()), "--beside", json.dumps(list(beside)),
     )  # fmt: skip
     process = await asyncio.create_subprocess_exec(
         *command,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kvstore.share_proof import ConfiguredShare, ReportedShare, share_problem
 from muxmesh.config.model_config import ComputeShare
-from muxmesh.config.runtime import MeshRuntime, MpsDaemons
+from muxmesh.config.runtime import MeshRuntime, MpsDaemons, ProcessKey
 from muxmesh.config.schema import MeshConfig
 from muxmesh.cuda.mps import PIPE_DIRECTORY
 from muxmesh.errors import EngineFailed, Unavailable
@@ -24,6 +24,7 @@ from muxmesh.placement.measured_cells import Cell
 from muxmesh.profiler.profiled_models import ProfiledModel, pool_bytes
 from muxmesh.profiler.timer_client import TimerClient, timer_process
 from muxmesh.supervisor.mps_checks import wait_for_mps
+from muxmesh.types import Role
 
 _MPS_WITHIN_S = 30.0
 _STOP_WITHIN_S = 20.0
@@ -66,15 +67,18 @@ class TimerMesh:
         await self._stack.aclose()
 
     @asynccontextmanager
-    async def open(self, cells: Sequence[Cell]) -> AsyncIterator[TimerClient]:
+    async def open(self, cells: Sequence[Cell], beside: Sequence[int] = ()) -> AsyncIterator[TimerClient]:
         """Starts a timer for ``cells``, of one model and share, whose KV fits its pool.
+
+        ``beside``: shares of the timers that compute beside it and were opened before; where green contexts limit them,
+        it has other SMs as far as there are enough.
 
         Raises EngineFailed if the model cannot be loaded, or the share of the process is not enforced.
         """
         model, share = self._models[cells[0].model], cells[0].share
         runtime = self._runtime(model, share, pool_bytes(model, cells))
         file = self._write(runtime, model, share)
-        async with timer_process(file, model.unit.name, model.config.name, share) as timer:
+        async with timer_process(file, model.unit.name, model.config.name, share, beside) as timer:
             await self._check_share(runtime, model, share, timer)
             yield timer
 
@@ -109,7 +113,8 @@ class TimerMesh:
                 is_listed = any(timer.pid in server.clients for server in await control.servers())
             except Unavailable as error:
                 raise EngineFailed(str(error)) from error
-        configured = ConfiguredShare(share, self._num_sms, pipe_dir)
+        limit = runtime.share_of(ProcessKey(Role.DECODE, model.unit.name, model.config.name))
+        configured = ConfiguredShare(limit, self._num_sms, pipe_dir)
         if problem := share_problem(ReportedShare.parse(timer.facts), configured, is_listed):
             raise EngineFailed(f"{model.source} on a share of {share}: {problem}")
 

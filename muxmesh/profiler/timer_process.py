@@ -20,11 +20,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
+from muxmesh.cuda.sm_groups import SmShare
 from muxmesh.device.device_pool import DevicePool
 from muxmesh.errors import MeshError
 from muxmesh.lifecycle import configure_logging, service_arguments
@@ -41,7 +42,7 @@ from worker.worker_process import set_up_threads
 
 def main() -> None:
     """Replies until stdin ends."""
-    arguments = service_arguments(__doc__, "unit", "model")
+    arguments = service_arguments(__doc__, "unit", "model", optional={"beside": "shares of processes beside it, JSON"})
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not be read as a reply
 
@@ -50,7 +51,8 @@ def main() -> None:
 
     try:
         configure_logging(logging.WARNING, "text", f"profile/{arguments.model}")
-        timers, facts = open_timers(MeshRuntime.read(arguments.runtime), arguments.unit, arguments.model)
+        beside = json.loads(arguments.beside or "[]")
+        timers, facts = open_timers(MeshRuntime.read(arguments.runtime), arguments.unit, arguments.model, beside)
     except (MeshError, OSError) as error:
         reply({"error": str(error)})
         return
@@ -63,10 +65,11 @@ def main() -> None:
 
 
 def open_timers(
-    runtime: MeshRuntime, unit_name: str, model_name: str
+    runtime: MeshRuntime, unit_name: str, model_name: str, beside: Sequence[int] = ()
 ) -> tuple[Mapping[Role, StepTimer], dict[str, Any]]:
     """Builds and loads what times the steps of each role.
 
+    ``beside``: shares of the processes of the profile that compute at the same time and were started before.
     Also returns what the driver reports of a GPU: the SMs that this process may use, and whether it is a client of MPS.
     Both workers of the model have the same share in ``runtime``, so of models that compute, both roles have one runner.
     Raises MeshError if the model cannot be loaded.
@@ -83,7 +86,8 @@ def open_timers(
     pool: DevicePool
     weights = None
     if unit.is_cuda:
-        device = open_worker_device(unit.green_share(config, Role.DECODE))
+        share = unit.green_share(config, Role.DECODE)
+        device = open_worker_device(share and SmShare((*beside, share.percent), len(beside)))
         info = device.segments.device
         facts = {"num_sms": info.num_sms, "mps": info.is_mps_client}
         pool, weights = cuda_timer_memory(unit, config, prepared, shape, device.torch)

@@ -41,13 +41,15 @@ class VirtualTimers:
         self.slower = slower
         self.num_computing = 0
         self.opened: list[tuple[str, int]] = []
+        self.beside: list[tuple[int, ...]] = []
         self.before_cell: Callable[[], None] = lambda: None
         self.before_open: Callable[[str], None] = lambda model: None
 
     @asynccontextmanager
-    async def open(self, cells: Sequence[Cell]) -> AsyncIterator[VirtualTimer]:
+    async def open(self, cells: Sequence[Cell], beside: Sequence[int]) -> AsyncIterator[VirtualTimer]:
         ((model, share),) = {(cell.model, cell.share) for cell in cells}
         self.opened.append((model, share))
+        self.beside.append(tuple(beside))
         self.before_open(model)
         yield VirtualTimer(self, self._clock, share)
 

@@ -61,12 +61,18 @@ def test_every_function_is_used_by_the_tests_of_errors(
     monkeypatch.setenv("FAKE_CUDA_LOG", str(tmp_path / "log"))
     use_everything(driver, library)
     called = {line.split()[1] for line in (tmp_path / "log").read_text().splitlines()}
-    assert {*_FUNCTIONS, *_GREEN_FUNCTIONS} - called == {"cuIpcCloseMemHandle"}, "which needs a second process"
+    assert {*_FUNCTIONS, *_GREEN_FUNCTIONS} - called == {
+        "cuIpcCloseMemHandle",  # needs a second process
+        "cuGreenCtxDestroy",  # only after an error
+    }
 
 
 @pytest.mark.parametrize(
     "function",
-    sorted({*_FUNCTIONS, *_GREEN_FUNCTIONS} - {"cuGetErrorName", "cuIpcCloseMemHandle", "cuIpcOpenMemHandle_v2"}),
+    sorted(
+        {*_FUNCTIONS, *_GREEN_FUNCTIONS}
+        - {"cuGetErrorName", "cuGreenCtxDestroy", "cuIpcCloseMemHandle", "cuIpcOpenMemHandle_v2"}
+    ),
 )
 def test_an_error_of_any_function_is_reported_by_name_and_nothing_leaks(
     driver: CudaDriver, library: str, function: str, monkeypatch: pytest.MonkeyPatch
@@ -140,6 +146,17 @@ def test_the_prototypes_of_the_fake_are_those_of_the_cuda_toolkit(tmp_path: Path
 def test_a_stream_is_of_the_groups_that_it_was_asked_for(driver: CudaDriver) -> None:
     assert driver.sm_groups(0) == SmGroups(15, 8)
     assert driver.green_stream(0, (0, 3, 14)) == 1 << 0 | 1 << 3 | 1 << 14, "the fake's streams say their groups"
+
+
+def test_a_green_context_whose_stream_fails_is_destroyed(
+    driver: CudaDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_CUDA_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("FAKE_CUDA_ERRORS", "cuGreenCtxStreamCreate:304")
+    with pytest.raises(DeviceError, match="cuGreenCtxStreamCreate failed"):
+        driver.green_stream(0, (0,))
+    called = [line.split()[1] for line in (tmp_path / "log").read_text().splitlines()]
+    assert "cuGreenCtxDestroy" in called[called.index("cuGreenCtxStreamCreate") :]
 
 
 def test_a_share_without_a_group_of_sms_is_refused(library: str) -> None:

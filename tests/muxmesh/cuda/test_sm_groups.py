@@ -9,7 +9,7 @@ H200 = SmGroups(count=15, num_sms=8)
 NUM_SMS = 132
 
 
-def counts(shares: tuple[int, ...]) -> list[int]:
+def counts(*shares: int) -> list[int]:
     return [len(groups) for groups in divide(shares, H200, NUM_SMS)]
 
 
@@ -18,13 +18,32 @@ def shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
 
 
 def test_a_share_has_the_groups_that_it_pays_for() -> None:
-    assert counts((40, 30, 50, 99, 100, 6, 1)) == [6, 4, 8, 15, 15, 1, 1]
+    assert counts(40, 30, 50, 99, 100, 6, 1) == [6, 4, 8, 15, 15, 1, 1]
 
 
-@pytest.mark.parametrize("shares", [(40, 30), (30, 40), (50, 25, 20), (30, 30, 30), (60, 20, 10, 7)])
-def test_shares_that_fit_beside_each_other_have_no_group_in_common(shares: tuple[int, ...]) -> None:
-    for one, other in itertools.combinations(divide(shares, H200, NUM_SMS), 2):
-        assert not shared(one, other)
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [((50, 50), [8, 7]), ((75, 25), [11, 4]), ((80, 20), [12, 3]), ((33, 33, 34), [5, 5, 5]), ((40, 30), [6, 4])],
+)
+def test_shares_that_add_up_to_100_have_no_more_than_all_groups(shares: tuple[int, ...], expected: list[int]) -> None:
+    assert counts(*shares) == expected
+
+
+def test_shares_that_fit_beside_each_other_have_no_group_in_common() -> None:
+    chance = random.Random(1)
+    for _ in range(500):
+        cuts = sorted(chance.sample(range(1, 100), chance.randint(1, 5)))
+        shares = tuple(end - begin for begin, end in itertools.pairwise([0, *cuts, 100]))
+        if min(shares) * H200.count < 100:
+            continue  # less than one group
+        chance_shares = shares[: chance.randint(2, len(shares))]
+        for one, other in itertools.combinations(divide(chance_shares, H200, NUM_SMS), 2):
+            assert not shared(one, other), chance_shares
+
+
+def test_a_model_that_is_added_leaves_the_groups_of_the_others() -> None:
+    before = (40, 30, 60, 20)
+    assert divide((*before, 50, 10), H200, NUM_SMS)[:4] == divide(before, H200, NUM_SMS)
 
 
 def test_workers_that_may_not_compute_together_share_before_those_that_may() -> None:

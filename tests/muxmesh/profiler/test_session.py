@@ -66,6 +66,14 @@ async def test_the_slowdown_is_that_of_neighbours_against_alone() -> None:
     assert fitted is not None and fitted.factor == pytest.approx(0.6, rel=0.1)
 
 
+async def test_each_timer_of_a_group_knows_the_shares_before_it() -> None:
+    clock = ManualClock()
+    timers = VirtualTimers(clock)
+    await session(timers, clock, Recorded(), []).run([], GROUPS)
+    shares = [[cell.share for cell in group] for group in GROUPS]
+    assert timers.beside == [tuple(one[:index]) for one in shares for index in range(len(one))]
+
+
 async def test_groups_come_after_the_first_round() -> None:
     clock, recorded = ManualClock(), Recorded()
     counts: list[int] = []

@@ -65,6 +65,13 @@ CUresult cuGreenCtxCreate(CUgreenCtx *context, CUdevResourceDesc description, CU
     return CUDA_SUCCESS;
 }
 
+CUresult cuGreenCtxDestroy(CUgreenCtx context) {
+    ENTRY;
+    REQUIRE(context && devices[0].num_retained, CUDA_ERROR_INVALID_VALUE);
+    devices[0].num_retained--;
+    return CUDA_SUCCESS;
+}
+
 CUresult cuGreenCtxStreamCreate(CUstream *stream, CUgreenCtx context, unsigned flags, int priority) {
     ENTRY;
     (void)priority;
