@@ -104,6 +104,18 @@ async def test_on_a_gpu_a_timer_is_a_client_of_a_daemon_of_its_own_and_limited_t
             assert min(await timer.times(Role.DECODE, 2, 64, repeats=2, longest_s=0.05)) >= STEP_S
 
 
+async def test_a_timer_that_a_green_context_limits_is_a_client_with_all_sms() -> None:
+    with gpu_machine():
+        (device,) = DeviceList().devices
+        model = sim_model(device="cuda:0", sim={"base_s": STEP_S})
+        model = replace(model, unit=model.unit.model_copy(update={"green_contexts": True}))
+        uuids = {model.unit.name: device.uuid}
+        timers = TimerMesh([model], cache_dir(), uuids, FAKE_PROGRAM, device.num_sms)
+        async with timers as mesh, mesh.open(cells(50)) as one, mesh.open(cells(50), beside=[50]) as other:
+            for timer in (one, other):
+                assert (timer.facts["num_sms"], timer.facts["mps"]) == (device.num_sms, True)
+
+
 def num_daemons() -> int:
     """Processes of this one that keep an MPS daemon."""
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
