@@ -181,14 +181,14 @@ async def test_up_greets_over_its_own_socket_and_shows_how_to_call_with_tls(tmp_
     lines: list[str] = []
     try:
         async with asyncio.timeout(120):
-            while not any("Ctrl-C stops the mesh" in line for line in lines):
+            text = ""  # a thread writes each of the two streams, so their lines come in any order
+            while not ("Ctrl-C stops the mesh" in text and "output tokens" in text):
                 line = await process.stdout.readline()
-                assert line, "".join(lines)
+                assert line, text
                 lines.append(line.decode())
+                text = "".join(lines)
             address = next(line for line in lines if line.startswith("muxmesh ready on ")).split()[-1]
-            text = "".join(lines)
             assert "no mesh answers" not in text and "no TLS connection" not in text
-            assert "output tokens" in text
             assert f'muxmesh generate --address {address} --tls-ca ca.pem --chat "Name three colours."' in text
             assert f'SyncMeshClient("{address}", tls=Tls(ca="ca.pem"))' in text
             assert f"ca.pem: the CA that signed {tmp_path}/ca-server.pem" in text
