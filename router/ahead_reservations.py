@@ -6,6 +6,7 @@ How many and how large they are is decided by `router.reservation_stock`.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from muxmesh.tenants.tenant import Tenant
 from router.reservation import Reservation
 from router.reservation_stock import STOCK_EVERY_S, ReservationStock, Spare
 
+_RETRY_S = 1.0
+"""After that, what could not be given back is tried again."""
 _MAX_RELEASING = 256
 """Reservations that are given back together."""
 
@@ -38,6 +41,7 @@ class Host(Protocol):
         """Whether Redis did not respond when it was called last."""
 
     def new_reservation(self, tenant: Tenant, num_tokens: int) -> Reservation: ...
+    def newest(self, tenant: Tenant) -> Tenant: ...
     def spare(self, tenant: Tenant) -> Spare: ...
     def note_left(self, tenant: Tenant, left: Left | None) -> None: ...
     def note_away(self, error: Exception) -> None: ...
@@ -66,6 +70,7 @@ class AheadReservations:
         self._asked: dict[str, list[Reservation]] = {}
         """Those that Redis is asked for, by tenant id."""
         self._excess: deque[_Excess] = deque()
+        self._release_again_at_s = -math.inf
         self._has_work = asyncio.Event()
 
     def take(self, tenant: Tenant, num_tokens: int) -> Reservation | None:
@@ -125,7 +130,10 @@ class AheadReservations:
                     self._host.note_away(error)
 
     async def fill(self) -> None:
-        """Ends an interval: makes what is missing and gives back what is unused. Raises Unavailable."""
+        """Ends an interval: makes what is missing and gives back what is unused, later if that fails.
+
+        Raises Unavailable if Redis does not make what is missing.
+        """
         now_s = self._clock.monotonic_s()
         for tenant_id, stock in list(self._stocks.items()):
             stock.end_interval()
@@ -143,7 +151,11 @@ class AheadReservations:
             and (missing := stock.missing(self._host.spare(tenant := self._tenants[tenant_id])))[0]
         ]
         results = await asyncio.gather(*fills, return_exceptions=True)
-        await self.release_some()
+        if now_s >= self._release_again_at_s:
+            try:
+                await self.release_some()
+            except Unavailable:  # of a Cluster, perhaps one node: that says nothing of other calls
+                self._release_again_at_s = now_s + _RETRY_S
         for result in results:
             if result is not None:
                 raise result
@@ -183,7 +195,9 @@ class AheadReservations:
             by_tenant[one.tenant.tenant_id].append(one)
         results = await asyncio.gather(
             *(
-                self._book.release(of_tenant[-1].tenant, {one.reservation_id: one.num_kept for one in of_tenant})
+                self._book.release(
+                    self._host.newest(of_tenant[-1].tenant), {one.reservation_id: one.num_kept for one in of_tenant}
+                )
                 for of_tenant in by_tenant.values()
             ),
             return_exceptions=True,

@@ -48,31 +48,34 @@ class LocalQuotas:
         self._buckets: dict[tuple[str, str], _Bucket] = {}
         self._left: dict[tuple[str, str], tuple[float, float]] = {}
         """What was left at the last response of Redis, and its time."""
+        self._told_at_s: dict[str, float] = {}
+        """Tenant id → the time of that response, if Redis has not refused a request since."""
 
     def note(self, tenant: Tenant, requests_left: float, tokens_left: float, now_s: float) -> None:
         """Redis has reported what is left of the tenant's limits."""
+        self._told_at_s[tenant.tenant_id] = now_s
         for name, left in (("requests_per_minute", requests_left), ("tokens_per_minute", tokens_left)):
             self._left[tenant.tenant_id, name] = left, now_s
             self._buckets.pop((tenant.tenant_id, name), None)
 
     def forget(self, tenant: Tenant) -> None:
-        """Redis has refused a request of the tenant: what it said before is not true any more."""
-        for name in ("requests_per_minute", "tokens_per_minute"):
-            self._left.pop((tenant.tenant_id, name), None)
+        """Redis has refused a request of the tenant: `spare` is nothing until it says again what is left."""
+        self._told_at_s.pop(tenant.tenant_id, None)
 
     def spare(self, tenant: Tenant, num_routers: int, now_s: float) -> Spare:
         """What this router may reserve ahead of requests, which takes it from other routers for that time.
 
         A `_SPARE_PART` of each limit, divided by the routers; nothing unless Redis has said within `_FRESH_S` that
-        `_PLENTY` of each limit is left.
+        `_PLENTY` of each limit per minute is left.
         """
         limits, key = tenant.limits, tenant.tenant_id
         by_minute = {
             "requests_per_minute": limits.requests_per_minute, "tokens_per_minute": limits.tokens_per_minute,
         }  # fmt: skip
+        if now_s - self._told_at_s.get(key, -math.inf) > _FRESH_S:
+            return NOTHING_TO_SPARE
         for name, limit in by_minute.items():
-            left, at_s = self._left.get((key, name), (0.0, -math.inf))
-            if now_s - at_s > _FRESH_S or (limit is not None and left < _PLENTY * limit):
+            if limit is not None and self._left[key, name][0] < _PLENTY * limit:
                 return NOTHING_TO_SPARE
         requests, tokens, at_once = (
             math.inf if limit is None else limit * _SPARE_PART / num_routers
@@ -115,6 +118,7 @@ class LocalQuotas:
         """Removes what is known of all other tenants: they were removed."""
         self._buckets = {key: bucket for key, bucket in self._buckets.items() if key[0] in tenant_ids}
         self._left = {key: left for key, left in self._left.items() if key[0] in tenant_ids}
+        self._told_at_s = {key: at_s for key, at_s in self._told_at_s.items() if key in tenant_ids}
 
     def _bucket(self, tenant_id: str, name: str, num_routers: int, whole: int, now_s: float) -> _Bucket:
         limit, key = whole / num_routers, (tenant_id, name)

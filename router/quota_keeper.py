@@ -73,6 +73,8 @@ class QuotaKeeper:
         self._last_number = 0
         self._open: defaultdict[str, dict[str, Reservation]] = defaultdict(dict)
         """Tenant id → reservation id → reservation."""
+        self._tenants: dict[str, Tenant] = {}
+        """By id, with the limits of the last request: Redis is never told earlier ones again."""
         self._unsettled: deque[_Settlement] = deque()
         self._work = asyncio.Event()
         self._num_routers: dict[str, int] = {}
@@ -99,6 +101,7 @@ class QuotaKeeper:
 
         Raises QuotaExceeded, or Unavailable while Redis is away if that is to refuse requests.
         """
+        self._tenants[tenant.tenant_id] = tenant
         opened = self._open[tenant.tenant_id]
         num_open, ahead = len(opened), self._ahead.take(tenant, num_tokens)
         one = ahead or self.new_reservation(tenant, num_tokens)
@@ -113,6 +116,10 @@ class QuotaKeeper:
         self._last_number += 1
         reservation_id = f"{self._owner}-{self._last_number}"
         return Reservation(self, tenant, reservation_id, self._last_number, num_tokens, self._clock.monotonic_s())
+
+    def newest(self, tenant: Tenant) -> Tenant:
+        """The tenant with its limits of now, as far as this router has heard of them."""
+        return self._tenants.get(tenant.tenant_id, tenant)
 
     def spare(self, tenant: Tenant) -> Spare:
         """See `LocalQuotas.spare`."""
@@ -160,6 +167,7 @@ class QuotaKeeper:
 
     def keep_only(self, tenant_ids: Set[str]) -> None:
         """Removes what is known of all other tenants, but for requests that still run."""
+        self._tenants = {one: tenant for one, tenant in self._tenants.items() if one in tenant_ids}
         self._local.keep_only(tenant_ids)
         self._ahead.keep_only(tenant_ids)
         self._num_routers = {one: number for one, number in self._num_routers.items() if one in tenant_ids}
@@ -236,7 +244,7 @@ class QuotaKeeper:
             if not tokens_of and not asked:  # the last one has ended since this call began
                 continue
             next_number = min(asked, default=self._last_number + 1)
-            tenant = next(iter(opened.values())).tenant if opened else self._ahead.tenant(tenant_id)
+            tenant = self.newest(next(iter(opened.values())).tenant if opened else self._ahead.tenant(tenant_id))
             num_asked += 1
             try:
                 renewal = await self._book.renew(tenant, self._owner, next_number, tokens_of)
@@ -281,7 +289,9 @@ class QuotaKeeper:
             by_tenant[one.tenant.tenant_id].append(one)
         results = await asyncio.gather(
             *(
-                self._book.settle(of_tenant[-1].tenant, {one.reservation_id: one.used for one in of_tenant})
+                self._book.settle(
+                    self.newest(of_tenant[-1].tenant), {one.reservation_id: one.used for one in of_tenant}
+                )
                 for of_tenant in by_tenant.values()
             ),
             return_exceptions=True,

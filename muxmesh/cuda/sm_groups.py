@@ -38,18 +38,19 @@ class SmShare:
         return divide(self.shares, gpu, num_sms)[self.index]
 
 
-def alone(percent: int) -> SmShare:
-    """The share of a process beside which no other one is limited."""
-    return SmShare((percent,), 0)
+def joining(percent: int, before: Sequence[int] = ()) -> SmShare:
+    """The share of a process that is started beside those with the shares ``before``, which do not know of it."""
+    return SmShare((*before, percent), len(before))
 
 
 def divide(shares: Sequence[int], gpu: SmGroups, num_sms: int) -> list[tuple[int, ...]]:
-    """Chooses the groups of each share. If all are at most 100 together, and as many as groups, none has two workers.
+    """Chooses the groups of each share. If all are at most 100 together, none has two workers, unless some share is too
+    small for a group.
 
     Otherwise they meet as little as possible. One share after the other takes one group after the other: that which the
     fewest workers have beside which it may compute (the shares of both are at most 100 together), then that which the
     fewest have at all, then that of workers with which it has the fewest in common so far, then the first. So a model
-    that is added changes nothing for those before it, but for one group of some if the sum comes to exceed 100.
+    that is added changes nothing for those before it, but for one group where rounding was in favour of one.
     """
     chosen: list[set[int]] = []
     for share, wanted in zip(shares, _numbers(shares, gpu, num_sms), strict=True):
@@ -69,12 +70,12 @@ def divide(shares: Sequence[int], gpu: SmGroups, num_sms: int) -> list[tuple[int
 def _numbers(shares: Sequence[int], gpu: SmGroups, num_sms: int) -> list[int]:
     """How many groups each share has: what it pays for, at least one. The SMs that are left over count for that.
 
-    If all are at most 100 together, they get no more than there are: what rounding leaves goes to the largest
-    remainders (Hamilton's method).
+    If all are at most 100 together but would pay for more than there are, rounding decides: what it leaves goes to the
+    largest remainders (Hamilton's method).
     """
     paid = (max(1, num_sms * share // 100 // gpu.num_sms) for share in shares)
     most = [gpu.count if share >= 100 else min(gpu.count, number) for share, number in zip(shares, paid, strict=True)]
-    if sum(shares) > 100:
+    if sum(shares) > 100 or sum(most) <= gpu.count:
         return most
     numbers = [max(1, gpu.count * share // 100) for share in shares]
     left = gpu.count * sum(shares) // 100 - sum(numbers)

@@ -25,7 +25,7 @@ from typing import Any
 
 from muxmesh.clock import SystemClock
 from muxmesh.config.runtime import MeshRuntime, ProcessKey
-from muxmesh.cuda.sm_groups import SmShare
+from muxmesh.cuda.sm_groups import joining
 from muxmesh.device.device_pool import DevicePool
 from muxmesh.errors import MeshError
 from muxmesh.lifecycle import configure_logging, service_arguments
@@ -87,7 +87,7 @@ def open_timers(
     weights = None
     if unit.is_cuda:
         share = unit.green_share(config, Role.DECODE)
-        device = open_worker_device(share and SmShare((*beside, share.percent), len(beside)))
+        device = open_worker_device(share and joining(share.percent, beside))
         info = device.segments.device
         facts = {"num_sms": info.num_sms, "mps": info.is_mps_client}
         pool, weights = cuda_timer_memory(unit, config, prepared, shape, device.torch)

@@ -31,6 +31,8 @@ local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 local at = tonumber(redis.call('HGET', quota, 'at') or '') or now
 local elapsed = math.max(0, now - at)
 
+local keep_usage_s = {KEEP_USAGE_S}
+
 local function limit_of(text)
     return tonumber(text)
 end
@@ -99,6 +101,7 @@ local function refuse(name, wait, left, needed)
     keep(request_level, token_level, token_limit)
     if not is_ahead then
         redis.call('HINCRBY', usage, 'refused', 1)
+        redis.call('EXPIRE', usage, keep_usage_s)
     end
     return {0, name, string.format('%.6f', wait), math.floor(left), needed}
 end

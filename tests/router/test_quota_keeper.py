@@ -78,13 +78,16 @@ class FakeBook:
 
     async def release(self, of: Tenant, kept_of: Mapping[str, int]) -> None:
         self.num_calls += 1
-        await self._answer()
+        if not self.loses_answers:
+            await self._answer()
         for reservation_id, kept in kept_of.items():
             if kept and reservation_id in self.open:
                 self.open[reservation_id] = kept
             elif not kept:
                 self.open.pop(reservation_id, None)
                 self.settled.setdefault(reservation_id, Used(0, 0, 0.0))
+        if self.loses_answers:
+            await self._answer()
 
     async def settle(self, of: Tenant, used_of: Mapping[str, Used]) -> None:
         self.num_calls += 1
@@ -230,10 +233,11 @@ async def test_a_tenant_whose_reservations_cannot_be_given_back_holds_up_no_othe
         await keeper.reserve(tenant("other"), 10)
     await keeper.fill_ahead()
     assert {"r-5", "r-6"} <= set(book.open)
-    clock.advance(2.0)
-    with pytest.raises(Unavailable):
+    for _ in range(3):
+        clock.advance(2.0)
         await keeper.fill_ahead()
     assert "r-5" in book.open and "r-6" not in book.open
+    assert not keeper.is_away
 
 
 async def test_what_was_reserved_ahead_is_used_while_redis_is_away_and_renewed_when_it_returns(
@@ -288,6 +292,42 @@ async def test_a_tenant_that_is_removed_while_redis_is_asked_gets_nothing(keeper
     assert "r-3" not in book.open
 
 
+async def test_a_tenant_that_was_refused_has_no_full_bucket_when_redis_goes_away(
+    keeper: QuotaKeeper, book: FakeBook
+) -> None:
+    await keeper.reserve(ONE, 900)
+    with pytest.raises(QuotaExceeded):
+        await keeper.reserve(ONE, 500)
+    book.error = Unavailable("gone")
+    with pytest.raises(QuotaExceeded, match="100 of 1000 per minute are left"):
+        await keeper.reserve(ONE, 500)
+
+
+async def test_redis_is_never_told_limits_of_before(
+    keeper: QuotaKeeper, book: FakeBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would fill the bucket again, or clip it."""
+    told: list[int | None] = []
+    settle, renew = book.settle, book.renew
+
+    async def recorded_settle(of: Tenant, used_of: Mapping[str, Used]) -> None:
+        told.append(of.limits.tokens_per_minute)
+        await settle(of, used_of)
+
+    async def recorded_renew(of: Tenant, *arguments: Any) -> Renewal:
+        told.append(of.limits.tokens_per_minute)
+        return await renew(of, *arguments)
+
+    monkeypatch.setattr(book, "settle", recorded_settle)
+    monkeypatch.setattr(book, "renew", recorded_renew)
+    old = await keeper.reserve(tenant(tokens_per_minute=500), 10)
+    await keeper.reserve(ONE, 10)
+    await keeper.renew()
+    old.settle(1, 1)
+    await keeper.settle_all(20)
+    assert told == [1000, 1000]
+
+
 async def test_changed_limits_give_back_what_was_reserved_ahead(keeper: QuotaKeeper, book: FakeBook) -> None:
     await warm(keeper)
     await keeper.fill_ahead()
@@ -313,9 +353,8 @@ async def test_answers_that_are_lost_leave_nothing_reserved_ahead(keeper: QuotaK
     with pytest.raises(Unavailable):
         await keeper.fill_ahead()
     book.loses_answers, book.error = False, None
-    assert "r-3" in book.open
     await keeper.settle_all(20)
-    assert book.open == {}
+    assert "r-3" in book.settled and book.open == {}
 
 
 async def test_a_renewal_leaves_out_what_is_being_reserved_ahead(keeper: QuotaKeeper, book: FakeBook) -> None:
@@ -538,7 +577,7 @@ async def test_very_many_unsettled_requests_are_added_up(
     running.cancel()
 
 
-_STEPS = ("reserve", "settle", "renew", "fill", "flush", "away", "back", "lose")
+_STEPS = ("reserve", "settle", "renew", "fill", "wait", "flush", "away", "back", "lose")
 
 
 @settings(max_examples=30, deadline=None)
@@ -546,7 +585,8 @@ _STEPS = ("reserve", "settle", "renew", "fill", "flush", "away", "back", "lose")
 def test_whatever_happens_each_request_is_charged_once(steps: list[tuple[str, int]]) -> None:
     async def play() -> None:
         book = FakeBook()
-        keeper, opened, used = QuotaKeeper(book, "r", "open", ManualClock()), [], 0
+        clock = ManualClock()
+        keeper, opened, used = QuotaKeeper(book, "r", "open", clock), [], 0
         for what, number in steps:
             if what == "reserve":
                 opened.append(await keeper.reserve(tenant(), number))
@@ -556,6 +596,8 @@ def test_whatever_happens_each_request_is_charged_once(steps: list[tuple[str, in
             elif what == "renew":
                 with contextlib.suppress(Unavailable):
                     await keeper.renew()
+            elif what == "wait":
+                clock.advance(number / 3)
             elif what == "fill":
                 with contextlib.suppress(Unavailable):
                     await keeper.fill_ahead()

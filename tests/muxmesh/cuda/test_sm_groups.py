@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from muxmesh.cuda.sm_groups import SmGroups, SmShare, alone, divide
+from muxmesh.cuda.sm_groups import SmGroups, SmShare, divide, joining
 
 H200 = SmGroups(count=15, num_sms=8)
 NUM_SMS = 132
@@ -72,9 +72,18 @@ def test_each_process_comes_to_the_same_division() -> None:
     assert [SmShare(shares, index).groups(H200, NUM_SMS) for index in range(6)] == expected
 
 
-def test_a_process_by_itself_has_the_first_groups() -> None:
-    assert alone(40).percent == 40
-    assert alone(40).groups(H200, NUM_SMS) == (0, 1, 2, 3, 4, 5)
+def test_a_process_by_itself_has_what_it_pays_for() -> None:
+    assert joining(40).percent == 40
+    assert joining(40).groups(H200, NUM_SMS) == (0, 1, 2, 3, 4, 5)
+    assert [len(joining(share).groups(H200, NUM_SMS)) for share in (25, 50, 75)] == [4, 8, 12]
+
+
+def test_processes_that_join_have_groups_that_those_before_do_not_have() -> None:
+    for shares in ((50, 50), (25, 75), (75, 25), (40, 30), (50, 25, 25)):
+        joined = [joining(share, shares[:index]).groups(H200, NUM_SMS) for index, share in enumerate(shares)]
+        assert sum(shared(one, other) for one, other in itertools.combinations(joined, 2)) <= len(shares) - 1, shares
+    one, other = joining(50).groups(H200, NUM_SMS), joining(50, (50,)).groups(H200, NUM_SMS)
+    assert not shared(one, other)
 
 
 def test_any_shares_are_divided() -> None:
