@@ -42,8 +42,10 @@ class Timer(Protocol):
 
 
 OpenTimer = Callable[[Sequence[Cell], Sequence[int]], AbstractAsyncContextManager[Timer]]
-"""Opens a timer for cells. The numbers: shares of timers that compute beside it and have been opened before it."""
-"""Starts a timer for cells of one model and share, which ends with the context. Raises EngineFailed if it cannot."""
+"""Starts a timer for cells of one model and share, which ends with the context. Raises EngineFailed if it cannot.
+
+The numbers are the shares of timers that compute beside it and were opened before.
+"""
 Show = Callable[[str, int, int, float | None], None]
 """Shows what is measured next, how many measurements of how many are done, and the seconds that remain, if known."""
 
