@@ -19,6 +19,7 @@ from muxmesh.tenants.quota_book import Left
 from muxmesh.tenants.tenant import Tenant
 from router.reservation import Reservation
 from router.reservation_stock import STOCK_EVERY_S, ReservationStock, Spare
+from router.tenant_batches import send_by_tenant
 
 _RETRY_S = 1.0
 """After that, what could not be given back is tried again."""
@@ -190,30 +191,15 @@ class AheadReservations:
 
     async def release_some(self) -> None:
         """Gives back the oldest excess, that of a tenant together. What fails stays. Raises Unavailable if any did."""
-        by_tenant = defaultdict[str, list[_Excess]](list)
-        for one in islice(self._excess, _MAX_RELEASING):
-            by_tenant[one.tenant.tenant_id].append(one)
-        results = await asyncio.gather(
-            *(
-                self._book.release(
-                    self._host.newest(of_tenant[-1].tenant), {one.reservation_id: one.num_kept for one in of_tenant}
-                )
-                for of_tenant in by_tenant.values()
-            ),
-            return_exceptions=True,
-        )
-        done = {
-            id(one)
-            for of_tenant, result in zip(by_tenant.values(), results, strict=True)
-            for one in of_tenant
-            if result is None
-        }
-        failed = [one for of_tenant in by_tenant.values() for one in of_tenant if id(one) not in done]
-        tried = done.union(map(id, failed))
+        batch = list(islice(self._excess, _MAX_RELEASING))
+        failed, error = await send_by_tenant(batch, self._release)
+        tried = set(map(id, batch))
         self._excess = deque([*(one for one in self._excess if id(one) not in tried), *failed])
-        for result in results:
-            if result is not None:
-                raise result
+        if error is not None:
+            raise error
+
+    async def _release(self, tenant: Tenant, excess: Sequence[_Excess]) -> None:
+        await self._book.release(self._host.newest(tenant), {one.reservation_id: one.num_kept for one in excess})
 
     def _give_back(self, unused: Iterable[Reservation]) -> None:
         self._excess.extend(_Excess(one.tenant, one.reservation_id, 0) for one in unused)

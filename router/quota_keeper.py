@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, Protocol
@@ -25,6 +25,7 @@ from router.ahead_reservations import AheadReservations
 from router.local_quotas import LocalQuotas
 from router.reservation import Reservation
 from router.reservation_stock import Spare
+from router.tenant_batches import send_by_tenant
 
 _log = logging.getLogger(__name__)
 
@@ -284,27 +285,16 @@ class QuotaKeeper:
     async def _settle_some(self) -> None:
         """Settles the oldest ones, those of a tenant together. Those that fail stay. Raises Unavailable if any did."""
         batch = list(islice(self._unsettled, _MAX_SETTLING))
-        by_tenant = defaultdict[str, list[_Settlement]](list)
-        for one in batch:
-            by_tenant[one.tenant.tenant_id].append(one)
-        results = await asyncio.gather(
-            *(
-                self._book.settle(
-                    self.newest(of_tenant[-1].tenant), {one.reservation_id: one.used for one in of_tenant}
-                )
-                for of_tenant in by_tenant.values()
-            ),
-            return_exceptions=True,
-        )
+        failed, error = await send_by_tenant(batch, self._settle)
         for _ in batch:
             self._unsettled.popleft()
-        for of_tenant, result in zip(by_tenant.values(), results, strict=True):
-            if result is not None:
-                self._unsettled.extendleft(reversed(of_tenant))
-        for result in results:
-            if result is not None:
-                raise result
+        self._unsettled.extendleft(reversed(failed))
+        if error is not None:
+            raise error
         self._note_present()
+
+    async def _settle(self, tenant: Tenant, settlements: Sequence[_Settlement]) -> None:
+        await self._book.settle(self.newest(tenant), {one.reservation_id: one.used for one in settlements})
 
     def _limit_unsettled(self) -> None:
         """Adds the oldest settlements up, so that a long absence of Redis does not fill the memory."""

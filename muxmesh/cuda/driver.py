@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -174,9 +174,7 @@ class CudaDriver:
         """Loads the library and initializes it, for the life of the process."""
         try:
             self._library = ctypes.CDLL(path)
-            for name, argument_types in _FUNCTIONS.items():
-                function = getattr(self._library, name)
-                function.argtypes, function.restype = argument_types, c_int
+            self._bind(_FUNCTIONS)
         except OSError as error:
             raise DeviceError(f"cannot load {path}: {error}; a unit on CUDA needs NVIDIA's driver") from error
         except AttributeError as error:
@@ -256,23 +254,18 @@ class CudaDriver:
 
     def _split(self, index: int) -> Sequence[_Resource]:
         """All groups of the device. Raises DeviceError if it has too few SMs for one."""
-        self._bind_green_functions()
+        try:
+            self._bind(_GREEN_FUNCTIONS)
+        except AttributeError as error:
+            raise DeviceError(
+                f"{self._path} has no green contexts ({error}); they need NVIDIA's driver for CUDA 12.4 or later"
+            ) from error
         device, count = _Resource(), c_uint()
         self._call("cuDeviceGetDevResource", index, device, _RESOURCE_SM)
         self._call("cuDevSmResourceSplitByCount", None, count, device, None, 0, _GROUP_SMS)
         groups = (_Resource * count.value)()
         self._call("cuDevSmResourceSplitByCount", groups, count, device, None, 0, _GROUP_SMS)
         return groups[: count.value]
-
-    def _bind_green_functions(self) -> None:
-        try:
-            for name, argument_types in _GREEN_FUNCTIONS.items():
-                function = getattr(self._library, name)
-                function.argtypes, function.restype = argument_types, c_int
-        except AttributeError as error:
-            raise DeviceError(
-                f"{self._path} has no green contexts ({error}); they need NVIDIA's driver for CUDA 12.4 or later"
-            ) from error
 
     # Virtual memory management
 
@@ -382,6 +375,12 @@ class CudaDriver:
         self._call("cuMemHostUnregister", c_void_p(address))
 
     # Calls
+
+    def _bind(self, functions: Mapping[str, tuple[Any, ...]]) -> None:
+        """Declares types of functions. Raises AttributeError if the library lacks one."""
+        for name, argument_types in functions.items():
+            function = getattr(self._library, name)
+            function.argtypes, function.restype = argument_types, c_int
 
     def _call(self, function: str, *arguments: Any) -> None:
         """Calls a function of the library; objects for which it expects a pointer are passed by reference."""
